@@ -40,8 +40,8 @@ from pdlaunch.protocol.sockets import LaunchKeys
 
 _logger = logging.getLogger(__name__)
 
+# Seconds for which a connection may take no byte of its answer, as with native engines.
 READ_TIMEOUT_S = 60.0
-"""Seconds for which a connection may take no byte of its answer, as with native engines."""
 MOST_TOKENS = 131_072  # stands for the longest request of an engine whose length is not known here
 _ASKED = ("/health", "/version", "/metrics", "/v1/models", "/is_sleeping")
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
@@ -50,8 +50,8 @@ _TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, TRACEPARENT_HEADER, TRACESTATE_HEA
 _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
 STATEMENTS_PATH = "/pdlaunch/kv-statements"
 STATEMENT_TIMEOUT_S = 8.0  # shorter than an engine waits, so that it is told why
+# A prompt of a million tokens has a few megabytes: block ids, and checksums by block and head.
 MAX_STATEMENT_BYTES = 64 * 1024**2
-"""A prompt of a million tokens has a few megabytes: block ids, and checksums by block and head."""
 _STATEMENT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -141,24 +141,26 @@ class Door:
         Raises OverloadedError (503) when nobody listens there, and ConnectionResetError, with the
         client's connection cut, when the engine breaks off: its router takes that for what it is.
         """
+        answer: Answer | None = None
         try:
             answer = await self._ask(http)
-        except CallError as error:
-            if not error.not_received:
-                raise self._broken_off(http, error) from None
-            raise OverloadedError(
-                f"{self._name} is not there: {error}",
-                status=503,
-                retry_after_s=RETRY_AFTER_S,
-                code="engine_not_there",
-            ) from None
-        try:
             return await _relayed(http, answer)
         except CallError as error:
-            raise self._broken_off(http, error) from None
+            if answer is None and error.not_received:
+                raise OverloadedError(
+                    f"{self._name} is not there: {error}",
+                    status=503,
+                    retry_after_s=RETRY_AFTER_S,
+                    code="engine_not_there",
+                ) from None
+            _logger.warning("an answer to %s broke off: %s", http.path, error)
+            if http.transport is not None:
+                http.transport.abort()
+            raise ConnectionResetError from None
         finally:
-            # One that has not ended: the engine sees that its client is gone.
-            answer.close()
+            # An answer that has not ended: the engine sees that its client is gone.
+            if answer is not None:
+                answer.close()
 
     async def _ask(self, http: web.Request) -> Answer:
         async with self._bodies.read(http) as body:
@@ -170,19 +172,13 @@ class Door:
                 self._engine_url, http.method, http.rel_url.raw_path_qs, headers, body
             )
 
-    def _broken_off(self, http: web.Request, error: CallError) -> ConnectionResetError:
-        _logger.warning("an answer to %s broke off: %s", http.path, error)
-        if http.transport is not None:
-            http.transport.abort()
-        return ConnectionResetError()
-
 
 async def _relayed(http: web.Request, answer: Answer) -> web.StreamResponse:
     """Send an answer on, each piece when it comes. Raises CallError, ConnectionError."""
     found = ((name, answer.headers.get(name.lower())) for name in _TO_CLIENT)
     headers = {name: value for name, value in found if value is not None}
+    headers[REQUEST_ID_HEADER] = request_id_of(http)
     response = web.StreamResponse(status=answer.status, headers=headers)
-    response.headers[REQUEST_ID_HEADER] = request_id_of(http)
     if (length := answer.headers.get("content-length", "")).isdecimal():
         response.content_length = int(length)
     await response.prepare(http)
@@ -214,8 +210,9 @@ class StatementDesk:
 
     def __init__(self, path: Path, keys: LaunchKeys) -> None:
         assert keys.certificate is not None, "launches on several hosts have one"
-        self.doors: dict[str, str] = {}
-        """Doors of engines by their side channels, which engines are told."""
+        self.doors: dict[
+            str, str
+        ] = {}  # of engines, by their side channels, which engines are told
         self._path = path
         self._calls = EngineCalls(CONNECT_S, client_context(keys.certificate))
         self._headers = {"Authorization": f"Bearer {keys.http_token}"}

@@ -22,10 +22,9 @@ from pdlaunch.machine.network import with_device_names
 
 EVENTS_FLAG = "--kv-events-config"
 STOP_TIMEOUT_S = 5.0
+# As ``pdlaunch.vllm.far_statements`` has it, which imports numpy.
 STATEMENTS_SOCKET = "PDLAUNCH_STATEMENTS_SOCKET"
-"""As ``pdlaunch.vllm.far_statements`` has it, which imports numpy."""
 _SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
-_SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _DEVICES = "UCX_NET_DEVICES"
 _PR_SET_PDEATHSIG = 1
 _GUARD = "trap '' HUP INT TERM; read _; kill -9 0"
@@ -107,10 +106,7 @@ def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
 def engine_environment(
     run_dir: Path, key: str | None, side_channel: socket.socket
 ) -> dict[str, str]:
-    """Return the variables of an engine. Raises StartupError.
-
-    ``key``: None without one, which must keep a key of the user's shell from keeping routers out.
-    """
+    """Return the variables of an engine. Raises StartupError."""
     try:
         # The supervisor knows no more than this host's address.
         devices = with_device_names(os.environ.get(_DEVICES, ""))
@@ -119,8 +115,9 @@ def engine_environment(
     return {
         # The sockets between the engine's own processes: anybody may open those in /tmp.
         "VLLM_RPC_BASE_PATH": str(run_dir),
+        # Without one, a key of the user's shell must not keep routers out.
         "VLLM_API_KEY": key or "",
-        _SIDE_CHANNEL_PORT: str(side_channel.getsockname()[1]),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel.getsockname()[1]),
         **({_DEVICES: devices} if devices else {}),
     }
 
@@ -132,14 +129,13 @@ def side_channel_host() -> str:
 
 def hold_side_channel(host: str, ports: str) -> socket.socket:
     """Keep a port for the side channel of an engine, which takes no port 0 and would wait for one
-    that is busy for ever.
+    that is busy for ever. Raises StartupError.
 
     The engine listens there a minute after it was started. Until then, and after, the socket keeps
-    others away: UCX, other engines, whoever asks for any free port. It is bound and does not
-    listen, so that the engine can, whose socket has SO_REUSEADDR as this one has.
+    others away: UCX, other engines, whoever asks for any free port.
 
     ``ports``: first and last one that it may be, ``21000-21999``; empty, or on the loopback device:
-    any. Raises StartupError.
+    any.
     """
     wanted = [0]
     if ports and not is_loopback(host):
@@ -151,7 +147,8 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
     for port in wanted:
         holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            # Without SO_REUSEADDR, which would share the port of another holder.
+            # Without SO_REUSEADDR, which would share the port of another holder. The engine's own
+            # socket has it, and this one does not listen, so that the engine can.
             holder.bind((host, port))
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         except OSError as error:
@@ -178,11 +175,6 @@ def statements_socket(run_dir: Path, name: str) -> Path:
     return run_dir / f"{name}.statements"
 
 
-def failures_file(run_dir: Path, name: str) -> Path:
-    """Return the file in which an engine's connector lists failed READs by peer."""
-    return run_dir / f"{name}.failures"
-
-
 def connector_environment(
     run_dir: Path, name: str, python_path: str, *, is_far: bool = False
 ) -> dict[str, str]:
@@ -200,8 +192,8 @@ def connector_environment(
         (packages / "pdlaunch").symlink_to(Path(pdlaunch.__file__).parent)
     found = {
         "PDLAUNCH_STATEMENTS_DIR": str(statements_folder(run_dir)),
-        "PDLAUNCH_FAILURES_FILE": str(failures_file(run_dir, name)),
-        "PYTHONPATH": os.pathsep.join([str(packages), *([python_path] if python_path else [])]),
+        "PDLAUNCH_FAILURES_FILE": str(run_dir / f"{name}.failures"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(packages), python_path))),
     }
     if is_far:
         found[STATEMENTS_SOCKET] = str(statements_socket(run_dir, name))
@@ -213,7 +205,7 @@ class Failures:
 
     def __init__(self, run_dir: Path, name: str) -> None:
         """Begin a new file."""
-        self._path = failures_file(run_dir, name)
+        self._path = run_dir / f"{name}.failures"
         self._path.unlink(missing_ok=True)
         self._offset = 0
 
@@ -222,10 +214,9 @@ class Failures:
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
-                lines, _, _ = file.read().rpartition(b"\n")
+                # The last line may be half written.
+                lines, end, _ = file.read().rpartition(b"\n")
         except OSError:
             return []
-        if not lines:
-            return []
-        self._offset += len(lines) + 1
-        return lines.decode(errors="replace").split("\n")
+        self._offset += len(lines) + len(end)
+        return lines.decode(errors="replace").splitlines()

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -19,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -85,14 +85,14 @@ Peer = tuple[str, int]  # name and incarnation of a prefill engine
 class SidecarOptions:
     """Says what a sidecar starts, and how it is judged."""
 
+    # Starts the engine; without where it listens when it has no fixed port.
     command: tuple[str, ...]
-    """Starts the engine; without where it listens when it has no fixed port."""
     is_exact: bool
+    # An engine that has work and makes no progress for so long is killed; 0: never. One that has
+    # had no work for so long is given a prompt of one token.
     hang_timeout_s: float
-    """An engine that has work and makes no progress for so long is killed; 0: never. One that has
-    had no work for so long is given a prompt of one token."""
+    # The reason why pulled KV blocks are used unproven; empty: it has pdlaunch's connector.
     unverified: str
-    """The reason why pulled KV blocks are used unproven; empty: it has pdlaunch's connector."""
 
     @property
     def model(self) -> str:
@@ -123,14 +123,13 @@ class SidecarProcess:
         self._supervised = supervised
         self._options = options
         bootstrap = supervised.bootstrap
+        self._keys, spec = bootstrap.keys, bootstrap.door
         self._name, self._run_dir = bootstrap.name, Path(bootstrap.run_dir)
-        self._key, spec = bootstrap.engine_api_key, bootstrap.door
+        self._key = bootstrap.engine_api_key
         self._socket_path = self._run_dir / f"{self._name}.sock"
-        port = options.value("--port")
-        self._is_at_port = bool(port)
-        self._url = (
-            f"http://{options.value('--host')}:{port}" if port else f"{UNIX}{self._socket_path}"
-        )
+        self._port = options.value("--port")  # empty: it listens at the socket
+        at_port = f"http://{options.value('--host')}:{self._port}"
+        self._url = at_port if self._port else f"{UNIX}{self._socket_path}"
         self._api = EngineApi(self._url, self._key)
         self._door: Door | None = None
         self._desk: StatementDesk | None = None
@@ -139,39 +138,33 @@ class SidecarProcess:
             if not options.unverified:
                 further = [statement_route(statements_folder(self._run_dir))]
                 asks = statements_socket(self._run_dir, self._name)
-                self._desk = StatementDesk(asks, bootstrap.keys)
-            keys = bootstrap.keys
-            self._door = Door(self._name, spec, keys, self._url, self._key, further)
+                self._desk = StatementDesk(asks, self._keys)
+            self._door = Door(self._name, spec, self._keys, self._url, self._key, further)
+        # The URL that others are told: that of the door, where there is one.
         self._registered_url = self._url
-        """The URL that others are told: that of the door, where there is one."""
         self._capabilities = msgspec.structs.replace(
             bootstrap.capabilities, takes_launch_token=self._door is not None
         )
-        self._side_channel = hold_side_channel(
-            side_channel_host(), "" if spec is None else spec.data_ports
-        )
+        ports = "" if spec is None else spec.data_ports
+        self._side_channel = hold_side_channel(side_channel_host(), ports)
         self._is_ready = asyncio.Event()
+        self._probe: asyncio.Task[None] | None = None  # asks an engine that was idle for a token
+        # Of decode engines: prefill engines by name and incarnation.
         self._canaries = Canaries(self._send_canary, self._tell_proof)
-        self._peers: dict[Peer, Entry] = {}
         self._one_at_a_time = asyncio.Semaphore(1)
-        self._probe: asyncio.Task[None] | None = None
-        """Asks an engine that was idle for one token."""
+        self._peers: dict[Peer, Entry] = {}
+        self._listed: set[Peer] = set()  # those that the registry lists as proven
+        self._proven: dict[str, Peer] = {}  # by the id that vLLM has given them
         self._failed_reads = FailedReads()
         self._failures = Failures(self._run_dir, self._name)
-        self._proven: dict[str, Peer] = {}
-        """Prefill engines and their incarnations, by the id that vLLM has given them."""
-        self._listed: set[Peer] = set()
-        """The prefill engines that the registry lists as proven."""
 
     async def run(self) -> None:
         """Run until Stop or a signal. Raises StartupError when the engine ends by itself."""
-        if not self._is_at_port:
+        if not self._port:
             self._socket_path.unlink(missing_ok=True)
         if self._options.unverified:
-            _logger.warning(
-                "pulled KV blocks are used unproven: %s (kv_transfer.verify)",
-                self._options.unverified,
-            )
+            reason = self._options.unverified
+            _logger.warning("pulled KV blocks are used unproven: %s (kv_transfer.verify)", reason)
         child = await start_engine(self._command(), self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
@@ -199,7 +192,7 @@ class SidecarProcess:
             self._side_channel.close()
 
     def _command(self) -> tuple[str, ...]:
-        where = () if self._is_at_port else ("--uds", str(self._socket_path))
+        where = () if self._port else ("--uds", str(self._socket_path))
         events = f"ipc://{self._run_dir / self._name}.events"
         return (*with_events_at(self._options.command, events), *where)
 
@@ -212,10 +205,11 @@ class SidecarProcess:
 
     def _register(self, *, listens: bool = True) -> None:
         """Tell where the engine is reached, and what it can do."""
+        port = self._side_channel.getsockname()[1]
         self._supervised.register(
             self._registered_url,
             self._capabilities,
-            side_channel=tcp_endpoint(side_channel_host(), self._side_channel.getsockname()[1]),
+            side_channel=tcp_endpoint(side_channel_host(), port),
             listens=listens,
         )
 
@@ -241,53 +235,31 @@ class SidecarProcess:
 
     async def _fail_with(self, child: asyncio.subprocess.Process) -> None:
         code = await child.wait()
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"exited with status {code}"
-        )
-        self._fail(f"{Path(self._options.command[0]).name} {how}")
+        name = Path(self._options.command[0]).name
+        killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+        self._fail(f"{name} {killed or f'exited with status {code}'}")
 
     async def _drain(self, timeout_s: float) -> None:
         """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""
-        ends_at = time.monotonic() + timeout_s
-        while time.monotonic() < ends_at:
-            try:
-                if not is_vllm_busy(await self._api.counts(HEALTH_TIMEOUT_S)):
-                    break
-            except ProtocolError:
-                break
-            await asyncio.sleep(DRAIN_POLL_S)
+        with contextlib.suppress(ProtocolError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while is_vllm_busy(await self._api.counts(HEALTH_TIMEOUT_S)):  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)
         self._supervised.send(Drained())
 
     # Watching the engine
 
     async def _watch(self) -> None:
         """Say Ready once the engine is healthy; fail when it is not any more, or stands still."""
-        self._supervised.send(Progress(text="vLLM is starting"))
-        model_files = await asyncio.to_thread(self._options.model_files)
-        while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
-            await asyncio.sleep(START_POLL_S)
-        # Before Ready: what routers may ask of the engine from then on follows from its version.
-        try:
-            version = await self._api.version(HEALTH_TIMEOUT_S)
-            self._capabilities = with_version(self._capabilities, version)
-            self._register()
-        except ProtocolError as error:
-            _logger.warning("%s", error)
-        # vLLM has read the files between the two looks at them.
-        if changed := changes(model_files, await asyncio.to_thread(self._options.model_files)):
-            self._fail(f"the model has changed while vLLM was starting: {changed}")
+        if not await self._become_ready():
             return
-        self._supervised.send(Ready(model=model_files))
-        self._is_ready.set()
         hangs = EngineHangWatch(self._options.hang_timeout_s)
         can_sleep, is_asleep = SLEEP_FLAG in self._options.command, False
         while True:
             await asyncio.sleep(WATCH_POLL_S)
-            told = await self._api.is_sleeping(HEALTH_TIMEOUT_S) if can_sleep else None
-            if told is not None and told != is_asleep:
-                is_asleep = told
+            sleeps = await self._api.is_sleeping(HEALTH_TIMEOUT_S) if can_sleep else None
+            if sleeps is not None and sleeps != is_asleep:
+                is_asleep = sleeps
                 self._supervised.send(SleepState(state="sleeping" if is_asleep else "awake"))
             if not await self._api.is_healthy(HEALTH_TIMEOUT_S):
                 self._fail(f"/health did not say 200 within {HEALTH_TIMEOUT_S:g} s")
@@ -303,23 +275,45 @@ class SidecarProcess:
                     self._probe.cancel()  # the engine would keep it until it is awake
                 continue
             is_probed = self._probe is not None and not self._probe.done()
-            found = hangs.look(counts, is_probed=is_probed)
-            if found == "idle":
-                self._probe = self._supervised.spawn(self._send_probe())
-            elif found == "hangs":
-                hang_s = self._options.hang_timeout_s
-                self._fail(f"it has requests and has computed nothing for {hang_s:g} s")
-                return
+            match hangs.look(counts, is_probed=is_probed):
+                case "idle":
+                    self._probe = self._supervised.spawn(self._send_probe())
+                case "hangs":
+                    hang_s = self._options.hang_timeout_s
+                    self._fail(f"it has requests and has computed nothing for {hang_s:g} s")
+                    return
+                case "works":
+                    pass
+
+    async def _become_ready(self) -> bool:
+        """Wait until the engine is healthy, and say Ready; False: the model has changed."""
+        self._supervised.send(Progress(text="vLLM is starting"))
+        model_files = await asyncio.to_thread(self._options.model_files)
+        while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(START_POLL_S)
+        # Before Ready: what routers may ask of the engine from then on follows from its version.
+        try:
+            version = await self._api.version(HEALTH_TIMEOUT_S)
+            self._capabilities = with_version(self._capabilities, version)
+            self._register()
+        except ProtocolError as error:
+            _logger.warning("%s", error)
+        # vLLM has read the files between the two looks at them.
+        if changed := changes(model_files, await asyncio.to_thread(self._options.model_files)):
+            self._fail(f"the model has changed while vLLM was starting: {changed}")
+            return False
+        self._supervised.send(Ready(model=model_files))
+        self._is_ready.set()
+        return True
 
     async def _is_there(self) -> bool:
         """Return whether the engine answers, and nobody else at its port, who would be given the
         key.
         """
-        port = urlsplit(self._url).port if self._is_at_port else None
-        if port is not None and (uid := foreign_listener(port)) is not None:
+        if self._port and (uid := foreign_listener(int(self._port))) is not None:
             self._fail(
-                f"a program of another user (id {uid}) listens at port {port}, which is to be the "
-                "engine's; free it, or choose another port"
+                f"a program of another user (id {uid}) listens at port {self._port}, which is to "
+                "be the engine's; free it, or choose another port"
             )
             return False
         return bool(await self._api.is_healthy(HEALTH_TIMEOUT_S))
@@ -343,56 +337,51 @@ class SidecarProcess:
         no READ has come through: prompts that were handed over are computed here.
         """
         none_comes = self._failed_reads.look(counts)
-        told = Counter(self._failures.latest())
-        for engine_id, count in told.items():
-            if engine_id in self._proven:
-                self._doubt(
-                    *self._proven[engine_id], f"READs of its KV blocks fail, {count} just now"
-                )
-        if none_comes and not told:
-            for peer, incarnation in self._listed:
-                self._doubt(peer, incarnation, "READs of KV blocks fail, and none comes through")
+        failed = Counter(self._failures.latest())
+        for engine_id, count in failed.items():
+            if (peer := self._proven.get(engine_id)) is not None:
+                self._doubt(peer, f"READs of its KV blocks fail, {count} just now")
+        if none_comes and not failed:
+            for peer in self._listed:
+                self._doubt(peer, "READs of KV blocks fail, and none comes through")
 
-    def _doubt(self, peer: str, incarnation: int, error: str) -> None:
-        _logger.warning("%s -> %s: %s", peer, self._name, error)
+    def _doubt(self, peer: Peer, error: str) -> None:
+        name, incarnation = peer
+        _logger.warning("%s -> %s: %s", name, self._name, error)
         self._supervised.send(
-            PairSuspect(local=self._name, peer=peer, peer_incarnation=incarnation, error=error)
+            PairSuspect(local=self._name, peer=name, peer_incarnation=incarnation, error=error)
         )
 
     def _prove_pairs(self, registry: Registry) -> None:
         """Send a canary through each prefill engine that has none yet or whose proof was dropped;
         forget those that left.
         """
-        own = next((entry for entry in registry.entries if entry.name == self._name), None)
-        if own is None or own.role != "decode":
+        entries = {entry.name: entry for entry in registry.entries}
+        if self._name not in entries or entries[self._name].role != "decode":
             return
-        peers = {
+        prefill = {
             (entry.name, entry.incarnation): entry
             for entry in registry.entries
-            if entry.kind == "server" and entry.role == "prefill" and entry.state == "ready"
+            if entry.kind == "server" and entry.role == "prefill"
         }
-        listed = {
-            (pair.peer, pair.peer_incarnation)
-            for pair in registry.pairs
-            if pair.local == self._name
-        }
+        self._peers = {peer: entry for peer, entry in prefill.items() if entry.state == "ready"}
+        listed = {(p.peer, p.peer_incarnation) for p in registry.pairs if p.local == self._name}
         # The supervisor has dropped these proofs: the pairs have to be proven anew.
-        self._canaries.forget(self._canaries.pairs() - peers.keys() | self._listed - listed)
-        self._listed, self._peers = listed, peers
-        for entry in registry.entries:
-            if entry.state == "sleeping" and (entry.name, entry.incarnation) in listed:
-                self._doubt(entry.name, entry.incarnation, "it sleeps")
-        self._canaries.prove(peers)
+        gone = self._canaries.pairs() - self._peers.keys()
+        self._canaries.forget(gone | self._listed - listed)
+        self._listed = listed
+        for peer in listed & prefill.keys():
+            if prefill[peer].state == "sleeping":
+                self._doubt(peer, "it sleeps")
+        self._canaries.prove(self._peers)
 
     async def _send_canary(self, peer: Peer) -> Proof:
         await self._is_ready.wait()
         url, options = self._peers[peer].address.http, self._options
-        api = EngineApi(url, self._key)
-        certificate = self._supervised.bootstrap.keys.certificate
+        api, certificate = EngineApi(url, self._key), self._keys.certificate
         # All engines of a launch have doors, or none has.
         if self._door is not None and certificate is not None:
-            token = self._supervised.bootstrap.keys.http_token
-            api = EngineApi(url, token, client_context(certificate))
+            api = EngineApi(url, self._keys.http_token, client_context(certificate))
         try:
             async with self._one_at_a_time:
                 return await send_canary(api, self._api, options.model, is_exact=options.is_exact)
@@ -434,10 +423,8 @@ class EngineHangWatch:
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout_s = timeout_s
         self._clock = clock
-        self._seen: tuple[float, bool] | None = None
-        """Progress, and whether it has work."""
-        self._since_at = 0.0
-        """Instant since which it was seen so."""
+        self._seen: tuple[float, bool] | None = None  # progress, and whether it has work
+        self._since_at = 0.0  # instant since which it was seen so
 
     def look(self, counts: Counts, *, is_probed: bool) -> Found:
         """Judge it. ``is_probed``: it has work whatever it counts."""
