@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.config.roles import ROLES
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import plan_processes
@@ -17,7 +17,7 @@ from pdlaunch.launch.state import Timing
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import Answered, ChangeEngines, EngineIdle
+from pdlaunch.protocol.control import Answered, ChangeEngines, EngineIdle, PlannedChange
 from tests.checks.contexts import CPU, TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 from tests.launch.fakes import World
@@ -60,47 +60,46 @@ class Changing(World):
             EnginePlaces(resolved, NativeEngine(), self.adopted, {"local"}),
         )
         self.start().all_ready()
-        self.answers: list[Answered] = []
 
     def change(self, **wanted: Any) -> Answered:
         """Ask for a change, and return the first answer."""
         replicas = {role: wanted.pop(role) for role in ROLES if role in wanted}
-        self.say("router", ChangeEngines(question=7, replicas=replicas, **wanted))
-        return self.answered()
+        return self.ask(ChangeEngines(question=7, replicas=replicas, **wanted))
 
-    def turn(self, name: str, role: Role) -> Answered:
-        return self.change(turn=name, role=role)
+    def plan_of(self, **wanted: Any) -> PlannedChange:
+        """Ask for a change that is possible, and return what will be done."""
+        answer = self.change(**wanted)
+        assert not answer.error
+        assert answer.change is not None
+        return answer.change
 
     def answered(self) -> Answered:
         """Return the last answer."""
-        answer = self.host.sent_to("router", Answered)[-1]
-        assert isinstance(answer, Answered)
-        assert answer.question == 7
-        return answer
+        return self.host.sent_to("router", Answered)[-1]
 
-    def become_whole(self, engine: str) -> None:
-        """Have all processes of an engine get ready."""
-        for name in (f"{engine}/rank-0", engine):
-            self.become_ready(name)
+    def become_whole(self, *engines: str) -> None:
+        """Have all processes of engines get ready."""
+        for engine in engines:
+            self.become_ready(f"{engine}/rank-0", engine)
 
-    def leave(self, engine: str) -> None:
-        """Have an engine that drains finish, and end."""
-        self.drained(engine)
-        if engine.startswith("prefill"):
-            self.say("router", EngineIdle(engine=engine))
-        for name in (f"{engine}/rank-0", engine):
-            self.exit(name)
+    def leave(self, *engines: str) -> None:
+        """Have engines that drain finish, and end."""
+        for engine in engines:
+            self.drained(engine)
+            if engine.startswith("prefill"):
+                self.say("router", EngineIdle(engine=engine))
+            for name in (f"{engine}/rank-0", engine):
+                self.exit(name)
 
     def given_work(self) -> set[str]:
-        """The engines that the router may give work."""
-        return {
-            entry.name
-            for entry in self.host.registry("router").entries
-            if entry.kind == "server" and entry.state == "ready" and not entry.withheld
+        """Return the engines that the router may give work."""
+        entries = self.host.registry("router").entries
+        ready = {
+            entry.name for entry in entries if entry.kind == "server" and entry.state == "ready"
         }
+        return ready - self.withheld()
 
     @property
     def engines(self) -> set[str]:
-        """The engines of which the status shows a process."""
-        processes = self.supervisor.seen.status().processes
-        return {p.name.partition("/")[0] for p in processes} - {"router"}
+        """Return the engines of which the status shows a process."""
+        return {p.name.partition("/")[0] for p in self.status.processes} - {"router"}

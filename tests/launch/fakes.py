@@ -8,9 +8,11 @@ import signal
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self, TypeVar
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.bootstraps import Bootstraps
+from pdlaunch.launch.commands import Command
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
@@ -22,8 +24,10 @@ from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import (
     Address,
     Alive,
+    Answered,
     Drain,
     Drained,
+    Entry,
     Failed,
     FromSupervisor,
     PairReady,
@@ -36,6 +40,8 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.step_record import LastStep
 from pdlaunch.protocol.sockets import LaunchKeys
+
+M = TypeVar("M")
 
 
 def make_plan(
@@ -119,18 +125,15 @@ class FakeHost:
     def log_path(self, name: str) -> Path:
         return Path(os.devnull)
 
-    def sent_to(self, name: str, kind: type) -> list[FromSupervisor]:
-        return [
-            message
-            for receiver, message in self.sent
-            if receiver == name and isinstance(message, kind)
-        ]
+    def sent_to(self, name: str, kind: type[M]) -> list[M]:
+        return [message for to, message in self.sent if to == name and isinstance(message, kind)]
+
+    def receivers(self, kind: type) -> set[str]:
+        return {name for name, message in self.sent if isinstance(message, kind)}
 
     def registry(self, name: str) -> Registry:
         """Return the newest registry that a process was sent."""
-        newest = self.sent_to(name, Registry)[-1]
-        assert isinstance(newest, Registry)
-        return newest
+        return self.sent_to(name, Registry)[-1]
 
 
 NO_KEYS = LaunchKeys("", "", "")
@@ -197,7 +200,7 @@ class World:
             self.observer,
             timing or Timing(),
             self.clock,
-            close_listeners=self._close_listeners,
+            close_listeners=lambda: setattr(self, "listens", False),
         )
 
     def _handle(self, event: Event) -> None:
@@ -214,48 +217,77 @@ class World:
     def failure(self) -> Failure | None:
         return self.supervisor.seen.failure
 
-    def _close_listeners(self) -> None:
-        self.listens = False
+    @property
+    def status(self) -> LaunchStatus:
+        return self.supervisor.seen.status()
 
-    def start(self) -> World:
+    def start(self) -> Self:
         self.supervisor.tick()
         return self
+
+    # What children do
 
     def say(self, name: str, message: ToSupervisor) -> None:
         self._handle(MessageReceived(name, message))
 
-    def register(self, name: str, address: Address | None = None) -> None:
-        incarnation = self.host.running[name]
-        http = address or Address(http="http://127.0.0.1:4321")
-        self.say(name, Register(name=name, incarnation=incarnation, pid=1, address=http))
+    def register(self, name: str) -> None:
+        http = Address(http="http://127.0.0.1:4321")
+        self.say(
+            name, Register(name=name, incarnation=self.host.running[name], pid=1, address=http)
+        )
 
-    def become_ready(self, name: str) -> None:
-        self.register(name)
-        self.say(name, Ready())
+    def become_ready(self, *names: str) -> None:
+        for name in names:
+            self.register(name)
+            self.say(name, Ready())
 
     def connect(self, local: str, peer: str) -> None:
         self.say(local, pair_ready(local, peer, self.host.running[peer]))
 
-    def all_ready(self) -> World:
-        for name in list(self.host.running):
-            self.become_ready(name)
+    def all_ready(self) -> Self:
+        self.become_ready(*list(self.host.running))
         for decode in self.plan.ranks("decode"):
             for prefill in self.plan.ranks("prefill"):
                 self.connect(decode.name, prefill.name)
         return self
 
-    def exit(self, name: str, returncode: int = 0) -> None:
-        incarnation = self.host.running.pop(name)
-        self._handle(ProcessExited(name, incarnation, returncode))
+    def drained(self, name: str) -> None:
+        self.say(name, Drained())
 
-    def lose(self, name: str) -> None:
-        """The host of a process is lost."""
-        incarnation = self.host.running.pop(name)
-        self._handle(ProcessExited(name, incarnation, -signal.SIGKILL, lost_with="node-1 (silent)"))
+    def fail(self, name: str, error: str) -> None:
+        self.say(name, Failed(error=error))
 
-    def exit_all(self) -> None:
+    def exit(self, name: str, returncode: int = 0, lost_with: str = "") -> None:
+        incarnation = self.host.running.pop(name)
+        self._handle(ProcessExited(name, incarnation, returncode, lost_with))
+
+    def lose(self, *names: str) -> None:
+        """The host of some processes is lost."""
+        for name in names:
+            self.exit(name, -signal.SIGKILL, "node-1 (silent)")
+
+    def exit_all(self, returncode: int = 0) -> None:
         for name in list(self.host.running):
-            self.exit(name)
+            self.exit(name, returncode)
+
+    # What users do
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        self._handle(StopRequested(number))
+
+    def ask(self, command: Command) -> Answered:
+        """Send a command from the router, and return the first answer."""
+        num_before = len(self.host.sent_to("router", Answered))
+        self.say("router", command)
+        answer = self.host.sent_to("router", Answered)[num_before]
+        assert answer.question == command.question
+        return answer
+
+    # What time does
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.supervisor.tick()
 
     def pass_time_alive(
         self, seconds: float, *, silent: Collection[str] = (), step_s: float = 1.0
@@ -270,39 +302,33 @@ class World:
                     self.say(name, Alive())
             self.pass_time(min(step_s, until - self.clock.now))
 
+    # What can be seen
+
+    def entry(self, name: str) -> Entry | None:
+        """Return the line of a process in the router's newest registry."""
+        entries = self.host.registry("router").entries
+        return next((entry for entry in entries if entry.name == name), None)
+
     def listed(self, name: str) -> str | None:
-        """Return the state that the router's newest registry gives a process; None when it is not
-        in it.
-        """
-        return next(
-            (entry.state for entry in self.host.registry("router").entries if entry.name == name),
-            None,
-        )
+        """Return the state in that line; None when there is none."""
+        entry = self.entry(name)
+        return None if entry is None else entry.state
 
-    def drained(self, name: str) -> None:
-        self.say(name, Drained())
+    def withheld(self) -> set[str]:
+        """Return the engines that the router is told to give no work."""
+        return {entry.name for entry in self.host.registry("router").entries if entry.withheld}
 
-    def fail(self, name: str, error: str) -> None:
-        self.say(name, Failed(error=error))
-
-    def interrupt(self, number: int = signal.SIGINT) -> None:
-        self._handle(StopRequested(number))
-
-    def pass_time(self, seconds: float) -> None:
-        self.clock.now += seconds
-        self.supervisor.tick()
+    def state(self, name: str) -> str:
+        return next(process.state for process in self.status.processes if process.name == name)
 
     def signalled(self, number: int) -> set[str]:
         return {name for name, sent in self.host.signals if sent == number}
 
     def stopped(self) -> set[str]:
-        return {name for name, message in self.host.sent if isinstance(message, Stop)}
+        return self.host.receivers(Stop)
 
     def draining(self) -> set[str]:
-        return {name for name, message in self.host.sent if isinstance(message, Drain)}
-
-    def state(self, name: str) -> str:
-        return next(p.state for p in self.supervisor.seen.status().processes if p.name == name)
+        return self.host.receivers(Drain)
 
 
 def serving(timing: Timing | None = None, **shape: int) -> World:
@@ -310,7 +336,7 @@ def serving(timing: Timing | None = None, **shape: int) -> World:
     return World(make_plan(**shape), timing).start().all_ready()
 
 
-def pair_ready(local: str, peer: str, peer_incarnation: int) -> PairReady:
+def pair_ready(local: str, peer: str, peer_incarnation: int, num_peers: int = 1) -> PairReady:
     return PairReady(
         local=local,
         peer=peer,
@@ -318,4 +344,5 @@ def pair_ready(local: str, peer: str, peer_incarnation: int) -> PairReady:
         seconds=0.1,
         path="fake",
         gigabytes_per_s=3.0,
+        num_peers=num_peers,
     )

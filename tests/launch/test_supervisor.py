@@ -1,12 +1,13 @@
-"""The supervisor's decisions are replayed from event histories."""
+"""The start and the end of a launch, replayed from histories of events."""
 
 from __future__ import annotations
 
 import signal
 
+import pytest
+
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.events import StopRequested
-from pdlaunch.launch.hosts.host import ProcessExited
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import (
@@ -18,18 +19,25 @@ from pdlaunch.protocol.control import (
     Register,
     Stop,
 )
-from tests.launch.fakes import World, make_plan, pair_ready, serving
+from tests.launch.fakes import World, make_plan, serving
 
-EVERYONE = {"prefill-0/rank-0", "prefill-0", "decode-0/rank-0", "decode-0", "router"}
+RANKS = ("decode-0/rank-0", "prefill-0/rank-0")
+EVERYONE = {*RANKS, "prefill-0", "decode-0", "router"}
+
+
+def pair_failed(error: str, *, fatal: bool = False) -> PairFailed:
+    return PairFailed(local=RANKS[0], peer=RANKS[1], error=error, fatal=fatal)
+
+
+# The start
 
 
 def test_everything_starts_at_once_and_serves_when_all_are_ready_and_connected() -> None:
     world = World(make_plan()).start()
     assert set(world.host.running) == EVERYONE
-    for name in EVERYONE:
-        world.become_ready(name)
+    world.become_ready(*EVERYONE)
     assert world.phase is LaunchPhase.STARTING
-    world.connect("decode-0/rank-0", "prefill-0/rank-0")
+    world.connect(*RANKS)
     assert world.phase is LaunchPhase.READY
     assert world.observer.ready_count == 1
 
@@ -38,29 +46,22 @@ def test_conversions_run_before_anything_else() -> None:
     world = World(make_plan(conversions=2)).start()
     assert set(world.host.running) == {"convert-0", "convert-1"}
     world.say("convert-0", Progress(text="reading weights", fraction=0.4))
-    assert world.supervisor.seen.status().processes[0].fraction == 0.4
+    assert world.status.processes[0].fraction == 0.4
     world.exit("convert-0")
     assert set(world.host.running) == {"convert-1"}
     world.exit("convert-1")
     assert set(world.host.running) == EVERYONE
 
 
-def test_a_failed_conversion_is_the_root_cause() -> None:
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_failed_conversion_or_model_is_the_root_cause(code: int) -> None:
     world = World(make_plan(conversions=1)).start()
-    world.exit("convert-0", 1)
+    error = world.bootstraps.prepare_error = ConfigError("it has no tokenizer")
+    world.exit("convert-0", code)
     assert world.supervisor.done
     assert world.failure is not None
-    assert world.failure.process == "convert-0"
-
-
-def test_a_model_that_cannot_be_served_fails_the_launch_with_its_cause() -> None:
-    world = World(make_plan(conversions=1))
-    world.bootstraps.prepare_error = ConfigError("no such thing")
-    world.start()
-    world.exit("convert-0")
-    assert world.supervisor.done
-    assert world.failure is not None
-    assert world.failure.cause is world.bootstraps.prepare_error
+    expected = ("convert-0", None) if code else (None, error)
+    assert (world.failure.process, world.failure.cause) == expected
 
 
 def test_the_earliest_failure_is_kept_and_everything_is_stopped() -> None:
@@ -88,74 +89,40 @@ def test_last_words_may_arrive_after_the_death() -> None:
 
 def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> None:
     world = World(make_plan()).start()
-    world.register("decode-0/rank-0")
-    pair = PairFailed(
-        local="decode-0/rank-0", peer="prefill-0/rank-0", error="connection refused", fatal=False
-    )
-    world.say("decode-0/rank-0", pair)
+    world.register(RANKS[0])
+    world.say(RANKS[0], pair_failed("connection refused"))
     assert world.failure is None
-    pair.fatal, pair.error = True, "block_size 16 and 32"
-    world.say("decode-0/rank-0", pair)
+    world.say(RANKS[0], pair_failed("block_size 16 and 32", fatal=True))
     assert world.failure is not None
     assert world.failure.said == "block_size 16 and 32"
 
 
-def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
-    world = serving()
-    (pair,) = world.supervisor.seen.status().pairs
-    doubt = PairSuspect(
-        local=pair.local, peer=pair.peer, peer_incarnation=pair.peer_incarnation + 1, error="old"
-    )
-    world.say("router", doubt)
-    assert world.supervisor.seen.status().pairs == (pair,)
-    doubt.peer_incarnation -= 1
-    world.say("router", doubt)
-    assert world.supervisor.seen.status().pairs == ()
-    assert world.phase is LaunchPhase.READY
-    world.say(pair.local, pair)
-    assert world.supervisor.seen.status().pairs == (pair,)
-
-
-def test_the_startup_timeout_names_what_is_not_ready() -> None:
+@pytest.mark.parametrize(
+    ("unready", "detail"),
+    [
+        (RANKS[0], "  decode-0/rank-0 is starting: loading weights"),
+        ("", "  decode-0/rank-0 has no path to prefill-0: connection refused"),
+    ],
+)
+def test_the_startup_timeout_names_what_is_missing(unready: str, detail: str) -> None:
     world = World(make_plan(), Timing(startup_timeout_s=60)).start()
-    for name in EVERYONE - {"decode-0/rank-0"}:
-        world.become_ready(name)
-    world.say("decode-0/rank-0", Progress(text="loading weights"))
+    world.become_ready(*EVERYONE - {unready})
+    world.say(RANKS[0], Progress(text="loading weights"))
+    world.say(RANKS[0], pair_failed("connection refused"))
     world.pass_time(59)
     assert world.failure is None
     world.pass_time(1)
     assert world.failure is not None
-    assert list(world.failure.details) == ["  decode-0/rank-0 is starting: loading weights"]
+    assert list(world.failure.details) == [detail]
 
 
-def test_the_startup_timeout_names_pairs_that_are_not_connected() -> None:
-    world = World(make_plan(), Timing(startup_timeout_s=60)).start()
-    for name in EVERYONE:
-        world.become_ready(name)
-    pair = PairFailed(
-        local="decode-0/rank-0", peer="prefill-0/rank-0", error="connection refused", fatal=False
-    )
-    world.say("decode-0/rank-0", pair)
-    world.pass_time(60)
-    assert world.failure is not None
-    assert list(world.failure.details) == [
-        "  decode-0/rank-0 has no path to prefill-0: connection refused"
-    ]
-
-
-def test_the_registry_goes_to_all_on_every_change_with_a_growing_version() -> None:
+def test_before_the_launch_is_ready_a_lost_host_ends_it() -> None:
     world = World(make_plan()).start()
-    world.register("router")
-    world.register("prefill-0")
-    versions = [world.host.registry(name).version for name in ("router", "prefill-0")]
-    assert versions == [2, 2]
-    world.say("prefill-0", Ready())
-    registry = world.host.registry("router")
-    assert registry.version == 3
-    assert [(entry.name, entry.state) for entry in registry.entries] == [
-        ("prefill-0", "ready"),
-        ("router", "starting"),
-    ]
+    world.lose("decode-0")
+    assert world.failure is not None
+    assert world.failure.summary == (
+        "decode-0 was lost with its host node-1 (silent) before it was ready"
+    )
 
 
 def test_a_stranger_an_old_incarnation_and_an_unregistered_process_are_not_believed() -> None:
@@ -164,127 +131,45 @@ def test_a_stranger_an_old_incarnation_and_an_unregistered_process_are_not_belie
     world.say("prefill-0", Ready())
     world.say("prefill-0", Register(name="prefill-0", incarnation=7, pid=1))
     world.say("prefill-0", Register(name="decode-0", incarnation=1, pid=1))
-    assert world.supervisor.seen.status().processes[1].state == "starting"
+    assert world.state("prefill-0") == "starting"
     assert not world.host.sent
 
 
-def test_a_dead_server_alone_is_restarted_under_a_new_incarnation() -> None:
+def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
     world = serving()
-    world.exit("decode-0", -9)
-    assert "decode-0" not in [entry.name for entry in world.host.registry("router").entries]
-    assert world.state("decode-0") == "backing-off"
-    world.pass_time(0.4)
-    assert "decode-0" not in world.host.running
-    world.pass_time(0.2)
-    assert world.host.running["decode-0"] == 2
-    world.become_ready("decode-0")
-    assert [
-        e.incarnation for e in world.host.registry("router").entries if e.name == "decode-0"
-    ] == [2]
-    assert world.host.spawned.count(("decode-0/rank-0", 1)) == 1
-
-
-def test_the_ranks_of_an_engine_die_and_return_together() -> None:
-    world = serving(tp_size=3)
-    world.exit("decode-0/rank-1", 1)
-    assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0", "decode-0/rank-2"}
-    assert not [
-        entry
-        for entry in world.host.registry("router").entries
-        if entry.name.startswith("decode-0/")
-    ]
-    world.pass_time(10)
-    assert "decode-0/rank-1" not in world.host.running
-    world.exit("decode-0/rank-0", -9)
-    world.exit("decode-0/rank-2", -9)
-    world.pass_time(0.6)
-    assert {name: n for name, n in world.host.running.items() if n == 2} == {
-        f"decode-0/rank-{n}": 2 for n in range(3)
-    }
+    (pair,) = world.status.pairs
+    doubt = PairSuspect(
+        local=pair.local, peer=pair.peer, peer_incarnation=pair.peer_incarnation + 1, error="old"
+    )
+    world.say("router", doubt)
+    assert world.status.pairs == (pair,)
+    doubt.peer_incarnation -= 1
+    world.say("router", doubt)
+    assert world.status.pairs == ()
     assert world.phase is LaunchPhase.READY
+    world.say(pair.local, pair)
+    assert world.status.pairs == (pair,)
 
 
-def test_pairs_of_a_dead_process_are_forgotten_and_old_incarnations_do_not_count() -> None:
-    world = serving()
-    world.exit("prefill-0/rank-0", -9)
-    assert world.supervisor.seen.status().num_missing_pairs == 1
-    world.pass_time(1)
-    world.become_ready("prefill-0/rank-0")
-    world.say("decode-0/rank-0", pair_ready("decode-0/rank-0", "prefill-0/rank-0", 1))
-    assert world.supervisor.seen.status().num_missing_pairs == 1
-    world.say("decode-0/rank-0", pair_ready("decode-0/rank-0", "prefill-0/rank-0", 2))
-    assert world.supervisor.seen.status().num_missing_pairs == 0
-
-
-def test_back_off_grows_and_ends_in_a_failed_launch() -> None:
-    world = serving()
-    waits = []
-    for _ in range(4):
-        world.exit("decode-0", 1)
-        waits.append(world.supervisor.next_tick_at() - world.clock())
-        world.pass_time(waits[-1])
-        world.become_ready("decode-0")
-    assert waits == [0.5, 1, 2, 4]
-    world.fail("decode-0", "disk full")
-    world.exit("decode-0", 1)
-    assert world.failure is not None
-    assert world.failure.process == "decode-0"
-    assert world.failure.said == "disk full"
-    assert world.stopped()
-
-
-def test_a_restarted_process_that_never_gets_ready_is_killed() -> None:
-    world = serving(Timing(startup_timeout_s=60))
-    world.exit("decode-0", 1)
-    world.pass_time(1)
-    world.pass_time(60)
-    assert world.signalled(signal.SIGKILL) == {"decode-0"}
-
-
-def test_a_process_that_says_failed_but_stays_is_killed() -> None:
-    world = serving()
-    world.fail("decode-0/rank-0", "CUDA error")
-    world.pass_time(5)
-    assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0"}
-
-
-def test_connections_are_refused_once_the_drain_is_over() -> None:
-    world = serving(Timing(drain_s=30))
-    world.interrupt()
-    assert world.listens
-    world.drained("router")
-    assert world.listens
-    for name in ("prefill-0", "decode-0"):
-        world.drained(name)
-    assert world.stopped() == EVERYONE
-    assert not world.listens
-
-
-def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
-    world = serving()
-    world.exit("decode-0", 1)
-    world.pass_time(1)
-    world.supervisor.handle(ProcessExited("decode-0", 1, 1))
-    world.supervisor.tick()
-    assert world.state("decode-0") == "starting"
+# The end
 
 
 def test_stop_drains_router_then_engines_then_stops_all() -> None:
     world = serving(Timing(drain_s=30))
     world.interrupt(signal.SIGTERM)
     assert world.draining() == {"router"}
-    assert (
-        next(e.state for e in world.host.registry("decode-0").entries if e.name == "router")
-        == "draining"
-    )
+    assert world.listed("router") == "draining"
     world.pass_time(10)
+    assert world.listens
     world.drained("router")
     assert world.draining() == {"router", "prefill-0", "decode-0"}
     assert world.host.sent_to("decode-0", Drain) == [Drain(timeout_s=20.0)]
     world.drained("prefill-0")
     assert not world.stopped()
+    assert world.listens
     world.drained("decode-0")
     assert world.stopped() == EVERYONE
+    assert not world.listens, "connections are refused once the drain is over"
     world.exit_all()
     assert world.supervisor.done
     assert world.failure is None
@@ -354,38 +239,24 @@ def test_deaths_during_the_drain_restart_nothing() -> None:
     assert world.draining() == {"router", "prefill-0"}
 
 
-def test_an_interrupt_while_starting_stops_without_drain() -> None:
+def test_an_interrupt_while_starting_or_converting_stops_without_drain() -> None:
     world = World(make_plan()).start()
     world.interrupt()
     assert world.signalled(signal.SIGTERM) == EVERYONE
     world.exit_all()
     assert world.supervisor.done
     assert not world.supervisor.seen.was_ready
-
-
-def test_an_interrupt_while_converting_starts_nothing_afterwards() -> None:
-    world = World(make_plan(conversions=1)).start()
-    world.interrupt()
-    world.exit("convert-0")
-    assert world.supervisor.done
-    assert world.host.spawned == [("convert-0", 1)]
-
-
-def test_a_long_life_starts_the_count_of_deaths_anew() -> None:
-    world = serving()
-    for _ in range(20):
-        world.pass_time(61)
-        world.exit("decode-0", 1)
-        world.pass_time(0.5)
-        world.become_ready("decode-0")
-    assert world.failure is None
+    converting = World(make_plan(conversions=1)).start()
+    converting.interrupt()
+    converting.exit("convert-0")
+    assert converting.supervisor.done
+    assert converting.host.spawned == [("convert-0", 1)]
 
 
 def test_what_ends_with_the_supervisor_at_once_is_no_death() -> None:
     """A batch system sends its signal to all processes."""
     world = serving()
     world.supervisor.handle(StopRequested(signal.SIGTERM))
-    for name in list(world.host.running):
-        world.exit(name, -signal.SIGTERM)
+    world.exit_all(-signal.SIGTERM)
     assert world.supervisor.done
     assert len(world.observer.notes) == 1

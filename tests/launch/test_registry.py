@@ -1,0 +1,185 @@
+"""What happens is told to everybody whom it concerns; pairs are proven or missing."""
+
+from __future__ import annotations
+
+import signal
+
+from msgspec.structs import replace
+
+from pdlaunch.launch.engines.native import NativeEngine
+from pdlaunch.launch.engines.plan import with_peers
+from pdlaunch.launch.hosts.host import MessageReceived
+from pdlaunch.launch.pairs import Pairs
+from pdlaunch.planning.plan import Plan
+from pdlaunch.protocol.control import (
+    Happened,
+    PairFailed,
+    Ready,
+    Register,
+    Registry,
+    ServedRequest,
+    SleepState,
+)
+from pdlaunch.protocol.due_pairs import MAX_PEERS
+from tests.launch.fakes import World, make_plan, pair_ready, serving
+
+RANK, PEER = "decode-0/rank-0", "prefill-0/rank-0"
+
+
+def test_the_registry_goes_to_all_on_every_change_with_a_growing_version() -> None:
+    world = World(make_plan()).start()
+    world.register("router")
+    world.register("prefill-0")
+    assert [world.host.registry(name).version for name in ("router", "prefill-0")] == [2, 2]
+    world.say("prefill-0", Ready())
+    world.say("prefill-0", Ready())
+    registry = world.host.registry("router")
+    assert registry.version == 3, "none without a change"
+    states = [(entry.name, entry.state) for entry in registry.entries]
+    assert states == [("prefill-0", "ready"), ("router", "starting")]
+    assert not registry.serving
+
+
+def test_it_tells_routers_which_engines_share_a_gpu() -> None:
+    plan = make_plan(num_decode=2)
+    gpus = {"prefill-0": "cuda:0", "decode-0": "cuda:0", "decode-1": "cuda:1", "": ""}
+    processes = [replace(each, devices=(gpus[each.engine],)) for each in plan.processes]
+    world = World(Plan(processes=tuple(processes))).start().all_ready()
+    entries = world.host.registry("router").entries
+    assert {entry.engine: entry.devices[0] for entry in entries} == gpus
+
+
+def test_the_router_hears_of_a_death_and_the_restart_and_so_does_the_next_one() -> None:
+    world = serving()
+    world.exit(RANK, -signal.SIGKILL)
+    told = world.host.sent_to("router", Happened)
+    assert [each.text for each in told] == world.observer.notes
+    assert RANK in told[0].text
+    assert any("starts again" in each.text for each in told)
+    assert world.host.receivers(Happened) == {"router"}
+    world.exit("router", -signal.SIGKILL)
+    world.host.sent.clear()
+    world.pass_time_alive(30)
+    world.register("router")
+    again = world.host.sent_to("router", Happened)
+    assert [each.text for each in again] == world.observer.notes[: len(again)]
+    assert again[0].ago_s >= 30
+
+
+def test_a_failed_pair_names_its_engines() -> None:
+    world = serving()
+    world.say(RANK, PairFailed(local=RANK, peer=PEER, error="no route", fatal=False))
+    (happened,) = world.host.sent_to("router", Happened)
+    assert (happened.prefill, happened.decode) == ("prefill-0", "decode-0")
+    assert "no route" in happened.text
+
+
+def test_people_see_the_routers_lines_and_nobody_else_hears_of_them() -> None:
+    world = serving()
+    num_sent = len(world.host.sent)
+    world.say("router", ServedRequest(line="POST /v1/completions 200"))
+    assert world.observer.notes == ["POST /v1/completions 200"]
+    assert len(world.host.sent) == num_sent
+
+
+def test_everyone_hears_of_sleep_and_the_launch_goes_on() -> None:
+    world = serving()
+
+    def states() -> set[str]:
+        return {entry.state for entry in world.host.registry(RANK).entries}
+
+    world.say("prefill-0", SleepState(state="draining"))
+    assert world.listed("prefill-0") == "draining"
+    for name in (PEER, "prefill-0"):
+        world.say(name, SleepState(state="sleeping"))
+    assert world.listed("prefill-0") == world.listed(PEER) == "sleeping"
+    assert world.observer.ready_count == 1
+    for name in (PEER, "prefill-0"):
+        world.say(name, SleepState(state="awake"))
+    assert states() == {"ready"}
+
+
+# Pairs
+
+
+def test_a_decode_rank_is_connected_with_every_rank_that_it_pulls_from() -> None:
+    pairs = Pairs(make_plan(tp_size=3), NativeEngine())
+    engines = ("prefill-0", "decode-0")
+    assert pairs.missing(engines)[0] == "decode-0/rank-0 has no path to prefill-0"
+    for decode in ("decode-0/rank-1", "decode-0/rank-2"):
+        pairs.add(pair_ready(decode, PEER, 0))
+    pairs.add(pair_ready(RANK, PEER, 0, num_peers=3))
+    pairs.fail(RANK, "prefill-0/rank-1", "the first READ failed")
+    for num, said in ((1, ": the first READ failed"), (2, "")):
+        expected = f"{RANK} has a path to only {num} of 3 ranks of prefill-0{said}"
+        assert pairs.missing(engines) == [expected]
+        pairs.add(pair_ready(RANK, f"prefill-0/rank-{num}", 0, num_peers=3))
+    assert pairs.missing(engines) == []
+    pairs.forget("prefill-0/rank-2")
+    assert pairs.missing(engines) != []
+
+
+# Many engines
+
+MANY = 3 * MAX_PEERS
+
+
+def many_engines() -> World:
+    """A launch that is ready but for its pairs."""
+    *engines, router = make_plan(num_prefill=MANY, num_decode=MANY).processes
+    world = World(Plan(processes=(*with_peers(engines), router))).start()
+    for name in world.host.running:
+        world.supervisor.handle(MessageReceived(name, Register(name=name, incarnation=1, pid=1)))
+        world.supervisor.handle(MessageReceived(name, Ready()))
+    world.pass_time(0.0)
+    return world
+
+
+def connect_due_pairs(world: World) -> None:
+    for decode in world.plan.ranks("decode"):
+        for engine in decode.peers or ():
+            pair = pair_ready(decode.name, f"{engine}/rank-0", 1)
+            world.supervisor.handle(MessageReceived(decode.name, pair))
+    world.pass_time(0.0)
+
+
+def peers_of(world: World, engine: str) -> set[str]:
+    """Return the other engines that the rank of an engine was told of last."""
+    entries = world.host.registry(f"{engine}/rank-0").entries
+    return {entry.engine for entry in entries} - {engine, ""}
+
+
+def test_many_engines_are_told_of_their_peers_and_ready_with_the_pairs_among_them() -> None:
+    world = many_engines()
+    assert world.observer.ready_count == 0
+    connect_due_pairs(world)
+    assert world.observer.ready_count == 1
+    for engine in world.plan.engines("decode"):
+        told = peers_of(world, engine)
+        assert MAX_PEERS <= len(told) < MANY
+        assert all(name.startswith("prefill") for name in told)
+    # Only routers see all.
+    assert len(world.host.registry("router").entries) == len(world.plan.processes)
+
+
+def test_a_change_is_told_to_the_peers_and_the_router_alone() -> None:
+    world = many_engines()
+    connect_due_pairs(world)
+    peers = peers_of(world, "prefill-3")
+    world.host.sent.clear()
+    world.exit("prefill-3/rank-0", 1)
+    told = {name.partition("/")[0] for name in world.host.receivers(Registry)}
+    assert told == peers | {"prefill-3", "router"}
+    seen = world.host.registry(f"{min(peers)}/rank-0").entries
+    assert "prefill-3/rank-0" not in {entry.name for entry in seen}
+
+
+def test_a_proof_is_told_to_its_prover_and_the_router() -> None:
+    world = many_engines()
+    decode = world.plan.ranks("decode")[0]
+    assert decode.peers is not None
+    peer = f"{decode.peers[0]}/rank-0"
+    world.host.sent.clear()
+    world.connect(decode.name, peer)
+    assert world.host.receivers(Registry) == {decode.name, "router"}
+    assert world.host.registry(decode.name).pairs == [pair_ready(decode.name, peer, 1)]
