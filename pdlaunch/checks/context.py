@@ -64,22 +64,18 @@ class Context:
 
     @property
     def machine(self) -> Machine:
-        """Return the machine that is judged; rules that need facts of machines judge each."""
         return self.launch.machine
 
     @property
     def engines(self) -> Mapping[Role, RoleEngines]:
-        """Return the roles that have engines, on the machine that is judged."""
         return self.launch.roles
 
     @property
     def pair(self) -> tuple[RoleEngines, RoleEngines] | None:
-        """Return the prefill and the decode side, where there are both."""
         prefill, decode = self.launch.peers.get("prefill"), self.launch.peers.get("decode")
         return (prefill, decode) if prefill and decode else None
 
     def given(self, path: str) -> bool:
-        """Return whether the user has set this, be it to its default."""
         origin = self.origins.get(path)
         return origin is not None and origin.kind not in ("default", "derived")
 

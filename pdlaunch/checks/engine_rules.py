@@ -68,12 +68,10 @@ class EngineArgument:
 
     @property
     def name(self) -> str:
-        """Return the long name of vLLM's flag."""
         return long_name(self.key)
 
     @property
     def is_off(self) -> bool:
-        """Return whether it switches its flag off."""
         return self.value is vllm_flag_name(self.key).startswith("no-")
 
     @property
@@ -312,7 +310,6 @@ def _not_proven(context: Context) -> Iterator[str]:
 
 
 def _side_channels(context: Context) -> Iterator[tuple[RoleEngines, str]]:
-    """Go over the engines of vLLM, by role and host, with the address of their side channel."""
     for here in context.launch.placed.by_host.values():
         for each in here.values():
             if each.settings.engine == "vllm":
@@ -336,7 +333,6 @@ def _wrong_side_channel(context: Context) -> Iterator[Found]:
 
 
 def _variables(context: Context) -> Iterator[tuple[RoleEngines, str]]:
-    """Go over the variables of vLLM that the user gives, for each role."""
     for each in vllm_engines(context):
         yield from ((each, name) for name in sorted(each.given_environ) if name[:5] == "VLLM_")
 

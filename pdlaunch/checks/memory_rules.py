@@ -57,7 +57,6 @@ def _segments(context: Context) -> Iterator[Found]:
 
 
 def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
-    """Return for each GPU how many ranks of which engines run on it."""
     return {
         gpu: {each: count for each in on_cuda(context) if (count := each.num_ranks_on(gpu))}
         for gpu in range(len(context.machine.gpus))

@@ -95,7 +95,6 @@ class Rule:
         return tuple(need for need in self.needs if need in context.missing)
 
     def apply(self, context: Context) -> list[Finding]:
-        """Return what the rule finds; equal findings of both roles are one."""
         if self.missing(context):
             return []
         # A setting of the top level is found once for each role: dict keys keep the first.

@@ -96,7 +96,6 @@ def _seen(context: Context) -> Iterator[Found]:
 
 
 def _reads(each: SeenEngine) -> str:
-    """Return what a decode engine has read, how fast, and how fast it should be."""
     speed, expected = each.gigabytes_per_s, each.expected_gigabytes_per_s
     told = "too few to tell a speed" if speed is None else f"{speed:.2f} GB/s"
     should = "unknown" if expected is None else f"{expected:.3g} GB/s"

@@ -74,7 +74,6 @@ def _open_ports(context: Context) -> Iterator[str]:
 
 
 def _tls(each: RoleEngines) -> str:
-    """Return the user's UCX_TLS, for messages."""
     return f"UCX_TLS {each.given_environ.get('UCX_TLS', 'all')[:80]!a}"
 
 

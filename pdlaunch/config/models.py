@@ -214,7 +214,6 @@ class LaunchConfig(SharedSettings, EngineSettings):
         return self
 
     def role(self, role: Role) -> RoleSettings:
-        """Return the section of ``role``."""
         section: RoleSettings = getattr(self, role)
         return section
 
@@ -227,7 +226,6 @@ class LaunchConfig(SharedSettings, EngineSettings):
         )
 
     def engine_settings(self, role: Role) -> EngineSettings:
-        """Return the engine settings of ``role``, its overrides applied."""
         shared = {name: getattr(self, name) for name in EngineSettings.model_fields}
         return override(EngineSettings.model_validate(shared), self.role(role))
 

@@ -35,7 +35,6 @@ class Problem:
         return f"{place}{field}{self.message}{fix}"
 
     def _where_names_field(self) -> bool:
-        """Return whether the place is the flag or variable of the field's own name."""
         name = (self.where or "").removeprefix("--").lower().removeprefix("pdlaunch_")
         plain = re.sub(r"[-.]|__", "_", name)
         return self.where == self.field or plain == (self.field or "").replace(".", "_")

@@ -49,7 +49,6 @@ class Setting:
 
     @property
     def is_mapping(self) -> bool:
-        """Return whether its entries are settings of their own (``env.UCX_TLS``)."""
         return dict in self.kinds
 
     @property
@@ -63,7 +62,6 @@ class Setting:
 
     @property
     def has_sections(self) -> bool:
-        """Return whether it is a list whose entries are mappings."""
         item = next(iter(get_args(self.info.annotation)), None)
         model = get_args(item)[0] if get_origin(item) is Annotated else item
         return isinstance(model, type) and issubclass(model, FrozenModel)

@@ -17,131 +17,117 @@ from pydantic import JsonValue
 
 _NUMBER = re.compile(r"-\d+(\.\d*)?([eE][+-]?\d+)?|-\.\d+")
 
-ALIASES: Mapping[str, str] = {
-    "ac": "attention-config",
-    "asc": "api-server-count",
-    "cc": "compilation-config",
-    "dc": "diffusion-config",
-    "dcp": "decode-context-parallel-size",
-    "dp": "data-parallel-size",
-    "dpa": "data-parallel-address",
-    "dpb": "data-parallel-backend",
-    "dpe": "data-parallel-external-lb",
-    "dph": "data-parallel-hybrid-lb",
-    "dpl": "data-parallel-size-local",
-    "dpm": "data-parallel-multi-port-external-lb",
-    "dpn": "data-parallel-rank",
-    "dpp": "data-parallel-rpc-port",
-    "dpr": "data-parallel-start-rank",
-    "ep": "enable-expert-parallel",
-    "n": "nnodes",
-    "pcp": "prefill-context-parallel-size",
-    "pp": "pipeline-parallel-size",
-    "q": "quantization",
-    "r": "node-rank",
-    "sc": "speculative-config",
-    "tp": "tensor-parallel-size",
-}
+_SHORT = (
+    "ac=attention-config asc=api-server-count cc=compilation-config dc=diffusion-config "
+    "dcp=decode-context-parallel-size dp=data-parallel-size dpa=data-parallel-address "
+    "dpb=data-parallel-backend dpe=data-parallel-external-lb dph=data-parallel-hybrid-lb "
+    "dpl=data-parallel-size-local dpm=data-parallel-multi-port-external-lb dpn=data-parallel-rank "
+    "dpp=data-parallel-rpc-port dpr=data-parallel-start-rank ep=enable-expert-parallel n=nnodes "
+    "pcp=prefill-context-parallel-size pp=pipeline-parallel-size q=quantization r=node-rank "
+    "sc=speculative-config tp=tensor-parallel-size "
+)
+ALIASES = dict(pair.split("=") for pair in _SHORT.split())
 """Short names, which vLLM takes with one dash."""
 
 
-def _table(**texts: str) -> Mapping[str, str]:
-    """Return a text for each flag of the names, between which stand blanks."""
-    return {name: _TEXTS[key] for key, names in texts.items() for name in names.split()}
+def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the text of each flag, given the names of flags by text."""
+    return {name: text for text, names in rows.items() for name in names.split()}
 
-
-_TEXTS = {
-    "cors": "set cors_origins, which is for the router: clients talk to it",
-    "where": "engines listen on a socket of the launch, or on the port that {role}.port gives",
-    "memory": "set gpu_memory_utilization",
-    "parallel": "data parallelism counts up from the port of the side channel, and the next ports "
-    "belong to others; prefill.replicas and decode.replicas start several engines",
-    "processes": "pdlaunch starts and ends the processes of an engine, all on one host",
-    "gpus": "pdlaunch gives an engine one GPU for each of tensor_parallel_size",
-    "tls": "the router talks to its engines over their sockets; a proxy in front of it ends TLS",
-    "text": "a pair generates text from text, and nothing else",
-    "imports": "imports these classes into the engine",
-    "runs": "runs this file in the engine",
-    "handlers": "may name any class of Python as a handler",
-    "tensors": "takes tensors from clients, and a wrong one ends the engine",
-}
 
 _SETTINGS = (
     "async-scheduling block-size dtype enable-cumem-allocator enable-prefix-caching "
     "enable-sleep-mode enforce-eager gpu-memory-utilization load-format max-model-len "
-    "max-num-batched-tokens max-num-seqs model revision served-model-name "
-    "tensor-parallel-size"
+    "max-num-batched-tokens max-num-seqs model revision served-model-name tensor-parallel-size"
 )
 """Flags that are settings of the same name."""
+_KEYS = "keys never stand on a command line"
 
 OURS: Mapping[str, str] = {
     **{name: f"set {name.replace('-', '_')}" for name in _SETTINGS.split()},
-    **_table(
-        cors="allowed-headers allowed-methods allowed-origins",
-        where="host port uds",
-        memory="device-memory-utilization",
+    **_by_flag(
+        {
+            "set cors_origins, which is for the router: clients talk to it": "allowed-headers "
+            "allowed-methods allowed-origins",
+            "engines listen on a socket of the launch, or on the port that {role}.port gives": (
+                "host port uds"
+            ),
+            f"set api_key for clients, engine_api_key for another router; {_KEYS}": "api-key",
+            "set gpu_memory_utilization": "device-memory-utilization",
+            "set CUDA_VISIBLE_DEVICES in env; pdlaunch deals GPUs out to engines": "device-ids",
+            "leave it out; it is always on": "enable-prompt-tokens-details",
+            "set kv_cache_memory": "kv-cache-memory-bytes",
+            "set kv_transfer: lease_s, on_failure": "kv-transfer-config",
+            "set drain_timeout_s": "shutdown-timeout",
+        }
     ),
-    "api-key": "set api_key for clients, engine_api_key for another router; keys never stand on a "
-    "command line",
-    "device-ids": "set CUDA_VISIBLE_DEVICES in env; pdlaunch deals GPUs out to engines",
-    "enable-prompt-tokens-details": "leave it out; it is always on",
-    "kv-cache-memory-bytes": "set kv_cache_memory",
-    "kv-transfer-config": "set kv_transfer: lease_s, on_failure",
-    "shutdown-timeout": "set drain_timeout_s",
 }
 """Flags that pdlaunch sets itself, with the setting to use instead."""
 
-REFUSED: Mapping[str, str] = {
-    **_table(
-        parallel="data-parallel-address data-parallel-backend data-parallel-external-lb "
-        "data-parallel-hybrid-lb data-parallel-multi-port-external-lb data-parallel-rank "
-        "data-parallel-rpc-port data-parallel-size data-parallel-size-local "
-        "data-parallel-start-rank data-parallel-supervisor-port "
-        "dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s "
-        "dp-supervisor-probe-timeout-s enable-elastic-ep api-server-count",
-        processes="distributed-executor-backend master-addr master-port nnodes node-rank",
-        gpus="pipeline-parallel-size prefill-context-parallel-size",
-        tls="enable-ssl-refresh ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile",
-        text="runner convert tokens-only",
-    ),
-    "config": "flags of a file would not be checked; write them into engine_args",
-    "ec-transfer-config": "encoders of their own are not started",
-    "enable-log-outputs": "texts of prompts and answers stay out of logs",
-    "enable-log-requests": "the router logs each request, without its texts",
-    "grpc": "the router talks HTTP to its engines",
-    "grpc-port": "it opens a port without authentication",
-    "headless": "an engine without HTTP cannot be asked for anything",
-    "hf-token": "keys never stand on a command line; set the variable HF_TOKEN",
-    "root-path": "the router asks for vLLM's own paths",
-}
+REFUSED = _by_flag(
+    {
+        "data parallelism counts up from the port of the side channel, and the next ports belong "
+        "to others; prefill.replicas and decode.replicas start several engines": (
+            "data-parallel-address data-parallel-backend data-parallel-external-lb "
+            "data-parallel-hybrid-lb data-parallel-multi-port-external-lb data-parallel-rank "
+            "data-parallel-rpc-port data-parallel-size data-parallel-size-local "
+            "data-parallel-start-rank data-parallel-supervisor-port "
+            "dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s "
+            "dp-supervisor-probe-timeout-s enable-elastic-ep api-server-count"
+        ),
+        "pdlaunch starts and ends the processes of an engine, all on one host": (
+            "distributed-executor-backend master-addr master-port nnodes node-rank"
+        ),
+        "pdlaunch gives an engine one GPU for each of tensor_parallel_size": (
+            "pipeline-parallel-size prefill-context-parallel-size"
+        ),
+        "the router talks to its engines over their sockets; a proxy in front of it ends TLS": (
+            "enable-ssl-refresh ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile"
+        ),
+        "a pair generates text from text, and nothing else": "runner convert tokens-only",
+        "flags of a file would not be checked; write them into engine_args": "config",
+        "encoders of their own are not started": "ec-transfer-config",
+        "texts stay out of logs; with log_content the router logs them": "enable-log-outputs",
+        "the router logs each request; with log_content, its texts too": "enable-log-requests",
+        "the router talks HTTP to its engines": "grpc",
+        "it opens a port without authentication": "grpc-port",
+        "an engine without HTTP cannot be asked for anything": "headless",
+        f"{_KEYS}; set the variable HF_TOKEN": "hf-token",
+        "the router asks for vLLM's own paths": "root-path",
+    }
+)
 """Flags with which pdlaunch cannot serve, with the reason."""
 
-FOREIGN_CODE: Mapping[str, str] = {
-    **_table(
-        imports="logits-processors model-class-overrides scheduler-cls worker-cls "
-        "worker-extension-cls",
-        runs="reasoning-parser-plugin tool-parser-plugin",
-        handlers="log-config-file logging-config",
-    ),
-    "io-processor-plugin": "runs a plugin of that name in the engine",
-    "middleware": "imports this into the engine's server, where it sees every request",
-    "tool-server": "lets a model call tools of that server, `demo` runs code that a model wrote",
-    "trust-remote-code": "runs code that comes with the model's files",
-    "trust-request-chat-template": "runs templates that clients send",
-}
+FOREIGN_CODE = _by_flag(
+    {
+        "imports these classes into the engine": "logits-processors model-class-overrides "
+        "scheduler-cls worker-cls worker-extension-cls",
+        "runs this file in the engine": "reasoning-parser-plugin tool-parser-plugin",
+        "may name any class of Python as a handler": "log-config-file logging-config",
+        "runs a plugin of that name in the engine": "io-processor-plugin",
+        "imports this into the engine's server, where it sees every request": "middleware",
+        "lets a model call tools of that server; `demo` runs a model's own code": "tool-server",
+        "runs code that comes with the model's files": "trust-remote-code",
+        "runs templates that clients send": "trust-request-chat-template",
+    }
+)
 """Flags that run other people's code in an engine."""
 
-DOORS: Mapping[str, str] = {
-    **_table(tensors="enable-prompt-embeds enable-mm-embeds"),
-    "allow-credentials": "lets pages of other origins use a browser's credentials",
-    "allowed-local-media-path": "lets clients read files of that folder as images",
-    "enable-scale-out": "adds routes by which tokens and KV blocks are handed on",
-    "enable-server-load-tracking": "adds /load, which asks for no key",
-    "enable-tokenizer-info-endpoint": "adds /tokenizer_info, which tells the chat template",
-    "profiler-config": "adds /start_profile, which asks for no key and slows the engine down",
-    "trust-request-mm-kwargs": "lets clients set arguments of the model's processor",
-    "weight-transfer-config": "lets a trainer replace the weights",
-}
+DOORS = _by_flag(
+    {
+        "takes tensors from clients, and a wrong one ends the engine": (
+            "enable-prompt-embeds enable-mm-embeds"
+        ),
+        "lets pages of other origins use a browser's credentials": "allow-credentials",
+        "lets clients read files of that folder as images": "allowed-local-media-path",
+        "adds routes by which tokens and KV blocks are handed on": "enable-scale-out",
+        "adds /load, which asks for no key": "enable-server-load-tracking",
+        "adds /tokenizer_info, which tells the chat template": "enable-tokenizer-info-endpoint",
+        "adds /start_profile, which asks for no key and slows the engine down": "profiler-config",
+        "lets clients set arguments of the model's processor": "trust-request-mm-kwargs",
+        "lets a trainer replace the weights": "weight-transfer-config",
+    }
+)
 """Flags that open an engine to more than its router needs, with their effect."""
 
 KV_EVENTS = "kv-events-config"

@@ -149,7 +149,6 @@ def _kind(node: yaml.Node) -> str:
 
 
 def _place(file: Path, line: int, column: int) -> str:
-    """Return where a mark of YAML is, which counts from 0."""
     return f"{shown_path(file)}:{line + 1}:{column + 1}"
 
 
@@ -203,7 +202,6 @@ def _compose(text: str, path: Path) -> yaml.Node | None:
 
 
 def _at_end(path: Path, before: str, message: str, fix: str) -> InvalidConfigError:
-    """Return the error of what comes after this text of the file."""
     where = _place(path, before.count("\n"), len(before) - (before.rfind("\n") + 1))
     return InvalidConfigError([Problem(message, fix=fix, where=where)])
 

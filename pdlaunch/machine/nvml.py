@@ -66,7 +66,6 @@ class _Nvml:
             raise NvmlError(f"{name}: {error}") from None
 
     def free_memory_bytes(self, gpu: Gpu) -> int | None:
-        """Return the memory of a GPU that neither a process nor the driver holds."""
         try:
             return int(self.ask("nvmlDeviceGetMemoryInfo", self._device(gpu)).free)
         except NvmlError:

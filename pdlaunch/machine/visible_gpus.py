@@ -55,7 +55,6 @@ def visible_gpus(gpus: Sequence[Gpu], outer: str | None, own: str | None) -> Vis
 
 
 def _named_twice(value: str) -> str | None:
-    """Return what is wrong with a list in which an entry stands twice; None: none does."""
     entries = _entries(value)
     again = next((entry for place, entry in enumerate(entries) if entry in entries[:place]), None)
     return None if again is None else _twice(again)

@@ -47,11 +47,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return Plan(conversions=_mask(self.conversions), processes=_mask(self.processes))
 
     def engines(self, role: Role) -> list[str]:
-        """Return the names of a role's engines, in order."""
         return list(dict.fromkeys(p.engine for p in self.processes if p.role == role))
 
     def ranks(self, role: Role) -> list[ProcessSpec]:
-        """Return the ranks of a role's native engines."""
         return [p for p in self.processes if p.kind == "rank" and p.role == role]
 
 

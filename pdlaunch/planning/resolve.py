@@ -51,22 +51,18 @@ class ResolvedLaunch:
 
     @property
     def roles(self) -> Mapping[Role, RoleEngines]:
-        """Return the roles that have engines."""
         return self.placed.roles
 
     @property
     def engines(self) -> tuple[PlacedEngine, ...]:
-        """Return every engine, with the hosts and devices of its ranks."""
         return self.placed.engines
 
     @property
     def machine(self) -> Machine:
-        """Return the machine of the first host."""
         return self.hosts[0].machine
 
     @property
     def engine_hosts(self) -> tuple[ResolvedHost, ...]:
-        """Return the hosts of the whole launch on which ranks run."""
         launch = self.whole or self
         return tuple(host for host in launch.hosts if host.name in launch.placed.by_host)
 
@@ -82,7 +78,6 @@ class ResolvedLaunch:
 
     @property
     def has_pair(self) -> bool:
-        """Return whether KV blocks go from prefill engines to decode engines."""
         return self.peers.keys() >= set(PAIR)
 
     def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
@@ -93,7 +88,6 @@ class ResolvedLaunch:
         return replace(self, hosts=(host,), placed=part, whole=self)
 
     def host(self, name: str) -> ResolvedHost:
-        """Return the host of that name."""
         return next(host for host in self.hosts if host.name == name)
 
     @property
@@ -105,7 +99,6 @@ class ResolvedLaunch:
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:
-        """Return the addresses of the router and of the engines that have a fixed port."""
         router = ListenAddress("router", self.config.host, self.config.port, "port")
         return (router, *self.engine_addresses)
 
@@ -192,13 +185,11 @@ class ResolvedLaunch:
         }
 
     def with_places(self, places: Places) -> ResolvedLaunch:
-        """Resolve again with engines on other hosts."""
         return resolve_on(self.config, self.hosts, self.environ, places=places)
 
     def with_engines(
         self, places: Places, models: Mapping[Role, Model] | None = None
     ) -> ResolvedLaunch:
-        """Resolve again with these engines and no others. ``models``: as in ``resolve``."""
         config = with_replicas(self.config, Counter(role for role, _ in places))
         return resolve_on(config, self.hosts, self.environ, models, places)
 

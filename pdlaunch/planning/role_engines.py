@@ -76,12 +76,10 @@ class RoleEngines:
 
     @cached_property
     def overrides(self) -> frozenset[str]:
-        """Return the settings that the role's own section gives."""
         return frozenset(set_paths(self.config.role(self.role)))
 
     @property
     def given(self) -> frozenset[str]:
-        """Return the settings that its section or the top level gives."""
         return self.overrides | self.config.model_fields_set
 
     @cached_property
@@ -91,7 +89,6 @@ class RoleEngines:
 
     @property
     def ports(self) -> range:
-        """Return the fixed HTTP ports of the engines; empty when they take free ones."""
         return self.config.role(self.role).ports()
 
     @property
@@ -149,7 +146,6 @@ class RoleEngines:
 
     @property
     def gpus_problem(self) -> str:
-        """Return the fault of that variable; empty when it has none."""
         return self._visible.problem
 
     @cached_property

@@ -97,7 +97,6 @@ class PlacedEngine:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Return the device of each rank: ``cpu`` or ``cuda:N``."""
         if self.device_indices:
             return tuple(f"cuda:{index}" for index in self.device_indices)
         return ("cpu",) * self.engines.tp_size

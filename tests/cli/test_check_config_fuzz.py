@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.settings import all_flags
 from tests.command_line import invoke
-from tests.config.test_fuzz import yaml_texts
+from tests.config.test_fuzz import NEARLY
 
 VALUES = st.one_of(
     st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20),
@@ -48,7 +48,7 @@ def run(arguments, environ=None):
 @few
 @given(
     data=st.one_of(
-        st.binary(max_size=100), yaml_texts().map(lambda text: text.encode("utf-8", "replace"))
+        st.binary(max_size=100), NEARLY.map(lambda text: text.encode("utf-8", "replace"))
     )
 )
 def test_any_file(path, data):

@@ -416,7 +416,6 @@ def _dtype(config: Config) -> str | None:
 
 
 def _end_tokens(*configs: Config) -> tuple[int, ...]:
-    """Return the ids of all files in order, each once."""
     values = [config.get("eos_token_id") for config in configs]
     listed = [value if isinstance(value, list) else [value] for value in values]
     return tuple(dict.fromkeys(each for ids in listed for each in ids if isinstance(each, int)))

@@ -28,10 +28,7 @@ class FakeHub:
     folder: Path
     url: str = ""
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
-    is_gated: bool = False
     needs_token: bool = False
-    break_after: dict[str, int] = field(default_factory=dict)
-    """Bytes of a file after which the next connection breaks off; once for each entry."""
     hold: dict[str, threading.Event] = field(default_factory=dict)
     """The second half of a file is sent once its event is set."""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
@@ -81,9 +78,6 @@ def _answer(hub: FakeHub, request: BaseHTTPRequestHandler, *, with_body: bool) -
     found = api or file
     if found is None or found[1] != hub.name:
         _refuse(request, 401, "RepoNotFound")
-        return
-    if hub.is_gated:
-        _refuse(request, 403, "GatedRepo")
         return
     if hub.needs_token and request.headers.get("Authorization") != f"Bearer {TOKEN}":
         _refuse(request, 401, "RepoNotFound")
@@ -151,14 +145,10 @@ def _send_file(
     request.end_headers()
     if not with_body:
         return
-    end = len(data)
-    if name in hub.break_after:
-        end = hub.break_after.pop(name)
-        request.close_connection = True
     half = len(data) // 2
     if name in hub.hold and start < half:
         request.wfile.write(data[start:half])
         request.wfile.flush()
         hub.hold[name].wait()
         start = half
-    request.wfile.write(data[start:end])
+    request.wfile.write(data[start:])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pdlaunch.errors import ConfigError
 from tests.config.model_files.files import Gguf, tiny_gguf
 
 GOOD = tiny_gguf().encode()
+QUERY = "blk.0.attn_q.weight"
 HEADER_BYTES = GOOD.index(b"blk.1.ffn_down.weight") + 100
 
 
@@ -38,12 +40,10 @@ def test_a_whole_file_is_accepted(tmp_path: Path) -> None:
     [
         (b"", "it is empty"),
         (GOOD[:4], "it is cut off in its header, at byte 4"),
-        (GOOD[:1380], "is cut off"),
         (GOOD[: len(GOOD) // 2], "it is cut off: tensor 'blk."),
         (GOOD[:-1], "it is cut off: tensor 'blk.1.ffn_down.weight' ends behind"),
         (GOOD[:8] + struct.pack("<Q", 2**63 - 1) + GOOD[16:], "9223372036854775807 items"),
         (GOOD[:16] + struct.pack("<Q", 2**40) + GOOD[24:], "1099511627776 items"),
-        (GOOD[:24] + struct.pack("<Q", 2**60) + GOOD[32:], "1152921504606846976 items"),
         (GOOD[:4] + struct.pack("<I", 99) + GOOD[8:], "version 99, known are versions 2 and 3"),
         (b"PK\x03\x04" + b"x" * 5000, "a zip archive, as PyTorch's pickles are"),
         (b"12345678", "unknown content (it begins with 31 32 33 34 35 36 37 38)"),
@@ -63,17 +63,13 @@ def with_values(**changes: object) -> Gguf:
     return made
 
 
-def with_tensor(name: str, **changes: int) -> Gguf:
-    made = tiny_gguf()
-    made.kinds = {name: changes["kind"]} if "kind" in changes else {}
-    made.offsets = {name: changes["offset"]} if "offset" in changes else {}
-    return made
+def with_tensor(**changes: dict[str, int]) -> Gguf:
+    return replace(tiny_gguf(), **changes)  # type: ignore[arg-type]
 
 
 def without_tensors(part: str) -> Gguf:
-    made = tiny_gguf()
-    made.tensors = {name: tensor for name, tensor in made.tensors.items() if part not in name}
-    return made
+    kept = {name: each for name, each in tiny_gguf().tensors.items() if part not in name}
+    return replace(tiny_gguf(), tensors=kept)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +83,6 @@ def without_tensors(part: str) -> Gguf:
             with_values(llama__embedding_length=2**31),
             "llama.embedding_length is 2147483648, its tensors have 32",
         ),
-        (
-            with_values(llama__feed_forward_length=65),
-            "llama.feed_forward_length is 65, its tensors have 64",
-        ),
         (with_values(llama__vocab_size=1), "llama.vocab_size is 1, its tensors have 94"),
         (with_values(tokenizer__ggml__tokens=["a"] * 95), "it has 95 tokens, but embeddings of 94"),
         (with_values(general__alignment=3), "general.alignment 3 is no power of two"),
@@ -98,13 +90,12 @@ def without_tensors(part: str) -> Gguf:
         (with_values(general__architecture=1), "it has no general.architecture"),
         (with_values(split__count=3), "it is one of 3 parts of a model"),
         (
-            with_tensor("blk.0.attn_q.weight", kind=4),
+            with_tensor(kinds={QUERY: 4}),
             "tensor 'blk.0.attn_q.weight' has the impossible shape or type",
         ),
-        (with_tensor("blk.0.attn_q.weight", kind=12), "has the impossible shape or type (32, 32)"),
-        (with_tensor("blk.0.attn_q.weight", offset=1), "begins at 1, within the one before it"),
+        (with_tensor(offsets={QUERY: 1}), "begins at 1, within the one before it"),
         (
-            with_tensor("blk.0.attn_q.weight", offset=2**62),
+            with_tensor(offsets={QUERY: 2**62}),
             "it is cut off: tensor 'blk.0.attn_q.weight'",
         ),
         (without_tensors("token_embd"), "it has no table of embeddings"),

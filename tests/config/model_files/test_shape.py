@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pdlaunch.config.model_files.shape import FAMILIES, ModelShape, read_model_shape
+from pdlaunch.config.model_files.shape import FAMILIES, read_model_shape
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 SMALL = {
@@ -20,60 +20,36 @@ SMALL = {
     "num_hidden_layers": 7,
 } | {"pad_token_id": 0}
 
+LAYERS = ["full_attention", "sliding_attention"] * 3 + ["full_attention"]
 CASES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama"},
+    "llama": {},
     "llama biased": {
-        "model_type": "llama",
         "attention_bias": True,
         "mlp_bias": True,
         "head_dim": 12,
         "tie_word_embeddings": True,
     },
-    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
-    "qwen2 window": {
-        "model_type": "qwen2",
-        "num_key_value_heads": 2,
-        "use_sliding_window": True,
-        "max_window_layers": 3,
-    },
-    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen2 window": {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 3},
+    "qwen3": {"num_key_value_heads": 4, "head_dim": 16},
     "qwen3 layer_types": {
-        "model_type": "qwen3",
         "num_key_value_heads": 4,
         "use_sliding_window": True,
         "sliding_window": 12,
-        "layer_types": ["full_attention", "sliding_attention"] * 3 + ["full_attention"],
+        "layer_types": LAYERS,
     },
-    "mistral window": {
-        "model_type": "mistral",
-        "num_key_value_heads": 1,
-        "sliding_window": 33,
-        "dtype": "float16",
-    },
-    "gemma3_text": {"model_type": "gemma3_text"},
-    "gemma3_text pattern": {
-        "model_type": "gemma3_text",
-        "sliding_window_pattern": 3,
-        "sliding_window": 20,
-        "head_dim": 8,
-    },
-    "gemma3 multimodal": {
-        "model_type": "gemma3",
-        "text_config": {"model_type": "gemma3_text", "head_dim": 8} | SMALL,
-    },
-    "gpt_oss": {
-        "model_type": "gpt_oss",
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
+    "mistral window": {"num_key_value_heads": 1, "sliding_window": 33, "dtype": "float16"},
+    "gemma3_text": {},
+    "gemma3_text pattern": {"sliding_window_pattern": 3, "sliding_window": 20, "head_dim": 8},
+    "gemma3 multimodal": {"text_config": {"model_type": "gemma3_text", "head_dim": 8} | SMALL},
+    "gpt_oss": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     "smollm3 window": {
-        "model_type": "smollm3",
         "use_sliding_window": True,
         "sliding_window": 16,
         "no_rope_layer_interval": 2,
     },
 }
+"""What a config.json holds, beside SMALL and the family that a name begins with."""
 
 
 def write(folder: Path, **settings: Any) -> Path:
@@ -106,29 +82,20 @@ def as_transformers_reads(directory: Path) -> dict[str, Any]:
     }
 
 
-def as_we_read(shape: ModelShape, names: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(shape, name) for name in names}
-
-
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_equals_transformers(case: str, tmp_path: Path) -> None:
-    settings = CASES[case] if "text_config" in CASES[case] else SMALL | CASES[case]
-    directory = write(tmp_path, **settings)
+    settings = {"model_type": case.partition(" ")[0]} | CASES[case]
+    directory = write(tmp_path, **settings if "text_config" in settings else SMALL | settings)
     expected = as_transformers_reads(directory)
-    assert as_we_read(read_model_shape(directory), expected) == expected
+    shape = read_model_shape(directory)
+    assert {name: getattr(shape, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_silent_file_means_the_family_defaults(family: str, tmp_path: Path) -> None:
     shape = read_model_shape(write(tmp_path, model_type=family))
     config = AutoConfig.from_pretrained(tmp_path)
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-    )
+    names = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
     assert [getattr(shape, name) for name in names] == [getattr(config, name) for name in names]
     assert (shape.num_layers, shape.num_attention_heads) == (
         config.num_hidden_layers,
