@@ -18,7 +18,7 @@ from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.rows import RowTable
 from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.engine.step import StepPlan
 from pdlaunch.protocol.engine import AddRequest, Outputs, SamplingParams, from_rank
 from pdlaunch.protocol.ids import EngineId, RequestId
 from pdlaunch.protocol.kv_params import TokenOutput
@@ -84,9 +84,7 @@ class HostStep:
         ]
         self._time(
             "postprocess",
-            lambda: self._scheduler.postprocess(
-                plan, StepOutput(step_id=plan.step_id, tokens=tokens)
-            ),
+            lambda: self._scheduler.postprocess(plan, tokens),
         )
         self._time(
             "encode outputs",

@@ -13,7 +13,7 @@ from pdlaunch.protocol.transfer import PullFinished
 
 
 class Histograms:
-    """Holds the histograms of an engine; requests carry their instants (``Request.times``)."""
+    """Holds the histograms of an engine; requests carry their instants."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -24,41 +24,36 @@ class Histograms:
         return list(self._series.values())
 
     def arrived(self, request: Request) -> None:
-        request.times.arrived_at = self._clock()
+        request.arrived_at = self._clock()
 
     def seated(self, request: Request) -> None:
         # A second time, after a preemption, changes nothing.
-        if request.times.started_at is None:
-            request.times.started_at = self._clock()
+        if request.started_at is None:
+            request.started_at = self._clock()
 
     def drew_token(self, request: Request) -> None:
-        times = request.times
-        times.last_at = self._clock()
-        if times.first_at is None:
-            times.first_at = times.last_at
-        times.num_drawn += 1
+        request.last_at = self._clock()
+        if request.first_at is None:
+            request.first_at = request.last_at
+        request.num_drawn += 1
 
     def ended(self, request: Request) -> None:
         """Count a request that has ended; one that never was in the batch took no time here."""
-        times = request.times
-        if times.started_at is None:
+        start_at, first_at, last_at = request.started_at, request.first_at, request.last_at
+        if start_at is None:
             return
         num_computed = request.num_prompt_tokens - (request.num_cached_tokens or 0)
-        seen: dict[str, float] = {
-            "request_queue_time_seconds": times.started_at - times.arrived_at,
-            "request_num_preemptions": times.num_preemptions,
-            "request_prefill_kv_computed_tokens": num_computed,
-        }
-        if times.first_at is not None and times.last_at is not None:
-            decode_s = times.last_at - times.first_at
-            seen["request_prefill_time_seconds"] = times.first_at - times.started_at
-            seen["request_decode_time_seconds"] = decode_s
-            seen["request_inference_time_seconds"] = times.last_at - times.started_at
-            if times.num_drawn > 1:
-                per_token_s = decode_s / (times.num_drawn - 1)
-                seen["request_time_per_output_token_seconds"] = per_token_s
-        for name, value in seen.items():
-            self.observe(name, value)
+        self.observe("request_queue_time_seconds", start_at - request.arrived_at)
+        self.observe("request_num_preemptions", request.num_preemptions)
+        self.observe("request_prefill_kv_computed_tokens", num_computed)
+        if first_at is None:
+            return
+        self.observe("request_prefill_time_seconds", first_at - start_at)
+        self.observe("request_decode_time_seconds", last_at - first_at)
+        self.observe("request_inference_time_seconds", last_at - start_at)
+        if request.num_drawn > 1:
+            per_token_s = (last_at - first_at) / (request.num_drawn - 1)
+            self.observe("request_time_per_output_token_seconds", per_token_s)
 
     def pulled(self, event: PullFinished) -> None:
         """Count a pull that has ended well, by engine and path as in the registry."""

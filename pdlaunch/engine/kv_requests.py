@@ -109,7 +109,7 @@ class KVTransfers:
             )
         )
         num_blocks = sum(map(len, leased.block_ids))
-        request.spans.mark("lease granted", seconds=lease_s, blocks=num_blocks)
+        request.mark("lease granted", seconds=lease_s, blocks=num_blocks)
         engine_id, port = self._local
         return RemoteKV(
             engine_id=engine_id,

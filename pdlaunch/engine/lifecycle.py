@@ -21,6 +21,7 @@ from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.request import Phase, Request, RequestQueues
+from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.engine import AddRequest, EngineStats, FinishReason, RequestFinished, Tokens
 from pdlaunch.protocol.ids import EngineId, RequestId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
@@ -162,8 +163,9 @@ class RequestLifecycle:
         if request is None:
             return
         num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self.spec.block_size)
-        verifies = self.spec.kv_transfer.verify
-        request.spans.pulled(event, num_tokens=num_tokens, verifies=verifies)
+        if request.spans is not None:
+            verifies = self.spec.kv_transfer.verify
+            request.spans.pulled(event, num_tokens=num_tokens, verifies=verifies)
         self.queues.move(request, Phase.READY if event.ok else Phase.WAITING)
         request.wants_pull = False
         if event.ok:
@@ -200,7 +202,8 @@ class RequestLifecycle:
         # Even after a failure: another look would find the same blocks, or fail in the same way.
         request.may_load = False
         num_tokens = len(load.block_ids[0]) * self.spec.block_size
-        request.spans.loaded(ok=report.ok, num_tokens=num_tokens)
+        if (spans := request.spans) is not None:
+            spans.log.add("load from host", spans.phase_at, ok=report.ok, tokens=num_tokens)
         self.queues.move(request, Phase.READY if report.ok else Phase.WAITING)
         if report.ok:
             request.num_host_tokens = num_tokens
@@ -224,7 +227,7 @@ class RequestLifecycle:
         self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):
             self.batch.add_sampled(request)
-            spans = request.spans.first_report()
+            spans = None if request.spans is None else request.spans.report(first=True)
             self._outputs.append(Tokens(request_id=request.request_id, tokens=[token], spans=spans))
 
     def register(self, request: Request) -> None:
@@ -287,6 +290,7 @@ class RequestLifecycle:
             self.transfers.cancel(request)
         elif request.wants_pull:
             self.transfers.pull_nothing(request)
+        spans = self._last_spans(request, reason)
         # A step in flight still writes to its blocks: ``postprocess`` lets it go after that step.
         if not request.num_in_flight:
             self.let_go(request)
@@ -300,9 +304,19 @@ class RequestLifecycle:
                 error=error,
                 num_cached_tokens=request.num_cached_tokens or 0,
                 remote_kv=remote_kv,
-                spans=request.spans.end(reason, request.num_output_tokens),
+                spans=spans,
             )
         )
+
+    def _last_spans(self, request: Request, reason: FinishReason) -> SpanReport | None:
+        spans, num_tokens = request.spans, request.num_output_tokens
+        if spans is None:
+            return None
+        if request.num_computed > request.num_prompt_tokens:
+            spans.log.add("decode", spans.step_at, tokens=num_tokens)
+        spans.enter(Phase.FINISHED)
+        spans.log.mark("end", reason=reason, tokens=num_tokens)
+        return spans.report()
 
     def let_go(self, request: Request) -> None:
         """Free row and blocks of a request that has ended and that no step computes any more."""

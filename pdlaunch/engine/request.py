@@ -8,13 +8,12 @@ import enum
 import time
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
 from pdlaunch.engine.kvcache.hashing import TokenHasher
 from pdlaunch.engine.kvcache.manager import BlockTables
-from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, Attribute, SpanLog, SpanReport
+from pdlaunch.observe.spans import PULL, QUEUE, Attribute, SpanLog, SpanReport
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
 from pdlaunch.protocol.transfer import PullFinished
@@ -56,58 +55,37 @@ class CachedTokens(NamedTuple):
 
 
 class RequestSpans:
-    """Records where a request waits, what brings its blocks, and its steps, if somebody ``asked``.
+    """Records where a request waits, what brings its blocks, and the steps of its prompt.
 
     ::
 
-        queue │ lease │ pull │ queue │ prefill │ prefill │ first decode step │ decode
+        queue │ lease │ pull │ queue │ prefill │ prefill │ decode
               └─ the ranks' READs and proofs ─┘
-
-    Steps are recorded until the first one that decodes has ended; the rest is one span, so that a
-    token costs nothing.
     """
 
-    def __init__(self, asked: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        self.wants_steps = asked
-        self._log = SpanLog(clock) if asked else None
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.log = SpanLog(clock)
+        self.phase_at = self.log.start_at
+        self.step_at = 0.0
+        """When the latest step of the prompt was launched or, once it has ended, its end."""
         self._phase = Phase.WAITING
-        self._phase_at = 0.0 if self._log is None else self._log.start_at
-        self._step_at = 0.0
-        self._decodes_since_at: float | None = None
         self._has_reported = False
 
-    def mark(self, name: str, /, **attributes: Attribute) -> None:
-        """Record an instant: now."""
-        if self._log is not None:
-            self._log.mark(name, **attributes)
-
     def enter(self, phase: Phase) -> None:
-        log, before = self._log, self._phase
-        self._phase = phase
-        if log is None or (phase in QUEUED and before in QUEUED):
+        before, self._phase = self._phase, phase
+        if before in QUEUED and phase in QUEUED:
             return
-        now_at = log.clock()
+        now_at = self.log.clock()
         if before in QUEUED:
-            log.add(QUEUE, self._phase_at, now_at)
-        self._phase_at = now_at
-
-    def preempted(self) -> None:
-        self.mark("preempted")
-        self.wants_steps, self._decodes_since_at = self._log is not None, None
-
-    def loaded(self, *, ok: bool, num_tokens: int) -> None:
-        if self._log is not None:
-            self._log.add("load from host", self._phase_at, None, ok=ok, tokens=num_tokens)
+            self.log.add(QUEUE, self.phase_at, now_at)
+        self.phase_at = self.step_at = now_at
 
     def pulled(self, event: PullFinished, *, num_tokens: int, verifies: bool) -> None:
         """Record the end of the request's pull, and what the ranks tell of it."""
-        log = self._log
-        if log is None:
-            return
-        asked_at, now_at = self._phase_at, log.clock()
+        asked_at, now_at = self.phase_at, self.log.clock()
         start_at = max(asked_at, now_at - event.seconds)
-        log.add("lease", asked_at, start_at)
-        log.add(
+        self.log.add("lease", asked_at, start_at)
+        self.log.add(
             PULL,
             start_at,
             now_at,
@@ -118,59 +96,19 @@ class RequestSpans:
             retries=event.num_retries,
             error=event.error or None,
         )
-        for tp_rank, report in event.reports.items():
-            log.take(report, sent_at=asked_at, received_at=now_at, process=RANK.format(tp_rank))
+        for tp_rank, told in event.reports.items():
+            process = RANK.format(tp_rank)
+            self.log.take(told, sent_at=asked_at, received_at=now_at, process=process)
 
-    def launched(self) -> None:
-        """Note the launch of a step, while ``wants_steps`` and no other step computes the
-        request.
-        """
-        if self._log is not None:
-            self._step_at = self._log.clock()
-
-    def computed(self, num_tokens: int, *, of_prompt: bool, step_id: int) -> None:
-        """Record the end of a step. One that was launched meanwhile begins on the device now."""
-        if self._log is None:
-            return
-        start_at, self._step_at = self._step_at, self._log.clock()
-        if of_prompt:
-            self._log.add(PREFILL, start_at, self._step_at, tokens=num_tokens, step=step_id)
-        else:
-            self._log.add("first decode step", start_at, self._step_at, step=step_id)
-            self.wants_steps, self._decodes_since_at = False, self._step_at
-
-    def first_report(self) -> SpanReport | None:
-        """Return what goes with the first output; None if that has gone, or nobody asked."""
-        return None if self._has_reported else self._report()
-
-    def end(self, reason: str, num_tokens: int) -> SpanReport | None:
-        """Record the end; return all that has not been reported."""
-        self.enter(Phase.FINISHED)
-        if self._log is not None and self._decodes_since_at is not None:
-            self._log.add("decode", self._decodes_since_at, None, tokens=num_tokens)
-        self.mark("end", reason=reason, tokens=num_tokens)
-        return self._report()
-
-    def _report(self) -> SpanReport | None:
-        log, self._has_reported = self._log, True
-        if log is None:
+    def report(self, *, first: bool = False) -> SpanReport | None:
+        """Return all that has not been reported; None for a ``first`` report that has gone."""
+        if first and self._has_reported:
             return None
-        report = log.report(RANK.format(0))
-        log.spans.clear()
-        log.num_dropped = 0
+        self._has_reported = True
+        report = self.log.report(RANK.format(0))
+        self.log.spans.clear()
+        self.log.num_dropped = 0
         return report
-
-
-@dataclass(slots=True)
-class RequestTimes:
-    """Holds the instants of one request for the histograms."""
-
-    arrived_at: float = 0.0
-    started_at: float | None = None
-    first_at: float | None = None  # instant of the first token drawn here
-    last_at: float | None = None
-    num_drawn: int = 0
-    num_preemptions: int = 0
 
 
 class Request:
@@ -223,12 +161,23 @@ class Request:
         """Id of the pull or load for which it waits."""
         self.is_suspect = message.is_suspect
         """A rank may have died of it; False once a step has drawn a token for it here."""
-        self.spans = RequestSpans(message.records_spans)
-        self.times = RequestTimes()
+        self.spans = RequestSpans() if message.records_spans else None
+        # Instants, for the histograms.
+        self.arrived_at = 0.0
+        self.started_at: float | None = None
+        self.first_at: float | None = None
+        self.last_at = 0.0
+        """When its first and its latest token was drawn here."""
+        self.num_drawn = 0
+        self.num_preemptions = 0
 
     @property
     def request_id(self) -> RequestId:
         return self.message.request_id
+
+    @property
+    def computes_prompt(self) -> bool:
+        return self.num_computed < self.num_prompt_tokens
 
     @property
     def cached_tokens(self) -> CachedTokens:
@@ -279,6 +228,11 @@ class Request:
         """
         return self.num_prompt_tokens - (self.num_output_tokens == 0)
 
+    def mark(self, name: str, /, **attributes: Attribute) -> None:
+        """Record an instant, now, if somebody has asked for spans."""
+        if self.spans is not None:
+            self.spans.log.mark(name, **attributes)
+
     def prompt_hashes(self) -> list[bytes]:
         """Return the hashes of the prompt's blocks, 32 bytes each, which prove a hand-over."""
         return self.hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
@@ -316,7 +270,8 @@ class RequestQueues:
     def move(self, request: Request, phase: Phase) -> None:
         before, after = self._queue_of.get(request.phase), self._queue_of.get(phase)
         request.phase = phase
-        request.spans.enter(phase)
+        if request.spans is not None:
+            request.spans.enter(phase)
         if before is not after:
             if before is not None:
                 before.remove(request)

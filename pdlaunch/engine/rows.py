@@ -9,29 +9,51 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pdlaunch.engine.models.attention import IntArray, PackedBatch
-from pdlaunch.engine.sampler import SampleRow, TokenBias, token_bias
+from pdlaunch.engine.models.attention import FloatArray, IntArray, PackedBatch
 from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
 
 
 @dataclass(slots=True)
 class Row:
-    """Holds one request of the runner."""
+    """Holds one request of the runner, and so what its next token depends on beside the logits."""
 
     token_ids: IntArray
     """[max_model_len + 1], a view into the table; the first ``num_tokens`` are known or expected"""
     num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
-    bias: TokenBias | None = None
+    bias: tuple[IntArray, FloatArray] | None = None
+    """Token ids and values of ``logit_bias``, made once; None where there are none."""
     clean_block: int = -1
     """Logical index of the block whose slots past the row's last token are known to be zero."""
 
-    def sample_row(self) -> SampleRow:
-        """Return what its next token depends on."""
-        known = self.token_ids[: self.num_tokens]
-        return SampleRow(self.sampling, known, self.num_prompt_tokens, self.bias)
+    @property
+    def known(self) -> IntArray:
+        return self.token_ids[: self.num_tokens]
+
+    @property
+    def output(self) -> IntArray:
+        return self.token_ids[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.sampling.temperature == 0
+
+    @property
+    def changes_with_tokens(self) -> bool:
+        """Return whether the row's logits change with its tokens, which is done for it alone."""
+        sampling = self.sampling
+        return (
+            self.num_tokens - self.num_prompt_tokens < sampling.min_tokens
+            or sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.bias is not None or self.changes_with_tokens
 
     def append(self, position: int, token_ids: list[int]) -> None:
         """Write tokens from ``position`` on; tokens that are known there already must be equal."""
@@ -44,6 +66,19 @@ class Row:
         """Let ``number`` stand for a token that is known later, and return its position."""
         self.append(self.num_tokens, [number])
         return self.num_tokens - 1
+
+
+def new_row(
+    token_ids: IntArray, known: list[int], num_prompt_tokens: int, sampling: SamplingParams
+) -> Row:
+    """Return a row that lies in ``token_ids`` and begins with the tokens ``known``."""
+    bias = None
+    if sampling.logit_bias:
+        ids = np.array([*sampling.logit_bias], dtype=np.int64)
+        bias = ids, np.array([*sampling.logit_bias.values()], dtype=np.float32)
+    row = Row(token_ids, 0, num_prompt_tokens, sampling, bias)
+    row.append(0, known)
+    return row
 
 
 class RowTable:
@@ -69,10 +104,9 @@ class RowTable:
             del self._rows[row]
         for new in plan.new_rows:
             assert new.row not in self._rows, f"row {new.row} is taken"
-            token_ids, bias = self._token_ids[new.row], token_bias(new.sampling)
-            added = Row(token_ids, 0, new.num_prompt_tokens, new.sampling, bias)
-            added.append(0, new.token_ids)
-            self._rows[new.row] = added
+            self._rows[new.row] = new_row(
+                self._token_ids[new.row], new.token_ids, new.num_prompt_tokens, new.sampling
+            )
         for tokens in plan.new_tokens:
             self._rows[tokens.row].append(tokens.position, tokens.token_ids)
         for blocks in plan.new_blocks:

@@ -28,10 +28,11 @@ from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.rows import LatestTokens, Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
-from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
+from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
+from pdlaunch.protocol.kv_params import TokenOutput
 
 if TYPE_CHECKING:
     from pdlaunch.engine.step_graphs import StepGraphs
@@ -45,7 +46,6 @@ _NUM_WARM_UP_STREAMS = {"cpu": 8, "cuda": 32}
 class LaunchedStep:
     """Holds what has to be done when the step's tokens are known."""
 
-    step_id: int
     drawn: DrawnTokens | None = None  # none if it draws nothing here
     places: list[tuple[Row, int]] = field(default_factory=list)
     """Rows with the position of each drawn token; rows stay until the step has been collected."""
@@ -127,7 +127,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._rows = self._new_rows()
 
-    def execute(self, plan: StepPlan) -> StepOutput:
+    def execute(self, plan: StepPlan) -> list[TokenOutput | None]:
         """Compute one step and wait for it; tokens come from rank 0 only."""
         return self.collect(self.launch(plan))
 
@@ -136,7 +136,7 @@ class ModelRunner:
         """Begin a step, behind the one before; on a CPU it is done when this returns."""
         self._rows.apply(plan)
         if not plan.scheduled:
-            return LaunchedStep(plan.step_id)
+            return LaunchedStep()
         if not self._attention.reads_only_context:
             self._rows.clean(plan.scheduled, self.kv_cache)
         # Decode rows first, as backends want them; the sort keeps the order within both kinds.
@@ -150,9 +150,7 @@ class ModelRunner:
         # The last token of each row that draws, in the order of the plan, not of the batch.
         kept = [ends[row] - 1 for row in sampled] if draws else []
         logits, likeliest = self._forward(batch, kept)
-        drawn = None
-        if draws:
-            drawn = draw_tokens(logits, [row.sample_row() for row in rows], likeliest)
+        drawn = draw_tokens(logits, rows, likeliest) if draws else None
         if self._latest is not None and sampled:
             if drawn is None:
                 token_ids = torch.empty(len(sampled), dtype=torch.int64, device=self._device)
@@ -165,7 +163,7 @@ class ModelRunner:
             first = self.shape.vocab_size
             places = [(row, row.expect(number)) for number, row in enumerate(rows, first)]
         ended = Download([], self._device) if drawn is None else None
-        return LaunchedStep(plan.step_id, drawn, places, ended)
+        return LaunchedStep(drawn, places, ended)
 
     def _forward(
         self, batch: PackedBatch, kept: list[int]
@@ -183,17 +181,19 @@ class ModelRunner:
         step = self._attention.prepare(batch)
         return self._decoder.logits(token_ids, positions, places, step), None
 
-    def collect(self, step: LaunchedStep) -> StepOutput:
-        """Wait for the end of a launched step, in the order of launches; return its tokens."""
+    def collect(self, step: LaunchedStep) -> list[TokenOutput | None]:
+        """Wait for the end of a launched step, in the order of launches; return its tokens, an
+        entry for each scheduled row with ``sample``, None where its logits were NaN.
+        """
         if step.ended is not None:
             step.ended.wait()
         if step.drawn is None:
-            return StepOutput(step_id=step.step_id)
+            return []
         tokens = step.drawn.collect()
         for (row, position), token in zip(step.places, tokens, strict=True):
             if token is not None:
                 row.token_ids[position] = token.token_id
-        return StepOutput(step_id=step.step_id, tokens=tokens)
+        return tokens
 
     def warm_up(self) -> None:
         """Run some steps, so that requests pay for no lazy initialisation; capture graphs."""

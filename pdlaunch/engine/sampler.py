@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pdlaunch.engine.device_copies import Download, upload, upload_array
-from pdlaunch.engine.models.attention import FloatArray, IntArray
-from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.engine.rows import Row
 from pdlaunch.protocol.kv_params import TokenOutput
 
 LEAST_TEMPERATURE = 0.01  # temperatures between 0 and this one are raised to it. Source: vLLM.
@@ -43,71 +41,10 @@ NO_TOKEN = -1  # stands for the token of a row with a NaN
 _FLOAT32 = torch.finfo(torch.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBias:
-    """Holds a request's ``logit_bias`` as arrays, made once for each request."""
-
-    token_ids: IntArray
-    values: FloatArray
-
-
-def token_bias(sampling: SamplingParams) -> TokenBias | None:
-    """Return the arrays of a request; None when it has no logit_bias."""
-    bias = sampling.logit_bias
-    if not bias:
-        return None
-    return TokenBias(
-        np.fromiter(bias.keys(), dtype=np.int64, count=len(bias)),
-        np.fromiter(bias.values(), dtype=np.float32, count=len(bias)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """Holds what the next token of one row depends on, beside its logits."""
-
-    sampling: SamplingParams
-    token_ids: IntArray  # prompt and output so far
-    num_prompt_tokens: int
-    bias: TokenBias | None  # ``token_bias`` of the parameters
-
-    @property
-    def output(self) -> IntArray:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.sampling.temperature == 0
-
-    @property
-    def temperature(self) -> float:
-        return max(self.sampling.temperature, LEAST_TEMPERATURE)
-
-    @property
-    def changes_apart(self) -> bool:
-        """Return whether the row's logits change with its tokens, which is done for it alone."""
-        sampling = self.sampling
-        return (
-            len(self.output) < sampling.min_tokens
-            or sampling.repetition_penalty != 1.0
-            or sampling.presence_penalty != 0.0
-            or sampling.frequency_penalty != 0.0
-        )
-
-    @property
-    def changes_logits(self) -> bool:
-        return self.bias is not None or self.changes_apart
-
-
 class DrawnTokens:
     """Holds a token a row, with log-probabilities where asked for, on the way to the host."""
 
-    def __init__(
-        self,
-        drawn: torch.Tensor,
-        rows: list[SampleRow],
-        logits: torch.Tensor,
-    ) -> None:
+    def __init__(self, drawn: torch.Tensor, rows: list[Row], logits: torch.Tensor) -> None:
         """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were."""
         self._vocab_size = logits.shape[-1]
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
@@ -137,7 +74,7 @@ class DrawnTokens:
 
 
 def draw_tokens(
-    logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None
+    logits: torch.Tensor, rows: list[Row], likeliest: torch.Tensor | None = None
 ) -> DrawnTokens:
     """Draw one token a row, in their order, and leave ``logits``, [num_rows, vocab_size], as they
     are.
@@ -152,17 +89,15 @@ def draw_tokens(
     changed = _change_logits(logits.float(), rows)
     token_ids = likeliest_tokens(changed)
     sampled = [index for index, row in enumerate(rows) if not row.is_greedy]
-    if sampled:
-        num_at_once = len(sampled)
-        if logits.device.type == "cpu":
-            num_at_once = max(1, CPU_SLICE_LOGITS // logits.shape[-1])
-        found = []
-        for start in range(0, len(sampled), num_at_once):
-            part = sampled[start : start + num_at_once]
-            found.append(_sample(changed[_indices(part, logits)], [rows[index] for index in part]))
-        places = _indices(sampled, logits)
+    num_at_once = len(sampled)
+    if logits.device.type == "cpu":
+        num_at_once = max(1, CPU_SLICE_LOGITS // logits.shape[-1])
+    for start in range(0, len(sampled), num_at_once or 1):
+        part = sampled[start : start + num_at_once]
+        places = _indices(part, logits)
+        found = _sample(changed[places], [rows[index] for index in part])
         # A row with a NaN stays without a token: its sampled one means nothing.
-        token_ids[places] = torch.where(token_ids[places] == NO_TOKEN, NO_TOKEN, torch.cat(found))
+        token_ids[places] = torch.where(token_ids[places] == NO_TOKEN, NO_TOKEN, found)
     return DrawnTokens(token_ids, rows, logits)
 
 
@@ -194,33 +129,26 @@ def _logprobs(
 # Biases and penalties
 
 
-def _change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+def _change_logits(raw: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Return ``raw``, [num_rows, vocab_size] float32, with the rows' changes, if there are any."""
     if not any(row.changes_logits for row in rows):
         return raw
-    changed = raw.clone(memory_format=torch.contiguous_format)
-    _add_biases(changed, rows)
+    changed, vocab_size = raw.clone(memory_format=torch.contiguous_format), raw.shape[-1]
+    biases = [(index * vocab_size, *row.bias) for index, row in enumerate(rows) if row.bias]
+    if biases:
+        # One operation for all: 49,000 entries one by one took 352 ms, like this 0.8.
+        places = np.concatenate([ids[ids < vocab_size] + start for start, ids, _ in biases])
+        values = np.concatenate([values[ids < vocab_size] for _, ids, values in biases])
+        changed.view(-1).index_add_(
+            0, upload_array(places, raw.device), upload_array(values, raw.device)
+        )
     for logits, row in zip(changed, rows, strict=True):
-        if row.changes_apart:
+        if row.changes_with_tokens:
             _change_row(logits, row)
     return changed
 
 
-def _add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
-    vocab_size = logits.shape[-1]
-    biased = [(index, row.bias) for index, row in enumerate(rows) if row.bias is not None]
-    if not biased:
-        return
-    # One operation for all: 49,000 entries one by one took 352 ms, like this 0.8.
-    places = np.concatenate([bias.token_ids + index * vocab_size for index, bias in biased])
-    values = np.concatenate([bias.values for _, bias in biased])
-    known = np.concatenate([bias.token_ids < vocab_size for _, bias in biased])
-    logits.view(-1).index_add_(
-        0, upload_array(places[known], logits.device), upload_array(values[known], logits.device)
-    )
-
-
-def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
+def _change_row(logits: torch.Tensor, row: Row) -> None:
     """Change one row's ``logits``, [vocab_size], in place."""
     sampling = row.sampling
     if len(row.output) < sampling.min_tokens:
@@ -231,7 +159,7 @@ def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
         # Within what float32 holds: an infinite factor would make NaN of 0, and 0 of minus
         # infinity.
         penalty = min(max(sampling.repetition_penalty, _FLOAT32.tiny), _FLOAT32.max)
-        seen = upload_array(np.unique(row.token_ids), logits.device)
+        seen = upload_array(np.unique(row.known), logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
@@ -245,22 +173,23 @@ def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
 # Sampling
 
 
-def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+def _sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Return token ids [num_rows]; ``logits``, [num_rows, vocab_size], are overwritten."""
     # The likeliest becomes 0: whatever the temperature makes of the others is at most that.
     scaled = logits.nan_to_num_().sub_(logits.amax(dim=-1, keepdim=True))
-    scaled.div_(_column([row.temperature for row in rows], scaled))
+    temperatures = [max(row.sampling.temperature, LEAST_TEMPERATURE) for row in rows]
+    scaled.div_(_column(temperatures, scaled))
     scaled = cut_unlikely(scaled, rows)
     keys = [draw_key(row.sampling.seed, row.sampling.choice, len(row.output)) for row in rows]
     return draw_by_noise(scaled, _indices(keys, logits))
 
 
-def cut_unlikely(scaled: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+def cut_unlikely(scaled: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Make the tokens impossible that the rows' min_p, top_k and top_p leave out."""
     return _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows), rows), rows)
 
 
-def _keep_min_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+def _keep_min_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Drop tokens less likely than min_p times the likeliest."""
     if not any(row.sampling.min_p > 0 for row in rows):
         return logits
@@ -269,7 +198,7 @@ def _keep_min_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     return logits.masked_fill(logits < least, float("-inf"))
 
 
-def _keep_top_k(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+def _keep_top_k(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Drop tokens less likely than the k-th; all that tie with it stay, so that no sort decides."""
     limited = {
         index: row.sampling.top_k
@@ -285,7 +214,7 @@ def _keep_top_k(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     return logits.masked_fill(logits < least, float("-inf"))
 
 
-def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+def _keep_top_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Keep the likeliest tokens of probability top_p together, and all that tie with the last."""
     limited = {
         index: row.sampling.top_p for index, row in enumerate(rows) if row.sampling.top_p < 1.0

@@ -10,12 +10,14 @@ on the device, then at the prefill engine or on the host; the rest is computed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from pdlaunch.engine.kvcache.manager import PrefixHit
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
-from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.observe.spans import SEATED
+from pdlaunch.engine.step import StepPlan
+from pdlaunch.observe.spans import PREFILL, SEATED
+from pdlaunch.protocol.kv_params import TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -106,28 +108,32 @@ class Scheduler:
         tells = self._transfers.commands or self._transfers.jobs or self._batch.freed_rows
         return bool(computes or tells or self.requests.may_progress or self._batch.steps)
 
-    def postprocess(self, plan: StepPlan, output: StepOutput) -> None:
-        """Account for a step that has run, the oldest in flight; ``output`` is that of rank 0."""
+    def postprocess(self, plan: StepPlan, drawn: Sequence[TokenOutput | None]) -> None:
+        """Account for a step that has run, the oldest in flight.
+
+        ``drawn``: an entry for each scheduled row with ``sample``, None where its logits were NaN.
+        """
         if plan.scheduled:
             num_tokens = sum(item.num_tokens for item in plan.scheduled)
             self.requests.histograms.observe("iteration_tokens_total", num_tokens)
-        tokens = iter(output.tokens)
+        tokens = iter(drawn)
         for item, request in self._batch.collect(plan):
-            drawn = next(tokens) if item.sample else None
+            token = next(tokens) if item.sample else None
             if request.phase is Phase.FINISHED:
                 # It ended while the step ran: drop its token.
                 if not request.num_in_flight:
                     self.requests.let_go(request)
                 continue
-            if request.spans.wants_steps:
-                of_prompt = request.num_computed < request.num_prompt_tokens
-                request.spans.computed(item.num_tokens, of_prompt=of_prompt, step_id=plan.step_id)
+            if request.spans is not None and request.computes_prompt:
+                log, start_at = request.spans.log, request.spans.step_at
+                request.spans.step_at = log.clock()
+                log.add(PREFILL, start_at, tokens=item.num_tokens, step=plan.step_id)
             request.num_computed += item.num_tokens
             # Before the token, which may end the request: blocks freed before they are registered
             # could not be found again.
             self.requests.register(request)
             if item.sample:
-                self.requests.take_token(request, drawn)
+                self.requests.take_token(request, token)
 
     def _schedule(self) -> StepPlan:
         # First: a preemption below sets it again, as it frees blocks for others.
@@ -237,7 +243,7 @@ class Scheduler:
         self.requests.histograms.seated(request)
         self._queues.move(request, Phase.RUNNING)
         device, host, remote = request.cached_tokens
-        request.spans.mark(SEATED, device_tokens=device, host_tokens=host, remote_tokens=remote)
+        request.mark(SEATED, device_tokens=device, host_tokens=host, remote_tokens=remote)
         self._batch.seat(request)
         num_tokens = min(step.room(request.num_remaining), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
@@ -309,7 +315,7 @@ class Scheduler:
         victim = self._queues.latest_owner()
         if victim.phase is Phase.RUNNING:
             self._batch.unseat(victim)
-        victim.spans.preempted()
+        victim.mark("preempted")
         self._queues.move(victim, Phase.WAITING)
         # While it still owns the blocks: it will find them in host memory.
         self._transfers.store(victim, range(victim.num_registered_blocks))
@@ -317,7 +323,7 @@ class Scheduler:
         victim.num_computed = victim.num_registered_blocks = 0
         victim.may_load = True
         self.requests.counts.preemptions += 1
-        victim.times.num_preemptions += 1
+        victim.num_preemptions += 1
         self.requests.may_progress = True
         step.budget += step.scheduled.pop(victim, 0)
         step.preempted = True

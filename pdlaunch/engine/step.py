@@ -9,7 +9,6 @@ from __future__ import annotations
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
-from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -69,13 +68,6 @@ class StepPlan(Message):
         return not (
             self.scheduled or self.commands or self.jobs or self.freed_rows or self.new_rows
         )
-
-
-class StepOutput(Message):
-    """Holds rank 0's tokens: one entry for each scheduled row with ``sample``, in their order."""
-
-    step_id: int
-    tokens: list[TokenOutput | None] = []  # none: its logits were NaN
 
 
 class SleepRank(Message):

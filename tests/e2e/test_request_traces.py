@@ -69,7 +69,6 @@ def test_every_process_tells_its_part(through_a_pair: RequestTrace) -> None:
         "read",
         "checksums",
         "pull",
-        "first decode step",
         "decode",
         "end",
     }

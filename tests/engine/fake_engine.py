@@ -215,7 +215,7 @@ class FakeEngine:
         self._scribble()
         output = self.runners[0].collect(steps[0])
         for runner, step in zip(self.runners[1:], steps[1:], strict=True):
-            runner.collect(step, output.tokens)
+            runner.collect(step, output)
         self._scribble()
         self.scheduler.postprocess(plan, output)
         self.scheduler.requests.check_integrity()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
-from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
+from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.kv_params import TokenOutput
 
@@ -96,7 +96,7 @@ class FakeRunner:
         """Rows whose prompt begins with this token have NaN for logits."""
         self.launched: deque[FakeStep] = deque()
 
-    def execute(self, plan: StepPlan) -> StepOutput:
+    def execute(self, plan: StepPlan) -> list[TokenOutput | None]:
         return self.collect(self.launch(plan))
 
     def launch(self, plan: StepPlan) -> FakeStep:
@@ -127,7 +127,9 @@ class FakeRunner:
             self.launched.append(step)
         return step
 
-    def collect(self, step: FakeStep, drawn: Sequence[TokenOutput] = ()) -> StepOutput:
+    def collect(
+        self, step: FakeStep, drawn: Sequence[TokenOutput | None] = ()
+    ) -> list[TokenOutput | None]:
         """``drawn``: by rank 0, for a rank that ``expects``."""
         assert not step.rows or self.launched.popleft() is step, (
             "steps end in the order in which they were launched"
@@ -142,9 +144,7 @@ class FakeRunner:
         if self.expects:
             for row, token in zip(sampled, drawn, strict=True):
                 self._learn(row, token.token_id)
-        return StepOutput(
-            step_id=step.plan.step_id, tokens=[self._sample(row) for row in sampled if self.samples]
-        )
+        return [self._sample(row) for row in sampled if self.samples]
 
     def slot(self, tables: list[dict[int, int]], group: int, position: int) -> tuple[int, int]:
         return tables[group][position // self.block_size], position % self.block_size

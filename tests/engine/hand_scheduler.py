@@ -106,9 +106,8 @@ class HandScheduler:
 
     def _execute(self, plan: StepPlan, requests: list[Request]) -> dict[int, tuple[int, int]]:
         output = self.runner.execute(plan)
-        assert output.step_id == plan.step_id
         sampled = [item.row for item in plan.scheduled if item.sample]
-        tokens = [token.token_id for token in output.tokens]
+        tokens = [token.token_id for token in output if token]
         if self.share is not None:
             tokens = self.share(tokens)
         unsaid = {}
@@ -197,8 +196,8 @@ def answer_ahead(runner: ModelRunner, prompt: list[int], num_tokens: int) -> lis
         start = len(prompt) + index - 1
         row = ScheduledRow(row=1, num_computed_tokens=start, num_tokens=1, sample=True)
         launched.append(runner.launch(StepPlan(step_id=index, scheduled=[row])))
-        tokens += [token.token_id for token in runner.collect(launched.pop(0)).tokens]
-    tokens += [token.token_id for token in runner.collect(launched.pop()).tokens]
+        tokens += [token.token_id for token in runner.collect(launched.pop(0)) if token]
+    tokens += [token.token_id for token in runner.collect(launched.pop()) if token]
     runner.execute(StepPlan(step_id=num_tokens, freed_rows=[1]))
     return tokens
 

@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.leader import Leader, RankParts
-from pdlaunch.engine.rows import LatestTokens
+from pdlaunch.engine.rows import LatestTokens, new_row
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.engine.sampler import SampleRow, draw_tokens, token_bias
-from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.engine.sampler import draw_tokens
+from pdlaunch.engine.step import StepPlan
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -49,7 +50,7 @@ class CountingRunner(ModelRunner):
         self.num_running += bool(plan.scheduled)
         return super().launch(plan)
 
-    def collect(self, step: Any) -> StepOutput:
+    def collect(self, step: Any) -> list[TokenOutput | None]:
         self.num_running -= 1
         return super().collect(step)
 
@@ -196,7 +197,7 @@ def test_drawing_on_a_gpu_makes_nobody_wait() -> None:
     logits[7, 9] = math.nan
     logits[8, 9] = math.inf
     params = [SamplingParams(max_tokens=9, seed=index, **kind) for index, kind in enumerate(kinds)]
-    rows = [SampleRow(sampling, _ids(), 2, token_bias(sampling)) for sampling in params]
+    rows = [new_row(np.zeros(4, np.int64), [1, 2, 3], 2, sampling) for sampling in params]
     expected = draw_tokens(logits, rows).collect()
     on_device = logits.cuda()
     draw_tokens(on_device, rows).collect()
@@ -224,10 +225,6 @@ def refuse_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def _ids() -> Any:
-    return torch.tensor([1, 2, 3]).numpy()
 
 
 @pytest.mark.gpu

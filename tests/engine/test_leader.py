@@ -14,7 +14,7 @@ from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader, RankParts
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.offload.tier import HostTier
-from pdlaunch.engine.step import StepDone, StepOutput, StepPlan
+from pdlaunch.engine.step import StepDone, StepPlan
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,
@@ -70,10 +70,9 @@ class Recorder:
             self.steps.append(f"launch {plan.step_id}")
         return plan
 
-    def collect(self, plan: StepPlan) -> StepOutput:
+    def collect(self, plan: StepPlan) -> list[TokenOutput | None]:
         self.steps.append(f"collect {plan.step_id}")
-        tokens = [TokenOutput(token_id=9) for row in plan.scheduled if row.sample]
-        return StepOutput(step_id=plan.step_id, tokens=tokens)  # type: ignore[arg-type]
+        return [TokenOutput(token_id=9) for row in plan.scheduled if row.sample]
 
 
 def make_leader(

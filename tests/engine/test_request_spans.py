@@ -27,7 +27,6 @@ def test_chunks_the_first_decode_step_and_the_rest(runs_ahead: bool) -> None:
         "prefill",
         "prefill",
         "prefill",
-        "first decode step",
         "decode",
         "end",
     ]

@@ -91,7 +91,7 @@ def test_row_is_taken_up_again_after_preemption(llama: Path) -> None:
     output = runner.execute(
         StepPlan(step_id=0, new_rows=[new_row], new_blocks=[blocks], scheduled=[whole])
     )
-    assert output.tokens[0].token_id == expected[5]
+    assert output[0].token_id == expected[5]
 
 
 def test_tokens_sampled_elsewhere_are_taken_over(llama: Path) -> None:
@@ -113,7 +113,7 @@ def test_tokens_sampled_elsewhere_are_taken_over(llama: Path) -> None:
     decode = ScheduledRow(row=0, num_computed_tokens=6, num_tokens=1, sample=True)
     first = RowTokens(row=0, position=6, token_ids=expected[:1])
     output = runner.execute(StepPlan(step_id=1, new_tokens=[first], scheduled=[decode]))
-    assert output.tokens[0].token_id == expected[1]
+    assert output[0].token_id == expected[1]
 
 
 def test_garbage_past_a_pulled_prompt_does_not_show(llama: Path) -> None:
@@ -144,7 +144,7 @@ def test_garbage_past_a_pulled_prompt_does_not_show(llama: Path) -> None:
     plan = StepPlan(
         step_id=1, freed_rows=[0], new_rows=[again], new_blocks=[blocks], scheduled=[decode]
     )
-    assert runner.execute(plan).tokens[0].token_id == expected[1]
+    assert runner.execute(plan)[0].token_id == expected[1]
 
 
 def test_warm_up_leaves_rows_and_cache_as_they_were(llama: Path) -> None:
@@ -224,7 +224,7 @@ def test_cuda_bfloat16_stays_close(name: str, tmp_path: Path) -> None:
         steps += [ScheduledRow(row=0, num_computed_tokens=5, num_tokens=1, sample=True)]
         plans = [StepPlan(step_id=0, new_rows=[new_row], new_blocks=blocks, scheduled=steps[:1])]
         plans += [StepPlan(step_id=1, scheduled=steps[1:])]
-        tokens = [runner.execute(plan).tokens[0] for plan in plans]
+        tokens = [runner.execute(plan)[0] for plan in plans]
         assert [token.token_id for token in tokens] == [17, 17]
         found.append([token.logprob for token in tokens])
     assert found[0] == pytest.approx(found[1], abs=0.15)
@@ -257,7 +257,7 @@ def test_request_with_nan_draws_nothing_and_harms_no_other_in_its_step(
             ScheduledRow(row=i, num_computed_tokens=0, num_tokens=3, sample=True) for i in (0, 1)
         ],
     )
-    sick, well = runner.execute(plan).tokens
+    sick, well = runner.execute(plan)
     assert sick is None
     assert well is not None
     assert [well.token_id] == greedy(llama, prompts[1:], 1)[0]

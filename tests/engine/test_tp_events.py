@@ -66,7 +66,7 @@ def test_blocks_come_back_exactly_once_in_any_order(order: tuple[int, ...]) -> N
 
 def test_the_spans_of_all_ranks_come_together() -> None:
     now = [100.0]
-    spans = RequestSpans(True, clock=lambda: now[0])
+    spans = RequestSpans(lambda: now[0])
     spans.enter(Phase.PULLING)
     reports = {
         rank: SpanReport(elapsed_s=1.0, spans=[Span("read", 0.25, 0.75)]) for rank in range(2)
@@ -88,7 +88,7 @@ def test_the_spans_of_all_ranks_come_together() -> None:
     now[0] = 101.0
     assert isinstance(event, PullFinished)
     spans.pulled(event, num_tokens=4, verifies=False)
-    told = spans.end("length", 1)
+    told = spans.report()
     assert told is not None
     assert [(span.process, span.name, span.start_at, span.end_at) for span in told.spans[1:5]] == [
         ("rank-0", "lease", 0.0, 0.25),

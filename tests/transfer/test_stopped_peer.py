@@ -19,7 +19,7 @@ import pytest
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.engine.step import StepPlan
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
 from pdlaunch.protocol.kv_params import TokenOutput
@@ -88,7 +88,7 @@ class DecodeEngine:
         for blocks in plan.new_blocks:
             self.tables.setdefault(self._lease_ids[blocks.row], []).extend(blocks.block_ids)
         tokens = [TokenOutput(token_id=7) for row in plan.scheduled if row.sample]
-        self.scheduler.postprocess(plan, StepOutput(step_id=plan.step_id, tokens=tokens))
+        self.scheduler.postprocess(plan, tokens)
         self.scheduler.requests.check_integrity()
         return plan
 
