@@ -19,7 +19,6 @@ import heapq
 import logging
 import resource
 import socket
-import time
 import weakref
 from typing import Any
 
@@ -28,16 +27,16 @@ from aiohttp import web
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import error_response
 
+# The next whole header must have come, counted from the accept or the last answer.
 IDLE_TIMEOUT_S = 20.0
-"""The next whole header must have come, counted from the accept or the last answer."""
 LINGERING_S = 2.0  # a client may go on sending a body that was answered unread
 REFUSAL_S = 1.0  # a client has this long to read that there is no room for its connection
 ACCEPT_LOG_INTERVAL_S = 60.0
+# Descriptors that are no clients' connections: logs, control channel, event loop, refusals.
 RESERVED_DESCRIPTORS = 64
-"""Descriptors that are no clients' connections: logs, control channel, event loop, refusals."""
 UPSTREAM_CONNECTIONS = 2  # one request may have prefill and decode at once
+# At the cap this part of the connections, those that idle the longest, is closed at once.
 _GIVING_WAY = 16
-"""At the cap this part of the connections, those that idle the longest, is closed at once."""
 
 _logger = logging.getLogger(__name__)
 
@@ -65,10 +64,11 @@ class HttpRunner(web.AppRunner):
         }
         # Weak: a connection that could not be set up is never told that it is lost.
         self._open = weakref.WeakSet[_Connection]()
+        self._accept_log_due_at = 0.0
 
     async def setup(self) -> None:
         await super().setup()
-        asyncio.get_running_loop().set_exception_handler(AcceptErrors())
+        asyncio.get_running_loop().set_exception_handler(self._on_error)
 
     @property
     def server(self) -> web.Server | None:
@@ -107,6 +107,18 @@ class HttpRunner(web.AppRunner):
                     socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000)
                 )
 
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "socket.accept()" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._accept_log_due_at:
+            # For want of a descriptor accepts fail a thousand times a second.
+            self._accept_log_due_at = loop.time() + ACCEPT_LOG_INTERVAL_S
+            _logger.error(
+                "connections wait: %s; this process may open %d files (ulimit -n)",
+                context.get("exception"),
+                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            )
+
 
 class _Connection(web.RequestHandler):
     def __init__(
@@ -129,7 +141,6 @@ class _Connection(web.RequestHandler):
         """Answer malformed HTTP like any other error, without a traceback in the log."""
         if status >= 500:
             return super().handle_error(request, status, exc, message)
-        _logger.debug("no valid HTTP from %s: %s", request.remote, message)
         text = f"the request is no valid HTTP: {message}"
         response = error_response(RequestError(text, status=status, code="invalid_http"))
         response.force_close()
@@ -166,26 +177,6 @@ class _Refusal(asyncio.Protocol):
         if transport.can_write_eof():  # TLS cannot
             transport.write_eof()
         asyncio.get_running_loop().call_later(REFUSAL_S, transport.abort)
-
-
-class AcceptErrors:
-    """Handles errors of an event loop; accepts that fail for want of a descriptor are logged once
-    a minute, not a thousand times a second.
-    """
-
-    def __init__(self) -> None:
-        self._due_at = 0.0
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if "socket.accept()" not in context.get("message", ""):
-            loop.default_exception_handler(context)
-        elif time.monotonic() >= self._due_at:
-            self._due_at = time.monotonic() + ACCEPT_LOG_INTERVAL_S
-            _logger.error(
-                "connections wait: %s; this process may open %d files (ulimit -n)",
-                context.get("exception"),
-                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            )
 
 
 def fit_requests(max_requests: int) -> int:

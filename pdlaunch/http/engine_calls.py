@@ -24,21 +24,21 @@ from yarl import URL
 
 UNIX = "unix:"  # begins the URL of an engine that listens on a Unix socket; the rest is its path
 CONNECT_S = 5.0
+# Limits what an engine tells of itself. vLLM's /metrics has up to 300 kB; a page of this size takes
+# a second to parse.
 MAX_PAGE_BYTES = 4 * 1024**2
-"""Limits what an engine tells of itself. vLLM's /metrics has up to 300 kB; a page of this size
-takes a second to parse.
-"""
 MAX_BODY_BYTES = 1024**3
+# Shorter than any engine's own, so that no request meets a connection that is being closed.
 KEEPALIVE_S = 2.0
-"""Shorter than any engine's own, so that no request meets a connection that is being closed."""
+# How long a stream that has said ``[DONE]`` may take to end, to use its connection again.
 END_S = 1.0
-"""How long a stream that has said ``[DONE]`` may take to end, to use its connection again."""
 _HIGH_WATER_BYTES = 256 * 1024
 _MAX_LINE_BYTES = 64 * 1024
 _RAW_BODY_BYTES = 1024**2
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
 
-Probe = Callable[[], Awaitable[None]]  # raises when the engine has died
+Addresses = list[tuple[socket.AddressFamily, int, tuple[Any, ...]]]
+"""Family, protocol and address of each address of a host."""
 
 
 class CallError(Exception):
@@ -53,10 +53,13 @@ class CallError(Exception):
 
 
 class Silence(NamedTuple):
-    """Calls ``probe`` after each ``stall_s`` in which an engine that works sends nothing."""
+    """Calls ``probe`` after each ``stall_s`` in which an engine that works sends nothing.
+
+    ``probe`` raises when the engine has died.
+    """
 
     stall_s: float
-    probe: Probe
+    probe: Callable[[], Awaitable[None]]
 
 
 class Answer:
@@ -66,14 +69,13 @@ class Answer:
         self.status = response.status
         self.headers = {name.lower(): value for name, value in response.headers.items()}
         self._response = response
-        self._silence = silence
         self._is_read = False
         self._num_seen = 0
-        self._probing: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
+        self._probing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         if silence is not None:
-            self._look_again(silence)
+            self._look_later(silence)
 
     async def read_some(self) -> bytes:
         """Return the next bytes, none at the end. Raises CallError, and what the probe raises."""
@@ -97,7 +99,7 @@ class Answer:
 
     def close(self) -> None:
         """Give up what has not come, by closing the connection: that ends the engine's work."""
-        self._stop()
+        self._stop_looking()
         # At once: what is left of a long request would keep the connection open.
         if (connection := self._response.connection) is not None and connection.transport:
             connection.transport.abort()
@@ -105,28 +107,27 @@ class Answer:
 
     def leave(self) -> None:
         """Use the connection again if the answer ends soon, as one that said ``[DONE]`` does."""
-        self._stop()
+        self._stop_looking()
         if self._response.connection is not None:
             asyncio.get_running_loop().call_later(END_S, self._response.close)
 
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._probing is not None:
-            self._probing.cancel()
+    def _stop_looking(self) -> None:
+        for one in (self._timer, self._probing):
+            if one is not None:
+                one.cancel()
 
-    def _look_again(self, silence: Silence) -> None:
+    def _look_later(self, silence: Silence) -> None:
         # One timer for a whole answer: one for each piece took a tenth of the time for a token.
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(silence.stall_s, self._look, silence)
 
     def _look(self, silence: Silence) -> None:
-        num_bytes = self._response.content.total_bytes
-        if self._is_read and num_bytes == self._num_seen:
+        num_before, self._num_seen = self._num_seen, self._response.content.total_bytes
+        # Where nobody reads, a slow client makes the engine wait.
+        if self._is_read and num_before == self._num_seen:
             self._probing = asyncio.ensure_future(self._probe(silence))
-            return
-        self._num_seen = num_bytes
-        self._look_again(silence)
+        else:
+            self._look_later(silence)
 
     async def _probe(self, silence: Silence) -> None:
         try:
@@ -135,7 +136,7 @@ class Answer:
             self._error = error
             self._response.close()  # its reader gets the error
         else:
-            self._look_again(silence)
+            self._look_later(silence)
 
 
 class EngineCalls:
@@ -210,21 +211,20 @@ class EngineCalls:
         if _FORBIDDEN.search(target):  # aiohttp would send it
             raise CallError("its path holds a space or a control character", not_received=True)
         base = "http://localhost" if url.startswith(UNIX) else url.rstrip("/")
-        # aiohttp warns of a long body in one piece, which would be copied in each try to write it.
-        data: Any = body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body)
         try:
             return await self._session(url).request(
                 method,
                 URL(base + target, encoded=True),
                 headers=headers,
-                data=data,
+                # aiohttp warns of a long body in one piece, which each try to write it would copy.
+                data=body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body),
                 allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            if isinstance(error, TimeoutError):
-                reason = f"no connection within {self._connect_s:g} s"
-                raise CallError(reason, not_received=True) from None
-            raise CallError(f"cannot connect: {error}", not_received=True) from None
+            is_late = isinstance(error, TimeoutError)
+            late = f"no connection within {self._connect_s:g} s"
+            reason = late if is_late else f"cannot connect: {error}"
+            raise CallError(reason, not_received=True) from None
         except (ValueError, aiohttp.InvalidURL) as error:
             raise CallError(f"the request cannot be sent: {error}", not_received=True) from None
         except (aiohttp.ClientError, OSError) as error:
@@ -232,29 +232,29 @@ class EngineCalls:
 
     def _session(self, url: str) -> aiohttp.ClientSession:
         path = url.removeprefix(UNIX) if url.startswith(UNIX) else ""
-        session = self._sessions.get(path)
-        if session is None:
-            connector: aiohttp.BaseConnector = (
-                aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
-                if path
-                else aiohttp.TCPConnector(
-                    limit=0,
-                    keepalive_timeout=KEEPALIVE_S,
-                    ssl=self._tls or True,
-                    resolver=_Resolver(),
-                    ttl_dns_cache=0,
-                )
+        if (known := self._sessions.get(path)) is not None:
+            return known
+        connector: aiohttp.BaseConnector
+        if path:
+            connector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
+        else:
+            connector = aiohttp.TCPConnector(
+                limit=0,
+                keepalive_timeout=KEEPALIVE_S,
+                ssl=self._tls or True,
+                resolver=_Resolver(),
+                ttl_dns_cache=0,
             )
-            session = self._sessions[path] = aiohttp.ClientSession(
-                connector=connector,
-                timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_s),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-                read_bufsize=_HIGH_WATER_BYTES,
-                max_line_size=_MAX_LINE_BYTES,
-                max_field_size=_MAX_LINE_BYTES,
-            )
+        session = self._sessions[path] = aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            read_bufsize=_HIGH_WATER_BYTES,
+            max_line_size=_MAX_LINE_BYTES,
+            max_field_size=_MAX_LINE_BYTES,
+        )
         return session
 
 
@@ -280,8 +280,8 @@ class _Resolver(AbstractResolver):
 
 async def look_up(
     host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
-) -> list[tuple[socket.AddressFamily, int, tuple[Any, ...]]]:
-    """Return family, protocol and address of each address of a host. Raises OSError, ValueError.
+) -> Addresses:
+    """Return the addresses of a host. Raises OSError, ValueError.
 
     In a thread of its own: a name that no server answers holds a thread for 10 s and more. The
     event loop has few of them, for all its work that blocks, and its end waits for them.

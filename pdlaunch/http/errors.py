@@ -11,21 +11,16 @@ from aiohttp import web
 
 from pdlaunch.errors import KillsEngineError, OverloadedError, PdlaunchError, RequestError
 
-RANK_LOST = "engine_restarting"
-"""The code of an engine whose rank died while it computed the request."""
+RANK_LOST = "engine_restarting"  # the code of an engine whose rank died of, or with, the request
 CLIENT_CLOSED_REQUEST = 499  # the status, in metrics alone, of a request whose client went away
 RETRY_AFTER_S = 2  # seconds that a client should wait for an engine that starts or returns
-LEAVING_RETRY_AFTER_S = 5
-"""Seconds that a client should wait for the successor of a process that leaves."""
+LEAVING_RETRY_AFTER_S = 5  # and for the successor of a process that leaves
 
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
@@ -57,14 +52,11 @@ def error_response(error: BaseException) -> web.Response:
         )
     explained = _explained(error)
     headers = {}
-    match explained:
-        case KillsEngineError():
-            # OpenAI's clients repeat a 500 by themselves unless this tells them not to.
-            headers = {"X-Should-Retry": "false"}
-        case OverloadedError(status=429 | 503):
-            headers = {"Retry-After": str(explained.retry_after_s)}
-        case _:
-            pass
+    if isinstance(explained, KillsEngineError):
+        # OpenAI's clients repeat a 500 by themselves unless this tells them not to.
+        headers["X-Should-Retry"] = "false"
+    if isinstance(explained, OverloadedError):
+        headers["Retry-After"] = str(explained.retry_after_s)
     return json_response(error_body(explained), status=explained.status, headers=headers)
 
 
@@ -123,10 +115,10 @@ def _explained(error: BaseException) -> RequestError:
     match error:
         case RequestError():
             return error
-        case web.HTTPRequestEntityTooLarge():
-            return RequestError("the body is too large", status=413, code="body_too_large")
         case web.RequestPayloadError():
             return RequestError(f"the body cannot be read: {error}", code="invalid_body")
+        case web.HTTPRequestEntityTooLarge():
+            return RequestError("the body is too large", status=413, code="body_too_large")
         case web.HTTPException():
             return RequestError(error.reason, status=error.status)
         case _:

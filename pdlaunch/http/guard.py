@@ -1,8 +1,7 @@
 """Keeps out what a web page of somebody else must not be able to send to routers and engines.
 
 A browser lets any page send requests to ``127.0.0.1``, and a page whose own name is made to resolve
-to it (DNS rebinding) may read the answers too. Three checks, before any key is asked for, close
-this:
+to it (DNS rebinding) may read the answers too. Checks before any key is asked for close this:
 
 - **Host** must be a loopback name or address, the address the connection came in on, the name the
   server was bound to, or one of ``allowed_hosts``. A rebound page sends its own name.
@@ -10,9 +9,6 @@ this:
   of ``cors_origins``.
 - **Content-Type** of a body must be ``application/json``: other types are what a page may send
   without asking first.
-
-``/health`` and ``/ping`` are open to any Host: probes of load balancers send whatever they like,
-and the answer gives nothing away.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from pdlaunch.config.http_names import ANY, WILDCARDS, is_loopback
 from pdlaunch.errors import RequestError
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, REQUEST_ID_HEADER
 
+# Probes of load balancers send any Host, and the answer gives nothing away.
 HOST_FREE_PATHS = frozenset({"/health", "/ping"})
 PREFLIGHT_MAX_AGE_S = 600
 _EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, {IGNORED_FIELDS_HEADER}, Retry-After"
@@ -68,7 +65,14 @@ class Guard:
             )
         wants_preflight = hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
         if is_listed and http.method == hdrs.METH_OPTIONS and wants_preflight:
-            return _preflight_answer(http)
+            # Any headers: keys, not preflights, decide what they open.
+            wanted = http.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
+            headers = {
+                hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST",
+                hdrs.ACCESS_CONTROL_ALLOW_HEADERS: wanted,
+                hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_MAX_AGE_S),
+            }
+            return web.Response(status=204, headers=headers)
         if http.body_exists and http.content_type != "application/json":
             raise RequestError(
                 "Content-Type must be application/json", status=415, code="unsupported_media_type"
@@ -84,9 +88,7 @@ class Guard:
         return None
 
     async def add_cors_headers(self, http: web.Request, response: web.StreamResponse) -> None:
-        """Let pages of a listed origin read the answer; a handler for
-        ``Application.on_response_prepare``.
-        """
+        """Let pages of a listed origin read the answer; aiohttp calls this with each answer."""
         if self._origins:
             response.headers.add(hdrs.VARY, hdrs.ORIGIN)
         if self._is_listed(http):
@@ -99,35 +101,23 @@ class Guard:
         # Two Host headers: servers disagree on which one counts, so neither does.
         given = http.headers.getall(hdrs.HOST, [])
         host = _host_name(given[0]) if len(given) == 1 else ""
-        return host in self._hosts or is_loopback(host) or host == _local_address(http)
+        name = None if http.transport is None else http.transport.get_extra_info("sockname")
+        own_address = name[0].partition("%")[0] if isinstance(name, tuple) else None
+        return host in self._hosts or is_loopback(host) or host == own_address
 
     def _is_listed(self, http: web.Request) -> bool:
         origins = http.headers.getall(hdrs.ORIGIN, [])
         return len(origins) == 1 and (ANY in self._origins or origins[0].lower() in self._origins)
 
 
-def _preflight_answer(http: web.Request) -> web.Response:
-    """Allow any method and any headers: keys, not preflights, decide what they open."""
-    headers = {
-        hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST",
-        hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_MAX_AGE_S),
-    }
-    wanted = http.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS)
-    if wanted is not None:
-        headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = wanted
-    return web.Response(status=204, headers=headers)
-
-
 def _is_same_origin(http: web.Request) -> bool:
     """Compare host and port: behind a proxy that ends TLS the server does not know the scheme."""
     origins, hosts = http.headers.getall(hdrs.ORIGIN), http.headers.getall(hdrs.HOST, [])
     try:
-        return (
-            len(origins) == len(hosts) == 1
-            and urlsplit(origins[0]).netloc.lower() == hosts[0].lower()
-        )
+        places = [urlsplit(origin).netloc.lower() for origin in origins]
     except ValueError:
         return False
+    return len(places) == 1 and places == [host.lower() for host in hosts]
 
 
 def _host_name(host_header: str) -> str:
@@ -138,17 +128,11 @@ def _host_name(host_header: str) -> str:
     try:
         parts = urlsplit(f"//{host_header}")
         _ = parts.port  # raises when it is none
-        is_plain = parts.netloc == host_header and "@" not in host_header
-        return _plain(parts.hostname or "") if is_plain else ""
     except ValueError:
         return ""
+    is_plain = parts.netloc == host_header and "@" not in host_header
+    return _plain(parts.hostname or "") if is_plain else ""
 
 
 def _plain(name: str) -> str:
     return name.strip("[]").rstrip(".").lower()
-
-
-def _local_address(http: web.Request) -> str | None:
-    """Return the address of this machine that the connection came in on."""
-    name = None if http.transport is None else http.transport.get_extra_info("sockname")
-    return name[0].partition("%")[0] if isinstance(name, tuple) else None

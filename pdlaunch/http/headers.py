@@ -14,21 +14,20 @@ from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
 REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
+# The router tells engines the PromptOrigin, and whether a rank may have died of the prompt.
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
-"""The router tells engines the PromptOrigin, and whether a rank may have died of the prompt."""
 TIMEOUT_HEADER = "X-Request-Timeout"  # seconds in which a client wants the whole answer
+# Tells a client which engines have served it; with ``pair`` it asks for a pair.
 ROUTE_HEADER = "X-Pdlaunch-Route"
-"""Tells a client which engines have served it; with ``pair`` it asks for a pair."""
 WANTS_PAIR = "pair"
+# A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``.
 SPANS_HEADER = "X-Pdlaunch-Spans"
-"""A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``."""
-MAX_REQUEST_ID_LENGTH = 200
-IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"
-"""Names of fields of the request that were ignored, with commas between them."""
+IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"  # names, with commas between them
 MAX_SENT_NAMES = 20
+# Names that a process logs in its life: what clients send must not fill its log or memory.
 MAX_LOGGED_NAMES = 256
-"""Names that a process logs in its life: what clients send must not fill its log or memory."""
 MAX_NAME_CHARS = 64
+MAX_REQUEST_ID_LENGTH = 200
 
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 # A name is the client's own text: only plain ones can go into a header.
@@ -38,15 +37,11 @@ _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
 
-
 _logger = logging.getLogger(__name__)
 
 
 def read_request_id(header: str | None) -> HttpRequestId:
-    """Return the client's request id, or a new one without the header.
-
-    Raises RequestError when it is too long or not printable ASCII.
-    """
+    """Return the client's request id, or a new one without the header. Raises RequestError."""
     if not header:
         return HttpRequestId(uuid.uuid4().hex)
     if _REQUEST_ID.fullmatch(header) is None:
@@ -59,10 +54,7 @@ def read_request_id(header: str | None) -> HttpRequestId:
 
 
 def read_timeout_s(header: str | None) -> float | None:
-    """Return the seconds in which a client wants its answer; None: it does not say.
-
-    Raises RequestError.
-    """
+    """Return the seconds in which a client wants its answer. Raises RequestError."""
     if header is None:
         return None
     try:
@@ -79,13 +71,8 @@ def read_timeout_s(header: str | None) -> float | None:
 
 
 def read_traceparent(header: str | None) -> str | None:
-    """Return the ``traceparent`` as it came; None without one.
-
-    A malformed one counts as none: the W3C standard says to ignore it.
-    """
-    if header is None or _TRACEPARENT.fullmatch(header) is None:
-        return None
-    return header
+    """Return the header; a malformed one counts as none, as the W3C standard says."""
+    return header if header is not None and _TRACEPARENT.fullmatch(header) else None
 
 
 def format_origin(origin: PromptOrigin, *, is_suspect: bool = False) -> str:
@@ -94,9 +81,8 @@ def format_origin(origin: PromptOrigin, *, is_suspect: bool = False) -> str:
 
 
 def read_origin(header: str | None) -> tuple[PromptOrigin, bool]:
-    """Return the number, and whether it is a suspect.
-
-    ``NO_ORIGIN`` stands for a malformed header and for none: other routers do not send it.
+    """Return the number, and whether it is a suspect; ``NO_ORIGIN`` for what another router, or a
+    stranger, sends.
     """
     match = _ORIGIN.fullmatch(header or "")
     if match is None or int(match[1]) >= 2**63:
@@ -111,10 +97,7 @@ class IgnoredFields:
         self._logged: set[str] = set()
 
     def headers(self, names: Iterable[str]) -> dict[str, str]:
-        """Log names that are new, and return the header that tells the client of all plain ones.
-
-        Without such names there is no header.
-        """
+        """Log names that are new, and return the header, if any, that tells the plain ones."""
         plain: dict[str, None] = {}
         for name in names:
             self._log(name)
