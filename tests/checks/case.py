@@ -37,18 +37,6 @@ def mooncake(base, **config):
     return on(base, kv_transfer__connector="mooncake", **config)
 
 
-def rdma(base, devices=""):
-    settings = {
-        "kv_transfer__mooncake__protocol": "rdma",
-        "kv_transfer__mooncake__devices": devices,
-    }
-    return mooncake(base, **settings)
-
-
-def nvlink(base, **config):
-    return mooncake(base, kv_transfer__mooncake__protocol="nvlink", **config)
-
-
 def p2p(base, **config):
     return on(base, kv_transfer__nixl__path="p2p", **config)
 

@@ -34,7 +34,6 @@ CASES = {
         [
             far(),
             far(kv_transfer__connector="mooncake"),
-            far(kv_transfer__nixl__path="nixl"),
             far_vllm(),
             far_vllm(kv_transfer__nixl__path="p2p"),
         ],
@@ -42,7 +41,6 @@ CASES = {
             far(**TRUSTED),
             far_vllm(**TRUSTED),
             near_vllm(),
-            hosts(A, B),
             far(kv_transfer__connector="file", kv_transfer__file__directory="/shared"),
             hosts(
                 A | {"roles": "both"}, B, both__replicas=1, prefill__replicas=0, decode__replicas=0

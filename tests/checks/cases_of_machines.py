@@ -18,7 +18,6 @@ from tests.checks.contexts import CPU, GPU, on
 
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
 NO_CUDA = "transports 'cuda_ipc','cuda_copy' are not available, please use one or more of: cma, sm"
-MNNVL = {"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}
 
 
 CASES: dict[str, Case] = {
@@ -33,7 +32,6 @@ CASES: dict[str, Case] = {
         [
             on(CPU, probes=nixl_says(refusal="Invalid value")),
             p2p(CPU, probes=nixl_says(import_error="undefined symbol")),
-            mooncake(CPU, probes=nixl_says(import_error="undefined symbol")),
         ],
     ),
     "PD437": Case(
@@ -131,10 +129,7 @@ CASES: dict[str, Case] = {
         [on(CPU, probes={"ports": {ROUTER: PortState("busy")}})],
     ),
     "PD422": Case(
-        [
-            on(CPU, probes={"ports": {ROUTER: PortState("not here")}}),
-            on(CPU, probes={"ports": {ROUTER: PortState("unknown host")}}),
-        ],
+        [on(CPU, probes={"ports": {ROUTER: PortState("not here")}})],
         [on(CPU, probes={"ports": {ROUTER: PortState()}})],
     ),
     "PD425": Case(
@@ -156,7 +151,6 @@ CASES: dict[str, Case] = {
     "PD442": Case(
         [
             on(CPU, probes=nixl_says(warnings=("transport 'cma' is not available",))),
-            on(CPU, probes=nixl_says(warnings=("intra-node device 'x' is not available",))),
             on(GPU, probes=nixl_says(warnings=(NO_CUDA,))),
             on(CPU, probes=nixl_says(warnings=("unused variable: UCX_A (maybe: UCX_B?)",))),
         ],
@@ -181,10 +175,7 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD504": Case(
-        [
-            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=12.0),)),
-            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=199.0),)),
-        ],
+        [on(GPU, pairs=(replace(PAIR, gigabytes_per_s=12.0),))],
         [
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=300.0),)),
             on(GPU, pairs=(replace(PAIR, allocator="cumem", gigabytes_per_s=0.6),)),

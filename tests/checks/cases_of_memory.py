@@ -8,7 +8,6 @@ from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
 OLD = machine(GPU, gpus=tuple(replace(gpu, has_virtual_memory=False) for gpu in GPU.gpus))
-ASYNC = {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
 
 CASES: dict[str, Case] = {
     "PD201": Case(
@@ -21,9 +20,7 @@ CASES: dict[str, Case] = {
     "PD202": Case(
         [
             on(CPU, enable_cumem_allocator=True),
-            on(GPU, enable_cumem_allocator=True, device="cpu"),
             on(GPU, enable_cumem_allocator=True, decode__device="cpu"),
-            on(CPU, decode__enable_cumem_allocator=True),
         ],
         [on(CPU, enable_cumem_allocator=False), on(GPU, enable_cumem_allocator=True)],
     ),
@@ -37,33 +34,16 @@ CASES: dict[str, Case] = {
     "PD204": Case(
         [
             on(GPU, environ=EXPANDABLE),
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": " expandable_segments : true "}),
-            on(GPU, environ={"PYTORCH_HIP_ALLOC_CONF": "expandable_segments:1"}),
-            on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
             on(GPU, environ={}, decode__env=EXPANDABLE),
             on(GPU, environ=EXPANDABLE, kv_transfer__connector="mooncake"),
             on(GPU, environ=EXPANDABLE, decode__device="cpu"),
         ],
         [
             on(CPU, environ=EXPANDABLE),
-            on(GPU, environ=EXPANDABLE, device="cpu"),
             on(GPU, environ=EXPANDABLE, kv_transfer__nixl__path="p2p"),
             on(GPU, environ=EXPANDABLE, **FILES),
             on(GPU, environ=EXPANDABLE, enable_cumem_allocator=True),
             on(GPU, environ=EXPANDABLE, enable_sleep_mode=True),
-            on(
-                GPU,
-                environ={
-                    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,expandable_segments:False"
-                },
-            ),
-            on(
-                GPU,
-                environ={
-                    "PYTORCH_CUDA_ALLOC_CONF": "",
-                    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-                },
-            ),
             on(
                 GPU,
                 environ=EXPANDABLE,
@@ -122,7 +102,6 @@ CASES: dict[str, Case] = {
     "PD213": Case(
         [
             on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
-            on(GPU, enable_sleep_mode=True, kv_transfer__nixl__path="nixl"),
             on(GPU, enable_sleep_mode=True, kv_transfer__connector="mooncake"),
         ],
         [
@@ -137,10 +116,7 @@ CASES: dict[str, Case] = {
         [on(OLD), on(GPU, enable_sleep_mode=True), on(CPU, enable_cumem_allocator=True)],
     ),
     "PD220": Case(
-        [
-            on(CPU, **TIER, enable_prefix_caching=False),
-            on(CPU, **TIER, decode__enable_prefix_caching=False),
-        ],
+        [on(CPU, **TIER, enable_prefix_caching=False)],
         [
             on(CPU, **TIER),
             on(CPU, enable_prefix_caching=False),

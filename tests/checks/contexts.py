@@ -95,6 +95,15 @@ GB200 = replace(
     ),
 )
 
+NOTHING_WRONG: dict[str, Any] = {
+    name: {}
+    for name in (
+        *("ports", "nixl", "connector_errors", "missing_extras", "folder_problems"),
+        *("weight_errors", "engine_commands", "engine_flags"),
+    )
+}
+"""Fields of ``Probes`` that were looked at, without a finding."""
+
 
 def on(
     machine: Machine,
@@ -131,18 +140,7 @@ def on(
             "both": Model("a", paths[1], decode, error=model_error),
         },
     )
-    names = (
-        "ports",
-        "nixl",
-        "connector_errors",
-        "missing_extras",
-        "folder_problems",
-        "weight_errors",
-        "engine_commands",
-        "engine_flags",
-    )
-    known: dict[str, Any] = {name: {} for name in names}
-    known["deployment"] = SeenDeployment((), ())
+    known = NOTHING_WRONG | {"deployment": SeenDeployment((), ())}
     return make_context(
         launch,
         {path: Origin("default") for path in all_settings()} | given,
