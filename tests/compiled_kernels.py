@@ -18,9 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from pdlaunch.engine.memory.page_kernel import copy_pages, padded_columns
 from pdlaunch.engine.models import fused_decoder
-from pdlaunch.engine.models.fused_decoder import Norm
-from pdlaunch.engine.models.triton_attention import TritonAttention
-from pdlaunch.engine.models.triton_step import HeadNorms
+from pdlaunch.engine.models.triton_attention import Norm, TritonAttention
 from pdlaunch.transfer.connectors.cuda_copies import KERNELS
 from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions
 from tests.engine.models.attention_reference import Case, make_inputs
@@ -30,7 +28,7 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
 technical specifications.
 """
 LAUNCHED = {
-    *("write_kv", "attend_decode", "reduce_splits", "attend_chunks"),
+    *("attend_decode", "reduce_splits", "attend_chunks"),
     *("gather_kv", "rotate_and_write", "add_and_normalize", "multiply_gated"),
     *("hash_region", "_copy_pages"),
 }
@@ -98,13 +96,13 @@ def attention(case: Case) -> None:
     rotary = torch.zeros(2, len(heads), case.head_dim, dtype=case.dtype)
     weight = rotary[0, 0]
     for flash in (None, lambda query, *_, **__: torch.empty_like(query)):
-        backend.setup.flash = flash
+        backend.flash = flash
         step = backend.prepare(inputs.batch)
         for layer in range(0, 2 * len(case.windows), 2):
             step.attend(layer, inputs.query, inputs.key, inputs.value, 0.1, inputs.sinks)
             projected = heads.view(len(heads), -1)
             step.rotate_and_attend(layer, projected, (rotary[0], rotary[1]), 0.1)
-            step.rotate_and_attend(layer, projected, None, 0.1, HeadNorms(weight, weight, 1e-5))
+            step.rotate_and_attend(layer, projected, None, 0.1, (Norm(weight, 1e-5),) * 2)
 
 
 def layers(size: int) -> None:

@@ -22,8 +22,8 @@ from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
 from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools, open_memory_pools
 from pdlaunch.engine.models.attention import AttentionBackend, PackedBatch, ReportProgress
-from pdlaunch.engine.models.decoder import Decoder, TransformersDecoder
-from pdlaunch.engine.models.loader import load_model, reload_model
+from pdlaunch.engine.models.decoder import Decoder
+from pdlaunch.engine.models.loader import ModelLoader
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.rows import LatestTokens, Row, RowTable
@@ -92,17 +92,11 @@ class ModelRunner:
         self._pools = pools or open_memory_pools(
             enabled=spec.enable_cumem_allocator, device=self._device
         )
+        self._loader = ModelLoader(
+            model_dir, self.shape, dtype, self._device, dummy=is_dummy, tp=tp, progress=progress
+        )
         with self._pools.memory_pool(WEIGHTS):
-            self._model = load_model(
-                model_dir,
-                self.shape,
-                dtype=dtype,
-                device=self._device,
-                dummy=is_dummy,
-                tp=tp,
-                progress=progress,
-                stacked=self._device.type == "cuda",
-            )
+            self._model = self._loader.load(stacked=self._device.type == "cuda")
             self._decoder = self._new_decoder()
         # Behind the last read: a file that others change meanwhile shows up here.
         self.model_files = weight_digests(model_dir, dummy=is_dummy)
@@ -241,15 +235,7 @@ class ModelRunner:
         if KV_CACHE in waking:
             self.kv_cache.zero_()
         if self._weights_lost and WEIGHTS not in self._pools.sleeping_tags:
-            reload_model(
-                self._model,
-                Path(self._spec.model_dir),
-                self.shape,
-                dtype=getattr(torch, self._spec.dtype),
-                dummy=self._spec.load_format == "dummy",
-                tp=self._tp,
-                progress=self._progress,
-            )
+            self._loader.reload(self._model)
             found = weight_digests(
                 Path(self._spec.model_dir), dummy=self._spec.load_format == "dummy"
             )
@@ -277,7 +263,7 @@ class ModelRunner:
 
             if can_fuse(self._model):
                 return FusedDecoder(self._model)
-        return TransformersDecoder(self._model)
+        return Decoder(self._model)
 
     def _new_attention(self) -> AttentionBackend:
         if self._device.type == "cpu":

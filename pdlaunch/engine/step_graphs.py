@@ -18,7 +18,7 @@ import torch
 from pdlaunch.engine.device_copies import upload_array
 from pdlaunch.engine.models.attention import PackedBatch, ReportProgress
 from pdlaunch.engine.models.decoder import Decoder
-from pdlaunch.engine.models.step_inputs import GraphInputs, Staging
+from pdlaunch.engine.models.step_inputs import GraphInputs
 from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 
@@ -72,14 +72,13 @@ class StepGraphs:
         # Logits and likeliest tokens of the latest step; all graphs write them here. In bf16 each
         # would keep 64 MiB of its own for 256 rows of 128k tokens otherwise.
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
-        layout, device = attention.setup.layout, attention.setup.kv_cache.device
-        staging = Staging(GraphInputs.buffer_size(layout, max_rows, max_blocks), device)
+        device = attention.kv_cache.device
+        self._inputs = GraphInputs(attention.layout, max_rows, max_blocks, device)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._graphs: dict[int, tuple[GraphInputs, Recorded]] = {}
+        self._graphs: dict[int, Recorded] = {}
         for index, size in enumerate(reversed(self._sizes)):
             progress(f"capturing CUDA graphs: {size} rows", index / len(self._sizes))
-            inputs = GraphInputs(layout, size, staging)
-            self._graphs[size] = inputs, self._capture(inputs, pool)
+            self._graphs[size] = self._capture(size, pool)
 
     def run(self, batch: PackedBatch, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return logits [num_kept, vocab_size] and the likeliest tokens [num_kept] of the rows
@@ -91,9 +90,9 @@ class StepGraphs:
         index = bisect_left(self._sizes, batch.num_rows)
         if batch.num_decode_rows < batch.num_rows or index == len(self._sizes):
             return None
-        inputs, graph = self._graphs[self._sizes[index]]
-        inputs.fill(batch)
-        logits, likeliest = graph.replay()
+        size = self._sizes[index]
+        self._inputs.fill(batch, size)
+        logits, likeliest = self._graphs[size].replay()
         # The usual case: every row draws, in the order of the batch.
         if kept == [*range(len(kept))]:
             return logits[: len(kept)], likeliest[: len(kept)]
@@ -101,17 +100,17 @@ class StepGraphs:
         return logits[places], likeliest[places]
 
     @torch.inference_mode()
-    def _capture(self, inputs: GraphInputs, pool: Any) -> Recorded:
+    def _capture(self, num_rows: int, pool: Any) -> Recorded:
         # Warm-up and capture touch no block of the KV cache.
-        inputs.clear()
+        self._inputs.clear()
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
-            token_ids = inputs.token_ids
+            token_ids = self._inputs.token_ids(num_rows)
             if self._latest is not None:
                 token_ids = self._latest.look_up(token_ids)
-            logits = self._decoder.logits(
-                token_ids, inputs.positions, None, self._attention.graph_step(inputs)
-            )
+            attention = self._attention.graph_step(self._inputs.tensors(num_rows))
+            positions = self._inputs.positions(num_rows)
+            logits = self._decoder.logits(token_ids, positions, None, attention)
             return self._keep(logits, likeliest_tokens(logits))
 
         return Recorded(step, pool)

@@ -1,10 +1,9 @@
-"""Triton kernels of paged attention: write, decode in splits, gather.
+"""Triton kernels of paged attention: decode in splits, chunks of prompts, gather.
 
 All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim)
-in place; ``layer_offset`` is the distance of a layer's keys from its block and head, in elements.
-Sizes of the batch come from the device where a CUDA graph may replay the launch: rows past the
-batch have length 0 and slot -1. Scores are kept times log2(e), for exp2. Import this module only
-where triton is there.
+in place; ``cache`` points at a layer's keys in the first block. Sizes of the batch come from the
+device where a CUDA graph may replay the launch: rows past the batch have length 0. Scores are kept
+times log2(e), for exp2. Import this module only where triton is there.
 
 Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for the online softmax.
 """
@@ -18,15 +17,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def row_offsets(
-    table, positions, is_context, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Return the distance of each position's row of D from the first block's."""
-    blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_context, other=0)
-    return blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
 
 
 @triton.jit
@@ -46,51 +36,60 @@ def first_tile(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
     return 0 if WINDOW == 0 else tl.maximum(length - WINDOW, 0) // TILE * TILE
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def write_kv(
-    key,
-    value,
-    slots,
-    kv_cache,
-    num_tokens,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    layer_offset,
+@triton.jit
+def attend_tile(
+    queries,
+    table,
+    layer,
+    positions,
+    is_held,
+    is_visible,
+    best,
+    total,
+    attended,
+    scaling_log2,
     block_stride,
-    head_stride,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
 ):
-    """Write keys and values. ``slots``: [num_tokens]; block * B + offset, or -1.
+    """Add the keys and values at ``positions`` to an online softmax, and return its new state.
 
-    Grid: tiles of TOKENS tokens, KV heads.
+    ``queries``: [Q, D]; ``is_held``: [TILE] positions whose blocks are read; ``is_visible``: [Q or
+    1, TILE]. The state of each query: the best score, the sum of weights, the weighted values.
     """
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    head = tl.program_id(1)
     dims = tl.arange(0, PADDED_DIM)
-    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
-    mask = (slot >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
-    rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
-    target = kv_cache + head * head_stride + layer_offset + rows[:, None] + dims[None, :]
-    places = tokens.to(tl.int64)[:, None]
+    is_dim = dims < HEAD_DIM
+    blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_held, other=0)
+    rows = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
     keys = tl.load(
-        key + places * key_token_stride + head * key_head_stride + dims[None, :], mask=mask
+        layer + rows[None, :] + dims[:, None], mask=is_held[None, :] & is_dim[:, None], other=0.0
     )
+    # By itself Triton multiplies float32 as TF32, with 10 bits of the mantissa: too few for tokens
+    # that are the same on every engine.
+    scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
+    scores = tl.where(is_visible, scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    # A query of a chunk may see nothing of this tile: no score to subtract yet.
+    reference = tl.where(new_best == float("-inf"), 0.0, new_best)
+    weights = tl.exp2(scores - reference[:, None])
+    # Turns what was summed relative to the old maximum into terms of the new one.
+    decay = tl.exp2(best - reference)
     values = tl.load(
-        value + places * value_token_stride + head * value_head_stride + dims[None, :], mask=mask
+        layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
+        mask=is_held[:, None] & is_dim[None, :],
+        other=0.0,
     )
-    tl.store(target, keys, mask=mask)
-    tl.store(target + BLOCK_SIZE * HEAD_DIM, values, mask=mask)
+    attended = tl.dot(
+        weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
+    )
+    return new_best, total * decay + tl.sum(weights, 1), attended
 
 
 @triton.jit(do_not_specialize=["table_row"])
 def attend_decode(
     query,
-    kv_cache,
+    cache,
     tables,
     table_stride_at,
     lengths,
@@ -101,7 +100,6 @@ def attend_decode(
     scaling_log2,
     query_token_stride,
     query_head_stride,
-    layer_offset,
     block_stride,
     head_stride,
     NUM_SPLITS: tl.constexpr,
@@ -141,43 +139,31 @@ def attend_decode(
             other=0.0,
         )
         table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
-        layer = kv_cache + head * head_stride + layer_offset
+        layer = cache + head * head_stride
         best = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
         total = tl.zeros([PADDED_GROUP], tl.float32)
         attended = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
         for position in range(start, stop, TILE):
             positions = position + tl.arange(0, TILE)
-            visible = positions < stop
+            is_held = positions < stop
             if WINDOW > 0:
-                visible = visible & (positions >= length - WINDOW)
-            rows = row_offsets(
-                table, positions, positions < stop, block_stride, BLOCK_SIZE, HEAD_DIM
+                is_held = is_held & (positions >= length - WINDOW)
+            best, total, attended = attend_tile(
+                queries,
+                table,
+                layer,
+                positions,
+                is_held,
+                is_held[None, :],
+                best,
+                total,
+                attended,
+                scaling_log2,
+                block_stride,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                PADDED_DIM,
             )
-            keys = tl.load(
-                layer + rows[None, :] + dims[:, None],
-                mask=visible[None, :] & is_dim[:, None],
-                other=0.0,
-            )
-            # By itself Triton multiplies float32 as TF32, with 10 bits of the mantissa: too few for
-            # tokens that are the same on every engine.
-            scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
-            scores = tl.where(visible[None, :], scores, float("-inf"))
-            # A number: the first tile holds the first token in sight, and each later one begins in
-            # sight.
-            new_best = tl.maximum(best, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_best[:, None])
-            # Turns what was summed relative to the old maximum into terms of the new one.
-            decay = tl.exp2(best - new_best)
-            values = tl.load(
-                layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
-                mask=visible[:, None] & is_dim[None, :],
-                other=0.0,
-            )
-            attended = tl.dot(
-                weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
-            )
-            total = total * decay + tl.sum(weights, 1)
-            best = new_best
         # ``partial`` is [rows, heads, NUM_SPLITS, D].
         place = (row.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * NUM_SPLITS + split
         tl.store(partial_max + place, best, mask=is_member)
@@ -239,12 +225,11 @@ def reduce_splits(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def gather_kv(
-    kv_cache,
+    cache,
     slots,
     keys,
     values,
     num_tokens,
-    layer_offset,
     block_stride,
     head_stride,
     BLOCK_SIZE: tl.constexpr,
@@ -261,7 +246,7 @@ def gather_kv(
     mask = (tokens < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
     slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=0)
     rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
-    source = kv_cache + head * head_stride + layer_offset + rows[:, None] + dims[None, :]
+    source = cache + head * head_stride + rows[:, None] + dims[None, :]
     target = (tokens.to(tl.int64)[:, None] * tl.num_programs(1) + head) * HEAD_DIM + dims[None, :]
     tl.store(keys + target, tl.load(source, mask=mask), mask=mask)
     tl.store(values + target, tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=mask), mask=mask)
@@ -270,7 +255,7 @@ def gather_kv(
 @triton.jit(do_not_specialize=["table_row"])
 def attend_chunks(
     query,
-    kv_cache,
+    cache,
     tables,
     table_stride_at,
     lengths,
@@ -284,7 +269,6 @@ def attend_chunks(
     query_token_stride,
     query_head_stride,
     result_token_stride,
-    layer_offset,
     block_stride,
     head_stride,
     GROUP: tl.constexpr,
@@ -323,44 +307,38 @@ def attend_chunks(
         other=0.0,
     )
     table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
-    layer = kv_cache + (head // GROUP) * head_stride + layer_offset
+    layer = cache + (head // GROUP) * head_stride
     best = tl.full([TOKENS], float("-inf"), tl.float32)
     total = tl.zeros([TOKENS], tl.float32)
     if HAS_SINKS:
+        # A sink is one more key, with a value of zero.
         best = tl.zeros_like(best) + tl.load(sinks + head).to(tl.float32) * LOG2_E
         total += 1.0
     attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
     for position in range(start, stop, TILE):
         positions = position + tl.arange(0, TILE)
-        held = positions < stop
-        rows = row_offsets(table, positions, held, block_stride, BLOCK_SIZE, HEAD_DIM)
-        visible = held[None, :] & (positions[None, :] <= before + tokens[:, None])
+        is_held = positions < stop
+        is_visible = is_held[None, :] & (positions[None, :] <= before + tokens[:, None])
         if WINDOW > 0:
             # Blocks before the window may belong to others by now: what lies there is not read.
-            held = held & (positions > before + token - WINDOW)
-            visible = visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
-        keys = tl.load(
-            layer + rows[None, :] + dims[:, None],
-            mask=held[None, :] & is_dim[:, None],
-            other=0.0,
+            is_held = is_held & (positions > before + token - WINDOW)
+            is_visible = is_visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
+        best, total, attended = attend_tile(
+            queries,
+            table,
+            layer,
+            positions,
+            is_held,
+            is_visible,
+            best,
+            total,
+            attended,
+            scaling_log2,
+            block_stride,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            PADDED_DIM,
         )
-        scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
-        scores = tl.where(visible, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        # A token may see nothing of this tile: no score to subtract yet.
-        reference = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(scores - reference[:, None])
-        decay = tl.exp2(best - reference)
-        values = tl.load(
-            layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
-            mask=held[:, None] & is_dim[None, :],
-            other=0.0,
-        )
-        attended = tl.dot(
-            weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
-        )
-        total = total * decay + tl.sum(weights, 1)
-        best = new_best
     attended = attended / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(
         result + seats[:, None] * result_token_stride + head * HEAD_DIM + dims[None, :],

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,10 @@ def ensure_converted(
 def _convert_into_place(
     resolved: ResolvedModel, progress: ReportProgress, convert: Converter
 ) -> None:
-    folder = resolved.cache_dir.parent
-    for left_behind in folder.glob(f".{resolved.cache_dir.name}-*"):
+    folder, prefix = resolved.cache_dir.parent, f".{resolved.cache_dir.name}-"
+    for left_behind in folder.glob(f"{prefix}*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{resolved.cache_dir.name}-", dir=folder))
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     try:
         convert(resolved.source, temporary, progress)
         temporary.chmod(0o755)
@@ -78,6 +78,7 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
     progress("loading libraries", 0.0)
     try:
         import torch
+        import transformers
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -92,16 +93,18 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
             progress("reading the tokenizer", 0.2)
             tokenizer = AutoTokenizer.from_pretrained(**where)
             progress("reading weights", 0.4)
+            # Before 5.17 transformers gives nothing but plain weights, and has no argument for it.
+            gguf_config = getattr(transformers, "GgufConfig", None)
+            plain = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 **where,
                 config=config,
                 dtype=torch.float32 if source.stat().st_size < LARGE_FILE_BYTES else torch.bfloat16,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **_dequantizing(),
+                **plain,
             )
-        _refuse_misfits(source, loaded)
-        _refuse_non_finite(source, model.named_parameters())
+        _check_weights(source, model, loaded)
     except ConfigError:
         raise
     except ImportError as error:
@@ -124,36 +127,30 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
 @contextmanager
 def _reading_once() -> Iterator[None]:
     """Let the module ``gguf``, where transformers looks it up at every call, remember the header
-    and the table of names.
+    and the table of names. Raises ImportError where gguf is not installed.
 
     transformers parses the header for the configuration, for the tokenizer and for the weights, and
     makes the table of the weights' names anew for each of a model's modules, which took 20 of the
     31 s of CPU that the conversion of the demo model needed.
-
-    Raises ImportError where gguf is not installed.
     """
     import gguf
+    import numpy
 
-    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = functools.cache(_plain_reader(reader))
+    reader: Any = gguf.GGUFReader
+    name_map = gguf.get_tensor_name_map
+
+    class PlainReader(reader):  # type: ignore[misc]
+        # A header is read in hundreds of thousands of slices, and a slice of a ``numpy.memmap``
+        # takes 2.5 times as long as that of a plain array.
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
+
+    gguf.GGUFReader = functools.cache(PlainReader)
     gguf.get_tensor_name_map = functools.cache(name_map)
     try:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
-
-
-def _plain_reader(reader_class: Any) -> Any:
-    """Return a subclass that keeps its file as a plain array: a header is read in hundreds of
-    thousands of slices, and a slice of a ``numpy.memmap`` takes 2.5 times as long.
-    """
-    import numpy
-
-    class PlainReader(reader_class):  # type: ignore[misc]
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
-
-    return PlainReader
 
 
 def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
@@ -163,11 +160,9 @@ def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
     )
 
 
-def _refuse_misfits(source: Path, loaded: dict[str, Any]) -> None:
-    """Refuse weights that are missing or have another shape.
-
-    transformers makes such weights up, and only warns of it.
-    """
+def _check_weights(source: Path, model: Any, loaded: dict[str, Any]) -> None:
+    """Refuse weights that are missing, have another shape, or are not finite."""
+    # transformers makes missing weights up, and only warns of it.
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # Mismatched ones come with their shapes.
         names = sorted(
@@ -176,34 +171,18 @@ def _refuse_misfits(source: Path, loaded: dict[str, Any]) -> None:
         if names:
             what = f"{len(names)} {kind.removesuffix('_keys')}, {names[0]} among them"
             raise damaged(source, f"its weights do not fit its configuration: {what}")
-
-
-def _refuse_non_finite(source: Path, weights: Iterable[tuple[str, Any]]) -> None:
-    for name, weight in weights:
+    for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise damaged(source, f"weight {name} holds numbers that are not finite")
-
-
-def _dequantizing() -> dict[str, Any]:
-    """Return the arguments with which ``from_pretrained`` gives plain weights. transformers before
-    5.17 gives nothing else, and has no argument for it.
-    """
-    import transformers
-
-    config_class = getattr(transformers, "GgufConfig", None)
-    return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; the kernel drops it when the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -215,14 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m pdlaunch.engine.models.convert", description=__doc__
     )
     parser.add_argument("model", help="alias or .gguf file")
-    parser.add_argument(
-        "--if-needed",
-        action="store_true",
-        help="say nothing when the model is in the cache already",
-    )
-    parser.add_argument(
-        "--traceback", action="store_true", help="print where an error came from before the error"
-    )
+    parser.add_argument("--if-needed", action="store_true", help="be quiet if it is in the cache")
+    parser.add_argument("--traceback", action="store_true", help="of an error, before the error")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")

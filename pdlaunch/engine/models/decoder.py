@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ frequencies with it.
 """
 
 
-class Decoder(Protocol):
-    """Computes logits of packed tokens with a language model over the paged KV cache."""
+class Decoder:
+    """Computes logits of packed tokens over the paged KV cache, by the model's own code."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
 
     @property
     def can_be_captured(self) -> bool:
@@ -24,7 +27,9 @@ class Decoder(Protocol):
 
         Nothing in it may wait for the device or depend on values there.
         """
-        ...
+        # The host may have to know how many tokens each expert gets.
+        has_experts = bool(getattr(self._model.config, "num_local_experts", 0))
+        return not has_experts and not _rotary_types(self._model) & _ROTARY_WITH_STATE
 
     def logits(
         self,
@@ -37,28 +42,6 @@ class Decoder(Protocol):
 
         ``token_ids``, ``positions``: [num_tokens].
         """
-        ...
-
-
-class TransformersDecoder:
-    """Runs the model's own code."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    @property
-    def can_be_captured(self) -> bool:
-        return not (
-            _rotary_types(self._model) & _ROTARY_WITH_STATE or _waits_for_experts(self._model)
-        )
-
-    def logits(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        kept: torch.Tensor | None,
-        step: AttentionStep,
-    ) -> torch.Tensor:
         output = self._model(
             input_ids=token_ids[None],
             position_ids=positions[None],
@@ -68,12 +51,6 @@ class TransformersDecoder:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
-
-
-def _waits_for_experts(model: nn.Module) -> bool:
-    """Return whether the host may have to know how many tokens each expert gets."""
-    config: Any = model.config
-    return bool(getattr(config, "num_local_experts", 0))
 
 
 def _rotary_types(model: nn.Module) -> set[str]:

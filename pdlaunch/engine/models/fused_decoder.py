@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.functional import linear
 
 from pdlaunch.engine.models.attention import AttentionStep
-from pdlaunch.engine.models.decoder import TransformersDecoder
+from pdlaunch.engine.models.decoder import Decoder
 from pdlaunch.engine.models.layer_kernels import add_and_normalize, multiply_gated
 from pdlaunch.engine.models.stacked_weights import join
-from pdlaunch.engine.models.triton_step import HeadNorms, TritonStep
+from pdlaunch.engine.models.triton_attention import Norm, TritonStep
 
 GELU = "gelu_pytorch_tanh"
 ACTIVATIONS = {
@@ -39,21 +39,6 @@ Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [num_tokens, D]
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
-    """Holds an RMS norm."""
-
-    weight: torch.Tensor  # [size]
-    epsilon: float
-    offset: int  # added to all weights
-
-    @staticmethod
-    def of(module: Any) -> Norm:
-        if type(module).__name__ == "Gemma3RMSNorm":
-            return Norm(module.weight, float(module.eps), offset=1)
-        return Norm(module.weight, float(module.variance_epsilon), offset=0)
-
-
-@dataclass(frozen=True, slots=True)
 class Stacked:
     """Holds linear layers of the same input, one below the other."""
 
@@ -63,11 +48,9 @@ class Stacked:
     @staticmethod
     def of(*layers: nn.Linear) -> Stacked:
         """Return the layers' weights as one, in place: they have to be loaded ``stacked``."""
-        weight = join([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        assert weight is not None
         assert len(biases) in (0, len(layers))
-        return Stacked(weight, join(biases) if biases else None)
+        return Stacked(join([layer.weight for layer in layers]), join(biases) if biases else None)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         return linear(inputs, self.weight, self.bias)
@@ -79,7 +62,7 @@ class Layer:
 
     input_norm: Norm
     qkv: Stacked
-    head_norms: HeadNorms | None
+    head_norms: tuple[Norm, Norm] | None  # of queries and keys
     rotary: tuple[str, ...] | None
     """Arguments for the model's rotary embedding to give this layer's; None: no rotation."""
     output: nn.Module
@@ -93,39 +76,36 @@ class Layer:
     def of(layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         is_gemma = type(layer).__name__ == "Gemma3DecoderLayer"
+        has_norms = getattr(attention, "q_norm", None) is not None
         rotary = (attention.config.layer_types[attention.layer_idx],) if is_gemma else ()
         return Layer(
-            input_norm=Norm.of(layer.input_layernorm),
+            input_norm=_norm(layer.input_layernorm),
             qkv=Stacked.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            head_norms=_head_norms(attention),
+            head_norms=(_norm(attention.q_norm), _norm(attention.k_norm)) if has_norms else None,
             rotary=rotary if getattr(attention, "use_rope", True) else None,
             output=attention.o_proj,
-            output_norm=Norm.of(layer.post_attention_layernorm) if is_gemma else None,
-            middle_norm=Norm.of(
+            output_norm=_norm(layer.post_attention_layernorm) if is_gemma else None,
+            middle_norm=_norm(
                 layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm
             ),
             gate_and_up=Stacked.of(mlp.gate_proj, mlp.up_proj),
             down=mlp.down_proj,
-            down_norm=Norm.of(layer.post_feedforward_layernorm) if is_gemma else None,
+            down_norm=_norm(layer.post_feedforward_layernorm) if is_gemma else None,
         )
 
 
-class FusedDecoder:
+class FusedDecoder(Decoder):
     """Computes logits with a model that ``can_fuse`` accepts, loaded ``stacked``."""
 
     def __init__(self, model: Any) -> None:
-        self._plain = TransformersDecoder(model)
+        super().__init__(model)
         self._embed = model.model.embed_tokens
         self._rotary = model.model.rotary_emb
         self._layers = [Layer.of(layer) for layer in model.model.layers]
         self._scaling = float(model.model.layers[0].self_attn.scaling)
-        self._norm = Norm.of(model.model.norm)
+        self._norm = _norm(model.model.norm)
         self._is_gelu = _activation(model) == GELU
         self._head = model.lm_head
-
-    @property
-    def can_be_captured(self) -> bool:
-        return self._plain.can_be_captured
 
     def logits(
         self,
@@ -170,26 +150,20 @@ class FusedDecoder:
 
 def can_fuse(model: Any) -> bool:
     """Return whether ``FusedDecoder`` computes what ``model`` does."""
-    name, is_capped = (
-        type(model).__name__,
-        getattr(model.config, "final_logit_softcapping", None) is not None,
-    )
-    return name in ACTIVATIONS and ACTIVATIONS[name] == _activation(model) and not is_capped
+    is_capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    activation = ACTIVATIONS.get(type(model).__name__)
+    return activation is not None and activation == _activation(model) and not is_capped
 
 
 def _activation(model: Any) -> str | None:
-    config = model.config
-    name: str | None = getattr(config, "hidden_activation", None) or getattr(
-        config, "hidden_act", None
-    )
-    return name
+    name: str | None = getattr(model.config, "hidden_activation", None)
+    return name or getattr(model.config, "hidden_act", None)
 
 
-def _head_norms(attention: Any) -> HeadNorms | None:
-    if getattr(attention, "q_norm", None) is None:
-        return None
-    query, key = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
-    return HeadNorms(query.weight, key.weight, query.epsilon, query.offset)
+def _norm(module: Any) -> Norm:
+    if type(module).__name__ == "Gemma3RMSNorm":
+        return Norm(module.weight, float(module.eps), offset=1)
+    return Norm(module.weight, float(module.variance_epsilon))
 
 
 def _normalize(

@@ -15,25 +15,28 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def rotate_and_write(
-    projected,
+    heads,
+    values,
     cosines,
     sines,
     query_norm,
     key_norm,
     slots,
-    kv_cache,
+    cache,
     num_tokens,
     token_stride,
+    own_head_stride,
+    value_token_stride,
+    value_head_stride,
     rotary_stride,
-    layer_offset,
+    epsilon,
     block_stride,
     head_stride,
-    epsilon,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PADDED_HALF: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
@@ -41,21 +44,28 @@ def rotate_and_write(
 ):
     """Normalize and rotate queries and keys in place, write keys and values into the KV cache.
 
-    ``projected``: [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * D]. Grid: tiles of TOKENS tokens,
-    heads of all three kinds. The two halves of a head are a pair of vectors that the angle of the
-    token's position turns.
+    ``heads``: [num_tokens, NUM_HEADS + NUM_KV_HEADS, D], queries (perhaps none) and keys;
+    ``values``: [num_tokens, NUM_KV_HEADS, D]. ``slots``: [num_tokens]; block * B + offset, or -1.
+    Grid: tiles of TOKENS tokens, heads of all three kinds. The two halves of a head are a pair of
+    vectors that the angle of the token's position turns.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     half: tl.constexpr = HEAD_DIM // 2
-    dims = tl.arange(0, PADDED_HALF)
+    dims = tl.arange(0, PADDED_DIM // 2)
     mask = (tokens < num_tokens)[:, None] & (dims < half)[None, :]
-    place = (
-        projected + tokens.to(tl.int64)[:, None] * token_stride + head * HEAD_DIM + dims[None, :]
-    )
-    first = tl.load(place, mask=mask, other=0.0)
-    second = tl.load(place + half, mask=mask, other=0.0)
-    if head < NUM_HEADS + NUM_KV_HEADS:
+    seats = tokens.to(tl.int64)[:, None]
+    # Of a key or value: its KV head, and which of both it is.
+    kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
+    is_value = (head - NUM_HEADS) // NUM_KV_HEADS
+    if head >= NUM_HEADS + NUM_KV_HEADS:
+        source = values + seats * value_token_stride + kv_head * value_head_stride + dims[None, :]
+        first = tl.load(source, mask=mask, other=0.0)
+        second = tl.load(source + half, mask=mask, other=0.0)
+    else:
+        place = heads + seats * token_stride + head * own_head_stride + dims[None, :]
+        first = tl.load(place, mask=mask, other=0.0)
+        second = tl.load(place + half, mask=mask, other=0.0)
         x, y = first.to(tl.float32), second.to(tl.float32)
         if HAS_NORMS:
             norm = query_norm if head < NUM_HEADS else key_norm
@@ -67,19 +77,18 @@ def rotate_and_write(
                 y * scale * (more_weights + NORM_OFFSET)[None, :],
             )
         if ROTATES:
-            angle = tokens.to(tl.int64)[:, None] * rotary_stride + dims[None, :]
+            angle = seats * rotary_stride + dims[None, :]
             cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
             sine = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
             x, y = x * cosine - y * sine, y * cosine + x * sine
         first, second = x.to(first.dtype), y.to(second.dtype)
-        tl.store(place, first, mask=mask)
-        tl.store(place + half, second, mask=mask)
+        if HAS_NORMS or ROTATES:
+            tl.store(place, first, mask=mask)
+            tl.store(place + half, second, mask=mask)
     if head >= NUM_HEADS:
         slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
-        is_value = (head - NUM_HEADS) // NUM_KV_HEADS
-        kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
         rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
-        target = kv_cache + kv_head * head_stride + layer_offset + is_value * BLOCK_SIZE * HEAD_DIM
+        target = cache + kv_head * head_stride + is_value * BLOCK_SIZE * HEAD_DIM
         target = target + rows[:, None] + dims[None, :]
         written = mask & (slot >= 0)[:, None]
         tl.store(target, first, mask=written)

@@ -1,7 +1,7 @@
 """Weights of layers with the same input, side by side in memory for one product.
 
-They are put there while loading: stacking afterwards would leave the memory of the single weights
-with the allocator.
+They get their places before loading: stacking afterwards would leave the memory of the single
+weights with the allocator.
 """
 
 from __future__ import annotations
@@ -9,64 +9,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module, in the order of their outputs."""
 
 
-class StackedPlaces:
-    """Gives weights and biases of stacked layers their places.
+def place_stacks(
+    model: nn.Module, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give the weights and biases of stacked layers their memory, with anything in it.
 
-    The memory of a stack is allocated with its first member.
+    ``shapes``: of all parameters by name, as this rank holds them.
     """
-
-    def __init__(
-        self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Begin without stacks. ``shapes``: of all parameters by name, as this rank holds them."""
-        self._shapes = shapes
-        self._dtype = dtype
-        self._device = device
-        self._stacks: dict[tuple[str, ...], torch.Tensor] = {}
-
-    def place(self, name: str) -> torch.Tensor | None:
-        """Return a contiguous part of the stack, with anything in it; None: this parameter stands
-        alone.
-        """
-        members = self._members(name)
-        if not members:
-            return None
-        rows = [self._shapes[member][0] for member in members]
-        if members not in self._stacks:
-            size = (sum(rows), *self._shapes[name][1:])
-            self._stacks[members] = torch.empty(size, dtype=self._dtype, device=self._device)
-        start = sum(rows[: members.index(name)])
-        return self._stacks[members][start : start + self._shapes[name][0]]
-
-    def _members(self, name: str) -> tuple[str, ...]:
-        module, _, kind = name.rpartition(".")
-        parent, _, layer = module.rpartition(".")
+    for parent_name, parent in model.named_modules():
         for stack in STACKS:
-            members = tuple(f"{parent}.{member}.{kind}" for member in stack)
-            if layer in stack and all(member in self._shapes for member in members):
-                return members
-        return ()
+            for kind in ("weight", "bias"):
+                names = [f"{parent_name}.{layer}.{kind}" for layer in stack]
+                if not all(name in shapes for name in names):
+                    continue
+                rows = [shapes[name][0] for name in names]
+                whole = torch.empty((sum(rows), *shapes[names[0]][1:]), dtype=dtype, device=device)
+                for layer, part in zip(stack, torch.split(whole, rows), strict=True):
+                    parameter = nn.Parameter(part, requires_grad=False)
+                    setattr(parent.get_submodule(layer), kind, parameter)
 
 
-def join(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Return, in place, the tensor of which ``parts`` are neighbours along dimension 0.
-
-    None if they are not, in their order.
+def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return, in place, the tensor of which ``parts`` are neighbours along dimension 0, in their
+    order; ``place_stacks`` has laid them.
     """
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
-        if part.data_ptr() != end or part.shape[1:] != first.shape[1:] or not part.is_contiguous():
-            return None
+        assert part.data_ptr() == end, "the weights are not stacked"
+        assert part.is_contiguous()
         end += part.numel() * part.element_size()
     size = (sum(len(part) for part in parts), *first.shape[1:])
-    if (
-        first.storage_offset() * first.element_size() + end - first.data_ptr()
-        > first.untyped_storage().nbytes()
-    ):
-        return None
     return first.detach().as_strided(size, first.stride())

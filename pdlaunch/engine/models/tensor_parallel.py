@@ -60,22 +60,12 @@ class TPGroup:
         dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._group)
         return int(smallest)
 
-    def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Return rank 0's ``data`` on every rank; what the others pass is not looked at.
-
-        Raw bytes travel, nothing is unpickled.
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Return rank 0's ``data`` on every rank; the others pass as many bytes, which are not
+        looked at. Raw bytes travel, nothing is unpickled.
         """
-        if self._group is None:
-            assert data is not None
-            return data
-        own = data or b""
-        length = torch.tensor([len(own)], dtype=torch.int64, device=self._device)
-        dist.broadcast(length, src=0, group=self._group)
-        payload = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
-        if self.tp_rank == 0 and own:
-            payload.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
-        dist.broadcast(payload, src=0, group=self._group)
-        return bytes(payload.cpu().numpy())
+        payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+        return bytes(self.broadcast(payload).cpu().numpy())
 
     def close(self) -> None:
         """Leave the group.
@@ -135,13 +125,11 @@ def init_tp_group(
 def says_that_a_rank_is_gone(error: BaseException) -> bool:
     """Tell whether a collective failed because another rank has died, which the supervisor sees by
     itself.
-
-    Source: torch 2.13's gloo has no class of its own for it.
     """
+    # torch 2.13's gloo has no class of its own for it.
+    text = str(error)
     return (
-        isinstance(error, RuntimeError)
-        and "gloo" in str(error)
-        and any(text in str(error) for text in _GONE)
+        isinstance(error, RuntimeError) and "gloo" in text and any(gone in text for gone in _GONE)
     )
 
 
@@ -158,20 +146,26 @@ class Shard:
         shape, size = self.shape, self.tp_size
         if shape.num_experts and size > 1:
             raise ConfigError(
-                (
-                    f"tensor_parallel_size {size}: experts (MoE) cannot be cut, model_type "
-                    f"{shape.model_type!r} runs on one rank"
-                ),
+                f"tensor_parallel_size {size}: experts (MoE) cannot be cut, model_type "
+                f"{shape.model_type!r} runs on one rank",
                 field="tensor_parallel_size",
                 value=size,
                 fix="Set tensor_parallel_size to 1.",
             )
-        if shape.num_attention_heads % size:
-            raise _indivisible("num_attention_heads", shape.num_attention_heads, size)
-        if shape.num_kv_heads % size and size % shape.num_kv_heads:
-            raise _indivisible("num_key_value_heads", shape.num_kv_heads, size)
-        if shape.intermediate_size % size:
-            raise _indivisible("intermediate_size", shape.intermediate_size, size)
+        # Several ranks may share a KV head.
+        is_shared = size % shape.num_kv_heads == 0
+        for name, value in (
+            ("num_attention_heads", shape.num_attention_heads),
+            ("num_key_value_heads", size if is_shared else shape.num_kv_heads),
+            ("intermediate_size", shape.intermediate_size),
+        ):
+            if value % size:
+                raise ConfigError(
+                    f"tensor_parallel_size {size} does not divide the model's {name} {value}",
+                    field="tensor_parallel_size",
+                    value=size,
+                    fix=f"Choose a tensor_parallel_size that divides {value}.",
+                )
 
     @property
     def num_attention_heads(self) -> int:
@@ -193,10 +187,8 @@ class Shard:
         Ranks that share a KV head hold the same keys and values.
         """
         if module_name.endswith((".k_proj", ".v_proj")):
-            head_dim = size // self.shape.num_kv_heads
-            return slice(
-                self.first_kv_head * head_dim, (self.first_kv_head + self.num_kv_heads) * head_dim
-            )
+            head_dim, first = size // self.shape.num_kv_heads, self.first_kv_head
+            return slice(first * head_dim, (first + self.num_kv_heads) * head_dim)
         part = size // self.tp_size
         return slice(self.tp_rank * part, (self.tp_rank + 1) * part)
 
@@ -237,7 +229,9 @@ def plan_cuts(
         )
     cuts: dict[str, tuple[int, slice]] = {}
     for name, module in model.named_modules():
-        style = _style(name.removeprefix(f"{base_prefix}."), plan)
+        # The plan has a star for the number of a layer.
+        relative = name.removeprefix(f"{base_prefix}.")
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", relative))
         if style is None or style.startswith("replicated") or isinstance(module, nn.Embedding):
             continue
         if style not in ("colwise", "rowwise") or not isinstance(module, nn.Linear):
@@ -265,17 +259,3 @@ def add_up_rowwise(model: nn.Module, cuts: Mapping[str, tuple[int, slice]], tp: 
             layer = model.get_submodule(module_name)
             assert isinstance(layer, nn.Linear)
             model.set_submodule(module_name, RowwiseLinear(layer, tp))
-
-
-def _style(name: str, plan: Mapping[str, str]) -> str | None:
-    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-    return plan.get(pattern)
-
-
-def _indivisible(field: str, value: int, tp_size: int) -> ConfigError:
-    return ConfigError(
-        f"tensor_parallel_size {tp_size} does not divide the model's {field} {value}",
-        field="tensor_parallel_size",
-        value=tp_size,
-        fix=f"Choose a tensor_parallel_size that divides {value}.",
-    )

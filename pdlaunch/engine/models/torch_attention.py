@@ -31,28 +31,19 @@ MAX_BUCKET_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
-class _Bucket:
-    """Holds decode rows that are attended together."""
+class _Part:
+    """Holds tokens that are attended together: decode rows of like length, or one chunk."""
 
-    rows: torch.Tensor  # [num_rows] int64; which of the packed tokens
-    is_all: bool  # these are all rows of the step, in their order
-    gather: torch.Tensor
-    """[2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values"""
-    mask: torch.Tensor  # [num_rows, 1, 1, num_blocks * B]; 0 or -inf
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Holds some tokens of one prompt."""
-
-    start: int
-    stop: int
+    tokens: torch.Tensor | slice  # which of the packed tokens
     gather: torch.Tensor | None
-    """[2 * H * num_blocks] int64, or None: nothing before this chunk, attend over its own keys and
-    values
+    """[2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values. None:
+    nothing before this chunk, attend over its own keys and values
     """
     mask: torch.Tensor | None
-    """[num_tokens, context]; 0 or -inf. None: causal, context is the chunk itself"""
+    """0 or -inf, [num_rows, 1, 1, num_blocks * B], or of a chunk [num_tokens, context]. None:
+    causal, context is the chunk itself
+    """
+    num_rows: int = 0  # decode rows; 0: a chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +51,7 @@ class _GroupStep:
     """Holds what the layers of one KV cache group share in a step."""
 
     write: torch.Tensor  # [num_tokens * H] int64; rows of D, token-major
-    buckets: tuple[_Bucket, ...]
-    chunks: tuple[_Chunk, ...]
+    parts: list[_Part]
 
 
 class TorchAttention(AttentionBackend):
@@ -76,18 +66,29 @@ class TorchAttention(AttentionBackend):
         }
         self.token_rows = kv_cache.view(-1, layout.head_dim)
         self.block_rows = kv_cache.view(-1, layout.block_size * layout.head_dim)
-        self._workspace = self.block_rows.new_empty((0, layout.block_size * layout.head_dim))
+        # Of one block: keys and values of a layer, of all heads.
+        self._layer_bytes = 2 * layout.num_kv_heads * self.block_rows[0].nbytes
+        self._workspace = self.block_rows[:0]
 
     def prepare(self, batch: PackedBatch) -> AttentionStep:
-        groups = tuple(
-            self._prepare_group(group, table, batch)
-            for group, table in zip(self.layout.groups, batch.block_tables, strict=True)
-        )
-        gathers = [bucket.gather for group in groups for bucket in group.buckets]
-        gathers += [
-            chunk.gather for group in groups for chunk in group.chunks if chunk.gather is not None
-        ]
-        self._reserve(max((len(gather) for gather in gathers), default=0))
+        groups = []
+        for group, table in zip(self.layout.groups, batch.block_tables, strict=True):
+            blocks, offsets = np.divmod(batch.positions, self.layout.block_size)
+            rows = self._head_rows(table[batch.row_of_token, blocks]) * self.layout.block_size
+            write = self._tensor((rows + offsets[:, None]).reshape(-1))
+            chunks = range(batch.num_decode_rows, batch.num_rows)
+            parts = [
+                *self._make_buckets(group, table, batch),
+                *(self._make_chunk(group, table, batch, row) for row in chunks),
+            ]
+            groups.append(_GroupStep(write, parts))
+        gathers = [part.gather for group in groups for part in group.parts]
+        num_rows = max((len(gather) for gather in gathers if gather is not None), default=0)
+        if len(self._workspace) < num_rows:
+            # Kept for all gathers: fresh memory for each would cost more than the copy.
+            self._workspace = self.block_rows.new_empty(
+                (num_rows * 5 // 4, self.block_rows.shape[1])
+            )
         return _TorchStep(self, groups)
 
     def gather(self, index: torch.Tensor, slot: int) -> torch.Tensor:
@@ -96,121 +97,72 @@ class TorchAttention(AttentionBackend):
             self.block_rows[2 * slot :], 0, index, out=self._workspace[: len(index)]
         )
 
-    def _reserve(self, num_rows: int) -> None:
-        """Keep memory for gathers: fresh memory for each would cost more than the copy."""
-        if len(self._workspace) < num_rows:
-            self._workspace = self.block_rows.new_empty(
-                (num_rows * 5 // 4, self.block_rows.shape[1])
-            )
-
-    def _prepare_group(
-        self, group: KVCacheGroup, table: IntArray, batch: PackedBatch
-    ) -> _GroupStep:
-        size = self.layout.block_size
-        blocks = table[batch.row_of_token, batch.positions // size]
-        write = self._head_rows(blocks) * size + (batch.positions % size)[:, None]
-        return _GroupStep(
-            write=self._tensor(write.reshape(-1)),
-            buckets=tuple(self._make_buckets(group, table, batch)),
-            chunks=tuple(
-                self._make_chunk(group, table, batch, row)
-                for row in range(batch.num_decode_rows, batch.num_rows)
-            ),
-        )
-
     def _make_buckets(
         self, group: KVCacheGroup, table: IntArray, batch: PackedBatch
-    ) -> Iterator[_Bucket]:
-        """Sort rows into buckets, the longest first.
+    ) -> Iterator[_Part]:
+        """Sort decode rows into buckets, the longest first.
 
         A row less than half as long as the bucket's first opens the next, so padding at most
         doubles.
         """
+        size, window = self.layout.block_size, group.sliding_window
         lengths = batch.context_lengths[: batch.num_decode_rows]
-        first, num_blocks = self._blocks_in_sight(group, lengths - 1, lengths)
+        first, num_blocks = self._blocks_in_sight(window, lengths - 1, lengths)
         order = np.argsort(-num_blocks, kind="stable")
         # All are of like length. In their own order they can be one bucket, of which nothing has to
-        # be picked out (``is_all``).
+        # be picked out.
         if len(order) and num_blocks[order[-1]] * 2 >= num_blocks[order[0]]:
             order = np.arange(len(order))
         start = 0
         while start < len(order):
             longest = int(num_blocks[order[start:]].max())
-            stop = min(start + self._max_rows(longest), len(order))
+            most_rows = max(1, MAX_BUCKET_BYTES // (longest * self._layer_bytes))
+            stop = min(start + most_rows, len(order))
             too_short = np.flatnonzero(num_blocks[order[start:stop]] * 2 < longest)
             stop = start + int(too_short[0]) if len(too_short) else stop
             rows = order[start:stop]
-            yield self._make_bucket(
-                group, table, rows, lengths, first, num_blocks, is_all=len(rows) == batch.num_rows
-            )
             start = stop
-
-    def _make_bucket(
-        self,
-        group: KVCacheGroup,
-        table: IntArray,
-        rows: IntArray,
-        lengths: IntArray,
-        first: IntArray,
-        num_blocks: IntArray,
-        *,
-        is_all: bool,
-    ) -> _Bucket:
-        # Entries past a row's end repeat its last block: what lies there is finite, and nobody
-        # else's.
-        longest = int(num_blocks[rows].max())
-        columns = first[rows, None] + np.minimum(
-            np.arange(longest)[None, :], num_blocks[rows, None] - 1
-        )
-        blocks = table[rows[:, None], columns]
-        positions = (
-            first[rows, None] * self.layout.block_size
-            + np.arange(longest * self.layout.block_size)[None, :]
-        )
-        visible = positions < lengths[rows, None]
-        if group.sliding_window is not None:
-            visible &= positions >= lengths[rows, None] - group.sliding_window
-        return _Bucket(
-            rows=self._tensor(rows),
-            is_all=is_all,
-            gather=self._gather_index(blocks),
-            mask=self._mask(visible)[:, None, None, :],
-        )
+            # Entries past a row's end repeat its last block: what lies there is finite, and nobody
+            # else's.
+            last = num_blocks[rows, None] - 1
+            columns = first[rows, None] + np.minimum(np.arange(longest), last)
+            positions = first[rows, None] * size + np.arange(longest * size)
+            visible = positions < lengths[rows, None]
+            if window is not None:
+                visible &= positions >= lengths[rows, None] - window
+            yield _Part(
+                slice(len(rows)) if len(rows) == batch.num_rows else self._tensor(rows),
+                self._gather_index(table[rows[:, None], columns]),
+                self._mask(visible)[:, None, None, :],
+                num_rows=len(rows),
+            )
 
     def _make_chunk(
         self, group: KVCacheGroup, table: IntArray, batch: PackedBatch, row: int
-    ) -> _Chunk:
+    ) -> _Part:
         start, stop = int(batch.row_starts[row]), int(batch.row_starts[row + 1])
         length, window = int(batch.context_lengths[row]), group.sliding_window
-        first_position = length - (stop - start)
-        if first_position == 0:
-            fits = window is None or length <= window
-            return _Chunk(
-                start, stop, None, None if fits else self._chunk_mask(window, 0, 0, length, length)
-            )
-        first, num_blocks = self._blocks_in_sight(
-            group, np.array([first_position]), np.array([length])
-        )
-        blocks = table[row, first[0] : first[0] + num_blocks[0]]
-        # 0 ........ seen_from ............ first_position ............ length
+        tokens, before = slice(start, stop), length - (stop - start)
+        # 0 ........ seen_from ................. before ............ length
         #   not seen │  computed earlier    │  the chunk, just written  │
-        seen_from = int(first[0]) * self.layout.block_size
-        context = int(num_blocks[0]) * self.layout.block_size
-        mask = self._chunk_mask(window, first_position, seen_from, stop - start, context)
-        return _Chunk(start, stop, self._gather_index(blocks[None, :]), mask)
-
-    def _chunk_mask(
-        self, window: int | None, first: int, seen_from: int, num_tokens: int, context: int
-    ) -> torch.Tensor:
-        queries = first + np.arange(num_tokens)[:, None]
+        gather, seen_from, context = None, 0, length
+        if before > 0:
+            first, num_blocks = self._blocks_in_sight(window, np.array(before), np.array(length))
+            blocks = table[row, int(first) : int(first + num_blocks)]
+            gather = self._gather_index(blocks[None, :])
+            seen_from = int(first) * self.layout.block_size
+            context = int(num_blocks) * self.layout.block_size
+        elif window is None or length <= window:
+            return _Part(tokens, None, None)
+        queries = before + np.arange(stop - start)[:, None]
         keys = seen_from + np.arange(context)[None, :]
         visible = keys <= queries
         if window is not None:
             visible &= keys > queries - window
-        return self._mask(visible)
+        return _Part(tokens, gather, self._mask(visible))
 
     def _blocks_in_sight(
-        self, group: KVCacheGroup, positions: IntArray, lengths: IntArray
+        self, window: int | None, positions: IntArray, lengths: IntArray
     ) -> tuple[IntArray, IntArray]:
         """Return the first block that a query at ``positions`` sees, and how many follow up to
         ``lengths``.
@@ -218,33 +170,16 @@ class TorchAttention(AttentionBackend):
         Earlier ones are not read.
         """
         size = self.layout.block_size
-        if group.sliding_window is None:
-            first = np.zeros_like(positions)
-        else:
-            first = np.maximum(positions - group.sliding_window + 1, 0) // size
+        first = np.zeros_like(positions)
+        if window is not None:
+            first = np.maximum(positions - window + 1, 0) // size
         return first, -(-lengths // size) - first
-
-    def _max_rows(self, num_blocks: int) -> int:
-        layout = self.layout
-        row_bytes = (
-            num_blocks
-            * layout.num_kv_heads
-            * 2
-            * layout.block_size
-            * layout.head_dim
-            * layout.dtype_bytes
-        )
-        return max(1, MAX_BUCKET_BYTES // row_bytes)
 
     def _head_rows(self, blocks: IntArray) -> IntArray:
         """Return [..., H]: rows of B * D of the keys of slot 0."""
         heads = np.arange(self.layout.num_kv_heads)
-        rows: IntArray = (
-            (blocks[..., None] * self.layout.num_kv_heads + heads)
-            * self.layout.num_layers_per_block
-            * 2
-        )
-        return rows
+        rows: IntArray = blocks[..., None] * self.layout.num_kv_heads + heads
+        return rows * self.layout.num_layers_per_block * 2
 
     def _gather_index(self, blocks: IntArray) -> torch.Tensor:
         """Return indices in the order keys, then values, each by row, head, block.
@@ -256,19 +191,15 @@ class TorchAttention(AttentionBackend):
 
     def _mask(self, visible: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> torch.Tensor:
         shown = torch.from_numpy(visible).to(self.token_rows.device)
-        mask = torch.zeros(
-            visible.shape, dtype=self.token_rows.dtype, device=self.token_rows.device
-        )
-        return mask.masked_fill_(~shown, float("-inf"))
+        return self.token_rows.new_zeros(visible.shape).masked_fill_(~shown, float("-inf"))
 
     def _tensor(self, array: IntArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(
-            self.token_rows.device
-        )
+        content = np.ascontiguousarray(array, dtype=np.int64)
+        return torch.from_numpy(content).to(self.token_rows.device)
 
 
 class _TorchStep(AttentionStep):
-    def __init__(self, backend: TorchAttention, groups: tuple[_GroupStep, ...]) -> None:
+    def __init__(self, backend: TorchAttention, groups: list[_GroupStep]) -> None:
         self._backend = backend
         self._groups = groups
 
@@ -282,79 +213,63 @@ class _TorchStep(AttentionStep):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         index, slot = self._backend.place[layer]
-        group = self._groups[index]
+        group, layout = self._groups[index], self._backend.layout
         # First: rows of one token, and chunks behind others, read their own keys from the cache.
-        self._write(group.write, slot, key, value)
-        if len(group.buckets) == 1 and group.buckets[0].is_all:
-            return self._attend_bucket(
-                group.buckets[0], slot, query.transpose(0, 1), scaling, sinks
-            )
-        result = query.new_empty((query.shape[1], query.shape[0], query.shape[2]))
-        for bucket in group.buckets:
-            rows = query.index_select(1, bucket.rows).transpose(0, 1)
-            result[bucket.rows] = self._attend_bucket(bucket, slot, rows, scaling, sinks)
-        for chunk in group.chunks:
-            result[chunk.start : chunk.stop] = self._attend_chunk(
-                chunk, slot, query, key, value, scaling, sinks
-            )
+        for first, states in ((2 * slot, key), (2 * slot + 1, value)):
+            rows = self._backend.token_rows[first * layout.block_size :]
+            rows.index_copy_(0, group.write, states.transpose(0, 1).reshape(-1, layout.head_dim))
+        result: torch.Tensor | None = None
+        for part in group.parts:
+            heads = query[:, part.tokens]
+            if part.gather is None:
+                keys, values = key[:, part.tokens], value[:, part.tokens]
+            else:
+                keys, values = self._backend.gather(part.gather, slot).chunk(2)
+            attended = self._attend(part, heads, keys, values, scaling, sinks)
+            if len(attended) == query.shape[1]:
+                return attended
+            if result is None:
+                result = query.new_empty((query.shape[1], query.shape[0], query.shape[2]))
+            result[part.tokens] = attended
+        assert result is not None, "a step without tokens"
         return result
 
-    def _write(
-        self, index: torch.Tensor, slot: int, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        layout, rows = self._backend.layout, self._backend.token_rows
-        first_row = 2 * slot * layout.block_size
-        rows[first_row:].index_copy_(0, index, key.transpose(0, 1).reshape(-1, layout.head_dim))
-        rows[first_row + layout.block_size :].index_copy_(
-            0, index, value.transpose(0, 1).reshape(-1, layout.head_dim)
-        )
-
-    def _attend_bucket(
+    def _attend(
         self,
-        bucket: _Bucket,
-        slot: int,
+        part: _Part,
         query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
         scaling: float,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attend for a bucket; ``query`` and the result are [num_rows, num_heads, head_dim]."""
-        num_rows, num_heads, head_dim = query.shape
-        num_kv_heads = self._backend.layout.num_kv_heads
-        keys, values = self._backend.gather(bucket.gather, slot).view(
-            2, num_rows, num_kv_heads, -1, head_dim
-        )
-        grouped = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        by_head = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
-        attended = _attend(grouped, keys, values, bucket.mask, scaling, by_head)
-        return attended.reshape(num_rows, num_heads, head_dim)
+        """Attend for the part's tokens; returns [num_tokens, num_heads, head_dim].
 
-    def _attend_chunk(
-        self,
-        chunk: _Chunk,
-        slot: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return [num_tokens, num_heads, head_dim] of the chunk's tokens."""
+        ``query``: [num_heads, num_tokens, head_dim]; ``keys``, ``values``: of each row and KV head
+        those of its blocks, or of the chunk.
+        """
         num_heads, _, head_dim = query.shape
         num_kv_heads = self._backend.layout.num_kv_heads
         share = num_heads // num_kv_heads
-        if chunk.gather is None:
-            keys, values = key[:, chunk.start : chunk.stop], value[:, chunk.start : chunk.stop]
-        else:
-            keys, values = self._backend.gather(chunk.gather, slot).view(
-                2, num_kv_heads, -1, head_dim
+        if part.num_rows:
+            shape = (part.num_rows, num_kv_heads, -1, head_dim)
+            grouped = query.transpose(0, 1).reshape(part.num_rows, num_kv_heads, share, head_dim)
+            by_head = None if sinks is None else sinks.view(num_kv_heads, share, 1)
+            attended = _attend_contiguous(
+                grouped, keys.view(shape), values.view(shape), part.mask, scaling, by_head
             )
-        grouped = query[:, chunk.start : chunk.stop].reshape(num_kv_heads, share, -1, head_dim)
+            return attended.reshape(part.num_rows, num_heads, head_dim)
+        grouped = query.reshape(num_kv_heads, share, -1, head_dim)
+        if part.gather is not None:
+            keys, values = (states.view(num_kv_heads, -1, head_dim) for states in (keys, values))
         by_head = None if sinks is None else sinks.view(num_kv_heads, share, 1, 1)
-        attended = _attend(grouped, keys[:, None], values[:, None], chunk.mask, scaling, by_head)
+        attended = _attend_contiguous(
+            grouped, keys[:, None], values[:, None], part.mask, scaling, by_head
+        )
         return attended.flatten(0, 1).transpose(0, 1)
 
 
-def _attend(
+def _attend_contiguous(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -371,21 +286,23 @@ def _attend(
     sink, and only that key is not zero. Under a causal mask one more query is added in front too,
     so that the diagonal stays where it is.
     """
+    is_causal = mask is None
     if sinks is not None:
         query = torch.cat([query, sinks.to(query.dtype).expand(*query.shape[:-1], 1)], dim=-1)
         keys, values = pad(keys, (0, 1, 1, 0)), pad(values, (0, 1, 1, 0))
         keys[..., 0, -1] = 1 / scaling
-        query, mask = (
-            (pad(query, (0, 0, 1, 0)), None) if mask is None else (query, pad(mask, (1, 0)))
-        )
+        if mask is None:
+            query = pad(query, (0, 0, 1, 0))
+        else:
+            mask = pad(mask, (1, 0))
     attended = scaled_dot_product_attention(
         query,
         keys.expand(*query.shape[:-2], -1, -1),
         values.expand(*query.shape[:-2], -1, -1),
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=is_causal,
         scale=scaling,
     )
     if sinks is None:
         return attended
-    return attended[..., :-1] if mask is not None else attended[..., 1:, :-1]
+    return attended[..., 1:, :-1] if is_causal else attended[..., :-1]

@@ -1,58 +1,134 @@
 """Paged attention on CUDA devices: Triton kernels, and libraries for prompts in 16 bits.
 
-Decode reads the KV cache in place, in splits of the context. Whole prompts go through cuDNN where
-it is faster; other chunks through flash attention, with what lies before them gathered into
-contiguous memory; in float32, and where heads have sinks, through a Triton kernel. Nothing past a
-row's context or before its window is ever read: the KV cache may hold anything there. Import this
-module only where triton is there.
+Decode reads the KV cache in place, in splits of the context, so that few long rows fill the device
+too. Whole prompts go through cuDNN where it is faster; other chunks through flash attention, with
+what lies before them gathered into contiguous memory; in float32, and where heads have sinks,
+through a Triton kernel. Nothing past a row's context or before its window is ever read: the KV
+cache may hold anything there. Import this module only where triton is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+import triton
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
-from pdlaunch.engine.models.attention import AttentionBackend, IntArray, PackedBatch, ReportProgress
+from pdlaunch.engine.models.attention import (
+    AttentionBackend,
+    AttentionStep,
+    IntArray,
+    PackedBatch,
+    ReportProgress,
+)
+from pdlaunch.engine.models.attention_kernels import (
+    LOG2_E,
+    attend_chunks,
+    attend_decode,
+    gather_kv,
+    reduce_splits,
+)
+from pdlaunch.engine.models.layer_kernels import rotate_and_write
+from pdlaunch.engine.models.library_attention import (
+    CUDNN_MAX_HEAD_DIM,
+    CUDNN_PLANNED_TOKENS,
+    CUDNN_STEP_TOKENS,
+    FLASH_MAX_HEAD_DIM,
+    attend_whole_prompts,
+    attend_with_cudnn,
+    has_fast_cudnn,
+    varlen_flash,
+)
 from pdlaunch.engine.models.step_inputs import (
     Chunks,
-    GraphInputs,
-    LibraryChunks,
     Prefix,
     StepTensors,
     slots_of,
     tiles_of,
     upload_int32,
 )
-from pdlaunch.engine.models.triton_step import (
-    CUDNN_MAX_HEAD_DIM,
-    CUDNN_PLANNED_TOKENS,
-    CUDNN_STEP_TOKENS,
-    FLASH_MAX_HEAD_DIM,
-    KernelSetup,
-    TritonStep,
-    attend_with_cudnn,
-    has_fast_cudnn,
-    varlen_flash,
-)
+
+TARGET_PROGRAMS = 1024  # programs that fill the device: eight for each of an H200's multiprocessors
+MAX_SPLITS = 32
+MIN_DOT = 16  # smallest side of a matrix product in Triton
+DECODE_TILE = 32  # positions that a program of decode reads at a time
+COPY_TOKENS = 16  # tokens that one program writes or gathers, from more than ``FEW_TOKENS`` on
+FEW_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Holds an RMS norm."""
+
+    weight: torch.Tensor  # [size]
+    epsilon: float
+    offset: int = 0  # added to all weights
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerCache:
+    """Says where a layer's keys and values lie."""
+
+    group: int
+    window: int  # 0: none
+    cache: torch.Tensor
+    """The KV cache from the layer's keys in the first block on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """Holds what one layer attends with in a step: [num_tokens, heads, D] each."""
+
+    layer: _LayerCache
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    sinks: torch.Tensor | None = None  # [num_heads]
+    stacked: torch.Tensor | None = None
+    """All three along dimension 1, if they lie like that."""
 
 
 class TritonAttention(AttentionBackend):
-    """Prepares steps on a CUDA device; ``TritonStep`` runs them."""
+    """Prepares steps on a CUDA device; ``TritonStep`` runs them.
+
+    ``kv_cache``: as ``layout`` says, contiguous; its dtype is that of the model.
+    """
 
     reads_only_context = True
 
     def __init__(self, layout: KVCacheLayout, kv_cache: torch.Tensor) -> None:
-        """Choose kernels. ``kv_cache``: as ``layout`` says, contiguous; its dtype is that of the
-        model.
-        """
+        self.layout = layout
+        self.kv_cache = kv_cache
+        self.layers = {
+            layer: _LayerCache(index, group.sliding_window or 0, kv_cache[:, :, slot:])
+            for index, group in enumerate(layout.groups)
+            for slot, layer in enumerate(group.layers)
+        }
+        padded_dim = max(MIN_DOT, triton.next_power_of_2(layout.head_dim))
+        self.cache_shape = {
+            "block_stride": kv_cache.stride(0),
+            "head_stride": kv_cache.stride(1),
+            "BLOCK_SIZE": layout.block_size,
+            "HEAD_DIM": layout.head_dim,
+            "PADDED_DIM": padded_dim,
+        }
+        """Arguments of every kernel that reads or writes the KV cache."""
+        # Tokens that a program attends for, and positions that it reads at a time.
+        is_large = padded_dim * layout.dtype_bytes > 256
+        self.chunk_tokens, self.chunk_tile = (16, 32) if is_large else (64, 64)
         is_half = (
             kv_cache.is_cuda
             and kv_cache.dtype in (torch.float16, torch.bfloat16)
             and layout.head_dim % 8 == 0
         )
-        has_flash = is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM
-        self.setup = KernelSetup(layout, kv_cache, flash=varlen_flash() if has_flash else None)
+        self.flash: Callable[..., torch.Tensor] | None = None
+        """torch's varlen attention; None where it does not fit."""
+        if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM:
+            self.flash = varlen_flash()
         self._has_cudnn = (
             is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and has_fast_cudnn(kv_cache.device)
         )
@@ -61,47 +137,81 @@ class TritonAttention(AttentionBackend):
         """Let cuDNN plan for the lengths that prompts of up to ``max_tokens`` are padded to."""
         if not self._has_cudnn:
             return
-        layout = self.setup.layout
+        layout = self.layout
         longest = min(max_tokens, CUDNN_PLANNED_TOKENS)
         for num_tokens in range(CUDNN_STEP_TOKENS, longest + CUDNN_STEP_TOKENS, CUDNN_STEP_TOKENS):
             progress("preparing prefill attention", num_tokens / (longest + CUDNN_STEP_TOKENS))
-            heads = self.setup.kv_cache.new_zeros(
+            heads = self.kv_cache.new_zeros(
                 (num_tokens, num_heads + 2 * layout.num_kv_heads, layout.head_dim)
             )
             attend_with_cudnn(heads, num_heads, 1.0)
 
     def prepare(self, batch: PackedBatch) -> TritonStep:
         """Copy all that the layers share to the device at once."""
-        slots = slots_of(batch.block_tables, batch, self.setup.layout.block_size)
-        stride = np.array([batch.block_tables[0].shape[1]])
-        arrays = [stride, batch.context_lengths, np.stack(batch.block_tables), *slots]
-        num_shared = len(arrays)
+        slots = slots_of(batch, self.layout.block_size)
+        arrays = {
+            "stride": np.array([batch.block_tables[0].shape[1]]),
+            "lengths": batch.context_lengths,
+            "tables": np.stack(batch.block_tables),
+            **{f"slots {group}": group_slots for group, group_slots in enumerate(slots)},
+        }
         has_chunks = batch.num_decode_rows < batch.num_rows
-        gathered = self._gathered(batch) if has_chunks and self.setup.flash is not None else []
+        gathered: list[tuple[IntArray, IntArray]] = []
         if has_chunks:
             starts = batch.row_starts[batch.num_decode_rows :]
-            tiles = tiles_of(batch, self.setup.chunk_tokens)
-            arrays += [batch.row_starts, *tiles, starts - starts[0]]
-            arrays += [array for pair in gathered for array in pair]
-        stride_at, lengths, tables, *rest = upload_int32(arrays, self.setup.kv_cache.device)
-        # ``rest``: the slots of each group; then, with chunks, their four arrays and two more for
-        # each group that is gathered.
-        uploaded = rest[num_shared - 3 :]
+            tile_rows, tile_tokens = tiles_of(batch, self.chunk_tokens)
+            arrays |= {
+                "row_starts": batch.row_starts,
+                "tile_rows": tile_rows,
+                "tile_tokens": tile_tokens,
+                "starts": starts - starts[0],
+            }
+            gathered = [] if self.flash is None else self._gathered(batch)
+            for group, (gathered_slots, gathered_starts) in enumerate(gathered):
+                arrays[f"prefix {group}"] = gathered_slots
+                arrays[f"prefix starts {group}"] = gathered_starts
+        uploaded = upload_int32(arrays, self.kv_cache.device)
+        chunks = None
+        if has_chunks:
+            chunks = Chunks(
+                row_starts=uploaded["row_starts"],
+                tile_rows=uploaded["tile_rows"],
+                tile_tokens=uploaded["tile_tokens"],
+                starts=uploaded["starts"],
+                lengths=tuple(np.diff(starts).tolist()),
+                prefixes=tuple(
+                    Prefix(
+                        uploaded[f"prefix {group}"],
+                        uploaded[f"prefix starts {group}"],
+                        int(np.diff(gathered_starts).max()),
+                    )
+                    for group, (_, gathered_starts) in enumerate(gathered)
+                ),
+            )
         tensors = StepTensors(
-            slots=tuple(rest[: num_shared - 3]),
-            lengths=lengths,
+            slots=tuple(uploaded[f"slots {group}"] for group in range(len(slots))),
+            lengths=uploaded["lengths"],
             num_decode_rows=batch.num_decode_rows,
-            tables=tables,
-            table_stride_at=stride_at,
-            chunks=self._chunks(batch, uploaded, gathered) if has_chunks else None,
+            tables=uploaded["tables"],
+            table_stride_at=uploaded["stride"],
+            chunks=chunks,
         )
-        return TritonStep(self.setup, tensors)
+        return TritonStep(self, tensors)
 
-    def graph_step(self, inputs: GraphInputs) -> TritonStep:
-        """Return a step over ``inputs`` that a graph can replay, whatever they are filled with
-        then.
+    def graph_step(self, tensors: StepTensors) -> TritonStep:
+        """Return a step over ``tensors`` that a graph can replay, whatever they hold then."""
+        return TritonStep(self, tensors)
+
+    def takes_cudnn(self, chunks: Chunks, window: int) -> bool:
+        """Return whether cuDNN attends for these chunks: long ones without anything before them,
+        which fit into the window.
         """
-        return TritonStep(self.setup, inputs.tensors)
+        return (
+            self._has_cudnn
+            and not chunks.prefixes
+            and min(chunks.lengths) >= CUDNN_STEP_TOKENS
+            and (not window or window >= chunks.longest)
+        )
 
     def _gathered(self, batch: PackedBatch) -> list[tuple[IntArray, IntArray]]:
         """Return by group the slots of all that chunks see, and where each chunk's begin.
@@ -115,13 +225,13 @@ class TritonAttention(AttentionBackend):
             return []
         return [
             self._gathered_group(group, table[rows], before, lengths)
-            for group, table in zip(self.setup.layout.groups, batch.block_tables, strict=True)
+            for group, table in zip(self.layout.groups, batch.block_tables, strict=True)
         ]
 
     def _gathered_group(
         self, group: KVCacheGroup, table: IntArray, before: IntArray, lengths: IntArray
     ) -> tuple[IntArray, IntArray]:
-        window, size = group.sliding_window, self.setup.layout.block_size
+        window, size = group.sliding_window, self.layout.block_size
         first = np.zeros_like(before) if window is None else np.maximum(before - window + 1, 0)
         # A row contributes its tokens [first, length); the first query, at ``before``, sees none
         # earlier.
@@ -130,25 +240,244 @@ class TritonAttention(AttentionBackend):
         positions = np.arange(starts[-1]) - starts[row] + first[row]
         return table[row, positions // size] * size + positions % size, starts
 
-    def _chunks(
+
+def split_contexts(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
+    """Return the most splits of a row, a power of two, and the fewest tokens of a split.
+
+    Few rows are cut into many splits; rows that fill the device only where they are long. Both are
+    fixed at launch, whatever the lengths are.
+    """
+    wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
+    min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
+    return min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens
+
+
+class TritonStep(AttentionStep):
+    """Launches the kernels of one step, layer by layer; all its tensors live on the device."""
+
+    def __init__(self, backend: TritonAttention, tensors: StepTensors) -> None:
+        self._backend = backend
+        self._tensors = tensors
+
+    def attend(
         self,
-        batch: PackedBatch,
-        uploaded: list[torch.Tensor],
-        gathered: list[tuple[IntArray, IntArray]],
-    ) -> Chunks:
-        row_starts, tile_rows, tile_tokens, starts, *pairs = uploaded
-        if self.setup.flash is None:
-            return Chunks(row_starts, tile_rows, tile_tokens, library=None)
-        prefixes = tuple(
-            Prefix(pairs[2 * index], pairs[2 * index + 1], int(np.diff(group_starts).max()))
-            for index, (_, group_starts) in enumerate(gathered)
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+        place = self._backend.layers[layer]
+        self._rotate_and_write(place, key, value, None, None)
+        return self._attend(_Heads(place, query, key, value, scaling, sinks))
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        projected: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        scaling: float,
+        norms: tuple[Norm, Norm] | None = None,
+    ) -> torch.Tensor:
+        """Do as ``attend``, from queries, keys and values that lie side by side.
+
+        ``projected``: [num_tokens, (num_heads + 2 * H) * D], overwritten. ``rotary``: cosines and
+        sines, [num_tokens, D] each; None: a layer without. ``norms``, of queries and keys, are
+        applied before the rotation.
+        """
+        layout, place = self._backend.layout, self._backend.layers[layer]
+        heads = projected.view(len(projected), -1, layout.head_dim)
+        num_kv_heads = layout.num_kv_heads
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        self._rotate_and_write(place, heads[:, : num_heads + num_kv_heads], value, rotary, norms)
+        return self._attend(_Heads(place, query, key, value, scaling, stacked=heads))
+
+    def _rotate_and_write(
+        self,
+        layer: _LayerCache,
+        heads: torch.Tensor,
+        values: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        norms: tuple[Norm, Norm] | None,
+    ) -> None:
+        """Write keys and values into the KV cache. ``heads``: [num_tokens, heads, D], keys behind
+        queries, which are normalized and rotated in place before.
+        """
+        num_tokens, num_heads_and_keys, _ = heads.shape
+        num_kv_heads = values.shape[1]
+        # The kernel takes pointers in any case, and reads none that its constants switch off.
+        cosines, sines = rotary or (heads, heads)
+        query_norm, key_norm = norms or (Norm(heads, 0.0), Norm(heads, 0.0))
+        tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
+        rotate_and_write[(triton.cdiv(num_tokens, tokens), num_heads_and_keys + num_kv_heads)](
+            heads,
+            values,
+            cosines,
+            sines,
+            query_norm.weight,
+            key_norm.weight,
+            self._tensors.slots[layer.group],
+            layer.cache,
+            num_tokens,
+            heads.stride(0),
+            heads.stride(1),
+            values.stride(0),
+            values.stride(1),
+            cosines.stride(0),
+            query_norm.epsilon,
+            NUM_HEADS=num_heads_and_keys - num_kv_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            TOKENS=tokens,
+            HAS_NORMS=norms is not None,
+            NORM_OFFSET=query_norm.offset,
+            ROTATES=rotary is not None,
+            **self._backend.cache_shape,
         )
-        lengths = np.diff(batch.row_starts)[batch.num_decode_rows :]
-        fits_cudnn = self._has_cudnn and not prefixes and int(lengths.min()) >= CUDNN_STEP_TOKENS
-        library = LibraryChunks(
-            longest=int(lengths.max()),
-            starts=starts,
-            prefixes=prefixes or None,
-            lengths=tuple(lengths.tolist()) if fits_cudnn else (),
+
+    def _attend(self, heads: _Heads) -> torch.Tensor:
+        """Attend over keys and values that are in the KV cache already."""
+        num_rows, chunks = self._tensors.num_decode_rows, self._tensors.chunks
+        by_library = self._backend.flash is not None and heads.sinks is None
+        if chunks is not None and by_library and not num_rows:
+            return self._library_chunks(heads, chunks)
+        result = torch.empty(heads.query.shape, dtype=heads.query.dtype, device=heads.query.device)
+        if num_rows:
+            self._attend_decode(heads, num_rows, result)
+        if chunks is not None and by_library:
+            result[num_rows:] = self._library_chunks(heads, chunks)
+        elif chunks is not None:
+            self._attend_chunks(heads, chunks, result)
+        return result
+
+    def _attend_decode(self, heads: _Heads, num_rows: int, result: torch.Tensor) -> None:
+        """Attend for the first rows, of one token each."""
+        query, layer, layout = heads.query, heads.layer, self._backend.layout
+        _, num_heads, head_dim = query.shape
+        num_splits, min_split = split_contexts(num_rows, layout.num_kv_heads)
+        share = num_heads // layout.num_kv_heads
+        partials = query.new_empty(
+            (num_rows * num_heads * num_splits, head_dim), dtype=torch.float32
         )
-        return Chunks(row_starts, tile_rows, tile_tokens, library)
+        scales = query.new_empty((2, len(partials)), dtype=torch.float32)
+        attend_decode[(num_rows, layout.num_kv_heads, num_splits)](
+            query,
+            layer.cache,
+            self._tensors.tables,
+            self._tensors.table_stride_at,
+            self._tensors.lengths,
+            partials,
+            scales[0],
+            scales[1],
+            self._table_row(layer),
+            heads.scaling * LOG2_E.value,
+            query.stride(0),
+            query.stride(1),
+            NUM_SPLITS=num_splits,
+            MIN_SPLIT=min_split,
+            GROUP=share,
+            PADDED_GROUP=max(MIN_DOT, triton.next_power_of_2(share)),
+            TILE=DECODE_TILE,
+            WINDOW=layer.window,
+            num_warps=4,
+            num_stages=2,
+            **self._backend.cache_shape,
+        )
+        reduce_splits[(num_rows, num_heads)](
+            partials,
+            scales[0],
+            scales[1],
+            self._tensors.lengths,
+            scales if heads.sinks is None else heads.sinks,
+            result,
+            NUM_SPLITS=num_splits,
+            MIN_SPLIT=min_split,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=self._backend.cache_shape["PADDED_DIM"],
+            TILE=DECODE_TILE,
+            WINDOW=layer.window,
+            HAS_SINKS=heads.sinks is not None,
+            num_warps=max(1, num_splits // 8),
+        )
+
+    def _attend_chunks(self, heads: _Heads, chunks: Chunks, result: torch.Tensor) -> None:
+        query, layer, backend = heads.query, heads.layer, self._backend
+        num_heads = query.shape[1]
+        attend_chunks[(len(chunks.tile_rows), num_heads)](
+            query,
+            layer.cache,
+            self._tensors.tables,
+            self._tensors.table_stride_at,
+            self._tensors.lengths,
+            chunks.row_starts,
+            chunks.tile_rows,
+            chunks.tile_tokens,
+            query if heads.sinks is None else heads.sinks,
+            result,
+            self._table_row(layer),
+            heads.scaling * LOG2_E.value,
+            query.stride(0),
+            query.stride(1),
+            result.stride(0),
+            GROUP=num_heads // backend.layout.num_kv_heads,
+            TOKENS=backend.chunk_tokens,
+            TILE=backend.chunk_tile,
+            WINDOW=layer.window,
+            HAS_SINKS=heads.sinks is not None,
+            num_warps=4,
+            num_stages=2,
+            **backend.cache_shape,
+        )
+
+    def _library_chunks(self, heads: _Heads, chunks: Chunks) -> torch.Tensor:
+        """Return [num_tokens of chunks, num_heads, D], from libraries."""
+        backend, layer, scaling = self._backend, heads.layer, heads.scaling
+        assert backend.flash is not None
+        # Chunks stand behind the decode rows.
+        query, key, value = (
+            states[self._tensors.num_decode_rows :]
+            for states in (heads.query, heads.key, heads.value)
+        )
+        if backend.takes_cudnn(chunks, layer.window):
+            # cuDNN wants all three side by side.
+            if heads.stacked is None:
+                stacked = torch.cat((query, key, value), dim=1)
+            else:
+                stacked = heads.stacked[self._tensors.num_decode_rows :]
+            return attend_whole_prompts(chunks.lengths, stacked, query.shape[1], scaling)
+        key_starts, longest_key = chunks.starts, chunks.longest
+        if chunks.prefixes:
+            prefix = chunks.prefixes[layer.group]
+            key, value = self._gather(layer, prefix)
+            key_starts, longest_key = prefix.starts, prefix.longest
+        return backend.flash(
+            query,
+            key,
+            value,
+            chunks.starts,
+            key_starts,
+            chunks.longest,
+            longest_key,
+            scale=scaling,
+            window_size=(layer.window - 1, 0),  # -1: none
+        )
+
+    def _gather(self, layer: _LayerCache, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
+        layout, num_tokens = self._backend.layout, len(prefix.slots)
+        keys, values = layer.cache.new_empty((2, num_tokens, layout.num_kv_heads, layout.head_dim))
+        gather_kv[(triton.cdiv(num_tokens, COPY_TOKENS), layout.num_kv_heads)](
+            layer.cache,
+            prefix.slots,
+            keys,
+            values,
+            num_tokens,
+            TOKENS=COPY_TOKENS,
+            **self._backend.cache_shape,
+        )
+        return keys, values
+
+    def _table_row(self, layer: _LayerCache) -> int:
+        """Return the first row of the layer's group in ``tables``."""
+        return layer.group * len(self._tensors.lengths)

@@ -21,10 +21,10 @@ from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.engine import step_graphs
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.models.attention import PackedBatch
-from pdlaunch.engine.models.decoder import TransformersDecoder
+from pdlaunch.engine.models.decoder import Decoder
 from pdlaunch.engine.models.fused_decoder import FusedDecoder, can_fuse
-from pdlaunch.engine.models.loader import load_model
-from pdlaunch.engine.models.step_inputs import GraphInputs, Staging
+from pdlaunch.engine.models.loader import ModelLoader
+from pdlaunch.engine.models.step_inputs import GraphInputs
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.models.triton_attention import TritonAttention
 from pdlaunch.engine.rows import LatestTokens
@@ -100,7 +100,7 @@ def check_gathered_prefixes(case: Case) -> None:
         inputs = make_inputs(case)
         kv_cache, expected = reference(inputs, layer, 0.1)
         backend = TritonAttention(inputs.layout, inputs.kv_cache)
-        backend.setup.flash = attend_contiguous
+        backend.flash = attend_contiguous
         found = backend.prepare(inputs.batch).attend(
             layer, inputs.query, inputs.key, inputs.value, 0.1
         )
@@ -155,23 +155,21 @@ class Replayed:
 def check_graph_inputs() -> None:
     """What pads a batch writes nothing and changes nothing; the same memory is filled again."""
     layout = Case(()).layout
-    staging = Staging(GraphInputs.buffer_size(layout, 4, 16), torch.device("cpu"))
-    staging.device.fill_(77)
+    filled = GraphInputs(layout, 6, 16, torch.device("cpu"))
     for rows in (((9, 1), (100, 1), (0, 1)), ((33, 1),)):
         inputs = make_inputs(Case(rows))
         backend = TritonAttention(inputs.layout, inputs.kv_cache)
-        filled = GraphInputs(inputs.layout, 4, staging)
-        filled.fill(inputs.batch)
+        filled.fill(inputs.batch, 4)
         num_rows = len(rows)
-        assert filled.token_ids[:num_rows].tolist() == inputs.batch.token_ids.tolist()
-        assert filled.positions[:num_rows].tolist() == inputs.batch.positions.tolist()
-        assert filled.tensors.lengths.tolist()[num_rows:] == [0] * (4 - num_rows)
+        assert filled.token_ids(num_rows).tolist() == inputs.batch.token_ids.tolist()
+        assert filled.positions(num_rows).tolist() == inputs.batch.positions.tolist()
+        assert filled.tensors(4).lengths.tolist()[num_rows:] == [0] * (4 - num_rows)
         kv_cache, expected = reference(inputs, 2, 0.1)
         padded = [
             torch.cat([states, states[:, :1].expand(-1, 4 - num_rows, -1)], 1)
             for states in (inputs.query, inputs.key, inputs.value)
         ]
-        found = backend.graph_step(filled).attend(2, *padded, 0.1)
+        found = backend.graph_step(filled.tensors(4)).attend(2, *padded, 0.1)
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
         assert relative_error(found[:num_rows], expected) < 1e-5, rows
         assert not found[num_rows:].any()
@@ -235,16 +233,16 @@ def check_step_graphs() -> None:
 def load_tiny(directory: Path) -> tuple[ModelShape, Any]:
     """Load a model as on a GPU, in float32."""
     shape = read_model_shape(directory)
-    return shape, load_model(
+    loader = ModelLoader(
         directory,
         shape,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        torch.float32,
+        torch.device("cpu"),
         dummy=False,
         tp=None,
         progress=lambda *_: None,
-        stacked=True,
     )
+    return shape, loader.load(stacked=True)
 
 
 def check_likeliest_tokens() -> None:
@@ -276,7 +274,7 @@ def check_fused_decoder(name: str) -> None:
     token_ids, positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
     found = []
     for decoder, backend in (
-        (TransformersDecoder, TorchAttention),
+        (Decoder, TorchAttention),
         (FusedDecoder, TritonAttention),
     ):
         kv_cache = torch.zeros(64, *layout.block_shape())

@@ -11,7 +11,7 @@ import torch
 
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.engine.models.lean_imports import import_lean_transformers
-from pdlaunch.engine.models.loader import load_model
+from pdlaunch.engine.models.loader import ModelLoader
 
 NEEDLESS = (
     "accelerate",
@@ -30,15 +30,16 @@ def sums(model: torch.nn.Module) -> dict[str, float]:
 
 def main(model_dir: Path) -> None:
     import_lean_transformers()
-    model = load_model(
+    shape = read_model_shape(model_dir)
+    model = ModelLoader(
         model_dir,
-        read_model_shape(model_dir),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        shape,
+        torch.float32,
+        torch.device("cpu"),
         dummy=False,
         tp=None,
-        progress=lambda text, fraction: None,
-    )
+        progress=lambda *_: None,
+    ).load()
     needless = [name for name in NEEDLESS if name in sys.modules]
 
     # Whoever asks for what was left out gets it, and each module once.

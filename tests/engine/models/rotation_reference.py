@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from pdlaunch.engine.models.triton_attention import TritonAttention
-from pdlaunch.engine.models.triton_step import HeadNorms
+from pdlaunch.engine.models.triton_attention import Norm, TritonAttention
 from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
 
 EPSILON = 1e-5
@@ -36,7 +35,7 @@ def check_rotation(
     # An offset of 1 and weights that are smaller by 1, which is exact here, are the same norm.
     for layer, offset in ((1, 0), (2, 1)):
         norms = (
-            HeadNorms(weights[0] - offset, weights[1] - offset, EPSILON, offset)
+            (Norm(weights[0] - offset, EPSILON, offset), Norm(weights[1] - offset, EPSILON, offset))
             if has_norms
             else None
         )

@@ -106,7 +106,6 @@ def test_ranks_answer_as_generate_does(
         assert [answer["heads"] for answer in answers] == [[first, 1] for first in first_heads]
         assert len({answer["digest"] for answer in answers}) == 1
     assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * tp_size
-    assert [result["nothing"] for result in results] == [""] * tp_size
     assert [result["least"] for result in results] == [2**40 + 8 - tp_size] * tp_size
     assert [result["listening"] for result in results] == [["127.0.0.1"]] * tp_size
 

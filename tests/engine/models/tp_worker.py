@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from pdlaunch.engine.models.lean_imports import import_lean_transformers
-from pdlaunch.engine.models.loader import reload_model
 from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.engine.runner import ModelRunner
 from tests.engine.hand_scheduler import (
@@ -43,7 +42,6 @@ def main(
     )
     result = {
         "broadcast": tp.broadcast_bytes(bytes(range(tp_rank, 16 + tp_rank))).hex(),
-        "nothing": tp.broadcast_bytes(b"" if tp_rank == 0 else None).hex(),
         "least": tp.least(2**40 + 7 - tp_rank),
         "answers": {
             directory: answer(directory, tp, prompts, num_tokens, spec) for directory in directories
@@ -70,7 +68,8 @@ def answer(
     changes: dict[str, object],
 ) -> dict[str, object]:
     def share(tokens: list[int]) -> list[int]:
-        return json.loads(tp.broadcast_bytes(json.dumps(tokens).encode()))
+        """All ranks pass as many bytes, of which rank 0's count."""
+        return json.loads(tp.broadcast_bytes(json.dumps(tokens).encode().ljust(4096)))
 
     spec = make_spec(Path(directory), tensor_parallel_size=tp.tp_size, **changes)
     runner = ModelRunner(spec, tp=tp, progress=ignore_progress)
@@ -87,7 +86,7 @@ def answer(
     heads = [runner.first_kv_head, runner.layout.num_kv_heads]
     return {
         "tokens": tokens,
-        "is_restored": is_restored(runner, directory, tp),
+        "is_restored": is_restored(runner),
         "ahead": ahead,
         "num_parameters": parameters,
         "heads": heads,
@@ -96,7 +95,7 @@ def answer(
     }
 
 
-def is_restored(runner: ModelRunner, directory: str, tp: TPGroup) -> bool:
+def is_restored(runner: ModelRunner) -> bool:
     """Whether this rank's part of the weights is the same, at the same addresses, when it is lost
     and read again.
     """
@@ -105,15 +104,7 @@ def is_restored(runner: ModelRunner, directory: str, tp: TPGroup) -> bool:
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tensors.items()}
     for tensor in tensors.values():
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
-    reload_model(
-        model,
-        Path(directory),
-        runner.shape,
-        dtype=runner.kv_cache.dtype,
-        dummy=False,
-        tp=tp,
-        progress=ignore_progress,
-    )
+    runner._loader.reload(model)
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     return after.keys() == before.keys() and all(
         after[name].data_ptr() == address and torch.equal(after[name], tensor)
