@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -108,26 +108,9 @@ class Launch:
         Raises StartupError, with what ``pdlaunch serve`` printed, when it ends before that, and
         ConfigError when a model of a hub cannot be downloaded.
         """
-        config, origins = self._config.config, self._config.origins
-        # Before the time of the start runs.
-        fetch_weights(config, read_models(config, fetch_part), fetch_part)
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdlaunch-api-"))
-            file = Path(folder) / "deploy.json"
-            settings, secrets = _child_settings(self._config)
-            # JSON is YAML; the folder is for this user alone.
-            file.write_text(json.dumps(settings))
-            self._deployment = stack.enter_context(
-                running_deployment(
-                    [str(file)],
-                    environ=_child_environ() | secrets,
-                    log_dir=config.log_dir,
-                    host=config.host,
-                    port=None if origins["port"].kind == "default" else config.port,
-                    timeout_s=config.startup_timeout_s + _START_MARGIN_S,
-                )
-            )
-            self._exit = stack.pop_all()
+        config, has_port = self._config.config, self._config.origins["port"].kind != "default"
+        running = launched(self._config, config.host, config.port if has_port else None)
+        self._deployment = self._exit.enter_context(running)
         return self
 
     def __exit__(
@@ -161,23 +144,37 @@ def _resolve(config: LoadedConfig) -> ResolvedLaunch:
     return resolve_on(config.config, hosts, os.environ, models)
 
 
-def _child_settings(loaded: LoadedConfig) -> tuple[dict[str, object], dict[str, str]]:
-    """Split the settings that were given into those of a file, and secrets by variable."""
-    given = loaded.config.model_dump(exclude_unset=True)
+@contextlib.contextmanager
+def launched(
+    loaded: LoadedConfig, host: str = "127.0.0.1", port: int | None = None
+) -> Iterator[Deployment]:
+    """Run ``pdlaunch serve`` with this configuration at an address; ``port``: None takes a free
+    one. Raises StartupError and ConfigError.
+    """
+    config = loaded.config
+    # Before the time of the start runs, and where its progress is seen.
+    fetch_weights(config, read_models(config, fetch_part), fetch_part)
+    given = config.model_dump(exclude_unset=True)
+    masked = config.model_dump(mode="json", exclude_unset=True)
+    # Keys go through the environment; settings of ours are in the file, or were overruled.
     variables = {path: name for name, path in variable_paths().items()}
-    secrets = {
-        variables[name]: value.get_secret_value()
-        for name, value in given.items()
-        if isinstance(value, SecretStr)
-    }
-    masked = loaded.config.model_dump(mode="json", exclude_unset=True)
-    return {name: masked[name] for name in given if variables.get(name) not in secrets}, secrets
-
-
-def _child_environ() -> dict[str, str]:
-    """Return our environment without settings: they are in the configuration, or were overruled."""
-    return {
+    keys = {path: value for path, value in given.items() if isinstance(value, SecretStr)}
+    environ = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES
     }
+    with tempfile.TemporaryDirectory(prefix="pdlaunch-api-") as folder:
+        # JSON is YAML; the folder is for this user alone.
+        file = Path(folder) / "deploy.json"
+        file.write_text(json.dumps({path: masked[path] for path in given if path not in keys}))
+        with running_deployment(
+            [str(file)],
+            environ=environ
+            | {variables[path]: key.get_secret_value() for path, key in keys.items()},
+            log_dir=config.log_dir,
+            host=host,
+            port=port,
+            timeout_s=config.startup_timeout_s + _START_MARGIN_S,
+        ) as deployment:
+            yield deployment

@@ -40,10 +40,12 @@ class _AnsweredError(PdlaunchError):
     """A request was answered with an error that has a reason."""
 
 
-def chaos_environment(seed: int, connector: str) -> dict[str, str]:
-    """Return the settings of the connector faulty around ``connector``, as variables."""
-    faults = {"INNER": connector, "SEED": str(seed), "RATE": str(RATE)}
-    return {f"PDLAUNCH_KV_TRANSFER__FAULTY__{name}": value for name, value in faults.items()}
+def faulty_settings(seed: int, connector: str) -> dict[str, object]:
+    """Return the settings of the connector faulty around ``connector``, by dotted path."""
+    faults = {"inner": connector, "seed": seed, "rate": RATE}
+    return {"kv_transfer.connector": "faulty"} | {
+        f"kv_transfer.faulty.{name}": value for name, value in faults.items()
+    }
 
 
 def smoke_under_chaos(

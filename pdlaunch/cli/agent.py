@@ -6,26 +6,19 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.options import StopOption
-from pdlaunch.cli.output import refuse
+from pdlaunch.cli.output import ending_at_errors, say
 from pdlaunch.cli.steady_output import standard_input, steady_output
-from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.errors import StartupError
 from pdlaunch.launch.events import SignalInbox
-from pdlaunch.launch.hosts.agent import (
-    AgentSession,
-    SessionLostError,
-    allowed_executables,
-)
+from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError, allowed_executables
 from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.launch.hosts.join import JoinTicket, read_ticket, sole_agent
 from pdlaunch.launch.launch import check_platform
@@ -37,53 +30,6 @@ from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 
 _REJOIN_DELAY_S = 0.2
-
-
-def introduction(
-    ticket: JoinTicket, name: str, executables: Mapping[str, str], num_cpus: int | None = None
-) -> Join:
-    """Return how this host introduces itself. Raises StartupError without a route.
-
-    ``executables``: paths of those that it allows, by name.
-    """
-    supervisor = urlsplit(ticket.endpoint).hostname or ""
-    address = address_towards(supervisor)
-    if address is None:
-        raise StartupError(f"there is no route to the supervisor at {supervisor}")
-    machine = probe_machine()
-    if num_cpus is not None:
-        machine = replace(machine, num_cpus=min(num_cpus, machine.num_cpus))
-    return Join(
-        name=name,
-        address=address,
-        machine=encode_machine(machine, os.environ),
-        python=sys.executable,
-        executables={
-            name: find_engine_command(path, os.environ) for name, path in executables.items()
-        },
-    )
-
-
-def serve_sessions(
-    ticket: JoinTicket,
-    join: Join,
-    executables: dict[str, str],
-    stops: list[int],
-    wait_s: float,
-    errors: Console,
-) -> str:
-    """Serve one session after the other, until one ends for good; return why."""
-
-    def note(text: str) -> None:
-        errors.print(Text(text))
-
-    while True:
-        session = AgentSession(ticket, join, executables, stops, first_wait_s=wait_s, note=note)
-        try:
-            return session.run()
-        except SessionLostError as error:
-            note(f"the session is over, its processes have ended; joining again: {error}")
-            time.sleep(_REJOIN_DELAY_S)
 
 
 def agent(
@@ -121,23 +67,59 @@ def agent(
     stop_on_stdin_eof: StopOption = False,
 ) -> None:
     """Start and watch engines on this host for a `pdlaunch serve` on another one."""
-    errors = Console(stderr=True, soft_wrap=True)
-    with steady_output():
+    with steady_output(), ending_at_errors():
+        check_platform()
+        stdin = [standard_input()] if stop_on_stdin_eof else []
+        executables = allowed_executables(allow_executable or ())
+        ticket = read_ticket(join)
+        setup_logging("agent", "info")
+        raise_open_files()
+        own_name = name or socket.gethostname()
+        first = introduction(ticket, own_name, executables, cpus)
+        with sole_agent(ticket, own_name), SignalInbox() as signals:
+            stops = [signals.fileno(), *stdin]
+            serve_sessions(ticket, first, executables, stops, wait_s, say)
+
+
+def introduction(
+    ticket: JoinTicket, name: str, executables: Mapping[str, str], num_cpus: int | None = None
+) -> Join:
+    """Return how this host introduces itself. Raises StartupError without a route.
+
+    ``executables``: paths of those that it allows, by name.
+    """
+    supervisor = urlsplit(ticket.endpoint).hostname or ""
+    address = address_towards(supervisor)
+    if address is None:
+        raise StartupError(f"there is no route to the supervisor at {supervisor}")
+    machine = probe_machine()
+    if num_cpus is not None:
+        machine = replace(machine, num_cpus=min(num_cpus, machine.num_cpus))
+    return Join(
+        name=name,
+        address=address,
+        machine=encode_machine(machine, os.environ),
+        python=sys.executable,
+        executables={
+            name: find_engine_command(path, os.environ) for name, path in executables.items()
+        },
+    )
+
+
+def serve_sessions(
+    ticket: JoinTicket,
+    join: Join,
+    executables: dict[str, str],
+    stops: list[int],
+    wait_s: float,
+    note: Callable[[str], None],
+) -> None:
+    """Serve one session after the other, until one ends for good. Raises StartupError."""
+    while True:
+        session = AgentSession(ticket, join, executables, stops, first_wait_s=wait_s, note=note)
         try:
-            check_platform()
-            stdin = [standard_input()] if stop_on_stdin_eof else []
-            executables = allowed_executables(allow_executable or ())
-            ticket = read_ticket(join)
-            setup_logging("agent", "info")
-            raise_open_files()
-            own_name = name or socket.gethostname()
-            first = introduction(ticket, own_name, executables, cpus)
-            with sole_agent(ticket, own_name), SignalInbox() as signals:
-                stops = [signals.fileno(), *stdin]
-                reason = serve_sessions(ticket, first, executables, stops, wait_s, errors)
-        except ConfigError as error:
-            refuse(error)
-        except StartupError as error:
-            errors.print(Text(f"error: {error}", style="red"))
-            raise typer.Exit(EXIT_FAILED) from None
-        errors.print(Text(f"left: {reason}"))
+            note(f"left: {session.run()}")
+            return
+        except SessionLostError as error:
+            note(f"the session is over, its processes have ended; joining again: {error}")
+            time.sleep(_REJOIN_DELAY_S)

@@ -17,15 +17,15 @@ import msgspec
 import typer
 from rich.console import Console
 
+from pdlaunch.api import launched
 from pdlaunch.bench.loads import FIRST_TOKEN_ID, BenchOptions, read_trace_file
 from pdlaunch.bench.rows import BenchRun, without_words
 from pdlaunch.bench.serve import ShowProgress, bench_serve
 from pdlaunch.bench.timed_completion import Goals, read_goals
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
-from pdlaunch.cli.flags import ServeCommand, with_serve_flags
+from pdlaunch.cli.flags import ServeCommand, refuse_address, with_serve_flags
 from pdlaunch.cli.html_report import bench_page, write_report
 from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
-from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.cli.status import duration
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 from pdlaunch.config.settings import flag_name
@@ -202,8 +202,8 @@ def serve(
     runs: list[BenchRun] = []
     goals = slo or Goals()
     with _told_errors() as failures:
-        launch_config = load_config(config, os.environ, flags).config
-        key = launch_config.api_key
+        loaded = load_config(config, os.environ, flags)
+        key = loaded.config.api_key
         options = BenchOptions(
             api_key=None if key is None else key.get_secret_value(),
             input_tokens=input_tokens or (128,),
@@ -223,7 +223,7 @@ def serve(
                 Console(stderr=True).status("starting the deployment")
             ).update
             if url is None:
-                deployment = stack.enter_context(own_deployment(config, flags, launch_config))
+                deployment = stack.enter_context(launched(loaded))
                 url = deployment.url
                 if output == "table":
                     typer.echo(f"command to healthy: {deployment.start_s:.1f} s")

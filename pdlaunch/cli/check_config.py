@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +13,9 @@ from pdlaunch.checks.probes import ask_nixl, probe_engine_flags, probe_files, pr
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.joining import with_placed_hosts
 from pdlaunch.cli.machines import AssumeOption, judged_machine
-from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
+from pdlaunch.cli.preflight import load_launch, probe_transport
 from pdlaunch.config.model_files.download import fetch_part
-from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
 from pdlaunch.planning.hosts import planned_hosts
@@ -51,8 +48,7 @@ def check_config(
     about.
     """
     try:
-        loaded = with_placed_hosts(load_config(config, os.environ, flags), os.environ)
-        refuse_running_engines(loaded.config)
+        loaded = load_launch(config, flags)
         if assume is not None and probe:
             raise ConfigError(
                 f"--probe starts processes on this machine, which is not {assume}",
@@ -64,12 +60,8 @@ def check_config(
         refuse_input(error, output, config)
     is_this = judged.assumed is None
     read = read_models if is_this else read_models_elsewhere
-    resolved = resolve_on(
-        loaded.config,
-        hosts,
-        judged.environ,
-        read(loaded.config, fetch_part),
-    )
+    models = read(loaded.config, fetch_part)
+    resolved = resolve_on(loaded.config, hosts, judged.environ, models)
     probes = Probes()
     if is_this:
         probes = replace(probe_files(resolved), ports=probe_ports(resolved))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from pdlaunch.checks.context import WITHOUT_PROBE
 from pdlaunch.checks.rule import SEVERITIES, Finding
 from pdlaunch.checks.run import Report, family
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
-from pdlaunch.cli.output import safe
+from pdlaunch.cli.output import safe, say
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.machine_file import AssumedMachine
@@ -69,9 +68,8 @@ def refuse_input(error: ConfigError, output: CheckFormat, path: Path | None) -> 
     if output != "table":
         findings = tuple(map(_finding_of, found))
         typer.echo(_written(Report(findings, (), (), {}), output, EXIT_UNUSABLE, False, path))
-    errors = Console(file=sys.stderr, soft_wrap=True)
     for problem in found:
-        errors.print(Text(f"error: {safe(str(problem))}", style="red"))
+        say(f"error: {problem}", "red")
     raise typer.Exit(EXIT_UNUSABLE)
 
 
@@ -97,11 +95,11 @@ def _place(finding: Finding) -> str:
     return finding.where if is_told else f"{finding.where} ({finding.origin})"
 
 
-def print_finding(console: Console, finding: Finding) -> None:
-    """Print two lines: what is wrong and where, and how to fix it."""
+def say_finding(finding: Finding) -> None:
+    """Print two lines to stderr: what is wrong and where, and how to fix it."""
     text = f"{finding.severity} {finding.rule} {_place(finding)}: {finding.message}"
-    console.print(Text(safe(text), style=STYLES[finding.severity]))
-    console.print(Text(f"  fix: {safe(finding.fix)}"))
+    say(text, STYLES[finding.severity])
+    say(f"  fix: {finding.fix}")
 
 
 def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None) -> None:

@@ -180,24 +180,13 @@ def _with_flags(
     return call
 
 
-def to_command_line(flags: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
-    """Return arguments and environment of a ``serve`` with these flags (by dotted config path).
-
-    Keys go into the environment, so that ``ps`` does not show them.
-    """
-    arguments: list[str] = []
-    environ: dict[str, str] = {}
-    for path, flag in all_flags().items():
-        value, setting = flags.get(path), all_settings()[path]
-        if value is None:
-            continue
-        if setting.is_secret:
-            environ[setting.variables[0]] = str(value)
-        elif setting.is_switch:
-            arguments.append(flag_name(path, bool(value)))
-        else:
-            arguments += [f"--{flag.name}", str(value)]
-    return arguments, environ
+def refuse_address(flags: Mapping[str, object]) -> None:
+    """Raise typer's BadParameter for the address of a deployment that a command starts itself."""
+    given = [flag_name(path) for path in ("host", "port") if path in flags]
+    if given:
+        raise typer.BadParameter(
+            f"{', '.join(given)}: what is started here listens on a free port of 127.0.0.1"
+        )
 
 
 def _parameters(setting: Setting, flag: Flag) -> list[inspect.Parameter]:

@@ -7,13 +7,11 @@ from __future__ import annotations
 import contextlib
 import select
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
-
-from rich.console import Console
-from rich.text import Text
 
 from pdlaunch.cli.agent import introduction, serve_sessions
 from pdlaunch.config.hosts import LOCAL
@@ -49,7 +47,24 @@ from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
+JOIN_FILE = "join.json"
 _LOOK_S = 0.5
+_ANSWER_TIMEOUT_S = 30.0
+
+Say = Callable[[str], None]  # prints a line
+
+
+@dataclass(slots=True)
+class Agents:
+    """The agents of a launch."""
+
+    channel: AgentChannel
+    joined: dict[str, ResolvedHost] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """Return the address of this host that they know."""
+        return urlsplit(self.channel.endpoint).hostname or ""
 
 
 def with_placed_hosts(loaded: LoadedConfig, environ: Mapping[str, str]) -> LoadedConfig:
@@ -73,7 +88,7 @@ def is_agent_task(config: LaunchConfig, environ: Mapping[str, str]) -> bool:
     return config.placement == "slurm" and not slurm.is_supervisor(environ)
 
 
-def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console) -> None:
+def serve_task(config: LaunchConfig, environ: Mapping[str, str], say: Say) -> None:
     """Run the agent of this task until the supervisor's task is over.
 
     ``scancel`` and the end of the allocation signal every task: the supervisor drains and tells
@@ -96,12 +111,11 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console
     # Its own configuration names them: whoever has started this task starts them.
     executables = allowed_executables(config.engine_executables)
     join = introduction(ticket, slurm.node_name(environ), executables)
-    reason = serve_sessions(ticket, join, executables, [], config.join_timeout_s, errors)
-    errors.print(Text(f"left: {reason}"))
+    serve_sessions(ticket, join, executables, [], config.join_timeout_s, say)
 
 
-def refuse_resume(config: LaunchConfig) -> None:
-    """Raise ConfigError where agents do not outlive their supervisor."""
+def require_resumable(config: LaunchConfig) -> None:
+    """Raise ConfigError where ``--resume`` finds no agents of a supervisor that has died."""
     if config.placement in ("ray", "slurm"):
         raise ConfigError(
             f"--resume finds agents that wait, and those of {config.placement} end with the launch",
@@ -109,33 +123,17 @@ def refuse_resume(config: LaunchConfig) -> None:
             value=config.placement,
             fix="leave --resume out",
         )
-
-
-JOIN_FILE = "join.json"
-_ANSWER_TIMEOUT_S = 30.0
-
-
-@dataclass(slots=True)
-class Agents:
-    """Holds the agents of a launch."""
-
-    channel: AgentChannel
-    joined: dict[str, ResolvedHost] = field(default_factory=dict)
-
-    @property
-    def address(self) -> str:
-        """Return the address of this host that they know."""
-        return urlsplit(self.channel.endpoint).hostname or ""
+    if config.join_file is None:
+        raise ConfigError(
+            "--resume finds agents by the join file of a launch whose supervisor has died",
+            field="join_file",
+            fix="name it with --join-file",
+        )
 
 
 @contextlib.contextmanager
 def joined_agents(
-    config: LaunchConfig,
-    environ: Mapping[str, str],
-    log_dir: Path,
-    errors: Console,
-    *,
-    resume: bool,
+    config: LaunchConfig, environ: Mapping[str, str], log_dir: Path, say: Say, *, resume: bool
 ) -> Iterator[Agents | None]:
     """Yield the agents of all hosts of a launch, None for one without.
 
@@ -146,7 +144,7 @@ def joined_agents(
         yield None
         return
     if config.placement == "ray":
-        with _agents_of_ray(config, names, log_dir, errors) as agents:
+        with _agents_of_ray(config, names, log_dir, say) as agents:
             yield agents
         return
     path = Path(config.join_file).expanduser() if config.join_file else log_dir / JOIN_FILE
@@ -161,57 +159,49 @@ def joined_agents(
         )
     with held_join_file(path, resumes=resume):
         keys = read_resume_file(path) if resume else new_join_keys(config.control_port)
-        with _closing(_listen(keys, address, names, config, log_dir), resume=resume) as channel:
+        channel = _listen(keys, address, names, config, log_dir)
+        try:
             write_join_files(path, keys, channel.endpoint)
-            agents = Agents(channel)
-            errors.print(Text(f"waiting for {', '.join(names)} at {channel.endpoint}"))
-            advice = f"start `pdlaunch agent --join {path}` there"
+            say(f"waiting for {', '.join(names)} at {channel.endpoint}")
             if config.placement == "hosts":
-                errors.print(
-                    Text(
-                        f"on each run\n  pdlaunch agent --join {path} --name NAME\n"
-                        f"with a copy of that file, which holds a secret"
-                    )
+                say(
+                    f"on each run\n  pdlaunch agent --join {path} --name NAME\n"
+                    "with a copy of that file, which holds a secret"
                 )
-            _wait(agents, names, config.join_timeout_s, advice, errors)
+            agents = Agents(channel)
+            advice = f"start `pdlaunch agent --join {path}` there"
+            _await_all(agents, names, config.join_timeout_s, advice, say)
             yield agents
-
-
-@contextlib.contextmanager
-def _closing(channel: AgentChannel, *, resume: bool) -> Iterator[AgentChannel]:
-    """Close the channel; a failure to resume, which is no Ctrl-C, leaves the agents to the next
-    try.
-    """
-    try:
-        yield channel
-    except Exception:
-        channel.close(is_over=not resume)
-        raise
-    finally:
-        channel.close()
+        except Exception:
+            # A failure to resume, which is no Ctrl-C, leaves the agents to the next try.
+            channel.close(is_over=not resume)
+            raise
+        finally:
+            channel.close()
 
 
 @contextlib.contextmanager
 def _agents_of_ray(
-    config: LaunchConfig, names: Sequence[str], log_dir: Path, errors: Console
+    config: LaunchConfig, names: Sequence[str], log_dir: Path, say: Say
 ) -> Iterator[Agents]:
-    with ray_cluster() as ray:
+    with ray_cluster() as ray, contextlib.ExitStack() as stack:
         bundles = ray_bundles(config, has_gpus=has_gpus(ray))
-        errors.print(Text("waiting for Ray to place the engines"))
-        placed = placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s)
-        with placed as actors, contextlib.ExitStack() as stack:
-            keys = new_join_keys(config.control_port)
-            address = config.control_address or own_address(ray)
-            channel = stack.enter_context(
-                contextlib.closing(_listen(keys, address, names, config, log_dir))
-            )
-            stack.callback(stop_agents, ray, actors)
-            watch = RayAgents(ray, actors, channel.endpoint, keys.server.public, channel.admit)
-            stack.callback(watch.close)
-            agents = Agents(channel)
-            advice = "look at the logs of its actor in Ray"
-            _wait(agents, names, config.join_timeout_s, advice, errors)
-            yield agents
+        say("waiting for Ray to place the engines")
+        actors = stack.enter_context(
+            placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s)
+        )
+        keys = new_join_keys(config.control_port)
+        address = config.control_address or own_address(ray)
+        channel = _listen(keys, address, names, config, log_dir)
+        # In reverse: Ray's watch ends first, then the agents, then their channel.
+        stack.callback(channel.close)
+        stack.callback(stop_agents, ray, actors)
+        watch = RayAgents(ray, actors, channel.endpoint, keys.server.public, channel.admit)
+        stack.callback(watch.close)
+        agents = Agents(channel)
+        advice = "look at the logs of its actor in Ray"
+        _await_all(agents, names, config.join_timeout_s, advice, say)
+        yield agents
 
 
 def _listen(
@@ -226,29 +216,28 @@ def _listen(
     )
 
 
-def _wait(
-    agents: Agents, names: Sequence[str], timeout_s: float, advice: str, errors: Console
+def _await_all(
+    agents: Agents, names: Sequence[str], timeout_s: float, advice: str, say: Say
 ) -> None:
-    wanted = frozenset(names)
-
-    def take_in(event: AgentEvent) -> bool:
-        match event:
-            case Joined(join=join):
-                agents.joined[join.name] = joined_host(join)
-                errors.print(Text(f"{join.name} has joined from {join.address}"))
-            case Lost(name=name, reason=reason):
-                agents.joined.pop(name, None)
-                errors.print(Text(f"{name} has left: {reason}"))
-            case Told():
-                pass
-        return agents.joined.keys() >= wanted
-
-    if not _until(agents.channel, take_in, timeout_s):
-        missing = ", ".join(name for name in names if name not in agents.joined)
-        raise StartupError(
-            f"{missing} did not join within {timeout_s:g} s (join_timeout_s): {advice}, and see "
-            f"that {agents.channel.endpoint} can be reached"
-        )
+    """Return when all have joined. Raises StartupError naming who has not."""
+    with contextlib.closing(_events(agents.channel, timeout_s)) as events:
+        for event in events:
+            match event:
+                case Joined(join=join):
+                    agents.joined[join.name] = joined_host(join)
+                    say(f"{join.name} has joined from {join.address}")
+                case Lost(name=name, reason=reason):
+                    agents.joined.pop(name, None)
+                    say(f"{name} has left: {reason}")
+                case Told():
+                    pass
+            if agents.joined.keys() >= set(names):
+                return
+    missing = ", ".join(name for name in names if name not in agents.joined)
+    raise StartupError(
+        f"{missing} did not join within {timeout_s:g} s (join_timeout_s): {advice}, and see "
+        f"that {agents.channel.endpoint} can be reached"
+    )
 
 
 def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
@@ -256,40 +245,17 @@ def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
 
     Raises ConfigError for a model that is not there, and StartupError for a port that is not free.
     """
-    ports: dict[str, list[int]] = {}
-    for listener in resolved.engine_addresses:
-        ports.setdefault(listener.on, []).append(listener.port)
-    wanted = {
-        host: sorted(
-            {
-                engines.model.path
-                for engines in roles.values()
-                if engines.model.path is not None and engines.settings.load_format != "dummy"
-            }
-        )
-        for host, roles in resolved.placed.by_host.items()
-    }
-    asked = wanted.keys() & agents.joined.keys()
+    asked = resolved.placed.by_host.keys() & agents.joined.keys()
     for name in asked:
+        paths = {
+            engines.model.path
+            for engines in resolved.placed.by_host[name].values()
+            if engines.model.path is not None and engines.settings.load_format != "dummy"
+        }
+        ports = [each.port for each in resolved.engine_addresses if each.on == name]
         address = resolved.host(name).bind_address
-        look = Look(paths=wanted[name], address=address, ports=ports.get(name, []))
-        agents.channel.send(name, look)
-    seen: dict[str, Seen] = {}
-    others: list[AgentEvent] = []
-
-    def take_in(event: AgentEvent) -> bool:
-        match event:
-            case Told(name=name, message=Seen() as answer):
-                seen[name] = answer
-            case _:
-                others.append(event)
-        return seen.keys() >= asked
-
-    is_complete = not asked or _until(agents.channel, take_in, _ANSWER_TIMEOUT_S)
-    agents.channel.put_back(others)
-    if not is_complete:
-        raise StartupError(f"no answer of the agents of {', '.join(sorted(asked - seen.keys()))}")
-    for name, answer in seen.items():
+        agents.channel.send(name, Look(paths=sorted(paths), address=address, ports=ports))
+    for name, answer in _answers(agents.channel, asked):
         for path in answer.missing_paths:
             raise ConfigError(
                 f"{name} does not have {path}: engines read models on their own host",
@@ -305,15 +271,33 @@ def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
             )
 
 
-def _until(channel: AgentChannel, take_in: Callable[[AgentEvent], bool], timeout_s: float) -> bool:
-    """Take events in until ``take_in`` says that this is all; False: it was not in time."""
-    ends_at = time.monotonic() + timeout_s
-    while True:
-        # All that is there, so that nothing is lost with the last one.
-        done = [take_in(event) for event in channel.take()]
-        if any(done):
-            return True
-        left_s = ends_at - time.monotonic()
-        if left_s <= 0:
-            return False
-        select.select([channel.fileno()], [], [], left_s)
+def _answers(channel: AgentChannel, asked: set[str]) -> list[tuple[str, Seen]]:
+    """Return what agents have seen. Raises StartupError where one does not answer in time."""
+    seen: dict[str, Seen] = {}
+    others: list[AgentEvent] = []
+    with contextlib.closing(_events(channel, _ANSWER_TIMEOUT_S)) as events:
+        while seen.keys() < asked and (event := next(events, None)) is not None:
+            if isinstance(event, Told) and isinstance(event.message, Seen):
+                seen[event.name] = event.message
+            else:
+                others.append(event)
+    channel.put_back(others)
+    if silent := sorted(asked - seen.keys()):
+        raise StartupError(f"no answer of the agents of {', '.join(silent)}")
+    return list(seen.items())
+
+
+def _events(channel: AgentChannel, timeout_s: float) -> Generator[AgentEvent]:
+    """Yield events until the time is over; what is not taken stays in the channel."""
+    ends_at, waiting = time.monotonic() + timeout_s, deque[AgentEvent]()
+    try:
+        while True:
+            waiting.extend(channel.take())
+            while waiting:
+                yield waiting.popleft()
+            left_s = ends_at - time.monotonic()
+            if left_s <= 0:
+                return
+            select.select([channel.fileno()], [], [], left_s)
+    finally:
+        channel.put_back(waiting)

@@ -14,8 +14,7 @@ from typing import Annotated
 import typer
 
 from pdlaunch import __version__
-from pdlaunch.cli import EXIT_UNUSABLE
-from pdlaunch.cli.output import print_errors
+from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Machine
@@ -48,15 +47,12 @@ class Judged:
 
 
 def judged_machine(name: str | None, config: LaunchConfig) -> Judged:
-    """Return the machine that ``--assume`` names, else this one. Raises ConfigError."""
-    return Judged(probe_machine(), os.environ) if name is None else assumed(name, config)
+    """Return the machine that ``--assume`` names, a profile or a file, else this one.
 
-
-def assumed(name: str, config: LaunchConfig) -> Judged:
-    """Return the machine of a profile or a file. Raises ConfigError.
-
-    Variables of this shell count as if they were set there, over those of the file.
+    Raises ConfigError.
     """
+    if name is None:
+        return Judged(probe_machine(), os.environ)
     found = find_profile(name, count_ranks(config))
     if found is None:
         path = Path(name)
@@ -68,6 +64,7 @@ def assumed(name: str, config: LaunchConfig) -> Judged:
                 fix="run `pdlaunch probe > machine.json` on the machine, and name that file",
             )
         found = read_machine_file(path)
+    # Variables of this shell count as if they were set there, over those of the file.
     return Judged(found.machine, {**found.environ, **os.environ}, found)
 
 
@@ -78,14 +75,9 @@ def probe(assume: AssumeOption = None) -> None:
     It holds no secret and no name of the host; of the environment only variables that rules read
     (UCX_*, CUDA_VISIBLE_DEVICES, torch's allocator).
     """
-    if assume is None:
-        text = encode_machine(probe_machine(), os.environ, f"probed by pdlaunch {__version__}")
-    else:
-        try:
-            judged = assumed(assume, LaunchConfig()).assumed
-        except ConfigError as error:
-            print_errors([error])
-            raise typer.Exit(EXIT_UNUSABLE) from None
-        assert judged is not None
-        text = encode_machine(judged.machine, judged.environ, judged.about)
-    sys.stdout.write(text)
+    with ending_at_errors():
+        about = f"probed by pdlaunch {__version__}"
+        judged = judged_machine(assume, LaunchConfig())
+        if judged.assumed is not None:
+            about = judged.assumed.about
+        sys.stdout.write(encode_machine(judged.machine, judged.environ, about))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
@@ -13,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli import EXIT_UNUSABLE
-from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
+from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.observe.logs import escape_controls
 
 _ENOUGH = 10_000  # a width in characters that fits any table
@@ -82,14 +83,30 @@ def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
         console.print(Text(safe(f"error: {error}{end}"), style="red"))
 
 
+def say(text: str, style: str = "") -> None:
+    """Print a line to stderr."""
+    Console(stderr=True, soft_wrap=True).print(Text(safe(text), style=style))
+
+
+@contextlib.contextmanager
+def ending_at_errors() -> Iterator[None]:
+    """End the command at a setting that cannot be used (code 2) or a failed start (code 1)."""
+    try:
+        yield
+    except ConfigError as error:
+        refuse(error)
+    except StartupError as error:
+        say(f"error: {error}", "red")
+        raise typer.Exit(EXIT_FAILED) from None
+
+
 def refuse(error: ConfigError) -> NoReturn:
     """Print field, value and fix of a setting that cannot be used, and exit with code 2."""
-    errors = Console(stderr=True, soft_wrap=True)
-    errors.print(Text(safe(f"error: {error}"), style="red"))
+    say(f"error: {error}", "red")
     if not getattr(error, "problems", ()):
         for name in ("field", "value", "fix"):
             if getattr(error, name) is not None:
-                errors.print(Text(safe(f"  {name}: {getattr(error, name)}")))
+                say(f"  {name}: {getattr(error, name)}")
     raise typer.Exit(EXIT_UNUSABLE) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from collections.abc import Mapping
@@ -9,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from pdlaunch.checks.probed import PairTransport, Probes
 from pdlaunch.checks.probes import ask_nixl, probe_files, sets_ucx
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
-from pdlaunch.cli.findings import print_finding
+from pdlaunch.cli.findings import say_finding
+from pdlaunch.cli.joining import with_placed_hosts
+from pdlaunch.cli.output import say
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
-from pdlaunch.config.sources import Origin
+from pdlaunch.config.sources import LoadedConfig, Origin, load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.folders import new_launch_id
@@ -34,31 +35,48 @@ from pdlaunch.planning.role_engines import Allocator
 from pdlaunch.protocol.control import PairReady
 
 
+def load_launch(path: Path | None, flags: dict[str, object]) -> LoadedConfig:
+    """Return the configuration of a launch, with its hosts. Raises ConfigError."""
+    loaded = with_placed_hosts(load_config(path, os.environ, flags), os.environ)
+    refuse_running_engines(loaded.config)
+    return loaded
+
+
+def refuse_running_engines(config: LaunchConfig) -> None:
+    """Raise ConfigError for a configuration of a router alone: nothing of it is launched."""
+    for field in ("engines", "engines_file"):
+        if getattr(config, field):
+            raise ConfigError(
+                "engines that run already are not part of a launch",
+                field=field,
+                fix=f"run `pdlaunch router` with this configuration, or remove {field}",
+            )
+
+
 def refuse_errors(
     resolved: ResolvedLaunch,
     origins: Mapping[str, Origin],
-    console: Console,
     *,
     elsewhere: bool = False,
     undone: str = "not started",
 ) -> None:
     """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
 
-    ``elsewhere``: the launch is for another machine, of which nothing can be probed here;
-    ``undone``: what is refused. NIXL is
-    asked only where the user has set variables that it may refuse: that takes 3 to 5 s.
+    ``elsewhere``: the launch is for another machine, of which nothing can be probed here.
+    ``undone``: what is refused.
     """
     probes, rules = Probes() if elsewhere else probe_files(resolved), kind_of(resolved).rules()
     report = run_checks(resolved, origins, probes, rules=rules)
+    # That takes 3 to 5 s: NIXL is asked only about variables that it may refuse.
     if report.is_ok() and not elsewhere and sets_ucx(resolved):
         probes = replace(probes, nixl=ask_nixl(resolved))
         report = run_checks(resolved, origins, probes, rules=rules)
     for finding in report.findings:
         if finding.severity != "info":
-            print_finding(console, finding)
+            say_finding(finding)
     if not report.is_ok():
-        text = f"{undone}: {len(report.errors)} error(s); `pdlaunch explain CODE` says why"
-        console.print(Text(text, style="red"))
+        errors = f"{len(report.errors)} error(s); `pdlaunch explain CODE` says why"
+        say(f"{undone}: {errors}", "red")
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -170,14 +188,3 @@ def _allocator(resolved: ResolvedLaunch) -> Allocator:
     """Return the allocator of the prefill engines' KV caches, which decode reads."""
     prefill = resolved.roles.get("prefill")
     return "host" if prefill is None else prefill.allocator
-
-
-def refuse_running_engines(config: LaunchConfig) -> None:
-    """Raise ConfigError for a configuration of a router alone: nothing of it is launched."""
-    for field in ("engines", "engines_file"):
-        if getattr(config, field):
-            raise ConfigError(
-                "engines that run already are not part of a launch",
-                field=field,
-                fix=f"run `pdlaunch router` with this configuration, or remove {field}",
-            )

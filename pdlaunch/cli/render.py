@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import msgspec
 import typer
 import yaml
-from rich.console import Console
 
 from pdlaunch import __version__
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
@@ -183,7 +182,6 @@ def _placed(
     placed = place(loaded.config, machines)
     config = placed.config()
     judged = judged_machine(assume, config)
-    errors = Console(stderr=True, soft_wrap=True)
     names = [name for group in machines.values() for name in group]
     pods = {
         name: ResolvedHost(
@@ -199,7 +197,7 @@ def _placed(
         read(config, fetch_part),
     )
     resolved.require_startable()
-    refuse_errors(resolved, loaded.origins, errors, elsewhere=True, undone="not rendered")
+    refuse_errors(resolved, loaded.origins, elsewhere=True, undone="not rendered")
     _require_mounted(resolved, options)
     return PodLaunch(
         options, placed, resolved, engine_groups(resolved, machines), _to_yaml([placed.settings])

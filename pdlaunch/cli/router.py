@@ -9,20 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import typer
-from rich.console import Console
-from rich.text import Text
-
-from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_router_flags
 from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, PrefillOption, StopOption
-from pdlaunch.cli.output import refuse
+from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.external import DNS
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
-from pdlaunch.errors import ConfigError, ProtocolError, StartupError
+from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.watch.engine_api import EngineApi
 from pdlaunch.launch.bootstraps import router_spec
 from pdlaunch.launch.engines.plan import capabilities_over_http
@@ -54,40 +49,28 @@ def router(
     Each is watched over HTTP, and pairs are proven by canaries; none is started, restarted or
     stopped.
     """
-    errors = Console(stderr=True, soft_wrap=True)
-    with steady_output():
-        try:
-            if "model" in flags:
-                raise ConfigError(
-                    f"{flags['model']} is no file of a deployment (.yaml, .yml or .json)",
-                    fix="name a file; engines have their models already",
-                )
-            named = [
-                (role, url)
-                for role, urls in (("prefill", prefill), ("decode", decode), ("both", both))
-                for url in urls or ()
-            ]
-            if named:
-                flags["engines"] = [
-                    {"role": role, "url": url, "api_key_env": engine_key_env} for role, url in named
-                ]
-            loaded = load_config(config, os.environ, flags)
-            members = _members(loaded.config, os.environ)
-            model = loaded.config.served_model_name or asyncio.run(_ask_for_model(members))
-            lifeline = standard_input() if stop_on_stdin_eof else None
-            raise_open_files()
-            setup_logging("router", loaded.config.log_level, form=loaded.config.log_format)
-            with (
-                listening(loaded.config.host, loaded.config.port) as listeners,
-                new_run_dir() as folder,
-            ):
-                spec = _spec(loaded.config, model, members, listeners, folder)
-                asyncio.run(_serve(spec, lifeline))
-        except ConfigError as error:
-            refuse(error)
-        except StartupError as error:
-            errors.print(Text(f"error: {error}", style="red"))
-            raise typer.Exit(EXIT_FAILED) from None
+    with steady_output(), ending_at_errors():
+        if "model" in flags:
+            raise ConfigError(
+                f"{flags['model']} is no file of a deployment (.yaml, .yml or .json)",
+                fix="name a file; engines have their models already",
+            )
+        by_role = {"prefill": prefill, "decode": decode, "both": both}
+        named = [
+            {"role": role, "url": url, "api_key_env": engine_key_env}
+            for role, urls in by_role.items()
+            for url in urls or ()
+        ]
+        if named:
+            flags["engines"] = named
+        loaded = load_config(config, os.environ, flags).config
+        members = _members(loaded, os.environ)
+        model = loaded.served_model_name or asyncio.run(_ask_for_model(members))
+        lifeline = standard_input() if stop_on_stdin_eof else None
+        raise_open_files()
+        setup_logging("router", loaded.log_level, form=loaded.log_format)
+        with listening(loaded.host, loaded.port) as listeners, new_run_dir() as folder:
+            asyncio.run(_serve(_spec(loaded, model, members, listeners, folder), lifeline))
 
 
 def _members(config: LaunchConfig, environ: Mapping[str, str]) -> list[Member]:

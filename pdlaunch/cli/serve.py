@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,27 +17,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import (
     Agents,
     is_agent_task,
     joined_agents,
-    refuse_resume,
     require_hosts,
+    require_resumable,
     serve_task,
-    with_placed_hosts,
 )
 from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
 from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.options import StopOption
-from pdlaunch.cli.output import Format, refuse, safe
-from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
+from pdlaunch.cli.output import Format, ending_at_errors, safe, say
+from pdlaunch.cli.preflight import judge_pairs, load_launch, refuse_errors
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.roles import Role
-from pdlaunch.config.sources import LoadedConfig, load_config
-from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.config.sources import LoadedConfig
+from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import plan_processes
 from pdlaunch.launch.folders import new_launch_id, new_log_dir
 from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
@@ -78,54 +76,37 @@ def serve(
     flags: dict[str, object],
 ) -> None:
     """Start prefill and decode engines behind one router and serve the OpenAI API."""
-    errors = Console(stderr=True, soft_wrap=True)
     # A plan is printed whole, however slowly it is read.
-    with contextlib.nullcontext() if dry_run else steady_output():
-        try:
-            if output != "table" and not dry_run:
-                raise ConfigError(
-                    f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
-                    "--format out"
-                )
-            if assume is not None and not dry_run:
-                raise ConfigError(
-                    f"--assume {assume[:80]!a} is another machine, on which nothing can be started",
-                    fix="add --dry-run, or leave --assume out",
-                )
-            lifeline = standard_input() if stop_on_stdin_eof else None
-            loaded = with_placed_hosts(load_config(config, os.environ, flags), os.environ)
-            refuse_running_engines(loaded.config)
-            if is_agent_task(loaded.config, os.environ) and not dry_run:
-                check_platform()
-                serve_task(loaded.config, os.environ, errors)
-                return
-            if resume:
-                refuse_resume(loaded.config)
-            if resume and loaded.config.join_file is None:
-                raise ConfigError(
-                    "--resume finds agents by the join file of a launch whose supervisor has died",
-                    field="join_file",
-                    fix="name it with --join-file",
-                )
-            judged = judged_machine(assume, loaded.config)
-            if dry_run:
-                resolved = _resolve(loaded, judged, None)[0]
-                refuse_errors(
-                    resolved, loaded.origins, errors, elsewhere=judged.assumed is not None
-                )
-                print_plan(resolved, output)
-                return
-            check_platform()
-            outcome = _launch(loaded, judged, lifeline, errors, resume=resume)
-        except ConfigError as error:
-            refuse(error)
-        except StartupError as error:
-            errors.print(Text(f"error: {error}", style="red"))
-            raise typer.Exit(EXIT_FAILED) from None
+    with contextlib.nullcontext() if dry_run else steady_output(), ending_at_errors():
+        if output != "table" and not dry_run:
+            raise ConfigError(
+                f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
+                "--format out"
+            )
+        if assume is not None and not dry_run:
+            raise ConfigError(
+                f"--assume {assume[:80]!a} is another machine, on which nothing can be started",
+                fix="add --dry-run, or leave --assume out",
+            )
+        lifeline = standard_input() if stop_on_stdin_eof else None
+        loaded = load_launch(config, flags)
+        if resume:
+            require_resumable(loaded.config)
+        judged = judged_machine(assume, loaded.config)
+        if dry_run:
+            resolved = _resolve(loaded, judged, None)[0]
+            refuse_errors(resolved, loaded.origins, elsewhere=judged.assumed is not None)
+            print_plan(resolved, output)
+            return
+        check_platform()
+        if is_agent_task(loaded.config, os.environ):
+            serve_task(loaded.config, os.environ, say)
+            return
+        outcome = _launch(loaded, judged, lifeline, resume=resume)
         for line in outcome.report:
-            errors.print(Text(line, style="red"))
+            say(line, "red")
         if outcome.survivors:
-            errors.print(Text(f"could not be killed: {', '.join(outcome.survivors)}", style="red"))
+            say(f"could not be killed: {', '.join(outcome.survivors)}", "red")
         raise typer.Exit(outcome.exit_code)
 
 
@@ -146,19 +127,19 @@ def _resolve(
 
 
 def _launch(
-    loaded: LoadedConfig, judged: Judged, lifeline: int | None, errors: Console, *, resume: bool
+    loaded: LoadedConfig, judged: Judged, lifeline: int | None, *, resume: bool
 ) -> LaunchOutcome:
-    """Wait for agents, judge, start and serve; raises ConfigError and StartupError."""
+    """Wait for agents, judge, start and serve. Raises ConfigError and StartupError."""
     config, launch_id = loaded.config, new_launch_id()
     with contextlib.ExitStack() as stack:
         agents = log_dir = None
         if config.placement != "local":
             log_dir = new_log_dir(config, launch_id)
             agents = stack.enter_context(
-                joined_agents(config, os.environ, log_dir, errors, resume=resume)
+                joined_agents(config, os.environ, log_dir, say, resume=resume)
             )
         resolved, models = _resolve(loaded, judged, agents)
-        refuse_errors(resolved, loaded.origins, errors)
+        refuse_errors(resolved, loaded.origins)
         # Before anything is started, so that a taken port costs no start.
         check_engine_ports(resolved)
         listeners = stack.enter_context(listening(config.host, config.port))
@@ -166,48 +147,38 @@ def _launch(
         if agents is not None:
             require_hosts(agents, resolved)
         log_dir = log_dir or new_log_dir(config, launch_id)
-        return _serve(loaded, resolved, lifeline, listeners, launch_id, log_dir, agents)
-
-
-def _serve(
-    loaded: LoadedConfig,
-    resolved: ResolvedLaunch,
-    lifeline: int | None,
-    listeners: Sequence[socket.socket],
-    launch_id: str,
-    log_dir: Path,
-    agents: Agents | None,
-) -> LaunchOutcome:
-    config = resolved.config
-
-    def summary(status: LaunchStatus) -> list[tuple[str, str]]:
-        rows = ready_rows(
-            status,
-            model=resolved.served_model_name,
-            connector=config.kv_transfer.connector if resolved.has_pair else None,
-            log_dir=str(log_dir),
-            needs_key=config.api_key is not None,
+        view = StartView(Console(), partial(_summary, loaded, resolved, log_dir))
+        stack.callback(view.close)
+        observer = stack.enter_context(StatusLine(view, reader_of(launch_id)))
+        outcome = launch(
+            resolved,
+            observer,
+            listeners,
+            launch_id=launch_id,
+            log_dir=log_dir,
+            lifeline=lifeline,
+            agents=None if agents is None else agents.channel,
+            joined=() if agents is None else tuple(agents.joined),
         )
-        findings = judge_pairs(resolved, loaded.origins, status)
-        return rows + [(f.severity, f"{f.rule} {f.where}: {f.message}") for f in findings]
-
-    view = StartView(Console(), summary)
-    try:
-        with StatusLine(view, reader_of(launch_id)) as observer:
-            outcome = launch(
-                resolved,
-                observer,
-                listeners,
-                launch_id=launch_id,
-                log_dir=log_dir,
-                lifeline=lifeline,
-                agents=None if agents is None else agents.channel,
-                joined=() if agents is None else tuple(agents.joined),
-            )
         view.note("stopped")
-    finally:
-        view.close()
-    return outcome
+        return outcome
+
+
+def _summary(
+    loaded: LoadedConfig, resolved: ResolvedLaunch, log_dir: Path, status: LaunchStatus
+) -> list[tuple[str, str]]:
+    config = resolved.config
+    rows = ready_rows(
+        status,
+        model=resolved.served_model_name,
+        connector=config.kv_transfer.connector if resolved.has_pair else None,
+        log_dir=str(log_dir),
+        needs_key=config.api_key is not None,
+    )
+    findings = judge_pairs(resolved, loaded.origins, status)
+    return rows + [
+        (each.severity, f"{each.rule} {each.where}: {each.message}") for each in findings
+    ]
 
 
 def print_plan(resolved: ResolvedLaunch, output: Format) -> None:

@@ -13,15 +13,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.bench.chaos import chaos_environment, smoke_under_chaos
-from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from pdlaunch.api import launched
+from pdlaunch.bench.chaos import faulty_settings, smoke_under_chaos
+from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.findings import junit_case, junit_suite
-from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.flags import refuse_address, with_serve_flags
 from pdlaunch.cli.html_report import smoke_page, write_report
-from pdlaunch.cli.output import print_errors, safe
-from pdlaunch.cli.own_deployment import own_deployment, refuse_address
-from pdlaunch.config.sources import load_config
-from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.cli.output import ending_at_errors, print_errors, safe
+from pdlaunch.config.sources import LoadedConfig, load_config
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.launch.client.smoke import Check, smoke
 from pdlaunch.machine.probe import probe_machine
@@ -54,38 +54,20 @@ def smoke_command(
     The exit code is 1 when a check failed.
     """
     refuse_address(flags)
-    try:
-        launch_config = load_config(config, os.environ, flags).config
-    except ConfigError as error:
-        print_errors([error])
-        raise typer.Exit(EXIT_UNUSABLE) from None
-    key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
-    checks: list[Check] = []
-    checked: dict[str, object] = {"Model": launch_config.model}
-    try:
-        faults: dict[str, str] = {}
+    with ending_at_errors():
+        loaded = load_config(config, os.environ, flags)
+        connector = loaded.config.kv_transfer.connector
         if chaos is not None:
-            faults = chaos_environment(chaos, launch_config.kv_transfer.connector)
-            flags = flags | {"kv_transfer.connector": "faulty"}
-        with own_deployment(config, flags, launch_config, faults) as deployment:
-            checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
-            # Known before the stop, to see afterwards whether one of them is left.
-            children = psutil.Process(deployment.process.pid).children(recursive=True)
-            # Only now: a model that had to be converted can be read.
-            machines = {THIS_HOST: probe_machine()}
-            roles = resolve(launch_config, machines, os.environ).roles.values()
-            exact = {engines.dtype for engines in roles} == {"float32"}
-            checked["Engines"] = ", ".join(
-                f"{each.replicas} {each.role} ({each.dtype}, {each.device}, TP {each.tp_size})"
-                for each in roles
-            )
-            checked["Connector"] = launch_config.kv_transfer.connector
-            checked["Faults"] = "none" if chaos is None else f"drawn from seed {chaos}"
-            if chaos is None:
-                checks += smoke(deployment.url, api_key=key, exact=exact)
-            else:
-                checks += smoke_under_chaos(deployment, chaos, api_key=key, exact=exact)
-            checks.append(_stop(deployment, children))
+            faults = faulty_settings(chaos, connector)
+            loaded = load_config(config, os.environ, flags | faults)
+    checks: list[Check] = []
+    facts: dict[str, object] = {
+        "Model": loaded.config.model,
+        "Connector": connector,
+        "Faults": "none" if chaos is None else f"drawn from seed {chaos}",
+    }
+    try:
+        _run(loaded, chaos, checks, facts)
     except PdlaunchError as error:
         done = "can be checked" if checks else "gets ready"
         checks.append(Check(f"the deployment {done}", 0.0, str(error)))
@@ -98,37 +80,34 @@ def smoke_command(
     if junit is not None:
         code = max(code, _write_junit(checks, junit))
     if report is not None:
-        code = max(code, write_report(report, smoke_page(checks, checked)))
+        code = max(code, write_report(report, smoke_page(checks, facts)))
     verdict = f"{len(failed)} of {len(checks)} checks failed"
     Console().print(Text(f"smoke: {verdict if failed else f'{len(checks)} checks passed'}"))
     raise typer.Exit(code)
 
 
-def _print_checks(checks: list[Check]) -> None:
-    """Print a line for each check, and why it failed."""
-    console = Console()
-    for check in checks:
-        mark, style = ("ok", "green") if check.failure is None else ("FAILED", "bold red")
-        line = Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)")
-        console.print(line, soft_wrap=True)
-        if check.failure is not None:
-            console.print(Text(safe(f"        {check.failure}")), soft_wrap=True)
-
-
-def _write_junit(checks: list[Check], path: Path) -> int:
-    """Write JUnit XML, one test case for each check; return the exit code, 1 when that failed."""
-    cases = [junit_case("pdlaunch.smoke", check.name, check.seconds) for check in checks]
-    for case, check in zip(cases, checks, strict=True):
-        if check.failure is not None:
-            ElementTree.SubElement(case, "failure", message=safe(check.failure))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        suite = ElementTree.ElementTree(junit_suite("pdlaunch smoke", cases))
-        suite.write(path, encoding="utf-8", xml_declaration=True)
-    except OSError as error:
-        print_errors([f"--junit {path} cannot be written: {error.strerror or error}"])
-        return 1
-    return 0
+def _run(
+    loaded: LoadedConfig, chaos: int | None, checks: list[Check], facts: dict[str, object]
+) -> None:
+    """Add to ``checks`` and ``facts`` what is found, also before an error. Raises PdlaunchError."""
+    key = loaded.config.api_key
+    api_key = None if key is None else key.get_secret_value()
+    with launched(loaded) as deployment:
+        checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
+        # Known before the stop, to see afterwards whether one of them is left.
+        children = psutil.Process(deployment.process.pid).children(recursive=True)
+        # Only now: a model that had to be converted can be read.
+        roles = resolve(loaded.config, {THIS_HOST: probe_machine()}, os.environ).roles.values()
+        exact = {engines.dtype for engines in roles} == {"float32"}
+        facts["Engines"] = ", ".join(
+            f"{each.replicas} {each.role} ({each.dtype}, {each.device}, TP {each.tp_size})"
+            for each in roles
+        )
+        if chaos is None:
+            checks += smoke(deployment.url, api_key=api_key, exact=exact)
+        else:
+            checks += smoke_under_chaos(deployment, chaos, api_key=api_key, exact=exact)
+        checks.append(_stop(deployment, children))
 
 
 def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
@@ -146,3 +125,31 @@ def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
         failure = str(error)
     seconds = round(time.monotonic() - start_at, 3)
     return Check("the deployment stops and leaves no process", seconds, failure)
+
+
+def _print_checks(checks: list[Check]) -> None:
+    """Print a line for each check, and why it failed."""
+    console = Console(soft_wrap=True)
+    for check in checks:
+        mark, style = ("ok", "green") if check.failure is None else ("FAILED", "bold red")
+        console.print(
+            Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)")
+        )
+        if check.failure is not None:
+            console.print(Text(safe(f"        {check.failure}")))
+
+
+def _write_junit(checks: list[Check], path: Path) -> int:
+    """Write JUnit XML, one test case for each check; return the exit code, 1 when that failed."""
+    cases = [junit_case("pdlaunch.smoke", check.name, check.seconds) for check in checks]
+    for case, check in zip(cases, checks, strict=True):
+        if check.failure is not None:
+            ElementTree.SubElement(case, "failure", message=safe(check.failure))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        suite = ElementTree.ElementTree(junit_suite("pdlaunch smoke", cases))
+        suite.write(path, encoding="utf-8", xml_declaration=True)
+    except OSError as error:
+        print_errors([f"--junit {path} cannot be written: {error.strerror or error}"])
+        return 1
+    return 0

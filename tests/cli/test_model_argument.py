@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from pdlaunch.cli import own_deployment
+from pdlaunch import api
 from pdlaunch.errors import StartupError
 from tests import command_line
 from tests.cli.test_serve import MODEL
@@ -136,15 +136,15 @@ def test_what_cannot_be_meant_is_explained(
 def test_a_deployment_of_a_command_gets_the_model(
     run: Run, snapshot: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[list[str]] = []
+    started: list[str] = []
 
     def refuse(arguments: list[str], **_: object) -> None:
-        started.append(arguments)
+        started.append(json.loads(Path(arguments[0]).read_text())["model"])
         raise StartupError("enough")
 
-    monkeypatch.setattr(own_deployment, "running_deployment", refuse)
+    monkeypatch.setattr(api, "running_deployment", refuse)
     assert run(*command, NAME).exit_code == 1
-    assert started == [["--model", NAME]]
+    assert started == [NAME]
 
 
 @pytest.mark.processes

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from pdlaunch.cli.joining import joined_agents
 from pdlaunch.config.models import LaunchConfig
@@ -56,10 +55,7 @@ def resume(path: Path, then: Callable[[], None], join_timeout_s: float = TIMEOUT
             "join_timeout_s": join_timeout_s,
         }
     )
-    with (
-        (path.parent / "said").open("w") as said,
-        joined_agents(config, {}, path.parent, Console(file=said), resume=True),
-    ):
+    with joined_agents(config, {}, path.parent, lambda line: None, resume=True):
         then()
 
 

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
-from rich.console import Console
 
 from pdlaunch.checks.probed import NixlAnswer
 from pdlaunch.checks.rule import Finding
@@ -29,6 +27,8 @@ GPUS = Machine(num_cpus=2, gpus=(Gpu(0), Gpu(1)))
 NVLINK = GpuLink(0, 1, "NVLink", 478.0, "18 NVLinks with 478 GB/s")
 PCIE = GpuLink(0, 1, "PCIe", 63.0, "PCIe 5.0 x16 with 63 GB/s")
 
+Refused = Callable[..., str]
+
 
 def joined_by(link: GpuLink | None) -> Machine:
     return replace(GPUS, gpu_links=() if link is None else (link,))
@@ -42,56 +42,69 @@ def judge(loaded: LoadedConfig, machine: Machine, status: LaunchStatus) -> tuple
     return judge_pairs(resolved(loaded, machine), loaded.origins, status)
 
 
-def measured(
-    speed: float, path: str = "nixl/UCX", other_paths: dict[str, str] | None = None
-) -> LaunchStatus:
+def measured(speed: float) -> LaunchStatus:
     pair = PairReady(
         local="decode-0/rank-0",
         peer="prefill-0/rank-0",
         peer_incarnation=1,
         seconds=0.1,
-        path=path,
+        path="nixl/UCX",
         gigabytes_per_s=speed,
-        other_paths=other_paths or {},
+        other_paths={},
     )
     return LaunchStatus(LaunchPhase.READY, (), pairs=(pair,))
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Refuse a launch with these settings; return what is printed."""
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def refuse(machine: Machine, environ: dict[str, str] | None = None, **flags: object) -> str:
+        loaded = load_config(None, environ or {}, flags)
+        with pytest.raises(typer.Exit) as raised:
+            refuse_errors(resolved(loaded, machine), loaded.origins)
+        assert raised.value.exit_code == 1
+        return capsys.readouterr().err
+
+    return refuse
+
+
 def test_nixl_is_asked_only_about_variables_that_the_user_has_set(
-    given: bool, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[str] = []
+
     def ask_nixl(launch: ResolvedLaunch) -> dict[Role, NixlAnswer]:
-        assert given, "it takes seconds"
-        assert launch.roles["decode"].environment["UCX_RNDV_THRESH"] == "bogus"
+        asked.append(launch.roles["decode"].environment["UCX_RNDV_THRESH"])
         return {"decode": NixlAnswer(refusal="Invalid value for RNDV_THRESH: 'bogus'")}
 
     monkeypatch.setattr(preflight, "ask_nixl", ask_nixl)
-    console = Console(file=io.StringIO(), width=500)
-    environ = {"PDLAUNCH_ENV__UCX_RNDV_THRESH": "bogus"} if given else {}
-    loaded = load_config(None, environ, {"device": "cpu", "load_format": "dummy"})
-    with pytest.raises(typer.Exit) if given else contextlib.nullcontext():
-        refuse_errors(resolved(loaded, HEALTHY), loaded.origins, console)
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    assert ("error PD440 env.UCX_RNDV_THRESH" in text) is given
+    flags = {"device": "cpu", "load_format": "dummy"}
+    said = refused(HEALTHY, {"PDLAUNCH_ENV__UCX_RNDV_THRESH": "bogus"}, **flags)
+    assert "error PD440 env.UCX_RNDV_THRESH" in said
+    loaded = load_config(None, {}, flags)
+    refuse_errors(resolved(loaded, HEALTHY), loaded.origins)
+    assert asked == ["bogus"], "it takes seconds"
 
 
-def test_errors_are_printed_with_code_and_fix_and_refuse_the_start() -> None:
-    console = Console(file=io.StringIO(), width=500)
-    loaded = load_config(None, {}, {"enable_cumem_allocator": True, "device": "cpu"})
-    with pytest.raises(typer.Exit) as raised:
-        refuse_errors(resolved(loaded, CPU), loaded.origins, console)
-    assert raised.value.exit_code == 1
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    assert "error PD2" in text
-    assert "cumem allocator is not supported on the current platform" in text
-    assert "fix: " in text
+def test_errors_are_printed_with_code_and_fix_and_refuse_the_start(refused: Refused) -> None:
+    said = refused(CPU, enable_cumem_allocator=True, device="cpu")
+    assert "error PD2" in said
+    assert "cumem allocator is not supported on the current platform" in said
+    assert "fix: " in said
 
 
-@pytest.mark.parametrize("kind", ["damaged .gguf", "pickles"])
-def test_models_that_cannot_be_read_refuse_the_start_in_words(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rule", "fix"),
+    [
+        ("damaged .gguf", "PD103", "Download the file again"),
+        ("pickles", "PD119", "Convert them to safetensors"),
+    ],
+)
+def test_models_that_cannot_be_read_refuse_the_start_in_words(
+    refused: Refused, kind: str, rule: str, fix: str, tmp_path: Path
+) -> None:
     model = tmp_path / "model.gguf"
     if kind == "pickles":
         model.mkdir()
@@ -99,19 +112,9 @@ def test_models_that_cannot_be_read_refuse_the_start_in_words(kind: str, tmp_pat
         (model / "pytorch_model.bin").write_bytes(b"PK")
     else:
         model.write_bytes(tiny_gguf().encode()[:-1])
-    console = Console(file=io.StringIO(), width=500)
-    loaded = load_config(None, {}, {"model": str(model)})
-    with pytest.raises(typer.Exit) as raised:
-        refuse_errors(resolved(loaded, CPU), loaded.origins, console)
-    assert raised.value.exit_code == 1
-    assert isinstance(console.file, io.StringIO)
-    problem, fix, *_, end = console.file.getvalue().splitlines()
-    assert problem.startswith("error PD119 model" if kind == "pickles" else "error PD103 model")
-    assert fix.startswith(
-        "  fix: Convert them to safetensors"
-        if kind == "pickles"
-        else "  fix: Download the file again"
-    )
+    problem, said, *_, end = refused(CPU, model=str(model)).splitlines()
+    assert problem.startswith(f"error {rule} model")
+    assert said.startswith(f"  fix: {fix}")
     assert end.startswith("not started: ")
 
 

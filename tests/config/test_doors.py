@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.cli.flags import to_command_line
 from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.resolve import resolve
 from tests.command_line import invoke
@@ -97,11 +96,6 @@ def test_keys_are_shown_nowhere_and_given_on_through_the_environment() -> None:
     assert result.exit_code == 0
     assert "hunter2" not in result.output
     assert all(json.loads(result.output)[name]["origin"] == "environment" for name in names)
-    flags = {name: f"hunter2-{name}" for name in names} | {"allowed_hosts": "a,b"}
-    assert to_command_line(flags) == (
-        ["--allowed-hosts", "a,b"],
-        environ,
-    )
 
 
 @pytest.mark.parametrize("roles", ["[prefill, both]", "'prefill,both'"])

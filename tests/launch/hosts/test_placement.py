@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from pdlaunch.cli import joining as placing
 from pdlaunch.cli.joining import is_agent_task, with_placed_hosts
@@ -115,7 +114,7 @@ def test_agents_of_slurm_allow_the_program_of_the_launch(
     )
     flags = {"placement": "slurm", "join_file": str(join), "engine_command": str(command)}
     config = load_config(None, {}, VLLM | flags).config
-    placing.serve_task(config, TASK, Console(file=io.StringIO()))
+    placing.serve_task(config, TASK, print)
     allowed = {"vllm": str(command)}
     assert told == [(TASK["SLURMD_NODENAME"], allowed), allowed]
 
