@@ -30,8 +30,7 @@ NUM_BLOCKS = 2
 NUM_TOKENS = 4
 DEFAULT_BLOCK_SIZE = 128
 TIMEOUT_S = 60.0
-TOLERANCE = 0.25
-"""Largest difference of a token's logprob between two ways to compute it in 16 bits."""
+TOLERANCE = 0.25  # largest difference of a token's logprob between two ways to compute in 16 bits
 BYTES_READ: dict[Kind, str] = {
     "vllm": "vllm:nixl_bytes_transferred_sum",
     "native": "pdlaunch_kv_transfer_bytes_total",
@@ -45,11 +44,11 @@ NUM_TOKEN_IDS = 150  # ids that prompts are drawn from; a vocabulary of bytes ha
 NUM_AT_ONCE = 4
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 10.0
+# A parameter of prefill's answer. With it vLLM's decode engine repeats what prefill had cached, and
+# does not tell what it has read itself.
 CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
-"""A parameter of prefill's answer. With it vLLM's decode engine repeats what prefill had cached,
-and does not tell what it has read itself."""
+# Tokens at the end of a prompt that decode may compute though it has read all it can.
 NUM_BACKED_OFF_TOKENS = 16
-"""Tokens at the end of a prompt that decode may compute though it has read all it can."""
 
 REMOTE_DECODE: dict[str, Any] = {
     "do_remote_decode": True,
@@ -81,16 +80,14 @@ class CanaryDied(PdlaunchError):
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Says what a canary has shown."""
-
     seconds: float
     num_bytes: int
     transfer_s: float  # time that the engine counted for the READs; 0 when it counts none
+    # Decode has told that it computed none of these tokens; else its count of bytes is the proof,
+    # which READs of other requests add to.
     is_told: bool = True
-    """Decode has told that it computed none of these tokens; else its count of bytes is the proof,
-    which READs of other requests add to."""
+    # What prefill hands to decode: ``remote_engine_id``, ``remote_host`` and so on.
     params: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters that prefill hands to decode: ``remote_engine_id``, ``remote_host`` and so on."""
 
     @property
     def gigabytes_per_s(self) -> float | None:
@@ -122,10 +119,8 @@ class Canaries(Generic[Pair]):
 
     def doubt(self, pairs: Collection[Pair]) -> bool:
         """Have pairs proven again; False when none of them has a result."""
-        num_before = len(self.results)
-        for pair in pairs:
-            self.results.pop(pair, None)
-        return len(self.results) < num_before
+        dropped = [self.results.pop(pair, None) for pair in pairs]
+        return any(dropped)
 
     def pairs(self) -> set[Pair]:
         """Return the pairs that have a result or a canary under way."""
@@ -149,10 +144,11 @@ class Canaries(Generic[Pair]):
         while True:
             result = self.results[pair] = await self._try(pair)
             if isinstance(result, Proof):
+                # Before it is told: whoever hears of it may doubt the pair at once.
                 del self._tasks[pair]
-            self._tell(pair, result)
-            if isinstance(result, Proof):
+                self._tell(pair, result)
                 return
+            self._tell(pair, result)
             await asyncio.sleep(pause_s)
             pause_s = min(LONGEST_RETRY_S, 2 * pause_s)
 
@@ -179,7 +175,6 @@ async def send_canary(
     """
     started_at = time.monotonic()
     before = await decode.counts(TIMEOUT_S)
-    # New each time: of a prompt that decode has cached, no byte would move.
     request = {
         "model": model,
         "prompt": _new_prompt(before),
@@ -246,6 +241,7 @@ def num_recomputed(answer: Mapping[str, Any]) -> int | None:
 def _new_prompt(counts: Counts) -> list[int]:
     told = counts.label("vllm:cache_config_info", "block_size") or ""
     block_size = int(told) if told.isdecimal() and int(told) else DEFAULT_BLOCK_SIZE
+    # New each time: of a prompt that decode has cached, no byte would move.
     draw = random.SystemRandom()
     # One more: the last token of a prompt is computed by decode itself.
     length = NUM_BLOCKS * block_size + 1

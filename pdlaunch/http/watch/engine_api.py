@@ -14,17 +14,16 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
 from pdlaunch.protocol.control import Capabilities
 
+# The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
+# again, as this room may not import settings.
 Kind = Literal["native", "vllm"]
-"""The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
-again, as this room may not import settings.
-"""
 MAX_WORD_BYTES = 64 * 1024  # limits answers that hold a word or none
 MOST_QUOTED = 200  # characters of an error that are passed on: some quote the whole answer
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+# The share of the KV cache that requests or leases hold; the prefix cache alone does not count.
 VLLM_LENT = "vllm:kv_cache_usage_perc"
-"""The share of the KV cache that requests or leases hold; the prefix cache alone does not count."""
+# The vLLM of ``return_token_ids``, without which no router knows the tokens so far.
 TELLS_TOKEN_IDS_SINCE = (0, 11)
-"""The vLLM of ``return_token_ids``, without which no router knows the tokens so far."""
 Models = dict[str, int | None]
 """Names of the models that an engine serves, each with its ``max_model_len``."""
 T = TypeVar("T")
@@ -60,8 +59,7 @@ class FailedReads:
     """Finds out, look by look at an engine of vLLM, that its READs fail and none comes through."""
 
     def __init__(self) -> None:
-        self._before: tuple[float, float] | None = None
-        """Failed READs and bytes read, at the last look."""
+        self._before: tuple[float, float] | None = None  # failed READs and bytes at the last look
 
     def look(self, counts: Counts) -> bool:
         """Return whether READs have failed since the last look, and no byte has come."""
@@ -86,10 +84,12 @@ def with_version(capabilities: Capabilities, version: str) -> Capabilities:
 
 
 class EngineApi:
-    """Sends requests to one engine; made and used inside a running event loop."""
+    """Sends requests to one engine; made and used inside a running event loop.
+
+    ``tls``: what an https URL is called with; else the system's authorities are trusted.
+    """
 
     def __init__(self, url: str, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
-        """``tls``: what an https URL is called with; else the system's authorities are trusted."""
         self._url = url
         self._calls = EngineCalls(tls=tls)
         self._headers = {"Content-Type": "application/json"}
@@ -108,12 +108,10 @@ class EngineApi:
         return status == 200
 
     async def counts(self, timeout_s: float) -> Counts:
-        """Read /metrics. Raises ProtocolError."""
+        """Read /metrics. Raises ProtocolError, as all below do."""
         return await self._read("/metrics", timeout_s, lambda page: Counts(page.decode()))
 
     async def models(self, timeout_s: float) -> Models:
-        """Read /v1/models. Raises ProtocolError."""
-
         def read(raw: bytes) -> Models:
             cards = msgspec.json.decode(raw)["data"]
             return {str(card["id"]): card.get("max_model_len") for card in cards}
@@ -121,13 +119,12 @@ class EngineApi:
         return await self._read("/v1/models", timeout_s, read)
 
     async def version(self, timeout_s: float) -> str:
-        """Read /version. Raises ProtocolError."""
         return await self._read(
             "/version", timeout_s, lambda raw: str(msgspec.json.decode(raw)["version"])
         )
 
     async def listed_engines(self, timeout_s: float) -> list[tuple[str, str, str]]:
-        """Read role, URL and kind of each engine of a router of pdlaunch. Raises ProtocolError."""
+        """Read role, URL and kind of each engine of a router of pdlaunch."""
 
         def read(raw: bytes) -> list[tuple[str, str, str]]:
             engines = msgspec.json.decode(raw)["engines"]
@@ -152,7 +149,7 @@ class EngineApi:
             return None
 
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Return the answer to /v1/completions. Raises ProtocolError."""
+        """Return the answer to /v1/completions."""
         sent = msgspec.json.encode(body)
         return await self._read("/v1/completions", timeout_s, _json_object, sent)
 

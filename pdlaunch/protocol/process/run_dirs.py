@@ -29,8 +29,8 @@ ADMIN_SOCKET = "admin.sock"
 MAX_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 _CARD = "launch.json"
 _SOCKET_NAME_BYTES = 60  # room for the names of sockets inside
+# A folder without a lock file is left alone at first: its launch may just be making it.
 _NEW_FOR_S = 60.0
-"""A folder without a lock file is left alone at first: its launch may just be making it."""
 
 
 class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,8 +47,6 @@ class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunningLaunch(msgspec.Struct, frozen=True):
-    """Describes a launch of this user that lives."""
-
     run_dir: Path
     card: LaunchCard
 
@@ -60,7 +58,7 @@ class RunningLaunch(msgspec.Struct, frozen=True):
 def running_launches(base: Path | None = None) -> list[RunningLaunch]:
     """Return the launches of this user whose router has listened."""
     found = []
-    for run_dir in own_run_dirs(base or base_dir()):
+    for run_dir in _own_run_dirs(base or base_dir()):
         with contextlib.suppress(OSError, ValueError, RecursionError):
             if _is_in_use(run_dir):
                 card = msgspec.json.decode((run_dir / _CARD).read_bytes(), type=LaunchCard)
@@ -105,18 +103,18 @@ def _locked_folder(base: Path, undo: contextlib.ExitStack) -> Path:
 
 def remove_stale_run_dirs(base: Path) -> list[Path]:
     """Remove this user's folders whose launch is dead; return them."""
-    stale = [path for path in own_run_dirs(base) if _is_stale(path)]
+    stale = [path for path in _own_run_dirs(base) if _is_stale(path)]
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return stale
 
 
-def _is_stale(path: Path) -> bool:
+def _is_stale(run_dir: Path) -> bool:
     try:
-        return not _is_in_use(path)
+        return not _is_in_use(run_dir)
     except FileNotFoundError:
         with contextlib.suppress(OSError):
-            return time.time() - path.stat().st_mtime > _NEW_FOR_S
+            return time.time() - run_dir.stat().st_mtime > _NEW_FOR_S
         return False
 
 
@@ -127,18 +125,14 @@ def base_dir() -> Path:
     return base if longest <= MAX_PATH_BYTES else Path("/tmp")
 
 
-def own_run_dirs(base: Path, prefix: str = PREFIX) -> list[Path]:
-    """Return this user's folders in ``base``, of launches that live and of dead ones."""
-    return sorted(path for path in base.glob(f"{prefix}*") if _is_ours(path))
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether this user owns the folder: others may make some of this name, to be sent
+def _own_run_dirs(base: Path) -> Iterator[Path]:
+    """Yield this user's folders in ``base``; others may make some of this name, to be sent
     commands.
     """
-    with contextlib.suppress(OSError):
-        return path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink()
-    return False
+    for path in sorted(base.glob(f"{PREFIX}*")):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink():
+                yield path
 
 
 def take_lock(descriptor: int) -> None:
@@ -161,15 +155,12 @@ def lock_folder(descriptor: int) -> None:
 
 
 def _is_in_use(run_dir: Path) -> bool:
-    """Return whether the launch of a folder lives. Raises FileNotFoundError without a lock file.
-
-    Hosts that share ``run_dir`` over NFS or Lustre see the locks of files, not of folders.
-    """
+    # Either: cleaners take lock files, and over NFS or Lustre the locks of folders do not show.
     return is_locked(run_dir) or is_locked(run_dir / LOCK)
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether somebody holds the file or folder, or that is unknown.
+    """Return whether somebody holds the file or folder, or True where that is unknown.
 
     Raises FileNotFoundError.
     """
