@@ -184,6 +184,11 @@ def working(engine: Engine) -> AbstractContextManager[object]:
     return engine.working(time.monotonic, num_prompt_tokens=1, num_streams=1)
 
 
+def named(stand: Stand, name: str) -> Engine:
+    """The router's view of an engine."""
+    return next(engine for engine in stand.pool.engines if engine.name == name)
+
+
 def pair(*, ours: bool = True) -> list[FakeEngine]:
     return [
         FakeEngine("prefill-0", "prefill", ours=ours),

@@ -21,7 +21,7 @@ from yarl import URL
 from pdlaunch.router import admin
 from pdlaunch.router.admin import listen_at_admin_socket
 from tests.router.conftest import SPEC, Stand, pairs
-from tests.router.fake_engine import FakeEngine, until
+from tests.router.fake_engine import FakeEngine
 from tests.router.test_life_of_a_request import completion
 
 KEYS = msgspec.structs.replace(SPEC, api_key="of-the-clients", admin_api_key="of-the-admin")
@@ -107,25 +107,6 @@ async def test_commands_find_a_socket_while_a_router_takes_the_place_of_another(
     await runner.cleanup()
 
 
-@pytest.mark.parametrize(("method", "path"), COMMANDS)
-async def test_only_the_admin_key_opens_commands_over_tcp(
-    admin_stand: AdminStand, method: str, path: str
-) -> None:
-    session = admin_stand.stand.session
-    for key in (None, "of-the-clients", "launch-token", "wrong"):
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        async with session.request(method, path, headers=headers) as response:
-            assert response.status == 401
-            assert (await response.json())["error"]["code"] == "invalid_admin_api_key"
-    assert not any(engine.seen for engine in admin_stand.engines)
-    assert not admin_stand.commands
-    body = completion() if path.endswith("completions") else None
-    async with session.request(
-        method, path, json=body, headers={"Authorization": "Bearer of-the-admin"}
-    ) as response:
-        assert response.status == 200
-
-
 async def test_no_row_of_the_table_opens_with_another_key(admin_stand: AdminStand) -> None:
     rows = admin.Admin(admin_stand.stand.state, admin_stand.stand.link).routes()
     assert {path.partition("?")[0] for _, path in COMMANDS[:4]} <= {row.path for row in rows}
@@ -150,13 +131,6 @@ async def test_without_an_admin_key_tcp_takes_no_commands(
         ) as response:
             assert response.status == 403
             assert "admin_api_key" in (await response.json())["error"]["message"]
-
-
-async def test_the_admin_key_is_no_clients_key(admin_stand: AdminStand) -> None:
-    answer = await admin_stand.stand.post(
-        completion(), headers={"Authorization": "Bearer of-the-admin"}
-    )
-    assert answer.status == 401
 
 
 async def test_prefill_sleeps_first_and_decode_wakes_first(admin_stand: AdminStand) -> None:
@@ -188,23 +162,6 @@ async def test_prefill_sleeps_first_and_decode_wakes_first(admin_stand: AdminSta
     assert {outcome["engine"]: outcome["is_sleeping"] for outcome in answer["engines"]}[
         "decode-1"
     ] is True
-
-
-async def test_a_wake_up_ends_when_the_router_would_use_the_engines(
-    admin_stand: AdminStand,
-) -> None:
-    await admin_stand.call("POST", "/sleep")
-    admin_stand.stand.publish()
-    assert (
-        await admin_stand.stand.post(
-            completion(), headers={"Authorization": "Bearer of-the-clients"}
-        )
-    ).status == 503
-    waking = asyncio.create_task(admin_stand.call("POST", "/wake_up"))
-    await until(lambda: len(admin_stand.commands) == 8)
-    assert not waking.done()
-    admin_stand.stand.publish()
-    assert (await waking)[0] == 200
 
 
 async def test_one_refusal_is_the_answer_and_the_others_are_told_too(
@@ -267,39 +224,6 @@ async def test_one_engine_alone_answers_as_it_does(admin_stand: AdminStand) -> N
         url = URL(f"/pdlaunch/engines/decode-1/{path}", encoded=True)
         async with admin_stand.session.request(method, url) as response:
             assert response.status == expected
-
-
-async def test_a_web_page_commands_nothing(stand: Stand) -> None:
-    """``fetch(url, {method: 'POST', mode: 'no-cors'})`` asks nobody first; it sends an Origin, and
-    no content type of JSON.
-    """
-    await stand.start(
-        pairs(1), spec=msgspec.structs.replace(KEYS, cors_origins=("https://chat.example",))
-    )
-    key = {"Authorization": "Bearer of-the-admin"}
-    for method, path in COMMANDS:
-        async with stand.session.request(
-            method, path, headers=key | {"Origin": "http://evil.example"}
-        ) as response:
-            assert response.status == 403
-        async with stand.session.request(
-            method, path, headers=key | {"Host": "evil.example"}
-        ) as response:
-            assert response.status == 421
-        async with stand.session.request(
-            method, path, data="{}", headers=key | {"Content-Type": "text/plain"}
-        ) as response:
-            assert response.status == 415
-    wanted = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
-    async with stand.session.options("/v1/completions", headers=wanted) as response:
-        assert response.status == 204
-    client = {"Authorization": "Bearer of-the-clients", "Origin": "https://chat.example"}
-    streamed = await stand.post(completion(stream=True), headers=client)
-    assert (streamed.status, streamed.headers["Access-Control-Allow-Origin"]) == (
-        200,
-        "https://chat.example",
-    )
-    assert streamed.events()
 
 
 async def test_connections_of_strangers_lock_nobody_out(stand: Stand, tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import msgspec
 import pytest
 
 from tests.router.conftest import SPEC, Stand, pair
-from tests.router.fake_engine import until
-from tests.router.test_life_of_a_request import CHAT, MESSAGES, completion, expected_text
+from tests.router.test_life_of_a_request import completion, expected_text
 
 JSON = {"Content-Type": "application/json"}
 
@@ -49,16 +48,6 @@ async def test_fields_that_the_router_acts_on_are_checked_by_it(
     assert param.split(".")[0] in error["message"]
     assert error["type"] == "invalid_request_error"
     assert not any(engine.seen for engine in stand.engines.values())
-
-
-@pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"a": NaN}', b"[" * 50_000]
-)
-async def test_a_body_that_is_no_object_is_400(stand: Stand, raw: bytes) -> None:
-    await stand.start(pair())
-    async with stand.session.post("/v1/completions", data=raw, headers=JSON) as response:
-        assert response.status == 400
-        assert (await response.json())["error"]["code"] == "invalid_json"
 
 
 @pytest.mark.parametrize("chunked", [True, False])
@@ -105,64 +94,6 @@ async def test_an_unknown_model_is_404(stand: Stand) -> None:
     answer = await stand.post(completion(model="other"))
     assert answer.status == 404
     assert answer.json()["error"]["code"] == "model_not_found"
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/nowhere", 404)],
-)
-async def test_unknown_paths_answer_in_the_same_form(
-    stand: Stand, method: str, path: str, status: int
-) -> None:
-    await stand.start([])
-    async with stand.session.request(method, path) as response:
-        assert response.status == status
-        assert path in (await response.json())["error"]["message"]
-        assert response.headers["X-Request-Id"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
-    [
-        ("GET", "/v1/chat/completions", "POST"),
-        ("POST", "/health", "GET, HEAD"),
-        ("DELETE", "/v1/models/tiny", "GET, HEAD"),
-    ],
-)
-async def test_a_405_tells_what_is_allowed(
-    stand: Stand, method: str, path: str, allowed: str
-) -> None:
-    await stand.start([])
-    async with stand.session.request(method, path) as response:
-        assert (response.status, response.headers["Allow"]) == (405, allowed)
-        assert (await response.json())["error"]["code"] == "method_not_allowed"
-    assert stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="405"}') == 1
-
-
-async def test_head_is_get_without_a_body(stand: Stand) -> None:
-    await stand.start(pair())
-    for starting, status in ([], 200), (["decode-0", "prefill-0"], 503):
-        stand.publish(starting=starting)
-        async with stand.session.head("/health") as response:
-            assert response.status == status
-            assert int(response.headers["Content-Length"]) > 0
-            assert await response.read() == b""
-
-
-async def test_more_requests_than_places_are_429(stand: Stand) -> None:
-    prefill, decode = pair()
-    decode.hold_after = 0
-    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, max_queued_requests=2))
-    running = [asyncio.ensure_future(stand.post(completion())) for _ in range(2)]
-    await until(lambda: len(decode.seen) == 2)
-    answer = await stand.post(completion())
-    assert answer.status == 429
-    assert answer.headers["Retry-After"] == "1"
-    assert stand.router.admission.in_flight == 2
-    decode.go.set()
-    assert [(await request).status for request in running] == [200, 200]
-    assert (await stand.post(completion())).status == 200
-    assert stand.router.admission.in_flight == 0
 
 
 async def test_a_draining_router_finishes_what_it_has(stand: Stand) -> None:
@@ -220,29 +151,3 @@ async def test_tokenize_is_answered_by_any_engine(stand: Stand) -> None:
     assert (await stand.post({"tokens": [1]}, path="/detokenize")).status == 404
     stand.publish(without=["prefill-0"])
     assert (await stand.post({"prompt": "x"}, path="/tokenize")).status == 503
-
-
-async def test_metrics_count_requests_and_times(stand: Stand) -> None:
-    await stand.start(pair())
-    await stand.post(completion(n=2, stream=True))
-    await stand.post(completion(model="other"))
-    async with stand.session.get("/metrics") as response:
-        text = await response.text()
-    assert (
-        'pdlaunch_router_request_success_total{finished_reason="length",model_name="tiny"} 2.0'
-        in text
-    )
-    assert 'pdlaunch_router_request_errors_total{model_name="tiny",status="404"} 1.0' in text
-    assert 'pdlaunch_router_generation_tokens_total{model_name="tiny"} 12.0' in text
-    assert 'pdlaunch_router_time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
-    assert 'pdlaunch_router_inter_token_latency_seconds_count{model_name="tiny"} 10.0' in text
-    assert "pdlaunch_router_engines_ready 2.0" in text
-    assert 'pdlaunch_router_engines{state="ready"} 2.0' in text
-    assert 'pdlaunch_router_engines{state="failed"} 0.0' in text
-    assert "pdlaunch_router_requests_in_flight 0.0" in text
-
-
-async def test_chat_goes_to_chat(stand: Stand) -> None:
-    await stand.start(pair())
-    await stand.post({"messages": MESSAGES}, path=CHAT)
-    assert [seen.path for engine in stand.engines.values() for seen in engine.seen] == [CHAT, CHAT]

@@ -67,19 +67,6 @@ async def test_after_prefill_before_decode_has_said_anything(stand: Stand, strea
     assert stand.metric("pdlaunch_router_releases_total") == 1
 
 
-async def test_while_a_prefill_engine_stands_in_for_decode(stand: Stand) -> None:
-    prefill, decode = pair()
-    decode.status = 503
-    prefill.hold_after = 0
-    await stand.start([prefill, decode])
-    _, writer = await send(stand, completion(stream=True))
-    await prefill.holding.wait()
-    writer.close()
-    await prefill.aborted.wait()
-    await all_is_quiet(stand)
-    assert not prefill.leases
-
-
 @pytest.mark.parametrize("how", ["close", "reset", "half close"])
 async def test_while_decode_streams(stand: Stand, how: str) -> None:
     prefill, decode = pair()
@@ -115,16 +102,6 @@ async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> N
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
-
-
-async def test_with_half_a_body(stand: Stand) -> None:
-    await stand.start(pair())
-    _, writer = await asyncio.open_connection("127.0.0.1", stand.port)
-    writer.write(HEAD % 100 + b"{")
-    await writer.drain()
-    writer.close()
-    assert (await stand.post(completion())).status == 200
-    assert not stand.router.admission.in_flight
 
 
 async def test_of_a_list_of_prompts_all_end(stand: Stand) -> None:

@@ -9,11 +9,10 @@ import msgspec
 import pytest
 
 from pdlaunch.observe.spans import PULL, Span, SpanReport
-from pdlaunch.router.engine import Engine
 from pdlaunch.router.health import OPEN_S
 from pdlaunch.router.policy import MAX_RETRY_AFTER_S
 from tests.http.loop_clock import pass_time
-from tests.router.conftest import Stand, pairs
+from tests.router.conftest import Stand, named, pairs
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_vllm_engine import FakeVllmEngine, proof
 from tests.router.test_life_of_a_request import completion, expected_text
@@ -32,10 +31,6 @@ class Clock:
 
 def decodes(number: int) -> list[FakeEngine]:
     return [FakeEngine(f"decode-{index}", "decode") for index in range(number)]
-
-
-def named(stand: Stand, name: str) -> Engine:
-    return next(engine for engine in stand.pool.engines if engine.name == name)
 
 
 async def status_of(stand: Stand, name: str) -> dict[str, object]:
@@ -89,34 +84,6 @@ async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(stand: Stand) -
     assert (await status_of(stand, "decode-1"))["health"] == "closed"
     assert (await status_of(stand, "decode-1"))["left_out"] == ""
     assert await shown(stand, "engine_health", engine="decode-1") == "closed"
-
-
-async def test_a_request_makes_one_try_at_most(stand: Stand) -> None:
-    """Four engines are half-open and fail again; the fifth answers the same request."""
-    engines = decodes(5)
-    await stand.start(engines)
-    clock = Clock(stand)
-    for engine in engines[1:]:
-        engine.status = 500
-        stand.pool.failed(named(stand, engine.name))
-    clock.now_s += OPEN_S
-    answer = await stand.post(completion(stream=True))
-    assert answer.texts() == {0: expected_text("hello", 6)}
-    assert len(engines[0].seen) == 1
-    assert sum(len(engine.seen) for engine in engines) == 2
-
-
-async def test_when_all_are_open_the_least_bad_one_serves(stand: Stand) -> None:
-    engines = decodes(2)
-    await stand.start(engines)
-    Clock(stand)
-    bad, worse = named(stand, "decode-0"), named(stand, "decode-1")
-    stand.pool.failed(bad)
-    stand.pool.failed(worse)
-    worse.health.num_failures += 1
-    for _ in range(3):
-        assert (await stand.post(completion())).status == 200
-    assert (len(engines[0].seen), len(engines[1].seen)) == (3, 0)
 
 
 async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) -> None:

@@ -53,20 +53,6 @@ async def test_another_prefill_engine_takes_over(stand: Stand, how: str) -> None
     assert len(first.seen) == num_seen
 
 
-@pytest.mark.parametrize("status", [200, 500])
-@pytest.mark.parametrize("body", [b'{"error": "\xff"}', b'{"error": ' + b"[" * 100_000])
-async def test_an_engine_whose_answer_is_no_json_is_replaced(
-    stand: Stand, status: int, body: bytes
-) -> None:
-    engines = pairs(2)
-    await stand.start(engines)
-    for name in ("prefill-0", "decode-0"):
-        stand.engines[name].status, stand.engines[name].error_body = status, body
-    for stream in (False, True):
-        answer = await stand.post(completion(stream=stream))
-        assert answer.texts() == {0: expected_text("hello", 6)}
-
-
 @pytest.mark.parametrize("body", [b'{"error": "\xff"}', b'{"error": ' + b"[" * 100_000])
 async def test_a_stream_goes_on_elsewhere_after_an_event_that_is_no_json(
     stand: Stand, body: bytes
@@ -92,13 +78,6 @@ async def test_without_prefill_engines_decode_does_all(stand: Stand, stream: boo
     assert answer.texts() == {0: expected_text("hello", 6)}
 
 
-async def test_without_decode_engines_prefill_does_all(stand: Stand) -> None:
-    await stand.start(pair())
-    stand.publish(without=["decode-0"])
-    answer = await stand.post(completion())
-    assert answer.texts() == {0: expected_text("hello", 6)}
-
-
 @pytest.mark.parametrize("why", ["prefill is busy", "prefill fails", "decode is not there"])
 async def test_without_a_pair_an_engine_of_both_roles_does_all(stand: Stand, why: str) -> None:
     prefill, decode = pair()
@@ -112,29 +91,6 @@ async def test_without_a_pair_an_engine_of_both_roles_does_all(stand: Stand, why
     assert "kv_transfer_params" not in both.seen[0].body
     assert not decode.seen
     assert stand.metric("pdlaunch_router_fallbacks_total") == 1
-
-
-async def test_a_busy_decode_engine_leaves_the_rest_to_one_of_both_roles(stand: Stand) -> None:
-    prefill, decode = pair()
-    both = FakeEngine("both-0", "both")
-    decode.status = 429
-    await stand.start([prefill, decode, both])
-    answer = await stand.post(completion(stream=True))
-    assert answer.texts() == {0: expected_text("hello", 6)}
-    assert both.seen[0].body["kv_transfer_params"]["do_remote_prefill"] is False, "no blocks"
-
-
-async def test_engines_of_both_roles_alone(stand: Stand) -> None:
-    """A stream goes on at the other one, and nothing counts as a fallback."""
-    first, second = FakeEngine("both-0", "both"), FakeEngine("both-1", "both")
-    await stand.start([first, second])
-    stand.die_after(first, 3, num_told=3)
-    answer = await stand.post(completion(stream=True))
-    assert answer.texts() == {0: expected_text("hello", 6)}
-    assert len(second.seen[0].body["resume"]) > 0
-    assert stand.metric("pdlaunch_router_migrations_total") == 1
-    assert stand.metric("pdlaunch_router_fallbacks_total") == 0
-    assert (await stand.session.get("/v1/models")).status == 200
 
 
 @pytest.mark.parametrize("how", ["gone", "status", "breaks"])
@@ -213,15 +169,6 @@ async def test_a_stream_waits_for_the_restarted_engine(stand: Stand) -> None:
     assert answer.texts() == {0: expected_text("hello", 6)}
     assert "resume" in decode.seen[1].body
     assert decode.seen[1].headers["X-Request-Id"] != decode.seen[0].headers["X-Request-Id"]
-
-
-async def test_the_prefill_engine_can_finish_what_decode_began(stand: Stand) -> None:
-    prefill, decode = pair()
-    await stand.start([prefill, decode])
-    stand.die_after(decode, 2, num_told=3)
-    answer = await stand.post(completion(stream=True))
-    assert answer.texts() == {0: expected_text("hello", 6)}
-    assert "resume" in prefill.seen[1].body
 
 
 async def test_a_prefill_engine_that_stands_in_does_not_pull_from_itself(stand: Stand) -> None:
@@ -378,18 +325,6 @@ async def test_a_silent_engine_that_is_not_healthy_is_left(stand: Stand) -> None
     await stand.engines["prefill-0"].aborted.wait()
 
 
-async def test_a_silent_engine_that_is_healthy_is_waited_for(stand: Stand) -> None:
-    prefill, decode = pair()
-    decode.hold_after = 2
-    await stand.start([prefill, decode], stall_s=0.02)
-    request = asyncio.ensure_future(stand.post(completion(stream=True)))
-    await decode.holding.wait()
-    await decode.probed.wait()
-    decode.go.set()
-    assert (await request).texts() == {0: expected_text("hello", 6)}
-    assert len(decode.seen) == 1
-
-
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_request_timeout_is_an_answer(stand: Stand, stream: bool) -> None:
     prefill, decode = pair()
@@ -450,3 +385,15 @@ async def test_a_failed_request_leaves_no_reference_cycle(
         assert [one() for one in made] == [None] * len(made)
     finally:
         gc.enable()
+
+
+async def test_a_silent_engine_that_is_healthy_is_waited_for(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 2
+    await stand.start([prefill, decode], stall_s=0.02)
+    request = asyncio.ensure_future(stand.post(completion(stream=True)))
+    await decode.holding.wait()
+    await decode.probed.wait()
+    decode.go.set()
+    assert (await request).texts() == {0: expected_text("hello", 6)}
+    assert len(decode.seen) == 1

@@ -28,13 +28,6 @@ def test_a_failure_opens_it_and_one_try_at_a_time_closes_it() -> None:
     assert (breaker.state(at + 0.1), breaker.takes(at + 0.1)) == ("closed", True)
 
 
-def test_a_try_of_which_nothing_is_heard_makes_room_for_the_next() -> None:
-    breaker = Breaker()
-    breaker.failed(0.0)
-    breaker.asked(OPEN_S)
-    assert breaker.takes(OPEN_S + TRY_LASTS_S)
-
-
 def test_each_failed_try_opens_it_for_twice_as_long() -> None:
     breaker, now_at, lengths = Breaker(), 0.0, []
     for _ in range(1100):
@@ -44,13 +37,6 @@ def test_each_failed_try_opens_it_for_twice_as_long() -> None:
         breaker.asked(now_at)
     assert lengths[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, MAX_OPEN_S]
     assert lengths[-1] == MAX_OPEN_S
-
-
-def test_failures_at_once_count_as_one() -> None:
-    breaker = Breaker()
-    for _ in range(40):
-        breaker.failed(5.0)
-    assert breaker.open_until_at == 5.0 + OPEN_S
 
 
 def test_what_was_sent_before_closes_it_after_a_single_failure_alone() -> None:

@@ -5,12 +5,11 @@ meanwhile.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gzip
 import io
 import json
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -21,7 +20,7 @@ from pdlaunch.protocol.openai.requests import MAX_CHOICES
 from pdlaunch.router.client_request import COMPLETIONS, ClientRequest, read_client_request
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine, until
-from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text
+from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion
 
 LARGE_MODEL_LEN = 2**22
 LARGE = msgspec.structs.replace(SPEC, max_body_bytes=2**21, body_budget_bytes=2**22)
@@ -40,22 +39,6 @@ async def post(
     headers = {"Content-Type": "application/json"} | headers
     async with stand.session.post(path, data=io.BytesIO(raw), headers=headers) as response:
         return response.status, await response.json(), response.headers.get("Retry-After")
-
-
-@contextlib.asynccontextmanager
-async def unfinished(stand: Stand, length: int) -> AsyncIterator[None]:
-    """A body of which nothing is sent."""
-    _, writer = await asyncio.open_connection("127.0.0.1", stand.port)
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-        f"application/json\r\nContent-Length: {length}\r\n\r\n"
-    )
-    writer.write(head.encode())
-    try:
-        yield
-    finally:
-        writer.close()
-        await writer.wait_closed()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
@@ -98,22 +81,6 @@ async def test_compressed_bodies_are_refused(stand: Stand) -> None:
     assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
 
 
-async def test_unfinished_bodies_leave_room_for_small_requests(stand: Stand) -> None:
-    await stand.start(pair(), spec=LARGE)
-    async with unfinished(stand, 2**20), unfinished(stand, 2**20), unfinished(stand, 2**20):
-        await until(lambda: stand.router._prompts._bodies.held_bytes == 3 * 2**20)
-        status, answer, retry_after = await post(stand, "/v1/completions", b"x" * 2**20)
-        assert (status, answer["error"]["code"], retry_after) == (
-            503,
-            "too_many_bytes_in_flight",
-            "1",
-        )
-        assert (await stand.post(completion())).json()["choices"][0]["text"] == expected_text(
-            "hello", 6
-        )
-    await until(lambda: stand.router._prompts._bodies.held_bytes == 0)
-
-
 async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
     """Another engine may be asked meanwhile."""
     await stand.start(large_pair(), spec=LARGE)
@@ -150,15 +117,6 @@ async def test_small_requests_are_served_while_large_ones_are_read(
     assert (await large).status == 200
 
 
-async def test_tokenize_takes_a_place_of_the_router(stand: Stand) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, max_queued_requests=1))
-    with stand.router.admission.admit(1):
-        for path in ("/tokenize", "/detokenize"):
-            status, answer, retry_after = await post(stand, path, b'{"prompt": "a"}')
-            assert (status, answer["error"]["code"], retry_after) == (429, "too_many_requests", "1")
-    assert (await post(stand, "/tokenize", b'{"prompt": "a"}'))[0] == 200
-
-
 @pytest.mark.parametrize("text", ["x", "é", "\\n", '\\"', "\\u00e9", " "])
 def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> None:
     max_model_len = 100
@@ -178,28 +136,3 @@ def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> No
     limit = max_engine_body_bytes(len(raw), max_model_len)
     assert len(raw) < len(prompt.prefill_body(knows_whole_request=True)) <= limit
     assert len(raw) < len(prompt.decode_body({"resume": resume})) <= limit
-
-
-async def test_what_is_no_http_is_refused_without_a_traceback(
-    stand: Stand, caplog: pytest.LogCaptureFixture
-) -> None:
-    await stand.start(pair())
-    for garbage in (
-        b"\x16\x03\x01\x02\x00\x01\x00",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
-        # What two servers could read as different requests, or as headers of an engine's.
-        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n1",
-        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\ntracestate: a\rX-Other: b\r\n\r\n",
-        b"POST / HTTP/1.1\r\ntracestate: a\x01b\r\n\r\n",
-    ):
-        reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
-        writer.write(garbage + b"\r\n\r\n")
-        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        assert b" 400 " in head.splitlines()[0]
-        assert json.loads(body)["error"]["code"] == "invalid_http"
-        writer.close()
-        await writer.wait_closed()
-    assert not caplog.records

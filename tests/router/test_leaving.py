@@ -68,11 +68,3 @@ async def test_nobody_waits_for_an_engine_any_more(stand: Stand, stream: bool) -
     else:
         assert_refused(answer)
     assert stand.metric("pdlaunch_router_migrations_total") == 0
-
-
-async def test_closing_twice_or_with_nothing_to_end_is_harmless(stand: Stand) -> None:
-    await stand.start(pair())
-    await stand.router.close()
-    await stand.router.close()
-    async with stand.session.post("/tokenize", json={"prompt": "x"}) as response:
-        assert response.status == 503

@@ -35,15 +35,6 @@ async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> N
     assert alone.engines["decode-0"].num_bytes > num_bytes
 
 
-async def test_an_engine_of_both_roles_serves_without_a_canary(alone: Alone) -> None:
-    for name in ("prefill-0", "both-0"):
-        await alone.start(name)
-        alone.add(name)
-    await alone.until(lambda: alone.ready == {"prefill-0", "both-0"})
-    assert (await alone.complete())[0] == 200
-    assert alone.outcomes("proven") == 0
-
-
 async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(alone: Alone) -> None:
     await alone.pair()
     before = alone.engine("decode-0")
@@ -142,12 +133,3 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
     num_bytes = decode.num_bytes
     assert (await alone.complete())[0] == 200
     assert decode.num_bytes > num_bytes
-
-
-async def test_an_engine_without_dev_mode_cannot_sleep(alone: Alone) -> None:
-    await alone.pair()
-    status, answer = await alone.command("POST", "/sleep?engine=decode-0")
-    assert (status, answer["error"]["code"]) == (400, "sleep_mode_off")
-    status, answer = await alone.command("POST", "/sleep?engine=decode-0&level=3")
-    assert (status, "level is 1 or 2" in answer["error"]["message"]) == (400, True)
-    assert alone.ready == {"prefill-0", "decode-0"}

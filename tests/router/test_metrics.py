@@ -22,13 +22,6 @@ def pair(local: str, path: str, speed: float) -> PairReady:
     )
 
 
-def line(decode: str, rank: int, path: str, value: str) -> str:
-    return (
-        f'{NAME}{{decode="{decode}",holder="prefill-0/rank-0",path="{path}",prefill="prefill-0",'
-        f'puller="{decode}/rank-{rank}"}} {value}'
-    )
-
-
 def value(metrics: RouterMetrics, sample: str) -> float | None:
     """The value of one sample of the page; None when it is not there."""
     for text in metrics.text().decode().splitlines():
@@ -90,16 +83,3 @@ def test_second_tokens_are_counted_by_pair_and_by_the_paths_of_its_ranks() -> No
     for prefill, path in (("prefill-0", "nixl/UCX + p2p/memfd"), ("prefill-1", "unknown")):
         labels = f'{{decode="decode-0",path="{path}",prefill="{prefill}"}}'
         assert value(metrics, count + labels) == 1
-
-
-def test_pairs_are_shown_with_the_path_in_use_and_go_with_their_ranks() -> None:
-    metrics = RouterMetrics("m")
-    first = pair("decode-0/rank-0", "p2p/memfd", 9.5)
-    assert show(metrics, first, pair("decode-1/rank-0", "nixl/UCX", 2.5)) == [
-        line("decode-0", 0, "p2p/memfd", "9.5e+09"),
-        line("decode-1", 0, "nixl/UCX", "2.5e+09"),
-    ]
-    assert show(metrics, pair("decode-1/rank-0", "p2p/memfd", 8.0)) == [
-        line("decode-1", 0, "p2p/memfd", "8e+09")
-    ]
-    assert show(metrics) == []

@@ -86,18 +86,6 @@ async def test_attributes_are_those_of_the_conventions(stand: Stand, collector: 
     assert "hello" not in told, "the prompt has left"
 
 
-async def test_a_refused_request_is_sent_too(stand: Stand, collector: Collector) -> None:
-    await start(stand, collector, told=False)
-    await stand.post(completion(max_tokens=0))
-    for engine in stand.engines.values():
-        engine.status = 500
-    await stand.post(completion(prompt="later"))
-    await stand.router.history.close()
-    roots = [span for span in collector.spans if "http.request.method" in span.attributes]
-    assert [span.attributes["error.type"] for span in roots] == ["400", "502"]
-    assert [span.failed for span in roots] == [False, True]
-
-
 async def test_the_share_that_is_wanted_is_sent(stand: Stand, collector: Collector) -> None:
     """A client that has decided for its trace has decided for ours."""
     await start(stand, collector, sample=0.0)

@@ -44,15 +44,6 @@ async def test_it_works_behind_a_proxy_that_puts_a_prefix_before_it(stand: Stand
             assert not reference.startswith(("/", "http:", "https:")), f"{file.name}: {reference}"
 
 
-async def test_it_can_be_left_out(stand: Stand) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, page=False))
-    for path in PAGE_PATHS:
-        async with stand.session.get(path) as response:
-            assert response.status == 404
-    async with stand.session.get("/pdlaunch/status") as response:
-        assert response.status == 200
-
-
 def test_no_text_becomes_markup_and_nothing_comes_from_elsewhere() -> None:
     for file in FILES.iterdir():
         text = file.read_text()

@@ -123,21 +123,6 @@ def test_who_is_drained_knows_its_chats_and_who_slept_or_left_does_not(clock: Cl
     assert known(None) == 0
 
 
-def test_least_outstanding_work_wins(pool: EnginePool) -> None:
-    update(pool, *(server(f"{role}-{index}") for role in ("prefill", "decode") for index in (0, 1)))
-    engines = {engine.name: engine for engine in pool.engines}
-    with (
-        work(engines["prefill-0"], num_prompt_tokens=100),
-        work(engines["prefill-1"], num_prompt_tokens=99),
-    ):
-        assert named(pick(pool, "prefill")) == "prefill-1"
-    with (
-        work(engines["decode-0"], num_streams=2, num_prompt_tokens=10),
-        work(engines["decode-1"], num_streams=1, num_prompt_tokens=10),
-    ):
-        assert named(pick(pool, "decode")) == "decode-1"
-
-
 def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: Clock, pool: EnginePool) -> None:
     update(pool, server("prefill-0"))
     (engine,) = pool.engines
@@ -163,13 +148,6 @@ def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: Clock, pool: Engin
     assert (engine.num_works, engine.unanswered_tokens, engine.kv_tokens) == (0, 0, 0)
 
 
-def test_equal_engines_take_turns(pool: EnginePool) -> None:
-    update(pool, server("decode-0"), server("decode-1"), server("decode-2"))
-    assert sorted(named(pick(pool, "decode")) for _ in range(6)) == [
-        f"decode-{index}" for index in (0, 0, 1, 1, 2, 2)
-    ]
-
-
 @pytest.mark.parametrize(
     ("entries", "ready"),
     [
@@ -188,12 +166,6 @@ def test_equal_engines_take_turns(pool: EnginePool) -> None:
 def test_readiness(pool: EnginePool, entries: list[Entry], ready: bool) -> None:
     update(pool, *entries)
     assert (pick(pool, "decode") is not None) == ready
-
-
-def test_an_engine_that_has_shown_ranks_needs_them(pool: EnginePool) -> None:
-    update(pool, server("decode-0"), rank("decode-0"))
-    update(pool, server("decode-0"))
-    assert pick(pool, "decode") is None
 
 
 def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> None:
@@ -264,10 +236,3 @@ def test_an_engine_of_which_a_process_has_stalled_gets_no_work_until_it_speaks_a
     assert pool.engines[0].state == "stalled"
     update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
     assert named(pick(pool, "decode")) == "decode-0"
-
-
-def test_an_engine_that_was_given_up_is_shown_and_never_asked(pool: EnginePool) -> None:
-    update(pool, server("decode-0"), rank("decode-0"))
-    update(pool, server("decode-0", state="failed", address=Address()))
-    assert [(engine.name, engine.state) for engine in pool.engines] == [("decode-0", "failed")]
-    assert pick(pool, "decode") is None

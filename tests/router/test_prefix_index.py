@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 from hypothesis import given
@@ -12,7 +11,6 @@ from pdlaunch.router.prefix_index import (
     MAX_PIECES,
     MESSAGE_END,
     PIECE_BYTES,
-    PIECE_SHARE,
     Piece,
     ServedPrefixes,
     hash_prefix,
@@ -30,16 +28,6 @@ def test_texts_share_the_pieces_that_they_begin_with() -> None:
     for unlike in (other[4:], hash_prefix(TEXT, "salt")):
         assert not {piece.hash for piece in one} & {piece.hash for piece in unlike}
     assert hash_prefix(None, "") == hash_prefix(b"short", "") == ()
-
-
-def test_a_prompt_of_a_million_tokens_is_looked_at_up_to_its_end() -> None:
-    index, one = ServedPrefixes(), engine("decode-0")
-    prefix = hash_prefix(text := random.Random(1).randbytes(4_000_000), "")
-    assert len(prefix) < MAX_PIECES
-    index.served(one, prefix, 1_000_000, 500)
-    assert index.num_cached_tokens(one, hash_prefix(text + TEXT * 10, "")) == 1_000_500
-    half = index.num_cached_tokens(one, hash_prefix(text[:2_000_000] + TEXT * 900, ""))
-    assert half == pytest.approx(500_000, rel=2 / PIECE_SHARE)
 
 
 def test_the_next_turn_finds_prompt_and_answer() -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import logging
-import re
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.cli.live import StartView
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.status import RequestSummary
 from pdlaunch.router.request_history import format_request, log_request
 from pdlaunch.router.request_record import RequestRecord
-from tests.cli.test_serve_view import console, printed
 from tests.router.conftest import Stand, pair
 from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
@@ -89,32 +85,6 @@ async def test_what_an_engine_says_of_a_prompt_is_not_told(
             assert "secret" not in await response.text()
 
 
-async def test_an_engine_that_speaks_no_http_gets_no_key_told(
-    stand: Stand, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "pdlaunch")
-    engines = pair()
-    await stand.start(engines, recovery_wait_s=0.1)
-
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(SECRET.encode() + b"\r\n\r\n")
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(speak, "127.0.0.1", 0)
-    async with server:
-        for engine in engines:
-            engine.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        stand.publish()
-        answer = await stand.post(completion())
-    assert answer.status == 503
-    told = answer.raw.decode() + caplog.text
-    assert "its answer is no valid HTTP" in told
-    for kept in ("launch-token", "engine-key", "secret"):
-        assert kept not in told
-
-
 HOSTILE = "m\n200 /v1/completions\x1b]0;x\x07[bold red]\u202e\x9b"
 
 
@@ -140,18 +110,6 @@ def test_no_summary_makes_a_terminal_obey(model: str, error: str, explanation: s
     )
     assert "\n" not in format_request(summary)
     assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in format_request(summary))
-
-
-def test_the_terminal_gets_the_id_and_tells_the_time_once() -> None:
-    shown: list[str] = []
-    record = RequestRecord("r7", "/v1/completions")
-    record.end(200)
-    log_request(record, shown.append)
-    (line,) = shown
-    assert line.startswith("[r7] 200 /v1/completions")
-    target = console()
-    StartView(target, lambda status: [], lambda: 0.0).note(line)
-    assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] \[r7\] 200 /v1/completions .*\n", printed(target))
 
 
 def test_json_lines_hold_the_values_of_the_line() -> None:

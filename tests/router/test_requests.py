@@ -10,7 +10,7 @@ import pytest
 
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace
 from pdlaunch.router.request_record import MAX_HEARD_SPANS
-from tests.router.conftest import SPEC, Stand, pair, pairs
+from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
 
@@ -111,18 +111,6 @@ async def test_a_report_that_makes_no_sense_costs_no_answer(stand: Stand, told: 
     assert summary.output_tokens == 6
 
 
-async def test_retries_name_the_engine_that_failed(stand: Stand) -> None:
-    await stand.start(pairs(2))
-    engine = stand.engines["decode-0"]
-    stand.die_after(engine, 2, num_told=2)
-    assert (await stand.post(completion(stream=True))).status == 200
-    (summary,) = await listed(stand)
-    assert (summary.retries, summary.decode, summary.error) == (1, "decode-1", None)
-    whole = await trace(stand, summary.id)
-    (lost,) = [span for span in whole.spans if span.name == "decode at decode-0"]
-    assert "decode-0" in str(lost.attributes["error"])
-
-
 REFUSALS = [
     ({"max_tokens": 0}, {}, 400, "max_tokens"),
     ({"model": "other"}, {}, 404, "model_not_found"),
@@ -200,15 +188,6 @@ async def test_a_wrong_question_is_refused(stand: Stand, query: str, param: str)
     async with stand.session.get(f"/pdlaunch/requests{query}") as response:
         assert response.status == 400
         assert (await response.json())["error"]["param"] == param
-
-
-async def test_health_checks_and_commands_are_no_requests(stand: Stand) -> None:
-    await stand.start(pair())
-    async with stand.session.post("/ping", json={}) as response:
-        assert response.status in (200, 503)
-    async with stand.session.post("/sleep", json={}) as response:
-        assert response.status == 403
-    assert await listed(stand) == []
 
 
 async def test_an_engine_cannot_fill_the_memory_with_spans(stand: Stand) -> None:

@@ -5,7 +5,6 @@ whoever notices.
 from __future__ import annotations
 
 import asyncio
-import socket
 
 import msgspec
 import pytest
@@ -44,25 +43,6 @@ async def test_an_engine_that_turns_requests_away_is_asked_until_it_does_not(
     assert stand.metric("pdlaunch_router_retries_total") == len(ids) - 1
 
 
-async def test_an_engine_that_cannot_be_reached_is_asked_again(
-    stand: Stand, engine: FakeEngine
-) -> None:
-    patience(stand, retry_wait_s=0.001)
-    with socket.socket() as unheard:
-        unheard.bind(("127.0.0.1", 0))
-        engine.url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
-        stand.publish()
-        request = asyncio.ensure_future(stand.post(completion()))
-        await until(
-            lambda: (
-                stand.metric("pdlaunch_router_engine_failures_total")
-                > 2 * stand.state.recovery.max_attempts
-            )
-        )
-        await engine.listen_too(unheard.dup())
-    assert (await request).texts() == {0: expected_text("hello", 6)}
-
-
 async def test_an_engine_that_is_listed_as_ready_again_is_asked_at_once(
     stand: Stand, engine: FakeEngine
 ) -> None:
@@ -86,33 +66,6 @@ async def test_a_request_that_breaks_an_engine_is_not_repeated_for_ever(
     answer = await stand.post(completion())
     assert answer.status == 503
     assert len(engine.seen) == stand.state.recovery.max_attempts
-
-
-async def test_every_restart_of_an_engine_that_turns_a_request_away_counts(
-    stand: Stand, engine: FakeEngine
-) -> None:
-    patience(stand, retry_wait_s=NEVER_S)
-    engine.status = 503
-    request = asyncio.ensure_future(stand.post(completion()))
-    for num_asked in range(1, stand.state.recovery.max_attempts + 1):
-        await until(
-            lambda num_asked=num_asked: (
-                stand.metric("pdlaunch_router_engine_failures_total") == num_asked
-            )
-        )
-        engine.rank_incarnation += 1
-        stand.publish()
-    answer = await request
-    assert answer.status == 503
-    assert len(engine.seen) == stand.state.recovery.max_attempts
-
-
-async def test_the_wait_has_an_end(stand: Stand, engine: FakeEngine) -> None:
-    patience(stand, retry_wait_s=0.001, wait_s=0.0)
-    engine.status = 503
-    answer = await stand.post(completion())
-    assert answer.status == 503
-    assert answer.json()["error"]["code"] == "engine_failed"
 
 
 async def test_a_stream_goes_on_at_the_engine_that_broke_it(

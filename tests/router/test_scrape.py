@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.router.metrics import MetricFamilies
-from tests.router.conftest import Stand, pair, pairs
+from tests.router.conftest import Stand, pairs
 from tests.router.test_life_of_a_request import completion
 
 
@@ -45,17 +45,6 @@ def values(family: Metric, suffix: str = "", **labels: str) -> dict[str | None, 
         for sample in family.samples
         if sample.name == family.name + suffix and labels.items() <= sample.labels.items()
     }
-
-
-async def test_the_host_of_each_engine_is_there_to_join_with(stand: Stand) -> None:
-    engines = pair()
-    engines[0].host = "node-1"
-    await stand.start(engines)
-    family = families_of(await scraped(stand))["pdlaunch_router_engine_info"]
-    assert [sample.labels for sample in family.samples] == [
-        {"engine": "decode-0", "role": "decode", "host": "127.0.0.1"},
-        {"engine": "prefill-0", "role": "prefill", "host": "node-1"},
-    ]
 
 
 async def test_engines_are_beside_the_router(stand: Stand) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -14,9 +13,8 @@ from pdlaunch.protocol.control import PairReady, Registry
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router import deployment_view
 from pdlaunch.router.deployment_view import MAX_WATCHERS
-from tests.router.conftest import SPEC, Stand, pair
+from tests.router.conftest import Stand, pair
 from tests.router.fake_engine import FakeEngine, until
-from tests.router.test_life_of_a_request import completion
 
 PULLS = """\
 # TYPE pdlaunch_kv_transfer_bytes counter
@@ -122,24 +120,6 @@ async def test_the_stream_tells_changes_and_counts_no_error_when_its_watcher_lea
     assert stand.metric("pdlaunch_router_request_errors_total") == 0
 
 
-async def test_a_look_that_is_refused_is_no_error_of_the_deployment(stand: Stand) -> None:
-    """Else a page that is opened without its key would count as a failed request."""
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="the-key"))
-    right = {"Authorization": "Bearer the-key"}
-    for path, headers, expected in (
-        ("/pdlaunch/status", {}, 401),
-        ("/pdlaunch/requests/unknown", right, 404),
-        ("/pdlaunch/requests?last=x", right, 400),
-    ):
-        async with stand.session.get(path, headers=headers) as response:
-            assert response.status == expected
-    async with stand.session.get("/pdlaunch/status", headers=right) as response:
-        assert (await response.json())["errors"] == 0
-    assert (await stand.post(completion())).status == 401
-    async with stand.session.get("/pdlaunch/status", headers=right) as response:
-        assert (await response.json())["errors"] == 1
-
-
 async def test_watchers_are_bounded_and_leave_with_the_router(stand: Stand) -> None:
     await stand.start(pair())
     watchers = [await stand.session.get("/pdlaunch/stream") for _ in range(MAX_WATCHERS)]
@@ -154,32 +134,6 @@ async def test_watchers_are_bounded_and_leave_with_the_router(stand: Stand) -> N
     for watcher in watchers:
         lines = (await watcher.read()).splitlines()
         assert json.loads(lines[-1])["model"] == "tiny"
-
-
-async def test_nobody_is_asked_while_nobody_watches(stand: Stand) -> None:
-    engines = pair()
-    asked: list[str] = []
-    await stand.start(engines)
-    read = stand.state.client.read_metrics
-
-    async def counted(engine: Any) -> str | None:
-        asked.append(engine.name)
-        return await read(engine)
-
-    stand.state.client.read_metrics = counted  # type: ignore[method-assign]
-    stand.router.view._readings._clock = lambda: 0.0  # what was read stays fresh
-    running = asyncio.ensure_future(stand.router.view.run())
-    await asyncio.sleep(0.05)
-    assert asked == []
-    # Watchers share one reader.
-    first = await stand.session.get("/pdlaunch/stream")
-    second = await stand.session.get("/pdlaunch/stream")
-    for watcher in (first, second):
-        await watcher.content.readline()
-        await watcher.content.readline()
-        watcher.close()
-    assert sorted(asked) == ["decode-0", "prefill-0"]
-    running.cancel()
 
 
 async def test_a_thousand_engines_are_read_in_turns(stand: Stand) -> None:

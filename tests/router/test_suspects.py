@@ -123,17 +123,6 @@ def dying_stream(stand: Stand, engine: FakeEngine) -> Any:
     return die
 
 
-async def test_deaths_after_survived_steps_are_first_deaths_each(stand: Stand) -> None:
-    """An engine says that a suspect has survived: then a later death may have had another cause."""
-    await stand.start(pairs(2))
-    origin = 77
-    with stand.state.suspects.watch(origin):
-        for _ in range(3):
-            stand.state.suspects.take(Suspects(origins=[origin], repeated=[]))
-            stand.state.suspects.check(origin)
-        assert stand.state.suspects.header(origin) == {ORIGIN_HEADER: "77;suspect"}
-
-
 @pytest.mark.parametrize("header", [None, "", "0", "-1", "x", "1;other", str(2**63), "1" * 30])
 def test_headers_that_say_nothing(header: str | None) -> None:
     assert read_origin(header) == (0, False)

@@ -67,31 +67,6 @@ def test_held_back_text_may_come_without_tokens_but_unknown_tokens_end_resuming(
     assert unknown.usage().total_tokens == 11
 
 
-def test_prompt_token_ids_are_told_once() -> None:
-    transcript = Transcript(1)
-    first = chat_chunk(role="assistant", content="") | {"prompt_token_ids": [1, 2]}
-    second = chat_chunk(content="x", token_ids=[1]) | {"prompt_token_ids": [1, 2]}
-    assert transcript.admit(first)
-    assert transcript.admit(second)
-    assert "prompt_token_ids" in first
-    assert "prompt_token_ids" not in second
-
-
-@pytest.mark.parametrize(
-    "chunk",
-    [
-        {},
-        {"choices": [{}]},
-        {"choices": [{"index": 5, "text": ""}]},
-        {"choices": None},
-        {"choices": [1]},
-    ],
-)
-def test_what_has_another_form_is_an_error(chunk: dict[str, Any]) -> None:
-    with pytest.raises((LookupError, TypeError, AttributeError)):
-        Transcript(1).admit(chunk)
-
-
 def test_no_token_of_a_refused_chunk_counts_as_told() -> None:
     transcript = Transcript(2)
     good = {"index": 0, "text": "a", "token_ids": [1]}
@@ -141,28 +116,6 @@ def test_tool_calls_grow_by_their_index() -> None:
             {"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}},
         ],
     }
-
-
-@given(st.lists(st.tuples(st.text(max_size=3), st.lists(st.integers(0, 9), max_size=3))))
-def test_texts_and_lists_of_chunks_add_up(parts: list[tuple[str, list[int]]]) -> None:
-    target: dict[str, Any] = {}
-    for text, token_ids in parts:
-        merge(
-            target,
-            {
-                "index": 3,
-                "text": text,
-                "token_ids": list(token_ids),
-                "logprobs": {"tokens": [text]},
-            },
-        )
-    if parts:
-        assert target == {
-            "index": 3,
-            "text": "".join(text for text, _ in parts),
-            "token_ids": [token_id for _, token_ids in parts for token_id in token_ids],
-            "logprobs": {"tokens": [text for text, _ in parts]},
-        }
 
 
 TOKEN_CHUNKS = st.fixed_dictionaries(

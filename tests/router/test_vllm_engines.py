@@ -92,15 +92,6 @@ async def test_clients_cannot_hide_transfer_params_in_xargs(stand: Stand, value:
     assert body["vllm_xargs"] == {"other": 1}
 
 
-async def test_without_a_proven_pair_one_engine_does_all(stand: Stand) -> None:
-    engines = vllm_pairs()
-    await stand.start(engines)
-    assert (await stand.post(completion())).texts() == {0: SCRIPT}
-    (body,) = asked(engines[1])
-    assert "kv_transfer_params" not in body
-    assert not engines[0].seen
-
-
 async def test_decode_that_dies_is_no_reason_to_read_a_lease_twice(stand: Stand) -> None:
     """It may have read the blocks already, and prefill given them to others."""
     prefill, first, second = (*vllm_pairs(2)[:1], *vllm_pairs(2)[2:])
@@ -143,19 +134,6 @@ async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
     await stand.post(completion(stream=stream))
     assert "kv_transfer_params" in asked(decode)[-1]
     assert stand.metric(counted) == 1
-
-
-async def test_status_shows_kinds_versions_and_pairs(stand: Stand) -> None:
-    await start_pair(stand)
-    async with stand.session.get("/pdlaunch/status") as response:
-        status = await response.json()
-    assert {(engine["kind"], engine["version"]) for engine in status["engines"]} == {
-        ("vllm", "0.32.0")
-    }
-    assert [(pair["prefill"], pair["decode"]) for pair in status["pairs"]] == [
-        ("prefill-0", "decode-0")
-    ]
-    assert status["doubts"] == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -413,21 +391,6 @@ async def test_a_stream_that_cannot_go_on_ends_with_a_named_error(
     assert len(prefill.seen) == 1
 
 
-async def test_reasoning_that_was_told_cannot_go_on(stand: Stand) -> None:
-    _, decode = await start_pair(stand)
-    decode.message = {"reasoning": "hm"}
-    stand.die_after(decode, 5, num_told=5)
-    answer = await stand.post(chat(stream=True), path="/v1/chat/completions")
-    assert "(reasoning)" in answer.events()[-1]["error"]["message"]
-
-
-async def test_a_whole_answer_is_asked_for_again(stand: Stand) -> None:
-    _, decode = await start_pair(stand)
-    decode.status = 500
-    answer = await stand.post(completion(seed=7))
-    assert answer.texts() == {0: SCRIPT}
-
-
 async def test_a_client_that_leaves_ends_both_calls(stand: Stand) -> None:
     prefill, decode = await start_pair(stand)
     prefill.hold_prefill = True
@@ -478,13 +441,6 @@ async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None
         await until(lambda: not prefill.leases)
         assert all(by_name[one.name].health.wants_try(stand.pool.clock()) for one in failed)
     assert decode.seen
-
-
-async def test_engines_get_their_own_key_and_never_the_launchs(stand: Stand) -> None:
-    prefill, decode = await start_pair(stand)
-    await stand.post(completion(), headers={"Authorization": "Bearer clients"})
-    keys = {seen.headers.get("Authorization") for seen in (*prefill.seen, *decode.seen)}
-    assert keys == {"Bearer engine-key"}
 
 
 async def test_a_stream_of_a_version_that_tells_no_token_ids_is_lost(stand: Stand) -> None:
