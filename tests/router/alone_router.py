@@ -156,7 +156,7 @@ class Alone:
 
 @pytest.fixture
 async def alone(tmp_path: Path) -> AsyncIterator[Alone]:
-    alone = Alone(tmp_path)
+    alone = Alone(tmp_path, urls=(f"unix:{tmp_path}", "http://127.0.0.0/29:1-9"))
     await alone.open()
     yield alone
     await alone.close()

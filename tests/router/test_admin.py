@@ -120,19 +120,6 @@ async def test_no_row_of_the_table_opens_with_another_key(admin_stand: AdminStan
     assert not admin_stand.commands
 
 
-@pytest.mark.parametrize(("method", "path"), COMMANDS)
-async def test_without_an_admin_key_tcp_takes_no_commands(
-    stand: Stand, method: str, path: str
-) -> None:
-    await stand.start(pairs(1), spec=msgspec.structs.replace(SPEC, api_key="of-the-clients"))
-    for key in ("of-the-clients", ""):
-        async with stand.session.request(
-            method, path, headers={"Authorization": f"Bearer {key}"}
-        ) as response:
-            assert response.status == 403
-            assert "admin_api_key" in (await response.json())["error"]["message"]
-
-
 async def test_prefill_sleeps_first_and_decode_wakes_first(admin_stand: AdminStand) -> None:
     status, answer = await admin_stand.call("POST", "/sleep?level=2&mode=refuse")
     assert status == 200

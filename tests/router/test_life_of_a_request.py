@@ -4,7 +4,6 @@ protocol.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -162,13 +161,6 @@ async def test_usage_counts_both_hops_and_the_first_engines_cache(stand: Stand) 
     assert all("usage" not in event for event in without.events())
 
 
-async def test_continuous_usage_grows_by_the_chunk(stand: Stand) -> None:
-    await stand.start(pair())
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    events = (await stand.post(completion(stream=True, stream_options=options))).events()
-    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 4, 5, 6, 6]
-
-
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 async def test_token_ids_reach_those_who_ask(stand: Stand, path: str) -> None:
     await stand.start(pair())
@@ -178,16 +170,6 @@ async def test_token_ids_reach_those_who_ask(stand: Stand, path: str) -> None:
     assert b"token_ids" not in plain.raw
     asked = await stand.post(body | {"return_token_ids": True}, path=path)
     assert asked.json()["choices"][0]["token_ids"] == expected_tokens(prompt, 7, 0, 6)
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
-@pytest.mark.parametrize("stream", [True, False])
-async def test_logprobs_of_both_hops_are_there(stand: Stand, path: str, stream: bool) -> None:
-    await stand.start(pair())
-    body = chat(logprobs=True) if path == CHAT else completion(logprobs=1)
-    answer = await stand.post(body | {"stream": stream}, path=path)
-    prompt: object = MESSAGES if path == CHAT else "hello"
-    assert logprob_tokens(answer) == [str(token) for token in expected_tokens(prompt, 7, 0, 6)]
 
 
 def logprob_tokens(answer: Answer) -> list[str]:
@@ -277,21 +259,6 @@ async def test_an_engine_that_prefills_without_handing_over_is_no_dead_end(stand
     answer = await stand.post(completion())
     assert answer.texts() == {0: expected_text("hello", 6)}
     assert "kv_transfer_params" not in decode.seen[0].body
-
-
-async def test_work_goes_to_the_engine_that_has_least(stand: Stand) -> None:
-    engines = pairs(2)
-    for engine in engines:
-        engine.hold_after = 0
-    await stand.start(engines)
-    requests = [asyncio.ensure_future(stand.post(completion())) for _ in range(4)]
-    for name in ("decode-0", "decode-1"):
-        await stand.engines[name].holding.wait()
-    for engine in engines:
-        engine.go.set()
-    assert {(await request).status for request in requests} == {200}
-    assert [len(stand.engines[f"decode-{index}"].seen) for index in (0, 1)] == [2, 2]
-    assert [len(stand.engines[f"prefill-{index}"].seen) for index in (0, 1)] == [2, 2]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,3 +1,5 @@
+"""Engines as the registry and the outcomes of their requests show them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Entry, Registry
 from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.health import MAX_OPEN_S, NUM_GOOD, OPEN_S, TRY_LASTS_S, Breaker
 from pdlaunch.router.policy import Need, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
+from tests.router.test_policy import HEALTH, engine, prompt
 
 
 class Clock:
@@ -182,17 +186,6 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
     assert first.num_streams == 0
 
 
-def test_an_engine_has_the_devices_of_its_ranks(pool: EnginePool) -> None:
-    update(
-        pool,
-        server("decode-0", host="a"),
-        rank("decode-0", 0, 2, host="a", devices=("cuda:0",)),
-        rank("decode-0", 1, 2, host="b", devices=("cuda:0",)),
-        server("decode-1", host="a", devices=("cpu",)),
-    )
-    assert [engine.devices for engine in pool.engines] == [{"a/cuda:0", "b/cuda:0"}, {"cpu"}]
-
-
 Action = tuple[Literal["start", "end", "fail", "tick"], int]
 
 
@@ -236,3 +229,137 @@ def test_an_engine_of_which_a_process_has_stalled_gets_no_work_until_it_speaks_a
     assert pool.engines[0].state == "stalled"
     update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
     assert named(pick(pool, "decode")) == "decode-0"
+
+
+def test_an_engine_that_is_held_is_given_work_when_released_or_replaced() -> None:
+    pool = EnginePool(Clock())
+    update(pool, server("prefill-0"), server("decode-0"))
+    prefill = pool.engines[1]
+    pool.hold(prefill, "draining")
+    assert named(pick(pool, "prefill")) == "decode-0"
+    # A registry that does not know of it changes nothing.
+    update(pool, server("prefill-0"), server("decode-0"))
+    assert named(pick(pool, "prefill")) == "decode-0"
+    assert prefill.state == "draining"
+    pool.release(prefill)
+    assert named(pick(pool, "prefill")) == "prefill-0"
+    pool.hold(prefill, "sleeping")
+    update(pool, server("prefill-0", incarnation=2), server("decode-0"))
+    assert named(pick(pool, "prefill")) == "prefill-0"
+
+
+def test_a_failure_opens_it_and_one_try_at_a_time_closes_it() -> None:
+    breaker = Breaker()
+    breaker.failed(10.0)
+    assert (breaker.state(10.0), breaker.takes(10.0)) == ("open", False)
+    assert breaker.why(10.0) == "open after 1 failures, tried again in 1.0 s"
+    at = 10.0 + OPEN_S
+    assert (breaker.state(at), breaker.wants_try(at)) == ("half_open", True)
+    breaker.asked(at)
+    assert not breaker.takes(at)
+    assert breaker.why(at) == "half-open, being tried"
+    breaker.answers(at + 0.1)
+    assert (breaker.state(at + 0.1), breaker.takes(at + 0.1)) == ("closed", True)
+
+
+def test_each_failed_try_opens_it_for_twice_as_long() -> None:
+    breaker, now_at, lengths = Breaker(), 0.0, []
+    for _ in range(1100):
+        breaker.failed(now_at)
+        lengths.append(breaker.open_until_at - now_at)
+        now_at = breaker.open_until_at
+        breaker.asked(now_at)
+    assert lengths[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, MAX_OPEN_S]
+    assert lengths[-1] == MAX_OPEN_S
+
+
+def test_what_was_sent_before_closes_it_after_a_single_failure_alone() -> None:
+    breaker = Breaker()
+    breaker.failed(0.0)
+    breaker.succeeded(0.1)
+    assert breaker.state(0.1) == "closed"
+    breaker.failed(0.2)
+    breaker.succeeded(0.3)
+    assert breaker.state(0.3) == "open"
+
+
+def test_who_fails_now_and_then_is_left_out_longer_and_longer() -> None:
+    breaker, now_at = Breaker(), 0.0
+    for _ in range(4):
+        for _ in range(NUM_GOOD - 1):
+            breaker.succeeded(now_at)
+        breaker.failed(now_at)
+        now_at = breaker.open_until_at
+    assert breaker.num_failures == 4
+    for _ in range(NUM_GOOD):
+        breaker.succeeded(now_at)
+    assert breaker.num_failures == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["ask", "fail", "answer", "end"]), st.floats(0, 40))))
+def test_it_never_stays_shut(events: list[tuple[str, float]]) -> None:
+    breaker, now_at = Breaker(), 0.0
+    for event, seconds in events:
+        now_at += seconds
+        {
+            "ask": breaker.asked,
+            "fail": breaker.failed,
+            "answer": breaker.answers,
+            "end": breaker.succeeded,
+        }[event](now_at)
+        assert breaker.takes(now_at) == (breaker.why(now_at) == "")
+        assert breaker.open_until_at - now_at <= MAX_OPEN_S + 1e-9  # of the difference of floats
+        assert breaker.takes(now_at + MAX_OPEN_S + TRY_LASTS_S)
+    now_at = max(now_at, breaker.open_until_at)
+    breaker.succeeded(now_at)
+    assert breaker.state(now_at) == "closed"
+
+
+class Pool(EnginePool):
+    """Holds engines that no registry has named."""
+
+    def __init__(self, clock: Clock, *engines: Engine) -> None:
+        super().__init__(clock)
+        self.update(Registry(version=1, entries=[]))
+        self._engines = {one.name: one for one in engines}
+
+
+def test_failed_pulls_leave_out_the_pair_and_no_engine() -> None:
+    clock = Clock()
+    prefill, decode = engine("prefill-0"), engine("decode-0")
+    other = engine("decode-1", kv_tokens=900)
+    pool = Pool(clock, prefill, decode, other)
+    assert pool.route(prompt()).name == "prefill-0->decode-0"
+    pool.pulled(prefill, decode, ok=False)
+    route = pool.route(prompt())
+    assert route.name == "prefill-0->decode-1"
+    clock.now_s += OPEN_S
+    # The pair is tried once, and closed by a pull that comes through.
+    assert pool.route(prompt()).name == "prefill-0->decode-0"
+    assert pool.route(prompt()).name == "prefill-0->decode-1"
+    for _ in range(8):
+        pool.pulled(prefill, decode, ok=True)
+    assert pool.pair_states() == {}
+
+
+@given(
+    st.lists(
+        st.builds(engine, st.sampled_from(["decode-0", "decode-1", "decode-2"]), health=HEALTH),
+        min_size=1,
+        unique_by=lambda one: one.name,
+    )
+)
+def test_none_is_left_out_for_ever(engines: list[Engine]) -> None:
+    clock = Clock()
+    pool = Pool(clock, *engines)
+    sick = {one.name for one in engines if one.health.is_tripped}
+    asked: set[str] = set()
+    for _ in range(40):
+        clock.now_s += 2.0
+        for _ in range(3):
+            (one,) = pool.route(RoutingRequest(is_begun=True)).engines
+            asked.add(one.name)
+            if one.name in sick:
+                one.health.failed(clock())
+    assert MAX_OPEN_S + TRY_LASTS_S < 80.0
+    assert sick <= asked

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import psutil
 import pytest
@@ -37,7 +36,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.router.conftest import SPEC
-from tests.router.fake_engine import FakeEngine, until
+from tests.router.fake_engine import FakeEngine
 from tests.router.test_life_of_a_request import completion, expected_text
 
 pytestmark = pytest.mark.processes
@@ -224,48 +223,8 @@ async def test_a_client_that_came_before_the_registry_is_heard_after_it(
         assert (await asked)[1] == {"status": "ok", "engines": {"decode-0": "ready"}}
 
 
-@pytest.mark.parametrize("end", [Stop(), Drain(timeout_s=0.0)], ids=["stop", "drain expires"])
-async def test_what_still_runs_at_its_end_is_told_so(
-    supervisor: Supervisor, end: FromSupervisor
-) -> None:
-    child = supervisor.start()
-    registered = await asyncio.to_thread(supervisor.receive_register)
-    await asyncio.to_thread(supervisor.receive)
-    engines = [FakeEngine("prefill-0", "prefill"), FakeEngine("decode-0", "decode")]
-    engines[1].hold_after = 1
-    async with serving(supervisor, *engines):
-        supervisor.send(
-            Registry(version=1, entries=[entry for engine in engines for entry in engine.entries()])
-        )
-        async with aiohttp.ClientSession(registered.address.http) as session:
-            while (await session.get("/health")).status != 200:
-                pass
-            streamed = await session.post("/v1/completions", json=completion(stream=True))
-            await streamed.content.readuntil(b"\n\n")
-            whole = asyncio.ensure_future(session.post("/v1/completions", json=completion()))
-            await until(lambda: len(engines[1].seen) == 2)
-            supervisor.send(end)
-            assert (await whole).status == 503
-            assert int((await whole).headers["Retry-After"]) > 0
-            assert (await (await whole).json())["error"]["code"] == "draining"
-            last = (await streamed.read()).removesuffix(b"\n\n").rpartition(b"\n\n")[2]
-            assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "draining"
-        if isinstance(end, Drain):
-            assert await asyncio.to_thread(supervisor.receive) == Drained()
-            supervisor.send(Stop())
-        assert await asyncio.to_thread(child.wait, 120) == 0
-
-
 def test_it_can_be_stopped_before_it_knows_the_engines(supervisor: Supervisor) -> None:
     child = supervisor.start()
     assert isinstance(supervisor.receive(), Register)
     supervisor.send(Stop())
     assert child.wait(120) == 0
-
-
-def test_it_does_not_outlive_its_supervisor(supervisor: Supervisor) -> None:
-    child = supervisor.start()
-    supervisor.receive()
-    assert child.stdin is not None
-    child.stdin.close()
-    assert child.wait(120) != 0

@@ -1,14 +1,18 @@
-"""What the router tells of the requests that it has served: /pdlaunch/requests."""
+"""What the router tells of the requests that it has served: in lists, traces and a line each."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace
+from pdlaunch.router.request_history import format_request
 from pdlaunch.router.request_record import MAX_HEARD_SPANS
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine, until
@@ -174,22 +178,6 @@ async def test_the_last_requests_are_kept_and_no_more(stand: Stand) -> None:
         assert (await response.json())["error"]["code"] == "request_not_found"
 
 
-@pytest.mark.parametrize(
-    ("query", "param"),
-    [
-        ("?last=x", "last"),
-        ("?slowest=-1", "slowest"),
-        ("?failed=", "failed"),
-        ("?last=1&failed=1", "failed"),
-    ],
-)
-async def test_a_wrong_question_is_refused(stand: Stand, query: str, param: str) -> None:
-    await stand.start(pair())
-    async with stand.session.get(f"/pdlaunch/requests{query}") as response:
-        assert response.status == 400
-        assert (await response.json())["error"]["param"] == param
-
-
 async def test_an_engine_cannot_fill_the_memory_with_spans(stand: Stand) -> None:
     engines = pair()
     engines[1].report = report(*[("decode", 0.0, 0.1, {})] * (MAX_HEARD_SPANS + 7))
@@ -198,3 +186,78 @@ async def test_an_engine_cannot_fill_the_memory_with_spans(stand: Stand) -> None
     told = await trace(stand, "r1")
     assert sum(span.process == "decode-0" for span in told.spans) == MAX_HEARD_SPANS
     assert told.dropped_spans == 7
+
+
+LOGGER = "pdlaunch.router.request_history"
+SECRET = "secret words of a prompt"
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+
+
+async def test_the_line_of_a_pair(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pdlaunch")
+    await stand.start(told_pair())
+    await stand.post(completion(prompt=SECRET))
+    (line,) = lines(caplog)
+    assert line.startswith("200 /v1/completions model=tiny prefill-0 -> decode-0 prompt=")
+    for part in (
+        "(cached device 16 host 4 remote 30)",
+        "queue=1.5ms",
+        "prefill=3.0ms",
+        "pull=2.0ms 4.00MB 2.50GB/s verified",
+        "first=",
+        "tokens=6",
+        "ms/token",
+        "finish=length",
+    ):
+        assert part in line
+    assert "secret" not in caplog.text
+
+
+QUOTING = msgspec.json.encode(
+    {"error": {"message": SECRET, "type": "InternalServerError", "code": SECRET}}
+)
+
+
+@pytest.mark.parametrize("how", ["body", "page", "redirect", "event", "malformed"])
+async def test_what_an_engine_says_of_a_prompt_is_not_told(
+    stand: Stand, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Engines quote prompts in their errors."""
+    caplog.set_level(logging.DEBUG, "pdlaunch")
+    await stand.start(pair())
+    for engine in stand.engines.values():
+        engine.error_body = QUOTING
+        if how == "event":
+            engine.error_after = 1
+            engine.error_body = QUOTING.replace(b"InternalServerError", b"server_error")
+        elif how == "malformed":
+            engine.error_after = 1
+            engine.error_body = msgspec.json.encode({"choices": [{"index": SECRET, "text": "x"}]})
+        else:
+            engine.status = 307 if how == "redirect" else 500
+        if how == "page":
+            engine.error_body = SECRET.encode()
+    answer = await stand.post(completion(prompt="x", stream=how in ("event", "malformed")))
+    (line,) = lines(caplog)
+    assert "error: engine_failed: engine " in line, line
+    assert "secret" not in answer.raw.decode()
+    others = [record.getMessage() for record in caplog.records if record.name != LOGGER]
+    assert "secret" not in "".join(others)
+    assert "secret" not in line
+    if how == "body":
+        assert "answered 500 (InternalServerError)" in line
+    for path in ("/pdlaunch/requests", "/pdlaunch/requests/" + answer.headers["X-Request-Id"]):
+        async with stand.session.get(path) as response:
+            assert "secret" not in await response.text()
+
+
+@given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=40))
+def test_no_summary_makes_a_terminal_obey(model: str, error: str, explanation: str) -> None:
+    summary = RequestSummary(
+        id="r", received_at=0.0, path="/", model=model, error=error, explanation=explanation
+    )
+    assert "\n" not in format_request(summary)
+    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in format_request(summary))

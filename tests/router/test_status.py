@@ -7,14 +7,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client import CollectorRegistry
 
 from pdlaunch import __version__
-from pdlaunch.protocol.control import PairReady, Registry
+from pdlaunch.engine.server.metrics import ServerMetrics
+from pdlaunch.observe.metrics import RequestClock, render_metrics
+from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router import deployment_view
-from pdlaunch.router.deployment_view import MAX_WATCHERS
+from pdlaunch.router.deployment_view import MAX_WATCHERS, RateHistory, percentiles
+from pdlaunch.router.engine_readings import NAMES, EngineHistory, scan
+from pdlaunch.router.metrics import RouterMetrics
 from tests.router.conftest import Stand, pair
-from tests.router.fake_engine import FakeEngine, until
+from tests.router.fake_engine import until
 
 PULLS = """\
 # TYPE pdlaunch_kv_transfer_bytes counter
@@ -136,28 +141,133 @@ async def test_watchers_are_bounded_and_leave_with_the_router(stand: Stand) -> N
         assert json.loads(lines[-1])["model"] == "tiny"
 
 
-async def test_a_thousand_engines_are_read_in_turns(stand: Stand) -> None:
-    """All of them are one server here."""
-    number = 1000
-    engine = FakeEngine("decode-0", "decode")
-    await stand.start([engine])
-    entries = engine.entries(ready=False)
-    stand.version += 1
-    many = [
-        msgspec.structs.replace(
-            entry,
-            name=entry.name.replace("decode-0", f"decode-{index}"),
-            engine=f"decode-{index}",
-        )
-        for index in range(number)
-        for entry in entries
-    ]
-    stand.state.update(Registry(version=stand.version, entries=many, pairs=[]))
-    await stand.state.settled()
-    seen = set()
-    for _ in range(2):
-        await stand.router.view._readings.refresh(stand.pool.engines, 30.0)
-        status = stand.router.view.status()
-        assert len(status.engines) == number
-        seen.add(sum(each.reading is not None for each in status.engines))
-    assert seen == {64, 128}
+INF = float("inf")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.at = 100.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+def test_rates_errors_and_times_of_each_step() -> None:
+    clock, metrics = Clock(), RouterMetrics("m")
+    history = RateHistory(metrics, clock, lambda: clock.at + 1e9)
+    request = RequestClock(metrics.requests, clock)
+    clock.at += 0.5
+    request.tokens(0, 1)
+    clock.at += 1.5
+    request.tokens(0, 3)
+    metrics.requests.finished("stop")
+    metrics.requests.failed(503)
+    metrics.requests.failed(499)  # its client left
+    history.take()
+    clock.at += 2.0
+    history.take()
+    busy, idle = history.points()
+    assert (busy.requests_per_s, busy.errors_per_s, busy.output_tokens_per_s) == (0.5, 0.5, 2.0)
+    assert busy.at == clock.at - 2.0 + 1e9
+    assert busy.first_token_ms is not None
+    assert 250 < busy.first_token_ms.p50 <= 500
+    assert busy.inter_token_ms is not None
+    assert 300 < busy.inter_token_ms.p95 <= 500
+    assert (idle.requests_per_s, idle.first_token_ms) == (0.0, None)
+    assert history.now(history.totals()).requests_per_s == 0.25
+    assert [point.at for point in history.points(1)] == [idle.at]
+
+
+def test_percentiles_lie_within_their_buckets() -> None:
+    bounds = [1.0, 2.0, 4.0, INF]
+    before = dict.fromkeys(bounds, 7.0)
+
+    def after(*numbers: int) -> dict[float, float]:
+        sums = [7.0 + sum(numbers[: index + 1]) for index in range(len(numbers))]
+        return dict(zip(bounds, sums, strict=True))
+
+    assert percentiles(before, after(0, 0, 0, 0)) is None
+    found = percentiles(before, after(10, 0, 10, 0))
+    assert found is not None
+    assert (found.p50, found.p95) == (1000.0, 3800.0)
+    last = percentiles({}, {1.0: 0.0, INF: 5.0})
+    assert last is not None
+    assert last.p50 == 1000.0
+
+
+def counts(**values: float) -> dict[str, float]:
+    return values
+
+
+def test_every_word_is_on_the_page_of_a_native_engine() -> None:
+    """A metric that gets another name would else be missing without a word."""
+    metrics = ServerMetrics(CollectorRegistry(), engine="e", role="decode", model_name="m")
+    found = scan(render_metrics(metrics.registry).decode())
+    assert set(found) == set(NAMES.values())
+
+
+def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
+    found = scan(
+        "# HELP vllm:num_requests_running x\n"
+        'vllm:num_requests_running{engine="0"} 2.0\n'
+        'vllm:num_requests_running{engine="1"} 3.0\n'
+        'vllm:kv_cache_usage_perc{engine="0"} 0.5\n'
+        'vllm:kv_cache_usage_perc{engine="1"} 0.25\n'
+        'pdlaunch_kv_pull_bytes_sum{decode="d",path="p",prefill="prefill-0"} 10\n'
+        'pdlaunch_kv_pull_bytes_sum{decode="d",path="q",prefill="prefill-0"} 5\n'
+        'pdlaunch_kv_pull_bytes_sum{decode="d",path="p",prefill="prefill-1"} 7\n'
+        'vllm:prompt_tokens_total{engine="0"} NaN\n'
+        "vllm:num_preemptions_total -1\n"
+        "vllm:generation_tokens_total many\n"
+        "nonsense\n"
+        "\n"
+    )
+    assert found == {
+        "running": 5.0,
+        "kv_usage": 0.5,
+        "pulled_bytes@prefill-0": 15.0,
+        "pulled_bytes@prefill-1": 7.0,
+    }
+
+
+def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
+    book = EngineHistory((1,))
+    book.add(0.0, counts(prompt_tokens=100, device_hits=100, output_tokens=0, pulled_bytes=0))
+    book.add(50.0, counts(prompt_tokens=300, device_hits=150, output_tokens=0, pulled_bytes=0))
+    later = counts(
+        prompt_tokens=300, device_hits=150, output_tokens=50, pulled_bytes=8e9, pull_seconds=2
+    )
+    book.add(55.0, later)
+    shown = book.reading(56.0)
+    assert shown is not None
+    assert shown.age_s == 1.0
+    assert (shown.output_tokens_per_s, shown.pulled_bytes_per_s) == (10.0, 1.6e9)
+    assert shown.pull_gigabytes_per_s == 4.0
+    assert shown.cache is not None
+    assert (shown.cache["device"], shown.cache["remote"]) == (0.25, 0.0)
+    # A minute later there were no prompts.
+    book.add(120.0, later)
+    shown = book.reading(120.0)
+    assert shown is not None
+    assert shown.cache is None
+    assert shown.output_tokens_per_s == 0.0
+
+
+def test_counts_that_begin_again_are_no_negative_rates() -> None:
+    book = EngineHistory((1,))
+    book.add(0.0, counts(output_tokens=1000, pull_failures=5))
+    assert book.add(3.0, counts(output_tokens=10, pull_failures=1)) == {}
+    shown = book.reading(3.0)
+    assert shown is not None
+    assert shown.output_tokens_per_s == 0.0
+    assert book.add(5.0, counts(output_tokens=20, pull_failures=2))["pull_failures"] == 1
+
+
+def test_pulls_of_a_pair_are_told_apart_where_an_engine_does() -> None:
+    book = EngineHistory((1,))
+    book.add(0.0, {"pulled_bytes": 9, "pulled_bytes@p-0": 4, "pulls@p-0": 1})
+    book.add(4.0, {"pulled_bytes": 29, "pulled_bytes@p-0": 12, "pulls@p-0": 3})
+    pulls = book.pulls("p-0")
+    assert (pulls.number, pulls.num_bytes, pulls.bytes_per_s) == (3, 12, 2.0)
+    other = book.pulls("p-1")
+    assert other.num_bytes == 0

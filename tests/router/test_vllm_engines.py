@@ -4,7 +4,6 @@ of their own.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
@@ -12,7 +11,6 @@ import msgspec
 import pytest
 
 from pdlaunch.http.headers import ROUTE_HEADER
-from pdlaunch.http.watch.engine_api import with_version
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.router.client_request import CHAT, read_client_request
 from pdlaunch.router.continuation import LOST_REASONS
@@ -28,8 +26,7 @@ from tests.router.fake_vllm_engine import (
     text_of,
     vllm_pairs,
 )
-from tests.router.test_request_lines import lines
-from tests.router.test_requests import trace
+from tests.router.test_requests import lines, trace
 
 PROMPT = "a prompt of more than twenty tokens|"
 NUM_BYTES = len(SCRIPT.encode())
@@ -391,24 +388,6 @@ async def test_a_stream_that_cannot_go_on_ends_with_a_named_error(
     assert len(prefill.seen) == 1
 
 
-async def test_a_client_that_leaves_ends_both_calls(stand: Stand) -> None:
-    prefill, decode = await start_pair(stand)
-    prefill.hold_prefill = True
-    request = asyncio.ensure_future(stand.post(completion(stream=True)))
-    await prefill.holding.wait()
-    request.cancel()
-    await prefill.aborted.wait()
-    assert not decode.seen
-
-    prefill.hold_prefill = False
-    decode.hold_after = 1
-    request = asyncio.ensure_future(stand.post(completion(stream=True)))
-    await decode.holding.wait()
-    request.cancel()
-    await decode.aborted.wait()
-    assert not prefill.leases
-
-
 async def test_a_lease_that_nobody_pulls_is_given_back_through_decode(stand: Stand) -> None:
     prefill, decode = await start_pair(stand)
     decode.max_model_len = 50
@@ -441,21 +420,6 @@ async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None
         await until(lambda: not prefill.leases)
         assert all(by_name[one.name].health.wants_try(stand.pool.clock()) for one in failed)
     assert decode.seen
-
-
-async def test_a_stream_of_a_version_that_tells_no_token_ids_is_lost(stand: Stand) -> None:
-    engines = vllm_pairs()
-    for engine in engines:
-        engine.capabilities = with_version(engine.capabilities, "0.10.2")
-    prefill, decode = engines
-    stand.pairs = [proof(prefill, decode)]
-    await stand.start(engines)
-    stand.die_after(decode, 5, num_told=5)
-    answer = await stand.post(completion(stream=True))
-    error = answer.events()[-1]["error"]
-    assert (error["code"], "(version)" in error["message"]) == ("stream_lost", True)
-    assert stand.metric('pdlaunch_router_lost_streams_total{reason="version"}') == 1
-    assert len(prefill.seen) == 1
 
 
 async def test_a_chunk_that_says_nothing_keeps_back_none_before_it(stand: Stand) -> None:

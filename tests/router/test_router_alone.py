@@ -1,0 +1,390 @@
+"""Engines that run already, behind a router that watches them: in one process, over sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.errors import ConfigError, RequestError
+from pdlaunch.http.watch import canary
+from pdlaunch.http.watch.canary import CanaryDied, Proof
+from pdlaunch.protocol.due_pairs import Pair, due_pairs
+from pdlaunch.router import membership_sources
+from pdlaunch.router.membership import Results, judge
+from pdlaunch.router.membership_sources import (
+    dns_source,
+    file_source,
+    follow,
+    read_engines_file,
+)
+from pdlaunch.router.watched_engine import Member
+from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of
+from tests.router.alone_router import PROMPT, Alone, alone
+from tests.router.conftest import working
+
+WRONG = CanaryDied("wrong tokens")
+PROOF = Proof(seconds=0.1, num_bytes=1000, transfer_s=0.0)
+
+
+def engines(role: str, number: int) -> list[str]:
+    return [f"{role}-{index}" for index in range(number)]
+
+
+@given(st.data())
+def test_engines_that_are_used_have_no_failed_pair_and_wait_for_none_among_them(
+    data: st.DataObject,
+) -> None:
+    prefill = engines("p", data.draw(st.integers(0, 5)))
+    decode = engines("d", data.draw(st.integers(0, 5)))
+    due = due_pairs(prefill, decode)
+    drawn = st.sampled_from([PROOF, WRONG, None])
+    drawn_results = {pair: data.draw(drawn) for pair in sorted(due)}
+    results: dict[Pair, Proof | CanaryDied] = {
+        pair: result for pair, result in drawn_results.items() if result is not None
+    }
+    ready, reasons = judge(prefill, decode, results, ready_before=())
+    assert ready.isdisjoint(reasons)
+    assert ready | set(reasons) == {*prefill, *decode}
+    for pair in due:
+        if ready.issuperset(pair):
+            assert results.get(pair) is PROOF
+
+
+@pytest.mark.parametrize("wrong", ["p-0", "p-1", "d-0", "d-2"])
+def test_one_wrong_engine_does_not_drag_its_peers_along(wrong: str) -> None:
+    prefill, decode = engines("p", 2), engines("d", 3)
+    results: Results = {
+        pair: WRONG if wrong in pair else PROOF for pair in due_pairs(prefill, decode)
+    }
+    _, reasons = judge(prefill, decode, results, ready_before=())
+    assert set(reasons) == {wrong}
+    assert reasons[wrong].endswith("wrong tokens")
+
+
+def test_of_a_lone_pair_that_failed_the_prefill_engine_serves_alone() -> None:
+    ready, reasons = judge(["p-0"], ["d-0"], {("p-0", "d-0"): WRONG}, ready_before=())
+    assert ready == {"p-0"}
+    assert reasons == {"d-0": "p-0 -> d-0: wrong tokens"}
+
+
+def test_a_new_engine_waits_and_the_others_do_not() -> None:
+    results: Results = {("p-0", "d-0"): PROOF}
+    ready, reasons = judge(["p-0", "p-1"], ["d-0"], results, ready_before=("p-0", "d-0"))
+    assert ready == {"p-0", "d-0"}
+    assert reasons == {"p-1": "its canary with d-0 is due"}
+
+
+__all__ = ["alone"]
+
+
+async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
+    for name, key in (("prefill-0", None), ("decode-0", "secret-of-decode-0")):
+        await alone.start(name)
+        alone.add(name, key)
+    await alone.until(lambda: alone.pool.serving)
+    assert (await alone.complete())[0] == 200
+    assert (await alone.command("GET", "/metrics-of-nobody"))[0] == 404
+    assert alone.keys["prefill-0"].seen == {None}
+    assert alone.keys["decode-0"].seen == {"Bearer secret-of-decode-0"}
+
+
+async def test_a_drained_engine_gets_no_request_and_keeps_its_proofs(alone: Alone) -> None:
+    await alone.pair()
+    with pytest.raises(RequestError, match="no engine decode-7; there are: decode-0, prefill-0"):
+        alone.watch.set_drained("decode-7", is_drained=True)
+    alone.watch.set_drained("decode-0", is_drained=True)
+    await alone.until(lambda: alone.engine("decode-0").state == "draining")
+    assert (await alone.complete())[0] == 200
+    with pytest.raises(RequestError, match="no other engine serves"):
+        alone.watch.set_drained("prefill-0", is_drained=True)
+    num_canaries = alone.outcomes("proven")
+    alone.watch.set_drained("decode-0", is_drained=False)
+    await alone.until(lambda: "decode-0" in alone.ready)
+    assert alone.outcomes("proven") == num_canaries
+
+
+@pytest.mark.parametrize("held", ["prefill-0", "decode-0"])
+async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, held: str) -> None:
+    """Whether prefill has answered when the drain begins or not, decode reads what it has."""
+    await alone.pair()
+    prefill, decode = alone.engines["prefill-0"], alone.engines["decode-0"]
+    lender = alone.engine("prefill-0")
+    alone.engines[held].go = asyncio.Event()
+    num_bodies, num_bytes = len(alone.engines[held].bodies), decode.num_bytes
+    answer = asyncio.ensure_future(alone.complete())
+    await alone.until(lambda: len(alone.engines[held].bodies) > num_bodies)
+    removal = asyncio.ensure_future(alone.watch.remove("prefill-0", 60.0))
+    await alone.until(lambda: lender.state == "draining")
+    # Another request, which decode answers alone meanwhile.
+    assert (await alone.complete())[0] == 200
+    assert not removal.done()
+    assert (lender.num_works, lender.num_leases) == ((1, 0) if held == "prefill-0" else (0, 1))
+    event = alone.engines[held].go
+    assert event is not None
+    event.set()
+    status, told = await answer
+    text = "".join(f"<{each}>" for each in answer_of(PROMPT, 4))
+    assert (status, told["choices"][0]["text"]) == (200, text)
+    assert decode.num_bytes > num_bytes
+    assert not prefill.shares
+    await removal
+    assert "prefill-0" not in {engine.name for engine in alone.pool.engines}
+
+
+def listing(alone: Alone, *names: str) -> str:
+    lines = [
+        f"- {{name: {name}, role: {name.partition('-')[0]}, url: '{alone.url(name)}'}}\n"
+        for name in names
+    ]
+    return f"engines:\n{''.join(lines)}"
+
+
+async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
+    alone: Alone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("prefill-0", "decode-0", "decode-1"):
+        await alone.start(name)
+    file = tmp_path / "engines.yaml"
+    file.write_text(listing(alone, "prefill-0", "decode-0"))
+    following = asyncio.ensure_future(
+        follow(file_source(file, "vllm"), "file", alone.watch, 5.0, poll_s=0.01)
+    )
+    try:
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+        file.write_text("engines: [{role: prefill}]")
+        await alone.until(lambda: "the engines stay as they are" in caplog.text)
+        assert alone.ready == {"prefill-0", "decode-0"}
+
+        file.write_text(listing(alone, "prefill-0", "decode-1"))
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
+        elsewhere = listing(alone, "prefill-0", "decode-1").replace("decode-1.sock", "../x.sock")
+        file.write_text(elsewhere + "- {name: decode-2, role: decode, url: 'http://10.9.9.9:1'}\n")
+        await alone.until(lambda: "write the whole path" in caplog.text)
+
+        file.write_text(
+            listing(alone, "prefill-0", "decode-1")
+            + "- {name: decode-2, role: decode, url: 'http://10.9.9.9:1'}\n"
+        )
+        await alone.until(lambda: "decode-2 is left out: engine_urls does not" in caplog.text)
+        assert alone.ready == {"prefill-0", "decode-1"}
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_name_or_url(
+    alone: Alone, tmp_path: Path
+) -> None:
+    for name in ("prefill-0", "decode-0", "decode-1"):
+        await alone.start(name)
+    file = tmp_path / "engines.yaml"
+    file.write_text(listing(alone, "prefill-0", "decode-0"))
+    following = asyncio.ensure_future(
+        follow(file_source(file, "vllm"), "file", alone.watch, 3600.0, poll_s=0.01)
+    )
+    try:
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+        with working(alone.engine("decode-0")):
+            file.write_text(listing(alone, "prefill-0", "decode-1"))
+            await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
+            assert alone.engine("decode-0").state == "draining"
+        await alone.until(lambda: "decode-0" not in alone.watch._watched)
+        with working(alone.engine("decode-1")):
+            renamed = listing(alone, "prefill-0", "decode-1").replace("name: decode-1", "name: d")
+            file.write_text(renamed + listing(alone, "decode-0").removeprefix("engines:\n"))
+            await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+            assert "d" not in alone.watch._watched
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0", "d"})
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "and nothing else"),
+        ("engines: []\nport: 3", "and nothing else"),
+        ("engines: {a: b}", "nothing else"),
+        ("engines: [{role: prefill}]", "url: Field required"),
+        ("engines: [{role: prefill, url: 'http://u:secret@h:1'}]", "api_key_env"),
+        ("engines: [{role: prefill, url: 'http://h:1', api_key: secret}]", "api_key"),
+        ("engines: ['prefill=http://h:1', 'prefill=http://h:1/']", "the url http://h:1"),
+        ("engines: [", "expected the node content"),
+        ("engines:\n- role: prefill\n  key: of secret: 1", ":3:17: bad YAML: mapping values"),
+        ("engines: [*secret]", ":1:11: bad YAML: aliases are not supported"),
+        ("a" * 300_000, "larger than"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "engines.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_engines_file(file)
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
+    alone: Alone, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: set[str] | None = {"127.0.0.1", "127.0.0.2", "127.9.9.9"}
+
+    async def look_up(host: str, port: int) -> list[tuple[Any, int, tuple[Any, ...]]]:
+        assert (host, port) == ("prefill.svc", 7)
+        if found is None:
+            raise OSError("no such name")
+        return [(None, 0, (ip, port)) for ip in found]
+
+    monkeypatch.setattr(membership_sources, "look_up", look_up)
+
+    member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "vllm", "key")
+    following = asyncio.ensure_future(
+        follow(dns_source(member), "dns:prefill", alone.watch, 5.0, poll_s=0.01)
+    )
+
+    def urls() -> set[str]:
+        return {engine.url for engine in alone.pool.engines}
+
+    try:
+        await alone.until(lambda: urls() == {"http://127.0.0.1:7", "http://127.0.0.2:7"})
+        await alone.until(lambda: "does not allow http://127.9.9.9:7" in caplog.text)
+        assert {alone.watch.key_of(engine) for engine in alone.pool.engines} == {"key"}
+        found = {"127.0.0.2", "127.0.0.3"}
+        await alone.until(lambda: urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"})
+        found = None
+        await alone.until(lambda: "no such name" in caplog.text)
+        assert urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"}
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+__all__ = ["alone"]
+
+
+@pytest.fixture(autouse=True)
+def _canaries_follow_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canary, "FIRST_RETRY_S", 0.02)
+
+
+async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> None:
+    for name in ("prefill-0", "decode-0"):
+        await alone.start(name, moves_bytes=name != "decode-0")
+        alone.add(name)
+    await alone.until(lambda: alone.outcomes("failed"))
+    assert not alone.pool.serving
+    assert (await alone.complete())[0] == 503
+    await alone.until(lambda: "computed the prompt itself" in alone.reason("decode-0"))
+
+    alone.engines["decode-0"].moves_bytes = True
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    assert alone.outcomes("proven") == 1
+    num_bytes = alone.engines["decode-0"].num_bytes
+    assert (await alone.complete())[0] == 200
+    assert alone.engines["decode-0"].num_bytes > num_bytes
+
+
+async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(alone: Alone) -> None:
+    await alone.pair()
+    before = alone.engine("decode-0")
+    await alone.stop("decode-0")
+    await alone.until(lambda: alone.engine("decode-0").state == "stalled")
+    # It may have died between the questions of one look, of which /health is the first.
+    await alone.until(lambda: "/health does not answer" in alone.reason("decode-0"))
+    # Those that are left answer alone.
+    status, answer = await alone.complete()
+    assert status == 200
+    assert answer["choices"][0]["text"] == "".join(f"<{each}>" for each in answer_of(PROMPT, 4))
+
+    engine = await alone.start("decode-0", moves_bytes=False)
+    await alone.until(lambda: alone.outcomes("failed"))
+    assert "decode-0" not in alone.ready
+    engine.moves_bytes = True
+    await alone.until(lambda: "decode-0" in alone.ready)
+    assert alone.engine("decode-0").processes[0] == before.processes[0] + 1
+    assert alone.outcomes("proven") == 2
+
+
+async def test_a_pair_that_has_failed_requests_is_proven_again(alone: Alone) -> None:
+    await alone.pair()
+    alone.engines["decode-0"].moves_bytes = False
+    alone.pool.failed(alone.engine("decode-0"))
+    await alone.until(lambda: "decode-0" not in alone.ready)
+    alone.engines["decode-0"].moves_bytes = True
+    await alone.until(lambda: "decode-0" in alone.ready)
+
+
+async def untold_pair(alone: Alone) -> tuple[FakeVllm, FakeVllm]:
+    """Start a pair of which decode does not tell what it has computed."""
+    for name in ("prefill-0", "decode-0"):
+        await alone.start(name, tells_cached=False, tokens_by_source={})
+        alone.add(name)
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    engines = alone.engines["prefill-0"], alone.engines["decode-0"]
+    looks = engines[1].num_looks
+    await alone.until(lambda: engines[1].num_looks > looks + 1)
+    return engines
+
+
+async def test_a_pair_that_nobody_can_check_is_shown(
+    alone: Alone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A vLLM that neither tells nor counts it."""
+    _, decode = await untold_pair(alone)
+    assert [pair.path for pair in alone.state.pool.pairs] == ["canary, unchecked"]
+    said = [each for each in caplog.messages if "--enable-prompt-tokens-details" in each]
+    assert len(said) == 1
+    # Failed READs are counted by every version.
+    num_proven = alone.outcomes("proven")
+    decode.num_failed_reads += 1
+    await alone.until(lambda: alone.outcomes("proven") > num_proven)
+    said = [each for each in caplog.messages if "--enable-prompt-tokens-details" in each]
+    assert len(said) == 1
+
+
+async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_again(
+    alone: Alone,
+) -> None:
+    for name in ("prefill-0", "decode-0"):
+        await alone.start(name, is_sleeping=False)
+        alone.add(name)
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    prefill, decode = alone.engines["prefill-0"], alone.engines["decode-0"]
+
+    prefill.lends = 0.25
+    status, answer = await alone.command("POST", "/sleep?engine=prefill-0&mode=refuse")
+    assert (status, answer["error"]["code"]) == (409, "engine_busy")
+    assert alone.ready == {"prefill-0", "decode-0"}
+
+    falling = asyncio.ensure_future(alone.command("POST", "/sleep?engine=prefill-0&level=2"))
+    await alone.until(lambda: alone.engine("prefill-0").state == "draining")
+    assert (await alone.complete())[0] == 200
+    assert not prefill.is_sleeping, "its blocks are still leased"
+    prefill.lends = 0.0
+    status, answer = await falling
+    assert (status, answer["engines"]) == (
+        200,
+        [{"engine": "prefill-0", "is_sleeping": True, "num_bytes": 0}],
+    )
+    assert alone.engine("prefill-0").state == "sleeping"
+    num_bytes = decode.num_bytes
+    assert (await alone.complete())[0] == 200
+    assert decode.num_bytes == num_bytes, "decode serves alone"
+
+    status, answer = await alone.command("POST", "/wake_up?engine=prefill-0&tags=weights")
+    assert answer["engines"][0]["is_sleeping"] is True
+    assert alone.ready == {"decode-0"}
+    num_proven = alone.outcomes("proven")
+    status, answer = await alone.command("POST", "/wake_up?engine=prefill-0")
+    assert answer["engines"][0]["is_sleeping"] is False
+    await alone.until(lambda: alone.outcomes("proven") > num_proven)
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"} and alone.pool.pairs)
+    num_bytes = decode.num_bytes
+    assert (await alone.complete())[0] == 200
+    assert decode.num_bytes > num_bytes
