@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
@@ -33,37 +32,27 @@ _REJOIN_DELAY_S = 0.2
 
 
 def agent(
-    join: Annotated[
-        str,
-        typer.Option(
-            "--join",
-            metavar="FILE",
-            help="The join file that `pdlaunch serve --placement hosts` names; - for standard "
-            "input.",
-        ),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="Which of `hosts` this is; this host's name when left out."),
-    ] = None,
-    allow_executable: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-executable",
-            metavar="COMMAND",
-            help="An executable that engines may run, such as vllm; may be given again.",
-        ),
-    ] = None,
-    cpus: Annotated[
-        int | None,
-        typer.Option(
-            "--cpus", min=1, help="How many cores engines may use here; all when left out."
-        ),
-    ] = None,
-    wait_s: Annotated[
-        float,
-        typer.Option("--wait", metavar="SECONDS", min=1, help="How long to wait for an answer."),
-    ] = 60.0,
+    join: str = typer.Option(
+        ...,
+        "--join",
+        metavar="FILE",
+        help="The join file that `pdlaunch serve --placement hosts` names; - for standard input.",
+    ),
+    name: str | None = typer.Option(
+        None, "--name", help="Which of `hosts` this is; this host's name when left out."
+    ),
+    allow_executable: list[str] | None = typer.Option(
+        None,
+        "--allow-executable",
+        metavar="COMMAND",
+        help="An executable that engines may run, such as vllm; may be given again.",
+    ),
+    cpus: int | None = typer.Option(
+        None, "--cpus", min=1, help="How many cores engines may use here; all when left out."
+    ),
+    wait_s: float = typer.Option(
+        60.0, "--wait", metavar="SECONDS", min=1, help="How long to wait for an answer."
+    ),
     stop_on_stdin_eof: StopOption = False,
 ) -> None:
     """Start and watch engines on this host for a `pdlaunch serve` on another one."""

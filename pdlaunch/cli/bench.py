@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 import typer
@@ -108,74 +108,55 @@ def _above_zero(number: float | None) -> float | None:
 @with_serve_flags
 def serve(
     config: Path | None = None,
-    url: Annotated[
-        str | None, typer.Option(help="URL of a running deployment; without it one is started.")
-    ] = None,
-    input_tokens: Annotated[
-        Any, typer.Option(parser=_integers, metavar="N,N", help="Prompt lengths (128).")
-    ] = None,
-    output_tokens: Annotated[int | None, typer.Option(min=1, help="Output length (32).")] = None,
-    concurrency: Annotated[
-        Any, typer.Option(parser=_integers, metavar="N,N", help="Requests at a time (1,4,16).")
-    ] = None,
-    request_rate: Annotated[
-        Any,
-        typer.Option(
-            parser=_numbers,
-            metavar="R,R",
-            help="Requests sent a second, such as 0.5,2,8, instead of --concurrency.",
-        ),
-    ] = None,
-    burstiness: Annotated[
-        float | None,
-        typer.Option(
-            callback=_above_zero,
-            help="Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1).",
-        ),
-    ] = None,
-    num_requests: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Requests for each length and concurrency (four rounds, at least 8)."
-        ),
-    ] = None,
-    max_token_id: Annotated[
-        int,
-        typer.Option(
-            min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this."
-        ),
-    ] = 30_000,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the prompts; the same one twice meets warm prefix caches."),
-    ] = None,
-    slo: Annotated[
-        Any,
-        typer.Option(
-            parser=_goals,
-            metavar="GOALS",
-            help="Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
-        ),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="Send the requests of this file, a trace in Mooncake's format (JSON lines).",
-        ),
-    ] = None,
-    trace_speed: Annotated[
-        float | None,
-        typer.Option(callback=_above_zero, help="Times by which the trace is sent faster (1)."),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", dir_okay=False, help="Write plots and figures as one HTML file."
-        ),
-    ] = None,
+    url: str | None = typer.Option(
+        None, help="URL of a running deployment; without it one is started."
+    ),
+    input_tokens: Any = typer.Option(
+        None, parser=_integers, metavar="N,N", help="Prompt lengths (128)."
+    ),
+    output_tokens: int | None = typer.Option(None, min=1, help="Output length (32)."),
+    concurrency: Any = typer.Option(
+        None, parser=_integers, metavar="N,N", help="Requests at a time (1,4,16)."
+    ),
+    request_rate: Any = typer.Option(
+        None,
+        parser=_numbers,
+        metavar="R,R",
+        help="Requests sent a second, such as 0.5,2,8, instead of --concurrency.",
+    ),
+    burstiness: float | None = typer.Option(
+        None,
+        callback=_above_zero,
+        help="Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1).",
+    ),
+    num_requests: int | None = typer.Option(
+        None, min=1, help="Requests for each length and concurrency (four rounds, at least 8)."
+    ),
+    max_token_id: int = typer.Option(
+        30_000, min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this."
+    ),
+    seed: int | None = typer.Option(
+        None, help="Seed of the prompts; the same one twice meets warm prefix caches."
+    ),
+    slo: Any = typer.Option(
+        None,
+        parser=_goals,
+        metavar="GOALS",
+        help="Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
+    ),
+    trace: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Send the requests of this file, a trace in Mooncake's format (JSON lines).",
+    ),
+    trace_speed: float | None = typer.Option(
+        None, callback=_above_zero, help="Times by which the trace is sent faster (1)."
+    ),
+    report: Path | None = typer.Option(
+        None, metavar="FILE", dir_okay=False, help="Write plots and figures as one HTML file."
+    ),
     output: FormatOption = "table",
     *,
     flags: dict[str, object],
@@ -303,36 +284,28 @@ def _read_names(text: str, known: Sequence[str]) -> list[str]:
 
 @app.command("transfer")
 def transfer(
-    connectors: Annotated[
-        Any, typer.Option(parser=_connectors, metavar="NAMES", help="Of nixl,mooncake,file.")
-    ] = "nixl",
-    path: Annotated[
-        Any,
-        typer.Option(parser=_paths, metavar="PATHS", help="Of auto,nixl,p2p, of connector nixl."),
-    ] = "auto",
-    num_blocks: Annotated[
-        Any, typer.Option(parser=_integers, metavar="N,N", help="Blocks of one pull.")
-    ] = "16,128",
-    num_repeats: Annotated[
-        int, typer.Option(min=1, help="Pulls measured; the median is shown.")
-    ] = 10,
-    num_layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,
-    num_kv_heads: Annotated[int, typer.Option(min=1, help="KV heads of the model.")] = 3,
-    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head of the model.")] = 64,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the KV cache.")
-    ] = "float32",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
-    enable_cumem_allocator: Annotated[
-        bool,
-        typer.Option(
-            "--enable-cumem-allocator", help="Allocate KV caches on a GPU from CuMem pools."
-        ),
-    ] = False,
-    mooncake_protocol: Annotated[
-        MooncakeProtocol, typer.Option(help="How Mooncake moves bytes.")
-    ] = "tcp",
+    connectors: Any = typer.Option(
+        "nixl", parser=_connectors, metavar="NAMES", help="Of nixl,mooncake,file."
+    ),
+    path: Any = typer.Option(
+        "auto", parser=_paths, metavar="PATHS", help="Of auto,nixl,p2p, of connector nixl."
+    ),
+    num_blocks: Any = typer.Option(
+        "16,128", parser=_integers, metavar="N,N", help="Blocks of one pull."
+    ),
+    num_repeats: int = typer.Option(10, min=1, help="Pulls measured; the median is shown."),
+    num_layers: int = typer.Option(30, min=1, help="Layers of the model."),
+    num_kv_heads: int = typer.Option(3, min=1, help="KV heads of the model."),
+    head_dim: int = typer.Option(64, min=1, help="Size of a head of the model."),
+    block_size: int = typer.Option(16, min=1, help="Tokens in a KV block."),
+    dtype: Literal["float32", "bfloat16", "float16"] = typer.Option(
+        "float32", help="Precision of the KV cache."
+    ),
+    device: Literal["cpu", "cuda"] = typer.Option("cpu", help="Where to measure."),
+    enable_cumem_allocator: bool = typer.Option(
+        False, "--enable-cumem-allocator", help="Allocate KV caches on a GPU from CuMem pools."
+    ),
+    mooncake_protocol: MooncakeProtocol = typer.Option("tcp", help="How Mooncake moves bytes."),
     output: FormatOption = "table",
 ) -> None:
     """Measure gigabytes a second from a prefill to a decode rank: of the READs alone, and of whole

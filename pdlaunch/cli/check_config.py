@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -28,16 +27,12 @@ def check_config(
     config: Path | None = None,
     output: OutputOption = "table",
     strict: StrictOption = False,
-    probe: Annotated[
-        bool,
-        typer.Option(
-            "--probe",
-            help=(
-                "Also have NIXL and UCX judge their settings, then start the planned processes and "
-                "move bytes between them (with random weights; takes a launch)."
-            ),
-        ),
-    ] = False,
+    probe: bool = typer.Option(
+        False,
+        "--probe",
+        help="Also have NIXL and UCX judge their settings, then start the planned processes and "
+        "move bytes between them (with random weights; takes a launch).",
+    ),
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],

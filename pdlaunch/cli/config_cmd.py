@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -42,9 +41,9 @@ def schema() -> None:
 def show(
     config: Path | None = None,
     output: FormatOption = "table",
-    changed: Annotated[
-        bool, typer.Option("--changed", help="Print only what differs from the defaults.")
-    ] = False,
+    changed: bool = typer.Option(
+        False, "--changed", help="Print only what differs from the defaults."
+    ),
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],

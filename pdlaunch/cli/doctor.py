@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
@@ -70,21 +70,17 @@ _COUNTED: Mapping[EngineName, _Names] = {
 
 
 def doctor(
-    routers: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[URL]...", help="A router of pdlaunch, which names its engines."),
-    ] = None,
+    routers: list[str] | None = typer.Argument(
+        None, metavar="[URL]...", help="A router of pdlaunch, which names its engines."
+    ),
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
     both: BothOption = None,
     engine_key_env: KeyEnvOption = None,
-    exact: Annotated[
-        bool,
-        typer.Option("--exact", help="A canary's tokens must be equal, as they are in float32."),
-    ] = False,
-    canary: Annotated[
-        bool, typer.Option(help="Send a short prompt through each pair of engines.")
-    ] = True,
+    exact: bool = typer.Option(
+        False, "--exact", help="A canary's tokens must be equal, as they are in float32."
+    ),
+    canary: bool = typer.Option(True, help="Send a short prompt through each pair of engines."),
     output: OutputOption = "table",
     strict: StrictOption = False,
 ) -> None:

@@ -66,18 +66,15 @@ DrainOption = Annotated[
 
 def sleep(
     url: UrlOption = None,
-    level: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            max=2,
-            help="1 keeps the weights in host memory; 2 drops them, they are loaded again.",
-        ),
-    ] = 1,
-    mode: Annotated[
-        Literal["wait", "refuse"],
-        typer.Option(help="While requests run or KV blocks are leased: wait for them, or refuse."),
-    ] = "wait",
+    level: int = typer.Option(
+        1,
+        min=1,
+        max=2,
+        help="1 keeps the weights in host memory; 2 drops them, they are loaded again.",
+    ),
+    mode: Literal["wait", "refuse"] = typer.Option(
+        "wait", help="While requests run or KV blocks are leased: wait for them, or refuse."
+    ),
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
@@ -91,9 +88,7 @@ def sleep(
 
 def wake(
     url: UrlOption = None,
-    tag: Annotated[
-        list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")
-    ] = None,
+    tag: list[Tag] | None = typer.Option(None, "--tag", help="Only this pool; may be repeated."),
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
@@ -120,15 +115,13 @@ def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption
 def drain(
     name: NamesArgument,
     url: UrlOption = None,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=850,
-            help="How long to wait for requests that run; they go on in any case. 0 does not wait.",
-            metavar="SECONDS",
-        ),
-    ] = 600.0,
+    timeout: float = typer.Option(
+        600.0,
+        min=0,
+        max=850,
+        help="How long to wait for requests that run; they go on in any case. 0 does not wait.",
+        metavar="SECONDS",
+    ),
     admin_api_key: KeyOption = None,
 ) -> None:
     """Give engines no new work, and wait until nothing runs there; nothing is moved by force. It
@@ -154,13 +147,11 @@ def undrain(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption
 
 
 def scale(
-    wanted: Annotated[
-        list[str],
-        typer.Argument(
-            help="Engines of a role: prefill=2 decode=1; roles that are not named keep theirs.",
-            metavar="ROLE=NUMBER",
-        ),
-    ],
+    wanted: list[str] = typer.Argument(
+        ...,
+        help="Engines of a role: prefill=2 decode=1; roles that are not named keep theirs.",
+        metavar="ROLE=NUMBER",
+    ),
     url: UrlOption = None,
     dry_run: DryRunOption = False,
     drain_timeout: DrainOption = None,
@@ -186,8 +177,8 @@ def scale(
 
 
 def role(
-    name: Annotated[str, typer.Argument(help="The engine: decode-1.", metavar="NAME")],
-    role: Annotated[Role, typer.Argument(help="The role that it is to have.", metavar="ROLE")],
+    name: str = typer.Argument(..., help="The engine: decode-1.", metavar="NAME"),
+    role: Role = typer.Argument(..., help="The role that it is to have.", metavar="ROLE"),
     url: UrlOption = None,
     dry_run: DryRunOption = False,
     drain_timeout: DrainOption = None,

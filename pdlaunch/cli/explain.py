@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +14,9 @@ from pdlaunch.config.problems import nearest, shown_name
 
 
 def explain(
-    code: Annotated[
-        str | None,
-        typer.Argument(metavar="CODE", help="A rule such as PD204; all are listed without it."),
-    ] = None,
+    code: str | None = typer.Argument(
+        None, metavar="CODE", help="A rule such as PD204; all are listed without it."
+    ),
 ) -> None:
     """Show a rule, or list all of them."""
     rules, console = all_rules(), Console()

@@ -73,30 +73,23 @@ app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": [
 def kubernetes(
     config: Path | None = None,
     name: NameOption = "pdlaunch",
-    namespace: Annotated[
-        str | None, typer.Option("--namespace", help="Namespace of the objects.")
-    ] = None,
+    namespace: str | None = typer.Option(None, "--namespace", help="Namespace of the objects."),
     image: ImageOption = None,
-    gpu_resource: Annotated[
-        str, typer.Option("--gpu-resource", help="Resource of which a rank gets one.")
-    ] = "nvidia.com/gpu",
-    rdma_resource: Annotated[
-        str | None,
-        typer.Option(
-            "--rdma-resource", help="Resource of which an engine pod gets one, such as rdma/hca."
-        ),
-    ] = None,
+    gpu_resource: str = typer.Option(
+        "nvidia.com/gpu", "--gpu-resource", help="Resource of which a rank gets one."
+    ),
+    rdma_resource: str | None = typer.Option(
+        None, "--rdma-resource", help="Resource of which an engine pod gets one, such as rdma/hca."
+    ),
     volume: VolumesOption = None,
-    cache_claim: Annotated[
-        str | None,
-        typer.Option(
-            "--cache-claim",
-            help="PersistentVolumeClaim for models (ReadWriteMany); one is rendered if left out.",
-        ),
-    ] = None,
-    cache_size: Annotated[
-        str, typer.Option("--cache-size", help="Size of the claim that is rendered.")
-    ] = "20Gi",
+    cache_claim: str | None = typer.Option(
+        None,
+        "--cache-claim",
+        help="PersistentVolumeClaim for models (ReadWriteMany); one is rendered if left out.",
+    ),
+    cache_size: str = typer.Option(
+        "20Gi", "--cache-size", help="Size of the claim that is rendered."
+    ),
     print_secret: SecretOption = False,
     output: OutputOption = None,
     assume: AssumeOption = None,
@@ -136,12 +129,12 @@ def compose(
     name: NameOption = "pdlaunch",
     image: ImageOption = None,
     volume: VolumesOption = None,
-    secrets: Annotated[
-        Path | None,
-        typer.Option(
-            "--secrets", metavar="DIR", help="Write the secrets' files here instead, with new keys."
-        ),
-    ] = None,
+    secrets: Path | None = typer.Option(
+        None,
+        "--secrets",
+        metavar="DIR",
+        help="Write the secrets' files here instead, with new keys.",
+    ),
     output: OutputOption = None,
     assume: AssumeOption = None,
     *,

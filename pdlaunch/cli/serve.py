@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import typer
@@ -50,27 +49,19 @@ from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 @with_serve_flags
 def serve(
     config: Path | None = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help=(
-                "Print every process that would start, and start none. What check-config refuses "
-                "is refused; ports are not tried."
-            ),
-        ),
-    ] = False,
-    output: Annotated[
-        Format, typer.Option("--format", help="How --dry-run prints the plan.")
-    ] = "table",
+    dry_run: bool = typer.Option(
+        False,
+        "--dry-run",
+        help="Print every process that would start, and start none. What check-config refuses "
+        "is refused; ports are not tried.",
+    ),
+    output: Format = typer.Option("table", "--format", help="How --dry-run prints the plan."),
     stop_on_stdin_eof: StopOption = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with the agents of a launch whose supervisor has died, by its --join-file.",
-        ),
-    ] = False,
+    resume: bool = typer.Option(
+        False,
+        "--resume",
+        help="Go on with the agents of a launch whose supervisor has died, by its --join-file.",
+    ),
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated
 from xml.etree import ElementTree
 
 import psutil
@@ -31,21 +30,17 @@ from pdlaunch.planning.resolve import THIS_HOST, resolve
 @with_serve_flags
 def smoke_command(
     config: Path | None = None,
-    junit: Annotated[
-        Path | None,
-        typer.Option(help="Write the checks as JUnit XML.", metavar="FILE", dir_okay=False),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write the checks as one HTML file.", metavar="FILE", dir_okay=False),
-    ] = None,
-    chaos: Annotated[
-        int | None,
-        typer.Option(
-            help="Inject faults into the KV transfers, drawn from this seed, and kill a rank.",
-            metavar="SEED",
-        ),
-    ] = None,
+    junit: Path | None = typer.Option(
+        None, help="Write the checks as JUnit XML.", metavar="FILE", dir_okay=False
+    ),
+    report: Path | None = typer.Option(
+        None, help="Write the checks as one HTML file.", metavar="FILE", dir_okay=False
+    ),
+    chaos: int | None = typer.Option(
+        None,
+        help="Inject faults into the KV transfers, drawn from this seed, and kill a rank.",
+        metavar="SEED",
+    ),
     *,
     flags: dict[str, object],
 ) -> None:

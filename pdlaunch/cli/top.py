@@ -8,7 +8,6 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
 
 import typer
 from rich.console import Console, Group
@@ -32,9 +31,7 @@ READ_TIMEOUT_S = 5.0
 def top(
     url: UrlArgument = None,
     api_key: ApiKeyOption = None,
-    every: Annotated[
-        float, typer.Option(min=0.2, max=3600.0, help="Seconds between two looks.")
-    ] = 1.0,
+    every: float = typer.Option(1.0, min=0.2, max=3600.0, help="Seconds between two looks."),
 ) -> None:
     """Watch engines, pairs and the slowest requests; keys sort and pause.
 

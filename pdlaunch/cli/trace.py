@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import typer
@@ -35,26 +35,22 @@ Event = dict[str, Any]
 
 
 def trace(
-    request_id: Annotated[
-        str | None, typer.Argument(metavar="ID", help="Id of a request, as router.log has it.")
-    ] = None,
-    last: Annotated[bool, typer.Option("--last", help="The last request; the default.")] = False,
-    slowest: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="The slowest ones.", metavar="N")
-    ] = None,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="The last one that failed or was refused.")
-    ] = False,
-    form: Annotated[
-        Literal["waterfall", "perfetto", "json"],
-        typer.Option(
-            "--format",
-            help="`perfetto` writes a file for ui.perfetto.dev, `json` one object a line.",
-        ),
-    ] = "waterfall",
-    output: Annotated[
-        Path | None, typer.Option(help="File for `perfetto`.", metavar="FILE", dir_okay=False)
-    ] = None,
+    request_id: str | None = typer.Argument(
+        None, metavar="ID", help="Id of a request, as router.log has it."
+    ),
+    last: bool = typer.Option(False, "--last", help="The last request; the default."),
+    slowest: int | None = typer.Option(
+        None, min=1, max=1000, help="The slowest ones.", metavar="N"
+    ),
+    failed: bool = typer.Option(False, "--failed", help="The last one that failed or was refused."),
+    form: Literal["waterfall", "perfetto", "json"] = typer.Option(
+        "waterfall",
+        "--format",
+        help="`perfetto` writes a file for ui.perfetto.dev, `json` one object a line.",
+    ),
+    output: Path | None = typer.Option(
+        None, help="File for `perfetto`.", metavar="FILE", dir_okay=False
+    ),
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
 ) -> None:
