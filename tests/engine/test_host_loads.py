@@ -1,5 +1,5 @@
-"""What the scheduler does with the host tier, one story at a time; ``test_offload_machine`` has all
-the others.
+"""What the scheduler does with the host tier, one story at a time; ``test_scheduler_machine`` has
+all the others.
 """
 
 from __future__ import annotations
@@ -7,10 +7,8 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
-from pdlaunch.engine.sleep import what_holds_blocks
-from pdlaunch.protocol.engine import SamplingParams
-from tests.engine.fake_engine import FULL, FakeEngine, sliding
-from tests.engine.fake_runner import expected_output
+from pdlaunch.protocol.engine import EngineStats
+from tests.engine.fake_engine import FULL, FakeEngine, output, remote_kv, sliding
 
 PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 3, 1, 4]
 """Three full blocks of 4 and a token."""
@@ -25,40 +23,38 @@ def make_engine(
     return FakeEngine(groups=groups, num_blocks=num_blocks * len(groups), num_chunks=200, **options)
 
 
-def output(prompt: list[int], max_tokens: int = 4) -> list[int]:
-    return expected_output(prompt, SamplingParams(max_tokens=max_tokens), max_tokens)
+def stats_of(engine: FakeEngine) -> EngineStats:
+    return engine.scheduler.requests.stats()
 
 
-def push_out(engine: FakeEngine) -> None:
-    """Fill the device cache with another prompt."""
-    engine.add("other", OTHER, max_tokens=10)
-    engine.run_all()
-
-
-def engine_after_first(*groups: KVCacheGroup) -> FakeEngine:
-    """``PROMPT`` was served; its blocks are in host memory only."""
-    engine = make_engine(groups) if groups else make_engine()
+def engine_after_first(
+    groups: tuple[KVCacheGroup, ...] = (FULL,), num_others: int = 1, **options: int
+) -> FakeEngine:
+    """``PROMPT`` was served; others have pushed its blocks out of the device."""
+    engine = make_engine(groups, **options)
     engine.add("first", PROMPT)
     engine.run_all()
-    push_out(engine)
+    for index in range(num_others):
+        engine.add(f"other-{index}", [index, *OTHER], max_tokens=9)
+        engine.run_all()
     return engine
 
 
 @pytest.mark.parametrize("groups", [(FULL,), HYBRID])
 def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGroup, ...]) -> None:
-    engine = engine_after_first(*groups)
+    engine = engine_after_first(groups)
     num_computed = engine.runners[0].num_computed_tokens
     engine.add("second", PROMPT)
     engine.step()
-    assert engine.scheduler.requests.stats().num_waiting_for_kv == 1
+    assert stats_of(engine).num_waiting_for_kv == 1
     assert not engine.scheduler.has_work()
     engine.run_all()
-    assert engine.token_ids("second") == output(PROMPT)
+    assert engine.token_ids("second") == output(PROMPT, 4)
     assert engine.runners[0].num_computed_tokens == num_computed + 1 + 3
     assert engine.finished["second"].num_cached_tokens == 12
     # Of the sliding group only what the token after the prefix sees.
     assert [job.group_sizes for job in engine.loads] == [[3] if len(groups) == 1 else [3, 1]]
-    stats = engine.scheduler.requests.stats()
+    stats = stats_of(engine)
     assert (stats.host_hit_tokens, stats.device_hit_tokens, stats.remote_hit_tokens) == (12, 0, 0)
     assert stats.offload_loaded_bytes == 100 * sum(engine.loads[0].group_sizes)
 
@@ -77,19 +73,25 @@ def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
     (load,) = engine.loads
     assert 0 < load.block_indices[0] < 3
     assert load.block_indices[0] + load.group_sizes[0] == 3
-    stats = engine.scheduler.requests.stats()
-    assert stats.device_hit_tokens == 4 * load.block_indices[0]
-    assert stats.host_hit_tokens == 4 * load.group_sizes[0]
-    assert engine.token_ids("second") == output(PROMPT + OTHER)
+    assert stats_of(engine).device_hit_tokens == 4 * load.block_indices[0]
+    assert stats_of(engine).host_hit_tokens == 4 * load.group_sizes[0]
+    assert engine.token_ids("second") == output(PROMPT + OTHER, 4)
+
+
+def test_a_pull_brings_what_the_device_lacks_and_asks_no_host() -> None:
+    engine = engine_after_first(num_blocks=10, num_others=4)
+    engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
+    engine.step()
+    assert not engine.jobs
+    (pull,) = engine.pulls.values()
+    assert len(pull.block_ids[0]) == 4 - pull.first_block_index[0] > 1
+    engine.end_pull(pull.pull_id)
+    engine.run_all()
+    assert engine.token_ids("second") == output(PROMPT, 4)
 
 
 def test_choices_of_one_prompt_load_it_once() -> None:
-    engine = make_engine(num_blocks=10)
-    engine.add("first", PROMPT)
-    engine.run_all()
-    for index in range(3):
-        engine.add(f"other-{index}", [index, *OTHER], max_tokens=10)
-        engine.run_all()
+    engine = engine_after_first(num_blocks=10, num_others=3)
     for choice in range(3):
         engine.add(f"second/{choice}", PROMPT)
     engine.run_all()
@@ -101,7 +103,7 @@ def test_a_preempted_request_goes_on_from_the_host() -> None:
     engine = make_engine(num_blocks=8)
     engine.add("early", PROMPT[:7], max_tokens=20)
     engine.add("late", OTHER[:7], max_tokens=20)
-    while not engine.scheduler.requests.stats().preemptions:
+    while not stats_of(engine).preemptions:
         engine.step()
         engine.end_jobs()
     engine.run_all()
@@ -109,24 +111,20 @@ def test_a_preempted_request_goes_on_from_the_host() -> None:
     assert engine.token_ids("late") == output(OTHER[:7], 20)
     assert engine.token_ids("early") == output(PROMPT[:7], 20)
     # Without the host, late would have computed all its tokens twice.
-    num_tokens = 2 * (7 + 19)
-    assert engine.runners[0].num_computed_tokens < num_tokens + 4
+    assert engine.runners[0].num_computed_tokens < 2 * (7 + 19) + 4
 
 
 @pytest.mark.parametrize("num_bad", [0, 1])
 def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
-    engine = make_engine(tp_size=2)
-    engine.add("first", PROMPT)
-    engine.run_all()
-    push_out(engine)
+    engine = engine_after_first(tp_size=2)
     engine.add("second", PROMPT)
     engine.step()
     (load,) = engine.jobs.values()
     engine.end_job(load.job_id, ok=False, num_bad=num_bad)
     engine.run_all()
-    assert engine.token_ids("second") == output(PROMPT)
+    assert engine.token_ids("second") == output(PROMPT, 4)
     assert engine.finished["second"].num_cached_tokens == 0
-    stats = engine.scheduler.requests.stats()
+    stats = stats_of(engine)
     assert (stats.offload_load_failures, stats.offload_bad_blocks) == (1, num_bad)
     assert len(engine.loads) == 1
 
@@ -137,9 +135,9 @@ def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
     engine.step()
     engine.scheduler.requests.abort("second")
     engine.take_outputs()
-    assert engine.scheduler.requests.stats().num_free_blocks == 3
+    assert stats_of(engine).num_free_blocks == 3
     engine.end_jobs()
-    assert engine.scheduler.requests.stats().num_free_blocks == 6
+    assert stats_of(engine).num_free_blocks == 6
 
 
 def test_blocks_are_not_reused_before_they_are_stored() -> None:
@@ -149,27 +147,22 @@ def test_blocks_are_not_reused_before_they_are_stored() -> None:
     engine = make_engine(num_blocks=4)
     engine.add("first", PROMPT[:8], max_tokens=1)
     engine.run()
-    assert engine.scheduler.requests.stats().num_free_blocks == 2
+    assert stats_of(engine).num_free_blocks == 2
     engine.add("second", OTHER[:3], max_tokens=13)
     engine.run()
     assert len(engine.token_ids("second")) == 6, "two blocks hold eight tokens"
     assert not engine.scheduler.has_work()
     engine.run_all()
     assert engine.token_ids("second") == output(OTHER[:3], 13)
-    assert engine.scheduler.requests.stats().preemptions == 0
+    assert stats_of(engine).preemptions == 0
 
 
-def test_an_engine_does_not_sleep_before_its_copies_have_ended_and_keeps_them_over_sleep() -> None:
-    engine = make_engine()
-    engine.add("first", PROMPT)
-    engine.run()
-    assert "copies" in what_holds_blocks(engine.scheduler.requests.stats())
-    engine.run_all()
-    assert what_holds_blocks(engine.scheduler.requests.stats()) == ""
+def test_copies_outlast_sleep() -> None:
+    engine = engine_after_first(num_others=0)
     engine.scheduler.requests.reset_prefix_cache()
     for runner in engine.runners:
         runner.memory = [[None] * engine.block_size for _ in range(engine.num_blocks)]
     engine.add("second", PROMPT)
     engine.run_all()
-    assert engine.token_ids("second") == output(PROMPT)
-    assert engine.scheduler.requests.stats().host_hit_tokens == 12
+    assert engine.token_ids("second") == output(PROMPT, 4)
+    assert stats_of(engine).host_hit_tokens == 12

@@ -1,19 +1,20 @@
-"""The life of requests: how they end, what they lease, what they pull."""
+"""The life of requests: how they end, what they lease and pull, and what is counted of them."""
 
 from __future__ import annotations
 
 import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.protocol.engine import SamplingParams
-from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, StartPull
-from tests.engine.fake_engine import (
-    PROMPT,
-    FakeEngine,
-    output,
-    remote_kv,
-    stop_at_first,
-)
+from pdlaunch.engine.histograms import Histograms
+from pdlaunch.observe.spans import Span
+from pdlaunch.protocol.engine import EngineStats, SamplingParams
+from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
+from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv, stop_at_first
+
+
+def stats_of(engine: FakeEngine) -> EngineStats:
+    return engine.scheduler.requests.stats()
+
 
 # How requests end
 
@@ -27,24 +28,21 @@ def test_what_can_never_fit_ends_at_once_with_both_numbers(
 ) -> None:
     engine = FakeEngine(num_blocks=14)
     engine.add("a", range(prompt_len), max_tokens=max_tokens)
-    finished = engine.finished["a"]
-    assert finished.reason == "error"
-    assert number in (finished.error or "")
+    assert engine.finished["a"].reason == "error"
+    assert number in (engine.finished["a"].error or "")
     assert not engine.step().scheduled
 
 
 def test_stop_token_waits_for_min_tokens() -> None:
-    stop = tuple(range(7))
     engine = FakeEngine()
-    engine.add("a", [1], sampling=SamplingParams(max_tokens=9, stop_token_ids=stop))
+    fifth = (output([1], 5)[0],)
+    for name, fields in {
+        "a": {"stop_token_ids": tuple(range(7))},
+        "b": {"stop_token_ids": fifth, "min_tokens": 4},
+    }.items():
+        engine.add(name, [1], sampling=SamplingParams(max_tokens=9, **fields))  # type: ignore[arg-type]
     engine.run()
     assert engine.finished["a"].stop_token_id == output([1], 1)[0]
-    engine.add(
-        "b",
-        [1],
-        sampling=SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=(output([1], 5)[0],)),
-    )
-    engine.run()
     assert len(engine.outputs["b"]) >= 4
 
 
@@ -53,26 +51,15 @@ def test_abort_ends_a_request_once_wherever_it_is() -> None:
     engine.add("running", PROMPT, max_tokens=9)
     engine.add("waiting", PROMPT)
     engine.step()
-    for _ in range(2):
-        for name in ("running", "waiting", "unknown"):
-            engine.scheduler.requests.abort(name)
+    for name in ("running", "waiting", "unknown") * 2:
+        engine.scheduler.requests.abort(name)
     engine.take_outputs()
-    assert {name: finished.reason for name, finished in engine.finished.items()} == {
-        "running": "abort",
-        "waiting": "abort",
-    }
-    engine.run()
-    assert engine.scheduler.requests.stats().num_free_blocks == 32
-
-
-def test_abort_all_ends_everything() -> None:
-    engine = FakeEngine()
-    engine.add("a", PROMPT)
-    engine.add("b", PROMPT, remote_kv=remote_kv("x", 10))
-    engine.step()
+    assert [finished.reason for finished in engine.finished.values()] == ["abort"] * 2
+    engine.add("pulling", PROMPT, remote_kv=remote_kv("x", 10))
     engine.scheduler.requests.abort_all()
-    engine.take_outputs()
-    assert set(engine.finished) == {"a", "b"}
+    engine.run()
+    assert engine.finished["pulling"].reason == "abort"
+    assert stats_of(engine).num_free_blocks == 32
 
 
 def test_a_second_request_under_a_living_id_is_dropped() -> None:
@@ -97,34 +84,25 @@ def test_resumed_tokens_count_but_are_not_sent_again(num_known: int) -> None:
 def test_request_whose_logits_are_nan_ends_with_an_error_and_others_go_on(runs_ahead: bool) -> None:
     engine = FakeEngine(runs_ahead=runs_ahead)
     engine.runners[0].nan_after = 6
-    engine.add("before", [1, 2, 3], max_tokens=8)
-    engine.step()
-    engine.add("sick", [6, 2, 3, 4], max_tokens=8)
-    engine.add("after", [2, 2, 3], max_tokens=8)
+    prompts = {"before": [1, 2, 3], "sick": [6, 2, 3, 4], "after": [2, 2, 3]}
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, max_tokens=8)
+        engine.step()
     engine.run()
     sick = engine.finished["sick"]
-    assert (sick.reason, sick.tokens) == ("error", [])
-    assert sick.error is not None
-    assert "NaN" in sick.error
-    assert engine.token_ids("before") == output([1, 2, 3], 8)
-    assert engine.token_ids("after") == output([2, 2, 3], 8)
-    assert engine.scheduler.requests.stats().num_free_blocks == engine.num_blocks
+    assert (sick.reason, sick.tokens, "NaN" in (sick.error or "")) == ("error", [], True)
+    for name in ("before", "after"):
+        assert engine.token_ids(name) == output(prompts[name], 8)
+    assert stats_of(engine).num_free_blocks == engine.num_blocks
 
 
-# Lease
+# Leases
 
 
 def lease_of(engine: FakeEngine, **fields: object) -> GrantLease | None:
     engine.add("a", PROMPT, **{"max_tokens": 1, "do_remote_decode": True, **fields})  # type: ignore[arg-type]
-    return next(
-        (
-            command
-            for plan in engine.run()
-            for command in plan.commands
-            if isinstance(command, GrantLease)
-        ),
-        None,
-    )
+    commands = [command for plan in engine.run() for command in plan.commands]
+    return next((command for command in commands if isinstance(command, GrantLease)), None)
 
 
 def test_lease_and_answer_after_the_first_token() -> None:
@@ -133,33 +111,23 @@ def test_lease_and_answer_after_the_first_token() -> None:
     finished = engine.finished["a"]
     assert grant is not None
     assert finished.remote_kv is not None
-    assert (finished.reason, finished.remote_kv.engine_id, finished.remote_kv.num_tokens) == (
-        "length",
-        "local-engine",
-        10,
-    )
+    assert (finished.reason, finished.remote_kv.num_tokens) == ("length", 10)
+    assert finished.remote_kv.engine_id == "local-engine"
     assert finished.remote_kv.block_ids == grant.block_ids
-    stats = engine.scheduler.requests.stats()
+    stats = stats_of(engine)
     assert (stats.num_leased_requests, stats.num_leased_blocks, stats.num_free_blocks) == (1, 3, 29)
-    engine.end_lease("a", "expired")
-    stats = engine.scheduler.requests.stats()
-    assert (stats.num_leased_requests, stats.num_free_blocks, stats.leases_expired) == (0, 32, 1)
 
 
-def test_no_lease_for_a_choice_that_is_complete() -> None:
+@pytest.mark.parametrize(("num_readers", "has_lease"), [(1, False), (3, True)])
+def test_a_choice_that_stops_leases_only_for_others(num_readers: int, has_lease: bool) -> None:
     engine = FakeEngine()
-    assert lease_of(engine, sampling=stop_at_first(PROMPT, 1)) is None
-    assert (engine.finished["a"].reason, engine.finished["a"].remote_kv) == ("stop", None)
-
-
-def test_lease_for_other_choices_and_its_end_by_the_server() -> None:
-    engine = FakeEngine()
-    assert lease_of(engine, sampling=stop_at_first(PROMPT, 1), num_readers=3) is not None
-    assert engine.finished["a"].remote_kv is not None
+    stop = stop_at_first(PROMPT, 1)
+    assert (lease_of(engine, sampling=stop, num_readers=num_readers) is not None) == has_lease
+    assert engine.finished["a"].reason == "stop"
+    assert (engine.finished["a"].remote_kv is not None) == has_lease
     engine.scheduler.requests.abort("a")
-    plan = engine.step()
-    assert EndLease(lease_id="a") in plan.commands
-    assert engine.scheduler.requests.stats().num_leased_requests == 1
+    assert (EndLease(lease_id="a") in engine.step().commands) == has_lease
+    assert stats_of(engine).num_leased_requests == has_lease, "until the transfer thread says so"
 
 
 def test_a_lease_keeps_its_id_from_another_lease() -> None:
@@ -171,7 +139,17 @@ def test_a_lease_keeps_its_id_from_another_lease() -> None:
     assert "lease" in (engine.finished["a"].error or "")
 
 
-# Pull
+def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
+    engine = FakeEngine()
+    for name, reason in zip("abcd", ("pulled", "expired", "released", "expired"), strict=True):
+        engine.add(name, PROMPT, max_tokens=1, do_remote_decode=True)
+        engine.run()
+        engine.end_lease(name, reason)
+    stats = stats_of(engine)
+    assert (stats.leases_expired, stats.num_leased_requests, stats.num_free_blocks) == (2, 0, 32)
+
+
+# Pulls
 
 
 def start_pull(engine: FakeEngine, **fields: object) -> StartPull:
@@ -184,12 +162,8 @@ def start_pull(engine: FakeEngine, **fields: object) -> StartPull:
 def test_pulled_with_first_token_computes_no_prompt_token() -> None:
     engine = FakeEngine()
     pull = start_pull(engine, output=output(PROMPT, 1))
-    assert (
-        pull.first_block_index,
-        [len(ids) for ids in pull.block_ids],
-        len(pull.block_hashes),
-    ) == ([0], [3], 3)
-    assert engine.scheduler.requests.stats().num_waiting_for_kv == 1
+    assert (pull.first_block_index, len(pull.block_ids[0]), len(pull.block_hashes)) == ([0], 3, 3)
+    assert stats_of(engine).num_waiting_for_kv == 1
     assert not engine.scheduler.has_work()
     engine.end_pull(pull.pull_id)
     engine.run()
@@ -209,27 +183,22 @@ def test_a_request_with_everything_cached_still_tells_the_holder() -> None:
     assert (pull.first_block_index, pull.block_ids) == ([2], [[]])
     engine.run()
     assert engine.finished["d"].reason == "length"
-    engine.end_pull(pull.pull_id)
 
 
 def test_choices_share_one_pull_and_bring_only_the_partial_block_themselves() -> None:
     engine = FakeEngine()
     for choice in range(3):
         engine.add(f"d/{choice}", PROMPT, remote_kv=remote_kv("x", 10))
-    (first,) = engine.step().commands
-    assert isinstance(first, StartPull)
-    engine.end_pull(first.pull_id)
-    engine.run()
-    second = next(iter(engine.pulls.values()))
-    assert second.first_block_index == [2]
-    engine.end_pull(second.pull_id)
-    engine.run()
-    engine.end_pull(next(iter(engine.pulls)))
-    engine.run()
-    assert engine.num_pulls == 3
-    assert {tuple(engine.token_ids(f"d/{choice}")) for choice in range(3)} == {
-        tuple(output(PROMPT, 4))
-    }
+    starts = []
+    engine.step()
+    while engine.pulls:
+        (pull,) = engine.pulls.values()
+        starts.append(pull.first_block_index)
+        engine.end_pull(pull.pull_id)
+        engine.run()
+    assert starts == [[0], [2], [2]]
+    for choice in range(3):
+        assert engine.token_ids(f"d/{choice}") == output(PROMPT, 4)
 
 
 def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
@@ -241,8 +210,7 @@ def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
     engine.run()
     assert engine.num_pulls == 1
     assert engine.token_ids("d") == output(PROMPT, 4)
-    stats = engine.scheduler.requests.stats()
-    assert (stats.recomputed_requests, stats.transfer_failures, stats.transfers) == (1, 1, 0)
+    assert stats_of(engine).recomputed_requests == 1
 
 
 def test_on_failure_fail_answers_the_cause() -> None:
@@ -256,13 +224,13 @@ def test_blocks_of_a_stalled_read_are_quarantined_until_drained() -> None:
     engine = FakeEngine(num_blocks=6)
     pull = start_pull(engine)
     engine.end_pull(pull.pull_id, ok=False, in_flight=True)
-    assert engine.scheduler.requests.stats().num_quarantined_blocks == 3
+    assert stats_of(engine).num_quarantined_blocks == 3
     engine.run()
     assert "d" not in engine.finished
     engine.drain(pull.pull_id)
     engine.run()
     assert engine.token_ids("d") == output(PROMPT, 4)
-    assert engine.scheduler.requests.stats().num_free_blocks == 6
+    assert stats_of(engine).num_free_blocks == 6
 
 
 def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull() -> None:
@@ -272,9 +240,9 @@ def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull()
     engine.take_outputs()
     assert engine.finished["d"].reason == "abort"
     assert engine.step().commands == [CancelPull(pull_id=pull.pull_id)]
-    assert engine.scheduler.requests.stats().num_free_blocks == 29
+    assert stats_of(engine).num_free_blocks == 29
     engine.end_pull(pull.pull_id)
-    assert engine.scheduler.requests.stats().num_free_blocks == 32
+    assert stats_of(engine).num_free_blocks == 32
 
 
 def test_abort_before_the_pull_tells_the_holder() -> None:
@@ -284,3 +252,97 @@ def test_abort_before_the_pull_tells_the_holder() -> None:
     (command,) = engine.step().commands
     assert isinstance(command, StartPull)
     assert command.block_ids == [[]]
+
+
+# Counts and spans
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        (
+            {"ok": False, "num_retries": 2, "verification_failed": True, "late": True},
+            {"transfer_failures": 1, "pull_retries": 2, "late_reads": 1},
+        ),
+        (
+            {"ok": True, "num_retries": 1, "verification_failed": True, "num_bytes": 7},
+            {"transfers": 1, "pull_retries": 1, "transfer_bytes": 7},
+        ),
+    ],
+)
+def test_what_is_counted_of_a_pull(fields: dict[str, int], counts: dict[str, int]) -> None:
+    engine = FakeEngine()
+    pull_id = start_pull(engine).pull_id
+    engine.scheduler.requests.on_transfer_event(PullFinished(pull_id=pull_id, **fields))  # type: ignore[arg-type]
+    found = stats_of(engine)
+    names = {"transfers", "transfer_failures", "transfer_bytes", "pull_retries", "late_reads"}
+    assert {name: getattr(found, name) for name in names} == dict.fromkeys(names, 0) | counts
+    assert found.verification_failures == 1
+
+
+def test_the_phases_of_a_request_add_up() -> None:
+    now_s = 0.0
+
+    def clock() -> float:
+        """Go on by 1 s with every look."""
+        nonlocal now_s
+        now_s += 1.0
+        return now_s
+
+    engine = FakeEngine(max_num_seqs=1)
+    engine.scheduler.requests.histograms = histograms = Histograms(clock)
+    engine.add("a", range(6), max_tokens=3)
+    engine.run()
+    shown = {series.name.removeprefix("request_"): series for series in histograms.shown()}
+    # The clock was looked at on arrival, in the batch, and for each of three tokens.
+    assert {name: series.sum for name, series in shown.items()} == {
+        "queue_time_seconds": 1,
+        "prefill_time_seconds": 1,
+        "decode_time_seconds": 2,
+        "inference_time_seconds": 3,
+        "time_per_output_token_seconds": 1,
+        "prefill_kv_computed_tokens": 6,
+        "num_preemptions": 0,
+        "iteration_tokens_total": 6 + 2,
+    }
+    engine.add("never ran", range(6))
+    engine.scheduler.requests.abort("never ran")
+    assert sum(shown["queue_time_seconds"].counts) == 1
+
+
+def spans_of(engine: FakeEngine) -> dict[str, list[Span]]:
+    found: dict[str, list[Span]] = {}
+    for span in engine.spans["r"]:
+        found.setdefault(span.name, []).append(span)
+    return found
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_spans_of_a_prompt_in_chunks_and_of_the_rest(runs_ahead: bool) -> None:
+    engine = FakeEngine(max_num_batched_tokens=4, runs_ahead=runs_ahead)
+    engine.add("r", PROMPT, 6, records_spans=True)
+    engine.run()
+    found = spans_of(engine)
+    assert list(found) == ["queue", "seated", "prefill", "decode", "end"]
+    assert [span.attributes["tokens"] for span in found["prefill"]] == [4, 4, 2]
+    assert found["end"][0].attributes == {"reason": "length", "tokens": 6}
+    assert {span.process for span in engine.spans["r"]} == {"rank-0"}
+    starts = [span.start_at for span in engine.spans["r"]]
+    assert starts == sorted(starts)
+
+
+def test_spans_of_a_pull_say_what_it_brought() -> None:
+    engine = FakeEngine()
+    engine.add("r", PROMPT, remote_kv=remote_kv("lease", 10), output=[1], records_spans=True)
+    engine.step()
+    engine.end_pull(next(iter(engine.pulls)))
+    engine.run()
+    found = spans_of(engine)
+    assert list(found) == ["queue", "lease", "pull", "seated", "decode", "end"]
+    assert found["pull"][0].attributes["verified"] is True
+    assert found["pull"][0].attributes["tokens"] == 10
+    assert found["seated"][0].attributes == {
+        "device_tokens": 0,
+        "host_tokens": 0,
+        "remote_tokens": 10,
+    }

@@ -7,22 +7,13 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.protocol.engine import SamplingParams
-from tests.engine.fake_engine import FakeEngine, remote_kv, sliding
-from tests.engine.fake_runner import expected_output
+from tests.engine.fake_engine import FakeEngine, output, remote_kv, sliding
 
 PROMPT = [1, 2, 3, 4, 5, 6]
 
 
 def start(**settings: object) -> FakeEngine:
     return FakeEngine(runs_ahead=True, **settings)  # type: ignore[arg-type]
-
-
-def stops_at(prompt: list[int], num_tokens: int, max_tokens: int = 40) -> SamplingParams:
-    """Ends by a stop token that no earlier one is: its end surprises the step after it."""
-    output = expected_output(prompt, SamplingParams(max_tokens=max_tokens), max_tokens)
-    stop = output[num_tokens - 1]
-    assert stop not in output[: num_tokens - 1], "choose another length"
-    return SamplingParams(max_tokens=max_tokens, stop_token_ids=(stop,))
 
 
 def test_every_step_but_the_first_is_planned_while_another_runs() -> None:
@@ -33,62 +24,47 @@ def test_every_step_but_the_first_is_planned_while_another_runs() -> None:
     # freed row.
     assert [bool(plan.scheduled) for plan in plans] == [True] * 12 + [False] * 2
     assert engine.num_ahead == 12
-    assert engine.token_ids("a") == expected_output(PROMPT, SamplingParams(max_tokens=12), 12)
+    assert engine.token_ids("a") == output(PROMPT, 12)
 
 
-def test_a_prompt_is_computed_in_the_step_after_the_one_in_flight() -> None:
+@pytest.mark.parametrize(("is_pulled", "num_tokens"), [(False, [1, 3]), (True, [1, 1])])
+def test_who_comes_joins_the_step_after_the_one_in_flight(
+    is_pulled: bool, num_tokens: list[int]
+) -> None:
     engine = start()
     engine.add("a", PROMPT, max_tokens=30)
-    for _ in range(4):
+    engine.step()
+    engine.add("b", [6, 5, 4], max_tokens=3, remote_kv=remote_kv("b", 3) if is_pulled else None)
+    if is_pulled:
         engine.step()
-    engine.add("b", [6, 5, 4], max_tokens=3)
-    assert engine.scheduler.schedule_ahead() is None
-    plan = engine.step()
-    assert [item.num_tokens for item in plan.scheduled] == [1, 3]
+        engine.end_pull(next(iter(engine.pulls)))
+    else:
+        assert engine.scheduler.schedule_ahead() is None, "a prompt waits for the step in flight"
+    assert [item.num_tokens for item in engine.step().scheduled] == num_tokens
     engine.run()
     assert engine.num_ahead >= 28
-    assert engine.token_ids("b") == expected_output([6, 5, 4], SamplingParams(max_tokens=3), 3)
-
-
-def test_a_pulled_request_joins_the_step_that_is_planned_next() -> None:
-    engine = start()
-    engine.add("a", PROMPT, max_tokens=30)
-    engine.step()
-    engine.add("b", [6, 5, 4], max_tokens=3, remote_kv=remote_kv("b", 3))
-    engine.step()
-    (pull_id,) = engine.pulls
-    engine.end_pull(pull_id)
-    plan = engine.step()
-    assert [item.num_tokens for item in plan.scheduled] == [1, 1]
-    engine.run()
-    assert engine.num_ahead == 30, "all but the first, and one that found nothing to do"
-    assert engine.token_ids("b") == expected_output([6, 5, 4], SamplingParams(max_tokens=3), 3)
+    assert engine.token_ids("b") == output([6, 5, 4], 3)
 
 
 def test_row_and_blocks_of_a_stopped_request_wait_for_the_step_that_writes_to_them() -> None:
     engine = start(num_blocks=16, max_num_seqs=1)
-    num_tokens = next(n for n in range(3, 8) if _stops(n))
-    engine.add("a", PROMPT, sampling=stops_at(PROMPT, num_tokens))
+    stop = output(PROMPT, 4)[-1]
+    assert stop not in output(PROMPT, 3), "its end surprises the step after it"
+    sampling = SamplingParams(max_tokens=40, stop_token_ids=(stop,))
+    engine.add("a", PROMPT, sampling=sampling)
     engine.add("b", [6, 6], max_tokens=2)
     while "a" not in engine.finished:
         engine.step()
     assert len(engine.in_flight) == 1
     assert engine.scheduler.requests.stats().num_free_blocks < 16
-    assert engine.scheduler.requests.stats().num_running == 0
     blocked = engine.scheduler.schedule_ahead()
     assert blocked is not None
     assert not blocked.scheduled, "the row was given away"
     engine.collect()
     assert engine.scheduler.requests.stats().num_free_blocks == 16
     engine.run()
-    assert engine.finished["a"].reason == "stop"
-    assert engine.token_ids("a") == expected_output(PROMPT, stops_at(PROMPT, num_tokens), 40)
-    assert engine.token_ids("b") == expected_output([6, 6], SamplingParams(max_tokens=2), 2)
-
-
-def _stops(num_tokens: int) -> bool:
-    output = expected_output(PROMPT, SamplingParams(max_tokens=40), 40)
-    return output[num_tokens - 1] not in output[: num_tokens - 1]
+    assert engine.token_ids("a") == output(PROMPT, 4)
+    assert engine.token_ids("b") == output([6, 6], 2)
 
 
 def test_a_pull_gets_the_blocks_of_an_aborted_request_only_when_its_step_has_ended() -> None:
@@ -98,15 +74,13 @@ def test_a_pull_gets_the_blocks_of_an_aborted_request_only_when_its_step_has_end
     engine.step()
     engine.scheduler.requests.abort("a")
     engine.take_outputs()
-    assert engine.finished["a"].reason == "abort"
     engine.add("b", [3] * 13, max_tokens=2, remote_kv=remote_kv("b", 13))
     engine.step()
     assert not engine.pulls
     engine.step()
-    (pull_id,) = engine.pulls
-    engine.end_pull(pull_id)
+    engine.end_pull(next(iter(engine.pulls)))
     engine.run()
-    assert engine.token_ids("b") == expected_output([3] * 13, SamplingParams(max_tokens=2), 2)
+    assert engine.token_ids("b") == output([3] * 13, 2)
 
 
 def test_a_pull_does_not_get_a_block_that_the_step_in_flight_still_sees() -> None:
@@ -122,7 +96,7 @@ def test_a_pull_does_not_get_a_block_that_the_step_in_flight_still_sees() -> Non
         engine.scheduler.requests.abort(name)
         engine.end_pull(pull_id, ok=False)
     engine.run()
-    assert engine.token_ids("a") == expected_output(prompt, SamplingParams(max_tokens=20), 20)
+    assert engine.token_ids("a") == output(prompt, 20)
 
 
 @pytest.mark.parametrize("field", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
@@ -138,13 +112,14 @@ def test_what_draws_from_its_output_waits_for_it(field: str) -> None:
 
 def test_nobody_gives_blocks_up_while_a_step_runs() -> None:
     engine = start(num_blocks=5, block_size=2, caching=False)
-    engine.add("a", [1, 2, 3], max_tokens=5)
-    engine.add("b", [3, 2, 1], max_tokens=5)
+    prompts = {"a": [1, 2, 3], "b": [3, 2, 1]}
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, max_tokens=5)
     engine.step()
     engine.step()
     assert engine.scheduler.schedule_ahead() is None
     engine.step()
     assert engine.scheduler.requests.stats().preemptions == 1
     engine.run()
-    for name, prompt in (("a", [1, 2, 3]), ("b", [3, 2, 1])):
-        assert engine.token_ids(name) == expected_output(prompt, SamplingParams(max_tokens=5), 5)
+    for name, prompt in prompts.items():
+        assert engine.token_ids(name) == output(prompt, 5)

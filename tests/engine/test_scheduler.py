@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
 from tests.engine.fake_engine import FULL, PROMPT, FakeEngine, output, remote_kv, sliding
 
 # Batching
@@ -12,10 +17,9 @@ def test_decoding_requests_advance_in_every_step_of_a_long_prefill() -> None:
     engine.add("chat", [1, 2], max_tokens=12)
     engine.step()
     engine.add("long", range(40))
-    for _ in range(10):
-        before = len(engine.outputs["chat"])
+    for num_tokens in range(2, 12):
         engine.step()
-        assert len(engine.outputs["chat"]) == before + 1
+        assert len(engine.outputs["chat"]) == num_tokens
 
 
 def test_first_come_first_served_for_rows() -> None:
@@ -39,13 +43,9 @@ def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
 def test_other_ranks_hear_of_sampled_tokens_in_the_next_plan() -> None:
     engine = FakeEngine(tp_size=2)
     engine.add("a", [1, 2], max_tokens=3)
-    plans = engine.run()
-    assert [[tokens.token_ids for tokens in plan.new_tokens] for plan in plans] == [
-        [],
-        [[output([1, 2], 3)[0]]],
-        [[output([1, 2], 3)[1]]],
-        [],
-    ]
+    told = [[tokens.token_ids for tokens in plan.new_tokens] for plan in engine.run()]
+    first, second, _ = output([1, 2], 3)
+    assert told == [[], [[first]], [[second]], []]
 
 
 def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
@@ -67,12 +67,49 @@ def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
     assert engine.scheduler.requests.stats().num_leased_requests == 1
 
 
+# Lengths of the prompts that come before each step, again and again.
+ARRIVALS = st.lists(st.lists(st.integers(2, 90), max_size=3), min_size=1, max_size=6)
+NUM_STEPS = 60
+
+
+# To shrink such a run takes minutes; the one that failed is printed as it is.
+@settings(max_examples=20, phases=[Phase.explicit, Phase.generate])
+@given(st.sampled_from([None, 2, 7, 100]), ARRIVALS, st.integers(1, 3))
+def test_prompts_that_never_end_stop_no_stream_and_streams_stop_no_prompt(
+    max_beside_streams: int | None, arrivals: list[list[int]], num_streams: int
+) -> None:
+    engine = FakeEngine(
+        max_beside_streams=max_beside_streams,
+        num_blocks=400,
+        max_num_seqs=200,
+        max_num_batched_tokens=64,
+        max_model_len=200,
+        caching=False,
+    )
+    for number in range(num_streams):
+        engine.add(f"stream-{number}", [1, 2, number], max_tokens=NUM_STEPS + 9)
+    rows = {item.row for item in engine.step().scheduled}
+    names = (f"prompt-{number}" for number in itertools.count())
+    waiting_tokens = 0
+    most = min(64 - num_streams, max_beside_streams or 64)
+    for lengths in itertools.islice(itertools.cycle(arrivals), NUM_STEPS):
+        for length in lengths:
+            engine.add(next(names), [number % 7 for number in range(length)], max_tokens=1)
+            waiting_tokens += length
+        scheduled = engine.step().scheduled
+        of_prompts = sum(item.num_tokens for item in scheduled if item.row not in rows)
+        assert sum(item.row in rows for item in scheduled) == num_streams
+        # The last token of a prompt counts as a stream's.
+        assert min(most, waiting_tokens) <= of_prompts <= most + len(scheduled)
+        waiting_tokens -= of_prompts
+
+
 # Prefix cache
 
 
 def test_a_second_prompt_computes_only_what_is_new() -> None:
     engine = FakeEngine()
-    engine.add("a", PROMPT, max_tokens=1)
+    engine.add("a", PROMPT, max_tokens=7)
     engine.run()
     engine.add("b", [*PROMPT, 6, 6], max_tokens=1)
     (item,) = engine.step().scheduled
@@ -80,15 +117,11 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     assert engine.finished["b"].num_cached_tokens == 8
     stats = engine.scheduler.requests.stats()
     assert (stats.prompt_tokens, stats.device_hit_tokens) == (22, 8)
-
-
-def test_another_salt_shares_nothing() -> None:
-    engine = FakeEngine()
-    engine.add("a", PROMPT, max_tokens=1)
+    engine.add("next turn", PROMPT + engine.token_ids("a") + [1], max_tokens=1)
+    engine.add("other salt", PROMPT, max_tokens=1, cache_salt="tenant")
     engine.run()
-    engine.add("b", PROMPT, max_tokens=1, cache_salt="tenant")
-    engine.run()
-    assert engine.finished["b"].num_cached_tokens == 0
+    assert engine.finished["next turn"].num_cached_tokens == 16
+    assert engine.finished["other salt"].num_cached_tokens == 0
 
 
 def test_choices_of_one_prompt_wait_for_the_first_to_compute_it() -> None:
@@ -100,20 +133,11 @@ def test_choices_of_one_prompt_wait_for_the_first_to_compute_it() -> None:
     assert [engine.finished[f"a/{choice}"].num_cached_tokens for choice in range(3)] == [0, 8, 8]
 
 
-def test_output_is_found_by_the_next_turn_of_a_chat() -> None:
-    engine = FakeEngine()
-    engine.add("a", PROMPT, max_tokens=7)
-    engine.run()
-    engine.add("b", PROMPT + engine.token_ids("a") + [1], max_tokens=1)
-    engine.run()
-    assert engine.finished["b"].num_cached_tokens == 16
-
-
 def test_hybrid_prefix_needs_only_the_window_of_sliding_groups() -> None:
     engine = FakeEngine(groups=(FULL, sliding(4)), num_blocks=20, max_num_batched_tokens=4)
     engine.add("a", [*range(16), 1], max_tokens=1)
     engine.run()
-    # Take all blocks but those of the longest-lived chain: early blocks of the sliding group go
+    # Takes all blocks but those of the longest-lived chain: early blocks of the sliding group go
     # first.
     engine.add("b", [*range(16), 2], max_tokens=1)
     engine.run()

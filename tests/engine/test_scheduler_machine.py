@@ -1,5 +1,5 @@
-"""Any history of requests, aborts, steps, transfers and copies: no stale block is
-read, none lost, each request ends once.
+"""Any history of requests, aborts, steps, transfers and copies: no stale block is read, none lost,
+each request ends once.
 """
 
 from __future__ import annotations
@@ -17,16 +17,47 @@ from tests.engine.fake_runner import VOCAB_SIZE, expected_output
 
 MAX_MODEL_LEN = 40
 
-GROUPS = st.sampled_from(
-    [
-        (FULL,),
-        (sliding(5),),
-        (sliding(1),),
-        (FULL, sliding(3)),
-        (FULL, sliding(8), sliding(8)),
-        (FULL, FULL, sliding(4)),
-    ]
-)
+SETTINGS = st.fixed_dictionaries(
+    {
+        "groups": st.sampled_from(
+            [
+                (FULL,),
+                (sliding(5),),
+                (sliding(1),),
+                (FULL, sliding(3)),
+                (FULL, sliding(8), sliding(8)),
+                (FULL, FULL, sliding(4)),
+            ]
+        ),
+        "block_size": st.sampled_from([1, 2, 4]),
+        "num_blocks": st.integers(8, 60),
+        "max_num_seqs": st.integers(1, 5),
+        "max_num_batched_tokens": st.integers(1, 24),
+        "caching": st.booleans(),
+        "tp_size": st.sampled_from([1, 2]),
+        "kv_transfer": st.sampled_from(["recompute", "recompute", "fail"]).map(
+            lambda on_failure: KVTransferSettings(on_failure=on_failure)
+        ),
+        "num_chunks": st.sampled_from([0, 3, 12, 100]),
+        "shares_tokens": st.booleans(),
+        "max_beside_streams": st.sampled_from([None, 1, 5]),
+    }
+).map(lambda found: found | ({} if found["caching"] else {"num_chunks": 0}))
+OFFLOAD_SETTINGS = st.fixed_dictionaries(
+    {
+        "groups": st.sampled_from(
+            [(FULL,), (FULL, sliding(3)), (sliding(5),), (FULL, FULL, sliding(4))]
+        ),
+        "num_blocks": st.integers(0, 4),
+        "max_num_seqs": st.just(3),
+        "max_num_batched_tokens": st.integers(4, 24),
+        "tp_size": st.sampled_from([1, 2]),
+        "num_chunks": st.sampled_from([20, 100]),
+        "blocks_per_chunk": st.integers(1, 3),
+        "shares_tokens": st.just(True),
+    }
+).map(lambda found: found | {"num_blocks": 10 * len(found["groups"]) + found["num_blocks"]})
+"""A device cache so small that most of what is shared comes from the host."""
 # Few distinct tokens and a common stem make prompts that share prefixes of any length.
 STEM = [random.Random(1).randrange(VOCAB_SIZE) for _ in range(30)]
 PROMPTS = st.builds(
@@ -41,6 +72,11 @@ SAMPLING = st.builds(
     stop_token_ids=st.sampled_from([(), (), (2,), (1, 4)]),
     presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 0.0, 1.0]),
 )
+CHOICE = st.randoms(use_true_random=False)
+
+
+def some(*outcomes: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(["ok", "ok", "ok", *outcomes])
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -50,48 +86,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.aborted: set[str] = set()
 
-    @initialize(
-        groups=GROUPS,
-        block_size=st.sampled_from([1, 2, 4]),
-        num_blocks=st.integers(8, 60),
-        max_num_seqs=st.integers(1, 5),
-        budget=st.integers(1, 24),
-        caching=st.booleans(),
-        tp_size=st.sampled_from([1, 2]),
-        on_failure=st.sampled_from(["recompute", "recompute", "fail"]),
-        num_chunks=st.sampled_from([0, 3, 12, 100]),
-        shares_tokens=st.booleans(),
-        max_beside_streams=st.sampled_from([None, 1, 5]),
-    )
-    def start(
-        self,
-        groups,
-        block_size,
-        num_blocks,
-        max_num_seqs,
-        budget,
-        caching,
-        tp_size,
-        on_failure,
-        num_chunks,
-        shares_tokens,
-        max_beside_streams,
-    ):
-        self.kv_transfer = KVTransferSettings(on_failure=on_failure)
-        self.engine = FakeEngine(
-            groups=groups,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            max_model_len=MAX_MODEL_LEN,
-            caching=caching,
-            tp_size=tp_size,
-            kv_transfer=self.kv_transfer,
-            num_chunks=num_chunks if caching else 0,
-            shares_tokens=shares_tokens,
-            max_beside_streams=max_beside_streams,
-        )
+    @initialize(found=SETTINGS)
+    def start(self, found):
+        self.engine = FakeEngine(max_model_len=MAX_MODEL_LEN, **found)
+        self.requests = self.engine.scheduler.requests
 
     def has_room(self) -> bool:
         """More at once find no other bugs, but make the way to the end long."""
@@ -100,22 +98,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def new_id(self) -> str:
         return f"request-{len(self.engine.added)}"
 
-    @precondition(lambda self: self.has_room())
-    @rule(prompt=PROMPTS, sampling=SAMPLING)
-    def add_plain(self, prompt, sampling):
-        self.engine.add(self.new_id(), prompt, sampling=sampling)
+    def living(self) -> list[str]:
+        return [name for name in self.engine.added if name not in self.engine.finished]
 
-    @precondition(lambda self: self.has_room())
-    @rule(prompt=PROMPTS, sampling=SAMPLING, num_known=st.integers(1, 12))
-    def add_resumed(self, prompt, sampling, num_known):
-        output = (
-            expected_output(prompt, sampling, max(1, MAX_MODEL_LEN - len(prompt)))[:num_known]
-            if prompt
-            else []
-        )
+    @precondition(has_room)
+    @rule(prompt=PROMPTS, sampling=SAMPLING, num_known=st.integers(0, 12))
+    def add(self, prompt, sampling, num_known):
+        limit = max(1, MAX_MODEL_LEN - len(prompt))
+        output = expected_output(prompt, sampling, limit)[:num_known] if prompt else []
         self.engine.add(self.new_id(), prompt, sampling=sampling, output=output)
 
-    @precondition(lambda self: self.has_room())
+    @precondition(has_room)
     @rule(prompt=PROMPTS, stop=st.sampled_from([(), (1, 3, 5)]), num_choices=st.integers(1, 3))
     def add_remote_decode(self, prompt, stop, num_choices):
         sampling = SamplingParams(max_tokens=1, stop_token_ids=stop)
@@ -129,39 +122,32 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_readers=num_choices,
             )
 
-    @precondition(lambda self: self.has_room())
+    @precondition(has_room)
     @rule(
         prompt=PROMPTS, sampling=SAMPLING, num_choices=st.integers(1, 3), knows_first=st.booleans()
     )
     def add_remote_prefill(self, prompt, sampling, num_choices, knows_first):
         name = self.new_id()
-        output = expected_output(prompt, sampling, 1) if prompt and knows_first else []
+        fields = {
+            "sampling": sampling,
+            "output": expected_output(prompt, sampling, 1) if prompt and knows_first else [],
+            "remote_kv": remote_kv(name, len(prompt)),
+        }
         for choice in range(num_choices):
-            remote = remote_kv(name, len(prompt))
-            self.engine.add(
-                f"{name}/{choice}", prompt, sampling=sampling, output=output, remote_kv=remote
-            )
+            self.engine.add(f"{name}/{choice}", prompt, **dict(fields))
 
-    @rule(choice=st.randoms(use_true_random=False))
+    @rule(choice=CHOICE)
     def abort(self, choice):
         # Mostly one that lives, else the lease of one that has ended.
-        living = [
-            request_id for request_id in self.engine.added if request_id not in self.engine.finished
-        ]
-        if candidates := living * 3 + list(self.engine.leases):
+        if candidates := self.living() * 3 + list(self.engine.leases):
             request_id = choice.choice(candidates)
-            self.aborted |= {request_id} & set(living)
-            self.engine.scheduler.requests.abort(request_id)
+            self.aborted |= {request_id} & {*self.living()}
+            self.requests.abort(request_id)
             self.engine.take_outputs()
 
-    @rule(ahead=st.booleans())
-    def step_once(self, ahead):
-        self.run_ahead(ahead)
-        self.engine.step()
-
-    @rule(count=st.integers(2, 6), ahead=st.booleans())
+    @rule(count=st.integers(1, 6), ahead=st.booleans())
     def step(self, count, ahead):
-        self.run_ahead(ahead)
+        self.engine.runs_ahead = ahead and self.engine.can_run_ahead
         for _ in range(count):
             self.engine.step()
 
@@ -169,27 +155,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def collect(self):
         self.engine.collect()
 
-    def run_ahead(self, ahead):
-        self.engine.runs_ahead = ahead and self.engine.can_run_ahead
-
-    @rule(
-        choice=st.randoms(use_true_random=False),
-        outcome=st.sampled_from(["ok", "ok", "ok", "failed", "failed", "in_flight", "in_flight"]),
-    )
+    @rule(choice=CHOICE, outcome=some("failed", "failed", "in_flight", "in_flight"))
     def end_pull(self, choice, outcome):
         if self.engine.pulls:
             pull_id = choice.choice(list(self.engine.pulls))
             self.engine.end_pull(pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight")
 
-    @rule(
-        choice=st.randoms(use_true_random=False),
-        outcome=st.sampled_from(["ok", "ok", "ok", "failed", "bad"]),
-    )
+    @rule(choice=CHOICE, outcome=some("failed", "bad"))
     def end_job(self, choice, outcome):
         if self.engine.jobs:
-            self.engine.end_job(
-                choice.choice(list(self.engine.jobs)), ok=outcome == "ok", num_bad=outcome == "bad"
-            )
+            job_id = choice.choice(list(self.engine.jobs))
+            self.engine.end_job(job_id, ok=outcome == "ok", num_bad=outcome == "bad")
 
     @rule()
     def end_stores(self):
@@ -197,15 +173,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             if job.direction == "store":
                 self.engine.end_job(job_id)
 
-    @rule(choice=st.randoms(use_true_random=False))
+    @rule(choice=CHOICE)
     def drain(self, choice):
         if self.engine.quarantined:
             self.engine.drain(choice.choice(list(self.engine.quarantined)))
 
-    @rule(
-        choice=st.randoms(use_true_random=False),
-        reason=st.sampled_from(["pulled", "expired", "released"]),
-    )
+    @rule(choice=CHOICE, reason=st.sampled_from(["pulled", "expired", "released"]))
     def end_lease(self, choice, reason):
         if self.engine.leases:
             self.engine.end_lease(choice.choice(list(self.engine.leases)), reason)
@@ -213,7 +186,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def owners_agree(self):
         if hasattr(self, "engine"):
-            self.engine.scheduler.requests.check_integrity()
+            self.requests.check_integrity()
 
     def teardown(self):
         if not hasattr(self, "engine"):
@@ -221,17 +194,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.run_to_the_end()
         for request_id in self.engine.added:
             self.check_request(request_id)
-        stats = self.engine.scheduler.requests.stats()
+        stats = self.requests.stats()
         assert stats.num_free_blocks == self.engine.num_blocks
-        assert (
-            stats.num_running,
-            stats.num_waiting,
-            stats.num_waiting_for_kv,
-            stats.num_leased_requests,
-        ) == (0, 0, 0, 0)
-        assert (
-            stats.num_leased_blocks == stats.num_quarantined_blocks == stats.num_offload_jobs == 0
-        )
+        assert stats.num_running == stats.num_waiting == stats.num_waiting_for_kv == 0
+        assert stats.num_leased_requests == stats.num_leased_blocks == 0
+        assert stats.num_quarantined_blocks == stats.num_offload_jobs == 0
         assert not any(runner.rows for runner in self.engine.runners)
 
     def run_to_the_end(self):
@@ -239,14 +206,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         engine = self.engine
         for _ in range(1000):
             engine.run()
-            if engine.jobs:
-                engine.end_job(next(iter(engine.jobs)))
-            elif engine.pulls:
-                engine.end_pull(next(iter(engine.pulls)))
-            elif engine.quarantined:
-                engine.drain(next(iter(engine.quarantined)))
-            elif engine.leases:
-                engine.end_lease(next(iter(engine.leases)))
+            for waiting, end in (
+                (engine.jobs, engine.end_job),
+                (engine.pulls, engine.end_pull),
+                (engine.quarantined, engine.drain),
+                (engine.leases, engine.end_lease),
+            ):
+                if waiting:
+                    end(next(iter(waiting)))
+                    break
             else:
                 return
         raise AssertionError("transfers never end")
@@ -276,6 +244,37 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 0 <= finished.num_cached_tokens <= len(prompt)
 
 
+class OffloadMachine(SchedulerMachine):
+    """Same rules, more loads."""
+
+    @initialize(found=OFFLOAD_SETTINGS)
+    def start(self, found):
+        super().start(found)
+
+    @precondition(SchedulerMachine.has_room)
+    @rule(length=st.integers(8, 28), token_id=st.integers(0, 6), max_tokens=st.integers(1, 8))
+    def add_other_prompt(self, length, token_id, max_tokens):
+        """Pushes the others' blocks out of the device cache."""
+        self.engine.add(self.new_id(), [token_id, *STEM[:length]], max_tokens)
+
+    @rule()
+    def finish_all(self):
+        self.engine.run_all()
+
+    @precondition(lambda self: any(job.direction == "load" for job in self.engine.jobs.values()))
+    @rule(outcome=some("failed", "bad", "abort"))
+    def end_load(self, outcome):
+        job = next(job for job in self.engine.jobs.values() if job.direction == "load")
+        if outcome != "abort":
+            self.engine.end_job(job.job_id, ok=outcome == "ok", num_bad=outcome == "bad")
+            return
+        # Nobody waits for the load any more.
+        for request_id in self.living():
+            self.aborted.add(request_id)
+            self.requests.abort(request_id)
+        self.engine.take_outputs()
+
+
 def machine_settings(max_examples: int) -> settings:
     return settings(
         max_examples=max_examples,
@@ -290,3 +289,5 @@ def machine_settings(max_examples: int) -> settings:
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = machine_settings(150)
+TestOffloadMachine = OffloadMachine.TestCase
+TestOffloadMachine.settings = machine_settings(60)

@@ -10,20 +10,13 @@ from pdlaunch.engine.step import StepPlan
 from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 from tests.engine.fake_engine import FakeEngine, output
 
-PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4], "innocent": [5, 5, 5]}
-
-
-def suspects_in(engine: FakeEngine) -> list[int]:
-    """Origins of the suspects of the steps in flight."""
-    return [
-        mark - SUSPECT_BIT for mark in engine.scheduler.requests.batch.marks() if mark & SUSPECT_BIT
-    ]
+PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4]}
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_two_suspects_are_never_in_flight_together_and_all_are_answered(runs_ahead: bool) -> None:
     engine = FakeEngine(runs_ahead=runs_ahead, max_num_batched_tokens=4)
-    engine.add("innocent", PROMPTS["innocent"], max_tokens=20, origin=9)
+    engine.add("innocent", [5, 5, 5], max_tokens=20, origin=9)
     engine.step()
     for origin, name in enumerate("abc", 1):
         engine.add(name, PROMPTS[name], max_tokens=6, origin=origin, is_suspect=True)
@@ -31,7 +24,8 @@ def test_two_suspects_are_never_in_flight_together_and_all_are_answered(runs_ahe
     launch = engine._launch
 
     def watch(plan: StepPlan) -> None:
-        found = suspects_in(engine)
+        marks = engine.scheduler.requests.batch.marks()
+        found = [mark - SUSPECT_BIT for mark in marks if mark & SUSPECT_BIT]
         assert len(found) <= 1
         assert not found or len(engine.in_flight) == 0, "another step runs"
         seen.update(found)
@@ -40,17 +34,16 @@ def test_two_suspects_are_never_in_flight_together_and_all_are_answered(runs_ahe
     engine._launch = watch  # type: ignore[method-assign]
     engine.run()
     assert seen == {1, 2, 3}
+    assert engine.token_ids("innocent") == output([5, 5, 5], 20)
     for name, prompt in PROMPTS.items():
-        assert engine.token_ids(name) == output(prompt, 20 if name == "innocent" else 6)
+        assert engine.token_ids(name) == output(prompt, 6)
 
 
 def test_suspect_that_has_survived_a_step_is_none_any_more() -> None:
     engine = FakeEngine()
-    engine.add("a", PROMPTS["a"], max_tokens=6, origin=1, is_suspect=True)
-    engine.add("b", PROMPTS["b"], max_tokens=6, origin=2, is_suspect=True)
-    first = engine.step()
-    second = engine.step()
-    assert [len(plan.scheduled) for plan in (first, second)] == [1, 2]
+    for name in "ab":
+        engine.add(name, PROMPTS[name], max_tokens=6, origin=1, is_suspect=True)
+    assert [len(engine.step().scheduled) for _ in range(2)] == [1, 2]
 
 
 def test_others_do_not_wait_behind_a_suspect_that_waits() -> None:
@@ -59,5 +52,4 @@ def test_others_do_not_wait_behind_a_suspect_that_waits() -> None:
     engine.add("b", PROMPTS["b"], max_tokens=2, is_suspect=True, origin=2)
     engine.step()
     engine.add("innocent", PROMPTS["c"], max_tokens=2)
-    plan = engine.step()
-    assert [len(row.token_ids) for row in plan.new_rows] == [len(PROMPTS["c"])]
+    assert [len(row.token_ids) for row in engine.step().new_rows] == [len(PROMPTS["c"])]
