@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,127 +15,120 @@ from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.planning.roles import EnginePlace
+from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import new_launch_keys
 from tests.planning.test_resolve import CPU, write_model
 
+LOCAL = ResolvedHost("local", CPU, {})
+HOSTS = (
+    ResolvedHost("local", CPU, {}, "10.0.0.1", "10.0.0.1", frozenset()),
+    ResolvedHost("a", CPU, {}, "10.0.0.2", "192.0.2.2"),
+    ResolvedHost("b", CPU, {}, "fd00::3", "fd00::3"),
+)
+
+
+@dataclass
+class Prepared:
+    resolved: ResolvedLaunch
+    bootstraps: Bootstraps
+    port: int
+
+    def make(self, name: str, incarnation: int = 1) -> Bootstrap:
+        specs = {spec.name: spec for spec in plan_processes(self.resolved).processes}
+        return self.bootstraps.make(specs[name], incarnation)
+
+    def adopt(self, resolved: ResolvedLaunch, engine: str | None = None) -> None:
+        self.resolved = resolved
+        placed = [each for each in resolved.engines if each.name == engine]
+        self.bootstraps.adopt(resolved, next(iter(placed), None))
+
+
+Prepare = Callable[[Sequence[ResolvedHost], Mapping[str, Any]], Prepared]
+
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "tiny", dtype="bfloat16")
+def prepare(tmp_path: Path) -> Iterator[Prepare]:
+    with contextlib.ExitStack() as stack:
+
+        def prepare(hosts: Sequence[ResolvedHost], settings: Mapping[str, Any]) -> Prepared:
+            model = write_model(tmp_path / "tiny", dtype="bfloat16")
+            config = LaunchConfig.model_validate({"model": str(model), "port": 0, **settings})
+            resolved = resolve_on(config, hosts, {})
+            listeners = stack.enter_context(listening("127.0.0.1", 0))
+            bootstraps = Bootstraps(
+                resolved,
+                keys=new_launch_keys(),
+                control="ipc:///c",
+                run_dir=tmp_path,
+                launch_id="l",
+                listeners=listeners,
+                kind=kind_of(resolved),
+            )
+            bootstraps.prepare()
+            return Prepared(resolved, bootstraps, listeners[0].getsockname()[1])
+
+        yield prepare
 
 
-def prepared(
-    resolved: ResolvedLaunch, run_dir: Path, listeners: Sequence[socket.socket]
-) -> Bootstraps:
-    bootstraps = Bootstraps(
-        resolved,
-        keys=new_launch_keys(),
-        control="ipc:///c",
-        run_dir=run_dir,
-        launch_id="l",
-        listeners=listeners,
-        kind=kind_of(resolved),
-    )
-    bootstraps.prepare()
-    return bootstraps
+def test_children_are_given_what_is_theirs(prepare: Prepare, tmp_path: Path) -> None:
+    settings = {"api_key": "secret", "cors_origins": ["http://a"], "limits": {"max_connections": 7}}
+    launch = prepare([LOCAL], settings | {"routing": {"max_ttft_ms": 500}})
+    rank, server = launch.make("prefill-0/rank-0", 2), launch.make("prefill-0")
+    assert rank.engine().name == "prefill-0"
+    assert rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"
+    assert server.engine() == rank.engine()
+    of_router = launch.make("router", 2)
+    assert (rank.router, server.router, of_router.engine_json) == (None, None, None)
+    router = of_router.router
+    assert router is not None
+    assert (router.port, len(router.listeners)) == (launch.port, 1)
+    assert (router.api_key, router.cors_origins) == ("secret", ("http://a",))
+    assert (router.max_connections, router.routing.max_ttft_s) == (7, 0.5)
+    assert router.served_model_name == "tiny"
 
 
-def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
-    config = LaunchConfig.model_validate({"model": str(model), "port": 0, "api_key": "secret"})
-    with listening("127.0.0.1", 0) as listeners:
-        resolved = resolve(config, {"here": CPU}, {})
-        bootstraps = prepared(resolved, tmp_path, listeners)
-        rank, _, server, _, router = plan_processes(resolved).processes
-        of_rank, of_server, of_router = (
-            bootstraps.make(rank, 2),
-            bootstraps.make(server, 1),
-            bootstraps.make(router, 2),
-        )
-        assert of_rank.engine().name == "prefill-0"
-        assert of_rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"
-        assert of_server.engine() == of_rank.engine()
-        assert (of_rank.router, of_server.router, of_router.engine_json) == (None, None, None)
-        assert of_router.router is not None
-        assert of_router.router.port == listeners[0].getsockname()[1]
-        assert of_router.router.listeners == (listeners[0].fileno(),)
-        assert of_router.router.api_key == "secret"
-
-
-def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: Path) -> None:
+def test_children_are_given_the_addresses_of_their_host(prepare: Prepare, tmp_path: Path) -> None:
     """Also those of an engine that has moved, or whose host has come back elsewhere."""
-    config = LaunchConfig.model_validate(
-        {
-            "model": str(model),
-            "placement_strategy": "spread",
-            "decode": {"tensor_parallel_size": 2},
-        }
-    )
-    hosts = [
-        ResolvedHost("local", CPU, {}, "10.0.0.1", "10.0.0.1", frozenset()),
-        ResolvedHost("a", CPU, {}, "10.0.0.2", "192.0.2.2"),
-        ResolvedHost("b", CPU, {}, "fd00::3", "fd00::3"),
-    ]
-    with listening("127.0.0.1", 0) as listeners:
-        resolved = resolve_on(config, hosts, {})
-        bootstraps = prepared(resolved, tmp_path, listeners)
+    settings = {"placement_strategy": "spread", "decode": {"tensor_parallel_size": 2}}
+    launch = prepare(HOSTS, settings)
 
-        def given(name: str) -> tuple[str, str, str]:
-            (process,) = [one for one in plan_processes(resolved).processes if one.name == name]
-            made = bootstraps.make(process, 1)
-            spec = made.engine()
-            return spec.bind_address, spec.advertise_address, made.rendezvous
+    def given(name: str) -> tuple[str, str]:
+        spec = launch.make(name).engine()
+        return spec.bind_address, spec.advertise_address
 
-        assert given("prefill-0/rank-0")[:2] == ("10.0.0.2", "192.0.2.2")
-        ranks = {given(f"decode-0/rank-{rank}") for rank in (0, 1)}
-        assert ranks == {("fd00::3", "fd00::3", f"file://{tmp_path}/decode-0.tp.1")}
-        resolved = resolved.with_places({**resolved.places, ("prefill", 0): EnginePlace("b")})
-        prefill = next(one for one in resolved.engines if one.name == "prefill-0")
-        bootstraps.adopt(resolved, prefill)
-        assert given("prefill-0/rank-0")[:2] == ("fd00::3", "fd00::3")
-        for name in ("prefill-0.tp.1", "prefill-0.sock", "prefill-00.sock", "admin.sock"):
-            (tmp_path / name).touch()
-        bootstraps.forget("prefill-0")
-        assert {path.name for path in tmp_path.iterdir()} >= {"prefill-00.sock", "admin.sock"}
-        assert not list(tmp_path.glob("prefill-0.*"))
-        bootstraps.adopt(resolved, prefill)
-        resolved = resolved.with_host(ResolvedHost("b", CPU, {}, "10.0.0.9", "10.0.0.9"))
-        bootstraps.adopt(resolved)
-        assert given("prefill-0/rank-0")[:2] == ("10.0.0.9", "10.0.0.9")
+    assert given("prefill-0/rank-0") == ("10.0.0.2", "192.0.2.2")
+    assert given("decode-0/rank-0") == given("decode-0/rank-1") == ("fd00::3", "fd00::3")
+    places = {**launch.resolved.places, ("prefill", 0): EnginePlace("b")}
+    launch.adopt(launch.resolved.with_places(places), "prefill-0")
+    assert given("prefill-0/rank-0") == ("fd00::3", "fd00::3")
+    launch.adopt(launch.resolved.with_host(ResolvedHost("b", CPU, {}, "10.0.0.9", "10.0.0.9")))
+    assert given("prefill-0/rank-0") == ("10.0.0.9", "10.0.0.9")
+    for name in ("prefill-0.tp.1", "prefill-0.sock", "prefill-00.sock", "admin.sock"):
+        (tmp_path / name).touch()
+    launch.bootstraps.forget("prefill-0")
+    assert {path.name for path in tmp_path.iterdir()} == {"prefill-00.sock", "admin.sock", "tiny"}
 
 
 @pytest.mark.parametrize("is_spread", [True, False])
 def test_sidecars_open_engines_where_a_launch_has_several_hosts(
-    model: Path, tmp_path: Path, is_spread: bool
+    prepare: Prepare, is_spread: bool
 ) -> None:
-    placement = {"placement": "hosts", "hosts": "a"} if is_spread else {}
-    config = LaunchConfig.model_validate(
-        {
-            "model": str(model),
-            "engine": "vllm",
-            "engine_api_key": "k",
-            "prefill": {"port": 8200},
-            "limits": {"max_body_bytes": 5000},
-            "kv_transfer": {"data_ports": "4000-4099"},
-            **placement,
-        }
-    )
-    hosts = [ResolvedHost("local", CPU, {}, "10.0.0.1", "10.0.0.1", frozenset())]
-    hosts += [ResolvedHost("a", CPU, {}, "10.0.0.2", "192.0.2.2")]
-    with listening("127.0.0.1", 0) as listeners:
-        resolved = resolve_on(config, hosts if is_spread else [ResolvedHost("local", CPU, {})], {})
-        bootstraps = prepared(resolved, tmp_path, listeners)
-        prefill, _, router = plan_processes(resolved).processes
-        door = bootstraps.make(prefill, 1).door
-        assert bootstraps.make(router, 1).door is None
+    settings = {
+        "engine": "vllm",
+        "engine_api_key": "k",
+        "prefill": {"port": 8200},
+        "limits": {"max_body_bytes": 5000},
+        "kv_transfer": {"data_ports": "4000-4099"},
+        **({"placement": "hosts", "hosts": "a"} if is_spread else {}),
+    }
+    launch = prepare(HOSTS[:2] if is_spread else [LOCAL], settings)
+    prefill, door = plan_processes(launch.resolved).processes[0], launch.make("prefill-0").door
+    assert launch.make("router").door is None
     # On one host the router talks to vLLM itself.
     assert ("--port" in prefill.command) is not is_spread
     assert (door is not None) is is_spread
     if door is not None:
-        assert (door.bind_address, door.advertise_address, door.port) == (
-            "10.0.0.2",
-            "192.0.2.2",
-            8200,
-        )
-        assert (door.data_ports, door.max_body_bytes) == ("4000-4099", 5000)
+        assert (door.bind_address, door.advertise_address) == ("10.0.0.2", "192.0.2.2")
+        assert (door.port, door.data_ports, door.max_body_bytes) == (8200, "4000-4099", 5000)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -27,13 +25,13 @@ from pdlaunch.launch.folders import (
 from pdlaunch.protocol.process.run_dirs import (
     PREFIX,
     LaunchCard,
-    is_locked,
-    lock_folder,
     new_run_dir,
     remove_stale_run_dirs,
     running_launches,
     take_lock,
 )
+
+CARD = LaunchCard(launch_id="id", url="http://127.0.0.1:8000")
 
 
 def make_folders(folder: Path, count: int) -> list[Path]:
@@ -45,34 +43,30 @@ def make_folders(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_the_latest_are_kept(tmp_path: Path) -> None:
-    folders = make_folders(tmp_path, 5)
-    assert prune_logs(tmp_path, 3) == folders[:2]
-    assert sorted(tmp_path.iterdir()) == folders[2:]
-    assert prune_logs(tmp_path, 3) == []
+def make_old(folder: Path) -> None:
+    os.utime(folder, (time.time() - 3600,) * 2)
 
 
-def test_a_launch_that_runs_keeps_its_folder_however_old_it_is(tmp_path: Path) -> None:
+# Logs
+
+
+def test_the_latest_logs_are_kept_and_those_of_a_launch_that_runs(tmp_path: Path) -> None:
     folders = make_folders(tmp_path, 5)
     with keep_logs(folders[0]), keep_logs(folders[0]):
         assert prune_logs(tmp_path, 2) == folders[1:3]
-        assert folders[0].exists()
     assert prune_logs(tmp_path, 2) == folders[:1]
+    assert sorted(tmp_path.iterdir()) == folders[3:]
 
 
 def test_what_is_no_folder_of_a_launch_stays(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
+    outside, logs = tmp_path / "outside", tmp_path / "logs"
     outside.mkdir()
-    logs = tmp_path / "logs"
     (logs / "mine").mkdir(parents=True)
     (logs / "20250101-000000-abcdef").symlink_to(outside)
     folders = make_folders(logs, 2)
     assert prune_logs(logs, 1) == folders[:1]
-    assert {path.name for path in logs.iterdir()} == {
-        "mine",
-        "20250101-000000-abcdef",
-        folders[1].name,
-    }
+    left = {"mine", "20250101-000000-abcdef", folders[1].name}
+    assert {path.name for path in logs.iterdir()} == left
     assert outside.exists()
 
 
@@ -90,18 +84,16 @@ def test_a_new_launch_prunes_the_cache_and_never_a_folder_of_the_users_own(
     assert new.exists()
 
 
-CARD = LaunchCard(launch_id="id", url="http://127.0.0.1:8000")
+# Run directories
 
 
-def make_old(folder: Path) -> None:
-    os.utime(folder, (time.time() - 3600,) * 2)
-
-
-def test_it_is_private_and_gone_at_the_end(tmp_path: Path) -> None:
+def test_it_is_private_short_and_gone_at_the_end(tmp_path: Path) -> None:
     with new_run_dir(tmp_path) as run_dir:
         assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
         (run_dir / "control").touch()
     assert not run_dir.exists()
+    with new_run_dir() as run_dir:  # Paths of sockets have at most 107 bytes.
+        assert len(os.fsencode(run_dir / ("x" * 60))) <= 107
 
 
 def test_others_that_clean_up_meanwhile_leave_a_new_folder(
@@ -157,20 +149,6 @@ def test_the_folder_of_an_owner_that_died_is_removed(tmp_path: Path, has_file: b
     assert not folder.exists()
 
 
-def test_who_looks_at_a_new_folder_keeps_no_launch_from_starting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def looked_at(descriptor: int) -> None:
-        looking = os.open(next(tmp_path.iterdir()), os.O_RDONLY)
-        fcntl.flock(looking, fcntl.LOCK_SH)
-        threading.Timer(0.1, os.close, [looking]).start()
-        lock_folder(descriptor)
-
-    monkeypatch.setattr("pdlaunch.protocol.process.run_dirs.lock_folder", looked_at)
-    with new_run_dir(tmp_path) as run_dir:
-        assert is_locked(run_dir)
-
-
 @pytest.mark.parametrize("what", ["lock_folder", "take_lock"])
 def test_a_file_system_without_locks_is_named_and_left_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -189,32 +167,12 @@ def test_a_file_system_without_locks_is_named_and_left_clean(
     assert len(list(Path("/proc/self/fd").iterdir())) == num_open
 
 
-def test_a_folder_without_a_lock_is_stale_once_it_is_old(tmp_path: Path) -> None:
-    folder = tmp_path / f"{PREFIX}new"
+def test_old_folders_without_a_lock_are_removed_and_links_and_files_stay(tmp_path: Path) -> None:
+    folder, target = tmp_path / f"{PREFIX}new", tmp_path / "elsewhere"
     folder.mkdir()
-    assert remove_stale_run_dirs(tmp_path) == []
-    make_old(folder)
-    assert remove_stale_run_dirs(tmp_path) == [folder]
-
-
-def test_sockets_inside_have_short_enough_paths() -> None:
-    with new_run_dir() as run_dir:
-        assert len(os.fsencode(run_dir / ("x" * 60))) <= 107
-
-
-def test_what_a_dead_launch_left_is_removed_and_what_lives_stays(tmp_path: Path) -> None:
-    dead = tmp_path / f"{PREFIX}dead"
-    dead.mkdir()
-    (dead / "lock").touch()
-    with new_run_dir(tmp_path) as run_dir:
-        assert not dead.exists()
-        assert remove_stale_run_dirs(tmp_path) == []
-        assert run_dir.exists()
-
-
-def test_links_and_files_are_left_alone(tmp_path: Path) -> None:
-    target = tmp_path / "elsewhere"
     target.mkdir()
     (tmp_path / f"{PREFIX}link").symlink_to(target)
     (tmp_path / f"{PREFIX}file").touch()
     assert remove_stale_run_dirs(tmp_path) == []
+    make_old(folder)
+    assert remove_stale_run_dirs(tmp_path) == [folder]

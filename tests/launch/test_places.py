@@ -11,20 +11,20 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch import bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
-from pdlaunch.launch.state import Observed, Unit
+from pdlaunch.launch.state import Observed
 from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
-from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.resolve import resolve, resolve_on
 from pdlaunch.protocol.control import ChangeEngines
 from tests.checks.contexts import TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.launch.changing import Adopted
 
 
 @pytest.fixture
@@ -37,31 +37,6 @@ def tiny(tmp_path: Path) -> str:
 
 TWO_GPUS = Machine(num_cpus=2, gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
 FOUR_CORES = Machine(num_cpus=4, memory_bytes=64 << 30)
-
-
-class Bootstraps(bootstraps.Bootstraps):
-    def __init__(self) -> None:
-        self.resolved: ResolvedLaunch | None = None
-        self.moved: dict[str, PlacedEngine] = {}
-
-    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
-        self.resolved = resolved
-        if engine is not None:
-            self.moved[engine.name] = engine
-
-    def forget(self, engine: str) -> None:
-        self.moved.pop(engine, None)
-
-
-def running(launch: ResolvedLaunch) -> Observed:
-    """The processes of a launch, which are all ready."""
-    plan = plan_processes(launch)
-    seen = Observed([], Pairs(plan, NativeEngine()), 0.0)
-    seen.add(plan.processes)
-    for process in seen.processes():
-        process.begin(1)
-        process.state = ProcessState.READY
-    return seen
 
 
 class Deployment:
@@ -86,8 +61,13 @@ class Deployment:
             ),
         ]
         self.launch = resolve_on(config, hosts, {})
-        self.seen = running(self.launch)
-        self.bootstraps = Bootstraps()
+        plan = plan_processes(self.launch)
+        self.seen = Observed([], Pairs(plan, NativeEngine()), 0.0)
+        self.seen.add(plan.processes)
+        for process in self.seen.processes():
+            process.begin(1)
+            process.state = ProcessState.READY
+        self.bootstraps = Adopted()
         self.now = 100.0
         names = {host.name for host in hosts}
         self.places = EnginePlaces(
@@ -96,26 +76,23 @@ class Deployment:
 
     def lose(self, host: str, ended_by: float | None = None) -> None:
         self.places.lost(host, ended_by)
-        for unit in self.units:
-            for member in unit.processes:
-                if member.spec.host == host:
-                    member.state = ProcessState.FAILED
-
-    @property
-    def units(self) -> list[Unit]:
-        return self.seen.units
+        for process in self.seen.processes():
+            if process.spec.host == host:
+                process.state = ProcessState.FAILED
 
     @property
     def serving(self) -> set[str]:
         return {name for name, engine in self.seen.engines.items() if engine.ready}
 
-    def unit(self, name: str) -> Unit:
-        return next(unit for unit in self.units if unit.name == name)
+    def spec(self, name: str) -> ProcessSpec:
+        found = self.seen.find(name)
+        assert found is not None
+        return found[1].spec
 
     def find(self, engine: str) -> str | None:
         """The host on which an engine can be started."""
-        units = [unit for unit in self.units if unit.engine == engine]
-        found = [self.places.find(unit, self.units) for unit in units]
+        units = [unit for unit in self.seen.units if unit.engine == engine]
+        found = [self.places.find(unit, self.seen.units) for unit in units]
         assert len(set(found)) == 1
         (host,) = {member.spec.host for unit in units for member in unit.processes}
         return host if found[0] else None
@@ -126,14 +103,15 @@ SPREAD = {"placement_strategy": "spread"}
 
 def test_an_engine_of_a_lost_host_goes_to_one_with_room() -> None:
     deployment = Deployment(**SPREAD)
-    before = [member.spec for unit in deployment.units for member in unit.processes]
+
+    def others() -> list[ProcessSpec]:
+        return [p.spec for p in deployment.seen.processes() if p.spec.engine != "decode-0"]
+
+    before = others()
     deployment.lose("b")
     assert deployment.find("decode-0") == "a"
-    moved = [member.spec for unit in deployment.units for member in unit.processes]
-    assert [spec for spec in before if spec.engine != "decode-0"] == [
-        spec for spec in moved if spec.engine != "decode-0"
-    ], "nothing else moves"
-    assert deployment.bootstraps.moved["decode-0"].host.name == "a"
+    assert others() == before, "nothing else moves"
+    assert deployment.bootstraps.engines["decode-0"].host.name == "a"
 
 
 def test_nothing_moves_while_its_agent_may_be_alive_and_cut_off() -> None:
@@ -161,25 +139,23 @@ def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None
 def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -> None:
     deployment = Deployment(engine=engine, **SPREAD)
     deployment.places._kind = kind_of(deployment.launch)
-    host = deployment.launch.host("b")
-    before = addresses(deployment)
+
+    def addresses() -> dict[str, str]:
+        """Return where UCX of each engine listens."""
+        return {
+            process.spec.engine: process.spec.environment["UCX_NET_DEVICES"]
+            for process in deployment.seen.processes()
+            if "UCX_NET_DEVICES" in process.spec.environment
+        }
+
+    before = addresses()
     assert (before["prefill-0"], before["decode-0"]) == ("10.0.0.2", "10.0.0.3")
     deployment.lose("b")
-    new = replace(host, bind_address="10.0.0.9", advertise_address="10.0.0.9")
-    deployment.places.joined(new)
+    host = deployment.launch.host("b")
+    deployment.places.joined(replace(host, bind_address="10.0.0.9", advertise_address="10.0.0.9"))
     assert deployment.find("decode-0") == "b"
     assert deployment.find("prefill-0") == "a"
-    assert addresses(deployment) == before | {"decode-0": "10.0.0.9"}
-
-
-def addresses(deployment: Deployment) -> dict[str, str]:
-    """Where UCX of each engine listens."""
-    return {
-        unit.engine: member.spec.environment["UCX_NET_DEVICES"]
-        for unit in deployment.units
-        for member in unit.processes
-        if "UCX_NET_DEVICES" in member.spec.environment
-    }
+    assert addresses() == before | {"decode-0": "10.0.0.9"}
 
 
 def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
@@ -188,9 +164,8 @@ def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
     assert places == {"prefill-0": "a", "decode-0": "b", "prefill-1": "c"}
     deployment.lose("b")
     assert deployment.find("decode-0") == "a"
-    rank = deployment.unit("decode-0/ranks").processes[0]
-    assert rank.spec.devices == ("cuda:1",)
-    assert deployment.bootstraps.moved["decode-0"].device_indices == (1,)
+    assert deployment.spec("decode-0/rank-0").devices == ("cuda:1",)
+    assert deployment.bootstraps.engines["decode-0"].device_indices == (1,)
 
 
 FAKE = "smollm2"
@@ -244,7 +219,7 @@ def test_new_engines_take_free_gpus_of_hosts_that_are_there(tiny: str) -> None:
 
 def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: str) -> None:
     deployment = Deployment(**SPREAD, model=tiny, decode={"replicas": 2})
-    lost = deployment.unit("decode-0").processes[0].spec.host
+    lost = deployment.spec("decode-0").host
     deployment.lose(lost, ended_by=deployment.now + 30)
     wanted = ChangeEngines(question=1, replicas={"decode": 1})
     assert deployment.places.plan(wanted, 30.0, deployment.serving, ()).planned.stops == [
@@ -274,7 +249,7 @@ def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:
     config = LaunchConfig.model_validate({"model": tiny, "engine": "vllm"})
     machine = replace(TWO_GPUS, gpus=tuple(Gpu(index) for index in range(3)))
     launch = resolve(config, {"local": machine}, {})
-    places = EnginePlaces(launch, kind_of(launch), Bootstraps(), {"local"})
+    places = EnginePlaces(launch, kind_of(launch), Adopted(), {"local"})
     change = places.plan(
         ChangeEngines(question=1, replicas={"decode": 2}), 30.0, ("prefill-0", "decode-0"), ()
     )

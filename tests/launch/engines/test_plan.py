@@ -1,3 +1,5 @@
+"""Processes of native engines, the router and conversions, as they are planned."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -5,13 +7,14 @@ from collections.abc import Mapping
 import msgspec
 import pytest
 
+from pdlaunch.checks.run import all_rules
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.plan import plan_processes
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.models import Model
-from pdlaunch.planning.plan import Plan
+from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 
 CPU = Machine(num_cpus=8)
@@ -31,83 +34,75 @@ def resolved(
     return resolve(config, {"local": machine}, environ or {}, models)
 
 
-def plan(config: LaunchConfig, machine: Machine, environ: Mapping[str, str] | None = None) -> Plan:
-    return plan_processes(resolved(config, machine, environ))
+def plan(
+    machine: Machine = CPU, environ: Mapping[str, str] | None = None, **values: object
+) -> Plan:
+    return plan_processes(resolved(config(**values), machine, environ))
 
 
-def test_one_prefill_and_one_decode_engine_are_five_processes() -> None:
-    planned = plan(config(), CPU)
-    assert [p.name for p in planned.processes] == [
-        "prefill-0/rank-0",
-        "decode-0/rank-0",
-        "prefill-0",
-        "decode-0",
-        "router",
-    ]
-    assert planned.processes[0].command[2:] == (
-        "-m",
-        "pdlaunch.engine",
-        "--name",
-        "prefill-0/rank-0",
-    )
+def ranks(planned: Plan) -> list[ProcessSpec]:
+    return [process for process in planned.processes if process.kind == "rank"]
+
+
+def test_engines_are_ranks_in_one_unit_and_a_server_and_conversions_are_guarded() -> None:
+    planned = plan(prefill={"tensor_parallel_size": 2})
+    units = {process.name: process.unit for process in planned.processes}
+    assert units == {
+        "prefill-0/rank-0": "prefill-0/ranks",
+        "prefill-0/rank-1": "prefill-0/ranks",
+        "decode-0/rank-0": "decode-0/ranks",
+        "prefill-0": "prefill-0",
+        "decode-0": "decode-0",
+        "router": "router",
+    }
+    command = ("-m", "pdlaunch.engine", "--name", "prefill-0/rank-0")
+    assert planned.processes[0].command[2:] == command
     assert planned.processes[-1].ports == {"http": 8000}
-
-
-def test_ranks_of_an_engine_are_one_unit_and_servers_are_their_own() -> None:
-    planned = plan(config(prefill={"tensor_parallel_size": 2}), CPU)
-    units = {p.name: p.unit for p in planned.processes}
-    assert units["prefill-0/rank-0"] == units["prefill-0/rank-1"] != units["prefill-0"]
+    (conversion,) = planned.conversions
+    guarded = ("pdlaunch.protocol.process.guarded", "pdlaunch.engine.models.convert", "smollm2")
+    assert conversion.command[3:6] == guarded
 
 
 def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
-    settings = config(
-        prefill={"replicas": 1, "tensor_parallel_size": 2},
-        decode={"replicas": 2, "tensor_parallel_size": 2},
-    )
-    planned = plan(settings, FOUR_GPUS)
-    devices = [device for p in planned.processes if p.kind == "rank" for device in p.devices]
+    sizes = {"prefill": {"tensor_parallel_size": 2}, "decode": {"tensor_parallel_size": 2}}
+    sizes["decode"]["replicas"] = 2
+    devices = [device for rank in ranks(plan(FOUR_GPUS, **sizes)) for device in rank.devices]
     assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
-    assert resolved(settings, FOUR_GPUS).engines[-1].device_indices == (0, 1)
+    assert resolved(config(**sizes), FOUR_GPUS).engines[-1].device_indices == (0, 1)
 
 
 @pytest.mark.parametrize(("num_cpus", "expected"), [(8, 2), (3, 1), (1, 1)])
 def test_cores_are_shared_evenly_and_every_rank_gets_one(num_cpus: int, expected: int) -> None:
-    settings = config(prefill={"replicas": 2}, decode={"tensor_parallel_size": 2})
-    planned = plan(settings, Machine(num_cpus=num_cpus))
-    ranks = [p for p in planned.processes if p.kind == "rank"]
-    assert {rank.num_threads for rank in ranks} == {expected}
-    assert {rank.environment["OMP_NUM_THREADS"] for rank in ranks} == {str(expected)}
+    sizes = {"prefill": {"replicas": 2}, "decode": {"tensor_parallel_size": 2}}
+    planned = ranks(plan(Machine(num_cpus=num_cpus), **sizes))
+    assert {rank.num_threads for rank in planned} == {expected}
+    assert {rank.environment["OMP_NUM_THREADS"] for rank in planned} == {str(expected)}
 
 
 def test_the_user_s_environment_and_the_engine_s_env_win() -> None:
-    planned = plan(
-        config(env={"UCX_MODULES": "all"}), CPU, {"NIXL_LOG_LEVEL": "INFO", "UCX_MODULES": "x"}
-    )
-    environment = planned.processes[0].environment
+    environ = {"NIXL_LOG_LEVEL": "INFO", "UCX_MODULES": "x"}
+    environment = plan(environ=environ, env={"UCX_MODULES": "all"}).processes[0].environment
     assert environment["NIXL_LOG_LEVEL"] == "INFO"
     assert environment["UCX_MODULES"] == "all"
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
-def test_no_rank_of_nixl_listens_whatever_ucx_tls_says() -> None:
+def test_no_rank_of_nixl_listens_whatever_ucx_tls_says_and_one_without_peers_has_no_nixl() -> None:
     planned = plan(
-        config(env={"UCX_TLS": "all"}, decode={"env": {"UCX_TLS": "tcp,cma,posix"}}),
-        CPU,
-        {"UCX_TLS": "tcp"},
+        environ={"UCX_TLS": "tcp"},
+        env={"UCX_TLS": "all"},
+        decode={"env": {"UCX_TLS": "tcp,cma,posix"}},
     )
-    transports = {
-        p.name: p.environment.get("UCX_TLS") for p in planned.processes if p.kind == "rank"
-    }
-    assert transports == {"prefill-0/rank-0": "posix,cma,self", "decode-0/rank-0": "posix,cma"}
+    transports = [rank.environment["UCX_TLS"] for rank in ranks(planned)]
+    assert transports == ["posix,cma,self", "posix,cma"]
+    for rank in ranks(plan(both={"replicas": 1}, prefill={"replicas": 1})):
+        names = [name for name in rank.environment if name.startswith(("UCX", "NIXL"))]
+        assert bool(names) is (rank.role != "both")
 
 
 def test_secrets_are_masked_where_the_plan_is_shown() -> None:
-    planned = plan(
-        config(
-            env={"HF_TOKEN": "hf_secret", "TOKENIZERS_PARALLELISM": "true"}, api_key="top-secret"
-        ),
-        CPU,
-    )
+    env = {"HF_TOKEN": "hf_secret", "TOKENIZERS_PARALLELISM": "true"}
+    planned = plan(env=env, api_key="top-secret")
     shown = msgspec.json.encode(planned.shown()).decode()
     assert "hf_secret" not in shown
     assert "top-secret" not in shown
@@ -115,16 +110,13 @@ def test_secrets_are_masked_where_the_plan_is_shown() -> None:
     assert planned.processes[0].environment["HF_TOKEN"] == "hf_secret"
 
 
-def test_conversions_are_guarded_children() -> None:
-    planned = plan(config(), CPU)
-    command = (
-        "pdlaunch.protocol.process.guarded",
-        "pdlaunch.engine.models.convert",
-        "smollm2",
-        "--if-needed",
-        "--traceback",
-    )
-    assert planned.conversions[0].command[3:] == command
+def test_the_decode_ranks_prove_the_pairs_and_rules_on_other_engines_say_nothing() -> None:
+    launch = resolved(config(decode={"tensor_parallel_size": 2}), CPU)
+    kind = kind_of(launch)
+    proving = [p.name for p in plan_processes(launch).processes if kind.proves_pairs(p)]
+    assert proving == ["decode-0/rank-0", "decode-0/rank-1"]
+    others = {code for code in all_rules() if code.startswith("PD6")} - {"PD610", "PD615"}
+    assert {rule.code for rule in kind.rules()} == all_rules().keys() - others
 
 
 @pytest.mark.parametrize(

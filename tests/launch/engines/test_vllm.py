@@ -1,3 +1,5 @@
+"""What vLLM is started with, and what is expected of it."""
+
 from __future__ import annotations
 
 import json
@@ -10,11 +12,8 @@ from pdlaunch.checks.run import all_rules
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.planning.effective import effective_engines, effective_settings
+from pdlaunch.planning.plan import ProcessSpec
 from tests.launch.engines.test_plan import CPU, FOUR_GPUS, config, resolved
-
-
-def commands(planned: object) -> dict[str, tuple[str, ...]]:
-    return {p.name: p.command for p in planned.processes}  # type: ignore[attr-defined]
 
 
 def installed(root: Path, version: str) -> str:
@@ -33,42 +32,43 @@ def value_of(command: tuple[str, ...], flag: str) -> str:
     return command[command.index(flag) + 1]
 
 
+def transfer_of(process: ProcessSpec) -> dict[str, object]:
+    transfer: dict[str, object] = json.loads(value_of(process.command, "--kv-transfer-config"))
+    return transfer
+
+
+def command(name: str, machine: object = CPU, **settings: object) -> tuple[str, ...]:
+    """Return the command of a process of a launch with engines of vLLM."""
+    planned = plan_processes(resolved(config(engine="vllm", **settings), machine))
+    (found,) = [process.command for process in planned.processes if process.name == name]
+    return found
+
+
 def test_each_engine_is_a_sidecar_with_the_command_of_vllm() -> None:
     launch = resolved(config(engine="vllm", decode={"replicas": 2}), CPU)
-    planned = plan_processes(launch)
-    assert [p.name for p in planned.processes] == ["prefill-0", "decode-0", "decode-1", "router"]
-    assert kind_of(launch).name == "vllm"
-    assert [kind_of(launch).proves_pairs(p) for p in planned.processes] == [
-        False,
-        True,
-        True,
-        False,
+    processes, kind = plan_processes(launch).processes, kind_of(launch)
+    assert kind.name == "vllm"
+    assert [(each.name, kind.proves_pairs(each)) for each in processes] == [
+        ("prefill-0", False),
+        ("decode-0", True),
+        ("decode-1", True),
+        ("router", False),
     ]
-    command = commands(planned)["decode-1"]
-    at = command.index("--")
-    assert command[at + 2 : at + 4] == ("serve", "/cache")
-    assert value_of(command, "--served-model-name") == "smollm2"
-    transfer = json.loads(value_of(command, "--kv-transfer-config"))
+    decode = processes[2]
+    at = decode.command.index("--")
+    assert decode.command[at + 2 : at + 4] == ("serve", "/cache")
+    assert value_of(decode.command, "--served-model-name") == "smollm2"
+    transfer = transfer_of(decode)
     assert transfer["kv_connector"] == "NixlConnector"
     assert transfer["kv_load_failure_policy"] == "recompute"
     assert transfer["kv_connector_extra_config"] == {"kv_lease_duration": 30}
 
 
-def test_only_what_is_set_is_handed_on() -> None:
-    sizes = {
+def test_settings_mean_what_they_mean_for_native_engines_and_unset_ones_are_left_out() -> None:
+    settings = {
         "block_size": 32,
         "max_num_seqs": 8,
         "max_model_len": 512,
-    }
-    flags = {name: "--" + name.replace("_", "-") for name in sizes}
-    plain = commands(plan_processes(resolved(config(engine="vllm"), CPU)))["prefill-0"]
-    assert not {*flags.values()} & {*plain}
-    given = commands(plan_processes(resolved(config(engine="vllm", **sizes), CPU)))["prefill-0"]
-    assert {name: int(value_of(given, flag)) for name, flag in flags.items()} == sizes
-
-
-def test_settings_mean_what_they_mean_for_native_engines() -> None:
-    settings = {
         "drain_timeout_s": 7,
         "enable_cumem_allocator": True,
         "enforce_eager": True,
@@ -79,45 +79,48 @@ def test_settings_mean_what_they_mean_for_native_engines() -> None:
         "gpu_memory_utilization": 0.5,
         "kv_transfer": {"lease_s": 12, "on_failure": "fail"},
     }
-    planned = plan_processes(resolved(config(engine="vllm", **settings), FOUR_GPUS))
-    command = commands(planned)["decode-0"]
-    text = shlex.join(command)
-    assert "--shutdown-timeout 7 " in text
-    assert "--load-format dummy " in text
-    assert "--gpu-memory-utilization 0.5 " in text
-    assert f"--kv-cache-memory-bytes {2 << 30} " in text
+    given = command("decode-0", FOUR_GPUS, **settings)
+    values = {
+        "--block-size": "32",
+        "--max-num-seqs": "8",
+        "--max-model-len": "512",
+        "--load-format": "dummy",
+        "--kv-cache-memory-bytes": str(2 << 30),
+        "--gpu-memory-utilization": "0.5",
+    }
+    assert {flag: value_of(given, flag) for flag in values} == values
+    assert value_of(given, "--shutdown-timeout") == "7"
     switches = {"--enable-cumem-allocator", "--enforce-eager", "--no-enable-prefix-caching"}
-    assert switches | {"--no-async-scheduling"} <= set(command)
-    transfer = json.loads(value_of(command, "--kv-transfer-config"))
+    assert switches | {"--no-async-scheduling"} <= set(given)
+    transfer = json.loads(value_of(given, "--kv-transfer-config"))
     assert transfer["kv_buffer_device"] == "cuda"
     assert transfer["kv_load_failure_policy"] == "fail"
     assert transfer["kv_connector_extra_config"] == {"kv_lease_duration": 12}
+    assert not {*values, *switches, "--no-async-scheduling"} & set(command("decode-0"))
 
 
 def test_further_arguments_are_flags() -> None:
     arguments = {
         "enable_lora": True,
-        "enable-expert-parallel": True,
         "dcp": 2,
         "enable-chunked-prefill": False,
-        "seed": 3,
         "cc": {"level": 0},
         "lora-modules": ["a=/a", {"name": "b", "path": "/b"}],
     }
-    given = commands(plan_processes(resolved(config(engine="vllm", engine_args=arguments), CPU)))
-    text = shlex.join(given["prefill-0"])
-    assert "--enable-lora --enable-expert-parallel --decode-context-parallel-size 2 " in text
-    assert "--no-enable-chunked-prefill" in text
-    assert "--seed 3" in text
+    text = shlex.join(command("prefill-0", engine_args=arguments))
+    assert "--enable-lora --decode-context-parallel-size 2 --no-enable-chunked-prefill" in text
     assert """--compilation-config '{"level":0}'""" in text
     assert """--lora-modules a=/a '{"name":"b","path":"/b"}'""" in text
 
 
-def test_dev_mode_is_on_for_sleep_alone() -> None:
-    for sleeps, value in ((False, "0"), (True, "1")):
-        launch = resolved(config(engine="vllm", enable_sleep_mode=sleeps), FOUR_GPUS)
-        prefill = plan_processes(launch).processes[0]
-        assert prefill.environment["VLLM_SERVER_DEV_MODE"] == value
+def test_engines_see_their_own_devices_and_dev_mode_is_on_for_sleep_alone() -> None:
+    for sleeps in (False, True):
+        settings = config(engine="vllm", tensor_parallel_size=2, enable_sleep_mode=sleeps)
+        prefill, decode, _ = plan_processes(resolved(settings, FOUR_GPUS)).processes
+        devices = [each.environment["CUDA_VISIBLE_DEVICES"] for each in (prefill, decode)]
+        assert devices == ["0,1", "2,3"]
+        assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+        assert prefill.environment["VLLM_SERVER_DEV_MODE"] == str(int(sleeps))
         assert ("--enable-sleep-mode" in prefill.command) is sleeps
 
 
@@ -127,21 +130,12 @@ def test_effective_values_are_what_vllm_is_given() -> None:
     shown = effective_engines(launch)
     assert [shown[role]["block_size"] for role in ("prefill", "decode")] == [None, 64]
     prefill = shown["prefill"]
-    assert prefill["max_num_batched_tokens"] is None
-    assert prefill["async_scheduling"] is None
+    assert (prefill["max_num_batched_tokens"], prefill["async_scheduling"]) == (None, None)
     assert prefill["kv_cache_memory"] == 2 << 30
     assert prefill["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert "num_blocks" not in (prefill["memory_of_a_rank"] or {})
     names = {value.path for value in effective_settings(launch)}
     assert not names & {"prefill.max_num_batched_tokens", "prefill.async_scheduling"}
-
-
-def test_engines_see_their_own_devices() -> None:
-    launch = resolved(config(engine="vllm", tensor_parallel_size=2), FOUR_GPUS)
-    environments = [p.environment for p in plan_processes(launch).processes[:2]]
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["0,1", "2,3"]
-    assert all(e["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1" for e in environments)
-    assert all("UCX_TLS" not in e for e in environments)
 
 
 def test_rules_on_engines_that_run_already_are_not_for_launches() -> None:
@@ -152,31 +146,15 @@ def test_rules_on_engines_that_run_already_are_not_for_launches() -> None:
 
 
 def test_engines_of_both_roles_have_no_connector() -> None:
-    launch = resolved(config(engine="vllm", both={"replicas": 2, "tensor_parallel_size": 2}), CPU)
-    planned = plan_processes(launch)
-    assert [p.name for p in planned.processes] == ["both-0", "both-1", "router"]
-    assert not any(kind_of(launch).proves_pairs(p) for p in planned.processes)
-    command = commands(planned)["both-1"]
-    assert value_of(command, "--tensor-parallel-size") == "2"
-    assert "--kv-transfer-config" not in command
-
-
-def test_an_engine_that_can_be_verified_has_our_connector(tmp_path: Path) -> None:
-    command = installed(tmp_path, "0.32.4")
-    launch = resolved(config(engine="vllm", engine_command=command), CPU)
-    prefill, decode, _ = plan_processes(launch).processes
-    for process in (prefill, decode):
-        transfer = json.loads(value_of(process.command, "--kv-transfer-config"))
-        assert transfer["kv_connector"] == "VerifiedNixlConnector"
-        assert transfer["kv_connector_module_path"] == "pdlaunch.vllm.connector"
-        assert process.environment["UCX_TLS"] == "posix,cma,self"
-        assert "--unverified" not in process.command
-    assert effective_engines(launch)["decode"]["kv_blocks_verified"] == "yes"
+    given = command("both-1", both={"replicas": 2, "tensor_parallel_size": 2})
+    assert value_of(given, "--tensor-parallel-size") == "2"
+    assert "--kv-transfer-config" not in given
 
 
 @pytest.mark.parametrize(
     ("version", "settings", "reason"),
     [
+        ("0.32.4", {}, ""),
         ("0.31.2", {}, "it is vLLM 0.31.2, and 0.32 can be verified"),
         ("0.33.0", {}, "it is vLLM 0.33.0, and 0.32 can be verified"),
         ("0.32.0", {"kv_transfer": {"verify": False}}, "kv_transfer.verify is off"),
@@ -192,19 +170,25 @@ def test_an_engine_that_can_be_verified_has_our_connector(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_one_that_cannot_has_the_stock_connector_and_says_why(
+def test_one_that_can_be_verified_has_our_connector_and_others_say_why_not(
     tmp_path: Path, version: str, settings: dict[str, object], reason: str
 ) -> None:
-    command = installed(tmp_path, version)
-    launch = resolved(config(engine="vllm", engine_command=command, **settings), CPU)
-    prefill, decode, _ = plan_processes(launch).processes
-    for process in (prefill, decode):
-        transfer = json.loads(value_of(process.command, "--kv-transfer-config"))
-        assert transfer["kv_connector"] == "NixlConnector"
-        assert "kv_connector_module_path" not in transfer
-        assert value_of(process.command, "--unverified") == reason
-        assert "UCX_TLS" not in process.environment
-    assert effective_engines(launch)["decode"]["kv_blocks_verified"] == f"no: {reason}"
+    executable = installed(tmp_path, version)
+    launch = resolved(config(engine="vllm", engine_command=executable, **settings), CPU)
+    for process in plan_processes(launch).processes[:2]:
+        transfer = transfer_of(process)
+        if reason:
+            assert transfer["kv_connector"] == "NixlConnector"
+            assert "kv_connector_module_path" not in transfer
+            assert value_of(process.command, "--unverified") == reason
+            assert "UCX_TLS" not in process.environment
+        else:
+            assert transfer["kv_connector"] == "VerifiedNixlConnector"
+            assert transfer["kv_connector_module_path"] == "pdlaunch.vllm.connector"
+            assert "--unverified" not in process.command
+            assert process.environment["UCX_TLS"] == "posix,cma,self"
+    shown = effective_engines(launch)["decode"]["kv_blocks_verified"]
+    assert shown == (f"no: {reason}" if reason else "yes")
 
 
 @pytest.mark.parametrize("arguments", [{}, {"reasoning_parser": "qwen3"}])

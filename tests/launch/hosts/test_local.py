@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
@@ -16,6 +18,7 @@ from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Address, Progress, Register, to_supervisor
 from pdlaunch.protocol.process.engine_ports import EnginePorts, bind_to_share
+from tests.e2e.waiting import await_true
 
 pytestmark = pytest.mark.processes
 
@@ -100,3 +103,32 @@ def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
             assert ("decode-0" in engine_ports) == listens
         host.forget("decode-0")
         assert "decode-0" not in engine_ports
+
+
+def test_what_a_process_has_started_ends_with_it(host: LocalHost) -> None:
+    code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
+    host.spawn(child(code), 1, None)
+    assert await_exit(host) == [ProcessExited("convert-0", 1, 0)]
+    pid = int(host.log_path("convert-0").read_text())
+
+    def is_gone() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return True
+
+    await_true(is_gone, "it is gone")
+
+
+def test_a_conversion_ends_with_the_pipe_that_the_supervisor_holds() -> None:
+    module = "pdlaunch.protocol.process.guarded"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", module, "http.server", "0", "--bind", "127.0.0.1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert b"Serving HTTP" in process.stdout.readline()
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=180) == -signal.SIGKILL

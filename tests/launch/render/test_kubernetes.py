@@ -55,22 +55,21 @@ def test_the_supervisors_file_places_each_engine_on_its_pod(tmp_path: Path) -> N
         assert labels["llm-d.ai/role"] == role
 
 
-def test_pods_outlive_the_drain(demo: list[dict[str, Any]]) -> None:
+def router_pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    pod: dict[str, Any] = named(objects, "Deployment", "pdlaunch")["spec"]["template"]
+    return pod
+
+
+def test_pods_outlive_the_drain_and_probes_the_start(demo: list[dict[str, Any]]) -> None:
     timing = Timing()
     longest_s = timing.drain_s + timing.router_stop_s + timing.stop_s
     longest_s += timing.terminate_s + timing.kill_s
     for _, pods in templates(demo):
         assert pods["spec"]["terminationGracePeriodSeconds"] >= longest_s
-    longer = render("kubernetes", DEMO, "--drain-timeout", "100.5")
-    router = named(longer, "Deployment", "pdlaunch")["spec"]["template"]["spec"]
+    times = ("--drain-timeout", "100.5", "--startup-timeout", "1000", "--join-timeout", "200")
+    router = router_pod(render("kubernetes", DEMO, *times))["spec"]
     assert router["terminationGracePeriodSeconds"] >= longest_s - timing.drain_s + 100.5
-
-
-def test_the_startup_probe_waits_as_long_as_the_start_may_take() -> None:
-    objects = render("kubernetes", DEMO, "--startup-timeout", "1000", "--join-timeout", "200")
-    (container,) = named(objects, "Deployment", "pdlaunch")["spec"]["template"]["spec"][
-        "containers"
-    ]
+    (container,) = router["containers"]
     probe = container["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] >= 1200
     assert container["readinessProbe"]["httpGet"]["path"] == "/health"
@@ -81,13 +80,9 @@ def test_there_is_one_supervisor_and_a_changed_configuration_starts_it_anew(
 ) -> None:
     router = named(demo, "Deployment", "pdlaunch")["spec"]
     assert (router["replicas"], router["strategy"]) == (1, {"type": "Recreate"})
-    other = named(render("kubernetes", DEMO, "--block-size", "32"), "Deployment", "pdlaunch")[
-        "spec"
-    ]
-    checksums = {
-        spec["template"]["metadata"]["annotations"]["checksum/config"] for spec in (router, other)
-    }
-    assert len(checksums) == 2
+    other = render("kubernetes", DEMO, "--block-size", "32")
+    first, second = (router_pod(each)["metadata"]["annotations"] for each in (demo, other))
+    assert first["checksum/config"] != second["checksum/config"]
 
 
 def test_only_pods_of_the_launch_reach_its_engines(demo: list[dict[str, Any]]) -> None:

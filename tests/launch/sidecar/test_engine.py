@@ -111,25 +111,21 @@ def test_ucx_gets_the_name_of_the_device_that_has_the_address(
             engine_environment(tmp_path, None, port)
 
 
-def test_engines_of_a_launch_get_one_folder_of_their_user(tmp_path: Path) -> None:
-    first, second = (connector_environment(tmp_path, name, "") for name in ("first", "second"))
-    assert first | {"PDLAUNCH_FAILURES_FILE": ""} == second | {"PDLAUNCH_FAILURES_FILE": ""}
-    folder = Path(first["PDLAUNCH_STATEMENTS_DIR"])
-    assert folder.parent == tmp_path
+def test_the_connector_finds_statements_and_of_what_is_installed_here_pdlaunch_alone(
+    tmp_path: Path,
+) -> None:
+    near, far = (
+        connector_environment(tmp_path, name, "/first:/second", is_far=name == "far")
+        for name in ("near", "far")
+    )
+    assert far.pop(STATEMENTS_SOCKET) == str(statements_socket(tmp_path, "far"))
+    assert {name for name in near if near[name] != far[name]} == {"PDLAUNCH_FAILURES_FILE"}
+    folder = Path(near["PDLAUNCH_STATEMENTS_DIR"])
+    assert folder == statements_folder(tmp_path)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-
-
-def test_engines_of_several_hosts_ask_their_sidecars(tmp_path: Path) -> None:
-    far = connector_environment(tmp_path, "decode-0", "", is_far=True)
-    assert far.pop(STATEMENTS_SOCKET) == str(statements_socket(tmp_path, "decode-0"))
-    assert far == connector_environment(tmp_path, "decode-0", "")
-    assert statements_folder(tmp_path) == Path(far["PDLAUNCH_STATEMENTS_DIR"])
-
-
-def test_of_what_is_installed_here_vllm_sees_pdlaunch_alone(tmp_path: Path) -> None:
-    paths = connector_environment(tmp_path, "decode-0", "/first:/second")["PYTHONPATH"].split(":")
-    assert paths[1:] == ["/first", "/second"]
-    (package,) = Path(paths[0]).iterdir()
+    packages, *paths = near["PYTHONPATH"].split(":")
+    assert paths == ["/first", "/second"]
+    (package,) = Path(packages).iterdir()
     assert package.name == "pdlaunch"
     assert package.resolve() == Path(pdlaunch.__file__).parent.resolve()
 
@@ -154,7 +150,7 @@ def test_failures_are_read_once_by_whole_lines(
 
 
 @pytest.mark.processes
-def test_the_room_is_imported_without_pdlaunchs_dependencies(tmp_path: Path) -> None:
+def test_the_connector_is_imported_without_pdlaunchs_dependencies(tmp_path: Path) -> None:
     """What vLLM's environment need not have is not imported; ``connector`` needs vLLM itself."""
     program = (
         "import sys, pdlaunch.vllm.worker, pdlaunch.vllm.support, pdlaunch.vllm.agent\n"
