@@ -23,12 +23,12 @@ from pdlaunch.planning.role_engines import RoleEngines
 Need = (
     Fact
     | Literal["model", "model_files", "ports", "nixl", "connector", "extras", "folders", "weights"]
-    | Literal["transport", "engine_commands", "engine_flags", "deployment", "canary"]
+    | Literal["transport", "engine_commands", "deployment", "canary"]
 )
 """Facts that can be missing."""
 
-WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport", "engine_flags"})
-"""Facts that are missing without ``--probe``: transport, and another for each kind of engine."""
+WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport"})
+"""Facts that are missing without ``--probe``."""
 
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
@@ -40,7 +40,6 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "transport": ("transport", "serve measures it after the handshake"),
     "engine_commands": ("engine_commands", "executables were not looked at on this machine"),
     "deployment": ("deployment", "engines that run already are looked at by `pdlaunch doctor`"),
-    "engine_flags": ("engine_flags", "executables of engines are asked with --probe"),
 }
 """Names, for each field of ``Probes``, the fact and why it is missing where nobody looked."""
 

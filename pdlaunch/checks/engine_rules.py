@@ -18,7 +18,7 @@ from pdlaunch.checks.context import Context, pair, vllm_engines, vllm_pair
 from pdlaunch.checks.memory_rules import segments_variable
 from pdlaunch.checks.rule import Found, differing_place, error, warning
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.config.problems import nearest, shown_name
+from pdlaunch.config.problems import shown_name
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.vllm_arguments import (
@@ -147,21 +147,6 @@ def _ambiguous(context: Context) -> Iterator[Found]:
                 yield Found(f"--{name} is given {count} times, as {spelt}", keys[-1].where)
 
 
-def _unknown_flags(context: Context) -> Iterator[Found]:
-    for each in vllm_engines(context):
-        answer = (context.probes.engine_flags or {}).get(each.role)
-        if answer is None or answer.problem:
-            continue  # PD611 speaks of commands that do not answer.
-        for argument in _arguments(context, each):
-            name = f"--{vllm_flag_name(argument.key).partition('.')[0]}"
-            # argparse completes what fits one flag alone.
-            completed = [flag for flag in answer.names if flag.startswith(name)]
-            if name not in answer.names and len(completed) != 1:
-                meant = nearest(name, answer.names)
-                hint = f"did you mean {meant}?" if meant else None
-                yield Found(f"vLLM has no flag {shown_name(name)}", argument.where, hint)
-
-
 def _no_command(context: Context) -> Iterator[Found]:
     for each in vllm_engines(context):
         command = each.settings.engine_command
@@ -170,9 +155,6 @@ def _no_command(context: Context) -> Iterator[Found]:
             for host, found in context.engine_commands(each.role).items()
             if found.problem
         ]
-        asked = (context.probes.engine_flags or {}).get(each.role)
-        if not problems and asked is not None and asked.problem:
-            problems = [f"{command}: `serve --help=all` ended without flags: {asked.problem}"]
         yield from (Found(problem, each.where("engine_command")) for problem in problems)
 
 
@@ -376,11 +358,6 @@ RULES = (
         when=_ambiguous,
         fix="Give each flag once, by its name in vLLM's help, and values that begin with no dash.",
         source=_PARSER),
-    error("PD607", "The installed vLLM has no such flag.",
-        "It would end before it loads anything.",
-        when=_unknown_flags,
-        fix="Correct the name; vllm serve --help=all lists them.",
-        source="The installed vLLM, which --probe asks.", needs=("engine_flags",)),
     error("PD610", "Prefill and decode engines are of different kinds.",
         "A native engine cannot read the KV blocks of vLLM, nor the other way round.",
         over=pair, when=lambda it: it[0].settings.engine != it[1].settings.engine, at="engine",
@@ -393,7 +370,7 @@ RULES = (
         when=_no_command,
         fix="Install vLLM, or set engine_command to its executable: a name on PATH, or a path. "
         "Start agents of other hosts with --allow-executable.",
-        source="execve(2); vllm serve --help=all, which --probe runs.", needs=("engine_commands",)),
+        source="execve(2).", needs=("engine_commands",)),
     error("PD612", "Prefill and decode are different versions of vLLM.",
         "Both become healthy; the handshake of the first request fails, and decode computes every "
         "prompt itself.",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.availability import PortState
-from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags
+from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.planning.role_engines import Allocator
 
 
@@ -122,8 +122,6 @@ class Probes:
     weight_errors: Mapping[Role, ConfigError] | None = None
     engine_commands: Mapping[Role, Mapping[str, EngineCommand]] | None = None
     """Facts about the executables of vLLM engines, by host, found without running them."""
-    engine_flags: Mapping[Role, EngineFlags] | None = None
-    """The flags that these executables list in their help."""
     deployment: SeenDeployment | None = None
     transport: tuple[PairTransport, ...] | None = None
     """Every pair of ranks of a launch that was measured."""

@@ -21,7 +21,7 @@ from pdlaunch.machine.availability import (
     why_not_importable,
     why_not_writable,
 )
-from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags, ask_engine_flags
+from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.host import missing_modules
 from pdlaunch.machine.network import is_address
 from pdlaunch.planning.models import weight_error
@@ -69,22 +69,6 @@ def probe_files(resolved: ResolvedLaunch) -> Probes:
         weight_errors=weight_errors,
         engine_commands=_engine_commands(resolved),
     )
-
-
-def probe_engine_flags(resolved: ResolvedLaunch) -> dict[Role, EngineFlags]:
-    """Ask the executables of vLLM engines on this host for their flags; takes them a while."""
-    here = resolved.hosts[0].name
-    answers: dict[tuple[str, frozenset[tuple[str, str]]], EngineFlags] = {}
-    flags: dict[Role, EngineFlags] = {}
-    for role, engines in resolved.roles.items():
-        if engines.is_native or role not in resolved.placed.by_host.get(here, {}):
-            continue
-        command, environ = engines.settings.engine_command, engines.given_environ
-        key = (command, frozenset(environ.items()))
-        if key not in answers:
-            answers[key] = ask_engine_flags(command, environ)
-        flags[role] = answers[key]
-    return flags
 
 
 def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState]:

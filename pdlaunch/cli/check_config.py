@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from pdlaunch.checks.probed import Probes
-from pdlaunch.checks.probes import ask_nixl, probe_engine_flags, probe_files, probe_ports
+from pdlaunch.checks.probes import ask_nixl, probe_files, probe_ports
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
@@ -61,8 +61,7 @@ def check_config(
     if is_this:
         probes = replace(probe_files(resolved), ports=probe_ports(resolved))
     if probe:
-        flags_of_engines = probe_engine_flags(resolved)
-        probes = replace(probes, nixl=ask_nixl(resolved), engine_flags=flags_of_engines)
+        probes = replace(probes, nixl=ask_nixl(resolved))
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     if probe and report.is_ok():
         # Only a set-up without errors can start.

@@ -21,8 +21,9 @@ from pdlaunch.config.roles import EngineName, Role
 UNIX = "unix:"
 DNS = "dns+"
 """Begins a URL that stands for one engine at each address of its name."""
-_MOST_IN_LABEL = 63
-"""Characters between two dots of a name (RFC 1035)."""
+_LABEL = re.compile(r"[a-z0-9_:-]{1,63}", re.IGNORECASE)
+"""What stands between two dots of a name (RFC 1035), or an IPv6 address."""
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _ALLOWED = re.compile(
     r"(?P<scheme>https?)://"
@@ -74,9 +75,8 @@ def read_engine_url(url: str) -> EngineAddress:
         parts.scheme not in _DEFAULT_PORTS
         or not host
         or url.removeprefix(DNS).rstrip("/") != plain
-        or not re.fullmatch(r"[A-Za-z0-9_.:-]+", host)
         # DNS has no others, and Python raises another error for them than for a name unknown.
-        or not all(1 <= len(label) <= _MOST_IN_LABEL for label in host.split("."))
+        or not all(map(_LABEL.fullmatch, host.split(".")))
     ):
         raise ValueError(
             f"{url[:100]!r} is no URL of an engine; write http://HOST:PORT, https://HOST:PORT, "
@@ -99,16 +99,10 @@ def _covers(entry: str, address: EngineAddress) -> bool:
     if entry.startswith(UNIX):
         folder = entry.removeprefix(UNIX).rstrip("/")
         return address.path == folder or address.path.startswith(f"{folder}/")
-    found = _ALLOWED.fullmatch(entry)
-    assert found is not None, "checked when the setting was read"
-    first = int(found["first"] or _DEFAULT_PORTS[found["scheme"]])
-    last = int(found["last"] or first)
-    if address.scheme != found["scheme"] or not first <= address.port <= last:
+    scheme, host, network, ports = _read_entry(entry)
+    if address.scheme != scheme or address.port not in ports:
         return False
-    host = found["host"].strip("[]").lower()
-    try:
-        network = ipaddress.ip_network(host + (found["prefix"] or ""), strict=False)
-    except ValueError:
+    if network is None:
         is_below = host.startswith("*.") and address.host.endswith(host[1:])
         return is_below or address.host == host
     try:
@@ -120,22 +114,30 @@ def _covers(entry: str, address: EngineAddress) -> bool:
     return ip.version == network.version and ip in network
 
 
-def _check_allowed(entry: str) -> str:
-    if entry.startswith(UNIX):
-        read_engine_url(entry.rstrip("/"))
-        return entry
+def _read_entry(entry: str) -> tuple[str, str, _Network | None, range]:
+    """Return scheme, host, the network that it names, and ports. Raises ValueError."""
     found = _ALLOWED.fullmatch(entry)
     if found is None:
         raise ValueError(f"{entry[:100]!r} allows no URL; {_HOW}")
-    if found["prefix"]:
-        network = found["host"].strip("[]") + found["prefix"]
-        try:
-            ipaddress.ip_network(network, strict=False)
-        except ValueError:
-            raise ValueError(f"{entry[:100]!r}: {network} is no network; {_HOW}") from None
-    first, last = int(found["first"] or 0), int(found["last"] or found["first"] or 0)
-    if not 0 <= first <= last <= 65535:
+    host, prefix = found["host"].strip("[]").lower(), found["prefix"] or ""
+    try:
+        network: _Network | None = ipaddress.ip_network(host + prefix, strict=False)
+    except ValueError:
+        if prefix:
+            raise ValueError(f"{entry[:100]!r}: {host}{prefix} is no network; {_HOW}") from None
+        network = None
+    first = int(found["first"] or _DEFAULT_PORTS[found["scheme"]])
+    last = int(found["last"] or first)
+    if not first <= last <= 65535:
         raise ValueError(f"{entry[:100]!r}: ports go up to 65535, the lower one first")
+    return found["scheme"], host, network, range(first, last + 1)
+
+
+def _check_allowed(entry: str) -> str:
+    if entry.startswith(UNIX):
+        read_engine_url(entry.rstrip("/"))
+    else:
+        _read_entry(entry)
     return entry
 
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-
-from pdlaunch.machine.availability import run_briefly
-
-HELP_TIMEOUT_S = 180.0
-"""vLLM imports torch and itself for its help: 11 s on an idle core, a minute on a busy one."""
-_FLAGS = re.compile(r"(?<![\w-])--?[A-Za-z][\w.-]*")
-_FLAG_LINE = re.compile(r"  (-[^ ].*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +17,6 @@ class EngineCommand:
     problem: str = ""  # the reason why it cannot be run; empty: it can
     version: str | None = None
     """Version of the vLLM that is installed where its interpreter is; None: not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFlags:
-    """Holds what an executable says to ``serve --help=all``."""
-
-    names: frozenset[str] = frozenset()  # long and short names with their dashes
-    problem: str = ""  # the reason why there are none
 
 
 def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineCommand:
@@ -45,21 +29,6 @@ def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineComma
         return EngineCommand()
     version = next((each.version for each in distributions(name="vllm", path=[str(site)])), None)
     return EngineCommand(version=version)
-
-
-def ask_engine_flags(command: str, environ: Mapping[str, str]) -> EngineFlags:
-    """Have an executable print all flags that ``serve`` takes."""
-    outcome = run_briefly([command, "serve", "--help=all"], environ, HELP_TIMEOUT_S)
-    # Names stand before the first two spaces, behind which a description begins.
-    names = frozenset(
-        name
-        for line in outcome.output
-        if (match := _FLAG_LINE.fullmatch(line))
-        for name in _FLAGS.findall(match[1].partition("  ")[0])
-    )
-    if outcome.returncode or not names:
-        return EngineFlags(problem=outcome.problem())
-    return EngineFlags(names)
 
 
 def _why_not(command: str) -> str:

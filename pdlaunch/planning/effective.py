@@ -60,6 +60,7 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
 
 def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
     """Return each host of the launch, with its engines and the ranks of each."""
+    placed = [(engine.host, engine.name, engine.engines.tp_size) for engine in launch.engines]
     return [
         {
             "name": host.name,
@@ -69,11 +70,7 @@ def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
             "cpus": host.machine.num_cpus,
             "memory_bytes": host.machine.memory_bytes,
             "num_gpus": len(host.machine.gpus),
-            "ranks": {
-                engine.name: engine.engines.tp_size
-                for engine in launch.engines
-                if engine.host is host
-            },
+            "ranks": {name: num_ranks for on, name, num_ranks in placed if on is host},
         }
         for host in launch.hosts
     ]
@@ -98,32 +95,27 @@ def effective_settings(launch: ResolvedLaunch) -> Iterator[ShownValue]:
 
 def _reasons(engines: RoleEngines) -> dict[str, str]:
     """Return where the value of each derived setting comes from, or why it is not known."""
-    settings, machine = engines.settings, engines.machine
+    settings, machine, shape = engines.settings, engines.machine, engines.shape
     model_unknown = engines.model.pending or str(engines.model.error or "")
     of_device = f"default on {'GPUs' if engines.device == 'cuda' else 'a CPU'}"
+    dtype = f"the checkpoint has {shape.dtype or 'no dtype'}" if shape else model_unknown
+    if engines.device == "cpu" and not machine.has_native_bf16:
+        dtype = "this CPU emulates 16-bit types"
+    share = f"{settings.gpu_memory_utilization:g} of the GPU"
+    left = f"known only at start: what weights and activations leave of {share}"
+    sleeps = settings.enable_sleep_mode
     return {
         "device": f"its ranks see {len(engines.gpus)} GPUs",
-        "dtype": _dtype_reason(engines) or model_unknown,
+        "dtype": dtype,
         "max_model_len": model_unknown or "limit of the model",
         "max_num_batched_tokens": of_device,
-        "kv_cache_memory": of_device
-        if engines.kv_cache_bytes
-        else "known only at start: what weights and activations leave of "
-        f"{settings.gpu_memory_utilization:g} of the GPU",
+        "kv_cache_memory": of_device if engines.kv_cache_bytes else left,
         "num_threads": f"{machine.num_cpus} cores shared by all ranks",
         "async_scheduling": of_device,
         "enable_cumem_allocator": "enable_sleep_mode turns it on"
-        if settings.enable_sleep_mode
+        if sleeps
         else "off unless it is switched on",
     }
-
-
-def _dtype_reason(engines: RoleEngines) -> str:
-    if engines.device == "cpu" and not engines.machine.has_native_bf16:
-        return "this CPU emulates 16-bit types"
-    if engines.shape is None:
-        return ""
-    return f"the checkpoint has {engines.shape.dtype or 'no dtype'}"
 
 
 def _memory(engines: RoleEngines) -> dict[str, object] | None:
@@ -131,13 +123,15 @@ def _memory(engines: RoleEngines) -> dict[str, object] | None:
     needed = engines.footprint
     if needed is None:
         return None
+    known: dict[str, object] = {
+        "weight_bytes": needed.weight_bytes,
+        "kv_cache_bytes": engines.kv_cache_bytes,
+    }
     if not engines.is_native:
         # Blocks and activations are the engine's own affair.
-        return {"weight_bytes": needed.weight_bytes, "kv_cache_bytes": engines.kv_cache_bytes}
-    return {
-        "weight_bytes": needed.weight_bytes,
+        return known
+    return known | {
         "activation_bytes": needed.activation_bytes,
-        "kv_cache_bytes": engines.kv_cache_bytes,
         "num_blocks": engines.num_blocks,
         "host_tier_bytes": engines.host_tier_bytes,
         "block_bytes": needed.block_bytes,

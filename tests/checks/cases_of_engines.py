@@ -4,7 +4,7 @@ from typing import Any
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.probed import SeenDeployment, SeenEngine, SeenPair
-from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags
+from pdlaunch.machine.engine_commands import EngineCommand
 from tests.checks.case import EXPANDABLE, Case
 from tests.checks.cases_of_far_pairs import TRUSTED, far_vllm, near_vllm
 from tests.checks.contexts import CPU, GB200, GPU, on
@@ -12,7 +12,6 @@ from tests.checks.contexts import CPU, GB200, GPU, on
 HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 FOUND = EngineCommand(version="0.32.0")
 OLDER = EngineCommand(version="0.31.1")
-NO_NAMES = EngineFlags(problem="exit code 1")
 ALIKE = {
     "version": "0.32.0",
     "models": ("a",),
@@ -20,7 +19,6 @@ ALIKE = {
     "block_size": "32",
     "cache_dtype": "auto",
 }
-NAMES = EngineFlags(frozenset({"--seed", "--seed-file", "--lora-dtype"}))
 
 
 def vllm(machine=CPU, /, **config: Any) -> Context:
@@ -45,11 +43,6 @@ def told(prefill: EngineCommand, decode: EngineCommand = FOUND, **config: Any) -
         probes={"engine_commands": {"prefill": {"host": prefill}, "decode": {"host": decode}}},
         **config,
     )
-
-
-def asked(answer: EngineFlags, **arguments: Any) -> Context:
-    probes = {"engine_flags": {"prefill": answer}, "engine_commands": {}}
-    return vllm(probes=probes, engine_args=arguments)
 
 
 def seen(*pairs: SeenPair, prefill: dict[str, Any] | None = None, **decode: Any) -> Context:
@@ -137,7 +130,6 @@ CASES: dict[str, Case] = {
         ],
         [args(seed="-1"), args(a="b--c")],
     ),
-    "PD607": Case([asked(NAMES, sead=1)], [asked(NAMES, lora=1), asked(NO_NAMES, sead=1)]),
     "PD610": Case([on(CPU, decode__engine="vllm")], [vllm(), vllm(decode__replicas=0)]),
     "PD611": Case([told(EngineCommand(problem="it is a folder"))], [told(FOUND)]),
     "PD612": Case(

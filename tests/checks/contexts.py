@@ -99,7 +99,7 @@ NOTHING_WRONG: dict[str, Any] = {
     name: {}
     for name in (
         *("ports", "nixl", "connector_errors", "missing_extras", "folder_problems"),
-        *("weight_errors", "engine_commands", "engine_flags"),
+        *("weight_errors", "engine_commands"),
     )
 }
 """Fields of ``Probes`` that were looked at, without a finding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -16,14 +17,17 @@ from pdlaunch.config.vllm_arguments import (
     REFUSED,
     long_name,
 )
-from pdlaunch.machine.engine_commands import ask_engine_flags, find_engine_command
+from pdlaunch.machine.availability import run_briefly
+from pdlaunch.machine.engine_commands import find_engine_command
 
 
 @pytest.fixture(scope="module")
 def names(vllm_command: str) -> frozenset[str]:
-    answer = ask_engine_flags(vllm_command, os.environ)
-    assert not answer.problem
-    return answer.names
+    """All names of flags, which stand before two spaces, behind which a description begins."""
+    answer = run_briefly([vllm_command, "serve", "--help=all"], os.environ, 180.0)
+    assert answer.returncode == 0, answer.problem()
+    heads = [line[2:].partition("  ")[0] for line in answer.output if line.startswith("  -")]
+    return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z][\w.-]*", " ".join(heads)))
 
 
 def test_the_version_is_known_without_running_it(vllm_command: str) -> None:

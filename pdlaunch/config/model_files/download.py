@@ -97,7 +97,7 @@ def download(name: str, revision: str, part: Part) -> None:
 
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*DESCRIPTION]))
         if not (folder / "config.json").is_file():
-            raise _wrong_files(name, revision, "config.json")
+            raise _wrong_files(name, "config.json")
         if part == "weights":
             index = folder / INDEX
             wanted = names_in(index) if index.is_file() else ["model.safetensors"]
@@ -105,7 +105,7 @@ def download(name: str, revision: str, part: Part) -> None:
             plain = [file for file in wanted if _PLAIN_NAME.fullmatch(file)]
             snapshot_download(name, revision=revision, allow_patterns=plain)
             if not any((folder / file).is_file() for file in wanted):
-                raise _wrong_files(name, revision, wanted[0])
+                raise _wrong_files(name, wanted[0])
     except ConfigError:
         raise
     except ImportError as error:
@@ -114,20 +114,11 @@ def download(name: str, revision: str, part: Part) -> None:
         raise _explain(error, name, revision) from error
 
 
-def _wrong_files(name: str, revision: str, missing: str) -> ConfigError:
+def _wrong_files(name: str, missing: str) -> ConfigError:
     """Return the error of a model that is published in another form."""
-    from huggingface_hub import HfApi
-
-    files: list[str] = []
-    with contextlib.suppress(Exception):  # Only for a better message.
-        files = HfApi().list_repo_files(name, revision=revision)
-    others = [file for file in files if file.endswith((".gguf", ".bin", ".pt", ".pth"))]
-    has = f"; it has {', '.join(others[:3])}" if others else ""
-    fix = "Name a model whose weights are published as safetensors."
-    if any(file.endswith(".gguf") for file in others):
-        fix = f"`hf download {name} FILE.gguf --local-dir DIR`, and name DIR/FILE.gguf."
-    message = f"{name} on the hub has no {missing}{has}"
-    return ConfigError(message, field="model", value=name, fix=fix)
+    fix = "Name a model whose weights are published as safetensors; of one in GGUF, "
+    fix += f"`hf download {name} FILE.gguf --local-dir DIR`, and name DIR/FILE.gguf."
+    return ConfigError(f"{name} on the hub has no {missing}", field="model", value=name, fix=fix)
 
 
 def _explain(error: Exception, name: str, revision: str) -> ConfigError:
