@@ -30,10 +30,13 @@ class _Refused(Exception):
 
 
 def obey(
-    command: Command, asker: str, wanted: Desired, seen: Observed, plan: PlanChange
+    command: Command, asker: str, wanted: Desired, seen: Observed, plan: PlanChange, now: float
 ) -> list[Action]:
-    """Change the desired state, and answer."""
-    turn = Turn(wanted, seen, now=0.0)
+    """Change the desired state, and answer; do nothing when the asker has given up."""
+    turn = Turn(wanted, seen, now)
+    if now > command.expires_at:
+        turn.announce("a command is dropped: nobody waits for its answer any more")
+        return turn.actions
     answer = Answered(question=command.question)
     try:
         match command:

@@ -121,7 +121,7 @@ class Supervisor:
             return
         if isinstance(message, Command) and process.registration is not None:
             plan = self._places.plan
-            self._perform(obey(message, event.name, self.wanted, self.seen, plan))
+            self._perform(obey(message, event.name, self.wanted, self.seen, plan, self._clock()))
         self._observe(event)
         if isinstance(message, Register) and process.registration is message:
             self._greet(process)

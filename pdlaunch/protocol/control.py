@@ -6,6 +6,7 @@ version, on every change.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -180,8 +181,14 @@ class SleepState(Message):
     state: Literal["awake", "draining", "sleeping"]
 
 
-class CommandToEngine(Message):
+class Asked(Message):
     question: int  # comes back with the answer, an ``Answered``
+    # The instant, on the monotonic clock of the host that router and supervisor share, at which
+    # the asker has given up: a command that was answered with an error is not carried out later.
+    expires_at: float = math.inf
+
+
+class CommandToEngine(Asked, kw_only=True):
     name: str  # names the engine, or one of its processes
 
 
@@ -189,16 +196,15 @@ class Restart(CommandToEngine):
     """Asks, from the router, to start an engine anew."""
 
 
-class SetDrained(CommandToEngine):
+class SetDrained(CommandToEngine, kw_only=True):
     """Asks to give an engine no new work, or to give it work again."""
 
     is_drained: bool
 
 
-class ChangeEngines(Message):
+class ChangeEngines(Asked):
     """Asks for another number of engines of some roles, or for an engine under another role."""
 
-    question: int
     replicas: dict[Role, int] = msgspec.field(default_factory=dict)  # other roles keep theirs
     turn: str = ""  # the engine, or one of its processes, that takes ``role``
     role: Role | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -30,7 +31,11 @@ class SupervisorLink:
         """Return the answer, once the change is done if it is one; ``command.question`` is set
         here. Raises OverloadedError.
         """
-        command = msgspec.structs.replace(command, question=next(self._numbers))
+        command = msgspec.structs.replace(
+            command,
+            question=next(self._numbers),
+            expires_at=time.monotonic() + ANSWER_TIMEOUT_S,
+        )
         answers = self._asked[command.question] = asyncio.Queue()
         timeout_s, code = ANSWER_TIMEOUT_S, "no_answer"
         message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"

@@ -60,13 +60,13 @@ class Load:
             self._ends.wait(PAUSE_S)
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, exit_code: int = 0) -> str:
     """Run a command as users do, and return what it prints."""
     result = CliRunner().invoke(
         build_app(arguments), arguments, env={"NO_COLOR": "1", "COLUMNS": "200"}
     )
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    assert result.exit_code == exit_code, result.output
+    return result.output
 
 
 def states(deployment: Deployment) -> dict[str, str]:

@@ -69,6 +69,12 @@ def test_a_launch_that_stops_obeys_no_command(
     assert world.draining() == {"router"}
 
 
+def test_a_command_whose_asker_has_given_up_is_dropped(world: World) -> None:
+    late = Restart(question=7, name="decode-0", expires_at=world.clock() - 1)
+    world.say("router", late)
+    assert not world.supervisor.wanted.engines["decode-0"].restart
+
+
 # Drains
 
 

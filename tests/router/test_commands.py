@@ -60,7 +60,9 @@ async def test_a_scale_is_answered_when_it_is_done(admin_stand: AdminStand) -> N
     scaled = call(admin_stand, "scale", prefill=2, decode=1, drain_timeout_s=12)
     wanted = await asked(admin_stand)
     replicas = {"prefill": 2, "decode": 1}
-    assert wanted == ChangeEngines(question=wanted.question, replicas=replicas, drain_s=12.0)
+    assert wanted == ChangeEngines(
+        question=wanted.question, expires_at=wanted.expires_at, replicas=replicas, drain_s=12.0
+    )
     answer(admin_stand, wanted, change=PLAN, notes=["PD412"], is_done=False)
     await asyncio.sleep(0)
     assert not scaled.done()
@@ -118,7 +120,12 @@ async def set_drained(stand: AdminStand, verb: str, *names: str, timeout_s: floa
     for number, name in enumerate(names, start=1):
         command = await asked(stand, first + number)
         is_drained = verb == "drain"
-        assert command == SetDrained(question=command.question, name=name, is_drained=is_drained)
+        assert command == SetDrained(
+            question=command.question,
+            expires_at=command.expires_at,
+            name=name,
+            is_drained=is_drained,
+        )
         answer(stand, command, engine=name, notes=["a note"])
         stand.stand.engines[name].withheld = "draining" if is_drained else ""
         stand.stand.publish()
