@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import yaml
 from pdlaunch import __version__
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
-from pdlaunch.cli.output import refuse
+from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.cli.preflight import refuse_errors, refuse_running_engines
 from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.sources import load_config
@@ -44,14 +44,6 @@ NameOption = Annotated[
     str, typer.Option("--name", help="Name of the objects: small letters, digits and dashes.")
 ]
 ImageOption = Annotated[str | None, typer.Option("--image", help="Image of all containers.")]
-OutputOption = Annotated[
-    str | None,
-    typer.Option(
-        "--output",
-        metavar="FILE|DIR",
-        help="File to write; a folder, or a path that ends in /, gets a file for each object.",
-    ),
-]
 VolumesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,11 +52,6 @@ VolumesOption = Annotated[
         help="Mount a PersistentVolumeClaim (compose: a folder or volume), for models.",
     ),
 ]
-SecretOption = Annotated[
-    bool,
-    typer.Option("--print-secret", help="Print the Secret with new join keys, and nothing else."),
-]
-
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 
@@ -90,8 +77,9 @@ def kubernetes(
     cache_size: str = typer.Option(
         "20Gi", "--cache-size", help="Size of the claim that is rendered."
     ),
-    print_secret: SecretOption = False,
-    output: OutputOption = None,
+    print_secret: bool = typer.Option(
+        False, "--print-secret", help="Print the Secret with new join keys, and nothing else."
+    ),
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],
@@ -100,8 +88,7 @@ def kubernetes(
 
     The Secret that they refer to is printed with --print-secret alone.
     """
-
-    def render() -> Sequence[Any]:
+    with ending_at_errors():
         if namespace is not None:
             _require_name(namespace, "--namespace")
         options = PodOptions(
@@ -114,12 +101,12 @@ def kubernetes(
             cache_size=cache_size,
         )
         launch = _placed(config, flags, options, assume, base=f"{name}-")
-        if not print_secret:
-            return kubernetes_objects(launch, namespace)
-        join, supervisor = _join_texts(launch.endpoint(f"{name}-control"))
-        return [kubernetes_secret(launch, namespace, join=join, supervisor=supervisor)]
-
-    _write(render, output, _object_file)
+        if print_secret:
+            join, supervisor = _join_texts(launch.endpoint(f"{name}-control"))
+            objects = [kubernetes_secret(launch, namespace, join=join, supervisor=supervisor)]
+        else:
+            objects = kubernetes_objects(launch, namespace)
+        sys.stdout.write(_to_yaml(objects))
 
 
 @app.command("compose", cls=ServeCommand)
@@ -135,14 +122,12 @@ def compose(
         metavar="DIR",
         help="Write the secrets' files here instead, with new keys.",
     ),
-    output: OutputOption = None,
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],
 ) -> None:
     """Print a file for `docker compose`: a container for each engine, one with the router."""
-
-    def render() -> Sequence[Any]:
+    with ending_at_errors():
         options = PodOptions(
             name=_require_name(name, "--name"),
             image=image or f"pdlaunch:{__version__}",
@@ -150,12 +135,10 @@ def compose(
         )
         launch = _placed(config, flags, options, assume, base="")
         if secrets is None:
-            return [compose_file(launch)]
-        texts = _join_texts(launch.endpoint("router"))
-        _write_secrets(secrets, dict(zip((JOIN_KEY, SUPERVISOR_KEY), texts, strict=True)))
-        return []
-
-    _write(render, output, lambda _: "compose.yaml")
+            sys.stdout.write(_to_yaml([compose_file(launch)]))
+        else:
+            texts = _join_texts(launch.endpoint("router"))
+            _write_secrets(secrets, dict(zip((JOIN_KEY, SUPERVISOR_KEY), texts, strict=True)))
 
 
 def _placed(
@@ -175,20 +158,16 @@ def _placed(
     placed = place(loaded.config, machines)
     config = placed.config()
     judged = judged_machine(assume, config)
-    names = [name for group in machines.values() for name in group]
     pods = {
         name: ResolvedHost(
             name, judged.machine, judged.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS
         )
-        for name in names
+        for group in machines.values()
+        for name in group
     }
+    hosts = planned_hosts(config, judged.machine, judged.environ, pods)
     read = read_models if judged.assumed is None else read_models_elsewhere
-    resolved = resolve_on(
-        config,
-        planned_hosts(config, judged.machine, judged.environ, pods),
-        judged.environ,
-        read(config, fetch_part),
-    )
+    resolved = resolve_on(config, hosts, judged.environ, read(config, fetch_part))
     resolved.require_startable()
     refuse_errors(resolved, loaded.origins, elsewhere=True, undone="not rendered")
     _require_mounted(resolved, options)
@@ -249,46 +228,23 @@ def _volumes(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _object_file(found: Mapping[str, Any]) -> str:
-    return f"{found['metadata']['name']}.{found['kind'].lower()}.yaml"
-
-
-def _write(
-    render: Callable[[], Sequence[Any]], output: str | None, file_name: Callable[[Any], str]
-) -> None:
-    """Print what is rendered, or write it to a file, or a file for each object to a folder."""
-    try:
-        documents = render()
-        if output is None:
-            sys.stdout.write(_to_yaml(documents) if documents else "")
-        elif output.endswith(os.sep) or Path(output).is_dir():
-            Path(output).mkdir(parents=True, exist_ok=True)
-            for document in documents:
-                (Path(output) / file_name(document)).write_text(_to_yaml([document]))
-        else:
-            Path(output).write_text(_to_yaml(documents))
-    except OSError as error:
-        refuse(
-            ConfigError(
-                f"{error.filename} cannot be written: {error.strerror}",
-                field="--output",
-                value=output,
-                fix="name a file or folder that you may write to",
-            )
-        )
-    except ConfigError as error:
-        refuse(error)
-
-
 def _write_secrets(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write secrets to files that their owner alone can read."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, text in texts.items():
-        path = folder / name
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+    """Write secrets to files that their owner alone can read. Raises ConfigError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, text in texts.items():
+            path = folder / name
+            path.unlink(missing_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename} cannot be written: {error.strerror}",
+            field="--secrets",
+            value=str(folder),
+            fix="name a folder that you may write to",
+        ) from None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -213,14 +213,3 @@ def test_what_cannot_be_rendered_is_refused(
     assert result.exit_code == code, result.output
     assert field in result.stderr
     assert result.stdout == ""
-
-
-def test_a_folder_gets_a_file_for_each_object(tmp_path: Path, demo: list[dict[str, Any]]) -> None:
-    folder = tmp_path / "objects"
-    result = run("kubernetes", DEMO, "--assume", "cpu", "--output", f"{folder}/")
-    assert result.exit_code == 0, result.output
-    written = [yaml.safe_load(path.read_text()) for path in folder.iterdir()]
-    assert sorted(map(str, written)) == sorted(map(str, demo))
-    file = tmp_path / "all.yaml"
-    run("kubernetes", DEMO, "--assume", "cpu", "--output", str(file))
-    assert list(yaml.safe_load_all(file.read_text())) == demo
