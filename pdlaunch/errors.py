@@ -46,7 +46,7 @@ class ConfigError(PdlaunchError, ValueError):
 
 
 class UnsupportedModelError(ConfigError):
-    """pdlaunch cannot serve this model; raised before any weight is read."""
+    pass
 
 
 class StartupError(PdlaunchError):
@@ -54,9 +54,7 @@ class StartupError(PdlaunchError):
 
 
 class RequestError(PdlaunchError, ValueError):
-    """A request to the API cannot be served as it was sent; becomes an error body in OpenAI's
-    format.
-    """
+    """Becomes the body of an error in OpenAI's format."""
 
     def __init__(
         self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None
@@ -68,8 +66,6 @@ class RequestError(PdlaunchError, ValueError):
 
 
 class OverloadedError(RequestError):
-    """The engine or the router has no room for the request now."""
-
     def __init__(
         self, message: str, *, status: int = 429, retry_after_s: int = 1, code: str | None = None
     ) -> None:
@@ -78,37 +74,33 @@ class OverloadedError(RequestError):
 
 
 class KillsEngineError(RequestError):
-    """Is raised when ranks died of the request."""
-
     def __init__(self, message: str) -> None:
         super().__init__(message, status=500, code="request_kills_engine")
 
 
 class TransferError(PdlaunchError):
-    """Is raised when KV blocks could not be moved, or not be proven right."""
+    pass
 
 
 class HandshakeError(TransferError):
-    """Two engines cannot exchange KV blocks."""
+    pass
 
 
 class LeaseError(TransferError):
-    """The lease on the remote blocks has ended or never was."""
+    pass
 
 
 class VerificationError(TransferError):
-    """Token hash or checksum of a pulled block differ from what the prefill engine stated."""
+    pass
 
 
 class TransferSpecError(TransferError, ValueError):
-    """A transfer between device and host names groups, blocks and chunks that do not fit each
-    other; nothing is copied.
-    """
+    pass
 
 
 class MemoryPoolError(PdlaunchError):
-    """A pool of device memory cannot do what was asked of it now."""
+    pass
 
 
 class ProtocolError(PdlaunchError):
-    """A message from another process does not have the agreed form."""
+    pass

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import typer
 
-_UNUSABLE = "2 the input is unusable"
-_DONE = f"0 done, 1 failed, {_UNUSABLE}, 130 interrupted"
-_SERVED = f"0 served and stopped, 1 failed, {_UNUSABLE}"
+_DONE = "0 done, 1 failed, 2 unusable input, 130 interrupted"
+_SERVED = "0 served and stopped, 1 failed, 2 unusable input, 130 interrupted before it served"
 _CHECKED = (
-    "0 no errors (with --strict: nor warnings), 1 findings that fail the check, "
-    f"{_UNUSABLE}, 130 interrupted"
+    "0 no errors (with --strict: nor warnings), 1 findings that fail the check, 2 unusable input, "
+    "130 interrupted"
 )
 
 
@@ -40,39 +39,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command(
-        "serve",
-        "serve:serve",
-        "Start prefill and decode engines behind one router.",
-        f"{_SERVED}, 130 interrupted before it served",
-    ),
-    Command(
-        "agent",
-        "agent:agent",
-        "Run engines on this host for a `pdlaunch serve` on another one.",
-        f"0 told to leave, 1 refused or without a supervisor, {_UNUSABLE}",
-    ),
+    Command("serve", "serve:serve", "Start prefill and decode engines behind one router.", _SERVED),
+    Command("agent", "agent:agent", "Run engines on this host for a launch on another one."),
     Command("router", "router:router", "Route requests to engines that run already.", _SERVED),
-    Command(
-        "check-config",
-        "check_config:check_config",
-        "Find what is wrong with a set-up before it runs.",
-        _CHECKED,
-    ),
-    Command(
-        "doctor",
-        "doctor:doctor",
-        "Find what is wrong with engines of vLLM that run already.",
-        _CHECKED,
-    ),
+    Command("check-config", "check_config:check_config", "Find what breaks a launch.", _CHECKED),
+    Command("doctor", "doctor:doctor", "Find what is wrong with running engines.", _CHECKED),
     Command("probe", "machines:probe", "Describe this machine in JSON, for checks elsewhere."),
     Command("explain", "explain:explain", "Show why a rule exists and how to fix its findings."),
     Command("render", "render:app", "Write a deployment for Kubernetes or docker compose."),
-    Command(
-        "smoke",
-        "smoke:smoke_command",
-        "Start a deployment, check what it promises, stop it; for CI.",
-    ),
+    Command("smoke", "smoke:smoke_command", "Start a deployment, check its promises, stop it."),
     Command("status", "status:status", "Show what a deployment is doing."),
     Command("top", "top:top", "Watch a deployment in the terminal, as it changes."),
     Command("sleep", "engines:sleep", "Have engines give their device memory back."),

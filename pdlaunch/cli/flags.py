@@ -26,16 +26,12 @@ CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 
 _RICH_FROM_COLUMNS = 96
 _BOTH_ROLES = "use --tensor-parallel-size, or --prefill-tp and --decode-tp"
-_MANY_ENGINES = "--prefill N and --decode N start several engines behind one router"
-_OWN_FILES = "the files of the model itself are used"
 _FOR_VLLM = "with engine: vllm it goes into engine_args of the file"
-_UNQUANTIZED = f"weights are served unquantized, a .gguf file too; {_FOR_VLLM}"
 
 INSTEAD = {
     "-tp": _BOTH_ROLES,
     "--tp": _BOTH_ROLES,
-    "-dp": _MANY_ENGINES,
-    "--data-parallel-size": _MANY_ENGINES,
+    "--data-parallel-size": "--prefill N and --decode N start several engines behind one router",
     "--kv-cache-memory-bytes": "use --kv-cache-memory",
     "--num-gpu-blocks-override": "use --kv-cache-memory",
     "--kv-offloading-size": "use --kv-offload-memory, for each rank",
@@ -43,25 +39,13 @@ INSTEAD = {
     "connector, the section kv_transfer of the file has its settings",
     "--shutdown-timeout": "use --drain-timeout",
     "--allowed-origins": "use --cors-origins",
-    "--max-num-queued-reqs": "set limits.max_queued_requests in the file",
     "--config": "give the YAML file as the argument: pdlaunch serve FILE.yaml",
-    "--download-dir": "set the variable HF_HOME",
     "--hf-token": "set the variable HF_TOKEN",
-    "--device-ids": "set the variable CUDA_VISIBLE_DEVICES",
-    "--seed": "send `seed` with a request",
-    "--enable-chunked-prefill": "long prompts are always computed in parts; "
-    "--max-num-batched-tokens sets how much one step takes",
-    "--disable-log-requests": "requests are not logged; use --log-level",
-    "--uvicorn-log-level": "use --log-level",
-    "--tokenizer": _OWN_FILES,
-    "--tokenizer-revision": _OWN_FILES,
-    "--hf-config-path": _OWN_FILES,
-    "--chat-template": _OWN_FILES,
+    "--chat-template": "the files of the model itself are used",
+    "--tokenizer": "the files of the model itself are used",
     "--trust-remote-code": f"code that comes with a model is never run; {_FOR_VLLM}",
-    "--quantization": _UNQUANTIZED,
-    "-q": _UNQUANTIZED,
+    "--quantization": f"weights are served unquantized, a .gguf file too; {_FOR_VLLM}",
     "--ssl-keyfile": "a proxy in front of the router has to end TLS",
-    "--ssl-certfile": "a proxy in front of the router has to end TLS",
 }
 """Flags of vLLM that have another name here, with the way to the same end."""
 

@@ -28,7 +28,7 @@ from pdlaunch.cli.joining import (
 from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
 from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.options import StopOption
-from pdlaunch.cli.output import Format, ending_at_errors, safe, say
+from pdlaunch.cli.output import Format, ending_at_errors, say
 from pdlaunch.cli.preflight import judge_pairs, load_launch, refuse_errors
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.model_files.download import fetch_part
@@ -194,28 +194,10 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
         table.add_row(
             process.name, process.host, " ".join(process.devices), str(process.num_threads), ports
         )
-    console.print(_effective_table(resolved), table)
+    console.print(table)
     for process in processes:
         environment = " ".join(
             f"{name}={shlex.quote(value)}" for name, value in process.environment.items()
         )
         console.print(Text(process.name, style="bold"))
         console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"), soft_wrap=True)
-
-
-def _effective_table(resolved: ResolvedLaunch) -> Table:
-    """Return what the engines of each role use; their environment is shown with the processes."""
-    by_role = effective_engines(resolved)
-    for values in by_role.values():
-        del values["environment"]
-        memory = values.pop("memory_of_a_rank")
-        values.update(memory if isinstance(memory, dict) else {})
-    table = Table()
-    for heading in ("engines", *by_role):
-        table.add_column(heading, overflow="fold")
-    for name in dict.fromkeys(name for values in by_role.values() for name in values):
-        shown = (values.get(name) for values in by_role.values())
-        table.add_row(
-            name, *("not known yet" if value is None else safe(str(value)) for value in shown)
-        )
-    return table

@@ -27,7 +27,6 @@ def run(*arguments: str, columns: int = 200) -> tuple[int, str]:
         ("-tp", "use --tensor-parallel-size"),
         ("--data-parallel-size", "--prefill N and --decode N"),
         ("--quantization=fp8", "No such option: --quantization; weights are served unquantized"),
-        ("--no-enable-chunked-prefill", "long prompts are always computed in parts"),
         ("--max_model_len", "did you mean --max-model-len?"),
         ("--num-threads", "set num_threads in the file, or the variable PDLAUNCH_NUM_THREADS"),
         ("--max-num-seq", "--max-num-seqs"),
