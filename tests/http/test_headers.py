@@ -15,26 +15,30 @@ from pdlaunch.http.headers import (
     IgnoredFields,
     read_ignored_fields,
     read_request_id,
+    read_timeout_s,
     read_traceparent,
 )
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def test_a_request_id_is_kept_or_made():
+def test_a_request_id_is_kept_or_made() -> None:
     assert read_request_id("abc-1") == "abc-1"
     assert len(read_request_id(None)) == 32
     assert read_request_id("") != read_request_id("")
 
 
 @pytest.mark.parametrize("header", ["a b", "a\r\nb", "é", "x" * 201])
-def test_bad_request_ids_are_refused(header):
-    with pytest.raises(RequestError):
+def test_bad_request_ids_are_refused(header: str) -> None:
+    with pytest.raises(RequestError, match="X-Request-Id"):
         read_request_id(header)
 
 
-def test_a_traceparent_passes_unchanged():
-    assert read_traceparent(TRACEPARENT) == TRACEPARENT
+@pytest.mark.parametrize("header", ["x", "", "0", "-1", "nan", "inf"])
+def test_a_timeout_is_a_positive_number(header: str) -> None:
+    assert (read_timeout_s(None), read_timeout_s("2.5")) == (None, 2.5)
+    with pytest.raises(RequestError, match="X-Request-Timeout"):
+        read_timeout_s(header)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +52,13 @@ def test_a_traceparent_passes_unchanged():
         "ff" + TRACEPARENT[2:],
     ],
 )
-def test_a_malformed_traceparent_is_ignored(header):
+def test_a_malformed_traceparent_is_ignored(header: str | None) -> None:
+    assert read_traceparent(TRACEPARENT) == TRACEPARENT
     assert read_traceparent(header) is None
 
 
 @given(st.text())
-def test_any_header_is_read_or_refused(header):
+def test_any_header_is_read_or_refused(header: str) -> None:
     read_traceparent(header)
     with contextlib.suppress(RequestError):
         assert read_request_id(header).isascii()
@@ -64,33 +69,20 @@ def test_a_name_is_logged_once_and_sent_each_time(caplog: pytest.LogCaptureFixtu
     for _ in range(3):
         headers = fields.headers(["no_stop_trim", "messages.cache"])
         assert headers == {IGNORED_FIELDS_HEADER: "no_stop_trim, messages.cache"}
-    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == [
-        "'no_stop_trim'",
-        "'messages.cache'",
-    ]
+    names = [record.getMessage().rpartition(" ")[2] for record in caplog.records]
+    assert names == ["'no_stop_trim'", "'messages.cache'"]
     assert read_ignored_fields(headers[IGNORED_FIELDS_HEADER]) == ["no_stop_trim", "messages.cache"]
-    assert fields.headers([]) == {}
-    assert read_ignored_fields(None) == []
+    assert (fields.headers([]), read_ignored_fields(None)) == ({}, [])
 
 
-HOSTILE = [
-    "a\r\nSet-Cookie: x",
-    "a, b",
-    "",
-    "température",
-    "x" * 65,
-    "x" * 2**20,
-    "a\x1b[2Jb",
-    "\0",
-]
+HOSTILE = ["a\r\nSet-Cookie: x", "a, b", "", "température", "x" * 2**20, "a\x1b[2Jb", "\0"]
 
 
 def test_hostile_names_reach_no_header_and_stay_on_their_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert IgnoredFields().headers(HOSTILE) == {}
-    for record in caplog.records:
-        line = record.getMessage()
+    for line in (record.getMessage() for record in caplog.records):
         assert line.isascii()
         assert line.isprintable()
         assert len(line) < 400

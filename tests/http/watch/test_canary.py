@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,120 +21,97 @@ from pdlaunch.http.watch.engine_api import EngineApi
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 from tests.router.fake_engine import until
 
-
-@contextlib.asynccontextmanager
-async def served(*engines: FakeVllm, folder: Path) -> AsyncIterator[list[EngineApi]]:
-    paths = [folder / f"{engine.name}.sock" for engine in engines]
-    runners = [await listen(engine, path) for engine, path in zip(engines, paths, strict=True)]
-    apis = [EngineApi(f"unix:{path}") for path in paths]
-    try:
-        yield apis
-    finally:
-        for api in apis:
-            await api.close()
-        for runner in runners:
-            await runner.cleanup()
+LENGTH = 2 * BLOCK_SIZE + 1
 
 
-def pair() -> tuple[FakeVllm, FakeVllm]:
-    shares: dict[str, list[int]] = {}
-    return FakeVllm("p", shares), FakeVllm("d", shares)
+class Pair:
+    """A prefill and a decode engine, through which ``send`` sends a canary."""
+
+    def __init__(self, folder: Path) -> None:
+        shares: dict[str, list[int]] = {}
+        self.prefill, self.decode = FakeVllm("p", shares), FakeVllm("d", shares)
+        self._folder = folder
+
+    async def send(self, *, is_exact: bool = True) -> Proof:
+        async with contextlib.AsyncExitStack() as stack:
+            apis = []
+            for engine in (self.prefill, self.decode):
+                path = self._folder / f"{engine.name}.sock"
+                stack.push_async_callback((await listen(engine, path)).cleanup)
+                apis.append(EngineApi(f"unix:{path}"))
+                stack.push_async_callback(apis[-1].close)
+            return await send_canary(*apis, "m", is_exact=is_exact)
 
 
-async def send(prefill: FakeVllm, decode: FakeVllm, folder: Path, *, is_exact: bool) -> Proof:
-    async with served(prefill, decode, folder=folder) as (prefill_api, decode_api):
-        return await send_canary(prefill_api, decode_api, "m", is_exact=is_exact)
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path)
 
 
-async def test_a_good_pair_moves_the_blocks_of_a_new_prompt(tmp_path: Path) -> None:
-    prefill, decode = pair()
-    first = await send(prefill, decode, tmp_path, is_exact=True)
-    await send(prefill, decode, tmp_path, is_exact=True)
-    length = 2 * BLOCK_SIZE + 1
-    assert first.num_bytes == BYTES_OF_TOKEN * length
-    handed, other = (body for body in prefill.bodies if body["max_tokens"] == 1)
-    assert len(handed["prompt"]) == length
+async def test_a_good_pair_moves_the_blocks_of_a_new_prompt(pair: Pair) -> None:
+    first = await pair.send()
+    await pair.send()
+    assert first.num_bytes == BYTES_OF_TOKEN * LENGTH
+    handed, other = (body for body in pair.prefill.bodies if body["max_tokens"] == 1)
+    assert len(handed["prompt"]) == LENGTH
     assert handed["prompt"] != other["prompt"]
-    assert decode.bodies[0]["max_tokens"] == NUM_TOKENS <= 4
+    asked = pair.decode.bodies[0]
+    assert asked["max_tokens"] == NUM_TOKENS <= 4
+    # What prefill had cached is not taken for what decode has read.
+    assert CACHED_AT_PREFILL not in asked["kv_transfer_params"]
 
 
-async def test_decode_that_computes_the_prompt_itself_is_found(tmp_path: Path) -> None:
-    prefill, decode = pair()
-    decode.moves_bytes = False
-    with pytest.raises(CanaryDied, match="computed the prompt itself") as caught:
-        await send(prefill, decode, tmp_path, is_exact=True)
-    assert not caught.value.fatal
+@pytest.mark.parametrize(
+    ("faults", "is_exact", "reason", "is_fatal"),
+    [
+        ({"moves_bytes": False}, True, "computed the prompt itself", False),
+        # Decode reads blocks of other requests meanwhile.
+        ({"moves_bytes": False, "num_bytes_of_others": 7_000_000}, True, f"{LENGTH} tokens", False),
+        ({"moves_bytes": False, "tells_cached": False}, True, "computed the prompt itself", False),
+        ({"garbles": True}, True, "other KV blocks", True),
+        ({"logprob_error": 0.5}, False, "differ by more than", True),
+    ],
+)
+async def test_a_bad_pair_is_found(
+    pair: Pair, faults: dict[str, Any], is_exact: bool, reason: str, is_fatal: bool
+) -> None:
+    for name, value in faults.items():
+        setattr(pair.decode, name, value)
+    with pytest.raises(CanaryDied, match=reason) as caught:
+        await pair.send(is_exact=is_exact)
+    assert caught.value.fatal is is_fatal
 
 
-async def test_bytes_of_other_requests_prove_nothing(tmp_path: Path) -> None:
-    """Decode reads blocks of others meanwhile, and has computed the canary itself."""
-    prefill, decode = pair()
-    decode.moves_bytes, decode.num_bytes_of_others = False, 7_000_000
-    with pytest.raises(CanaryDied, match=f"itself: {2 * BLOCK_SIZE + 1} tokens") as caught:
-        await send(prefill, decode, tmp_path, is_exact=True)
-    assert not caught.value.fatal
+async def test_logprobs_in_16_bits_may_differ_a_little(pair: Pair) -> None:
+    pair.decode.logprob_error = 0.1
+    assert (await pair.send(is_exact=False)).num_bytes
 
 
-async def test_a_proof_by_bytes_alone_says_so(tmp_path: Path) -> None:
+async def test_a_proof_by_bytes_alone_says_so(pair: Pair) -> None:
     """Of an engine that does not tell what it had cached, nothing better is known."""
-    prefill, decode = pair()
-    decode.tells_cached = False
-    assert not (await send(prefill, decode, tmp_path, is_exact=True)).is_told
-    decode.moves_bytes = False
-    with pytest.raises(CanaryDied, match="computed the prompt itself"):
-        await send(prefill, decode, tmp_path, is_exact=True)
-    decode.tells_cached = decode.moves_bytes = True
-    assert (await send(prefill, decode, tmp_path, is_exact=True)).is_told
+    assert (await pair.send()).is_told
+    pair.decode.tells_cached = False
+    assert not (await pair.send()).is_told
 
 
-async def test_what_prefill_had_cached_is_not_taken_for_what_decode_has_read(
-    tmp_path: Path,
-) -> None:
-    prefill, decode = pair()
-    await send(prefill, decode, tmp_path, is_exact=True)
-    assert CACHED_AT_PREFILL not in decode.bodies[0]["kv_transfer_params"]
-
-
-async def test_other_blocks_are_found_by_the_tokens(tmp_path: Path) -> None:
-    prefill, decode = pair()
-    decode.garbles = True
-    with pytest.raises(CanaryDied, match="other KV blocks") as caught:
-        await send(prefill, decode, tmp_path, is_exact=True)
-    assert caught.value.fatal
-
-
-@pytest.mark.parametrize(("error", "dies"), [(0.1, False), (0.5, True)])
-async def test_logprobs_in_16_bits_may_differ_a_little(
-    tmp_path: Path, error: float, dies: bool
-) -> None:
-    prefill, decode = pair()
-    decode.logprob_error = error
-    with pytest.raises(CanaryDied) if dies else contextlib.nullcontext():
-        await send(prefill, decode, tmp_path, is_exact=False)
-
-
-async def test_prefill_without_a_connector_is_named(tmp_path: Path) -> None:
-    prefill, decode = pair()
-    prefill.has_connector = False
+async def test_prefill_without_a_connector_is_named(pair: Pair) -> None:
+    pair.prefill.has_connector = False
     with pytest.raises(CanaryDied, match="no KV connector"):
-        await send(prefill, decode, tmp_path, is_exact=True)
+        await pair.send()
 
 
 async def test_an_engine_that_does_not_answer_is_no_verdict_on_the_pair(tmp_path: Path) -> None:
     gone = EngineApi(f"unix:{tmp_path / 'nobody.sock'}")
-    try:
-        with pytest.raises(ProtocolError, match="/metrics"):
-            await send_canary(gone, gone, "m", is_exact=True)
-        assert await gone.is_healthy(1.0) is None
-    finally:
-        await gone.close()
+    with pytest.raises(ProtocolError, match="/metrics"):
+        await send_canary(gone, gone, "m", is_exact=True)
+    assert await gone.is_healthy(1.0) is None
+    await gone.close()
 
 
-class Pairs:
+class Watched:
     """Answers canaries as the test says, and remembers what was told of them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(canary, "FIRST_RETRY_S", 0.001)
+    def __init__(self) -> None:
         self.works = False
         self.told: list[bool] = []
         self.canaries: Canaries[str] = Canaries(self._send, self._tell)
@@ -151,32 +128,23 @@ class Pairs:
 async def test_canaries_are_sent_until_one_comes_through_and_again_after_a_doubt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pairs = Pairs(monkeypatch)
-    pairs.canaries.prove(["a"])
-    await until(lambda: len(pairs.told) > 2)
-    assert "nonsense" in str(pairs.canaries.results["a"])
-    pairs.works = True
-    await until(lambda: pairs.told[-1])
-    num_told = len(pairs.told)
-    pairs.canaries.prove(["a"])
+    monkeypatch.setattr(canary, "FIRST_RETRY_S", 0.001)
+    watched = Watched()
+    canaries, told = watched.canaries, watched.told
+    canaries.prove(["a"])
+    await until(lambda: len(told) > 2)
+    assert "nonsense" in str(canaries.results["a"])
+    canaries.prove([])  # it leaves, and comes back
+    assert not canaries.pairs()
+    watched.works = True
+    canaries.prove(["a"])
+    await until(lambda: told[-1])
+    num_told = len(told)
+    canaries.prove(["a"])
     await asyncio.sleep(0.01)
-    assert len(pairs.told) == num_told
-    assert pairs.canaries.doubt(["a"])
-    assert not pairs.canaries.doubt(["a"])
-    pairs.canaries.prove(["a"])
-    await until(lambda: len(pairs.told) > num_told)
-    await pairs.canaries.close()
-
-
-async def test_a_pair_that_failed_and_left_is_proven_when_it_is_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pairs = Pairs(monkeypatch)
-    pairs.canaries.prove(["a"])
-    await until(lambda: pairs.told)
-    pairs.canaries.prove([])
-    assert not pairs.canaries.pairs()
-    pairs.works = True
-    pairs.canaries.prove(["a"])
-    await until(lambda: pairs.told[-1])
-    await pairs.canaries.close()
+    assert len(told) == num_told
+    assert canaries.doubt(["a"])
+    assert not canaries.doubt(["a"])
+    canaries.prove(["a"])
+    await until(lambda: len(told) > num_told)
+    await canaries.close()
