@@ -81,11 +81,9 @@ def _serve(turn: Turn) -> None:
         goal = wanted.engines[engine.name]
         if engine.retires or goal.restart or goal.withheld == "leaving":
             _retire(turn, engine, goal)
-        elif engine.retry_at is not None:
-            _leave_alone(turn, engine, engine.retry_at)
     for unit in seen.units:
         of = seen.engines.get(unit.engine)
-        if of is None or not (of.retires or of.retry_at is not None):
+        if of is None or not of.retires:
             _keep(turn, unit)
 
 
@@ -142,45 +140,41 @@ def _kill_late(turn: Turn, unit: Unit) -> None:
 
 
 def _after_death(turn: Turn, unit: Unit, cause: Instance) -> None:
-    """Wait before a dead unit is started again, or give its engine up."""
+    """Wait before a dead unit is started again; the more often it died, the longer."""
     timing = turn.wanted.timing
     unit.kill_at = None
     if unit.lost_with:
         # Its host was lost: this does not count as a quick death.
-        _back_off(unit)
+        _set_state(unit, ProcessState.BACKING_OFF)
         turn.do(Start(unit.name))
         return
     is_quick = unit.ready_at is None or unit.died_at - unit.ready_at < timing.quick_s
     unit.num_quick_deaths = unit.num_quick_deaths + 1 if is_quick else 1
-    if not is_quick and unit.engine in turn.seen.engines:
-        turn.seen.engines[unit.engine].num_times = 0
-    if unit.num_quick_deaths >= timing.max_quick_deaths:
-        _give_up(turn, unit, cause)
-        return
     delay_s = timing.delay_s(unit.num_quick_deaths)
-    turn.announce(f"{unit.name} starts again in {delay_s:g} s")
-    _back_off(unit)
+    if unit.num_quick_deaths < timing.max_quick_deaths:
+        _set_state(unit, ProcessState.BACKING_OFF)
+        turn.announce(f"{unit.name} starts again in {delay_s:g} s")
+    elif not _give_up(turn, unit, cause, delay_s):
+        return
     unit.start_at = turn.now + delay_s
     turn.due(unit.start_at)
 
 
-def _back_off(unit: Unit) -> None:
+def _set_state(unit: Unit, state: ProcessState) -> None:
     for process in unit.processes:
-        process.state = ProcessState.BACKING_OFF
+        process.state = state
 
 
-# Engines that are given up
-
-
-def _give_up(turn: Turn, unit: Unit, cause: Instance) -> None:
-    """Give up an engine that always dies; the launch ends if no other can do its work.
+def _give_up(turn: Turn, unit: Unit, cause: Instance, delay_s: float) -> bool:
+    """Leave an engine that always dies alone for a while; False: no other one can do its work, and
+    the launch ends.
 
     Deaths by SIGKILL count as well: the kernel sends it to a process that takes too much memory.
     """
-    timing, engine = turn.wanted.timing, turn.seen.engines.get(unit.engine)
+    engine = turn.seen.engines.get(unit.engine)
     summary = (
         f"{unit.name} died {unit.num_quick_deaths} times in a row, each within "
-        f"{timing.quick_s:g} s of its start"
+        f"{turn.wanted.timing.quick_s:g} s of its start"
     )
     others = [each for each in turn.seen.engines.values() if each is not engine]
     left = [] if engine is None else _left_of(engine.role, others)
@@ -193,19 +187,15 @@ def _give_up(turn: Turn, unit: Unit, cause: Instance) -> None:
             if each.failed_for and engine is not None and (all_count or each.role == engine.role)
         ]
         turn.fail(Failure(summary, process=cause.name, said=cause.error, details=details))
-        return
+        return False
     engine.failed_for = summary + (f": {cause.error}" if cause.error else "")
-    engine.num_times += 1
-    engine.retry_s = timing.retry_s(engine.num_times)
-    engine.retry_at = turn.now + engine.retry_s
-    for other in engine.units:
-        # With a cause, its processes die without being reported one by one.
-        other.cause = other.cause or cause
+    engine.retry_s = delay_s
+    _set_state(unit, ProcessState.GIVEN_UP)
     turn.announce(
-        f"{summary}: {engine.name} is given up and tried again in {engine.retry_s:g} s, "
+        f"{summary}: {engine.name} is given up and tried again in {delay_s:g} s, "
         f"{', '.join(each.name for each in left)} serves on"
     )
-    _leave_alone(turn, engine, engine.retry_at)
+    return True
 
 
 def _left_of(role: Role, engines: Collection[LaunchedEngine]) -> list[LaunchedEngine]:
@@ -219,27 +209,6 @@ def _left_of(role: Role, engines: Collection[LaunchedEngine]) -> list[LaunchedEn
     return of[role] or of["both"] or pair
 
 
-def _leave_alone(turn: Turn, engine: LaunchedEngine, retry_at: float) -> None:
-    """Kill the rest of an engine that was given up, and try it again when it is time.
-
-    One quick death of a unit is enough to give the engine up again, for longer.
-    """
-    for unit in engine.units:
-        if unit.alive:
-            _kill(turn, unit)
-            continue
-        unit.kill_at = unit.start_at = None
-        for process in unit.processes:
-            process.registration, process.state = None, ProcessState.GIVEN_UP
-    if engine.alive or not turn.due(retry_at):
-        return
-    engine.retry_at = None
-    turn.announce(f"{engine.name} is tried again")
-    for unit in engine.units:
-        unit.num_quick_deaths = turn.wanted.timing.max_quick_deaths - 1
-        turn.do(Start(unit.name))
-
-
 # Engines that stop because somebody asked
 
 
@@ -251,8 +220,7 @@ def _retire(turn: Turn, engine: LaunchedEngine, goal: Goal) -> None:
     stopped continue at another engine.
     """
     if not engine.retires:
-        engine.retires, engine.retry_at, engine.num_times = True, None, 0
-        engine.awaits_readers = engine.is_idle = False
+        engine.retires, engine.awaits_readers, engine.is_idle = True, False, False
         for unit in engine.units:
             unit.num_quick_deaths, unit.kill_at, unit.start_at = 0, None, None
         # An engine that does not serve has nothing to finish.

@@ -27,7 +27,6 @@ _LISTED: Mapping[ProcessState, ListedState] = {
     ProcessState.STARTING: "starting",
     ProcessState.READY: "ready",
     ProcessState.DRAINING: "draining",
-    ProcessState.GIVEN_UP: "failed",
 }
 
 
@@ -52,22 +51,22 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> Entry | None:
 
     The server of an engine that was given up keeps a line.
     """
-    spec, registration = process.spec, process.registration
+    spec, registration, state = process.spec, process.registration, _LISTED.get(process.state)
     withheld: Withheld = ""
     reason = ""
-    if spec.kind == "server" and (engine := seen.engines.get(spec.engine)) is not None:
-        withheld = wanted.engines[engine.name].withheld
-        reason = why_withheld(withheld, spec.engine)
-        if process.state is ProcessState.GIVEN_UP:
-            registration = Register(name=process.name, incarnation=process.incarnation, pid=0)
-            reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
-    if registration is None or spec.kind == "convert" or process.state not in _LISTED:
-        return None
-    state = _LISTED[process.state]
     if state == "ready" and process.is_stalled:
         state = "stalled"
     elif state == "ready" and process.sleep_state != "awake":
         state = process.sleep_state
+    if spec.kind == "server" and (engine := seen.engines.get(spec.engine)) is not None:
+        withheld = wanted.engines[engine.name].withheld
+        reason = why_withheld(withheld, spec.engine)
+        if engine.is_given_up:
+            state = "failed"
+            registration = Register(name=process.name, incarnation=process.incarnation, pid=0)
+            reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
+    if registration is None or state is None or spec.kind == "convert":
+        return None
     return Entry(
         name=process.name,
         kind=spec.kind,
@@ -124,7 +123,7 @@ class Views:
         """
         for entry in registry.entries:
             found = seen.find(entry.name)
-            if found is None or entry.state == "failed":
+            if found is None or found[1].registration is None:
                 continue
             view = self.of(found[1].spec, registry)
             content = (view.entries, view.pairs)

@@ -57,11 +57,11 @@ class Timing:
         return max(self.hang_timeout_s, self.startup_timeout_s)
 
     def delay_s(self, num_quick_deaths: int) -> float:
+        """Return the wait before the next start after so many quick deaths in a row."""
+        if (num_retries := num_quick_deaths - self.max_quick_deaths) >= 0:
+            # The bound keeps the power from overflowing, however often an engine is given up.
+            return float(min(self.max_retry_s, self.first_retry_s * 2 ** min(num_retries, 32)))
         return float(min(self.max_delay_s, self.first_delay_s * 2 ** max(0, num_quick_deaths - 1)))
-
-    def retry_s(self, num_times: int) -> float:
-        # The bound keeps the power from overflowing, however often an engine is given up.
-        return float(min(self.max_retry_s, self.first_retry_s * 2 ** min(num_times - 1, 32)))
 
 
 @dataclass(slots=True)
@@ -173,9 +173,7 @@ class LaunchedEngine:
     awaits_readers: bool = False
     is_idle: bool = False
     failed_for: str = ""  # the reason why it was given up; empty once it serves again
-    num_times: int = 0  # how often in a row it was given up
-    retry_s: float = 0.0
-    retry_at: float | None = None  # it is tried again then; None: not given up, or on trial
+    retry_s: float = 0.0  # the wait before it is tried again
 
     @property
     def processes(self) -> list[Instance]:
@@ -192,6 +190,10 @@ class LaunchedEngine:
     @property
     def alive(self) -> bool:
         return any(unit.alive for unit in self.units)
+
+    @property
+    def is_given_up(self) -> bool:
+        return any(process.state is ProcessState.GIVEN_UP for process in self.processes)
 
     @property
     def is_awake(self) -> bool:
@@ -325,7 +327,7 @@ class Observed:
     def missing_pairs(self) -> list[str]:
         """Return the unproven pairs of all engines that were not given up, in words."""
         return self.pairs.missing(
-            name for name, engine in self.engines.items() if engine.retry_at is None
+            name for name, engine in self.engines.items() if not engine.is_given_up
         )
 
     def status(self) -> LaunchStatus:

@@ -23,7 +23,7 @@ from pdlaunch.protocol.control import (
 )
 from tests.launch.changing import CORES, GPUS, Changing
 from tests.launch.fakes import World, serving
-from tests.launch.test_deaths import give_up
+from tests.launch.test_deaths import crash_loop
 
 ENGINE = ("decode-0", "decode-0/rank-0", "decode-0/rank-1")
 DONE = Answered(question=7)
@@ -204,8 +204,10 @@ def test_a_death_in_the_drain_hurries_it(world: World) -> None:
 
 def test_an_engine_that_is_given_up_or_backs_off_starts_at_once() -> None:
     world = serving(num_decode=2)
-    give_up(world)
+    crash_loop(world, "decode-0")
     assert world.ask(restart("decode-0")).error == ""
+    assert world.stopped() == {"decode-0/rank-0"}
+    world.exit("decode-0/rank-0")
     assert {world.state(name) for name in ENGINE[:2]} == {"starting"}
     # All deaths before are forgotten.
     for _ in range(4):
@@ -281,8 +283,10 @@ def test_what_still_runs_after_the_limit_is_not_waited_for(tmp_path: Path) -> No
 
 def test_one_that_was_given_up_goes_at_once(tmp_path: Path) -> None:
     world = Changing(tmp_path, decode={"replicas": 2})
-    give_up(world)
+    crash_loop(world, "decode-0")
     assert world.plan_of(decode=1).stops == ["decode-0"]
+    assert not world.draining()
+    world.exit("decode-0/rank-0")
     assert world.answered() == DONE
     assert world.engines == {"prefill-0", "decode-1"}
     world.pass_time(2000)
