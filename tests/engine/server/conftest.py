@@ -130,6 +130,10 @@ class Engine:
         async with self.session.post(self.url + path, json=body, headers=headers) as response:
             return response.status, await response.json(), response
 
+    async def get(self, path: str) -> tuple[int, dict]:
+        async with self.session.get(self.url + path) as response:
+            return response.status, await response.json()
+
     async def complete(self, **fields: object) -> dict:
         status, answer, _ = await self.post("/v1/completions", {"prompt": "hello"} | fields)
         assert status == 200, answer

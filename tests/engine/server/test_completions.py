@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
+from pdlaunch.engine.server.generation import Generation
+from pdlaunch.engine.server.served_model import read_sampling_defaults
+from pdlaunch.errors import ConfigError
+from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import END_TOKEN, Engine
@@ -22,31 +29,35 @@ TEXT = "hello world, the quick brown fox stops here"
 
 async def test_an_answer_has_text_usage_and_id(engine: Engine, rank: FakeRank):
     rank.script = rank.says("hello world", num_cached_tokens=1)
-    num_tokens = len(rank.ids("hello world"))
+    num_tokens, num_prompt = len(rank.ids("hello world")), len(rank.ids("hello"))
     status, answer, response = await engine.post(
         "/v1/completions", {"prompt": "hello", "max_tokens": num_tokens}, **{"X-Request-Id": "abc"}
     )
-    assert status == 200
-    assert response.headers["X-Request-Id"] == "abc"
-    assert answer["id"] == "cmpl-abc"
-    assert answer["object"] == "text_completion"
-    assert answer["model"] == "tiny"
-    assert answer["choices"] == [
-        {
-            "index": 0,
-            "text": "hello world",
-            "logprobs": None,
-            "finish_reason": "length",
-            "stop_reason": None,
-        }
-    ]
-    num_prompt_tokens = len(rank.ids("hello"))
-    assert answer["usage"] == {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_tokens,
-        "total_tokens": num_prompt_tokens + num_tokens,
-        "prompt_tokens_details": {"cached_tokens": 1},
+    assert (status, response.headers["X-Request-Id"]) == (200, "abc")
+    assert answer.pop("created") > 0
+    assert answer == {
+        "id": "cmpl-abc",
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [
+            {
+                "index": 0,
+                "text": "hello world",
+                "logprobs": None,
+                "finish_reason": "length",
+                "stop_reason": None,
+            }
+        ],
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
     }
+    (request,) = rank.added()
+    assert request.request_id.startswith("abc-")
+    assert request.request_id.endswith("/0")
 
 
 async def test_all_sampling_fields_reach_the_rank(engine: Engine, rank: FakeRank):
@@ -62,61 +73,45 @@ async def test_all_sampling_fields_reach_the_rank(engine: Engine, rank: FakeRank
         "repetition_penalty": 1.1,
         "seed": 5,
     }
-    await engine.complete(
-        **fields,
-        logit_bias={"5": 1.5},
-        stop_token_ids=[9],
-        logprobs=2,
-        cache_salt="s",
-        prompt=[4, 5, 6],
-        n=2,
-    )
-    first, second = rank.added()
-    for name, value in fields.items():
-        assert getattr(first.sampling, name) == value
+    others = {"logit_bias": {"5": 1.5}, "stop_token_ids": [9], "logprobs": 2, "cache_salt": "s"}
+    await engine.complete(**fields, **others, prompt=[4, 5, 6], n=2)
     end_token = rank.ids(END_TOKEN)[0]
-    assert first.sampling.logit_bias == {5: 1.5}
-    assert first.sampling.stop_token_ids == (9, end_token)
-    assert first.sampling.eos_token_ids == (end_token,)
-    assert first.sampling.num_top_logprobs == 2
-    assert (first.cache_salt, first.prompt_token_ids) == ("s", [4, 5, 6])
-    assert (first.sampling.choice, second.sampling.choice) == (0, 1)
-    assert second.sampling.seed == 5
+    expected = fields | {
+        "logit_bias": {5: 1.5},
+        "stop_token_ids": (9, end_token),
+        "eos_token_ids": (end_token,),
+        "num_top_logprobs": 2,
+    }
+    for choice, request in enumerate(rank.added()):
+        found = {name: getattr(request.sampling, name) for name in (*expected, "choice")}
+        assert found == expected | {"choice": choice}
+        assert (request.cache_salt, request.prompt_token_ids) == ("s", [4, 5, 6])
 
 
 async def test_defaults_are_neutral_and_the_seed_is_drawn(engine: Engine, rank: FakeRank):
     await engine.complete(top_k=-1)
     await engine.complete(ignore_eos=True)
-    first, second = rank.added()
-    assert (first.sampling.temperature, first.sampling.top_p, first.sampling.top_k) == (1.0, 1.0, 0)
-    assert first.sampling.max_tokens == 16
-    assert first.sampling.num_top_logprobs is None
-    assert 0 <= first.sampling.seed < 2**63
-    assert first.sampling.seed != second.sampling.seed
-    assert second.sampling.stop_token_ids == ()
+    first, second = (request.sampling for request in rank.added())
+    assert (first.temperature, first.top_p, first.top_k) == (1.0, 1.0, 0)
+    assert (first.max_tokens, first.num_top_logprobs) == (16, None)
+    assert 0 <= first.seed < 2**63
+    assert first.seed != second.seed
+    assert second.stop_token_ids == ()
 
 
-async def test_a_stream_says_the_same_as_the_answer(engine: Engine, rank: FakeRank):
+async def test_a_stream_says_the_same_as_the_answer(engine: Engine):
     answer = await engine.complete(max_tokens=8)
-    chunks = await engine.stream(max_tokens=8, stream_options={"include_usage": True})
-    assert chunks.pop() == {"done": True}
-    usage = chunks.pop()
-    assert usage["choices"] == []
-    assert usage["usage"] == answer["usage"]
+    *chunks, usage, done = await engine.stream(max_tokens=8, stream_options={"include_usage": True})
+    assert done == {"done": True}
+    assert (usage["choices"], usage["usage"]) == ([], answer["usage"])
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == answer["choices"][0]["text"]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (
-        len(chunks) - 1
-    ) + ["length"]
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["length"]
     assert all("usage" not in chunk for chunk in chunks)
-
-
-async def test_continuous_usage_counts_up(engine: Engine):
-    chunks = await engine.stream(
-        max_tokens=3, stream_options={"include_usage": True, "continuous_usage_stats": True}
-    )
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await engine.stream(max_tokens=3, stream_options=options)
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]]
-    assert counts == sorted(counts)
-    assert counts[-1] == 3
+    assert (counts, counts[-1]) == (sorted(counts), 3)
 
 
 @pytest.mark.parametrize("step", [1, 3, 100])
@@ -128,34 +123,25 @@ async def test_a_stop_string_ends_the_text_and_the_request(
 ):
     rank.script = rank.says(TEXT, step=step)
     fields = {"max_tokens": 60, "stop": ["zzz", "quick br"], "include_stop_str_in_output": include}
-    answer = await engine.complete(**fields)
-    (choice,) = answer["choices"]
-    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (
-        text,
-        "stop",
-        "quick br",
-    )
+    (choice,) = (await engine.complete(**fields))["choices"]
+    found = (choice["text"], choice["finish_reason"], choice["stop_reason"])
+    assert found == (text, "stop", "quick br")
     (abort,) = await rank.wait_for(AbortRequest)
     assert abort.request_id == rank.added()[0].request_id
     chunks = await engine.stream(**fields)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == text
 
 
-async def test_the_model_s_end_token_is_counted_but_not_shown(engine: Engine, rank: FakeRank):
-    rank.script = rank.says(rank.ids("hello") + rank.ids(END_TOKEN), ends=True)
+async def test_an_end_token_is_counted_but_not_shown(engine: Engine, rank: FakeRank):
+    token_ids = rank.ids("hello") + rank.ids(END_TOKEN)
+    rank.script = rank.says(token_ids, ends=True)
     answer = await engine.complete(return_token_ids=True, skip_special_tokens=False)
     (choice,) = answer["choices"]
-    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (
-        "hello",
-        "stop",
-        None,
-    )
-    assert choice["token_ids"] == rank.ids("hello") + rank.ids(END_TOKEN)
+    found = (choice["text"], choice["finish_reason"], choice["stop_reason"])
+    assert found == ("hello", "stop", None)
+    assert choice["token_ids"] == token_ids
     assert choice["prompt_token_ids"] == rank.ids("hello")
-    assert answer["usage"]["completion_tokens"] == len(choice["token_ids"])
-
-
-async def test_a_stop_token_is_named(engine: Engine, rank: FakeRank):
+    assert answer["usage"]["completion_tokens"] == len(token_ids)
     rank.script = rank.says([40, 41], ends=True)
     (choice,) = (await engine.complete(stop_token_ids=[41]))["choices"]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", 41)
@@ -182,7 +168,6 @@ async def test_logprobs_name_tokens_offsets_and_alternatives(engine: Engine, ran
     logprobs = choice["logprobs"]
     assert len(logprobs["tokens"]) == num_tokens
     assert logprobs["token_logprobs"] == [-0.5] * num_tokens
-    assert logprobs["tokens"][0] == "hello"
     assert logprobs["top_logprobs"][0] == {"hello": -0.5}
     assert logprobs["tokens"][-1].startswith("bytes:\\x")
     assert logprobs["text_offset"][:2] == [0, 5]
@@ -192,18 +177,7 @@ async def test_logprobs_name_tokens_offsets_and_alternatives(engine: Engine, ran
         assert [value for part in streamed if part for value in part[key]] == values
 
 
-async def test_trace_and_request_id_are_passed_on(
-    engine: Engine, rank: FakeRank, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level("INFO", "pdlaunch")
-    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    await engine.post(
-        "/v1/completions", {"prompt": "x"}, traceparent=traceparent, **{"X-Request-Id": "r"}
-    )
-    (request,) = rank.added()
-    assert traceparent not in caplog.text
-    assert request.request_id.startswith("r-")
-    assert request.request_id.endswith("/0")
+# Failures
 
 
 async def test_a_client_that_leaves_aborts_its_request(engine: Engine, rank: FakeRank):
@@ -217,38 +191,12 @@ async def test_a_client_that_leaves_aborts_its_request(engine: Engine, rank: Fak
 
 
 async def test_a_request_that_fails_is_a_500(engine: Engine, rank: FakeRank):
-    def fails(request: AddRequest):
-        yield Tokens(request_id=request.request_id, tokens=[TokenOutput(token_id=70)])
-        yield RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks")
-
-    rank.script = fails
+    rank.script = lambda request: [
+        Tokens(request_id=request.request_id, tokens=[TokenOutput(token_id=70)]),
+        RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks"),
+    ]
     status, error = await engine.refusal()
     assert (status, error["message"], error["code"]) == (500, "no KV blocks", "engine_error")
-
-
-async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank: FakeRank):
-    async with running_stream(engine, rank) as (request, response):
-        await rank.say(
-            RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks")
-        )
-        rest = await response.text()
-    assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "no KV blocks"
-    assert "[DONE]" not in rest
-
-
-async def test_an_answer_that_takes_too_long_is_a_503(make_engine, rank: FakeRank):
-    engine = await make_engine(limits=LimitSettings(request_timeout_s=100.0))
-    rank.script = silent
-    post = asyncio.create_task(engine.post("/v1/completions", {"prompt": "x"}))
-    await rank.wait_for(AddRequest)
-    pass_time(100.0)
-    status, answer, response = await post
-    assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (
-        503,
-        "request_timeout",
-        "1",
-    )
-    await rank.wait_for(AbortRequest)
 
 
 @contextlib.asynccontextmanager
@@ -266,14 +214,130 @@ async def running_stream(
         yield request, response
 
 
-async def test_a_new_rank_fails_the_requests_of_the_old_one(engine: Engine, rank: FakeRank):
+async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank: FakeRank):
+    async with running_stream(engine, rank) as (request, response):
+        await rank.say(
+            RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks")
+        )
+        rest = await response.text()
+    assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "no KV blocks"
+    assert "[DONE]" not in rest
+
+
+async def test_an_error_that_nobody_expected_shows_its_traceback(
+    engine: Engine,
+    rank: FakeRank,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = Generation.deltas
+
+    async def deltas(self: Generation, clock: RequestClock) -> AsyncIterator[object]:
+        async for some in told(self, clock):
+            yield some
+            raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr(Generation, "deltas", deltas)
+    async with running_stream(engine, rank) as (_, response):
+        assert "error" in await response.text()
+    (record,) = [record for record in caplog.records if record.getMessage() == "request failed"]
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+async def test_an_answer_that_takes_too_long_is_a_503(
+    make_engine: Callable[..., Any], rank: FakeRank
+):
+    engine = await make_engine(limits=LimitSettings(request_timeout_s=100.0))
     rank.script = silent
-    post = asyncio.create_task(engine.refusal())
+    post = asyncio.create_task(engine.post("/v1/completions", {"prompt": "x"}))
     await rank.wait_for(AddRequest)
-    await engine.service.use_link(None)
-    status, error = await post
-    assert (status, error["code"]) == (503, "engine_restarting")
-    status, error = await engine.refusal()
-    assert (status, error["code"]) == (503, "engine_starting")
-    async with engine.session.get(engine.url + "/health") as response:
-        assert response.status == 503
+    pass_time(100.0)
+    status, answer, response = await post
+    assert (status, answer["error"]["code"]) == (503, "request_timeout")
+    assert response.headers["Retry-After"] == "1"
+    await rank.wait_for(AbortRequest)
+
+
+# The model's generation_config.json says how requests that leave it open are sampled
+
+QWEN3 = {
+    "bos_token_id": 1,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+    "min_p": 0.1,
+    "repetition_penalty": 1.05,
+    "max_new_tokens": 7,
+    "transformers_version": "5.0.0",
+}
+OPEN = {name: QWEN3[name] for name in ("temperature", "top_k", "top_p", "min_p")} | {
+    "repetition_penalty": 1.05,
+    "presence_penalty": 0.0,
+    "max_tokens": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "expected"),
+    [
+        ({}, {}, {}),
+        (
+            {"temperature": 0, "top_k": -1, "top_p": None, "max_tokens": 9},
+            {},
+            {"temperature": 0, "top_k": 0, "max_tokens": 9},
+        ),
+        # The neutral value, too, is one that the client has chosen.
+        (
+            {"temperature": 1.0, "repetition_penalty": 1.0},
+            {},
+            {"temperature": 1.0, "repetition_penalty": 1.0},
+        ),
+        (
+            {"max_tokens": 8},
+            {"generation_config": "vllm"},
+            {
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "max_tokens": 8,
+            },
+        ),
+    ],
+)
+async def test_what_a_request_leaves_open_is_the_models(
+    make_engine: Callable[..., Any],
+    rank: FakeRank,
+    model_dir: Path,
+    tmp_path: Path,
+    fields: dict[str, Any],
+    settings: dict[str, str],
+    expected: dict[str, Any],
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(QWEN3))
+    engine = await make_engine(model_dir=str(folder), **settings)
+    await engine.chat(**fields)
+    sampling = rank.added()[-1].sampling
+    assert {name: getattr(sampling, name) for name in OPEN} == OPEN | expected
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"temperature": -1}', "temperature: Input should be greater than or equal to 0, got -1"),
+        ('{"top_k": "many"}', "top_k"),
+        ("[]", "no JSON object"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_way_out(tmp_path: Path, content: str, part: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_sampling_defaults(tmp_path)
+    assert part in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "Correct generation_config.json" in str(caught.value.fix)

@@ -1,0 +1,130 @@
+"""Between the server and its rank 0: what is passed on, a rank that is lost, and one that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pdlaunch.engine.server.engine_service import RANK_SILENCE_S
+from pdlaunch.engine.server.rank_link import RankEvent, RankLink
+from pdlaunch.http.headers import ORIGIN_HEADER
+from pdlaunch.protocol.engine import (
+    AbortRequest,
+    AddRequest,
+    CheckIntegrity,
+    RequestFinished,
+    SamplingParams,
+)
+from pdlaunch.protocol.kv_params import TokenOutput
+from pdlaunch.protocol.sockets import SecureContext
+from tests.engine.server.conftest import Engine
+from tests.engine.server.fake_rank import FakeRank, silent
+
+
+@pytest.mark.parametrize("error", [None, "a block is lost or has two kinds of owners"])
+async def test_what_the_rank_says_of_its_blocks_is_passed_on(
+    engine: Engine, rank: FakeRank, error: str | None
+):
+    rank.integrity_error = error
+    status, report = await engine.get("/pdlaunch/integrity")
+    assert status == 200
+    assert (report["ok"], report["error"]) == (error is None, error)
+    assert (report["stats"]["num_blocks"], report["stats"]["num_free_blocks"]) == (64, 63)
+
+
+async def test_a_rank_that_dies_while_it_proves_its_blocks_is_503(engine: Engine, rank: FakeRank):
+    rank.checks_integrity = False
+    asking = asyncio.create_task(engine.get("/pdlaunch/integrity"))
+    await rank.wait_for(CheckIntegrity)
+    await engine.service.use_link(None)
+    status, body = await asking
+    assert (status, body["error"]["code"]) == (503, "engine_starting")
+
+
+async def test_a_new_rank_fails_the_requests_of_the_old_one(engine: Engine, rank: FakeRank):
+    rank.script = silent
+    post = asyncio.create_task(engine.refusal())
+    await rank.wait_for(AddRequest)
+    await engine.service.use_link(None)
+    status, error = await post
+    assert (status, error["code"]) == (503, "engine_restarting")
+    status, error = await engine.refusal()
+    assert (status, error["code"]) == (503, "engine_starting")
+    assert (await engine.get("/health"))[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({ORIGIN_HEADER: "77"}, (77, False)),
+        ({ORIGIN_HEADER: "77;suspect"}, (77, True)),
+        ({}, (0, False)),
+    ],
+)
+async def test_all_choices_have_the_origin_of_their_prompt(
+    engine: Engine, rank: FakeRank, headers, expected
+):
+    await engine.post("/v1/completions", {"prompt": "hello", "max_tokens": 1, "n": 2}, **headers)
+    assert [(request.origin, request.is_suspect) for request in rank.added()] == [expected] * 2
+
+
+async def test_a_burst_of_messages_loses_none(make_engine: Callable[..., Any]):
+    """ZMQ's default would drop what a slow server has not read."""
+    engine: Engine = await make_engine(max_model_len=20_000)
+    answer = await engine.complete(max_tokens=15_000)
+    assert answer["usage"]["completion_tokens"] == 15_000
+
+
+async def test_an_aborted_request_hears_no_more(secure: SecureContext, rank: FakeRank):
+    rank.script = silent
+    link = RankLink(secure, rank.endpoint, identity="server", hear=lambda message: None)
+    heard: list[RankEvent] = []
+    last: asyncio.Queue[RankEvent] = asyncio.Queue()
+    for name, sink in (("a", heard.append), ("b", last.put_nowait)):
+        sampling = SamplingParams(max_tokens=1)
+        request = AddRequest(request_id=name, prompt_token_ids=[1], sampling=sampling)
+        link.submit(request, sink)
+    await rank.wait_for(AddRequest, 2)
+    link.abort("a")
+    await rank.wait_for(AbortRequest)
+    await rank.say(*(RequestFinished(request_id=name, reason="length") for name in "ab"))
+    await last.get()
+    assert heard == []
+    await link.close()
+
+
+async def test_a_malformed_frame_is_dropped(rank: FakeRank, engine: Engine):
+    await rank._socket.send_multipart([rank._server, b"nonsense"])
+    await engine.complete()
+
+
+async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(
+    make_engine: Callable[..., Any], rank: FakeRank
+):
+    """It hangs, and nobody says that it is gone."""
+    now_s = 1000.0
+    engine: Engine = await make_engine(clock=lambda: now_s)
+    rank.script = silent
+    running = asyncio.create_task(engine.complete(max_tokens=1))
+    (request,) = await rank.wait_for(AddRequest)
+    now_s += RANK_SILENCE_S - 1
+    # Any message counts.
+    await rank.stats(num_running=1)
+    while engine.service.metrics.engine.stats.num_running != 1:  # noqa: ASYNC110 - plain state is waited for
+        await asyncio.sleep(0)
+    now_s += RANK_SILENCE_S - 1
+    assert (await engine.get("/health"))[0] == 200
+    now_s += 1
+    status, answer = await engine.get("/health")
+    assert (status, answer["error"]["code"]) == (503, "engine_stalled")
+    assert "silent for 30 s" in answer["error"]["message"]
+    assert await engine.refusal() == (503, answer["error"])
+    assert len(rank.added()) == 1
+    # What runs goes on.
+    token = TokenOutput(token_id=rank.ids("x")[0])
+    await rank.say(RequestFinished(request_id=request.request_id, reason="length", tokens=[token]))
+    assert (await running)["choices"][0]["text"] == "x"
+    assert (await engine.get("/health"))[0] == 200

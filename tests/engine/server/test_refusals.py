@@ -1,0 +1,266 @@
+"""Where an engine says no, and how: keys, bodies, fields, limits; and what large inputs cost."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from pdlaunch.config.shared_settings import LimitSettings
+from pdlaunch.engine.server import served_model
+from pdlaunch.engine.server.app import OPEN_PATHS, make_app
+from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
+from pdlaunch.http.limits import SMALL_BODY_BYTES
+from pdlaunch.protocol.engine import AddRequest, RequestFinished
+from tests.engine.server.conftest import TOKEN, Engine
+from tests.engine.server.fake_rank import FakeRank, silent
+
+JSON = {"Content-Type": "application/json"}
+HELLO = [{"role": "user", "content": "hello"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x"},
+    "/v1/chat/completions": {"messages": HELLO},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [5]},
+}
+MakeEngine = Callable[..., Any]
+
+
+async def sent(
+    engine: Engine, path: str, body: bytes | dict[str, Any], **headers: str
+) -> tuple[int, aiohttp.ClientResponse, Any]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    # A file: aiohttp warns of long bodies that are bytes.
+    async with engine.session.post(
+        engine.url + path, data=io.BytesIO(raw), headers=JSON | headers
+    ) as response:
+        return response.status, response, await response.json()
+
+
+# The door
+
+
+def routes(engine: Engine) -> list[tuple[str, str]]:
+    found = make_app(engine.service, keys=[]).router.routes()
+    return [
+        (route.method, route.resource.canonical.replace("{name}", "tiny"))
+        for route in found
+        if route.resource is not None and route.method != "*"
+    ]
+
+
+async def test_every_route_but_health_asks_for_a_key(engine: Engine, rank: FakeRank):
+    found = routes(engine)
+    assert {path for _, path in found} > {*BODIES, "/health", "/metrics", "/sleep", "/wake_up"}
+    for method, path in [*found, ("GET", "/nothing")]:
+        for key in ("", "Bearer wrong", f"Basic {TOKEN}", "Bearer ", TOKEN):
+            async with engine.session.request(
+                method, engine.url + path, headers={"Authorization": key}
+            ) as response:
+                wanted = 200 if path in OPEN_PATHS else 401
+                assert response.status == wanted, (method, path, key)
+    assert rank.added() == []
+
+
+async def test_every_body_must_be_json(engine: Engine, rank: FakeRank):
+    posts = [path for method, path in routes(engine) if method == "POST"]
+    assert len(posts) >= 7
+    for path in posts:
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+            status, *_ = await sent(engine, path, {"prompt": "x"}, **{"Content-Type": kind})
+            assert status == 415, path
+        async with engine.session.post(
+            engine.url + path, data=b"{}", skip_auto_headers=["Content-Type"]
+        ) as response:
+            assert response.status == 415, path
+    assert rank.added() == []
+    kind = "Application/JSON; Charset=utf-8"
+    status, *_ = await sent(engine, "/v1/completions", {"prompt": "x"}, **{"Content-Type": kind})
+    assert status == 200
+
+
+# Fields
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_unknown_fields_are_ignored_and_named_or_refused_if_strict(
+    engine: Engine, make_engine: MakeEngine, path: str
+) -> None:
+    body = BODIES[path] | {"max_tokens": 2} if path.startswith("/v1") else BODIES[path]
+    status, response, _ = await sent(engine, path, body)
+    assert (status, IGNORED_FIELDS_HEADER in response.headers) == (200, False)
+    status, response, _ = await sent(engine, path, body | {"no_stop_trim": 1, "nonsense": 2})
+    assert (status, response.headers[IGNORED_FIELDS_HEADER]) == (200, "no_stop_trim, nonsense")
+    strict = await make_engine(strict_fields=True)
+    assert (await sent(strict, path, body))[0] == 200
+    status, _, answer = await sent(strict, path, body | {"nonsense": 1})
+    assert (status, answer["error"]["param"]) == (400, "nonsense")
+
+
+async def test_a_hostile_name_cannot_add_a_header_or_a_log_line(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["x\r\nX-Evil: 1", "\n2026 ERROR forged", "é" * 10, "x" * 2**20]
+    body = {"prompt": "x"} | dict.fromkeys(names, 1)
+    status, response, _ = await sent(engine, "/v1/completions", body)
+    assert status == 200
+    assert not {"X-Evil", IGNORED_FIELDS_HEADER} & set(response.headers)
+    lines = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+    assert len(lines) == len(names)
+    assert all(line.isprintable() and len(line) < 400 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "code"),
+    [
+        ({"model": "other"}, 404, "model", "model_not_found"),
+        ({"prompt": ""}, 400, "prompt", None),
+        ({"prompt": [512]}, 400, "prompt", None),
+        ({"prompt": [5] * 100}, 400, "prompt", "context_length_exceeded"),
+        ({"prompt": [5] * 90, "max_tokens": 11}, 400, "max_tokens", "context_length_exceeded"),
+        ({"prompt": "a" * (2**18 + 1)}, 400, "prompt", "context_length_exceeded"),
+        ({"logit_bias": {"512": 1}}, 400, "logit_bias", None),
+        ({"stop_token_ids": [512]}, 400, "stop_token_ids", None),
+        ({"echo": True}, 400, "echo", "unsupported_parameter"),
+        ({"regex": "a+"}, 400, "regex", "unsupported_parameter"),
+        ({"n": 9}, 400, "n", None),
+        ({"prompt": ["a"] * 9}, 400, "prompt", None),
+    ],
+)
+async def test_requests_that_are_refused(
+    engine: Engine, rank: FakeRank, fields, status, param, code
+):
+    answered, error = await engine.refusal(**fields)
+    assert (answered, error["param"], error["code"]) == (status, param, code)
+    assert rank.added() == []
+    assert engine.service.admission.in_flight == 0
+
+
+async def test_the_longest_prompt_leaves_room_for_one_token(engine: Engine, rank: FakeRank):
+    await engine.complete(prompt=[5] * 99)
+    assert rank.added()[0].sampling.max_tokens == 1
+
+
+# Limits
+
+
+async def test_a_large_body_is_a_413(make_engine: MakeEngine):
+    engine = await make_engine(limits=LimitSettings(max_body_bytes=1000))
+    body = b'{"prompt": "' + b"x" * engine.service.max_body_bytes
+    status, _, answer = await sent(engine, "/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_full_engine_is_a_429(make_engine: MakeEngine, rank: FakeRank):
+    engine = await make_engine(limits=LimitSettings(max_queued_requests=2))
+    rank.script = silent
+    running = asyncio.create_task(engine.complete(n=2, max_tokens=1))
+    requests = await rank.wait_for(AddRequest, 2)
+    for path, body in BODIES.items():
+        status, response, answer = await sent(engine, path, body)
+        assert (status, answer["error"]["code"]) == (429, "too_many_requests")
+        assert response.headers["Retry-After"] == "1"
+    rank.script = rank.says("hello")
+    for request in requests:
+        for item in rank.script(request):
+            await rank.say(item)
+    await running
+    await engine.complete(n=2)
+
+
+async def test_draining_refuses_new_and_finishes_running_requests(engine: Engine, rank: FakeRank):
+    rank.script = silent
+    running = asyncio.create_task(engine.complete(max_tokens=1))
+    (request,) = await rank.wait_for(AddRequest)
+    draining = asyncio.create_task(engine.service.admission.drain(timeout_s=20))
+    await asyncio.sleep(0)
+    status, answer, response = await engine.post("/v1/completions", {"prompt": "x"})
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
+    assert "Retry-After" in response.headers
+    assert not draining.done()
+    await rank.say(RequestFinished(request_id=request.request_id, reason="length"))
+    await running
+    await draining
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_bodies_of_very_many_values_are_refused_before_they_are_parsed(
+    engine: Engine, rank: FakeRank, path: str
+):
+    for item, number in ((b"[],", 200_000), (b'{"role":"user","content":"a"},', 30_000)):
+        body = b'{"messages": [' + item * number + b"{}]}"
+        status, _, answer = await sent(engine, path, body)
+        assert (status, answer["error"]["code"]) == (400, "too_many_values")
+    assert engine.service.bodies.held_bytes == engine.service.admission.in_flight == 0
+    assert rank.added() == []
+
+
+async def test_tokenize_and_detokenize_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(served_model, "MIN_TEXT_CHARS", 2000)
+    monkeypatch.setattr(served_model, "MIN_TOKEN_IDS", 2000)
+    engine.service.sleep.settle(["kv_cache"])  # an engine that sleeps tokenizes
+    assert (await engine.post("/tokenize", {"prompt": "a" * 2000}))[0] == 200
+    assert (await engine.post("/detokenize", {"tokens": [5] * 2000}))[0] == 200
+    chat = [{"role": "user", "content": "a" * 2000}]
+    for path, body, param in [
+        ("/tokenize", {"prompt": "a" * 2001}, "prompt"),
+        ("/tokenize", {"messages": chat}, "messages"),
+        ("/detokenize", {"tokens": [5] * 2001}, "tokens"),
+    ]:
+        status, answer, _ = await engine.post(path, body)
+        assert (status, answer["error"]["param"]) == (400, param)
+        assert "2000" in answer["error"]["message"]
+
+
+class HeldThreads:
+    """Keeps everything that is worked at in threads from going on."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.num_waiting = 0
+        run = engine.service.inputs.run
+
+        async def held(is_large: bool, work: Callable[[], Any]) -> Any:
+            self.num_waiting += is_large
+            return await run(is_large, (lambda: self.go.wait() and work()) if is_large else work)
+
+        monkeypatch.setattr(engine.service.inputs, "run", held)
+
+    async def wait_for(self, number: int) -> None:
+        while self.num_waiting < number:  # noqa: ASYNC110 - nobody tells of it
+            await asyncio.sleep(0.005)
+
+
+async def test_large_bodies_hold_room_until_they_are_token_ids_and_others_are_served(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    engine = await make_engine(limits=LimitSettings(max_body_bytes=1000, max_queued_requests=100))
+    threads = HeldThreads(engine, monkeypatch)
+    body = {"prompt": "hello " * (SMALL_BODY_BYTES // 5)}
+    num_fitting = engine.service.bodies.max_bytes * 3 // 4 // (len(body["prompt"]) + 20)
+    large = [asyncio.create_task(engine.refusal(**body)) for _ in range(num_fitting)]
+    await threads.wait_for(num_fitting)
+    status, answer, response = await engine.post("/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (503, "too_many_bytes_in_flight")
+    assert response.headers["Retry-After"] == "1"
+    await engine.complete()
+    assert not any(task.done() for task in large)
+    threads.go.set()
+    for status, error in await asyncio.gather(*large):
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert engine.service.bodies.held_bytes == 0
+
+
+async def test_places_are_taken_before_prompts_are_tokenized(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(served_model.ServedModel, "prompts", None)
+    status, error = await engine.refusal(prompt=["hello"] * 9)
+    assert (status, error["param"]) == (400, "prompt")
+    assert "9 choices" in error["message"]
