@@ -138,7 +138,7 @@ def launch(
             time.monotonic,
             close_listeners=close_listeners,
         )
-        return run(supervisor, host, lifeline)
+        return run(supervisor, host, lifeline, run_dir)
 
 
 def _hear(
@@ -157,10 +157,12 @@ def _hear(
     observer.note(text)
 
 
-def run(supervisor: Supervisor, host: Host, lifeline: int | None = None) -> LaunchOutcome:
+def run(
+    supervisor: Supervisor, host: Host, lifeline: int | None = None, run_dir: Path | None = None
+) -> LaunchOutcome:
     """Run a launch to its end; no process of it is left when this returns."""
     with SignalInbox() as signals:
-        drive(supervisor, EventQueue(host, signals, lifeline).wait, time.monotonic)
+        drive(supervisor, EventQueue(host, signals, lifeline, run_dir).wait, time.monotonic)
     seen = supervisor.seen
     report: tuple[str, ...] = ()
     if (failure := seen.failure) is not None:

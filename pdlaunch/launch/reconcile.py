@@ -350,7 +350,9 @@ def _end(turn: Turn) -> None:
     wanted, seen = turn.wanted, turn.seen
     if not seen.is_ending:
         drain_s = wanted.timing.drain_s
-        drains = seen.phase is LaunchPhase.READY and seen.failure is None and drain_s > 0
+        # Without a process that has failed, those that run can finish their requests.
+        works = seen.failure is None or seen.failure.process is None
+        drains = seen.phase is LaunchPhase.READY and works and drain_s > 0
         seen.drain_ends_at = turn.now + drain_s
         for process in seen.processes():
             if process.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):

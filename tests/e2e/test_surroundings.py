@@ -1,16 +1,19 @@
-"""A command that was answered with an error is not carried out later."""
+"""What happens around a launch: it stands still, or its folder is removed."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import psutil
 
+from pdlaunch.launch.client.admin import own_launches
 from pdlaunch.launch.client.deployment import running_deployment
+from tests.e2e.api import streamed
 from tests.e2e.conftest import default_environ
 from tests.e2e.faults import TINY, paused
 from tests.e2e.test_scale import run
-from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.e2e.waiting import await_true
 
 
@@ -25,3 +28,18 @@ def test_a_supervisor_that_wakes_up_late_restarts_nothing(tmp_path: Path) -> Non
         # Carried out behind the dropped one, so that a restart would show by now.
         assert "nothing runs there" in run("drain", "prefill-0", "--url", launch.url)
         assert {name: process.pid for name, process in launch.processes().items()} == before
+
+
+def test_a_launch_whose_folder_is_removed_answers_what_it_has_and_ends(tmp_path: Path) -> None:
+    model = make_tiny_model("llama", tmp_path)
+    prompt = list(range(40, 100))
+    (expected,) = greedy(model, [prompt], 400)
+    arguments = ("--model", str(model), *TINY)
+    with running_deployment(arguments, environ=default_environ()) as launch:
+        (own,) = own_launches(launch.url)
+        with streamed(launch.url, prompt, 400) as tokens:
+            found = [next(tokens)]
+            shutil.rmtree(own.run_dir)
+            assert found + list(tokens) == expected
+        assert launch.process.wait(120) == 1
+        assert f"{own.run_dir}, the folder of this launch, has been removed" in launch.output()
