@@ -13,16 +13,18 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 
-_OF_ALL_KINDS = ("PD610", "PD615")
+_OF_ALL_KINDS = ("PD610", "PD615")  # the only rules on other engines that hold for these too
 
 
 class NativeEngine:
-    """Is the ``EngineKind`` whose processes register themselves and speak the control channel."""
+    """Is the kind of engine whose processes register themselves and speak the control channel."""
 
     name = "native"
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
-        """Plan the ranks of one engine, then its server."""
+        """Plan the ranks of one engine, then its server, which has the engine's name: it registers
+        the URL that the router uses, and says Ready, Drained and the like for the engine.
+        """
         name, role = engine.name, engine.engines.role
         ranks = [
             ProcessSpec(
@@ -57,19 +59,17 @@ class NativeEngine:
         return (*ranks, server)
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
-        """Each decode rank shakes hands with the prefill ranks that it pulls from."""
+        """Return True for a process that proves the path to every prefill engine: each decode rank
+        shakes hands with the prefill ranks that it pulls from.
+        """
         return process.kind == "rank" and process.role == "decode"
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
         assert spec is not None
-        return Capabilities(
-            version=__version__,
-            resumes=True,
-            gives_first_token=True,
-        )
+        return Capabilities(version=__version__, resumes=True, gives_first_token=True)
 
     def rules(self) -> Sequence[Rule]:
-        """Return all rules but those on other engines; two of these hold for all kinds."""
+        """Return the rules of ``check-config``: all but those on other engines."""
         rules = all_rules().values()
         return tuple(rule for rule in rules if rule.code[:3] != "PD6" or rule.code in _OF_ALL_KINDS)
 

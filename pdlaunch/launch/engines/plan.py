@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
 
 import msgspec
 
-from pdlaunch.checks.rule import Rule
-from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.roles import EngineName
 from pdlaunch.launch.engines.native import NativeEngine, light_environment, python_command
 from pdlaunch.launch.engines.vllm import CAPABILITIES as VLLM_CAPABILITIES
@@ -20,35 +17,11 @@ from pdlaunch.launch.engines.vllm import VllmEngine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
 
-
-class EngineKind(Protocol):
-    """Knows one kind of engine; all engines of a launch are of one kind."""
-
-    name: str  # the word for the kind in settings
-
-    def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
-        """Plan the processes of one engine on the host that it was placed on.
-
-        One of them is a ``server`` with the engine's name: it registers the URL that the router
-        uses, and says Ready, Drained and the like for an engine that cannot speak for itself.
-        """
-
-    def proves_pairs(self, process: ProcessSpec) -> bool:
-        """Return True for a process of a decode engine that proves the path to a prefill engine.
-
-        A launch is ready when all processes have said Ready and each of these has said PairReady
-        for every prefill engine.
-        """
-
-    def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
-        """Return what the server of an engine can do. ``spec``: None of engines of vLLM."""
-
-    def rules(self) -> Sequence[Rule]:
-        """Return the rules of ``check-config`` that apply to such engines."""
+EngineKind = NativeEngine | VllmEngine
+"""Knows one kind of engine; all engines of a launch are of one kind."""
 
 
 def kind_of(launch: ResolvedLaunch) -> EngineKind:

@@ -134,30 +134,27 @@ class VllmEngine:
     def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
         """Yield vLLM's flags from the settings; unset options keep vLLM's default."""
         settings, transfer = engines.settings, self._config.kv_transfer
+        on_gpu = engines.device == "cuda"
         yield "served-model-name", self._served_model_name
         yield "tensor-parallel-size", engines.tp_size
-        if engines.dtype is not None:
-            yield "dtype", engines.dtype
-        for name in ("max_model_len", "max_num_batched_tokens"):
-            if (value := getattr(settings, name)) is not None:
-                yield name.replace("_", "-"), value
-        for name in ("block_size", "max_num_seqs", "gpu_memory_utilization"):
-            if name in engines.given:
-                yield name.replace("_", "-"), getattr(settings, name)
         if settings.load_format != "auto":
             yield "load-format", settings.load_format
-        if not settings.enable_prefix_caching:
-            yield "no-enable-prefix-caching", True
-        if settings.enforce_eager:
-            yield "enforce-eager", True
-        if settings.enable_sleep_mode:
-            yield "enable-sleep-mode", True
-        if settings.enable_cumem_allocator is not None and engines.device == "cuda":
-            yield "enable-cumem-allocator", settings.enable_cumem_allocator
-        if not settings.async_scheduling:
-            yield "no-async-scheduling", True
-        if settings.kv_cache_memory is not None and engines.device == "cuda":
-            yield "kv-cache-memory-bytes", settings.kv_cache_memory
+        # vLLM keeps its default for None (``_as_arguments``).
+        yield from {
+            "dtype": engines.dtype,
+            "max-model-len": settings.max_model_len,
+            "max-num-batched-tokens": settings.max_num_batched_tokens,
+            **{
+                name.replace("_", "-"): getattr(settings, name) if name in engines.given else None
+                for name in ("block_size", "max_num_seqs", "gpu_memory_utilization")
+            },
+            "no-enable-prefix-caching": not settings.enable_prefix_caching or None,
+            "enforce-eager": settings.enforce_eager or None,
+            "enable-sleep-mode": settings.enable_sleep_mode or None,
+            "enable-cumem-allocator": settings.enable_cumem_allocator if on_gpu else None,
+            "no-async-scheduling": not settings.async_scheduling or None,
+            "kv-cache-memory-bytes": settings.kv_cache_memory if on_gpu else None,
+        }.items()
         yield "shutdown-timeout", int(self._config.drain_timeout_s)
         yield "enable-prompt-tokens-details", True
         if engines.role not in PAIR:

@@ -15,7 +15,6 @@ from tests.launch.render.manifests import (
     EXAMPLES,
     check_schema,
     named,
-    problems,
     render,
     run,
     templates,
@@ -33,7 +32,6 @@ def demo() -> list[dict[str, Any]]:
 def test_objects_of_all_examples_fit(path: Path) -> None:
     objects = render("kubernetes", str(path), "--namespace", "serving", "--name", "mine")
     check_schema(objects)
-    assert problems(objects) == []
     assert {found["metadata"]["namespace"] for found in objects} == {"serving"}
 
 
@@ -123,7 +121,6 @@ def test_pods_of_vllm_are_joined_by_the_ports_of_its_kv_blocks(tmp_path: Path) -
     assert "PD428" in refused.stderr
     objects = render("kubernetes", str(path))
     check_schema(objects)
-    assert problems(objects) == []
     opened = {found["metadata"]["name"] for found in objects}
     assert {"pdlaunch-kv", "pdlaunch-ranks"} <= opened
     for _, pod in templates(objects):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from tests.launch.render.manifests import ROOT, check_schema, problems, run
+from tests.launch.render.manifests import ROOT, check_schema, run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,6 +28,4 @@ def test_rendered_examples_are_up_to_date(kind: str, file: str) -> None:
     assert result.exit_code == 0, result.output
     assert (folder / file).read_text() == result.stdout
     if kind == "kubernetes":
-        objects = list(yaml.safe_load_all(result.stdout))
-        check_schema(objects)
-        assert problems(objects) == []
+        check_schema(list(yaml.safe_load_all(result.stdout)))
