@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import psutil
 
-from pdlaunch.launch.client.admin import own_launches
 from pdlaunch.launch.client.deployment import running_deployment
 from tests.e2e.api import streamed
 from tests.e2e.conftest import default_environ
@@ -35,11 +35,13 @@ def test_a_launch_whose_folder_is_removed_answers_what_it_has_and_ends(tmp_path:
     prompt = list(range(40, 100))
     (expected,) = greedy(model, [prompt], 400)
     arguments = ("--model", str(model), *TINY)
-    with running_deployment(arguments, environ=default_environ()) as launch:
-        (own,) = own_launches(launch.url)
+    folder = tempfile.TemporaryDirectory(suffix=30 * "x")
+    environ = default_environ() | {"TMPDIR": folder.name}
+    with folder, running_deployment(arguments, environ=environ) as launch:
+        (own,) = Path(folder.name).glob("pdlaunch-run-*")
         with streamed(launch.url, prompt, 400) as tokens:
             found = [next(tokens)]
-            shutil.rmtree(own.run_dir)
+            shutil.rmtree(own)
             assert found + list(tokens) == expected
         assert launch.process.wait(120) == 1
-        assert f"{own.run_dir}, the folder of this launch, has been removed" in launch.output()
+        assert f"{own}, the folder of this launch, has been removed" in launch.output()

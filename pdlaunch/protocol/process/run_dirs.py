@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -28,7 +29,9 @@ LOCK = "lock"
 ADMIN_SOCKET = "admin.sock"
 MAX_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 _CARD = "launch.json"
-_SOCKET_NAME_BYTES = 60  # room for the names of sockets inside
+_SHORT = Path("/tmp")
+_logger = logging.getLogger(__name__)
+_SOCKET_NAME_BYTES = 28  # room for the names of sockets inside: ``prefill-9999.statements``
 # A folder without a lock file is left alone at first: its launch may just be making it.
 _NEW_FOR_S = 60.0
 
@@ -75,6 +78,12 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
     with contextlib.ExitStack() as undo:
         try:
             base = base or base_dir()
+            if (wanted := Path(tempfile.gettempdir())) != base == _SHORT:
+                _logger.warning(
+                    "sockets need a shorter path than TMPDIR %s: the launch's folder is in %s",
+                    wanted,
+                    base,
+                )
             remove_stale_run_dirs(base)
             run_dir = _locked_folder(base, undo)
         except OSError as error:
@@ -122,7 +131,7 @@ def base_dir() -> Path:
     """Return the folder for temporary files, or /tmp where its path is too long for sockets."""
     base = Path(tempfile.gettempdir())
     longest = len(os.fsencode(base)) + len(f"/{PREFIX}12345678/") + _SOCKET_NAME_BYTES
-    return base if longest <= MAX_PATH_BYTES else Path("/tmp")
+    return base if longest <= MAX_PATH_BYTES else _SHORT
 
 
 def _own_run_dirs(base: Path) -> Iterator[Path]:
