@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
@@ -29,15 +29,8 @@ RATE = 0.2  # share of the READs that meet a fault
 MAX_TOLD = 20  # requests that went wrong, of which a report says when
 
 
-class SentRequest(NamedTuple):
-    """Records what became of a request: ``equal``, ``wrong``, ``error`` or ``broken``."""
-
-    outcome: str
-    seconds: float
-
-
-class _AnsweredError(PdlaunchError):
-    """A request was answered with an error that has a reason."""
+Sent = tuple[str, float]
+"""What became of a request (``equal``, ``wrong``, ``error`` or ``broken``), and its seconds."""
 
 
 def faulty_settings(seed: int, connector: str) -> dict[str, object]:
@@ -62,19 +55,19 @@ def smoke_under_chaos(
     admin = admin_api(deployment.url)
     bodies = [_random_body(source) for _ in range(NUM_CASES)]
     alone = next(each["name"] for each in engines_of(admin) if each["role"] in ("decode", "both"))
-    expected = [_ask(admin.engine(alone), body, "reference") for body in bodies]
-    numbers, is_back, sent = itertools.count(), threading.Event(), list[SentRequest]()
+    answers = [_ask(admin.engine(alone), body, "reference") for body in bodies]
+    if any(status != 200 for status, _ in answers):
+        raise PdlaunchError(f"{alone} alone does not answer every prompt")
+    expected = [token_ids for _, token_ids in answers]
+    numbers, is_back, sent = itertools.count(), threading.Event(), list[Sent]()
 
     def work() -> None:
         while (number := next(numbers)) < NUM_REQUESTS or not is_back.is_set():
             case, began_at = number % NUM_CASES, time.monotonic()
-            try:
-                # Neighbours share prefixes, later ones are pulled again.
-                token_ids = _ask(router, bodies[case], f"{seed}/{number // NUM_CASES}")
-                outcome = "equal" if token_ids == expected[case] else "wrong"
-            except (PdlaunchError, LookupError) as error:
-                outcome = "error" if isinstance(error, _AnsweredError) else "broken"
-            sent.append(SentRequest(outcome, time.monotonic() - began_at))
+            # Neighbours share prefixes, later ones are pulled again.
+            salt = f"{seed}/{number // NUM_CASES}"
+            outcome = _outcome(router, bodies[case], salt, expected[case])
+            sent.append((outcome, time.monotonic() - began_at))
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         working = [pool.submit(work) for _ in range(CONCURRENCY)]
@@ -100,14 +93,14 @@ def smoke_under_chaos(
     ]
 
 
-def wrong_answers(sent: Sequence[SentRequest], *, exact: bool) -> str | None:
+def wrong_answers(sent: Sequence[Sent], *, exact: bool) -> str | None:
     """Say how many requests went wrong, and when, but not what was asked and answered: reports are
     passed on. None: all went well.
     """
     bad = {"broken", "error", "wrong"} if exact else {"broken", "error"}
-    failed = [each for each in sent if each.outcome in bad]
-    counts = [f"{n} {kind}" for kind, n in Counter(each.outcome for each in failed).items()]
-    told = [f"{each.outcome} after {each.seconds:.1f} s" for each in failed[:MAX_TOLD]]
+    failed = [(outcome, seconds) for outcome, seconds in sent if outcome in bad]
+    counts = [f"{n} {kind}" for kind, n in Counter(outcome for outcome, _ in failed).items()]
+    told = [f"{outcome} after {seconds:.1f} s" for outcome, seconds in failed[:MAX_TOLD]]
     return "; ".join([*counts, *told]) or None
 
 
@@ -117,15 +110,21 @@ def _random_body(source: random.Random) -> dict[str, Any]:
     return body | {"ignore_eos": True, "return_token_ids": True}
 
 
-def _ask(api: Api, body: Mapping[str, Any], salt: str) -> list[int]:
-    """Return the tokens of an answer. Raises PdlaunchError."""
+def _ask(api: Api, body: Mapping[str, Any], salt: str) -> tuple[int, list[int]]:
+    """Return the status and the tokens of an answer. Raises PdlaunchError and LookupError."""
     status, answer = api.post("/v1/completions", {**body, "cache_salt": salt})
-    if status == 200:
-        token_ids: list[int] = answer["choices"][0]["token_ids"]
-        return token_ids
-    # 500 is a bug of ours, which tells the client nothing.
-    kind = PdlaunchError if status == 500 else _AnsweredError
-    raise kind(f"{api.url} answers HTTP {status}")
+    return status, answer["choices"][0]["token_ids"] if status == 200 else []
+
+
+def _outcome(api: Api, body: Mapping[str, Any], salt: str, expected: list[int]) -> str:
+    try:
+        status, token_ids = _ask(api, body, salt)
+    except (PdlaunchError, LookupError):
+        return "broken"
+    if status != 200:
+        # 500 is a bug of ours, which tells the client nothing.
+        return "broken" if status == 500 else "error"
+    return "equal" if token_ids == expected else "wrong"
 
 
 def kill_and_wait(

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -37,7 +37,7 @@ from pdlaunch.config.connectors import (
 )
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import format_size
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
@@ -59,6 +59,9 @@ LEASE_S = 600.0
 NUM_WARM_UP_TURNS = 2
 NUM_CACHES = 4  # KV caches that exist at a time: one for each side, with checksums and without
 _TIMEOUT_S = 120.0
+
+Timing = dict[str, str | int | float]
+"""A row: connector, path, blocks, megabytes, and speeds in GB/s."""
 
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,29 +90,8 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         )
 
 
-class TransferTiming(msgspec.Struct, frozen=True, kw_only=True):
-    """The speeds of one kind of pull, in gigabytes a second."""
-
-    connector: str
-    path: str  # path that the handshake has chosen
-    num_blocks: int
-    megabytes: float
-    read_gb_per_s: float
-    unverified_gb_per_s: float
-    pull_gb_per_s: float
-    overhead_us: int  # time that the pull without checksums takes beyond its READ
-    checksum_percent: float  # time that checksums add to the pull without them
-
-
-class PullTimes(NamedTuple):
-    """Times of one pull, or their medians."""
-
-    pull_s: float  # time from StartPull to PullFinished
-    read_s: float  # time of its READ alone, from the post to the end
-
-
-def bench_transfer(options: TransferOptions) -> list[TransferTiming]:
-    """Time pulls of every connector, path and number of blocks.
+def bench_transfer(options: TransferOptions) -> list[Timing]:
+    """Time pulls of every connector, path and number of blocks, in GB/s.
 
     Raises TransferError, and ConfigError without the device or the memory.
     """
@@ -138,24 +120,20 @@ def bench_transfer(options: TransferOptions) -> list[TransferTiming]:
 def _check(options: TransferOptions) -> None:
     """Raise ConfigError without the device, or without memory for all KV caches."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device: torch finds no CUDA device here", field="device", fix="Take --device cpu."
-        )
+        raise ConfigError("device: torch finds no CUDA device here", fix="Take --device cpu.")
     most = max(options.num_blocks)
     needed_bytes = NUM_CACHES * most * options.layout().block_bytes
     if options.device == "cpu" and needed_bytes > memory_bytes():
         raise ConfigError(
             f"num_blocks: {most} need {format_size(needed_bytes)}, this machine has "
             f"{format_size(memory_bytes())}",
-            field="num_blocks",
-            value=most,
             fix="Take smaller --num-blocks.",
         )
 
 
 def _measure(
     connector: str, pairs: Sequence[RankPair], options: TransferOptions, count: int
-) -> TransferTiming:
+) -> Timing:
     """Pull ``count`` blocks without and with checksums, in turns; each turn moves the same ones."""
     source = random.Random(count)
     local, remote = (source.sample(range(max(options.num_blocks)), count) for _ in range(2))
@@ -163,22 +141,23 @@ def _measure(
         [pair.pull(local, remote) for pair in pairs]
         for _ in range(NUM_WARM_UP_TURNS + options.num_repeats)
     ]
-    unverified, verified = (
-        PullTimes(*(statistics.median(values) for values in zip(*times, strict=True)))
+    # Each pull has two times: of the whole pull, and of its READ alone.
+    (pull_s, read_s), (verified_s, _) = (
+        [statistics.median(values) for values in zip(*times, strict=True)]
         for times in zip(*turns[NUM_WARM_UP_TURNS:], strict=True)
     )
     gigabytes = count * options.layout().block_bytes / 1e9
-    return TransferTiming(
-        connector=connector,
-        path=", ".join(sorted({pair.path for pair in pairs})),
-        num_blocks=count,
-        megabytes=round(gigabytes * 1e3, 2),
-        read_gb_per_s=round(gigabytes / unverified.read_s, 3),
-        unverified_gb_per_s=round(gigabytes / unverified.pull_s, 3),
-        pull_gb_per_s=round(gigabytes / verified.pull_s, 3),
-        overhead_us=round((unverified.pull_s - unverified.read_s) * 1e6),
-        checksum_percent=round((verified.pull_s / unverified.pull_s - 1) * 100, 1),
-    )
+    return {
+        "connector": connector,
+        "path": ", ".join(sorted({pair.path for pair in pairs})),
+        "num_blocks": count,
+        "megabytes": round(gigabytes * 1e3, 2),
+        "read_gb_per_s": round(gigabytes / read_s, 3),
+        "unverified_gb_per_s": round(gigabytes / pull_s, 3),
+        "pull_gb_per_s": round(gigabytes / verified_s, 3),
+        "overhead_us": round((pull_s - read_s) * 1e6),
+        "checksum_percent": round((verified_s / pull_s - 1) * 100, 1),
+    }
 
 
 class RankPair:
@@ -188,16 +167,34 @@ class RankPair:
         self, stack: contextlib.ExitStack, settings: KVTransferSettings, options: TransferOptions
     ) -> None:
         """Start the ranks; ``stack`` stops them."""
+        context = multiprocessing.get_context("forkserver")
+        # torch is imported once, not by every process. As __main__ this module has another name.
+        context.set_forkserver_preload(["pdlaunch.bench.transfer"])
         keys, self._engine_id, self._num_pulls = new_launch_keys(), draw_engine_id(), 0
-        self._prefill = RankChild("prefill", self._engine_id, settings, options, keys)
-        stack.callback(self._prefill.stop)
-        self._decode = RankChild("decode", draw_engine_id(), settings, options, keys)
-        stack.callback(self._decode.stop)
-        entries = [rank.call("entry") for rank in (self._prefill, self._decode)]
-        self.path: str = self._decode.call("connect", entries)
+        self._pools = {role: ProcessPoolExecutor(1, context) for role in PAIR}
+        for role, engine_id in zip(PAIR, (self._engine_id, draw_engine_id()), strict=True):
+            stack.callback(self._stop, role)
+            self._run(role, _start, role, engine_id, settings, options, keys)
+        entries = [self._call(role, "entry") for role in PAIR]
+        self.path: str = self._call("decode", "connect", entries)
 
-    def pull(self, local: list[int], remote: list[int]) -> PullTimes:
-        """Grant a lease and pull its blocks."""
+    def _call(self, role: Role, method: str, *arguments: object) -> Any:
+        return self._run(role, _call, method, *arguments)
+
+    def _run(self, role: Role, function: Any, *arguments: object) -> Any:
+        try:
+            return self._pools[role].submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise TransferError(f"a process of the benchmark ended: {error}") from error
+
+    def _stop(self, role: Role) -> None:
+        """End the process, whatever its threads do."""
+        with contextlib.suppress(BrokenProcessPool):
+            self._pools[role].submit(os._exit, 0)
+        self._pools[role].shutdown(wait=False)
+
+    def pull(self, local: list[int], remote: list[int]) -> tuple[float, float]:
+        """Grant a lease and pull its blocks; return the times of the pull and of its READ."""
         self._num_pulls += 1
         name = f"pull-{self._num_pulls}"
         hashes = [index.to_bytes(32) for index in range(len(local))]
@@ -211,7 +208,7 @@ class RankPair:
             lease_s=LEASE_S,
         )
         # It returns before the checksums are there: a pull that is faster waits for them.
-        self._prefill.call("grant", grant)
+        self._call("prefill", "grant", grant)
         command = StartPull(
             pull_id=PullId(name),
             request_id=RequestId(name),
@@ -230,36 +227,9 @@ class RankPair:
             num_tokens=len(local),
             timeout_s=LEASE_S,
         )
-        times: PullTimes = self._decode.call("pull", command)
-        self._prefill.call("await_lease_end")
+        times: tuple[float, float] = self._call("decode", "pull", command)
+        self._call("prefill", "await_lease_end")
         return times
-
-
-class RankChild:
-    """Runs a ``Rank`` in a child process that answers calls of its methods."""
-
-    def __init__(self, *arguments: object) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # torch is imported once, not by every process. As __main__ this module has another name.
-        context.set_forkserver_preload(["pdlaunch.bench.transfer"])
-        self._pool = ProcessPoolExecutor(1, context)
-        self._run(_start, *arguments)
-
-    def call(self, method: str, *arguments: object) -> Any:
-        return self._run(_call, method, *arguments)
-
-    def _run(self, function: Any, *arguments: object) -> Any:
-        """Raises TransferError when the process has failed."""
-        try:
-            return self._pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise TransferError(f"a process of the benchmark ended: {error}") from error
-
-    def stop(self) -> None:
-        """End the process, whatever its threads do."""
-        with contextlib.suppress(BrokenProcessPool):
-            self._pool.submit(os._exit, 0)
-        self._pool.shutdown(wait=False)
 
 
 _ranks: list[Rank] = []  # the one rank of a child process
@@ -380,12 +350,12 @@ class Rank:
     def grant(self, command: GrantLease) -> None:
         self._transfer.submit([command])
 
-    def pull(self, command: StartPull) -> PullTimes:
+    def pull(self, command: StartPull) -> tuple[float, float]:
         self._transfer.submit([command])
         event: PullFinished = self._await(PullFinished)
         if not event.ok:
             raise TransferError(event.error)
-        return PullTimes(event.seconds, event.read_s)
+        return event.seconds, event.read_s
 
     def await_lease_end(self) -> None:
         self._await(LeaseEnded)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from pdlaunch.bench import chaos
-from pdlaunch.bench.chaos import SentRequest, smoke_under_chaos, wrong_answers
+from pdlaunch.bench.chaos import smoke_under_chaos, wrong_answers
 
 
 def test_it_says_how_many_and_when_but_neither_prompt_nor_answer() -> None:
-    sent = [SentRequest("equal", 1.0), SentRequest("wrong", 1.5), SentRequest("error", 2.0)]
+    sent = [("equal", 1.0), ("wrong", 1.5), ("error", 2.0)]
     said = "1 wrong; 1 error; wrong after 1.5 s; error after 2.0 s"
     assert wrong_answers(sent, exact=True) == said
     # In other dtypes greedy answers may differ.
