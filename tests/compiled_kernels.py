@@ -7,7 +7,6 @@ that the compiler takes them, with the arguments that they are launched with, an
 from __future__ import annotations
 
 import sys
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pdlaunch.engine.memory.page_kernel import copy_pages, padded_columns
 from pdlaunch.engine.models import fused_decoder
 from pdlaunch.engine.models.triton_attention import Norm, TritonAttention
-from pdlaunch.transfer.connectors.cuda_copies import KERNELS
 from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions
 from tests.engine.models.attention_reference import Case, make_inputs
 
@@ -30,7 +27,7 @@ technical specifications.
 LAUNCHED = {
     *("attend_decode", "reduce_splits", "attend_chunks"),
     *("gather_kv", "rotate_and_write", "add_and_normalize", "multiply_gated"),
-    *("hash_region", "_copy_pages"),
+    "hash_region",
 }
 MIXED = ((700, 1), (2, 30))
 DECODE = ((3000, 1),) * 8
@@ -116,16 +113,12 @@ def layers(size: int) -> None:
 
 
 def blocks() -> None:
-    """What checks blocks and copies them."""
+    """What checks blocks."""
     words = constants(torch.device("cpu"))
     results = torch.zeros(2, 8, dtype=torch.int64)
     for num_words in (1024, 5 * 20):
         memory = torch.zeros(4, 8, num_words, dtype=torch.int64)
         hash_regions(memory, torch.tensor([3, 0]), 0, results, words)
-    memory = torch.zeros(4096, dtype=torch.int32)
-    units = torch.zeros(2, padded_columns(3), dtype=torch.int64)
-    for page_bytes, shape in product((8192, 48), KERNELS):
-        copy_pages(memory, memory, units, 3, page_bytes, shape)
 
 
 def main(capability: int) -> None:

@@ -50,9 +50,9 @@ from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull
-from pdlaunch.transfer.connectors.opening import new_connector
+from pdlaunch.transfer.connectors.connector import new_connector
 from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
-from pdlaunch.transfer.sides import RankMemory, TransferSetup
+from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
 LEASE_S = 600.0
@@ -304,14 +304,12 @@ class Rank:
                     tp_rank=0,
                     tp_size=1,
                 ),
-                memory=RankMemory(
-                    kv_cache=pages.view(num_blocks, *layout.block_shape()).normal_(),
-                    layout=layout,
-                    source=memory,
-                    model_digest="bench",
-                    total_kv_heads=options.num_kv_heads,
-                    first_kv_head=0,
-                ),
+                kv_cache=pages.view(num_blocks, *layout.block_shape()).normal_(),
+                layout=layout,
+                kv_memory=memory,
+                model_digest="bench",
+                total_kv_heads=options.num_kv_heads,
+                first_kv_head=0,
                 connector=new_connector(settings, name, 1),
                 context=SecureContext(keys),
                 wake=self._woken.set,

@@ -54,10 +54,10 @@ from pdlaunch.protocol.process.bootstrap import (
 )
 from pdlaunch.protocol.process.step_record import StepRecord
 from pdlaunch.protocol.sockets import SecureContext
-from pdlaunch.transfer.connectors.opening import NoConnector, new_connector, rank_part
+from pdlaunch.transfer.connectors.connector import NoConnector, new_connector, rank_part
 from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
 from pdlaunch.transfer.integrity.checksum import KVHasher
-from pdlaunch.transfer.sides import RankMemory, TransferSetup
+from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
@@ -208,14 +208,12 @@ class RankProcess:
                 tp_rank=bootstrap.tp_rank,
                 tp_size=spec.tensor_parallel_size,
             ),
-            memory=RankMemory(
-                kv_cache=runner.kv_cache,
-                layout=runner.layout,
-                source=runner.kv_memory,
-                model_digest=runner.model_digest,
-                total_kv_heads=runner.shape.num_kv_heads,
-                first_kv_head=runner.first_kv_head,
-            ),
+            kv_cache=runner.kv_cache,
+            layout=runner.layout,
+            kv_memory=runner.kv_memory,
+            model_digest=runner.model_digest,
+            total_kv_heads=runner.shape.num_kv_heads,
+            first_kv_head=runner.first_kv_head,
             connector=new_connector(spec.kv_transfer, bootstrap.name, bootstrap.incarnation)
             if spec.has_peers
             else NoConnector(bootstrap.name),

@@ -1,8 +1,8 @@
 """Messages of the side channel, on which a decode rank asks (DEALER) and a prefill rank answers
 (ROUTER).
 
-A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin -> StateChecksums
--> PullHeartbeat* -> PullEnd``. Seconds are remaining seconds, because clocks differ between hosts.
+A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin, StateChecksums,
+PullHeartbeat*, PullEnd``. Seconds are remaining seconds, because clocks differ between hosts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -101,9 +101,6 @@ class GroupBlocks(Message, tag=False):
     # Logical index of the first block below; earlier ones have left the window.
     first_block_index: int
     block_ids: list[int]
-    # Checksums of each block and KV head of this rank, 8 bytes each, little-endian. None when
-    # ``verify`` is off, or when they follow in a ChecksumsReply.
-    checksums: bytes | None
 
 
 class PullReply(Message):
@@ -121,7 +118,9 @@ class StateChecksums(LeaseQuestion):
 
 class ChecksumsReply(Message):
     call_id: int
-    groups: list[bytes | None]  # as ``GroupBlocks.checksums``
+    # For each KV cache group the checksums of each leased block and KV head of the rank asked,
+    # 8 bytes each, little-endian.
+    groups: list[bytes]
 
 
 class PullHeartbeat(LeaseQuestion):
@@ -134,14 +133,9 @@ class HeartbeatReply(Message):
 
 
 class PullEnd(LeaseQuestion):
-    """Give the lease up: the reader has all bytes, or does not want them any more."""
-
-
-class PullEndReply(Message):
-    """Confirm the end. Nobody waits for it: a reader proves by itself that its lease has held."""
-
-    call_id: int
-    held: bool  # the lease held from pull_begin until now
+    """Give the lease up: the reader has all bytes, or does not want them any more. There is no
+    answer: a reader proves by itself that its lease has held.
+    """
 
 
 class Push(LeaseQuestion):
@@ -173,10 +167,7 @@ class Refused(Message):
 
 
 ToPrefillSide = Handshake | PullBegin | StateChecksums | PullHeartbeat | PullEnd | Push
-ToDecodeSide = (
-    HandshakeReply | PullReply | ChecksumsReply | HeartbeatReply | PullEndReply | PushEnded
-    | Refused
-)  # fmt: skip
+ToDecodeSide = HandshakeReply | PullReply | ChecksumsReply | HeartbeatReply | PushEnded | Refused
 
 to_prefill_side: Codec[ToPrefillSide] = Codec(ToPrefillSide)
 to_decode_side: Codec[ToDecodeSide] = Codec(ToDecodeSide)

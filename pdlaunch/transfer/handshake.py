@@ -100,17 +100,14 @@ def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
 
 
 def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
-    """Return window and layers of each group in one line: ``full: 0-5; 512: 6-11``."""
+    """Return window and layers of each group in one line: ``full: 0-5; 512: 6,8,10``."""
     described = []
     for group in groups:
-        runs: list[list[int]] = []
-        for layer in group.layers:
-            if runs and layer == runs[-1][-1] + 1:
-                runs[-1][1:] = [layer]
-            else:
-                runs.append([layer])
-        layers = ",".join("-".join(map(str, run)) for run in runs)
-        described.append(f"{group.sliding_window or 'full'}: {layers}")
+        layers = list(group.layers)
+        first, last = layers[0], layers[-1]
+        is_run = len(layers) > 1 and layers == list(range(first, last + 1))
+        listed = f"{first}-{last}" if is_run else ",".join(map(str, layers))
+        described.append(f"{group.sliding_window or 'full'}: {listed}")
     return "; ".join(described)
 
 
@@ -127,31 +124,27 @@ def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str
         )
 
 
-def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: int) -> None:
+def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
     """Raise HandshakeError when the stated geometry contradicts itself or the agreed shape of a
     block.
     """
-    geometry = reply.geometry
-    heads = heads_of_rank(total_kv_heads, reply.tp_size, reply.tp_rank)
+    geometry, head_bytes = reply.geometry, setup.memory.layout.head_bytes
+    heads = heads_of_rank(setup.compatibility.num_kv_heads, reply.tp_size, reply.tp_rank)
     expected = {
-        "head_bytes": (head_bytes, geometry.head_bytes),
-        "num_kv_heads": (len(heads), geometry.num_kv_heads),
-        "first_kv_head": (heads.start, geometry.first_kv_head),
-        "block_bytes": (len(heads) * head_bytes, geometry.block_bytes),
+        "head_bytes": {head_bytes},
+        "num_kv_heads": {len(heads)},
+        "first_kv_head": {heads.start},
+        "block_bytes": {len(heads) * head_bytes},
+        # That of a CPU or that of a GPU, whatever this rank runs on: connectors such as ``file``
+        # join the two.
+        "scratch_bytes": {SCRATCH_BYTES, DEVICE_SCRATCH_BYTES},
     }
-    for field, (wanted, found) in expected.items():
-        if wanted != found:
+    for field, wanted in expected.items():
+        if (found := getattr(geometry, field)) not in wanted:
+            expectation = " or ".join(map(str, sorted(wanted)))
             raise HandshakeError(
-                f"{field}: {reply.rank_name} states {found}, expected are {wanted}"
+                f"{field}: {reply.rank_name} states {found}, expected is {expectation}"
             )
-    # That of a CPU or that of a GPU, whatever this rank runs on: connectors such as ``file`` join
-    # the two.
-    sizes = SCRATCH_BYTES, DEVICE_SCRATCH_BYTES
-    if geometry.scratch_bytes not in sizes:
-        raise HandshakeError(
-            f"scratch_bytes: {reply.rank_name} states {geometry.scratch_bytes}, expected is one of "
-            f"{sizes}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +218,7 @@ class DecodeSetup:
 
     identity: RankIdentity  # this rank
     compatibility: Compatibility
-    head_bytes: int
+    memory: LocalMemory
     first_kv_head: int
     connector: Connector
     hasher: KVHasher | None  # none when ``kv_transfer.verify`` is off

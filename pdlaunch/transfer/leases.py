@@ -34,7 +34,6 @@ from pdlaunch.protocol.side_channel import (
     HeartbeatReply,
     PullBegin,
     PullEnd,
-    PullEndReply,
     PullHeartbeat,
     PullReply,
     Push,
@@ -50,12 +49,10 @@ from pdlaunch.protocol.transfer import (
     LeaseEnded,
     PrefillCommand,
 )
-from pdlaunch.transfer.connectors.connector import Connector, PushJob
+from pdlaunch.transfer.connectors.connector import Connector
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 
 logger = logging.getLogger(__name__)
-
-EndReason = Literal["pulled", "released", "expired"]
 
 # Other users of ``lease_s``: heartbeats, four in that time (``pull``); PD107, because pulls must
 # end sooner; engines of vLLM, in whole seconds; routers, which hand blocks of such engines over
@@ -73,34 +70,36 @@ about a lease that never was, are refused.
 MAX_WAITING = 4096  # questions that may wait; further ones are answered at once
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lease:
     """Keeps one finished request's blocks on this rank."""
 
     grant: GrantLease
-    groups: list[GroupBlocks]
-    granted_at: float
     deadline_at: float
-    num_readers: int
-    """Choices that will pull; fewer than granted when some have ended with their first token."""
+    last_at: float  # no extension goes beyond
     checksums: Checksums | None = None
-    """Checksums of the blocks of all groups, one group after another, while they are computed."""
+    """Checksums of the blocks of all groups, one group after another; None until they are asked
+    for.
+    """
     open_readers: dict[ReaderId, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of decode ranks."""
     served_readers: set[ReaderId] = field(default_factory=set)  # pulls that have ended
     served: Fraction = Fraction(0)
-    """Readers that have ended; one of the k decode ranks of a reader counts 1/k."""
+    """Readers that have ended; one of the k decode ranks of a reader counts 1/k: as fractions,
+    because thirds must add up to exactly one.
+    """
     cancelled: bool = False
 
-    def state_checksums(self) -> None:
-        """Tell readers the checksums, which must be ready."""
+    @property
+    def block_ids(self) -> list[int]:
+        return [block_id for group in self.grant.block_ids for block_id in group]
+
+    def stated_checksums(self) -> list[bytes]:
+        """Return the checksums by group; they must be ready."""
         assert self.checksums is not None
-        ends = np.cumsum([len(group.block_ids) for group in self.groups])
-        parts = np.split(self.checksums.result().astype("<u8"), ends[:-1])
-        self.groups = [
-            msgspec.structs.replace(group, checksums=part.tobytes())
-            for group, part in zip(self.groups, parts, strict=True)
-        ]
+        ends = np.cumsum([len(group) for group in self.grant.block_ids])
+        by_group = np.split(self.checksums.result().astype("<u8"), ends[:-1])
+        return [group.tobytes() for group in by_group]
 
 
 class LeaseTable:
@@ -111,7 +110,7 @@ class LeaseTable:
         self._leases: dict[LeaseId, Lease] = {}
         self._past: dict[LeaseId, None] = {}
         """Ids of the latest leases that have ended, the oldest first."""
-        self._ended: list[tuple[LeaseId, EndReason]] = []
+        self._ended: list[LeaseEnded] = []
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -120,17 +119,13 @@ class LeaseTable:
         """Take over the blocks of a finished request. Raises LeaseError if its id still has a
         lease.
         """
-        if grant.lease_id in self._leases:
-            raise LeaseError(f"request {grant.lease_id} has a lease already")
-        logger.debug("lease of %s begins, for %g s", grant.lease_id, grant.lease_s)
-        self._past.pop(grant.lease_id, None)
-        groups = [
-            GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=None)
-            for first, block_ids in zip(grant.first_block_index, grant.block_ids, strict=True)
-        ]
-        now = self._clock()
-        lease = Lease(grant, groups, now, now + grant.lease_s, grant.num_readers)
-        self._leases[grant.lease_id] = lease
+        lease_id, lease_s, now = grant.lease_id, grant.lease_s, self._clock()
+        if lease_id in self._leases:
+            raise LeaseError(f"request {lease_id} has a lease already")
+        logger.debug("lease of %s begins, for %g s", lease_id, lease_s)
+        self._past.pop(lease_id, None)
+        lease = Lease(grant, now + lease_s, now + MAX_EXTENSIONS * lease_s)
+        self._leases[lease_id] = lease
         return lease
 
     def knows(self, lease_id: LeaseId) -> bool:
@@ -140,8 +135,7 @@ class LeaseTable:
     def living(self, lease_id: LeaseId) -> Lease:
         """Return a lease that still holds. Raises LeaseError."""
         self.expire()
-        lease = self._leases.get(lease_id)
-        if lease is None:
+        if (lease := self._leases.get(lease_id)) is None:
             raise LeaseError(
                 f"request {lease_id} has no lease here: it has expired, ended or never was"
             )
@@ -180,19 +174,12 @@ class LeaseTable:
         self._extend(lease)
         return self.remaining_s(lease)
 
-    def end(self, lease_id: LeaseId, reader: ReaderId) -> bool:
-        """End a pull, and return whether the lease has held since its begin."""
-        # First: a lease past its deadline has not held.
-        self.expire()
-        lease = self._leases.get(lease_id)
-        num_decode_ranks = lease.open_readers.pop(reader, None) if lease is not None else None
-        if lease is None or num_decode_ranks is None:
-            return False
+    def end(self, lease_id: LeaseId, reader: ReaderId) -> None:
+        """End a pull. Raises LeaseError."""
+        lease = self.opened(lease_id, reader)
+        lease.served += Fraction(1, lease.open_readers.pop(reader))
         lease.served_readers.add(reader)
-        # Fractions, because thirds must add up to exactly one.
-        lease.served += Fraction(1, num_decode_ranks)
         self._end_if_done(lease)
-        return True
 
     def cancel(self, lease_id: LeaseId) -> None:
         """End a lease that nobody needs any more, now or with its last open pull. Unknown ids are
@@ -208,7 +195,7 @@ class LeaseTable:
         for lease in [lease for lease in self._leases.values() if lease.deadline_at <= now]:
             self._end(lease, "expired")
 
-    def take_ended(self) -> list[tuple[LeaseId, EndReason]]:
+    def take_ended(self) -> list[LeaseEnded]:
         """Return the leases that have ended since the last call: their blocks belong to the engine
         again.
         """
@@ -223,10 +210,9 @@ class LeaseTable:
         return min((lease.deadline_at for lease in self._leases.values()), default=None)
 
     def _extend(self, lease: Lease) -> None:
-        lease_s = lease.grant.lease_s
-        last_at = lease.granted_at + MAX_EXTENSIONS * lease_s
+        extended_at = min(self._clock() + lease.grant.lease_s, lease.last_at)
         # Never shortened: readers rely on the seconds that they were told.
-        lease.deadline_at = max(lease.deadline_at, min(self._clock() + lease_s, last_at))
+        lease.deadline_at = max(lease.deadline_at, extended_at)
 
     def _end_if_done(self, lease: Lease) -> None:
         """End a lease with no reader left to come, unless a pull is open.
@@ -236,69 +222,66 @@ class LeaseTable:
         """
         if lease.open_readers:
             return
-        if lease.served >= lease.num_readers:
+        if lease.served >= lease.grant.num_readers:
             self._end(lease, "pulled")
         elif lease.cancelled:
             self._end(lease, "released")
 
-    def _end(self, lease: Lease, reason: EndReason) -> None:
-        logger.debug("lease of %s has ended: %s", lease.grant.lease_id, reason)
-        del self._leases[lease.grant.lease_id]
+    def _end(self, lease: Lease, reason: Literal["pulled", "released", "expired"]) -> None:
+        lease_id = lease.grant.lease_id
+        logger.debug("lease of %s has ended: %s", lease_id, reason)
+        del self._leases[lease_id]
         # Questions about it are refused at once, and do not wait for a grant.
-        self._past[lease.grant.lease_id] = None
+        self._past[lease_id] = None
         if len(self._past) > MAX_PAST_LEASES:
             del self._past[next(iter(self._past))]
-        self._ended.append((lease.grant.lease_id, reason))
+        self._ended.append(LeaseEnded(lease_id=lease_id, reason=reason))
 
 
 @dataclass(frozen=True, slots=True)
-class _AskedWrite:
+class _Question:
     identity: bytes  # names the socket of the decode rank that asked
-    call_id: int
-    write: Future[None]
-    started_at: float
+    message: ToPrefillSide
+    asked_at: float
 
 
 class PrefillSide:
     """Serves the leases of one rank to decode ranks. The transfer thread owns it.
 
-    Every question gets one answer; invalid questions are refused and change nothing.
+    Every question but PullEnd gets one answer; invalid questions are refused and change nothing.
     """
 
     def __init__(
         self,
         card: HandshakeReply,
         hasher: KVHasher | None,
+        connector: Connector,
         send: Callable[[bytes, ToDecodeSide], None],
         clock: Callable[[], float],
-        pusher: Connector | None = None,
     ) -> None:
         """``card`` says what this rank is; ``hasher`` is None when ``kv_transfer.verify`` is off;
-        ``send`` gets the identity of the socket that asked; ``pusher`` is a connector that
-        ``pushes``.
+        ``send`` gets the identity of the socket that asked.
         """
         self.leases = LeaseTable(clock)
         self.known_ranks: set[tuple[str, int]] = set()
         """Name and incarnation of every decode rank that has shaken hands."""
         self._card = card
         self._hasher = hasher
+        self._connector = connector
         self._send = send
         self._clock = clock
-        self._pusher = pusher
-        self._hashing: list[Lease] = []
-        """Leases whose checksums are not stated yet."""
-        self._waiting: list[tuple[bytes, ToPrefillSide, float]] = []
-        """Questions that cannot be answered yet, with the socket that asked and a deadline."""
-        self._writes: list[_AskedWrite] = []
+        self._unhashed: list[Lease] = []
+        """New leases whose checksums are not asked for yet."""
+        self._waiting: list[_Question] = []
+        """Questions that cannot be answered yet."""
+        self._writes: list[tuple[_Question, Future[None]]] = []
 
     def execute(self, command: PrefillCommand) -> None:
         match command:
             case GrantLease():
                 # The scheduler refuses a request whose id still has a lease. Nothing writes to the
                 # blocks any more: whoever grants knows a token that all ranks computed from them.
-                lease = self.leases.grant(command)
-                if self._hasher is not None:
-                    self._hashing.append(lease)
+                self._unhashed.append(self.leases.grant(command))
             case EndLease():
                 self.leases.cancel(command.lease_id)
 
@@ -306,15 +289,15 @@ class PrefillSide:
         """Answer what can be answered, have checksums computed, and return the leases that have
         ended. The engine frees their blocks, and no answer promises these any more.
         """
-        self._answer_all(received)
+        now = self._clock()
+        self._answer_all([_Question(*question, now) for question in received])
         # Decode ranks were answered first: they read while the checksums are computed.
-        if self.advance_checksums():
-            self._answer_all(())
+        if self._unhashed:
+            self.hash_leases()
+            self._answer_all([])
+        self._end_writes()
         self.leases.expire()
-        return [
-            LeaseEnded(lease_id=lease_id, reason=reason)
-            for lease_id, reason in self.leases.take_ended()
-        ]
+        return self.leases.take_ended()
 
     @property
     def is_idle(self) -> bool:
@@ -323,63 +306,39 @@ class PrefillSide:
 
     @property
     def polling_since_at(self) -> float | None:
-        """Return the instant at which the latest of the unfinished writes and checksums began."""
-        since = [write.started_at for write in self._writes]
-        return max([*since, *(lease.granted_at for lease in self._hashing)], default=None)
-
-    def next_deadline_at(self) -> float | None:
-        """Return when ``turn`` has something to do, messages aside."""
-        due_at = [deadline_at for _, _, deadline_at in self._waiting]
-        if (next_at := self.leases.next_deadline_at()) is not None:
-            due_at.append(next_at)
-        return min(due_at, default=None)
-
-    def advance_checksums(self) -> bool:
-        """Begin to compute the checksums of new leases, and state those that are there.
-
-        Returns whether any have come: questions may have waited for them.
+        """Return when the latest of the questions was asked whose answer waits, perhaps for a
+        device or for a write that has begun.
         """
-        unfinished = []
-        for lease in self._hashing:
-            if lease.checksums is None:
-                assert self._hasher is not None
-                block_ids = [block_id for group in lease.groups for block_id in group.block_ids]
-                lease.checksums = self._hasher.start(block_ids, slice(None))
-            if lease.checksums.ready():
-                lease.state_checksums()
-            else:
-                unfinished.append(lease)
-        has_news = len(unfinished) < len(self._hashing)
-        self._hashing = unfinished
-        return has_news
+        questions = [*self._waiting, *(question for question, _ in self._writes)]
+        return max((question.asked_at for question in questions), default=None)
 
-    def answer(self, message: ToPrefillSide) -> ToDecodeSide:
-        asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
-        name, engine_id = self._card.rank_name, self._card.engine_id
-        # Another engine may have had this port before, or be a restart of the one that is meant.
-        if asked != engine_id:
-            reason = f"{name} belongs to engine_id {engine_id}, not to {asked}"
-            return Refused(call_id=message.call_id, reason=reason)
+    def hash_leases(self) -> None:
+        """Begin to compute the checksums of new leases; on a CPU they are there at once."""
+        for lease in self._unhashed:
+            if self._hasher is not None:
+                lease.checksums = self._hasher.start(lease.block_ids, slice(None))
+        self._unhashed.clear()
+
+    def answer(self, message: ToPrefillSide) -> ToDecodeSide | None:
+        """Return the answer to a question that need not wait; None where there is none."""
         try:
             return self._answer(message)
         except LeaseError as error:
-            return Refused(call_id=message.call_id, reason=f"{name}: {error}")
+            return Refused(call_id=message.call_id, reason=f"{self._card.rank_name}: {error}")
 
-    def _answer_all(self, received: Iterable[tuple[bytes, ToPrefillSide]]) -> None:
+    def _answer_all(self, received: list[_Question]) -> None:
         now = self._clock()
         # In order: the end of a pull must not overtake its beginning.
-        questions = self._waiting
-        questions += [(identity, message, now + GRANT_LAG_S) for identity, message in received]
-        self._waiting = []
-        for identity, message, deadline_at in questions:
-            may_wait = now < deadline_at and len(self._waiting) < MAX_WAITING
+        questions, self._waiting = [*self._waiting, *received], []
+        for question in questions:
+            message = question.message
+            may_wait = now < question.asked_at + GRANT_LAG_S and len(self._waiting) < MAX_WAITING
             if may_wait and self._must_wait(message):
-                self._waiting.append((identity, message, deadline_at))
-            elif isinstance(message, Push) and message.engine_id == self._card.engine_id:
-                self._write(identity, message)
-            else:
-                self._send(identity, self.answer(message))
-        self._end_writes()
+                self._waiting.append(question)
+            elif isinstance(message, Push):
+                self._write(question, message)
+            elif (reply := self.answer(message)) is not None:
+                self._send(question.identity, reply)
 
     def _must_wait(self, message: ToPrefillSide) -> bool:
         """Return whether a question asks about a lease of this engine that this rank has never
@@ -392,12 +351,23 @@ class PrefillSide:
             return False
         if not self.leases.knows(message.lease_id):
             return True
-        return isinstance(message, StateChecksums) and self._is_hashing(message.lease_id)
+        try:
+            return isinstance(message, StateChecksums) and not _is_hashed(
+                self.leases.living(message.lease_id)
+            )
+        except LeaseError:
+            return False
 
-    def _is_hashing(self, lease_id: LeaseId) -> bool:
-        return any(lease.grant.lease_id == lease_id for lease in self._hashing)
+    def _check_engine(self, message: ToPrefillSide) -> None:
+        """Another engine may have had this port before, or be a restart of the one that is meant.
+        Raises LeaseError.
+        """
+        asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
+        if asked != self._card.engine_id:
+            raise LeaseError(f"it belongs to engine_id {self._card.engine_id}, not to {asked}")
 
-    def _answer(self, message: ToPrefillSide) -> ToDecodeSide:
+    def _answer(self, message: ToPrefillSide) -> ToDecodeSide | None:
+        self._check_engine(message)
         call_id = message.call_id
         match message:
             case Handshake():
@@ -412,73 +382,81 @@ class PrefillSide:
                 lease = self.leases.begin(
                     message.lease_id, message.reader, message.num_decode_ranks
                 )
+                grant = lease.grant
                 return PullReply(
                     call_id=call_id,
-                    num_tokens=lease.grant.num_tokens,
-                    block_hashes=lease.grant.block_hashes,
-                    groups=lease.groups,
+                    num_tokens=grant.num_tokens,
+                    block_hashes=grant.block_hashes,
+                    groups=[
+                        GroupBlocks(first_block_index=first, block_ids=block_ids)
+                        for first, block_ids in zip(
+                            grant.first_block_index, grant.block_ids, strict=True
+                        )
+                    ],
                     lease_s=self.leases.remaining_s(lease),
                 )
             case PullHeartbeat():
                 lease_s = self.leases.heartbeat(message.lease_id, message.reader)
                 return HeartbeatReply(call_id=call_id, lease_s=lease_s)
             case PullEnd():
-                held = self.leases.end(message.lease_id, message.reader)
-                return PullEndReply(call_id=call_id, held=held)
+                self.leases.end(message.lease_id, message.reader)
+                return None
             case StateChecksums():
-                lease = self.leases.opened(message.lease_id, message.reader)
-                # The time to wait may be over: look once more before refusing.
-                self.advance_checksums()
-                if self._is_hashing(message.lease_id):
+                # Its PullBegin may have been lost with a connection, and is asked again.
+                lease = self.leases.living(message.lease_id)
+                if not _is_hashed(lease):
                     raise LeaseError(
                         f"the checksums of request {message.lease_id} are not there yet"
                     )
-                return ChecksumsReply(
-                    call_id=call_id, groups=[group.checksums for group in lease.groups]
-                )
+                return ChecksumsReply(call_id=call_id, groups=lease.stated_checksums())
             case Push():
                 raise LeaseError("the connector here does not write to its readers")
 
-    def _write(self, identity: bytes, message: Push) -> None:
+    def _write(self, question: _Question, message: Push) -> None:
         """Begin to write to a reader, or refuse. A write cannot be taken back: the reader owns the
         destination until it has the answer.
         """
         try:
-            if self._pusher is None:
-                raise LeaseError("the connector here does not write to its readers")
-            write = self._pusher.push(self._job_of(message))
+            heads = self._check_push(message)
+            write = self._connector.push(message.target, message.block_ids, heads)
         except (LeaseError, TransferError) as error:
             reason = f"{self._card.rank_name}: {error}"
-            self._send(identity, Refused(call_id=message.call_id, reason=reason))
-            return
-        self._writes.append(_AskedWrite(identity, message.call_id, write, self._clock()))
+            self._send(question.identity, Refused(call_id=message.call_id, reason=reason))
+        else:
+            self._writes.append((question, write))
 
-    def _job_of(self, message: Push) -> PushJob:
-        """Return the write that a reader asks for. Raises LeaseError if it may not have these
+    def _check_push(self, message: Push) -> range:
+        """Return the heads that a reader asks for. Raises LeaseError if it may not have these
         blocks.
         """
+        self._check_engine(message)
+        if not self._connector.pushes:
+            raise LeaseError("the connector here does not write to its readers")
         heads = range(message.first_head, message.first_head + message.num_heads)
         # Whoever writes to a peer's memory decides what the peer may see. The scratch, which is
         # meant when there are no blocks, holds nobody's prompt.
         if message.block_ids:
             lease = self.leases.opened(message.lease_id, message.reader)
-            leased = {block_id for group in lease.groups for block_id in group.block_ids}
-            if not leased.issuperset(message.block_ids):
+            if not set(message.block_ids).issubset(lease.block_ids):
                 raise LeaseError(f"request {message.lease_id} has no lease for all of these blocks")
             if not 0 <= heads.start < heads.stop <= self._card.geometry.num_kv_heads:
                 raise LeaseError(f"there are no {message.num_heads} heads from {heads.start} on")
-        return PushJob(message.target, message.block_ids, heads)
+        return heads
 
     def _end_writes(self) -> None:
         pending = []
-        for asked in self._writes:
-            if not asked.write.done():
-                pending.append(asked)
+        for question, write in self._writes:
+            if not write.done():
+                pending.append((question, write))
                 continue
-            failure = asked.write.exception()
+            failure = write.exception()
             error = "" if failure is None else f"{self._card.agent_name}: {failure}"
             if error:
                 logger.warning("a write to a reader failed: %s", error)
-            ended = PushEnded(call_id=asked.call_id, ok=not error, error=error)
-            self._send(asked.identity, ended)
+            ended = PushEnded(call_id=question.message.call_id, ok=not error, error=error)
+            self._send(question.identity, ended)
         self._writes = pending
+
+
+def _is_hashed(lease: Lease) -> bool:
+    return lease.checksums is not None and lease.checksums.ready()

@@ -9,21 +9,24 @@ connection to it, and the READs over that.
       any of them ── gone from the registry ──> lost                (final, once READs have ended)
 
 The destination of a READ belongs to it until it has ended. If the connector pushes, the
-prefill rank writes: the READ ends with that rank's answer, or with the end of its process.
+prefill rank writes: the READ ends with that rank's answer, or with the end of its process. So a
+peer that is not ready any more keeps its connection and channel until its READs have ended, and
+only then shakes hands anew.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
+from operator import attrgetter
 from typing import Literal
 
 import torch
 
 from pdlaunch.errors import HandshakeError, TransferError
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady
-from pdlaunch.protocol.ids import EngineId
+from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
 from pdlaunch.protocol.side_channel import (
     Geometry,
     Handshake,
@@ -34,21 +37,9 @@ from pdlaunch.protocol.side_channel import (
     ToDecodeSide,
     ToPrefillSide,
 )
-from pdlaunch.transfer.connectors.connector import (
-    BlockRead,
-    Connection,
-    PeerAgent,
-    PushedRead,
-    Read,
-)
-from pdlaunch.transfer.connectors.scratch import PathFigure, best_path, has_pattern, try_paths
-from pdlaunch.transfer.handshake import (
-    DecodeSetup,
-    RankIdentity,
-    SourceRank,
-    check_geometry,
-    compare,
-)
+from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Read
+from pdlaunch.transfer.connectors.scratch import PathFigure, best_path, new_landing, try_paths
+from pdlaunch.transfer.handshake import DecodeSetup, SourceRank, check_geometry, compare
 from pdlaunch.transfer.side_channel import DecodeSocket
 
 logger = logging.getLogger(__name__)
@@ -61,15 +52,15 @@ away.
 """
 
 State = Literal["idle", "asking", "probing", "ready", "waiting", "incompatible", "lost"]
+_identity_of = attrgetter("engine_id", "incarnation", "tp_rank", "tp_size", "address.side_channel")
 
 
 class Peer:
     """Keeps handshake, connection and READs of one incarnation of one prefill rank."""
 
-    def __init__(self, identity: RankIdentity, endpoint: str, setup: DecodeSetup) -> None:
-        self.identity = identity
-        self.endpoint = endpoint
-        self.name = identity.name
+    def __init__(self, entry: Entry, setup: DecodeSetup) -> None:
+        self.entry = entry
+        self.name = entry.name
         self.path = ""
         """The path of its READs; empty before the first handshake."""
         self.error = "no handshake yet"
@@ -83,18 +74,19 @@ class Peer:
         self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
         """Receivers of answers, by call_id."""
         self._geometry: Geometry | None = None
+        self._paths: Mapping[str, Connection | TransferError] = {}
+        """The ways to read it, as its connector offers them."""
         self._connection: Connection | None = None
-        self._old_connections: list[Connection] = []
-        """Connections that were given up, kept while a READ may still write."""
+        """The way that is used."""
         self._reads: dict[Read, float] = {}
         """READs that are not released, and when they started."""
-        self._pushed: dict[int, PushedRead] = {}
+        self._pushed: dict[int, Read] = {}
         """READs that the prefill rank was asked to write, by call_id."""
-        self._old_channel: DecodeSocket | None = None
-        """Channel of a connection that was given up; still brings answers about ``_pushed``."""
         self._trial: Generator[None, None, list[PathFigure]] | None = None
-        self._old_probes: list[tuple[Read, torch.Tensor]] = []
-        """Abandoned READs of its scratch, each with the memory that it may still write to."""
+        self._probes: list[tuple[Read, torch.Tensor]] = []
+        """READs of its scratch, each with the memory that it may still write to. The last one is
+        the trial's, while that goes on; the others were given up.
+        """
         self._asked_at = 0.0
         self._num_failures = 0
 
@@ -135,63 +127,75 @@ class Peer:
 
     def advance(self) -> None:
         """Receive and do what is due; never waits."""
-        for channel in (self.channel, self._old_channel):
-            if channel is not None:
-                for message in channel.receive():
-                    self._on_message(message)
-                if self._pushed and channel.broken:
-                    # A process that is gone writes no more.
-                    for read in self._pushed.values():
-                        read.end("the peer's process has ended")
-                    self._pushed.clear()
-        for probe in [probe for probe in self._old_probes if probe[0].poll() != "pending"]:
-            self._old_probes.remove(probe)
-            self.release(probe[0])
-        self._close_old_connections()
+        if self.channel is not None:
+            self._receive(self.channel)
+        for probe in self._probes[:-1] if self._trial is not None else self._probes[:]:
+            if probe[0].poll() != "pending":
+                self.release(probe[0])
+        self._close_when_unused()
         if self.state == "probing":
             self._guard(self._try_paths)
         if self.deadline_at is not None and self.deadline_at <= self._setup.clock():
             self._on_deadline()
 
     def ask(
-        self, build: Callable[[int], ToPrefillSide], on_reply: Callable[[ToDecodeSide], None] | None
-    ) -> int:
-        """Send the question that ``build`` makes from a new call_id; return the id. ``on_reply``
-        gets the answer, if one comes.
+        self,
+        build: Callable[[int], ToPrefillSide],
+        on_reply: Callable[[ToDecodeSide], None] | None = None,
+    ) -> None:
+        """Send the question that ``build`` makes from a new call_id. ``on_reply`` gets the answer,
+        if one comes.
         """
         call_id = next(self._call_ids)
         if on_reply is not None:
             self._calls[call_id] = on_reply
-        # Without a channel the question is lost, as over a connection that breaks: pulls ask again.
-        if self.channel is not None:
-            self.channel.send(build(call_id))
-        return call_id
+        assert self.channel is not None
+        self.channel.send(build(call_id))
 
-    def forget(self, call_id: int) -> None:
-        self._calls.pop(call_id, None)
-
-    def read(self, blocks: BlockRead) -> Read:
+    def read(self, blocks: BlockRead, lease_id: LeaseId, reader: ReaderId) -> Read:
         """Raise TransferError."""
         assert self._connection is not None
         self._check_channel()
-        return self._started(self._connection.read(blocks), blocks)
-
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        """Raise TransferError."""
-        assert self._connection is not None
-        self._check_channel()
-        read, landing = self._connection.read_scratch(path)
-        # To a prefill side that writes, no blocks mean the scratch.
-        return self._started(read, BlockRead([], [], range(0), range(0))), landing
+        read = self._connection.read(blocks)
+        self._follow(read, blocks.remote_blocks, blocks.remote_heads, lease_id, reader)
+        return read
 
     def release(self, read: Read) -> None:
+        """Free a READ that has ended."""
         read.release()
         del self._reads[read]
-        self._close_old_connections()
+        self._probes = [probe for probe in self._probes if probe[0] is not read]
+        self._close_when_unused()
 
-    def abandon(self, read: Read, landing: torch.Tensor) -> None:
-        """Keep the memory of a READ of the scratch until it has ended."""
-        self._old_probes.append((read, landing))
+    def _receive(self, channel: DecodeSocket) -> None:
+        for message in channel.receive():
+            if (pushed := self._pushed.pop(message.call_id, None)) is not None:
+                pushed.end(_push_error(message))
+            elif (on_reply := self._calls.pop(message.call_id, None)) is not None:
+                on_reply(message)
+        if self._pushed and channel.broken:
+            # A process that is gone writes no more.
+            for read in self._pushed.values():
+                read.end("the peer's process has ended")
+            self._pushed.clear()
+
+    def _read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        """Raise TransferError."""
+        connection = self._paths[path]
+        if isinstance(connection, TransferError):
+            raise connection
+        self._check_channel()
+        memory, geometry = self._setup.memory, self.geometry
+        landing, piece_bytes = new_landing(
+            geometry.scratch_bytes,
+            memory.kv_cache.device,
+            min(memory.layout.block_bytes, geometry.block_bytes),
+        )
+        read = connection.read_scratch(landing, piece_bytes)
+        self._probes.append((read, landing))
+        # To a prefill side that writes, no blocks mean the scratch.
+        self._follow(read, (), range(0), LeaseId(""), ReaderId(""))
+        return read, landing
 
     def _check_channel(self) -> None:
         """Raise TransferError when answers over this connection may be lost: no write must be asked
@@ -200,52 +204,42 @@ class Peer:
         if self._setup.connector.pushes and (self.channel is None or self.channel.broken):
             raise TransferError(f"the connection to {self.name} broke")
 
-    def _started(self, read: Read, blocks: BlockRead) -> Read:
+    def _follow(
+        self, read: Read, blocks: Iterable[int], heads: range, lease_id: LeaseId, reader: ReaderId
+    ) -> None:
+        """Keep a READ until it is released; ask the peer to write it if the connector pushes."""
         self._reads[read] = self._setup.clock()
-        if isinstance(read, PushedRead):
-            assert self.channel is not None
-            call_id = next(self._call_ids)
-            self._pushed[call_id] = read
-            self.channel.send(
-                Push(
-                    call_id=call_id,
-                    engine_id=self.identity.engine_id,
-                    lease_id=blocks.lease_id,
-                    reader=blocks.reader,
-                    block_ids=list(blocks.remote_blocks),
-                    first_head=blocks.remote_heads.start,
-                    num_heads=len(blocks.remote_heads),
-                    target=read.target,
-                )
+        if (target := read.target) is None:
+            return
+        assert self.channel is not None
+        call_id = next(self._call_ids)
+        self._pushed[call_id] = read
+        self.channel.send(
+            Push(
+                call_id=call_id,
+                engine_id=self.entry.engine_id,
+                lease_id=lease_id,
+                reader=reader,
+                block_ids=list(blocks),
+                first_head=heads.start,
+                num_heads=len(heads),
+                target=target,
             )
-        return read
-
-    def _on_message(self, message: ToDecodeSide) -> None:
-        pushed = self._pushed.pop(message.call_id, None)
-        if pushed is not None:
-            match message:
-                case PushEnded():
-                    pushed.end("" if message.ok else message.error)
-                case Refused():
-                    pushed.end(message.reason or "refused")
-                case _:
-                    pushed.end(f"unexpected {type(message).__name__}")
-        elif (on_reply := self._calls.pop(message.call_id, None)) is not None:
-            on_reply(message)
+        )
 
     def _start_handshake(self) -> None:
         setup = self._setup
         self.state = "asking"
         self._asked_at = setup.clock()
         self.deadline_at = self._asked_at + setup.handshake_timeout_s
-        self.channel = setup.open_channel(self.endpoint)
+        self.channel = setup.open_channel(self.entry.address.side_channel)
         self.ask(
             lambda call_id: Handshake(
                 call_id=call_id,
                 engine_id=setup.identity.engine_id,
                 rank_name=setup.identity.name,
                 incarnation=setup.identity.incarnation,
-                expected_engine_id=self.identity.engine_id,
+                expected_engine_id=self.entry.engine_id,
                 compatibility=setup.compatibility,
                 agent_metadata=setup.connector.agent_metadata(),
             ),
@@ -253,33 +247,29 @@ class Peer:
         )
 
     def _on_handshake_reply(self, reply: ToDecodeSide) -> None:
-        if self.state != "asking":
-            return
+        setup, entry, where = self._setup, self.entry, self.entry.address.side_channel
         if isinstance(reply, Refused):
-            raise TransferError(f"{self.name} at {self.endpoint} refused: {reply.reason}")
+            raise TransferError(f"{self.name} at {where} refused: {reply.reason}")
         if not isinstance(reply, HandshakeReply):
             raise TransferError(f"{self.name} answered the handshake with {type(reply).__name__}")
         # If the peer has merely restarted, the next registry shows its new identity.
         for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):
-            wanted, found = getattr(self.identity, field), getattr(reply, field)
+            wanted, found = getattr(entry, field), getattr(reply, field)
             if wanted != found:
                 raise TransferError(
-                    f"{field}: the registry shows {wanted!r} for {self.name} at {self.endpoint}, "
+                    f"{field}: the registry shows {wanted!r} for {self.name} at {where}, "
                     f"{reply.rank_name} answers with {found!r}"
                 )
-        setup = self._setup
         compare(setup.compatibility, reply.compatibility, local=setup.identity.name, peer=self.name)
-        check_geometry(
-            reply, head_bytes=setup.head_bytes, total_kv_heads=setup.compatibility.num_kv_heads
-        )
+        check_geometry(reply, setup)
         self._geometry = reply.geometry
-        agent = PeerAgent(reply.agent_name, reply.agent_metadata, reply.geometry)
-        self._connection = setup.connector.connect(agent)
+        self._paths = setup.connector.connect(reply)
         self.state = "probing"
         self._trial = try_paths(
-            self,
-            self._connection.paths(),
-            is_right=lambda landing: has_pattern(landing, reply.agent_name),
+            self._read_scratch,
+            self.release,
+            list(self._paths),
+            agent_name=reply.agent_name,
             clock=setup.clock,
             # The rest of the handshake's time after question and answer.
             timeout_s=self._asked_at + setup.handshake_timeout_s - setup.clock(),
@@ -301,22 +291,23 @@ class Peer:
 
     def _be_ready(self, best: PathFigure, others: dict[str, str]) -> None:
         setup = self._setup
-        assert self._connection is not None
-        self._connection.use_path(best.path)
+        connection = self._paths[best.path]
+        assert isinstance(connection, Connection)
+        # The others stay: a READ that took too long may still write over them.
+        self._connection = connection
         self.path, self.state, self.error = best.path, "ready", ""
         self.deadline_at, self._num_failures = None, 0
-        seconds = setup.clock() - self._asked_at
         logger.info("%s is read over %s, %s; others: %s", self.name, best.path, best, others)
         setup.report(
             PairReady(
                 local=setup.identity.name,
                 peer=self.name,
-                peer_incarnation=self.identity.incarnation,
-                seconds=seconds,
+                peer_incarnation=self.entry.incarnation,
+                seconds=setup.clock() - self._asked_at,
                 path=best.path,
                 gigabytes_per_s=best.gigabytes_per_s,
                 other_paths=others,
-                num_peers=len(setup.sources(self.identity.tp_size)),
+                num_peers=len(setup.sources(self.entry.tp_size)),
             )
         )
 
@@ -344,17 +335,17 @@ class Peer:
         self._setup.report(PairFailed(local=local, peer=self.name, error=self.error, fatal=fatal))
 
     def _on_deadline(self) -> None:
-        if self.state == "waiting" and self._old_connections:
-            # A peer cannot be connected twice, and a connection stays while a READ may still write.
-            self.deadline_at = None
-        elif self.state == "waiting":
-            self._start_handshake()
-        else:
+        if self.state != "waiting":
             doing = "to the handshake" if self.state == "asking" else "to the first READ"
             self._retry_later(
-                f"no answer {doing} from {self.name} at {self.endpoint} within "
+                f"no answer {doing} from {self.name} at {self.entry.address.side_channel} within "
                 f"{self._setup.handshake_timeout_s:g} s"
             )
+        elif self._reads:
+            # A peer cannot be connected twice, and a connection stays while a READ may still write.
+            self.deadline_at = None
+        else:
+            self._start_handshake()
 
     def _disconnect(self, state: State, reason: str) -> None:
         """Give the connection up; it stays only as long as a READ may still write."""
@@ -364,28 +355,35 @@ class Peer:
         if self._trial is not None:
             self._trial.close()
             self._trial = None
-        if self.channel is not None and self._pushed:
-            # It must bring answers about writes that are under way. No other channel is opened
-            # before they have come.
-            self._old_channel = self.channel
-        elif self.channel is not None:
-            self.channel.close()
-        self.channel = None
-        if self._connection is not None:
-            self._old_connections.append(self._connection)
-            self._connection = None
-        self._close_old_connections()
+        self._close_when_unused()
 
-    def _close_old_connections(self) -> None:
+    def _close_when_unused(self) -> None:
+        """Close what is left of a connection that was given up, once no READ needs it."""
+        if self.state in ("asking", "probing", "ready"):
+            return
+        # The channel brings answers about writes that are under way, and nothing else.
+        if self.channel is not None and not self._pushed:
+            self.channel.close()
+            self.channel = None
         if self._reads:
-            return  # They may still write, and answers about them may still come.
-        if self._old_channel is not None:
-            self._old_channel.close()
-            self._old_channel = None
-        while self._old_connections:
-            self._old_connections.pop().close()
+            return
+        for connection in self._paths.values():
+            if isinstance(connection, Connection):
+                connection.close()
+        self._paths, self._connection = {}, None
         if self.state == "waiting" and self.deadline_at is None:
             self.deadline_at = self._setup.clock()
+
+
+def _push_error(message: ToDecodeSide) -> str:
+    """Return why a write has failed; empty when all bytes have landed."""
+    match message:
+        case PushEnded():
+            return "" if message.ok else message.error
+        case Refused():
+            return message.reason or "refused"
+        case _:
+            return f"unexpected {type(message).__name__}"
 
 
 class PeerTable:
@@ -405,15 +403,10 @@ class PeerTable:
         """Lost peers with pending READs."""
 
     def update(self, entries: Iterable[Entry]) -> None:
-        setup = self._setup
-        ranks = [
-            entry
-            for entry in entries
-            if entry.kind == "rank" and entry.engine != setup.identity.engine
-        ]
+        own = self._setup.identity.engine
+        ranks = [entry for entry in entries if entry.kind == "rank" and entry.engine != own]
         leaders = {entry.engine: entry for entry in ranks if entry.tp_rank == 0 and entry.engine_id}
-        shown: dict[str, tuple[RankIdentity, str]] = {}
-        wanted: set[str] = set()
+        shown: dict[str, Entry] = {}
         for entry in ranks:
             # Rank 0's engine_id counts: others are compared with it. A rank that sleeps has no
             # memory, and one that has just started no side channel.
@@ -424,29 +417,19 @@ class PeerTable:
             if entry.engine_id != leader.engine_id:
                 self._report_disagreement(entry, leader)
                 continue
-            identity = RankIdentity(
-                name=entry.name,
-                engine=entry.engine,
-                engine_id=entry.engine_id,
-                incarnation=entry.incarnation,
-                tp_rank=entry.tp_rank,
-                tp_size=entry.tp_size,
-            )
-            shown[entry.name] = identity, entry.address.side_channel
-            if self._eager and entry.role == "prefill":
-                wanted.add(entry.name)
+            shown[entry.name] = entry
         for name, peer in list(self.peers.items()):
             # Gone, or present in another incarnation.
-            if shown.get(name) != (peer.identity, peer.endpoint):
-                reason = f"incarnation {peer.identity.incarnation} of {name} is gone"
+            if name not in shown or _identity_of(shown[name]) != _identity_of(peer.entry):
+                reason = f"incarnation {peer.entry.incarnation} of {name} is gone"
                 logger.info("%s", reason)
                 peer.lose(reason)
                 self._gone.append(self.peers.pop(name))
-        for name, (identity, endpoint) in shown.items():
+        for name, entry in shown.items():
             if name not in self.peers:
-                self.peers[name] = Peer(identity, endpoint, setup)
-        for name in wanted:
-            self.peers[name].want()
+                self.peers[name] = Peer(entry, self._setup)
+            if self._eager and entry.role == "prefill":
+                self.peers[name].want()
 
     def lose_all(self, reason: str) -> None:
         """Lose every peer, until the next update."""
@@ -470,19 +453,16 @@ class PeerTable:
         Raises TransferError when the engine or one of these ranks is not in the registry, or does
         not fit.
         """
-        ranks = {
-            peer.identity.tp_rank: peer
-            for peer in self.peers.values()
-            if peer.identity.engine_id == engine_id
-        }
+        found = (peer for peer in self.peers.values() if peer.entry.engine_id == engine_id)
+        ranks = {peer.entry.tp_rank: peer for peer in found}
         if not ranks:
             raise TransferError(f"no engine with engine_id {engine_id} is in the registry")
-        sources = self._setup.sources(next(iter(ranks.values())).identity.tp_size)
-        missing = [source.tp_rank for source in sources if source.tp_rank not in ranks]
-        if missing:
-            raise TransferError(
-                f"tp_rank {missing[0]} of engine_id {engine_id} is not in the registry"
-            )
+        sources = self._setup.sources(next(iter(ranks.values())).entry.tp_size)
+        for source in sources:
+            if source.tp_rank not in ranks:
+                raise TransferError(
+                    f"tp_rank {source.tp_rank} of engine_id {engine_id} is not in the registry"
+                )
         for source in sources:
             ranks[source.tp_rank].want()
         return [(source, ranks[source.tp_rank]) for source in sources]

@@ -2,11 +2,12 @@
 
 The stages of one prefill rank's share::
 
-    connecting ─ begin ─> beginning ─ lease ─> reading ─ all read ─> verifying ─ equal ─> proven
-       ▲  ▲                   │                  │                       │                  │
-       │  └── disconnected ───┘                  │                       │      all are ─> ended
-       └───────── READ failed, or wrong bytes ───┴───────────────────────┘
+    beginning ── lease ──> reading ── all read ──> verifying ── equal ──> proven ── all are ──> end
+        ▲                     │                        │
+        └── READ failed, or wrong bytes ───────────────┘
     ended, or failed here or elsewhere: the prefill rank is told as soon as it can be reached
+
+Every question may be asked again: after a time without an answer, and over a new connection.
 
 The lease has held throughout the READ if the READ ends before the lease can. The prefill rank says
 how many seconds are left when it answers, which is after it was asked, and ends no lease earlier
@@ -26,9 +27,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
-from enum import Enum, auto
 from functools import partial
+from typing import Any
 
 from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.observe.spans import SpanLog
@@ -44,16 +44,12 @@ from pdlaunch.protocol.side_channel import (
     StateChecksums,
     ToDecodeSide,
 )
-from pdlaunch.protocol.transfer import (
-    CancelPull,
-    PullDrained,
-    PullFinished,
-    StartPull,
-    join_paths,
-)
+from pdlaunch.protocol.transfer import CancelPull, PullDrained, PullFinished, StartPull, join_paths
+from pdlaunch.transfer.connectors.connector import Read
 from pdlaunch.transfer.handshake import DecodeSetup, SourceRank
+from pdlaunch.transfer.integrity.checksum import Checksums
 from pdlaunch.transfer.peers import Peer, PeerTable
-from pdlaunch.transfer.reads import PullFailed, ReadFailed, ShareRead
+from pdlaunch.transfer.proof import PullFailed, ReadFailed, ReadPlan, plan_read
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +58,10 @@ REPEAT_S = 5.0
 break unnoticed.
 """
 HEARTBEATS_A_LEASE = 4
+Question = type[PullBegin | StateChecksums | PullHeartbeat | PullEnd]
 
 
-class Stage(Enum):
-    CONNECTING = auto()
-    BEGINNING = auto()
-    READING = auto()
-    VERIFYING = auto()
-    PROVEN = auto()
-    ENDED = auto()
-
-
-class SharePull:
+class Share:
     """Pulls one prefill rank's share of a prompt; always tells that rank of the end."""
 
     def __init__(
@@ -81,264 +69,285 @@ class SharePull:
     ) -> None:
         self.name = peer.name
         self.peer = peer
-        self.stage = Stage.CONNECTING
+        self.is_proven = False
+        """The blocks have arrived and are proven."""
         self.num_retries = 0
+        self.num_bytes = 0
+        """Size of the latest READ."""
+        self.read_s = 0.0
+        """Duration of that READ, as exactly as the connector knows."""
+        self.ended_at: float | None = None
+        """Instant at which it was over; None before."""
         self.verification_failed = False
-        self.gives_up_telling_at: float | None = None
+        self.tells_until_at: float | None = None
         """Deadline for telling the prefill rank of the end; None before the end, and once it is
         told.
         """
         self._command = command
-        self._num_decode_ranks = source.num_decode_ranks
+        self._source = source
         self._setup = setup
         self._log = log
         # Unique over engines, ranks and choices; of bounded length, however long the id is.
         digest = hashlib.sha256(command.pull_id.encode()).hexdigest()
         identity = setup.identity
         self._reader = ReaderId(f"{identity.engine_id}/{identity.tp_rank}/{digest}")
-        self.read = ShareRead(command, peer, setup, self._reader, source.heads, log)
-        self._begin_calls: list[int] = []
-        """Calls of PullBegin without an answer."""
-        self._next_begin_at: float | None = None
-        """The instant at which PullBegin is sent again, while no lease is known."""
-        self._next_checksums_at: float | None = None
-        """The instant at which the checksums are asked for, while they are missing."""
-        self._next_heartbeat_at: float | None = None
+        self._ask_at: dict[Question, float] = {}
+        """Questions that want an answer, in their order, and when each is asked next."""
+        self._read: Read | None = None
+        """The READ that may still write to the blocks."""
+        self._started_at = 0.0
         self._heartbeat_s = 0.0
         self._held_until_at: float | None = None
         """Instant until which the lease is known to hold; None before there was one."""
         self._heartbeat_sent_at = self._heartbeat_answered_at = 0.0
         """Instants at which the last heartbeat, and the last one that was answered, were sent."""
-        self._failure: PullFailed | None = None
-        """The failure in an answer; only ``advance`` raises it."""
-        self._given_up = False
+        self._refusal = ""
+        self._begin()
 
     @property
-    def is_proven(self) -> bool:
-        """Return whether the blocks have arrived and are proven."""
-        return self.stage in (Stage.PROVEN, Stage.ENDED)
+    def in_flight(self) -> bool:
+        """Return whether a READ may still write to the blocks."""
+        return self._read is not None
+
+    @property
+    def is_verifying(self) -> bool:
+        return self.ended_at is not None and not self.is_proven
+
+    @property
+    def stage(self) -> str:
+        """Return what the share waits for, for people."""
+        if self._lease is None:
+            return "beginning" if self.peer.state == "ready" else "connecting"
+        if self.ended_at is None:
+            return "reading"
+        return "proven" if self.is_proven else "verifying"
 
     def next_deadline_at(self) -> float | None:
         """Return when there is something to do, READs and messages aside."""
-        if self.gives_up_telling_at is not None:
-            return self.gives_up_telling_at
-        if self._given_up or self.peer.state != "ready":
-            return None
-        due_at = self._next_heartbeat_at, self._next_begin_at, self._next_checksums_at
-        return min((at for at in due_at if at is not None), default=None)
+        if self.tells_until_at is not None:
+            return self.tells_until_at
+        return min(self._ask_at.values(), default=None) if self.peer.state == "ready" else None
 
     def advance(self) -> None:
         """Do what can be done now; never waits. Raises PullFailed."""
-        # Answers come while peers are advanced; their failures are raised here.
-        if self._failure is not None:
-            raise self._failure.without_traceback()
-        if self.stage is Stage.ENDED:
-            return
         if self.peer.is_gone:
             raise PullFailed(f"{self.name}: {self.peer.error}")
-        # Before asking: after a failed READ its connection is given up, which changes the next
-        # question.
+        if self._refusal:
+            # After the lease was granted it means that the lease has ended: later READs may have
+            # brought another request's blocks, and count as late.
+            late = self._held_until_at is not None
+            raise PullFailed(f"{self.name} refused: {self._refusal}", late=late)
         try:
             self._read_and_prove()
         except ReadFailed as failure:
-            if not self._try_again(failure):
+            self.verification_failed |= failure.verification
+            if self.num_retries + 1 >= self._command.num_attempts:
                 raise
+            self.num_retries += 1
+            logger.warning("pull of %s begins anew: %s", self._command.request_id, failure)
+            self._begin()
         if self.peer.state == "ready":
             self._ask()
         else:
-            self._on_disconnected()
+            # A question, or its answer, may have been lost with the connection.
+            self._ask_at = dict.fromkeys(self._ask_at, self._setup.clock())
 
-    def give_up(self) -> None:
+    def end(self) -> None:
         """End the pull: the prefill rank need not wait for this reader any more. Then call
         ``settle`` until nothing is left.
 
         The blocks may belong to others from now on, unless a READ is in flight; no other READ
         begins.
         """
-        self._given_up = True
-        self._forget_begin_calls()
-        if self.peer.state != "ready":
-            self._on_disconnected()
-        self.gives_up_telling_at = self._setup.clock() + self._command.timeout_s
+        self.tells_until_at = self._setup.clock() + self._command.timeout_s
         self.settle()
 
     def settle(self) -> None:
         """Tell the prefill rank of the end once it can be reached, and release the READ once that
         has ended.
         """
-        if self.gives_up_telling_at is not None:
-            if self.peer.state == "ready":
-                if self.stage is Stage.CONNECTING:
+        if self.tells_until_at is not None:
+            is_ready = self.peer.state == "ready"
+            if is_ready:
+                if PullBegin in self._ask_at:
                     # A reader's share of the lease ends only when it has begun.
-                    self.peer.ask(self._begin_message, None)
+                    self._send(PullBegin)
                 # Not by a notification of NIXL's, which is sent for whatever was read: of a READ
                 # that was given up, and of memory that was deregistered.
-                self._ask_about(PullEnd, None)
+                self._send(PullEnd)
             # Gone: nobody is left to be told. Connecting: try until the deadline.
-            is_late = self._setup.clock() >= self.gives_up_telling_at
-            if self.peer.state == "ready" or self.peer.is_gone or is_late:
-                self.gives_up_telling_at = None
-        self.read.settle()
+            if is_ready or self.peer.is_gone or self._setup.clock() >= self.tells_until_at:
+                self.tells_until_at = None
+        if self._read is not None and self._read.poll() != "pending":
+            self._release(self._read)
 
-    def _on_disconnected(self) -> None:
-        """Stop waiting for answers: none will come."""
+    def _begin(self) -> None:
+        """Begin, or begin again: the READ is over and writes no more."""
+        self._lease: PullReply | None = None
+        self._plan: ReadPlan | None = None
+        self._stated: list[bytes] | None = None
+        self._found: Checksums | None = None
+        self.ended_at = None
         now = self._setup.clock()
-        if self.stage is Stage.BEGINNING:
-            self.stage, self._next_begin_at = Stage.CONNECTING, None
-        # A heartbeat, or its answer, may have been lost with the connection.
-        if self.stage is not Stage.CONNECTING:
-            self._next_heartbeat_at = now
-        if self._next_checksums_at is not None:
-            self._next_checksums_at = now
+        self._ask_at = {PullBegin: now}
+        if self._setup.hasher is not None:
+            # At once: the prefill rank answers when it has them, while the READ goes on.
+            self._ask_at[StateChecksums] = now
 
     def _ask(self) -> None:
-        """Send the next question, if one is due."""
+        """Send the questions that are due."""
         now = self._setup.clock()
+        for kind, at in list(self._ask_at.items()):
+            if at <= now:
+                is_heartbeat = kind is PullHeartbeat
+                self._ask_at[kind] = now + (self._heartbeat_s if is_heartbeat else REPEAT_S)
+                if is_heartbeat:
+                    self._heartbeat_sent_at = now
+                self._send(kind, asked_at=now)
 
-        def is_due(at: float | None) -> bool:
-            return at is not None and at <= now
-
-        if self.stage is Stage.CONNECTING or is_due(self._next_begin_at):
-            self.stage, self._next_begin_at = Stage.BEGINNING, now + REPEAT_S
-            on_reply = partial(self._on_reply, now)
-            self._begin_calls.append(self.peer.ask(self._begin_message, on_reply))
-        if is_due(self._next_checksums_at):
-            self._next_checksums_at = now + REPEAT_S
-            self._ask_about(StateChecksums, partial(self._on_reply, now))
-        if is_due(self._next_heartbeat_at):
-            self._heartbeat_sent_at = now
-            self._next_heartbeat_at = now + self._heartbeat_s
-            self._ask_about(PullHeartbeat, partial(self._on_reply, now))
-
-    def _forget_begin_calls(self) -> None:
-        """Drop the answers to repetitions of the same question: one is enough."""
-        while self._begin_calls:
-            self.peer.forget(self._begin_calls.pop())
-
-    def _ask_about(
-        self,
-        kind: type[StateChecksums | PullHeartbeat | PullEnd],
-        on_reply: Callable[[ToDecodeSide], None] | None,
-    ) -> None:
-        engine_id, lease_id = self._command.remote.engine_id, self._command.remote.lease_id
-        reader = self._reader
+    def _send(self, kind: Question, asked_at: float | None = None) -> None:
+        """Send a question; its answer is wanted only if it says when it was asked."""
+        remote = self._command.remote
+        more: dict[str, Any] = {}
+        if kind is PullBegin:
+            more["num_decode_ranks"] = self._source.num_decode_ranks
         self.peer.ask(
             lambda call_id: kind(
-                call_id=call_id, engine_id=engine_id, lease_id=lease_id, reader=reader
+                call_id=call_id,
+                engine_id=remote.engine_id,
+                lease_id=remote.lease_id,
+                reader=self._reader,
+                **more,
             ),
-            on_reply,
-        )
-
-    def _begin_message(self, call_id: int) -> PullBegin:
-        return PullBegin(
-            call_id=call_id,
-            engine_id=self._command.remote.engine_id,
-            lease_id=self._command.remote.lease_id,
-            reader=self._reader,
-            num_decode_ranks=self._num_decode_ranks,
+            None if asked_at is None else partial(self._on_reply, asked_at),
         )
 
     def _on_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
-        if self._given_up or self._failure is not None:
-            return
-        try:
-            self._handle_reply(asked_at, reply)
-        except ReadFailed as failure:
-            if not self._try_again(failure):
-                self._failure = failure.without_traceback()
-        except PullFailed as failure:
-            self._failure = failure.without_traceback()
-
-    def _handle_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
+        """Keep an answer; ``advance`` acts on it. Answers to questions that were repeated say
+        nothing new.
+        """
+        # The seconds in an answer count from its question: this rank does not know when the answer
+        # was sent.
         match reply:
-            case PullReply() if self.stage is Stage.BEGINNING:
-                self._take_lease(asked_at, reply)
-            case PullReply():
-                return  # To a PullBegin that was repeated.
+            case PullReply() if self._lease is None:
+                self._lease = reply
+                self._held_until_at = asked_at + reply.lease_s
+                self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
+                del self._ask_at[PullBegin]
+                self._ask_at[PullHeartbeat] = asked_at + self._heartbeat_s
             case ChecksumsReply():
-                if self.read.lacks_checksums:
-                    self.read.state(reply.groups)
-                    self._next_checksums_at = None
-                    self._read_and_prove()
+                self._stated = reply.groups
+                self._ask_at.pop(StateChecksums, None)
             case HeartbeatReply():
                 self._heartbeat_answered_at = max(self._heartbeat_answered_at, asked_at)
-                if self.stage in (Stage.READING, Stage.VERIFYING, Stage.PROVEN):
+                if self._lease is not None:
                     self._held_until_at = asked_at + reply.lease_s
-                    self._next_heartbeat_at = self._setup.clock() + self._heartbeat_s
             case Refused():
-                # A refusal after the lease was granted means that it has ended: later READs may
-                # have brought another request's blocks, and count as late.
-                raise PullFailed(
-                    f"{self.name} refused: {reply.reason}", late=self._held_until_at is not None
-                )
+                self._refusal = reply.reason
+            case PullReply():
+                pass
             case _:
-                raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
-
-    def _take_lease(self, asked_at: float, reply: PullReply) -> None:
-        """Begin to read under the lease before anything else: the READ takes longest.
-
-        The seconds in the answer count from the question: this rank does not know when the answer
-        was sent.
-        """
-        self._forget_begin_calls()
-        self.stage, self._next_begin_at = Stage.READING, None
-        logger.debug("%s: lease at %s for %g s", self._command.request_id, self.name, reply.lease_s)
-        self._held_until_at = asked_at + reply.lease_s
-        self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
-        # Due one interval after the question; at once, where the answer took longer.
-        self._next_heartbeat_at = max(self._setup.clock(), asked_at + self._heartbeat_s)
-        self.read.begin(reply)
-        if self.read.lacks_checksums:
-            self._next_checksums_at = self._setup.clock()
-        self._ask()
-        self._read_and_prove()
+                self._refusal = f"unexpected {type(reply).__name__}"
 
     def _read_and_prove(self) -> None:
-        """Poll the READ, and prove the blocks that have arrived. Raises ReadFailed, PullFailed."""
-        self.read.advance()
-        if self.stage is Stage.READING and self.read.is_complete:
-            self.stage = Stage.VERIFYING
-        if self.stage is not Stage.VERIFYING or not self._has_held():
+        """Start the READ, poll it, and prove the blocks that have arrived. Raises PullFailed."""
+        if self._lease is not None and self._plan is None and self.peer.state == "ready":
+            self._start_read(self._lease)
+        if self._read is not None and (state := self._read.poll()) != "pending":
+            self._on_read(self._read, state == "done")
+        if self.ended_at is None or self.is_proven or not self._has_held(self.ended_at):
             return
         try:
-            if self.read.is_proven():
-                self.stage = Stage.PROVEN
-                self._note_checksums(ok=True)
+            self.is_proven = self._is_right()
         except VerificationError as error:
-            self.verification_failed = True
             self._note_checksums(ok=False)
             logger.error("pull of %s from %s: %s", self._command.request_id, self.name, error)
             raise ReadFailed(f"{self.name}: {error}", verification=True) from error
 
-    def _has_held(self) -> bool:
+    def _start_read(self, lease: PullReply) -> None:
+        """Read under the lease before anything else: the READ takes longest."""
+        setup, command, peer = self._setup, self._command, self.peer
+        try:
+            self._plan = plan_read(
+                command,
+                lease,
+                peer.geometry,
+                self._source.heads,
+                setup.first_kv_head,
+                f"{self.name} {self._reader}",
+            )
+        except PullFailed as failure:
+            raise PullFailed(f"{self.name}: {failure}", verification=failure.verification) from None
+        blocks, self._started_at = self._plan.blocks, setup.clock()
+        num_heads = len(blocks.local_heads)
+        self.num_bytes = len(blocks.local_blocks) * num_heads * setup.memory.layout.head_bytes
+        if not self.num_bytes:
+            self.ended_at = self._started_at
+            return
+        try:
+            self._read = peer.read(blocks, command.remote.lease_id, self._reader)
+        except TransferError as error:
+            peer.reconnect()
+            raise ReadFailed(f"{self.name}: {error}") from error
+
+    def _on_read(self, read: Read, done: bool) -> None:
+        ended_at = self._setup.clock()
+        self.read_s = read.seconds() if done else 0.0
+        self._release(read)
+        assert self._plan is not None
+        blocks = self._plan.blocks
+        self._log.add(
+            "read",
+            self._started_at,
+            ended_at,
+            source=self.name,
+            bytes=self.num_bytes,
+            gb_s=round(self.num_bytes / self.read_s / 1e9, 3) if self.read_s else None,
+            blocks=len(blocks.local_blocks),
+            state="done" if done else "failed",
+        )
+        if not done:
+            self.peer.reconnect()
+            raise ReadFailed(f"READ from {self.name} failed")
+        self.ended_at = ended_at
+        if self._setup.hasher is not None:
+            heads = slice(blocks.local_heads.start, blocks.local_heads.stop)
+            self._found = self._setup.hasher.start(blocks.local_blocks, heads)
+
+    def _has_held(self, ended_at: float) -> bool:
         """Return whether the lease is known to have held throughout the READ. Raises PullFailed
         when it has not.
         """
-        ended_at = self.read.ended_at
         if self._setup.hasher is None and self._heartbeat_answered_at < ended_at:
             if self._heartbeat_sent_at < ended_at:
-                self._next_heartbeat_at = self._setup.clock()
+                self._ask_at[PullHeartbeat] = self._setup.clock()
             return False
         assert self._held_until_at is not None
         if ended_at >= self._held_until_at:
             raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", late=True)
         return True
 
-    def _note_checksums(self, *, ok: bool) -> None:
-        if self._setup.hasher is not None:
-            self._log.add("checksums", self.read.ended_at, None, source=self.name, ok=ok)
-
-    def _try_again(self, failure: ReadFailed) -> bool:
-        """Begin again: the READ is over and writes no more. Returns False when no attempt is
-        left.
+    def _is_right(self) -> bool:
+        """Return whether all bytes are known to be right. Raises VerificationError when some are
+        wrong.
         """
-        if self.num_retries + 1 >= self._command.num_attempts:
+        if self._setup.hasher is None or self._found is None:
+            return True
+        # A READ may end first: the prefill rank begins its checksums once it has answered.
+        if self._stated is None or not self._found.ready():
             return False
-        self.num_retries += 1
-        logger.warning("pull of %s begins anew: %s", self._command.request_id, failure)
-        self.stage = Stage.CONNECTING
-        self._next_begin_at = self._next_checksums_at = self._next_heartbeat_at = None
+        assert self._plan is not None
+        self._plan.check(self._stated, self.peer.geometry.num_kv_heads, self._found.result())
+        self._note_checksums(ok=True)
         return True
+
+    def _note_checksums(self, *, ok: bool) -> None:
+        assert self.ended_at is not None
+        self._log.add("checksums", self.ended_at, None, source=self.name, ok=ok)
+
+    def _release(self, read: Read) -> None:
+        self.peer.release(read)
+        self._read = None
 
 
 class Pull:
@@ -350,12 +359,10 @@ class Pull:
         self, command: StartPull, sources: list[tuple[SourceRank, Peer]], setup: DecodeSetup
     ) -> None:
         """``sources`` are the prefill ranks that this rank turns to."""
-        self.command = command
+        self._command = command
         self._setup = setup
         self._log = SpanLog(setup.clock)
-        self._shares = [
-            SharePull(command, source, peer, setup, self._log) for source, peer in sources
-        ]
+        self._shares = [Share(command, source, peer, setup, self._log) for source, peer in sources]
         self._started_at = setup.clock()
         self._finished = False
         self._draining = False
@@ -368,65 +375,56 @@ class Pull:
     @property
     def closed(self) -> bool:
         """Return whether nothing is left to do or to wait for."""
-        owes_end = any(share.gives_up_telling_at is not None for share in self._shares)
+        owes_end = any(share.tells_until_at is not None for share in self._shares)
         return not self.holds_blocks and not owes_end
 
     @property
     def hashing_since_at(self) -> float | None:
         """Return when the latest of the checksums that are being computed were asked for."""
-        verifying = [share for share in self._shares if share.stage is Stage.VERIFYING]
         if self._finished:
             return None
-        return max((share.read.ended_at for share in verifying), default=None)
+        verifying = (share.ended_at for share in self._shares if share.is_verifying)
+        return max((at for at in verifying if at is not None), default=None)
 
     def next_deadline_at(self) -> float | None:
         """Return when ``advance`` has something to do, READs and messages aside."""
         due_at = [share.next_deadline_at() for share in self._shares]
         if not self._finished:
-            due_at.append(self._started_at + self.command.timeout_s)
+            due_at.append(self._started_at + self._command.timeout_s)
         return min((at for at in due_at if at is not None), default=None)
 
     def cancel(self) -> None:
         if not self._finished:
-            self._fail(PullFailed("cancelled"))
+            self._finish(PullFailed("cancelled"))
 
     def advance(self) -> None:
         """Do what can be done now; never waits."""
         if self._finished:
             for share in self._shares:
                 share.settle()
-            if self._draining and not any(share.read.in_flight for share in self._shares):
+            if self._draining and not any(share.in_flight for share in self._shares):
                 self._draining = False
-                self._setup.emit(PullDrained(pull_id=self.command.pull_id))
+                self._setup.emit(PullDrained(pull_id=self._command.pull_id))
             return
+        timeout_s = self._command.timeout_s
         try:
-            self._step()
+            for share in self._shares:
+                share.advance()
+            if all(share.is_proven for share in self._shares):
+                self._finish()
+            elif self._setup.clock() >= self._started_at + timeout_s:
+                where = ", ".join(f"{share.name} is {share.stage}" for share in self._shares)
+                raise PullFailed(f"no end within {timeout_s:g} s; {where}")
         except PullFailed as failure:
-            self._fail(failure)
-
-    def _step(self) -> None:
-        shares, timeout_s = self._shares, self.command.timeout_s
-        for share in shares:
-            share.advance()
-        if self._setup.clock() >= self._started_at + timeout_s:
-            where = ", ".join(f"{share.name} is {share.stage.name.lower()}" for share in shares)
-            raise PullFailed(f"no end within {timeout_s:g} s; {where}")
-        if all(share.is_proven for share in shares):
-            for share in shares:
-                share.stage = Stage.ENDED
-                share.give_up()
-            self._finish()
-
-    def _fail(self, failure: PullFailed) -> None:
-        # First: no READ may begin after the engine hears of the end and reuses the blocks.
-        for share in self._shares:
-            share.give_up()
-        self._draining = any(share.read.in_flight for share in self._shares)
-        self._finish(failure)
+            self._finish(failure)
 
     def _finish(self, failure: PullFailed | None = None) -> None:
+        # First: no READ may begin after the engine hears of the end and reuses the blocks.
+        for share in self._shares:
+            share.end()
         self._finished = True
-        setup, command, shares = self._setup, self.command, self._shares
+        self._draining = any(share.in_flight for share in self._shares)
+        setup, command, shares = self._setup, self._command, self._shares
         error = "" if failure is None else str(failure)
         logger.debug(
             "pull of %s has ended: %s", command.request_id, error or "the blocks are proven"
@@ -442,8 +440,8 @@ class Pull:
             reports={setup.identity.tp_rank: self._log.report()} if command.records_spans else {},
         )
         if failure is None:
-            event.num_bytes = sum(share.read.num_bytes for share in shares)
-            event.read_s = max(share.read.read_s for share in shares)
+            event.num_bytes = sum(share.num_bytes for share in shares)
+            event.read_s = max(share.read_s for share in shares)
             # Names of ranks begin with that of their engine.
             event.prefill = shares[0].name.partition("/")[0]
             event.path = join_paths(share.peer.path for share in shares)
@@ -495,10 +493,10 @@ class PullTable:
             pull.cancel()
 
     def advance(self) -> None:
-        for pull in list(self._pulls.values()):
+        for pull_id, pull in list(self._pulls.items()):
             pull.advance()
             if pull.closed:
-                del self._pulls[pull.command.pull_id]
+                del self._pulls[pull_id]
 
     def next_deadline_at(self) -> float | None:
         """Return when ``advance`` has something to do, READs and messages aside."""

@@ -36,31 +36,20 @@ LONGEST_READ_SLEEP_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class RankMemory:
-    """Describes the KV cache of this rank and its place in the model."""
-
-    kv_cache: torch.Tensor
-    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the
-    last READ of the process.
-    """
-    layout: KVCacheLayout
-    source: KVMemory  # allocator of the KV cache; the scratch comes from it, too
-    model_digest: str
-    total_kv_heads: int
-    first_kv_head: int
-
-    def __post_init__(self) -> None:
-        assert self.kv_cache.is_contiguous()
-        assert tuple(self.kv_cache.shape[1:]) == self.layout.block_shape()
-
-
-@dataclass(frozen=True, slots=True)
 class TransferSetup:
     """Holds all that the transfers of one rank are made of."""
 
     spec: EngineSpec
     identity: RankIdentity
-    memory: RankMemory
+    kv_cache: torch.Tensor
+    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the
+    last READ of the process.
+    """
+    layout: KVCacheLayout
+    kv_memory: KVMemory  # allocator of the KV cache; the scratch comes from it, too
+    model_digest: str
+    total_kv_heads: int
+    first_kv_head: int
     connector: Connector
     context: SecureContext
     wake: Callable[[], None]
@@ -70,6 +59,10 @@ class TransferSetup:
     clock: Callable[[], float] = time.monotonic
     host: str = "127.0.0.1"  # address that the side channel listens on
 
+    def __post_init__(self) -> None:
+        assert self.kv_cache.is_contiguous()
+        assert tuple(self.kv_cache.shape[1:]) == self.layout.block_shape()
+
 
 class TransferSides:
     """Owns leases, peers and pulls of one rank that is awake. The transfer thread makes it and
@@ -78,27 +71,26 @@ class TransferSides:
 
     def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
         """Open the connector. Raises TransferError."""
-        spec, identity, memory = setup.spec, setup.identity, setup.memory
-        connector = setup.connector
+        spec, identity, connector = setup.spec, setup.identity, setup.connector
         self._setup = setup
         self._socket = socket
         self._events: list[TransferEvent] = []
         self._lets_peers_go = False
-        scratch = memory.source.zeros(scratch_bytes(memory.kv_cache.device))
+        scratch = setup.kv_memory.zeros(scratch_bytes(setup.kv_cache.device))
         # Peers read the pattern to prove the path. It follows from the agent's name, so that memory
         # of another rank, or of an earlier incarnation, is not mistaken for it.
         write_pattern(scratch, connector.agent_name)
-        local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source)
-        connector.open(local)
+        memory = LocalMemory(setup.kv_cache, scratch, setup.layout, setup.kv_memory)
+        connector.open(memory)
         compatibility = compatibility_of(
             spec,
-            memory.layout,
-            memory.kv_cache.dtype,
-            model_digest=memory.model_digest,
-            total_kv_heads=memory.total_kv_heads,
+            setup.layout,
+            setup.kv_cache.dtype,
+            model_digest=setup.model_digest,
+            total_kv_heads=setup.total_kv_heads,
             connector=connector.name,
         )
-        hasher = KVHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
+        hasher = KVHasher(setup.kv_cache, setup.layout) if spec.kv_transfer.verify else None
         card = HandshakeReply(
             call_id=0,
             engine_id=identity.engine_id,
@@ -107,18 +99,16 @@ class TransferSides:
             tp_rank=identity.tp_rank,
             tp_size=identity.tp_size,
             compatibility=compatibility,
-            geometry=geometry_of(local, memory.first_kv_head),
+            geometry=geometry_of(memory, setup.first_kv_head),
             agent_name=connector.agent_name,
             agent_metadata=connector.agent_metadata(),
         )
-        self._prefill = PrefillSide(
-            card, hasher, socket.send, setup.clock, connector if connector.pushes else None
-        )
+        self._prefill = PrefillSide(card, hasher, connector, socket.send, setup.clock)
         decode_setup = DecodeSetup(
             identity=identity,
             compatibility=compatibility,
-            head_bytes=memory.layout.head_bytes,
-            first_kv_head=memory.first_kv_head,
+            memory=memory,
+            first_kv_head=setup.first_kv_head,
             connector=connector,
             hasher=hasher,
             open_channel=lambda endpoint: DecodeSocket(
@@ -170,7 +160,7 @@ class TransferSides:
     def sleep_s(self, longest_s: float) -> float:
         """Return how long nothing is due, messages aside; at most ``longest_s``."""
         now, peers = self._setup.clock(), self._peers.all()
-        due_at = [self._prefill.next_deadline_at(), self._pulls.next_deadline_at()]
+        due_at = [self._prefill.leases.next_deadline_at(), self._pulls.next_deadline_at()]
         due_at += [peer.deadline_at for peer in peers]
         # READs and checksums on a device have no socket that could wake the thread.
         polled = [self._prefill.polling_since_at, self._pulls.hashing_since_at]

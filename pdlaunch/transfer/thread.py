@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 import zmq
 
@@ -71,11 +70,12 @@ class TransferThread:
         self._entries: Sequence[Entry] = ()
         self._sides: TransferSides | None = None
         """None while the rank sleeps. Refers to the KV cache."""
-        self._suspension: tuple[float, Future[str]] | None = None
-        """Until when the memory may be let go, and whose result says why it could not be: empty
-        when it was.
+        self._suspension: tuple[float, Future[None]] | None = None
+        """Until when the memory may be let go, and who waits for that."""
+        self.connected = True
+        """All peers of the registry have shaken hands since the last ``resume``; ``wake`` tells
+        when that comes true.
         """
-        self._connected = True
         self._started = threading.Event()
         self._error: str | None = None
         """The reason why the thread has died. Its exception is not kept: the traceback would keep
@@ -94,13 +94,6 @@ class TransferThread:
     def endpoint(self) -> str:
         """Return where peers reach the side channel: ``tcp://127.0.0.1:43210``."""
         return self._socket.endpoint
-
-    @property
-    def connected(self) -> bool:
-        """Return whether all peers of the registry have shaken hands since the last ``resume``;
-        ``wake`` tells when that comes true.
-        """
-        return self._connected
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
         """Queue commands; they are executed in their order."""
@@ -139,17 +132,18 @@ class TransferThread:
 
         Raises TransferError when that takes longer than ``timeout_s``; then all is as before.
         """
-        done: Future[str] = Future()
-        self._put(partial(self._begin_suspension, self._clock() + timeout_s, done))
-        self._await(done, timeout_s + CONFIRMATION_S)
+        done: Future[None] = Future()
+        deadline_at = self._clock() + timeout_s
+        self._put(lambda: setattr(self, "_suspension", (deadline_at, done)))
+        _await(done, timeout_s + CONFIRMATION_S)
 
     def resume(self, timeout_s: float) -> None:
         """Register the memory anew, and shake hands with the peers of the registry again; see
         ``connected``. Raises TransferError when the connector does not open.
         """
-        done: Future[str] = Future()
+        done: Future[None] = Future()
         self._put(partial(self._resume, done))
-        self._await(done, timeout_s)
+        _await(done, timeout_s)
 
     def wait_unmapped(self, timeout_s: float) -> bool:
         """Wait, while suspended, until no peer maps this rank's memory any more. Returns False when
@@ -165,16 +159,6 @@ class TransferThread:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("the transfer thread did not end within %g s", timeout_s)
-
-    def _await(self, done: Future[str], timeout_s: float) -> None:
-        try:
-            error = done.result(timeout_s)
-        except TimeoutError:
-            raise TransferError(
-                f"the transfer thread did not answer within {timeout_s:g} s"
-            ) from None
-        if error:
-            raise TransferError(error)
 
     def _put(self, item: Callable[[], None] | None) -> None:
         self._inbox.put(item)
@@ -232,19 +216,21 @@ class TransferThread:
         if self._sides is not None:
             self._sides.update_registry(entries)
 
-    def _begin_suspension(self, deadline_at: float, done: Future[str]) -> None:
-        self._suspension = deadline_at, done
-
     def _turn(self) -> None:
         if self._sides is None:
-            self._refuse_questions()
-        else:
-            self._publish(self._sides.turn())
+            # Whoever asks a rank that sleeps tries again later.
+            for identity, message in self._socket.receive():
+                reason = f"{self._name} is asleep"
+                self._socket.send(identity, Refused(call_id=message.call_id, reason=reason))
+        elif events := self._sides.turn():
+            for event in events:
+                self._events.put(event)
+            self._wake_engine()
         if self._suspension is not None:
             self._advance_suspension(*self._suspension)
-        if not self._connected and self._sides is not None:
-            self._connected = self._sides.is_connected_to(self._entries)
-            if self._connected:
+        if not self.connected and self._sides is not None:
+            self.connected = self._sides.is_connected_to(self._entries)
+            if self.connected:
                 self._wake_engine()
 
     def _sleep(self) -> None:
@@ -255,24 +241,23 @@ class TransferThread:
         if sleep_s < SHORTEST_SLEEP_S:
             time.sleep(0)  # Others may want the interpreter.
             return
+        if sleep_s < 0.001:
+            # ``poll`` knows no less than a millisecond.
+            time.sleep(sleep_s)
+            sleep_s = 0.0
         # Made anew for each sleep: peers open and close their channels in every turn.
         poller = zmq.Poller()
         poller.register(self._woken, zmq.POLLIN)
         poller.register(self._socket.socket, zmq.POLLIN)
         if self._sides is not None:
             self._sides.register(poller)
-        if self._woken in dict(_poll(poller, sleep_s)):
+        # Rounded up: waking before a deadline would only mean to look again.
+        if self._woken in dict(poller.poll(math.ceil(sleep_s * 1000))):
             with contextlib.suppress(zmq.Again):
                 while True:
                     self._woken.recv(zmq.NOBLOCK)
 
-    def _refuse_questions(self) -> None:
-        """Refuse all questions while the rank sleeps; whoever asks tries again later."""
-        for identity, message in self._socket.receive():
-            refused = Refused(call_id=message.call_id, reason=f"{self._name} is asleep")
-            self._socket.send(identity, refused)
-
-    def _advance_suspension(self, deadline_at: float, done: Future[str]) -> None:
+    def _advance_suspension(self, deadline_at: float, done: Future[None]) -> None:
         """Let the memory go once nothing uses it; at the deadline stay as before."""
         # Not earlier: pulls from a peer that is lost fail.
         if self._sides is not None and self._sides.is_idle:
@@ -281,23 +266,24 @@ class TransferThread:
             # Before the caller hears of it, who gives the memory back at once.
             self._close_sides()
             self._suspension = None
-            done.set_result("")
+            done.set_result(None)
         elif self._clock() >= deadline_at:
             self._sides.take_peers_back(self._entries)
             self._suspension = None
-            done.set_result("a transfer of KV blocks of this rank has not ended")
+            done.set_exception(TransferError("a transfer of KV blocks of this rank has not ended"))
 
-    def _resume(self, done: Future[str]) -> None:
+    def _resume(self, done: Future[None]) -> None:
         if self._sides is None:
             try:
                 self._sides = TransferSides(self._setup, self._socket)
             except TransferError as error:
-                done.set_result(str(error))
+                # Without its traceback, which would keep the KV cache alive.
+                done.set_exception(TransferError(str(error)))
                 return
             self._sides.update_registry(self._entries)
             # An engine opens its door again only when its peers have shaken hands.
-            self._connected = False
-        done.set_result("")
+            self.connected = False
+        done.set_result(None)
 
     def _close_sides(self) -> None:
         if self._sides is not None:
@@ -306,20 +292,10 @@ class TransferThread:
             if not self._sides.has_pending_reads:
                 self._sides = None
 
-    def _publish(self, events: list[TransferEvent]) -> None:
-        if not events:
-            return
-        for event in events:
-            self._events.put(event)
-        self._wake_engine()
 
-
-def _poll(poller: zmq.Poller, timeout_s: float) -> list[tuple[Any, int]]:
-    """Return what is ready within ``timeout_s``. Less than a millisecond, which ``poll`` does not
-    know, is slept through.
-    """
-    if timeout_s < 0.001:
-        time.sleep(timeout_s)
-        return poller.poll(0)
-    # Rounded up: waking before a deadline would only mean to look again.
-    return poller.poll(math.ceil(timeout_s * 1000))
+def _await(done: Future[None], timeout_s: float) -> None:
+    try:
+        done.result(timeout_s)
+    except TimeoutError:
+        message = f"the transfer thread did not answer within {timeout_s:g} s"
+        raise TransferError(message) from None

@@ -101,7 +101,14 @@ def _agents_without_listener() -> Iterator[None]:
     def make(name: str, config: Any) -> Any:
         from nixl import _api, _bindings
 
-        return new_agent(_api, _bindings, name, config)
+        # vLLM takes bytes and seconds of its metrics from the telemetry.
+        return new_agent(
+            _api,
+            _bindings,
+            name,
+            num_threads=config.num_threads,
+            captures_telemetry=config.capture_telemetry,
+        )
 
     os.environ.setdefault("UCX_TLS", LOCAL_TRANSPORTS["cpu" if _device_type() == "cpu" else "cuda"])
     base_worker.NixlWrapper = make

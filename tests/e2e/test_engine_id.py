@@ -188,7 +188,7 @@ def test_the_id_of_rank_0_is_that_of_all_and_no_key_shows(hosts: TwoHosts, tmp_p
         )
         refusal = hosts.ask(name, UNUSED_ID)
         assert isinstance(refusal, Refused)
-        assert refusal.reason == f"{name} belongs to engine_id {ENGINE_ID}, not to {UNUSED_ID}"
+        assert refusal.reason == f"{name}: it belongs to engine_id {ENGINE_ID}, not to {UNUSED_ID}"
     shown = hosts.shown()
     assert b"handshake with decode-0/rank-0" in shown
     for secret in (hosts.keys.secret, hosts.keys.public, hosts.keys.http_token):

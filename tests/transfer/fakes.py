@@ -5,7 +5,7 @@ side channels.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,13 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.side_channel import ToDecodeSide, ToPrefillSide
+from pdlaunch.protocol.side_channel import HandshakeReply, ToDecodeSide, ToPrefillSide
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
     Connector,
     LocalMemory,
-    PeerAgent,
     Read,
-    ReadPart,
     ReadState,
 )
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES
@@ -96,8 +94,6 @@ class Fabric:
     """READs stay pending until ``land``."""
     failing: bool = False
     """READs end as failed."""
-    parts: Sequence[ReadPart] = ()
-    """Of every READ that is pending."""
     reads: list[FakeRead] = field(default_factory=list)
 
     def land(self) -> None:
@@ -136,9 +132,6 @@ class FakeRead(Read):
         assert not self.released
         return self.state
 
-    def parts(self) -> Sequence[ReadPart]:
-        return self.fabric.parts
-
     def seconds(self) -> float:
         return 0.001
 
@@ -169,13 +162,14 @@ class FakeConnector(Connector):
     def agent_metadata(self) -> bytes:
         return self.agent_name.encode()
 
-    def connect(self, peer: PeerAgent) -> FakeConnection:
-        assert peer.metadata.decode() == peer.name
-        if peer.name in self.peers:
-            raise TransferError(f"{peer.name} is there already")
-        self.peers.append(peer.name)
-        self.added.append(peer.name)
-        return FakeConnection(self, peer.name)
+    def connect(self, peer: HandshakeReply) -> Mapping[str, FakeConnection]:
+        name = peer.agent_name
+        assert peer.agent_metadata.decode() == name
+        if name in self.peers:
+            raise TransferError(f"{name} is there already")
+        self.peers.append(name)
+        self.added.append(name)
+        return {self.path: FakeConnection(self, name)}
 
     def close(self) -> None:
         assert not self.peers or any(read.state == "pending" for read in self.fabric.reads)
@@ -187,9 +181,6 @@ class FakeConnection(Connection):
         self.connector = connector
         self.peer = peer
         self.fabric = connector.fabric
-
-    def paths(self) -> Sequence[str]:
-        return (self.connector.path,)
 
     def read(self, blocks: BlockRead) -> Read:
         self.connector.block_reads.append(blocks)
@@ -205,10 +196,9 @@ class FakeConnection(Connection):
 
         return self._start(copy)
 
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+    def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
         remote = self.fabric.agents[self.peer].scratch.view(-1, PATTERN_BYTES)[0]
-        landing = torch.zeros_like(remote)
-        return self._start(lambda: landing.copy_(remote)), landing
+        return self._start(lambda: landing.view(-1, PATTERN_BYTES).copy_(remote))
 
     def close(self) -> None:
         self.connector.peers.remove(self.peer)
@@ -223,14 +213,19 @@ class FakeConnection(Connection):
         return read
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeChannel:
     """The puller's end of a side channel whose holder lives in the same process."""
 
-    answer: Callable[[ToPrefillSide], ToDecodeSide | None]
+    ask: Callable[[FakeChannel, ToPrefillSide], None]
+    """Gets what arrives at the holder."""
+    change: Callable[[ToDecodeSide], ToDecodeSide] = lambda reply: reply
+    """What becomes of answers on the way."""
     socket: Any = None
     mute: bool = False
     """Messages arrive, answers do not."""
+    deaf: bool = False
+    """Messages get lost."""
     sent: list[ToPrefillSide] = field(default_factory=list)
     inbox: list[ToDecodeSide] = field(default_factory=list)
     closed: bool = False
@@ -238,9 +233,12 @@ class FakeChannel:
 
     def send(self, message: ToPrefillSide) -> None:
         self.sent.append(message)
-        reply = self.answer(message)
-        if reply is not None and not self.mute:
-            self.inbox.append(reply)
+        if not self.deaf:
+            self.ask(self, message)
+
+    def take(self, reply: ToDecodeSide) -> None:
+        if not self.mute:
+            self.inbox.append(self.change(reply))
 
     def receive(self) -> list[ToDecodeSide]:
         received, self.inbox = self.inbox, []

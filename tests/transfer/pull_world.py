@@ -1,10 +1,11 @@
-"""One decode rank and its prefill ranks in one process: real leases, peers and
-pulls over a fake connector and fake channels.
+"""One decode rank and its prefill ranks in one process: real leases, peers and pulls over a fake
+connector and fake channels.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.side_channel import HandshakeReply, ToDecodeSide, ToPrefillSide
-from pdlaunch.protocol.transfer import (
-    GrantLease,
-    LeaseEnded,
-    PullFinished,
-    TransferEvent,
+from pdlaunch.protocol.side_channel import (
+    Compatibility,
+    HandshakeReply,
+    ToDecodeSide,
+    ToPrefillSide,
 )
+from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, TransferEvent
 from pdlaunch.transfer.connectors.connector import LocalMemory
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, write_pattern
 from pdlaunch.transfer.handshake import DecodeSetup, RankIdentity, compatibility_of, geometry_of
@@ -39,30 +40,28 @@ from tests.transfer.fakes import (
 
 
 class Holder(PrefillSide):
-    """Keeps its answers for whoever asks in this process."""
+    """Answers over fake channels, which stand for the identities of sockets."""
 
-    def __init__(self, card: HandshakeReply, hasher: KVHasher | None, clock: FakeClock) -> None:
-        answers: list[ToDecodeSide] = []
-        self.answers = answers
+    def __init__(
+        self, card: HandshakeReply, hasher: KVHasher | None, connector: FakeConnector, clock: Any
+    ) -> None:
+        super().__init__(card, hasher, connector, lambda channel, reply: channel.take(reply), clock)
         self.ended: list[LeaseEnded] = []
-        super().__init__(card, hasher, lambda _, answer: answers.append(answer), clock)
+        self.desk = FakeChannel(lambda *_: None)
+        """Gets the answers to tests that ask."""
+
+    def hear(self, channel: Any, *messages: ToPrefillSide) -> None:
+        self.ended += self.turn((channel, message) for message in messages)
 
     def ask(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
-        """Take a turn, and return all answers that it brings."""
-        self.ended += self.turn((b"reader", message) for message in messages)
-        answers = self.answers[:]
-        self.answers.clear()
-        return answers
+        """Take a turn, and return all answers that it brings to a test that asks."""
+        self.hear(self.desk, *messages)
+        return self.desk.receive()
 
     def grant(self, command: GrantLease) -> None:
         """Have the checksums at once, as the transfer thread has them by its next turn."""
         self.execute(command)
-        self.advance_checksums()
-
-    def take_ended(self) -> list[LeaseEnded]:
-        self.ask()
-        ended, self.ended = self.ended, []
-        return ended
+        self.hash_leases()
 
 
 class HolderRank:
@@ -76,6 +75,8 @@ class HolderRank:
         incarnation: int = 1,
         tp_rank: int = 0,
         tp_size: int = 1,
+        new_hasher: Callable[[torch.Tensor, KVCacheLayout], KVHasher] = KVHasher,
+        new_connector: Callable[[str, Fabric], FakeConnector] = FakeConnector,
         **spec: Any,
     ) -> None:
         self.layout = layout_of(3 // tp_size, block_size=spec.get("block_size", 16))
@@ -84,17 +85,9 @@ class HolderRank:
         self.identity = RankIdentity(
             name, "prefill-0", f"{incarnation}" * 32, incarnation, tp_rank, tp_size
         )
-        connector = FakeConnector(f"{name}#{incarnation}", fabric)
+        connector = new_connector(f"{name}#{incarnation}", fabric)
         memory = local_memory(connector.agent_name, self.kv_cache, self.layout)
         connector.open(memory)
-        compatibility = compatibility_of(
-            spec_of(**spec),
-            self.layout,
-            torch.float32,
-            model_digest="m",
-            total_kv_heads=3,
-            connector="fake",
-        )
         self.card = HandshakeReply(
             call_id=0,
             engine_id=self.identity.engine_id,
@@ -102,13 +95,13 @@ class HolderRank:
             incarnation=incarnation,
             tp_rank=tp_rank,
             tp_size=tp_size,
-            compatibility=compatibility,
+            compatibility=compatibility(self.layout, **spec),
             geometry=geometry_of(memory, tp_rank),
             agent_name=connector.agent_name,
             agent_metadata=connector.agent_metadata(),
         )
-        hasher = KVHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
-        self.holder = Holder(self.card, hasher, clock)
+        hasher = new_hasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
+        self.holder = Holder(self.card, hasher, connector, clock)
         self.channels: list[FakeChannel] = []
 
     @property
@@ -117,40 +110,48 @@ class HolderRank:
         return self.channels[-1]
 
     def entry(self) -> Entry:
+        identity = self.identity
         return Entry(
-            name=self.identity.name,
+            name=identity.name,
             kind="rank",
-            incarnation=self.identity.incarnation,
-            engine=self.identity.engine,
+            incarnation=identity.incarnation,
+            engine=identity.engine,
             role="prefill",
-            tp_rank=self.identity.tp_rank,
-            tp_size=self.identity.tp_size,
-            engine_id=self.identity.engine_id,
-            address=Address(
-                side_channel=f"fake://{self.identity.incarnation + 10 * self.identity.tp_rank}"
-            ),
+            tp_rank=identity.tp_rank,
+            tp_size=identity.tp_size,
+            engine_id=identity.engine_id,
+            address=Address(side_channel=f"fake://{identity.incarnation + 10 * identity.tp_rank}"),
         )
 
     def remote(self, lease_id: str) -> RemoteKV:
-        return RemoteKV(
-            engine_id=self.identity.engine_id,
-            lease_id=lease_id,
-            host="h",
-            port=1,
-            block_ids=[],
-            num_tokens=1,
-        )
+        return remote_of(self.identity.engine_id, lease_id)
 
     def ended(self) -> list[LeaseEnded]:
-        return self.holder.take_ended()
+        self.holder.hear(self.holder.desk)
+        ended, self.holder.ended = self.holder.ended, []
+        return ended
 
     def sent(self, kind: type) -> list[Any]:
-        return [
-            message
-            for channel in self.channels
-            for message in channel.sent
-            if isinstance(message, kind)
-        ]
+        sent = [message for channel in self.channels for message in channel.sent]
+        return [message for message in sent if isinstance(message, kind)]
+
+
+def remote_of(engine_id: str, lease_id: str) -> RemoteKV:
+    """As in the kv_transfer_params; host and port are not what the puller may use."""
+    return RemoteKV(
+        engine_id=engine_id, lease_id=lease_id, host="h", port=1, block_ids=[], num_tokens=1
+    )
+
+
+def compatibility(layout: KVCacheLayout, role: str = "prefill", **spec: Any) -> Compatibility:
+    return compatibility_of(
+        spec_of(role, **spec),
+        layout,
+        torch.float32,
+        model_digest="m",
+        total_kv_heads=3,
+        connector="fake",
+    )
 
 
 def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout) -> LocalMemory:
@@ -173,30 +174,23 @@ class World:
     reports: list[Any] = field(default_factory=list)
     eager: bool = True
     verify: bool = True
+    new_connector: Callable[[str, Fabric], FakeConnector] = FakeConnector
 
     def __post_init__(self) -> None:
         layout = layout_of()
         self.kv_cache = random_cache(layout, 16, seed=99)
-        self.connector = FakeConnector("decode-0/rank-0#1", self.fabric)
-        self.connector.open(local_memory(self.connector.agent_name, self.kv_cache, layout))
-        weak = weakref.proxy(
-            self
-        )  # peers that refer to the world would be a cycle, which keeps its tensors
-        hasher = KVHasher(self.kv_cache, layout) if self.verify else None
+        self.connector = self.new_connector("decode-0/rank-0#1", self.fabric)
+        memory = local_memory(self.connector.agent_name, self.kv_cache, layout)
+        self.connector.open(memory)
+        # Peers that refer to the world would be a cycle, which keeps its tensors.
+        weak = weakref.proxy(self)
         self.setup = DecodeSetup(
             identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
-            compatibility=compatibility_of(
-                spec_of("decode", verify=self.verify),
-                layout,
-                torch.float32,
-                model_digest="m",
-                total_kv_heads=3,
-                connector="fake",
-            ),
-            head_bytes=layout.head_bytes,
+            compatibility=compatibility(layout, "decode", verify=self.verify),
+            memory=memory,
             first_kv_head=0,
             connector=self.connector,
-            hasher=hasher,
+            hasher=KVHasher(self.kv_cache, layout) if self.verify else None,
             open_channel=lambda endpoint: weak.open_channel(endpoint),
             handshake_timeout_s=5.0,
             clock=self.clock,
@@ -213,30 +207,30 @@ class World:
     def open_channel(self, endpoint: str) -> FakeChannel:
         holder = self.holders.get(endpoint)
         if holder is None:
-            return FakeChannel(lambda message: None)
-        holder.channels.append(FakeChannel(holder.holder.answer))
+            return FakeChannel(lambda *_: None)
+        holder.channels.append(FakeChannel(holder.holder.hear))
         return holder.channel
 
     def add(self, **options: Any) -> HolderRank:
-        holder = HolderRank(self.clock, self.fabric, verify=self.verify, **options)
+        options = {"verify": self.verify, "new_connector": self.new_connector} | options
+        holder = HolderRank(self.clock, self.fabric, **options)
         self.holders[holder.entry().address.side_channel] = holder
         return holder
 
     def turn(self, times: int = 4) -> None:
         for _ in range(times):
+            for holder in self.holders.values():
+                holder.holder.hear(None)
             self.peers.advance()
             self.pulls.advance()
 
     def connect(self, **options: Any) -> HolderRank:
-        holder = self.add(**options)
-        self.peers.update([holder.entry()])
-        self.turn()
-        assert isinstance(self.reports[-1], PairReady)
+        (holder,) = self.connect_group(1, **options)
         return holder
 
-    def connect_group(self, tp_size: int) -> list[HolderRank]:
+    def connect_group(self, tp_size: int, **options: Any) -> list[HolderRank]:
         """All ranks of a holder with tensor parallelism."""
-        holders = [self.add(tp_rank=tp_rank, tp_size=tp_size) for tp_rank in range(tp_size)]
+        holders = [self.add(tp_rank=rank, tp_size=tp_size, **options) for rank in range(tp_size)]
         self.peers.update([holder.entry() for holder in holders])
         self.turn()
         assert [type(report) for report in self.reports[-tp_size:]] == [PairReady] * tp_size

@@ -73,11 +73,11 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.config import connectors
     from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
     from pdlaunch.engine.memory.pools import open_memory_pools
+    from pdlaunch.errors import TransferError
     from pdlaunch.protocol.sockets import SecureContext
-    from pdlaunch.transfer.connectors.connector import BlockRead, Connection, PeerAgent, Read
-    from pdlaunch.transfer.connectors.opening import new_connector
+    from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Read, new_connector
     from pdlaunch.transfer.handshake import RankIdentity
-    from pdlaunch.transfer.sides import RankMemory, TransferSetup
+    from pdlaunch.transfer.sides import TransferSetup
     from pdlaunch.transfer.thread import TransferThread
 
     # The server that this process was forked from may have looked before a test added a package.
@@ -135,10 +135,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         Or kills it, before that or just after.
         """
 
-        def __init__(self, peer: PeerAgent) -> None:
-            self.inner = connect(peer)
-            self.paths, self.use_path = self.inner.paths, self.inner.use_path  # type: ignore[method-assign]
-            self.close = self.inner.close  # type: ignore[method-assign]
+        def __init__(self, inner: Connection) -> None:
+            self.inner = inner
+            self.close, self.read_scratch = inner.close, inner.read_scratch  # type: ignore[method-assign]
 
         def read(self, blocks: BlockRead) -> Read:
             if doomed_before:
@@ -155,14 +154,15 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
             send("posted", None)
             return read
 
-        def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-            return self.inner.read_scratch(path)
+        def read_scratch(self, *_: Any) -> Any: ...
 
-        def paths(self) -> Any: ...
+    def connect_stopping(peer: Any) -> Any:
+        return {
+            path: each if isinstance(each, TransferError) else StoppingConnection(each)
+            for path, each in connect(peer).items()
+        }
 
-        def close(self) -> None: ...
-
-    connector.connect = StoppingConnection  # type: ignore[method-assign]
+    connector.connect = connect_stopping  # type: ignore[method-assign]
     identity = RankIdentity(
         options.name,
         options.spec.name,
@@ -171,19 +171,16 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         options.tp_rank,
         options.spec.tensor_parallel_size,
     )
-    memory = RankMemory(
-        kv_cache,
-        layout,
-        source,
-        options.model_digest,
-        total_kv_heads=options.total_heads,
-        first_kv_head=options.tp_rank * options.num_heads,
-    )
     transfer = TransferThread(
         TransferSetup(
             spec=options.spec,
             identity=identity,
-            memory=memory,
+            kv_cache=kv_cache,
+            layout=layout,
+            kv_memory=source,
+            model_digest=options.model_digest,
+            total_kv_heads=options.total_heads,
+            first_kv_head=options.tp_rank * options.num_heads,
             connector=connector,
             context=SecureContext(options.keys),
             wake=happened.set,
@@ -243,7 +240,7 @@ def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
     return P2PConnector(
         options.name,
         options.incarnation,
-        new_copiers=lambda memory: [HostCopier(move)],
+        new_copier=lambda device: HostCopier(move),
     )
 
 
@@ -324,7 +321,7 @@ class RankHandle:
         context.set_forkserver_preload(
             [
                 "pdlaunch.transfer.thread",
-                "pdlaunch.transfer.connectors.opening",
+                "pdlaunch.transfer.connectors.connector",
                 "tests.transfer.rank_process",
             ]
         )

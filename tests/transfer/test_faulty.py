@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from functools import partial
 
 import msgspec
@@ -10,29 +12,30 @@ import torch
 from pydantic import ValidationError
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import EndLease
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
     Connector,
     LocalMemory,
-    PeerAgent,
-    PushedRead,
     Read,
     ReadState,
+    new_connector,
+    rank_part,
 )
 from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from pdlaunch.transfer.connectors.faulty import (
     FaultyConnection,
     FaultyConnector,
-    FaultyPushedRead,
+    FaultyOffloadWorker,
     FaultyRead,
 )
-from pdlaunch.transfer.connectors.opening import new_connector, rank_part
 from pdlaunch.transfer.thread import TransferThread
+from tests.engine.offload.test_worker import make_layout
 from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, layout_of, random_cache
+from tests.transfer.pull_world import HolderRank
 from tests.transfer.rank_process import grant
 
 LAYOUT = layout_of()
@@ -51,14 +54,12 @@ class OneFault(FaultPlan):
 
 class Pair:
     def __init__(self, plan: FaultPlan) -> None:
-        self.clock, self.fabric = FakeClock(), Fabric()
-        holder = FakeConnector("holder", self.fabric)
-        self.there, self.here = random_cache(LAYOUT, 8, 1), random_cache(LAYOUT, 8, 2)
-        holder.open(LocalMemory(self.there, torch.zeros(8, dtype=torch.uint8), LAYOUT))
-        self.faulty = FaultyConnector(FakeConnector("puller", self.fabric), plan, self.clock)
+        self.clock, fabric = FakeClock(), Fabric()
+        holder = HolderRank(self.clock, fabric)
+        self.there, self.here = holder.kv_cache, random_cache(LAYOUT, 8, 2)
+        self.faulty = FaultyConnector(FakeConnector("puller", fabric), plan, self.clock)
         self.faulty.open(LocalMemory(self.here, torch.zeros(8, dtype=torch.uint8), LAYOUT))
-        geometry = Geometry(0, 8, 1, 1, 3, 0, 0, 0, 8)
-        self.peer = self.faulty.connect(PeerAgent("holder", b"holder", geometry))
+        (self.peer,) = self.faulty.connect(holder.card).values()
 
     def pull(self) -> list[ReadState]:
         """States of one READ, a second apart."""
@@ -71,9 +72,8 @@ class Pair:
         return states
 
     def num_wrong_bytes(self) -> int:
-        return int(
-            (self.here[[1, 2]].view(torch.uint8) != self.there[[5, 6]].view(torch.uint8)).sum()
-        )
+        found, wanted = self.here[[1, 2]].view(torch.uint8), self.there[[5, 6]].view(torch.uint8)
+        return int((found != wanted).sum())
 
 
 def pair_with(fault: str) -> Pair:
@@ -88,27 +88,18 @@ def test_a_refused_read_writes_nothing():
     assert torch.equal(pair.here, before)
 
 
-def test_delayed_and_lost_reads_end_late_with_the_right_bytes():
-    for fault in ("DELAY", "LOSE"):
-        pair = pair_with(fault)
-        assert pair.pull()[-1] == "done"
-        assert pair.clock.now > 1001
-        assert pair.num_wrong_bytes() == 0
+@pytest.mark.parametrize("fault", ["DELAY", "LOSE"])
+def test_delayed_and_lost_reads_end_late_with_the_right_bytes(fault):
+    pair = pair_with(fault)
+    assert pair.pull()[-1] == "done"
+    assert pair.clock.now > 1001
+    assert pair.num_wrong_bytes() == 0
 
 
 def test_a_corrupt_read_has_one_wrong_byte():
     pair = pair_with("CORRUPT")
     assert pair.pull() == ["done"]
     assert pair.num_wrong_bytes() == 1
-
-
-def test_a_truncated_read_lacks_the_second_half_of_its_last_block():
-    pair = pair_with("TRUNCATE")
-    before = pair.here.clone()
-    assert pair.pull() == ["done"]
-    heads, half = (3, LAYOUT.head_bytes // 4), LAYOUT.head_bytes // 8
-    assert torch.equal(pair.here[2].view(heads)[:, half:], before[2].view(heads)[:, half:])
-    assert torch.equal(pair.here[2].view(heads)[:, :half], pair.there[6].view(heads)[:, :half])
 
 
 def test_the_same_seed_injects_the_same_faults():
@@ -119,24 +110,15 @@ def test_the_same_seed_injects_the_same_faults():
     assert set(faults(1)) == {None, *Fault}
 
 
-def test_one_fault_alone_and_only_while_a_file_exists(tmp_path):
-    switch = tmp_path / "on"
-    plan = FaultPlan(rate=1, only="CORRUPT", reads_file=str(switch))
-    assert plan.of_read("agent", 1)[0] is None
-    switch.touch()
-    assert {plan.of_read("agent", index)[0] for index in range(50)} == {Fault.CORRUPT}
-
-
 def test_some_leases_are_cut_short_and_nothing_else():
     plan = FaultPlan(seed=1, lease_rate=0.5, short_lease_s=0.1)
     commands = [grant(f"r{number}", [number]) for number in range(100)]
-    changed = plan.on_commands("agent", [*commands, EndLease(lease_id="r1")])
-    short = [command for command in changed[:-1] if command.lease_s <= 0.1]
-    assert 20 < len(short) < 80
-    assert [
-        msgspec.structs.replace(command, lease_s=commands[0].lease_s) for command in changed[:-1]
-    ] == commands
-    assert changed[-1] == EndLease(lease_id="r1")
+    changed = [plan.on_command("agent", command) for command in commands]
+    assert 20 < sum(command.lease_s <= 0.1 for command in changed) < 80
+    whole = [msgspec.structs.replace(each, lease_s=commands[0].lease_s) for each in changed]
+    assert whole == commands
+    end = EndLease(lease_id="r1")
+    assert plan.on_command("agent", end) is end
 
 
 def public_names(kind: type) -> set[str]:
@@ -147,25 +129,16 @@ def public_names(kind: type) -> set[str]:
 
 @pytest.mark.parametrize(
     ("interface", "wrapper"),
-    [
-        (Connector, FaultyConnector),
-        (Connection, FaultyConnection),
-        (Read, FaultyRead),
-        (PushedRead, FaultyPushedRead),
-    ],
+    [(Connector, FaultyConnector), (Connection, FaultyConnection), (Read, FaultyRead)],
 )
 def test_the_wrapper_forgets_no_method(interface, wrapper):
-    """An inherited default would hide what the inner connector does; its pusher and its mapper are
-    handed out themselves.
-    """
+    """An inherited default would hide what the inner connector does."""
     own = public_names(wrapper) | set(vars(Pair(FaultPlan(rate=0)).faulty))
     assert public_names(interface)
     assert public_names(interface) - own == set()
 
 
-@pytest.mark.parametrize(
-    "fields", [{"rat": 0.5}, {"only": "corrupt"}, {"inner": "faulty"}, {"inner": "nobody"}]
-)
+@pytest.mark.parametrize("fields", [{"rat": 0.5}, {"inner": "faulty"}, {"inner": "nobody"}])
 def test_a_plan_that_makes_no_sense_is_refused(fields):
     with pytest.raises(ValidationError):
         KVTransferSettings(connector="faulty", faulty=fields)
@@ -183,3 +156,58 @@ def test_what_faulty_wraps_decides_what_a_rank_needs():
     assert isinstance(new_connector(again, "a", 1), FaultyConnector)
     assert isinstance(rank_part(TransferThread, again), partial)
     assert rank_part(TransferThread, KVTransferSettings()) is TransferThread
+
+
+STORE = OffloadJob(1, "store", [3, 4], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
+LOAD = OffloadJob(2, "load", [8, 9], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
+
+
+def new_worker(faults: FaultPlan, wakes: threading.Semaphore) -> FaultyOffloadWorker:
+    layout = make_layout()
+    return FaultyOffloadWorker(
+        faults,
+        kv_cache=torch.ones((16, *layout.block_shape()), dtype=torch.bfloat16),
+        layout=layout,
+        host_memory_bytes=12 * 4096,
+        progress=lambda *_: None,
+        wake=wakes.release,
+    )
+
+
+class SecondChunk(FaultPlan):
+    def of_chunk(self, index: int) -> random.Random | None:
+        return random.Random(1) if index == 2 else None
+
+
+class Waiting(FaultPlan):
+    waits: list[bool]
+
+    def copies_wait(self) -> bool:
+        return bool(self.waits) and self.waits.pop()
+
+
+def run(worker: FaultyOffloadWorker, job: OffloadJob, wakes: threading.Semaphore) -> JobFinished:
+    worker.submit([job])
+    while True:
+        assert wakes.acquire(timeout=60)
+        for report in worker.take_finished():
+            assert report.job_id == job.job_id
+            return report
+
+
+def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
+    wakes = threading.Semaphore(0)
+    worker = new_worker(SecondChunk(copy_slow_s=0.01), wakes)
+    assert run(worker, STORE, wakes).ok
+    load = run(worker, LOAD, wakes)
+    assert (load.ok, load.failed_chunk_ids) == (False, [6])
+    worker.close()
+
+
+def test_an_end_is_told_when_it_may_be() -> None:
+    wakes, waits = threading.Semaphore(0), [True, True, True]
+    plan = Waiting(chunk_rate=0, copy_slow_s=0, waits=[])
+    worker = new_worker(plan.model_copy(update={"waits": waits}), wakes)
+    assert run(worker, STORE, wakes).ok
+    assert not waits, "it has been looked for as long as it had to wait"
+    worker.close()

@@ -1,12 +1,89 @@
-"""Handshakes with prefill ranks, in a World of fakes."""
+"""Handshakes with prefill ranks: what must be equal on both sides, who reads which heads, and a
+World of fakes in which peers come, go and lie.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
-from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
-from tests.transfer.pull_world import HolderRank, World
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.engine.kvcache.groups import make_groups
+from pdlaunch.errors import HandshakeError
+from pdlaunch.protocol.control import PairFailed, PairReady
+from pdlaunch.protocol.side_channel import Compatibility
+from pdlaunch.transfer.handshake import compare, describe_groups, heads_of_rank, map_sources
+from tests.transfer.fakes import layout_of
+from tests.transfer.pull_world import HolderRank, World, compatibility
 from tests.transfer.rank_process import grant, pull
+
+OURS = compatibility(layout_of())
+
+
+@pytest.mark.parametrize("field", Compatibility.__struct_fields__)
+def test_a_field_that_differs_is_named_with_both_values(field):
+    compare(OURS, OURS, local="decode-0/rank-0", peer="prefill-0/rank-0")
+    ours = getattr(OURS, field)
+    theirs = 99 if isinstance(ours, int) else "other"
+    with pytest.raises(HandshakeError) as caught:
+        compare(
+            OURS,
+            msgspec.structs.replace(OURS, **{field: theirs}),
+            local="decode-0/rank-0",
+            peer="prefill-0/rank-0",
+        )
+    expected = f"{field}: decode-0/rank-0 has {ours!r}, prefill-0/rank-0 has {theirs!r}"
+    assert expected in str(caught.value)
+
+
+def test_groups_are_described_in_one_line():
+    groups = make_groups([512, 512, None, 512, 512])
+    assert describe_groups(groups) == "full: 2; 512: 0; 512: 1; 512: 3; 512: 4"
+    assert describe_groups(make_groups([None] * 30)) == "full: 0-29"
+
+
+@st.composite
+def tp_sizes(draw: st.DrawFn) -> tuple[int, int, int]:
+    num_kv_heads = draw(st.integers(1, 16))
+    fits = [size for size in range(1, 33) if num_kv_heads % size == 0 or size % num_kv_heads == 0]
+    return num_kv_heads, draw(st.sampled_from(fits)), draw(st.sampled_from(fits))
+
+
+@given(tp_sizes())
+def test_every_reader_gets_its_heads_and_every_holder_as_many_readers_as_it_is_told(sizes):
+    num_kv_heads, prefill_tp_size, decode_tp_size = sizes
+    visits: Counter[int] = Counter()
+    told: dict[int, set[int]] = {}
+    for reader in range(decode_tp_size):
+        sources = map_sources(
+            num_kv_heads=num_kv_heads,
+            prefill_tp_size=prefill_tp_size,
+            decode_tp_size=decode_tp_size,
+            decode_tp_rank=reader,
+        )
+        pulled = [head for source in sources for head in source.heads]
+        assert sorted(pulled) == list(heads_of_rank(num_kv_heads, decode_tp_size, reader))
+        for source in sources:
+            held = heads_of_rank(num_kv_heads, prefill_tp_size, source.tp_rank)
+            assert set(source.heads) <= set(held)
+            visits[source.tp_rank] += 1
+            told.setdefault(source.tp_rank, set()).add(source.num_decode_ranks)
+    assert set(visits) == set(range(prefill_tp_size))
+    assert told == {holder: {count} for holder, count in visits.items()}
+
+
+def test_unneeded_replica_is_visited_without_heads():
+    sources = map_sources(num_kv_heads=2, prefill_tp_size=4, decode_tp_size=1, decode_tp_rank=0)
+    assert [len(source.heads) for source in sources] == [1, 0, 1, 0]
+
+
+def test_sizes_that_do_not_fit_are_named():
+    with pytest.raises(HandshakeError, match="tensor_parallel_size 2 does not fit 3 KV heads"):
+        map_sources(num_kv_heads=3, prefill_tp_size=2, decode_tp_size=1, decode_tp_rank=0)
 
 
 def test_handshake_happens_at_the_first_pull_when_it_is_not_asked_for_before():
@@ -21,27 +98,23 @@ def test_handshake_happens_at_the_first_pull_when_it_is_not_asked_for_before():
     assert world.finished().ok
 
 
-def test_an_unreachable_holder_is_tried_again_with_growing_pauses(world):
+def test_an_unreachable_holder_is_tried_again_with_growing_pauses_for_hours(world):
     absent = HolderRank(world.clock, world.fabric)
     world.peers.update([absent.entry()])
-    pauses = []
-    for failures in range(1, 6):
-        while len(world.reports) < failures:
-            world.clock.now += 0.125
-            world.turn(1)
-        pauses.append(world.clock.now)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(pauses)]
+    failed_at = []
+    while len(world.reports) < 1100:
+        world.clock.now += 0.125 if len(world.reports) < 5 else 5.0
+        num_reports = len(world.reports)
+        world.turn(1)
+        failed_at += [world.clock.now] * (len(world.reports) - num_reports)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(failed_at[:5])]
     assert gaps == sorted(gaps)
     assert gaps[-1] > gaps[0]
     assert not any(report.fatal for report in world.reports)
-    assert (
-        "no answer to the handshake from prefill-0/rank-0 at fake://1 within 5 s"
-        in world.reports[0].error
-    )
+    expected = "no answer to the handshake from prefill-0/rank-0 at fake://1 within 5 s"
+    assert expected in world.reports[0].error
     world.holders["fake://1"] = absent
-    world.clock.now += 20
-    world.turn()
-    world.clock.now += 20
+    world.clock.now += 5.0
     world.turn()
     assert isinstance(world.reports[-1], PairReady)
 
@@ -58,10 +131,7 @@ def test_incompatible_engines_are_final_until_a_restart(world):
     world.clock.now += 100
     world.turn()
     assert len(world.reports) == 1
-    new = world.add(incarnation=2)
-    world.peers.update([new.entry()])
-    world.turn()
-    assert isinstance(world.reports[-1], PairReady)
+    world.connect(incarnation=2)
 
 
 def test_wrong_bytes_in_the_first_read_fail_the_handshake(world):
@@ -69,10 +139,8 @@ def test_wrong_bytes_in_the_first_read_fail_the_handshake(world):
     world.fabric.agents["prefill-0/rank-0#1"].scratch[7] ^= 1
     world.peers.update([holder.entry()])
     world.turn()
-    assert (
-        "prefill-0/rank-0 cannot be read: the first READ brought wrong bytes"
-        in world.reports[-1].error
-    )
+    expected = "prefill-0/rank-0 cannot be read: the first READ brought wrong bytes"
+    assert expected in world.reports[-1].error
     assert not world.reports[-1].fatal
     assert world.connector.peers == []
 
@@ -97,44 +165,52 @@ def test_a_handshake_is_not_repeated_while_its_read_may_still_write(world):
     assert world.connector.peers == ["prefill-0/rank-0#1"]
 
 
-def test_a_holder_with_another_engine_id_than_the_registry_is_not_used(world):
-    holder = world.add()
-    entry = holder.entry()
-    world.peers.update(
-        [
-            Entry(
-                **{name: getattr(entry, name) for name in entry.__struct_fields__}
-                | {"engine_id": "f" * 32}
-            )
-        ]
-    )
-    world.turn()
-    assert "belongs to engine_id 1111" in world.reports[-1].error
-    assert f"not to {'f' * 32}" in world.reports[-1].error
-
-
 def test_ranks_of_one_engine_must_share_an_engine_id(world):
-    entries = [
-        Entry(
-            name=f"prefill-0/rank-{tp_rank}",
-            kind="rank",
-            incarnation=1,
-            engine="prefill-0",
-            role="prefill",
-            tp_rank=tp_rank,
-            tp_size=2,
-            engine_id=f"{tp_rank}" * 32,
-            address=Address(side_channel=f"tcp://h{tp_rank}:1"),
-        )
-        for tp_rank in range(2)
-    ]
-    world.peers.update(entries)
+    first, second = (world.add(tp_rank=rank, tp_size=3) for rank in range(2))
+    world.peers.update([first.entry(), msgspec.structs.replace(second.entry(), engine_id="2" * 32)])
     (failed,) = world.reports
     assert failed.fatal
     for part in (
-        "prefill-0/rank-0 at tcp://h0:1",
-        "0" * 32,
-        "prefill-0/rank-1 at tcp://h1:1",
-        "1" * 32,
+        "prefill-0/rank-0 at fake://1 has " + "1" * 32,
+        "prefill-0/rank-1 at fake://11 has " + "2" * 32,
     ):
         assert part in failed.error
+
+
+@pytest.mark.parametrize(
+    ("field", "shown", "expected"),
+    [
+        (
+            "tp_rank",
+            0,
+            "shows 0 for prefill-0/rank-1 at fake://11",
+        ),
+        (
+            "tp_size",
+            1,
+            "shows 1 for prefill-0/rank-1 at fake://11",
+        ),
+        ("incarnation", 2, "shows 2 for prefill-0/rank-1 at fake://11"),
+        ("engine_id", "f" * 32, f"belongs to engine_id {'1' * 32}, not to {'f' * 32}"),
+    ],
+)
+def test_who_answers_is_not_who_the_registry_names(world, field, shown, expected):
+    """Nothing is read of it, and once the registry is right the pair is too."""
+    holders = [world.add(tp_rank=tp_rank, tp_size=3) for tp_rank in range(3)]
+    others = [] if field == "engine_id" else [holders[0].entry(), holders[2].entry()]
+    entry = msgspec.structs.replace(holders[1].entry(), **{field: shown})
+    if field == "engine_id":
+        # Rank 0's id counts: it has to lie, too.
+        others = [msgspec.structs.replace(holders[0].entry(), engine_id=shown)]
+    world.peers.update([*others, entry])
+    world.turn()
+    errors = [report.error for report in world.reports if isinstance(report, PairFailed)]
+    assert expected in errors[-1]
+    assert "prefill-0/rank-1#1" not in world.connector.added
+    world.peers.update([holder.entry() for holder in holders])
+    world.turn()
+    for holder in holders:
+        holder.holder.grant(grant("r", [4]))
+    world.pulls.start(pull("p", holders[0].remote("r"), [1]))
+    world.turn()
+    assert world.finished().ok

@@ -1,6 +1,11 @@
+"""Leases and what decode ranks ask about them: a lease ends once, never under an open pull but for
+its deadline, and every question gets one answer.
+"""
+
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -8,25 +13,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdlaunch.errors import LeaseError
-from pdlaunch.protocol.side_channel import GroupBlocks
-from pdlaunch.protocol.transfer import GrantLease
-from pdlaunch.transfer.leases import MAX_EXTENSIONS, LeaseTable
-from tests.transfer.fakes import FakeClock
+from pdlaunch.protocol.side_channel import (
+    PullBegin,
+    PullEnd,
+    PullHeartbeat,
+    PullReply,
+    Refused,
+    StateChecksums,
+)
+from pdlaunch.protocol.transfer import GrantLease, LeaseEnded
+from pdlaunch.transfer.leases import GRANT_LAG_S, MAX_EXTENSIONS, MAX_WAITING, LeaseTable
+from tests.transfer.fakes import Fabric, FakeClock
+from tests.transfer.pull_world import HolderRank
+from tests.transfer.rank_process import grant
 
 
-def grant_of(lease_id: str, *, num_readers: int = 1, lease_s: float = 10.0) -> GrantLease:
-    return GrantLease(
-        lease_id=lease_id,
-        block_ids=[[1, 2]],
-        first_block_index=[0],
-        block_hashes=[b"a" * 32, b"b" * 32],
-        num_tokens=32,
-        num_readers=num_readers,
-        lease_s=lease_s,
-    )
+def grant_of(lease_id: str, *, num_readers: int = 1) -> GrantLease:
+    return grant(lease_id, [1, 2], lease_s=10.0, num_readers=num_readers)
 
 
-GROUPS = [GroupBlocks(first_block_index=0, block_ids=[1, 2], checksums=None)]
+def ended(table: LeaseTable) -> list[tuple[str, str]]:
+    return [(event.lease_id, event.reason) for event in table.take_ended()]
 
 
 @pytest.fixture
@@ -43,14 +50,15 @@ def test_a_reader_that_begins_anew_has_one_share(leases):
     leases.grant(grant_of("a", num_readers=2))
     for _ in range(3):
         leases.begin("a", "first", 1)
-    assert leases.end("a", "first")
-    assert not leases.end("a", "first")
+    leases.end("a", "first")
+    with pytest.raises(LeaseError, match="reader first has no open pull"):
+        leases.end("a", "first")
     with pytest.raises(LeaseError, match="reader first has ended its pull of request a"):
         leases.begin("a", "first", 1)
-    assert leases.take_ended() == []
+    assert ended(leases) == []
     leases.begin("a", "second", 1)
-    assert leases.end("a", "second")
-    assert leases.take_ended() == [("a", "pulled")]
+    leases.end("a", "second")
+    assert ended(leases) == [("a", "pulled")]
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3))
@@ -67,74 +75,40 @@ def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, n
     ]
     calls = [(reader, data.draw(st.integers(0, 3))) for reader in readers]
     plan = [(reader, call) for reader, num_more in calls for call in (*["begin"] * num_more, "end")]
-    num_ended = 0
     for reader, call in data.draw(st.permutations(plan)):
-        if call == "begin" and num_ended < len(readers):
-            with contextlib.suppress(LeaseError):  # of a rank that has ended
-                table.begin("a", reader, num_decode_ranks)
-        elif call == "end":
-            assert table.take_ended() == []
-            with contextlib.suppress(LeaseError):
-                table.begin("a", reader, num_decode_ranks)
-            assert table.end("a", reader)
-            num_ended += 1
-    assert table.take_ended() == [("a", "pulled")]
+        with contextlib.suppress(LeaseError):  # of a rank that has ended, or of the whole lease
+            table.begin("a", reader, num_decode_ranks)
+        if call == "end":
+            assert ended(table) == []
+            table.end("a", reader)
+    assert ended(table) == [("a", "pulled")]
 
 
-def test_expires_at_the_deadline_and_proves_nothing_after(leases, clock):
+def test_a_lease_expires_at_the_deadline_that_heartbeats_extend_but_not_for_ever(leases, clock):
     leases.grant(grant_of("a"))
     clock.now += 9
     leases.begin("a", "r", 1)
-    clock.now += 9
-    assert leases.heartbeat("a", "r") == 10
-    clock.now += 10
-    assert not leases.end("a", "r")
-    assert leases.take_ended() == [("a", "expired")]
+    for _ in range(4 * MAX_EXTENSIONS):
+        clock.now += 5
+        try:
+            assert 0 < leases.heartbeat("a", "r") <= 10
+        except LeaseError:
+            break
+    assert ended(leases) == [("a", "expired")]
+    assert 1100 < clock.now <= 1005 + 10 * MAX_EXTENSIONS
     with pytest.raises(LeaseError, match="request a has no lease here"):
         leases.begin("a", "r2", 1)
-    with pytest.raises(LeaseError):
-        leases.heartbeat("a", "r")
-
-
-def test_a_new_lease_under_the_same_id_proves_nothing_for_an_old_reader(leases, clock):
-    leases.grant(grant_of("a"))
-    leases.begin("a", "old", 1)
-    clock.now += 11
-    leases.expire()
-    leases.grant(grant_of("a"))
-    assert not leases.end("a", "old")
 
 
 def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
     leases.grant(grant_of("a", num_readers=2))
     leases.begin("a", "r", 1)
     leases.cancel("a")
-    assert leases.take_ended() == []
+    assert ended(leases) == []
     with pytest.raises(LeaseError, match="cancelled"):
         leases.begin("a", "other", 1)
-    assert leases.end("a", "r")
-    assert leases.take_ended() == [("a", "released")]
-
-
-def test_heartbeats_cannot_keep_a_lease_for_ever(leases, clock):
-    leases.grant(grant_of("a"))
-    leases.begin("a", "r", 1)
-    for _ in range(4 * MAX_EXTENSIONS):
-        clock.now += 5
-        try:
-            leases.heartbeat("a", "r")
-        except LeaseError:
-            break
-    assert leases.take_ended() == [("a", "expired")]
-    assert clock.now <= 1000 + 10 * MAX_EXTENSIONS
-
-
-def test_bad_numbers_are_refused(leases):
-    leases.grant(grant_of("a"))
-    with pytest.raises(LeaseError, match="num_decode_ranks is 0"):
-        leases.begin("a", "r", 0)
-    with pytest.raises(LeaseError, match="already"):
-        leases.grant(grant_of("a"))
+    leases.end("a", "r")
+    assert ended(leases) == [("a", "released")]
 
 
 IDS = st.sampled_from(["a", "b", "c"])
@@ -142,7 +116,7 @@ READERS = st.sampled_from(["r", "s", "t"])
 
 
 class LeaseLife(RuleBasedStateMachine):
-    """Every grant ends exactly once, and a proof is given only for a reader that began under this
+    """Every grant ends exactly once, and a pull is open only for a reader that began under this
     very grant.
     """
 
@@ -153,28 +127,30 @@ class LeaseLife(RuleBasedStateMachine):
         self.alive: set[str] = set()
         self.begun: set[tuple[str, str]] = set()
 
+    def succeeds(self, call: Callable[[], object]) -> bool:
+        try:
+            call()
+        except LeaseError:
+            return False
+        return True
+
     @rule(lease_id=IDS, num_readers=st.integers(1, 2))
     def grant(self, lease_id, num_readers):
-        if lease_id in self.alive:
-            with pytest.raises(LeaseError):
-                self.table.grant(grant_of(lease_id))
-            return
-        self.table.grant(grant_of(lease_id, num_readers=num_readers))
+        command = grant_of(lease_id, num_readers=num_readers)
+        assert self.succeeds(lambda: self.table.grant(command)) == (lease_id not in self.alive)
         self.alive.add(lease_id)
 
-    @rule(lease_id=IDS, reader=READERS, num_decode_ranks=st.integers(1, 2))
+    @rule(lease_id=IDS, reader=READERS, num_decode_ranks=st.integers(0, 2))
     def begin(self, lease_id, reader, num_decode_ranks):
-        try:
-            self.table.begin(lease_id, reader, num_decode_ranks)
-        except LeaseError:
-            return
-        assert lease_id in self.alive
-        self.begun.add((lease_id, reader))
+        if self.succeeds(lambda: self.table.begin(lease_id, reader, num_decode_ranks)):
+            assert lease_id in self.alive
+            assert num_decode_ranks
+            self.begun.add((lease_id, reader))
 
     @rule(lease_id=IDS, reader=READERS)
     def end(self, lease_id, reader):
-        held = self.table.end(lease_id, reader)
-        assert held == ((lease_id, reader) in self.begun and lease_id in self.alive)
+        was_open = (lease_id, reader) in self.begun and lease_id in self.alive
+        assert self.succeeds(lambda: self.table.end(lease_id, reader)) == was_open
         self.begun.discard((lease_id, reader))
 
     @rule(lease_id=IDS)
@@ -189,16 +165,74 @@ class LeaseLife(RuleBasedStateMachine):
 
     @invariant()
     def each_lease_ends_once(self):
-        for lease_id, reason in self.table.take_ended():
+        for lease_id, reason in ended(self.table):
             self.alive.remove(lease_id)
             # Readers count on the seconds that they were told: only the deadline ends a lease under
             # an open pull.
-            assert reason == "expired" or not any(
-                other == lease_id for other, _reader in self.begun
-            )
+            is_open = any(other == lease_id for other, _reader in self.begun)
+            assert reason == "expired" or not is_open
             self.begun = {(other, reader) for other, reader in self.begun if other != lease_id}
         assert len(self.table) == len(self.alive)
 
 
 LeaseLife.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestLeaseLife = LeaseLife.TestCase
+
+
+# Questions
+
+ASKED = {"call_id": 7, "engine_id": "1" * 32, "lease_id": "r", "reader": "x"}
+BEGIN = PullBegin(**ASKED, num_decode_ranks=1)
+
+
+@pytest.fixture
+def rank(clock: FakeClock) -> HolderRank:
+    return HolderRank(clock, Fabric())
+
+
+def test_questions_wait_for_their_lease_and_keep_their_order(rank):
+    """A pull that was cancelled before the lease came still ends it: else it would live until its
+    deadline.
+    """
+    assert rank.holder.ask(BEGIN, PullEnd(**ASKED)) == []
+    assert rank.holder.ask() == []
+    rank.holder.grant(grant("r", [4]))
+    (begun,) = rank.holder.ask()
+    assert isinstance(begun, PullReply)
+    assert rank.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
+
+
+def test_a_lease_that_does_not_come_is_refused_in_time_and_one_that_has_ended_at_once(rank, clock):
+    rank.holder.ask(BEGIN)
+    assert rank.holder.polling_since_at == clock.now
+    clock.now += GRANT_LAG_S
+    (answer,) = rank.holder.ask()
+    assert "request r has no lease here" in answer.reason
+    assert rank.holder.polling_since_at is None
+    rank.holder.grant(grant("r", [4], lease_s=1.0))
+    clock.now += 1.0
+    assert [event.reason for event in rank.ended()] == ["expired"]
+    assert [type(answer) for answer in rank.holder.ask(BEGIN)] == [Refused]
+
+
+def test_no_more_than_so_many_wait(rank):
+    heartbeat = PullHeartbeat(**ASKED)
+    assert rank.holder.ask(*[heartbeat] * MAX_WAITING) == []
+    assert [type(answer) for answer in rank.holder.ask(heartbeat)] == [Refused]
+
+
+def test_questions_that_make_no_sense_are_refused_and_change_nothing(rank):
+    rank.holder.grant(grant("r", [4]))
+    questions = [
+        PullBegin(**ASKED | {"engine_id": "wrong"}, num_decode_ranks=1),
+        PullBegin(**ASKED, num_decode_ranks=-1),
+        StateChecksums(**ASKED | {"engine_id": "wrong"}),
+        PullHeartbeat(**ASKED),
+        PullEnd(**ASKED | {"engine_id": "wrong"}),
+        PullEnd(**ASKED),
+    ]
+    answers = rank.holder.ask(*questions)
+    assert [(type(answer), answer.call_id) for answer in answers] == [(Refused, 7)] * len(questions)
+    assert "belongs to engine_id 1111" in answers[0].reason
+    assert len(rank.holder.leases) == 1
+    assert rank.ended() == []

@@ -1,4 +1,4 @@
-"""Mooncake's own sides: merged pieces, and transfers between GPUs."""
+"""Mooncake's own sides: what is missing, and transfers between GPUs."""
 
 from __future__ import annotations
 
@@ -6,33 +6,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pdlaunch.bench.transfer import TransferOptions, bench_transfer
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.connectors.connector import LocalMemory
-from pdlaunch.transfer.connectors.mooncake import _engine_protocol, _merge
-from pdlaunch.transfer.connectors.opening import new_connector
+from pdlaunch.transfer.connectors.connector import LocalMemory, new_connector
+from pdlaunch.transfer.connectors.mooncake import _engine_protocol
 from tests.transfer.fakes import layout_of, random_cache
-
-BLOCKS = st.lists(st.integers(0, 12), min_size=1, max_size=12, unique=True)
-
-
-@given(sources=BLOCKS, targets=BLOCKS)
-def test_merged_pieces_move_the_same_bytes(sources: list[int], targets: list[int]) -> None:
-    count, size = min(len(sources), len(targets)), 3
-    ours, theirs = ([block * size for block in blocks[:count]] for blocks in (sources, targets))
-    wanted = [
-        (source + i, target + i)
-        for source, target in zip(ours, theirs, strict=True)
-        for i in range(size)
-    ]
-    merged = list(_merge(ours, theirs, size))
-    assert [
-        (source + i, target + i) for source, target, length in merged for i in range(length)
-    ] == wanted
 
 
 def test_a_build_without_nvlink_is_told() -> None:

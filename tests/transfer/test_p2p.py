@@ -1,10 +1,14 @@
-"""The P2P connector on a CPU, holder and puller in one process, and its choice beside another
-connector.
+"""The P2P connector on a CPU, holder and puller in one process: its copies, its descriptors over a
+Unix socket, and its choice beside another connector.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import multiprocessing
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,63 +16,66 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdlaunch.engine.memory.kv_memory import HostKVMemory, PrivateKVMemory
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connectors.connector import (
-    BlockRead,
-    Connection,
-    Connector,
-    LocalMemory,
-    PeerAgent,
-    Read,
-)
+from pdlaunch.protocol.side_channel import HandshakeReply
+from pdlaunch.transfer.connectors import fd_channel
+from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Connector, LocalMemory
+from pdlaunch.transfer.connectors.fd_channel import TOKEN_BYTES, FdServer, fetch_fds
 from pdlaunch.transfer.connectors.p2p import P2PConnector
 from pdlaunch.transfer.connectors.paths import PathsConnector
-from pdlaunch.transfer.connectors.piece_copies import HostCopier
-from pdlaunch.transfer.connectors.scratch import write_pattern
+from pdlaunch.transfer.connectors.piece_copies import HostCopier, Pieces
+from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, has_pattern, write_pattern
 from pdlaunch.transfer.handshake import geometry_of
+from tests.e2e.waiting import await_true
 from tests.engine.memory.open_files import num_open_fds
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
+from tests.transfer.pull_world import compatibility
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 10.0
 NUM_BLOCKS = 8
-SCRATCH_BYTES = 4 << 20
+SCRATCH_BYTES = 4 * PATTERN_BYTES
+ALL = range(3)
 
 
 @dataclass
 class Rank:
     connector: Connector
     memory: LocalMemory
-    first_kv_head: int = 0
-
-    @property
-    def geometry(self) -> Geometry:
-        return geometry_of(self.memory, self.first_kv_head)
 
     def add(self, peer: Rank) -> Connection:
-        return self.connector.connect(peer.card())
+        (connection,) = self.connector.connect(peer.card()).values()
+        assert isinstance(connection, Connection)
+        return connection
 
-    def card(self, **changes: Any) -> PeerAgent:
+    def card(self, **changes: Any) -> HandshakeReply:
         """What a peer hears of this rank."""
         connector = self.connector
-        card = PeerAgent(connector.agent_name, connector.agent_metadata(), self.geometry)
-        return replace(card, **changes)
-
-    def unmapped(self, timeout_s: float = TIMEOUT_S) -> bool:
-        return self.connector.wait_unmapped(timeout_s)
+        card = HandshakeReply(
+            call_id=0,
+            engine_id="a" * 32,
+            rank_name="prefill-0/rank-0",
+            incarnation=1,
+            tp_rank=0,
+            tp_size=1,
+            compatibility=compatibility(self.memory.layout),
+            geometry=geometry_of(self.memory, 0),
+            agent_name=connector.agent_name,
+            agent_metadata=connector.agent_metadata(),
+        )
+        return msgspec.structs.replace(card, **changes)
 
 
 def memory_of(name: str, *, num_heads: int = 3) -> LocalMemory:
     source, layout = HostKVMemory(), layout_of(num_heads)
-    kv_cache = (
-        source.zeros(NUM_BLOCKS * layout.block_bytes)
-        .view(torch.float32)
-        .view(NUM_BLOCKS, *layout.block_shape())
-    )
+    pages = source.zeros(NUM_BLOCKS * layout.block_bytes).view(torch.float32)
+    kv_cache = pages.view(NUM_BLOCKS, *layout.block_shape())
     kv_cache.copy_(random_cache(layout, NUM_BLOCKS, sum(name.encode())))
     scratch = source.zeros(SCRATCH_BYTES)
     write_pattern(scratch, f"{name}#1")
@@ -79,12 +86,6 @@ def p2p(name: str, **options: Any) -> P2PConnector:
     return P2PConnector(name, 1, **{"host": "here"} | options)
 
 
-def open_rank(name: str, *, num_heads: int = 3, **options: Any) -> Rank:
-    rank = Rank(p2p(name, **options), memory_of(name, num_heads=num_heads))
-    rank.connector.open(rank.memory)
-    return rank
-
-
 @pytest.fixture(autouse=True)
 def _nothing_stays_open() -> Iterator[None]:
     gc.collect()  # what other tests have left to it
@@ -93,67 +94,76 @@ def _nothing_stays_open() -> Iterator[None]:
     for thread in [thread for thread in threading.enumerate() if thread.name == "fd-server"]:
         thread.join(TIMEOUT_S)
     gc.collect()
-    assert num_open_fds() == before
+    # A server closes its end of a connection a moment after the reader.
+    await_true(lambda: num_open_fds() == before, "all files are closed", TIMEOUT_S)
+
+
+Open = Callable[..., Rank]
 
 
 @pytest.fixture
-def ranks() -> Iterator[Callable[..., Rank]]:
+def open_rank() -> Iterator[Open]:
     """Opens ranks; those that are left open are closed."""
     opened: list[Rank] = []
 
-    def open_one(name: str, **options: Any) -> Rank:
-        opened.append(open_rank(name, **options))
+    def open_one(
+        name: str, connector: Connector | None = None, *, num_heads: int = 3, **options: Any
+    ) -> Rank:
+        memory = memory_of(name, num_heads=num_heads)
+        if source := options.pop("source", None):
+            memory = replace(memory, source=source)
+        opened.append(Rank(connector or p2p(name, **options), memory))
+        opened[-1].connector.open(memory)
         return opened[-1]
 
     yield open_one
     for rank in opened:
         rank.connector.close()
-        assert rank.unmapped()
+        assert rank.connector.wait_unmapped(TIMEOUT_S)
     opened.clear()  # pytest keeps the function above
 
 
-def await_end(begun: Read) -> str:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while (state := begun.poll()) == "pending" and time.monotonic() < deadline_s:
+def await_end(begun: Any) -> str:
+    deadline_at = time.monotonic() + TIMEOUT_S
+    while (state := begun.poll()) == "pending" and time.monotonic() < deadline_at:
         time.sleep(0.001)
     begun.release()
     return state
 
 
 def read(
-    peer: Connection,
-    local: list[int],
-    remote: list[int],
-    here: range = range(3),
-    there: range = range(3),
+    peer: Connection, local: list[int], remote: list[int], here: range = ALL, there: range = ALL
 ) -> str:
     return await_end(peer.read(BlockRead(local, remote, here, there)))
 
 
-def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -> None:
-    one, two = ranks("a"), ranks("b", num_heads=1)
-    peer = one.add(two)
+def test_blocks_heads_and_scratch_arrive_where_they_belong(open_rank: Open) -> None:
+    one, two = open_rank("a"), open_rank("b", num_heads=1)
+    peer, back = one.add(two), two.add(one)
     expected = one.memory.kv_cache.clone()
     expected[[6, 2, 3], 1] = two.memory.kv_cache[[1, 4, 5], 0]
     assert read(peer, [6, 2, 3], [1, 4, 5], range(1, 2), range(0, 1)) == "done"
     assert torch.equal(one.memory.kv_cache, expected)
-    back = two.add(one)
     assert read(back, [0], [7], range(0, 1), range(2, 3)) == "done"
     assert torch.equal(two.memory.kv_cache[0, 0], one.memory.kv_cache[7, 2])
+    landing = torch.zeros(PATTERN_BYTES, dtype=torch.uint8)
+    assert await_end(peer.read_scratch(landing, 8192)) == "done"
+    assert has_pattern(landing, "b#1")
+    for block_id in (-1, NUM_BLOCKS):
+        with pytest.raises(TransferError, match="b#1 has 8 blocks"):
+            read(peer, [0], [block_id])
     peer.close()
     back.close()
 
 
-def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(
-    ranks: Callable[..., Rank],
-) -> None:
-    puller, holder = ranks("a"), ranks("b")
+def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(open_rank: Open) -> None:
+    puller, holder = open_rank("a"), open_rank("b")
     peer, card = puller.add(holder), holder.card()
     holder.connector.close()
-    assert not holder.unmapped(0)
+    assert not holder.connector.wait_unmapped(0)
     assert read(peer, [0], [1]) == "done", "what is mapped stays so until it is removed"
     peer.close()
-    assert holder.unmapped()
+    assert holder.connector.wait_unmapped(TIMEOUT_S)
     with pytest.raises(TransferError, match="no memory was handed over"):
         puller.connector.connect(card)
     holder.connector.open(holder.memory)
@@ -163,148 +173,233 @@ def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(
     again.close()
 
 
-def test_a_read_that_is_pending_keeps_its_own_thread_alone(ranks: Callable[..., Rank]) -> None:
-    going_on = threading.Event()
-    copier = HostCopier(lambda *_: going_on.wait(TIMEOUT_S))
-    puller, holder = ranks("a", new_copiers=lambda memory: [copier]), ranks("b")
+def test_a_read_is_pending_until_its_thread_has_copied_and_fails_with_it(open_rank: Open) -> None:
+    going_on, fails = threading.Event(), [True, False]
+
+    def move(*_: int) -> None:
+        assert going_on.wait(TIMEOUT_S)
+        if fails.pop():
+            raise OSError("bad memory")
+
+    puller, holder = open_rank("a", new_copier=lambda device: HostCopier(move)), open_rank("b")
     peer = puller.add(holder)
-    begun = peer.read(BlockRead([0], [1], range(3), range(3)))
-    assert begun.poll() == "pending"
+    begun = [peer.read(BlockRead([0], [1], ALL, ALL)) for _ in range(2)]
+    assert [each.poll() for each in begun] == ["pending", "pending"]
     going_on.set()
-    assert await_end(begun) == "done"
-    peer.close()
-
-
-def test_blocks_that_the_peer_does_not_have_are_refused(ranks: Callable[..., Rank]) -> None:
-    puller, holder = ranks("a"), ranks("b")
-    peer = puller.add(holder)
-    for block_id in (-1, NUM_BLOCKS):
-        with pytest.raises(TransferError, match="b#1 has 8 blocks"):
-            peer.read(BlockRead([0], [block_id], range(3), range(3)))
+    assert [await_end(each) for each in begun] == ["done", "failed"]
     peer.close()
 
 
 def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothing_open(
-    ranks: Callable[..., Rank],
+    open_rank: Open,
 ) -> None:
-    puller, holder = ranks("a"), ranks("b")
-    before = num_open_fds()
-    metadata = holder.connector.agent_metadata()
+    puller, holder = open_rank("a"), open_rank("b")
+    before, connect = num_open_fds(), puller.connector.connect
     with pytest.raises(TransferError, match="metadata of agent b#1 cannot be read"):
-        puller.connector.connect(holder.card(metadata=b"nonsense"))
+        connect(holder.card(agent_metadata=b"nonsense"))
     for changes in ({"num_blocks": 9}, {"scratch_bytes": 1}):
-        card = holder.card(geometry=msgspec.structs.replace(holder.geometry, **changes))
+        geometry = msgspec.structs.replace(holder.card().geometry, **changes)
         with pytest.raises(TransferError, match="bytes are shared"):
-            puller.connector.connect(card)
-    card = msgspec.msgpack.decode(metadata)
-    wrong = msgspec.msgpack.encode(card | {"kv_cache": card["kv_cache"] | {"offset_bytes": 4096}})
+            connect(holder.card(geometry=geometry))
+    card = msgspec.msgpack.decode(holder.connector.agent_metadata())
+    wrong = card | {"kv_cache": card["kv_cache"] | {"offset_bytes": 4096}}
     with pytest.raises(TransferError, match=r"cannot be mapped: .* not within"):
-        puller.connector.connect(holder.card(metadata=wrong))
-    assert num_open_fds() <= before + 1, (
-        "the holder may be about to close its end of the last connection"
-    )
+        connect(holder.card(agent_metadata=msgspec.msgpack.encode(wrong)))
+    # The holder may be about to close its end of the last connection.
+    assert num_open_fds() <= before + 1
     for host in ("elsewhere", ""):
-        stranger = ranks(f"c{host}", host=host)
-        with pytest.raises(TransferError, match="not on this host"):
-            puller.add(stranger)
-        with pytest.raises(TransferError, match="not on this host"):
-            stranger.add(puller if host else stranger)
+        stranger = open_rank(f"c{host}", host=host)
+        for one, other in ((puller, stranger), (stranger, puller if host else stranger)):
+            with pytest.raises(TransferError, match="not on this host"):
+                one.add(other)
 
 
-def test_memory_that_cannot_be_shared_says_so() -> None:
-    memory = replace(memory_of("a"), source=PrivateKVMemory())
-    with pytest.raises(TransferError, match=r"a#1 cannot share its memory: .* this process alone"):
-        p2p("a").open(memory)
-    half = replace(memory_of("a"), scratch=torch.zeros(SCRATCH_BYTES, dtype=torch.uint8))
-    with pytest.raises(TransferError, match="was not made for sharing"):
-        p2p("a").open(half)
+def refuse_to_copy(device: torch.device) -> HostCopier:
+    raise TransferError("nothing to copy with")
 
 
-def test_a_connector_that_cannot_copy_closes_what_it_has_opened() -> None:
-    def refuse(memory: LocalMemory) -> list[HostCopier]:
-        raise TransferError("nothing to copy with")
+@pytest.mark.parametrize(
+    ("changes", "options", "error"),
+    [
+        ({"source": PrivateKVMemory()}, {}, r"a#1 cannot share its memory: .* this process alone"),
+        ({"scratch": torch.zeros(1)}, {}, "was not made for sharing"),
+        ({}, {"new_copier": refuse_to_copy}, "nothing to copy with"),
+    ],
+)
+def test_what_cannot_be_shared_or_copied_closes_what_was_opened(changes, options, error) -> None:
+    with pytest.raises(TransferError, match=error):
+        p2p("a", **options).open(replace(memory_of("a"), **changes))
 
-    with pytest.raises(TransferError, match="nothing to copy with"):
-        p2p("a", new_copiers=refuse).open(memory_of("a"))
+
+SIZE, NUM_SLOTS = 4, 16
+
+
+@given(
+    to=st.permutations(range(NUM_SLOTS)),
+    of=st.permutations(range(NUM_SLOTS)),
+    count=st.integers(1, NUM_SLOTS),
+)
+def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(to, of, count) -> None:
+    to, of = to[:count], of[:count]
+    source = np.arange(NUM_SLOTS * SIZE, dtype=np.uint8)
+    expected, found = np.zeros_like(source), np.zeros_like(source)
+    for here, there in zip(to, of, strict=True):
+        expected[here * SIZE : (here + 1) * SIZE] = source[there * SIZE : (there + 1) * SIZE]
+    sides = (
+        np.array(slots, dtype=np.uint64) * np.uint64(SIZE) + np.uint64(memory.ctypes.data)
+        for slots, memory in ((to, found), (of, source))
+    )
+    columns = Pieces(*sides, SIZE).merged()
+    for destination, address, size in zip(*(column.tolist() for column in columns), strict=True):
+        ctypes.memmove(destination, address, size)
+    np.testing.assert_array_equal(found, expected)
+    steps = zip(to, to[1:], of, of[1:], strict=False)
+    assert len(columns[0]) == 1 + sum((b - a, d - c) != (1, 1) for a, b, c, d in steps)
+
+
+# Descriptors: to processes with the token alone, and what is left when either side goes
+
+
+@pytest.fixture
+def server() -> Iterator[FdServer]:
+    files = [os.memfd_create(f"test-{index}") for index in range(3)]
+    for index, fd in enumerate(files):
+        os.write(fd, bytes([index]) * 4)
+    server = FdServer(files)
+    yield server
+    server.close()
+    assert server.wait_unused(TIMEOUT_S)
+    for fd in files:
+        os.close(fd)
+
+
+def fetch(server: FdServer) -> socket.socket:
+    """The connection; the descriptors were those of the files, in their order."""
+    fds, use = fetch_fds(server.address, server.token, 3, TIMEOUT_S)
+    assert [os.pread(fd, 10, 0) for fd in fds] == [bytes([index]) * 4 for index in range(3)]
+    assert not any(os.get_inheritable(fd) for fd in fds)
+    for fd in fds:
+        os.close(fd)
+    return use
+
+
+def test_the_owner_knows_until_when_its_memory_is_in_use(server: FdServer) -> None:
+    first, second = fetch(server), fetch(server)
+    first.close()
+    server.close()
+    assert not server.wait_unused(0)
+    second.close()
+    assert server.wait_unused(TIMEOUT_S)
+    with pytest.raises(TransferError, match="no memory was handed over"):
+        fetch(server)
+
+
+def test_there_may_be_no_descriptors_at_all() -> None:
+    server = FdServer([])
+    fds, use = fetch_fds(server.address, server.token, 0, TIMEOUT_S)
+    assert fds == []
+    assert not server.wait_unused(0)
+    use.close()
+    assert server.wait_unused(TIMEOUT_S)
+    server.close()
+
+
+@pytest.mark.parametrize("token", [b"", b"x", b"x" * TOKEN_BYTES, b"x" * 1000])
+def test_without_the_token_nothing_is_handed_over(server: FdServer, token: bytes) -> None:
+    before = num_open_fds()
+    with pytest.raises(TransferError, match="no memory was handed over"):
+        fetch_fds(server.address, token, 3, TIMEOUT_S)
+    assert num_open_fds() <= before + 1, "the server may be about to close its end"
+    assert server.wait_unused(0)
+    fetch(server).close()
+
+
+def test_another_number_of_descriptors_than_was_told_is_refused_and_closed(server) -> None:
+    with pytest.raises(TransferError, match="3 descriptors came, 2 were expected"):
+        fetch_fds(server.address, server.token, 2, TIMEOUT_S)
+    assert server.wait_unused(TIMEOUT_S)
+
+
+def test_another_user_is_refused(server: FdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fd_channel.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(TransferError, match=r"belongs to uid|reset|refused|no answer"):
+        fetch(server)
+
+
+def test_an_owner_that_does_not_answer_is_given_up() -> None:
+    """As one that was stopped: the kernel takes the connection, and nobody reads."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        name = f"pdlaunch-test-silent-{os.getpid()}"
+        silent.bind(f"\0{name}")
+        silent.listen()
+        before = num_open_fds()
+        with pytest.raises(TransferError, match="timed out"):
+            fetch_fds(name, b"token", 1, timeout_s=0.01)
+        assert num_open_fds() == before
+
+
+def fetch_and_wait(address: str, token: bytes, pipe: Any) -> None:
+    _kept = fetch_fds(address, token, 3, TIMEOUT_S)
+    pipe.send(None)
+    pipe.recv()
+
+
+@pytest.mark.processes
+def test_a_killed_reader_uses_nothing_any_more(server: FdServer) -> None:
+    context = multiprocessing.get_context("forkserver")
+    pipe, child_end = context.Pipe()
+    process = context.Process(target=fetch_and_wait, args=(server.address, server.token, child_end))
+    process.start()
+    pipe.recv()
+    assert not server.wait_unused(0)
+    process.kill()
+    process.join()
+    assert server.wait_unused(TIMEOUT_S)
 
 
 # Beside another connector
 
 
-@dataclass
-class Both:
-    paths: PathsConnector
-    fake: FakeConnector
-    rank: Rank
-
-
 @pytest.fixture
-def both() -> Iterator[Callable[..., Both]]:
+def open_both(open_rank: Open) -> Open:
     """Ranks with a fake connector for NIXL's part, and P2P."""
-    opened: list[Both] = []
     fabric = Fabric()
 
-    def open_one(name: str, source: Any = None, **options: Any) -> Both:
-        memory = memory_of(name)
-        fake = FakeConnector(f"{name}#1", fabric)
-        paths = PathsConnector([fake, p2p(name, **options)])
-        rank = Rank(paths, memory if source is None else replace(memory, source=source))
-        paths.open(rank.memory)
-        opened.append(Both(paths, fake, rank))
-        return opened[-1]
+    def open_one(name: str, source: Any = None, **options: Any) -> Rank:
+        connectors = [FakeConnector(f"{name}#1", fabric), p2p(name, **options)]
+        return open_rank(name, PathsConnector(connectors), source=source)
 
-    yield open_one
-    for found in opened:
-        found.paths.close()
-        assert found.rank.unmapped()
-    opened.clear()
-    fabric.agents.clear()
-    fabric.reads.clear()
+    return open_one
 
 
-def test_the_path_that_is_used_carries_the_reads(
-    both: Callable[..., Both],
-) -> None:
-    puller, holder = both("a"), both("b")
-    assert puller.paths.name == "fake+p2p"
-    peer = puller.rank.add(holder.rank)
-    assert peer.paths() == ["p2p/memfd", "fake/memory"]
-    for path in peer.paths():
-        begun, _ = peer.read_scratch(path)
-        assert await_end(begun) == "done"
-    peer.use_path("p2p/memfd")
-    num_reads = len(puller.fake.fabric.reads)
-    assert read(peer, [1], [2]) == "done"
-    assert torch.equal(puller.rank.memory.kv_cache[1], holder.rank.memory.kv_cache[2])
-    assert len(puller.fake.fabric.reads) == num_reads
-    peer.close()
-
-
-@pytest.mark.parametrize("side", ["puller", "holder"])
-def test_a_path_that_one_side_lacks_is_tried_and_says_why(
-    both: Callable[..., Both], side: str
-) -> None:
-    lacking = {"source": PrivateKVMemory()}
-    puller, holder = (
-        both("a", **lacking if side == "puller" else {}),
-        both("b", **lacking if side == "holder" else {}),
-    )
-    peer = puller.rank.add(holder.rank)
-    assert peer.paths() == ["fake/memory", "p2p"]
-    with pytest.raises(TransferError, match="this process alone"):
-        peer.read_scratch("p2p")
-    peer.use_path("fake/memory")
-    assert read(peer, [1], [2]) == "done"
-    peer.close()
-
-
-def test_without_any_path_the_reasons_of_all_are_told(both: Callable[..., Both]) -> None:
-    puller, holder = both("a"), both("b", host="elsewhere")
-    puller.fake.peers.append("b#1")
-    with pytest.raises(
-        TransferError, match=r"p2p: b#1 is not on this host.*; fake/memory: b#1 is there already"
-    ):
-        puller.rank.add(holder.rank)
-    puller.fake.peers.clear()
+def test_the_paths_of_both_are_offered(open_both: Open) -> None:
+    puller, holder = open_both("a"), open_both("b")
+    assert puller.connector.name == "fake+p2p"
+    found = puller.connector.connect(holder.card())
+    assert list(found) == ["p2p/memfd", "fake/memory"]
+    for block_id, connection in enumerate(found.values()):
+        assert read(connection, [block_id], [2]) == "done"
+        assert torch.equal(puller.memory.kv_cache[block_id], holder.memory.kv_cache[2])
+        connection.close()
     with pytest.raises(TransferError, match="cannot be read"):
-        puller.paths.connect(holder.rank.card(metadata=b"nonsense"))
+        puller.connector.connect(holder.card(agent_metadata=b"nonsense"))
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_path_that_one_side_lacks_says_why(open_both: Open, side: str) -> None:
+    lacking = {"source": PrivateKVMemory()}
+    puller, holder = (open_both(name, **lacking if name == side else {}) for name in ("a", "b"))
+    found = puller.connector.connect(holder.card())
+    assert list(found) == ["p2p", "fake/memory"]
+    assert "this process alone" in str(found["p2p"])
+    found["fake/memory"].close()
+
+
+def test_without_any_path_the_reasons_of_all_are_told(open_both: Open) -> None:
+    puller, holder = open_both("a"), open_both("b", host="elsewhere")
+    (taken,) = (each for each in puller.connector._connectors if isinstance(each, FakeConnector))
+    taken.peers.append("b#1")
+    found = {path: str(error) for path, error in puller.connector.connect(holder.card()).items()}
+    assert "b#1 is not on this host" in found["p2p"]
+    assert found["fake/memory"] == "b#1 is there already"
+    taken.peers.clear()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pdlaunch.errors import TransferError
+from pdlaunch.transfer.connectors import scratch
 from pdlaunch.transfer.connectors.connector import Read, ReadState
 from pdlaunch.transfer.connectors.scratch import (
     DEVICE_SCRATCH_BYTES,
@@ -21,12 +22,12 @@ from pdlaunch.transfer.connectors.scratch import (
     best_path,
     has_pattern,
     new_landing,
-    piece_offsets,
     try_paths,
     write_pattern,
 )
 from tests.transfer.fakes import FakeClock
 
+CPU = torch.device("cpu")
 LANDING = torch.zeros(10**9 // 4, dtype=torch.uint8)
 """A quarter of a gigabyte; nothing reads or writes it."""
 
@@ -42,54 +43,46 @@ class FakePath:
 
 @dataclass(eq=False)
 class FakeRead(Read):
-    reads: FakeReads
-    path: str
+    path: FakePath
     time_s: float
 
     def poll(self) -> ReadState:
-        assert self in self.reads.open
-        return self.reads.paths[self.path].state
+        return self.path.state
 
     def seconds(self) -> float:
-        assert self in self.reads.open
         return self.time_s
 
-    def release(self) -> None:
-        assert self.poll() != "pending"
-        self.reads.open.remove(self)
 
+@dataclass
+class Trial:
+    """Tries paths whose READs do as they are told."""
 
-class FakeReads:
-    def __init__(self, **paths: FakePath) -> None:
-        self.paths = paths
-        self.started: list[str] = []
-        self.open: list[FakeRead] = []
-        self.abandoned: list[FakeRead] = []
+    paths: dict[str, FakePath]
+    clock: FakeClock = field(default_factory=FakeClock)
+    started: list[str] = field(default_factory=list)
+    open: list[FakeRead] = field(default_factory=list)
 
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+    def start(self, path: str) -> tuple[Read, torch.Tensor]:
         found = self.paths[path]
         if found.refusal:
             raise TransferError(found.refusal)
         self.started.append(path)
-        times_s = found.times_s
-        time_s = times_s.pop(0) if len(times_s) > 1 else times_s[0]
-        self.open.append(FakeRead(self, path, time_s))
+        time_s = found.times_s.pop(0) if len(found.times_s) > 1 else found.times_s[0]
+        self.open.append(FakeRead(found, time_s))
         return self.open[-1], LANDING
 
-    def release(self, read: Read) -> None:
-        read.release()
-
-    def abandon(self, read: Any, landing: torch.Tensor) -> None:
-        self.abandoned.append(read)
-
-
-def trial_of(reads: FakeReads, clock: FakeClock | None = None) -> Generator[None, None, Any]:
-    def is_right(landing: torch.Tensor) -> bool:
-        return reads.paths[reads.started[-1]].is_right
-
-    return try_paths(
-        reads, list(reads.paths), is_right=is_right, clock=clock or FakeClock(), timeout_s=9.0
-    )
+    def begin(self, monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, Any]:
+        monkeypatch.setattr(
+            scratch, "has_pattern", lambda *_: self.paths[self.started[-1]].is_right
+        )
+        return try_paths(
+            self.start,
+            self.open.remove,
+            list(self.paths),
+            agent_name="a#1",
+            clock=self.clock,
+            timeout_s=9.0,
+        )
 
 
 def ended(trial: Generator[None, None, Any]) -> list[PathFigure]:
@@ -98,108 +91,89 @@ def ended(trial: Generator[None, None, Any]) -> list[PathFigure]:
     return end.value.value
 
 
-def test_the_fastest_warm_read_counts_and_the_fastest_path_wins() -> None:
-    reads = FakeReads(
-        nixl=FakePath([9.0, 0.01, 0.005, 0.01]), p2p=FakePath([5.0, 0.0025, 0.004, 0.004])
-    )
-    figures = ended(trial_of(reads))
-    assert [(figure.path, figure.gigabytes_per_s) for figure in figures] == [
-        ("nixl", 50.0),
-        ("p2p", 100.0),
-    ]
-    assert best_path(figures).path == "p2p"
+def test_the_fastest_warm_read_counts_and_the_fastest_path_wins(monkeypatch) -> None:
+    nixl, p2p = FakePath([9.0, 0.01, 0.005, 0.01]), FakePath([5.0, 0.0025, 0.004, 0.004])
+    trial = Trial({"nixl": nixl, "p2p": p2p})
+    figures = ended(trial.begin(monkeypatch))
     assert [str(figure) for figure in figures] == ["50 GB/s", "100 GB/s"]
-    assert not reads.open
-    assert len(reads.started) == 2 * (1 + NUM_WARM_READS)
+    assert best_path(figures).path == "p2p"
+    assert len(trial.started) == 2 * (1 + NUM_WARM_READS)
 
 
-def test_of_paths_that_are_nearly_equal_the_first_is_taken() -> None:
-    reads = FakeReads(first=FakePath([0.101]), second=FakePath([0.1]))
-    assert best_path(ended(trial_of(reads))).path == "first"
+def test_a_slow_path_is_timed_once_and_of_nearly_equal_ones_the_first_is_taken(monkeypatch) -> None:
+    trial = Trial({"first": FakePath([9.0, 0.251]), "second": FakePath([9.0, 0.25])})
+    best = best_path(ended(trial.begin(monkeypatch)))
+    assert (best.path, round(best.gigabytes_per_s, 2)) == ("first", 1.0)
+    assert len(trial.started) == 4
 
 
-def test_a_slow_path_is_timed_once() -> None:
-    reads = FakeReads(only=FakePath([9.0, 0.25]))
-    assert best_path(ended(trial_of(reads))).gigabytes_per_s == 1.0
-    assert len(reads.started) == 2
-
-
-def test_paths_that_cannot_be_used_say_why() -> None:
-    reads = FakeReads(
-        refused=FakePath(refusal="not on this host"),
-        failed=FakePath(state="failed"),
-        wrong=FakePath(is_right=False),
-        good=FakePath(),
-    )
-    figures = ended(trial_of(reads))
-    assert best_path(figures).path == "good"
-    assert {figure.path: figure.error for figure in figures} == {
-        "refused": "not on this host",
-        "failed": "the first READ failed",
-        "wrong": "the first READ brought wrong bytes",
-        "good": "",
+def test_paths_that_cannot_be_used_say_why(monkeypatch) -> None:
+    paths = {
+        "refused": FakePath(refusal="not on this host"),
+        "failed": FakePath(state="failed"),
+        "wrong": FakePath(is_right=False),
     }
-    assert not reads.open
+    errors = ["not on this host", "the first READ failed", "the first READ brought wrong bytes"]
+    trial = Trial({**paths, "good": FakePath()})
+    figures = ended(trial.begin(monkeypatch))
+    assert best_path(figures).path == "good"
+    assert [figure.error for figure in figures] == [*errors, ""]
+    assert not trial.open
+    with pytest.raises(TransferError, match=r"refused: not on .*; failed: the .*; wrong: the"):
+        best_path(figures[:3])
+    with pytest.raises(TransferError, match=r"^not on this host$"):
+        best_path(figures[:1])
 
 
-def test_without_any_path_every_reason_is_told() -> None:
-    both = ended(trial_of(FakeReads(a=FakePath(refusal="no"), b=FakePath(state="failed"))))
-    with pytest.raises(TransferError, match="a: no; b: the first READ failed"):
-        best_path(both)
-    with pytest.raises(TransferError, match=r"^no$"):
-        best_path(ended(trial_of(FakeReads(a=FakePath(refusal="no")))))
-
-
-def test_a_path_that_hangs_costs_its_share_of_the_time_and_its_read_is_handed_over() -> None:
-    clock, reads = FakeClock(), FakeReads(hanging=FakePath(state="pending"), good=FakePath())
-    trial = trial_of(reads, clock)
-    next(trial)
-    clock.now += 2.9
-    next(trial)
-    clock.now += 0.2
-    figures = ended(trial)
+def test_a_path_that_hangs_costs_its_share_of_the_time_and_its_read_stays_open(monkeypatch) -> None:
+    trial = Trial({"hanging": FakePath(state="pending"), "good": FakePath()})
+    steps = trial.begin(monkeypatch)
+    next(steps)
+    trial.clock.now += 2.9
+    next(steps)
+    trial.clock.now += 0.2
+    figures = ended(steps)
     assert best_path(figures).path == "good"
     assert figures[0].error == "the first READ did not end within 3 s"
-    assert [handle.path for handle in reads.abandoned] == ["hanging"]
+    assert [read.path for read in trial.open] == [trial.paths["hanging"]]
 
 
-def test_a_single_path_has_as_long_as_the_handshake() -> None:
-    clock, reads = FakeClock(), FakeReads(only=FakePath(state="pending"))
-    trial = trial_of(reads, clock)
-    next(trial)
-    clock.now += 1000
-    next(trial)
-    trial.close()
-    assert [handle.path for handle in reads.abandoned] == ["only"]
+def test_a_single_path_has_as_long_as_the_handshake(monkeypatch) -> None:
+    trial = Trial({"only": FakePath(state="pending")})
+    steps = trial.begin(monkeypatch)
+    next(steps)
+    trial.clock.now += 1000
+    next(steps)
+    steps.close()
+    assert len(trial.open) == 1
 
 
 def test_the_pattern_of_a_scratch_is_that_of_its_agent() -> None:
-    scratch = new_landing(SCRATCH_BYTES, torch.device("cpu"))
-    write_pattern(scratch, "a#1")
+    memory, _ = new_landing(SCRATCH_BYTES, CPU, 1 << 30)
+    write_pattern(memory, "a#1")
     pattern = hashlib.shake_256(b"a#1").digest(PATTERN_BYTES)
-    assert scratch.numpy().tobytes() == pattern * (SCRATCH_BYTES // PATTERN_BYTES)
-    assert has_pattern(scratch, "a#1")
-    assert not has_pattern(scratch, "a#2")
-    scratch[-1] ^= 1
-    assert not has_pattern(scratch, "a#1")
+    assert memory.numpy().tobytes() == pattern * (SCRATCH_BYTES // PATTERN_BYTES)
+    assert has_pattern(memory, "a#1")
+    assert not has_pattern(memory, "a#2")
+    memory[-1] ^= 1
+    assert not has_pattern(memory, "a#1")
 
 
 @pytest.mark.parametrize("scratch_bytes", [SCRATCH_BYTES, DEVICE_SCRATCH_BYTES])
 @pytest.mark.parametrize(
     ("block_bytes", "size", "share"),
     [
-        ((3 << 20, 1 << 21), 1 << 21, 1),
-        ((3 << 20, 9 << 20), 1 << 21, 1),
-        ((1 << 30, 24 << 10), 16 << 10, 1),
-        ((8 << 10, 8 << 10), 8 << 10, 1 / 2),
-        ((5 << 10, 1 << 30), 4 << 10, 1 / 4),
-        ((1, 1 << 30), 4 << 10, 1 / 4),
+        (3 << 20, 1 << 21, 1),
+        (24 << 10, 16 << 10, 1),
+        (8 << 10, 8 << 10, 1 / 2),
+        (5 << 10, 4 << 10, 1 / 4),
+        (1, 4 << 10, 1 / 4),
     ],
 )
 def test_pieces_are_about_as_large_as_a_block_and_begin_the_scratch(
-    scratch_bytes: int, block_bytes: tuple[int, int], size: int, share: float
+    scratch_bytes: int, block_bytes: int, size: int, share: float
 ) -> None:
-    offsets, piece_bytes = piece_offsets(scratch_bytes, *block_bytes)
+    landing, piece_bytes = new_landing(scratch_bytes, CPU, block_bytes)
     assert piece_bytes == size
-    assert offsets == list(reversed(range(0, int(scratch_bytes * share), size)))
-    assert len(offsets) * size % PATTERN_BYTES == 0
+    assert landing.numel() == int(scratch_bytes * share)
+    assert landing.numel() % piece_bytes == landing.numel() % PATTERN_BYTES == 0

@@ -1,46 +1,104 @@
-"""Pull and recovery in one process, in a World of fakes."""
+"""Pulls in one process, in a World of fakes: their leases, their proofs, and what recovers them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
+    GroupBlocks,
+    HeartbeatReply,
     PullBegin,
-    PullEndReply,
+    PullHeartbeat,
     PullReply,
 )
-from pdlaunch.protocol.transfer import (
-    CancelPull,
-    LeaseEnded,
-    PullDrained,
-)
-from tests.transfer.pull_world import HolderRank
+from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, PullFinished
+from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
+from pdlaunch.transfer.pull import PullTable
+from tests.transfer.fakes import layout_of
+from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
+
+PULLED = [LeaseEnded(lease_id="r", reason="pulled")]
+EXPIRED = [LeaseEnded(lease_id="r", reason="expired")]
+
+
+def begin(world: World, *holders: HolderRank, lease_s: float = 60.0, **options: Any) -> None:
+    """Start to pull block 4 of each of these ranks of an engine."""
+    for holder in holders:
+        holder.holder.grant(grant("r", [4], lease_s=lease_s))
+    world.pulls.start(pull("p", holders[0].remote("r"), [1], **options))
+    world.turn()
+
+
+def land(world: World, turns: int = 4) -> None:
+    """Let all READs write, those of later turns too."""
+    world.fabric.stalled = False
+    world.fabric.land()
+    world.turn(turns)
+
+
+def change(holder: HolderRank, kind: type, **fields: Any) -> None:
+    """From now on the holder's answers of this kind have other contents."""
+
+    def changed(reply: Any) -> Any:
+        return msgspec.structs.replace(reply, **fields) if isinstance(reply, kind) else reply
+
+    holder.channel.change = changed
 
 
 def test_pull_begins_verifies_and_ends(world, holder):
     holder.holder.grant(grant("r", [4, 5]))
-    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
+    command = pull("p", holder.remote("r"), [1, 2])
+    world.pulls.start(msgspec.structs.replace(command, records_spans=True))
     world.turn()
     finished = world.finished()
     assert finished.ok
     assert finished.num_bytes == 2 * holder.layout.block_bytes
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
+    assert holder.ended() == PULLED
     assert len(world.pulls) == 0
     assert all(read.released for read in world.fabric.reads)
+    (report,) = finished.reports.values()
+    read, checksums = report.spans
+    assert (read.name, read.attributes["state"], checksums.name) == ("read", "done", "checksums")
+    assert read.attributes["bytes"] == finished.num_bytes
+    assert checksums.attributes == {"source": "prefill-0/rank-0", "ok": True}
+    assert 0 <= read.start_at <= read.end_at <= checksums.end_at <= report.elapsed_s
+
+
+def test_a_prompt_without_blocks_ends_its_lease(world, holder):
+    holder.holder.grant(grant("r", []))
+    world.pulls.start(pull("p", holder.remote("r"), []))
+    world.turn()
+    assert (world.finished().ok, holder.ended()) == (True, PULLED)
+
+
+def test_groups_without_blocks_to_pull_are_skipped(world, holder):
+    """A sliding window may have left every block that the holder still has, or all may be
+    cached.
+    """
+    granted, command = grant("r", [4, 5]), pull("p", holder.remote("r"), [1, 2])
+    granted.block_ids.append([6])
+    granted.first_block_index.append(1)
+    command.block_ids.append([])
+    command.first_block_index.append(0)
+    holder.holder.grant(granted)
+    world.pulls.start(command)
+    world.turn()
+    assert world.finished().ok
 
 
 def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, holder):
-    holder.holder.grant(grant("r", [4], lease_s=100))
     world.fabric.stalled = True
-    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=3.0))
-    world.turn()
+    begin(world, holder, timeout_s=3.0)
     world.clock.now += 3.0
     world.turn()
     finished = world.finished()
@@ -49,142 +107,51 @@ def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, ho
     world.clock.now += 1000
     world.turn()
     assert world.events == []
-    world.fabric.land()
-    world.turn()
+    land(world)
     assert world.events == [PullDrained(pull_id="p")]
     assert len(world.pulls) == 0
 
 
-def test_cancel_before_the_answer_frees_the_share(world, holder):
-    holder.holder.grant(grant("r", [4]))
-    holder.channel.mute = True
-    world.pulls.start(pull("p", holder.remote("r"), [1]))
-    world.turn()
-    world.pulls.cancel(CancelPull(pull_id="p"))
-    finished = world.finished()
-    assert (finished.ok, finished.in_flight, finished.error) == (False, False, "cancelled")
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
-    world.pulls.cancel(CancelPull(pull_id="p"))
-    world.turn()
-    assert world.events == []
-
-
-def test_an_answer_that_comes_after_the_end_starts_no_read(world, holder):
-    """The blocks may be somebody else's by then."""
+def test_a_cancelled_pull_starts_no_read_and_gives_its_share_back(world, holder):
+    """The blocks may be somebody else's by the time that the answer comes."""
     holder.holder.grant(grant("r", [4]))
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn(1)
     before, num_reads = world.kv_cache[1].clone(), len(world.fabric.reads)
-    world.pulls.cancel(CancelPull(pull_id="p"))
-    assert not world.finished().in_flight
-    assert [type(message) for message in holder.channel.inbox] == [PullReply, PullEndReply]
+    for _ in range(2):
+        world.pulls.cancel(CancelPull(pull_id="p"))
+    finished = world.finished()
+    assert (finished.ok, finished.in_flight, finished.error) == (False, False, "cancelled")
+    assert PullReply in map(type, holder.channel.inbox)
     world.turn()
     assert len(world.fabric.reads) == num_reads
     assert torch.equal(world.kv_cache[1], before)
-    assert len(world.pulls) == 0
-
-
-def test_wrong_bytes_are_pulled_again_under_the_same_lease(world, holder):
-    holder.holder.grant(grant("r", [4]))
-    right = holder.kv_cache[4].clone()
-    holder.kv_cache[4, 1, 0, 0, 0, 0] += 1
-    world.pulls.start(pull("p", holder.remote("r"), [1], num_attempts=2))
-    world.turn(2)
-    assert world.events == []
-    assert holder.ended() == []
-    holder.kv_cache[4] = right
-    world.turn()
-    finished = world.finished()
-    assert (finished.ok, finished.num_retries, finished.verification_failed) == (True, 1, True)
-    assert finished.num_bytes == holder.layout.block_bytes
-    assert torch.equal(world.kv_cache[1], right)
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
+    assert holder.ended() == PULLED
+    assert (world.events, len(world.pulls)) == ([], 0)
 
 
 def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
-    """The others' shares of the lease end with the pull, not before."""
+    """Under the same lease; the others' shares of the lease end with the pull, not before."""
     holders = world.connect_group(3)
-    for holder in holders:
-        holder.holder.grant(grant("r", [4]))
+    world.fabric.stalled = True
+    begin(world, *holders, num_attempts=2)
     right = holders[1].kv_cache[4].clone()
     holders[1].kv_cache[4] += 1
-    world.pulls.start(pull("p", holders[0].remote("r"), [1], num_attempts=2))
-    world.turn(2)
+    world.fabric.land()
     holders[1].kv_cache[4] = right
-    assert all(holder.ended() == [] for holder in holders)
     world.turn()
+    assert all(holder.ended() == [] for holder in holders)
+    land(world)
     finished = world.finished()
-    assert (finished.ok, finished.num_retries) == (True, 1)
+    assert (finished.ok, finished.num_retries, finished.verification_failed) == (True, 1, True)
     assert [len(holder.sent(PullBegin)) for holder in holders] == [1, 2, 1]
     assert torch.equal(world.kv_cache[1], torch.cat([holder.kv_cache[4] for holder in holders]))
-    assert all(holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")] for holder in holders)
-
-
-def test_a_new_connection_is_made_as_soon_as_the_last_read_of_the_old_one_is_over(world, holder):
-    holder.holder.grant(grant("r", [4], lease_s=100))
-    world.fabric.stalled = True
-    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
-    world.turn()
-    world.peers.peers[holder.identity.name].reconnect()
-    world.clock.now += 1.0
-    world.turn()
-    assert len(holder.channels) == 1
-    world.fabric.stalled = False
-    world.fabric.land()
-    world.turn()
-    assert len(holder.channels) == 2
-    assert world.finished().ok
-
-
-@pytest.mark.parametrize("stage", ["beginning", "reading"])
-def test_a_pull_outlives_a_new_connection(world, holder, stage):
-    """Another pull's READ has failed: what this one has asked is asked again, what it has read is
-    kept.
-    """
-    holder.holder.grant(grant("r", [4]))
-    world.fabric.stalled = stage == "reading"
-    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
-    if stage == "beginning":
-        world.turn(1)
-    else:
-        world.turn()
-    assert world.events == []
-    world.peers.peers[holder.identity.name].reconnect()
-    world.turn(1)
-    world.fabric.stalled = False
-    world.fabric.land()
-    world.turn()
-    world.clock.now += 1.0
-    world.turn(6)
-    assert world.finished().ok
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
-    assert len(holder.channels) == 2
-
-
-def test_a_begin_without_an_answer_is_asked_again(world, holder):
-    """Both answers may come in the end: the second one says nothing new."""
-    holder.holder.grant(grant("r", [4]))
-    world.fabric.stalled = True
-    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
-    receive, holder.channel.receive = holder.channel.receive, list
-    world.turn()
-    assert len(holder.sent(PullBegin)) == 1
-    world.clock.now = world.pulls.next_deadline_at()
-    world.turn()
-    assert len(holder.sent(PullBegin)) == 2
-    holder.channel.receive = receive
-    world.turn()
-    world.fabric.land()
-    world.turn()
-    assert world.finished().ok
-    assert len(world.pulls) == 0
+    assert all(holder.ended() == PULLED for holder in holders)
 
 
 def test_a_failed_read_reconnects(world, holder):
-    holder.holder.grant(grant("r", [4]))
     world.fabric.failing = True
-    world.pulls.start(pull("p", holder.remote("r"), [1], num_attempts=2))
-    world.turn()
+    begin(world, holder, num_attempts=2)
     assert world.events == []
     assert world.connector.peers == []
     world.fabric.failing = False
@@ -195,13 +162,45 @@ def test_a_failed_read_reconnects(world, holder):
     assert world.connector.added == ["prefill-0/rank-0#1"] * 2
 
 
-def test_a_restarted_holder_fails_its_pulls_and_keeps_the_old_agent_only_for_a_stalled_read(
-    world, holder
-):
-    holder.holder.grant(grant("r", [4]))
+@pytest.mark.parametrize("stage", ["beginning", "reading"])
+def test_a_pull_outlives_a_new_connection(world, holder, stage):
+    """Another pull's READ has failed: what this one has asked is asked again, what it has read is
+    kept. The new connection is made as soon as the last READ of the old one is over.
+    """
     world.fabric.stalled = True
-    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    if stage == "beginning":
+        holder.holder.grant(grant("r", [4]))
+        world.pulls.start(pull("p", holder.remote("r"), [1]))
+        world.turn(1)
+    else:
+        begin(world, holder)
+    world.peers.peers[holder.identity.name].reconnect()
+    world.clock.now += 1.0
+    world.turn(1)
+    assert len(holder.channels) == (2 if stage == "beginning" else 1)
+    land(world, turns=8)
+    assert len(holder.channels) == 2
+    assert world.finished().ok
+    assert holder.ended() == PULLED
+
+
+def test_a_question_without_an_answer_is_asked_again(world, holder):
+    """Both answers may come in the end: the second one says nothing new."""
+    receive, holder.channel.receive = holder.channel.receive, list
+    begin(world, holder)
+    assert len(holder.sent(PullBegin)) == 1
+    world.clock.now = world.pulls.next_deadline_at()
     world.turn()
+    assert len(holder.sent(PullBegin)) == 2
+    holder.channel.receive = receive
+    world.turn()
+    assert world.finished().ok
+    assert len(world.pulls) == 0
+
+
+def test_a_restarted_holder_fails_its_pulls_and_is_kept_only_for_a_stalled_read(world, holder):
+    world.fabric.stalled = True
+    begin(world, holder)
     new = world.add(incarnation=2)
     world.peers.update([new.entry()])
     world.turn()
@@ -213,108 +212,248 @@ def test_a_restarted_holder_fails_its_pulls_and_keeps_the_old_agent_only_for_a_s
     world.fabric.kill()
     world.fabric.stalled = False
     world.turn()
-    assert world.events == [PullDrained(pull_id="p")]
+    assert world.events.pop() == PullDrained(pull_id="p")
     assert "prefill-0/rank-0#1" not in world.connector.peers
     world.clock.now += 1.0
     world.turn()
-    new.holder.grant(grant("r", [4]))
-    world.events.clear()
-    world.pulls.start(pull("p2", new.remote("r"), [1]))
-    world.turn()
+    begin(world, new)
     assert world.finished().ok
     world.pulls.start(pull("p3", holder.remote("r"), [1]))
     assert "no engine with engine_id 1111" in world.finished().error
 
 
-def test_groups_without_blocks_to_pull_are_skipped(world, holder):
-    """A sliding window may have left every block that the holder still has, or all may be
-    cached.
-    """
-    granted = grant("r", [4, 5])
-    granted.block_ids.append([6])
-    granted.first_block_index.append(1)
-    holder.holder.grant(granted)
-    command = pull("p", holder.remote("r"), [1, 2])
-    command.block_ids.append([])
-    command.first_block_index.append(0)
-    world.pulls.start(command)
-    world.turn()
+# Leases
+
+
+def test_heartbeats_keep_the_lease_of_a_slow_read_and_end_with_the_pull(world, holder):
+    """A later one would be refused, and fail a pull that has been proven."""
+    world.fabric.stalled = True
+    begin(world, holder, lease_s=2.0)
+    for _ in range(20):
+        world.clock.now += 0.6
+        world.turn()
+        assert holder.ended() == []
+    assert len(holder.sent(PullHeartbeat)) >= 18
+    land(world)
     assert world.finished().ok
+    num_sent = len(holder.sent(PullHeartbeat))
+    world.clock.now += 1.5
+    world.turn()
+    assert len(holder.sent(PullHeartbeat)) == num_sent
 
 
-def lying(holder: HolderRank, **changes: Any) -> None:
-    """From now on the holder's PullReply has other contents."""
-    answer = holder.channel.answer
+def test_a_rank_that_cannot_be_reached_hears_of_the_end_later_but_not_for_ever(world):
+    holders = world.connect_group(3)
+    begin_at = world.clock.now
+    for name in ("late", "never"):
+        for holder in holders:
+            holder.holder.grant(grant(name, [4]))
+        world.pulls.start(pull(name, holders[0].remote(name), [1], timeout_s=5.0))
+    world.peers.peers[holders[2].identity.name].reconnect()
+    world.turn()
+    world.pulls.cancel(CancelPull(pull_id="late"))
+    assert world.finished().error == "cancelled"
+    assert [len(holder.ended()) for holder in holders] == [1, 1, 0]
+    assert len(world.pulls) == 2
+    world.clock.now += 1.0
+    world.turn()
+    assert [lease.lease_id for lease in holders[2].ended()] == ["late", "never"]
+    assert world.finished().ok
+    assert len(world.pulls) == 0
+    for holder in holders:
+        holder.holder.grant(grant("lost", [4]))
+    world.pulls.start(pull("lost", holders[0].remote("lost"), [1], timeout_s=5.0))
+    world.peers.peers[holders[2].identity.name].reconnect()
+    world.holders.clear()
+    world.turn()
+    world.pulls.cancel(CancelPull(pull_id="lost"))
+    assert world.pulls.next_deadline_at() == world.clock.now + 5.0 > begin_at
+    assert not world.pulls.hold_blocks
+    world.clock.now += 5.0
+    world.turn()
+    assert len(world.pulls) == 0
 
-    def changed(message: Any) -> Any:
-        reply = answer(message)
-        if isinstance(reply, PullReply):
-            for name, value in changes.items():
-                setattr(reply, name, value)
-        return reply
 
-    holder.channel.answer = changed
+@pytest.mark.parametrize("mute", [False, True])
+def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder, mute):
+    world.fabric.stalled = True
+    begin(world, holder, lease_s=2.0)
+    holder.channel.mute = mute
+    world.clock.now += 1.0
+    world.turn()
+    world.clock.now += 5.0
+    assert holder.ended() == EXPIRED
+    holder.channel.mute = False
+    land(world)
+    finished = world.finished()
+    assert (finished.ok, finished.late) == (False, True)
+    assert "the lease did not hold throughout the READ" in finished.error
 
 
-def group(block_ids: list[int], first: int = 0, checksums: Any = None) -> Any:
-    from pdlaunch.protocol.side_channel import GroupBlocks
+def test_the_seconds_of_a_lease_count_from_the_question_that_they_answer(world, holder):
+    """A heartbeat that the holder never got does not make the answer to an older question
+    younger.
+    """
+    right = holder.kv_cache[4].clone()
+    world.fabric.stalled = True
+    begin(world, holder, lease_s=8.0, num_attempts=2)
+    holder.kv_cache[4] += 1
+    world.clock.now += 2.0
+    inbox, holder.channel.receive = holder.channel.inbox, list
+    world.turn(1)  # a heartbeat
+    world.fabric.land()
+    world.turn(1)  # wrong bytes: begins anew
+    beat, begun, *_ = inbox
+    assert (type(beat), type(begun)) == (HeartbeatReply, PullReply)
+    holder.channel.receive = lambda: [beat]
+    world.turn(1)
+    world.clock.now += 5.0
+    holder.channel.deaf, holder.channel.receive = True, list
+    world.turn(1)  # questions that are lost
+    holder.kv_cache[4] = right
+    holder.channel.receive = lambda: [begun]
+    world.turn(1)
+    world.clock.now += 3.5
+    assert holder.ended() == EXPIRED
+    holder.channel.receive = list
+    land(world)
+    assert world.finished().late
 
-    return GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=checksums)
+
+# Who answers nonsense, or is not there
+
+
+def groups(block_ids: list[int], first: int = 0) -> list[GroupBlocks]:
+    return [GroupBlocks(first_block_index=first, block_ids=block_ids)]
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("kind", "fields", "error"),
     [
-        ({"groups": []}, "0 KV cache groups, 1 here"),
-        ({"groups": [group([4])]}, "does not hold all blocks of group 0 from 0 on"),
-        ({"groups": [group([4, 5], first=1)]}, "does not hold all blocks of group 0 from 0 on"),
-        ({"groups": [group([4, 99])]}, "named a block outside of its 16"),
-        ({"groups": [group([4, 5], checksums=bytes(8))]}, "the prefill rank stated no checksums"),
-        (
-            {"groups": [group([4, 5], checksums=bytes(2 * 3 * 8 + 1))]},
-            "the prefill rank stated no checksums",
-        ),
-        ({"groups": [group([4, 5], checksums=bytes(2 * 3 * 8))]}, "checksum of KV head 0 differs"),
-        ({"num_tokens": 31}, "token hashes of request r differ"),
-        ({"block_hashes": []}, "token hashes of request r differ from block 0 on"),
+        (PullReply, {"groups": []}, "0 KV cache groups there, 1 here"),
+        (PullReply, {"groups": groups([4])}, "does not hold all blocks of group 0 from 0 on"),
+        (PullReply, {"groups": groups([4, 5], 1)}, "does not hold all blocks of group 0 from 0 on"),
+        (PullReply, {"groups": groups([4, 99])}, "named a block outside of its 16"),
+        (PullReply, {"num_tokens": 31}, "token hashes of request r differ"),
+        (PullReply, {"block_hashes": []}, "token hashes of request r differ from block 0 on"),
+        (ChecksumsReply, {"groups": []}, "stated no checksums"),
+        (ChecksumsReply, {"groups": [bytes(8)]}, "stated no checksums"),
+        (ChecksumsReply, {"groups": [bytes(2 * 3 * 8 + 1)]}, "stated no checksums"),
+        (ChecksumsReply, {"groups": [bytes(2 * 3 * 8)]}, "checksum of KV head 0 differs"),
     ],
 )
-def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, changes, error):
+def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, kind, fields, error):
+    change(holder, kind, **fields)
     holder.holder.grant(grant("r", [4, 5]))
-    lying(holder, **changes)
     world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
     world.turn()
     finished = world.finished()
     assert not finished.ok
+    assert finished.verification_failed == ("token" in error or "checksum" in error)
     assert error in finished.error
     assert len(world.pulls) == 0
 
 
-@pytest.mark.parametrize(
-    ("groups", "error"),
-    [
-        ([], "stated no checksums"),
-        ([None], "stated no checksums"),
-        ([bytes(8)], "stated no checksums"),
-        ([bytes(48)], "differs"),
-    ],
-)
-def test_checksums_that_make_no_sense_fail_the_pull(world, holder, groups, error):
-    answer = holder.channel.answer
+def test_ranks_that_are_not_in_the_registry(world):
+    """Nothing is asked; pulls work once all are there."""
+    holders = world.connect_group(3)
 
-    def changed(message: Any) -> Any:
-        reply = answer(message)
-        if isinstance(reply, PullReply):
-            reply.groups[0] = msgspec.structs.replace(reply.groups[0], checksums=None)
-        if isinstance(reply, ChecksumsReply):
-            reply.groups = groups
-        return reply
+    def refused(remote: RemoteKV) -> str:
+        world.pulls.start(pull("stray", remote, [1, 2]))
+        finished = world.finished()
+        assert (finished.ok, finished.in_flight, len(world.pulls)) == (False, False, 0)
+        return finished.error
 
-    holder.channel.answer = changed
-    holder.holder.grant(grant("r", [4, 5]))
-    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
+    unknown = msgspec.structs.replace(holders[0].remote("r"), engine_id="e" * 32)
+    num_sent = len(holders[0].channel.sent)
+    assert f"no engine with engine_id {'e' * 32} is in the registry" in refused(unknown)
+    world.peers.update([holder.entry() for holder in holders[:2]])
+    expected = f"tp_rank 2 of engine_id {'1' * 32} is not in the registry"
+    assert expected in refused(holders[0].remote("r"))
+    assert len(holders[0].channel.sent) == num_sent
+    world.peers.update([holder.entry() for holder in holders])
     world.turn()
-    finished = world.finished()
-    assert not finished.ok
-    assert finished.verification_failed
-    assert error in finished.error
+    begin(world, *holders)
+    assert world.finished().ok
+
+
+# Checksums that take their time, as on a GPU
+
+
+class HandChecksums(Checksums):
+    """Those of the moment when they were asked for; there when the test says so."""
+
+    is_ready = False
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def result(self) -> Any:
+        assert self.is_ready, "nobody may wait here"
+        return super().result()
+
+
+class HandHasher(KVHasher):
+    def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
+        super().__init__(kv_cache, layout)
+        self.started: list[HandChecksums] = []
+
+    def start(self, block_ids: Any, heads: slice) -> Checksums:
+        self.started.append(HandChecksums(super().start(block_ids, heads).result()))
+        return self.started[-1]
+
+    def finish(self) -> None:
+        for checksums in self.started:
+            checksums.is_ready = True
+
+
+class SlowPuller(World):
+    """A world whose puller has to wait for its own checksums."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.hasher = HandHasher(self.kv_cache, layout_of())
+        self.pulls = PullTable(replace(self.setup, hasher=self.hasher), self.peers)
+
+
+@pytest.mark.parametrize("come", [True, False])
+def test_a_pull_waits_for_its_own_checksums_and_keeps_its_lease(come):
+    world = SlowPuller()
+    holder = world.connect()
+    begin(world, holder, lease_s=2.0, timeout_s=6.0)
+    assert (world.events, world.pulls.hashing_since_at) == ([], world.clock.now)
+    for _ in range(9):
+        world.clock.now += 0.6
+        world.turn()
+        assert holder.ended() == []
+    if come:
+        world.hasher.finish()
+    world.clock.now += 0.6
+    world.turn()
+    finished: PullFinished = world.finished()
+    assert (finished.ok, finished.in_flight) == (come, False)
+    assert ("prefill-0/rank-0 is verifying" in finished.error) != come
+    assert (world.pulls.hashing_since_at, len(world.pulls)) == (None, 0)
+    assert holder.ended() == PULLED
+    world.close()
+
+
+def test_the_holders_checksums_are_those_of_the_grant_and_readers_need_not_wait(world):
+    """They are computed while the reader reads; the reader asks once."""
+    hasher: list[HandHasher] = []
+
+    def new_hasher(kv_cache: torch.Tensor, layout: KVCacheLayout) -> KVHasher:
+        hasher.append(HandHasher(kv_cache, layout))
+        return hasher[0]
+
+    holder = world.connect(new_hasher=new_hasher)
+    begin(world, holder)
+    assert torch.equal(world.kv_cache[1], holder.kv_cache[4])
+    assert (world.events, holder.ended()) == ([], [])
+    assert holder.holder.polling_since_at == world.clock.now
+    holder.kv_cache[4] += 1
+    hasher[0].finish()
+    world.turn()
+    assert world.finished().ok
+    assert holder.ended() == PULLED
+    assert holder.holder.polling_since_at is None

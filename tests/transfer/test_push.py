@@ -1,27 +1,28 @@
-"""Connectors whose holder writes: who may ask for what, and what proves that a write is over."""
+"""Connectors whose holder writes: who may ask for what, what proves that a write is over, and which
+device its threads use.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToPrefillSide
+from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused
 from pdlaunch.protocol.transfer import PullDrained
-from pdlaunch.transfer.connectors.connector import PushedRead, PushJob
+from pdlaunch.transfer.connectors.connector import LocalMemory
+from pdlaunch.transfer.connectors.pushing import PushingConnector
 from pdlaunch.transfer.connectors.scratch import NUM_WARM_READS
-from pdlaunch.transfer.leases import PrefillSide
-from tests.transfer import pull_world
-from tests.transfer.fakes import FakeChannel, FakeConnector, FakeRead
+from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, FakeRead, layout_of
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import cancel, grant, pull
 
 
-class WrittenRead(FakeRead, PushedRead):
+class WrittenRead(FakeRead):
     """Lands when the holder's answer says so."""
 
     target = b"target"
@@ -34,57 +35,47 @@ class WrittenRead(FakeRead, PushedRead):
 
 
 class WritingConnector(FakeConnector):
+    """Writes a scratch at once, blocks when the test says so."""
+
     pushes = True
     read_class = WrittenRead
 
+    def __init__(self, agent_name: str, fabric: Fabric) -> None:
+        super().__init__(agent_name, fabric)
+        self.writes: list[tuple[Any, Future[None]]] = []
 
-class PushChannel(FakeChannel):
-    def __init__(self, holder: PrefillSide, asked: list[tuple[FakeChannel, Push]]) -> None:
-        super().__init__(holder.answer)
-        self._asked = asked
-
-    def send(self, message: ToPrefillSide) -> None:
-        if not isinstance(message, Push):
-            super().send(message)
-            return
-        self.sent.append(message)
-        if message.block_ids:
-            self._asked.append((self, message))
+    def push(self, target: bytes, blocks: Any, heads: range) -> Future[None]:
+        write: Future[None] = Future()
+        if blocks:
+            self.writes.append(((target, list(blocks), heads), write))
         else:
-            self.inbox.append(PushEnded(call_id=message.call_id, ok=True))
+            write.set_result(None)
+        return write
 
 
 class PushWorld(World):
-    """Holders that answer a Push when the test says so; their scratch at once."""
-
-    def __post_init__(self) -> None:
-        self.fabric.stalled = True
-        self.asked: list[tuple[FakeChannel, Push]] = []
-        super().__post_init__()
-
-    def open_channel(self, endpoint: str) -> FakeChannel:
-        holder = self.holders[endpoint]
-        holder.channels.append(PushChannel(holder.holder, self.asked))
-        return holder.channel
-
     def turn(self, times: int = 2 * (1 + NUM_WARM_READS)) -> None:
         """Enough for a handshake: a READ of a scratch is asked for in one turn and seen to have
         ended in the next.
         """
         super().turn(times)
 
-    def end_push(self, *, ok: bool) -> None:
-        channel, message = self.asked.pop(0)
-        channel.inbox.append(
-            PushEnded(call_id=message.call_id, ok=ok, error="" if ok else "broken")
-        )
+    @property
+    def writes(self) -> list[tuple[Any, Future[None]]]:
+        return self.holders["fake://1"].holder._connector.writes  # type: ignore[attr-defined]
+
+    def end_write(self, *, ok: bool) -> None:
+        _, write = self.writes.pop(0)
+        if ok:
+            write.set_result(None)
+        else:
+            write.set_exception(OSError("broken"))
         self.turn()
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushWorld]:
-    monkeypatch.setattr(pull_world, "FakeConnector", WritingConnector)
-    world = PushWorld()
+def world() -> Iterator[PushWorld]:
+    world = PushWorld(fabric=Fabric(stalled=True), new_connector=WritingConnector)
     yield world
     world.close()
 
@@ -97,50 +88,31 @@ def start_pull(world: PushWorld, num_attempts: int = 1) -> HolderRank:
     return holder
 
 
-def test_a_pull_ends_with_the_answer_of_the_holder(world: PushWorld) -> None:
-    holder = start_pull(world)
-    _, message = world.asked[0]
-    assert (message.lease_id, message.block_ids, message.target) == ("r", [4, 5], b"target")
-    assert not world.events
-    world.end_push(ok=True)
-    assert world.finished().ok
-    assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
-
-
-def test_a_write_that_failed_is_asked_for_again(world: PushWorld) -> None:
+def test_a_pull_ends_with_the_answer_of_the_holder_and_begins_again_after_a_failure(world) -> None:
     holder = start_pull(world, num_attempts=2)
-    world.end_push(ok=False)
+    assert world.writes[0][0] == (b"target", [4, 5], range(3))
+    assert not holder.holder.is_idle
+    world.end_write(ok=False)
     assert not world.events
     world.clock.now += 1.0
     world.turn()
-    world.end_push(ok=True)
+    world.end_write(ok=True)
     finished = world.finished()
     assert (finished.ok, finished.num_retries) == (True, 1)
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 
-def test_a_cancelled_pull_owns_its_blocks_until_the_answer(world: PushWorld) -> None:
-    start_pull(world)
-    world.pulls.cancel(cancel("p"))
-    assert world.finished().in_flight
-    world.turn()
-    assert not world.events
-    world.end_push(ok=True)
-    assert world.events == [PullDrained(pull_id="p")]
-
-
-def test_answers_arrive_although_the_connection_was_given_up(world: PushWorld) -> None:
+def test_a_cancelled_pull_owns_its_blocks_until_the_answer(world) -> None:
+    """Also over a connection that was given up; a new one waits for that."""
     holder = start_pull(world)
     channel = holder.channel
     world.peers.peers[holder.identity.name].reconnect()
     world.pulls.cancel(cancel("p"))
-    world.turn()
     assert world.finished().in_flight
-    assert not channel.closed
     world.clock.now += 60
     world.turn()
-    assert len(holder.channels) == 1, "no new connection while a write is under way"
-    world.end_push(ok=False)
+    assert (world.events, channel.closed, len(holder.channels)) == ([], False, 1)
+    world.end_write(ok=False)
     assert world.events == [PullDrained(pull_id="p")]
     assert channel.closed
     world.clock.now += 60
@@ -148,7 +120,7 @@ def test_answers_arrive_although_the_connection_was_given_up(world: PushWorld) -
     assert len(holder.channels) == 2
 
 
-def test_the_registry_alone_does_not_prove_that_a_write_is_over(world: PushWorld) -> None:
+def test_the_registry_alone_does_not_prove_that_a_write_is_over(world) -> None:
     holder = start_pull(world)
     world.peers.update([])
     world.turn()
@@ -160,30 +132,20 @@ def test_the_registry_alone_does_not_prove_that_a_write_is_over(world: PushWorld
     assert world.events == [PullDrained(pull_id="p")]
 
 
-def test_a_broken_connection_is_not_asked_to_write(world: PushWorld) -> None:
+def test_a_broken_connection_is_not_asked_to_write(world) -> None:
     holder = world.connect()
-    holder.holder.grant(grant("r", [4, 5]))
     holder.channel.broken = True
+    holder.holder.grant(grant("r", [4, 5]))
     world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
     world.turn()
     finished = world.finished()
     assert "broke" in finished.error
     assert not finished.in_flight
-    assert not world.asked
+    assert not world.writes
 
 
-def question(holder: HolderRank, **changes: Any) -> Push:
-    fields = {
-        "call_id": 1,
-        "engine_id": holder.identity.engine_id,
-        "lease_id": "r",
-        "reader": "reader",
-        "block_ids": [5, 4],
-        "first_head": 1,
-        "num_heads": 2,
-        "target": b"",
-    }
-    return Push(**fields | changes)
+OF_PULL = {"call_id": 1, "engine_id": "1" * 32, "lease_id": "r", "reader": "reader"}
+GOOD = {**OF_PULL, "block_ids": [5, 4], "first_head": 1, "num_heads": 2, "target": b""}
 
 
 @pytest.mark.parametrize(
@@ -199,35 +161,79 @@ def question(holder: HolderRank, **changes: Any) -> Push:
         ({"num_heads": 0}, "there are no 0 heads from 1 on"),
     ],
 )
-def test_a_reader_gets_only_what_it_has_leased(
-    world: PushWorld, changes: dict[str, Any], reason: str
-) -> None:
+def test_a_reader_gets_only_what_it_has_leased(world, changes, reason: str) -> None:
     holder = world.add()
     holder.holder.grant(grant("r", [4, 5]))
-    begin = PullBegin(
-        call_id=1,
-        engine_id=holder.identity.engine_id,
-        lease_id="r",
-        reader="reader",
-        num_decode_ranks=1,
-    )
-    jobs: list[PushJob] = []
-
-    def push(job: PushJob) -> Future[None]:
-        jobs.append(job)
-        return Future()
-
-    holder.holder._pusher = cast(Any, SimpleNamespace(push=push))
-    holder.holder.ask(begin, question(holder))
-    assert [(list(job.blocks), job.heads) for job in jobs] == [([5, 4], range(1, 3))]
-    (refused,) = holder.holder.ask(question(holder, **changes))
+    holder.holder.ask(PullBegin(**OF_PULL, num_decode_ranks=1), Push(**GOOD))
+    assert [job for job, _ in world.writes] == [(b"", [5, 4], range(1, 3))]
+    (refused,) = holder.holder.ask(Push(**GOOD | changes))
     assert isinstance(refused, Refused)
     assert reason in refused.reason
-    assert len(jobs) == 1
+    assert len(world.writes) == 1
 
 
-def test_a_holder_that_does_not_write_refuses(world: PushWorld) -> None:
-    holder = world.add()
-    answer = holder.holder.answer(question(holder))
-    assert isinstance(answer, Refused)
+def test_a_holder_that_does_not_write_refuses() -> None:
+    (answer,) = HolderRank(FakeClock(), Fabric()).holder.ask(Push(**GOOD))
+    assert not isinstance(answer, PushEnded)
     assert "does not write" in answer.reason
+
+
+# The device of each thread, with a fake platform
+
+NUM_SENDERS = 3
+
+
+class FakeTensor:
+    """A KV cache on ``cuda:2``."""
+
+    device = torch.device("cuda:2")
+
+
+class BuildingConnector(PushingConnector):
+    """Its library changes the device of the thread that builds it; every write waits until all
+    senders have one.
+    """
+
+    name = path = "building"
+    agent_metadata = expect = expect_scratch = None  # type: ignore[assignment]
+
+    def __init__(self, built: list[tuple[str, int]]) -> None:
+        super().__init__("prefill-0/rank-2", 1, num_sender_threads=NUM_SENDERS)
+        self.built = built
+        self.all_write = threading.Barrier(NUM_SENDERS)
+
+    def _start(self, memory: LocalMemory) -> None:
+        self.built.append(("built", -1))
+
+    def _stop(self) -> None: ...
+
+    def _write(self, *_: Any) -> None:
+        self.all_write.wait(10)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_device_is_bound_before_and_after_building_and_once_in_every_sender(
+    monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    bound: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda device: bound.append((threading.current_thread().name, device.index)),
+    )
+    connector = BuildingConnector(bound)
+    kv_cache: Any = FakeTensor() if on_device else torch.zeros(1)
+    connector.open(LocalMemory(kv_cache, torch.zeros(1), layout_of()))
+    for _ in range(2):
+        for write in [connector.push(b"", [], range(0)) for _ in range(NUM_SENDERS)]:
+            write.result(10)
+    opener = (threading.current_thread().name, 2)
+    if on_device:
+        assert bound[:3] == [opener, ("built", -1), opener]
+        assert [device for _, device in bound[3:]] == [2] * NUM_SENDERS
+        assert len({thread for thread, _ in bound[3:]}) == NUM_SENDERS
+    else:
+        assert bound == [("built", -1)]
+    connector.all_write.abort()
+    assert connector.push(b"", [], range(0)).exception(10) is not None
+    connector.close()

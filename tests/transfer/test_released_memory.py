@@ -26,6 +26,7 @@ from pdlaunch.transfer.connectors.file import FileConnector
 from pdlaunch.transfer.connectors.nixl import NixlConnector
 from pdlaunch.transfer.connectors.p2p import P2PConnector
 from pdlaunch.transfer.connectors.paths import PathsConnector
+from pdlaunch.transfer.leases import GRANT_LAG_S
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.pull_world import World
 from tests.transfer.rank_process import cancel, grant, pull
@@ -192,7 +193,9 @@ def test_peers_and_pulls_of_any_end(fault: str) -> None:
         world.pulls.cancel(cancel("p"))
     if fault == "lost":
         world.peers.update([])
-    world.turn(20)
+    for _ in range(3):  # questions about a lease that never was wait, those about its end too
+        world.turn(8)
+        world.clock.now += GRANT_LAG_S
     assert [event.ok for event in world.events] == [False] * (fault != "unanswered")
     caches = kv_caches_of(world)
     world.close()

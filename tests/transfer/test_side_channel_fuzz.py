@@ -9,11 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.errors import LeaseError, ProtocolError
+from pdlaunch.errors import ProtocolError
 from pdlaunch.protocol.side_channel import (
     Handshake,
     HandshakeReply,
@@ -27,10 +26,11 @@ from pdlaunch.protocol.side_channel import (
     to_decode_side,
     to_prefill_side,
 )
-from pdlaunch.transfer.handshake import compatibility_of
-from tests.transfer.fakes import layout_of, spec_of
+from pdlaunch.transfer.leases import GRANT_LAG_S
+from tests.transfer.all_questions import questions_for
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
+from tests.transfer.test_push import WritingConnector
 
 ENGINE_IDS = st.sampled_from(["1" * 32, "1" * 32, "1" * 32, "2" * 32, "x"])
 REQUEST_IDS = st.sampled_from(["r", "r", "r", "unknown", "../r", "\0", "r" * 256])
@@ -38,6 +38,7 @@ READERS = st.sampled_from(["x", "y", "y" * 256])
 NUMBERS = st.sampled_from([1, 2, 3, 0, -1, 2**31, 2**63 - 1, -(2**63)])
 CALL_IDS = st.integers(-(2**63), 2**63 - 1)
 BLOCK_IDS = st.lists(NUMBERS, max_size=4) | st.just([4] * 50_000)
+HANDSHAKE = questions_for("1" * 32)[0]
 
 
 def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[ToPrefillSide]:
@@ -70,16 +71,7 @@ QUESTIONS = st.one_of(
         rank_name=REQUEST_IDS,
         incarnation=NUMBERS,
         expected_engine_id=ENGINE_IDS,
-        compatibility=st.just(
-            compatibility_of(
-                spec_of(block_size=1),
-                layout_of(),
-                "?",
-                model_digest="",
-                total_kv_heads=-1,
-                connector="",
-            )  # type: ignore[arg-type]
-        ),
+        compatibility=st.just(HANDSHAKE.compatibility),
         agent_metadata=st.binary(max_size=20),
     ),
 )
@@ -92,7 +84,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def holder(world: World) -> HolderRank:
-    return world.connect()
+    return world.connect(new_connector=WritingConnector)
 
 
 @given(st.lists(QUESTIONS, max_size=20))
@@ -102,16 +94,22 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
     before = holder.kv_cache.clone()
     holder.holder.grant(grant("r", [4, 5], num_readers=2))
     holder.holder.grant(grant("other", [6, 7]))
-    for question in questions:
-        received = to_prefill_side.decode(to_prefill_side.encode(question))
-        answer = to_decode_side.decode(to_decode_side.encode(holder.holder.answer(received)))
-        assert answer.call_id == question.call_id
-        if isinstance(received, Push):
-            with contextlib.suppress(LeaseError):
-                job = holder.holder._job_of(received)
-                assert set(job.blocks) <= {4, 5}, (
-                    "nothing is written that was not leased to this reader"
-                )
+    received = [to_prefill_side.decode(to_prefill_side.encode(each)) for each in questions]
+    answers = holder.holder.ask(*received)
+    writes = holder.holder._connector.writes  # type: ignore[attr-defined]
+    for (_, blocks, _), write in writes:
+        assert set(blocks) <= {4, 5}, "nothing is written that was not leased to this reader"
+        write.set_result(None)
+    writes.clear()
+    world.clock.now += GRANT_LAG_S  # those about leases that never were
+    answers += holder.holder.ask()
+    answered = [to_decode_side.decode(to_decode_side.encode(each)).call_id for each in answers]
+    # The end of a pull has no answer unless it is refused.
+    ends = [each.call_id for each in questions if isinstance(each, PullEnd)]
+    for call_id in answered:
+        with contextlib.suppress(ValueError):
+            ends.remove(call_id)
+    assert sorted([*answered, *ends]) == sorted(each.call_id for each in questions)
     world.pulls.start(pull("p", holder.remote("other"), [1, 2]))
     world.turn()
     finished = world.finished()
@@ -137,28 +135,10 @@ def test_answers_that_would_make_nonsense_of_deadlines_are_no_messages(lease_s: 
 def test_a_geometry_that_no_memory_has_is_no_message(
     holder: HolderRank, field: str, value: int
 ) -> None:
-    engine_id = holder.identity.engine_id
-    question = Handshake(
-        call_id=1,
-        engine_id="d" * 32,
-        rank_name="decode-0/rank-0",
-        incarnation=1,
-        expected_engine_id=engine_id,
-        compatibility=compatibility_of(
-            spec_of(),
-            layout_of(),
-            torch.float32,
-            model_digest="m",
-            total_kv_heads=3,
-            connector="fake",
-        ),
-        agent_metadata=b"",
-    )
-    answer = holder.holder.answer(question)
+    (answer,) = holder.holder.ask(HANDSHAKE)
     assert isinstance(answer, HandshakeReply)
     assert to_decode_side.decode(to_decode_side.encode(answer)) == answer
-    spoiled = msgspec.structs.replace(
-        answer, geometry=msgspec.structs.replace(answer.geometry, **{field: value})
-    )
+    geometry = msgspec.structs.replace(answer.geometry, **{field: value})
+    spoiled = msgspec.structs.replace(answer, geometry=geometry)
     with pytest.raises(ProtocolError, match=field):
         to_decode_side.decode(to_decode_side.encode(spoiled))

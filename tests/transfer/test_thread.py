@@ -30,7 +30,7 @@ from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity
-from pdlaunch.transfer.sides import RankMemory, TransferSetup
+from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
 from tests.transfer.rank_process import grant, pull
@@ -59,14 +59,12 @@ class Rank:
                 identity=RankIdentity(
                     f"{role}-0/rank-0", f"{role}-0", ENGINE_IDS[role], 1, tp_rank=0, tp_size=1
                 ),
-                memory=RankMemory(
-                    self.kv_cache,
-                    layout,
-                    PrivateKVMemory(),
-                    "m",
-                    total_kv_heads=3,
-                    first_kv_head=0,
-                ),
+                kv_cache=self.kv_cache,
+                layout=layout,
+                kv_memory=PrivateKVMemory(),
+                model_digest="m",
+                total_kv_heads=3,
+                first_kv_head=0,
                 connector=connector,
                 context=context,
                 wake=lambda: wakes.put(None),

@@ -14,21 +14,23 @@ or proofs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 
+from pdlaunch.config.connectors import connector_settings, load_named
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
-from pdlaunch.protocol.ids import LeaseId, ReaderId
-from pdlaunch.protocol.side_channel import Geometry
+from pdlaunch.errors import ConfigError, TransferError
+from pdlaunch.protocol.side_channel import HandshakeReply
 
 ReadState = Literal["pending", "done", "failed"]
-ReadPart = tuple[int, torch.cuda.Event]
-"""A number of blocks, and the event after which that many blocks of a READ are in place."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +52,6 @@ class LocalMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerAgent:
-    """Describes a peer's connector, as its handshake tells of it."""
-
-    name: str
-    metadata: bytes  # the peer's address, out of its ``agent_metadata``
-    geometry: Geometry
-
-
-@dataclass(frozen=True, slots=True)
 class BlockRead:
     """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads
     ``local_heads`` of ``local_blocks[i]``. Heads are indices within their rank.
@@ -68,67 +61,35 @@ class BlockRead:
     remote_blocks: Sequence[int]
     local_heads: range
     remote_heads: range
-    lease_id: LeaseId = field(default=LeaseId(""))
-    reader: ReaderId = field(default=ReaderId(""))
-    """The owner of the lease, as in the PullBegin: a prefill side that writes checks both."""
-    digest: str = ""  # hexadecimal; names the prompt by its content
-
-
-@dataclass(frozen=True, slots=True)
-class PushJob:
-    """Names what the prefill side writes for a peer's READ: ``heads`` of ``blocks``, or its scratch
-    when there are no blocks.
-    """
-
-    target: bytes  # the target, as in ``PushedRead``
-    blocks: Sequence[int]
-    heads: range  # index within this rank
+    label: str = ""
+    """``<digest of the prompt>/<digest of the reader>``, for connectors that keep files."""
 
 
 class Read(ABC):
     """Stands for a READ that has been started and not yet released."""
 
+    target: bytes | None = None
+    """Tells the peer's connector where to write; None when this side reads by itself."""
+
     @abstractmethod
     def poll(self) -> ReadState:
         """Return where the READ stands. After done or failed it writes no more."""
-
-    def parts(self) -> Sequence[ReadPart]:
-        """Return, for a pending READ of blocks, when its first blocks are in place for good; empty
-        where the device cannot tell.
-        """
-        return ()
 
     @abstractmethod
     def seconds(self) -> float:
         """Return how long a READ that is done took from its post to its end."""
 
+    def end(self, error: str) -> None:  # noqa: B027 - only where the peer writes
+        """Tell that the peer has ended its write, or has died; ``error`` is empty when all bytes
+        have landed. ``poll`` says done or failed as soon as nothing can land any more.
+        """
+
     def release(self) -> None:  # noqa: B027 - most READs hold nothing
         """Free a READ that is done or failed. Never raises."""
 
 
-class PushedRead(Read):
-    """Stands for a READ whose bytes the prefill side writes, once it is asked to."""
-
-    target: bytes  # tells the peer's connector where to write
-
-    @abstractmethod
-    def end(self, error: str) -> None:
-        """Tell that the prefill side has ended its write, or has died; ``error`` is empty when all
-        bytes have landed. ``poll`` says done or failed as soon as nothing can land any more.
-        """
-
-
 class Connection(ABC):
-    """Is a way to read one peer's memory, or several ways; see ``paths``."""
-
-    @abstractmethod
-    def paths(self) -> Sequence[str]:
-        """Return the ways to read this peer, the preferred one first; each is tried with a READ of
-        the scratch.
-        """
-
-    def use_path(self, path: str) -> None:  # noqa: B027 - most have a single one
-        """Send every ``read`` from now on this way."""
+    """Is one way to read one peer's memory."""
 
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
@@ -137,15 +98,17 @@ class Connection(ABC):
         that wait for each other would both stand still. Raises TransferError.
 
         Until ``poll`` says done or failed the READ may write to the local blocks, whatever else
-        happens. The READ of a connector that ``pushes`` is a ``PushedRead``.
+        happens.
         """
 
     @abstractmethod
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        """Start to read the peer's scratch into fresh memory, which lives as long as the READ.
-        Raises TransferError.
+    def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
+        """Start to read the beginning of the peer's scratch into ``landing``, [num_bytes] uint8,
+        which the caller keeps alive until the READ has ended. Raises TransferError.
 
-        Where each piece has a cost of its own, it is read in pieces of about the size of a block.
+        Where each piece has a cost of its own, it is read in pieces of ``piece_bytes``, from the
+        last to the first: no connector merges neighbours in this order, as it could not merge the
+        scattered blocks of a prompt.
         """
 
     def close(self) -> None:  # noqa: B027 - some keep nothing
@@ -157,12 +120,13 @@ class Connector(ABC):
 
     name: str  # the name in the settings; ranks whose names differ do not connect
     path: str
-    """The name of what carries the bytes, for people: ``nixl/UCX``; see ``Connection.paths``."""
+    """The name of what carries the bytes, for people: ``nixl/UCX``."""
     agent_name: str
     """Unique over ranks and incarnations: the pattern of the scratch follows from it, by which
     peers tell this memory from that of a predecessor.
     """
-    pushes: bool = False  # the prefill side writes to its readers, by ``push``
+    pushes: bool = False
+    """The prefill side writes to its readers, by ``push``; READs have a ``target``."""
 
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:
@@ -173,12 +137,17 @@ class Connector(ABC):
         """Return what a peer needs to connect; the same until ``close``."""
 
     @abstractmethod
-    def connect(self, peer: PeerAgent) -> Connection:
-        """Get ready to read from a peer. Raises TransferError."""
+    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
+        """Get ready to read from a peer. Raises TransferError.
 
-    def push(self, job: PushJob) -> Future[None]:
-        """Begin to write to a peer, which cannot be taken back; never waits. The future ends when
-        all bytes have landed, or with the reason why not.
+        Returns its paths, the preferred one first: each a connection, or why there is none. The
+        handshake tries each and uses one; all are closed together.
+        """
+
+    def push(self, target: bytes, blocks: Sequence[int], heads: range) -> Future[None]:
+        """Begin to write ``heads`` of ``blocks``, or the scratch when there are no blocks, to where
+        the ``Read.target`` of a peer says. A write cannot be taken back; this never waits. The
+        future ends when all bytes have landed, or with the reason why not.
         """
         raise NotImplementedError
 
@@ -195,9 +164,46 @@ class Connector(ABC):
         return True
 
 
-def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:
-    """Return the kind of a tensor's memory and the index of its device, 0 on a CPU."""
-    return ("DRAM", 0) if tensor.device.type == "cpu" else ("VRAM", tensor.get_device())
+class NoConnector(Connector):
+    """Stands for the connector of a rank that neither lends KV blocks nor pulls any."""
+
+    name = path = "none"
+
+    def __init__(self, rank_name: str) -> None:
+        self.agent_name = rank_name
+
+    def open(self, memory: LocalMemory) -> None:
+        """Do nothing: nobody reads this memory."""
+
+    def agent_metadata(self) -> bytes:
+        return b""
+
+    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
+        raise TransferError(f"{self.agent_name} has no connector: it pulls no KV blocks")
+
+    def close(self) -> None:
+        """Do nothing: nothing was opened."""
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
+    """Make the connector of a rank (``prefill-0/rank-0``); no other one is imported. Raises
+    ConfigError.
+    """
+    what = f"connector {settings.connector}"
+    factory = load_named(connector_settings(settings.connector).factory, what)
+    connector = factory(settings, name, incarnation)
+    if not isinstance(connector, Connector):
+        raise ConfigError(f"{what}: {type(connector).__name__} is no Connector")
+    return connector
+
+
+def rank_part(kind: type[T], settings: KVTransferSettings) -> Callable[..., T]:
+    """Return ``kind``, or what the connector in use puts in its place; faults do, in tests."""
+    path = connector_settings(settings.connector).stand_ins.get(kind.__name__)
+    if path is None:
+        return kind
+    stand_in = load_named(path, f"connector {settings.connector}")
+    return partial(stand_in, settings.section(settings.connector))
 
 
 def bind_device(device: torch.device) -> None:
@@ -206,3 +212,8 @@ def bind_device(device: torch.device) -> None:
     """
     if device.type != "cpu":
         torch.cuda.set_device(device)
+
+
+def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:
+    """Return the kind of a tensor's memory and the index of its device, 0 on a CPU."""
+    return ("DRAM", 0) if tensor.device.type == "cpu" else ("VRAM", tensor.get_device())

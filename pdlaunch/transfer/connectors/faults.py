@@ -24,10 +24,8 @@ class Fault(Enum):
 
     REFUSE = auto()  # it is refused at its start
     FAIL = auto()  # it writes, and then says that it has failed
-    DELAY = auto()  # it starts late
-    TRUNCATE = auto()  # it says done, and half of its last block was not written
+    DELAY = auto()  # it starts late, and may write when nobody waits for it any more
     CORRUPT = auto()  # it says done, and one byte is wrong
-    DUPLICATE = auto()  # it writes twice before it says done
     LOSE = auto()
     """Its completion comes late, maybe after the end of its lease or the pull's deadline."""
 
@@ -46,37 +44,27 @@ class FaultPlan(ConnectorSettings):
         "OffloadWorker": "pdlaunch.transfer.connectors.faulty:FaultyOffloadWorker",
     }
 
+    # fmt: off
     inner: str = Field("nixl", description="The connector that moves the bytes.")
     seed: int = Field(0, description="What all faults are drawn from.")
     rate: float = Field(0.2, ge=0, le=1, description="Share of the READs that meet a fault.")
-    only: str = Field("", description="The one fault that READs meet; empty: any.")
-    reads_file: str = Field(
-        "", description="READs meet faults only while this file exists; empty: always."
-    )
     probe_rate: float = Field(
-        0.05, ge=0, le=1, description="Share of the handshakes' READs that meet a fault."
-    )
+        0.05, ge=0, le=1, description="Share of the handshakes' READs that meet a fault.")
     lease_rate: float = Field(0.05, ge=0, le=1, description="Share of the leases that end early.")
     chunk_rate: float = Field(
-        0.05, ge=0, le=1, description="Share of the blocks in host memory that go bad there."
-    )
+        0.05, ge=0, le=1, description="Share of the blocks in host memory that go bad there.")
     copy_slow_s: float = Field(
-        0.05,
-        ge=0,
-        description="Longest time by which the end of a copy to or from host memory is seen late.",
-    )
+        0.05, ge=0,
+        description="Longest time by which the end of a copy to or from host memory is seen late.")
     copies_wait_file: str = Field(
-        "", description="While this file exists, no end of such a copy is seen."
-    )
+        "", description="While this file exists, no end of such a copy is seen.")
     slow_s: float = Field(0.3, ge=0, description="Longest delay of a READ.")
     lost_s: float = Field(
-        4.0, ge=0, description="Longest time until a lost completion is seen after all."
-    )
+        4.0, ge=0, description="Longest time until a lost completion is seen after all.")
     short_lease_s: float = Field(
-        0.1,
-        gt=0,
-        description="Longest life of a lease that ends early, each extension included.",
-    )
+        0.1, gt=0,
+        description="Longest life of a lease that ends early, each extension included.")
+    # fmt: on
 
     @property
     def wraps(self) -> str:
@@ -89,18 +77,9 @@ class FaultPlan(ConnectorSettings):
             raise ValueError("faulty cannot wrap itself")
         return check_connector_name(value)
 
-    @field_validator("only")
-    @classmethod
-    def _is_a_fault(cls, value: str) -> str:
-        if value and value not in Fault.__members__:
-            raise ValueError(f"{value!r} is none of {', '.join(Fault.__members__)}")
-        return value
-
     def of_read(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
         """Return the fault of an agent's ``index``-th READ, and the source of its details."""
-        is_on = not self.reads_file or Path(self.reads_file).exists()
-        faults = (Fault[self.only],) if self.only else tuple(Fault)
-        return self._draw(f"read/{agent}/{index}", self.rate if is_on else 0.0, faults)
+        return self._draw(f"read/{agent}/{index}", self.rate, tuple(Fault))
 
     def of_probe(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
         """Return the same for the READs of handshakes."""
@@ -118,17 +97,12 @@ class FaultPlan(ConnectorSettings):
         return random.Random(f"{self.seed}/copy/{index}").uniform(0, self.copy_slow_s)
 
     def copies_wait(self) -> bool:
-        """Say whether no end of a copy to or from host memory is to be seen now."""
         return bool(self.copies_wait_file) and Path(self.copies_wait_file).exists()
 
-    def on_commands(self, agent: str, commands: Sequence[TransferCommand]) -> list[TransferCommand]:
-        """Return the commands with some of the leases cut short."""
-        return [
-            self._on_lease(agent, command) if isinstance(command, GrantLease) else command
-            for command in commands
-        ]
-
-    def _on_lease(self, agent: str, command: GrantLease) -> GrantLease:
+    def on_command(self, agent: str, command: TransferCommand) -> TransferCommand:
+        """Return the command; some leases are cut short."""
+        if not isinstance(command, GrantLease):
+            return command
         source = random.Random(f"{self.seed}/lease/{agent}/{command.lease_id}")
         if source.random() >= self.lease_rate:
             return command

@@ -23,7 +23,6 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pdlaunch.errors import TransferError
 
@@ -35,7 +34,6 @@ TIMEOUT_S = 5.0
 """Time for an owner to hand over its descriptors, which takes well under a millisecond unless it
 was stopped, and for a reader to show its token.
 """
-
 _LONG_S = 3600.0
 _OK = b"ok"
 _CREDENTIALS = struct.Struct("iII")
@@ -58,8 +56,7 @@ class FdServer:
         self._listener = _new_socket()
         self._listener.bind(f"\0{self.address}")
         self._listener.listen()
-        self._thread = threading.Thread(target=self._accept, name="fd-server", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._accept, name="fd-server", daemon=True).start()
 
     def close(self) -> None:
         """Stop to hand descriptors over; from now on ``wait_unused`` can come true for good."""
@@ -95,6 +92,7 @@ class FdServer:
                     connection.close()
                     break
                 self.wait_unused(0)  # those that have gone
+                # A thread each: a stranger that says nothing must not keep peers waiting.
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
         while not self.wait_unused(_LONG_S):
             continue
@@ -102,49 +100,34 @@ class FdServer:
     def _serve(self, connection: socket.socket) -> None:
         try:
             connection.settimeout(TIMEOUT_S)
-            if (uid := _uid_of(connection)) != os.geteuid():
-                raise TransferError(f"uid {uid}")
+            _check_user(connection)
             if not secrets.compare_digest(connection.recv(TOKEN_BYTES + 1), self.token):
                 raise TransferError("without the token")
             with self._lock:
                 if self._fds is None:
                     raise TransferError("too late")
-                _send(connection, self._fds)
+                socket.send_fds(connection, [_OK], list(self._fds))
                 self._readers[connection.fileno()] = connection
         except (OSError, TransferError) as error:
             logger.warning("a process was refused at the socket of KV memory: %s", error)
             connection.close()
 
 
-@dataclass(frozen=True, slots=True)
-class FdConnection:
-    """Keeps a reader's descriptors, and the connection that tells the owner they are in use."""
-
-    fds: list[int]
-    connection: socket.socket
-
-    def close_fds(self) -> None:
-        """Close the descriptors; what is mapped stays mapped."""
-        for fd in self.fds:
-            os.close(fd)
-
-    def close(self) -> None:
-        """Tell the owner that nothing of its memory is in use any more."""
-        self.connection.close()
-
-
 def fetch_fds(
     address: str, token: bytes, num_fds: int, timeout_s: float = TIMEOUT_S
-) -> FdConnection:
-    """Ask an owner for its descriptors, in its order. Raises TransferError; then none is open."""
+) -> tuple[list[int], socket.socket]:
+    """Ask an owner for its descriptors, in its order; what is mapped stays mapped when they are
+    closed. The socket tells the owner, as long as it is open, that they are in use.
+
+    Raises TransferError; then nothing is open.
+    """
     connection = _new_socket()
     try:
         connection.settimeout(timeout_s)
         connection.connect(f"\0{address}")
-        if _uid_of(connection) != os.geteuid():
-            raise TransferError(f"the socket {address} belongs to uid {_uid_of(connection)}")
+        _check_user(connection)
         connection.send(token)
-        return FdConnection(_receive_fds(connection, num_fds), connection)
+        return _receive_fds(connection, num_fds), connection
     except (OSError, TransferError) as error:
         connection.close()
         raise TransferError(f"no memory was handed over: {error or 'no answer'}") from error
@@ -175,15 +158,9 @@ def _new_socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def _send(connection: socket.socket, fds: Sequence[int]) -> None:
-    if fds:
-        socket.send_fds(connection, [_OK], list(fds))
-    else:
-        connection.send(_OK)
-
-
-def _uid_of(connection: socket.socket) -> int:
-    """Return the user of the process at the other end, as the kernel knows it."""
+def _check_user(connection: socket.socket) -> None:
+    """Raise TransferError unless the process at the other end is of this user, by the kernel."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid: int = _CREDENTIALS.unpack(credentials)[1]
-    return uid
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    if uid != os.geteuid():
+        raise TransferError(f"the socket's other end belongs to uid {uid}")

@@ -11,15 +11,13 @@ oldest prompts are deleted.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,15 +27,9 @@ from safetensors.torch import save_file
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.connectors.connector import (
-    BlockRead,
-    Connection,
-    LocalMemory,
-    PeerAgent,
-    PushJob,
-    ReadState,
-)
-from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
+from pdlaunch.protocol.side_channel import HandshakeReply
+from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, ReadState
+from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +61,14 @@ class FileConnector(PushingConnector):
     def agent_metadata(self) -> bytes:
         return b"file"
 
-    def connect(self, peer: PeerAgent) -> Connection:
-        parse_agent_metadata(peer)
-        return _FileConnection(self, peer)
+    def expect(self, peer: HandshakeReply, blocks: BlockRead) -> PendingRead:
+        settle = partial(self._settle, blocks.label, partial(self._take_blocks, blocks))
+        return PendingRead(settle, blocks.label.encode())
+
+    def expect_scratch(self, peer: HandshakeReply, landing: torch.Tensor) -> PendingRead:
+        name = f"{secrets.token_hex(16)}/{secrets.token_hex(32)}"
+        settle = partial(self._settle, name, partial(_take_scratch, landing))
+        return PendingRead(settle, name.encode(), partial(self.store.remove, name))
 
     def _start(self, memory: LocalMemory) -> None:
         self.store = FileStore(self._directory, self._size_limit_bytes)
@@ -79,88 +76,50 @@ class FileConnector(PushingConnector):
     def _stop(self) -> None:
         """Leave the files: they are there to be looked at."""
 
-    def _write(self, memory: LocalMemory, job: PushJob) -> None:
-        if job.blocks:
-            kv_cache = memory.kv_cache
-            blocks = torch.tensor(job.blocks, device=kv_cache.device)
-            data = kv_cache[:, job.heads.start : job.heads.stop].index_select(0, blocks).cpu()
-        else:
-            data = memory.scratch.cpu()
-        self.store.write(job.target.decode("ascii", "replace"), data)
+    def _write(
+        self, memory: LocalMemory, target: bytes, blocks: Sequence[int], heads: range
+    ) -> None:
+        data = memory.scratch
+        if blocks:
+            rows = torch.tensor(blocks, device=memory.kv_cache.device)
+            data = memory.kv_cache[:, heads.start : heads.stop].index_select(0, rows)
+        self.store.write(target.decode("ascii", "replace"), data.cpu())
 
-    def settle(self, read: PendingRead) -> ReadState:
+    def _settle(self, name: str, take: Callable[[torch.Tensor], None], error: str) -> ReadState:
         """Load what the prefill side has written. What cannot be loaded, or does not fit, is a
         failed READ.
         """
-        if read.error:
+        if error:
             return "failed"
+        device = self.memory.kv_cache.device
         try:
-            self._load(read)
-        except TransferError as error:
-            logger.warning("%s", error)
+            take(self.store.read(name, device))
+        except TransferError as failure:
+            logger.warning("%s: %s", name, failure)
             return "failed"
+        if device.type == "cuda":  # The writes must be visible to every stream.
+            torch.cuda.current_stream(device).synchronize()
         return "done"
 
-    def _load(self, read: PendingRead) -> None:
-        name, kv_cache = read.target.decode(), self.memory.kv_cache
-        found = self.store.read(name, kv_cache.device)
-        if read.blocks is None:
-            assert read.landing is not None
-            _check_fits(name, found, read.landing)
-            read.landing.copy_(found)
-            _await_device(read.landing)
-            return
-        heads = read.blocks.local_heads
-        blocks = torch.tensor(read.blocks.local_blocks, device=kv_cache.device)
+    def _take_blocks(self, blocks: BlockRead, found: torch.Tensor) -> None:
+        heads, kv_cache = blocks.local_heads, self.memory.kv_cache
         share = kv_cache[:, heads.start : heads.stop]
-        _check_fits(name, found, share, len(blocks))
-        share.index_copy_(0, blocks, found)
-        _await_device(kv_cache)
+        _check_fits(found, (len(blocks.local_blocks), *share.shape[1:]), share.dtype)
+        rows = torch.tensor(blocks.local_blocks, device=kv_cache.device)
+        share.index_copy_(0, rows, found)
 
 
-@dataclass(frozen=True, slots=True)
-class _FileConnection(Connection):
-    connector: FileConnector
-    peer: PeerAgent
-
-    def paths(self) -> Sequence[str]:
-        return (FileConnector.path,)
-
-    def read(self, blocks: BlockRead) -> PendingRead:
-        """Wait for the file that the prefill side is asked to write."""
-        name = file_name(blocks.digest, f"{self.peer.name} {blocks.reader}")
-        return PendingRead(name.encode(), self.connector.settle, blocks)
-
-    def read_scratch(self, path: str) -> tuple[PendingRead, torch.Tensor]:
-        """Wait for the peer's scratch in a file that ``release`` removes."""
-        landing = self.connector.new_landing(self.peer.geometry.scratch_bytes)
-        name = file_name(secrets.token_hex(16), self.connector.agent_name)
-        remove = partial(self.connector.store.remove, name)
-        settle = self.connector.settle
-        return PendingRead(name.encode(), settle, None, landing, remove), landing
+def _take_scratch(landing: torch.Tensor, found: torch.Tensor) -> None:
+    beginning = found[: len(landing)]
+    _check_fits(beginning, tuple(landing.shape), landing.dtype)
+    landing.copy_(beginning)
 
 
-def _await_device(memory: torch.Tensor) -> None:
-    """Wait until the writes are visible to every stream."""
-    if memory.is_cuda:
-        torch.cuda.current_stream(memory.device).synchronize()
-
-
-def _check_fits(
-    name: str, found: torch.Tensor, wanted: torch.Tensor, num_rows: int | None = None
-) -> None:
-    shape = (wanted.shape[0] if num_rows is None else num_rows, *wanted.shape[1:])
-    if (tuple(found.shape), found.dtype) != (shape, wanted.dtype):
+def _check_fits(found: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if (tuple(found.shape), found.dtype) != (shape, dtype):
         raise TransferError(
-            f"{name} holds {found.dtype} {tuple(found.shape)}, wanted are {wanted.dtype} {shape}"
+            f"it holds {found.dtype} {tuple(found.shape)}, wanted are {dtype} {shape}"
         )
-
-
-def file_name(digest: str, purpose: str) -> str:
-    """Return ``<digest>/<digest of the purpose>``. ``digest`` has 32 to 128 hexadecimal digits;
-    ``purpose`` names one prefill rank's share of one READ.
-    """
-    return f"{digest}/{hashlib.sha256(purpose.encode()).hexdigest()}"
 
 
 class FileStore:
@@ -184,10 +143,9 @@ class FileStore:
         """Write ``blocks``, which are contiguous and on the host, then delete the oldest files
         beyond the limit. Raises TransferError.
         """
-        num_bytes = blocks.numel() * blocks.element_size()
-        if num_bytes > self._size_limit_bytes:
+        if blocks.nbytes > self._size_limit_bytes:
             raise TransferError(
-                f"{num_bytes} bytes do not fit into kv_transfer.file.directory: size_limit is "
+                f"{blocks.nbytes} bytes do not fit into kv_transfer.file.directory: size_limit is "
                 f"{self._size_limit_bytes}"
             )
         path = self._path(name)
@@ -215,7 +173,7 @@ class FileStore:
         return blocks
 
     def remove(self, name: str) -> None:
-        """Delete a file, and its folder when that is empty then. Never raises."""
+        """Delete a file, and its folder when that is empty then."""
         path = self._path(name)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

@@ -10,32 +10,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from pdlaunch.config.connectors import MOONCAKE_ADDRESS, MooncakeProtocol
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.machine import network
-from pdlaunch.transfer.connectors.connector import (
-    BlockRead,
-    Connection,
-    LocalMemory,
-    PeerAgent,
-    PushJob,
-    ReadState,
-)
-from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
+from pdlaunch.protocol.side_channel import HandshakeReply
+from pdlaunch.transfer.connectors.connector import BlockRead, Connection, LocalMemory, ReadState
+from pdlaunch.transfer.connectors.piece_copies import Pieces
+from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
 
 logger = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
-
 _FIX = (
     "install mooncake-transfer-engine (without CUDA: mooncake-transfer-engine-non-cuda) and "
     "Debian's libibverbs1"
@@ -44,11 +38,8 @@ _FIX = (
 
 class _Target(msgspec.Struct, frozen=True):
     segment: str  # address of the reader's engine: ``127.0.0.1:12345``
-    addresses: list[int]  # return the addresses at which the heads of each block shall begin
+    addresses: list[int]  # addresses at which the heads of each block shall begin
     piece_bytes: int  # bytes to write to each address
-
-
-_decoder = msgspec.msgpack.Decoder(_Target)
 
 
 class MooncakeConnector(PushingConnector):
@@ -77,49 +68,66 @@ class MooncakeConnector(PushingConnector):
     def agent_metadata(self) -> bytes:
         return self._segment.encode()
 
-    def connect(self, peer: PeerAgent) -> Connection:
-        parse_agent_metadata(peer)
-        return _MooncakeConnection(self, peer)
+    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection]:
+        _host_of(peer)
+        return super().connect(peer)
+
+    def expect(self, peer: HandshakeReply, blocks: BlockRead) -> PendingRead:
+        addresses, piece_bytes = _pieces(self.memory, blocks.local_blocks, blocks.local_heads)
+        target = _Target(self._segment, addresses, piece_bytes)
+        settle = partial(self._settle, _host_of(peer))
+        return PendingRead(settle, msgspec.msgpack.encode(target))
+
+    def expect_scratch(self, peer: HandshakeReply, landing: torch.Tensor) -> PendingRead:
+        self._register(landing)
+        target = _Target(self._segment, [landing.data_ptr()], landing.numel())
+        settle = partial(self._settle, _host_of(peer))
+        unregister = partial(self.engine.unregister_memory, landing.data_ptr())
+        return PendingRead(settle, msgspec.msgpack.encode(target), unregister)
 
     def _start(self, memory: LocalMemory) -> None:
         self.engine = self._new_engine()
-        self.register(memory.kv_cache)
-        self.register(memory.scratch)
+        self._register(memory.kv_cache)
+        self._register(memory.scratch)
 
     def _stop(self) -> None:
         for tensor in (self.memory.kv_cache, self.memory.scratch):
             self.engine.unregister_memory(tensor.data_ptr())
 
-    def _write(self, memory: LocalMemory, job: PushJob) -> None:
+    def _write(
+        self, memory: LocalMemory, target: bytes, blocks: Sequence[int], heads: range
+    ) -> None:
         try:
-            target = _decoder.decode(job.target)
+            wanted = msgspec.msgpack.decode(target, type=_Target)
         except msgspec.MsgspecError as error:
             raise TransferError(f"the target of a write cannot be read: {error}") from None
-        if job.blocks:
-            sources, piece_bytes = _pieces(memory, job.blocks, job.heads)
-        else:
-            sources, piece_bytes = [memory.scratch.data_ptr()], memory.scratch.numel()
-        if (len(target.addresses), target.piece_bytes) != (len(sources), piece_bytes):
+        # A reader takes as much of the scratch as it wants.
+        sources = [memory.scratch.data_ptr()]
+        piece_bytes = min(wanted.piece_bytes, memory.scratch.numel())
+        if blocks:
+            sources, piece_bytes = _pieces(memory, blocks, heads)
+        if (len(wanted.addresses), wanted.piece_bytes) != (len(sources), piece_bytes):
             raise TransferError(
                 f"{len(sources)} x {piece_bytes} bytes do not fit the target's "
-                f"{len(target.addresses)} x {target.piece_bytes}"
+                f"{len(wanted.addresses)} x {wanted.piece_bytes}"
             )
-        local, remote, lengths = zip(*_merge(sources, target.addresses, piece_bytes), strict=True)
-        code = self.engine.batch_transfer_sync_write(
-            target.segment, list(local), list(remote), list(lengths)
+        to, of = (np.array(each, dtype=np.uint64) for each in (wanted.addresses, sources))
+        remote, local, lengths = (
+            column.tolist() for column in Pieces(to, of, piece_bytes).merged()
         )
+        code = self.engine.batch_transfer_sync_write(wanted.segment, local, remote, lengths)
         if code != 0:
             raise TransferError(
-                f"Mooncake could not write to {target.segment} over {self._protocol}: code {code}"
+                f"Mooncake could not write to {wanted.segment} over {self._protocol}: code {code}"
             )
 
-    def settle(self, writer: str, read: PendingRead) -> ReadState:
-        """Return the state of the READ. After a failed write bytes may still wait in the kernel,
-        and this process's engine will write them to the target: until they are gone the READ is
-        pending. ``writer``: the address of the host that wrote; of another one's kernel nothing is
-        known but that it sends nothing once its connections have ended.
+    def _settle(self, writer: str, error: str) -> ReadState:
+        """Return the state of a READ whose write has ended. After a failed write bytes may still
+        wait in the kernel, and this process's engine will write them to the target: until they are
+        gone the READ is pending. ``writer``: the address of the host that wrote; of another one's
+        kernel nothing is known but that it sends nothing once its connections have ended.
         """
-        if not read.error:
+        if not error:
             return "done"
         is_far = writer != self._host
         is_under_way = any(
@@ -176,46 +184,22 @@ class MooncakeConnector(PushingConnector):
             listener.port,
         )
 
-    def register(self, tensor: torch.Tensor) -> None:
-        num_bytes = tensor.numel() * tensor.element_size()
-        code = self.engine.register_memory(tensor.data_ptr(), num_bytes)
+    def _register(self, tensor: torch.Tensor) -> None:
+        code = self.engine.register_memory(tensor.data_ptr(), tensor.nbytes)
         if code != 0:
             raise TransferError(
-                f"Mooncake cannot register {num_bytes} bytes on {tensor.device}: code {code}"
+                f"Mooncake cannot register {tensor.nbytes} bytes on {tensor.device}: code {code}"
             )
 
-    def target(self, addresses: list[int], piece_bytes: int) -> bytes:
-        return msgspec.msgpack.encode(_Target(self._segment, addresses, piece_bytes))
 
-
-@dataclass(frozen=True, slots=True)
-class _MooncakeConnection(Connection):
-    connector: MooncakeConnector
-    peer: PeerAgent
-
-    def paths(self) -> Sequence[str]:
-        return (self.connector.path,)
-
-    def read(self, blocks: BlockRead) -> PendingRead:
-        """Wait for the write that the prefill side is asked for."""
-        connector = self.connector
-        addresses, piece_bytes = _pieces(connector.memory, blocks.local_blocks, blocks.local_heads)
-        target = connector.target(addresses, piece_bytes)
-        return PendingRead(target, partial(connector.settle, _host_of(self.peer)), blocks)
-
-    def read_scratch(self, path: str) -> tuple[PendingRead, torch.Tensor]:
-        """Wait for a scratch in memory that is registered until ``release``."""
-        connector, num_bytes = self.connector, self.peer.geometry.scratch_bytes
-        landing = connector.new_landing(num_bytes)
-        connector.register(landing)
-        target = connector.target([landing.data_ptr()], num_bytes)
-        release = partial(connector.engine.unregister_memory, landing.data_ptr())
-        settle = partial(connector.settle, _host_of(self.peer))
-        return PendingRead(target, settle, None, landing, release), landing
-
-
-def _host_of(peer: PeerAgent) -> str:
-    return parse_agent_metadata(peer).rpartition(":")[0].strip("[]")
+def _host_of(peer: HandshakeReply) -> str:
+    """Return the host in a peer's metadata. Raises TransferError when that is nonsense."""
+    metadata = peer.agent_metadata
+    if not 0 < len(metadata) <= 256 or not metadata.isascii():
+        raise TransferError(
+            f"the metadata of agent {peer.agent_name} cannot be read: {metadata[:64]!r}"
+        )
+    return metadata.decode().rpartition(":")[0].strip("[]")
 
 
 def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:
@@ -225,22 +209,6 @@ def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[l
     layout, base = memory.layout, memory.kv_cache.data_ptr()
     first = base + heads.start * layout.head_bytes
     return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
-
-
-def _merge(
-    sources: Sequence[int], targets: Sequence[int], piece_bytes: int
-) -> Iterator[tuple[int, int, int]]:
-    """Yield source, target and length of each copy; pieces that are neighbours on both sides become
-    one.
-    """
-    start, length = 0, piece_bytes
-    for index in range(1, len(sources)):
-        if sources[index] - sources[start] == length == targets[index] - targets[start]:
-            length += piece_bytes
-            continue
-        yield sources[start], targets[start], length
-        start, length = index, piece_bytes
-    yield sources[start], targets[start], length
 
 
 def _engine_protocol(protocol: MooncakeProtocol, build: Mapping[str, Any]) -> str:

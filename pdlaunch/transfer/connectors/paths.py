@@ -10,36 +10,22 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import torch
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.connectors.connector import (
-    BlockRead,
-    Connection,
-    Connector,
-    LocalMemory,
-    PeerAgent,
-    Read,
-)
+from pdlaunch.protocol.side_channel import HandshakeReply
+from pdlaunch.transfer.connectors.connector import Connection, Connector, LocalMemory
 from pdlaunch.transfer.connectors.nixl import NixlConnector
 from pdlaunch.transfer.connectors.p2p import P2PConnector
 
 logger = logging.getLogger(__name__)
 
-
-class _Offer(msgspec.Struct, frozen=True):
-    """Describes one connector of a rank to its peers."""
-
-    metadata: bytes = b""
-    error: str = ""  # the reason why it did not open; empty when it did
-
-
-_decoder = msgspec.msgpack.Decoder(dict[str, _Offer])
+Offers = dict[str, tuple[bytes, str]]
+"""By name of each connector of a rank its metadata, and the reason why it did not open, if so."""
 
 
 class PathsConnector(Connector):
-    """Passes every READ on to the connector whose path is used."""
+    """Offers the paths of several connectors of one rank."""
 
     def __init__(self, connectors: Sequence[Connector]) -> None:
         """``connectors`` are those of one rank, the preferred one last. None of them pushes."""
@@ -47,85 +33,51 @@ class PathsConnector(Connector):
         self.name = "+".join(connector.name for connector in connectors)
         self.path = " or ".join(connector.path for connector in connectors)
         self.agent_name = connectors[0].agent_name
-        self._offers: dict[str, _Offer] = {}
+        self._offers: Offers = {}
 
     def open(self, memory: LocalMemory) -> None:
         self._offers = {}
         for connector in self._connectors:
             try:
                 connector.open(memory)
-                self._offers[connector.name] = _Offer(connector.agent_metadata())
+                self._offers[connector.name] = connector.agent_metadata(), ""
             except TransferError as error:
                 if not self._offers:
                     raise
                 logger.info("no path %s: %s", connector.path, error)
-                self._offers[connector.name] = _Offer(error=str(error))
+                self._offers[connector.name] = b"", str(error)
 
     def agent_metadata(self) -> bytes:
         return msgspec.msgpack.encode(self._offers)
 
-    def connect(self, peer: PeerAgent) -> Connection:
+    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
         try:
-            offers = _decoder.decode(peer.metadata)
+            offers = msgspec.msgpack.decode(peer.agent_metadata, type=Offers)
         except msgspec.MsgspecError as error:
             raise TransferError(
-                f"the metadata of agent {peer.name} cannot be read: {error}"
+                f"the metadata of agent {peer.agent_name} cannot be read: {error}"
             ) from None
-        found: dict[str, Connection] = {}
-        errors: dict[str, str] = {}
+        found: dict[str, Connection | TransferError] = {}
         # Connectors begin with the one that has to open, paths with the one that is preferred.
         for connector in reversed(self._connectors):
-            missing = _Offer(error="the peer does not offer it")
-            own, offer = self._offers[connector.name], offers.get(connector.name, missing)
+            _, own_error = self._offers[connector.name]
+            metadata, their_error = offers.get(connector.name, (b"", "the peer does not offer it"))
             try:
-                if reason := own.error or offer.error:
+                if reason := own_error or their_error:
                     raise TransferError(reason)
-                agent = PeerAgent(peer.name, offer.metadata, peer.geometry)
-                connection = connector.connect(agent)
-                found |= dict.fromkeys(connection.paths(), connection)
+                found |= connector.connect(msgspec.structs.replace(peer, agent_metadata=metadata))
             except TransferError as failure:
-                errors[connector.path] = str(failure)
-        if not found:
-            raise TransferError("; ".join(f"{path}: {error}" for path, error in errors.items()))
-        return _PathsConnection(found, errors)
+                # Without its traceback, whose frames would keep the connections alive.
+                found[connector.path] = TransferError(str(failure))
+        return found
 
     def close(self) -> None:
         for connector in self._connectors:
-            if not self._offers[connector.name].error:
+            if not self._offers[connector.name][1]:
                 connector.close()
 
     def wait_unmapped(self, timeout_s: float) -> bool:
         return all(connector.wait_unmapped(timeout_s) for connector in self._connectors)
-
-
-class _PathsConnection(Connection):
-    """Reads from a peer in several ways until one is chosen."""
-
-    def __init__(self, found: Mapping[str, Connection], errors: Mapping[str, str]) -> None:
-        """``found`` by path, the preferred one first; ``errors`` say why others are none."""
-        self._found = found
-        self._errors = errors
-        self._chosen = next(iter(found.values()))
-
-    def paths(self) -> Sequence[str]:
-        return [*self._found, *self._errors]
-
-    def use_path(self, path: str) -> None:
-        # The other connections stay: a READ that took too long may still write over them.
-        self._chosen = self._found[path]
-        self._chosen.use_path(path)
-
-    def read(self, blocks: BlockRead) -> Read:
-        return self._chosen.read(blocks)
-
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        if path in self._errors:
-            raise TransferError(self._errors[path])
-        return self._found[path].read_scratch(path)
-
-    def close(self) -> None:
-        for connection in set(self._found.values()):
-            connection.close()
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:

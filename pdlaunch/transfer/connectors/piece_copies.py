@@ -1,6 +1,9 @@
-"""Copies scattered pieces of equal size from a peer's mapped memory to this rank's memory.
+"""Copies scattered pieces of equal size from a peer's mapped memory to this rank's memory: on a CPU
+in a thread, on a GPU with the copy engines.
 
-Here are the interface and the implementation for CPUs; ``cuda_copies.py`` has those for GPUs.
+Copy engines leave all multiprocessors to the model, and are as fast as the link for large pieces
+(H200, NVLink: 394 GB/s at 8 MiB, 338 at 1 MiB, 104 at 64 KiB). The KV heads of one block of an 8B
+model have 256 KiB each.
 """
 
 from __future__ import annotations
@@ -12,17 +15,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
+import torch
 
-from pdlaunch.engine.memory.batch_copies import Addresses
+from pdlaunch.engine.memory.batch_copies import Addresses, BatchCopies
+from pdlaunch.errors import TransferError
+from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.transfer.connectors.connector import Read, ReadState
 
 logger = logging.getLogger(__name__)
 
-
-PART_BYTES = 128 * 1024**2  # bytes of one part: a third of a millisecond at 400 GB/s
+NUM_STREAMS = 3
+"""A copy engine works through its entries one by one, several engines side by side."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,6 @@ class Pieces:
     sources: Addresses  # addresses in the peer's mapped memory, as many as ``destinations``
     piece_bytes: int
 
-    @cached_property
-    def parts(self) -> list[Pieces]:
-        """Split the pieces, in their order, into parts of about ``PART_BYTES``."""
-        step = max(1, PART_BYTES // self.piece_bytes)
-        return [
-            Pieces(
-                self.destinations[start : start + step],
-                self.sources[start : start + step],
-                self.piece_bytes,
-            )
-            for start in range(0, len(self.sources), step)
-        ]
-
-    @cached_property
     def merged(self) -> tuple[Addresses, Addresses, Addresses]:
         """Return destinations, sources and sizes of the fewest copies: pieces that are neighbours
         on both sides are one.
@@ -62,13 +53,7 @@ class Pieces:
 
 
 class PieceCopier(ABC):
-    """Copies pieces in one way. One thread calls its methods, none of which waits for a copy."""
-
-    name: str  # ``batch3`` and such; empty where there is only one
-
-    def supports(self, pieces: Pieces) -> bool:
-        """Return whether it can copy pieces of this size and alignment."""
-        return True
+    """One thread calls its methods, none of which waits for a copy."""
 
     @abstractmethod
     def start(self, pieces: Pieces) -> Read:
@@ -79,10 +64,13 @@ class PieceCopier(ABC):
         """End the copies: nothing is copied any more when this returns."""
 
 
+def new_copier(device: torch.device) -> PieceCopier:
+    """Return the copier of a rank's device. Raises TransferError when there is none."""
+    return HostCopier() if device.type == "cpu" else CudaCopier(device)
+
+
 class HostCopier(PieceCopier):
     """Copies in a thread of its own, without the interpreter's lock."""
-
-    name = ""
 
     def __init__(self, move: Callable[[int, int, int], object] = ctypes.memmove) -> None:
         """``move`` takes destination, source and bytes."""
@@ -97,9 +85,8 @@ class HostCopier(PieceCopier):
 
     def _copy(self, pieces: Pieces) -> float:
         began_at = time.perf_counter()
-        for destination, source, size in zip(
-            *(column.tolist() for column in pieces.merged), strict=True
-        ):
+        columns = (column.tolist() for column in pieces.merged())
+        for destination, source, size in zip(*columns, strict=True):
             self._move(destination, source, size)
         return time.perf_counter() - began_at
 
@@ -122,3 +109,49 @@ class _ThreadCopy(Read):
 
     def seconds(self) -> float:
         return self._future.result()
+
+
+class CudaCopier(PieceCopier):
+    """Enqueues copies on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Raise TransferError where the driver is too old."""
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        try:
+            self._batches = BatchCopies(NUM_STREAMS)
+        except DriverError as error:
+            raise TransferError(f"there is nothing to copy with: {error}") from error
+
+    def start(self, pieces: Pieces) -> Read:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        copies = pieces.merged()
+        # Behind the preparation: the stream is idle, so that the time would begin before there is
+        # anything to copy.
+        begin.record(self._stream)
+        try:
+            self._batches.enqueue(*copies, self._stream)
+        except (TransferError, RuntimeError) as error:
+            self._stream.synchronize()  # a part of it may be on its way
+            raise TransferError(f"copies were refused: {error}") from error
+        end.record(self._stream)
+        return _CudaCopy(begin, end)
+
+    def close(self) -> None:
+        self._stream.synchronize()
+
+
+class _CudaCopy(Read):
+    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._begin = begin
+        self._end = end
+
+    def poll(self) -> ReadState:
+        try:
+            ended = self._end.query()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            logger.warning("a copy from a peer's memory failed: %s", error)
+            return "failed"
+        return "done" if ended else "pending"
+
+    def seconds(self) -> float:
+        return float(self._begin.elapsed_time(self._end)) / 1000

@@ -12,35 +12,34 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
-from pdlaunch.errors import TransferError
+from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     Connector,
     LocalMemory,
-    PeerAgent,
-    PushedRead,
-    PushJob,
+    Read,
     ReadState,
     bind_device,
 )
 
 
 @dataclass(slots=True, eq=False)
-class PendingRead(PushedRead):
+class PendingRead(Read):
     """Waits on the decode side for what the prefill side writes."""
 
+    settle: Callable[[str], ReadState]
+    """Returns the state of the READ, given the error with which the write has ended; never
+    raises.
+    """
     target: bytes
-    settle: Callable[[PendingRead], ReadState]
-    """Returns the state of the READ once ``error`` is known; never raises."""
-    blocks: BlockRead | None  # none for a READ of the peer's scratch
-    landing: torch.Tensor | None = None  # memory of a scratch READ
-    release: Callable[[], None] = lambda: None
+    on_release: Callable[[], object] = lambda: None
     state: ReadState = "pending"
     error: str | None = None  # the outcome of the prefill side's write; None until that is known
     began_at: float = field(default_factory=time.perf_counter)
@@ -48,7 +47,7 @@ class PendingRead(PushedRead):
 
     def poll(self) -> ReadState:
         if self.state == "pending" and self.error is not None:
-            self.state = self.settle(self)
+            self.state = self.settle(self.error)
             self.ended_at = time.perf_counter()
         return self.state
 
@@ -57,6 +56,9 @@ class PendingRead(PushedRead):
 
     def end(self, error: str) -> None:
         self.error = error
+
+    def release(self) -> None:
+        self.on_release()
 
 
 class PushingConnector(Connector):
@@ -82,8 +84,11 @@ class PushingConnector(Connector):
             self._num_sender_threads, "kv-sender", bind_device, (memory.kv_cache.device,)
         )
 
-    def push(self, job: PushJob) -> Future[None]:
-        return self._senders.submit(self._write, self.memory, job)
+    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection]:
+        return {self.path: _PushingConnection(self, peer)}
+
+    def push(self, target: bytes, blocks: Sequence[int], heads: range) -> Future[None]:
+        return self._senders.submit(self._write, self.memory, target, blocks, heads)
 
     def close(self) -> None:
         # Without waiting: a rank falls asleep only when no write is under way, and one that ends
@@ -91,6 +96,14 @@ class PushingConnector(Connector):
         self._senders.shutdown(wait=False, cancel_futures=True)
         self._stop()
         del self.memory
+
+    @abstractmethod
+    def expect(self, peer: HandshakeReply, blocks: BlockRead) -> PendingRead:
+        """Begin a READ that ``peer`` is asked to write. Raises TransferError."""
+
+    @abstractmethod
+    def expect_scratch(self, peer: HandshakeReply, landing: torch.Tensor) -> PendingRead:
+        """Begin a READ of the beginning of the peer's scratch. Raises TransferError."""
 
     @abstractmethod
     def _start(self, memory: LocalMemory) -> None:
@@ -103,18 +116,21 @@ class PushingConnector(Connector):
         """Let go of it. Never raises."""
 
     @abstractmethod
-    def _write(self, memory: LocalMemory, job: PushJob) -> None:
+    def _write(
+        self, memory: LocalMemory, target: bytes, blocks: Sequence[int], heads: range
+    ) -> None:
         """Write from this rank's memory, in a thread of the pool; return when all bytes have
         landed. Raises TransferError.
         """
 
-    def new_landing(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.memory.kv_cache.device)
 
+@dataclass(frozen=True, slots=True)
+class _PushingConnection(Connection):
+    connector: PushingConnector
+    peer: HandshakeReply
 
-def parse_agent_metadata(peer: PeerAgent) -> str:
-    """Return metadata that is a short line of ASCII. Raises TransferError when it is not."""
-    metadata = peer.metadata
-    if not 0 < len(metadata) <= 256 or not metadata.isascii():
-        raise TransferError(f"the metadata of agent {peer.name} cannot be read: {metadata[:64]!r}")
-    return metadata.decode()
+    def read(self, blocks: BlockRead) -> Read:
+        return self.connector.expect(self.peer, blocks)
+
+    def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
+        return self.connector.expect_scratch(self.peer, landing)

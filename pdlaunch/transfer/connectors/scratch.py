@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -41,6 +40,11 @@ NEARLY = 0.95
 equals the connector's preference counts.
 """
 
+StartRead = Callable[[str], tuple[Read, torch.Tensor]]
+"""Starts a READ of a peer's scratch over a path; returns where it lands, too. Raises
+TransferError.
+"""
+
 
 def scratch_bytes(device: torch.device) -> int:
     """Return the size of the scratch of a rank on ``device``."""
@@ -62,28 +66,18 @@ def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
     return bool((landing.view(-1, PATTERN_BYTES) == row).all())
 
 
-def new_landing(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Return [num_bytes] uint8 of zeros to read a scratch into. Its pages are touched: their first
-    use would count as time of the READ.
+def new_landing(num_bytes: int, device: torch.device, block_bytes: int) -> tuple[torch.Tensor, int]:
+    """Return memory for the beginning of a scratch of ``num_bytes``, a quarter of it at least, and
+    the size of the pieces to read: about that of a block, so that its cost shows.
     """
-    landing = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(0)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # READs do not wait for what is queued
-    return landing
-
-
-def piece_offsets(num_bytes: int, *block_bytes: int) -> tuple[list[int], int]:
-    """Return where the pieces to read of a scratch begin, and their size: about that of the smaller
-    block, so that its cost shows.
-
-    They go from last to first, so that no connector merges neighbours: it could not merge the
-    scattered blocks of a prompt either. Together they are the beginning of the scratch, a quarter
-    of it at least.
-    """
-    wanted = min(num_bytes, max(min(block_bytes), LEAST_PIECE_BYTES))
+    wanted = min(num_bytes, max(block_bytes, LEAST_PIECE_BYTES))
     piece_bytes = 1 << (wanted.bit_length() - 1)
     num_pieces = num_bytes // max(piece_bytes, COVERING_PIECE_BYTES)
-    return [index * piece_bytes for index in reversed(range(num_pieces))], piece_bytes
+    # Pages are touched by the zeros: their first use would count as time of the READ.
+    landing = torch.empty(num_pieces * piece_bytes, dtype=torch.uint8, device=device).fill_(0)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # READs do not wait for what is queued
+    return landing, piece_bytes
 
 
 def _row(agent_name: str) -> torch.Tensor:
@@ -104,31 +98,19 @@ class PathFigure:
         return self.error or f"{self.gigabytes_per_s:.3g} GB/s"
 
 
-class ScratchReads(Protocol):
-    """Reads one peer's scratch."""
-
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        """Start a READ. Raises TransferError."""
-
-    def release(self, read: Read) -> None:
-        """Free a READ that has ended."""
-
-    def abandon(self, read: Read, landing: torch.Tensor) -> None:
-        """Take over a READ that is pending: keep its memory, and release it when it has ended."""
-
-
 def try_paths(
-    reads: ScratchReads,
+    start: StartRead,
+    release: Callable[[Read], None],
     paths: Sequence[str],
     *,
-    is_right: Callable[[torch.Tensor], bool],
+    agent_name: str,
     clock: Callable[[], float],
     timeout_s: float,
 ) -> Generator[None, None, list[PathFigure]]:
     """Try all paths to one peer, and yield while a READ is pending.
 
-    ``is_right`` says whether these are the bytes of the peer's scratch. ``timeout_s`` is for all
-    paths together. Close the generator to give a pending READ up.
+    ``timeout_s`` is for all paths together. A READ that is given up, as when the generator is
+    closed, is not released: it stays with whoever gave ``start``.
     """
     figures: list[PathFigure] = []
     # One of several paths that hangs must not cost the others; a single one has until the
@@ -138,33 +120,25 @@ def try_paths(
         deadline_at = clock() + path_timeout_s
         times_s: list[float] = []
         try:
-            for number in range(1 + NUM_WARM_READS):
-                read, landing = reads.read_scratch(path)
-                try:
-                    while (state := read.poll()) == "pending":
-                        if clock() >= deadline_at:
-                            raise TransferError(
-                                f"the first READ did not end within {path_timeout_s:.3g} s"
-                            )
-                        yield
-                    read_s = read.seconds() if state == "done" else 0.0
-                except (TransferError, GeneratorExit):
-                    reads.abandon(read, landing)
-                    raise
-                reads.release(read)
+            while len(times_s) <= NUM_WARM_READS and max(times_s[1:], default=0.0) < STEADY_S:
+                read, landing = start(path)
+                while (state := read.poll()) == "pending":
+                    if clock() >= deadline_at:
+                        raise TransferError(
+                            f"the first READ did not end within {path_timeout_s:.3g} s"
+                        )
+                    yield
+                times_s.append(read.seconds() if state == "done" else 0.0)
+                release(read)
                 if state == "failed":
                     raise TransferError("the first READ failed")
-                if number == 0 and not is_right(landing):
+                if len(times_s) == 1 and not has_pattern(landing, agent_name):
                     raise TransferError("the first READ brought wrong bytes")
-                if number > 0:
-                    times_s.append(read_s)
-                    if read_s >= STEADY_S:
-                        break
         except TransferError as error:
             figures.append(PathFigure(path, error=str(error)))
         else:
-            speed = landing.numel() / 1e9 / max(min(times_s), 1e-9)
-            figures.append(PathFigure(path, speed))
+            # The first READ was cold: it has paid for connections and mappings.
+            figures.append(PathFigure(path, landing.numel() / 1e9 / max(min(times_s[1:]), 1e-9)))
     return figures
 
 

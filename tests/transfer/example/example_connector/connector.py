@@ -3,19 +3,19 @@
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
 from example_connector import ExampleSettings
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
+from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
     Connector,
     LocalMemory,
-    PeerAgent,
     Read,
     ReadState,
 )
@@ -47,19 +47,16 @@ class ExampleConnector(Connector):
     def agent_metadata(self) -> bytes:
         return str(os.getpid()).encode()
 
-    def connect(self, peer: PeerAgent) -> Connection:
-        return _Connection(self, peer, int(peer.metadata))
+    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection]:
+        return {self.path: _Connection(self, peer, int(peer.agent_metadata))}
 
     def close(self) -> None:
         del self.memory
 
 
 class _Connection(Connection):
-    def __init__(self, connector: ExampleConnector, peer: PeerAgent, pid: int) -> None:
+    def __init__(self, connector: ExampleConnector, peer: HandshakeReply, pid: int) -> None:
         self.connector, self.peer, self.pid = connector, peer, pid
-
-    def paths(self) -> Sequence[str]:
-        return (ExampleConnector.path,)
 
     def read(self, blocks: BlockRead) -> Read:
         memory, geometry = self.connector.memory, self.peer.geometry
@@ -78,11 +75,10 @@ class _Connection(Connection):
             )
         return _DoneRead(time.perf_counter() - began_at)
 
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        landing = torch.zeros(self.peer.geometry.scratch_bytes, dtype=torch.uint8)
+    def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
         began_at = time.perf_counter()
         self._copy(landing.data_ptr(), self.peer.geometry.scratch_address, landing.numel())
-        return _DoneRead(time.perf_counter() - began_at), landing
+        return _DoneRead(time.perf_counter() - began_at)
 
     def close(self) -> None:
         """Nothing is kept of a peer."""
@@ -99,7 +95,7 @@ class _Connection(Connection):
         )
         if copied != num_bytes:
             reason = os.strerror(ctypes.get_errno())
-            raise TransferError(f"{self.peer.name}: {copied} of {num_bytes} bytes: {reason}")
+            raise TransferError(f"{self.peer.agent_name}: {copied} of {num_bytes} bytes: {reason}")
 
 
 class _DoneRead(Read):

@@ -1,0 +1,122 @@
+"""Decides what a pull reads from one prefill rank, and whether the bytes that arrived are those of
+its prompt. Peers are not trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pdlaunch.errors import TransferError, VerificationError
+from pdlaunch.protocol.side_channel import Geometry, PullReply
+from pdlaunch.protocol.transfer import StartPull
+from pdlaunch.transfer.connectors.connector import BlockRead
+from pdlaunch.transfer.integrity.checksum import ChecksumArray
+
+
+class PullFailed(TransferError):
+    """Says why a pull cannot go on."""
+
+    def __init__(self, message: str, *, verification: bool = False, late: bool = False) -> None:
+        super().__init__(message)
+        self.verification = verification
+        self.late = late
+
+
+class ReadFailed(PullFailed):
+    """Says that a READ has failed or brought wrong bytes; it is over, and may be repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Names the blocks of one READ, and where their checksums are among the stated ones."""
+
+    blocks: BlockRead
+    places: list[slice]
+    """For each KV cache group the places of its blocks in the lease's list."""
+    num_leased: list[int]
+    """For each KV cache group the number of blocks under lease."""
+
+    def check(self, stated: Sequence[bytes], num_heads: int, found: ChecksumArray) -> None:
+        """Compare the checksums that the prefill rank states, which has ``num_heads``, with those
+        of the bytes that arrived. Raises VerificationError.
+        """
+        blocks, heads = self.blocks, self.blocks.remote_heads
+        if [len(each) for each in stated] != [num * num_heads * 8 for num in self.num_leased]:
+            raise VerificationError("the prefill rank stated no checksums, or too few or too many")
+        expected = [
+            # 8 bytes for each block and head of the prefill rank, block by block.
+            np.frombuffer(each, "<u8").reshape(-1, num_heads)[place, heads.start : heads.stop]
+            for each, place in zip(stated, self.places, strict=True)
+        ]
+        wrong = np.argwhere(found != np.concatenate(expected))
+        if len(wrong):
+            row, head = wrong[0].tolist()
+            raise VerificationError(
+                f"checksum of KV head {blocks.local_heads[head]} differs: block "
+                f"{blocks.remote_blocks[row]} there, block {blocks.local_blocks[row]} here"
+            )
+
+
+def plan_read(
+    command: StartPull,
+    lease: PullReply,
+    geometry: Geometry,
+    heads: range,
+    first_kv_head: int,
+    label: str,
+) -> ReadPlan:
+    """Plan the READ of the blocks that a pull wants, once it is sure that they are those of its
+    prompt. Raises PullFailed.
+
+    ``heads`` are global indices, ``first_kv_head`` is that of this rank; ``label`` names the reader
+    of this prefill rank's share.
+    """
+    _check_prompt(command, lease)
+    num_groups = len(command.block_ids)
+    if len(lease.groups) != num_groups:
+        raise PullFailed(f"{len(lease.groups)} KV cache groups there, {num_groups} here")
+    remote: list[int] = []
+    places: list[slice] = []
+    wanted = zip(command.block_ids, command.first_block_index, lease.groups, strict=True)
+    for index, (block_ids, first, group) in enumerate(wanted):
+        # logical index          first .................. first + len(block_ids)
+        # at the prefill rank    group.first_block_index ........ + len(group.block_ids)
+        start = first - group.first_block_index if block_ids else 0
+        place = slice(start, start + len(block_ids))
+        is_known = first + len(block_ids) <= len(command.block_hashes)
+        if block_ids and not (start >= 0 and place.stop <= len(group.block_ids) and is_known):
+            raise PullFailed(f"it does not hold all blocks of group {index} from {first} on")
+        remote += group.block_ids[place]
+        places.append(place)
+    # A block out of range would be other memory.
+    if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
+        raise PullFailed(f"it named a block outside of its {geometry.num_blocks}")
+    # The hashes are chained: the last one stands for the prompt.
+    digest = command.block_hashes[-1].hex() if command.block_hashes else ""
+    blocks = BlockRead(
+        local_blocks=[block_id for group in command.block_ids for block_id in group],
+        remote_blocks=remote,
+        local_heads=range(heads.start - first_kv_head, heads.stop - first_kv_head),
+        remote_heads=range(
+            heads.start - geometry.first_kv_head, heads.stop - geometry.first_kv_head
+        ),
+        label=f"{digest}/{hashlib.sha256(label.encode()).hexdigest()}",
+    )
+    return ReadPlan(blocks, places, [len(group.block_ids) for group in lease.groups])
+
+
+def _check_prompt(command: StartPull, lease: PullReply) -> None:
+    """Check that the blocks were computed for this very prompt. Raises PullFailed."""
+    ours, theirs = command.block_hashes, lease.block_hashes
+    if lease.num_tokens < command.num_tokens or theirs[: len(ours)] != ours:
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        first = next((index for index, (one, other) in pairs if one != other), len(theirs))
+        raise PullFailed(
+            f"token hashes of request {command.remote.lease_id} differ from block {first} on "
+            f"({command.num_tokens} tokens here, {lease.num_tokens} there)",
+            verification=True,
+        )
