@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,11 +15,10 @@ import typer
 from pdlaunch import __version__
 from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Machine
-from pdlaunch.machine.machine_file import AssumedMachine, encode_machine, read_machine_file
+from pdlaunch.machine.machine_file import AssumedMachine, encode_machine
 from pdlaunch.machine.probe import probe_machine
-from pdlaunch.machine.profiles import PROFILES, find_profile
+from pdlaunch.machine.profiles import PROFILES, find_machine
 from pdlaunch.planning.hosts import count_ranks
 
 AssumeOption = Annotated[
@@ -53,17 +51,7 @@ def judged_machine(name: str | None, config: LaunchConfig) -> Judged:
     """
     if name is None:
         return Judged(probe_machine(), os.environ)
-    found = find_profile(name, count_ranks(config))
-    if found is None:
-        path = Path(name)
-        if not path.exists():
-            raise ConfigError(
-                f"{name[:80]!a} is neither a file nor one of {', '.join(PROFILES)}",
-                field="--assume",
-                value=name,
-                fix="run `pdlaunch probe > machine.json` on the machine, and name that file",
-            )
-        found = read_machine_file(path)
+    found = find_machine(name, count_ranks(config), "--assume")
     # Variables of this shell count as if they were set there, over those of the file.
     return Judged(found.machine, {**found.environ, **os.environ}, found)
 

@@ -15,9 +15,11 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Fact, Gpu, GpuLink, LinkKind, Machine, unknown_of_gpus
-from pdlaunch.machine.machine_file import MOST_GPUS, AssumedMachine
+from pdlaunch.machine.machine_file import MOST_GPUS, AssumedMachine, read_machine_file
 
 MIB = 1024**2
 TB = 10**12
@@ -85,6 +87,21 @@ _SERVERS: Mapping[str, AssumedMachine] = {
     "l40s": _server("L40S 48 GB at PCIe 4.0 x16", "NVIDIA L40S", 46068, 31.5, "PCIe"),
 }
 # fmt: on
+
+
+def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
+    """Return the machine of a profile or a file; ``field`` gives its name. Raises ConfigError."""
+    if (found := find_profile(name, num_ranks)) is not None:
+        return found
+    path = Path(name).expanduser()
+    if path.exists():
+        return read_machine_file(path)
+    raise ConfigError(
+        f"{name[:80]!a} is neither a file nor one of {', '.join(PROFILES)}",
+        field=field,
+        value=name,
+        fix="run `pdlaunch probe > machine.json` on the machine, and name that file",
+    )
 
 
 def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:

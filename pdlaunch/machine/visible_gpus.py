@@ -36,62 +36,48 @@ def visible_gpus(gpus: Sequence[Gpu], outer: str | None, own: str | None) -> Vis
     ``gpus`` are those that the launch itself sees with ``outer``. As in any process, numbers are
     those of the machine, and not places in the list of the launch.
     """
+    entries = _entries(own or "")
+    twice = next((entry for at, entry in enumerate(entries) if entry in entries[:at]), None)
+    problem = f"it names {twice[:80]} twice, for which CUDA shows no GPU at all" if twice else ""
     if own is None or own == outer:
         # The driver that read it has shown the GPUs; it shows none where one is named twice.
-        twice = None if gpus else _named_twice(own or "")
-        return VisibleGpus(tuple(gpus), twice or "")
+        return VisibleGpus(tuple(gpus), "" if gpus else problem)
+    if problem:
+        return VisibleGpus((), problem)
+    if len({bool(_UUID.match(entry)) for entry in entries}) > 1:
+        return VisibleGpus((), "it mixes numbers and UUIDs")
     found: list[Gpu] = []
-    entries = _entries(own)
     for entry in entries:
-        if bool(_UUID.match(entry)) != bool(_UUID.match(entries[0])):
-            return VisibleGpus((), "it mixes numbers and UUIDs")
-        gpu = _by_uuid(gpus, entry) if _UUID.match(entry) else _by_number(gpus, outer, entry)
+        by_uuid = _UUID.match(entry)
+        gpu = _by_uuid(gpus, entry) if by_uuid else _by_number(gpus, _entries(outer or ""), entry)
         if isinstance(gpu, str):
             return VisibleGpus((), gpu)
         if gpu in found:
-            return VisibleGpus((), _twice(entry))
+            return VisibleGpus((), f"it names {entry} twice, under two names")
         found.append(gpu)
     return VisibleGpus(tuple(found[:1] if any(gpu.is_slice for gpu in found) else found))
-
-
-def _named_twice(value: str) -> str | None:
-    entries = _entries(value)
-    again = next((entry for place, entry in enumerate(entries) if entry in entries[:place]), None)
-    return None if again is None else _twice(again)
-
-
-def _twice(entry: str) -> str:
-    return f"it names {entry[:80]} twice, for which CUDA shows no GPU at all"
 
 
 def _entries(value: str) -> list[str]:
     """Return the entries up to one that ends the list: -1, or nothing."""
     entries = [entry.strip() for entry in value.split(",")]
-    end = next(
-        (place for place, entry in enumerate(entries) if _END_OF_LIST.fullmatch(entry)), None
-    )
-    return entries[:end]
+    ends = (place for place, entry in enumerate(entries) if _END_OF_LIST.fullmatch(entry))
+    return entries[: next(ends, None)]
 
 
-def _by_number(gpus: Sequence[Gpu], outer: str | None, entry: str) -> Gpu | str:
+def _by_number(gpus: Sequence[Gpu], outer: Sequence[str], entry: str) -> Gpu | str:
     """Return the GPU, or why there is none."""
     if not (entry.isascii() and entry.isdecimal()):
         return f"{entry[:80]!a} is neither the number nor the UUID of a GPU"
-    listed = _entries(outer or "")
-    if any(_UUID.match(name) for name in listed):
-        return (
-            f"which GPU is number {int(entry)} is not known, as the launch's own "
-            f"{VISIBLE_DEVICES} has UUIDs"
-        )
-    numbers = [int(name) for name in listed if name.isascii() and name.isdecimal()]
+    if any(_UUID.match(name) for name in outer):
+        return f"{entry} is not known, as the launch's own {VISIBLE_DEVICES} has UUIDs"
+    numbers = [int(name) for name in outer if name.isascii() and name.isdecimal()]
     # Where a machine is assumed, the variable of this shell says nothing of its GPUs.
     if len(numbers) != len(gpus):
         numbers = list(range(len(gpus)))
-    known = dict(zip(numbers, gpus, strict=True))
     there = ", ".join(map(str, numbers)) or "none"
-    return known.get(
-        int(entry), f"there is no GPU {int(entry)} for this launch, which sees {there}"
-    )
+    missing = f"there is no GPU {int(entry)} for this launch, which sees {there}"
+    return dict(zip(numbers, gpus, strict=True)).get(int(entry), missing)
 
 
 def _by_uuid(gpus: Sequence[Gpu], entry: str) -> Gpu | str:
@@ -99,11 +85,8 @@ def _by_uuid(gpus: Sequence[Gpu], entry: str) -> Gpu | str:
     found = [gpu for gpu in gpus if (gpu.uuid or "").lower().startswith(entry.lower())]
     if len(found) == 1:
         return found[0]
-    if found:
-        return f"{entry} is the beginning of several UUIDs"
     # A process sees one MIG device: those of other processes are never among the launch's own.
-    if entry.upper().startswith("MIG-"):
-        return Gpu(-1, f"MIG {entry}")
-    if all(gpu.uuid is not None for gpu in gpus):
-        return f"there is no GPU {entry} for this launch"
-    return Gpu(-1, entry)
+    is_elsewhere = entry.upper().startswith("MIG-") or any(gpu.uuid is None for gpu in gpus)
+    if is_elsewhere and not found:
+        return Gpu(-1, f"MIG {entry}" if entry.upper().startswith("MIG-") else entry)
+    return f"there is no GPU {entry} for this launch, or several have such a UUID"

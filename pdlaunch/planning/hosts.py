@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.hosts import LOCAL, HostSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
-from pdlaunch.errors import ConfigError
 from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.facts import Fact, Machine
-from pdlaunch.machine.machine_file import AssumedMachine, read_machine_file
 from pdlaunch.machine.network import default_address
-from pdlaunch.machine.profiles import PROFILES, find_profile
+from pdlaunch.machine.profiles import find_machine
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -106,20 +103,5 @@ def _not_joined(
         reason = f"{settings.name} has not joined, and hosts has no machine for it"
         unknown: dict[Fact, str] = dict.fromkeys(get_args(Fact), reason)
         return ResolvedHost(settings.name, Machine(unknown=unknown), environ, "", "")
-    found = _described(settings.machine, config)
+    found = find_machine(settings.machine, count_ranks(config), "hosts.machine")
     return ResolvedHost(settings.name, found.machine, {**environ, **found.environ}, "", "")
-
-
-def _described(name: str, config: LaunchConfig) -> AssumedMachine:
-    found = find_profile(name, count_ranks(config))
-    if found is not None:
-        return found
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise ConfigError(
-            f"{name[:80]!a} is neither a file nor one of {', '.join(PROFILES)}",
-            field="hosts.machine",
-            value=name,
-            fix="run `pdlaunch probe > machine.json` on the machine, and name that file",
-        )
-    return read_machine_file(path)

@@ -24,58 +24,35 @@ def seen(own, outer=None, gpus=TWO):
 
 
 @pytest.mark.parametrize(
-    ("own", "indices"),
+    ("values", "indices"),
     [
-        (None, [0, 1]),
-        ("", []),
-        (" ", []),
-        ("-1", []),
-        ("-1,0", []),
-        (",0", []),
-        ("0", [0]),
-        ("1", [1]),
-        ("00", [0]),
-        ("0,1", [0, 1]),
-        ("1,0", [1, 0]),
-        ("0, 1", [0, 1]),
-        ("0 ,1", [0, 1]),
-        ("0,-1", [0]),
-        ("1,-1,0", [1]),
-        ("0,", [0]),
-        ("0,,1", [0]),
-        (SECOND, [1]),
-        (SECOND.upper(), [1]),
-        ("GPU-d", [1]),
-        (f"{SECOND},{FIRST}", [1, 0]),
+        ([None, "0,1", "0, 1", "0 ,1"], [0, 1]),
+        (["", " ", "-1", "-1,0", ",0"], []),
+        (["0", "00", "0,-1", "0,", "0,,1"], [0]),
+        (["1", "1,-1,0", SECOND, SECOND.upper(), "GPU-d"], [1]),
+        (["1,0", f"{SECOND},{FIRST}"], [1, 0]),
     ],
 )
-def test_as_cuda_reads_it(own, indices):
-    assert seen(own) == indices
+def test_as_cuda_reads_it(values, indices):
+    for own in values:
+        assert seen(own) == indices, own
 
 
 @pytest.mark.parametrize(
-    ("own", "problem"),
+    ("values", "problem"),
     [
-        ("0,0", "names 0 twice"),
-        ("0,1,0", "names 0 twice"),
-        (f"{SECOND},{SECOND}", "twice"),
-        (f"{SECOND},GPU-d787", "twice"),
-        ("2", "there is no GPU 2 for this launch, which sees 0, 1"),
-        ("0,2", "there is no GPU 2"),
-        ("99999999999", "there is no GPU 99999999999"),
-        ("x", "'x' is neither the number nor the UUID of a GPU"),
-        ("0;1", "'0;1' is neither"),
-        ("cuda:0", "neither"),
-        ("all", "neither"),
-        ("GPU-", "neither"),
-        ("²", "neither"),
-        ("GPU-00000000", "there is no GPU GPU-00000000 for this launch"),
-        (f"0,{SECOND}", "mixes numbers and UUIDs"),
-        (f"{SECOND},0", "mixes numbers and UUIDs"),
+        (["0,0", "0,1,0"], "names 0 twice"),
+        ([f"{SECOND},{SECOND}", f"{SECOND},GPU-d787"], "twice"),
+        (["2", "0,2"], "there is no GPU 2 for this launch, which sees 0, 1"),
+        (["99999999999"], "there is no GPU 99999999999"),
+        (["x", "0;1", "cuda:0", "all", "GPU-", "²"], "is neither the number nor the UUID of a GPU"),
+        (["GPU-00000000"], "there is no GPU GPU-00000000 for this launch"),
+        ([f"0,{SECOND}", f"{SECOND},0"], "mixes numbers and UUIDs"),
     ],
 )
-def test_what_cuda_refuses_or_drops_is_a_problem(own, problem):
-    assert problem in seen(own)
+def test_what_cuda_refuses_or_drops_is_a_problem(values, problem):
+    for own in values:
+        assert problem in seen(own), own
 
 
 @pytest.mark.parametrize(
