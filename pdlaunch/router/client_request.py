@@ -190,20 +190,13 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     endpoint: Endpoint
     request_id: HttpRequestId
+    model: str
     fields: ClientFields
     prompts: list[PromptRequest]
-    ignored_fields: tuple[str, ...] = ()
-    """Names of unknown fields in ``stream_options``; the engines see all others."""
-
-    @property
-    def include_usage(self) -> bool:
-        options = self.fields.stream_options
-        return options is not None and bool(options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        options = self.fields.stream_options
-        return self.include_usage and options is not None and bool(options.continuous_usage_stats)
+    include_usage: bool  # a stream ends with the usage
+    continuous_usage: bool  # each of its chunks has the usage so far
+    # Names of unknown fields in ``stream_options``; the engines see all others.
+    ignored_fields: tuple[str, ...]
 
 
 def read_client_request(
@@ -254,12 +247,16 @@ def read_client_request(
                 wants_pair=wants_pair,
             )
         )
+    options = fields.stream_options or StreamFields()
     return ClientRequest(
         endpoint=endpoint,
         request_id=request_id,
+        model=fields.model or served_model_name,
         fields=fields,
-        ignored_fields=ignored_fields,
         prompts=prompts,
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
+        ignored_fields=ignored_fields,
     )
 
 

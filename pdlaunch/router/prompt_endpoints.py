@@ -12,7 +12,7 @@ from aiohttp import web
 
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.app import AppRoute, request_id_of
-from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status, json_response
+from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     ROUTE_HEADER,
@@ -29,7 +29,7 @@ from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadli
 from pdlaunch.http.sse import ClientStream
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.process.bootstrap import RouterSpec
-from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
+from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import (
     CHAT,
     COMPLETIONS,
@@ -111,35 +111,28 @@ class PromptEndpoints:
 
     async def _answer(self, http: web.Request, request: ClientRequest) -> web.StreamResponse:
         """Answer all prompts at once; the first error ends the others and is the answer."""
-        state, record = self._state, record_of(http)
+        state, record, stream = self._state, record_of(http), None
         deadline = self._deadlines.start(read_timeout_s(http.headers.get(TIMEOUT_HEADER)))
-        model = request.fields.model or self._spec.served_model_name
-        parts = request, model, state.metrics.requests, record, self._ignored_fields
-        stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
-        answer: StreamedAnswer | WholeAnswer = (
-            StreamedAnswer(*parts, stream) if request.fields.stream else WholeAnswer(*parts)
-        )
+        if request.fields.stream:
+            stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
+        metrics = state.metrics.requests
+        answer = ClientAnswer(request, metrics, record, self._ignored_fields, stream)
         try:
             async with deadline.guard():
-                transcripts = await _together(
-                    [
-                        answer_prompt(prompt, state, answer, record, deadline.wanted_at)
-                        for prompt in request.prompts
-                    ]
-                )
-                if isinstance(answer, StreamedAnswer):
-                    await answer.finish(transcripts)
+                answers = [
+                    answer_prompt(prompt, state, answer, record, deadline.wanted_at)
+                    for prompt in request.prompts
+                ]
+                return await answer.finish(await _together(answers))
         except Exception as error:
-            if isinstance(error, ConnectionError) or not stream.has_begun:
+            if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:
                 raise
             # The client has its status: the error can only be an event.
-            state.metrics.requests.failed(error_status(error))
+            metrics.failed(error_status(error))
             record.fail(error)
             await answer.flush()
             await stream.fail(error)
-        if isinstance(answer, StreamedAnswer):
             return stream.response
-        return json_response(answer.finish(transcripts), headers=answer.headers())
 
     async def _pass_on(self, http: web.Request) -> web.Response:
         """Answer a question about tokens by any engine."""
