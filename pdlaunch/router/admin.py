@@ -49,24 +49,27 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
 
-class ScaleBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ChangeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Holds what all changes of the engines have."""
+
+    dry_run: bool = False
+    # For what runs at an engine that stops; null: ``drain_timeout_s`` of the launch.
+    drain_timeout_s: Seconds | None = None
+
+
+class ScaleBody(ChangeBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Says how many engines of each role there are to be; null: as many as there are."""
 
     prefill: Count | None = None
     decode: Count | None = None
     both: Count | None = None
-    dry_run: bool = False
-    drain_timeout_s: Seconds | None = None
-    """Time for what runs at an engine that stops; null: ``drain_timeout_s`` of the launch."""
 
 
-class RoleBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RoleBody(ChangeBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Names an engine, and the role that it is to have."""
 
     engine: str
     role: Role
-    dry_run: bool = False
-    drain_timeout_s: Seconds | None = None
 
 
 class Outcome(NamedTuple):
@@ -149,7 +152,7 @@ class Admin:
                     return engine
             return None
 
-        found = await self._wait(successor, RESTART_TIMEOUT_S)
+        found = await self._state.find(successor, RESTART_TIMEOUT_S)
         if found is None:
             reason = f"does not serve {RESTART_TIMEOUT_S:g} s after it was restarted; see its log"
             raise _unavailable(f"{begun.engine} {reason}", "not_ready")
@@ -202,7 +205,7 @@ class Admin:
         body = _read(await http.read(), RoleBody)
         return await self._change(body, turn=body.engine, role=body.role)
 
-    async def _change(self, asked: ScaleBody | RoleBody, **change: Any) -> web.Response:
+    async def _change(self, asked: ChangeBody, **change: Any) -> web.Response:
         """Have it done. The answer says what runs at the engines that stop, as of the start."""
         wanted = ChangeEngines(
             question=0, dry_run=asked.dry_run, drain_s=asked.drain_timeout_s, **change
@@ -269,15 +272,8 @@ class Admin:
 
     async def _until_listed(self, is_listed: Callable[[], bool], message: str) -> None:
         """Return once the registry says so too. Raises OverloadedError."""
-        if not await self._wait(is_listed, LISTED_TIMEOUT_S):
+        if not await self._state.find(is_listed, LISTED_TIMEOUT_S):
             raise _unavailable(message, "not_listed_yet")
-
-    async def _wait(self, find: Callable[[], T], timeout_s: float) -> T:
-        """Return what ``find`` finds in the registry, looked for again whenever it changes."""
-        until_at = self._state.now() + timeout_s
-        while not (found := find()) and (left_s := until_at - self._state.now()) > 0:
-            await self._state.registry_change(left_s)
-        return found
 
 
 def _engines_named(http: web.Request) -> list[str]:

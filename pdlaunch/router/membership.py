@@ -27,8 +27,8 @@ from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.watched_engine import Member, WatchedEngine, WatchSettings
 
+# Time for each engine between two looks at all of them, which take about a tenth of that.
 LOOK_S = 0.25e-3
-"""Time for each engine between two looks at all of them, which take about a tenth of that."""
 Results = Mapping[Pair, Proof | CanaryDied]
 
 _logger = logging.getLogger(__name__)
@@ -39,12 +39,10 @@ def judge(
 ) -> tuple[set[str], dict[str, str]]:
     """Judge healthy engines by the canaries of their due pairs.
 
-    Return those that may be used, and why each of the others may not. Of a pair that failed, the
-    engine with more failures goes, so that one wrong engine does not drag its peers along. A new
-    engine waits for the canaries with those that are ready, which do not wait for it.
+    Return those that may be used, and why each of the others may not.
     """
-    due_of: dict[str, list[Pair]] = defaultdict(list)
     due = due_pairs(prefill, decode)
+    due_of: dict[str, list[Pair]] = defaultdict(list)
     for pair in due:
         for name in pair:
             due_of[name].append(pair)
@@ -57,7 +55,8 @@ def judge(
     reasons: dict[str, str] = {}
     order = [*prefill, *decode]
     while failed:
-        # The last of equals: of a lone pair the prefill engine stays, which can serve alone.
+        # The engine with more failures goes, so that one wrong engine does not drag its peers
+        # along. The last of equals: of a lone pair the prefill engine stays, which can serve alone.
         worst = max(reversed(order), key=blame)
         pair = min(each for each in failed if worst in each)
         reasons[worst] = f"{pair[0]} -> {pair[1]}: {results[pair]}"
@@ -65,6 +64,7 @@ def judge(
     left = [name for name in order if name not in reasons]
     ready = {name for name in left if name in ready_before}
     for name in left:
+        # A new engine waits for the canaries with those that are ready, which do not wait for it.
         unproven = {other for pair in due_of[name] if pair not in results for other in pair}
         missing = (unproven & ready) - {name}
         if name in ready or not missing:
@@ -88,17 +88,14 @@ class WatchedMembership:
         self._watched: dict[str, WatchedEngine] = {}
         self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._tell_canary)
         self._ready: set[str] = set()
-        self._serving = False
         self._registry = Registry(version=0, entries=[], serving=False)
         self._publishes: asyncio.TimerHandle | None = None
         self._published_at = 0.0
 
     def key_of(self, engine: Engine) -> str | None:
-        """Return the key that was given with the engine, None without one.
-
-        By its URL too: a request to an engine that was replaced must not show the new one's key.
-        """
+        """Return the key that was given with the engine, None without one."""
         watched = self._watched.get(engine.name)
+        # By its URL too: a request to an engine that was replaced must not show the new one's key.
         return watched.member.key if watched and watched.member.url == engine.url else None
 
     def members(self, source: str) -> dict[str, Member]:
@@ -121,19 +118,15 @@ class WatchedMembership:
 
         The configuration itself may name any URL, other sources those that ``engine_urls`` allows.
         """
-        reason = ""
+        kind, reason = self.settings.kind, ""
         if source != "config" and not _allows(self.settings.engine_urls, member.url):
             reason = f"engine_urls does not allow {member.url}"
-        elif member.kind != self.settings.kind:
-            reason = (
-                f"it is {member.kind}, the others are {self.settings.kind}: they do not share KV "
-                "blocks; give each kind a router of its own"
-            )
+        elif member.kind != kind:
+            reason = f"it is {member.kind}, the others are {kind}, and they share no KV blocks"
         elif (name := self.holder(member)) is not None:
-            what = "name" if name == member.name else f"URL {member.url}"
-            reason = f"engine {name} has its {what}"
+            reason = f"engine {name} has its name or URL"
         if reason:
-            raise RequestError(reason, param=member.name)
+            raise RequestError(reason)
         api = EngineApi(member.url, member.key)
         watched = self._watched[member.name] = WatchedEngine(member, source, self.settings, api)
         watched.task = asyncio.create_task(self._watch(watched))
@@ -148,8 +141,7 @@ class WatchedMembership:
             raise RequestError(message, status=404, code="engine_not_found")
         others = [engine for engine in self._pool.engines if engine.ready and engine.name != name]
         if is_drained and not watched.is_drained and not others:
-            message = f"{name} is not drained: no other engine serves"
-            raise RequestError(message, code="refused")
+            raise RequestError(f"{name} is not drained: no other engine serves", code="refused")
         watched.is_drained = is_drained
         self.publish()
 
@@ -205,15 +197,11 @@ class WatchedMembership:
             await asyncio.sleep(self.settings.poll_s)
 
     async def _send_canary(self, pair: Pair) -> Proof:
-        prefill, decode = (self._watched[name] for name in pair)
+        (prefill, decode), settings = (self._watched[name] for name in pair), self.settings
+        model, is_exact, kind = settings.served_model_name, settings.is_exact, settings.kind
+        # One at a time: the bytes of another canary are no proof.
         async with decode.one_at_a_time:
-            return await send_canary(
-                prefill.api,
-                decode.api,
-                self.settings.served_model_name,
-                is_exact=self.settings.is_exact,
-                kind=self.settings.kind,
-            )
+            return await send_canary(prefill.api, decode.api, model, is_exact=is_exact, kind=kind)
 
     def _tell_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
         if isinstance(result, CanaryDied):
@@ -230,22 +218,6 @@ class WatchedMembership:
                 )
             decode.tells_recomputes = result.is_told
         self._publish_soon()
-
-    def _proven(self) -> list[PairReady]:
-        return [
-            PairReady(
-                local=decode,
-                peer=prefill,
-                peer_incarnation=self._watched[prefill].incarnation,
-                seconds=proof.seconds,
-                path=f"canary/{self.settings.kind}"
-                if self._watched[decode].tells_recomputes
-                else "canary, unchecked",
-                gigabytes_per_s=proof.gigabytes_per_s,
-            )
-            for (prefill, decode), proof in self._canaries.results.items()
-            if isinstance(proof, Proof)
-        ]
 
     def _healthy(self, role: Role) -> list[str]:
         return [
@@ -265,15 +237,13 @@ class WatchedMembership:
         """Send the canaries that are due, and announce what has changed."""
         if self._publishes is not None:
             self._publishes.cancel()
-        self._publishes = None
-        self._published_at = asyncio.get_running_loop().time()
+        self._publishes, self._published_at = None, asyncio.get_running_loop().time()
         prefill, decode = self._healthy("prefill"), self._healthy("decode")
         due = due_pairs(prefill, decode)
         self._canaries.prove(due)
         ready, reasons = judge(prefill, decode, self._canaries.results, self._ready)
         # Engines of both roles have no pair to prove.
         self._ready = ready.union(self._healthy("both"))
-        self._serving = self._serving or self._can_serve(prefill, decode)
         peers: dict[str, list[str]] = defaultdict(list)
         for first, second in sorted(due):
             peers[first].append(second)
@@ -284,16 +254,32 @@ class WatchedMembership:
             )
             for name, watched in self._watched.items()
         ]
-        pairs, now = self._proven(), self._registry
-        if now.version == 0 or (entries, pairs, self._serving) != (
-            now.entries,
-            now.pairs,
-            now.serving,
-        ):
-            self._registry = Registry(
-                version=now.version + 1, entries=entries, serving=self._serving, pairs=pairs
+        now = self._registry
+        new = Registry(
+            version=now.version,
+            entries=entries,
+            serving=now.serving or self._can_serve(prefill, decode),
+            pairs=self._proven(),
+        )
+        if new != now or not now.version:
+            new.version += 1
+            self._registry = new
+            self.announce(new)
+
+    def _proven(self) -> list[PairReady]:
+        paths = {True: f"canary/{self.settings.kind}", False: "canary, unchecked"}
+        return [
+            PairReady(
+                local=decode,
+                peer=prefill,
+                peer_incarnation=self._watched[prefill].incarnation,
+                seconds=proof.seconds,
+                path=paths[self._watched[decode].tells_recomputes],
+                gigabytes_per_s=proof.gigabytes_per_s,
             )
-            self.announce(self._registry)
+            for (prefill, decode), proof in self._canaries.results.items()
+            if isinstance(proof, Proof)
+        ]
 
     def _can_serve(self, prefill: list[str], decode: list[str]) -> bool:
         """Return whether requests can be taken: where there are to be pairs, one must be proven."""

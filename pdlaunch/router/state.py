@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -30,6 +30,9 @@ MAX_PAIR_FAILURES = 1000
 # How long to wait until the registry shows a death that an engine's server has reported. Without
 # the wait a request that kills engines may reach a third one.
 DEATH_LISTED_S = 5.0
+
+
+T = TypeVar("T")
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,13 +173,15 @@ class RouterState:
             self.spawn(self.client.tell(engine, "/pdlaunch/release", {"request_id": name}))
 
     async def death_is_listed(self, engine: Engine) -> None:
-        """Return when the registry shows the death that an engine's server has reported.
+        """Return when the registry shows the death that an engine's server has reported."""
+        await self.find(lambda: not self.pool.lists(engine), DEATH_LISTED_S)
 
-        Usually it does already.
-        """
-        end_at = self.now() + DEATH_LISTED_S
-        while self.pool.lists(engine) and (left_s := end_at - self.now()) > 0:
+    async def find(self, look: Callable[[], T], timeout_s: float) -> T:
+        """Return what ``look`` finds, looked for again whenever the registry changes."""
+        until_at = self.now() + timeout_s
+        while not (found := look()) and (left_s := until_at - self.now()) > 0:
             await self.registry_change(left_s)
+        return found
 
     async def registry_change(self, timeout_s: float | None = None) -> None:
         """Return at the next change of the registry, at the latest after ``timeout_s``."""
