@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -180,22 +180,22 @@ class _Ends(Collector):
         yield family
 
 
-async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engine]) -> bytes:
+async def scrape(own_page: bytes, client: EngineClient, engines: Sequence[Engine]) -> bytes:
     """Return ``own_page`` merged with the pages of all engines.
 
     An engine that does not answer in time is missing.
     """
-    families = MetricFamilies()
-    families.add(own_page.decode())
+    families: Families = {}
+    add_page(families, own_page.decode())
     pages = await asyncio.gather(*(client.read_metrics(engine) for engine in engines))
     for engine, page in zip(engines, pages, strict=True):
         try:
-            families.add(page or "", engine=engine.name)
+            add_page(families, page or "", engine=engine.name)
         except ValueError as error:
             logger.warning("%s: its metrics cannot be read: %s", engine.name, error)
         # Reading a page takes a millisecond or two, in which no answer is streamed.
         await asyncio.sleep(0)
-    return families.page().encode()
+    return render_families(families).encode()
 
 
 # Possessive quantifiers (``*+``) never go back: half of the time, and none is lost to a page that
@@ -214,34 +214,26 @@ Families = dict[str, tuple[str, str, list[str]]]
 """Type, help and samples by name."""
 
 
-class MetricFamilies:
-    """Merges pages of metrics, as text: what several pages say of one family becomes one family.
+def add_page(families: Families, page: str, *, engine: str | None = None) -> None:
+    """Add a page in Prometheus's text format, its samples labelled with ``engine``.
 
-    prometheus_client's parser takes 20 times as long, in which no answer is streamed.
+    Without an engine of its own no sample can be mistaken for another page's. Series that tell when
+    others were created are left out. Raises ValueError for a malformed page, of which nothing is
+    added. prometheus_client's parser takes 20 times as long.
     """
+    for name, (kind, text, samples) in _read(page, engine).items():
+        known = families.setdefault(name, (kind, text, []))
+        # A family has one type on a page; samples of another type are left out.
+        if known[0] == kind:
+            known[2].extend(samples)
 
-    def __init__(self) -> None:
-        self._families: Families = {}
 
-    def add(self, page: str, *, engine: str | None = None) -> None:
-        """Add a page in Prometheus's text format, its samples labelled with ``engine``.
-
-        Without an engine of its own no sample can be mistaken for another page's. Series that tell
-        when others were created are left out. Raises ValueError for a malformed page, of which
-        nothing is added.
-        """
-        for name, (kind, text, samples) in _read(page, engine).items():
-            known = self._families.setdefault(name, (kind, text, []))
-            # A family has one type on a page; samples of another type are left out.
-            if known[0] == kind:
-                known[2].extend(samples)
-
-    def page(self) -> str:
-        """Return all families as one page."""
-        lines = []
-        for name, (kind, text, samples) in self._families.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
-        return "\n".join(lines) + "\n"
+def render_families(families: Families) -> str:
+    """Return all families as one page."""
+    lines = []
+    for name, (kind, text, samples) in families.items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
+    return "\n".join(lines) + "\n"
 
 
 def _read(page: str, engine: str | None) -> Families:

@@ -30,23 +30,19 @@ from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
 Hop = Literal["prefill", "decode"]
 Need = Literal["goes_on", "gives_first_token"]  # a capability that an engine must have
 
+# A decode engine computes up to this many uncached tokens itself: a hand-over would take longer. On
+# one H200 a step with 64 tokens of a prompt takes 1.3 ms longer, a hand-over 12 ms.
 SHORT_TOKENS = 64
-"""A decode engine computes up to this many uncached tokens itself: a hand-over would take longer.
-On one H200 a step with 64 tokens of a prompt takes 1.3 ms longer, a hand-over 12 ms.
-"""
+# An engine is taken to be at least this fast, as a share of the fastest one, so that one measured
+# while it warmed up is asked again.
 LEAST_SPEED = 0.25
-"""An engine is taken to be at least this fast, as a share of the fastest one, so that one measured
-while it warmed up is asked again.
-"""
+# A prompt is computed where it is decoded only if its first token comes sooner there by this share
+# of its computation, which keeps the streams of that engine waiting.
 MARGIN = 0.5
-"""A prompt is computed where it is decoded only if its first token comes sooner there by this share
-of its computation, which keeps the streams of that engine waiting.
-"""
+# Weight of a token in the KV cache, in uncached prompt tokens: a stream makes every later step a
+# little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 % worse; with
+# 1/64, ITL p99 doubles at 50 requests a second.
 KV_WEIGHT = 1 / 32
-"""Weight of a token in the KV cache, in uncached prompt tokens: a stream makes every later step
-a little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 %
-worse; with 1/64, ITL p99 doubles at 50 requests a second.
-"""
 MAX_RETRY_AFTER_S = 60  # the longest Retry-After for refused clients: estimates may be wrong
 
 
@@ -58,29 +54,23 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     prefix: PrefixHashes = ()
     wants_pair: bool = False  # the client asks for a pair of engines
     is_suspect: bool = False  # it may have killed a rank
+    # One engine has to do all remaining work: the prompt is computed, or the attempts at pairs are
+    # used up.
     is_begun: bool = False
-    """One engine has to do all remaining work: the prompt is computed, or the attempts at pairs are
-    used up.
-    """
-    holder: Engine | None = None
-    """The prefill engine whose blocks of this prompt can still be pulled."""
-    tried: frozenset[EngineKey] = frozenset()
-    """Engines that failed this prompt and must not be asked now."""
+    holder: Engine | None = None  # has blocks of this prompt that can still be pulled
+    tried: frozenset[EngineKey] = frozenset()  # engines that must not be asked now
     need: Need | None = None  # what the next engine must be able to do
-    alone: str = ""
-    """The reason why engines that need proof cannot share the request; empty: they can."""
+    alone: str = ""  # why engines that need proof cannot share the request; empty: they can
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Names the engines that the policy has chosen, and why."""
 
     reason: str
-    prefill: Engine | None = None
-    """Computes the prompt and hands it over; None: the decode engine does all."""
+    prefill: Engine | None = None  # hands the prompt over; none: the decode engine does all
     decode: Engine | None = None  # none: no engine can be asked
     is_fallback: bool = False  # a pair was wanted, but none can take the prompt
-    wait_s: float = 0.0
-    """How long other prompts keep the first engine busy; 0 where its speed is not known."""
+    wait_s: float = 0.0  # other prompts keep the first engine busy; 0: its speed is not known
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -156,13 +146,11 @@ class _Choice:
         reason = self._why_no_pair()
         if not reason and (pair := self._best_pair()) is not None:
             first, decode = pair
-            wait_s = first.wait_s if self._is_measured else 0.0
             local = self._best_local()
-            if local is None or not (reason := self._why_local(local, first)):
-                reason = "the pair that waits least"
-                return Route(prefill=first.engine, decode=decode, reason=reason, wait_s=wait_s)
-            wait_s = local.wait_s if self._is_measured else 0.0
-            return Route(decode=local.engine, reason=reason, wait_s=wait_s)
+            if local is not None and (reason := self._why_local(local, first)):
+                return Route(decode=local.engine, reason=reason, wait_s=self._wait_s(local))
+            reason, wait_s = "the pair that waits least", self._wait_s(first)
+            return Route(prefill=first.engine, decode=decode, reason=reason, wait_s=wait_s)
         is_there = any(one.ready and one.role == "prefill" for one in self._engines)
         reason = reason or ("no pair is proven" if is_there else "no prefill engine is ready")
         if (alone := self._alone()) is None:
@@ -171,8 +159,11 @@ class _Choice:
             decode=alone,
             reason=reason,
             is_fallback=not request.is_begun and request.max_tokens != 1,
-            wait_s=self._offer(alone).wait_s if self._is_measured and not request.is_begun else 0.0,
+            wait_s=0.0 if request.is_begun else self._wait_s(self._offer(alone)),
         )
+
+    def _wait_s(self, offer: _Offer) -> float:
+        return offer.wait_s if self._is_measured else 0.0
 
     def _offer(self, engine: Engine) -> _Offer:
         speed = max(engine.tokens_per_s or self._fastest, LEAST_SPEED * self._fastest)
@@ -219,12 +210,10 @@ class _Choice:
         offers = (self._offer(engine) for engine in usable if engine.role == "prefill")
         for first in sorted(offers, key=rank):
             peers = first.engine.peers
-            names = decodes if peers is None else peers & decodes.keys()
-            pullers = [
-                decodes[name]
-                for name in names
-                if may_pull(decodes[name], first.engine, self._now_at)
+            near = [
+                decodes[name] for name in (decodes if peers is None else peers & decodes.keys())
             ]
+            pullers = [engine for engine in near if may_pull(engine, first.engine, self._now_at)]
             if pullers:
                 return first, min(pullers, key=load)
         return None
@@ -271,13 +260,8 @@ class _Choice:
             and covers(engine.capabilities, request.need)
         ]
         if holder is not None and (holder.capabilities.needs_proof or holder.peers is not None):
-            pullers = [
-                engine
-                for engine in candidates
-                if engine.role == "decode"
-                and self._takes(engine)
-                and may_pull(engine, holder, self._now_at)
-            ]
+            takers = [one for one in candidates if one.role == "decode" and self._takes(one)]
+            pullers = [one for one in takers if may_pull(one, holder, self._now_at)]
             candidates = pullers or candidates
         role: Role = "decode"
         if request.max_tokens == 1:

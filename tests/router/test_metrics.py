@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
 from pdlaunch.protocol.control import EndReason, PairReady, Registry
 from pdlaunch.protocol.engine import EngineStats
-from pdlaunch.router.metrics import MetricFamilies, RouterMetrics
+from pdlaunch.router.metrics import Families, RouterMetrics, add_page, render_families
 from tests.router.conftest import Stand, pairs
 from tests.router.conftest import pair as pair_of_engines
 from tests.router.test_life_of_a_request import completion
@@ -188,18 +188,18 @@ async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
 
 @pytest.mark.parametrize("line", ["x{", "x", 'x{a="b} 1', "x{} one", 'x{a="b"c="d"}e 1', "1x 2"])
 def test_what_is_no_sample_spoils_its_page(line: str) -> None:
-    families = MetricFamilies()
+    families: Families = {}
     with pytest.raises(ValueError, match=r"not a sample|could not convert"):
-        families.add(f"# TYPE y gauge\ny 1\n{line}\n", engine="e")
-    assert families.page() == "\n"
+        add_page(families, f"# TYPE y gauge\ny 1\n{line}\n", engine="e")
+    assert render_families(families) == "\n"
 
 
 def test_labels_may_hold_whatever_text() -> None:
     """Also what looks like a label, in a value."""
     value = r"a,engine=\"x\",} \\"
-    families = MetricFamilies()
-    families.add(f'# TYPE y gauge\ny{{engine="0",path="{value}"}} 1 17\ny 2\n', engine='e"\\')
-    assert families.page().splitlines()[2:] == [
+    families: Families = {}
+    add_page(families, f'# TYPE y gauge\ny{{engine="0",path="{value}"}} 1 17\ny 2\n', engine='e"\\')
+    assert render_families(families).splitlines()[2:] == [
         f'y{{engine="e\\"\\\\",path="{value}"}} 1 17',
         'y{engine="e\\"\\\\"} 2',
     ]
