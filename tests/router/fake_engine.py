@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -114,11 +113,6 @@ class FakeEngine:
     async def _unsent_spans(self, request: web.Request) -> web.Response:
         report = self.unsent.get(request.query["request_id"])
         return web.json_response(report, status=404 if report is None else 200)
-
-    async def listen_too(self, bound: socket.socket) -> None:
-        """At one more address."""
-        assert self._runner is not None
-        await web.SockSite(self._runner, bound).start()
 
     async def stop(self) -> None:
         if self._runner is not None:

@@ -178,20 +178,6 @@ async def test_an_unknown_engine_is_named(admin_stand: AdminStand, method: str, 
     assert not admin_stand.commands
 
 
-async def test_integrity_of_all_engines_or_one(admin_stand: AdminStand) -> None:
-    status, answer = await admin_stand.call("GET", "/pdlaunch/integrity")
-    assert (status, answer["ok"], len(answer["engines"])) == (200, True, 4)
-    assert answer["engines"][0] == {
-        "engine": "prefill-0",
-        "ok": True,
-        "error": None,
-        "stats": {"num_blocks": 5},
-    }
-    admin_stand.engines[0].healthy = False
-    assert (await admin_stand.call("GET", "/pdlaunch/integrity"))[1]["ok"] is False
-    assert (await admin_stand.call("GET", "/pdlaunch/integrity?engine=decode-1"))[1]["ok"] is True
-
-
 async def test_one_engine_alone_answers_as_it_does(admin_stand: AdminStand) -> None:
     status, answer = await admin_stand.call(
         "POST", "/pdlaunch/engines/decode-1/v1/completions", json=completion()

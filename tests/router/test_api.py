@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from typing import Any
 
 import msgspec
@@ -11,7 +9,7 @@ import pytest
 
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from tests.router.conftest import SPEC, Stand, pair
-from tests.router.test_life_of_a_request import completion, expected_text
+from tests.router.test_life_of_a_request import completion
 
 JSON = {"Content-Type": "application/json"}
 
@@ -49,22 +47,6 @@ async def test_fields_that_the_router_acts_on_are_checked_by_it(
     assert not any(engine.seen for engine in stand.engines.values())
 
 
-@pytest.mark.parametrize("chunked", [True, False])
-async def test_a_large_body_is_413(stand: Stand, chunked: bool) -> None:
-    await stand.start(pair())
-    raw = json.dumps(completion(prompt="x" * SPEC.max_body_bytes)).encode()
-
-    async def pieces() -> Any:
-        for start in range(0, len(raw), 10_000):
-            yield raw[start : start + 10_000]
-
-    async with stand.session.post(
-        "/v1/completions", data=pieces() if chunked else raw, headers=JSON
-    ) as response:
-        assert response.status == 413
-        assert (await response.json())["error"]["code"] == "body_too_large"
-
-
 async def test_the_api_key_is_asked_for(stand: Stand) -> None:
     await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="secret"))
     for headers in (
@@ -86,33 +68,6 @@ async def test_the_api_key_is_asked_for(stand: Stand) -> None:
     for path in ("/health", "/metrics"):
         async with stand.session.get(path) as response:
             assert response.status == 200
-
-
-async def test_an_unknown_model_is_404(stand: Stand) -> None:
-    await stand.start(pair())
-    answer = await stand.post(completion(model="other"))
-    assert answer.status == 404
-    assert answer.json()["error"]["code"] == "model_not_found"
-
-
-async def test_a_draining_router_finishes_what_it_has(stand: Stand) -> None:
-    prefill, decode = pair()
-    decode.hold_after = 1
-    await stand.start([prefill, decode])
-    running = asyncio.ensure_future(stand.post(completion(stream=True)))
-    await decode.holding.wait()
-    assert not await stand.router.admission.drain(0.0)
-    refused = await stand.post(completion())
-    assert refused.status == 503
-    assert int(refused.headers["Retry-After"]) > 0
-    assert refused.json()["error"]["code"] == "draining"
-    async with stand.session.get("/health") as response:
-        assert response.status == 503
-        assert (await response.json())["status"] == "draining"
-    drained = asyncio.ensure_future(stand.router.admission.drain(30.0))
-    decode.go.set()
-    assert (await running).texts() == {0: expected_text("hello", 6)}
-    assert await drained
 
 
 async def test_health_tells_the_engines_states(stand: Stand) -> None:
@@ -178,9 +133,3 @@ async def test_the_router_names_those_of_stream_options(stand: Stand) -> None:
     answer = await stand.post(completion(stream=True, stream_options=options))
     assert (answer.status, answer.headers[IGNORED_FIELDS_HEADER]) == (200, "stream_options.other")
     assert answer.events()[-1]["usage"]["completion_tokens"]
-
-
-async def test_strict_fields_refuse_those_of_stream_options(stand: Stand) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, strict_fields=True))
-    answer = await stand.post(completion(stream=True, stream_options={"include_usag": True}))
-    assert (answer.status, answer.json()["error"]["param"]) == (400, "stream_options.include_usag")

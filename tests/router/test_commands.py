@@ -17,7 +17,6 @@ from pdlaunch.protocol.control import (
     Registry,
     SetDrained,
 )
-from pdlaunch.router import admin
 from tests.router.conftest import named, working
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
@@ -80,13 +79,6 @@ async def test_a_dry_run_says_what_runs_at_engines_that_would_stop(admin_stand: 
         answer(admin_stand, wanted, change=PLAN)
         status, body = await dry
     assert (status, body["dry_run"], body["change"]["stops"]) == (200, True, {"decode-1": 1})
-
-
-async def test_a_change_that_is_refused(admin_stand: AdminStand) -> None:
-    refused = call(admin_stand, "scale", decode=0)
-    answer(admin_stand, await asked(admin_stand), error="PD102 decode.replicas: no decode engine")
-    status, body = await refused
-    assert (status, body["error"]["code"], "change" in body) == (409, "refused", False)
 
 
 @pytest.mark.parametrize(
@@ -213,15 +205,6 @@ async def test_an_engine_that_is_given_up_again_is_an_error(admin_stand: AdminSt
     status, body = await restarted
     message = "decode-0 is given up again: died 5 times: disk full"
     assert (status, body["error"]["message"]) == (503, message)
-
-
-async def test_an_engine_that_does_not_come_back_is_503(
-    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(admin, "RESTART_TIMEOUT_S", 0.01)
-    restarted = restart(admin_stand, "decode-0")
-    answer(admin_stand, await asked(admin_stand), engine="decode-0", incarnation=1)
-    assert (await restarted)[1]["error"]["code"] == "not_ready"
 
 
 @pytest.mark.parametrize(("engine", "status"), [("", 404), ("decode-0", 409)])

@@ -104,17 +104,6 @@ async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> N
         await writer.wait_closed()
 
 
-async def test_of_a_list_of_prompts_all_end(stand: Stand) -> None:
-    prefill, decode = pair()
-    decode.hold_after = 1
-    await stand.start([prefill, decode])
-    _, writer = await send(stand, completion(prompt=["a", "b", "c"], stream=True))
-    await until(lambda: len(decode.seen) == 3)
-    writer.close()
-    await until(lambda: decode.num_aborted == 3)
-    await all_is_quiet(stand)
-
-
 def assert_refused(answer: Answer) -> None:
     assert answer.status == 503
     assert int(answer.headers["Retry-After"]) > 0
@@ -141,18 +130,6 @@ async def test_a_stream_ends_with_an_error_and_a_whole_request_is_503(stand: Sta
     assert stand.router.admission.in_flight == 0
     await until(lambda: decode.num_aborted == 4)
     assert_refused(await stand.post(completion()))
-
-
-async def test_a_stream_that_has_not_begun_is_503_and_its_lease_ends(stand: Stand) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await stand.start([prefill, decode])
-    streamed = start(stand, stream=True)
-    await prefill.holding.wait()
-    await stand.router.close()
-    assert_refused(await streamed)
-    await prefill.release_event.wait()
-    assert not decode.seen
 
 
 @pytest.mark.parametrize("stream", [True, False])

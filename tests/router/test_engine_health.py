@@ -14,7 +14,6 @@ from pdlaunch.router.policy import MAX_RETRY_AFTER_S
 from tests.http.loop_clock import pass_time
 from tests.router.conftest import Stand, named, pairs
 from tests.router.fake_engine import FakeEngine
-from tests.router.fake_vllm_engine import FakeVllmEngine, proof
 from tests.router.test_life_of_a_request import completion, expected_text
 
 
@@ -103,45 +102,6 @@ async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) ->
     clock.now_s += OPEN_S
     assert (await stand.post(completion(stream=True))).status == 200
     assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "closed"}
-
-
-async def test_engines_that_refuse_a_pull_are_not_blamed(stand: Stand) -> None:
-    leases: dict[str, list[int]] = {}
-    prefill = FakeVllmEngine("prefill-0", "prefill", leases)
-    decode = FakeVllmEngine("decode-0", "decode", leases)
-    stand.pairs = [proof(prefill, decode)]
-    await stand.start([prefill, decode])
-    Clock(stand)
-    decode.status = 500
-    await stand.post(completion(prompt="x|", stream=True))
-    assert named(stand, "decode-0").health.state(stand.pool.clock()) == "closed"
-    assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "open"}
-    async with stand.session.get("/pdlaunch/status") as response:
-        (pair,) = (await response.json())["pairs"]
-    assert pair["health"] == "open"
-
-
-async def test_a_question_about_tokens_is_no_try(stand: Stand) -> None:
-    """It would be answered whether the engine computes or not."""
-    engines = decodes(2)
-    await stand.start(engines)
-    clock = Clock(stand)
-    failed = named(stand, "decode-1")
-    stand.pool.failed(failed)
-    clock.now_s += OPEN_S
-    assert failed.health.wants_try(clock())
-    for _ in range(2):
-        answer = await stand.post({"model": "tiny", "prompt": "hello"}, path="/tokenize")
-        assert answer.status == 200
-    assert failed.health.wants_try(clock())
-    assert (await stand.post(completion())).status == 200
-    assert [len(engine.seen) for engine in engines] == [0, 1]
-    assert failed.health.state(clock()) == "closed"
-    # Where no other engine is left, it answers.
-    stand.pool.failed(failed)
-    stand.publish(without=["decode-0"])
-    answer = await stand.post({"model": "tiny", "prompt": "hello"}, path="/tokenize")
-    assert answer.status == 200
 
 
 async def test_a_deadline_that_the_queue_alone_exceeds_is_refused_at_once(stand: Stand) -> None:

@@ -79,22 +79,6 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
     assert value(metrics, 'pdlaunch_router_engine_health{engine="decode-0",state="closed"}') == 1
 
 
-def test_second_tokens_are_counted_by_pair_and_by_the_paths_of_its_ranks() -> None:
-    metrics = RouterMetrics("m")
-    show(
-        metrics,
-        pair("decode-0/rank-0", "p2p/memfd", 9.5),
-        pair("decode-0/rank-1", "nixl/UCX", 9.5),
-        pair("decode-0/rank-2", "nixl/UCX", 9.5),
-    )
-    metrics.second_token("prefill-0", "decode-0", 0.02)
-    metrics.second_token("prefill-1", "decode-0", 0.02)
-    count = "pdlaunch_pair_second_token_seconds_count"
-    for prefill, path in (("prefill-0", "nixl/UCX + p2p/memfd"), ("prefill-1", "unknown")):
-        labels = f'{{decode="decode-0",path="{path}",prefill="{prefill}"}}'
-        assert value(metrics, count + labels) == 1
-
-
 async def scraped(stand: Stand) -> str:
     async with stand.session.get("/metrics") as response:
         assert response.status == 200

@@ -33,17 +33,6 @@ async def test_it_needs_no_key_and_tells_nothing(stand: Stand, path: str) -> Non
         assert response.status == 401
 
 
-async def test_it_works_behind_a_proxy_that_puts_a_prefix_before_it(stand: Stand) -> None:
-    await stand.start(pair())
-    async with stand.session.get("/", allow_redirects=False) as response:
-        assert (response.status, response.headers["Location"]) == (307, "pdlaunch/")
-    for file in FILES.iterdir():
-        for reference in re.findall(
-            r"""(?:src|href|from|ask\()\s*=?\s*["'`]([^"'`]+)""", file.read_text()
-        ):
-            assert not reference.startswith(("/", "http:", "https:")), f"{file.name}: {reference}"
-
-
 def test_no_text_becomes_markup_and_nothing_comes_from_elsewhere() -> None:
     for file in FILES.iterdir():
         text = file.read_text()

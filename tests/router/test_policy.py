@@ -53,13 +53,6 @@ def speed(tokens_per_s: float) -> dict[str, float]:
     return {"computed_tokens": tokens_per_s, "computing_s": 1.0}
 
 
-def test_a_pair_serves_a_prompt_where_nothing_waits() -> None:
-    prefill, decode = engine("prefill-0"), engine("decode-0")
-    route = choose(prompt(), [prefill, decode])
-    assert (route.prefill, route.decode, route.kind) == (prefill, decode, "pair")
-    assert route.name == "prefill-0->decode-0"
-
-
 def test_without_a_pair_the_reason_says_what_is_missing() -> None:
     prefill, decode = engine("prefill-0"), engine("decode-0")
     for engines, reason in (
@@ -92,16 +85,6 @@ def test_pairs_come_first_then_engines_of_both_roles() -> None:
     assert choose(whole, [prefill, decode]).decode is decode
     tried = prompt(is_begun=True, tried=frozenset({both.key}))
     assert choose(tried, [prefill, decode, both]).decode is decode
-
-
-def test_what_prefill_has_computed_goes_to_decode_before_engines_of_both_roles() -> None:
-    prefill, decode, both = engine("prefill-0"), engine("decode-0"), engine("both-0")
-    computed = prompt(is_begun=True, holder=prefill)
-    assert choose(computed, [both, prefill, decode]).decode is decode
-    assert choose(computed, [both, prefill]).decode is both
-    first_token = prompt(max_tokens=1)
-    assert choose(first_token, [both, decode, prefill]).decode is prefill
-    assert choose(first_token, [decode, both]).decode is both
 
 
 def test_kv_blocks_go_to_peers_alone() -> None:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Entry, Registry
 from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.health import MAX_OPEN_S, NUM_GOOD, OPEN_S, TRY_LASTS_S, Breaker
+from pdlaunch.router.health import MAX_OPEN_S, OPEN_S, TRY_LASTS_S, Breaker
 from pdlaunch.router.policy import Need, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
-from tests.router.test_policy import HEALTH, engine, prompt
+from tests.router.test_policy import HEALTH, engine
 
 
 class Clock:
@@ -215,22 +215,6 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
         assert sum(engine.num_streams for engine in pool.engines) == len(running)
 
 
-def test_an_engine_of_which_a_process_has_stalled_gets_no_work_until_it_speaks_again(
-    pool: EnginePool,
-) -> None:
-    update(
-        pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2, state="stalled")
-    )
-    assert pool.engines[0].state == "stalled"
-    assert pick(pool, "decode") is None
-    update(
-        pool, server("decode-0", state="stalled"), rank("decode-0", 0, 2), rank("decode-0", 1, 2)
-    )
-    assert pool.engines[0].state == "stalled"
-    update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
-    assert named(pick(pool, "decode")) == "decode-0"
-
-
 def test_an_engine_that_is_held_is_given_work_when_released_or_replaced() -> None:
     pool = EnginePool(Clock())
     update(pool, server("prefill-0"), server("decode-0"))
@@ -273,29 +257,6 @@ def test_each_failed_try_opens_it_for_twice_as_long() -> None:
     assert lengths[-1] == MAX_OPEN_S
 
 
-def test_what_was_sent_before_closes_it_after_a_single_failure_alone() -> None:
-    breaker = Breaker()
-    breaker.failed(0.0)
-    breaker.succeeded(0.1)
-    assert breaker.state(0.1) == "closed"
-    breaker.failed(0.2)
-    breaker.succeeded(0.3)
-    assert breaker.state(0.3) == "open"
-
-
-def test_who_fails_now_and_then_is_left_out_longer_and_longer() -> None:
-    breaker, now_at = Breaker(), 0.0
-    for _ in range(4):
-        for _ in range(NUM_GOOD - 1):
-            breaker.succeeded(now_at)
-        breaker.failed(now_at)
-        now_at = breaker.open_until_at
-    assert breaker.num_failures == 4
-    for _ in range(NUM_GOOD):
-        breaker.succeeded(now_at)
-    assert breaker.num_failures == 0
-
-
 @given(st.lists(st.tuples(st.sampled_from(["ask", "fail", "answer", "end"]), st.floats(0, 40))))
 def test_it_never_stays_shut(events: list[tuple[str, float]]) -> None:
     breaker, now_at = Breaker(), 0.0
@@ -322,24 +283,6 @@ class Pool(EnginePool):
         super().__init__(clock)
         self.update(Registry(version=1, entries=[]))
         self._engines = {one.name: one for one in engines}
-
-
-def test_failed_pulls_leave_out_the_pair_and_no_engine() -> None:
-    clock = Clock()
-    prefill, decode = engine("prefill-0"), engine("decode-0")
-    other = engine("decode-1", kv_tokens=900)
-    pool = Pool(clock, prefill, decode, other)
-    assert pool.route(prompt()).name == "prefill-0->decode-0"
-    pool.pulled(prefill, decode, ok=False)
-    route = pool.route(prompt())
-    assert route.name == "prefill-0->decode-1"
-    clock.now_s += OPEN_S
-    # The pair is tried once, and closed by a pull that comes through.
-    assert pool.route(prompt()).name == "prefill-0->decode-0"
-    assert pool.route(prompt()).name == "prefill-0->decode-1"
-    for _ in range(8):
-        pool.pulled(prefill, decode, ok=True)
-    assert pool.pair_states() == {}
 
 
 @given(

@@ -30,16 +30,6 @@ def test_texts_share_the_pieces_that_they_begin_with() -> None:
     assert hash_prefix(None, "") == hash_prefix(b"short", "") == ()
 
 
-def test_the_next_turn_finds_prompt_and_answer() -> None:
-    index, one, other = ServedPrefixes(), engine("decode-0"), engine("decode-1")
-    index.served(one, hash_prefix(TEXT, ""), 500, 32)
-    assert index.num_cached_tokens(one, hash_prefix(TEXT + b"answer and more", "")) == 532
-    assert index.num_cached_tokens(other, hash_prefix(TEXT, "")) == 0
-    half = index.num_cached_tokens(one, hash_prefix(TEXT[:1024] + b"?" * 1024, ""))
-    assert half == 250
-    assert index.num_cached_tokens(one, hash_prefix(TEXT, "salt")) == 0
-
-
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
 @pytest.mark.parametrize("said_before", ["", "You are the assistant of a company. " * 30])
 def test_chats_that_begin_alike_are_told_from_each_other(
@@ -71,18 +61,6 @@ def test_ends_of_objects_in_a_message_are_no_pieces_of_their_own(text: bytes) ->
     index, one = ServedPrefixes(), engine("decode-0")
     index.served(one, prefix, 100_000, 500)
     assert index.num_cached_tokens(one, prefix) == int(100_000 * prefix[-1].share) < 50_000
-
-
-def test_an_engine_that_was_restarted_knows_nothing() -> None:
-    index, one = ServedPrefixes(), engine("decode-0")
-    prefix = hash_prefix(TEXT, "")
-    index.served(one, prefix, 500, 32)
-    restarted = engine("decode-0", processes=(2,))
-    assert index.num_cached_tokens(restarted, prefix) == 0
-    index.served(restarted, prefix[:2], 60, 0)
-    assert index.num_cached_tokens(restarted, prefix) == 60
-    index.keep([])
-    assert index.num_cached_tokens(restarted, prefix) == 0
 
 
 def pieces_of(text: int) -> tuple[Piece, ...]:

@@ -25,7 +25,6 @@ from pdlaunch.router.membership_sources import (
 from pdlaunch.router.watched_engine import Member
 from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of
 from tests.router.alone_router import PROMPT, Alone, alone
-from tests.router.conftest import working
 
 WRONG = CanaryDied("wrong tokens")
 PROOF = Proof(seconds=0.1, num_bytes=1000, transfer_s=0.0)
@@ -64,12 +63,6 @@ def test_one_wrong_engine_does_not_drag_its_peers_along(wrong: str) -> None:
     _, reasons = judge(prefill, decode, results, ready_before=())
     assert set(reasons) == {wrong}
     assert reasons[wrong].endswith("wrong tokens")
-
-
-def test_of_a_lone_pair_that_failed_the_prefill_engine_serves_alone() -> None:
-    ready, reasons = judge(["p-0"], ["d-0"], {("p-0", "d-0"): WRONG}, ready_before=())
-    assert ready == {"p-0"}
-    assert reasons == {"d-0": "p-0 -> d-0: wrong tokens"}
 
 
 def test_a_new_engine_waits_and_the_others_do_not() -> None:
@@ -172,34 +165,6 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
         )
         await alone.until(lambda: "decode-2 is left out: engine_urls does not" in caplog.text)
         assert alone.ready == {"prefill-0", "decode-1"}
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
-
-
-async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_name_or_url(
-    alone: Alone, tmp_path: Path
-) -> None:
-    for name in ("prefill-0", "decode-0", "decode-1"):
-        await alone.start(name)
-    file = tmp_path / "engines.yaml"
-    file.write_text(listing(alone, "prefill-0", "decode-0"))
-    following = asyncio.ensure_future(
-        follow(file_source(file, "vllm"), "file", alone.watch, 3600.0, poll_s=0.01)
-    )
-    try:
-        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-        with working(alone.engine("decode-0")):
-            file.write_text(listing(alone, "prefill-0", "decode-1"))
-            await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
-            assert alone.engine("decode-0").state == "draining"
-        await alone.until(lambda: "decode-0" not in alone.watch._watched)
-        with working(alone.engine("decode-1")):
-            renamed = listing(alone, "prefill-0", "decode-1").replace("name: decode-1", "name: d")
-            file.write_text(renamed + listing(alone, "decode-0").removeprefix("engines:\n"))
-            await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-            assert "d" not in alone.watch._watched
-        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0", "d"})
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
@@ -309,15 +274,6 @@ async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(alon
     await alone.until(lambda: "decode-0" in alone.ready)
     assert alone.engine("decode-0").processes[0] == before.processes[0] + 1
     assert alone.outcomes("proven") == 2
-
-
-async def test_a_pair_that_has_failed_requests_is_proven_again(alone: Alone) -> None:
-    await alone.pair()
-    alone.engines["decode-0"].moves_bytes = False
-    alone.pool.failed(alone.engine("decode-0"))
-    await alone.until(lambda: "decode-0" not in alone.ready)
-    alone.engines["decode-0"].moves_bytes = True
-    await alone.until(lambda: "decode-0" in alone.ready)
 
 
 async def untold_pair(alone: Alone) -> tuple[FakeVllm, FakeVllm]:

@@ -125,22 +125,6 @@ async def test_the_stream_tells_changes_and_counts_no_error_when_its_watcher_lea
     assert stand.metric("pdlaunch_router_request_errors_total") == 0
 
 
-async def test_watchers_are_bounded_and_leave_with_the_router(stand: Stand) -> None:
-    await stand.start(pair())
-    watchers = [await stand.session.get("/pdlaunch/stream") for _ in range(MAX_WATCHERS)]
-    async with stand.session.get("/pdlaunch/stream") as response:
-        assert response.status == 503
-        assert (await response.json())["error"]["code"] == "too_many_watchers"
-    watchers.pop().close()
-    await until(lambda: stand.router.view._num_watchers < MAX_WATCHERS)
-    async with stand.session.get("/pdlaunch/stream") as response:
-        assert response.status == 200
-    await stand.router.close()
-    for watcher in watchers:
-        lines = (await watcher.read()).splitlines()
-        assert json.loads(lines[-1])["model"] == "tiny"
-
-
 INF = float("inf")
 
 
@@ -253,21 +237,17 @@ def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
     assert shown.output_tokens_per_s == 0.0
 
 
-def test_counts_that_begin_again_are_no_negative_rates() -> None:
-    book = EngineHistory((1,))
-    book.add(0.0, counts(output_tokens=1000, pull_failures=5))
-    assert book.add(3.0, counts(output_tokens=10, pull_failures=1)) == {}
-    shown = book.reading(3.0)
-    assert shown is not None
-    assert shown.output_tokens_per_s == 0.0
-    assert book.add(5.0, counts(output_tokens=20, pull_failures=2))["pull_failures"] == 1
-
-
-def test_pulls_of_a_pair_are_told_apart_where_an_engine_does() -> None:
-    book = EngineHistory((1,))
-    book.add(0.0, {"pulled_bytes": 9, "pulled_bytes@p-0": 4, "pulls@p-0": 1})
-    book.add(4.0, {"pulled_bytes": 29, "pulled_bytes@p-0": 12, "pulls@p-0": 3})
-    pulls = book.pulls("p-0")
-    assert (pulls.number, pulls.num_bytes, pulls.bytes_per_s) == (3, 12, 2.0)
-    other = book.pulls("p-1")
-    assert other.num_bytes == 0
+async def test_watchers_are_bounded_and_leave_with_the_router(stand: Stand) -> None:
+    await stand.start(pair())
+    watchers = [await stand.session.get("/pdlaunch/stream") for _ in range(MAX_WATCHERS)]
+    async with stand.session.get("/pdlaunch/stream") as response:
+        assert response.status == 503
+        assert (await response.json())["error"]["code"] == "too_many_watchers"
+    watchers.pop().close()
+    await until(lambda: stand.router.view._num_watchers < MAX_WATCHERS)
+    async with stand.session.get("/pdlaunch/stream") as response:
+        assert response.status == 200
+    await stand.router.close()
+    for watcher in watchers:
+        lines = (await watcher.read()).splitlines()
+        assert json.loads(lines[-1])["model"] == "tiny"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
-import msgspec
 import pytest
 from aiohttp import web
 
@@ -14,7 +12,7 @@ from pdlaunch.protocol.control import Suspects
 from tests.http.loop_clock import pass_time
 from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import FakeEngine
-from tests.router.fake_generation import Job, Seen
+from tests.router.fake_generation import Seen
 from tests.router.test_life_of_a_request import completion, expected_text
 
 RESTARTING = {
@@ -95,32 +93,6 @@ async def test_innocent_request_is_answered_by_the_next_engine_which_is_told(
     await stand.post(completion())
     assert True not in marks(stand), "the next request has nothing to do with it"
     assert stand.state.suspects._num_deaths == {}
-
-
-async def test_stream_goes_on_marked_and_ends_with_the_error_when_that_kills_too(
-    stand: Stand,
-) -> None:
-    await stand.start(pairs(2))
-    decodes = [stand.engines[f"decode-{index}"] for index in range(2)]
-    for engine in decodes:
-        engine.error_after = 2
-        engine.error_body = msgspec.json.encode({"error": RESTARTING})
-        engine._stream = dying_stream(stand, engine)  # type: ignore[method-assign]
-    answer = await stand.post(completion(stream=True))
-    assert answer.events()[-1]["error"]["code"] == "request_kills_engine"
-    assert sum(len(engine.seen) for engine in decodes) == 2
-    resumed = next(seen for engine in decodes for seen in engine.seen if "resume" in seen.body)
-    assert read_origin(resumed.headers[ORIGIN_HEADER])[1]
-
-
-def dying_stream(stand: Stand, engine: FakeEngine) -> Any:
-    stream = engine._stream
-
-    async def die(request: web.Request, job: Job, report: dict[str, Any]) -> web.StreamResponse:
-        tell_of_death(stand, engine, engine.seen[-1])
-        return await stream(request, job, report)
-
-    return die
 
 
 @pytest.mark.parametrize("header", [None, "", "0", "-1", "x", "1;other", str(2**63), "1" * 30])

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.router.answers import merge
-from pdlaunch.router.handover import chunks_of_answer
 from pdlaunch.router.transcript import Transcript
 
 
@@ -21,15 +20,6 @@ def chat_chunk(
     if token_ids is not None:
         choice["token_ids"] = token_ids
     return {"choices": [choice]}
-
-
-def test_a_second_role_is_not_news() -> None:
-    transcript = Transcript(1)
-    assert transcript.admit(chat_chunk(role="assistant", content=""))
-    assert not transcript.admit(chat_chunk(role="assistant", content=""))
-    chunk = chat_chunk(role="assistant", content="x", token_ids=[1])
-    assert transcript.admit(chunk)
-    assert chunk["choices"][0]["delta"] == {"content": "x"}
 
 
 def test_a_choice_that_is_over_says_no_more() -> None:
@@ -74,25 +64,6 @@ def test_no_token_of_a_refused_chunk_counts_as_told() -> None:
         with pytest.raises((LookupError, TypeError)):
             transcript.admit({"choices": [good, bad]})
     assert transcript.usage().completion_tokens == 0
-
-
-def test_a_whole_answer_as_chunks_leaves_open_choices_open() -> None:
-    answer = {
-        "id": "x",
-        "object": "text_completion",
-        "choices": [
-            {"index": 0, "text": "a", "finish_reason": "length", "token_ids": [1]},
-            {"index": 1, "text": "", "finish_reason": "stop", "token_ids": [0]},
-        ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
-        "kv_transfer_params": {"secret": 1},
-    }
-    chunks = chunks_of_answer(answer, is_chat=False, open_choices={0})
-    transcript = Transcript(2)
-    assert [transcript.admit(chunk) for chunk in chunks] == [False, True, True]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[1:]] == [None, "stop"]
-    assert not any("kv_transfer_params" in chunk for chunk in chunks)
-    assert transcript.usage().prompt_tokens == 3
 
 
 def test_tool_calls_grow_by_their_index() -> None:

@@ -4,15 +4,11 @@ of their own.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import msgspec
 import pytest
 
 from pdlaunch.http.headers import ROUTE_HEADER
-from pdlaunch.protocol.ids import HopId, HttpRequestId
-from pdlaunch.router.client_request import CHAT, read_client_request
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.handover import Handover
 from pdlaunch.router.health import OPEN_S
@@ -26,7 +22,6 @@ from tests.router.fake_vllm_engine import (
     text_of,
     vllm_pairs,
 )
-from tests.router.test_requests import lines, trace
 
 PROMPT = "a prompt of more than twenty tokens|"
 NUM_BYTES = len(SCRIPT.encode())
@@ -133,27 +128,6 @@ async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
     assert stand.metric(counted) == 1
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_what_engines_had_cached_is_told_of_a_request(
-    stand: Stand, caplog: pytest.LogCaptureFixture, stream: bool
-) -> None:
-    """Their answers count it; of their tiers they tell nothing."""
-    caplog.set_level(logging.INFO, "pdlaunch")
-    await start_pair(stand)
-    await stand.post(completion(stream=stream), headers={"X-Request-Id": "r1"})
-    told = await trace(stand, "r1")
-    assert told.cached_tokens == CACHED_AT_PREFILL
-    assert (told.cached_device_tokens, told.remote_tokens) == (None, None)
-    calls = {
-        span.name: span.attributes["cached_tokens"] for span in told.spans if " at " in span.name
-    }
-    assert calls == {"prefill at prefill-0": CACHED_AT_PREFILL, "decode at decode-0": len(PROMPT)}
-    (line,) = lines(caplog)
-    assert f" prompt={len(PROMPT)} (cached {CACHED_AT_PREFILL}) " in line
-    # An answer that came whole says nothing of the time between its tokens.
-    assert (told.ms_per_token is not None) == ("ms/token" in line) == stream
-
-
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_prompt_that_is_to_be_echoed_stands_before_its_answer(
     stand: Stand, stream: bool
@@ -168,42 +142,6 @@ async def test_a_prompt_that_is_to_be_echoed_stands_before_its_answer(
     # Clients that ask for ids get what vLLM gives them.
     answer = await stand.post(completion(echo=True, stream=stream, return_token_ids=True))
     assert answer.texts() == {0: SCRIPT}
-
-
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_prompt_can_be_scored_without_an_answer(stand: Stand, stream: bool) -> None:
-    prefill, decode = await start_pair(stand)
-    fields = {"echo": True, "max_tokens": 0, "logprobs": 1, "stream": stream}
-    answer = await stand.post(completion(**fields))
-    assert answer.texts() == {0: PROMPT}
-    (body,) = asked(prefill) + asked(decode)
-    assert body.items() >= fields.items()
-    assert "kv_transfer_params" not in body
-    refused = await stand.post(completion(max_tokens=0))
-    assert (refused.status, refused.json()["error"]["param"]) == (400, "max_tokens")
-
-
-def test_the_work_of_an_image_does_not_grow_with_its_text() -> None:
-    def num_tokens(*sizes: int) -> int:
-        parts: list[dict[str, Any]] = [{"type": "text", "text": "What is this? " * 100}]
-        for size in sizes:
-            url = f"data:image/png;base64,{'A' * size}"
-            parts.append({"type": "image_url", "image_url": {"url": url}})
-        raw = msgspec.json.encode(chat(messages=[{"role": "user", "content": parts}]))
-        request = read_client_request(
-            CHAT,
-            raw,
-            served_model_name="tiny",
-            request_id=HttpRequestId("r"),
-            hop_id=HopId("r"),
-            headers={},
-            has_own_fields=True,
-        )
-        return request.prompts[0].num_prompt_tokens
-
-    assert 300 < num_tokens() < 500
-    assert num_tokens(1_000) == num_tokens(1_000_000) < 2_000
-    assert num_tokens(1_000, 1_000) > 2_000
 
 
 FIELDS: dict[str, Any] = {
@@ -401,6 +339,21 @@ async def test_a_lease_that_nobody_pulls_is_given_back_through_decode(stand: Sta
     assert stand.metric("pdlaunch_router_releases_total") == 1
 
 
+async def test_a_chunk_that_says_nothing_keeps_back_none_before_it(stand: Stand) -> None:
+    """The engine holds within a character; what came with its first half is told."""
+    _, decode = await start_pair(stand)
+    decode.hold_after = 3
+    request = stand.session.post("/v1/completions", json=completion(stream=True))
+    async with request as told:
+        read = b""
+        while read.count(b"data: ") < 2:
+            read += await told.content.readany()
+        assert (b'"text":"G"' in read, b'"text":"r"' in read) == (True, True)
+        decode.go.set()
+        read += await told.content.read()
+    assert read.endswith(b"data: [DONE]\n\n")
+
+
 async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None:
     """Its answer would not show whether the engine works again."""
     prefill, _, decode, broken = engines = vllm_pairs(2)
@@ -420,18 +373,3 @@ async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None
         await until(lambda: not prefill.leases)
         assert all(by_name[one.name].health.wants_try(stand.pool.clock()) for one in failed)
     assert decode.seen
-
-
-async def test_a_chunk_that_says_nothing_keeps_back_none_before_it(stand: Stand) -> None:
-    """The engine holds within a character; what came with its first half is told."""
-    _, decode = await start_pair(stand)
-    decode.hold_after = 3
-    request = stand.session.post("/v1/completions", json=completion(stream=True))
-    async with request as told:
-        read = b""
-        while read.count(b"data: ") < 2:
-            read += await told.content.readany()
-        assert (b'"text":"G"' in read, b'"text":"r"' in read) == (True, True)
-        decode.go.set()
-        read += await told.content.read()
-    assert read.endswith(b"data: [DONE]\n\n")
