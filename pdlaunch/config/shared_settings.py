@@ -95,7 +95,4 @@ class SharedSettings(FrozenModel):
         "auto",
         description="Sampling defaults of requests: `auto` takes those of the model's "
         "generation_config.json, `vllm` neutral ones.")
-    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True), NATIVE_ALONE] = Field(
-        False,
-        description="Refuse requests with unknown fields; they are ignored and named otherwise.")
     # fmt: on

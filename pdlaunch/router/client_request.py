@@ -22,7 +22,6 @@ from pdlaunch.protocol.openai.body import (
     check_num_values,
     read_json_object,
     refuse_internal_fields,
-    refuse_unknown,
 )
 from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS, StreamOptions
 from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
@@ -207,7 +206,6 @@ def read_client_request(
     request_id: HttpRequestId,
     hop_id: HopId,
     headers: dict[str, str],
-    strict_fields: bool = False,
     wants_pair: bool = False,
     has_own_fields: bool = False,
 ) -> ClientRequest:
@@ -220,8 +218,6 @@ def read_client_request(
     refuse_internal_fields(body)
     fields = _read_fields(body)
     ignored_fields = _unknown_stream_options(body)
-    if strict_fields:
-        refuse_unknown(ignored_fields, StreamOptions.model_fields)
     if fields.model not in (None, served_model_name) and not has_own_fields:
         raise model_not_found(str(fields.model), served_model_name)
     # vLLM scores a prompt that it echoes with no token of its own.

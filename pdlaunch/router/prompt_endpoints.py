@@ -103,7 +103,6 @@ class PromptEndpoints:
             request_id=request_id,
             hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
             headers=_headers_to_pass(http),
-            strict_fields=self._spec.strict_fields,
             wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
             has_own_fields=self._state.pool.has_own_fields,
         )

@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
     ),
     "PD614": Case([vllm(kv_transfer__connector="mooncake")], [vllm()]),
     "PD615": Case(
-        [vllm(strict_fields=True), on(CPU, engine_command="vllm")],
+        [vllm(generation_config="vllm"), on(CPU, engine_command="vllm")],
         [vllm(kv_cache_memory="2GiB"), on(CPU)],
     ),
     "PD616": Case([vllm(), near_vllm()], [on(CPU), vllm(decode__replicas=0), far_vllm(**TRUSTED)]),

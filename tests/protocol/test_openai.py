@@ -90,25 +90,6 @@ def test_unknown_fields_are_ignored_and_named_with_their_place() -> None:
     assert len(completion(**many).ignored_fields) == MAX_IGNORED_NAMES
 
 
-@pytest.mark.parametrize(
-    ("kind", "body", "param", "hint"),
-    [
-        (CompletionRequest, {"prompt": "x", "temprature": 1}, "temprature", "'temperature'?"),
-        (
-            ChatCompletionRequest,
-            {"messages": [{"role": "user", "content": "x", "nam": "y"}]},
-            "messages.nam",
-            "",
-        ),
-    ],
-)
-def test_strict_fields_refuse_unknown_ones(kind, body, param: str, hint: str) -> None:
-    with pytest.raises(RequestError) as caught:
-        parse_request(kind, body, public=True, strict_fields=True)
-    assert (caught.value.param, caught.value.code) == (param, "unknown_parameter")
-    assert hint in str(caught.value)
-
-
 def test_every_parameter_of_openais_client_is_known_and_hints_are_accepted() -> None:
     hints = {
         "metadata": {"a": "b"},

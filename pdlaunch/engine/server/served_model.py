@@ -57,7 +57,6 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
-    strict_fields: bool = False
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Defaults of the sampling fields that requests leave open."""
     files: dict[str, str] = field(default_factory=dict)  # digests of what was read, by name
@@ -105,7 +104,7 @@ class ServedModel:
         return wanted or min(remaining, default or remaining)
 
     def _parse(self, kind: type[B], body: dict[str, Any], *, public: bool) -> B:
-        request = parse_request(kind, body, public=public, strict_fields=self.strict_fields)
+        request = parse_request(kind, body, public=public)
         name = getattr(request, "model", None)
         if name is not None and name != self.name:
             raise model_not_found(name, self.name)
@@ -207,7 +206,6 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
         eos_token_ids=shape.eos_token_ids,
         tokenizer=TextTokenizer.load(spec.model_dir),
         chat_template=load_chat_template(spec.model_dir),
-        strict_fields=spec.strict_fields,
         defaults=defaults,
     )
     # Behind the last read: a file that others change meanwhile shows up here.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -75,13 +73,10 @@ class RequestBody(BaseModel):
         return known
 
 
-def parse_request(
-    kind: type[R], body: dict[str, Any], *, public: bool, strict_fields: bool = False
-) -> R:
+def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
     """Check ``body`` against ``kind``. Raises RequestError naming the field.
 
     ``public``: the body comes from a client of the deployment, who may not set ``INTERNAL_FIELDS``.
-    ``strict_fields``: unknown fields are refused, not ignored.
     """
     if public:
         refuse_internal_fields(body)
@@ -90,8 +85,6 @@ def parse_request(
         request = kind.model_validate(body, context=ignored)
     except ValidationError as error:
         raise _request_error(error) from None
-    if strict_fields:
-        refuse_unknown(ignored, set(kind.model_fields) - (INTERNAL_FIELDS if public else set()))
     request._ignored = tuple(ignored)
     return request
 
@@ -110,18 +103,6 @@ def refuse_internal_fields(body: dict[str, Any]) -> None:
                     param=place + name,
                     code="unsupported_parameter",
                 )
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise RequestError for the first of these names, with the most similar known one."""
-    for name in names:
-        nearest = difflib.get_close_matches(name[:100], known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise RequestError(
-            f"unknown field {name[:100]!r}{hint} (strict_fields is on)",
-            param=name[:100],
-            code="unknown_parameter",
-        )
 
 
 def read_json_object(raw: bytes) -> dict[str, Any]:

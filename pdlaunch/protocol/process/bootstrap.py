@@ -66,7 +66,6 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Opens the commands over TCP; None: commands come over the admin socket alone."""
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    strict_fields: bool = False
     kept_requests: int = 500  # ended requests that ``pdlaunch trace`` can show
     page: bool = True
     routing: RoutingLimits = RoutingLimits()
