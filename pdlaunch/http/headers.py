@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import uuid
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
 # The router tells engines the PromptOrigin, and whether a rank may have died of the prompt.
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
+MIN_TIMEOUT_S = 0.001
 TIMEOUT_HEADER = "X-Request-Timeout"  # seconds in which a client wants the whole answer
 # Tells a client which engines have served it; with ``pair`` it asks for a pair.
 ROUTE_HEADER = "X-Pdlaunch-Route"
@@ -32,6 +32,7 @@ MAX_REQUEST_ID_LENGTH = 200
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 # A name is the client's own text: only plain ones can go into a header.
 _PLAIN_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _ORIGIN = re.compile(r"([1-9][0-9]{0,18})(;suspect)?")
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
@@ -57,17 +58,19 @@ def read_timeout_s(header: str | None) -> float | None:
     """Return the seconds in which a client wants its answer. Raises RequestError."""
     if header is None:
         return None
-    try:
-        timeout_s = float(header)
-    except ValueError:
-        timeout_s = 0.0
-    if not 0 < timeout_s < math.inf:
+    timeout_s = read_seconds(header)
+    if timeout_s < MIN_TIMEOUT_S:
         raise RequestError(
-            f"{TIMEOUT_HEADER} must be a positive number of seconds, such as 2.5",
+            f"{TIMEOUT_HEADER} must be a number of seconds from {MIN_TIMEOUT_S}, such as 2.5",
             param=TIMEOUT_HEADER,
             code="invalid_value",
         )
     return timeout_s
+
+
+def read_seconds(text: str) -> float:
+    """Return a plain decimal number; -1 for any other text, such as ``1_0``, ``1e9`` or ``inf``."""
+    return float(text) if _SECONDS.fullmatch(text) else -1.0
 
 
 def read_traceparent(header: str | None) -> str | None:

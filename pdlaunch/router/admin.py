@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -25,7 +24,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
-from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.http.headers import REQUEST_ID_HEADER, read_seconds
 from pdlaunch.protocol.control import ChangeEngines, RefusalCode, Restart, SetDrained
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
@@ -284,11 +283,8 @@ def _engines_named(http: web.Request) -> list[str]:
 
 
 def _read_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
+    seconds = read_seconds(text)
+    if seconds < 0:
         message = f"timeout_s: {text[:100]!r} is no number of seconds"
         raise RequestError(message, param="timeout_s", code="invalid_timeout")
     return seconds

@@ -314,7 +314,7 @@ def too_late(route: Route, left_s: float) -> OverloadedError:
     """Return the error for a request whose client wants the answer before the queue is done."""
     late_s = math.ceil(min(route.wait_s - left_s, MAX_RETRY_AFTER_S))
     return OverloadedError(
-        f"the {left_s:.2f} s that are left cannot be met: prompts before this one take "
+        f"the {max(left_s, 0.0):.2f} s that are left cannot be met: prompts before this one take "
         f"{route.wait_s:.2f} s at {route.engines[0].name}",
         status=503,
         retry_after_s=max(RETRY_AFTER_S, late_s),

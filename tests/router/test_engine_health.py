@@ -136,7 +136,9 @@ async def test_a_deadline_ends_a_request_that_was_begun(stand: Stand) -> None:
     await asyncio.wait_for(engine.aborted.wait(), 60)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "inf", "nan", ""])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "soon", "inf", "nan", "", "1_0", "1e-9", "0.0001", "\u0661"]
+)
 async def test_a_timeout_that_is_none_is_refused(stand: Stand, value: str) -> None:
     await stand.start(decodes(1))
     answer = await stand.post(completion(), headers={"X-Request-Timeout": value})
