@@ -85,22 +85,25 @@ def test_a_network_device_carries_what_its_driver_tells(tmp_path: Path) -> None:
     assert found.text == "eth0 with 100 Gbit/s"
 
 
-def test_a_device_upon_others_is_as_real_as_they(tmp_path: Path) -> None:
-    network(tmp_path, "bond0", "50000", is_real=False)
-    (tmp_path / "bond0" / "lower_eth0").mkdir()
-    assert over_network("bond0", tmp_path, tmp_path / "no").gigabytes_per_s == 6.25
-
-
 @pytest.mark.parametrize(
-    ("speed", "is_real", "reason"),
-    [("-1", True, "does not tell"), ("", True, "does not tell"), ("10000", False, "is virtual")],
+    ("speed", "is_real", "below", "says"),
+    [
+        ("50000", False, "lower_eth0", "50 Gbit/s"),  # a device upon others is as real as they
+        ("-1", True, "", "does not tell"),
+        ("", True, "", "does not tell"),
+        # Each pair of virtual Ethernet says 10 Gbit/s, which is nobody's speed.
+        ("10000", False, "", "virtual device"),
+    ],
 )
-def test_devices_that_do_not_tell(tmp_path: Path, speed: str, is_real: bool, reason: str) -> None:
-    """Each pair of virtual Ethernet says 10 Gbit/s, which is nobody's speed."""
-    network(tmp_path, "eth0", speed, is_real=is_real)
-    found = over_network("eth0", tmp_path, tmp_path / "no")
-    assert found.gigabytes_per_s is None
-    assert reason.replace("is virtual", "virtual device") in found.text
+def test_what_devices_tell(
+    tmp_path: Path, speed: str, is_real: bool, below: str, says: str
+) -> None:
+    network(tmp_path, "bond0", speed, is_real=is_real)
+    if below:
+        (tmp_path / "bond0" / below).mkdir()
+    found = over_network("bond0", tmp_path, tmp_path / "no")
+    assert (found.gigabytes_per_s == 6.25) is bool(below)
+    assert says in found.text
 
 
 def test_rdma_goes_past_the_network_device(tmp_path: Path) -> None:

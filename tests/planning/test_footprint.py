@@ -1,4 +1,4 @@
-"""The footprint of a rank against the rooms that allocate."""
+"""The footprint and the step time of a rank, against the rooms that allocate and compute."""
 
 from dataclasses import replace
 
@@ -11,40 +11,34 @@ from pdlaunch.engine.kvcache.manager import KVCacheManager
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
 HYBRID = (512, 512, 512, 512, 512, None) * 4 + (512, 512)
+UNKNOWN = on(CPU, shapes=(None, None)).engines["prefill"]
 
 
 @given(
     windows=st.lists(st.sampled_from([None, 64, 100, 512]), min_size=1, max_size=12),
     block_size=st.sampled_from([1, 16, 24, 128]),
-    max_model_len=st.integers(1, 4000),
+    length=st.integers(1, 4000),
 )
-def test_blocks_are_those_of_the_kv_cache(windows, block_size, max_model_len):
+def test_blocks_are_those_of_the_kv_cache(windows, block_size, length):
     shape = replace(SMALL_SHAPE, num_layers=len(windows), layer_windows=tuple(windows))
-    engine = on(
-        CPU,
-        shapes=(shape, shape),
-        block_size=block_size,
-        max_model_len=max_model_len,
-        dtype="float32",
-    ).engines["prefill"]
-    needed = engine.footprint
+    settings = {"block_size": block_size, "max_model_len": length, "dtype": "float32"}
+    needed = on(CPU, shapes=(shape, shape), **settings).engines["prefill"].footprint
     groups = make_groups(windows)
     layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, block_size, 4)
     assert needed.block_bytes == layout.block_bytes
-    assert needed.num_blocks_for_longest == KVCacheManager(groups, 1, block_size).min_blocks(
-        max_model_len
-    )
+    blocks = KVCacheManager(groups, 1, block_size).min_blocks(length)
+    assert needed.num_blocks_for_longest == blocks
 
 
 @pytest.mark.parametrize("tp_size", [1, 3, 9])
 def test_weights_of_all_ranks_cover_the_model(tp_size):
     engine = on(CPU, dtype="float32", prefill__tensor_parallel_size=tp_size).engines["prefill"]
-    assert engine.footprint.weight_bytes * tp_size >= SMALL_SHAPE.num_parameters * 4
-    assert engine.footprint.weight_bytes <= SMALL_SHAPE.num_parameters * 4
+    whole = SMALL_SHAPE.num_parameters * 4
+    assert whole / tp_size <= engine.footprint.weight_bytes <= whole
 
 
-def test_unknown_models_have_no_footprint():
-    assert on(CPU, shapes=(None, None)).engines["prefill"].footprint is None
+def test_of_unknown_models_nothing_is_known():
+    assert (UNKNOWN.footprint, UNKNOWN.least_step_s) == (None, None)
 
 
 @given(kv_mib=st.integers(1, 2000))
@@ -61,31 +55,41 @@ def test_the_longest_request_is_the_longest_that_fits(kv_mib):
     assert fits == SHAPE.max_position_embeddings or needs(fits + 16) > kv_bytes
 
 
-@given(
-    prefill=st.tuples(st.integers(1, 5), st.integers(1, 4)),
-    decode=st.tuples(st.integers(1, 5), st.integers(1, 4)),
-    num_gpus=st.integers(1, 8),
-)
+SIDES = st.tuples(st.integers(1, 5), st.integers(1, 4))
+
+
+@given(prefill=SIDES, decode=SIDES, num_gpus=st.integers(1, 8))
 def test_ranks_are_dealt_as_the_supervisor_places_them(prefill, decode, num_gpus):
-    machine = replace(GPU, gpus=GPU.gpus[:num_gpus])
-    context = on(
-        machine,
-        prefill__replicas=prefill[0],
-        prefill__tensor_parallel_size=prefill[1],
-        decode__replicas=decode[0],
-        decode__tensor_parallel_size=decode[1],
-    )
+    names = ("replicas", "tensor_parallel_size")
+    config = {f"prefill__{name}": value for name, value in zip(names, prefill, strict=True)}
+    config |= {f"decode__{name}": value for name, value in zip(names, decode, strict=True)}
+    context = on(replace(GPU, gpus=GPU.gpus[:num_gpus]), **config)
     order = ["prefill"] * (prefill[0] * prefill[1]) + ["decode"] * (decode[0] * decode[1])
-    expected = {gpu: order[gpu::num_gpus] for gpu in range(num_gpus)}
-    dealt = {
-        gpu: [e.role for e in context.engines.values() for _ in range(e.num_ranks_on(gpu))]
-        for gpu in range(num_gpus)
-    }
-    assert dealt == expected
+    for gpu in range(num_gpus):
+        dealt = [e.role for e in context.engines.values() for _ in range(e.num_ranks_on(gpu))]
+        assert dealt == order[gpu::num_gpus]
     placed = [
-        (index, engine.engines.role)
+        (engine.engines.role, index)
         for engine in context.launch.engines
         for index in engine.device_indices
     ]
-    assert [role for _, role in placed] == order
-    assert [index for index, _ in placed] == [rank % num_gpus for rank in range(len(order))]
+    assert placed == [(role, rank % num_gpus) for rank, role in enumerate(order)]
+
+
+def step_s(machine, **settings):
+    return on(machine, shapes=(SHAPE, SHAPE), **settings).engines["prefill"].least_step_s
+
+
+def test_a_step_takes_two_operations_for_each_weight_of_a_layer_and_token():
+    embeddings = 2 * SHAPE.vocab_size * SHAPE.hidden_size
+    operations = 2 * (SHAPE.num_parameters - embeddings) * 512
+    slow = step_s(CPU, dtype="float32")
+    assert slow == pytest.approx(operations / (CPU.num_cpus // 2 * 100e9))
+    assert step_s(CPU, dtype="bfloat16") == pytest.approx(slow / 10)
+    assert step_s(CPU, dtype="float32", num_threads=16) == pytest.approx(slow / 2)
+    assert step_s(CPU, dtype="float32", max_num_batched_tokens=64) == pytest.approx(slow / 8)
+    assert step_s(CPU, dtype="float32", max_model_len=1) == pytest.approx(slow / 8)
+    assert step_s(GPU, prefill__tensor_parallel_size=2) == pytest.approx(step_s(GPU) / 2)
+    # An emulated type is no faster than float32.
+    emulating = replace(CPU, has_native_bf16=False)
+    assert step_s(emulating, dtype="bfloat16") == step_s(emulating, dtype="float32")
