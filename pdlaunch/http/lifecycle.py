@@ -43,8 +43,8 @@ class Supervised:
         loop = asyncio.get_running_loop()
         self.bootstrap = bootstrap
         self.context = SecureContext(bootstrap.keys)
+        # An error is the reason why this process cannot go on.
         self.inbox: asyncio.Queue[FromSupervisor | PdlaunchError] = asyncio.Queue()
-        """The supervisor's message; an error is the reason why this process cannot go on."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_registered = False
 
@@ -75,8 +75,7 @@ class Supervised:
     ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
-        ``capabilities``: in place of the bootstrap's. ``side_channel``: that of an engine without
-        ranks of ours. ``listens``: see ``Register``. A second call replaces the first.
+        ``side_channel``: of an engine without ranks of ours. A second call replaces the first.
         """
         self.send(
             Register(

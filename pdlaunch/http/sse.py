@@ -58,7 +58,6 @@ class ClientStream:
         return self.response.prepared
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
-        """Add headers to those of the answer, which has not begun."""
         self.response.headers.update(headers)
 
     async def write(self, event: bytes) -> None:

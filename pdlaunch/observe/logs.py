@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 LogFormat = Literal["text", "json"]
+# The ``extra`` of a record that returns, when called, what stands beside its message in JSON.
 FIELDS = "fields"
-"""The ``extra`` of a record that returns, when called, what stands beside its message in JSON."""
 
 _current_request: ContextVar[str] = ContextVar("pdlaunch_request", default="")
 
@@ -30,51 +30,35 @@ def escape_controls(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-class _LineFormatter(logging.Formatter):
-    """Writes ``2026-01-31T12:00:00.123Z INFO prefill-0 pdlaunch.router.app [request-id] text``."""
+class _Formatter(logging.Formatter):
+    """Writes a JSON object a line, or
+    ``2026-01-31T12:00:00.123Z INFO prefill-0 pdlaunch.router.app [request-id] text``.
+    """
 
-    def __init__(self, process: str) -> None:
+    def __init__(self, process: str, form: LogFormat) -> None:
         super().__init__()
         self._process = process
+        self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        request_id = _current_request.get()
-        place = f"{record.name} [{request_id}]" if request_id else record.name
-        line = escape_controls(
-            f"{_time(record)} {record.levelname} {self._process} {place} {record.getMessage()}"
-        )
-        if not record.exc_info:
-            return line
-        trace = self.formatException(record.exc_info).split("\n")
-        return "\n".join([line, *map(escape_controls, trace)])
-
-
-class _JsonFormatter(logging.Formatter):
-    """Writes one JSON object a line."""
-
-    def __init__(self, process: str) -> None:
-        super().__init__()
-        self._process = process
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": _time(record),
+        second = datetime.fromtimestamp(int(record.created), UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        time, request_id = f"{second}.{int(record.msecs):03d}Z", _current_request.get()
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._form == "text":
+            place = f"{record.name} [{request_id}]" if request_id else record.name
+            line = f"{time} {record.levelname} {self._process} {place} {record.getMessage()}"
+            return "\n".join(map(escape_controls, [line, *trace.splitlines()]))
+        fields = {
+            "time": time,
             "level": record.levelname,
             "process": self._process,
             "logger": record.name,
             "message": record.getMessage(),
+            "request_id": request_id,
+            "exception": trace,
         }
-        if request_id := _current_request.get():
-            line["request_id"] = request_id
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        fields = getattr(record, FIELDS, dict)
-        return json.dumps(line | fields())
-
-
-def _time(record: logging.LogRecord) -> str:
-    second = datetime.fromtimestamp(int(record.created), UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{second}.{int(record.msecs):03d}Z"
+        known = {name: value for name, value in fields.items() if value or name == "message"}
+        return json.dumps(known | getattr(record, FIELDS, dict)())
 
 
 def setup_logging(
@@ -94,7 +78,7 @@ def setup_logging(
         if file is None
         else logging.FileHandler(file, encoding="utf-8")
     )
-    handler.setFormatter(_JsonFormatter(process) if form == "json" else _LineFormatter(process))
+    handler.setFormatter(_Formatter(process, form))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)

@@ -25,10 +25,9 @@ MAX_SPANS = 128  # spans of its own that one process keeps for one request; furt
 QUEUE = "queue"  # names the wait for a place in the batch
 PREFILL = "prefill"  # names what one step computes of a prompt; ``tokens`` says how many
 PULL = "pull"  # names a pull, from when its lease was known: ``bytes``, ``gb_s``, ``verified``
+# Names the instant at which a request gets into the batch: ``device_tokens``, ``host_tokens`` and
+# ``remote_tokens`` of its prompt are not computed here.
 SEATED = "seated"
-"""Names the instant at which a request gets into the batch: ``device_tokens``, ``host_tokens`` and
-``remote_tokens`` of its prompt are not computed here.
-"""
 
 
 class Span(msgspec.Struct):
@@ -38,8 +37,8 @@ class Span(msgspec.Struct):
     start_at: float  # seconds on the clock of whoever holds it
     end_at: float
     attributes: dict[str, Attribute] = {}
+    # Name by which its holder calls the process; empty for itself. Nested: decode-0/rank-0.
     process: str = ""
-    """Name by which its holder calls the process; empty for itself. Nested: decode-0/rank-0."""
 
     @property
     def duration_s(self) -> float:
@@ -86,17 +85,16 @@ class SpanLog:
         self, name: str, start_at: float, end_at: float | None = None, /, **attributes: Attribute
     ) -> None:
         """Add a span that ended at ``end_at``, or now. Attributes that are None are left out."""
-        if len(self.spans) < MAX_SPANS:
-            end_at = self.clock() if end_at is None else end_at
-            known: dict[str, Attribute] = {
-                key: value for key, value in attributes.items() if value is not None
-            }
-            self.spans.append(Span(name, start_at, end_at, known))
-        else:
+        if len(self.spans) >= MAX_SPANS:
             self.num_dropped += 1
+            return
+        known: dict[str, Attribute] = {
+            key: value for key, value in attributes.items() if value is not None
+        }
+        end_at = self.clock() if end_at is None else end_at
+        self.spans.append(Span(name, start_at, end_at, known))
 
     def mark(self, name: str, /, **attributes: Attribute) -> None:
-        """Add an instant: now."""
         now_at = self.clock()
         self.add(name, now_at, now_at, **attributes)
 

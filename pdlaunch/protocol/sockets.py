@@ -39,17 +39,6 @@ def new_launch_keys(*, with_certificate: bool = False) -> LaunchKeys:
     return LaunchKeys(public.decode(), secret.decode(), secrets.token_urlsafe(32), certificate)
 
 
-class _Admitted:
-    """Provides the authenticator with the public keys that may connect."""
-
-    def __init__(self, public: str) -> None:
-        self.publics = {public.encode()}
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        # Found by a hash with a secret of this process, the time does not tell what nearly matched.
-        return key in self.publics
-
-
 class SecureContext:
     """Makes ZMQ sockets that are closed to strangers; one for each process.
 
@@ -67,14 +56,17 @@ class SecureContext:
         self.zmq: zmq.Context[Any] = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.zmq)
         self._authenticator.start()
-        self._admitted = _Admitted(self._peer)
-        self._authenticator.configure_curve_callback(
-            domain="*", credentials_provider=self._admitted
-        )
+        self._admitted = {self._peer.encode()}
+        self._authenticator.configure_curve_callback(domain="*", credentials_provider=self)
 
     def admit(self, public: str) -> None:
         """Let the owner of this key pair connect too; any thread may call it."""
-        self._admitted.publics.add(public.encode())
+        self._admitted.add(public.encode())
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Tell the authenticator whether the owner of this public key may connect."""
+        # Found by a hash with a secret of this process, the time does not tell what nearly matched.
+        return key in self._admitted
 
     def listen(
         self, kind: int, endpoint: str, *, socket_class: type | None = None

@@ -35,14 +35,12 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 LISTEN_BACKLOG = 1024
+# Some systems allow a billion, which slows down programs that walk over all.
 MAX_OPEN_FILES = 65_536
-"""Some systems allow a billion, which slows down programs that walk over all."""
 _PR_SET_PDEATHSIG = 1
 
 
 class RoutingLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the settings of ``routing``."""
-
     policy: RoutingPolicy = "load"
     max_ttft_s: float | None = None
     max_itl_s: float | None = None
@@ -62,8 +60,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int
     request_timeout_s: float
     drain_timeout_s: float
-    admin_api_key: str | None = None
-    """Opens the commands over TCP; None: commands come over the admin socket alone."""
+    admin_api_key: str | None = None  # none: commands come over the admin socket alone
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     kept_requests: int = 500  # ended requests that ``pdlaunch trace`` can show
@@ -98,8 +95,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     log_format: LogFormat = "text"
     engine_json: str | None = None  # ``EngineSpec`` of servers and ranks
+    # Other routers send it to servers; the launch's own sends it to engines without the token.
     engine_api_key: str | None = None
-    """Other routers send it to servers; the launch's own sends it to engines without the token."""
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     router: RouterSpec | None = None
     door: DoorSpec | None = None
@@ -142,11 +139,8 @@ def leave_ends_to_supervisor() -> None:
 
 
 def die_with_parent() -> None:
-    """Make sure that this process ends with its parent, in two ways.
-
-    The kernel sends a signal at the parent's death; the end of standard input covers the time
-    before that is set.
-    """
+    """Make sure that this process ends with its parent."""
+    # In two ways: the end of standard input covers the time before the kernel knows.
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = sys.stdin.fileno()
