@@ -25,7 +25,7 @@ from pdlaunch.errors import ConfigError
 ENTRY_POINT_GROUP = "pdlaunch.connectors"
 
 KVPath = Literal["auto", "nixl", "p2p"]
-MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
+MooncakeProtocol = Literal["tcp", "rdma"]
 RankDevice = Literal["cpu", "cuda"]
 Environ = Mapping[str, str]
 
@@ -185,17 +185,12 @@ class MooncakeSettings(ConnectorSettings):
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
     ) -> dict[str, str]:
         """Return Mooncake's variables: it picks a transport by what it finds, if it is not told."""
-        transports: dict[MooncakeProtocol, dict[str, str]] = {
-            "tcp": {"MC_FORCE_TCP": "1"},
-            "rdma": {},
-            "nvlink": {"MC_INTRA_NVLINK": "1"},
-        }
         defaults = {
             # A call that gives up by its own time-out leaves its write under way: only the
             # transport's time-outs end one.
             "MC_TRANSFER_TIMEOUT": "3600",
             "MC_LOG_LEVEL": "WARNING",
-            **transports[self.protocol],
+            **({"MC_FORCE_TCP": "1"} if self.protocol == "tcp" else {}),
         }
         if network is not None:
             first, _, last = network.ports.partition("-")

@@ -152,10 +152,9 @@ class SourceRank:
     """Names a prefill rank that a decode rank turns to, and what it reads there."""
 
     tp_rank: int  # TP rank within the prefill engine
+    # Global indices of the KV heads to pull. Empty: only begin and end the pull, so that the lease
+    # there ends.
     heads: range
-    """Global indices of the KV heads to pull. Empty: only begin and end the pull, so that the lease
-    there ends.
-    """
     num_decode_ranks: int  # decode ranks of one reader that turn to this prefill rank
 
 
@@ -214,8 +213,6 @@ def map_sources(
 
 @dataclass(frozen=True, slots=True)
 class DecodeSetup:
-    """Holds what all peers and pulls of this rank share."""
-
     identity: RankIdentity  # this rank
     compatibility: Compatibility
     memory: LocalMemory
@@ -229,9 +226,6 @@ class DecodeSetup:
     emit: Callable[[PullFinished | PullDrained], None]
 
     def sources(self, prefill_tp_size: int) -> tuple[SourceRank, ...]:
-        """Return the ranks of an engine that this rank pulls from. Raises HandshakeError when the
-        TP sizes do not fit.
-        """
         return map_sources(
             num_kv_heads=self.compatibility.num_kv_heads,
             prefill_tp_size=prefill_tp_size,

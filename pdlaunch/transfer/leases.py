@@ -57,37 +57,30 @@ logger = logging.getLogger(__name__)
 # Other users of ``lease_s``: heartbeats, four in that time (``pull``); PD107, because pulls must
 # end sooner; engines of vLLM, in whole seconds; routers, which hand blocks of such engines over
 # within half of it. Sleep waits for the last.
+# A lease lives at most this many times ``lease_s``, however often it is extended: heartbeats of a
+# reader that never ends must not hold blocks for good.
 MAX_EXTENSIONS = 20
-"""A lease lives at most this many times ``lease_s``, however often it is extended: heartbeats of a
-reader that never ends must not hold blocks for good.
-"""
 MAX_OPEN_READERS = 4096  # pulls of one lease that may be open at once
 MAX_PAST_LEASES = 4096  # ended leases whose ids are still known
+# A rank hears of a lease at most this long after its readers do. Questions that come later, or
+# about a lease that never was, are refused.
 GRANT_LAG_S = 2.0
-"""A rank hears of a lease at most this long after its readers do. Questions that come later, or
-about a lease that never was, are refused.
-"""
 MAX_WAITING = 4096  # questions that may wait; further ones are answered at once
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """Keeps one finished request's blocks on this rank."""
-
     grant: GrantLease
     deadline_at: float
     last_at: float  # no extension goes beyond
+    # Checksums of the blocks of all groups, one group after another; None until they are asked for.
     checksums: Checksums | None = None
-    """Checksums of the blocks of all groups, one group after another; None until they are asked
-    for.
-    """
+    # Pulls that have begun and not ended, with their number of decode ranks.
     open_readers: dict[ReaderId, int] = field(default_factory=dict)
-    """Pulls that have begun and not ended, with their number of decode ranks."""
     served_readers: set[ReaderId] = field(default_factory=set)  # pulls that have ended
+    # Readers that have ended; one of the k decode ranks of a reader counts 1/k: as fractions,
+    # because thirds must add up to exactly one.
     served: Fraction = Fraction(0)
-    """Readers that have ended; one of the k decode ranks of a reader counts 1/k: as fractions,
-    because thirds must add up to exactly one.
-    """
     cancelled: bool = False
 
     @property
@@ -103,22 +96,17 @@ class Lease:
 
 
 class LeaseTable:
-    """Keeps the living leases of one rank."""
-
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._leases: dict[LeaseId, Lease] = {}
+        # Ids of the latest leases that have ended, the oldest first.
         self._past: dict[LeaseId, None] = {}
-        """Ids of the latest leases that have ended, the oldest first."""
         self._ended: list[LeaseEnded] = []
 
     def __len__(self) -> int:
         return len(self._leases)
 
     def grant(self, grant: GrantLease) -> Lease:
-        """Take over the blocks of a finished request. Raises LeaseError if its id still has a
-        lease.
-        """
         lease_id, lease_s, now = grant.lease_id, grant.lease_s, self._clock()
         if lease_id in self._leases:
             raise LeaseError(f"request {lease_id} has a lease already")
@@ -129,7 +117,6 @@ class LeaseTable:
         return lease
 
     def knows(self, lease_id: LeaseId) -> bool:
-        """Return whether the lease exists, or ended recently."""
         return lease_id in self._leases or lease_id in self._past
 
     def living(self, lease_id: LeaseId) -> Lease:
@@ -167,30 +154,22 @@ class LeaseTable:
         return lease
 
     def heartbeat(self, lease_id: LeaseId, reader: ReaderId) -> float:
-        """Extend the lease of a pull that is pending, and return the remaining seconds. Raises
-        LeaseError.
-        """
         lease = self.opened(lease_id, reader)
         self._extend(lease)
         return self.remaining_s(lease)
 
     def end(self, lease_id: LeaseId, reader: ReaderId) -> None:
-        """End a pull. Raises LeaseError."""
         lease = self.opened(lease_id, reader)
         lease.served += Fraction(1, lease.open_readers.pop(reader))
         lease.served_readers.add(reader)
         self._end_if_done(lease)
 
     def cancel(self, lease_id: LeaseId) -> None:
-        """End a lease that nobody needs any more, now or with its last open pull. Unknown ids are
-        ignored.
-        """
         if (lease := self._leases.get(lease_id)) is not None:
             lease.cancelled = True
             self._end_if_done(lease)
 
     def expire(self) -> None:
-        """End the leases whose deadline has passed."""
         now = self._clock()
         for lease in [lease for lease in self._leases.values() if lease.deadline_at <= now]:
             self._end(lease, "expired")
@@ -263,17 +242,15 @@ class PrefillSide:
         ``send`` gets the identity of the socket that asked.
         """
         self.leases = LeaseTable(clock)
+        # Name and incarnation of every decode rank that has shaken hands.
         self.known_ranks: set[tuple[str, int]] = set()
-        """Name and incarnation of every decode rank that has shaken hands."""
         self._card = card
         self._hasher = hasher
         self._connector = connector
         self._send = send
         self._clock = clock
-        self._unhashed: list[Lease] = []
-        """New leases whose checksums are not asked for yet."""
-        self._waiting: list[_Question] = []
-        """Questions that cannot be answered yet."""
+        self._unhashed: list[Lease] = []  # new leases whose checksums are not asked for yet
+        self._waiting: list[_Question] = []  # questions that cannot be answered yet
         self._writes: list[tuple[_Question, Future[None]]] = []
 
     def execute(self, command: PrefillCommand) -> None:

@@ -46,10 +46,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
+# The back-off has reached its longest by then, and no number overflows however long a peer is away.
 MAX_DOUBLINGS = 10
-"""The back-off has reached its longest by then, and no number overflows however long a peer is
-away.
-"""
 
 State = Literal["idle", "asking", "probing", "ready", "waiting", "incompatible", "lost"]
 _identity_of = attrgetter("engine_id", "incarnation", "tp_rank", "tp_size", "address.side_channel")
@@ -61,38 +59,32 @@ class Peer:
     def __init__(self, entry: Entry, setup: DecodeSetup) -> None:
         self.entry = entry
         self.name = entry.name
-        self.path = ""
-        """The path of its READs; empty before the first handshake."""
-        self.error = "no handshake yet"
-        """The reason why it is not ready."""
+        self.path = ""  # the path of its READs; empty before the first handshake
+        self.error = "no handshake yet"  # the reason why it is not ready
         self.state: State = "idle"
         self.channel: DecodeSocket | None = None
+        # Instant at which ``advance`` has something to do, READs and messages aside.
         self.deadline_at: float | None = None
-        """Instant at which ``advance`` has something to do, READs and messages aside."""
         self._setup = setup
         self._call_ids = itertools.count(1)
+        # Receivers of answers, by call_id.
         self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
-        """Receivers of answers, by call_id."""
         self._geometry: Geometry | None = None
+        # The ways to read it, as its connector offers them.
         self._paths: Mapping[str, Connection | TransferError] = {}
-        """The ways to read it, as its connector offers them."""
-        self._connection: Connection | None = None
-        """The way that is used."""
-        self._reads: dict[Read, float] = {}
-        """READs that are not released, and when they started."""
+        self._connection: Connection | None = None  # the way that is used
+        self._reads: dict[Read, float] = {}  # READs that are not released, and when they started
+        # READs that the prefill rank was asked to write, by call_id.
         self._pushed: dict[int, Read] = {}
-        """READs that the prefill rank was asked to write, by call_id."""
         self._trial: Generator[None, None, list[PathFigure]] | None = None
+        # READs of its scratch, each with the memory that it may still write to. The last one is the
+        # trial's, while that goes on; the others were given up.
         self._probes: list[tuple[Read, torch.Tensor]] = []
-        """READs of its scratch, each with the memory that it may still write to. The last one is
-        the trial's, while that goes on; the others were given up.
-        """
         self._asked_at = 0.0
         self._num_failures = 0
 
     @property
     def is_connecting(self) -> bool:
-        """Return whether somebody needs this peer, and it may still become ready."""
         return self.state in ("asking", "probing", "waiting")
 
     @property
@@ -101,7 +93,6 @@ class Peer:
 
     @property
     def geometry(self) -> Geometry:
-        """Return how its blocks lie; only of a peer that is ready."""
         assert self._geometry is not None
         return self._geometry
 
@@ -153,7 +144,6 @@ class Peer:
         self.channel.send(build(call_id))
 
     def read(self, blocks: BlockRead, lease_id: LeaseId, reader: ReaderId) -> Read:
-        """Raise TransferError."""
         assert self._connection is not None
         self._check_channel()
         read = self._connection.read(blocks)
@@ -161,7 +151,6 @@ class Peer:
         return read
 
     def release(self, read: Read) -> None:
-        """Free a READ that has ended."""
         read.release()
         del self._reads[read]
         self._probes = [probe for probe in self._probes if probe[0] is not read]
@@ -180,7 +169,6 @@ class Peer:
             self._pushed.clear()
 
     def _read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        """Raise TransferError."""
         connection = self._paths[path]
         if isinstance(connection, TransferError):
             raise connection
@@ -395,12 +383,10 @@ class PeerTable:
         """``eager``: shake hands with every prefill rank as soon as the registry shows it, not at
         the first pull.
         """
-        self.peers: dict[str, Peer] = {}
-        """The ranks in the registry, by name."""
+        self.peers: dict[str, Peer] = {}  # the ranks in the registry, by name
         self._setup = setup
         self._eager = eager
-        self._gone: list[Peer] = []
-        """Lost peers with pending READs."""
+        self._gone: list[Peer] = []  # lost peers with pending READs
 
     def update(self, entries: Iterable[Entry]) -> None:
         own = self._setup.identity.engine
@@ -432,7 +418,6 @@ class PeerTable:
                 self.peers[name].want()
 
     def lose_all(self, reason: str) -> None:
-        """Lose every peer, until the next update."""
         for peer in self.all():
             peer.lose(reason)
         self._gone.extend(self.peers.values())

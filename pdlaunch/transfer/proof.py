@@ -18,8 +18,6 @@ from pdlaunch.transfer.integrity.checksum import ChecksumArray
 
 
 class PullFailed(TransferError):
-    """Says why a pull cannot go on."""
-
     def __init__(self, message: str, *, verification: bool = False, late: bool = False) -> None:
         super().__init__(message)
         self.verification = verification
@@ -35,10 +33,8 @@ class ReadPlan:
     """Names the blocks of one READ, and where their checksums are among the stated ones."""
 
     blocks: BlockRead
-    places: list[slice]
-    """For each KV cache group the places of its blocks in the lease's list."""
-    num_leased: list[int]
-    """For each KV cache group the number of blocks under lease."""
+    places: list[slice]  # for each KV cache group the places of its blocks in the lease's list
+    num_leased: list[int]  # for each KV cache group the number of blocks under lease
 
     def check(self, stated: Sequence[bytes], num_heads: int, found: ChecksumArray) -> None:
         """Compare the checksums that the prefill rank states, which has ``num_heads``, with those

@@ -53,10 +53,9 @@ from pdlaunch.transfer.proof import PullFailed, ReadFailed, ReadPlan, plan_read
 
 logger = logging.getLogger(__name__)
 
+# A question without an answer is asked again after this time: a connection between two hosts may
+# break unnoticed.
 REPEAT_S = 5.0
-"""A question without an answer is asked again after this time: a connection between two hosts may
-break unnoticed.
-"""
 HEARTBEATS_A_LEASE = 4
 Question = type[PullBegin | StateChecksums | PullHeartbeat | PullEnd]
 
@@ -69,20 +68,15 @@ class Share:
     ) -> None:
         self.name = peer.name
         self.peer = peer
-        self.is_proven = False
-        """The blocks have arrived and are proven."""
+        self.is_proven = False  # the blocks have arrived and are proven
         self.num_retries = 0
-        self.num_bytes = 0
-        """Size of the latest READ."""
-        self.read_s = 0.0
-        """Duration of that READ, as exactly as the connector knows."""
-        self.ended_at: float | None = None
-        """Instant at which it was over; None before."""
+        self.num_bytes = 0  # size of the latest READ
+        self.read_s = 0.0  # duration of that READ, as exactly as the connector knows
+        self.ended_at: float | None = None  # instant at which it was over; None before
         self.verification_failed = False
+        # Deadline for telling the prefill rank of the end; None before the end, and once it is
+        # told.
         self.tells_until_at: float | None = None
-        """Deadline for telling the prefill rank of the end; None before the end, and once it is
-        told.
-        """
         self._command = command
         self._source = source
         self._setup = setup
@@ -91,22 +85,20 @@ class Share:
         digest = hashlib.sha256(command.pull_id.encode()).hexdigest()
         identity = setup.identity
         self._reader = ReaderId(f"{identity.engine_id}/{identity.tp_rank}/{digest}")
+        # Questions that want an answer, in their order, and when each is asked next.
         self._ask_at: dict[Question, float] = {}
-        """Questions that want an answer, in their order, and when each is asked next."""
-        self._read: Read | None = None
-        """The READ that may still write to the blocks."""
+        self._read: Read | None = None  # the READ that may still write to the blocks
         self._started_at = 0.0
         self._heartbeat_s = 0.0
+        # Instant until which the lease is known to hold; None before there was one.
         self._held_until_at: float | None = None
-        """Instant until which the lease is known to hold; None before there was one."""
+        # Instants at which the last heartbeat, and the last one that was answered, were sent.
         self._heartbeat_sent_at = self._heartbeat_answered_at = 0.0
-        """Instants at which the last heartbeat, and the last one that was answered, were sent."""
         self._refusal = ""
         self._begin()
 
     @property
     def in_flight(self) -> bool:
-        """Return whether a READ may still write to the blocks."""
         return self._read is not None
 
     @property
@@ -129,7 +121,6 @@ class Share:
         return min(self._ask_at.values(), default=None) if self.peer.state == "ready" else None
 
     def advance(self) -> None:
-        """Do what can be done now; never waits. Raises PullFailed."""
         if self.peer.is_gone:
             raise PullFailed(f"{self.name}: {self.peer.error}")
         if self._refusal:
@@ -182,7 +173,6 @@ class Share:
             self._release(self._read)
 
     def _begin(self) -> None:
-        """Begin, or begin again: the READ is over and writes no more."""
         self._lease: PullReply | None = None
         self._plan: ReadPlan | None = None
         self._stated: list[bytes] | None = None
@@ -195,7 +185,6 @@ class Share:
             self._ask_at[StateChecksums] = now
 
     def _ask(self) -> None:
-        """Send the questions that are due."""
         now = self._setup.clock()
         for kind, at in list(self._ask_at.items()):
             if at <= now:
@@ -315,9 +304,6 @@ class Share:
             self._found = self._setup.hasher.start(blocks.local_blocks, heads)
 
     def _has_held(self, ended_at: float) -> bool:
-        """Return whether the lease is known to have held throughout the READ. Raises PullFailed
-        when it has not.
-        """
         if self._setup.hasher is None and self._heartbeat_answered_at < ended_at:
             if self._heartbeat_sent_at < ended_at:
                 self._ask_at[PullHeartbeat] = self._setup.clock()
@@ -328,9 +314,6 @@ class Share:
         return True
 
     def _is_right(self) -> bool:
-        """Return whether all bytes are known to be right. Raises VerificationError when some are
-        wrong.
-        """
         if self._setup.hasher is None or self._found is None:
             return True
         # A READ may end first: the prefill rank begins its checksums once it has answered.
@@ -374,7 +357,6 @@ class Pull:
 
     @property
     def closed(self) -> bool:
-        """Return whether nothing is left to do or to wait for."""
         owes_end = any(share.tells_until_at is not None for share in self._shares)
         return not self.holds_blocks and not owes_end
 
@@ -398,7 +380,6 @@ class Pull:
             self._finish(PullFailed("cancelled"))
 
     def advance(self) -> None:
-        """Do what can be done now; never waits."""
         if self._finished:
             for share in self._shares:
                 share.settle()
@@ -452,8 +433,6 @@ class Pull:
 
 
 class PullTable:
-    """Starts, drives and cancels pulls."""
-
     def __init__(self, setup: DecodeSetup, peers: PeerTable) -> None:
         self._setup = setup
         self._peers = peers
@@ -464,9 +443,6 @@ class PullTable:
 
     @property
     def hold_blocks(self) -> bool:
-        """Return whether blocks of this rank belong to a pull. If not, pulls may still have to tell
-        prefill ranks of their end.
-        """
         return any(pull.holds_blocks for pull in self._pulls.values())
 
     @property
@@ -488,7 +464,6 @@ class PullTable:
         self._pulls[command.pull_id] = Pull(command, sources, self._setup)
 
     def cancel(self, command: CancelPull) -> None:
-        """Cancel a pull. Unknown pulls have ended already."""
         if (pull := self._pulls.get(command.pull_id)) is not None:
             pull.cancel()
 

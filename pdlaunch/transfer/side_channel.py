@@ -19,8 +19,8 @@ from pdlaunch.protocol.sockets import SecureContext
 
 logger = logging.getLogger(__name__)
 
+# Limit for one turn, so that a talkative peer cannot keep the thread from its other work.
 MAX_MESSAGES_A_TURN = 256
-"""Limit for one turn, so that a talkative peer cannot keep the thread from its other work."""
 
 
 class PrefillSocket:
@@ -31,7 +31,6 @@ class PrefillSocket:
         self.socket, self.endpoint = context.listen(zmq.ROUTER, endpoint)
 
     def receive(self) -> list[tuple[bytes, ToPrefillSide]]:
-        """Return what has arrived, each message with the identity to answer to; never block."""
         received = []
         for frames in _receive_ready(self.socket):
             try:
@@ -74,7 +73,6 @@ class DecodeSocket:
         return self._broken
 
     def receive(self) -> list[ToDecodeSide]:
-        """Return what has arrived; never block."""
         received = []
         for frames in _receive_ready(self.socket):
             try:

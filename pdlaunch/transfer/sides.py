@@ -27,11 +27,10 @@ from pdlaunch.transfer.peers import PeerTable
 from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.side_channel import DecodeSocket, PrefillSocket
 
+# The thread looks at READs, and at checksums that a device computes, and sleeps between two looks
+# for this share of their age. So the end of a short one is noticed without delay, that of a long
+# one at most this share late, and a stalled one costs next to nothing.
 SLEEP_SHARE = 1 / 32
-"""The thread looks at READs, and at checksums that a device computes, and sleeps between two looks
-for this share of their age. So the end of a short one is noticed without delay, that of a long one
-at most this share late, and a stalled one costs next to nothing.
-"""
 LONGEST_READ_SLEEP_S = 0.05
 
 
@@ -41,10 +40,9 @@ class TransferSetup:
 
     spec: EngineSpec
     identity: RankIdentity
+    # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the
+    # last READ of the process.
     kv_cache: torch.Tensor
-    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the
-    last READ of the process.
-    """
     layout: KVCacheLayout
     kv_memory: KVMemory  # allocator of the KV cache; the scratch comes from it, too
     model_digest: str
@@ -52,10 +50,10 @@ class TransferSetup:
     first_kv_head: int
     connector: Connector
     context: SecureContext
+    # Called from the transfer thread when it has events for the step loop, or has died.
     wake: Callable[[], None]
-    """Called from the transfer thread when it has events for the step loop, or has died."""
+    # Tells the supervisor what it must know of this rank's pairs.
     report: Callable[[ToSupervisor], None]
-    """Tells the supervisor what it must know of this rank's pairs."""
     clock: Callable[[], float] = time.monotonic
     host: str = "127.0.0.1"  # address that the side channel listens on
 
@@ -125,7 +123,6 @@ class TransferSides:
         self._pulls = PullTable(decode_setup, self._peers)
 
     def execute(self, command: TransferCommand) -> None:
-        """Take a command of the scheduler; what comes of it shows as events."""
         match command:
             case StartPull():
                 self._pulls.start(command)
@@ -135,7 +132,6 @@ class TransferSides:
                 self._prefill.execute(command)
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
-        """Take in a new registry: peers come, go and restart."""
         if not self._lets_peers_go:
             self._peers.update(entries)
 
@@ -152,7 +148,6 @@ class TransferSides:
         return events
 
     def register(self, poller: zmq.Poller) -> None:
-        """Add the sockets of all peers; that of the prefill side is the thread's."""
         for peer in self._peers.all():
             if peer.channel is not None:
                 poller.register(peer.channel.socket, zmq.POLLIN)
@@ -188,9 +183,6 @@ class TransferSides:
         return any(peer.reading_since_at is not None for peer in self._peers.all())
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
-        """Return whether every rank of the registry that shakes hands at once has done so, in
-        either direction, or cannot.
-        """
         spec = self._setup.spec
         if any(peer.is_connecting for peer in self._peers.peers.values()):
             return False

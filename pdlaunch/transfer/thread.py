@@ -40,12 +40,11 @@ logger = logging.getLogger(__name__)
 
 CONFIRMATION_S = 5.0  # seconds for the transfer thread to answer once its deadline has passed
 LONGEST_SLEEP_S = 60.0
+# Shorter sleeps are left out. It is ``SLEEP_SHARE`` of 3 ms: READs of up to so long are waited for
+# awake.
 SHORTEST_SLEEP_S = 0.0001
-"""Shorter sleeps are left out. It is ``SLEEP_SHARE`` of 3 ms: READs of up to so long are waited for
-awake.
-"""
+# Seconds between two looks at whether READs that nobody waits for have ended.
 SUSPENSION_SLEEP_S = 0.01
-"""Seconds between two looks at whether READs that nobody waits for have ended."""
 
 
 class TransferThread:
@@ -64,23 +63,21 @@ class TransferThread:
         self._clock = setup.clock
         self._connector = setup.connector
         self._wake_engine = setup.wake
+        # What the thread is to do; None ends it.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        """What the thread is to do; None ends it."""
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self._entries: Sequence[Entry] = ()
+        # None while the rank sleeps. Refers to the KV cache.
         self._sides: TransferSides | None = None
-        """None while the rank sleeps. Refers to the KV cache."""
+        # Until when the memory may be let go, and who waits for that.
         self._suspension: tuple[float, Future[None]] | None = None
-        """Until when the memory may be let go, and who waits for that."""
+        # All peers of the registry have shaken hands since the last ``resume``; ``wake`` tells when
+        # that comes true.
         self.connected = True
-        """All peers of the registry have shaken hands since the last ``resume``; ``wake`` tells
-        when that comes true.
-        """
         self._started = threading.Event()
+        # The reason why the thread has died. Its exception is not kept: the traceback would keep
+        # the KV cache alive.
         self._error: str | None = None
-        """The reason why the thread has died. Its exception is not kept: the traceback would keep
-        the KV cache alive.
-        """
         self._wake_lock = threading.Lock()
         self._wake, self._woken = setup.context.pair(
             f"transfer-wake/{self._name}#{setup.identity.incarnation}"
@@ -92,16 +89,13 @@ class TransferThread:
 
     @property
     def endpoint(self) -> str:
-        """Return where peers reach the side channel: ``tcp://127.0.0.1:43210``."""
         return self._socket.endpoint
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
-        """Queue commands; they are executed in their order."""
         if commands:
             self._put(partial(self._execute, commands))
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
-        """Tell of a new registry: peers come, go and restart."""
         self._put(partial(self._take_registry, entries))
 
     def take_events(self) -> list[TransferEvent]:
@@ -197,7 +191,6 @@ class TransferThread:
                 self._wake.close()
 
     def _execute_inbox(self) -> bool:
-        """Return False when told to stop."""
         with contextlib.suppress(queue.Empty):
             while (item := self._inbox.get_nowait()) is not None:
                 item()
@@ -234,7 +227,6 @@ class TransferThread:
                 self._wake_engine()
 
     def _sleep(self) -> None:
-        """Wait for a message, an item or a deadline."""
         sleep_s = LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S
         if self._sides is not None:
             sleep_s = self._sides.sleep_s(sleep_s)

@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 BACKEND = "UCX"
+# Transports to other hosts, as pdlaunch names them in UCX_TLS.
 _TO_HOSTS = frozenset(("tcp", "rc_verbs", "rc_mlx5"))
-"""Transports to other hosts, as pdlaunch names them in UCX_TLS."""
+# Sleep of UCX's progress thread when no event wakes it; NIXL's Python API spins on a core.
 PROGRESS_INTERVAL_US = 1_000
-"""Sleep of UCX's progress thread when no event wakes it; NIXL's Python API spins on a core."""
 
 
 def new_agent(

@@ -20,8 +20,6 @@ _CHECKSUM_BYTES = 8
 
 
 class BlockHasher(Protocol):
-    """Computes checksums of blocks of one rank's KV caches."""
-
     algorithm: str
     num_heads: int
 

@@ -16,13 +16,13 @@ from urllib.parse import urlencode
 
 from pdlaunch.vllm.statements import Statement, StatementBoard, statement_name
 
+# Names the socket; without it all engines are on this host.
 STATEMENTS_SOCKET = "PDLAUNCH_STATEMENTS_SOCKET"
-"""Names the socket; without it all engines are on this host."""
 TIMEOUT_S = 10.0
 _NUM_THREADS = 4
 
+# The statement of each prefill rank, None where there is none any more; or why nobody knows.
 Answer = Mapping[int, Statement | None] | str
-"""The statement of each prefill rank, None where there is none any more; or why nobody knows."""
 
 
 class FarStatements:

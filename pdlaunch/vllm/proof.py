@@ -18,11 +18,9 @@ def first_head(total_num_heads: int, tp_size: int, tp_rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ReadBlocks:
-    """Describes the blocks of one request that a decode rank has read."""
-
     token_hash: str
+    # All blocks of the prompt at the prefill engine; the last ones were read.
     remote_block_ids: tuple[int, ...]
-    """All blocks of the prompt at the prefill engine; the last ones were read."""
     first_head: int
     algorithm: str
     checksums: ChecksumArray  # checksums of the blocks that were read

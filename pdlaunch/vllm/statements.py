@@ -31,8 +31,6 @@ ChecksumArray = npt.NDArray[np.uint64]  # [num_blocks, num_heads]
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """Says what one prefill rank holds for a request."""
-
     token_hash: str
     block_ids: tuple[int, ...]
     first_head: int  # index, among all KV heads of the model, of the rank's first one
@@ -52,7 +50,6 @@ class Statement:
 
     @classmethod
     def decode(cls, content: bytes) -> Statement:
-        """Read a statement. Raises ValueError."""
         line, _, body = content.partition(b"\n")
         try:
             head = json.loads(line)
@@ -76,8 +73,8 @@ class StatementBoard:
         self._folder = folder
         self._clock = clock
         self._own: dict[str, Path] = {}
+        # Instants at which the leases of own statements were seen to have ended.
         self._ended_at: dict[str, float] = {}
-        """Instants at which the leases of own statements were seen to have ended."""
         self._next_sweep_at = 0.0
 
     def state(self, engine_id: str, tp_rank: int, request_id: str, statement: Statement) -> None:
@@ -97,7 +94,6 @@ class StatementBoard:
             return None
 
     def withdraw(self, request_id: str) -> None:
-        """Remove an own statement, if it is there."""
         self._ended_at.pop(request_id, None)
         path = self._own.pop(request_id, None)
         if path is not None:
@@ -116,7 +112,6 @@ class StatementBoard:
                 self.withdraw(request_id)
 
     def close(self) -> None:
-        """Remove all own statements. Never raises."""
         for request_id in tuple(self._own):
             with contextlib.suppress(OSError):
                 self.withdraw(request_id)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+# Major and minor version; it relies on more of NixlConnector than vLLM promises to keep.
 SUPPORTED_VERSIONS = ("0.32",)
-"""Major and minor version; it relies on more of NixlConnector than vLLM promises to keep."""
 LAYOUT = "LBHNC"
 
 

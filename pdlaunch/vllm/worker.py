@@ -38,16 +38,13 @@ else:
 # vLLM shows what its own loggers say.
 _logger = logging.getLogger("vllm.pdlaunch")
 
+# Names the file that tells whoever watches this engine of which prefill engine a READ has failed,
+# as vLLM counts READs of all of them together. Nobody is told without it.
 FAILURES_FILE = "PDLAUNCH_FAILURES_FILE"
-"""Names the file that tells whoever watches this engine of which prefill engine a READ has failed,
-as vLLM counts READs of all of them together. Nobody is told without it.
-"""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Names a prompt whose blocks are complete after this step."""
-
     token_hash: str
     block_ids: tuple[int, ...]
 
@@ -66,8 +63,8 @@ class StatingScheduler(SchedulerBase):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.kv_cache_manager: Any = None
+        # Requests whose blocks decode engines will pull, until they end.
         self._prefills: dict[str, Any] = {}
-        """Requests whose blocks decode engines will pull, until they end."""
 
     def update_state_after_alloc(self, request: Any, *args: Any) -> None:
         super().update_state_after_alloc(request, *args)
@@ -101,7 +98,6 @@ class StatingScheduler(SchedulerBase):  # type: ignore[misc]
                 yield request_id, Prompt(self._hash(request), tuple(block_ids[:num_blocks]))
 
     def _hash(self, request: Any) -> str:
-        """Hash what the KV of a prompt depends on."""
         lora = "" if request.lora_request is None else request.lora_request.lora_name
         inputs = [f"{each.identifier}@{each.mm_position.offset}" for each in request.mm_features]
         tokens = request.prompt_token_ids or ()
@@ -116,8 +112,8 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
         super().__init__(*args)
         self._board = board
         self._far = far
+        # Answers that are waited for, by request; its READ has ended.
         self._asked: dict[str, Future[Answer]] = {}
-        """Answers that are waited for, by request; its READ has ended."""
         self._hasher: BlockHasher | None = None
         self._to_prove: dict[str, str] = {}
 

@@ -90,10 +90,8 @@ class Fabric:
     """
 
     agents: dict[str, LocalMemory] = field(default_factory=dict)
-    stalled: bool = False
-    """READs stay pending until ``land``."""
-    failing: bool = False
-    """READs end as failed."""
+    stalled: bool = False  # READs stay pending until ``land``
+    failing: bool = False  # READs end as failed
     reads: list[FakeRead] = field(default_factory=list)
 
     def land(self) -> None:
@@ -111,8 +109,7 @@ class FakeRead(Read):
     """Refers to memory only as long as it may write."""
 
     def __init__(self, fabric: Fabric, copy: Callable[[], object]) -> None:
-        self.fabric = weakref.proxy(fabric)
-        """The fabric holds its READs."""
+        self.fabric = weakref.proxy(fabric)  # the fabric holds its READs
         self.state: ReadState = "pending"
         self.released = False
         self._copy: Callable[[], object] | None = copy
@@ -217,15 +214,12 @@ class FakeConnection(Connection):
 class FakeChannel:
     """The puller's end of a side channel whose holder lives in the same process."""
 
-    ask: Callable[[FakeChannel, ToPrefillSide], None]
-    """Gets what arrives at the holder."""
+    ask: Callable[[FakeChannel, ToPrefillSide], None]  # gets what arrives at the holder
+    # What becomes of answers on the way.
     change: Callable[[ToDecodeSide], ToDecodeSide] = lambda reply: reply
-    """What becomes of answers on the way."""
     socket: Any = None
-    mute: bool = False
-    """Messages arrive, answers do not."""
-    deaf: bool = False
-    """Messages get lost."""
+    mute: bool = False  # messages arrive, answers do not
+    deaf: bool = False  # messages get lost
     sent: list[ToPrefillSide] = field(default_factory=list)
     inbox: list[ToDecodeSide] = field(default_factory=list)
     closed: bool = False

@@ -47,8 +47,7 @@ class Holder(PrefillSide):
     ) -> None:
         super().__init__(card, hasher, connector, lambda channel, reply: channel.take(reply), clock)
         self.ended: list[LeaseEnded] = []
-        self.desk = FakeChannel(lambda *_: None)
-        """Gets the answers to tests that ask."""
+        self.desk = FakeChannel(lambda *_: None)  # gets the answers to tests that ask
 
     def hear(self, channel: Any, *messages: ToPrefillSide) -> None:
         self.ended += self.turn((channel, message) for message in messages)

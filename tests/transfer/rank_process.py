@@ -48,10 +48,8 @@ class RankOptions:
     model_digest: str = "digest"
     environment: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
-    network: KVNetwork | None = None
-    """The trusted network to peers on other hosts."""
-    with_cumem: bool = False
-    """On a GPU: the KV cache lies in a CuMem pool."""
+    network: KVNetwork | None = None  # the trusted network to peers on other hosts
+    with_cumem: bool = False  # on a GPU: the KV cache lies in a CuMem pool
 
     @property
     def name(self) -> str:

@@ -32,13 +32,13 @@ from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, 
 
 pytestmark = pytest.mark.processes
 
+# Connectors, or paths of NIXL's, and what the handshake says of them.
 PATHS = {
     "nixl": "nixl/UCX",
     "p2p": "p2p/memfd",
     "mooncake": "mooncake/tcp",
     "file": "file/safetensors",
 }
-"""Connectors, or paths of NIXL's, and what the handshake says of them."""
 
 
 @pytest.fixture(scope="module")

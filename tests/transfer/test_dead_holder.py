@@ -34,8 +34,7 @@ gpus = [
     ),
 ]
 GIB = 2**30
-LARGE = {"num_layers": 64, "head_dim": 128}
-"""Blocks of 6 MiB."""
+LARGE = {"num_layers": 64, "head_dim": 128}  # blocks of 6 MiB
 
 
 @pytest.fixture

@@ -11,19 +11,7 @@ from pdlaunch.bench.transfer import TransferOptions, bench_transfer
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import LocalMemory, new_connector
-from pdlaunch.transfer.connectors.mooncake import _engine_protocol
 from tests.transfer.fakes import layout_of, random_cache
-
-
-def test_a_build_without_nvlink_is_told() -> None:
-    assert _engine_protocol("tcp", {}) == "tcp"
-    assert _engine_protocol("nvlink", {"SUPPORT_MNNVL": True}) == "nvlink"
-    assert (
-        _engine_protocol("nvlink", {"SUPPORT_INTRA_NVLINK": True, "SUPPORT_MNNVL": True})
-        == "nvlink_intra"
-    )
-    with pytest.raises(TransferError, match="no NVLink transport"):
-        _engine_protocol("nvlink", {"SUPPORT_MNNVL": False})
 
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,10 @@ from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, 
 
 pytestmark = pytest.mark.processes
 
+# Without CMA the holder's process copies its blocks into shared memory.
 NEEDS_HOLDER = (("UCX_TLS", "posix,self"),)
-"""Without CMA the holder's process copies its blocks into shared memory."""
+# Blocks of 192 KiB: more than shared memory holds while its reader is stopped.
 LARGE = {"num_layers": 8, "head_dim": 64, "num_blocks": 64}
-"""Blocks of 192 KiB: more than shared memory holds while its reader is stopped."""
 BLOCKS = list(range(60))
 
 Start = Callable[..., RankHandle]

@@ -28,14 +28,14 @@ from pdlaunch.transfer.connectors.scratch import (
 from tests.transfer.fakes import FakeClock
 
 CPU = torch.device("cpu")
+# A quarter of a gigabyte; nothing reads or writes it.
 LANDING = torch.zeros(10**9 // 4, dtype=torch.uint8)
-"""A quarter of a gigabyte; nothing reads or writes it."""
 
 
 @dataclass
 class FakePath:
+    # Of each READ; the last one for all further ones.
     times_s: list[float] = field(default_factory=lambda: [0.25])
-    """Of each READ; the last one for all further ones."""
     state: Any = "done"
     refusal: str = ""
     is_right: bool = True

@@ -52,8 +52,8 @@ class History:
         self.seen: Counter[str] = Counter()
         self.incarnation = 0
         self.num_named = 0
+        # What a request's blocks held when its lease was granted.
         self.expected: dict[str, torch.Tensor] = {}
-        """What a request's blocks held when its lease was granted."""
         self.leased: dict[str, list[int]] = {}
         self.pulls: dict[str, tuple[str, list[int]]] = {}
         self.quarantined: dict[str, list[int]] = {}

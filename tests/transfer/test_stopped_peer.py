@@ -31,8 +31,8 @@ from tests.transfer.rank_process import RankHandle, RankOptions
 pytestmark = pytest.mark.processes
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 64
+# 12 MiB: far more than sockets hold while their reader is stopped.
 SHAPE = {"num_layers": 8, "head_dim": 64, "num_blocks": NUM_BLOCKS}
-"""12 MiB: far more than sockets hold while their reader is stopped."""
 MODEL = "model"
 
 
@@ -49,8 +49,8 @@ class DecodeEngine:
 
     rank: RankHandle
     scheduler: Scheduler = field(init=False)
+    # Blocks of each request that has entered the batch.
     tables: dict[str, list[int]] = field(default_factory=dict)
-    """Blocks of each request that has entered the batch."""
 
     def __post_init__(self) -> None:
         spec = spec_of("decode").model_copy(update={"enable_prefix_caching": False})

@@ -6,8 +6,7 @@ import xxhash
 
 from pdlaunch.vllm.checksums import CudaHasher, _blake3, _regions
 
-SHAPE = (6, 2, 8, 16)
-"""Blocks, heads, tokens of a block, content: 512 bytes a head in float32."""
+SHAPE = (6, 2, 8, 16)  # blocks, heads, tokens of a block, content: 512 bytes a head in float32
 
 
 def check(device: str) -> None:

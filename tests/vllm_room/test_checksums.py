@@ -5,8 +5,7 @@ from pdlaunch.vllm.checksums import CudaHasher, new_hasher
 from tests.interpreter import needs_triton, run_interpreted
 from tests.vllm_room.device_hasher import check
 
-SHAPE = (6, 2, 4, 8)
-"""Blocks, heads, tokens of a block, content."""
+SHAPE = (6, 2, 4, 8)  # blocks, heads, tokens of a block, content
 
 
 def caches(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -37,18 +37,16 @@ T = TypeVar("T")
 class LocalMemory:
     """Holds the memory that a rank lets others read."""
 
+    # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the
+    # connector. Heads stand before layers, so that a range of heads of a block is one piece of
+    # memory: ranks of another TP size read it as it lies, and compare checksums of heads.
     kv_cache: torch.Tensor
-    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the
-    connector. Heads stand before layers, so that a range of heads of a block is one piece of
-    memory: ranks of another TP size read it as it lies, and compare checksums of heads.
-    """
+    # [num_bytes] uint8; a known pattern, written before ``open``, that peers read to prove the
+    # path.
     scratch: torch.Tensor
-    """[num_bytes] uint8; a known pattern, written before ``open``, that peers read to prove the
-    path.
-    """
     layout: KVCacheLayout
+    # The memory that KV cache and scratch were allocated from.
     source: KVMemory = field(default_factory=PrivateKVMemory)
-    """The memory that KV cache and scratch were allocated from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +59,15 @@ class BlockRead:
     remote_blocks: Sequence[int]
     local_heads: range
     remote_heads: range
+    # ``<digest of the prompt>/<digest of the reader>``, for connectors that keep files.
     label: str = ""
-    """``<digest of the prompt>/<digest of the reader>``, for connectors that keep files."""
 
 
 class Read(ABC):
     """Stands for a READ that has been started and not yet released."""
 
+    # Tells the peer's connector where to write; None when this side reads by itself.
     target: bytes | None = None
-    """Tells the peer's connector where to write; None when this side reads by itself."""
 
     @abstractmethod
     def poll(self) -> ReadState:
@@ -119,14 +117,12 @@ class Connector(ABC):
     """Moves KV blocks. It may be opened again after ``close``."""
 
     name: str  # the name in the settings; ranks whose names differ do not connect
-    path: str
-    """The name of what carries the bytes, for people: ``nixl/UCX``."""
+    path: str  # the name of what carries the bytes, for people: ``nixl/UCX``
+    # Unique over ranks and incarnations: the pattern of the scratch follows from it, by which peers
+    # tell this memory from that of a predecessor.
     agent_name: str
-    """Unique over ranks and incarnations: the pattern of the scratch follows from it, by which
-    peers tell this memory from that of a predecessor.
-    """
+    # The prefill side writes to its readers, by ``push``; READs have a ``target``.
     pushes: bool = False
-    """The prefill side writes to its readers, by ``push``; READs have a ``target``."""
 
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:

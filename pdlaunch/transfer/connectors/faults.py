@@ -20,14 +20,12 @@ from pdlaunch.protocol.transfer import GrantLease, TransferCommand
 
 
 class Fault(Enum):
-    """Names what can happen to one READ."""
-
     REFUSE = auto()  # it is refused at its start
     FAIL = auto()  # it writes, and then says that it has failed
     DELAY = auto()  # it starts late, and may write when nobody waits for it any more
     CORRUPT = auto()  # it says done, and one byte is wrong
+    # Its completion comes late, maybe after the end of its lease or the pull's deadline.
     LOSE = auto()
-    """Its completion comes late, maybe after the end of its lease or the pull's deadline."""
 
 
 _PROBE_FAULTS = (Fault.REFUSE, Fault.FAIL, Fault.CORRUPT)
@@ -100,7 +98,6 @@ class FaultPlan(ConnectorSettings):
         return bool(self.copies_wait_file) and Path(self.copies_wait_file).exists()
 
     def on_command(self, agent: str, command: TransferCommand) -> TransferCommand:
-        """Return the command; some leases are cut short."""
         if not isinstance(command, GrantLease):
             return command
         source = random.Random(f"{self.seed}/lease/{agent}/{command.lease_id}")

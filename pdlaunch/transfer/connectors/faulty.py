@@ -82,8 +82,6 @@ class FaultyConnector(Connector):
 
 
 class FaultyConnection(Connection):
-    """Starts READs that meet faults."""
-
     def __init__(self, connector: FaultyConnector, inner: Connection) -> None:
         self._connector = connector
         self._inner = inner
@@ -108,8 +106,6 @@ class FaultyConnection(Connection):
 
 
 class FaultyRead(Read):
-    """Runs a READ with its fault."""
-
     def __init__(
         self,
         owner: FaultyConnector,
@@ -130,8 +126,8 @@ class FaultyRead(Read):
             raise TransferError("injected: the READ was refused")
         longest_s = {Fault.DELAY: owner.faults.slow_s, Fault.LOSE: owner.faults.lost_s}
         late_s = longest_s.get(self._fault, 0.0) if self._fault is not None else 0.0
+        # Pending until then: before the start of a delayed READ, after that of a lost one.
         self._wait_until = owner.clock() + self._source.uniform(0, late_s)
-        """Pending until then: before the start of a delayed READ, after that of a lost one."""
         # A peer that writes is asked at once: its READ cannot be held back.
         if self._fault is not Fault.DELAY or owner.pushes:
             self._inner = start()
@@ -176,8 +172,6 @@ class FaultyRead(Read):
 
 
 class FaultyTransferThread(TransferThread):
-    """Drives transfers and cuts leases short."""
-
     def __init__(self, faults: FaultPlan, setup: TransferSetup) -> None:
         self._faults = faults
         self._agent_name = setup.connector.agent_name
@@ -196,8 +190,8 @@ class FaultyOffloadWorker(OffloadWorker):
         super().__init__(**setup)
         self._faults = faults
         self._stores: dict[int, OffloadJob] = {}
+        # Reports that are held back, with the instants at which they are due.
         self._late: list[tuple[float, JobFinished]] = []
-        """Reports that are held back, with the instants at which they are due."""
         self._num_chunks_stored = 0
         self._num_copies = 0
 

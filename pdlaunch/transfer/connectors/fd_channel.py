@@ -30,10 +30,9 @@ logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
 MAX_FDS = 64
+# Time for an owner to hand over its descriptors, which takes well under a millisecond unless it was
+# stopped, and for a reader to show its token.
 TIMEOUT_S = 5.0
-"""Time for an owner to hand over its descriptors, which takes well under a millisecond unless it
-was stopped, and for a reader to show its token.
-"""
 _LONG_S = 3600.0
 _OK = b"ok"
 _CREDENTIALS = struct.Struct("iII")
@@ -49,10 +48,9 @@ class FdServer:
         self.address = f"pdlaunch-{secrets.token_hex(16)}"
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._fds: Sequence[int] | None = fds
-        self._lock = threading.Lock()
-        """Guards the descriptors and the readers."""
+        self._lock = threading.Lock()  # guards the descriptors and the readers
+        # Connections of those that use the descriptors, by their own descriptor.
         self._readers: dict[int, socket.socket] = {}
-        """Connections of those that use the descriptors, by their own descriptor."""
         self._listener = _new_socket()
         self._listener.bind(f"\0{self.address}")
         self._listener.listen()

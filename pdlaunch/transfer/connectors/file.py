@@ -39,8 +39,6 @@ _TENSOR = "blocks"
 
 
 class FileConnector(PushingConnector):
-    """Writes and reads safetensors files."""
-
     name = "file"
     path = "file/safetensors"
 
@@ -173,7 +171,6 @@ class FileStore:
         return blocks
 
     def remove(self, name: str) -> None:
-        """Delete a file, and its folder when that is empty then."""
         path = self._path(name)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

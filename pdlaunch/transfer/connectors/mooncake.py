@@ -141,7 +141,6 @@ class MooncakeConnector(PushingConnector):
             from mooncake import engine as mooncake
         except ImportError as error:
             raise TransferError(f"Mooncake cannot be imported: {error}; {_FIX}") from error
-        protocol = _engine_protocol(self._protocol, vars(mooncake))
         if os.environ.get("MC_TCP_PROTO") == "1":
             raise TransferError("MC_TCP_PROTO=1 has no acknowledged writes: unset it")
         # Mooncake tells its port for handshakes alone. Those for data are the ones that are new.
@@ -149,7 +148,7 @@ class MooncakeConnector(PushingConnector):
         self._host = os.environ.get(MOONCAKE_ADDRESS, _LOOPBACK)
         name = f"[{self._host}]" if ":" in self._host else self._host
         engine = mooncake.TransferEngine()
-        code = engine.initialize(name, "P2PHANDSHAKE", protocol, self._devices)
+        code = engine.initialize(name, "P2PHANDSHAKE", self._protocol, self._devices)
         if code != 0:
             raise TransferError(
                 f"Mooncake cannot start over {self._protocol}: code {code}; its reason is in this "
@@ -209,19 +208,6 @@ def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[l
     layout, base = memory.layout, memory.kv_cache.data_ptr()
     first = base + heads.start * layout.head_bytes
     return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
-
-
-def _engine_protocol(protocol: MooncakeProtocol, build: Mapping[str, Any]) -> str:
-    """Return Mooncake's own word for a protocol. Raises TransferError when this build lacks it."""
-    if protocol != "nvlink":
-        return protocol
-    words = {"SUPPORT_INTRA_NVLINK": "nvlink_intra", "SUPPORT_MNNVL": "nvlink"}
-    found = next((word for flag, word in words.items() if build.get(flag)), None)
-    if found is None:
-        raise TransferError(
-            "kv_transfer.mooncake.protocol nvlink: this build of Mooncake has no NVLink transport"
-        )
-    return found
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> MooncakeConnector:

@@ -39,10 +39,9 @@ logger = logging.getLogger(__name__)
 _DEVICES = "UCX_NET_DEVICES"
 _MEMORY_NAMES = {"DRAM": "host memory", "VRAM": "GPU memory"}
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
+# Seconds for which a timed READ between GPUs is polled without a pause, which would take longer
+# than the READ.
 _TIMED_SPIN_S = 0.002
-"""Seconds for which a timed READ between GPUs is polled without a pause, which would take longer
-than the READ.
-"""
 
 
 def load_nixl() -> tuple[Any, Any]:
@@ -69,10 +68,9 @@ class NixlConnector(Connector):
     ) -> None:
         """``name`` is the rank's, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
+        # Outlives ``close``, because READs may be pending when the process exits; ``open`` lets go
+        # of it.
         self.agent: Any = None
-        """Outlives ``close``, because READs may be pending when the process exits; ``open`` lets go
-        of it.
-        """
         self._load = load
 
     def open(self, memory: LocalMemory) -> None:

@@ -40,18 +40,15 @@ class _Card(msgspec.Struct, frozen=True):
     """Tells peers how to get a rank's memory; it travels over the side channel alone."""
 
     host: str
+    # Address of the socket that hands over the descriptors of the KV cache and of the scratch, as
+    # far as they have any.
     address: str
-    """Address of the socket that hands over the descriptors of the KV cache and of the scratch, as
-    far as they have any.
-    """
     token: bytes
     kv_cache: SharedRange
     scratch: SharedRange
 
 
 class P2PConnector(Connector):
-    """Copies from mapped memory."""
-
     name = "p2p"
     path = "p2p"
 
@@ -158,8 +155,6 @@ class P2PConnector(Connector):
 
 @dataclass(frozen=True, slots=True)
 class _P2PConnection(Connection):
-    """Reads a peer's mapped memory."""
-
     peer: HandshakeReply
     memory: LocalMemory
     kv_cache: PeerMapping

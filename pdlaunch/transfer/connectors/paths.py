@@ -20,13 +20,11 @@ from pdlaunch.transfer.connectors.p2p import P2PConnector
 
 logger = logging.getLogger(__name__)
 
+# By name of each connector of a rank its metadata, and the reason why it did not open, if so.
 Offers = dict[str, tuple[bytes, str]]
-"""By name of each connector of a rank its metadata, and the reason why it did not open, if so."""
 
 
 class PathsConnector(Connector):
-    """Offers the paths of several connectors of one rank."""
-
     def __init__(self, connectors: Sequence[Connector]) -> None:
         """``connectors`` are those of one rank, the preferred one last. None of them pushes."""
         self._connectors = connectors

@@ -26,8 +26,7 @@ from pdlaunch.transfer.connectors.connector import Read, ReadState
 
 logger = logging.getLogger(__name__)
 
-NUM_STREAMS = 3
-"""A copy engine works through its entries one by one, several engines side by side."""
+NUM_STREAMS = 3  # A copy engine works through its entries one by one, several engines side by side
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,6 @@ class HostCopier(PieceCopier):
 
 
 class _ThreadCopy(Read):
-    """Follows one copy of a ``HostCopier``, by the future of its thread."""
-
     def __init__(self, future: Future[float]) -> None:
         self._future = future
 
@@ -112,8 +109,6 @@ class _ThreadCopy(Read):
 
 
 class CudaCopier(PieceCopier):
-    """Enqueues copies on a stream of its own."""
-
     def __init__(self, device: torch.device) -> None:
         """Raise TransferError where the driver is too old."""
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

@@ -32,12 +32,8 @@ from pdlaunch.transfer.connectors.connector import (
 
 @dataclass(slots=True, eq=False)
 class PendingRead(Read):
-    """Waits on the decode side for what the prefill side writes."""
-
+    # Returns the state of the READ, given the error with which the write has ended; never raises.
     settle: Callable[[str], ReadState]
-    """Returns the state of the READ, given the error with which the write has ended; never
-    raises.
-    """
     target: bytes
     on_release: Callable[[], object] = lambda: None
     state: ReadState = "pending"

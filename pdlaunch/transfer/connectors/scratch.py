@@ -19,31 +19,24 @@ from pdlaunch.transfer.connectors.connector import Read
 
 PATTERN_BYTES = 1024**2
 SCRATCH_BYTES = 16 * PATTERN_BYTES  # scratch on a CPU: enough to time a path of several GB/s
+# Scratch on a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ.
 DEVICE_SCRATCH_BYTES = 128 * PATTERN_BYTES
-"""Scratch on a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ.
-"""
+# Smallest piece that a scratch is read in: where blocks are smaller, a piece's own cost is nearly
+# all of its time anyway.
 LEAST_PIECE_BYTES = 4 * 1024
-"""Smallest piece that a scratch is read in: where blocks are smaller, a piece's own cost is nearly
-all of its time anyway.
-"""
+# Pieces from this size on cover the scratch. There are no more of smaller ones than of these: more
+# would only take longer.
 COVERING_PIECE_BYTES = 16 * 1024
-"""Pieces from this size on cover the scratch. There are no more of smaller ones than of these: more
-would only take longer.
-"""
+# READs that are timed; the best one counts, because a READ of half a millisecond is easily
+# disturbed.
 NUM_WARM_READS = 3
-"""READs that are timed; the best one counts, because a READ of half a millisecond is easily
-disturbed.
-"""
 STEADY_S = 0.02  # a READ that takes this long is not repeated: disturbances are short beside it
+# Share of the best speed that counts as equal; it is more than the spread of a measurement. Among
+# equals the connector's preference counts.
 NEARLY = 0.95
-"""Share of the best speed that counts as equal; it is more than the spread of a measurement. Among
-equals the connector's preference counts.
-"""
 
+# Starts a READ of a peer's scratch over a path; returns where it lands, too. Raises TransferError.
 StartRead = Callable[[str], tuple[Read, torch.Tensor]]
-"""Starts a READ of a peer's scratch over a path; returns where it lands, too. Raises
-TransferError.
-"""
 
 
 def scratch_bytes(device: torch.device) -> int:
@@ -88,8 +81,6 @@ def _row(agent_name: str) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PathFigure:
-    """Holds the result of trying one path."""
-
     path: str
     gigabytes_per_s: float = 0.0
     error: str = ""  # the reason why the path cannot be used; empty when it can

@@ -37,7 +37,6 @@ class Checksums:
         self._block_ids = block_ids
 
     def ready(self) -> bool:
-        """Return whether ``result`` would return at once."""
         return self._ended is None or bool(self._ended.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> ChecksumArray:
@@ -57,8 +56,8 @@ class KVHasher:
         self._bytes = kv_cache.view(torch.uint8).view(
             kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
         )
+        # Kept until they end: a kernel uses its memory whether or not anybody wants the result.
         self._launched: list[Checksums] = []
-        """Kept until they end: a kernel uses its memory whether or not anybody wants the result."""
         self._uses_kernel = False
         if self._bytes.is_cuda:
             from pdlaunch.transfer.integrity.checksum_kernel import constants, supports
@@ -69,33 +68,28 @@ class KVHasher:
             self._stream = torch.cuda.Stream(self._bytes.device)  # type: ignore[no-untyped-call]
             self.start([0], slice(0, 1)).result()
 
-    def start(
-        self, block_ids: Sequence[int], heads: slice, after: torch.cuda.Event | None = None
-    ) -> Checksums:
+    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
         """Begin to compute the checksums of these blocks and heads. On the CPU that computes them
-        at once; on CUDA it waits for nothing.
-
-        Whatever wrote the blocks must have ended, on the device too, or by the event ``after``:
-        nothing else orders this behind the work of another stream.
+        at once; on CUDA it waits for nothing. Whatever wrote the blocks must have ended, on the
+        device too: nothing orders this behind the work of another stream.
         """
         if self._uses_kernel:
-            return self._launch(block_ids, heads, after)
-        if after is not None:
-            after.synchronize()
-        if not self._bytes.is_cuda:
-            return Checksums(_digests(self._bytes, block_ids, heads))
-        chosen = torch.tensor(block_ids, dtype=torch.int64, device=self._bytes.device)
-        on_host = self._bytes[:, heads].index_select(0, chosen).cpu()
-        return Checksums(_digests(on_host, range(len(block_ids)), slice(None)))
+            return self._launch(block_ids, heads)
+        regions, rows = self._bytes[:, heads], block_ids
+        if regions.is_cuda:
+            chosen = torch.tensor(block_ids, dtype=torch.int64, device=regions.device)
+            regions, rows = regions.index_select(0, chosen).cpu(), range(len(block_ids))
+        # Hashed where they lie: a copy would take longer than the checksums.
+        memory = regions.numpy()
+        digests = [xxhash.xxh3_64_intdigest(head) for row in rows for head in memory[row]]
+        return Checksums(np.array(digests, dtype=np.uint64).reshape(len(rows), memory.shape[1]))
 
     def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
         """Compute checksums and wait for them; by block and head."""
         checksums: list[list[int]] = self.start(block_ids, heads).result().tolist()
         return checksums
 
-    def _launch(
-        self, block_ids: Sequence[int], heads: slice, after: torch.cuda.Event | None
-    ) -> Checksums:
+    def _launch(self, block_ids: Sequence[int], heads: slice) -> Checksums:
         """Launch the kernel on a stream of its own. It reads block ids from page-locked host memory
         and writes checksums there, so that nothing is copied.
         """
@@ -107,24 +101,9 @@ class KVHasher:
         results = torch.empty((len(ids), end_head - first_head), dtype=torch.int64, pin_memory=True)
         with torch.cuda.device(self._bytes.device), torch.cuda.stream(self._stream):
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            if after is not None:
-                self._stream.wait_event(after)
-            words = self._bytes.view(torch.int64)
-            hash_regions(words, ids, first_head, results, self._constants)
+            hash_regions(self._bytes.view(torch.int64), ids, first_head, results, self._constants)
             ended.record(self._stream)
         launched = Checksums(results.numpy().view(np.uint64), ended, ids)
         self._launched = [other for other in self._launched if not other.ready()]
         self._launched.append(launched)
         return launched
-
-
-def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> ChecksumArray:
-    """Hash blocks of ``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 on the host."""
-    blocks = memory.numpy()
-    num_heads = len(range(*heads.indices(blocks.shape[1])))
-    digests = (
-        xxhash.xxh3_64_intdigest(head) for block_id in block_ids for head in blocks[block_id, heads]
-    )
-    return np.fromiter(digests, np.uint64, len(block_ids) * num_heads).reshape(
-        len(block_ids), num_heads
-    )

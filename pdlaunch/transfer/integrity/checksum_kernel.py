@@ -24,10 +24,9 @@ import triton.language as tl
 
 SMALLEST_BYTES = 241  # XXH3 hashes smaller inputs in other ways
 LOAD_BYTES = 16  # regions are multiples of the widest load of a thread
+# Blocks that a program loads at once: 8 KiB, enough to fill the memory's pipeline with four
+# programs on each multiprocessor.
 TILE_BLOCKS = 8
-"""Blocks that a program loads at once: 8 KiB, enough to fill the memory's pipeline with four
-programs on each multiprocessor.
-"""
 
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
@@ -43,12 +42,11 @@ _PRIME64 = (
     0x85EBCA77C2B2AE63,
     0x27D4EB2F165667C5,
 )
+# Initial values of the eight accumulators.
 _START = (_PRIME32[2], *_PRIME64[:4], _PRIME32[1], _PRIME64[4], _PRIME32[0])
-"""Initial values of the eight accumulators."""
+# First byte of the eight words of the secret for each purpose. Stripe n of a block uses those from
+# byte 8 n on.
 _WORDS_AT = {"scramble": 128, "last_stripe": 121, "merge": 11}
-"""First byte of the eight words of the secret for each purpose. Stripe n of a block uses those from
-byte 8 n on.
-"""
 
 
 def constants(device: torch.device) -> torch.Tensor:

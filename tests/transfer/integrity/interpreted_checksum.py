@@ -16,8 +16,8 @@ import xxhash
 from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions, supports
 
 CPU = torch.device("cpu")
+# Ends on and beside those of stripes, blocks and tiles; the shortest.
 EDGES = (256, 1008, 1024, 1040, 1088, 8192, 8208, 9216, 9232, 16384, 65536)
-"""Ends on and beside those of stripes, blocks and tiles; the shortest."""
 
 
 def compare(region_bytes: int, random: np.random.Generator) -> None:
