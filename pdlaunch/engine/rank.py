@@ -22,7 +22,7 @@ from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink
 from pdlaunch.engine.leader import Follower, Leader, RankParts
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.models.attention import ReportProgress
-from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
+from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.offload.worker import OffloadWorker
@@ -192,9 +192,7 @@ class RankProcess:
         self._progress("joining the TP group", None)
         tp_rank, indices = self._bootstrap.tp_rank, self._spec.device_indices
         device = f"cuda:{indices[tp_rank]}" if indices else self._spec.device
-        return init_tp_group(
-            self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device
-        )
+        return TPGroup(self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device)
 
     def _new_transfer(self, runner: ModelRunner, engine_id: EngineId) -> TransferThread:
         spec, bootstrap = self._spec, self._bootstrap

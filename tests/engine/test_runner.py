@@ -154,10 +154,13 @@ def test_cache_too_small_for_one_block_is_refused(llama: Path) -> None:
 
 def test_ranks_have_as_many_blocks_as_the_one_with_the_least_memory(llama: Path) -> None:
     class GroupWithASmallerRank(TPGroup):
+        def __init__(self) -> None:
+            self.tp_rank, self.tp_size = 0, 1
+
         def least(self, number: int) -> int:
             return number // 3
 
-    runner = new_runner(llama, GroupWithASmallerRank(0, 1, "cpu", None))
+    runner = new_runner(llama, GroupWithASmallerRank())
     assert runner.num_blocks == len(runner.kv_cache) == new_runner(llama).num_blocks // 3
 
 

@@ -8,7 +8,9 @@ triton is there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,25 +37,8 @@ ACTIVATIONS = {
 up(x))``.
 """
 GATE_COLUMNS = 1024
+Product = Callable[[torch.Tensor], torch.Tensor]  # with a layer's weights
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [num_tokens, D] each
-
-
-@dataclass(frozen=True, slots=True)
-class Stacked:
-    """Holds linear layers of the same input, one below the other."""
-
-    weight: torch.Tensor  # [sum of out_features, in_features]
-    bias: torch.Tensor | None
-
-    @staticmethod
-    def of(*layers: nn.Linear) -> Stacked:
-        """Return the layers' weights as one, in place: they have to be loaded ``stacked``."""
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        assert len(biases) in (0, len(layers))
-        return Stacked(join([layer.weight for layer in layers]), join(biases) if biases else None)
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return linear(inputs, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +46,14 @@ class Layer:
     """Holds one decoder layer."""
 
     input_norm: Norm
-    qkv: Stacked
+    qkv: Product
     head_norms: tuple[Norm, Norm] | None  # of queries and keys
     rotary: tuple[str, ...] | None
     """Arguments for the model's rotary embedding to give this layer's; None: no rotation."""
     output: nn.Module
     output_norm: Norm | None  # norm of what is added to the residual
     middle_norm: Norm
-    gate_and_up: Stacked
+    gate_and_up: Product
     down: nn.Module
     down_norm: Norm | None  # norm of what is added to the residual
 
@@ -80,7 +65,7 @@ class Layer:
         rotary = (attention.config.layer_types[attention.layer_idx],) if is_gemma else ()
         return Layer(
             input_norm=_norm(layer.input_layernorm),
-            qkv=Stacked.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            qkv=_stacked(attention.q_proj, attention.k_proj, attention.v_proj),
             head_norms=(_norm(attention.q_norm), _norm(attention.k_norm)) if has_norms else None,
             rotary=rotary if getattr(attention, "use_rope", True) else None,
             output=attention.o_proj,
@@ -88,7 +73,7 @@ class Layer:
             middle_norm=_norm(
                 layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm
             ),
-            gate_and_up=Stacked.of(mlp.gate_proj, mlp.up_proj),
+            gate_and_up=_stacked(mlp.gate_proj, mlp.up_proj),
             down=mlp.down_proj,
             down_norm=_norm(layer.post_feedforward_layernorm) if is_gemma else None,
         )
@@ -146,6 +131,14 @@ class FusedDecoder(Decoder):
                 cosines, sines = self._rotary(hidden[None], positions[None], *layer.rotary)
                 found[layer.rotary] = (cosines[0], sines[0])
         return found
+
+
+def _stacked(*layers: nn.Linear) -> Product:
+    """Return the product with the weights of all layers as one: they are loaded ``stacked``."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    assert len(biases) in (0, len(layers))
+    weight = join([layer.weight for layer in layers])
+    return partial(linear, weight=weight, bias=join(biases) if biases else None)
 
 
 def can_fuse(model: Any) -> bool:

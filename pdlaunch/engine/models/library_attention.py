@@ -29,11 +29,11 @@ met.
 
 
 def attend_whole_prompts(
-    lengths: tuple[int, ...], stacked: torch.Tensor, num_heads: int, scaling: float
+    lengths: list[int], stacked: torch.Tensor, num_heads: int, scaling: float
 ) -> torch.Tensor:
     """Attend over prompts of these lengths, one after another in ``stacked``."""
     results = []
-    for heads in torch.split(stacked, list(lengths)):
+    for heads in torch.split(stacked, lengths):
         length = len(heads)
         if padding := -length % CUDNN_STEP_TOKENS:
             padded = stacked.new_empty((length + padding, *stacked.shape[1:]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,61 +20,53 @@ not.
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
-    """Says which keys and values of one group a gather puts together for flash attention."""
-
-    slots: torch.Tensor  # [num_gathered_tokens] int32
-    starts: torch.Tensor  # [num_chunks + 1] int32
-    longest: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """Describes the rows after the decode rows: chunks of prompts."""
-
-    # For the Triton kernel.
-    row_starts: torch.Tensor  # [num_rows + 1] int32
-    tile_rows: torch.Tensor  # [num_tiles] int32
-    tile_tokens: torch.Tensor  # [num_tiles] int32
-    # For flash attention and cuDNN.
-    starts: torch.Tensor
-    """[num_chunks + 1] int32; first token of each chunk, counted from the first chunk's"""
-    lengths: tuple[int, ...]  # tokens of each chunk
-    prefixes: tuple[Prefix, ...]  # one for each group; empty: no chunk has anything before it
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-
-@dataclass(frozen=True, slots=True)
 class StepTensors:
-    """Holds a step's integers on the device."""
+    """Holds a step's integers: those that kernels read are int32 on the device."""
 
-    slots: tuple[torch.Tensor, ...]  # [num_tokens] int32 by group; -1 writes nothing
-    lengths: torch.Tensor  # [num_rows] int32; 0 for a row that has no token here
-    num_decode_rows: int  # these come first; the rest are chunks
-    tables: torch.Tensor  # [num_groups * num_rows * table_stride] int32
-    table_stride_at: torch.Tensor  # [1] int32
-    chunks: Chunks | None = None
+    num_decode_rows: int  # these come first; the rest are chunks of prompts
+    slots: Sequence[torch.Tensor]  # [num_tokens] by group; -1 writes nothing
+    lengths: torch.Tensor  # [num_rows]; 0 for a row that has no token here
+    tables: torch.Tensor  # [num_groups * num_rows * table_stride]
+    table_stride_at: torch.Tensor  # [1]
+    # Chunks, for the Triton kernel.
+    row_starts: torch.Tensor | None = None  # [num_rows + 1]
+    tile_rows: torch.Tensor | None = None  # [num_tiles]
+    tile_tokens: torch.Tensor | None = None  # [num_tiles]
+    # Chunks, for flash attention and cuDNN.
+    chunk_lengths: list[int] = field(default_factory=list)
+    chunk_starts: torch.Tensor | None = None
+    """[num_chunks + 1]; first token of each chunk, counted from the first chunk's"""
+    # What they see, by group; empty: no chunk has anything before it.
+    prefix_slots: Sequence[torch.Tensor] = ()  # [num_gathered_tokens]
+    prefix_starts: Sequence[torch.Tensor] = ()  # [num_chunks + 1]
+    longest_prefixes: Sequence[int] = ()
 
 
-def upload_int32(arrays: Mapping[str, IntArray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return flat int32 copies of ``arrays`` on ``device``.
+def upload_int32(
+    arrays: Mapping[str, IntArray | list[IntArray]], device: torch.device
+) -> dict[str, Any]:
+    """Return flat int32 copies of ``arrays`` on ``device``, a list of them for each list.
 
     It is one transfer, for which the host does not wait.
     """
-    ends = np.cumsum([_aligned(array.size) for array in arrays.values()])
-    host = _host_buffer(int(ends[-1]), device)
+    lists = {name: each if isinstance(each, list) else [each] for name, each in arrays.items()}
+    host = _host_buffer(
+        sum(_aligned(each.size) for many in lists.values() for each in many), device
+    )
+    copied = torch.empty_like(host, device=device)
     content = host.numpy()
-    places = {}
-    for (name, array), end in zip(arrays.items(), ends.tolist(), strict=True):
-        # Each array begins at a multiple of ALIGNMENT; what lies between is not read.
-        start = end - _aligned(array.size)
-        places[name] = slice(start, start + array.size)
-        content[places[name]] = array.reshape(-1)
-    copied = host.to(device, non_blocking=True)
-    return {name: copied[place] for name, place in places.items()}
+    uploaded: dict[str, Any] = {}
+    start = 0
+    for name, many in lists.items():
+        parts = []
+        for array in many:
+            content[start : start + array.size] = array.reshape(-1)
+            parts.append(copied[start : start + array.size])
+            # Each array begins at a multiple of ALIGNMENT; what lies between is not read.
+            start += _aligned(array.size)
+        uploaded[name] = parts if isinstance(arrays[name], list) else parts[0]
+    copied.copy_(host, non_blocking=True)
+    return uploaded
 
 
 def slots_of(batch: PackedBatch, block_size: int) -> list[IntArray]:
@@ -131,9 +124,9 @@ class GraphInputs:
     def tensors(self, num_rows: int) -> StepTensors:
         """Return what attention reads in a step of ``num_rows`` rows."""
         return StepTensors(
-            slots=tuple(self._lines[_SLOTS:, :num_rows]),
-            lengths=self._lines[_LENGTHS, :num_rows],
             num_decode_rows=num_rows,
+            slots=[*self._lines[_SLOTS:, :num_rows]],
+            lengths=self._lines[_LENGTHS, :num_rows],
             tables=self._device[self._tables_start :],
             table_stride_at=self._lines[_STRIDE, :1],
         )

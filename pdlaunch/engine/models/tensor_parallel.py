@@ -28,36 +28,63 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class TPGroup:
-    """Joins the ranks of one engine; all of them make collective calls in the same order."""
+    """Joins the ranks of one engine, two or more; all of them make collective calls in the same
+    order, in place and in the order of the current stream.
+    """
 
     def __init__(
-        self, tp_rank: int, tp_size: int, device: str, group: dist.ProcessGroup | None
+        self,
+        rendezvous: str,
+        tp_rank: int,
+        tp_size: int,
+        device: str,
+        *,
+        timeout_s: float = RENDEZVOUS_TIMEOUT_S,
     ) -> None:
+        """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that is new.
+
+        A file store listens nowhere, and the group's own sockets are bound to loopback (unless
+        GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's
+        ``cuda:N``. ``timeout_s`` also bounds every collective. Raises StartupError when the others
+        do not come.
+        """
         self.tp_rank = tp_rank
         self.tp_size = tp_size
         self._device = torch.device(device)
-        self._group = group
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, LOOPBACK_INTERFACE)
+        is_cuda = self._device.type == "cuda"
+        if is_cuda:
+            # Of this thread: code that names no device would take memory of device 0.
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group(
+                "nccl" if is_cuda else "gloo",
+                init_method=rendezvous,
+                rank=tp_rank,
+                world_size=tp_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=self._device if is_cuda else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise StartupError(
+                f"tp_rank {tp_rank} of {tp_size} did not meet its group at {rendezvous}: {error}"
+            ) from error
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up ``tensor`` over the ranks, in place and in the order of the current stream; a CUDA
-        graph can hold it.
-        """
-        if self._group is not None:
-            dist.all_reduce(tensor, group=self._group)
+        """Add up ``tensor`` over the ranks; a CUDA graph can hold it."""
+        dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give every rank rank 0's ``tensor``, in place and in the order of the current stream."""
-        if self._group is not None:
-            dist.broadcast(tensor, src=0, group=self._group)
+        """Give every rank rank 0's ``tensor``."""
+        dist.broadcast(tensor, src=0)
         return tensor
 
     def least(self, number: int) -> int:
         """Return the smallest of the ranks' numbers, on every rank."""
-        if self._group is None:
-            return number
         smallest = torch.tensor([number], dtype=torch.int64, device=self._device)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._group)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
 
     def broadcast_bytes(self, data: bytes) -> bytes:
@@ -72,60 +99,11 @@ class TPGroup:
 
         On CUDA only once all graphs that hold its sums are gone: NCCL waits for them.
         """
-        if self._group is not None:
-            dist.destroy_process_group()
-            self._group = None
-
-
-def init_tp_group(
-    rendezvous: str,
-    tp_rank: int,
-    tp_size: int,
-    device: str,
-    *,
-    timeout_s: float = RENDEZVOUS_TIMEOUT_S,
-) -> TPGroup:
-    """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that is new.
-
-    A file store listens nowhere, and the group's own sockets are bound to loopback (unless
-    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's
-    ``cuda:N``. ``timeout_s`` also bounds every collective. Raises StartupError when the others do
-    not come, ConfigError for another kind of rendezvous.
-    """
-    if tp_size == 1:
-        return TPGroup(tp_rank, tp_size, device, None)
-    if not rendezvous.startswith("file:///"):
-        raise ConfigError(
-            f"rendezvous must be a file:///path URL, found {rendezvous!r}",
-            field="rendezvous",
-            value=rendezvous,
-        )
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, LOOPBACK_INTERFACE)
-    if device.startswith("cuda:"):
-        # This sets the device of the thread: code that names no device would take memory of device
-        # 0.
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "nccl" if device.startswith("cuda") else "gloo",
-            init_method=rendezvous,
-            rank=tp_rank,
-            world_size=tp_size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=torch.device(device) if device.startswith("cuda:") else None,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise StartupError(
-            f"tp_rank {tp_rank} of {tp_size} did not meet its group at {rendezvous}: {error}"
-        ) from error
-    return TPGroup(tp_rank, tp_size, device, dist.group.WORLD)
+        dist.destroy_process_group()
 
 
 def says_that_a_rank_is_gone(error: BaseException) -> bool:
-    """Tell whether a collective failed because another rank has died, which the supervisor sees by
-    itself.
-    """
+    """Return whether a collective failed because another rank has died."""
     # torch 2.13's gloo has no class of its own for it.
     text = str(error)
     return (
@@ -218,10 +196,6 @@ def plan_cuts(
     ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``.
     Raises UnsupportedModelError when there is none or it asks for something other than cut linear
     layers and embeddings.
-
-    Attention sinks go with their query heads. Embeddings stay whole whatever the plan says: cutting
-    them is optional, and only transformers 5.15 to 5.20 ask for it, where the output layer is tied
-    to them (``embedding_rowwise``). The rank's memory then does not depend on the version.
     """
     if not plan:
         raise UnsupportedModelError(
@@ -232,6 +206,9 @@ def plan_cuts(
         # The plan has a star for the number of a layer.
         relative = name.removeprefix(f"{base_prefix}.")
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", relative))
+        # Embeddings stay whole whatever the plan says: cutting them is optional, and only
+        # transformers 5.15 to 5.20 ask for it, where the output layer is tied to them. The rank's
+        # memory then does not depend on the version.
         if style is None or style.startswith("replicated") or isinstance(module, nn.Embedding):
             continue
         if style not in ("colwise", "rowwise") or not isinstance(module, nn.Linear):
@@ -244,10 +221,6 @@ def plan_cuts(
         cuts[f"{name}.weight"] = cut
         if style == "colwise" and module.bias is not None:
             cuts[f"{name}.bias"] = cut
-    for name, parameter in model.named_parameters():
-        attention, _, kind = name.rpartition(".")
-        if kind == "sinks" and f"{attention}.q_proj.weight" in cuts:
-            cuts[name] = (0, shard.share(name, len(parameter)))
     return cuts
 
 

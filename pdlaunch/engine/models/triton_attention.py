@@ -42,14 +42,7 @@ from pdlaunch.engine.models.library_attention import (
     has_fast_cudnn,
     varlen_flash,
 )
-from pdlaunch.engine.models.step_inputs import (
-    Chunks,
-    Prefix,
-    StepTensors,
-    slots_of,
-    tiles_of,
-    upload_int32,
-)
+from pdlaunch.engine.models.step_inputs import StepTensors, slots_of, tiles_of, upload_int32
 
 TARGET_PROGRAMS = 1024  # programs that fill the device: eight for each of an H200's multiprocessors
 MAX_SPLITS = 32
@@ -148,53 +141,26 @@ class TritonAttention(AttentionBackend):
 
     def prepare(self, batch: PackedBatch) -> TritonStep:
         """Copy all that the layers share to the device at once."""
-        slots = slots_of(batch, self.layout.block_size)
-        arrays = {
-            "stride": np.array([batch.block_tables[0].shape[1]]),
+        arrays: dict[str, IntArray | list[IntArray]] = {
+            "slots": slots_of(batch, self.layout.block_size),
             "lengths": batch.context_lengths,
             "tables": np.stack(batch.block_tables),
-            **{f"slots {group}": group_slots for group, group_slots in enumerate(slots)},
+            "table_stride_at": np.array([batch.block_tables[0].shape[1]]),
         }
-        has_chunks = batch.num_decode_rows < batch.num_rows
-        gathered: list[tuple[IntArray, IntArray]] = []
-        if has_chunks:
-            starts = batch.row_starts[batch.num_decode_rows :]
-            tile_rows, tile_tokens = tiles_of(batch, self.chunk_tokens)
-            arrays |= {
-                "row_starts": batch.row_starts,
-                "tile_rows": tile_rows,
-                "tile_tokens": tile_tokens,
-                "starts": starts - starts[0],
-            }
-            gathered = [] if self.flash is None else self._gathered(batch)
-            for group, (gathered_slots, gathered_starts) in enumerate(gathered):
-                arrays[f"prefix {group}"] = gathered_slots
-                arrays[f"prefix starts {group}"] = gathered_starts
-        uploaded = upload_int32(arrays, self.kv_cache.device)
-        chunks = None
-        if has_chunks:
-            chunks = Chunks(
-                row_starts=uploaded["row_starts"],
-                tile_rows=uploaded["tile_rows"],
-                tile_tokens=uploaded["tile_tokens"],
-                starts=uploaded["starts"],
-                lengths=tuple(np.diff(starts).tolist()),
-                prefixes=tuple(
-                    Prefix(
-                        uploaded[f"prefix {group}"],
-                        uploaded[f"prefix starts {group}"],
-                        int(np.diff(gathered_starts).max()),
-                    )
-                    for group, (_, gathered_starts) in enumerate(gathered)
-                ),
-            )
+        starts = batch.row_starts[batch.num_decode_rows :]
+        prefixes: list[tuple[IntArray, IntArray]] = []
+        if len(starts) > 1:
+            arrays["row_starts"] = batch.row_starts
+            arrays["tile_rows"], arrays["tile_tokens"] = tiles_of(batch, self.chunk_tokens)
+            arrays["chunk_starts"] = starts - starts[0]
+            prefixes = [] if self.flash is None else self._prefixes(batch)
+            arrays["prefix_slots"] = [slots for slots, _ in prefixes]
+            arrays["prefix_starts"] = [prefix_starts for _, prefix_starts in prefixes]
         tensors = StepTensors(
-            slots=tuple(uploaded[f"slots {group}"] for group in range(len(slots))),
-            lengths=uploaded["lengths"],
             num_decode_rows=batch.num_decode_rows,
-            tables=uploaded["tables"],
-            table_stride_at=uploaded["stride"],
-            chunks=chunks,
+            chunk_lengths=np.diff(starts).tolist(),
+            longest_prefixes=[int(np.diff(prefix_starts).max()) for _, prefix_starts in prefixes],
+            **upload_int32(arrays, self.kv_cache.device),
         )
         return TritonStep(self, tensors)
 
@@ -202,18 +168,18 @@ class TritonAttention(AttentionBackend):
         """Return a step over ``tensors`` that a graph can replay, whatever they hold then."""
         return TritonStep(self, tensors)
 
-    def takes_cudnn(self, chunks: Chunks, window: int) -> bool:
-        """Return whether cuDNN attends for these chunks: long ones without anything before them,
-        which fit into the window.
+    def takes_cudnn(self, step: StepTensors, window: int) -> bool:
+        """Return whether cuDNN attends for the chunks of a step: long ones without anything before
+        them, which fit into the window.
         """
         return (
             self._has_cudnn
-            and not chunks.prefixes
-            and min(chunks.lengths) >= CUDNN_STEP_TOKENS
-            and (not window or window >= chunks.longest)
+            and not step.prefix_slots
+            and min(step.chunk_lengths) >= CUDNN_STEP_TOKENS
+            and (not window or window >= max(step.chunk_lengths))
         )
 
-    def _gathered(self, batch: PackedBatch) -> list[tuple[IntArray, IntArray]]:
+    def _prefixes(self, batch: PackedBatch) -> list[tuple[IntArray, IntArray]]:
         """Return by group the slots of all that chunks see, and where each chunk's begin.
 
         Empty when there is nothing before any chunk.
@@ -224,11 +190,11 @@ class TritonAttention(AttentionBackend):
         if not before.any():
             return []
         return [
-            self._gathered_group(group, table[rows], before, lengths)
+            self._prefix(group, table[rows], before, lengths)
             for group, table in zip(self.layout.groups, batch.block_tables, strict=True)
         ]
 
-    def _gathered_group(
+    def _prefix(
         self, group: KVCacheGroup, table: IntArray, before: IntArray, lengths: IntArray
     ) -> tuple[IntArray, IntArray]:
         window, size = group.sliding_window, self.layout.block_size
@@ -339,17 +305,18 @@ class TritonStep(AttentionStep):
 
     def _attend(self, heads: _Heads) -> torch.Tensor:
         """Attend over keys and values that are in the KV cache already."""
-        num_rows, chunks = self._tensors.num_decode_rows, self._tensors.chunks
-        by_library = self._backend.flash is not None and heads.sinks is None
-        if chunks is not None and by_library and not num_rows:
-            return self._library_chunks(heads, chunks)
-        result = torch.empty(heads.query.shape, dtype=heads.query.dtype, device=heads.query.device)
+        num_rows, query = self._tensors.num_decode_rows, heads.query
+        has_chunks = bool(self._tensors.chunk_lengths)
+        by_library = has_chunks and self._backend.flash is not None and heads.sinks is None
+        if by_library and not num_rows:
+            return self._library_chunks(heads)
+        result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if num_rows:
             self._attend_decode(heads, num_rows, result)
-        if chunks is not None and by_library:
-            result[num_rows:] = self._library_chunks(heads, chunks)
-        elif chunks is not None:
-            self._attend_chunks(heads, chunks, result)
+        if by_library:
+            result[num_rows:] = self._library_chunks(heads)
+        elif has_chunks:
+            self._attend_chunks(heads, result)
         return result
 
     def _attend_decode(self, heads: _Heads, num_rows: int, result: torch.Tensor) -> None:
@@ -402,18 +369,19 @@ class TritonStep(AttentionStep):
             num_warps=max(1, num_splits // 8),
         )
 
-    def _attend_chunks(self, heads: _Heads, chunks: Chunks, result: torch.Tensor) -> None:
-        query, layer, backend = heads.query, heads.layer, self._backend
+    def _attend_chunks(self, heads: _Heads, result: torch.Tensor) -> None:
+        query, layer, step = heads.query, heads.layer, self._tensors
         num_heads = query.shape[1]
-        attend_chunks[(len(chunks.tile_rows), num_heads)](
+        assert step.tile_rows is not None
+        attend_chunks[(len(step.tile_rows), num_heads)](
             query,
             layer.cache,
-            self._tensors.tables,
-            self._tensors.table_stride_at,
-            self._tensors.lengths,
-            chunks.row_starts,
-            chunks.tile_rows,
-            chunks.tile_tokens,
+            step.tables,
+            step.table_stride_at,
+            step.lengths,
+            step.row_starts,
+            step.tile_rows,
+            step.tile_tokens,
             query if heads.sinks is None else heads.sinks,
             result,
             self._table_row(layer),
@@ -421,58 +389,58 @@ class TritonStep(AttentionStep):
             query.stride(0),
             query.stride(1),
             result.stride(0),
-            GROUP=num_heads // backend.layout.num_kv_heads,
-            TOKENS=backend.chunk_tokens,
-            TILE=backend.chunk_tile,
+            GROUP=num_heads // self._backend.layout.num_kv_heads,
+            TOKENS=self._backend.chunk_tokens,
+            TILE=self._backend.chunk_tile,
             WINDOW=layer.window,
             HAS_SINKS=heads.sinks is not None,
             num_warps=4,
             num_stages=2,
-            **backend.cache_shape,
+            **self._backend.cache_shape,
         )
 
-    def _library_chunks(self, heads: _Heads, chunks: Chunks) -> torch.Tensor:
+    def _library_chunks(self, heads: _Heads) -> torch.Tensor:
         """Return [num_tokens of chunks, num_heads, D], from libraries."""
-        backend, layer, scaling = self._backend, heads.layer, heads.scaling
+        backend, layer, step = self._backend, heads.layer, self._tensors
         assert backend.flash is not None
-        # Chunks stand behind the decode rows.
-        query, key, value = (
-            states[self._tensors.num_decode_rows :]
-            for states in (heads.query, heads.key, heads.value)
-        )
-        if backend.takes_cudnn(chunks, layer.window):
+        behind = slice(step.num_decode_rows, None)  # chunks stand behind the decode rows
+        query, key, value = heads.query[behind], heads.key[behind], heads.value[behind]
+        if backend.takes_cudnn(step, layer.window):
             # cuDNN wants all three side by side.
             if heads.stacked is None:
                 stacked = torch.cat((query, key, value), dim=1)
             else:
-                stacked = heads.stacked[self._tensors.num_decode_rows :]
-            return attend_whole_prompts(chunks.lengths, stacked, query.shape[1], scaling)
-        key_starts, longest_key = chunks.starts, chunks.longest
-        if chunks.prefixes:
-            prefix = chunks.prefixes[layer.group]
-            key, value = self._gather(layer, prefix)
-            key_starts, longest_key = prefix.starts, prefix.longest
+                stacked = heads.stacked[behind]
+            lengths = step.chunk_lengths
+            return attend_whole_prompts(lengths, stacked, query.shape[1], heads.scaling)
+        longest = max(step.chunk_lengths)
+        key_starts, longest_key = step.chunk_starts, longest
+        if step.prefix_slots:
+            key, value = self._gather(layer, step.prefix_slots[layer.group])
+            key_starts = step.prefix_starts[layer.group]
+            longest_key = step.longest_prefixes[layer.group]
         return backend.flash(
             query,
             key,
             value,
-            chunks.starts,
+            step.chunk_starts,
             key_starts,
-            chunks.longest,
+            longest,
             longest_key,
-            scale=scaling,
+            scale=heads.scaling,
             window_size=(layer.window - 1, 0),  # -1: none
         )
 
-    def _gather(self, layer: _LayerCache, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
-        layout, num_tokens = self._backend.layout, len(prefix.slots)
-        keys, values = layer.cache.new_empty((2, num_tokens, layout.num_kv_heads, layout.head_dim))
-        gather_kv[(triton.cdiv(num_tokens, COPY_TOKENS), layout.num_kv_heads)](
+    def _gather(self, layer: _LayerCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values in ``slots``: [num_slots, H, D] each."""
+        layout = self._backend.layout
+        keys, values = layer.cache.new_empty((2, len(slots), layout.num_kv_heads, layout.head_dim))
+        gather_kv[(triton.cdiv(len(slots), COPY_TOKENS), layout.num_kv_heads)](
             layer.cache,
-            prefix.slots,
+            slots,
             keys,
             values,
-            num_tokens,
+            len(slots),
             TOKENS=COPY_TOKENS,
             **self._backend.cache_shape,
         )

@@ -18,11 +18,6 @@ from dataclasses import dataclass
 
 from pdlaunch.engine.offload.jobs import ChunkKey
 
-# Above the first share of all chunks a store makes room down to the second, so that bursts find
-# free chunks while others are in flight.
-HIGH_WATER = 0.98
-LOW_WATER = 0.95
-
 
 @dataclass(slots=True)
 class _Chunk:
@@ -83,11 +78,14 @@ class HostTier:
             if first_slot >= present.first_slot or not present.is_idle:
                 return None
             self._give_up(key)
-        if not self._free or len(self._chunks) >= max(1, int(self.num_chunks * HIGH_WATER)):
-            self._make_room()
         if not self._free:
-            self.num_refused_chunks += 1
-            return None
+            idle = (key for key, chunk_id in self._by_key.items() if self._chunks[chunk_id].is_idle)
+            oldest = next(idle, None)
+            if oldest is None:
+                self.num_refused_chunks += 1
+                return None
+            self._give_up(oldest)
+            self.num_evicted_chunks += 1
         chunk_id = self._by_key[key] = self._free.pop()
         self._chunks[chunk_id] = _Chunk(key, first_slot)
         return chunk_id
@@ -146,16 +144,6 @@ class HostTier:
             assert chunk.is_failed or self._by_key[chunk.key] == chunk_id
             assert not chunk.is_failed or chunk.pins, "a failed chunk that nobody loads is not free"
         assert len(self._by_key) == sum(not chunk.is_failed for chunk in self._chunks.values())
-
-    def _make_room(self) -> None:
-        low = int(self.num_chunks * LOW_WATER)
-        while len(self._chunks) > low or not self._free:
-            idle = (key for key, chunk_id in self._by_key.items() if self._chunks[chunk_id].is_idle)
-            key = next(idle, None)
-            if key is None:
-                return
-            self._give_up(key)
-            self.num_evicted_chunks += 1
 
     def _give_up(self, key: ChunkKey) -> None:
         self._release(self._by_key.pop(key))

@@ -1,5 +1,10 @@
+"""A rank's imports. The program below loads a model as a rank does; nothing here may import
+transformers before it.
+"""
+
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,24 +12,68 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from tests.engine.models.lean_worker import sums
-from tests.engine.models.tiny import save_tiny_model
+NEEDLESS = (
+    "accelerate",
+    "torch._dynamo.eval_frame",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+
+
+def sums(model: torch.nn.Module) -> dict[str, float]:
+    """Return the sum of each parameter and buffer."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor.double().sum().item() for name, tensor in tensors}
 
 
 @pytest.mark.processes
 def test_a_rank_loads_the_same_model_without_what_it_does_not_need(
     tmp_path: Path,
 ) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.engine.models.tiny import save_tiny_model
+
     model_dir = save_tiny_model("llama", tmp_path)
-    command = [sys.executable, "-m", "tests.engine.models.lean_worker", str(model_dir)]
-
+    command = [sys.executable, "-m", __name__, str(model_dir)]
     worker = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-
     seen = json.loads(worker.stdout)
     assert seen["needless"] == []
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     assert seen["sums"] == sums(model)
     assert seen["picked"] == 2
     assert seen["is_one_module"]
+
+
+def main(model_dir: Path) -> None:
+    from pdlaunch.config.model_files.shape import read_model_shape
+    from pdlaunch.engine.models.lean_imports import import_lean_transformers
+    from pdlaunch.engine.models.loader import ModelLoader
+
+    import_lean_transformers()
+    shape, cpu = read_model_shape(model_dir), torch.device("cpu")
+    loader = ModelLoader(
+        model_dir, shape, torch.float32, cpu, dummy=False, tp=None, progress=lambda *_: None
+    )
+    model = loader.load()
+    needless = [name for name in NEEDLESS if name in sys.modules]
+
+    # Whoever asks for what was left out gets it, and each module once.
+    import torch._dynamo.config as by_statement
+    from transformers.masking_utils import TransformGetItemToIndex
+
+    with TransformGetItemToIndex():
+        picked = torch.arange(3)[torch.tensor(2)].item()
+    seen = {
+        "needless": needless,
+        "sums": sums(model),
+        "picked": picked,
+        "is_one_module": by_statement is torch._dynamo.config,
+    }
+    print(json.dumps(seen))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

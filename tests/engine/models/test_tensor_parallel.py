@@ -16,7 +16,6 @@ from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.engine.models.tensor_parallel import (
     Shard,
     TPGroup,
-    init_tp_group,
     plan_cuts,
     says_that_a_rank_is_gone,
 )
@@ -36,6 +35,7 @@ def run_group(
     num_tokens: int = NUM_TOKENS,
     **spec: object,
 ) -> list[dict[str, Any]]:
+    """Run the ranks; return what each has computed."""
     arguments = {
         "rendezvous": f"file://{folder}/rendezvous-{tp_size}",
         "tp_size": tp_size,
@@ -44,14 +44,10 @@ def run_group(
         "num_tokens": num_tokens,
         "spec": spec,
     }
+    command = [sys.executable, "-m", "tests.engine.models.tp_worker"]
     processes = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.engine.models.tp_worker",
-                json.dumps(arguments | {"tp_rank": tp_rank}),
-            ],
+            [*command, json.dumps(arguments | {"tp_rank": tp_rank})],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -65,7 +61,12 @@ def run_group(
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * tp_size, ended
-    return [json.loads(out) for out, _ in ended]
+    results = [json.loads(out) for out, _ in ended]
+    for result in results:
+        assert result["broadcast"] == bytes(range(16)).hex()
+        assert result["least"] == 2**40 + 8 - tp_size
+        assert set(result["listening"]) <= {"127.0.0.1"}
+    return results
 
 
 @pytest.mark.parametrize(
@@ -94,20 +95,15 @@ def test_ranks_answer_as_generate_does(
     for directory in directories:
         answers = [result["answers"][str(directory)] for result in results]
         expected = greedy(directory, prompts, num_tokens)
+        ahead = [expected, [[]] * len(prompts)] if is_async else [[]] * tp_size
         assert [answer["tokens"] for answer in answers] == [expected] * tp_size, directory.name
-        if is_async:
-            assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)], (
-                directory.name
-            )
+        assert [answer["ahead"] for answer in answers] == ahead, directory.name
         shape = read_model_shape(directory)
         assert [answer["is_restored"] for answer in answers] == [True] * tp_size, directory.name
         assert all(answer["num_parameters"] < 0.75 * shape.num_parameters for answer in answers)
         first_heads = range(tp_size) if shape.num_kv_heads == tp_size else [0] * tp_size
         assert [answer["heads"] for answer in answers] == [[first, 1] for first in first_heads]
         assert len({answer["digest"] for answer in answers}) == 1
-    assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * tp_size
-    assert [result["least"] for result in results] == [2**40 + 8 - tp_size] * tp_size
-    assert [result["listening"] for result in results] == [["127.0.0.1"]] * tp_size
 
 
 @pytest.mark.multi_gpu
@@ -118,12 +114,7 @@ def test_two_gpus_answer_as_generate_does(tmp_path: Path, changes: dict[str, obj
     """Sums over the ranks inside of CUDA graphs, between prompts that are computed without."""
     prompts = [[5 + length % 90] * length for length in (1, 4, 9, 15, 26, 33)]
     directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen3", "gemma3")]
-    spec = {
-        "device": "cuda",
-        "device_indices": [0, 1],
-        "async_scheduling": True,
-        **changes,
-    }
+    spec = {"device": "cuda", "device_indices": [0, 1], "async_scheduling": True, **changes}
     results = run_group(tmp_path, 2, directories, prompts, **spec)
     for directory in directories:
         answers = [result["answers"][str(directory)] for result in results]
@@ -131,9 +122,6 @@ def test_two_gpus_answer_as_generate_does(tmp_path: Path, changes: dict[str, obj
         assert [answer["tokens"] for answer in answers] == [expected, expected]
         assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)]
         assert [answer["has_graphs"] for answer in answers] == ["enforce_eager" not in changes] * 2
-    assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * 2
-    assert [result["least"] for result in results] == [2**40 + 6] * 2
-    assert {address for result in results for address in result["listening"]} <= {"127.0.0.1"}
 
 
 def make_shape(**changes: int) -> ModelShape:
@@ -173,15 +161,11 @@ def test_kv_heads_of_each_rank(tp_size: int, expected: list[tuple[int, int]]) ->
     assert [(shard.first_kv_head, shard.num_kv_heads) for shard in shards] == expected
     # Each rank's query heads belong to its KV heads.
     for shard in shards:
-        first_query_head = shard.tp_rank * shard.num_attention_heads
-        owners = {
-            head // 3
-            for head in range(first_query_head, first_query_head + shard.num_attention_heads)
-        }
+        first, num_heads = shard.tp_rank * shard.num_attention_heads, shard.num_attention_heads
+        owners = {head // 3 for head in range(first, first + num_heads)}
         assert owners == set(range(shard.first_kv_head, shard.first_kv_head + shard.num_kv_heads))
-        assert shard.share("model.layers.0.self_attn.k_proj", 8) == slice(
-            2 * shard.first_kv_head, 2 * max(owners) + 2
-        )
+        share = slice(2 * shard.first_kv_head, 2 * max(owners) + 2)
+        assert shard.share("model.layers.0.self_attn.k_proj", 8) == share
 
 
 @pytest.mark.parametrize(
@@ -190,26 +174,23 @@ def test_kv_heads_of_each_rank(tp_size: int, expected: list[tuple[int, int]]) ->
         ({}, 5, "num_attention_heads"),
         ({"num_kv_heads": 6}, 4, "num_key_value_heads"),
         ({"intermediate_size": 49}, 2, "intermediate"),
+        ({"num_experts": 4}, 2, "experts"),
     ],
 )
-def test_sizes_that_do_not_divide_are_named(
-    changes: dict[str, int], tp_size: int, name: str
-) -> None:
+def test_what_cannot_be_divided_is_named(changes: dict[str, int], tp_size: int, name: str) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         Shard(0, tp_size, make_shape(**changes))
     assert caught.value.field == "tensor_parallel_size"
 
 
-EMBEDDING_PLAN = {
-    "embed_tokens": "embedding_rowwise",
-    "gate": "colwise",
-    "down": "rowwise",
-    "norm": "replicated_with_grad_allreduce",
-}
-
-
 def test_embeddings_and_output_stay_whole() -> None:
     """As transformers 5.17 plans it where the output layer is tied to the embedding."""
+    plan = {
+        "embed_tokens": "embedding_rowwise",
+        "gate": "colwise",
+        "down": "rowwise",
+        "norm": "replicated_with_grad_allreduce",
+    }
     base = torch.nn.ModuleDict(
         {
             "embed_tokens": torch.nn.Embedding(9, 24),
@@ -219,70 +200,30 @@ def test_embeddings_and_output_stay_whole() -> None:
         }
     )
     model = torch.nn.ModuleDict({"model": base, "lm_head": torch.nn.Linear(24, 9)})
-    cuts = plan_cuts(model, "model", EMBEDDING_PLAN, Shard(1, 2, make_shape()))
     share = slice(24, 48)
-    assert cuts == {
+    assert plan_cuts(model, "model", plan, Shard(1, 2, make_shape())) == {
         "model.gate.weight": (0, share),
         "model.gate.bias": (0, share),
         "model.down.weight": (1, share),
     }
 
 
-def test_sinks_are_cut_with_their_query_heads() -> None:
-    attention = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(24, 24, bias=False)})
-    attention.register_parameter("sinks", torch.nn.Parameter(torch.zeros(12)))
-    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"self_attn": attention})})
-    cuts = plan_cuts(
-        model, "model", {"self_attn.q_proj": "colwise"}, Shard(2, 3, make_shape(num_kv_heads=3))
-    )
-    assert cuts == {
-        "model.self_attn.q_proj.weight": (0, slice(16, 24)),
-        "model.self_attn.sinks": (0, slice(8, 12)),
-    }
-    assert (
-        plan_cuts(
-            model, "model", {"self_attn.o_proj": "rowwise"}, Shard(2, 3, make_shape(num_kv_heads=3))
-        )
-        == {}
-    )
-
-
-def test_experts_are_not_cut() -> None:
-    with pytest.raises(ConfigError, match="experts") as caught:
-        Shard(0, 2, make_shape(num_experts=4))
-    assert caught.value.field == "tensor_parallel_size"
-    assert Shard(0, 1, make_shape(num_experts=4)).num_attention_heads == 12
-
-
-def test_layer_that_cannot_be_cut_is_named() -> None:
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [({"gate": "packed_colwise"}, r"model\.gate \(packed_colwise\)"), (None, "no tensor-parallel")],
+)
+def test_models_that_cannot_be_cut_are_refused(plan: dict[str, str] | None, message: str) -> None:
     model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"gate": torch.nn.Linear(24, 48)})})
-    with pytest.raises(UnsupportedModelError, match=r"model\.gate \(packed_colwise\)"):
-        plan_cuts(model, "model", {"gate": "packed_colwise"}, Shard(0, 2, make_shape()))
-
-
-def test_model_without_a_plan_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="no tensor-parallel plan"):
-        plan_cuts(torch.nn.Linear(2, 2), "model", None, Shard(0, 2, make_shape()))
-
-
-def test_one_rank_needs_no_group() -> None:
-    tp = init_tp_group("", 0, 1, "cpu")
-    assert isinstance(tp, TPGroup)
-    assert tp.broadcast_bytes(b"abc") == b"abc"
-    tp.close()
-
-
-def test_other_kinds_of_rendezvous_are_refused() -> None:
-    with pytest.raises(ConfigError, match="file://"):
-        init_tp_group("tcp://127.0.0.1:29500", 0, 2, "cpu")
+    with pytest.raises(UnsupportedModelError, match=message):
+        plan_cuts(model, "model", plan, Shard(0, 2, make_shape()))
 
 
 @pytest.mark.processes
 def test_a_rank_that_dies_is_told_from_other_failures(tmp_path: Path) -> None:
     code = f"""
 import os, sys, torch
-from pdlaunch.engine.models.tensor_parallel import init_tp_group, says_that_a_rank_is_gone
-group = init_tp_group("file://{tmp_path}/rendezvous", int(sys.argv[1]), 2, "cpu")
+from pdlaunch.engine.models.tensor_parallel import TPGroup, says_that_a_rank_is_gone
+group = TPGroup("file://{tmp_path}/rendezvous", int(sys.argv[1]), 2, "cpu")
 group.least(1)
 if sys.argv[1] == "1":
     os._exit(0)
@@ -303,4 +244,4 @@ os._exit(0)
 
 def test_missing_rank_ends_in_an_error(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="tp_rank 0 of 2"):
-        init_tp_group(f"file://{tmp_path}/rendezvous", 0, 2, "cpu", timeout_s=0.5)
+        TPGroup(f"file://{tmp_path}/rendezvous", 0, 2, "cpu", timeout_s=0.5)

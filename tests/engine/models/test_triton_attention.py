@@ -11,21 +11,20 @@ from tests.engine.models.attention_reference import Case, make_inputs, reference
 from tests.interpreter import needs_triton, run_interpreted
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-DECODE = ((0, 1), (16, 1), (1500, 1), (77, 1))
-FRESH = ((0, 130), (0, 17), (0, 64))
-MIXED = ((500, 1), (3, 1), (0, 60), (200, 70), (64, 100))
-LONG = ((5, 1), (0, 600), (0, 512))
-BEHIND = ((1200, 1), (2500, 70), (700, 9), (1300, 130))
+ROWS = {
+    "decode": ((0, 1), (16, 1), (1500, 1), (77, 1)),
+    "fresh": ((0, 130), (0, 17), (0, 64)),
+    "mixed": ((500, 1), (3, 1), (0, 60), (200, 70), (64, 100)),
+    "long": ((5, 1), (0, 600), (0, 512)),
+    "behind": ((1200, 1), (2500, 70), (700, 9), (1300, 130)),
+}
 
 
 @needs_triton
 @pytest.mark.processes
 @pytest.mark.parametrize(
     "parts",
-    [
-        ("kernels", "llama-bias", "qwen3", "gemma3"),
-        ("graphs",),
-    ],
+    [("kernels", "llama-bias", "qwen3", "gemma3"), ("graphs",)],
     ids=["kernels", "graphs"],
 )
 def test_kernels_in_the_interpreter(parts: tuple[str, ...]) -> None:
@@ -37,20 +36,9 @@ def test_kernels_in_the_interpreter(parts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "num_heads", "num_kv_heads", "block_size"),
-    [
-        (64, 6, 2, 16),
-        (128, 32, 8, 64),
-        (256, 4, 1, 32),
-        (128, 8, 8, 128),
-        (96, 8, 2, 16),
-        (80, 6, 3, 64),
-    ],
+    [(64, 6, 2, 16), (128, 32, 8, 64), (256, 4, 1, 32), (128, 8, 8, 128), (80, 6, 3, 64)],
 )
-@pytest.mark.parametrize(
-    "rows",
-    [DECODE, FRESH, MIXED, LONG, BEHIND],
-    ids=["decode", "fresh", "mixed", "long", "behind"],
-)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize(
     ("has_sinks", "has_libraries"),
     [(False, True), (True, True), (False, False)],
@@ -74,16 +62,14 @@ def test_equals_float64_on_a_gpu(
         kv_cache, expected = reference(inputs, layer, head_dim**-0.5)
         backend = TritonAttention(inputs.layout, inputs.kv_cache)
         if not has_libraries:
-            backend.setup.flash = None  # as in CUDA graphs
+            backend.flash = None
         step = backend.prepare(inputs.batch)
         found = step.attend(
             layer, inputs.query, inputs.key, inputs.value, head_dim**-0.5, inputs.sinks
         )
         assert torch.equal(inputs.kv_cache.cpu().nan_to_num(9), kv_cache.nan_to_num(9))
-        assert relative_error(found, expected) < TOLERANCES[dtype], (
-            layer,
-            relative_error(found, expected),
-        )
+        error = relative_error(found, expected)
+        assert error < TOLERANCES[dtype], (layer, error)
 
 
 @pytest.mark.gpu
@@ -93,17 +79,13 @@ def test_equals_float64_on_a_gpu(
     ("head_dim", "has_norms", "rotates"),
     [(64, False, True), (80, True, True), (96, True, False), (128, True, True)],
 )
-@pytest.mark.parametrize("rows", [DECODE, MIXED, LONG], ids=["decode", "mixed", "long"])
+@pytest.mark.parametrize("name", ["decode", "mixed", "long"])
 def test_rotation_and_write_equal_float64_on_a_gpu(
-    dtype: torch.dtype,
-    head_dim: int,
-    rows: tuple[tuple[int, int], ...],
-    has_norms: bool,
-    rotates: bool,
+    dtype: torch.dtype, head_dim: int, name: str, has_norms: bool, rotates: bool
 ) -> None:
     from tests.engine.models.rotation_reference import check_rotation
 
-    case = Case(rows, 6, 2, head_dim, 16, (None, 100), dtype)
+    case = Case(ROWS[name], 6, 2, head_dim, 16, (None, 100), dtype)
     check_rotation(
         case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[dtype], device="cuda"
     )

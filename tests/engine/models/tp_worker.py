@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from pdlaunch.engine.models.lean_imports import import_lean_transformers
-from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
+from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner
 from tests.engine.hand_scheduler import (
     HandScheduler,
@@ -37,7 +37,7 @@ def main(
     torch.set_num_threads(1)
     import_lean_transformers()
     on_cuda = spec.get("device") == "cuda"
-    tp = init_tp_group(
+    tp = TPGroup(
         rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=300
     )
     result = {
