@@ -286,19 +286,21 @@ async def test_a_silent_engine_that_is_dead_ends_a_call_before_its_head(call: Ca
     await call.is_left()
 
 
-async def test_tls_checks_who_answers() -> None:
+@pytest.mark.parametrize("server", ["own key", "other key", "no TLS"])
+async def test_who_has_taken_an_engines_address_is_sent_nothing(server: str) -> None:
     own, other = new_certificate(), new_certificate()
-    for certificate in (own, other):
-        call = Call()
-        call.calls = EngineCalls(60.0, client_context(certificate))
-        async with call.listening(server_context(own)):
-            call.says = WHOLE
-            if certificate == own:
-                assert await call.answered() == b"ok"
-            else:
-                with pytest.raises(CallError, match="cannot connect") as raised:
-                    await call.begin()
-                assert raised.value.not_received
+    call = Call()
+    call.calls, call.says = EngineCalls(60.0, client_context(own)), WHOLE
+    keys = {"own key": server_context(own), "other key": server_context(other)}
+    async with call.listening(keys.get(server)):
+        call.url = call.url.replace("http://", "https://")
+        if server == "own key":
+            assert await call.answered() == b"ok"
+            return
+        with pytest.raises(CallError, match="cannot connect") as raised:
+            await call.begin()
+        assert raised.value.not_received
+        assert b"X-Request-Id" not in b"".join(call.requests)
 
 
 @pytest.mark.parametrize(("method", "is_repeated"), [("GET", True), ("POST", False)])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
+from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
@@ -41,7 +43,6 @@ def plain() -> Iterator[zmq.Context[Any]]:
 
 @pytest.fixture
 def sockets() -> Iterator[ExitStack]:
-    """Closes what is entered into it."""
     with ExitStack() as stack:
         yield stack
 
@@ -104,6 +105,11 @@ def test_a_frame_over_the_limit_closes_its_connection_and_no_other(
     greedy.disable_monitor()
 
 
-def test_keys_do_not_show(keys: LaunchKeys):
-    assert keys.secret not in repr(keys)
-    assert keys.http_token not in repr(keys)
+def test_keys_do_not_show_and_leave_no_file() -> None:
+    keys = new_launch_keys(with_certificate=True)
+    assert keys.certificate is not None
+    before = set(Path("/proc/self/fd").iterdir())
+    server_context(keys.certificate)
+    assert set(Path("/proc/self/fd").iterdir()) <= before
+    for secret in (keys.secret, keys.http_token, "PRIVATE"):
+        assert secret not in repr(keys)
