@@ -59,9 +59,7 @@ class HostStep:
         self._scheduler = Scheduler(
             RequestLifecycle(spec, groups, num_blocks, model_digest="", engine_id=engine_id, port=0)
         )
-        self._rows = RowTable(
-            max_num_seqs=batch_size, max_model_len=length, block_size=BLOCK_SIZE, num_groups=1
-        )
+        self._rows = RowTable(spec, 1)
         self.seconds: dict[str, list[float]] = {}
         sampling = SamplingParams(max_tokens=length)
         for index in range(batch_size):

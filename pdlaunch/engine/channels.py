@@ -36,7 +36,6 @@ class ServerLink:
 
     @property
     def connected(self) -> bool:
-        """Return whether a server has said Hello."""
         return self._server is not None
 
     def receive(self) -> list[ToRank]:
@@ -70,7 +69,6 @@ class LeaderChannel:
 
     @property
     def complete(self) -> bool:
-        """Return whether every other rank has said something."""
         return len(self._followers) == self._num_followers
 
     def send(self, message: FromRankZero) -> None:
@@ -170,7 +168,6 @@ assert _MERGED.keys() == {*PullFinished.__struct_fields__}
 
 
 def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
-    """Receive all messages that have arrived, each as its frames."""
     frames = []
     while True:
         try:

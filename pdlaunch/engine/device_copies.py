@@ -20,7 +20,6 @@ class Download:
             self._done.record()
 
     def wait(self) -> list[torch.Tensor]:
-        """Return the tensors on the host once all work queued before the copy is done."""
         if self._done is not None:
             self._done.synchronize()
         return self._tensors

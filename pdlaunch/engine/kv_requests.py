@@ -123,7 +123,6 @@ class KVTransfers:
         )
 
     def end_lease(self, lease_id: LeaseId) -> None:
-        """Free the blocks. Unknown ids are ignored."""
         # Full ones stay in the prefix cache until they are needed; reversed, so that the tail of a
         # prompt is reused before its head: without the head nobody finds the tail.
         for block_ids in self.leases.pop(lease_id, []):
@@ -188,7 +187,6 @@ class KVTransfers:
         return pull
 
     def drained(self, pull_id: PullId) -> None:
-        """Free quarantined blocks, to which nothing can write any more. Unknown ids are ignored."""
         for block_ids in self._quarantined.pop(pull_id, []):
             self._kv.pool.drain(block_ids)
 
@@ -211,7 +209,6 @@ class KVTransfers:
         )
 
     def start_load(self, request: Request, hit: HostHit) -> None:
-        """Share the hit's device blocks and load the others; the caller has looked for room."""
         assert self._planner is not None
         counts = [hit.num_blocks_to_load(group) for group in range(self._kv.num_groups)]
         load = self._take(request, hit.device, counts)
@@ -270,7 +267,6 @@ class KVTransfers:
             self.commands.append(CancelPull(pull_id=PullId(str(request.incoming))))
 
     def _take(self, request: Request, hit: PrefixHit, counts: list[int]) -> Incoming:
-        """Share ``hit``, and take ``counts`` blocks by group to write to."""
         self._kv.share_hit(hit)
         return Incoming(request, hit, list(map(self._kv.pool.allocate_for_pull, counts)))
 
@@ -332,7 +328,6 @@ class KVTransfers:
             self._planner.check_integrity()
 
     def _stored_ids(self) -> Iterator[int]:
-        """Return the blocks that stores read."""
         return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
 
 

@@ -70,14 +70,12 @@ class RankParts:
         self._offload = offload
 
     def submit(self, plan: StepPlan) -> None:
-        """Give the plan's commands and jobs to the threads of this rank."""
         # Before the step: a lease is granted on what earlier steps computed.
         self._transfer.submit(plan.commands)
         if self._offload is not None:
             self._offload.submit(plan.jobs)
 
     def take_ends(self) -> tuple[list[TransferEvent], list[JobFinished]]:
-        """Return which transfers and copies have ended on this rank."""
         jobs = [] if self._offload is None else self._offload.take_finished()
         return self._transfer.take_events(), jobs
 
@@ -131,7 +129,6 @@ class Leader:
 
     @property
     def ready(self) -> bool:
-        """Return whether every rank of the TP group is in its loop and a server is connected."""
         return self._server.connected and (self._followers is None or self._followers.complete)
 
     @property
@@ -140,7 +137,6 @@ class Leader:
         return [self._server.socket, *followers]
 
     def wait_s(self) -> float:
-        """Return how long the loop may sleep when no socket wakes it."""
         if self._scheduler.has_work():
             return 0.0
         return min(STATS_INTERVAL_S, self._sleep.wait_s())
@@ -158,7 +154,6 @@ class Leader:
         self._send_stats()
 
     def close(self) -> None:
-        """Let the other ranks leave their loops."""
         self._tell_followers(StopRank())
 
     def _schedule(self) -> StepPlan:
@@ -185,7 +180,6 @@ class Leader:
                 self._in_flight.append((plan, launched))
 
     def _postprocess(self) -> None:
-        """Wait for the oldest step in flight, account for its tokens and send them."""
         plan, launched = self._in_flight.popleft()
         self._scheduler.postprocess(plan, self._runner.collect(launched))
         # Leases leave before the answers that speak of them, as in ``_run``; both leave before the
@@ -283,7 +277,6 @@ class Follower:
         self.stopped = False
 
     def wait_s(self) -> float:
-        """Return how long the loop may sleep when no socket wakes it."""
         return POLL_S if self._rank.sleeper.is_busy else STATS_INTERVAL_S
 
     def turn(self) -> None:

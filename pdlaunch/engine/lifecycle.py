@@ -136,7 +136,6 @@ class RequestLifecycle:
             self._finish(request, "abort")
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached blocks, as their content is lost; nobody uses any block."""
         assert not self.queues.by_id
         self.kv.pool.forget_cached()
 
@@ -244,7 +243,6 @@ class RequestLifecycle:
         self.transfers.store(request, range(start, stop))
 
     def skip_to(self, request: Request, num_computed: int) -> None:
-        """Note that the request got its first ``num_computed`` tokens without computing them."""
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
@@ -328,7 +326,6 @@ class RequestLifecycle:
     # State
 
     def take_outputs(self) -> list[Tokens | RequestFinished]:
-        """Return the messages for the server, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
 

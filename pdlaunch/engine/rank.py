@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 import queue
-import time
 from collections.abc import Callable
 
 import zmq
@@ -28,7 +27,6 @@ from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.errors import StartupError
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import (
     Address,
@@ -62,8 +60,8 @@ from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
-GROUP_TIMEOUT_S = 300.0  # longest difference between the ranks of a TP group at start
 CONNECTOR_TIMEOUT_S = 60.0
+MEETING_BYTES = 96  # engine_id, 32 digits, and a loopback endpoint
 CPU_TOKENS_BESIDE_STREAMS = 64
 """Most prompt tokens in a step with streams on a CPU. A core computes 128 tokens of the demo model
 in 0.4 s: a full step of 512 would keep each stream waiting for 1.6 s.
@@ -87,19 +85,23 @@ class RankProcess:
             self._context, bootstrap.control, bootstrap.name, self._on_control
         )
         self._heartbeat = Heartbeat(self.control.send, bootstrap.heartbeat_s)
-        self._registry = Registry(version=0, entries=[])
         self._stopped = False
         self._transfer: TransferThread | None = None
 
     def run(self) -> None:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
         self._register(engine_id=EngineId(""), address=Address())
-        tp = self._join_group()
-        engine_id = self._draw_engine_id()
+        spec, tp_rank, tp = self._spec, self._bootstrap.tp_rank, self._join_group()
+        engine_id, followers, endpoint = self._draw_engine_id(), None, ""
         if tp is not None:
-            # That of rank 0; what the others have drawn is dropped.
-            engine_id = EngineId(tp.broadcast_bytes(bytes.fromhex(engine_id)).hex())
-        runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
+            if tp_rank == 0:
+                followers = LeaderChannel(self._context, tp.tp_size)
+                endpoint = followers.endpoint
+            # Those of rank 0; what the others have drawn is dropped. All pass as many bytes.
+            told = tp.broadcast_bytes(f"{engine_id} {endpoint}".ljust(MEETING_BYTES).encode())
+            name, endpoint = told.decode().split()
+            engine_id = EngineId(name)
+        runner = ModelRunner(spec, tp=tp, progress=self._progress)
         self._progress("warming up", None)
         runner.warm_up()
         # Objects that exist now stay for the life of the rank. Collections leave them out, so that
@@ -108,80 +110,54 @@ class RankProcess:
         gc.enable()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
         transfer.wait_started(CONNECTOR_TIMEOUT_S)
-        offload = new_offload_worker(self._spec, runner, progress=self._progress, wake=self._wake)
-        rank = RankParts(self._spec, runner, transfer, offload, self.control.send)
+        offload = new_offload_worker(spec, runner, progress=self._progress, wake=self._wake)
+        rank = RankParts(spec, runner, transfer, offload, self.control.send)
         port = int(transfer.endpoint.rpartition(":")[2])
         # Where there are no peers, nobody is told of the side channel.
-        has_peers, host = self._spec.has_peers, self._spec.advertise_address
-        address = Address(side_channel=tcp_endpoint(host, port) if has_peers else "")
-        if self._bootstrap.tp_rank == 0:
-            planner = new_offload_planner(self._spec, runner, offload)
-            leader = self._new_leader(rank, engine_id, port, address, planner)
-            self._turn(
-                leader,
-                runner.model_files,
-                {"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
+        side_channel = tcp_endpoint(spec.advertise_address, port) if spec.has_peers else ""
+        loop: Leader | Follower
+        if tp_rank == 0:
+            server = ServerLink(self._context)
+            address = Address(requests=server.endpoint, side_channel=side_channel)
+            requests = RequestLifecycle(
+                spec,
+                runner.layout.groups,
+                runner.num_blocks,
+                model_digest=runner.model_digest,
+                engine_id=engine_id,
+                port=port,
+                offload=new_offload_planner(spec, runner, offload),
             )
+            beside_streams = CPU_TOKENS_BESIDE_STREAMS if spec.device == "cpu" else None
+            scheduler = Scheduler(requests, beside_streams)
+            record = StepRecord(self._bootstrap.step_record).write
+            loop = Leader(rank, scheduler, server, followers, record)
         else:
-            self._register(engine_id, address)
-            tp_rank = self._bootstrap.tp_rank
-            channel = FollowerChannel(self._context, self._await_leader(), tp_rank)
-            self._turn(Follower(rank, tp_rank, channel), runner.model_files, {})
+            address = Address(side_channel=side_channel)
+            loop = Follower(rank, tp_rank, FollowerChannel(self._context, endpoint, tp_rank))
+        # Last: the registry brings the server's Hello and the handshakes of peers.
+        self._register(engine_id, address)
+        self._turn(loop, runner)
         transfer.close(timeout_s=2.0)
         if offload is not None:
             offload.close(timeout_s=2.0)
 
     def close(self) -> None:
-        """Send what is queued to the supervisor."""
         self.control.close()
 
-    def _new_leader(
-        self,
-        rank: RankParts,
-        engine_id: EngineId,
-        port: int,
-        address: Address,
-        planner: OffloadPlanner | None,
-    ) -> Leader:
-        spec, runner = self._spec, rank.runner
-        requests = RequestLifecycle(
-            spec,
-            runner.layout.groups,
-            runner.num_blocks,
-            model_digest=runner.model_digest,
-            engine_id=engine_id,
-            port=port,
-            offload=planner,
-        )
-        beside_streams = CPU_TOKENS_BESIDE_STREAMS if spec.device == "cpu" else None
-        server, followers = ServerLink(self._context), None
-        address.requests = server.endpoint
-        if spec.tensor_parallel_size > 1:
-            followers = LeaderChannel(self._context, spec.tensor_parallel_size)
-            address.steps = followers.endpoint
-        leader = Leader(
-            rank,
-            Scheduler(requests, beside_streams),
-            server,
-            followers,
-            StepRecord(self._bootstrap.step_record).write,
-        )
-        # Last: the registry brings the server's Hello and the handshakes of peers.
-        self._register(engine_id, address)
-        return leader
-
-    def _turn(
-        self, loop: Leader | Follower, model_files: dict[str, str], info: dict[str, str]
-    ) -> None:
-        """Turn the step loop until the supervisor or rank 0 stops it; ``info`` is for status."""
-        poller = self._poller(*loop.sockets)
+    def _turn(self, loop: Leader | Follower, runner: ModelRunner) -> None:
+        """Turn the step loop until the supervisor or rank 0 stops it."""
+        poller = zmq.Poller()
+        for waker in (self._wakeup, *loop.sockets):
+            poller.register(waker, zmq.POLLIN)
+        info = {"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype}
         said_ready = False
         while not (self._stopped or loop.stopped):
             # Routers send requests from now on: a server without its rank 0 would refuse them.
             if loop.ready and not said_ready:
                 said_ready = True
                 leave_ends_to_supervisor()
-                self.control.send(Ready(info=info, model=model_files))
+                self.control.send(Ready(info=info, model=runner.model_files))
             self._wait(poller, loop.wait_s())
             loop.turn()
         loop.close()
@@ -222,31 +198,6 @@ class RankProcess:
         )
         return rank_part(TransferThread, spec.kv_transfer)(setup)
 
-    def _await_leader(self) -> str:
-        """Return the endpoint of rank 0's step channel in this incarnation."""
-        name = f"{self._spec.name}/rank-0"
-        deadline_at = time.monotonic() + GROUP_TIMEOUT_S
-        poller = self._poller()
-        while time.monotonic() < deadline_at and not self._stopped:
-            for entry in self._registry.entries:
-                if (
-                    entry.name == name
-                    and entry.incarnation == self._bootstrap.incarnation
-                    and entry.address.steps
-                ):
-                    return entry.address.steps
-            self._wait(poller, 1.0)
-        raise StartupError(
-            f"{name} did not register where its group meets within {GROUP_TIMEOUT_S:.0f} s"
-        )
-
-    def _poller(self, *sockets: zmq.Socket[bytes]) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self._wakeup, zmq.POLLIN)
-        for socket in sockets:
-            poller.register(socket, zmq.POLLIN)
-        return poller
-
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
         """Sleep until a socket or a thread has something; handle the supervisor's messages."""
         poller.poll(int(timeout_s * 1000))
@@ -261,7 +212,6 @@ class RankProcess:
     def _handle_control(self, message: FromSupervisor) -> None:
         match message:
             case Registry():
-                self._registry = message
                 if self._transfer is not None and self._spec.has_peers:
                     self._transfer.update_registry(message.entries)
             case Drain():
@@ -273,7 +223,6 @@ class RankProcess:
                 pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:
-        """Take a message of the supervisor; called in the control thread."""
         self._inbox.put(message)
         self._wake()
 

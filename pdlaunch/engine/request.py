@@ -229,12 +229,10 @@ class Request:
         return self.num_prompt_tokens - (self.num_output_tokens == 0)
 
     def mark(self, name: str, /, **attributes: Attribute) -> None:
-        """Record an instant, now, if somebody has asked for spans."""
         if self.spans is not None:
             self.spans.log.mark(name, **attributes)
 
     def prompt_hashes(self) -> list[bytes]:
-        """Return the hashes of the prompt's blocks, 32 bytes each, which prove a hand-over."""
         return self.hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
 
     def end_of(self, token_id: int) -> FinishReason | None:
@@ -260,7 +258,6 @@ class RequestQueues:
 
     @property
     def num_waiting_for_kv(self) -> int:
-        """Return how many requests are in neither queue, as a pull or a load has to end first."""
         return len(self.by_id) - len(self.waiting) - len(self.running)
 
     def add(self, request: Request) -> None:
@@ -281,11 +278,9 @@ class RequestQueues:
             del self.by_id[request.request_id]
 
     def ready(self) -> list[Request]:
-        """Return the requests that wait and own blocks."""
         return [request for request in self.waiting if request.phase is Phase.READY]
 
     def latest_owner(self) -> Request:
-        """Return the latest arrival that owns blocks and waits for no connector; there is one."""
         return max(self.ready()[-1:] + self.running[-1:], key=attrgetter("arrival"))
 
     def check_integrity(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.models.attention import FloatArray, IntArray, PackedBatch
 from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
@@ -84,15 +85,13 @@ def new_row(
 class RowTable:
     """Holds all rows of a rank, with a [max_num_seqs, max_blocks] block table a KV cache group."""
 
-    def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int
-    ) -> None:
-        self._block_size = block_size
+    def __init__(self, spec: EngineSpec, num_groups: int) -> None:
+        self._block_size = spec.block_size
         self._rows: dict[int, Row] = {}
-        self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
-        max_blocks = -(-max_model_len // block_size)
+        num_rows, max_blocks = spec.max_num_seqs, -(-spec.max_model_len // spec.block_size)
+        self._token_ids = np.zeros((num_rows, spec.max_model_len + 1), dtype=np.int64)
         self._block_tables = [
-            np.zeros((max_num_seqs, max_blocks), dtype=np.int64) for _ in range(num_groups)
+            np.zeros((num_rows, max_blocks), dtype=np.int64) for _ in range(num_groups)
         ]
 
     def __getitem__(self, row: int) -> Row:
@@ -172,7 +171,6 @@ class LatestTokens:
         self._table[vocab_size:] = 0
 
     def keep(self, token_ids: torch.Tensor) -> None:
-        """Write the tokens that a step draws, [num_rows], in order."""
         self._table[self._vocab_size : self._vocab_size + len(token_ids)].copy_(token_ids)
 
     def look_up(self, numbers: torch.Tensor) -> torch.Tensor:

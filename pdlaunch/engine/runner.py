@@ -119,10 +119,9 @@ class ModelRunner:
         )
         self._attention = self._new_attention()
         self._graphs: StepGraphs | None = None
-        self._rows = self._new_rows()
+        self._rows = RowTable(self._spec, len(self.layout.groups))
 
     def execute(self, plan: StepPlan) -> list[TokenOutput | None]:
-        """Compute one step and wait for it; tokens come from rank 0 only."""
         return self.collect(self.launch(plan))
 
     @torch.inference_mode()
@@ -195,7 +194,7 @@ class ModelRunner:
         used = 0
         for plan in warm_up_steps(self._spec, self.num_blocks, len(self.layout.groups)):
             self.execute(plan)
-            self._rows = self._new_rows()
+            self._rows = RowTable(self._spec, len(self.layout.groups))
             used = max(used, len(plan.new_blocks[0].block_ids))
         self._graphs = self._capture_graphs()
         # Blocks may be used by anybody from the first step on, and a NaN left in one would show
@@ -204,7 +203,6 @@ class ModelRunner:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes of all parameters, tied ones counted once."""
         return sum(one.numel() * one.element_size() for one in self._model.parameters())
 
     @property
@@ -248,14 +246,6 @@ class ModelRunner:
                 )
             self._weights_lost = False
         return num_bytes
-
-    def _new_rows(self) -> RowTable:
-        return RowTable(
-            max_num_seqs=self._spec.max_num_seqs,
-            max_model_len=self._spec.max_model_len,
-            block_size=self._spec.block_size,
-            num_groups=len(self.layout.groups),
-        )
 
     def _new_decoder(self) -> Decoder:
         if self._device.type == "cuda":

@@ -174,19 +174,13 @@ def _change_row(logits: torch.Tensor, row: Row) -> None:
 
 
 def _sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """Return token ids [num_rows]; ``logits``, [num_rows, vocab_size], are overwritten."""
     # The likeliest becomes 0: whatever the temperature makes of the others is at most that.
     scaled = logits.nan_to_num_().sub_(logits.amax(dim=-1, keepdim=True))
     temperatures = [max(row.sampling.temperature, LEAST_TEMPERATURE) for row in rows]
     scaled.div_(_column(temperatures, scaled))
-    scaled = cut_unlikely(scaled, rows)
+    scaled = _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows), rows), rows)
     keys = [draw_key(row.sampling.seed, row.sampling.choice, len(row.output)) for row in rows]
     return draw_by_noise(scaled, _indices(keys, logits))
-
-
-def cut_unlikely(scaled: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """Make the tokens impossible that the rows' min_p, top_k and top_p leave out."""
-    return _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows), rows), rows)
 
 
 def _keep_min_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
@@ -223,33 +217,30 @@ def _keep_top_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         return logits
     probabilities = logits.softmax(dim=-1)
     least = torch.zeros_like(probabilities[:, :1])
-    if logits.device.type == "cpu":
-        for index, share in limited.items():
-            least[index] = nucleus_edge(probabilities[index], share)
-    else:
-        indices = _indices([*limited], logits)
-        least[indices] = nucleus_edges(probabilities[indices], [*limited.values()])
+    indices = _indices([*limited], logits)
+    least[indices] = nucleus_edges(probabilities[indices], [*limited.values()])
     return logits.masked_fill(probabilities < least, float("-inf"))
 
 
-def nucleus_edges(probabilities: torch.Tensor, wanted: list[float]) -> torch.Tensor:
-    """Return [num_rows, 1], the smallest probability in each nucleus, by sorting everything."""
-    best = probabilities.sort(dim=-1, descending=True).values
-    cumulated = best.cumsum(dim=-1, dtype=torch.float64)
-    last = (cumulated < _column(wanted, cumulated)).sum(dim=-1, keepdim=True)
-    return best.gather(1, last.clamp(max=best.shape[-1] - 1))
-
-
-def nucleus_edge(
-    probabilities: torch.Tensor, wanted: float, num_tokens: int = NUCLEUS_GUESS_TOKENS
+def nucleus_edges(
+    probabilities: torch.Tensor, wanted: list[float], num_tokens: int = NUCLEUS_GUESS_TOKENS
 ) -> torch.Tensor:
-    """Return the smallest probability in the nucleus of [vocab_size], sorting few at first."""
-    best = probabilities.topk(min(num_tokens, len(probabilities))).values
+    """Return [num_rows, 1], the smallest probability in each nucleus.
+
+    On a CPU it sorts ``num_tokens`` of the likeliest at first, and more if a row needs them; on a
+    GPU the host would have to wait to know.
+    """
+    is_whole = probabilities.device.type != "cpu" or num_tokens >= probabilities.shape[-1]
+    if is_whole:
+        best = probabilities.sort(dim=-1, descending=True).values
+    else:
+        best = probabilities.topk(num_tokens).values
     cumulated = best.cumsum(dim=-1, dtype=torch.float64)
-    if num_tokens < len(probabilities) and float(cumulated[-1]) < wanted:
-        return nucleus_edge(probabilities, wanted, num_tokens * 16)
-    last = int((cumulated < wanted).sum())
-    return best[min(last, len(best) - 1)]
+    shares = _column(wanted, cumulated)
+    if not is_whole and bool((cumulated[:, -1:] < shares).any()):
+        return nucleus_edges(probabilities, wanted, num_tokens * 16)
+    last = (cumulated < shares).sum(dim=-1, keepdim=True)
+    return best.gather(1, last.clamp(max=best.shape[-1] - 1))
 
 
 def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

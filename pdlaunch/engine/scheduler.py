@@ -68,7 +68,6 @@ class Scheduler:
         """Nothing can be computed before copies to host memory release their blocks."""
 
     def schedule(self) -> StepPlan:
-        """Choose what the next step computes, while no step is in flight."""
         assert not self._batch.steps
         return self._schedule()
 
@@ -99,7 +98,6 @@ class Scheduler:
         return self._schedule() if has_room else None
 
     def hand_over(self) -> StepPlan:
-        """Return the commands and jobs that connectors must hear of before the server is told."""
         return self._tell(StepPlan(step_id=-1))
 
     def has_work(self) -> bool:
@@ -210,7 +208,6 @@ class Scheduler:
             self._preempt_latest(step)
 
     def _has_to_be_apart(self, request: Request) -> bool:
-        """Return whether a suspect has to wait for another one, as no step may hold two."""
         return request.is_suspect and any(other.is_suspect for other in self._queues.running)
 
     def _admit(self, request: Request, step: _Draft) -> bool:
@@ -285,7 +282,6 @@ class Scheduler:
         return True
 
     def _room(self, request: Request) -> int:
-        """Return how many tokens after the scheduled ones fit into its own and all free blocks."""
         return self._kv.max_tokens(request.tables) - request.num_scheduled
 
     def _has_room_for(self, request: Request, hit: PrefixHit) -> bool:

@@ -57,11 +57,9 @@ class RankSleeper:
         return self._work is not None
 
     def begin(self, message: SleepRank | WakeRank) -> None:
-        """Do what rank 0 says; ``advance`` reports."""
         self._work = self._obey(message)
 
     def advance(self) -> SleepReport | None:
-        """Do what is due in this turn; return the report when all is done."""
         if self._work is None:
             return None
         try:
@@ -157,11 +155,9 @@ class SleepCoordinator:
         return [] if self.computes else self._sleeper.sleeping_tags or list(TAGS)
 
     def wait_s(self) -> float:
-        """Return for how long nothing is due here."""
         return math.inf if self._work is None else POLL_S
 
     def begin(self, call: Sleep | WakeUp, *, enabled: bool) -> None:
-        """Fall asleep as soon as nothing holds a block, or wake the pools named, or all."""
         if not enabled:
             self._reply(call, error="enable_sleep_mode is off")
         elif isinstance(call, Sleep) and call.level not in (1, 2):
@@ -183,11 +179,9 @@ class SleepCoordinator:
             self._work = None
 
     def on_report(self, report: SleepReport) -> None:
-        """Take the report of another rank that has done what it was told, or could not."""
         self._reports.append(report)
 
     def advance(self) -> None:
-        """Do what is due in this turn."""
         # ``self`` stands for the end of the generator, which yields None.
         if self._work is not None and next(self._work, self) is self:
             self._work = None

@@ -64,7 +64,6 @@ class StepPlan(Message):
 
     @property
     def is_empty(self) -> bool:
-        """Return whether no rank has anything to do."""
         return not (
             self.scheduled or self.commands or self.jobs or self.freed_rows or self.new_rows
         )

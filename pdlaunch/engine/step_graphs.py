@@ -46,7 +46,6 @@ class Recorded:
             self._result = step()
 
     def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the step on what its inputs hold now."""
         self._graph.replay()
         return self._result
 
@@ -118,7 +117,6 @@ class StepGraphs:
     def _keep(
         self, logits: torch.Tensor, likeliest: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy both; return where they are now."""
         if self._kept is None:  # the first step is never captured
             most = self._sizes[-1]
             self._kept = logits.new_empty(most, logits.shape[1]), likeliest.new_empty(most)

@@ -40,7 +40,6 @@ class Address(Message, tag=False):
 
     http: str = ""  # ``http://127.0.0.1:8101``
     requests: str = ""  # ZMQ endpoint of rank 0 for its engine's server
-    steps: str = ""  # ZMQ endpoint of rank 0 for the other ranks of the TP group
     side_channel: str = ""  # ``tcp://127.0.0.1:43210``; of a rank, or of an engine of vLLM
 
 

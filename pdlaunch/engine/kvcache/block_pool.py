@@ -37,7 +37,6 @@ class BlockPool:
 
     @property
     def num_free_blocks(self) -> int:
-        """Return how many blocks can be allocated: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -55,7 +54,6 @@ class BlockPool:
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """Add an owner to blocks that are owned or cached."""
         for block_id in block_ids:
             if not self._num_owners[block_id]:
                 del self._cached[block_id]
@@ -80,13 +78,11 @@ class BlockPool:
         return block_ids
 
     def finish_pull(self, block_ids: Iterable[int]) -> None:
-        """Give the blocks of a transfer that has succeeded to one owner."""
         for block_id in block_ids:
             self._pulling.remove(block_id)
             self._num_owners[block_id] = 1
 
     def drop_pull(self, block_ids: Iterable[int]) -> None:
-        """Free the blocks of a transfer that has ended without an owner for them."""
         for block_id in block_ids:
             # Free, not cached: nobody knows what a transfer that failed has left in it.
             self._pulling.remove(block_id)
@@ -99,7 +95,6 @@ class BlockPool:
             self._quarantined.add(block_id)
 
     def drain(self, block_ids: Iterable[int]) -> None:
-        """Free quarantined blocks to which nothing can write any more."""
         for block_id in block_ids:
             self._quarantined.remove(block_id)
             self._free.append(block_id)
@@ -114,7 +109,6 @@ class BlockPool:
             self._keys[block_id] = (group, block_hash)
 
     def find(self, group: int, block_hash: bytes) -> int | None:
-        """Return the block that holds this content; it may be reused before it is shared."""
         return self._by_hash[group].get(block_hash)
 
     def forget_cached(self) -> None:

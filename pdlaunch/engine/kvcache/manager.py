@@ -65,7 +65,6 @@ class BlockTables:
         return self.block_ids[group][max(0, start - first) : max(0, end - first)]
 
     def pop_before(self, group: int, index: int) -> list[int]:
-        """Take away the blocks before logical ``index``."""
         count = max(0, index - self.first[group])
         popped = self.block_ids[group][:count]
         del self.block_ids[group][:count]
@@ -85,7 +84,6 @@ class PrefixHit:
     block_ids: list[list[int]]  # the blocks from there on, by group
 
     def end(self, group: int) -> int:
-        """Return the logical index after the group's last block."""
         return self.first[group] + len(self.block_ids[group])
 
 
@@ -108,7 +106,6 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def min_blocks(self, num_tokens: int) -> int:
-        """Return the blocks that ``num_tokens`` tokens need, even if computed one at a time."""
         return min_blocks(self._windows, self.block_size, num_tokens)
 
     # Prefix cache
@@ -117,14 +114,12 @@ class KVCacheManager:
         """Return the longest cached prefix, of at most ``max_blocks`` logical blocks, from which a
         request can compute on.
         """
-        length = longest_prefix(
-            self._windows,
-            self.block_size,
-            max_blocks,
-            lambda group, start, limit: self._count_cached(group, block_hashes, start, limit),
-        )
-        first = self._first_visible(length * self.block_size)
-        return self._hit(block_hashes, first, [length] * self.num_groups)
+
+        def end_of(group: int, start: int, limit: int) -> int:
+            return start + len(self._cached(group, block_hashes, start, limit))
+
+        length = longest_prefix(self._windows, self.block_size, max_blocks, end_of)
+        return self.find_for_pull(block_hashes, length, length * self.block_size)
 
     def find_for_pull(
         self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int
@@ -135,20 +130,18 @@ class KVCacheManager:
         Groups are independent of each other here, as no token before ``num_computed`` is computed.
         """
         first = self._first_visible(num_computed)
-        ends = [
-            self._count_cached(group, block_hashes, start, max_blocks)
+        found = [
+            self._cached(group, block_hashes, start, max_blocks)
             for group, start in enumerate(first)
         ]
-        return self._hit(block_hashes, first, ends)
+        return PrefixHit(first, found)
 
     def share(self, tables: BlockTables, hit: PrefixHit) -> None:
-        """Begin empty ``tables`` with a hit of equal ends."""
         self.share_hit(hit)
         tables.append(hit.first, hit.block_ids)
         self._plan_release(tables)
 
     def share_hit(self, hit: PrefixHit) -> None:
-        """Keep the blocks of a hit until ``release_hit`` or ``adopt_pulled``."""
         for block_ids in hit.block_ids:
             self.pool.share(block_ids)
 
@@ -170,7 +163,6 @@ class KVCacheManager:
     def register(
         self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
     ) -> None:
-        """Let others find the logical blocks [start, end), whose tokens are all computed."""
         for group in range(self.num_groups):
             begin = max(start, tables.first[group])
             for index, block_id in enumerate(tables.between(group, begin, end), begin):
@@ -197,11 +189,10 @@ class KVCacheManager:
         return num_needed + num_reserved <= self.pool.num_free_blocks
 
     def max_tokens(self, tables: BlockTables) -> int:
-        """Return for how many tokens ``tables`` would have room with all free blocks."""
         return (tables.end + self.pool.num_free_blocks // self.num_groups) * self.block_size
 
     def extend(self, tables: BlockTables, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` tokens in all groups; False when blocks are short."""
+        """Make room for ``num_tokens`` tokens; False when blocks are short."""
         count = self.num_logical_blocks(num_tokens) - tables.end
         if count <= 0:
             return True
@@ -249,7 +240,6 @@ class KVCacheManager:
         return leased
 
     def _first_visible(self, num_computed: int) -> list[int]:
-        """Return by group the first logical block that tokens from ``num_computed`` on see."""
         return [first_visible(window, num_computed, self.block_size) for window in self._windows]
 
     def _plan_release(self, tables: BlockTables) -> None:
@@ -265,19 +255,12 @@ class KVCacheManager:
             default=sys.maxsize,
         )
 
-    def _count_cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> int:
-        """Return the first logical index in [start, end] that is not cached."""
+    def _cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> list[int]:
+        """Return the run of cached blocks of logical indices from ``start`` on, before ``end``."""
+        found: list[int] = []
         for index in range(start, end):
-            if self.pool.find(group, block_hashes[index]) is None:
-                return index
-        return max(start, end)
-
-    def _hit(
-        self, block_hashes: Sequence[bytes], first: list[int], ends: Sequence[int]
-    ) -> PrefixHit:
-        """Return the blocks [first, ends) of each group, which are all cached."""
-        found = [
-            [self.pool.find(group, block_hash) for block_hash in block_hashes[start:end]]
-            for group, (start, end) in enumerate(zip(first, ends, strict=True))
-        ]
-        return PrefixHit(first, [[one for one in ids if one is not None] for ids in found])
+            block_id = self.pool.find(group, block_hashes[index])
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found

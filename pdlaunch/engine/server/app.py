@@ -82,8 +82,6 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
 
 
 def _counted(route: AppRoute, service: EngineService) -> AppRoute:
-    """Return the route with its requests counted as in flight."""
-
     async def handle(http: web.Request) -> web.StreamResponse:
         with service.metrics.requests.in_flight.track_inprogress():
             return await route.handler(http)
@@ -121,7 +119,6 @@ async def _metrics(service: EngineService, _: web.Request) -> web.Response:
 
 
 async def _spans(service: EngineService, http: web.Request) -> web.Response:
-    """Tell, once, what was recorded of a request that was aborted."""
     report = await service.unsent_spans.take(HopId(http.query.get("request_id", "")))
     if report is None:
         raise RequestError("no spans are kept of this request", param="request_id", status=404)

@@ -132,7 +132,6 @@ class Delta:
     """
 
     def add(self, other: Delta) -> None:
-        """Append what came later."""
         self.text += other.text
         self.tokens += other.tokens
         self.text_offsets += other.text_offsets

@@ -106,7 +106,6 @@ class EngineService:
         self.live_link()
 
     def admit(self) -> contextlib.AbstractContextManager[Grow]:
-        """Hold a place for a request that rank 0 computes. Raises OverloadedError (429, 503)."""
         self.admission.check_open()
         self.sleep.check_awake()
         return self.admission.admit()

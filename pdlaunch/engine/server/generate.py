@@ -236,7 +236,6 @@ class AnswerWriter:
             chunks = []
 
     def last_events(self) -> bytes:
-        """Return the end of the stream."""
         end = b""
         if self._request.include_usage:
             last = self._new([])

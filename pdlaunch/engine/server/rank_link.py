@@ -84,7 +84,6 @@ class RankLink:
 
     @property
     def silence_s(self) -> float:
-        """Return the seconds since the rank said anything, or since this link was made."""
         return self._clock() - self._heard_at
 
     def submit(self, request: AddRequest, sink: Sink) -> None:

@@ -75,7 +75,6 @@ class ServedModel:
         )
 
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
-        """Raise RequestError for ids that the model does not have."""
         highest = max(token_ids, default=0)
         if highest >= self.vocab_size:
             message = f"token id {highest} is not below the vocabulary's {self.vocab_size}"
@@ -111,7 +110,6 @@ class ServedModel:
         return request
 
     def read(self, kind: type[G], raw: bytes) -> G:
-        """Check the body of a request that generates. Raises RequestError."""
         num_tokens = num_token_ids(raw, "prompt") if len(raw) > self.max_model_len else 0
         if num_tokens >= self.max_model_len:
             raise self.too_long(f"has {num_tokens} tokens", "prompt")

@@ -137,7 +137,6 @@ class SleepDesk:
         )
 
     def _answer(self, reply: SleepReply) -> dict[str, Any]:
-        """Return the status, which the link has brought up to date."""
         if reply.error is not None:
             raise _conflict(reply.error)
         return self.status(reply.num_bytes)

@@ -87,7 +87,6 @@ class TextTokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
     def token_piece(self, token_id: int) -> str:
-        """Return the token as the vocabulary spells it."""
         piece: str | None = self._tokenizer.id_to_token(token_id)
         return piece or ""
 
@@ -259,7 +258,6 @@ def _compile(source: str) -> Template:
 
 
 def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    """Return plain JSON; Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

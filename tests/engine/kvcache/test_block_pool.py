@@ -134,15 +134,6 @@ def test_cached_blocks_are_reused_in_the_order_of_their_release() -> None:
     assert pool.find(0, bytes([head])) == head
 
 
-def test_sharing_saves_a_cached_block_from_reuse() -> None:
-    pool = BlockPool(2, 1)
-    first, second = registered(pool, 2)
-    pool.release([first, second])
-    pool.share([first])
-    assert pool.allocate(1) == [second]
-    assert pool.num_free_blocks == 0
-
-
 def test_the_integrity_check_sees_a_forgotten_owner() -> None:
     pool = BlockPool(2, 1)
     pool.allocate(1)

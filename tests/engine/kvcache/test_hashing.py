@@ -40,20 +40,6 @@ def test_hashes_do_not_depend_on_how_tokens_arrive(
     )
 
 
-def test_a_partial_block_is_no_full_block() -> None:
-    hasher = TokenHasher(root_hash("m"), 4)
-    assert (
-        len({*hasher.prompt_hashes([1, 2, 3, 4], 3), *hasher.prompt_hashes([1, 2, 3, 4], 4)}) == 2
-    )
-
-
-def test_an_earlier_token_changes_every_later_hash() -> None:
-    first, second = TokenHasher(root_hash("m"), 2), TokenHasher(root_hash("m"), 2)
-    first.extend([1, 2, 3, 4, 5, 6])
-    second.extend([1, 9, 3, 4, 5, 6])
-    assert not set(first.block_hashes) & set(second.block_hashes)
-
-
 def test_root_tells_model_and_salt_apart() -> None:
     roots = [
         root_hash("ab"),

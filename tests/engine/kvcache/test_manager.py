@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
-from pdlaunch.engine.kvcache.manager import BlockTables, KVCacheManager
+from pdlaunch.engine.kvcache.manager import KVCacheManager
 
 WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=3)
 
@@ -133,14 +133,6 @@ def compute_token_by_token(kv: KVCacheManager, num_tokens: int) -> bool:
     return True
 
 
-def test_extend_is_all_or_nothing() -> None:
-    kv = KVCacheManager(make_groups([None, None]), 5, 2)
-    tables = kv.new_tables()
-    assert kv.extend(tables, 4)
-    assert not kv.extend(tables, 5)
-    assert (tables.end, kv.pool.num_free_blocks) == (2, 1)
-
-
 def test_freeing_reuses_the_tail_of_a_chain_before_its_head() -> None:
     kv = KVCacheManager(make_groups([None]), 3, 2)
     tables = kv.new_tables()
@@ -168,12 +160,3 @@ def test_a_lease_holds_what_the_last_token_sees(
         owned=[block_id for block_ids in leased.block_ids for block_id in block_ids]
     )
     assert tables.end == 0
-
-
-def test_a_group_may_begin_later_than_another() -> None:
-    tables = BlockTables(2)
-    tables.append([0, 2], [[1, 2, 3], [4]])
-    assert (tables.first, tables.end) == ([0, 2], 3)
-    assert tables.between(1, 0, 3) == [4]
-    assert tables.pop_before(0, 2) == [1, 2]
-    assert tables.between(0, 0, 9) == [3]

@@ -1,11 +1,17 @@
-"""Both sides of a hand-over, with routers that know pdlaunch and routers that do not."""
+"""Both sides of a hand-over, with routers that know pdlaunch and routers that do not; and what a
+choice says that another engine has begun.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import pytest
 
+from pdlaunch.engine.server.choice import TextStream
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import END_TOKEN, Engine
@@ -20,12 +26,38 @@ REMOTE_DECODE = {
     "remote_host": None,
     "remote_port": None,
 }
-CHAT = "/v1/chat/completions"
+REMOTE_PREFILL = {
+    "do_remote_prefill": True,
+    "remote_engine_id": "e1",
+    "remote_request_id": "r",
+    "remote_host": "127.0.0.1",
+    "remote_port": 5555,
+    "remote_block_ids": [[1]],
+    "remote_num_tokens": 5,
+}
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
+PLACE = "kv_transfer_params.pdlaunch.first_tokens"
+
+
+def first_tokens(*tokens: dict[str, Any]) -> dict[str, Any]:
+    return {"pdlaunch": {"first_tokens": list(tokens)}}
 
 
 async def prefill(engine: Engine, **fields: object) -> dict:
     return await engine.complete(**{"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE} | fields)
+
+
+async def hand_over(engine: Engine, sent: bool, **fields: object) -> tuple[dict, dict]:
+    """A prefill answer, and the body for decode."""
+    answer = await prefill(engine, **fields)
+    params = answer["kv_transfer_params"]
+    if sent:
+        params["pdlaunch"]["first_token_sent"] = True
+    return answer, fields | {"max_tokens": 12, "kv_transfer_params": params}
+
+
+# Prefill
 
 
 async def test_prefill_answers_with_the_lease_and_the_first_token(engine: Engine, rank: FakeRank):
@@ -33,28 +65,29 @@ async def test_prefill_answers_with_the_lease_and_the_first_token(engine: Engine
     (request,) = rank.added()
     assert (request.do_remote_decode, request.num_readers) == (True, 1)
     assert (request.sampling.max_tokens, request.sampling.min_tokens) == (1, 5)
-    params = answer["kv_transfer_params"]
+    params, token_id = answer["kv_transfer_params"], rank.ids("hello")[0]
     assert params["do_remote_prefill"] is True
     assert params["remote_request_id"] == request.request_id
-    (first,) = params["pdlaunch"]["first_tokens"]
-    assert first == {
-        "token_id": rank.ids("hello")[0],
-        "logprob": -0.5,
-        "top_logprobs": [[rank.ids("hello")[0], -0.5]],
-    }
+    token = {"token_id": token_id, "logprob": -0.5, "top_logprobs": [[token_id, -0.5]]}
+    assert params["pdlaunch"]["first_tokens"] == [token]
     assert answer["choices"][0]["finish_reason"] == "length"
     assert rank.aborted() == []
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("☃", [], ""),
+        ("hello", ["hello world"], ""),
+        ("hello", ["hello!", "zz"], ""),
+        ("hello", ["zz"], "hello"),
+    ],
+)
 async def test_prefill_holds_back_half_characters_and_begun_stop_strings(
-    engine: Engine, rank: FakeRank
+    engine: Engine, rank: FakeRank, text: str, stop: list[str], shown: str
 ):
-    rank.script = rank.says("☃")
-    assert (await prefill(engine))["choices"][0]["text"] == ""
-    rank.script = rank.says("hello")
-    assert (await prefill(engine, stop=["hello world"]))["choices"][0]["text"] == ""
-    assert (await prefill(engine, stop=["hello!", "zz"]))["choices"][0]["text"] == ""
-    assert (await prefill(engine, stop=["zz"]))["choices"][0]["text"] == "hello"
+    rank.script = rank.says(text)
+    assert (await prefill(engine, stop=stop))["choices"][0]["text"] == shown
 
 
 @pytest.mark.parametrize("fields", [{"stop": ["hel"]}, {}])
@@ -69,25 +102,113 @@ async def test_a_first_token_that_ends_the_request_ends_the_lease(
     assert abort.request_id == rank.added()[0].request_id
 
 
-async def test_prefill_leases_once_for_all_choices_and_says_how_many_go_on(
+async def test_prefill_leases_once_for_all_choices_and_says_which_go_on(
     engine: Engine, rank: FakeRank
 ):
-    def script(request: AddRequest):
-        text = "stops" if request.sampling.choice == 1 else "hello"
-        return rank.says(rank.ids(text)[:1])(request)
-
-    rank.script = script
+    words = ("hello", "stops", "hello")
+    rank.script = lambda request: rank.says(rank.ids(words[request.sampling.choice])[:1])(request)
     answer = await prefill(engine, n=3, stop=["s"])
-    assert [(request.do_remote_decode, request.num_readers) for request in rank.added()] == [
-        (True, 3),
-        (False, 1),
-        (False, 1),
-    ]
-    finish_reasons = [
-        token.get("finish_reason")
-        for token in answer["kv_transfer_params"]["pdlaunch"]["first_tokens"]
-    ]
-    assert finish_reasons == [None, "stop", None]
+    found = [(request.do_remote_decode, request.num_readers) for request in rank.added()]
+    assert found == [(True, 3), (False, 1), (False, 1)]
+    tokens = answer["kv_transfer_params"]["pdlaunch"]["first_tokens"]
+    assert [token.get("finish_reason") for token in tokens] == [None, "stop", None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 2}, "max_tokens"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"stream": True}, "stream"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"resume": {"choices": [[]]}}, "resume"),
+        ({"do_remote_decode": "yes"}, "kv_transfer_params.do_remote_decode"),
+        ({"do_remote_prefill": True}, "kv_transfer_params.remote_engine_id"),
+        (REMOTE_PREFILL | {"remote_num_tokens": 2**64}, "kv_transfer_params.remote_num_tokens"),
+        (
+            REMOTE_PREFILL | {"remote_block_ids": [[2**64]]},
+            "kv_transfer_params.remote_block_ids[0][0]",
+        ),
+        (first_tokens({"token_id": 10**9}), PLACE),
+        (first_tokens({"token_id": 5, "top_logprobs": [[10**9, -1.0]]}), PLACE),
+        (first_tokens({"token_id": 5}, {"token_id": 6}), PLACE),
+        (first_tokens({"token_id": 2**64}), f"{PLACE}[0].token_id"),
+    ],
+)
+async def test_hand_overs_that_are_refused(engine: Engine, fields: dict[str, Any], param: str):
+    body = {"prompt": "x", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+    is_params = param.startswith("kv_transfer_params")
+    status, error = await engine.refusal(
+        **body | ({"kv_transfer_params": fields} if is_params else fields)
+    )
+    assert (status, error["param"]) == (400, param)
+
+
+async def test_a_router_that_leaves_ends_the_lease(engine: Engine, rank: FakeRank):
+    rank.script = silent
+    post = asyncio.create_task(prefill(engine))
+    (request,) = await rank.wait_for(AddRequest)
+    post.cancel()
+    await asyncio.gather(post, return_exceptions=True)
+    aborts = await rank.wait_for(AbortRequest)
+    assert aborts[0].request_id == request.request_id
+
+
+@pytest.mark.parametrize("by", ["request id", "remote id"])
+async def test_a_lease_can_be_released(engine: Engine, rank: FakeRank, by: str):
+    body = {"prompt": "x", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+    _, answer, _ = await engine.post(COMPLETIONS, body, **{"X-Request-Id": "abc"})
+    remote_id = answer["kv_transfer_params"]["remote_request_id"]
+    for name, is_known in (("abc" if by == "request id" else remote_id, True), ("other", False)):
+        _, released, _ = await engine.post("/pdlaunch/release", {"request_id": name})
+        assert released == {"released": is_known}
+    assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [remote_id]
+
+
+# Decode
+
+
+@pytest.mark.parametrize("sent", [False, True])
+@pytest.mark.parametrize("stop", [[], ["quick"], ["né"], ["zzz"], ["n☃"]])
+@pytest.mark.parametrize("text", [TEXT, "☃☃ ☃", "quick né"])
+async def test_prefill_and_decode_together_say_what_one_engine_says(
+    engine: Engine, rank: FakeRank, text, stop, sent
+):
+    rank.script = rank.says(text)
+    fields = {"n": 2, "stop": stop, "return_token_ids": True, "logprobs": 1}
+    alone = await engine.complete(max_tokens=12, **fields)
+    answer, body = await hand_over(engine, sent, **fields)
+    *chunks, usage, done = await engine.stream(**body, stream_options={"include_usage": True})
+    assert done == {"done": True}
+    assert usage["usage"]["completion_tokens"] == alone["usage"]["completion_tokens"]
+    for index, choice in enumerate(alone["choices"]):
+        said = answer["choices"][index : index + 1] if sent else []
+        said += [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in said) == choice["text"]
+        assert [token for part in said for token in part["token_ids"]] == choice["token_ids"]
+        logprobs = [part["logprobs"]["text_offset"] for part in said if part["logprobs"]]
+        assert [*chain(*logprobs)] == choice["logprobs"]["text_offset"]
+        for name in ("finish_reason", "stop_reason"):
+            assert said[-1][name] == choice[name]
+
+
+async def test_decode_starts_from_the_first_token_and_the_remote_blocks(
+    engine: Engine, rank: FakeRank
+):
+    answer, body = await hand_over(engine, sent=True)
+    await engine.complete(**body)
+    request = rank.added()[-1]
+    assert request.remote_kv is not None
+    assert request.remote_kv.block_ids == [[1, 2]]
+    assert request.output == [TokenOutput(token_id=rank.ids("hello")[0])]
+    assert request.sampling.max_tokens == 12
+    # A router without our key gets every token from decode.
+    del body["kv_transfer_params"]["pdlaunch"]
+    decoded = await engine.complete(**body)
+    assert rank.added()[-1].output == []
+    assert rank.added()[-1].remote_kv is not None
+    assert decoded["choices"][0]["text"].startswith(answer["choices"][0]["text"])
+    assert decoded["usage"]["completion_tokens"] == 12
 
 
 async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(
@@ -109,94 +230,59 @@ async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(
     rank.script = rank.says("hello world")
     answer = await engine.complete(n=2, max_tokens=4, kv_transfer_params=params)
     last = rank.added()[-1]
-    assert last.remote_kv is None
-    assert last.output == [TokenOutput(token_id=rank.ids("hello")[0])]
+    assert (last.remote_kv, last.output) == (None, [TokenOutput(token_id=rank.ids("hello")[0])])
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
 
 
-REMOTE_PREFILL = {
-    "do_remote_prefill": True,
-    "remote_engine_id": "e1",
-    "remote_request_id": "r",
-    "remote_host": "127.0.0.1",
-    "remote_port": 5555,
-    "remote_block_ids": [[1]],
-    "remote_num_tokens": 5,
-}
-
-
-def first_token(token_id: int, **fields: object) -> dict:
-    return {"pdlaunch": {"first_tokens": [{"token_id": token_id} | fields]}}
+async def test_chats_of_a_vllm_router_and_of_ours(engine: Engine):
+    """vLLM's sends max_completion_tokens and the client's other fields."""
+    answer = await engine.chat(
+        max_tokens=1,
+        max_completion_tokens=1,
+        min_tokens=4,
+        stream=False,
+        stream_options={"include_usage": True},
+        kv_transfer_params=REMOTE_DECODE,
+    )
+    params = answer["kv_transfer_params"]
+    assert params["do_remote_prefill"] is True
+    assert answer["choices"][0]["message"]["content"] == "hello"
+    params["pdlaunch"]["first_token_sent"] = True
+    chunks = await engine.stream(CHAT, messages=HELLO, max_tokens=3, kv_transfer_params=params)
+    deltas = [choice["delta"] for chunk in chunks[:-1] for choice in chunk["choices"]]
+    assert not any("role" in delta for delta in deltas), "the role was sent before"
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("tokens", "fields", "reasons"),
     [
-        ({"max_tokens": 2}, "max_tokens"),
-        ({"max_tokens": None}, "max_tokens"),
-        ({"stream": True}, "stream"),
-        ({"prompt": ["a", "b"]}, "prompt"),
-        ({"resume": {"choices": [[]]}}, "resume"),
-        (
-            {"kv_transfer_params": {"do_remote_decode": "yes"}},
-            "kv_transfer_params.do_remote_decode",
-        ),
-        (
-            {"kv_transfer_params": {"do_remote_prefill": True}},
-            "kv_transfer_params.remote_engine_id",
-        ),
-        (
-            {"kv_transfer_params": REMOTE_PREFILL | {"remote_num_tokens": 2**64}},
-            "kv_transfer_params.remote_num_tokens",
-        ),
-        (
-            {"kv_transfer_params": REMOTE_PREFILL | {"remote_block_ids": [[2**64]]}},
-            "kv_transfer_params.remote_block_ids[0][0]",
-        ),
-        ({"kv_transfer_params": first_token(10**9)}, "kv_transfer_params.pdlaunch.first_tokens"),
-        (
-            {"kv_transfer_params": first_token(5, top_logprobs=[[10**9, -1.0]])},
-            "kv_transfer_params.pdlaunch.first_tokens",
-        ),
-        (
-            {"kv_transfer_params": first_token(2**64)},
-            "kv_transfer_params.pdlaunch.first_tokens[0].token_id",
-        ),
+        ([{"finish_reason": "stop"}, {}], {"n": 2, "max_tokens": 3}, ["stop", "length"]),
+        # A router that does not look at first tokens asks decode for a request of one, too.
+        ([{}], {"max_tokens": 1}, ["length"]),
     ],
 )
-async def test_hand_overs_that_are_refused(engine: Engine, fields, param):
-    body = {"prompt": "x", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE} | fields
-    status, error = await engine.refusal(**body)
-    assert (status, error["param"]) == (400, param)
+async def test_choices_that_are_over_only_give_their_lease_up(
+    engine: Engine, rank: FakeRank, tokens, fields, reasons
+):
+    given = [{"token_id": rank.ids("hello")[0]} | token for token in tokens]
+    params = REMOTE_PREFILL | first_tokens(*given)
+    answer = await engine.complete(kv_transfer_params=params, **fields)
+    assert [choice["finish_reason"] for choice in answer["choices"]] == reasons
+    (abort,) = await rank.wait_for(AbortRequest)
+    added = rank.added()
+    assert all(request.remote_kv is not None and len(request.output) == 1 for request in added)
+    assert [request.request_id == abort.request_id for request in added] == [
+        True,
+        *[False] * (len(reasons) - 1),
+    ]
 
 
-async def test_a_router_that_leaves_ends_the_lease(engine: Engine, rank: FakeRank):
-    rank.script = silent
-    post = asyncio.create_task(prefill(engine))
-    (request,) = await rank.wait_for(AddRequest)
-    post.cancel()
-    await asyncio.gather(post, return_exceptions=True)
-    aborts = await rank.wait_for(AbortRequest)
-    assert aborts[0].request_id == request.request_id
-
-
-@pytest.mark.parametrize("by", ["request id", "remote id"])
-async def test_a_lease_can_be_released(engine: Engine, rank: FakeRank, by: str):
-    body = {"prompt": "x", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
-    _, answer, _ = await engine.post("/v1/completions", body, **{"X-Request-Id": "abc"})
-    remote_id = answer["kv_transfer_params"]["remote_request_id"]
-    name = {"request_id": "abc" if by == "request id" else remote_id}
-    _, released, _ = await engine.post("/pdlaunch/release", name)
-    assert released == {"released": True}
-    assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [remote_id]
-    _, released, _ = await engine.post("/pdlaunch/release", {"request_id": "other"})
-    assert released == {"released": False}
-
-
-async def test_an_engine_of_both_roles_refuses_blocks_and_takes_first_tokens(make_engine):
+async def test_an_engine_of_both_roles_refuses_blocks_and_takes_first_tokens(
+    make_engine: Callable[..., Any],
+):
     both = await make_engine(name="both-0", role="both")
     params = (await prefill(await make_engine()))["kv_transfer_params"]
-    for path, fields in (("/v1/completions", {}), (CHAT, {"messages": HELLO})):
+    for path, fields in ((COMPLETIONS, {}), (CHAT, {"messages": HELLO})):
         for asked in (REMOTE_DECODE, params):
             status, error = await both.refusal(
                 path, max_tokens=1, kv_transfer_params=asked, **fields
@@ -206,3 +292,52 @@ async def test_an_engine_of_both_roles_refuses_blocks_and_takes_first_tokens(mak
     only_tokens = {"do_remote_prefill": False, "do_remote_decode": False}
     continued = only_tokens | {"pdlaunch": params["pdlaunch"] | {"first_token_sent": True}}
     assert (await both.complete(max_tokens=5, kv_transfer_params=continued))["choices"]
+
+
+# Resumed streams
+
+
+def text_and_tokens(chunks: list[dict]) -> tuple[str, list[int]]:
+    choices = [choice for chunk in chunks[:-1] for choice in chunk["choices"]]
+    texts = [
+        choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices
+    ]
+    return "".join(texts), [*chain(*(choice.get("token_ids") or [] for choice in choices))]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 11, 12])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_resumed_stream_says_the_rest(
+    engine: Engine, rank: FakeRank, count: int, path: str
+):
+    rank.script = rank.says(TEXT)
+    fields = {"prompt": "hello"} if path == COMPLETIONS else {"messages": HELLO}
+    fields |= {"max_tokens": 12, "return_token_ids": True}
+    text, token_ids = text_and_tokens(await engine.stream(path, **fields))
+    prompt = rank.added()[-1].prompt_token_ids
+    given = [{"token_id": token_id} for token_id in token_ids[:count]]
+    rest = await engine.stream(path, **fields, resume={"choices": [given], "sent": True})
+    seen = TextStream(engine.service.model.tokenizer, prompt)
+    sent = "".join(map(seen.push, token_ids[:count]))
+    more, more_ids = text_and_tokens(rest)
+    assert more_ids == token_ids[count:]
+    assert sent + more == text
+    assert rest[-2]["choices"][0]["finish_reason"] == "length"
+    if count < 12:
+        assert [token.token_id for token in rank.added()[-1].output] == token_ids[:count]
+
+
+async def test_a_resume_that_nobody_has_seen_is_said_in_full(engine: Engine, rank: FakeRank):
+    rank.script = rank.says(TEXT)
+    whole = await engine.complete(max_tokens=12)
+    given = [{"token_id": token_id} for token_id in rank.ids(TEXT)[:3]]
+    again = await engine.complete(max_tokens=12, resume={"choices": [given], "sent": False})
+    assert again["choices"] == whole["choices"]
+    assert again["usage"] == whole["usage"]
+
+
+async def test_a_resumed_choice_that_was_over_says_no_more(engine: Engine, rank: FakeRank):
+    over = [{"token_id": rank.ids(END_TOKEN)[0], "finish_reason": "stop"}]
+    chunks = await engine.stream(n=2, max_tokens=3, resume={"choices": [over, []], "sent": True})
+    assert {chunk["choices"][0]["index"] for chunk in chunks[:-1]} == {1}
+    assert len(rank.added()) == 1
