@@ -32,8 +32,8 @@ from pdlaunch.launch.hosts.join import (
 )
 from pdlaunch.launch.hosts.placement import slurm
 from pdlaunch.launch.hosts.placement.ray_cluster import (
-    RayAgents,
     has_gpus,
+    kept_agents,
     own_address,
     placed_actors,
     ray_bundles,
@@ -196,8 +196,9 @@ def _agents_of_ray(
         # In reverse: Ray's watch ends first, then the agents, then their channel.
         stack.callback(channel.close)
         stack.callback(stop_agents, ray, actors)
-        watch = RayAgents(ray, actors, channel.endpoint, keys.server.public, channel.admit)
-        stack.callback(watch.close)
+        stack.enter_context(
+            kept_agents(ray, actors, channel.endpoint, keys.server.public, channel.admit)
+        )
         agents = Agents(channel)
         advice = "look at the logs of its actor in Ray"
         _await_all(agents, names, config.join_timeout_s, advice, say)

@@ -59,7 +59,6 @@ class FakeSupervisor:
         self.said: asyncio.Queue[ToSupervisor] = asyncio.Queue()
         self.capabilities: list[Capabilities] = []
         self.registered: list[Address] = []
-        self.listens: list[bool] = []
         self.prefill: FakeVllm
         self.decode: FakeVllm
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,7 +72,6 @@ class FakeSupervisor:
         listens: bool = True,
     ) -> None:
         self.registered.append(Address(http=url, side_channel=side_channel))
-        self.listens.append(listens)
         self.capabilities.append(capabilities or self.bootstrap.capabilities)
 
     def send(self, message: ToSupervisor) -> None:
@@ -90,25 +88,32 @@ class FakeSupervisor:
         return said
 
 
-@contextlib.asynccontextmanager
-async def watched(
-    folder: Path, *flags: str, hang_timeout_s: float = 0.0, decode: FakeVllm | None = None
-) -> AsyncIterator[tuple[FakeSupervisor, asyncio.Task[None]]]:
-    """Run a sidecar of a decode engine beside a prefill engine, both of them fakes."""
-    shares: dict[str, list[int]] = {}
-    supervisor = FakeSupervisor(folder)
+def sidecar(supervisor: FakeSupervisor, *flags: str, hang_timeout_s: float = 0.0) -> SidecarProcess:
     options = SidecarOptions(
         (*COMMAND, *flags), is_exact=True, hang_timeout_s=hang_timeout_s, unverified="by a test"
     )
-    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    return SidecarProcess(cast(Supervised, supervisor), options)
+
+
+@contextlib.asynccontextmanager
+async def watched(
+    supervisor: FakeSupervisor,
+    *flags: str,
+    hang_timeout_s: float = 0.0,
+    is_sleeping: bool | None = None,
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Run a sidecar of a decode engine beside a prefill engine, both of them fakes."""
+    running = asyncio.create_task(sidecar(supervisor, *flags, hang_timeout_s=hang_timeout_s).run())
     await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    shares: dict[str, list[int]] = {}
     supervisor.prefill = FakeVllm("prefill-0", shares)
-    supervisor.decode = decode or FakeVllm("decode-0", shares)
+    supervisor.decode = FakeVllm("decode-0", shares, is_sleeping=is_sleeping)
+    folder = Path(supervisor.bootstrap.run_dir)
     runners = [
         await listen(engine, folder / f"{engine.name}.sock")
         for engine in (supervisor.prefill, supervisor.decode)
     ]
-    yield supervisor, running
+    yield running
     supervisor.inbox.put_nowait(Stop())
     with contextlib.suppress(StartupError):
         await running
@@ -116,23 +121,28 @@ async def watched(
         await runner.cleanup()
 
 
+@pytest.fixture(autouse=True)
+def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
+    monkeypatch.setattr("pdlaunch.launch.sidecar.process.DRAIN_POLL_S", 0.01)
+
+
 @pytest_asyncio.fixture
-async def supervisor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[FakeSupervisor]:
-    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.05)
-    async with watched(tmp_path) as (supervisor, _):
+async def supervisor(tmp_path: Path) -> AsyncIterator[FakeSupervisor]:
+    supervisor = FakeSupervisor(tmp_path)
+    async with watched(supervisor):
         yield supervisor
 
 
-def registry(run_dir: str, *pairs: PairReady) -> Registry:
-    def entry(name: str, role: Role) -> Entry:
-        address = Address(http=f"unix:{run_dir}/{name}.sock")
+def registry(run_dir: str, *pairs: PairReady, url: str = "", state: str = "ready") -> Registry:
+    def entry(role: Role, url: str = "", state: str = "ready") -> Entry:
+        name = f"{role}-0"
+        address = Address(http=url or f"unix:{run_dir}/{name}.sock")
         return Entry(
-            name=name, kind="server", incarnation=1, role=role, address=address, state="ready"
+            name=name, kind="server", incarnation=1, role=role, address=address, state=state
         )
 
-    entries = [entry("prefill-0", "prefill"), entry("decode-0", "decode")]
+    entries = [entry("prefill", url, state), entry("decode")]
     return Registry(version=1, entries=entries, pairs=list(pairs))
 
 
@@ -143,30 +153,18 @@ async def test_on_several_hosts_it_opens_a_door_and_says_where_its_side_channel_
     keys = new_launch_keys(with_certificate=True)
     supervisor = FakeSupervisor(tmp_path)
     supervisor.bootstrap = structs.replace(supervisor.bootstrap, keys=keys, door=DOOR)
-    options = SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0, unverified="by a test")
-    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
-    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
-    shares: dict[str, list[int]] = {}
-    runners = [
-        await listen(FakeVllm(name, shares), tmp_path / f"{name}.sock")
-        for name in ("prefill-0", "decode-0")
-    ]
     prefill = Door("prefill-0", DOOR, keys, f"unix:{tmp_path}/prefill-0.sock", None)
     url = await prefill.open()
-    await supervisor.next(Ready)
-    for address, capabilities in zip(supervisor.registered, supervisor.capabilities, strict=True):
-        assert address.http.startswith("https://127.0.0.1:")
-        assert address.side_channel.startswith("tcp://127.0.0.1:")
-        assert capabilities.takes_launch_token
-    listed = registry(str(tmp_path))
-    listed.entries[0] = structs.replace(listed.entries[0], address=Address(http=url))
-    supervisor.inbox.put_nowait(listed)
-    assert (await supervisor.next(PairReady)).peer == "prefill-0"
-    supervisor.inbox.put_nowait(Stop())
-    await running
+    async with watched(supervisor):
+        await supervisor.next(Ready)
+        told = zip(supervisor.registered, supervisor.capabilities, strict=True)
+        for address, capabilities in told:
+            assert address.http.startswith("https://127.0.0.1:")
+            assert address.side_channel.startswith("tcp://127.0.0.1:")
+            assert capabilities.takes_launch_token
+        supervisor.inbox.put_nowait(registry(str(tmp_path), url=url))
+        assert (await supervisor.next(PairReady)).peer == "prefill-0"
     await prefill.close()
-    for runner in runners:
-        await runner.cleanup()
 
 
 STRANGER = """
@@ -188,11 +186,9 @@ async def test_another_users_program_at_a_fixed_port_is_told_nothing(tmp_path: P
     try:
         assert stranger.stdout is not None
         port = (await stranger.stdout.readline()).decode().strip()
-        command = (*COMMAND, "--host", "127.0.0.1", "--port", port)
-        supervisor = FakeSupervisor(tmp_path)
-        options = SidecarOptions(command, is_exact=True, hang_timeout_s=0.0, unverified="by a test")
+        process = sidecar(FakeSupervisor(tmp_path), "--host", "127.0.0.1", "--port", port)
         with pytest.raises(StartupError, match=rf"user \(id 65534\) listens at port {port}"):
-            await SidecarProcess(cast(Supervised, supervisor), options).run()
+            await process.run()
     finally:
         stranger.kill()
     assert await stranger.stdout.read() == b"", "nobody has come"
@@ -245,11 +241,8 @@ async def test_the_pair_is_named_whose_reads_fail(supervisor: FakeSupervisor) ->
         assert f"{count} just now" in doubt.error
 
 
-async def test_a_drain_waits_for_requests_and_then_for_leases(
-    supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_drain_waits_for_requests_and_then_for_leases(supervisor: FakeSupervisor) -> None:
     """Decode engines read the blocks of requests that prefill has done with."""
-    monkeypatch.setattr("pdlaunch.launch.sidecar.process.DRAIN_POLL_S", 0.01)
     await supervisor.next(Ready)
     engine = supervisor.decode
     engine.num_running, engine.lends = 1, 0.25
@@ -269,12 +262,10 @@ async def test_a_drain_waits_for_requests_and_then_for_leases(
     await supervisor.next(Drained)
 
 
-async def test_an_idle_engine_whose_core_stands_still_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_idle_engine_whose_core_stands_still_is_found(tmp_path: Path) -> None:
     """Nobody asks it for anything, and it says that it is healthy and has nothing to do."""
-    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
-    async with watched(tmp_path, hang_timeout_s=0.5) as (supervisor, running):
+    supervisor = FakeSupervisor(tmp_path)
+    async with watched(supervisor, hang_timeout_s=0.5) as running:
         engine = supervisor.decode
         await until(lambda: len(engine.bodies) == 2)
         asked = [(len(body["prompt"]), body["max_tokens"]) for body in engine.bodies]
@@ -290,22 +281,18 @@ async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSu
     run_dir = supervisor.bootstrap.run_dir
     supervisor.inbox.put_nowait(registry(run_dir))
     proven = await supervisor.next(PairReady)
-    asleep = registry(run_dir, proven)
-    asleep.entries[0] = structs.replace(asleep.entries[0], state="sleeping")
     supervisor.inbox.put_nowait(registry(run_dir, proven))
-    supervisor.inbox.put_nowait(asleep)
+    supervisor.inbox.put_nowait(registry(run_dir, proven, state="sleeping"))
     assert (await supervisor.next(PairSuspect)).peer == "prefill-0"
     supervisor.inbox.put_nowait(registry(run_dir))
     assert (await supervisor.next(PairReady)).peer == "prefill-0"
 
 
-async def test_an_engine_that_sleeps_is_told_until_it_is_awake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
-    engine = FakeVllm("decode-0", {}, is_sleeping=False)
-    async with watched(tmp_path, "--enable-sleep-mode", decode=engine) as (supervisor, _):
+async def test_an_engine_that_sleeps_is_told_until_it_is_awake(tmp_path: Path) -> None:
+    supervisor = FakeSupervisor(tmp_path)
+    async with watched(supervisor, "--enable-sleep-mode", is_sleeping=False):
         await supervisor.next(Ready)
+        engine = supervisor.decode
         for is_sleeping, state in ((True, "sleeping"), (False, "awake")):
             engine.is_sleeping = is_sleeping
             assert (await supervisor.next(SleepState)).state == state

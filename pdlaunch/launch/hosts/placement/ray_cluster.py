@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
-_ALLOCATING = {"pack": "PACK", "spread": "SPREAD"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,59 +79,52 @@ def ray_hosts(bundles: Sequence[Bundle]) -> tuple[HostSettings, ...]:
     return tuple(HostSettings(name=bundle.name, roles=(bundle.role,)) for bundle in bundles)
 
 
-class RayAgents:
-    """Keeps an agent running for each engine; a thread asks Ray once a second."""
+@contextlib.contextmanager
+def kept_agents(
+    ray: Any,
+    actors: Mapping[str, Any],
+    endpoint: str,
+    server_public: str,
+    admit: Callable[[str], None],
+) -> Iterator[None]:
+    """Keep an agent running for each engine; a thread asks Ray once a second.
 
-    def __init__(
-        self,
-        ray: Any,
-        actors: Mapping[str, Any],
-        endpoint: str,
-        server_public: str,
-        admit: Callable[[str], None],
-    ) -> None:
-        """``admit``: lets the agent with this public key join."""
-        self._ray = ray
-        self._actors = actors
-        self._endpoint = endpoint
-        self._server_public = server_public
-        self._admit = admit
-        self._admitted: set[str] = set()
-        self._seen: set[str] = set()
-        self._waiting: set[str] = set()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
-        self._thread.start()
+    ``admit``: lets the agent with this public key join.
+    """
+    admitted: set[str] = set()
+    is_there: dict[str, bool] = {}  # of actors that have answered once
+    closing = threading.Event()
 
-    def close(self) -> None:
-        """Have no agent started any more."""
-        self._closing.set()
-        self._thread.join(_ANSWER_TIMEOUT_S)
-
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            for name, actor in self._actors.items():
-                self._look_after(name, actor)
-            self._closing.wait(POLL_S)
-
-    def _look_after(self, name: str, actor: Any) -> None:
+    def look_after(name: str, actor: Any) -> None:
         try:
-            public, is_running = self._ray.get(actor.state.remote(), timeout=_ANSWER_TIMEOUT_S)
-            self._seen.add(name)
-            if public not in self._admitted:
-                self._admitted.add(public)
-                self._admit(public)
+            public, is_running = ray.get(actor.state.remote(), timeout=_ANSWER_TIMEOUT_S)
+            if public not in admitted:
+                admitted.add(public)
+                admit(public)
             if not is_running:
-                start = actor.start.remote(self._endpoint, self._server_public)
-                self._ray.get(start, timeout=_ANSWER_TIMEOUT_S)
-            if name in self._waiting:
-                self._waiting.discard(name)
+                start = actor.start.remote(endpoint, server_public)
+                ray.get(start, timeout=_ANSWER_TIMEOUT_S)
+            if not is_there.setdefault(name, True):
                 logger.warning("Ray has found room for %s again", name)
+            is_there[name] = True
         except Exception as error:  # Of many kinds, by what Ray has lost.
-            was_there = name in self._seen and name not in self._waiting
-            if was_there and not self._closing.is_set():
-                self._waiting.add(name)
+            if is_there.get(name) and not closing.is_set():
+                is_there[name] = False
                 logger.warning("Ray has no room for %s now: %s", name, _first_line(error))
+
+    def run() -> None:
+        while not closing.is_set():
+            for name, actor in actors.items():
+                look_after(name, actor)
+            closing.wait(POLL_S)
+
+    thread = threading.Thread(target=run, name="ray", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join(_ANSWER_TIMEOUT_S)
 
 
 @contextlib.contextmanager
@@ -196,7 +188,7 @@ def placed_actors(
     """
     scheduling = importlib.import_module("ray.util.scheduling_strategies")
     group = ray.util.placement_group(
-        [bundle.resources for bundle in bundles], strategy=_ALLOCATING[strategy]
+        [bundle.resources for bundle in bundles], strategy=strategy.upper()
     )
     try:
         if not group.wait(timeout_seconds=timeout_s):
