@@ -99,7 +99,9 @@ class HttpApp:
         request_id, id_error = _read_id(http)
         http[_REQUEST_ID] = request_id
         end: End | None = None
-        if self._watch is not None and _is_watched(route, http):
+        # Commands have a key of their own.
+        is_clients = http.method == "POST" and route.check_key is None and route.path != "/ping"
+        if self._watch is not None and is_clients:
             end = self._watch(http, request_id)
         status = CLIENT_CLOSED_REQUEST
         told: Exception | None = None
@@ -136,12 +138,11 @@ class HttpApp:
         if self._is_trusted(http):
             return None
         answer = self._guard.admit(http)
-        if answer is None and (check_key := self._key_check(route, http.path)) is not None:
+        own = None if http.path in self._open_paths else self._check_key
+        check_key = route.check_key or own
+        if answer is None and check_key is not None:
             check_key(http)
         return answer
-
-    def _key_check(self, route: AppRoute, path: str) -> KeyCheck | None:
-        return route.check_key or (None if path in self._open_paths else self._check_key)
 
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         error = http.match_info.http_exception
@@ -208,11 +209,6 @@ def health_routes(health: Handler) -> list[AppRoute]:
         AppRoute(method, path, health)
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
     ]
-
-
-def _is_watched(route: AppRoute, http: web.Request) -> bool:
-    """Tell whether a client wants something done: commands have a key of their own."""
-    return http.method == "POST" and route.check_key is None and route.path != "/ping"
 
 
 def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:

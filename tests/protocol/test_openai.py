@@ -65,7 +65,7 @@ def test_forms_of_prompts(prompt: object, prompts: list[object] | None) -> None:
     if prompts is None:
         assert refusal(completion, prompt=prompt).param == "prompt"
     else:
-        assert completion(prompt=prompt).prompts == prompts
+        assert completion(prompt=prompt).prompt == prompts
 
 
 def test_unknown_fields_are_ignored_and_named_with_their_place() -> None:

@@ -91,7 +91,7 @@ async def _read(
         request = await service.inputs.run(
             len(raw) >= LARGE_BODY_BYTES, partial(model.read, kind, raw)
         )
-        num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+        num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
         grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
         spans.add("receive", spans.start_at, bytes=len(raw))
         with spans.measure("tokenize") as attributes:

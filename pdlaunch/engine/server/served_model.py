@@ -124,7 +124,7 @@ class ServedModel:
             self._encode(prompt, "prompt", request.add_special_tokens)
             if isinstance(prompt, str)
             else prompt
-            for prompt in request.prompts
+            for prompt in request.prompt
         ]
 
     def render_chat(self, request: ChatCompletionRequest | TokenizeChatRequest) -> str:

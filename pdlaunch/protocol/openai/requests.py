@@ -212,14 +212,14 @@ Prompt = str | list[int]
 _TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
-def _check_prompt(value: object) -> Prompt | list[Prompt]:
+def _read_prompts(value: object) -> list[Prompt]:
     """Check by hand: pydantic would try a union of lists item by item, and name every try."""
     if isinstance(value, str):
-        return value
+        return [value]
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string, a list of token ids, or a list of these, and not empty")
     if isinstance(value[0], int) and (token_ids := _token_ids(value)) is not None:
-        return token_ids
+        return [token_ids]
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
     prompts = [item if isinstance(item, str) else _token_ids(item) for item in value]
@@ -239,20 +239,9 @@ def _token_ids(value: object) -> list[int] | None:
 class CompletionRequest(GenerationRequest):
     NEUTRAL: ClassVar[Values] = GenerationRequest.NEUTRAL | {"best_of": (1,), "suffix": ("",)}
 
-    prompt: Annotated[str | list[int] | list[str | list[int]], PlainValidator(_check_prompt)]
+    prompt: Annotated[list[Prompt], PlainValidator(_read_prompts)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
-
-    @property
-    def has_token_ids(self) -> bool:
-        """Return whether there is one prompt, given as token ids."""
-        return not isinstance(self.prompt, str) and isinstance(self.prompt[0], int)
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        if isinstance(self.prompt, str) or self.has_token_ids:
-            return [cast(Prompt, self.prompt)]
-        return cast(list[Prompt], self.prompt)
 
     @property
     def num_top_logprobs(self) -> int | None:
