@@ -1,3 +1,1 @@
-"""Holds device memory by tag in CuMem pools, which can be put to sleep, woken up at the same
-addresses, and shared with peers.
-"""
+"""Holds device memory by tag in pools that sleep, wake up at their addresses, and can be shared."""

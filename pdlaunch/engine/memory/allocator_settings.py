@@ -23,9 +23,7 @@ def read_allocator_settings() -> str:
 
 @contextlib.contextmanager
 def expandable_segments_off() -> Iterator[None]:
-    """Switch expandable segments off inside the block: they reserve addresses themselves, and so
-    bypass a pool's allocator.
-    """
+    """Switch expandable segments off inside the block: they bypass a pool's allocator."""
     before = read_allocator_settings()
     if not expandable_segments_variable({VARIABLES[0]: before}):
         yield

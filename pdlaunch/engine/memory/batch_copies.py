@@ -23,9 +23,7 @@ from pdlaunch.machine.cuda_driver import DriverError, load_library
 Addresses = npt.NDArray[np.uint64]
 
 ENTRIES_A_CALL = 256
-"""Entries of one call. One copy engine begins with them while the driver takes the next ones for
-another engine.
-"""
+"""Entries of one call: a copy engine begins with them while the driver takes the next ones."""
 
 _SRC_ACCESS_ORDER_STREAM = 1  # the source is read in the order of the stream, as any copy reads it
 
@@ -71,9 +69,7 @@ class BatchCopies:
     def enqueue(
         self, destinations: Addresses, sources: Addresses, sizes: Addresses, main: torch.cuda.Stream
     ) -> None:
-        """Copy ``sizes[i]`` bytes from ``sources[i]`` to ``destinations[i]``, in the order of
-        ``main``. Raises TransferError.
-        """
+        """Copy ``sizes[i]`` bytes, in the order of ``main``. Raises TransferError."""
         share = max(1, min(-(-len(sizes) // self._num_streams), ENTRIES_A_CALL))
         starts = range(0, len(sizes), share)
         helpers = self._helpers_of(main)[: max(0, len(starts) - 1)]

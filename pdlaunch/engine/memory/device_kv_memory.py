@@ -108,9 +108,7 @@ class DeviceKVMemory(KVMemory):
         return Export(SharedRange("cuda_ipc", allocation_bytes, start - base, num_bytes, handle))
 
     def _open_ipc(self, shared: SharedRange) -> PeerMapping:
-        """Open a peer's cudaMalloc allocation. CUDA leaves open what becomes of it when its owner
-        dies.
-        """
+        """Open a peer's cudaMalloc allocation; CUDA leaves open what its owner's death means."""
         driver = self._driver
         start = driver.open_ipc(shared.handle)
         return PeerMapping(

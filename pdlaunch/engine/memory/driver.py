@@ -63,9 +63,7 @@ class CudaMemoryDriver:
         self._call("cuMemAddressFree", address, num_bytes)
 
     def create(self, num_bytes: int) -> Handle:
-        """Create physical memory, which lives until it is released, unmapped, and closed by all
-        peers that import it.
-        """
+        """Create physical memory; it lives until it is released, unmapped, and closed by peers."""
         return Handle(self._call("cuMemCreate", num_bytes, self._properties, 0))
 
     def release(self, handle: Handle) -> None:
@@ -119,9 +117,7 @@ class CudaMemoryDriver:
         self._call("cuMemcpyHtoDAsync", address, address_of(buffer), num_bytes, 0)
 
     def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
-        """Import a peer's physical memory, until it is released and unmapped; the caller keeps the
-        descriptor.
-        """
+        """Import a peer's physical memory; the caller keeps the descriptor."""
         kind_of_driver = self._handle_type(kind)
         if isinstance(handle, int):
             return Handle(self._call("cuMemImportFromShareableHandle", handle, kind_of_driver))
@@ -135,9 +131,7 @@ class CudaMemoryDriver:
         return int(start), int(num_bytes)
 
     def ipc_handle(self, address: int) -> bytes:
-        """Return the 64-byte handle of the allocation that starts at ``address``; refused where it
-        was mapped rather than allocated.
-        """
+        """Return the 64-byte handle of an allocation; refused for one that was mapped."""
         return bytes(self._call("cuIpcGetMemHandle", address).reserved)
 
     def open_ipc(self, handle: bytes) -> int:
@@ -182,9 +176,7 @@ class CudaMemoryDriver:
         )
 
     def _attribute(self, name: str) -> bool:
-        """Return whether the device has this attribute; False also where the driver is too old to
-        know it.
-        """
+        """Return whether the device has this attribute; an old driver does not know it."""
         attribute = getattr(self._driver.CUdevice_attribute, name)
         try:
             return bool(self._call("cuDeviceGetAttribute", attribute, self._device))
@@ -192,9 +184,7 @@ class CudaMemoryDriver:
             return False
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call the driver, and return what it gives beside its code: nothing, one value, or a
-        tuple. Raises DriverRefused.
-        """
+        """Call the driver and return its results: none, one, or a tuple. Raises DriverRefused."""
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise DriverRefused(f"{name}: {code.name}")

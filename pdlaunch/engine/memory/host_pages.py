@@ -32,13 +32,9 @@ def touch_pages(memory: mmap.mmap) -> None:
     pages = np.frombuffer(memory, dtype=np.uint8)[::_SMALL_PAGE_BYTES]
     num_parts = min(NUM_THREADS, -(-len(memory) // THREAD_BYTES))
     with ThreadPoolExecutor(num_parts, thread_name_prefix="touch") as pool:
-        list(pool.map(_clear, np.array_split(pages, num_parts)))
+        list(pool.map(lambda part: part.fill(0), np.array_split(pages, num_parts)))
 
 
 def address_of(memory: mmap.mmap) -> int:
     """Return the address of the first byte; it is valid while ``memory`` lives."""
     return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
-
-
-def _clear(pages: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-    pages[:] = 0

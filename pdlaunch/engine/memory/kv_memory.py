@@ -55,9 +55,7 @@ class SharedRange:
         return self.kind in ("memfd", "posix_fd")
 
     def check(self) -> None:
-        """Raise NotShareable when the range does not lie in its allocation: it comes from another
-        process.
-        """
+        """Raise NotShareable unless the range of another process lies in its allocation."""
         if self.offset_bytes < 0 or not (
             0 < self.num_bytes <= self.allocation_bytes - self.offset_bytes
         ):
@@ -85,8 +83,7 @@ class PeerMapping:
 
     address: int  # address of its first byte
     num_bytes: int
-    close: Callable[[], None]
-    """Unmaps the range; nothing reads it any more."""
+    close: Callable[[], None]  # unmaps the range; nothing reads it any more
 
 
 class KVMemory(ABC):
@@ -94,27 +91,19 @@ class KVMemory(ABC):
 
     @abstractmethod
     def zeros(self, num_bytes: int) -> torch.Tensor:
-        """Allocate [num_bytes] uint8, freed with the last tensor that shares it. Raises what the
-        allocator raises.
-        """
+        """Allocate [num_bytes] uint8, freed with the last tensor that shares it."""
 
     @abstractmethod
     def export(self, tensor: torch.Tensor) -> Export:
-        """Export a contiguous tensor, or a view of one, that ``zeros`` has made. Raises
-        NotShareable.
-        """
+        """Export a contiguous tensor, or view of one, that ``zeros`` made. Raises NotShareable."""
 
     @abstractmethod
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
-        """Let this rank's device read a peer's range. ``fd`` stays the caller's. Raises
-        NotShareable; then nothing is mapped.
-        """
+        """Let this rank's device read a peer's range; ``fd`` stays open. Raises NotShareable."""
 
 
 class PrivateKVMemory(KVMemory):
-    """Allocates memory of a CPU that no peer can map; its pages come from the kernel when they
-    are first written.
-    """
+    """Allocates memory of a CPU that no peer can map; pages come when they are first written."""
 
     def zeros(self, num_bytes: int) -> torch.Tensor:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

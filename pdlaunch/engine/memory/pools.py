@@ -12,10 +12,6 @@ Address ranges live from ``allocate`` to ``free``; physical memory only while aw
 A MemPool lives while something is allocated under its tag, and is let go then: torch gives back at
 once the segments that only temporaries have used, and the others when their last tensor is gone and
 its cache is emptied.
-
-torch calls back through ctypes for every segment that it takes or gives back, perhaps late in the
-interpreter's exit. C++ must not find a callback that is gone, so callbacks are kept for the life of
-the process.
 """
 
 from __future__ import annotations
@@ -52,9 +48,7 @@ class MemoryPools:
     """
 
     def memory_pool(self, tag: str) -> AbstractContextManager[None]:
-        """Allocate under ``tag`` whatever this thread allocates inside the block; temporaries too,
-        until they are freed.
-        """
+        """Allocate under ``tag`` what this thread allocates inside the block, temporaries too."""
         return contextlib.nullcontext()
 
     def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
@@ -123,9 +117,7 @@ class _Allocation:
 
 
 class CuMemPools(MemoryPools):
-    """Owns the address ranges and physical memory of one device's pools. ``memory_pool`` is for one
-    thread, all else for any.
-    """
+    """Owns the memory of a device's pools. ``memory_pool`` is for one thread, all else for any."""
 
     def __init__(self, driver: CudaMemoryDriver, device: torch.device) -> None:
         self._driver = driver
@@ -159,9 +151,7 @@ class CuMemPools(MemoryPools):
             )
 
     def allocate(self, num_bytes: int, tag: str) -> int:
-        """Return the start of an address range with memory behind it. Raises MemoryPoolError; then
-        nothing is held.
-        """
+        """Return the start of an address range with memory behind it. Raises MemoryPoolError."""
         with self._lock:
             if tag in self._sleeping_tags:
                 raise MemoryPoolError(
@@ -184,9 +174,7 @@ class CuMemPools(MemoryPools):
             return address
 
     def free(self, address: int) -> None:
-        """Give back an allocation, asleep or awake; nothing uses it any more. Raises
-        DriverRefused.
-        """
+        """Give back an allocation, asleep or awake, that nothing uses. Raises DriverRefused."""
         with self._lock:
             allocation = self._allocations.pop(address)
             if allocation.handle is not None:
@@ -323,6 +311,7 @@ def _new_allocator(pools: CuMemPools, tag: str) -> Any:
     addresses = (ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks)
     internals: Any = torch._C
     allocator = internals._cuda_customAllocator(*addresses)
-    # One reference that nobody drops, not even the interpreter's exit.
+    # One reference that nobody drops: torch calls back perhaps late in the interpreter's exit, and
+    # C++ must not find a callback that is gone.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object((callbacks, allocator)))
     return allocator

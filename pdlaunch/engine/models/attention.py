@@ -19,9 +19,7 @@ import torch
 from pdlaunch.errors import UnsupportedModelError
 
 ATTENTION_NAME = "pdlaunch_paged"
-"""Name under which transformers finds the function. No mask function has that name: transformers
-then builds no masks.
-"""
+"""Name by which transformers finds the function; it has no mask function, so no masks are built."""
 
 
 class AttentionStep(ABC):
@@ -54,16 +52,11 @@ class AttentionBackend(ABC):
     """Slots past a row's context are never read. Otherwise whatever lies there has to be finite."""
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:  # noqa: B027 - most have nothing to do
-        """Do once what the first step of each size would have to do.
-
-        ``num_heads``: query heads of this rank.
-        """
+        """Do once what the first step of each size would. ``num_heads``: of this rank."""
 
     @abstractmethod
     def prepare(self, batch: PackedBatch) -> AttentionStep:
-        """Compute once what all layers of the step share. A step is used before the next one is
-        prepared.
-        """
+        """Compute once what all layers of the step share; of one step at a time."""
 
 
 def register_attention() -> None:
@@ -86,10 +79,7 @@ def _attend(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks for it.
-
-    Query: [1, num_heads, num_tokens, head_dim]; result: [1, num_tokens, num_heads, head_dim].
-    """
+    # Query: [1, num_heads, num_tokens, head_dim]; result: [1, num_tokens, num_heads, head_dim].
     if softcap is not None:
         raise UnsupportedModelError("attention logit soft-capping is not supported", field="model")
     return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, s_aux)[
@@ -116,9 +106,7 @@ class PackedBatch:
     context_lengths: IntArray
     """[num_rows]; tokens of the row that the KV cache holds after this step"""
     block_tables: tuple[IntArray, ...]
-    """[num_rows, max_blocks] by KV cache group; entries past the context or before the window may
-    be stale
-    """
+    """[num_rows, max_blocks] by group; stale past the context and before the window"""
     num_decode_rows: int  # leading rows of exactly one token
 
     @property

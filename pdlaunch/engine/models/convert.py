@@ -27,13 +27,10 @@ from pdlaunch.config.model_files.weights import DOWNLOAD_AGAIN, check_gguf, dama
 from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.errors import ConfigError
 
-Converter = Callable[[Path, Path, ReportProgress], None]
-"""Called with source file, target directory and progress."""
+Converter = Callable[[Path, Path, ReportProgress], None]  # source file, target directory
 
 MAX_REASON = 300  # characters that are shown of a library's message
-
-LARGE_FILE_BYTES = 1024**3
-"""GGUF files from this size on are written as bfloat16, smaller ones as float32."""
+LARGE_FILE_BYTES = 1024**3  # from here on bfloat16 is written, for smaller files float32
 
 
 def ensure_converted(
@@ -41,8 +38,7 @@ def ensure_converted(
 ) -> Path:
     """Return the directory to serve ``model`` from; convert it now if it is not in the cache.
 
-    Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot
-    be served.
+    Raises ConfigError.
     """
     resolved = resolve_model(model)
     if resolved.ready:
@@ -186,10 +182,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert a model from the command line.
-
-    Exit code 0 when the directory is there, 1 with the reason on standard error.
-    """
+    """Exit with 0 when the directory is there, with 1 and the reason on standard error if not."""
     parser = argparse.ArgumentParser(
         prog="python -m pdlaunch.engine.models.convert", description=__doc__
     )

@@ -10,9 +10,7 @@ from torch import nn
 from pdlaunch.engine.models.attention import AttentionStep
 
 _ROTARY_WITH_STATE = {"dynamic", "longrope"}
-"""Kinds of rotary embedding that look at the longest position on the host, and change their
-frequencies with it.
-"""
+"""Kinds of rotary embedding whose frequencies depend on the longest position, read on the host."""
 
 
 class Decoder:

@@ -33,9 +33,7 @@ ACTIVATIONS = {
     "SmolLM3ForCausalLM": "silu",
     "Gemma3ForCausalLM": GELU,
 }
-"""Models of exactly this shape: RMS norms, rotation by halves or none, ``down(activation(gate(x)) *
-up(x))``.
-"""
+"""Models with RMS norms, rotation by halves or none, ``down(activation(gate(x)) * up(x))``."""
 GATE_COLUMNS = 1024
 Product = Callable[[torch.Tensor], torch.Tensor]  # with a layer's weights
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [num_tokens, D] each

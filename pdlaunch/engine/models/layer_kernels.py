@@ -1,5 +1,4 @@
-"""Triton kernels of a decoder layer's small operations, each one pass over memory. Import only
-where triton is there.
+"""Triton kernels of a decoder layer's small operations, each one pass over memory.
 
 They compute in float32 and round once; transformers' own code rounds after every operation.
 """

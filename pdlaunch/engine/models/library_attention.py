@@ -1,6 +1,4 @@
-"""Attention over prompts by cuDNN and by torch's flash attention, in 16 bits. Import this module
-only where there is a GPU's torch.
-"""
+"""Attention over prompts by cuDNN and by torch's flash attention, in 16 bits."""
 
 from __future__ import annotations
 
@@ -19,13 +17,9 @@ CUDNN_MAX_HEAD_DIM = 128
 CUDNN_CAPABILITY = 9
 """cuDNN's attention is twice as fast as torch's flash attention from Hopper on (measured)."""
 CUDNN_PLANNED_TOKENS = 8192
-"""Prompts up to this length have their plans from the start on. Of longer ones, the first of each
-length waits for its plan.
-"""
+"""Prompts up to this length are planned for at start; a longer one waits for its plan."""
 CUDNN_STEP_TOKENS = 512
-"""Prompts are padded to multiples of this: cuDNN takes 45 ms to plan for a length that it has not
-met.
-"""
+"""Prompts are padded to multiples of this: a plan for a new length takes cuDNN 45 ms."""
 
 
 def attend_whole_prompts(

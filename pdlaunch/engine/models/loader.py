@@ -91,9 +91,7 @@ class ModelLoader:
 
     @torch.no_grad()
     def reload(self, model: nn.Module) -> None:
-        """Write what ``load`` has loaded into the same tensors again; their content is lost, their
-        addresses, which graphs and kernels hold, stay.
-        """
+        """Write what ``load`` has loaded into the same tensors again: graphs hold their places."""
         # Names and shapes are checked against a model without memory.
         blank, cuts = self._build_empty()
         shapes = {name: parameter.shape for name, parameter in blank.named_parameters()}
@@ -196,9 +194,7 @@ def _shape_of_part(shape: torch.Size, cut: Cut | None) -> torch.Size:
 def _dummy_weights(
     model: Any, shapes: Shapes, cuts: dict[str, Cut], device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield small random numbers, but for norms, which get what the model's own initialisation
-    gives.
-    """
+    """Yield small random numbers; of norms what the model's own initialisation gives."""
     for name, shape in shapes.items():
         module_name, _, own_name = name.rpartition(".")
         module = model.get_submodule(module_name)

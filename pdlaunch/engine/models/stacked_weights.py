@@ -36,9 +36,7 @@ def place_stacks(
 
 
 def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return, in place, the tensor of which ``parts`` are neighbours along dimension 0, in their
-    order; ``place_stacks`` has laid them.
-    """
+    """Return, in place, the tensor of which ``parts`` are neighbours, as stacks are."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         assert part.data_ptr() == end, "the weights are not stacked"

@@ -14,9 +14,7 @@ from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.models.attention import IntArray, PackedBatch
 
 ALIGNMENT = 4
-"""Arrays begin at multiples of 16 bytes: Triton compiles a kernel again for a pointer that does
-not.
-"""
+"""Arrays begin at multiples of 16 bytes: for other pointers Triton compiles a kernel again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +76,7 @@ def slots_of(batch: PackedBatch, block_size: int) -> list[IntArray]:
 
 
 def tiles_of(batch: PackedBatch, tile_size: int) -> tuple[IntArray, IntArray]:
-    """Cut chunks into tiles of ``tile_size`` tokens: the row of each tile, and its first token,
-    counted in the chunk.
-    """
+    """Cut chunks into tiles of ``tile_size`` tokens: row of each tile, first token in the chunk."""
     counts = -(-np.diff(batch.row_starts)[batch.num_decode_rows :] // tile_size)
     first_tiles = np.cumsum(counts) - counts
     rows = np.repeat(np.arange(batch.num_decode_rows, batch.num_rows), counts)
@@ -137,9 +133,7 @@ class GraphInputs:
         self._lines[_SLOTS:] = -1
 
     def fill(self, batch: PackedBatch, num_rows: int) -> None:
-        """Copy the decode rows of a batch for a graph of ``num_rows``, behind the device's queued
-        work.
-        """
+        """Copy decode rows for a graph of ``num_rows``, behind the device's queued work."""
         if self._sent is not None:
             # The last copy from the host's buffer has to end before it is overwritten.
             self._sent.synchronize()

@@ -28,9 +28,7 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class TPGroup:
-    """Joins the ranks of one engine, two or more; all of them make collective calls in the same
-    order, in place and in the order of the current stream.
-    """
+    """Joins the ranks of one engine; all make collective calls in the same order, in place."""
 
     def __init__(
         self,
@@ -95,10 +93,7 @@ class TPGroup:
         return bytes(self.broadcast(payload).cpu().numpy())
 
     def close(self) -> None:
-        """Leave the group.
-
-        On CUDA only once all graphs that hold its sums are gone: NCCL waits for them.
-        """
+        """Leave the group; on CUDA after all graphs that hold its sums, for which NCCL waits."""
         dist.destroy_process_group()
 
 

@@ -36,8 +36,8 @@ class _Part:
 
     tokens: torch.Tensor | slice  # which of the packed tokens
     gather: torch.Tensor | None
-    """[2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values. None:
-    nothing before this chunk, attend over its own keys and values
+    """[2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values. None: a
+    chunk behind nothing, which attends over its own keys and values
     """
     mask: torch.Tensor | None
     """0 or -inf, [num_rows, 1, 1, num_blocks * B], or of a chunk [num_tokens, context]. None:
@@ -164,10 +164,8 @@ class TorchAttention(AttentionBackend):
     def _blocks_in_sight(
         self, window: int | None, positions: IntArray, lengths: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """Return the first block that a query at ``positions`` sees, and how many follow up to
-        ``lengths``.
-
-        Earlier ones are not read.
+        """Return the first block that a query at ``positions`` sees, and how many up to ``lengths``
+        follow. Earlier ones are not read.
         """
         size = self.layout.block_size
         first = np.zeros_like(positions)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import triton
 
-from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.models.attention import (
     AttentionBackend,
     AttentionStep,
@@ -185,26 +185,22 @@ class TritonAttention(AttentionBackend):
         Empty when there is nothing before any chunk.
         """
         rows = np.arange(batch.num_decode_rows, batch.num_rows)
-        lengths = batch.context_lengths[rows]
+        lengths, size = batch.context_lengths[rows], self.layout.block_size
         before = lengths - np.diff(batch.row_starts)[rows]
         if not before.any():
             return []
-        return [
-            self._prefix(group, table[rows], before, lengths)
-            for group, table in zip(self.layout.groups, batch.block_tables, strict=True)
-        ]
-
-    def _prefix(
-        self, group: KVCacheGroup, table: IntArray, before: IntArray, lengths: IntArray
-    ) -> tuple[IntArray, IntArray]:
-        window, size = group.sliding_window, self.layout.block_size
-        first = np.zeros_like(before) if window is None else np.maximum(before - window + 1, 0)
-        # A row contributes its tokens [first, length); the first query, at ``before``, sees none
-        # earlier.
-        starts = np.concatenate([[0], np.cumsum(lengths - first)])
-        row = np.repeat(np.arange(len(lengths)), lengths - first)
-        positions = np.arange(starts[-1]) - starts[row] + first[row]
-        return table[row, positions // size] * size + positions % size, starts
+        prefixes = []
+        for group, table in zip(self.layout.groups, batch.block_tables, strict=True):
+            # A row contributes its tokens [first, length); the first query, at ``before``, sees
+            # none earlier.
+            window = group.sliding_window
+            first = np.zeros_like(before) if window is None else np.maximum(before - window + 1, 0)
+            starts = np.concatenate([[0], np.cumsum(lengths - first)])
+            row = np.repeat(np.arange(len(rows)), lengths - first)
+            positions = np.arange(starts[-1]) - starts[row] + first[row]
+            blocks = table[rows[row], positions // size]
+            prefixes.append((blocks * size + positions % size, starts))
+        return prefixes
 
 
 def split_contexts(num_rows: int, num_kv_heads: int) -> tuple[int, int]:

@@ -1,3 +1,1 @@
-"""Holds the host tier of the KV cache: multi-group block transfers between device and host, and
-what is kept there.
-"""
+"""Holds the host tier of the KV cache: block transfers to and from the host, and what is there."""

@@ -1,9 +1,7 @@
 """Copies KV blocks between the KV cache and host memory, a queue for each direction.
 
-A block or chunk that a copy names belongs to it until its end is reported: nobody else writes to
-what is read, or touches what is written. Each direction has a thread. On a CPU that thread copies;
-on CUDA the caller enqueues on a stream of its own, behind what the current stream holds, and the
-thread waits.
+Each direction has a thread. On a CPU that thread copies; on CUDA the caller enqueues on a stream of
+its own, behind what the current stream holds, and the thread waits.
 
 The copy engines (``cuMemcpyBatchAsync``) move 52 to 54 GB/s each way from pages of 32 KiB on (one
 H200, PCIe 5.0: 55), and take no multiprocessor from the model. A block of all layers is that large
@@ -47,9 +45,7 @@ class BlockPlaces:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Copies of maximal length: blocks that are neighbours on both sides are one. All are
-    [num_runs].
-    """
+    """Copies of maximal length: neighbours on both sides are one. All are [num_runs]."""
 
     device_offsets: IntArray  # bytes from the start of the KV cache
     host_pieces: IntArray

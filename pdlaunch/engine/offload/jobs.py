@@ -46,9 +46,7 @@ class OffloadJob:
     block_ids: list[int]  # device blocks
     group_sizes: list[int]  # number of blocks of each group
     block_indices: list[int]
-    """For each group the logical index of its first block within the request; it means nothing
-    where the group is empty.
-    """
+    """The logical index of each group's first block in the request; of an empty group, anything."""
     chunk_ids: list[int]
     """Host chunks, ceil((size + skip) / blocks_per_chunk) of each group."""
     chunk_hashes: list[bytes]
@@ -138,9 +136,7 @@ def _check_ids(name: str, ids: Sequence[int], limit: int) -> None:
 
 
 class JobMerger:
-    """Merges the reports of all ranks into one: a block is moved only when every rank has moved its
-    heads.
-    """
+    """Merges the reports of all ranks: a block is moved when every rank has moved its heads."""
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size

@@ -145,9 +145,7 @@ class OffloadPlanner:
         ]
 
     def finish(self, report: JobFinished) -> OffloadJob | None:
-        """Account for a job that all ranks have ended; its blocks are the caller's again. Return
-        None when the id is unknown.
-        """
+        """Account for a job that all ranks have ended; its blocks are the caller's again."""
         job = self._jobs.pop(report.job_id, None)
         if job is None:
             return None
@@ -159,9 +157,7 @@ class OffloadPlanner:
         return job
 
     def block_ids_in_flight(self, direction: Direction) -> Iterator[int]:
-        """Yield the device blocks of all jobs of a direction; a block that is stored twice comes
-        twice.
-        """
+        """Yield the device blocks of all jobs of a direction, one that is stored twice twice."""
         for job in self._jobs.values():
             if job.direction == direction:
                 yield from job.block_ids
@@ -181,8 +177,8 @@ class OffloadPlanner:
         limit: int,
         find_on_device: FindOnDevice,
     ) -> tuple[list[int], list[int]]:
-        """Return the group's run of blocks on the device from ``start`` on, and then on the host
-        the chunk of each block; both together end at ``limit`` at most.
+        """Return the group's run of blocks on the device from ``start`` on, and then the chunk of
+        each block on the host, up to ``limit``.
         """
         device: list[int] = []
         for index in range(start, limit):

@@ -29,15 +29,12 @@ class _Chunk:
     is_failed: bool = False
 
     @property
-    def is_idle(self) -> bool:
-        """Return whether no copy reads or writes it."""
+    def is_idle(self) -> bool:  # no copy reads or writes it
         return self.is_resident and not self.pins
 
 
 class HostTier:
-    """Decides over ``num_chunks`` chunks of host memory; ids are 0 <= id < num_chunks. The least
-    recently used chunk leaves first.
-    """
+    """Decides over ``num_chunks`` chunks, by id from 0 on; the least recently used leaves first."""
 
     def __init__(self, num_chunks: int) -> None:
         assert num_chunks > 0
@@ -57,9 +54,7 @@ class HostTier:
         return len(self._chunks)
 
     def find(self, group: int, block_hash: bytes, slot: int = 0) -> int | None:
-        """Return the resident chunk with this last block if it holds ``slot``; nothing pins it
-        before ``begin_load``.
-        """
+        """Return the resident chunk with this last block, if it holds ``slot``."""
         chunk_id = self._by_key.get(ChunkKey(group, block_hash))
         if chunk_id is None:
             return None

@@ -89,8 +89,15 @@ class OffloadWorker:
     ) -> None:
         # A chunk holds its blocks one after another; all groups share one pool of chunks.
         chunk_bytes = aligned_chunk_bytes(blocks_per_chunk * layout.block_bytes)
-        self.num_chunks = _count_chunks(host_memory_bytes, chunk_bytes)
-        """Every rank of an engine has as many; the tier gets the least of all."""
+        self.num_chunks = host_memory_bytes // chunk_bytes  # the same on every rank of an engine
+        if not self.num_chunks:
+            raise ConfigError(
+                f"kv_offload.host_memory {host_memory_bytes} bytes holds no chunk of {chunk_bytes} "
+                "bytes",
+                field="kv_offload.host_memory",
+                value=host_memory_bytes,
+                fix=f"Give it at least {chunk_bytes} bytes for each rank.",
+            )
         self.block_bytes = layout.block_bytes
         self._head_bytes = layout.head_bytes
         self._limits = JobLimits(
@@ -241,16 +248,3 @@ def _by_part(parts: Sequence[ChunkPart], checksums: Checksums) -> list[Digests]:
     """Wait for the device, and return its checksums by part."""
     rows = iter(checksums.result().tolist())
     return [[tuple(next(rows)) for _ in range(part.start, part.stop)] for part in parts]
-
-
-def _count_chunks(host_memory_bytes: int, chunk_bytes: int) -> int:
-    num_chunks = host_memory_bytes // chunk_bytes
-    if num_chunks < 1:
-        raise ConfigError(
-            f"kv_offload.host_memory {host_memory_bytes} bytes holds no chunk of {chunk_bytes} "
-            "bytes",
-            field="kv_offload.host_memory",
-            value=host_memory_bytes,
-            fix=f"Give it at least {chunk_bytes} bytes for each rank.",
-        )
-    return num_chunks
