@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
+import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,18 +28,27 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER, read_seconds
-from pdlaunch.protocol.control import ChangeEngines, RefusalCode, Restart, SetDrained
+from pdlaunch.protocol.control import (
+    Answered,
+    ChangeEngines,
+    Command,
+    RefusalCode,
+    Restart,
+    SetDrained,
+)
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.state import RouterState
-from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.vllm_sleep import fall_asleep, wake_up
 
+# The registry may take this long to say what an engine, or the supervisor, has just said.
 LISTED_TIMEOUT_S = 10.0
-"""The registry may take this long to say what an engine, or the supervisor, has just said."""
+# An engine must serve again by then; `pdlaunch restart` waits a little longer.
 RESTART_TIMEOUT_S = 850.0
-"""An engine must serve again by then; `pdlaunch restart` waits a little longer."""
 ENGINE_CHECK_TIMEOUT_S = 40.0  # longer than an engine waits for its rank
+ANSWER_TIMEOUT_S = 10.0
+# A change of the engines must be done by then; commands wait a little longer.
+CHANGE_TIMEOUT_S = 850.0
 SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
@@ -77,6 +89,49 @@ class Outcome(NamedTuple):
     engine: str
     status: int
     answer: dict[str, Any]
+
+
+class SupervisorLink:
+    """Matches answers with commands; belongs to the event loop. ``send`` does not wait."""
+
+    def __init__(self, send: Callable[[Command], None]) -> None:
+        self._send = send
+        # An answer to a router that has died is none to this one.
+        self._numbers = itertools.count(secrets.randbits(40))
+        self._asked: dict[int, asyncio.Queue[Answered]] = {}
+
+    async def ask(self, command: Command) -> Answered:
+        """Return the answer, once the change is done if it is one; ``command.question`` is set
+        here. Raises OverloadedError.
+        """
+        command = msgspec.structs.replace(
+            command,
+            question=next(self._numbers),
+            expires_at=time.monotonic() + ANSWER_TIMEOUT_S,
+        )
+        answers = self._asked[command.question] = asyncio.Queue()
+        timeout_s, code = ANSWER_TIMEOUT_S, "no_answer"
+        message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
+        try:
+            self._send(command)
+            async with asyncio.timeout(timeout_s):
+                begun = await answers.get()
+            if begun.is_done:
+                return begun
+            timeout_s, code = CHANGE_TIMEOUT_S, "not_ready"
+            message = f"it is not done after {CHANGE_TIMEOUT_S:g} s, and goes on"
+            async with asyncio.timeout(timeout_s):
+                ended = await answers.get()
+            return msgspec.structs.replace(begun, error=ended.error, is_done=True)
+        except TimeoutError:
+            raise OverloadedError(message, status=503, code=code) from None
+        finally:
+            del self._asked[command.question]
+
+    def answered(self, message: Answered) -> None:
+        """Hand an answer to the call that waits for it, if one still does."""
+        if (answers := self._asked.get(message.question)) is not None:
+            answers.put_nowait(message)
 
 
 class Admin:
@@ -270,7 +325,6 @@ class Admin:
         return [known[name] for name in dict.fromkeys(names)]
 
     async def _until_listed(self, is_listed: Callable[[], bool], message: str) -> None:
-        """Return once the registry says so too. Raises OverloadedError."""
         if not await self._state.find(is_listed, LISTED_TIMEOUT_S):
             raise _unavailable(message, "not_listed_yet")
 
@@ -298,7 +352,6 @@ def _read(raw: bytes, kind: type[T]) -> T:
 
 
 def _refusal(message: str, code: RefusalCode) -> RequestError:
-    """Return the error for a command that the supervisor refuses."""
     return RequestError(message, param="engine", status=_STATUS[code], code=code)
 
 

@@ -135,7 +135,6 @@ class ClientAnswer:
             await self._stream.write(b"".join(held))
 
     async def finish(self, transcripts: Sequence[Transcript]) -> web.StreamResponse:
-        """End the answer, which is whole."""
         usage = self._record.usage = total_usage(transcripts)
         self._clock.end(usage.completion_tokens)
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)

@@ -28,13 +28,13 @@ from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
 CHARACTERS_PER_TOKEN = 4  # rough; only compares the work of engines
 DATA_URL_TOKENS = 1024  # rough, too
+# An image or another file; the tokens that an engine makes of it do not grow with its text.
 _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
-"""An image or another file; the tokens that an engine makes of it do not grow with its text."""
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # several prompts begin like this
+# No prompt beside embeddings: OpenAI's client cannot leave it out.
 _NO_TEXT = (b"null", b'""', b"[]")
-"""No prompt beside embeddings: OpenAI's client cannot leave it out."""
+# Long members, which go to the engines as they are written and are checked there.
 _TEXTS = ("messages", "prompt")
-"""Long members, which go to the engines as they are written and are checked there."""
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -97,7 +97,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tells_tokens(self) -> bool:
-        """Return whether the client sees single tokens."""
         return bool(self.body.get("return_token_ids")) or bool(self.body.get("logprobs"))
 
     @property

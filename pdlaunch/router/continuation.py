@@ -27,13 +27,13 @@ from pdlaunch.router.transcript import Transcript
 
 Detokenize = Callable[[list[int]], Awaitable[str]]
 
+# The reason why a stream cannot go on at another engine.
 LOST_REASONS = (
     "seed", "several choices", "tools", "structured output", "reasoning", "images", "fields",
     "token ids", "half a character", "length", "min_tokens and stop strings", "text", "version",
 )  # fmt: skip
-"""The reason why a stream cannot go on at another engine."""
+# Prompt tokens that are detokenized with the output, whose text depends on them.
 NUM_CONTEXT_TOKENS = 64
-"""Prompt tokens that are detokenized with the output, whose text depends on them."""
 MAX_PARTS = 8  # tokens at the end that may be parts of one character
 _HALF_CHARACTER = "\ufffd"
 
@@ -50,10 +50,10 @@ _DONE_FIELDS = (
     "stream stream_interval stream_options tool_choice top_logprobs truncate_prompt_tokens "
     "truncation_side"
 )
+# Fields that mean the same behind a longer prompt.
 _PASSED = tuple(_SAME_FIELDS.split())
-"""Fields that mean the same behind a longer prompt."""
+# Those, and labels, and what has shaped the prompt already or is made anew here.
 _KNOWN = {*_PASSED, *_DONE_FIELDS.split()}
-"""Those, and labels, and what has shaped the prompt already or is made anew here."""
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
 
 
@@ -221,7 +221,6 @@ class Continuation:
 
 
 def _chat_logprobs(logprobs: dict[str, Any], num_top: int) -> dict[str, Any]:
-    """Return the log probabilities of a completion in the form of a chat's."""
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
         in_bytes = list(token.encode("utf-8", errors="replace"))

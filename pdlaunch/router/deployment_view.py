@@ -39,8 +39,8 @@ from pdlaunch.router.metrics import Pair, RouterMetrics
 from pdlaunch.router.pool import engines_of
 from pdlaunch.router.state import RouterState
 
+# Seconds for which an answer waits for engines; what comes later is in the next one.
 READ_WAIT_S = 0.5
-"""Seconds for which an answer waits for engines; what comes later is in the next one."""
 MAX_PAIRS = 1000
 MAX_WATCHERS = 16
 NEWEST = 5  # points of the history in each line of a stream but the first
@@ -82,20 +82,17 @@ class DeploymentView:
         self._closed = asyncio.Event()
 
     def routes(self) -> list[AppRoute]:
-        """Return the routes, which open with the clients' key."""
         return [
             AppRoute("GET", "/pdlaunch/status", self._answer_status),
             AppRoute("GET", "/pdlaunch/stream", self._answer_stream),
         ]
 
     async def run(self) -> None:
-        """Take the router's counters, until cancelled."""
         while True:
             await asyncio.sleep(STEP_S)
             self._history.take()
 
     async def close(self) -> None:
-        """End all streams, and stop to read engines."""
         self._closed.set()
         await self._readings.close()
 
@@ -249,7 +246,6 @@ class RateHistory:
         self._past: deque[Totals] = deque([self.totals()], maxlen=int(LENGTH_S / STEP_S) + 1)
 
     def take(self) -> None:
-        """Keep the counters as they are now; called every ``STEP_S``."""
         self._past.append(self.totals())
 
     def points(self, number: int | None = None) -> list[Rates]:
@@ -258,13 +254,11 @@ class RateHistory:
         return [_between(*pair) for pair in (pairs if number is None else pairs[-number:])]
 
     def now(self, totals: Totals) -> Rates:
-        """Return the rates of the last ten seconds."""
         since_at = totals.now_at - NOW_S - STEP_S / 2
         recent = (past for past in self._past if past.now_at >= since_at)
         return _between(next(recent, self._past[-1]), totals)
 
     def totals(self) -> Totals:
-        """Return the counters as they are now."""
         sums = dict.fromkeys(_NAMES, 0.0)
         buckets: dict[str, dict[float, float]] = {_FIRST_TOKEN: {}, _INTER_TOKEN: {}}
         for sample in self._metrics.samples(_NAMES):

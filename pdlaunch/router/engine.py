@@ -17,10 +17,9 @@ from pdlaunch.router.health import EngineHealth
 SPEED_MEMORY_S = 2.0  # time constant of an engine's speed, in seconds in which it computes prompts
 
 Processes = tuple[int, ...]  # incarnations of an engine's server and ranks
+# Name, processes, and how often these got ready: after a restart, sleep or stall it is another
+# engine.
 EngineKey = tuple[str, Processes, int]
-"""Name, processes, and how often these got ready: after a restart, sleep or stall it is another
-engine.
-"""
 
 
 class Engine(msgspec.Struct, kw_only=True, eq=False):
@@ -41,8 +40,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
     is_drained: bool = False  # somebody drains it: it is given no new work
     peers: frozenset[str] | None = None  # the engines that it exchanges KV blocks with; None: all
+    # Incarnations of the processes with which it has proven a path, by name.
     proofs: dict[str, int] = {}
-    """Incarnations of the processes with which it has proven a path, by name."""
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
     num_picks: int = 0
     num_works: int = 0  # pieces of work that are outstanding
@@ -52,9 +51,9 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     kv_tokens: int = 0  # estimated tokens that its streams hold, or will hold, in the KV cache
     unanswered_tokens: int = 0  # uncached tokens of prompts of which no token has come yet
     progressed_at: float = 0.0  # when it began with the first of these, on the pool's clock
+    # Moving sums of the prompt tokens that it has computed, and of the time that took.
     computed_tokens: float = 0.0
     computing_s: float = 0.0
-    """Moving sums of the prompt tokens that it has computed, and of the time that took."""
 
     @property
     def place(self) -> str:
@@ -71,7 +70,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         return (self.name, self.processes, self.times_ready)
 
     def may_pull_from(self, prefill: Engine) -> bool:
-        """Return whether it may be handed KV blocks of ``prefill``."""
         if self.peers is not None and prefill.name not in self.peers:
             return False
         is_proven = self.proofs.get(prefill.name) == prefill.processes[0]
@@ -88,7 +86,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
 
     @contextlib.contextmanager
     def holding(self, num_tokens: int) -> Iterator[None]:
-        """Count room in the KV cache as taken for as long as the block runs."""
         self.kv_tokens += num_tokens
         try:
             yield

@@ -102,7 +102,6 @@ class EngineRefusal(RelayedError):
 
 
 def _refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
-    """Raise EngineFailure or EngineRefusal for an answer that is no 200."""
     status, error = answer.status, None
     if status == 200:
         return
@@ -168,7 +167,6 @@ class EngineStream:
 
     @property
     def has_more(self) -> bool:
-        """Return whether the next chunk is here, and no error."""
         event = self._pending[0] if self._pending else b""
         return event.startswith(b"{") and not event.startswith(b'{"error"')
 
@@ -216,28 +214,27 @@ class EngineStream:
         raise EngineFailure(self._engine, reason, may_return=may_return, error=told or {})
 
 
-class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds until the router looks closer or gives up."""
-
-    stall_s: float = 15.0  # silence after which a working engine is asked whether it lives
-    probe_s: float = 5.0  # limits the answer to that question, and the release of a lease
-    metrics_s: float = 2.0
-
-
 class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
     ``keys`` returns the key of an engine, None for one that is sent none. ``tls``: for engines on
-    other hosts. Redirects are not followed: an engine must not choose where prompts and keys go.
+    other hosts. ``stall_s``: silence after which a working engine is asked whether it lives;
+    ``probe_s`` limits the answer, and that to all that is no work. Redirects are not followed: an
+    engine must not choose where prompts and keys go.
     """
 
     def __init__(
         self,
         keys: Callable[[Engine], str | None],
-        timeouts: EngineTimeouts,
         tls: ssl.SSLContext | None = None,
+        *,
+        stall_s: float = 15.0,
+        probe_s: float = 5.0,
+        metrics_s: float = 2.0,
     ) -> None:
-        self.timeouts = timeouts
+        self._stall_s = stall_s
+        self._probe_s = probe_s
+        self._metrics_s = metrics_s
         self._keys = keys
         self._calls = EngineCalls(tls=tls)
         # Questions whether an engine lives that are under way, by its name.
@@ -318,7 +315,7 @@ class EngineClient:
 
     async def tell(self, engine: Engine, path: str, message: object) -> None:
         """Send what may get lost, such as the end of a lease, which ends by itself."""
-        body, timeout_s = msgspec.json.encode(message), self.timeouts.probe_s
+        body, timeout_s = msgspec.json.encode(message), self._probe_s
         try:
             await self.call(engine, "POST", path, body=body, timeout_s=timeout_s)
         except EngineFailure as failure:
@@ -330,7 +327,7 @@ class EngineClient:
         """
         if not engine.url:
             return None
-        timeout_s = timeout_s or self.timeouts.probe_s
+        timeout_s = timeout_s or self._probe_s
         try:
             status, body, _ = await self.call(
                 engine, "GET", path, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
@@ -341,8 +338,7 @@ class EngineClient:
         return body if status == 200 else None
 
     async def read_metrics(self, engine: Engine) -> str | None:
-        """Return the engine's /metrics; None as ``read`` does."""
-        page = await self.read(engine, "/metrics", self.timeouts.metrics_s)
+        page = await self.read(engine, "/metrics", self._metrics_s)
         return None if page is None else page.decode("utf-8", "replace")
 
     async def detokenize(
@@ -368,7 +364,7 @@ class EngineClient:
             return await self._calls.call(engine.url, method, target, own, body, silence)
 
     def _silence(self, engine: Engine) -> Silence:
-        return Silence(self.timeouts.stall_s, partial(self._probe, engine))
+        return Silence(self._stall_s, partial(self._probe, engine))
 
     async def _probe(self, engine: Engine) -> None:
         """Raise EngineFailure if the engine's server does not answer."""
@@ -377,7 +373,7 @@ class EngineClient:
             probe = self._probes[engine.name] = asyncio.ensure_future(self.read(engine, "/health"))
             probe.add_done_callback(lambda _: self._probes.pop(engine.name))
         if await asyncio.shield(probe) is None:
-            raise EngineFailure(engine, f"silent for {self.timeouts.stall_s:g} s and not healthy")
+            raise EngineFailure(engine, f"silent for {self._stall_s:g} s and not healthy")
 
 
 def _ignored_fields(answer: Answer) -> list[str]:

@@ -19,10 +19,9 @@ from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.event_log import EventLog
 
 FRESH_S = 0.9
+# Engines a turn. A reading takes the router less than 6 ms. With 1,000 engines a turn comes every
+# five seconds, so that each is read every 80 s.
 MAX_READS = 64
-"""Engines a turn. A reading takes the router less than 6 ms. With 1,000 engines a turn comes every
-five seconds, so that each is read every 80 s.
-"""
 AT_ONCE = 16
 RATE_S = 10.0  # the span of rates
 WINDOW_S = 60.0  # the span of cache hits and of the speed of pulls
@@ -53,12 +52,12 @@ NAMES: Mapping[str, str] = {
     **{f"pdlaunch_{native}": word for word, native, _ in _METRICS},
     **{f"vllm:{of_vllm}": word for word, _, of_vllm in _METRICS if of_vllm},
 }
+# Counted for each prefill engine that blocks come from.
 PULL_NAMES: Mapping[str, str] = {
     "pdlaunch_kv_pull_bytes_sum": "pulled_bytes",
     "pdlaunch_kv_pull_bytes_count": "pulls",
     "pdlaunch_kv_pull_seconds_sum": "pull_seconds",
 }
-"""Counted for each prefill engine that blocks come from."""
 _GAUGES = frozenset({"running", "waiting", "leased", "kv_usage", "host_blocks", "host_usage"})
 _REFUSALS = {
     "pull_failures": "pulls have failed",
@@ -69,10 +68,9 @@ _WITH_SOURCE = frozenset(name.partition("{")[0] for name in NAMES if "{" in name
 _SOURCE = re.compile(r'[{,](source="[^"\\]*")')
 _PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
 
+# What a page says, by the names on the right of ``NAMES``, those of ``PULL_NAMES`` with the prefill
+# engine behind: ``pulls@prefill-0``. What a page does not have is missing.
 Counts = Mapping[str, float]
-"""What a page says, by the names on the right of ``NAMES``, those of ``PULL_NAMES`` with the
-prefill engine behind: ``pulls@prefill-0``. What a page does not have is missing.
-"""
 
 
 class Pulls(NamedTuple):
@@ -114,17 +112,17 @@ class EngineHistory:
         self.asked_at = float("-inf")
         self._past: deque[tuple[float, Counts]] = deque()
         self._at = 0.0
-        self._latest: Counts | None = None
+        self._now: Counts = {}
 
     def add(self, now_at: float, counts: Counts) -> Counts:
         """Keep a page; return by how much its totals have grown since the one before."""
-        before = counts if self._latest is None else self._latest
-        grown = {word: _grown(word, counts, before) for word in counts.keys() - _GAUGES}
+        before = self._now or counts
+        self._at, self._now = now_at, counts
+        grown = {word: self._grown(word, before) for word in counts.keys() - _GAUGES}
         if min(grown.values(), default=0.0) < 0:
             # It counts from zero again: its ranks were restarted.
             self._past.clear()
             grown = {}
-        self._at, self._latest = now_at, counts
         if not self._past or now_at - self._past[-1][0] >= STEP_S:
             self._past.append((now_at, counts))
         while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 1:
@@ -133,75 +131,67 @@ class EngineHistory:
 
     def reading(self, now_at: float) -> EngineReading | None:
         """Return what the latest page says; None: there is none."""
-        if (now := self._latest) is None:
+        if not self._past:
             return None
         pulls, first = self.pulls(), self._past[0][1]
-        num_tokens = _grown("prompt_tokens", now, first)
-
-        def total(word: str) -> int:
-            return int(now.get(word, 0.0))
-
-        def share(word: str) -> float:
-            return min(1.0, _grown(word, now, first) / num_tokens)
-
+        num_tokens = self._grown("prompt_tokens", first)
+        cache = None
+        if num_tokens > 0:
+            tiers = ("device", "host", "remote")
+            cache = {one: min(1.0, self._grown(f"{one}_hits", first) / num_tokens) for one in tiers}
+        total = {word: int(self._now.get(word, 0)) for word, *_ in _METRICS}
+        has_host_tier = bool(self._now.get("host_blocks"))
         return EngineReading(
             age_s=round(now_at - self._at, 1),
-            running=total("running"),
-            waiting=total("waiting"),
-            leased_requests=total("leased"),
-            kv_usage=now.get("kv_usage", 0.0),
-            host_usage=now.get("host_usage", 0.0) if now.get("host_blocks") else None,
-            prompt_tokens_per_s=self._rate("prompt_tokens", now),
-            output_tokens_per_s=self._rate("output_tokens", now),
+            running=total["running"],
+            waiting=total["waiting"],
+            leased_requests=total["leased"],
+            kv_usage=self._now.get("kv_usage", 0.0),
+            host_usage=self._now.get("host_usage", 0.0) if has_host_tier else None,
+            prompt_tokens_per_s=self._rate("prompt_tokens"),
+            output_tokens_per_s=self._rate("output_tokens"),
             pulled_bytes_per_s=pulls.bytes_per_s,
             pull_gigabytes_per_s=pulls.gigabytes_per_s,
-            cache={tier: share(f"{tier}_hits") for tier in ("device", "host", "remote")}
-            if num_tokens > 0
-            else None,
+            cache=cache,
             pulls=PullTotals(
                 done=pulls.number,
                 num_bytes=pulls.num_bytes,
-                failed=total("pull_failures"),
-                refused=total("refused"),
-                recomputed=total("recomputed"),
+                failed=total["pull_failures"],
+                refused=total["refused"],
+                recomputed=total["recomputed"],
             ),
-            preemptions=total("preemptions"),
+            preemptions=total["preemptions"],
         )
 
     def pulls(self, prefill: str | None = None) -> Pulls:
         """Return what was pulled from ``prefill``, or from all: the only place that computes it."""
-        if (now := self._latest) is None:
+        if not self._past:
             return Pulls()
-        number, num_bytes, seconds = (
-            word if prefill is None else f"{word}@{prefill}"
-            for word in ("pulls", "pulled_bytes", "pull_seconds")
-        )
-        first = self._past[0][1]
-        took_s, moved = _grown(seconds, now, first), _grown(num_bytes, now, first)
+        behind, first = "" if prefill is None else f"@{prefill}", self._past[0][1]
+        took_s = self._grown(f"pull_seconds{behind}", first)
+        moved = self._grown(f"pulled_bytes{behind}", first)
         return Pulls(
-            number=int(now.get(number, 0)),
-            num_bytes=int(now.get(num_bytes, 0.0)),
-            bytes_per_s=self._rate(num_bytes, now),
+            number=int(self._now.get(f"pulls{behind}", 0)),
+            num_bytes=int(self._now.get(f"pulled_bytes{behind}", 0)),
+            bytes_per_s=self._rate(f"pulled_bytes{behind}"),
             gigabytes_per_s=moved / took_s / 1e9 if took_s > 0 else None,
         )
 
     @property
     def tells_peers(self) -> bool:
-        """Return whether the engine counts its pulls by prefill engine."""
-        return any("@" in word for word in self._latest or ())
+        return any("@" in word for word in self._now)
 
-    def _rate(self, word: str, now: Counts) -> float:
+    def _grown(self, word: str, before: Counts) -> float:
+        return self._now.get(word, 0.0) - before.get(word, 0.0)
+
+    def _rate(self, word: str) -> float:
         """Return the growth a second since the oldest page of the last seconds, else since the one
         before the latest.
         """
-        before = [past for past in self._past if past[1] is not now] or [self._past[0]]
+        before = [past for past in self._past if past[1] is not self._now] or [self._past[0]]
         recent = (past for past in before if self._at - past[0] <= RATE_S)
         at, counts = next(recent, before[-1])
-        return _grown(word, now, counts) / (self._at - at) if self._at > at else 0.0
-
-
-def _grown(word: str, now: Counts, before: Counts) -> float:
-    return now.get(word, 0.0) - before.get(word, 0.0)
+        return self._grown(word, counts) / (self._at - at) if self._at > at else 0.0
 
 
 class EngineReadings:
@@ -215,7 +205,6 @@ class EngineReadings:
         self._turn: asyncio.Task[None] | None = None
 
     def of(self, engine: Engine) -> EngineReading | None:
-        """Return the last reading of these very processes."""
         history = self._histories.get(engine.name)
         if history is None or history.processes != engine.processes:
             return None
@@ -239,7 +228,6 @@ class EngineReadings:
         await asyncio.wait([self._turn], timeout=wait_s)
 
     async def close(self) -> None:
-        """Give up what is being read."""
         if self._turn is not None:
             self._turn.cancel()
             await asyncio.gather(self._turn, return_exceptions=True)

@@ -23,18 +23,16 @@ class EventLog:
         self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
         self._seen: dict[str, tuple[str | None, str]] = {}  # roles and states of engines
         self._gone: dict[str, tuple[str | None, float]] = {}
+        # Engines that were ready, and were not seen to sleep or drain since.
         self._served: set[str] = set()
-        """Engines that were ready, and were not seen to sleep or drain since."""
 
     @property
     def events(self) -> list[StatusEvent]:
-        """Return the events, oldest first."""
         return list(self._events)
 
     def add(
         self, kind: EventKind, name: str, text: str, *, is_bad: bool, ago_s: float = 0.0
     ) -> None:
-        """Keep an event that happened ``ago_s`` seconds ago."""
         at = self._wall_clock() - ago_s
         event = StatusEvent(at=at, kind=kind, name=name, text=text[:MAX_TEXT], is_bad=is_bad)
         # What the supervisor tells a new router happened before what that one saw itself.

@@ -43,8 +43,8 @@ class Handover:
             for choice, token in enumerate(first_tokens)
             if token.get("finish_reason") is not None
         }
+        # The params hold the first tokens, so that they need not come from decode.
         self.has_first_tokens = bool(first_tokens)
-        """The params hold the first tokens, so that they need not come from decode."""
         open_choices = frozenset(
             choice["index"]
             for choice in answer["choices"]

@@ -20,17 +20,16 @@ OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 _MAX_DOUBLINGS = 10
 TRY_LASTS_S = 5.0  # a try without an answer for this long does not block the next one
+# Failures are forgotten after this many successes in a row, so that an engine that fails one
+# request in eight stays open longer and longer.
 NUM_GOOD = 8
-"""Failures are forgotten after this many successes in a row, so that an engine that fails one
-request in eight stays open longer and longer.
-"""
 
 
 class Breaker(msgspec.Struct, kw_only=True):
     """Counts outcomes of an engine, or of the pulls of a pair. Instants are on the pool's clock."""
 
+    # Since the last ``NUM_GOOD`` successes in a row; those that came at once count as one.
     num_failures: int = 0
-    """Since the last ``NUM_GOOD`` successes in a row; those that came at once count as one."""
     num_successes: int = 0  # successes in a row
     is_tripped: bool = False  # not closed
     open_until_at: float = 0.0
@@ -87,8 +86,8 @@ class Breaker(msgspec.Struct, kw_only=True):
 class EngineHealth(Breaker, kw_only=True):
     """Counts the requests of an engine, and its pulls from each prefill engine."""
 
+    # By the key of the prefill engine; only engines with a failed pull are here.
     pulls: dict[object, Breaker] = {}
-    """By the key of the prefill engine; only engines with a failed pull are here."""
 
     def pull(self, prefill: object) -> Breaker:
         return self.pulls.get(prefill) or _WELL

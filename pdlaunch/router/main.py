@@ -30,30 +30,14 @@ from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.protocol import control
 from pdlaunch.protocol.certificates import client_context
-from pdlaunch.protocol.control import (
-    Answered,
-    ChangeEngines,
-    Command,
-    Drain,
-    Drained,
-    EngineIdle,
-    Happened,
-    Ready,
-    RefusalCode,
-    Registry,
-    Restart,
-    ServedRequest,
-    SetDrained,
-    Stop,
-    Suspects,
-)
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
-from pdlaunch.router.admin import listen_at_admin_socket
+from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
+from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.membership_sources import (
     DNS_POLL_S,
@@ -66,14 +50,13 @@ from pdlaunch.router.membership_sources import (
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
 
 _logger = logging.getLogger(__name__)
 
 CLIENT_READ_TIMEOUT_S = 20.0  # a client may take no byte of its answer for so long
+# Objects that are made, and not freed, before garbage is searched for among them.
 _NEW_OBJECTS = 10_000
-"""Objects that are made, and not freed, before garbage is searched for among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +120,16 @@ async def run_in_launch(supervised: Supervised) -> None:
     tls = None if certificate is None else client_context(certificate)
     state = RouterState(
         EnginePool(time.monotonic, spec.routing),
-        EngineClient(key_of, EngineTimeouts(), tls),
+        EngineClient(key_of, tls),
         RouterMetrics(spec.served_model_name),
         RecoverySettings(),
         prove_again=supervised.send,
     )
-    show = (lambda line: supervised.send(ServedRequest(line=line))) if spec.log_requests else None
-    router = RouterApp(spec, state, link, show)
+
+    def show(line: str) -> None:
+        supervised.send(control.ServedRequest(line=line))
+
+    router = RouterApp(spec, state, link, show if spec.log_requests else None)
     supervised.register(local_url(spec.host, spec.port))
     supervised.spawn(router.view.run())
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
@@ -156,7 +142,7 @@ async def run_in_launch(supervised: Supervised) -> None:
             return
         run_dir = Path(bootstrap.run_dir)
         async with serving(router, spec, run_dir, bootstrap.launch_id) as url:
-            supervised.send(Ready(info={"url": url}))
+            supervised.send(control.Ready(info={"url": url}))
             await obeying
     finally:
         obeying.cancel()
@@ -172,32 +158,32 @@ async def _obey(
 
     async def tell_idle(engine: str) -> None:
         await state.pool.until_idle(engine)
-        supervised.send(EngineIdle(engine=engine))
+        supervised.send(control.EngineIdle(engine=engine))
 
     async def drain(timeout_s: float) -> None:
         if not await router.admission.drain(timeout_s):
             num_left = router.admission.in_flight
             _logger.warning("%d requests still run after %g s of draining", num_left, timeout_s)
             await router.close()
-        supervised.send(Drained())
+        supervised.send(control.Drained())
 
     while True:
         match await supervised.inbox.get():
-            case Registry() as registry:
+            case control.Registry() as registry:
                 state.update(registry)
-            case Happened() as told if told.prefill:
+            case control.Happened() as told if told.prefill:
                 state.pair_failed(told.prefill, told.decode, told.text, told.ago_s)
-            case Happened(text=text, ago_s=ago_s):
+            case control.Happened(text=text, ago_s=ago_s):
                 state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
-            case Answered() as answer:
+            case control.Answered() as answer:
                 link.answered(answer)
-            case EngineIdle(engine=engine):
+            case control.EngineIdle(engine=engine):
                 supervised.spawn(tell_idle(engine))
-            case Suspects() as suspects:
+            case control.Suspects() as suspects:
                 state.suspects.take(suspects)
-            case Drain(timeout_s=timeout_s):
+            case control.Drain(timeout_s=timeout_s):
                 draining = supervised.spawn(drain(timeout_s))
-            case Stop():
+            case control.Stop():
                 if draining is not None:
                     draining.cancel()
                 await router.close()
@@ -211,7 +197,7 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     spec = fit(alone.router)
     pool, metrics = EnginePool(time.monotonic, spec.routing), RouterMetrics(spec.served_model_name)
     membership = WatchedMembership(alone.watch, pool, metrics)
-    client = EngineClient(membership.key_of, EngineTimeouts())
+    client = EngineClient(membership.key_of)
     state = RouterState(
         pool, client, metrics, RecoverySettings(), prove_again=membership.prove_again
     )
@@ -260,25 +246,25 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         await state.close()
 
 
-def answer_alone(membership: WatchedMembership, command: Command) -> Answered:
+def answer_alone(membership: WatchedMembership, command: control.Command) -> control.Answered:
     """Answer what a launch's router would ask its supervisor."""
-    answer = Answered(question=command.question)
+    answer = control.Answered(question=command.question)
     match command:
-        case Restart(name=name):
+        case control.Restart(name=name):
             answer.engine = name
             answer.error = f"{name} runs already: whoever started it restarts it"
-        case ChangeEngines():
+        case control.ChangeEngines():
             answer.error = (
                 "these engines run already: whoever started them starts and stops them; the router "
                 "follows engines_file and names in DNS"
             )
-        case SetDrained(name=name, is_drained=is_drained):
+        case control.SetDrained(name=name, is_drained=is_drained):
             answer.engine = name
             try:
                 membership.set_drained(name, is_drained=is_drained)
             except RequestError as error:
-                code: RefusalCode = "engine_not_found" if error.status == 404 else "refused"
-                answer.error, answer.code = str(error), code
+                answer.error = str(error)
+                answer.code = "engine_not_found" if error.status == 404 else "refused"
     return answer
 
 

@@ -99,7 +99,6 @@ class WatchedMembership:
         return watched.member.key if watched and watched.member.url == engine.url else None
 
     def members(self, source: str) -> dict[str, Member]:
-        """Return the engines that came from ``source`` and stay, by name."""
         return {
             name: watched.member
             for name, watched in self._watched.items()
@@ -168,7 +167,6 @@ class WatchedMembership:
             self.publish()
 
     async def close(self) -> None:
-        """End all watching."""
         if self._publishes is not None:
             self._publishes.cancel()
         tasks = [each.task for each in self._watched.values() if each.task is not None]

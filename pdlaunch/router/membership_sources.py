@@ -26,8 +26,8 @@ FILE_POLL_S = 2.0
 DNS_POLL_S = 5.0
 
 _engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
+# Returns the engines as they are listed now. Raises ConfigError or OSError when it cannot.
 Source = Callable[[], Awaitable[list[Member]]]
-"""Returns the engines as they are listed now. Raises ConfigError or OSError when it cannot."""
 
 
 def to_member(engine: RunningEngine, kind: EngineName, environ: Mapping[str, str]) -> Member:

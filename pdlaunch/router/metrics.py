@@ -8,14 +8,14 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
-from pdlaunch.protocol.control import EndReason, ListedState, Registry
+from pdlaunch.protocol.control import ListedState, Registry
 from pdlaunch.protocol.transfer import join_paths
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.engine import Engine
@@ -49,7 +49,9 @@ _THERE_WITH_0: Mapping[str, Collection[str]] = {
     "lost_streams": LOST_REASONS,
 }
 _PAIR_SPEED = "pdlaunch_pair_bytes_per_second"
-_GAUGES = {
+_ENDS = "pdlaunch_process_ends"  # counted by the supervisor; begins again with each launch
+# Shown as they are at a scrape: labels and help by name.
+_SHOWN = {
     f"{_PREFIX}engines_ready": ("", "Engines that can be given work."),
     f"{_PREFIX}engines": ("state", "Engines by state; failed ones are left alone for a while."),
     f"{_PREFIX}engine_info": ("engine role host", "Always 1; where an engine runs, in labels."),
@@ -67,6 +69,10 @@ _GAUGES = {
         "prefill decode holder puller path",
         "Speed that the handshake has measured between two ranks, over the path in use.",
     ),
+    _ENDS: (
+        "process reason",
+        "Processes that ended while the launch served: they died, or hung and were killed.",
+    ),
 }
 
 
@@ -76,10 +82,6 @@ class RouterMetrics:
     def __init__(self, served_model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = RequestMetrics(registry, {"model_name": served_model_name}, prefix=_PREFIX)
-        self._gauges = {
-            name: Gauge(name, text, labels.split(), registry=registry)
-            for name, (labels, text) in _GAUGES.items()
-        }
         self._counters = {
             name: Counter(f"{_PREFIX}{name}", text, labels.split(), registry=registry)
             for name, (labels, text) in _COUNTERS.items()
@@ -95,22 +97,24 @@ class RouterMetrics:
             buckets=INTER_TOKEN_BUCKETS_S,
         )
         self._paths: dict[Pair, str] = {}
-        self._ends = _Ends()
-        registry.register(self._ends)
+        self._shown = _Shown()
+        registry.register(self._shown)
 
     def count(self, name: str, *labels: str) -> None:
-        """Count one more in the counter of this name of the table."""
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc()
 
     def second_token(self, prefill: str, decode: str, seconds: float) -> None:
-        """Count the time between the first two tokens that a client was sent."""
         path = self._paths.get((prefill, decode), "unknown")
         self._second_token.labels(prefill, decode, path).observe(seconds)
 
     def show_registry(self, registry: Registry) -> None:
         """Show how often processes have ended, and the speed of the pairs that are proven now."""
-        self._ends.counts = registry.ends
+        self._shown.values[_ENDS] = {
+            (process, reason): count
+            for process, counts in registry.ends.items()
+            for reason, count in counts.items()
+        }
         paths: dict[Pair, list[str]] = {}
         speeds: dict[tuple[str, ...], float] = {}
         for pair in registry.pairs:
@@ -120,10 +124,9 @@ class RouterMetrics:
             if pair.gigabytes_per_s is not None:
                 speeds[*names, pair.peer, pair.local, pair.path] = pair.gigabytes_per_s * 1e9
         self._paths = {names: join_paths(found) for names, found in paths.items()}
-        self._set(_PAIR_SPEED, speeds)
+        self._shown.values[_PAIR_SPEED] = speeds
 
     def show(self, pool: EnginePool, in_flight: int) -> None:
-        """Show the present states of engines, of their breakers, and of those of pairs."""
         engines, now_at = pool.engines, pool.clock()
         states = [engine.state for engine in engines]
         for engine in engines:
@@ -132,29 +135,22 @@ class RouterMetrics:
         places = {(engine.name, engine.role or "", engine.place): 1 for engine in engines}
         health = {(engine.name,): engine.health.state(now_at) for engine in engines}
         counts = {(each,): states.count(each) for each in get_args(ListedState)}
-        self._set(f"{_PREFIX}engines_ready", {(): states.count("ready")})
-        self._set(f"{_PREFIX}engines", counts)
-        self._set(f"{_PREFIX}engine_info", places)
-        self._set(f"{_PREFIX}requests_in_flight", {(): in_flight})
-        self._set(f"{_PREFIX}engine_health", _one_of_states(health))
-        self._set(f"{_PREFIX}pair_health", _one_of_states(pool.pair_states()))
+        shown: dict[str, Mapping[Any, float]] = {
+            "engines_ready": {(): states.count("ready")},
+            "engines": counts,
+            "engine_info": places,
+            "requests_in_flight": {(): in_flight},
+            "engine_health": _one_of_states(health),
+            "pair_health": _one_of_states(pool.pair_states()),
+        }
+        self._shown.values.update({f"{_PREFIX}{name}": values for name, values in shown.items()})
 
     def samples(self, names: Collection[str]) -> Iterator[Sample]:
-        """Yield the samples of these names as they are now."""
         for metric in self._registry.restricted_registry(list(names)).collect():
             yield from metric.samples
 
     def text(self) -> bytes:
-        """Return the metrics in Prometheus's text format."""
         return render_metrics(self._registry)
-
-    def _set(self, name: str, values: Mapping[Any, float]) -> None:
-        """Show these values, by labels, in place of those before."""
-        gauge = self._gauges[name]
-        if () not in values:
-            gauge.clear()
-        for labels, value in values.items():
-            (gauge.labels(*labels) if labels else gauge).set(value)
 
 
 def _one_of_states(states: Mapping[Any, HealthState]) -> dict[tuple[str, ...], float]:
@@ -162,22 +158,23 @@ def _one_of_states(states: Mapping[Any, HealthState]) -> dict[tuple[str, ...], f
     return {(*names, kind): kind == state for names, state in states.items() for kind in kinds}
 
 
-class _Ends(Collector):
-    """Shows what the supervisor counts; begins again with each launch."""
+class _Shown(Collector):
+    """Shows values that others know, by labels."""
 
     def __init__(self) -> None:
-        self.counts: Mapping[str, Mapping[EndReason, int]] = {}
+        self.values: dict[str, Mapping[Any, float]] = {}
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the names, under which a registry finds them."""
+        return self.collect()
 
     def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(
-            "pdlaunch_process_ends",
-            "Processes that ended while the launch served: they died, or hung and were killed.",
-            labels=["process", "reason"],
-        )
-        for process, counts in self.counts.items():
-            for reason, count in counts.items():
-                family.add_metric([process, reason], count)
-        yield family
+        for name, (labels, text) in _SHOWN.items():
+            kind = CounterMetricFamily if name == _ENDS else GaugeMetricFamily
+            family = kind(name, text, labels=labels.split())
+            for values, number in self.values.get(name, {}).items():
+                family.add_metric(list(values), float(number))
+            yield family
 
 
 async def scrape(own_page: bytes, client: EngineClient, engines: Sequence[Engine]) -> bytes:
@@ -207,11 +204,11 @@ _SAMPLE = re.compile(
     rf"({_NAME})(?:\{{((?:{_LABEL},?)*+)\}})?[ \t]++(\S++(?:[ \t]++-?\d++)?)[ \t]*+"
 )
 _HEADER = re.compile(rf"# (HELP|TYPE) ({_NAME})(?: (.*))?")
+# Endings of the samples of one family.
 _SUFFIXES = ("", "_total", "_bucket", "_sum", "_count", "_info")
-"""Endings of the samples of one family."""
 _ENGINE = re.compile(rf"(^|,)engine={_VALUE}")
+# Type, help and samples by name.
 Families = dict[str, tuple[str, str, list[str]]]
-"""Type, help and samples by name."""
 
 
 def add_page(families: Families, page: str, *, engine: str | None = None) -> None:

@@ -59,8 +59,8 @@ class OtlpExporter:
         self._processor: Any = BatchSpanProcessor(OTLPSpanExporter(url, timeout=_SEND_TIMEOUT_S))
         self._sampler = ParentBased(TraceIdRatioBased(sample))
         self._propagator = TraceContextTextMapPropagator()
+        # One for each process: its provider says whose the spans are.
         self._tracers: dict[str, Any] = {}
-        """One for each process: its provider says whose the spans are."""
 
     def begin(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
         """Begin the span of a request that has come with ``headers``.
@@ -80,7 +80,6 @@ class OtlpExporter:
         self._propagator.inject(record.trace_headers, context)
 
     def end(self, record: RequestRecord) -> None:
-        """Send the spans of a request that has ended."""
         root, record.otel_span = record.otel_span, None
         if root is None or not root.is_recording():
             return

@@ -36,8 +36,8 @@ class EnginePool:
         self._index = index or ServedPrefixes()
         self._engines: dict[str, Engine] = {}
         self._registry = Registry(version=0, entries=[])
+        # Engines without new work: their processes at the time, and the state to show.
         self._held: dict[str, tuple[Processes, ListedState]] = {}
-        """Engines without new work: their processes at the time, and the state to show."""
         self._with_ranks: set[str] = set()
         self._roles_seen: set[Role | None] = set()
 
@@ -68,7 +68,6 @@ class EnginePool:
         return self._roles_seen.issuperset(PAIR)
 
     def has_ready(self, role: Role, need: Need | None = None) -> bool:
-        """Return whether some engine of this role can be given work."""
         return any(
             engine.ready and engine.role == role and covers(engine.capabilities, need)
             for engine in self._engines.values()
@@ -95,7 +94,6 @@ class EnginePool:
         return next((pair.path for pair in self.pairs if engines_of(pair) == names), None)
 
     def doubt(self, suspect: PairSuspect) -> None:
-        """Forget the proof of a pair until the registry has a new one."""
         names = suspect.local, suspect.peer
         self.pairs = [pair for pair in self.pairs if (pair.local, pair.peer) != names]
         if (decode := self._engines.get(suspect.local)) is not None:
@@ -139,7 +137,6 @@ class EnginePool:
         return engine
 
     def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
-        """Return how many tokens of a prompt an engine will probably compute."""
         num_cached = self._index.num_cached_tokens(engine, request.prefix)
         return max(1, request.num_prompt_tokens - num_cached)
 

@@ -80,7 +80,6 @@ class ServedPrefixes:
     def served(
         self, engine: Engine, prefix: PrefixHashes, num_prompt_tokens: int, num_output_tokens: int
     ) -> None:
-        """Note that an engine has the blocks of a prompt and of the output after it."""
         if not prefix:
             return
         processes, pieces = self._engines.get(engine.name, ((), OrderedDict[int, int]()))

@@ -88,24 +88,24 @@ class Relay:
         self._wanted_at = wanted_at
         self._prefix = prompt.prefix
         self._lease: Handover | None = None  # what prefill has handed over
+        # The client has the first tokens from prefill, so decode must not send them again.
         self._first_token_sent = False
-        """The client has the first tokens from prefill, so decode must not send them again."""
         self._decode_has_answered = False
+        # The engine that has sent a second token: plain chunks of it take the short way.
         self._goes_on_at: Engine | None = None
-        """The engine that has sent a second token: plain chunks of it take the short way."""
+        # Instant of the client's first token; None once it has the second one.
         self._first_told_at: float | None = None
-        """Instant of the client's first token; None once it has the second one."""
         self._tried: set[EngineKey] = set()
         self._turned_away_by: set[EngineKey] = set()
         self._failure: EngineFailure | EngineRefusal | None = None
+        # When the first engine failed, or had no room, since something was heard.
         self._trouble_since_at: float | None = None
-        """When the first engine failed, or had no room, since something was heard."""
         self._retry_at = 0.0  # from when on engines that were tried may be asked again
         self._num_prefill_failures = 0
         self._num_decode_failures = 0
         self._num_decode_attempts = 0
+        # The engine from which decode pulls the prompt, until decode has answered.
         self._pulls_from: Engine | None = None
-        """The engine from which decode pulls the prompt, until decode has answered."""
 
     async def run(self) -> None:
         """Answer the prompt, at one route after another until the answer is whole."""

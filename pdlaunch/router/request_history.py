@@ -89,7 +89,6 @@ class RequestHistory:
             self._exporter.end(record)
 
     async def close(self) -> None:
-        """Send what has not been sent, without holding up the event loop."""
         if self._late:
             await asyncio.wait(self._late)
         exporter, self._exporter = self._exporter, None
@@ -133,7 +132,6 @@ class RequestHistory:
 
 
 def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
-    """Return which requests a list is to hold, and how many. Raises RequestError."""
     given = [choice for choice in _CHOICES if choice in query]
     if len(given) > 1:
         raise RequestError(f"{given[0]} and {given[1]} exclude each other", param=given[1])

@@ -125,7 +125,6 @@ class RequestRecord:
 
     @property
     def has_failed(self) -> bool:
-        """Return whether the request was refused, dropped, or ended with an error."""
         return self.is_done and (self.error is not None or (self.status or 0) >= 400)
 
     @property
@@ -135,7 +134,6 @@ class RequestRecord:
 
     @property
     def num_tokens(self) -> int:
-        """Return the output tokens whose ids are known, so far."""
         return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
 
     def understood(self, model: str | None, num_prompts: int) -> None:
@@ -150,7 +148,6 @@ class RequestRecord:
 
     @contextlib.contextmanager
     def call(self, hop: Hop, engine: str, ask: AskSpans | None = None) -> Iterator[EngineCall]:
-        """Record a call of an engine while the block runs."""
         call = EngineCall(hop, engine, Span(f"{hop} at {engine}", self.log.clock(), 0.0), ask)
         self._calls.append(call)
         try:
@@ -260,7 +257,6 @@ class RequestRecord:
         return RequestTrace(**summary, spans=spans, dropped_spans=dropped_spans)
 
     def _ms_per_token(self, first_at: float | None) -> float | None:
-        """Return the mean time between two tokens of a choice."""
         if self.clock is None or first_at is None:
             return None
         num_choices, took_s = self.clock.num_choices, self.clock.last_token_at - first_at

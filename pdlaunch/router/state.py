@@ -77,7 +77,6 @@ class SuspectPrompts:
         return {ORIGIN_HEADER: marked} if self.is_suspect(origin) else {}
 
     def check(self, origin: PromptOrigin) -> None:
-        """Raise KillsEngineError when a second rank has died of the request."""
         if self._num_deaths[origin] > 1:
             raise KillsEngineError(
                 "this request made an engine crash twice, the second time alone; it is not tried "
@@ -152,7 +151,6 @@ class RouterState:
         self.doubt(decode.name, prefill.name, prefill.processes[0], error)
 
     def pair_failed(self, prefill: str, decode: str, error: str, ago_s: float = 0.0) -> None:
-        """Note that blocks of one engine could not be used by another one."""
         self.events.add("pair", f"{prefill} -> {decode}", error, is_bad=True, ago_s=ago_s)
         self.pair_failures.pop((prefill, decode), None)
         self.pair_failures[prefill, decode] = error

@@ -30,8 +30,8 @@ class Transcript:
     def __init__(self, num_choices: int, *, keeps_text: bool = False) -> None:
         self.num_tokens = 0
         self.prompt_token_ids: list[int] = []  # kept only where text is kept
+        # The client has output that is no content of a message: reasoning, tool calls.
         self.has_other_output = False
-        """The client has output that is no content of a message: reasoning, tool calls."""
         self._keeps_text = keeps_text
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
         self._usage = Usage()
@@ -45,7 +45,6 @@ class Transcript:
 
     @property
     def has_tokens(self) -> bool:
-        """Return whether the client may have been sent output."""
         return self._has_untold_tokens or self.num_tokens > 0
 
     @property

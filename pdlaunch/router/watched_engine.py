@@ -46,8 +46,8 @@ class WatchSettings:
     kind: EngineName
     capabilities: Capabilities  # capabilities of engines of this kind and this version
     is_exact: bool = False  # a canary's tokens must be equal, as they are in float32
+    # URLs at which engines may be that the configuration does not name.
     engine_urls: tuple[str, ...] = ()
-    """URLs at which engines may be that the configuration does not name."""
     poll_s: float = POLL_S
 
 
@@ -77,10 +77,10 @@ class WatchedEngine:
     counts: Counts | None = None
     num_failures: int = 0  # failures that the router had counted at the last look
     failed_reads: FailedReads = field(default_factory=FailedReads)
+    # Its answers say how much of a prompt it has computed, as far as its canaries have shown.
     tells_recomputes: bool = True
-    """Its answers say how much of a prompt it has computed, as far as its canaries have shown."""
+    # Held by the canary that reads its counts: the bytes of another one are no proof.
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the canary that reads its counts: the bytes of another one are no proof."""
 
     @property
     def may_pair(self) -> bool:
@@ -88,7 +88,6 @@ class WatchedEngine:
         return self.is_healthy and not self.is_sleeping
 
     async def look(self) -> None:
-        """Ask the engine how it is."""
         try:
             trouble = await self._find_trouble()
         except ProtocolError as error:

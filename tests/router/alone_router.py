@@ -15,15 +15,14 @@ from aiohttp import web
 
 from pdlaunch.config.roles import Role
 from pdlaunch.launch.engines.plan import capabilities_over_http
-from pdlaunch.router.admin import listen_at_admin_socket
+from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
+from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
 from tests.launch.sidecar.fake_vllm import FakeVllm
 from tests.router.conftest import SPEC
@@ -66,7 +65,7 @@ class Alone:
             poll_s=0.01,
         )
         self.watch = WatchedMembership(settings, self.pool, self.metrics)
-        client = EngineClient(self.watch.key_of, EngineTimeouts())
+        client = EngineClient(self.watch.key_of)
         self.state = RouterState(
             self.pool,
             client,

@@ -14,14 +14,14 @@ from pdlaunch.http.connections import HttpRunner
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Command, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RouterSpec
+from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
+from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.main import listen
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.router.supervisor_link import SupervisorLink
 from tests.router.fake_engine import FakeEngine
 
 SPEC = RouterSpec(
@@ -66,7 +66,9 @@ class Stand:
             lambda engine: (
                 "launch-token" if engine.capabilities.takes_launch_token else "engine-key"
             ),
-            EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s),
+            stall_s=stall_s,
+            probe_s=1.0,
+            metrics_s=metrics_s,
         )
         self.state = RouterState(
             self.pool,
