@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
 
 import msgspec
 
@@ -126,11 +127,15 @@ def request(request_id: str, **fields: object) -> RequestSummary:
 
 
 class DeploymentServer:
-    """``status`` and ``requests`` may be replaced while it runs; ``key`` is asked for if set."""
+    """``status`` and ``requests`` may be replaced while it runs; ``key`` is asked for if set.
+
+    ``queries``: those for requests.
+    """
 
     def __init__(self) -> None:
         self.status = deployment()
-        self.requests = [request("the-slow-one"), request("another", total_ms=100.0)]
+        self.requests: list[RequestSummary] = [request("the-slow-one"), request("another")]
+        self.queries: list[str] = []
         self.key: str | None = None
         self.url = ""
 
@@ -140,8 +145,12 @@ class DeploymentServer:
         if path == "/pdlaunch/status":
             return 200, msgspec.json.encode(self.status)
         if path.startswith("/pdlaunch/requests?"):
+            self.queries.append(path.partition("?")[2])
             return 200, msgspec.json.encode(RequestList(requests=self.requests))
-        return 404, b'{"error": {"message": "there is no such thing"}}'
+        for one in self.requests:
+            if path == f"/pdlaunch/requests/{quote(one.id, safe='')}":
+                return 200, msgspec.json.encode(one)
+        return 404, b'{"error": {"message": "no request of this id is remembered"}}'
 
 
 @contextmanager

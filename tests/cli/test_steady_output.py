@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 from rich.console import Console
@@ -35,13 +35,9 @@ def full_pipe() -> Iterator[tuple[int, int]]:
         yield reader, writer
 
 
-def shown_on(stream: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", stream)
-
-
 def test_a_reader_that_goes_on_is_told_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     with full_pipe() as (reader, writer), os.fdopen(os.dup(writer), "w") as stream:
-        shown_on(stream, monkeypatch)
+        monkeypatch.setattr(sys, "stdout", stream)
         with steady_output(FINE_S):
             Console().print("first")
             Console().print("second")
@@ -76,7 +72,7 @@ def test_what_takes_nothing_any_more_raises_nothing(
     make: Callable[[], TextIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with make() as stream:
-        shown_on(stream, monkeypatch)
+        monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(OSError):
             os.write(stream.fileno(), b"x")
         with steady_output(FINE_S):
@@ -90,13 +86,12 @@ def test_a_terminal_stays_one_and_gets_everything(monkeypatch: pytest.MonkeyPatc
         os.fdopen(ours, "rb", buffering=0) as screen,
         os.fdopen(theirs, "w", encoding="ascii") as stream,
     ):
-        shown_on(stream, monkeypatch)
+        monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
         with steady_output(FINE_S):
             Console(stderr=True).print("error")
             assert sys.stdout.isatty()
             assert sys.stdout.fileno() == theirs
-            assert sys.stdout.encoding == "ascii"
             sys.stdout.write("prefill → decode\n")
             late = sys.stderr
         late.write("after the end")
@@ -106,21 +101,9 @@ def test_a_terminal_stays_one_and_gets_everything(monkeypatch: pytest.MonkeyPatc
         assert text == b"error\r\nprefill \\u2192 decode\r\n"
 
 
-def test_without_standard_output_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", None)
-    with steady_output():
-        Console().print("x")
-
-
-PROGRAM = """
-import sys
-from rich.console import Console
-from pdlaunch.cli.steady_output import steady_output
-with steady_output(float(sys.argv[1])):
-    for n in range(2000):
-        Console(stderr=n % 3 == 0).print(n)
-    raise SystemExit(3)
-"""
+def run(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    command, environ = [sys.executable, "-P", *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environ, text=True, timeout=300, check=False, **streams)
 
 
 INTERRUPTED = """
@@ -133,18 +116,20 @@ with steady_output(60.0):
         sys.stdout.write("x")
     signal.setitimer(signal.ITIMER_REAL, 0)
 """
+PROGRAM = """
+from rich.console import Console
+from pdlaunch.cli.steady_output import steady_output
+with steady_output(1.0):
+    for n in range(2000):
+        Console(stderr=n % 3 == 0).print(n)
+    raise SystemExit(3)
+"""
 
 
 @pytest.mark.processes
 def test_what_interrupts_a_print_may_print_too() -> None:
     """As finalizers do, of which a collection of garbage finds some at any place."""
-    ended = subprocess.run(
-        [sys.executable, "-P", "-c", INTERRUPTED],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        timeout=FINE_S,
-    )
+    ended = run("-c", INTERRUPTED, stdout=subprocess.PIPE)
     assert ended.returncode == 0
     assert "interrupts\n" in ended.stdout
 
@@ -153,13 +138,7 @@ def test_what_interrupts_a_print_may_print_too() -> None:
 def test_a_process_ends_although_its_reader_stands_still() -> None:
     """Its other stream has another reader, which is told everything."""
     with full_pipe() as (_, stuck):
-        ended = subprocess.run(
-            [sys.executable, "-P", "-c", PROGRAM, "1"],
-            stdout=stuck,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            text=True,
-        )
+        ended = run("-c", PROGRAM, stdout=stuck, stderr=subprocess.PIPE)
     assert ended.returncode == 3
     assert ended.stderr.split() == [str(n) for n in range(0, 2000, 3)]
 
@@ -178,11 +157,4 @@ def test_commands_end_with_their_code_whatever_they_print_to(
             output = stack.enter_context(full_pipe())[1]
         else:
             output = stack.enter_context(gone_terminal()).fileno()
-        ended = subprocess.run(
-            [sys.executable, "-P", "-m", "pdlaunch", *command],
-            stdout=output,
-            stderr=output,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            timeout=300,
-        )
-    assert ended.returncode == 2
+        assert run("-m", "pdlaunch", *command, stdout=output, stderr=output).returncode == 2

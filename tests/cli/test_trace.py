@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from fractions import Fraction
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 import pytest
@@ -19,7 +16,8 @@ from typer.testing import Result
 
 from pdlaunch.cli.trace import trace_events
 from pdlaunch.protocol.process import run_dirs
-from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace, SpanView
+from pdlaunch.protocol.status import RequestTrace, SpanView
+from tests.cli.deployment_server import DeploymentServer, running_server
 from tests.command_line import invoke
 
 HOSTILE = "x\x1b[2J\n[red]{}%s"
@@ -29,99 +27,56 @@ def span(name: str, start: float, end: float, process: str = "router", **attribu
     return SpanView(name=name, process=process, start_ms=start, end_ms=end, attributes=attributes)
 
 
+SPANS = [
+    span("request", 0, 100),
+    span("prefill at prefill-0", 1, 50, clock_error_ms=0.1),
+    span("queue", 2, 10, "prefill-0/rank-0"),
+    span("prefill", 10, 45, "prefill-0/rank-0", tokens=512),
+    span("pull", 46, 52, "decode-0/rank-0", bytes=25_000_000, gb_s=4.2, verified=True),
+    span("read", 44, 50, "decode-0/rank-0", bytes=25_000_000, state="done"),
+    span("end", 100, 100, status=200),
+]
+
+
 def trace(request_id: str = "r1", **fields) -> RequestTrace:
-    return RequestTrace(
-        **{
-            "id": request_id,
-            "received_at": 1e9,
-            "status": 200,
-            "state": "done",
-            "path": "/v1/completions",
-            "prefill": "prefill-0",
-            "decode": "decode-0",
-            "route": "prefill-0->decode-0",
-            "total_ms": 100.0,
-            "spans": [
-                span("request", 0, 100),
-                span("prefill at prefill-0", 1, 50, clock_error_ms=0.1),
-                span("queue", 2, 10, "prefill-0/rank-0"),
-                span("prefill", 10, 45, "prefill-0/rank-0", tokens=512),
-                span("pull", 46, 52, "decode-0/rank-0", bytes=25_000_000, gb_s=4.2, verified=True),
-                span("read", 44, 50, "decode-0/rank-0", bytes=25_000_000, state="done"),
-                span("end", 100, 100, status=200),
-            ],
-        }
-        | fields
-    )
-
-
-class Router:
-    def __init__(self) -> None:
-        self.traces = {"r1": trace()}
-        self.keys: list[str | None] = []
-        self.queries: list[str] = []
-        router = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                router.keys.append(self.headers["Authorization"])
-                path, _, query = self.path.partition("?")
-                if path == "/pdlaunch/requests":
-                    router.queries.append(query)
-                    names = RequestSummary.__struct_fields__
-                    found = [
-                        RequestSummary(**{name: getattr(one, name) for name in names})
-                        for one in router.traces.values()
-                    ]
-                    self.answer(200, RequestList(requests=found))
-                    return
-                one = router.traces.get(unquote(path.removeprefix("/pdlaunch/requests/")))
-                error = {"error": {"message": "no request of this id is remembered"}}
-                self.answer(404 if one is None else 200, one or error)
-
-            def answer(self, status: int, body: object) -> None:
-                payload = msgspec.json.encode(body)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.01,)).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+    values = {
+        "id": request_id,
+        "received_at": 1e9,
+        "status": 200,
+        "state": "done",
+        "path": "/v1/completions",
+        "prefill": "prefill-0",
+        "decode": "decode-0",
+        "route": "prefill-0->decode-0",
+        "total_ms": 100.0,
+        "spans": SPANS,
+    }
+    return RequestTrace(**values | fields)
 
 
 @pytest.fixture
-def router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Router]:
+def router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeploymentServer]:
     monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
-    router = Router()
-    yield router
-    router.server.shutdown()
-    router.server.server_close()
+    with running_server() as server:
+        server.requests = [trace()]
+        yield server
 
 
-def run(router: Router, *arguments: str, columns: int = 80) -> Result:
-    full = ["trace", *arguments, "--url", router.url]
-    return invoke(full, env={"COLUMNS": str(columns)})
+def run(router: DeploymentServer, *arguments: str, columns: int = 80) -> Result:
+    return invoke(["trace", *arguments, "--url", router.url], env={"COLUMNS": str(columns)})
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
-def test_a_waterfall_fits_and_needs_no_colour(router: Router, columns: int) -> None:
+def test_a_waterfall_fits_and_needs_no_colour(router: DeploymentServer, columns: int) -> None:
     result = run(router, "r1", columns=columns)
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.output
     first, *rows = result.output.splitlines()
     assert first.startswith("r1  200 /v1/completions prefill-0 -> decode-0")
     assert max(map(len, rows)) <= columns
-    assert [row for row in rows if not row.startswith(" ")] == [
-        "router",
-        "prefill-0/rank-0",
-        "decode-0/rank-0",
-    ]
+    processes = [row for row in rows if not row.startswith(" ")]
+    assert processes == ["router", "prefill-0/rank-0", "decode-0/rank-0"]
     queue = next(row for row in rows if row.startswith("  queue"))
     prefill = next(row for row in rows if row.startswith("  prefill 512"))
     assert queue.endswith("8.0 ms")
@@ -130,50 +85,47 @@ def test_a_waterfall_fits_and_needs_no_colour(router: Router, columns: int) -> N
         assert any("pull verified, 25.0 MB, 4" in row for row in rows)
 
 
-def test_the_one_that_is_asked_for(router: Router) -> None:
-    router.traces["a/b?c"] = trace("a/b?c")
+def test_the_one_that_is_asked_for(router: DeploymentServer) -> None:
+    router.requests.append(trace("a/b?c"))
     assert run(router, "a/b?c").output.startswith("a/b?c ")
-    assert run(router).exit_code == 0
-    assert run(router, "--last").exit_code == 0
-    assert run(router, "--failed").exit_code == 0
+    for options in ((), ("--last",), ("--failed",)):
+        assert run(router, *options).exit_code == 0
     both = run(router, "--slowest", "2").output
     assert "r1  200" in both
     assert "a/b?c  200" in both
     assert router.queries == ["last=1", "last=1", "failed=1", "slowest=2"]
 
 
-def test_what_cannot_be_shown_is_told(router: Router) -> None:
+def test_what_cannot_be_shown_is_told(router: DeploymentServer) -> None:
     result = run(router, "r9")
-    assert (result.exit_code, result.output) == (
-        1,
-        "error: the router answers 404: no request of this id is remembered\n",
-    )
-    router.traces.clear()
+    said = "error: the router answers 404: no request of this id is remembered\n"
+    assert (result.exit_code, result.output) == (1, said)
+    router.requests.clear()
     assert "has served no request" in run(router).output
     assert "no request has failed" in run(router, "--failed").output
     assert run(router, "r1", "--last").exit_code == 2
     assert run(router, "r1", "--output", "x").exit_code == 2
 
 
-def test_json_is_what_the_router_tells(router: Router) -> None:
+def test_json_is_what_the_router_tells(router: DeploymentServer) -> None:
     result = run(router, "r1", "--format", "json")
     assert msgspec.json.decode(result.output, type=RequestTrace) == trace()
 
 
-def test_hostile_names_tell_a_terminal_nothing(router: Router) -> None:
-    spans = [span(HOSTILE, 0, 5, HOSTILE, error=HOSTILE)]
-    router.traces["r1"] = trace(model=HOSTILE, error=HOSTILE, spans=spans)
+def test_hostile_names_tell_a_terminal_nothing(router: DeploymentServer) -> None:
+    hostile = trace(
+        model=HOSTILE, error=HOSTILE, spans=[span(HOSTILE, 0, 5, HOSTILE, error=HOSTILE)]
+    )
+    router.requests = [hostile]
     result = run(router, "r1", columns=400)
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.output
     assert r"x\x1b[2J\n[red]{}%s" in result.output
-    document = trace_events([router.traces["r1"]])
-    assert HOSTILE not in {event["name"] for event in document["traceEvents"]}
+    assert HOSTILE not in {event["name"] for event in trace_events([hostile])["traceEvents"]}
 
 
-def test_perfetto_gets_a_file(router: Router, tmp_path: Path) -> None:
-    result = run(router, "r1", "--format", "perfetto")
-    assert "pdlaunch-trace-r1.json" in result.output
+def test_perfetto_gets_a_file(router: DeploymentServer, tmp_path: Path) -> None:
+    assert "pdlaunch-trace-r1.json" in run(router, "r1", "--format", "perfetto").output
     document = json.loads((tmp_path / "pdlaunch-trace-r1.json").read_text())
     events = document["traceEvents"]
     names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
@@ -181,11 +133,9 @@ def test_perfetto_gets_a_file(router: Router, tmp_path: Path) -> None:
     (prefill,) = [event for event in events if event["name"] == "prefill"]
     assert (prefill["ph"], prefill["ts"], prefill["dur"]) == ("X", 1e15 + 10_000, 35_000)
     assert prefill["args"] == {"request": "r1", "tokens": 512}
-    router.traces["../x"] = trace("../x")
+    router.requests.append(trace("../x"))
     run(router, "../x", "--format", "perfetto")
     assert (tmp_path / "pdlaunch-trace-.._x.json").exists()
-    run(router, "r1", "--format", "perfetto", "--output", "mine.json")
-    assert (tmp_path / "mine.json").exists()
     refused = run(router, "r1", "--format", "perfetto", "--output", "no/such/place.json")
     assert refused.exit_code == 1
     assert "error: --output no/such/place.json cannot be written: No such file" in refused.stderr
