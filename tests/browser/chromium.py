@@ -110,11 +110,8 @@ class Page:
     async def type(self, text: str) -> None:
         await self.call("Input.insertText", text=text)
 
-    async def screenshot(self, file: Path, *, whole: bool = False) -> None:
-        """Save what is seen, or the whole page."""
-        answer = await self.call(
-            "Page.captureScreenshot", format="png", captureBeyondViewport=whole
-        )
+    async def screenshot(self, file: Path) -> None:
+        answer = await self.call("Page.captureScreenshot", format="png")
         await asyncio.to_thread(file.write_bytes, base64.b64decode(answer["data"]))
 
     async def close(self) -> None:

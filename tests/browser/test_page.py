@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import random
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +18,7 @@ from tests.browser.chromium import Page, Scheme, new_page, there
 from tests.browser.conftest import KEY
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-KEPT = Path(__file__).parents[2] / "docs" / "images"
-KEEPS = bool(os.environ.get("PDLAUNCH_KEEP_SCREENSHOTS"))
-"""The screenshots of the docs are renewed, which show the launch under load."""
-LOAD_S = 24.0
-NUM_CLIENTS = 4
 WRONG_KEY = "another key"
-
-
-def place_of(name: str, tmp_path: Path) -> Path:
-    """Where a screenshot goes."""
-    return (KEPT if KEEPS else tmp_path) / f"{name}.png"
-
-
-@contextlib.asynccontextmanager
-async def load(deployment: Deployment) -> AsyncIterator[None]:
-    """Clients ask one request after the other while the block runs, which begins once the charts
-    have something to show; none where no screenshot is kept.
-    """
-    is_over = asyncio.Event()
-
-    async def ask(client: int) -> None:
-        source = random.Random(client)
-        while not is_over.is_set():
-            # Blocks that both engines hold already would not be pulled.
-            words = " ".join(str(source.random()) for _ in range(source.randint(2, 12)))
-            await complete(deployment, prompt=words, max_tokens=source.randint(8, 32))
-
-    clients = [asyncio.create_task(ask(client)) for client in range(NUM_CLIENTS * KEEPS)]
-    try:
-        await asyncio.sleep(LOAD_S * KEEPS)
-        yield
-    finally:
-        is_over.set()
-        await asyncio.gather(*clients)
 
 
 @contextlib.contextmanager
@@ -151,19 +116,14 @@ async def test_no_name_becomes_markup(page: Page, deployment: Deployment) -> Non
     await page.press("Escape", 27)
 
 
-async def test_a_killed_engine_turns_red_and_back(
-    page: Page, deployment: Deployment, tmp_path: Path
-) -> None:
+async def test_a_killed_engine_turns_red_and_back(page: Page, deployment: Deployment) -> None:
     engine = "document.querySelector('.engine[data-name=\"decode-0\"]')"
     assert await page.run(f"{engine}.dataset.tone") == "ready"
-    async with load(deployment):
-        deployment.processes()["decode-0/rank-0"].kill()
-        await page.until(f"{engine}.dataset.tone === 'down'")
-        stroke = await page.run(f"getComputedStyle({engine}.querySelector('.box')).stroke")
-        assert stroke == "rgb(207, 42, 42)"
-        await page.run("scrollTo(0, 0)")
-        await page.screenshot(place_of("page-engine-down", tmp_path))
-        await page.until(f"{engine}.dataset.tone === 'ready'")
+    deployment.processes()["decode-0/rank-0"].kill()
+    await page.until(f"{engine}.dataset.tone === 'down'")
+    stroke = await page.run(f"getComputedStyle({engine}.querySelector('.box')).stroke")
+    assert stroke == "rgb(207, 42, 42)"
+    await page.until(f"{engine}.dataset.tone === 'ready'")
     events = await page.until("document.querySelector('#events ol')?.textContent")
     for told in ("decode-0/rank-0 was killed", "starts again", "starting (was ready)"):
         assert told in events
@@ -205,19 +165,10 @@ async def test_caches_are_shown_by_tier(page: Page, deployment: Deployment) -> N
             assert float(await page.run(f"{bars}.getAttribute('width')")) > 0
 
 
-SIZES = [("phone", 360, 740), ("desktop", 1280, 860), ("4k", 3840, 2160)]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("name", "width", "height"), SIZES)
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 860), (3840, 2160)])
 async def test_it_fits_phones_and_desks_light_and_dark(
-    page: Page,
-    deployment: Deployment,
-    tmp_path: Path,
-    name: str,
-    width: int,
-    height: int,
-    scheme: Scheme,
+    page: Page, deployment: Deployment, tmp_path: Path, width: int, height: int, scheme: Scheme
 ) -> None:
     await page.show(width, height, scheme)
     await asyncio.gather(*(complete(deployment, prompt=f"{n} and on " * 9) for n in range(3)))
@@ -227,9 +178,8 @@ async def test_it_fits_phones_and_desks_light_and_dark(
     assert await page.run("document.documentElement.scrollWidth") <= width
     back = await page.run("getComputedStyle(document.body).backgroundColor")
     assert back == {"light": "rgb(243, 245, 248)", "dark": "rgb(13, 17, 23)"}[scheme]
-    file = tmp_path / "4k.png" if name == "4k" else place_of(f"page-{name}-{scheme}", tmp_path)
-    async with load(deployment):
-        await page.screenshot(file)
+    file = tmp_path / "page.png"
+    await page.screenshot(file)
     assert 5_000 < file.stat().st_size < 800_000
 
 

@@ -18,6 +18,7 @@ import yaml
 from pdlaunch.config.model_files.find import ALIASES
 from pdlaunch.config.model_files.shape import FAMILIES
 from pdlaunch.config.sources import load_config
+from tests.command_line import invoke
 from tools.install import DEMO_MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -25,19 +26,9 @@ EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "two_by_two.yaml", "tensor_parallel.yaml"])
-@pytest.mark.processes
 def test_examples_are_clean(name: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pdlaunch",
-        "check-config",
-        str(EXAMPLES / name),
-        "--assume",
-        "cpu",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = invoke(["check-config", str(EXAMPLES / name), "--assume", "cpu"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/connectors.md"])
@@ -50,41 +41,25 @@ def test_configurations_in_the_documents_can_be_read(document: str, tmp_path: Pa
         load_config(path, {}, {})
 
 
-def steps_of_the_workflow() -> list[str]:
-    workflow = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text())
-    return [step["run"] for step in workflow["jobs"]["smoke"]["steps"] if "run" in step]
-
-
 @pytest.mark.processes
 def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -> None:
-    _, *configure_and_check, smoke = steps_of_the_workflow()
+    workflow = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text())
+    steps = [step["run"] for step in workflow["jobs"]["smoke"]["steps"] if "run" in step]
+    _, *configure_and_check, smoke = steps
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PDLAUNCH_PORT": "0",  # 8000 may be busy here
     }
-
-    def shell(script: str) -> str:
-        result = subprocess.run(
-            ["bash", "-e", "-c", script],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
     for script in configure_and_check:
-        shell(script)
+        command = ["bash", "-e", "-c", script]
+        subprocess.run(command, cwd=tmp_path, env=environment, timeout=180, check=True)
     (file,) = tmp_path.iterdir()
     # The launch itself is what tests/e2e/test_checks.py does with another model.
-    command, name, config, *flags = shlex.split(smoke)
-    assert (command, name, config) == ("pdlaunch", "smoke", file.name)
-    told = shell("pdlaunch smoke --help")
+    name, config, *flags = shlex.split(smoke)[1:]
+    assert (name, config) == ("smoke", file.name)
+    told = invoke(["smoke", "--help"]).stdout
     assert {flag for flag in flags if flag.startswith("--")} <= set(re.findall(r"--[\w-]+", told))
 
 

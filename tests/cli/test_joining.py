@@ -45,13 +45,8 @@ class Commands:
             "serve",
             *("--placement", "hosts", "--hosts", "a,b", "--control-address", "127.0.0.1"),
             *("--port", "0", "--join-file", str(self.join)),
-            *(
-                "--log-dir",
-                str(self.folder / "logs"),
-                "--agent-timeout",
-                str(agent_timeout_s),
-                *flags,
-            ),
+            *("--log-dir", str(self.folder / "logs"), "--agent-timeout", str(agent_timeout_s)),
+            *flags,
         )
 
     @property

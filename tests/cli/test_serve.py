@@ -92,17 +92,12 @@ def test_dry_run_prints_a_table_at_any_width(model: str, columns: int) -> None:
     assert "-m pdlaunch.engine --name decode-0/rank-0" in result.stdout
 
 
-def test_a_format_without_dry_run_is_refused(model: str, tmp_path: Path) -> None:
+def test_nothing_is_written_by_a_dry_run_or_a_refusal(model: str, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     result = serve("--model", model, "--format", "json")
     assert result.exit_code == 2
     assert "--format json" in result.stderr
     assert "--dry-run" in result.stderr
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_dry_run_starts_and_writes_nothing(model: str, tmp_path: Path) -> None:
-    before = sorted(tmp_path.rglob("*"))
     assert serve("--model", model, "--dry-run").exit_code == 0
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -156,24 +151,23 @@ def test_unusable_input_is_explained_with_code_2(
     assert not result.exception or isinstance(result.exception, SystemExit)
 
 
-def test_a_busy_port_ends_with_code_1_before_anything_starts(model: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
-        result = serve("--model", model, "--port", str(port))
-    assert result.exit_code == 1
-    assert f"port {port}" in result.output
-
-
-def test_a_busy_port_of_an_engine_ends_with_code_1_before_anything_starts(
-    model: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "flags", "field"),
+    [
+        ("PDLAUNCH_PORT", (), ""),
+        ("PDLAUNCH_PREFILL__PORT", ("--port", "0", "--engine-api-key", "k"), "prefill.port"),
+    ],
+)
+def test_a_busy_port_ends_with_code_1_before_anything_starts(
+    model: str, variable: str, flags: tuple[str, ...], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        monkeypatch.setenv("PDLAUNCH_PREFILL__PORT", str(port))
-        result = serve("--model", model, "--port", "0", "--engine-api-key", "of-another-router")
+        monkeypatch.setenv(variable, str(port))
+        result = serve("--model", model, *flags)
     assert result.exit_code == 1
     assert f"port {port}" in result.output
-    assert "prefill.port" in result.output
+    assert field in result.output
 
 
 def test_other_systems_are_refused_with_the_way_out() -> None:
