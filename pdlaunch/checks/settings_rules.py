@@ -176,7 +176,7 @@ RULES = (
         fix="Set tensor_parallel_size to 1.", source="pdlaunch's tensor parallelism.",
         needs=("model",)),
     error(
-        "PD119", "The weights of the model are missing, damaged, or in a format that is not read.",
+        "PD119", "Files of the model are missing, damaged, or do not fit its config.json.",
         "Engines read *.safetensors. A file that is cut off or missing would end every rank after "
         "its libraries are loaded. Pickles (*.bin, *.pt, *.pth) can run any code when they are "
         "opened, so they are never read.",

@@ -222,7 +222,7 @@ def read_generation_config(directory: Path) -> Config:
     return read_json(path) if path.is_file() else {}
 
 
-def read_json(path: Path) -> Config:
+def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Config:
     """Read the object in a JSON file of a model. Raises ConfigError."""
     fix = f"Correct {path.name} of the model."
     try:
@@ -230,9 +230,9 @@ def read_json(path: Path) -> Config:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
         with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-        if len(text) > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+            text = file.read(max_bytes + 1)
+        if len(text) > max_bytes:
+            raise ValueError(f"larger than {max_bytes} bytes")
         content = json.loads(text.decode())
         if not isinstance(content, dict):
             raise TypeError("it holds no JSON object")
