@@ -1,14 +1,9 @@
-"""Gives commands the flags of ``serve``, with help on narrow terminals, and advice for flags of
-``vllm serve`` that pdlaunch does not have.
-
-Flags of the same name and meaning need no advice. Source: the flags of vLLM 0.32
-(``vllm/engine/arg_utils.py``, ``vllm/entrypoints/launchers/cli_args.py``).
-"""
+"""Gives commands the flags of ``serve``, with help on narrow terminals."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,35 +20,10 @@ CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 """Endings of a file with settings, as opposed to a model."""
 
 _RICH_FROM_COLUMNS = 96
-_BOTH_ROLES = "use --tensor-parallel-size, or --prefill-tp and --decode-tp"
-_FOR_VLLM = "with engine: vllm it goes into engine_args of the file"
-
-INSTEAD = {
-    "-tp": _BOTH_ROLES,
-    "--tp": _BOTH_ROLES,
-    "--data-parallel-size": "--prefill N and --decode N start several engines behind one router",
-    "--kv-cache-memory-bytes": "use --kv-cache-memory",
-    "--num-gpu-blocks-override": "use --kv-cache-memory",
-    "--kv-offloading-size": "use --kv-offload-memory, for each rank",
-    "--kv-transfer-config": "pdlaunch wires prefill and decode itself; --kv-connector chooses the "
-    "connector, the section kv_transfer of the file has its settings",
-    "--shutdown-timeout": "use --drain-timeout",
-    "--allowed-origins": "use --cors-origins",
-    "--config": "give the YAML file as the argument: pdlaunch serve FILE.yaml",
-    "--hf-token": "set the variable HF_TOKEN",
-    "--chat-template": "the files of the model itself are used",
-    "--tokenizer": "the files of the model itself are used",
-    "--trust-remote-code": f"code that comes with a model is never run; {_FOR_VLLM}",
-    "--quantization": f"weights are served unquantized, a .gguf file too; {_FOR_VLLM}",
-    "--ssl-keyfile": "a proxy in front of the router has to end TLS",
-}
-"""Flags of vLLM that have another name here, with the way to the same end."""
 
 
 class ServeCommand(TyperCommand):
-    """Is a command with the flags of ``serve``: many, some of them long, some known by the names
-    that vLLM gives them.
-    """
+    """A command with the flags of ``serve``, which are many, some of them long."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         # In fewer columns rich cuts the names of flags off.
@@ -75,39 +45,25 @@ class ServeCommand(TyperCommand):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
             # By its name: typer brings a click of its own, or uses the installed one.
             if type(error).__name__ == "NoSuchOption":
-                _explain(error, given)
+                unknown: Any = error
+                if instead := _advice(unknown.option_name):
+                    unknown.message, unknown.possibilities = f"{error}; {instead}", None
             raise
 
 
-def _explain(error: Any, arguments: Sequence[str]) -> None:
-    """Add to a NoSuchOption what to do instead, where the option is one of vLLM's."""
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        # Of -tp the parser names -t alone.
-        wanted = name if name.startswith("--") else name[:2]
-        instead = advice(name) if wanted == error.option_name else None
-        if instead is not None:
-            error.message = f"No such option: {name}; {instead}"
-            error.possibilities = None
-            return
-
-
-def advice(name: str) -> str | None:
-    """Say what to do instead of vLLM's flag ``name``; None where nothing is known of it."""
-    if name.startswith("--no-"):
-        name = f"--{name.removeprefix('--no-')}"
-    path = name.removeprefix("--").replace("-", "_")
+def _advice(name: str) -> str:
+    """Say how a setting is given that has no flag of this name; empty for no setting."""
+    path = name.removeprefix("--").removeprefix("no-").replace("-", "_")
     if path in all_flags():
         return f"did you mean {flag_name(path)}?"
     if path in all_settings():
         return f"set {path} in the file, or the variable {variable_name(path)}"
-    return INSTEAD.get(name)
+    return ""
 
 
 _TARGET = Annotated[
