@@ -41,7 +41,7 @@ class ServerLink:
     def receive(self) -> list[ToRank]:
         """Return the messages that have arrived, in order; never blocks."""
         messages: list[ToRank] = []
-        for identity, *_, frame in _drain(self.socket):
+        for identity, *_, frame in drain(self.socket):
             try:
                 message = to_rank.decode(frame)
             except ProtocolError as error:
@@ -79,25 +79,10 @@ class LeaderChannel:
     def receive(self) -> list[StepDone]:
         """Return what the other ranks have reported; never blocks."""
         reports = []
-        for identity, *_, frame in _drain(self.socket):
+        for identity, *_, frame in drain(self.socket):
             reports.append(step_done.decode(frame))
             self._followers[reports[-1].tp_rank] = identity
         return reports
-
-
-class FollowerChannel:
-    """Holds the end of any other rank of the step channel."""
-
-    def __init__(self, context: SecureContext, endpoint: str, tp_rank: int) -> None:
-        self.socket = context.connect(zmq.DEALER, endpoint)
-        self.report(StepDone(tp_rank=tp_rank))
-
-    def report(self, message: StepDone) -> None:
-        self.socket.send(step_done.encode(message))
-
-    def receive(self) -> list[FromRankZero]:
-        """Return rank 0's messages in the order in which they were sent; never blocks."""
-        return [from_rank_zero.decode(frames[-1]) for frames in _drain(self.socket)]
 
 
 class EventMerger:
@@ -167,7 +152,8 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
 assert _MERGED.keys() == {*PullFinished.__struct_fields__}
 
 
-def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+def drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+    """Receive all messages that have arrived, each as its frames; never blocks."""
     frames = []
     while True:
         try:

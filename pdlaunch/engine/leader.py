@@ -13,13 +13,21 @@ import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import EventMerger, FollowerChannel, LeaderChannel, ServerLink
+from pdlaunch.engine.channels import EventMerger, LeaderChannel, ServerLink, drain
 from pdlaunch.engine.offload.jobs import JobFinished, JobMerger
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.sleep import POLL_S, RankSleeper, SleepCoordinator
-from pdlaunch.engine.step import SleepRank, StepDone, StepPlan, StopRank, WakeRank
+from pdlaunch.engine.step import (
+    SleepRank,
+    StepDone,
+    StepPlan,
+    StopRank,
+    WakeRank,
+    from_rank_zero,
+    step_done,
+)
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import (
     AbortRequest,
@@ -269,25 +277,27 @@ class Follower:
 
     ready = True  # rank 0 waits for all others before it is ready, and so does the engine
 
-    def __init__(self, rank: RankParts, tp_rank: int, leader: FollowerChannel) -> None:
+    def __init__(self, rank: RankParts, tp_rank: int, leader: zmq.Socket[bytes]) -> None:
         self._rank = rank
         self._tp_rank = tp_rank
         self._leader = leader
-        self.sockets = [leader.socket]
+        self.sockets = [leader]
         self.stopped = False
+        # Rank 0 waits until all others have said something.
+        leader.send(step_done.encode(StepDone(tp_rank=tp_rank)))
 
     def wait_s(self) -> float:
         return POLL_S if self._rank.sleeper.is_busy else STATS_INTERVAL_S
 
     def turn(self) -> None:
         """Receive, run the steps that rank 0 has planned, report what has ended here."""
-        for message in self._leader.receive():
-            match message:
-                case StepPlan():
-                    self._rank.submit(message)
+        for frames in drain(self._leader):
+            match from_rank_zero.decode(frames[-1]):
+                case StepPlan() as plan:
+                    self._rank.submit(plan)
                     # Nobody collects the step here: rank 0 learns of its own end, which needs ours.
-                    self._rank.runner.launch(message)
-                case SleepRank() | WakeRank():
+                    self._rank.runner.launch(plan)
+                case SleepRank() | WakeRank() as message:
                     self._rank.sleeper.begin(message)
                 case StopRank():
                     self.stopped = True
@@ -296,9 +306,8 @@ class Follower:
         # Ends are reported by themselves, whether or not a step runs: rank 0 counts the ranks.
         events, jobs = self._rank.take_ends()
         if sleep is not None or events or jobs:
-            self._leader.report(
-                StepDone(tp_rank=self._tp_rank, sleep=sleep, events=events, jobs=jobs)
-            )
+            done = StepDone(tp_rank=self._tp_rank, sleep=sleep, events=events, jobs=jobs)
+            self._leader.send(step_done.encode(done))
 
     def close(self) -> None:
         """Do nothing: only rank 0 has somebody to stop."""

@@ -246,11 +246,11 @@ class RequestLifecycle:
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
-            cached, counts = request.cached_tokens, self.counts
-            counts.prompt_tokens += request.num_prompt_tokens
-            counts.remote_hit_tokens += cached.remote
-            counts.host_hit_tokens += cached.host
-            counts.device_hit_tokens += cached.device
+            device, host, remote = request.cached_tokens
+            self.counts.prompt_tokens += request.num_prompt_tokens
+            self.counts.device_hit_tokens += device
+            self.counts.host_hit_tokens += host
+            self.counts.remote_hit_tokens += remote
         self.register(request)
 
     # The end of a request

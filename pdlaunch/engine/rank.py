@@ -17,7 +17,7 @@ from collections.abc import Callable
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink
+from pdlaunch.engine.channels import LeaderChannel, ServerLink
 from pdlaunch.engine.leader import Follower, Leader, RankParts
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.models.attention import ReportProgress
@@ -134,7 +134,7 @@ class RankProcess:
             loop = Leader(rank, scheduler, server, followers, record)
         else:
             address = Address(side_channel=side_channel)
-            loop = Follower(rank, tp_rank, FollowerChannel(self._context, endpoint, tp_rank))
+            loop = Follower(rank, tp_rank, self._context.connect(zmq.DEALER, endpoint))
         # Last: the registry brings the server's Hello and the handshakes of peers.
         self._register(engine_id, address)
         self._turn(loop, runner)

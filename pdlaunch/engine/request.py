@@ -9,7 +9,6 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from operator import attrgetter
-from typing import NamedTuple
 
 from pdlaunch.engine.kvcache.hashing import TokenHasher
 from pdlaunch.engine.kvcache.manager import BlockTables
@@ -44,14 +43,6 @@ class Phase(enum.Enum):
 
 
 QUEUED = (Phase.WAITING, Phase.READY)
-
-
-class CachedTokens(NamedTuple):
-    """Counts prompt tokens by where they were found."""
-
-    device: int
-    host: int
-    remote: int
 
 
 class RequestSpans:
@@ -180,12 +171,12 @@ class Request:
         return self.num_computed < self.num_prompt_tokens
 
     @property
-    def cached_tokens(self) -> CachedTokens:
-        """Return where the prompt tokens come from that were not computed here."""
+    def cached_tokens(self) -> tuple[int, int, int]:
+        """Return how many prompt tokens came from device, host and another engine."""
         num_cached = self.num_cached_tokens or 0
         num_remote = min(self.num_remote_tokens, num_cached)
         num_host = min(self.num_host_tokens, num_cached - num_remote)
-        return CachedTokens(num_cached - num_remote - num_host, num_host, num_remote)
+        return num_cached - num_remote - num_host, num_host, num_remote
 
     @property
     def num_output_tokens(self) -> int:

@@ -269,9 +269,7 @@ def test_figures_of_known_times() -> None:
 def metrics(pulls: int, num_bytes: int, seconds: float) -> str:
     """Return the page of an engine, by the names that engines use."""
     page = ServerMetrics(CollectorRegistry(), engine="decode-0", role="decode", model_name="tiny")
-    page.engine.stats = EngineStats(
-        transfers=pulls, transfer_bytes=num_bytes, transfer_seconds=seconds
-    )
+    page.stats = EngineStats(transfers=pulls, transfer_bytes=num_bytes, transfer_seconds=seconds)
     return render_metrics(page.registry).decode()
 
 

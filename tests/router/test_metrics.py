@@ -114,7 +114,7 @@ def values(family: Metric, suffix: str = "", **labels: str) -> dict[str | None, 
 async def test_engines_are_beside_the_router(stand: Stand) -> None:
     engines = pairs(2)
     for number, engine in enumerate(engines):
-        engine.metrics.engine.stats = EngineStats(
+        engine.metrics.stats = EngineStats(
             num_waiting=number, num_blocks=10, num_free_blocks=5, transfer_bytes=10**number
         )
         engine.metrics.requests.finished("length")

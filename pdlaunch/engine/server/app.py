@@ -119,7 +119,7 @@ async def _metrics(service: EngineService, _: web.Request) -> web.Response:
 
 
 async def _spans(service: EngineService, http: web.Request) -> web.Response:
-    report = await service.unsent_spans.take(HopId(http.query.get("request_id", "")))
+    report = await service.take_spans(HopId(http.query.get("request_id", "")))
     if report is None:
         raise RequestError("no spans are kept of this request", param="request_id", status=404)
     return json_response(report)

@@ -66,7 +66,9 @@ class EngineService:
         )
         self.leases: OrderedDict[str, RequestId] = OrderedDict()
         """The requests whose leases were handed out, by the hop's id and by the lease's."""
-        self.unsent_spans = UnsentSpans()
+        self._unsent_spans: OrderedDict[HopId, tuple[SpanLog, asyncio.Event]] = OrderedDict()
+        """Of requests whose answer nobody took, whole once the event is set."""
+        self._spans_kept = asyncio.Event()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
@@ -111,7 +113,7 @@ class EngineService:
         return self.admission.admit()
 
     async def use_link(self, link: RankLink | None) -> None:
-        """Replace the link; requests of the old one get RankLost."""
+        """Replace the link; requests of the old one are lost."""
         old, self._link = self._link, link
         # Before the old link's requests hear of it, as they may ask again at once.
         self.welcomed.clear()
@@ -128,11 +130,11 @@ class EngineService:
         """Take a message of rank 0 that is of no request."""
         match message:
             case Welcome(num_blocks=number):
-                self.metrics.engine.stats = EngineStats(num_blocks=number, num_free_blocks=number)
+                self.metrics.stats = EngineStats(num_blocks=number, num_free_blocks=number)
                 self.sleep.settle(message.sleeping_tags)
                 self.welcomed.set()
             case EngineStats():
-                self.metrics.engine.stats = message
+                self.metrics.stats = message
             case SleepReply():
                 self.sleep.settle(message.sleeping_tags)
 
@@ -144,30 +146,22 @@ class EngineService:
         while len(self.leases) > MAX_REMEMBERED_LEASES:
             self.leases.popitem(last=False)
 
+    def keep_spans(self, hop_id: HopId, spans: SpanLog, ended: asyncio.Event) -> None:
+        """Keep the spans of a request that was aborted, for a router that asks afterwards."""
+        self._unsent_spans[hop_id] = spans, ended
+        while len(self._unsent_spans) > MAX_KEPT_SPANS:
+            self._unsent_spans.popitem(last=False)
+        self._spans_kept.set()
+        self._spans_kept = asyncio.Event()
 
-class UnsentSpans:
-    """Keeps the spans of requests whose answer nobody took, for routers that ask afterwards."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[HopId, tuple[SpanLog, asyncio.Event]] = OrderedDict()
-        self._added = asyncio.Event()
-
-    def keep(self, hop_id: HopId, spans: SpanLog, ended: asyncio.Event) -> None:
-        """Keep the spans of a request, which are whole once ``ended`` is set."""
-        self._kept[hop_id] = spans, ended
-        while len(self._kept) > MAX_KEPT_SPANS:
-            self._kept.popitem(last=False)
-        self._added.set()
-        self._added = asyncio.Event()
-
-    async def take(self, hop_id: HopId) -> SpanReport | None:
+    async def take_spans(self, hop_id: HopId) -> SpanReport | None:
         """Return a request's spans, once; None when there are none of it."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WAIT_FOR_SPANS_S):
-                while hop_id not in self._kept:
-                    await self._added.wait()
-                await self._kept[hop_id][1].wait()
-        kept = self._kept.pop(hop_id, None)
+                while hop_id not in self._unsent_spans:
+                    await self._spans_kept.wait()
+                await self._unsent_spans[hop_id][1].wait()
+        kept = self._unsent_spans.pop(hop_id, None)
         return None if kept is None else kept[0].report()
 
 

@@ -132,7 +132,7 @@ async def _run(
         generation.abort()
         if not answered:
             if call.wants_spans:
-                service.unsent_spans.keep(call.hop_id, call.spans, generation.ended)
+                service.keep_spans(call.hop_id, call.spans, generation.ended)
             if generation.is_remote_prefill:
                 generation.release()
     if generation.is_remote_prefill:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from pdlaunch.engine.server.choice import Choice, Delta
-from pdlaunch.engine.server.rank_link import RankEvent, RankLink, RankLost
+from pdlaunch.engine.server.rank_link import RankEvent, RankLink
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import RANK_LOST
@@ -202,13 +202,13 @@ class Generation:
         )
 
     def _take(self, event: RankEvent) -> Delta | None:
+        if event is None:
+            raise OverloadedError("the engine is restarting", status=503, code=RANK_LOST)
         choice = self._running.get(event.request_id)
         if choice is None:
             return None
         self._hear(event)
         match event:
-            case RankLost():
-                raise OverloadedError("the engine is restarting", status=503, code=RANK_LOST)
             case Tokens():
                 delta = choice.take(event.tokens)
                 if choice.is_over:  # by a stop string, of which the rank knows nothing
@@ -227,14 +227,14 @@ class Generation:
 
     def _take_last(self, event: RankEvent) -> None:
         self._hear(event)
-        if isinstance(event, RequestFinished | RankLost):
+        if isinstance(event, RequestFinished):
             self._aborted.discard(event.request_id)
-            if not self._aborted:
-                self.ended.set()
+        if event is None or not self._aborted:
+            self.ended.set()
 
     def _hear(self, event: RankEvent) -> None:
         """Take the spans that rank 0 reports; of several choices it matters which."""
-        if isinstance(event, RankLost) or event.spans is None:
+        if event is None or event.spans is None:
             return
         if len(self.choices) > 1:
             for span in event.spans.spans:

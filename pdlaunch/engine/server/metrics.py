@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -79,14 +80,11 @@ _LABELS = {
 }
 
 
-def _value(stats: EngineStats, field: str, name: str) -> float | Mapping[str, float]:
-    """Return the value of a metric, or its values by label."""
-    if field != "-":
-        value: float = getattr(stats, field)
-        return value
+def _values(stats: EngineStats) -> dict[str, float | Mapping[str, float]]:
+    """Return the values of the table's fields, and of its derived metrics, some by label."""
     device, host, remote = stats.device_hit_tokens, stats.host_hit_tokens, stats.remote_hit_tokens
     num_used = stats.num_blocks - stats.num_free_blocks
-    derived: dict[str, float | Mapping[str, float]] = {
+    return msgspec.structs.asdict(stats) | {
         "kv_cache_usage_perc": num_used / max(stats.num_blocks, 1),
         "kv_offload_usage_perc": stats.num_used_host_blocks / max(stats.num_host_blocks, 1),
         "num_requests_waiting": stats.num_waiting + stats.num_waiting_for_kv,
@@ -104,13 +102,13 @@ def _value(stats: EngineStats, field: str, name: str) -> float | Mapping[str, fl
         },
         "prompt_tokens_cached_by_source": {"device": device, "host": host, "p2p": remote},
     }
-    return derived[name]
 
 
-class ServerMetrics:
-    """Holds all metrics of an engine's server, in ``registry``.
+class ServerMetrics(Collector):
+    """Holds all metrics of an engine's server, in ``registry``; shows the last ``stats``.
 
-    ``cache_config``: labels of ``cache_config_info``.
+    Totals begin again with each rank incarnation, which Prometheus expects. ``cache_config``:
+    labels of ``cache_config_info``, what is known before a rank has said anything.
     """
 
     def __init__(
@@ -123,6 +121,10 @@ class ServerMetrics:
         cache_config: Mapping[str, str] | None = None,
     ) -> None:
         labels = {"engine": engine, "role": role, "model_name": model_name}
+        self.stats = EngineStats()
+        self._engine = engine
+        self._names, self._values = list(labels), list(labels.values())
+        self._cache_config = cache_config or {}
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(
@@ -131,8 +133,7 @@ class ServerMetrics:
 
         self.registry = registry
         self.requests = RequestMetrics(registry, labels)
-        self.engine = EngineStatsCollector(labels, cache_config or {})
-        registry.register(self.engine)
+        registry.register(self)
         self._num_choices = histogram(
             "request_params_n", "Choices that a request asks for.", CHOICE_BUCKETS
         )
@@ -159,24 +160,11 @@ class ServerMetrics:
         for choice in choices:
             self.requests.finished(choice.finish_reason or otherwise)
 
-
-class EngineStatsCollector(Collector):
-    """Shows the last ``EngineStats`` as metrics.
-
-    Totals begin again with each rank incarnation, which Prometheus expects. ``cache_config``: what
-    is known of the KV cache before a rank has said anything.
-    """
-
-    def __init__(self, labels: Mapping[str, str], cache_config: Mapping[str, str]) -> None:
-        self._names, self._values = list(labels), list(labels.values())
-        self._engine = labels["engine"]
-        self._cache_config = cache_config
-        self.stats = EngineStats()
-
     def collect(self) -> Iterator[Metric]:
+        values = _values(self.stats)
         for row in _STATS.strip().splitlines():
             kind, field, name, text = row.split(maxsplit=3)
-            value = _value(self.stats, field, name)
+            value = values[name if field == "-" else field]
             names = [*self._names, _LABELS[name]] if name in _LABELS else self._names
             family = _KINDS[kind](f"pdlaunch_{name}", text, labels=names)
             for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:

@@ -9,7 +9,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -41,20 +40,14 @@ _log = logging.getLogger(__name__)
 _STATS_CALL = -1  # stands for all who wait for the next EngineStats
 
 
-@dataclass(frozen=True, slots=True)
-class RankLost:
-    """Tells that the rank died or was replaced while it worked on the request."""
-
-    request_id: RequestId
-
-
-RankEvent = Tokens | RequestFinished | RankLost
+RankEvent = Tokens | RequestFinished | None
+"""None: the rank died or was replaced while it worked on the request."""
 Sink = Callable[[RankEvent], None]
 
 
 class RankLink:
     """Sends requests to rank 0 and brings its events back; every submitted request ends with one
-    RequestFinished or RankLost unless it is aborted.
+    RequestFinished, or None, unless it is aborted.
 
     Belongs to the event loop that made it. Another incarnation of the rank gets another link.
     """
@@ -137,7 +130,7 @@ class RankLink:
             reply.set_result(message)
 
     async def close(self) -> None:
-        """End the connection; requests under way get RankLost."""
+        """End the connection; requests under way are lost."""
         self._reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
@@ -148,8 +141,8 @@ class RankLink:
             )
             reply.exception()  # where nobody waits any more, nobody has to look at it
         sinks, self._sinks = self._sinks, {}
-        for request_id, sink in sinks.items():
-            sink(RankLost(request_id))
+        for sink in sinks.values():
+            sink(None)
 
     async def _read(self) -> None:
         while True:

@@ -113,7 +113,7 @@ async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(
     now_s += RANK_SILENCE_S - 1
     # Any message counts.
     await rank.stats(num_running=1)
-    while engine.service.metrics.engine.stats.num_running != 1:  # noqa: ASYNC110 - plain state is waited for
+    while engine.service.metrics.stats.num_running != 1:  # noqa: ASYNC110 - plain state is waited for
         await asyncio.sleep(0)
     now_s += RANK_SILENCE_S - 1
     assert (await engine.get("/health"))[0] == 200
