@@ -57,6 +57,7 @@ class Batch:
                 token_ids = request.token_ids[at:]
                 plan.new_tokens.append(RowTokens(row=request.row, position=at, token_ids=token_ids))
         self._sampled, self.freed_rows = [], []
+        # Tokens come back in this order.
         for request, num_tokens in scheduled.items():
             self._add(plan, request, num_tokens)
         if plan.scheduled:

@@ -267,6 +267,7 @@ class KVTransfers:
             self.commands.append(CancelPull(pull_id=PullId(str(request.incoming))))
 
     def _take(self, request: Request, hit: PrefixHit, counts: list[int]) -> Incoming:
+        # Shared first, then allocated: the hit's cached blocks must not be given out as new ones.
         self._kv.share_hit(hit)
         return Incoming(request, hit, list(map(self._kv.pool.allocate_for_pull, counts)))
 
@@ -281,6 +282,7 @@ class KVTransfers:
         if ok and request is not None:
             self._kv.adopt_pulled(request.tables, incoming.hit, incoming.block_ids)
             return incoming
+        # Nobody waits, or what came is not proven: not even a prefix of it is kept.
         for block_ids in incoming.block_ids:
             (pool.quarantine if writes else pool.drop_pull)(block_ids)
         if request is not None:

@@ -161,6 +161,7 @@ class RequestLifecycle:
         request = pull.request
         if request is None:
             return
+        # Group 0 is a full one where there is any: its hit begins with the prompt.
         num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self.spec.block_size)
         if request.spans is not None:
             verifies = self.spec.kv_transfer.verify
@@ -284,6 +285,7 @@ class RequestLifecycle:
         ``ending``: id of the last token; ``token``: the same if the server does not know it.
         """
         self.histograms.ended(request)
+        # Before the phase changes, which says whether it is a pull or a load.
         if request.incoming is not None:
             self.transfers.cancel(request)
         elif request.wants_pull:

@@ -95,6 +95,7 @@ class RankProcess:
         engine_id, followers, endpoint = self._draw_engine_id(), None, ""
         if tp is not None:
             if tp_rank == 0:
+                # It listens before the others learn where, so that none connects in vain.
                 followers = LeaderChannel(self._context, tp.tp_size)
                 endpoint = followers.endpoint
             # Those of rank 0; what the others have drawn is dropped. All pass as many bytes.

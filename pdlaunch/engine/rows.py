@@ -99,6 +99,7 @@ class RowTable:
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what the plan says is new."""
+        # First: a new request may take a row that ended just now.
         for row in plan.freed_rows:
             del self._rows[row]
         for new in plan.new_rows:

@@ -217,6 +217,7 @@ class ModelRunner:
         MemoryPoolError; then the runner is awake as before.
         """
         num_bytes = self._pools.sleep(TAGS, keep=(WEIGHTS,) if level == 1 else ())
+        # Until all are awake: a wake-up of the KV cache alone leaves them lost.
         self._weights_lost |= level == 2
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

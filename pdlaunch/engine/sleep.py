@@ -193,6 +193,7 @@ class SleepCoordinator:
                 self._reply(call, error=f"the engine cannot sleep now: {busy}")
                 return
             yield
+        # Refuse what comes from now on: memory goes, and with it the KV cache.
         self.computes = False
         num_bytes, error = yield from self._tell_all(SleepRank(level=call.level))
         # Also when a rank has failed: the KV cache of the others is lost.

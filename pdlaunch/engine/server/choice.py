@@ -216,6 +216,7 @@ class Choice:
         is_stop = (
             tokens[-1].token_id in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens
         )
+        # The end apart: a client that was sent the tokens may lack what the end emits.
         delta, end = self.take(tokens[:-1] if is_stop else tokens), Delta(self.index)
         if not self.is_over:
             if is_stop:

@@ -151,6 +151,7 @@ class EngineService:
         self._unsent_spans[hop_id] = spans, ended
         while len(self._unsent_spans) > MAX_KEPT_SPANS:
             self._unsent_spans.popitem(last=False)
+        # Wakes all who wait; who comes later waits for the next one.
         self._spans_kept.set()
         self._spans_kept = asyncio.Event()
 

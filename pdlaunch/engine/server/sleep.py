@@ -127,6 +127,7 @@ class SleepDesk:
                 )
             )
         finally:
+            # The link has settled the tags of a reply; without one they are as before.
             self.settle(self._tags)
 
     async def _wake_up(self, tags: list[str]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from tests.engine.server.fake_rank import FakeRank, silent
 ALL = ["kv_cache", "weights"]
 
 
-async def call(engine: Engine, path: str, method: str = "POST") -> tuple[int, dict]:
-    async with engine.session.request(method, engine.url + path) as response:
+async def call(engine: Engine, path: str) -> tuple[int, dict]:
+    async with engine.session.post(engine.url + path) as response:
         return response.status, await response.json()
 
 
@@ -37,32 +37,27 @@ async def fall_asleep(engine: Engine, rank: FakeRank) -> None:
     task = asyncio.create_task(call(engine, "/sleep"))
     (message,) = await rank.wait_for(Sleep)
     await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=ALL, num_bytes=7))
-    assert await task == (200, {"is_sleeping": True, "sleeping_tags": ALL, "num_bytes": 7})
+    assert await task == answer(ALL, 7)
+
+
+def answer(tags: list[str], num_bytes: int = 0) -> tuple[int, dict]:
+    return 200, {"is_sleeping": bool(tags), "sleeping_tags": tags, "num_bytes": num_bytes}
 
 
 async def test_sleep_and_wake(sleeper: Engine, rank: FakeRank) -> None:
-    assert await call(sleeper, "/is_sleeping", "GET") == (
-        200,
-        {"is_sleeping": False, "sleeping_tags": [], "num_bytes": 0},
-    )
+    assert await sleeper.get("/is_sleeping") == answer([])
     await fall_asleep(sleeper, rank)
-    assert (await call(sleeper, "/is_sleeping", "GET"))[1]["is_sleeping"]
-    assert await call(sleeper, "/sleep") == (
-        200,
-        {"is_sleeping": True, "sleeping_tags": ALL, "num_bytes": 0},
-    )
+    assert await sleeper.get("/is_sleeping") == answer(ALL)
+    assert await call(sleeper, "/sleep") == answer(ALL)
     status, error = await sleeper.refusal()
     assert (status, error["code"]) == (503, "engine_sleeping")
-    assert (await call(sleeper, "/health", "GET"))[0] == 503
-    for number, (tags, left) in enumerate(((["weights"], ["kv_cache"]), (["kv_cache"], [])), 1):
-        task = asyncio.create_task(call(sleeper, f"/wake_up?tags={tags[0]}"))
+    assert (await sleeper.get("/health"))[0] == 503
+    for number, (tag, left) in enumerate((("weights", ["kv_cache"]), ("kv_cache", [])), 1):
+        task = asyncio.create_task(call(sleeper, f"/wake_up?tags={tag}"))
         message = (await rank.wait_for(WakeUp, number))[-1]
-        assert message.tags == tags
+        assert message.tags == [tag]
         await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=left, num_bytes=3))
-        assert await task == (
-            200,
-            {"is_sleeping": bool(left), "sleeping_tags": left, "num_bytes": 3},
-        )
+        assert await task == answer(left, 3)
     assert (await sleeper.complete())["choices"]
     assert sleeper.states == ["draining", "sleeping", "awake"]
 
@@ -72,7 +67,7 @@ async def test_without_sleep_mode_the_reason_is_given(engine: Engine) -> None:
         status, answer = await call(engine, path)
         assert status == 400
         assert "enable_sleep_mode is off" in answer["error"]["message"]
-    assert (await call(engine, "/is_sleeping", "GET"))[0] == 200
+    assert (await engine.get("/is_sleeping"))[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -136,12 +131,7 @@ async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
 
 
 async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank: FakeRank) -> None:
-    sleeper.service.hear(
-        Welcome(
-            num_blocks=64,
-            sleeping_tags=["kv_cache"],
-        )
-    )
+    sleeper.service.hear(Welcome(num_blocks=64, sleeping_tags=["kv_cache"]))
     assert sleeper.service.sleep.status()["sleeping_tags"] == ["kv_cache"]
     assert sleeper.states == ["sleeping"]
     assert (await sleeper.refusal())[0] == 503
