@@ -111,6 +111,7 @@ class Context:
 
 def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: Probes) -> Context:
     """Put together what the rules look at, and name what is not known."""
+    # Rules without their facts must say nothing: a guess would be taken for a finding.
     missing: dict[Need, str] = {fact: reason for fact, reason in launch.machine.unknown.items()}  # noqa: C416
     for engines in launch.roles.values():
         if reason := engines.model.pending or engines.model.foreign:

@@ -140,6 +140,7 @@ def _ambiguous(context: Context) -> Iterator[Found]:
         for it in given:
             if any(values_like_flags(it.value)):
                 yield Found(f"vLLM would take the value of {it.key} for flags", it.where)
+        # argparse keeps the last of two spellings without a word.
         for name, count in Counter(vllm_flag_name(it.key) for it in given).items():
             if count > 1:
                 keys = [it for it in given if vllm_flag_name(it.key) == name]
@@ -199,6 +200,7 @@ def _dev_ports(context: Context) -> Iterator[Found]:
 
 def _short_lease(context: Context) -> Iterator[Found]:
     for _, decode in vllm_pair(context):
+        # vLLM takes whole seconds; its arithmetic below is in integers, too.
         lease_s = int(context.kv_transfer.lease_s)
         step_s = decode.least_step_s or 0.0
         if renewed_for_s(lease_s) <= 0:

@@ -100,6 +100,7 @@ def _no_gpu(context: Context) -> Iterator[Found]:
 
 def _low_open_files(context: Context) -> str:
     limit = context.machine.num_open_files
+    # A bound from above: sockets of clients, of engines, and pipes of each pair of ranks.
     needed = (
         _FILES_OF_A_PROCESS
         + 4 * context.config.limits.max_queued_requests

@@ -103,6 +103,7 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
             if each.settings.kv_cache_memory is not None and each.footprint is not None
         }
         wants = {each: int(memory * each.settings.gpu_memory_utilization) for each in ranks} | sized
+        # Each rank takes its share of the whole GPU, not of what is left: the sum decides.
         total = sum(count * wants[each] for each, count in ranks.items())
         free = memory - gpu.held_bytes
         if total <= free:
@@ -135,6 +136,7 @@ def _shared_gpus(context: Context) -> str:
 
 
 def _host_memory(context: Context) -> Iterator[Found]:
+    # On a CPU all ranks of the host share one memory, whatever their role.
     needs = {each: each.footprint for each in on_cpu(context) if each.footprint}
     total = sum(each.num_ranks * needed.total_bytes for each, needed in needs.items())
     if total > context.machine.memory_bytes:

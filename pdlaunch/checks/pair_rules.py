@@ -27,6 +27,7 @@ def _shapes(sides: _Pair) -> tuple[ModelShape, ModelShape] | None:
 def _different_shapes(sides: _Pair) -> str:
     if (shapes := _shapes(sides)) is None:
         return ""
+    # Field by field, so that the message names what differs and not two long tuples.
     values = ((name, *(getattr(shape, name) for shape in shapes)) for name in _SHAPE)
     differing = [f"{name} ({left}, {right})" for name, left, right in values if left != right]
     prefill, decode = (shape.layer_windows for shape in shapes)

@@ -103,6 +103,7 @@ def _connector_errors(config: LaunchConfig) -> dict[str, str]:
         except ConnectorImportError as error:
             errors[name] = str(error)
             continue
+        # Those of pdlaunch have rules of their own on what they need; of others nothing is known.
         if not factory.startswith("pdlaunch.") and (why := why_not_importable(factory, os.environ)):
             errors[name] = f"connector {name} cannot be imported from {factory}: {why}"
     return errors
@@ -129,6 +130,7 @@ def ask_nixl(launch: ResolvedLaunch) -> dict[Role, NixlAnswer]:
     if not uses_ucx(launch):
         return {}
     questions = {role: _question(each) for role, each in launch.roles.items() if role in PAIR}
+    # Both roles are mostly alike, and each question takes seconds.
     asked = list(dict.fromkeys(questions.values()))
     with ThreadPoolExecutor(max_workers=max(1, len(asked))) as threads:
         answers = dict(zip(asked, threads.map(lambda item: _ask(launch, item), asked), strict=True))

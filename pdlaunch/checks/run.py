@@ -104,6 +104,7 @@ def run_checks(
     findings: list[Finding] = []
     not_checked: list[NotChecked] = []
     for rule in applied:
+        # A rule about machines judges each host with its own engines; others see the launch once.
         contexts = (hosts if rule.is_of_machine else whole) or whole
         findings += _of_hosts({name: rule.apply(one) for name, one in contexts.items()})
         gaps = [name for name, one in contexts.items() if rule.missing(one)]

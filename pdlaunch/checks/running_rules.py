@@ -43,6 +43,7 @@ def _differ(
     roles: Sequence[Role] = PAIR,
 ) -> Iterator[Found]:
     """Yield the engines whose value is not that of the first engine that tells one."""
+    # Compared with the first that tells: engines that do not say are no difference.
     engines = [each for role in roles for each in _deployment(context).of(role)]
     told = [(each, value) for each in engines if (value := value_of(each))]
     for each, value in told[1:]:

@@ -128,6 +128,7 @@ def _measured(context: Context) -> Iterator[tuple[PairTransport, str]]:
     """Go over the pairs of ranks, each with what kept it from a faster path."""
     settings = context.kv_transfer
     for pair in context.probes.transport or ():
+        # Why no faster path is in use stands in the finding: the user would ask next.
         reasons = [f"{path}: {said}" for path, said in pair.other_paths.items()]
         if settings.carrier == "nixl" and settings.nixl.path != "auto":
             untried = "P2P" if settings.nixl.path == "nixl" else "NIXL"

@@ -275,6 +275,7 @@ def other_sections() -> Mapping[str, type[ConnectorSettings] | None]:
     they cannot be imported.
     """
     found: dict[str, type[ConnectorSettings] | None] = {}
+    # Each is tried alone: a broken package must not take away the sections of the others.
     for name in connector_names():
         if name not in BUILT_IN:
             try:

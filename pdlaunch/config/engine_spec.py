@@ -61,6 +61,8 @@ class EngineSpec(SharedSettings, EngineSettings):
         values.
         """
         # Ranks have `env` as their environment; the server has no use for what may be secrets.
+        # Last wins: what was derived stands over the settings of the role, and these over the
+        # launch's.
         settings = (
             dict(config) | dict(config.engine_settings(role)) | {"env": {}, "role": role} | resolved
         )

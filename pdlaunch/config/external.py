@@ -68,6 +68,7 @@ def read_engine_url(url: str) -> EngineAddress:
         port = parts.port  # raises when it is none
     except ValueError:
         raise ValueError(f"{url[:100]!r} is no URL") from None
+    # A name with its root dot is the same name, and would pass by a list without it.
     host = (parts.hostname or "").rstrip(".")
     # A path or a query would be dropped or sent along: neither is what was meant.
     plain = f"{parts.scheme}://{parts.netloc}"
@@ -102,6 +103,7 @@ def _covers(entry: str, address: EngineAddress) -> bool:
     scheme, host, network, ports = _read_entry(entry)
     if address.scheme != scheme or address.port not in ports:
         return False
+    # A name is never resolved here: between this check and the request it could change.
     if network is None:
         is_below = host.startswith("*.") and address.host.endswith(host[1:])
         return is_below or address.host == host

@@ -119,6 +119,7 @@ def may_override(model: type[FrozenModel]) -> Callable[[type[ModelType]], type[M
     """Add every field of ``model`` to the decorated one, as an optional field that is unset."""
 
     def add(own: type[ModelType]) -> type[ModelType]:
+        # A class with real fields, not a dict: schema, flags and messages then name each override.
         return create_model(
             own.__name__, __base__=own, __module__=own.__module__, **_optional_fields(model)
         )
@@ -140,6 +141,7 @@ def override(settings: ModelType, overrides: FrozenModel) -> ModelType:
                 values[name] = mine | entries
             case value:
                 values[name] = value
+    # Validated again: a value of the role may not fit one of the top level.
     return type(settings).model_validate(values)
 
 

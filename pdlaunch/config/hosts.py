@@ -30,6 +30,7 @@ def _check_address(text: str) -> str:
         raise ValueError(
             f"{text[:80]!r} is no address; write a number such as 10.0.0.7 or fd00::7"
         ) from None
+    # Peers that dial 0.0.0.0 reach themselves, and the launch waits until its time-out.
     if address.is_unspecified or address.is_multicast:
         raise ValueError(f"{text} is no address of one host; name the one that others reach")
     return str(address)

@@ -61,6 +61,7 @@ def _check_origin(origin: str) -> str:
     if origin == ANY:
         return origin
     try:
+        # An origin is compared byte for byte with the header, so a path would never match.
         parts = urlsplit(origin)
         _ = parts.port  # raises when it is none
         is_origin = (

@@ -32,6 +32,8 @@ def _with_other_sections(schema: dict[str, JsonValue]) -> None:
 class KVTransferSettings(FrozenModel):
     """Settings of the way that KV blocks take from prefill to decode."""
 
+    # Sections of other connectors are no fields, so that their packages are imported only when
+    # named.
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_other_sections)
 
     # fmt: off
@@ -87,6 +89,7 @@ class KVTransferSettings(FrozenModel):
         models: dict[str, Any] = {
             name: (known[name] or dict[str, Any], ...) for name in given if name in known
         }
+        # A model for these sections alone, so that errors name the path within each.
         config = ConfigDict(extra="forbid")
         return data | dict(create_model("_", __config__=config, **models).model_validate(given))
 

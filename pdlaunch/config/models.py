@@ -168,6 +168,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
             raise _refused("hosts", message)
         return self
 
+    # Before the fields: afterwards nobody can tell a count that was given from the default.
     @model_validator(mode="before")
     @classmethod
     def _leave_pairs_out(cls, values: Any) -> Any:
@@ -184,6 +185,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
     @model_validator(mode="after")
     def _has_a_key_for_each_door(self) -> Self:
         """Require keys that differ: each is for other people."""
+        # Whoever holds one key could otherwise open the door of another.
         seen: dict[str, str] = {}
         for name in ("api_key", "admin_api_key", "engine_api_key"):
             key: SecretStr | None = getattr(self, name)

@@ -79,6 +79,7 @@ def load_config(
     """
     given, problems = _from_file(path)
     # Later sources win.
+    # Per path, not per section: a flag for one field leaves the file's others as they are.
     for source, found in (_from_environment(environ), _from_flags(flags)):
         given |= source
         problems += found
@@ -110,6 +111,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
     for name in sorted(environ):
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
             continue
+        # Mapping entries come last: PDLAUNCH_ENV__X must not hide a setting of that name.
         path = known.get(name) or _mapping_entry(name, known)
         if path is None:
             problems.append(_unknown_variable(name, known))

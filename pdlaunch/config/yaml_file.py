@@ -59,6 +59,7 @@ class _Reader:
 
     def read_section(self, node: yaml.Node, section: str) -> None:
         """Read the fields of a section, or of the top level when ``section`` is empty."""
+        # Keys are judged here and not by pydantic, which would name the place of the value.
         names = known_names(section)
         for name, path, key, value in self._entries(node, section):
             if name not in names:
@@ -165,6 +166,7 @@ def _read_text(path: Path) -> str:
     if len(data) > MAX_FILE_BYTES:
         size = f"larger than {MAX_FILE_BYTES // 1024} KiB"
         raise _unreadable(path, size, "this is no configuration of pdlaunch")
+    # Windows tools save so; "not UTF-8 at byte 0" would not tell what to do.
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _unreadable(path, "encoded as UTF-16 or UTF-32", "save the file as UTF-8")
     try:

@@ -36,6 +36,7 @@ def probe_port(host: str, port: int) -> PortState:
     """Return whether an address can be listened on; port 0 (a free one) only asks for the host."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A name may have several addresses, and a server listens at all of them.
         for family, kind, protocol, _, address in found:
             with socket.socket(family, kind, protocol) as probe:
                 # As servers do: a port whose last connections are still fading away is free.
@@ -134,5 +135,6 @@ def why_not_importable(path: str, environ: Mapping[str, str]) -> str | None:
     """
     module, _, name = path.partition(":")
     program = f"import importlib; getattr(importlib.import_module({module!r}), {name!r})"
+    # In a process of its own: a library that crashes at import would take the command with it.
     outcome = run_briefly([sys.executable, "-P", "-c", program], environ, IMPORT_TIMEOUT_S)
     return None if outcome.returncode == 0 else outcome.problem()

@@ -46,6 +46,7 @@ def read_driver(
 ) -> Driver:
     """Read version and devices. Raises DriverError naming the call that failed."""
     calls = _Calls(load())
+    # No context is made: it would take hundreds of MB of the GPU from the rank there.
     calls("cuInit", 0)
     version = calls.read_int("cuDriverGetVersion")
     num_gpus = calls.read_int("cuDeviceGetCount")

@@ -27,6 +27,7 @@ def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineComma
     site = _site_packages(Path(path))
     if site is None:
         return EngineCommand()
+    # Read from metadata: importing vLLM takes seconds, and needs its GPU libraries.
     version = next((each.version for each in distributions(name="vllm", path=[str(site)])), None)
     return EngineCommand(version=version)
 

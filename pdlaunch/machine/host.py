@@ -46,6 +46,7 @@ def usable_cpus() -> tuple[int, ...]:
 def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Return whether the CPU multiplies bfloat16 itself (x86: AVX-512 BF16, AMX; ARM: BF16)."""
     try:
+        # One core speaks for all: no server mixes cores with and without.
         with cpuinfo.open(encoding="utf-8", errors="replace") as file:
             flags = next(
                 (line for line in file if line.lower().startswith(("flags", "features"))), ""
@@ -61,6 +62,7 @@ def memory_bytes() -> int:
     Raises OSError or ValueError where it is not known.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Version 2 writes "max" where there is no limit; of version 1 the number exceeds any memory.
     limits = [first_line(path) for path in _CGROUP_LIMITS]
     return min([total, *(int(limit) for limit in limits if limit.isdigit())])
 

@@ -117,5 +117,6 @@ def measure_copy_gigabytes_per_s(clock: Callable[[], float] = time.perf_counter)
     for _ in range(_NUM_COPIES):
         start_at = clock()
         ctypes.memmove(buffers[1], buffers[0], _NUM_BYTES)
+        # The best and not the mean: another process can only make a copy slower.
         best_s = min(best_s, clock() - start_at)
     return _NUM_BYTES / best_s / 1e9

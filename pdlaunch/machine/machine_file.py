@@ -97,6 +97,7 @@ def decode_machine(text: bytes | str, name: str) -> AssumedMachine:
     version = raw.pop("version", None)
     if version != VERSION or isinstance(version, bool):
         raise _error(name, "version", version, f"this pdlaunch reads version {VERSION}")
+    # Null and left out mean the same, so that a person can blank a fact of a probed machine.
     known = {field: value for field, value in raw.items() if value is not None}
     file = {field: known.pop(field) for field in ("about", "environment") if field in known}
     try:

@@ -134,6 +134,7 @@ def admit_one_address(listener: Listener, address: str) -> None:
     packed = ipaddress.ip_address(address).packed
     # The destination in a header of IPv4, or of IPv6; the version is in the first four bits.
     version, offset = (4, 16) if len(packed) == 4 else (6, 24)
+    # A classic BPF program: the kernel runs it for each packet before the socket sees it.
     words = struct.unpack(f"!{len(packed) // 4}I", packed)
     checks: list[tuple[int, int, int, int]] = [
         (_LOAD_BYTE, 0, 0, _NETWORK_HEADER),

@@ -87,6 +87,7 @@ class _Nvml:
     def _link(self, first: Gpu, second: Gpu) -> tuple[LinkKind, float, str]:
         ends = (self._device(first), self._device(second))
         if self._can(_P2P_NVLINK, *ends):
+            # The end with fewer links bounds the pair.
             speeds = min(self._nvlinks(ends[0], second), self._nvlinks(ends[1], first), key=sum)
             return "NVLink", sum(speeds), f"{len(speeds)} NVLinks"
         # What lies between two sockets is not known.

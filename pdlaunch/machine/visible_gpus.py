@@ -46,6 +46,7 @@ def visible_gpus(gpus: Sequence[Gpu], outer: str | None, own: str | None) -> Vis
         return VisibleGpus((), problem)
     if len({bool(_UUID.match(entry)) for entry in entries}) > 1:
         return VisibleGpus((), "it mixes numbers and UUIDs")
+    # In the order of the list: cuda:0 of the process is its first entry.
     found: list[Gpu] = []
     for entry in entries:
         by_uuid = _UUID.match(entry)

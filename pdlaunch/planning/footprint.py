@@ -116,6 +116,7 @@ def make_footprint(
         inner = 4 * shape.hidden_size + 3 * shape.intermediate_size // tp_size
         rows = min(settings.max_num_seqs, max_num_batched_tokens)
         activations = max_num_batched_tokens * inner * size + rows * shape.vocab_size * 4
+    # The layout that the rank will make itself, so that both count the same blocks.
     layout = KVCacheLayout(
         make_groups(shape.layer_windows),
         num_kv_heads=num_kv_heads_of_rank(shape.num_kv_heads, tp_size),

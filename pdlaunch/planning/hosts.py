@@ -69,6 +69,7 @@ def planned_hosts(
         return one_host({LOCAL: machine}, environ)
     listed = {host.name: host for host in config.hosts}
     own = listed.get(LOCAL)
+    # Agents of other hosts dial this address; on one host loopback is enough.
     address = config.control_address or default_address() or ""
     here = ResolvedHost(LOCAL, machine, environ, address, address, frozenset())
     hosts = [here if own is None else settled(own, here)]

@@ -44,6 +44,7 @@ def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, 
     named = {
         role: (engine.model, engine.revision, engine.engine) for role, engine in settings.items()
     }
+    # Roles that name the same model share one read.
     read = {key: _read(*key, fetch) for key in dict.fromkeys(named.values())}
     return {role: read[key] for role, key in named.items()}
 
@@ -102,6 +103,7 @@ def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | No
             fetch(name, revision, "description")
         resolved = resolve_model(name, revision)
         path = str(resolved.cache_dir)
+        # Only the header is read: the conversion itself is the first process of the launch.
         if not resolved.ready:
             check_gguf(resolved.source)
             return Model(name, path, pending=f"{name} is converted at the first start")

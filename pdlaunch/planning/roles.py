@@ -60,6 +60,7 @@ def place_engines(
         taken = used[room.host, kind]
         fits = taken + size <= num_devices
         crowd = 0.0 if fits and strategy == "pack" else (taken + size) / max(1, num_devices)
+        # Tuples compare from the left: fitting at all comes before any preference.
         if strategy == "spread":
             return (not fits, size > num_devices, taken, crowd)
         near = partner in (None, room.host)
@@ -126,6 +127,7 @@ def resolve_roles(
     tp_sizes = {role: config.engine_settings(role).tensor_parallel_size for role in replicas}
     if not places:
         takers = [host for host in hosts if host.roles] or [hosts[0]]
+        # A launch whose hosts take no role still gets places, so that rules can tell what is wrong.
         rooms = [_room(config, host, [*replicas]) for host in takers]
         places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy)
     unverified = _unverified(config, hosts, environ, models, places)
@@ -153,6 +155,7 @@ def resolve_roles(
                 unverified=unverified,
                 has_far_peers=is_far,
             )
+            # Ranks of earlier roles on the same GPUs: the next role goes on where these end.
             before = sum(
                 other.num_ranks
                 for other in here.values()

@@ -83,6 +83,7 @@ def unverified_because(
     ``hosts``: those of the engines.
     """
     command, unknown = settings.engine_command, ""
+    # The first reason that an agent has told wins over what is only not known yet.
     for host in hosts:
         found = engine_command_on(host, here, command, environ)
         # Of a host whose agent has not joined nothing is known but what is installed here.

@@ -15,59 +15,51 @@ STAMP = "[1795368928.410906] [vm:7796 :0]     ucp_context.c:1508 UCX  "
 REFUSED = "refused: nixlBackendError: NIXL_ERR_BACKEND"
 
 
-def answer(*output, errors=(), returncode=0):
-    return read_nixl_answer(ProcessOutcome(returncode, output, errors))
+NO_CMA = "transport 'cma' is not available, please use one or more of: mm"
+UNUSED = "unused environment variables: UCX_A (maybe: UCX_B?); UCX_C"
+PLACE = "E1122 18:31:52.255282    2212 config.cpp:84] "
+BW = f"{STAMP}ERROR Invalid value for BW: 'foo'"
 
 
-class TestReading:
-    def test_nothing_to_say(self):
-        assert answer("imported", "ok") == NixlAnswer()
-
-    def test_an_import_that_fails(self):
-        assert answer("import: ImportError: libcudart.so.12: cannot open") == NixlAnswer(
-            import_error="ImportError: libcudart.so.12: cannot open"
-        )
-
-    def test_a_refusal_in_the_words_of_ucx_each_once(self):
-        error = f"{STAMP}ERROR Invalid value for BW: 'foo'"
-        found = answer("imported", error, error, f"{STAMP}ERROR   no interface", REFUSED)
-        assert found == NixlAnswer(refusal="Invalid value for BW: 'foo'; no interface")
-
-    def test_a_refusal_in_the_words_of_nixl(self):
-        place = "E1122 18:31:52.255282    2212 config.cpp:84] "
-        said = (f"{place}Invalid UCX_TLS=self: GPUs are present", f"{place}createBackend: failed")
-        found = answer("imported", REFUSED, errors=said)
-        assert found.refusal == "Invalid UCX_TLS=self: GPUs are present"
-
-    def test_a_refusal_without_words(self):
-        assert answer("imported", REFUSED).refusal == "nixlBackendError: NIXL_ERR_BACKEND"
-
-    def test_errors_of_a_backend_that_works_are_no_refusal(self):
-        assert answer("imported", f"{STAMP}ERROR could not stat /x", "ok") == NixlAnswer()
-
-    def test_warnings(self):
-        found = answer(
-            "imported",
-            f"{STAMP}WARN  transport 'cma' is not available, please use one or more of: mm",
-            f"{STAMP}WARN  allocated zero-size block 0x55b5dc43aad0 for string_set",
-            f"{STAMP}WARN  unused environment variables: UCX_A (maybe: UCX_B?); UCX_C",
-            f"{STAMP}WARN  (set UCX_WARN_UNUSED_ENV_VARS=n to suppress this warning)",
-            "ok",
-        )
-        assert found == NixlAnswer(
-            warnings=(
-                "transport 'cma' is not available, please use one or more of: mm",
-                "unused environment variables: UCX_A (maybe: UCX_B?); UCX_C",
-            )
-        )
-
-    def test_a_crash_before_and_after_the_import(self):
-        assert answer(returncode=-11) == NixlAnswer(import_error="exit code -11")
-        assert answer("imported", returncode=-11) == NixlAnswer(refusal="exit code -11")
-
-    def test_a_deadline(self):
-        outcome = ProcessOutcome(None, errors=("not done after 60 s",))
-        assert read_nixl_answer(outcome).import_error == "not done after 60 s"
+@pytest.mark.parametrize(
+    ("output", "errors", "expected"),
+    [
+        (("imported", "ok"), (), NixlAnswer()),
+        (("import: ImportError: no lib",), (), NixlAnswer(import_error="ImportError: no lib")),
+        # In the words of UCX, each once; else of NIXL; else of the exception.
+        (
+            ("imported", BW, BW, f"{STAMP}ERROR   no interface", REFUSED),
+            (),
+            NixlAnswer(refusal="Invalid value for BW: 'foo'; no interface"),
+        ),
+        (
+            ("imported", REFUSED),
+            (f"{PLACE}Invalid UCX_TLS=self", f"{PLACE}createBackend: failed"),
+            NixlAnswer(refusal="Invalid UCX_TLS=self"),
+        ),
+        (("imported", REFUSED), (), NixlAnswer(refusal="nixlBackendError: NIXL_ERR_BACKEND")),
+        # Errors of a backend that works are no refusal.
+        (("imported", f"{STAMP}ERROR could not stat /x", "ok"), (), NixlAnswer()),
+        (
+            (
+                "imported",
+                f"{STAMP}WARN  {NO_CMA}",
+                f"{STAMP}WARN  allocated zero-size block 0x55b5dc43aad0 for string_set",
+                f"{STAMP}WARN  {UNUSED}",
+                f"{STAMP}WARN  (set UCX_WARN_UNUSED_ENV_VARS=n to suppress this warning)",
+                "ok",
+            ),
+            (),
+            NixlAnswer(warnings=(NO_CMA, UNUSED)),
+        ),
+        # It crashed, or was killed at its deadline.
+        ((), (), NixlAnswer(import_error="exit code -11")),
+        (("imported",), (), NixlAnswer(refusal="exit code -11")),
+        ((), ("not done after 60 s",), NixlAnswer(import_error="not done after 60 s")),
+    ],
+)
+def test_what_nixl_says_is_read(output, errors, expected):
+    assert read_nixl_answer(ProcessOutcome(-11, output, errors)) == expected
 
 
 @pytest.mark.parametrize(

@@ -64,53 +64,29 @@ json.dump({
 """
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def test_a_line_in_a_model_is_a_whole_setting(tmp_path):
     child = subprocess.run(
         [sys.executable, "-c", CHILD, FIELD],
-        cwd=tmp_path_factory.mktemp("deployment"),
+        cwd=tmp_path,
         env={"PYTHONPATH": ":".join(sys.path), "COLUMNS": "200", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
-
-
-def test_flag_with_help_and_default(found):
+    found = json.loads(child.stdout)
     (line,) = [line for line in found["help"].splitlines() if "--num-sparks" in line]
     assert "Sparks of a rank. Default: 3." in line
     assert found["flag"] == {"prefill": 4, "decode": 4}
-    assert json.loads(found["shown"])["num_sparks"] == {
-        "value": 9,
-        "origin": "flag",
-        "detail": "--num-sparks",
-    }
-
-
-def test_variables_of_the_setting_and_of_a_role(found):
+    shown = {"value": 9, "origin": "flag", "detail": "--num-sparks"}
+    assert json.loads(found["shown"])["num_sparks"] == shown
     assert found["variable"] == {"prefill": 6, "decode": 4}
-
-
-def test_role_override_in_the_file_with_its_constraints(found):
     assert found["file"] == {"prefill": 5, "decode": 7}
     assert "deploy.yaml:3:15: decode.num_sparks: 0 is wrong" in found["problem"]
     assert "greater than 0" in found["problem"]
-
-
-def test_schema_of_the_setting_and_of_its_override(found):
     schema = json.loads(found["schema"])
     assert schema["properties"]["num_sparks"]["default"] == 3
     override = schema["$defs"]["RoleSettings"]["properties"]["num_sparks"]
     assert override["anyOf"] == [{"exclusiveMinimum": 0, "type": "integer"}, {"type": "null"}]
     assert override["description"] == "Sparks of a rank."
-
-
-def test_docs(found):
-    row = "| `num_sparks` | `N` | `3` | Sparks of a rank. | `--num-sparks` `PDLAUNCH_NUM_SPARKS` |"
-    assert row in found["docs"].splitlines()
-
-
-def test_what_a_rank_is_given(found):
     assert found["spec"] == 7

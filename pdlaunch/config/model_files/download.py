@@ -95,6 +95,7 @@ def download(name: str, revision: str, part: Part) -> None:
     try:
         from huggingface_hub import snapshot_download
 
+        # Small files first: they say which weights to ask for.
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*DESCRIPTION]))
         if not (folder / "config.json").is_file():
             raise _wrong_files(name, "config.json")

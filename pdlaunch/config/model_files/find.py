@@ -114,6 +114,7 @@ def _find_alias(name: str) -> Path:
     ask for packages that need a compiler.
     """
     package, requirement = ALIASES[name]
+    # find_spec of a package without dots runs none of its code.
     spec = importlib.util.find_spec(package)
     folders = [] if spec is None else spec.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -133,6 +134,7 @@ def _content_key(path: Path) -> str:
     """
     size = path.stat().st_size
     # A new converter makes a new directory, so that nobody serves the output of an old one.
+    # Samples and not the whole file: of 40 GB a hash would take a minute at each start.
     digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())
     with path.open("rb") as file:
         for piece in range(_NUM_SAMPLES):

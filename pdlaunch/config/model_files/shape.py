@@ -261,6 +261,7 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
     vocab_size = _positive(config, "vocab_size")
     architectures = outer.get("architectures") or config.get("architectures") or [""]
 
+    # Counted as transformers does, since a footprint that is 5 % off refuses what would fit.
     num_experts = num_idle_experts = 0
     inner_layer = 3 * hidden_size * inner
     expert = inner_layer + 2 * inner + hidden_size
@@ -311,6 +312,7 @@ def _windows(config: Config, family: Family, num_layers: int) -> Windows:
     """Return the window of each layer, by layer_types or by the rule of the family."""
     if family.slides is None:
         return (None,) * num_layers
+    # Families without the switch always slide where a window is given.
     is_on = config.get("use_sliding_window", True)
     window = _positive(config, "sliding_window") if is_on and config["sliding_window"] else None
     types = config.get("layer_types")

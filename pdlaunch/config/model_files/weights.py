@@ -62,6 +62,7 @@ def weight_files(model_dir: Path) -> list[Path]:
     Raises ConfigError (field ``model``) when there are none, or one is damaged.
     """
     index = model_dir / INDEX
+    # An index wins over a glob: folders often hold a second, merged copy of the weights.
     files = (
         [model_dir / name for name in names_in(index)]
         if index.is_file()
