@@ -42,6 +42,9 @@ _logger = logging.getLogger("vllm.pdlaunch")
 # as vLLM counts READs of all of them together. Nobody is told without it.
 FAILURES_FILE = "PDLAUNCH_FAILURES_FILE"
 
+MODEL_DIGEST = "PDLAUNCH_MODEL_DIGEST"
+"""Names the model's files as the sidecar saw them: blocks of another model are not used."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -101,7 +104,7 @@ class StatingScheduler(SchedulerBase):  # type: ignore[misc]
         lora = "" if request.lora_request is None else request.lora_request.lora_name
         inputs = [f"{each.identifier}@{each.mm_position.offset}" for each in request.mm_features]
         tokens = request.prompt_token_ids or ()
-        return token_hash(tokens, (lora, *inputs))
+        return token_hash(tokens, (os.environ.get(MODEL_DIGEST, ""), lora, *inputs))
 
 
 class ProvingWorker(WorkerBase):  # type: ignore[misc]

@@ -14,7 +14,14 @@ import torch
 
 from pdlaunch.vllm.far_statements import Answer
 from pdlaunch.vllm.statements import StatementBoard, token_hash
-from pdlaunch.vllm.worker import FAILURES_FILE, Orders, Prompt, ProvingWorker, StatingScheduler
+from pdlaunch.vllm.worker import (
+    FAILURES_FILE,
+    MODEL_DIGEST,
+    Orders,
+    Prompt,
+    ProvingWorker,
+    StatingScheduler,
+)
 
 NUM_BLOCKS, NUM_HEADS = 12, 4
 PROMPT = token_hash([1, 2, 3])
@@ -348,7 +355,7 @@ def test_a_prompt_is_stated_with_the_step_that_completes_it(scheduler: Scheduler
     assert orders_of(scheduler, r=5).to_state == {}
     request.num_computed_tokens = 5
     assert orders_of(scheduler).to_state == {}  # a step without it
-    stated = {"r": Prompt(token_hash(range(9), ("",)), (7, 8, 9))}
+    stated = {"r": Prompt(token_hash(range(9), ("", "")), (7, 8, 9))}
     assert orders_of(scheduler, r=4).to_state == stated
     request.num_computed_tokens = 9
     assert orders_of(scheduler, r=1).to_state == {}
@@ -361,7 +368,7 @@ def test_a_prompt_is_stated_with_the_step_that_completes_it(scheduler: Scheduler
 def test_a_prompt_that_is_pulled_is_proven_by_the_same_hash(scheduler: Scheduler) -> None:
     tokens = list(range(9))
     scheduler.update_state_after_alloc(request_of("d", "do_remote_prefill", tokens), None, 9)
-    assert orders_of(scheduler).to_prove == {"d": token_hash(tokens, ("",))}
+    assert orders_of(scheduler).to_prove == {"d": token_hash(tokens, ("", ""))}
     assert orders_of(scheduler).to_prove == {}
 
 
@@ -378,3 +385,12 @@ def test_loras_and_inputs_beside_tokens_count(scheduler: Scheduler) -> None:
     for request in (plain, *others):
         scheduler.update_state_after_alloc(request, None, 2)
     assert len(set(orders_of(scheduler).to_prove.values())) == 3
+
+
+def test_a_prompt_of_another_model_is_another_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, scheduler = request_of("r", "do_remote_decode", [1, 2, 3]), Scheduler()
+    hashes = set()
+    for digest in ("a", "b"):
+        monkeypatch.setenv(MODEL_DIGEST, digest)
+        hashes.add(scheduler._hash(request))
+    assert len(hashes) == 2

@@ -23,7 +23,12 @@ from typing import Literal
 
 import msgspec
 
-from pdlaunch.config.model_files.identity import changes, text_digests, weight_digests
+from pdlaunch.config.model_files.identity import (
+    changes,
+    model_digest,
+    text_digests,
+    weight_digests,
+)
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised
@@ -141,6 +146,8 @@ class SidecarProcess:
                 self._desk = StatementDesk(asks, self._keys)
             self._door = Door(self._name, spec, self._keys, self._url, self._key, further)
         # The URL that others are told: that of the door, where there is one.
+        self._model_files: dict[str, str] = {}
+        """Digests of the model's files before vLLM was started."""
         self._registered_url = self._url
         self._capabilities = msgspec.structs.replace(
             bootstrap.capabilities, takes_launch_token=self._door is not None
@@ -165,6 +172,8 @@ class SidecarProcess:
         if self._options.unverified:
             reason = self._options.unverified
             _logger.warning("pulled KV blocks are used unproven: %s (kv_transfer.verify)", reason)
+        # Before vLLM reads them; the look behind its start has to find the same.
+        self._model_files = await asyncio.to_thread(self._options.model_files)
         child = await start_engine(self._command(), self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
@@ -201,6 +210,7 @@ class SidecarProcess:
         if self._options.unverified:
             return own
         paths, is_far = os.environ.get("PYTHONPATH", ""), self._door is not None
+        own["PDLAUNCH_MODEL_DIGEST"] = model_digest(self._model_files)
         return own | connector_environment(self._run_dir, self._name, paths, is_far=is_far)
 
     def _register(self, *, listens: bool = True) -> None:
@@ -288,7 +298,6 @@ class SidecarProcess:
     async def _become_ready(self) -> bool:
         """Wait until the engine is healthy, and say Ready; False: the model has changed."""
         self._supervised.send(Progress(text="vLLM is starting"))
-        model_files = await asyncio.to_thread(self._options.model_files)
         while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(START_POLL_S)
         # Before Ready: what routers may ask of the engine from then on follows from its version.
@@ -298,11 +307,12 @@ class SidecarProcess:
             self._register()
         except ProtocolError as error:
             _logger.warning("%s", error)
-        # vLLM has read the files between the two looks at them.
-        if changed := changes(model_files, await asyncio.to_thread(self._options.model_files)):
+        if changed := changes(
+            self._model_files, await asyncio.to_thread(self._options.model_files)
+        ):
             self._fail(f"the model has changed while vLLM was starting: {changed}")
             return False
-        self._supervised.send(Ready(model=model_files))
+        self._supervised.send(Ready(model=self._model_files))
         self._is_ready.set()
         return True
 
