@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.memory.allocator_settings import read_allocator_settings
 from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
 from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused
 from pdlaunch.engine.memory.kv_memory import Export, NotShareable, SharedRange
@@ -41,54 +39,39 @@ def memory_with(driver: FakeDriver) -> DeviceKVMemory:
     return DeviceKVMemory(MemoryPools(), DEVICE, lambda index: driver)  # type: ignore[arg-type, return-value]
 
 
-def report_settings() -> None:
-    """Print the allocator's settings while memory is allocated in either way, and afterwards."""
-
-    class Watched(MemoryPools):
-        @contextlib.contextmanager
-        def memory_pool(self, tag: str) -> Iterator[None]:
-            seen.append(read_allocator_settings())
-            yield
-
-    seen: list[str] = []
-    for mapped_alone in (True, False):
-        memory = DeviceKVMemory(Watched(), torch.device("cpu"), mapped_alone=mapped_alone)
-        memory.zeros(8)
-    with contextlib.suppress(RuntimeError):
-        DeviceKVMemory(Watched(), torch.device("cpu"), mapped_alone=True).zeros(-1)
-    print(json.dumps([*seen, read_allocator_settings()]))  # noqa: T201
-
-
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 @pytest.mark.parametrize("text", ["", "max_split_size_mb:64,expandable_segments:True"])
 @pytest.mark.processes
 def test_what_peers_only_map_lies_outside_expandable_segments(variable: str, text: str) -> None:
     """The whole setting is kept meanwhile, and is there again afterwards, also after an error."""
-    command = f"from {__name__} import report_settings; report_settings()"
+    code = """
+import contextlib, json, torch
+from pdlaunch.engine.memory.allocator_settings import read_allocator_settings
+from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
+from pdlaunch.engine.memory.pools import MemoryPools
+class Watched(MemoryPools):
+    def memory_pool(self, tag):
+        seen.append(read_allocator_settings())
+        return contextlib.nullcontext()
+seen = []
+for mapped_alone, size in ((True, 8), (False, 8), (True, -1)):
+    with contextlib.suppress(RuntimeError):
+        DeviceKVMemory(Watched(), torch.device("cpu"), mapped_alone=mapped_alone).zeros(size)
+print(json.dumps([*seen, read_allocator_settings()]))
+"""
+    environ = {variable: text, "PATH": "/usr/bin:/bin"}
     result = subprocess.run(
-        [sys.executable, "-c", command],
-        env={variable: text, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     inside = f"{text},expandable_segments:False" if text else ""
     assert json.loads(result.stdout) == [inside, text, inside, text]
 
 
-@pytest.mark.parametrize(
-    ("transfer", "apart"),
-    [
-        ({"nixl": {"path": "p2p"}}, True),
-        ({"nixl": {"path": "nixl"}}, False),
-        ({}, False),
-        ({"connector": "mooncake"}, False),
-        ({"connector": "file", "file": {"directory": "/kv"}}, False),
-    ],
-)
-def test_only_the_path_p2p_needs_that(transfer: dict[str, object], apart: bool) -> None:
-    assert KVTransferSettings.model_validate(transfer).carrier_settings.only_maps_memory is apart
+def test_only_the_path_p2p_needs_that() -> None:
+    for transfer in ({"nixl": {"path": "p2p"}}, {"nixl": {"path": "nixl"}}, {}):
+        settings = KVTransferSettings.model_validate(transfer).carrier_settings
+        assert settings.only_maps_memory is ("p2p" in str(transfer))
 
 
 def shared(kind: str) -> SharedRange:

@@ -45,12 +45,15 @@ class Bindings:
     CUmemLocation = CUipcMemHandle = SimpleNamespace
     CUmemFabricHandle = FabricHandle
 
-    def __init__(self, **results: Any) -> None:
-        """``results``: of the functions that the test calls."""
+    def __init__(self, *, has_fabric_and_rdma: bool = False, **results: Any) -> None:
+        """``results``: of other functions; one that is refused has a code."""
         self.results = {
             "cuDeviceGet": (0,),
-            "cuDeviceGetAttribute": (0,),
+            "cuDeviceGetAttribute": (int(has_fabric_and_rdma),),
             "cuMemGetAllocationGranularity": (2 << 20,),
+            "cuMemCreate": ("memory",),
+            "cuMemExportToShareableHandle": (SimpleNamespace(data=FABRIC),),
+            "cuMemRelease": (),
         } | results
         self.calls: list[tuple[Any, ...]] = []
 
@@ -69,38 +72,17 @@ class Bindings:
 
         return call
 
-    @property
-    def properties(self) -> Any:
-        """Those that the size of a page was asked for last: of all memory from then on."""
-        calls = [call for call in self.calls if call[0] == "cuMemGetAllocationGranularity"]
-        return calls[-1][1]
 
-
-def test_memory_of_peers_is_opened_by_ipc_handles_with_peer_access() -> None:
-    bindings = Bindings(
-        cuMemGetAddressRange=(4096, 100),
-        cuIpcGetMemHandle=(SimpleNamespace(reserved=FABRIC),),
-        cuIpcOpenMemHandle=(8192,),
-        cuIpcCloseMemHandle=(),
-    )
-    driver = CudaMemoryDriver(0, bindings)
-    assert driver.allocation_of(4100) == (4096, 100)
-    assert driver.ipc_handle(4096) == FABRIC
-    assert bindings.calls[-2:] == [("cuMemGetAddressRange", 4100), ("cuIpcGetMemHandle", 4096)]
-    assert driver.open_ipc(FABRIC) == 8192
-    name, handle, flags = bindings.calls[-1]
-    assert (name, handle.reserved, flags) == ("cuIpcOpenMemHandle", FABRIC, 1)
-    driver.close_ipc(8192)
-    assert bindings.calls[-1] == ("cuIpcCloseMemHandle", 8192)
-
-
-def test_handles_are_imported_as_what_they_are() -> None:
-    bindings = Bindings(cuMemImportFromShareableHandle=("memory",))
+def test_handles_are_opened_and_imported_as_what_they_are() -> None:
+    bindings = Bindings(cuMemImportFromShareableHandle=("memory",), cuIpcOpenMemHandle=(8192,))
     driver = CudaMemoryDriver(0, bindings)
     assert driver.import_handle("posix_fd", 5) == "memory"
     assert bindings.calls[-1][1:] == (5, "CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR")
     assert driver.import_handle("fabric", FABRIC) == "memory"
     assert bindings.calls[-1][2] == "CU_MEM_HANDLE_TYPE_FABRIC"
+    assert driver.open_ipc(FABRIC) == 8192
+    name, handle, flags = bindings.calls[-1]
+    assert (name, handle.reserved, flags) == ("cuIpcOpenMemHandle", FABRIC, 1)
 
 
 def test_a_refusal_names_the_call() -> None:
@@ -112,41 +94,23 @@ def test_a_refusal_names_the_call() -> None:
         driver.open_ipc(FABRIC)
 
 
-def test_memory_is_for_fabric_handles_and_rdma_where_the_device_has_both() -> None:
-    bindings = Bindings(
-        cuDeviceGetAttribute=(1,),
-        cuMemCreate=("memory",),
-        cuMemExportToShareableHandle=(SimpleNamespace(data=FABRIC),),
-        cuMemRelease=(),
-    )
-    driver = CudaMemoryDriver(0, bindings)
-    assert bindings.calls[-1] == ("cuMemRelease", "memory")  # of the trial
-    assert driver.handle_kind == "fabric"
-    assert driver.export(driver.create(2 << 20)) == FABRIC
-    (_, num_bytes, properties, _), (_, _, kind, _) = bindings.calls[-2:]
-    assert num_bytes == 2 << 20
-    assert properties.requestedHandleTypes == kind == "CU_MEM_HANDLE_TYPE_FABRIC"
-    assert properties.allocFlags.gpuDirectRDMACapable == 1
-
-
 @pytest.mark.parametrize(
-    ("refused", "num_given_back"), [("cuMemCreate", 0), ("cuMemExportToShareableHandle", 1)]
+    ("has_both", "refused", "kind", "num_trials"),
+    [
+        (True, None, "fabric", 1),
+        (True, "cuMemCreate", "posix_fd", 0),
+        (True, "cuMemExportToShareableHandle", "posix_fd", 1),
+        (False, None, "posix_fd", 0),
+    ],
 )
-def test_memory_is_for_descriptors_where_fabric_handles_are_not_permitted(
-    refused: str, num_given_back: int
+def test_memory_is_for_fabric_handles_and_rdma_where_both_are_permitted(
+    has_both: bool, refused: str | None, kind: str, num_trials: int
 ) -> None:
-    results = {
-        "cuMemCreate": ("memory",),
-        refused: SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED"),
-    }
-    bindings = Bindings(cuDeviceGetAttribute=(1,), cuMemRelease=(), **results)
-    assert CudaMemoryDriver(0, bindings).handle_kind == "posix_fd"
-    assert bindings.properties.requestedHandleTypes.endswith("FILE_DESCRIPTOR")
-    assert bindings.properties.allocFlags.gpuDirectRDMACapable == 1
-    assert [call[0] for call in bindings.calls].count("cuMemRelease") == num_given_back
-
-
-def test_a_device_without_rdma_is_not_asked_for_it() -> None:
-    bindings = Bindings()
-    assert CudaMemoryDriver(0, bindings).handle_kind == "posix_fd"
-    assert not hasattr(bindings.properties.allocFlags, "gpuDirectRDMACapable")
+    refusal = {refused: SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED")} if refused else {}
+    bindings = Bindings(has_fabric_and_rdma=has_both, **refusal)
+    assert CudaMemoryDriver(0, bindings).handle_kind == kind
+    assert [name for name, *_ in bindings.calls].count("cuMemRelease") == num_trials
+    sizes = [call for call in bindings.calls if call[0] == "cuMemGetAllocationGranularity"]
+    properties = sizes[-1][1]  # of all memory from then on
+    assert kind.split("_")[0].upper() in properties.requestedHandleTypes
+    assert hasattr(properties.allocFlags, "gpuDirectRDMACapable") == has_both

@@ -22,11 +22,8 @@ def check_rotation(
     scaling, num_heads, num_kv_heads = case.head_dim**-0.5, case.num_heads, case.num_kv_heads
     heads = torch.cat([inputs.query, inputs.key, inputs.value]).transpose(0, 1).contiguous()
     angles = (torch.rand(len(heads), case.head_dim // 2) * 7).repeat(1, 2)
-    rotary = (
-        (angles.cos().to(device, case.dtype), angles.sin().to(device, case.dtype))
-        if rotates
-        else None
-    )
+    turns = angles.cos().to(device, case.dtype), angles.sin().to(device, case.dtype)
+    rotary = turns if rotates else None
     weights = (torch.rand(2, case.head_dim) + 0.5).to(device, case.dtype)
     inputs.query = turned(inputs.query, rotary, weights[0] if has_norms else None)
     inputs.key = turned(inputs.key, rotary, weights[1] if has_norms else None)
@@ -50,11 +47,8 @@ def check_rotation(
             torch.testing.assert_close(
                 states, wanted.transpose(0, 1), rtol=exactness, atol=exactness
             )
-        assert relative_error(found, expected) < tolerance, (
-            case,
-            layer,
-            relative_error(found, expected),
-        )
+        error = relative_error(found, expected)
+        assert error < tolerance, (case, layer, error)
 
 
 def turned(

@@ -15,25 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalG
 from pdlaunch.config.model_files.identity import changes, model_digest, weight_digests
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
-from pdlaunch.engine.models.loader import ModelLoader, read_tensors
+from pdlaunch.engine.models.loader import read_tensors
 from pdlaunch.engine.models.stacked_weights import join
 from pdlaunch.engine.models.tensor_parallel import Shard, plan_cuts
 from pdlaunch.errors import ConfigError
-from tests.engine.models.tiny import COMMON, CONFIGS, save_tiny_model
-
-
-def loader_of(
-    directory: Path, *, dummy: bool = False, dtype: torch.dtype = torch.float32
-) -> ModelLoader:
-    return ModelLoader(
-        directory,
-        read_model_shape(directory),
-        dtype,
-        torch.device("cpu"),
-        dummy=dummy,
-        tp=None,
-        progress=lambda *_: None,
-    )
+from tests.engine.models.tiny import COMMON, CONFIGS, loader_of, save_tiny_model
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -92,6 +92,7 @@ def test_ranks_answer_as_generate_does(
     results = run_group(
         tmp_path, tp_size, directories, prompts, num_tokens, async_scheduling=is_async
     )
+    assert all(result["listening"] for result in results)
     for directory in directories:
         answers = [result["answers"][str(directory)] for result in results]
         expected = greedy(directory, prompts, num_tokens)

@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pdlaunch.config.model_files.shape import read_model_shape
+from pdlaunch.engine.models.loader import ModelLoader
+
 COMMON: dict[str, object] = {
     "vocab_size": 199,
     "hidden_size": 48,
@@ -45,12 +48,7 @@ CONFIGS: dict[str, dict[str, object]] = {
         "model_type": "gemma3_text",
         "num_hidden_layers": 4,
         "sliding_window": 10,
-        "layer_types": [
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-            "sliding_attention",
-        ],
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
     },
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2},
     "smollm3-window": {
@@ -88,6 +86,21 @@ def save_tiny_model(name: str, folder: Path, *, seed: int = 0, **sizes: int) -> 
     directory = folder / name
     model.save_pretrained(directory)
     return directory
+
+
+def loader_of(
+    directory: Path, *, dummy: bool = False, dtype: torch.dtype = torch.float32
+) -> ModelLoader:
+    """The loader of one rank on the CPU."""
+    return ModelLoader(
+        directory,
+        read_model_shape(directory),
+        dtype,
+        torch.device("cpu"),
+        dummy=dummy,
+        tp=None,
+        progress=lambda *_: None,
+    )
 
 
 def greedy(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:

@@ -37,22 +37,16 @@ def main(
     torch.set_num_threads(1)
     import_lean_transformers()
     on_cuda = spec.get("device") == "cuda"
-    tp = TPGroup(
-        rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=300
-    )
+    device = f"cuda:{tp_rank}" if on_cuda else "cpu"
+    tp = TPGroup(rendezvous, tp_rank, tp_size, device, timeout_s=300)
+    sockets = psutil.Process().net_connections("inet")
     result = {
         "broadcast": tp.broadcast_bytes(bytes(range(tp_rank, 16 + tp_rank))).hex(),
         "least": tp.least(2**40 + 7 - tp_rank),
         "answers": {
             directory: answer(directory, tp, prompts, num_tokens, spec) for directory in directories
         },
-        "listening": sorted(
-            {
-                entry.laddr.ip
-                for entry in psutil.Process(os.getpid()).net_connections("inet")
-                if entry.status == "LISTEN"
-            }
-        ),
+        "listening": [entry.laddr.ip for entry in sockets if entry.status == "LISTEN"],
     }
     print(json.dumps(result), flush=True)  # noqa: T201 - the answer to the test
     if on_cuda:
@@ -74,22 +68,15 @@ def answer(
     spec = make_spec(Path(directory), tensor_parallel_size=tp.tp_size, **changes)
     runner = ModelRunner(spec, tp=tp, progress=ignore_progress)
     runner.warm_up()
-    tokens = HandScheduler(runner, share=share).run(
-        make_requests(prompts, num_tokens, chunk=7, apart=1)
-    )
-    ahead = (
-        [answer_ahead(runner, prompt, num_tokens) for prompt in prompts]
-        if spec.async_scheduling
-        else []
-    )
-    parameters = sum(parameter.numel() for parameter in runner._model.parameters())
-    heads = [runner.first_kv_head, runner.layout.num_kv_heads]
+    requests = make_requests(prompts, num_tokens, chunk=7, apart=1)
     return {
-        "tokens": tokens,
+        "tokens": HandScheduler(runner, share=share).run(requests),
         "is_restored": is_restored(runner),
-        "ahead": ahead,
-        "num_parameters": parameters,
-        "heads": heads,
+        "ahead": [
+            answer_ahead(runner, prompt, num_tokens) for prompt in prompts if spec.async_scheduling
+        ],
+        "num_parameters": sum(each.numel() for each in runner._model.parameters()),
+        "heads": [runner.first_kv_head, runner.layout.num_kv_heads],
         "digest": runner.model_digest,
         "has_graphs": runner._graphs is not None,
     }

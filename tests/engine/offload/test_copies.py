@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def places_of(block_ids: object, chunk_ids: object, slots: object = 0) -> BlockP
     return BlockPlaces(ids.astype(np.int64), chunks.astype(np.int64), places.astype(np.int64))
 
 
+@pytest.mark.parametrize("block_bytes", [4096, 12 * 1024, 64 * 1024])
 @pytest.mark.parametrize(
     ("device", "make_copy"),
     [
@@ -88,26 +90,17 @@ def places_of(block_ids: object, chunk_ids: object, slots: object = 0) -> BlockP
     ],
     ids=["cpu", "torch", "batch"],
 )
-def test_thousands_of_blocks_go_there_and_back(device: str, make_copy: object) -> None:
-    queues = Queues(3000, 4096, num_chunks=3000, device=device, copy=make_copy())  # type: ignore[operator]
-    original = queues.blocks.clone()
-    order, chunks, places = (torch.randperm(3000).numpy() for _ in range(3))
-    queues.run("store", places_of(order, chunks))
-    queues.blocks.zero_()
-    queues.run("load", places_of(places, chunks))
-    assert torch.equal(queues.blocks[places], original[order])
-    assert queues.close()
-
-
-@pytest.mark.parametrize("device", ["cpu", gpu])
-@pytest.mark.parametrize("block_bytes", [4096, 12 * 1024, 64 * 1024])
-def test_small_blocks_in_long_chunks_go_both_ways_at_once(block_bytes: int, device: str) -> None:
+def test_small_blocks_in_long_chunks_go_both_ways_at_once(
+    device: str, make_copy: Callable[[], Copy], block_bytes: int
+) -> None:
     """The first half is stored while the second one, which was stored before, is loaded elsewhere;
     both begin inside of chunks.
     """
     a_chunk = choose_blocks_per_chunk(block_bytes, "cuda")
     half = 40 * a_chunk - 2
-    queues = Queues(3 * half, block_bytes, num_chunks=90, per_chunk=a_chunk, device=device)
+    queues = Queues(
+        3 * half, block_bytes, num_chunks=90, per_chunk=a_chunk, device=device, copy=make_copy()
+    )
     original = queues.blocks.cpu()
     blocks, chunks = torch.randperm(2 * half).numpy(), torch.randperm(90).numpy()
     elsewhere = torch.randperm(half).numpy() + 2 * half

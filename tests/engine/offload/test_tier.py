@@ -21,19 +21,6 @@ def stored(tier: HostTier, number: int, group: int = 0, first_slot: int = 0) -> 
     return chunk_id
 
 
-def test_finds_only_what_is_stored_in_its_group() -> None:
-    tier = HostTier(4)
-    chunk_id = tier.begin_store(0, name(1))
-    assert chunk_id is not None
-    assert tier.find(0, name(1)) is None
-    assert tier.begin_store(0, name(1)) is None
-    tier.finish_store(chunk_id, ok=True)
-    assert tier.find(0, name(1)) == chunk_id
-    assert tier.find(1, name(1)) is None
-    assert tier.begin_store(0, name(1)) is None
-    assert tier.begin_store(1, name(1)) is not None
-
-
 def test_slots_that_had_left_the_window_are_not_found_and_a_fuller_chunk_replaces_it() -> None:
     tier = HostTier(4)
     first = stored(tier, 1, first_slot=2)
