@@ -96,9 +96,6 @@ class FakeRunner:
         """Rows whose prompt begins with this token have NaN for logits."""
         self.launched: deque[FakeStep] = deque()
 
-    def execute(self, plan: StepPlan) -> list[TokenOutput | None]:
-        return self.collect(self.launch(plan))
-
     def launch(self, plan: StepPlan) -> FakeStep:
         for row in plan.freed_rows:
             freed = self.rows.pop(row)

@@ -129,17 +129,6 @@ def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
     assert len(engine.loads) == 1
 
 
-def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
-    engine = engine_after_first()
-    engine.add("second", PROMPT)
-    engine.step()
-    engine.scheduler.requests.abort("second")
-    engine.take_outputs()
-    assert stats_of(engine).num_free_blocks == 3
-    engine.end_jobs()
-    assert stats_of(engine).num_free_blocks == 6
-
-
 def test_blocks_are_not_reused_before_they_are_stored() -> None:
     """Nor is anyone preempted for their sake: the step waits for the copies, without turning in
     circles.

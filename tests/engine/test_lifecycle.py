@@ -7,7 +7,7 @@ import pytest
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.histograms import Histograms
 from pdlaunch.observe.spans import Span
-from pdlaunch.protocol.engine import EngineStats, SamplingParams
+from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
 from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv, stop_at_first
 
@@ -33,19 +33,6 @@ def test_what_can_never_fit_ends_at_once_with_both_numbers(
     assert not engine.step().scheduled
 
 
-def test_stop_token_waits_for_min_tokens() -> None:
-    engine = FakeEngine()
-    fifth = (output([1], 5)[0],)
-    for name, fields in {
-        "a": {"stop_token_ids": tuple(range(7))},
-        "b": {"stop_token_ids": fifth, "min_tokens": 4},
-    }.items():
-        engine.add(name, [1], sampling=SamplingParams(max_tokens=9, **fields))  # type: ignore[arg-type]
-    engine.run()
-    assert engine.finished["a"].stop_token_id == output([1], 1)[0]
-    assert len(engine.outputs["b"]) >= 4
-
-
 def test_abort_ends_a_request_once_wherever_it_is() -> None:
     engine = FakeEngine(max_num_seqs=1)
     engine.add("running", PROMPT, max_tokens=9)
@@ -68,16 +55,6 @@ def test_a_second_request_under_a_living_id_is_dropped() -> None:
     engine.scheduler.requests.add(engine.added["a"])
     engine.run()
     assert engine.token_ids("a") == output(PROMPT, 2)
-
-
-@pytest.mark.parametrize("num_known", [1, 3, 4])
-def test_resumed_tokens_count_but_are_not_sent_again(num_known: int) -> None:
-    known = output(PROMPT, 4)
-    engine = FakeEngine()
-    engine.add("a", PROMPT, max_tokens=4, output=known[:num_known])
-    engine.run()
-    assert engine.token_ids("a") == known[num_known:]
-    assert engine.finished["a"].reason == "length"
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
@@ -218,19 +195,6 @@ def test_on_failure_fail_answers_the_cause() -> None:
     engine.end_pull(start_pull(engine).pull_id, ok=False)
     assert engine.finished["d"].reason == "error"
     assert "broken" in (engine.finished["d"].error or "")
-
-
-def test_blocks_of_a_stalled_read_are_quarantined_until_drained() -> None:
-    engine = FakeEngine(num_blocks=6)
-    pull = start_pull(engine)
-    engine.end_pull(pull.pull_id, ok=False, in_flight=True)
-    assert stats_of(engine).num_quarantined_blocks == 3
-    engine.run()
-    assert "d" not in engine.finished
-    engine.drain(pull.pull_id)
-    engine.run()
-    assert engine.token_ids("d") == output(PROMPT, 4)
-    assert stats_of(engine).num_free_blocks == 6
 
 
 def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull() -> None:

@@ -46,43 +46,6 @@ def test_who_comes_joins_the_step_after_the_one_in_flight(
     assert engine.token_ids("b") == output([6, 5, 4], 3)
 
 
-def test_row_and_blocks_of_a_stopped_request_wait_for_the_step_that_writes_to_them() -> None:
-    engine = start(num_blocks=16, max_num_seqs=1)
-    stop = output(PROMPT, 4)[-1]
-    assert stop not in output(PROMPT, 3), "its end surprises the step after it"
-    sampling = SamplingParams(max_tokens=40, stop_token_ids=(stop,))
-    engine.add("a", PROMPT, sampling=sampling)
-    engine.add("b", [6, 6], max_tokens=2)
-    while "a" not in engine.finished:
-        engine.step()
-    assert len(engine.in_flight) == 1
-    assert engine.scheduler.requests.stats().num_free_blocks < 16
-    blocked = engine.scheduler.schedule_ahead()
-    assert blocked is not None
-    assert not blocked.scheduled, "the row was given away"
-    engine.collect()
-    assert engine.scheduler.requests.stats().num_free_blocks == 16
-    engine.run()
-    assert engine.token_ids("a") == output(PROMPT, 4)
-    assert engine.token_ids("b") == output([6, 6], 2)
-
-
-def test_a_pull_gets_the_blocks_of_an_aborted_request_only_when_its_step_has_ended() -> None:
-    engine = start(num_blocks=4, caching=False)
-    engine.add("a", PROMPT, max_tokens=8)
-    engine.step()
-    engine.step()
-    engine.scheduler.requests.abort("a")
-    engine.take_outputs()
-    engine.add("b", [3] * 13, max_tokens=2, remote_kv=remote_kv("b", 13))
-    engine.step()
-    assert not engine.pulls
-    engine.step()
-    engine.end_pull(next(iter(engine.pulls)))
-    engine.run()
-    assert engine.token_ids("b") == output([3] * 13, 2)
-
-
 def test_a_pull_does_not_get_a_block_that_the_step_in_flight_still_sees() -> None:
     """The window of the step that is planned begins later than that of the one that runs."""
     prompt = [4, 3, 2, 1, 0]

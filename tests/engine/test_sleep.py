@@ -171,16 +171,6 @@ def test_peers_go_before_the_memory_and_come_back_after_it(engine: Engine) -> No
     assert engine.scheduler.num_resets == 1
 
 
-def test_tags_wake_one_by_one_and_peers_only_with_the_last(engine: Engine) -> None:
-    engine.fall_asleep()
-    engine.wake_up("weights")
-    assert engine.reply().sleeping_tags == ["kv_cache"]
-    assert not engine.is_awake
-    engine.wake_up("kv_cache")
-    assert engine.reply().sleeping_tags == []
-    assert engine.is_awake
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -226,19 +216,6 @@ def test_a_rank_that_cannot_sleep_wakes_the_others(cause: str, engine: Engine) -
     reply = engine.fall_asleep()
     assert "no room in host memory" in (reply.error or "")
     assert reply.sleeping_tags == []
-    assert engine.is_awake
-
-
-def test_too_little_memory_leaves_the_engine_asleep_until_it_is_asked_again(engine: Engine) -> None:
-    engine.fall_asleep()
-    engine.last.memory_error = "100 bytes cannot wake up"
-    engine.wake_up()
-    reply = engine.reply()
-    assert reply.error == "100 bytes cannot wake up"
-    assert reply.sleeping_tags
-    engine.last.memory_error = ""
-    engine.wake_up()
-    assert engine.reply().sleeping_tags == []
     assert engine.is_awake
 
 
