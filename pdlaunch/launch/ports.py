@@ -26,12 +26,8 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
     0 is a free port, the same for all of them. No child inherits the sockets by itself. Raises
     StartupError naming what is wrong with the address.
     """
-    listeners = _listen(host, port)
-    try:
-        yield listeners
-    finally:
-        for listener in listeners:
-            listener.close()
+    with contextlib.ExitStack() as stack:
+        yield _listen(host, port, stack)
 
 
 def check_engine_ports(resolved: ResolvedLaunch) -> None:
@@ -48,39 +44,37 @@ def check_engine_ports(resolved: ResolvedLaunch) -> None:
             )
 
 
-def _listen(host: str, port: int) -> list[socket.socket]:
+def _listen(host: str, port: int, stack: contextlib.ExitStack) -> list[socket.socket]:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             found = socket.getaddrinfo(
                 host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-            return _listen_at(dict.fromkeys((family, address) for family, *_, address in found))
+            addresses = dict.fromkeys((family, address) for family, *_, address in found)
+            with contextlib.ExitStack() as undo:
+                listeners = _listen_at(addresses, undo)
+                stack.push(undo.pop_all())
+                return listeners
         except (OSError, UnicodeError, ValueError) as error:
             if port or attempt == _ATTEMPTS:
                 raise StartupError(_explain(host, port, error)) from error
     raise AssertionError
 
 
-def _listen_at(addresses: Iterable[tuple[int, Any]]) -> list[socket.socket]:
-    """Listen as servers do.
-
-    A port whose last connections are fading away is free, and IPv6 does not take IPv4's port.
-    """
-    with contextlib.ExitStack() as undo:
-        sockets: list[socket.socket] = []
-        for family, (address, port, *rest) in addresses:
-            listener = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            # All addresses get the free port that the first one was given.
-            same = sockets[0].getsockname()[1] if sockets else 0
-            listener.bind((address, port or same, *rest))
-            listener.setblocking(False)
-            listener.listen(LISTEN_BACKLOG)
-            sockets.append(listener)
-        undo.pop_all()
-        return sockets
+def _listen_at(
+    addresses: Iterable[tuple[int, Any]], stack: contextlib.ExitStack
+) -> list[socket.socket]:
+    listeners: list[socket.socket] = []
+    for family, (address, port, *rest) in addresses:
+        # All addresses get the free port that the first one was given.
+        port = port or (listeners[0].getsockname()[1] if listeners else 0)
+        # IPv6 does not take IPv4's port; one whose last connections are fading away is free.
+        listener = socket.create_server(
+            (address, port, *rest), family=family, backlog=LISTEN_BACKLOG
+        )
+        listeners.append(stack.enter_context(listener))
+        listener.setblocking(False)
+    return listeners
 
 
 def _explain(host: str, port: int, error: OSError | UnicodeError | ValueError) -> str:

@@ -185,9 +185,6 @@ class ResolvedLaunch:
             for engine in self.engines
         }
 
-    def with_places(self, places: Places) -> ResolvedLaunch:
-        return resolve_on(self.config, self.hosts, self.environ, places=places)
-
     def with_engines(
         self, places: Places, models: Mapping[Role, Model] | None = None
     ) -> ResolvedLaunch:

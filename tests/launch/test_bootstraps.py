@@ -101,7 +101,7 @@ def test_children_are_given_the_addresses_of_their_host(prepare: Prepare, tmp_pa
     assert given("prefill-0/rank-0") == ("10.0.0.2", "192.0.2.2")
     assert given("decode-0/rank-0") == given("decode-0/rank-1") == ("fd00::3", "fd00::3")
     places = {**launch.resolved.places, ("prefill", 0): EnginePlace("b")}
-    launch.adopt(launch.resolved.with_places(places), "prefill-0")
+    launch.adopt(launch.resolved.with_engines(places), "prefill-0")
     assert given("prefill-0/rank-0") == ("fd00::3", "fd00::3")
     launch.adopt(launch.resolved.with_host(ResolvedHost("b", CPU, {}, "10.0.0.9", "10.0.0.9")))
     assert given("prefill-0/rank-0") == ("10.0.0.9", "10.0.0.9")

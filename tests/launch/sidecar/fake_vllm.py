@@ -40,35 +40,33 @@ class FakeVllm:
     answer_tokens: int = 0
     num_expired: int = 0
     num_failed: int = 0
+    # What dev mode tells; None: it is off.
     server_info: dict[str, Any] | None = None
-    """What dev mode tells; None: it is off."""
+    # What it answers in the place of a router.
     status: dict[str, Any] = field(default_factory=dict)
-    """What it answers in the place of a router."""
     healthy: bool = True
+    # What dev mode tells; None: it is off.
     is_sleeping: bool | None = None
-    """What dev mode tells; None: it is off."""
-    metrics_error: bytes | None = None
-    """The body of the error that /metrics answers with; None: it answers with the page."""
+    # Share of its KV cache that is under lease.
     lends: float = 0.0
-    """Share of its KV cache that is under lease."""
+    # It is started with --enable-prompt-tokens-details.
     tells_cached: bool = True
-    """It is started with --enable-prompt-tokens-details."""
+    # KV bytes that other requests read while it answers one.
     num_bytes_of_others: int = 0
-    """KV bytes that other requests read while it answers one."""
     num_bytes: int = 0
     seconds_read: float = 0.0
     num_failed_reads: int = 0
     num_looks: int = 0
     num_tokens: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    # Authorizations that it was sent.
     keys: set[str | None] = field(default_factory=set)
-    """Authorizations that it was sent."""
+    # Cleared while its core computes nothing, though it says that it is healthy.
     moves: asyncio.Event = field(default_factory=asyncio.Event)
-    """Cleared while its core computes nothing, though it says that it is healthy."""
+    # Prompt tokens; empty for a version that does not count where they came from.
     tokens_by_source: dict[str, int] = field(default_factory=dict)
-    """Prompt tokens; empty for a version that does not count where they came from."""
+    # Requests that lend or read blocks wait for it; None: they do not wait.
     go: asyncio.Event | None = None
-    """Requests that lend or read blocks wait for it; None: they do not wait."""
 
     def __post_init__(self) -> None:
         self.moves.set()
@@ -127,35 +125,23 @@ class FakeVllm:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.num_looks += 1
-        if self.metrics_error is not None:
-            return web.Response(status=503, body=self.metrics_error)
-        page = (
-            "# TYPE vllm:num_requests_running gauge\n"
-            f'vllm:num_requests_running{{engine="0"}} {self.num_running}\n'
-            "# TYPE vllm:kv_cache_usage_perc gauge\n"
-            f'vllm:kv_cache_usage_perc{{engine="0"}} {self.lends}\n'
-            "# TYPE vllm:generation_tokens counter\n"
-            f'vllm:generation_tokens_total{{engine="0"}} {self.num_tokens}\n'
-            "# TYPE vllm:prompt_tokens counter\n"
-            f'vllm:prompt_tokens_total{{engine="0"}} {self.prompt_tokens}\n'
-            "# TYPE vllm:request_generation_tokens histogram\n"
-            f'vllm:request_generation_tokens_count{{engine="0"}} {self.num_answers}\n'
-            f'vllm:request_generation_tokens_sum{{engine="0"}} {self.answer_tokens}\n'
-            "# TYPE vllm:nixl_num_kv_expired_reqs counter\n"
-            f'vllm:nixl_num_kv_expired_reqs_total{{engine="0"}} {self.num_expired}\n'
-            "# TYPE vllm:nixl_num_failed_transfers counter\n"
-            f'vllm:nixl_num_failed_transfers_total{{engine="0"}} {self.num_failed}\n'
-            "# TYPE vllm:cache_config_info gauge\n"
+        values = {
+            "num_requests_running": self.num_running,
+            "kv_cache_usage_perc": self.lends,
+            "generation_tokens_total": self.num_tokens,
+            "prompt_tokens_total": self.prompt_tokens,
+            "request_generation_tokens_count": self.num_answers,
+            "request_generation_tokens_sum": self.answer_tokens,
+            "nixl_num_kv_expired_reqs_total": self.num_expired,
+            "nixl_num_failed_transfers_total": self.num_failed + self.num_failed_reads,
+            "nixl_bytes_transferred_count": 1,
+            "nixl_bytes_transferred_sum": self.num_bytes,
+            "nixl_xfer_time_seconds_sum": self.seconds_read,
+        }
+        page = "".join(f'vllm:{name}{{engine="0"}} {value}\n' for name, value in values.items())
+        page += (
             f'vllm:cache_config_info{{block_size="{BLOCK_SIZE}",'
             f'cache_dtype="{self.cache_dtype}",engine="0"}} 1\n'
-            "# TYPE vllm:nixl_bytes_transferred histogram\n"
-            f'vllm:nixl_bytes_transferred_bucket{{engine="0",le="+Inf"}} 1\n'
-            f'vllm:nixl_bytes_transferred_count{{engine="0"}} 1\n'
-            f'vllm:nixl_bytes_transferred_sum{{engine="0"}} {self.num_bytes}\n'
-            "# TYPE vllm:nixl_xfer_time_seconds histogram\n"
-            f'vllm:nixl_xfer_time_seconds_sum{{engine="0"}} {self.seconds_read}\n'
-            "# TYPE vllm:nixl_num_failed_transfers counter\n"
-            f'vllm:nixl_num_failed_transfers_total{{engine="0"}} {self.num_failed_reads}\n'
         )
         page += "".join(
             f'vllm:prompt_tokens_by_source_total{{engine="0",source="{source}"}} {number}\n'
