@@ -28,8 +28,7 @@ class FakeDriver:
     page_bytes: int = 8
     handle_kind: HandleKind = "posix_fd"
     device_bytes: int = 1 << 20
-    failing: str = ""
-    """Method that is refused from its call number ``fails_at`` on."""
+    failing: str = ""  # method that is refused from its call number ``fails_at`` on
     fails_at: int = 0
     ranges: dict[int, Range] = field(default_factory=dict)
     handles: list[Memory] = field(default_factory=list)
@@ -38,8 +37,7 @@ class FakeDriver:
     next_address: int = 4096
     num_failing_calls: int = 0
     queued: int = 0
-    peer_bytes: int = 4096
-    """Of what is imported."""
+    peer_bytes: int = 4096  # of what is imported
     plain: dict[int, int] = field(default_factory=dict)
     """Bytes of allocations that cudaMalloc has made, by address."""
     opened: set[int] = field(default_factory=set)

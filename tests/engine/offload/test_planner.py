@@ -158,20 +158,6 @@ def test_gaps_make_several_store_jobs() -> None:
     planner.check_integrity()
 
 
-def test_a_failed_load_is_a_miss_afterwards() -> None:
-    planner, tier = make_planner([None])
-    (store,) = planner.begin_stores(tables_of([0], 2), hashes(2), 0, 2)
-    planner.finish(ok(store))
-    hit = planner.find(hashes(2), 2, lambda _group, _hash: None)
-    assert hit is not None
-    load = planner.begin_load(hit, [[8, 9]], hashes(2))
-    planner.finish(JobFinished(load.job_id, False, "wrong", [load.chunk_ids[0]]))
-    assert tier.find(0, b"\0") is None
-    assert tier.find(0, b"\1") is not None
-    assert planner.find(hashes(2), 2, lambda _group, _hash: None) is None
-    assert planner.finish(JobFinished(load.job_id, True)) is None
-
-
 def test_ranks_reports_become_one() -> None:
     merger = JobMerger(2)
     assert merger.add(JobFinished(1, True, num_bytes=5, seconds=0.1)) is None
