@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import queue
 import resource
 import signal
 import sys
@@ -172,41 +171,40 @@ class ControlClient:
     ) -> None:
         self._context = context
         self._on_message = on_message
-        self._outbox: queue.SimpleQueue[ToSupervisor | None] = queue.SimpleQueue()
-        self._wake, self._woken = context.pair("control-wake")
-        self._wake_lock = threading.Lock()
+        self._inlet, self._outlet = context.pair("control-outbox")
+        self._lock = threading.Lock()
         self._thread = threading.Thread(
             target=self._run, args=(endpoint, name), name="control", daemon=True
         )
         self._thread.start()
 
-    def send(self, message: ToSupervisor | None) -> None:
-        """Queue a message; never blocks. None ends the thread."""
-        self._outbox.put(message)
-        # A full pipe is a wake that waits already; after the end of the thread nobody needs one.
-        with self._wake_lock, contextlib.suppress(zmq.ZMQError):
-            self._wake.send(b"", zmq.NOBLOCK)
+    def send(self, message: ToSupervisor) -> None:
+        """Queue a message; never blocks."""
+        self._queue(to_supervisor.encode(message))
 
     def close(self) -> None:
         """Send what is queued and stop; at most two seconds."""
-        self.send(None)
+        self._queue(b"")
         self._thread.join(timeout=2)
+
+    def _queue(self, frame: bytes) -> None:
+        # A socket serves one thread at a time; nobody needs it after the end of the context.
+        with self._lock, contextlib.suppress(zmq.ZMQError):
+            self._inlet.send(frame, zmq.NOBLOCK)
 
     def _run(self, endpoint: str, name: str) -> None:
         socket = self._context.connect(zmq.DEALER, endpoint, identity=name.encode())
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
+        poller.register(self._outlet, zmq.POLLIN)
         try:
             while True:
                 ready = dict(poller.poll())
-                if self._woken in ready:
-                    self._woken.recv()
-                    while not self._outbox.empty():
-                        message = self._outbox.get()
-                        if message is None:
-                            return
-                        socket.send(to_supervisor.encode(message))
+                if self._outlet in ready:
+                    frame = self._outlet.recv()
+                    if not frame:
+                        return
+                    socket.send(frame)
                 if socket in ready:
                     self._on_message(from_supervisor.decode(socket.recv()))
         except zmq.ContextTerminated:

@@ -83,11 +83,8 @@ class EnginePorts:
 
 def _loopback_place(url: str) -> tuple[str, int] | None:
     """Return host and port of a URL without TLS on this host; None of another."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        return None
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port
     return (host, port) if parts.scheme == "http" and port and is_loopback(host) else None
 
 
