@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.transfer.pull_world import HolderRank, World
 
 
@@ -24,3 +25,10 @@ def world() -> Iterator[World]:
 @pytest.fixture
 def holder(world: World) -> HolderRank:
     return world.connect()
+
+
+@pytest.fixture
+def context() -> Iterator[SecureContext]:
+    context = SecureContext(new_launch_keys())
+    yield context
+    context.close()

@@ -9,21 +9,16 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Literal
 
-import msgspec
 import pytest
 
 from pdlaunch.protocol.control import Address, PairReady
-from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import PullFinished
+from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.pull import REPEAT_S
-from tests.transfer.fakes import Fabric, FakeConnector
-from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_thread import Rank, remote
+from tests.transfer.fakes import Fabric
+from tests.transfer.test_thread import TIMEOUT_S, Rank, begin_pull
 
-TIMEOUT_S = 60
 Way = Literal["question", "answer"]
 
 
@@ -35,9 +30,7 @@ class Relay:
         self._holder = host, int(port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.connections: queue.SimpleQueue[tuple[socket.socket, socket.socket]] = (
-            queue.SimpleQueue()
-        )
+        self.connections: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.swallows: Way | None = None
         self.swallowed = threading.Event()
         self._open: list[socket.socket] = []
@@ -64,7 +57,7 @@ class Relay:
                 self._open += [reader, holder]
                 for ends in ((reader, holder, "question"), (holder, reader, "answer")):
                     threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
-                self.connections.put((reader, holder))
+                self.connections.put(None)
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, way: Way) -> None:
         with contextlib.suppress(OSError), source:
@@ -75,52 +68,30 @@ class Relay:
                     sink.sendall(content)
 
 
-class ShiftedClock:
-    def __init__(self) -> None:
-        self.shift_s = 0.0
-        self._now_s = time.monotonic()
-
-    def __call__(self) -> float:
-        """Stands still but for the shift."""
-        return self._now_s + self.shift_s
-
-
-@pytest.fixture
-def context() -> Iterator[SecureContext]:
-    context = SecureContext(new_launch_keys())
-    yield context
-    context.close()
-
-
 @pytest.mark.parametrize("lost", ["question", "answer"])
-def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
-    fabric, clock = Fabric(), ShiftedClock()
-    holder = Rank(context, "prefill", FakeConnector("prefill-0/rank-0#1", fabric))
-    reader = Rank(context, "decode", FakeConnector("decode-0/rank-0#1", fabric), clock=clock)
+def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way) -> None:
+    fabric, now = Fabric(), [time.monotonic()]
+    holder = Rank(context, "prefill", fabric)
+    reader = Rank(context, "decode", fabric, clock=lambda: now[0])
     relay = Relay(holder.transfer.endpoint)
+    entries = [holder.entry(address=Address(side_channel=relay.endpoint)), reader.entry()]
     try:
-        entries = [
-            msgspec.structs.replace(holder.entry(), address=Address(side_channel=relay.endpoint)),
-            reader.entry(),
-        ]
         reader.transfer.update_registry(entries)
         assert isinstance(reader.reports.get(timeout=TIMEOUT_S), PairReady)
         relay.connections.get(timeout=TIMEOUT_S)
-        holder.transfer.submit([grant("r", [4, 5])])
         relay.swallows = lost
-        reader.transfer.submit([pull("p", remote("r"), [1, 2])])
+        begin_pull(holder, reader, "r")
         assert relay.swallowed.wait(TIMEOUT_S)
         relay.lose()
         # ZMQ makes a new connection only when it knows of the old one's end: what is sent from now
         # on goes there.
         relay.connections.get(timeout=TIMEOUT_S)
         assert reader.transfer.take_events() == []
-        clock.shift_s += REPEAT_S
+        now[0] += REPEAT_S
         reader.transfer.update_registry(entries)
         (finished,) = reader.events()
-        assert isinstance(finished, PullFinished)
         assert finished.ok
     finally:
-        for rank in (holder, reader):
-            rank.transfer.close(timeout_s=60)
+        holder.close()
+        reader.close()
         relay.close()

@@ -1,4 +1,6 @@
-"""The transfer thread and its real sockets, over a fake connector."""
+"""The transfer thread and its real sockets, over a fake connector: pulls, strangers, and a rank
+that lets go of its peers and memory and shakes hands anew.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import zmq
@@ -23,19 +26,37 @@ from pdlaunch.protocol.side_channel import (
     PullBegin,
     PullReply,
     Refused,
+    ToDecodeSide,
     to_decode_side,
     to_prefill_side,
 )
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import LeaseEnded
+from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
+from tests.transfer.pull_world import remote_of
 from tests.transfer.rank_process import grant, pull
 
 ENGINE_IDS = {"prefill": "a" * 32, "decode": "b" * 32}
+TIMEOUT_S = 60.0
+
+
+class MappedConnector(FakeConnector):
+    """Knows whether its memory is registered."""
+
+    registered = False
+
+    def open(self, memory: LocalMemory) -> None:
+        assert not self.registered
+        super().open(memory)
+        self.registered = True
+
+    def close(self) -> None:
+        super().close()
+        self.registered = False
 
 
 class Rank:
@@ -45,27 +66,28 @@ class Rank:
         self,
         context: SecureContext,
         role: str,
-        connector: Connector,
+        fabric: Fabric,
+        *,
+        connector: Connector | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         layout = layout_of()
         self.kv_cache = random_cache(layout, 16, seed=len(role))
-        self.role = role
+        self.name, self.role = f"{role}-0/rank-0", role
+        self.connector: Any = connector or MappedConnector(f"{self.name}#1", fabric)
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wakes = wakes = queue.SimpleQueue[None]()
         self.transfer = TransferThread(
             TransferSetup(
                 spec=spec_of(role, name=f"{role}-0"),
-                identity=RankIdentity(
-                    f"{role}-0/rank-0", f"{role}-0", ENGINE_IDS[role], 1, tp_rank=0, tp_size=1
-                ),
+                identity=RankIdentity(self.name, f"{role}-0", ENGINE_IDS[role], 1, 0, 1),
                 kv_cache=self.kv_cache,
                 layout=layout,
                 kv_memory=PrivateKVMemory(),
                 model_digest="m",
                 total_kv_heads=3,
                 first_kv_head=0,
-                connector=connector,
+                connector=self.connector,
                 context=context,
                 wake=lambda: wakes.put(None),
                 report=self.reports.put,
@@ -73,138 +95,148 @@ class Rank:
             )
         )
 
-    def entry(self) -> Entry:
-        return Entry(
-            name=f"{self.role}-0/rank-0",
+    def entry(self, **changes: Any) -> Entry:
+        entry = Entry(
+            name=self.name,
             kind="rank",
             incarnation=1,
             engine=f"{self.role}-0",
             role=self.role,
             engine_id=ENGINE_IDS[self.role],
             address=Address(side_channel=self.transfer.endpoint),
+            state="ready",
         )
+        return msgspec.structs.replace(entry, **changes)
 
     def events(self) -> list[Any]:
         """What a wake brings."""
         while True:
-            self._wakes.get(timeout=60)
+            self._wakes.get(timeout=TIMEOUT_S)
             if events := self.transfer.take_events():
                 return events
 
+    def await_connected(self) -> None:
+        while not self.transfer.connected:
+            self._wakes.get(timeout=TIMEOUT_S)
 
-@pytest.fixture
-def context() -> Iterator[SecureContext]:
-    context = SecureContext(new_launch_keys())
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def start(context: SecureContext) -> Iterator[Callable[..., Rank]]:
-    fabric = Fabric()
-    started: list[Rank] = []
-
-    def start(role: str) -> Rank:
-        started.append(Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric)))
-        return started[-1]
-
-    yield start
-    for rank in started:
-        rank.transfer.close(timeout_s=60)
+    def close(self) -> None:
+        self.transfer.close(timeout_s=TIMEOUT_S)
 
 
 def remote(lease_id: str) -> RemoteKV:
-    return RemoteKV(
-        engine_id=ENGINE_IDS["prefill"],
-        lease_id=lease_id,
-        host="192.0.2.1",
-        port=1,
-        block_ids=[],
-        num_tokens=1,
-    )
+    return remote_of(ENGINE_IDS["prefill"], lease_id)
 
 
-def test_two_threads_shake_hands_and_pull(start):
-    holder, puller = start("prefill"), start("decode")
-    puller.transfer.update_registry([holder.entry(), puller.entry()])
-    assert isinstance(puller.reports.get(timeout=60), PairReady)
-    holder.transfer.submit([grant("r", [4, 5])])
-    puller.transfer.submit([pull("p", remote("r"), [1, 2])])
+def begin_pull(holder: Rank, puller: Rank, name: str) -> None:
+    holder.transfer.submit([grant(name, [4, 5])])
+    puller.transfer.submit([pull(name, remote(name), [1, 2])])
+
+
+def pull_once(holder: Rank, puller: Rank, name: str) -> None:
+    begin_pull(holder, puller, name)
     (finished,) = puller.events()
-    assert finished.ok
+    assert isinstance(finished, PullFinished)
+    assert finished.ok, finished.error
     assert torch.equal(puller.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
-    assert holder.events() == [LeaseEnded(lease_id="r", reason="pulled")]
-    assert finished.num_bytes == 2 * layout_of().block_bytes
+    assert holder.events() == [LeaseEnded(lease_id=name, reason="pulled")]
 
 
-def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
-    holder = start("prefill")
-    socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
-    socket.rcvtimeo = 60_000
-    for kind, lease_id in ((PullBegin, "r"), (PullBegin, "other")):
-        engine_id = ENGINE_IDS["prefill"] if lease_id == "r" else "c" * 32
-        socket.send(
-            to_prefill_side.encode(
-                kind(
-                    call_id=1,
-                    engine_id=engine_id,
-                    lease_id=lease_id,
-                    reader="x",
-                    num_decode_ranks=1,
-                )
-            )
+def tell(*ranks: Rank, asleep: Rank | None = None) -> None:
+    """The registry shows these ranks."""
+    entries = [rank.entry(state="sleeping" if rank is asleep else "ready") for rank in ranks]
+    for rank in ranks:
+        rank.transfer.update_registry(entries)
+
+
+def connected(context: SecureContext, fabric: Fabric, **options: Any) -> tuple[Rank, Rank]:
+    """A prefill and a decode rank that have shaken hands."""
+    holder, puller = (Rank(context, role, fabric, **options) for role in ("prefill", "decode"))
+    tell(holder, puller)
+    assert isinstance(puller.reports.get(timeout=TIMEOUT_S), PairReady)
+    return holder, puller
+
+
+@pytest.fixture
+def fabric() -> Fabric:
+    return Fabric()
+
+
+@pytest.fixture
+def holder(context: SecureContext, fabric: Fabric) -> Iterator[Rank]:
+    rank = Rank(context, "prefill", fabric)
+    rank.transfer.wait_started(TIMEOUT_S)
+    yield rank
+    rank.close()
+
+
+@pytest.fixture
+def pair(context: SecureContext, fabric: Fabric) -> Iterator[tuple[Rank, Rank]]:
+    ranks = connected(context, fabric)
+    yield ranks
+    fabric.kill()
+    for rank in ranks:
+        rank.close()
+
+
+class Asker:
+    """A process of the launch that asks a rank, or a stranger."""
+
+    def __init__(self, context: SecureContext, rank: Rank) -> None:
+        self.socket = context.connect(zmq.DEALER, rank.transfer.endpoint)
+        self.socket.rcvtimeo = 60_000
+
+    def begin(self, engine_id: str = ENGINE_IDS["prefill"]) -> bytes:
+        question = PullBegin(
+            call_id=1, engine_id=engine_id, lease_id="r", reader="x", num_decode_ranks=1
         )
-    assert isinstance(to_decode_side.decode(socket.recv()), Refused), (
-        "both questions are there, the second is answered"
-    )
+        return to_prefill_side.encode(question)
+
+    def answer(self) -> ToDecodeSide:
+        return to_decode_side.decode(self.socket.recv())
+
+
+def test_two_threads_shake_hands_and_pull(pair: tuple[Rank, Rank]) -> None:
+    pull_once(*pair, "r")
+
+
+def test_a_reader_that_comes_before_its_lease_waits_for_it(holder: Rank, context) -> None:
+    asker = Asker(context, holder)
+    for question in (asker.begin(), asker.begin("c" * 32)):
+        asker.socket.send(question)
+    assert isinstance(asker.answer(), Refused), "both questions are there, the second is answered"
     holder.transfer.submit([grant("r", [4, 5])])
-    answer = to_decode_side.decode(socket.recv())
+    answer = asker.answer()
     assert isinstance(answer, PullReply)
     assert answer.groups[0].block_ids == [4, 5]
-    socket.close()
+    asker.socket.close()
 
 
-def test_a_lease_expires_without_anybody_asking(start):
-    holder = start("prefill")
+def test_a_lease_expires_without_anybody_asking(holder: Rank) -> None:
     holder.transfer.submit([grant("r", [4], lease_s=0.01)])
     assert holder.events() == [LeaseEnded(lease_id="r", reason="expired")]
 
 
-def test_hostile_frames_are_refused_and_the_thread_goes_on(start, context):
-    holder = start("prefill")
-    socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
-    socket.rcvtimeo = 60_000
-    question = PullBegin(
-        call_id=1, engine_id="c" * 32, lease_id="r", reader="x", num_decode_ranks=1
-    )
-    good = to_prefill_side.encode(question)
-    for frames in (
-        [b""],
-        [b"\xc1"],
-        [os.urandom(500)],
-        [good[:-3]],
-        [good, good],
-        [b"", good],
-        [b"\x91" * 100_000],
-    ):
-        socket.send_multipart(frames)
-    socket.send(good)
-    answer = to_decode_side.decode(socket.recv())
+def test_hostile_frames_are_refused_and_the_thread_goes_on(holder: Rank, context) -> None:
+    asker = Asker(context, holder)
+    good = asker.begin("c" * 32)
+    hostile = ([b""], [b"\xc1"], [os.urandom(500)], [good[:-3]], [good, good], [b"", good])
+    for frames in (*hostile, [b"\x91" * 100_000], [good]):
+        asker.socket.send_multipart(frames)
+    answer = asker.answer()
     assert isinstance(answer, Refused)
     assert "belongs to engine_id aaaa" in answer.reason
-    socket.close()
+    asker.socket.close()
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_can_break_the_codec(frame):
+def test_no_bytes_can_break_the_codec(frame: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         to_prefill_side.decode(frame)
 
 
-def test_a_stranger_gets_no_answer(start):
-    holder = start("prefill")
-    stranger = SecureContext(new_launch_keys())
-    socket = stranger.connect(zmq.DEALER, holder.transfer.endpoint)
+def test_a_stranger_gets_no_answer(holder: Rank) -> None:
+    keys = SecureContext(new_launch_keys())
+    socket = Asker(keys, holder).socket
     monitor = socket.get_monitor_socket(
         zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED
     )
@@ -213,7 +245,7 @@ def test_a_stranger_gets_no_answer(start):
     assert not socket.poll(0)
     socket.disable_monitor()
     socket.close(linger=0)
-    stranger.close()
+    keys.close()
 
 
 class BrokenConnector(FakeConnector):
@@ -221,11 +253,96 @@ class BrokenConnector(FakeConnector):
         raise TransferError("no such backend")
 
 
-def test_a_connector_that_cannot_start_is_told(context):
-    rank = Rank(context, "prefill", BrokenConnector("x", Fabric()))
+def test_a_connector_that_cannot_start_is_told(context, fabric) -> None:
+    rank = Rank(context, "prefill", fabric, connector=BrokenConnector("x", fabric))
     with pytest.raises(TransferError, match="the connector cannot start: no such backend"):
-        rank.transfer.wait_started(60)
+        rank.transfer.wait_started(TIMEOUT_S)
     with pytest.raises(TransferError, match="the transfer thread has died: no such backend"):
         rank.events()
-    rank.transfer.close(timeout_s=60)
+    rank.close()
     rank.transfer.submit([grant("r", [1])])
+
+
+def test_idle_threads_do_not_turn_while_others_pull(context) -> None:
+    """Two hundred pulls of another pair take longer than any pause between two looks at a READ: who
+    polled would turn. Each turn asks the clock.
+    """
+    num_calls = [0]
+
+    def clock() -> float:
+        num_calls[0] += 1
+        return time.monotonic()
+
+    others = SecureContext(new_launch_keys())
+    idle, busy = connected(context, Fabric(), clock=clock), connected(others, Fabric())
+    pull_once(*idle, "first")
+    # The last pull's messages may still be on the way in the first round.
+    for number in range(5):
+        before = num_calls[0]
+        for index in range(200):
+            pull_once(*busy, f"r{number}/{index}")
+        if num_calls[0] == before:
+            break
+    else:
+        raise AssertionError("the idle threads have turned in every round")
+    pull_once(*idle, "last")
+    assert num_calls[0] > before
+    for rank in (*idle, *busy):
+        rank.close()
+    others.close()
+
+
+# Sleep
+
+
+@pytest.mark.parametrize("who", [0, 1], ids=["prefill", "decode"])
+def test_pulls_work_again_after_either_side_has_slept(pair: tuple[Rank, Rank], who: int) -> None:
+    holder, puller = pair
+    sleeper = pair[who]
+    for cycle in range(3):
+        pull_once(holder, puller, f"request-{cycle}")
+        sleeper.transfer.suspend(TIMEOUT_S)
+        assert not sleeper.connector.registered
+        assert not puller.connector.peers or sleeper is holder
+        tell(*pair, asleep=sleeper)
+        sleeper.kv_cache.copy_(torch.randn_like(sleeper.kv_cache))
+        sleeper.transfer.resume(TIMEOUT_S)
+        assert sleeper.connector.registered
+        tell(*pair)
+        sleeper.await_connected()
+        assert isinstance(puller.reports.get(timeout=TIMEOUT_S), PairReady)
+    pull_once(holder, puller, "last")
+    assert len(puller.connector.added) == 4
+
+
+@pytest.mark.parametrize("what", ["lease", "read"])
+def test_leases_and_reads_that_may_still_write_keep_the_rank_awake(pair, fabric, what) -> None:
+    holder, puller = pair
+    fabric.stalled = what == "read"
+    rank = puller if fabric.stalled else holder
+    holder.transfer.submit([grant("r", [4, 5])])
+    if fabric.stalled:
+        puller.transfer.submit([pull("p", remote("r"), [1, 2])])
+    with pytest.raises(TransferError, match="has not ended"):
+        rank.transfer.suspend(0.2)
+    assert rank.connector.registered
+    if fabric.stalled:
+        fabric.land()
+    else:
+        puller.transfer.submit([pull("p", remote("r"), [1, 2])])
+    (finished,) = puller.events()
+    assert finished.ok
+    rank.transfer.suspend(TIMEOUT_S)
+    assert not rank.connector.registered
+
+
+def test_a_sleeping_rank_refuses_and_says_why(holder: Rank, context) -> None:
+    holder.transfer.suspend(TIMEOUT_S)
+    asker = Asker(context, holder)
+    asker.socket.send(asker.begin())
+    answer = asker.answer()
+    assert isinstance(answer, Refused)
+    assert answer.reason == "prefill-0/rank-0 is asleep"
+    asker.socket.close()
+    holder.transfer.resume(TIMEOUT_S)
+    holder.await_connected()
