@@ -1,12 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from tests.transfer.fakes import spec_of
 from tests.transfer.pull_world import HolderRank, World
+from tests.transfer.rank_process import RankHandle, RankOptions
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,3 +36,23 @@ def context() -> Iterator[SecureContext]:
     context = SecureContext(new_launch_keys())
     yield context
     context.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., RankHandle]]:
+    """Starts ranks of one launch, each in a process of its own. ``transfer``: settings of
+    ``kv_transfer``; ``options``: fields of ``RankOptions``.
+    """
+    keys = new_launch_keys()
+    with ExitStack() as stack:
+
+        def start(
+            role: str, *, index: int = 0, tp_size: int = 1, transfer: Any = None, **options: Any
+        ) -> RankHandle:
+            spec = spec_of(role, name=f"{role}-{index}", tp_size=tp_size, **(transfer or {}))
+            options = {"engine_id": f"{role[0]}{index}" * 16} | options
+            rank = RankHandle(RankOptions(spec=spec, keys=keys, **options))
+            stack.callback(rank.stop)
+            return rank
+
+        yield start

@@ -23,10 +23,16 @@ import xxhash
 from pdlaunch.config.connectors import KVNetwork
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.machine import network
-from pdlaunch.protocol.control import Address, Entry
+from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys
-from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
+from pdlaunch.protocol.transfer import (
+    CancelPull,
+    GrantLease,
+    PullFinished,
+    StartPull,
+    TransferCommand,
+)
 from tests.machine.bound_device import bound_device
 from tests.transfer.fakes import layout_of, random_cache
 
@@ -45,7 +51,6 @@ class RankOptions:
     num_layers: int = 2
     head_dim: int = 4
     num_blocks: int = 32
-    model_digest: str = "digest"
     environment: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
     network: KVNetwork | None = None  # the trusted network to peers on other hosts
@@ -80,27 +85,25 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
     # The server that this process was forked from may have looked before a test added a package.
     connectors._others.cache_clear()
-    environ = dict(options.environment)
+    spec, settings = options.spec, options.spec.kv_transfer
+    environ, carrier = dict(options.environment), settings.carrier_settings
     on = "cpu" if options.device == "cpu" else "cuda"
-    carrier = options.spec.kv_transfer.carrier_settings
-    own = carrier.environment(environ, on, options.network)
-    os.environ.update(environ | own)
+    os.environ.update(environ | carrier.environment(environ, on, options.network))
     torch.set_num_threads(1)
     layout = layout_of(
         options.num_heads,
-        block_size=options.spec.block_size,
+        block_size=spec.block_size,
         num_layers=options.num_layers,
         head_dim=options.head_dim,
     )
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    pools = open_memory_pools(enabled=options.with_cumem, device=device)
     source = open_kv_memory(
-        pools,
+        open_memory_pools(enabled=options.with_cumem, device=device),
         device,
-        shared=options.spec.kv_transfer.carrier_settings.maps_memory,
-        mapped_alone=options.spec.kv_transfer.carrier_settings.only_maps_memory,
+        shared=carrier.maps_memory,
+        mapped_alone=carrier.only_maps_memory,
     )
     content = source.zeros(options.num_blocks * layout.block_bytes).view(torch.float32)
     kv_cache = content.view(options.num_blocks, *layout.block_shape())
@@ -108,29 +111,22 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         kv_cache.normal_(generator=torch.Generator(device).manual_seed(options.seed))
     else:
         kv_cache.copy_(random_cache(layout, options.num_blocks, options.seed))
-    lock, happened = threading.Lock(), threading.Event()
+    lock, happened, going_on = threading.Lock(), threading.Event(), threading.Event()
+    going_on.set()
 
     def send(kind: str, value: Any) -> None:
         with lock:
             pipe.send((kind, value))
 
-    going_on = threading.Event()
-    going_on.set()
-    transfer = options.spec.kv_transfer
-    if (transfer.connector, transfer.nixl.path, device.type) == ("nixl", "p2p", "cpu"):
+    if (settings.connector, settings.nixl.path, device.type) == ("nixl", "p2p", "cpu"):
         connector = held_connector(options, going_on)
     else:
-        connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)
-    victims: list[int] = []
-    doomed_before: list[int] = []
-    doomed_after: list[int] = []
-    connect = connector.connect
+        connector = new_connector(settings, options.name, options.incarnation)
+    interruptions: list[tuple[str, int]] = []
 
-    class StoppingConnection(Connection):
+    class InterruptedConnection(Connection):
         """Stops the holder's process just before a READ is posted; one that does not need it stops
-        after its first piece.
-
-        Or kills it, before that or just after.
+        after its first piece. Or kills it, before that or just after.
         """
 
         def __init__(self, inner: Connection) -> None:
@@ -138,52 +134,48 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
             self.close, self.read_scratch = inner.close, inner.read_scratch  # type: ignore[method-assign]
 
         def read(self, blocks: BlockRead) -> Read:
-            if doomed_before:
-                kill_process(doomed_before.pop())
-            if doomed_after:
-                read = self.inner.read(blocks)
-                os.kill(doomed_after.pop(), signal.SIGKILL)
-                return read
-            if not victims:
-                return self.inner.read(blocks)
-            stop_process(victims.pop())
-            going_on.clear()
+            kind, pid = interruptions.pop() if interruptions else ("", 0)
+            if kind == "kill before":
+                kill_process(pid)
+            if kind == "stop":
+                stop_process(pid)
+                going_on.clear()
             read = self.inner.read(blocks)
-            send("posted", None)
+            if kind == "kill after":
+                os.kill(pid, signal.SIGKILL)
+            if kind == "stop":
+                send("posted", None)
             return read
 
         def read_scratch(self, *_: Any) -> Any: ...
 
-    def connect_stopping(peer: Any) -> Any:
-        return {
-            path: each if isinstance(each, TransferError) else StoppingConnection(each)
-            for path, each in connect(peer).items()
-        }
-
-    connector.connect = connect_stopping  # type: ignore[method-assign]
-    identity = RankIdentity(
-        options.name,
-        options.spec.name,
-        options.engine_id,
-        options.incarnation,
-        options.tp_rank,
-        options.spec.tensor_parallel_size,
-    )
+    connect = connector.connect
+    connector.connect = lambda peer: {  # type: ignore[method-assign]
+        path: each if isinstance(each, TransferError) else InterruptedConnection(each)
+        for path, each in connect(peer).items()
+    }
     transfer = TransferThread(
         TransferSetup(
-            spec=options.spec,
-            identity=identity,
+            spec=spec,
+            identity=RankIdentity(
+                options.name,
+                spec.name,
+                options.engine_id,
+                options.incarnation,
+                options.tp_rank,
+                spec.tensor_parallel_size,
+            ),
             kv_cache=kv_cache,
             layout=layout,
             kv_memory=source,
-            model_digest=options.model_digest,
+            model_digest="digest",
             total_kv_heads=options.total_heads,
             first_kv_head=options.tp_rank * options.num_heads,
             connector=connector,
             context=SecureContext(options.keys),
             wake=happened.set,
             report=lambda message: send("report", message),
-            host=options.spec.bind_address,
+            host=spec.bind_address,
         )
     )
 
@@ -199,29 +191,23 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     actions: dict[str, Callable[..., Any]] = {
         "submit": transfer.submit,
         "registry": transfer.update_registry,
+        "suspend": transfer.suspend,
+        "wait_unmapped": transfer.wait_unmapped,
+        "resume": transfer.resume,
         "blocks": lambda block_ids: kv_cache[block_ids].cpu().numpy(),
         "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
         "digest": lambda flipped: digest_of(kv_cache.flip(0) if flipped else kv_cache),
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
-        "stop_before_read": victims.append,
-        "kill_before_read": doomed_before.append,
-        "kill_after_post": doomed_after.append,
+        "interrupt": lambda kind, pid: interruptions.append((kind, pid)),
         "go_on_reading": going_on.set,
         "open_listeners": open_listeners,
         "listening": listening,
         "shared_memory": shared_memory,
         "address": lambda: (os.getpid(), kv_cache.data_ptr()),
-        "cpu_seconds": lambda: os.times().user + os.times().system,
-        "close": lambda: transfer.close(timeout_s=5),
-        "suspend": transfer.suspend,
-        "wait_unmapped": transfer.wait_unmapped,
-        "resume": transfer.resume,
     }
     send("started", transfer.endpoint)
     while True:
         action, arguments = pipe.recv()
-        if action == "exit":
-            os._exit(0)
         send("result", actions[action](*arguments))
 
 
@@ -359,8 +345,20 @@ class RankHandle:
             port=1,
             block_ids=[],
             num_tokens=1,
-            tp_size=self.options.spec.tensor_parallel_size,
         )
+
+    def connect(self, *holders: RankHandle) -> list[PairReady]:
+        """Shake hands with all of them; return what is told of the pairs."""
+        self.call("registry", [self.entry(), *(holder.entry() for holder in holders)])
+        return [self.report(PairReady) for _ in holders]
+
+    def pull_from(self, holder: RankHandle, name: str) -> None:
+        """Pull three blocks and compare them."""
+        holder.submit(grant(name, [3, 1, 4]))
+        self.submit(pull(name, holder.remote(name), [9, 2, 6]))
+        finished = self.event(PullFinished)
+        assert finished.ok, finished.error
+        np.testing.assert_array_equal(self.blocks([9, 2, 6]), holder.blocks([3, 1, 4]))
 
     def tell(self, action: str, *arguments: Any) -> None:
         self._pipe.send((action, arguments))

@@ -16,7 +16,7 @@ import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.machine.host import find_libraries
-from pdlaunch.protocol.control import PairFailed, PairReady
+from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.side_channel import (
     PushEnded,
     Refused,
@@ -100,13 +100,17 @@ def pair(
 
 
 def test_bytes_are_equal_and_the_lease_ends(pair):
+    """Of scattered blocks, of runs that are neighbours on both sides, which connectors may merge,
+    and of neighbours on one side.
+    """
     holder, puller = pair
-    holder.submit(grant("r", [3, 1, 4, 15]))
-    puller.submit(pull("p", holder.remote("r"), [9, 2, 6, 5]))
+    theirs, ours = [3, 4, 5, 1, 15, 16, 20, 22], [9, 10, 11, 2, 7, 6, 24, 25]
+    holder.submit(grant("r", theirs))
+    puller.submit(pull("p", holder.remote("r"), ours))
     finished = puller.event(PullFinished)
     assert finished.ok, finished.error
-    assert finished.num_bytes == 4 * holder.blocks([0]).nbytes
-    np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([3, 1, 4, 15]))
+    assert finished.num_bytes == len(ours) * holder.blocks([0]).nbytes
+    np.testing.assert_array_equal(puller.blocks(ours), holder.blocks(theirs))
     assert holder.event(LeaseEnded) == LeaseEnded(lease_id="r", reason="pulled")
 
 
@@ -118,16 +122,6 @@ def test_skipped_blocks_are_not_touched(pair):
     assert puller.event(PullFinished).ok
     np.testing.assert_array_equal(puller.blocks([22, 23]), holder.blocks([8, 9]))
     np.testing.assert_array_equal(puller.blocks([20, 21]), before)
-    assert holder.event(LeaseEnded).reason == "pulled"
-
-
-def test_nothing_to_pull_still_ends_the_lease(pair):
-    holder, puller = pair
-    holder.submit(grant("cached", [7, 8]))
-    puller.submit(pull("cached", holder.remote("cached"), [], skip=2))
-    finished = puller.event(PullFinished)
-    assert finished.ok
-    assert finished.num_bytes == 0
     assert holder.event(LeaseEnded).reason == "pulled"
 
 
@@ -145,42 +139,6 @@ def test_a_byte_that_changed_after_the_grant_is_found(pair):
     assert "KV head 2 differs: block 11 there, block 25 here" in finished.error
     assert holder.event(LeaseEnded) == LeaseEnded(lease_id="bad", reason="pulled")
     holder.call("flip", 11, 2)
-
-
-def test_blocks_of_another_prompt_are_refused(pair):
-    holder, puller = pair
-    holder.submit(grant("other", [10, 11], salt="x"))
-    puller.submit(pull("other", holder.remote("other"), [24, 25], salt="y"))
-    finished = puller.event(PullFinished)
-    assert not finished.ok
-    assert finished.verification_failed
-    assert "token hashes of request other differ from block 0 on" in finished.error
-
-
-def test_an_expired_lease_cannot_be_pulled(pair):
-    holder, puller = pair
-    holder.submit(grant("late", [10], lease_s=0.05))
-    ended = next(iter(lambda: holder.event(LeaseEnded), None))
-    while ended.lease_id != "late":
-        ended = holder.event(LeaseEnded)
-    assert ended.reason == "expired"
-    puller.submit(pull("late", holder.remote("late"), [24]))
-    finished = puller.event(PullFinished)
-    assert not finished.ok
-    assert "request late has no lease here" in finished.error
-
-
-def test_an_engine_that_is_not_in_the_registry_is_refused(pair):
-    holder, puller = pair
-    stranger = holder.remote("r")
-    stranger = type(stranger)(
-        **{name: getattr(stranger, name) for name in stranger.__struct_fields__}
-        | {"engine_id": "c" * 32}
-    )
-    puller.submit(pull("stranger", stranger, [24]))
-    finished = puller.event(PullFinished)
-    assert not finished.ok
-    assert "no engine with engine_id cccc" in finished.error
 
 
 def test_questions_for_an_engine_that_does_not_exist_harm_nothing(pair, keys):
@@ -235,22 +193,6 @@ def test_shared_memory_is_open_to_the_same_user_only(pair):
         modes, num_sysv = rank.call("shared_memory")
         assert modes <= {0o600}
         assert num_sysv == 0
-
-
-def test_incompatible_engines_are_named_at_start(pair, keys, make_spec):
-    holder, _ = pair
-    spec = make_spec("decode", name="decode-1", block_size=32, verify=False)
-    other = RankHandle(RankOptions(spec=spec, keys=keys, engine_id="d" * 32))
-    try:
-        other.call("registry", [holder.entry()])
-        failed = other.report(PairFailed)
-        assert failed.fatal
-        assert "block_size: decode-1/rank-0 has 32, prefill-0/rank-0 has 16" in failed.error
-        assert "checksum: decode-1/rank-0 has 'off', prefill-0/rank-0 has 'xxh3_64'" in failed.error
-        other.submit(pull("p", holder.remote("r"), [1]))
-        assert "block_size" in other.event(PullFinished).error
-    finally:
-        other.stop()
 
 
 def test_a_restarted_holder_is_found_again(holder_options, puller_options, settings):
@@ -447,6 +389,6 @@ def stop_during_read(
     holder: RankHandle, puller: RankHandle, pull_id: str, blocks: list[int]
 ) -> None:
     """Returns when the puller has posted its READ to a holder that is stopped."""
-    puller.call("stop_before_read", holder.process.pid)
+    puller.call("interrupt", "stop", holder.process.pid)
     puller.submit(pull(pull_id, holder.remote("r"), blocks))
     puller.wait("posted")

@@ -6,26 +6,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from pdlaunch.protocol.control import PairReady
-from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
-from tests.transfer.fakes import spec_of
-from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
+from tests.transfer.rank_process import RankHandle, cancel, grant, pull
 
 pytestmark = pytest.mark.processes
 
-# Without CMA the holder's process copies its blocks into shared memory.
-NEEDS_HOLDER = (("UCX_TLS", "posix,self"),)
-# Blocks of 192 KiB: more than shared memory holds while its reader is stopped.
-LARGE = {"num_layers": 8, "head_dim": 64, "num_blocks": 64}
 BLOCKS = list(range(60))
+NIXL = {"path": "nixl"}
 
 Start = Callable[..., RankHandle]
 
@@ -45,37 +38,6 @@ on_each_device = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    keys = new_launch_keys()
-    with ExitStack() as stack:
-
-        def start(
-            role: str,
-            *,
-            index: int = 0,
-            verify: bool = True,
-            device: str = "cpu",
-            **options: object,
-        ) -> RankHandle:
-            name = f"{role}-{index}"
-            spec = spec_of(role, name=name, nixl={"path": "nixl"}, verify=verify)
-            engine_id = f"{role[0]}{index}" * 16
-            rank = RankHandle(
-                RankOptions(spec=spec, keys=keys, engine_id=engine_id, device=device, **options)
-            )
-            stack.callback(rank.stop)
-            return rank
-
-        yield start
-
-
-def connect(puller: RankHandle, *holders: RankHandle) -> None:
-    puller.call("registry", [holder.entry() for holder in holders])
-    for _ in holders:
-        puller.report(PairReady)
-
-
 @on_each_device
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_leased(
@@ -84,13 +46,15 @@ def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_lea
     """On a GPU such a READ says that it is done: then its checksums decide, or the answer that does
     not come.
     """
-    holder = start("prefill", verify=verify, device=devices[0])
-    puller = start("decode", verify=verify, device=devices[1])
-    other = start("prefill", index=1, verify=verify, device=devices[0])
-    connect(puller, holder, other)
+    transfer = {"nixl": NIXL, "verify": verify}
+    holder, other = (
+        start("prefill", index=index, transfer=transfer, device=devices[0]) for index in range(2)
+    )
+    puller = start("decode", transfer=transfer, device=devices[1])
+    puller.connect(holder, other)
     holder.submit(grant("r", [3, 1]))
     leased = holder.blocks([3, 1])
-    puller.call("kill_before_read", holder.process.pid)
+    puller.call("interrupt", "kill before", holder.process.pid)
     puller.submit(pull("p", holder.remote("r"), [9, 2]))
     # The supervisor drops it, which may come before or after the end of the READ.
     puller.call("registry", [other.entry()])
@@ -98,28 +62,24 @@ def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_lea
     if finished.ok:
         assert verify
         np.testing.assert_array_equal(puller.blocks([9, 2]), leased)
-    # The rank goes on with the living.
-    other.submit(grant("s", [5]))
-    puller.submit(pull("q", other.remote("s"), [7]))
-    assert puller.event(PullFinished).ok
-    np.testing.assert_array_equal(puller.blocks([7]), other.blocks([5]))
+    puller.pull_from(other, "the rank goes on with the living")
 
 
 def test_without_checksums_a_read_counts_when_the_holder_answers_after_it(start: Start) -> None:
     """CMA reads the memory of a process that is stopped, whose death in that moment nobody would
     notice.
     """
-    holder, puller = start("prefill", verify=False), start("decode", verify=False)
-    connect(puller, holder)
+    transfer = {"nixl": NIXL, "verify": False}
+    holder, puller = (start(role, transfer=transfer) for role in ("prefill", "decode"))
+    puller.connect(holder)
     holder.submit(grant("r", [3, 1]), grant("s", [3, 1]))
-    puller.call("stop_before_read", holder.process.pid)
+    puller.call("interrupt", "stop", holder.process.pid)
     puller.submit(pull("p", holder.remote("r"), [9, 2]))
     puller.wait("posted")
     puller.submit(cancel("p"))
     finished = puller.event(PullFinished)
-    assert (finished.ok, finished.error, finished.in_flight) == (False, "cancelled", False), (
-        "read to the end, and not counted"
-    )
+    # It was read to the end, and does not count.
+    assert (finished.ok, finished.error, finished.in_flight) == (False, "cancelled", False)
     puller.submit(pull("q", holder.remote("s"), [9, 2]))
     os.kill(holder.process.pid, signal.SIGCONT)
     assert puller.event(PullFinished).ok
@@ -130,12 +90,18 @@ def test_blocks_of_a_read_that_never_ends_stay_the_pull_s(start: Start) -> None:
     """A READ that needs its holder, which died in its middle, is pending for ever: nobody else gets
     its blocks.
     """
-    options = {"environment": NEEDS_HOLDER, **LARGE}
+    options = {
+        "transfer": {"nixl": NIXL},
+        # Without CMA the holder's process copies its blocks into shared memory.
+        "environment": (("UCX_TLS", "posix,self"),),
+        # Blocks of 192 KiB: more than shared memory holds while its reader is stopped.
+        **{"num_layers": 8, "head_dim": 64, "num_blocks": 64},
+    }
     holder, other = (start("prefill", index=index, **options) for index in range(2))
     puller = start("decode", **options)
-    connect(puller, holder, other)
+    puller.connect(holder, other)
     holder.submit(grant("r", BLOCKS[::-1]))
-    puller.call("stop_before_read", holder.process.pid)
+    puller.call("interrupt", "stop", holder.process.pid)
     puller.submit(pull("p", holder.remote("r"), BLOCKS))
     puller.wait("posted")
     holder.stop()

@@ -6,19 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pdlaunch.config import connectors
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.protocol.control import PairReady
-from pdlaunch.protocol.sockets import new_launch_keys
-from pdlaunch.protocol.transfer import PullFinished
-from tests.transfer.fakes import spec_of
-from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
+from tests.transfer.rank_process import RankHandle
 
 EXAMPLE = Path(__file__).parent / "example"
 
@@ -40,25 +35,11 @@ def forget_connectors() -> None:
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("_example")
-def test_a_pull_over_a_connector_of_another_package() -> None:
-    keys, settings = new_launch_keys(), {"connector": "example"}
-    options = [
-        RankOptions(spec_of(role, name=f"{role}-0", **settings), keys, role[0] * 32)
-        for role in ("prefill", "decode")
-    ]
-    ranks = holder, puller = [RankHandle(each) for each in options]
-    try:
-        puller.call("registry", [rank.entry() for rank in ranks])
-        ready = puller.report(PairReady)
-        assert ready.path == "example/process_vm_readv"
-        holder.submit(grant("r", [3, 1, 4]))
-        puller.submit(pull("p", holder.remote("r"), [9, 2, 6]))
-        finished = puller.event(PullFinished)
-        assert finished.ok, finished.error
-        np.testing.assert_array_equal(puller.blocks([9, 2, 6]), holder.blocks([3, 1, 4]))
-    finally:
-        for rank in ranks:
-            rank.stop()
+def test_a_pull_over_a_connector_of_another_package(start: Callable[..., RankHandle]) -> None:
+    transfer = {"connector": "example"}
+    holder, puller = (start(role, transfer=transfer) for role in ("prefill", "decode"))
+    assert puller.connect(holder)[0].path == "example/process_vm_readv"
+    puller.pull_from(holder, "r")
 
 
 @pytest.mark.usefixtures("_example")

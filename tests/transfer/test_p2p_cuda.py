@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from pdlaunch.protocol.control import PairReady
-from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
-from tests.transfer.fakes import spec_of
-from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
+from tests.e2e.waiting import await_true
+from tests.transfer.rank_process import RankHandle, grant, pull
 
 pytestmark = pytest.mark.processes
 
@@ -56,30 +53,14 @@ Start = Callable[..., RankHandle]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    keys: LaunchKeys = new_launch_keys()
-    started: list[RankHandle] = []
-
+def start_on(start: Callable[..., RankHandle]) -> Start:
     def start_rank(
         role: str, device: str, with_cumem: bool, *, path: str = "p2p", **options: object
     ) -> RankHandle:
-        spec = spec_of(role, name=f"{role}-0", nixl={"path": path})
-        engine_id = {"prefill": "a", "decode": "b"}[role] * 32
-        base = RankOptions(
-            spec=spec, keys=keys, engine_id=engine_id, device=device, with_cumem=with_cumem
-        )
-        started.append(RankHandle(replace(base, **options)))  # type: ignore[arg-type]
-        return started[-1]
+        transfer = {"nixl": {"path": path}}
+        return start(role, transfer=transfer, device=device, with_cumem=with_cumem, **options)
 
-    yield start_rank
-    for rank in started:
-        rank.stop()
-
-
-def connect(puller: RankHandle, holder: RankHandle) -> PairReady:
-    puller.call("registry", [holder.entry(), puller.entry()])
-    ready: PairReady = puller.wait("report", PairReady, TIMEOUT_S)
-    return ready
+    return start_rank
 
 
 def finish(puller: RankHandle) -> PullFinished:
@@ -91,13 +72,13 @@ def finish(puller: RankHandle) -> PullFinished:
 @memories
 @pytest.mark.parametrize("path", ["p2p", "auto"])
 def test_bytes_are_equal(
-    start: Start, devices: tuple[str, str], with_cumem: bool, path: str
+    start_on: Start, devices: tuple[str, str], with_cumem: bool, path: str
 ) -> None:
     holder, puller = (
-        start("prefill", devices[0], with_cumem, path=path),
-        start("decode", devices[1], with_cumem, path=path),
+        start_on("prefill", devices[0], with_cumem, path=path),
+        start_on("decode", devices[1], with_cumem, path=path),
     )
-    ready = connect(puller, holder)
+    (ready,) = puller.connect(holder)
     assert ready.gigabytes_per_s is not None
     if path == "p2p":
         assert ready.path.split("/")[1] in (("posix_fd", "fabric") if with_cumem else ("cuda_ipc",))
@@ -113,18 +94,15 @@ def test_bytes_are_equal(
 @pairs
 @memories
 def test_heads_of_ranks_of_another_tp_size(
-    start: Start, devices: tuple[str, str], with_cumem: bool
+    start_on: Start, devices: tuple[str, str], with_cumem: bool
 ) -> None:
     """Pieces of one head each, out of and into blocks of three."""
-    spec = spec_of("prefill", name="prefill-0", nixl={"path": "p2p"}, tp_size=3)
     holders = [
-        start("prefill", devices[0], with_cumem, spec=spec, tp_rank=tp_rank, num_heads=1)
+        start_on("prefill", devices[0], with_cumem, tp_size=3, tp_rank=tp_rank, num_heads=1)
         for tp_rank in range(3)
     ]
-    puller = start("decode", devices[1], with_cumem)
-    puller.call("registry", [*(holder.entry() for holder in holders), puller.entry()])
-    for _ in holders:
-        puller.wait("report", PairReady, TIMEOUT_S)
+    puller = start_on("decode", devices[1], with_cumem)
+    puller.connect(*holders)
     for holder in holders:
         holder.submit(grant("r", [3, 8, 5]))
     puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17]))
@@ -138,7 +116,7 @@ def test_heads_of_ranks_of_another_tp_size(
 @memories
 @pytest.mark.parametrize("path", ["p2p", "nixl"])
 def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
-    start: Start, devices: tuple[str, str], with_cumem: bool, path: str
+    start_on: Start, devices: tuple[str, str], with_cumem: bool, path: str
 ) -> None:
     """The pull fails, or ends with the right bytes; the blocks come back, and the next holder is
     read.
@@ -147,14 +125,14 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
         LARGE | {"num_blocks": NUM_SLOW_BLOCKS} if path == "nixl" and with_cumem else LARGE
     )
     holder, puller = (
-        start(role, device, with_cumem, **options)
+        start_on(role, device, with_cumem, **options)
         for role, device in zip(("prefill", "decode"), devices, strict=True)
     )
-    connect(puller, holder)
+    puller.connect(holder)
     blocks = list(range(options["num_blocks"]))
     holder.submit(grant("r", blocks[::-1], lease_s=TIMEOUT_S))
     expected = holder.call("digest", True)
-    puller.call("kill_after_post", holder.process.pid)
+    puller.call("interrupt", "kill after", holder.process.pid)
     puller.submit(pull("p", holder.remote("r"), blocks, timeout_s=TIMEOUT_S))
     holder.process.join(TIMEOUT_S)
     puller.call("registry", [puller.entry()])
@@ -167,13 +145,38 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
         return
     if finished.in_flight:
         puller.wait("event", PullDrained, TIMEOUT_S)
-    second = start("prefill", devices[0], with_cumem, **options, incarnation=2, engine_id="e" * 32)
-    assert connect(puller, second).peer_incarnation == 2
+    second = start_on(
+        "prefill", devices[0], with_cumem, **options, incarnation=2, engine_id="e" * 32
+    )
+    assert puller.connect(second)[0].peer_incarnation == 2
     second.submit(grant("r", [5, 6]))
     puller.submit(pull("again", second.remote("r"), [7, 8], timeout_s=TIMEOUT_S))
     again = finish(puller)
     assert again.ok, again.error
     np.testing.assert_array_equal(puller.blocks([7, 8]), second.blocks([5, 6]))
+
+
+@pairs
+def test_a_device_has_the_memory_of_a_dead_rank_back(
+    start_on: Start, devices: tuple[str, str]
+) -> None:
+    """By the driver's own count. What else the reader takes there meanwhile, kernels and such, is
+    far less than the KV cache.
+    """
+    puller = start_on("decode", devices[1], True, **LARGE)
+    assert puller.endpoint  # it has started, and has its own memory
+    before = torch.cuda.mem_get_info(devices[0])[0]
+    holder = start_on("prefill", devices[0], True, **LARGE)
+    puller.connect(holder)
+    holder.submit(grant("r", [3, 1, 4]))
+    holder.blocks([3, 1, 4])
+    holder.stop()
+    puller.call("registry", [puller.entry()])
+    await_true(
+        lambda: before - torch.cuda.mem_get_info(devices[0])[0] < 2**30,
+        "the memory of the dead rank is unmapped",
+        30,
+    )
 
 
 @pytest.mark.gpu

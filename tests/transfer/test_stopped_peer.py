@@ -160,7 +160,7 @@ def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(
     sent = lease(stopped, "doomed", doomed, list(range(40))[::-1])
 
     # Stopped in the middle of the pull, which is cancelled.
-    rank.call("stop_before_read", stopped.process.pid)
+    rank.call("interrupt", "stop", stopped.process.pid)
     engine.add("doomed", doomed, stopped)
     (start,) = engine.step().commands
     assert isinstance(start, StartPull)

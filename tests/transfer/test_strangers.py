@@ -11,19 +11,15 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from pdlaunch.protocol.control import PairReady
-from pdlaunch.protocol.sockets import new_launch_keys
-from pdlaunch.protocol.transfer import PullFinished
 from tests.e2e.listening import speaks_curve
-from tests.transfer.fakes import spec_of
-from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
+from tests.transfer.rank_process import RankHandle
 
 NOBODY = 65534
 NUM_BYTES = 16
@@ -34,23 +30,13 @@ pytestmark = [
 
 
 @pytest.fixture(params=["nixl", "p2p", "auto"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[RankHandle, RankHandle]]:
-    keys = new_launch_keys()
-    holder, puller = (
-        RankHandle(
-            RankOptions(
-                spec_of(role, name=f"{role}-0", nixl={"path": request.param}), keys, role[0] * 32
-            )
-        )
-        for role in ("prefill", "decode")
-    )
-    try:
-        puller.call("registry", [holder.entry()])
-        puller.report(PairReady)
-        yield holder, puller
-    finally:
-        holder.stop()
-        puller.stop()
+def pair(
+    request: pytest.FixtureRequest, start: Callable[..., RankHandle]
+) -> tuple[RankHandle, RankHandle]:
+    transfer = {"nixl": {"path": request.param}}
+    holder, puller = (start(role, transfer=transfer) for role in ("prefill", "decode"))
+    puller.connect(holder)
+    return holder, puller
 
 
 def as_nobody(act: Callable[[], dict[str, str]]) -> dict[str, str]:
@@ -168,9 +154,7 @@ def test_another_user_can_neither_read_nor_write(pair: tuple[RankHandle, RankHan
         ]
         assert {answer for name, answer in found.items() if name.startswith("unix")} <= {""}
         assert rank.call("digest", False) == before
-    holder.submit(grant("r", [3, 1]))
-    puller.submit(pull("p", holder.remote("r"), [9, 2]))
-    assert puller.event(PullFinished).ok, "the ranks go on as if nothing had happened"
+    puller.pull_from(holder, "the ranks go on as if nothing had happened")
 
 
 def test_no_socket_listens_without_asking_who_comes(pair: tuple[RankHandle, RankHandle]) -> None:

@@ -185,34 +185,30 @@ def test_bytes_that_change_after_the_statement(tmp_path: Path, layer: int) -> No
     assert pair.pull("r", (1, 5, 3), (4, 2, 7)) == [True, False]
 
 
-def test_an_expired_lease_even_while_the_bytes_are_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("request_id", "blocks", "prompt"),
+    [
+        ("r", (4, 2), token_hash([1, 2, 4])),
+        ("r", (4, 3), PROMPT),
+        ("stated by nobody", (4, 2), PROMPT),
+        ("expired", (5, 6), PROMPT),
+    ],
+)
+def test_what_prefill_does_not_state_of_these_blocks_is_not_used(
+    tmp_path: Path, request_id: str, blocks: tuple[int, int], prompt: str
+) -> None:
+    """Another prompt, other blocks, or a lease that has expired though the bytes are there."""
     pair = Pair(tmp_path)
     pair.compute("r", (4, 2))
-    pair.compute("kept", (5, 6))
+    pair.compute("expired", (5, 6))
     (prefill,) = pair.prefill
-    prefill.expired = {"r"}
-    notified: set[str] = {"kept"}
-    prefill._reap_expired_send_leases(notified)
-    assert notified == {"r", "kept"}
-    assert pair.pull("r", (1, 5), (4, 2)) == [False]
+    prefill.expired = {"expired"}
+    ended: set[str] = set()
+    prefill._reap_expired_send_leases(ended)
+    assert ended == {"expired"}
+    assert pair.pull(request_id, (1, 5), blocks, prompt=prompt) == [False]
     pair.decode[0].xfer_stats.num_failed = 0
-    assert pair.pull("kept", (1, 5), (5, 6)) == [True]
-
-
-def test_another_prompt(tmp_path: Path) -> None:
-    pair = Pair(tmp_path)
-    pair.compute("r", (4, 2))
-    assert pair.pull("r", (1, 5), (4, 2), prompt=token_hash([1, 2, 4])) == [False]
-
-
-def test_blocks_of_another_request_under_its_name(tmp_path: Path) -> None:
-    pair = Pair(tmp_path)
-    pair.compute("r", (4, 2))
-    assert pair.pull("r", (1, 5), (4, 3)) == [False]
-
-
-def test_an_engine_that_states_nothing(tmp_path: Path) -> None:
-    assert Pair(tmp_path).pull("r", (1,), (4,)) == [False]
+    assert pair.pull("r", (1, 5), (4, 2)) == [True]
 
 
 def test_a_read_that_has_failed_is_left_to_vllm(tmp_path: Path) -> None:
@@ -321,7 +317,7 @@ class Scheduler(StatingScheduler, PlainScheduler):
     pass
 
 
-def request_of(name: str, direction: str, tokens: list[int], **values: Any) -> Any:
+def request_of(name: str, direction: str, tokens: list[int]) -> Any:
     return SimpleNamespace(
         request_id=name,
         kv_transfer_params={direction: True},
@@ -330,7 +326,6 @@ def request_of(name: str, direction: str, tokens: list[int], **values: Any) -> A
         num_computed_tokens=0,
         lora_request=None,
         mm_features=[],
-        **{**values},
     )
 
 
@@ -376,13 +371,11 @@ def test_loras_and_inputs_beside_tokens_count(scheduler: Scheduler) -> None:
     image = SimpleNamespace(identifier="abc", mm_position=SimpleNamespace(offset=3))
     lora = SimpleNamespace(lora_name="french")
     plain = request_of("p", "do_remote_prefill", [1, 2])
-    others = [
-        request_of("i", "do_remote_prefill", [1, 2]),
-        request_of("l", "do_remote_prefill", [1, 2]),
-    ]
-    others[0].mm_features = [image]
-    others[1].lora_request = lora
-    for request in (plain, *others):
+    with_image = request_of("i", "do_remote_prefill", [1, 2])
+    with_image.mm_features = [image]
+    with_lora = request_of("l", "do_remote_prefill", [1, 2])
+    with_lora.lora_request = lora
+    for request in (plain, with_image, with_lora):
         scheduler.update_state_after_alloc(request, None, 2)
     assert len(set(orders_of(scheduler).to_prove.values())) == 3
 

@@ -1,5 +1,5 @@
 """Runs the checksum kernel in Triton's interpreter and compares it with xxHash; started by
-``test_checksum_kernel``.
+``test_checksum``.
 
 A process of its own: the interpreter is switched on by the environment before Triton is imported.
 """

@@ -1,3 +1,7 @@
+"""Checksums of KV blocks: any changed byte shows in its own, whatever computes them; the kernel
+against xxHash, by Triton's interpreter on the CPU, and on a GPU as it is.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -6,47 +10,32 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.transfer.handshake import describe_groups, draw_engine_id
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.transfer.integrity.checksum import KVHasher
+from tests.interpreter import needs_triton, run_interpreted
 from tests.transfer.fakes import layout_of, random_cache
 
+LAYOUT = layout_of(num_kv_heads=3)
 
-def test_one_checksum_a_block_and_head_over_its_bytes():
-    layout = layout_of(num_kv_heads=3)
-    kv_cache = random_cache(layout, 4, seed=0)
-    found = KVHasher(kv_cache, layout).checksums([2, 0], slice(1, 3))
+
+def test_one_checksum_a_block_and_head_over_its_bytes_however_heads_are_split_into_ranks():
+    kv_cache = random_cache(LAYOUT, 4, seed=0)
     expected = [
         [xxhash.xxh3_64_intdigest(kv_cache[block, head].numpy().tobytes()) for head in (1, 2)]
         for block in (2, 0)
     ]
-    assert found == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_checksums_do_not_depend_on_the_split_into_ranks(dtype):
-    whole = random_cache(layout_of(num_kv_heads=3), 2, seed=0).to(dtype)
-    bytes_a_value = whole.element_size()
-
-    def hasher(part):
-        layout = layout_of(num_kv_heads=part.shape[1])
-        layout = type(layout)(
-            layout.groups, layout.num_kv_heads, layout.head_dim, layout.block_size, bytes_a_value
-        )
-        return KVHasher(part.contiguous(), layout)
-
-    of_parts = [
-        hasher(whole[:, head : head + 1]).checksums([0, 1], slice(None)) for head in range(3)
-    ]
-    joined = [[part[block][0] for part in of_parts] for block in range(2)]
-    assert hasher(whole).checksums([0, 1], slice(None)) == joined
+    assert KVHasher(kv_cache, LAYOUT).checksums([2, 0], slice(1, 3)) == expected
+    for index, head in enumerate((1, 2)):
+        part = KVHasher(kv_cache[:, head : head + 1].contiguous(), layout_of(num_kv_heads=1))
+        assert part.checksums([2, 0], slice(None)) == [[row[index]] for row in expected]
+    assert KVHasher(kv_cache, LAYOUT).checksums([], slice(None)) == []
 
 
 @given(st.integers(0, 3), st.integers(0, 2), st.data())
 @settings(max_examples=50, deadline=None)
 def test_any_changed_byte_changes_exactly_one_checksum(block, head, data):
-    layout = layout_of(num_kv_heads=3)
-    kv_cache = random_cache(layout, 4, seed=0)
-    hasher = KVHasher(kv_cache, layout)
+    kv_cache = random_cache(LAYOUT, 4, seed=0)
+    hasher = KVHasher(kv_cache, LAYOUT)
     before = hasher.checksums(range(4), slice(None))
     share = kv_cache[block, head].view(torch.uint8).view(-1)
     share[data.draw(st.integers(0, len(share) - 1))] ^= data.draw(st.integers(1, 255))
@@ -55,18 +44,42 @@ def test_any_changed_byte_changes_exactly_one_checksum(block, head, data):
     assert differing == [(block, head)]
 
 
-def test_engine_ids_are_32_hex_digits_and_differ():
-    drawn = draw_engine_id()
-    assert len(bytes.fromhex(drawn)) == 16
-    assert drawn != draw_engine_id()
+@needs_triton
+@pytest.mark.processes
+def test_kernel_equals_xxhash() -> None:
+    run_interpreted("tests.transfer.integrity.interpreted_checksum")
 
 
-def test_groups_are_described_in_one_line():
-    from pdlaunch.engine.kvcache.groups import make_groups
+# Of an 8B model, of one with an odd number of stripes a head, and one that is too small for the
+# kernel.
+LAYOUTS = [
+    KVCacheLayout(
+        make_groups([None] * 32), num_kv_heads=8, head_dim=128, block_size=16, dtype_bytes=2
+    ),
+    layout_of(num_kv_heads=3, block_size=3, num_layers=5, head_dim=20),
+    layout_of(block_size=1),
+]
 
-    assert (
-        describe_groups(make_groups([512, 512, None, 512, 512]))
-        == "full: 2; 512: 0; 512: 1; 512: 3; 512: 4"
-    )
-    assert describe_groups(make_groups([None] * 30)) == "full: 0-29"
-    assert describe_groups(make_groups([None])) == "full: 0"
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout.head_bytes))
+def test_a_gpu_and_a_cpu_agree_and_results_that_nobody_wants_do_no_harm(layout) -> None:
+    """Their memory is not used again before the kernel has ended."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[layout.dtype_bytes]
+    kv_cache = torch.randn((40, *layout.block_shape()), device="cuda").to(dtype)
+    on_cpu, hasher = KVHasher(kv_cache.cpu(), layout), KVHasher(kv_cache, layout)
+    torch.cuda.synchronize()
+    chosen = [
+        ([39, 0, 7], slice(None)),
+        ([5], slice(1, 3)),
+        ([], slice(None)),
+        (list(range(40)), slice(0, 1)),
+    ] * 10
+    started = []
+    for block_ids, heads in chosen:
+        hasher.start(range(39, -1, -1), slice(None))
+        started.append(hasher.start(block_ids, heads))
+    for (block_ids, heads), checksums in zip(chosen, started, strict=True):
+        assert checksums.result().tolist() == on_cpu.checksums(block_ids, heads)
+        assert checksums.ready()
