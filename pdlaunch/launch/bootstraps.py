@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -22,54 +23,43 @@ from pdlaunch.protocol.sockets import LaunchKeys
 HEARTBEATS = 6
 
 
+@dataclass(eq=False)
 class Bootstraps:
     """Makes bootstraps for one launch; ``prepare`` comes before the first ``make``.
 
     ``listeners``: the open sockets of the public address, one or more, all of one port.
     """
 
-    def __init__(
-        self,
-        resolved: ResolvedLaunch,
-        *,
-        keys: LaunchKeys,
-        control: str,
-        run_dir: Path,
-        launch_id: str,
-        listeners: Sequence[socket.socket],
-        kind: EngineKind,
-    ) -> None:
-        self._resolved = resolved
-        self._kind = kind
-        self._config = resolved.config
-        self._keys = keys
-        self._control = control
-        self._run_dir = run_dir
-        self._launch_id = launch_id
-        self._listeners = listeners
-        self._engines: dict[str, EngineSpec] = {}
+    resolved: ResolvedLaunch
+    kind: EngineKind
+    keys: LaunchKeys
+    control: str
+    run_dir: Path
+    launch_id: str
+    listeners: Sequence[socket.socket]
+    _engines: dict[str, EngineSpec] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Derive the settings of engines, which need converted models. Raises ConfigError."""
-        self._engines = self._resolved.after_conversion().engine_specs()
+        self._engines = self.resolved.after_conversion().engine_specs()
 
     def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
         """Use this launch for processes that start from now on.
 
         ``engine``: an engine that is new, or has moved.
         """
-        self._resolved = resolved
+        self.resolved = resolved
         if engine is not None and engine.engines.is_native:
             self._engines[engine.name] = resolved.engine_spec(engine)
 
     def forget(self, engine: str) -> None:
         """Forget an engine that is gone for good, and remove what it has left in the folder."""
         self._engines.pop(engine, None)
-        for path in self._run_dir.glob(f"{engine}.*"):
+        for path in self.run_dir.glob(f"{engine}.*"):
             path.unlink(missing_ok=True)
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        engine, host = self._engines.get(spec.engine), self._resolved.host(spec.host)
+        engine, host = self._engines.get(spec.engine), self.resolved.host(spec.host)
         if engine is not None:
             addresses = {
                 "bind_address": host.bind_address,
@@ -79,42 +69,42 @@ class Bootstraps:
         bootstrap = Bootstrap(
             name=spec.name,
             incarnation=incarnation,
-            control=self._control,
-            keys=self._keys,
-            run_dir=str(self._run_dir),
-            log_level=self._config.log_level,
-            log_format=self._config.log_format,
+            control=self.control,
+            keys=self.keys,
+            run_dir=str(self.run_dir),
+            log_level=self.resolved.config.log_level,
+            log_format=self.resolved.config.log_format,
             engine_json=None if engine is None else engine.model_dump_json(),
-            launch_id=self._launch_id,
-            heartbeat_s=self._config.hang_timeout_s / HEARTBEATS,
+            launch_id=self.launch_id,
+            heartbeat_s=self.resolved.config.hang_timeout_s / HEARTBEATS,
         )
-        key, replace = _plain(self._config.engine_api_key), msgspec.structs.replace
+        key, replace = _plain(self.resolved.config.engine_api_key), msgspec.structs.replace
         if spec.kind == "rank":
             # Where the ranks of an engine meet. A file for each incarnation: the file of a dead one
             # still lists its ranks.
-            file = self._run_dir / f"{spec.engine}.tp.{incarnation}"
+            file = self.run_dir / f"{spec.engine}.tp.{incarnation}"
             return replace(bootstrap, tp_rank=spec.tp_rank, rendezvous=f"file://{file}")
         if spec.kind == "server":
-            capabilities = self._kind.capabilities(spec, engine)
+            capabilities = self.kind.capabilities(spec, engine)
             # Servers of native engines, which alone have a spec, listen for other hosts themselves.
             door = self._door(spec) if engine is None else None
             return replace(bootstrap, engine_api_key=key, capabilities=capabilities, door=door)
-        name = self._resolved.served_model_name
-        router = router_spec(self._config, name, self._listeners)
+        name = self.resolved.served_model_name
+        router = router_spec(self.resolved.config, name, self.listeners)
         return replace(bootstrap, engine_api_key=key, router=router)
 
     def _door(self, spec: ProcessSpec) -> DoorSpec | None:
         """Return where a sidecar listens for other hosts; None in a launch on one host."""
-        if not self._resolved.spans_hosts:
+        if not self.resolved.spans_hosts:
             return None
-        host, limits = self._resolved.host(spec.host), self._config.limits
+        host, limits = self.resolved.host(spec.host), self.resolved.config.limits
         assert spec.role is not None
         return DoorSpec(
             bind_address=host.bind_address,
             advertise_address=host.advertise_address,
             port=spec.ports["http"],
-            data_ports=self._config.kv_transfer.data_ports,
-            max_model_len=self._resolved.roles[spec.role].max_model_len,
+            data_ports=self.resolved.config.kv_transfer.data_ports,
+            max_model_len=self.resolved.roles[spec.role].max_model_len,
             max_body_bytes=limits.max_body_bytes,
             body_budget_bytes=limits.body_budget_bytes,
             max_connections=limits.max_connections,

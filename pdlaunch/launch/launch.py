@@ -121,7 +121,7 @@ def launch(
         host: Host = local
         if agents is not None:
             hear = partial(_hear, config, places, observer)
-            host = HostGroup(local, here, agents, joined, on_change=hear)
+            host = HostGroup(local, here, agents, set(joined), hear)
 
         def close_listeners() -> None:
             for listener in listeners:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -40,48 +41,41 @@ _MAY_DIFFER = frozenset(
 )
 
 
+@dataclass(eq=False)
 class EnginePlaces:
     """Tracks which hosts are present, and where each engine of the launch is placed.
 
     ``present``: names of the present hosts, including the supervisor's own.
     """
 
-    def __init__(
-        self,
-        resolved: ResolvedLaunch,
-        kind: EngineKind,
-        bootstraps: Bootstraps,
-        present: Collection[str],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._resolved = resolved
-        self._kind = kind
-        self._bootstraps = bootstraps
-        self._present = set(present)
-        self._clock = clock
-        # Instants by which lost hosts have ended their processes.
-        self._ended_by: dict[str, float] = {}
-        # By engine that is gone with a lost host: the instant by which its processes have ended.
-        self._names_taken_until: dict[str, float] = {}
-        # Hosts that are back at a new address, for which their processes were not planned.
-        self._readdressed: set[str] = set()
+    resolved: ResolvedLaunch
+    kind: EngineKind
+    bootstraps: Bootstraps
+    present: set[str]
+    clock: Callable[[], float] = time.monotonic
+    # Instants by which lost hosts have ended their processes.
+    _ended_by: dict[str, float] = field(default_factory=dict)
+    # By engine that is gone with a lost host: the instant by which its processes have ended.
+    _names_taken_until: dict[str, float] = field(default_factory=dict)
+    # Hosts that are back at a new address, for which their processes were not planned.
+    _readdressed: set[str] = field(default_factory=set)
 
     # Hosts that come and go
 
     def joined(self, host: ResolvedHost) -> None:
         """Note that a host is back, perhaps at another address."""
-        self._present.add(host.name)
-        if host.advertise_address == self._resolved.host(host.name).advertise_address:
+        self.present.add(host.name)
+        if host.advertise_address == self.resolved.host(host.name).advertise_address:
             # The same machine: an agent ends what it ran before it joins again.
             self._ended_by.pop(host.name, None)
         else:
             self._readdressed.add(host.name)
-        self._resolved = self._resolved.with_host(host)
-        self._bootstraps.adopt(self._resolved)
+        self.resolved = self.resolved.with_host(host)
+        self.bootstraps.adopt(self.resolved)
 
     def lost(self, name: str, ended_by: float | None) -> None:
         """Note that a host is lost. Its processes may run until ``ended_by``; None: no more."""
-        self._present.discard(name)
+        self.present.discard(name)
         if ended_by is not None:
             # Another machine of this name may be cut off, too.
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
@@ -90,9 +84,9 @@ class EnginePlaces:
         """Return whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
         host = unit.processes[0].spec.host
         # The agent may be alive but cut off, and no engine may run twice.
-        if self._clock() < self._ended_by.get(host, 0.0):
+        if self.clock() < self._ended_by.get(host, 0.0):
             return False
-        if host in self._present:
+        if host in self.present:
             if unit.engine and host in self._readdressed:
                 specs = self._specs(self._placed(unit.engine))
                 for process in unit.processes:
@@ -111,26 +105,26 @@ class EnginePlaces:
         return True
 
     def _placed(self, name: str) -> PlacedEngine:
-        return next(engine for engine in self._resolved.engines if engine.name == name)
+        return next(engine for engine in self.resolved.engines if engine.name == name)
 
     def _specs(self, engine: PlacedEngine) -> dict[str, ProcessSpec]:
-        return {spec.name: spec for spec in self._kind.processes(engine)}
+        return {spec.name: spec for spec in self.kind.processes(engine)}
 
     def _move(self, name: str, lost: str) -> bool:
         """Place an engine on a host with room; hosts of the same domain come first."""
-        engine, domain = self._placed(name), self._resolved.host(lost).domain
-        key, models, places = _key(engine), self._models(()), self._resolved.places
+        engine, domain = self._placed(name), self.resolved.host(lost).domain
+        key, models, places = _key(engine), self._models(()), self.resolved.places
         busy = self._busy({key})
         for host in sorted(self._candidates(key[0]), key=lambda host: host.domain != domain):
             place = self._fit(key, host, places, models, set(busy))
-            there = [each for each in self._resolved.engines if each.host.name == host.name]
+            there = [each for each in self.resolved.engines if each.host.name == host.name]
             on_cpu = [each.engines.tp_size for each in there if each.engines.device == "cpu"]
             is_full = sum(on_cpu) + engine.engines.tp_size > host.machine.num_cpus
             if place is None or (place.devices is None and is_full):
                 continue
             if self._may_move(lost, host, models):
-                self._resolved = self._resolved.with_engines({**places, key: place}, models)
-                self._bootstraps.adopt(self._resolved, self._placed(name))
+                self.resolved = self.resolved.with_engines({**places, key: place}, models)
+                self.bootstraps.adopt(self.resolved, self._placed(name))
                 return True
         return False
 
@@ -139,9 +133,9 @@ class EnginePlaces:
 
         Engines that find no room there are checked when they are moved themselves.
         """
-        there = [_key(engine) for engine in self._resolved.engines if engine.host.name == lost]
-        places = {**self._resolved.places, **dict.fromkeys(there, EnginePlace(host.name))}
-        new = self._new_findings(self._resolved.with_engines(places, models))
+        there = [_key(engine) for engine in self.resolved.engines if engine.host.name == lost]
+        places = {**self.resolved.places, **dict.fromkeys(there, EnginePlace(host.name))}
+        new = self._new_findings(self.resolved.with_engines(places, models))
         return not any(each.severity == "error" and each.rule not in _OF_MEMORY for each in new)
 
     # Changes
@@ -152,10 +146,10 @@ class EnginePlaces:
         """
         new = {_key(engine) for engine in change.starts}
         places = {key: place for key, place in change.resolved.places.items() if key in new}
-        self._resolved = self._resolved.with_engines({**self._resolved.places, **places})
+        self.resolved = self.resolved.with_engines({**self.resolved.places, **places})
         for engine in change.starts:
-            self._bootstraps.adopt(self._resolved, engine)
-        return [spec for engine in change.starts for spec in self._kind.processes(engine)]
+            self.bootstraps.adopt(self.resolved, engine)
+        return [spec for engine in change.starts for spec in self.kind.processes(engine)]
 
     def forget(self, engine: str) -> None:
         """Forget an engine that is gone; its name stays taken while its processes may run on a host
@@ -163,11 +157,11 @@ class EnginePlaces:
         """
         gone = self._placed(engine)
         self._names_taken_until[engine] = self._ended_by.get(gone.host.name, 0.0)
-        left = dict(self._resolved.places)
+        left = dict(self.resolved.places)
         del left[_key(gone)]
-        self._resolved = self._resolved.with_engines(left)
-        self._bootstraps.forget(engine)
-        self._bootstraps.adopt(self._resolved)
+        self.resolved = self.resolved.with_engines(left)
+        self.bootstraps.forget(engine)
+        self.bootstraps.adopt(self.resolved)
 
     def plan(
         self,
@@ -196,22 +190,22 @@ class EnginePlaces:
                     value=number,
                     fix=f"write a number from 0 to {MAX_REPLICAS}",
                 )
-            engines = [e for e in self._resolved.engines if e.engines.role == role]
+            engines = [e for e in self.resolved.engines if e.engines.role == role]
             starts += self._new_keys(role, number - len(engines))
             # Engines that do not serve go first, then drained ones, then the highest numbers.
             engines.sort(key=lambda e: (e.name in serving, e.name in drained, -e.index))
             stops += engines[: max(0, len(engines) - number)]
         if not starts and not stops:
-            planned = _planned(self._resolved, (), (), stops_first=False, drain_s=drain_s)
-            return EngineChange(self._resolved, (), planned)
+            planned = _planned(self.resolved, (), (), stops_first=False, drain_s=drain_s)
+            return EngineChange(self.resolved, (), planned)
         return self._change(starts, stops, stops_first=bool(wanted.turn), drain_s=drain_s)
 
     def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
         """Yield the lowest free numbers of the role."""
-        now, index = self._clock(), 0
+        now, index = self.clock(), 0
         while number > 0:
             is_taken = now < self._names_taken_until.get(f"{role}-{index}", 0.0)
-            if (role, index) not in self._resolved.places and not is_taken:
+            if (role, index) not in self.resolved.places and not is_taken:
                 yield role, index
                 number -= 1
             index += 1
@@ -225,14 +219,14 @@ class EnginePlaces:
         drain_s: float,
     ) -> EngineChange:
         gone = {_key(engine) for engine in stops}
-        places = self._resolved.places
+        places = self.resolved.places
         kept = {key: place for key, place in places.items() if key not in gone}
         models = self._models({role for role, _ in starts})
         busy, free_then = self._busy(()), self._busy(gone)
         placed = None if stops_first else self._place(starts, kept, models, busy)
         if placed is not None and stops:
             # Old and new engines share the machine for a while.
-            together = self._resolved.with_engines({**places, **placed}, models)
+            together = self.resolved.with_engines({**places, **placed}, models)
             stops_first = any(each.severity == "error" for each in self._new_findings(together))
         if placed is None or stops_first:
             stops_first = bool(stops)
@@ -241,7 +235,7 @@ class EnginePlaces:
             placed = self._place(starts, kept, models, free_then, own, homes)
         if placed is None:
             raise self._no_room(starts, free_then)
-        resolved = self._resolved.with_engines({**kept, **placed}, models)
+        resolved = self.resolved.with_engines({**kept, **placed}, models)
         warnings = self._judge(resolved)
         self._require_as_they_run(resolved, kept)
         new = [engine for engine in resolved.engines if _key(engine) in placed]
@@ -253,19 +247,19 @@ class EnginePlaces:
         """Return the models of present and new roles; those that were read are not read again."""
         known = {
             role: engines.model
-            for role, engines in self._resolved.roles.items()
+            for role, engines in self.resolved.roles.items()
             # It may have been converted since.
             if not engines.model.pending
         }
-        missing = {*new, *self._resolved.roles} - known.keys()
-        config = with_replicas(self._resolved.config, dict.fromkeys(missing, 1))
+        missing = {*new, *self.resolved.roles} - known.keys()
+        config = with_replicas(self.resolved.config, dict.fromkeys(missing, 1))
         return known | (dict(read_models(config)) if missing else {})
 
     def _busy(self, gone: Collection[Key]) -> dict[GpuKey, str]:
         """Return which engine has each GPU once some engines are gone."""
         return {
             (engine.host.name, engine.engines.gpus[device].index): engine.name
-            for engine in self._resolved.engines
+            for engine in self.resolved.engines
             if _key(engine) not in gone
             for device in engine.device_indices
             # A host that is back may have fewer than it had.
@@ -311,7 +305,7 @@ class EnginePlaces:
 
         ``taken``: GPUs of other engines; those that this one gets are added.
         """
-        tried = self._resolved.with_engines({**places, key: EnginePlace(host.name)}, models)
+        tried = self.resolved.with_engines({**places, key: EnginePlace(host.name)}, models)
         engines = tried.placed.by_host[host.name][key[0]]
         if engines.device == "cpu":
             return EnginePlace(host.name)
@@ -325,15 +319,15 @@ class EnginePlaces:
         return EnginePlace(host.name, devices)
 
     def _candidates(self, role: Role) -> list[ResolvedHost]:
-        hosts = self._resolved.hosts
-        return [host for host in hosts if role in host.roles and host.name in self._present]
+        hosts = self.resolved.hosts
+        return [host for host in hosts if role in host.roles and host.name in self.present]
 
     def _hosts(self, role: Role, places: Places, homes: Collection[str] = ()) -> list[ResolvedHost]:
         """Return the hosts that may take an engine, the best first: its ``homes``, then the least
         crowded of those near its peers.
         """
         peers = [
-            self._resolved.host(place.host)
+            self.resolved.host(place.host)
             for (other, _), place in places.items()
             if role in PAIR and other in PAIR and other != role
         ]
@@ -351,9 +345,9 @@ class EnginePlaces:
 
     def _no_room(self, starts: Sequence[Key], busy: Mapping[GpuKey, str]) -> ConfigError:
         role = starts[0][0]
-        size = self._resolved.config.engine_settings(role).tensor_parallel_size
+        size = self.resolved.config.engine_settings(role).tensor_parallel_size
         found = []
-        for host in self._hosts(role, self._resolved.places):
+        for host in self._hosts(role, self.resolved.places):
             gpus = [(gpu.index, busy.get((host.name, gpu.index))) for gpu in host.machine.gpus]
             owners = "".join(f", GPU {index} of {owner}" for index, owner in gpus if owner)
             found.append(f"{host.name} has {len(gpus)}{owners}")
@@ -377,7 +371,7 @@ class EnginePlaces:
                 "`pdlaunch serve` ends the launch",
             )
         resolved.require_startable()
-        if kind_of(resolved).name != self._kind.name:
+        if kind_of(resolved).name != self.kind.name:
             raise ConfigError("the new engines are of another kind", field="engine")
         for engine in resolved.engines:
             if engine.engines.model.pending:
@@ -401,15 +395,15 @@ class EnginePlaces:
     def _new_findings(self, resolved: ResolvedLaunch) -> list[Finding]:
         """Return the findings of a launch whose rules find nothing in the present one."""
         before, after = (
-            run_checks(launch, {}, Probes(), rules=self._kind.rules()).findings
-            for launch in (self._resolved, resolved)
+            run_checks(launch, {}, Probes(), rules=self.kind.rules()).findings
+            for launch in (self.resolved, resolved)
         )
         known = {finding.rule for finding in before}
         return [finding for finding in after if finding.rule not in known]
 
     def _require_as_they_run(self, resolved: ResolvedLaunch, kept: Places) -> None:
         """Raise ConfigError if an engine that stays would have to be restarted."""
-        before = {_key(engine): engine for engine in self._resolved.engines}
+        before = {_key(engine): engine for engine in self.resolved.engines}
         for engine in (engine for engine in resolved.engines if _key(engine) in kept):
             old, new = (self._as_started(each) for each in (before[_key(engine)], engine))
             if old != new:
@@ -424,7 +418,7 @@ class EnginePlaces:
     def _as_started(self, engine: PlacedEngine) -> dict[str, object]:
         return {
             f"{process.name}: {name}": value
-            for process in self._kind.processes(engine)
+            for process in self.kind.processes(engine)
             for name, value in (msgspec.structs.asdict(process) | process.environment).items()
             if name not in _MAY_DIFFER
         }

@@ -9,6 +9,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -56,46 +57,44 @@ logger = logging.getLogger(__name__)
 # after each message would keep the supervisor from its work.
 SETTLE_S = 0.25e-3
 LOOK_FOR_ROOM_S = 1.0
-NUM_KEPT_EVENTS = 100  # of those that people were told, for the next router
+NUM_KEPT_EVENTS = 100
 
 
+@dataclass(eq=False)
 class Supervisor:
     """Acts on the state of one launch; ``seen.failure`` and ``seen.was_ready`` say how it went.
 
     ``close_listeners`` is called when no router will accept a connection any more.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        kind: EngineKind,
-        host: Host,
-        bootstraps: Bootstraps,
-        places: EnginePlaces,
-        observer: Observer,
-        timing: Timing,
-        clock: Callable[[], float],
-        *,
-        close_listeners: Callable[[], None],
-    ) -> None:
-        self._host = host
-        self._bootstraps = bootstraps
-        self._observer = observer
-        self._clock = clock
-        self._close_listeners = close_listeners
-        self._places = places
-        self.wanted = Desired(timing)
-        self.seen = Observed(make_units(plan.conversions), Pairs(plan, kind), clock())
-        self.seen.add(plan.processes)
-        self.wanted.engines = {name: Goal() for name in self.seen.engines}
-        self._registry = Registry(version=0, entries=[], serving=False)
-        self._views = Views()
-        self._answers: list[SendMessage] = []
-        self._happened: deque[tuple[float, Happened]] = deque(maxlen=NUM_KEPT_EVENTS)
-        self.has_changed = True  # by events, so ``tick`` is due soon
-        self._ticked_at = clock()
-        self._next_at = -math.inf
-        self._settle_s = SETTLE_S * len(plan.processes)
+    plan: Plan
+    kind: EngineKind
+    host: Host
+    bootstraps: Bootstraps
+    places: EnginePlaces
+    observer: Observer
+    timing: Timing
+    clock: Callable[[], float]
+    close_listeners: Callable[[], None]
+    has_changed: bool = True  # by events, so ``tick`` is due soon
+    _registry: Registry = field(
+        default_factory=lambda: Registry(version=0, entries=[], serving=False)
+    )
+    _views: Views = field(default_factory=Views)
+    _answers: list[SendMessage] = field(default_factory=list)
+    # What people were told of late, for the next router.
+    _happened: deque[tuple[float, Happened]] = field(
+        default_factory=lambda: deque(maxlen=NUM_KEPT_EVENTS)
+    )
+    _next_at: float = -math.inf
+
+    def __post_init__(self) -> None:
+        pairs = Pairs(self.plan, self.kind)
+        self.seen = Observed(make_units(self.plan.conversions), pairs, self.clock())
+        self.seen.add(self.plan.processes)
+        self.wanted = Desired(self.timing, {name: Goal() for name in self.seen.engines})
+        self._ticked_at = self.clock()
+        self._settle_s = SETTLE_S * len(self.plan.processes)
 
     @property
     def done(self) -> bool:
@@ -114,25 +113,25 @@ class Supervisor:
             return
         process, message = found[1], event.message
         if isinstance(message, ServedRequest):
-            self._observer.note(message.line)
+            self.observer.note(message.line)
         if isinstance(message, Alive | ServedRequest) and not process.is_stalled:
             # Frequent, and nobody else needs it: no tick is due.
-            process.heard_at = self._clock()
+            process.heard_at = self.clock()
             return
         if isinstance(message, Command) and process.registration is not None:
-            plan = self._places.plan
-            self._perform(obey(message, event.name, self.wanted, self.seen, plan, self._clock()))
+            plan = self.places.plan
+            self._perform(obey(message, event.name, self.wanted, self.seen, plan, self.clock()))
         self._observe(event)
         if isinstance(message, Register) and process.registration is message:
             self._greet(process)
 
     def _observe(self, event: Event) -> None:
-        self._perform(observe(self.wanted, self.seen, event, self._clock()))
+        self._perform(observe(self.wanted, self.seen, event, self.clock()))
         self.has_changed = True
 
     def tick(self) -> None:
         """Do what is due, and send changes to children and views."""
-        now = self._clock()
+        now = self.clock()
         if now - self._ticked_at > self.wanted.timing.hang_timeout_s / 2 > 0:
             # The supervisor itself was stopped (Ctrl-Z, a frozen container) and heard nobody.
             for process in self.seen.processes():
@@ -148,9 +147,9 @@ class Supervisor:
         if becomes_ready:
             logger.info("serving at %s", status.url)
         self._tell()
-        self._observer.changed(status)
+        self.observer.changed(status)
         if becomes_ready:
-            self._observer.ready(status)
+            self.observer.ready(status)
 
     def _tell(self) -> None:
         """Send the changed parts of the registry, then the answers.
@@ -161,10 +160,10 @@ class Supervisor:
         if registry is not self._registry:
             self._registry = registry
             for name, view in self._views.changed(registry, self.seen):
-                self._host.send(name, view)
+                self.host.send(name, view)
         answers, self._answers = self._answers, []
         for answer in answers:
-            self._host.send(answer.process, answer.message)
+            self.host.send(answer.process, answer.message)
 
     def _choose_peers(self) -> None:
         """Derive peers and due pairs again after engines have come or gone."""
@@ -182,46 +181,46 @@ class Supervisor:
                 case Start(unit=name):
                     self._start(name)
                 case SendSignal(process=name, number=number):
-                    self._host.signal(name, number)
+                    self.host.signal(name, number)
                 case SendMessage(message=Answered()):
                     self._answers.append(action)
                 case SendMessage(process=name, message=message):
-                    self._host.send(name, message)
+                    self.host.send(name, message)
                 case Announce():
                     self._announce(action)
                 case SendSuspects(engine=engine):
-                    step = self._host.last_step(engine)
+                    step = self.host.last_step(engine)
                     origins, repeated = sorted(step.origins), sorted(step.suspects)
                     if origins:
                         self._send_to_routers(Suspects(origins=origins, repeated=repeated))
                 case ForgetEngine(engine=engine):
-                    self._places.forget(engine)
-                    self._host.forget(engine)
+                    self.places.forget(engine)
+                    self.host.forget(engine)
                     self._choose_peers()
                 case Chore.PREPARE:
                     self._prepare()
                 case Chore.ADD_ENGINES:
                     assert self.wanted.change is not None
-                    self.seen.add(self._places.begin(self.wanted.change))
+                    self.seen.add(self.places.begin(self.wanted.change))
                     self._choose_peers()
                 case Chore.CLOSE_LISTENERS:
-                    self._close_listeners()
+                    self.close_listeners()
 
     def _prepare(self) -> None:
         try:
-            self._bootstraps.prepare()
+            self.bootstraps.prepare()
         except PdlaunchError as error:
             fix = getattr(error, "fix", None)
             details = [f"fix: {fix}"] if fix else []
-            turn = Turn(self.wanted, self.seen, self._clock())
+            turn = Turn(self.wanted, self.seen, self.clock())
             turn.fail(Failure(str(error), details=details, cause=error))
 
     def _start(self, name: str) -> None:
         """Start a unit if there is room for it, or look again a little later."""
-        now = self._clock()
+        now = self.clock()
         units = (*self.seen.conversions, *self.seen.units)
         unit = next(unit for unit in units if unit.name == name)
-        if not self._places.find(unit, self.seen.units):
+        if not self.places.find(unit, self.seen.units):
             unit.start_at = now + LOOK_FOR_ROOM_S
             if not unit.waits_for_room:
                 unit.waits_for_room = True
@@ -234,36 +233,36 @@ class Supervisor:
             # A conversion knows nothing of the supervisor.
             is_conversion = process.state is ProcessState.CONVERTING
             bootstrap = (
-                None if is_conversion else self._bootstraps.make(process.spec, unit.incarnation)
+                None if is_conversion else self.bootstraps.make(process.spec, unit.incarnation)
             )
-            self._host.spawn(process.spec, unit.incarnation, bootstrap)
+            self.host.spawn(process.spec, unit.incarnation, bootstrap)
 
     def _greet(self, process: Instance) -> None:
         """Send the registry to a new process, which cannot wait for the next change.
 
         A router also gets what has happened, and is asked whether draining engines are idle.
         """
-        self._host.send(process.name, self._views.of(process.spec, self._registry))
+        self.host.send(process.name, self._views.of(process.spec, self._registry))
         if process.spec.kind != "router":
             return
         for at, happened in self._happened:
-            ago_s = self._clock() - at
-            self._host.send(process.name, msgspec.structs.replace(happened, ago_s=ago_s))
+            ago_s = self.clock() - at
+            self.host.send(process.name, msgspec.structs.replace(happened, ago_s=ago_s))
         for engine in self.seen.engines.values():
             if engine.awaits_readers and engine.stop_at is not None:
-                self._host.send(process.name, EngineIdle(engine=engine.name))
+                self.host.send(process.name, EngineIdle(engine=engine.name))
 
     def _announce(self, what: Announce) -> None:
         logger.info("%s", what.text)
-        self._observer.note(what.text)
+        self.observer.note(what.text)
         happened = Happened(text=what.text, prefill=what.prefill, decode=what.decode)
-        self._happened.append((self._clock(), happened))
+        self._happened.append((self.clock(), happened))
         self._send_to_routers(happened)
 
     def _send_to_routers(self, message: FromSupervisor) -> None:
         for router in self.seen.routers:
             if router.registration is not None:
-                self._host.send(router.name, message)
+                self.host.send(router.name, message)
 
 
 def drive(

@@ -138,7 +138,7 @@ def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None
 @pytest.mark.parametrize("engine", ["native", "vllm"])
 def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -> None:
     deployment = Deployment(engine=engine, **SPREAD)
-    deployment.places._kind = kind_of(deployment.launch)
+    deployment.places.kind = kind_of(deployment.launch)
 
     def addresses() -> dict[str, str]:
         """Return where UCX of each engine listens."""

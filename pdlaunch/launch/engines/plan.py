@@ -31,12 +31,7 @@ def kind_of(launch: ResolvedLaunch) -> EngineKind:
     """
     first = next(iter(launch.roles.values()), None)
     if first is not None and first.settings.engine == "vllm":
-        return VllmEngine(
-            launch.config,
-            launch.served_model_name,
-            first.unverified,
-            has_doors=launch.spans_hosts,
-        )
+        return VllmEngine(launch)
     return NativeEngine()
 
 

@@ -14,11 +14,11 @@ from pdlaunch.checks import running_rules
 from pdlaunch.checks.rule import Rule
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.vllm_arguments import vllm_flag_name
 from pdlaunch.launch.engines.native import light_environment, python_command
 from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
@@ -45,19 +45,11 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(
-        self,
-        config: LaunchConfig,
-        served_model_name: str,
-        unverified: str,
-        *,
-        has_doors: bool,
-    ) -> None:
-        """``unverified``: ``RoleEngines.unverified``. ``has_doors``: sidecars listen for them."""
-        self._config = config
-        self._served_model_name = served_model_name
-        self._unverified = unverified
-        self._has_doors = has_doors
+    def __init__(self, launch: ResolvedLaunch) -> None:
+        self._config = launch.config
+        self._served_model_name = launch.served_model_name
+        self._unverified = next(iter(launch.roles.values())).unverified
+        self._has_doors = launch.spans_hosts  # sidecars listen for their engines
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
         """Plan the sidecar of one engine; vLLM's own processes are its children."""

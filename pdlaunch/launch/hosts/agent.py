@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import msgspec
@@ -126,36 +127,25 @@ class SessionLostError(PdlaunchError):
     """Is raised when a session is over that a new one may follow."""
 
 
+@dataclass(eq=False)
 class AgentSession:
     """Serves one session, from Join to its end. ``stops``: one is readable when it shall end."""
 
-    def __init__(
-        self,
-        ticket: JoinTicket,
-        join: Join,
-        executables: Mapping[str, str],
-        stops: Sequence[int],
-        *,
-        first_wait_s: float,
-        note: Callable[[str], None],
-        clock: Callable[[], float] = boot_clock,
-    ) -> None:
-        """``first_wait_s``: how long to wait for the answer to Join."""
-        self._ticket = ticket
-        self._join = join
-        self._executables = executables
-        self._stops = stops
-        self._first_wait_s = first_wait_s
-        self._note = note
-        self._clock = clock
-        self._session = Session()
-        self._welcome: AgentWelcome | None = None
-        # The control channel of the processes is a socket of this host, with the launch's keys,
-        # which come with the first process.
-        self._host: LocalHost | None = None
-        self._control = ""
-        self._engines: dict[str, str] = {}  # of each process that was started; empty: no rank
-        self._num_sent_bytes: Counter[str] = Counter()  # of each log
+    ticket: JoinTicket
+    join: Join
+    executables: Mapping[str, str]
+    stops: Sequence[int]
+    first_wait_s: float  # how long to wait for the answer to Join
+    note: Callable[[str], None]
+    clock: Callable[[], float] = boot_clock
+    _session: Session = field(default_factory=Session)
+    _welcome: AgentWelcome | None = None
+    # The control channel of the processes is a socket of this host, with the launch's keys, which
+    # come with the first process.
+    _host: LocalHost | None = None
+    _control: str = ""
+    _engines: dict[str, str] = field(default_factory=dict)  # of each process; empty: no rank
+    _num_sent_bytes: Counter[str] = field(default_factory=Counter)  # of each log
 
     def run(self) -> str:
         """Serve until told to leave; return why.
@@ -163,7 +153,7 @@ class AgentSession:
         Raises StartupError where the user must act, and SessionLostError. No process of the session
         is left when this returns or raises.
         """
-        context = SecureContext(self._ticket.keys, peer=self._ticket.server_public)
+        context = SecureContext(self.ticket.keys, peer=self.ticket.server_public)
         with (
             contextlib.closing(context),
             new_run_dir() as self._run_dir,
@@ -171,24 +161,24 @@ class AgentSession:
             contextlib.ExitStack() as self._stack,
         ):
             self._socket = context.connect(
-                zmq.DEALER, self._ticket.endpoint, identity=secrets.token_bytes(16)
+                zmq.DEALER, self.ticket.endpoint, identity=secrets.token_bytes(16)
             )
             self._poller = zmq.Poller()
-            for source in (self._socket, *self._stops):
+            for source in (self._socket, *self.stops):
                 self._poller.register(source, zmq.POLLIN)
-            self._asked_at = self._beat_at = self._log_at = self._clock()
-            self._lease = AgentLease(self._asked_at, self._first_wait_s)
-            self._send(self._join)
+            self._asked_at = self._beat_at = self._log_at = self.clock()
+            self._lease = AgentLease(self._asked_at, self.first_wait_s)
+            self._send(self.join)
             while (reason := self._turn()) is None:
                 pass
             return reason
 
     def _turn(self) -> str | None:
         """Wait for what comes next and act on it; return why the session ends, else None."""
-        now = self._clock()
+        now = self.clock()
         readable = dict(self._poller.poll(max(0, int((self._next_at(now) - now) * 1000) + 1)))
-        now = self._clock()
-        if readable.keys() & set(self._stops):
+        now = self.clock()
+        if readable.keys() & set(self.stops):
             # Before it says so: they may then be started elsewhere at once.
             self._children.close()
             self._send(Leave(reason="its agent was told to end"))
@@ -200,7 +190,7 @@ class AgentSession:
             if isinstance(message, AgentWelcome) and self._welcome is None:
                 self._welcome = message
                 self._lease = AgentLease(self._asked_at, message.timeout_s)
-                self._note(f"joined as {self._join.name}")
+                self.note(f"joined as {self.join.name}")
             elif isinstance(message, Beat):
                 self._lease.renew(message.stamp)
         self._require_lease(now)
@@ -221,7 +211,7 @@ class AgentSession:
 
     def _next_at(self, now: float) -> float:
         if self._welcome is None:
-            return self._asked_at + self._first_wait_s
+            return self._asked_at + self.first_wait_s
         if self._host is None:
             return self._beat_at
         return now if self._host.poll_s == 0 else min(self._beat_at, self._log_at)
@@ -231,8 +221,8 @@ class AgentSession:
             return
         if self._welcome is None:
             raise StartupError(
-                f"no supervisor at {self._ticket.endpoint} answered within "
-                f"{self._first_wait_s:.0f} s: it is gone, out of reach, or the join file is of "
+                f"no supervisor at {self.ticket.endpoint} answered within "
+                f"{self.first_wait_s:.0f} s: it is gone, out of reach, or the join file is of "
                 "another launch"
             )
         raise StartupError(
@@ -259,10 +249,10 @@ class AgentSession:
 
     def _spawn(self, message: Spawn) -> None:
         try:
-            spec = permitted(message.spec, self._executables)
+            spec = permitted(message.spec, self.executables)
         except NotPermittedError as error:
             name, incarnation = message.spec.name, message.incarnation
-            self._note(f"{name} is not started: {error}")
+            self.note(f"{name} is not started: {error}")
             self._send(AgentRefused(reason=str(error), name=name, incarnation=incarnation))
             return
         if self._host is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 _CANNOT_START = 126
 
 
+@dataclass(eq=False)
 class HostGroup:
     """Makes one ``Host`` of all hosts of a launch: a process runs on the host that its spec names.
 
@@ -31,94 +33,85 @@ class HostGroup:
     join or are lost later.
     """
 
-    def __init__(
-        self,
-        local: LocalHost,
-        local_name: str,
-        channel: AgentChannel,
-        present: Sequence[str],
-        *,
-        on_change: Callable[[Joined | Lost], None],
-    ) -> None:
-        self._local = local
-        self._local_name = local_name
-        self._channel = channel
-        self._present = set(present)
-        self._on_change = on_change
-        # Processes that live elsewhere, by name.
-        self._spawned: dict[str, Spawn] = {}
-        # Of engines that were last started elsewhere; all ranks of an engine are on one host.
-        self._last_steps: dict[str, LastStep] = {}
-        self._exits: list[ProcessExited] = []
-        self._messages: list[MessageReceived] = []
+    local: LocalHost
+    local_name: str
+    channel: AgentChannel
+    present: set[str]
+    on_change: Callable[[Joined | Lost], None]
+    # Processes that live elsewhere, by name.
+    _spawned: dict[str, Spawn] = field(default_factory=dict)
+    # Of engines that were last started elsewhere; all ranks of an engine are on one host.
+    _last_steps: dict[str, LastStep] = field(default_factory=dict)
+    _exits: list[ProcessExited] = field(default_factory=list)
+    _messages: list[MessageReceived] = field(default_factory=list)
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
-        return (*self._local.sources, self._channel.fileno())
+        return (*self.local.sources, self.channel.fileno())
 
     @property
     def poll_s(self) -> float:
-        return 0.0 if self._exits else self._local.poll_s
+        return 0.0 if self._exits else self.local.poll_s
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
         # A rank does not die of what its predecessor computed, perhaps on another host.
         if spec.kind == "rank":
             self._last_steps.pop(spec.engine, None)
-        if spec.host == self._local_name:
-            self._local.spawn(spec, incarnation, bootstrap)
+        if spec.host == self.local_name:
+            self.local.spawn(spec, incarnation, bootstrap)
             return
         if spec.kind == "rank":
             self._last_steps[spec.engine] = LastStep()
-        if spec.host not in self._present:
+        if spec.host not in self.present:
             self._exits.append(_lost(spec.name, incarnation, spec.host, "no agent has joined"))
             return
         assert bootstrap is not None, "conversions run beside the supervisor"
         message = Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
         self._spawned[spec.name] = message
-        self._channel.send(spec.host, message)
+        self.channel.send(spec.host, message)
 
     def signal(self, name: str, signal_number: int) -> None:
         if (spawned := self._spawned.get(name)) is not None:
-            self._channel.send(spawned.spec.host, Signal(name=name, number=signal_number))
+            self.channel.send(spawned.spec.host, Signal(name=name, number=signal_number))
         else:
-            self._local.signal(name, signal_number)
+            self.local.signal(name, signal_number)
 
     def send(self, name: str, message: FromSupervisor) -> None:
         if (spawned := self._spawned.get(name)) is not None:
             frame = from_supervisor.encode(message)
-            self._channel.send(spawned.spec.host, Send(name=name, frame=frame))
+            self.channel.send(spawned.spec.host, Send(name=name, frame=frame))
         else:
-            self._local.send(name, message)
+            self.local.send(name, message)
 
     def exits(self) -> list[ProcessExited]:
-        for event in self._channel.take():
+        for event in self.channel.take():
             self._take_in(event)
-        exits, self._exits = [*self._exits, *self._local.exits()], []
+        exits, self._exits = [*self._exits, *self.local.exits()], []
         return exits
 
     def messages(self) -> list[MessageReceived]:
         messages, self._messages = self._messages, []
-        return [*messages, *self._local.messages()]
+        return [*messages, *self.local.messages()]
 
     def log_path(self, name: str) -> Path:
-        return self._local.log_path(name)
+        return self.local.log_path(name)
 
     def last_step(self, engine: str) -> LastStep:
         step = self._last_steps.get(engine)
-        return self._local.last_step(engine) if step is None else step
+        return self.local.last_step(engine) if step is None else step
 
     def forget(self, engine: str) -> None:
         self._last_steps.pop(engine, None)
-        self._local.forget(engine)
+        self.local.forget(engine)
 
     def _take_in(self, event: AgentEvent) -> None:
         match event:
             case Joined(join=join):
-                self._present.add(join.name)
-                self._on_change(event)
+                self.present.add(join.name)
+                self.on_change(event)
             case Lost(name=host, reason=reason):
-                self._present.discard(host)
-                self._on_change(event)
+                self.present.discard(host)
+                self.on_change(event)
                 for name in sorted(self._spawned):
                     if self._spawned[name].spec.host == host:
                         incarnation = self._spawned.pop(name).incarnation

@@ -11,7 +11,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -161,24 +161,22 @@ class Children:
         self._ended.close()
 
 
+@dataclass(eq=False)
 class LocalHost:
     """This machine as a ``Host``. ``control``: the bound ROUTER socket of the control channel."""
 
-    def __init__(
-        self, control: zmq.Socket[bytes], children: Children, engine_ports: EnginePorts
-    ) -> None:
-        self._control = control
-        self._children = children
-        self._engine_ports = engine_ports
-        self._stillborn: list[ProcessExited] = []
-        # The last line of progress of each conversion that runs.
-        self._conversions: dict[str, str] = {}
-        # What rank 0 of each engine computes; the memory outlives the rank.
-        self._step_records: dict[str, mmap.mmap] = {}
+    control: zmq.Socket[bytes]
+    children: Children
+    engine_ports: EnginePorts
+    _stillborn: list[ProcessExited] = field(default_factory=list)
+    # The last line of progress of each conversion that runs.
+    _conversions: dict[str, str] = field(default_factory=dict)
+    # What rank 0 of each engine computes; the memory outlives the rank.
+    _step_records: dict[str, mmap.mmap] = field(default_factory=dict)
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
-        return (self._control, self._children.fileno())
+        return (self.control, self.children.fileno())
 
     @property
     def poll_s(self) -> float:
@@ -199,24 +197,24 @@ class LocalHost:
                 step_record, self._step_records[spec.engine] = new_step_record()
                 inherited.append(step_record)
                 bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
-            if spec.name in self._engine_ports:
+            if spec.name in self.engine_ports:
                 bootstrap = msgspec.structs.replace(bootstrap, port_is_kept=True)
             first_line = msgspec.json.encode(bootstrap) + b"\n"
-        stillborn = self._children.spawn(spec, incarnation, first_line, inherited)
+        stillborn = self.children.spawn(spec, incarnation, first_line, inherited)
         if step_record is not None:
             os.close(step_record)
         if stillborn is not None:
             self._stillborn.append(stillborn)
 
     def signal(self, name: str, signal_number: int) -> None:
-        self._children.signal(name, signal_number)
+        self.children.signal(name, signal_number)
 
     def send(self, name: str, message: FromSupervisor) -> None:
-        self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
+        self.control.send_multipart([name.encode(), from_supervisor.encode(message)])
 
     def exits(self) -> list[ProcessExited]:
         stillborn, self._stillborn = self._stillborn, []
-        exits = [*stillborn, *self._children.reap()]
+        exits = [*stillborn, *self.children.reap()]
         for gone in exits:
             self._conversions.pop(gone.name, None)
         return exits
@@ -225,7 +223,7 @@ class LocalHost:
         return [*self._receive(), *self._conversion_progress()]
 
     def log_path(self, name: str) -> Path:
-        return self._children.log_path(name)
+        return self.children.log_path(name)
 
     def last_step(self, engine: str) -> LastStep:
         record = self._step_records.get(engine)
@@ -234,12 +232,12 @@ class LocalHost:
     def forget(self, engine: str) -> None:
         if (record := self._step_records.pop(engine, None)) is not None:
             record.close()
-        self._engine_ports.release(engine)
+        self.engine_ports.release(engine)
 
     def _receive(self) -> Iterator[MessageReceived]:
         while True:
             try:
-                identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
+                identity, *frames = self.control.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
@@ -251,7 +249,7 @@ class LocalHost:
             message = received.message
             if isinstance(message, Register) and message.listens:
                 # Before anybody is told the URL. Servers have the names of their engines.
-                self._engine_ports.keep(received.name, message.address.http)
+                self.engine_ports.keep(received.name, message.address.http)
             yield received
 
     def _conversion_progress(self) -> Iterator[MessageReceived]:

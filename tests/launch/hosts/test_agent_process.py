@@ -58,7 +58,7 @@ class Launch:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         local = LocalHost(self.context.socket(zmq.ROUTER), Children(self.logs), EnginePorts())
         self.events: list[Joined | Lost] = []
-        self.host = HostGroup(local, "local", self.channel, [], on_change=self.events.append)
+        self.host = HostGroup(local, "local", self.channel, set(), on_change=self.events.append)
         self.later: list[MessageReceived | ProcessExited | Joined | Lost] = []
         self.agent = self.start_agent()
 

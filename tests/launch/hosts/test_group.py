@@ -48,7 +48,7 @@ class Hosts:
             cast(LocalHost, self.local),
             "here",
             cast(AgentChannel, self.channel),
-            ["a", "b"],
+            {"a", "b"},
             on_change=self.events.append,
         )
 
