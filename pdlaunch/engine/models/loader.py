@@ -60,9 +60,7 @@ class ModelLoader:
     progress: ReportProgress
 
     def load(self, *, stacked: bool = False) -> nn.Module:
-        """Return the model in evaluation mode. It is called with ``use_cache=False`` and
-        ``attention_step``. ``stacked``: weights lie in memory as ``place_stacks`` says.
-        """
+        """Return the model. ``stacked``: weights lie in memory as ``place_stacks`` says."""
         self.progress("loading libraries", None)
         register_attention()
         model, cuts = self._build_empty()

