@@ -68,14 +68,14 @@ def show(
     if output == "json":
         typer.echo(json.dumps({item.path: _entry(item) for item in values}, indent=2))
     else:
-        _print_table(Console(), values)
+        _print_values(Console(), values)
 
 
 def _entry(item: ShownValue) -> dict[str, object]:
     return {"value": item.value, "origin": item.origin.kind, "detail": item.origin.detail}
 
 
-def _print_table(console: Console, values: list[ShownValue]) -> None:
+def _print_values(console: Console, values: list[ShownValue]) -> None:
     if not values:
         console.print("every setting has its default")
         return
@@ -83,14 +83,11 @@ def _print_table(console: Console, values: list[ShownValue]) -> None:
     for heading in ("setting", "value", "origin"):
         table.add_column(heading, overflow="fold")
     for item in values:
-        origin = (
-            f"{item.origin.kind} ({item.origin.detail})" if item.origin.detail else item.origin.kind
+        kind, detail = item.origin.kind, item.origin.detail
+        cells = (
+            json.dumps(item.value, ensure_ascii=False),
+            f"{kind} ({detail})" if detail else kind,
         )
-        style = "dim" if item.origin.kind == "default" else ""
-        table.add_row(
-            item.path,
-            Text(safe(json.dumps(item.value, ensure_ascii=False))),
-            Text(safe(origin)),
-            style=style,
-        )
+        style = "dim" if kind == "default" else ""
+        table.add_row(item.path, *(Text(safe(cell)) for cell in cells), style=style)
     console.print(table)

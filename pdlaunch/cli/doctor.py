@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -47,26 +47,14 @@ _ANSWER_TOKENS = "vllm:request_generation_tokens"
 _CACHE = "vllm:cache_config_info"
 
 
-class _Names(NamedTuple):
-    """Names what a kind of engine counts."""
-
-    prompt_tokens: str
-    expired: str
-    failed: tuple[str, ...]
-
-
-_COUNTED: Mapping[EngineName, _Names] = {
-    "vllm": _Names(
-        "vllm:prompt_tokens_total",
-        "vllm:nixl_num_kv_expired_reqs_total",
-        ("vllm:nixl_num_failed_transfers_total", "vllm:nixl_num_failed_notifications_total"),
-    ),
-    "native": _Names(
-        "pdlaunch_prefix_cache_queries_total",
-        "pdlaunch_kv_leases_expired_total",
-        ("pdlaunch_kv_transfer_failures_total",),
-    ),
-}
+# What engines of vLLM, and native ones, count; an engine has the metrics of its own kind alone.
+_PROMPT_TOKENS = ("vllm:prompt_tokens_total", "pdlaunch_prefix_cache_queries_total")
+_EXPIRED = ("vllm:nixl_num_kv_expired_reqs_total", "pdlaunch_kv_leases_expired_total")
+_FAILED = (
+    "vllm:nixl_num_failed_transfers_total",
+    "vllm:nixl_num_failed_notifications_total",
+    "pdlaunch_kv_transfer_failures_total",
+)
 
 
 def doctor(
@@ -100,10 +88,10 @@ def doctor(
             )
         by_role: dict[Role, list[str] | None] = {"prefill": prefill, "decode": decode, "both": both}
         named = [(role, url) for role, given in by_role.items() for url in given or ()]
-        for name, url in [("URL", url) for url in routers or ()] + [
-            (f"--{r}", u) for r, u in named
-        ]:
-            _require_url(name, url)
+        for url in routers or ():
+            _require_url("URL", url)
+        for role, url in named:
+            _require_url(f"--{role}", url)
         listed = asyncio.run(_engines_of(routers or ()))
         urls = list(dict.fromkeys([*named, *listed]))
         if not urls:
@@ -205,8 +193,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
     except ProtocolError as error:
         return SeenEngine(role, url, problem=str(error))
     info = await api.server_info(INFO_TIMEOUT_S)
-    kind: EngineName = "native" if counts.has(_COUNTED["native"].prompt_tokens) else "vllm"
-    names = _COUNTED[kind]
+    kind: EngineName = "native" if counts.has(_PROMPT_TOKENS[1]) else "vllm"
     num_bytes, seconds = int(counts.total(BYTES_READ[kind])), counts.total(SECONDS_READ[kind])
     return SeenEngine(
         role,
@@ -217,13 +204,13 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         max_model_len=min(filter(None, models.values()), default=None),
         block_size=counts.label(_CACHE, "block_size"),
         cache_dtype=counts.label(_CACHE, "cache_dtype"),
-        prompt_tokens=_count(counts, names.prompt_tokens),
+        prompt_tokens=_count(counts, *_PROMPT_TOKENS),
         bytes_read=num_bytes,
         gigabytes_per_s=num_bytes / seconds / 1e9
         if seconds and num_bytes >= MEASURABLE_BYTES
         else None,
-        num_expired=_count(counts, names.expired),
-        num_failed=_count(counts, *names.failed),
+        num_expired=_count(counts, *_EXPIRED),
+        num_failed=_count(counts, *_FAILED),
         num_answers=_count(counts, f"{_ANSWER_TOKENS}_count"),
         answer_tokens=_count(counts, f"{_ANSWER_TOKENS}_sum"),
         has_dev_mode=info is not None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.checks.run import all_rules, family
@@ -21,12 +20,8 @@ def explain(
     """Show a rule, or list all of them."""
     rules, console = all_rules(), Console()
     if code is None:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("rule", "severity", "what is wrong"):
-            table.add_column(heading, no_wrap=heading != "what is wrong")
         for rule in rules.values():
-            table.add_row(rule.code, rule.severity, Text(rule.title))
-        console.print(table)
+            console.print(Text(f"{rule.code} {rule.severity:<8}{rule.title}"))
     elif found := rules.get(code.upper()):
         head = f"{found.code} ({found.severity}, {family(found).lower()})"
         console.print(Text(head, style="bold"), Text(found.title), sep="\n")

@@ -1,17 +1,16 @@
-"""Shows what ``serve`` does: a live table while it starts, a panel once it is ready, then events,
-and every ten seconds a line with what the deployment does.
+"""Shows what ``serve`` does: its start, a panel once it is ready, then events, and every ten
+seconds a line with what the deployment does.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -40,23 +39,13 @@ NUM_PAIRS = 4
 _READY_POLL_S = 0.02
 _PERCENT_EVERY_S = 5.0
 _STARTS = (LaunchPhase.PREPARING, LaunchPhase.STARTING)
+_FAILURES = (ProcessState.FAILED, ProcessState.BACKING_OFF, ProcessState.GIVEN_UP)
 _DRAINS = (LaunchPhase.DRAINING_ROUTER, LaunchPhase.DRAINING_ENGINES)
-_STYLES = {
-    ProcessState.PLANNED: "dim",
-    ProcessState.CONVERTING: "cyan",
-    ProcessState.STARTING: "cyan",
-    ProcessState.READY: "green",
-    ProcessState.DRAINING: "yellow",
-    ProcessState.EXITED: "dim",
-    ProcessState.FAILED: "bold red",
-    ProcessState.BACKING_OFF: "yellow",
-    ProcessState.GIVEN_UP: "bold red",
-}
 
 
 class StartView:
-    """Shows the start as a table that follows every process, where the terminal can show one, else
-    as a line for each change; then events as lines.
+    """Shows the start: on a terminal one line that moves, else a line for each change; then events
+    as lines.
 
     Lines of the start tell the seconds since it began, events the time of day.
     """
@@ -71,17 +60,10 @@ class StartView:
         self._status = LaunchStatus(LaunchPhase.PREPARING, ())
         self._said: dict[str, tuple[tuple[ProcessState, str], float]] = {}
         """The last line printed for each process, and its time."""
-        is_dumb = not console.is_terminal or console.is_dumb_terminal
-        self.is_live = not is_dumb and console.height >= 4 and console.width >= 20
+        self.is_live = console.is_terminal and not console.is_dumb_terminal
         self._live: Live | None = None
         if self.is_live:
-            self._live = Live(
-                get_renderable=self._render,
-                console=console,
-                refresh_per_second=8,
-                transient=True,
-                vertical_overflow="crop",
-            )
+            self._live = Live(get_renderable=self._render, console=console, transient=True)
             self._live.start()
 
     def changed(self, status: LaunchStatus) -> None:
@@ -91,8 +73,7 @@ class StartView:
         elif not self.is_live:
             for process in status.processes:
                 if process.state is not ProcessState.PLANNED and self._is_news(process):
-                    doing = f", {_doing(process)}" if process.doing else ""
-                    self._say(f"{on_host(process.name, process.host)}: {process.state}{doing}")
+                    self._say(f"{on_host(process.name, process.host)}: {_doing(process)}")
 
     def ready(self, status: LaunchStatus) -> None:
         rows = self._summary(status)
@@ -109,7 +90,7 @@ class StartView:
         self._print(f"{datetime.now():%H:%M:%S}", text)
 
     def close(self) -> None:
-        """Take the table off the screen and give the cursor back. Safe to call twice."""
+        """Take the line off the screen and give the cursor back. Safe to call twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -131,41 +112,33 @@ class StartView:
         text = Text(f"[{time}] {safe(line)}")
         self._console.print(text, soft_wrap=not self._console.is_terminal)
 
-    def _render(self) -> RenderableType:
-        return render_status(self._status, self._clock() - self._start_at, *self._console.size)
+    def _render(self) -> Text:
+        elapsed_s = self._clock() - self._start_at
+        return render_status(self._status, elapsed_s, self._console.width)
 
 
-def render_status(
-    status: LaunchStatus, elapsed_s: float, columns: int, rows: int
-) -> RenderableType:
-    """Render the table. Processes that are not ready come first where ``rows`` are too few."""
-    processes = list(status.processes)
-    counts = Counter(process.state for process in processes)
-    head = Text(
-        f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of "
-        f"{len(processes)} ready"
-    )
-    if status.num_missing_pairs and not counts.keys() - {ProcessState.READY, ProcessState.EXITED}:
-        head.append(f" · pairs to connect: {status.num_missing_pairs}")
-    head.truncate(columns, overflow="ellipsis")
-    # `rich` would cut the table at the bottom, where a failing process may stand.
-    room = max(1, rows - 2)
-    if len(processes) > room:
-        processes.sort(key=lambda process: process.state is ProcessState.READY)
-        processes = processes[: room - 1]
-    table = Table.grid(padding=(0, 2, 0, 0), expand=False)
-    for overflow in ("ellipsis", "fold", "ellipsis"):
-        table.add_column(no_wrap=True, overflow=overflow)
-    for process in processes:
-        name = safe(on_host(process.name, process.host))
-        state = Text(process.state, style=_STYLES[process.state])
-        table.add_row(Text(name), state, Text(_doing(process)))
-    hidden = len(status.processes) - len(processes)
-    return Group(head, table, *([Text(f"… and {hidden} more", style="dim")] if hidden else []))
+def render_status(status: LaunchStatus, elapsed_s: float, columns: int) -> Text:
+    """Return one line: how many processes are ready, and what the first of the others do."""
+    slow = [
+        process
+        for process in status.processes
+        if process.state not in (ProcessState.READY, ProcessState.EXITED)
+    ]
+    parts = [f"{status.phase} · {elapsed_s:.0f} s"]
+    parts.append(f"{len(status.processes) - len(slow)} of {len(status.processes)} ready")
+    if status.num_missing_pairs and not slow:
+        parts.append(f"pairs to connect: {status.num_missing_pairs}")
+    # Those that failed come first, then whatever else is not ready.
+    slow.sort(key=lambda process: process.state not in _FAILURES)
+    parts += [f"{on_host(each.name, each.host)}: {_doing(each)}" for each in slow]
+    line = Text(safe(" · ".join(parts)), no_wrap=True)
+    line.truncate(columns, overflow="ellipsis")
+    return line
 
 
 def _doing(process: ProcessStatus) -> str:
-    return process.doing + ("" if process.fraction is None else f" {process.fraction:.0%}")
+    percent = "" if process.fraction is None else f" {process.fraction:.0%}"
+    return f"{process.state}, {process.doing}{percent}" if process.doing else process.state
 
 
 def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:

@@ -6,21 +6,12 @@ from typing import Annotated
 
 import typer
 
-UrlOption = Annotated[
-    str | None,
-    typer.Option(
-        help="The deployment's router; needed where several of yours run, or another's.",
-        envvar="PDLAUNCH_URL",
-    ),
-]
-UrlArgument = Annotated[
-    str | None,
-    typer.Argument(
-        help="The deployment's router; needed where several of yours run, or another's.",
-        envvar="PDLAUNCH_URL",
-        metavar="[URL]",
-    ),
-]
+_URL = {
+    "help": "The deployment's router; needed where several of yours run, or another's.",
+    "envvar": "PDLAUNCH_URL",
+}
+UrlOption = Annotated[str | None, typer.Option(**_URL)]
+UrlArgument = Annotated[str | None, typer.Argument(metavar="[URL]", **_URL)]
 ApiKeyOption = Annotated[
     str | None,
     typer.Option(

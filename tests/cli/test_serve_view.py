@@ -53,10 +53,8 @@ def serving(decode_host: str = "local") -> LaunchStatus:
     )
 
 
-def console(columns: int = 80, rows: int = 24, *, terminal: bool = False) -> Console:
-    return Console(
-        file=io.StringIO(), width=columns, height=rows, force_terminal=terminal, color_system=None
-    )
+def console(columns: int = 80, *, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), width=columns, force_terminal=terminal, color_system=None)
 
 
 def printed(target: Console) -> str:
@@ -64,31 +62,20 @@ def printed(target: Console) -> str:
     return target.file.getvalue()
 
 
-def table(status: LaunchStatus, columns: int = 80, rows: int = 24) -> list[str]:
-    target = console(columns, rows)
-    target.print(render_status(status, 12.0, columns, rows))
-    return printed(target).splitlines()
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_the_line_of_a_start_fits_any_terminal(columns: int) -> None:
+    assert render_status(starting(40), 12.0, columns).cell_len <= columns
 
 
-@pytest.mark.parametrize("columns", [20, 40, 69, 70, 200])
-@pytest.mark.parametrize("rows", [4, 10, 50])
-@pytest.mark.parametrize("num_engines", [1, 40])
-def test_the_table_fits_any_terminal(columns: int, rows: int, num_engines: int) -> None:
-    lines = table(starting(num_engines), columns, rows)
-    assert len(lines) <= rows - 1
-    assert all(len(line) <= columns for line in lines)
-
-
-def test_what_is_not_ready_is_shown_when_there_is_no_room_for_all() -> None:
-    text = "\n".join(table(starting(5), rows=10))
-    assert all(f"prefill-{n}/rank-0" in text for n in range(5))
-    assert "… and 3 more" in text
-
-
-def test_other_hosts_are_named() -> None:
-    rows = [line.split() for line in table(serving("gpu-2"))]
-    assert ["decode-0/rank-1", "on", "gpu-2", "ready"] in rows
-    assert ["prefill-0", "ready"] in rows
+def test_the_line_of_a_start_says_what_is_waited_for() -> None:
+    said = render_status(starting(), 12.0, 200).plain
+    doing = "prefill-0/rank-0: starting, loading weights 40%"
+    assert said == f"starting · 12 s · 1 of 2 ready · {doing}"
+    failed = process("decode-7", ProcessState.FAILED, host="gpu-2")
+    mixed = replace(starting(5), processes=(*starting(5).processes, failed))
+    assert "5 of 11 ready · decode-7 on gpu-2: failed · " in render_status(mixed, 1.0, 200).plain
+    connecting = replace(serving(), num_missing_pairs=2)
+    assert render_status(connecting, 1.0, 200).plain.endswith("pairs to connect: 2")
 
 
 def test_plain_lines_tell_each_change_once() -> None:
@@ -121,7 +108,7 @@ def test_notes_break_between_words_on_a_terminal_and_not_at_all_in_a_file() -> N
     assert re.fullmatch(rf"\[\d\d:\d\d:\d\d\] {note}\n", printed(file))
 
 
-def test_the_live_table_leaves_no_trace_but_the_panel() -> None:
+def test_the_line_of_a_start_leaves_no_trace_but_the_panel() -> None:
     target = console(terminal=True)
     view = StartView(target, lambda status: list(ROWS), lambda: 0.0)
     view.changed(starting())
@@ -130,7 +117,6 @@ def test_the_live_table_leaves_no_trace_but_the_panel() -> None:
     last_screen = printed(target).rpartition("\x1b[2K")[2]
     assert "pdlaunch is ready" in last_screen
     assert "loading weights" not in last_screen
-    assert not StartView(console(rows=3, terminal=True), lambda status: []).is_live
 
 
 def test_the_panel_says_where_and_what_and_how_fast() -> None:
