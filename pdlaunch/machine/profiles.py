@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdlaunch.errors import ConfigError
@@ -27,64 +27,53 @@ ANY_CUDA = "cuda"  # GPUs of which nothing but their number is known
 PROFILES = ("h100x8", "h200x8", "gb200", "a100x8", "l40s", ANY_CUDA, "cpu")
 """Names to show; ``h100x2`` and the like are known too."""
 
+_CUDA = (13, 0)
 _COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
 _OF_NO_NAME: tuple[Fact, ...] = ("libraries", "limits", "shm")
 _OF_SERVERS: tuple[Fact, ...] = ("cpus", "native_bf16", "memory", "rdma")
 """Facts that differ between servers with the same card."""
 
 
-def _server(
-    name: str,
-    gpu: str,
-    memory_mib: int,
-    link_gigabytes_per_s: float,
-    link: LinkKind = "NVLink",
-    num_gpus: int = 8,
-    num_rdma_devices: int = 8,
-    has_imex_channel: bool = False,
-    machine: Machine | None = None,
-) -> AssumedMachine:
-    """Return a server with all its GPUs; None for ``machine``: nothing is known but the card."""
-    card = Gpu(0, gpu, memory_mib * MIB, True, has_imex_channel)
-    base = machine or Machine(unknown=dict.fromkeys(_OF_SERVERS, ""))
-    imex = "an" if has_imex_channel else "no"
-    about = (
-        f"{name}; taken for granted: driver 580 with CUDA 13.0; {imex} IMEX channel, so "
-        f"{'' if has_imex_channel else 'no '}fabric handles; no other process on the GPUs"
-    )
-    known = replace(
-        base,
-        gpus=tuple(replace(card, index=index) for index in range(num_gpus)),
-        gpu_links=tuple(
-            GpuLink(first, second, link, link_gigabytes_per_s)
-            for first, second in itertools.combinations(range(num_gpus), 2)
-        ),
-        driver_cuda=(13, 0),
-        rdma_devices=tuple(f"mlx5_{index}" for index in range(num_rdma_devices if machine else 0)),
-    )
-    return AssumedMachine(name, known, {}, about)
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """Describes a server with equal GPUs."""
+
+    about: str
+    gpu: Gpu
+    link: LinkKind
+    gigabytes_per_s: float
+    machine: Machine  # all but its GPUs
+    num_gpus: int = 8  # GPUs of the whole server, which its name without a number stands for
 
 
-def _machine(num_cpus: int, memory_bytes: int, *, has_native_bf16: bool) -> Machine:
-    return Machine(num_cpus=num_cpus, memory_bytes=memory_bytes, has_native_bf16=has_native_bf16)
+def _card(name: str, memory_mib: int, *, has_fabric_handles: bool = False) -> Gpu:
+    return Gpu(0, name, memory_mib * MIB, True, has_fabric_handles)
+
+
+def _machine(cpus: int, memory_bytes: int, num_nics: int, *, bf16: bool = True) -> Machine:
+    nics = tuple(f"mlx5_{index}" for index in range(num_nics))
+    return Machine("Linux", cpus, bf16, memory_bytes, driver_cuda=_CUDA, rdma_devices=nics)
 
 
 # fmt: off
-_SERVERS: Mapping[str, AssumedMachine] = {
-    "a100": _server(
-        "A100 SXM4 80 GB in a DGX A100", "NVIDIA A100-SXM4-80GB", 81920, 300,
-        machine=_machine(128, 2 * TB, has_native_bf16=False)),
-    "h100": _server(
-        "H100 SXM5 80 GB in a DGX H100", "NVIDIA H100 80GB HBM3", 81559, 450,
-        machine=_machine(112, 2 * TB, has_native_bf16=True)),
-    "h200": _server(
-        "H200 SXM5 141 GB in a DGX H200", "NVIDIA H200", 143156, 450,
-        machine=_machine(112, 2 * TB, has_native_bf16=True)),
-    "gb200": _server(
-        "GB200 in a compute tray of a GB200 NVL72", "NVIDIA GB200", 189471, 900,
-        num_gpus=4, num_rdma_devices=4, has_imex_channel=True,
-        machine=_machine(144, 960 * 10**9, has_native_bf16=True)),
-    "l40s": _server("L40S 48 GB at PCIe 4.0 x16", "NVIDIA L40S", 46068, 31.5, "PCIe"),
+_SERVERS: Mapping[str, _Server] = {
+    "a100": _Server(
+        "A100 SXM4 80 GB in a DGX A100", _card("NVIDIA A100-SXM4-80GB", 81920), "NVLink", 300,
+        _machine(128, 2 * TB, 8, bf16=False)),
+    "h100": _Server(
+        "H100 SXM5 80 GB in a DGX H100", _card("NVIDIA H100 80GB HBM3", 81559), "NVLink", 450,
+        _machine(112, 2 * TB, 8)),
+    "h200": _Server(
+        "H200 SXM5 141 GB in a DGX H200", _card("NVIDIA H200", 143156), "NVLink", 450,
+        _machine(112, 2 * TB, 8)),
+    "gb200": _Server(
+        "GB200 in a compute tray of a GB200 NVL72",
+        _card("NVIDIA GB200", 189471, has_fabric_handles=True), "NVLink", 900,
+        _machine(144, 960 * 10**9, 4), num_gpus=4),
+    # Servers with this card differ in all but the card.
+    "l40s": _Server(
+        "L40S 48 GB at PCIe 4.0 x16", _card("NVIDIA L40S", 46068), "PCIe", 31.5,
+        Machine(driver_cuda=_CUDA, unknown=dict.fromkeys(_OF_SERVERS, ""))),
 }
 # fmt: on
 
@@ -124,18 +113,20 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
     server = _SERVERS.get(kind)
     if server is None:
         return None
-    whole = server.machine
-    count = number or len(whole.gpus)
+    count = number or server.num_gpus
+    pairs = itertools.combinations(range(count), 2)
     machine = replace(
-        whole,
-        gpus=tuple(replace(whole.gpus[0], index=index) for index in range(count)),
+        server.machine,
+        gpus=tuple(replace(server.gpu, index=index) for index in range(count)),
         # No server has more GPUs at one switch.
-        gpu_links=tuple(link for link in whole.gpu_links if link.second < count)
-        if count <= len(whole.gpus)
+        gpu_links=tuple(GpuLink(*pair, server.link, server.gigabytes_per_s) for pair in pairs)
+        if count <= server.num_gpus
         else (),
     )
-    unknown = (*_OF_NO_NAME, *whole.unknown)
-    return _named(name, machine, unknown, f"{count} x {server.about}")
+    imex = "an IMEX channel, so" if server.gpu.has_fabric_handles else "no IMEX channel, so no"
+    granted = f"driver 580 with CUDA 13.0; {imex} fabric handles; no other process on the GPUs"
+    about = f"{count} x {server.about}; taken for granted: {granted}"
+    return _named(name, machine, (*_OF_NO_NAME, *server.machine.unknown), about)
 
 
 def _named(name: str, machine: Machine, unknown: tuple[Fact, ...], about: str) -> AssumedMachine:

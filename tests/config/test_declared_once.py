@@ -89,4 +89,6 @@ def test_a_line_in_a_model_is_a_whole_setting(tmp_path):
     override = schema["$defs"]["RoleSettings"]["properties"]["num_sparks"]
     assert override["anyOf"] == [{"exclusiveMinimum": 0, "type": "integer"}, {"type": "null"}]
     assert override["description"] == "Sparks of a rank."
+    row = "| `num_sparks` | `N` | `3` | Sparks of a rank. | `--num-sparks` `PDLAUNCH_NUM_SPARKS` |"
+    assert row in found["docs"].splitlines()
     assert found["spec"] == 7
