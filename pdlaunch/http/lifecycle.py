@@ -58,7 +58,6 @@ class Supervised:
             loop.add_signal_handler(number, self.inbox.put_nowait, Stop())
 
     def send(self, message: ToSupervisor) -> None:
-        """Queue a message for the supervisor; never blocks."""
         if isinstance(message, Ready):
             # As of a rank: see leave_ends_to_supervisor.
             for number in _END_SIGNALS:
@@ -100,7 +99,6 @@ class Supervised:
         return task
 
     def close(self) -> None:
-        """Send what is queued and end the channel."""
         for task in self._tasks:
             task.cancel()
         self._control.close()

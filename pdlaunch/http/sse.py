@@ -67,7 +67,6 @@ class ClientStream:
         await self.response.write(event)
 
     async def end(self, last: bytes = b"") -> None:
-        """Send ``last``, and end the answer."""
         await self._begin()
         # In one piece: whoever reads the last event has the end too, and can use the connection
         # again at once.

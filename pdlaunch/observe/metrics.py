@@ -107,7 +107,6 @@ class RequestMetrics(Collector):
         registry.register(self)
 
     def finished(self, reason: str) -> None:
-        """Count a choice that ended with ``reason``."""
         self._finished.labels(*self._values, reason).inc()
 
     def failed(self, status: int) -> None:
@@ -159,12 +158,10 @@ class RequestClock:
 
     @property
     def last_token_at(self) -> float:
-        """Return the instant of the last token; there has been one."""
         return max(self._last_at.values())
 
     @property
     def num_choices(self) -> int:
-        """Return how many choices have had a token."""
         return len(self._last_at)
 
     def tokens(self, choice: int, num_tokens: int) -> None:
@@ -180,6 +177,5 @@ class RequestClock:
         self._last_at[choice] = now_at
 
     def end(self, num_output_tokens: int) -> None:
-        """Count an answer that is out."""
         self._metrics.request_time.observe(self._clock() - self._start_at)
         self._metrics.output_length.observe(num_output_tokens)

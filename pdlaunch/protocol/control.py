@@ -44,8 +44,6 @@ class Address(Message, tag=False):
 
 
 class Capabilities(Message, tag=False):
-    """Tells what an engine can do; the router reads it instead of assuming it."""
-
     resumes: bool = False  # accepts output tokens so far with a prompt
     # Answers do_remote_decode with the first token under the ``pdlaunch`` key.
     gives_first_token: bool = False
@@ -66,7 +64,6 @@ class Capabilities(Message, tag=False):
 
     @property
     def goes_on(self) -> bool:
-        """Return whether it can go on with an answer that another engine has begun."""
         return self.resumes or self.continues
 
 

@@ -129,8 +129,6 @@ class Welcome(Message):
 
 
 class Outputs(Message):
-    """Holds all messages of one step in one frame."""
-
     items: list[Tokens | RequestFinished]
 
 
@@ -197,8 +195,6 @@ class IntegrityReport(Message):
 
 
 class SleepReply(Message):
-    """Answers Sleep and WakeUp."""
-
     call_id: int
     sleeping_tags: list[str]  # pools that sleep now; also after an error
     num_bytes: int = 0  # device memory given back or taken, over all ranks

@@ -51,8 +51,6 @@ class RemoteKV(
         "lease_s": "remote_lease_s",
     },
 ):
-    """Locates blocks under lease at a prefill engine."""
-
     engine_id: Annotated[EngineId, _IS_ID]
     lease_id: Annotated[LeaseId, _IS_ID]
     host: Annotated[str, _IS_ID]
@@ -73,8 +71,6 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Says what an engine was asked to do with KV blocks."""
-
     do_remote_decode: bool = False
     remote_kv: RemoteKV | None = None
     pdlaunch: PdlaunchParams = PdlaunchParams()

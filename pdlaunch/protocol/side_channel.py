@@ -41,8 +41,6 @@ class Compatibility(Message, tag=False):
 
 
 class Geometry(Message, tag=False):
-    """Says where the KV blocks of a rank lie."""
-
     base_address: Bytes
     num_blocks: NonNegative
     block_bytes: Bytes
@@ -57,8 +55,6 @@ class Geometry(Message, tag=False):
 
 
 class Handshake(Message):
-    """Ask a rank for what is needed to read its blocks."""
-
     call_id: int
     engine_id: Annotated[EngineId, _IS_ID]  # the decode engine's; tells apart its incarnations
     rank_name: Annotated[str, _IS_ID]
@@ -96,8 +92,6 @@ class PullBegin(LeaseQuestion):
 
 
 class GroupBlocks(Message, tag=False):
-    """Names the blocks of one KV cache group."""
-
     # Logical index of the first block below; earlier ones have left the window.
     first_block_index: int
     block_ids: list[int]

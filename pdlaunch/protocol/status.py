@@ -20,8 +20,6 @@ EventKind = Literal["engine", "launch", "pair", "pull"]
 
 
 class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts the pulls of an engine since its start."""
-
     done: int
     num_bytes: int
     failed: int
@@ -30,8 +28,6 @@ class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
-    """Tells what an engine's own metrics said when they were last read."""
-
     age_s: float  # seconds since they were read
     running: int
     waiting: int
@@ -51,8 +47,6 @@ _HEALTH = {"open": "left out", "half_open": "on trial"}
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes one engine as the router sees it."""
-
     name: str
     role: str | None
     kind: str
@@ -86,8 +80,6 @@ class GoneEngine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes the path from one prefill engine to one decode engine."""
-
     prefill: str
     decode: str
     path: str
@@ -108,16 +100,12 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Doubt(msgspec.Struct, frozen=True, kw_only=True):
-    """Names a pair that is not used until it has been proven again."""
-
     prefill: str
     decode: str
     error: str
 
 
 class StatusEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Tells what has happened: a death, a restart, a refused pull."""
-
     at: float  # Unix time in seconds
     kind: EventKind
     name: str  # the engine or pair; empty for the launch
@@ -167,8 +155,6 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestSummary(msgspec.Struct, kw_only=True):
-    """Says in one line how a request went."""
-
     id: HttpRequestId
     received_at: float  # Unix time in seconds, on the router's clock
     status: int | None = None  # none while it runs; 499: the client went away
@@ -212,13 +198,9 @@ class SpanView(msgspec.Struct, kw_only=True):
 
 
 class RequestTrace(RequestSummary, kw_only=True):
-    """Tells all that is known of a request."""
-
     spans: list[SpanView] = []
     dropped_spans: int = 0
 
 
 class RequestList(msgspec.Struct, kw_only=True):
-    """Answers /pdlaunch/requests."""
-
     requests: list[RequestSummary] = []

@@ -34,8 +34,6 @@ class EndLease(Message):
 
 
 class StartPull(Message):
-    """Decode: pull a prompt's blocks."""
-
     pull_id: PullId
     request_id: RequestId
     remote: RemoteKV
@@ -69,8 +67,6 @@ class LeaseEnded(Message):
 
 
 class PullFinished(Message):
-    """Decode: this rank's pull has ended."""
-
     pull_id: PullId
     ok: bool  # the blocks are proven: READ done, lease held throughout, hashes and checksums equal
     error: str = ""

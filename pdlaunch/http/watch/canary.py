@@ -123,7 +123,6 @@ class Canaries(Generic[Pair]):
         return any(dropped)
 
     def pairs(self) -> set[Pair]:
-        """Return the pairs that have a result or a canary under way."""
         return {*self.results, *self._tasks}
 
     def forget(self, pairs: Collection[Pair]) -> None:
@@ -134,7 +133,6 @@ class Canaries(Generic[Pair]):
                 task.cancel()
 
     async def close(self) -> None:
-        """Stop all canaries."""
         tasks = [*self._tasks.values()]
         self.prove(())
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -30,8 +30,6 @@ T = TypeVar("T")
 
 
 class Counts:
-    """Holds one reading of an engine's /metrics."""
-
     def __init__(self, page: str) -> None:
         self._samples = [
             sample for family in text_string_to_metric_families(page) for sample in family.samples
@@ -49,7 +47,6 @@ class Counts:
         return any(sample.name == name for sample in self._samples)
 
     def label(self, name: str, label: str) -> str | None:
-        """Return a label of the first sample of this name."""
         return next(
             (sample.labels.get(label) for sample in self._samples if sample.name == name), None
         )
@@ -149,7 +146,6 @@ class EngineApi:
             return None
 
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Return the answer to /v1/completions."""
         sent = msgspec.json.encode(body)
         return await self._read("/v1/completions", timeout_s, _json_object, sent)
 

@@ -60,8 +60,6 @@ class FunctionCall(RequestBody):
 
 
 class ToolCall(RequestBody):
-    """Holds a tool call of an answer that the client sends back."""
-
     PLACE = "messages.tool_calls."
     HINTS = frozenset({"index"})
 
@@ -89,8 +87,6 @@ class ToolFunction(RequestBody):
 
 
 class Tool(RequestBody):
-    """Describes a tool that the model may call."""
-
     PLACE = "tools."
 
     type: Literal["function"] = "function"

@@ -88,8 +88,6 @@ class SamplingFields(RequestBody):
 
 
 class SamplingDefaults(SamplingFields):
-    """Holds the defaults of sampling fields that requests leave open."""
-
     # Limits answers of chats; completions have OpenAI's default.
     max_new_tokens: int | None = Field(None, ge=1)
 
@@ -328,7 +326,5 @@ class TokenizeChatRequest(ChatTemplateFields):
 
 
 class DetokenizeRequest(RequestBody):
-    """Asks for the text of token ids; special tokens are kept."""
-
     model: str | None = None
     tokens: list[TokenId]

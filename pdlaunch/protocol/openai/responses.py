@@ -86,8 +86,6 @@ class ChatChoice(AnyChoice, kw_only=True):
 
 
 class AnyAnswer(msgspec.Struct, kw_only=True):
-    """Holds what all answers and chunks have."""
-
     id: str
     created: int = 0
     model: str = ""

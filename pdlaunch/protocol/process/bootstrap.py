@@ -46,8 +46,6 @@ class RoutingLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds what the router process needs."""
-
     host: str
     port: int
     listeners: tuple[int, ...] = ()  # inherited descriptors of the supervisor's listening sockets
@@ -84,8 +82,6 @@ class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds identity, settings and keys of one child process."""
-
     name: str  # ``router``, ``prefill-0``, ``prefill-0/rank-0``
     incarnation: int
     control: str  # ZMQ endpoint of the supervisor
@@ -179,11 +175,9 @@ class ControlClient:
         self._thread.start()
 
     def send(self, message: ToSupervisor) -> None:
-        """Queue a message; never blocks."""
         self._queue(to_supervisor.encode(message))
 
     def close(self) -> None:
-        """Send what is queued and stop; at most two seconds."""
         self._queue(b"")
         self._thread.join(timeout=2)
 
@@ -235,7 +229,6 @@ class Heartbeat:
             self._send(Alive())
 
     async def run(self) -> None:
-        """Beat with the event loop, until cancelled."""
         while self._interval_s:
             self.beat()
             await asyncio.sleep(self._interval_s)

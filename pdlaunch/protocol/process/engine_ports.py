@@ -72,7 +72,6 @@ class EnginePorts:
             sockets.pop(next(iter(sockets))).close()
 
     def release(self, engine: str) -> None:
-        """Release the ports of an engine that is gone."""
         for kept in self._sockets.pop(engine, {}).values():
             kept.close()
 

@@ -37,8 +37,6 @@ _NEW_FOR_S = 60.0
 
 
 class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
-    """Tells the launches of a user apart."""
-
     launch_id: str
     url: str  # the router's URL, as processes on this host reach it
 

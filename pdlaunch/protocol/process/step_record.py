@@ -26,11 +26,8 @@ _NUM_BYTES = (1 + MAX_REQUESTS) * 8
 
 
 class LastStep(msgspec.Struct, frozen=True):
-    """Names the requests that a rank computed when it died."""
-
     origins: frozenset[PromptOrigin] = frozenset()
-    suspects: frozenset[PromptOrigin] = frozenset()
-    """Requests among ``origins`` that were suspects already: one at most."""
+    suspects: frozenset[PromptOrigin] = frozenset()  # of ``origins``, suspects already: one at most
 
 
 def new_step_record() -> tuple[int, mmap.mmap]:
