@@ -47,7 +47,7 @@ class _Formatter(logging.Formatter):
         if self._form == "text":
             place = f"{record.name} [{request_id}]" if request_id else record.name
             line = f"{time} {record.levelname} {self._process} {place} {record.getMessage()}"
-            return "\n".join(map(escape_controls, [line, *trace.splitlines()]))
+            return "\n".join(map(escape_controls, [line, *trace.split("\n")] if trace else [line]))
         fields = {
             "time": time,
             "level": record.levelname,

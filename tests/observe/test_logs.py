@@ -5,29 +5,32 @@ import io
 import json
 import logging
 import re
+from collections.abc import Iterator
 
 import pytest
 
 from pdlaunch.observe.logs import request_logging, setup_logging
 
+HOSTILE = "a\nFAKE 200\x1b[2J\x07\x9b31m[red]b[/red]\u202eevil\u2028\x00\ud800"
+LOGGER = logging.getLogger("pdlaunch.engine.server")
 
-@pytest.fixture(autouse=True)
-def restored_logging():
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
     root, own = logging.getLogger(), logging.getLogger("pdlaunch")
     handlers, levels = root.handlers[:], (root.level, own.level)
-    yield
+    yield io.StringIO()
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     own.setLevel(levels[1])
     logging.captureWarnings(False)
 
 
-def test_a_line_has_time_level_process_and_request():
-    stream = io.StringIO()
+def test_a_line_has_time_level_process_and_request(stream: io.StringIO) -> None:
     setup_logging("prefill-0", "info", stream=stream)
     with request_logging("r1"):
-        logging.getLogger("pdlaunch.engine.server").info("hello %d", 5)
-    logging.getLogger("pdlaunch.engine.server").debug("not shown")
+        LOGGER.info("hello %d", 5)
+    LOGGER.debug("not shown")
     logging.getLogger("library").info("not shown")
     line = (
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 "
@@ -36,50 +39,47 @@ def test_a_line_has_time_level_process_and_request():
     assert re.fullmatch(line, stream.getvalue())
 
 
-async def test_concurrent_requests_keep_their_ids_apart():
-    stream = io.StringIO()
+async def test_concurrent_requests_keep_their_ids_apart(stream: io.StringIO) -> None:
     setup_logging("a", "info", stream=stream)
     met = asyncio.Barrier(2)
 
     async def serve(request_id: str) -> None:
         with request_logging(request_id):
             await met.wait()
-            logging.getLogger("pdlaunch").info("from %s", request_id)
+            LOGGER.info("from %s", request_id)
 
     await asyncio.gather(serve("r1"), serve("r2"))
     assert "[r1] from r1" in stream.getvalue()
     assert "[r2] from r2" in stream.getvalue()
 
 
-HOSTILE = "a\nFAKE 200\x1b[2J\x07\x9b31m[red]b[/red]\u202eevil\u2028\x00\ud800"
-
-
-def test_hostile_names_stay_on_their_line():
-    stream = io.StringIO()
+def test_hostile_names_stay_on_their_line(stream: io.StringIO) -> None:
     setup_logging("router", "info", stream=stream)
-    logging.getLogger("pdlaunch").info("model %s", HOSTILE)
+    LOGGER.info("model %s", HOSTILE)
     (line,) = stream.getvalue().splitlines()
     assert line.isprintable()
     assert r"a\nFAKE 200\x1b[2J\x07\x9b31m[red]b[/red]\u202eevil\u2028\x00\ud800" in line
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        LOGGER.exception("failed")
+    assert all(line.isprintable() for line in stream.getvalue().split("\n"))
 
 
-def test_json_lines_hold_the_same_and_more():
-    stream = io.StringIO()
+def test_json_lines_hold_the_same_and_more(stream: io.StringIO) -> None:
     setup_logging("router", "info", form="json", stream=stream)
     with request_logging("r1"):
-        logging.getLogger("pdlaunch").info(
-            HOSTILE, extra={"fields": lambda: {"request": {"status": 200}}}
-        )
+        LOGGER.info(HOSTILE, extra={"fields": lambda: {"request": {"status": 200}}})
     try:
         raise KeyError("x")
     except KeyError:
-        logging.getLogger("pdlaunch").exception("failed")
+        LOGGER.exception("failed")
     first, second = map(json.loads, stream.getvalue().splitlines())
     assert first.pop("time").endswith("Z")
     assert first == {
         "level": "INFO",
         "process": "router",
-        "logger": "pdlaunch",
+        "logger": "pdlaunch.engine.server",
         "message": HOSTILE,
         "request_id": "r1",
         "request": {"status": 200},
