@@ -75,10 +75,6 @@ _CHOOSE_CODE = (
 )
 
 
-class NotPermittedError(ConfigError):
-    """Is raised for a process that the agent does not start."""
-
-
 def allowed_executables(names: Sequence[str]) -> dict[str, str]:
     """Return the path of each executable by its name. Raises ConfigError."""
     found = {}
@@ -96,26 +92,26 @@ def allowed_executables(names: Sequence[str]) -> dict[str, str]:
 
 
 def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
-    """Return a process as this host starts it. Raises NotPermittedError.
+    """Return a process as this host starts it. Raises ConfigError.
 
     Python is the agent's own, and so are the paths of executables. ``executables``: by name.
     """
     for name in spec.environment:
         if name.startswith(_CHOOSE_CODE) and name not in _HARMLESS:
-            raise NotPermittedError(
+            raise ConfigError(
                 f"the variable {name} decides which code runs, and an agent decides that for its "
                 "host: set it where the agent is started, and leave it out of env"
             )
     command = list(spec.command)
     module = command[3] if command[1:3] == ["-P", "-m"] and len(command) > 3 else ""
     if spec.kind not in _KINDS or module not in MODULES:
-        raise NotPermittedError(f"an agent starts no {spec.kind} with {' '.join(command[:4])}")
+        raise ConfigError(f"an agent starts no {spec.kind} with {' '.join(command[:4])}")
     command[0] = sys.executable
     if module == "pdlaunch.launch.sidecar":
         place = command.index("--") + 1 if "--" in command else len(command)
         name = PurePath(command[place]).name if place < len(command) else ""
         if name not in executables:
-            raise NotPermittedError(
+            raise ConfigError(
                 f"this host does not allow the executable {name or 'of an engine'}: start its "
                 f"agent with --allow-executable {name}"
             )
@@ -250,7 +246,7 @@ class AgentSession:
     def _spawn(self, message: Spawn) -> None:
         try:
             spec = permitted(message.spec, self.executables)
-        except NotPermittedError as error:
+        except ConfigError as error:
             name, incarnation = message.spec.name, message.incarnation
             self.note(f"{name} is not started: {error}")
             self._send(AgentRefused(reason=str(error), name=name, incarnation=incarnation))

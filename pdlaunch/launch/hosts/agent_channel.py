@@ -26,14 +26,12 @@ import zmq
 
 from pdlaunch.errors import ProtocolError, StartupError
 from pdlaunch.launch.hosts.agent_messages import (
-    VERSION,
     AgentRefused,
     AgentWelcome,
     Beat,
     FromAgent,
     Join,
     Leave,
-    OtherVersionError,
     Printed,
     Session,
     ToAgent,
@@ -303,11 +301,6 @@ class AgentChannel:
                     self._hear(agent, message)
             except ProtocolError as error:
                 reason = str(error)
-                if isinstance(error, OtherVersionError):
-                    reason = (
-                        f"the agent is pdlaunch {error}, the supervisor is {VERSION.decode()}: "
-                        "install the same version on both hosts"
-                    )
                 logger.warning("refused agent %s: %s", agent.name if agent else identity, reason)
                 # Outside of the session: the agent takes a refusal with any number.
                 with contextlib.suppress(zmq.ZMQError):

@@ -128,10 +128,6 @@ from_agent: Codec[FromAgent] = Codec(FromAgent)
 to_agent: Codec[ToAgent] = Codec(ToAgent)
 
 
-class OtherVersionError(ProtocolError):
-    """Is raised for a message of another version of pdlaunch."""
-
-
 class Session:
     """Numbers the messages of one side and checks those of the other."""
 
@@ -152,7 +148,11 @@ class Session:
         if len(frames) != 3 or len(frames[1]) != _NUMBER.size:
             raise ProtocolError(f"a message of {len(frames)} frames")
         if frames[0] != VERSION:
-            raise OtherVersionError(frames[0][:40].decode(errors="replace"))
+            other = frames[0][:40].decode(errors="replace")
+            raise ProtocolError(
+                f"the sender is pdlaunch {other}, the receiver is {__version__}: install the same "
+                "version on both hosts"
+            )
         (number,) = _NUMBER.unpack(frames[1])
         if number != self._num_received + 1:
             raise ProtocolError(f"message {number} came after {self._num_received}: some were lost")

@@ -259,7 +259,7 @@ def test_another_version_is_refused_and_both_are_named(
     raw.socket.send_multipart(frames)
     own = agent_messages.VERSION.decode()
     assert raw.hear(AgentRefused).reason == (
-        f"the agent is pdlaunch 99.9, the supervisor is {own}: install the same version on both "
+        f"the sender is pdlaunch 99.9, the receiver is {own}: install the same version on both "
         "hosts"
     )
 

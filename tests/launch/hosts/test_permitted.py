@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.hosts.agent import NotPermittedError, allowed_executables, permitted
+from pdlaunch.launch.hosts.agent import allowed_executables, permitted
 from pdlaunch.planning.plan import ProcessSpec
 
 PYTHON = "/of/the/supervisor/python"
@@ -47,7 +47,7 @@ def test_modules_run_with_the_agents_own_python(name: str) -> None:
     ids=lambda spec: " ".join(spec.command) or "nothing",
 )
 def test_nothing_else_is_started(spec: ProcessSpec) -> None:
-    with pytest.raises(NotPermittedError):
+    with pytest.raises(ConfigError):
         permitted(spec, {})
 
 
@@ -59,7 +59,7 @@ def test_nothing_else_is_started(spec: ProcessSpec) -> None:
     ],
 )
 def test_variables_that_choose_the_code_are_refused(name: str) -> None:
-    with pytest.raises(NotPermittedError, match=name):
+    with pytest.raises(ConfigError, match=name):
         permitted(module("pdlaunch.engine", **{name: "/tmp/x"}), {})
     assert permitted(module("pdlaunch.engine", PYTHONUNBUFFERED="1"), {})
 
@@ -73,7 +73,7 @@ def test_an_executable_is_started_where_the_agent_has_it(tmp_path: Path) -> None
         "pdlaunch.launch.sidecar", "--name", "p", "--", "/elsewhere/vllm", "serve", kind="server"
     )
     assert permitted(sidecar, allowed).command[-2:] == (str(own), "serve")
-    with pytest.raises(NotPermittedError, match="--allow-executable vllm"):
+    with pytest.raises(ConfigError, match="--allow-executable vllm"):
         permitted(sidecar, {"other": str(own)})
 
 

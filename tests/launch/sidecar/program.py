@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from tests.launch.sidecar.fake_vllm import FakeVllm, listen
@@ -19,27 +18,20 @@ from tests.launch.sidecar.fake_vllm import FakeVllm, listen
 FIELDS = ("moves_bytes", "garbles", "healthy", "has_connector", "num_running")
 
 
-class FolderShares(MutableMapping[str, list[int]]):
+class FolderShares(dict[str, list[int]]):
     """Keeps what engines share in files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def __getitem__(self, key: str) -> list[int]:
-        tokens: list[int] = json.loads((self._folder / f"{key}.share").read_text())
-        return tokens
-
     def __setitem__(self, key: str, value: list[int]) -> None:
         (self._folder / f"{key}.share").write_text(json.dumps(value))
 
-    def __delitem__(self, key: str) -> None:
-        (self._folder / f"{key}.share").unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in self._folder.glob("*.share"))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def pop(self, key: str) -> list[int]:
+        path = self._folder / f"{key}.share"
+        tokens: list[int] = json.loads(path.read_text())
+        path.unlink()
+        return tokens
 
 
 def replace_text(path: Path, text: str) -> None:
