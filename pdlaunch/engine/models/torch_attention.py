@@ -218,13 +218,16 @@ class _TorchStep(AttentionStep):
             rows.index_copy_(0, group.write, states.transpose(0, 1).reshape(-1, layout.head_dim))
         result: torch.Tensor | None = None
         for part in group.parts:
-            heads = query[:, part.tokens]
+            is_all = len(group.parts) == 1
+            heads = query if is_all else query[:, part.tokens]
             if part.gather is None:
                 keys, values = key[:, part.tokens], value[:, part.tokens]
             else:
-                keys, values = self._backend.gather(part.gather, slot).chunk(2)
+                # Of each row and KV head the blocks, one behind the other.
+                shape = (2, part.num_rows or 1, layout.num_kv_heads, -1, layout.head_dim)
+                keys, values = self._backend.gather(part.gather, slot).view(shape)
             attended = self._attend(part, heads, keys, values, scaling, sinks)
-            if len(attended) == query.shape[1]:
+            if is_all:
                 return attended
             if result is None:
                 result = query.new_empty((query.shape[1], query.shape[0], query.shape[2]))
@@ -243,23 +246,20 @@ class _TorchStep(AttentionStep):
     ) -> torch.Tensor:
         """Attend for the part's tokens; returns [num_tokens, num_heads, head_dim].
 
-        ``query``: [num_heads, num_tokens, head_dim]; ``keys``, ``values``: of each row and KV head
-        those of its blocks, or of the chunk.
+        ``query``: [num_heads, num_tokens, head_dim]; ``keys``, ``values``: [num_rows, H, .., D] as
+        gathered, or those of the chunk alone.
         """
         num_heads, _, head_dim = query.shape
         num_kv_heads = self._backend.layout.num_kv_heads
         share = num_heads // num_kv_heads
         if part.num_rows:
-            shape = (part.num_rows, num_kv_heads, -1, head_dim)
             grouped = query.transpose(0, 1).reshape(part.num_rows, num_kv_heads, share, head_dim)
             by_head = None if sinks is None else sinks.view(num_kv_heads, share, 1)
-            attended = _attend_contiguous(
-                grouped, keys.view(shape), values.view(shape), part.mask, scaling, by_head
-            )
+            attended = _attend_contiguous(grouped, keys, values, part.mask, scaling, by_head)
             return attended.reshape(part.num_rows, num_heads, head_dim)
         grouped = query.reshape(num_kv_heads, share, -1, head_dim)
         if part.gather is not None:
-            keys, values = (states.view(num_kv_heads, -1, head_dim) for states in (keys, values))
+            keys, values = keys[0], values[0]
         by_head = None if sinks is None else sinks.view(num_kv_heads, share, 1, 1)
         attended = _attend_contiguous(
             grouped, keys[:, None], values[:, None], part.mask, scaling, by_head
