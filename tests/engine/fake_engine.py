@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Sequence
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
-from pdlaunch.engine.offload.jobs import JobFinished, JobMerger, OffloadJob
+from pdlaunch.engine.offload.jobs import JobMerger, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.scheduler import Scheduler
@@ -29,13 +28,16 @@ from pdlaunch.protocol.transfer import (
     PullFinished,
     StartPull,
     TransferCommand,
+    TransferEvent,
 )
 from tests.engine.fake_host_memory import FakeHostMemory
 from tests.engine.fake_runner import KV, FakeRunner, FakeStep, expected_output, extend_chain
 from tests.engine.hand_scheduler import make_spec
 
 FULL = KVCacheGroup((0,), None)
-SPEC = make_spec("unused", enable_prefix_caching=True)
+SPEC = make_spec(
+    "unused", max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, block_size=4
+)
 GARBAGE: KV = (-1, -1)
 PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
 """Two full blocks of 4 tokens and half a block."""
@@ -95,52 +97,34 @@ class FakeEngine:
         *,
         groups: Sequence[KVCacheGroup] = (FULL,),
         num_blocks: int = 32,
-        block_size: int = 4,
-        max_num_seqs: int = 4,
-        max_num_batched_tokens: int = 16,
-        max_model_len: int = 64,
         caching: bool = True,
         tp_size: int = 1,
-        kv_transfer: KVTransferSettings | None = None,
         num_chunks: int = 0,
         blocks_per_chunk: int = 1,
         runs_ahead: bool = False,
         shares_tokens: bool = False,
         max_beside_streams: int | None = None,
+        **settings: object,
     ) -> None:
         """``shares_tokens``: other ranks get what rank 0 draws at once, without which they cannot
         run ahead. ``num_chunks``: room of the host tier, which needs ``caching``; 0: there is
-        none."""
+        none. ``settings``: of an EngineSpec.
+        """
+        own = {"enable_prefix_caching": caching, "tensor_parallel_size": tp_size}
+        spec = SPEC.model_copy(update=own | settings)
         self.groups = groups
         self.num_blocks = num_blocks
-        self.block_size = block_size
-        spec = SPEC.model_copy(
-            update={
-                "block_size": block_size,
-                "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": max_num_batched_tokens,
-                "max_model_len": max_model_len,
-                "enable_prefix_caching": caching,
-                "tensor_parallel_size": tp_size,
-                "kv_transfer": kv_transfer or KVTransferSettings(),
-            }
-        )
-        tier = HostTier(num_chunks) if num_chunks else None
-        planner = tier and OffloadPlanner(
-            groups, block_size, tier, blocks_per_chunk=blocks_per_chunk
-        )
+        self.block_size = size = spec.block_size
+        planner = None
+        if num_chunks:
+            tier = HostTier(num_chunks)
+            planner = OffloadPlanner(groups, size, tier, blocks_per_chunk=blocks_per_chunk)
         self.scheduler = make_scheduler(spec, groups, num_blocks, planner, max_beside_streams)
         self.runners = [
-            FakeRunner(
-                groups,
-                num_blocks,
-                block_size,
-                max_num_seqs,
-                tp_rank == 0,
-                expects=shares_tokens and tp_rank > 0,
-            )
+            FakeRunner(groups, num_blocks, spec, expects=tp_rank > 0 and shares_tokens)
             for tp_rank in range(tp_size)
         ]
+        self.runners[0].samples = True
         self.can_run_ahead = shares_tokens or tp_size == 1
         self.host = [FakeHostMemory(runner, blocks_per_chunk) for runner in self.runners]
         self.runs_ahead = runs_ahead
@@ -149,18 +133,15 @@ class FakeEngine:
         self.merger = JobMerger(tp_size)
         self.jobs: dict[int, OffloadJob] = {}
         self.loads: list[OffloadJob] = []
-        self.stores: list[OffloadJob] = []
         self.added: dict[str, AddRequest] = {}
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
         self.spans: dict[str, list[Span]] = {}
         """What was told of requests that ask for it."""
         self.pulls: dict[str, StartPull] = {}
-        self.cancelled: set[str] = set()
         self.num_pulls = 0
         self.quarantined: dict[str, StartPull] = {}
         self.leases: dict[str, tuple[GrantLease, list[list[list[KV | None]]]]] = {}
-        self.end_asked: set[str] = set()
 
     def add(
         self, request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object
@@ -260,33 +241,31 @@ class FakeEngine:
             self._write_pulled(pull)
         if in_flight:
             self.quarantined[pull_id] = pull
-        event = PullFinished(
-            pull_id=pull_id,
-            ok=ok,
-            in_flight=in_flight,
-            error="" if ok else "broken",
-        )
-        self.scheduler.requests.on_transfer_event(event)
-        self.scheduler.requests.check_integrity()
-        self.take_outputs()
+        error = "" if ok else "broken"
+        self._tell(PullFinished(pull_id=pull_id, ok=ok, in_flight=in_flight, error=error))
 
     def drain(self, pull_id: str) -> None:
         del self.quarantined[pull_id]
-        self.scheduler.requests.on_transfer_event(PullDrained(pull_id=pull_id))
+        self._tell(PullDrained(pull_id=pull_id))
+
+    def end_lease(self, request_id: str, reason: str = "pulled") -> None:
+        del self.leases[request_id]
+        self._tell(LeaseEnded(lease_id=request_id, reason=reason))
+
+    def _tell(self, event: TransferEvent) -> None:
+        self.scheduler.requests.on_transfer_event(event)
         self.scheduler.requests.check_integrity()
+        self.take_outputs()
 
     def end_job(self, job_id: int, *, ok: bool = True, num_bad: int = 0) -> None:
         """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are
         found to be wrong.
         """
         job = self.jobs.pop(job_id)
-        merged: JobFinished | None = None
         for tp_rank, host in enumerate(self.host):
             fails = not ok and tp_rank == job_id % len(self.host)
-            assert merged is None
-            merged = self.merger.add(
-                host.end(job, ok=not fails, bad_chunk_ids=job.chunk_ids[:num_bad] if fails else [])
-            )
+            bad_chunk_ids = job.chunk_ids[:num_bad] if fails else []
+            merged = self.merger.add(host.end(job, ok=not fails, bad_chunk_ids=bad_chunk_ids))
         assert merged is not None
         assert merged.ok == ok
         self.scheduler.requests.on_job_finished(merged)
@@ -305,31 +284,24 @@ class FakeEngine:
             plans += self.run()
         return plans
 
-    def end_lease(self, request_id: str, reason: str = "pulled") -> None:
-        del self.leases[request_id]
-        self.scheduler.requests.on_transfer_event(LeaseEnded(lease_id=request_id, reason=reason))
-        self.scheduler.requests.check_integrity()
-
     def _on_command(self, command: TransferCommand) -> None:
         match command:
             case GrantLease():
                 assert command.lease_id not in self.leases
                 self._check_granted(command)
                 self.leases[command.lease_id] = (command, self._snapshot(command))
-            case EndLease():
-                self.end_asked.add(command.lease_id)
             case StartPull():
                 assert command.pull_id not in self.pulls.keys() | self.quarantined.keys()
                 self._check_pull(command)
                 self.pulls[command.pull_id] = command
                 self.num_pulls += 1
-            case CancelPull():
-                # The pull may have ended while the command was on its way.
-                self.cancelled.add(command.pull_id)
+            case EndLease() | CancelPull():
+                pass  # what they ask for may have ended while they were on their way
 
     def _begin_job(self, job: OffloadJob) -> None:
         self.jobs[job.job_id] = job
-        (self.loads if job.direction == "load" else self.stores).append(job)
+        if job.direction == "load":
+            self.loads.append(job)
         for host in self.host:
             host.begin(job)
 

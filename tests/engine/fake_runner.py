@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
@@ -74,20 +75,14 @@ class FakeRunner:
     that gets rank 0's tokens.
     """
 
+    samples = False
+
     def __init__(
-        self,
-        groups: Sequence[KVCacheGroup],
-        num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        samples: bool,
-        *,
-        expects: bool = False,
+        self, groups: Sequence[KVCacheGroup], num_blocks: int, spec: EngineSpec, *, expects: bool
     ):
         self.groups = groups
-        self.block_size = block_size
-        self.max_num_seqs = max_num_seqs
-        self.samples = samples
+        self.block_size = block_size = spec.block_size
+        self.max_num_seqs = spec.max_num_seqs
         self.expects = expects
         self.memory: list[list[KV | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, FakeRow] = {}
