@@ -123,7 +123,7 @@ def test_the_level_debug_adds_decisions(demo: Deployment, through_a_pair: Reques
         ("router", rf"\[{mine}\] route of prefill: prefill-0"),
         ("prefill-0.rank-0", rf" step \d+: {mine}\S+ computes 300;"),
         ("prefill-0.rank-0", rf"lease of {mine}\S+ begins"),
-        ("decode-0.rank-0", rf"{mine}\S+: lease at prefill-0"),
+        ("decode-0.rank-0", rf"pull of {mine}\S+ has ended: the blocks are proven"),
         ("decode-0.rank-0", rf" step \d+: {mine}\S+ computes 1;"),
     ):
         text = (demo.log_dir / f"{log}.log").read_text()

@@ -71,17 +71,6 @@ async def test_a_model_without_a_template_has_no_chat(engine: Engine, make_engin
     assert (status, error["param"]) == (400, "messages")
 
 
-async def test_tokenize_and_detokenize_are_inverse(engine: Engine, rank: FakeRank):
-    _, tokenized, _ = await engine.post(
-        "/tokenize", {"prompt": "hello ☃", "return_token_strs": True}
-    )
-    assert tokenized["tokens"] == rank.ids("hello ☃")
-    assert tokenized["count"] == len(tokenized["tokens"]) == len(tokenized["token_strs"])
-    assert tokenized["max_model_len"] == 100
-    _, text, _ = await engine.post("/detokenize", {"tokens": tokenized["tokens"]})
-    assert text == {"prompt": "hello ☃"}
-
-
 async def test_detokenize_refuses_ids_that_are_not_there(engine: Engine):
     status, error = await engine.refusal("/detokenize", tokens=[512])
     assert (status, error["param"]) == (400, "tokens")
