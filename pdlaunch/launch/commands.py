@@ -19,7 +19,7 @@ from pdlaunch.protocol.control import (
     SetDrained,
 )
 
-PlanChange = Callable[[ChangeEngines, float, Collection[str], Collection[str]], EngineChange]
+PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
 """The type of ``EnginePlaces.plan``."""
 
 
@@ -120,13 +120,13 @@ def _change(
         command = msgspec.structs.replace(command, turn=engine.name)
     serving = {engine.name for engine in seen.serving(wanted)}
     drained = {name for name, goal in wanted.engines.items() if goal.withheld == "draining"}
-    drain_s = wanted.timing.drain_s if command.drain_s is None else command.drain_s
     try:
-        change = plan(command, drain_s, serving, drained)
+        change = plan(command, serving, drained)
     except PdlaunchError as error:
         fix = getattr(error, "fix", None)
         raise _Refused(f"{error}{f'; fix: {fix}' if fix else ''}") from None
-    stops = change.planned.stops
+    stops, drain_s = change.planned.stops, command.drain_s
+    change.planned.drain_s = wanted.timing.drain_s if drain_s is None else drain_s
     if not change.starts and not stops:
         answer.change = change.planned
         answer.notes = ["there is nothing to do: the engines are as you want them"]

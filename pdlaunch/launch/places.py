@@ -164,11 +164,7 @@ class EnginePlaces:
         self.bootstraps.adopt(self.resolved)
 
     def plan(
-        self,
-        wanted: ChangeEngines,
-        drain_s: float,
-        serving: Collection[str],
-        drained: Collection[str],
+        self, wanted: ChangeEngines, serving: Collection[str], drained: Collection[str]
     ) -> EngineChange:
         """Plan a change, which starts and stops no engine if there is nothing to do.
 
@@ -196,9 +192,8 @@ class EnginePlaces:
             engines.sort(key=lambda e: (e.name in serving, e.name in drained, -e.index))
             stops += engines[: max(0, len(engines) - number)]
         if not starts and not stops:
-            planned = _planned(self.resolved, (), (), stops_first=False, drain_s=drain_s)
-            return EngineChange(self.resolved, (), planned)
-        return self._change(starts, stops, stops_first=bool(wanted.turn), drain_s=drain_s)
+            return EngineChange(self.resolved, (), _planned(self.resolved, (), (), False))
+        return self._change(starts, stops, stops_first=bool(wanted.turn))
 
     def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
         """Yield the lowest free numbers of the role."""
@@ -211,12 +206,7 @@ class EnginePlaces:
             index += 1
 
     def _change(
-        self,
-        starts: Sequence[Key],
-        stops: Sequence[PlacedEngine],
-        *,
-        stops_first: bool,
-        drain_s: float,
+        self, starts: Sequence[Key], stops: Sequence[PlacedEngine], *, stops_first: bool
     ) -> EngineChange:
         gone = {_key(engine) for engine in stops}
         places = self.resolved.places
@@ -239,7 +229,7 @@ class EnginePlaces:
         warnings = self._judge(resolved)
         self._require_as_they_run(resolved, kept)
         new = [engine for engine in resolved.engines if _key(engine) in placed]
-        planned = _planned(resolved, new, stops, stops_first=stops_first, drain_s=drain_s)
+        planned = _planned(resolved, new, stops, stops_first)
         texts = [f"{each.rule} {each.where}: {each.message}" for each in warnings]
         return EngineChange(resolved, new, planned, texts)
 
@@ -428,9 +418,7 @@ def _planned(
     resolved: ResolvedLaunch,
     starts: Sequence[PlacedEngine],
     stops: Sequence[PlacedEngine],
-    *,
     stops_first: bool,
-    drain_s: float,
 ) -> PlannedChange:
     replicas = Counter(engine.engines.role for engine in resolved.engines)
     return PlannedChange(
@@ -447,7 +435,7 @@ def _planned(
         ],
         stops=[engine.name for engine in stops],
         stops_first=stops_first,
-        drain_s=drain_s,
+        drain_s=0.0,  # that of the command
     )
 
 

@@ -192,7 +192,7 @@ def test_both_sides_of_a_lost_pair_move_together_where_no_network_is_trusted() -
 def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
     """Return the hosts of the engines that a change would start."""
     wanted = ChangeEngines(question=1, replicas=replicas)
-    change = deployment.places.plan(wanted, 30.0, deployment.serving, ())
+    change = deployment.places.plan(wanted, deployment.serving, ())
     return {engine.name: engine.host.name for engine in change.starts}
 
 
@@ -222,9 +222,7 @@ def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: 
     lost = deployment.spec("decode-0").host
     deployment.lose(lost, ended_by=deployment.now + 30)
     wanted = ChangeEngines(question=1, replicas={"decode": 1})
-    assert deployment.places.plan(wanted, 30.0, deployment.serving, ()).planned.stops == [
-        "decode-0"
-    ]
+    assert deployment.places.plan(wanted, deployment.serving, ()).planned.stops == ["decode-0"]
     deployment.places.forget("decode-0")
     deployment.seen.remove("decode-0")
     started = plan(deployment, decode=2)
@@ -239,7 +237,7 @@ def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
     for engine in ("prefill-0", "prefill-1"):
         (before,) = (one for one in deployment.launch.engines if one.name == engine)
         wanted = ChangeEngines(question=1, turn=engine, role="decode")
-        change = deployment.places.plan(wanted, 30.0, deployment.serving, ())
+        change = deployment.places.plan(wanted, deployment.serving, ())
         (turned,) = change.starts
         assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
         assert turned.device_indices == before.device_indices
@@ -251,7 +249,7 @@ def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:
     launch = resolve(config, {"local": machine}, {})
     places = EnginePlaces(launch, kind_of(launch), Adopted(), {"local"})
     change = places.plan(
-        ChangeEngines(question=1, replicas={"decode": 2}), 30.0, ("prefill-0", "decode-0"), ()
+        ChangeEngines(question=1, replicas={"decode": 2}), ("prefill-0", "decode-0"), ()
     )
     (sidecar,) = places.begin(change)
     assert (sidecar.name, sidecar.devices) == ("decode-1", ("cuda:2",))
