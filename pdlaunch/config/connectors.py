@@ -172,7 +172,7 @@ SENDER_THREADS: Any = Field(
 class MooncakeSettings(ConnectorSettings):
     """Moves KV blocks by Mooncake's transfer engine."""
 
-    factory = "pdlaunch.transfer.connectors.mooncake:new_connector"
+    factory = "pdlaunch.transfer.connectors.mooncake:MooncakeConnector"
 
     num_sender_threads: int = SENDER_THREADS
     protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
@@ -210,7 +210,7 @@ class MooncakeSettings(ConnectorSettings):
 class FileSettings(ConnectorSettings):
     """Moves KV blocks by files in a shared folder."""
 
-    factory = "pdlaunch.transfer.connectors.file:new_connector"
+    factory = "pdlaunch.transfer.connectors.file:FileConnector"
 
     num_sender_threads: int = SENDER_THREADS
     directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(

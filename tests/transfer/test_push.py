@@ -198,7 +198,7 @@ class BuildingConnector(PushingConnector):
     agent_metadata = expect = expect_scratch = None  # type: ignore[assignment]
 
     def __init__(self, built: list[tuple[str, int]]) -> None:
-        super().__init__("prefill-0/rank-2", 1, num_sender_threads=NUM_SENDERS)
+        super().__init__("prefill-0/rank-2", 1, NUM_SENDERS)
         self.built = built
         self.all_write = threading.Barrier(NUM_SENDERS)
 

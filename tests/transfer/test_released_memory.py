@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.sockets import SecureContext
@@ -113,7 +114,7 @@ def p2p() -> P2PConnector:
 
 CONNECTORS: dict[str, Callable[[Path], Connector]] = {
     "file": lambda folder: FileConnector(
-        "a", 1, directory=str(folder), size_limit_bytes=1 << 30, num_sender_threads=1
+        KVTransferSettings(connector="file", file={"directory": str(folder)}), "a", 1
     ),
     "nixl": lambda _: NixlConnector("a", 1, load=lambda: (Anything(), Anything())),
     "p2p": lambda _: p2p(),

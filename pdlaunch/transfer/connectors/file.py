@@ -42,19 +42,9 @@ class FileConnector(PushingConnector):
     name = "file"
     path = "file/safetensors"
 
-    def __init__(
-        self,
-        name: str,
-        incarnation: int,
-        *,
-        directory: str,
-        size_limit_bytes: int,
-        num_sender_threads: int,
-    ) -> None:
-        """``directory`` is shared by all engines, and theirs alone."""
-        super().__init__(name, incarnation, num_sender_threads=num_sender_threads)
-        self._directory = directory
-        self._size_limit_bytes = size_limit_bytes
+    def __init__(self, settings: KVTransferSettings, name: str, incarnation: int) -> None:
+        self._settings = settings.file
+        super().__init__(name, incarnation, self._settings.num_sender_threads)
 
     def agent_metadata(self) -> bytes:
         return b"file"
@@ -69,7 +59,9 @@ class FileConnector(PushingConnector):
         return PendingRead(settle, name.encode(), partial(self.store.remove, name))
 
     def _start(self, memory: LocalMemory) -> None:
-        self.store = FileStore(self._directory, self._size_limit_bytes)
+        directory = self._settings.directory
+        assert directory is not None, "checked by KVTransferSettings"
+        self.store = FileStore(directory, self._settings.size_limit)
 
     def _stop(self) -> None:
         """Leave the files: they are there to be looked at."""
@@ -199,16 +191,3 @@ class FileStore:
             if excess > 0 and folder != keep:
                 shutil.rmtree(folder, ignore_errors=True)
                 excess -= num_bytes
-
-
-def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> FileConnector:
-    """Make the connector of a rank from its settings."""
-    section = settings.file
-    assert section.directory is not None, "checked by KVTransferSettings"
-    return FileConnector(
-        name,
-        incarnation,
-        directory=section.directory,
-        size_limit_bytes=section.size_limit,
-        num_sender_threads=section.num_sender_threads,
-    )

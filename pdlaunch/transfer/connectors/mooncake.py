@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import torch
 
-from pdlaunch.config.connectors import MOONCAKE_ADDRESS, MooncakeProtocol
+from pdlaunch.config.connectors import MOONCAKE_ADDRESS
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.machine import network
@@ -49,20 +49,10 @@ class MooncakeConnector(PushingConnector):
 
     name = "mooncake"
 
-    def __init__(
-        self,
-        name: str,
-        incarnation: int,
-        *,
-        protocol: MooncakeProtocol,
-        devices: str,
-        num_sender_threads: int,
-    ) -> None:
-        """``devices`` are RDMA devices with commas between them; empty for all."""
-        super().__init__(name, incarnation, num_sender_threads=num_sender_threads)
-        self.path = f"mooncake/{protocol}"
-        self._protocol = protocol
-        self._devices = devices
+    def __init__(self, settings: KVTransferSettings, name: str, incarnation: int) -> None:
+        self._settings = settings.mooncake
+        super().__init__(name, incarnation, self._settings.num_sender_threads)
+        self.path = f"mooncake/{self._settings.protocol}"
         self._data_ports: list[int] = []
 
     def agent_metadata(self) -> bytes:
@@ -118,7 +108,7 @@ class MooncakeConnector(PushingConnector):
         code = self.engine.batch_transfer_sync_write(wanted.segment, local, remote, lengths)
         if code != 0:
             raise TransferError(
-                f"Mooncake could not write to {wanted.segment} over {self._protocol}: code {code}"
+                f"Mooncake could not write to {wanted.segment} over {self.path}: code {code}"
             )
 
     def _settle(self, writer: str, error: str) -> ReadState:
@@ -148,10 +138,12 @@ class MooncakeConnector(PushingConnector):
         self._host = os.environ.get(MOONCAKE_ADDRESS, _LOOPBACK)
         name = f"[{self._host}]" if ":" in self._host else self._host
         engine = mooncake.TransferEngine()
-        code = engine.initialize(name, "P2PHANDSHAKE", self._protocol, self._devices)
+        code = engine.initialize(
+            name, "P2PHANDSHAKE", self._settings.protocol, self._settings.devices
+        )
         if code != 0:
             raise TransferError(
-                f"Mooncake cannot start over {self._protocol}: code {code}; its reason is in this "
+                f"Mooncake cannot start over {self.path}: code {code}; its reason is in this "
                 "rank's log"
             )
         rpc_port = engine.get_rpc_port()
@@ -208,15 +200,3 @@ def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[l
     layout, base = memory.layout, memory.kv_cache.data_ptr()
     first = base + heads.start * layout.head_bytes
     return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
-
-
-def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> MooncakeConnector:
-    """Make the connector of a rank from its settings."""
-    section = settings.mooncake
-    return MooncakeConnector(
-        name,
-        incarnation,
-        protocol=section.protocol,
-        devices=section.devices,
-        num_sender_threads=section.num_sender_threads,
-    )
