@@ -116,8 +116,12 @@ class LeaseTable:
         self._leases[lease_id] = lease
         return lease
 
-    def knows(self, lease_id: LeaseId) -> bool:
-        return lease_id in self._leases or lease_id in self._past
+    def get(self, lease_id: LeaseId) -> Lease | None:
+        return self._leases.get(lease_id)
+
+    def has_ended(self, lease_id: LeaseId) -> bool:
+        """Return whether the lease ended recently."""
+        return lease_id in self._past
 
     def living(self, lease_id: LeaseId) -> Lease:
         """Return a lease that still holds. Raises LeaseError."""
@@ -296,13 +300,6 @@ class PrefillSide:
                 lease.checksums = self._hasher.start(lease.block_ids, slice(None))
         self._unhashed.clear()
 
-    def answer(self, message: ToPrefillSide) -> ToDecodeSide | None:
-        """Return the answer to a question that need not wait; None where there is none."""
-        try:
-            return self._answer(message)
-        except LeaseError as error:
-            return Refused(call_id=message.call_id, reason=f"{self._card.rank_name}: {error}")
-
     def _answer_all(self, received: list[_Question]) -> None:
         now = self._clock()
         # In order: the end of a pull must not overtake its beginning.
@@ -312,9 +309,13 @@ class PrefillSide:
             may_wait = now < question.asked_at + GRANT_LAG_S and len(self._waiting) < MAX_WAITING
             if may_wait and self._must_wait(message):
                 self._waiting.append(question)
-            elif isinstance(message, Push):
-                self._write(question, message)
-            elif (reply := self.answer(message)) is not None:
+                continue
+            try:
+                reply = self._answer(question, message)
+            except (LeaseError, TransferError) as error:
+                reason = f"{self._card.rank_name}: {error}"
+                reply = Refused(call_id=message.call_id, reason=reason)
+            if reply is not None:
                 self._send(question.identity, reply)
 
     def _must_wait(self, message: ToPrefillSide) -> bool:
@@ -326,14 +327,9 @@ class PrefillSide:
         """
         if isinstance(message, Handshake | Push) or message.engine_id != self._card.engine_id:
             return False
-        if not self.leases.knows(message.lease_id):
-            return True
-        try:
-            return isinstance(message, StateChecksums) and not _is_hashed(
-                self.leases.living(message.lease_id)
-            )
-        except LeaseError:
-            return False
+        if (lease := self.leases.get(message.lease_id)) is None:
+            return not self.leases.has_ended(message.lease_id)
+        return isinstance(message, StateChecksums) and not _is_hashed(lease)
 
     def _check_engine(self, message: ToPrefillSide) -> None:
         """Another engine may have had this port before, or be a restart of the one that is meant.
@@ -343,7 +339,10 @@ class PrefillSide:
         if asked != self._card.engine_id:
             raise LeaseError(f"it belongs to engine_id {self._card.engine_id}, not to {asked}")
 
-    def _answer(self, message: ToPrefillSide) -> ToDecodeSide | None:
+    def _answer(self, question: _Question, message: ToPrefillSide) -> ToDecodeSide | None:
+        """Return the answer; None where there is none, or none yet. Raises LeaseError,
+        TransferError.
+        """
         self._check_engine(message)
         call_id = message.call_id
         match message:
@@ -387,26 +386,17 @@ class PrefillSide:
                     )
                 return ChecksumsReply(call_id=call_id, groups=lease.stated_checksums())
             case Push():
-                raise LeaseError("the connector here does not write to its readers")
-
-    def _write(self, question: _Question, message: Push) -> None:
-        """Begin to write to a reader, or refuse. A write cannot be taken back: the reader owns the
-        destination until it has the answer.
-        """
-        try:
-            heads = self._check_push(message)
-            write = self._connector.push(message.target, message.block_ids, heads)
-        except (LeaseError, TransferError) as error:
-            reason = f"{self._card.rank_name}: {error}"
-            self._send(question.identity, Refused(call_id=message.call_id, reason=reason))
-        else:
-            self._writes.append((question, write))
+                heads = self._check_push(message)
+                # A write cannot be taken back: the reader owns the destination until it has the
+                # answer.
+                write = self._connector.push(message.target, message.block_ids, heads)
+                self._writes.append((question, write))
+                return None
 
     def _check_push(self, message: Push) -> range:
         """Return the heads that a reader asks for. Raises LeaseError if it may not have these
         blocks.
         """
-        self._check_engine(message)
         if not self._connector.pushes:
             raise LeaseError("the connector here does not write to its readers")
         heads = range(message.first_head, message.first_head + message.num_heads)

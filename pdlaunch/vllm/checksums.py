@@ -8,7 +8,7 @@ checksums can be compared between TP sizes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import blake3
 import numpy as np
@@ -17,14 +17,6 @@ import torch
 from pdlaunch.vllm.statements import ChecksumArray
 
 _CHECKSUM_BYTES = 8
-
-
-class BlockHasher(Protocol):
-    algorithm: str
-    num_heads: int
-
-    def checksums(self, block_ids: Sequence[int]) -> ChecksumArray:
-        """Return the checksums by block and head; waits for what is queued on the device."""
 
 
 def new_hasher(caches: Sequence[torch.Tensor]) -> BlockHasher:
@@ -94,6 +86,9 @@ class CudaHasher:
         by_head = results.permute(1, 2, 0).contiguous().cpu().numpy().view(np.uint8)
         digests = b"".join(_blake3([head]) for block in by_head for head in block)
         return np.frombuffer(digests, dtype=np.uint64).reshape(shape[1:])
+
+
+BlockHasher = CpuHasher | CudaHasher
 
 
 def _blake3(parts: Any) -> bytes:

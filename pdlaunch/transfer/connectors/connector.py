@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
 
+import msgspec
 import torch
 
 from pdlaunch.config.connectors import connector_settings, load_named
@@ -213,3 +214,13 @@ def bind_device(device: torch.device) -> None:
 def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:
     """Return the kind of a tensor's memory and the index of its device, 0 on a CPU."""
     return ("DRAM", 0) if tensor.device.type == "cpu" else ("VRAM", tensor.get_device())
+
+
+def decode_metadata(peer: HandshakeReply, kind: type[T]) -> T:
+    """Return a peer's metadata, encoded by msgpack. Raises TransferError."""
+    try:
+        return msgspec.msgpack.decode(peer.agent_metadata, type=kind)
+    except msgspec.MsgspecError as error:
+        raise TransferError(
+            f"the metadata of agent {peer.agent_name} cannot be read: {error}"
+        ) from None

@@ -29,6 +29,7 @@ from pdlaunch.transfer.connectors.connector import (
     LocalMemory,
     Read,
     bind_device,
+    decode_metadata,
 )
 from pdlaunch.transfer.connectors.fd_channel import FdServer, fetch_fds
 from pdlaunch.transfer.connectors.piece_copies import PieceCopier, Pieces, new_copier
@@ -91,12 +92,7 @@ class P2PConnector(Connector):
         """Map the peer's memory; takes about a millisecond, and ``fd_channel.TIMEOUT_S`` where the
         peer was stopped since it answered the handshake.
         """
-        try:
-            card = msgspec.msgpack.decode(peer.agent_metadata, type=_Card)
-        except msgspec.MsgspecError as error:
-            raise TransferError(
-                f"the metadata of agent {peer.agent_name} cannot be read: {error}"
-            ) from None
+        card = decode_metadata(peer, _Card)
         # An empty name is that of a kernel that does not tell: two of them need not be one host.
         if not self._host or card.host != self._host:
             raise TransferError(

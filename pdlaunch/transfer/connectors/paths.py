@@ -14,7 +14,12 @@ import msgspec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
-from pdlaunch.transfer.connectors.connector import Connection, Connector, LocalMemory
+from pdlaunch.transfer.connectors.connector import (
+    Connection,
+    Connector,
+    LocalMemory,
+    decode_metadata,
+)
 from pdlaunch.transfer.connectors.nixl import NixlConnector
 from pdlaunch.transfer.connectors.p2p import P2PConnector
 
@@ -49,12 +54,7 @@ class PathsConnector(Connector):
         return msgspec.msgpack.encode(self._offers)
 
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
-        try:
-            offers = msgspec.msgpack.decode(peer.agent_metadata, type=Offers)
-        except msgspec.MsgspecError as error:
-            raise TransferError(
-                f"the metadata of agent {peer.agent_name} cannot be read: {error}"
-            ) from None
+        offers = decode_metadata(peer, Offers)
         found: dict[str, Connection | TransferError] = {}
         # Connectors begin with the one that has to open, paths with the one that is preferred.
         for connector in reversed(self._connectors):
