@@ -186,6 +186,10 @@ class AgentSession:
             if isinstance(message, AgentWelcome) and self._welcome is None:
                 self._welcome = message
                 self._lease = AgentLease(self._asked_at, message.timeout_s)
+                if self._lease.silent_s(now) is not None:
+                    # Join waited for a supervisor that came late: the lease counts from a new one.
+                    self._send(Leave(reason="its agent asks anew"))
+                    raise SessionLostError("the supervisor came late")
                 self.note(f"joined as {self.join.name}")
             elif isinstance(message, Beat):
                 self._lease.renew(message.stamp)

@@ -364,19 +364,27 @@ def test_an_agent_ends_after_a_suspension_of_its_machine(
     agent.assert_refused("silent for")
 
 
-def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys, no_linger: None) -> None:
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_agent_ends_when_its_own_words_are_not_answered_and_asks_anew_after_a_late_welcome(
+    keys: JoinKeys, no_linger: None, is_late: bool
+) -> None:
     """The link is cut in one direction: it hears its supervisor, which does not hear it."""
     with contextlib.closing(SecureContext(keys.server, peer=keys.agents.public)) as context:
         router, endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
         clock = Clock()
-        agent = Agent(keys.ticket(endpoint), clock=clock)
+        agent = Agent(keys.ticket(endpoint), wait_s=3 * TIMEOUT_S, clock=clock)
         identity, *_ = router.recv_multipart()
         session = Session()
 
         def say(message: agent_messages.ToAgent) -> None:
             router.send_multipart([identity, *session.frames(to_agent.encode(message))])
 
+        if is_late:
+            clock.pass_time(2 * TIMEOUT_S)
         say(AgentWelcome(timeout_s=TIMEOUT_S, beat_s=0.1))
+        if is_late:
+            assert isinstance(agent.end(), SessionLostError)
+            return
         agent.await_joined()
         clock.pass_time(TIMEOUT_S)
         while agent.is_alive():
