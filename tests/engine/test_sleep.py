@@ -311,8 +311,9 @@ def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
         structs.replace(prompt, request_id="b"),
         Hello(),
         WakeUp(call_id=8),
-        structs.replace(prompt, request_id="c"),
     ]
+    leader.turn()
+    recorder.requests = [structs.replace(prompt, request_id="c")]
     while "c" not in [
         message.request_id for message in recorder.told if isinstance(message, RequestFinished)
     ]:
