@@ -111,16 +111,6 @@ RULES = (
         fix="Choose sizes of which one divides the other.",
         source="NIXL 1.5.1 between two H200s: 64 KiB pieces move at 10.4 GB/s where 8 MiB pieces "
         "move at 296 GB/s (measured)."),
-    warning("PD308", "Prefill has more ranks an engine than decode.",
-        "Every decode rank pulls from several prefill ranks, and decode, which is bound by memory "
-        "bandwidth, is the narrow side.",
-        over=pair,
-        # PD307 speaks of sizes that do not divide each other.
-        when=lambda it: it[0].tp_size > it[1].tp_size and it[0].tp_size % it[1].tp_size == 0
-        and Found(at=it[0].where("tensor_parallel_size")),
-        message="prefill has {0.tp_size} ranks an engine, decode {1.tp_size}",
-        fix="Give decode at least as many ranks an engine as prefill.",
-        source="Direction of tensor parallelism in P/D set-ups of vLLM and Dynamo.", on_vllm=True),
     error("PD309", "Prefill accepts longer requests than decode.",
         "Prefill computes a prompt that decode then refuses: the work is lost and the client gets "
         "an error late.",

@@ -116,10 +116,6 @@ CASES: dict[str, Case] = {
         [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=3)],
         [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=4)],
     ),
-    "PD308": Case(
-        [on(GPU, prefill__tensor_parallel_size=4, decode__tensor_parallel_size=2)],
-        [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=4), on(GPU)],
-    ),
     "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
     "PD310": Case([on(CPU, decode__load_format="dummy")], [on(CPU, load_format="dummy")]),
     "PD314": Case(

@@ -106,7 +106,7 @@ def test_a_file_of_settings_is_told_by_its_ending(
         (("check-config", "org/other"), 1, "HF_HUB_OFFLINE forbids to download it"),
         (("serve", "org/other"), 2, "HF_HUB_OFFLINE forbids to download it"),
         (("check-config", "../../etc/passwd"), 1, "no such directory or file exists"),
-        (("check-config", "~/models/x"), 1, "write the path of the home folder"),
+        (("check-config", "~/models/x"), 1, "no such directory"),
         (("check-config", f"https://hub.example/{NAME}"), 1, "as ORG/NAME, without the address"),
         (("serve", NAME, "--revision", "../../x"), 2, "must be a branch, a tag or a commit"),
         (("check-config", "local", "--revision", "main"), 1, "is for models of a hub"),

@@ -32,10 +32,8 @@ def test_every_spelling_of_a_flag_is_that_flag(written: str, name: str) -> None:
 
 
 def test_numbers_below_zero_are_values() -> None:
-    assert list(values_like_flags(["-1", "-0.5", "-1e-3", "a-b", 3, "-x", "--grpc"])) == [
-        "-x",
-        "--grpc",
-    ]
+    values = ["-1", "-0.5", "-1e-3", "a-b", 3, "-x", "--grpc"]
+    assert list(values_like_flags(values)) == ["-x", "--grpc"]
 
 
 def test_a_file_gives_switches_lists_and_mappings(tmp_path: Path) -> None:

@@ -155,8 +155,6 @@ def _not_found(model: str, source: Path) -> ConfigError:
     elif source.is_file():
         message = f"model {model!r} is neither a .gguf file nor a directory in Hugging Face layout"
         fix = f"A file with settings ends in .yaml, .yml or .json. {fix}"
-    elif model.startswith("~/"):
-        fix = "A ~ stands for nothing here: write the path of the home folder."
     elif model.startswith(("https://", "http://")):
         fix = "Name a model of the hub as ORG/NAME, without the address."
     return ConfigError(message, field="model", value=model, fix=fix)
