@@ -34,12 +34,11 @@ def test_a_report_is_placed_as_well_as_the_way_is_even(there, out_s, work_s, bac
     assert span.end_at <= received_at + 1e-6
 
 
-def test_a_report_within_a_report_keeps_its_process():
+def test_a_report_within_a_report_keeps_its_process() -> None:
     rank, server = HandClock(7000.0), HandClock(50.0)
-    of_rank = SpanLog(rank)
+    of_rank, of_server = SpanLog(rank), SpanLog(server)
     rank.now_at += 2
     of_rank.mark("drawn", tokens=1)
-    of_server = SpanLog(server)
     server.now_at += 4
     of_server.take(of_rank.report(), sent_at=51.0, received_at=53.0, process="rank-0")
     of_server.add("answer", 50.0)
@@ -51,20 +50,19 @@ def test_a_report_within_a_report_keeps_its_process():
     assert placed[0].attributes == {"tokens": 1}
 
 
-def test_spans_are_bounded_and_the_rest_is_counted():
-    log = SpanLog(HandClock())
+def test_spans_are_bounded_and_the_rest_is_counted() -> None:
+    log, asker = SpanLog(HandClock()), SpanLog(HandClock())
     for _ in range(MAX_SPANS + 3):
         log.mark("again")
     report = log.report()
     assert (len(report.spans), report.num_dropped) == (MAX_SPANS, 3)
-    asker = SpanLog(HandClock())
     for _ in range(6):
         asker.take(report, sent_at=0.0, received_at=0.0)
     assert len(asker.spans) + asker.num_dropped == 6 * (MAX_SPANS + 3)
     assert len(asker.spans) <= 4 * MAX_SPANS
 
 
-def test_a_block_that_raises_is_measured_too():
+def test_a_block_that_raises_is_measured_too() -> None:
     clock = HandClock()
     log = SpanLog(clock)
 

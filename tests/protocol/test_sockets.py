@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from pdlaunch.protocol.certificates import server_context
-from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 REFUSED = (
@@ -19,68 +19,54 @@ REFUSED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+KEYS = new_launch_keys()
 TIMEOUT_MS = 10_000
 
 
-@pytest.fixture
-def keys() -> LaunchKeys:
-    return new_launch_keys()
+class Launch:
+    """A socket that listens, and those that connect to it, which ``stack`` closes."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._secure = SecureContext(KEYS)
+        stack.callback(self._secure.close)
+        socket, self.endpoint = self._secure.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
+        socket.rcvtimeo = TIMEOUT_MS
+        self.listener = self.closes(socket)
+
+    def closes(self, socket: Any) -> Any:
+        return self._stack.enter_context(socket)
+
+    def friend(self, name: bytes) -> Any:
+        return self.closes(self._secure.connect(zmq.DEALER, self.endpoint, identity=name))
 
 
 @pytest.fixture
-def secure(keys: LaunchKeys) -> Iterator[SecureContext]:
-    context = SecureContext(keys)
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def plain() -> Iterator[zmq.Context[Any]]:
-    context: zmq.Context[Any] = zmq.Context()
-    yield context
-    context.destroy(linger=0)
-
-
-@pytest.fixture
-def sockets() -> Iterator[ExitStack]:
+def launch() -> Iterator[Launch]:
     with ExitStack() as stack:
-        yield stack
+        yield Launch(stack)
 
 
-def listen(secure: SecureContext, sockets: ExitStack) -> tuple[Any, str]:
-    socket, endpoint = secure.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
-    socket.rcvtimeo = TIMEOUT_MS
-    return sockets.enter_context(socket), endpoint
-
-
-def use_curve(socket: Any, server_key: str, client: tuple[bytes, bytes]) -> None:
-    socket.curve_serverkey = server_key.encode()
-    socket.curve_publickey, socket.curve_secretkey = client
-
-
+# CURVE alone would let the fresh key in: it knows the server's public key and has a valid key pair
+# of its own.
 @pytest.mark.parametrize("kind", ["fresh key", "no CURVE", "PLAIN", "another server key"])
-def test_strangers_get_nowhere(
-    secure: SecureContext, plain: zmq.Context[Any], keys: LaunchKeys, sockets: ExitStack, kind: str
-):
-    listener, endpoint = listen(secure, sockets)
-    monitor = sockets.enter_context(listener.get_monitor_socket(REFUSED | zmq.EVENT_DISCONNECTED))
-    stranger = sockets.enter_context(plain.socket(zmq.DEALER))
+def test_strangers_get_nowhere(launch: Launch, kind: str) -> None:
+    listener = launch.listener
+    monitor = launch.closes(listener.get_monitor_socket(REFUSED | zmq.EVENT_DISCONNECTED))
+    stranger = launch.closes(launch.closes(zmq.Context()).socket(zmq.DEALER))
     stranger.linger = 0
-    if kind == "fresh key":
-        # CURVE alone would let it in: it knows the server's public key and has a valid key pair of
-        # its own.
-        use_curve(stranger, keys.public, zmq.curve_keypair())
-    elif kind == "PLAIN":
+    if kind == "PLAIN":
         stranger.plain_username, stranger.plain_password = b"user", b"password"
-    elif kind == "another server key":
-        use_curve(stranger, zmq.curve_keypair()[0].decode(), zmq.curve_keypair())
-    stranger.connect(endpoint)
+    elif kind != "no CURVE":
+        server_key = KEYS.public.encode() if kind == "fresh key" else zmq.curve_keypair()[0]
+        stranger.curve_serverkey = server_key
+        stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
+    stranger.connect(launch.endpoint)
     # A stranger that is refused before it sends has no connection left, and would wait for one.
     with suppress(zmq.Again):
         stranger.send(b"let me in", zmq.NOBLOCK)
     assert monitor.poll(TIMEOUT_MS), "the stranger was not refused"
-    friend = sockets.enter_context(secure.connect(zmq.DEALER, endpoint, identity=b"friend"))
-    friend.send(b"hello")
+    launch.friend(b"friend").send(b"hello")
     # The friend came last, and is the only one that is heard.
     assert listener.recv_multipart() == [b"friend", b"hello"]
     assert not listener.poll(100)
@@ -88,20 +74,21 @@ def test_strangers_get_nowhere(
 
 
 def test_a_frame_over_the_limit_closes_its_connection_and_no_other(
-    secure: SecureContext, sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
-):
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A frame of the true limit would be there several times over."""
     monkeypatch.setattr("pdlaunch.protocol.sockets.MAX_FRAME_BYTES", MAX_FRAME_BYTES // 64)
-    listener, endpoint = listen(secure, sockets)
-    friend = sockets.enter_context(secure.connect(zmq.DEALER, endpoint, identity=b"friend"))
+    socket, endpoint = launch._secure.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
+    socket.rcvtimeo = TIMEOUT_MS
+    launch.listener, launch.endpoint = launch.closes(socket), endpoint
+    friend, greedy = launch.friend(b"friend"), launch.friend(b"greedy")
     friend.send(b"before")
-    assert listener.recv_multipart() == [b"friend", b"before"]
-    greedy = sockets.enter_context(secure.connect(zmq.DEALER, endpoint, identity=b"greedy"))
-    monitor = sockets.enter_context(greedy.get_monitor_socket(zmq.EVENT_DISCONNECTED))
+    assert launch.listener.recv_multipart() == [b"friend", b"before"]
+    monitor = launch.closes(greedy.get_monitor_socket(zmq.EVENT_DISCONNECTED))
     greedy.send(b"x" * (MAX_FRAME_BYTES // 64 + 1), copy=False)
     assert monitor.poll(TIMEOUT_MS)
     friend.send(b"after")
-    assert listener.recv_multipart() == [b"friend", b"after"]
+    assert launch.listener.recv_multipart() == [b"friend", b"after"]
     greedy.disable_monitor()
 
 
