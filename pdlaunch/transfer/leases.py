@@ -188,9 +188,9 @@ class LeaseTable:
     def remaining_s(self, lease: Lease) -> float:
         return max(0.0, lease.deadline_at - self._clock())
 
-    def next_deadline_at(self) -> float | None:
-        """Return when ``expire`` has something to do; None without leases."""
-        return min((lease.deadline_at for lease in self._leases.values()), default=None)
+    def deadlines(self) -> list[float]:
+        """Return when ``expire`` has something to do."""
+        return [lease.deadline_at for lease in self._leases.values()]
 
     def _extend(self, lease: Lease) -> None:
         extended_at = min(self._clock() + lease.grant.lease_s, lease.last_at)
@@ -285,13 +285,12 @@ class PrefillSide:
         """Return whether there is no lease, and nothing is written to a decode rank."""
         return not self.leases and not self._writes
 
-    @property
-    def polling_since_at(self) -> float | None:
-        """Return when the latest of the questions was asked whose answer waits, perhaps for a
-        device or for a write that has begun.
+    def polling_since(self) -> list[float]:
+        """Return when the questions were asked whose answer waits, perhaps for a device or for a
+        write that has begun.
         """
         questions = [*self._waiting, *(question for question, _ in self._writes)]
-        return max((question.asked_at for question in questions), default=None)
+        return [question.asked_at for question in questions]
 
     def hash_leases(self) -> None:
         """Begin to compute the checksums of new leases; on a CPU they are there at once."""

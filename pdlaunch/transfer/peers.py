@@ -96,10 +96,9 @@ class Peer:
         assert self._geometry is not None
         return self._geometry
 
-    @property
-    def reading_since_at(self) -> float | None:
-        """Return when the latest of the unfinished READs began."""
-        return max(self._reads.values(), default=None)
+    def reading_since(self) -> list[float]:
+        """Return when the unfinished READs began."""
+        return list(self._reads.values())
 
     def want(self) -> None:
         """Shake hands, unless that is done or under way."""
@@ -430,7 +429,7 @@ class PeerTable:
     def advance(self) -> None:
         for peer in self.all():
             peer.advance()
-        self._gone = [peer for peer in self._gone if peer.reading_since_at is not None]
+        self._gone = [peer for peer in self._gone if peer.reading_since()]
 
     def sources_of(self, engine_id: EngineId) -> list[tuple[SourceRank, Peer]]:
         """Return the ranks of an engine that this rank pulls from, and want them from now on.

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -114,11 +115,12 @@ class Share:
             return "reading"
         return "proven" if self.is_proven else "verifying"
 
-    def next_deadline_at(self) -> float | None:
-        """Return when there is something to do, READs and messages aside."""
+    def deadlines(self) -> Iterator[float]:
+        """Yield when there is something to do, READs and messages aside."""
         if self.tells_until_at is not None:
-            return self.tells_until_at
-        return min(self._ask_at.values(), default=None) if self.peer.state == "ready" else None
+            yield self.tells_until_at
+        elif self.peer.state == "ready":
+            yield from self._ask_at.values()
 
     def advance(self) -> None:
         if self.peer.is_gone:
@@ -360,20 +362,17 @@ class Pull:
         owes_end = any(share.tells_until_at is not None for share in self._shares)
         return not self.holds_blocks and not owes_end
 
-    @property
-    def hashing_since_at(self) -> float | None:
-        """Return when the latest of the checksums that are being computed were asked for."""
-        if self._finished:
-            return None
-        verifying = (share.ended_at for share in self._shares if share.is_verifying)
-        return max((at for at in verifying if at is not None), default=None)
+    def hashing_since(self) -> Iterator[float]:
+        """Yield when the checksums that are being computed were asked for."""
+        for share in self._shares:
+            if share.is_verifying and share.ended_at is not None and not self._finished:
+                yield share.ended_at
 
-    def next_deadline_at(self) -> float | None:
-        """Return when ``advance`` has something to do, READs and messages aside."""
-        due_at = [share.next_deadline_at() for share in self._shares]
+    def deadlines(self) -> Iterator[float]:
         if not self._finished:
-            due_at.append(self._started_at + self._command.timeout_s)
-        return min((at for at in due_at if at is not None), default=None)
+            yield self._started_at + self._command.timeout_s
+        for share in self._shares:
+            yield from share.deadlines()
 
     def cancel(self) -> None:
         if not self._finished:
@@ -445,11 +444,13 @@ class PullTable:
     def hold_blocks(self) -> bool:
         return any(pull.holds_blocks for pull in self._pulls.values())
 
-    @property
-    def hashing_since_at(self) -> float | None:
-        """Return when the latest of the checksums that are being computed were asked for."""
-        since_at = [pull.hashing_since_at for pull in self._pulls.values()]
-        return max((at for at in since_at if at is not None), default=None)
+    def hashing_since(self) -> list[float]:
+        """Return when the checksums that are being computed were asked for."""
+        return [at for pull in self._pulls.values() for at in pull.hashing_since()]
+
+    def deadlines(self) -> list[float]:
+        """Return when ``advance`` has something to do, READs and messages aside."""
+        return [at for pull in self._pulls.values() for at in pull.deadlines()]
 
     def start(self, command: StartPull) -> None:
         """Begin a pull. The registry shows its prefill ranks by their engine_id: the host and port
@@ -472,8 +473,3 @@ class PullTable:
             pull.advance()
             if pull.closed:
                 del self._pulls[pull_id]
-
-    def next_deadline_at(self) -> float | None:
-        """Return when ``advance`` has something to do, READs and messages aside."""
-        due_at = [pull.next_deadline_at() for pull in self._pulls.values()]
-        return min((at for at in due_at if at is not None), default=None)

@@ -155,15 +155,14 @@ class TransferSides:
     def sleep_s(self, longest_s: float) -> float:
         """Return how long nothing is due, messages aside; at most ``longest_s``."""
         now, peers = self._setup.clock(), self._peers.all()
-        due_at = [self._prefill.leases.next_deadline_at(), self._pulls.next_deadline_at()]
-        due_at += [peer.deadline_at for peer in peers]
+        due_at = [*self._prefill.leases.deadlines(), *self._pulls.deadlines()]
+        due_at += [peer.deadline_at for peer in peers if peer.deadline_at is not None]
         # READs and checksums on a device have no socket that could wake the thread.
-        polled = [self._prefill.polling_since_at, self._pulls.hashing_since_at]
-        polled += [peer.reading_since_at for peer in peers]
-        since_at = max((at for at in polled if at is not None), default=None)
-        if since_at is not None:
-            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - since_at)))
-        return min([longest_s, *(max(0.0, at - now) for at in due_at if at is not None)])
+        polled = [*self._prefill.polling_since(), *self._pulls.hashing_since()]
+        polled += [began_at for peer in peers for began_at in peer.reading_since()]
+        if polled:
+            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - max(polled))))
+        return min([longest_s, *(max(0.0, at - now) for at in due_at)])
 
     @property
     def is_idle(self) -> bool:
@@ -180,7 +179,7 @@ class TransferSides:
     @property
     def has_pending_reads(self) -> bool:
         """Return whether READs may still write to memory of this rank, also after ``close``."""
-        return any(peer.reading_since_at is not None for peer in self._peers.all())
+        return any(peer.reading_since() for peer in self._peers.all())
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
         spec = self._setup.spec

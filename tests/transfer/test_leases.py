@@ -204,11 +204,11 @@ def test_questions_wait_for_their_lease_and_keep_their_order(rank):
 
 def test_a_lease_that_does_not_come_is_refused_in_time_and_one_that_has_ended_at_once(rank, clock):
     rank.holder.ask(BEGIN)
-    assert rank.holder.polling_since_at == clock.now
+    assert rank.holder.polling_since() == [clock.now]
     clock.now += GRANT_LAG_S
     (answer,) = rank.holder.ask()
     assert "request r has no lease here" in answer.reason
-    assert rank.holder.polling_since_at is None
+    assert rank.holder.polling_since() == []
     rank.holder.grant(grant("r", [4], lease_s=1.0))
     clock.now += 1.0
     assert [event.reason for event in rank.ended()] == ["expired"]

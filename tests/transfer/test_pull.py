@@ -189,7 +189,7 @@ def test_a_question_without_an_answer_is_asked_again(world, holder):
     receive, holder.channel.receive = holder.channel.receive, list
     begin(world, holder)
     assert len(holder.sent(PullBegin)) == 1
-    world.clock.now = world.pulls.next_deadline_at()
+    world.clock.now = min(world.pulls.deadlines())
     world.turn()
     assert len(holder.sent(PullBegin)) == 2
     holder.channel.receive = receive
@@ -267,7 +267,7 @@ def test_a_rank_that_cannot_be_reached_hears_of_the_end_later_but_not_for_ever(w
     world.holders.clear()
     world.turn()
     world.pulls.cancel(CancelPull(pull_id="lost"))
-    assert world.pulls.next_deadline_at() == world.clock.now + 5.0 > begin_at
+    assert min(world.pulls.deadlines()) == world.clock.now + 5.0 > begin_at
     assert not world.pulls.hold_blocks
     world.clock.now += 5.0
     world.turn()
@@ -421,7 +421,7 @@ def test_a_pull_waits_for_its_own_checksums_and_keeps_its_lease(come):
     world = SlowPuller()
     holder = world.connect()
     begin(world, holder, lease_s=2.0, timeout_s=6.0)
-    assert (world.events, world.pulls.hashing_since_at) == ([], world.clock.now)
+    assert (world.events, world.pulls.hashing_since()) == ([], [world.clock.now])
     for _ in range(9):
         world.clock.now += 0.6
         world.turn()
@@ -433,7 +433,7 @@ def test_a_pull_waits_for_its_own_checksums_and_keeps_its_lease(come):
     finished: PullFinished = world.finished()
     assert (finished.ok, finished.in_flight) == (come, False)
     assert ("prefill-0/rank-0 is verifying" in finished.error) != come
-    assert (world.pulls.hashing_since_at, len(world.pulls)) == (None, 0)
+    assert (world.pulls.hashing_since(), len(world.pulls)) == ([], 0)
     assert holder.ended() == PULLED
     world.close()
 
@@ -450,10 +450,10 @@ def test_the_holders_checksums_are_those_of_the_grant_and_readers_need_not_wait(
     begin(world, holder)
     assert torch.equal(world.kv_cache[1], holder.kv_cache[4])
     assert (world.events, holder.ended()) == ([], [])
-    assert holder.holder.polling_since_at == world.clock.now
+    assert holder.holder.polling_since() == [world.clock.now]
     holder.kv_cache[4] += 1
     hasher[0].finish()
     world.turn()
     assert world.finished().ok
     assert holder.ended() == PULLED
-    assert holder.holder.polling_since_at is None
+    assert holder.holder.polling_since() == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,13 +20,11 @@ from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
-from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
 from pdlaunch.protocol.kv_params import TokenOutput
-from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, PullDrained, PullFinished, StartPull
 from tests.transfer.fakes import layout_of, spec_of
-from tests.transfer.rank_process import RankHandle, RankOptions
+from tests.transfer.rank_process import RankHandle
 
 pytestmark = pytest.mark.processes
 
@@ -117,38 +115,17 @@ def lease(holder: RankHandle, lease_id: str, prompt: list[int], block_ids: list[
 
 
 @pytest.fixture
-def ranks() -> Iterator[tuple[RankHandle, RankHandle, RankHandle]]:
-    """Two prefill ranks and a decode rank whose READs need the holder to run (TCP)."""
-    keys, environment = new_launch_keys(), (("UCX_TLS", "posix,self"),)
-    started = [
-        RankHandle(
-            RankOptions(
-                spec_of(role, name=name, nixl={"path": "nixl"}),
-                keys,
-                engine_id,
-                environment=environment,
-                **SHAPE,
-            )
-        )
-        for role, name, engine_id in (
-            ("prefill", "prefill-0", "a" * 32),
-            ("prefill", "prefill-1", "c" * 32),
-            ("decode", "decode-0", "b" * 32),
-        )
-    ]
-    try:
-        first, second, decode = started
-        decode.call("registry", [first.entry(), second.entry()])
-        assert {decode.report(PairReady).path for _ in (first, second)} == {"nixl/UCX"}
-        yield first, second, decode
-    finally:
-        for rank in started:
-            rank.stop()
+def ranks(start: Callable[..., RankHandle]) -> list[RankHandle]:
+    """Two prefill ranks and a decode rank whose READs need the holder to run (no CMA)."""
+    options = {"transfer": {"nixl": {"path": "nixl"}}, **SHAPE}
+    options["environment"] = (("UCX_TLS", "posix,self"),)
+    first, second = (start("prefill", index=index, **options) for index in range(2))
+    decode = start("decode", **options)
+    assert {ready.path for ready in decode.connect(first, second)} == {"nixl/UCX"}
+    return [first, second, decode]
 
 
-def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(
-    ranks: tuple[RankHandle, RankHandle, RankHandle],
-) -> None:
+def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(ranks: list[RankHandle]) -> None:
     stopped, other, rank = ranks
     engine = DecodeEngine(rank)
     doomed, pulled, computed, late = (

@@ -34,15 +34,6 @@ def test_what_is_stated_is_found_by_engine_rank_and_request(tmp_path: Path) -> N
     assert [path.parent for path in tmp_path.iterdir()] == [tmp_path]
 
 
-def test_what_is_withdrawn_is_gone_for_readers(tmp_path: Path) -> None:
-    board = StatementBoard(tmp_path)
-    board.state("engine", 0, "request", STATEMENT)
-    board.withdraw("request")
-    board.withdraw("request")
-    assert StatementBoard(tmp_path).find("engine", 0, "request") is None
-    assert not list(tmp_path.iterdir())
-
-
 def test_statements_outlive_their_lease_for_a_while(tmp_path: Path) -> None:
     clock = Clock()
     board = StatementBoard(tmp_path, clock)
@@ -59,10 +50,15 @@ def test_statements_outlive_their_lease_for_a_while(tmp_path: Path) -> None:
         assert (board.find("engine", 0, "request") is not None) == is_there
 
 
-def test_the_end_of_the_writer_removes_its_own(tmp_path: Path) -> None:
+def test_what_is_withdrawn_and_what_a_writer_leaves_is_gone_for_readers(tmp_path: Path) -> None:
     board, other = StatementBoard(tmp_path), StatementBoard(tmp_path)
-    board.state("engine", 0, "request", STATEMENT)
+    for name in ("request", "withdrawn"):
+        board.state("engine", 0, name, STATEMENT)
     other.state("other", 0, "request", STATEMENT)
+    for _ in range(2):
+        board.withdraw("withdrawn")
+    assert other.find("engine", 0, "withdrawn") is None
+    assert other.find("engine", 0, "request") is not None
     board.close()
     assert other.find("engine", 0, "request") is None
     assert other.find("other", 0, "request") is not None
