@@ -101,17 +101,6 @@ class EventDecoder:
 
         Raises ProtocolError when an event exceeds ``MAX_EVENT_BYTES``.
         """
-        if (
-            # One event of one line, as almost all pieces of a stream are.
-            not self._rest
-            and not self._data
-            and received.startswith(b"data: ")
-            and received.find(b"\n") == len(received) - 2
-            and received.endswith(b"\n")
-            and b"\r" not in received
-            and len(received) <= MAX_EVENT_BYTES
-        ):
-            return [received[6:-2]]
         events: list[bytes] = []
         *lines, self._rest = (self._rest + received).split(b"\n")
         if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
