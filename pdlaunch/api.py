@@ -154,6 +154,7 @@ def launched(
     config = loaded.config
     # Before the time of the start runs, and where its progress is seen.
     fetch_weights(config, read_models(config, fetch_part), fetch_part)
+    # Only what was given: defaults are the business of the child.
     given = config.model_dump(exclude_unset=True)
     masked = config.model_dump(mode="json", exclude_unset=True)
     # Keys go through the environment; settings of ours are in the file, or were overruled.

@@ -72,11 +72,13 @@ def smoke_under_chaos(
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         working = [pool.submit(work) for _ in range(CONCURRENCY)]
         try:
+            # The kill meets requests in flight, at another place with each seed.
             time.sleep(source.uniform(0.5, 2))
             ranks = [name for name in deployment.processes() if name.endswith("/rank-0")]
             decode_first = max(ranks, key=lambda name: name.startswith("decode"))
             kill_and_wait(deployment, decode_first, signal.SIGKILL)
         finally:
+            # Also after a failure: the workers would send for ever.
             is_back.set()
         for each in working:
             each.result()

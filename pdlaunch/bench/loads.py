@@ -105,6 +105,7 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
     token_ids = range(FIRST_TOKEN_ID, options.max_token_id)
 
     def load(num_requests: int) -> BenchLoad:
+        # Drawn before the load begins: while it runs, nothing but requests takes time.
         prompts = [rng.choices(token_ids, k=input_tokens) for _ in range(num_requests)]
         requests = [(partial(list[int], prompt), options.output_tokens) for prompt in prompts]
         return BenchLoad(input_tokens=input_tokens, requests=requests)
@@ -132,6 +133,7 @@ def _trace_loads(
             f"every request of the trace is longer than max_model_len {limit}: serve the model "
             "with a larger --max-model-len if it allows it"
         )
+    # One seed for all loads: equal hashes are equal tokens in each of them.
     seed, token_ids = rng.randrange(2**32), range(FIRST_TOKEN_ID, options.max_token_id)
     base = BenchLoad(
         input_tokens=round(sum(each.input_length for each in fitting) / len(fitting)),
@@ -174,6 +176,7 @@ def arrival_times(
     The pauses between them are gamma distributed of shape ``burstiness``, as in vLLM's benchmark:
     1 is a Poisson process, less comes in bursts.
     """
+    # The mean of a gamma distribution is shape x scale, here 1 / rate.
     scale = 1 / (rate * burstiness)
     pauses = (rng.gammavariate(burstiness, scale) for _ in range(num_requests - 1))
     return list(accumulate(pauses, initial=0.0))

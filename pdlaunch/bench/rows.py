@@ -81,9 +81,11 @@ def summarise(
 ) -> BenchRow:
     """Make a row. ``pulled``: while the load ran; None where the deployment does not say."""
     good = [each for each in done if each.error is None]
+    # One token has no gap, and says nothing of the time between tokens.
     several = [each for each in good if len(each.tokens_at) > 1]
     cached = [each for each in good if each.num_cached_tokens is not None]
     num_within = sum(map(goals.met_by, done)) if goals else None
+    # Errors are counted by their words, so that a thousand of one kind are one line.
     errors = Counter(each.error for each in done if each.error is not None)
     ttfts_s = [each.ttft_s for each in good]
     first_gaps_s = [each.all_gaps_s[0] for each in several]

@@ -59,6 +59,7 @@ async def _open_target(options: BenchOptions) -> AsyncIterator[BenchTarget]:
         url,
         headers={"Authorization": f"Bearer {options.api_key}"} if options.api_key else {},
         timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+        # The load decides how many connections there are, not the client.
         connector=aiohttp.TCPConnector(limit=0),
     ) as session:
         try:
@@ -82,6 +83,7 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
     Raises PdlaunchError when the deployment cannot be used, or refuses a warm-up request.
     """
     async with _open_target(options) as target:
+        # Another seed in every run, or prefix caches would have the prompts already.
         rng = random.Random(options.seed if options.seed is not None else time.time_ns())
         loads = plan_loads(options, target.model, target.max_model_len, rng)
         for num_tokens in dict.fromkeys(load.input_tokens for load in loads):

@@ -111,6 +111,7 @@ def bench_transfer(options: TransferOptions) -> list[Timing]:
                     file=FileSettings(directory=folder),
                     lease_s=LEASE_S,
                 )
+                # Both pairs exist at once, so that their pulls can take turns.
                 unchecked = settings.model_copy(update={"verify": False})
                 pairs = [RankPair(stack, each, options) for each in (unchecked, settings)]
                 rows += [_measure(connector, pairs, options, count) for count in options.num_blocks]
@@ -197,6 +198,7 @@ class RankPair:
         """Grant a lease and pull its blocks; return the times of the pull and of its READ."""
         self._num_pulls += 1
         name = f"pull-{self._num_pulls}"
+        # Any hashes do, as long as both sides state the same ones.
         hashes = [index.to_bytes(32) for index in range(len(local))]
         grant = GrantLease(
             lease_id=LeaseId(name),
@@ -316,6 +318,7 @@ class Rank:
                 report=self._reports.put,
             )
         )
+        # The thread opens the connector, which may take seconds on a GPU.
         self._transfer.wait_started(_TIMEOUT_S)
         self._entry = Entry(
             name=name,

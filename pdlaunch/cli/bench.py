@@ -208,6 +208,7 @@ def serve(
                 url = deployment.url
                 if output == "table":
                     typer.echo(f"command to healthy: {deployment.start_s:.1f} s")
+            # ``runs`` is filled one by one: Ctrl-C leaves the rows that are complete.
             asyncio.run(_collect(msgspec.structs.replace(options, url=url), progress, runs))
             progress("stopping the deployment")
     if runs:

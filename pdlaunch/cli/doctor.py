@@ -167,10 +167,12 @@ async def examine(
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         seen = SeenDeployment(tuple(engines), None)
+        # Only now: the versions tell whether engines compute on CPUs.
         link = link_finder()
         seen = replace(seen, engines=tuple(_with_link(each, seen, link) for each in engines))
         if not sends_canaries:
             return seen
+        # One canary at a time: READs at the same time would share a link and look slow.
         pairs = [
             await _prove(prefill, decode, apis, is_exact=is_exact)
             for prefill in seen.of("prefill")

@@ -159,6 +159,7 @@ def joined_agents(
         )
     with held_join_file(path, resumes=resume):
         keys = read_resume_file(path) if resume else new_join_keys(config.control_port)
+        # The port is known once it listens; the join file names it.
         channel = _listen(keys, address, names, config, log_dir)
         try:
             write_join_files(path, keys, channel.endpoint)
@@ -282,6 +283,7 @@ def _answers(channel: AgentChannel, asked: set[str]) -> list[tuple[str, Seen]]:
                 seen[event.name] = event.message
             else:
                 others.append(event)
+    # Who joins or is lost meanwhile is for the launch itself.
     channel.put_back(others)
     if silent := sorted(asked - seen.keys()):
         raise StartupError(f"no answer of the agents of {', '.join(silent)}")

@@ -241,6 +241,7 @@ class StatusLine:
 
     def _run(self, launch: LaunchStatus) -> None:
         while not (self._is_over or self._is_draining):
+            # A launch that is told to stop meanwhile was never ready for its user.
             if self._takes_requests() and not (self._is_over or self._is_draining):
                 self._view.ready(launch)
                 break
@@ -269,6 +270,7 @@ class StatusLine:
         if not self._is_draining:
             line = status_line(status, self._num_errors)
         self._num_errors = status.errors
+        # Nobody wants a line every ten seconds of a launch that nobody uses.
         is_unused = not self._said and status.requests == 0 and left == 0
         if line != self._said and not (self._is_over or is_unused):
             self._view.note(line)

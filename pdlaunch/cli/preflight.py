@@ -179,6 +179,7 @@ def _rehearsal(config: LaunchConfig) -> LaunchConfig:
         **{name: config.role(name).model_copy(update=role) for name in ROLES},
         "host": "127.0.0.1",
         "port": 0,
+        # It ends as soon as it is ready: nothing runs that could be drained.
         "drain_timeout_s": 0.0,
     }
     return config.model_copy(update={"load_format": "dummy", **changes})

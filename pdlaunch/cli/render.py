@@ -168,6 +168,7 @@ def _placed(
     hosts = planned_hosts(config, judged.machine, judged.environ, pods)
     read = read_models if judged.assumed is None else read_models_elsewhere
     resolved = resolve_on(config, hosts, judged.environ, read(config, fetch_part))
+    # What cannot start here cannot start on pods either.
     resolved.require_startable()
     refuse_errors(resolved, loaded.origins, elsewhere=True, undone="not rendered")
     _require_mounted(resolved, options)
@@ -234,6 +235,7 @@ def _write_secrets(folder: Path, texts: Mapping[str, str]) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, text in texts.items():
             path = folder / name
+            # A file that is there may be open to others, or a link to elsewhere.
             path.unlink(missing_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:

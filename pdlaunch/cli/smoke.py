@@ -54,6 +54,7 @@ def smoke_command(
         connector = loaded.config.kv_transfer.connector
         if chaos is not None:
             faults = faulty_settings(chaos, connector)
+            # Once more: the faulty connector wraps the one that the user has chosen.
             loaded = load_config(config, os.environ, flags | faults)
     checks: list[Check] = []
     facts: dict[str, object] = {

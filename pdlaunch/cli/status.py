@@ -152,6 +152,7 @@ def deployment_view(
     quarter = None if room is None else max(2, room // 4)
     problems = troubles(found)[:quarter]
     shown = [request for request in requests or () if request.state == "running"] or requests or ()
+    # Three lines of the head; each table has a line of headings.
     num_others = 3 + len(problems)
     for rows in (found.pairs, shown):
         num_others += min(quarter or 0, len(rows) + 1)

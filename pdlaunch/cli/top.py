@@ -70,6 +70,7 @@ def _watch(api: Api, status: DeploymentStatus, console: Console, every_s: float)
                     error = str(failed)
             foot = f"q quit  s sort  p pause  (engines by {sort}{', PAUSED' if is_paused else ''})"
             live.update(page(status, requests, sort, error or foot, console), refresh=True)
+            # Waiting for keys is waiting for the next look, too.
             due_s = every_s if is_paused else max(0.0, read_at + every_s - time.monotonic())
             for key in read_keys(due_s):
                 if key == "q":

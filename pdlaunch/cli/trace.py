@@ -120,6 +120,7 @@ def trace_events(traces: Sequence[RequestTrace]) -> dict[str, Any]:
 def _lanes(spans: Sequence[SpanView]) -> list[list[SpanView]]:
     """Spread spans so that those of one lane lie within or beside each other, as viewers need."""
     lanes: list[tuple[list[SpanView], list[SpanView]]] = []
+    # Outer spans first: an inner one then finds the lane of the one around it.
     for span in sorted(spans, key=lambda span: (span.start_ms, -span.end_ms)):
         for lane, open_spans in lanes:  # noqa: B007 - it is used after the loop
             while open_spans and open_spans[-1].end_ms <= span.start_ms:

@@ -112,6 +112,7 @@ class Api:
 
     def _call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Send a request; POST with a ``body``. Redirects are answers: a key goes nowhere else."""
+        # A connection for each call: the router may be another process the next time.
         headers = {"Connection": "close", **self._headers}
         if self._api_key:
             # http.client would show the value in its error.

@@ -77,6 +77,7 @@ def change_engines(
     """
     body = {**wanted, "dry_run": dry_run, "drain_timeout_s": drain_timeout_s}
     status, answer = admin.post(path, body)
+    # With notes the change was planned, and the answer says what is left of it.
     if status != 200 and "notes" not in answer:
         raise _refused(path, status, answer)
     error = "" if status == 200 else error_message(answer) or f"HTTP {status}"

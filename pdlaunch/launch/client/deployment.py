@@ -119,6 +119,7 @@ def running_deployment(
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=dict(os.environ if environ is None else environ),
+            # Ctrl-C is for this process, which stops the deployment in its own order.
             start_new_session=True,
         )
         deployment = Deployment(process, local_url(host, port), Path(logs), folder / OUTPUT, 0.0)
