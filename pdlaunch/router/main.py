@@ -132,9 +132,8 @@ async def run_in_launch(supervised: Supervised) -> None:
     router = RouterApp(spec, state, link, show if spec.log_requests else None)
     supervised.register(local_url(spec.host, spec.port))
     supervised.spawn(router.view.run())
-    # Waits first: the registry may be in the inbox already.
-    knowing = asyncio.ensure_future(state.registry_change())
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
+    knowing = asyncio.ensure_future(state.knows_engines())
     try:
         # Clients who waited for this router are not to hear that the deployment starts.
         await asyncio.wait([obeying, knowing], return_when=asyncio.FIRST_COMPLETED)

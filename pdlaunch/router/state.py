@@ -110,6 +110,7 @@ class RouterState:
         # Why a pair is not used, until the registry has shown a new proof; prefill first.
         self.doubts: dict[tuple[str, str], Doubt] = {}
         self._prove_again = prove_again
+        self._knows_engines = False
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._asked: set[EngineKey] = set()  # engines that are being asked for their models
@@ -124,6 +125,7 @@ class RouterState:
         settled.update((pair.peer, pair.local) for pair in registry.pairs)
         self.doubts = {each: doubt for each, doubt in self.doubts.items() if each not in settled}
         self.metrics.show_registry(registry)
+        self._knows_engines = True
         # A new event for each change: those that wait from now on wait for the next one.
         self._changed.set()
         self._changed = asyncio.Event()
@@ -180,6 +182,11 @@ class RouterState:
         while not (found := look()) and (left_s := until_at - self.now()) > 0:
             await self.registry_change(left_s)
         return found
+
+    async def knows_engines(self) -> None:
+        """Return when a registry has come, which may have been before the call."""
+        if not self._knows_engines:
+            await self.registry_change()
 
     async def registry_change(self, timeout_s: float | None = None) -> None:
         """Return at the next change of the registry, at the latest after ``timeout_s``."""
