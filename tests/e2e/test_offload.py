@@ -31,7 +31,6 @@ HEALTHY = {
     "probe_rate": 0,
     "lease_rate": 0,
     "chunk_rate": 0,
-    "copy_slow_s": 0,
 }
 
 
@@ -119,7 +118,7 @@ def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: 
     model = make_tiny_model("llama", tmp_path)
     answers = Answers(model)
     copies_wait = tmp_path / "copies-wait"
-    faults = {"chunk_rate": 0.1, "copy_slow_s": 0.05, "copies_wait_file": str(copies_wait)}
+    faults = {"chunk_rate": 0.1, "copies_wait_file": str(copies_wait)}
     with tiered_deployment(
         model, "--decode-tp", "3", decode_cache="170KiB", **faults
     ) as deployment:

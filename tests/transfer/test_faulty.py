@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from functools import partial
 
 import msgspec
@@ -12,28 +10,20 @@ import torch
 from pydantic import ValidationError
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.transfer import EndLease
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
-    Connection,
-    Connector,
     LocalMemory,
-    Read,
     ReadState,
     new_connector,
     rank_part,
 )
 from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from pdlaunch.transfer.connectors.faulty import (
-    FaultyConnection,
     FaultyConnector,
-    FaultyOffloadWorker,
-    FaultyRead,
 )
 from pdlaunch.transfer.thread import TransferThread
-from tests.engine.offload.test_worker import make_layout
 from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, layout_of, random_cache
 from tests.transfer.pull_world import HolderRank
 from tests.transfer.rank_process import grant
@@ -121,23 +111,6 @@ def test_some_leases_are_cut_short_and_nothing_else():
     assert plan.on_command("agent", end) is end
 
 
-def public_names(kind: type) -> set[str]:
-    """Methods, properties and attributes that a class itself declares."""
-    names = {*vars(kind), *getattr(kind, "__annotations__", {})}
-    return {name for name in names if not name.startswith("_")}
-
-
-@pytest.mark.parametrize(
-    ("interface", "wrapper"),
-    [(Connector, FaultyConnector), (Connection, FaultyConnection), (Read, FaultyRead)],
-)
-def test_the_wrapper_forgets_no_method(interface, wrapper):
-    """An inherited default would hide what the inner connector does."""
-    own = public_names(wrapper) | set(vars(Pair(FaultPlan(rate=0)).faulty))
-    assert public_names(interface)
-    assert public_names(interface) - own == set()
-
-
 @pytest.mark.parametrize("fields", [{"rat": 0.5}, {"inner": "faulty"}, {"inner": "nobody"}])
 def test_a_plan_that_makes_no_sense_is_refused(fields):
     with pytest.raises(ValidationError):
@@ -156,58 +129,3 @@ def test_what_faulty_wraps_decides_what_a_rank_needs():
     assert isinstance(new_connector(again, "a", 1), FaultyConnector)
     assert isinstance(rank_part(TransferThread, again), partial)
     assert rank_part(TransferThread, KVTransferSettings()) is TransferThread
-
-
-STORE = OffloadJob(1, "store", [3, 4], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
-LOAD = OffloadJob(2, "load", [8, 9], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
-
-
-def new_worker(faults: FaultPlan, wakes: threading.Semaphore) -> FaultyOffloadWorker:
-    layout = make_layout()
-    return FaultyOffloadWorker(
-        faults,
-        kv_cache=torch.ones((16, *layout.block_shape()), dtype=torch.bfloat16),
-        layout=layout,
-        host_memory_bytes=12 * 4096,
-        progress=lambda *_: None,
-        wake=wakes.release,
-    )
-
-
-class SecondChunk(FaultPlan):
-    def of_chunk(self, index: int) -> random.Random | None:
-        return random.Random(1) if index == 2 else None
-
-
-class Waiting(FaultPlan):
-    waits: list[bool]
-
-    def copies_wait(self) -> bool:
-        return bool(self.waits) and self.waits.pop()
-
-
-def run(worker: FaultyOffloadWorker, job: OffloadJob, wakes: threading.Semaphore) -> JobFinished:
-    worker.submit([job])
-    while True:
-        assert wakes.acquire(timeout=60)
-        for report in worker.take_finished():
-            assert report.job_id == job.job_id
-            return report
-
-
-def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
-    wakes = threading.Semaphore(0)
-    worker = new_worker(SecondChunk(copy_slow_s=0.01), wakes)
-    assert run(worker, STORE, wakes).ok
-    load = run(worker, LOAD, wakes)
-    assert (load.ok, load.failed_chunk_ids) == (False, [6])
-    worker.close()
-
-
-def test_an_end_is_told_when_it_may_be() -> None:
-    wakes, waits = threading.Semaphore(0), [True, True, True]
-    plan = Waiting(chunk_rate=0, copy_slow_s=0, waits=[])
-    worker = new_worker(plan.model_copy(update={"waits": waits}), wakes)
-    assert run(worker, STORE, wakes).ok
-    assert not waits, "it has been looked for as long as it had to wait"
-    worker.close()

@@ -51,11 +51,8 @@ class FaultPlan(ConnectorSettings):
     lease_rate: float = Field(0.05, ge=0, le=1, description="Share of the leases that end early.")
     chunk_rate: float = Field(
         0.05, ge=0, le=1, description="Share of the blocks in host memory that go bad there.")
-    copy_slow_s: float = Field(
-        0.05, ge=0,
-        description="Longest time by which the end of a copy to or from host memory is seen late.")
     copies_wait_file: str = Field(
-        "", description="While this file exists, no end of such a copy is seen.")
+        "", description="While this file exists, no end of a copy to or from host memory is seen.")
     slow_s: float = Field(0.3, ge=0, description="Longest delay of a READ.")
     lost_s: float = Field(
         4.0, ge=0, description="Longest time until a lost completion is seen after all.")
@@ -89,10 +86,6 @@ class FaultPlan(ConnectorSettings):
         """
         source = random.Random(f"{self.seed}/chunk/{index}")
         return source if source.random() < self.chunk_rate else None
-
-    def copy_delay_s(self, index: int) -> float:
-        """Return how late the end of a rank's ``index``-th copy to or from host memory is seen."""
-        return random.Random(f"{self.seed}/copy/{index}").uniform(0, self.copy_slow_s)
 
     def copies_wait(self) -> bool:
         return bool(self.copies_wait_file) and Path(self.copies_wait_file).exists()

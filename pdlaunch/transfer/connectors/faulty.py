@@ -31,7 +31,6 @@ from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
-_TIMER_SLACK_S = 0.001  # added to a timer: a wake before the report is due would be in vain
 _WAIT_S = 0.02  # time between two looks at whether ends may be seen again
 
 
@@ -182,18 +181,16 @@ class FaultyTransferThread(TransferThread):
 
 
 class FaultyOffloadWorker(OffloadWorker):
-    """Reports the ends of copies late, and changes a byte of some chunks once their checksums are
-    taken.
+    """Changes a byte of some chunks once their checksums are taken, and reports no end of a copy
+    while the plan says so.
     """
 
     def __init__(self, faults: FaultPlan, **setup: Any) -> None:
         super().__init__(**setup)
         self._faults = faults
         self._stores: dict[int, OffloadJob] = {}
-        # Reports that are held back, with the instants at which they are due.
-        self._late: list[tuple[float, JobFinished]] = []
+        self._held_back: list[JobFinished] = []
         self._num_chunks_stored = 0
-        self._num_copies = 0
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
         self._stores |= {job.job_id: job for job in jobs if job.direction == "store"}
@@ -202,22 +199,14 @@ class FaultyOffloadWorker(OffloadWorker):
     def take_finished(self) -> list[JobFinished]:
         for report in super().take_finished():
             self._spoil_chunks(report)
-            self._num_copies += 1
-            self._report_in(self._faults.copy_delay_s(self._num_copies), report)
-        now = time.monotonic()
-        finished = [report for due_at, report in self._late if due_at <= now]
-        self._late = [(due_at, report) for due_at, report in self._late if due_at > now]
-        if not finished or not self._faults.copies_wait():
-            return finished
-        for report in finished:
-            self._report_in(_WAIT_S, report)
-        return []
-
-    def _report_in(self, delay_s: float, report: JobFinished) -> None:
-        self._late.append((time.monotonic() + delay_s, report))
-        timer = threading.Timer(delay_s + _TIMER_SLACK_S, self._wake)
-        timer.daemon = True
-        timer.start()
+            self._held_back.append(report)
+        if self._held_back and self._faults.copies_wait():
+            timer = threading.Timer(_WAIT_S, self._wake)
+            timer.daemon = True
+            timer.start()
+            return []
+        finished, self._held_back = self._held_back, []
+        return finished
 
     def _spoil_chunks(self, report: JobFinished) -> None:
         job = self._stores.pop(report.job_id, None)
