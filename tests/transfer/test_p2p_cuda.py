@@ -74,9 +74,11 @@ def finish(puller: RankHandle) -> PullFinished:
 def test_bytes_are_equal(
     start_on: Start, devices: tuple[str, str], with_cumem: bool, path: str
 ) -> None:
+    # Of large blocks: the time of small ones is that of their start.
+    size = LARGE | {"num_blocks": 32}
     holder, puller = (
-        start_on("prefill", devices[0], with_cumem, path=path),
-        start_on("decode", devices[1], with_cumem, path=path),
+        start_on("prefill", devices[0], with_cumem, path=path, **size),
+        start_on("decode", devices[1], with_cumem, path=path, **size),
     )
     (ready,) = puller.connect(holder)
     assert ready.gigabytes_per_s is not None
