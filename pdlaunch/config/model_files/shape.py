@@ -313,14 +313,15 @@ def _windows(config: Config, family: Family, num_layers: int) -> Windows:
     if family.slides is None:
         return (None,) * num_layers
     # Families without the switch always slide where a window is given.
-    is_on = config.get("use_sliding_window", True)
-    window = _positive(config, "sliding_window") if is_on and config["sliding_window"] else None
+    has_switch = "use_sliding_window" in family.others
+    is_off = config["sliding_window"] is None or (has_switch and not config["use_sliding_window"])
+    window = None if is_off else _positive(config, "sliding_window")
     types = config.get("layer_types")
     try:
         if types is None:
-            slides = [
-                window is not None and family.slides(config, layer) for layer in range(num_layers)
-            ]
+            # Families with neither a switch nor one window for all cannot do without a window.
+            is_full = is_off and (has_switch or family.has_one_window)
+            slides = [not is_full and family.slides(config, layer) for layer in range(num_layers)]
             types = [_SLIDING if each else _FULL for each in slides]
         unknown = set(types) - {_FULL, _SLIDING}
         is_short = len(types) != num_layers
@@ -328,8 +329,8 @@ def _windows(config: Config, family: Family, num_layers: int) -> Windows:
         raise _wrong(f"layer_types or sliding_window cannot be read ({error})") from None
     if unknown:
         reason = (
-            f"layers of type {min(unknown)!r} cannot be served: only full and sliding-window "
-            "attention keep a paged KV cache here"
+            f"layers of type {min(unknown, key=str)!r} cannot be served: only full and "
+            "sliding-window attention keep a paged KV cache here"
         )
     elif is_short:
         reason = f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
@@ -337,8 +338,8 @@ def _windows(config: Config, family: Family, num_layers: int) -> Windows:
         reason = (
             "layer_types has sliding_attention, but config.json switches the sliding window off"
         )
-    elif family.has_one_window and len({*types}) > 1:
-        reason = "layer_types has more than one kind: the model gives all layers one window"
+    elif family.has_one_window and {*types} != {_FULL if window is None else _SLIDING}:
+        reason = "layer_types is not what the model does: it gives all layers one window"
     else:
         return tuple(window if each == _SLIDING else None for each in types)
     fix = "Correct config.json of the model."

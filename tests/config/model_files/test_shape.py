@@ -149,6 +149,9 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
             },
             "one window",
         ),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, "one window"),
+        ({"model_type": "gemma3_text", "sliding_window": None}, "switches the sliding window off"),
+        ({"model_type": "qwen2", "layer_types": ["x", 3]}, "layers of type 3"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(
