@@ -87,8 +87,9 @@ REFUSED = _by_flag(
         "a pair generates text from text, and nothing else": "runner convert tokens-only",
         "flags of a file would not be checked; write them into engine_args": "config",
         "encoders of their own are not started": "ec-transfer-config",
-        "texts stay out of logs; with log_content the router logs them": "enable-log-outputs",
-        "the router logs each request; with log_content, its texts too": "enable-log-requests",
+        "texts stay out of logs; the router logs each request": (
+            "enable-log-outputs enable-log-requests"
+        ),
         "the router talks HTTP to its engines": "grpc",
         "it opens a port without authentication": "grpc-port",
         "an engine without HTTP cannot be asked for anything": "headless",
