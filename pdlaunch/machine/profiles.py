@@ -11,6 +11,7 @@ data sheet of GB200 NVL72.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Mapping
@@ -82,9 +83,10 @@ def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
     """Return the machine of a profile or a file; ``field`` gives its name. Raises ConfigError."""
     if (found := find_profile(name, num_ranks)) is not None:
         return found
-    path = Path(name).expanduser()
-    if path.exists():
-        return read_machine_file(path)
+    with contextlib.suppress(OSError, RuntimeError):  # a name that is too long, a ~ of nobody
+        path = Path(name).expanduser()
+        if path.exists():
+            return read_machine_file(path)
     raise ConfigError(
         f"{name[:80]!a} is neither a file nor one of {', '.join(PROFILES)}",
         field=field,
