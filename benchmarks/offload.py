@@ -17,9 +17,9 @@ import torch
 
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.engine.kvcache.groups import aligned_chunk_bytes, choose_blocks_per_chunk
-from pdlaunch.engine.offload.copies import BlockPlaces, CopyQueue
 from pdlaunch.engine.offload.host_memory import HostMemory
 from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished
+from pdlaunch.engine.offload.worker import BlockPlaces, CopyQueue
 
 JOB_BYTES = 64 * 1024**2
 WAYS: dict[str, tuple[Direction, ...]] = {

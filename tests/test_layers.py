@@ -120,7 +120,7 @@ def test_every_file_lies_in_a_room() -> None:
 
 def test_a_forbidden_import_is_found() -> None:
     assert forbidden(PACKAGE / "router" / "app.py", "torch")
-    assert forbidden(PACKAGE / "engine" / "rank.py", "pdlaunch.engine.server.app")
+    assert forbidden(PACKAGE / "engine" / "rank.py", "pdlaunch.engine.server.lifecycle")
     assert not forbidden(PACKAGE / "engine" / "server" / "app.py", "pdlaunch.http.app")
 
 

@@ -40,7 +40,7 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("serve", "serve:serve", "Start prefill and decode engines behind one router.", _SERVED),
-    Command("agent", "agent:agent", "Run engines on this host for a launch on another one."),
+    Command("agent", "joining:agent", "Run engines on this host for a launch on another one."),
     Command("router", "router:router", "Route requests to engines that run already.", _SERVED),
     Command("check-config", "check_config:check_config", "Find what breaks a launch.", _CHECKED),
     Command("doctor", "doctor:doctor", "Find what is wrong with running engines.", _CHECKED),

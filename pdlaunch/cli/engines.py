@@ -18,14 +18,14 @@ from pdlaunch.cli.options import KeyOption, UrlOption
 from pdlaunch.cli.output import print_errors, safe
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.commands import (
+from pdlaunch.launch.client.admin import (
     ChangeOutcome,
     EngineOutcome,
+    admin_api,
     change_engines,
     command_engines,
 )
+from pdlaunch.launch.client.api import Api
 
 GIB = 1024**3
 _GOES_ON = "what has begun goes on; `pdlaunch status` shows the engines"

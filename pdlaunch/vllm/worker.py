@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdlaunch.vllm.checksums import BlockHasher, new_hasher
 from pdlaunch.vllm.far_statements import Answer, FarStatements
-from pdlaunch.vllm.proof import ReadBlocks, first_head, judge
+from pdlaunch.vllm.proof import BlockHasher, ReadBlocks, first_head, judge, new_hasher
 from pdlaunch.vllm.statements import Statement, StatementBoard, token_hash
 from pdlaunch.vllm.support import refused
 

@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 
 from pdlaunch import __version__
 from pdlaunch.cli.app import build_app
-from pdlaunch.engine.server.app import make_app
 from pdlaunch.engine.server.engine_service import EngineService
+from pdlaunch.engine.server.lifecycle import make_app
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment

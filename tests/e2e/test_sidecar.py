@@ -16,9 +16,8 @@ import psutil
 import pytest
 
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.client.admin import admin_api, own_launches
+from pdlaunch.launch.client.admin import admin_api, change_engines, own_launches
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.commands import change_engines
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete
 from tests.e2e.conftest import clean_environ

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.admin import admin_api, command_engines
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.commands import command_engines
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import engine_apis
 from tests.e2e.conftest import clean_environ

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.histograms import Histograms
+from pdlaunch.engine.lifecycle import Histograms
 from pdlaunch.observe.spans import Span
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull

@@ -14,7 +14,7 @@ import pytest
 
 from pdlaunch.machine.cuda_driver import read_driver
 from pdlaunch.machine.facts import Gpu, GpuLink
-from pdlaunch.machine.nvml import read_nvml_facts
+from pdlaunch.machine.probe import read_nvml_facts
 
 NOT_FOUND, NO_MORE_LINKS, NOT_SUPPORTED = 6, 2, 3
 GPU, CPU, SWITCH, UNKNOWN = 0, 1, 2, 255

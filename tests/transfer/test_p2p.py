@@ -25,10 +25,8 @@ from hypothesis import strategies as st
 from pdlaunch.engine.memory.kv_memory import HostKVMemory, PrivateKVMemory
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
-from pdlaunch.transfer.connectors import fd_channel
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Connector, LocalMemory
-from pdlaunch.transfer.connectors.fd_channel import TOKEN_BYTES, FdServer, fetch_fds
-from pdlaunch.transfer.connectors.p2p import P2PConnector
+from pdlaunch.transfer.connectors.p2p import TOKEN_BYTES, FdServer, P2PConnector, fetch_fds
 from pdlaunch.transfer.connectors.paths import PathsConnector
 from pdlaunch.transfer.connectors.piece_copies import HostCopier, Pieces
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, has_pattern, write_pattern
@@ -321,7 +319,7 @@ def test_another_number_of_descriptors_than_was_told_is_refused_and_closed(serve
 
 
 def test_another_user_is_refused(server: FdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fd_channel.os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(TransferError, match=r"belongs to uid|reset|refused|no answer"):
         fetch(server)
 

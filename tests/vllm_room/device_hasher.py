@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import xxhash
 
-from pdlaunch.vllm.checksums import CudaHasher, _blake3, _regions
+from pdlaunch.vllm.proof import CudaHasher, _blake3, _regions
 
 SHAPE = (6, 2, 8, 16)  # blocks, heads, tokens of a block, content: 512 bytes a head in float32
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pdlaunch.vllm.checksums import CudaHasher, new_hasher
+from pdlaunch.vllm.proof import CudaHasher, new_hasher
 from tests.interpreter import needs_triton, run_interpreted
 from tests.vllm_room.device_hasher import check
 

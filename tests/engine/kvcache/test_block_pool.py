@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pdlaunch.engine.kvcache.block_pool import BlockPool
+from pdlaunch.engine.kvcache.manager import BlockPool
 
 NUM_GROUPS = 2
 RANDOM = st.randoms(use_true_random=False)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from pdlaunch.engine.kvcache.groups import aligned_chunk_bytes, choose_blocks_per_chunk
-from pdlaunch.engine.offload.copies import (
+from pdlaunch.engine.offload.host_memory import HostMemory
+from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished
+from pdlaunch.engine.offload.worker import (
     BlockPlaces,
     Copy,
     CopyQueue,
@@ -20,8 +22,6 @@ from pdlaunch.engine.offload.copies import (
     copy_runs,
     merge_runs,
 )
-from pdlaunch.engine.offload.host_memory import HostMemory
-from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished
 from pdlaunch.errors import TransferError
 
 on_a_gpu = [

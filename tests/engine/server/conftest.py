@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.shared_settings import LimitSettings
-from pdlaunch.engine.server.app import make_app
 from pdlaunch.engine.server.engine_service import EngineService
+from pdlaunch.engine.server.lifecycle import make_app
 from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.engine.server.served_model import load_served_model
 from pdlaunch.engine.server.text import TextTokenizer

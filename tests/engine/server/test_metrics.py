@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdlaunch.engine.histograms import Histograms
+from pdlaunch.engine.lifecycle import Histograms
 from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.protocol.engine import EngineStats, RequestFinished
 from pdlaunch.protocol.transfer import PullFinished

@@ -14,7 +14,7 @@ import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.engine.server import served_model
-from pdlaunch.engine.server.app import OPEN_PATHS, make_app
+from pdlaunch.engine.server.lifecycle import OPEN_PATHS, make_app
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from pdlaunch.http.limits import SMALL_BODY_BYTES
 from pdlaunch.protocol.engine import AddRequest, RequestFinished
