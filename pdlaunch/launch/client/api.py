@@ -143,7 +143,9 @@ class Api:
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         )
-        connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
+        # Without a port, the last part of an IPv6 address would be taken for one.
+        port = parts.port or kind.default_port
+        connection = kind(parts.hostname or "", port, timeout=self._timeout_s)
         connection.response_class = _Response
         if self._socket_path is None:
             connection.connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import time
 
@@ -154,3 +155,15 @@ def test_a_call_has_its_key_and_one_to_nobody_says_so() -> None:
         assert keys == ["Bearer mine"]
     with pytest.raises(PdlaunchError, match="/pdlaunch/status cannot be reached"):
         Api(url, "mine", 10.0).get("/pdlaunch/status")
+
+
+def test_an_ipv6_address_without_a_port_is_asked_at_that_of_its_scheme(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def connect(self: http.client.HTTPConnection) -> None:
+        raise OSError(f"{self.host} {self.port}")
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect)
+    for scheme, port in (("http", 80), ("https", 443)):
+        with pytest.raises(PdlaunchError, match=f"::1 {port}$"):
+            Api(f"{scheme}://[::1]").get("/health")
