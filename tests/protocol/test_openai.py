@@ -396,10 +396,12 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(RequestError, match="strings, lists and objects") as raised:
         read_json_object(b'{"x": [' + b",".join([b"[]"] * 100_000) + b"]}")
     assert raised.value.code == "too_many_values"
-    # The tokens of an answer that goes on are not counted.
+    # The tokens of an answer that goes on are not counted, but those that a client makes up are.
     resume = {"choices": [[{"token_id": 5}] * 100_000], "sent": True}
-    body = read_json_object(json.dumps({"prompt": "x", "resume": resume}).encode())
-    assert body["resume"] == resume
+    raw = json.dumps({"prompt": "x", "resume": resume}).encode()
+    assert read_json_object(raw, public=False)["resume"] == resume
+    with pytest.raises(RequestError, match="strings, lists and objects"):
+        read_json_object(raw)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,10 @@ async def test_bodies_of_very_many_values_reach_no_engine(stand: Stand, path: st
         (b'{"role":"user","content":"a"},', 30_000),
         (b'"ab",', 200_000),
     ):
-        status, answer, _ = await post(stand, path, b'{"messages": [' + item * number + b"{}]}")
-        assert (status, answer["error"]["code"]) == (400, "too_many_values")
+        for member in (b"messages", b"resume"):
+            raw = b'{"%s": [%s{}]}' % (member, item * number)
+            status, answer, _ = await post(stand, path, raw)
+            assert (status, answer["error"]["code"]) == (400, "too_many_values")
     assert not any(engine.seen for engine in stand.engines.values())
 
 

@@ -110,10 +110,11 @@ class ServedModel:
         return request
 
     def read(self, kind: type[G], raw: bytes) -> G:
-        num_tokens = num_token_ids(raw, "prompt") if len(raw) > self.max_model_len else 0
+        may_be_long = len(raw) > self.max_model_len
+        num_tokens = num_token_ids(raw, "prompt", public=False) if may_be_long else 0
         if num_tokens >= self.max_model_len:
             raise self.too_long(f"has {num_tokens} tokens", "prompt")
-        return self._parse(kind, read_json_object(raw), public=False)
+        return self._parse(kind, read_json_object(raw, public=False), public=False)
 
     def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
         """Return the token ids of each prompt; of a chat there is one. Raises RequestError."""

@@ -105,9 +105,9 @@ def refuse_internal_fields(body: dict[str, Any]) -> None:
                 )
 
 
-def read_json_object(raw: bytes) -> dict[str, Any]:
+def read_json_object(raw: bytes, *, public: bool = True) -> dict[str, Any]:
     """Return the JSON object in ``raw``. Raises RequestError."""
-    check_num_values(raw)
+    check_num_values(raw, public=public)
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -117,14 +117,15 @@ def read_json_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def check_num_values(raw: bytes) -> None:
+def check_num_values(raw: bytes, *, public: bool = True) -> None:
     """Refuse a body of very many values before it is parsed. Raises RequestError.
 
-    ``resume``, which only routers may send, is not counted: it grows with the answer.
+    The ``resume`` of a router is not counted: it grows with the answer.
     """
     if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_JSON_VALUES:
         return
-    if num_values(raw.replace(_member(raw, "resume"), b"", 1)) > MAX_JSON_VALUES:
+    resume = b"" if public else _member(raw, "resume")
+    if num_values(raw.replace(resume, b"", 1)) > MAX_JSON_VALUES:
         message = f"the body has more than {MAX_JSON_VALUES} strings, lists and objects"
         raise RequestError(message, code="too_many_values")
 
@@ -135,12 +136,12 @@ def num_values(raw: bytes) -> int:
     return num_strings + outside.count(b"[") + outside.count(b"{")
 
 
-def num_token_ids(raw: bytes, member: str) -> int:
+def num_token_ids(raw: bytes, member: str, *, public: bool = True) -> int:
     """Return the length of a member that is a list of token ids, without parsing it; else 0.
 
     Raises RequestError.
     """
-    check_num_values(raw)
+    check_num_values(raw, public=public)
     value = _member(raw, member)
     return value.count(b",") + 1 if TOKEN_IDS.match(value) else 0
 
