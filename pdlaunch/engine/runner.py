@@ -207,7 +207,8 @@ class ModelRunner:
 
     @property
     def sleeping_tags(self) -> frozenset[str]:
-        return self._pools.sleeping_tags
+        # Weights that could not be read again must not be used, though they have their memory.
+        return self._pools.sleeping_tags | ({WEIGHTS} if self._weights_lost else set())
 
     def sleep(self, level: int) -> int:
         """Give the memory of weights and KV cache back; no row may be in use. Returns the bytes
@@ -227,7 +228,8 @@ class ModelRunner:
         """Take the memory of ``tags`` again, weights as they were, the KV cache empty. Returns the
         bytes taken.
 
-        Raises MemoryPoolError when the device has too little memory; then they sleep on.
+        Raises MemoryPoolError when the device has too little memory, ConfigError when the weights
+        cannot be read again as they were; then they sleep on.
         """
         waking = self._pools.sleeping_tags & set(tags)
         num_bytes = self._pools.wake_up(waking) if waking else 0

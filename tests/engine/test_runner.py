@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pdlaunch.engine.memory.pools import TAGS, MemoryPools
 from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner, left_for_cache
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
@@ -145,6 +147,36 @@ def test_request_with_nan_draws_nothing_and_harms_no_other_in_its_step(
 
 
 # The size of the cache
+
+
+class SleepingPools(MemoryPools):
+    sleeping_tags: frozenset[str] = frozenset()  # type: ignore[assignment]
+
+    def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
+        self.sleeping_tags = frozenset(tags)
+        return 1
+
+    def wake_up(self, tags: Collection[str]) -> int:
+        self.sleeping_tags -= frozenset(tags)
+        return 1
+
+
+def test_weights_that_changed_while_it_slept_are_not_used(tmp_path: Path) -> None:
+    directory = save_tiny_model("llama", tmp_path)
+    runner = ModelRunner(
+        make_spec(directory), tp=None, progress=ignore_progress, pools=SleepingPools()
+    )
+    file = directory / "model.safetensors"
+    launched = file.read_bytes()
+    runner.sleep(2)
+    save_file({name: one + 1 for name, one in load_file(file).items()}, file, {"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="has changed while the engine slept"):
+            runner.wake_up(TAGS)
+        assert runner.sleeping_tags == {"weights"}
+    file.write_bytes(launched)
+    runner.wake_up(TAGS)
+    assert not runner.sleeping_tags
 
 
 def test_cache_too_small_for_one_block_is_refused(llama: Path) -> None:
