@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,6 @@ from tests.browser.conftest import KEY
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 WRONG_KEY = "another key"
-
-
-@contextlib.contextmanager
-def there_is(file: Path) -> Iterator[None]:
-    file.touch()
-    try:
-        yield
-    finally:
-        file.unlink()
 
 
 async def complete(deployment: Deployment, request_id: str = "", **fields: Any) -> None:
@@ -228,15 +217,14 @@ async def test_screen_readers_get_names_and_tables(page: Page) -> None:
 
 
 async def test_refused_pulls_are_events_and_the_console_is_clean(
-    page: Page, deployment: Deployment, corrupts: Path
+    page: Page, deployment: Deployment
 ) -> None:
     """A byte of what is pulled is wrong: it is refused, and the answer is right all the same."""
     refused = "[...document.querySelectorAll('#events li.is-bad')].map(each => each.textContent)"
     number = 0
-    with there_is(corrupts):
-        while not await page.run(f"{refused}.some(text => text.includes('pulls were refused'))"):
-            number += 1
-            await complete(deployment, prompt=f"Number {number}: its blocks are new. " * 4)
+    while not await page.run(f"{refused}.some(text => text.includes('pulls were refused'))"):
+        number += 1
+        await complete(deployment, prompt=f"Number {number}: its blocks are new. " * 4)
     (event,) = [text for text in await page.run(refused) if "refused" in text][:1]
     assert re.search(r"decode-0\d+ pulls were refused: hashes or checksums differed", event)
     assert all("401" in complaint for complaint in page.complaints), page.complaints
