@@ -54,7 +54,7 @@ class ConnectorSettings(FrozenModel):
     """
     stand_ins: ClassVar[Mapping[str, str]] = {}
     """Tests put ``module:class`` here, by the name of the class of a rank that it stands for. It is
-    called as that one is, after the section of this connector. See ``opening.rank_part``.
+    called as that one is, after the section of this connector. See ``connector.rank_part``.
     """
 
     def environment(
