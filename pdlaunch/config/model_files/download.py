@@ -74,7 +74,7 @@ def fetch_part(name: str, revision: str | None, part: Part) -> None:
                 process.kill()
     if process.returncode:
         try:
-            found = json.loads(said)
+            found = json.loads(said.rpartition("\n")[2])  # behind what a library may print
         except ValueError:
             text = f"{name} was not downloaded: the process ended with code {process.returncode}"
             found = {"error": text, "fix": "Try again.", "field": "model"}
