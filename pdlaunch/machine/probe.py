@@ -63,7 +63,8 @@ def read_nvml_facts(
         free = {gpu.index: nvml.free_memory_bytes(gpu) for gpu in whole}
         links = [nvml.link(*pair) for pair in itertools.combinations(whole, 2)]
     finally:
-        nvml.ask("nvmlShutdown")
+        with contextlib.suppress(NvmlError):
+            nvml.ask("nvmlShutdown")
     known = tuple(replace(gpu, free_memory_bytes=free.get(gpu.index)) for gpu in gpus)
     return known, tuple(link for link in links if link is not None)
 
