@@ -116,10 +116,8 @@ class Share:
         return "proven" if self.is_proven else "verifying"
 
     def deadlines(self) -> Iterator[float]:
-        """Yield when there is something to do, READs and messages aside."""
-        if self.tells_until_at is not None:
-            yield self.tells_until_at
-        elif self.peer.state == "ready":
+        """Yield when there is something to ask, before the end."""
+        if self.peer.state == "ready":
             yield from self._ask_at.values()
 
     def advance(self) -> None:
@@ -372,7 +370,10 @@ class Pull:
         if not self._finished:
             yield self._started_at + self._command.timeout_s
         for share in self._shares:
-            yield from share.deadlines()
+            if not self._finished:
+                yield from share.deadlines()
+            elif share.tells_until_at is not None:
+                yield share.tells_until_at
 
     def cancel(self) -> None:
         if not self._finished:

@@ -107,6 +107,8 @@ def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, ho
     world.clock.now += 1000
     world.turn()
     assert world.events == []
+    # The thread looks at the READ alone: a deadline in the past would keep it awake.
+    assert world.pulls.deadlines() == []
     land(world)
     assert world.events == [PullDrained(pull_id="p")]
     assert len(world.pulls) == 0
