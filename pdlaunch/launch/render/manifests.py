@@ -106,7 +106,8 @@ def _rendered(
         lstrip_blocks=True,
         autoescape=False,
     )
-    environment.policies["json.dumps_kwargs"] = {}  # keeps the order of keys
+    # Keeps the order of keys. YAML does not join the surrogates of JSON.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     text = environment.get_template(f"{template}.yaml.j2").render(
         options=options,
         config=config,

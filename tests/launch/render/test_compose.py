@@ -46,6 +46,11 @@ def test_only_the_router_is_reached_from_this_machine() -> None:
     assert published == {"router": ["127.0.0.1:8000:8000"]}
 
 
+def test_a_folder_may_have_any_characters() -> None:
+    (file,) = render("compose", DEMO, "--volume", "/é😀'$A:/models")
+    assert "/é😀'$A:/models:ro" in file["services"]["router"]["volumes"]
+
+
 def test_the_router_asks_itself_past_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as (proxy, proxied), serving() as (url, asked):
         monkeypatch.setenv("http_proxy", proxy)
