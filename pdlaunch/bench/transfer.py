@@ -169,8 +169,9 @@ class RankPair:
     ) -> None:
         """Start the ranks; ``stack`` stops them."""
         context = multiprocessing.get_context("forkserver")
-        # torch is imported once, not by every process. As __main__ this module has another name.
-        context.set_forkserver_preload(["pdlaunch.bench.transfer"])
+        # torch is imported once, not by every process. Not this module: a child runs it as its main
+        # one, and runpy warns of such a module that is there already.
+        context.set_forkserver_preload(["pdlaunch.transfer.thread", "pdlaunch.engine.memory.pools"])
         keys, self._engine_id, self._num_pulls = new_launch_keys(), draw_engine_id(), 0
         self._pools = {role: ProcessPoolExecutor(1, context) for role in PAIR}
         for role, engine_id in zip(PAIR, (self._engine_id, draw_engine_id()), strict=True):

@@ -12,7 +12,7 @@ from pdlaunch.errors import ConfigError
 
 
 @pytest.mark.processes
-def test_rows_of_a_small_benchmark() -> None:
+def test_rows_of_a_small_benchmark(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = {
         "connectors": ["nixl", "file"],
         "paths": ["nixl", "p2p"],
@@ -22,6 +22,7 @@ def test_rows_of_a_small_benchmark() -> None:
         "head_dim": 8,
     }
     rows = json.loads(run_module("pdlaunch.bench.transfer", json.dumps(arguments)))
+    assert "Warning" not in capfd.readouterr().err
     assert [(row["connector"], row["path"]) for row in rows] == [
         ("nixl", "nixl/UCX"),
         ("nixl", "p2p/memfd"),
