@@ -14,8 +14,11 @@ from pathlib import Path
 from pdlaunch.config.model_files.weights import weight_files
 
 _CONFIG = "config.json"
-_TEXT_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
-"""Of the other files that decide what is answered: tokenizer, chat template, generation config."""
+_TEXT_PREFIXES = (
+    *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "spiece"),
+    *("chat_template", "generation_config", "preprocessor", "processor"),
+)
+"""How names of the other files begin that decide what is answered. A licence does not."""
 # Their values depend on who saved the model, not on what it computes.
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
 _PIECE_BYTES = 1024
@@ -43,11 +46,11 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def text_digests(model_dir: Path) -> dict[str, str]:
-    """Return a SHA-256 (hex) of each file beside the weights and config.json, by name."""
+    """Return a SHA-256 (hex) of the files of tokenizer, templates and defaults, by name."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(model_dir.iterdir())
-        if file.suffix in _TEXT_SUFFIXES and file.name != _CONFIG and file.is_file()
+        if file.name.startswith(_TEXT_PREFIXES) and file.is_file()
     }
 
 
