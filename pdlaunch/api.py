@@ -152,9 +152,9 @@ def launched(
     one. Raises StartupError and ConfigError.
     """
     config = loaded.config
-    # Before the time of the start runs, and where its progress is seen.
+    # Download before the time-out of the start begins, where the user sees the progress.
     fetch_weights(config, read_models(config, fetch_part), fetch_part)
-    # Only what was given: defaults are the business of the child.
+    # Pass only the settings that were given; the child fills in the defaults.
     given = config.model_dump(exclude_unset=True)
     masked = config.model_dump(mode="json", exclude_unset=True)
     # Keys go through the environment; settings of ours are in the file, or were overruled.

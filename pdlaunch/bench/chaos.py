@@ -30,11 +30,11 @@ MAX_TOLD = 20  # requests that went wrong, of which a report says when
 
 
 Sent = tuple[str, float]
-"""What became of a request (``equal``, ``wrong``, ``error`` or ``broken``), and its seconds."""
+"""Outcome of a request (``equal``, ``wrong``, ``error`` or ``broken``), and its duration in s."""
 
 
 def faulty_settings(seed: int, connector: str) -> dict[str, object]:
-    """Return the settings of the connector faulty around ``connector``, by dotted path."""
+    """Return the settings that put connector ``faulty`` around ``connector``, by dotted path."""
     faults = {"inner": connector, "seed": seed, "rate": RATE}
     return {"kv_transfer.connector": "faulty"} | {
         f"kv_transfer.faulty.{name}": value for name, value in faults.items()
@@ -78,7 +78,7 @@ def smoke_under_chaos(
             decode_first = max(ranks, key=lambda name: name.startswith("decode"))
             kill_and_wait(deployment, decode_first, signal.SIGKILL)
         finally:
-            # Also after a failure: the workers would send for ever.
+            # Stop the workers after a failure, too: they would send for ever.
             is_back.set()
         for each in working:
             each.result()

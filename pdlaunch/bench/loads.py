@@ -23,7 +23,8 @@ FIRST_TOKEN_ID = 100  # special tokens have lower ids
 HASHED_TOKENS = 512  # tokens that one of ``hash_ids`` stands for
 
 PlannedRequest = tuple[Callable[[], list[int]], int]
-"""Makes the prompt only when it is sent, as the prompts of a trace are large; output tokens."""
+"""A function that makes the prompt when it is sent (prompts of a trace are large), and the number
+of output tokens."""
 
 
 class TraceRequest(msgspec.Struct, frozen=True):
@@ -154,7 +155,7 @@ def _trace_loads(
 
 
 def trace_prompt(request: TraceRequest, token_ids: range, own_seed: str, seed: int) -> list[int]:
-    """Return token ids: those of a hash depend on hash and seed, the rest on ``own_seed``."""
+    """Return token ids: hashed blocks depend on hash and ``seed``, the rest on ``own_seed``."""
     tokens: list[int] = []
     for hash_id in request.hash_ids[: -(-request.input_length // HASHED_TOKENS)]:
         tokens += random.Random(f"{seed}/hash {hash_id}").choices(token_ids, k=HASHED_TOKENS)
@@ -173,8 +174,8 @@ def arrival_times(
 ) -> list[float]:
     """Return the seconds from the start at which requests are sent, ``rate`` a second on average.
 
-    The pauses between them are gamma distributed of shape ``burstiness``, as in vLLM's benchmark:
-    1 is a Poisson process, less comes in bursts.
+    The gaps are gamma distributed with shape ``burstiness``, as in vLLM's benchmark: 1 is a
+    Poisson process, smaller values make bursts.
     """
     # The mean of a gamma distribution is shape x scale, here 1 / rate.
     scale = 1 / (rate * burstiness)

@@ -15,7 +15,7 @@ _MAX_ERRORS = 3
 
 
 class PullCounts(msgspec.Struct, frozen=True):
-    """What decode engines have counted of their pulls of KV blocks."""
+    """Totals of the decode engines' pulls of KV blocks."""
 
     num_pulls: float
     seconds: float
@@ -42,7 +42,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms_median: float | None
     ttft_ms_p99: float | None
     first_gap_ms_median: float | None
-    """From the first token to the second: KV blocks move from prefill to decode meanwhile."""
+    """Between the first token and the second, while KV blocks move from prefill to decode."""
     first_gap_ms_p99: float | None
     itl_ms_median: float | None  # between tokens, from the second token on
     itl_ms_p99: float | None
@@ -52,7 +52,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     pull_ms_mean: float | None  # as engines count it
     kv_megabytes_mean: float | None  # size of one pull (10**6 bytes)
     errors: list[str] = []
-    """The most frequent errors in the deployment's words, with their counts."""
+    """The most frequent error messages of the deployment, with their counts."""
 
     @property
     def load(self) -> str:
@@ -79,13 +79,13 @@ def summarise(
     goals: Goals | None = None,
     burstiness: float = 1.0,
 ) -> BenchRow:
-    """Make a row. ``pulled``: while the load ran; None where the deployment does not say."""
+    """Make a row. ``pulled``: pulls during the load; None if the deployment has no such metrics."""
     good = [each for each in done if each.error is None]
-    # One token has no gap, and says nothing of the time between tokens.
+    # Requests with a single token have no gap to measure.
     several = [each for each in good if len(each.tokens_at) > 1]
     cached = [each for each in good if each.num_cached_tokens is not None]
     num_within = sum(map(goals.met_by, done)) if goals else None
-    # Errors are counted by their words, so that a thousand of one kind are one line.
+    # Count equal errors together, so that a thousand of them make one line.
     errors = Counter(each.error for each in done if each.error is not None)
     ttfts_s = [each.ttft_s for each in good]
     first_gaps_s = [each.all_gaps_s[0] for each in several]
@@ -143,9 +143,7 @@ def _ratio(value: float | None, of: float, digits: int) -> float | None:
 
 
 def without_words(errors: Collection[str]) -> list[str]:
-    """Reduce errors to ``12 x HTTP 429``: what a deployment says may quote a prompt, and files are
-    passed on.
-    """
+    """Reduce errors to ``12 x HTTP 429``: messages may quote prompts, and people share reports."""
     pairs = [error.partition(" x ")[::2] for error in errors]
     return [
         f"{count} x {reason.partition(':')[0] if reason.startswith('HTTP ') else 'no whole answer'}"

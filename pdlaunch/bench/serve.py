@@ -40,7 +40,7 @@ ShowProgress = Callable[[str], None]
 
 
 class BenchTarget(msgspec.Struct, frozen=True):
-    """A deployment that answers."""
+    """A deployment that has answered the question for its model."""
 
     session: aiohttp.ClientSession
     model: str
@@ -145,7 +145,7 @@ async def _run(
 
 
 async def _pull_counts(target: BenchTarget) -> PullCounts | None:
-    """Return what decode engines have counted; None where no metrics tell."""
+    """Return the totals of the decode engines; None if ``/metrics`` lacks them."""
     try:
         async with target.session.get("/metrics") as response:
             page = await response.text() if response.status == 200 else ""
@@ -162,9 +162,9 @@ async def _pull_counts(target: BenchTarget) -> PullCounts | None:
 async def _pulled_since(
     target: BenchTarget, before: PullCounts, num_pulls: int
 ) -> PullCounts | None:
-    """Return what was added once it holds ``num_pulls``, or after a few seconds.
+    """Return the pulls since ``before``: when there are ``num_pulls``, or after a few seconds.
 
-    None when an engine has restarted meanwhile: its counters began anew.
+    None if an engine has restarted, since its counters began again at 0.
     """
     deadline_at = time.monotonic() + _PATIENCE_S
     while True:

@@ -65,7 +65,7 @@ Timing = dict[str, str | int | float]
 
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is measured; the shape is that of the demo model by default."""
+    """Options of a measurement; the default shape is the demo model's."""
 
     connectors: Sequence[str] = ("nixl",)
     paths: Sequence[KVPath] = ("auto",)  # of connector nixl
@@ -169,8 +169,8 @@ class RankPair:
     ) -> None:
         """Start the ranks; ``stack`` stops them."""
         context = multiprocessing.get_context("forkserver")
-        # torch is imported once, not by every process. Not this module: a child runs it as its main
-        # one, and runpy warns of such a module that is there already.
+        # Import torch once, not in every process. Do not preload this module: children run it as
+        # ``__main__``, and runpy warns if it is imported already.
         context.set_forkserver_preload(["pdlaunch.transfer.thread", "pdlaunch.engine.memory.pools"])
         keys, self._engine_id, self._num_pulls = new_launch_keys(), draw_engine_id(), 0
         self._pools = {role: ProcessPoolExecutor(1, context) for role in PAIR}
@@ -210,7 +210,7 @@ class RankPair:
             num_readers=1,
             lease_s=LEASE_S,
         )
-        # It returns before the checksums are there: a pull that is faster waits for them.
+        # The call returns before the checksums are ready; a faster pull waits for them.
         self._call("prefill", "grant", grant)
         command = StartPull(
             pull_id=PullId(name),
@@ -338,7 +338,7 @@ class Rank:
         return self._entry
 
     def connect(self, entries: list[Entry]) -> str:
-        """Return when the peer is ready to be read, over which path."""
+        """Wait until the peer can be read; return the path."""
         self._transfer.update_registry(entries)
         while True:
             match self._reports.get(timeout=_TIMEOUT_S):
@@ -364,7 +364,7 @@ class Rank:
 
     def _await(self, kind: type) -> Any:
         while self._woken.wait(_TIMEOUT_S):
-            # Cleared before the look: an event that comes meanwhile wakes the next turn.
+            # Clear first, so that an event that arrives during the loop wakes the next turn.
             self._woken.clear()
             for event in self._transfer.take_events():
                 if isinstance(event, kind):

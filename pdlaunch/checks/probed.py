@@ -21,8 +21,7 @@ class NixlAnswer:
     import_error: str | None = None
     refusal: str | None = None  # the reason why UCX cannot make a rank's backend
     warnings: tuple[str, ...] = ()
-    """UCX's own words on transports that it does not find, and on variables that it does not know.
-    """
+    """UCX's messages about missing transports and unknown variables."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,8 @@ _ANSWER = re.compile(r"ok$|import: |refused: ")
 _UCX_LINE = re.compile(r"\bUCX\s+(WARN|ERROR|FATAL)\s+(.*\S)")
 _NIXL_LINE = re.compile(r"E\d{4} [\d:.]+ +\d+ \S+\] (.*\S)")
 _WORTH_SAYING = re.compile(r"\b(is|are) not available\b|\(maybe: ")
-"""In warnings of UCX: of variables of transports that it has not loaded it knows no likeness."""
+"""UCX warnings to report. UCX suggests no similar name (``maybe:``) for variables of transports
+that are not loaded, so such warnings are dropped."""
 _OF_IMAGES = frozenset({"UCX_VERSION", "UCX_HOME", "UCX_ROOT", "UCX_DIR", "UCX_PATH"})
 """Variables of container images and module files, which are not for UCX."""
 
@@ -103,7 +104,7 @@ def _connector_errors(config: LaunchConfig) -> dict[str, str]:
         except ConnectorImportError as error:
             errors[name] = str(error)
             continue
-        # Those of pdlaunch have rules of their own on what they need; of others nothing is known.
+        # Rules check what pdlaunch's own connectors need; others can only be imported.
         if not factory.startswith("pdlaunch.") and (why := why_not_importable(factory, os.environ)):
             errors[name] = f"connector {name} cannot be imported from {factory}: {why}"
     return errors
@@ -130,7 +131,7 @@ def ask_nixl(launch: ResolvedLaunch) -> dict[Role, NixlAnswer]:
     if not uses_ucx(launch):
         return {}
     questions = {role: _question(each) for role, each in launch.roles.items() if role in PAIR}
-    # Both roles are mostly alike, and each question takes seconds.
+    # Ask once if both roles have the same question: an answer takes seconds.
     asked = list(dict.fromkeys(questions.values()))
     with ThreadPoolExecutor(max_workers=max(1, len(asked))) as threads:
         answers = dict(zip(asked, threads.map(lambda item: _ask(launch, item), asked), strict=True))

@@ -42,8 +42,8 @@ def _differ(
     value_of: Callable[[SeenEngine], str | None],
     roles: Sequence[Role] = PAIR,
 ) -> Iterator[Found]:
-    """Yield the engines whose value is not that of the first engine that tells one."""
-    # Compared with the first that tells: engines that do not say are no difference.
+    """Yield the engines whose value differs from that of the first engine with a value."""
+    # Engines without a value are skipped.
     engines = [each for role in roles for each in _deployment(context).of(role)]
     told = [(each, value) for each in engines if (value := value_of(each))]
     for each, value in told[1:]:

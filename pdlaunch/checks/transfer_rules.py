@@ -233,9 +233,9 @@ RULES = (
         fix="Correct the variable that the finding names, or unset it.",
         source="A NIXL backend, made in a process of its own with the ranks' environment.",
         needs=("nixl",)),
-    warning("PD442", "UCX does not find what the environment of a rank names.",
-        "It goes on without a transport or device, so that blocks take a slower way, or none; and "
-        "it does not look at a misspelt variable. It says so only on a terminal.",
+    warning("PD442", "UCX does not find a transport, device or variable that a rank's environment "
+        "names.", "UCX continues without the transport or device, so blocks take a slower path or "
+        "none, and ignores a misspelt variable. It warns only on a terminal.",
         over=_answers, when=_warned,
         fix="Correct the variable, or unset it; give the container what a transport needs (cma: "
         "ptrace, cuda_ipc: the CUDA driver).",

@@ -164,7 +164,7 @@ def serve(
     """Measure time to first token, gap to the second, inter-token latency and throughput of a
     deployment, as its clients see them.
     """
-    # An option without an effect would make people trust a figure that it did not shape.
+    # Refuse options that would have no effect, so that nobody misreads the figures.
     if request_rate is not None:
         _refuse_given({"--concurrency": concurrency}, "not with --request-rate")
     else:

@@ -41,13 +41,13 @@ from pdlaunch.planning.resolve import THIS_HOST, resolve
 
 ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0  # vLLM gathers /server_info for more than 10 s on a busy machine
-MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes the time is that of starting their READs
+MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes, starting the READs takes most of the time
 _CPU_BUILD = "+cpu"  # ends the version of a vLLM that computes on CPUs
 _ANSWER_TOKENS = "vllm:request_generation_tokens"
 _CACHE = "vllm:cache_config_info"
 
 
-# What engines of vLLM, and native ones, count; an engine has the metrics of its own kind alone.
+# The same counter in vLLM and in native engines; an engine has only one of the two.
 _PROMPT_TOKENS = ("vllm:prompt_tokens_total", "pdlaunch_prefix_cache_queries_total")
 _EXPIRED = ("vllm:nixl_num_kv_expired_reqs_total", "pdlaunch_kv_leases_expired_total")
 _FAILED = (
@@ -122,7 +122,7 @@ async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
     """Return the engines that routers list. Raises ConfigError."""
     found: list[tuple[Role, str]] = []
     for url in routers:
-        api = EngineApi(url)  # without the key, which is for engines
+        api = EngineApi(url)  # no key: the key is for engines
         try:
             for name, engine, _ in await api.listed_engines(ASK_TIMEOUT_S):
                 role = next((role for role in ROLES if role == name), None)
@@ -167,7 +167,7 @@ async def examine(
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         seen = SeenDeployment(tuple(engines), None)
-        # Only now: the versions tell whether engines compute on CPUs.
+        # After ``_look``: the engines' versions show whether they run on CPUs.
         link = link_finder()
         seen = replace(seen, engines=tuple(_with_link(each, seen, link) for each in engines))
         if not sends_canaries:
@@ -243,9 +243,9 @@ Link = Callable[[SeenEngine, SeenEngine], ExpectedSpeed]
 
 
 def link_finder() -> Link:
-    """Return what tells the speed that the link between two engines should have.
+    """Return a function that gives the expected speed of the link between two engines.
 
-    It looks at this machine at most once, when a link lies within it.
+    The function probes this machine at most once, for the first link inside it.
     """
 
     @functools.cache
@@ -287,8 +287,8 @@ def is_here(url: str) -> bool:
 
 
 def _with_link(engine: SeenEngine, seen: SeenDeployment, link: Link) -> SeenEngine:
-    """Return a decode engine with what the slowest of its links to prefill engines should give:
-    its counts are of all of them.
+    """Give a decode engine the expected speed of its slowest link to a prefill engine: the engine
+    counts the pulls of all links together.
     """
     if engine.role != "decode" or engine.problem:
         return engine
@@ -330,7 +330,7 @@ async def _prove(
 
 
 def _wrong_address(host: object, pair: SeenPair) -> str:
-    """Return why decode does not find the side channel at the host that prefill names."""
+    """Return why decode cannot reach the side channel at the host that prefill names."""
     if not isinstance(host, str):
         return ""
     if host in WILDCARDS:

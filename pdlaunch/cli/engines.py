@@ -199,7 +199,7 @@ def role(
 def _commanding(
     url: str | None, admin_api_key: str | None, on_interrupt: str = ""
 ) -> Iterator[Api]:
-    """Yield what commands the launch; an error of it ends the command. Ctrl-C says what stays."""
+    """Yield the admin API. Errors end the command; Ctrl-C prints ``on_interrupt``."""
     try:
         yield admin_api(url, admin_api_key)
     except KeyboardInterrupt:
@@ -246,8 +246,8 @@ def _show_change(outcome: ChangeOutcome, *, dry_run: bool) -> None:
         if change.stops:
             first = "before others start" if change.stops_first else "last"
             console.print(
-                f"What stops does so {first}; what runs there gets up to {change.drain_s:g} s, "
-                "then it goes on elsewhere."
+                f"Engines stop {first}; their running requests get up to {change.drain_s:g} s, "
+                "then continue at other engines."
             )
         counts = ", ".join(f"{number} {role}" for role, number in change.replicas.items() if number)
         verb = "would be" if dry_run or outcome.error else "is"

@@ -146,13 +146,13 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
 
 
 def _is_only_unprobed(report: Report) -> bool:
-    """Tell whether all that was not checked is what ``--probe`` finds out."""
+    """Return whether ``--probe`` would find every missing fact."""
     missing = {need for item in report.not_checked for need in item.needs}
     return len(missing) > 1 and missing <= WITHOUT_PROBE
 
 
 def _gaps(report: Report) -> list[str]:
-    """Return what was not checked: the rules that lack the same facts together."""
+    """Return a line for each group of unchecked rules that lack the same facts."""
     by_facts: defaultdict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     for item in report.not_checked:
         by_facts[item.needs, item.reason].append(item.rule)
@@ -233,7 +233,7 @@ def _sarif(report: Report, exit_code: int, file: Path | None) -> dict[str, Any]:
 
 def _location(finding: Finding, file: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": safe(finding.where)}]}
-    # ``deploy.yaml:3:5``, or what is no place in a file: ``--port``.
+    # ``deploy.yaml:3:5``, or a flag such as ``--port``.
     name, *place = finding.origin.rsplit(":", 2)
     has_place = bool(name) and len(place) == 2 and all(part.isdigit() for part in place)
     path: PurePath | None = PurePath(name) if has_place else file

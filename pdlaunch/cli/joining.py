@@ -151,7 +151,7 @@ def require_resumable(config: LaunchConfig) -> None:
 def joined_agents(
     config: LaunchConfig, environ: Mapping[str, str], log_dir: Path, say: Say, *, resume: bool
 ) -> Iterator[Agents | None]:
-    """Yield the agents of all hosts of a launch, None for one without.
+    """Yield the agents of all hosts of a launch; None if it has no other hosts.
 
     Raises StartupError naming who has not joined within ``join_timeout_s``, and ConfigError.
     """
@@ -190,7 +190,7 @@ def joined_agents(
             _await_all(agents, names, config.join_timeout_s, advice, say)
             yield agents
         except Exception:
-            # A failure to resume, which is no Ctrl-C, leaves the agents to the next try.
+            # If resuming fails, the agents wait for the next attempt; Ctrl-C ends them.
             channel.close(is_over=not resume)
             raise
         finally:
@@ -290,7 +290,7 @@ def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
 
 
 def _answers(channel: AgentChannel, asked: set[str]) -> list[tuple[str, Seen]]:
-    """Return what agents have seen. Raises StartupError where one does not answer in time."""
+    """Return the agents' answers. Raises StartupError if an agent does not answer in time."""
     seen: dict[str, Seen] = {}
     others: list[AgentEvent] = []
     with contextlib.closing(_events(channel, _ANSWER_TIMEOUT_S)) as events:
@@ -299,7 +299,7 @@ def _answers(channel: AgentChannel, asked: set[str]) -> list[tuple[str, Seen]]:
                 seen[event.name] = event.message
             else:
                 others.append(event)
-    # Who joins or is lost meanwhile is for the launch itself.
+    # The launch handles agents that joined or were lost meanwhile.
     channel.put_back(others)
     if silent := sorted(asked - seen.keys()):
         raise StartupError(f"no answer of the agents of {', '.join(silent)}")
@@ -307,7 +307,7 @@ def _answers(channel: AgentChannel, asked: set[str]) -> list[tuple[str, Seen]]:
 
 
 def _events(channel: AgentChannel, timeout_s: float) -> Generator[AgentEvent]:
-    """Yield events until the time is over; what is not taken stays in the channel."""
+    """Yield events until the time is over; events that are not taken stay in the channel."""
     ends_at, waiting = time.monotonic() + timeout_s, deque[AgentEvent]()
     try:
         while True:

@@ -202,7 +202,7 @@ def _topology(processes: Sequence[ProcessStatus]) -> str:
 
 
 class StatusLine:
-    """Is an observer that passes everything on to ``view``, to which it adds lines of its own."""
+    """Passes every event on to ``view``, and adds a status line every ``every_s`` seconds."""
 
     def __init__(self, view: Observer, read: Read, every_s: float = EVERY_S) -> None:
         self._view = view
@@ -241,7 +241,7 @@ class StatusLine:
 
     def _run(self, launch: LaunchStatus) -> None:
         while not (self._is_over or self._is_draining):
-            # A launch that is told to stop meanwhile was never ready for its user.
+            # Do not announce a launch that is already stopping.
             if self._takes_requests() and not (self._is_over or self._is_draining):
                 self._view.ready(launch)
                 break

@@ -43,7 +43,7 @@ def make_table(
 ) -> Table:
     """Make a table whose columns are ``headings``, by field; ``style`` of a row is its style.
 
-    ``room``: in so many lines; the last one says how many rows are left out.
+    ``room``: the most lines; the last line says how many rows are left out.
     """
     table = Table(
         box=None if room else SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False

@@ -62,12 +62,12 @@ def refuse_errors(
 ) -> None:
     """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
 
-    ``elsewhere``: the launch is for another machine, of which nothing can be probed here.
-    ``undone``: what is refused.
+    ``elsewhere``: the launch is for another machine, which cannot be probed here.
+    ``undone``: the action that is refused.
     """
     probes, rules = Probes() if elsewhere else probe_files(resolved), kind_of(resolved).rules()
     report = run_checks(resolved, origins, probes, rules=rules)
-    # That takes 3 to 5 s: NIXL is asked only about variables that it may refuse.
+    # Asking NIXL takes 3 to 5 s, so ask only if UCX variables are set.
     if report.is_ok() and not elsewhere and sets_ucx(resolved):
         probes = replace(probes, nixl=ask_nixl(resolved))
         report = run_checks(resolved, origins, probes, rules=rules)
@@ -179,7 +179,7 @@ def _rehearsal(config: LaunchConfig) -> LaunchConfig:
         **{name: config.role(name).model_copy(update=role) for name in ROLES},
         "host": "127.0.0.1",
         "port": 0,
-        # It ends as soon as it is ready: nothing runs that could be drained.
+        # The launch ends as soon as it is ready, with no requests to drain.
         "drain_timeout_s": 0.0,
     }
     return config.model_copy(update={"load_format": "dummy", **changes})

@@ -113,7 +113,7 @@ async def _ask_for_model(members: Sequence[Member]) -> str:
             continue
         finally:
             await api.close()
-        # Of several models nobody can tell which one the router is for.
+        # If an engine serves several models, the router cannot choose one.
         if len(models) == 1:
             return models[0]
         reasons.append(f"{member.name} serves {', '.join(models) or 'no model'}")

@@ -134,7 +134,7 @@ def _launch(
         # Before anything is started, so that a taken port costs no start.
         check_engine_ports(resolved)
         listeners = stack.enter_context(listening(config.host, config.port))
-        # Last of what takes long: a launch that is refused downloads nothing.
+        # After all checks, so that a refused launch downloads nothing.
         fetch_weights(config, models, fetch_part)
         if agents is not None:
             require_hosts(agents, resolved)

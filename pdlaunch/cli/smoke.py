@@ -54,7 +54,7 @@ def smoke_command(
         connector = loaded.config.kv_transfer.connector
         if chaos is not None:
             faults = faulty_settings(chaos, connector)
-            # Once more: the faulty connector wraps the one that the user has chosen.
+            # Load again with the faulty connector around the configured one.
             loaded = load_config(config, os.environ, flags | faults)
     checks: list[Check] = []
     facts: dict[str, object] = {
@@ -85,7 +85,7 @@ def smoke_command(
 def _run(
     loaded: LoadedConfig, chaos: int | None, checks: list[Check], facts: dict[str, object]
 ) -> None:
-    """Add to ``checks`` and ``facts`` what is found, also before an error. Raises PdlaunchError."""
+    """Fill ``checks`` and ``facts``; both keep their entries if this raises PdlaunchError."""
     key = loaded.config.api_key
     api_key = None if key is None else key.get_secret_value()
     with launched(loaded) as deployment:

@@ -1,5 +1,5 @@
-"""``pdlaunch status`` shows once what a deployment is doing. ``top`` shows the same as it changes,
-and ``serve`` the line of ``status_line``.
+"""``pdlaunch status`` prints the status of a deployment once. ``top`` keeps it on the screen, and
+``serve`` prints ``status_line``.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def deployment_view(
     room: int | None = None,
     ascii_only: bool = False,
 ) -> Iterator[RenderableType]:
-    """Yield all that a deployment says of itself, for people: three lines, then tables.
+    """Yield the status of a deployment for people: three lines, then tables.
 
-    ``requests``: the slowest ones, in place of events. ``room``: the number of lines; tables say
-    what they leave out.
+    ``requests``: the slowest requests, in place of events. ``room``: the number of lines; tables
+    say how many rows they leave out.
     """
 
     def line(text: str, style: str = "") -> Text:
@@ -148,11 +148,11 @@ def deployment_view(
         f"TTFT {_times(rates.first_token_ms)}  ITL {_times(rates.inter_token_ms)}  "
         f"{found.requests} requests, {found.errors} errors"
     )
-    # Each of the smaller parts gets a quarter of the lines at most, engines get what is left.
+    # Problems, pairs and requests get at most a quarter of the lines each; engines get the rest.
     quarter = None if room is None else max(2, room // 4)
     problems = troubles(found)[:quarter]
     shown = [request for request in requests or () if request.state == "running"] or requests or ()
-    # Three lines of the head; each table has a line of headings.
+    # The head has three lines, each table a line of headings.
     num_others = 3 + len(problems)
     for rows in (found.pairs, shown):
         num_others += min(quarter or 0, len(rows) + 1)

@@ -66,11 +66,11 @@ def _watch(api: Api, status: DeploymentStatus, console: Console, every_s: float)
                     status, error = read_status(api), ""
                     requests = read_requests(api, "slowest", NUM_REQUESTS)
                 except PdlaunchError as failed:
-                    # What was known stays on the screen.
+                    # The last status stays on the screen.
                     error = str(failed)
             foot = f"q quit  s sort  p pause  (engines by {sort}{', PAUSED' if is_paused else ''})"
             live.update(page(status, requests, sort, error or foot, console), refresh=True)
-            # Waiting for keys is waiting for the next look, too.
+            # Wait for a key until the next status is due.
             due_s = every_s if is_paused else max(0.0, read_at + every_s - time.monotonic())
             for key in read_keys(due_s):
                 if key == "q":

@@ -45,7 +45,7 @@ class KVNetwork:
 
 
 class ConnectorSettings(FrozenModel):
-    """Is the section ``kv_transfer.NAME`` of a connector. Override what differs for it."""
+    """The section ``kv_transfer.NAME``. A connector overrides the parts that differ."""
 
     factory: ClassVar[str] = ""
     """``module:callable``; called in the ranks alone as ``callable(settings, name, incarnation)``
@@ -53,8 +53,8 @@ class ConnectorSettings(FrozenModel):
     incarnation. Returns a ``transfer.connectors.connector.Connector``.
     """
     stand_ins: ClassVar[Mapping[str, str]] = {}
-    """Tests put ``module:class`` here, by the name of the class of a rank that it stands for. It is
-    called as that one is, after the section of this connector. See ``connector.rank_part``.
+    """For tests: ``module:class`` by the name of the rank's class that it replaces. Gets this
+    section before the arguments of that class. See ``connector.rank_part``.
     """
 
     def environment(
@@ -84,7 +84,7 @@ class ConnectorSettings(FrozenModel):
 
     @property
     def maps_memory(self) -> bool:
-        """Say whether ranks may map the KV cache of their peers: it is then allocated for that."""
+        """Whether ranks may map their peers' KV caches, which are then allocated as shareable."""
         return False
 
     @property
@@ -123,8 +123,8 @@ class NixlSettings(ConnectorSettings):
     def environment(
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
     ) -> dict[str, str]:
-        """Return UCX's variables. UCX_TLS is not the user's own value, which may name transports
-        that listen: it is narrowed to those that open no door.
+        """Return UCX's variables. UCX_TLS omits those of the user's transports that would listen
+        for connections of anybody, unless ``network`` needs them.
         """
         defaults = {
             # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1). RDMA
@@ -184,7 +184,7 @@ class MooncakeSettings(ConnectorSettings):
     def environment(
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
     ) -> dict[str, str]:
-        """Return Mooncake's variables: it picks a transport by what it finds, if it is not told."""
+        """Return Mooncake's variables: without them, Mooncake picks a transport by itself."""
         defaults = {
             # A call that gives up by its own time-out leaves its write under way: only the
             # transport's time-outs end one.

@@ -22,7 +22,7 @@ UNIX = "unix:"
 DNS = "dns+"
 """Begins a URL that stands for one engine at each address of its name."""
 _LABEL = re.compile(r"[a-z0-9_:-]{1,63}", re.IGNORECASE)
-"""What stands between two dots of a name (RFC 1035), or an IPv6 address."""
+"""A label of a DNS name (RFC 1035), or an IPv6 address."""
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _ALLOWED = re.compile(

@@ -97,7 +97,7 @@ class EventMerger:
         self._num_drained: dict[PullId, int] = {}
 
     def add(self, event: TransferEvent) -> TransferEvent | None:
-        """Return what is true of the whole engine now, None while a rank has yet to report."""
+        """Return the event of the whole engine; None until every rank has reported."""
         if isinstance(event, LeaseEnded):
             reasons = self._leases.setdefault(event.lease_id, [])
             reasons.append(event.reason)
@@ -147,8 +147,8 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "num_retries": sum,
     "reports": lambda of_ranks: {rank: told for one in of_ranks for rank, told in one.items()},
 }
-"""How the ranks' values of each field of PullFinished become that of the engine."""
-# A field that is missing here would be lost without a word.
+"""How to merge the ranks' values of each field of PullFinished."""
+# A field without an entry would be lost silently.
 assert _MERGED.keys() == {*PullFinished.__struct_fields__}
 
 

@@ -51,7 +51,7 @@ class Incoming:
 class KVTransfers:
     """Owns the blocks of leases, pulls, loads and stores.
 
-    ``planner`` is None where there is no host tier: then nothing is found or stored there.
+    ``planner`` is None without a host tier.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class KVTransfers:
         self._planner = planner
         self.commands: list[TransferCommand] = []
         self.jobs: list[OffloadJob] = []
-        """What the ranks have not been told of, oldest first."""
+        """Commands and jobs that no plan has carried to the ranks yet, oldest first."""
         self.leases: dict[LeaseId, list[list[int]]] = {}
         self._incoming: dict[PullId | int, Incoming] = {}
         """Pulls and loads in flight; loads have the numbers of their jobs."""

@@ -52,7 +52,7 @@ STATS_INTERVAL_S = 1.0
 
 
 class RankParts:
-    """Holds what works for the step loop of any rank: runner, transfer thread, host tier."""
+    """Holds the parts that every rank has: runner, transfer thread, host tier."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class Follower:
         self._leader = leader
         self.sockets = [leader]
         self.stopped = False
-        # Rank 0 waits until all others have said something.
+        # The first message tells rank 0 that this rank is there.
         leader.send(step_done.encode(StepDone(tp_rank=tp_rank)))
 
     def wait_s(self) -> float:

@@ -98,7 +98,7 @@ class RankProcess:
                 # It listens before the others learn where, so that none connects in vain.
                 followers = LeaderChannel(self._context, tp.tp_size)
                 endpoint = followers.endpoint
-            # Those of rank 0; what the others have drawn is dropped. All pass as many bytes.
+            # All ranks use rank 0's values. Every rank must pass the same number of bytes.
             told = tp.broadcast_bytes(f"{engine_id} {endpoint}".ljust(MEETING_BYTES).encode())
             name, endpoint = told.decode().split()
             engine_id = EngineId(name)

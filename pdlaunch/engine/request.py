@@ -72,7 +72,7 @@ class RequestSpans:
         self.phase_at = self.step_at = now_at
 
     def pulled(self, event: PullFinished, *, num_tokens: int, verifies: bool) -> None:
-        """Record the end of the request's pull, and what the ranks tell of it."""
+        """Record the end of the request's pull, with the ranks' spans."""
         asked_at, now_at = self.phase_at, self.log.clock()
         start_at = max(asked_at, now_at - event.seconds)
         self.log.add("lease", asked_at, start_at)
@@ -92,7 +92,7 @@ class RequestSpans:
             self.log.take(told, sent_at=asked_at, received_at=now_at, process=process)
 
     def report(self, *, first: bool = False) -> SpanReport | None:
-        """Return all that has not been reported; None for a ``first`` report that has gone."""
+        """Return the spans that have not been reported; None if the ``first`` report was sent."""
         if first and self._has_reported:
             return None
         self._has_reported = True

@@ -17,7 +17,7 @@ from pdlaunch.protocol.engine import SamplingParams
 
 @dataclass(slots=True)
 class Row:
-    """Holds one request of the runner, and so what its next token depends on beside the logits."""
+    """One request in the runner: everything but the logits that decides its next token."""
 
     token_ids: IntArray
     """[max_model_len + 1], a view into the table; the first ``num_tokens`` are known or expected"""
@@ -99,7 +99,7 @@ class RowTable:
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what the plan says is new."""
-        # First: a new request may take a row that ended just now.
+        # Free rows first: a new request may take one of them in the same step.
         for row in plan.freed_rows:
             del self._rows[row]
         for new in plan.new_rows:

@@ -175,8 +175,8 @@ class ModelRunner:
         return self._decoder.logits(token_ids, positions, places, step), None
 
     def collect(self, step: LaunchedStep) -> list[TokenOutput | None]:
-        """Wait for the end of a launched step, in the order of launches; return its tokens, an
-        entry for each scheduled row with ``sample``, None where its logits were NaN.
+        """Wait for the oldest launched step; return a token for each scheduled row with ``sample``,
+        None if its logits were NaN.
         """
         if step.ended is not None:
             step.ended.wait()
@@ -207,7 +207,7 @@ class ModelRunner:
 
     @property
     def sleeping_tags(self) -> frozenset[str]:
-        # Weights that could not be read again must not be used, though they have their memory.
+        # Lost weights count as asleep: their memory is back, but not their values.
         return self._pools.sleeping_tags | ({WEIGHTS} if self._weights_lost else set())
 
     def sleep(self, level: int) -> int:

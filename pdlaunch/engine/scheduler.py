@@ -166,7 +166,7 @@ class Scheduler:
                 prompts.append(request)
             else:
                 self._schedule_chunk(request, step)
-        # Only decode steps are scheduled so far: these streams wait for the prompts of this step.
+        # So far only decodes are scheduled; they wait while this step computes prompts.
         if step.scheduled and self._max_beside_streams is not None:
             step.prompt_budget = self._max_beside_streams
         for request in prompts:
@@ -192,7 +192,7 @@ class Scheduler:
     def _schedule_waiting(self, step: _Draft) -> None:
         """Start requests in order; one that lacks blocks holds back later ones that want some."""
         lacks_blocks = False
-        # A copy, as who is seated, pulled or loaded leaves the queue.
+        # A copy, because requests leave the queue inside the loop.
         for request in self._queues.waiting.copy():
             # One that is READY goes on: it has the blocks of its prompt already.
             if lacks_blocks and request.phase is Phase.WAITING:

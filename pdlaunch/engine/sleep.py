@@ -170,11 +170,11 @@ class SleepCoordinator:
         elif self.computes == isinstance(call, WakeUp):
             self._reply(call)  # it is so already
         else:
-            # Begun at the end of this turn: what has ended by then no longer holds blocks.
+            # Starts at the end of this turn, when ended requests have freed their blocks.
             self._work = self._fall_asleep(call) if isinstance(call, Sleep) else self._wake_up(call)
 
     def forget_caller(self) -> None:
-        """Forget a call of a server that has restarted, unless ranks have begun it already."""
+        """Drop the call of a server that has restarted, unless the ranks have begun it."""
         if self.computes:
             self._work = None
 

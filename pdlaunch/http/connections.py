@@ -34,8 +34,8 @@ REFUSAL_S = 1.0  # a client has this long to read that there is no room for its 
 ACCEPT_LOG_INTERVAL_S = 60.0
 # Descriptors that are no clients' connections: logs, control channel, event loop, refusals.
 RESERVED_DESCRIPTORS = 64
-UPSTREAM_CONNECTIONS = 2  # one request may have prefill and decode at once
-# At the cap this part of the connections, those that idle the longest, is closed at once.
+UPSTREAM_CONNECTIONS = 2  # a request may use prefill and decode at the same time
+# At the cap, a 16th of the connections is closed at once, the longest idle ones first.
 _GIVING_WAY = 16
 
 _logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from yarl import URL
 
 UNIX = "unix:"  # begins the URL of an engine that listens on a Unix socket; the rest is its path
 CONNECT_S = 5.0
-# Limits what an engine tells of itself. vLLM's /metrics has up to 300 kB; a page of this size takes
-# a second to parse.
+# Largest status or metrics page of an engine. vLLM's /metrics has up to 300 kB; a page of this
+# size takes a second to parse.
 MAX_PAGE_BYTES = 4 * 1024**2
 MAX_BODY_BYTES = 1024**3
 # Shorter than any engine's own, so that no request meets a connection that is being closed.
@@ -216,7 +216,7 @@ class EngineCalls:
                 method,
                 URL(base + target, encoded=True),
                 headers=headers,
-                # aiohttp warns of a long body in one piece, which each try to write it would copy.
+                # aiohttp copies a long bytes body at each write, and warns of it.
                 data=body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body),
                 allow_redirects=False,
             )

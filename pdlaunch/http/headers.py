@@ -13,18 +13,18 @@ from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
 REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
-# The router tells engines the PromptOrigin, and whether a rank may have died of the prompt.
+# From router to engines: the PromptOrigin, and whether a rank may have died of the prompt.
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
 MIN_TIMEOUT_S = 0.001
 TIMEOUT_HEADER = "X-Request-Timeout"  # seconds in which a client wants the whole answer
-# Tells a client which engines have served it; with ``pair`` it asks for a pair.
+# In an answer: the engines that served the request. In a request: ``pair`` asks for a pair.
 ROUTE_HEADER = "X-Pdlaunch-Route"
 WANTS_PAIR = "pair"
 # A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``.
 SPANS_HEADER = "X-Pdlaunch-Spans"
 IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"  # names, with commas between them
 MAX_SENT_NAMES = 20
-# Names that a process logs in its life: what clients send must not fill its log or memory.
+# Names that a process logs in its life, so that clients cannot fill its log or memory.
 MAX_LOGGED_NAMES = 256
 MAX_NAME_CHARS = 64
 MAX_REQUEST_ID_LENGTH = 200

@@ -129,7 +129,7 @@ def _received(turn: Turn, unit: Unit, process: Instance, message: ToSupervisor) 
 
 
 def _failed(turn: Turn, unit: Unit, process: Instance, error: str) -> None:
-    """Keep the last words of a process, which may arrive after its exit."""
+    """Keep the last error of a process, which may arrive after its exit."""
     process.error = error
     failure = turn.seen.failure
     if failure is not None and failure.process == process.name:
@@ -149,7 +149,7 @@ def _ready(turn: Turn, unit: Unit, process: Instance, message: Ready) -> None:
         return
     pinned = turn.seen.model.setdefault(process.spec.kind, message.model)
     if changed := changes(pinned, message.model):
-        # It would give other tokens than its peers, so its exit counts as a failed start.
+        # The process would give other tokens than its peers, so it must not start.
         process.error = (
             f"the model has changed since this launch began: {changed}. Put the files back, or "
             "start a new launch"

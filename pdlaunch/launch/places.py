@@ -55,7 +55,7 @@ class EnginePlaces:
     clock: Callable[[], float] = time.monotonic
     # Instants by which lost hosts have ended their processes.
     _ended_by: dict[str, float] = field(default_factory=dict)
-    # By engine that is gone with a lost host: the instant by which its processes have ended.
+    # By engine of a lost host: the instant by which its processes have ended.
     _names_taken_until: dict[str, float] = field(default_factory=dict)
     # Hosts that are back at a new address, for which their processes were not planned.
     _readdressed: set[str] = field(default_factory=set)
@@ -238,7 +238,7 @@ class EnginePlaces:
         known = {
             role: engines.model
             for role, engines in self.resolved.roles.items()
-            # It may have been converted since.
+            # A pending model may have been converted since.
             if not engines.model.pending
         }
         missing = {*new, *self.resolved.roles} - known.keys()

@@ -68,7 +68,7 @@ def _listen_at(
     for family, (address, port, *rest) in addresses:
         # All addresses get the free port that the first one was given.
         port = port or (listeners[0].getsockname()[1] if listeners else 0)
-        # IPv6 does not take IPv4's port; one whose last connections are fading away is free.
+        # ``create_server`` sets IPV6_V6ONLY, and SO_REUSEADDR for ports in TIME_WAIT.
         listener = socket.create_server(
             (address, port, *rest), family=family, backlog=LISTEN_BACKLOG
         )

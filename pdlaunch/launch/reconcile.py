@@ -113,7 +113,7 @@ def _keep(turn: Turn, unit: Unit) -> None:
         elif turn.due(unit.kill_at):
             _kill_late(turn, unit)
     elif any(process.state is ProcessState.FAILED for process in unit.processes):
-        # Without a cause it was about to join, and the change is taken back.
+        # A unit without a cause failed while joining; the change is taken back.
         if unit.cause is not None:
             _after_death(turn, unit, unit.cause)
     elif unit.processes[0].state is ProcessState.PLANNED or turn.due(unit.start_at):

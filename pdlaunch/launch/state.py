@@ -169,7 +169,7 @@ class LaunchedEngine:
     units: list[Unit]
     retires: bool = False  # it drains or stops, to be replaced or removed
     stop_at: float | None = None  # its drain ends then, even if requests run; None: no drain
-    # Its server has drained; a router was asked whether KV blocks are still to be read.
+    # The server has drained, and a router was asked whether readers still need its KV blocks.
     awaits_readers: bool = False
     is_idle: bool = False
     failed_for: str = ""  # the reason why it was given up; empty once it serves again
@@ -204,8 +204,8 @@ class LaunchedEngine:
 class Goal:
     """Holds the desired state of one engine."""
 
-    # Why it is given no new work. ``joining``: until its pairs are proven; ``leaving``: it will be
-    # removed.
+    # Why the engine gets no new work. ``joining``: its pairs are not proven yet; ``leaving``: it
+    # will be removed.
     withheld: Withheld = ""
     restart: bool = False  # its processes will be replaced
     drain_s: float = 0.0  # time that running requests get before it stops
@@ -213,7 +213,7 @@ class Goal:
 
 @dataclass(slots=True)
 class EngineChange:
-    """Holds a change of the engines that was checked, and how far it is once it has begun."""
+    """A checked change of the engines, and its progress."""
 
     resolved: ResolvedLaunch  # the launch after the change
     starts: Sequence[PlacedEngine]

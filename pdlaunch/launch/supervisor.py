@@ -2,10 +2,10 @@
 
 Only events block it. ``drive`` is the loop.
 
-Makes what processes are told of the launch: who lives where, and which pairs are proven.
+Sends processes their views of the registry: addresses, and the pairs that are proven.
 
-A router is told all of it. Others are told of the engines that theirs exchanges KV blocks with, so
-that a change in a launch of a thousand engines costs as much as in one of twenty.
+A router gets the whole registry. Other processes get the engines that exchange KV blocks with
+theirs, so that a change costs as much among a thousand engines as among twenty.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from pdlaunch.protocol.control import (
     why_withheld,
 )
 
-# A process in any other state is not listed: everybody hears of a death by that.
+# Processes in other states are not listed; peers learn of a death by its absence.
 _LISTED: Mapping[ProcessState, ListedState] = {
     ProcessState.STARTING: "starting",
     ProcessState.READY: "ready",
@@ -201,7 +201,7 @@ class Supervisor:
     )
     _views: Views = field(default_factory=Views)
     _answers: list[SendMessage] = field(default_factory=list)
-    # What people were told of late, for the next router.
+    # Recent announcements, for the next router.
     _happened: deque[tuple[float, Happened]] = field(
         default_factory=lambda: deque(maxlen=NUM_KEPT_EVENTS)
     )

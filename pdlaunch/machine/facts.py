@@ -105,7 +105,7 @@ class Machine:
     """NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
     them, or a container was not given them.
     """
-    gpu_links: tuple[GpuLink, ...] = ()  # the pairs of GPUs of which NVML knows the link
+    gpu_links: tuple[GpuLink, ...] = ()  # pairs of GPUs whose link NVML knows
     driver_cuda: tuple[int, int] | None = None
     """Newest CUDA version that the driver runs; None: no driver."""
     driver_error: str = "no CUDA device is visible"  # the reason why there are no GPUs
@@ -115,7 +115,7 @@ class Machine:
     shm_free_bytes: NumBytes = 0
     rdma_devices: tuple[str, ...] = ()
     unknown: Mapping[Fact, str] = field(default_factory=dict)
-    """Facts that are not known, and why."""
+    """The reasons why facts are missing, by fact."""
 
     @property
     def cumem_problem(self) -> str:

@@ -1,6 +1,6 @@
-"""Probes every fact about this machine in well under a second; names what cannot be found out.
+"""Probes this machine in well under a second, and records why a fact cannot be found.
 
-Asks NVML what joins the GPUs of this host, and how much memory of each is free.
+NVML gives the links between GPUs and their free memory.
 
 No torch, no CUDA context. Sources: nvml.h of CUDA 12 and 13; PCI Express base specification.
 """
@@ -70,7 +70,7 @@ def read_nvml_facts(
 
 
 class _Nvml:
-    """Answers questions about GPUs; None where NVML does not know."""
+    """Asks NVML about GPUs; answers are None if NVML does not know."""
 
     def __init__(self, library: ModuleType) -> None:
         self._library = library
@@ -91,7 +91,7 @@ class _Nvml:
     def link(self, first: Gpu, second: Gpu) -> GpuLink | None:
         """Return the link between two GPUs.
 
-        None: they cannot read each other, or nobody says what their link carries.
+        None: they cannot read each other, or the speed of their link is not known.
         """
         try:
             kind, speed, text = self._link(first, second)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 LogFormat = Literal["text", "json"]
-# The ``extra`` of a record that returns, when called, what stands beside its message in JSON.
+# An ``extra`` of log records: a function that returns further fields for JSON.
 FIELDS = "fields"
 
 _current_request: ContextVar[str] = ContextVar("pdlaunch_request", default="")

@@ -37,7 +37,8 @@ class Span(msgspec.Struct):
     start_at: float  # seconds on the clock of whoever holds it
     end_at: float
     attributes: dict[str, Attribute] = {}
-    # Name by which its holder calls the process; empty for itself. Nested: decode-0/rank-0.
+    # Name of the process, given by the process that received the span; empty for its own spans.
+    # Nested: decode-0/rank-0.
     process: str = ""
 
     @property

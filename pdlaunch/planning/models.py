@@ -63,7 +63,7 @@ def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fet
         # Snapshots are named after their commit.
         fetch(name, Path(path).name, "weights")
         shape = wanted[path, name]
-        # Of a model that vLLM alone knows there is no shape to compare with.
+        # A model that only vLLM can serve has no shape to compare with.
         if shape is None:
             weight_files(Path(path))
         else:

@@ -162,7 +162,7 @@ class ResolvedLaunch:
                 value=", ".join(f"{role}: {kind}" for kind, role in kinds.items()),
                 fix="set engine once, at the top level",
             )
-        # Those on each host, then those of the whole launch, whose values are of the first host.
+        # Engines on each host first, then the roles, whose values come from their first host.
         for engines in [*(engine.engines for engine in self.engines), *self.roles.values()]:
             _require_devices(engines)
             _require_values(engines)

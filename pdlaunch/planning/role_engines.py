@@ -67,7 +67,7 @@ class RoleEngines:
     """
     has_far_peers: bool = False  # its ranks exchange KV blocks with ranks on other hosts
 
-    # What is given: by the settings, the host and the model.
+    # Given by the settings, the host and the model.
 
     @cached_property
     def settings(self) -> EngineSettings:
@@ -131,7 +131,7 @@ class RoleEngines:
         """Return the dotted path that decides a setting: the role's section or the top level."""
         return f"{self.role}.{name}" if name in self.overrides else name
 
-    # What is derived.
+    # Derived values.
 
     @cached_property
     def _visible(self) -> VisibleGpus:

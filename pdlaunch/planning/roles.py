@@ -165,7 +165,7 @@ def resolve_roles(
         if here:
             by_host[host.name] = here
     placed = tuple(_placed(places, {host.name: host for host in hosts}, by_host))
-    # Of all engines of a role, it is as on the host of the first one.
+    # A role has the values of its first engine's host.
     roles = {
         role: replace(
             next(engine.engines for engine in placed if engine.engines.role == role), replicas=count

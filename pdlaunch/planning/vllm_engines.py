@@ -1,4 +1,4 @@
-"""Derives what engines of vLLM are given besides, and whether their KV blocks are proven."""
+"""Derives further values for vLLM engines, and whether their KV blocks are proven."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def unverified_because(
     ``hosts``: those of the engines.
     """
     command, unknown = settings.engine_command, ""
-    # The first reason that an agent has told wins over what is only not known yet.
+    # A reason from an agent goes before hosts whose version is not known yet.
     for host in hosts:
         found = engine_command_on(host, here, command, environ)
         # Of a host whose agent has not joined nothing is known but what is installed here.

@@ -45,7 +45,7 @@ class Address(Message, tag=False):
 
 class Capabilities(Message, tag=False):
     resumes: bool = False  # accepts output tokens so far with a prompt
-    # Answers do_remote_decode with the first token under the ``pdlaunch`` key.
+    # Its prefill answers hold the first tokens under the ``pdlaunch`` key.
     gives_first_token: bool = False
     kind: str = "native"
     version: str = ""  # of the engine's software; empty until it is known
@@ -54,12 +54,12 @@ class Capabilities(Message, tag=False):
     needs_proof: bool = False
     # Seconds for which a prefill engine that needs proof keeps blocks; 0: not known.
     lease_s: float = 0.0
-    # Goes on after output tokens that stand behind the token ids of their prompt.
+    # Continues a prompt of token ids that ends with output tokens of another engine.
     continues: bool = False
     splits_reasoning: bool = False  # its answers to chats have the reasoning apart from the content
-    # Knows fields and models that the router does not: bodies and answers pass unchanged.
+    # Knows fields and models that the router does not know: bodies and answers pass unchanged.
     has_own_fields: bool = False
-    # Asks routers for the launch's token; else for ``engine_api_key``, where that is set.
+    # Routers authenticate with the launch's token; if False, with ``engine_api_key``, if any.
     takes_launch_token: bool = True
 
     @property
@@ -76,7 +76,7 @@ class Entry(Message, tag=False):
     host: str = ""  # name of its host; empty: the supervisor's own, or not known
     engine: str = ""
     role: Role | None = None
-    # Those of its ranks, as ``cuda:0`` on its host, or ``cpu``; empty: not known.
+    # Devices of its ranks: ``cuda:0`` on its host, or ``cpu``; empty: not known.
     devices: tuple[str, ...] = ()
     tp_rank: int = 0
     tp_size: int = 1
@@ -179,8 +179,8 @@ class SleepState(Message):
 
 class Asked(Message):
     question: int  # comes back with the answer, an ``Answered``
-    # The instant, on the monotonic clock of the host that router and supervisor share, at which
-    # the asker has given up: a command that was answered with an error is not carried out later.
+    # When the asker gives up, on the monotonic clock that router and supervisor share. Later the
+    # command is dropped, since its caller has got an error.
     expires_at: float = math.inf
 
 
@@ -242,8 +242,8 @@ class Answered(Message):
 
 
 class EngineIdle(Message):
-    """Asks a router to tell when an engine that is given no new work has none left, and nobody has
-    yet to read KV blocks that it has computed; the router says it back then.
+    """Asks a router to send this message back once an engine without new work has no requests left
+    and no reader needs its KV blocks.
     """
 
     engine: str
@@ -268,7 +268,7 @@ class Registry(Message):
 
     version: int
     entries: list[Entry]
-    # Every process and pair has been ready; before that the router takes no request.
+    # Every process and pair has been ready; until then the router refuses requests.
     serving: bool = True
     pairs: list[PairReady] = []  # the paths between ranks that are proven now
     # How often processes have ended while the launch served, by name.

@@ -51,7 +51,7 @@ class AddRequest(Message):
     remote_kv: RemoteKV | None = None  # pull the prompt's KV blocks from there
     cache_salt: str = ""
     origin: PromptOrigin = NO_ORIGIN  # the same for all choices and attempts; below 2^63
-    # A rank that died computed it: no step has two suspects until they have survived one.
+    # Computed by a rank that died. A step has at most one suspect; surviving a step clears it.
     is_suspect: bool = False
     records_spans: bool = False
 

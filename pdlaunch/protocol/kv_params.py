@@ -21,7 +21,7 @@ T = TypeVar("T")
 # Bounded, as larger ones cannot be sent on.
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
-# What an error of msgspec says of the place.
+# The place in an error message of msgspec.
 _PLACE = re.compile(r" - at `\$(.*)`$")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 
@@ -33,7 +33,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     # Natural log of the probability before temperature and truncation (vLLM's `raw_logprobs`).
     logprob: float | None = None
     top_logprobs: tuple[tuple[_Count, float], ...] = ()  # (token id, logprob), best first
-    # Where the choice ended with this token, for another engine: it needs no decode.
+    # Set if the choice ended with this token, so that it needs no decode.
     finish_reason: str | None = None
 
 

@@ -127,8 +127,8 @@ class HeartbeatReply(Message):
 
 
 class PullEnd(LeaseQuestion):
-    """Give the lease up: the reader has all bytes, or does not want them any more. There is no
-    answer: a reader proves by itself that its lease has held.
+    """Ends the reader's use of a lease. Has no answer: the reader checks by itself that the lease
+    lasted until the end of its READ.
     """
 
 

@@ -79,7 +79,7 @@ class PullFinished(Message):
     path: str = ""  # the path that they came over; several where ranks differ
     # Hashes or checksums differed, though perhaps not in the last attempt.
     verification_failed: bool = False
-    # The lease had ended before the READ was over: the bytes may be another request's.
+    # The lease ended before the READ did: the bytes may belong to another request.
     late: bool = False
     num_retries: int = 0
     # Spans of each rank, by tp_rank, where its StartPull asked for that.

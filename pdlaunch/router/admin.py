@@ -135,13 +135,13 @@ def _failed(path: str, status: int, body: bytes) -> OverloadedError:
     )
 
 
-# The registry may take this long to say what an engine, or the supervisor, has just said.
+# How long the registry may take to show what an engine or the supervisor has just answered.
 LISTED_TIMEOUT_S = 10.0
-# An engine must serve again by then; `pdlaunch restart` waits a little longer.
+# Time for an engine to serve again; `pdlaunch restart` waits a little longer.
 RESTART_TIMEOUT_S = 850.0
 ENGINE_CHECK_TIMEOUT_S = 40.0  # longer than an engine waits for its rank
 ANSWER_TIMEOUT_S = 10.0
-# A change of the engines must be done by then; commands wait a little longer.
+# Time for a change of the engines; commands wait a little longer.
 CHANGE_TIMEOUT_S = 850.0
 SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
@@ -154,7 +154,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
 
 class ChangeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Holds what all changes of the engines have."""
+    """The common fields of all changes of the engines."""
 
     dry_run: bool = False
     # For what runs at an engine that stops; null: ``drain_timeout_s`` of the launch.
@@ -194,8 +194,8 @@ class SupervisorLink:
         self._asked: dict[int, asyncio.Queue[Answered]] = {}
 
     async def ask(self, command: Command) -> Answered:
-        """Return the answer, once the change is done if it is one; ``command.question`` is set
-        here. Raises OverloadedError.
+        """Send a command and return its answer, for a change once it is done. Sets
+        ``command.question``. Raises OverloadedError.
         """
         command = msgspec.structs.replace(
             command,
@@ -272,7 +272,7 @@ class Admin:
         return _together(outcomes)
 
     async def _ask_all(self, key: str, http: web.Request) -> web.Response:
-        """Ask engines for something that each says under ``key``; false where it does not."""
+        """Collect the value of ``key`` from the engines' answers; false if one lacks it."""
         outcomes = [
             await self._ask(engine, "GET", http.path, timeout_s=ENGINE_CHECK_TIMEOUT_S)
             for engine in self._chosen(http)

@@ -30,8 +30,8 @@ _HEAD = ("id", "object", "created", "model", "choices")
 class ClientAnswer:
     """Numbers and counts the chunks of one request, and sends them or puts them together.
 
-    ``stream``: takes events as they come; None: the client wants one JSON object. ``ignored`` names
-    fields to the client.
+    ``stream``: where to send events; None: the client wants one JSON object. ``ignored``: names of
+    the request's ignored fields, for the client.
     """
 
     def __init__(

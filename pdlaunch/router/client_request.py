@@ -31,9 +31,9 @@ DATA_URL_TOKENS = 1024  # rough, too
 # An image or another file; the tokens that an engine makes of it do not grow with its text.
 _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # several prompts begin like this
-# No prompt beside embeddings: OpenAI's client cannot leave it out.
+# An empty ``prompt``, which OpenAI's client sends along with prompt embeddings.
 _NO_TEXT = (b"null", b'""', b"[]")
-# Long members, which go to the engines as they are written and are checked there.
+# Long members, which the router forwards unparsed and the engines check.
 _TEXTS = ("messages", "prompt")
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -225,7 +225,7 @@ def read_client_request(
     text, prompts = "messages" if endpoint.is_chat else "prompt", []
     for index, one in enumerate(bodies):
         if fields.seed is None and not has_own_fields:
-            # Once for all engines that the prompt may come to: they must draw the same tokens.
+            # One seed for the prompt, so that every engine draws the same tokens.
             one["seed"] = secrets.randbits(63)
         origin = PromptOrigin(secrets.randbelow(2**63 - 1) + 1)
         prompts.append(

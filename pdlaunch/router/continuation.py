@@ -52,7 +52,7 @@ _DONE_FIELDS = (
 )
 # Fields that mean the same behind a longer prompt.
 _PASSED = tuple(_SAME_FIELDS.split())
-# Those, and labels, and what has shaped the prompt already or is made anew here.
+# Also labels, fields that have shaped the prompt already, and fields that are set here.
 _KNOWN = {*_PASSED, *_DONE_FIELDS.split()}
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
 
@@ -142,15 +142,15 @@ async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[st
 
 
 class Continuation:
-    """Turns what the next engine says into chunks of the answer that was begun.
+    """Turns the next engine's answer into further chunks of the client's answer.
 
-    ``text``: that of the transcript's tokens, of which the client may lack the end.
+    ``text``: the text of the transcript's tokens; the client may lack the end of it.
     """
 
     def __init__(self, prompt: PromptRequest, transcript: Transcript, text: str) -> None:
         self._prompt = prompt
         self._prompt_token_ids = transcript.prompt_token_ids
-        # As they are now: the transcript grows while the next engine answers.
+        # A copy: the transcript grows while the next engine answers.
         self._output_token_ids = list(transcript.output_token_ids)
         self._text_offset = transcript.text_offset
         stops = prompt.body.get("stop") or []

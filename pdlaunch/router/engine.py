@@ -17,8 +17,8 @@ from pdlaunch.router.health import EngineHealth
 SPEED_MEMORY_S = 2.0  # time constant of an engine's speed, in seconds in which it computes prompts
 
 Processes = tuple[int, ...]  # incarnations of an engine's server and ranks
-# Name, processes, and how often these got ready: after a restart, sleep or stall it is another
-# engine.
+# Name, processes, and how often these became ready: after a restart, sleep or stall, an engine
+# counts as a new one.
 EngineKey = tuple[str, Processes, int]
 
 
@@ -40,7 +40,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
     is_drained: bool = False  # somebody drains it: it is given no new work
     peers: frozenset[str] | None = None  # the engines that it exchanges KV blocks with; None: all
-    # Incarnations of the processes with which it has proven a path, by name.
+    # Incarnations of the processes to which this engine has a proven path, by name.
     proofs: dict[str, int] = {}
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
     num_picks: int = 0
@@ -120,7 +120,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
 
         self.num_works += 1
         self.num_prompt_tokens += num_prompt_tokens
-        # Idle time is no time in which the first of the waiting prompts was computed.
+        # The clock starts with the first waiting prompt: idle time does not count.
         if num_uncached and not self.unanswered_tokens:
             self.progressed_at = clock()
         self.unanswered_tokens += num_uncached
@@ -133,7 +133,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             if has_begun:
                 self.num_streams -= num_streams
             elif num_uncached:
-                # It ended without a token, which says nothing of the engine's speed.
+                # Without a token, the time says nothing about the engine's speed.
                 self.unanswered_tokens -= num_uncached
                 self.progressed_at = clock()
 

@@ -42,7 +42,7 @@ Chunk = dict[str, Any]
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
-# Reasons with which an engine gives a request up that nobody has cancelled.
+# Finish reasons of requests that the engine, not a client, has given up.
 _GAVE_UP = frozenset({"error", "abort"})
 _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
 
@@ -50,9 +50,10 @@ _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "No
 class EngineFailure(OverloadedError):
     """An engine did not do its work; another one may.
 
-    ``may_return``: it, or its successor, may be there again soon; the client gets 503, else 502.
-    ``turned_away``: it did not begin. ``error``: its own error. ``is_told``: it has reported the
-    failure, so it is alive. Its own words stand in no message: they may quote a prompt.
+    ``may_return``: the engine or its successor may be back soon; the client gets 503, else 502.
+    ``turned_away``: the engine did not begin. ``error``: the engine's own error. ``is_told``: the
+    engine reported the failure, so it is alive. Messages never quote the engine's error, which may
+    hold a prompt.
     """
 
     def __init__(
@@ -314,7 +315,7 @@ class EngineClient:
         return answer.status, whole, content_type
 
     async def tell(self, engine: Engine, path: str, message: object) -> None:
-        """Send what may get lost, such as the end of a lease, which ends by itself."""
+        """Send a message that may get lost, such as the end of a lease, which also expires."""
         body, timeout_s = msgspec.json.encode(message), self._probe_s
         try:
             await self.call(engine, "POST", path, body=body, timeout_s=timeout_s)

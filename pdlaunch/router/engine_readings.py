@@ -68,8 +68,8 @@ _WITH_SOURCE = frozenset(name.partition("{")[0] for name in NAMES if "{" in name
 _SOURCE = re.compile(r'[{,](source="[^"\\]*")')
 _PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
 
-# What a page says, by the names on the right of ``NAMES``, those of ``PULL_NAMES`` with the prefill
-# engine behind: ``pulls@prefill-0``. What a page does not have is missing.
+# Values of a page, by the names on the right of ``NAMES``; names of ``PULL_NAMES`` end with the
+# prefill engine: ``pulls@prefill-0``. Values that a page lacks are left out.
 Counts = Mapping[str, float]
 
 

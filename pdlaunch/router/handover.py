@@ -76,8 +76,8 @@ class Handover:
         if engine.capabilities.needs_proof:
             if not self._may_hand_over(engine):
                 return None
-            # Even if the pull fails: another engine could read blocks that prefill has reused. With
-            # an engine that verifies, they are taken only once decode has answered.
+            # Even if the pull fails: another engine could read blocks that prefill has reused. If
+            # the engine verifies, blocks count as taken only once decode has answered.
             self.is_taken = True
         if self.params is None or (engine.role != "decode" and not first_token_sent):
             return None

@@ -28,7 +28,7 @@ NUM_GOOD = 8
 class Breaker(msgspec.Struct, kw_only=True):
     """Counts outcomes of an engine, or of the pulls of a pair. Instants are on the pool's clock."""
 
-    # Since the last ``NUM_GOOD`` successes in a row; those that came at once count as one.
+    # Failures since the last ``NUM_GOOD`` successes in a row; simultaneous ones count as one.
     num_failures: int = 0
     num_successes: int = 0  # successes in a row
     is_tripped: bool = False  # not closed
@@ -61,9 +61,9 @@ class Breaker(msgspec.Struct, kw_only=True):
         self.is_tripped, self.open_until_at, self.tried_until_at = True, now_at + open_s, 0.0
 
     def answers(self, now_at: float) -> None:
-        """Note that a first token has come, which ends a try."""
-        # While it is open, the token belongs to a request that was sent before. It closes after a
-        # single failure alone, which was probably the failed request's own.
+        """Record a first token, which closes a half-open engine."""
+        # While open, the token belongs to an earlier request. It closes the engine only after a
+        # single failure, which was probably the failed request's own fault.
         if self.num_failures <= 1 or now_at >= self.open_until_at:
             self.is_tripped = False
 

@@ -1,4 +1,4 @@
-"""Tells a router alone which engines it may use: registries of engines that somebody else started.
+"""Makes registries of engines that somebody else started, for a router without a supervisor.
 
 ::
 
@@ -39,7 +39,7 @@ def judge(
 ) -> tuple[set[str], dict[str, str]]:
     """Judge healthy engines by the canaries of their due pairs.
 
-    Return those that may be used, and why each of the others may not.
+    Return the engines that may be used, and the reasons against the others.
     """
     due = due_pairs(prefill, decode)
     due_of: dict[str, list[Pair]] = defaultdict(list)
@@ -55,8 +55,8 @@ def judge(
     reasons: dict[str, str] = {}
     order = [*prefill, *decode]
     while failed:
-        # The engine with more failures goes, so that one wrong engine does not drag its peers
-        # along. The last of equals: of a lone pair the prefill engine stays, which can serve alone.
+        # Drop the engine with most failures, so that it does not drag its peers along. Among equals
+        # drop the last: of a single pair, the prefill engine stays and serves alone.
         worst = max(reversed(order), key=blame)
         pair = min(each for each in failed if worst in each)
         reasons[worst] = f"{pair[0]} -> {pair[1]}: {results[pair]}"
@@ -95,7 +95,7 @@ class WatchedMembership:
     def key_of(self, engine: Engine) -> str | None:
         """Return the key that was given with the engine, None without one."""
         watched = self._watched.get(engine.name)
-        # By its URL too: a request to an engine that was replaced must not show the new one's key.
+        # Compare the URL: a request to a replaced engine must not carry its successor's key.
         return watched.member.key if watched and watched.member.url == engine.url else None
 
     def members(self, source: str) -> dict[str, Member]:

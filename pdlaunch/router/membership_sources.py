@@ -104,13 +104,13 @@ async def _set_members(
 ) -> None:
     """Make these the engines of ``source``: others of it are drained, new ones added.
 
-    One that may not be added is logged and left out. Returns when those that go are gone.
+    Engines that may not be added are logged and left out. Returns when removed engines are gone.
     """
     wanted = {member.name: member for member in members}
     there = membership.members(source)
     gone = [name for name in there if there[name] != wanted.get(name)]
     new = [wanted[name] for name in wanted if name not in there or name in gone]
-    # New ones wait for those that go only where these have their name or URL.
+    # A new engine waits for a leaving one only if both have the same name or URL.
     waiting = [member for member in new if membership.holder(member) is not None]
 
     def add(added: Iterable[Member]) -> None:

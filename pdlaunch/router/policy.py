@@ -33,11 +33,11 @@ Need = Literal["goes_on", "gives_first_token"]  # a capability that an engine mu
 # A decode engine computes up to this many uncached tokens itself: a hand-over would take longer. On
 # one H200 a step with 64 tokens of a prompt takes 1.3 ms longer, a hand-over 12 ms.
 SHORT_TOKENS = 64
-# An engine is taken to be at least this fast, as a share of the fastest one, so that one measured
-# while it warmed up is asked again.
+# Least assumed speed of an engine, as a share of the fastest one, so that an engine measured during
+# its warm-up gets requests again.
 LEAST_SPEED = 0.25
-# A prompt is computed where it is decoded only if its first token comes sooner there by this share
-# of its computation, which keeps the streams of that engine waiting.
+# A decode engine computes a prompt only if this saves this share of the computation's time, since
+# the streams of the engine wait meanwhile.
 MARGIN = 0.5
 # Weight of a token in the KV cache, in uncached prompt tokens: a stream makes every later step a
 # little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 % worse; with
@@ -54,8 +54,8 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     prefix: PrefixHashes = ()
     wants_pair: bool = False  # the client asks for a pair of engines
     is_suspect: bool = False  # it may have killed a rank
-    # One engine has to do all remaining work: the prompt is computed, or the attempts at pairs are
-    # used up.
+    # A single engine must do the remaining work: the prompt is computed, or the attempts at pairs
+    # are used up.
     is_begun: bool = False
     holder: Engine | None = None  # has blocks of this prompt that can still be pulled
     tried: frozenset[EngineKey] = frozenset()  # engines that must not be asked now

@@ -36,7 +36,7 @@ class EnginePool:
         self._index = index or ServedPrefixes()
         self._engines: dict[str, Engine] = {}
         self._registry = Registry(version=0, entries=[])
-        # Engines without new work: their processes at the time, and the state to show.
+        # Engines without new work: their processes when they were held, and the state to show.
         self._held: dict[str, tuple[Processes, ListedState]] = {}
         self._with_ranks: set[str] = set()
         self._roles_seen: set[Role | None] = set()
@@ -187,7 +187,7 @@ class EnginePool:
         self.serving = registry.serving
 
     def _renew(self, server: Entry, ranks: list[Entry], proofs: dict[str, int]) -> Engine:
-        """Return the engine as it is listed now: the one before if its processes still run."""
+        """Return the listed engine: the same object as before if its processes still run."""
         name, ready = server.name, self._is_ready(server, ranks)
         by_rank = sorted(ranks, key=lambda entry: entry.tp_rank)
         processes = (server.incarnation, *(entry.incarnation for entry in by_rank))
@@ -209,7 +209,7 @@ class EnginePool:
                 ready, engine.state = False, held[1]
             else:
                 del self._held[name]  # its successor is another engine
-        # Once ready again it counts as a new engine: requests that it failed may ask again.
+        # Once ready again, the engine counts as new: requests that it failed may use it again.
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
         engine.role = server.role

@@ -25,7 +25,7 @@ PIECE_SHARE = 256
 # A message ends like this in most clients' JSON. Pieces end there too, so that a chat with a short
 # question is told apart from others with the same system prompt.
 MESSAGE_END = b'"}'
-# Shorter pieces, ends of objects in a message, are not made. Grows with the size of pieces.
+# No shorter pieces, which would end at objects inside a message. Grows with the size of pieces.
 LEAST_MESSAGE_BYTES = 24
 MAX_PIECES = 2048  # pieces of one prompt that are looked at
 # Pieces for each engine, about 200 bytes each; the ones not used for longest are forgotten.
@@ -63,7 +63,7 @@ def hash_prefix(text: bytes | None, cache_salt: str) -> PrefixHashes:
 
 
 class ServedPrefixes:
-    """Remembers what engines have served."""
+    """Remembers which prefixes each engine has served."""
 
     def __init__(self, max_pieces: int = MAX_REMEMBERED_PIECES) -> None:
         self._max_pieces = max_pieces
@@ -90,7 +90,7 @@ class ServedPrefixes:
             num_tokens = int(num_prompt_tokens * piece.share)
             pieces[piece.hash] = max(num_tokens, pieces.pop(piece.hash, 0))
         if len(prefix) < MAX_PIECES:
-            # The next turn begins with the output: it counts as known behind the last piece.
+            # The next turn of a chat contains the output, so count the output after the last piece.
             last = prefix[-1].hash
             pieces[last] = max(num_prompt_tokens + num_output_tokens, pieces[last])
         while len(pieces) > self._max_pieces:

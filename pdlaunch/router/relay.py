@@ -87,7 +87,7 @@ class Relay:
         self._record = record
         self._wanted_at = wanted_at
         self._prefix = prompt.prefix
-        self._lease: Handover | None = None  # what prefill has handed over
+        self._lease: Handover | None = None  # the handover of the prefill engine
         # The client has the first tokens from prefill, so decode must not send them again.
         self._first_token_sent = False
         self._decode_has_answered = False
@@ -222,8 +222,7 @@ class Relay:
         """Have the first token of each choice drawn, and a lease on the blocks granted."""
         prompt, state = self._prompt, self._state
         body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
-        # Until the engine has said no, its answer, or one that cannot be read, may name a lease
-        # that would last until its deadline.
+        # Unless the engine refuses, there may be a lease, which would last until its deadline.
         may_be_leased = True
         try:
             with (

@@ -36,9 +36,9 @@ ROUTER = "router"
 CLIENT_LEFT = "the client went away"
 MAX_MODEL_LENGTH = 200
 MAX_ERROR_LENGTH = 300
-MAX_HEARD_SPANS = 4 * MAX_SPANS  # of what one engine, with its ranks, tells of a call
+MAX_HEARD_SPANS = 4 * MAX_SPANS  # of one engine with its ranks, for one call
 
-# Has an engine tell its spans of a call that was cut, as JSON; None when it does not.
+# Fetches an engine's spans (JSON) of a call that was cut; None if the engine has none.
 AskSpans = Callable[[], Awaitable[bytes | None]]
 
 
@@ -59,7 +59,7 @@ class EngineCall(msgspec.Struct):
 
     @property
     def is_cut(self) -> bool:
-        """Return whether its client left before the engine told of it, which can be asked."""
+        """Return whether the client left before the engine sent its spans, which can be fetched."""
         return self.error == CLIENT_LEFT and self.ask is not None and not self.heard
 
     def hear(self, told: object, now_at: float) -> None:
@@ -90,7 +90,7 @@ class EngineCall(msgspec.Struct):
         return [span for span in self.heard if span.name == name]
 
     def attributes(self, name: str) -> dict[str, Attribute]:
-        """Return those of the engine's first span of this name; empty without one."""
+        """Return the attributes of the engine's first span of this name; empty without one."""
         return next((span.attributes for span in self.named(name)), {})
 
 
@@ -107,7 +107,7 @@ class RequestRecord:
         self.status: int | None = None
         self.error: str | None = None
         self.log = SpanLog()
-        # Headers by which the engines' own tracing knows its parent.
+        # Headers that give engines the parent of their own trace.
         self.trace_headers: dict[str, str] = {}
         self.otel_span: Any = None
         self.usage: Usage | None = None

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT_S = 2.0
 MAX_PAIR_FAILURES = 1000
-# How long to wait until the registry shows a death that an engine's server has reported. Without
-# the wait a request that kills engines may reach a third one.
+# How long to wait until the registry shows a reported death. Without the wait, a request that kills
+# engines may reach a third engine.
 DEATH_LISTED_S = 5.0
 
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits the recovery of a request that engines have failed."""
 
-    # Failures of prefill, and of decode, before it gives up: a request may kill engines.
+    # Failures of prefill, and of decode, before a request fails: it may kill engines.
     max_attempts: int = 4
     wait_s: float = 60.0  # seconds to wait after a failure for an engine to come back
     retry_wait_s: float = 1.0  # seconds until the only engine is asked again after a failure
@@ -105,7 +105,7 @@ class RouterState:
         self.recovery = recovery
         self.suspects = SuspectPrompts()
         self.events = EventLog(time.time)
-        # Why a prefill and a decode engine could not work together the last time.
+        # The last failure of each pair.
         self.pair_failures: dict[tuple[str, str], str] = {}
         # Why a pair is not used, until the registry has shown a new proof; prefill first.
         self.doubts: dict[tuple[str, str], Doubt] = {}
@@ -184,7 +184,7 @@ class RouterState:
         return found
 
     async def knows_engines(self) -> None:
-        """Return when a registry has come, which may have been before the call."""
+        """Wait for the first registry."""
         if not self._knows_engines:
             await self.registry_change()
 

@@ -21,7 +21,7 @@ class ChoiceTranscript(msgspec.Struct):
     finish_reason: str | None = None
     texts: list[str] = []
     text_offset: int = 0
-    told: set[str] = set()  # members that it gets once: its role, the prompt's tokens
+    told: set[str] = set()  # members that are sent once: role, prompt tokens
 
 
 class Transcript:
@@ -30,7 +30,7 @@ class Transcript:
     def __init__(self, num_choices: int, *, keeps_text: bool = False) -> None:
         self.num_tokens = 0
         self.prompt_token_ids: list[int] = []  # kept only where text is kept
-        # The client has output that is no content of a message: reasoning, tool calls.
+        # The client has got reasoning or tool calls, which the text does not hold.
         self.has_other_output = False
         self._keeps_text = keeps_text
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
@@ -139,8 +139,8 @@ class Transcript:
     def note_usage(self, usage: dict[str, Any] | None) -> None:
         if usage is None:
             return
-        # The first engine knows what its prefix cache held; for the second one all of the prompt
-        # had been computed.
+        # Keep the first engine's count of cached tokens: a second engine finds the whole prompt
+        # computed.
         if not self._has_usage:
             self._has_usage = "completion_tokens" in usage
             self._usage.prompt_tokens = usage["prompt_tokens"]
@@ -206,7 +206,7 @@ def _require_form(choice: dict[str, Any], num_choices: int) -> None:
 
 
 def _is_new(fields: dict[str, Any], name: str, told: set[str]) -> bool:
-    """Return whether a member is there and new to the client; one that it has is taken out."""
+    """Return whether a member is new to the client; remove it if the client has it."""
     if fields.get(name) is None:
         return False
     if name in told:

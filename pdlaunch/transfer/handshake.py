@@ -135,8 +135,7 @@ def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
         "num_kv_heads": {len(heads)},
         "first_kv_head": {heads.start},
         "block_bytes": {len(heads) * head_bytes},
-        # That of a CPU or that of a GPU, whatever this rank runs on: connectors such as ``file``
-        # join the two.
+        # The size on a CPU or on a GPU: connectors such as ``file`` join CPU and GPU ranks.
         "scratch_bytes": {SCRATCH_BYTES, DEVICE_SCRATCH_BYTES},
     }
     for field, wanted in expected.items():

@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 MAX_EXTENSIONS = 20
 MAX_OPEN_READERS = 4096  # pulls of one lease that may be open at once
 MAX_PAST_LEASES = 4096  # ended leases whose ids are still known
-# A rank hears of a lease at most this long after its readers do. Questions that come later, or
-# about a lease that never was, are refused.
+# A reader may ask up to this long before the rank hears of its lease. After that time, questions
+# about an unknown lease are refused.
 GRANT_LAG_S = 2.0
 MAX_WAITING = 4096  # questions that may wait; further ones are answered at once
 
@@ -286,8 +286,8 @@ class PrefillSide:
         return not self.leases and not self._writes
 
     def polling_since(self) -> list[float]:
-        """Return when the questions were asked whose answer waits, perhaps for a device or for a
-        write that has begun.
+        """Return the instants of the questions whose answers wait, for a device or for a write that
+        has begun.
         """
         questions = [*self._waiting, *(question for question, _ in self._writes)]
         return [question.asked_at for question in questions]
@@ -331,8 +331,8 @@ class PrefillSide:
         return isinstance(message, StateChecksums) and not _is_hashed(lease)
 
     def _check_engine(self, message: ToPrefillSide) -> None:
-        """Another engine may have had this port before, or be a restart of the one that is meant.
-        Raises LeaseError.
+        """Raise LeaseError if the question is for another engine, or for an earlier incarnation,
+        that had this port.
         """
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         if asked != self._card.engine_id:

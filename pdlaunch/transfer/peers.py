@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
-# The back-off has reached its longest by then, and no number overflows however long a peer is away.
+# Enough to reach the longest back-off; the limit keeps numbers from overflowing.
 MAX_DOUBLINGS = 10
 
 State = Literal["idle", "asking", "probing", "ready", "waiting", "incompatible", "lost"]
@@ -70,9 +70,9 @@ class Peer:
         # Receivers of answers, by call_id.
         self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
         self._geometry: Geometry | None = None
-        # The ways to read it, as its connector offers them.
+        # The paths that the connector offers.
         self._paths: Mapping[str, Connection | TransferError] = {}
-        self._connection: Connection | None = None  # the way that is used
+        self._connection: Connection | None = None  # the path in use
         self._reads: dict[Read, float] = {}  # READs that are not released, and when they started
         # READs that the prefill rank was asked to write, by call_id.
         self._pushed: dict[int, Read] = {}

@@ -88,7 +88,7 @@ def plan_read(
             raise PullFailed(f"it does not hold all blocks of group {index} from {first} on")
         remote += group.block_ids[place]
         places.append(place)
-    # A block out of range would be other memory.
+    # A block id out of range would point at other memory.
     if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
         raise PullFailed(f"it named a block outside of its {geometry.num_blocks}")
     # The hashes are chained: the last one stands for the prompt.

@@ -124,8 +124,8 @@ class Share:
         if self.peer.is_gone:
             raise PullFailed(f"{self.name}: {self.peer.error}")
         if self._refusal:
-            # After the lease was granted it means that the lease has ended: later READs may have
-            # brought another request's blocks, and count as late.
+            # A refusal after the grant means that the lease has ended: later READs may have brought
+            # another request's blocks, and count as late.
             late = self._held_until_at is not None
             raise PullFailed(f"{self.name} refused: {self._refusal}", late=late)
         try:
@@ -195,7 +195,7 @@ class Share:
                 self._send(kind, asked_at=now)
 
     def _send(self, kind: Question, asked_at: float | None = None) -> None:
-        """Send a question; its answer is wanted only if it says when it was asked."""
+        """Send a question; ``asked_at`` is None if no answer is needed."""
         remote = self._command.remote
         more: dict[str, Any] = {}
         if kind is PullBegin:
@@ -212,9 +212,7 @@ class Share:
         )
 
     def _on_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
-        """Keep an answer; ``advance`` acts on it. Answers to questions that were repeated say
-        nothing new.
-        """
+        """Keep an answer for ``advance``; ignore repeated answers."""
         # The seconds in an answer count from its question: this rank does not know when the answer
         # was sent.
         match reply:

@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 CONFIRMATION_S = 5.0  # seconds for the transfer thread to answer once its deadline has passed
 LONGEST_SLEEP_S = 60.0
-# Shorter sleeps are left out. It is ``SLEEP_SHARE`` of 3 ms: READs of up to so long are waited for
-# awake.
+# Shorter sleeps are skipped. This is ``SLEEP_SHARE`` of 3 ms: the thread spins through READs that
+# are younger.
 SHORTEST_SLEEP_S = 0.0001
-# Seconds between two looks at whether READs that nobody waits for have ended.
+# Seconds between polls of abandoned READs.
 SUSPENSION_SLEEP_S = 0.01
 
 
@@ -63,16 +63,16 @@ class TransferThread:
         self._clock = setup.clock
         self._connector = setup.connector
         self._wake_engine = setup.wake
-        # What the thread is to do; None ends it.
+        # Functions for the thread to call; None ends the thread.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self._entries: Sequence[Entry] = ()
         # None while the rank sleeps. Refers to the KV cache.
         self._sides: TransferSides | None = None
-        # Until when the memory may be let go, and who waits for that.
+        # Deadline for letting the memory go, and the future of the caller.
         self._suspension: tuple[float, Future[None]] | None = None
-        # All peers of the registry have shaken hands since the last ``resume``; ``wake`` tells when
-        # that comes true.
+        # Whether all peers have shaken hands since the last ``resume``; ``wake`` is called when it
+        # becomes true.
         self.connected = True
         self._started = threading.Event()
         # The reason why the thread has died. Its exception is not kept: the traceback would keep
@@ -234,7 +234,7 @@ class TransferThread:
             time.sleep(0)  # Others may want the interpreter.
             return
         if sleep_s < 0.001:
-            # ``poll`` knows no less than a millisecond.
+            # The resolution of ``poll`` is a millisecond.
             time.sleep(sleep_s)
             sleep_s = 0.0
         # Made anew for each sleep: peers open and close their channels in every turn.

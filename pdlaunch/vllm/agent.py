@@ -21,12 +21,12 @@ def new_agent(
     num_threads: int = 0,
     captures_telemetry: bool = False,
 ) -> Any:
-    """Make an agent as ``nixl_agent`` does, but for what it opens.
+    """Make an agent like ``nixl_agent``; it listens only if UCX_TLS names the network.
 
-    With error handling UCX insists on a transport that listens on TCP, where it takes writes to
-    any address from anybody. Without it, and with ``UCX_TLS`` naming local transports alone, there
-    is no listener; nobody is told of a peer's death. Where UCX_TLS names one to other hosts, the
-    network is said to be trusted, and deaths are told.
+    With error handling, UCX needs a transport that listens on TCP, where it takes writes to any
+    address from anybody. If UCX_TLS names local transports alone, error handling is off: nobody
+    listens, and nobody learns of a peer's death. If UCX_TLS names a network, the user trusts that
+    network, and error handling is on.
     """
     # The wrapper is made without a backend and given an agent of its own below: the one that it
     # makes has a progress thread that never sleeps.

@@ -16,12 +16,12 @@ from urllib.parse import urlencode
 
 from pdlaunch.vllm.statements import Statement, StatementBoard, statement_name
 
-# Names the socket; without it all engines are on this host.
+# Path of the socket; unset if all engines are on this host.
 STATEMENTS_SOCKET = "PDLAUNCH_STATEMENTS_SOCKET"
 TIMEOUT_S = 10.0
 _NUM_THREADS = 4
 
-# The statement of each prefill rank, None where there is none any more; or why nobody knows.
+# The statement of each prefill rank, None if it is gone; or the reason why there is no answer.
 Answer = Mapping[int, Statement | None] | str
 
 

@@ -73,7 +73,7 @@ class StatementBoard:
         self._folder = folder
         self._clock = clock
         self._own: dict[str, Path] = {}
-        # Instants at which the leases of own statements were seen to have ended.
+        # When this engine noticed the end of the leases of its own statements.
         self._ended_at: dict[str, float] = {}
         self._next_sweep_at = 0.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Major and minor version; it relies on more of NixlConnector than vLLM promises to keep.
+# Major and minor versions: the connector relies on parts of NixlConnector that vLLM may change.
 SUPPORTED_VERSIONS = ("0.32",)
 LAYOUT = "LBHNC"
 

@@ -37,12 +37,12 @@ else:
 # vLLM shows what its own loggers say.
 _logger = logging.getLogger("vllm.pdlaunch")
 
-# Names the file that tells whoever watches this engine of which prefill engine a READ has failed,
-# as vLLM counts READs of all of them together. Nobody is told without it.
+# Path of the file that records which prefill engine a READ has failed from, for the sidecar: vLLM
+# counts the READs of all prefill engines together. Unset: no record.
 FAILURES_FILE = "PDLAUNCH_FAILURES_FILE"
 
 MODEL_DIGEST = "PDLAUNCH_MODEL_DIGEST"
-"""Names the model's files as the sidecar saw them: blocks of another model are not used."""
+"""Digest of the model's files from the sidecar; blocks of another model are not used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ _TEXT_PREFIXES = (
     *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "spiece"),
     *("chat_template", "generation_config", "preprocessor", "processor"),
 )
-"""How names of the other files begin that decide what is answered. A licence does not."""
-# Their values depend on who saved the model, not on what it computes.
+"""Beginnings of the names of the other files that affect answers."""
+# These depend on how the model was saved, not on what it computes.
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
 _PIECE_BYTES = 1024
 _PIECES_PER_TENSOR = 3
@@ -60,7 +60,7 @@ def model_digest(digests: Mapping[str, str]) -> str:
 
 
 def changes(pinned: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """Name the files of ``found`` that differ from the pinned ones; empty when none does."""
+    """Name the files whose digests differ, with both digests; empty if all are equal."""
     return ", ".join(
         f"{name} ({_shown(pinned.get(name))} then, {_shown(found.get(name))} now)"
         for name in sorted(pinned.keys() | found.keys())

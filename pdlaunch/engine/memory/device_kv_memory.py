@@ -108,7 +108,7 @@ class DeviceKVMemory(KVMemory):
         return Export(SharedRange("cuda_ipc", allocation_bytes, start - base, num_bytes, handle))
 
     def _open_ipc(self, shared: SharedRange) -> PeerMapping:
-        """Open a peer's cudaMalloc allocation; CUDA leaves open what its owner's death means."""
+        """Map a peer's cudaMalloc allocation. CUDA does not say what the owner's death does."""
         driver = self._driver
         start = driver.open_ipc(shared.handle)
         return PeerMapping(

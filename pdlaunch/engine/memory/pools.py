@@ -43,8 +43,8 @@ _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, 
 
 
 class MemoryPools:
-    """Allocates device memory by tag. This class does it as torch ever does, for ranks whose
-    ``enable_cumem_allocator`` is off.
+    """Allocates device memory by tag. This class uses torch's allocator unchanged, for ranks with
+    ``enable_cumem_allocator`` off.
     """
 
     def memory_pool(self, tag: str) -> AbstractContextManager[None]:

@@ -128,7 +128,7 @@ class _LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """Holds what one layer attends with in a step: [num_tokens, heads, D] each."""
+    """Inputs of one layer's attention in a step: [num_tokens, heads, D] each."""
 
     layer: _LayerCache
     query: torch.Tensor

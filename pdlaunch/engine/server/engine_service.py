@@ -219,7 +219,7 @@ class EngineService:
         self.leases: OrderedDict[str, RequestId] = OrderedDict()
         """The requests whose leases were handed out, by the hop's id and by the lease's."""
         self._unsent_spans: OrderedDict[HopId, tuple[SpanLog, asyncio.Event]] = OrderedDict()
-        """Of requests whose answer nobody took, whole once the event is set."""
+        """Spans of requests whose client left; complete once the event is set."""
         self._spans_kept = asyncio.Event()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
@@ -291,7 +291,7 @@ class EngineService:
                 self.sleep.settle(message.sleeping_tags)
 
     def remember_lease(self, hop_id: HopId, request_id: RequestId) -> None:
-        """Find a lease by these ids; the oldest are forgotten, they have ended by themselves."""
+        """Let a lease be found by both ids. Forgets the oldest leases, which have expired."""
         for key in (hop_id, request_id):
             self.leases[key] = request_id
             self.leases.move_to_end(key)
@@ -303,7 +303,7 @@ class EngineService:
         self._unsent_spans[hop_id] = spans, ended
         while len(self._unsent_spans) > MAX_KEPT_SPANS:
             self._unsent_spans.popitem(last=False)
-        # Wakes all who wait; who comes later waits for the next one.
+        # Wake all waiters; later ones wait for the next event.
         self._spans_kept.set()
         self._spans_kept = asyncio.Event()
 

@@ -37,7 +37,7 @@ from pdlaunch.protocol.sockets import SecureContext
 
 _log = logging.getLogger(__name__)
 
-_STATS_CALL = -1  # stands for all who wait for the next EngineStats
+_STATS_CALL = -1  # key of the future of the next EngineStats
 
 
 RankEvent = Tokens | RequestFinished | None
@@ -61,7 +61,7 @@ class RankLink:
         hear: Callable[[Welcome | EngineStats | SleepReply], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``hear``: takes what is of no request, also replies to calls of an earlier server."""
+        """``hear`` gets messages that belong to no request, and replies to an earlier server."""
         self._socket: Any = context.connect(
             zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket
         )
@@ -139,7 +139,7 @@ class RankLink:
             reply.set_exception(
                 OverloadedError("the rank has gone", status=503, code="engine_starting")
             )
-            reply.exception()  # where nobody waits any more, nobody has to look at it
+            reply.exception()  # marks it as retrieved, in case no caller waits
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink(None)

@@ -30,7 +30,7 @@ NUM_BLOCKS = 2
 NUM_TOKENS = 4
 DEFAULT_BLOCK_SIZE = 128
 TIMEOUT_S = 60.0
-TOLERANCE = 0.25  # largest difference of a token's logprob between two ways to compute in 16 bits
+TOLERANCE = 0.25  # largest difference of a token's logprob between two 16-bit computations
 BYTES_READ: dict[Kind, str] = {
     "vllm": "vllm:nixl_bytes_transferred_sum",
     "native": "pdlaunch_kv_transfer_bytes_total",
@@ -44,8 +44,8 @@ NUM_TOKEN_IDS = 150  # ids that prompts are drawn from; a vocabulary of bytes ha
 NUM_AT_ONCE = 4
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 10.0
-# A parameter of prefill's answer. With it vLLM's decode engine repeats what prefill had cached, and
-# does not tell what it has read itself.
+# Removed from prefill's parameters: with it, vLLM's decode engine reports the tokens that prefill
+# had cached, not the tokens that it read itself.
 CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
 # Tokens at the end of a prompt that decode may compute though it has read all it can.
 NUM_BACKED_OFF_TOKENS = 16
@@ -83,8 +83,8 @@ class Proof:
     seconds: float
     num_bytes: int
     transfer_s: float  # time that the engine counted for the READs; 0 when it counts none
-    # Decode has told that it computed none of these tokens; else its count of bytes is the proof,
-    # which READs of other requests add to.
+    # Decode has reported that it computed none of these tokens. Otherwise its byte counter is the
+    # proof, which READs of other requests also increase.
     is_told: bool = True
     # What prefill hands to decode: ``remote_engine_id``, ``remote_host`` and so on.
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class Canaries(Generic[Pair]):
         while True:
             result = self.results[pair] = await self._try(pair)
             if isinstance(result, Proof):
-                # Before it is told: whoever hears of it may doubt the pair at once.
+                # Before ``_tell``: its receiver may doubt the pair at once.
                 del self._tasks[pair]
                 self._tell(pair, result)
                 return

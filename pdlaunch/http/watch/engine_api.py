@@ -22,7 +22,7 @@ MOST_QUOTED = 200  # characters of an error that are passed on: some quote the w
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 # The share of the KV cache that requests or leases hold; the prefix cache alone does not count.
 VLLM_LENT = "vllm:kv_cache_usage_perc"
-# The vLLM of ``return_token_ids``, without which no router knows the tokens so far.
+# First vLLM with ``return_token_ids``, which the router needs to know the tokens so far.
 TELLS_TOKEN_IDS_SINCE = (0, 11)
 Models = dict[str, int | None]
 """Names of the models that an engine serves, each with its ``max_model_len``."""

@@ -142,7 +142,7 @@ def error_message(answer: dict[str, object]) -> str:
 
 
 class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a command at one engine."""
+    """The outcome of a command at one engine."""
 
     engine: str
     error: str | None = None  # none: it is done
@@ -154,7 +154,7 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What is changed, or would be."""
+    """A change of the engines, done or planned."""
 
     replicas: dict[Role, int]  # engines of each role afterwards
     starts: list[PlannedEngine]
@@ -164,7 +164,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChangeOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a change."""
+    """The outcome of a change."""
 
     change: Change | None = None  # none: it was refused before it was planned
     notes: Sequence[str] = ()
@@ -204,7 +204,7 @@ def change_engines(
     """
     body = {**wanted, "dry_run": dry_run, "drain_timeout_s": drain_timeout_s}
     status, answer = admin.post(path, body)
-    # With notes the change was planned, and the answer says what is left of it.
+    # An answer with notes describes a planned change, even if it failed.
     if status != 200 and "notes" not in answer:
         raise _refused(path, status, answer)
     error = "" if status == 200 else error_message(answer) or f"HTTP {status}"

@@ -133,7 +133,7 @@ class Api:
                     return response.status, _read(response)
         except _BadAnswerError as error:
             raise PdlaunchError(f"{shown} {error}") from error
-        # ValueError: Python's own word for names that DNS cannot have.
+        # Python raises ValueError for names that DNS cannot have.
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise PdlaunchError(f"{shown} cannot be reached: {reason}") from error

@@ -180,14 +180,13 @@ class AgentSession:
             self._send(Leave(reason="its agent was told to end"))
             return "told to end"
         messages = list(self._received())
-        # Before silence is judged: it may be this loop that stood still, with the beats waiting in
-        # its socket.
+        # Read before judging silence: if this loop stood still, beats wait in its socket.
         for message in messages:
             if isinstance(message, AgentWelcome) and self._welcome is None:
                 self._welcome = message
                 self._lease = AgentLease(self._asked_at, message.timeout_s)
                 if self._lease.silent_s(now) is not None:
-                    # Join waited for a supervisor that came late: the lease counts from a new one.
+                    # The answer came after this Join's lease had run out: join again.
                     self._send(Leave(reason="its agent asks anew"))
                     raise SessionLostError("the supervisor came late")
                 self.note(f"joined as {self.join.name}")
@@ -320,7 +319,7 @@ class AgentSession:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            # Refusals stand outside of the session, and have any version.
+            # Refusals do not belong to the session, and may come from another version.
             with contextlib.suppress(ProtocolError):
                 message = to_agent.decode(frames[-1])
                 if isinstance(message, AgentRefused):

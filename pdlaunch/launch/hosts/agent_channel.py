@@ -98,8 +98,8 @@ class Lost:
 
     name: str
     reason: str
-    # By this instant its processes have ended, should the agent be alive and cut off; None: they
-    # have ended already.
+    # By this instant even a living agent that is cut off has ended its processes; None: they have
+    # ended already.
     ended_by: float | None = field(default=None, compare=False)
 
 

@@ -40,7 +40,7 @@ class HostGroup:
     on_change: Callable[[Joined | Lost], None]
     # Processes that live elsewhere, by name.
     _spawned: dict[str, Spawn] = field(default_factory=dict)
-    # Of engines that were last started elsewhere; all ranks of an engine are on one host.
+    # By engine, for engines on other hosts; all ranks of an engine are on one host.
     _last_steps: dict[str, LastStep] = field(default_factory=dict)
     _exits: list[ProcessExited] = field(default_factory=list)
     _messages: list[MessageReceived] = field(default_factory=list)
@@ -54,7 +54,7 @@ class HostGroup:
         return 0.0 if self._exits else self.local.poll_s
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
-        # A rank does not die of what its predecessor computed, perhaps on another host.
+        # Forget the predecessor's last step, so that the new rank's death is not blamed on it.
         if spec.kind == "rank":
             self._last_steps.pop(spec.engine, None)
         if spec.host == self.local_name:

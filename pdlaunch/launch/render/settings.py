@@ -20,7 +20,7 @@ from pdlaunch.planning.role_engines import RoleEngines
 
 HTTP_PORT = 8000
 CONTROL_PORT = 7070
-# Agents and supervisor share no folder: each machine has its own file of this name.
+# Every machine has its own file of this name; agents and supervisor share no folder.
 JOIN_FILE = "/run/pdlaunch/join"
 # Host memory that a rank takes beside weights and KV cache: libraries, tokenizer, buffers.
 PROCESS_BYTES = 1 << 30

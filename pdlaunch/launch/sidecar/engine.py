@@ -115,7 +115,7 @@ def engine_environment(
     return {
         # The sockets between the engine's own processes: anybody may open those in /tmp.
         "VLLM_RPC_BASE_PATH": str(run_dir),
-        # Without one, a key of the user's shell must not keep routers out.
+        # Empty overrides a VLLM_API_KEY of the user's shell, which would keep routers out.
         "VLLM_API_KEY": key or "",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel.getsockname()[1]),
         **({_DEVICES: devices} if devices else {}),
@@ -131,11 +131,10 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
     """Keep a port for the side channel of an engine, which takes no port 0 and would wait for one
     that is busy for ever. Raises StartupError.
 
-    The engine listens there a minute after it was started. Until then, and after, the socket keeps
-    others away: UCX, other engines, whoever asks for any free port.
+    The engine listens there a minute after its start. The socket keeps others from taking the port:
+    UCX, other engines, any program that asks for a free port.
 
-    ``ports``: first and last one that it may be, ``21000-21999``; empty, or on the loopback device:
-    any.
+    ``ports``: first and last allowed port, ``21000-21999``; empty, or on loopback: any port.
     """
     wanted = [0]
     if ports and not is_loopback(host):
@@ -147,8 +146,8 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
     for port in wanted:
         holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            # Without SO_REUSEADDR, which would share the port of another holder. The engine's own
-            # socket has it, and this one does not listen, so that the engine can.
+            # Bind without SO_REUSEADDR, so as not to share the port of another holder. Set it then:
+            # the engine's socket has it too, and may listen because this one does not.
             holder.bind((host, port))
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         except OSError as error:

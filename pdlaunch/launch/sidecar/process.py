@@ -88,15 +88,15 @@ Peer = tuple[str, int]  # name and incarnation of a prefill engine
 
 @dataclass(frozen=True, slots=True)
 class SidecarOptions:
-    """Says what a sidecar starts, and how it is judged."""
+    """The command of the engine that a sidecar starts, and how to judge the engine."""
 
-    # Starts the engine; without where it listens when it has no fixed port.
+    # Without a fixed port, the sidecar adds the socket to listen at.
     command: tuple[str, ...]
     is_exact: bool
-    # An engine that has work and makes no progress for so long is killed; 0: never. One that has
-    # had no work for so long is given a prompt of one token.
+    # An engine with work but no progress for this long is killed; 0: never. An engine without work
+    # for this long is sent a prompt of one token.
     hang_timeout_s: float
-    # The reason why pulled KV blocks are used unproven; empty: it has pdlaunch's connector.
+    # Why pulled KV blocks are used unproven; empty: the engine has pdlaunch's connector.
     unverified: str
 
     @property
@@ -104,7 +104,7 @@ class SidecarOptions:
         return self.value("--served-model-name")
 
     def model_files(self) -> dict[str, str]:
-        """Return digests of the model's files, by name; of a model of a hub, none."""
+        """Return digests of the model's files, by name; empty for a model of a hub."""
         folder = Path(self.command[2])  # vllm serve MODEL
         if not folder.is_dir():
             return {}
@@ -145,10 +145,9 @@ class SidecarProcess:
                 asks = statements_socket(self._run_dir, self._name)
                 self._desk = StatementDesk(asks, self._keys)
             self._door = Door(self._name, spec, self._keys, self._url, self._key, further)
-        # The URL that others are told: that of the door, where there is one.
         self._model_files: dict[str, str] = {}
         """Digests of the model's files before vLLM was started."""
-        self._registered_url = self._url
+        self._registered_url = self._url  # or the URL of the door, if there is one
         self._capabilities = msgspec.structs.replace(
             bootstrap.capabilities, takes_launch_token=self._door is not None
         )
@@ -172,7 +171,7 @@ class SidecarProcess:
         if self._options.unverified:
             reason = self._options.unverified
             _logger.warning("pulled KV blocks are used unproven: %s (kv_transfer.verify)", reason)
-        # Before vLLM reads them; the look behind its start has to find the same.
+        # Digests before vLLM reads the files; those after its start must be equal.
         self._model_files = await asyncio.to_thread(self._options.model_files)
         child = await start_engine(self._command(), self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)

@@ -23,7 +23,7 @@ MAX_IGNORED_NAMES = 64
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")  # the beginning of a list of token ids
-# Possessive, and also matches a string without an end: no text makes it look twice at a byte.
+# Possessive, and matches a string without an end, so that no text makes it backtrack.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
 
 R = TypeVar("R", bound="RequestBody")

@@ -178,7 +178,7 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Holds output tokens that exist already, by choice."""
 
     choices: list[list[TokenOutput]]
-    # The client has everything that these tokens give (role, text, logprobs, finish_reason).
+    # The client has the role, text, logprobs and finish_reason of these tokens.
     sent: bool = True
 
 

@@ -79,8 +79,8 @@ class Read(ABC):
         """Return how long a READ that is done took from its post to its end."""
 
     def end(self, error: str) -> None:  # noqa: B027 - only where the peer writes
-        """Tell that the peer has ended its write, or has died; ``error`` is empty when all bytes
-        have landed. ``poll`` says done or failed as soon as nothing can land any more.
+        """Record that the peer has ended its write, or has died; ``error`` is empty if all bytes
+        have landed. ``poll`` returns done or failed once no more bytes can land.
         """
 
     def release(self) -> None:  # noqa: B027 - most READs hold nothing
@@ -88,7 +88,7 @@ class Read(ABC):
 
 
 class Connection(ABC):
-    """Is one way to read one peer's memory."""
+    """One path to one peer's memory."""
 
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
@@ -162,7 +162,7 @@ class Connector(ABC):
 
 
 class NoConnector(Connector):
-    """Stands for the connector of a rank that neither lends KV blocks nor pulls any."""
+    """The connector of a rank that exchanges no KV blocks."""
 
     name = path = "none"
 

@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 _DEVICES = "UCX_NET_DEVICES"
 _MEMORY_NAMES = {"DRAM": "host memory", "VRAM": "GPU memory"}
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
-# Seconds for which a timed READ between GPUs is polled without a pause, which would take longer
-# than the READ.
+# How long a timed READ between GPUs is polled without sleeping, in seconds: a sleep would take
+# longer than the READ.
 _TIMED_SPIN_S = 0.002
 
 
@@ -57,7 +57,7 @@ class NixlConnector(Connector):
     """Reads through one NIXL agent. ``open`` loads the library, with the variables of
     ``NixlSpec.environment`` applied.
 
-    The bindings raise exceptions of their own: any that they raise is a TransferError here.
+    The bindings raise exceptions of their own, which become TransferErrors here.
     """
 
     name = "nixl"

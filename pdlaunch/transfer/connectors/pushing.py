@@ -32,7 +32,7 @@ from pdlaunch.transfer.connectors.connector import (
 
 @dataclass(slots=True, eq=False)
 class PendingRead(Read):
-    # Returns the state of the READ, given the error with which the write has ended; never raises.
+    # Returns the READ's state from the error of the ended write; never raises.
     settle: Callable[[str], ReadState]
     target: bytes
     on_release: Callable[[], object] = lambda: None
