@@ -103,13 +103,9 @@ class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
 
 
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
 class _Usage(msgspec.Struct):
     completion_tokens: int = 0
-    prompt_tokens_details: _PromptDetails | None = None
+    prompt_tokens_details: dict[str, Any] | None = None
 
 
 class _Event(msgspec.Struct):
@@ -180,8 +176,8 @@ def _take(event: _Event, now: float, completion: TimedCompletion) -> None:
         completion.tokens_at += [now] * num_tokens
     if event.usage is not None:
         completion.num_tokens = event.usage.completion_tokens
-        details = event.usage.prompt_tokens_details
-        completion.num_cached_tokens = None if details is None else details.cached_tokens
+        details = event.usage.prompt_tokens_details or {}
+        completion.num_cached_tokens = details.get("cached_tokens")
 
 
 async def read_refusal(response: aiohttp.ClientResponse) -> str:
