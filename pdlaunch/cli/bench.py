@@ -222,9 +222,9 @@ def serve(
 
 @contextlib.contextmanager
 def _told_errors() -> Any:
-    """Print an error, or that Ctrl-C came, and go on behind the block; yields the exit codes.
+    """Print an error or Ctrl-C, and continue after the block with the finished measurements.
 
-    What was measured before is shown.
+    Yields the exit codes.
     """
     codes: list[int] = []
     try:

@@ -128,7 +128,7 @@ def render_status(status: LaunchStatus, elapsed_s: float, columns: int) -> Text:
     parts.append(f"{len(status.processes) - len(slow)} of {len(status.processes)} ready")
     if status.num_missing_pairs and not slow:
         parts.append(f"pairs to connect: {status.num_missing_pairs}")
-    # Those that failed come first, then whatever else is not ready.
+    # Failed processes first, then the others that are not ready.
     slow.sort(key=lambda process: process.state not in _FAILURES)
     parts += [f"{on_host(each.name, each.host)}: {_doing(each)}" for each in slow]
     line = Text(safe(" · ".join(parts)), no_wrap=True)
@@ -270,7 +270,7 @@ class StatusLine:
         if not self._is_draining:
             line = status_line(status, self._num_errors)
         self._num_errors = status.errors
-        # Nobody wants a line every ten seconds of a launch that nobody uses.
+        # An unused launch prints no status lines.
         is_unused = not self._said and status.requests == 0 and left == 0
         if line != self._said and not (self._is_over or is_unused):
             self._view.note(line)

@@ -60,7 +60,7 @@ def make_table(
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) -> None:
-    """Print a table; on a terminal that is too narrow for it each row becomes a line of words."""
+    """Print a table; on a terminal too narrow for it, print each row as a line of text."""
     console, table = Console(), make_table(rows, headings)
     width = console.measure(table, options=console.options.update(max_width=_ENOUGH)).maximum
     # A pipe has no width: its reader gets the table whole.

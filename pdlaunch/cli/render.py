@@ -168,7 +168,7 @@ def _placed(
     hosts = planned_hosts(config, judged.machine, judged.environ, pods)
     read = read_models if judged.assumed is None else read_models_elsewhere
     resolved = resolve_on(config, hosts, judged.environ, read(config, fetch_part))
-    # What cannot start here cannot start on pods either.
+    # A launch that cannot start here cannot start on pods either.
     resolved.require_startable()
     refuse_errors(resolved, loaded.origins, elsewhere=True, undone="not rendered")
     _require_mounted(resolved, options)

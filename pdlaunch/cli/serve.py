@@ -52,8 +52,8 @@ def serve(
     dry_run: bool = typer.Option(
         False,
         "--dry-run",
-        help="Print every process that would start, and start none. What check-config refuses "
-        "is refused; ports are not tried.",
+        help="Print every process that would start, and start none. Refuses a launch that "
+        "check-config refuses; does not try ports.",
     ),
     output: Format = typer.Option("table", "--format", help="How --dry-run prints the plan."),
     stop_on_stdin_eof: StopOption = False,

@@ -168,7 +168,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
             raise _refused("hosts", message)
         return self
 
-    # Before the fields: afterwards nobody can tell a count that was given from the default.
+    # Before the fields are read: later a given count looks like the default.
     @model_validator(mode="before")
     @classmethod
     def _leave_pairs_out(cls, values: Any) -> Any:

@@ -193,8 +193,8 @@ class KVTransfers:
     # Loads and stores
 
     def find_on_host(self, request: Request, max_blocks: int) -> HostHit | None:
-        """Return the longest prefix of at most ``max_blocks`` blocks from which the request can
-        compute on with the help of host memory, None if that does not help.
+        """Return the longest prefix of at most ``max_blocks`` blocks that host memory can help to
+        fill; None if host memory adds nothing.
         """
         if self._planner is None or not request.may_load:
             return None
@@ -258,7 +258,7 @@ class KVTransfers:
     # Both
 
     def cancel(self, request: Request) -> None:
-        """Leave the pull or load of a request that has ended; it keeps its blocks until it ends."""
+        """Detach a request that has ended; its pull or load keeps the blocks until it ends."""
         assert request.incoming is not None
         incoming = self._incoming[request.incoming]
         incoming.request = None
@@ -282,7 +282,7 @@ class KVTransfers:
         if ok and request is not None:
             self._kv.adopt_pulled(request.tables, incoming.hit, incoming.block_ids)
             return incoming
-        # Nobody waits, or what came is not proven: not even a prefix of it is kept.
+        # The request has gone or the blocks are not proven: keep none of them.
         for block_ids in incoming.block_ids:
             (pool.quarantine if writes else pool.drop_pull)(block_ids)
         if request is not None:

@@ -95,7 +95,7 @@ class RankProcess:
         engine_id, followers, endpoint = self._draw_engine_id(), None, ""
         if tp is not None:
             if tp_rank == 0:
-                # It listens before the others learn where, so that none connects in vain.
+                # Listen before the others learn the address, so that they can connect.
                 followers = LeaderChannel(self._context, tp.tp_size)
                 endpoint = followers.endpoint
             # All ranks use rank 0's values. Every rank must pass the same number of bytes.
@@ -114,7 +114,7 @@ class RankProcess:
         offload = new_offload_worker(spec, runner, progress=self._progress, wake=self._wake)
         rank = RankParts(spec, runner, transfer, offload, self.control.send)
         port = int(transfer.endpoint.rpartition(":")[2])
-        # Where there are no peers, nobody is told of the side channel.
+        # Without peers, nobody needs the address of the side channel.
         side_channel = tcp_endpoint(spec.advertise_address, port) if spec.has_peers else ""
         loop: Leader | Follower
         if tp_rank == 0:

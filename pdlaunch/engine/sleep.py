@@ -1,7 +1,7 @@
 """Puts an engine to sleep and wakes it: rank 0 decides when; every rank lets go of its peers and
 memory.
 
-What takes more than one turn of the step loop is a generator: each ``yield`` ends a turn.
+Work that takes several turns of the step loop is a generator: each ``yield`` ends a turn.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class SleepCoordinator:
                 self._reply(call, error=f"the engine cannot sleep now: {busy}")
                 return
             yield
-        # Refuse what comes from now on: memory goes, and with it the KV cache.
+        # Refuse new requests from here on: the KV cache goes with the memory.
         self.computes = False
         num_bytes, error = yield from self._tell_all(SleepRank(level=call.level))
         # Also when a rank has failed: the KV cache of the others is lost.

@@ -19,7 +19,7 @@ from pdlaunch.protocol.openai.requests import MAX_CHOICES
 BODY_TIMEOUT_S = 60.0
 BODY_SILENCE_S = 15.0  # time within which the next piece of a body must come
 SMALL_BODY_BYTES = 256 * 1024
-LARGE_SHARE = 3 / 4  # of the budget, for bodies that are not small: a few lock nobody out
+LARGE_SHARE = 3 / 4  # of the budget, for large bodies: small ones keep the rest
 ROUTER_ADDS_BYTES = 1024**2  # kv_transfer_params with block ids and first tokens, a seed
 RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
 LARGE_BODY_BYTES = 64 * 1024
@@ -165,9 +165,9 @@ class Deadline:
 class BodyBudget:
     """Counts the bytes of the bodies that a process holds.
 
-    A body counts from its first byte: with the length that its header states, or with what has
-    come, whichever is more. One that finds no room is answered 503 at once: bodies that wait would
-    hold connections, and the client knows better whether to try again.
+    A body counts from its first byte, with its stated length or the bytes so far (the larger).
+    A body without room is answered 503 at once: waiting bodies would hold connections, and the
+    client knows better whether to try again.
     """
 
     def __init__(self, max_bytes: int, max_body_bytes: int) -> None:

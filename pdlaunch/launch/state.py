@@ -57,7 +57,7 @@ class Timing:
         return max(self.hang_timeout_s, self.startup_timeout_s)
 
     def delay_s(self, num_quick_deaths: int) -> float:
-        """Return the wait before the next start after so many quick deaths in a row."""
+        """Return the wait before the next start, after quick deaths in a row."""
         if (num_retries := num_quick_deaths - self.max_quick_deaths) >= 0:
             # The bound keeps the power from overflowing, however often an engine is given up.
             return float(min(self.max_retry_s, self.first_retry_s * 2 ** min(num_retries, 32)))

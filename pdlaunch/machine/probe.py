@@ -107,7 +107,7 @@ class _Nvml:
             # The end with fewer links bounds the pair.
             speeds = min(self._nvlinks(ends[0], second), self._nvlinks(ends[1], first), key=sum)
             return "NVLink", sum(speeds), f"{len(speeds)} NVLinks"
-        # What lies between two sockets is not known.
+        # The speed between two sockets is not known.
         near = self.ask("nvmlDeviceGetTopologyCommonAncestor", *ends) <= _SAME_CPU
         generation = min(self.ask("nvmlDeviceGetMaxPcieLinkGeneration", end) for end in ends)
         lanes = min(self.ask("nvmlDeviceGetMaxPcieLinkWidth", end) for end in ends)

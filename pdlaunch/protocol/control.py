@@ -256,7 +256,7 @@ class ServedRequest(Message):
 
 
 Command = Restart | SetDrained | ChangeEngines
-"""What a router asks for; the answer is an ``Answered``."""
+"""Commands of a router; the answer is an ``Answered``."""
 ToSupervisor = (
     Register | Progress | Ready | Alive | PairReady | PairFailed | PairSuspect | Failed | Drained
     | SleepState | Command | EngineIdle | ServedRequest

@@ -56,8 +56,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str  # ``ready``, or why it is given no work
     is_down: bool  # it has died, hangs or failed: it would work if it could
     reason: str  # the reason why it has ``failed`` or is given no work, and what comes next
-    # ``closed``: it gets requests. ``open``: it has failed some and gets none for a while.
-    # ``half_open``: it gets one as a try.
+    # ``closed``: gets requests. ``open``: has failed some and gets none for a while.
+    # ``half_open``: gets a single trial request.
     health: str = "closed"
     left_out: str = ""  # the reason why it gets nothing new now; empty when it does
     streams: int
@@ -148,8 +148,7 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_pairs: int  # proven pairs; those beyond the first 1,000 are left out of ``pairs``
     doubts: Sequence[Doubt]
     rates: Rates  # the last ten seconds
-    # The last five minutes, oldest first; a line of the stream has the newest alone, but for its
-    # first.
+    # The last five minutes, oldest first; lines of the stream after the first have only the newest.
     history: Sequence[Rates]
     events: Sequence[StatusEvent]  # the last 100, oldest first
 

@@ -323,8 +323,8 @@ class EngineClient:
             logger.warning("%s is not told: %s", path, failure)
 
     async def read(self, engine: Engine, path: str, timeout_s: float | None = None) -> bytes | None:
-        """Return what an engine tells of itself; None: no address yet, no answer in time (by
-        default ``probe_s``), one that is too long, or no 200.
+        """Return an engine's answer; None: no address yet, no answer in time (by default
+        ``probe_s``), an answer that is too long, or no 200.
         """
         if not engine.url:
             return None

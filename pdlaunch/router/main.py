@@ -252,10 +252,10 @@ def answer_alone(membership: WatchedMembership, command: control.Command) -> con
     match command:
         case control.Restart(name=name):
             answer.engine = name
-            answer.error = f"{name} runs already: whoever started it restarts it"
+            answer.error = f"{name} was not started by this router: restart it where it was started"
         case control.ChangeEngines():
             answer.error = (
-                "these engines run already: whoever started them starts and stops them; the router "
+                "this router did not start its engines: start and stop them where they run; it "
                 "follows engines_file and names in DNS"
             )
         case control.SetDrained(name=name, is_drained=is_drained):

@@ -260,8 +260,8 @@ def _read(page: str, engine: str | None) -> Families:
         family = current if belongs else name
         if family not in families:
             families[family] = ("untyped", texts.get(family, ""), [])
-        # Most pages name their engine as the router does, and their lines go as they are. Of a page
-        # without an engine every line does: each ends in the empty label.
+        # Lines that name their engine as the router does stay as they are. So does every line of a
+        # page without an engine, since it ends in the empty label.
         if f",{label}" not in f",{labels}":
             others, num_found = _ENGINE.subn(lambda found: found[1] + label, labels)
             shown = others if num_found else f"{label},{labels}".rstrip(",")

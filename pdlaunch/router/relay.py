@@ -91,14 +91,14 @@ class Relay:
         # The client has the first tokens from prefill, so decode must not send them again.
         self._first_token_sent = False
         self._decode_has_answered = False
-        # The engine that has sent a second token: plain chunks of it take the short way.
+        # The engine that has sent a second token: its plain chunks take the fast path.
         self._goes_on_at: Engine | None = None
         # Instant of the client's first token; None once it has the second one.
         self._first_told_at: float | None = None
         self._tried: set[EngineKey] = set()
         self._turned_away_by: set[EngineKey] = set()
         self._failure: EngineFailure | EngineRefusal | None = None
-        # When the first engine failed, or had no room, since something was heard.
+        # When an engine first failed or had no room, since the last token.
         self._trouble_since_at: float | None = None
         self._retry_at = 0.0  # from when on engines that were tried may be asked again
         self._num_prefill_failures = 0

@@ -177,7 +177,7 @@ class RouterState:
         await self.find(lambda: not self.pool.lists(engine), DEATH_LISTED_S)
 
     async def find(self, look: Callable[[], T], timeout_s: float) -> T:
-        """Return what ``look`` finds, looked for again whenever the registry changes."""
+        """Call ``look`` at each change of the registry until it finds something; return that."""
         until_at = self.now() + timeout_s
         while not (found := look()) and (left_s := until_at - self.now()) > 0:
             await self.registry_change(left_s)

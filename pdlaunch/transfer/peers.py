@@ -77,8 +77,8 @@ class Peer:
         # READs that the prefill rank was asked to write, by call_id.
         self._pushed: dict[int, Read] = {}
         self._trial: Generator[None, None, list[PathFigure]] | None = None
-        # READs of its scratch, each with the memory that it may still write to. The last one is the
-        # trial's, while that goes on; the others were given up.
+        # READs of its scratch, each with the memory that it may still write to. During a trial the
+        # last READ belongs to it; the others were given up.
         self._probes: list[tuple[Read, torch.Tensor]] = []
         self._asked_at = 0.0
         self._num_failures = 0
@@ -345,7 +345,7 @@ class Peer:
         self._close_when_unused()
 
     def _close_when_unused(self) -> None:
-        """Close what is left of a connection that was given up, once no READ needs it."""
+        """Close an abandoned connection and its channel once no READ needs them."""
         if self.state in ("asking", "probing", "ready"):
             return
         # The channel brings answers about writes that are under way, and nothing else.

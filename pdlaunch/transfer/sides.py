@@ -27,9 +27,9 @@ from pdlaunch.transfer.peers import PeerTable
 from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.side_channel import DecodeSocket, PrefillSocket
 
-# The thread looks at READs, and at checksums that a device computes, and sleeps between two looks
-# for this share of their age. So the end of a short one is noticed without delay, that of a long
-# one at most this share late, and a stalled one costs next to nothing.
+# The thread polls READs and checksums on a device, and sleeps between polls for this share of their
+# age: it notices the end of a short READ without delay, of a long READ at most this share late, and
+# a stalled READ costs next to nothing.
 SLEEP_SHARE = 1 / 32
 LONGEST_READ_SLEEP_S = 0.05
 

@@ -224,10 +224,10 @@ def test_commands_of_a_router_alone_leave_the_engines_as_they_are(
     before = {name: process.pid for name, process in doors.deployment.processes().items()}
     status, answer = admin.post("/pdlaunch/restart?engine=decode-0", {})
     assert status == 409
-    assert "whoever started it restarts it" in answer["error"]["message"]
+    assert "restart it where it was started" in answer["error"]["message"]
     status, answer = admin.post("/pdlaunch/scale", {"decode": 2})
     assert status == 409
-    assert "whoever started them starts and stops them" in answer["error"]["message"]
+    assert "start and stop them where they run" in answer["error"]["message"]
     status, answer = admin.post("/pdlaunch/drain?engine=decode-0&timeout_s=60", {})
     assert (status, answer["engines"][0]["running"]) == (200, 0)
     assert admin.post("/pdlaunch/undrain?engine=decode-0", {})[0] == 200

@@ -42,7 +42,7 @@ class Family:
     others: Config = field(default_factory=dict)
     """Defaults of other fields. A bias is read only where it stands here."""
     slides: Callable[[Config, int], bool] | None = None
-    """Whether a layer has a sliding window where the file has no layer_types. None: none has."""
+    """Whether a layer has a sliding window if the file has no layer_types. None: no layer has."""
     has_one_window: bool = False
     """The model gives all layers one window, whatever layer_types says."""
     qkv_bias: bool = False

@@ -422,7 +422,7 @@ class KVCacheManager:
         )
 
     def _cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> list[int]:
-        """Return the run of cached blocks of logical indices from ``start`` on, before ``end``."""
+        """Return the cached blocks from logical index ``start`` up to the first gap or ``end``."""
         found: list[int] = []
         for index in range(start, end):
             block_id = self.pool.find(group, block_hashes[index])

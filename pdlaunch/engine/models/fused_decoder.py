@@ -132,7 +132,7 @@ class FusedDecoder(Decoder):
 
 
 def _stacked(*layers: nn.Linear) -> Product:
-    """Return the product with the weights of all layers as one: they are loaded ``stacked``."""
+    """Return one product with the weights of all layers, which were loaded ``stacked``."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers))
     weight = join([layer.weight for layer in layers])

@@ -42,7 +42,7 @@ def import_lean_transformers() -> None:
 
 
 class _StandIn(ModuleType):
-    """Has a few names of a module, which is loaded for any other one."""
+    """Provides a few names of a module, and loads the module for any other name."""
 
     def __getattr__(self, name: str) -> Any:
         # ``inspect`` and the import system look at modules that they do not want.

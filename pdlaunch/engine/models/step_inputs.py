@@ -34,7 +34,7 @@ class StepTensors:
     chunk_lengths: list[int] = field(default_factory=list)
     chunk_starts: torch.Tensor | None = None
     """[num_chunks + 1]; first token of each chunk, counted from the first chunk's"""
-    # What they see, by group; empty: no chunk has anything before it.
+    # Slots of the tokens before the chunks, by group; empty if all chunks begin their prompts.
     prefix_slots: Sequence[torch.Tensor] = ()  # [num_gathered_tokens]
     prefix_starts: Sequence[torch.Tensor] = ()  # [num_chunks + 1]
     longest_prefixes: Sequence[int] = ()
@@ -91,8 +91,8 @@ class GraphInputs:
 
     One buffer, at an address that stays, and pinned host memory for it: lines of ``max_rows``, the
     slots one line for each group, then tables. Block tables are as wide as the step's longest
-    context asks for, so that only their used part is copied. What pads a batch to the ``num_rows``
-    of a graph reads nothing and writes nothing: rows of length 0, tokens with slots of -1::
+    context asks for, so that only their used part is copied. Padding up to the ``num_rows`` of a
+    graph reads and writes nothing: rows of length 0, tokens with slots of -1::
 
         stride 3 │ lengths 9 8 7 0 0 │ token_ids .. │ positions .. │ slots 5 6 7 -1 -1 │ tables ..
     """

@@ -86,8 +86,8 @@ class TPGroup:
         return int(smallest)
 
     def broadcast_bytes(self, data: bytes) -> bytes:
-        """Return rank 0's ``data`` on every rank; the others pass as many bytes, which are not
-        looked at. Raw bytes travel, nothing is unpickled.
+        """Return rank 0's ``data`` on every rank; the others pass any bytes of equal length. Raw
+        bytes travel, nothing is unpickled.
         """
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
         return bytes(self.broadcast(payload).cpu().numpy())

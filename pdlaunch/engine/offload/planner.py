@@ -138,7 +138,7 @@ class OffloadPlanner:
             self._new_spans(group, tables, block_hashes, start, end)
             for group in range(len(self._windows))
         ]
-        # A job takes one span of each group: job i takes span i of each group that has so many.
+        # Job i takes span i of each group that has one.
         return [
             self._add("store", [span or _Span() for span in of_job])
             for of_job in zip_longest(*spans)

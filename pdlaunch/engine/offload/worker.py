@@ -166,7 +166,7 @@ class CopyQueue:
         self._thread.start()
 
     def submit(self, job_id: int, places: BlockPlaces) -> None:
-        """Queue a copy. Raises nothing: its end is reported, whatever becomes of it."""
+        """Queue a copy. Never raises: success and failure are both reported at the end."""
         if self._stream is None:
             end: Callable[[], float] = partial(self._copy_now, places)
         else:

@@ -14,8 +14,8 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
 from pdlaunch.protocol.control import Capabilities
 
-# The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
-# again, as this room may not import settings.
+# The program of an engine, which decides the names of metrics. Repeats ``config.roles.EngineName``,
+# because this package may not import settings.
 Kind = Literal["native", "vllm"]
 MAX_WORD_BYTES = 64 * 1024  # limits answers that hold a word or none
 MOST_QUOTED = 200  # characters of an error that are passed on: some quote the whole answer

@@ -29,8 +29,8 @@ _CANNOT_START = 126
 class HostGroup:
     """Makes one ``Host`` of all hosts of a launch: a process runs on the host that its spec names.
 
-    ``present``: the hosts whose agents have joined already. ``on_change`` is told of those that
-    join or are lost later.
+    ``present``: the hosts whose agents have joined already. ``on_change`` gets
+    the hosts that join or are lost later.
     """
 
     local: LocalHost
@@ -120,7 +120,7 @@ class HostGroup:
                 spawned = self._spawned.get(message.name)
                 # An agent speaks for the processes of its host alone.
                 if spawned is None or spawned.spec.host != host:
-                    logger.warning("%s told of %r, which is not there", host, message.name[:80])
+                    logger.warning("%s reported %r, which is not there", host, message.name[:80])
                 else:
                     self._heard(spawned, message)
             case Told():

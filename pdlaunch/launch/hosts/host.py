@@ -18,7 +18,7 @@ from pdlaunch.protocol.control import FromSupervisor, ToSupervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.step_record import LastStep
 
-# Signals that a process gets for its own fault; the others are sent by somebody.
+# Signals that a process causes by its own fault; other signals are sent to it.
 _OWN_SIGNALS = frozenset(
     getattr(signal, f"SIG{name}") for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL", "TRAP", "SYS")
 )

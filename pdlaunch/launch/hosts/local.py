@@ -171,7 +171,7 @@ class LocalHost:
     _stillborn: list[ProcessExited] = field(default_factory=list)
     # The last line of progress of each conversion that runs.
     _conversions: dict[str, str] = field(default_factory=dict)
-    # What rank 0 of each engine computes; the memory outlives the rank.
+    # The step record of each engine's rank 0; the memory outlives the rank.
     _step_records: dict[str, mmap.mmap] = field(default_factory=dict)
 
     @property

@@ -22,7 +22,7 @@ from pdlaunch.protocol.transfer import GrantLease, TransferCommand
 class Fault(Enum):
     REFUSE = auto()  # it is refused at its start
     FAIL = auto()  # it writes, and then says that it has failed
-    DELAY = auto()  # it starts late, and may write when nobody waits for it any more
+    DELAY = auto()  # it starts late, and may write after the pull has ended
     CORRUPT = auto()  # it says done, and one byte is wrong
     # Its completion comes late, maybe after the end of its lease or the pull's deadline.
     LOSE = auto()

@@ -112,10 +112,10 @@ class MooncakeConnector(PushingConnector):
             )
 
     def _settle(self, writer: str, error: str) -> ReadState:
-        """Return the state of a READ whose write has ended. After a failed write bytes may still
-        wait in the kernel, and this process's engine will write them to the target: until they are
-        gone the READ is pending. ``writer``: the address of the host that wrote; of another one's
-        kernel nothing is known but that it sends nothing once its connections have ended.
+        """Return the state of a READ whose write has ended. After a failed write, bytes may still
+        wait in the kernel for this process's engine to write them to the target: until they are
+        gone, the READ is pending. ``writer``: the address of the host that wrote; the kernel of
+        another host sends nothing more once its connections have ended.
         """
         if not error:
             return "done"

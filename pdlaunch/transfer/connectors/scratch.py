@@ -101,7 +101,7 @@ def try_paths(
     """Try all paths to one peer, and yield while a READ is pending.
 
     ``timeout_s`` is for all paths together. A READ that is given up, as when the generator is
-    closed, is not released: it stays with whoever gave ``start``.
+    closed, is not released: it stays with the caller, which gave ``start``.
     """
     figures: list[PathFigure] = []
     # One of several paths that hangs must not cost the others; a single one has until the

@@ -34,7 +34,7 @@ class AgentActor:
     def state(self) -> tuple[str, bool]:
         """Return the public key that its agent joins with, and whether the agent runs.
 
-        The key is another one after Ray has started the actor anew.
+        The key changes when Ray restarts the actor.
         """
         return self._public, self._agent is not None and self._agent.poll() is None
 
