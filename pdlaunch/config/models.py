@@ -89,7 +89,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
         description="YAML file with further `engines`, which `pdlaunch router` watches.")
     engine_urls: Annotated[EngineUrls, Flag(panel=ROUTER)] = Field(
         (),
-        description="URLs at which engines may be that come by file or DNS, such as "
+        description="Allowed URLs of engines from a file or DNS, such as "
         "`http://10.0.0.0/24:8000-8100`; none when empty.")
     placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
         "local",
