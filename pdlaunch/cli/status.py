@@ -94,11 +94,14 @@ def sparkline(points: Sequence[float], *, ascii_only: bool) -> str:
 
 
 def status(
-    url: UrlArgument = None, api_key: ApiKeyOption = None, output: FormatOption = "table"
+    url: UrlArgument = None,
+    same_url: str | None = typer.Option(None, "--url", help="The same, as other commands take it."),
+    api_key: ApiKeyOption = None,
+    output: FormatOption = "table",
 ) -> None:
     """Show engines with their load and caches, pairs with their speed, rates and events."""
     try:
-        found = read_status(reading_api(url, api_key))
+        found = read_status(reading_api(url or same_url, api_key))
     except PdlaunchError as error:
         print_errors([error])
         raise typer.Exit(1) from None

@@ -83,6 +83,7 @@ def test_the_key_comes_from_the_flag_or_the_environment(router: DeploymentServer
     assert refused.exit_code == 1
     assert "--api-key" in refused.output
     assert run(router.url, "--api-key", "the-key").exit_code == 0
+    assert run("--url", router.url, "--api-key", "the-key").exit_code == 0
     assert run(PDLAUNCH_URL=router.url, PDLAUNCH_API_KEY="the-key").exit_code == 0
 
 
