@@ -30,7 +30,7 @@ MAX_TOLD = 20  # requests that went wrong, of which a report says when
 
 
 Sent = tuple[str, float]
-"""Outcome of a request (``equal``, ``wrong``, ``error`` or ``broken``), and its duration in s."""
+"""A request's outcome (``equal``, ``wrong``, ``error`` or ``broken``) and duration in seconds."""
 
 
 def faulty_settings(seed: int, connector: str) -> dict[str, object]:

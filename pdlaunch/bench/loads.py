@@ -126,7 +126,7 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
 def _trace_loads(
     options: BenchOptions, max_model_len: int | None, rng: random.Random
 ) -> list[BenchLoad]:
-    """Return a load for each concurrency or rate, or one load at the times of the trace."""
+    """Return one load for each concurrency or rate; for a trace, a single load with its times."""
     limit = max_model_len or math.inf
     fitting = [each for each in options.trace if each.input_length + each.output_length <= limit]
     if not fitting:

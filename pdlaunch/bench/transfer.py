@@ -162,7 +162,7 @@ def _measure(
 
 
 class RankPair:
-    """A prefill and a decode rank that have shaken hands, each in a process of its own."""
+    """Runs a prefill rank and a decode rank in two processes, connected by a handshake."""
 
     def __init__(
         self, stack: contextlib.ExitStack, settings: KVTransferSettings, options: TransferOptions

@@ -161,8 +161,8 @@ def serve(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Measure time to first token, gap to the second, inter-token latency and throughput of a
-    deployment, as its clients see them.
+    """Measure what clients of a deployment see: time to first token, gap to the second token,
+    inter-token latency and throughput.
     """
     # Refuse options that would have no effect, so that nobody misreads the figures.
     if request_rate is not None:

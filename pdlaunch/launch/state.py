@@ -66,7 +66,7 @@ class Timing:
 
 @dataclass(slots=True)
 class Instance:
-    """Holds the state of one process of the plan."""
+    """Holds the state of one planned process."""
 
     spec: ProcessSpec
     incarnation: int = 0  # counts the starts; 0: never started

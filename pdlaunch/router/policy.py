@@ -117,7 +117,7 @@ def choose(
     now_at: float,
     limits: RoutingLimits,
 ) -> Route:
-    """Return the route for the rest of a request."""
+    """Choose the engines that compute what is left of a request."""
     return _Choice(request, engines, index, now_at, limits).route()
 
 

@@ -62,7 +62,7 @@ Question = type[PullBegin | StateChecksums | PullHeartbeat | PullEnd]
 
 
 class Share:
-    """Pulls one prefill rank's share of a prompt; always tells that rank of the end."""
+    """Pulls one prefill rank's KV blocks of a prompt, and tells that rank when it is done."""
 
     def __init__(
         self, command: StartPull, source: SourceRank, peer: Peer, setup: DecodeSetup, log: SpanLog

@@ -262,7 +262,7 @@ class TransferThread:
         elif self._clock() >= deadline_at:
             self._sides.take_peers_back(self._entries)
             self._suspension = None
-            done.set_exception(TransferError("a transfer of KV blocks of this rank has not ended"))
+            done.set_exception(TransferError("a KV transfer of this rank has not ended"))
 
     def _resume(self, done: Future[None]) -> None:
         if self._sides is None:

@@ -131,7 +131,7 @@ class CudaMemoryDriver:
         return int(start), int(num_bytes)
 
     def ipc_handle(self, address: int) -> bytes:
-        """Return the 64-byte handle of an allocation; refused for one that was mapped."""
+        """Return the 64-byte handle of an allocation. The driver refuses mapped memory."""
         return bytes(self._call("cuIpcGetMemHandle", address).reserved)
 
     def open_ipc(self, handle: bytes) -> int:

@@ -194,7 +194,7 @@ class CopyQueue:
         self._copy(self._blocks, self._host, runs, self._direction)
 
     def _copy_now(self, places: BlockPlaces) -> float:
-        """Copy, and return the seconds that it took."""
+        """Copy the blocks and return the duration in seconds."""
         began_at = time.perf_counter()
         self._copy_all(places)
         return time.perf_counter() - began_at
