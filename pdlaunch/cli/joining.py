@@ -12,8 +12,7 @@ import select
 import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -29,17 +28,15 @@ from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.events import SignalInbox
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError, allowed_executables
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Joined, Lost, Told
-from pdlaunch.launch.hosts.agent_messages import Join, Look, Seen
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, Told
+from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.launch.hosts.join import (
     JoinKeys,
     JoinTicket,
     held_join_file,
     joined_host,
     new_join_keys,
-    read_resume_file,
     read_ticket,
-    sole_agent,
     write_join_files,
 )
 from pdlaunch.launch.hosts.placement import slurm
@@ -60,12 +57,10 @@ from pdlaunch.machine.network import address_towards, default_address
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
 JOIN_FILE = "join.json"
 _LOOK_S = 0.5
-_ANSWER_TIMEOUT_S = 30.0
 
 Say = Callable[[str], None]  # prints a line
 
@@ -130,26 +125,9 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], say: Say) -> No
     serve_sessions(ticket, join, executables, [], config.join_timeout_s, say)
 
 
-def require_resumable(config: LaunchConfig) -> None:
-    """Raise ConfigError where ``--resume`` finds no agents of a supervisor that has died."""
-    if config.placement in ("ray", "slurm"):
-        raise ConfigError(
-            f"--resume finds agents that wait, and those of {config.placement} end with the launch",
-            field="placement",
-            value=config.placement,
-            fix="leave --resume out",
-        )
-    if config.join_file is None:
-        raise ConfigError(
-            "--resume finds agents by the join file of a launch whose supervisor has died",
-            field="join_file",
-            fix="name it with --join-file",
-        )
-
-
 @contextlib.contextmanager
 def joined_agents(
-    config: LaunchConfig, environ: Mapping[str, str], log_dir: Path, say: Say, *, resume: bool
+    config: LaunchConfig, environ: Mapping[str, str], log_dir: Path, say: Say
 ) -> Iterator[Agents | None]:
     """Yield the agents of all hosts of a launch; None if it has no other hosts.
 
@@ -173,28 +151,22 @@ def joined_agents(
             field="control_address",
             fix="set --control-address to the address at which the other hosts reach this one",
         )
-    with held_join_file(path, resumes=resume):
-        keys = read_resume_file(path) if resume else new_join_keys(config.control_port)
+    with contextlib.ExitStack() as stack:
+        keys = stack.enter_context(held_join_file(path, config.control_port))
         # The port is known once it listens; the join file names it.
         channel = _listen(keys, address, names, config, log_dir)
-        try:
-            write_join_files(path, keys, channel.endpoint)
-            say(f"waiting for {', '.join(names)} at {channel.endpoint}")
-            if config.placement == "hosts":
-                say(
-                    f"on each run\n  pdlaunch agent --join {path} --name NAME\n"
-                    "with a copy of that file, which holds a secret"
-                )
-            agents = Agents(channel)
-            advice = f"start `pdlaunch agent --join {path}` there"
-            _await_all(agents, names, config.join_timeout_s, advice, say)
-            yield agents
-        except Exception:
-            # If resuming fails, the agents wait for the next attempt; Ctrl-C ends them.
-            channel.close(is_over=not resume)
-            raise
-        finally:
-            channel.close()
+        stack.callback(channel.close)
+        write_join_files(path, keys, channel.endpoint)
+        say(f"waiting for {', '.join(names)} at {channel.endpoint}")
+        if config.placement == "hosts":
+            say(
+                f"on each run\n  pdlaunch agent --join {path} --name NAME\n"
+                "with a copy of that file, which holds a secret"
+            )
+        agents = Agents(channel)
+        advice = f"start `pdlaunch agent --join {path}` there"
+        _await_all(agents, names, config.join_timeout_s, advice, say)
+        yield agents
 
 
 @contextlib.contextmanager
@@ -238,8 +210,10 @@ def _await_all(
     agents: Agents, names: Sequence[str], timeout_s: float, advice: str, say: Say
 ) -> None:
     """Return when all have joined. Raises StartupError naming who has not."""
-    with contextlib.closing(_events(agents.channel, timeout_s)) as events:
-        for event in events:
+    ends_at = time.monotonic() + timeout_s
+    while (left_s := ends_at - time.monotonic()) > 0:
+        select.select([agents.channel.fileno()], [], [], left_s)
+        for event in agents.channel.take():
             match event:
                 case Joined(join=join):
                     agents.joined[join.name] = joined_host(join)
@@ -249,77 +223,13 @@ def _await_all(
                     say(f"{name} has left: {reason}")
                 case Told():
                     pass
-            if agents.joined.keys() >= set(names):
-                return
+        if agents.joined.keys() >= set(names):
+            return
     missing = ", ".join(name for name in names if name not in agents.joined)
     raise StartupError(
         f"{missing} did not join within {timeout_s:g} s (join_timeout_s): {advice}, and see "
         f"that {agents.channel.endpoint} can be reached"
     )
-
-
-def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
-    """Ask every host for the files and ports that its engines need.
-
-    Raises ConfigError for a model that is not there, and StartupError for a port that is not free.
-    """
-    asked = resolved.placed.by_host.keys() & agents.joined.keys()
-    for name in asked:
-        paths = {
-            engines.model.path
-            for engines in resolved.placed.by_host[name].values()
-            if engines.model.path is not None and engines.settings.load_format != "dummy"
-        }
-        ports = [each.port for each in resolved.engine_addresses if each.on == name]
-        address = resolved.host(name).bind_address
-        agents.channel.send(name, Look(paths=sorted(paths), address=address, ports=ports))
-    for name, answer in _answers(agents.channel, asked):
-        for path in answer.missing_paths:
-            raise ConfigError(
-                f"{name} does not have {path}: engines read models on their own host",
-                field="model",
-                value=path,
-                fix="put the model on a file system that all hosts share, or copy it there, at the "
-                "same path",
-            )
-        for port, reason in answer.busy_ports.items():
-            raise StartupError(
-                f"port {port} of {name} cannot be used: {reason}; free it, or choose other ones "
-                "with the `port` of the role"
-            )
-
-
-def _answers(channel: AgentChannel, asked: set[str]) -> list[tuple[str, Seen]]:
-    """Return the agents' answers. Raises StartupError if an agent does not answer in time."""
-    seen: dict[str, Seen] = {}
-    others: list[AgentEvent] = []
-    with contextlib.closing(_events(channel, _ANSWER_TIMEOUT_S)) as events:
-        while seen.keys() < asked and (event := next(events, None)) is not None:
-            if isinstance(event, Told) and isinstance(event.message, Seen):
-                seen[event.name] = event.message
-            else:
-                others.append(event)
-    # The launch handles agents that joined or were lost meanwhile.
-    channel.put_back(others)
-    if silent := sorted(asked - seen.keys()):
-        raise StartupError(f"no answer of the agents of {', '.join(silent)}")
-    return list(seen.items())
-
-
-def _events(channel: AgentChannel, timeout_s: float) -> Generator[AgentEvent]:
-    """Yield events until the time is over; events that are not taken stay in the channel."""
-    ends_at, waiting = time.monotonic() + timeout_s, deque[AgentEvent]()
-    try:
-        while True:
-            waiting.extend(channel.take())
-            while waiting:
-                yield waiting.popleft()
-            left_s = ends_at - time.monotonic()
-            if left_s <= 0:
-                return
-            select.select([channel.fileno()], [], [], left_s)
-    finally:
-        channel.put_back(waiting)
 
 
 _REJOIN_DELAY_S = 0.2
@@ -359,7 +269,7 @@ def agent(
         raise_open_files()
         own_name = name or socket.gethostname()
         first = introduction(ticket, own_name, executables, cpus)
-        with sole_agent(ticket, own_name), SignalInbox() as signals:
+        with SignalInbox() as signals:
             stops = [signals.fileno(), *stdin]
             serve_sessions(ticket, first, executables, stops, wait_s, say)
 

@@ -21,8 +21,6 @@ from pdlaunch.cli.joining import (
     Agents,
     is_agent_task,
     joined_agents,
-    require_hosts,
-    require_resumable,
     serve_task,
 )
 from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
@@ -57,11 +55,6 @@ def serve(
     ),
     output: Format = typer.Option("table", "--format", help="How --dry-run prints the plan."),
     stop_on_stdin_eof: StopOption = False,
-    resume: bool = typer.Option(
-        False,
-        "--resume",
-        help="Go on with the agents of a launch whose supervisor has died, by its --join-file.",
-    ),
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],
@@ -81,8 +74,6 @@ def serve(
             )
         lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_launch(config, flags)
-        if resume:
-            require_resumable(loaded.config)
         judged = judged_machine(assume, loaded.config)
         if dry_run:
             resolved = _resolve(loaded, judged, None)[0]
@@ -93,7 +84,7 @@ def serve(
         if is_agent_task(loaded.config, os.environ):
             serve_task(loaded.config, os.environ, say)
             return
-        outcome = _launch(loaded, judged, lifeline, resume=resume)
+        outcome = _launch(loaded, judged, lifeline)
         for line in outcome.report:
             say(line, "red")
         if outcome.survivors:
@@ -117,18 +108,14 @@ def _resolve(
     return resolved, models
 
 
-def _launch(
-    loaded: LoadedConfig, judged: Judged, lifeline: int | None, *, resume: bool
-) -> LaunchOutcome:
+def _launch(loaded: LoadedConfig, judged: Judged, lifeline: int | None) -> LaunchOutcome:
     """Wait for agents, judge, start and serve. Raises ConfigError and StartupError."""
     config, launch_id = loaded.config, new_launch_id()
     with contextlib.ExitStack() as stack:
         agents = log_dir = None
         if config.placement != "local":
             log_dir = new_log_dir(config, launch_id)
-            agents = stack.enter_context(
-                joined_agents(config, os.environ, log_dir, say, resume=resume)
-            )
+            agents = stack.enter_context(joined_agents(config, os.environ, log_dir, say))
         resolved, models = _resolve(loaded, judged, agents)
         refuse_errors(resolved, loaded.origins)
         # Before anything is started, so that a taken port costs no start.
@@ -136,8 +123,6 @@ def _launch(
         listeners = stack.enter_context(listening(config.host, config.port))
         # After all checks, so that a refused launch downloads nothing.
         fetch_weights(config, models, fetch_part)
-        if agents is not None:
-            require_hosts(agents, resolved)
         log_dir = log_dir or new_log_dir(config, launch_id)
         view = StartView(Console(), partial(_summary, loaded, resolved, log_dir))
         stack.callback(view.close)

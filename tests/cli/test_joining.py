@@ -88,7 +88,9 @@ def test_who_has_not_joined_is_named(commands: Commands) -> None:
     assert not commands.join.exists()
 
 
-def test_a_supervisor_that_was_killed_is_resumed_and_only_once(commands: Commands) -> None:
+def test_the_next_supervisor_finds_the_agents_of_a_killed_one_and_a_third_is_refused(
+    commands: Commands,
+) -> None:
     first = commands.serve()
     commands.until(first, "pdlaunch agent --join")
     agent = commands.agent("a")
@@ -97,10 +99,10 @@ def test_a_supervisor_that_was_killed_is_resumed_and_only_once(commands: Command
     commands.until(agent, "joined as a")
     first.kill()
     first.wait()
-    second = commands.serve("--resume")
+    second = commands.serve()
     commands.until(second, "a has joined")
     commands.until(agent, "joined as a", 2)
-    third = commands.serve("--resume")
+    third = commands.serve()
     assert third.wait(TIMEOUT_S) == 2
     assert "another supervisor is using" in commands.said(third)
     assert agent.poll() is None
@@ -118,9 +120,3 @@ def test_without_its_supervisor_an_agent_ends(commands: Commands) -> None:
     serve.kill()
     assert agent.wait(TIMEOUT_S) == 1
     assert "error: the supervisor was silent for" in commands.said(agent)
-
-
-def test_resume_needs_the_join_file(commands: Commands) -> None:
-    serve = commands.start("serve", "--placement", "hosts", "--hosts", "a", "--resume")
-    assert serve.wait(TIMEOUT_S) == 2
-    assert "--join-file" in commands.said(serve)

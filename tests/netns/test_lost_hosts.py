@@ -76,12 +76,12 @@ def test_engines_survive_agents_links_and_the_supervisor(
         assert places(launch) == {"prefill-0": "b", "decode-0": "c"}
         assert is_same(answer, tokens(launch))
 
-        # Somebody resumes the launch elsewhere, with a copy of its keys: agents obey the first.
+        # Another supervisor starts elsewhere, with a copy of its keys: agents obey the first.
         for file in (JOIN, f"{JOIN}.supervisor", "/tmp/launch.yaml"):
             copy = network["c"].file(file)
             copy.touch(0o600)
             copy.write_bytes(network["a"].file(file).read_bytes())
-        words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--resume", "--join-timeout", "5")
+        words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--join-timeout", "5")
         elsewhere = (*words, "--control-address", network["c"].address)
         with pdlaunch(network["c"], "serve", *elsewhere) as second:
             assert second.wait(TIMEOUT_S) == 1
@@ -105,7 +105,7 @@ def test_engines_survive_agents_links_and_the_supervisor(
         wait_for(lambda: len(places(launch)) == 2, launch, "not back")
         assert is_same(answer, tokens(launch))
 
-        # The supervisor is killed, and nobody resumes it.
+        # The supervisor is killed, and no other one follows.
         signal_inner(launch.serve)
         launch.serve.wait(TIMEOUT_S)
         assert launch.agents["b"].wait(TIMEOUT_S) == 1
@@ -114,13 +114,13 @@ def test_engines_survive_agents_links_and_the_supervisor(
 
 
 @pytest.mark.hosts_long
-def test_a_resumed_supervisor_serves_with_the_same_agents(
+def test_the_next_supervisor_serves_with_the_same_agents(
     network: Network, answer: dict[str, Any]
 ) -> None:
     with far_launch(network, CONFIG | {"agent_timeout_s": 60}, ["b", "c"]) as launch:
         signal_inner(launch.serve)
         launch.serve.wait(TIMEOUT_S)
-        words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT), "--resume")
+        words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT))
         with pdlaunch(launch.here, "serve", *words) as launch.serve:
             wait_for(lambda: is_same(answer, tokens(launch)), launch, "no answer")
             assert places(launch) == {"prefill-0": "b", "decode-0": "c"}

@@ -35,10 +35,8 @@ from pdlaunch.launch.hosts.agent_messages import (
     FromAgent,
     Join,
     Leave,
-    Look,
     Printed,
     Said,
-    Seen,
     Send,
     Session,
     Signal,
@@ -49,7 +47,6 @@ from pdlaunch.launch.hosts.agent_messages import (
 )
 from pdlaunch.launch.hosts.join import JoinTicket
 from pdlaunch.launch.hosts.local import Children, LocalHost
-from pdlaunch.machine.availability import probe_port
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
@@ -235,8 +232,6 @@ class AgentSession:
                 raise StartupError(reason)
             case AgentRefused(reason=reason):
                 raise SessionLostError(reason)
-            case Look():
-                self._send(_look(message))
             case Spawn():
                 self._spawn(message)
             case Signal(name=name, number=number) if host is not None:
@@ -329,13 +324,3 @@ class AgentSession:
                 yield to_agent.decode(self._session.payload(frames))
             except ProtocolError as error:
                 raise SessionLostError(str(error)) from None
-
-
-def _look(asked: Look) -> Seen:
-    states = {port: probe_port(asked.address, port) for port in asked.ports}
-    return Seen(
-        missing_paths=[each for each in asked.paths if not Path(each).exists()],
-        busy_ports={
-            port: state.detail or state.problem for port, state in states.items() if state.problem
-        },
-    )

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,7 +152,6 @@ class AgentChannel:
         self._events: deque[AgentEvent] = deque()
         self._outbox: deque[tuple[str, ToAgent]] = deque()
         self._closing = False
-        self._is_over = True
         self._readable = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context = SecureContext(keys.server, peer=keys.agents.public)
@@ -181,12 +180,6 @@ class AgentChannel:
             os.eventfd_read(self._readable)
         return [self._events.popleft() for _ in range(len(self._events))]
 
-    def put_back(self, events: Sequence[AgentEvent]) -> None:
-        """Have ``take`` return these again, before all others."""
-        if events:
-            self._events.extendleft(reversed(events))
-            os.eventfd_write(self._readable, 1)
-
     def send(self, name: str, message: ToAgent) -> None:
         """Queue a message for a host; it is dropped when that has no agent."""
         self._outbox.append((name, message))
@@ -196,14 +189,10 @@ class AgentChannel:
         """Let an agent join that has drawn this key pair itself."""
         self._context.admit(public)
 
-    def close(self, *, is_over: bool = True) -> None:
-        """Stop, and tell all agents that the launch is over.
-
-        Unless it ``is_over``, they wait for another supervisor as if this one had been killed.
-        """
+    def close(self) -> None:
+        """Stop, and tell all agents that the launch is over."""
         if self._closing:
             return
-        self._is_over = is_over
         self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
@@ -242,9 +231,8 @@ class AgentChannel:
                 beat_at, looked_at = now + self._beat_s, now
                 for agent in list(self._agents.values()):
                     self._beat(agent, now, overslept=overslept)
-        if self._is_over:
-            for agent in self._agents.values():
-                self._send(agent, Leave(reason="the launch is over"))
+        for agent in self._agents.values():
+            self._send(agent, Leave(reason="the launch is over"))
         self._socket.close()
 
     def _beat(self, agent: _Agent, now: float, *, overslept: bool) -> None:

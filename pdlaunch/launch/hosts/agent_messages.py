@@ -75,14 +75,7 @@ class Leave(Message):
     reason: str
 
 
-class Seen(Message):
-    """Answers Look."""
-
-    missing_paths: list[str]
-    busy_ports: dict[int, str] = {}  # the reason why a port cannot be listened on
-
-
-FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen
+FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave
 
 
 class AgentWelcome(Message):
@@ -90,14 +83,6 @@ class AgentWelcome(Message):
 
     timeout_s: float  # it ends its processes when no Beat of its own was answered for so long
     beat_s: float  # it says Beat so often
-
-
-class Look(Message):
-    """Asks which of these files and folders are not there, and which ports are not free."""
-
-    paths: list[str]
-    address: str = ""
-    ports: list[int] = []
 
 
 class Spawn(Message):
@@ -122,7 +107,7 @@ class Send(Message):
     frame: bytes
 
 
-ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Look | Spawn | Signal | Send
+ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Spawn | Signal | Send
 
 from_agent: Codec[FromAgent] = Codec(FromAgent)
 to_agent: Codec[ToAgent] = Codec(ToAgent)

@@ -3,7 +3,7 @@
 ::
 
     join file (0600)            server's public key, the agents' key pair
-    join file + .supervisor     the server's key pair and its port, for ``serve --resume``
+    join file + .supervisor     both key pairs and the port, for the supervisor after a killed one
 
 CURVE proves both sides to each other: only the supervisor has the secret of the server's key, and
 only who holds the join file has that of the agents'. Both are of one launch. The launch's own keys
@@ -13,10 +13,7 @@ are others: an agent is given them with each process that it starts.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +21,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.machine.machine_file import decode_machine
 from pdlaunch.planning.hosts import ResolvedHost
@@ -78,15 +75,15 @@ def new_join_keys(port: int = 0) -> JoinKeys:
 
 
 @contextlib.contextmanager
-def held_join_file(path: Path, *, resumes: bool = False) -> Iterator[None]:
+def held_join_file(path: Path, port: int = 0) -> Iterator[JoinKeys]:
     """Hold the join file as one supervisor does. Raises ConfigError while another one does.
 
-    ``resumes``: where the block fails, which Ctrl-C does not, the keys that were there stay for the
-    next try.
+    Yields the keys that a killed supervisor has left beside it, so that its agents join again, else
+    new ones for ``port``.
     """
     # The lock is on the supervisor's file: the join file appears only once it is whole.
-    resume_path = _resume_path(path)
-    with os.fdopen(_open_private(resume_path), "r+b") as held:
+    own_path = _supervisor_path(path)
+    with os.fdopen(_open_private(own_path), "r+b") as held:
         try:
             take_lock(held.fileno())
         except OSError:
@@ -98,45 +95,33 @@ def held_join_file(path: Path, *, resumes: bool = False) -> Iterator[None]:
             ) from None
         # One that a killed supervisor has left would send agents to nobody.
         path.unlink(missing_ok=True)
-        keeps_keys = resumes and os.fstat(held.fileno()).st_size > 0
-        has_failed = False
+        left = held.read(_MOST_BYTES)
         try:
-            yield
-        except Exception:
-            has_failed = True
-            raise
+            keys = msgspec.json.decode(left, type=JoinKeys) if left else new_join_keys(port)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{own_path} does not hold the keys of a supervisor: {error}",
+                field="join_file",
+                value=str(path),
+                fix="remove it, or name another file with --join-file",
+            ) from None
+        try:
+            yield keys
         finally:
-            # Only a supervisor that was killed, or failed to resume, leaves something to resume.
             path.unlink(missing_ok=True)
-            if not (keeps_keys and has_failed):
-                resume_path.unlink(missing_ok=True)
+            own_path.unlink(missing_ok=True)
 
 
 def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
-    """Write what agents join with, and what a supervisor resumes with; nobody else can read it."""
+    """Write what agents join with, and the keys for a supervisor that follows a killed one; nobody
+    else can read them.
+    """
     port = int(endpoint.rpartition(":")[2])
     # In place: whoever holds its lock keeps it.
-    _write_private(_resume_path(path), msgspec.structs.replace(keys, port=port))
+    _write_private(_supervisor_path(path), msgspec.structs.replace(keys, port=port))
     part = path.with_name(f"{path.name}.part")
     _write_private(part, keys.ticket(endpoint))
     part.replace(path)
-
-
-def read_resume_file(path: Path) -> JoinKeys:
-    """Read the keys of a supervisor that has died. Raises ConfigError."""
-    try:
-        content = _read_private(_resume_path(path))
-        if not content:  # made by `held_join_file` just now
-            raise FileNotFoundError(errno.ENOENT, "no supervisor was killed there")
-        return msgspec.json.decode(content, type=JoinKeys)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"there is nothing to resume at {path}: {_reason(error)}",
-            field="join_file",
-            value=str(path),
-            fix="name the --join-file of the launch whose supervisor has died, or leave --resume "
-            "out",
-        ) from None
 
 
 def read_ticket(name: str) -> JoinTicket:
@@ -146,19 +131,16 @@ def read_ticket(name: str) -> JoinTicket:
         text = sys.stdin.buffer.readline(_MOST_BYTES) if is_stdin else _read_private(Path(name))
         return msgspec.json.decode(text, type=JoinTicket)
     except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{'standard input' if is_stdin else name} cannot be joined with: {_reason(error)}",
+            f"{'standard input' if is_stdin else name} cannot be joined with: {reason}",
             field="--join",
             value=name,
             fix="copy the join file that `pdlaunch serve --placement hosts` names, as it is",
         ) from None
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _resume_path(path: Path) -> Path:
+def _supervisor_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.supervisor")
 
 
@@ -207,22 +189,3 @@ def joined_host(join: Join) -> ResolvedHost:
         join.address,
         executables=join.executables,
     )
-
-
-@contextlib.contextmanager
-def sole_agent(ticket: JoinTicket, name: str) -> Iterator[None]:
-    """Hold the name of a host in a launch. Raises StartupError while another process holds it."""
-    launch = hashlib.sha256(f"{ticket.server_public} {name}".encode()).hexdigest()
-    # An abstract Unix socket: the kernel frees it however the agent ends; and it knows no users,
-    # but network namespaces, as the addresses of hosts do.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
-        try:
-            holder.bind(f"\0pdlaunch-agent-{launch}")
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise StartupError(f"{name} cannot be held here: {error.strerror}") from None
-            raise StartupError(
-                f"another agent serves {name} of this launch on this machine already; with two, "
-                "engines would run twice: end it, or choose another --name"
-            ) from None
-        yield

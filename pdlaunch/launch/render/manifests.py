@@ -130,8 +130,7 @@ def _rendered(
         fixed_ports={g.role: p for g in launch.groups if (p := config.role(g.role).ports())},
         allowed_hosts=",".join([*config.allowed_hosts, *own_hosts]),
         checksum=hashlib.sha256(launch.config_yaml.encode()).hexdigest(),
-        # --resume: the keys are those of the Secret, so that agents find a new supervisor, too.
-        serve_command=["pdlaunch", "serve", "/etc/pdlaunch/deployment.yaml", "--resume"],
+        serve_command=["pdlaunch", "serve", "/etc/pdlaunch/deployment.yaml"],
         agent_command=lambda group, name: _agent_command(launch, group, name),
         labels=lambda *args, **kwargs: _labels(launch, *args, **kwargs),
         resources=lambda group: _resources(options, group),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 import time
@@ -25,9 +24,8 @@ from pdlaunch.launch.hosts.agent_messages import (
     AgentWelcome,
     Beat,
     Join,
-    Look,
     Printed,
-    Seen,
+    Said,
     Session,
     from_agent,
     to_agent,
@@ -92,11 +90,8 @@ def channel(keys: JoinKeys, tmp_path: Path) -> Iterator[AgentChannel]:
 
 
 def next_event(channel: AgentChannel) -> AgentEvent:
-    readable, _, _ = select.select([channel.fileno()], [], [], TIMEOUT_S)
-    assert readable, "nothing was told"
-    first, *rest = channel.take()
-    channel.put_back(rest)
-    return first
+    await_true(lambda: channel._events, "something was told")
+    return channel._events.popleft()
 
 
 def port_of(channel: AgentChannel) -> int:
@@ -105,7 +100,8 @@ def port_of(channel: AgentChannel) -> int:
 
 def die(channel: AgentChannel) -> None:
     """End the thread as SIGKILL would: nobody is told, and nobody listens."""
-    channel.close(is_over=False)
+    channel._agents.clear()
+    channel.close()
     # ZMQ closes the socket in a thread of its own.
     free = PortState()
     await_true(lambda: probe_port("127.0.0.1", port_of(channel)) == free, "the port is free")
@@ -203,21 +199,12 @@ def raw(channel: AgentChannel, keys: JoinKeys) -> Iterator[RawAgent]:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_an_agent_joins_and_answers_and_leaves_with_the_launch(
+def test_an_agent_joins_and_leaves_with_the_launch(
     keys: JoinKeys, tmp_path: Path, address: str
 ) -> None:
     with listening(keys, tmp_path, address) as channel:
         agent = Agent(keys.ticket(channel.endpoint))
         assert next_event(channel) == Joined(HELLO)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            paths = [str(tmp_path), "/no/such/folder"]
-            channel.send("a", Look(paths=paths, address="127.0.0.1", ports=[port, 0]))
-            told = next_event(channel)
-        assert isinstance(told, Told)
-        assert isinstance(told.message, Seen)
-        assert told.message.missing_paths == ["/no/such/folder"]
-        assert list(told.message.busy_ports) == [port]
     assert agent.end() == "the launch is over"
     assert agent.notes == ["joined as a"]
 
@@ -427,7 +414,7 @@ def test_an_agent_comes_back_after_the_supervisor_was_stopped(
         await_true(lambda: agent.gone_at != gone_at or channel._events, "the channel has looked")
         with contextlib.closing(RawAgent(channel, keys)) as again:
             again.session = raw.session
-            again.say(Seen(missing_paths=[]))
+            again.say(Said(name="prefill-0", frame=b""))
             assert isinstance(next_event(channel), Told)
 
 
@@ -437,7 +424,7 @@ def test_what_processes_print_comes_to_the_folder_of_the_logs(
     raw.join()
     for data in (b"one\n", b"two\n"):
         raw.say(Printed(name="prefill-0", data=data))
-    raw.say(Seen(missing_paths=[]))
+    raw.say(Said(name="prefill-0", frame=b""))
     assert isinstance(next_event(channel), Told)
     assert (tmp_path / "prefill-0").read_bytes() == b"one\ntwo\n"
 

@@ -1,4 +1,4 @@
-"""The join file is for one user and one supervisor; one agent of a machine serves a host."""
+"""The join file is for one user and one supervisor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.join import (
     held_join_file,
     new_join_keys,
-    read_resume_file,
     read_ticket,
-    sole_agent,
     write_join_files,
 )
-from tests.command_line import invoke
-from tests.launch.hosts.test_agent_channel import listening
 
 ENDPOINT = "tcp://10.0.0.1:5555"
 
@@ -42,7 +38,6 @@ def test_an_agent_gets_the_servers_public_key_and_a_pair_of_its_own(path: Path) 
         assert ticket.secret not in repr(ticket)
         modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
         assert modes == {"join": 0o600, "join.supervisor": 0o600}
-        assert read_resume_file(path).port == 5555
     assert list(path.parent.iterdir()) == []
 
 
@@ -89,36 +84,13 @@ def test_the_second_supervisor_of_a_secret_is_refused(path: Path) -> None:
         assert path.read_bytes() == before
 
 
-def test_without_a_dead_supervisor_there_is_nothing_to_resume(path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to resume"):
-        read_resume_file(path)
-    with (
-        held_join_file(path),
-        pytest.raises(ConfigError, match=r"nothing to resume .*: no supervisor was killed there"),
-    ):
-        read_resume_file(path)
-
-
-def test_a_second_agent_is_refused_before_it_asks_anybody(path: Path, tmp_path: Path) -> None:
-    """It might be let in: the supervisor takes the first one for lost when that is stopped."""
-    words, keys = ["agent", "--join", str(path), "--name", "c"], new_join_keys()
-    with listening(keys, tmp_path) as channel:
-        write_join_files(path, keys, channel.endpoint)
-        with sole_agent(keys.ticket(channel.endpoint), "c"):
-            result = invoke(words)
-        # It is gone now: this one asks the supervisor.
-        asked = invoke(words)
-    assert result.exit_code == 1
-    assert "another agent serves c of this launch on this machine already" in result.output
-    assert "end it, or choose another --name" in result.output
-    assert "c is none of the hosts a, b" in asked.output
-
-
-def test_other_hosts_and_other_launches_are_free() -> None:
+def test_the_supervisor_after_a_killed_one_has_its_keys_and_port(path: Path) -> None:
     keys = new_join_keys()
-    ticket, other = keys.ticket(ENDPOINT), new_join_keys().ticket(ENDPOINT)
-    with sole_agent(ticket, "a"), sole_agent(ticket, "b"), sole_agent(other, "a"):
-        # Who resumes a launch has the keys of the first one, be it at another port.
-        for same in (ticket, keys.ticket("tcp://127.0.0.1:10")):
-            with pytest.raises(StartupError, match="serves a of this"), sole_agent(same, "a"):
-                pass
+    with held_join_file(path, 7070) as new:
+        assert (new.port, new.server != keys.server) == (7070, True)
+    write_join_files(path, keys, ENDPOINT)
+    with held_join_file(path, 7070) as left:
+        assert (left.server, left.agents, left.port) == (keys.server, keys.agents, 5555)
+    (path.parent / "join.supervisor").write_text("no keys")
+    with pytest.raises(ConfigError, match="does not hold the keys"), held_join_file(path):
+        pass
