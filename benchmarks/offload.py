@@ -16,10 +16,8 @@ import numpy as np
 import torch
 
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.engine.kvcache.groups import aligned_chunk_bytes, choose_blocks_per_chunk
-from pdlaunch.engine.offload.host_memory import HostMemory
-from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished
-from pdlaunch.engine.offload.worker import BlockPlaces, CopyQueue
+from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished, OffloadJob
+from pdlaunch.engine.offload.worker import CopyQueue, HostMemory
 
 JOB_BYTES = 64 * 1024**2
 WAYS: dict[str, tuple[Direction, ...]] = {
@@ -32,29 +30,26 @@ WAYS: dict[str, tuple[Direction, ...]] = {
 class Traffic:
     """Stores one half of the blocks and loads the other, in random order, in jobs."""
 
-    def __init__(self, pages: torch.Tensor, host: HostMemory, per_chunk: int) -> None:
+    def __init__(self, pages: torch.Tensor, host: HostMemory) -> None:
         self._finished: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
         self._queues = {
             direction: CopyQueue(direction, pages, host, self._finished.put)
             for direction in DIRECTIONS
         }
         half = len(pages) // 2
-        num_chunks = half // per_chunk
-        num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), num_chunks)
+        num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), half)
         random = np.random.default_rng(0)
-        chunks = random.permutation(host.num_chunks)
+        places = random.permutation(host.num_blocks)
         self._jobs = {}
         for index, direction in enumerate(DIRECTIONS):
-            blocks = index * half + random.permutation(half).reshape(num_chunks, per_chunk)
-            own = chunks[index * num_chunks : (index + 1) * num_chunks]
+            blocks = index * half + random.permutation(half)
+            own = places[index * half : (index + 1) * half]
             self._jobs[direction] = [
-                BlockPlaces(
-                    some.ravel(),
-                    np.repeat(ids, per_chunk),
-                    np.tile(np.arange(per_chunk), len(ids)),
-                )
-                for some, ids in zip(
-                    np.array_split(blocks, num_jobs), np.array_split(own, num_jobs), strict=True
+                OffloadJob(number, direction, some.tolist(), ids.tolist(), [])
+                for number, (some, ids) in enumerate(
+                    zip(
+                        np.array_split(blocks, num_jobs), np.array_split(own, num_jobs), strict=True
+                    )
                 )
             ]
 
@@ -63,8 +58,8 @@ class Traffic:
         start_at = time.perf_counter()
         num_pending = 0
         for jobs in zip(*(self._jobs[direction] for direction in directions), strict=True):
-            for direction, places in zip(directions, jobs, strict=True):
-                self._queues[direction].submit(num_pending, places)
+            for direction, job in zip(directions, jobs, strict=True):
+                self._queues[direction].submit(job)
                 num_pending += 1
         for _ in range(num_pending):
             assert self._finished.get().ok
@@ -77,21 +72,16 @@ class Traffic:
 
 def measure(block_bytes: int, device: torch.device, num_bytes: int) -> dict[str, object]:
     """Return the row of a block size; each way is the best of three rounds after a first."""
-    per_chunk = min(choose_blocks_per_chunk(block_bytes, device.type), num_bytes // block_bytes)
-    num_chunks = num_bytes // (per_chunk * block_bytes)
-    pages = torch.zeros(2 * num_chunks * per_chunk, block_bytes, dtype=torch.uint8, device=device)
-    host = HostMemory(
-        2 * num_chunks,
-        aligned_chunk_bytes(per_chunk * block_bytes),
-        pin=device.type == "cuda",
-        progress=lambda *_: None,
-    )
-    traffic = Traffic(pages, host, per_chunk)
+    num_blocks = num_bytes // block_bytes
+    pages = torch.zeros(2 * num_blocks, block_bytes, dtype=torch.uint8, device=device)
+    pin = device.type == "cuda"
+    host = HostMemory(2 * num_blocks, block_bytes, pin=pin, progress=lambda *_: None)
+    traffic = Traffic(pages, host)
     row: dict[str, object] = {"block_bytes": block_bytes}
     for name, directions in WAYS.items():
         traffic.seconds(directions)
         seconds = min(traffic.seconds(directions) for _ in range(3))
-        moved = len(directions) * num_chunks * per_chunk * block_bytes
+        moved = len(directions) * num_blocks * block_bytes
         row[f"{name}_gb_per_s"] = round(moved / seconds / 1e9, 2)
     traffic.close()
     host.close()

@@ -11,8 +11,7 @@ PdlaunchError
 ├── TransferError           nobody: a KV block was not moved or proven; pulled again or recomputed
 │   ├── HandshakeError      the user: two engines do not fit; names the field and both values
 │   ├── LeaseError          nobody: the lease on the blocks has ended
-│   ├── VerificationError   nobody: token hash or checksum differ; the blocks are not used
-│   └── TransferSpecError   us: blocks to copy between device and host are described wrongly
+│   └── VerificationError   nobody: token hash or checksum differ; the blocks are not used
 ├── MemoryPoolError         the user: a memory pool has no room, sleeps, or is owned already
 └── ProtocolError           us, or a stranger on the socket: a message has not the agreed form
 """
@@ -91,10 +90,6 @@ class LeaseError(TransferError):
 
 
 class VerificationError(TransferError):
-    pass
-
-
-class TransferSpecError(TransferError, ValueError):
     pass
 
 

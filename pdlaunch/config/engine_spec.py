@@ -41,8 +41,6 @@ class EngineSpec(SharedSettings, EngineSettings):
     """Always off on a CPU."""
     activation_bytes: int = 0
     """A rank that sizes its KV cache by gpu_memory_utilization sets this aside for a step."""
-    blocks_per_chunk: int = 1
-    """KV blocks that share a chunk of the host tier."""
     bind_address: str = ENGINE_HOST
     """The server and the side channels of the ranks listen here."""
     advertise_address: str = ENGINE_HOST

@@ -45,7 +45,7 @@ class Incoming:
     """The request that waits for them; None once it has ended, or if nobody ever did."""
     hit: PrefixHit  # cached blocks that ``request`` shares meanwhile
     block_ids: list[list[int]]  # blocks to write to, by group; they follow those of ``hit``
-    chunk_ids: frozenset[int] = frozenset()  # chunks of host memory that a load reads
+    host_ids: frozenset[int] = frozenset()  # blocks of host memory that a load reads
 
 
 class KVTransfers:
@@ -202,18 +202,17 @@ class KVTransfers:
 
     def is_loaded(self, hit: HostHit) -> bool:
         """Return whether another request loads a part of ``hit``, which will be cached then."""
-        wanted = {chunk_id for chunk_ids in hit.chunk_ids for chunk_id in chunk_ids}
+        wanted = {host_id for host_ids in hit.host_ids for host_id in host_ids}
         return any(
-            load.request is not None and not load.chunk_ids.isdisjoint(wanted)
+            load.request is not None and not load.host_ids.isdisjoint(wanted)
             for load in self._incoming.values()
         )
 
     def start_load(self, request: Request, hit: HostHit) -> None:
         assert self._planner is not None
-        counts = [hit.num_blocks_to_load(group) for group in range(self._kv.num_groups)]
-        load = self._take(request, hit.device, counts)
+        load = self._take(request, hit.device, list(map(len, hit.host_ids)))
         job = self._planner.begin_load(hit, load.block_ids, request.hasher.block_hashes)
-        load.chunk_ids = frozenset(job.chunk_ids)
+        load.host_ids = frozenset(job.host_ids)
         self._incoming[job.job_id] = load
         request.incoming = job.job_id
         self.jobs.append(job)
@@ -222,17 +221,15 @@ class KVTransfers:
         """Copy these logical blocks, which are full, to host memory as far as it lacks them."""
         if self._planner is None or not blocks:
             return
-        hashes = request.hasher.block_hashes
-        for job in self._planner.begin_stores(request.tables, hashes, blocks.start, blocks.stop):
+        job = self._planner.begin_store(request.tables, request.hasher.block_hashes, blocks)
+        if job is not None:
             self._kv.pool.share(job.block_ids)
             self.jobs.append(job)
 
     def finish_job(self, report: JobFinished) -> Incoming | None:
         """Move a job's blocks to where they belong now; return the load, if it was one."""
-        job = None if self._planner is None else self._planner.finish(report)
-        if job is None:
-            return None
-        counts = self._counts
+        assert self._planner is not None
+        job, counts = self._planner.finish(report), self._counts
         if job.direction == "store":
             counts.offload_stores += 1
             counts.offload_stored_bytes += report.num_bytes
@@ -245,7 +242,7 @@ class KVTransfers:
         counts.offload_loaded_bytes += report.num_bytes
         counts.offload_loaded_seconds += report.seconds
         counts.offload_load_failures += not report.ok
-        counts.offload_bad_blocks += len(report.failed_chunk_ids)
+        counts.offload_bad_blocks += len(report.failed_host_ids)
         return self._end(job.job_id, ok=report.ok)
 
     def frees_blocks_soon(self) -> bool:
@@ -304,11 +301,11 @@ class KVTransfers:
         tier = self._planner.tier
         return msgspec.structs.replace(
             stats,
-            num_host_blocks=tier.num_chunks,
-            num_used_host_blocks=tier.num_used_chunks,
+            num_host_blocks=tier.num_blocks,
+            num_used_host_blocks=tier.num_used_blocks,
             num_offload_jobs=self._planner.num_jobs,
-            offload_evicted_blocks=tier.num_evicted_chunks,
-            offload_refused_blocks=tier.num_refused_chunks,
+            offload_evicted_blocks=tier.num_evicted_blocks,
+            offload_refused_blocks=tier.num_refused_blocks,
         )
 
     def check_integrity(self, requests: Iterable[Request]) -> None:

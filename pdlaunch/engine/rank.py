@@ -258,7 +258,6 @@ def new_offload_worker(
         kv_cache=runner.kv_cache,
         layout=runner.layout,
         host_memory_bytes=spec.kv_offload.host_memory,
-        blocks_per_chunk=spec.blocks_per_chunk,
         device_hasher=KVHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
         progress=progress,
         wake=wake,
@@ -271,7 +270,4 @@ def new_offload_planner(
     """Return the planner of an engine whose ranks have such workers; its tier is empty."""
     if worker is None:
         return None
-    tier = HostTier(worker.num_chunks)
-    return OffloadPlanner(
-        runner.layout.groups, spec.block_size, tier, blocks_per_chunk=spec.blocks_per_chunk
-    )
+    return OffloadPlanner(runner.layout.groups, spec.block_size, HostTier(worker.num_blocks))

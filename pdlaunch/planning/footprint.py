@@ -11,7 +11,6 @@ from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.sizes import format_size
 from pdlaunch.engine.kvcache.groups import (
     KVCacheLayout,
-    choose_blocks_per_chunk,
     make_groups,
     min_blocks,
     num_kv_heads_of_rank,
@@ -33,7 +32,6 @@ class Footprint:
     float32 logits of every running request.
     """
     layout: KVCacheLayout
-    blocks_per_chunk: int  # KV blocks that share a chunk of the host tier
     max_model_len: int
     kv_cache_bytes: int | None
     """Size of the KV cache; None: what the device has left, known only at start."""
@@ -128,7 +126,6 @@ def make_footprint(
         weight_bytes=_weights_of_rank(shape, tp_size) * size,
         activation_bytes=activations,
         layout=layout,
-        blocks_per_chunk=choose_blocks_per_chunk(layout.block_bytes, device),
         max_model_len=max_model_len,
         kv_cache_bytes=kv_cache_bytes,
     )

@@ -217,7 +217,6 @@ class ResolvedLaunch:
             model_dir=engines.model.path,
             served_model_name=self.served_model_name,
             activation_bytes=engines.footprint.activation_bytes,
-            blocks_per_chunk=engines.footprint.blocks_per_chunk,
             device_indices=engine.device_indices,
             tensor_parallel_size=engines.tp_size,
             bind_address=engines.on.bind_address,

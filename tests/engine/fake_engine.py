@@ -99,15 +99,14 @@ class FakeEngine:
         num_blocks: int = 32,
         caching: bool = True,
         tp_size: int = 1,
-        num_chunks: int = 0,
-        blocks_per_chunk: int = 1,
+        num_host: int = 0,
         runs_ahead: bool = False,
         shares_tokens: bool = False,
         max_beside_streams: int | None = None,
         **settings: object,
     ) -> None:
         """``shares_tokens``: other ranks get what rank 0 draws at once, without which they cannot
-        run ahead. ``num_chunks``: room of the host tier, which needs ``caching``; 0: there is
+        run ahead. ``num_host``: room of the host tier, which needs ``caching``; 0: there is
         none. ``settings``: of an EngineSpec.
         """
         own = {"enable_prefix_caching": caching, "tensor_parallel_size": tp_size}
@@ -115,10 +114,7 @@ class FakeEngine:
         self.groups = groups
         self.num_blocks = num_blocks
         self.block_size = size = spec.block_size
-        planner = None
-        if num_chunks:
-            tier = HostTier(num_chunks)
-            planner = OffloadPlanner(groups, size, tier, blocks_per_chunk=blocks_per_chunk)
+        planner = OffloadPlanner(groups, size, HostTier(num_host)) if num_host else None
         self.scheduler = make_scheduler(spec, groups, num_blocks, planner, max_beside_streams)
         self.runners = [
             FakeRunner(groups, num_blocks, spec, expects=tp_rank > 0 and shares_tokens)
@@ -126,7 +122,7 @@ class FakeEngine:
         ]
         self.runners[0].samples = True
         self.can_run_ahead = shares_tokens or tp_size == 1
-        self.host = [FakeHostMemory(runner, blocks_per_chunk) for runner in self.runners]
+        self.host = [FakeHostMemory(runner) for runner in self.runners]
         self.runs_ahead = runs_ahead
         self.in_flight: deque[tuple[StepPlan, list[FakeStep]]] = deque()
         self.num_ahead = 0
@@ -258,14 +254,14 @@ class FakeEngine:
         self.take_outputs()
 
     def end_job(self, job_id: int, *, ok: bool = True, num_bad: int = 0) -> None:
-        """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are
-        found to be wrong.
+        """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` host blocks of a load
+        are found to be wrong.
         """
         job = self.jobs.pop(job_id)
         for tp_rank, host in enumerate(self.host):
             fails = not ok and tp_rank == job_id % len(self.host)
-            bad_chunk_ids = job.chunk_ids[:num_bad] if fails else []
-            merged = self.merger.add(host.end(job, ok=not fails, bad_chunk_ids=bad_chunk_ids))
+            bad_host_ids = job.host_ids[:num_bad] if fails else []
+            merged = self.merger.add(host.end(job, ok=not fails, bad_host_ids=bad_host_ids))
         assert merged is not None
         assert merged.ok == ok
         self.scheduler.requests.on_job_finished(merged)

@@ -20,7 +20,7 @@ def make_engine(
     groups: tuple[KVCacheGroup, ...] = (FULL,), num_blocks: int = 6, **options: int
 ) -> FakeEngine:
     """The device has room for one prompt and its answer; the host has room for all."""
-    return FakeEngine(groups=groups, num_blocks=num_blocks * len(groups), num_chunks=200, **options)
+    return FakeEngine(groups=groups, num_blocks=num_blocks * len(groups), num_host=200, **options)
 
 
 def stats_of(engine: FakeEngine) -> EngineStats:
@@ -53,10 +53,11 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
     assert engine.runners[0].num_computed_tokens == num_computed + 1 + 3
     assert engine.finished["second"].num_cached_tokens == 12
     # Of the sliding group only what the token after the prefix sees.
-    assert [job.group_sizes for job in engine.loads] == [[3] if len(groups) == 1 else [3, 1]]
+    (load,) = engine.loads
+    assert [key.group for key in load.keys] == ([0, 0, 0] if len(groups) == 1 else [0, 0, 0, 1])
     stats = stats_of(engine)
     assert (stats.host_hit_tokens, stats.device_hit_tokens, stats.remote_hit_tokens) == (12, 0, 0)
-    assert stats.offload_loaded_bytes == 100 * sum(engine.loads[0].group_sizes)
+    assert stats.offload_loaded_bytes == 100 * len(load.block_ids)
 
 
 def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
@@ -71,10 +72,10 @@ def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
     engine.add("second", PROMPT + OTHER)
     engine.run_all()
     (load,) = engine.loads
-    assert 0 < load.block_indices[0] < 3
-    assert load.block_indices[0] + load.group_sizes[0] == 3
-    assert stats_of(engine).device_hit_tokens == 4 * load.block_indices[0]
-    assert stats_of(engine).host_hit_tokens == 4 * load.group_sizes[0]
+    assert 0 < len(load.block_ids) < 3
+    stats = stats_of(engine)
+    assert stats.host_hit_tokens == 4 * len(load.block_ids)
+    assert stats.device_hit_tokens == 12 - stats.host_hit_tokens
     assert engine.token_ids("second") == output(PROMPT + OTHER, 4)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.kvcache.manager import BlockTables
 from pdlaunch.engine.rank import new_offload_planner, new_offload_worker
 from pdlaunch.errors import ConfigError
 from tests.engine.hand_scheduler import ignore_progress, make_spec
@@ -25,30 +24,18 @@ RUNNER: Any = SimpleNamespace(
 )
 
 
-def num_chunks(host_memory: int) -> int | None:
+def num_blocks(host_memory: int) -> int | None:
     spec = make_spec("unused", kv_offload={"host_memory": host_memory})
     worker = new_offload_worker(spec, RUNNER, progress=ignore_progress, wake=lambda: None)
     planner = new_offload_planner(spec, RUNNER, worker)
     if worker is not None:
         worker.close()
-    return None if planner is None else planner.tier.num_chunks
+    return None if planner is None else planner.tier.num_blocks
 
 
 def test_the_tier_is_as_large_as_the_memory() -> None:
-    assert num_chunks(0) is None
-    assert num_chunks(10 * 4096 + 1) == 10
-    with pytest.raises(ConfigError, match="holds no chunk of 4096 bytes") as caught:
-        num_chunks(4095)
+    assert num_blocks(0) is None
+    assert num_blocks(10 * 4096 + 1) == 10
+    with pytest.raises(ConfigError, match="holds no block of 4096 bytes") as caught:
+        num_blocks(4095)
     assert caught.value.field == "kv_offload.host_memory"
-
-
-def test_the_planner_counts_in_the_chunks_of_the_ranks() -> None:
-    worker: Any = SimpleNamespace(num_chunks=10)
-    spec = make_spec("unused", kv_offload={"host_memory": 1}, blocks_per_chunk=16)
-    planner = new_offload_planner(spec, RUNNER, worker)
-    assert planner is not None
-    tables = BlockTables(2)
-    tables.append([0, 20], [list(range(40)), list(range(40, 60))])
-    (job,) = planner.begin_stores(tables, [bytes([index]) for index in range(40)], 0, 40)
-    assert (job.group_sizes, job.block_indices) == ([32, 12], [0, 20])
-    assert job.chunk_hashes == [bytes([15]), bytes([31]), bytes([31])]

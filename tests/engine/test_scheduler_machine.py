@@ -38,11 +38,11 @@ SETTINGS = st.fixed_dictionaries(
         "kv_transfer": st.sampled_from(["recompute", "recompute", "fail"]).map(
             lambda on_failure: KVTransferSettings(on_failure=on_failure)
         ),
-        "num_chunks": st.sampled_from([0, 3, 12, 100]),
+        "num_host": st.sampled_from([0, 3, 12, 100]),
         "shares_tokens": st.booleans(),
         "max_beside_streams": st.sampled_from([None, 1, 5]),
     }
-).map(lambda found: found | ({} if found["caching"] else {"num_chunks": 0}))
+).map(lambda found: found | ({} if found["caching"] else {"num_host": 0}))
 OFFLOAD_SETTINGS = st.fixed_dictionaries(
     {
         "groups": st.sampled_from(
@@ -52,8 +52,7 @@ OFFLOAD_SETTINGS = st.fixed_dictionaries(
         "max_num_seqs": st.just(3),
         "max_num_batched_tokens": st.integers(4, 24),
         "tp_size": st.sampled_from([1, 2]),
-        "num_chunks": st.sampled_from([20, 100]),
-        "blocks_per_chunk": st.integers(1, 3),
+        "num_host": st.sampled_from([20, 100]),
         "shares_tokens": st.just(True),
     }
 ).map(lambda found: found | {"num_blocks": 10 * len(found["groups"]) + found["num_blocks"]})

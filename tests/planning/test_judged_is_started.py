@@ -205,7 +205,6 @@ def assert_same_memory(engines: RoleEngines, spec: EngineSpec) -> None:
     )
     assert engines.footprint is not None
     assert engines.footprint.layout == layout
-    assert engines.footprint.blocks_per_chunk == spec.blocks_per_chunk
     assert engines.footprint.activation_bytes == spec.activation_bytes
     num_blocks = spec.kv_cache_memory and spec.kv_cache_memory // layout.block_bytes
     assert engines.num_blocks == num_blocks

@@ -1,4 +1,4 @@
-"""Forms KV cache groups; gives the shape of a KV block, and the size of chunks on the host.
+"""Forms KV cache groups; gives the shape of a KV block.
 
 A model's layers are sorted by what they keep of the past (all tokens, or a sliding window) and cut
 into groups of equal size, so that one pool of equal-sized blocks serves all groups. Each group has
@@ -9,18 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-CHUNK_ALIGNMENT_BYTES = 4096
-"""Chunks begin on pages of the machine; pages in them keep the alignment they have in the block."""
-
-LONG_RUN_BYTES = 256 * 1024
-"""Bytes that copy engines should find in one piece on the host. Measured on an H200, D2H: 64 KiB 49
-GB/s, these 53, 1 MiB 54.
-"""
-MOST_BLOCKS_PER_CHUNK = 16
-"""A prefix is found by whole chunks: the longer they are, the less of a prompt is found. Kernels
-win nothing from longer ones.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +124,3 @@ def min_blocks(windows: Sequence[int | None], block_size: int, num_tokens: int) 
         num_logical if window is None else min(num_logical, span_blocks(window, block_size))
         for window in windows
     )
-
-
-def choose_blocks_per_chunk(block_bytes: int, device_type: str) -> int:
-    """Return how many blocks of a rank share a chunk of the host tier; planned before a start."""
-    if device_type != "cuda":
-        return 1
-    return max(1, min(MOST_BLOCKS_PER_CHUNK, LONG_RUN_BYTES // block_bytes))
-
-
-def aligned_chunk_bytes(used_bytes: int) -> int:
-    """Return the bytes that a chunk takes in host memory, its unused end included."""
-    return -(-used_bytes // CHUNK_ALIGNMENT_BYTES) * CHUNK_ALIGNMENT_BYTES

@@ -9,20 +9,18 @@ it and never waits.
 Checksums are xxh3_64 of each (block, KV head). On a CPU the host's bytes are hashed while the copy
 reads them; a GPU hashes its own blocks: those that were stored, and those that a load has brought.
 
-Copies KV blocks between the KV cache and host memory, a queue for each direction.
-
 Each direction has a thread. On a CPU that thread copies; on CUDA the caller enqueues on a stream of
-its own, behind what the current stream holds, and the thread waits.
-
-The copy engines (``cuMemcpyBatchAsync``) move 52 to 54 GB/s each way from pages of 32 KiB on (one
-H200, PCIe 5.0: 55), and take no multiprocessor from the model. A block of all layers is that large
-in every model that is served; so there is no other method but torch's own copies, for drivers
-without the call.
+its own, behind what the current stream holds, and the thread waits. There the copy engines
+(``cuMemcpyBatchAsync``) move 52 to 54 GB/s each way from pages of 32 KiB on (one H200, PCIe 5.0:
+55), and take no multiprocessor from the model. A block of all layers is that large in every model
+that is served; so there is no other method but torch's own copies, for drivers without the call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -32,40 +30,129 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
-from pdlaunch.engine.kvcache.groups import KVCacheLayout, aligned_chunk_bytes
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.memory.batch_copies import BatchCopies
+from pdlaunch.engine.memory.host_pages import map_pages, touch_pages
 from pdlaunch.engine.models.attention import ReportProgress
-from pdlaunch.engine.offload.host_memory import HostMemory, IntArray
-from pdlaunch.engine.offload.jobs import (
-    DIRECTIONS,
-    ChunkKey,
-    ChunkPart,
-    Direction,
-    JobFinished,
-    JobLimits,
-    OffloadJob,
-)
-from pdlaunch.errors import ConfigError, TransferError, TransferSpecError
+from pdlaunch.engine.offload.jobs import DIRECTIONS, BlockKey, Direction, JobFinished, OffloadJob
+from pdlaunch.errors import ConfigError, TransferError
 from pdlaunch.machine.cuda_driver import DriverError
-from pdlaunch.machine.host import usable_cpus
-from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
+from pdlaunch.machine.host import memory_bytes, usable_cpus
+from pdlaunch.transfer.integrity.checksum import KVHasher
 
 logger = logging.getLogger(__name__)
 
+IntArray = npt.NDArray[np.int64]
+
+PAGE_BYTES = 4096
+"""Host blocks begin on pages of the machine."""
+PIECE_BYTES = 1024**3
 NUM_BATCH_STREAMS = 3
 """One stream and three on an H200: blocks of 64 KiB 39 and 46 GB/s, of 256 KiB 49 and 52 GB/s."""
+MOST_HASH_THREADS = 8
+"""Of half of the cores. 512 MiB take 44 ms on 2 threads and 18 ms on 6; the copy takes 10 ms."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockPlaces:
-    """Names blocks of the KV cache and their slots in host chunks. All are [num_blocks]."""
+def register_pages(address: int, num_bytes: int) -> int:
+    """Page-lock memory for all devices; returns CUDA's error code, 0 for none."""
+    return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))  # type: ignore[no-untyped-call]
 
-    block_ids: IntArray
-    chunk_ids: IntArray
-    slots: IntArray
+
+def unregister_pages(address: int) -> None:
+    """Undo ``register_pages``."""
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+class HostMemory:
+    """Allocates ``num_blocks`` host blocks at once, each of ``block_bytes`` on a page of its own;
+    ``progress`` is called after each pinned piece.
+
+    Memory lies in pieces of about 1 GiB: anonymous memory in huge pages, touched by several threads
+    and then registered. That takes 0.1 s a GiB on an H200's host, where the driver's allocator took
+    0.37 s and scattered copies of 4 KiB were slower (44 instead of 48 GB/s). Raises ConfigError
+    when the machine has less memory than asked for, or refuses to pin it.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_bytes: int,
+        *,
+        pin: bool,
+        progress: ReportProgress,
+        piece_bytes: int = PIECE_BYTES,
+        register: Callable[[int, int], int] = register_pages,
+        unregister: Callable[[int], None] = unregister_pages,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self._block_bytes = block_bytes
+        self._stride = bytes_on_host(block_bytes)
+        self._blocks_per_piece = max(1, piece_bytes // self._stride)
+        self._register = register
+        self._unregister = unregister
+        self._pinned: list[int] = []
+        total_bytes = math.inf
+        with contextlib.suppress(OSError, ValueError):  # a machine that does not tell
+            total_bytes = memory_bytes()
+        if num_blocks * self._stride > total_bytes:
+            raise self._refusal(f"this machine has {total_bytes}")
+        self.pieces: list[torch.Tensor] = []
+        """[blocks * stride] uint8 each; the last one may be smaller."""
+        for first in range(0, num_blocks, self._blocks_per_piece):
+            end = min(first + self._blocks_per_piece, num_blocks)
+            self.pieces.append(self._allocate((end - first) * self._stride, pin=pin))
+            if pin:
+                progress("pinning host memory", end / num_blocks)
+        self.piece_addresses = np.array([piece.data_ptr() for piece in self.pieces], dtype=np.int64)
+
+    def places(self, host_ids: IntArray) -> tuple[IntArray, IntArray]:
+        """Return for each block the index of its piece, and its offset in the piece in bytes."""
+        pieces, places = np.divmod(host_ids, self._blocks_per_piece)
+        return pieces, places * self._stride
+
+    def block(self, host_id: int) -> torch.Tensor:
+        """Return the memory of one block: [block_bytes] uint8."""
+        piece, place = divmod(host_id, self._blocks_per_piece)
+        start = place * self._stride
+        return self.pieces[piece][start : start + self._block_bytes]
+
+    def close(self) -> None:
+        """Unpin the memory; no copy may run any more."""
+        for address in self._pinned:
+            self._unregister(address)
+        self._pinned.clear()
+
+    def _allocate(self, num_bytes: int, *, pin: bool) -> torch.Tensor:
+        try:
+            region = map_pages(num_bytes)
+        except OSError as error:
+            raise self._refusal(f"allocating {num_bytes} bytes failed: {error}") from error
+        piece = torch.frombuffer(region, dtype=torch.uint8)
+        if pin:
+            # Registering would make the kernel provide the pages one by one.
+            touch_pages(region)
+            if code := self._register(piece.data_ptr(), num_bytes):
+                raise self._refusal(f"pinning {num_bytes} bytes failed with CUDA error {code}")
+            self._pinned.append(piece.data_ptr())
+        return piece
+
+    def _refusal(self, reason: str) -> ConfigError:
+        num_bytes = self.num_blocks * self._stride
+        return ConfigError(
+            f"kv_offload.host_memory needs {num_bytes} bytes for each rank: {reason}",
+            field="kv_offload.host_memory",
+            value=num_bytes,
+            fix="Give it less memory; the ranks of a machine share what it has.",
+        )
+
+
+def bytes_on_host(block_bytes: int) -> int:
+    """Return what a block takes in host memory, the unused end of its last page included."""
+    return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +165,16 @@ class Runs:
     sizes: IntArray
 
 
-def merge_runs(places: BlockPlaces, block_bytes: int, host: HostMemory) -> Runs:
-    """Return the fewest copies that move the same bytes, in the given order of blocks."""
-    device = places.block_ids * block_bytes
-    pieces, chunk_offsets = host.places(places.chunk_ids)
-    offsets = chunk_offsets + places.slots * block_bytes
+def merge_runs(
+    block_ids: Sequence[int], host_ids: Sequence[int], block_bytes: int, host: HostMemory
+) -> Runs:
+    """Return the fewest copies that move these blocks, in the given order."""
+    device = np.array(block_ids, dtype=np.int64) * block_bytes
+    pieces, offsets = host.places(np.array(host_ids, dtype=np.int64))
     # Runs end where blocks are no neighbours on one side, or where host memory goes on elsewhere.
     breaks = np.diff(pieces) != 0
     breaks |= (np.diff(device) != block_bytes) | (np.diff(offsets) != block_bytes)
-    starts = np.flatnonzero(np.concatenate(([True], breaks)))[: len(device)]
+    starts = np.flatnonzero(np.concatenate(([True], breaks)))
     num_blocks = np.diff(np.append(starts, len(device)))
     return Runs(device[starts], pieces[starts], offsets[starts], num_blocks * block_bytes)
 
@@ -165,13 +253,13 @@ class CopyQueue:
         self._thread = threading.Thread(target=self._run, name=f"offload-{direction}", daemon=True)
         self._thread.start()
 
-    def submit(self, job_id: int, places: BlockPlaces) -> None:
+    def submit(self, job: OffloadJob) -> None:
         """Queue a copy. Never raises: success and failure are both reported at the end."""
         if self._stream is None:
-            end: Callable[[], float] = partial(self._copy_now, places)
+            end: Callable[[], float] = partial(self._copy_now, job)
         else:
-            end = self._enqueue(places, self._stream)
-        self._ends.put((job_id, len(places.block_ids) * self._blocks.shape[1], end))
+            end = self._enqueue(job, self._stream)
+        self._ends.put((job.job_id, len(job.block_ids) * self._blocks.shape[1], end))
 
     def close(self, timeout_s: float) -> bool:
         """End the thread after what is queued; False: a copy still runs, host memory must stay."""
@@ -189,17 +277,17 @@ class CopyQueue:
                 report = JobFinished(job_id, False, f"{type(error).__name__}: {error}")
             self._report(report)
 
-    def _copy_all(self, places: BlockPlaces) -> None:
-        runs = merge_runs(places, self._blocks.shape[1], self._host)
+    def _copy_all(self, job: OffloadJob) -> None:
+        runs = merge_runs(job.block_ids, job.host_ids, self._blocks.shape[1], self._host)
         self._copy(self._blocks, self._host, runs, self._direction)
 
-    def _copy_now(self, places: BlockPlaces) -> float:
+    def _copy_now(self, job: OffloadJob) -> float:
         """Copy the blocks and return the duration in seconds."""
         began_at = time.perf_counter()
-        self._copy_all(places)
+        self._copy_all(job)
         return time.perf_counter() - began_at
 
-    def _enqueue(self, places: BlockPlaces, stream: torch.cuda.Stream) -> Callable[[], float]:
+    def _enqueue(self, job: OffloadJob, stream: torch.cuda.Stream) -> Callable[[], float]:
         """Enqueue the copies; return a function that waits for them and returns their seconds."""
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         # Blocking: the thread that waits sleeps, and takes no core from the step loop.
@@ -210,7 +298,7 @@ class CopyQueue:
             stream.wait_stream(torch.cuda.current_stream(self._blocks.device))
             with torch.cuda.device(self._blocks.device), torch.cuda.stream(stream):
                 begin.record(stream)
-                self._copy_all(places)
+                self._copy_all(job)
                 end.record(stream)
         except (RuntimeError, TransferError) as error:
             # An error of the device, too, is this job's: it must not end the step loop.
@@ -226,19 +314,7 @@ class CopyQueue:
         return wait
 
 
-MOST_HASH_THREADS = 8
-"""Of half of the cores. 512 MiB take 44 ms on 2 threads and 18 ms on 6; the copy takes 10 ms."""
-
 Digests = list[tuple[int, ...]]  # by block, one checksum for each KV head of the rank
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """What one chunk holds."""
-
-    key: ChunkKey
-    first_slot: int  # slots before it hold nothing
-    digests: Digests  # of the slots from ``first_slot`` on
 
 
 @dataclass(slots=True)
@@ -246,10 +322,9 @@ class _Pending:
     """A job under way: ended when the copy has and all checksums are there."""
 
     job: OffloadJob
-    parts: list[ChunkPart]
     copied: JobFinished | None = None
-    hashing: list[Future[list[Digests]]] = field(default_factory=list)
-    """Their results, one after another, are the digests of all parts in order."""
+    hashing: list[Future[Digests]] = field(default_factory=list)
+    """Their results, one after another, are the digests of all blocks in order."""
 
 
 class OffloadWorker:
@@ -259,7 +334,7 @@ class OffloadWorker:
     ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous,
     shared by all groups; outlives the worker. ``device_hasher`` computes checksums where the cache
     lies on a GPU. ``wake`` is called, perhaps from other threads, when ``take_finished`` may have
-    something. Raises ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be had.
+    something. Raises ConfigError when ``host_memory_bytes`` hold no block, or cannot be had.
     """
 
     def __init__(
@@ -268,50 +343,44 @@ class OffloadWorker:
         kv_cache: torch.Tensor,
         layout: KVCacheLayout,
         host_memory_bytes: int,
-        blocks_per_chunk: int = 1,
         device_hasher: KVHasher | None = None,
         progress: ReportProgress,
         wake: Callable[[], None],
     ) -> None:
-        # A chunk holds its blocks one after another; all groups share one pool of chunks.
-        chunk_bytes = aligned_chunk_bytes(blocks_per_chunk * layout.block_bytes)
-        self.num_chunks = host_memory_bytes // chunk_bytes  # the same on every rank of an engine
-        if not self.num_chunks:
+        # All groups share one pool of host blocks, as large on every rank of an engine.
+        self.num_blocks = host_memory_bytes // bytes_on_host(layout.block_bytes)
+        if not self.num_blocks:
+            least_bytes = bytes_on_host(layout.block_bytes)
             raise ConfigError(
-                f"kv_offload.host_memory {host_memory_bytes} bytes holds no chunk of {chunk_bytes} "
+                f"kv_offload.host_memory {host_memory_bytes} bytes holds no block of {least_bytes} "
                 "bytes",
                 field="kv_offload.host_memory",
                 value=host_memory_bytes,
-                fix=f"Give it at least {chunk_bytes} bytes for each rank.",
+                fix=f"Give it at least {least_bytes} bytes for each rank.",
             )
-        self.block_bytes = layout.block_bytes
         self._head_bytes = layout.head_bytes
-        self._limits = JobLimits(
-            len(layout.groups), len(kv_cache), self.num_chunks, blocks_per_chunk
-        )
         self._wake = wake
         blocks = kv_cache.view(torch.uint8).view(-1, layout.block_bytes)
-        self._host = HostMemory(self.num_chunks, chunk_bytes, pin=blocks.is_cuda, progress=progress)
+        self.host = HostMemory(
+            self.num_blocks, layout.block_bytes, pin=blocks.is_cuda, progress=progress
+        )
         self._copies = {
-            direction: CopyQueue(direction, blocks, self._host, self._report)
+            direction: CopyQueue(direction, blocks, self.host, self._report)
             for direction in DIRECTIONS
         }
         self._num_threads = max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="offload-hash")
         self._device_hasher = device_hasher
-        self._contents: dict[int, _Content] = {}
+        self._contents: dict[int, tuple[BlockKey, tuple[int, ...]]] = {}
+        """What each host block holds: its key, and a checksum for each KV head."""
         self._pending: dict[int, _Pending] = {}
         self._reports: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
-        """Ends of copies, and jobs that were refused."""
+        """Ends of copies, and loads that were refused."""
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
         """Start jobs behind what the current CUDA stream holds; every one is reported."""
         for job in jobs:
-            try:
-                self._start(job)
-            except TransferSpecError as error:
-                logger.exception("%s %d does not fit the KV cache", job.direction, job.job_id)
-                self._report(JobFinished(job.job_id, False, str(error)))
+            self._start(job)
 
     def take_finished(self) -> list[JobFinished]:
         """Return the jobs that have ended since the last call, each once."""
@@ -331,17 +400,13 @@ class OffloadWorker:
                 finished.append(self._finish(pending, pending.copied))
         return finished
 
-    def chunk(self, chunk_id: int) -> torch.Tensor:
-        """Return a chunk's memory: [chunk_bytes] uint8."""
-        return self._host.chunk(chunk_id)
-
     def close(self, timeout_s: float = 10.0) -> None:
         """Let what is queued end, then unpin; memory stays pinned when that takes longer."""
         ends = [copies.close(timeout_s) for copies in self._copies.values()]
         ended = all(ends)
         self._threads.shutdown(wait=ended, cancel_futures=True)
         if ended:
-            self._host.close()
+            self.host.close()
         else:
             logger.warning("offload copies did not end within %g s", timeout_s)
 
@@ -350,87 +415,58 @@ class OffloadWorker:
         self._wake()
 
     def _start(self, job: OffloadJob) -> None:
-        parts = self._limits.parts(job)
+        if job.direction == "store":
+            for host_id in job.host_ids:
+                # While the copy writes, it holds neither its old content nor the new one.
+                self._contents.pop(host_id, None)
         unknown = [
-            part.chunk_id for part in parts if job.direction == "load" and not self._holds(part)
+            host_id
+            for host_id, key in zip(job.host_ids, job.keys, strict=True)
+            if job.direction == "load" and self._contents.get(host_id, (None,))[0] != key
         ]
         if unknown:
-            error = f"host chunks {unknown} do not hold what was asked for"
+            error = f"host blocks {unknown} do not hold what was asked for"
             self._report(JobFinished(job.job_id, False, error, unknown))
             return
-        pending = self._pending[job.job_id] = _Pending(job, parts)
-        if job.direction == "store":
-            for part in parts:
-                # While the copy writes, the chunk holds neither its old content nor the new one.
-                self._contents.pop(part.chunk_id, None)
-        self._copies[job.direction].submit(job.job_id, _places(job, parts))
+        pending = self._pending[job.job_id] = _Pending(job)
+        self._copies[job.direction].submit(job)
         if job.direction == "load" and self._device_hasher is None:
             self._hash(pending)
 
-    def _holds(self, part: ChunkPart) -> bool:
-        content = self._contents.get(part.chunk_id)
-        return content is not None and content.key == part.key and content.first_slot <= part.start
-
     def _hash(self, pending: _Pending) -> None:
-        parts = pending.parts
-        if not parts:
-            return
+        job = pending.job
         if self._device_hasher is not None:
-            checksums = self._device_hasher.start(pending.job.block_ids, slice(None))
-            pending.hashing = [self._threads.submit(_by_part, parts, checksums)]
-        else:
-            size = -(-len(parts) // self._num_threads)
+            checksums = self._device_hasher.start(job.block_ids, slice(None))
             pending.hashing = [
-                self._threads.submit(self._hash_host, parts[start : start + size])
-                for start in range(0, len(parts), size)
+                self._threads.submit(lambda: list(map(tuple, checksums.result().tolist())))
+            ]
+        else:
+            size = -(-len(job.host_ids) // self._num_threads)
+            pending.hashing = [
+                self._threads.submit(self._hash_host, job.host_ids[start : start + size])
+                for start in range(0, len(job.host_ids), size)
             ]
         for future in pending.hashing:
             future.add_done_callback(lambda _future: self._wake())
 
-    def _hash_host(self, parts: Sequence[ChunkPart]) -> list[Digests]:
+    def _hash_host(self, host_ids: Sequence[int]) -> Digests:
         """Hash blocks in host memory, on another thread."""
-        found = []
-        for part in parts:
-            blocks = self._host.chunk(part.chunk_id).numpy()
-            blocks = blocks[part.start * self.block_bytes : part.stop * self.block_bytes]
-            # A block's bytes of each head follow each other.
-            heads = blocks.reshape(part.stop - part.start, -1, self._head_bytes)
-            found.append(
-                [tuple(xxhash.xxh3_64_intdigest(head) for head in block) for block in heads]
-            )
-        return found
+        # A block's bytes of each head follow each other.
+        blocks = (self.host.block(host_id).view(-1, self._head_bytes) for host_id in host_ids)
+        return [tuple(map(xxhash.xxh3_64_intdigest, block.numpy())) for block in blocks]
 
     def _finish(self, pending: _Pending, copied: JobFinished) -> JobFinished:
         if not copied.ok:
             return copied
-        digests = [each for future in pending.hashing for each in future.result()]
-        wrong: list[int] = []
-        for part, found in zip(pending.parts, digests, strict=True):
-            if pending.job.direction == "store":
-                self._contents[part.chunk_id] = _Content(part.key, part.start, found)
-                continue
-            content = self._contents[part.chunk_id]
-            first = content.first_slot
-            if content.digests[part.start - first : part.stop - first] != found:
-                wrong.append(part.chunk_id)
+        job, found = pending.job, [each for future in pending.hashing for each in future.result()]
+        contents = dict(zip(job.host_ids, zip(job.keys, found, strict=True), strict=True))
+        if job.direction == "store":
+            self._contents |= contents
+            return copied
+        wrong = [
+            host_id for host_id, content in contents.items() if self._contents[host_id] != content
+        ]
         if not wrong:
             return copied
-        error = f"host chunks {wrong} have other checksums than when they were stored"
-        return replace(copied, ok=False, error=error, failed_chunk_ids=wrong)
-
-
-def _places(job: OffloadJob, parts: Sequence[ChunkPart]) -> BlockPlaces:
-    """Return where each block of the job lies in the parts, which hold them in order."""
-    columns = np.array([(part.chunk_id, part.start, part.stop) for part in parts], dtype=np.int64)
-    chunk_ids, starts, stops = columns.reshape(-1, 3).T
-    counts = stops - starts
-    # Slots of parts 2..4, 0..4, 0..1:   2 3 | 0 1 2 3 | 0  =  0 1 2 .. minus what lies before.
-    slots = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
-    block_ids = np.array(job.block_ids, dtype=np.int64)
-    return BlockPlaces(block_ids, np.repeat(chunk_ids, counts), slots)
-
-
-def _by_part(parts: Sequence[ChunkPart], checksums: Checksums) -> list[Digests]:
-    """Wait for the device, and return its checksums by part."""
-    rows = iter(checksums.result().tolist())
-    return [[tuple(next(rows)) for _ in range(part.start, part.stop)] for part in parts]
+        error = f"host blocks {wrong} have other checksums than when they were stored"
+        return replace(copied, ok=False, error=error, failed_host_ids=wrong)

@@ -210,12 +210,12 @@ class FaultyOffloadWorker(OffloadWorker):
 
     def _spoil_chunks(self, report: JobFinished) -> None:
         job = self._stores.pop(report.job_id, None)
-        for chunk_id in job.chunk_ids if job is not None and report.ok else ():
+        for host_id in job.host_ids if job is not None and report.ok else ():
             self._num_chunks_stored += 1
             source = self._faults.of_chunk(self._num_chunks_stored)
             if source is not None:
-                byte = source.randrange(self.block_bytes)
-                self.chunk(chunk_id)[byte] ^= source.randrange(1, 256)
+                block = self.host.block(host_id)
+                block[source.randrange(len(block))] ^= source.randrange(1, 256)
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> FaultyConnector:

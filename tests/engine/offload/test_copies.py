@@ -1,28 +1,26 @@
-"""The queues between KV cache and host memory, on a CPU and on a GPU."""
+"""Host memory, and the queues between it and the KV cache, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from pdlaunch.engine.kvcache.groups import aligned_chunk_bytes, choose_blocks_per_chunk
-from pdlaunch.engine.offload.host_memory import HostMemory
-from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished
+from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished, OffloadJob
 from pdlaunch.engine.offload.worker import (
-    BlockPlaces,
     Copy,
     CopyQueue,
+    HostMemory,
     Runs,
     batch_copy,
     copy_runs,
     merge_runs,
 )
-from pdlaunch.errors import TransferError
+from pdlaunch.errors import ConfigError, TransferError
 
 on_a_gpu = [
     pytest.mark.gpu,
@@ -31,42 +29,35 @@ on_a_gpu = [
 gpu = pytest.param("cuda", marks=on_a_gpu)
 
 
+def host_memory(num_blocks: int, block_bytes: int, *, pin: bool = False) -> HostMemory:
+    """In pieces of seven pages."""
+    return HostMemory(
+        num_blocks, block_bytes, pin=pin, progress=lambda *_: None, piece_bytes=7 * 4096
+    )
+
+
 class Queues:
-    """Both directions between random blocks and host memory in pieces of seven chunks."""
+    """Both directions between random blocks and host memory."""
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_bytes: int,
-        *,
-        num_chunks: int,
-        per_chunk: int = 1,
-        device: str = "cpu",
-        copy: Copy | None = None,
+        self, num_blocks: int, block_bytes: int, device: str = "cpu", copy: Copy | None = None
     ) -> None:
         self.blocks = torch.randint(0, 256, (num_blocks, block_bytes), dtype=torch.uint8).to(device)
-        chunk_bytes = aligned_chunk_bytes(per_chunk * block_bytes)
-        self.host = HostMemory(
-            num_chunks,
-            chunk_bytes,
-            pin=device == "cuda",
-            progress=lambda *_: None,
-            piece_bytes=7 * chunk_bytes,
-        )
+        self.host = host_memory(num_blocks, block_bytes, pin=device == "cuda")
         self.ends: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
         self._queues = {
             direction: CopyQueue(direction, self.blocks, self.host, self.ends.put, copy)
             for direction in DIRECTIONS
         }
 
-    def submit(self, job_id: int, direction: Direction, places: BlockPlaces) -> None:
-        self._queues[direction].submit(job_id, places)
+    def submit(
+        self, job_id: int, direction: Direction, block_ids: Sequence[int], host_ids: Sequence[int]
+    ) -> None:
+        job = OffloadJob(job_id, direction, [*block_ids], [*host_ids], [])
+        self._queues[direction].submit(job)
 
-    def run(self, direction: Direction, places: BlockPlaces) -> None:
-        self.submit(0, direction, places)
-        report = self.ends.get(timeout=60)
-        assert report.ok, report.error
-        assert report.num_bytes == len(places.block_ids) * self.blocks.shape[1]
+    def end(self) -> JobFinished:
+        return self.ends.get(timeout=60)
 
     def close(self, timeout_s: float = 60) -> bool:
         ended = [each.close(timeout_s) for each in self._queues.values()]
@@ -75,12 +66,7 @@ class Queues:
         return all(ended)
 
 
-def places_of(block_ids: object, chunk_ids: object, slots: object = 0) -> BlockPlaces:
-    ids, chunks, places = np.broadcast_arrays(block_ids, chunk_ids, slots)
-    return BlockPlaces(ids.astype(np.int64), chunks.astype(np.int64), places.astype(np.int64))
-
-
-@pytest.mark.parametrize("block_bytes", [4096, 12 * 1024, 64 * 1024])
+@pytest.mark.parametrize("block_bytes", [4096, 12 * 1024 + 8, 64 * 1024])
 @pytest.mark.parametrize(
     ("device", "make_copy"),
     [
@@ -90,37 +76,35 @@ def places_of(block_ids: object, chunk_ids: object, slots: object = 0) -> BlockP
     ],
     ids=["cpu", "torch", "batch"],
 )
-def test_small_blocks_in_long_chunks_go_both_ways_at_once(
+def test_blocks_go_both_ways_at_once(
     device: str, make_copy: Callable[[], Copy], block_bytes: int
 ) -> None:
-    """The first half is stored while the second one, which was stored before, is loaded elsewhere;
-    both begin inside of chunks.
-    """
-    a_chunk = choose_blocks_per_chunk(block_bytes, "cuda")
-    half = 40 * a_chunk - 2
-    queues = Queues(
-        3 * half, block_bytes, num_chunks=90, per_chunk=a_chunk, device=device, copy=make_copy()
-    )
+    """The first third is stored while the second, which was stored before, is loaded elsewhere."""
+    queues = Queues(120, block_bytes, device, make_copy())
     original = queues.blocks.cpu()
-    blocks, chunks = torch.randperm(2 * half).numpy(), torch.randperm(90).numpy()
-    elsewhere = torch.randperm(half).numpy() + 2 * half
-    first, second = np.arange(half) + a_chunk - 1, np.arange(half) + 2
-    stored_now = places_of(blocks[:half], chunks[first // a_chunk], first % a_chunk)
-    stored_before = places_of(blocks[half:], chunks[41 + second // a_chunk], second % a_chunk)
-    queues.run("store", stored_before)
-    queues.submit(1, "store", stored_now)
-    queues.submit(2, "load", places_of(elsewhere, stored_before.chunk_ids, stored_before.slots))
-    assert all(queues.ends.get(timeout=60).ok for _ in range(2))
-    assert torch.equal(queues.blocks[elsewhere].cpu(), original[blocks[half:]])
+    places = torch.randperm(80).tolist()
+    blocks = torch.randperm(80).tolist()
+    queues.submit(0, "store", blocks[40:], places[40:])
+    assert queues.end() == JobFinished(0, True, num_bytes=40 * block_bytes, seconds=queues_s())
+    queues.submit(1, "store", blocks[:40], places[:40])
+    queues.submit(2, "load", range(80, 120), places[40:])
+    assert all(queues.end().ok for _ in range(2))
+    assert torch.equal(queues.blocks[80:].cpu(), original[blocks[40:]])
     queues.blocks.zero_()
-    queues.run("load", stored_now)
-    assert torch.equal(queues.blocks[blocks[:half]].cpu(), original[blocks[:half]])
+    queues.submit(3, "load", blocks[:40], places[:40])
+    assert queues.end().ok
+    assert torch.equal(queues.blocks[blocks[:40]].cpu(), original[blocks[:40]])
     assert queues.close()
+
+
+def queues_s() -> float:
+    """Any duration."""
+    return pytest.approx(0, abs=60)  # type: ignore[no-any-return]
 
 
 def test_runs_join_neighbours_and_stop_at_the_border_of_a_piece() -> None:
     host = HostMemory(8, 4096, pin=False, progress=lambda *_: None, piece_bytes=2 * 4096)
-    runs = merge_runs(places_of([2, 3, 4, 5, 7], np.arange(5)), 4096, host)
+    runs = merge_runs([2, 3, 4, 5, 7], range(5), 4096, host)
     assert runs.device_offsets.tolist() == [8192, 16384, 28672]
     assert runs.host_pieces.tolist() == [0, 1, 2]
     assert runs.host_offsets.tolist() == [0, 0, 0]
@@ -145,14 +129,14 @@ class GatedCopy:
 
 def test_directions_do_not_wait_for_each_other_and_failures_are_reported() -> None:
     copy = GatedCopy()
-    queues = Queues(8, 64, num_chunks=8, copy=copy)
-    queues.submit(1, "store", places_of([7, 4], [0, 1]))
-    queues.submit(2, "store", places_of([5, 0], [2, 3]))
-    queues.submit(3, "load", places_of([6], [5]))
-    assert queues.ends.get(timeout=60).job_id == 3
+    queues = Queues(8, 64, copy=copy)
+    queues.submit(1, "store", [7, 4], [0, 1])
+    queues.submit(2, "store", [5, 0], [2, 3])
+    queues.submit(3, "load", [6], [5])
+    assert queues.end().job_id == 3
     assert not queues.close(timeout_s=0.01), "a copy still runs"
     copy.gate.set()
-    first, second = (queues.ends.get(timeout=60) for _ in range(2))
+    first, second = queues.end(), queues.end()
     assert (first.job_id, first.ok) == (1, True)
     assert (second.job_id, second.ok, second.num_bytes) == (2, False, 0)
     assert "block 0 is broken" in second.error
@@ -160,12 +144,12 @@ def test_directions_do_not_wait_for_each_other_and_failures_are_reported() -> No
 
 @pytest.mark.parametrize("device", [gpu])
 def test_a_store_is_queued_behind_the_work_that_fills_its_blocks(device: str) -> None:
-    queues = Queues(64, 65536, num_chunks=64, device=device)
+    queues = Queues(64, 65536, device)
     torch.cuda._sleep(200_000_000)
     queues.blocks.fill_(7)
-    queues.submit(1, "store", places_of(np.arange(64), np.arange(64)))
+    queues.submit(1, "store", range(64), range(64))
     assert queues.ends.empty()
-    assert queues.ends.get(timeout=60).ok
+    assert queues.end().ok
     assert all(bool((piece == 7).all()) for piece in queues.host.pieces)
     assert queues.close()
 
@@ -182,12 +166,49 @@ def test_an_error_of_the_device_is_the_jobs_own(
     def refuse(*_: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    queues = Queues(8, 4096, num_chunks=8, device=device)
+    queues = Queues(8, 4096, device)
     owner = torch.cuda.Stream if broken is torch.cuda.Stream.wait_stream else torch.cuda.Event
     with monkeypatch.context() as patch:
         patch.setattr(owner, broken.__name__, refuse)  # type: ignore[attr-defined]
-        queues.submit(1, "store", places_of([1], [1]))
-    report = queues.ends.get(timeout=60)
+        queues.submit(1, "store", [1], [1])
+    report = queues.end()
     assert (report.ok, report.error) == (False, "RuntimeError: CUDA error: out of memory")
-    queues.run("store", places_of([1], [1]))
+    queues.submit(2, "store", [1], [1])
+    assert queues.end().ok
     assert queues.close()
+
+
+def test_each_piece_is_pinned_once_and_told_of() -> None:
+    pinned: dict[int, int] = {}
+    told: list[float | None] = []
+
+    def make(num_pinnable: int) -> HostMemory:
+        return HostMemory(
+            7,
+            4000,
+            pin=True,
+            progress=lambda _text, share: told.append(share),
+            piece_bytes=3 * 4096 + 100,
+            register=lambda address, size: (
+                pinned.update({address: size}) or 2 * (len(pinned) > num_pinnable)  # type: ignore[func-returns-value]
+            ),
+            unregister=pinned.__delitem__,
+        )
+
+    memory = make(3)
+    assert told == [3 / 7, 6 / 7, 1.0]
+    assert list(pinned) == memory.piece_addresses.tolist()
+    assert list(pinned.values()) == [3 * 4096, 3 * 4096, 4096]
+    pieces, offsets = memory.places(np.arange(7))
+    addresses = (memory.piece_addresses[pieces] + offsets).tolist()
+    assert addresses == [memory.block(host_id).data_ptr() for host_id in range(7)]
+    memory.close()
+    assert pinned == {}
+    with pytest.raises(ConfigError, match="pinning 4096 bytes failed with CUDA error 2") as error:
+        make(2)
+    assert error.value.field == "kv_offload.host_memory"
+
+
+def test_more_host_memory_than_the_machine_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="this machine has"):
+        host_memory(2**40, 4096)
