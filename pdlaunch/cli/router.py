@@ -15,7 +15,6 @@ from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.external import DNS
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.watch.engine_api import EngineApi
@@ -84,17 +83,6 @@ def _members(config: LaunchConfig, environ: Mapping[str, str]) -> list[Member]:
         )
     if config.engines_file is not None:
         read_engines_file(Path(config.engines_file))
-    problems = [
-        Problem(
-            f"the addresses of {engine.url.removeprefix(DNS)} must be allowed",
-            "engines",
-            fix="set engine_urls to their network, such as http://10.0.0.0/24:8000",
-        )
-        for engine in config.engines
-        if engine.url.startswith(DNS) and not config.engine_urls
-    ]
-    if problems:
-        raise InvalidConfigError(problems)
     (kind,) = kinds or {config.engine}
     return [to_member(engine, kind, environ) for engine in config.engines]
 
@@ -143,7 +131,6 @@ def _spec(
             kind=kind,
             capabilities=capabilities_over_http(kind),
             is_exact=config.dtype == "float32",
-            engine_urls=config.engine_urls,
         ),
         engines=members,
         engines_file=None if config.engines_file is None else Path(config.engines_file),

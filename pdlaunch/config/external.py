@@ -1,12 +1,7 @@
-"""Names engines that somebody else started, and the URLs at which a router may look for some.
-
-A router sends prompts, and keys, to whatever URL it is told of while it runs: ``EngineUrls`` bounds
-what those who may command it can make it reach (SSRF).
-"""
+"""Names engines that somebody else started."""
 
 from __future__ import annotations
 
-import ipaddress
 import posixpath
 import re
 from collections.abc import Sequence
@@ -23,17 +18,7 @@ DNS = "dns+"
 """Begins a URL that stands for one engine at each address of its name."""
 _LABEL = re.compile(r"[a-z0-9_:-]{1,63}", re.IGNORECASE)
 """A label of a DNS name (RFC 1035), or an IPv6 address."""
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_ALLOWED = re.compile(
-    r"(?P<scheme>https?)://"
-    r"(?P<host>\[[0-9A-Fa-f:.]+\]|(\*\.)?[A-Za-z0-9_][A-Za-z0-9_.-]*)(?P<prefix>/\d{1,3})?"
-    r"(:(?P<first>\d{1,5})(-(?P<last>\d{1,5}))?)?/?"
-)
-_HOW = (
-    "write http://HOST:PORT, with a network (10.0.0.0/24), a name (*.svc) and a range of ports "
-    "(8000-8100) where needed, or unix:/FOLDER"
-)
 
 
 class EngineAddress(NamedTuple):
@@ -68,7 +53,7 @@ def read_engine_url(url: str) -> EngineAddress:
         port = parts.port  # raises when it is none
     except ValueError:
         raise ValueError(f"{url[:100]!r} is no URL") from None
-    # A name with its root dot is the same name, and would pass by a list without it.
+    # A name with its root dot is the same name.
     host = (parts.hostname or "").rstrip(".")
     # A path or a query would be dropped or sent along: neither is what was meant.
     plain = f"{parts.scheme}://{parts.netloc}"
@@ -84,63 +69,6 @@ def read_engine_url(url: str) -> EngineAddress:
             "dns+http://NAME:PORT or unix:/PATH"
         )
     return EngineAddress(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
-
-
-def is_allowed(url: str, allowed: Sequence[str]) -> bool:
-    """Tell whether an entry of ``engine_urls`` covers the URL of an engine.
-
-    Addresses are covered by networks and names by names: what a name resolves to is the business
-    of whoever allowed the name.
-    """
-    address = read_engine_url(url)
-    return any(_covers(entry, address) for entry in allowed)
-
-
-def _covers(entry: str, address: EngineAddress) -> bool:
-    if entry.startswith(UNIX):
-        folder = entry.removeprefix(UNIX).rstrip("/")
-        return address.path == folder or address.path.startswith(f"{folder}/")
-    scheme, host, network, ports = _read_entry(entry)
-    if address.scheme != scheme or address.port not in ports:
-        return False
-    # A name is never resolved here: between this check and the request it could change.
-    if network is None:
-        is_below = host.startswith("*.") and address.host.endswith(host[1:])
-        return is_below or address.host == host
-    try:
-        ip = ipaddress.ip_address(address.host)
-    except ValueError:
-        return False
-    # The same host in another form must not pass by, nor be kept out.
-    ip = (ip.version == 6 and ip.ipv4_mapped) or ip
-    return ip.version == network.version and ip in network
-
-
-def _read_entry(entry: str) -> tuple[str, str, _Network | None, range]:
-    """Return scheme, host, the network that it names, and ports. Raises ValueError."""
-    found = _ALLOWED.fullmatch(entry)
-    if found is None:
-        raise ValueError(f"{entry[:100]!r} allows no URL; {_HOW}")
-    host, prefix = found["host"].strip("[]").lower(), found["prefix"] or ""
-    try:
-        network: _Network | None = ipaddress.ip_network(host + prefix, strict=False)
-    except ValueError:
-        if prefix:
-            raise ValueError(f"{entry[:100]!r}: {host}{prefix} is no network; {_HOW}") from None
-        network = None
-    first = int(found["first"] or _DEFAULT_PORTS[found["scheme"]])
-    last = int(found["last"] or first)
-    if not first <= last <= 65535:
-        raise ValueError(f"{entry[:100]!r}: ports go up to 65535, the lower one first")
-    return found["scheme"], host, network, range(first, last + 1)
-
-
-def _check_allowed(entry: str) -> str:
-    if entry.startswith(UNIX):
-        read_engine_url(entry.rstrip("/"))
-    else:
-        _read_entry(entry)
-    return entry
 
 
 def _check_url(url: str) -> str:
@@ -181,10 +109,6 @@ class RunningEngine(FrozenModel):
 RunningEngines = Annotated[
     tuple[Annotated[RunningEngine, BeforeValidator(_read_engine)], ...],
     BeforeValidator(read_list, json_schema_input_type=list[RunningEngine | str] | str),
-]
-EngineUrls = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_allowed)], ...],
-    BeforeValidator(read_list, json_schema_input_type=list[str] | str),
 ]
 
 

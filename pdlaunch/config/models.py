@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.engine_settings import BothSettings, EngineSettings, RoleSettings
-from pdlaunch.config.external import EngineUrls, RunningEngine, RunningEngines, named
+from pdlaunch.config.external import RunningEngine, RunningEngines, named
 from pdlaunch.config.field_types import Flag, FrozenModel, override
 from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrategy
 from pdlaunch.config.roles import PAIR, ROLES, Role
@@ -87,10 +87,6 @@ class LaunchConfig(SharedSettings, EngineSettings):
     engines_file: Annotated[str | None, Flag(panel=ROUTER, metavar="FILE")] = Field(
         None, min_length=1,
         description="YAML file with further `engines`, which `pdlaunch router` watches.")
-    engine_urls: Annotated[EngineUrls, Flag(panel=ROUTER)] = Field(
-        (),
-        description="Allowed URLs of engines from a file or DNS, such as "
-        "`http://10.0.0.0/24:8000-8100`; none when empty.")
     placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
         "local",
         description="`local` starts all on this host, `hosts` on those of `hosts`, whose agents "

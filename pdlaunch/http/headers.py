@@ -15,8 +15,6 @@ TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
 # From router to engines: the PromptOrigin, and whether a rank may have died of the prompt.
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
-MIN_TIMEOUT_S = 0.001
-TIMEOUT_HEADER = "X-Request-Timeout"  # seconds in which a client wants the whole answer
 # In an answer: the engines that served the request. In a request: ``pair`` asks for a pair.
 ROUTE_HEADER = "X-Pdlaunch-Route"
 WANTS_PAIR = "pair"
@@ -52,20 +50,6 @@ def read_request_id(header: str | None) -> HttpRequestId:
             param=REQUEST_ID_HEADER,
         )
     return HttpRequestId(header)
-
-
-def read_timeout_s(header: str | None) -> float | None:
-    """Return the seconds in which a client wants its answer. Raises RequestError."""
-    if header is None:
-        return None
-    timeout_s = read_seconds(header)
-    if timeout_s < MIN_TIMEOUT_S:
-        raise RequestError(
-            f"{TIMEOUT_HEADER} must be a number of seconds from {MIN_TIMEOUT_S}, such as 2.5",
-            param=TIMEOUT_HEADER,
-            code="invalid_value",
-        )
-    return timeout_s
 
 
 def read_seconds(text: str) -> float:

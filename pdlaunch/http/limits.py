@@ -119,13 +119,9 @@ class Deadlines:
             if not timeout.expired():
                 timeout.reschedule(0.0)
 
-    def start(self, wanted_s: float | None = None) -> Deadline:
-        """Start the deadline of one request now. ``wanted_s``: the time that its client gives."""
-        now_at = asyncio.get_running_loop().time()
-        if wanted_s is None:
-            return Deadline(self, self.limit_s, now_at + self.limit_s)
-        limit_s = min(wanted_s, self.limit_s)
-        return Deadline(self, limit_s, now_at + limit_s, now_at + wanted_s)
+    def start(self) -> Deadline:
+        """Start the deadline of one request now."""
+        return Deadline(self, asyncio.get_running_loop().time() + self.limit_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +129,7 @@ class Deadline:
     """Limits the life of one request, whose parts run under ``guard`` one after another."""
 
     owner: Deadlines
-    limit_s: float
     end_at: float  # on the event loop's clock
-    wanted_at: float | None = None  # when the client wants the whole answer, on the same clock
 
     @contextlib.asynccontextmanager
     async def guard(self) -> AsyncIterator[None]:
@@ -155,7 +149,7 @@ class Deadline:
             if owner.is_closed:
                 raise owner.shutting_down() from None
             raise OverloadedError(
-                f"the request was not answered within {self.limit_s:g} s",
+                f"the request was not answered within {owner.limit_s:g} s",
                 status=503,
                 retry_after_s=owner.retry_after_s,
                 code="request_timeout",

@@ -34,12 +34,10 @@ from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     ROUTE_HEADER,
     SPANS_HEADER,
-    TIMEOUT_HEADER,
     TRACEPARENT_HEADER,
     TRACESTATE_HEADER,
     WANTS_PAIR,
     IgnoredFields,
-    read_timeout_s,
     read_traceparent,
 )
 from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, LargeInputs
@@ -114,9 +112,7 @@ class RouterApp:
         self.view = DeploymentView(state, self.admission, spec.served_model_name)
         self._prompts = PromptEndpoints(spec, state, self.admission)
         exporter = spec.otlp_endpoint and OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
-        self.history = RequestHistory(
-            spec.kept_requests, show_request, exporter or None, state.spawn
-        )
+        self.history = RequestHistory(spec.kept_requests, show_request, exporter or None)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         check_key = None
         if spec.api_key is not None:
@@ -288,16 +284,14 @@ class PromptEndpoints:
     async def _answer(self, http: web.Request, request: ClientRequest) -> web.StreamResponse:
         """Answer all prompts at once; the first error ends the others and is the answer."""
         state, record, stream = self._state, record_of(http), None
-        deadline = self._deadlines.start(read_timeout_s(http.headers.get(TIMEOUT_HEADER)))
         if request.fields.stream:
             stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
         metrics = state.metrics.requests
         answer = ClientAnswer(request, metrics, record, self._ignored_fields, stream)
         try:
-            async with deadline.guard():
+            async with self._deadlines.start().guard():
                 answers = [
-                    answer_prompt(prompt, state, answer, record, deadline.wanted_at)
-                    for prompt in request.prompts
+                    answer_prompt(prompt, state, answer, record) for prompt in request.prompts
                 ]
                 return await answer.finish(await _together(answers))
         except Exception as error:

@@ -96,10 +96,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.body.get("stream"))
 
     @property
-    def tells_tokens(self) -> bool:
-        return bool(self.body.get("return_token_ids")) or bool(self.body.get("logprobs"))
-
-    @property
     def asks_token_ids(self) -> bool:
         """Return whether engines are asked for the ids of tokens.
 

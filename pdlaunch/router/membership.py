@@ -15,7 +15,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from pdlaunch.config.external import is_allowed
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import RequestError
 from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
@@ -113,14 +112,9 @@ class WatchedMembership:
         return None
 
     def add(self, member: Member, source: str) -> None:
-        """Watch an engine from now on. Raises RequestError for one that may not be added.
-
-        The configuration itself may name any URL, other sources those that ``engine_urls`` allows.
-        """
+        """Watch an engine from now on. Raises RequestError for one that may not be added."""
         kind, reason = self.settings.kind, ""
-        if source != "config" and not _allows(self.settings.engine_urls, member.url):
-            reason = f"engine_urls does not allow {member.url}"
-        elif member.kind != kind:
+        if member.kind != kind:
             reason = f"it is {member.kind}, the others are {kind}, and they share no KV blocks"
         elif (name := self.holder(member)) is not None:
             reason = f"engine {name} has its name or URL"
@@ -285,10 +279,3 @@ class WatchedMembership:
         if roles == {"prefill", "decode"}:
             return not self._ready.isdisjoint(prefill) and not self._ready.isdisjoint(decode)
         return bool(self._ready)
-
-
-def _allows(engine_urls: Sequence[str], url: str) -> bool:
-    try:
-        return is_allowed(url, engine_urls)
-    except ValueError:  # a name may stand for an address of one link: fe80::1%eth0
-        return False

@@ -33,7 +33,6 @@ _COUNTERS = {  # labels and help by name
     "retries": ("hop", "Requests sent again, to another engine or to one that is back."),
     "fallbacks": ("", "Requests that one engine did alone, though two were wanted."),
     "migrations": ("", "Answers continued by another engine from the tokens so far."),
-    "deadlines_refused": ("", "Requests refused at once: those before them take too long."),
     "releases": ("", "Leases ended early because nobody will pull them."),
     "canaries": ("outcome", "Canaries that a router alone has sent through pairs of engines."),
     "silent_recomputes": (

@@ -2,15 +2,13 @@
 
 ::
 
-    chat smollm2                       router, the child of the client's span (traceparent)
-    ├─ prefill at prefill-0            router
-    │  ├─ tokenize                     prefill-0
-    │  └─ prefill                      prefill-0/rank-0
+    chat                               the child of the client's span (traceparent)
+    ├─ prefill at prefill-0            pdlaunch.process: router
+    │  └─ prefill                      pdlaunch.process: prefill-0/rank-0
     └─ decode at decode-0 ..
 
-Instants become events of the span above them. Names and attributes of the first one are those of
-the semantic conventions for GenAI; no text of prompts or outputs is among them. A thread of the
-library sends, so a collector that is slow or away holds up no request: its spans are lost.
+Instants become events of the span above them. No text of prompts or outputs is among them. A thread
+of the library sends, so a collector that is slow or away holds up no request: its spans are lost.
 
 The library is imported only where it is wanted: it takes 0.2 s.
 """
@@ -25,7 +23,7 @@ from pdlaunch import __version__
 from pdlaunch.errors import ConfigError
 from pdlaunch.http.headers import TRACEPARENT_HEADER, TRACESTATE_HEADER
 from pdlaunch.protocol.status import RequestTrace
-from pdlaunch.router.request_record import ROUTER, RequestRecord
+from pdlaunch.router.request_record import RequestRecord
 
 _FLUSH_S = 2.0  # seconds that the last spans get when the router leaves
 _SEND_TIMEOUT_S = 5.0
@@ -43,6 +41,8 @@ class OtlpExporter:
         try:
             from opentelemetry import trace
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -55,12 +55,16 @@ class OtlpExporter:
             ) from None
         _, _, path = endpoint.partition("://")[2].partition("/")
         url = endpoint if path else f"{endpoint.rstrip('/')}/v1/traces"
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(sample)),
+            resource=Resource.create({"service.name": "pdlaunch", "service.version": __version__}),
+            shutdown_on_exit=False,
+        )
+        exporter = OTLPSpanExporter(url, timeout=_SEND_TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer: Any = self._provider.get_tracer("pdlaunch", __version__)
         self._otel: Any = trace
-        self._processor: Any = BatchSpanProcessor(OTLPSpanExporter(url, timeout=_SEND_TIMEOUT_S))
-        self._sampler = ParentBased(TraceIdRatioBased(sample))
         self._propagator = TraceContextTextMapPropagator()
-        # One for each process: its provider says whose the spans are.
-        self._tracers: dict[str, Any] = {}
 
     def begin(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
         """Begin the span of a request that has come with ``headers``.
@@ -69,7 +73,7 @@ class OtlpExporter:
         """
         names = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
         known = {name: headers[name] for name in names if name in headers}
-        record.otel_span = self._tracer(ROUTER).start_span(
+        record.otel_span = self._tracer.start_span(
             _OPERATIONS.get(record.path, f"POST {record.path}"),
             context=self._propagator.extract(known),
             kind=self._otel.SpanKind.SERVER,
@@ -84,82 +88,45 @@ class OtlpExporter:
         if root is None or not root.is_recording():
             return
         trace = record.trace()
-        operation = _OPERATIONS.get(trace.path)
-        if operation is not None:
-            root.update_name(f"{operation} {trace.model}" if trace.model else operation)
-        root.set_attributes(_root_attributes(trace, operation))
+        root.set_attributes(_root_attributes(trace))
         if trace.error is not None and (trace.status or 0) >= 500:
             root.set_status(self._otel.StatusCode.ERROR, trace.error)
-        self._add_children(root, trace)
+        spans = [root]  # by their place in the trace
+        ends = []
+        for span in trace.spans[1:]:
+            # A parent begins before its parts, and so stands before them.
+            parent = spans[span.parent]
+            start, end = _ns(trace.received_at, span.start_ms), _ns(trace.received_at, span.end_ms)
+            attributes = {"pdlaunch.process": span.process} | span.attributes
+            if start == end:
+                parent.add_event(span.name, attributes, start)
+                spans.append(parent)
+                continue
+            context = self._otel.set_span_in_context(parent)
+            spans.append(
+                self._tracer.start_span(span.name, context, attributes=attributes, start_time=start)
+            )
+            ends.append((spans[-1], end))
+        # Only now: what is inside a call adds events to it.
+        for child, end in ends:
+            child.end(end)
         root.end(_ns(trace.received_at, trace.total_ms or 0.0))
 
     def close(self) -> None:
         """Send what is left, and wait a moment for it: a collector that is away gets nothing."""
-
-        def finish() -> None:
-            self._processor.force_flush()
-            self._processor.shutdown()
-
-        sending = threading.Thread(target=finish, name="otlp-end", daemon=True)
+        sending = threading.Thread(target=self._provider.shutdown, name="otlp-end", daemon=True)
         sending.start()
         sending.join(_FLUSH_S)
 
-    def _add_children(self, root: Any, trace: RequestTrace) -> None:
-        kinds = self._otel.SpanKind
-        made: dict[int, tuple[Any, int]] = {}  # spans and their ends, by place in the trace
-        # The router's own come first: engines' spans are inside its calls.
-        numbered = enumerate(trace.spans[1:], 1)
-        for place, span in sorted(numbered, key=lambda each: each[1].process != ROUTER):
-            parent, _ = made.get(span.parent, (root, 0))
-            start, end = _ns(trace.received_at, span.start_ms), _ns(trace.received_at, span.end_ms)
-            if start == end:
-                parent.add_event(span.name, span.attributes, start)
-                continue
-            is_call = span.process == ROUTER and " at " in span.name
-            child = self._tracer(span.process).start_span(
-                span.name,
-                context=self._otel.set_span_in_context(parent),
-                kind=kinds.CLIENT if is_call else kinds.INTERNAL,
-                attributes=span.attributes,
-                start_time=start,
-            )
-            made[place] = child, end
-        # Only now: what is inside a call adds events to it.
-        for child, end in made.values():
-            child.end(end)
 
-    def _tracer(self, process: str) -> Any:
-        if process not in self._tracers:
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-
-            names = {
-                "service.name": "pdlaunch",
-                "service.version": __version__,
-                "service.instance.id": process,
-            }
-            provider = TracerProvider(
-                sampler=self._sampler, resource=Resource.create(names), shutdown_on_exit=False
-            )
-            provider.add_span_processor(self._processor)
-            self._tracers[process] = provider.get_tracer("pdlaunch", __version__)
-        return self._tracers[process]
-
-
-def _root_attributes(trace: RequestTrace, operation: str | None) -> dict[str, Any]:
-    tiers = [trace.cached_device_tokens, trace.cached_host_tokens]
-    known = [count for count in tiers if count is not None]
+def _root_attributes(trace: RequestTrace) -> dict[str, Any]:
     attributes = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "pdlaunch",
+        "gen_ai.operation.name": _OPERATIONS.get(trace.path),
         "gen_ai.request.model": trace.model,
         "gen_ai.usage.input_tokens": trace.prompt_tokens,
         "gen_ai.usage.output_tokens": trace.output_tokens,
-        "gen_ai.usage.cache_read.input_tokens": sum(known) if known else trace.cached_tokens,
         "gen_ai.response.finish_reasons": trace.finish_reason and trace.finish_reason.split(","),
-        "gen_ai.response.time_to_first_chunk": trace.first_token_ms and trace.first_token_ms / 1e3,
         "http.response.status_code": trace.status,
-        "error.type": str(trace.status) if trace.error else None,
         "pdlaunch.request_id": trace.id,
     }
     for name in ("prefill", "decode", "kv_path", "explanation", "retries", "verified"):

@@ -13,7 +13,6 @@ only on its arguments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -43,7 +42,6 @@ MARGIN = 0.5
 # little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 % worse; with
 # 1/64, ITL p99 doubles at 50 requests a second.
 KV_WEIGHT = 1 / 32
-MAX_RETRY_AFTER_S = 60  # the longest Retry-After for refused clients: estimates may be wrong
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +68,6 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     prefill: Engine | None = None  # hands the prompt over; none: the decode engine does all
     decode: Engine | None = None  # none: no engine can be asked
     is_fallback: bool = False  # a pair was wanted, but none can take the prompt
-    wait_s: float = 0.0  # other prompts keep the first engine busy; 0: its speed is not known
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -148,9 +145,8 @@ class _Choice:
             first, decode = pair
             local = self._best_local()
             if local is not None and (reason := self._why_local(local, first)):
-                return Route(decode=local.engine, reason=reason, wait_s=self._wait_s(local))
-            reason, wait_s = "the pair that waits least", self._wait_s(first)
-            return Route(prefill=first.engine, decode=decode, reason=reason, wait_s=wait_s)
+                return Route(decode=local.engine, reason=reason)
+            return Route(prefill=first.engine, decode=decode, reason="the pair that waits least")
         is_there = any(one.ready and one.role == "prefill" for one in self._engines)
         reason = reason or ("no pair is proven" if is_there else "no prefill engine is ready")
         if (alone := self._alone()) is None:
@@ -159,11 +155,7 @@ class _Choice:
             decode=alone,
             reason=reason,
             is_fallback=not request.is_begun and request.max_tokens != 1,
-            wait_s=0.0 if request.is_begun else self._wait_s(self._offer(alone)),
         )
-
-    def _wait_s(self, offer: _Offer) -> float:
-        return offer.wait_s if self._is_measured else 0.0
 
     def _offer(self, engine: Engine) -> _Offer:
         speed = max(engine.tokens_per_s or self._fastest, LEAST_SPEED * self._fastest)
@@ -308,18 +300,6 @@ def covers(has: Capabilities, need: Need | None) -> bool:
 def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:
     """Return whether ``decode`` may be handed KV blocks of ``prefill``, and pulls work."""
     return decode.may_pull_from(prefill) and decode.health.pull(prefill.key).takes(now_at)
-
-
-def too_late(route: Route, left_s: float) -> OverloadedError:
-    """Return the error for a request whose client wants the answer before the queue is done."""
-    late_s = math.ceil(min(route.wait_s - left_s, MAX_RETRY_AFTER_S))
-    return OverloadedError(
-        f"the {max(left_s, 0.0):.2f} s that are left cannot be met: prompts before this one take "
-        f"{route.wait_s:.2f} s at {route.engines[0].name}",
-        status=503,
-        retry_after_s=max(RETRY_AFTER_S, late_s),
-        code="deadline_exceeded",
-    )
 
 
 def no_engine_ready(message: str) -> OverloadedError:

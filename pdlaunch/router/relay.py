@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
-from urllib.parse import urlencode
 
 import msgspec
 
@@ -37,7 +36,7 @@ from pdlaunch.router.engine_client import (
     refuse_broken,
 )
 from pdlaunch.router.handover import Handover, whole_chunk
-from pdlaunch.router.policy import Hop, Need, Route, RoutingRequest, no_engine_ready, too_late
+from pdlaunch.router.policy import Hop, Need, Route, RoutingRequest, no_engine_ready
 from pdlaunch.router.request_record import EngineCall, RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
@@ -50,14 +49,12 @@ async def answer_prompt(
     state: RouterState,
     answer: ClientAnswer,
     record: RequestRecord,
-    wanted_at: float | None,
 ) -> Transcript:
     """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
-    Cancelling it ends the work of both engines. ``wanted_at``: the client's deadline, on the loop's
-    clock.
+    Cancelling it ends the work of both engines.
     """
-    relay = Relay(prompt, state, answer, record, wanted_at)
+    relay = Relay(prompt, state, answer, record)
     with state.suspects.watch(prompt.origin):
         try:
             await relay.run()
@@ -75,7 +72,6 @@ class Relay:
         state: RouterState,
         answer: ClientAnswer,
         record: RequestRecord,
-        wanted_at: float | None,
     ) -> None:
         self.transcript = Transcript(
             prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
@@ -85,7 +81,6 @@ class Relay:
         self._state = state
         self._answer = answer
         self._record = record
-        self._wanted_at = wanted_at
         self._prefix = prompt.prefix
         self._lease: Handover | None = None  # the handover of the prefill engine
         # The client has the first tokens from prefill, so decode must not send them again.
@@ -172,10 +167,6 @@ class Relay:
             route = state.pool.route(request)
             self._record.routed("decode" if request.is_begun else "prefill", route)
             if route.decode is not None:
-                left_s = None if self._wanted_at is None else self._wanted_at - state.now()
-                if left_s is not None and route.wait_s > left_s:
-                    state.metrics.count("deadlines_refused")
-                    raise too_late(route, left_s)
                 self._follow(route)
                 return route
             left_s = end_at - state.now()
@@ -228,7 +219,7 @@ class Relay:
             with (
                 decode.holding(prompt.num_choices * prompt.num_prompt_tokens),
                 self._work(engine) as begin,
-                self._call("prefill", engine, self._hop_id(0)) as call,
+                self._record.call("prefill", engine.name) as call,
             ):
                 try:
                     answer, ignored = await state.client.ask(
@@ -292,7 +283,7 @@ class Relay:
         body, headers = prompt.decode_body(extra, is_whole=is_whole), self._headers(attempt)
         with (
             self._work(engine, computes=not extra, num_streams=prompt.num_choices) as begin,
-            self._call("decode", engine, self._hop_id(attempt)) as call,
+            self._record.call("decode", engine.name) as call,
         ):
             if is_whole:
                 await self._ask_whole(engine, body, headers, lease, call)
@@ -380,14 +371,13 @@ class Relay:
         ):
             headers = self._headers(attempt)
             async with client.stream(engine, COMPLETIONS.path, body, headers) as stream:
-                # A stop string across the seam ends it before the engine does.
-                while not self.transcript.is_done:
-                    if (chunk := await stream.next_chunk()) is None:
-                        raise EngineFailure(engine, "its stream ended too early")
+                while (chunk := await stream.next_chunk()) is not None:
                     with blames(engine):
                         refuse_broken(engine, chunk)
                         continued = continuation.take(chunk)
                     await self._tell(engine, continued, begin=begin)
+            if not self.transcript.is_done:
+                raise EngineFailure(engine, "its stream ended too early")
         engine.health.succeeded(self._state.pool.clock())
 
     async def _tell(
@@ -497,11 +487,3 @@ class Relay:
             num_uncached=pool.num_new_tokens(engine, self._routing_request()) if computes else 0,
             num_streams=num_streams,
         )
-
-    def _call(self, hop: Hop, engine: Engine, hop_id: HopId) -> AbstractContextManager[EngineCall]:
-        """Begin the record of a call; native engines can report its spans if it is cut."""
-        ask = None
-        if engine.capabilities.gives_first_token:
-            path = f"/pdlaunch/spans?{urlencode({'request_id': hop_id})}"
-            ask = partial(self._state.client.read, engine, path)
-        return self._record.call(hop, engine.name, ask)

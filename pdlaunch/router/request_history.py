@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -19,12 +18,11 @@ from pdlaunch.observe.logs import FIELDS, escape_controls
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.status import RequestList, RequestSummary
 from pdlaunch.router.otlp import OtlpExporter
-from pdlaunch.router.request_record import EngineCall, RequestRecord
+from pdlaunch.router.request_record import RequestRecord
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LISTED = 20
-Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 _CHOICES = ("last", "slowest", "failed")
 _RECORD = web.RequestKey("record", RequestRecord)
 
@@ -38,7 +36,7 @@ class RequestHistory:
     """Holds every record, and logs each request that has ended; watches the door of the router.
 
     ``keep``: how many of those that have ended. ``show`` gets each line with the id, for a terminal
-    that tells the time. ``spawn`` runs what outlives a request, while engines can be asked.
+    that tells the time.
     """
 
     def __init__(
@@ -46,14 +44,11 @@ class RequestHistory:
         keep: int,
         show: Callable[[str], None] | None,
         exporter: OtlpExporter | None,
-        spawn: Spawn,
     ) -> None:
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=keep)
         self._show = show
         self._exporter = exporter
-        self._spawn = spawn
-        self._late: set[asyncio.Task[None]] = set()
 
     def begin(self, http: web.Request, request_id: HttpRequestId) -> End:
         """Begin the record of a client's request, as ``Watch``; return what ends it."""
@@ -71,26 +66,12 @@ class RequestHistory:
         self._done.append(record)
         try:
             log_request(record, self._show)
-            if calls := record.cut_calls:
-                task = self._spawn(self._hear_late(record, calls))
-                self._late.add(task)
-                task.add_done_callback(self._late.discard)
-            elif self._exporter is not None:
+            if self._exporter is not None:
                 self._exporter.end(record)
         except Exception:  # A record must never cost an answer.
             logger.exception("a request could not be logged")
 
-    async def _hear_late(self, record: RequestRecord, calls: Sequence[EngineCall]) -> None:
-        """Ask engines for their parts of a request whose client went away."""
-        told = await asyncio.gather(*(call.ask() for call in calls if call.ask is not None))
-        for call, report in zip(calls, told, strict=True):
-            call.hear(report, record.log.clock())
-        if self._exporter is not None:
-            self._exporter.end(record)
-
     async def close(self) -> None:
-        if self._late:
-            await asyncio.wait(self._late)
         exporter, self._exporter = self._exporter, None
         if exporter is not None:
             await asyncio.to_thread(exporter.close)

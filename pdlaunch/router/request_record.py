@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -38,9 +38,6 @@ MAX_MODEL_LENGTH = 200
 MAX_ERROR_LENGTH = 300
 MAX_HEARD_SPANS = 4 * MAX_SPANS  # of one engine with its ranks, for one call
 
-# Fetches an engine's spans (JSON) of a call that was cut; None if the engine has none.
-AskSpans = Callable[[], Awaitable[bytes | None]]
-
 
 class EngineCall(msgspec.Struct):
     """Records one call of an engine."""
@@ -48,7 +45,6 @@ class EngineCall(msgspec.Struct):
     hop: Hop
     engine: str
     span: Span  # ends at 0 while the call runs
-    ask: AskSpans | None  # none: it cannot be asked afterwards
     error: str | None = None
     heard: list[Span] = []  # the engine's spans, on the router's clock
     num_dropped: int = 0  # spans that the engine, or this process, has not kept
@@ -57,18 +53,11 @@ class EngineCall(msgspec.Struct):
     def is_over(self) -> bool:
         return self.span.end_at > 0
 
-    @property
-    def is_cut(self) -> bool:
-        """Return whether the client left before the engine sent its spans, which can be fetched."""
-        return self.error == CLIENT_LEFT and self.ask is not None and not self.heard
-
     def hear(self, told: object, now_at: float) -> None:
         """Take the spans with which an engine has ended its answer, if any."""
         if told is None:
             return
         try:
-            if isinstance(told, bytes):
-                told = msgspec.json.decode(told)
             report = msgspec.convert(told, SpanReport)
         except (ValueError, RecursionError) as error:
             logger.debug("%s: its spans cannot be read: %s", self.engine, error)
@@ -147,8 +136,8 @@ class RequestRecord:
         self.log.mark("route", hop=hop, prefill=prefill, decode=decode, explanation=route.reason)
 
     @contextlib.contextmanager
-    def call(self, hop: Hop, engine: str, ask: AskSpans | None = None) -> Iterator[EngineCall]:
-        call = EngineCall(hop, engine, Span(f"{hop} at {engine}", self.log.clock(), 0.0), ask)
+    def call(self, hop: Hop, engine: str) -> Iterator[EngineCall]:
+        call = EngineCall(hop, engine, Span(f"{hop} at {engine}", self.log.clock(), 0.0))
         self._calls.append(call)
         try:
             yield call
@@ -157,11 +146,6 @@ class RequestRecord:
             raise
         finally:
             call.span.end_at = self.log.clock()
-
-    @property
-    def cut_calls(self) -> list[EngineCall]:
-        """Return the calls of a request without an answer, of which engines can still tell."""
-        return [call for call in self._calls if call.is_cut] if self.has_failed else []
 
     def fail(self, error: BaseException) -> None:
         """Note an error that the client is told of, the first one alone."""

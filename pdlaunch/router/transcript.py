@@ -20,7 +20,6 @@ class ChoiceTranscript(msgspec.Struct):
     token_ids: list[int] = []
     finish_reason: str | None = None
     texts: list[str] = []
-    text_offset: int = 0
     told: set[str] = set()  # members that are sent once: role, prompt tokens
 
 
@@ -59,11 +58,6 @@ class Transcript:
     @property
     def text(self) -> str:
         return "".join(self._choices[0].texts)
-
-    @property
-    def text_offset(self) -> int:
-        """Return the offset at which log probabilities of the first choice go on."""
-        return self._choices[0].text_offset
 
     def drop_tokens(self, num_tokens: int) -> None:
         """Forget the tokens of the first choice after ``num_tokens``, whose text nobody has."""
@@ -165,9 +159,6 @@ class Transcript:
             told.texts.append(text)
             others = (value for name, value in delta.items() if name not in ("role", "content"))
             self.has_other_output |= any(others)
-            logprobs = choice.get("logprobs") or {}
-            if logprobs.get("text_offset"):
-                told.text_offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
 
     def _admit_choice(self, choice: dict[str, Any]) -> bool:
         told = self._choices[choice["index"]]

@@ -46,8 +46,6 @@ class WatchSettings:
     kind: EngineName
     capabilities: Capabilities  # capabilities of engines of this kind and this version
     is_exact: bool = False  # a canary's tokens must be equal, as they are in float32
-    # URLs at which engines may be that the configuration does not name.
-    engine_urls: tuple[str, ...] = ()
     poll_s: float = POLL_S
 
 

@@ -29,12 +29,6 @@ def run(*arguments: str, **environ: str) -> Any:
             "engines",
             "NOT_SET is not set, or empty",
         ),
-        (
-            ("--decode", "dns+http://decode.svc:8000"),
-            "engines",
-            "the addresses of http://decode.svc:8000 must be allowed",
-        ),
-        (("--engine-urls", "10.0.0.0/24"), "--engine-urls", "allows no URL"),
         (("--engines-file", "/nowhere.yaml"), "/nowhere.yaml", "no such file"),
         (("--prefill", "unix:/nowhere/x.sock"), "served_model_name", "no engine tells which model"),
         ((), "served_model_name", "no engine is named by its URL"),
@@ -77,7 +71,7 @@ def test_a_launch_has_none_of_them(tmp_path: Path, command: str, line: str) -> N
 
 def test_help_has_the_flags_of_a_router_alone() -> None:
     text = run("router", "--help").output
-    assert "--engine-urls" in text
+    assert "--engines-file" in text
     assert "--served-model-name" in text
     assert "--tensor-parallel-size" not in text
-    assert "--engine-urls" not in run("serve", "--help").output
+    assert "--engines-file" not in run("serve", "--help").output

@@ -15,7 +15,6 @@ from pdlaunch.http.headers import (
     IgnoredFields,
     read_ignored_fields,
     read_request_id,
-    read_timeout_s,
     read_traceparent,
 )
 
@@ -32,15 +31,6 @@ def test_a_request_id_is_kept_or_made() -> None:
 def test_bad_request_ids_are_refused(header: str) -> None:
     with pytest.raises(RequestError, match="X-Request-Id"):
         read_request_id(header)
-
-
-@pytest.mark.parametrize("header", ["x", "", "0", "-1", "nan", "inf"])
-def test_a_timeout_is_a_positive_number(header: str) -> None:
-    # What is left of a deadline is told with all digits of a float.
-    for seconds in (None, 2.5, 29.989308105999953):
-        assert read_timeout_s(None if seconds is None else str(seconds)) == seconds
-    with pytest.raises(RequestError, match="X-Request-Timeout"):
-        read_timeout_s(header)
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,7 @@ class Keys:
 class Alone:
     """A router that watches engines of vLLM at Unix sockets; commands go to its admin socket."""
 
-    def __init__(
-        self, folder: Path, *, urls: tuple[str, ...] | None = None, is_exact: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, *, is_exact: bool = True) -> None:
         self.folder = folder
         self.shares: dict[str, list[int]] = {}
         self.engines: dict[str, FakeVllm] = {}
@@ -61,7 +59,6 @@ class Alone:
             kind="vllm",
             capabilities=capabilities_over_http("vllm"),
             is_exact=is_exact,
-            engine_urls=(f"unix:{folder}",) if urls is None else urls,
             poll_s=0.01,
         )
         self.watch = WatchedMembership(settings, self.pool, self.metrics)
@@ -155,7 +152,7 @@ class Alone:
 
 @pytest.fixture
 async def alone(tmp_path: Path) -> AsyncIterator[Alone]:
-    alone = Alone(tmp_path, urls=(f"unix:{tmp_path}", "http://127.0.0.0/29:1-9"))
+    alone = Alone(tmp_path)
     await alone.open()
     yield alone
     await alone.close()

@@ -79,8 +79,6 @@ class FakeEngine:
         self.tells_metrics.set()
         self.report: Any = None
         """What it tells a router of its spans that asks for them."""
-        self.unsent: dict[str, Any] = {}
-        """Reports by id of requests that were aborted."""
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -94,7 +92,6 @@ class FakeEngine:
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
-                web.get("/pdlaunch/spans", self._unsent_spans),
                 web.post("/tokenize", self._tokenize),
                 web.post("/detokenize", self._detokenize),
                 web.post("/sleep", self._fall_asleep),
@@ -109,10 +106,6 @@ class FakeEngine:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-
-    async def _unsent_spans(self, request: web.Request) -> web.Response:
-        report = self.unsent.get(request.query["request_id"])
-        return web.json_response(report, status=404 if report is None else 200)
 
     async def stop(self) -> None:
         if self._runner is not None:

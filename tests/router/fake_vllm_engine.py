@@ -108,36 +108,26 @@ class FakeVllmEngine(FakeEngine):
         left = list(self.script.encode())[done:]
         # A prompt that ends within a character is told with it.
         primed = prompt if text_of(prompt).endswith("\ufffd") else []
-        stop = body.get("stop") or []
-        stops = [stop] if isinstance(stop, str) else stop
-        held = max((len(stop) for stop in stops), default=1) - 1
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
         chunks: list[dict[str, Any]] = []
-        num_told, reason, stop_reason = 0, None, None
+        num_told, reason = 0, None
         for count in range(1, min(limit, len(left)) + 1):
             text = text_of(primed + left[:count])
             text = "" if text.endswith("\ufffd") else text
             whole = text or text_of(left[:count]).rstrip("\ufffd")
-            for stop in stops:
-                if stop in whole:
-                    text = whole = whole[: whole.index(stop)]
-                    reason, stop_reason, held = "stop", stop, 0
-            if reason is None and count == len(left):
-                reason, held = "stop", 0
-            elif reason is None and count == limit:
-                reason, held = "length", 0
-            upto = max(num_told, len(whole) - held) if whole else num_told
+            if count == len(left):
+                reason = "stop"
+            elif count == limit:
+                reason = "length"
+            upto = max(num_told, len(whole))
             chunks.append(
                 {
                     "text": whole[num_told:upto],
                     "token_ids": [left[count - 1]],
                     "finish_reason": reason,
-                    "stop_reason": stop_reason,
                 }
             )
             num_told = upto
-            if reason is not None:
-                break
         return chunks
 
     async def _tell_stream(
@@ -184,7 +174,6 @@ class FakeVllmEngine(FakeEngine):
             "text": "".join(chunk["text"] for chunk in chunks),
             "token_ids": [token_id for chunk in chunks for token_id in chunk.get("token_ids", ())],
             "finish_reason": chunks[-1]["finish_reason"],
-            "stop_reason": chunks[-1]["stop_reason"],
         }
         if seen.path.endswith("chat/completions"):
             text = choice.pop("text")

@@ -20,13 +20,13 @@ class Received:
 
     def __init__(self, span: Any, resource: dict[str, Any]) -> None:
         self.name: str = span.name
-        self.process = resource["service.instance.id"]
         self.service = resource["service.name"]
         self.trace_id = span.trace_id.hex()
         self.id = span.span_id.hex()
         self.parent = span.parent_span_id.hex()
         self.seconds = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
         self.attributes = attributes_of(span.attributes)
+        self.process = self.attributes.get("pdlaunch.process", "router")
         self.events = {event.name: attributes_of(event.attributes) for event in span.events}
         self.failed = span.status.code == span.status.STATUS_CODE_ERROR
 

@@ -6,13 +6,11 @@ import asyncio
 import re
 
 import msgspec
-import pytest
 
 from pdlaunch.observe.spans import PULL, Span, SpanReport
 from pdlaunch.router.health import OPEN_S
-from pdlaunch.router.policy import MAX_RETRY_AFTER_S
 from tests.http.loop_clock import pass_time
-from tests.router.conftest import Stand, named, pairs
+from tests.router.conftest import SPEC, Stand, pairs
 from tests.router.fake_engine import FakeEngine
 from tests.router.test_life_of_a_request import completion, expected_text
 
@@ -104,43 +102,14 @@ async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) ->
     assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "closed"}
 
 
-async def test_a_deadline_that_the_queue_alone_exceeds_is_refused_at_once(stand: Stand) -> None:
-    engines = pairs(1)
-    await stand.start(engines)
-    prefill = named(stand, "prefill-0")
-    prefill.computed_tokens = 1000.0 * (1 << 20)
-    prefill.computing_s = float(1 << 20)
-    prefill.unanswered_tokens, prefill.progressed_at = 30_000, stand.pool.clock()
-    answer = await stand.post(completion(stream=True), headers={"X-Request-Timeout": "10"})
-    error = answer.json()["error"]
-    assert (answer.status, error["code"]) == (503, "deadline_exceeded")
-    assert "at prefill-0" in error["message"]
-    assert 15 <= int(answer.headers["Retry-After"]) <= MAX_RETRY_AFTER_S
-    assert [engine.seen for engine in engines] == [[], []]
-    assert stand.metric("pdlaunch_router_deadlines_refused_total") == 1
-    # Nobody is refused who has stated no deadline, or one that can be met.
-    for headers in ({}, {"X-Request-Timeout": "1000"}):
-        assert (await stand.post(completion(), headers=headers)).status == 200
-
-
 async def test_a_deadline_ends_a_request_that_was_begun(stand: Stand) -> None:
     (engine,) = decodes(1)
     engine.hold_after = 2
-    await stand.start([engine])
-    request = asyncio.ensure_future(stand.post(completion(), headers={"X-Request-Timeout": "15"}))
+    await stand.start([engine], spec=msgspec.structs.replace(SPEC, request_timeout_s=15.0))
+    request = asyncio.ensure_future(stand.post(completion()))
     await engine.holding.wait()
     pass_time(15.0)
     answer = await request
     assert answer.status == 503
     assert answer.json()["error"]["message"] == "the request was not answered within 15 s"
     await asyncio.wait_for(engine.aborted.wait(), 60)
-
-
-@pytest.mark.parametrize(
-    "value", ["0", "-1", "soon", "inf", "nan", "", "1_0", "1e-9", "0.0001", "\u0661"]
-)
-async def test_a_timeout_that_is_none_is_refused(stand: Stand, value: str) -> None:
-    await stand.start(decodes(1))
-    answer = await stand.post(completion(), headers={"X-Request-Timeout": value})
-    error = msgspec.json.decode(answer.raw)["error"]
-    assert (answer.status, error["param"]) == (400, "X-Request-Timeout")

@@ -41,7 +41,7 @@ async def test_a_request_is_one_trace_over_all_processes(
     assert answer.status == 200
     await stand.router.history.close()
     assert collector.paths == {"/v1/traces"}
-    root = collector.named("chat tiny")
+    root = collector.named("chat")
     assert (root.trace_id, root.parent) == (PARENT.split("-")[1], PARENT.split("-")[2])
     assert {span.trace_id for span in collector.spans} == {root.trace_id}
     assert {span.service for span in collector.spans} == {"pdlaunch"}

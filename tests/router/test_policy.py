@@ -191,14 +191,6 @@ def test_limits_bound_what_is_computed_beside_streams() -> None:
     assert (route.kind, route.reason) == ("decode", "keeps max_ttft_ms")
 
 
-def test_a_route_tells_how_long_others_keep_it_waiting() -> None:
-    waits = engine("prefill-0", unanswered_tokens=3000, **speed(1000))
-    decode = engine("decode-0", unanswered_tokens=4000)
-    assert choose(prompt(), [waits, decode], 1.0).wait_s == pytest.approx(2.0)
-    unknown = engine("prefill-0", unanswered_tokens=3000)
-    assert choose(prompt(), [unknown, decode]).wait_s == 0.0
-
-
 HEALTH = st.builds(
     EngineHealth,
     is_tripped=st.booleans(),

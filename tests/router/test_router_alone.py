@@ -156,14 +156,8 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
         file.write_text(listing(alone, "prefill-0", "decode-1"))
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
         elsewhere = listing(alone, "prefill-0", "decode-1").replace("decode-1.sock", "../x.sock")
-        file.write_text(elsewhere + "- {name: decode-2, role: decode, url: 'http://10.9.9.9:1'}\n")
+        file.write_text(elsewhere)
         await alone.until(lambda: "write the whole path" in caplog.text)
-
-        file.write_text(
-            listing(alone, "prefill-0", "decode-1")
-            + "- {name: decode-2, role: decode, url: 'http://10.9.9.9:1'}\n"
-        )
-        await alone.until(lambda: "decode-2 is left out: engine_urls does not" in caplog.text)
         assert alone.ready == {"prefill-0", "decode-1"}
     finally:
         following.cancel()
@@ -198,7 +192,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, messag
 async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
     alone: Alone, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: set[str] | None = {"127.0.0.1", "127.0.0.2", "127.9.9.9"}
+    found: set[str] | None = {"127.0.0.1", "127.0.0.2"}
 
     async def look_up(host: str, port: int) -> list[tuple[Any, int, tuple[Any, ...]]]:
         assert (host, port) == ("prefill.svc", 7)
@@ -218,7 +212,6 @@ async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
 
     try:
         await alone.until(lambda: urls() == {"http://127.0.0.1:7", "http://127.0.0.2:7"})
-        await alone.until(lambda: "does not allow http://127.9.9.9:7" in caplog.text)
         assert {alone.watch.key_of(engine) for engine in alone.pool.engines} == {"key"}
         found = {"127.0.0.2", "127.0.0.3"}
         await alone.until(lambda: urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"})

@@ -36,7 +36,6 @@ from pdlaunch.http.limits import (
     LargeInputs,
     max_engine_body_bytes,
 )
-from pdlaunch.observe.spans import SpanLog, SpanReport
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
@@ -181,8 +180,6 @@ def _conflict(message: str) -> RequestError:
 
 
 MAX_REMEMBERED_LEASES = 4096
-MAX_KEPT_SPANS = 256
-WAIT_FOR_SPANS_S = 2.0
 """Rank 0 tells its part at the end of a step. A router may ask before its own leaving is seen."""
 READ_STATS_TIMEOUT_S = 1.5
 """Rank 0 answers between two steps. Routers wait a little longer for a page of metrics."""
@@ -218,9 +215,6 @@ class EngineService:
         )
         self.leases: OrderedDict[str, RequestId] = OrderedDict()
         """The requests whose leases were handed out, by the hop's id and by the lease's."""
-        self._unsent_spans: OrderedDict[HopId, tuple[SpanLog, asyncio.Event]] = OrderedDict()
-        """Spans of requests whose client left; complete once the event is set."""
-        self._spans_kept = asyncio.Event()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
@@ -297,25 +291,6 @@ class EngineService:
             self.leases.move_to_end(key)
         while len(self.leases) > MAX_REMEMBERED_LEASES:
             self.leases.popitem(last=False)
-
-    def keep_spans(self, hop_id: HopId, spans: SpanLog, ended: asyncio.Event) -> None:
-        """Keep the spans of a request that was aborted, for a router that asks afterwards."""
-        self._unsent_spans[hop_id] = spans, ended
-        while len(self._unsent_spans) > MAX_KEPT_SPANS:
-            self._unsent_spans.popitem(last=False)
-        # Wake all waiters; later ones wait for the next event.
-        self._spans_kept.set()
-        self._spans_kept = asyncio.Event()
-
-    async def take_spans(self, hop_id: HopId) -> SpanReport | None:
-        """Return a request's spans, once; None when there are none of it."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(WAIT_FOR_SPANS_S):
-                while hop_id not in self._unsent_spans:
-                    await self._spans_kept.wait()
-                await self._unsent_spans[hop_id][1].wait()
-        kept = self._unsent_spans.pop(hop_id, None)
-        return None if kept is None else kept[0].report()
 
 
 def _shutting_down() -> OverloadedError:

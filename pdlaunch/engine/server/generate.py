@@ -130,11 +130,8 @@ async def _run(
     finally:
         metrics.ended(choices, otherwise)
         generation.abort()
-        if not answered:
-            if call.wants_spans:
-                service.keep_spans(call.hop_id, call.spans, generation.ended)
-            if generation.is_remote_prefill:
-                generation.release()
+        if not answered and generation.is_remote_prefill:
+            generation.release()
     if generation.is_remote_prefill:
         service.remember_lease(call.hop_id, choices[0].request.request_id)
     num_output = sum(choice.num_tokens for choice in choices)

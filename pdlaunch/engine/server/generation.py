@@ -79,12 +79,9 @@ class Generation:
         self.prompts = list(prompts)
         self.choices: list[Choice] = []
         self.num_prompt_tokens = sum(map(len, prompts))
-        self.ended = asyncio.Event()
-        """Set once nothing more comes of choices that were aborted."""
         self._sent_at = 0.0
         self._link = link
         self._running: dict[RequestId, Choice] = {}
-        self._aborted: set[RequestId] = set()
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._remote_kv: RemoteKV | None = None
         self._known: list[Delta] = []
@@ -157,14 +154,10 @@ class Generation:
                 yield deltas
 
     def abort(self) -> None:
-        """Drop what still runs; its spans are still taken. Safe to call at any time."""
-        while not self._events.empty():
-            self._hear(self._events.get_nowait())
-        abort, last = self._link.abort, self._take_last
-        self._aborted |= {name for name in self._running if abort(name, last)}
+        """Drop what still runs. Safe to call at any time."""
+        for request_id in self._running:
+            self._link.abort(request_id)
         self._running = {}
-        if not self._aborted:
-            self.ended.set()
 
     def release(self) -> None:
         """End the lease of a remote prefill that nobody will pull, granted or not."""
@@ -224,13 +217,6 @@ class Generation:
                 stops = event.stop_token_id is not None
                 delta = choice.take(event.tokens, event.reason, ends_with_stop_token=stops)
         return delta
-
-    def _take_last(self, event: RankEvent) -> None:
-        self._hear(event)
-        if isinstance(event, RequestFinished):
-            self._aborted.discard(event.request_id)
-        if event is None or not self._aborted:
-            self.ended.set()
 
     def _hear(self, event: RankEvent) -> None:
         """Take the spans that rank 0 reports; of several choices it matters which."""

@@ -55,7 +55,6 @@ from pdlaunch.protocol.control import (
     Suspects,
 )
 from pdlaunch.protocol.engine import CheckIntegrity
-from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import ModelCard
@@ -87,7 +86,6 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
         *health_routes(partial(_health, service)),
         route("GET", "/metrics", _metrics),
         route("POST", "/pdlaunch/release", _release),
-        route("GET", "/pdlaunch/spans", _spans),
         route("GET", "/pdlaunch/integrity", _integrity),
         route("POST", "/sleep", _sleep),
         route("POST", "/wake_up", _wake_up),
@@ -147,13 +145,6 @@ async def _metrics(service: EngineService, _: web.Request) -> web.Response:
         body=render_metrics(service.metrics.registry),
         headers={"Content-Type": METRICS_CONTENT_TYPE},
     )
-
-
-async def _spans(service: EngineService, http: web.Request) -> web.Response:
-    report = await service.take_spans(HopId(http.query.get("request_id", "")))
-    if report is None:
-        raise RequestError("no spans are kept of this request", param="request_id", status=404)
-    return json_response(report)
 
 
 async def _release(service: EngineService, http: web.Request) -> web.Response:

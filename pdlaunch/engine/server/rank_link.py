@@ -85,16 +85,10 @@ class RankLink:
         self.send(request)
         self._sinks[request.request_id] = sink
 
-    def abort(self, request_id: RequestId, last: Sink | None = None) -> bool:
-        """Drop a request, or end the lease of a finished one; nothing more reaches its sink.
-
-        What still comes of it goes to ``last``; False when nothing will.
-        """
-        runs = self._sinks.pop(request_id, None) is not None
-        if runs and last is not None:
-            self._sinks[request_id] = last
+    def abort(self, request_id: RequestId) -> None:
+        """Drop a request, or end the lease of a finished one; nothing more reaches its sink."""
+        self._sinks.pop(request_id, None)
         self.send(AbortRequest(request_id=request_id))
-        return runs
 
     def send(self, message: ToRank) -> None:
         """Queue any message; after the end of the connection nobody hears it.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 import pytest
 
-from pdlaunch.engine.server import engine_service
 from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.observe.spans import Span, SpanReport
-from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
+from pdlaunch.protocol.engine import AddRequest, RequestFinished, Tokens
 from tests.engine.server.conftest import Engine
-from tests.engine.server.fake_rank import FakeRank, silent
+from tests.engine.server.fake_rank import FakeRank
 
 ASKED = {SPANS_HEADER: "1"}
 
@@ -82,32 +79,3 @@ async def test_other_callers_are_told_nothing(engine: Engine, rank: FakeRank) ->
     assert "pdlaunch" not in answer
     assert all("pdlaunch" not in chunk for chunk in await engine.stream(max_tokens=3))
     assert not any(request.records_spans for request in rank.added())
-
-
-@pytest.mark.parametrize("has_token", [False, True])
-async def test_the_spans_of_an_aborted_request_can_be_asked_for_once(
-    engine: Engine, rank: FakeRank, monkeypatch: pytest.MonkeyPatch, has_token: bool
-) -> None:
-    rank.script = silent
-    headers = ASKED | {"X-Request-Id": "gone"}
-    body = {"prompt": "hello", "max_tokens": 3, "stream": True}
-    asked = asyncio.create_task(engine.post("/v1/completions", body, **headers))
-    (request,) = await rank.wait_for(AddRequest)
-    told = SpanReport(elapsed_s=0.0, spans=[Span("pull", 0.0, 0.0, {}, "rank-0")])
-    if has_token:
-        token = rank.output(5, request)
-        await rank.say(Tokens(request_id=request.request_id, tokens=[token], spans=told))
-    asked.cancel()
-    await rank.wait_for(AbortRequest)
-    path = f"{engine.url}/pdlaunch/spans?request_id=gone"
-    answered = asyncio.create_task(engine.session.get(path))
-    told.spans = [Span("end", 0.0, 0.0, {}, "rank-0")]
-    end = RequestFinished(request_id=request.request_id, reason="abort", spans=told)
-    await rank.say(end)
-    async with await answered as response:
-        found = by_process(await response.json())
-    assert found[""] == ["receive", "tokenize"]
-    assert found["rank-0"] == (["pull", "end"] if has_token else ["end"])
-    monkeypatch.setattr(engine_service, "WAIT_FOR_SPANS_S", 0.0)
-    async with engine.session.get(path) as response:
-        assert response.status == 404
