@@ -200,7 +200,7 @@ def test_blocks_are_free_when_the_last_rank_has_stored_its_heads() -> None:
     )
     while leader.wait_s() == 0 or recorder.requests or ended:
         leader.turn()
-    assert [job.group_sizes for job in jobs] == [[2]]
+    assert [len(job.block_ids) for job in jobs] == [2]
     assert [job for plan in told for job in plan.jobs] == jobs
     stats = leader._requests.stats()
     assert (stats.num_offload_jobs, stats.num_free_blocks, stats.num_running) == (1, 14, 0)
