@@ -21,7 +21,6 @@ from tests.attacks.bodies import bodies
 from tests.attacks.connections import connections
 from tests.attacks.fuzz import fuzz
 from tests.attacks.kv_fuzz import kv_fuzz
-from tests.attacks.model_files import model_files
 from tests.attacks.sockets import sockets
 from tests.attacks.surroundings import surroundings
 from tests.attacks.target import DeploymentLostError, Target, attacked, make_model
@@ -36,11 +35,7 @@ ATTACKS = {
     "kvfuzz": "kv_transfer_params, resume and ids",
     "conns": "silent, half-spoken and vanishing connections, readers that never read",
     "dos": "huge but legal bodies beside a small request",
-    "files": "damaged model files",
-    "env": (
-        "bad surroundings: full disk, few descriptors, no /dev/shm, a taken port, a killed "
-        "supervisor"
-    ),
+    "env": "bad surroundings: full disk, few descriptors, no /dev/shm",
 }
 
 
@@ -75,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     code |= run(
                         name, partial(on_launch, name, target, options.requests, options.seed)
                     )
-        if "files" in names:
-            code |= run("files", partial(model_files, Path(folder), options.seed))
         if "env" in names:
             code |= run("env", partial(surroundings, model))
     return code

@@ -49,7 +49,6 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
         ),
     ),
     "a long prompt": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"', b"ab cd ", b'"}')),
-    "a prompt of one word": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"', b"a", b'"}')),
     "token ids": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":[', b"1,", b"1]}")),
     "many prompts": (
         COMPLETIONS,
@@ -79,10 +78,6 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
             + b"}"
         ),
     ),
-    "a model's name": (
-        COMPLETIONS,
-        lambda: fill(b'{"prompt":"a","max_tokens":2,"model":"', b"k", b'"}'),
-    ),
     "tokenize": (
         "/tokenize",
         lambda: fill(b'{"return_token_strs":true,"prompt":"', b"ab cd ", b'"}'),
@@ -106,15 +101,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
         ),
     ),
 }
-SEVERAL = (
-    "valid messages",
-    "lists for messages",
-    "a long prompt",
-    "token ids",
-    "tokenize",
-    "detokenize",
-    "logit_bias",
-)
+SEVERAL = ("valid messages", "lists for messages", "a long prompt", "token ids", "logit_bias")
 """Sent ``AT_ONCE`` as well."""
 
 

@@ -28,15 +28,7 @@ FORMS: dict[str, type[RequestBody]] = {
     "/tokenize": TokenizeCompletionRequest,
     "/detokenize": DetokenizeRequest,
 }
-STRANGE_FIELDS = (
-    "tools",
-    "tool_choice",
-    "guided_json",
-    "unknown",
-    "",
-    "\u0000",
-    "kv_transfer_params.pdlaunch",
-)
+STRANGE_FIELDS = ("", "\0", "tools", "tool_choice", "unknown", "kv_transfer_params.pdlaunch")
 BASES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Hello world", "max_tokens": 3, "temperature": 0.7},
     CHAT: {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0.7},
@@ -44,128 +36,32 @@ BASES: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [72, 105]},
 }
 
-NUMBERS: tuple[object, ...] = (
-    *(
-        0,
-        -1,
-        1,
-        2,
-        1.5,
-        -0.0,
-        5e-324,
-        1e-320,
-        1e-300,
-        1e-38,
-        1e-10,
-        1e38,
-        3.5e38,
-        1e300,
-        1.7976931348623157e308,
-    ),
-    *(
-        2**31 - 1,
-        2**31,
-        2**32,
-        2**53 + 1,
-        2**63 - 1,
-        2**63,
-        2**64,
-        10**30,
-        -(2**31),
-        -(2**63),
-        -(2**64),
-    ),
-)
-OTHERS: tuple[object, ...] = (
-    *(
-        None,
-        True,
-        False,
-        "",
-        "a",
-        "1",
-        "\u0000",
-        "\u202e😀𝔘\ufffe",
-        "x" * 5000,
-        "{{ cycler }}",
-        "{% for i in range(9) %}",
-    ),
-    *(
-        [],
-        {},
-        [[]],
-        [None],
-        [1],
-        ["a"],
-        [""],
-        [{}],
-        [-1],
-        [2**31],
-        [2**63],
-        [VOCAB_SIZE - 1],
-        [VOCAB_SIZE],
-        ["a"] * 33,
-        [0] * 5000,
-    ),
-    *(
-        {"a": 1},
-        {"0": 1},
-        {"-1": 5},
-        {"1": 1000},
-        {"1": "x"},
-        {"1": None},
-        {"1e2": 1},
-        {"١": 1},
-        {" 1": 1},
-        {"1_0": 1},
-    ),
-    *(
-        {str(VOCAB_SIZE - 1): -100},
-        {str(VOCAB_SIZE): 5},
-        {str(2**31): 5},
-        {str(token): -100 for token in range(300)},
-    ),
-    *(
-        [{"role": "user"}],
-        [{"role": "x", "content": 5}],
-        [{"role": "user", "content": [{"type": "text", "text": "a"}] * 50}],
-    ),
-    *(
-        {"include_usage": True},
-        {"include_usage": "x"},
-        {"do_remote_decode": True},
-        {"choices": [[]]},
-        {"type": "json_object"},
-    ),
-)
+VALUES: list[Any] = [
+    *json.loads(r"""[
+        0, -1, 1, 2, 1.5, -0.0, 5e-324, 1e-320, 1e-300, 1e-38, 1e-10, 1e38, 3.5e38, 1e300,
+        1.7976931348623157e308, 2147483647, 2147483648, 4294967296, 9007199254740993,
+        9223372036854775807, 9223372036854775808, 18446744073709551616, 1000000000000000000000000,
+        -2147483648, -9223372036854775808, -18446744073709551616,
+        null, true, false, "", "a", "1", "\u0000", "\u202e\ud83d\ude00\ufffe",
+        "{{ cycler }}", "{% for i in range(9) %}",
+        [], {}, [[]], [null], [1], ["a"], [""], [{}], [-1], [2147483648], [9223372036854775808],
+        {"a": 1}, {"0": 1}, {"-1": 5}, {"1": 1000}, {"1": "x"}, {"1": null}, {"1e2": 1},
+        {"\u0661": 1}, {" 1": 1}, {"1_0": 1}, {"2147483648": 5},
+        [{"role": "user"}], [{"role": "x", "content": 5}],
+        {"include_usage": true}, {"include_usage": "x"}, {"do_remote_decode": true},
+        {"choices": [[]]}, {"type": "json_object"}
+    ]"""),
+    *([VOCAB_SIZE - 1], [VOCAB_SIZE], {str(VOCAB_SIZE - 1): -100}, {str(VOCAB_SIZE): 5}),
+    *("x" * 5000, ["a"] * 33, [0] * 5000, {str(token): -100 for token in range(300)}),
+    [{"role": "user", "content": [{"type": "text", "text": "a"}] * 50}],
+]
 """Values that any field may be given."""
-RAW: tuple[bytes, ...] = (
-    *(
-        b"NaN",
-        b"Infinity",
-        b"-Infinity",
-        b"1e999",
-        b"-1e999",
-        b"1e-999",
-        b"00",
-        b"+1",
-        b"0x1",
-        b"1 1",
-        b"tru",
-        b"'a'",
-        b"/*c*/1",
-    ),
-    *(
-        b'"\\ud800"',
-        b'"\xff\xfe"',
-        b'"\\u0000"',
-        b"\xef\xbb\xbf1",
-        b"1" * 5000,
-        b"1." + b"1" * 5000,
-        b"1e-" + b"9" * 400,
-    ),
+RAW: list[bytes] = [
+    *rb"""NaN Infinity -Infinity 1e999 -1e999 1e-999 00 +1 0x1 tru 'a' /*c*/1 "\ud800" """.split(),
+    *(b"1 1", b'"\xff\xfe"', b"\xef\xbb\xbf1"),
+    *(b"1" * 5000, b"1." + b"1" * 5000, b"1e-" + b"9" * 400),
     *(b"[" * 900 + b"]" * 900, b"[" * 9000 + b"]" * 9000, b'{"a":' * 900 + b"1" + b"}" * 900),
-)
+]
 """JSON that a serializer would not write."""
 
 LEGAL: dict[str, tuple[object, ...]] = {
@@ -278,16 +174,11 @@ def single_fields(who: str) -> Iterator[Case]:
         )
         for name in names:
             rest = {key: value for key, value in BASES[path].items() if key != name}
-            for value in (*NUMBERS, *OTHERS):
+            for value in VALUES:
                 yield Case(who, path, json.dumps(rest | {name: value}).encode(), name)
-            start = (
-                json.dumps(rest).encode()[:-1]
-                + (b", " if rest else b"")
-                + json.dumps(name).encode()
-                + b": "
-            )
+            start, _, end = json.dumps(rest | {name: "raw"}).encode().rpartition(b'"raw"')
             for raw in RAW:
-                yield Case(who, path, start + raw + b"}", f"{name}, raw")
+                yield Case(who, path, start + raw + end, f"{name}, raw")
 
 
 def combination(source: random.Random, who: str) -> Case:

@@ -21,6 +21,8 @@ PROMPT = (
     + "one two three four five six seven eight " * 4
 )
 
+GREEDY = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+
 COMMANDS = (
     "/pdlaunch/release",
     "/sleep?level=9",
@@ -29,101 +31,52 @@ COMMANDS = (
     "/wake_up?tags=nonsense",
 )
 
-LIES: dict[str, tuple[object, ...]] = {
-    "remote_engine_id": (1, "", "x" * 300, "\u0000", None, "evil"),
-    "remote_request_id": (1, "", "x" * 300, "somebody-else", None),
-    "remote_host": ("", "x" * 300, "tcp://127.0.0.1", "\u0000", 5, None),
-    "remote_port": (0, -1, 70000, "1", None),
-    "remote_block_ids": (
-        1,
-        [],
-        [[]],
-        [[-1]],
-        [["a"]],
-        [[2**31]],
-        [[2**63]],
-        [[1] * 10000],
-        [1, 2],
-        [[0]] * 1000,
-        None,
-    ),
-    "remote_num_tokens": (-1, 0, 1, 2**31, 2**63, 10**30, "5", None),
-    "tp_size": (0, -1, 64, 5000, "a"),
-    "remote_lease_s": (-1, 1e300, 5e-324, "x"),
-    "do_remote_decode": (True, 1, "x", None),
-    "do_remote_prefill": (False, 1, "x", None),
-    "pdlaunch": (
-        *(
-            1,
-            [],
-            {},
-            {"unknown": 1},
-            {"first_tokens": []},
-            {"first_tokens": [{}]},
-            {"first_tokens": [{"token_id": -5}]},
-        ),
-        *(
-            {"first_tokens": [{"token_id": 5}]},
-            {"first_tokens": [{"token_id": 10**6}]},
-            {"first_tokens": [{"token_id": 5}] * 500},
-        ),
-        {"first_tokens": [{"token_id": 5, "finish_reason": "nonsense"}]},
-        {"first_tokens": [{"token_id": 5, "logprob": 1e308, "top_logprobs": [[5, 1.0]] * 100}]},
-        *(
-            {"first_token_sent": True},
-            {"awaits_lease": True},
-            {"awaits_lease": True, "first_token_sent": True},
-        ),
-        *(
-            {"lease_id": "x"},
-            {"lease_id": "x" * 251},
-            {"lease_id": "\u0000\r\n"},
-            {"lease_id": "../../x"},
-            {"lease_id": 5},
-        ),
-    ),
-}
-RESUMES: tuple[object, ...] = (
-    *(
-        1,
-        [],
-        {},
-        {"choices": 1},
-        {"choices": []},
-        {"choices": [[]]},
-        {"choices": [[]] * 500},
-        {"choices": [[{}]]},
-    ),
-    *(
-        {"choices": [[{"token_id": 5}]]},
-        {"choices": [[{"token_id": 5}] * 9000]},
-        {"choices": [[{"token_id": 2**63}]]},
-    ),
-    *(
-        {"choices": [[{"token_id": -5}]]},
-        {"choices": [[{"token_id": 49151}]]},
-        {"choices": [[{"token_id": 49152}]]},
-    ),
-    {"choices": [[{"token_id": 5, "finish_reason": "stop"}]]},
-    {"choices": [[{"token_id": 5, "finish_reason": 5}]]},
-    {"choices": [[{"token_id": 5}]], "sent": False},
-    {
-        "choices": [[{"token_id": 5, "logprob": None, "top_logprobs": [[1, 2], [3, 4]]}]],
-        "sent": False,
-    },
-)
-REQUEST_IDS = (
-    "x" * 5000,
-    "a b",
-    "\xe9",
-    "../../etc",
-    "a/b",
-    "a%0d%0aX: y",
-    "",
-    "\t",
-    "same",
-    "same",
-)
+LONG = "x" * 300
+LIES: dict[str, list[Any]] = json.loads(r"""{
+    "remote_engine_id": [1, "", "\u0000", null, "evil"],
+    "remote_request_id": [1, "", "\u0000", null, "somebody-else"],
+    "remote_host": ["", "\u0000", null, 5, "tcp://127.0.0.1"],
+    "remote_port": [0, -1, 70000, "1", null],
+    "remote_block_ids": [1, [], [[]], [[-1]], [["a"]], [[2147483648]], [[9223372036854775808]],
+                         [1, 2], null],
+    "remote_num_tokens": [-1, 0, 1, 2147483648, 9223372036854775808, "5", null],
+    "tp_size": [0, -1, 64, 5000, "a"],
+    "remote_lease_s": [-1, 1e300, 5e-324, "x"],
+    "do_remote_decode": [true, 1, "x", null],
+    "do_remote_prefill": [false, 1, "x", null],
+    "pdlaunch": [null, 1, [], {}, {"unknown": 1}, {"first_tokens": 1}, {"first_tokens": []},
+                 {"first_tokens": [{}]}, {"first_tokens": [{"token_id": -5}]},
+                 {"first_tokens": [{"token_id": 5}]}, {"first_tokens": [{"token_id": 1000000}]},
+                 {"first_tokens": [{"token_id": 5, "finish_reason": "nonsense"}]},
+                 {"first_token_sent": true}, {"awaits_lease": true},
+                 {"awaits_lease": true, "first_token_sent": true},
+                 {"lease_id": "x"}, {"lease_id": "\u0000\r\n"}, {"lease_id": "../../x"},
+                 {"lease_id": 5}]
+}""")
+for field in ("remote_engine_id", "remote_request_id", "remote_host"):
+    LIES[field].append(LONG)
+LIES["remote_block_ids"] += [[[1] * 10_000], [[0]] * 1000]
+LIES["pdlaunch"] += [
+    {"lease_id": LONG},
+    {"first_tokens": [{"token_id": 5}] * 500},
+    {"first_tokens": [{"token_id": 5, "logprob": 1e308, "top_logprobs": [[5, 1.0]] * 100}]},
+]
+RESUMES: list[Any] = [
+    *json.loads("""[
+        1, [], {}, {"choices": 1}, {"choices": []}, {"choices": [[]]}, {"choices": [[{}]]},
+        {"choices": [[{"token_id": 5}]]}, {"choices": [[{"token_id": -5}]]},
+        {"choices": [[{"token_id": 49151}]]}, {"choices": [[{"token_id": 49152}]]},
+        {"choices": [[{"token_id": 9223372036854775808}]]},
+        {"choices": [[{"token_id": 5, "finish_reason": "stop"}]]},
+        {"choices": [[{"token_id": 5, "finish_reason": 5}]]},
+        {"choices": [[{"token_id": 5}]], "sent": false},
+        {"choices": [[{"token_id": 5, "logprob": null, "top_logprobs": [[1, 2], [3, 4]]}]],
+         "sent": false}
+    ]"""),
+    {"choices": [[]] * 500},
+    {"choices": [[{"token_id": 5}] * 9000]},
+]
+REQUEST_IDS = ("x" * 5000, "a b", "\xe9", "../../etc", "a%0d%0aX: y", "", "\t", "same", "same")
 
 
 def kv_fuzz(target: Target, verdict: Verdict) -> None:
@@ -135,21 +88,31 @@ def kv_fuzz(target: Target, verdict: Verdict) -> None:
     prefill = next(name for name in target.names if name.startswith("prefill"))
     decode = next(name for name in target.names if name.startswith("decode"))
     handed = hand_over(target, verdict, prefill)
+    right = text_of(target.ask(decode, PATH, GREEDY))
     with listener() as (port, num_connections):
-        requests = [*lies(handed, port), *((decode, body, {}) for body in resumes())]
-        requests += [(prefill, prefill_body(pdlaunch=lie), {}) for lie in LIES["pdlaunch"]]
-        requests += [
-            ("router", {"prompt": "a", "max_tokens": 2, "kv_transfer_params": handed}, {}),
+        for lie in lies(handed, port):
+            answer = target.ask(decode, PATH, GREEDY | {"kv_transfer_params": handed | lie})
+            statuses[answer.status] += 1
+            how = f"{decode} {PATH} {json.dumps(lie)[:500]}"
+            target.judge(verdict, answer, how)
+            # A first token that is wrong is a wrong answer of the caller's own making.
+            is_told = "pdlaunch" in lie or "do_remote_decode" in lie
+            if answer.status == 200 and not is_told and text_of(answer) != right:
+                verdict.broke("a lie about blocks changes no token", how)
+        small = {"prompt": "a", "max_tokens": 2}
+        requests: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+            *((decode, body, {}) for body in resumes()),
+            *((prefill, prefill_body(pdlaunch=lie), {}) for lie in LIES["pdlaunch"]),
+            ("router", small | {"kv_transfer_params": handed}, {}),
             ("router", resumes()[3], {}),
         ]
-        small = {"prompt": "a", "max_tokens": 2}
         requests += [
             (who, small, {"X-Request-Id": given})
             for given in REQUEST_IDS
             for who in ("router", decode)
         ]
         for who, body, headers in requests:
-            answer = target.ask(decode if who == "decode" else who, PATH, body, headers=headers)
+            answer = target.ask(who, PATH, body, headers=headers)
             statuses[answer.status] += 1
             target.judge(verdict, answer, f"{who} {PATH} {headers} {json.dumps(body)[:500]}")
         if num_connections():
@@ -158,7 +121,7 @@ def kv_fuzz(target: Target, verdict: Verdict) -> None:
                 f"{num_connections()} connections to port {port}",
             )
     steal(target, verdict, prefill, decode)
-    release(target, verdict, prefill)
+    command(target, verdict, prefill)
     target.settle(verdict, before, "kv_fuzz")
     verdict.row(
         "kv_transfer_params, resume, ids",
@@ -185,25 +148,14 @@ def hand_over(target: Target, verdict: Verdict, prefill: str) -> dict[str, Any]:
     return params
 
 
-def lies(handed: dict[str, Any], port: int) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """Requests to decode; ``port``: a listener of ours that nobody should ever connect to."""
-    engines = ("evil", handed.get("remote_engine_id"))
-    told = [
-        {"remote_host": "127.0.0.1", "remote_port": port, "remote_engine_id": engine}
-        for engine in engines
-    ]
-    told += [{name: value} for name, values in LIES.items() for value in values]
-    for lie in told:
-        yield (
-            "decode",
-            {
-                "prompt": PROMPT,
-                "max_tokens": 4,
-                "temperature": 0,
-                "kv_transfer_params": handed | lie,
-            },
-            {},
-        )
+def lies(handed: dict[str, Any], port: int) -> Iterator[dict[str, Any]]:
+    """What to say in place of the truth; ``port``: a listener of ours that nobody should ever
+    connect to.
+    """
+    for engine in ("evil", handed.get("remote_engine_id")):
+        yield {"remote_host": "127.0.0.1", "remote_port": port, "remote_engine_id": engine}
+    for name, values in LIES.items():
+        yield from ({name: value} for value in values)
 
 
 def resumes() -> list[dict[str, Any]]:
@@ -242,17 +194,10 @@ def steal(target: Target, verdict: Verdict, prefill: str, decode: str) -> None:
     verdict.row("another prompt under a lease", stolen.status, "answered from its own tokens")
 
 
-def release(target: Target, verdict: Verdict, prefill: str) -> None:
+def command(target: Target, verdict: Verdict, prefill: str) -> None:
     """Nonsense to the commands of an engine."""
-    nonsense = (
-        b"",
-        b"[]",
-        b"5",
-        b'{"request_id":5}',
-        b'{"request_id":"unknown"}',
-        b"\xff",
-        b'{"request_id":"' + b"x" * 5000 + b'"}',
-    )
+    nonsense = b'|[]|5|{"request_id":5}|{"request_id":"unknown"}|\xff'.split(b"|")
+    nonsense.append(b'{"request_id":"' + b"x" * 5000 + b'"}')
     for path in COMMANDS:
         for body in nonsense:
             answer = target.send(prefill, path, body)

@@ -23,26 +23,20 @@ FIRST_WORDS = {
     "http": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
 }
 OF_A_PROCESS = ("environ", "mem", "maps", "fd/0")
-PATHS = (
-    *(
-        ("POST", "/v1/completions"),
-        ("POST", "/v1/chat/completions"),
-        ("GET", "/v1/models"),
-        ("POST", "/tokenize"),
-    ),
-    *(
-        ("POST", "/detokenize"),
-        ("GET", "/metrics"),
-        ("POST", "/pdlaunch/release"),
-        ("GET", "/pdlaunch/integrity"),
-    ),
-    *(
-        ("POST", "/sleep?level=9"),
-        ("POST", "/wake_up?tags=none"),
-        ("GET", "/is_sleeping"),
-        ("GET", "/pdlaunch/status"),
-    ),
-)
+REQUESTS = """\
+POST /v1/completions
+POST /v1/chat/completions
+GET /v1/models
+POST /tokenize
+POST /detokenize
+GET /metrics
+POST /pdlaunch/release
+GET /pdlaunch/integrity
+POST /sleep?level=9
+POST /wake_up?tags=none
+GET /is_sleeping
+GET /pdlaunch/status
+""".splitlines()
 BODY = (
     b'{"prompt":"a","max_tokens":1,"tokens":[1],"request_id":"x",'
     b'"messages":[{"role":"user","content":"a"}]}'
@@ -67,18 +61,15 @@ def speaks(port: int, first: bytes) -> str:
 def try_http(port: int) -> dict[str, int]:
     """Statuses of requests without any key."""
     found = {}
-    for method, path in PATHS:
+    headers = {"Content-Type": "application/json"}
+    for request in REQUESTS:
+        method, path = request.split()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
-            connection.request(
-                method,
-                path,
-                BODY if method == "POST" else None,
-                {"Content-Type": "application/json"},
-            )
-            found[f"{method} {path}"] = connection.getresponse().status
+            connection.request(method, path, BODY if method == "POST" else None, headers)
+            found[request] = connection.getresponse().status
         except (OSError, http.client.HTTPException):
-            found[f"{method} {path}"] = 0
+            found[request] = 0
         finally:
             connection.close()
     return found
@@ -119,9 +110,7 @@ def main() -> None:
     print(json.dumps({"uid": os.getuid()}))
     for port in asked["tcp"]:
         try:
-            answer: dict[str, object] = {
-                name: speaks(port, first) for name, first in FIRST_WORDS.items()
-            }
+            answer = {name: speaks(port, first) for name, first in FIRST_WORDS.items()}
         except OSError as error:
             answer = {"error": type(error).__name__}
         if bytes.fromhex(str(answer.get("http", ""))).startswith(b"HTTP/1."):
@@ -129,14 +118,8 @@ def main() -> None:
         print(json.dumps({"port": port, **answer}))
     for path in asked["unix"]:
         print(json.dumps({"unix": path, "got": try_unix(path)}))
-    for path in [
-        *asked["files"],
-        *(
-            f"/proc/{pid}/{name}"
-            for pid in asked["pids"]
-            for name in ("environ", "mem", "maps", "fd/0")
-        ),
-    ]:
+    own = [f"/proc/{pid}/{name}" for pid in asked["pids"] for name in OF_A_PROCESS]
+    for path in [*asked["files"], *own]:
         print(json.dumps({"file": path, "got": try_file(path)}))
 
 

@@ -73,25 +73,15 @@ ALL = (
 
 
 def surroundings(model: Path, verdict: Verdict) -> None:
-    """Each in turn, then a taken port, a full log disk, few descriptors under many connections, and
-    a killed supervisor.
-    """
+    """Each in turn, then a full log disk, and few descriptors under many connections."""
     for one in ALL:
         if one.needs_root and os.getuid() != 0:
             verdict.row(one.what, "skipped: needs root")
             continue
         with launched(verdict, one, model) as launch:
             judge_start(verdict, one, launch)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as holder,
-        launched(
-            verdict, Surroundings("a taken port"), model, port=holder.getsockname()[1]
-        ) as launch,
-    ):
-        judge_start(verdict, Surroundings("a taken port"), launch)
     full_log_disk(verdict, model)
     many_connections(verdict, model)
-    killed_supervisor(verdict, model)
 
 
 @dataclass
@@ -127,13 +117,11 @@ def launched(
     verdict: Verdict,
     one: Surroundings,
     model: Path,
-    *,
-    port: int | None = None,
     logs: Path | None = None,
 ) -> Iterator[Launch]:
     """Start it; at the end stop it, and look for processes that it leaves behind."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        port = port or stack.enter_context(held_port())
+        port = stack.enter_context(held_port())
         output, log_dir = Path(folder) / "output", logs or Path(folder) / "logs"
         serve = [sys.executable, "-P", "-m", "pdlaunch", "serve", "--model", str(model), *SERVED]
         command = [*one.prefix, *serve, "--port", str(port), "--log-dir", str(log_dir)]
@@ -265,28 +253,6 @@ def many_connections(verdict: Verdict, model: Path) -> None:
             verdict.broke(
                 "failures to accept are logged once a minute", f"{what}: {size} bytes of logs"
             )
-
-
-def killed_supervisor(verdict: Verdict, model: Path) -> None:
-    """kill -9 of the supervisor ends all of its processes and frees its port, at once."""
-    what = "kill -9 of the supervisor"
-    with launched(verdict, Surroundings(what), model) as launch:
-        if not launch.await_ready():
-            verdict.broke("it starts", what)
-            return
-        children = launch.children()
-        launch.process.kill()
-        launch.process.wait()
-        start_s = time.monotonic()
-        judge_end(verdict, what, children, start_s + 15)
-        seconds = time.monotonic() - start_s
-        try:
-            status: object = complete(launch.api)
-        except PdlaunchError:
-            status = "nobody listens"
-        verdict.row(what, f"{len(children)} processes were gone after {seconds:.1f} s", status)
-        if status != "nobody listens" and status != 0:
-            verdict.broke("a dead launch does not listen", f"{what}: {status}")
 
 
 def complete(api: Api) -> int:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from benchmarks.plain_engine import MODEL, VERSION, serve
-from benchmarks.router_cost import StreamLoad, held_ports, router_command, send_load
+from benchmarks.router_cost import StreamLoad, held_ports, send_load
 from pdlaunch.http.watch.canary import send_canary
 from pdlaunch.http.watch.engine_api import EngineApi
 
@@ -45,10 +45,3 @@ async def test_all_tokens_of_a_load_are_counted(ports: list[int]) -> None:
     assert [(one.num_tokens, one.has_ended) for one in answers] == [(5, True)] * 7
     assert all(one.first_at is not None and one.first_at >= one.sent_at for one in answers)
     assert all(transit_s >= 0 for one in answers for transit_s in one.transits_s)
-
-
-def test_each_router_is_told_of_both_engines() -> None:
-    for router in ("pdlaunch", "vllm-router"):
-        command = router_command(router, "http://p", "http://d", port=1, other=2)
-        assert command[command.index("--prefill") + 1] == "http://p"
-        assert command[command.index("--decode") + 1] == "http://d"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -61,17 +62,17 @@ def speaks_curve(port: int) -> bool:
     return exchange(port, ZMQ_GREETING)[12:32].rstrip(b"\0") == b"CURVE"
 
 
-def exchange(port: int, message: bytes) -> bytes:
-    """The first bytes of the answer; empty when there is none for two seconds, as from a port that
+def exchange(port: int, message: bytes, address: str = "127.0.0.1") -> bytes:
+    """The first bytes of the answer; empty when there is none for a while, as from a port that
     waits for more.
     """
-    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as stranger:
-        try:
-            stranger.sendall(message)
-            stranger.settimeout(2)
-            answer = b""
-            while len(answer) < 64 and (chunk := stranger.recv(64 - len(answer))):
-                answer += chunk
-        except OSError:
-            pass
-        return answer
+    answer = b""
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((address, port), timeout=TIMEOUT_S) as stranger,
+    ):
+        stranger.sendall(message)
+        stranger.settimeout(2 if address == "127.0.0.1" else 4)
+        while len(answer) < 64 and (chunk := stranger.recv(64 - len(answer))):
+            answer += chunk
+    return answer

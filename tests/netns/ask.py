@@ -1,5 +1,5 @@
-"""``python -m tests.netns.ask URL HEADERS`` asks a router all questions on standard input at once,
-and prints the answers: JSON, or a text that says what went wrong.
+"""``python -m tests.netns.ask URL`` asks a router all questions on standard input at once, and
+prints the answers: JSON, or a text that says what went wrong.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
 async def main() -> None:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
-    headers = json.loads(sys.argv[2])
-    session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
+    session = aiohttp.ClientSession(timeout=timeout, connector=connector)
     async with session:
         bodies = json.load(sys.stdin)
         answers = await asyncio.gather(*(ask(session, sys.argv[1], body) for body in bodies))

@@ -131,10 +131,6 @@ class Host:
             found.add(Listening(name, address, port))
         return found
 
-    def received_bytes(self) -> int:
-        """Bytes that have come in over the network."""
-        return int(self.run("cat", f"/sys/class/net/{DEVICE}/statistics/rx_bytes"))
-
     def kill(self) -> None:
         """Have the host fall over: all of its processes die at once."""
         os.kill(self.pid, 9)

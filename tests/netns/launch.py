@@ -55,12 +55,9 @@ class FarLaunch:
         failures: list[str] = json.loads(self.here.run(*words, timeout_s=240))
         return failures
 
-    def ask(
-        self, *questions: Mapping[str, Any], headers: Mapping[str, str] | None = None
-    ) -> list[Any]:
+    def ask(self, *questions: Mapping[str, Any]) -> list[Any]:
         """The answers of the router to questions that are asked at the same time, or errors."""
-        url = f"{self.url}/v1/completions"
-        return self._answers(questions, "-m", "tests.netns.ask", url, json.dumps(headers or {}))
+        return self._answers(questions, "-m", "tests.netns.ask", f"{self.url}/v1/completions")
 
     def ask_alone(self, engine: str, *questions: Mapping[str, Any]) -> list[Any]:
         """The answers of one engine, which computes all by itself."""
@@ -104,15 +101,12 @@ def far_launch(
     config: Mapping[str, Any],
     agents: Sequence[str],
     here: str = "a",
-    environ: Mapping[str, str] | None = None,
     *,
     allow: Sequence[str] = (),
     timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[FarLaunch]:
-    """Run a launch of the demo model, with agents on other hosts, until it is ready.
-
-    ``environ``: one whose prompts go through pairs when left out. ``allow``: executables that the
-    agents allow.
+    """Run a launch of the demo model, whose prompts go through pairs, with agents on other hosts,
+    until it is ready. ``allow``: executables that the agents allow.
     """
     host = network[here]
     whole = {
@@ -128,7 +122,7 @@ def far_launch(
     host.file(JOIN).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT))
-        serve = stack.enter_context(pdlaunch(host, "serve", *words, environ=environ))
+        serve = stack.enter_context(pdlaunch(host, "serve", *words))
         launch = FarLaunch(network, host, serve)
         try:
             wait_for(host.file(JOIN).exists, launch, "no join file")
@@ -154,9 +148,7 @@ def far_launch(
 
 
 @contextlib.contextmanager
-def pdlaunch(
-    host: Host, name: str, *words: str, environ: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
+def pdlaunch(host: Host, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     with (
         host.file(f"/tmp/{name}.out").open("wb") as output,
         host.running(
@@ -164,7 +156,7 @@ def pdlaunch(
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environ or clean_environ(),
+            env=clean_environ(),
         ) as process,
     ):
         yield process

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from tests.e2e.listening import ZMQ_GREETING
+from tests.e2e.listening import ZMQ_GREETING, exchange
 
 TIMEOUT_S = 20.0
 _REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
@@ -28,27 +28,13 @@ class Seen:
 
 
 def look(address: str, port: int) -> Seen:
-    if b"CURVE" in exchange(address, port, ZMQ_GREETING):
+    if b"CURVE" in exchange(port, ZMQ_GREETING, address):
         return Seen(port, "curve")
-    if (plain := exchange(address, port, _REQUEST % address.encode())).startswith(b"HTTP/"):
+    if (plain := exchange(port, _REQUEST % address.encode(), address)).startswith(b"HTTP/"):
         return Seen(port, "http", int(plain.split()[1]))
     if status := status_over_tls(address, port):
         return Seen(port, "tls", status)
     return Seen(port, "open")
-
-
-def exchange(address: str, port: int, message: bytes) -> bytes:
-    """The first bytes of the answer; empty when there is none for a while."""
-    answer = b""
-    try:
-        with socket.create_connection((address, port), timeout=TIMEOUT_S) as stranger:
-            stranger.sendall(message)
-            stranger.settimeout(4)
-            while len(answer) < 64 and (chunk := stranger.recv(64 - len(answer))):
-                answer += chunk
-    except OSError:
-        pass
-    return answer
 
 
 def status_over_tls(address: str, port: int) -> int:

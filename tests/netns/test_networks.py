@@ -1,16 +1,14 @@
-"""Launches over hosts on networks of other kinds: IPv6 alone, behind firewalls, with Mooncake; and
-routes by cost, which need not be pairs. The tokens are those of one host.
+"""Launches over hosts on networks of other kinds: IPv6 alone, behind firewalls, with Mooncake. The
+tokens are those of one host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import pytest
 
 from pdlaunch.machine.host import find_libraries
-from tests.e2e.conftest import default_environ
 from tests.netns.hosts import Network
 from tests.netns.launch import PORT, FarLaunch, far_launch
 from tests.netns.switch import DEVICE
@@ -19,7 +17,6 @@ from tests.netns.test_launch import (
     HERE,
     LAST_DATA_PORT,
     NUM_QUESTIONS,
-    QUESTIONS,
     THERE,
     TRUSTED,
     fresh,
@@ -94,30 +91,3 @@ def test_mooncake_moves_blocks_between_hosts(network: Network) -> None:
     config = CONFIG | {"kv_transfer": {**TRUSTED, "connector": "mooncake"}}
     with far_launch(network, config, ["b"]) as launch:
         serves_over(launch, "mooncake/tcp")
-
-
-def test_routes_by_load_over_two_hosts(network: Network) -> None:
-    """Each route of a burst is estimated, wherever the engine is; what is chosen is right."""
-    with far_launch(network, CONFIG, ["b"], environ=default_environ()) as launch:
-        alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
-        for name in ("first", "second"):
-            assert judge(launch.ask(*fresh(name)), alone) == NUM_QUESTIONS
-        kinds = routes(launch)
-        assert sum(kinds.values()) == 2 * len(QUESTIONS)
-        # Who asks for a pair gets one, whatever it costs.
-        before = pulled_bytes(launch)
-        asked = [question | {"cache_salt": "pair"} for question in QUESTIONS]
-        paired = launch.ask(*asked, headers={"X-Pdlaunch-Route": "pair"})
-        assert judge(paired, alone) == NUM_QUESTIONS
-        assert pulled_bytes(launch) > before
-
-
-def routes(launch: FarLaunch) -> Mapping[str, float]:
-    """The routes that were chosen so far, by kind."""
-    found: dict[str, float] = {}
-    for line in launch.get("/metrics").splitlines():
-        if line.startswith("pdlaunch_router_routes_total{"):
-            labels, _, value = line.rpartition(" ")
-            kind = labels.partition('kind="')[2].partition('"')[0]
-            found[kind] = found.get(kind, 0.0) + float(value)
-    return {kind: number for kind, number in found.items() if number}
