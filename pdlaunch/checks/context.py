@@ -22,20 +22,15 @@ from pdlaunch.planning.role_engines import RoleEngines
 
 Need = (
     Fact
-    | Literal["model", "model_files", "ports", "nixl", "connector", "extras", "folders", "weights"]
+    | Literal["model", "model_files", "ports", "extras", "weights"]
     | Literal["transport", "engine_commands", "deployment", "canary"]
 )
 """Facts that can be missing."""
 
-WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport"})
-"""Facts that are missing without ``--probe``."""
 
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
-    "nixl": ("nixl", "NIXL is asked with --probe, and by serve where variables of UCX are set"),
-    "connector_errors": ("connector", "the connector was not imported on this machine"),
     "missing_extras": ("extras", "packages were not looked for on this machine"),
-    "folder_problems": ("folders", "folders were not probed on this machine"),
     "weight_errors": ("weights", "files of weights were not looked at"),
     "transport": ("transport", "serve measures it after the handshake"),
     "engine_commands": ("engine_commands", "executables were not looked at on this machine"),
@@ -95,19 +90,6 @@ class Context:
     def uses_ucx(self) -> bool:
         return uses_ucx(self.launch)
 
-    @property
-    def moves_cumem_slowly(self) -> bool:
-        """Return whether a library opens GPU memory by itself where CuMem pools export no fabric
-        handles: it then copies them through the host.
-        """
-        carrier = self.kv_transfer.carrier_settings
-        return (
-            self.pair is not None
-            and carrier.opens_device_memory
-            and not carrier.maps_memory
-            and any(gpu.has_fabric_handles is False for gpu in self.machine.gpus)
-        )
-
 
 def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: Probes) -> Context:
     """Put together what the rules look at, and name what is not known."""
@@ -135,6 +117,12 @@ def uses_ucx(launch: ResolvedLaunch) -> bool:
     return (
         is_native and launch.has_pair and transfer.carrier == "nixl" and transfer.nixl.path != "p2p"
     )
+
+
+def cumem_setting(each: RoleEngines) -> str:
+    """Return the setting by which an engine has CuMem pools: sleep mode brings them, too."""
+    asked = each.settings.enable_cumem_allocator
+    return "enable_cumem_allocator" if asked else "enable_sleep_mode"
 
 
 def engines(context: Context) -> Iterator[RoleEngines]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, engines, on_cpu, on_cuda, peers
+from pdlaunch.checks.context import Context, cumem_setting, engines, on_cpu, on_cuda, peers
 from pdlaunch.checks.rule import Found, error, warning
+from pdlaunch.config.roles import PAIR
 from pdlaunch.config.sizes import format_size
 from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Gpu
@@ -17,43 +18,67 @@ USEFUL_TOKENS = 256
 _MEBIBYTE = 1024**2
 _PLACEMENT = "How ranks are placed: in turn over all GPUs."
 _TIER = "kv_offload.host_memory"
+_NEED_CUMEM = {"enable_cumem_allocator": "cumem allocator", "enable_sleep_mode": "sleep mode"}
 
 
-def cumem_setting(each: RoleEngines) -> str:
-    """Return the setting by which an engine has CuMem pools: sleep mode brings them, too."""
-    asked = each.settings.enable_cumem_allocator
-    return "enable_cumem_allocator" if asked else "enable_sleep_mode"
-
-
-def segments_variable(each: RoleEngines) -> str | None:
+def _segments_variable(each: RoleEngines) -> str | None:
     """Return the variable that has the KV cache of engines on GPUs lie in expandable segments."""
     on_gpu = each.device == "cuda" and not each.cumem_allocator
     return expandable_segments_variable(each.given_environ) if on_gpu else None
 
 
-def _on_cpu(context: Context, setting: str, prefix: str) -> Iterator[Found]:
+def _no_cumem(context: Context) -> Iterator[Found]:
     problem = "" if "cumem" in context.missing else context.machine.cumem_problem
-    detail = problem and f" ({problem})"
-    for each in on_cpu(context):
-        if getattr(each.settings, setting):
-            yield Found(f"{prefix}: the engines run on a CPU{detail}", each.where(setting))
+    for each in engines(context):
+        reason = problem if context.machine.gpus else ""
+        if each.device == "cpu":
+            reason = f"the engines run on a CPU{f' ({problem})' if problem else ''}"
+        for name, what in _NEED_CUMEM.items():
+            if reason and getattr(each.settings, name):
+                yield Found(
+                    f"{what} is not supported on the current platform: {reason}", each.where(name)
+                )
 
 
 def _segments(context: Context) -> Iterator[Found]:
-    transfer = context.kv_transfer
-    if not transfer.carrier_settings.opens_device_memory:
-        return
+    connector = context.kv_transfer.connector
     elsewhere = "--enable-cumem-allocator or --enable-sleep-mode"
-    if context.uses("nixl"):
+    if context.uses_ucx:
         elsewhere = "--enable-cumem-allocator, --enable-sleep-mode or kv_transfer.nixl.path: p2p"
     for each in peers(context):
-        if (name := segments_variable(each)) is not None and each.cumem_allocator is False:
+        if _is_opened_by_library(context, each) and (name := _segments_variable(each)) is not None:
             yield Found(
-                f"{name} switches expandable_segments on, which connector {transfer.connector} "
-                "cannot move fast",
+                f"{name} switches expandable_segments on, which connector {connector} cannot move "
+                "fast",
                 context.where_variable(each, name),
                 f"take expandable_segments out of {name}, or use {elsewhere}",
             )
+
+
+def _cumem_without_fabric(context: Context) -> Iterator[Found]:
+    carrier = context.kv_transfer.carrier_settings
+    for each in on_cuda(context) if context.pair else ():
+        if each.role not in PAIR or not each.cumem_allocator:
+            continue
+        is_mapped = each.is_native and carrier.maps_memory
+        has_fabric = all(gpu.has_fabric_handles is not False for gpu in context.machine.gpus)
+        if is_mapped or has_fabric or not _is_opened_by_library(context, each):
+            continue
+        # Other connectors and vLLM do not look at the path.
+        path = "let kv_transfer.nixl.path be auto or p2p"
+        other = f"{path}, " if context.uses_ucx else ""
+        name = cumem_setting(each)
+        yield Found(
+            f"connector {context.kv_transfer.connector} moves CuMem memory at 0.6 GB/s on hosts "
+            "without fabric handles",
+            each.where(name),
+            f"{other}switch {name} off, or give the host an IMEX channel",
+        )
+
+
+def _is_opened_by_library(context: Context, each: RoleEngines) -> bool:
+    """Return whether a library opens its GPU memory: vLLM has NIXL alone, whatever the path."""
+    return not each.is_native or context.kv_transfer.carrier_settings.opens_device_memory
 
 
 def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
@@ -138,30 +163,21 @@ def _shared_gpus(context: Context) -> str:
 def _host_memory(context: Context) -> Iterator[Found]:
     # On a CPU all ranks of the host share one memory, whatever their role.
     needs = {each: each.footprint for each in on_cpu(context) if each.footprint}
+    tiers = [each for each in engines(context) if each.host_tier_bytes]
     total = sum(each.num_ranks * needed.total_bytes for each, needed in needs.items())
+    total += sum(each.num_ranks * each.host_tier_bytes for each in tiers)
     if total > context.machine.memory_bytes:
-        parts = "; ".join(
+        parts = [
             f"{each.num_ranks} {each.role} ranks: {needed.arithmetic()} each"
             for each, needed in needs.items()
-        )
+        ]
+        parts += [
+            f"{each.num_ranks} {each.role} ranks: {format_size(each.host_tier_bytes)} of host tier"
+            for each in tiers
+        ]
         there = format_size(context.machine.memory_bytes)
-        place = next(iter(needs)).where("kv_cache_memory")
-        yield Found(f"{parts}; together {format_size(total)} of {there}", place)
-
-
-def _cumem_without_fabric(context: Context) -> Iterator[Found]:
-    for each in on_cuda(context) if context.moves_cumem_slowly else ():
-        if each.cumem_allocator:
-            name = cumem_setting(each)
-            # Other connectors do not look at the path.
-            path = "let kv_transfer.nixl.path be auto or p2p"
-            other = path if context.uses("nixl") else "use connector nixl"
-            yield Found(
-                f"connector {context.kv_transfer.connector} moves CuMem memory at 0.6 GB/s on "
-                "hosts without fabric handles",
-                each.where(name),
-                f"{other}, switch {name} off, or give the host an IMEX channel",
-            )
+        place = tiers[0].where(_TIER) if tiers else next(iter(needs)).where("kv_cache_memory")
+        yield Found(f"{'; '.join(parts)}; together {format_size(total)} of {there}", place)
 
 
 def _wanted_tokens(each: RoleEngines) -> int | None:
@@ -225,21 +241,6 @@ def _size(each: RoleEngines) -> str:
     return format_size(each.host_tier_bytes)
 
 
-def _tiers(context: Context) -> Iterator[Found]:
-    tiers = list(_with_tier(context))
-    others = sum(
-        each.num_ranks * each.footprint.total_bytes
-        for each in on_cpu(context)
-        if each.footprint is not None
-    )
-    total = sum(each.num_ranks * each.host_tier_bytes for each in tiers) + others
-    if tiers and total > context.machine.memory_bytes:
-        parts = " + ".join(f"{each.num_ranks} {each.role} ranks x {_size(each)}" for each in tiers)
-        rest = f" + {format_size(others)} for engines on the CPU" if others else ""
-        there = format_size(context.machine.memory_bytes)
-        yield Found(f"{parts}{rest} = {format_size(total)} of {there}", tiers[0].where(_TIER))
-
-
 # fmt: off
 RULES = (
     error("PD201", "Sleep mode is on, and the CuMem allocator that it needs is off.",
@@ -249,25 +250,14 @@ RULES = (
         message="enable_sleep_mode is on, but enable_cumem_allocator is false",
         fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode "
         "off.", source="The CUDA driver's virtual memory management.", on_vllm=True),
-    error("PD202", "The CuMem allocator is not supported on the current platform.",
-        "The engines run on a CPU, and CuMem pools are memory of CUDA devices. The allocator is "
-        "never silently left out.",
-        when=lambda context: _on_cpu(
-            context,
-            "enable_cumem_allocator",
-            "cumem allocator is not supported on the current platform",
-        ),
-        fix="Remove enable_cumem_allocator, or run on a CUDA device.",
-        source="CuMem pools: memory of a CUDA device.", on_vllm=True),
-    error("PD203", "Sleep mode is not supported on the current platform.",
-        "Sleep mode needs the CuMem allocator, and the engines run on a CPU.",
-        when=lambda context: _on_cpu(
-            context,
-            "enable_sleep_mode",
-            "sleep mode is not supported on the current platform: cumem allocator is not supported",
-        ),
-        fix="Switch enable_sleep_mode off, or run on a CUDA device.",
-        source="CuMem pools: memory of a CUDA device.", on_vllm=True),
+    error("PD202", "The CuMem allocator, or sleep mode, is not supported on the current platform.",
+        "CuMem pools are memory of CUDA devices, and need virtual memory management of the driver "
+        "on each of them; sleep mode needs the pools. They are never silently left out.",
+        when=_no_cumem,
+        fix="Switch enable_cumem_allocator and enable_sleep_mode off, run on a CUDA device, or "
+        "update its driver.",
+        source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).", needs=("gpus",),
+        on_vllm=True),
     error("PD204", "A KV connector is used together with torch's expandable_segments.",
         "Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at "
         "0.6 GB/s instead of 392 GB/s between two NVLink GPUs, without an error. CuMem pools "
@@ -277,7 +267,8 @@ RULES = (
         when=_segments,
         fix="Remove expandable_segments from the environment, or allocate the KV cache elsewhere: "
         "--enable-cumem-allocator, --enable-sleep-mode, or kv_transfer.nixl.path: p2p.",
-        source="Measured on two H200s with NIXL 1.5.1 and torch 2.11.0."),
+        source="Measured on two H200s with NIXL 1.5.1 and torch 2.11.0; vLLM 0.32 refuses only "
+        "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF.", on_vllm=True),
     error("PD207", "Weights, activations and KV cache do not fit into the memory of a GPU.",
         "The engine would end with an out-of-memory error, at start or under load. Memory that "
         "other processes hold now does not count as there, where the driver tells how much that "
@@ -316,12 +307,14 @@ RULES = (
         when=_shared_gpus, at="device",
         fix="Use as many GPUs as there are ranks, or fewer engines.", source=_PLACEMENT,
         needs=("gpus",), on_vllm=True),
-    error("PD212", "The engines on the CPU need more memory than the machine has.",
-        "The kernel would end a process in the middle of loading, or under load.",
+    error("PD212", "Engines on the CPU and host tiers need more memory than the machine has.",
+        "The kernel would end a process in the middle of loading, or under load. Every rank takes "
+        "kv_offload.host_memory at its start.",
         when=_host_memory,
-        fix="Lower kv_cache_memory or the number of engines, or use a smaller model.",
+        fix="Lower kv_cache_memory, kv_offload.host_memory (of one rank) or the number of engines, "
+        "or use a smaller model.",
         source="The model's config.json and the machine (its control group included).",
-        needs=("model", "memory"), on_vllm=True),
+        needs=("memory",), on_vllm=True),
     warning("PD213",
         "The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric "
         "handles.",
@@ -333,23 +326,7 @@ RULES = (
         fix="Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give "
         "the host an IMEX channel.",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
-        "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric")),
-    error("PD215", "The CUDA driver or a GPU does not support the CuMem allocator.",
-        "The allocator, and with it sleep mode, needs virtual memory management of the driver on "
-        "every device.",
-        over=lambda context: [
-            (each, context.machine)
-            for each in on_cuda(context)
-            if context.machine.gpus and context.machine.cumem_problem
-        ],
-        when=lambda it: (
-            Found(at=name)
-            for name in ("enable_cumem_allocator", "enable_sleep_mode")
-            if getattr(it[0].settings, name)
-        ), message="cumem allocator is not supported: {1.cumem_problem}",
-        fix="Switch enable_cumem_allocator and enable_sleep_mode off, or update the CUDA driver.",
-        source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
-        needs=("gpus", "cumem"), on_vllm=True),
+        "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"), on_vllm=True),
     error("PD220", "The host tier is of no use without the prefix cache.",
         "Blocks are kept and found under the hashes that prefix caching computes.",
         over=_with_tier,
@@ -358,11 +335,5 @@ RULES = (
         at="enable_prefix_caching",
         fix="Switch enable_prefix_caching on, or remove kv_offload.",
         source="The host tier is content-addressed by the hashes of the prefix cache."),
-    error("PD221", "The host tiers need more memory than the machine has.",
-        "Every rank takes kv_offload.host_memory at its start; engines on the CPU need their own "
-        "memory too.",
-        when=_tiers,
-        fix="Lower kv_offload.host_memory; it is the share of one rank.",
-        source="The machine's memory (its control group included).", needs=("memory",)),
 )
 # fmt: on

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdlaunch.checks.context import Context, pair, peers
-from pdlaunch.checks.memory_rules import cumem_setting
 from pdlaunch.checks.rule import Found, error, warning
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.planning.role_engines import RoleEngines
@@ -63,14 +62,6 @@ def _both_differ(sides: _Pair) -> Found | None:
     )
 
 
-def _one_sided_cumem(sides: _Pair) -> Found | None:
-    has_cumem = [side for side in sides if side.cumem_allocator]
-    if any(side.device != "cuda" for side in sides) or len(has_cumem) != 1:
-        return None
-    message = f"only {has_cumem[0].role} uses the CuMem allocator"
-    return Found(message, cumem_setting(has_cumem[0]))
-
-
 # fmt: off
 RULES = (
     error("PD301", "Prefill and decode serve models of different shapes.",
@@ -120,25 +111,6 @@ RULES = (
         message="prefill takes {0.max_model_len} tokens, decode {1.max_model_len}",
         fix="Set max_model_len once, at the top level.", source="The life of a request.",
         needs=("model",), on_vllm=True),
-    error("PD310", "Only one side of the pair has real weights.",
-        "KV blocks of random weights mean nothing to the model, and the other way round.",
-        over=pair, when=lambda it: it[0].settings.load_format != it[1].settings.load_format,
-        at="load_format",
-        message="load_format of prefill is {0.settings.load_format}, of decode "
-        "{1.settings.load_format}",
-        fix="Set load_format once, at the top level.", source="load_format.", on_vllm=True),
-    error("PD313",
-        "Only one side of the pair allocates its KV cache from CuMem pools, which the path cannot "
-        "map.",
-        "Without fabric handles NIXL's path and Mooncake move such memory through the host, and a "
-        "pair is as slow as its slower side. Mapped memory (paths auto and p2p) and files do not "
-        "care.",
-        over=lambda context: pair(context) if context.moves_cumem_slowly else (),
-        when=_one_sided_cumem,
-        fix="Set enable_cumem_allocator and enable_sleep_mode once, at the top level, or let "
-        "kv_transfer.nixl.path be auto.",
-        source="Measured on two H200s: READ from CuMem memory 0.6 GB/s, from cudaMalloc memory "
-        "392 GB/s.", needs=("gpus", "fabric")),
     error("PD314", "The connector nixl is to join a GPU and a CPU.",
         "A rank reads the memory of a peer on the same kind of device alone, by every path: no "
         "pair would shake hands, and the launch would never be ready.",

@@ -1,6 +1,4 @@
-"""Holds what was probed beside the settings: answers of NIXL, measured pairs, and engines that
-run already.
-"""
+"""Holds what was probed beside the settings: measured pairs, and engines that run already."""
 
 from __future__ import annotations
 
@@ -12,16 +10,6 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.machine.availability import PortState
 from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.planning.role_engines import Allocator
-
-
-@dataclass(frozen=True, slots=True)
-class NixlAnswer:
-    """Holds what NIXL said to one role's settings."""
-
-    import_error: str | None = None
-    refusal: str | None = None  # the reason why UCX cannot make a rank's backend
-    warnings: tuple[str, ...] = ()
-    """UCX's messages about missing transports and unknown variables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +99,8 @@ class Probes:
     """Holds what was probed for one check; None where nobody looked."""
 
     ports: Mapping[tuple[str, int], PortState] | None = None
-    nixl: Mapping[Role, NixlAnswer] | None = None
-    connector_errors: Mapping[str, str] | None = None
-    """Reasons why connectors of other packages cannot be imported, by name."""
     missing_extras: Mapping[str, str] | None = None
     """Maps an extra of pdlaunch to the first of its modules that this Python does not find."""
-    folder_problems: Mapping[str, str] | None = None
-    """Reasons why folders cannot be written to, by setting."""
     weight_errors: Mapping[Role, ConfigError] | None = None
     engine_commands: Mapping[Role, Mapping[str, EngineCommand]] | None = None
     """Facts about the executables of vLLM engines, by host, found without running them."""

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import (
-    Context,
-    engines,
-    on_cuda,
-    shapes,
-)
+from pdlaunch.checks.context import Context, engines, on_cuda, shapes
 from pdlaunch.checks.rule import Found, error, info, warning
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.model_files.shape import ModelShape
@@ -46,20 +41,6 @@ def _fitting_heads(shape: ModelShape) -> str:
     heads = shape.num_kv_heads
     sizes = [n for n in range(1, heads + 1) if not heads % n and not shape.num_attention_heads % n]
     return f"choose {', '.join(map(str, sizes))} or a multiple of {heads}"
-
-
-def _slow_step(context: Context) -> Iterator[Found]:
-    limit_s = context.config.hang_timeout_s
-    for each in engines(context):
-        step_s = each.least_step_s
-        if step_s is not None and 0 < limit_s < step_s:
-            tokens = int(each.max_num_batched_tokens * limit_s / step_s)
-            yield Found(
-                f"a step of {each.max_num_batched_tokens} tokens takes a {each.role} rank at "
-                f"least {step_s:.2g} s, hang_timeout_s is {limit_s:g}",
-                fix=f"set hang_timeout_s to several times {step_s:.2g} (0 for never), or "
-                f"max_num_batched_tokens well below {tokens}",
-            )
 
 
 # fmt: off
@@ -130,14 +111,6 @@ RULES = (
         message="block_size {0.settings.block_size} is no multiple of 16, which CUDA needs",
         fix="Use a multiple of 16; 64 or 128 move faster.",
         source="The paged variants of FlashAttention.", needs=("gpus",), on_vllm=True),
-    warning("PD110", "The token budget of a step is smaller than the largest batch.",
-        "A decode step computes one token for every running request: requests beyond the budget "
-        "wait, whatever max_num_seqs says.",
-        over=engines, when=lambda each: each.max_num_batched_tokens < each.settings.max_num_seqs,
-        at="max_num_batched_tokens",
-        message="max_num_batched_tokens {0.max_num_batched_tokens} is less than max_num_seqs "
-        "{0.settings.max_num_seqs}",
-        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching."),
     warning("PD111", "Pulled KV blocks are not verified.",
         "Without checksums a block that was overwritten while it was read is used, and the answer "
         "is wrong with HTTP 200.",
@@ -154,14 +127,6 @@ RULES = (
         message="the API listens on {0.host} and asks for no key",
         fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
         source="An open port answers whoever reaches it.", on_vllm=True),
-    warning("PD114", "A setting has no effect on this set-up.",
-        "A setting that is ignored gives a wrong idea of what runs.",
-        over=engines,
-        when=lambda each: "gpu_memory_utilization" in each.given
-        and (each.device == "cpu" or each.settings.kv_cache_memory is not None),
-        at="gpu_memory_utilization",
-        message="gpu_memory_utilization does nothing here; kv_cache_memory sizes the KV cache",
-        fix="Remove it.", source="How the KV cache is sized.", on_vllm=True),
     info("PD117", "The weights are random.",
         "load_format: dummy is for benchmarks.",
         over=engines, when=lambda each: each.settings.load_format == "dummy", at="load_format",
@@ -188,14 +153,5 @@ RULES = (
         fix="Complete the download, or convert the weights to safetensors.",
         source="The format of safetensors; pickle's own documentation warns of untrusted files.",
         needs=("weights",), on_vllm=True),
-    warning("PD120", "A step of the token budget takes longer than hang_timeout_s.",
-        "A rank says that it is alive between two steps. One whose step takes longer is taken for "
-        "hung and restarted. The time that is told is the least that such a step can take.",
-        when=_slow_step, at="hang_timeout_s",
-        fix="Raise hang_timeout_s (0 for never), or lower max_num_batched_tokens.",
-        source="Two operations for each weight and token, at a speed that no device of its kind "
-        "reaches: 100 GFLOP/s a CPU thread (measured with AVX2: 43), 1 TFLOP/s where it "
-        "multiplies bfloat16; on a GPU 80 TFLOP/s in float32, 2.5 PFLOP/s in 16 bits.",
-        needs=("model",)),
 )
 # fmt: on

@@ -1,17 +1,13 @@
-"""Rules PD423 to PD444 judge the ways of KV blocks, PD5xx what was measured between the ranks.
-
-NIXL moves KV blocks with UCX, whose settings these rules read; others NIXL is asked about itself.
-"""
+"""Rules PD423 to PD439 judge the ways of KV blocks, PD5xx what was measured between the ranks."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context, ucx_peers
-from pdlaunch.checks.probed import NixlAnswer, PairTransport
+from pdlaunch.checks.probed import PairTransport
 from pdlaunch.checks.rule import Found, error, info, warning
-from pdlaunch.config.connectors import CUDA, RDMA, TCP, opens_network
+from pdlaunch.config.connectors import RDMA, TCP, opens_network
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 
@@ -87,41 +83,6 @@ def _no_way_between_hosts(context: Context) -> Iterator[Found]:
             wanted = " or ".join(sorted(TCP | RDMA if each.machine.rdma_devices else TCP))
             place = context.where_variable(each, "UCX_TLS")
             yield Found(f"{_tls(each)} has none of {wanted}", place)
-
-
-def _answers(context: Context) -> Iterator[tuple[RoleEngines, NixlAnswer]]:
-    for role, answer in (context.probes.nixl or {}).items() if context.uses_ucx else ():
-        yield context.engines[role], answer
-
-
-def _refused(item: tuple[RoleEngines, NixlAnswer]) -> Found | None:
-    each, answer = item
-    if answer.refusal is None:
-        return None
-    name = _named_in(answer.refusal, each.given_environ)
-    message = f"NIXL cannot make its backend: {answer.refusal}"
-    return Found(message, f"${name}" if name else "environment UCX_*")
-
-
-def _named_in(text: str, environ: Mapping[str, str]) -> str | None:
-    """Return the user's variable that UCX complains of: it names RNDV_THRESH, or BW of CMA_BW."""
-    given = [name for name in environ if name.startswith("UCX_")]
-    words = {word.removeprefix("UCX_") for word in re.findall(r"[A-Z][A-Z0-9_]+", text)}
-    found = [name for name in given if name.removeprefix("UCX_") in words]
-    found += [name for name in given if any(name.endswith(f"_{word}") for word in words)]
-    return next(iter(found or (given if len(given) == 1 else ())), None)
-
-
-def _warned(item: tuple[RoleEngines, NixlAnswer]) -> Iterator[Found]:
-    each, answer = item
-    for text in answer.warnings:
-        # Ranks of one host use no network. A rank on the CPU of a host with GPUs is given CUDA's
-        # transports for NIXL's sake, and needs none.
-        named = set(re.findall(r"'(\w+)'", text)) or {text}
-        needless = each.device == "cpu" and named <= CUDA
-        if not text.startswith("network device") and not needless:
-            name = _named_in(text, each.given_environ) or "UCX_TLS"
-            yield Found(f"UCX says: {text}", f"${name}")
 
 
 def _measured(context: Context) -> Iterator[tuple[PairTransport, str]]:
@@ -200,16 +161,6 @@ RULES = (
         when=_open_ports, at=_TRUSTED,
         fix="Nothing to fix where a firewall lets the hosts alone through to these ports; "
         "docs/hosts.md has its rules.", source=_PORTS, on_vllm=True),
-    warning("PD432", "UCX_TLS leaves out CMA between processes of one host.",
-        "The prefill rank then copies its blocks into shared memory, piece by piece, and the "
-        "decode rank out of it again.",
-        over=ucx_peers,
-        # Without posix nothing connects two processes at all: PD433.
-        when=lambda each: each.device == "cpu" and "posix" in each.ucx_transports
-        and "cma" not in each.ucx_transports and f"{_tls(each)} has no cma", at="$UCX_TLS",
-        fix="Add cma to UCX_TLS, or unset it.",
-        source="NIXL 1.5.1, measured: without CMA a READ needs the prefill rank's process, and "
-        "never ends when that dies meanwhile."),
     error("PD433", "UCX_TLS leaves no transport between processes of one host.",
         "pdlaunch leaves out whatever would listen on the network without authentication (tcp, "
         "RDMA) or open memory to other users (sysv, knem). posix has to be there: UCX finds its "
@@ -226,21 +177,6 @@ RULES = (
         "alone: the handshake of such a pair fails.",
         when=_no_way_between_hosts,
         fix="Add tcp (or rc) to UCX_TLS, or unset it.", source=_UCX, on_vllm=True),
-    error("PD440", "UCX refuses the settings of a rank.",
-        "NIXL says NIXL_ERR_BACKEND then, and the launch ends once its ranks have started. UCX "
-        "knows hundreds of variables and reads each by rules of its own, so it is asked itself.",
-        over=_answers, when=_refused,
-        fix="Correct the variable that the finding names, or unset it.",
-        source="A NIXL backend, made in a process of its own with the ranks' environment.",
-        needs=("nixl",)),
-    warning("PD442", "UCX does not find a transport, device or variable that a rank's environment "
-        "names.", "UCX continues without the transport or device, so blocks take a slower path or "
-        "none, and ignores a misspelt variable. It warns only on a terminal.",
-        over=_answers, when=_warned,
-        fix="Correct the variable, or unset it; give the container what a transport needs (cma: "
-        "ptrace, cuda_ipc: the CUDA driver).",
-        source="What UCX writes when a NIXL backend is made with the ranks' environment.",
-        needs=("nixl",)),
     error("PD501", "Nothing can be moved between a pair of ranks.",
         "Every hand-over of this pair would fail, and decode would compute each prompt again. A "
         "path whose first READ brings other bytes than were sent is not used.",

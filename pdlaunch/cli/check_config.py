@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from pdlaunch.checks.probed import Probes
-from pdlaunch.checks.probes import ask_nixl, probe_files, probe_ports
+from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
@@ -30,8 +30,8 @@ def check_config(
     probe: bool = typer.Option(
         False,
         "--probe",
-        help="Also have NIXL and UCX judge their settings, then start the planned processes and "
-        "move bytes between them (with random weights; takes a launch).",
+        help="Also start the planned processes and move bytes between them (with random weights; "
+        "takes a launch).",
     ),
     assume: AssumeOption = None,
     *,
@@ -60,8 +60,6 @@ def check_config(
     probes = Probes()
     if is_this:
         probes = replace(probe_files(resolved), ports=probe_ports(resolved))
-    if probe:
-        probes = replace(probes, nixl=ask_nixl(resolved))
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     if probe and report.is_ok():
         # Only a set-up without errors can start.

@@ -18,7 +18,6 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pdlaunch import __version__
-from pdlaunch.checks.context import WITHOUT_PROBE
 from pdlaunch.checks.rule import SEVERITIES, Finding
 from pdlaunch.checks.run import Report, family
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
@@ -147,8 +146,7 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
 
 def _is_only_unprobed(report: Report) -> bool:
     """Return whether ``--probe`` would find every missing fact."""
-    missing = {need for item in report.not_checked for need in item.needs}
-    return len(missing) > 1 and missing <= WITHOUT_PROBE
+    return {need for item in report.not_checked for need in item.needs} == {"transport"}
 
 
 def _gaps(report: Report) -> list[str]:

@@ -6,13 +6,12 @@ import os
 import signal
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from pdlaunch.checks.probed import PairTransport, Probes
-from pdlaunch.checks.probes import ask_nixl, probe_files, sets_ucx
+from pdlaunch.checks.probes import probe_files
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
@@ -67,10 +66,6 @@ def refuse_errors(
     """
     probes, rules = Probes() if elsewhere else probe_files(resolved), kind_of(resolved).rules()
     report = run_checks(resolved, origins, probes, rules=rules)
-    # Asking NIXL takes 3 to 5 s, so ask only if UCX variables are set.
-    if report.is_ok() and not elsewhere and sets_ucx(resolved):
-        probes = replace(probes, nixl=ask_nixl(resolved))
-        report = run_checks(resolved, origins, probes, rules=rules)
     for finding in report.findings:
         if finding.severity != "info":
             say_finding(finding)

@@ -8,6 +8,7 @@ docs/connectors.md shows how to write one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Mapping
@@ -97,11 +98,6 @@ class ConnectorSettings(FrozenModel):
     @property
     def only_maps_memory(self) -> bool:
         return self.maps_memory and not self.opens_device_memory
-
-    @property
-    def folders(self) -> Mapping[str, str]:
-        """Return folders that the ranks write to, by the field that names them."""
-        return {}
 
     @property
     def wraps(self) -> str | None:
@@ -225,10 +221,6 @@ class FileSettings(ConnectorSettings):
     def opens_device_memory(self) -> bool:
         return False
 
-    @property
-    def folders(self) -> Mapping[str, str]:
-        return {} if self.directory is None else {"directory": self.directory}
-
 
 BUILT_IN: Mapping[str, type[ConnectorSettings]] = {
     "nixl": NixlSettings,
@@ -245,7 +237,7 @@ class ConnectorImportError(ConfigError):
 
 def connector_names() -> list[str]:
     """Return the names of all connectors that are installed; imports none of them."""
-    return [*BUILT_IN, *(name for name in _others() if name not in BUILT_IN)]
+    return list(dict.fromkeys([*BUILT_IN, *_others()]))
 
 
 def connector_settings(name: str) -> type[ConnectorSettings]:
@@ -266,22 +258,22 @@ def check_connector_name(value: str) -> str:
     """Return ``value`` when such a connector is installed; validates fields of settings."""
     if value not in (names := connector_names()):
         raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, names))})
+    try:
+        connector_settings(value)
+    except ConnectorImportError as error:
+        raise ValueError(str(error)) from None
     return value
 
 
 @functools.cache
-def other_sections() -> Mapping[str, type[ConnectorSettings] | None]:
-    """Return the settings of each connector that has no field in ``KVTransferSettings``; None where
-    they cannot be imported.
-    """
-    found: dict[str, type[ConnectorSettings] | None] = {}
+def other_sections() -> Mapping[str, type[ConnectorSettings]]:
+    """Return the settings of each connector that has no field in ``KVTransferSettings``."""
+    found: dict[str, type[ConnectorSettings]] = {}
     # Each is tried alone: a broken package must not take away the sections of the others.
-    for name in connector_names():
+    for name in _others():
         if name not in BUILT_IN:
-            try:
+            with contextlib.suppress(ConnectorImportError):
                 found[name] = connector_settings(name)
-            except ConnectorImportError:
-                found[name] = None
     return found
 
 

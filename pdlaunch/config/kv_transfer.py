@@ -9,7 +9,6 @@ from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.connectors import (
     BUILT_IN,
-    ConnectorImportError,
     ConnectorSettings,
     FileSettings,
     MooncakeSettings,
@@ -25,7 +24,7 @@ def _with_other_sections(schema: dict[str, JsonValue]) -> None:
     properties = schema["properties"]
     assert isinstance(properties, dict)
     for name, model in other_sections().items():
-        properties[name] = True if model is None else model.model_json_schema()
+        properties[name] = model.model_json_schema()
     schema["additionalProperties"] = False
 
 
@@ -86,9 +85,7 @@ class KVTransferSettings(FrozenModel):
         known = other_sections()
         if named in known:
             given.setdefault(named, {})
-        models: dict[str, Any] = {
-            name: (known[name] or dict[str, Any], ...) for name in given if name in known
-        }
+        models: dict[str, Any] = {name: (known[name], ...) for name in given if name in known}
         # A model for these sections alone, so that errors name the path within each.
         config = ConfigDict(extra="forbid")
         return data | dict(create_model("_", __config__=config, **models).model_validate(given))
@@ -116,13 +113,6 @@ class KVTransferSettings(FrozenModel):
         return self.section(self.carrier)
 
     def section(self, name: str) -> ConnectorSettings:
-        """Return the settings of a connector: its defaults where none were given, and those of any
-        where it cannot be imported, which a rule of ``check-config`` reports.
-        """
+        """Return the settings of a connector: its defaults where none were given."""
         found = getattr(self, name, None)
-        if isinstance(found, ConnectorSettings):
-            return found
-        try:
-            return connector_settings(name)()
-        except ConnectorImportError:
-            return ConnectorSettings()
+        return found if isinstance(found, ConnectorSettings) else connector_settings(name)()

@@ -140,10 +140,7 @@ def all_settings() -> Mapping[str, Setting]:
     """Return every setting by dotted path, in the order of the models."""
     found = [*_walk(LaunchConfig, "")]
     for name, model in other_sections().items():
-        path = f"{_CONNECTORS}.{name}"
-        # A section whose model cannot be imported takes any entries: a rule reports the failure.
-        unknown = Setting(path, FieldInfo(description="Unknown."), (dict,))
-        found += [*_walk(model, f"{path}.")] if model else [unknown]
+        found += _walk(model, f"{_CONNECTORS}.{name}.")
     return {setting.path: setting for setting in found}
 
 
@@ -152,7 +149,7 @@ def sections() -> Mapping[str, type[FrozenModel]]:
     """Return the sections of the file: ``""`` (the top level), ``prefill``, ``prefill.kv_offload``,
     ...
     """
-    others = {f"{_CONNECTORS}.{name}": model for name, model in other_sections().items() if model}
+    others = {f"{_CONNECTORS}.{name}": model for name, model in other_sections().items()}
     return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, "")), **others}
 
 

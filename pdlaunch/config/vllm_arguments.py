@@ -1,4 +1,4 @@
-"""Knows the flags of ``vllm serve`` that ``engine_args`` must not give, or that deserve a finding.
+"""Knows the flags of ``vllm serve`` that ``engine_args`` must not give.
 
 Flags of vLLM 0.32, by their long names; ``tests/vllm/test_arguments.py`` compares them with an
 installed vLLM. A flag can be written in several ways, which ``long_name`` brings together:
@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from pydantic import JsonValue
-
-_NUMBER = re.compile(r"-\d+(\.\d*)?([eE][+-]?\d+)?|-\.\d+")
 
 _SHORT = (
     "ac=attention-config asc=api-server-count cc=compilation-config dc=diffusion-config "
@@ -99,43 +96,9 @@ REFUSED = _by_flag(
 )
 """Flags with which pdlaunch cannot serve, with the reason."""
 
-FOREIGN_CODE = _by_flag(
-    {
-        "imports these classes into the engine": "logits-processors model-class-overrides "
-        "scheduler-cls worker-cls worker-extension-cls",
-        "runs this file in the engine": "reasoning-parser-plugin tool-parser-plugin",
-        "may name any class of Python as a handler": "log-config-file logging-config",
-        "runs a plugin of that name in the engine": "io-processor-plugin",
-        "imports this into the engine's server, where it sees every request": "middleware",
-        "lets a model call tools of that server; `demo` runs a model's own code": "tool-server",
-        "runs code that comes with the model's files": "trust-remote-code",
-        "runs templates that clients send": "trust-request-chat-template",
-    }
-)
-"""Flags that run other people's code in an engine."""
-
-DOORS = _by_flag(
-    {
-        "takes tensors from clients, and a wrong one ends the engine": (
-            "enable-prompt-embeds enable-mm-embeds"
-        ),
-        "lets pages of other origins use a browser's credentials": "allow-credentials",
-        "lets clients read files of that folder as images": "allowed-local-media-path",
-        "adds routes by which tokens and KV blocks are handed on": "enable-scale-out",
-        "adds /load, which asks for no key": "enable-server-load-tracking",
-        "adds /tokenizer_info, which tells the chat template": "enable-tokenizer-info-endpoint",
-        "adds /start_profile, which asks for no key and slows the engine down": "profiler-config",
-        "lets clients set arguments of the model's processor": "trust-request-mm-kwargs",
-        "lets a trainer replace the weights": "weight-transfer-config",
-    }
-)
-"""Flags that open an engine to more than its router needs, with their effect."""
-
 KV_EVENTS = "kv-events-config"
 
-_KNOWN = (*OURS, *REFUSED, *FOREIGN_CODE, *DOORS, KV_EVENTS)
-_BEGIN_OTHERS = frozenset({"reasoning-parser"})
-"""Flags of vLLM that are not in the tables and with which the name of one there begins."""
+_KNOWN = (*OURS, *REFUSED, KV_EVENTS)
 
 
 def vllm_flag_name(key: str) -> str:
@@ -152,16 +115,9 @@ def long_name(key: str) -> str:
     """
     name = vllm_flag_name(key).partition(".")[0]
     spellings = (name, name.removeprefix("no-"))
-    whole = [each for each in spellings if each in _BEGIN_OTHERS or each in _KNOWN]
+    whole = [each for each in spellings if each in _KNOWN]
     begun = [flag for each in spellings for flag in _KNOWN if flag.startswith(each)]
     return next(iter(whole + begun), spellings[1])
-
-
-def values_like_flags(value: JsonValue) -> Iterator[str]:
-    """Yield the strings that vLLM would take for flags of their own, not for values."""
-    for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, str) and each.startswith("-") and not _NUMBER.fullmatch(each):
-            yield each
 
 
 def value_of_text(text: str) -> JsonValue:

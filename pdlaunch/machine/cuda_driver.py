@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from uuid import UUID
 
 from pdlaunch.machine.facts import Gpu
 
@@ -25,14 +23,6 @@ class DriverError(Exception):
     """Says that there is no driver or that it refuses; the text names the call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Driver:
-    """Holds what the driver says about this machine."""
-
-    cuda_version: tuple[int, int]
-    gpus: tuple[Gpu, ...]
-
-
 def load_library(name: str = LIBRARY) -> ctypes.CDLL:
     """Load the driver's library. Raises DriverError where there is none."""
     try:
@@ -41,20 +31,18 @@ def load_library(name: str = LIBRARY) -> ctypes.CDLL:
         raise DriverError(f"no CUDA driver: {error}") from None
 
 
-def read_driver(
+def read_gpus(
     load: Callable[[], ctypes.CDLL] = load_library, imex_channels: Path = IMEX_CHANNELS
-) -> Driver:
-    """Read version and devices. Raises DriverError naming the call that failed."""
+) -> tuple[Gpu, ...]:
+    """Read the devices. Raises DriverError naming the call that failed."""
     calls = _Calls(load())
     # No context is made: it would take hundreds of MB of the GPU from the rank there.
     calls("cuInit", 0)
-    version = calls.read_int("cuDriverGetVersion")
     num_gpus = calls.read_int("cuDeviceGetCount")
     if not num_gpus:
         raise DriverError("cuDeviceGetCount: no CUDA device is visible")
     has_channel = imex_channels.is_dir() and any(imex_channels.iterdir())
-    gpus = tuple(_read_gpu(calls, index, has_channel) for index in range(num_gpus))
-    return Driver((version // 1000, version % 1000 // 10), gpus)
+    return tuple(_read_gpu(calls, index, has_channel) for index in range(num_gpus))
 
 
 class _Calls:
@@ -104,10 +92,9 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
     calls("cuDeviceGetName", name, len(name), device)
     memory = ctypes.c_size_t()
     calls("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
-    address, uuid = ctypes.create_string_buffer(32), (ctypes.c_ubyte * 16)()
+    address = ctypes.create_string_buffer(32)
     has_address = calls.knows("cuDeviceGetPCIBusId", address, len(address), device)
-    has_uuid = calls.knows("cuDeviceGetUuid_v2", ctypes.byref(uuid), device)
-    gpu = Gpu(
+    return Gpu(
         index=index,
         name=name.value.decode(errors="replace"),
         memory_bytes=memory.value,
@@ -115,7 +102,3 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
         has_fabric_handles=has_imex_channel and calls.has(_HANDLE_TYPE_FABRIC, device),
         pci_bus_id=address.value.decode() if has_address else None,
     )
-    if not has_uuid:
-        return gpu
-    # The driver tells 16 bytes; nvidia-smi and CUDA_VISIBLE_DEVICES write their kind before them.
-    return replace(gpu, uuid=f"{'MIG' if gpu.is_slice else 'GPU'}-{UUID(bytes=bytes(uuid))}")

@@ -9,22 +9,15 @@ from typing import Annotated, Literal
 # Imported by name: the probe does without pydantic, which reads these in files of machines.
 from annotated_types import Ge
 
-UNLIMITED = -1  # stands for a limit that is not set
-
 Fact = Literal[
     "system",
     "cpus",
-    "native_bf16",
     "memory",
     "gpus",
     "gpu_memory",
     "fabric",
-    "driver",
     "cumem",
-    "libraries",
-    "limits",
     "shm",
-    "rdma",
 ]
 """Groups of facts that can be unknown."""
 
@@ -47,8 +40,6 @@ class Gpu:
     """
     pci_bus_id: str | None = None
     """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
-    uuid: str | None = None
-    """``GPU-696b7a86-ce15-a598-b879-e0a7533c23ed``; it begins with ``MIG-`` for a MIG device."""
     free_memory_bytes: NumBytes | None = None
     """Memory that no process holds; not known of a MIG device."""
 
@@ -77,21 +68,6 @@ class GpuLink:
 
 
 @dataclass(frozen=True, slots=True)
-class Libraries:
-    """Describes packages of this Python, found on disk without importing them."""
-
-    torch: str | None = None  # version with its build (``2.13.0+cpu``); None: not installed
-    torch_cuda: str | None = None  # CUDA version that torch was built for; None: built without CUDA
-    transformers: str | None = None
-    nixl: str | None = None
-    nixl_backends: Mapping[str, str] = field(default_factory=dict)
-    """Installed builds of NIXL and their versions: ``{"cu12": "1.5.1"}``; also ``rocm``."""
-    mooncake: bool = False
-    missing_for_mooncake: tuple[str, ...] = ()
-    """Shared libraries that Mooncake needs and the loader does not find."""
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """Describes this machine, or one that is assumed."""
 
@@ -106,11 +82,7 @@ class Machine:
     them, or a container was not given them.
     """
     gpu_links: tuple[GpuLink, ...] = ()  # pairs of GPUs whose link NVML knows
-    driver_cuda: tuple[int, int] | None = None
-    """Newest CUDA version that the driver runs; None: no driver."""
     driver_error: str = "no CUDA device is visible"  # the reason why there are no GPUs
-    libraries: Libraries = field(default_factory=Libraries)
-    num_open_files: int = UNLIMITED  # the hard limit, to which processes raise their soft one
     shm_bytes: NumBytes = 0  # size of /dev/shm
     shm_free_bytes: NumBytes = 0
     rdma_devices: tuple[str, ...] = ()

@@ -1,19 +1,11 @@
-"""Reads cores, memory, limits and shared memory of this host, and which libraries are installed.
-
-Nothing is imported to look for it.
-"""
+"""Reads cores, memory and shared memory of this host, and which packages it lacks."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
-import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-
-from pdlaunch.machine.facts import UNLIMITED, Libraries
 
 RDMA_FOLDER = Path("/sys/class/infiniband")
 SHM_FOLDER = Path("/dev/shm")
@@ -23,9 +15,6 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-_NIXL_BACKENDS = ("cu12", "cu13", "rocm")
-_MOONCAKE_LIBRARIES = ("libibverbs.so.1",)
-_CUDA_OF_TORCH = re.compile(r"^cuda\s*(?::[^=\n]*)?=\s*['\"]([^'\"\n]*)['\"]", re.MULTILINE)
 
 
 def first_line(path: Path) -> str:
@@ -67,35 +56,10 @@ def memory_bytes() -> int:
     return min([total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
-def max_open_files() -> int:
-    """Return the hard limit of open files. Raises ImportError on systems without limits."""
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return UNLIMITED if limit == resource.RLIM_INFINITY else limit
-
-
 def shared_memory(folder: Path = SHM_FOLDER) -> tuple[int, int]:
     """Return all bytes of /dev/shm and the free ones. Raises OSError where there is none."""
     stats = os.statvfs(folder)
     return stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
-
-
-def find_libraries() -> Libraries:
-    """Return what this Python has."""
-    backends = {name: _version(f"nixl-{name}") for name in _NIXL_BACKENDS}
-    mooncake = is_installed("mooncake")
-    return Libraries(
-        torch=_version("torch"),
-        torch_cuda=_cuda_of_torch(),
-        transformers=_version("transformers"),
-        nixl=_version("nixl"),
-        nixl_backends={name: version for name, version in backends.items() if version},
-        mooncake=mooncake,
-        missing_for_mooncake=tuple(
-            name for name in _MOONCAKE_LIBRARIES if mooncake and not _loads(name)
-        ),
-    )
 
 
 def missing_modules(extras: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
@@ -114,30 +78,3 @@ def is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError, AttributeError):
         return False
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cuda_of_torch() -> str | None:
-    """Read torch/version.py, as importing torch takes seconds."""
-    if not is_installed("torch"):
-        return None
-    (folder,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore
-    try:
-        match = _CUDA_OF_TORCH.search((Path(folder) / "version.py").read_text("utf-8", "replace"))
-    except OSError:
-        return None
-    return match[1] if match else None
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True

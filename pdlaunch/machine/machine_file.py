@@ -19,8 +19,6 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.machine.allocator_conf import VARIABLES
 from pdlaunch.machine.facts import Fact, Machine, unknown_of_gpus
 
-VERSION = 2
-"""Raise it with every field that is added: an older pdlaunch must refuse what it cannot read."""
 MOST_BYTES = 16 << 20
 MOST_GPUS = 1024
 
@@ -29,14 +27,9 @@ _PROBE_AGAIN = "correct it, or run `pdlaunch probe` on that machine again"
 _FACTS: Mapping[str, Fact] = {
     "system": "system",
     "num_cpus": "cpus",
-    "has_native_bf16": "native_bf16",
     "memory_bytes": "memory",
     "gpus": "gpus",
-    "driver_cuda": "driver",
-    "libraries": "libraries",
-    "num_open_files": "limits",
     "shm_free_bytes": "shm",
-    "rdma_devices": "rdma",
 }
 """The fact that is not known where a field is null. Other fields may be left out of any machine."""
 
@@ -64,12 +57,7 @@ def encode_machine(machine: Machine, environ: Mapping[str, str], about: str = ""
     """Return the text of the file; of ``environ`` only what rules read is kept."""
     facts = asdict(machine)
     facts |= {name: None for name, fact in _FACTS.items() if fact in machine.unknown}
-    file = {
-        "version": VERSION,
-        "about": about,
-        **facts,
-        "environment": recorded_environ(environ),
-    }
+    file = {"about": about, **facts, "environment": recorded_environ(environ)}
     return f"{json.dumps(file, indent=2)}\n"
 
 
@@ -94,9 +82,6 @@ def decode_machine(text: bytes | str, name: str) -> AssumedMachine:
         raise ConfigError(f"{name} is not JSON: {error}", fix=_PROBE_AGAIN) from None
     if not isinstance(raw, dict):
         raise _error(name, "", raw, "must hold an object with the facts of a machine")
-    version = raw.pop("version", None)
-    if version != VERSION or isinstance(version, bool):
-        raise _error(name, "version", version, f"this pdlaunch reads version {VERSION}")
     # Null and left out mean the same, so that a person can blank a fact of a probed machine.
     known = {field: value for field, value in raw.items() if value is not None}
     file = {field: known.pop(field) for field in ("about", "environment") if field in known}
@@ -119,9 +104,6 @@ def decode_machine(text: bytes | str, name: str) -> AssumedMachine:
             raise _error(name, field, [link.first, link.second], "must join two of the GPUs")
     unknown = {fact for field, fact in _FACTS.items() if field not in known}
     unknown |= unknown_of_gpus(gpus)
-    if not gpus:
-        # A machine without GPUs has no driver, which is no gap.
-        unknown.discard("driver")
     told = {fact: read.machine.unknown.get(fact, f"{name} does not say") for fact in unknown}
     machine = replace(
         read.machine,
@@ -133,17 +115,12 @@ def decode_machine(text: bytes | str, name: str) -> AssumedMachine:
 
 
 def recorded_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that rules read: of UCX, of CUDA's devices and of torch's allocator.
-
-    Variables of vLLM are named without their values, which can be secrets.
-    """
-    found = {
+    """Return the variables that rules read: of UCX, of CUDA's devices and of torch's allocator."""
+    return {
         name: value
-        for name, value in environ.items()
+        for name, value in sorted(environ.items())
         if name in _RECORDED or name.startswith("UCX_")
     }
-    of_vllm = {name: "" for name in environ if name.startswith("VLLM_")}
-    return dict(sorted((found | of_vllm).items()))
 
 
 def _error(name: str, field: str, value: object, what: str) -> ConfigError:

@@ -17,14 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pdlaunch.machine.cuda_driver import DriverError, read_driver
-from pdlaunch.machine.facts import UNLIMITED, Fact, Gpu, GpuLink, Libraries, LinkKind, Machine
+from pdlaunch.machine.cuda_driver import DriverError, read_gpus
+from pdlaunch.machine.facts import Fact, Gpu, GpuLink, LinkKind, Machine
 from pdlaunch.machine.host import (
     RDMA_FOLDER,
-    find_libraries,
     first_line,
     has_native_bf16,
-    max_open_files,
     memory_bytes,
     shared_memory,
     usable_cpus,
@@ -186,10 +184,8 @@ def probe_machine() -> Machine:
             unknown[fact] = f"{type(error).__name__}: {error}"
             return otherwise
 
-    # A driver that cannot be read makes "gpus" unknown, and not "driver", which assumed machines
-    # alone may lack: a rule about the driver needs both.
-    no_driver: _DriverFacts = (None, (), "the driver cannot be read")
-    cuda, found, driver_error = ask("gpus", _read_driver, no_driver)
+    no_gpus: tuple[tuple[Gpu, ...], str] = ((), "the driver cannot be read")
+    found, driver_error = ask("gpus", _find_gpus, no_gpus)
     gpus, links = read_nvml_facts(found)
     shm_bytes, shm_free_bytes = ask("shm", shared_memory, (0, 0))
     return Machine(
@@ -200,27 +196,20 @@ def probe_machine() -> Machine:
         gpus=gpus,
         has_hidden_gpus=not gpus and _has_pci_gpus(),
         gpu_links=links,
-        driver_cuda=cuda,
         driver_error=driver_error,
-        libraries=ask("libraries", find_libraries, Libraries()),
-        num_open_files=ask("limits", max_open_files, UNLIMITED),
         shm_bytes=shm_bytes,
         shm_free_bytes=shm_free_bytes,
-        rdma_devices=ask("rdma", _rdma_devices, ()),
+        rdma_devices=_rdma_devices(),
         unknown=unknown,
     )
 
 
-_DriverFacts = tuple[tuple[int, int] | None, tuple[Gpu, ...], str]
-
-
-def _read_driver() -> _DriverFacts:
-    """Return the driver's CUDA version, its GPUs, or why there are none: that too is a fact."""
+def _find_gpus() -> tuple[tuple[Gpu, ...], str]:
+    """Return the driver's GPUs, or why there are none: that too is a fact."""
     try:
-        driver = read_driver()
+        return read_gpus(), ""
     except DriverError as error:
-        return None, (), str(error)
-    return driver.cuda_version, driver.gpus, ""
+        return (), str(error)
 
 
 def _rdma_devices() -> tuple[str, ...]:

@@ -28,10 +28,9 @@ ANY_CUDA = "cuda"  # GPUs of which nothing but their number is known
 PROFILES = ("h100x8", "h200x8", "gb200", "a100x8", "l40s", ANY_CUDA, "cpu")
 """Names to show; ``h100x2`` and the like are known too."""
 
-_CUDA = (13, 0)
 _COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
-_OF_NO_NAME: tuple[Fact, ...] = ("libraries", "limits", "shm")
-_OF_SERVERS: tuple[Fact, ...] = ("cpus", "native_bf16", "memory", "rdma")
+_OF_NO_NAME: tuple[Fact, ...] = ("shm",)
+_OF_SERVERS: tuple[Fact, ...] = ("cpus", "memory")
 """Facts that differ between servers with the same card."""
 
 
@@ -53,7 +52,7 @@ def _card(name: str, memory_mib: int, *, has_fabric_handles: bool = False) -> Gp
 
 def _machine(cpus: int, memory_bytes: int, num_nics: int, *, bf16: bool = True) -> Machine:
     nics = tuple(f"mlx5_{index}" for index in range(num_nics))
-    return Machine("Linux", cpus, bf16, memory_bytes, driver_cuda=_CUDA, rdma_devices=nics)
+    return Machine("Linux", cpus, bf16, memory_bytes, rdma_devices=nics)
 
 
 # fmt: off
@@ -74,7 +73,7 @@ _SERVERS: Mapping[str, _Server] = {
     # Servers with this card differ in all but the card.
     "l40s": _Server(
         "L40S 48 GB at PCIe 4.0 x16", _card("NVIDIA L40S", 46068), "PCIe", 31.5,
-        Machine(driver_cuda=_CUDA, unknown=dict.fromkeys(_OF_SERVERS, ""))),
+        Machine(unknown=dict.fromkeys(_OF_SERVERS, ""))),
 }
 # fmt: on
 
@@ -109,7 +108,7 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
     if kind == ANY_CUDA:
         count = number or min(max(num_ranks, 1), MOST_GPUS)
         gpus = tuple(Gpu(index) for index in range(count))
-        unknown: tuple[Fact, ...] = (*_OF_NO_NAME, *_OF_SERVERS, "driver", *unknown_of_gpus(gpus))
+        unknown: tuple[Fact, ...] = (*_OF_NO_NAME, *_OF_SERVERS, *unknown_of_gpus(gpus))
         about = f"{count} CUDA GPU{'' if count == 1 else 's'} of an unknown kind"
         return _named(name, Machine(gpus=gpus), unknown, about)
     server = _SERVERS.get(kind)
@@ -126,7 +125,7 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
         else (),
     )
     imex = "an IMEX channel, so" if server.gpu.has_fabric_handles else "no IMEX channel, so no"
-    granted = f"driver 580 with CUDA 13.0; {imex} fabric handles; no other process on the GPUs"
+    granted = f"a driver with CuMem pools; {imex} fabric handles; no other process on the GPUs"
     about = f"{count} x {server.about}; taken for granted: {granted}"
     return _named(name, machine, (*_OF_NO_NAME, *server.machine.unknown), about)
 

@@ -21,7 +21,7 @@ from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_
 from pdlaunch.planning.footprint import Footprint, make_footprint
 from pdlaunch.planning.hosts import DeviceKind, ResolvedHost
 from pdlaunch.planning.models import Model
-from pdlaunch.planning.vllm_engines import vllm_environment, whole_gibibytes
+from pdlaunch.planning.vllm_engines import OWN_VARIABLES, vllm_environment, whole_gibibytes
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
@@ -31,15 +31,6 @@ CHOSEN_BY_ENGINE = frozenset(("max_num_batched_tokens", "async_scheduling"))
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
-
-_FASTEST_CPU_THREAD = 100e9
-_FASTEST_CPU_THREAD_BF16 = 1e12
-_FASTEST_GPU: Mapping[DTypeName, float] = {
-    "float32": 80e12,
-    "bfloat16": 2.5e15,
-    "float16": 2.5e15,
-}
-"""Operations a second that nothing of this kind reaches in a model: dense, without sparsity."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,27 +235,6 @@ class RoleEngines:
         """Return the KV blocks of one rank; None: known only at start."""
         return None if self.footprint is None else self.footprint.num_blocks
 
-    @property
-    def least_step_s(self) -> float | None:
-        """Return the least time of a step of the whole token budget; None: the model is not known.
-
-        Counts the multiplications with the weights of the layers alone. Attention, embeddings and
-        the output layer come on top.
-        """
-        shape, dtype, longest = self.shape, self.dtype, self.max_model_len
-        if shape is None or dtype is None or longest is None:
-            return None
-        tokens = min(self.max_num_batched_tokens, longest * self.settings.max_num_seqs)
-        embeddings = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size
-        weights = max(0, shape.num_parameters - shape.num_idle_parameters - embeddings)
-        speed = _FASTEST_GPU[dtype]
-        if self.device == "cpu":
-            # A CPU that emulates a type of 16 bits is no faster than in float32.
-            is_native = dtype == "bfloat16" and self.machine.has_native_bf16
-            thread = _FASTEST_CPU_THREAD_BF16 if is_native else _FASTEST_CPU_THREAD
-            speed = thread * min(self.num_threads, self.machine.num_cpus)
-        return 2 * weights * tokens / self.tp_size / speed
-
     def derived(self) -> dict[str, object]:
         """Return the settings that are derived where they are not set, by name.
 
@@ -313,7 +283,8 @@ class RoleEngines:
             return common | env | carrier
         cpu_bytes = self.kv_cache_bytes if self.device == "cpu" else None
         address = ENGINE_HOST if network is None else network.address
-        given = common | vllm_environment(cpu_bytes, self.settings, address) | env
+        own = vllm_environment(cpu_bytes, self.settings, address)
+        given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
         if network is not None:
             carrier = transfer.carrier_settings.environment(
                 self.given_environ, self.device, network

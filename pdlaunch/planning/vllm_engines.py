@@ -26,10 +26,15 @@ def whole_gibibytes(num_bytes: int) -> int:
     return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
 
 
+OWN_VARIABLES = frozenset({"VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_SERVER_DEV_MODE"})
+"""Variables of vLLM that are pdlaunch's alone: `env` cannot set them."""
+
+
 def vllm_environment(
     kv_cache_bytes: int | None, settings: EngineSettings, side_channel_host: str
 ) -> dict[str, str]:
-    """Return the variables for ``vllm serve``; those of the user go over them.
+    """Return the variables for ``vllm serve``; those of the user go over them, but over
+    ``OWN_VARIABLES``.
 
     ``kv_cache_bytes``: of one rank on a CPU; None on a GPU.
     """

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.probed import NixlAnswer, PairTransport
+from pdlaunch.checks.probed import PairTransport
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
 ROUTER = ("127.0.0.1", 8000)
@@ -29,21 +29,12 @@ def machine(base=CPU, **changes):
     return replace(base, **changes)
 
 
-def libraries(base=CPU, **changes):
-    return replace(base, libraries=replace(base.libraries, **changes))
-
-
 def mooncake(base, **config):
     return on(base, kv_transfer__connector="mooncake", **config)
 
 
 def p2p(base, **config):
     return on(base, kv_transfer__nixl__path="p2p", **config)
-
-
-def nixl_says(**answer):
-    """Probes in which NIXL says the same to both roles."""
-    return {"nixl": dict.fromkeys(("prefill", "decode"), NixlAnswer(**answer))}
 
 
 def one_gpu(**changes):

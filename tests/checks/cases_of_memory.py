@@ -21,15 +21,15 @@ CASES: dict[str, Case] = {
         [
             on(CPU, enable_cumem_allocator=True),
             on(GPU, enable_cumem_allocator=True, decode__device="cpu"),
-        ],
-        [on(CPU, enable_cumem_allocator=False), on(GPU, enable_cumem_allocator=True)],
-    ),
-    "PD203": Case(
-        [
             on(CPU, enable_sleep_mode=True),
-            on(GPU, prefill__device="cpu", prefill__enable_sleep_mode=True),
+            on(OLD, decode__enable_cumem_allocator=True),
+            on(OLD, enable_sleep_mode=True),
         ],
-        [on(GPU, enable_sleep_mode=True), on(CPU, enable_cumem_allocator=True)],
+        [
+            on(CPU, enable_cumem_allocator=False),
+            on(GPU, enable_cumem_allocator=True, decode__enable_sleep_mode=True),
+            on(OLD),
+        ],
     ),
     "PD204": Case(
         [
@@ -37,6 +37,7 @@ CASES: dict[str, Case] = {
             on(GPU, environ={}, decode__env=EXPANDABLE),
             on(GPU, environ=EXPANDABLE, kv_transfer__connector="mooncake"),
             on(GPU, environ=EXPANDABLE, decode__device="cpu"),
+            on(GPU, environ=EXPANDABLE, engine="vllm", kv_transfer__nixl__path="p2p"),
         ],
         [
             on(CPU, environ=EXPANDABLE),
@@ -96,13 +97,23 @@ CASES: dict[str, Case] = {
         [on(GPU, prefill__replicas=4, decode__replicas=4)],
     ),
     "PD212": Case(
-        [on(CPU, kv_cache_memory="40GiB"), on(CPU, decode__replicas=60)],
-        [on(CPU, kv_cache_memory="20GiB")],
+        [
+            on(CPU, kv_cache_memory="40GiB"),
+            on(CPU, decode__replicas=60),
+            on(CPU, kv_offload__host_memory="31GiB"),
+            on(GPU, **TIER, decode__replicas=8),
+        ],
+        [
+            on(CPU, kv_cache_memory="20GiB"),
+            on(CPU, kv_offload__host_memory="28GiB"),
+            on(GPU, kv_offload__host_memory="32GiB"),
+        ],
     ),
     "PD213": Case(
         [
             on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
-            on(GPU, enable_sleep_mode=True, kv_transfer__connector="mooncake"),
+            on(GPU, prefill__enable_sleep_mode=True, kv_transfer__connector="mooncake"),
+            on(GPU, decode__enable_cumem_allocator=True, engine="vllm"),
         ],
         [
             on(GPU, kv_transfer__nixl__path="nixl"),
@@ -111,24 +122,12 @@ CASES: dict[str, Case] = {
             on(GPU, enable_cumem_allocator=True, **FILES),
         ],
     ),
-    "PD215": Case(
-        [on(OLD, decode__enable_cumem_allocator=True), on(OLD, enable_sleep_mode=True)],
-        [on(OLD), on(GPU, enable_sleep_mode=True), on(CPU, enable_cumem_allocator=True)],
-    ),
     "PD220": Case(
         [on(CPU, **TIER, enable_prefix_caching=False)],
         [
             on(CPU, **TIER),
             on(CPU, enable_prefix_caching=False),
             on(CPU, **TIER, decode__kv_offload__host_memory=0),
-        ],
-    ),
-    "PD221": Case(
-        [on(CPU, kv_offload__host_memory="31GiB"), on(GPU, **TIER, decode__replicas=8)],
-        [
-            on(CPU, kv_offload__host_memory="28GiB"),
-            on(GPU, kv_offload__host_memory="32GiB"),
-            on(CPU, kv_cache_memory="40GiB"),
         ],
     ),
 }

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from pdlaunch.errors import ConfigError
-from tests.checks.case import EXPERTS, SLIDING, Case, machine, p2p
-from tests.checks.contexts import CPU, GB200, GPU, SHAPE, SMALL_SHAPE, on
+from tests.checks.case import EXPERTS, SLIDING, Case, p2p
+from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
 OTHER_END = replace(SMALL_SHAPE, eos_token_ids=(2, 3))
 OVER_FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
@@ -35,7 +35,6 @@ CASES: dict[str, Case] = {
         [on(CPU, kv_transfer__lease_s=5.0, kv_transfer__pull_timeout_s=4.0)],
     ),
     "PD108": Case([on(GPU, block_size=24)], [on(CPU, block_size=24), on(GPU, block_size=48)]),
-    "PD110": Case([on(CPU, max_num_batched_tokens=63)], [on(CPU, max_num_batched_tokens=64)]),
     "PD111": Case([on(CPU, kv_transfer__verify="off")], [on(CPU, kv_transfer__verify="on")]),
     "PD112": Case(
         [
@@ -44,30 +43,10 @@ CASES: dict[str, Case] = {
         ],
         [on(CPU, host="localhost"), on(CPU, host="0.0.0.0", api_key="k"), on(CPU, host="::1")],
     ),
-    "PD114": Case(
-        [
-            on(CPU, gpu_memory_utilization=0.9),
-            on(GPU, gpu_memory_utilization=0.5, kv_cache_memory="4GiB"),
-        ],
-        [on(GPU, gpu_memory_utilization=0.5)],
-    ),
     "PD117": Case([on(CPU, load_format="dummy")], [on(CPU, load_format="auto")]),
     "PD118": Case(
         [on(GPU, decode__tensor_parallel_size=2, shapes=(EXPERTS, EXPERTS))],
         [on(GPU, shapes=(EXPERTS, EXPERTS)), on(GPU, decode__tensor_parallel_size=2)],
-    ),
-    "PD120": Case(
-        [
-            on(CPU, shapes=(SHAPE, SHAPE), dtype="float32", hang_timeout_s=5),
-            on(machine(num_cpus=2), shapes=(SHAPE, SHAPE), dtype="float16"),
-            on(GPU, dtype="float32", max_num_batched_tokens=1_000_000),
-        ],
-        [
-            on(CPU, shapes=(SHAPE, SHAPE), dtype="float32", hang_timeout_s=0),
-            on(CPU, shapes=(SHAPE, SHAPE), dtype="float32", hang_timeout_s=30),
-            on(CPU, hang_timeout_s=5),
-            on(GPU, max_num_batched_tokens=1_000_000),
-        ],
     ),
     "PD119": Case(
         [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
@@ -117,22 +96,8 @@ CASES: dict[str, Case] = {
         [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=4)],
     ),
     "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
-    "PD310": Case([on(CPU, decode__load_format="dummy")], [on(CPU, load_format="dummy")]),
     "PD314": Case(
         [p2p(GPU, prefill__device="cpu"), on(GPU, decode__device="cpu")],
         [p2p(GPU), p2p(CPU), p2p(GPU, device="cpu"), on(GPU, decode__device="cpu", **OVER_FILES)],
-    ),
-    "PD313": Case(
-        [
-            on(GPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
-            on(GPU, decode__enable_sleep_mode=True, kv_transfer__connector="mooncake"),
-        ],
-        [
-            on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
-            on(GPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="p2p"),
-            on(GPU, prefill__enable_cumem_allocator=True, **OVER_FILES),
-            on(GB200, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
-            on(CPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
-        ],
     ),
 }

@@ -13,7 +13,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.facts import Gpu, Libraries, Machine
+from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import resolve
 
@@ -68,13 +68,6 @@ CPU = Machine(
     has_native_bf16=True,
     memory_bytes=64 * GIB,
     driver_error="no CUDA driver",
-    libraries=Libraries(
-        torch="2.13.0+cpu",
-        transformers="5.23.0",
-        nixl="1.5.1",
-        nixl_backends={"cu12": "1.5.1", "cu13": "1.5.1"},
-    ),
-    num_open_files=65536,
     shm_bytes=16 * GIB,
     shm_free_bytes=15 * GIB,
 )
@@ -84,8 +77,6 @@ GPU = replace(
         Gpu(index, "NVIDIA H200", 139 * GIB, has_virtual_memory=True, has_fabric_handles=False)
         for index in range(8)
     ),
-    driver_cuda=(13, 0),
-    libraries=replace(CPU.libraries, torch="2.13.0+cu130", torch_cuda="13.0"),
 )
 GB200 = replace(
     GPU,
@@ -96,11 +87,7 @@ GB200 = replace(
 )
 
 NOTHING_WRONG: dict[str, Any] = {
-    name: {}
-    for name in (
-        *("ports", "nixl", "connector_errors", "missing_extras", "folder_problems"),
-        *("weight_errors", "engine_commands"),
-    )
+    name: {} for name in ("ports", "missing_extras", "weight_errors", "engine_commands")
 }
 """Fields of ``Probes`` that were looked at, without a finding."""
 

@@ -20,17 +20,15 @@ from tests.cli.test_serve import MODEL
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
-LIVE = {"PD119", "PD404", "PD419", "PD420", "PD421", "PD422", "PD437", "PD460"}
-"""Rules that look at files, folders, ports and packages of the machine that they run on."""
+LIVE = {"PD119", "PD420", "PD460"}
+"""Rules that look at files, ports and packages of the machine that they run on."""
 
 POOR = replace(
     CPU,
     num_cpus=1,
     has_native_bf16=False,
     memory_bytes=GIB,
-    num_open_files=100,
     shm_free_bytes=1 << 20,
-    libraries=replace(CPU.libraries, nixl=None, nixl_backends={}),
 )
 
 
@@ -119,11 +117,9 @@ def test_the_plan_and_the_settings_are_those_of_the_machine():
 
 def test_a_profile_can_be_changed_by_hand(tmp_path):
     machine = json.loads(run("probe", "--assume", "h100x8").stdout)
-    machine["libraries"] = {"torch": "2.13.0+cpu", "transformers": "5"}
+    machine["shm_free_bytes"] = 1 << 20
     (tmp_path / "m.json").write_text(json.dumps(machine))
-    output = run("check-config", "--assume", "m.json").stdout
-    assert "PD406" in output
-    assert "torch 2.13.0+cpu is built without CUDA" in output
+    assert "PD416 /dev/shm  1 MiB" in run("check-config", "--assume", "m.json").stdout
 
 
 def test_a_model_that_is_not_here_is_not_checked(tmp_path):
@@ -156,8 +152,8 @@ def test_a_model_that_is_not_here_is_not_checked(tmp_path):
     ],
 )
 def test_unusable_machines_are_refused(arguments, says, tmp_path):
-    (tmp_path / "m.json").write_text('{"version": 2}')
-    (tmp_path / "n.json").write_text('{"version": 2, "gpus": [{"memory_bytes": "80"}]}')
+    (tmp_path / "m.json").write_text("{}")
+    (tmp_path / "n.json").write_text('{"gpus": [{"memory_bytes": "80"}]}')
     result = run(*arguments)
     assert result.exit_code == 2
     assert says in result.stderr

@@ -5,8 +5,6 @@ import json
 import pytest
 
 from pdlaunch.checks import probes
-from pdlaunch.checks.probed import NixlAnswer
-from pdlaunch.cli import check_config as module
 from pdlaunch.machine.availability import PortState
 from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf
 
@@ -106,21 +104,3 @@ def test_busy_ports_are_named(check, file, monkeypatch):
     assert result.exit_code == 1
     assert "PD420" in result.stdout
     assert "port 9101 of 127.0.0.1 for the server of decode-1 is busy" in result.stdout
-
-
-@pytest.mark.parametrize("assumed", [False, True])
-def test_a_folder_that_cannot_be_written_to_is_found_on_this_machine(check, tmp_path, assumed):
-    (tmp_path / "kv").touch()
-    folder = ("--kv-connector", "file", "--kv-file-directory", tmp_path / "kv")
-    result = check(*folder, *(["--assume", "cpu"] if assumed else []), columns="200")
-    assert result.exit_code == (0 if assumed else 1)
-    assert ("kv is no folder" in result.stdout) is not assumed
-    assert "PD419" in result.stdout
-
-
-def test_probe_asks_nixl(check, monkeypatch):
-    answer = NixlAnswer(import_error="undefined symbol: ucp_init")
-    monkeypatch.setattr(module, "ask_nixl", lambda launch: {"prefill": answer})
-    result = check("--probe")
-    assert result.exit_code == 1
-    assert "undefined symbol: ucp_init" in result.stdout

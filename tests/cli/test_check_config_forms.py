@@ -43,7 +43,7 @@ def test_a_table_is_grouped_by_severity_at_any_width(check, file, columns):
 
 def test_a_clean_table_is_one_line(check):
     (line,) = check().stdout.splitlines()
-    assert re.fullmatch(r"ok: no findings; not checked without --probe: PD404 and \d+ more", line)
+    assert re.fullmatch(r"ok: no findings; not checked without --probe: PD501 and \d+ more", line)
     assert len(line) <= 80
 
 
@@ -59,7 +59,7 @@ def test_a_table_names_facts_that_are_missing(check):
 def test_lines_of_a_pipe_are_whole(check, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     output = check("--kv-offload-memory", "4TiB", columns=None).stdout
-    (line,) = [line for line in output.splitlines() if line.startswith("  PD221")]
+    (line,) = [line for line in output.splitlines() if line.startswith("  PD212")]
     assert len(line) > 80
     assert line.endswith("64 GiB")
     assert "\x1b" not in output
@@ -145,8 +145,8 @@ def test_junit_has_a_test_for_each_rule(check, file):
     assert failure.get("message").startswith(f"max_model_len ({path}:2:16): ")
     assert "fix: set it to 512 or less" in failure.text
     assert cases["PD111"].tag == "system-out"
-    assert cases["PD404"].tag == "skipped"
-    assert "needs nixl" in cases["PD404"].get("message")
+    assert cases["PD501"].tag == "skipped"
+    assert "needs transport" in cases["PD501"].get("message")
     strict = junit(check, path, "--strict")
     assert (strict["PD111"].tag, strict["PD111"].get("type")) == ("failure", "warning")
     assert strict["PD117"].tag == "system-out"

@@ -64,16 +64,14 @@ def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
     assert {"host", "command", "environment", "ports", "devices"} <= set(plan["processes"][0])
 
 
-@pytest.mark.parametrize(
-    ("flag", "rule"), [("--enable-cumem-allocator", "PD202"), ("--enable-sleep-mode", "PD203")]
-)
+@pytest.mark.parametrize("flag", ["--enable-cumem-allocator", "--enable-sleep-mode"])
 @pytest.mark.parametrize("dry_run", [("--dry-run",), ("--dry-run", "--format", "json"), ()])
 def test_a_dry_run_refuses_what_serve_refuses(
-    model: str, flag: str, rule: str, dry_run: tuple[str, ...]
+    model: str, flag: str, dry_run: tuple[str, ...]
 ) -> None:
     result = serve("--model", model, "--device", "cpu", flag, *dry_run)
     assert result.exit_code == 1
-    assert f"error {rule} {flag[2:].replace('-', '_')} ({flag})" in result.stderr
+    assert f"error PD202 {flag[2:].replace('-', '_')} ({flag})" in result.stderr
     assert result.stdout == ""
 
 

@@ -8,17 +8,13 @@ from pathlib import Path
 import pytest
 import typer
 
-from pdlaunch.checks.probed import NixlAnswer
 from pdlaunch.checks.rule import Finding
-from pdlaunch.cli import preflight
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
-from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.machine.facts import Gpu, GpuLink, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.protocol.control import PairReady
-from tests.checks.contexts import CPU as HEALTHY
 from tests.checks.contexts import TINY
 from tests.config.model_files.files import tiny_gguf
 
@@ -68,24 +64,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return capsys.readouterr().err
 
     return refuse
-
-
-def test_nixl_is_asked_only_about_variables_that_the_user_has_set(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def ask_nixl(launch: ResolvedLaunch) -> dict[Role, NixlAnswer]:
-        asked.append(launch.roles["decode"].environment["UCX_RNDV_THRESH"])
-        return {"decode": NixlAnswer(refusal="Invalid value for RNDV_THRESH: 'bogus'")}
-
-    monkeypatch.setattr(preflight, "ask_nixl", ask_nixl)
-    flags = {"device": "cpu", "load_format": "dummy"}
-    said = refused(HEALTHY, {"PDLAUNCH_ENV__UCX_RNDV_THRESH": "bogus"}, **flags)
-    assert "error PD440 env.UCX_RNDV_THRESH" in said
-    loaded = load_config(None, {}, flags)
-    refuse_errors(resolved(loaded, HEALTHY), loaded.origins)
-    assert asked == ["bogus"], "it takes seconds"
 
 
 def test_errors_are_printed_with_code_and_fix_and_refuse_the_start(refused: Refused) -> None:

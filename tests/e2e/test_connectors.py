@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.machine.host import find_libraries
 from tests.e2e.api import complete, complete_all, idle, total_now
 from tests.e2e.conftest import clean_environ
 from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
 from tests.e2e.waiting import await_true
+from tests.mooncake import mooncake_problem
 
 LENGTHS = (1, 15, 16, 17, 40, 64, 100, 200)
 NUM_TOKENS = 8
@@ -61,9 +61,8 @@ def deployment(
     ]
     if connector == "file":
         arguments += ["--kv-file-directory", str(tmp_path_factory.mktemp("kv"))]
-    libraries = find_libraries()
-    if connector == "mooncake" and (not libraries.mooncake or libraries.missing_for_mooncake):
-        pytest.skip(f"mooncake: {libraries.missing_for_mooncake or 'not installed'}")
+    if connector == "mooncake" and (problem := mooncake_problem()):
+        pytest.skip(f"mooncake: {problem}")
     with running_deployment(arguments, environ=clean_environ()) as deployment:
         yield deployment
 

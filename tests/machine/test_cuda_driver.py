@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.machine.cuda_driver import DriverError, load_library, read_driver
+from pdlaunch.machine.cuda_driver import DriverError, load_library, read_gpus
 from pdlaunch.machine.facts import Gpu, Machine
 
 ATTRIBUTES = {102: 1, 128: 1}
@@ -41,7 +41,6 @@ class FakeDriver:
 
     ENTRY_POINTS = {
         "cuInit": lambda self, flags: 0,
-        "cuDriverGetVersion": lambda self, value: setattr(value._obj, "value", 13020),
         "cuDeviceGetCount": lambda self, value: setattr(value._obj, "value", self.num_gpus),
         "cuDeviceGet": lambda self, value, index: setattr(value._obj, "value", index),
         "cuDeviceGetName": get_name,
@@ -54,23 +53,23 @@ class FakeDriver:
     }
 
 
-def test_devices_and_version(tmp_path):
+def test_devices(tmp_path):
     (tmp_path / "channel0").touch()
-    driver = read_driver(FakeDriver, tmp_path)
-    assert driver.cuda_version == (13, 2)
-    assert driver.gpus[1] == Gpu(1, "NVIDIA H200", 140 << 30, True, True, "0000:1a:00.0")
+    assert read_gpus(FakeDriver, tmp_path)[1] == Gpu(
+        1, "NVIDIA H200", 140 << 30, True, True, "0000:1a:00.0"
+    )
 
 
 def test_what_older_drivers_do_not_tell(tmp_path):
     (tmp_path / "channel0").touch()
     fake = FakeDriver(attributes={}, errors={"cuDeviceGetPCIBusId": 1})
-    gpu = read_driver(lambda: fake, tmp_path).gpus[0]
+    gpu = read_gpus(lambda: fake, tmp_path)[0]
     assert gpu == Gpu(0, "NVIDIA H200", 140 << 30, False, False)
 
 
 def test_fabric_handles_need_an_imex_channel(tmp_path):
-    assert read_driver(FakeDriver, tmp_path).gpus[0].has_fabric_handles is False
-    assert read_driver(FakeDriver, tmp_path / "none").gpus[0].has_fabric_handles is False
+    assert read_gpus(FakeDriver, tmp_path)[0].has_fabric_handles is False
+    assert read_gpus(FakeDriver, tmp_path / "none")[0].has_fabric_handles is False
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_fabric_handles_need_an_imex_channel(tmp_path):
 )
 def test_a_failing_call_is_named(tmp_path, load, says):
     with pytest.raises(DriverError, match=says):
-        read_driver(load, tmp_path)
+        read_gpus(load, tmp_path)
 
 
 GOOD, BAD = Gpu(0, has_virtual_memory=True), Gpu(1, has_virtual_memory=False)
@@ -108,6 +107,6 @@ def test_cumem_needs_virtual_memory_management_everywhere(machine, problem):
 @pytest.mark.gpu
 @pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no CUDA device")
 def test_a_real_driver():
-    driver = read_driver()
-    assert driver.gpus
-    assert all(gpu.memory_bytes and gpu.has_virtual_memory for gpu in driver.gpus)
+    gpus = read_gpus()
+    assert gpus
+    assert all(gpu.memory_bytes and gpu.has_virtual_memory for gpu in gpus)

@@ -12,7 +12,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from pdlaunch.machine.cuda_driver import read_driver
+from pdlaunch.machine.cuda_driver import read_gpus
 from pdlaunch.machine.facts import Gpu, GpuLink
 from pdlaunch.machine.probe import read_nvml_facts
 
@@ -172,7 +172,7 @@ def test_free_memory_is_told_of_each_whole_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no CUDA device")
 def test_the_real_nvml() -> None:
-    gpus, links = read_nvml_facts(read_driver().gpus)
+    gpus, links = read_nvml_facts(read_gpus())
     assert all(gpu.free_memory_bytes for gpu in gpus)
     if all(gpu.name == "NVIDIA H200" for gpu in gpus):
         assert {link.text for link in links} <= {"18 NVLinks with 478 GB/s"}

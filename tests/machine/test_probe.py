@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from pdlaunch.machine import probe
-from pdlaunch.machine.availability import PortState, ProcessOutcome, probe_port, run_briefly
-from pdlaunch.machine.cuda_driver import Driver, DriverError
+from pdlaunch.machine.availability import PortState, probe_port
+from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.machine.facts import Gpu
 from pdlaunch.machine.host import has_native_bf16
 from pdlaunch.machine.probe import probe_machine
@@ -22,12 +22,6 @@ def test_this_machine() -> None:
     assert machine.num_cpus == len(os.sched_getaffinity(0))
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 1 << 28 < machine.memory_bytes <= whole
-    assert machine.libraries.torch == torch.__version__
-    assert machine.libraries.torch_cuda == torch.version.cuda
-    assert machine.libraries.transformers
-    assert machine.libraries.nixl
-    assert machine.libraries.nixl_backends
-    assert machine.num_open_files != 0
     assert 0 <= machine.shm_free_bytes <= machine.shm_bytes != 0
     assert machine.unknown == {}
 
@@ -38,12 +32,12 @@ def test_a_probe_that_fails_is_named_and_hurts_nothing_else(
     def fail() -> None:
         raise PermissionError("not for you")
 
-    monkeypatch.setattr(probe, "max_open_files", fail)
-    monkeypatch.setattr(probe, "read_driver", fail)
+    monkeypatch.setattr(probe, "shared_memory", fail)
+    monkeypatch.setattr(probe, "read_gpus", fail)
     machine = probe_machine()
     reason = "PermissionError: not for you"
-    assert machine.unknown == {"gpus": reason, "limits": reason}
-    assert machine.libraries.torch
+    assert machine.unknown == {"gpus": reason, "shm": reason}
+    assert machine.memory_bytes
 
 
 @pytest.mark.processes
@@ -52,9 +46,8 @@ def test_nothing_heavy_is_imported() -> None:
         "import sys; from pdlaunch.machine.probe import probe_machine; probe_machine(); "
         "print(*sys.modules)"
     )
-    outcome = run_briefly([sys.executable, "-c", program], os.environ, 60)
-    assert outcome.returncode == 0
-    assert not {"torch", "transformers", "nixl", "pydantic"} & set(outcome.output[0].split())
+    modules = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert not {"torch", "transformers", "nixl", "pydantic"} & set(modules)
 
 
 @pytest.mark.parametrize(
@@ -83,27 +76,6 @@ def test_hosts_that_are_none(host: str) -> None:
     assert probe_port(host, 0).problem == "unknown host"
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    ("program", "timeout_s", "problem"),
-    [
-        ("import os; os._exit(4)", 60, "exit code 4"),
-        ("import time; time.sleep(600)", 0.2, "not done after 0.2 s"),
-    ],
-)
-def test_short_lived_processes_that_fail(program: str, timeout_s: float, problem: str) -> None:
-    assert run_briefly([sys.executable, "-c", program], {}, timeout_s).problem() == problem
-
-
-@pytest.mark.processes
-def test_what_short_lived_processes_leave() -> None:
-    program = "import os, sys; print(os.environ['A']); sys.stderr.write('why\\n\\n'); sys.exit(3)"
-    outcome = run_briefly([sys.executable, "-c", program], {"A": "b"}, 60)
-    assert outcome == ProcessOutcome(3, ("b",), ("why", ""))
-    assert outcome.problem() == "why"
-    assert "cannot be tried" in run_briefly(["/nonexistent"], {}, 1).problem()
-
-
 @pytest.mark.parametrize(
     ("vendor", "kind", "found"),
     [
@@ -126,14 +98,14 @@ def test_gpus_that_nobody_sees_are_found_on_the_bus(
         (device / "vendor").write_text(f"{vendor}\n")
         (device / "class").write_text(f"{kind}\n")
 
-    def no_driver() -> Driver:
+    def no_driver() -> tuple[Gpu, ...]:
         raise DriverError("no CUDA driver")
 
     monkeypatch.setattr(probe, "PCI_DEVICES", tmp_path)
-    monkeypatch.setattr(probe, "read_driver", no_driver)
+    monkeypatch.setattr(probe, "read_gpus", no_driver)
     assert probe_machine().has_hidden_gpus is found
     assert probe_machine().driver_error == "no CUDA driver"
-    monkeypatch.setattr(probe, "read_driver", lambda: Driver((13, 0), (Gpu(0, "H200"),)))
+    monkeypatch.setattr(probe, "read_gpus", lambda: (Gpu(0, "H200"),))
     machine = probe_machine()
     assert [gpu.name for gpu in machine.gpus] == ["H200"]
     assert not machine.has_hidden_gpus

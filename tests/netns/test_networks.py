@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pdlaunch.machine.host import find_libraries
+from tests.mooncake import mooncake_problem
 from tests.netns.hosts import Network
 from tests.netns.launch import PORT, FarLaunch, far_launch
 from tests.netns.switch import DEVICE
@@ -85,9 +85,8 @@ def test_the_documented_ports_are_enough(network: Network) -> None:
 
 
 def test_mooncake_moves_blocks_between_hosts(network: Network) -> None:
-    libraries = find_libraries()
-    if not libraries.mooncake or libraries.missing_for_mooncake:
-        pytest.skip(f"mooncake: {libraries.missing_for_mooncake or 'not installed'}")
+    if problem := mooncake_problem():
+        pytest.skip(f"mooncake: {problem}")
     config = CONFIG | {"kv_transfer": {**TRUSTED, "connector": "mooncake"}}
     with far_launch(network, config, ["b"]) as launch:
         serves_over(launch, "mooncake/tcp")

@@ -1,4 +1,4 @@
-"""The footprint and the step time of a rank, against the rooms that allocate and compute."""
+"""The footprint of a rank, against the rooms that allocate."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_weights_of_all_ranks_cover_the_model(tp_size):
 
 
 def test_of_unknown_models_nothing_is_known():
-    assert (UNKNOWN.footprint, UNKNOWN.least_step_s) == (None, None)
+    assert UNKNOWN.footprint is None
 
 
 @given(kv_mib=st.integers(1, 2000))
@@ -74,22 +74,3 @@ def test_ranks_are_dealt_as_the_supervisor_places_them(prefill, decode, num_gpus
         for index in engine.device_indices
     ]
     assert placed == [(role, rank % num_gpus) for rank, role in enumerate(order)]
-
-
-def step_s(machine, **settings):
-    return on(machine, shapes=(SHAPE, SHAPE), **settings).engines["prefill"].least_step_s
-
-
-def test_a_step_takes_two_operations_for_each_weight_of_a_layer_and_token():
-    embeddings = 2 * SHAPE.vocab_size * SHAPE.hidden_size
-    operations = 2 * (SHAPE.num_parameters - embeddings) * 512
-    slow = step_s(CPU, dtype="float32")
-    assert slow == pytest.approx(operations / (CPU.num_cpus // 2 * 100e9))
-    assert step_s(CPU, dtype="bfloat16") == pytest.approx(slow / 10)
-    assert step_s(CPU, dtype="float32", num_threads=16) == pytest.approx(slow / 2)
-    assert step_s(CPU, dtype="float32", max_num_batched_tokens=64) == pytest.approx(slow / 8)
-    assert step_s(CPU, dtype="float32", max_model_len=1) == pytest.approx(slow / 8)
-    assert step_s(GPU, prefill__tensor_parallel_size=2) == pytest.approx(step_s(GPU) / 2)
-    # An emulated type is no faster than float32.
-    emulating = replace(CPU, has_native_bf16=False)
-    assert step_s(emulating, dtype="bfloat16") == step_s(emulating, dtype="float32")

@@ -15,7 +15,6 @@ import pytest
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.machine.host import find_libraries
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.side_channel import (
     PushEnded,
@@ -26,6 +25,7 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
 from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
+from tests.mooncake import mooncake_problem
 from tests.transfer.all_questions import questions_for
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
@@ -51,10 +51,8 @@ def settings(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """``kv_transfer`` of a launch with the connector under test."""
-    if request.param == "mooncake":
-        libraries = find_libraries()
-        if not libraries.mooncake or libraries.missing_for_mooncake:
-            pytest.skip(f"mooncake: {libraries.missing_for_mooncake or 'not installed'}")
+    if request.param == "mooncake" and (problem := mooncake_problem()):
+        pytest.skip(f"mooncake: {problem}")
     if request.param == "file":
         return {"connector": "file", "file": {"directory": str(tmp_path_factory.mktemp("kv"))}}
     if request.param in ("nixl", "p2p"):

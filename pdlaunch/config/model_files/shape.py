@@ -165,8 +165,6 @@ class ModelShape:
     """Parameters of the language model, exactly as transformers counts them."""
     num_experts: int = 0
     """Experts of each layer; 0 for none."""
-    num_idle_parameters: int = 0
-    """Parameters of the experts that a token does not go through."""
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
@@ -262,15 +260,15 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
     architectures = outer.get("architectures") or config.get("architectures") or [""]
 
     # Counted as transformers does, since a footprint that is 5 % off refuses what would fit.
-    num_experts = num_idle_experts = 0
+    num_experts = 0
     inner_layer = 3 * hidden_size * inner
-    expert = inner_layer + 2 * inner + hidden_size
     if family.has_experts:
         num_experts = _positive(config, "num_local_experts")
-        num_idle_experts = num_experts - _positive(config, "num_experts_per_tok")
-        if num_idle_experts < 0:
+        if _positive(config, "num_experts_per_tok") > num_experts:
             raise _wrong(f"num_experts_per_tok is over num_local_experts {num_experts}")
-        inner_layer = num_experts * (expert + hidden_size + 1)  # each with its row of the router
+        # Each expert has biases, and its row of the router.
+        expert = inner_layer + 2 * inner + hidden_size
+        inner_layer = num_experts * (expert + hidden_size + 1)
     query_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
     # Queries and output, keys and values; then norms, biases and the inner layer.
     layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size + inner_layer
@@ -304,7 +302,6 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
         eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
         num_parameters=num_layers * layer + embeddings + hidden_size,
         num_experts=num_experts,
-        num_idle_parameters=num_layers * num_idle_experts * expert,
     )
 
 
