@@ -131,11 +131,7 @@ def kv_fuzz(target: Target, verdict: Verdict) -> None:
 
 
 def prefill_body(**params: object) -> dict[str, Any]:
-    return {
-        "prompt": PROMPT,
-        "max_tokens": 1,
-        "kv_transfer_params": {"do_remote_decode": True, **params},
-    }
+    return GREEDY | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True, **params}}
 
 
 def hand_over(target: Target, verdict: Verdict, prefill: str) -> dict[str, Any]:
