@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from pdlaunch.engine.models import fused_decoder
 from pdlaunch.engine.models.triton_attention import Norm, TritonAttention
-from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions
+from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_pages
 from tests.engine.models.attention_reference import Case, make_inputs
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
@@ -27,7 +27,7 @@ technical specifications.
 LAUNCHED = {
     *("attend_decode", "reduce_splits", "attend_chunks"),
     *("gather_kv", "rotate_and_write", "add_and_normalize", "multiply_gated"),
-    "hash_region",
+    "hash_page_head",
 }
 MIXED = ((700, 1), (2, 30))
 DECODE = ((3000, 1),) * 8
@@ -117,8 +117,8 @@ def blocks() -> None:
     words = constants(torch.device("cpu"))
     results = torch.zeros(2, 8, dtype=torch.int64)
     for num_words in (1024, 5 * 20):
-        memory = torch.zeros(4, 8, num_words, dtype=torch.int64)
-        hash_regions(memory, torch.tensor([3, 0]), 0, results, words)
+        memory = torch.zeros(4, 8, num_words * 8, dtype=torch.uint8)
+        hash_pages(memory, torch.tensor([3, 0]), num_words * 8, 0, results, words)
 
 
 def main(capability: int) -> None:

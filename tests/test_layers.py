@@ -26,11 +26,12 @@ ROOMS = (
     "engine/kvcache",
     "config",
     "machine",
-    "transfer/integrity",
-    "vllm",
     "engine/memory",
     "engine/models",
     "protocol",
+    "transfer/regions",
+    "transfer/integrity",
+    "vllm",
     "engine/offload",
     "planning",
     "protocol/process",
@@ -52,6 +53,7 @@ ROOMS = (
     "cli",
 )
 MAY_IMPORT_TORCH = {
+    "transfer/regions",
     "transfer/integrity",
     "vllm",
     "engine/memory",

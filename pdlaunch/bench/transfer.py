@@ -52,7 +52,7 @@ from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull
 from pdlaunch.transfer.connectors.connector import new_connector
 from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
-from pdlaunch.transfer.sides import TransferSetup
+from pdlaunch.transfer.sides import native_setup
 from pdlaunch.transfer.thread import TransferThread
 
 LEASE_S = 600.0
@@ -297,9 +297,9 @@ class Rank:
             kv_transfer=settings,
         )
         self._transfer = TransferThread(
-            TransferSetup(
-                spec=spec,
-                identity=RankIdentity(
+            native_setup(
+                spec,
+                RankIdentity(
                     name=name,
                     engine=spec.name,
                     engine_id=engine_id,
@@ -307,8 +307,8 @@ class Rank:
                     tp_rank=0,
                     tp_size=1,
                 ),
-                kv_cache=pages.view(num_blocks, *layout.block_shape()).normal_(),
-                layout=layout,
+                pages.view(num_blocks, *layout.block_shape()).normal_(),
+                layout,
                 kv_memory=memory,
                 model_digest="bench",
                 total_kv_heads=options.num_kv_heads,

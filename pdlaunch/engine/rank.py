@@ -55,7 +55,8 @@ from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.connectors.connector import NoConnector, new_connector, rank_part
 from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
 from pdlaunch.transfer.integrity.checksum import KVHasher
-from pdlaunch.transfer.sides import TransferSetup
+from pdlaunch.transfer.regions import native_regions
+from pdlaunch.transfer.sides import native_setup
 from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
@@ -173,9 +174,9 @@ class RankProcess:
 
     def _new_transfer(self, runner: ModelRunner, engine_id: EngineId) -> TransferThread:
         spec, bootstrap = self._spec, self._bootstrap
-        setup = TransferSetup(
-            spec=spec,
-            identity=RankIdentity(
+        setup = native_setup(
+            spec,
+            RankIdentity(
                 name=bootstrap.name,
                 engine=spec.name,
                 engine_id=engine_id,
@@ -183,8 +184,8 @@ class RankProcess:
                 tp_rank=bootstrap.tp_rank,
                 tp_size=spec.tensor_parallel_size,
             ),
-            kv_cache=runner.kv_cache,
-            layout=runner.layout,
+            runner.kv_cache,
+            runner.layout,
             kv_memory=runner.kv_memory,
             model_digest=runner.model_digest,
             total_kv_heads=runner.shape.num_kv_heads,
@@ -258,7 +259,9 @@ def new_offload_worker(
         kv_cache=runner.kv_cache,
         layout=runner.layout,
         host_memory_bytes=spec.kv_offload.host_memory,
-        device_hasher=KVHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
+        device_hasher=KVHasher(native_regions(runner.kv_cache, runner.layout))
+        if runner.kv_cache.is_cuda
+        else None,
         progress=progress,
         wake=wake,
     )

@@ -14,7 +14,7 @@ import msgspec
 from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -40,11 +40,17 @@ class Compatibility(Message, tag=False):
     checksum: str  # algorithm name, or ``off``
 
 
-class Geometry(Message, tag=False):
-    base_address: Bytes
-    num_blocks: NonNegative
-    block_bytes: Bytes
+class RegionPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Says that head h of block b lies at ``address + b * stride_bytes + h * head_bytes``."""
+
+    address: Bytes
+    stride_bytes: Bytes
     head_bytes: Bytes
+
+
+class Geometry(Message, tag=False):
+    regions: list[RegionPlace]
+    num_blocks: NonNegative
     num_kv_heads: NonNegative  # KV heads of this rank
     first_kv_head: NonNegative  # global index of its first one
     device_index: NonNegative  # 0 on a CPU
@@ -139,7 +145,7 @@ class Push(LeaseQuestion):
 
     lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)]
     reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]
-    block_ids: list[int]  # blocks of the rank asked
+    block_ids: list[list[int]]  # blocks of the rank asked, by group
     first_head: int  # index within the rank asked
     num_heads: int
     target: bytes  # says where to write, in the connector's own encoding

@@ -14,6 +14,7 @@ rank still visits a replica that nobody needs, without reading, so that the leas
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +28,13 @@ from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.errors import HandshakeError
 from pdlaunch.protocol.control import ToSupervisor
 from pdlaunch.protocol.ids import EngineId
-from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geometry, HandshakeReply
+from pdlaunch.protocol.side_channel import (
+    PROTOCOL_VERSION,
+    Compatibility,
+    Geometry,
+    HandshakeReply,
+    RegionPlace,
+)
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory, memory_kind
 from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
@@ -84,13 +91,11 @@ def compatibility_of(
 
 def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
     """Return where this rank's blocks and scratch lie."""
-    kind, device_index = memory_kind(memory.kv_cache)
+    kind, device_index = memory_kind(memory.scratch)
     return Geometry(
-        base_address=memory.kv_cache.data_ptr(),
-        num_blocks=memory.kv_cache.shape[0],
-        block_bytes=memory.layout.block_bytes,
-        head_bytes=memory.layout.head_bytes,
-        num_kv_heads=memory.layout.num_kv_heads,
+        regions=memory.kv.places,
+        num_blocks=memory.kv.num_blocks,
+        num_kv_heads=memory.kv.num_heads,
         first_kv_head=first_kv_head,
         device_index=device_index,
         scratch_address=memory.scratch.data_ptr(),
@@ -128,13 +133,11 @@ def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
     """Raise HandshakeError when the stated geometry contradicts itself or the agreed shape of a
     block.
     """
-    geometry, head_bytes = reply.geometry, setup.memory.layout.head_bytes
+    geometry = reply.geometry
     heads = heads_of_rank(setup.compatibility.num_kv_heads, reply.tp_size, reply.tp_rank)
     expected = {
-        "head_bytes": {head_bytes},
         "num_kv_heads": {len(heads)},
         "first_kv_head": {heads.start},
-        "block_bytes": {len(heads) * head_bytes},
         # The size on a CPU or on a GPU: connectors such as ``file`` join CPU and GPU ranks.
         "scratch_bytes": {SCRATCH_BYTES, DEVICE_SCRATCH_BYTES},
     }
@@ -144,6 +147,24 @@ def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
             raise HandshakeError(
                 f"{field}: {reply.rank_name} states {found}, expected is {expectation}"
             )
+    sizes = [place.head_bytes for place in setup.memory.kv.places]
+    if [place.head_bytes for place in geometry.regions] != sizes:
+        raise HandshakeError(
+            f"head_bytes: {reply.rank_name} states {_counted(geometry.regions)}, expected are "
+            f"{_counted(setup.memory.kv.places)}"
+        )
+    for place in geometry.regions:
+        if place.stride_bytes < len(heads) * place.head_bytes:
+            raise HandshakeError(
+                f"stride_bytes: {reply.rank_name} states {place.stride_bytes} for blocks of "
+                f"{len(heads) * place.head_bytes} bytes"
+            )
+
+
+def _counted(places: Sequence[RegionPlace]) -> str:
+    """Return the sizes of a head in each region in words: ``4096 (60 regions)``."""
+    sizes = Counter(place.head_bytes for place in places)
+    return ", ".join(f"{size} ({count} regions)" for size, count in sizes.items())
 
 
 @dataclass(frozen=True, slots=True)

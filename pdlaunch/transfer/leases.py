@@ -83,10 +83,6 @@ class Lease:
     served: Fraction = Fraction(0)
     cancelled: bool = False
 
-    @property
-    def block_ids(self) -> list[int]:
-        return [block_id for group in self.grant.block_ids for block_id in group]
-
     def stated_checksums(self) -> list[bytes]:
         """Return the checksums by group; they must be ready."""
         assert self.checksums is not None
@@ -296,7 +292,7 @@ class PrefillSide:
         """Begin to compute the checksums of new leases; on a CPU they are there at once."""
         for lease in self._unhashed:
             if self._hasher is not None:
-                lease.checksums = self._hasher.start(lease.block_ids, slice(None))
+                lease.checksums = self._hasher.start(lease.grant.block_ids, slice(None))
         self._unhashed.clear()
 
     def _answer_all(self, received: list[_Question]) -> None:
@@ -403,7 +399,11 @@ class PrefillSide:
         # meant when there are no blocks, holds nobody's prompt.
         if message.block_ids:
             lease = self.leases.opened(message.lease_id, message.reader)
-            if not set(message.block_ids).issubset(lease.block_ids):
+            leased = lease.grant.block_ids
+            if len(message.block_ids) != len(leased) or not all(
+                set(asked).issubset(held)
+                for asked, held in zip(message.block_ids, leased, strict=True)
+            ):
                 raise LeaseError(f"request {message.lease_id} has no lease for all of these blocks")
             if not 0 <= heads.start < heads.stop <= self._card.geometry.num_kv_heads:
                 raise LeaseError(f"there are no {message.num_heads} heads from {heads.start} on")

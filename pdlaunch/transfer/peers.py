@@ -40,6 +40,7 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Read
 from pdlaunch.transfer.connectors.scratch import PathFigure, best_path, new_landing, try_paths
 from pdlaunch.transfer.handshake import DecodeSetup, SourceRank, check_geometry, compare
+from pdlaunch.transfer.regions import BlockIds
 from pdlaunch.transfer.side_channel import DecodeSocket
 
 logger = logging.getLogger(__name__)
@@ -175,8 +176,12 @@ class Peer:
         memory, geometry = self._setup.memory, self.geometry
         landing, piece_bytes = new_landing(
             geometry.scratch_bytes,
-            memory.kv_cache.device,
-            min(memory.layout.block_bytes, geometry.block_bytes),
+            memory.scratch.device,
+            # What a READ of blocks is made of here.
+            min(
+                memory.kv.page_bytes,
+                min(place.head_bytes for place in geometry.regions) * geometry.num_kv_heads,
+            ),
         )
         read = connection.read_scratch(landing, piece_bytes)
         self._probes.append((read, landing))
@@ -192,7 +197,7 @@ class Peer:
             raise TransferError(f"the connection to {self.name} broke")
 
     def _follow(
-        self, read: Read, blocks: Iterable[int], heads: range, lease_id: LeaseId, reader: ReaderId
+        self, read: Read, blocks: BlockIds, heads: range, lease_id: LeaseId, reader: ReaderId
     ) -> None:
         """Keep a READ until it is released; ask the peer to write it if the connector pushes."""
         self._reads[read] = self._setup.clock()
@@ -207,7 +212,7 @@ class Peer:
                 engine_id=self.entry.engine_id,
                 lease_id=lease_id,
                 reader=reader,
-                block_ids=list(blocks),
+                block_ids=[list(group) for group in blocks],
                 first_head=heads.start,
                 num_heads=len(heads),
                 target=target,

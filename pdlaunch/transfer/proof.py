@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class ReadPlan:
         """Compare the checksums that the prefill rank states, which has ``num_heads``, with those
         of the bytes that arrived. Raises VerificationError.
         """
-        blocks, heads = self.blocks, self.blocks.remote_heads
+        heads = self.blocks.remote_heads
         if [len(each) for each in stated] != [num * num_heads * 8 for num in self.num_leased]:
             raise VerificationError("the prefill rank stated no checksums, or too few or too many")
         expected = [
@@ -51,9 +52,13 @@ class ReadPlan:
         wrong = np.argwhere(found != np.concatenate(expected))
         if len(wrong):
             row, head = wrong[0].tolist()
+            there, here = (
+                list(chain(*blocks))
+                for blocks in (self.blocks.remote_blocks, self.blocks.local_blocks)
+            )
             raise VerificationError(
-                f"checksum of KV head {blocks.local_heads[head]} differs: block "
-                f"{blocks.remote_blocks[row]} there, block {blocks.local_blocks[row]} here"
+                f"checksum of KV head {self.blocks.local_heads[head]} differs: block "
+                f"{there[row]} there, block {here[row]} here"
             )
 
 
@@ -75,7 +80,7 @@ def plan_read(
     num_groups = len(command.block_ids)
     if len(lease.groups) != num_groups:
         raise PullFailed(f"{len(lease.groups)} KV cache groups there, {num_groups} here")
-    remote: list[int] = []
+    remote: list[list[int]] = []
     places: list[slice] = []
     wanted = zip(command.block_ids, command.first_block_index, lease.groups, strict=True)
     for index, (block_ids, first, group) in enumerate(wanted):
@@ -86,15 +91,15 @@ def plan_read(
         is_known = first + len(block_ids) <= len(command.block_hashes)
         if block_ids and not (start >= 0 and place.stop <= len(group.block_ids) and is_known):
             raise PullFailed(f"it does not hold all blocks of group {index} from {first} on")
-        remote += group.block_ids[place]
+        remote.append(group.block_ids[place])
         places.append(place)
     # A block id out of range would point at other memory.
-    if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
+    if not all(0 <= block_id < geometry.num_blocks for group in remote for block_id in group):
         raise PullFailed(f"it named a block outside of its {geometry.num_blocks}")
     # The hashes are chained: the last one stands for the prompt.
     digest = command.block_hashes[-1].hex() if command.block_hashes else ""
     blocks = BlockRead(
-        local_blocks=[block_id for group in command.block_ids for block_id in group],
+        local_blocks=command.block_ids,
         remote_blocks=remote,
         local_heads=range(heads.start - first_kv_head, heads.stop - first_kv_head),
         remote_heads=range(

@@ -266,8 +266,7 @@ class Share:
         except PullFailed as failure:
             raise PullFailed(f"{self.name}: {failure}", verification=failure.verification) from None
         blocks, self._started_at = self._plan.blocks, setup.clock()
-        num_heads = len(blocks.local_heads)
-        self.num_bytes = len(blocks.local_blocks) * num_heads * setup.memory.layout.head_bytes
+        self.num_bytes = setup.memory.kv.num_bytes(blocks.local_blocks, len(blocks.local_heads))
         if not self.num_bytes:
             self.ended_at = self._started_at
             return
@@ -290,7 +289,7 @@ class Share:
             source=self.name,
             bytes=self.num_bytes,
             gb_s=round(self.num_bytes / self.read_s / 1e9, 3) if self.read_s else None,
-            blocks=len(blocks.local_blocks),
+            blocks=sum(map(len, blocks.local_blocks)),
             state="done" if done else "failed",
         )
         if not done:

@@ -7,15 +7,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.roles import Role
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.memory.kv_memory import KVMemory
 from pdlaunch.protocol.control import Entry, ToSupervisor
-from pdlaunch.protocol.side_channel import HandshakeReply
+from pdlaunch.protocol.side_channel import Compatibility, HandshakeReply
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
@@ -25,6 +28,7 @@ from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.leases import PrefillSide
 from pdlaunch.transfer.peers import PeerTable
 from pdlaunch.transfer.pull import PullTable
+from pdlaunch.transfer.regions import KVRegions, native_regions
 from pdlaunch.transfer.side_channel import DecodeSocket, PrefillSocket
 
 # The thread polls READs and checksums on a device, and sleeps between polls for this share of their
@@ -38,15 +42,12 @@ LONGEST_READ_SLEEP_S = 0.05
 class TransferSetup:
     """Holds all that the transfers of one rank are made of."""
 
-    spec: EngineSpec
     identity: RankIdentity
-    # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the
-    # last READ of the process.
-    kv_cache: torch.Tensor
-    layout: KVCacheLayout
+    role: Role
+    settings: KVTransferSettings
+    compatibility: Compatibility
+    kv: KVRegions  # must outlive the last READ of the process
     kv_memory: KVMemory  # allocator of the KV cache; the scratch comes from it, too
-    model_digest: str
-    total_kv_heads: int
     first_kv_head: int
     connector: Connector
     context: SecureContext
@@ -57,9 +58,35 @@ class TransferSetup:
     clock: Callable[[], float] = time.monotonic
     host: str = "127.0.0.1"  # address that the side channel listens on
 
-    def __post_init__(self) -> None:
-        assert self.kv_cache.is_contiguous()
-        assert tuple(self.kv_cache.shape[1:]) == self.layout.block_shape()
+
+def native_setup(
+    spec: EngineSpec,
+    identity: RankIdentity,
+    kv_cache: torch.Tensor,
+    layout: KVCacheLayout,
+    *,
+    connector: Connector,
+    model_digest: str,
+    total_kv_heads: int,
+    **more: Any,
+) -> TransferSetup:
+    """Return the set-up of a rank of a native engine; ``kv_cache``: see ``native_regions``."""
+    return TransferSetup(
+        identity=identity,
+        role=spec.role,
+        settings=spec.kv_transfer,
+        compatibility=compatibility_of(
+            spec,
+            layout,
+            kv_cache.dtype,
+            model_digest=model_digest,
+            total_kv_heads=total_kv_heads,
+            connector=connector.name,
+        ),
+        kv=native_regions(kv_cache, layout),
+        connector=connector,
+        **more,
+    )
 
 
 class TransferSides:
@@ -69,26 +96,18 @@ class TransferSides:
 
     def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
         """Open the connector. Raises TransferError."""
-        spec, identity, connector = setup.spec, setup.identity, setup.connector
+        identity, connector, settings = setup.identity, setup.connector, setup.settings
         self._setup = setup
         self._socket = socket
         self._events: list[TransferEvent] = []
         self._lets_peers_go = False
-        scratch = setup.kv_memory.zeros(scratch_bytes(setup.kv_cache.device))
+        scratch = setup.kv_memory.zeros(scratch_bytes(setup.kv.device))
         # Peers read the pattern to prove the path. It follows from the agent's name, so that memory
         # of another rank, or of an earlier incarnation, is not mistaken for it.
         write_pattern(scratch, connector.agent_name)
-        memory = LocalMemory(setup.kv_cache, scratch, setup.layout, setup.kv_memory)
+        memory = LocalMemory(setup.kv, scratch, setup.kv_memory)
         connector.open(memory)
-        compatibility = compatibility_of(
-            spec,
-            setup.layout,
-            setup.kv_cache.dtype,
-            model_digest=setup.model_digest,
-            total_kv_heads=setup.total_kv_heads,
-            connector=connector.name,
-        )
-        hasher = KVHasher(setup.kv_cache, setup.layout) if spec.kv_transfer.verify else None
+        hasher = KVHasher(setup.kv) if settings.verify else None
         card = HandshakeReply(
             call_id=0,
             engine_id=identity.engine_id,
@@ -96,7 +115,7 @@ class TransferSides:
             incarnation=identity.incarnation,
             tp_rank=identity.tp_rank,
             tp_size=identity.tp_size,
-            compatibility=compatibility,
+            compatibility=setup.compatibility,
             geometry=geometry_of(memory, setup.first_kv_head),
             agent_name=connector.agent_name,
             agent_metadata=connector.agent_metadata(),
@@ -104,7 +123,7 @@ class TransferSides:
         self._prefill = PrefillSide(card, hasher, connector, socket.send, setup.clock)
         decode_setup = DecodeSetup(
             identity=identity,
-            compatibility=compatibility,
+            compatibility=setup.compatibility,
             memory=memory,
             first_kv_head=setup.first_kv_head,
             connector=connector,
@@ -112,14 +131,14 @@ class TransferSides:
             open_channel=lambda endpoint: DecodeSocket(
                 setup.context, endpoint, watched=connector.pushes
             ),
-            handshake_timeout_s=spec.kv_transfer.handshake_timeout_s,
+            handshake_timeout_s=settings.handshake_timeout_s,
             clock=setup.clock,
             report=setup.report,
             emit=self._events.append,
         )
         # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
         # it gets traffic.
-        self._peers = PeerTable(decode_setup, eager=spec.role == "decode")
+        self._peers = PeerTable(decode_setup, eager=setup.role == "decode")
         self._pulls = PullTable(decode_setup, self._peers)
 
     def execute(self, command: TransferCommand) -> None:
@@ -182,16 +201,16 @@ class TransferSides:
         return any(peer.reading_since() for peer in self._peers.all())
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
-        spec = self._setup.spec
+        setup = self._setup
         if any(peer.is_connecting for peer in self._peers.peers.values()):
             return False
         # Decode ranks begin the handshake; this side knows those that have come.
-        return spec.role == "decode" or self._prefill.known_ranks.issuperset(
+        return setup.role == "decode" or self._prefill.known_ranks.issuperset(
             (entry.name, entry.incarnation)
             for entry in entries
             if entry.kind == "rank"
             and entry.role == "decode"
-            and entry.engine != spec.name
+            and entry.engine != setup.identity.engine
             and entry.state == "ready"
         )
 

@@ -66,7 +66,12 @@ class CudaHasher:
 
     def __init__(self, regions: Sequence[torch.Tensor]) -> None:
         """``regions``: of each layer [num_blocks, num_heads, bytes] uint8. Raises ValueError."""
-        from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions, supports
+        from pdlaunch.transfer.integrity.checksum_kernel import (
+            UNIT_BYTES,
+            constants,
+            hash_pages,
+            supports,
+        )
 
         if not all(supports(each) for each in regions):
             raise ValueError(
@@ -74,18 +79,19 @@ class CudaHasher:
                 "too small, or no multiple of 16"
             )
         self.num_heads: int = regions[0].shape[1]
-        self._hash_regions = hash_regions
-        self._words = [each.view(torch.int64) for each in regions]
+        self._hash_pages, self._unit_bytes = hash_pages, UNIT_BYTES
+        self._regions = regions
         self._constants = constants(regions[0].device)
 
     def checksums(self, block_ids: Sequence[int]) -> ChecksumArray:
         device = self._constants.device
         ids = torch.tensor(block_ids, dtype=torch.int64, device=device)
-        shape = (len(self._words), len(block_ids), self.num_heads)
+        shape = (len(self._regions), len(block_ids), self.num_heads)
         results = torch.empty(shape, dtype=torch.int64, device=device)
         # On the stream of the step that wrote the blocks, so behind it.
-        for words, result in zip(self._words, results, strict=True):
-            self._hash_regions(words, ids, 0, result, self._constants)
+        for region, result in zip(self._regions, results, strict=True):
+            units = ids * (region.stride(0) // self._unit_bytes)
+            self._hash_pages(region, units, region.shape[2], 0, result, self._constants)
         by_head = results.permute(1, 2, 0).contiguous().cpu().numpy().view(np.uint8)
         digests = b"".join(_blake3([head]) for block in by_head for head in block)
         return np.frombuffer(digests, dtype=np.uint64).reshape(shape[1:])

@@ -32,5 +32,5 @@ def questions_for(engine_id: str) -> list[ToPrefillSide]:
         PullHeartbeat(call_id=3, **of_pull),
         StateChecksums(call_id=4, **of_pull),
         PullEnd(call_id=5, **of_pull),
-        Push(call_id=6, block_ids=[13], first_head=0, num_heads=1, target=b"", **of_pull),
+        Push(call_id=6, block_ids=[[13]], first_head=0, num_heads=1, target=b"", **of_pull),
     ]

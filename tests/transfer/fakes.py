@@ -181,15 +181,15 @@ class FakeConnection(Connection):
 
     def read(self, blocks: BlockRead) -> Read:
         self.connector.block_reads.append(blocks)
-        remote = self.fabric.agents[self.peer].kv_cache
-        local = self.connector.memory.kv_cache
+        remote, local = self.fabric.agents[self.peer].kv, self.connector.memory.kv
 
         def copy() -> None:
-            for here, there in zip(blocks.local_blocks, blocks.remote_blocks, strict=True):
-                for local_head, remote_head in zip(
-                    blocks.local_heads, blocks.remote_heads, strict=True
-                ):
-                    local[here, local_head] = remote[there, remote_head]
+            for here, there in zip(
+                local.views(blocks.local_blocks, blocks.local_heads),
+                remote.views(blocks.remote_blocks, blocks.remote_heads),
+                strict=True,
+            ):
+                here.copy_(there)
 
         return self._start(copy)
 

@@ -28,6 +28,7 @@ from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.leases import PrefillSide
 from pdlaunch.transfer.peers import PeerTable
 from pdlaunch.transfer.pull import PullTable
+from pdlaunch.transfer.regions import KVRegions, native_regions
 from tests.transfer.fakes import (
     Fabric,
     FakeChannel,
@@ -74,7 +75,7 @@ class HolderRank:
         incarnation: int = 1,
         tp_rank: int = 0,
         tp_size: int = 1,
-        new_hasher: Callable[[torch.Tensor, KVCacheLayout], KVHasher] = KVHasher,
+        new_hasher: Callable[[KVRegions], KVHasher] = KVHasher,
         new_connector: Callable[[str, Fabric], FakeConnector] = FakeConnector,
         **spec: Any,
     ) -> None:
@@ -99,7 +100,11 @@ class HolderRank:
             agent_name=connector.agent_name,
             agent_metadata=connector.agent_metadata(),
         )
-        hasher = new_hasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
+        hasher = (
+            new_hasher(native_regions(self.kv_cache, self.layout))
+            if spec.get("verify", True)
+            else None
+        )
         self.holder = Holder(self.card, hasher, connector, clock)
         self.channels: list[FakeChannel] = []
 
@@ -159,7 +164,8 @@ def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout)
     """
     row = torch.empty(PATTERN_BYTES, dtype=torch.uint8)
     write_pattern(row, agent_name)
-    return LocalMemory(kv_cache, row.expand(SCRATCH_BYTES // PATTERN_BYTES, PATTERN_BYTES), layout)
+    scratch = row.expand(SCRATCH_BYTES // PATTERN_BYTES, PATTERN_BYTES)
+    return LocalMemory(native_regions(kv_cache, layout), scratch)
 
 
 @dataclass
@@ -189,7 +195,7 @@ class World:
             memory=memory,
             first_kv_head=0,
             connector=self.connector,
-            hasher=KVHasher(self.kv_cache, layout) if self.verify else None,
+            hasher=KVHasher(native_regions(self.kv_cache, layout)) if self.verify else None,
             open_channel=lambda endpoint: weak.open_channel(endpoint),
             handshake_timeout_s=5.0,
             clock=self.clock,

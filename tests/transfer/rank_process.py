@@ -80,7 +80,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Read, new_connector
     from pdlaunch.transfer.handshake import RankIdentity
-    from pdlaunch.transfer.sides import TransferSetup
+    from pdlaunch.transfer.sides import native_setup
     from pdlaunch.transfer.thread import TransferThread
 
     # The server that this process was forked from may have looked before a test added a package.
@@ -155,9 +155,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         for path, each in connect(peer).items()
     }
     transfer = TransferThread(
-        TransferSetup(
-            spec=spec,
-            identity=RankIdentity(
+        native_setup(
+            spec,
+            RankIdentity(
                 options.name,
                 spec.name,
                 options.engine_id,
@@ -165,8 +165,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
                 options.tp_rank,
                 spec.tensor_parallel_size,
             ),
-            kv_cache=kv_cache,
-            layout=layout,
+            kv_cache,
+            layout,
             kv_memory=source,
             model_digest="digest",
             total_kv_heads=options.total_heads,

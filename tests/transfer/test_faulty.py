@@ -23,13 +23,14 @@ from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from pdlaunch.transfer.connectors.faulty import (
     FaultyConnector,
 )
+from pdlaunch.transfer.regions import native_regions
 from pdlaunch.transfer.thread import TransferThread
 from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, layout_of, random_cache
 from tests.transfer.pull_world import HolderRank
 from tests.transfer.rank_process import grant
 
 LAYOUT = layout_of()
-READ = BlockRead([1, 2], [5, 6], range(3), range(3))
+READ = BlockRead([[1, 2]], [[5, 6]], range(3), range(3))
 
 
 class OneFault(FaultPlan):
@@ -48,7 +49,9 @@ class Pair:
         holder = HolderRank(self.clock, fabric)
         self.there, self.here = holder.kv_cache, random_cache(LAYOUT, 8, 2)
         self.faulty = FaultyConnector(FakeConnector("puller", fabric), plan, self.clock)
-        self.faulty.open(LocalMemory(self.here, torch.zeros(8, dtype=torch.uint8), LAYOUT))
+        self.faulty.open(
+            LocalMemory(native_regions(self.here, LAYOUT), torch.zeros(8, dtype=torch.uint8))
+        )
         (self.peer,) = self.faulty.connect(holder.card).values()
 
     def pull(self) -> list[ReadState]:

@@ -11,6 +11,7 @@ from pdlaunch.bench.transfer import TransferOptions, bench_transfer
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import LocalMemory, new_connector
+from pdlaunch.transfer.regions import native_regions
 from tests.transfer.fakes import layout_of, random_cache
 
 
@@ -19,7 +20,9 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mooncake", None)
     settings = KVTransferSettings(connector="mooncake")
     connector = new_connector(settings, "prefill-0/rank-0", 1)
-    memory = LocalMemory(random_cache(layout_of(), 1, seed=0), torch.zeros(1), layout_of())
+    memory = LocalMemory(
+        native_regions(random_cache(layout_of(), 1, seed=0), layout_of()), torch.zeros(1)
+    )
     with pytest.raises(
         TransferError,
         match=r"Mooncake cannot be imported: .* install mooncake-transfer-engine .*libibverbs1",

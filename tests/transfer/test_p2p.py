@@ -28,9 +28,10 @@ from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Connector, LocalMemory
 from pdlaunch.transfer.connectors.p2p import TOKEN_BYTES, FdServer, P2PConnector, fetch_fds
 from pdlaunch.transfer.connectors.paths import PathsConnector
-from pdlaunch.transfer.connectors.piece_copies import HostCopier, Pieces
+from pdlaunch.transfer.connectors.piece_copies import HostCopier
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, has_pattern, write_pattern
 from pdlaunch.transfer.handshake import geometry_of
+from pdlaunch.transfer.regions import Pieces, merge, native_regions
 from tests.e2e.waiting import await_true
 from tests.engine.memory.open_files import num_open_fds
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
@@ -47,6 +48,11 @@ class Rank:
     connector: Connector
     memory: LocalMemory
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """[num_blocks, num_heads, ..]."""
+        return self.memory.kv.regions[0]
+
     def add(self, peer: Rank) -> Connection:
         (connection,) = self.connector.connect(peer.card()).values()
         assert isinstance(connection, Connection)
@@ -62,7 +68,7 @@ class Rank:
             incarnation=1,
             tp_rank=0,
             tp_size=1,
-            compatibility=compatibility(self.memory.layout),
+            compatibility=compatibility(layout_of(self.memory.kv.num_heads)),
             geometry=geometry_of(self.memory, 0),
             agent_name=connector.agent_name,
             agent_metadata=connector.agent_metadata(),
@@ -77,7 +83,7 @@ def memory_of(name: str, *, num_heads: int = 3) -> LocalMemory:
     kv_cache.copy_(random_cache(layout, NUM_BLOCKS, sum(name.encode())))
     scratch = source.zeros(SCRATCH_BYTES)
     write_pattern(scratch, f"{name}#1")
-    return LocalMemory(kv_cache, scratch, layout, source)
+    return LocalMemory(native_regions(kv_cache, layout), scratch, source)
 
 
 def p2p(name: str, **options: Any) -> P2PConnector:
@@ -132,18 +138,18 @@ def await_end(begun: Any) -> str:
 def read(
     peer: Connection, local: list[int], remote: list[int], here: range = ALL, there: range = ALL
 ) -> str:
-    return await_end(peer.read(BlockRead(local, remote, here, there)))
+    return await_end(peer.read(BlockRead([local], [remote], here, there)))
 
 
 def test_blocks_heads_and_scratch_arrive_where_they_belong(open_rank: Open) -> None:
     one, two = open_rank("a"), open_rank("b", num_heads=1)
     peer, back = one.add(two), two.add(one)
-    expected = one.memory.kv_cache.clone()
-    expected[[6, 2, 3], 1] = two.memory.kv_cache[[1, 4, 5], 0]
+    expected = one.kv_cache.clone()
+    expected[[6, 2, 3], 1] = two.kv_cache[[1, 4, 5], 0]
     assert read(peer, [6, 2, 3], [1, 4, 5], range(1, 2), range(0, 1)) == "done"
-    assert torch.equal(one.memory.kv_cache, expected)
+    assert torch.equal(one.kv_cache, expected)
     assert read(back, [0], [7], range(0, 1), range(2, 3)) == "done"
-    assert torch.equal(two.memory.kv_cache[0, 0], one.memory.kv_cache[7, 2])
+    assert torch.equal(two.kv_cache[0, 0], one.kv_cache[7, 2])
     landing = torch.zeros(PATTERN_BYTES, dtype=torch.uint8)
     assert await_end(peer.read_scratch(landing, 8192)) == "done"
     assert has_pattern(landing, "b#1")
@@ -167,7 +173,7 @@ def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(open_ran
     holder.connector.open(holder.memory)
     again = puller.add(holder)
     assert read(again, [3], [4]) == "done"
-    assert torch.equal(puller.memory.kv_cache[3], holder.memory.kv_cache[4])
+    assert torch.equal(puller.kv_cache[3], holder.kv_cache[4])
     again.close()
 
 
@@ -181,7 +187,7 @@ def test_a_read_is_pending_until_its_thread_has_copied_and_fails_with_it(open_ra
 
     puller, holder = open_rank("a", new_copier=lambda device: HostCopier(move)), open_rank("b")
     peer = puller.add(holder)
-    begun = [peer.read(BlockRead([0], [1], ALL, ALL)) for _ in range(2)]
+    begun = [peer.read(BlockRead([[0]], [[1]], ALL, ALL)) for _ in range(2)]
     assert [each.poll() for each in begun] == ["pending", "pending"]
     going_on.set()
     assert [await_end(each) for each in begun] == ["done", "failed"]
@@ -195,12 +201,13 @@ def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothin
     before, connect = num_open_fds(), puller.connector.connect
     with pytest.raises(TransferError, match="metadata of agent b#1 cannot be read"):
         connect(holder.card(agent_metadata=b"nonsense"))
-    for changes in ({"num_blocks": 9}, {"scratch_bytes": 1}):
+    for changes in ({"num_blocks": 9}, {"scratch_bytes": SCRATCH_BYTES + 1}):
         geometry = msgspec.structs.replace(holder.card().geometry, **changes)
-        with pytest.raises(TransferError, match="bytes are shared"):
+        with pytest.raises(TransferError, match="are described that are not shared"):
             connect(holder.card(geometry=geometry))
     card = msgspec.msgpack.decode(holder.connector.agent_metadata())
-    wrong = card | {"kv_cache": card["kv_cache"] | {"offset_bytes": 4096}}
+    (start, shared), *others = card["ranges"]
+    wrong = card | {"ranges": [(start, shared | {"offset_bytes": 4096}), *others]}
     with pytest.raises(TransferError, match=r"cannot be mapped: .* not within"):
         connect(holder.card(agent_metadata=msgspec.msgpack.encode(wrong)))
     # The holder may be about to close its end of the last connection.
@@ -244,10 +251,13 @@ def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(to, of, count) -
     for here, there in zip(to, of, strict=True):
         expected[here * SIZE : (here + 1) * SIZE] = source[there * SIZE : (there + 1) * SIZE]
     sides = (
-        np.array(slots, dtype=np.uint64) * np.uint64(SIZE) + np.uint64(memory.ctypes.data)
+        Pieces(
+            np.array(slots, dtype=np.uint64) * np.uint64(SIZE) + np.uint64(memory.ctypes.data),
+            np.full(len(slots), SIZE, dtype=np.uint64),
+        )
         for slots, memory in ((to, found), (of, source))
     )
-    columns = Pieces(*sides, SIZE).merged()
+    columns = merge(*sides)
     for destination, address, size in zip(*(column.tolist() for column in columns), strict=True):
         ctypes.memmove(destination, address, size)
     np.testing.assert_array_equal(found, expected)
@@ -377,7 +387,7 @@ def test_the_paths_of_both_are_offered(open_both: Open) -> None:
     assert list(found) == ["p2p/memfd", "fake/memory"]
     for block_id, connection in enumerate(found.values()):
         assert read(connection, [block_id], [2]) == "done"
-        assert torch.equal(puller.memory.kv_cache[block_id], holder.memory.kv_cache[2])
+        assert torch.equal(puller.kv_cache[block_id], holder.kv_cache[2])
         connection.close()
     with pytest.raises(TransferError, match="cannot be read"):
         puller.connector.connect(holder.card(agent_metadata=b"nonsense"))

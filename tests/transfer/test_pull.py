@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.engine.kvcache.groups import make_groups
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
@@ -22,6 +22,8 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, PullFinished
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 from pdlaunch.transfer.pull import PullTable
+from pdlaunch.transfer.regions import KVRegions
+from tests.transfer import pull_world
 from tests.transfer.fakes import layout_of
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
@@ -81,10 +83,14 @@ def test_a_prompt_without_blocks_ends_its_lease(world, holder):
     assert (world.finished().ok, holder.ended()) == (True, PULLED)
 
 
-def test_groups_without_blocks_to_pull_are_skipped(world, holder):
+def test_groups_without_blocks_to_pull_are_skipped(monkeypatch):
     """A sliding window may have left every block that the holder still has, or all may be
     cached.
     """
+    two_groups = replace(layout_of(), groups=make_groups([None, 16]))
+    monkeypatch.setattr(pull_world, "layout_of", lambda *_, **__: two_groups)
+    world = World()
+    holder = world.connect()
     granted, command = grant("r", [4, 5]), pull("p", holder.remote("r"), [1, 2])
     granted.block_ids.append([6])
     granted.first_block_index.append(1)
@@ -396,12 +402,13 @@ class HandChecksums(Checksums):
 
 
 class HandHasher(KVHasher):
-    def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
-        super().__init__(kv_cache, layout)
+    def __init__(self, kv: KVRegions) -> None:
+        super().__init__(kv)
         self.started: list[HandChecksums] = []
 
     def start(self, block_ids: Any, heads: slice) -> Checksums:
-        self.started.append(HandChecksums(super().start(block_ids, heads).result()))
+        found = super().start(block_ids, heads).result()
+        self.started.append(HandChecksums(lambda: found))
         return self.started[-1]
 
     def finish(self) -> None:
@@ -414,7 +421,7 @@ class SlowPuller(World):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.hasher = HandHasher(self.kv_cache, layout_of())
+        self.hasher = HandHasher(self.setup.memory.kv)
         self.pulls = PullTable(replace(self.setup, hasher=self.hasher), self.peers)
 
 
@@ -444,8 +451,8 @@ def test_the_holders_checksums_are_those_of_the_grant_and_readers_need_not_wait(
     """They are computed while the reader reads; the reader asks once."""
     hasher: list[HandHasher] = []
 
-    def new_hasher(kv_cache: torch.Tensor, layout: KVCacheLayout) -> KVHasher:
-        hasher.append(HandHasher(kv_cache, layout))
+    def new_hasher(kv: KVRegions) -> KVHasher:
+        hasher.append(HandHasher(kv))
         return hasher[0]
 
     holder = world.connect(new_hasher=new_hasher)

@@ -17,7 +17,8 @@ from pdlaunch.protocol.transfer import PullDrained
 from pdlaunch.transfer.connectors.connector import LocalMemory
 from pdlaunch.transfer.connectors.pushing import PushingConnector
 from pdlaunch.transfer.connectors.scratch import NUM_WARM_READS
-from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, FakeRead, layout_of
+from pdlaunch.transfer.regions import native_regions
+from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, FakeRead, layout_of, random_cache
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import cancel, grant, pull
 
@@ -47,7 +48,7 @@ class WritingConnector(FakeConnector):
     def push(self, target: bytes, blocks: Any, heads: range) -> Future[None]:
         write: Future[None] = Future()
         if blocks:
-            self.writes.append(((target, list(blocks), heads), write))
+            self.writes.append(((target, blocks, heads), write))
         else:
             write.set_result(None)
         return write
@@ -90,7 +91,7 @@ def start_pull(world: PushWorld, num_attempts: int = 1) -> HolderRank:
 
 def test_a_pull_ends_with_the_answer_of_the_holder_and_begins_again_after_a_failure(world) -> None:
     holder = start_pull(world, num_attempts=2)
-    assert world.writes[0][0] == (b"target", [4, 5], range(3))
+    assert world.writes[0][0] == (b"target", [[4, 5]], range(3))
     assert not holder.holder.is_idle
     world.end_write(ok=False)
     assert not world.events
@@ -145,7 +146,7 @@ def test_a_broken_connection_is_not_asked_to_write(world) -> None:
 
 
 OF_PULL = {"call_id": 1, "engine_id": "1" * 32, "lease_id": "r", "reader": "reader"}
-GOOD = {**OF_PULL, "block_ids": [5, 4], "first_head": 1, "num_heads": 2, "target": b""}
+GOOD = {**OF_PULL, "block_ids": [[5, 4]], "first_head": 1, "num_heads": 2, "target": b""}
 
 
 @pytest.mark.parametrize(
@@ -154,8 +155,8 @@ GOOD = {**OF_PULL, "block_ids": [5, 4], "first_head": 1, "num_heads": 2, "target
         ({"engine_id": "f" * 32}, "belongs to engine_id"),
         ({"lease_id": "other"}, "request other has no lease here"),
         ({"reader": "other"}, "reader other has no open pull"),
-        ({"block_ids": [4, 6]}, "no lease for all of these blocks"),
-        ({"block_ids": [-1]}, "no lease for all of these blocks"),
+        ({"block_ids": [[4, 6]]}, "no lease for all of these blocks"),
+        ({"block_ids": [[-1]]}, "no lease for all of these blocks"),
         ({"first_head": 2}, "there are no 2 heads from 2 on"),
         ({"first_head": -1}, "there are no 2 heads from -1 on"),
         ({"num_heads": 0}, "there are no 0 heads from 1 on"),
@@ -165,7 +166,7 @@ def test_a_reader_gets_only_what_it_has_leased(world, changes, reason: str) -> N
     holder = world.add()
     holder.holder.grant(grant("r", [4, 5]))
     holder.holder.ask(PullBegin(**OF_PULL, num_decode_ranks=1), Push(**GOOD))
-    assert [job for job, _ in world.writes] == [(b"", [5, 4], range(1, 3))]
+    assert [job for job, _ in world.writes] == [(b"", [[5, 4]], range(1, 3))]
     (refused,) = holder.holder.ask(Push(**GOOD | changes))
     assert isinstance(refused, Refused)
     assert reason in refused.reason
@@ -222,8 +223,9 @@ def test_the_device_is_bound_before_and_after_building_and_once_in_every_sender(
         lambda device: bound.append((threading.current_thread().name, device.index)),
     )
     connector = BuildingConnector(bound)
-    kv_cache: Any = FakeTensor() if on_device else torch.zeros(1)
-    connector.open(LocalMemory(kv_cache, torch.zeros(1), layout_of()))
+    kv = native_regions(random_cache(layout_of(), 1, seed=0), layout_of())
+    scratch: Any = FakeTensor() if on_device else torch.zeros(1)
+    connector.open(LocalMemory(kv, scratch))
     for _ in range(2):
         for write in [connector.push(b"", [], range(0)) for _ in range(NUM_SENDERS)]:
             write.result(10)

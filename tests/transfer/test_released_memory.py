@@ -127,7 +127,7 @@ CONNECTORS: dict[str, Callable[[Path], Connector]] = {
 def test_a_connector_that_is_closed(name: str, tmp_path: Path) -> None:
     connector, memory = CONNECTORS[name](tmp_path), memory_of("a")
     connector.open(memory)
-    tensors = [storage_of(memory.kv_cache), storage_of(memory.scratch)]
+    tensors = [storage_of(memory.kv.regions[0]), storage_of(memory.scratch)]
     del memory
     assert not are_gone(*tensors), "it keeps what it has registered"
     connector.close()
@@ -137,7 +137,7 @@ def test_a_connector_that_is_closed(name: str, tmp_path: Path) -> None:
 
 def test_memory_that_cannot_be_shared_is_not_kept() -> None:
     connector, memory = p2p(), memory_of("a")
-    cache = storage_of(memory.kv_cache)
+    cache = storage_of(memory.kv.regions[0])
     with pytest.raises(TransferError, match="this process alone"):
         connector.open(replace(memory, source=PrivateKVMemory()))
     del memory

@@ -21,6 +21,7 @@ from pdlaunch.protocol.side_channel import (
     PullEnd,
     PullHeartbeat,
     Push,
+    RegionPlace,
     StateChecksums,
     ToPrefillSide,
     to_decode_side,
@@ -37,7 +38,7 @@ REQUEST_IDS = st.sampled_from(["r", "r", "r", "unknown", "../r", "\0", "r" * 256
 READERS = st.sampled_from(["x", "y", "y" * 256])
 NUMBERS = st.sampled_from([1, 2, 3, 0, -1, 2**31, 2**63 - 1, -(2**63)])
 CALL_IDS = st.integers(-(2**63), 2**63 - 1)
-BLOCK_IDS = st.lists(NUMBERS, max_size=4) | st.just([4] * 50_000)
+BLOCK_IDS = st.lists(st.lists(NUMBERS, max_size=4), max_size=2) | st.just([[4] * 50_000])
 HANDSHAKE = questions_for("1" * 32)[0]
 
 
@@ -98,7 +99,7 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
     answers = holder.holder.ask(*received)
     writes = holder.holder._connector.writes  # type: ignore[attr-defined]
     for (_, blocks, _), write in writes:
-        assert set(blocks) <= {4, 5}, "nothing is written that was not leased to this reader"
+        assert set(*blocks) <= {4, 5}, "nothing is written that was not leased to this reader"
         write.set_result(None)
     writes.clear()
     world.clock.now += GRANT_LAG_S  # those about leases that never were
@@ -129,7 +130,7 @@ def test_answers_that_would_make_nonsense_of_deadlines_are_no_messages(lease_s: 
 
 @pytest.mark.parametrize(
     "field",
-    ["base_address", "num_blocks", "head_bytes", "first_kv_head", "device_index", "scratch_bytes"],
+    ["regions", "num_blocks", "first_kv_head", "device_index", "scratch_bytes"],
 )
 @pytest.mark.parametrize("value", [-1, 2**63])
 def test_a_geometry_that_no_memory_has_is_no_message(
@@ -138,7 +139,8 @@ def test_a_geometry_that_no_memory_has_is_no_message(
     (answer,) = holder.holder.ask(HANDSHAKE)
     assert isinstance(answer, HandshakeReply)
     assert to_decode_side.decode(to_decode_side.encode(answer)) == answer
-    geometry = msgspec.structs.replace(answer.geometry, **{field: value})
+    wrong = [RegionPlace(value, 64, 64)] if field == "regions" else value
+    geometry = msgspec.structs.replace(answer.geometry, **{field: wrong})
     spoiled = msgspec.structs.replace(answer, geometry=geometry)
     with pytest.raises(ProtocolError, match=field):
         to_decode_side.decode(to_decode_side.encode(spoiled))

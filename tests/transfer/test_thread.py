@@ -34,7 +34,7 @@ from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity
-from pdlaunch.transfer.sides import TransferSetup
+from pdlaunch.transfer.sides import native_setup
 from pdlaunch.transfer.thread import TransferThread
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
 from tests.transfer.pull_world import remote_of
@@ -78,11 +78,11 @@ class Rank:
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wakes = wakes = queue.SimpleQueue[None]()
         self.transfer = TransferThread(
-            TransferSetup(
-                spec=spec_of(role, name=f"{role}-0"),
-                identity=RankIdentity(self.name, f"{role}-0", ENGINE_IDS[role], 1, 0, 1),
-                kv_cache=self.kv_cache,
-                layout=layout,
+            native_setup(
+                spec_of(role, name=f"{role}-0"),
+                RankIdentity(self.name, f"{role}-0", ENGINE_IDS[role], 1, 0, 1),
+                self.kv_cache,
+                layout,
                 kv_memory=PrivateKVMemory(),
                 model_digest="m",
                 total_kv_heads=3,

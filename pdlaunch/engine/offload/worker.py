@@ -436,7 +436,7 @@ class OffloadWorker:
     def _hash(self, pending: _Pending) -> None:
         job = pending.job
         if self._device_hasher is not None:
-            checksums = self._device_hasher.start(job.block_ids, slice(None))
+            checksums = self._device_hasher.start([job.block_ids], slice(None))
             pending.hashing = [
                 self._threads.submit(lambda: list(map(tuple, checksums.result().tolist())))
             ]

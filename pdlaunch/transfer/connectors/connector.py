@@ -14,7 +14,7 @@ or proofs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,10 +25,10 @@ import torch
 
 from pdlaunch.config.connectors import connector_settings, load_named
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.errors import ConfigError, TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
+from pdlaunch.transfer.regions import BlockIds, KVRegions, Pieces, even_pieces, pieces_of
 
 ReadState = Literal["pending", "done", "failed"]
 T = TypeVar("T")
@@ -38,26 +38,23 @@ T = TypeVar("T")
 class LocalMemory:
     """Holds the memory that a rank lets others read."""
 
-    # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the
-    # connector. Heads stand before layers, so that a range of heads of a block is one piece of
-    # memory: ranks of another TP size read it as it lies, and compare checksums of heads.
-    kv_cache: torch.Tensor
+    kv: KVRegions  # outlives the connector
     # [num_bytes] uint8; a known pattern, written before ``open``, that peers read to prove the
     # path.
     scratch: torch.Tensor
-    layout: KVCacheLayout
     # The memory that KV cache and scratch were allocated from.
     source: KVMemory = field(default_factory=PrivateKVMemory)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRead:
-    """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads
-    ``local_heads`` of ``local_blocks[i]``. Heads are indices within their rank.
+    """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[g][i]`` to heads
+    ``local_heads`` of ``local_blocks[g][i]``. Heads are indices within their rank.
     """
 
-    local_blocks: Sequence[int]
-    remote_blocks: Sequence[int]
+    # Of each KV cache group: ``local_blocks[g][i]`` is a row of the group's regions.
+    local_blocks: BlockIds
+    remote_blocks: BlockIds
     local_heads: range
     remote_heads: range
     # ``<digest of the prompt>/<digest of the reader>``, for connectors that keep files.
@@ -141,7 +138,7 @@ class Connector(ABC):
         handshake tries each and uses one; all are closed together.
         """
 
-    def push(self, target: bytes, blocks: Sequence[int], heads: range) -> Future[None]:
+    def push(self, target: bytes, blocks: BlockIds, heads: range) -> Future[None]:
         """Begin to write ``heads`` of ``blocks``, or the scratch when there are no blocks, to where
         the ``Read.target`` of a peer says. A write cannot be taken back; this never waits. The
         future ends when all bytes have landed, or with the reason why not.
@@ -192,6 +189,32 @@ def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> 
     if not isinstance(connector, Connector):
         raise ConfigError(f"{what}: {type(connector).__name__} is no Connector")
     return connector
+
+
+def pieces_to_read(
+    memory: LocalMemory, peer: HandshakeReply, blocks: BlockRead
+) -> tuple[Pieces, Pieces]:
+    """Return where each piece of a READ goes, and where it lies at the peer. Raises TransferError
+    for blocks that the peer does not have: there lies memory of something else.
+    """
+    groups, geometry = memory.kv.groups, peer.geometry
+    remote_ids = [block_id for group in blocks.remote_blocks for block_id in group]
+    if not 0 <= min(remote_ids) <= max(remote_ids) < geometry.num_blocks:
+        raise TransferError(
+            f"{peer.agent_name} has {geometry.num_blocks} blocks: others were asked for"
+        )
+    ours = pieces_of(memory.kv.places, groups, blocks.local_blocks, blocks.local_heads)
+    return ours, pieces_of(geometry.regions, groups, blocks.remote_blocks, blocks.remote_heads)
+
+
+def pieces_of_scratch(
+    landing: torch.Tensor, peer: HandshakeReply, piece_bytes: int
+) -> tuple[Pieces, Pieces]:
+    """Return where the pieces of a peer's scratch go, and where they lie."""
+    return (
+        even_pieces(landing.data_ptr(), landing.numel(), piece_bytes),
+        even_pieces(peer.geometry.scratch_address, landing.numel(), piece_bytes),
+    )
 
 
 def rank_part(kind: type[T], settings: KVTransferSettings) -> Callable[..., T]:

@@ -28,6 +28,7 @@ from pdlaunch.transfer.connectors.connector import (
     ReadState,
 )
 from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
+from pdlaunch.transfer.regions import BlockIds
 from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
@@ -57,7 +58,7 @@ class FaultyConnector(Connector):
     def agent_metadata(self) -> bytes:
         return self._inner.agent_metadata()
 
-    def push(self, target: bytes, blocks: Sequence[int], heads: range) -> Future[None]:
+    def push(self, target: bytes, blocks: BlockIds, heads: range) -> Future[None]:
         return self._inner.push(target, blocks, heads)
 
     def wait_unmapped(self, timeout_s: float) -> bool:
@@ -65,9 +66,7 @@ class FaultyConnector(Connector):
 
     def open(self, memory: LocalMemory) -> None:
         self._inner.open(memory)
-        layout = memory.layout
-        shape = memory.kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
-        self.memory = memory.kv_cache.view(torch.uint8).view(shape)
+        self.kv = memory.kv
 
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
         return {
@@ -77,7 +76,7 @@ class FaultyConnector(Connector):
 
     def close(self) -> None:
         self._inner.close()
-        del self.memory
+        del self.kv
 
 
 class FaultyConnection(Connection):
@@ -92,8 +91,7 @@ class FaultyConnection(Connection):
         owner = self._connector
         owner.num_reads += 1
         fault = owner.faults.of_read(owner.agent_name, owner.num_reads)
-        heads = slice(blocks.local_heads.start, blocks.local_heads.stop)
-        memory = [owner.memory[block_id, heads] for block_id in blocks.local_blocks]
+        memory = list(owner.kv.views(blocks.local_blocks, blocks.local_heads))
         return FaultyRead(owner, fault, memory, partial(self._inner.read, blocks))
 
     def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
@@ -112,7 +110,7 @@ class FaultyRead(Read):
         memory: Sequence[torch.Tensor],
         start: Callable[[], Read],
     ) -> None:
-        """``memory`` is [num_heads, num_bytes] uint8 of each block that is written; ``start``
+        """``memory`` is [num_heads, num_bytes] uint8 of each piece that is written; ``start``
         begins the true READ. Raises TransferError.
         """
         self._fault, self._source = fault

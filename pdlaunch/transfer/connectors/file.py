@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, ReadState
 from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
+from pdlaunch.transfer.regions import BlockIds
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +67,10 @@ class FileConnector(PushingConnector):
     def _stop(self) -> None:
         """Leave the files: they are there to be looked at."""
 
-    def _write(
-        self, memory: LocalMemory, target: bytes, blocks: Sequence[int], heads: range
-    ) -> None:
+    def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
         data = memory.scratch
         if blocks:
-            rows = torch.tensor(blocks, device=memory.kv_cache.device)
-            data = memory.kv_cache[:, heads.start : heads.stop].index_select(0, rows)
+            data = torch.cat([view.flatten() for view in memory.kv.views(blocks, heads)])
         self.store.write(target.decode("ascii", "replace"), data.cpu())
 
     def _settle(self, name: str, take: Callable[[torch.Tensor], None], error: str) -> ReadState:
@@ -81,7 +79,7 @@ class FileConnector(PushingConnector):
         """
         if error:
             return "failed"
-        device = self.memory.kv_cache.device
+        device = self.memory.scratch.device
         try:
             take(self.store.read(name, device))
         except TransferError as failure:
@@ -92,11 +90,11 @@ class FileConnector(PushingConnector):
         return "done"
 
     def _take_blocks(self, blocks: BlockRead, found: torch.Tensor) -> None:
-        heads, kv_cache = blocks.local_heads, self.memory.kv_cache
-        share = kv_cache[:, heads.start : heads.stop]
-        _check_fits(found, (len(blocks.local_blocks), *share.shape[1:]), share.dtype)
-        rows = torch.tensor(blocks.local_blocks, device=kv_cache.device)
-        share.index_copy_(0, rows, found)
+        views = list(self.memory.kv.views(blocks.local_blocks, blocks.local_heads))
+        sizes = [view.numel() for view in views]
+        _check_fits(found, (sum(sizes),), torch.uint8)
+        for view, part in zip(views, torch.split(found, sizes), strict=True):
+            view.copy_(part.view(view.shape))
 
 
 def _take_scratch(landing: torch.Tensor, found: torch.Tensor) -> None:

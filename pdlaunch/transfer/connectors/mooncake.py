@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,8 @@ from pdlaunch.errors import TransferError
 from pdlaunch.machine import network
 from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, LocalMemory, ReadState
-from pdlaunch.transfer.connectors.piece_copies import Pieces
 from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
+from pdlaunch.transfer.regions import BlockIds, Pieces, even_pieces, merge, pieces_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ _FIX = (
 
 class _Target(msgspec.Struct, frozen=True):
     segment: str  # address of the reader's engine: ``127.0.0.1:12345``
-    addresses: list[int]  # addresses at which the heads of each block shall begin
-    piece_bytes: int  # bytes to write to each address
+    addresses: list[int]  # where each piece shall begin, in the order of the READ
+    sizes: list[int]
 
 
 class MooncakeConnector(PushingConnector):
@@ -63,48 +63,46 @@ class MooncakeConnector(PushingConnector):
         return super().connect(peer)
 
     def expect(self, peer: HandshakeReply, blocks: BlockRead) -> PendingRead:
-        addresses, piece_bytes = _pieces(self.memory, blocks.local_blocks, blocks.local_heads)
-        target = _Target(self._segment, addresses, piece_bytes)
+        kv = self.memory.kv
+        ours = pieces_of(kv.places, kv.groups, blocks.local_blocks, blocks.local_heads)
+        target = _Target(self._segment, ours.addresses.tolist(), ours.sizes.tolist())
         settle = partial(self._settle, _host_of(peer))
         return PendingRead(settle, msgspec.msgpack.encode(target))
 
     def expect_scratch(self, peer: HandshakeReply, landing: torch.Tensor) -> PendingRead:
         self._register(landing)
-        target = _Target(self._segment, [landing.data_ptr()], landing.numel())
+        target = _Target(self._segment, [landing.data_ptr()], [landing.numel()])
         settle = partial(self._settle, _host_of(peer))
         unregister = partial(self.engine.unregister_memory, landing.data_ptr())
         return PendingRead(settle, msgspec.msgpack.encode(target), unregister)
 
     def _start(self, memory: LocalMemory) -> None:
         self.engine = self._new_engine()
-        self._register(memory.kv_cache)
-        self._register(memory.scratch)
+        self._tensors = [*memory.kv.allocations, memory.scratch]
+        for tensor in self._tensors:
+            self._register(tensor)
 
     def _stop(self) -> None:
-        for tensor in (self.memory.kv_cache, self.memory.scratch):
+        for tensor in self._tensors:
             self.engine.unregister_memory(tensor.data_ptr())
 
-    def _write(
-        self, memory: LocalMemory, target: bytes, blocks: Sequence[int], heads: range
-    ) -> None:
+    def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
         try:
             wanted = msgspec.msgpack.decode(target, type=_Target)
         except msgspec.MsgspecError as error:
             raise TransferError(f"the target of a write cannot be read: {error}") from None
+        there = Pieces(*(np.array(each, np.uint64) for each in (wanted.addresses, wanted.sizes)))
         # A reader takes as much of the scratch as it wants.
-        sources = [memory.scratch.data_ptr()]
-        piece_bytes = min(wanted.piece_bytes, memory.scratch.numel())
+        scratch_bytes = min(memory.scratch.numel(), sum(wanted.sizes))
+        here = even_pieces(memory.scratch.data_ptr(), scratch_bytes, scratch_bytes)
         if blocks:
-            sources, piece_bytes = _pieces(memory, blocks, heads)
-        if (len(wanted.addresses), wanted.piece_bytes) != (len(sources), piece_bytes):
+            here = pieces_of(memory.kv.places, memory.kv.groups, blocks, heads)
+        if not np.array_equal(there.sizes, here.sizes):
             raise TransferError(
-                f"{len(sources)} x {piece_bytes} bytes do not fit the target's "
-                f"{len(wanted.addresses)} x {wanted.piece_bytes}"
+                f"{len(here)} pieces of {here.sizes.sum()} bytes do not fit the target's "
+                f"{len(there)} of {there.sizes.sum()}"
             )
-        to, of = (np.array(each, dtype=np.uint64) for each in (wanted.addresses, sources))
-        remote, local, lengths = (
-            column.tolist() for column in Pieces(to, of, piece_bytes).merged()
-        )
+        remote, local, lengths = (column.tolist() for column in merge(there, here))
         code = self.engine.batch_transfer_sync_write(wanted.segment, local, remote, lengths)
         if code != 0:
             raise TransferError(
@@ -191,12 +189,3 @@ def _host_of(peer: HandshakeReply) -> str:
             f"the metadata of agent {peer.agent_name} cannot be read: {metadata[:64]!r}"
         )
     return metadata.decode().rpartition(":")[0].strip("[]")
-
-
-def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:
-    """Return the address of each block's heads, and their bytes: the heads of a block are
-    neighbours.
-    """
-    layout, base = memory.layout, memory.kv_cache.data_ptr()
-    first = base + heads.start * layout.head_bytes
-    return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes

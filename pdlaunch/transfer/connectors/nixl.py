@@ -1,8 +1,6 @@
 """Moves KV blocks over NIXL with its UCX backend.
 
-Descriptors of the KV cache are prepared once for each side: one for each block, and one for each
-(block, head) for peers with other heads. A READ then names indices only, and NIXL merges
-neighbours.
+Each READ describes its own pieces, neighbours merged, by address.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +29,10 @@ from pdlaunch.transfer.connectors.connector import (
     ReadState,
     bind_device,
     memory_kind,
+    pieces_of_scratch,
+    pieces_to_read,
 )
+from pdlaunch.transfer.regions import Addresses, Pieces, merge
 from pdlaunch.vllm.agent import BACKEND, new_agent
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,9 @@ class NixlConnector(Connector):
         self._load = load
 
     def open(self, memory: LocalMemory) -> None:
-        self.kind, self.device_index = memory_kind(memory.kv_cache)
+        self.kind, self.device_index = memory_kind(memory.scratch)
         self.memory = memory  # registered memory must not be freed
-        bind_device(memory.kv_cache.device)  # UCX takes the context that is current
+        bind_device(memory.scratch.device)  # UCX takes the context that is current
         _choose_devices()
         before = network.listeners()
         try:
@@ -87,16 +88,10 @@ class NixlConnector(Connector):
             interval_us = _PROGRESS_INTERVAL_US[self.kind]
             self.agent = new_agent(api, bindings, self.agent_name, interval_us=interval_us)
             self._registrations = [
-                self.agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)
+                self.agent.register_memory(tensor)
+                for tensor in (*memory.kv.allocations, memory.scratch)
             ]
             self._metadata: bytes = self.agent.get_agent_metadata()
-            cache, layout = memory.kv_cache, memory.layout
-            self.pieces = self.describe_blocks(
-                "",
-                cache.data_ptr(),
-                self.device_index,
-                (len(cache), layout.num_kv_heads, layout.head_bytes),
-            )
         except Exception as error:
             raise TransferError(
                 f"the NIXL agent {self.agent_name} cannot start: {error}"
@@ -127,90 +122,28 @@ class NixlConnector(Connector):
         except Exception as error:
             raise TransferError(f"agent {peer.agent_name} cannot be added: {error}") from error
         name = added.decode() if isinstance(added, bytes) else str(added)
-        try:
-            if name != peer.agent_name:
-                raise TransferError(f"the metadata of agent {peer.agent_name} is that of {name}")
-            pieces = self.describe_blocks(
-                name,
-                geometry.base_address,
-                geometry.device_index,
-                (geometry.num_blocks, geometry.num_kv_heads, geometry.head_bytes),
-            )
-        except Exception as error:
+        if name != peer.agent_name:
             quietly(self.agent.remove_remote_agent, name)
-            raise TransferError(f"agent {peer.agent_name} cannot be read: {error}") from error
-        return {self.path: _NixlConnection(self, peer, pieces)}
+            raise TransferError(f"the metadata of agent {peer.agent_name} is that of {name}")
+        return {self.path: _NixlConnection(self, peer)}
 
     def close(self) -> None:
-        for prepared in self.pieces:
-            quietly(prepared.release)
         for registration in self._registrations:
             quietly(self.agent.deregister_memory, registration)
         del self.memory
-
-    def describe_blocks(
-        self, agent_name: str, base: int, device: int, shape: tuple[int, int, int]
-    ) -> tuple[Any, Any]:
-        """Return prepared descriptors: one for each block, and one for each (block, head).
-        ``shape`` is blocks, heads of each, and bytes of a head; an empty name is the own agent.
-        """
-        num_blocks, num_heads, head_bytes = shape
-
-        def describe(size: int, count: int) -> Any:
-            # One row stands for all pieces: address, length and device of the first, distance to
-            # the next, and their number.
-            row = np.array([[base, size, device, size, count]], dtype=np.uint64)
-            return self.agent.prep_xfer_dlist(agent_name, row, self.kind)
-
-        return (
-            describe(num_heads * head_bytes, num_blocks),
-            describe(head_bytes, num_blocks * num_heads),
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _NixlConnection(Connection):
     connector: NixlConnector
     peer: HandshakeReply
-    pieces: tuple[Any, Any]  # prepared descriptors of the peer's blocks and heads
 
     def read(self, blocks: BlockRead) -> Read:
-        ours, theirs = self.connector.pieces, self.pieces
-        num_local = self.connector.memory.layout.num_kv_heads
-        num_remote = self.peer.geometry.num_kv_heads
-        # Whole blocks are one index each; of others each head is one.
-        by_head = not len(blocks.local_heads) == num_local == num_remote
-        local: Iterable[int] = blocks.local_blocks
-        remote: Iterable[int] = blocks.remote_blocks
-        if by_head:
-            local = (block * num_local + head for block in local for head in blocks.local_heads)
-            remote = (block * num_remote + head for block in remote for head in blocks.remote_heads)
-        indices = [np.fromiter(found, dtype=np.int32) for found in (local, remote)]
-        return self._post(
-            lambda: self.connector.agent.make_prepped_xfer(
-                "READ", ours[by_head], indices[0], theirs[by_head], indices[1]
-            )
-        )
+        return self._post(*pieces_to_read(self.connector.memory, self.peer, blocks))
 
     def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
-        connector, geometry = self.connector, self.peer.geometry
-        agent = connector.agent
-        registration = agent.register_memory(landing)
-
-        def describe(base: int, device: int) -> Any:
-            offsets = reversed(range(0, landing.numel(), piece_bytes))
-            rows = [(base + offset, piece_bytes, device) for offset in offsets]
-            return agent.get_xfer_descs(np.array(rows, dtype=np.uint64), connector.kind)
-
-        read = self._post(
-            lambda: agent.initialize_xfer(
-                "READ",
-                describe(landing.data_ptr(), connector.device_index),
-                describe(geometry.scratch_address, geometry.device_index),
-                self.peer.agent_name,
-            ),
-            registration,
-        )
+        connector = self.connector
+        read = self._post(*pieces_of_scratch(landing, self.peer, piece_bytes), landing)
         spins_until_at = read.posted_at + _TIMED_SPIN_S
         while (
             connector.kind == "VRAM"
@@ -221,18 +154,30 @@ class _NixlConnection(Connection):
         return read
 
     def close(self) -> None:
-        for prepared in self.pieces:
-            quietly(prepared.release)
         # NIXL takes no second agent of a name: the peer could not be connected again.
         quietly(self.connector.agent.remove_remote_agent, self.peer.agent_name)
 
-    def _post(self, make: Callable[[], Any], registration: Any = None) -> _NixlRead:
-        """Make a READ and start it; ``registration`` is that of memory which it alone uses."""
-        read = _NixlRead(self.connector.agent, registration)
+    def _post(self, ours: Pieces, theirs: Pieces, landing: torch.Tensor | None = None) -> _NixlRead:
+        """Start a READ; ``landing`` is memory that it alone uses, not registered yet."""
+        connector, agent, geometry = self.connector, self.connector.agent, self.peer.geometry
+        to, of, sizes = merge(ours, theirs)
+
+        def describe(addresses: Addresses, device: int) -> Any:
+            rows = np.stack((addresses, sizes, np.full_like(sizes, device)), axis=1)
+            return agent.get_xfer_descs(rows, connector.kind)
+
+        read = _NixlRead(agent)
         try:
-            read.handle = make()
+            if landing is not None:
+                read.registration = agent.register_memory(landing)
+            read.handle = agent.initialize_xfer(
+                "READ",
+                describe(to, connector.device_index),
+                describe(of, geometry.device_index),
+                self.peer.agent_name,
+            )
             read.posted_at = time.perf_counter()
-            read.state = self.connector.agent.transfer(read.handle)
+            read.state = agent.transfer(read.handle)
             read.ended_at = time.perf_counter()
         except Exception as error:
             read.release()
@@ -243,7 +188,7 @@ class _NixlConnection(Connection):
 @dataclass(slots=True, eq=False)
 class _NixlRead(Read):
     agent: Any
-    registration: Any  # memory of a scratch READ
+    registration: Any = None  # memory of a scratch READ
     handle: Any = None
     state: str = "PROC"
     posted_at: float = 0.0

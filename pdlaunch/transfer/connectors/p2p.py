@@ -32,14 +32,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 import torch
 
-from pdlaunch.engine.memory.batch_copies import Addresses
 from pdlaunch.engine.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
 from pdlaunch.errors import TransferError
 from pdlaunch.machine.kernel import host_identity
-from pdlaunch.protocol.side_channel import HandshakeReply
+from pdlaunch.protocol.side_channel import HandshakeReply, RegionPlace
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
@@ -48,13 +46,15 @@ from pdlaunch.transfer.connectors.connector import (
     Read,
     bind_device,
     decode_metadata,
+    pieces_of_scratch,
+    pieces_to_read,
 )
-from pdlaunch.transfer.connectors.piece_copies import PieceCopier, Pieces, new_copier
+from pdlaunch.transfer.connectors.piece_copies import PieceCopier, new_copier
 
 logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
-MAX_FDS = 64
+MAX_FDS = 253  # Linux hands over no more at once
 # Time for an owner to hand over its descriptors, which takes well under a millisecond unless it was
 # stopped, and for a reader to show its token.
 TIMEOUT_S = 5.0
@@ -69,7 +69,8 @@ class FdServer:
 
     def __init__(self, fds: Sequence[int]) -> None:
         """The caller keeps ``fds`` open until ``close`` has returned. Raises OSError."""
-        assert len(fds) <= MAX_FDS
+        if len(fds) > MAX_FDS:
+            raise OSError(f"{len(fds)} allocations cannot be handed over, {MAX_FDS} can")
         self.address = f"pdlaunch-{secrets.token_hex(16)}"
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._fds: Sequence[int] | None = fds
@@ -193,12 +194,10 @@ class _Card(msgspec.Struct, frozen=True):
     """Tells peers how to get a rank's memory; it travels over the side channel alone."""
 
     host: str
-    # Address of the socket that hands over the descriptors of the KV cache and of the scratch, as
-    # far as they have any.
-    address: str
+    address: str  # of the socket that hands over the descriptors of the ranges that need one
     token: bytes
-    kv_cache: SharedRange
-    scratch: SharedRange
+    # The allocations of the KV cache, and the scratch last; each with its address in the owner.
+    ranges: list[tuple[int, SharedRange]]
 
 
 class P2PConnector(Connector):
@@ -223,18 +222,22 @@ class P2PConnector(Connector):
 
     def open(self, memory: LocalMemory) -> None:
         self._memory = memory
-        bind_device(memory.kv_cache.device)
+        bind_device(memory.scratch.device)
+        shared = (*memory.kv.allocations, memory.scratch)
         try:
-            for tensor in (memory.kv_cache, memory.scratch):
+            for tensor in shared:
                 self._exports.append(memory.source.export(tensor))
             fds = [export.fd for export in self._exports if export.fd is not None]
             self._server = FdServer(fds)
-            self._copier = self._new_copier(memory.kv_cache.device)
+            self._copier = self._new_copier(memory.scratch.device)
         except (NotShareable, OSError, TransferError) as error:
             self.close()
             raise TransferError(f"{self.agent_name} cannot share its memory: {error}") from error
-        kv_cache, scratch = (export.range for export in self._exports)
-        card = _Card(self._host, self._server.address, self._server.token, kv_cache, scratch)
+        ranges = [
+            (tensor.data_ptr(), export.range)
+            for tensor, export in zip(shared, self._exports, strict=True)
+        ]
+        card = _Card(self._host, self._server.address, self._server.token, ranges)
         self._metadata = msgspec.msgpack.encode(card)
 
     def agent_metadata(self) -> bytes:
@@ -250,16 +253,10 @@ class P2PConnector(Connector):
             raise TransferError(
                 f"{peer.agent_name} is not on this host, or in another network namespace"
             )
-        geometry = peer.geometry
-        for what, shared, wanted in (
-            ("KV cache", card.kv_cache, geometry.num_blocks * geometry.block_bytes),
-            ("scratch", card.scratch, geometry.scratch_bytes),
-        ):
-            if shared.num_bytes != wanted:
-                raise TransferError(
-                    f"{what}: {shared.num_bytes} bytes are shared, {wanted} are described"
-                )
-        return {f"p2p/{card.kv_cache.kind}": self._map_peer(peer, card)}
+        kinds = {shared.kind for _, shared in card.ranges}
+        if len(kinds) != 1:
+            raise TransferError(f"{peer.agent_name} shares memory of kinds {sorted(kinds)}")
+        return {f"p2p/{kinds.pop()}": self._map_peer(peer, card)}
 
     def close(self) -> None:
         if self._server is not None:
@@ -276,15 +273,16 @@ class P2PConnector(Connector):
         return self._server is None or self._server.wait_unused(timeout_s)
 
     def _map_peer(self, peer: HandshakeReply, card: _Card) -> _P2PConnection:
-        ranges = card.kv_cache, card.scratch
-        fds, use = fetch_fds(card.address, card.token, sum(each.needs_fd for each in ranges))
+        num_fds = sum(shared.needs_fd for _, shared in card.ranges)
+        fds, use = fetch_fds(card.address, card.token, num_fds)
         mappings: list[PeerMapping] = []
         try:
             remaining = iter(fds)
-            for shared in ranges:
+            for _, shared in card.ranges:
                 fd = next(remaining) if shared.needs_fd else None
                 mappings.append(self._memory.source.map(shared, fd))
-        except NotShareable as error:
+            mapped = _with_our_addresses(peer, [start for start, _ in card.ranges], mappings)
+        except (NotShareable, TransferError) as error:
             for mapping in mappings:
                 mapping.close()
             use.close()
@@ -294,50 +292,28 @@ class P2PConnector(Connector):
         finally:
             for fd in fds:
                 os.close(fd)  # mappings hold the memory by themselves
-        kind, num_bytes = card.kv_cache.kind, card.kv_cache.num_bytes
-        logger.info("%s is mapped: %s, %d bytes", peer.agent_name, kind, num_bytes)
+        num_bytes = sum(mapping.num_bytes for mapping in mappings)
+        logger.info("%s is mapped: %d bytes", peer.agent_name, num_bytes)
         assert self._copier is not None
-        kv_cache, scratch = mappings
-        return _P2PConnection(peer, self._memory, kv_cache, scratch, use, self._copier)
+        return _P2PConnection(mapped, self._memory, mappings, use, self._copier)
 
 
 @dataclass(frozen=True, slots=True)
 class _P2PConnection(Connection):
-    peer: HandshakeReply
+    peer: HandshakeReply  # with the addresses at which its memory is mapped here
     memory: LocalMemory
-    kv_cache: PeerMapping
-    scratch: PeerMapping
+    mappings: list[PeerMapping]
     use: socket.socket  # tells the owner, as long as it is open, that its memory is mapped
     copier: PieceCopier
 
     def read(self, blocks: BlockRead) -> Read:
-        geometry, layout = self.peer.geometry, self.memory.layout
-        remote = blocks.remote_blocks
-        # Past the last block lies memory that this mapping does not cover.
-        if not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
-            raise TransferError(
-                f"{self.peer.agent_name} has {geometry.num_blocks} blocks: others were asked for"
-            )
-        head_bytes = layout.head_bytes
-        # block   | head 0 | head 1 | head 2 | ..      heads of a block lie side by side, so that
-        #                  └─ heads asked for ─┘         one piece for each block holds all of them
-        ours = self.memory.kv_cache.data_ptr() + blocks.local_heads.start * head_bytes
-        theirs = self.kv_cache.address + blocks.remote_heads.start * head_bytes
-        pieces = Pieces(
-            _addresses(ours, blocks.local_blocks, layout.block_bytes),
-            _addresses(theirs, remote, geometry.block_bytes),
-            len(blocks.local_heads) * head_bytes,
-        )
-        return self.copier.start(pieces)
+        return self.copier.start(*pieces_to_read(self.memory, self.peer, blocks))
 
     def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
-        offsets = range(0, landing.numel(), piece_bytes)[::-1]
-        ours = _addresses(landing.data_ptr(), offsets)
-        theirs = _addresses(self.scratch.address, offsets)
-        return self.copier.start(Pieces(ours, theirs, piece_bytes))
+        return self.copier.start(*pieces_of_scratch(landing, self.peer, piece_bytes))
 
     def close(self) -> None:
-        for mapping in (self.kv_cache, self.scratch):
+        for mapping in self.mappings:
             try:
                 mapping.close()
             except Exception:  # of a driver, about the memory of a process that may be gone
@@ -345,5 +321,33 @@ class _P2PConnection(Connection):
         self.use.close()
 
 
-def _addresses(start: int, indices: Sequence[int], stride_bytes: int = 1) -> Addresses:
-    return np.array(indices, dtype=np.uint64) * np.uint64(stride_bytes) + np.uint64(start)
+def _with_our_addresses(
+    peer: HandshakeReply, starts: Sequence[int], mappings: Sequence[PeerMapping]
+) -> HandshakeReply:
+    """Return what a peer says of itself with the places of its memory in this process; ``starts``
+    are the owner's addresses of what is mapped. Raises TransferError for memory that is not.
+    """
+    geometry = peer.geometry
+
+    def here(what: str, address: int, num_bytes: int) -> int:
+        for start, mapping in zip(starts, mappings, strict=True):
+            if start <= address and address + num_bytes <= start + mapping.num_bytes:
+                return address - start + mapping.address
+        raise TransferError(f"{what}: {num_bytes} bytes are described that are not shared")
+
+    regions = [
+        RegionPlace(
+            here(
+                "KV cache",
+                place.address,
+                (geometry.num_blocks - 1) * place.stride_bytes
+                + geometry.num_kv_heads * place.head_bytes,
+            ),
+            place.stride_bytes,
+            place.head_bytes,
+        )
+        for place in geometry.regions
+    ]
+    scratch = here("scratch", geometry.scratch_address, geometry.scratch_bytes)
+    ours = msgspec.structs.replace(geometry, regions=regions, scratch_address=scratch)
+    return msgspec.structs.replace(peer, geometry=ours)

@@ -14,49 +14,28 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from pdlaunch.engine.memory.batch_copies import Addresses, BatchCopies
+from pdlaunch.engine.memory.batch_copies import BatchCopies
 from pdlaunch.errors import TransferError
 from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.transfer.connectors.connector import Read, ReadState
+from pdlaunch.transfer.regions import Pieces, merge
 
 logger = logging.getLogger(__name__)
 
 NUM_STREAMS = 3  # A copy engine works through its entries one by one, several engines side by side
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Names pieces of ``piece_bytes`` each: source i is copied to destination i. There is at least
-    one.
-    """
-
-    destinations: Addresses
-    sources: Addresses  # addresses in the peer's mapped memory, as many as ``destinations``
-    piece_bytes: int
-
-    def merged(self) -> tuple[Addresses, Addresses, Addresses]:
-        """Return destinations, sources and sizes of the fewest copies: pieces that are neighbours
-        on both sides are one.
-        """
-        size = self.piece_bytes
-        # A copy ends where the next piece does not follow on both sides.
-        breaks = (np.diff(self.destinations) != size) | (np.diff(self.sources) != size)
-        starts = np.flatnonzero(np.concatenate(([True], breaks)))
-        sizes = np.diff(np.append(starts, len(self.sources))).astype(np.uint64) * np.uint64(size)
-        return self.destinations[starts], self.sources[starts], sizes
-
-
 class PieceCopier(ABC):
     """One thread calls its methods, none of which waits for a copy."""
 
     @abstractmethod
-    def start(self, pieces: Pieces) -> Read:
-        """Begin to copy. Raises TransferError; then nothing is written."""
+    def start(self, destinations: Pieces, sources: Pieces) -> Read:
+        """Begin to copy source i to destination i. Raises TransferError; then nothing is
+        written.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -76,15 +55,15 @@ class HostCopier(PieceCopier):
         self._move = move
         self._thread = ThreadPoolExecutor(1, "p2p-copy")
 
-    def start(self, pieces: Pieces) -> Read:
-        return _ThreadCopy(self._thread.submit(self._copy, pieces))
+    def start(self, destinations: Pieces, sources: Pieces) -> Read:
+        return _ThreadCopy(self._thread.submit(self._copy, destinations, sources))
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _copy(self, pieces: Pieces) -> float:
+    def _copy(self, destinations: Pieces, sources: Pieces) -> float:
         began_at = time.perf_counter()
-        columns = (column.tolist() for column in pieces.merged())
+        columns = (column.tolist() for column in merge(destinations, sources))
         for destination, source, size in zip(*columns, strict=True):
             self._move(destination, source, size)
         return time.perf_counter() - began_at
@@ -117,9 +96,9 @@ class CudaCopier(PieceCopier):
         except DriverError as error:
             raise TransferError(f"there is nothing to copy with: {error}") from error
 
-    def start(self, pieces: Pieces) -> Read:
+    def start(self, destinations: Pieces, sources: Pieces) -> Read:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        copies = pieces.merged()
+        copies = merge(destinations, sources)
         # Behind the preparation: the stream is idle, so that the time would begin before there is
         # anything to copy.
         begin.record(self._stream)

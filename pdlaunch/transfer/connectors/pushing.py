@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -28,6 +28,7 @@ from pdlaunch.transfer.connectors.connector import (
     ReadState,
     bind_device,
 )
+from pdlaunch.transfer.regions import BlockIds
 
 
 @dataclass(slots=True, eq=False)
@@ -71,19 +72,19 @@ class PushingConnector(Connector):
 
     def open(self, memory: LocalMemory) -> None:
         self.memory = memory
-        bind_device(memory.kv_cache.device)
+        bind_device(memory.scratch.device)
         self._start(memory)
         # Once more: what was just built may have changed this thread's device (Mooncake does), and
         # NVLink transfers of ranks other than 0 would fail.
-        bind_device(memory.kv_cache.device)
+        bind_device(memory.scratch.device)
         self._senders = ThreadPoolExecutor(
-            self._num_sender_threads, "kv-sender", bind_device, (memory.kv_cache.device,)
+            self._num_sender_threads, "kv-sender", bind_device, (memory.scratch.device,)
         )
 
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection]:
         return {self.path: _PushingConnection(self, peer)}
 
-    def push(self, target: bytes, blocks: Sequence[int], heads: range) -> Future[None]:
+    def push(self, target: bytes, blocks: BlockIds, heads: range) -> Future[None]:
         return self._senders.submit(self._write, self.memory, target, blocks, heads)
 
     def close(self) -> None:
@@ -112,9 +113,7 @@ class PushingConnector(Connector):
         """Let go of it. Never raises."""
 
     @abstractmethod
-    def _write(
-        self, memory: LocalMemory, target: bytes, blocks: Sequence[int], heads: range
-    ) -> None:
+    def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
         """Write from this rank's memory, in a thread of the pool; return when all bytes have
         landed. Raises TransferError.
         """

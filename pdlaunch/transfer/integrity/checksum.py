@@ -1,23 +1,37 @@
-"""Computes checksums of KV blocks: xxh3_64 over the bytes of each (block, KV head), in the order
-of memory.
+"""Computes checksums of KV blocks: xxh3_64 over the bytes of each (block, KV head) in each region,
+joined over the regions of the block's group.
 
-A head's share of a block is one contiguous region of the KV cache, so that checksums can be
-compared between TP sizes. On a GPU a kernel computes them where the blocks lie, bit for bit the
-same. Source: XXH3 of the xxHash library.
+A head's share of a page is one piece of memory, so checksums can be compared between TP sizes. On a
+GPU a kernel computes them where the blocks lie, bit for bit the same. Source: XXH3 of the xxHash
+library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
-from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.transfer.regions import BlockIds, KVRegions
 
-ALGORITHM = "xxh3_64"
+try:
+    import xxhash
+
+    _hash: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+    ALGORITHM = "xxh3_64"
+except ImportError:  # vLLM brings BLAKE3 in its place
+    from blake3 import blake3
+
+    _hash = lambda content: int.from_bytes(blake3(content).digest(8), "little")  # noqa: E731
+    ALGORITHM = "blake3_64"
+
+KERNEL_ALGORITHM = "xxh3_64"
+# Odd, so that multiplying by it loses nothing: equal pages that change places show.
+_WEIGHT = 0x9E3779B97F4A7C15
 
 ChecksumArray = npt.NDArray[np.uint64]  # [num_blocks, num_heads]
 
@@ -27,83 +41,137 @@ class Checksums:
 
     def __init__(
         self,
-        values: ChecksumArray,
+        join: Callable[[], ChecksumArray],
         ended: torch.cuda.Event | None = None,
-        block_ids: torch.Tensor | None = None,
+        kept: Sequence[torch.Tensor] = (),
     ) -> None:
-        """``values`` are final after ``ended``. The kernel reads ``block_ids`` meanwhile."""
-        self._values = values
+        """``join`` returns them after ``ended``. The kernel reads ``kept`` meanwhile."""
+        self._join = join
         self._ended = ended
-        self._block_ids = block_ids
+        self._kept = kept
+        self._values: ChecksumArray | None = None
 
     def ready(self) -> bool:
         return self._ended is None or bool(self._ended.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> ChecksumArray:
-        """Wait for the checksums and return them, by block and head."""
-        if self._ended is not None:
-            self._ended.synchronize()
+        """Wait for the checksums and return them, by block and head: those of the first group's
+        blocks come first.
+        """
+        if self._values is None:
+            if self._ended is not None:
+                self._ended.synchronize()
+            self._values, self._kept = self._join(), ()
         return self._values
 
 
 class KVHasher:
     """Computes the checksums of blocks of one rank's KV cache. Not thread-safe."""
 
-    def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
-        """``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim],
-        contiguous. On CUDA the kernel is compiled here.
-        """
-        self._bytes = kv_cache.view(torch.uint8).view(
-            kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
-        )
+    def __init__(self, kv: KVRegions) -> None:
+        """On CUDA the kernel is compiled here."""
+        self._kv = kv
+        self.algorithm = ALGORITHM
         # Kept until they end: a kernel uses its memory whether or not anybody wants the result.
         self._launched: list[Checksums] = []
         self._uses_kernel = False
-        if self._bytes.is_cuda:
+        if kv.device.type == "cuda":
             from pdlaunch.transfer.integrity.checksum_kernel import constants, supports
 
             # The regions of toy models are too small for it.
-            self._uses_kernel = supports(self._bytes)
-            self._constants = constants(self._bytes.device)
-            self._stream = torch.cuda.Stream(self._bytes.device)  # type: ignore[no-untyped-call]
-            self.start([0], slice(0, 1)).result()
+            self._uses_kernel = all(map(supports, kv.regions))
+            if self._uses_kernel:
+                self.algorithm = KERNEL_ALGORITHM
+            self._constants = constants(kv.device)
+            self._stream = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
+            self.start([[0]] * len(kv.groups), slice(0, 1)).result()
 
-    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
-        """Begin to compute the checksums of these blocks and heads. On the CPU that computes them
-        at once; on CUDA it waits for nothing. Whatever wrote the blocks must have ended, on the
-        device too: nothing orders this behind the work of another stream.
+    def start(self, blocks: BlockIds, heads: slice) -> Checksums:
+        """Begin to compute the checksums of these blocks of each group. On the CPU that computes
+        them at once; on CUDA it waits for nothing. Whatever wrote the blocks must have ended, on
+        the device too: nothing orders this behind the work of another stream.
         """
+        first, end, _ = heads.indices(self._kv.num_heads)
         if self._uses_kernel:
-            return self._launch(block_ids, heads)
-        regions, rows = self._bytes[:, heads], block_ids
-        if regions.is_cuda:
-            chosen = torch.tensor(block_ids, dtype=torch.int64, device=regions.device)
-            regions, rows = regions.index_select(0, chosen).cpu(), range(len(block_ids))
-        # Hashed where they lie: a copy would take longer than the checksums.
-        memory = regions.numpy()
-        digests = [xxhash.xxh3_64_intdigest(head) for row in rows for head in memory[row]]
-        return Checksums(np.array(digests, dtype=np.uint64).reshape(len(rows), memory.shape[1]))
+            return self._launch(blocks, range(first, end))
+        values = self._hash_here(blocks, range(first, end))
+        return Checksums(lambda: values)
 
-    def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
+    def checksums(self, blocks: BlockIds, heads: slice) -> list[list[int]]:
         """Compute checksums and wait for them; by block and head."""
-        checksums: list[list[int]] = self.start(block_ids, heads).result().tolist()
+        checksums: list[list[int]] = self.start(blocks, heads).result().tolist()
         return checksums
 
-    def _launch(self, block_ids: Sequence[int], heads: slice) -> Checksums:
-        """Launch the kernel on a stream of its own. It reads block ids from page-locked host memory
-        and writes checksums there, so that nothing is copied.
-        """
-        from pdlaunch.transfer.integrity.checksum_kernel import hash_regions
+    def _hash_here(self, blocks: BlockIds, heads: range) -> ChecksumArray:
+        found = []
+        for group, block_ids in zip(self._kv.groups, blocks, strict=False):
+            digests = np.empty((len(group), len(block_ids), len(heads)), dtype=np.uint64)
+            for index, region in enumerate(self._kv.regions[each] for each in group):
+                chosen, rows = region[:, heads.start : heads.stop], block_ids
+                if chosen.is_cuda:
+                    ids = torch.tensor(block_ids, dtype=torch.int64, device=chosen.device)
+                    chosen, rows = chosen.index_select(0, ids).cpu(), range(len(block_ids))
+                # Hashed where they lie: a copy would take longer than the checksums.
+                memory = chosen.numpy()
+                for row, block_id in enumerate(rows):
+                    digests[index, row] = [_hash(head) for head in memory[block_id]]
+            found.append(_joined(digests))
+        return np.concatenate(found)
 
-        first_head, end_head, _ = heads.indices(self._bytes.shape[1])
-        ids = torch.empty(len(block_ids), dtype=torch.int64, pin_memory=True)
-        ids.numpy()[:] = block_ids
-        results = torch.empty((len(ids), end_head - first_head), dtype=torch.int64, pin_memory=True)
-        with torch.cuda.device(self._bytes.device), torch.cuda.stream(self._stream):
+    def _launch(self, blocks: BlockIds, heads: range) -> Checksums:
+        """Launch the kernel, once for each size of heads, on a stream of its own. It reads places
+        from page-locked host memory and writes checksums there, so that nothing is copied.
+        """
+        from pdlaunch.transfer.integrity.checksum_kernel import UNIT_BYTES, hash_pages
+
+        kv = self._kv
+        anchor = kv.regions[0]
+        # By the bytes of a head: which pages are hashed in one launch, in units from the anchor.
+        pages: dict[int, list[npt.NDArray[np.int64]]] = defaultdict(list)
+        ids = [np.array(group, dtype=np.int64) for group in blocks]
+        parts = [(group, index) for group, _ in enumerate(ids) for index in kv.groups[group]]
+        for group, index in parts:
+            place = kv.places[index]
+            starts = place.address - anchor.data_ptr() + ids[group] * place.stride_bytes
+            pages[place.head_bytes].append(starts // UNIT_BYTES)
+        results: dict[int, torch.Tensor] = {}
+        kept = []
+        with torch.cuda.device(anchor.device), torch.cuda.stream(self._stream):
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            hash_regions(self._bytes.view(torch.int64), ids, first_head, results, self._constants)
+            for head_bytes, found in pages.items():
+                columns = np.concatenate(found)
+                units = torch.empty(len(columns), dtype=torch.int64, pin_memory=True)
+                units.numpy()[:] = columns
+                shape = len(units), len(heads)
+                results[head_bytes] = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+                hash_pages(
+                    anchor, units, head_bytes, heads.start, results[head_bytes], self._constants
+                )
+                kept.append(units)
             ended.record(self._stream)
-        launched = Checksums(results.numpy().view(np.uint64), ended, ids)
+
+        def join() -> ChecksumArray:
+            taken: dict[int, int] = defaultdict(int)
+            by_group: list[list[ChecksumArray]] = [[] for _ in ids]
+            for group, index in parts:
+                size = kv.places[index].head_bytes
+                first = taken[size]
+                taken[size] += len(ids[group])
+                rows = results[size].numpy().view(np.uint64)[first : taken[size]]
+                by_group[group].append(rows)
+            return np.concatenate([_joined(np.stack(regions)) for regions in by_group])
+
+        launched = Checksums(join, ended, kept)
         self._launched = [other for other in self._launched if not other.ready()]
         self._launched.append(launched)
         return launched
+
+
+def _joined(digests: npt.NDArray[np.uint64]) -> ChecksumArray:
+    """Join the checksums of regions, [num_regions, num_blocks, num_heads], to one each."""
+    weights = np.array(
+        [(2 * index + 1) * _WEIGHT % 2**64 if index else 1 for index in range(len(digests))],
+        dtype=np.uint64,
+    )
+    joined: ChecksumArray = (digests * weights[:, None, None]).sum(axis=0, dtype=np.uint64)
+    return joined

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 SMALLEST_BYTES = 241  # XXH3 hashes smaller inputs in other ways
-LOAD_BYTES = 16  # regions are multiples of the widest load of a thread
+UNIT_BYTES = 16  # heads and their places are multiples of the widest load of a thread
 # Blocks that a program loads at once: 8 KiB, enough to fill the memory's pipeline with four
 # programs on each multiprocessor.
 TILE_BLOCKS = 8
@@ -62,68 +62,63 @@ def constants(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(words).view(np.int64)).to(device)
 
 
-def supports(memory: torch.Tensor) -> bool:
-    """Return whether the kernel can hash the regions of ``memory``: [num_blocks, num_kv_heads,
-    head_bytes] uint8, contiguous.
+def supports(region: torch.Tensor) -> bool:
+    """Return whether the kernel can hash the heads of ``region``: [num_blocks, num_heads,
+    head_bytes] uint8.
     """
-    region_bytes = memory.shape[2]
-    return (
-        region_bytes >= SMALLEST_BYTES
-        and region_bytes % LOAD_BYTES == 0
-        and memory.data_ptr() % LOAD_BYTES == 0
-    )
+    sizes = region.data_ptr(), region.stride(0), region.shape[2]
+    return region.shape[2] >= SMALLEST_BYTES and not any(size % UNIT_BYTES for size in sizes)
 
 
-def hash_regions(
-    memory: torch.Tensor,
-    block_ids: torch.Tensor,
+def hash_pages(
+    anchor: torch.Tensor,
+    units: torch.Tensor,
+    head_bytes: int,
     first_head: int,
     results: torch.Tensor,
     words: torch.Tensor,
 ) -> None:
     """Launch the kernel on the current stream; wait for nothing.
 
-    ``memory``: [num_blocks, num_kv_heads, head_bytes / 8] int64; ``block_ids``: [num_chosen] int64;
-    ``results``: [num_chosen, num_heads] int64, the bits of each checksum of the heads from
-    ``first_head`` on. The latter two may be page-locked host memory. ``words``: from ``constants``.
+    ``units``: [num_pages] int64, where each page begins, in units of 16 bytes from ``anchor``, a
+    tensor on the device; ``results``: [num_pages, num_heads] int64, the bits of each checksum of
+    the heads from ``first_head`` on. Both may be page-locked host memory. ``words``: from
+    ``constants``.
     """
-    num_chosen, num_heads = results.shape
-    assert len(block_ids) == num_chosen
+    num_pages, num_heads = results.shape
+    assert len(units) == num_pages
     if results.numel() == 0:
         return
-    region_bytes = memory.shape[2] * 8
-    hash_region[(num_chosen * num_heads,)](
-        memory,
-        block_ids,
+    hash_page_head[(num_pages * num_heads,)](
+        anchor[0, 0, :8].view(torch.int64),
+        units,
         results,
         words,
         first_head,
         num_heads,
-        HEADS_PER_BLOCK=memory.shape[1],
-        REGION_BYTES=region_bytes,
-        LENGTH_START=region_bytes * _PRIME64[0] % 2**64,
+        REGION_BYTES=head_bytes,
+        LENGTH_START=head_bytes * _PRIME64[0] % 2**64,
         TILE_BLOCKS=TILE_BLOCKS,
         num_warps=1,
     )
 
 
-# Compiled once for a KV cache, at start: whatever changes from launch to launch must not bring
+# Compiled once for a size of heads, at start: whatever changes from launch to launch must not bring
 # another compilation.
-@triton.jit(do_not_specialize=["block_ids", "results", "first_head", "num_heads"])
-def hash_region(
+@triton.jit(do_not_specialize=["units", "results", "first_head", "num_heads"])
+def hash_page_head(
     memory,
-    block_ids,
+    units,
     results,
     words,
     first_head,
     num_heads,
-    HEADS_PER_BLOCK: tl.constexpr,
     REGION_BYTES: tl.constexpr,
     LENGTH_START: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """Hash, as program p, the region of block ``block_ids[p // num_heads]`` and head ``first_head +
-    p % num_heads``.
+    """Hash, as program p, head ``first_head + p % num_heads`` of the page at ``units[p //
+    num_heads]``.
     """
     # A stripe or block that ends where the region ends is hashed with the rest, not before.
     num_stripes: tl.constexpr = (REGION_BYTES - 1) // 64
@@ -133,10 +128,9 @@ def hash_region(
     stripes_left: tl.constexpr = num_stripes - num_tiles * TILE_BLOCKS * 16
 
     program = tl.program_id(0)
-    block_id = tl.load(block_ids + program // num_heads).to(tl.int64)
-    region = memory + (block_id * HEADS_PER_BLOCK + first_head + program % num_heads) * (
-        REGION_BYTES // 8
-    )
+    # Multiplying by the unit here shows the compiler how every page is aligned.
+    page = memory + tl.load(units + program // num_heads).to(tl.int64) * 2
+    region = page + (first_head + program % num_heads) * (REGION_BYTES // 8)
     lanes = tl.arange(0, 4) * 2
     secrets = words + tl.arange(0, 16)[:, None] + lanes[None, :]
     even_secret, odd_secret = _load_word(secrets), _load_word(secrets + 1)

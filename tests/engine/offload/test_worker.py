@@ -20,6 +20,7 @@ from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.transfer.integrity.checksum import KVHasher
+from pdlaunch.transfer.regions import native_regions
 from tests.engine.offload.test_copies import gpu
 
 NUM_BLOCKS = 16
@@ -53,7 +54,9 @@ class Rank:
             kv_cache=self.kv_cache,
             layout=self.layout,
             host_memory_bytes=num_host_blocks * -(-self.layout.block_bytes // 4096) * 4096,
-            device_hasher=None if where == "host" else KVHasher(self.kv_cache, self.layout),
+            device_hasher=None
+            if where == "host"
+            else KVHasher(native_regions(self.kv_cache, self.layout)),
             progress=lambda *_: None,
             wake=self.wakes.release,
         )

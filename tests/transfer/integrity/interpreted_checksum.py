@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
-from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions, supports
+from pdlaunch.transfer.integrity.checksum_kernel import UNIT_BYTES, constants, hash_pages, supports
 
 CPU = torch.device("cpu")
 # Ends on and beside those of stripes, blocks and tiles; the shortest.
@@ -30,9 +30,8 @@ def compare(region_bytes: int, random: np.random.Generator) -> None:
     first_head = int(random.integers(num_heads))
     heads = range(first_head, int(random.integers(first_head + 1, num_heads + 1)))
     results = torch.zeros((len(block_ids), len(heads)), dtype=torch.int64)
-    hash_regions(
-        memory.view(torch.int64), torch.from_numpy(block_ids), first_head, results, constants(CPU)
-    )
+    units = torch.from_numpy(block_ids) * (num_heads * region_bytes // UNIT_BYTES)
+    hash_pages(memory, units, region_bytes, first_head, results, constants(CPU))
     expected = [
         [xxhash.xxh3_64_intdigest(memory[block, head].numpy()) for head in heads]
         for block in block_ids
@@ -56,9 +55,8 @@ def compare_far_away() -> None:
     region = memory[-1, 1]
     region.random_(0, 256)
     results = torch.zeros((1, 1), dtype=torch.int64)
-    hash_regions(
-        memory.view(torch.int64), torch.tensor([num_blocks - 1]), 1, results, constants(CPU)
-    )
+    units = torch.tensor([(num_blocks - 1) * 2 * 8192 // UNIT_BYTES])
+    hash_pages(memory, units, 8192, 1, results, constants(CPU))
     assert int(results) % 2**64 == xxhash.xxh3_64_intdigest(region.numpy())
 
 
@@ -70,10 +68,10 @@ def check_refusals() -> None:
 
 
 def hash_nothing() -> None:
-    memory = torch.zeros((1, 2, 32), dtype=torch.int64)
-    hash_regions(
-        memory,
+    hash_pages(
+        torch.zeros((1, 2, 256), dtype=torch.uint8),
         torch.zeros(0, dtype=torch.int64),
+        256,
         0,
         torch.zeros((0, 2), dtype=torch.int64),
         constants(CPU),

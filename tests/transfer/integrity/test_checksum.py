@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.transfer.integrity.checksum import KVHasher
+from pdlaunch.transfer.regions import native_regions
 from tests.interpreter import needs_triton, run_interpreted
 from tests.transfer.fakes import layout_of, random_cache
 
 LAYOUT = layout_of(num_kv_heads=3)
+
+
+def hasher_of(kv_cache: torch.Tensor, layout: KVCacheLayout) -> KVHasher:
+    return KVHasher(native_regions(kv_cache, layout))
 
 
 def test_one_checksum_a_block_and_head_over_its_bytes_however_heads_are_split_into_ranks():
@@ -24,22 +29,22 @@ def test_one_checksum_a_block_and_head_over_its_bytes_however_heads_are_split_in
         [xxhash.xxh3_64_intdigest(kv_cache[block, head].numpy().tobytes()) for head in (1, 2)]
         for block in (2, 0)
     ]
-    assert KVHasher(kv_cache, LAYOUT).checksums([2, 0], slice(1, 3)) == expected
+    assert hasher_of(kv_cache, LAYOUT).checksums([[2, 0]], slice(1, 3)) == expected
     for index, head in enumerate((1, 2)):
-        part = KVHasher(kv_cache[:, head : head + 1].contiguous(), layout_of(num_kv_heads=1))
-        assert part.checksums([2, 0], slice(None)) == [[row[index]] for row in expected]
-    assert KVHasher(kv_cache, LAYOUT).checksums([], slice(None)) == []
+        part = hasher_of(kv_cache[:, head : head + 1].contiguous(), layout_of(num_kv_heads=1))
+        assert part.checksums([[2, 0]], slice(None)) == [[row[index]] for row in expected]
+    assert hasher_of(kv_cache, LAYOUT).checksums([[]], slice(None)) == []
 
 
 @given(st.integers(0, 3), st.integers(0, 2), st.data())
 @settings(max_examples=50, deadline=None)
 def test_any_changed_byte_changes_exactly_one_checksum(block, head, data):
     kv_cache = random_cache(LAYOUT, 4, seed=0)
-    hasher = KVHasher(kv_cache, LAYOUT)
-    before = hasher.checksums(range(4), slice(None))
+    hasher = hasher_of(kv_cache, LAYOUT)
+    before = hasher.checksums([range(4)], slice(None))
     share = kv_cache[block, head].view(torch.uint8).view(-1)
     share[data.draw(st.integers(0, len(share) - 1))] ^= data.draw(st.integers(1, 255))
-    after = hasher.checksums(range(4), slice(None))
+    after = hasher.checksums([range(4)], slice(None))
     differing = [(b, h) for b in range(4) for h in range(3) if before[b][h] != after[b][h]]
     assert differing == [(block, head)]
 
@@ -68,7 +73,7 @@ def test_a_gpu_and_a_cpu_agree_and_results_that_nobody_wants_do_no_harm(layout) 
     """Their memory is not used again before the kernel has ended."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[layout.dtype_bytes]
     kv_cache = torch.randn((40, *layout.block_shape()), device="cuda").to(dtype)
-    on_cpu, hasher = KVHasher(kv_cache.cpu(), layout), KVHasher(kv_cache, layout)
+    on_cpu, hasher = hasher_of(kv_cache.cpu(), layout), hasher_of(kv_cache, layout)
     torch.cuda.synchronize()
     chosen = [
         ([39, 0, 7], slice(None)),
@@ -78,8 +83,8 @@ def test_a_gpu_and_a_cpu_agree_and_results_that_nobody_wants_do_no_harm(layout) 
     ] * 10
     started = []
     for block_ids, heads in chosen:
-        hasher.start(range(39, -1, -1), slice(None))
-        started.append(hasher.start(block_ids, heads))
+        hasher.start([range(39, -1, -1)], slice(None))
+        started.append(hasher.start([block_ids], heads))
     for (block_ids, heads), checksums in zip(chosen, started, strict=True):
-        assert checksums.result().tolist() == on_cpu.checksums(block_ids, heads)
+        assert checksums.result().tolist() == on_cpu.checksums([block_ids], heads)
         assert checksums.ready()

@@ -18,6 +18,7 @@ from pdlaunch.transfer.connectors.connector import (
     LocalMemory,
     Read,
     ReadState,
+    pieces_to_read,
 )
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -39,7 +40,7 @@ class ExampleConnector(Connector):
         self.max_read_bytes = max_read_bytes
 
     def open(self, memory: LocalMemory) -> None:
-        if memory.kv_cache.device.type != "cpu":
+        if memory.scratch.device.type != "cpu":
             raise TransferError("the example reads host memory only")
         _LIBC.prctl(_PR_SET_PTRACER, _ANY)  # peers are no parents of this process
         self.memory = memory
@@ -59,20 +60,12 @@ class _Connection(Connection):
         self.connector, self.peer, self.pid = connector, peer, pid
 
     def read(self, blocks: BlockRead) -> Read:
-        memory, geometry = self.connector.memory, self.peer.geometry
-        head_bytes = memory.layout.head_bytes
-        num_bytes = len(blocks.local_heads) * head_bytes
-        if num_bytes * len(blocks.local_blocks) > self.connector.max_read_bytes:
+        to, of = pieces_to_read(self.connector.memory, self.peer, blocks)
+        if to.sizes.sum() > self.connector.max_read_bytes:
             raise TransferError("longer than kv_transfer.example.max_read_bytes")
-        ours = memory.kv_cache.data_ptr() + blocks.local_heads.start * head_bytes
-        theirs = geometry.base_address + blocks.remote_heads.start * head_bytes
         began_at = time.perf_counter()
-        for local, remote in zip(blocks.local_blocks, blocks.remote_blocks, strict=True):
-            self._copy(
-                ours + local * memory.layout.block_bytes,
-                theirs + remote * geometry.block_bytes,
-                num_bytes,
-            )
+        for piece in zip(to.addresses, of.addresses, to.sizes, strict=True):
+            self._copy(*map(int, piece))
         return _DoneRead(time.perf_counter() - began_at)
 
     def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:

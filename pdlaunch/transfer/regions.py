@@ -1,0 +1,157 @@
+"""Says where the KV blocks of a rank lie, whatever its engine makes of their bytes.
+
+::
+
+    region     | block 0                | block 1                | ...     of one layer, or of many
+               | head 0 | head 1 | ..   | head 0 | head 1 | ..   |
+    group      some regions: its block ids are rows of each of them
+    READ       (region, block) pieces of a peer ──▶ the same pieces here
+
+A native rank has one region: all layers of a head lie side by side. vLLM has one or two for each
+layer, keys and values together or apart. All groups draw their block ids from one pool. Where pages
+cannot be cut into heads (tokens first, latent attention) a page counts as one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.protocol.side_channel import RegionPlace
+
+Addresses = npt.NDArray[np.uint64]
+BlockIds = Sequence[Sequence[int]]  # of each KV cache group
+
+
+@dataclass(frozen=True)
+class KVRegions:
+    """Holds one rank's KV cache."""
+
+    # Each [num_blocks, num_heads, head_bytes] uint8. Heads of a block are neighbours; blocks may
+    # lie further apart.
+    regions: tuple[torch.Tensor, ...]
+    # For each KV cache group the indices of the regions that its blocks are rows of.
+    groups: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        for region in self.regions:
+            assert region.dtype == torch.uint8
+            assert region.stride()[1:] == (region.shape[2], 1)
+            assert region.shape[:2] == self.regions[0].shape[:2]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.regions[0].shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.regions[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.regions[0].device
+
+    @cached_property
+    def places(self) -> list[RegionPlace]:
+        """Return where the regions lie in this process."""
+        return [
+            RegionPlace(each.data_ptr(), each.stride(0), each.shape[2]) for each in self.regions
+        ]
+
+    @property
+    def page_bytes(self) -> int:
+        """Return the size of the smallest piece that a READ of whole blocks has."""
+        return min(place.head_bytes for place in self.places) * self.num_heads
+
+    @cached_property
+    def allocations(self) -> list[torch.Tensor]:
+        """Return the memory that the regions lie in, each allocation once: [num_bytes] uint8."""
+        storages = {each.untyped_storage().data_ptr(): each for each in self.regions}
+        return [
+            torch.empty(0, dtype=torch.uint8, device=each.device).set_(each.untyped_storage())
+            for each in storages.values()
+        ]
+
+    def num_bytes(self, blocks: BlockIds, num_heads: int) -> int:
+        """Return how many bytes ``num_heads`` heads of these blocks have."""
+        sizes = [place.head_bytes for place in self.places]
+        return num_heads * sum(
+            len(block_ids) * sum(sizes[index] for index in group)
+            for group, block_ids in zip(self.groups, blocks, strict=True)
+        )
+
+    def views(self, blocks: BlockIds, heads: range) -> Iterator[torch.Tensor]:
+        """Yield the heads of each block in each region of its group: [num_heads, head_bytes]."""
+        for group, block_ids in zip(self.groups, blocks, strict=True):
+            for index in group:
+                for block_id in block_ids:
+                    yield self.regions[index][block_id, heads.start : heads.stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Names pieces of memory; in one READ those of both sides have the same sizes."""
+
+    addresses: Addresses
+    sizes: Addresses
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+
+def pieces_of(
+    places: Sequence[RegionPlace],
+    groups: Sequence[Sequence[int]],
+    blocks: BlockIds,
+    heads: range,
+) -> Pieces:
+    """Return the pieces of ``heads`` of these blocks, group by group and region by region."""
+    addresses, sizes = [], []
+    for group, block_ids in zip(groups, blocks, strict=True):
+        ids = np.array(block_ids, dtype=np.uint64)
+        for place in (places[index] for index in group):
+            first = place.address + heads.start * place.head_bytes
+            addresses.append(ids * np.uint64(place.stride_bytes) + np.uint64(first))
+            sizes.append(np.full(len(ids), len(heads) * place.head_bytes, dtype=np.uint64))
+    return Pieces(np.concatenate(addresses), np.concatenate(sizes))
+
+
+def even_pieces(start: int, num_bytes: int, piece_bytes: int) -> Pieces:
+    """Cut memory into equal pieces, from the last to the first: nobody merges these."""
+    offsets = np.arange(0, num_bytes, piece_bytes, dtype=np.uint64)[::-1]
+    return Pieces(
+        np.ascontiguousarray(offsets) + np.uint64(start),
+        np.full(len(offsets), piece_bytes, np.uint64),
+    )
+
+
+def merge(destinations: Pieces, sources: Pieces) -> tuple[Addresses, Addresses, Addresses]:
+    """Return destinations, sources and sizes of the fewest copies: pieces that are neighbours on
+    both sides are one. There is at least one piece.
+    """
+    sizes = destinations.sizes
+    # A copy ends where the next piece does not follow on both sides.
+    breaks = np.diff(destinations.addresses) != sizes[:-1]
+    breaks |= np.diff(sources.addresses) != sizes[:-1]
+    starts = np.flatnonzero(np.concatenate(([True], breaks)))
+    return (
+        destinations.addresses[starts],
+        sources.addresses[starts],
+        np.add.reduceat(sizes, starts),
+    )
+
+
+def native_regions(kv_cache: torch.Tensor, layout: KVCacheLayout) -> KVRegions:
+    """Return the one region of a native rank. ``kv_cache``: [num_blocks, num_kv_heads, num_layers,
+    2, block_size, head_dim], contiguous; heads stand before layers, so that a range of heads of a
+    block is one piece of memory, which ranks of another TP size read as it lies.
+    """
+    shape = kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
+    region = kv_cache.view(torch.uint8).view(shape)
+    return KVRegions((region,), tuple((0,) for _ in layout.groups))
