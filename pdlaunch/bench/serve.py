@@ -1,4 +1,4 @@
-"""Drives a running deployment through its public API and measures what a client sees.
+"""Drives a running deployment through its public API, measures what a client sees, and sums it up.
 
 Prompts are random token ids, different in every run, so that no prefix cache helps; ``ignore_eos``
 fixes the output length.
@@ -7,18 +7,18 @@ fixes the output length.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
+import statistics
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
 import aiohttp
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.bench.loads import FIRST_TOKEN_ID, BenchLoad, BenchOptions, PlannedRequest, plan_loads
-from pdlaunch.bench.rows import BenchRun, PullCounts, summarise
 from pdlaunch.bench.timed_completion import (
+    Goals,
     TimedCompletion,
     complete,
     describe_failure,
@@ -28,53 +28,55 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import check_url
 
 REQUEST_TIMEOUT_S = 600.0
-_POLL_S = 0.2
-_PATIENCE_S = 3.0  # engines report their counters about once a second
-_PULL_COUNTERS = {
-    "pdlaunch_kv_transfers_total": "num_pulls",
-    "pdlaunch_kv_transfer_seconds_total": "seconds",
-    "pdlaunch_kv_transfer_bytes_total": "num_bytes",
-}
+_MAX_ERRORS = 3
 
 ShowProgress = Callable[[str], None]
 
 
-class BenchTarget(msgspec.Struct, frozen=True):
-    """A deployment that has answered the question for its model."""
+class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one load; None where nothing was measured. Times are those of clients."""
 
-    session: aiohttp.ClientSession
+    input_tokens: int  # of a trace: the mean
+    concurrency: int | None
+    request_rate: float | None = None
+    burstiness: float | None = None
+    num_requests: int
+    num_errors: int
+    num_left_out: int = 0
+    seconds: float
+    requests_per_s: float  # answered without an error
+    total_prompt_tokens: int
+    total_output_tokens: int  # both of the requests without an error
+    goodput_per_s: float | None = None  # requests a second that met the goals
+    good_share: float | None = None
+    cached_share: float | None = None  # prompt tokens that were not computed
+    ttft_ms_median: float | None
+    ttft_ms_p99: float | None
+    first_gap_ms_median: float | None
+    """Between the first token and the second, while KV blocks move from prefill to decode."""
+    first_gap_ms_p99: float | None
+    itl_ms_median: float | None  # between tokens, from the second token on
+    itl_ms_p99: float | None
+    e2e_ms_median: float | None
+    tpot_ms_median: float | None  # (last token - first token) / (tokens - 1)
+    output_tokens_per_s: float
+    errors: list[str] = []
+    """The most frequent error messages of the deployment, with their counts."""
+
+    @property
+    def load(self) -> str:
+        """Return in words how the requests were sent."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} at once"
+        return "as in the trace" if self.request_rate is None else f"{self.request_rate:g} a second"
+
+
+class BenchRun(msgspec.Struct, frozen=True, kw_only=True):
+    """One row, and the requests that it sums up."""
+
+    row: BenchRow
+    done: list[TimedCompletion]
     model: str
-    max_model_len: int | None  # None: the deployment does not say
-
-    async def complete(self, prompt: list[int], output_tokens: int) -> TimedCompletion:
-        return await complete(self.session, self.model, prompt, output_tokens)
-
-
-@contextlib.asynccontextmanager
-async def _open_target(options: BenchOptions) -> AsyncIterator[BenchTarget]:
-    """Ask the deployment for its model. Raises PdlaunchError when it cannot be used."""
-    url = options.url
-    check_url(url)
-    async with aiohttp.ClientSession(
-        url,
-        headers={"Authorization": f"Bearer {options.api_key}"} if options.api_key else {},
-        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-        # The load decides how many connections there are, not the client.
-        connector=aiohttp.TCPConnector(limit=0),
-    ) as session:
-        try:
-            async with session.get("/v1/models") as response:
-                if response.status != 200:
-                    raise PdlaunchError(f"{response.url} answers {await read_refusal(response)}")
-                card = (await response.json(content_type=None))["data"][0]
-                model, max_model_len = str(card["id"]), card.get("max_model_len")
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise PdlaunchError(
-                f"{url} does not answer /v1/models: {describe_failure(error)}"
-            ) from error
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise PdlaunchError(f"{url} answers /v1/models, but with no list of models") from error
-        yield BenchTarget(session, model, max_model_len if type(max_model_len) is int else None)
 
 
 async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterator[BenchRun]:
@@ -82,15 +84,24 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
 
     Raises PdlaunchError when the deployment cannot be used, or refuses a warm-up request.
     """
-    async with _open_target(options) as target:
+    check_url(options.url)
+    async with aiohttp.ClientSession(
+        options.url,
+        headers={"Authorization": f"Bearer {options.api_key}"} if options.api_key else {},
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+        # The load decides how many connections there are, not the client.
+        connector=aiohttp.TCPConnector(limit=0),
+    ) as session:
+        model, max_model_len = await _model_of(session, options.url)
         # Another seed in every run, or prefix caches would have the prompts already.
         rng = random.Random(options.seed if options.seed is not None else time.time_ns())
-        loads = plan_loads(options, target.model, target.max_model_len, rng)
+        loads = plan_loads(options, model, max_model_len, rng)
         for num_tokens in dict.fromkeys(load.input_tokens for load in loads):
             show(f"warming up with a prompt of {num_tokens} tokens")
             prompt = rng.choices(range(FIRST_TOKEN_ID, options.max_token_id), k=num_tokens)
             # A request of a trace may have two output tokens only.
-            warm_up = await target.complete(prompt, 2 if options.trace else options.output_tokens)
+            output_tokens = 2 if options.trace else options.output_tokens
+            warm_up = await complete(session, model, prompt, output_tokens)
             if warm_up.error is not None:
                 raise PdlaunchError(
                     f"the deployment does not take a request of {num_tokens} prompt tokens: "
@@ -98,84 +109,134 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
                 )
         start_at, num_done, num_all = time.monotonic(), 0, sum(len(load.requests) for load in loads)
 
-        def count_one() -> None:
+        async def send(planned: PlannedRequest) -> TimedCompletion:
             nonlocal num_done
+            make_prompt, output_tokens = planned
+            completion = await complete(session, model, make_prompt(), output_tokens)
             num_done += 1
             left_s = (time.monotonic() - start_at) / num_done * (num_all - num_done)
             show(f"{num_done} of {num_all} requests, about {left_s:.0f} s left")
+            return completion
 
         for load in loads:
-            yield await _run(target, options, load, count_one)
+            done, seconds = await _run(load, send)
+            row = summarise(load, done, seconds, options.goals, options.burstiness)
+            yield BenchRun(row=row, done=done, model=model)
+
+
+async def _model_of(session: aiohttp.ClientSession, url: str) -> tuple[str, int | None]:
+    """Return the model that is served, and its ``max_model_len`` if the deployment says it."""
+    try:
+        async with session.get("/v1/models") as response:
+            if response.status != 200:
+                raise PdlaunchError(f"{response.url} answers {await read_refusal(response)}")
+            card = (await response.json(content_type=None))["data"][0]
+            model, max_model_len = str(card["id"]), card.get("max_model_len")
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise PdlaunchError(
+            f"{url} does not answer /v1/models: {describe_failure(error)}"
+        ) from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise PdlaunchError(f"{url} answers /v1/models, but with no list of models") from error
+    return model, max_model_len if type(max_model_len) is int else None
 
 
 async def _run(
-    target: BenchTarget, options: BenchOptions, load: BenchLoad, count_one: Callable[[], None]
-) -> BenchRun:
+    load: BenchLoad, send: Callable[[PlannedRequest], Awaitable[TimedCompletion]]
+) -> tuple[list[TimedCompletion], float]:
+    """Return the requests of a load, and how many seconds they took together."""
     done: list[TimedCompletion] = []
     waiting = iter(load.requests)
 
-    async def send(planned: PlannedRequest) -> None:
-        make_prompt, output_tokens = planned
-        done.append(await target.complete(make_prompt(), output_tokens))
-        count_one()
+    async def send_one(planned: PlannedRequest) -> None:
+        done.append(await send(planned))
 
     async def work() -> None:
+        # Each worker sends its next request when its last one has ended.
         for planned in waiting:
-            await send(planned)
+            await send_one(planned)
 
-    before = await _pull_counts(target)
     start_at = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         if load.concurrency is not None:
-            # Each worker sends its next request when its last one has ended.
             for _ in range(load.concurrency):
                 group.create_task(work())
         else:
             for at_s, planned in zip(load.times_s, load.requests, strict=True):
                 await asyncio.sleep(max(0.0, start_at + at_s - time.perf_counter()))
-                group.create_task(send(planned))
-    seconds = time.perf_counter() - start_at
-    # A request with one output token needs no pull.
-    num_pulls = sum(each.error is None and each.num_tokens > 1 for each in done)
-    pulled = None if before is None else await _pulled_since(target, before, num_pulls)
-    row = summarise(
-        load, done, seconds, pulled=pulled, goals=options.goals, burstiness=options.burstiness
+                group.create_task(send_one(planned))
+    return done, time.perf_counter() - start_at
+
+
+def summarise(
+    load: BenchLoad,
+    done: Collection[TimedCompletion],
+    seconds: float,
+    goals: Goals | None = None,
+    burstiness: float = 1.0,
+) -> BenchRow:
+    """Return the figures of a load that took ``seconds``."""
+    good = [each for each in done if each.error is None]
+    # Requests with a single token have no gap to measure.
+    several = [each for each in good if len(each.tokens_at) > 1]
+    cached = [each for each in good if each.num_cached_tokens is not None]
+    num_within = sum(map(goals.met_by, done)) if goals else None
+    # Count equal errors together, so that a thousand of them make one line.
+    errors = Counter(each.error for each in done if each.error is not None)
+    ttfts_s = [each.ttft_s for each in good]
+    first_gaps_s = [each.all_gaps_s[0] for each in several]
+    itls_s = [gap_s for each in good for gap_s in each.inter_token_s]
+    tpots_s = [sum(each.all_gaps_s) / (each.num_tokens - 1) for each in several]
+    return BenchRow(
+        input_tokens=load.input_tokens,
+        concurrency=load.concurrency,
+        request_rate=load.request_rate,
+        burstiness=None if load.request_rate is None else burstiness,
+        num_requests=len(done),
+        num_errors=len(done) - len(good),
+        num_left_out=load.num_left_out,
+        seconds=round(seconds, 3),
+        requests_per_s=round(len(good) / seconds, 3),
+        total_prompt_tokens=sum(each.num_prompt_tokens for each in good),
+        total_output_tokens=sum(each.num_tokens for each in good),
+        goodput_per_s=_ratio(num_within, seconds, 3),
+        good_share=_ratio(num_within, max(len(done), 1), 4),
+        cached_share=_ratio(
+            sum(each.num_cached_tokens or 0 for each in cached),
+            sum(each.num_prompt_tokens for each in cached),
+            3,
+        ),
+        ttft_ms_median=quantile_ms(ttfts_s, 0.5),
+        ttft_ms_p99=quantile_ms(ttfts_s, 0.99),
+        first_gap_ms_median=quantile_ms(first_gaps_s, 0.5),
+        first_gap_ms_p99=quantile_ms(first_gaps_s, 0.99),
+        itl_ms_median=quantile_ms(itls_s, 0.5),
+        itl_ms_p99=quantile_ms(itls_s, 0.99),
+        e2e_ms_median=quantile_ms([each.e2e_s for each in good], 0.5),
+        tpot_ms_median=quantile_ms(tpots_s, 0.5),
+        output_tokens_per_s=round(sum(each.num_tokens for each in good) / seconds, 1),
+        errors=[f"{count} x {reason}" for reason, count in errors.most_common(_MAX_ERRORS)],
     )
-    return BenchRun(row=row, done=done, model=target.model)
 
 
-async def _pull_counts(target: BenchTarget) -> PullCounts | None:
-    """Return the totals of the decode engines; None if ``/metrics`` lacks them."""
-    try:
-        async with target.session.get("/metrics") as response:
-            page = await response.text() if response.status == 200 else ""
-        totals: dict[str, float] = {}
-        for family in text_string_to_metric_families(page):
-            for sample in family.samples:
-                if name := _PULL_COUNTERS.get(sample.name):
-                    totals[name] = totals.get(name, 0.0) + sample.value
-    except (aiohttp.ClientError, TimeoutError, ValueError):
+def quantile_ms(seconds: Sequence[float], quantile: float) -> float | None:
+    """Return a quantile in milliseconds; None without any value."""
+    if not seconds:
         return None
-    return PullCounts(**totals) if len(totals) == len(_PULL_COUNTERS) else None
+    if quantile == 0.5:
+        return round(statistics.median(seconds) * 1000, 2)
+    ordered = sorted(seconds)
+    return round(ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] * 1000, 2)
 
 
-async def _pulled_since(
-    target: BenchTarget, before: PullCounts, num_pulls: int
-) -> PullCounts | None:
-    """Return the pulls since ``before``: when there are ``num_pulls``, or after a few seconds.
+def _ratio(value: float | None, of: float, digits: int) -> float | None:
+    return round(value / of, digits) if value is not None and of else None
 
-    None if an engine has restarted, since its counters began again at 0.
-    """
-    deadline_at = time.monotonic() + _PATIENCE_S
-    while True:
-        now = await _pull_counts(target)
-        if now is None or now.num_pulls < before.num_pulls:
-            return None
-        added = PullCounts(
-            now.num_pulls - before.num_pulls,
-            now.seconds - before.seconds,
-            now.num_bytes - before.num_bytes,
-        )
-        if added.num_pulls >= num_pulls or time.monotonic() > deadline_at:
-            return added
-        await asyncio.sleep(_POLL_S)
+
+def without_words(errors: Collection[str]) -> list[str]:
+    """Reduce errors to ``12 x HTTP 429``: messages may quote prompts, and people share reports."""
+    pairs = [error.partition(" x ")[::2] for error in errors]
+    return [
+        f"{count} x {reason.partition(':')[0] if reason.startswith('HTTP ') else 'no whole answer'}"
+        for count, reason in pairs
+    ]

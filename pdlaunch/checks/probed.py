@@ -21,12 +21,11 @@ class PairTransport:
     path: str  # the path in use: ``nixl/UCX``, ``p2p/memfd`` and such
     allocator: Allocator  # allocator of the prefill rank's KV cache
     gigabytes_per_s: float | None = None
-    """None: too few bytes moved to tell, or nothing could be moved."""
+    """None: too few bytes moved to tell."""
     expected_gigabytes_per_s: float | None = None
     hosts: tuple[str, str] | None = None
     """Names of the two hosts, prefill's first; None: both ranks are on one."""
     link: str = ""
-    error: str | None = None  # the reason why nothing could be moved
     other_paths: Mapping[str, str] = field(default_factory=dict)
     """Speed of the paths that are not in use, or why they cannot be."""
 

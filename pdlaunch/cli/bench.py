@@ -19,12 +19,11 @@ from rich.console import Console
 
 from pdlaunch.api import launched
 from pdlaunch.bench.loads import FIRST_TOKEN_ID, BenchOptions, read_trace_file
-from pdlaunch.bench.rows import BenchRun, without_words
-from pdlaunch.bench.serve import ShowProgress, bench_serve
+from pdlaunch.bench.serve import BenchRun, ShowProgress, bench_serve, without_words
 from pdlaunch.bench.timed_completion import Goals, read_goals
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, refuse_address, with_serve_flags
-from pdlaunch.cli.html_report import bench_page, write_report
+from pdlaunch.cli.html_report import write_report
 from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.status import duration
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
@@ -48,8 +47,6 @@ _SERVE_HEADINGS = {
     "itl_ms_p99": "ITL\np99",
     "tpot_ms_median": "TPOT\nmedian",
     "cached_share": "cached",
-    "pull_ms_mean": "pull\nmean",
-    "kv_megabytes_mean": "KV\nMB",
     "seconds": "took\ns",
     "requests_per_s": "reqs\n/s",
     "output_tokens_per_s": "tokens\n/s",
@@ -213,7 +210,7 @@ def serve(
             progress("stopping the deployment")
     if runs:
         if report is not None:
-            failures.append(write_report(report, bench_page(runs, goals)))
+            failures.append(write_report(report, runs, goals))
         _show(runs, output)
         print_errors([error for run in runs for error in run.row.errors])
         failures.append(int(any(run.row.num_errors for run in runs)))

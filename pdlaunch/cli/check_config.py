@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import typer
-
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
-from pdlaunch.cli.preflight import load_launch, probe_transport
+from pdlaunch.cli.preflight import load_launch
 from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
@@ -27,12 +25,6 @@ def check_config(
     config: Path | None = None,
     output: OutputOption = "table",
     strict: StrictOption = False,
-    probe: bool = typer.Option(
-        False,
-        "--probe",
-        help="Also start the planned processes and move bytes between them (with random weights; "
-        "takes a launch).",
-    ),
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],
@@ -44,11 +36,6 @@ def check_config(
     """
     try:
         loaded = load_launch(config, flags)
-        if assume is not None and probe:
-            raise ConfigError(
-                f"--probe starts processes on this machine, which is not {assume}",
-                fix="leave out --probe or --assume",
-            )
         judged = judged_machine(assume, loaded.config)
         hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
     except ConfigError as error:
@@ -61,8 +48,4 @@ def check_config(
     if is_this:
         probes = replace(probe_files(resolved), ports=probe_ports(resolved))
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
-    if probe and report.is_ok():
-        # Only a set-up without errors can start.
-        probes = replace(probes, transport=probe_transport(resolved))
-        report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     print_report(report, output, strict=strict, assumed=judged.assumed, path=config)

@@ -1,4 +1,4 @@
-"""Shows the report of a check: a table for people; for programs JSON, SARIF and JUnit."""
+"""Shows the report of a check: a table for people; for programs JSON and SARIF."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import quote
-from xml.etree import ElementTree
 
 import typer
 from rich.console import Console
@@ -19,14 +18,14 @@ from rich.text import Text
 
 from pdlaunch import __version__
 from pdlaunch.checks.rule import SEVERITIES, Finding
-from pdlaunch.checks.run import Report, family
+from pdlaunch.checks.run import Report
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.output import safe, say
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.machine_file import AssumedMachine
 
-CheckFormat = Literal["table", "json", "sarif", "junit"]
+CheckFormat = Literal["table", "json", "sarif"]
 OutputOption = Annotated[CheckFormat, typer.Option("--format", help="How findings are printed.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")]
 STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
@@ -55,7 +54,7 @@ def print_report(
     else:
         about = assumed and {"name": assumed.name, "about": assumed.about}
         report = replace(report, resolved={**report.resolved, "assumed": about})
-        typer.echo(_written(report, output, code, strict, path))
+        typer.echo(_written(report, output, code, path))
     raise typer.Exit(code)
 
 
@@ -66,7 +65,7 @@ def refuse_input(error: ConfigError, output: CheckFormat, path: Path | None) -> 
         found = error.problems
     if output != "table":
         findings = tuple(map(_finding_of, found))
-        typer.echo(_written(Report(findings, (), (), {}), output, EXIT_UNUSABLE, False, path))
+        typer.echo(_written(Report(findings, (), (), {}), output, EXIT_UNUSABLE, path))
     for problem in found:
         say(f"error: {problem}", "red")
     raise typer.Exit(EXIT_UNUSABLE)
@@ -78,14 +77,11 @@ def _finding_of(problem: Problem) -> Finding:
     return Finding(UNUSABLE, "error", where, message, problem.fix or "", problem.where or "")
 
 
-def _written(
-    report: Report, output: CheckFormat, exit_code: int, strict: bool, path: Path | None
-) -> str:
-    if output == "json":
-        return json.dumps(_json(report, ok=exit_code == 0), indent=2)
-    if output == "sarif":
-        return json.dumps(_sarif(report, exit_code, path), indent=2)
-    return _junit(report, strict=strict)
+def _written(report: Report, output: CheckFormat, exit_code: int, path: Path | None) -> str:
+    document = (
+        _json(report, ok=exit_code == 0) if output == "json" else _sarif(report, exit_code, path)
+    )
+    return json.dumps(document, indent=2)
 
 
 def _place(finding: Finding) -> str:
@@ -103,7 +99,7 @@ def say_finding(finding: Finding) -> None:
 
 def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None) -> None:
     """Print the findings by severity, the rules that were not checked, and a verdict; one line
-    where nothing is found and nothing but ``--probe`` would find more.
+    where nothing is found and only a start would find more.
     """
     console = Console()
     # A pipe gets its lines whole; terminals and COLUMNS have their width.
@@ -125,8 +121,9 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
             place = Text(safe(_place(finding)), style="bold")
             say(head + place + Text(f"  {safe(finding.message)}", style="not bold default"), 2)
             say(Text(f"fix: {safe(finding.fix)}", style="dim"), 8)
-    only_unprobed = _is_only_unprobed(report)
-    if report.not_checked and not only_unprobed:
+    missing = {need for item in report.not_checked for need in item.needs}
+    needs_start = missing == {"transport"}
+    if report.not_checked and not needs_start:
         say(Text("not checked", style="bold"))
         for gap in _gaps(report):
             say(Text(gap, style="dim"), 2)
@@ -135,18 +132,13 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
         say(Text(f"for {safe(assumed.name)}{about}", style="dim"))
     said = f"{'ok' if ok else 'not ok'}: {', '.join(counts) if report.findings else 'no findings'}"
     verdict = Text(said, style="bold green" if ok else "bold red")
-    if only_unprobed:
+    if needs_start:
         first, *others = report.not_checked
         rules = f"{first.rule} and {len(others)} more"
-        verdict += Text(f"; not checked without --probe: {rules}", style="not bold dim default")
+        verdict += Text(f"; not checked before a start: {rules}", style="not bold dim default")
     say(verdict)
     if report.findings:
         say(Text(f"pdlaunch explain {report.findings[0].rule} says why", style="dim"))
-
-
-def _is_only_unprobed(report: Report) -> bool:
-    """Return whether ``--probe`` would find every missing fact."""
-    return {need for item in report.not_checked for need in item.needs} == {"transport"}
 
 
 def _gaps(report: Report) -> list[str]:
@@ -243,54 +235,3 @@ def _location(finding: Finding, file: Path | None) -> dict[str, Any]:
     if has_place:
         physical["region"] = {"startLine": int(place[0]), "startColumn": int(place[1])}
     return found | {"physicalLocation": physical}
-
-
-def _junit(report: Report, *, strict: bool) -> str:
-    """Return a test for each rule: failed with errors (``strict``: and warnings), skipped where it
-    was not checked. Findings that fail nothing stand in the output of a test that passed.
-    """
-    suite = "pdlaunch check-config"
-    cases = {
-        rule.code: junit_case(f"{suite}.{family(rule)}", f"{rule.code} {rule.title}")
-        for rule in report.rules
-    } or {UNUSABLE: junit_case(f"{suite}.Input", "input The input can be used.")}
-    by_rule: defaultdict[str, list[Finding]] = defaultdict(list)
-    for finding in report.findings:
-        by_rule[finding.rule].append(finding)
-    for code, (first, *others) in by_rule.items():
-        text = "\n".join(
-            f"{each.severity} {code} {_place(each)}: {each.message}\nfix: {each.fix}"
-            for each in (first, *others)
-        )
-        outcome = ElementTree.SubElement(cases[code], "system-out")
-        if first.severity == "error" or (strict and first.severity == "warning"):
-            outcome.tag = "error" if code == UNUSABLE else "failure"
-            outcome.set("type", UNUSABLE if code == UNUSABLE else first.severity)
-            outcome.set("message", safe(f"{_place(first)}: {first.message}"))
-        outcome.text = safe(text)
-    for item in report.not_checked:
-        needs = f"not checked: needs {', '.join(item.needs)}: {safe(item.reason)}"
-        ElementTree.SubElement(cases[item.rule], "skipped", message=needs)
-    root = ElementTree.Element("testsuites")
-    root.append(junit_suite(suite, list(cases.values())))
-    ElementTree.indent(root)
-    text = ElementTree.tostring(root, encoding="unicode")
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'
-
-
-def junit_case(group: str, name: str, seconds: float = 0.0) -> ElementTree.Element:
-    """Return a test case, to which its outcome is added."""
-    return ElementTree.Element("testcase", classname=group, name=name, time=f"{seconds:g}")
-
-
-def junit_suite(name: str, cases: Sequence[ElementTree.Element]) -> ElementTree.Element:
-    """Return a test suite as JUnit XML, which CI services show as tests."""
-    counts = {
-        name: str(sum(case.find(tag) is not None for case in cases))
-        for name, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped"))
-    }
-    seconds = sum(float(case.get("time", "0")) for case in cases)
-    attributes = {"name": name, "tests": str(len(cases)), **counts, "time": f"{seconds:g}"}
-    suite = ElementTree.Element("testsuite", attributes)
-    suite.extend(cases)
-    return suite

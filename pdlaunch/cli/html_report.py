@@ -1,5 +1,5 @@
-"""Writes the HTML reports of ``bench serve --report`` and ``smoke --report``: one file each, with
-its own style, without scripts or other files (``report.html``).
+"""Writes the HTML report of ``bench serve --report``: one file with its own style, without scripts
+or other files (``report.html``).
 
 Neither prompts nor answers nor what errors say in detail are in a report, as it is passed on.
 """
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pdlaunch import __version__
-from pdlaunch.bench.rows import BenchRow, BenchRun, without_words
+from pdlaunch.bench.serve import BenchRow, BenchRun, without_words
 from pdlaunch.bench.timed_completion import Goals
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.status import duration
-from pdlaunch.launch.client.smoke import Check
 
 NUM_COLOURS = 8
 _MAX_POINTS = 200
@@ -49,13 +48,29 @@ _AXES = {"concurrency": "requests at a time", "request_rate": "requests sent a s
 Point = tuple[float, float]
 
 
+def write_report(path: Path, runs: Sequence[BenchRun], goals: Goals) -> int:
+    """Write the file of ``--report``; return the exit code, 1 when that failed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(bench_page(runs, goals), encoding="utf-8")
+    except OSError as error:
+        print_errors([f"--report {path} cannot be written: {error.strerror or error}"])
+        return 1
+    return 0
+
+
 def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
     """Return the page of a benchmark."""
+    # Imported here: other commands do not wait for it.
+    from jinja2 import Environment
+
     rows = [run.row for run in runs]
     best = max(rows, key=lambda row: row.output_tokens_per_s)
     columns = [name for name in _COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    return _render(
-        title="pdlaunch bench serve",
+    # Names of models and errors are escaped.
+    environment = Environment(autoescape=True)
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
+    return template.render(
         lead=f"{runs[0].model} · what the clients of a deployment see"
         + (f" · goals: {goals}" if goals else ""),
         cards={
@@ -67,68 +82,24 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
             f"output tokens/s, {best.load}": f"{best.output_tokens_per_s:,.1f}",
         },
         plots=list(_plots(runs, goals)),
-        table_title="All figures",
         headings=[_COLUMNS[name] for name in columns],
-        num_word_columns=2,
         rows=[[_cell(getattr(row, name)) for name in columns] for row in rows],
         notes=list(_notes(rows)),
-        facts_title="Where it was measured",
-        facts={"Model": runs[0].model},
+        facts={"Model": runs[0].model, **_surroundings()},
+        version=__version__,
+        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
     )
 
 
-def smoke_page(checks: Sequence[Check], deployment: Mapping[str, object]) -> str:
-    """Return the page of a smoke run: each check, its result, how long it took."""
-    num_failed = sum(check.failure is not None for check in checks)
-    failed, passed = f"{num_failed} of {len(checks)} checks failed", f"{len(checks)} checks passed"
-    marks = {True: "\u2713 ok", False: "\u2717 failed"}
-    return _render(
-        title="pdlaunch smoke",
-        lead=failed if num_failed else passed,
-        cards={
-            "checks": len(checks),
-            "failed": num_failed,
-            "in all": duration(sum(check.seconds for check in checks)),
-            "until it was ready": duration(checks[0].seconds) if checks else "-",
-        },
-        table_title="Checks",
-        headings=["", "check", "why it failed", "took, s"],
-        num_word_columns=3,
-        rows=[
-            [marks[each.failure is None], each.name, each.failure or "", f"{each.seconds:.3f}"]
-            for each in checks
-        ],
-        facts_title="What was checked",
-        facts=dict(deployment),
-    )
-
-
-def write_report(path: Path, page: str) -> int:
-    """Write the file of ``--report``; return the exit code, 1 when that failed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        print_errors([f"--report {path} cannot be written: {error.strerror or error}"])
-        return 1
-    return 0
-
-
-def _render(*, facts: dict[str, object], **values: object) -> str:
-    # Imported here: other commands do not wait for it.
-    from jinja2 import Environment
-
-    facts |= {"pdlaunch": __version__, "Python": platform.python_version()}
+def _surroundings() -> dict[str, str]:
+    """Return the versions and the machine with which the figures were measured."""
+    facts = {"pdlaunch": __version__, "Python": platform.python_version()}
     for name in _LIBRARIES:
         # One that is not installed has no version.
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
-    facts["Machine"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    date = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
-    # Names of models and errors are escaped.
-    environment = Environment(autoescape=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
-    return template.render(version=__version__, date=date, facts=facts, **values)
+    machine = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    return facts | {"Machine": machine}
 
 
 def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:

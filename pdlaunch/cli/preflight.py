@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,17 +17,13 @@ from pdlaunch.cli.findings import say_finding
 from pdlaunch.cli.joining import with_placed_hosts
 from pdlaunch.cli.output import say
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import LoadedConfig, Origin, load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
-from pdlaunch.launch.folders import new_launch_id
-from pdlaunch.launch.launch import check_platform, launch
 from pdlaunch.launch.pairs import gpu_links
-from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.machine.link_speed import HOST_SHARE, LINK_SHARES, measure_copy_gigabytes_per_s
-from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import Allocator
 from pdlaunch.protocol.control import PairReady
 
@@ -122,62 +116,6 @@ def _two_hosts(host_of: Mapping[str, str], pair: PairReady) -> tuple[str, str] |
     """Return the hosts of prefill and decode where they are two."""
     prefill, decode = host_of.get(pair.peer, ""), host_of.get(pair.local, "")
     return None if prefill == decode else (prefill, decode)
-
-
-def probe_transport(resolved: ResolvedLaunch) -> tuple[PairTransport, ...]:
-    """Start the planned processes with random weights, let every pair move bytes, stop them.
-
-    What keeps them from getting ready is the error of a pair. Raises ConfigError.
-    """
-    check_platform()
-    rehearsal = resolve_on(_rehearsal(resolved.config), resolved.hosts, resolved.environ)
-    rehearsal.require_startable()
-    with (
-        tempfile.TemporaryDirectory(prefix="pdlaunch-probe-") as log_dir,
-        listening(rehearsal.config.host, rehearsal.config.port) as listeners,
-    ):
-        observer = _StopWhenReady()
-        outcome = launch(
-            rehearsal, observer, listeners, launch_id=new_launch_id(), log_dir=Path(log_dir)
-        )
-    if observer.status is not None:
-        return measured_pairs(resolved, observer.status)
-    reason = "; ".join(line.strip() for line in outcome.report) or "the processes did not get ready"
-    connector = resolved.config.kv_transfer.connector
-    broken = PairTransport("decode", "prefill", connector, _allocator(resolved), error=reason)
-    return (broken,)
-
-
-class _StopWhenReady:
-    """Keeps the status of a launch that is ready, and ends it as Ctrl-C would."""
-
-    def __init__(self) -> None:
-        self.status: LaunchStatus | None = None
-
-    def changed(self, status: LaunchStatus) -> None:
-        """Do nothing: nobody watches."""
-
-    def ready(self, status: LaunchStatus) -> None:
-        self.status = status
-        signal.raise_signal(signal.SIGINT)
-
-    def note(self, text: str) -> None:
-        """Do nothing: nobody watches."""
-
-
-def _rehearsal(config: LaunchConfig) -> LaunchConfig:
-    """Return a deployment with the same processes, memory and connector that reads no weights and
-    leaves fixed ports free.
-    """
-    role = {"load_format": "dummy", "port": 0}
-    changes: dict[str, object] = {
-        **{name: config.role(name).model_copy(update=role) for name in ROLES},
-        "host": "127.0.0.1",
-        "port": 0,
-        # The launch ends as soon as it is ready, with no requests to drain.
-        "drain_timeout_s": 0.0,
-    }
-    return config.model_copy(update={"load_format": "dummy", **changes})
 
 
 def _allocator(resolved: ResolvedLaunch) -> Allocator:

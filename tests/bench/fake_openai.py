@@ -20,9 +20,8 @@ def event(**content: Any) -> bytes:
 
 class FakeOpenAI:
     """Knobs: ``refusals`` answers the next requests with (status, body); ``refuses_after`` so many
-    requests it is full; ``max_model_len``; ``pages`` are what metrics say, one after the other, the
-    last for good; ``broken`` replaces the events of a stream; ``hold`` keeps answers back,
-    ``asked`` is set when one was asked for.
+    requests it is full; ``max_model_len``; ``broken`` replaces the events of a stream;
+    ``hold`` keeps answers back, ``asked`` is set when one was asked for.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,6 @@ class FakeOpenAI:
         self.refuses_after: int | None = None
         self.refusal = "full"
         self.broken: bytes | None = None
-        self.pages: list[str] = []
         self.models: Any = None
         self.hold = False
         self.asked = threading.Event()
@@ -43,7 +41,6 @@ class FakeOpenAI:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._complete)
-        app.router.add_get("/metrics", self._metrics)
         runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
         )
@@ -73,11 +70,6 @@ class FakeOpenAI:
     async def _models(self, request: web.Request) -> web.Response:
         card = {"id": "made-up", "max_model_len": self.max_model_len}
         return web.json_response({"data": [card]} if self.models is None else self.models)
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        if not self.pages:
-            return web.Response(status=404)
-        return web.Response(text=self.pages.pop(0) if len(self.pages) > 1 else self.pages[0])
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from prometheus_client import CollectorRegistry
 
 from pdlaunch.bench.loads import (
     HASHED_TOKENS,
@@ -23,13 +22,9 @@ from pdlaunch.bench.loads import (
     read_trace_file,
     trace_prompt,
 )
-from pdlaunch.bench.rows import BenchRow, BenchRun, quantile_ms, summarise
-from pdlaunch.bench.serve import bench_serve
+from pdlaunch.bench.serve import BenchRow, BenchRun, bench_serve, quantile_ms, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion, read_goals, read_stream
-from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.errors import ConfigError, PdlaunchError
-from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.protocol.engine import EngineStats
 from tests.bench.fake_openai import FakeOpenAI, event
 
 MOONCAKE = (
@@ -264,28 +259,6 @@ def test_figures_of_known_times() -> None:
     assert b"NaN" not in msgspec.json.encode(row(answered(error="no")))
     seconds = [index / 1000 for index in range(1, 201)]
     assert (quantile_ms(seconds, 0.5), quantile_ms(seconds, 0.99)) == (100.5, 199.0)
-
-
-def metrics(pulls: int, num_bytes: int, seconds: float) -> str:
-    """Return the page of an engine, by the names that engines use."""
-    page = ServerMetrics(CollectorRegistry(), engine="decode-0", role="decode", model_name="tiny")
-    page.stats = EngineStats(transfers=pulls, transfer_bytes=num_bytes, transfer_seconds=seconds)
-    return render_metrics(page.registry).decode()
-
-
-async def test_the_engines_counters_say_what_was_pulled() -> None:
-    server = FakeOpenAI()
-    # When the load is over, two of its four pulls are not counted yet.
-    server.pages = [metrics(1, 100, 1.0), metrics(3, 700, 2.0), metrics(5, 4_000_100, 2.0)]
-    (run,) = await bench(server, output_tokens=2, concurrencies=(2,), num_requests=4)
-    assert (run.row.kv_megabytes_mean, run.row.pull_ms_mean) == (1.0, 250.0)
-
-
-async def test_counters_that_began_anew_say_nothing() -> None:
-    server = FakeOpenAI()
-    server.pages = [metrics(9, 100, 1.0), metrics(2, 700, 2.0)]
-    (run,) = await bench(server, **SMALL)
-    assert (run.row.kv_megabytes_mean, run.row.pull_ms_mean) == (None, None)
 
 
 def test_a_request_is_good_within_all_goals() -> None:

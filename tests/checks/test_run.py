@@ -49,7 +49,7 @@ def test_a_clean_set_up():
 
 def test_what_was_not_probed_is_listed():
     reasons = {item.rule: item.reason for item in check().not_checked}
-    assert reasons["PD501"] == "serve measures it after the handshake"
+    assert reasons["PD505"] == "serve measures it after the handshake"
     assert {"PD420", "PD460"} <= set(reasons)
 
 

@@ -142,7 +142,6 @@ def test_a_model_that_is_not_here_is_not_checked(tmp_path):
         (("check-config", "--assume", "h300"), "neither a file nor one of h100x8"),
         (("check-config", "--assume", "~nobody/m.json"), "neither a file nor one of h100x8"),
         (("check-config", "--assume", "m" * 300), "neither a file nor one of h100x8"),
-        (("check-config", "--assume", "h100x8", "--probe"), "leave out --probe or --assume"),
         (("serve", "--assume", "h100x8"), "add --dry-run"),
         (("config", "show", "--assume", "m.json"), "m.json: gpus is missing"),
         (("probe", "--assume", "m.json"), "m.json: gpus is missing"),

@@ -44,7 +44,7 @@ def test_json_has_a_row_for_each_load(server: FakeOpenAI) -> None:
     rows = json.loads(result.stdout)
     found = [(row["request_rate"], row["concurrency"], row["burstiness"]) for row in rows]
     assert found == [(200.0, None, 0.5), (400.0, None, 0.5)]
-    assert {"first_gap_ms_p99", "itl_ms_median", "kv_megabytes_mean"} <= set(rows[0])
+    assert {"first_gap_ms_p99", "itl_ms_median", "cached_share"} <= set(rows[0])
 
 
 def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:

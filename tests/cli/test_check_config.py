@@ -29,7 +29,6 @@ def test_an_unusable_file_is_told_with_its_place(check, file, text):
     [
         ("--assume", "tpu"),
         ("--assume", "h100x0"),
-        ("--assume", "h100x8", "--probe"),
         ("--port", "x"),
         ("--no-such-flag",),
         ("--format", "xml"),

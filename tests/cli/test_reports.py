@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.bench.loads import BenchLoad
-from pdlaunch.bench.rows import BenchRun, summarise
+from pdlaunch.bench.serve import BenchRun, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
-from pdlaunch.cli.html_report import bench_page, plot, shares, smoke_page, write_report
-from pdlaunch.launch.client.smoke import Check
+from pdlaunch.cli.html_report import bench_page, plot, shares, write_report
 
 EVIL = "<script>alert('name')</script>&"
 VOID = {"meta"}
@@ -115,18 +114,6 @@ def test_one_row_and_no_answer_make_a_page_too() -> None:
     check_offline(bench_page([BenchRun(row=row, done=failed, model="m")], Goals()))
 
 
-def test_a_smoke_run_s_page_has_each_check() -> None:
-    checks = [Check("gets ready", 12.5), Check(EVIL, 0.25, f"broken {EVIL}"), Check("stops", 1.0)]
-    content = smoke_page(checks, {"Model": EVIL})
-    page = check_offline(content)
-    assert EVIL not in content
-    assert "1 of 3 checks failed" in content
-    marks = [text for text in page.text["td"] if text[:1] in "✓✗"]
-    assert marks == ["✓ ok", "✗ failed", "✓ ok"]
-    assert {"12.500", "0.250", "1.000"} <= set(page.text["td"])
-    assert "torch" in page.text["dt"]
-
-
 def test_lines_lie_where_their_values_are() -> None:
     content = bench_page([run(concurrency=1), run(concurrency=2)], Goals())
     throughput = content[content.index("Throughput over concurrency") :]
@@ -149,7 +136,7 @@ def test_a_folder_that_cannot_be_written_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert write_report(tmp_path / "new" / "a.html", "x") == 0
-    assert (tmp_path / "new" / "a.html").read_text() == "x"
-    assert write_report(tmp_path / "file" / "a.html", "x") == 1
+    assert write_report(tmp_path / "new" / "a.html", [run(concurrency=1)], Goals()) == 0
+    assert "pdlaunch bench serve" in (tmp_path / "new" / "a.html").read_text()
+    assert write_report(tmp_path / "file" / "a.html", [run(concurrency=1)], Goals()) == 1
     assert "error: --report" in capsys.readouterr().err

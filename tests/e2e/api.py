@@ -14,7 +14,7 @@ import pytest
 
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.integrity import await_idle, engines_of
+from pdlaunch.launch.client.smoke import await_idle, engines_of
 
 
 def complete(url: str | Api, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:

@@ -12,7 +12,7 @@ import psutil
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.client.integrity import await_idle
+from pdlaunch.launch.client.smoke import await_idle
 from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
 

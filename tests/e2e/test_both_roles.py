@@ -14,8 +14,7 @@ from pdlaunch.bench.loads import BenchOptions
 from pdlaunch.bench.serve import bench_serve
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.client.integrity import engines_of
-from pdlaunch.launch.client.smoke import smoke
+from pdlaunch.launch.client.smoke import engines_of, smoke
 from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.conftest import default_environ
 from tests.e2e.faults import paused, stop, tracebacks

@@ -9,7 +9,7 @@ import psutil
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.client.integrity import engines_of
+from pdlaunch.launch.client.smoke import engines_of
 from tests.e2e.api import complete, count_now, engine_apis, idle
 from tests.e2e.conftest import default_environ
 from tests.e2e.faults import TINY

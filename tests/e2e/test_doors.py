@@ -30,8 +30,7 @@ from pdlaunch.engine.server.lifecycle import make_app
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
-from pdlaunch.launch.client.integrity import engines_of
-from pdlaunch.launch.client.smoke import smoke
+from pdlaunch.launch.client.smoke import engines_of, smoke
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from tests.e2e.api import total_now
 from tests.e2e.conftest import clean_environ

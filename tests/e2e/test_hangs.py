@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.integrity import engines_of
+from pdlaunch.launch.client.smoke import engines_of
 from tests.e2e.api import complete, streamed
 from tests.e2e.faults import faulty_deployment, left_over, num_migrations, tracebacks
 from tests.e2e.tiny_models import make_tiny_model

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.client.integrity import engines_of
+from pdlaunch.launch.client.smoke import engines_of
 from pdlaunch.machine.availability import probe_port
 from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.conftest import clean_environ, default_environ

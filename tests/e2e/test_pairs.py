@@ -15,7 +15,7 @@ import pytest
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.client.integrity import engines_of
+from pdlaunch.launch.client.smoke import engines_of
 from tests.e2e.api import complete, complete_all, count_now, idle, requests_in_flight, total_now
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import paused

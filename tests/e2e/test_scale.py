@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pdlaunch.cli.app import build_app
 from pdlaunch.launch.client.admin import admin_api, own_launches
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.client.integrity import engines_of
+from pdlaunch.launch.client.smoke import engines_of
 from tests.e2e.api import streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model

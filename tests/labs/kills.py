@@ -10,12 +10,15 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pdlaunch.bench.chaos import kill_and_wait
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.smoke import engines_of
 from tests.labs.known_answers import SoakOptions, SoakReport, make_cases, soak
 
 
@@ -90,3 +93,36 @@ def counters(deployment: Deployment, engine: str) -> dict[str, float]:
         for name, value in json.loads(page)["stats"].items()
         if isinstance(value, int | float) and not name.startswith("num_")
     }
+
+
+def kill_and_wait(
+    deployment: Deployment, names: str, signal_number: int, timeout_s: float = 300.0
+) -> None:
+    """Kill processes, joined by ``+``, or stop them; return when their successors are ready."""
+    processes = deployment.processes()
+    old = {name: processes[name] for name in names.split("+")}
+    pids = {name: process.pid for name, process in old.items()}
+    for process in old.values():
+        process.send_signal(signal_number)
+    deadline_at = time.monotonic() + timeout_s
+    while not are_back(deployment, pids):
+        assert time.monotonic() < deadline_at, f"{names} are not back:\n{deployment.output()}"
+        time.sleep(0.05)
+
+
+def are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:
+    new = deployment.processes()
+    if any(name not in new or new[name].pid == pid for name, pid in old_pids.items()):
+        return False
+    engines = {name.partition("/")[0] for name in old_pids} - {"router"}
+    try:
+        listed = engines_of(Api(deployment.url, timeout_s=5))
+        states = {engine["name"]: engine["state"] for engine in listed}
+        # An engine whose server and ranks are dead is not listed at all.
+        if not (states.keys() >= engines and set(states.values()) == {"ready"}):
+            return False
+        # A router that is new itself has yet to hear that an engine's ranks are gone.
+        admin = admin_api(deployment.url)
+        return all(admin.engine(engine).get("/pdlaunch/integrity")[0] == 200 for engine in engines)
+    except PdlaunchError:
+        return False

@@ -20,11 +20,13 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.integrity import await_idle, engine_totals, engines_of
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.smoke import await_idle, engines_of
 
 LOGPROB_TOLERANCE = 1e-3
 """Tolerance in nats, in float32: batches of other shapes add in another order."""
@@ -327,3 +329,18 @@ def _random_body(
 
 def _tokens(source: random.Random, options: SoakOptions, num_tokens: int) -> list[int]:
     return [source.randrange(_MIN_TOKEN_ID, options.max_token_id) for _ in range(num_tokens)]
+
+
+def engine_totals(admin: Api) -> dict[str, float]:
+    """Return the counters of the engines that live, summed, and those of the router."""
+    totals: dict[str, float] = {}
+    for report in admin.get_object("/pdlaunch/integrity")[1]["engines"]:
+        for name, value in report.get("stats", {}).items():
+            # Those are counts of an instant, which do not add up over time.
+            if not name.startswith("num_") and isinstance(value, int | float):
+                totals[name] = round(totals.get(name, 0) + value, 3)
+    for family in text_string_to_metric_families(admin.get("/metrics")[1]):
+        if family.name.startswith("pdlaunch_router_") and family.type == "counter":
+            values = (each.value for each in family.samples if each.name.endswith("_total"))
+            totals[family.name.removeprefix("pdlaunch_")] = sum(values)
+    return totals
