@@ -9,7 +9,7 @@ from pathlib import Path
 from pdlaunch.config.model_files.download import Fetch
 from pdlaunch.config.model_files.find import NotDownloadedError, is_on_hub, resolve_model
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape, unproven_layers
-from pdlaunch.config.model_files.weights import check_files, check_gguf, weight_files
+from pdlaunch.config.model_files.weights import check_files, check_gguf
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, UnsupportedModelError
@@ -54,20 +54,15 @@ def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fet
 
     Raises ConfigError, also when what came is no usable set of weights.
     """
-    wanted = {
-        (model.path, model.name): model.shape
+    wanted = [
+        (model.path, model.name)
         for role, model in models.items()
         if model.on_hub and model.path and config.engine_settings(role).load_format != "dummy"
-    }
-    for path, name in wanted:
+    ]
+    for path, name in dict.fromkeys(wanted):
         # Snapshots are named after their commit.
         fetch(name, Path(path).name, "weights")
-        shape = wanted[path, name]
-        # A model that only vLLM can serve has no shape to compare with.
-        if shape is None:
-            weight_files(Path(path))
-        else:
-            check_files(Path(path), shape)
+        check_files(Path(path))
 
 
 def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
@@ -90,7 +85,7 @@ def weight_error(model: Model) -> ConfigError | None:
     if model.shape is None or model.path is None or model.on_hub:
         return None
     try:
-        check_files(Path(model.path), model.shape)
+        check_files(Path(model.path))
     except ConfigError as error:
         return error
     return None

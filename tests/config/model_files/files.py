@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 EMPTY_SAFETENSORS = struct.pack("<Q", 2) + b"{}"
@@ -37,25 +37,14 @@ class Gguf:
     values: dict[str, Value]
     tensors: dict[str, tuple[tuple[int, ...], Sequence[float]]]
     """By name: dimensions, rows last, and numbers."""
-    version: int = 3
-    num_values: int | None = None
-    """Instead of the true number."""
-    num_tensors: int | None = None
-    kinds: Mapping[str, int] = field(default_factory=dict)
-    """Of tensors, instead of F32."""
-    offsets: Mapping[str, int] = field(default_factory=dict)
-    """Of tensors, instead of the true ones."""
 
     def encode(self) -> bytes:
-        num_values = len(self.values) if self.num_values is None else self.num_values
-        num_tensors = len(self.tensors) if self.num_tensors is None else self.num_tensors
-        head = b"GGUF" + struct.pack("<IQQ", self.version, num_tensors, num_values)
+        head = b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(self.values))
         head += b"".join(_string(key) + _value(value) for key, value in self.values.items())
         data = b""
         for name, (dimensions, numbers) in self.tensors.items():
-            offset = self.offsets.get(name, len(data))
             shape = struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
-            head += _string(name) + shape + struct.pack("<IQ", self.kinds.get(name, _F32), offset)
+            head += _string(name) + shape + struct.pack("<IQ", _F32, len(data))
             data += _padded(struct.pack(f"<{len(numbers)}f", *numbers))
         return _padded(head) + data
 

@@ -6,12 +6,9 @@ import json
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.config.model_files.weights import INDEX, check_files, weight_files
+from pdlaunch.config.model_files.weights import INDEX, check_files, check_gguf, weight_files
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
@@ -96,27 +93,10 @@ def test_a_damaged_file_is_named(content: bytes, said: str, tmp_path: Path) -> N
     assert said in text
 
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "vocab_size": 10,
-}
-SHAPES = {
-    "model.embed_tokens.weight": (10, 8),
-    "model.layers.0.self_attn.k_proj.weight": (8, 8),
-    "model.layers.0.mlp.down_proj.weight": (8, 16),
-    "vision_tower.layers.0.mlp.down_proj.weight": (3, 3),
-}
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "tokenizer.json").write_text("{}")
-    save_file({name: np.zeros(shape) for name, shape in SHAPES.items()}, weights_of(tmp_path))
+    weights_of(tmp_path).write_bytes(GOOD)
     return tmp_path
 
 
@@ -124,20 +104,10 @@ def weights_of(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def test_files_that_fit_their_configuration_are_accepted(model: Path) -> None:
-    check_files(model, read_model_shape(model))
+def test_whole_files_are_accepted(model: Path) -> None:
+    check_files(model)
     (model / "tokenizer.json").unlink()
-    check_files(model, read_model_shape(model))
-
-
-@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("model")])
-def test_a_tensor_of_another_shape_is_named(model: Path, name: str) -> None:
-    save_file({name: np.zeros((10, 9))}, weights_of(model))
-    with pytest.raises(
-        ConfigError, match=r"has the shape \[10, 9\], by config.json it is"
-    ) as caught:
-        check_files(model, read_model_shape(model))
-    assert name in str(caught.value)
+    check_files(model)
 
 
 @pytest.mark.parametrize(
@@ -150,26 +120,38 @@ def test_a_tensor_of_another_shape_is_named(model: Path, name: str) -> None:
 def test_hostile_headers_are_damage(model: Path, header: dict[str, object]) -> None:
     weights_of(model).write_bytes(safetensors(header, b"x" * 8))
     with pytest.raises(ConfigError, match="is damaged"):
-        check_files(model, read_model_shape(model))
+        check_files(model)
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [
-        ("tokenizer.json", "no regular file"),
-        ("config.json", "no regular file"),
-        ("model.safetensors", "has no model"),
-    ],
+    [("tokenizer.json", "no regular file"), ("model.safetensors", "has no model")],
 )
 def test_a_file_without_an_end_is_not_read(model: Path, name: str, says: str) -> None:
-    shape = read_model_shape(model)
     (model / name).unlink()
     (model / name).symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match=says):
-        check_files(model, read_model_shape(model) if name == "config.json" else shape)
+        check_files(model)
 
 
 def test_a_tokenizer_that_is_cut_off_is_named(model: Path) -> None:
     (model / "tokenizer.json").write_text('{"version": "1.0", "model": {"vo')
     with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
-        check_files(model, read_model_shape(model))
+        check_files(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b"PK\x03\x04" + b"x" * 5000, "a zip archive, as PyTorch's pickles are"),
+        (b"12345678", "unknown content (it begins with 31 32 33 34 35 36 37 38)"),
+    ],
+)
+def test_what_is_no_gguf_file_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        check_gguf(file)
+    assert str(caught.value).startswith(f"{file} is damaged: ")
+    assert said in str(caught.value)

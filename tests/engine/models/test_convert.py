@@ -83,12 +83,13 @@ def test_failed_and_killed_conversions_leave_nothing_and_can_be_repeated(source:
     assert ensure_converted(source, quiet, convert=convert).is_dir()
 
 
-def test_damage_in_the_header_is_told_before_a_library_is_loaded(
+def test_another_kind_of_file_is_named_before_a_library_is_loaded(
     source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path(source).write_bytes(b"<html>")
     assert main([source]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: {source} is damaged: it says that it is GGUF version")
+    assert captured.err.startswith(f"error: {source} is damaged: it is no GGUF file but an HTML")
     assert captured.err.endswith(f"\nfix: {DOWNLOAD_AGAIN}\n")
     assert captured.out == ""
 
@@ -159,6 +160,17 @@ def test_what_cannot_be_converted_is_one_line_with_a_fix(
     assert said in told
     assert "Traceback" not in told
     assert [line.split(": ")[0] for line in told.splitlines()[-2:]] == ["error", "fix"]
+
+
+@pytest.mark.parametrize("length", [4, 600, 20_000, -1])
+def test_a_file_that_is_cut_off_is_one_line_with_a_fix(
+    length: int, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(source).write_bytes(tiny_gguf().encode()[:length])
+    assert main([source]) == 1
+    *_, error, fix = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {source} cannot be converted: ")
+    assert fix.endswith(DOWNLOAD_AGAIN)
 
 
 def test_a_launch_keeps_the_traceback(source: str, capsys: pytest.CaptureFixture[str]) -> None:
