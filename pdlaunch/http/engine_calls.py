@@ -8,17 +8,13 @@ key goes.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import io
 import re
-import socket
 import ssl
-import threading
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError
 from yarl import URL
 
@@ -36,9 +32,6 @@ _HIGH_WATER_BYTES = 256 * 1024
 _MAX_LINE_BYTES = 64 * 1024
 _RAW_BODY_BYTES = 1024**2
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
-
-Addresses = list[tuple[socket.AddressFamily, int, tuple[Any, ...]]]
-"""Family, protocol and address of each address of a host."""
 
 
 class CallError(Exception):
@@ -242,8 +235,6 @@ class EngineCalls:
                 limit=0,
                 keepalive_timeout=KEEPALIVE_S,
                 ssl=self._tls or True,
-                resolver=_Resolver(),
-                ttl_dns_cache=0,
             )
         session = self._sessions[path] = aiohttp.ClientSession(
             connector=connector,
@@ -256,51 +247,6 @@ class EngineCalls:
             max_field_size=_MAX_LINE_BYTES,
         )
         return session
-
-
-class _Resolver(AbstractResolver):
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        return [
-            ResolveResult(
-                hostname=host,
-                host=address[0],
-                port=address[1],
-                family=kind,
-                proto=protocol,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for kind, protocol, address in await look_up(host, port, family)
-        ]
-
-    async def close(self) -> None:
-        return
-
-
-async def look_up(
-    host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
-) -> Addresses:
-    """Return the addresses of a host. Raises OSError, ValueError.
-
-    In a thread of its own: a name that no server answers holds a thread for 10 s and more. The
-    event loop has few of them, for all its work that blocks, and its end waits for them.
-    """
-    answer: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
-    answer.set_running_or_notify_cancel()  # a task that is cancelled leaves it as it is
-
-    def ask() -> None:
-        try:
-            answer.set_result(socket.getaddrinfo(host, port, family, socket.SOCK_STREAM))
-        except Exception as error:
-            answer.set_exception(error)
-
-    try:
-        threading.Thread(target=ask, name=f"look up {host}", daemon=True).start()
-    except RuntimeError as error:
-        raise OSError(f"{host} cannot be looked up: {error}") from error
-    found = await asyncio.wrap_future(answer)
-    return [(kind, protocol, address) for kind, _, protocol, _, address in found]
 
 
 def _drop(asking: asyncio.Future[aiohttp.ClientResponse]) -> None:

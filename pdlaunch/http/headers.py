@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import uuid
 from collections.abc import Iterable
@@ -22,8 +21,6 @@ WANTS_PAIR = "pair"
 SPANS_HEADER = "X-Pdlaunch-Spans"
 IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"  # names, with commas between them
 MAX_SENT_NAMES = 20
-# Names that a process logs in its life, so that clients cannot fill its log or memory.
-MAX_LOGGED_NAMES = 256
 MAX_NAME_CHARS = 64
 MAX_REQUEST_ID_LENGTH = 200
 
@@ -35,8 +32,6 @@ _ORIGIN = re.compile(r"([1-9][0-9]{0,18})(;suspect)?")
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-
-_logger = logging.getLogger(__name__)
 
 
 def read_request_id(header: str | None) -> HttpRequestId:
@@ -77,29 +72,10 @@ def read_origin(header: str | None) -> tuple[PromptOrigin, bool]:
     return PromptOrigin(int(match[1])), match[2] is not None
 
 
-class IgnoredFields:
-    """Tells of fields that were ignored: in the log, once a name, and to the client."""
-
-    def __init__(self) -> None:
-        self._logged: set[str] = set()
-
-    def headers(self, names: Iterable[str]) -> dict[str, str]:
-        """Log names that are new, and return the header, if any, that tells the plain ones."""
-        plain: dict[str, None] = {}
-        for name in names:
-            self._log(name)
-            if len(plain) < MAX_SENT_NAMES and _PLAIN_NAME.fullmatch(name):
-                plain[name] = None
-        return {IGNORED_FIELDS_HEADER: ", ".join(plain)} if plain else {}
-
-    def _log(self, name: str) -> None:
-        shown = ascii(name[:MAX_NAME_CHARS])
-        if shown in self._logged or len(self._logged) >= MAX_LOGGED_NAMES:
-            return
-        self._logged.add(shown)
-        _logger.warning("requests have a field that is not known here and ignored: %s", shown)
-        if len(self._logged) == MAX_LOGGED_NAMES:
-            _logger.warning("further names of ignored fields are not logged")
+def ignored_fields_header(names: Iterable[str]) -> dict[str, str]:
+    """Return the header, if any, that tells a client the plain ones of ignored fields' names."""
+    plain = list(dict.fromkeys(filter(_PLAIN_NAME.fullmatch, names)))[:MAX_SENT_NAMES]
+    return {IGNORED_FIELDS_HEADER: ", ".join(plain)} if plain else {}
 
 
 def read_ignored_fields(header: str | None) -> list[str]:

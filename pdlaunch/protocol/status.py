@@ -16,7 +16,7 @@ from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.ids import HttpRequestId
 
 DeploymentState = Literal["starting", "ok", "unavailable", "draining"]
-EventKind = Literal["engine", "launch", "pair", "pull"]
+EventKind = Literal["engine", "launch", "pair"]
 
 
 class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,11 +24,9 @@ class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
     failed: int
     refused: int  # pulls whose hashes or checksums differed; nothing of them was used
-    recomputed: int  # prompts that were computed again after failed pulls
 
 
 class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
-    age_s: float  # seconds since they were read
     running: int
     waiting: int
     kv_usage: float
@@ -39,8 +37,6 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     pull_gigabytes_per_s: float | None  # of the last minute's pulls while they ran
     cache: dict[str, float] | None  # shares of prompt tokens by tier; null without prompts
     pulls: PullTotals
-    preemptions: int
-    leased_requests: int  # finished prefills whose blocks wait for a decode engine
 
 
 _HEALTH = {"open": "left out", "half_open": "on trial"}

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from pdlaunch.http.errors import json_response
-from pdlaunch.http.headers import ROUTE_HEADER, IgnoredFields
+from pdlaunch.http.headers import ROUTE_HEADER, ignored_fields_header
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
@@ -30,8 +30,7 @@ _HEAD = ("id", "object", "created", "model", "choices")
 class ClientAnswer:
     """Numbers and counts the chunks of one request, and sends them or puts them together.
 
-    ``stream``: where to send events; None: the client wants one JSON object. ``ignored``: names of
-    the request's ignored fields, for the client.
+    ``stream``: where to send events; None: the client wants one JSON object.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class ClientAnswer:
         request: ClientRequest,
         metrics: RequestMetrics,
         record: RequestRecord,
-        ignored: IgnoredFields,
         stream: ClientStream | None,
     ) -> None:
         endpoint = request.endpoint
@@ -56,7 +54,6 @@ class ClientAnswer:
             "model": request.model,
         }
         self._routes: dict[int, Route] = {}
-        self._ignored = ignored
         self._ignored_names = dict.fromkeys(request.ignored_fields)
         self._tells_ids = bool(request.fields.return_token_ids)
         self._stream = stream
@@ -151,7 +148,7 @@ class ClientAnswer:
         return json_response(whole, headers=self._headers())
 
     def _headers(self) -> dict[str, str]:
-        headers = self._ignored.headers(self._ignored_names)
+        headers = ignored_fields_header(self._ignored_names)
         told = [self._routes[index] for index in sorted(self._routes)][:MAX_TOLD_ROUTES]
         if told:
             headers[ROUTE_HEADER] = ", ".join(f"{route.name}; kind={route.kind}" for route in told)

@@ -37,7 +37,7 @@ from pdlaunch.http.headers import (
     TRACEPARENT_HEADER,
     TRACESTATE_HEADER,
     WANTS_PAIR,
-    IgnoredFields,
+    ignored_fields_header,
     read_traceparent,
 )
 from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, LargeInputs
@@ -180,7 +180,7 @@ class RouterApp:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         pool, metrics = self._state.pool, self._state.metrics
-        metrics.show(pool, self.admission.in_flight)
+        metrics.show(pool.engines, self.admission.in_flight)
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
@@ -235,7 +235,6 @@ class PromptEndpoints:
         )
         self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
         self._inputs = LargeInputs()
-        self._ignored_fields = IgnoredFields()
 
     def routes(self) -> list[AppRoute]:
         return [
@@ -287,7 +286,7 @@ class PromptEndpoints:
         if request.fields.stream:
             stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
         metrics = state.metrics.requests
-        answer = ClientAnswer(request, metrics, record, self._ignored_fields, stream)
+        answer = ClientAnswer(request, metrics, record, stream)
         try:
             async with self._deadlines.start().guard():
                 answers = [
@@ -319,7 +318,7 @@ class PromptEndpoints:
                         return web.Response(
                             body=answer,
                             content_type="application/json",
-                            headers=self._ignored_fields.headers(ignored),
+                            headers=ignored_fields_header(ignored),
                         )
                     except EngineFailure:
                         pool.failed(engine)

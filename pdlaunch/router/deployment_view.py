@@ -75,7 +75,7 @@ class DeploymentView:
         self._model = served_model_name
         self._start_at = time.monotonic()
         self._history = RateHistory(state.metrics, time.monotonic, time.time)
-        self._readings = EngineReadings(state.client, state.events, time.monotonic)
+        self._readings = EngineReadings(state.client, time.monotonic)
         self._proven: Sequence[PairReady] = ()
         self._links: Mapping[Pair, PairReady] = {}
         self._num_watchers = 0

@@ -2,7 +2,7 @@
 
 A page is scanned for the names of two tables instead of being parsed: 0.1 ms instead of 8. Nothing
 is read while nobody asks; then at most ``MAX_READS`` engines are read in a turn, those first that
-were not for the longest time, and none twice in ``FRESH_S``.
+were not for the longest time.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from pdlaunch.protocol.status import EngineReading, PullTotals
 from pdlaunch.router.engine import Engine, Processes
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.event_log import EventLog
 
 FRESH_S = 0.9
 # Engines a turn. A reading takes the router less than 6 ms. With 1,000 engines a turn comes every
@@ -31,7 +30,6 @@ _BY_SOURCE = 'prompt_tokens_cached_by_source_total{{source="{}"}}'
 _METRICS = (  # metrics of native engines and of vLLM, by their name here
     ("running", "num_requests_running", "num_requests_running"),
     ("waiting", "num_requests_waiting", "num_requests_waiting"),
-    ("leased", "num_requests_leased", ""),
     ("kv_usage", "kv_cache_usage_perc", "kv_cache_usage_perc"),
     ("host_blocks", "kv_offload_blocks", ""),
     ("host_usage", "kv_offload_usage_perc", ""),
@@ -45,8 +43,6 @@ _METRICS = (  # metrics of native engines and of vLLM, by their name here
     ("pull_seconds", "kv_transfer_seconds_total", "nixl_xfer_time_seconds_sum"),
     ("pull_failures", "kv_transfer_failures_total", "nixl_num_failed_transfers_total"),
     ("refused", "kv_verification_failures_total", ""),
-    ("recomputed", "kv_recomputed_requests_total", ""),
-    ("preemptions", "num_preemptions_total", "num_preemptions_total"),
 )
 NAMES: Mapping[str, str] = {
     **{f"pdlaunch_{native}": word for word, native, _ in _METRICS},
@@ -58,12 +54,7 @@ PULL_NAMES: Mapping[str, str] = {
     "pdlaunch_kv_pull_bytes_count": "pulls",
     "pdlaunch_kv_pull_seconds_sum": "pull_seconds",
 }
-_GAUGES = frozenset({"running", "waiting", "leased", "kv_usage", "host_blocks", "host_usage"})
-_REFUSALS = {
-    "pull_failures": "pulls have failed",
-    "refused": "pulls were refused: hashes or checksums differed",
-    "recomputed": "prompts were computed again after failed pulls",
-}
+_GAUGES = frozenset({"running", "waiting", "kv_usage", "host_blocks", "host_usage"})
 _WITH_SOURCE = frozenset(name.partition("{")[0] for name in NAMES if "{" in name)
 _SOURCE = re.compile(r'[{,](source="[^"\\]*")')
 _PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
@@ -109,27 +100,22 @@ class EngineHistory:
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.asked_at = float("-inf")
+        self.read_at = float("-inf")
         self._past: deque[tuple[float, Counts]] = deque()
-        self._at = 0.0
         self._now: Counts = {}
 
-    def add(self, now_at: float, counts: Counts) -> Counts:
-        """Keep a page; return by how much its totals have grown since the one before."""
-        before = self._now or counts
-        self._at, self._now = now_at, counts
-        grown = {word: self._grown(word, before) for word in counts.keys() - _GAUGES}
-        if min(grown.values(), default=0.0) < 0:
+    def add(self, now_at: float, counts: Counts) -> None:
+        before, self._now = self._now, counts
+        self.read_at = now_at
+        if any(counts[word] < before.get(word, 0.0) for word in counts.keys() - _GAUGES):
             # It counts from zero again: its ranks were restarted.
             self._past.clear()
-            grown = {}
         if not self._past or now_at - self._past[-1][0] >= STEP_S:
             self._past.append((now_at, counts))
         while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 1:
             self._past.popleft()
-        return grown
 
-    def reading(self, now_at: float) -> EngineReading | None:
+    def reading(self) -> EngineReading | None:
         """Return what the latest page says; None: there is none."""
         if not self._past:
             return None
@@ -142,10 +128,8 @@ class EngineHistory:
         total = {word: int(self._now.get(word, 0)) for word, *_ in _METRICS}
         has_host_tier = bool(self._now.get("host_blocks"))
         return EngineReading(
-            age_s=round(now_at - self._at, 1),
             running=total["running"],
             waiting=total["waiting"],
-            leased_requests=total["leased"],
             kv_usage=self._now.get("kv_usage", 0.0),
             host_usage=self._now.get("host_usage", 0.0) if has_host_tier else None,
             prompt_tokens_per_s=self._rate("prompt_tokens"),
@@ -158,9 +142,7 @@ class EngineHistory:
                 num_bytes=pulls.num_bytes,
                 failed=total["pull_failures"],
                 refused=total["refused"],
-                recomputed=total["recomputed"],
             ),
-            preemptions=total["preemptions"],
         )
 
     def pulls(self, prefill: str | None = None) -> Pulls:
@@ -189,26 +171,25 @@ class EngineHistory:
         before the latest.
         """
         before = [past for past in self._past if past[1] is not self._now] or [self._past[0]]
-        recent = (past for past in before if self._at - past[0] <= RATE_S)
+        recent = (past for past in before if self.read_at - past[0] <= RATE_S)
         at, counts = next(recent, before[-1])
-        return self._grown(word, counts) / (self._at - at) if self._at > at else 0.0
+        return self._grown(word, counts) / (self.read_at - at) if self.read_at > at else 0.0
 
 
 class EngineReadings:
     """Keeps the last readings of all engines. ``clock`` counts seconds."""
 
-    def __init__(self, client: EngineClient, events: EventLog, clock: Callable[[], float]) -> None:
+    def __init__(self, client: EngineClient, clock: Callable[[], float]) -> None:
         self._client = client
-        self._events = events
         self._clock = clock
         self._histories: dict[str, EngineHistory] = {}
         self._turn: asyncio.Task[None] | None = None
+        self._fresh_until_at = float("-inf")
 
     def of(self, engine: Engine) -> EngineReading | None:
         history = self._histories.get(engine.name)
-        if history is None or history.processes != engine.processes:
-            return None
-        return history.reading(self._clock())
+        is_its = history is not None and history.processes == engine.processes
+        return history.reading() if is_its and history is not None else None
 
     def pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
         """Return what ``decode`` has pulled from ``prefill``. With ``is_only`` that is all, where
@@ -219,44 +200,36 @@ class EngineReadings:
             return Pulls()
         return history.pulls(None if is_only and not history.tells_peers else prefill)
 
-    async def refresh(self, engines: Collection[Engine], wait_s: float) -> None:
-        """Read engines that were not read lately; one that does not answer in ``wait_s`` is read
-        on meanwhile.
+    async def refresh(self, engines: Sequence[Engine], wait_s: float) -> None:
+        """Read engines, unless that was done just now; one that does not answer in ``wait_s`` is
+        read on meanwhile.
         """
-        if self._turn is None or self._turn.done():
-            self._turn = asyncio.ensure_future(self._read(self._due(engines)))
-        await asyncio.wait([self._turn], timeout=wait_s)
+        is_over = self._turn is None or self._turn.done()
+        if is_over and self._clock() >= self._fresh_until_at:
+            self._turn = asyncio.ensure_future(self._read(engines))
+            self._fresh_until_at = self._clock() + FRESH_S
+        if self._turn is not None:
+            await asyncio.wait([self._turn], timeout=wait_s)
 
     async def close(self) -> None:
         if self._turn is not None:
             self._turn.cancel()
             await asyncio.gather(self._turn, return_exceptions=True)
 
-    def _due(self, engines: Collection[Engine]) -> Sequence[Engine]:
+    async def _read(self, engines: Sequence[Engine]) -> None:
         known, self._histories = self._histories, {}
         for engine in engines:
             history = known.get(engine.name)
             if history is None or history.processes != engine.processes:
                 history = EngineHistory(engine.processes)
             self._histories[engine.name] = history
-        asked_at = {name: history.asked_at for name, history in self._histories.items()}
-        before = self._clock() - FRESH_S
-        due = [engine for engine in engines if engine.url and asked_at[engine.name] <= before]
-        return sorted(due, key=lambda each: (asked_at[each.name], each.name))[:MAX_READS]
-
-    async def _read(self, engines: Sequence[Engine]) -> None:
-        at_once = asyncio.Semaphore(AT_ONCE)
+        histories, at_once = self._histories, asyncio.Semaphore(AT_ONCE)
 
         async def read(engine: Engine) -> None:
             async with at_once:
-                history = self._histories[engine.name]
-                history.asked_at = self._clock()
                 page = await self._client.read_metrics(engine)
-                if page is None or self._histories.get(engine.name) is not history:
-                    return
-                grown = history.add(self._clock(), scan(page))
-                for word, text in _REFUSALS.items():
-                    if number := int(grown.get(word, 0)):
-                        self._events.add("pull", engine.name, f"{number} {text}", is_bad=True)
+                if page is not None:
+                    histories[engine.name].add(self._clock(), scan(page))
 
-        await asyncio.gather(*(read(engine) for engine in engines), return_exceptions=True)
+        due = sorted(engines, key=lambda each: histories[each.name].read_at)[:MAX_READS]
+        await asyncio.gather(*map(read, due), return_exceptions=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from pdlaunch.config.problems import InvalidConfigError
 from pdlaunch.config.roles import EngineName
 from pdlaunch.config.yaml_file import read_yaml
 from pdlaunch.errors import ConfigError, RequestError
-from pdlaunch.http.engine_calls import look_up
 from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.watched_engine import Member
 
@@ -61,7 +61,9 @@ def dns_source(engine: Member) -> Source:
     address = read_engine_url(engine.url)
 
     async def read() -> list[Member]:
-        found = {str(ip) for _, _, (ip, *_) in await look_up(address.host, address.port)}
+        look_up = asyncio.get_running_loop().getaddrinfo
+        listed = await look_up(address.host, address.port, type=socket.SOCK_STREAM)
+        found = {str(ip) for *_, (ip, *_) in listed}
         return [
             replace(
                 engine,

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.samples import Sample
 
-from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 from pdlaunch.protocol.control import ListedState, Registry
-from pdlaunch.protocol.transfer import join_paths
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.health import HealthState
 from pdlaunch.router.policy import Hop
-from pdlaunch.router.pool import EnginePool, engines_of
-
-logger = logging.getLogger(__name__)
+from pdlaunch.router.pool import engines_of
 
 Pair = tuple[str, str]  # names of a prefill and a decode engine
 _PREFIX = "pdlaunch_router_"
@@ -48,22 +40,13 @@ _THERE_WITH_0: Mapping[str, Collection[str]] = {
     "lost_streams": LOST_REASONS,
 }
 _PAIR_SPEED = "pdlaunch_pair_bytes_per_second"
-_ENDS = "pdlaunch_process_ends"  # counted by the supervisor; begins again with each launch
-# Shown as they are at a scrape: labels and help by name.
-_SHOWN = {
+# Counted by the supervisor; begins again with each launch.
+_ENDS = "pdlaunch_process_ends_total"
+_GAUGES = {  # set at a scrape or by a registry: labels and help by name
     f"{_PREFIX}engines_ready": ("", "Engines that can be given work."),
     f"{_PREFIX}engines": ("state", "Engines by state; failed ones are left alone for a while."),
     f"{_PREFIX}engine_info": ("engine role host", "Always 1; where an engine runs, in labels."),
     f"{_PREFIX}requests_in_flight": ("", "Prompts that are being answered."),
-    f"{_PREFIX}engine_health": (
-        "engine state",
-        "1 for the state of each engine's breaker: closed, open (it has failed requests and gets "
-        "none), half_open (one is tried).",
-    ),
-    f"{_PREFIX}pair_health": (
-        "prefill decode state",
-        "1 for the state of the breaker of each pair of which a pull has failed lately.",
-    ),
     _PAIR_SPEED: (
         "prefill decode holder puller path",
         "Speed that the handshake has measured between two ranks, over the path in use.",
@@ -85,64 +68,54 @@ class RouterMetrics:
             name: Counter(f"{_PREFIX}{name}", text, labels.split(), registry=registry)
             for name, (labels, text) in _COUNTERS.items()
         }
+        self._gauges = {
+            name: Gauge(name, text, labels.split(), registry=registry)
+            for name, (labels, text) in _GAUGES.items()
+        }
         for name, values in _THERE_WITH_0.items():
             for value in values:
                 self._counters[name].labels(value)
-        self._second_token = Histogram(
-            "pdlaunch_pair_second_token_seconds",
-            "First to second token that a client was sent, where a pair of engines did the prompt.",
-            ("prefill", "decode", "path"),
-            registry=registry,
-            buckets=INTER_TOKEN_BUCKETS_S,
-        )
-        self._paths: dict[Pair, str] = {}
-        self._shown = _Shown()
-        registry.register(self._shown)
 
     def count(self, name: str, *labels: str) -> None:
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc()
 
-    def second_token(self, prefill: str, decode: str, seconds: float) -> None:
-        path = self._paths.get((prefill, decode), "unknown")
-        self._second_token.labels(prefill, decode, path).observe(seconds)
-
     def show_registry(self, registry: Registry) -> None:
         """Show how often processes have ended, and the speed of the pairs that are proven now."""
-        self._shown.values[_ENDS] = {
-            (process, reason): count
-            for process, counts in registry.ends.items()
-            for reason, count in counts.items()
-        }
-        paths: dict[Pair, list[str]] = {}
+        self._set(
+            _ENDS,
+            {
+                (process, reason): count
+                for process, counts in registry.ends.items()
+                for reason, count in counts.items()
+            },
+        )
         speeds: dict[tuple[str, ...], float] = {}
         for pair in registry.pairs:
             names = engines_of(pair)
-            paths.setdefault(names, []).append(pair.path)
             self._counters["silent_recomputes"].labels(*names)
             if pair.gigabytes_per_s is not None:
                 speeds[*names, pair.peer, pair.local, pair.path] = pair.gigabytes_per_s * 1e9
-        self._paths = {names: join_paths(found) for names, found in paths.items()}
-        self._shown.values[_PAIR_SPEED] = speeds
+        self._set(_PAIR_SPEED, speeds)
 
-    def show(self, pool: EnginePool, in_flight: int) -> None:
-        engines, now_at = pool.engines, pool.clock()
+    def show(self, engines: Sequence[Engine], in_flight: int) -> None:
         states = [engine.state for engine in engines]
         for engine in engines:
             for hop in get_args(Hop):
                 self._counters["engine_failures"].labels(engine.name, hop)
-        places = {(engine.name, engine.role or "", engine.place): 1 for engine in engines}
-        health = {(engine.name,): engine.health.state(now_at) for engine in engines}
+        self._gauges[f"{_PREFIX}engines_ready"].set(states.count("ready"))
+        self._gauges[f"{_PREFIX}requests_in_flight"].set(in_flight)
         counts = {(each,): states.count(each) for each in get_args(ListedState)}
-        shown: dict[str, Mapping[Any, float]] = {
-            "engines_ready": {(): states.count("ready")},
-            "engines": counts,
-            "engine_info": places,
-            "requests_in_flight": {(): in_flight},
-            "engine_health": _one_of_states(health),
-            "pair_health": _one_of_states(pool.pair_states()),
-        }
-        self._shown.values.update({f"{_PREFIX}{name}": values for name, values in shown.items()})
+        self._set(f"{_PREFIX}engines", counts)
+        places = {(engine.name, engine.role or "", engine.place): 1 for engine in engines}
+        self._set(f"{_PREFIX}engine_info", places)
+
+    def _set(self, name: str, values: Mapping[Any, float]) -> None:
+        """Replace all series of a gauge, by the values of their labels."""
+        gauge = self._gauges[name]
+        gauge.clear()
+        for labels, value in values.items():
+            gauge.labels(*labels).set(value)
 
     def samples(self, names: Collection[str]) -> Iterator[Sample]:
         for metric in self._registry.restricted_registry(list(names)).collect():
@@ -150,30 +123,6 @@ class RouterMetrics:
 
     def text(self) -> bytes:
         return render_metrics(self._registry)
-
-
-def _one_of_states(states: Mapping[Any, HealthState]) -> dict[tuple[str, ...], float]:
-    kinds = get_args(HealthState)
-    return {(*names, kind): kind == state for names, state in states.items() for kind in kinds}
-
-
-class _Shown(Collector):
-    """Shows values that others know, by labels."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Mapping[Any, float]] = {}
-
-    def describe(self) -> Iterator[Metric]:
-        """Yield the names, under which a registry finds them."""
-        return self.collect()
-
-    def collect(self) -> Iterator[Metric]:
-        for name, (labels, text) in _SHOWN.items():
-            kind = CounterMetricFamily if name == _ENDS else GaugeMetricFamily
-            family = kind(name, text, labels=labels.split())
-            for values, number in self.values.get(name, {}).items():
-                family.add_metric(list(values), float(number))
-            yield family
 
 
 async def scrape(own_page: bytes, client: EngineClient, engines: Sequence[Engine]) -> bytes:
@@ -185,10 +134,7 @@ async def scrape(own_page: bytes, client: EngineClient, engines: Sequence[Engine
     add_page(families, own_page.decode())
     pages = await asyncio.gather(*(client.read_metrics(engine) for engine in engines))
     for engine, page in zip(engines, pages, strict=True):
-        try:
-            add_page(families, page or "", engine=engine.name)
-        except ValueError as error:
-            logger.warning("%s: its metrics cannot be read: %s", engine.name, error)
+        add_page(families, page or "", engine=engine.name)
         # Reading a page takes a millisecond or two, in which no answer is streamed.
         await asyncio.sleep(0)
     return render_families(families).encode()
@@ -200,7 +146,8 @@ _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*+"
 _VALUE = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _LABEL = rf"[a-zA-Z_][a-zA-Z0-9_]*+={_VALUE}"
 _SAMPLE = re.compile(
-    rf"({_NAME})(?:\{{((?:{_LABEL},?)*+)\}})?[ \t]++(\S++(?:[ \t]++-?\d++)?)[ \t]*+"
+    rf"({_NAME})(?:\{{((?:{_LABEL},?)*+)\}})?[ \t]++"
+    r"([-+]?(?:\d[\d.eE+-]*+|Inf|NaN)(?:[ \t]++-?\d++)?)[ \t]*+"
 )
 _HEADER = re.compile(rf"# (HELP|TYPE) ({_NAME})(?: (.*))?")
 # Endings of the samples of one family.
@@ -213,15 +160,37 @@ Families = dict[str, tuple[str, str, list[str]]]
 def add_page(families: Families, page: str, *, engine: str | None = None) -> None:
     """Add a page in Prometheus's text format, its samples labelled with ``engine``.
 
-    Without an engine of its own no sample can be mistaken for another page's. Series that tell when
-    others were created are left out. Raises ValueError for a malformed page, of which nothing is
-    added. prometheus_client's parser takes 20 times as long.
+    Without an engine of its own no sample can be mistaken for another page's. Lines that are no
+    samples, and series that tell when others were created, are left out. prometheus_client's parser
+    takes 20 times as long.
     """
-    for name, (kind, text, samples) in _read(page, engine).items():
-        known = families.setdefault(name, (kind, text, []))
+    escaped = (engine or "").replace("\\", r"\\").replace('"', r"\"")
+    label = "" if engine is None else f'engine="{escaped}"'
+    texts: dict[str, str] = {}
+    types: dict[str, str] = {}
+    current = ""
+    for line in page.splitlines():
+        if header := _HEADER.fullmatch(line):
+            word, current, rest = header.groups("")
+            (texts if word == "HELP" else types)[current] = rest
+            continue
+        sample = _SAMPLE.fullmatch(line)
+        if sample is None or sample[1].endswith("_created"):
+            continue
+        name, labels, value = sample.groups("")
+        belongs = name.startswith(current) and name[len(current) :] in _SUFFIXES
+        family = current if belongs else name
+        kind = types.get(family, "untyped")
+        known = families.setdefault(family, (kind, texts.get(family, ""), []))
+        # Lines that name their engine as the router does stay as they are. So does every line of a
+        # page without an engine, since it ends in the empty label.
+        if f",{label}" not in f",{labels}":
+            others, num_found = _ENGINE.subn(lambda found: found[1] + label, labels)
+            shown = others if num_found else f"{label},{labels}".rstrip(",")
+            line = f"{name}{{{shown}}} {value}"
         # A family has one type on a page; samples of another type are left out.
         if known[0] == kind:
-            known[2].extend(samples)
+            known[2].append(line)
 
 
 def render_families(families: Families) -> str:
@@ -230,40 +199,3 @@ def render_families(families: Families) -> str:
     for name, (kind, text, samples) in families.items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
     return "\n".join(lines) + "\n"
-
-
-def _read(page: str, engine: str | None) -> Families:
-    families: Families = {}
-    texts: dict[str, str] = {}
-    current, escaped = "", (engine or "").replace("\\", r"\\").replace('"', r"\"")
-    label = "" if engine is None else f'engine="{escaped}"'
-    for line in page.splitlines():
-        if line.startswith("#"):
-            if header := _HEADER.fullmatch(line):
-                word, current, rest = header.group(1), header.group(2), header.group(3) or ""
-                if word == "HELP":
-                    texts[current] = rest
-                elif not current.endswith("_created"):
-                    families.setdefault(current, (rest, texts.get(current, ""), []))
-            continue
-        sample = _SAMPLE.fullmatch(line)
-        if sample is None:
-            if not line.strip():
-                continue
-            raise ValueError(f"not a sample: {line!r:.100}")
-        name, labels, value = sample.groups("")
-        float(value.split()[0])
-        if name.endswith("_created"):
-            continue
-        belongs = name.startswith(current) and name[len(current) :] in _SUFFIXES
-        family = current if belongs else name
-        if family not in families:
-            families[family] = ("untyped", texts.get(family, ""), [])
-        # Lines that name their engine as the router does stay as they are. So does every line of a
-        # page without an engine, since it ends in the empty label.
-        if f",{label}" not in f",{labels}":
-            others, num_found = _ENGINE.subn(lambda found: found[1] + label, labels)
-            shown = others if num_found else f"{label},{labels}".rstrip(",")
-            line = f"{name}{{{shown}}} {value}"
-        families[family][2].append(line)
-    return families

@@ -88,8 +88,6 @@ class Relay:
         self._decode_has_answered = False
         # The engine that has sent a second token: its plain chunks take the fast path.
         self._goes_on_at: Engine | None = None
-        # Instant of the client's first token; None once it has the second one.
-        self._first_told_at: float | None = None
         self._tried: set[EngineKey] = set()
         self._turned_away_by: set[EngineKey] = set()
         self._failure: EngineFailure | EngineRefusal | None = None
@@ -402,7 +400,6 @@ class Relay:
             if begin is not None:
                 begin()
         if has_news:
-            self._time_second_token(engine)
             await self._answer.chunk(
                 self._prompt, self.transcript, chunk, more_follows=more_follows
             )
@@ -410,16 +407,6 @@ class Relay:
             await self._answer.flush()
         if self.transcript.num_tokens > 1 and self._prompt.index == 0 and self._answer.takes_tokens:
             self._goes_on_at = engine
-
-    def _time_second_token(self, engine: Engine) -> None:
-        """Measure what the hand-over takes of a client's time, where there is one choice."""
-        num_tokens, state = self.transcript.num_tokens, self._state
-        if num_tokens == 1 and self._prompt.num_choices == 1:
-            self._first_told_at = self._first_told_at or state.now()
-        elif num_tokens > 1 and self._first_told_at is not None:
-            told_s, self._first_told_at = state.now() - self._first_told_at, None
-            if self._lease is not None and self._lease.engine is not engine:
-                state.metrics.second_token(self._lease.engine.name, engine.name, told_s)
 
     async def _recover(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> None:
         """Record a failure; raise it if no other attempt can help."""

@@ -43,7 +43,6 @@ def rates(at: float, number: float) -> Rates:
 
 def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) -> EngineStatus:
     reading = EngineReading(
-        age_s=0.5,
         running=3,
         waiting=1,
         kv_usage=kv_usage,
@@ -53,9 +52,7 @@ def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) ->
         pulled_bytes_per_s=1.5e9 if role == "decode" else 0.0,
         pull_gigabytes_per_s=390.0,
         cache={"device": 0.3, "host": 0.1, "remote": 0.2},
-        pulls=PullTotals(done=7, num_bytes=10**9, failed=0, refused=0, recomputed=0),
-        preemptions=0,
-        leased_requests=0,
+        pulls=PullTotals(done=7, num_bytes=10**9, failed=0, refused=0),
     )
     values: dict[str, object] = {
         "kind": "native",

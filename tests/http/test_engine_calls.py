@@ -7,23 +7,19 @@ import contextlib
 import itertools
 import socket
 import ssl
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pdlaunch.http import engine_calls
-from pdlaunch.http.engine_calls import Answer, CallError, EngineCalls, Silence, look_up
+from pdlaunch.http.engine_calls import Answer, CallError, EngineCalls, Silence
 from pdlaunch.protocol.certificates import client_context, new_certificate, server_context
 from tests.router.fake_engine import until
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 WHOLE = OK + b"Content-Length: 2\r\n\r\nok"
-NUM_DEAD = 40
-"""More than an event loop has threads."""
 
 
 class Peer(asyncio.Protocol):
@@ -384,32 +380,3 @@ async def test_no_proxy_is_asked(call: Call, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert await call.answered(WHOLE) == b"ok"
-
-
-async def test_names_that_nobody_answers_delay_no_other_one(
-    call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resolve, may_answer = socket.getaddrinfo, threading.Event()
-    asked: list[threading.Thread] = []
-
-    def slow(host: str, *arguments: Any, **options: Any) -> Any:
-        if not host.endswith(".dead"):
-            return resolve(host, *arguments, **options)
-        asked.append(threading.current_thread())
-        may_answer.wait()
-        raise socket.gaierror(socket.EAI_AGAIN, "nobody has answered")
-
-    monkeypatch.setattr(socket, "getaddrinfo", slow)
-    call.url = call.url.replace("127.0.0.1", "localhost")
-    dead: list[asyncio.Future[Any]] = [
-        asyncio.ensure_future(call.calls.call(f"http://{number}.dead:80", "GET", "/", {}, b""))
-        for number in range(NUM_DEAD)
-    ]
-    dead.append(asyncio.ensure_future(look_up("name.dead", 80)))
-    assert await call.answered(WHOLE) == b"ok"
-    await until(lambda: len(asked) == NUM_DEAD + 1)
-    # The end of the process does not wait for them either.
-    assert all(thread.daemon for thread in asked)
-    may_answer.set()
-    for error in await asyncio.gather(*dead, return_exceptions=True):
-        assert "nobody has answered" in str(error)

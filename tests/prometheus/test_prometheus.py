@@ -125,8 +125,7 @@ def test_clients_are_counted_once(deployment: Deployment, prometheus: Prometheus
 def test_pulls_are_there_by_pair_and_path(prometheus: Prometheus) -> None:
     (pulls,) = prometheus.query("pdlaunch_kv_pull_seconds_count")
     (pair,) = prometheus.query("pdlaunch_pair_bytes_per_second")
-    (second,) = prometheus.query("pdlaunch_pair_second_token_seconds_count")
-    for sample in (pulls, pair, second):
+    for sample in (pulls, pair):
         assert (sample["metric"]["prefill"], sample["metric"]["decode"]) == (
             "prefill-0",
             "decode-0",

@@ -110,7 +110,7 @@ async def test_tokenize_is_answered_by_any_engine(stand: Stand) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("max_tokens", [1, 4])
 async def test_what_engines_ignore_is_named_in_the_answer(
-    stand: Stand, stream: bool, max_tokens: int, caplog: pytest.LogCaptureFixture
+    stand: Stand, stream: bool, max_tokens: int
 ) -> None:
     engines = pair()
     await stand.start(engines)
@@ -118,13 +118,10 @@ async def test_what_engines_ignore_is_named_in_the_answer(
     assert IGNORED_FIELDS_HEADER not in (await stand.post(body)).headers
     for engine in engines:
         engine.ignored_fields = "no_stop_trim, messages.x"
-    for _ in range(2):
-        answer = await stand.post(body | {"no_stop_trim": False})
-        assert answer.status == 200
-        assert answer.headers[IGNORED_FIELDS_HEADER] == "no_stop_trim, messages.x"
+    answer = await stand.post(body | {"no_stop_trim": False})
+    assert answer.status == 200
+    assert answer.headers[IGNORED_FIELDS_HEADER] == "no_stop_trim, messages.x"
     assert all("no_stop_trim" in seen.body for engine in engines for seen in engine.seen[-1:])
-    logged = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
-    assert len(logged) == 2
 
 
 async def test_the_router_names_those_of_stream_options(stand: Stand) -> None:

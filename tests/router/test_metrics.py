@@ -44,7 +44,7 @@ def value(metrics: RouterMetrics, sample: str) -> float | None:
 def test_every_metric_of_the_router_stands_in_the_docs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
     names = re.findall(r"^# TYPE (\S+)", RouterMetrics("m").text().decode(), re.MULTILINE)
-    assert len(names) > 25
+    assert len(names) > 20
     for name in names:
         short = name.removeprefix("pdlaunch_router_").removesuffix("_total")
         assert re.search(rf"`(pdlaunch_router_)?{short}(_total)?[`{{]", page), name
@@ -60,7 +60,7 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
     await stand.start(pair_of_engines())
     metrics = stand.metrics
     show(metrics, pair("decode-0/rank-0", "p2p/memfd", 9.5), router={"died": 0, "hung": 0})
-    metrics.show(stand.pool, 0)
+    metrics.show(stand.pool.engines, 0)
     for sample in (
         'pdlaunch_router_request_errors_total{model_name="tiny",status="503"}',
         'pdlaunch_router_request_success_total{finished_reason="error",model_name="tiny"}',
@@ -76,7 +76,6 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
         "pdlaunch_router_engines_ready",
     ):
         assert value(metrics, sample) == 2
-    assert value(metrics, 'pdlaunch_router_engine_health{engine="decode-0",state="closed"}') == 1
 
 
 async def scraped(stand: Stand) -> str:
@@ -171,11 +170,10 @@ async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
 
 
 @pytest.mark.parametrize("line", ["x{", "x", 'x{a="b} 1', "x{} one", 'x{a="b"c="d"}e 1', "1x 2"])
-def test_what_is_no_sample_spoils_its_page(line: str) -> None:
+def test_what_is_no_sample_is_left_out(line: str) -> None:
     families: Families = {}
-    with pytest.raises(ValueError, match=r"not a sample|could not convert"):
-        add_page(families, f"# TYPE y gauge\ny 1\n{line}\n", engine="e")
-    assert render_families(families) == "\n"
+    add_page(families, f"# TYPE y gauge\n{line}\ny 1\n", engine="e")
+    assert render_families(families) == '# HELP y \n# TYPE y gauge\ny{engine="e"} 1\n'
 
 
 def test_labels_may_hold_whatever_text() -> None:

@@ -14,7 +14,6 @@ from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.watch import canary
 from pdlaunch.http.watch.canary import CanaryDied, Proof
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
-from pdlaunch.router import membership_sources
 from pdlaunch.router.membership import Results, judge
 from pdlaunch.router.membership_sources import (
     dns_source,
@@ -194,13 +193,13 @@ async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
 ) -> None:
     found: set[str] | None = {"127.0.0.1", "127.0.0.2"}
 
-    async def look_up(host: str, port: int) -> list[tuple[Any, int, tuple[Any, ...]]]:
+    async def look_up(host: str, port: int, **_: object) -> list[tuple[Any, ...]]:
         assert (host, port) == ("prefill.svc", 7)
         if found is None:
             raise OSError("no such name")
-        return [(None, 0, (ip, port)) for ip in found]
+        return [(None, None, 0, "", (ip, port)) for ip in found]
 
-    monkeypatch.setattr(membership_sources, "look_up", look_up)
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
 
     member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "vllm", "key")
     following = asyncio.ensure_future(

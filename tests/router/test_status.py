@@ -29,7 +29,6 @@ pdlaunch_kv_transfer_seconds_total{engine="decode-0"} %f
 pdlaunch_num_requests_running{engine="decode-0"} 3
 pdlaunch_num_requests_waiting{engine="decode-0"} 2
 pdlaunch_kv_cache_usage_perc{engine="decode-0"} 0.25
-pdlaunch_kv_verification_failures_total{engine="decode-0"} %d
 """
 
 
@@ -59,7 +58,7 @@ def proven(rank: int, speed: float) -> PairReady:
 
 async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
     engines = pair()
-    engines[1].metrics_page = PULLS % (4_000_000_000, 2, 0.5, 0)
+    engines[1].metrics_page = PULLS % (4_000_000_000, 2, 0.5)
     stand.pairs = [proven(0, 9.0), proven(1, 8.5)]
     await stand.start(engines)
     await stand.post({"prompt": "x", "max_tokens": 4})
@@ -83,17 +82,9 @@ async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
     assert (status.requests, status.errors, status.in_flight) == (1, 0, 0)
 
 
-async def test_refused_pulls_deaths_and_returns_are_events(stand: Stand) -> None:
-    engines = pair()
-    engines[1].metrics_page = PULLS % (0, 0, 0, 1)
-    stand.pairs = [proven(0, 9.0)]
-    await stand.start(engines)
+async def test_deaths_and_returns_are_events(stand: Stand) -> None:
+    await stand.start(pair())
     assert (await get(stand))["events"] == []
-    engines[1].metrics_page = PULLS % (0, 0, 0, 3)
-    stand.router.view._readings._histories["decode-0"].asked_at = float("-inf")
-    (refused,) = (await get(stand))["events"]
-    assert (refused["kind"], refused["name"], refused["is_bad"]) == ("pull", "decode-0", True)
-    assert refused["text"] == "2 pulls were refused: hashes or checksums differed"
     stand.publish(without=["decode-0"])
     status = await get(stand)
     assert [(gone["name"], gone["role"]) for gone in status["gone"]] == [("decode-0", "decode")]
@@ -101,7 +92,7 @@ async def test_refused_pulls_deaths_and_returns_are_events(stand: Stand) -> None
     stand.publish()
     status = await get(stand)
     assert status["gone"] == []
-    assert [(event["text"], event["is_bad"]) for event in status["events"][1:]] == [
+    assert [(event["text"], event["is_bad"]) for event in status["events"]] == [
         ("gone (was ready)", True),
         ("starting (is here)", True),
         ("ready (was starting)", False),
@@ -201,7 +192,7 @@ def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
         'pdlaunch_kv_pull_bytes_sum{decode="d",path="q",prefill="prefill-0"} 5\n'
         'pdlaunch_kv_pull_bytes_sum{decode="d",path="p",prefill="prefill-1"} 7\n'
         'vllm:prompt_tokens_total{engine="0"} NaN\n'
-        "vllm:num_preemptions_total -1\n"
+        "vllm:prompt_tokens_total -1\n"
         "vllm:generation_tokens_total many\n"
         "nonsense\n"
         "\n"
@@ -222,16 +213,15 @@ def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
         prompt_tokens=300, device_hits=150, output_tokens=50, pulled_bytes=8e9, pull_seconds=2
     )
     book.add(55.0, later)
-    shown = book.reading(56.0)
+    shown = book.reading()
     assert shown is not None
-    assert shown.age_s == 1.0
     assert (shown.output_tokens_per_s, shown.pulled_bytes_per_s) == (10.0, 1.6e9)
     assert shown.pull_gigabytes_per_s == 4.0
     assert shown.cache is not None
     assert (shown.cache["device"], shown.cache["remote"]) == (0.25, 0.0)
     # A minute later there were no prompts.
     book.add(120.0, later)
-    shown = book.reading(120.0)
+    shown = book.reading()
     assert shown is not None
     assert shown.cache is None
     assert shown.output_tokens_per_s == 0.0

@@ -27,7 +27,6 @@ from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
-from pdlaunch.http.headers import IgnoredFields
 from pdlaunch.http.limits import (
     Admission,
     BodyBudget,
@@ -200,7 +199,6 @@ class EngineService:
         budget_bytes = limits.body_budget_bytes + 2 * self.max_body_bytes
         self.bodies = BodyBudget(budget_bytes, self.max_body_bytes)
         self.inputs = LargeInputs()
-        self.ignored_fields = IgnoredFields()
         self.metrics = ServerMetrics(
             registry,
             engine=spec.name,

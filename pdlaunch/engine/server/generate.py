@@ -31,6 +31,7 @@ from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     SPANS_HEADER,
     TRACEPARENT_HEADER,
+    ignored_fields_header,
     read_origin,
     read_traceparent,
 )
@@ -110,9 +111,7 @@ async def _run(
     choices = generation.choices
     clock = RequestClock(metrics.requests)
     metrics.asked(request.n, generation.num_prompt_tokens, choices)
-    headers = {REQUEST_ID_HEADER: call.hop_id} | service.ignored_fields.headers(
-        request.ignored_fields
-    )
+    headers = {REQUEST_ID_HEADER: call.hop_id} | ignored_fields_header(request.ignored_fields)
     writer = AnswerWriter(generation, service.model, clock)
     answered = False
     otherwise = "abort"  # the reason of choices without one: their client has gone away

@@ -38,6 +38,7 @@ from pdlaunch.http.app import (
 from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
+from pdlaunch.http.headers import ignored_fields_header
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.http.limits import LARGE_TEXT_BYTES
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
@@ -130,7 +131,7 @@ async def _convert(
                 len(raw) >= LARGE_TEXT_BYTES, partial(convert, service.model, raw)
             )
             body = msgspec.json.encode(answer)
-    headers = service.ignored_fields.headers(ignored_fields)
+    headers = ignored_fields_header(ignored_fields)
     return web.Response(body=body, content_type="application/json", headers=headers)
 
 

@@ -97,17 +97,12 @@ async def test_unknown_fields_are_ignored_and_named(engine: Engine, path: str) -
     assert (status, response.headers[IGNORED_FIELDS_HEADER]) == (200, "no_stop_trim, nonsense")
 
 
-async def test_a_hostile_name_cannot_add_a_header_or_a_log_line(
-    engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_hostile_name_cannot_add_a_header(engine: Engine) -> None:
     names = ["x\r\nX-Evil: 1", "\n2026 ERROR forged", "é" * 10, "x" * 2**20]
     body = {"prompt": "x"} | dict.fromkeys(names, 1)
     status, response, _ = await sent(engine, "/v1/completions", body)
     assert status == 200
     assert not {"X-Evil", IGNORED_FIELDS_HEADER} & set(response.headers)
-    lines = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
-    assert len(lines) == len(names)
-    assert all(line.isprintable() and len(line) < 400 for line in lines)
 
 
 @pytest.mark.parametrize(
