@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from pdlaunch.checks.context import Context, pair, vllm_engines, vllm_pair
+from pdlaunch.checks.context import Context, vllm_engines, vllm_pair
 from pdlaunch.checks.rule import Found, differing_place, error, warning
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.vllm_arguments import (
@@ -123,6 +123,12 @@ def _no_command(context: Context) -> Iterator[Found]:
             if found.problem
         ]
         yield from (Found(problem, each.where("engine_command")) for problem in problems)
+
+
+def _kinds_differ(context: Context) -> str:
+    kinds = {role: each.settings.engine for role, each in context.engines.items()}
+    found = ", ".join(f"{role} engines are {kind}" for role, kind in kinds.items())
+    return found if len(set(kinds.values())) > 1 else ""
 
 
 def _versions_differ(context: Context) -> Iterator[Found]:
@@ -244,10 +250,9 @@ RULES = (
         fix="Leave endpoint and replay_endpoint out; the events are then at a socket of the "
         "launch.",
         source="vLLM's KVEventsConfig: it publishes at tcp://*:5557 by default, without a key."),
-    error("PD610", "Prefill and decode engines are of different kinds.",
+    error("PD610", "The engines of a launch are of different kinds.",
         "A native engine cannot read the KV blocks of vLLM, nor the other way round.",
-        over=pair, when=lambda it: it[0].settings.engine != it[1].settings.engine, at="engine",
-        message="prefill engines are {0.settings.engine}, decode engines {1.settings.engine}",
+        when=_kinds_differ, at="engine",
         fix="Set engine once, at the top level.", source="KV layouts and handshakes of both kinds.",
     ),
     error("PD611", "The executable of an engine cannot be run.",

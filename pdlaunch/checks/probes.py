@@ -49,7 +49,7 @@ def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState]:
 def _engine_commands(resolved: ResolvedLaunch) -> dict[Role, dict[str, EngineCommand]]:
     found: dict[Role, dict[str, EngineCommand]] = {}
     for host in resolved.engine_hosts:
-        for role, engines in resolved.placed.by_host[host.name].items():
+        for role, engines in resolved.by_host[host.name].items():
             command = engines.settings.engine_command
             if engines.is_native:
                 continue

@@ -48,7 +48,7 @@ RULES = (
     error("PD101", "There is no engine at all.",
         "Nothing can answer a request.",
         when=lambda context: not context.engines, at="prefill.replicas",
-        message="prefill.replicas, decode.replicas and both.replicas are all 0",
+        message="no engine: prefill.replicas, decode.replicas and both.replicas are all 0",
         fix="Set prefill.replicas and decode.replicas, or both.replicas, to 1 or more.",
         source="The plan of a launch.", on_vllm=True),
     error("PD102", "There are prefill engines without decode engines, or the other way round.",

@@ -31,9 +31,6 @@ from pdlaunch.config.yaml_file import read_yaml
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 """Variables that other parts of pdlaunch read and that are no settings."""
 
-_OTHER_VALUES = {"half": "float16", "fp16": "float16", "float": "float32", "fp32": "float32"}
-"""Names that vLLM and others use for some values."""
-
 OriginKind = Literal["argument", "flag", "environment", "file", "default", "derived"]
 
 
@@ -207,8 +204,7 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
     fix = None
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         values = [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()]
-        other = _OTHER_VALUES.get(detail["input"])
-        match = other if other in values else nearest(detail["input"].lower(), values)
+        match = nearest(detail["input"].lower(), values)
         fix = f"did you mean {match}?" if match else None
     item = given.get(path)
     if item is not None and whole in item.places:

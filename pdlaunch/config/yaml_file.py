@@ -33,7 +33,7 @@ def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:
     Raises InvalidConfigError when the file as a whole cannot be read.
     """
     reader = _Reader(path)
-    root = _compose(_read_text(path), path)
+    root = _compose(_read_bytes(path), path)
     if root is not None:
         reader.read_section(root, "")
     return reader.values, reader.places, reader.problems
@@ -153,36 +153,26 @@ def _place(file: Path, line: int, column: int) -> str:
     return f"{shown_path(file)}:{line + 1}:{column + 1}"
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise _unreadable(path, "no such file", "check the path") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        text = f"cannot be read: {reason}" if reason else "not a usable path"
-        raise _unreadable(path, text, "check the path") from None
+        reason = str(getattr(error, "strerror", None) or "not a usable path").lower()
+        raise _unreadable(path, f"cannot be read: {reason}", "check the path") from None
     if len(data) > MAX_FILE_BYTES:
         size = f"larger than {MAX_FILE_BYTES // 1024} KiB"
         raise _unreadable(path, size, "this is no configuration of pdlaunch")
-    # Windows tools save so; "not UTF-8 at byte 0" would not tell what to do.
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _unreadable(path, "encoded as UTF-16 or UTF-32", "save the file as UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8", "replace")
-        raise _at_end(path, before, "not UTF-8", "save the file as UTF-8") from None
+    return data
 
 
-def _compose(text: str, path: Path) -> yaml.Node | None:
+def _compose(data: bytes, path: Path) -> yaml.Node | None:
     """Return the node tree of a document. Composing keeps positions and builds no objects."""
     try:
-        root: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+        root: yaml.Node | None = yaml.compose(data, Loader=_Loader)
     except yaml.reader.ReaderError as error:
-        message = "a character that YAML does not allow"
-        raise _at_end(path, text[: error.position], message, "remove it") from None
+        message = f"not UTF-8, or a control character, at position {error.position}"
+        raise _unreadable(path, message, "save the file as UTF-8, without that character") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = _place(path, mark.line, mark.column) if mark else shown_path(path)
@@ -201,11 +191,6 @@ def _compose(text: str, path: Path) -> yaml.Node | None:
         message = f"bad YAML ({type(error).__name__})"
         raise _unreadable(path, message, "check the file with a YAML linter") from None
     return root
-
-
-def _at_end(path: Path, before: str, message: str, fix: str) -> InvalidConfigError:
-    where = _place(path, before.count("\n"), len(before) - (before.rfind("\n") + 1))
-    return InvalidConfigError([Problem(message, fix=fix, where=where)])
 
 
 def _unreadable(path: Path, message: str, fix: str) -> InvalidConfigError:

@@ -111,7 +111,7 @@ def _gpus_of_ranks(resolved: ResolvedLaunch, planned: Plan) -> dict[str, int]:
     """Return the index of each rank's GPU on this host."""
     here = resolved.hosts[0].name
     found = {}
-    for role, engines in resolved.placed.by_host.get(here, {}).items():
+    for role, engines in resolved.by_host.get(here, {}).items():
         gpus = {f"cuda:{place}": gpu for place, gpu in enumerate(engines.gpus)}
         for rank in planned.ranks(role):
             gpu = gpus.get(rank.devices[0])

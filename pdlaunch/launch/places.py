@@ -296,7 +296,7 @@ class EnginePlaces:
         ``taken``: GPUs of other engines; those that this one gets are added.
         """
         tried = self.resolved.with_engines({**places, key: EnginePlace(host.name)}, models)
-        engines = tried.placed.by_host[host.name][key[0]]
+        engines = tried.by_host[host.name][key[0]]
         if engines.device == "cpu":
             return EnginePlace(host.name)
         numbers = [(host.name, gpu.index) for gpu in engines.gpus]

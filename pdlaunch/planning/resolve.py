@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
@@ -15,13 +16,11 @@ from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.model_files.find import not_cached
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
-from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Machine
-from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
 from pdlaunch.planning.hosts import ResolvedHost, one_host
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.planning.roles import EnginePlace, PlacedEngine, PlacedRoles, Places, resolve_roles
+from pdlaunch.planning.roles import EnginePlace, PlacedEngine, Places, place_roles
 
 THIS_HOST = LOCAL
 
@@ -45,17 +44,19 @@ class ResolvedLaunch:
     hosts: tuple[ResolvedHost, ...]
     """The hosts of the launch, the supervisor's own first: the router runs there."""
     environ: Mapping[str, str]  # the supervisor's environment
-    placed: PlacedRoles
+    by_host: Mapping[str, Mapping[Role, RoleEngines]]  # the roles of each host that has engines
+    engines: tuple[PlacedEngine, ...]  # they are in the order of ``ROLES``, then of the index
     whole: ResolvedLaunch | None = None
     """The launch that this is the part of on one host; None: it is a whole one."""
 
-    @property
+    @cached_property
     def roles(self) -> Mapping[Role, RoleEngines]:
-        return self.placed.roles
-
-    @property
-    def engines(self) -> tuple[PlacedEngine, ...]:
-        return self.placed.engines
+        """Return the engines of each role, with the values of its first engine's host."""
+        counts = Counter(engine.engines.role for engine in self.engines)
+        firsts = {engine.engines.role: engine.engines for engine in reversed(self.engines)}
+        return {
+            role: replace(firsts[role], replicas=counts[role]) for role in ROLES if counts[role]
+        }
 
     @property
     def machine(self) -> Machine:
@@ -64,7 +65,7 @@ class ResolvedLaunch:
     @property
     def engine_hosts(self) -> tuple[ResolvedHost, ...]:
         launch = self.whole or self
-        return tuple(host for host in launch.hosts if host.name in launch.placed.by_host)
+        return tuple(host for host in launch.hosts if host.name in launch.by_host)
 
     @property
     def spans_hosts(self) -> bool:
@@ -82,10 +83,9 @@ class ResolvedLaunch:
 
     def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
         """Return the part of this launch that runs on a host, which rules on machines judge."""
-        here = self.placed.by_host.get(host.name, {})
+        here = {host.name: self.by_host.get(host.name, {})}
         engines = tuple(engine for engine in self.engines if engine.host is host)
-        part = PlacedRoles(here, {host.name: here}, engines)
-        return replace(self, hosts=(host,), placed=part, whole=self)
+        return replace(self, hosts=(host,), by_host=here, engines=engines, whole=self)
 
     def host(self, name: str) -> ResolvedHost:
         return next(host for host in self.hosts if host.name == name)
@@ -136,36 +136,15 @@ class ResolvedLaunch:
         return self.config.served_model_name or own
 
     def require_startable(self) -> None:
-        """Raise ConfigError for the first thing that keeps the processes from being started.
+        """Raise ConfigError for a model that cannot be served; of all else the rules tell.
 
-        Models that are yet to be converted do not: ``after_conversion`` is asked once they are.
+        Models that are yet to be converted can: ``after_conversion`` is asked once they are.
         """
-        # Models first: what is wrong with one says more than what follows from it.
         for engines in self.roles.values():
             if engines.model.error is not None:
                 raise engines.model.error
             if engines.model.pending and engines.model.on_hub:
                 raise not_cached(engines.model.name, engines.settings.revision)
-        if not self.roles:
-            raise ConfigError(
-                "there is no engine to start",
-                field="prefill.replicas",
-                value=0,
-                fix="set prefill.replicas and decode.replicas, or both.replicas, to 1 or more",
-            )
-        kinds = {engines.settings.engine: role for role, engines in self.roles.items()}
-        if len(kinds) > 1:
-            raise ConfigError(
-                "the engines of a launch must be of one kind: engines of different kinds cannot "
-                "read each other's KV blocks",
-                field="engine",
-                value=", ".join(f"{role}: {kind}" for kind, role in kinds.items()),
-                fix="set engine once, at the top level",
-            )
-        # Engines on each host first, then the roles, whose values come from their first host.
-        for engines in [*(engine.engines for engine in self.engines), *self.roles.values()]:
-            _require_devices(engines)
-            _require_values(engines)
 
     def after_conversion(self) -> ResolvedLaunch:
         """Resolve again, now that all models can be read. Raises ConfigError."""
@@ -260,43 +239,5 @@ def resolve_on(
     ``places``: those of engines that are placed already.
     """
     found = read_models(config) if models is None else models
-    placed = resolve_roles(config, hosts, environ, found, places)
-    return ResolvedLaunch(config, tuple(hosts), dict(environ), placed)
-
-
-def _require_devices(engines: RoleEngines) -> None:
-    num_gpus, where = len(engines.gpus), engines.where("tensor_parallel_size")
-    if engines.gpus_problem:
-        raise ConfigError(
-            f"the {VISIBLE_DEVICES} of {engines.role} cannot be used: {engines.gpus_problem}",
-            field=f"{engines.role}.env.{VISIBLE_DEVICES}",
-            value=engines.given_environ[VISIBLE_DEVICES],
-            fix="correct it, or leave it out",
-        )
-    if engines.device == "cuda" and engines.tp_size > num_gpus:
-        sees = f"its ranks see {num_gpus}" if num_gpus else "no CUDA device was found"
-        raise ConfigError(
-            f"an engine of {engines.tp_size} ranks needs {engines.tp_size} GPUs, {sees}",
-            field=where if num_gpus else "device",
-            value=engines.tp_size if num_gpus else engines.settings.device,
-            fix=f"set {where} to {num_gpus} or less, or device: cpu; nvidia-smi shows the GPUs",
-        )
-
-
-def _require_values(engines: RoleEngines) -> None:
-    if engines.cumem_allocator is None:
-        raise ConfigError(
-            "enable_sleep_mode needs the CuMem allocator, which enable_cumem_allocator: false "
-            "switches off",
-            field="enable_cumem_allocator",
-            value=False,
-            fix="remove enable_cumem_allocator, or switch enable_sleep_mode off",
-        )
-    wanted, limit = engines.settings.max_model_len, engines.max_model_len
-    if wanted is not None and limit is not None and wanted > limit:
-        raise ConfigError(
-            f"max_model_len is over the model's {limit} positions",
-            field="max_model_len",
-            value=wanted,
-            fix=f"set it to {limit} or less, or leave it out",
-        )
+    by_host, engines = place_roles(config, hosts, environ, found, places)
+    return ResolvedLaunch(config, tuple(hosts), dict(environ), by_host, engines)

@@ -103,23 +103,15 @@ class PlacedEngine:
         return ("cpu",) * self.engines.tp_size
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedRoles:
-    """Holds the engines of a launch by role, by host, and one by one."""
-
-    roles: Mapping[Role, RoleEngines]
-    by_host: Mapping[str, Mapping[Role, RoleEngines]]  # the roles of each host that has engines
-    engines: tuple[PlacedEngine, ...]  # they are in the order of ``ROLES``, then of the index
-
-
-def resolve_roles(
+def place_roles(
     config: LaunchConfig,
     hosts: Sequence[ResolvedHost],
     environ: Mapping[str, str],
     models: Mapping[Role, Model],
     places: Places | None = None,
-) -> PlacedRoles:
-    """Place and resolve the engines of each role that has any; never raises, see ``RoleEngines``.
+) -> tuple[Mapping[str, Mapping[Role, RoleEngines]], tuple[PlacedEngine, ...]]:
+    """Place the engines of each role that has any: return the roles of each host, and all engines
+    in the order of ``ROLES``, then of the index. Never raises, see ``RoleEngines``.
 
     ``environ``: the supervisor's. ``places``: those of engines that are placed already.
     """
@@ -164,15 +156,7 @@ def resolve_roles(
             here[role] = replace(engines, first_gpu_rank=before)
         if here:
             by_host[host.name] = here
-    placed = tuple(_placed(places, {host.name: host for host in hosts}, by_host))
-    # A role has the values of its first engine's host.
-    roles = {
-        role: replace(
-            next(engine.engines for engine in placed if engine.engines.role == role), replicas=count
-        )
-        for role, count in replicas.items()
-    }
-    return PlacedRoles(roles, by_host, placed)
+    return by_host, tuple(_placed(places, {host.name: host for host in hosts}, by_host))
 
 
 def _placed(

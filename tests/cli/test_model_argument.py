@@ -100,7 +100,7 @@ def test_a_file_of_settings_is_told_by_its_ending(
     [
         (("serve", NAME, "--model", "local"), 2, "given twice: org/tiny and --model local"),
         (("serve", "deploy.yaml", NAME), 2, "unexpected extra argument"),
-        (("serve", "no.yaml"), 2, "no.yaml: no such file"),
+        (("serve", "no.yaml"), 2, "no.yaml: cannot be read: no such file"),
         (("serve", "notes.txt", "--dry-run"), 2, "settings ends in .yaml, .yml or .json"),
         (("check-config", "smolm2"), 1, "Did you mean smollm2?"),
         (("check-config", "org/other"), 1, "HF_HUB_OFFLINE forbids to download it"),

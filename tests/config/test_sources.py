@@ -139,13 +139,11 @@ class TestFileProblems:
             ("prefill: &p {env: *p}\n", "1:19", "aliases are not supported", None),
             ("prefill:\n\treplicas: 1\n", "2:1", "bad YAML", "spaces, not with tabs"),
             ("port: {\n", "2:1", "bad YAML", None),
-            ("model: a\0b\n", "1:9", "does not allow", "remove it"),
             ("env: {A: [1]}\n", "1:10", "valid string", None),
             ("env: {A=B: 1}\n", "1:12", "not the name of an environment variable", None),
             ("port: true\n", "1:7", "switch", None),
             ("port: 99999\n", "1:7", "less than or equal to 65535", None),
             ("dtype: float33\n", "1:8", "'float33' is wrong", "did you mean float32?"),
-            ("dtype: half\n", "1:8", "'half' is wrong", "did you mean float16?"),
             ("prefill: 2\n", "1:10", "must be a mapping", "write `field: value` lines"),
             ("prefill: {tp: 2}\n", "1:11", "unknown", "it is prefill.tensor_parallel_size"),
             ("kv_connector: file\n", "1:1", "unknown", "in a file it is kv_transfer.connector"),
@@ -166,7 +164,7 @@ class TestFileProblems:
         ("data", "message"),
         [
             (b"model: \xff\xfe\xfa\n", "not UTF-8"),
-            ("model: x\n".encode("utf-16"), "UTF-16"),
+            (b"model: a\0b\n", "a control character, at position 8"),
             (b"# " + b"x" * 300_000, "larger than"),
             (b"[" * 1000, "nested too deeply"),
         ],
@@ -175,7 +173,7 @@ class TestFileProblems:
         assert message in only(problems(file(data))).message
 
     def test_missing_file_and_folder(self, tmp_path):
-        assert only(problems(tmp_path / "none.yaml")).message == "no such file"
+        assert "no such file" in only(problems(tmp_path / "none.yaml")).message
         assert "cannot be read" in only(problems(tmp_path)).message
         assert "not a usable path" in only(problems(Path("a\0b"))).message
 

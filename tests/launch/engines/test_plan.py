@@ -10,7 +10,6 @@ import pytest
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
-from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.models import Model
@@ -117,20 +116,3 @@ def test_the_decode_ranks_prove_the_pairs_and_rules_on_other_engines_say_nothing
     assert proving == ["decode-0/rank-0", "decode-0/rank-1"]
     others = {code for code in all_rules() if code.startswith("PD6")} - {"PD610", "PD615"}
     assert {rule.code for rule in kind.rules()} == all_rules().keys() - others
-
-
-@pytest.mark.parametrize(
-    ("values", "machine", "field"),
-    [
-        ({"prefill": {"replicas": 0}, "decode": {"replicas": 0}}, CPU, "prefill.replicas"),
-        ({"device": "cuda"}, CPU, "device"),
-        ({"decode": {"tensor_parallel_size": 8}}, FOUR_GPUS, "decode.tensor_parallel_size"),
-    ],
-)
-def test_what_cannot_be_placed_is_a_config_error(
-    values: dict[str, object], machine: Machine, field: str
-) -> None:
-    with pytest.raises(ConfigError) as raised:
-        resolved(config(**values), machine).require_startable()
-    assert raised.value.field == field
-    assert raised.value.fix
