@@ -1,4 +1,4 @@
-"""Shows what ``serve`` does: its start, a panel once it is ready, then events, and every ten
+"""Shows what ``serve`` does: its start, how to use it once it is ready, then events, and every ten
 seconds a line with what the deployment does.
 """
 
@@ -9,11 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.output import safe
@@ -22,19 +19,18 @@ from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import launch_api, read_status
-from pdlaunch.launch.status import LaunchPhase, LaunchStatus, Observer, ProcessState, ProcessStatus
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.protocol.process.run_dirs import running_launches
 from pdlaunch.protocol.status import DeploymentStatus
 
 Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
-"""Returns the lines of the ready panel: label and text, which may have several lines."""
+"""Returns what is said of a deployment that is ready, line by line: label and text."""
 Read = Callable[[], DeploymentStatus]
 """Reads the status of the launch from its router. Raises PdlaunchError."""
 
 EVERY_S = 10.0
 DRAIN_EVERY_S = 2.0
 READ_TIMEOUT_S = 5.0
-CONTINUATION = " \\\n  "  # joins the lines of a shell command
 NUM_PAIRS = 4
 _READY_POLL_S = 0.02
 _PERCENT_EVERY_S = 5.0
@@ -43,61 +39,79 @@ _FAILURES = (ProcessState.FAILED, ProcessState.BACKING_OFF, ProcessState.GIVEN_U
 _DRAINS = (LaunchPhase.DRAINING_ROUTER, LaunchPhase.DRAINING_ENGINES)
 
 
-class StartView:
-    """Shows the start: on a terminal one line that moves, else a line for each change; then events
-    as lines.
+class ServeView:
+    """Shows a launch. A start is one line that moves on a terminal, elsewhere a line for each
+    change; all else are lines.
 
-    Lines of the start tell the seconds since it began, events the time of day.
+    Lines of the start tell the seconds since it began, others the time of day.
     """
 
     def __init__(
-        self, console: Console, summary: Summary, clock: Callable[[], float] = time.monotonic
+        self, console: Console, summary: Summary, read: Read, every_s: float = EVERY_S
     ) -> None:
         self._console = console
         self._summary = summary
-        self._clock = clock
-        self._start_at = clock()
+        self._read = read
+        self._every_s = every_s
+        self._start_at = time.monotonic()
         self._status = LaunchStatus(LaunchPhase.PREPARING, ())
         self._said: dict[str, tuple[tuple[ProcessState, str], float]] = {}
         """The last line printed for each process, and its time."""
-        self.is_live = console.is_terminal and not console.is_dumb_terminal
+        self._last_line = ""
+        self._num_errors = 0
+        self._is_draining = False
+        self._is_over = False
+        self._wake = threading.Event()
         self._live: Live | None = None
-        if self.is_live:
-            self._live = Live(get_renderable=self._render, console=console, transient=True)
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(get_renderable=self._start_line, console=console, transient=True)
+
+    def __enter__(self) -> ServeView:
+        if self._live is not None:
             self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_start()
+        self._is_over = True
+        self._wake.set()
 
     def changed(self, status: LaunchStatus) -> None:
         self._status = status
         if status.phase not in _STARTS:
-            self.close()
-        elif not self.is_live:
+            self._end_start()
+        elif self._live is None:
             for process in status.processes:
                 if process.state is not ProcessState.PLANNED and self._is_news(process):
                     self._say(f"{on_host(process.name, process.host)}: {_doing(process)}")
+        if status.phase in _DRAINS and not self._is_draining:
+            self._is_draining = True
+            self._wake.set()
+        elif self._is_draining and status.phase not in _DRAINS:
+            self._is_over = True
 
     def ready(self, status: LaunchStatus) -> None:
-        rows = self._summary(status)
-        if self.is_live:
-            self.close()
-            self._console.print(render_ready(rows))
-            return
-        self._say("ready")
-        for label, text in rows:
-            line = f"  {label:<10} {text.replace(CONTINUATION, ' ')}"
-            self._console.print(Text(line), soft_wrap=True)
+        # In a thread: the router is just being told, and the supervisor waits for nobody.
+        threading.Thread(
+            target=self._watch, args=(status,), name="status-line", daemon=True
+        ).start()
 
     def note(self, text: str) -> None:
         self._print(f"{datetime.now():%H:%M:%S}", text)
 
-    def close(self) -> None:
+    def _end_start(self) -> None:
         """Take the line off the screen and give the cursor back. Safe to call twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
 
+    def _start_line(self) -> Text:
+        elapsed_s = time.monotonic() - self._start_at
+        return render_status(self._status, elapsed_s, self._console.width)
+
     def _is_news(self, process: ProcessStatus) -> bool:
         """Say whether state or activity are new, or the last percentage is old."""
-        said, now_at = (process.state, process.doing), self._clock()
+        said, now_at = (process.state, process.doing), time.monotonic()
         before, said_at = self._said.get(process.name, (None, 0.0))
         if said == before and (process.fraction is None or now_at - said_at < _PERCENT_EVERY_S):
             return False
@@ -105,16 +119,53 @@ class StartView:
         return True
 
     def _say(self, line: str) -> None:
-        self._print(f"{self._clock() - self._start_at:6.1f} s", line)
+        self._print(f"{time.monotonic() - self._start_at:6.1f} s", line)
 
-    def _print(self, time: str, line: str) -> None:
+    def _print(self, time_of_it: str, line: str) -> None:
         # A terminal would break a long line within a word; in a file it is for tools to find.
-        text = Text(f"[{time}] {safe(line)}")
+        text = Text(f"[{time_of_it}] {safe(line)}")
         self._console.print(text, soft_wrap=not self._console.is_terminal)
 
-    def _render(self) -> Text:
-        elapsed_s = self._clock() - self._start_at
-        return render_status(self._status, elapsed_s, self._console.width)
+    def _watch(self, launch: LaunchStatus) -> None:
+        """Say that the launch is ready when its router takes requests, then what it does."""
+        while not (self._is_over or self._is_draining):
+            # Do not announce a launch that is already stopping.
+            if self._takes_requests() and not (self._is_over or self._is_draining):
+                self._say("pdlaunch is ready")
+                for label, text in self._summary(launch):
+                    # Whole lines, also on a terminal: commands in them can be copied.
+                    self._console.print(Text(f"  {label:<10} {text}"), soft_wrap=True)
+                break
+            self._wake.wait(_READY_POLL_S)
+        while not self._is_over:
+            self._wake.wait(DRAIN_EVERY_S if self._is_draining else self._every_s)
+            self._wake.clear()
+            if not self._is_over:
+                self.tell()
+
+    def _takes_requests(self) -> bool:
+        try:
+            return self._read().state == "ok"
+        except PdlaunchError:
+            return False
+
+    def tell(self) -> None:
+        """Say what has changed since the last time, if anything has."""
+        try:
+            status = self._read()
+        except PdlaunchError:
+            # A router that is restarted; what happened to it is told without this.
+            return
+        left = status.in_flight
+        line = f"draining: {left} request{'' if left == 1 else 's'} left"
+        if not self._is_draining:
+            line = status_line(status, self._num_errors)
+        self._num_errors = status.errors
+        # An unused launch prints no status lines.
+        is_unused = not self._last_line and status.requests == 0 and left == 0
+        if line != self._last_line and not (self._is_over or is_unused):
+            self.note(line)
+        self._last_line = line
 
 
 def render_status(status: LaunchStatus, elapsed_s: float, columns: int) -> Text:
@@ -141,31 +192,14 @@ def _doing(process: ProcessStatus) -> str:
     return f"{process.state}, {process.doing}{percent}" if process.doing else process.state
 
 
-def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
-    """Render the panel of a ready deployment, without borders at the sides, so that lines can be
-    copied.
-    """
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, text in rows:
-        grid.add_row(label, Text(text))
-    return Panel(
-        grid, title="pdlaunch is ready", border_style="green", box=box.HORIZONTALS, padding=0
-    )
-
-
 def ready_rows(
     status: LaunchStatus, *, model: str, connector: str | None, log_dir: str, needs_key: bool
 ) -> list[tuple[str, str]]:
-    """Return the lines of the panel: URL, a request to try, topology, speeds of pairs, logs."""
-    key = f"{CONTINUATION}-H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
-    # A prompt of one word: a narrow terminal breaks lines at spaces, which JSON allows between its
-    # parts alone.
-    body = f'{{"model": "{model}", "prompt": "Hello"}}'
+    """Return what is said at the start: URL, a request to try, topology, speeds of pairs, logs."""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
     curl = (
-        f"curl {status.url}/v1/completions{key}{CONTINUATION}-H 'Content-Type: "
-        f"application/json'{CONTINUATION}-d '{body}'"
+        f"curl {status.url}/v1/completions{key} -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{model}", "prompt": "Hello"}}\''
     )
     # The slowest first, which deserve a look.
     pairs = sorted(status.pairs, key=lambda pair: pair.gigabytes_per_s or 0.0)
@@ -199,82 +233,6 @@ def _topology(processes: Sequence[ProcessStatus]) -> str:
             parts.append(f"{num_engines} {role}{f' (tp {tp_size})' if tp_size > 1 else ''}")
     num_hosts = len({process.host for process in processes})
     return " + ".join(parts) + (f" on {num_hosts} hosts" if num_hosts > 1 else "")
-
-
-class StatusLine:
-    """Passes every event on to ``view``, and adds a status line every ``every_s`` seconds."""
-
-    def __init__(self, view: Observer, read: Read, every_s: float = EVERY_S) -> None:
-        self._view = view
-        self._read = read
-        self._every_s = every_s
-        self._wake = threading.Event()
-        self._is_draining = False
-        self._is_over = False
-        self._num_errors = 0
-        self._said = ""
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> StatusLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over = True
-        self._wake.set()
-
-    def changed(self, status: LaunchStatus) -> None:
-        self._view.changed(status)
-        if status.phase in _DRAINS and not self._is_draining:
-            self._is_draining = True
-            self._wake.set()
-        elif self._is_draining and status.phase not in _DRAINS:
-            self._is_over = True
-
-    def ready(self, status: LaunchStatus) -> None:
-        # In its thread: the router is just being told, and the supervisor waits for nobody.
-        run, arguments = self._run, (status,)
-        self._thread = threading.Thread(target=run, args=arguments, name="status-line", daemon=True)
-        self._thread.start()
-
-    def note(self, text: str) -> None:
-        self._view.note(text)
-
-    def _run(self, launch: LaunchStatus) -> None:
-        while not (self._is_over or self._is_draining):
-            # Do not announce a launch that is already stopping.
-            if self._takes_requests() and not (self._is_over or self._is_draining):
-                self._view.ready(launch)
-                break
-            self._wake.wait(_READY_POLL_S)
-        while not self._is_over:
-            self._wake.wait(min(self._every_s, DRAIN_EVERY_S if self._is_draining else EVERY_S))
-            self._wake.clear()
-            if not self._is_over:
-                self.tell()
-
-    def _takes_requests(self) -> bool:
-        try:
-            return self._read().state == "ok"
-        except PdlaunchError:
-            return False
-
-    def tell(self) -> None:
-        """Say what has changed since the last time, if anything has."""
-        try:
-            status = self._read()
-        except PdlaunchError:
-            # A router that is restarted; what happened to it is told without this.
-            return
-        left = status.in_flight
-        line = f"draining: {left} request{'' if left == 1 else 's'} left"
-        if not self._is_draining:
-            line = status_line(status, self._num_errors)
-        self._num_errors = status.errors
-        # An unused launch prints no status lines.
-        is_unused = not self._said and status.requests == 0 and left == 0
-        if line != self._said and not (self._is_over or is_unused):
-            self._view.note(line)
-        self._said = line
 
 
 def reader_of(launch_id: str) -> Read:

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-_URL = {
-    "help": "The deployment's router; needed where several of yours run, or another's.",
-    "envvar": "PDLAUNCH_URL",
-}
-UrlOption = Annotated[str | None, typer.Option(**_URL)]
-UrlArgument = Annotated[str | None, typer.Argument(metavar="[URL]", **_URL)]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The deployment's router; needed where several of yours run, or another's.",
+        envvar="PDLAUNCH_URL",
+    ),
+]
 ApiKeyOption = Annotated[
     str | None,
     typer.Option(

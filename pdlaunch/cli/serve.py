@@ -23,7 +23,7 @@ from pdlaunch.cli.joining import (
     joined_agents,
     serve_task,
 )
-from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
+from pdlaunch.cli.live import ServeView, reader_of, ready_rows
 from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, ending_at_errors, say
@@ -124,12 +124,11 @@ def _launch(loaded: LoadedConfig, judged: Judged, lifeline: int | None) -> Launc
         # After all checks, so that a refused launch downloads nothing.
         fetch_weights(config, models, fetch_part)
         log_dir = log_dir or new_log_dir(config, launch_id)
-        view = StartView(Console(), partial(_summary, loaded, resolved, log_dir))
-        stack.callback(view.close)
-        observer = stack.enter_context(StatusLine(view, reader_of(launch_id)))
+        summary = partial(_summary, loaded, resolved, log_dir)
+        view = stack.enter_context(ServeView(Console(), summary, reader_of(launch_id)))
         outcome = launch(
             resolved,
-            observer,
+            view,
             listeners,
             launch_id=launch_id,
             log_dir=log_dir,

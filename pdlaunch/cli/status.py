@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from pdlaunch.cli.options import ApiKeyOption, UrlArgument
+from pdlaunch.cli.options import ApiKeyOption, UrlOption
 from pdlaunch.cli.output import FormatOption, make_table, print_errors, print_json
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError
@@ -28,21 +28,13 @@ from pdlaunch.protocol.status import (
 
 UNKNOWN = "-"
 NUM_EVENTS = 10
-_SPARK_POINTS = 12
 _WIDE = 1000  # a width in characters for pipes, whose reader gets tables whole
-_BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#%"
 _ENGINES = {"engine": "engine", "role": "role", "host": "host", "state": "state", "load": "load"}
 _ENGINES |= {"running": "run", "waiting": "wait", "kv": "KV", "host_kv": "host KV"}
 _ENGINES |= {"hits": "dev/host/pull", "rate": "pulls"}
 _PAIRS = {"pair": "pair", "path": "path", "speed": "speed", "rate": "now", "moved": "moved"}
 _REQUESTS = {"id": "slowest of late", "route": "engines", "prompt": "prompt", "first": "first"}
 _REQUESTS |= {"total": "total", "status": ""}
-SORTS: dict[str, Callable[[EngineStatus], Any]] = {
-    "name": lambda engine: engine.name,
-    "load": lambda engine: -engine.load,
-    "KV": lambda engine: -(engine.reading.kv_usage if engine.reading else 0.0),
-    "state": lambda engine: (not engine.is_down, engine.shown_state == "ready"),
-}
 
 
 def amount(value: float | None, unit: str = "") -> str:
@@ -86,22 +78,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-def sparkline(points: Sequence[float], *, ascii_only: bool) -> str:
-    """Draw the last points, the highest as a whole block."""
-    bars, shown = _PLAIN_BARS if ascii_only else _BARS, points[-_SPARK_POINTS:]
-    top = max(shown, default=0.0) or 1.0
-    return "".join(bars[min(len(bars) - 1, int(point / top * len(bars)))] for point in shown)
-
-
 def status(
-    url: UrlArgument = None,
-    same_url: str | None = typer.Option(None, "--url", help="The same, as other commands take it."),
-    api_key: ApiKeyOption = None,
-    output: FormatOption = "table",
+    url: UrlOption = None, api_key: ApiKeyOption = None, output: FormatOption = "table"
 ) -> None:
     """Show engines with their load and caches, pairs with their speed, rates and events."""
     try:
-        found = read_status(reading_api(url or same_url, api_key))
+        found = read_status(reading_api(url, api_key))
     except PdlaunchError as error:
         print_errors([error])
         raise typer.Exit(1) from None
@@ -111,7 +93,7 @@ def status(
     console = Console()
     if not console.is_terminal:
         console.width = _WIDE
-    for part in deployment_view(found, ascii_only=console.options.ascii_only):
+    for part in deployment_view(found):
         console.print(part)
 
 
@@ -119,9 +101,7 @@ def deployment_view(
     found: DeploymentStatus,
     requests: Sequence[RequestSummary] | None = None,
     *,
-    sort: str = "name",
     room: int | None = None,
-    ascii_only: bool = False,
 ) -> Iterator[RenderableType]:
     """Yield the status of a deployment for people: three lines, then tables.
 
@@ -132,11 +112,7 @@ def deployment_view(
     def line(text: str, style: str = "") -> Text:
         return Text(text, style=style, no_wrap=room is not None, overflow="crop")
 
-    rates, history, num_down = found.rates, found.history, len(down(found))
-    sparks = (
-        sparkline([point.requests_per_s for point in history], ascii_only=ascii_only),
-        sparkline([point.output_tokens_per_s for point in history], ascii_only=ascii_only),
-    )
+    rates, num_down = found.rates, len(down(found))
     yield line(
         f"{escape_controls(found.model)}  {found.state}  up {duration(found.uptime_s)}  "
         f"{len(found.engines)} engines{f', {num_down} down' if num_down else ''}  pdlaunch "
@@ -144,8 +120,8 @@ def deployment_view(
         "bold red" if num_down else "bold",
     )
     yield line(
-        f"{amount(rates.requests_per_s)} requests/s {sparks[0]}  "
-        f"{amount(rates.output_tokens_per_s)} tokens/s {sparks[1]}  {found.in_flight} in flight"
+        f"{amount(rates.requests_per_s)} requests/s  "
+        f"{amount(rates.output_tokens_per_s)} tokens/s  {found.in_flight} in flight"
     )
     yield line(
         f"TTFT {_times(rates.first_token_ms)}  ITL {_times(rates.inter_token_ms)}  "
@@ -159,7 +135,9 @@ def deployment_view(
     num_others = 3 + len(problems)
     for rows in (found.pairs, shown):
         num_others += min(quarter or 0, len(rows) + 1)
-    engines = [_engine_cells(engine) for engine in sorted(found.engines, key=SORTS[sort])]
+    # Those that are down come first, where no screen is too small for them.
+    ordered = sorted(found.engines, key=lambda engine: (not engine.is_down, engine.name))
+    engines = [_engine_cells(engine) for engine in ordered]
     headings = dict(_ENGINES)
     if len({engine.host for engine in found.engines}) < 2:
         del headings["host"]

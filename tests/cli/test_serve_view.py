@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-import re
-from dataclasses import replace
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 from rich.console import Console
 
-from pdlaunch.cli.live import StartView, ready_rows, render_ready, render_status
+from pdlaunch.cli.live import ServeView, ready_rows, render_status
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.status import DeploymentStatus
+from tests.cli.deployment_server import deployment, rates
 
-ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x \\\n  -d y"))
+ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x -d y"))
+DRAINING = LaunchStatus(LaunchPhase.DRAINING_ROUTER, ())
+STOPPING = LaunchStatus(LaunchPhase.STOPPING, ())
 
 
 def process(name: str, state: ProcessState = ProcessState.READY, **fields) -> ProcessStatus:
@@ -78,48 +84,123 @@ def test_the_line_of_a_start_says_what_is_waited_for() -> None:
     assert render_status(connecting, 1.0, 200).plain.endswith("pairs to connect: 2")
 
 
+@dataclass
+class Router:
+    """Tells ``status``, and counts how often."""
+
+    status: DeploymentStatus | None
+    num_reads: int = 0
+
+    def __call__(self) -> DeploymentStatus:
+        self.num_reads += 1
+        if self.status is None:
+            raise PdlaunchError("it is restarted")
+        return self.status
+
+
+def idle(**fields: object) -> DeploymentStatus:
+    values = {"requests": 0, "in_flight": 0, "rates": rates(0.0, 0.0), "gone": []} | fields
+    return deployment(**values)
+
+
+def view_on(target: Console, router: Router, every_s: float = 0.01) -> ServeView:
+    return ServeView(target, lambda status: list(ROWS), router, every_s)
+
+
+def until(condition: Callable[[], object]) -> None:
+    ticks = threading.Event()
+    for _ in range(2000):
+        if condition():
+            return
+        ticks.wait(0.01)
+    pytest.fail("it did not happen")
+
+
+def said(target: Console) -> list[str]:
+    """Return the lines that were printed, without their times."""
+    return [line.partition("] ")[2] or line for line in printed(target).splitlines()]
+
+
 def test_plain_lines_tell_each_change_once() -> None:
     target = console()
-    view = StartView(target, lambda status: list(ROWS), lambda: 0.0)
+    view = view_on(target, Router(None))
     view.changed(starting())
     view.changed(starting())
     view.note("a very long note " * 20)
-    view.ready(serving())
-    lines = printed(target).splitlines()
-    assert lines[:2] == [
-        "[   0.0 s] prefill-0/rank-0: starting, loading weights 40%",
-        "[   0.0 s] prefill-0: ready",
-    ]
-    assert len(lines) == 6
-    assert lines[-1] == "  try        curl x -d y"
+    first, second, note = said(target)
+    assert (first, second) == (
+        "prefill-0/rank-0: starting, loading weights 40%",
+        "prefill-0: ready",
+    )
+    assert note.startswith("a very long note")
     assert "\x1b" not in printed(target)
 
 
-def test_notes_break_between_words_on_a_terminal_and_not_at_all_in_a_file() -> None:
-    note = "running requests get up to 30 s, a second Ctrl-C skips that"
-    narrow, file = console(40, terminal=True), console(40)
-    for target in (narrow, file):
-        view = StartView(target, lambda status: [], lambda: 0.0)
-        view.close()
-        view.note(note)
-    (shown,) = re.findall(r"\[\d\d:.*", printed(narrow), re.DOTALL)
+def test_notes_break_between_words_on_a_terminal() -> None:
+    note, narrow = (
+        "running requests get up to 30 s, a second Ctrl-C skips that",
+        console(40, terminal=True),
+    )
+    view_on(narrow, Router(None)).note(note)
+    shown = printed(narrow)
     assert shown.split()[1:] == note.split()
     assert max(len(line) for line in shown.splitlines()) <= 40
-    assert re.fullmatch(rf"\[\d\d:\d\d:\d\d\] {note}\n", printed(file))
 
 
-def test_the_line_of_a_start_leaves_no_trace_but_the_panel() -> None:
+def test_the_line_of_a_start_leaves_no_trace() -> None:
     target = console(terminal=True)
-    view = StartView(target, lambda status: list(ROWS), lambda: 0.0)
-    view.changed(starting())
-    view.ready(serving())
-    view.close()
+    router = Router(idle())
+    with view_on(target, router) as view:
+        view.changed(starting())
+        view.changed(serving())
+        view.ready(serving())
+        until(lambda: "  try        curl x -d y" in printed(target))
     last_screen = printed(target).rpartition("\x1b[2K")[2]
     assert "pdlaunch is ready" in last_screen
     assert "loading weights" not in last_screen
 
 
-def test_the_panel_says_where_and_what_and_how_fast() -> None:
+def test_the_status_line_is_not_said_while_nothing_has_changed() -> None:
+    target, router = console(), Router(idle())
+    view = view_on(target, router)
+    view.tell()
+    assert said(target) == [], "nobody has asked for anything yet"
+    for status in (deployment(), deployment(), None, idle(requests=12), idle(requests=12)):
+        router.status = status
+        view.tell()
+    assert [line.split(",")[0] for line in said(target)] == ["4 requests/s", "0 requests/s"]
+
+
+def test_status_lines_come_from_ready_to_the_end_and_count_a_drain_down() -> None:
+    target, router = console(), Router(idle(state="starting"))
+    with view_on(target, router) as view:
+        view.ready(serving())
+        until(lambda: router.num_reads > 1)
+        assert said(target) == [], "the router takes no requests yet"
+        router.status = deployment(gone=[])
+        until(lambda: "4 requests/s" in printed(target))
+        view.note("a death")
+        view.changed(DRAINING)
+        until(lambda: "draining: 3 requests left" in said(target))
+        router.status = deployment(in_flight=1)
+        until(lambda: "draining: 1 request left" in said(target))
+        view.changed(STOPPING)
+    firsts = [line.split()[0] for line in said(target)]
+    assert firsts == ["pdlaunch", "URL", "try", "4", "a", "draining:", "draining:"]
+
+
+def test_a_launch_that_stops_before_is_never_ready() -> None:
+    target, router = console(), Router(idle(state="starting"))
+    with view_on(target, router) as view:
+        view.ready(serving())
+        until(lambda: router.num_reads)
+        view.changed(DRAINING)
+        router.status = idle()
+        view.changed(STOPPING)
+    assert "pdlaunch is ready" not in printed(target)
+
+
+def test_who_starts_it_is_told_where_and_what_and_how_fast() -> None:
     found = {"model": "smollm2", "connector": "nixl", "log_dir": "/logs", "needs_key": True}
     rows = dict(ready_rows(serving("gpu-2"), **found))
     assert rows["URL"] == "http://127.0.0.1:8000"
@@ -128,14 +209,5 @@ def test_the_panel_says_where_and_what_and_how_fast() -> None:
     assert "Authorization: Bearer YOUR_KEY" in rows["try"]
     many = replace(serving(), pairs=serving().pairs * 9)
     assert ("pair", "… and 5 more pairs") in ready_rows(many, **found)
-
-
-@pytest.mark.parametrize("columns", [40, 60, 80])
-def test_the_curl_line_of_the_panel_can_be_copied(columns: int) -> None:
-    target = console(columns)
-    found = {"model": "smollm2", "connector": "nixl", "log_dir": "/logs", "needs_key": False}
-    target.print(render_ready(ready_rows(serving(), **found)))
-    text = printed(target)
-    assert "│" not in text
-    body = text.partition("-d '")[2].partition("'")[0]
+    body = rows["try"].partition("-d '")[2].removesuffix("'")
     assert json.loads(body) == {"model": "smollm2", "prompt": "Hello"}

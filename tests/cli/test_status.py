@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -13,11 +12,8 @@ import pytest
 from rich.console import Console
 from typer.testing import Result
 
-from pdlaunch.cli.live import StatusLine
-from pdlaunch.cli.status import SORTS, status_line
+from pdlaunch.cli.status import status_line
 from pdlaunch.cli.top import page
-from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.status import DeploymentStatus
 from tests.cli.deployment_server import (
@@ -25,13 +21,11 @@ from tests.cli.deployment_server import (
     DeploymentServer,
     deployment,
     engine,
-    rates,
     request,
     running_server,
 )
 from tests.command_line import invoke
 from tests.launch.client.conftest import answering
-from tests.launch.fakes import FakeObserver
 
 
 @pytest.fixture
@@ -46,11 +40,11 @@ def run(*arguments: str, **environ: str) -> Result:
 
 
 def test_it_shows_engines_pairs_rates_and_events(router: DeploymentServer) -> None:
-    result = run(router.url)
+    result = run("--url", router.url)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0].startswith("tiny  ok  up 1 h 6 min  2 engines, 1 down  pdlaunch 0.1.0")
-    assert lines[1].startswith("4 requests/s ▄")
+    assert lines[1].startswith("4 requests/s  40 tokens/s  3 in flight")
     assert "TTFT 11.4 ms (p95 26 ms)" in lines[2]
     (row,) = (line.split() for line in lines if line.startswith("decode-0 "))
     assert row == ["decode-0", "decode", "ready", "4", "3", "1", "50%", "30%/10%/20%", "1.5GB/s"]
@@ -64,7 +58,7 @@ def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServe
     router.status = deployment(out, engine("decode-1", "decode", **trial))
     pairs = [msgspec.structs.replace(pair, health="open") for pair in router.status.pairs]
     router.status = msgspec.structs.replace(router.status, pairs=pairs)
-    output = run(router.url).output
+    output = run("--url", router.url).output
     (row,) = [line for line in output.splitlines() if "decode-1 " in line]
     assert " on trial " in row
     assert "decode-0 gets nothing new: 3 requests in a row have failed" in output
@@ -73,27 +67,26 @@ def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServe
 
 
 def test_json_is_what_the_router_says(router: DeploymentServer) -> None:
-    told = run(router.url, "--format", "json").output
+    told = run("--url", router.url, "--format", "json").output
     assert json.loads(told) == msgspec.to_builtins(router.status)
 
 
 def test_the_key_comes_from_the_flag_or_the_environment(router: DeploymentServer) -> None:
     router.key = "the-key"
-    refused = run(router.url)
+    refused = run("--url", router.url)
     assert refused.exit_code == 1
     assert "--api-key" in refused.output
-    assert run(router.url, "--api-key", "the-key").exit_code == 0
     assert run("--url", router.url, "--api-key", "the-key").exit_code == 0
     assert run(PDLAUNCH_URL=router.url, PDLAUNCH_API_KEY="the-key").exit_code == 0
 
 
 def test_what_cannot_be_asked_is_said(router: DeploymentServer) -> None:
     assert "name another's router by its URL" in run().output
-    nobody = run("http://127.0.0.1:9")
+    nobody = run("--url", "http://127.0.0.1:9")
     assert nobody.exit_code == 1
     assert "cannot be reached" in nobody.output
     router.answer = lambda path, key: (200, b'{"engines": []}')  # type: ignore[method-assign]
-    stranger = run(router.url)
+    stranger = run("--url", router.url)
     assert stranger.exit_code == 1
     assert "no pdlaunch of this version" in stranger.output
 
@@ -106,7 +99,7 @@ def test_what_is_no_router_is_no_traceback(body: str, said: str) -> None:
     length = max(1000, len(body))
     answer = f"HTTP/1.1 404 Not Found\r\nContent-Length: {length}\r\n\r\n{body}".encode()
     with answering(lambda connection: connection.sendall(answer)) as url:
-        result = run(url)
+        result = run("--url", url)
     assert result.exit_code == 1
     assert result.output.startswith(f"error: {url}/pdlaunch/status ")
     assert said in result.output
@@ -115,7 +108,6 @@ def test_what_is_no_router_is_no_traceback(body: str, said: str) -> None:
 def shown(
     status: DeploymentStatus,
     *request_ids: str,
-    sort: str = "name",
     columns: int = 80,
     rows: int = 24,
     encoding: str = "utf-8",
@@ -123,7 +115,7 @@ def shown(
     """Return the lines that ``top`` shows on a screen of this size."""
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=file, width=columns, height=rows, color_system=None)
-    found = page(status, [request(each) for each in request_ids], sort, "q quit", console)
+    found = page(status, [request(each) for each in request_ids], "Ctrl-C ends", console)
     lines = console.render_lines(found, pad=False)
     assert all(sum(segment.cell_length for segment in line) <= columns for line in lines)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
@@ -137,7 +129,7 @@ def test_top_fits_any_screen_and_says_what_it_leaves_out(
     status = deployment(*(engine(f"decode-{n}", "decode") for n in range(number)))
     lines = shown(status, *["r"] * number, columns=columns, rows=rows)
     assert len(lines) <= rows
-    assert lines[0] == "q quit"
+    assert lines[0] == "Ctrl-C ends"
     text = "\n".join(lines)
     assert "slowest running" in text
     assert "dev/host/pull" in text
@@ -157,7 +149,7 @@ def test_hosts_are_named_where_there_are_several() -> None:
 
 def test_a_dead_engine_is_told_without_colour_and_sorted_to_the_top() -> None:
     dead = engine("decode-9", "decode", state="starting", is_down=True)
-    lines = shown(deployment(engine("decode-0", "decode"), dead), sort=list(SORTS)[-1])
+    lines = shown(deployment(engine("decode-0", "decode"), dead))
     rows = [line for line in lines if line.startswith("decode-")]
     assert "DOWN" in rows[0]
     assert "2 down" in lines[1]
@@ -167,33 +159,12 @@ def test_names_of_others_are_no_commands_and_no_markup(router: DeploymentServer)
     router.status = deployment(
         engine(HOSTILE, "decode", state="failed", reason=HOSTILE), model=HOSTILE
     )
-    for text in (run(router.url).output, "\n".join(shown(router.status, HOSTILE, columns=200))):
+    for text in (
+        run("--url", router.url).output,
+        "\n".join(shown(router.status, HOSTILE, columns=200)),
+    ):
         assert not {"\x1b", "\x07"} & set(text)
         assert r"[red]x[/red]\x1b[31m\x07\n<b>" in text
-
-
-LAUNCH = LaunchStatus(LaunchPhase.READY, ())
-DRAINING = LaunchStatus(LaunchPhase.DRAINING_ROUTER, ())
-STOPPING = LaunchStatus(LaunchPhase.STOPPING, ())
-
-
-class Router:
-    """Tells ``status``, and counts how often."""
-
-    def __init__(self, status: DeploymentStatus) -> None:
-        self.status: DeploymentStatus | None = status
-        self.num_reads = 0
-
-    def __call__(self) -> DeploymentStatus:
-        self.num_reads += 1
-        if self.status is None:
-            raise PdlaunchError("it is restarted")
-        return self.status
-
-
-def idle(**fields: object) -> DeploymentStatus:
-    values = {"requests": 0, "in_flight": 0, "rates": rates(0.0, 0.0), "gone": []} | fields
-    return deployment(**values)
 
 
 def test_the_line_says_rates_load_caches_pulls_and_errors() -> None:
@@ -207,57 +178,3 @@ def test_the_line_says_rates_load_caches_pulls_and_errors() -> None:
         "4 requests/s, 40 tokens/s, 9 running, 3 waiting, KV prefill 25% decode 30%, "
         "pulls 3.00 GB/s, 2 errors, down: prefill-0, decode-7"
     )
-
-
-def test_the_line_is_not_said_while_nothing_has_changed() -> None:
-    view, router = FakeObserver(), Router(idle())
-    line = StatusLine(view, router)
-    line.tell()
-    assert view.notes == [], "nobody has asked for anything yet"
-    for status in (deployment(), deployment(), None, idle(requests=12), idle(requests=12)):
-        router.status = status
-        line.tell()
-    assert [note.split(",")[0] for note in view.notes] == ["4 requests/s", "0 requests/s"]
-
-
-def until(condition: Callable[[], object]) -> None:
-    ticks = threading.Event()
-    for _ in range(2000):
-        if condition():
-            return
-        ticks.wait(0.01)
-    pytest.fail("it did not happen")
-
-
-def test_the_line_comes_from_ready_to_the_end_and_counts_a_drain_down() -> None:
-    view, router = FakeObserver(), Router(idle(state="starting"))
-    with StatusLine(view, router, every_s=0.01) as line:
-        line.changed(LAUNCH)
-        line.ready(LAUNCH)
-        until(lambda: router.num_reads > 1)
-        assert view.ready_count == 0, "the router takes no requests yet"
-        router.status = deployment(gone=[])
-        until(lambda: view.notes)
-        assert view.ready_count == 1
-        line.note("a death")
-        line.changed(DRAINING)
-        until(lambda: "draining: 3 requests left" in view.notes)
-        router.status = deployment(in_flight=1)
-        until(lambda: "draining: 1 request left" in view.notes)
-        line.changed(STOPPING)
-        until(lambda: not line._thread.is_alive())
-    firsts = [note.partition(" ")[0] for note in view.notes]
-    assert firsts == ["4", "a", "draining:", "draining:"]
-    assert view.statuses == [LAUNCH, DRAINING, STOPPING]
-
-
-def test_a_launch_that_stops_before_is_never_ready() -> None:
-    view, router = FakeObserver(), Router(idle(state="starting"))
-    with StatusLine(view, router) as line:
-        line.ready(LAUNCH)
-        until(lambda: router.num_reads)
-        line.changed(DRAINING)
-        router.status = idle()
-        line.changed(STOPPING)
-    line._thread.join(20)
-    assert view.ready_count == 0

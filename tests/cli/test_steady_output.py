@@ -136,11 +136,8 @@ def test_what_interrupts_a_print_may_print_too() -> None:
 
 @pytest.mark.processes
 def test_a_process_ends_although_its_reader_stands_still() -> None:
-    """Its other stream has another reader, which is told everything."""
     with full_pipe() as (_, stuck):
-        ended = run("-c", PROGRAM, stdout=stuck, stderr=subprocess.PIPE)
-    assert ended.returncode == 3
-    assert ended.stderr.split() == [str(n) for n in range(0, 2000, 3)]
+        assert run("-c", PROGRAM, stdout=stuck, stderr=stuck).returncode == 3
 
 
 @pytest.mark.processes

@@ -24,26 +24,18 @@ def router() -> Iterator[DeploymentServer]:
 
 @pytest.fixture
 def terminal(router: DeploymentServer) -> Iterator[Terminal]:
-    terminal = Terminal(router.url, "--every", "0.2", NO_COLOR="1")
+    terminal = Terminal("--url", router.url, "--every", "0.2", NO_COLOR="1")
     yield terminal
     terminal.close()
 
 
-def test_it_shows_the_deployment_sorts_and_pauses(
+def test_it_shows_the_deployment_as_it_changes(
     router: DeploymentServer, terminal: Terminal
 ) -> None:
     text = terminal.until(lambda text: "decode-0" in text and "the-slow-one" in text)
     for told in ("requests/s", "30%/10%/20%", "prefill-0 -> decode-0", "p2p/posix_fd", "gone"):
         assert told in text
-    terminal.press("ss")
-    terminal.until(lambda text: "engines by KV" in text)
-    terminal.press("p")
-    terminal.until(lambda text: "PAUSED" in text)
     router.status = deployment(model="changed")
-    terminal.press("s")
-    text = terminal.until(lambda text: "engines by state" in text)
-    assert "changed " not in text, "it is paused"
-    terminal.press("p")
     terminal.until(lambda text: "changed " in text)
     # What was known stays, with the error, until the router answers again.
     answer = router.answer
@@ -51,10 +43,7 @@ def test_it_shows_the_deployment_sorts_and_pauses(
     text = terminal.until(lambda text: "not as a deployment" in text)
     assert "changed " in text
     router.answer = answer  # type: ignore[method-assign]
-    terminal.until(lambda text: "q quit" in text)
-    terminal.press("q")
-    assert terminal.end() == 0
-    assert terminal.is_restored()
+    terminal.until(lambda text: "Ctrl-C ends" in text)
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM", "SIGHUP"])
@@ -71,7 +60,7 @@ def test_the_terminal_is_given_back(terminal: Terminal, end: str) -> None:
 
 def test_it_needs_a_terminal(router: DeploymentServer) -> None:
     result = subprocess.run(
-        [sys.executable, "-P", "-m", "pdlaunch", "top", router.url],
+        [sys.executable, "-P", "-m", "pdlaunch", "top", "--url", router.url],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
