@@ -135,7 +135,5 @@ class Batch:
         plan.scheduled.append(
             ScheduledRow(row=row, num_computed_tokens=start, num_tokens=num_tokens, sample=samples)
         )
-        if request.spans is not None and request.computes_prompt:
-            request.spans.step_at = request.spans.log.clock()
         request.num_in_flight += num_tokens
         request.num_unknown += samples

@@ -25,7 +25,6 @@ from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.request import Phase, Request, RequestQueues
 from pdlaunch.observe.histograms import HISTOGRAMS
-from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,
@@ -236,9 +235,7 @@ class RequestLifecycle:
             return
         # Group 0 is a full one where there is any: its hit begins with the prompt.
         num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self.spec.block_size)
-        if request.spans is not None:
-            verifies = self.spec.kv_transfer.verify
-            request.spans.pulled(event, num_tokens=num_tokens, verifies=verifies)
+        request.add_pull(event, num_tokens=num_tokens, verifies=self.spec.kv_transfer.verify)
         self.queues.move(request, Phase.READY if event.ok else Phase.WAITING)
         request.wants_pull = False
         if event.ok:
@@ -275,8 +272,8 @@ class RequestLifecycle:
         # Even after a failure: another look would find the same blocks, or fail in the same way.
         request.may_load = False
         num_tokens = len(load.block_ids[0]) * self.spec.block_size
-        if (spans := request.spans) is not None:
-            spans.log.add("load from host", spans.phase_at, ok=report.ok, tokens=num_tokens)
+        if request.spans is not None:
+            request.spans.add("load from host", request.phase_at, ok=report.ok, tokens=num_tokens)
         self.queues.move(request, Phase.READY if report.ok else Phase.WAITING)
         if report.ok:
             request.num_host_tokens = num_tokens
@@ -300,7 +297,7 @@ class RequestLifecycle:
         self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):
             self.batch.add_sampled(request)
-            spans = None if request.spans is None else request.spans.report(first=True)
+            spans = request.report_spans() if request.num_drawn == 1 else None
             self._outputs.append(Tokens(request_id=request.request_id, tokens=[token], spans=spans))
 
     def register(self, request: Request) -> None:
@@ -363,7 +360,6 @@ class RequestLifecycle:
             self.transfers.cancel(request)
         elif request.wants_pull:
             self.transfers.pull_nothing(request)
-        spans = self._last_spans(request, reason)
         # A step in flight still writes to its blocks: ``postprocess`` lets it go after that step.
         if not request.num_in_flight:
             self.let_go(request)
@@ -377,19 +373,9 @@ class RequestLifecycle:
                 error=error,
                 num_cached_tokens=request.num_cached_tokens or 0,
                 remote_kv=remote_kv,
-                spans=spans,
+                spans=request.report_spans(reason),
             )
         )
-
-    def _last_spans(self, request: Request, reason: FinishReason) -> SpanReport | None:
-        spans, num_tokens = request.spans, request.num_output_tokens
-        if spans is None:
-            return None
-        if request.num_computed > request.num_prompt_tokens:
-            spans.log.add("decode", spans.step_at, tokens=num_tokens)
-        spans.enter(Phase.FINISHED)
-        spans.log.mark("end", reason=reason, tokens=num_tokens)
-        return spans.report()
 
     def let_go(self, request: Request) -> None:
         """Free row and blocks of a request that has ended and that no step computes any more."""

@@ -1,18 +1,14 @@
-"""Describes one request inside the scheduler, the spans that it records, and the queues in which
-requests wait and run.
-"""
+"""Describes one request inside the scheduler, and the queues in which requests wait and run."""
 
 from __future__ import annotations
 
 import enum
-import time
 from bisect import insort
-from collections.abc import Callable
 from operator import attrgetter
 
 from pdlaunch.engine.kvcache.hashing import TokenHasher
 from pdlaunch.engine.kvcache.manager import BlockTables
-from pdlaunch.observe.spans import PULL, QUEUE, Attribute, SpanLog, SpanReport
+from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, Attribute, SpanLog, SpanReport
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
 from pdlaunch.protocol.transfer import PullFinished
@@ -43,63 +39,6 @@ class Phase(enum.Enum):
 
 
 QUEUED = (Phase.WAITING, Phase.READY)
-
-
-class RequestSpans:
-    """Records where a request waits, what brings its blocks, and the steps of its prompt.
-
-    ::
-
-        queue │ lease │ pull │ queue │ prefill │ prefill │ decode
-              └─ the ranks' READs and proofs ─┘
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.log = SpanLog(clock)
-        self.phase_at = self.log.start_at
-        self.step_at = 0.0
-        """When the latest step of the prompt was launched or, once it has ended, its end."""
-        self._phase = Phase.WAITING
-        self._has_reported = False
-
-    def enter(self, phase: Phase) -> None:
-        before, self._phase = self._phase, phase
-        if before in QUEUED and phase in QUEUED:
-            return
-        now_at = self.log.clock()
-        if before in QUEUED:
-            self.log.add(QUEUE, self.phase_at, now_at)
-        self.phase_at = self.step_at = now_at
-
-    def pulled(self, event: PullFinished, *, num_tokens: int, verifies: bool) -> None:
-        """Record the end of the request's pull, with the ranks' spans."""
-        asked_at, now_at = self.phase_at, self.log.clock()
-        start_at = max(asked_at, now_at - event.seconds)
-        self.log.add("lease", asked_at, start_at)
-        self.log.add(
-            PULL,
-            start_at,
-            now_at,
-            bytes=event.num_bytes,
-            gb_s=round(event.num_bytes / event.read_s / 1e9, 3) if event.read_s else None,
-            verified=event.ok and verifies,
-            tokens=num_tokens if event.ok else 0,
-            retries=event.num_retries,
-            error=event.error or None,
-        )
-        for tp_rank, told in event.reports.items():
-            process = RANK.format(tp_rank)
-            self.log.take(told, sent_at=asked_at, received_at=now_at, process=process)
-
-    def report(self, *, first: bool = False) -> SpanReport | None:
-        """Return the spans that have not been reported; None if the ``first`` report was sent."""
-        if first and self._has_reported:
-            return None
-        self._has_reported = True
-        report = self.log.report(RANK.format(0))
-        self.log.spans.clear()
-        self.log.num_dropped = 0
-        return report
 
 
 class Request:
@@ -152,7 +91,14 @@ class Request:
         """Id of the pull or load for which it waits."""
         self.is_suspect = message.is_suspect
         """A rank may have died of it; False once a step has drawn a token for it here."""
-        self.spans = RequestSpans() if message.records_spans else None
+        self.spans = SpanLog() if message.records_spans else None
+        """What the request waits for and what is computed of it::
+
+            queue │ lease │ pull │ queue │ prefill │ decode
+                  └─ the ranks' READs and proofs ─┘
+        """
+        self.phase_at = 0.0 if self.spans is None else self.spans.start_at
+        """When it last began to wait or to run; only kept for the spans."""
         # Instants, for the histograms.
         self.arrived_at = 0.0
         self.started_at: float | None = None
@@ -165,10 +111,6 @@ class Request:
     @property
     def request_id(self) -> RequestId:
         return self.message.request_id
-
-    @property
-    def computes_prompt(self) -> bool:
-        return self.num_computed < self.num_prompt_tokens
 
     @property
     def cached_tokens(self) -> tuple[int, int, int]:
@@ -221,7 +163,47 @@ class Request:
 
     def mark(self, name: str, /, **attributes: Attribute) -> None:
         if self.spans is not None:
-            self.spans.log.mark(name, **attributes)
+            self.spans.mark(name, **attributes)
+
+    def add_pull(self, event: PullFinished, *, num_tokens: int, verifies: bool) -> None:
+        """Record the end of the request's pull, with the ranks' spans."""
+        if (log := self.spans) is None:
+            return
+        asked_at, now_at = self.phase_at, log.clock()
+        start_at = max(asked_at, now_at - event.seconds)
+        log.add("lease", asked_at, start_at)
+        log.add(
+            PULL,
+            start_at,
+            now_at,
+            bytes=event.num_bytes,
+            gb_s=round(event.num_bytes / event.read_s / 1e9, 3) if event.read_s else None,
+            verified=event.ok and verifies,
+            tokens=num_tokens if event.ok else 0,
+            retries=event.num_retries,
+            error=event.error or None,
+        )
+        for tp_rank, told in event.reports.items():
+            log.take(told, sent_at=asked_at, received_at=now_at, process=RANK.format(tp_rank))
+
+    def report_spans(self, reason: FinishReason | None = None) -> SpanReport | None:
+        """Return the spans since the last report, if they are wanted: with the first token drawn
+        here, and at the end, for a ``reason``.
+        """
+        if (log := self.spans) is None:
+            return None
+        num_computed = self.num_prompt_tokens - (self.num_cached_tokens or 0)
+        if self.num_drawn == 1 and num_computed and self.phase_at < self.last_at:
+            log.add(PREFILL, self.phase_at, self.last_at, tokens=num_computed)
+            self.phase_at = self.last_at
+        if reason is not None:
+            if self.last_at > self.phase_at:
+                log.add("decode", self.phase_at, self.last_at, tokens=self.num_output_tokens)
+            log.mark("end", reason=reason, tokens=self.num_output_tokens)
+        report = log.report(RANK.format(0))
+        log.spans.clear()
+        log.num_dropped = 0
+        return report
 
     def prompt_hashes(self) -> list[bytes]:
         return self.hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
@@ -257,9 +239,12 @@ class RequestQueues:
 
     def move(self, request: Request, phase: Phase) -> None:
         before, after = self._queue_of.get(request.phase), self._queue_of.get(phase)
+        if (log := request.spans) is not None and not (request.phase in QUEUED and phase in QUEUED):
+            if request.phase in QUEUED:
+                log.add(QUEUE, request.phase_at)
+            if phase is not Phase.FINISHED:
+                request.phase_at = log.clock()
         request.phase = phase
-        if request.spans is not None:
-            request.spans.enter(phase)
         if before is not after:
             # In C and by identity: a queue of a thousand takes some microseconds.
             if before is not None:

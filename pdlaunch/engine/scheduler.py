@@ -16,7 +16,7 @@ from pdlaunch.engine.kvcache.manager import PrefixHit
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepPlan
-from pdlaunch.observe.spans import PREFILL, SEATED
+from pdlaunch.observe.spans import SEATED
 from pdlaunch.protocol.kv_params import TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -122,10 +122,6 @@ class Scheduler:
                 if not request.num_in_flight:
                     self.requests.let_go(request)
                 continue
-            if request.spans is not None and request.computes_prompt:
-                log, start_at = request.spans.log, request.spans.step_at
-                request.spans.step_at = log.clock()
-                log.add(PREFILL, start_at, tokens=item.num_tokens, step=plan.step_id)
             request.num_computed += item.num_tokens
             # Before the token, which may end the request: blocks freed before they are registered
             # could not be found again.

@@ -130,7 +130,7 @@ def test_the_level_debug_adds_decisions(demo: Deployment, through_a_pair: Reques
         assert re.search(rf"^\S+ DEBUG {log.replace('.', '/')} .*{said}", text, re.MULTILINE), said
 
 
-def test_engines_tell_of_a_request_that_was_dropped(demo: Deployment) -> None:
+def test_a_request_that_was_dropped_is_told(demo: Deployment) -> None:
     address = urllib.parse.urlsplit(demo.url).netloc
     body = {"prompt": "Count to a thousand", "max_tokens": 1000, "ignore_eos": True, "stream": True}
     headers = {"Content-Type": "application/json", "X-Request-Id": "dropped"}
@@ -139,12 +139,7 @@ def test_engines_tell_of_a_request_that_was_dropped(demo: Deployment) -> None:
     connection.getresponse().readline()
     connection.close()
     api = reading_api(demo.url, None)
-
-    def ends() -> list[str]:
-        return [span.process for span in read_trace(api, "dropped").spans if span.name == "end"]
-
-    await_true(lambda: "decode-0/rank-0" in ends(), "decode has told its part")
-    assert read_trace(api, "dropped").status == 499
+    await_true(lambda: read_trace(api, "dropped").status == 499, "the client has left")
 
 
 SECRET = "Zebras whisper quietly about marmalade"

@@ -200,7 +200,7 @@ class Generation:
         choice = self._running.get(event.request_id)
         if choice is None:
             return None
-        self._hear(event)
+        self._take_spans(event)
         match event:
             case Tokens():
                 delta = choice.take(event.tokens)
@@ -218,9 +218,9 @@ class Generation:
                 delta = choice.take(event.tokens, event.reason, ends_with_stop_token=stops)
         return delta
 
-    def _hear(self, event: RankEvent) -> None:
+    def _take_spans(self, event: Tokens | RequestFinished) -> None:
         """Take the spans that rank 0 reports; of several choices it matters which."""
-        if event is None or event.spans is None:
+        if event.spans is None:
             return
         if len(self.choices) > 1:
             for span in event.spans.spans:
