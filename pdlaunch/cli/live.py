@@ -34,9 +34,8 @@ READ_TIMEOUT_S = 5.0
 NUM_PAIRS = 4
 _READY_POLL_S = 0.02
 _PERCENT_EVERY_S = 5.0
-_STARTS = (LaunchPhase.PREPARING, LaunchPhase.STARTING)
+
 _FAILURES = (ProcessState.FAILED, ProcessState.BACKING_OFF, ProcessState.GIVEN_UP)
-_DRAINS = (LaunchPhase.DRAINING_ROUTER, LaunchPhase.DRAINING_ENGINES)
 
 
 class ServeView:
@@ -54,7 +53,7 @@ class ServeView:
         self._read = read
         self._every_s = every_s
         self._start_at = time.monotonic()
-        self._status = LaunchStatus(LaunchPhase.PREPARING, ())
+        self._status = LaunchStatus(LaunchPhase.STARTING, ())
         self._said: dict[str, tuple[tuple[ProcessState, str], float]] = {}
         """The last line printed for each process, and its time."""
         self._last_line = ""
@@ -78,16 +77,16 @@ class ServeView:
 
     def changed(self, status: LaunchStatus) -> None:
         self._status = status
-        if status.phase not in _STARTS:
+        if status.phase is not LaunchPhase.STARTING:
             self._end_start()
         elif self._live is None:
             for process in status.processes:
                 if process.state is not ProcessState.PLANNED and self._is_news(process):
                     self._say(f"{on_host(process.name, process.host)}: {_doing(process)}")
-        if status.phase in _DRAINS and not self._is_draining:
+        if status.phase is LaunchPhase.DRAINING and not self._is_draining:
             self._is_draining = True
             self._wake.set()
-        elif self._is_draining and status.phase not in _DRAINS:
+        elif self._is_draining and status.phase is not LaunchPhase.DRAINING:
             self._is_over = True
 
     def ready(self, status: LaunchStatus) -> None:

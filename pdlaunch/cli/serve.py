@@ -170,17 +170,16 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
         sys.stdout.flush()
         return
     console = Console()
-    processes = (*shown.conversions, *shown.processes)
     table = Table()
     for heading in ("process", "host", "device", "threads", "ports"):
         table.add_column(heading, overflow="fold")
-    for process in processes:
+    for process in shown.processes:
         ports = ", ".join(f"{name} {port or 'free'}" for name, port in process.ports.items())
         table.add_row(
             process.name, process.host, " ".join(process.devices), str(process.num_threads), ports
         )
     console.print(table)
-    for process in processes:
+    for process in shown.processes:
         environment = " ".join(
             f"{name}={shlex.quote(value)}" for name, value in process.environment.items()
         )

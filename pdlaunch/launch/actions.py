@@ -57,7 +57,6 @@ class ForgetEngine:
 class Chore(Enum):
     """Actions without arguments."""
 
-    PREPARE = auto()  # derive the settings of servers and ranks, now that all models are converted
     ADD_ENGINES = auto()  # take in the processes of the engines that the running change starts
     CLOSE_LISTENERS = auto()  # refuse connections: no router will accept any more
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -25,7 +25,7 @@ HEARTBEATS = 6
 
 @dataclass(eq=False)
 class Bootstraps:
-    """Makes bootstraps for one launch; ``prepare`` comes before the first ``make``.
+    """Makes bootstraps for one launch, whose models can be read.
 
     ``listeners``: the open sockets of the public address, one or more, all of one port.
     """
@@ -37,11 +37,10 @@ class Bootstraps:
     run_dir: Path
     launch_id: str
     listeners: Sequence[socket.socket]
-    _engines: dict[str, EngineSpec] = field(default_factory=dict)
 
-    def prepare(self) -> None:
-        """Derive the settings of engines, which need converted models. Raises ConfigError."""
-        self._engines = self.resolved.after_conversion().engine_specs()
+    def __post_init__(self) -> None:
+        # By engine: a restarted engine gets what it got before, whatever has changed around it.
+        self._engines: dict[str, EngineSpec] = self.resolved.engine_specs()
 
     def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
         """Use this launch for processes that start from now on.

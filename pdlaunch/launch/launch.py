@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from pathlib import Path
 import zmq
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.errors import ConfigError
+from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.bootstraps import Bootstraps
+from pdlaunch.launch.engines.native import python_command
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.events import EventQueue, SignalInbox
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
@@ -52,12 +54,8 @@ class LaunchOutcome:
 
     @property
     def exit_code(self) -> int:
-        """Return 0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 +
-        signal: stopped before it was ready.
-        """
-        if self.failure is not None:
-            return 2 if isinstance(self.failure.cause, ConfigError) else 1
-        if self.survivors:
+        """Return 0: served, then stopped; 1: failed; 128 + signal: stopped before it was ready."""
+        if self.failure is not None or self.survivors:
             return 1
         return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
 
@@ -82,14 +80,15 @@ def launch(
     agents: AgentChannel | None = None,
     joined: Sequence[str] = (),
 ) -> LaunchOutcome:
-    """Start everything, serve until told to stop, stop everything.
+    """Convert models, start everything, serve until told to stop, stop everything.
 
     ``check_platform`` and ``resolved.require_startable`` come before. ``listeners``: the sockets of
     the public address (``ports.listening``); they are closed when no more connections are taken, at
     the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``agents``: of
-    the other hosts, of which those of ``joined`` have joined.
+    the other hosts, of which those of ``joined`` have joined. Raises StartupError and ConfigError
+    when a model cannot be converted.
     """
-    config, kind, here = resolved.config, kind_of(resolved), resolved.hosts[0].name
+    config, here = resolved.config, resolved.hosts[0].name
     timing = Timing(
         startup_timeout_s=config.startup_timeout_s,
         drain_s=config.drain_timeout_s,
@@ -98,6 +97,9 @@ def launch(
     log_file = log_dir / SUPERVISOR_LOG
     setup_logging("supervisor", config.log_level, form=config.log_format, file=log_file)
     raise_open_files()
+    convert_models(resolved, observer)
+    resolved = resolved.after_conversion()
+    kind = kind_of(resolved)
     keys = new_launch_keys(with_certificate=resolved.spans_hosts)
     with (
         keep_logs(log_dir),
@@ -121,7 +123,7 @@ def launch(
         host: Host = local
         if agents is not None:
             hear = partial(_hear, config, places, observer)
-            host = HostGroup(local, here, agents, set(joined), hear)
+            host = HostGroup(local, here, agents, hear)
 
         def close_listeners() -> None:
             for listener in listeners:
@@ -138,7 +140,43 @@ def launch(
             time.monotonic,
             close_listeners=close_listeners,
         )
-        return run(supervisor, host, lifeline, run_dir)
+        return run(supervisor, host, lifeline)
+
+
+def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
+    """Convert models that engines cannot read as they are, once. Raises StartupError.
+
+    In a process of its own, because the libraries for this are heavy.
+    """
+    for model in resolved.conversions:
+        command = python_command(
+            "pdlaunch.protocol.process.guarded", "pdlaunch.engine.models.convert", model
+        )
+        said = ""
+        with subprocess.Popen(
+            [*command, "--if-needed"],
+            # Its end tells the process that we are gone.
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                assert process.stdout is not None
+                for line in map(str.strip, process.stdout):
+                    said = f"{said}\n{line}" if line.startswith("fix: ") else line
+                    logger.info("%s", line)
+                    # Other lines come from libraries, or are errors.
+                    if line.startswith("["):
+                        observer.note(f"{model}: {line}")
+                process.wait()
+            finally:
+                # Ctrl-C is for us, who stop it.
+                process.kill()
+        if process.returncode:
+            raise StartupError(f"{model} cannot be converted: {said.removeprefix('error: ')}")
 
 
 def _hear(
@@ -157,12 +195,10 @@ def _hear(
     observer.note(text)
 
 
-def run(
-    supervisor: Supervisor, host: Host, lifeline: int | None = None, run_dir: Path | None = None
-) -> LaunchOutcome:
+def run(supervisor: Supervisor, host: Host, lifeline: int | None = None) -> LaunchOutcome:
     """Run a launch to its end; no process of it is left when this returns."""
     with SignalInbox() as signals:
-        drive(supervisor, EventQueue(host, signals, lifeline, run_dir).wait, time.monotonic)
+        drive(supervisor, EventQueue(host, signals, lifeline).wait, time.monotonic)
     seen = supervisor.seen
     report: tuple[str, ...] = ()
     if (failure := seen.failure) is not None:

@@ -7,7 +7,7 @@ import signal
 
 from pdlaunch.config.model_files.identity import changes
 from pdlaunch.launch.actions import Action, Announce, SendMessage, SendSuspects
-from pdlaunch.launch.events import Event, FolderLost, StopRequested
+from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import Desired, Instance, Observed, Turn, Unit
@@ -43,13 +43,6 @@ def observe(wanted: Desired, seen: Observed, event: Event, now: float) -> list[A
     match event:
         case StopRequested():
             _stop(turn, event)
-        case FolderLost(path=path):
-            summary = (
-                f"{path}, the folder of this launch, has been removed, so no process could be "
-                "started again. Keep cleaners of temporary files away from it, or set TMPDIR"
-            )
-            turn.announce(summary)
-            turn.fail(Failure(summary))
         case MessageReceived(name=name, message=message):
             if (found := seen.find(name)) is not None:
                 _received(turn, *found, message)
@@ -196,9 +189,6 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
         process.state = ProcessState.EXITED
         return
     seen.pairs.forget(process.name)
-    if process.spec.kind == "convert" and event.returncode == 0:
-        process.state = ProcessState.EXITED
-        return
     if engine is not None and engine.retires:
         process.state, process.registration = ProcessState.EXITED, None
         if engine.stop_at is not None and not engine.is_idle:

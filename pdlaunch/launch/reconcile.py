@@ -5,7 +5,7 @@
     deaths     dead ── back-off ──▶ started       too many, too quickly ──▶ given up ──▶ tried again
     restarts   draining ── idle, or out of time ──▶ stopping ── all ended ──▶ started, or removed
     changes    starting ── ready and proven ──▶ joined; old engines leave     late, dead ──▶ leaving
-    the end    drain router, engines ──▶ stop router, engines ──▶ SIGTERM ──▶ SIGKILL
+    the end    drain router ──▶ stop router ──▶ stop engines ──▶ SIGKILL
 
 This module uses no clock, process or socket: the same state and time give the same actions. The
 state records an action at once, so that a second call does not return it again.
@@ -14,9 +14,9 @@ state records an action at once, so that a second call does not return it again.
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 
-from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.config.roles import ROLES
 from pdlaunch.launch.actions import Action, Chore, ForgetEngine, SendMessage, SendSignal, Start
 from pdlaunch.launch.state import (
     Desired,
@@ -32,7 +32,6 @@ from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState, startup_t
 from pdlaunch.protocol.control import Answered, Drain, EngineIdle, Stop
 
 _WORKING = (ProcessState.READY, ProcessState.DRAINING)
-_DRAINED_KIND = {LaunchPhase.DRAINING_ROUTER: "router", LaunchPhase.DRAINING_ENGINES: "server"}
 _PHASES = tuple(LaunchPhase)
 
 
@@ -53,17 +52,10 @@ def reconcile(wanted: Desired, seen: Observed, now: float) -> tuple[list[Action]
 
 def _start(turn: Turn) -> None:
     seen, timeout_s = turn.seen, turn.wanted.timing.startup_timeout_s
-    conversions = [process for unit in seen.conversions for process in unit.processes]
-    is_converted = all(each.state is ProcessState.EXITED for each in conversions)
-    if seen.phase is LaunchPhase.PREPARING and is_converted:
-        seen.phase = LaunchPhase.STARTING
-        turn.do(Chore.PREPARE)
-        return
-    for unit in seen.units if seen.phase is LaunchPhase.STARTING else seen.conversions:
+    for unit in seen.units:
         if unit.processes[0].state is ProcessState.PLANNED:
             turn.do(Start(unit.name))
-    ready = all(unit.ready for unit in seen.units)
-    if seen.phase is LaunchPhase.STARTING and ready and not seen.missing_pairs():
+    if all(unit.ready for unit in seen.units) and not seen.missing_pairs():
         seen.phase, seen.was_ready = LaunchPhase.READY, True
     elif turn.due(seen.started_at + timeout_s):
         turn.fail(startup_timeout(seen.status(), timeout_s, seen.missing_pairs()))
@@ -154,8 +146,24 @@ def _after_death(turn: Turn, unit: Unit, cause: Instance) -> None:
     if unit.num_quick_deaths < timing.max_quick_deaths:
         _set_state(unit, ProcessState.BACKING_OFF)
         turn.announce(f"{unit.name} starts again in {delay_s:g} s")
-    elif not _give_up(turn, unit, cause, delay_s):
-        return
+    else:
+        # SIGKILL counts, too: the kernel sends it to a process that takes too much memory.
+        summary = (
+            f"{unit.name} died {unit.num_quick_deaths} times in a row, each within "
+            f"{timing.quick_s:g} s of its start"
+        )
+        engine = turn.seen.engines.get(unit.engine)
+        left = [] if engine is None else _left_without(engine, turn.seen.engines.values())
+        if engine is None or not left:
+            turn.fail(Failure(summary, process=cause.name, said=cause.error))
+            return
+        engine.failed_for = summary + (f": {cause.error}" if cause.error else "")
+        engine.retry_s = delay_s
+        _set_state(unit, ProcessState.GIVEN_UP)
+        turn.announce(
+            f"{summary}: {engine.name} is given up and tried again in {delay_s:g} s, "
+            f"{', '.join(each.name for each in left)} serves on"
+        )
     unit.start_at = turn.now + delay_s
     turn.due(unit.start_at)
 
@@ -165,48 +173,15 @@ def _set_state(unit: Unit, state: ProcessState) -> None:
         process.state = state
 
 
-def _give_up(turn: Turn, unit: Unit, cause: Instance, delay_s: float) -> bool:
-    """Leave an engine that always dies alone for a while; False: no other one can do its work, and
-    the launch ends.
-
-    Deaths by SIGKILL count as well: the kernel sends it to a process that takes too much memory.
-    """
-    engine = turn.seen.engines.get(unit.engine)
-    summary = (
-        f"{unit.name} died {unit.num_quick_deaths} times in a row, each within "
-        f"{turn.wanted.timing.quick_s:g} s of its start"
-    )
-    others = [each for each in turn.seen.engines.values() if each is not engine]
-    left = [] if engine is None else _left_of(engine.role, others)
-    if engine is None or not left:
-        # Engines of both roles can do all work.
-        all_count = any(each.role == "both" for each in turn.seen.engines.values())
-        details = [
-            f"  before that, {each.failed_for}"
-            for each in others
-            if each.failed_for and engine is not None and (all_count or each.role == engine.role)
-        ]
-        turn.fail(Failure(summary, process=cause.name, said=cause.error, details=details))
-        return False
-    engine.failed_for = summary + (f": {cause.error}" if cause.error else "")
-    engine.retry_s = delay_s
-    _set_state(unit, ProcessState.GIVEN_UP)
-    turn.announce(
-        f"{summary}: {engine.name} is given up and tried again in {delay_s:g} s, "
-        f"{', '.join(each.name for each in left)} serves on"
-    )
-    return True
-
-
-def _left_of(role: Role, engines: Collection[LaunchedEngine]) -> list[LaunchedEngine]:
-    """Return the engines that can do the work of a role and were not given up.
+def _left_without(lost: LaunchedEngine, engines: Iterable[LaunchedEngine]) -> list[LaunchedEngine]:
+    """Return the engines that do the work of a lost one, and were not given up themselves.
 
     Engines of both roles can do all work, and so can a pair.
     """
-    working = [engine for engine in engines if not engine.failed_for]
-    of = {each: [engine for engine in working if engine.role == each] for each in ROLES}
+    working = [each for each in engines if each is not lost and not each.failed_for]
+    of = {role: [each for each in working if each.role == role] for role in ROLES}
     pair = of["prefill"] + of["decode"] if of["prefill"] and of["decode"] else []
-    return of[role] or of["both"] or pair
+    return of[lost.role] or of["both"] or pair
 
 
 # Engines that stop because somebody asked
@@ -346,30 +321,27 @@ def _join(turn: Turn, change: EngineChange, joining: Sequence[str]) -> None:
 
 
 def _end(turn: Turn) -> None:
-    """Drain the router, then the engines; stop them in the same order; terminate, kill."""
+    """Drain the router, stop it, then stop the engines; kill what is left."""
     wanted, seen = turn.wanted, turn.seen
     if not seen.is_ending:
-        drain_s = wanted.timing.drain_s
         # Without a process that has failed, those that run can finish their requests.
         works = seen.failure is None or seen.failure.process is None
-        drains = seen.phase is LaunchPhase.READY and works and drain_s > 0
-        seen.drain_ends_at = turn.now + drain_s
+        drains = seen.phase is LaunchPhase.READY and works and wanted.timing.drain_s > 0
         for process in seen.processes():
             if process.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 process.state = ProcessState.EXITED
         # Without a drain the router ends first, too: it tells clients why while engines are there.
-        _enter(turn, LaunchPhase.DRAINING_ROUTER if drains else LaunchPhase.STOPPING_ROUTER)
+        _enter(turn, LaunchPhase.DRAINING if drains else LaunchPhase.STOPPING_ROUTER)
     if wanted.is_hurried:
         wanted.is_hurried = False
-        draining = seen.phase in _DRAINED_KIND
-        _enter(turn, LaunchPhase.STOPPING_ROUTER if draining else LaunchPhase.KILLING)
+        drains = seen.phase is LaunchPhase.DRAINING
+        _enter(turn, LaunchPhase.STOPPING_ROUTER if drains else LaunchPhase.KILLING)
     while seen.phase is not LaunchPhase.STOPPED and _is_over(turn):
+        # Without processes there is nothing to stop or kill.
+        stopped = seen.phase is not LaunchPhase.DRAINING and not _alive(seen)
         following = _PHASES[_PHASES.index(seen.phase) + 1]
-        # Without processes there is nothing to terminate or kill.
-        stopped = seen.phase not in _DRAINED_KIND and not _alive(seen)
         _enter(turn, LaunchPhase.STOPPED if stopped else following)
-    waits = seen.phase in _DRAINED_KIND and any(p.spec.kind == "router" for p in _alive(seen))
-    if seen.listens and not waits:
+    if seen.listens and (seen.phase is not LaunchPhase.DRAINING or not _routers(seen)):
         # No other router follows: refuse new connections instead of leaving them waiting.
         seen.listens = False
         turn.do(Chore.CLOSE_LISTENERS)
@@ -379,46 +351,41 @@ def _is_over(turn: Turn) -> bool:
     seen = turn.seen
     if turn.due(seen.phase_ends_at) or not _alive(seen):
         return True
-    if seen.phase is LaunchPhase.STOPPING_ROUTER:
-        return not _undrained(seen, "router")
-    kind = _DRAINED_KIND.get(seen.phase)
-    return kind is not None and not _undrained(seen, kind)
+    waits_for_router = seen.phase in (LaunchPhase.DRAINING, LaunchPhase.STOPPING_ROUTER)
+    # Starting routers have no work to finish.
+    working = [each for each in _routers(seen) if each.state in _WORKING]
+    return waits_for_router and all(each.is_drained for each in working)
 
 
 def _enter(turn: Turn, phase: LaunchPhase) -> None:
     seen, timing = turn.seen, turn.wanted.timing
-    seen.phase, alive, time_s = phase, _alive(seen), 0.0
+    seen.phase, time_s = phase, 0.0
     match phase:
-        case LaunchPhase.DRAINING_ROUTER | LaunchPhase.DRAINING_ENGINES:
-            time_s = max(0.0, seen.drain_ends_at - turn.now)
-            # A drained server has no requests at its ranks, so they need not be asked.
-            for process in _undrained(seen, _DRAINED_KIND[phase]):
-                process.state = ProcessState.DRAINING
-                turn.do(SendMessage(process.name, Drain(timeout_s=time_s)))
+        case LaunchPhase.DRAINING:
+            # Engines need no drain of their own: the router waits for their answers.
+            time_s = timing.drain_s
+            for process in _routers(seen):
+                if process.state in _WORKING:
+                    process.state = ProcessState.DRAINING
+                    turn.do(SendMessage(process.name, Drain(timeout_s=time_s)))
         case LaunchPhase.STOPPING_ROUTER | LaunchPhase.STOPPING:
             is_router = phase is LaunchPhase.STOPPING_ROUTER
             time_s = timing.router_stop_s if is_router else timing.stop_s
-            for process in alive:
+            for process in _alive(seen):
                 if (process.spec.kind == "router") == is_router:
                     _ask_to_end(turn, process)
-        case LaunchPhase.TERMINATING | LaunchPhase.KILLING:
-            is_kill = phase is LaunchPhase.KILLING
-            time_s = timing.kill_s if is_kill else timing.terminate_s
-            for process in alive:
-                turn.do(SendSignal(process.name, signal.SIGKILL if is_kill else signal.SIGTERM))
+        case LaunchPhase.KILLING:
+            time_s = timing.kill_s
+            for process in _alive(seen):
+                turn.do(SendSignal(process.name, signal.SIGKILL))
         case _:
             pass
     seen.phase_ends_at = turn.now + time_s
 
 
-def _undrained(seen: Observed, kind: str) -> list[Instance]:
-    """Return the processes that have yet to drain; starting ones have no work to finish."""
-    return [
-        process
-        for process in seen.processes()
-        if process.spec.kind == kind and process.state in _WORKING and not process.is_drained
-    ]
-
-
 def _alive(seen: Observed) -> list[Instance]:
     return [process for process in seen.processes() if process.alive]
+
+
+def _routers(seen: Observed) -> list[Instance]:
+    return [process for process in seen.routers if process.alive]

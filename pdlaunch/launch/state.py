@@ -21,9 +21,8 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import EndReason, PlannedChange, Progress, Register, Withheld
 
-_BEGINNING = (ProcessState.CONVERTING, ProcessState.STARTING)
 # States in which there is an operating system process.
-ALIVE = (*_BEGINNING, ProcessState.READY, ProcessState.DRAINING)
+ALIVE = (ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,6 @@ class Timing:
     drain_s: float = 30.0  # time to finish running requests
     router_stop_s: float = 1.5  # time for the router to end what still runs, before engines go
     stop_s: float = 5.0
-    terminate_s: float = 3.0
     kill_s: float = 5.0
     hang_timeout_s: float = 0.0  # the longest silence of a ready process; 0: no limit
     # Each quick death doubles the wait before the next restart, up to ``max_delay_s``.
@@ -95,15 +93,13 @@ class Instance:
 
     def begin(self, incarnation: int) -> None:
         """Reset to the first state of a new incarnation."""
-        is_conversion = self.spec.kind == "convert"
-        self.state = ProcessState.CONVERTING if is_conversion else ProcessState.STARTING
-        self.incarnation = incarnation
+        self.state, self.incarnation = ProcessState.STARTING, incarnation
         self.registration = self.progress = None
         self.error, self.sleep_state, self.info = "", "awake", {}
         self.is_stalled = self.is_drained = False
 
     def status(self) -> ProcessStatus:
-        progress = self.progress if self.state in _BEGINNING else None
+        progress = self.progress if self.state is ProcessState.STARTING else None
         return ProcessStatus(
             name=self.name,
             kind=self.spec.kind,
@@ -249,16 +245,13 @@ class Desired:
 class Observed:
     """Holds the observed state of a launch."""
 
-    conversions: list[Unit]
     pairs: Pairs
     started_at: float
     units: list[Unit] = field(default_factory=list)  # router, servers and ranks
     engines: dict[str, LaunchedEngine] = field(default_factory=dict)
     routers: list[Instance] = field(default_factory=list)
-    phase: LaunchPhase = LaunchPhase.PREPARING
+    phase: LaunchPhase = LaunchPhase.STARTING
     phase_ends_at: float = 0.0
-    # Router and engines share one deadline for the drain at the end of the launch.
-    drain_ends_at: float = 0.0
     failure: Failure | None = None  # the earliest one; later ones count as its consequences
     was_ready: bool = False
     listens: bool = True  # the public sockets are open
@@ -270,13 +263,9 @@ class Observed:
     last_incarnations: dict[str, int] = field(default_factory=dict)
     _processes: dict[str, tuple[Unit, Instance]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for unit in self.conversions:
-            self._processes.update({each.name: (unit, each) for each in unit.processes})
-
     @property
     def is_ending(self) -> bool:
-        return self.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING, LaunchPhase.READY)
+        return self.phase not in (LaunchPhase.STARTING, LaunchPhase.READY)
 
     def processes(self) -> Iterator[Instance]:
         return (process for _, process in self._processes.values())

@@ -9,7 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.protocol.control import PairReady
 
 MAX_LINES = 20
@@ -23,11 +22,10 @@ class ProcessState(StrEnum):
     """Says where one process is in its life."""
 
     PLANNED = "planned"
-    CONVERTING = "converting"
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"  # it takes no new work and finishes what runs
-    EXITED = "exited"  # it ended because it was asked to, or is a conversion that is done
+    EXITED = "exited"  # it ended because it was asked to
     FAILED = "failed"  # it ended by itself, or was killed by somebody else
     BACKING_OFF = "backing-off"  # it waits to be started under the next incarnation
     GIVEN_UP = "given-up"  # its engine died too often and is left alone for a while
@@ -36,15 +34,12 @@ class ProcessState(StrEnum):
 class LaunchPhase(StrEnum):
     """Says where the launch is; it only moves down this list, and may skip."""
 
-    PREPARING = "preparing"  # models are converted
     STARTING = "starting"
     READY = "ready"
-    DRAINING_ROUTER = "draining the router"
-    DRAINING_ENGINES = "draining the engines"
+    DRAINING = "draining"  # the router finishes the requests that run
     STOPPING_ROUTER = "stopping the router"
     """The router ends the requests that still run, while their engines are still there."""
     STOPPING = "stopping"  # ready processes get Stop, the others SIGTERM
-    TERMINATING = "terminating"  # processes that are left get SIGTERM
     KILLING = "killing"  # processes that are left get SIGKILL
     STOPPED = "stopped"
 
@@ -96,7 +91,6 @@ class Failure:
     process: str | None = None
     said: str = ""  # words of the process itself (``Failed``), which may arrive after its end
     details: Sequence[str] = ()
-    cause: PdlaunchError | None = None
 
     def report(self, log: Path | None) -> list[str]:
         """Return at most ``MAX_LINES`` lines: what failed, why, and where to read on.

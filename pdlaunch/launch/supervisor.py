@@ -1,24 +1,16 @@
 """Runs one launch: waits for events, updates the state, and does what ``reconcile`` says.
 
-Only events block it. ``drive`` is the loop.
-
-Sends processes their views of the registry: addresses, and the pairs that are proven.
-
-A router gets the whole registry. Other processes get the engines that exchange KV blocks with
-theirs, so that a change costs as much among a thousand engines as among twenty.
+Only events block it. ``drive`` is the loop. Processes are sent what they need of the registry:
+addresses, and the pairs that are proven.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.actions import (
     Action,
     Announce,
@@ -38,8 +30,8 @@ from pdlaunch.launch.observe import observe
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
-from pdlaunch.launch.state import Desired, Goal, Instance, Observed, Timing, Turn, make_units
-from pdlaunch.launch.status import Failure, LaunchPhase, Observer, ProcessState
+from pdlaunch.launch.state import Desired, Goal, Instance, Observed, Timing
+from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import (
     Alive,
@@ -102,7 +94,7 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> Entry | None:
             state = "failed"
             registration = Register(name=process.name, incarnation=process.incarnation, pid=0)
             reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
-    if registration is None or state is None or spec.kind == "convert":
+    if registration is None or state is None:
         return None
     return Entry(
         name=process.name,
@@ -124,59 +116,25 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> Entry | None:
     )
 
 
-class Views:
-    """Makes the views of the registry that processes are sent."""
-
-    def __init__(self) -> None:
-        self._sent: dict[str, tuple[list[Entry], list[PairReady]]] = {}
-        self._grouped: Registry | None = None
-        self._entries: dict[str, list[Entry]] = {}  # by engine
-        self._pairs: dict[str, list[PairReady]] = {}  # by the rank that has proven them
-
-    def of(self, spec: ProcessSpec, registry: Registry) -> Registry:
-        """Return what a process is told."""
-        if spec.peers is None:
-            return registry
-        if self._grouped is not registry:
-            entries, pairs = defaultdict(list), defaultdict(list)
-            for entry in registry.entries:
-                entries[entry.engine].append(entry)
-            for pair in registry.pairs:
-                pairs[pair.local].append(pair)
-            self._grouped, self._entries, self._pairs = registry, entries, pairs
-        circle = (spec.engine, *spec.peers)
-        return Registry(
-            version=registry.version,
-            entries=[entry for engine in circle for entry in self._entries.get(engine, ())],
-            serving=registry.serving,
-            # A process asks for the pairs that it has proven itself.
-            pairs=self._pairs.get(spec.name, []),
-        )
-
-    def changed(self, registry: Registry, seen: Observed) -> Iterator[tuple[str, Registry]]:
-        """Yield the views that differ from the last ones, each with the process that it is for.
-
-        Nobody is told later than others: who is told late would use a peer that is gone.
-        """
-        for entry in registry.entries:
-            found = seen.find(entry.name)
-            if found is None or found[1].registration is None:
-                continue
-            view = self.of(found[1].spec, registry)
-            content = (view.entries, view.pairs)
-            if view is registry or self._sent.get(entry.name) != content:
-                self._sent[entry.name] = content
-                yield entry.name, view
+def view_of(spec: ProcessSpec, registry: Registry) -> Registry:
+    """Return what a process is told of the registry: a router all of it, others what concerns the
+    engines that exchange KV blocks with theirs.
+    """
+    if spec.peers is None:
+        return registry
+    circle = {spec.engine, *spec.peers}
+    return Registry(
+        version=registry.version,
+        entries=[entry for entry in registry.entries if entry.engine in circle],
+        serving=registry.serving,
+        # A process asks for the pairs that it has proven itself.
+        pairs=[pair for pair in registry.pairs if pair.local == spec.name],
+    )
 
 
 logger = logging.getLogger(__name__)
 
-# Time for each process of the plan between two looks at all of them. One look costs a few
-# microseconds a process, and the registry after it about as much: with a thousand engines, a look
-# after each message would keep the supervisor from its work.
-SETTLE_S = 0.25e-3
 LOOK_FOR_ROOM_S = 1.0
-NUM_KEPT_EVENTS = 100
 
 
 @dataclass(eq=False)
@@ -199,21 +157,17 @@ class Supervisor:
     _registry: Registry = field(
         default_factory=lambda: Registry(version=0, entries=[], serving=False)
     )
-    _views: Views = field(default_factory=Views)
+    # What each process was told last.
+    _sent: dict[str, tuple[list[Entry], list[PairReady]]] = field(default_factory=dict)
     _answers: list[SendMessage] = field(default_factory=list)
-    # Recent announcements, for the next router.
-    _happened: deque[tuple[float, Happened]] = field(
-        default_factory=lambda: deque(maxlen=NUM_KEPT_EVENTS)
-    )
     _next_at: float = -math.inf
 
     def __post_init__(self) -> None:
         pairs = Pairs(self.plan, self.kind)
-        self.seen = Observed(make_units(self.plan.conversions), pairs, self.clock())
+        self.seen = Observed(pairs, self.clock())
         self.seen.add(self.plan.processes)
         self.wanted = Desired(self.timing, {name: Goal() for name in self.seen.engines})
         self._ticked_at = self.clock()
-        self._settle_s = SETTLE_S * len(self.plan.processes)
 
     @property
     def done(self) -> bool:
@@ -221,8 +175,7 @@ class Supervisor:
 
     def next_tick_at(self) -> float:
         """Return the instant at which ``tick`` is due without another event."""
-        settles_at = self._ticked_at + self._settle_s if self.has_changed else math.inf
-        return min(self._next_at, settles_at)
+        return -math.inf if self.has_changed else self._next_at
 
     def handle(self, event: Event) -> None:
         """Update the state with one event; ``tick`` does what follows."""
@@ -278,8 +231,16 @@ class Supervisor:
         registry = next_registry(self._registry, self.wanted, self.seen)
         if registry is not self._registry:
             self._registry = registry
-            for name, view in self._views.changed(registry, self.seen):
-                self.host.send(name, view)
+            # Nobody is told later than others: who is told late would use a peer that is gone.
+            for entry in registry.entries:
+                found = self.seen.find(entry.name)
+                if found is None or found[1].registration is None:
+                    continue
+                view = view_of(found[1].spec, registry)
+                content = (view.entries, view.pairs)
+                if view is registry or self._sent.get(entry.name) != content:
+                    self._sent[entry.name] = content
+                    self.host.send(entry.name, view)
         answers, self._answers = self._answers, []
         for answer in answers:
             self.host.send(answer.process, answer.message)
@@ -290,9 +251,7 @@ class Supervisor:
         specs = with_peers([process.spec for process in members])
         for process, spec in zip(members, specs, strict=True):
             process.spec = spec
-        plan = self.seen.plan()
-        self.seen.pairs.use(plan)
-        self._settle_s = SETTLE_S * len(plan.processes)
+        self.seen.pairs.use(self.seen.plan())
 
     def _perform(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -316,8 +275,6 @@ class Supervisor:
                     self.places.forget(engine)
                     self.host.forget(engine)
                     self._choose_peers()
-                case Chore.PREPARE:
-                    self._prepare()
                 case Chore.ADD_ENGINES:
                     assert self.wanted.change is not None
                     self.seen.add(self.places.begin(self.wanted.change))
@@ -325,20 +282,10 @@ class Supervisor:
                 case Chore.CLOSE_LISTENERS:
                     self.close_listeners()
 
-    def _prepare(self) -> None:
-        try:
-            self.bootstraps.prepare()
-        except PdlaunchError as error:
-            fix = getattr(error, "fix", None)
-            details = [f"fix: {fix}"] if fix else []
-            turn = Turn(self.wanted, self.seen, self.clock())
-            turn.fail(Failure(str(error), details=details, cause=error))
-
     def _start(self, name: str) -> None:
         """Start a unit if there is room for it, or look again a little later."""
         now = self.clock()
-        units = (*self.seen.conversions, *self.seen.units)
-        unit = next(unit for unit in units if unit.name == name)
+        unit = next(unit for unit in self.seen.units if unit.name == name)
         if not self.places.find(unit, self.seen.units):
             unit.start_at = now + LOOK_FOR_ROOM_S
             if not unit.waits_for_room:
@@ -349,33 +296,25 @@ class Supervisor:
         # Before the launch is ready, the deadline of its start comes first.
         unit.begin(kill_at=now + self.wanted.timing.startup_timeout_s)
         for process in unit.processes:
-            # A conversion knows nothing of the supervisor.
-            is_conversion = process.state is ProcessState.CONVERTING
-            bootstrap = (
-                None if is_conversion else self.bootstraps.make(process.spec, unit.incarnation)
-            )
-            self.host.spawn(process.spec, unit.incarnation, bootstrap)
+            bootstrap = self.bootstraps.make(process.spec, unit.incarnation)
+            stillborn = self.host.spawn(process.spec, unit.incarnation, bootstrap)
+            if stillborn is not None:
+                self._observe(stillborn)
 
     def _greet(self, process: Instance) -> None:
         """Send the registry to a new process, which cannot wait for the next change.
 
-        A router also gets what has happened, and is asked whether draining engines are idle.
+        A router is also asked whether draining engines are idle.
         """
-        self.host.send(process.name, self._views.of(process.spec, self._registry))
-        if process.spec.kind != "router":
-            return
-        for at, happened in self._happened:
-            ago_s = self.clock() - at
-            self.host.send(process.name, msgspec.structs.replace(happened, ago_s=ago_s))
+        self.host.send(process.name, view_of(process.spec, self._registry))
         for engine in self.seen.engines.values():
-            if engine.awaits_readers and engine.stop_at is not None:
+            if process.spec.kind == "router" and engine.awaits_readers and engine.stop_at:
                 self.host.send(process.name, EngineIdle(engine=engine.name))
 
     def _announce(self, what: Announce) -> None:
         logger.info("%s", what.text)
         self.observer.note(what.text)
         happened = Happened(text=what.text, prefill=what.prefill, decode=what.decode)
-        self._happened.append((self.clock(), happened))
         self._send_to_routers(happened)
 
     def _send_to_routers(self, message: FromSupervisor) -> None:

@@ -98,7 +98,7 @@ def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | No
             fetch(name, revision, "description")
         resolved = resolve_model(name, revision)
         path = str(resolved.cache_dir)
-        # Only the header is read: the conversion itself is the first process of the launch.
+        # Only the header is read: the launch converts the model before it starts anything.
         if not resolved.ready:
             check_gguf(resolved.source)
             return Model(name, path, pending=f"{name} is converted at the first start")

@@ -17,10 +17,8 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Describes one process as planned; what runs is an ``state.Instance`` of it."""
 
     name: str
-    """``router``, ``prefill-0`` (its server), ``prefill-0/rank-0``, ``convert-0``: unique, stable
-    over restarts.
-    """
-    kind: Literal["convert", "router", "server", "rank"]
+    """Is ``router``, ``prefill-0`` (its server) or ``prefill-0/rank-0``; stable over restarts."""
+    kind: Literal["router", "server", "rank"]
     unit: str  # processes of one unit start, die and are restarted together, under one incarnation
     engine: str = ""
     role: Role | None = None
@@ -39,24 +37,22 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Lists every process that a launch starts."""
 
-    conversions: tuple[ProcessSpec, ...] = ()  # run first, to their end
     processes: tuple[ProcessSpec, ...]
 
     def shown(self) -> Plan:
         """Return the plan with secret-looking environment variables masked, for printing."""
-        return Plan(conversions=_mask(self.conversions), processes=_mask(self.processes))
+        return Plan(
+            processes=tuple(
+                msgspec.structs.replace(p, environment=mask_environment(p.environment))
+                for p in self.processes
+            )
+        )
 
     def engines(self, role: Role) -> list[str]:
         return list(dict.fromkeys(p.engine for p in self.processes if p.role == role))
 
     def ranks(self, role: Role) -> list[ProcessSpec]:
         return [p for p in self.processes if p.kind == "rank" and p.role == role]
-
-
-def _mask(processes: tuple[ProcessSpec, ...]) -> tuple[ProcessSpec, ...]:
-    return tuple(
-        msgspec.structs.replace(p, environment=mask_environment(p.environment)) for p in processes
-    )
 
 
 def mask_environment(environment: Mapping[str, str]) -> dict[str, str]:

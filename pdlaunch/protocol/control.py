@@ -299,7 +299,6 @@ class Happened(Message):
     """Tells the router what the supervisor has told people: a death, a restart, a drain."""
 
     text: str
-    ago_s: float = 0.0
     prefill: str = ""
     decode: str = ""  # the engines of a pair that has failed
 

@@ -172,9 +172,9 @@ async def _obey(
             case control.Registry() as registry:
                 state.update(registry)
             case control.Happened() as told if told.prefill:
-                state.pair_failed(told.prefill, told.decode, told.text, told.ago_s)
-            case control.Happened(text=text, ago_s=ago_s):
-                state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
+                state.pair_failed(told.prefill, told.decode, told.text)
+            case control.Happened(text=text):
+                state.events.add("launch", "", text, is_bad=False)
             case control.Answered() as answer:
                 link.answered(answer)
             case control.EngineIdle(engine=engine):

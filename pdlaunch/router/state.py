@@ -102,14 +102,10 @@ class EventLog:
     def events(self) -> list[StatusEvent]:
         return list(self._events)
 
-    def add(
-        self, kind: EventKind, name: str, text: str, *, is_bad: bool, ago_s: float = 0.0
-    ) -> None:
-        at = self._wall_clock() - ago_s
+    def add(self, kind: EventKind, name: str, text: str, *, is_bad: bool) -> None:
+        at = self._wall_clock()
         event = StatusEvent(at=at, kind=kind, name=name, text=text[:MAX_TEXT], is_bad=is_bad)
-        # What the supervisor tells a new router happened before what that one saw itself.
-        in_order = sorted([*self._events, event], key=lambda each: each.at)
-        self._events = deque(in_order, maxlen=MAX_EVENTS)
+        self._events.append(event)
 
     def gone(self) -> list[GoneEngine]:
         """Return the engines that have left in the last minutes and are not back."""
@@ -221,8 +217,8 @@ class RouterState:
         self.pair_failed(prefill.name, decode.name, error)
         self.doubt(decode.name, prefill.name, prefill.processes[0], error)
 
-    def pair_failed(self, prefill: str, decode: str, error: str, ago_s: float = 0.0) -> None:
-        self.events.add("pair", f"{prefill} -> {decode}", error, is_bad=True, ago_s=ago_s)
+    def pair_failed(self, prefill: str, decode: str, error: str) -> None:
+        self.events.add("pair", f"{prefill} -> {decode}", error, is_bad=True)
         self.pair_failures.pop((prefill, decode), None)
         self.pair_failures[prefill, decode] = error
         if len(self.pair_failures) > MAX_PAIR_FAILURES:

@@ -19,7 +19,7 @@ from pdlaunch.protocol.status import DeploymentStatus
 from tests.cli.deployment_server import deployment, rates
 
 ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x -d y"))
-DRAINING = LaunchStatus(LaunchPhase.DRAINING_ROUTER, ())
+DRAINING = LaunchStatus(LaunchPhase.DRAINING, ())
 STOPPING = LaunchStatus(LaunchPhase.STOPPING, ())
 
 

@@ -1,19 +1,16 @@
-"""What happens around a launch: it stands still, or its folder is removed."""
+"""What happens around a launch: its supervisor stands still."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import psutil
 
 from pdlaunch.launch.client.deployment import running_deployment
-from tests.e2e.api import streamed
 from tests.e2e.conftest import default_environ
 from tests.e2e.faults import TINY, paused
 from tests.e2e.test_scale import run
-from tests.e2e.tiny_models import greedy, make_tiny_model
+from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 
 
@@ -28,20 +25,3 @@ def test_a_supervisor_that_wakes_up_late_restarts_nothing(tmp_path: Path) -> Non
         # Carried out behind the dropped one, so that a restart would show by now.
         assert "nothing runs there" in run("drain", "prefill-0", "--url", launch.url)
         assert {name: process.pid for name, process in launch.processes().items()} == before
-
-
-def test_a_launch_whose_folder_is_removed_answers_what_it_has_and_ends(tmp_path: Path) -> None:
-    model = make_tiny_model("llama", tmp_path)
-    prompt = list(range(40, 100))
-    (expected,) = greedy(model, [prompt], 400)
-    arguments = ("--model", str(model), *TINY)
-    folder = tempfile.TemporaryDirectory(suffix=30 * "x")
-    environ = default_environ() | {"TMPDIR": folder.name}
-    with folder, running_deployment(arguments, environ=environ) as launch:
-        (own,) = Path(folder.name).glob("pdlaunch-run-*")
-        with streamed(launch.url, prompt, 400) as tokens:
-            found = [next(tokens)]
-            shutil.rmtree(own)
-            assert found + list(tokens) == expected
-        assert launch.process.wait(120) == 1
-        assert f"{own}, the folder of this launch, has been removed" in launch.output()

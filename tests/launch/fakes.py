@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from collections.abc import Collection, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.commands import Command
 from pdlaunch.launch.engines.native import NativeEngine
@@ -50,7 +48,6 @@ def make_plan(
     num_decode: int = 1,
     num_both: int = 0,
     tp_size: int = 1,
-    conversions: int = 0,
 ) -> Plan:
     processes = []
     counts = {"prefill": num_prefill, "decode": num_decode, "both": num_both}
@@ -70,11 +67,7 @@ def make_plan(
             ]
             processes.append(ProcessSpec(name=engine, kind="server", unit=engine, **where))
     processes.append(ProcessSpec(name="router", kind="router", unit="router"))
-    converting = [
-        ProcessSpec(name=f"convert-{n}", kind="convert", unit=f"convert-{n}")
-        for n in range(conversions)
-    ]
-    return Plan(conversions=tuple(converting), processes=tuple(processes))
+    return Plan(processes=tuple(processes))
 
 
 class FakeClock:
@@ -95,14 +88,18 @@ class FakeHost:
     sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
     last_steps: dict[str, LastStep] = field(default_factory=dict)
     forgotten: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)  # what cannot be started
     sources = ()
-    poll_s = math.inf
 
-    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+    def spawn(
+        self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
+    ) -> ProcessExited | None:
         assert spec.name not in self.running
-        assert (bootstrap is None) == (spec.kind == "convert")
+        if spec.name in self.broken:
+            return ProcessExited(spec.name, incarnation, 127)
         self.running[spec.name] = incarnation
         self.spawned.append((spec.name, incarnation))
+        return None
 
     def signal(self, name: str, signal_number: int) -> None:
         self.signals.append((name, signal_number))
@@ -142,11 +139,6 @@ NO_KEYS = LaunchKeys("", "", "")
 class FakeBootstraps(Bootstraps):
     def __init__(self, keys: LaunchKeys = NO_KEYS, control: str = "", run_dir: str = "") -> None:
         self._common = {"keys": keys, "control": control, "run_dir": run_dir}
-        self.prepare_error: PdlaunchError | None = None
-
-    def prepare(self) -> None:
-        if self.prepare_error is not None:
-            raise self.prepare_error
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         return Bootstrap(name=spec.name, incarnation=incarnation, log_level="info", **self._common)

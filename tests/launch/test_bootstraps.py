@@ -66,7 +66,6 @@ def prepare(tmp_path: Path) -> Iterator[Prepare]:
                 listeners=listeners,
                 kind=kind_of(resolved),
             )
-            bootstraps.prepare()
             return Prepared(resolved, bootstraps, listeners[0].getsockname()[1])
 
         yield prepare

@@ -67,7 +67,7 @@ def test_a_launch_that_stops_obeys_no_command(
     world.interrupt()
     answer = world.ask(command("decode-0"))
     assert answer.code == "not_now"
-    assert answer.error.endswith(": the launch is draining the router")
+    assert answer.error.endswith(": the launch is draining")
     assert not world.withheld()
     assert world.draining() == {"router"}
 
@@ -423,7 +423,7 @@ def test_ctrl_c_in_the_middle_ends_all(tmp_path: Path, wanted: dict[str, int]) -
     world = Changing(tmp_path, decode={"replicas": 2})
     world.change(**wanted)
     world.interrupt()
-    assert world.change(decode=1).error.endswith("the launch is draining the router")
+    assert world.change(decode=1).error.endswith("the launch is draining")
     world.interrupt()
     world.exit_all()
     assert world.supervisor.done

@@ -62,7 +62,7 @@ class Deployment:
         ]
         self.launch = resolve_on(config, hosts, {})
         plan = plan_processes(self.launch)
-        self.seen = Observed([], Pairs(plan, NativeEngine()), 0.0)
+        self.seen = Observed(Pairs(plan, NativeEngine()), 0.0)
         self.seen.add(plan.processes)
         for process in self.seen.processes():
             process.begin(1)

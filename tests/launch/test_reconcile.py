@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from pdlaunch.launch.actions import Chore, SendSignal, Start
+from pdlaunch.launch.actions import SendSignal, Start
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.reconcile import reconcile
@@ -20,10 +20,9 @@ from tests.launch.fakes import make_plan
 def launch() -> tuple[Desired, Observed]:
     """Two engines of both roles, all of whose processes are ready."""
     plan = make_plan(num_prefill=0, num_decode=0, num_both=2)
-    seen = Observed([], Pairs(plan, NativeEngine()), started_at=0.0)
+    seen = Observed(Pairs(plan, NativeEngine()), started_at=0.0)
     seen.add(plan.processes)
     wanted = Desired(Timing(), {name: Goal() for name in seen.engines})
-    assert reconcile(wanted, seen, 0.0)[0] == [Chore.PREPARE]
     assert reconcile(wanted, seen, 0.0)[0] == [Start(unit.name) for unit in seen.units]
     for unit in seen.units:
         unit.begin(kill_at=600)

@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-from pdlaunch.errors import ConfigError
 from pdlaunch.launch.events import StopRequested
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchPhase
@@ -42,26 +41,12 @@ def test_everything_starts_at_once_and_serves_when_all_are_ready_and_connected()
     assert world.observer.ready_count == 1
 
 
-def test_conversions_run_before_anything_else() -> None:
-    world = World(make_plan(conversions=2)).start()
-    assert set(world.host.running) == {"convert-0", "convert-1"}
-    world.say("convert-0", Progress(text="reading weights", fraction=0.4))
-    assert world.status.processes[0].fraction == 0.4
-    world.exit("convert-0")
-    assert set(world.host.running) == {"convert-1"}
-    world.exit("convert-1")
-    assert set(world.host.running) == EVERYONE
-
-
-@pytest.mark.parametrize("code", [0, 1])
-def test_a_failed_conversion_or_model_is_the_root_cause(code: int) -> None:
-    world = World(make_plan(conversions=1)).start()
-    error = world.bootstraps.prepare_error = ConfigError("it has no tokenizer")
-    world.exit("convert-0", code)
-    assert world.supervisor.done
+def test_what_cannot_be_started_fails_the_launch() -> None:
+    world = World(make_plan())
+    world.host.broken = {RANKS[0]}
+    world.start()
     assert world.failure is not None
-    expected = ("convert-0", None) if code else (None, error)
-    assert (world.failure.process, world.failure.cause) == expected
+    assert world.failure.process == RANKS[0]
 
 
 def test_the_earliest_failure_is_kept_and_everything_is_stopped() -> None:
@@ -154,20 +139,16 @@ def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
 # The end
 
 
-def test_stop_drains_router_then_engines_then_stops_all() -> None:
+def test_stop_drains_the_router_then_stops_all() -> None:
     world = serving(Timing(drain_s=30))
     world.interrupt(signal.SIGTERM)
-    assert world.draining() == {"router"}
+    assert world.host.sent_to("router", Drain) == [Drain(timeout_s=30.0)]
     assert world.listed("router") == "draining"
     world.pass_time(10)
     assert world.listens
-    world.drained("router")
-    assert world.draining() == {"router", "prefill-0", "decode-0"}
-    assert world.host.sent_to("decode-0", Drain) == [Drain(timeout_s=20.0)]
-    world.drained("prefill-0")
     assert not world.stopped()
-    assert world.listens
-    world.drained("decode-0")
+    world.drained("router")
+    assert world.draining() == {"router"}, "it has waited for the answers of all engines"
     assert world.stopped() == EVERYONE
     assert not world.listens, "connections are refused once the drain is over"
     world.exit_all()
@@ -210,17 +191,15 @@ def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
     for name in EVERYONE - {"router"}:
         world.exit(name)
     world.pass_time(5)
-    assert world.signalled(signal.SIGTERM) == {"router"}
+    assert world.signalled(signal.SIGKILL) == {"router"}
 
 
-def test_what_does_not_stop_is_terminated_and_then_killed_and_then_left() -> None:
-    world = serving(Timing(drain_s=0, stop_s=5, terminate_s=3, kill_s=4))
+def test_what_does_not_stop_is_killed_and_then_left() -> None:
+    world = serving(Timing(drain_s=0, stop_s=5, kill_s=4))
     world.interrupt()
     for name in EVERYONE - {"decode-0"}:
         world.exit(name)
     world.pass_time(5)
-    assert world.signalled(signal.SIGTERM) == {"decode-0"}
-    world.pass_time(3)
     assert world.signalled(signal.SIGKILL) == {"decode-0"}
     assert not world.supervisor.done
     world.pass_time(4)
@@ -236,21 +215,16 @@ def test_deaths_during_the_drain_restart_nothing() -> None:
     world.pass_time(1)
     assert world.state("decode-0") == "exited"
     assert "decode-0" not in world.host.running
-    assert world.draining() == {"router", "prefill-0"}
+    assert world.stopped() == EVERYONE - {"router", "decode-0"}
 
 
-def test_an_interrupt_while_starting_or_converting_stops_without_drain() -> None:
+def test_an_interrupt_while_starting_stops_without_drain() -> None:
     world = World(make_plan()).start()
     world.interrupt()
     assert world.signalled(signal.SIGTERM) == EVERYONE
     world.exit_all()
     assert world.supervisor.done
     assert not world.supervisor.seen.was_ready
-    converting = World(make_plan(conversions=1)).start()
-    converting.interrupt()
-    converting.exit("convert-0")
-    assert converting.supervisor.done
-    assert converting.host.spawned == [("convert-0", 1)]
 
 
 def test_what_ends_with_the_supervisor_at_once_is_no_death() -> None:

@@ -160,7 +160,6 @@ def bootstraps(launch: ResolvedLaunch) -> list[tuple[ProcessSpec, Bootstrap]]:
             listeners=listeners,
             kind=kind_of(launch),
         )
-        made.prepare()
         return [(process, made.make(process, 1)) for process in plan_processes(launch).processes]
 
 

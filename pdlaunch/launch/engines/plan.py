@@ -1,4 +1,4 @@
-"""Plans the processes of a launch: those of its engines, the router, and conversions of models.
+"""Plans the processes of a launch: those of its engines, and the router.
 
 Supervisor, commands and checks know kinds of engines only through ``EngineKind``.
 """
@@ -45,18 +45,15 @@ def capabilities_over_http(kind: EngineName) -> Capabilities:
 
 def plan_processes(launch: ResolvedLaunch) -> Plan:
     """Plan every process; ranks come first, because they take longest to start."""
-    kind, here = kind_of(launch), launch.hosts[0]
+    kind = kind_of(launch)
     engines = with_peers(
         [process for engine in launch.engines for process in kind.processes(engine)]
     )
     return Plan(
-        conversions=tuple(
-            _conversion(here, index, model) for index, model in enumerate(launch.conversions)
-        ),
         processes=(
             *(process for process in engines if process.kind != "server"),
             *(process for process in engines if process.kind == "server"),
-            _router(launch.config.port, here),
+            _router(launch.config.port, launch.hosts[0]),
         ),
     )
 
@@ -87,23 +84,5 @@ def _router(port: int, here: ResolvedHost) -> ProcessSpec:
         command=python_command("pdlaunch.router", "--name", "router"),
         environment=light_environment(),
         ports={"http": port},
-        host=here.name,
-    )
-
-
-def _conversion(here: ResolvedHost, index: int, source: str) -> ProcessSpec:
-    name = f"convert-{index}"
-    return ProcessSpec(
-        name=name,
-        kind="convert",
-        unit=name,
-        command=python_command(
-            "pdlaunch.protocol.process.guarded",
-            "pdlaunch.engine.models.convert",
-            source,
-            "--if-needed",
-            "--traceback",
-        ),
-        environment={"PYTHONUNBUFFERED": "1"},
         host=here.name,
     )

@@ -45,6 +45,7 @@ from pdlaunch.launch.hosts.agent_messages import (
     from_agent,
     to_agent,
 )
+from pdlaunch.launch.hosts.host import ProcessExited
 from pdlaunch.launch.hosts.join import JoinTicket
 from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.planning.plan import ProcessSpec
@@ -210,7 +211,7 @@ class AgentSession:
             return self._asked_at + self.first_wait_s
         if self._host is None:
             return self._beat_at
-        return now if self._host.poll_s == 0 else min(self._beat_at, self._log_at)
+        return min(self._beat_at, self._log_at)
 
     def _require_lease(self, now: float) -> None:
         if (silent_s := self._lease.silent_s(now)) is None:
@@ -252,7 +253,9 @@ class AgentSession:
         if self._host is None:
             self._host = self._local_host(message.bootstrap)
         self._engines[spec.name] = spec.engine if spec.kind == "rank" else ""
-        self._host.spawn(spec, message.incarnation, self._here(message.bootstrap))
+        gone = self._host.spawn(spec, message.incarnation, self._here(message.bootstrap))
+        if gone is not None:
+            self._tell_end(self._host, gone)
 
     def _here(self, bootstrap: Bootstrap) -> Bootstrap:
         """Return what a process is given, with the folder and the control channel of this host."""
@@ -280,14 +283,15 @@ class AgentSession:
         for message in host.messages():
             self._send(Said(name=message.name, frame=to_supervisor.encode(message.message)))
         for gone in exits:
-            self._send_log(host, gone.name, to_the_end=True)
-            exited = Exited(
-                name=gone.name, incarnation=gone.incarnation, returncode=gone.returncode
-            )
-            if engine := self._engines.get(gone.name, ""):
-                # Whichever rank dies first: rank 0 has written what all of them computed.
-                exited.last_step = host.last_step(engine)
-            self._send(exited)
+            self._tell_end(host, gone)
+
+    def _tell_end(self, host: LocalHost, gone: ProcessExited) -> None:
+        self._send_log(host, gone.name, to_the_end=True)
+        exited = Exited(name=gone.name, incarnation=gone.incarnation, returncode=gone.returncode)
+        if engine := self._engines.get(gone.name, ""):
+            # Whichever rank dies first: rank 0 has written what all of them computed.
+            exited.last_step = host.last_step(engine)
+        self._send(exited)
 
     def _send_log(self, host: LocalHost, name: str, *, to_the_end: bool = False) -> None:
         """Send what a process has printed since the last time, in parts."""

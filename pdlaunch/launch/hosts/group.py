@@ -29,14 +29,12 @@ _CANNOT_START = 126
 class HostGroup:
     """Makes one ``Host`` of all hosts of a launch: a process runs on the host that its spec names.
 
-    ``present``: the hosts whose agents have joined already. ``on_change`` gets
-    the hosts that join or are lost later.
+    ``on_change`` gets the hosts that join or are lost.
     """
 
     local: LocalHost
     local_name: str
     channel: AgentChannel
-    present: set[str]
     on_change: Callable[[Joined | Lost], None]
     # Processes that live elsewhere, by name.
     _spawned: dict[str, Spawn] = field(default_factory=dict)
@@ -49,26 +47,20 @@ class HostGroup:
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
         return (*self.local.sources, self.channel.fileno())
 
-    @property
-    def poll_s(self) -> float:
-        return 0.0 if self._exits else self.local.poll_s
-
-    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+    def spawn(
+        self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
+    ) -> ProcessExited | None:
         # Forget the predecessor's last step, so that the new rank's death is not blamed on it.
         if spec.kind == "rank":
             self._last_steps.pop(spec.engine, None)
         if spec.host == self.local_name:
-            self.local.spawn(spec, incarnation, bootstrap)
-            return
+            return self.local.spawn(spec, incarnation, bootstrap)
         if spec.kind == "rank":
             self._last_steps[spec.engine] = LastStep()
-        if spec.host not in self.present:
-            self._exits.append(_lost(spec.name, incarnation, spec.host, "no agent has joined"))
-            return
-        assert bootstrap is not None, "conversions run beside the supervisor"
         message = Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
         self._spawned[spec.name] = message
         self.channel.send(spec.host, message)
+        return None
 
     def signal(self, name: str, signal_number: int) -> None:
         if (spawned := self._spawned.get(name)) is not None:
@@ -106,16 +98,17 @@ class HostGroup:
 
     def _take_in(self, event: AgentEvent) -> None:
         match event:
-            case Joined(join=join):
-                self.present.add(join.name)
+            case Joined():
                 self.on_change(event)
             case Lost(name=host, reason=reason):
-                self.present.discard(host)
                 self.on_change(event)
                 for name in sorted(self._spawned):
                     if self._spawned[name].spec.host == host:
                         incarnation = self._spawned.pop(name).incarnation
-                        self._exits.append(_lost(name, incarnation, host, reason))
+                        exited = ProcessExited(
+                            name, incarnation, -signal.SIGKILL, lost_with=f"{host} ({reason})"
+                        )
+                        self._exits.append(exited)
             case Told(name=host, message=Said() | Exited() | AgentRefused() as message):
                 spawned = self._spawned.get(message.name)
                 # An agent speaks for the processes of its host alone.
@@ -144,7 +137,3 @@ class HostGroup:
                 returncode = _CANNOT_START
         del self._spawned[name]
         self._exits.append(ProcessExited(name, incarnation, returncode))
-
-
-def _lost(name: str, incarnation: int, host: str, reason: str) -> ProcessExited:
-    return ProcessExited(name, incarnation, -signal.SIGKILL, lost_with=f"{host} ({reason})")

@@ -61,10 +61,12 @@ class ProcessExited:
 class Host(Protocol):
     """Runs processes of a launch on one machine. No method blocks."""
 
-    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+    def spawn(
+        self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
+    ) -> ProcessExited | None:
         """Start a process with ``bootstrap`` on its standard input.
 
-        Its end arrives in ``exits``, also when the process could not be started.
+        Returns its end when it cannot be started.
         """
 
     def signal(self, name: str, signal_number: int) -> None:
@@ -94,7 +96,3 @@ class Host(Protocol):
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
         """Return what becomes readable with an exit or a message; always the same."""
-
-    @property
-    def poll_s(self) -> float:
-        """Return how often to call ``exits`` and ``messages`` whatever ``sources`` say."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import mmap
 import os
 import select
@@ -23,7 +22,6 @@ from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import (
     FromSupervisor,
-    Progress,
     Register,
     from_supervisor,
     to_supervisor,
@@ -34,7 +32,6 @@ from pdlaunch.protocol.process.step_record import LastStep, new_step_record, rea
 
 logger = logging.getLogger(__name__)
 
-CONVERSION_POLL_S = 0.25  # the progress of a conversion is read from its log
 _CANNOT_EXECUTE = 127
 # Not handed on: children get keys on standard input, as others can read their environment.
 HIDDEN_VARIABLES = frozenset(
@@ -168,9 +165,6 @@ class LocalHost:
     control: zmq.Socket[bytes]
     children: Children
     engine_ports: EnginePorts
-    _stillborn: list[ProcessExited] = field(default_factory=list)
-    # The last line of progress of each conversion that runs.
-    _conversions: dict[str, str] = field(default_factory=dict)
     # The step record of each engine's rank 0; the memory outlives the rank.
     _step_records: dict[str, mmap.mmap] = field(default_factory=dict)
 
@@ -178,33 +172,25 @@ class LocalHost:
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
         return (self.control, self.children.fileno())
 
-    @property
-    def poll_s(self) -> float:
-        if self._stillborn:
-            return 0.0
-        return CONVERSION_POLL_S if self._conversions else math.inf
-
-    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+    def spawn(
+        self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
+    ) -> ProcessExited | None:
         inherited: list[int] = []
-        first_line, step_record = b"", None
-        if spec.kind == "convert":
-            self._conversions[spec.name] = ""
-        if bootstrap is not None:
-            if bootstrap.router is not None:
-                inherited += bootstrap.router.listeners
-            if spec.kind == "rank" and spec.tp_rank == 0:
-                # A descriptor has the same number in the child that inherits it.
-                step_record, self._step_records[spec.engine] = new_step_record()
-                inherited.append(step_record)
-                bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
-            if spec.name in self.engine_ports:
-                bootstrap = msgspec.structs.replace(bootstrap, port_is_kept=True)
-            first_line = msgspec.json.encode(bootstrap) + b"\n"
+        step_record = None
+        if bootstrap.router is not None:
+            inherited += bootstrap.router.listeners
+        if spec.kind == "rank" and spec.tp_rank == 0:
+            # A descriptor has the same number in the child that inherits it.
+            step_record, self._step_records[spec.engine] = new_step_record()
+            inherited.append(step_record)
+            bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
+        if spec.name in self.engine_ports:
+            bootstrap = msgspec.structs.replace(bootstrap, port_is_kept=True)
+        first_line = msgspec.json.encode(bootstrap) + b"\n"
         stillborn = self.children.spawn(spec, incarnation, first_line, inherited)
         if step_record is not None:
             os.close(step_record)
-        if stillborn is not None:
-            self._stillborn.append(stillborn)
+        return stillborn
 
     def signal(self, name: str, signal_number: int) -> None:
         self.children.signal(name, signal_number)
@@ -213,14 +199,10 @@ class LocalHost:
         self.control.send_multipart([name.encode(), from_supervisor.encode(message)])
 
     def exits(self) -> list[ProcessExited]:
-        stillborn, self._stillborn = self._stillborn, []
-        exits = [*stillborn, *self.children.reap()]
-        for gone in exits:
-            self._conversions.pop(gone.name, None)
-        return exits
+        return self.children.reap()
 
     def messages(self) -> list[MessageReceived]:
-        return [*self._receive(), *self._conversion_progress()]
+        return list(self._receive())
 
     def log_path(self, name: str) -> Path:
         return self.children.log_path(name)
@@ -251,24 +233,3 @@ class LocalHost:
                 # Before anybody is told the URL. Servers have the names of their engines.
                 self.engine_ports.keep(received.name, message.address.http)
             yield received
-
-    def _conversion_progress(self) -> Iterator[MessageReceived]:
-        """Yield the progress of conversions, which print lines such as ``[ 40%] reading weights``.
-
-        The last such line counts; other lines come from libraries, or are errors.
-        """
-        for name, before in self._conversions.items():
-            try:
-                lines = self.log_path(name).read_text(errors="replace").splitlines()
-            except OSError:
-                continue
-            line = next((each for each in reversed(lines) if each.startswith("[")), "")
-            if line == before:
-                continue
-            self._conversions[name] = line
-            percent, bracket, text = line.removeprefix("[").partition("%]")
-            if bracket and percent.strip().isdigit():
-                progress = Progress(text=text.strip(), fraction=int(percent) / 100)
-            else:
-                progress = Progress(text=line[:80])
-            yield MessageReceived(name, progress)

@@ -43,7 +43,7 @@ def ranks(planned: Plan) -> list[ProcessSpec]:
     return [process for process in planned.processes if process.kind == "rank"]
 
 
-def test_engines_are_ranks_in_one_unit_and_a_server_and_conversions_are_guarded() -> None:
+def test_engines_are_ranks_in_one_unit_and_a_server() -> None:
     planned = plan(prefill={"tensor_parallel_size": 2})
     units = {process.name: process.unit for process in planned.processes}
     assert units == {
@@ -57,9 +57,6 @@ def test_engines_are_ranks_in_one_unit_and_a_server_and_conversions_are_guarded(
     command = ("-m", "pdlaunch.engine", "--name", "prefill-0/rank-0")
     assert planned.processes[0].command[2:] == command
     assert planned.processes[-1].ports == {"http": 8000}
-    (conversion,) = planned.conversions
-    guarded = ("pdlaunch.protocol.process.guarded", "pdlaunch.engine.models.convert", "smollm2")
-    assert conversion.command[3:6] == guarded
 
 
 def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:

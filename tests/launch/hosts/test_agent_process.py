@@ -58,7 +58,7 @@ class Launch:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         local = LocalHost(self.context.socket(zmq.ROUTER), Children(self.logs), EnginePorts())
         self.events: list[Joined | Lost] = []
-        self.host = HostGroup(local, "local", self.channel, set(), on_change=self.events.append)
+        self.host = HostGroup(local, "local", self.channel, on_change=self.events.append)
         self.later: list[MessageReceived | ProcessExited | Joined | Lost] = []
         self.agent = self.start_agent()
 
@@ -93,7 +93,7 @@ class Launch:
                 # What came with it is for the next call.
                 self.later = heard[end:]
                 return heard[:end]
-            assert self.host.poll_s == 0 or poller.poll(TIMEOUT_MS), f"only {heard}"
+            assert poller.poll(TIMEOUT_MS), f"only {heard}"
             exits = self.host.exits()
             # In the order of the supervisor: a process says nothing after its end.
             heard += [*self.events, *self.host.messages(), *exits]

@@ -16,8 +16,10 @@ import zmq
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.protocol.control import Address, Progress, Register, to_supervisor
+from pdlaunch.protocol.control import Address, Register, to_supervisor
+from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts, bind_to_share
+from pdlaunch.protocol.sockets import LaunchKeys
 from tests.e2e.waiting import await_true
 
 pytestmark = pytest.mark.processes
@@ -33,8 +35,15 @@ def host(tmp_path: Path) -> Iterator[LocalHost]:
         yield LocalHost(control, children, EnginePorts())
 
 
-def child(code: str, *, name: str = "convert-0") -> ProcessSpec:
-    return ProcessSpec(name=name, kind="convert", unit=name, command=(sys.executable, "-c", code))
+def bootstrap(name: str) -> Bootstrap:
+    keys = LaunchKeys("", "", "")
+    return Bootstrap(name=name, incarnation=1, control="", keys=keys, run_dir="", log_level="info")
+
+
+def start(host: LocalHost, name: str, code: str, incarnation: int = 1) -> None:
+    command = (sys.executable, "-c", code)
+    spec = ProcessSpec(name=name, kind="server", unit=name, command=command)
+    assert host.spawn(spec, incarnation, bootstrap(name)) is None
 
 
 def await_exit(host: LocalHost) -> list[ProcessExited]:
@@ -47,8 +56,8 @@ def await_exit(host: LocalHost) -> list[ProcessExited]:
 
 
 def test_ends_are_told_once_with_exit_code_or_signal(host: LocalHost) -> None:
-    host.spawn(child("input()", name="waits"), 1, None)
-    host.spawn(child("raise SystemExit(3)", name="ends"), 2, None)
+    start(host, "waits", "input(); input()")
+    start(host, "ends", "raise SystemExit(3)", 2)
     assert await_exit(host) == [ProcessExited("ends", 2, 3)]
     assert host.exits() == []
     host.signal("waits", signal.SIGKILL)
@@ -56,27 +65,10 @@ def test_ends_are_told_once_with_exit_code_or_signal(host: LocalHost) -> None:
     host.signal("waits", signal.SIGKILL)
 
 
-def test_what_cannot_be_started_has_ended_at_once(host: LocalHost) -> None:
-    host.spawn(ProcessSpec(name="r", kind="router", unit="r", command=("/no/such",)), 1, None)
-    assert host.poll_s == 0
-    assert host.exits() == [ProcessExited("r", 1, 127)]
-    assert host.poll_s > 0
+def test_the_end_of_what_cannot_be_started_is_returned(host: LocalHost) -> None:
+    spec = ProcessSpec(name="r", kind="router", unit="r", command=("/no/such",))
+    assert host.spawn(spec, 1, bootstrap("r")) == ProcessExited("r", 1, 127)
     assert "No such file" in host.log_path("r").read_text()
-
-
-def test_progress_of_a_conversion_is_read_from_its_log(host: LocalHost) -> None:
-    code = "print('[ 40%] reading weights\\na warning', flush=True); input()"
-    host.spawn(child(code), 1, None)
-    heard: list[MessageReceived] = []
-    while not heard:
-        assert 0 < host.poll_s < 60
-        heard = host.messages()
-    expected = Progress(text="reading weights", fraction=0.4)
-    assert heard == [MessageReceived("convert-0", expected)]
-    assert host.messages() == []
-    host.signal("convert-0", signal.SIGKILL)
-    await_exit(host)
-    assert host.poll_s == float("inf")
 
 
 def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
@@ -107,9 +99,9 @@ def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
 
 def test_what_a_process_has_started_ends_with_it(host: LocalHost) -> None:
     code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
-    host.spawn(child(code), 1, None)
-    assert await_exit(host) == [ProcessExited("convert-0", 1, 0)]
-    pid = int(host.log_path("convert-0").read_text())
+    start(host, "parent", code)
+    assert await_exit(host) == [ProcessExited("parent", 1, 0)]
+    pid = int(host.log_path("parent").read_text())
 
     def is_gone() -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
