@@ -1,7 +1,7 @@
-"""Knows where the engines of a launch run: plans changes of them, and moves them off lost hosts.
+"""Knows where the engines of a launch run, and plans changes of them.
 
 A change is resolved and checked like a launch at its start. Remaining engines are left as they run.
-An engine of a lost host starts again once the host is back, or on another host with room.
+An engine of a lost host starts again once the host is back.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ MAX_REPLICAS = 1024
 Key = tuple[Role, int]  # role and index of an engine
 Models = Mapping[Role, Model]
 GpuKey = tuple[str, int]  # a host and the number of a GPU on that machine
-# Rules on memory, of all engines that might be moved together; each is judged by its devices.
-_OF_MEMORY = frozenset(("PD207", "PD210", "PD212"))
 # Settings that a new plan may change: a running engine keeps its own devices and threads.
 _MAY_DIFFER = frozenset(
     ("environment", "devices", "num_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -80,63 +78,22 @@ class EnginePlaces:
             # Another machine of this name may be cut off, too.
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
-    def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
-        """Return whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
+    def find(self, unit: Unit) -> bool:
+        """Return whether a unit, whose processes have ended, can be started on its host."""
         host = unit.processes[0].spec.host
         # The agent may be alive but cut off, and no engine may run twice.
-        if self.clock() < self._ended_by.get(host, 0.0):
+        if host not in self.present or self.clock() < self._ended_by.get(host, 0.0):
             return False
-        if host in self.present:
-            if unit.engine and host in self._readdressed:
-                specs = self._specs(self._placed(unit.engine))
-                for process in unit.processes:
-                    environment = specs[process.name].environment
-                    process.spec = msgspec.structs.replace(process.spec, environment=environment)
-            return True
-        own = [p for other in units if other.engine == unit.engine for p in other.processes]
-        # The server and the ranks of an engine are units of their own, and move together.
-        if not unit.engine or any(p.alive or p.spec.host != host for p in own):
-            return False
-        if not self._move(unit.engine, host):
-            return False
-        specs = self._specs(self._placed(unit.engine))
-        for process in own:
-            process.spec = specs[process.name]
+        if unit.engine and host in self._readdressed:
+            specs = self.kind.processes(self._placed(unit.engine))
+            environments = {spec.name: spec.environment for spec in specs}
+            for process in unit.processes:
+                environment = environments[process.name]
+                process.spec = msgspec.structs.replace(process.spec, environment=environment)
         return True
 
     def _placed(self, name: str) -> PlacedEngine:
         return next(engine for engine in self.resolved.engines if engine.name == name)
-
-    def _specs(self, engine: PlacedEngine) -> dict[str, ProcessSpec]:
-        return {spec.name: spec for spec in self.kind.processes(engine)}
-
-    def _move(self, name: str, lost: str) -> bool:
-        """Place an engine on a host with room; hosts of the same domain come first."""
-        engine, domain = self._placed(name), self.resolved.host(lost).domain
-        key, models, places = _key(engine), self._models(()), self.resolved.places
-        busy = self._busy({key})
-        for host in sorted(self._candidates(key[0]), key=lambda host: host.domain != domain):
-            place = self._fit(key, host, places, models, set(busy))
-            there = [each for each in self.resolved.engines if each.host.name == host.name]
-            on_cpu = [each.engines.tp_size for each in there if each.engines.device == "cpu"]
-            is_full = sum(on_cpu) + engine.engines.tp_size > host.machine.num_cpus
-            if place is None or (place.devices is None and is_full):
-                continue
-            if self._may_move(lost, host, models):
-                self.resolved = self.resolved.with_engines({**places, key: place}, models)
-                self.bootstraps.adopt(self.resolved, self._placed(name))
-                return True
-        return False
-
-    def _may_move(self, lost: str, host: ResolvedHost, models: Models) -> bool:
-        """Return whether rules find nothing new with all engines of a lost host on this one.
-
-        Engines that find no room there are checked when they are moved themselves.
-        """
-        there = [_key(engine) for engine in self.resolved.engines if engine.host.name == lost]
-        places = {**self.resolved.places, **dict.fromkeys(there, EnginePlace(host.name))}
-        new = self._new_findings(self.resolved.with_engines(places, models))
-        return not any(each.severity == "error" and each.rule not in _OF_MEMORY for each in new)
 
     # Changes
 
@@ -173,11 +130,13 @@ class EnginePlaces:
         """
         starts: list[Key] = []
         stops: list[PlacedEngine] = []
+        home = ""
         if wanted.turn:
-            # The engine is planned again in another role, on its present devices.
+            # The engine is planned again in another role, on its present host.
             engine = self._placed(wanted.turn)
             if wanted.role is not None and wanted.role != engine.engines.role:
                 starts, stops = list(self._new_keys(wanted.role, 1)), [engine]
+                home = engine.host.name
         for role, number in wanted.replicas.items():
             if not 0 <= number <= MAX_REPLICAS:
                 raise ConfigError(
@@ -193,7 +152,7 @@ class EnginePlaces:
             stops += engines[: max(0, len(engines) - number)]
         if not starts and not stops:
             return EngineChange(self.resolved, (), _planned(self.resolved, (), (), False))
-        return self._change(starts, stops, stops_first=bool(wanted.turn))
+        return self._change(starts, stops, home)
 
     def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
         """Yield the lowest free numbers of the role."""
@@ -206,25 +165,19 @@ class EnginePlaces:
             index += 1
 
     def _change(
-        self, starts: Sequence[Key], stops: Sequence[PlacedEngine], *, stops_first: bool
+        self, starts: Sequence[Key], stops: Sequence[PlacedEngine], home: str
     ) -> EngineChange:
+        """``home``: the host of an engine that changes its role; empty for other changes."""
         gone = {_key(engine) for engine in stops}
-        places = self.resolved.places
-        kept = {key: place for key, place in places.items() if key not in gone}
+        kept = {key: place for key, place in self.resolved.places.items() if key not in gone}
         models = self._models({role for role, _ in starts})
-        busy, free_then = self._busy(()), self._busy(gone)
-        placed = None if stops_first else self._place(starts, kept, models, busy)
-        if placed is not None and stops:
-            # Old and new engines share the machine for a while.
-            together = self.resolved.with_engines({**places, **placed}, models)
-            stops_first = any(each.severity == "error" for each in self._new_findings(together))
-        if placed is None or stops_first:
-            stops_first = bool(stops)
-            homes = {engine.host.name for engine in stops}
-            own = busy.keys() - free_then.keys()
-            placed = self._place(starts, kept, models, free_then, own, homes)
-        if placed is None:
-            raise self._no_room(starts, free_then)
+        placed = None if home else self._place(starts, kept, models, self._busy(()))
+        if stops_first := placed is None:
+            # New engines take the devices of those that stop.
+            busy = self._busy(gone)
+            placed = self._place(starts, kept, models, busy, home)
+            if placed is None:
+                raise self._no_room(starts, busy)
         resolved = self.resolved.with_engines({**kept, **placed}, models)
         warnings = self._judge(resolved)
         self._require_as_they_run(resolved, kept)
@@ -235,15 +188,10 @@ class EnginePlaces:
 
     def _models(self, new: Collection[Role]) -> Models:
         """Return the models of present and new roles; those that were read are not read again."""
-        known = {
-            role: engines.model
-            for role, engines in self.resolved.roles.items()
-            # A pending model may have been converted since.
-            if not engines.model.pending
-        }
-        missing = {*new, *self.resolved.roles} - known.keys()
-        config = with_replicas(self.resolved.config, dict.fromkeys(missing, 1))
-        return known | (dict(read_models(config)) if missing else {})
+        known = {role: engines.model for role, engines in self.resolved.roles.items()}
+        if missing := new - known.keys():
+            known |= read_models(with_replicas(self.resolved.config, dict.fromkeys(missing, 1)))
+        return known
 
     def _busy(self, gone: Collection[Key]) -> dict[GpuKey, str]:
         """Return which engine has each GPU once some engines are gone."""
@@ -262,34 +210,30 @@ class EnginePlaces:
         kept: Places,
         models: Models,
         busy: Collection[GpuKey],
-        preferred: Collection[GpuKey] = (),
-        homes: Collection[str] = (),
+        home: str = "",
     ) -> dict[Key, EnginePlace] | None:
         """Return hosts and devices for new engines, or None if one of them has no room.
 
-        ``preferred``, ``homes``: GPUs and hosts to try first.
+        ``home``: the only host that is tried, if any.
         """
         placed: dict[Key, EnginePlace] = {}
         taken = set(busy)
         for key in starts:
             places = {**kept, **placed}
-            for host in self._hosts(key[0], places, homes):
-                place = self._fit(key, host, places, models, taken, preferred)
-                if place is not None:
-                    placed[key] = place
-                    break
-            else:
+            hosts = self._hosts(key[0], places)
+            fits = (
+                self._fit(key, host, places, models, taken)
+                for host in hosts
+                if home in ("", host.name)
+            )
+            place = next((place for place in fits if place is not None), None)
+            if place is None:
                 return None
+            placed[key] = place
         return placed
 
     def _fit(
-        self,
-        key: Key,
-        host: ResolvedHost,
-        places: Places,
-        models: Models,
-        taken: set[GpuKey],
-        preferred: Collection[GpuKey] = (),
+        self, key: Key, host: ResolvedHost, places: Places, models: Models, taken: set[GpuKey]
     ) -> EnginePlace | None:
         """Return the place of an engine on a host, or None if too few of its GPUs are free.
 
@@ -303,18 +247,13 @@ class EnginePlaces:
         free = [place for place, number in enumerate(numbers) if number not in taken]
         if len(free) < engines.tp_size:
             return None
-        free.sort(key=lambda place: numbers[place] not in preferred)
         devices = tuple(free[: engines.tp_size])
         taken |= {numbers[place] for place in devices}
         return EnginePlace(host.name, devices)
 
-    def _candidates(self, role: Role) -> list[ResolvedHost]:
-        hosts = self.resolved.hosts
-        return [host for host in hosts if role in host.roles and host.name in self.present]
-
-    def _hosts(self, role: Role, places: Places, homes: Collection[str] = ()) -> list[ResolvedHost]:
-        """Return the hosts that may take an engine, the best first: its ``homes``, then the least
-        crowded of those near its peers.
+    def _hosts(self, role: Role, places: Places) -> list[ResolvedHost]:
+        """Return the present hosts that take engines of a role: those with free cores first, of
+        these the ones near its peers.
         """
         peers = [
             self.resolved.host(place.host)
@@ -323,10 +262,10 @@ class EnginePlaces:
         ]
         near, domains = {host.name for host in peers}, {host.domain for host in peers}
         num_engines = Counter(place.host for place in places.values())
+        hosts = self.resolved.hosts
         return sorted(
-            self._candidates(role),
+            (host for host in hosts if role in host.roles and host.name in self.present),
             key=lambda host: (
-                host.name not in homes,
                 num_engines[host.name] >= host.machine.num_cpus,
                 host.domain not in domains,
                 host.name not in near,

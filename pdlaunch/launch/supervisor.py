@@ -286,11 +286,11 @@ class Supervisor:
         """Start a unit if there is room for it, or look again a little later."""
         now = self.clock()
         unit = next(unit for unit in self.seen.units if unit.name == name)
-        if not self.places.find(unit, self.seen.units):
+        if not self.places.find(unit):
             unit.start_at = now + LOOK_FOR_ROOM_S
             if not unit.waits_for_room:
                 unit.waits_for_room = True
-                text = f"{name} waits until its host is back, or another one has room"
+                text = f"{name} waits until its host is back"
                 self._announce(Announce(text))
             return
         # Before the launch is ready, the deadline of its start comes first.

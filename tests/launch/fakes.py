@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
@@ -150,7 +150,7 @@ class FakePlaces(EnginePlaces):
     def __init__(self) -> None:
         self.has_room = True
 
-    def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
+    def find(self, unit: Unit) -> bool:
         return self.has_room
 
 

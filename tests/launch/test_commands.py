@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.config.roles import ROLES
 from pdlaunch.launch.commands import Command
 from pdlaunch.launch.state import Timing
-from pdlaunch.planning.models import Model
-from pdlaunch.planning.resolve import resolve
 from pdlaunch.protocol.control import (
     Answered,
     Drain,
@@ -244,15 +241,6 @@ def test_a_new_engine_gets_work_once_its_pairs_are_proven(tmp_path: Path) -> Non
         "who asks at once what engines there are must find them"
     )
     assert world.failure is None
-
-
-def test_a_model_that_was_converted_when_the_launch_began_is_read_again(tmp_path: Path) -> None:
-    world = Changing(tmp_path)
-    places = world.supervisor.places
-    pending = Model(str(tmp_path), str(tmp_path), pending="it is converted at the first start")
-    models = dict.fromkeys(ROLES, pending)
-    places.resolved = resolve(places.resolved.config, {"local": CORES}, {}, models)
-    assert world.change(prefill=2).error == ""
 
 
 def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None:
