@@ -81,7 +81,7 @@ def test_the_key_comes_from_the_flag_or_the_environment(router: DeploymentServer
 
 
 def test_what_cannot_be_asked_is_said(router: DeploymentServer) -> None:
-    assert "name another's router by its URL" in run().output
+    assert "name another's router with --url" in run().output
     nobody = run("--url", "http://127.0.0.1:9")
     assert nobody.exit_code == 1
     assert "cannot be reached" in nobody.output

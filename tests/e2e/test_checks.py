@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client.smoke import _PROMPTS
 from tests.e2e.conftest import default_environ
-from tests.e2e.secrecy import places_of
 from tests.e2e.tiny_models import make_tiny_model
 
 
@@ -26,13 +24,12 @@ def pdlaunch(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_smoke_passes_and_tells_no_prompt(tiny_model: Path) -> None:
+def test_smoke_passes(tiny_model: Path) -> None:
     arguments = ("--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "16MiB")
     result = pdlaunch("smoke", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "checks passed" in result.stdout
     assert "ok  prefill/decode equals one engine alone, prompt 0" in result.stdout
-    assert places_of({"output": result.stdout + result.stderr}, _PROMPTS) == []
 
 
 def test_smoke_fails_when_no_block_moves(tiny_model: Path, tmp_path: Path) -> None:

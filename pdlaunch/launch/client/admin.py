@@ -39,27 +39,19 @@ def admin_api(
     folder in which launches are looked for. Raises PdlaunchError when no launch, or more than one,
     fits.
     """
-    if url is not None:
-        check_url(url)
-    running, found = running_launches(base), own_launches(url, base)
-    if len(found) == 1:
-        return launch_api(found[0], CALL_TIMEOUT_S)
+    if (own := _own_api(url, CALL_TIMEOUT_S, base)) is not None:
+        return own
     if url is not None and admin_api_key is not None:
         return Api(url, admin_api_key, CALL_TIMEOUT_S)
-    urls = _urls_of(running)
-    if len(found) > 1:
-        why = f"several launches of yours run here; choose one with --url: {urls}"
-    elif url is None:
-        why = (
-            "no launch of yours runs here; name another's router with --url and its key with "
-            "--admin-api-key"
+    if url is not None:
+        raise PdlaunchError(
+            f"no launch of yours listens at {url}, and to command another's its --admin-api-key is "
+            "needed"
         )
-    else:
-        why = (
-            f"no launch of yours listens at {url}, and to command another's its --admin-api-key "
-            f"is needed{f'; these do: {urls}' if running else ''}"
-        )
-    raise PdlaunchError(why)
+    raise PdlaunchError(
+        "no launch of yours runs here; name another's router with --url and its key with "
+        "--admin-api-key"
+    )
 
 
 def reading_api(url: str | None, api_key: str | None, timeout_s: float = READ_TIMEOUT_S) -> Api:
@@ -68,18 +60,22 @@ def reading_api(url: str | None, api_key: str | None, timeout_s: float = READ_TI
 
     Raises PdlaunchError when no launch, or more than one, fits.
     """
+    if (own := _own_api(url, timeout_s)) is not None:
+        return own
+    if url is None:
+        raise PdlaunchError("no launch of yours runs here; name another's router with --url")
+    return Api(url, api_key, timeout_s)
+
+
+def _own_api(url: str | None, timeout_s: float, base: Path | None = None) -> Api | None:
+    """Return the API of the one launch of this user that fits; None without any."""
     if url is not None:
         check_url(url)
-    found = own_launches(url)
-    if len(found) == 1:
-        return launch_api(found[0], timeout_s)
-    if url is not None:
-        return Api(url, api_key, timeout_s)
-    if not found:
-        raise PdlaunchError("no launch of yours runs here; name another's router by its URL")
-    raise PdlaunchError(
-        f"several launches of yours run here; name one by its URL: {_urls_of(found)}"
-    )
+    found = own_launches(url, base)
+    if len(found) > 1:
+        urls = ", ".join(sorted(launch.card.url for launch in found))
+        raise PdlaunchError(f"several launches of yours run here; choose one with --url: {urls}")
+    return launch_api(found[0], timeout_s) if found else None
 
 
 def launch_api(launch: RunningLaunch, timeout_s: float) -> Api:
@@ -91,10 +87,6 @@ def own_launches(url: str | None, base: Path | None = None) -> list[RunningLaunc
     """Return the launches of this user that listen at ``url``; all of them without one."""
     launches = running_launches(base)
     return [each for each in launches if url is None or _address(each.card.url) == _address(url)]
-
-
-def _urls_of(launches: list[RunningLaunch]) -> str:
-    return ", ".join(sorted(launch.card.url for launch in launches))
 
 
 def _address(url: str) -> tuple[str, int]:

@@ -4,16 +4,13 @@ The same prompts go through the public router (prefill and decode), through each
 roles, and through one engine alone. In float32 the tokens must be equal; in other dtypes the
 log-probabilities of the common prefix, and of the first token that differs, must lie within
 ``SMOKE_LOGPROB_TOLERANCE``.
-
-Reports are kept and passed on, so reasons hold no tokens, no text and no message of an error, in
-which engines may quote prompts.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -21,7 +18,7 @@ import msgspec
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.admin import admin_api, error_message
 from pdlaunch.launch.client.api import Api
 
 SMOKE_LOGPROB_TOLERANCE = 0.25
@@ -136,17 +133,9 @@ def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
     body |= {"logprobs": 1, "return_token_ids": True, **fields}
     status, answer = api.post("/v1/completions", body)
     if status != 200:
-        raise _Failure(f"HTTP {status}{_kind_of_error(answer)}")
+        raise _Failure(f"HTTP {status}: {error_message(answer)}")
     choice = answer["choices"][0]
     return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
-
-
-def _kind_of_error(answer: Mapping[str, Any]) -> str:
-    """Return what an error answer calls itself, without its message."""
-    error = answer.get("error")
-    fields = error if isinstance(error, dict) else {}
-    words = ", ".join(str(fields[name]) for name in ("type", "code", "param") if fields.get(name))
-    return f" ({words})" if words else ""
 
 
 def _equal(judged: list[tuple[int, float]], alone: list[tuple[int, float]], *, exact: bool) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from pdlaunch.launch.client.smoke import SMOKE_LOGPROB_TOLERANCE, _equal, _Failure, _kind_of_error
+from pdlaunch.launch.client.smoke import SMOKE_LOGPROB_TOLERANCE, _equal, _Failure
 
 ALONE = [(105, -0.5), (106, -1.0), (107, -2.0)]
 NEAR = [(token, logprob + SMOKE_LOGPROB_TOLERANCE / 2) for token, logprob in ALONE]
@@ -33,14 +31,5 @@ def test_equal(pair: list[tuple[int, float]], exact: bool) -> None:
     ],
 )
 def test_different(pair: list[tuple[int, float]], exact: bool, reason: str) -> None:
-    with pytest.raises(_Failure, match=reason) as failure:
+    with pytest.raises(_Failure, match=reason):
         _equal(pair, ALONE, exact=exact)
-    # How many tokens there are, and which of them, but not what they are.
-    assert not re.search(r"\b10[5-8]\b", str(failure.value))
-
-
-def test_an_error_is_named_and_its_message_left_out() -> None:
-    """An engine may quote the prompt in it."""
-    error = {"message": "cannot read: the prompt", "type": "invalid_request_error", "param": "n"}
-    assert _kind_of_error({"error": error}) == " (invalid_request_error, n)"
-    assert _kind_of_error({"error": "the prompt"}) == _kind_of_error({"detail": "x"}) == ""
