@@ -46,7 +46,7 @@ COMMANDS = (
     Command("doctor", "doctor:doctor", "Find what is wrong with running engines.", _CHECKED),
     Command("probe", "machines:probe", "Describe this machine in JSON, for checks elsewhere."),
     Command("explain", "explain:explain", "Show why a rule exists and how to fix its findings."),
-    Command("render", "render:app", "Write a deployment for Kubernetes or docker compose."),
+    Command("render", "render:app", "Write a deployment for Kubernetes."),
     Command("smoke", "smoke:smoke_command", "Start a deployment, check its promises, stop it."),
     Command("status", "status:status", "Show what a deployment is doing."),
     Command("top", "top:top", "Watch a deployment in the terminal, as it changes."),

@@ -1,4 +1,4 @@
-"""``pdlaunch render``: write a deployment for Kubernetes or docker compose."""
+"""``pdlaunch render``: write a deployment for Kubernetes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.launch.render.manifests import (
-    JOIN_KEY,
-    SUPERVISOR_KEY,
     PodLaunch,
     PodOptions,
-    compose_file,
     kubernetes_objects,
     kubernetes_secret,
 )
@@ -49,7 +46,7 @@ VolumesOption = Annotated[
     typer.Option(
         "--volume",
         metavar="SOURCE:/FOLDER",
-        help="Mount a PersistentVolumeClaim (compose: a folder or volume), for models.",
+        help="Mount a PersistentVolumeClaim, for models.",
     ),
 ]
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,7 +97,7 @@ def kubernetes(
             cache_claim=cache_claim,
             cache_size=cache_size,
         )
-        launch = _placed(config, flags, options, assume, base=f"{name}-")
+        launch = _placed(config, flags, options, assume)
         if print_secret:
             join, supervisor = _join_texts(launch.endpoint(f"{name}-control"))
             objects = [kubernetes_secret(launch, namespace, join=join, supervisor=supervisor)]
@@ -109,52 +106,18 @@ def kubernetes(
         sys.stdout.write(_to_yaml(objects))
 
 
-@app.command("compose", cls=ServeCommand)
-@with_serve_flags
-def compose(
-    config: Path | None = None,
-    name: NameOption = "pdlaunch",
-    image: ImageOption = None,
-    volume: VolumesOption = None,
-    secrets: Path | None = typer.Option(
-        None,
-        "--secrets",
-        metavar="DIR",
-        help="Write the secrets' files here instead, with new keys.",
-    ),
-    assume: AssumeOption = None,
-    *,
-    flags: dict[str, object],
-) -> None:
-    """Print a file for `docker compose`: a container for each engine, one with the router."""
-    with ending_at_errors():
-        options = PodOptions(
-            name=_require_name(name, "--name"),
-            image=image or f"pdlaunch:{__version__}",
-            claims=_volumes(volume or ()),
-        )
-        launch = _placed(config, flags, options, assume, base="")
-        if secrets is None:
-            sys.stdout.write(_to_yaml([compose_file(launch)]))
-        else:
-            texts = _join_texts(launch.endpoint("router"))
-            _write_secrets(secrets, dict(zip((JOIN_KEY, SUPERVISOR_KEY), texts, strict=True)))
-
-
 def _placed(
     path: Path | None,
     flags: Mapping[str, object],
     options: PodOptions,
     assume: str | None,
-    *,
-    base: str,
 ) -> PodLaunch:
     """Return the launch on its pods. Raises ConfigError, and typer.Exit where a rule finds an
     error.
     """
     loaded = load_config(path, os.environ, dict(flags))
     refuse_running_engines(loaded.config)
-    machines = machine_names(loaded.config, base)
+    machines = machine_names(loaded.config, f"{options.name}-")
     placed = place(loaded.config, machines)
     config = placed.config()
     judged = judged_machine(assume, config)
@@ -227,26 +190,6 @@ def _volumes(given: Sequence[str]) -> dict[str, str]:
             )
         found[folder] = source
     return found
-
-
-def _write_secrets(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write secrets to files that their owner alone can read. Raises ConfigError."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, text in texts.items():
-            path = folder / name
-            # A file that is there may be open to others, or a link to elsewhere.
-            path.unlink(missing_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename} cannot be written: {error.strerror}",
-            field="--secrets",
-            value=str(folder),
-            fix="name a folder that you may write to",
-        ) from None
 
 
 class _Dumper(yaml.SafeDumper):

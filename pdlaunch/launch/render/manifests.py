@@ -1,4 +1,4 @@
-"""Renders a launch as objects of Kubernetes, or as a file of docker compose, from templates."""
+"""Renders a launch as objects of Kubernetes, from a template."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PodOptions:
     image: str
     gpu_resource: str = "nvidia.com/gpu"
     rdma_resource: str | None = None  # extended resource of which each engine pod gets one
-    # PersistentVolumeClaims (compose: folders or volumes) by the folder at which they are mounted.
+    # PersistentVolumeClaims by the folder at which they are mounted.
     claims: Mapping[str, str] | None = None
     cache_claim: str | None = None  # a claim for ``/cache`` that exists; None: one is rendered
     cache_size: str = "20Gi"
@@ -59,43 +59,10 @@ class PodLaunch:
 
 def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]:
     """Return all objects but the Secret, in the order in which they are applied."""
-    name = launch.options.name
-    domains = [f"{name}.$(POD_NAMESPACE){end}" for end in ("", ".svc", ".svc.cluster.local")]
-    # The names by which clients in the cluster call the Service.
-    return _rendered("kubernetes", launch, [name, *domains], namespace=namespace)
-
-
-def compose_file(launch: PodLaunch) -> Object:
-    """Return the file. Its secrets are files and variables beside it, which it does not hold."""
-    (file,) = _rendered("compose", launch, ["router"])
-    return file
-
-
-def kubernetes_secret(
-    launch: PodLaunch, namespace: str | None, *, join: str, supervisor: str
-) -> Object:
-    """Return the Secret that the other objects refer to.
-
-    ``join``: what agents join with; ``supervisor``: the supervisor's side of it.
-    """
-    values = {JOIN_KEY: join, SUPERVISOR_KEY: supervisor, **launch.placed.keys}
-    for role, variables in launch.placed.engine_secrets.items():
-        values |= {f"{role}.{name}": value for name, value in variables.items()}
-    labels = _labels(launch, version=True, tool=True)
-    return {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": f"{launch.options.name}-keys", "labels": labels}
-        | ({} if namespace is None else {"namespace": namespace}),
-        "type": "Opaque",
-        "stringData": values,
-    }
-
-
-def _rendered(
-    template: str, launch: PodLaunch, own_hosts: Sequence[str], namespace: str | None = None
-) -> list[Object]:
     options, config = launch.options, launch.resolved.config
+    # The names by which clients in the cluster call the Service.
+    domains = [f".$(POD_NAMESPACE){end}" for end in ("", ".svc", ".svc.cluster.local")]
+    own_hosts = [options.name, *(f"{options.name}{domain}" for domain in domains)]
     start_s = config.join_timeout_s + config.startup_timeout_s
     first, _, last = config.kv_transfer.data_ports.partition("-")
     opens = config.kv_transfer.carrier_settings.opens_data_ports
@@ -108,7 +75,7 @@ def _rendered(
     )
     # Keeps the order of keys. YAML does not join the surrogates of JSON.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    text = environment.get_template(f"{template}.yaml.j2").render(
+    text = environment.get_template("kubernetes.yaml.j2").render(
         options=options,
         config=config,
         namespace=namespace,
@@ -137,6 +104,27 @@ def _rendered(
         with_own_secret=_with_own_secret,
     )
     return list(yaml.safe_load_all(text))
+
+
+def kubernetes_secret(
+    launch: PodLaunch, namespace: str | None, *, join: str, supervisor: str
+) -> Object:
+    """Return the Secret that the other objects refer to.
+
+    ``join``: what agents join with; ``supervisor``: the supervisor's side of it.
+    """
+    values = {JOIN_KEY: join, SUPERVISOR_KEY: supervisor, **launch.placed.keys}
+    for role, variables in launch.placed.engine_secrets.items():
+        values |= {f"{role}.{name}": value for name, value in variables.items()}
+    labels = _labels(launch, version=True, tool=True)
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": f"{launch.options.name}-keys", "labels": labels}
+        | ({} if namespace is None else {"namespace": namespace}),
+        "type": "Opaque",
+        "stringData": values,
+    }
 
 
 def _labels(
@@ -168,13 +156,13 @@ def _agent_command(launch: PodLaunch, group: EngineGroup, name: str) -> list[str
     return ["pdlaunch", "agent", "--join", JOIN_FILE, "--name", name, *allowed]
 
 
-def _with_own_secret(key: str, command: Sequence[str], arguments: str = "$@") -> list[str]:
+def _with_own_secret(key: str, command: Sequence[str]) -> list[str]:
     """Return the command, behind a copy of the mounted secret to a file of the user's own.
 
     Processes accept no file that others can read, and a supervisor that ends deletes its own.
     """
     file = JOIN_FILE if key == JOIN_KEY else f"{JOIN_FILE}.supervisor"
-    script = f'install -m 0600 /run/secrets/{key} {file} && exec "{arguments}"'
+    script = f'install -m 0600 /run/secrets/{key} {file} && exec "$@"'
     return ["sh", "-c", script, "sh", *command]
 
 
