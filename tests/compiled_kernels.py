@@ -34,7 +34,7 @@ DECODE = ((3000, 1),) * 8
 CASES = (
     Case(MIXED, 32, 8, 128, 16, (None,), torch.bfloat16),
     Case(DECODE, 32, 8, 128, 16, (None,), torch.bfloat16),
-    Case(MIXED, 8, 2, 64, 32, (None, 24), torch.float16, has_sinks=True),
+    Case(MIXED, 8, 2, 64, 32, (None, 24), torch.float16),
     Case(MIXED, 8, 2, 128, 64, (None,), torch.float32),
     Case(MIXED, 4, 1, 256, 16, (100,), torch.bfloat16),
     Case(MIXED, 6, 3, 80, 16, (None,), torch.float16),
@@ -96,7 +96,7 @@ def attention(case: Case) -> None:
         backend.flash = flash
         step = backend.prepare(inputs.batch)
         for layer in range(0, 2 * len(case.windows), 2):
-            step.attend(layer, inputs.query, inputs.key, inputs.value, 0.1, inputs.sinks)
+            step.attend(layer, inputs.query, inputs.key, inputs.value, 0.1)
             projected = heads.view(len(heads), -1)
             step.rotate_and_attend(layer, projected, (rotary[0], rotary[1]), 0.1)
             step.rotate_and_attend(layer, projected, None, 0.1, (Norm(weight, 1e-5),) * 2)

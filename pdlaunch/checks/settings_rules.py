@@ -132,14 +132,6 @@ RULES = (
         over=engines, when=lambda each: each.settings.load_format == "dummy", at="load_format",
         message="load_format is dummy: the answers have no meaning",
         fix="Remove load_format.", source="load_format.", on_vllm=True),
-    error("PD118", "tensor_parallel_size is over 1 for a model with experts.",
-        "Experts (MoE) are not cut: all of them belong to one rank.",
-        over=shapes, when=lambda it: it[1].num_experts and it[0].tp_size > 1,
-        at="tensor_parallel_size",
-        message="tensor_parallel_size {0.tp_size} for {1.model_type}, which has {1.num_experts} "
-        "experts a layer",
-        fix="Set tensor_parallel_size to 1.", source="pdlaunch's tensor parallelism.",
-        needs=("model",)),
     error(
         "PD119", "Files of the model are missing, damaged, or do not fit its config.json.",
         "Engines read *.safetensors. A file that is cut off or missing would end every rank after "

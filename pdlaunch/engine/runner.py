@@ -267,8 +267,7 @@ class ModelRunner:
 
     def _capture_graphs(self) -> StepGraphs | None:
         """Capture graphs of decode steps, on all ranks of a TP group: their sums are in them."""
-        is_eager = self._device.type == "cpu" or self._spec.enforce_eager
-        if is_eager or not self._decoder.can_be_captured:
+        if self._device.type == "cpu" or self._spec.enforce_eager:
             return None
         from pdlaunch.engine.models.triton_attention import TritonAttention
         from pdlaunch.engine.step_graphs import StepGraphs

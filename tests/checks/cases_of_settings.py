@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pdlaunch.errors import ConfigError
-from tests.checks.case import EXPERTS, SLIDING, Case, p2p
+from tests.checks.case import SLIDING, Case, p2p
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
 OTHER_END = replace(SMALL_SHAPE, eos_token_ids=(2, 3))
@@ -44,10 +44,6 @@ CASES: dict[str, Case] = {
         [on(CPU, host="localhost"), on(CPU, host="0.0.0.0", api_key="k"), on(CPU, host="::1")],
     ),
     "PD117": Case([on(CPU, load_format="dummy")], [on(CPU, load_format="auto")]),
-    "PD118": Case(
-        [on(GPU, decode__tensor_parallel_size=2, shapes=(EXPERTS, EXPERTS))],
-        [on(GPU, shapes=(EXPERTS, EXPERTS)), on(GPU, decode__tensor_parallel_size=2)],
-    ),
     "PD119": Case(
         [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
         [

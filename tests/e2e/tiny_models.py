@@ -36,12 +36,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
     },
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
-    "gpt_oss": {
-        "num_hidden_layers": 4,
-        "sliding_window": 24,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
 }
 
 

@@ -50,12 +50,6 @@ class Family:
     qk_norm: bool = False
     """Queries and keys are normalised, with one weight for each head dimension."""
     norms_per_layer: int = 2
-    has_sinks: bool = False
-    """Each query head has an attention sink."""
-    has_experts: bool = False
-    """A layer has num_local_experts experts with biases, of which a token uses
-    num_experts_per_tok, instead of one inner layer.
-    """
 
     @property
     def defaults(self) -> Config:
@@ -123,18 +117,6 @@ FAMILIES: Mapping[str, Family] = {
         },
         slides=_slides_without_rope,
     ),
-    "gpt_oss": Family(
-        (201088, 2880, 2880, 36, 64, 8, 64, 131072),
-        {
-            "attention_bias": True,
-            "sliding_window": 128,
-            "num_local_experts": 128,
-            "num_experts_per_tok": 4,
-        },
-        slides=lambda _config, layer: layer % 2 == 0,
-        has_sinks=True,
-        has_experts=True,
-    ),
 }
 
 
@@ -163,8 +145,6 @@ class ModelShape:
     """The ids in generation_config.json, then those in config.json."""
     num_parameters: int
     """Parameters of the language model, exactly as transformers counts them."""
-    num_experts: int = 0
-    """Experts of each layer; 0 for none."""
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
@@ -260,18 +240,9 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
     architectures = outer.get("architectures") or config.get("architectures") or [""]
 
     # Counted as transformers does, since a footprint that is 5 % off refuses what would fit.
-    num_experts = 0
-    inner_layer = 3 * hidden_size * inner
-    if family.has_experts:
-        num_experts = _positive(config, "num_local_experts")
-        if _positive(config, "num_experts_per_tok") > num_experts:
-            raise _wrong(f"num_experts_per_tok is over num_local_experts {num_experts}")
-        # Each expert has biases, and its row of the router.
-        expert = inner_layer + 2 * inner + hidden_size
-        inner_layer = num_experts * (expert + hidden_size + 1)
     query_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
     # Queries and output, keys and values; then norms, biases and the inner layer.
-    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size + inner_layer
+    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size + 3 * hidden_size * inner
     layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
     has_attention_bias = "attention_bias" in family.others and bool(config["attention_bias"])
     if family.qkv_bias or has_attention_bias:
@@ -280,7 +251,6 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
         layer += hidden_size
     if "mlp_bias" in family.others and config["mlp_bias"]:
         layer += 2 * inner + hidden_size
-    layer += num_heads if family.has_sinks else 0
     # A tied output layer is the embedding itself.
     embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
 
@@ -301,7 +271,6 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
         # The inner ids may be the family's defaults; what the outer file states is the model's.
         eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
         num_parameters=num_layers * layer + embeddings + hidden_size,
-        num_experts=num_experts,
     )
 
 
@@ -352,9 +321,7 @@ def _unsupported_because(config: Config) -> str:
         "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": (
             _is_recurrent(config)
         ),
-        "mixture of experts (MoE) is only supported in gpt_oss": (
-            config.get("model_type") != "gpt_oss" and any(map(config.get, _EXPERTS))
-        ),
+        "mixture of experts (MoE) is not supported": any(map(config.get, _EXPERTS)),
         "quantized checkpoints (quantization_config) are not supported; a .gguf file is "
         "dequantized": config.get("quantization_config"),
         "attention logit soft-capping (attn_logit_softcapping) is not supported": config.get(

@@ -16,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pdlaunch.errors import UnsupportedModelError
-
 ATTENTION_NAME = "pdlaunch_paged"
 """Name by which transformers finds the function; it has no mask function, so no masks are built."""
 
@@ -33,15 +31,12 @@ class AttentionStep(ABC):
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float,
-        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write keys and values of the step's tokens into the KV cache, and attend over it.
 
         Returns [num_tokens, num_heads, head_dim]. ``query``: [num_heads, num_tokens, head_dim];
         ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]; heads of this rank, rotary
         embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads).
-        ``sinks``: [num_heads]; a logit of each head that takes its share of the softmax and gives
-        nothing.
         """
 
 
@@ -75,16 +70,11 @@ def _attend(
     *,
     scaling: float,
     attention_step: AttentionStep,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     # Query: [1, num_heads, num_tokens, head_dim]; result: [1, num_tokens, num_heads, head_dim].
-    if softcap is not None:
-        raise UnsupportedModelError("attention logit soft-capping is not supported", field="model")
-    return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, s_aux)[
-        None
-    ], None
+    attended = attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling)
+    return attended[None], None
 
 
 IntArray = npt.NDArray[np.int64]

@@ -181,7 +181,6 @@ def reduce_splits(
     partial_max,
     partial_sum,
     lengths,
-    sinks,
     result,
     NUM_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
@@ -189,7 +188,6 @@ def reduce_splits(
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
 ):
     """Add up what ``attend_decode`` left. ``result``: [rows, heads, D]. Grid: rows, heads. Rows of
     length 0 give zeros.
@@ -205,13 +203,8 @@ def reduce_splits(
     maxima = tl.load(partial_max + place, mask=used, other=float("-inf"))
     sums = tl.load(partial_sum + place, mask=used, other=0.0)
     best = tl.max(maxima, 0)
-    if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
-        best = tl.maximum(best, sink)
     shares = tl.where(used, tl.exp2(maxima - best), 0.0)
     total = tl.sum(sums * shares, 0)
-    if HAS_SINKS:
-        total += tl.exp2(sink - best)
     attended = tl.load(
         partial + place[:, None] * HEAD_DIM + dims[None, :],
         mask=used[:, None] & (dims < HEAD_DIM)[None, :],
@@ -262,7 +255,6 @@ def attend_chunks(
     row_starts,
     tile_rows,
     tile_tokens,
-    sinks,
     result,
     table_row,
     scaling_log2,
@@ -278,7 +270,6 @@ def attend_chunks(
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
 ):
     """Attend for TOKENS tokens of a row's chunk and one query head.
 
@@ -310,10 +301,6 @@ def attend_chunks(
     layer = cache + (head // GROUP) * head_stride
     best = tl.full([TOKENS], float("-inf"), tl.float32)
     total = tl.zeros([TOKENS], tl.float32)
-    if HAS_SINKS:
-        # A sink is one more key, with a value of zero.
-        best = tl.zeros_like(best) + tl.load(sinks + head).to(tl.float32) * LOG2_E
-        total += 1.0
     attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
     for position in range(start, stop, TILE):
         positions = position + tl.arange(0, TILE)

@@ -9,25 +9,16 @@ from torch import nn
 
 from pdlaunch.engine.models.attention import AttentionStep
 
-_ROTARY_WITH_STATE = {"dynamic", "longrope"}
-"""Kinds of rotary embedding whose frequencies depend on the longest position, read on the host."""
-
 
 class Decoder:
-    """Computes logits of packed tokens over the paged KV cache, by the model's own code."""
+    """Computes logits of packed tokens over the paged KV cache, by the model's own code.
+
+    A CUDA graph can replay it: no model that is served waits for the device, or depends on values
+    there.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-
-    @property
-    def can_be_captured(self) -> bool:
-        """Return whether a CUDA graph may replay a step.
-
-        Nothing in it may wait for the device or depend on values there.
-        """
-        # The host may have to know how many tokens each expert gets.
-        has_experts = bool(getattr(self._model.config, "num_local_experts", 0))
-        return not has_experts and not _rotary_types(self._model) & _ROTARY_WITH_STATE
 
     def logits(
         self,
@@ -49,11 +40,3 @@ class Decoder:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
-
-
-def _rotary_types(model: nn.Module) -> set[str]:
-    types: set[str] = set()
-    for module in model.modules():
-        kind: Any = getattr(module, "rope_type", None)
-        types |= set(kind.values()) if isinstance(kind, dict) else {kind} - {None}
-    return types

@@ -115,16 +115,8 @@ class Shard:
     shape: ModelShape
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for heads, inner size or experts that ``tp_size`` does not divide."""
+        """Raise ConfigError for heads or an inner size that ``tp_size`` does not divide."""
         shape, size = self.shape, self.tp_size
-        if shape.num_experts and size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size {size}: experts (MoE) cannot be cut, model_type "
-                f"{shape.model_type!r} runs on one rank",
-                field="tensor_parallel_size",
-                value=size,
-                fix="Set tensor_parallel_size to 1.",
-            )
         # Several ranks may share a KV head.
         is_shared = size % shape.num_kv_heads == 0
         for name, value in (

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.engine.models.attention import AttentionBackend, AttentionStep, IntArray, PackedBatch
@@ -208,7 +208,6 @@ class _TorchStep(AttentionStep):
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float,
-        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         index, slot = self._backend.place[layer]
         group, layout = self._groups[index], self._backend.layout
@@ -226,7 +225,7 @@ class _TorchStep(AttentionStep):
                 # Of each row and KV head the blocks, one behind the other.
                 shape = (2, part.num_rows or 1, layout.num_kv_heads, -1, layout.head_dim)
                 keys, values = self._backend.gather(part.gather, slot).view(shape)
-            attended = self._attend(part, heads, keys, values, scaling, sinks)
+            attended = self._attend(part, heads, keys, values, scaling)
             if is_all:
                 return attended
             if result is None:
@@ -242,7 +241,6 @@ class _TorchStep(AttentionStep):
         keys: torch.Tensor,
         values: torch.Tensor,
         scaling: float,
-        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend for the part's tokens; returns [num_tokens, num_heads, head_dim].
 
@@ -254,16 +252,12 @@ class _TorchStep(AttentionStep):
         share = num_heads // num_kv_heads
         if part.num_rows:
             grouped = query.transpose(0, 1).reshape(part.num_rows, num_kv_heads, share, head_dim)
-            by_head = None if sinks is None else sinks.view(num_kv_heads, share, 1)
-            attended = _attend_contiguous(grouped, keys, values, part.mask, scaling, by_head)
+            attended = _attend_contiguous(grouped, keys, values, part.mask, scaling)
             return attended.reshape(part.num_rows, num_heads, head_dim)
         grouped = query.reshape(num_kv_heads, share, -1, head_dim)
         if part.gather is not None:
             keys, values = keys[0], values[0]
-        by_head = None if sinks is None else sinks.view(num_kv_heads, share, 1, 1)
-        attended = _attend_contiguous(
-            grouped, keys[:, None], values[:, None], part.mask, scaling, by_head
-        )
+        attended = _attend_contiguous(grouped, keys[:, None], values[:, None], part.mask, scaling)
         return attended.flatten(0, 1).transpose(0, 1)
 
 
@@ -273,34 +267,16 @@ def _attend_contiguous(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
-    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attend over contiguous keys and values.
 
     ``query``: [.., num_queries, D]; ``keys``, ``values``: [.., num_keys, D]; ``mask`` None: causal.
-
-    ``sinks``: [.., num_queries or 1, 1]. A sink is the score of one more key, which stands before
-    all others and whose value is zero. It gets a dimension of its own: there the query holds the
-    sink, and only that key is not zero. Under a causal mask one more query is added in front too,
-    so that the diagonal stays where it is.
     """
-    is_causal = mask is None
-    if sinks is not None:
-        query = torch.cat([query, sinks.to(query.dtype).expand(*query.shape[:-1], 1)], dim=-1)
-        keys, values = pad(keys, (0, 1, 1, 0)), pad(values, (0, 1, 1, 0))
-        keys[..., 0, -1] = 1 / scaling
-        if mask is None:
-            query = pad(query, (0, 0, 1, 0))
-        else:
-            mask = pad(mask, (1, 0))
-    attended = scaled_dot_product_attention(
+    return scaled_dot_product_attention(
         query,
         keys.expand(*query.shape[:-2], -1, -1),
         values.expand(*query.shape[:-2], -1, -1),
         attn_mask=mask,
-        is_causal=is_causal,
+        is_causal=mask is None,
         scale=scaling,
     )
-    if sinks is None:
-        return attended
-    return attended[..., 1:, :-1] if is_causal else attended[..., :-1]

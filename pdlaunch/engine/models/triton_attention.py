@@ -2,11 +2,9 @@
 
 Decode reads the KV cache in place, in splits of the context, so that few long rows fill the device
 too. Whole prompts go through cuDNN where it is faster; other chunks through flash attention, with
-what lies before them gathered into contiguous memory; in float32, and where heads have sinks,
-through a Triton kernel. Nothing past a row's context or before its window is ever read: the KV
-cache may hold anything there. Import this module only where triton is there.
-
-Attention over prompts by cuDNN and by torch's flash attention, in 16 bits.
+what lies before them gathered into contiguous memory; in float32 through a Triton kernel. Nothing
+past a row's context or before its window is ever read: the KV cache may hold anything there. Import
+this module only where triton is there.
 """
 
 from __future__ import annotations
@@ -135,7 +133,6 @@ class _Heads:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
-    sinks: torch.Tensor | None = None  # [num_heads]
     stacked: torch.Tensor | None = None
     """All three along dimension 1, if they lie like that."""
 
@@ -283,12 +280,11 @@ class TritonStep(AttentionStep):
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float,
-        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         query, key, value = (states.transpose(0, 1) for states in (query, key, value))
         place = self._backend.layers[layer]
         self._rotate_and_write(place, key, value, None, None)
-        return self._attend(_Heads(place, query, key, value, scaling, sinks))
+        return self._attend(_Heads(place, query, key, value, scaling))
 
     def rotate_and_attend(
         self,
@@ -358,7 +354,7 @@ class TritonStep(AttentionStep):
         """Attend over keys and values that are in the KV cache already."""
         num_rows, query = self._tensors.num_decode_rows, heads.query
         has_chunks = bool(self._tensors.chunk_lengths)
-        by_library = has_chunks and self._backend.flash is not None and heads.sinks is None
+        by_library = has_chunks and self._backend.flash is not None
         if by_library and not num_rows:
             return self._library_chunks(heads)
         result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -408,7 +404,6 @@ class TritonStep(AttentionStep):
             scales[0],
             scales[1],
             self._tensors.lengths,
-            scales if heads.sinks is None else heads.sinks,
             result,
             NUM_SPLITS=num_splits,
             MIN_SPLIT=min_split,
@@ -416,7 +411,6 @@ class TritonStep(AttentionStep):
             PADDED_DIM=self._backend.cache_shape["PADDED_DIM"],
             TILE=DECODE_TILE,
             WINDOW=layer.window,
-            HAS_SINKS=heads.sinks is not None,
             num_warps=max(1, num_splits // 8),
         )
 
@@ -433,7 +427,6 @@ class TritonStep(AttentionStep):
             step.row_starts,
             step.tile_rows,
             step.tile_tokens,
-            query if heads.sinks is None else heads.sinks,
             result,
             self._table_row(layer),
             heads.scaling * LOG2_E.value,
@@ -444,7 +437,6 @@ class TritonStep(AttentionStep):
             TOKENS=self._backend.chunk_tokens,
             TILE=self._backend.chunk_tile,
             WINDOW=layer.window,
-            HAS_SINKS=heads.sinks is not None,
             num_warps=4,
             num_stages=2,
             **self._backend.cache_shape,

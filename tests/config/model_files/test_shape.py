@@ -42,7 +42,6 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma3_text": {},
     "gemma3_text pattern": {"sliding_window_pattern": 3, "sliding_window": 20, "head_dim": 8},
     "gemma3 multimodal": {"text_config": {"model_type": "gemma3_text", "head_dim": 8} | SMALL},
-    "gpt_oss": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     "smollm3 window": {
         "use_sliding_window": True,
         "sliding_window": 16,
@@ -125,7 +124,7 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
             "linear-attention",
         ),
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "MoE"),
+        ({"model_type": "gpt_oss", "num_local_experts": 8}, "MoE"),
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "soft-capping"),
         ({"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}}, "soft-capping"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
@@ -134,7 +133,7 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
             "quantization_config",
         ),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
-        ({"model_type": "llama4_text_like"}, "gemma3_text, gpt_oss, llama"),
+        ({"model_type": "llama4_text_like"}, "gemma3_text, llama"),
         (
             {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32},
             "switches the sliding window off",

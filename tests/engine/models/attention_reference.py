@@ -23,7 +23,6 @@ class Case:
     windows: tuple[int | None, ...] = (None, 24)
     """One group of two layers each."""
     dtype: torch.dtype = torch.float32
-    has_sinks: bool = False
     seed: int = 0
 
     @property
@@ -45,7 +44,6 @@ class Inputs:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    sinks: torch.Tensor | None
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
@@ -84,8 +82,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         torch.randn(len(row_of_token), heads, case.head_dim).to(device, case.dtype).transpose(0, 1)
         for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads)
     ]
-    sinks = torch.randn(case.num_heads, device=device) if case.has_sinks else None
-    return Inputs(layout, kv_cache.to(device), batch, *states, sinks)
+    return Inputs(layout, kv_cache.to(device), batch, *states)
 
 
 def reference(inputs: Inputs, layer: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,10 +117,7 @@ def reference(inputs: Inputs, layer: int, scaling: float) -> tuple[torch.Tensor,
         keys, values = (rows[:, :, which].repeat_interleave(share, dim=1) for which in (0, 1))
         scores = torch.einsum("qhd,thd->hqt", query[part].double(), keys) * scaling
         scores = scores.masked_fill(~visible, float("-inf"))
-        if inputs.sinks is not None:
-            sinks = inputs.sinks.cpu().double()[:, None, None].expand(-1, len(asking), 1)
-            scores = torch.cat([scores, sinks], dim=2)
-        result[part] = torch.einsum("hqt,thd->qhd", scores.softmax(dim=2)[:, :, :length], values)
+        result[part] = torch.einsum("hqt,thd->qhd", scores.softmax(dim=2), values)
     return kv_cache, result
 
 

@@ -38,10 +38,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 CASES = (
     Case(((0, 1), (9, 1), (150, 1))),
     Case(((40, 1), (0, 5), (30, 70))),
-    Case(((33, 1), (2, 30)), 8, 2, head_dim=128, block_size=32, has_sinks=True),
+    Case(((33, 1), (2, 30)), 8, 2, head_dim=128, block_size=32),
     Case(((70, 1), (60, 20)), 2, 1, head_dim=256, block_size=64, dtype=torch.float16),
-    Case(((50, 1), (0, 20)), 3, 3, 80, 128, dtype=torch.float16, has_sinks=True),
-    Case(((3, 1), (130, 20)), 2, 1, windows=(None, 60), has_sinks=True),
+    Case(((50, 1), (0, 20)), 3, 3, 80, 128, dtype=torch.float16),
+    Case(((3, 1), (130, 20)), 2, 1, windows=(None, 60)),
     Case(((0, 150),), 2, 2, head_dim=256, windows=(None, 100)),
     Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
 )
@@ -61,7 +61,7 @@ def check_attention(case: Case) -> None:
     for layer in (0, 3):
         kv_cache, expected = reference(inputs, layer, scaling)
         step = TritonAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
-        found = step.attend(layer, inputs.query, inputs.key, inputs.value, scaling, inputs.sinks)
+        found = step.attend(layer, inputs.query, inputs.key, inputs.value, scaling)
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
         error = relative_error(found, expected)
         assert error < TOLERANCES[case.dtype], (case, layer, error)

@@ -58,13 +58,6 @@ CONFIGS: dict[str, dict[str, object]] = {
         "use_sliding_window": True,
         "sliding_window": 10,
     },
-    "gpt-oss": {
-        "model_type": "gpt_oss",
-        "num_hidden_layers": 3,
-        "sliding_window": 10,
-        "num_local_experts": 5,
-        "num_experts_per_tok": 2,
-    },
 }
 
 
