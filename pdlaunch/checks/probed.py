@@ -22,10 +22,8 @@ class PairTransport:
     allocator: Allocator  # allocator of the prefill rank's KV cache
     gigabytes_per_s: float | None = None
     """None: too few bytes moved to tell."""
-    expected_gigabytes_per_s: float | None = None
     hosts: tuple[str, str] | None = None
     """Names of the two hosts, prefill's first; None: both ranks are on one."""
-    link: str = ""
     other_paths: Mapping[str, str] = field(default_factory=dict)
     """Speed of the paths that are not in use, or why they cannot be."""
 
@@ -51,9 +49,6 @@ class SeenEngine:
     num_answers: int = 0  # of vLLM alone, as are their tokens
     answer_tokens: int = 0
     gigabytes_per_s: float | None = None  # mean speed of its READs; None: too few bytes to tell
-    expected_gigabytes_per_s: float | None = None
-    """The speed that the slowest of its links to prefill engines should give."""
-    link: str = ""  # that link in words, or the reason why its speed is not known
     # The following are told in dev mode alone.
     has_dev_mode: bool = False
     kv_role: str | None = None

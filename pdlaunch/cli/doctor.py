@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,22 +26,12 @@ from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, sen
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine
-from pdlaunch.machine.link_speed import (
-    ExpectedSpeed,
-    between_gpus,
-    measure_copy_gigabytes_per_s,
-    over_network,
-    within_cpus,
-)
-from pdlaunch.machine.network import address_towards, device_of
-from pdlaunch.machine.probe import probe_machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import THIS_HOST, resolve
 
 ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0  # vLLM gathers /server_info for more than 10 s on a busy machine
 MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes, starting the READs takes most of the time
-_CPU_BUILD = "+cpu"  # ends the version of a vLLM that computes on CPUs
 _ANSWER_TOKENS = "vllm:request_generation_tokens"
 _CACHE = "vllm:cache_config_info"
 
@@ -167,9 +156,6 @@ async def examine(
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         seen = SeenDeployment(tuple(engines), None)
-        # After ``_look``: the engines' versions show whether they run on CPUs.
-        link = link_finder()
-        seen = replace(seen, engines=tuple(_with_link(each, seen, link) for each in engines))
         if not sends_canaries:
             return seen
         # One canary at a time: READs at the same time would share a link and look slow.
@@ -239,40 +225,6 @@ def _transfer_settings(info: Mapping[str, Any]) -> dict[str, Any]:
             return {}
 
 
-Link = Callable[[SeenEngine, SeenEngine], ExpectedSpeed]
-
-
-def link_finder() -> Link:
-    """Return a function that gives the expected speed of the link between two engines.
-
-    The function probes this machine at most once, for the first link inside it.
-    """
-
-    @functools.cache
-    def within_host(on_cpus: bool) -> ExpectedSpeed:
-        machine = probe_machine()
-        if on_cpus or not (machine.gpus or machine.has_hidden_gpus):
-            return within_cpus(measure_copy_gigabytes_per_s())
-        if not machine.gpus:
-            return ExpectedSpeed(None, "this host has GPUs that this process does not see")
-        return between_gpus(machine)
-
-    def link(prefill: SeenEngine, decode: SeenEngine) -> ExpectedSpeed:
-        far = [url for url in (prefill.url, decode.url) if not is_here(url)]
-        if len(far) == 2:
-            return ExpectedSpeed(None, "both run on other hosts; ask on one of these")
-        if far:
-            address = address_towards(urlsplit(far[0]).hostname or "")
-            device = None if address is None else device_of(address)
-            if device is None:
-                return ExpectedSpeed(None, f"this host has no route to {far[0]}")
-            return over_network(device)
-        versions = (prefill.version or "", decode.version or "")
-        return within_host(any(version.endswith(_CPU_BUILD) for version in versions))
-
-    return link
-
-
 def is_here(url: str) -> bool:
     """Tell whether a URL leads to this host, by the loopback device or an address of its own."""
     host = urlsplit(url).hostname or ""
@@ -284,19 +236,6 @@ def is_here(url: str) -> bool:
         return False
     devices = psutil.net_if_addrs().values()
     return any(each.address.partition("%")[0] in found for device in devices for each in device)
-
-
-def _with_link(engine: SeenEngine, seen: SeenDeployment, link: Link) -> SeenEngine:
-    """Give a decode engine the expected speed of its slowest link to a prefill engine: the engine
-    counts the pulls of all links together.
-    """
-    if engine.role != "decode" or engine.problem:
-        return engine
-    expected = [link(peer, engine) for peer in seen.of("prefill")]
-    if not expected:
-        return engine
-    slowest = min(expected, key=lambda link: link.gigabytes_per_s or 0.0)
-    return replace(engine, expected_gigabytes_per_s=slowest.gigabytes_per_s, link=slowest.text)
 
 
 async def _prove(

@@ -20,9 +20,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig, Origin, load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
-from pdlaunch.launch.pairs import gpu_links
 from pdlaunch.launch.status import LaunchStatus
-from pdlaunch.machine.link_speed import HOST_SHARE, LINK_SHARES, measure_copy_gigabytes_per_s
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import Allocator
 from pdlaunch.protocol.control import PairReady
@@ -84,31 +82,19 @@ def judge_pairs(
 
 
 def measured_pairs(resolved: ResolvedLaunch, status: LaunchStatus) -> tuple[PairTransport, ...]:
-    """Return what the handshakes have measured, and what the link of each pair should give."""
-    allocator = _allocator(resolved)
-    host_speed = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
-    pairs = sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
-    planned = plan_processes(resolved)
-    host_of = {each.name: each.host for each in planned.processes}
-    far = [_two_hosts(host_of, pair) for pair in pairs]
-    links = gpu_links(resolved, planned, pairs)
+    """Return what the handshakes have measured."""
+    host_of = {each.name: each.host for each in plan_processes(resolved).processes}
     return tuple(
         PairTransport(
             decode_rank=pair.local,
             prefill_rank=pair.peer,
             path=pair.path,
-            allocator=allocator,
+            allocator=_allocator(resolved),
             gigabytes_per_s=pair.gigabytes_per_s,
-            expected_gigabytes_per_s=LINK_SHARES[link.kind] * link.gigabytes_per_s
-            if link is not None
-            else None
-            if hosts
-            else host_speed,
-            hosts=hosts,
-            link="" if link is None else link.text,
+            hosts=_two_hosts(host_of, pair),
             other_paths=pair.other_paths,
         )
-        for pair, link, hosts in zip(pairs, links, far, strict=True)
+        for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
     )
 
 

@@ -6,9 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from pdlaunch.launch.engines.plan import EngineKind
-from pdlaunch.machine.facts import GpuLink
 from pdlaunch.planning.plan import Plan
-from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.control import PairReady, PairSuspect
 
 
@@ -89,34 +87,3 @@ def _describe(local: str, engine: str, pairs: Sequence[PairReady], error: str) -
         f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of" if pairs else "no path to"
     )
     return f"{local} has {what} {engine}" + (f": {error}" if error else "")
-
-
-def gpu_links(
-    resolved: ResolvedLaunch, planned: Plan, pairs: Sequence[PairReady]
-) -> list[GpuLink | None]:
-    """Return the link of each pair. ``planned``: the processes of the launch.
-
-    None: the pair is not two GPUs of this host, the connector does not use what joins them, or that
-    is not known.
-    """
-    if resolved.config.kv_transfer.connector != "nixl":
-        return [None] * len(pairs)
-    gpus = _gpus_of_ranks(resolved, planned)
-    links = {(link.first, link.second): link for link in resolved.machine.gpu_links}
-    ends = [sorted((gpus.get(pair.local, -1), gpus.get(pair.peer, -1))) for pair in pairs]
-    return [links.get((first, second)) for first, second in ends]
-
-
-def _gpus_of_ranks(resolved: ResolvedLaunch, planned: Plan) -> dict[str, int]:
-    """Return the index of each rank's GPU on this host."""
-    here = resolved.hosts[0].name
-    found = {}
-    for role, engines in resolved.by_host.get(here, {}).items():
-        gpus = {f"cuda:{place}": gpu for place, gpu in enumerate(engines.gpus)}
-        for rank in planned.ranks(role):
-            gpu = gpus.get(rank.devices[0])
-            # An engine's own value of that variable numbers the GPUs in another way.
-            is_renumbered = "CUDA_DEVICE_ORDER" in rank.environment
-            if rank.host == here and gpu is not None and not is_renumbered:
-                found[rank.name] = gpu.index
-    return found

@@ -21,7 +21,6 @@ Fact = Literal[
 ]
 """Groups of facts that can be unknown."""
 
-LinkKind = Literal["NVLink", "PCIe"]
 NumBytes = Annotated[int, Ge(0)]
 
 
@@ -57,17 +56,6 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuLink:
-    """Says what joins two GPUs of a machine."""
-
-    first: int
-    second: int  # indices, the lower one first
-    kind: LinkKind
-    gigabytes_per_s: float  # speed on the wires, one way; copies reach less
-    text: str = ""  # ``18 NVLinks with 478 GB/s``
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """Describes this machine, or one that is assumed."""
 
@@ -81,7 +69,6 @@ class Machine:
     """NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
     them, or a container was not given them.
     """
-    gpu_links: tuple[GpuLink, ...] = ()  # pairs of GPUs whose link NVML knows
     driver_error: str = "no CUDA device is visible"  # the reason why there are no GPUs
     shm_bytes: NumBytes = 0  # size of /dev/shm
     shm_free_bytes: NumBytes = 0

@@ -98,10 +98,6 @@ def decode_machine(text: bytes | str, name: str) -> AssumedMachine:
         raise ConfigError(f"{name}: gpus is missing", field="gpus", fix=fix)
     if len(gpus) > MOST_GPUS:
         raise _error(name, "gpus", len(gpus), f"a machine has {MOST_GPUS} GPUs at most")
-    for place_of_link, link in enumerate(read.machine.gpu_links):
-        if not 0 <= link.first < link.second < len(gpus):
-            field = f"gpu_links[{place_of_link}]"
-            raise _error(name, field, [link.first, link.second], "must join two of the GPUs")
     unknown = {fact for field, fact in _FACTS.items() if field not in known}
     unknown |= unknown_of_gpus(gpus)
     told = {fact: read.machine.unknown.get(fact, f"{name} does not say") for fact in unknown}

@@ -4,22 +4,20 @@ A name tells the hardware. What is installed there, what its limits are and what
 is not known of a name, and rules that need it are listed as not checked.
 
 Sources: GPU memory of an H200 as its driver says, measured; of the others in MiB as nvidia-smi
-shows it, which is 0.4 % more on an H200; links from the data sheets of the GPUs, of which half goes
-each way; cores, memory and network devices from the user guides of DGX A100, H100 and H200 and the
-data sheet of GB200 NVL72.
+shows it, which is 0.4 % more on an H200; cores, memory and network devices from the user guides of
+DGX A100, H100 and H200 and the data sheet of GB200 NVL72.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.facts import Fact, Gpu, GpuLink, LinkKind, Machine, unknown_of_gpus
+from pdlaunch.machine.facts import Fact, Gpu, Machine, unknown_of_gpus
 from pdlaunch.machine.machine_file import MOST_GPUS, AssumedMachine, read_machine_file
 
 MIB = 1024**2
@@ -40,8 +38,6 @@ class _Server:
 
     about: str
     gpu: Gpu
-    link: LinkKind
-    gigabytes_per_s: float
     machine: Machine  # all but its GPUs
     num_gpus: int = 8  # GPUs of the whole server, which its name without a number stands for
 
@@ -58,21 +54,21 @@ def _machine(cpus: int, memory_bytes: int, num_nics: int, *, bf16: bool = True) 
 # fmt: off
 _SERVERS: Mapping[str, _Server] = {
     "a100": _Server(
-        "A100 SXM4 80 GB in a DGX A100", _card("NVIDIA A100-SXM4-80GB", 81920), "NVLink", 300,
+        "A100 SXM4 80 GB in a DGX A100", _card("NVIDIA A100-SXM4-80GB", 81920),
         _machine(128, 2 * TB, 8, bf16=False)),
     "h100": _Server(
-        "H100 SXM5 80 GB in a DGX H100", _card("NVIDIA H100 80GB HBM3", 81559), "NVLink", 450,
+        "H100 SXM5 80 GB in a DGX H100", _card("NVIDIA H100 80GB HBM3", 81559),
         _machine(112, 2 * TB, 8)),
     "h200": _Server(
-        "H200 SXM5 141 GB in a DGX H200", _card("NVIDIA H200", 143156), "NVLink", 450,
+        "H200 SXM5 141 GB in a DGX H200", _card("NVIDIA H200", 143156),
         _machine(112, 2 * TB, 8)),
     "gb200": _Server(
         "GB200 in a compute tray of a GB200 NVL72",
-        _card("NVIDIA GB200", 189471, has_fabric_handles=True), "NVLink", 900,
+        _card("NVIDIA GB200", 189471, has_fabric_handles=True),
         _machine(144, 960 * 10**9, 4), num_gpus=4),
     # Servers with this card differ in all but the card.
     "l40s": _Server(
-        "L40S 48 GB at PCIe 4.0 x16", _card("NVIDIA L40S", 46068), "PCIe", 31.5,
+        "L40S 48 GB at PCIe 4.0 x16", _card("NVIDIA L40S", 46068),
         Machine(unknown=dict.fromkeys(_OF_SERVERS, ""))),
 }
 # fmt: on
@@ -115,14 +111,9 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
     if server is None:
         return None
     count = number or server.num_gpus
-    pairs = itertools.combinations(range(count), 2)
     machine = replace(
         server.machine,
         gpus=tuple(replace(server.gpu, index=index) for index in range(count)),
-        # No server has more GPUs at one switch.
-        gpu_links=tuple(GpuLink(*pair, server.link, server.gigabytes_per_s) for pair in pairs)
-        if count <= server.num_gpus
-        else (),
     )
     imex = "an IMEX channel, so" if server.gpu.has_fabric_handles else "no IMEX channel, so no"
     granted = f"a driver with CuMem pools; {imex} fabric handles; no other process on the GPUs"

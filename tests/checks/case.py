@@ -7,7 +7,7 @@ from pdlaunch.checks.probed import PairTransport
 from tests.checks.contexts import CPU, GPU, SMALL_SHAPE, on
 
 ROUTER = ("127.0.0.1", 8000)
-PAIR = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 390.0, 400.0)
+PAIR = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 390.0)
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 SLIDING = replace(SMALL_SHAPE, layer_windows=(1024,) * 30)
 TIER = {"kv_offload__host_memory": "8GiB"}

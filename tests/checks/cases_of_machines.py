@@ -102,25 +102,18 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD504": Case(
-        [on(GPU, pairs=(replace(PAIR, gigabytes_per_s=12.0),))],
         [
-            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=300.0),)),
-            on(GPU, pairs=(replace(PAIR, allocator="cumem", gigabytes_per_s=0.6),)),
-            on(
-                GPU,
-                pairs=(
-                    replace(PAIR, gigabytes_per_s=None),
-                    replace(PAIR, expected_gigabytes_per_s=None),
-                ),
-            ),
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0),)),
+            on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.05),)),
+            on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=0.1),)),
         ],
-    ),
-    "PD506": Case(
-        [on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=0.1),))],
         [
-            on(CPU, pairs=(replace(PAIR, gigabytes_per_s=0.1, expected_gigabytes_per_s=None),)),
-            on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=None),)),
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=20.0),)),
+            on(GPU, pairs=(replace(PAIR, allocator="cumem", gigabytes_per_s=0.6),)),
+            on(GPU, pairs=(replace(PAIR, path="file/safetensors", gigabytes_per_s=0.6),)),
+            on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.3),)),
             on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=5.0),)),
+            on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=None),)),
         ],
     ),
     "PD505": Case(

@@ -17,15 +17,7 @@ from tools.pages import rules_page
 
 MODELS = {"prefill": Model("m", "/m", SMALL_SHAPE), "decode": Model("m", "/m", SMALL_SHAPE)}
 BIG_MODELS = {"prefill": Model("m", "/m", SHAPE), "decode": Model("m", "/m", SHAPE)}
-SLOW = PairTransport(
-    "decode-0/rank-0",
-    "prefill-0/rank-0",
-    "nixl/UCX",
-    "cuda",
-    60.0,
-    359.0,
-    link="18 NVLinks with 478 GB/s",
-)
+SLOW = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 6.0)
 
 
 def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, family="PD", **probes):
@@ -116,10 +108,10 @@ def test_memory_arithmetic_is_shown():
         ({}, {}, {}, ""),
     ],
 )
-def test_a_slow_pair_comes_with_its_link_and_the_reasons(flags, environ, others, reasons):
+def test_a_slow_pair_comes_with_the_reasons(flags, environ, others, reasons):
     slow = replace(SLOW, other_paths=others)
     report = check(flags=flags, environ=environ, transport=(slow,), family="PD5")
-    moves = "nixl/UCX moves 60 GB/s where 359 GB/s are expected of 18 NVLinks with 478 GB/s"
+    moves = "nixl/UCX moves 6 GB/s, less than 10"
     assert finding(report, "PD504").message == f"{moves} (cuda memory){reasons}"
 
 

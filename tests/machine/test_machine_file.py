@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.facts import Gpu, GpuLink, Machine
+from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.machine.machine_file import decode_machine, encode_machine, read_machine_file
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.machine.profiles import PROFILES, find_profile
@@ -30,7 +30,6 @@ def machines(draw):
     return replace(
         draw(st.sampled_from([CPU, GPU, GB200])),
         gpus=gpus,
-        gpu_links=(GpuLink(0, 1, "NVLink", 478.1),) if len(gpus) > 1 else (),
         num_cpus=draw(st.integers(1, 300)),
         has_native_bf16=draw(st.booleans()),
         rdma_devices=draw(st.sampled_from([(), ("mlx5_0", "mlx5_1")])),
@@ -69,9 +68,6 @@ def test_a_machine_without_gpus_x():
     assert not {"gpus", "cumem", "gpu_memory", "fabric"} & set(machine.unknown)
 
 
-LINK = '{"first": 0, "second": 1, "kind": "PCIe", "gigabytes_per_s": 1}'
-
-
 @pytest.mark.parametrize(
     ("text", "field", "value", "says"),
     [
@@ -86,7 +82,6 @@ LINK = '{"first": 0, "second": 1, "kind": "PCIe", "gigabytes_per_s": 1}'
         ('{"gpus": [{"memory_bytes": -1}]}', "gpus[0].memory_bytes", -1, "equal to"),
         ('{"gpus": [], "num_cpus": 0}', "num_cpus", 0, "equal to 1"),
         ('{"gpus": [], "colour": 1}', "colour", 1, "Unexpected"),
-        (f'{{"gpus": [], "gpu_links": [{LINK}]}}', "gpu_links[0]", [0, 1], "join"),
         ("[]", None, [], "must hold an object"),
         ("{", None, None, "is not JSON"),
     ],
@@ -147,7 +142,6 @@ def test_profiles_by_name(name, gpu, number, fabric):
     machine = find_profile(name, 2).machine
     assert [item.name for item in machine.gpus] == [gpu] * number
     assert {item.has_fabric_handles for item in machine.gpus} == {fabric}
-    assert len(machine.gpu_links) == number * (number - 1) // 2
     assert {"shm"} <= set(machine.unknown)
 
 

@@ -141,8 +141,7 @@ def test_a_slow_network_is_told(pair: FarLaunch) -> None:
     (measured,) = pair.status()["pairs"]
     assert measured["gigabytes_per_s"] > 0
     is_slow = measured["gigabytes_per_s"] < FAR_GIGABYTES_PER_S
-    assert ("PD506" in pair.output()) is is_slow
-    assert "PD504" not in pair.output()
+    assert ("PD504" in pair.output()) is is_slow
 
 
 def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> None:

@@ -31,8 +31,6 @@ def test_a_pair_of_vllm_is_examined_and_proven(pair: Deployment) -> None:
     assert all(engine["block_size"] == "128" for engine in deployment["engines"])
     decode = deployment["engines"][1]
     assert decode["gigabytes_per_s"] > 0
-    assert decode["expected_gigabytes_per_s"] > 0
-    assert "a plain copy reaches" in decode["link"]
     (proven,) = deployment["pairs"]
     assert proven["num_bytes"] > 0
     assert not proven["problem"]
