@@ -1,5 +1,5 @@
-"""Defines what ``GET /pdlaunch/status`` and each line of ``/pdlaunch/stream`` say of a deployment,
-and ``/pdlaunch/requests`` of the requests that it has served.
+"""Defines what ``GET /pdlaunch/status`` says of a deployment, and ``/pdlaunch/requests`` of the
+requests that it has served.
 
 Shares and usages go from 0 to 1, null stands for what is not known: engines that are not ours tell
 less of themselves. No text of a prompt or of an answer is in it, and no key.
@@ -144,8 +144,7 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_pairs: int  # proven pairs; those beyond the first 1,000 are left out of ``pairs``
     doubts: Sequence[Doubt]
     rates: Rates  # the last ten seconds
-    # The last five minutes, oldest first; lines of the stream after the first have only the newest.
-    history: Sequence[Rates]
+    history: Sequence[Rates]  # the last five minutes, oldest first
     events: Sequence[StatusEvent]  # the last 100, oldest first
 
 

@@ -1,28 +1,23 @@
-"""Collects what is known of the deployment, for ``/pdlaunch/status`` and its stream.
+"""Collects what is known of the deployment, for ``/pdlaunch/status``.
 
 The router's own counters are taken every two seconds, which costs it less than a millisecond.
-Engines are asked only while somebody looks: there is one reader of the engines, whatever the number
-of watchers. A line about 1,000 engines takes 16 ms; with so many it comes every five seconds.
+Engines are asked only while somebody looks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
-import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
 
 from pdlaunch import __version__
-from pdlaunch.errors import OverloadedError
 from pdlaunch.http.app import AppRoute
-from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RETRY_AFTER_S, json_response
+from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, json_response
 from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import (
@@ -42,9 +37,6 @@ from pdlaunch.router.state import RouterState
 # Seconds for which an answer waits for engines; what comes later is in the next one.
 READ_WAIT_S = 0.5
 MAX_PAIRS = 1000
-MAX_WATCHERS = 16
-NEWEST = 5  # points of the history in each line of a stream but the first
-ENGINES_A_SECOND = 250  # with more engines the lines of a stream come less often than once a second
 
 STEP_S = 2.0
 LENGTH_S = 300.0
@@ -57,11 +49,6 @@ _ERRORS = "pdlaunch_router_request_errors_total"
 _PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
 _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
 _NAMES = (_FIRST_TOKEN, _INTER_TOKEN, _REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS)
-_STREAM_HEADERS = {
-    "Content-Type": "application/x-ndjson",
-    "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # nginx would collect lines before it passes them on
-}
 
 Buckets = Mapping[float, float]  # the number that took at most so many seconds
 
@@ -78,14 +65,9 @@ class DeploymentView:
         self._readings = EngineReadings(state.client, time.monotonic)
         self._proven: Sequence[PairReady] = ()
         self._links: Mapping[Pair, PairReady] = {}
-        self._num_watchers = 0
-        self._closed = asyncio.Event()
 
     def routes(self) -> list[AppRoute]:
-        return [
-            AppRoute("GET", "/pdlaunch/status", self._answer_status),
-            AppRoute("GET", "/pdlaunch/stream", self._answer_stream),
-        ]
+        return [AppRoute("GET", "/pdlaunch/status", self._answer_status)]
 
     async def run(self) -> None:
         while True:
@@ -93,7 +75,6 @@ class DeploymentView:
             self._history.take()
 
     async def close(self) -> None:
-        self._closed.set()
         await self._readings.close()
 
     def state(self) -> DeploymentState:
@@ -105,8 +86,8 @@ class DeploymentView:
             return "starting"
         return "ok" if any(engine.ready for engine in pool.engines) else "unavailable"
 
-    def status(self, num_points: int | None = None) -> DeploymentStatus:
-        """Describe the deployment as it is known now, with the last points of the history."""
+    def status(self) -> DeploymentStatus:
+        """Describe the deployment as it is known now."""
         pool, totals, events = self._state.pool, self._history.totals(), self._state.events
         return DeploymentStatus(
             at=totals.at,
@@ -123,7 +104,7 @@ class DeploymentView:
             num_pairs=len(self._links),
             doubts=list(self._state.doubts.values()),
             rates=self._history.now(totals),
-            history=self._history.points(num_points),
+            history=list(self._history.points),
             events=events.events,
         )
 
@@ -182,45 +163,6 @@ class DeploymentView:
         await self._readings.refresh(self._state.pool.engines, READ_WAIT_S)
         return json_response(self.status())
 
-    async def _answer_stream(self, http: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers=_STREAM_HEADERS)
-
-        async def send(status: DeploymentStatus) -> None:
-            await response.write(msgspec.json.encode(status) + b"\n")
-
-        with self._watching():
-            await response.prepare(http)
-            try:
-                await send(self.status())
-                while not self._closed.is_set():
-                    engines = self._state.pool.engines
-                    await self._readings.refresh(engines, READ_WAIT_S)
-                    await send(self.status(NEWEST))
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(1.0 + len(engines) // ENGINES_A_SECOND):
-                            await self._closed.wait()
-                await response.write_eof()
-            except (asyncio.CancelledError, ConnectionError):
-                # Watchers leave without having been failed: that is no error to count.
-                return response
-        return response
-
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Count a watcher while the block runs. Raises OverloadedError when there are too many."""
-        if self._num_watchers >= MAX_WATCHERS or self._closed.is_set():
-            raise OverloadedError(
-                f"{self._num_watchers} watch already; read /pdlaunch/status instead",
-                status=503,
-                retry_after_s=RETRY_AFTER_S,
-                code="too_many_watchers",
-            )
-        self._num_watchers += 1
-        try:
-            yield
-        finally:
-            self._num_watchers -= 1
-
 
 class Totals(NamedTuple):
     """Holds the router's counters at an instant of both clocks."""
@@ -232,7 +174,10 @@ class Totals(NamedTuple):
 
 
 class RateHistory:
-    """Takes the counters every ``STEP_S``; both clocks count seconds, ``wall_clock`` Unix time."""
+    """Takes the counters every ``STEP_S``; both clocks count seconds, ``wall_clock`` Unix time.
+
+    ``points``: the rates of each step, oldest first.
+    """
 
     def __init__(
         self,
@@ -243,20 +188,16 @@ class RateHistory:
         self._metrics = metrics
         self._clock = clock
         self._wall_clock = wall_clock
-        self._past: deque[Totals] = deque([self.totals()], maxlen=int(LENGTH_S / STEP_S) + 1)
+        self.points: deque[Rates] = deque(maxlen=int(LENGTH_S / STEP_S))
+        self._past: deque[Totals] = deque([self.totals()], maxlen=int(NOW_S / STEP_S))
 
     def take(self) -> None:
-        self._past.append(self.totals())
-
-    def points(self, number: int | None = None) -> list[Rates]:
-        """Return the rates between all that was kept, oldest first; the last ``number`` of them."""
-        pairs = list(itertools.pairwise(self._past))
-        return [_between(*pair) for pair in (pairs if number is None else pairs[-number:])]
+        totals = self.totals()
+        self.points.append(_between(self._past[-1], totals))
+        self._past.append(totals)
 
     def now(self, totals: Totals) -> Rates:
-        since_at = totals.now_at - NOW_S - STEP_S / 2
-        recent = (past for past in self._past if past.now_at >= since_at)
-        return _between(next(recent, self._past[-1]), totals)
+        return _between(self._past[0], totals)
 
     def totals(self) -> Totals:
         sums = dict.fromkeys(_NAMES, 0.0)

@@ -29,8 +29,6 @@ def told_by(deployment: Deployment, collector: Collector) -> dict[str, str]:
     )
     for path in ("/pdlaunch/requests?last=500", "/pdlaunch/status", "/metrics"):
         told[path] = Api(url).get(path)[1]
-    with urllib.request.urlopen(f"{url}/pdlaunch/stream", timeout=60) as stream:
-        told["/pdlaunch/stream"] = stream.readline().decode()
     told["OTLP"] = str([(span.name, span.attributes, span.events) for span in collector.spans])
     return told
 

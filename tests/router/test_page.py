@@ -29,7 +29,7 @@ async def test_it_needs_no_key_and_tells_nothing(stand: Stand, path: str) -> Non
         assert told not in text
     async with stand.session.get(path, headers={"If-None-Match": tag}) as response:
         assert (response.status, await response.read()) == (304, b"")
-    async with stand.session.get("/pdlaunch/stream") as response:
+    async with stand.session.get("/pdlaunch/status") as response:
         assert response.status == 401
 
 
