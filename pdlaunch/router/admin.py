@@ -24,13 +24,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
 
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
@@ -45,135 +45,37 @@ from pdlaunch.protocol.control import (
     SetDrained,
 )
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.state import RouterState
 
 IDLE_TIMEOUT_S = 600.0
 IDLE_POLL_S = 0.2
-_DEFAULTS = (("level", "1"), ("mode", "wait"))
-Query = Sequence[tuple[str, str]]
-
-
-async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
-    """Put an engine to sleep; return the answer of a native engine.
-
-    ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, EngineFailure.
-    """
-    level, mode = (dict(query).get(name, default) for name, default in _DEFAULTS)
-    if level not in ("1", "2") or mode not in ("wait", "refuse"):
-        raise RequestError("level is 1 or 2, mode is wait or refuse", param="query")
-    state.pool.hold(engine, "draining")
-    is_asleep = False
-    try:
-        await _await_idle(state, engine, 0.0 if mode == "refuse" else IDLE_TIMEOUT_S)
-        # What has come meanwhile, from others than this router, is waited for by vLLM.
-        answer = await _call(state, engine, "/sleep", [("level", level), ("mode", "wait")])
-        is_asleep = answer.get("status") == "sleeping"
-    finally:
-        if is_asleep:
-            state.pool.hold(engine, "sleeping")
-        else:
-            state.pool.release(engine)
-    # vLLM does not tell how much memory it has given back.
-    return {"is_sleeping": is_asleep, "num_bytes": 0}
-
-
-async def wake_up(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
-    """Wake an engine up, or its ``tags``; return a native engine's answer. Raises as above."""
-    answer = await _call(state, engine, "/wake_up", query)
-    is_awake = answer.get("status") == "awake"
-    if is_awake:
-        state.pool.release(engine)
-        # Its memory may lie elsewhere now.
-        for pair in state.pool.pairs:
-            if engine.name in (pair.local, pair.peer):
-                error = f"{engine.name} has slept"
-                state.doubt(pair.local, pair.peer, pair.peer_incarnation, error)
-    return {"is_sleeping": not is_awake, "num_bytes": 0}
-
-
-async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> None:
-    """Return once it has nothing to do and lends nothing. Raises RequestError after a while."""
-    until_at = state.now() + timeout_s
-    while True:
-        status, page, _ = await state.client.call(engine, "GET", "/metrics")
-        # An error's page counts nothing, which is not to be taken for an engine at rest.
-        if status != 200:
-            raise _failed("/metrics", status, page)
-        try:
-            counts = Counts(page.decode())
-        except ValueError:
-            raise _failed("/metrics", status, page) from None
-        if not engine.num_works and not is_vllm_busy(counts):
-            return
-        if state.now() >= until_at:
-            raise RequestError(
-                "requests run, or KV blocks are leased; mode=wait waits for them",
-                status=409,
-                code="engine_busy",
-            )
-        await asyncio.sleep(IDLE_POLL_S)
-
-
-async def _call(state: RouterState, engine: Engine, path: str, query: Query) -> dict[str, Any]:
-    status, body, _ = await state.client.call(engine, "POST", path, query)
-    if status == 404:
-        raise RequestError(
-            "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
-        )
-    if status != 200:
-        raise _failed(path, status, body)
-    try:
-        return msgspec.json.decode(body, type=dict[str, Any])
-    except (ValueError, RecursionError):
-        raise _failed(path, status, body) from None
-
-
-def _failed(path: str, status: int, body: bytes) -> OverloadedError:
-    return OverloadedError(
-        f"{path} answered {status}: {body[:200]!r}", status=503, code="engine_failed"
-    )
-
-
 # How long the registry may take to show what an engine or the supervisor has just answered.
 LISTED_TIMEOUT_S = 10.0
-# Time for an engine to serve again; `pdlaunch restart` waits a little longer.
-RESTART_TIMEOUT_S = 850.0
 ENGINE_CHECK_TIMEOUT_S = 40.0  # longer than an engine waits for its rank
 ANSWER_TIMEOUT_S = 10.0
-# Time for a change of the engines; commands wait a little longer.
+# Time for a change of the engines, or for one to serve again; commands wait a little longer.
 CHANGE_TIMEOUT_S = 850.0
 SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
-_ROLES: tuple[Role, ...] = ("prefill", "decode", "both")
-
-T = TypeVar("T")
+Query = Sequence[tuple[str, str]]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
 
 class ChangeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The common fields of all changes of the engines."""
-
-    dry_run: bool = False
-    # For what runs at an engine that stops; null: ``drain_timeout_s`` of the launch.
-    drain_timeout_s: Seconds | None = None
-
-
-class ScaleBody(ChangeBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Says how many engines of each role there are to be; null: as many as there are."""
+    """Says how many engines of each role there are to be (null: as many as there are), or which
+    role an engine is to have.
+    """
 
     prefill: Count | None = None
     decode: Count | None = None
     both: Count | None = None
-
-
-class RoleBody(ChangeBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Names an engine, and the role that it is to have."""
-
-    engine: str
-    role: Role
+    engine: str = ""
+    role: Role | None = None
+    dry_run: bool = False
+    # For what runs at an engine that stops; null: ``drain_timeout_s`` of the launch.
+    drain_timeout_s: Seconds | None = None
 
 
 class Outcome(NamedTuple):
@@ -244,8 +146,8 @@ class Admin:
             AppRoute("POST", "/pdlaunch/restart", self._restart),
             AppRoute("POST", "/pdlaunch/drain", partial(self._drain, True)),
             AppRoute("POST", "/pdlaunch/undrain", partial(self._drain, False)),
-            AppRoute("POST", "/pdlaunch/scale", self._scale),
-            AppRoute("POST", "/pdlaunch/role", self._role),
+            AppRoute("POST", "/pdlaunch/scale", self._change),
+            AppRoute("POST", "/pdlaunch/role", self._change),
             AppRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
         ]
 
@@ -299,9 +201,9 @@ class Admin:
                     return engine
             return None
 
-        found = await self._state.find(successor, RESTART_TIMEOUT_S)
+        found = await self._state.find(successor, CHANGE_TIMEOUT_S)
         if found is None:
-            reason = f"does not serve {RESTART_TIMEOUT_S:g} s after it was restarted; see its log"
+            reason = f"does not serve {CHANGE_TIMEOUT_S:g} s after it was restarted; see its log"
             raise _unavailable(f"{begun.engine} {reason}", "not_ready")
         if found.state == "failed":
             text = f"{begun.engine} is given up again: {found.reason}"
@@ -314,7 +216,11 @@ class Admin:
         A drain is answered when nothing runs there, at the latest after ``timeout_s``.
         """
         names, pool = _engines_named(http), self._state.pool
-        until_at = self._state.now() + _read_seconds(http.query.get("timeout_s", "0"))
+        timeout_s = read_seconds(http.query.get("timeout_s", "0"))
+        if timeout_s < 0:
+            message = f"timeout_s: {http.query['timeout_s'][:100]!r} is no number of seconds"
+            raise RequestError(message, param="timeout_s", code="invalid_timeout")
+        until_at = self._state.now() + timeout_s
         # All of them before the first is waited for.
         outcomes = [await _outcome(name, self._set_drained(name, is_drained)) for name in names]
         for _, status, answer in outcomes if is_drained else ():
@@ -338,24 +244,29 @@ class Admin:
         )
         return {"engine": name, "is_drained": is_drained, "notes": answer.notes}
 
-    async def _scale(self, http: web.Request) -> web.Response:
-        """Answer when the engines are as they are wanted, or at once with ``dry_run``."""
-        body = _read(await http.read(), ScaleBody)
-        roles = msgspec.to_builtins(body)
-        replicas = {role: roles[role] for role in _ROLES if roles[role] is not None}
-        if not replicas:
-            message = "say how many engines there are to be: prefill, decode or both"
+    async def _change(self, http: web.Request) -> web.Response:
+        """Scale, or change the role of an engine, as the path says. Answer when the engines are as
+        they are wanted, or at once with ``dry_run``, with what runs at the engines that stop.
+        """
+        try:
+            asked = msgspec.json.decode(await http.read(), type=ChangeBody)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RequestError(str(error), code="invalid_change") from None
+        numbers = {role: getattr(asked, role) for role in ROLES}
+        replicas = {role: number for role, number in numbers.items() if number is not None}
+        message = "say how many engines there are to be: prefill, decode or both"
+        if is_turn := http.path == "/pdlaunch/role":
+            message = "say which engine is to have which role: engine and role"
+        has_turn = asked.engine != "" and asked.role is not None
+        if has_turn != is_turn or bool(replicas) == is_turn:
             raise RequestError(message, code="invalid_change")
-        return await self._change(body, replicas=replicas)
-
-    async def _role(self, http: web.Request) -> web.Response:
-        body = _read(await http.read(), RoleBody)
-        return await self._change(body, turn=body.engine, role=body.role)
-
-    async def _change(self, asked: ChangeBody, **change: Any) -> web.Response:
-        """Have it done. The answer says what runs at the engines that stop, as of the start."""
         wanted = ChangeEngines(
-            question=0, dry_run=asked.dry_run, drain_s=asked.drain_timeout_s, **change
+            question=0,
+            dry_run=asked.dry_run,
+            drain_s=asked.drain_timeout_s,
+            replicas=replicas,
+            turn=asked.engine,
+            role=asked.role,
         )
         running = {engine.name: engine.num_outstanding for engine in self._engines()}
         answer = await self._supervisor.ask(wanted)
@@ -365,8 +276,8 @@ class Admin:
             body["change"] = msgspec.to_builtins(answer.change) | {"stops": stops}
         if not answer.error:
             return json_response(body)
-        error = _refusal(answer.error, answer.code)
-        return json_response(body | error_body(error), status=error.status)
+        refusal = _refusal(answer.error, answer.code)
+        return json_response(body | error_body(refusal), status=refusal.status)
 
     async def _one_engine(self, http: web.Request) -> web.Response:
         """Pass any call on to one engine, and its answer back once it is whole."""
@@ -392,7 +303,7 @@ class Admin:
                 engine, method, path, query, timeout_s=timeout_s
             )
             answer = msgspec.json.decode(body, type=dict[str, Any])
-        except (EngineFailure, ValueError, RecursionError) as error:
+        except (OverloadedError, ValueError, RecursionError) as error:
             failure = _unavailable(str(error), "engine_failed")
             return Outcome(engine.name, failure.status, error_body(failure))
         return Outcome(engine.name, status, answer)
@@ -429,21 +340,6 @@ def _engines_named(http: web.Request) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _read_seconds(text: str) -> float:
-    seconds = read_seconds(text)
-    if seconds < 0:
-        message = f"timeout_s: {text[:100]!r} is no number of seconds"
-        raise RequestError(message, param="timeout_s", code="invalid_timeout")
-    return seconds
-
-
-def _read(raw: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(str(error), code="invalid_change") from None
-
-
 def _refusal(message: str, code: RefusalCode) -> RequestError:
     return RequestError(message, param="engine", status=_STATUS[code], code=code)
 
@@ -466,6 +362,75 @@ def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
     if failed is None:
         return json_response(body)
     return json_response(body | {"error": failed.answer.get("error")}, status=failed.status)
+
+
+async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
+    """Put an engine of vLLM to sleep; return the answer of a native engine.
+
+    ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, EngineFailure.
+    """
+    options = {"level": "1", "mode": "wait"} | dict(query)
+    if options["level"] not in ("1", "2") or options["mode"] not in ("wait", "refuse"):
+        raise RequestError("level is 1 or 2, mode is wait or refuse", param="query")
+    state.pool.hold(engine, "draining")
+    is_asleep = False
+    try:
+        await _await_idle(state, engine, 0.0 if options["mode"] == "refuse" else IDLE_TIMEOUT_S)
+        # What has come meanwhile, from others than this router, is waited for by vLLM.
+        query = [("level", options["level"]), ("mode", "wait")]
+        is_asleep = await _command(state, engine, "/sleep", query) == "sleeping"
+    finally:
+        if is_asleep:
+            state.pool.hold(engine, "sleeping")
+        else:
+            state.pool.release(engine)
+    # vLLM does not tell how much memory it has given back.
+    return {"is_sleeping": is_asleep, "num_bytes": 0}
+
+
+async def wake_up(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
+    """Wake an engine of vLLM up, or its ``tags``. Returns and raises as ``fall_asleep``."""
+    is_awake = await _command(state, engine, "/wake_up", query) == "awake"
+    if is_awake:
+        state.pool.release(engine)
+        # Its memory may lie elsewhere now.
+        for pair in state.pool.pairs:
+            if engine.name in (pair.local, pair.peer):
+                error = f"{engine.name} has slept"
+                state.doubt(pair.local, pair.peer, pair.peer_incarnation, error)
+    return {"is_sleeping": not is_awake, "num_bytes": 0}
+
+
+async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> None:
+    """Return once it has nothing to do and lends nothing. Raises RequestError after a while."""
+    until_at = state.now() + timeout_s
+    while True:
+        # An error's page counts nothing, which is not to be taken for an engine at rest.
+        page = await state.client.read_metrics(engine)
+        if page is None:
+            raise _unavailable("/metrics does not answer 200", "engine_failed")
+        if not engine.num_works and not is_vllm_busy(Counts(page)):
+            return
+        if state.now() >= until_at:
+            raise RequestError(
+                "requests run, or KV blocks are leased; mode=wait waits for them",
+                status=409,
+                code="engine_busy",
+            )
+        await asyncio.sleep(IDLE_POLL_S)
+
+
+async def _command(state: RouterState, engine: Engine, path: str, query: Query) -> object:
+    """Return the ``status`` that vLLM answers a command with."""
+    status, body, _ = await state.client.call(engine, "POST", path, query)
+    if status == 404:
+        raise RequestError(
+            "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
+        )
+    with contextlib.suppress(ValueError, RecursionError):
+        if status == 200:
+            return msgspec.json.decode(body, type=dict[str, Any]).get("status")
+    raise _unavailable(f"{path} answered {status}: {body[:200]!r}", "engine_failed")
 
 
 async def listen_at_admin_socket(

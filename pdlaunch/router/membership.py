@@ -38,38 +38,30 @@ def judge(
 ) -> tuple[set[str], dict[str, str]]:
     """Judge healthy engines by the canaries of their due pairs.
 
-    Return the engines that may be used, and the reasons against the others.
+    Return the engines that may be used, and the reasons against the others. An engine with a proven
+    pair is used. Where canaries have failed, the decode engine is left out, and a prefill engine
+    only if others have come through to the same decode engine: of a single pair, prefill stays and
+    serves alone. Engines of vLLM exchange blocks over proven pairs alone, whatever is said here.
     """
     due = due_pairs(prefill, decode)
-    due_of: dict[str, list[Pair]] = defaultdict(list)
-    for pair in due:
-        for name in pair:
-            due_of[name].append(pair)
-    failed = {pair for pair in due if isinstance(results.get(pair), CanaryDied)}
-
-    def blame(name: str) -> tuple[int, int]:
-        num_proofs = sum(isinstance(results.get(pair), Proof) for pair in due_of[name])
-        return sum(pair in failed for pair in due_of[name]), -num_proofs
-
+    proven = {name for pair in due if isinstance(results.get(pair), Proof) for name in pair}
+    ready: set[str] = set()
     reasons: dict[str, str] = {}
-    order = [*prefill, *decode]
-    while failed:
-        # Drop the engine with most failures, so that it does not drag its peers along. Among equals
-        # drop the last: of a single pair, the prefill engine stays and serves alone.
-        worst = max(reversed(order), key=blame)
-        pair = min(each for each in failed if worst in each)
-        reasons[worst] = f"{pair[0]} -> {pair[1]}: {results[pair]}"
-        failed = {pair for pair in failed if worst not in pair}
-    left = [name for name in order if name not in reasons]
-    ready = {name for name in left if name in ready_before}
-    for name in left:
-        # A new engine waits for the canaries with those that are ready, which do not wait for it.
-        unproven = {other for pair in due_of[name] if pair not in results for other in pair}
-        missing = (unproven & ready) - {name}
-        if name in ready or not missing:
+    for name in (*prefill, *decode):
+        of_it = sorted(pair for pair in due if name in pair)
+        failed = [
+            pair
+            for pair in of_it
+            if isinstance(results.get(pair), CanaryDied) and (name == pair[1] or pair[1] in proven)
+        ]
+        missing = [pair for pair in of_it if pair not in results]
+        if name in proven or not (failed or missing) or (name in ready_before and not failed):
             ready.add(name)
+        elif failed:
+            reasons[name] = f"{failed[0][0]} -> {failed[0][1]}: {results[failed[0]]}"
         else:
-            reasons[name] = f"its canary with {min(missing)} is due"
+            (other,) = {*missing[0]} - {name}
+            reasons[name] = f"its canary with {other} is due"
     return ready, reasons
 
 
@@ -201,14 +193,12 @@ class WatchedMembership:
             self._metrics.count("canaries", "failed")
         else:
             self._metrics.count("canaries", "proven")
-            decode = self._watched[pair[1]]
-            if decode.tells_recomputes and not result.is_told:
+            if not result.is_told:
                 _logger.warning(
                     "%s does not tell how much of a prompt it computes: where it computes what it "
                     "was handed, nobody sees it; start it with --enable-prompt-tokens-details",
                     pair[1],
                 )
-            decode.tells_recomputes = result.is_told
         self._publish_soon()
 
     def _healthy(self, role: Role) -> list[str]:
@@ -266,7 +256,7 @@ class WatchedMembership:
                 peer=prefill,
                 peer_incarnation=self._watched[prefill].incarnation,
                 seconds=proof.seconds,
-                path=paths[self._watched[decode].tells_recomputes],
+                path=paths[proof.is_told],
                 gigabytes_per_s=proof.gigabytes_per_s,
             )
             for (prefill, decode), proof in self._canaries.results.items()

@@ -75,8 +75,6 @@ class WatchedEngine:
     counts: Counts | None = None
     num_failures: int = 0  # failures that the router had counted at the last look
     failed_reads: FailedReads = field(default_factory=FailedReads)
-    # Its answers say how much of a prompt it has computed, as far as its canaries have shown.
-    tells_recomputes: bool = True
     # Held by the canary that reads its counts: the bytes of another one are no proof.
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 

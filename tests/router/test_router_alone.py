@@ -34,7 +34,7 @@ def engines(role: str, number: int) -> list[str]:
 
 
 @given(st.data())
-def test_engines_that_are_used_have_no_failed_pair_and_wait_for_none_among_them(
+def test_each_engine_is_used_or_has_a_reason_and_a_decode_engine_needs_a_proof(
     data: st.DataObject,
 ) -> None:
     prefill = engines("p", data.draw(st.integers(0, 5)))
@@ -48,9 +48,9 @@ def test_engines_that_are_used_have_no_failed_pair_and_wait_for_none_among_them(
     ready, reasons = judge(prefill, decode, results, ready_before=())
     assert ready.isdisjoint(reasons)
     assert ready | set(reasons) == {*prefill, *decode}
-    for pair in due:
-        if ready.issuperset(pair):
-            assert results.get(pair) is PROOF
+    for name in decode:
+        of_it = [results.get(pair) for pair in due if name in pair]
+        assert (name in ready) == (not of_it or PROOF in of_it)
 
 
 @pytest.mark.parametrize("wrong", ["p-0", "p-1", "d-0", "d-2"])
@@ -286,14 +286,11 @@ async def test_a_pair_that_nobody_can_check_is_shown(
     """A vLLM that neither tells nor counts it."""
     _, decode = await untold_pair(alone)
     assert [pair.path for pair in alone.state.pool.pairs] == ["canary, unchecked"]
-    said = [each for each in caplog.messages if "--enable-prompt-tokens-details" in each]
-    assert len(said) == 1
+    assert "--enable-prompt-tokens-details" in caplog.text
     # Failed READs are counted by every version.
     num_proven = alone.outcomes("proven")
     decode.num_failed_reads += 1
     await alone.until(lambda: alone.outcomes("proven") > num_proven)
-    said = [each for each in caplog.messages if "--enable-prompt-tokens-details" in each]
-    assert len(said) == 1
 
 
 async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_again(
