@@ -1,20 +1,39 @@
-"""Updates the state of a launch with events; returns the actions that cannot wait. No I/O."""
+"""Updates the state of a launch with events and commands; returns the actions that cannot wait.
+No I/O.
+"""
 
 from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable, Collection
+
+import msgspec
 
 from pdlaunch.config.model_files.identity import changes
-from pdlaunch.launch.actions import Action, Announce, SendMessage, SendSuspects
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
-from pdlaunch.launch.state import Desired, Instance, Observed, Turn, Unit
+from pdlaunch.launch.state import (
+    Action,
+    Announce,
+    Desired,
+    EngineChange,
+    Instance,
+    LaunchedEngine,
+    Observed,
+    SendMessage,
+    SendSuspects,
+    Turn,
+    Unit,
+)
 from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState
 from pdlaunch.protocol.control import (
     Alive,
+    Answered,
     ChangeEngines,
+    Command,
     Drained,
     EngineIdle,
     Failed,
@@ -23,6 +42,7 @@ from pdlaunch.protocol.control import (
     PairSuspect,
     Progress,
     Ready,
+    RefusalCode,
     Register,
     Restart,
     ServedRequest,
@@ -37,7 +57,13 @@ logger = logging.getLogger(__name__)
 FAILED_GRACE_S = 5.0  # time for a process to exit by itself after it has sent Failed
 
 
-def observe(wanted: Desired, seen: Observed, event: Event, now: float) -> list[Action]:
+PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
+"""The type of ``EnginePlaces.plan``."""
+
+
+def observe(
+    wanted: Desired, seen: Observed, event: Event, now: float, plan: PlanChange
+) -> list[Action]:
     """Update the state with one event, and return the actions that follow at once."""
     turn = Turn(wanted, seen, now)
     match event:
@@ -45,7 +71,7 @@ def observe(wanted: Desired, seen: Observed, event: Event, now: float) -> list[A
             _stop(turn, event)
         case MessageReceived(name=name, message=message):
             if (found := seen.find(name)) is not None:
-                _received(turn, *found, message)
+                _received(turn, *found, message, plan)
             else:
                 logger.warning("message from unknown process %s", name)
         case ProcessExited(name=name):
@@ -74,7 +100,9 @@ def _stop(turn: Turn, event: StopRequested) -> None:
 # Messages
 
 
-def _received(turn: Turn, unit: Unit, process: Instance, message: ToSupervisor) -> None:
+def _received(
+    turn: Turn, unit: Unit, process: Instance, message: ToSupervisor, plan: PlanChange
+) -> None:
     seen, name = turn.seen, process.name
     if not isinstance(message, PairReady | PairFailed):
         # Another thread than the main loop sends these two.
@@ -118,7 +146,7 @@ def _received(turn: Turn, unit: Unit, process: Instance, message: ToSupervisor) 
             if engine in seen.engines and seen.engines[engine].awaits_readers:
                 seen.engines[engine].is_idle = True
         case Restart() | SetDrained() | ChangeEngines():
-            pass  # ``commands.obey`` answers them.
+            _obey(turn, message, name, plan)
 
 
 def _failed(turn: Turn, unit: Unit, process: Instance, error: str) -> None:
@@ -219,3 +247,127 @@ def _tell(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> No
     # No request is to blame if the rank never served, or somebody killed it.
     if process.spec.kind == "rank" and unit.ready_at is not None and event.by_itself:
         turn.do(SendSuspects(unit.engine))
+
+
+# Commands
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, code: RefusalCode = "refused") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def _obey(turn: Turn, command: Command, asker: str, plan: PlanChange) -> None:
+    """Change the desired state, and answer; do nothing when the asker has given up."""
+    if turn.now > command.expires_at:
+        turn.announce("a command is dropped: nobody waits for its answer any more")
+        return
+    answer = Answered(question=command.question)
+    try:
+        match command:
+            case Restart():
+                _restart(turn, command, answer)
+            case SetDrained():
+                _set_drained(turn, command, answer)
+            case ChangeEngines():
+                _change(turn, command, answer, asker, plan)
+    except _Refused as refusal:
+        answer.error, answer.code = str(refusal), refusal.code
+    turn.do(SendMessage(asker, answer))
+
+
+def _find(seen: Observed, name: str) -> LaunchedEngine:
+    engine = seen.find_engine(name)
+    if engine is None:
+        reason = f"there is no engine {name[:100]}; there are: {', '.join(seen.engines)}"
+        raise _Refused(reason, code="engine_not_found")
+    return engine
+
+
+def _require_ready(what: str, seen: Observed, withheld: str = "") -> None:
+    reason = {"joining": "it is being added", "leaving": "it is being removed"}.get(withheld, "")
+    if seen.phase is not LaunchPhase.READY:
+        reason = f"the launch is {seen.phase}"
+    if reason:
+        raise _Refused(f"{what}: {reason}", code="not_now")
+
+
+def _restart(turn: Turn, command: Restart, answer: Answered) -> None:
+    """Restart an engine; another request during the restart changes nothing."""
+    engine = _find(turn.seen, command.name)
+    answer.engine, goal = engine.name, turn.wanted.engines[engine.name]
+    _require_ready(f"{engine.name} cannot be restarted", turn.seen, goal.withheld)
+    answer.incarnation = engine.server.incarnation
+    if not goal.restart:
+        goal.restart, goal.drain_s = True, turn.wanted.timing.drain_s
+        turn.announce(f"{engine.name} is restarted, as was asked")
+
+
+def _set_drained(turn: Turn, command: SetDrained, answer: Answered) -> None:
+    """Withhold new work from an engine, or give it work again; running requests go on.
+
+    The last serving engine is not drained. A repeated command changes nothing.
+    """
+    engine = _find(turn.seen, command.name)
+    answer.engine, goal = engine.name, turn.wanted.engines[engine.name]
+    verb = "drained" if command.is_drained else "undrained"
+    _require_ready(f"{engine.name} cannot be {verb}", turn.seen, goal.withheld)
+    if bool(goal.withheld) == command.is_drained:
+        return
+    others = [each for each in turn.seen.serving(turn.wanted) if each is not engine]
+    if command.is_drained and not others:
+        raise _Refused(
+            f"{engine.name} is not drained: no other engine serves; add one with `pdlaunch "
+            "scale`, or undrain or restart another one"
+        )
+    if command.is_drained and not any(each.role == engine.role for each in others):
+        names = ", ".join(each.name for each in others)
+        answer.notes = [f"no other {engine.role} engine serves: its work goes to {names}"]
+    goal.withheld = "draining" if command.is_drained else ""
+    turn.announce(f"{engine.name} is {verb}, as was asked")
+
+
+def _change(
+    turn: Turn, command: ChangeEngines, answer: Answered, asker: str, plan: PlanChange
+) -> None:
+    """Check a change of the engines, and begin it unless it is a dry run."""
+    wanted, seen = turn.wanted, turn.seen
+    _require_ready("engines cannot change", seen)
+    if wanted.change is not None and not command.dry_run:
+        raise _Refused(
+            f"another change is under way: {wanted.change.what}; `pdlaunch status` shows when it "
+            "is done",
+            code="not_now",
+        )
+    if command.turn:
+        engine = _find(seen, command.turn)
+        command = msgspec.structs.replace(command, turn=engine.name)
+    serving = {engine.name for engine in seen.serving(wanted)}
+    drained = {name for name, goal in wanted.engines.items() if goal.withheld == "draining"}
+    try:
+        change = plan(command, serving, drained)
+    except PdlaunchError as error:
+        fix = getattr(error, "fix", None)
+        raise _Refused(f"{error}{f'; fix: {fix}' if fix else ''}") from None
+    stops, drain_s = change.planned.stops, command.drain_s
+    change.planned.drain_s = wanted.timing.drain_s if drain_s is None else drain_s
+    if not change.starts and not stops:
+        answer.change = change.planned
+        answer.notes = ["there is nothing to do: the engines are as you want them"]
+        return
+    if not serving.difference(stops) and (change.planned.stops_first or not change.starts):
+        raise _Refused(
+            f"{', '.join(stops)}: no other engine serves, so that requests would fail meanwhile; "
+            "add one first, or undrain or restart another one"
+        )
+    for name in stops:
+        if wanted.engines[name].restart:
+            raise _Refused(f"{name} is being restarted", code="not_now")
+    answer.change, answer.notes = change.planned, list(change.warnings)
+    if command.dry_run:
+        return
+    answer.is_done = False
+    change.question, change.asker = command.question, asker
+    wanted.change = change
+    turn.announce(f"engines change, as was asked: {change.what}")

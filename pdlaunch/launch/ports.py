@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import psutil
 
@@ -15,8 +14,6 @@ from pdlaunch.errors import StartupError
 from pdlaunch.machine.availability import probe_port, why_not_listening
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
-
-_ATTEMPTS = 16  # number of tries to find a port that is free at every address of a host
 
 
 @contextlib.contextmanager
@@ -27,7 +24,25 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
     StartupError naming what is wrong with the address.
     """
     with contextlib.ExitStack() as stack:
-        yield _listen(host, port, stack)
+        listeners: list[socket.socket] = []
+        try:
+            found = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            for family, address in dict.fromkeys(
+                (family, address) for family, *_, address in found
+            ):
+                # All addresses get the free port that the first one was given.
+                free = listeners[0].getsockname()[1] if listeners else port
+                # It sets IPV6_V6ONLY, and SO_REUSEADDR for ports in TIME_WAIT.
+                listener = socket.create_server(
+                    (address[0], free, *address[2:]), family=family, backlog=LISTEN_BACKLOG
+                )
+                listeners.append(stack.enter_context(listener))
+                listener.setblocking(False)
+        except (OSError, UnicodeError, ValueError) as error:
+            raise StartupError(_explain(host, port, error)) from error
+        yield listeners
 
 
 def check_engine_ports(resolved: ResolvedLaunch) -> None:
@@ -42,39 +57,6 @@ def check_engine_ports(resolved: ResolvedLaunch) -> None:
                 f"port {port} of {address.host} cannot be used: {reason}; free it, or choose "
                 f"other ones with {address.where}"
             )
-
-
-def _listen(host: str, port: int, stack: contextlib.ExitStack) -> list[socket.socket]:
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            found = socket.getaddrinfo(
-                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-            addresses = dict.fromkeys((family, address) for family, *_, address in found)
-            with contextlib.ExitStack() as undo:
-                listeners = _listen_at(addresses, undo)
-                stack.push(undo.pop_all())
-                return listeners
-        except (OSError, UnicodeError, ValueError) as error:
-            if port or attempt == _ATTEMPTS:
-                raise StartupError(_explain(host, port, error)) from error
-    raise AssertionError
-
-
-def _listen_at(
-    addresses: Iterable[tuple[int, Any]], stack: contextlib.ExitStack
-) -> list[socket.socket]:
-    listeners: list[socket.socket] = []
-    for family, (address, port, *rest) in addresses:
-        # All addresses get the free port that the first one was given.
-        port = port or (listeners[0].getsockname()[1] if listeners else 0)
-        # ``create_server`` sets IPV6_V6ONLY, and SO_REUSEADDR for ports in TIME_WAIT.
-        listener = socket.create_server(
-            (address, port, *rest), family=family, backlog=LISTEN_BACKLOG
-        )
-        listeners.append(stack.enter_context(listener))
-        listener.setblocking(False)
-    return listeners
 
 
 def _explain(host: str, port: int, error: OSError | UnicodeError | ValueError) -> str:

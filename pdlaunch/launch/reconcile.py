@@ -17,14 +17,19 @@ import signal
 from collections.abc import Iterable, Sequence
 
 from pdlaunch.config.roles import ROLES
-from pdlaunch.launch.actions import Action, Chore, ForgetEngine, SendMessage, SendSignal, Start
 from pdlaunch.launch.state import (
+    Action,
+    Chore,
     Desired,
     EngineChange,
+    ForgetEngine,
     Goal,
     Instance,
     LaunchedEngine,
     Observed,
+    SendMessage,
+    SendSignal,
+    Start,
     Turn,
     Unit,
 )

@@ -1,4 +1,4 @@
-"""Holds the desired and the observed state of a launch.
+"""Holds the desired and the observed state of a launch, and names the actions that follow from it.
 
 Commands change ``Desired``, events change ``Observed``, and ``reconcile`` compares the two.
 """
@@ -8,18 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Literal
 
 from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import Role
-from pdlaunch.launch.actions import Action, Announce
 from pdlaunch.launch.bootstraps import HEARTBEATS
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import EndReason, PlannedChange, Progress, Register, Withheld
+from pdlaunch.protocol.control import (
+    EndReason,
+    FromSupervisor,
+    PlannedChange,
+    Progress,
+    Register,
+    Withheld,
+)
 
 # States in which there is an operating system process.
 ALIVE = (ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING)
@@ -336,6 +343,62 @@ def make_units(specs: Iterable[ProcessSpec]) -> list[Unit]:
     for spec in specs:
         units.setdefault(spec.unit, Unit(spec.unit, [])).processes.append(Instance(spec))
     return list(units.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start a unit under its next incarnation, where there is room for it."""
+
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendSignal:
+    """Signal a process and all that it has started."""
+
+    process: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendMessage:
+    """Send a message; an answer to a command follows the registry that the command has changed."""
+
+    process: str
+    message: FromSupervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell people, the log and the router what has happened."""
+
+    text: str
+    prefill: str = ""
+    decode: str = ""  # the engines of a pair that has failed
+
+
+@dataclass(frozen=True, slots=True)
+class SendSuspects:
+    """Tell the router the requests of an engine's last step, before it repeats them elsewhere."""
+
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetEngine:
+    """Drop all records of an engine that is gone for good."""
+
+    engine: str
+
+
+class Chore(Enum):
+    """Actions without arguments."""
+
+    ADD_ENGINES = auto()  # take in the processes of the engines that the running change starts
+    CLOSE_LISTENERS = auto()  # refuse connections: no router will accept any more
+
+
+Action = Start | SendSignal | SendMessage | Announce | SendSuspects | ForgetEngine | Chore
 
 
 @dataclass(slots=True)

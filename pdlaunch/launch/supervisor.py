@@ -11,18 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pdlaunch.launch.actions import (
-    Action,
-    Announce,
-    Chore,
-    ForgetEngine,
-    SendMessage,
-    SendSignal,
-    SendSuspects,
-    Start,
-)
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.commands import obey
 from pdlaunch.launch.engines.plan import EngineKind, with_peers
 from pdlaunch.launch.events import Event
 from pdlaunch.launch.hosts.host import Host, MessageReceived
@@ -30,13 +19,26 @@ from pdlaunch.launch.observe import observe
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
-from pdlaunch.launch.state import Desired, Goal, Instance, Observed, Timing
+from pdlaunch.launch.state import (
+    Action,
+    Announce,
+    Chore,
+    Desired,
+    ForgetEngine,
+    Goal,
+    Instance,
+    Observed,
+    SendMessage,
+    SendSignal,
+    SendSuspects,
+    Start,
+    Timing,
+)
 from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import (
     Alive,
     Answered,
-    Command,
     EngineIdle,
     Entry,
     FromSupervisor,
@@ -190,15 +192,13 @@ class Supervisor:
             # Frequent, and nobody else needs it: no tick is due.
             process.heard_at = self.clock()
             return
-        if isinstance(message, Command) and process.registration is not None:
-            plan = self.places.plan
-            self._perform(obey(message, event.name, self.wanted, self.seen, plan, self.clock()))
         self._observe(event)
         if isinstance(message, Register) and process.registration is message:
             self._greet(process)
 
     def _observe(self, event: Event) -> None:
-        self._perform(observe(self.wanted, self.seen, event, self.clock()))
+        plan = self.places.plan
+        self._perform(observe(self.wanted, self.seen, event, self.clock(), plan))
         self.has_changed = True
 
     def tick(self) -> None:

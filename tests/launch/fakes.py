@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.commands import Command
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
@@ -23,6 +22,7 @@ from pdlaunch.protocol.control import (
     Address,
     Alive,
     Answered,
+    Command,
     Drain,
     Drained,
     Entry,

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.launch.commands import Command
 from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.control import (
     Answered,
+    Command,
     Drain,
     EngineIdle,
     PairFailed,

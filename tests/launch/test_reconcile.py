@@ -7,11 +7,10 @@ import signal
 
 import pytest
 
-from pdlaunch.launch.actions import SendSignal, Start
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.reconcile import reconcile
-from pdlaunch.launch.state import Desired, Goal, Observed, Timing
+from pdlaunch.launch.state import Desired, Goal, Observed, SendSignal, Start, Timing
 from pdlaunch.launch.status import LaunchPhase, ProcessState
 from tests.launch.fakes import make_plan
 

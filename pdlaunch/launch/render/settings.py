@@ -25,7 +25,7 @@ JOIN_FILE = "/run/pdlaunch/join"
 # Host memory that a rank takes beside weights and KV cache: libraries, tokenizer, buffers.
 PROCESS_BYTES = 1 << 30
 ANY_ADDRESS = "0.0.0.0"
-Machines = Mapping[Role, tuple[str, ...]]  # names of pods or containers, one for each engine
+Machines = Mapping[Role, tuple[str, ...]]  # names of pods, one for each engine
 _CHOSEN = ("placement", "hosts", "placement_strategy", "control_address", "join_file")
 
 
