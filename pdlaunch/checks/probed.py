@@ -49,11 +49,7 @@ class SeenEngine:
     num_answers: int = 0  # of vLLM alone, as are their tokens
     answer_tokens: int = 0
     gigabytes_per_s: float | None = None  # mean speed of its READs; None: too few bytes to tell
-    # The following are told in dev mode alone.
     has_dev_mode: bool = False
-    kv_role: str | None = None
-    lease_s: int | None = None
-    on_failure: str | None = None
 
     @property
     def name(self) -> str:

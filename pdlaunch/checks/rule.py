@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args, overload
+from typing import Any, Literal, get_args
 
 from pdlaunch.checks.context import Context, Need
 from pdlaunch.machine.facts import Fact
@@ -29,7 +29,6 @@ Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 _FACTS: frozenset[str] = frozenset(get_args(Fact))
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,29 +143,10 @@ def differing_place(prefill: RoleEngines, decode: RoleEngines, name: str) -> str
     return decode.where(name) if name in decode.overrides else prefill.where(name)
 
 
-class _RuleOf(Protocol):
-    @overload
-    def __call__(
-        self,
-        code: str,
-        title: str,
-        why: str,
-        *,
-        over: Callable[[Context], Iterable[_Item]],
-        when: Callable[[_Item], Outcome],
-        **row: Any,
-    ) -> Rule: ...
-
-    @overload
-    def __call__(
-        self, code: str, title: str, why: str, *, when: Callable[[Context], Outcome], **row: Any
-    ) -> Rule: ...
-
-
 def _rule(severity: Severity, code: str, title: str, why: str, **row: Any) -> Rule:
     return Rule(code, severity, title, why, **row)
 
 
-error: _RuleOf = cast("_RuleOf", partial(_rule, "error"))
-warning: _RuleOf = cast("_RuleOf", partial(_rule, "warning"))
-info: _RuleOf = cast("_RuleOf", partial(_rule, "info"))
+error = partial(_rule, "error")
+warning = partial(_rule, "warning")
+info = partial(_rule, "info")

@@ -10,7 +10,6 @@ from pdlaunch.checks.rule import Found, error, info, warning
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import format_size
 
-VLLM_LEASE_S = 30
 SLOW_GIGABYTES_PER_S = 0.6  # half of 10 Gbit Ethernet; memory that no peer can map gives 0.44
 _BYTES_ALONE = (
     "; READs of other requests may be among them, as decode does not tell what it had to compute: "
@@ -72,23 +71,12 @@ def _caches(context: Context) -> Iterator[Found]:
     yield from _differ(context, "KV dtype", lambda each: each.cache_dtype)
 
 
-def _transfer_settings(each: SeenEngine) -> Iterator[Found]:
-    wrong = "kv_consumer" if each.role == "prefill" else "kv_producer"
-    if each.kv_role == wrong:
-        yield Found(f"kv_role is {wrong}", each.name)
-    if each.role == "decode" and each.on_failure == "fail":
-        yield Found("kv_load_failure_policy is fail", each.name)
-    if each.lease_s is not None and each.lease_s < VLLM_LEASE_S:
-        yield Found(f"kv_lease_duration is {each.lease_s} s", each.name)
-
-
 def _seen(context: Context) -> Iterator[Found]:
     for each in _engines(context):
         if not each.problem:
-            lease = "unknown" if each.lease_s is None else f"{each.lease_s} s"
             reads = f", {_reads(each)}" if each.role == "decode" else ""
             kind = {"vllm": "vLLM"}.get(each.kind, each.kind)
-            yield Found(f"{kind} {each.version}, lease {lease}{reads}", each.name)
+            yield Found(f"{kind} {each.version}{reads}", each.name)
     for pair in _pairs(context):
         if not pair.problem:
             moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
@@ -181,14 +169,6 @@ RULES = (
         and Found("dev mode is on: /server_info answers", each.name),
         fix="Unset VLLM_SERVER_DEV_MODE, unless engines are to sleep and nobody else can connect.",
         source="GET /server_info, which dev mode adds together with /collective_rpc.",
-        needs=("deployment",)),
-    warning("PD659", "An engine's settings of KV transfers do not suit its role.",
-        "A consumer hands nothing over and a producer reads nothing; policy `fail` ends requests "
-        "that decode could compute itself; a lease under vLLM's own 30 s may end in the queue of "
-        "decode.",
-        over=_engines, when=_transfer_settings,
-        fix="Give --kv-transfer-config kv_role kv_both (or the role's own), policy recompute, 30 "
-        "s.", source="kv_transfer_config in /server_info, where dev mode tells it.",
         needs=("deployment",)),
     info("PD660", "An engine or a pair was observed at work.",
         "The speed is the mean of all READs since the start, given once 64 MiB were read. READs at "

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context, ucx_peers
 from pdlaunch.checks.probed import PairTransport
 from pdlaunch.checks.rule import Found, error, info, warning
-from pdlaunch.config.connectors import RDMA, TCP, opens_network
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 
@@ -63,30 +62,8 @@ def _untrusted_network(context: Context) -> Found | None:
     )
 
 
-def _open_ports(context: Context) -> Iterator[str]:
-    if context.kv_transfer.trusted_network:
-        ports = context.kv_transfer.data_ports
-        for host in {
-            engine.host.name: engine.host for engine in _opening_engines(context)
-        }.values():
-            address = host.bind_address or "its address"
-            yield f"{host.name} takes KV blocks at {address}, ports {ports}"
-
-
 def _tls(each: RoleEngines) -> str:
     return f"UCX_TLS {each.given_environ.get('UCX_TLS', 'all')[:80]!a}"
-
-
-def _no_way_between_hosts(context: Context) -> Iterator[Found]:
-    is_vllm = any(not each.is_native for each in context.pair or ())
-    if not (context.uses_ucx or is_vllm) or not context.kv_transfer.trusted_network:
-        return
-    far = {engine.host.name: engine.engines for engine in far_engines(context)}
-    for each in far.values():
-        if not opens_network(each.environment):
-            wanted = " or ".join(sorted(TCP | RDMA if each.machine.rdma_devices else TCP))
-            place = context.where_variable(each, "UCX_TLS")
-            yield Found(f"{_tls(each)} has none of {wanted}", place)
 
 
 def _measured(context: Context) -> Iterator[tuple[PairTransport, str]]:
@@ -158,13 +135,6 @@ RULES = (
         fix=f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the "
         "rules for a firewall), use connector file, or place prefill and decode engines on one "
         "host.", source=_PORTS, on_vllm=True),
-    info("PD429", "Ranks take KV blocks at ports that ask nobody who he is.",
-        "The network was said to be trusted. UCX listens at one port of each rank, on the device "
-        "of the host's address alone; of vLLM at one for each thread of NIXL, and its side "
-        "channel at another.",
-        when=_open_ports, at=_TRUSTED,
-        fix="Nothing to fix where a firewall lets the hosts alone through to these ports; "
-        "docs/hosts.md has its rules.", source=_PORTS, on_vllm=True),
     error("PD433", "UCX_TLS leaves no transport between processes of one host.",
         "pdlaunch leaves out whatever would listen on the network without authentication (tcp, "
         "RDMA) or open memory to other users (sysv, knem). posix has to be there: UCX finds its "
@@ -176,11 +146,6 @@ RULES = (
             "missing"
         ), at="$UCX_TLS",
         fix="Unset UCX_TLS, or add posix.", source=_UCX),
-    error("PD439", "UCX_TLS leaves no transport between hosts.",
-        "Engines of a pair are on different hosts, and what is left joins processes of one host "
-        "alone: the handshake of such a pair fails.",
-        when=_no_way_between_hosts,
-        fix="Add tcp (or rc) to UCX_TLS, or unset it.", source=_UCX, on_vllm=True),
     warning("PD503", "KV blocks lie in memory that a peer cannot map: the 0.6 GB/s cliff.",
         "CuMem pools and expandable segments without fabric handles cannot be opened by a peer "
         "through CUDA IPC. NIXL/UCX then copies through the host in small pieces, with no error: "

@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -202,27 +201,11 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         num_answers=_count(counts, f"{_ANSWER_TOKENS}_count"),
         answer_tokens=_count(counts, f"{_ANSWER_TOKENS}_sum"),
         has_dev_mode=info is not None,
-        **_transfer_settings(info or {}),
     )
 
 
 def _count(counts: Counts, *names: str) -> int:
     return sum(int(counts.total(name)) for name in names)
-
-
-def _transfer_settings(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what /server_info tells of the connector; empty where it tells something else."""
-    match info:
-        case {"vllm_config": {"kv_transfer_config": dict(transfer)}}:
-            extra = transfer.get("kv_connector_extra_config")
-            lease = extra.get("kv_lease_duration", 30) if isinstance(extra, dict) else 30
-            return {
-                "kv_role": transfer.get("kv_role"),
-                "on_failure": transfer.get("kv_load_failure_policy"),
-                "lease_s": lease if isinstance(lease, int) else None,
-            }
-        case _:
-            return {}
 
 
 def is_here(url: str) -> bool:

@@ -342,11 +342,6 @@ def network_transports(environ: Environ, *, has_rdma: bool) -> tuple[str, ...]:
     return tuple(name for name in wanted if name in allowed)
 
 
-def opens_network(environ: Environ) -> bool:
-    """Return whether a process with this UCX_TLS is to use a network; unset, it names none."""
-    return "UCX_TLS" in environ and bool(ucx_transports(environ) & (TCP | RDMA))
-
-
 def ucx_transports(environ: Environ) -> frozenset[str]:
     """Return the transports that UCX may use: all when UCX_TLS is unset. Unknown names are kept."""
     value = environ.get("UCX_TLS", "all").strip() or "all"

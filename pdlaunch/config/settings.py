@@ -24,7 +24,7 @@ VARIABLE_PREFIX = "PDLAUNCH_"
 
 _CONNECTORS = "kv_transfer"
 """The section that has a section for each connector, those of other packages included."""
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _FORMS = {
     SecretStr: "KEY",
     parse_size: "SIZE",

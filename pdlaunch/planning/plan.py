@@ -9,8 +9,7 @@ import msgspec
 
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.roles import Role
-
-_SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD"})
+from pdlaunch.config.settings import SECRET, is_secret
 
 
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +56,4 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def mask_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Replace the values of variables whose name speaks of a secret."""
-    return {
-        name: value if _SECRET_WORDS.isdisjoint(name.upper().split("_")) else "***"
-        for name, value in environment.items()
-    }
+    return {name: SECRET if is_secret(f"env.{name}") else it for name, it in environment.items()}

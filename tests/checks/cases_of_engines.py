@@ -65,10 +65,6 @@ CASES: dict[str, Case] = {
     "PD656": Case([seen(prefill={"num_expired": 1})], [seen()]),
     "PD657": Case([seen(num_failed=1)], [seen()]),
     "PD658": Case([seen(has_dev_mode=True)], [seen()]),
-    "PD659": Case(
-        [seen(kv_role="kv_producer"), seen(on_failure="fail"), seen(prefill={"lease_s": 5})],
-        [seen(kv_role="kv_consumer"), seen(prefill={"on_failure": "fail", "lease_s": 30})],
-    ),
     "PD660": Case([seen()], [vllm()]),
     "PD661": Case(
         [seen_pair(wrong_address="it tells decode to dial 0.0.0.0"), seen_pair(wrong_address="x")],

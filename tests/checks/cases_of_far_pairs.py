@@ -1,12 +1,9 @@
 """Cases of the rules on KV blocks from host to host."""
 
-from dataclasses import replace
-
 from tests.checks.case import Case
 from tests.checks.cases_of_placement import SPREAD, WIDE, A, B, hosts
 
 TRUSTED = {"kv_transfer__trusted_network": True}
-RDMA = replace(WIDE, rdma_devices=("mlx5_0",))
 
 
 B4 = {"name": "b", "advertise_address": "10.0.0.3"}
@@ -45,24 +42,6 @@ CASES = {
             hosts(
                 A | {"roles": "both"}, B, both__replicas=1, prefill__replicas=0, decode__replicas=0
             ),
-        ],
-    ),
-    "PD429": Case(
-        [far(**TRUSTED), far_vllm(**TRUSTED)],
-        [far(), hosts(A, B, **TRUSTED), far_vllm(), near_vllm(**TRUSTED)],
-    ),
-    "PD439": Case(
-        [
-            far(env__UCX_TLS="sm", **TRUSTED),
-            far(env__UCX_TLS="rc,sm", **TRUSTED),
-            far_vllm(env__UCX_TLS="sm", **TRUSTED),
-        ],
-        [
-            far(RDMA, RDMA, env__UCX_TLS="rc,sm", **TRUSTED),
-            far(**TRUSTED),
-            far(env__UCX_TLS="sm"),
-            far_vllm(**TRUSTED),
-            near_vllm(env__UCX_TLS="sm"),
         ],
     ),
 }

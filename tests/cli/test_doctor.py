@@ -20,15 +20,6 @@ from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from tests.command_line import invoke
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
-DEV_MODE = {
-    "vllm_config": {
-        "kv_transfer_config": {
-            "kv_role": "kv_producer",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"kv_lease_duration": 60},
-        }
-    }
-}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "PD650": ({"healthy": False}, "is not healthy"),
     "PD651": ({"version": "0.31.1"}, "version 0.31.1, of prefill"),
@@ -39,7 +30,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "PD656": ({"num_expired": 2}, "2 leases have expired"),
     "PD657": ({"num_failed": 3}, "3 transfers have failed"),
     "PD658": ({"server_info": {}}, "dev mode is on"),
-    "PD659": ({"server_info": DEV_MODE}, "kv_role is kv_producer"),
     "PD663": ({"num_bytes": 2**30, "seconds_read": 1e6}, "1 GiB read, 0.00 GB/s"),
 }
 """What is wrong with the decode engine, and words of the finding."""
@@ -93,7 +83,7 @@ def test_a_good_pair_is_proven_by_one_short_prompt(tmp_path: Path) -> None:
     (pair,) = report["resolved"]["deployment"]["pairs"]
     assert pair["num_bytes"] == (2 * BLOCK_SIZE + 1) * BYTES_OF_TOKEN
     texts = [item["message"] for item in report["findings"]]
-    assert any("vLLM 0.32.0+cpu, lease unknown" in text for text in texts)
+    assert any("vLLM 0.32.0+cpu" in text for text in texts)
     assert any("too few to tell a speed" in text for text in texts)
 
 
