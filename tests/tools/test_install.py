@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools import install
-from tools.install import describe, explain, steps
+from tools.install import steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,30 +35,6 @@ def make(*arguments: str, environment: dict[str, str] | None = None) -> tuple[in
         check=False,
     )
     return result.returncode, result.stdout
-
-
-@pytest.mark.parametrize(
-    ("line", "shown"),
-    [
-        ("  Downloading xxhash-4.1.0-cp311-cp311-many.whl (194 kB)", "xxhash-4.1.0 (194 kB)"),
-        (
-            "  Downloading https://files.example/a/b/torch-2.13.0-cp311-x.whl.metadata (9 kB)",
-            "torch-2.13.0 (9 kB)",
-        ),
-        ("Processing /somewhere/torch-2.13.0+cpu-cp311-x.whl", "torch-2.13.0+cpu"),
-        ("Installing collected packages: a, b, c", "writing 3 packages to disk"),
-        ("WARNING: Retrying (Retry(total=1)) after", "the package index does not answer; "),
-        ("Requirement already satisfied: torch", None),
-    ],
-)
-def test_lines_of_pip_are_told_in_short(line: str, shown: str | None) -> None:
-    said = describe(line)
-    assert said == shown if shown is None else (said or "").startswith(shown)
-
-
-def test_an_error_of_pip_that_is_no_riddle_is_passed_on() -> None:
-    error = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left"
-    assert explain([error], "")[0] == error
 
 
 def test_serving_installs_nothing_for_tests() -> None:

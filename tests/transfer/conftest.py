@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.transfer.fakes import spec_of
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import RankHandle, RankOptions
+
+Start = Callable[..., RankHandle]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,10 +40,10 @@ def context() -> Iterator[SecureContext]:
     context.close()
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., RankHandle]]:
-    """Starts ranks of one launch, each in a process of its own. ``transfer``: settings of
-    ``kv_transfer``; ``options``: fields of ``RankOptions``.
+@contextmanager
+def starting() -> Iterator[Start]:
+    """Start ranks of one launch, each in a process of its own, until the block ends. ``transfer``:
+    settings of ``kv_transfer``; ``options``: fields of ``RankOptions``.
     """
     keys = new_launch_keys()
     with ExitStack() as stack:
@@ -55,4 +57,10 @@ def start() -> Iterator[Callable[..., RankHandle]]:
             stack.callback(rank.stop)
             return rank
 
+        yield start
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with starting() as start:
         yield start

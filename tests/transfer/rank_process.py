@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pdlaunch.config.connectors import KVNetwork
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.machine import network
 from pdlaunch.protocol.control import Address, Entry, PairReady
@@ -33,7 +32,6 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferCommand,
 )
-from tests.machine.bound_device import bound_device
 from tests.transfer.fakes import layout_of, random_cache
 
 TIMEOUT_S = 300.0
@@ -53,7 +51,6 @@ class RankOptions:
     num_blocks: int = 32
     environment: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
-    network: KVNetwork | None = None  # the trusted network to peers on other hosts
     with_cumem: bool = False  # on a GPU: the KV cache lies in a CuMem pool
 
     @property
@@ -88,7 +85,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     spec, settings = options.spec, options.spec.kv_transfer
     environ, carrier = dict(options.environment), settings.carrier_settings
     on = "cpu" if options.device == "cpu" else "cuda"
-    os.environ.update(environ | carrier.environment(environ, on, options.network))
+    os.environ.update(environ | carrier.environment(environ, on, None))
     torch.set_num_threads(1)
     layout = layout_of(
         options.num_heads,
@@ -200,9 +197,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
         "interrupt": lambda kind, pid: interruptions.append((kind, pid)),
         "go_on_reading": going_on.set,
-        "open_listeners": open_listeners,
         "listening": listening,
-        "shared_memory": shared_memory,
         "address": lambda: (os.getpid(), kv_cache.data_ptr()),
     }
     send("started", transfer.endpoint)
@@ -262,15 +257,6 @@ def digest_of(kv_cache: Any) -> int:
     return xxhash.xxh3_64_intdigest(kv_cache.cpu().numpy())
 
 
-def open_listeners() -> list[str]:
-    """Addresses that other hosts could connect to."""
-    return [
-        f"{listener.address}:{listener.port}"
-        for listener in network.listeners()
-        if listener.address != "127.0.0.1" and bound_device(listener) != "lo"
-    ]
-
-
 def listening() -> tuple[set[int], list[str]]:
     """Ports of TCP sockets that listen, and paths of Unix sockets that do; abstract ones begin with
     @.
@@ -280,21 +266,6 @@ def listening() -> tuple[set[int], list[str]]:
     accepts = 0x10000  # __SO_ACCEPTCON, the flag of a socket that listens
     unix = [row[7] for row in rows if int(row[3], 16) & accepts and f"socket:[{row[6]}]" in inodes]
     return {listener.port for listener in network.listeners()}, unix
-
-
-def shared_memory() -> tuple[set[int], int]:
-    """Permissions of the POSIX segments that this process has open, and the number of SysV segments
-    that it has made.
-    """
-    posix = [
-        fd
-        for fd in Path("/proc/self/fd").iterdir()
-        if fd.is_symlink() and str(fd.readlink()).startswith("/dev/shm/")
-    ]
-    sysv = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
-    return {fd.stat().st_mode & 0o777 for fd in posix}, sum(
-        int(row[4]) == os.getpid() for row in sysv
-    )
 
 
 class RankHandle:

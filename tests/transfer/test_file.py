@@ -80,17 +80,6 @@ def test_what_exceeds_the_limit_alone_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_and_broken_files_are_told(store: FileStore, tmp_path: Path) -> None:
-    name = NAMES[0]
-    with pytest.raises(TransferError, match="cannot be read"):
-        store.read(name, CPU)
-    store.write(name, BLOCKS)
-    path = next((tmp_path / "kv" / DIGESTS[0]).iterdir())
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(TransferError, match="cannot be read"):
-        store.read(name, CPU)
-
-
 def test_files_are_whole_whenever_they_are_there(store: FileStore) -> None:
     name = NAMES[0]
     store.write(name, torch.zeros(50_000))

@@ -4,7 +4,6 @@ World of fakes in which peers come, go and lie.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 
 import msgspec
@@ -12,11 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.engine.kvcache.groups import make_groups
 from pdlaunch.errors import HandshakeError
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.side_channel import Compatibility
-from pdlaunch.transfer.handshake import compare, describe_groups, heads_of_rank, map_sources
+from pdlaunch.transfer.handshake import compare, heads_of_rank, map_sources
 from tests.transfer.fakes import layout_of
 from tests.transfer.pull_world import HolderRank, World, compatibility
 from tests.transfer.rank_process import grant, pull
@@ -26,24 +24,14 @@ OURS = compatibility(layout_of())
 
 @pytest.mark.parametrize("field", Compatibility.__struct_fields__)
 def test_a_field_that_differs_is_named_with_both_values(field):
-    compare(OURS, OURS, local="decode-0/rank-0", peer="prefill-0/rank-0")
+    names = {"local": "decode-0/rank-0", "peer": "prefill-0/rank-0"}
+    compare(OURS, OURS, **names)
     ours = getattr(OURS, field)
     theirs = 99 if isinstance(ours, int) else "other"
     with pytest.raises(HandshakeError) as caught:
-        compare(
-            OURS,
-            msgspec.structs.replace(OURS, **{field: theirs}),
-            local="decode-0/rank-0",
-            peer="prefill-0/rank-0",
-        )
+        compare(OURS, msgspec.structs.replace(OURS, **{field: theirs}), **names)
     expected = f"{field}: decode-0/rank-0 has {ours!r}, prefill-0/rank-0 has {theirs!r}"
     assert expected in str(caught.value)
-
-
-def test_groups_are_described_in_one_line():
-    groups = make_groups([512, 512, None, 512, 512])
-    assert describe_groups(groups) == "full: 2; 512: 0; 512: 1; 512: 3; 512: 4"
-    assert describe_groups(make_groups([None] * 30)) == "full: 0-29"
 
 
 @st.composite
@@ -76,11 +64,6 @@ def test_every_reader_gets_its_heads_and_every_holder_as_many_readers_as_it_is_t
     assert told == {holder: {count} for holder, count in visits.items()}
 
 
-def test_unneeded_replica_is_visited_without_heads():
-    sources = map_sources(num_kv_heads=2, prefill_tp_size=4, decode_tp_size=1, decode_tp_rank=0)
-    assert [len(source.heads) for source in sources] == [1, 0, 1, 0]
-
-
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(HandshakeError, match="tensor_parallel_size 2 does not fit 3 KV heads"):
         map_sources(num_kv_heads=3, prefill_tp_size=2, decode_tp_size=1, decode_tp_rank=0)
@@ -98,18 +81,12 @@ def test_handshake_happens_at_the_first_pull_when_it_is_not_asked_for_before():
     assert world.finished().ok
 
 
-def test_an_unreachable_holder_is_tried_again_with_growing_pauses_for_hours(world):
+def test_an_unreachable_holder_is_tried_again_for_hours(world):
     absent = HolderRank(world.clock, world.fabric)
     world.peers.update([absent.entry()])
-    failed_at = []
     while len(world.reports) < 1100:
-        world.clock.now += 0.125 if len(world.reports) < 5 else 5.0
-        num_reports = len(world.reports)
+        world.clock.now += 5.0
         world.turn(1)
-        failed_at += [world.clock.now] * (len(world.reports) - num_reports)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(failed_at[:5])]
-    assert gaps == sorted(gaps)
-    assert gaps[-1] > gaps[0]
     assert not any(report.fatal for report in world.reports)
     expected = "no answer to the handshake from prefill-0/rank-0 at fake://1 within 5 s"
     assert expected in world.reports[0].error
@@ -170,26 +147,15 @@ def test_ranks_of_one_engine_must_share_an_engine_id(world):
     world.peers.update([first.entry(), msgspec.structs.replace(second.entry(), engine_id="2" * 32)])
     (failed,) = world.reports
     assert failed.fatal
-    for part in (
-        "prefill-0/rank-0 at fake://1 has " + "1" * 32,
-        "prefill-0/rank-1 at fake://11 has " + "2" * 32,
-    ):
-        assert part in failed.error
+    assert "prefill-0/rank-0 at fake://1 has " + "1" * 32 in failed.error
+    assert "prefill-0/rank-1 at fake://11 has " + "2" * 32 in failed.error
 
 
 @pytest.mark.parametrize(
     ("field", "shown", "expected"),
     [
-        (
-            "tp_rank",
-            0,
-            "shows 0 for prefill-0/rank-1 at fake://11",
-        ),
-        (
-            "tp_size",
-            1,
-            "shows 1 for prefill-0/rank-1 at fake://11",
-        ),
+        ("tp_rank", 0, "shows 0 for prefill-0/rank-1 at fake://11"),
+        ("tp_size", 1, "shows 1 for prefill-0/rank-1 at fake://11"),
         ("incarnation", 2, "shows 2 for prefill-0/rank-1 at fake://11"),
         ("engine_id", "f" * 32, f"belongs to engine_id {'1' * 32}, not to {'f' * 32}"),
     ],

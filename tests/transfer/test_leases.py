@@ -19,7 +19,6 @@ from pdlaunch.protocol.side_channel import (
     PullHeartbeat,
     PullReply,
     Refused,
-    StateChecksums,
 )
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded
 from pdlaunch.transfer.leases import GRANT_LAG_S, MAX_EXTENSIONS, MAX_WAITING, LeaseTable
@@ -44,21 +43,6 @@ def clock() -> FakeClock:
 @pytest.fixture
 def leases(clock: FakeClock) -> LeaseTable:
     return LeaseTable(clock)
-
-
-def test_a_reader_that_begins_anew_has_one_share(leases):
-    leases.grant(grant_of("a", num_readers=2))
-    for _ in range(3):
-        leases.begin("a", "first", 1)
-    leases.end("a", "first")
-    with pytest.raises(LeaseError, match="reader first has no open pull"):
-        leases.end("a", "first")
-    with pytest.raises(LeaseError, match="reader first has ended its pull of request a"):
-        leases.begin("a", "first", 1)
-    assert ended(leases) == []
-    leases.begin("a", "second", 1)
-    leases.end("a", "second")
-    assert ended(leases) == [("a", "pulled")]
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3))
@@ -98,17 +82,6 @@ def test_a_lease_expires_at_the_deadline_that_heartbeats_extend_but_not_for_ever
     assert 1100 < clock.now <= 1005 + 10 * MAX_EXTENSIONS
     with pytest.raises(LeaseError, match="request a has no lease here"):
         leases.begin("a", "r2", 1)
-
-
-def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
-    leases.grant(grant_of("a", num_readers=2))
-    leases.begin("a", "r", 1)
-    leases.cancel("a")
-    assert ended(leases) == []
-    with pytest.raises(LeaseError, match="cancelled"):
-        leases.begin("a", "other", 1)
-    leases.end("a", "r")
-    assert ended(leases) == [("a", "released")]
 
 
 IDS = st.sampled_from(["a", "b", "c"])
@@ -219,20 +192,3 @@ def test_no_more_than_so_many_wait(rank):
     heartbeat = PullHeartbeat(**ASKED)
     assert rank.holder.ask(*[heartbeat] * MAX_WAITING) == []
     assert [type(answer) for answer in rank.holder.ask(heartbeat)] == [Refused]
-
-
-def test_questions_that_make_no_sense_are_refused_and_change_nothing(rank):
-    rank.holder.grant(grant("r", [4]))
-    questions = [
-        PullBegin(**ASKED | {"engine_id": "wrong"}, num_decode_ranks=1),
-        PullBegin(**ASKED, num_decode_ranks=-1),
-        StateChecksums(**ASKED | {"engine_id": "wrong"}),
-        PullHeartbeat(**ASKED),
-        PullEnd(**ASKED | {"engine_id": "wrong"}),
-        PullEnd(**ASKED),
-    ]
-    answers = rank.holder.ask(*questions)
-    assert [(type(answer), answer.call_id) for answer in answers] == [(Refused, 7)] * len(questions)
-    assert "belongs to engine_id 1111" in answers[0].reason
-    assert len(rank.holder.leases) == 1
-    assert rank.ended() == []

@@ -6,21 +6,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
-from tests.transfer.rank_process import RankHandle, cancel, grant, pull
+from tests.transfer.conftest import Start
+from tests.transfer.rank_process import cancel, grant, pull
 
 pytestmark = pytest.mark.processes
 
 BLOCKS = list(range(60))
 NIXL = {"path": "nixl"}
 
-Start = Callable[..., RankHandle]
 
 on_each_device = pytest.mark.parametrize(
     "devices",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pdlaunch.config import connectors
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from tests.transfer.rank_process import RankHandle
+from tests.transfer.conftest import Start
 
 EXAMPLE = Path(__file__).parent / "example"
 
@@ -35,7 +34,7 @@ def forget_connectors() -> None:
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("_example")
-def test_a_pull_over_a_connector_of_another_package(start: Callable[..., RankHandle]) -> None:
+def test_a_pull_over_a_connector_of_another_package(start: Start) -> None:
     transfer = {"connector": "example"}
     holder, puller = (start(role, transfer=transfer) for role in ("prefill", "decode"))
     assert puller.connect(holder)[0].path == "example/process_vm_readv"
@@ -69,15 +68,6 @@ def pdlaunch(
         text=True,
         check=False,
     )
-
-
-@pytest.mark.processes
-def test_its_settings_come_from_variables_and_are_shown() -> None:
-    variables = {"PDLAUNCH_KV_TRANSFER__EXAMPLE__MAX_READ_BYTES": "4KiB"}
-    shown = pdlaunch("config", "show", "--kv-connector", "example", "--format", "json", **variables)
-    assert shown.returncode == 0, shown.stderr
-    value = json.loads(shown.stdout)["kv_transfer.example.max_read_bytes"]["value"]
-    assert value == 4096
 
 
 @pytest.mark.processes

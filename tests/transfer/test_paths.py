@@ -4,19 +4,16 @@ mapped memory that sleeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 import psutil
 import pytest
 
-from pdlaunch.protocol.control import PairFailed, PairReady
+from pdlaunch.protocol.control import PairReady
 from tests.e2e.waiting import await_true
+from tests.transfer.conftest import Start
 from tests.transfer.rank_process import TIMEOUT_S, RankHandle
 
 pytestmark = pytest.mark.processes
-
-Start = Callable[..., RankHandle]
 
 
 def pair_of(start: Start, prefill: str, decode: str = "") -> list[RankHandle]:
@@ -31,29 +28,6 @@ def test_auto_times_both_paths_and_uses_one(start: Start) -> None:
     assert ready.gigabytes_per_s > 0
     assert all(said.endswith(" GB/s") for said in ready.other_paths.values())
     puller.pull_from(holder, "r")
-
-
-def test_ranks_of_different_paths_do_not_fit(start: Start) -> None:
-    """Only ranks of different launches can: their settings are equal within one."""
-    holder, puller = pair_of(start, "p2p", "nixl")
-    puller.call("registry", [holder.entry(), puller.entry()])
-    failed = puller.report(PairFailed)
-    assert failed.fatal
-    assert "connector: decode-0/rank-0 has 'nixl', prefill-0/rank-0 has 'p2p'" in failed.error
-
-
-def test_mapped_memory_goes_before_a_rank_sleeps_and_is_mapped_anew_after(start: Start) -> None:
-    holder, puller = pair_of(start, "p2p")
-    assert puller.connect(holder)[0].path == "p2p/memfd"
-    puller.pull_from(holder, "before")
-    holder.call("suspend", TIMEOUT_S)
-    assert not holder.call("wait_unmapped", 0.0)
-    asleep = msgspec.structs.replace(holder.entry(), state="sleeping")
-    puller.call("registry", [asleep, puller.entry()])
-    assert holder.call("wait_unmapped", TIMEOUT_S)
-    holder.call("resume", TIMEOUT_S)
-    assert puller.connect(holder)[0].path == "p2p/memfd"
-    puller.pull_from(holder, "after")
 
 
 def test_ranks_that_sleep_ten_times_leave_no_files_open(start: Start) -> None:

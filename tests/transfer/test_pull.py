@@ -9,12 +9,10 @@ import msgspec
 import pytest
 import torch
 
-from pdlaunch.engine.kvcache.groups import make_groups
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
     GroupBlocks,
-    HeartbeatReply,
     PullBegin,
     PullHeartbeat,
     PullReply,
@@ -23,8 +21,6 @@ from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, Pull
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.regions import KVRegions
-from tests.transfer import pull_world
-from tests.transfer.fakes import layout_of
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
 
@@ -74,32 +70,6 @@ def test_pull_begins_verifies_and_ends(world, holder):
     assert read.attributes["bytes"] == finished.num_bytes
     assert checksums.attributes == {"source": "prefill-0/rank-0", "ok": True}
     assert 0 <= read.start_at <= read.end_at <= checksums.end_at <= report.elapsed_s
-
-
-def test_a_prompt_without_blocks_ends_its_lease(world, holder):
-    holder.holder.grant(grant("r", []))
-    world.pulls.start(pull("p", holder.remote("r"), []))
-    world.turn()
-    assert (world.finished().ok, holder.ended()) == (True, PULLED)
-
-
-def test_groups_without_blocks_to_pull_are_skipped(monkeypatch):
-    """A sliding window may have left every block that the holder still has, or all may be
-    cached.
-    """
-    two_groups = replace(layout_of(), groups=make_groups([None, 16]))
-    monkeypatch.setattr(pull_world, "layout_of", lambda *_, **__: two_groups)
-    world = World()
-    holder = world.connect()
-    granted, command = grant("r", [4, 5]), pull("p", holder.remote("r"), [1, 2])
-    granted.block_ids.append([6])
-    granted.first_block_index.append(1)
-    command.block_ids.append([])
-    command.first_block_index.append(0)
-    holder.holder.grant(granted)
-    world.pulls.start(command)
-    world.turn()
-    assert world.finished().ok
 
 
 def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, holder):
@@ -250,38 +220,6 @@ def test_heartbeats_keep_the_lease_of_a_slow_read_and_end_with_the_pull(world, h
     assert len(holder.sent(PullHeartbeat)) == num_sent
 
 
-def test_a_rank_that_cannot_be_reached_hears_of_the_end_later_but_not_for_ever(world):
-    holders = world.connect_group(3)
-    begin_at = world.clock.now
-    for name in ("late", "never"):
-        for holder in holders:
-            holder.holder.grant(grant(name, [4]))
-        world.pulls.start(pull(name, holders[0].remote(name), [1], timeout_s=5.0))
-    world.peers.peers[holders[2].identity.name].reconnect()
-    world.turn()
-    world.pulls.cancel(CancelPull(pull_id="late"))
-    assert world.finished().error == "cancelled"
-    assert [len(holder.ended()) for holder in holders] == [1, 1, 0]
-    assert len(world.pulls) == 2
-    world.clock.now += 1.0
-    world.turn()
-    assert [lease.lease_id for lease in holders[2].ended()] == ["late", "never"]
-    assert world.finished().ok
-    assert len(world.pulls) == 0
-    for holder in holders:
-        holder.holder.grant(grant("lost", [4]))
-    world.pulls.start(pull("lost", holders[0].remote("lost"), [1], timeout_s=5.0))
-    world.peers.peers[holders[2].identity.name].reconnect()
-    world.holders.clear()
-    world.turn()
-    world.pulls.cancel(CancelPull(pull_id="lost"))
-    assert min(world.pulls.deadlines()) == world.clock.now + 5.0 > begin_at
-    assert not world.pulls.hold_blocks
-    world.clock.now += 5.0
-    world.turn()
-    assert len(world.pulls) == 0
-
-
 @pytest.mark.parametrize("mute", [False, True])
 def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder, mute):
     world.fabric.stalled = True
@@ -296,36 +234,6 @@ def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder, mute):
     finished = world.finished()
     assert (finished.ok, finished.late) == (False, True)
     assert "the lease did not hold throughout the READ" in finished.error
-
-
-def test_the_seconds_of_a_lease_count_from_the_question_that_they_answer(world, holder):
-    """A heartbeat that the holder never got does not make the answer to an older question
-    younger.
-    """
-    right = holder.kv_cache[4].clone()
-    world.fabric.stalled = True
-    begin(world, holder, lease_s=8.0, num_attempts=2)
-    holder.kv_cache[4] += 1
-    world.clock.now += 2.0
-    inbox, holder.channel.receive = holder.channel.inbox, list
-    world.turn(1)  # a heartbeat
-    world.fabric.land()
-    world.turn(1)  # wrong bytes: begins anew
-    beat, begun, *_ = inbox
-    assert (type(beat), type(begun)) == (HeartbeatReply, PullReply)
-    holder.channel.receive = lambda: [beat]
-    world.turn(1)
-    world.clock.now += 5.0
-    holder.channel.deaf, holder.channel.receive = True, list
-    world.turn(1)  # questions that are lost
-    holder.kv_cache[4] = right
-    holder.channel.receive = lambda: [begun]
-    world.turn(1)
-    world.clock.now += 3.5
-    assert holder.ended() == EXPIRED
-    holder.channel.receive = list
-    land(world)
-    assert world.finished().late
 
 
 # Who answers nonsense, or is not there
@@ -445,24 +353,3 @@ def test_a_pull_waits_for_its_own_checksums_and_keeps_its_lease(come):
     assert (world.pulls.hashing_since(), len(world.pulls)) == ([], 0)
     assert holder.ended() == PULLED
     world.close()
-
-
-def test_the_holders_checksums_are_those_of_the_grant_and_readers_need_not_wait(world):
-    """They are computed while the reader reads; the reader asks once."""
-    hasher: list[HandHasher] = []
-
-    def new_hasher(kv: KVRegions) -> KVHasher:
-        hasher.append(HandHasher(kv))
-        return hasher[0]
-
-    holder = world.connect(new_hasher=new_hasher)
-    begin(world, holder)
-    assert torch.equal(world.kv_cache[1], holder.kv_cache[4])
-    assert (world.events, holder.ended()) == ([], [])
-    assert holder.holder.polling_since() == [world.clock.now]
-    holder.kv_cache[4] += 1
-    hasher[0].finish()
-    world.turn()
-    assert world.finished().ok
-    assert holder.ended() == PULLED
-    assert holder.holder.polling_since() == []

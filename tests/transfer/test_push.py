@@ -4,7 +4,6 @@ device its threads use.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -12,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused
+from pdlaunch.protocol.side_channel import PullBegin, Push, Refused
 from pdlaunch.protocol.transfer import PullDrained
-from pdlaunch.transfer.connectors.connector import LocalMemory
-from pdlaunch.transfer.connectors.pushing import PushingConnector
 from pdlaunch.transfer.connectors.scratch import NUM_WARM_READS
-from pdlaunch.transfer.regions import native_regions
-from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, FakeRead, layout_of, random_cache
+from tests.transfer.fakes import Fabric, FakeConnector, FakeRead
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import cancel, grant, pull
 
@@ -133,18 +129,6 @@ def test_the_registry_alone_does_not_prove_that_a_write_is_over(world) -> None:
     assert world.events == [PullDrained(pull_id="p")]
 
 
-def test_a_broken_connection_is_not_asked_to_write(world) -> None:
-    holder = world.connect()
-    holder.channel.broken = True
-    holder.holder.grant(grant("r", [4, 5]))
-    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
-    world.turn()
-    finished = world.finished()
-    assert "broke" in finished.error
-    assert not finished.in_flight
-    assert not world.writes
-
-
 OF_PULL = {"call_id": 1, "engine_id": "1" * 32, "lease_id": "r", "reader": "reader"}
 GOOD = {**OF_PULL, "block_ids": [[5, 4]], "first_head": 1, "num_heads": 2, "target": b""}
 
@@ -171,71 +155,3 @@ def test_a_reader_gets_only_what_it_has_leased(world, changes, reason: str) -> N
     assert isinstance(refused, Refused)
     assert reason in refused.reason
     assert len(world.writes) == 1
-
-
-def test_a_holder_that_does_not_write_refuses() -> None:
-    (answer,) = HolderRank(FakeClock(), Fabric()).holder.ask(Push(**GOOD))
-    assert not isinstance(answer, PushEnded)
-    assert "does not write" in answer.reason
-
-
-# The device of each thread, with a fake platform
-
-NUM_SENDERS = 3
-
-
-class FakeTensor:
-    """A KV cache on ``cuda:2``."""
-
-    device = torch.device("cuda:2")
-
-
-class BuildingConnector(PushingConnector):
-    """Its library changes the device of the thread that builds it; every write waits until all
-    senders have one.
-    """
-
-    name = path = "building"
-    agent_metadata = expect = expect_scratch = None  # type: ignore[assignment]
-
-    def __init__(self, built: list[tuple[str, int]]) -> None:
-        super().__init__("prefill-0/rank-2", 1, NUM_SENDERS)
-        self.built = built
-        self.all_write = threading.Barrier(NUM_SENDERS)
-
-    def _start(self, memory: LocalMemory) -> None:
-        self.built.append(("built", -1))
-
-    def _stop(self) -> None: ...
-
-    def _write(self, *_: Any) -> None:
-        self.all_write.wait(10)
-
-
-@pytest.mark.parametrize("on_device", [True, False])
-def test_the_device_is_bound_before_and_after_building_and_once_in_every_sender(
-    monkeypatch: pytest.MonkeyPatch, on_device: bool
-) -> None:
-    bound: list[tuple[str, int]] = []
-    monkeypatch.setattr(
-        torch.cuda,
-        "set_device",
-        lambda device: bound.append((threading.current_thread().name, device.index)),
-    )
-    connector = BuildingConnector(bound)
-    kv = native_regions(random_cache(layout_of(), 1, seed=0), layout_of())
-    scratch: Any = FakeTensor() if on_device else torch.zeros(1)
-    connector.open(LocalMemory(kv, scratch))
-    for _ in range(2):
-        for write in [connector.push(b"", [], range(0)) for _ in range(NUM_SENDERS)]:
-            write.result(10)
-    opener = (threading.current_thread().name, 2)
-    if on_device:
-        assert bound[:3] == [opener, ("built", -1), opener]
-        assert [device for _, device in bound[3:]] == [2] * NUM_SENDERS
-        assert len({thread for thread, _ in bound[3:]}) == NUM_SENDERS
-    else:
-        assert bound == [("built", -1)]
-    connector.all_write.abort()
-    assert connector.push(b"", [], range(0)).exception(10) is not None
-    connector.close()

@@ -4,13 +4,11 @@ nor written to.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import encodings.idna  # noqa: F401 - sockets want it, and another user cannot import it
 import errno
 import os
 import socket
-import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import msgspec
 import pytest
 
 from tests.e2e.listening import speaks_curve
+from tests.transfer.conftest import Start
 from tests.transfer.rank_process import RankHandle
 
 NOBODY = 65534
@@ -30,9 +29,7 @@ pytestmark = [
 
 
 @pytest.fixture(params=["nixl", "p2p", "auto"])
-def pair(
-    request: pytest.FixtureRequest, start: Callable[..., RankHandle]
-) -> tuple[RankHandle, RankHandle]:
+def pair(request: pytest.FixtureRequest, start: Start) -> tuple[RankHandle, RankHandle]:
     transfer = {"nixl": {"path": request.param}}
     holder, puller = (start(role, transfer=transfer) for role in ("prefill", "decode"))
     puller.connect(holder)
@@ -103,38 +100,11 @@ def connect_to_unix(path: str) -> str:
         return ""
 
 
-def write_as_ucx(port: int, address: int) -> str:
-    """What UCX's TCP transport takes from anybody: a connection request, then a PUT to an
-    address.
-    """
-    with (
-        contextlib.suppress(ConnectionError),
-        socket.create_connection(("127.0.0.1", port)) as stranger,
-    ):
-        own = stranger.getsockname()[1]
-        name = (
-            struct.pack("<H", socket.AF_INET)
-            + struct.pack(">H", own)
-            + socket.inet_aton("127.0.0.1")
-            + bytes(8)
-        )
-        request = struct.pack("<IBQ", 1, 0, 7) + name
-        put = struct.pack("<QQI", address, NUM_BYTES, 0)
-        stranger.sendall(
-            struct.pack("<Q", 0xCAFEBABE12345678) + struct.pack("<BI", 32, len(request)) + request
-        )
-        stranger.sendall(struct.pack("<BI", 33, len(put)) + put + b"x" * NUM_BYTES)
-    return "sent"
-
-
-def attack(
-    pid: int, address: int, names: list[str], tcp: set[int], unix: list[str]
-) -> dict[str, str]:
+def attack(pid: int, address: int, names: list[str], unix: list[str]) -> dict[str, str]:
     return {
         "read": touch_memory("process_vm_readv", pid, address),
         "write": touch_memory("process_vm_writev", pid, address),
         "files": open_files(pid, names),
-        **{f"put {port}": write_as_ucx(port, address) for port in tcp},
         **{f"unix {path}": connect_to_unix(path) for path in unix},
     }
 
@@ -143,15 +113,12 @@ def test_another_user_can_neither_read_nor_write(pair: tuple[RankHandle, RankHan
     holder, puller = pair
     for rank in pair:
         pid, address = rank.call("address")
-        tcp, unix = rank.call("listening")
+        _, unix = rank.call("listening")
         before = rank.call("digest", False)
         names = ["mem", "maps", *(f"fd/{fd.name}" for fd in Path(f"/proc/{pid}/fd").iterdir())]
-        found = as_nobody(partial(attack, pid, address, names, tcp, unix))
-        assert [found.get(name, found) for name in ("read", "write", "files")] == [
-            "EPERM",
-            "EPERM",
-            "EACCES",
-        ]
+        found = as_nobody(partial(attack, pid, address, names, unix))
+        refused = {"read": "EPERM", "write": "EPERM", "files": "EACCES"}
+        assert {name: found.get(name, found) for name in refused} == refused
         assert {answer for name, answer in found.items() if name.startswith("unix")} <= {""}
         assert rank.call("digest", False) == before
     puller.pull_from(holder, "the ranks go on as if nothing had happened")

@@ -195,10 +195,6 @@ class Asker:
         return to_decode_side.decode(self.socket.recv())
 
 
-def test_two_threads_shake_hands_and_pull(pair: tuple[Rank, Rank]) -> None:
-    pull_once(*pair, "r")
-
-
 def test_a_reader_that_comes_before_its_lease_waits_for_it(holder: Rank, context) -> None:
     asker = Asker(context, holder)
     for question in (asker.begin(), asker.begin("c" * 32)):
@@ -232,20 +228,6 @@ def test_hostile_frames_are_refused_and_the_thread_goes_on(holder: Rank, context
 def test_no_bytes_can_break_the_codec(frame: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         to_prefill_side.decode(frame)
-
-
-def test_a_stranger_gets_no_answer(holder: Rank) -> None:
-    keys = SecureContext(new_launch_keys())
-    socket = Asker(keys, holder).socket
-    monitor = socket.get_monitor_socket(
-        zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED
-    )
-    socket.send(b"x")
-    assert monitor.poll(60_000)
-    assert not socket.poll(0)
-    socket.disable_monitor()
-    socket.close(linger=0)
-    keys.close()
 
 
 class BrokenConnector(FakeConnector):

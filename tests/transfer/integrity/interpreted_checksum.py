@@ -60,28 +60,8 @@ def compare_far_away() -> None:
     assert int(results) % 2**64 == xxhash.xxh3_64_intdigest(region.numpy())
 
 
-def check_refusals() -> None:
-    """Short inputs are hashed in another way; and a thread loads 16 bytes at once."""
-    assert not supports(torch.zeros((1, 1, 240), dtype=torch.uint8))
-    assert not supports(torch.zeros((1, 1, 264), dtype=torch.uint8))
-    assert not supports(torch.zeros(256 + 8, dtype=torch.uint8)[8:].view(1, 1, 256))
-
-
-def hash_nothing() -> None:
-    hash_pages(
-        torch.zeros((1, 2, 256), dtype=torch.uint8),
-        torch.zeros(0, dtype=torch.int64),
-        256,
-        0,
-        torch.zeros((0, 2), dtype=torch.int64),
-        constants(CPU),
-    )
-
-
 if __name__ == "__main__":
     generator = np.random.default_rng(0)
     for size in (*EDGES, *(16 * generator.integers(16, 3000, 6))):
         compare(int(size), generator)
     compare_far_away()
-    check_refusals()
-    hash_nothing()
