@@ -186,13 +186,17 @@ class EngineCalls:
         *,
         timeout_s: float | None,
         max_bytes: int,
-    ) -> tuple[int, bytes]:
-        """Return status and body of a whole answer. Raises CallError, also for a larger body."""
+    ) -> tuple[int, bytes, str]:
+        """Return status, body and content type of a whole answer.
+
+        Raises CallError, also for a larger body.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self.call(url, method, target, headers, body)
                 try:
-                    return answer.status, await answer.read(max_bytes)
+                    kind = answer.headers.get("content-type", "application/octet-stream")
+                    return answer.status, await answer.read(max_bytes), kind
                 finally:
                     answer.close()
         except TimeoutError:

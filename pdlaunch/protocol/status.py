@@ -31,8 +31,6 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     kv_usage: float
     host_usage: float | None  # use of the host tier; null without one
-    prompt_tokens_per_s: float
-    output_tokens_per_s: float
     pulled_bytes_per_s: float
     pull_gigabytes_per_s: float | None  # of the last minute's pulls while they ran
     cache: dict[str, float] | None  # shares of prompt tokens by tier; null without prompts

@@ -251,7 +251,7 @@ class EngineClient:
 
         Raises EngineFailure, EngineRefusal.
         """
-        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
+        answer = await self._post(engine, path, body, headers)
         try:
             with blames(engine):
                 whole = await answer.read()
@@ -268,7 +268,7 @@ class EngineClient:
 
         Raises EngineFailure and EngineRefusal.
         """
-        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
+        answer = await self._post(engine, path, body, headers)
         try:
             if answer.status != 200:
                 with blames(engine):
@@ -300,19 +300,11 @@ class EngineClient:
 
         Raises EngineFailure when there is no answer, or a larger one.
         """
-        target = f"{path}?{urlencode(query)}" if query else path
-        try:
-            async with asyncio.timeout(timeout_s):
-                answer = await self._call(engine, method, target, body, headers or {})
-                try:
-                    with blames(engine):
-                        whole = await answer.read(max_bytes)
-                finally:
-                    answer.close()
-        except TimeoutError:
-            raise EngineFailure(engine, f"no answer within {timeout_s:g} s") from None
-        content_type = answer.headers.get("content-type", "application/octet-stream")
-        return answer.status, whole, content_type
+        target, own = f"{path}?{urlencode(query)}" if query else path, self._own(engine, headers)
+        with blames(engine):
+            return await self._calls.ask(
+                engine.url, method, target, own, body, timeout_s=timeout_s, max_bytes=max_bytes
+            )
 
     async def tell(self, engine: Engine, path: str, message: object) -> None:
         """Send a message that may get lost, such as the end of a lease, which also expires."""
@@ -334,7 +326,7 @@ class EngineClient:
                 engine, "GET", path, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
             )
         except EngineFailure as failure:
-            logger.info("%s is not told: %s", path, failure)
+            logger.info("%s is not read: %s", path, failure)
             return None
         return body if status == 200 else None
 
@@ -349,23 +341,20 @@ class EngineClient:
         answer, _ = await self.ask(engine, "/detokenize", body, headers)
         return str(msgspec.json.decode(answer)["prompt"])
 
-    async def _call(
-        self,
-        engine: Engine,
-        method: str,
-        target: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        silence: Silence | None = None,
+    async def _post(
+        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
     ) -> Answer:
-        own = {"Content-Type": "application/json", **headers}
+        own = self._own(engine, headers)
+        silence = Silence(self._stall_s, partial(self._probe, engine))
+        with blames(engine):
+            return await self._calls.call(engine.url, "POST", path, own, body, silence)
+
+    def _own(self, engine: Engine, headers: Mapping[str, str] | None) -> dict[str, str]:
+        """Return the headers of a call, with the engine's key."""
+        own = {"Content-Type": "application/json", **(headers or {})}
         if (key := self._keys(engine)) is not None:
             own["Authorization"] = f"Bearer {key}"
-        with blames(engine):
-            return await self._calls.call(engine.url, method, target, own, body, silence)
-
-    def _silence(self, engine: Engine) -> Silence:
-        return Silence(self._stall_s, partial(self._probe, engine))
+        return own
 
     async def _probe(self, engine: Engine) -> None:
         """Raise EngineFailure if the engine's server does not answer."""

@@ -47,8 +47,6 @@ def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) ->
         waiting=1,
         kv_usage=kv_usage,
         host_usage=None,
-        prompt_tokens_per_s=100.0,
-        output_tokens_per_s=10.0,
         pulled_bytes_per_s=1.5e9 if role == "decode" else 0.0,
         pull_gigabytes_per_s=390.0,
         cache={"device": 0.3, "host": 0.1, "remote": 0.2},

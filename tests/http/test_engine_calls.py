@@ -340,11 +340,12 @@ async def test_an_engine_that_reads_no_request_to_its_end_keeps_no_connection(
 
 
 async def test_a_body_that_is_too_long_is_an_error(call: Call) -> None:
-    async def ask(answer: bytes) -> tuple[int, bytes]:
+    async def ask(answer: bytes) -> tuple[int, bytes, str]:
         call.says = answer
         return await call.calls.ask(call.url, "GET", "/", {}, timeout_s=60.0, max_bytes=3)
 
-    assert await ask(OK + b"Content-Length: 3\r\n\r\n123") == (200, b"123")
+    status, body, _ = await ask(OK + b"Content-Length: 3\r\n\r\n123")
+    assert (status, body) == (200, b"123")
     with pytest.raises(CallError, match="more than 3 bytes"):
         await ask(CHUNKED + b"4\r\n1234\r\n")  # it goes on, and is not waited for
     await call.is_left()

@@ -173,7 +173,7 @@ def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
         'pdlaunch_kv_pull_bytes_sum{decode="d",path="p",prefill="prefill-1"} 7\n'
         'vllm:prompt_tokens_total{engine="0"} NaN\n'
         "vllm:prompt_tokens_total -1\n"
-        "vllm:generation_tokens_total many\n"
+        "vllm:prompt_tokens_total many\n"
         "nonsense\n"
         "\n"
     )
@@ -187,15 +187,13 @@ def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
 
 def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
     book = EngineHistory((1,))
-    book.add(0.0, counts(prompt_tokens=100, device_hits=100, output_tokens=0, pulled_bytes=0))
-    book.add(50.0, counts(prompt_tokens=300, device_hits=150, output_tokens=0, pulled_bytes=0))
-    later = counts(
-        prompt_tokens=300, device_hits=150, output_tokens=50, pulled_bytes=8e9, pull_seconds=2
-    )
+    book.add(0.0, counts(prompt_tokens=100, device_hits=100, pulled_bytes=0))
+    book.add(50.0, counts(prompt_tokens=300, device_hits=150, pulled_bytes=0))
+    later = counts(prompt_tokens=300, device_hits=150, pulled_bytes=8e9, pull_seconds=2)
     book.add(55.0, later)
     shown = book.reading()
     assert shown is not None
-    assert (shown.output_tokens_per_s, shown.pulled_bytes_per_s) == (10.0, 1.6e9)
+    assert shown.pulled_bytes_per_s == 1.6e9
     assert shown.pull_gigabytes_per_s == 4.0
     assert shown.cache is not None
     assert (shown.cache["device"], shown.cache["remote"]) == (0.25, 0.0)
@@ -204,4 +202,4 @@ def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
     shown = book.reading()
     assert shown is not None
     assert shown.cache is None
-    assert shown.output_tokens_per_s == 0.0
+    assert shown.pulled_bytes_per_s == 0.0

@@ -174,9 +174,10 @@ class EngineApi:
         *,
         max_bytes: int = MAX_PAGE_BYTES,
     ) -> tuple[int, bytes]:
-        return await self._calls.ask(
+        status, answer, _ = await self._calls.ask(
             self._url, method, path, self._headers, body, timeout_s=timeout_s, max_bytes=max_bytes
         )
+        return status, answer
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:

@@ -247,7 +247,7 @@ class StatementDesk:
         if url is None:
             return web.Response(status=502, text="no engine of the launch is there")
         try:
-            status, body = await self._calls.ask(
+            status, body, _ = await self._calls.ask(
                 url,
                 "GET",
                 f"{STATEMENTS_PATH}/{name}",
