@@ -5,10 +5,7 @@ import contextlib
 import json
 import resource
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -137,40 +134,6 @@ async def test_a_reader_that_does_not_read_loses_its_place() -> None:
             client.connect(("127.0.0.1", port))
             client.sendall(WORK)
             await server.gone.wait()
-
-
-SMALL_SERVER = """
-import asyncio, logging, resource, sys
-from tests.http.test_connections import Server
-async def main():
-    async with Server().serving(max_connections=1000) as port:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-        print(port, flush=True)
-        await asyncio.to_thread(sys.stdin.read)
-logging.basicConfig(stream=sys.stderr)
-asyncio.run(main())
-"""
-
-
-@pytest.mark.processes
-def test_a_server_without_descriptors_serves_again_and_logs_one_line() -> None:
-    """Its cap on connections does not help here: something else has taken the descriptors."""
-    command = [sys.executable, "-c", SMALL_SERVER]
-    with subprocess.Popen(
-        command, stdin=-1, stdout=-1, stderr=-1, text=True, cwd=Path(__file__).parents[2]
-    ) as server:
-        assert server.stdout is not None
-        port = int(server.stdout.readline())
-        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
-        for one in silent[:50]:
-            one.close()
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            client.sendall(REQUEST)
-            assert b"200 OK" in client.recv(1000)
-        for one in silent:
-            one.close()
-        _, log = server.communicate()
-    assert log.count("\n") == log.count("Too many open files") == 1
 
 
 def test_descriptors_are_shared_by_clients_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:

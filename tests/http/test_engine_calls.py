@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -165,15 +164,6 @@ async def test_what_is_no_whole_answer_is_an_error_that_quotes_nothing(
     assert "secret" not in str(raised.value)
 
 
-async def test_what_came_before_the_connection_broke_is_read_first(call: Call) -> None:
-    answer = await call.begun(CHUNKED + b"5\r\nfirst\r\n")
-    assert await answer.read_some() == b"first"
-    call.peers[-1].abort()
-    with pytest.raises(CallError):
-        await answer.read_some()
-    answer.close()
-
-
 async def test_who_gives_up_an_answer_closes_its_connection(call: Call) -> None:
     calling = call.begin()
     await call.asked()
@@ -198,15 +188,6 @@ async def test_an_answer_that_is_left_frees_its_connection_when_its_end_comes(
     await left(0.0)
     assert len(call.peers) == 1
     await call.is_left()
-
-
-async def test_a_slow_reader_makes_the_engine_wait(call: Call) -> None:
-    length = 64 * 2**20
-    answer = await call.begun(OK + b"Content-Length: %d\r\n\r\n" % length + bytes(length))
-    await asyncio.sleep(0.1)
-    assert call.peers[-1].get_write_buffer_size() > length // 2
-    assert await answer.read() == bytes(length)
-    answer.close()
 
 
 @pytest.mark.parametrize(
@@ -316,29 +297,6 @@ async def test_a_connection_that_closes_under_a_request(
     assert not raised.value.not_received
 
 
-@pytest.mark.parametrize("answer", [b"", WHOLE])
-async def test_an_engine_that_reads_no_request_to_its_end_keeps_no_connection(
-    call: Call, answer: bytes
-) -> None:
-    """It answers, or closes its side alone, while most of the request is yet to be sent."""
-    long = bytes(2**25)
-    calling = call.begin(body=long)
-    peer = await call.asked()
-    peer.pause_reading()
-    if answer:
-        peer.write(answer)
-        found = await calling
-        assert await found.read() == b"ok"
-        found.close()
-    else:
-        peer.write_eof()
-        with pytest.raises(CallError, match="without an answer"):
-            await calling
-    peer.resume_reading()
-    await call.is_left()
-    assert sum(map(len, call.requests)) < len(long)
-
-
 async def test_a_body_that_is_too_long_is_an_error(call: Call) -> None:
     async def ask(answer: bytes) -> tuple[int, bytes, str]:
         call.says = answer
@@ -349,32 +307,6 @@ async def test_a_body_that_is_too_long_is_an_error(call: Call) -> None:
     with pytest.raises(CallError, match="more than 3 bytes"):
         await ask(CHUNKED + b"4\r\n1234\r\n")  # it goes on, and is not waited for
     await call.is_left()
-
-
-async def test_a_call_that_is_cancelled_anywhere_leaves_nothing(call: Call) -> None:
-    call.says = WHOLE
-    before = asyncio.all_tasks()
-
-    async def work() -> None:
-        answer = await call.begin(Silence(60.0, Alive()))
-        try:
-            await answer.read()
-        finally:
-            answer.close()
-
-    for num_turns in itertools.count():
-        await call.calls.close()
-        task = asyncio.ensure_future(work())
-        for _ in range(num_turns):
-            await asyncio.sleep(0)
-        if not task.cancel():
-            break
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    assert num_turns > 4
-    await call.calls.close()
-    await call.is_left()
-    await until(lambda: asyncio.all_tasks() == before)
 
 
 async def test_no_proxy_is_asked(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.app import has_bearer
 from pdlaunch.http.guard import Guard
 
 HERE = "127.0.0.1"
@@ -153,23 +152,3 @@ async def test_a_body_is_plain_json(headers: dict[str, str], expected: int) -> N
     sent = list(headers.items())
     assert status(Guard(HERE), request("POST", headers=sent, body=True)) == expected
     assert status(Guard(HERE), request("POST", "/sleep")) == 200
-
-
-@pytest.mark.parametrize(
-    ("header", "has_one"),
-    [
-        ("Bearer first", True),
-        ("bearer  second ", True),
-        ("Bearer firs", False),
-        ("Bearer first second", False),
-        ("Basic first", False),
-        ("first", False),
-        ("Bearer ", False),
-        ("Bearer \u00e9", False),
-        (None, False),
-    ],
-)
-async def test_bearer_keys(header: str | None, has_one: bool) -> None:
-    http = request(headers=[] if header is None else [("Authorization", header)])
-    assert has_bearer(http, ["first", "second"]) is has_one
-    assert not has_bearer(http, [])

@@ -5,9 +5,7 @@ opens neither.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -62,22 +60,6 @@ async def admin_stand(stand: Stand, tmp_path: Path) -> AsyncIterator[AdminStand]
         "http://pdlaunch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))
     ) as session:
         yield AdminStand(stand, engines, session)
-    await runner.cleanup()
-
-
-async def test_the_socket_is_its_owners_alone_and_replaces_an_old_one(
-    stand: Stand, tmp_path: Path
-) -> None:
-    await stand.start(pairs(1))
-    path = tmp_path / "admin.sock"
-    path.touch()
-    umask = os.umask(0)
-    try:
-        runner = await listen_at_admin_socket(stand.router.app, path)
-    finally:
-        os.umask(umask)
-    assert stat.S_ISSOCK(path.stat().st_mode)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     await runner.cleanup()
 
 

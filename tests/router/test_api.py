@@ -97,16 +97,6 @@ async def test_models_tell_the_length(stand: Stand) -> None:
         assert response.status == 404
 
 
-async def test_tokenize_is_answered_by_any_engine(stand: Stand) -> None:
-    await stand.start(pair())
-    assert (await stand.post({"prompt": "x"}, path="/tokenize")).json()["tokens"] == [1, 2]
-    await stand.engines["decode-0"].stop()
-    assert (await stand.post({"prompt": "x"}, path="/tokenize")).json()["tokens"] == [1, 2]
-    assert (await stand.post({"tokens": [1]}, path="/detokenize")).status == 404
-    stand.publish(without=["prefill-0"])
-    assert (await stand.post({"prompt": "x"}, path="/tokenize")).status == 503
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("max_tokens", [1, 4])
 async def test_what_engines_ignore_is_named_in_the_answer(

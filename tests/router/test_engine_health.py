@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 
 from pdlaunch.observe.spans import PULL, Span, SpanReport
 from pdlaunch.router.health import OPEN_S
-from tests.http.loop_clock import pass_time
-from tests.router.conftest import SPEC, Stand, pairs
+from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import FakeEngine
 from tests.router.test_life_of_a_request import completion, expected_text
 
@@ -83,16 +80,3 @@ async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) ->
     clock.now_s += OPEN_S
     assert (await stand.post(completion(stream=True))).status == 200
     assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "closed"}
-
-
-async def test_a_deadline_ends_a_request_that_was_begun(stand: Stand) -> None:
-    (engine,) = decodes(1)
-    engine.hold_after = 2
-    await stand.start([engine], spec=msgspec.structs.replace(SPEC, request_timeout_s=15.0))
-    request = asyncio.ensure_future(stand.post(completion()))
-    await engine.holding.wait()
-    pass_time(15.0)
-    answer = await request
-    assert answer.status == 503
-    assert answer.json()["error"]["message"] == "the request was not answered within 15 s"
-    await asyncio.wait_for(engine.aborted.wait(), 60)

@@ -214,21 +214,6 @@ async def test_an_answer_that_has_begun_waits_for_room(stand: Stand) -> None:
     assert rest.endswith(b"data: [DONE]\n\n")
 
 
-async def test_an_answer_that_has_begun_does_not_wait_for_room_for_ever(stand: Stand) -> None:
-    prefill, decode = pair()
-    decode.status = 429
-    await stand.start([prefill, decode], recovery_wait_s=0.1)
-    async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
-        await response.content.readuntil(b"\n\n")
-        prefill.status = 429
-        rest = await response.read()
-    assert msgspec.json.decode(rest.removeprefix(b"data: ")) == msgspec.json.decode(
-        decode.error_body
-    )
-    await stand.state.settled()
-    assert not prefill.leases
-
-
 SPOILT = {
     "no usage": lambda answer: answer.pop("usage"),
     "a text that is none": lambda answer: answer["choices"][0].update(text=7),
@@ -252,15 +237,6 @@ async def test_no_lease_of_an_answer_that_cannot_be_read_is_kept(stand: Stand, h
     await stand.state.settled()
     assert len(prefill.released) == 1
     assert all(engine.num_outstanding == 0 for engine in stand.pool.engines)
-
-
-async def test_no_ready_engine_is_503(stand: Stand) -> None:
-    await stand.start(pair())
-    stand.publish(starting=["prefill-0", "decode-0"])
-    answer = await stand.post(completion())
-    assert answer.status == 503
-    assert int(answer.headers["Retry-After"]) > 0
-    assert answer.json()["error"]["code"] == "no_engine_ready"
 
 
 async def test_a_silent_engine_that_is_not_healthy_is_left(stand: Stand) -> None:

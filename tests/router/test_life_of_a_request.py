@@ -71,23 +71,6 @@ async def test_what_prefill_is_asked(stand: Stand, ours: bool) -> None:
     assert seen.headers["Authorization"] == "Bearer launch-token"
 
 
-async def test_what_decode_is_asked(stand: Stand) -> None:
-    await stand.start(pair())
-    await stand.post(completion(temperature=0.5))
-    (seen,) = stand.engines["decode-0"].seen
-    params = seen.body.pop("kv_transfer_params")
-    assert seen.body == completion(temperature=0.5) | {
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_token_ids": True,
-    }
-    assert params["remote_engine_id"] == "prefill-0"
-    assert params["pdlaunch"]["first_token_sent"] is True
-    assert params["pdlaunch"]["first_tokens"] == [
-        {"token_id": expected_tokens("hello", 7, 0, 1)[0], "finish_reason": None}
-    ]
-
-
 async def test_a_decode_engine_that_does_not_know_first_tokens_gives_them_itself(
     stand: Stand,
 ) -> None:
@@ -181,16 +164,6 @@ async def test_a_first_token_that_ends_everything_needs_no_decode(
         assert answer.json()["usage"]["completion_tokens"] == 2
     assert not decode.seen
     assert not prefill.released
-
-
-async def test_one_token_needs_one_engine(stand: Stand) -> None:
-    await stand.start(pair())
-    answer = await stand.post(completion(max_tokens=1))
-    assert answer.texts() == {0: expected_text("hello", 1)}
-    assert answer.json()["choices"][0]["finish_reason"] == "length"
-    (seen,) = stand.engines["prefill-0"].seen
-    assert "kv_transfer_params" not in seen.body
-    assert not stand.engines["decode-0"].seen
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Entry, Registry
 from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.health import MAX_OPEN_S, OPEN_S, TRY_LASTS_S, Breaker
+from pdlaunch.router.health import MAX_OPEN_S, TRY_LASTS_S, Breaker
 from pdlaunch.router.policy import Need, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
-from tests.router.test_policy import HEALTH, engine
 
 
 class Clock:
@@ -232,20 +231,6 @@ def test_an_engine_that_is_held_is_given_work_when_released_or_replaced() -> Non
     assert named(pick(pool, "prefill")) == "prefill-0"
 
 
-def test_a_failure_opens_it_and_one_try_at_a_time_closes_it() -> None:
-    breaker = Breaker()
-    breaker.failed(10.0)
-    assert (breaker.state(10.0), breaker.takes(10.0)) == ("open", False)
-    assert breaker.why(10.0) == "open after 1 failures, tried again in 1.0 s"
-    at = 10.0 + OPEN_S
-    assert (breaker.state(at), breaker.wants_try(at)) == ("half_open", True)
-    breaker.asked(at)
-    assert not breaker.takes(at)
-    assert breaker.why(at) == "half-open, being tried"
-    breaker.answers(at + 0.1)
-    assert (breaker.state(at + 0.1), breaker.takes(at + 0.1)) == ("closed", True)
-
-
 def test_each_failed_try_opens_it_for_twice_as_long() -> None:
     breaker, now_at, lengths = Breaker(), 0.0, []
     for _ in range(1100):
@@ -274,35 +259,3 @@ def test_it_never_stays_shut(events: list[tuple[str, float]]) -> None:
     now_at = max(now_at, breaker.open_until_at)
     breaker.succeeded(now_at)
     assert breaker.state(now_at) == "closed"
-
-
-class Pool(EnginePool):
-    """Holds engines that no registry has named."""
-
-    def __init__(self, clock: Clock, *engines: Engine) -> None:
-        super().__init__(clock)
-        self.update(Registry(version=1, entries=[]))
-        self._engines = {one.name: one for one in engines}
-
-
-@given(
-    st.lists(
-        st.builds(engine, st.sampled_from(["decode-0", "decode-1", "decode-2"]), health=HEALTH),
-        min_size=1,
-        unique_by=lambda one: one.name,
-    )
-)
-def test_none_is_left_out_for_ever(engines: list[Engine]) -> None:
-    clock = Clock()
-    pool = Pool(clock, *engines)
-    sick = {one.name for one in engines if one.health.is_tripped}
-    asked: set[str] = set()
-    for _ in range(40):
-        clock.now_s += 2.0
-        for _ in range(3):
-            (one,) = pool.route(RoutingRequest(is_begun=True)).engines
-            asked.add(one.name)
-            if one.name in sick:
-                one.health.failed(clock())
-    assert MAX_OPEN_S + TRY_LASTS_S < 80.0
-    assert sick <= asked

@@ -221,10 +221,3 @@ async def test_a_client_that_came_before_the_registry_is_heard_after_it(
     async with serving(supervisor, engine):
         supervisor.send(Registry(version=1, entries=engine.entries()))
         assert (await asked)[1] == {"status": "ok", "engines": {"decode-0": "ready"}}
-
-
-def test_it_can_be_stopped_before_it_knows_the_engines(supervisor: Supervisor) -> None:
-    child = supervisor.start()
-    assert isinstance(supervisor.receive(), Register)
-    supervisor.send(Stop())
-    assert child.wait(120) == 0

@@ -22,17 +22,6 @@ def chat_chunk(
     return {"choices": [choice]}
 
 
-def test_a_choice_that_is_over_says_no_more() -> None:
-    transcript = Transcript(2)
-    assert transcript.admit(chat_chunk(0, content="x", token_ids=[1], reason="stop"))
-    assert not transcript.is_done
-    assert not transcript.admit(chat_chunk(0, content="y", token_ids=[2]))
-    assert not transcript.admit(chat_chunk(0, reason="stop"))
-    assert transcript.admit(chat_chunk(1, reason="length"))
-    assert transcript.is_done
-    assert transcript.usage().completion_tokens == 1
-
-
 def test_tokens_of_an_answer_that_is_all_hidden_are_counted_by_its_engine() -> None:
     """vLLM without ``include_reasoning`` tells no ids: an answer may end before its text begins."""
     transcript = Transcript(1)
