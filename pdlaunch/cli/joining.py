@@ -41,9 +41,7 @@ from pdlaunch.launch.hosts.join import (
 )
 from pdlaunch.launch.hosts.placement import slurm
 from pdlaunch.launch.hosts.placement.ray_cluster import (
-    has_gpus,
     kept_agents,
-    own_address,
     placed_actors,
     ray_bundles,
     ray_cluster,
@@ -174,13 +172,13 @@ def _agents_of_ray(
     config: LaunchConfig, names: Sequence[str], log_dir: Path, say: Say
 ) -> Iterator[Agents]:
     with ray_cluster() as ray, contextlib.ExitStack() as stack:
-        bundles = ray_bundles(config, has_gpus=has_gpus(ray))
+        bundles = ray_bundles(config, has_gpus=bool(ray.cluster_resources().get("GPU")))
         say("waiting for Ray to place the engines")
         actors = stack.enter_context(
             placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s)
         )
         keys = new_join_keys(config.control_port)
-        address = config.control_address or own_address(ray)
+        address = config.control_address or str(ray.util.get_node_ip_address())
         channel = _listen(keys, address, names, config, log_dir)
         # In reverse: Ray's watch ends first, then the agents, then their channel.
         stack.callback(channel.close)

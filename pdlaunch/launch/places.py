@@ -150,8 +150,6 @@ class EnginePlaces:
             # Engines that do not serve go first, then drained ones, then the highest numbers.
             engines.sort(key=lambda e: (e.name in serving, e.name in drained, -e.index))
             stops += engines[: max(0, len(engines) - number)]
-        if not starts and not stops:
-            return EngineChange(self.resolved, (), _planned(self.resolved, (), (), False))
         return self._change(starts, stops, home)
 
     def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
@@ -182,7 +180,23 @@ class EnginePlaces:
         warnings = self._judge(resolved)
         self._require_as_they_run(resolved, kept)
         new = [engine for engine in resolved.engines if _key(engine) in placed]
-        planned = _planned(resolved, new, stops, stops_first)
+        replicas = Counter(engine.engines.role for engine in resolved.engines)
+        planned = PlannedChange(
+            replicas={role: replicas[role] for role in ROLES},
+            starts=[
+                PlannedEngine(
+                    name=engine.name,
+                    role=engine.engines.role,
+                    host=engine.host.name,
+                    devices=[f"cuda:{each}" for each in engine.device_indices] or ["cpu"],
+                    num_threads=engine.engines.num_threads,
+                )
+                for engine in new
+            ],
+            stops=[engine.name for engine in stops],
+            stops_first=stops_first,
+            drain_s=0.0,  # that of the command
+        )
         texts = [f"{each.rule} {each.where}: {each.message}" for each in warnings]
         return EngineChange(resolved, new, planned, texts)
 
@@ -191,6 +205,14 @@ class EnginePlaces:
         known = {role: engines.model for role, engines in self.resolved.roles.items()}
         if missing := new - known.keys():
             known |= read_models(with_replicas(self.resolved.config, dict.fromkeys(missing, 1)))
+        for role, model in known.items():
+            if model.pending:
+                raise ConfigError(
+                    f"the model of {role} is not ready: {model.pending}",
+                    field=f"{role}.model",
+                    value=model.name,
+                    fix="convert or download it with `pdlaunch serve` first",
+                )
         return known
 
     def _busy(self, gone: Collection[Key]) -> dict[GpuKey, str]:
@@ -220,12 +242,8 @@ class EnginePlaces:
         taken = set(busy)
         for key in starts:
             places = {**kept, **placed}
-            hosts = self._hosts(key[0], places)
-            fits = (
-                self._fit(key, host, places, models, taken)
-                for host in hosts
-                if home in ("", host.name)
-            )
+            hosts = [self.resolved.host(home)] if home else self._hosts(key[0], places)
+            fits = (self._fit(key, host, places, models, taken) for host in hosts)
             place = next((place for place in fits if place is not None), None)
             if place is None:
                 return None
@@ -302,14 +320,6 @@ class EnginePlaces:
         resolved.require_startable()
         if kind_of(resolved).name != self.kind.name:
             raise ConfigError("the new engines are of another kind", field="engine")
-        for engine in resolved.engines:
-            if engine.engines.model.pending:
-                raise ConfigError(
-                    f"the model of {engine.name} is not ready: {engine.engines.model.pending}",
-                    field=f"{engine.engines.role}.model",
-                    value=engine.engines.model.name,
-                    fix="convert or download it with `pdlaunch serve` first",
-                )
         found = self._new_findings(resolved)
         errors = [finding for finding in found if finding.severity == "error"]
         if errors:
@@ -351,31 +361,6 @@ class EnginePlaces:
             for name, value in (msgspec.structs.asdict(process) | process.environment).items()
             if name not in _MAY_DIFFER
         }
-
-
-def _planned(
-    resolved: ResolvedLaunch,
-    starts: Sequence[PlacedEngine],
-    stops: Sequence[PlacedEngine],
-    stops_first: bool,
-) -> PlannedChange:
-    replicas = Counter(engine.engines.role for engine in resolved.engines)
-    return PlannedChange(
-        replicas={role: replicas[role] for role in ROLES},
-        starts=[
-            PlannedEngine(
-                name=engine.name,
-                role=engine.engines.role,
-                host=engine.host.name,
-                devices=[f"cuda:{each}" for each in engine.device_indices] or ["cpu"],
-                num_threads=engine.engines.num_threads,
-            )
-            for engine in starts
-        ],
-        stops=[engine.name for engine in stops],
-        stops_first=stops_first,
-        drain_s=0.0,  # that of the command
-    )
 
 
 def _key(engine: PlacedEngine) -> Key:

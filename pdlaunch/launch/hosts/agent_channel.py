@@ -4,7 +4,7 @@ A thread owns the socket, so that agents hear of the supervisor whatever its loo
 
 ::
 
-    Join ──▶ joined ── Beat, Exited, .. ──▶ silent for 1.5 x timeout_s, or disconnected ──▶ lost
+    Join ──▶ joined ── Beat, Exited, .. ──▶ silent for 1.5 x timeout_s, or not connected ──▶ lost
        └──▶ refused
 
 ``ended_by`` says by when the processes of a lost agent have ended.
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BEAT_S = 1.0
 _SHARE = 1.5
-# An agent whose connection is gone may come back for this share of the time-out.
-_RECONNECT_SHARE = 0.25
 
 
 def beat_s(timeout_s: float) -> float:
@@ -121,8 +119,6 @@ class _Agent:
     identity: bytes
     heard_at: float
     session: Session
-    unsent: deque[bytes] = field(default_factory=deque)  # for when its connection comes back
-    gone_at: float | None = None  # since then its connection is gone
     stamp: float = 0.0  # that of its last Beat
 
 
@@ -165,7 +161,7 @@ class AgentChannel:
                 "port with --control-address and --control-port, or stop the supervisor that "
                 "listens there"
             ) from None
-        # Else messages to an agent whose connection is gone would be dropped without a word.
+        # Messages to an agent whose connection is gone raise an error instead of being dropped.
         self._socket.router_mandatory = True
         self._thread = threading.Thread(target=self._run, name="agents", daemon=True)
         self._thread.start()
@@ -213,7 +209,7 @@ class AgentChannel:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
-        beat_at = looked_at = self._clock()
+        beat_at = self._clock()
         while not self._closing:
             poller.poll(max(1, int((beat_at - self._clock()) * 1000)))
             with contextlib.suppress(BlockingIOError):
@@ -225,25 +221,18 @@ class AgentChannel:
                 if (agent := self._named(name)) is not None:
                     self._send(agent, message)
             if now >= beat_at:
-                # This process was stopped itself: nobody could be heard, or come back, meanwhile.
-                late_s = now - looked_at - self._beat_s
-                overslept = late_s > _RECONNECT_SHARE * self._timeout_s
-                beat_at, looked_at = now + self._beat_s, now
+                beat_at = now + self._beat_s
                 for agent in list(self._agents.values()):
-                    self._beat(agent, now, overslept=overslept)
-        for agent in self._agents.values():
+                    self._beat(agent, now)
+        for agent in list(self._agents.values()):
             self._send(agent, Leave(reason="the launch is over"))
         self._socket.close()
 
-    def _beat(self, agent: _Agent, now: float, *, overslept: bool) -> None:
-        if overslept:
-            agent.heard_at = now
-            agent.gone_at = agent.gone_at and now
+    def _beat(self, agent: _Agent, now: float) -> None:
         self._send(agent, Beat(stamp=agent.stamp))
+        # What came while this process was stopped itself has been heard just now.
         if now > ended_by(agent.heard_at, self._timeout_s):
             self._lose(agent, f"silent for {now - agent.heard_at:.0f} s")
-        elif agent.gone_at and now - agent.gone_at > _RECONNECT_SHARE * self._timeout_s:
-            self._lose(agent, "its connection is gone")
 
     def _named(self, name: str) -> _Agent | None:
         return next((agent for agent in self._agents.values() if agent.name == name), None)
@@ -259,18 +248,14 @@ class AgentChannel:
         os.eventfd_write(self._readable, 1)
 
     def _send(self, agent: _Agent, message: ToAgent) -> None:
-        agent.unsent.append(to_agent.encode(message))
         try:
-            while agent.unsent:
-                frames = agent.session.frames(agent.unsent[0])
-                self._socket.send_multipart([agent.identity, *frames])
-                agent.unsent.popleft()
-            agent.gone_at = None
+            frames = agent.session.frames(to_agent.encode(message))
+            self._socket.send_multipart([agent.identity, *frames])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            agent.session.take_back()
-            agent.gone_at = agent.gone_at or self._clock()
+            # If it lives, it connects again, learns that its session is over, and joins anew.
+            self._lose(agent, "its connection is gone")
 
     def _receive(self, now: float) -> None:
         while True:
@@ -310,15 +295,14 @@ class AgentChannel:
         if (other := self._named(name)) is not None:
             # One that was killed has no connection any more, and its successor need not wait.
             self._send(other, Beat(stamp=other.stamp))
-            if other.gone_at is None:
+            if self._named(name) is other:
                 raise ProtocolError(
                     f"another agent has joined as {name}, from {other.address}: one serves a host, "
                     "choose another --name"
                 )
-            self._lose(other, "another agent has come in its place")
         agent = self._agents[identity] = _Agent(name, message.address, identity, now, session)
-        self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
         self._tell(Joined(message))
+        self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
 
     def _hear(self, agent: _Agent, message: FromAgent) -> None:
         match message:

@@ -124,10 +124,6 @@ class Session:
         self._num_sent += 1
         return [VERSION, _NUMBER.pack(self._num_sent), payload]
 
-    def take_back(self) -> None:
-        """Forget the last message, which could not be sent."""
-        self._num_sent -= 1
-
     def payload(self, frames: list[bytes]) -> bytes:
         """Return what stands in the frames of the next message. Raises ProtocolError."""
         if len(frames) != 3 or len(frames[1]) != _NUMBER.size:

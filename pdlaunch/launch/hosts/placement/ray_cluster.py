@@ -92,7 +92,6 @@ def kept_agents(
     ``admit``: lets the agent with this public key join.
     """
     admitted: set[str] = set()
-    is_there: dict[str, bool] = {}  # of actors that have answered once
     closing = threading.Event()
 
     def look_after(name: str, actor: Any) -> None:
@@ -104,13 +103,8 @@ def kept_agents(
             if not is_running:
                 start = actor.start.remote(endpoint, server_public)
                 ray.get(start, timeout=_ANSWER_TIMEOUT_S)
-            if not is_there.setdefault(name, True):
-                logger.warning("Ray has found room for %s again", name)
-            is_there[name] = True
-        except Exception as error:  # Of many kinds, by what Ray has lost.
-            if is_there.get(name) and not closing.is_set():
-                is_there[name] = False
-                logger.warning("Ray has no room for %s now: %s", name, _first_line(error))
+        except Exception as error:  # Of many kinds: Ray may be looking for room.
+            logger.debug("no answer of %s: %s", name, _first_line(error))
 
     def run() -> None:
         while not closing.is_set():
@@ -166,16 +160,6 @@ def ray_cluster() -> Iterator[Any]:
         with contextlib.suppress(Exception):
             ray.shutdown()
         os.environ.update(hidden)
-
-
-def has_gpus(ray: Any) -> bool:
-    """Tell whether the cluster has GPUs."""
-    return bool(ray.cluster_resources().get("GPU"))
-
-
-def own_address(ray: Any) -> str:
-    """Return this host's address in the cluster."""
-    return str(ray.util.get_node_ip_address())
 
 
 @contextlib.contextmanager
