@@ -1,9 +1,8 @@
-import re
 from dataclasses import replace
 
 import pytest
 
-from pdlaunch.checks.run import FAMILIES, all_rules, family
+from pdlaunch.checks.run import all_rules
 from pdlaunch.config.settings import all_settings, split_path
 from tests.checks.cases import CASES
 from tests.checks.contexts import CPU, GB200, GPU, on
@@ -16,18 +15,7 @@ def rule(request):
     return RULES[request.param]
 
 
-@pytest.fixture(params=sorted(RULES))
-def firing_rule(request):
-    return RULES[request.param]
-
-
-def test_there_are_many_rules_in_every_family():
-    assert len(RULES) >= 30
-    assert {family(rule) for rule in RULES.values()} == set(FAMILIES.values())
-
-
-def test_every_rule_fires_and_stays_quiet(firing_rule):
-    rule = firing_rule
+def test_every_rule_fires_and_stays_quiet(rule):
     case = CASES[rule.code]
     assert case.fires
     assert case.quiet
@@ -42,17 +30,7 @@ def test_healthy_set_ups_have_no_findings(rule, machine):
     assert rule.apply(on(machine)) == []
 
 
-def test_every_rule_is_explained(rule):
-    assert re.fullmatch(r"PD[1-6]\d\d", rule.code)
-    for text in (rule.title, rule.why, rule.fix, rule.source):
-        assert text
-        assert text == text.strip()
-    assert rule.title.endswith(".")
-    assert "\n" not in rule.title
-
-
-def test_findings_say_what_and_how(firing_rule):
-    rule = firing_rule
+def test_findings_say_what_and_how(rule):
     for context in CASES[rule.code].fires:
         for finding in rule.apply(context):
             assert finding.message
@@ -65,8 +43,7 @@ def test_findings_say_what_and_how(firing_rule):
             )
 
 
-def test_rules_say_nothing_without_their_facts(firing_rule):
-    rule = firing_rule
+def test_rules_say_nothing_without_their_facts(rule):
     for need in rule.needs:
         for context in CASES[rule.code].fires:
             assert rule.apply(replace(context, missing={need: "not probed"})) == []

@@ -115,13 +115,6 @@ def test_a_slow_pair_comes_with_the_reasons(flags, environ, others, reasons):
     assert finding(report, "PD504").message == f"{moves} (cuda memory){reasons}"
 
 
-def test_one_family_alone():
-    cliff = replace(SLOW, allocator="cumem", gigabytes_per_s=0.6)
-    report = check(flags={"max_model_len": 9000}, transport=(cliff,), family="PD5")
-    assert "0.6 GB/s cliff" in finding(report, "PD503").message
-    assert {each.rule for each in report.findings} == {"PD503", "PD505"}
-
-
 def test_profiles_say_what_they_do_not_know():
     report = check(machine=find_profile("h100x8", 2).machine, models=BIG_MODELS)
     assert report.findings == ()
@@ -181,12 +174,6 @@ def test_a_model_of_a_hub_is_fetched_before_it_is_read_or_is_pending():
     assert asked == [("org/not-there", revision, "description") for revision in (None, "v2")]
     assert "is not in the cache" in str(found["prefill"].error)
     assert str(found["decode"].error) == "no such revision"
-
-
-def test_unsupported_models_are_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 8}')
-    report = check(models=None, flags={"model": str(tmp_path)})
-    assert "mamba2" in finding(report, "PD103").message
 
 
 def test_docs_are_current():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.resolve import resolve
-from tests.command_line import invoke
 from tests.config.test_sources import load, only, problems
 
 KEY = {"engine_api_key": "of-another-router"}
@@ -38,15 +36,6 @@ def test_an_origin_is_scheme_and_host(origin: str) -> None:
     problem = only(problems(cors_origins=origin))
     assert problem.field == "cors_origins"
     assert "scheme://host" in problem.message
-
-
-@pytest.mark.parametrize("text", ["[[a]]", "[{a: b}]", "[null]", "{a: b}"])
-def test_a_list_of_other_things_is_refused_at_its_place(text: str, path: Path) -> None:
-    path.write_text(f"allowed_hosts: {text}\n")
-    problem = only(problems(path))
-    assert problem.field == "allowed_hosts"
-    assert f"{path}:1:" in str(problem)
-    assert "should be a valid" in problem.message
 
 
 def test_ports_of_engines_need_a_key_of_their_own() -> None:
@@ -89,28 +78,11 @@ def test_each_door_has_a_key_of_its_own(first: str, second: str) -> None:
     assert "hunter2" not in str(problem)
 
 
-def test_keys_are_shown_nowhere_and_given_on_through_the_environment() -> None:
-    names = ("api_key", "admin_api_key", "engine_api_key")
-    environ = {f"PDLAUNCH_{name.upper()}": f"hunter2-{name}" for name in names}
-    result = invoke(("config", "show", "--format", "json"), env=environ)
-    assert result.exit_code == 0
-    assert "hunter2" not in result.output
-    assert all(json.loads(result.output)[name]["origin"] == "environment" for name in names)
-
-
 @pytest.mark.parametrize("roles", ["[prefill, both]", "'prefill,both'"])
 def test_roles_of_a_host_are_a_list_or_words(path: Path, roles: str) -> None:
     path.write_text(f"placement: hosts\nhosts:\n  - name: a\n    roles: {roles}\n  - b\n")
     found = [(host.name, host.roles) for host in load(path).config.hosts]
     assert found == [("a", ("prefill", "both")), ("b", None)]
-
-
-@pytest.mark.parametrize("roles", ["[prefill, {both: 1}]", "[prefill, null]", "[nonsense]"])
-def test_other_roles_are_refused_at_their_place(path: Path, roles: str) -> None:
-    path.write_text(f"placement: hosts\nhosts:\n- {{name: b}}\n- {{name: a, roles: {roles}}}\n")
-    found = problems(path)
-    assert "'prefill'" in found[0].message
-    assert f"{path}:4:" in str(found[0])
 
 
 @pytest.mark.parametrize("settings", ["hosts: [a]", "placement: hosts", "placement: ray\nhosts: a"])

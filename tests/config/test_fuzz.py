@@ -76,18 +76,6 @@ def test_any_variables(environ):
     assert_answer(None, environ)
 
 
-@fuzz
-@given(
-    flags=st.dictionaries(
-        st.one_of(st.sampled_from(PATHS), st.text(max_size=12)),
-        st.one_of(st.text(max_size=20), st.integers(), st.floats(), st.booleans()),
-        max_size=4,
-    )
-)
-def test_any_flags(flags):
-    assert_answer(None, {}, flags)
-
-
 def test_a_deep_document_ends(path):
     indented = "a:\n" + "".join(f"{' ' * n}b:\n" for n in range(1, 700))
     for text in ("[" * 100_000, "{a: " * 20_000, "- " * 50_000, indented):

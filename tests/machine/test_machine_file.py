@@ -62,12 +62,6 @@ def test_facts_that_are_left_out_are_unknown():
     assert found.machine.gpus[0].index == 0
 
 
-def test_a_machine_without_gpus_x():
-    machine = decode_machine('{"gpus": []}', "m").machine
-    assert machine.cumem_problem
-    assert not {"gpus", "cumem", "gpu_memory", "fabric"} & set(machine.unknown)
-
-
 @pytest.mark.parametrize(
     ("text", "field", "value", "says"),
     [
@@ -143,12 +137,6 @@ def test_profiles_by_name(name, gpu, number, fabric):
     assert [item.name for item in machine.gpus] == [gpu] * number
     assert {item.has_fabric_handles for item in machine.gpus} == {fabric}
     assert {"shm"} <= set(machine.unknown)
-
-
-def test_gpus_of_any_kind_are_as_many_as_ranks():
-    machine = find_profile("cuda", 3).machine
-    assert len(machine.gpus) == 3
-    assert {"gpu_memory", "fabric", "cumem"} <= set(machine.unknown)
 
 
 @pytest.mark.parametrize("name", ["", "h100x", "h100x0", "h100x9999", "cpux2", "x8", "b300", "٣x٣"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,11 +16,8 @@ from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.models.tensor_parallel import Shard
-from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
@@ -36,9 +31,6 @@ from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import new_launch_keys
 from tests.checks.contexts import SMALL_SHAPE
-from tests.cli.test_serve import MODEL
-from tests.command_line import invoke
-from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 GIB = 1024**3
 KEYS = new_launch_keys()
@@ -131,7 +123,6 @@ def test_what_was_judged_is_what_is_started(
         assert process.role is not None
         engines, spec = judged[process.role], bootstrap.engine()
         assert_same_settings(engines, spec, launch)
-        assert_same_memory(engines, spec)
         if process.kind == "rank":
             assert_same_environment(engines, process, spec, environ)
             ranks[process.role, process.devices[0]] += 1
@@ -185,28 +176,6 @@ def assert_same_settings(engines: RoleEngines, spec: EngineSpec, launch: Resolve
         assert rows.get(f"{engines.role}.{name}", getattr(engines.settings, name)) == value
 
 
-def assert_same_memory(engines: RoleEngines, spec: EngineSpec) -> None:
-    """The rank makes this layout (``ModelRunner``), and counts its blocks with it."""
-    assert engines.shape is not None
-    try:
-        shard = Shard(0, spec.tensor_parallel_size, engines.shape)
-    except ConfigError:
-        return
-    layout = KVCacheLayout(
-        make_groups(engines.shape.layer_windows),
-        shard.num_kv_heads,
-        engines.shape.head_dim,
-        spec.block_size,
-        DTYPE_BYTES[spec.dtype],
-    )
-    assert engines.footprint is not None
-    assert engines.footprint.layout == layout
-    assert engines.footprint.activation_bytes == spec.activation_bytes
-    num_blocks = spec.kv_cache_memory and spec.kv_cache_memory // layout.block_bytes
-    assert engines.num_blocks == num_blocks
-    assert (num_blocks is None) == (spec.device == "cuda" and engines.kv_cache_bytes is None)
-
-
 def assert_same_environment(
     engines: RoleEngines, process: ProcessSpec, spec: EngineSpec, environ: Mapping[str, str]
 ) -> None:
@@ -227,36 +196,3 @@ def assert_same_environment(
         if expandable
         else "cuda"
     )
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    (tmp_path / "config.json").write_text(json.dumps(MODEL))
-    (tmp_path / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
-    return str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "flags", [(), ("--decode-tp", "2", "--dtype", "bfloat16"), ("--prefill", "3")]
-)
-def test_dry_run_config_show_and_check_config_print_the_same(
-    model: str, flags: tuple[str, ...]
-) -> None:
-    def run(*command: str) -> Any:
-        arguments = (*command, "--model", model, *flags, "--format", "json")
-        return json.loads(invoke(arguments).stdout)
-
-    planned = run("serve", "--dry-run")
-    checked = run("check-config")["resolved"]
-    shown = run("config", "show")
-    assert planned["engines"] == checked["engines"]
-    for role, engines in planned["engines"].items():
-        for name in ("device", "dtype", "max_model_len", "kv_cache_memory", "num_threads"):
-            row = shown.get(f"{role}.{name}") or shown[name]
-            assert row["value"] == engines[name], name
-        ranks = [p for p in planned["processes"] if p["role"] == role and p["kind"] == "rank"]
-        assert len(ranks) == engines["replicas"] * engines["tensor_parallel_size"]
-        for rank in ranks:
-            assert rank["environment"] == engines["environment"]
-            assert rank["num_threads"] == engines["num_threads"]
-            assert rank["host"] == engines["host"]

@@ -43,12 +43,6 @@ def refusal(make, **fields: Any) -> RequestError:
     return caught.value
 
 
-def test_null_means_the_default() -> None:
-    names = ("temperature", "stop", "max_tokens", "stream_options", "logit_bias", "suffix")
-    request = completion(**dict.fromkeys(names))
-    assert (request.temperature, request.stop, request.token_limit) == (1.0, [], None)
-
-
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [
@@ -163,10 +157,6 @@ def test_a_wrong_value_is_refused_with_its_field(field: str, value: object) -> N
         assert f"got {value}" in str(error)
 
 
-def test_logit_bias_has_token_ids_for_keys() -> None:
-    assert completion(logit_bias={"5": -100}).logit_bias == {5: -100.0}
-
-
 def test_fields_that_do_not_fit_each_other() -> None:
     assert refusal(completion, min_tokens=5, max_tokens=4).param == "min_tokens"
     assert refusal(completion, stream_options={"include_usage": True}).param == "stream_options"
@@ -254,19 +244,6 @@ def test_a_history_with_tool_calls_is_shown_to_the_template() -> None:
     }
     assert result == {"role": "tool", "content": "sunny", "tool_call_id": "1"}
     assert [tool.for_template() for tool in request.tools] == [TOOL]
-
-
-@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function"}])
-def test_calls_that_would_have_to_be_parsed_are_refused(choice: object) -> None:
-    chat(tools=[TOOL], tool_choice="none")
-    assert refusal(chat, tools=[TOOL], tool_choice=choice).param == "tool_choice"
-
-
-def test_an_effort_reaches_the_template_unless_its_own_variables_say_otherwise() -> None:
-    assert chat().template_variables == {}
-    assert chat(reasoning_effort="none").template_variables["enable_thinking"] is False
-    request = chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})
-    assert request.template_variables == {"reasoning_effort": "low", "enable_thinking": False}
 
 
 values = st.recursive(

@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 from pdlaunch.config.model_files.find import (
     NotDownloadedError,
     Revision,
-    cache_root,
     is_hub_name,
     resolve_model,
 )
@@ -158,11 +157,3 @@ def test_unknown_model_names_the_way_out(name: str, part: str, tmp_path: Path, c
         resolve_model(name.format(tmp=tmp_path))
     assert part in f"{caught.value} {caught.value.fix}"
     assert caught.value.field == "model"
-
-
-def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PDLAUNCH_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache_root() == Path("/somewhere/pdlaunch")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_root() == Path.home() / ".cache" / "pdlaunch"
