@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 
 BODY_TIMEOUT_S = 60.0
@@ -32,6 +33,8 @@ Grow = Callable[[int, str], None]
 """Reserves this many places in all; the text is the field to name in an error."""
 ShuttingDown = Callable[[], OverloadedError]
 """Makes the error for requests that come, or still run, while the process leaves."""
+Deadline = Callable[[], contextlib.AbstractAsyncContextManager[None]]
+"""Limits what runs under ``async with deadline()``."""
 
 
 class Admission:
@@ -102,56 +105,44 @@ class Admission:
 class Deadlines:
     """Starts the deadlines of a process's requests; ``close`` ends all of them."""
 
-    def __init__(
-        self, limit_s: float, shutting_down: ShuttingDown, *, retry_after_s: int = 1
-    ) -> None:
-        self.limit_s = limit_s
-        self.retry_after_s = retry_after_s
-        self.shutting_down = shutting_down
-        self.running: set[asyncio.Timeout] = set()
-        self.is_closed = False
+    def __init__(self, limit_s: float, shutting_down: ShuttingDown) -> None:
+        self._limit_s = limit_s
+        self._shutting_down = shutting_down
+        self._running: set[asyncio.Timeout] = set()
+        self._is_closed = False
 
     def close(self) -> None:
         """End what runs and all that comes. Safe to call twice."""
-        self.is_closed = True
-        for timeout in self.running:
+        self._is_closed = True
+        for timeout in self._running:
             # One that has just expired cannot be moved any more; it ends anyway.
             if not timeout.expired():
                 timeout.reschedule(0.0)
 
     def start(self) -> Deadline:
-        """Start the deadline of one request now."""
-        return Deadline(self, asyncio.get_running_loop().time() + self.limit_s)
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """Limits the life of one request, whose parts run under ``guard`` one after another."""
-
-    owner: Deadlines
-    end_at: float  # on the event loop's clock
+        """Start the deadline of one request now; its parts run under it one after another."""
+        return partial(self._guard, asyncio.get_running_loop().time() + self._limit_s)
 
     @contextlib.asynccontextmanager
-    async def guard(self) -> AsyncIterator[None]:
+    async def _guard(self, end_at: float) -> AsyncIterator[None]:
         """Run the block until the deadline. Raises OverloadedError (503) when it ends there."""
-        owner = self.owner
-        if owner.is_closed:
-            raise owner.shutting_down()
-        timeout = asyncio.timeout_at(self.end_at)
+        if self._is_closed:
+            raise self._shutting_down()
+        timeout = asyncio.timeout_at(end_at)
         try:
             async with timeout:
-                owner.running.add(timeout)
+                self._running.add(timeout)
                 try:
                     yield
                 finally:
-                    owner.running.discard(timeout)
+                    self._running.discard(timeout)
         except TimeoutError:
-            if owner.is_closed:
-                raise owner.shutting_down() from None
+            if self._is_closed:
+                raise self._shutting_down() from None
             raise OverloadedError(
-                f"the request was not answered within {owner.limit_s:g} s",
+                f"the request was not answered within {self._limit_s:g} s",
                 status=503,
-                retry_after_s=owner.retry_after_s,
+                retry_after_s=RETRY_AFTER_S,
                 code="request_timeout",
             ) from None
 

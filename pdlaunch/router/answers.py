@@ -54,7 +54,7 @@ class ClientAnswer:
             "model": request.model,
         }
         self._routes: dict[int, Route] = {}
-        self._ignored_names = dict.fromkeys(request.ignored_fields)
+        self._ignored_names: dict[str, None] = {}
         self._tells_ids = bool(request.fields.return_token_ids)
         self._stream = stream
         self._held: list[bytes] = []  # events that go out with the next one

@@ -110,7 +110,9 @@ class RouterApp:
         self._started = int(time.time())
         self.admission = Admission(spec.max_queued_requests, shutting_down)
         self.view = DeploymentView(state, self.admission, spec.served_model_name)
-        self._prompts = PromptEndpoints(spec, state, self.admission)
+        self._deadlines = Deadlines(spec.request_timeout_s, shutting_down)
+        self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
+        self._inputs = LargeInputs()
         exporter = spec.otlp_endpoint and OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
         self.history = RequestHistory(spec.kept_requests, show_request, exporter or None)
         check_admin_key = _admin_key_check(spec.admin_api_key)
@@ -120,7 +122,12 @@ class RouterApp:
             check_key = bearer_check([spec.api_key], message=message, code="invalid_api_key")
         self.app = HttpApp(
             [
-                *self._prompts.routes(),
+                *(
+                    AppRoute("POST", e.path, partial(self._generate, e))
+                    for e in (COMPLETIONS, CHAT)
+                ),
+                AppRoute("POST", "/tokenize", self._pass_on),
+                AppRoute("POST", "/detokenize", self._pass_on),
                 *model_routes(self._model_cards),
                 *health_routes(self._health),
                 AppRoute("GET", "/metrics", self._metrics),
@@ -148,7 +155,7 @@ class RouterApp:
 
         Waits at most ``CLOSE_TIMEOUT_S`` for the last client to be told.
         """
-        self._prompts.close()
+        self._deadlines.close()
         await self.view.close()
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
             num_left = self.admission.in_flight
@@ -183,6 +190,85 @@ class RouterApp:
         metrics.show(pool.engines, self.admission.in_flight)
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    async def _generate(self, endpoint: Endpoint, http: web.Request) -> web.StreamResponse:
+        if not self._state.pool.serving:
+            raise OverloadedError(
+                "the deployment is starting",
+                status=503,
+                retry_after_s=RETRY_AFTER_S,
+                code="starting",
+            )
+        # The body is held until the answer is whole: another engine may be asked meanwhile.
+        async with self._bodies.read(http) as body:
+            request = await self._read(endpoint, http, body)
+            record, num_prompts = record_of(http), len(request.prompts)
+            record.understood(request.fields.model, num_prompts)
+            with (
+                self.admission.admit(num_prompts),
+                self._state.metrics.requests.in_flight.track_inprogress(),
+            ):
+                return await self._answer(http, request)
+
+    async def _read(self, endpoint: Endpoint, http: web.Request, body: bytes) -> ClientRequest:
+        request_id = request_id_of(http)
+        read = partial(
+            read_client_request,
+            endpoint,
+            body,
+            served_model_name=self._spec.served_model_name,
+            request_id=request_id,
+            hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
+            headers=_headers_to_pass(http),
+            wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
+            has_own_fields=self._state.pool.has_own_fields,
+        )
+        return await self._inputs.run(len(body) >= LARGE_BODY_BYTES, read)
+
+    async def _answer(self, http: web.Request, request: ClientRequest) -> web.StreamResponse:
+        """Answer all prompts at once; the first error ends the others and is the answer."""
+        state, record, stream = self._state, record_of(http), None
+        if request.fields.stream:
+            stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
+        metrics = state.metrics.requests
+        answer = ClientAnswer(request, metrics, record, stream)
+        try:
+            async with self._deadlines.start()():
+                answers = [
+                    answer_prompt(prompt, state, answer, record) for prompt in request.prompts
+                ]
+                return await answer.finish(await _together(answers))
+        except Exception as error:
+            if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:
+                raise
+            # The client has its status: the error can only be an event.
+            metrics.failed(error_status(error))
+            record.fail(error)
+            await answer.flush()
+            await stream.fail(error)
+            return stream.response
+
+    async def _pass_on(self, http: web.Request) -> web.Response:
+        pool, tried = self._state.pool, frozenset[EngineKey]()
+        hop_id = _hop_id(request_id_of(http), is_own=False)
+        headers = _headers_to_pass(http) | {REQUEST_ID_HEADER: hop_id}
+        async with self._bodies.read(http) as body:
+            with self.admission.admit(1):
+                while (engine := pool.pick_any(tried)) is not None:
+                    try:
+                        async with self._deadlines.start()():
+                            answer, ignored = await self._state.client.ask(
+                                engine, http.path, body, headers
+                            )
+                        return web.Response(
+                            body=answer,
+                            content_type="application/json",
+                            headers=ignored_fields_header(ignored),
+                        )
+                    except EngineFailure:
+                        pool.failed(engine)
+                        tried |= {engine.key}
+        raise no_engine_ready("no engine is ready")
 
 
 def _admin_key_check(key: str | None) -> KeyCheck:
@@ -221,109 +307,6 @@ async def _redirect(_: web.Request) -> web.Response:
 
 async def _send_file(path: Path, _: web.Request) -> web.FileResponse:
     return web.FileResponse(path, headers=_PAGE_HEADERS)
-
-
-class PromptEndpoints:
-    """Answers completions, chats, and questions about tokens."""
-
-    def __init__(self, spec: RouterSpec, state: RouterState, admission: Admission) -> None:
-        self._spec = spec
-        self._state = state
-        self._admission = admission
-        self._deadlines = Deadlines(
-            spec.request_timeout_s, shutting_down, retry_after_s=RETRY_AFTER_S
-        )
-        self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
-        self._inputs = LargeInputs()
-
-    def routes(self) -> list[AppRoute]:
-        return [
-            *(AppRoute("POST", e.path, partial(self._generate, e)) for e in (COMPLETIONS, CHAT)),
-            AppRoute("POST", "/tokenize", self._pass_on),
-            AppRoute("POST", "/detokenize", self._pass_on),
-        ]
-
-    def close(self) -> None:
-        self._deadlines.close()
-
-    async def _generate(self, endpoint: Endpoint, http: web.Request) -> web.StreamResponse:
-        if not self._state.pool.serving:
-            raise OverloadedError(
-                "the deployment is starting",
-                status=503,
-                retry_after_s=RETRY_AFTER_S,
-                code="starting",
-            )
-        # The body is held until the answer is whole: another engine may be asked meanwhile.
-        async with self._bodies.read(http) as body:
-            request = await self._read(endpoint, http, body)
-            record, num_prompts = record_of(http), len(request.prompts)
-            record.understood(request.fields.model, num_prompts)
-            with (
-                self._admission.admit(num_prompts),
-                self._state.metrics.requests.in_flight.track_inprogress(),
-            ):
-                return await self._answer(http, request)
-
-    async def _read(self, endpoint: Endpoint, http: web.Request, body: bytes) -> ClientRequest:
-        request_id = request_id_of(http)
-        read = partial(
-            read_client_request,
-            endpoint,
-            body,
-            served_model_name=self._spec.served_model_name,
-            request_id=request_id,
-            hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
-            headers=_headers_to_pass(http),
-            wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
-            has_own_fields=self._state.pool.has_own_fields,
-        )
-        return await self._inputs.run(len(body) >= LARGE_BODY_BYTES, read)
-
-    async def _answer(self, http: web.Request, request: ClientRequest) -> web.StreamResponse:
-        """Answer all prompts at once; the first error ends the others and is the answer."""
-        state, record, stream = self._state, record_of(http), None
-        if request.fields.stream:
-            stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
-        metrics = state.metrics.requests
-        answer = ClientAnswer(request, metrics, record, stream)
-        try:
-            async with self._deadlines.start().guard():
-                answers = [
-                    answer_prompt(prompt, state, answer, record) for prompt in request.prompts
-                ]
-                return await answer.finish(await _together(answers))
-        except Exception as error:
-            if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:
-                raise
-            # The client has its status: the error can only be an event.
-            metrics.failed(error_status(error))
-            record.fail(error)
-            await answer.flush()
-            await stream.fail(error)
-            return stream.response
-
-    async def _pass_on(self, http: web.Request) -> web.Response:
-        pool, tried = self._state.pool, frozenset[EngineKey]()
-        hop_id = _hop_id(request_id_of(http), is_own=False)
-        headers = _headers_to_pass(http) | {REQUEST_ID_HEADER: hop_id}
-        async with self._bodies.read(http) as body:
-            with self._admission.admit(1):
-                while (engine := pool.pick_any(tried)) is not None:
-                    try:
-                        async with self._deadlines.start().guard():
-                            answer, ignored = await self._state.client.ask(
-                                engine, http.path, body, headers
-                            )
-                        return web.Response(
-                            body=answer,
-                            content_type="application/json",
-                            headers=ignored_fields_header(ignored),
-                        )
-                    except EngineFailure:
-                        pool.failed(engine)
-                        tried |= {engine.key}
-        raise no_engine_ready("no engine is ready")
 
 
 def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:

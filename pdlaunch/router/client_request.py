@@ -17,13 +17,12 @@ from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.http.watch.canary import REMOTE_DECODE
 from pdlaunch.protocol.ids import HopId, HttpRequestId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
-    MAX_IGNORED_NAMES,
     TOKEN_IDS,
     check_num_values,
     read_json_object,
     refuse_internal_fields,
 )
-from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS, StreamOptions
+from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS
 from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
 CHARACTERS_PER_TOKEN = 4  # rough; only compares the work of engines
@@ -189,8 +188,6 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompts: list[PromptRequest]
     include_usage: bool  # a stream ends with the usage
     continuous_usage: bool  # each of its chunks has the usage so far
-    # Names of unknown fields in ``stream_options``; the engines see all others.
-    ignored_fields: tuple[str, ...]
 
 
 def read_client_request(
@@ -212,7 +209,6 @@ def read_client_request(
     body = _read_body(raw)
     refuse_internal_fields(body)
     fields = _read_fields(body)
-    ignored_fields = _unknown_stream_options(body)
     if fields.model not in (None, served_model_name) and not has_own_fields:
         raise model_not_found(str(fields.model), served_model_name)
     # vLLM scores a prompt that it echoes with no token of its own.
@@ -247,7 +243,6 @@ def read_client_request(
         prompts=prompts,
         include_usage=bool(options.include_usage),
         continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
-        ignored_fields=ignored_fields,
     )
 
 
@@ -269,13 +264,6 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
         text, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`") or None
         raise _invalid(f"{field}: {text}" if field else text, field) from None
-
-
-def _unknown_stream_options(body: dict[str, Any]) -> tuple[str, ...]:
-    known = {*StreamOptions.model_fields, *StreamOptions.HINTS}
-    given = body.get("stream_options") or {}
-    unknown = [StreamOptions.PLACE + name for name in given if name not in known]
-    return tuple(unknown[:MAX_IGNORED_NAMES])
 
 
 def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:

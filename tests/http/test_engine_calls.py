@@ -190,15 +190,10 @@ async def test_an_answer_that_is_left_frees_its_connection_when_its_end_comes(
     await call.is_left()
 
 
-@pytest.mark.parametrize(
-    ("target", "value"),
-    [("/", "a\r\nX-Other: b"), ("/", "a\nb"), ("/", "a\0b"), ("/a\r\nX: b", "a")],
-)
-async def test_what_cannot_stand_in_a_request_is_not_sent(
-    call: Call, target: str, value: str
-) -> None:
+@pytest.mark.parametrize("value", ["a\r\nX-Other: b", "a\nb", "a\0b"])
+async def test_what_cannot_stand_in_a_request_is_not_sent(call: Call, value: str) -> None:
     with pytest.raises(CallError) as raised:
-        await call.calls.call(call.url, "GET", target, {"X-Id": value}, b"")
+        await call.calls.call(call.url, "GET", "/", {"X-Id": value}, b"")
     assert raised.value.not_received
     assert not call.requests
 

@@ -15,7 +15,7 @@ from aiohttp import web
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http import connections, limits
 from pdlaunch.http.connections import HttpRunner
-from pdlaunch.http.errors import error_response
+from pdlaunch.http.errors import RETRY_AFTER_S, error_response
 from pdlaunch.http.limits import (
     SMALL_BODY_BYTES,
     Admission,
@@ -157,12 +157,12 @@ async def test_draining_refuses_newcomers_and_waits_for_the_others() -> None:
 
 
 async def test_a_deadline_covers_all_parts_of_a_request() -> None:
-    deadline = Deadlines(0.0, leaving, retry_after_s=7).start()
+    deadline = Deadlines(0.0, leaving).start()
     for _ in range(2):
         with pytest.raises(OverloadedError, match="within 0 s") as error:
-            async with deadline.guard():
+            async with deadline():
                 await asyncio.Event().wait()
-        assert (error.value.status, error.value.retry_after_s) == (503, 7)
+        assert (error.value.status, error.value.retry_after_s) == (503, RETRY_AFTER_S)
         assert error.value.code == "request_timeout"
 
 
@@ -171,7 +171,7 @@ async def test_closing_ends_what_runs_and_what_comes() -> None:
     began = asyncio.Event()
 
     async def run() -> None:
-        async with deadlines.start().guard():
+        async with deadlines.start()():
             began.set()
             await asyncio.Event().wait()
 

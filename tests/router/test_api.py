@@ -112,11 +112,3 @@ async def test_what_engines_ignore_is_named_in_the_answer(
     assert answer.status == 200
     assert answer.headers[IGNORED_FIELDS_HEADER] == "no_stop_trim, messages.x"
     assert all("no_stop_trim" in seen.body for engine in engines for seen in engine.seen[-1:])
-
-
-async def test_the_router_names_those_of_stream_options(stand: Stand) -> None:
-    await stand.start(pair())
-    options = {"include_usage": True, "include_obfuscation": False, "other": 1}
-    answer = await stand.post(completion(stream=True, stream_options=options))
-    assert (answer.status, answer.headers[IGNORED_FIELDS_HEADER]) == (200, "stream_options.other")
-    assert answer.events()[-1]["usage"]["completion_tokens"]

@@ -81,10 +81,10 @@ async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
     body = completion(prompt="x" * SMALL_BODY_BYTES)
     asked = asyncio.create_task(stand.session.post("/v1/completions", json=body))
     await decode.holding.wait()
-    held_bytes = stand.router._prompts._bodies.held_bytes
+    held_bytes = stand.router._bodies.held_bytes
     assert SMALL_BODY_BYTES < held_bytes < 2 * SMALL_BODY_BYTES
     asked.cancel()
-    await until(lambda: stand.router._prompts._bodies.held_bytes == 0)
+    await until(lambda: stand.router._bodies.held_bytes == 0)
 
 
 @pytest.mark.parametrize("text", ["x", "é", "\\n", '\\"', "\\u00e9", " "])

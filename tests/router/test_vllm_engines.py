@@ -10,8 +10,6 @@ import pytest
 
 from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.router.continuation import LOST_REASONS
-from pdlaunch.router.handover import Handover
-from pdlaunch.router.health import OPEN_S
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.fake_vllm_engine import (
@@ -348,24 +346,3 @@ async def test_a_chunk_that_says_nothing_keeps_back_none_before_it(stand: Stand)
         decode.go.set()
         read += await told.content.read()
     assert read.endswith(b"data: [DONE]\n\n")
-
-
-async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None:
-    """Its answer would not show whether the engine works again."""
-    prefill, _, decode, broken = engines = vllm_pairs(2)
-    stand.pairs = [proof(prefill, one) for one in (decode, broken)]
-    await stand.start(engines)
-    by_name = {engine.name: engine for engine in stand.pool.engines}
-    for failed in ([broken], [decode, broken]):
-        stand.publish()
-        for one in failed:
-            by_name[one.name].health.failed(stand.state.now() - OPEN_S)
-        prefill.leases["lease"] = []
-        raw = (
-            b'{"choices": [], "usage": {"prompt_tokens": 1}, '
-            b'"kv_transfer_params": {"remote_request_id": "lease"}}'
-        )
-        Handover(stand.state, by_name[prefill.name], raw, is_chat=False).end()
-        await until(lambda: not prefill.leases)
-        assert all(by_name[one.name].health.wants_try(stand.pool.clock()) for one in failed)
-    assert decode.seen

@@ -73,7 +73,7 @@ async def generate(service: EngineService, http: web.Request, kind: type[R]) -> 
         _log.debug("traceparent %s", traceparent)
     with service.admit() as grow:
         deadline = service.deadlines.start()
-        async with deadline.guard():
+        async with deadline():
             request, prompts = await _read(service, http, kind, grow, call.spans)
         link, model, has_peers = service.live_link(), service.model, service.spec.has_peers
         generation = Generation(link, call, request, prompts, model, has_peers=has_peers)
@@ -148,7 +148,7 @@ async def _answer(
     http: web.Request, headers: dict[str, str], writer: AnswerWriter, deadline: Deadline
 ) -> web.StreamResponse:
     """Write one JSON body. Raises RequestError, or ConnectionError when the client has left."""
-    async with deadline.guard():
+    async with deadline():
         body = await writer.whole()
         response = web.Response(body=body, content_type="application/json", headers=headers)
         # Written here, so that its caller knows when nobody took the answer.
@@ -166,7 +166,7 @@ async def _stream(
     """
     stream = ClientStream(http, headers)
     try:
-        async with deadline.guard():
+        async with deadline():
             async for events in writer.events():
                 await stream.write(events)
             await stream.end(writer.last_events())

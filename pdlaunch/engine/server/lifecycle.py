@@ -126,7 +126,7 @@ async def _convert(
 ) -> web.Response:
     """Convert text to token ids or back; it takes a place as a request that generates does."""
     with service.admission.admit():
-        async with service.deadlines.start().guard(), service.bodies.read(http) as raw:
+        async with service.deadlines.start()(), service.bodies.read(http) as raw:
             answer, ignored_fields = await service.inputs.run(
                 len(raw) >= LARGE_TEXT_BYTES, partial(convert, service.model, raw)
             )

@@ -241,7 +241,7 @@ async def test_an_answer_that_takes_too_long_is_a_503(
     pass_time(100.0)
     status, answer, response = await post
     assert (status, answer["error"]["code"]) == (503, "request_timeout")
-    assert response.headers["Retry-After"] == "1"
+    assert response.headers["Retry-After"] == "2"
     await rank.wait_for(AbortRequest)
 
 
