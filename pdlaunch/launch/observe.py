@@ -24,7 +24,6 @@ from pdlaunch.launch.state import (
     LaunchedEngine,
     Observed,
     SendMessage,
-    SendSuspects,
     Turn,
     Unit,
 )
@@ -49,6 +48,7 @@ from pdlaunch.protocol.control import (
     SetDrained,
     SleepState,
     Stop,
+    Suspects,
     ToSupervisor,
 )
 
@@ -245,8 +245,12 @@ def _tell(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> No
     said = f": {process.error}" if process.error else ""
     turn.announce(f"{process.label} {event.how()}{said}")
     # No request is to blame if the rank never served, or somebody killed it.
-    if process.spec.kind == "rank" and unit.ready_at is not None and event.by_itself:
-        turn.do(SendSuspects(unit.engine))
+    step = event.last_step
+    if step.origins and unit.ready_at is not None and event.by_itself:
+        # The router hears of them before it repeats them elsewhere.
+        suspects = Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects))
+        for router in turn.seen.routers:
+            turn.do(SendMessage(router.name, suspects))
 
 
 # Commands

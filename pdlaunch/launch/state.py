@@ -378,13 +378,6 @@ class Announce:
 
 
 @dataclass(frozen=True, slots=True)
-class SendSuspects:
-    """Tell the router the requests of an engine's last step, before it repeats them elsewhere."""
-
-    engine: str
-
-
-@dataclass(frozen=True, slots=True)
 class ForgetEngine:
     """Drop all records of an engine that is gone for good."""
 
@@ -398,7 +391,7 @@ class Chore(Enum):
     CLOSE_LISTENERS = auto()  # refuse connections: no router will accept any more
 
 
-Action = Start | SendSignal | SendMessage | Announce | SendSuspects | ForgetEngine | Chore
+Action = Start | SendSignal | SendMessage | Announce | ForgetEngine | Chore
 
 
 @dataclass(slots=True)

@@ -30,7 +30,6 @@ from pdlaunch.launch.state import (
     Observed,
     SendMessage,
     SendSignal,
-    SendSuspects,
     Start,
     Timing,
 )
@@ -41,14 +40,12 @@ from pdlaunch.protocol.control import (
     Answered,
     EngineIdle,
     Entry,
-    FromSupervisor,
     Happened,
     ListedState,
     PairReady,
     Register,
     Registry,
     ServedRequest,
-    Suspects,
     Withheld,
     why_withheld,
 )
@@ -266,11 +263,6 @@ class Supervisor:
                     self.host.send(name, message)
                 case Announce():
                     self._announce(action)
-                case SendSuspects(engine=engine):
-                    step = self.host.last_step(engine)
-                    origins, repeated = sorted(step.origins), sorted(step.suspects)
-                    if origins:
-                        self._send_to_routers(Suspects(origins=origins, repeated=repeated))
                 case ForgetEngine(engine=engine):
                     self.places.forget(engine)
                     self.host.forget(engine)
@@ -315,12 +307,8 @@ class Supervisor:
         logger.info("%s", what.text)
         self.observer.note(what.text)
         happened = Happened(text=what.text, prefill=what.prefill, decode=what.decode)
-        self._send_to_routers(happened)
-
-    def _send_to_routers(self, message: FromSupervisor) -> None:
         for router in self.seen.routers:
-            if router.registration is not None:
-                self.host.send(router.name, message)
+            self.host.send(router.name, happened)
 
 
 def drive(

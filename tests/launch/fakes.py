@@ -86,7 +86,6 @@ class FakeHost:
     spawned: list[tuple[str, int]] = field(default_factory=list)
     signals: list[tuple[str, int]] = field(default_factory=list)
     sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
-    last_steps: dict[str, LastStep] = field(default_factory=dict)
     forgotten: list[str] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)  # what cannot be started
     sources = ()
@@ -103,9 +102,6 @@ class FakeHost:
 
     def signal(self, name: str, signal_number: int) -> None:
         self.signals.append((name, signal_number))
-
-    def last_step(self, engine: str) -> LastStep:
-        return self.last_steps.get(engine, LastStep())
 
     def send(self, name: str, message: FromSupervisor) -> None:
         self.sent.append((name, message))
@@ -182,6 +178,7 @@ class World:
         self.observer = FakeObserver()
         self.bootstraps = FakeBootstraps()
         self.listens = True
+        self.last_step = LastStep()  # of every rank that ends
         self.room = FakePlaces()
         self.supervisor = Supervisor(
             plan,
@@ -251,7 +248,8 @@ class World:
 
     def exit(self, name: str, returncode: int = 0, lost_with: str = "") -> None:
         incarnation = self.host.running.pop(name)
-        self._handle(ProcessExited(name, incarnation, returncode, lost_with))
+        step = self.last_step if "/" in name else LastStep()
+        self._handle(ProcessExited(name, incarnation, returncode, lost_with, step))
 
     def lose(self, *names: str) -> None:
         """The host of some processes is lost."""

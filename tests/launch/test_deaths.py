@@ -359,7 +359,7 @@ def test_heartbeats_alone_send_no_registry_and_change_no_view() -> None:
 
 def with_step(tp_size: int = 1) -> World:
     world = serving(tp_size=tp_size)
-    world.host.last_steps = {"decode-0": LastStep(frozenset({7, 5}), frozenset({5}))}
+    world.last_step = LastStep(frozenset({7, 5}), frozenset({5}))
     return world
 
 

@@ -138,7 +138,7 @@ class AgentSession:
     # come with the first process.
     _host: LocalHost | None = None
     _control: str = ""
-    _engines: dict[str, str] = field(default_factory=dict)  # of each process; empty: no rank
+    _names: set[str] = field(default_factory=set)  # of all processes that were started
     _num_sent_bytes: Counter[str] = field(default_factory=Counter)  # of each log
 
     def run(self) -> str:
@@ -199,7 +199,7 @@ class AgentSession:
             self._report(self._host)
             if now >= self._log_at:
                 self._log_at = now + LOG_POLL_S
-                for name in self._engines:
+                for name in self._names:
                     self._send_log(self._host, name)
         if self._welcome is not None and now >= self._beat_at:
             self._beat_at = now + self._welcome.beat_s
@@ -252,7 +252,7 @@ class AgentSession:
             return
         if self._host is None:
             self._host = self._local_host(message.bootstrap)
-        self._engines[spec.name] = spec.engine if spec.kind == "rank" else ""
+        self._names.add(spec.name)
         gone = self._host.spawn(spec, message.incarnation, self._here(message.bootstrap))
         if gone is not None:
             self._tell_end(self._host, gone)
@@ -287,10 +287,12 @@ class AgentSession:
 
     def _tell_end(self, host: LocalHost, gone: ProcessExited) -> None:
         self._send_log(host, gone.name, to_the_end=True)
-        exited = Exited(name=gone.name, incarnation=gone.incarnation, returncode=gone.returncode)
-        if engine := self._engines.get(gone.name, ""):
-            # Whichever rank dies first: rank 0 has written what all of them computed.
-            exited.last_step = host.last_step(engine)
+        exited = Exited(
+            name=gone.name,
+            incarnation=gone.incarnation,
+            returncode=gone.returncode,
+            last_step=gone.last_step,
+        )
         self._send(exited)
 
     def _send_log(self, host: LocalHost, name: str, *, to_the_end: bool = False) -> None:

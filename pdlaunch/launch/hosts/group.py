@@ -38,8 +38,6 @@ class HostGroup:
     on_change: Callable[[Joined | Lost], None]
     # Processes that live elsewhere, by name.
     _spawned: dict[str, Spawn] = field(default_factory=dict)
-    # By engine, for engines on other hosts; all ranks of an engine are on one host.
-    _last_steps: dict[str, LastStep] = field(default_factory=dict)
     _exits: list[ProcessExited] = field(default_factory=list)
     _messages: list[MessageReceived] = field(default_factory=list)
 
@@ -50,13 +48,8 @@ class HostGroup:
     def spawn(
         self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
     ) -> ProcessExited | None:
-        # Forget the predecessor's last step, so that the new rank's death is not blamed on it.
-        if spec.kind == "rank":
-            self._last_steps.pop(spec.engine, None)
         if spec.host == self.local_name:
             return self.local.spawn(spec, incarnation, bootstrap)
-        if spec.kind == "rank":
-            self._last_steps[spec.engine] = LastStep()
         message = Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
         self._spawned[spec.name] = message
         self.channel.send(spec.host, message)
@@ -88,12 +81,7 @@ class HostGroup:
     def log_path(self, name: str) -> Path:
         return self.local.log_path(name)
 
-    def last_step(self, engine: str) -> LastStep:
-        step = self._last_steps.get(engine)
-        return self.local.last_step(engine) if step is None else step
-
     def forget(self, engine: str) -> None:
-        self._last_steps.pop(engine, None)
         self.local.forget(engine)
 
     def _take_in(self, event: AgentEvent) -> None:
@@ -121,6 +109,7 @@ class HostGroup:
 
     def _heard(self, spawned: Spawn, message: Said | Exited | AgentRefused) -> None:
         name, host = spawned.spec.name, spawned.spec.host
+        last_step = LastStep()
         match message:
             case Said(frame=frame):
                 try:
@@ -128,12 +117,11 @@ class HostGroup:
                 except ProtocolError:
                     logger.warning("malformed message from %r on %s", name, host)
                 return
-            case Exited(incarnation=incarnation, returncode=returncode):
-                if spawned.spec.kind == "rank":
-                    self._last_steps[spawned.spec.engine] = message.last_step
+            case Exited(incarnation=incarnation, returncode=returncode, last_step=last_step):
+                pass
             case AgentRefused(incarnation=incarnation, reason=reason):
                 error = f"{host} does not start it: {reason}"
                 self._messages.append(MessageReceived(name, Failed(error=error)))
                 returncode = _CANNOT_START
         del self._spawned[name]
-        self._exits.append(ProcessExited(name, incarnation, returncode))
+        self._exits.append(ProcessExited(name, incarnation, returncode, last_step=last_step))

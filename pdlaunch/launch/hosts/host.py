@@ -23,6 +23,8 @@ _OWN_SIGNALS = frozenset(
     getattr(signal, f"SIG{name}") for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL", "TRAP", "SYS")
 )
 
+_NOTHING = LastStep()
+
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
@@ -40,6 +42,7 @@ class ProcessExited:
     incarnation: int
     returncode: int  # exit code; negative: the signal that killed the process
     lost_with: str = ""  # the host that is lost, and why; empty: the process itself was seen to end
+    last_step: LastStep = _NOTHING  # what the engine of a rank computed; empty for others
 
     @property
     def by_itself(self) -> bool:
@@ -86,9 +89,6 @@ class Host(Protocol):
 
     def log_path(self, name: str) -> Path:
         """Return the file that gets what all incarnations of a process print."""
-
-    def last_step(self, engine: str) -> LastStep:
-        """Return what the ranks of an engine computed when one of them died."""
 
     def forget(self, engine: str) -> None:
         """Drop what is kept of an engine that is gone for good."""

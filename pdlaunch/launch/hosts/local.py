@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +28,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.step_record import LastStep, new_step_record, read_step_record
+from pdlaunch.protocol.process.step_record import new_step_record, read_step_record
 
 logger = logging.getLogger(__name__)
 
@@ -199,17 +199,19 @@ class LocalHost:
         self.control.send_multipart([name.encode(), from_supervisor.encode(message)])
 
     def exits(self) -> list[ProcessExited]:
-        return self.children.reap()
+        exits = self.children.reap()
+        for place, gone in enumerate(exits):
+            # Whichever rank dies first: rank 0 has written what all of them computed.
+            engine, _, rank = gone.name.partition("/")
+            if rank and (record := self._step_records.get(engine)) is not None:
+                exits[place] = replace(gone, last_step=read_step_record(record))
+        return exits
 
     def messages(self) -> list[MessageReceived]:
         return list(self._receive())
 
     def log_path(self, name: str) -> Path:
         return self.children.log_path(name)
-
-    def last_step(self, engine: str) -> LastStep:
-        record = self._step_records.get(engine)
-        return LastStep() if record is None else read_step_record(record)
 
     def forget(self, engine: str) -> None:
         if (record := self._step_records.pop(engine, None)) is not None:

@@ -7,12 +7,10 @@ from typing import cast
 
 import pytest
 
-from pdlaunch.launch.hosts.agent import AgentSession
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Lost, Told
-from pdlaunch.launch.hosts.agent_messages import AgentRefused, Exited, FromAgent, Join, Said
+from pdlaunch.launch.hosts.agent_messages import AgentRefused, Exited, FromAgent, Said
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.hosts.join import JoinTicket
 from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, Ready, to_supervisor
@@ -70,18 +68,10 @@ def hosts() -> Hosts:
     return Hosts()
 
 
-def test_a_process_did_not_die_of_what_its_predecessor_computed(hosts: Hosts) -> None:
-    """It ended while nothing ran: nobody is told of requests of long ago."""
-    for host, incarnation in (("a", 1), ("here", 2), ("b", 3)):
-        hosts.spawn(host, incarnation)
-        assert hosts.group.last_step("decode-0") == LastStep()
-        hosts.local.last_steps["decode-0"] = STEP
-        if host != "here":
-            exited = Exited(name=NAME, incarnation=incarnation, returncode=-11, last_step=STEP)
-            assert hosts.tell(host, exited) == [ProcessExited(NAME, incarnation, -11)]
-        assert hosts.group.last_step("decode-0") == STEP
-        if host == "a":
-            del hosts.local.last_steps["decode-0"]
+def test_the_end_of_a_rank_tells_what_it_computed(hosts: Hosts) -> None:
+    hosts.spawn("a")
+    exited = Exited(name=NAME, incarnation=1, returncode=-11, last_step=STEP)
+    assert hosts.tell("a", exited) == [ProcessExited(NAME, 1, -11, last_step=STEP)]
 
 
 def test_all_processes_of_a_lost_host_have_ended_and_no_others(hosts: Hosts) -> None:
@@ -111,21 +101,3 @@ def test_a_process_that_is_refused_fails_with_the_reason(hosts: Hosts) -> None:
     assert exits == [ProcessExited(NAME, 1, 126)]
     failed = Failed(error="a does not start it: not allowed")
     assert hosts.group.messages() == [MessageReceived(NAME, failed)]
-
-
-def test_an_agent_tells_of_the_last_step_with_the_end_of_a_rank(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whichever rank dies first: rank 0 has written what all of them computed."""
-    ticket = JoinTicket(endpoint="", server_public="", public="", secret="")
-    join = Join(name="a", address="127.0.0.1", machine="", python="")
-    session = AgentSession(ticket, join, {}, [], first_wait_s=1.0, note=print)
-    sent: list[FromAgent] = []
-    monkeypatch.setattr(session, "_send", sent.append)
-    session._engines = {NAME: "decode-0", "decode-0/rank-1": "decode-0", "decode-0": ""}
-    host = FakeHost(last_steps={"decode-0": STEP})
-    gone = [ProcessExited("decode-0", 1, 1), ProcessExited("decode-0/rank-1", 1, -11)]
-    monkeypatch.setattr(host, "exits", lambda: gone)
-    session._report(cast(LocalHost, host))
-    steps = [each.last_step for each in sent if isinstance(each, Exited)]
-    assert steps == [LastStep(), STEP]

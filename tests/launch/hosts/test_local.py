@@ -19,6 +19,7 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Address, Register, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts, bind_to_share
+from pdlaunch.protocol.process.step_record import LastStep
 from pdlaunch.protocol.sockets import LaunchKeys
 from tests.e2e.waiting import await_true
 
@@ -69,6 +70,28 @@ def test_the_end_of_what_cannot_be_started_is_returned(host: LocalHost) -> None:
     spec = ProcessSpec(name="r", kind="router", unit="r", command=("/no/such",))
     assert host.spawn(spec, 1, bootstrap("r")) == ProcessExited("r", 1, 127)
     assert "No such file" in host.log_path("r").read_text()
+
+
+def test_the_end_of_any_rank_tells_what_rank_0_wrote_last(host: LocalHost) -> None:
+    code = (
+        "import json, sys\n"
+        "from pdlaunch.protocol.process.step_record import SUSPECT_BIT, StepRecord\n"
+        "bootstrap = json.loads(sys.stdin.readline())\n"
+        "if bootstrap['step_record'] >= 0:\n"
+        "    StepRecord(bootstrap['step_record']).write([7, 5 | SUSPECT_BIT])\n"
+        "print('written', flush=True); sys.stdin.readline()"
+    )
+    names = ["decode-0/rank-0", "decode-0/rank-1"]
+    for rank, name in enumerate(names):
+        command = (sys.executable, "-c", code)
+        spec = ProcessSpec(
+            name=name, kind="rank", unit="u", engine="decode-0", tp_rank=rank, command=command
+        )
+        host.spawn(spec, 1, bootstrap(name))
+        await_true(lambda name=name: "written" in host.log_path(name).read_text(), "it has written")
+    host.signal(names[1], signal.SIGSEGV)
+    (gone,) = await_exit(host)
+    assert (gone.name, gone.last_step) == (names[1], LastStep(frozenset({7, 5}), frozenset({5})))
 
 
 def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
