@@ -209,20 +209,7 @@ def _too_small(each: RoleEngines, tokens: int | None) -> Found | None:
 def _way_out(needed: Footprint, kv_bytes: int, least_bytes: int) -> str:
     fits = needed.longest_request_tokens(kv_bytes)
     shorter = f"set max_model_len to {fits} or less, or " if fits else ""
-    longest = ""
-    if least_bytes < needed.min_kv_bytes:
-        longest = (
-            f"; the longest request of {needed.max_model_len} tokens needs "
-            f"{_mebibytes(needed.min_kv_bytes)}MiB"
-        )
-    return f"{shorter}set kv_cache_memory to {_mebibytes(least_bytes)}MiB or more{longest}"
-
-
-def _below_model(each: RoleEngines) -> Found | None:
-    # PD208 tells of a length that somebody wants, and of a KV cache that holds next to nothing.
-    if each.settings.max_model_len is not None or _too_small(each, _wanted_tokens(each)):
-        return None
-    return _too_small(each, each.max_model_len)
+    return f"{shorter}set kv_cache_memory to {_mebibytes(least_bytes)}MiB or more"
 
 
 def _mebibytes(num_bytes: int) -> int:
@@ -287,12 +274,6 @@ RULES = (
         over=engines, when=lambda each: _too_small(each, _wanted_tokens(each)),
         at="kv_cache_memory",
         fix="Raise kv_cache_memory, or lower max_model_len.",
-        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True),
-    warning("PD209", "The KV cache cannot hold a request as long as the model allows.",
-        "With max_model_len left to the model, longer requests than the KV cache holds are "
-        "refused one by one.",
-        over=engines, when=_below_model, at="kv_cache_memory",
-        fix="Set max_model_len to what fits, or raise kv_cache_memory.",
         source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True),
     error("PD210", "Ranks on one GPU together want more memory than it has.",
         "Each rank takes its share of the whole device, so that the last one to start finds too "

@@ -57,8 +57,6 @@ class HostSettings(FrozenModel):
         None,
         description="It takes engines of these roles alone, such as `prefill,both`; of all if "
         "unset.")
-    domain: str = Field(
-        "", description="Hosts with the same word share NVLink or RDMA; empty: not known.")
     machine: str | None = Field(
         None,
         description="File of `pdlaunch probe`, or a profile, for `check-config` before its agent "

@@ -94,7 +94,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
     hosts: Annotated[Hosts, Flag(panel=HOSTS, metavar="NAMES", help=_HOSTS_HELP)] = Field(
         (),
         description="Hosts that engines are placed on: `[{name, bind_address, advertise_address, "
-        "roles, domain, machine}]`, or names; `local` is this one.")
+        "roles, machine}]`, or names; `local` is this one.")
     placement_strategy: Annotated[PlacementStrategy, Flag(panel=HOSTS)] = Field(
         "pack",
         description="`pack` fills hosts in turn, so that pairs share one; `spread` takes the "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from pdlaunch.config.field_types import NATIVE_ALONE, ByteSize, Flag, FrozenModel
 from pdlaunch.config.http_names import HostNames, Origins
@@ -25,11 +24,9 @@ class LimitSettings(FrozenModel):
 
     # fmt: off
     max_body_bytes: ByteSize = Field(
-        parse_size("16MiB"), description="Longest body of an HTTP request.")
-    max_body_bytes_in_flight: ByteSize | None = Field(
-        None,
-        description="Bytes in the bodies of all requests in flight, above which a request gets "
-        "503; eight times max_body_bytes when unset.")
+        parse_size("16MiB"),
+        description="Longest body of an HTTP request; those of all requests in flight may have "
+        "eight times as much.")
     max_queued_requests: int = Field(
         1024, gt=0, description="Requests in flight at the router or an engine; one more gets 429.")
     max_connections: int = Field(
@@ -39,23 +36,10 @@ class LimitSettings(FrozenModel):
     request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
     # fmt: on
 
-    @model_validator(mode="after")
-    def _longest_body_fits(self) -> Self:
-        # A part of the room is left to small bodies, so the longest one needs more than its own
-        # length.
-        if self.body_budget_bytes < 2 * self.max_body_bytes:
-            message = f"must be at least twice max_body_bytes, which is {self.max_body_bytes}"
-            raise PydanticCustomError("budget", message, {"field": "max_body_bytes_in_flight"})
-        return self
-
     @property
     def body_budget_bytes(self) -> int:
         """Return the bytes that the bodies of all requests in flight may hold."""
-        return (
-            8 * self.max_body_bytes
-            if self.max_body_bytes_in_flight is None
-            else self.max_body_bytes_in_flight
-        )
+        return 8 * self.max_body_bytes
 
 
 class RoutingSettings(FrozenModel):

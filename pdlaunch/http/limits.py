@@ -193,7 +193,7 @@ class BodyBudget:
             raise OverloadedError(
                 f"requests in flight hold {self.held_bytes} bytes; there is no room for "
                 f"another body of {num_bytes} bytes "
-                f"(limits.max_body_bytes_in_flight is {self.max_bytes})",
+                f"in {self.max_bytes}, which follow from limits.max_body_bytes",
                 status=503,
                 code="too_many_bytes_in_flight",
             )

@@ -278,14 +278,13 @@ class EnginePlaces:
             for (other, _), place in places.items()
             if role in PAIR and other in PAIR and other != role
         ]
-        near, domains = {host.name for host in peers}, {host.domain for host in peers}
+        near = {host.name for host in peers}
         num_engines = Counter(place.host for place in places.values())
         hosts = self.resolved.hosts
         return sorted(
             (host for host in hosts if role in host.roles and host.name in self.present),
             key=lambda host: (
                 num_engines[host.name] >= host.machine.num_cpus,
-                host.domain not in domains,
                 host.name not in near,
             ),
         )

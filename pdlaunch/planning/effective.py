@@ -11,26 +11,11 @@ from pdlaunch.planning.role_engines import CHOSEN_BY_ENGINE, RoleEngines
 
 
 def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> dict[str, object]:
-    """Return the configuration, what it comes to for each role, and the machine; plain JSON."""
-    machine = launch.machine
+    """Return the configuration, what it comes to for each role, and the hosts; plain JSON."""
     return {
         "config": shown_config(LoadedConfig(launch.config, origins)),
         "engines": effective_engines(launch),
         "hosts": effective_hosts(launch),
-        "host_tier_bytes": sum(
-            engines.num_ranks * engines.host_tier_bytes for engines in launch.roles.values()
-        ),
-        "machine": {
-            "system": machine.system,
-            "cpus": machine.num_cpus,
-            "memory_bytes": machine.memory_bytes,
-            "native_bf16": machine.has_native_bf16,
-            "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
-            "cumem_allocator": {
-                "available": not machine.cumem_problem,
-                "reason": machine.cumem_problem,
-            },
-        },
     }
 
 
@@ -66,7 +51,6 @@ def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
             "name": host.name,
             "bind_address": host.bind_address or None,
             "advertise_address": host.advertise_address or None,
-            "domain": host.domain,
             "cpus": host.machine.num_cpus,
             "memory_bytes": host.machine.memory_bytes,
             "num_gpus": len(host.machine.gpus),

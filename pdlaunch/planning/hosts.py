@@ -29,7 +29,6 @@ class ResolvedHost:
     advertise_address: str = ENGINE_HOST  # processes on other hosts are told to connect here
     roles: frozenset[Role] = frozenset(ROLES)
     """It takes engines of these roles; empty: only the router runs here."""
-    domain: str = ""  # hosts of one name share NVLink or RDMA; empty: not known
     executables: Mapping[str, EngineCommand] | None = None
     """Those that its agent allows, by name; None: no agent has told, as on the first host."""
 
@@ -92,7 +91,6 @@ def settled(settings: HostSettings, known: ResolvedHost) -> ResolvedHost:
         or settings.bind_address
         or known.advertise_address,
         roles=frozenset(ROLES if settings.roles is None else settings.roles),
-        domain=settings.domain,
         executables=known.executables,
     )
 

@@ -26,7 +26,6 @@ class Room:
     host: str
     devices: Mapping[Role, tuple[DeviceKind, int]]
     """Kind and number of the devices that ranks of a role see; a core is one of a CPU host."""
-    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,6 @@ def place_engines(
     """
     places: dict[tuple[Role, int], EnginePlace] = {}
     used: Counter[tuple[str, DeviceKind]] = Counter()
-    domains = {room.host: room.domain for room in rooms}
 
     def cost(room: Room, role: Role, partner: str | None) -> tuple[object, ...]:
         size = tp_sizes[role]
@@ -63,9 +61,7 @@ def place_engines(
         # Tuples compare from the left: fitting at all comes before any preference.
         if strategy == "spread":
             return (not fits, size > num_devices, taken, crowd)
-        near = partner in (None, room.host)
-        is_far = not near and domains.get(partner or "") != room.domain
-        return (not fits, size > num_devices, crowd, not near, is_far)
+        return (not fits, size > num_devices, crowd, partner not in (None, room.host))
 
     for index in range(max(replicas.values(), default=0)):
         for role in (role for role in ROLES if index < replicas.get(role, 0)):
@@ -183,7 +179,7 @@ def _room(config: LaunchConfig, host: ResolvedHost, roles: Sequence[Role]) -> Ro
         visible = visible_on(host, settings)
         kind = device_kind(settings, host.machine, visible)
         devices[role] = (kind, len(visible.gpus) if kind == "cuda" else host.machine.num_cpus)
-    return Room(host.name, devices, host.domain)
+    return Room(host.name, devices)
 
 
 def _unverified(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tests.checks.case import EXPANDABLE, SLIDING, TIER, Case, machine, one_gpu
+from tests.checks.case import EXPANDABLE, TIER, Case, machine, one_gpu
 from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
@@ -75,14 +75,6 @@ CASES: dict[str, Case] = {
     "PD208": Case(
         [on(CPU, max_model_len=8192, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="1KiB")],
         [on(CPU, max_model_len=1024, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="64MiB")],
-    ),
-    "PD209": Case(
-        [on(CPU, kv_cache_memory="64MiB")],
-        [
-            on(CPU, max_model_len=8192, kv_cache_memory="64MiB"),
-            on(CPU, kv_cache_memory="64MiB", shapes=(SLIDING, SLIDING)),
-            on(CPU, kv_cache_memory="1KiB"),
-        ],
     ),
     "PD210": Case(
         [on(one_gpu()), on(one_gpu(), kv_cache_memory="60GiB")],

@@ -52,11 +52,10 @@ class Deployment:
                 **settings,
             }
         )
-        listed = {host.name: host for host in config.hosts}
         hosts = [
             ResolvedHost("local", Machine(), {}, "10.0.0.1", "10.0.0.1", frozenset()),
             *(
-                ResolvedHost(name, machine, {}, address, address, domain=listed[name].domain)
+                ResolvedHost(name, machine, {}, address, address)
                 for name, address in (("a", "10.0.0.2"), ("b", "10.0.0.3"), ("c", "10.0.0.4"))
             ),
         ]

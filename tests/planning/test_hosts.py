@@ -16,8 +16,8 @@ from pdlaunch.planning.roles import Room, place_engines
 FOUR = Machine(num_cpus=2, gpus=tuple(Gpu(index) for index in range(4)))
 
 
-def room(name, num=4, domain="", roles=("prefill", "decode")):
-    return Room(name, dict.fromkeys(roles, ("cuda", num)), domain)
+def room(name, num=4, roles=("prefill", "decode")):
+    return Room(name, dict.fromkeys(roles, ("cuda", num)))
 
 
 def placed(rooms, strategy="pack", **tp):
@@ -35,11 +35,6 @@ def test_the_two_sides_of_a_pair_share_a_host_while_there_is_room():
 def test_spread_takes_the_emptiest_host():
     places = placed([room("a"), room("b"), room("c")], "spread", prefill=(1, 1), decode=(1,))
     assert places == {"prefill-0": "a", "decode-0": "b", "prefill-1": "c"}
-
-
-def test_a_decode_engine_without_room_beside_prefill_stays_in_its_domain():
-    rooms = [room("a", domain="x"), room("b", domain="y"), room("c", domain="x")]
-    assert placed(rooms, prefill=(4,), decode=(4,))["decode-0"] == "c"
 
 
 def test_a_host_takes_engines_of_its_roles_alone():
