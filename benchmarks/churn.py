@@ -21,10 +21,9 @@ import psutil
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api, own_launches
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, idle
-from tests.e2e.conftest import clean_environ
-from tests.e2e.faults import TINY
+from tests.e2e.conftest import launched
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 NUM_TOKENS = 16
@@ -62,8 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model("llama", Path(folder))
         expected = greedy(model, PROMPTS, NUM_TOKENS)
-        arguments = ("--model", str(model), "--decode", "2", *TINY)
-        with running_deployment(arguments, environ=clean_environ()) as deployment:
+        with launched(model, "--decode", "2") as deployment:
 
             def ask(index: int) -> None:
                 number = 0

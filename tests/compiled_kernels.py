@@ -20,7 +20,7 @@ from pdlaunch.engine.models.triton_attention import Norm, TritonAttention
 from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_pages
 from tests.engine.models.attention_reference import Case, make_inputs
 
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
+SHARED_KIB = {89: 99, 90: 227}
 """Most shared memory of a program, by compute capability. Source: CUDA C++ Programming Guide,
 technical specifications.
 """
@@ -124,7 +124,8 @@ def blocks() -> None:
 def main(capability: int) -> None:
     compiler = Compiler()
     compiler.use(capability)
-    for case in CASES:
+    # Where shared memory is small, those cases are tried that need the most of it.
+    for case in CASES if capability == 90 else CASES[3:5]:
         attention(case)
     for size in (576, 4096):
         layers(size)

@@ -10,6 +10,7 @@ import json
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,8 @@ def warm_up(target: Target, num_requests: int = 30) -> None:
     """Let every process allocate what it keeps anyway, so that growth afterwards is the
     attack's.
     """
-    for number in range(num_requests):
+
+    def ask(number: int) -> None:
         fields = {
             "stream": number % 2 == 0,
             "logprobs": 5,
@@ -258,6 +260,9 @@ def warm_up(target: Target, num_requests: int = 30) -> None:
             chat = {"messages": [{"role": "user", "content": body["prompt"]}], "max_tokens": 24}
             target.ask(who, CHAT, chat | fields | {"logprobs": True, "top_logprobs": 5})
         target.ask("router", "/tokenize", {"prompt": "warm up " * 1000})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(num_requests)))
 
 
 def make_model(folder: Path) -> Path:

@@ -15,19 +15,23 @@ import pytest
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.smoke import await_idle, engines_of
+from tests.e2e.waiting import await_true
 
 
-def complete(url: str | Api, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
-    """Token ids of a greedy completion of exactly ``num_tokens``, of a router or one engine."""
-    api = url if isinstance(url, Api) else Api(url)
-    body = {
+def greedy_body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
+    return {
         "prompt": prompt,
         "max_tokens": num_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    status, answer = api.post("/v1/completions", body | fields)
+
+
+def complete(url: str | Api, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
+    """Token ids of a greedy completion of exactly ``num_tokens``, of a router or one engine."""
+    api = url if isinstance(url, Api) else Api(url)
+    status, answer = api.post("/v1/completions", greedy_body(prompt, num_tokens) | fields)
     assert status == 200, answer
     return answer["choices"][0]["token_ids"]
 
@@ -44,16 +48,9 @@ def streamed(
     url: str, prompt: list[int], num_tokens: int, **fields: Any
 ) -> Iterator[Iterator[int]]:
     """Token ids of a greedy completion as they come."""
-    body = {
-        "prompt": prompt,
-        "max_tokens": num_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-    content = json.dumps(body | {"stream": True} | fields).encode()
+    body = greedy_body(prompt, num_tokens) | {"stream": True} | fields
     request = urllib.request.Request(
-        url + "/v1/completions", data=content, headers={"Content-Type": "application/json"}
+        url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         response = urllib.request.urlopen(request, timeout=300)
@@ -83,11 +80,6 @@ def engine_apis(url: str, role: str | None = None) -> list[Api]:
     ]
 
 
-def engine_total(url: str, name: str) -> float:
-    """Sum of a metric over all engines."""
-    return sum(api.metrics()[f"pdlaunch_{name}"] for api in engine_apis(url))
-
-
 def count_now(api: Api, name: str) -> float:
     """A counter of ``EngineStats`` as an engine's rank 0 says it, of this very moment; 0 while
     there is no rank.
@@ -103,6 +95,17 @@ def total_now(url: str, name: str) -> float:
 def requests_in_flight(url: str) -> float:
     """At the router."""
     return Api(url).metrics()["pdlaunch_router_requests_in_flight"]
+
+
+def states(url: str) -> dict[str, str]:
+    """The states of the engines; one of which no process is there is not listed."""
+    return {engine["name"]: engine["state"] for engine in engines_of(admin_api(url))}
+
+
+def await_ready(url: str, num_engines: int = 2) -> None:
+    await_true(
+        lambda: list(states(url).values()) == ["ready"] * num_engines, "all engines are ready"
+    )
 
 
 def idle(url: str) -> bool:

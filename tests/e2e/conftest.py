@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from tests.e2e.tiny_models import make_tiny_model
 from tests.router.otlp_collector import Collector, running_collector
 
 DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB", "--log-requests")
@@ -34,6 +37,26 @@ def clean_environ() -> dict[str, str]:
     by default an idle decode engine computes a prompt itself.
     """
     return default_environ() | {"PDLAUNCH_ROUTING": "pairs"}
+
+
+@contextmanager
+def launched(
+    model: Path, *arguments: str, environ: Mapping[str, str] | None = None
+) -> Iterator[Deployment]:
+    """A launch of a tiny model, float32: one prefill and one decode engine, unless ``arguments``
+    say otherwise. ``environ``: that of ``clean_environ`` when left out.
+    """
+    command = ("--model", str(model), "--dtype", "float32", "--kv-cache-memory", "16MiB")
+    with running_deployment(
+        (*command, *arguments), environ=clean_environ() if environ is None else environ
+    ) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that takes 2,048 tokens. No test writes to its files."""
+    return make_tiny_model("llama", tmp_path_factory.mktemp("models"), max_model_len=2048)
 
 
 @pytest.fixture(scope="package")

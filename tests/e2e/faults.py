@@ -11,12 +11,11 @@ import psutil
 
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.launch.client.smoke import await_idle
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.waiting import await_true
 
-TINY = ("--dtype", "float32", "--kv-cache-memory", "2MiB")
 SHORT_DEADLINES = {
     "PDLAUNCH_KV_TRANSFER__LEASE_S": "3",
     "PDLAUNCH_KV_TRANSFER__PULL_TIMEOUT_S": "1.5",
@@ -41,12 +40,10 @@ def faulty_deployment(
 ) -> Iterator[Deployment]:
     """One prefill and one decode engine; ``faults``: fields of ``FaultPlan``."""
     plan = {} if faults is None else fault_variables(faults)
-    command = ("--model", str(model), *TINY, *arguments)
     # Prompts take several steps: faults meet chunked prefills too.
     chunks = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "96"}
-    with running_deployment(
-        command, environ=clean_environ() | chunks | dict(environ) | plan
-    ) as deployment:
+    environ = clean_environ() | chunks | dict(environ) | plan
+    with launched(model, "--kv-cache-memory", "2MiB", *arguments, environ=environ) as deployment:
         yield deployment
 
 

@@ -18,6 +18,7 @@ from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.waiting import await_true
 
 QUESTION = [{"role": "user", "content": "Name three rivers in Europe."}]
+GREEDY: dict[str, Any] = {"model": "smollm2", "max_tokens": 24, "temperature": 0}
 
 
 @pytest.fixture
@@ -32,12 +33,7 @@ def test_everything_that_listens_asks_who_comes(demo: Deployment) -> None:
 
 
 def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {
-        "model": "smollm2",
-        "messages": QUESTION,
-        "max_tokens": 24,
-        "temperature": 0,
-    }
+    fields = GREEDY | {"messages": QUESTION}
     whole = client.chat.completions.create(**fields)
     chunks = list(
         client.chat.completions.create(
@@ -68,14 +64,8 @@ def test_blocks_of_the_prompt_are_pulled_not_computed_twice(demo: Deployment) ->
 
 
 def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {
-        "model": "smollm2",
-        "prompt": "Once upon a time",
-        "max_tokens": 12,
-        "n": 3,
-        "seed": 5,
-        "logprobs": 2,
-    }
+    fields: dict[str, Any] = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 12}
+    fields |= {"n": 3, "seed": 5, "logprobs": 2}
     first, second = (client.completions.create(**fields) for _ in range(2))
     texts = [choice.text for choice in first.choices]
     assert len(set(texts)) == 3
@@ -88,26 +78,15 @@ def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:
 
 
 def test_list_of_prompts(client: openai.OpenAI) -> None:
-    alone = [
-        client.completions.create(model="smollm2", prompt=prompt, max_tokens=6, temperature=0)
-        .choices[0]
-        .text
-        for prompt in ("The sky is", "One, two, three,")
-    ]
-    both = client.completions.create(
-        model="smollm2", prompt=["The sky is", "One, two, three,"], max_tokens=6, temperature=0
-    )
-    assert [choice.text for choice in both.choices] == alone
-    assert both.usage.completion_tokens == 12
+    prompts = ["The sky is", "One, two, three,"]
+    alone = [client.completions.create(**GREEDY, prompt=prompt).choices[0] for prompt in prompts]
+    both = client.completions.create(**GREEDY, prompt=prompts)
+    assert [choice.text for choice in both.choices] == [choice.text for choice in alone]
+    assert both.usage.completion_tokens == 48
 
 
 def test_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {
-        "model": "smollm2",
-        "messages": QUESTION,
-        "max_tokens": 24,
-        "temperature": 0,
-    }
+    fields = GREEDY | {"messages": QUESTION}
     whole = client.chat.completions.create(**fields).choices[0].message.content
     stop = whole[10:14]
     stopped = client.chat.completions.create(**fields, stop=[stop]).choices[0]
@@ -116,15 +95,8 @@ def test_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
 
 
 def test_logprobs_of_chat(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model="smollm2",
-        messages=QUESTION,
-        max_tokens=5,
-        temperature=0,
-        logprobs=True,
-        top_logprobs=3,
-    )
-    content = answer.choices[0].logprobs.content
+    fields = GREEDY | {"messages": QUESTION, "max_tokens": 5, "logprobs": True, "top_logprobs": 3}
+    content = client.chat.completions.create(**fields).choices[0].logprobs.content
     assert len(content) == 5
     for entry in content:
         assert entry.logprob == max(top.logprob for top in entry.top_logprobs)
@@ -132,17 +104,10 @@ def test_logprobs_of_chat(client: openai.OpenAI) -> None:
 
 
 def test_characters_of_several_tokens_stream_whole(client: openai.OpenAI) -> None:
-    prompt = "🙂🙃🙂🙃🙂🙃🙂🙃"
-    stream = client.completions.create(
-        model="smollm2", prompt=prompt, max_tokens=16, temperature=0, stream=True
-    )
+    fields = GREEDY | {"prompt": "🙂🙃🙂🙃🙂🙃🙂🙃", "max_tokens": 16}
+    stream = client.completions.create(**fields, stream=True)
     pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
-    whole = (
-        client.completions.create(model="smollm2", prompt=prompt, max_tokens=16, temperature=0)
-        .choices[0]
-        .text
-    )
-    assert "".join(pieces) == whole
+    assert "".join(pieces) == client.completions.create(**fields).choices[0].text
     assert not any("�" in piece for piece in pieces[:-1])
 
 
@@ -180,25 +145,10 @@ def test_tokenize_and_back(demo: Deployment) -> None:
 
 def test_models_health_and_request_id(demo: Deployment) -> None:
     assert json.loads(Api(demo.url).get("/v1/models")[1])["data"][0]["id"] == "smollm2"
-    command = [
-        "curl",
-        "-sS",
-        "-D",
-        "-",
-        "-o",
-        "/dev/null",
-        "-H",
-        "X-Request-Id: my-id",
-        "-H",
-        "Content-Type: application/json",
-    ]
-    headers = subprocess.run(
-        [*command, "-d", '{"prompt": "x", "max_tokens": 1}', f"{demo.url}/v1/completions"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    ).stdout
+    body = '{"prompt": "x", "max_tokens": 1}'
+    command = ["curl", "-sS", "-D", "-", "-o", "/dev/null", "-H", "X-Request-Id: my-id"]
+    command += ["--json", body, f"{demo.url}/v1/completions"]
+    headers = subprocess.check_output(command, text=True, timeout=60)
     assert "200" in headers.splitlines()[0]
     assert "x-request-id: my-id" in headers.lower()
 
@@ -239,17 +189,12 @@ def test_a_client_that_goes_away_frees_every_block(demo: Deployment) -> None:
     """While prefill computes, and while decode streams."""
     host, port = demo.url.removeprefix("http://").split(":")
     for num_events in (0, 5):
-        body = json.dumps(
-            {"prompt": [7] * 700, "max_tokens": 400, "stream": True, "ignore_eos": True}
-        ).encode()
+        fields = {"prompt": [7] * 700, "max_tokens": 400, "stream": True, "ignore_eos": True}
+        body = json.dumps(fields).encode()
+        head = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         with socket.create_connection((host, int(port)), timeout=60) as connection:
-            head = [
-                "POST /v1/completions HTTP/1.1",
-                f"Host: {host}",
-                "Content-Type: application/json",
-                f"Content-Length: {len(body)}",
-            ]
-            connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
+            request = f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n"
+            connection.sendall(request.encode() + body)
             received = b""
             while received.count(b"data:") < num_events:
                 received += connection.recv(65536)

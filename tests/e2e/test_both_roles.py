@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.bench.loads import BenchOptions
-from pdlaunch.bench.serve import bench_serve
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.launch.client.smoke import engines_of, smoke
-from tests.e2e.api import complete, requests_in_flight, streamed
-from tests.e2e.conftest import default_environ
+from tests.e2e.api import await_ready, complete, requests_in_flight, streamed
+from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused, stop, tracebacks
-from tests.e2e.tiny_models import greedy, make_tiny_model
+from tests.e2e.tiny_models import greedy
 from tests.e2e.waiting import await_true
 
 PROMPTS = [list(range(start, start + 40)) for start in range(20, 28)]
@@ -26,19 +24,13 @@ NUM_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
+def expected(llama: Path) -> list[list[int]]:
+    return greedy(llama, PROMPTS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model: Path) -> list[list[int]]:
-    return greedy(tiny_model, PROMPTS, NUM_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def deployment(tiny_model: Path) -> Iterator[Deployment]:
-    arguments = ("--both", "2", "--model", str(tiny_model), "--kv-cache-memory", "32MiB")
-    with running_deployment(arguments, environ=default_environ()) as deployment:
+def deployment(llama: Path) -> Iterator[Deployment]:
+    with launched(llama, "--both", "2", environ=default_environ()) as deployment:
         yield deployment
 
 
@@ -72,21 +64,6 @@ def test_smoke_passes(deployment: Deployment) -> None:
     assert "KV bytes moved from prefill to decode" not in names
 
 
-async def test_bench_serve_runs_a_closed_loop(deployment: Deployment) -> None:
-    options = BenchOptions(
-        url=deployment.url,
-        input_tokens=(20,),
-        output_tokens=4,
-        concurrencies=(2,),
-        num_requests=4,
-        max_token_id=200,
-    )
-    (row,) = [run.row async for run in bench_serve(options, lambda _: None)]
-    assert (row.num_requests, row.errors) == (4, [])
-    assert row.ttft_ms_median is not None
-    assert row.tpot_ms_median is not None
-
-
 def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[list[int]]) -> None:
     """Streams of the dead engine go on at the other one, token by token."""
 
@@ -115,9 +92,6 @@ def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[l
         assert [answer.result() for answer in answers] == expected
     migrated = Api(deployment.url).metrics()["pdlaunch_router_migrations_total"]
     assert migrated >= 1
-    await_true(
-        lambda: all(each["state"] == "ready" for each in engines_of(Api(deployment.url))),
-        "the engine is back",
-    )
+    await_ready(deployment.url)
     assert complete(deployment.url, PROMPTS[0], 16) == expected[0][:16]
     assert tracebacks(deployment) == {}

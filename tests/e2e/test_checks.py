@@ -8,41 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import default_environ
-from tests.e2e.tiny_models import make_tiny_model
+from pdlaunch.launch.client import smoke
+from tests.e2e.conftest import clean_environ, default_environ, launched
+
+NOTHING_MOVES = {
+    "PDLAUNCH_KV_TRANSFER__PULL_TIMEOUT_S": "0.000001",
+    "PDLAUNCH_KV_TRANSFER__PULL_ATTEMPTS": "1",
+    "PDLAUNCH_KV_TRANSFER__LEASE_S": "0.5",
+}
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
-
-
-def pdlaunch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pdlaunch", *arguments]
-    return subprocess.run(
+def test_smoke_passes(llama: Path) -> None:
+    arguments = ("--model", str(llama), "--dtype", "float32", "--kv-cache-memory", "16MiB")
+    command = [sys.executable, "-m", "pdlaunch", "smoke", *arguments]
+    result = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=default_environ(), check=False
     )
-
-
-def test_smoke_passes(tiny_model: Path) -> None:
-    arguments = ("--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "16MiB")
-    result = pdlaunch("smoke", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "checks passed" in result.stdout
     assert "ok  prefill/decode equals one engine alone, prompt 0" in result.stdout
 
 
-def test_smoke_fails_when_no_block_moves(tiny_model: Path, tmp_path: Path) -> None:
+def test_smoke_fails_when_no_block_moves(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pull times out at once: answers stay right, and smoke says what is wrong. It waits for
     the leases to end, too.
     """
-    config = tmp_path / "pdlaunch.yaml"
-    config.write_text(
-        f"model: {tiny_model}\nkv_cache_memory: 16MiB\n"
-        "kv_transfer: {pull_timeout_s: 0.000001, pull_attempts: 1, lease_s: 2}\n"
-    )
-    result = pdlaunch("smoke", str(config))
-    assert result.returncode == 1, result.stdout + result.stderr
-    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED  ")]
-    (line,) = failed
-    assert line.startswith("FAILED  KV bytes moved from prefill to decode")
+    monkeypatch.setattr(smoke, "_IDLE_TIMEOUT_S", 5.0)
+    with launched(llama, environ=clean_environ() | NOTHING_MOVES) as deployment:
+        failed = [check for check in smoke.smoke(deployment.url, exact=True) if check.failure]
+    assert [check.name for check in failed] == ["KV bytes moved from prefill to decode"]

@@ -8,24 +8,18 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, complete_all, idle, total_now
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import launched
 from tests.e2e.listening import await_unlocked_ports
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
+from tests.e2e.tiny_models import VOCAB_SIZE, greedy
 from tests.e2e.waiting import await_true
 from tests.mooncake import mooncake_problem
 
 LENGTHS = (1, 15, 16, 17, 40, 64, 100, 200)
 NUM_TOKENS = 8
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +29,23 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
-    return greedy(tiny_model, prompts, NUM_TOKENS)
+def expected(llama: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return greedy(llama, prompts, NUM_TOKENS)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("mooncake", "--prefill-tp"), ("file", "--decode-tp")],
-    ids=["mooncake", "file"],
-)
+@pytest.fixture(scope="module", params=["mooncake", "file"])
 def deployment(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
     """TP 3 with TP 1."""
-    connector, tp_flag = request.param
-    arguments = [
-        "--model",
-        str(tiny_model),
-        "--kv-cache-memory",
-        "16MiB",
-        "--kv-connector",
-        connector,
-        tp_flag,
-        "3",
-    ]
-    if connector == "file":
-        arguments += ["--kv-file-directory", str(tmp_path_factory.mktemp("kv"))]
-    if connector == "mooncake" and (problem := mooncake_problem()):
+    if request.param == "file":
+        folder = str(tmp_path_factory.mktemp("kv"))
+        arguments = ["--decode-tp", "3", "--kv-file-directory", folder]
+    elif problem := mooncake_problem():
         pytest.skip(f"mooncake: {problem}")
-    with running_deployment(arguments, environ=clean_environ()) as deployment:
+    else:
+        arguments = ["--prefill-tp", "3"]
+    with launched(llama, "--kv-connector", request.param, *arguments) as deployment:
         yield deployment
 
 
@@ -81,32 +63,23 @@ def test_what_listens_without_asking_who_comes(deployment: Deployment) -> None:
     ranks = {name for name in deployment.processes() if "/rank-" in name}
     role = "prefill" if "decode-0/rank-1" not in ranks else "decode"
     of_mooncake = 2 if role == "prefill" else 0
-    expected = {
-        name: count for name in ranks if (count := of_mooncake + name.startswith(f"{role}-0/"))
-    }
-    await_unlocked_ports(deployment, expected)
+    counts = {name: of_mooncake + name.startswith(f"{role}-0/") for name in ranks}
+    await_unlocked_ports(deployment, {name: count for name, count in counts.items() if count})
 
 
+@pytest.mark.parametrize("deployment", ["mooncake"], indirect=True)
 def test_a_killed_prefill_rank_comes_back(
     deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     before = total_now(deployment.url, "transfers")
-    (victim,) = (
-        process
-        for process in psutil.Process(deployment.process.pid).children(recursive=True)
-        if "prefill-0/rank-0" in process.cmdline()
-    )
-    victim.kill()
-    await_true(lambda: pulled_again(deployment, prompts[-1], before), "a pull from the new rank")
-    assert [
-        complete(deployment.url, prompt, NUM_TOKENS, cache_salt="again") for prompt in prompts
-    ] == expected
+    deployment.processes()["prefill-0/rank-0"].kill()
+
+    def pulled_again() -> bool:
+        """Ask until an answer has come over the connector; a salt keeps the prefix cache out."""
+        complete(deployment.url, prompts[-1], 2, cache_salt=random.random().hex())
+        return total_now(deployment.url, "transfers") > before
+
+    await_true(pulled_again, "a pull from the new rank")
+    answers = complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4, cache_salt="again")
+    assert answers == expected
     await_true(lambda: idle(deployment.url), "nothing leased or quarantined")
-
-
-def pulled_again(deployment: Deployment, prompt: list[int], before: float) -> bool:
-    """Asks until an answer has come over the connector; a salt for each question keeps the prefix
-    cache out.
-    """
-    complete(deployment.url, prompt, 2, cache_salt=random.random().hex())
-    return total_now(deployment.url, "transfers") > before

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from pathlib import Path
 
+from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import running_deployment
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
 from tests.e2e.api import complete_all
 from tests.e2e.conftest import clean_environ
-from tests.e2e.test_tokens import CHUNKS, TINY_LENGTHS, make_prompts
+from tests.e2e.test_tokens import CHUNKS, make_prompts
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 NAME = "tiny-org/Tiny-3"
 
 
 def test_a_model_of_a_hub_is_downloaded_and_served_by_its_name(tmp_path: Path) -> None:
-    published = make_tiny_model("qwen3", tmp_path)
-    prompts = make_prompts(TINY_LENGTHS)
+    published, prompts = make_tiny_model("qwen3", tmp_path), make_prompts()
     environ = CHUNKS | {name: value for name, value in clean_environ().items() if name[:3] != "HF_"}
     arguments = (NAME, "--dtype", "float32", "--kv-cache-memory", "16MiB")
     with fake_hub(NAME, published) as hub:
         environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
         with running_deployment(arguments, environ=environ) as deployment:
-            with urllib.request.urlopen(f"{deployment.url}/v1/models", timeout=60) as response:
-                assert [model["id"] for model in json.load(response)["data"]] == [NAME]
+            models = json.loads(Api(deployment.url).get("/v1/models")[1])["data"]
+            assert [model["id"] for model in models] == [NAME]
             answers = complete_all(deployment.url, prompts, 24, 4, model=NAME)
             assert f"downloading {NAME}" in deployment.output()
     assert answers == greedy(published, prompts, 24)

@@ -20,45 +20,37 @@ from safetensors.torch import save_file
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.launch.client.smoke import engines_of
 from pdlaunch.machine.availability import probe_port
-from tests.e2e.api import complete, requests_in_flight, streamed
-from tests.e2e.conftest import clean_environ, default_environ
+from tests.e2e.api import complete, requests_in_flight, states, streamed
+from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused, tracebacks
-from tests.e2e.tiny_models import greedy, make_tiny_model
+from tests.e2e.tiny_models import greedy
 from tests.e2e.waiting import await_true
 
 PROMPT = list(range(40, 100))
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_model: Path) -> list[int]:
-    return greedy(tiny_model, [PROMPT], 16)[0]
+def expected(llama: Path) -> list[int]:
+    return greedy(llama, [PROMPT], 16)[0]
 
 
 @pytest.fixture(scope="class")
-def deployment(tiny_model: Path) -> Iterator[Deployment]:
+def deployment(llama: Path) -> Iterator[Deployment]:
     """A launch for each test, and one for all tests of a class."""
-    arguments = ("--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--drain-timeout", "120")
-    with running_deployment(arguments, environ=clean_environ()) as deployment:
+    with launched(llama, "--drain-timeout", "120") as deployment:
         yield deployment
 
 
 def test_two_launches_at_once_end_each_for_itself(
-    tiny_model: Path, expected: list[int], deployment: Deployment
+    llama: Path, expected: list[int], deployment: Deployment
 ) -> None:
     """SIGTERM ends every process of the one with code 0; no process outlives the supervisor of the
     other one, which is killed.
     """
-    with running_deployment(
-        ("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=default_environ()
-    ) as other:
+    with launched(llama, environ=default_environ()) as other:
         assert complete(other.url, PROMPT, 16) == expected
         assert complete(deployment.url, PROMPT, 16) == expected
         children = list(deployment.processes().values())
@@ -89,9 +81,7 @@ def is_taken(url: str) -> bool:
 class TestRestarts:
     """One after another in one launch, which the last one ends."""
 
-    @pytest.mark.parametrize(
-        "name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"]
-    )
+    @pytest.mark.parametrize("name", ["prefill-0/rank-0", "decode-0", "router"])
     def test_a_killed_process_comes_back_and_its_peers_find_it(
         self, deployment: Deployment, expected: list[int], name: str
     ) -> None:
@@ -108,13 +98,9 @@ class TestRestarts:
         )
 
         def works() -> bool:
+            body = {"prompt": PROMPT, "max_tokens": 1}
             try:
-                return (
-                    Api(deployment.url).post(
-                        "/v1/completions", {"prompt": PROMPT, "max_tokens": 1}
-                    )[0]
-                    == 200
-                )
+                return Api(deployment.url).post("/v1/completions", body)[0] == 200
             except PdlaunchError:
                 return False
 
@@ -122,7 +108,7 @@ class TestRestarts:
         assert complete(deployment.url, PROMPT, 16) == expected
         # Nobody took the port of a dead server, to be sent prompts until the router knew.
         left = urls - engine_urls(deployment)
-        assert len(left) == (name in ("prefill-0", "decode-0"))
+        assert len(left) == (name == "decode-0")
         assert all(is_taken(url) for url in left)
         others = [other for other in before if other != name]
         assert {other: deployment.processes()[other].pid for other in others} == {
@@ -147,8 +133,7 @@ class TestRestarts:
             result = restart.result()
             assert [set(map(tuple, other.result())) for other in others] == [{tuple(expected)}] * 2
         assert f"{engine} serves again\n" in result
-        _, status = Api(deployment.url).get_object("/pdlaunch/status")
-        assert {each["state"] for each in status["engines"]} == {"ready"}
+        assert set(states(deployment.url).values()) == {"ready"}
         assert (len(found), found[:16]) == (400, expected)
         assert complete(deployment.url, PROMPT, 16) == expected
         after = deployment.processes()
@@ -210,18 +195,18 @@ def command(*arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedPr
     )
 
 
-def test_a_busy_port_is_named_before_anything_starts(tiny_model: Path) -> None:
+def test_a_busy_port_is_named_before_anything_starts(llama: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        result = serve("--model", str(tiny_model), "--port", str(port))
+        result = serve("--model", str(llama), "--port", str(port))
     assert result.returncode == 1
     assert str(port) in result.stdout + result.stderr
 
 
-def test_a_failed_start_names_its_root_cause(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_failed_start_names_its_root_cause(llama: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in tiny_model.iterdir():
+    for file in llama.iterdir():
         if file.suffix == ".json":
             (broken / file.name).write_bytes(file.read_bytes())
     # The file is whole, so that no check before the start finds it: a rank does.
@@ -235,52 +220,30 @@ def test_a_failed_start_names_its_root_cause(tiny_model: Path, tmp_path: Path) -
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_deployment_ends_with_the_benchmark_that_started_it(
-    tiny_model: Path, number: signal.Signals
-) -> None:
-    lengths = (
-        "--max-token-id",
-        "200",
-        "--input-tokens",
-        "60",
-        "--output-tokens",
-        "60",
-        "--num-requests",
-        "100000",
-    )
-    with starter(
-        "bench",
-        "serve",
-        "--both",
-        "1",
-        "--model",
-        str(tiny_model),
-        "--kv-cache-memory",
-        "16MiB",
-        *lengths,
-    ) as bench:
+def test_a_deployment_ends_with_the_benchmark_that_started_it(llama: Path) -> None:
+    """Which is killed, and cannot tell it."""
+    arguments = ("--both", "1", "--model", str(llama), "--kv-cache-memory", "16MiB")
+    lengths = ("--max-token-id", "200", "--input-tokens", "60", "--output-tokens", "60")
+    with starter("bench", "serve", *arguments, *lengths, "--num-requests", "100000") as bench:
         launch = started_by(bench)
         command = launch.cmdline()
         url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
         await_true(lambda: has_load(url), "load")
         children = [launch, *launch.children(recursive=True)]
         assert len(children) >= 4
-        bench.send_signal(number)
+        bench.kill()
         bench.communicate(timeout=300)
-        assert bench.returncode == (143 if number is signal.SIGTERM else -number)
-        # Who is told to end waits for the end; who is killed cannot.
-        _, alive = psutil.wait_procs(children, timeout=180 if number is signal.SIGKILL else 0)
+        _, alive = psutil.wait_procs(children, timeout=180)
     assert not alive
 
 
 def test_a_deployment_that_still_starts_ends_with_the_smoke_run(
-    tiny_model: Path, tmp_path: Path
+    llama: Path, tmp_path: Path
 ) -> None:
+    """Smoke is told to end, and waits for the end of what it started."""
     logs = tmp_path / "logs"
-    with starter(
-        "smoke", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--log-dir", str(logs)
-    ) as smoke:
+    arguments = ("--model", str(llama), "--kv-cache-memory", "16MiB", "--log-dir", str(logs))
+    with starter("smoke", *arguments) as smoke:
         launch = started_by(smoke)
         await_true(lambda: bool(launch.children()), "the first process")
         children = [launch, *launch.children(recursive=True)]

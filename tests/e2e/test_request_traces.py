@@ -103,21 +103,13 @@ def test_the_command_draws_it(demo: Deployment, through_a_pair: RequestTrace) ->
     assert all(msgspec.json.decode(line, type=RequestTrace).spans for line in lines)
 
 
-def test_its_line_is_in_the_log_and_on_the_terminal(
+def test_its_line_is_in_the_log_and_on_the_terminal_and_debug_adds_decisions(
     demo: Deployment, through_a_pair: RequestTrace
 ) -> None:
+    """Routes, what each step computes, leases and pulls."""
     place = f"[{through_a_pair.id}] 200 /v1/completions prefill-0 -> decode-0 over "
     assert place in (demo.log_dir / "router.log").read_text()
     await_true(lambda: place in demo.output(), "the terminal shows it")
-
-
-def test_the_logs_of_engines_have_its_id(demo: Deployment, through_a_pair: RequestTrace) -> None:
-    for engine in ("prefill-0", "decode-0"):
-        assert through_a_pair.id in (demo.log_dir / f"{engine}.log").read_text()
-
-
-def test_the_level_debug_adds_decisions(demo: Deployment, through_a_pair: RequestTrace) -> None:
-    """Routes, what each step computes, leases and pulls."""
     mine = re.escape(through_a_pair.id)
     for log, said in (
         ("router", rf"\[{mine}\] route of prefill: prefill-0"),

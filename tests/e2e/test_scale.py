@@ -16,14 +16,13 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.launch.client.admin import admin_api, own_launches
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.launch.client.smoke import engines_of
-from tests.e2e.api import streamed
-from tests.e2e.conftest import clean_environ
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
+from tests.e2e.api import states, streamed
+from tests.e2e.conftest import launched
+from tests.e2e.tiny_models import VOCAB_SIZE, greedy
 from tests.e2e.waiting import await_true
 
-ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "16MiB")
 NUM_TOKENS = 48
 NUM_STREAMS = 2
 PAUSE_S = 0.2
@@ -69,11 +68,6 @@ def run(*arguments: str, exit_code: int = 0) -> str:
     return result.output
 
 
-def states(deployment: Deployment) -> dict[str, str]:
-    _, answer = admin_api(deployment.url).get_object("/pdlaunch/status")
-    return {engine["name"]: engine["state"] for engine in answer["engines"]}
-
-
 def await_work(deployment: Deployment, name: str) -> None:
     api = admin_api(deployment.url).engine(name)
     await_true(
@@ -89,30 +83,28 @@ def assert_gone(deployment: Deployment, name: str) -> None:
     assert name not in {engine["name"] for engine in engines_of(admin_api(deployment.url))}
 
 
-def test_engines_come_turn_and_go_while_streams_run(tmp_path: Path) -> None:
-    model, rng = make_tiny_model("llama", tmp_path), random.Random(5)
+def test_engines_come_turn_and_go_while_streams_run(llama: Path) -> None:
+    rng = random.Random(5)
     prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(20 + 7 * i)] for i in range(9)]
-    expected = greedy(model, prompts, NUM_TOKENS)
-    with running_deployment(
-        ("--model", str(model), *ARGUMENTS), environ=clean_environ()
-    ) as deployment:
+    expected = greedy(llama, prompts, NUM_TOKENS)
+    with launched(llama) as deployment:
         url = ("--url", deployment.url)
         load = Load(deployment.url, prompts, expected)
         with load.running():
             planned = run("scale", "prefill=2", "--dry-run", *url)
             assert "prefill-1" in planned
             assert "The launch would be 2 prefill, 1 decode." in planned
-            assert states(deployment) == {"decode-0": "ready", "prefill-0": "ready"}
+            assert states(deployment.url) == {"decode-0": "ready", "prefill-0": "ready"}
 
             assert "The launch is 2 prefill, 1 decode." in run("scale", "prefill=2", *url)
             await_work(deployment, "prefill-1")
 
             assert "nothing runs there" in run("drain", "prefill-0", *url)
-            assert states(deployment)["prefill-0"] == "draining"
+            assert states(deployment.url)["prefill-0"] == "draining"
             run("undrain", "prefill-0", *url)
 
             run("role", "prefill-1", "decode", *url)
-            assert states(deployment) == {
+            assert states(deployment.url) == {
                 "decode-0": "ready",
                 "decode-1": "ready",
                 "prefill-0": "ready",

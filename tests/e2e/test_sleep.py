@@ -12,10 +12,9 @@ import torch
 
 from pdlaunch.launch.client.admin import admin_api, command_engines
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import engine_apis
-from tests.e2e.conftest import clean_environ
-from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.conftest import launched
 from tests.e2e.waiting import await_true
 
 pytest.importorskip("cuda.bindings")
@@ -55,20 +54,9 @@ def fds_of_ranks(deployment: Deployment) -> dict[str, int]:
     }
 
 
-def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) -> None:
-    model = make_tiny_model("llama", tmp_path)
-    arguments = [
-        "--model",
-        str(model),
-        "--device",
-        "cuda",
-        "--dtype",
-        "float32",
-        "--kv-cache-memory",
-        "4GiB",
-    ]
-    with running_deployment(
-        [*arguments, "--enable-sleep-mode"], environ=clean_environ()
+def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(llama: Path) -> None:
+    with launched(
+        llama, "--device", "cuda", "--kv-cache-memory", "4GiB", "--enable-sleep-mode"
     ) as deployment:
         router = Api(deployment.url)
         status, expected = complete(router, "before")

@@ -1,27 +1,64 @@
-"""What happens around a launch: its supervisor stands still."""
+"""One launch with the default settings: its routes, and a supervisor that stands still."""
 
 from __future__ import annotations
 
+import json
+import random
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
-from pdlaunch.launch.client.deployment import running_deployment
-from tests.e2e.conftest import default_environ
-from tests.e2e.faults import TINY, paused
+from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.api import complete_all, greedy_body
+from tests.e2e.conftest import default_environ, launched
+from tests.e2e.faults import paused
 from tests.e2e.test_scale import run
-from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.tiny_models import VOCAB_SIZE, greedy
 from tests.e2e.waiting import await_true
 
 
-def test_a_supervisor_that_wakes_up_late_restarts_nothing(tmp_path: Path) -> None:
-    model = make_tiny_model("llama", tmp_path)
-    with running_deployment(("--model", str(model), *TINY), environ=default_environ()) as launch:
-        before = {name: process.pid for name, process in launch.processes().items()}
-        with paused(psutil.Process(launch.process.pid)):
-            said = run("restart", "decode-0", "--url", launch.url, exit_code=1)
-        assert "the supervisor has not answered within 10 s" in said
-        await_true(lambda: "a command is dropped" in launch.output(), "the supervisor says so")
-        # Carried out behind the dropped one, so that a restart would show by now.
-        assert "nothing runs there" in run("drain", "prefill-0", "--url", launch.url)
-        assert {name: process.pid for name, process in launch.processes().items()} == before
+@pytest.fixture(scope="module")
+def launch(llama: Path) -> Iterator[Deployment]:
+    with launched(llama, "--max-num-batched-tokens", "64", environ=default_environ()) as launch:
+        yield launch
+
+
+def ask(url: str, prompt: list[int], **headers: str) -> tuple[str, list[int]]:
+    """Return the route and the tokens of a greedy answer."""
+    body = json.dumps(greedy_body(prompt, 8)).encode()
+    headers |= {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return response.headers[ROUTE_HEADER], json.load(response)["choices"][0]["token_ids"]
+
+
+def test_every_route_gives_the_tokens_of_the_model(launch: Deployment, llama: Path) -> None:
+    rng = random.Random(3)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(20 + 9 * i)] for i in range(12)]
+    expected = greedy(llama, prompts, 24)
+    assert complete_all(launch.url, prompts, 24, concurrency=12) == expected
+    route, tokens = ask(launch.url, prompts[0])
+    assert "; kind=" in route
+    assert tokens == expected[0][:8]
+    route, tokens = ask(launch.url, prompts[1], **{ROUTE_HEADER: WANTS_PAIR})
+    assert route.startswith("prefill-0")
+    assert tokens == expected[1][:8]
+    lines = Api(launch.url).get("/metrics")[1].splitlines()
+    routed = [line for line in lines if line.startswith("pdlaunch_router_routes_total{")]
+    assert sum(float(line.rpartition(" ")[2]) for line in routed) == len(prompts) + 2
+
+
+def test_a_supervisor_that_wakes_up_late_restarts_nothing(launch: Deployment) -> None:
+    before = {name: process.pid for name, process in launch.processes().items()}
+    with paused(psutil.Process(launch.process.pid)):
+        said = run("restart", "decode-0", "--url", launch.url, exit_code=1)
+    assert "the supervisor has not answered within 10 s" in said
+    await_true(lambda: "a command is dropped" in launch.output(), "the supervisor says so")
+    # Carried out behind the dropped one, so that a restart would show by now.
+    assert "nothing runs there" in run("drain", "prefill-0", "--url", launch.url)
+    assert {name: process.pid for name, process in launch.processes().items()} == before

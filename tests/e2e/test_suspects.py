@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from tests.e2e.api import complete, complete_all, streamed
-from tests.e2e.conftest import default_environ
+from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.api import await_ready, complete, complete_all, streamed
+from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import left_over
-from tests.e2e.test_hangs import states
-from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 
 ROOT = Path(__file__).parents[2]
@@ -58,13 +56,11 @@ sys.meta_path.insert(0, Hook())
 
 
 @pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
+def deployment(llama: Path, tmp_path: Path) -> Iterator[Deployment]:
     """One prefill and one decode engine whose ranks have a bug."""
     (tmp_path / "sitecustomize.py").write_text(SICK_RUNNER)
-    model = make_tiny_model("llama", tmp_path, max_model_len=1024)
     environ = default_environ() | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
-    arguments = ("--model", str(model), "--dtype", "float32", "--kv-cache-memory", "4MiB")
-    with running_deployment(arguments, environ=environ) as deployment:
+    with launched(llama, "--kv-cache-memory", "4MiB", environ=environ) as deployment:
         yield deployment
 
 
@@ -89,9 +85,6 @@ def test_request_that_kills_fails_and_innocent_ones_are_answered(deployment: Dep
     await_true(
         lambda: deployment.output().count("was killed by SIGSEGV") == 2, "both deaths are told"
     )
-    await_true(
-        lambda: states(deployment) == {"prefill-0": "ready", "decode-0": "ready"},
-        "both engines are back",
-    )
+    await_ready(deployment.url)
     assert complete(deployment.url, PROMPTS[0], 8) == expected[0][:8]
     assert left_over(deployment) == []

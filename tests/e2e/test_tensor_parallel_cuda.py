@@ -5,15 +5,13 @@ other numbers of ranks.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import running_deployment
-from tests.e2e.api import engine_apis
-from tests.e2e.conftest import clean_environ
+from tests.e2e.api import complete, engine_apis
+from tests.e2e.conftest import launched
 from tests.e2e.tiny_models import make_tokenizer
 from tests.e2e.waiting import await_true
 from tests.engine.models.tiny import greedy, save_tiny_model
@@ -34,17 +32,6 @@ def make_model(folder: Path) -> Path:
     return directory
 
 
-def complete(router: Api, prompt: list[int]) -> tuple[int, dict[str, Any]]:
-    body = {
-        "prompt": prompt,
-        "max_tokens": NUM_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-    return router.post("/v1/completions", body)
-
-
 def total(router: Api, metric: str) -> float:
     return sum(api.metrics()[metric] for api in engine_apis(router.url))
 
@@ -55,23 +42,10 @@ def test_tokens_are_those_of_one_process(prefill_tp: int, decode_tp: int, tmp_pa
     prompts = [[5 + length % 90] * length for length in (33, 70, 100)]
     expected = greedy(model, prompts, NUM_TOKENS)
     sizes = ["--prefill-tp", str(prefill_tp), "--decode-tp", str(decode_tp)]
-    arguments = [
-        "--model",
-        str(model),
-        "--device",
-        "cuda",
-        "--dtype",
-        "float32",
-        "--kv-cache-memory",
-        "1GiB",
-        *sizes,
-    ]
-    with running_deployment(arguments, environ=clean_environ()) as deployment:
+    with launched(model, "--device", "cuda", "--kv-cache-memory", "1GiB", *sizes) as deployment:
         router = Api(deployment.url)
         for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True), start=1):
-            status, answer = complete(router, prompt)
-            assert status == 200, answer
-            assert answer["choices"][0]["token_ids"] == tokens
+            assert complete(router, prompt, NUM_TOKENS) == tokens
             await_true(
                 lambda number=number: total(router, "pdlaunch_kv_transfers_total") >= number,
                 "the KV blocks are pulled",

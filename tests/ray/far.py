@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from typing import Any
 
+from tests.e2e.waiting import await_true
 from tests.netns.hosts import Host
 
 TIMEOUT_S = 240.0
 PORT = 8000
 PROMPT = {"model": "llama", "prompt": [7] * 70, "max_tokens": 8, "temperature": 0}
-
-
-def until(is_so: Callable[[], bool], told: Callable[[], str]) -> None:
-    """Wait; ``told`` says what is there instead."""
-    ends_at = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < ends_at, told()
-        time.sleep(0.2)
 
 
 def until_ready(host: Host, serve: subprocess.Popen[bytes]) -> None:
@@ -31,7 +22,7 @@ def until_ready(host: Host, serve: subprocess.Popen[bytes]) -> None:
         assert serve.poll() is None, output()
         return get(host, "/health")[0] == 200
 
-    until(is_ready, output)
+    await_true(is_ready, output, TIMEOUT_S)
 
 
 def get(host: Host, path: str, *words: str) -> tuple[int, Any]:

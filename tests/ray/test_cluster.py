@@ -8,8 +8,7 @@ import contextlib
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import pytest
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from tests.e2e.api import states
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 240.0
 ARGUMENTS = ("--device", "cpu", "--placement", "ray", "--placement-strategy", "spread")
@@ -62,22 +63,10 @@ def node_of(cluster: Any, agent: psutil.Process) -> Any:
     raise AssertionError("no node has started this agent")
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    ends_at = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < ends_at
-        time.sleep(0.2)
-
-
 def answer(deployment: Deployment) -> str:
     status, found = Api(deployment.url, timeout_s=60).post("/v1/completions", PROMPT)
     assert status == 200, found
     return str(found["choices"][0]["text"])
-
-
-def states(deployment: Deployment) -> dict[str, str]:
-    _, status = Api(deployment.url).get_object("/pdlaunch/status")
-    return {engine["name"]: engine["state"] for engine in status["engines"]}
 
 
 def test_a_launch_is_placed_answers_and_heals_when_a_node_is_lost(
@@ -107,8 +96,9 @@ def test_a_launch_is_placed_answers_and_heals_when_a_node_is_lost(
         thread.start()
         try:
             cluster.remove_node(nodes["ray-decode-0"], allow_graceful=False)
-            until(lambda: states(deployment).get("decode-0") != "ready")
-            until(lambda: states(deployment).get("decode-0") == "ready")
+            is_ready = lambda: states(deployment.url).get("decode-0") == "ready"  # noqa: E731
+            await_true(lambda: not is_ready(), "decode is lost", TIMEOUT_S)
+            await_true(is_ready, "decode is back", TIMEOUT_S)
         finally:
             closing.set()
             thread.join()
@@ -118,7 +108,7 @@ def test_a_launch_is_placed_answers_and_heals_when_a_node_is_lost(
         assert answer(deployment) == right
         cluster.add_node(num_cpus=1)
         assert deployment.stop() == 0
-    until(lambda: not agents())
+    await_true(lambda: not agents(), "no agent is left")
 
 
 def test_room_that_ray_does_not_have_is_told(cluster: Any, model: Path) -> None:

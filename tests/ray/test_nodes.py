@@ -15,8 +15,9 @@ import pytest
 
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.waiting import await_true
 from tests.netns.hosts import Host, Network, new_network, signal_inner, why_not
-from tests.ray.far import PORT, answer, get, until, until_ready
+from tests.ray.far import PORT, answer, get, until_ready
 
 pytestmark = pytest.mark.hosts_long
 HEAD_PORT = 6379
@@ -67,7 +68,7 @@ def nodes() -> Iterator[Network]:
         head = network["a"]
         make_tiny_model("llama", head.file("/tmp"))
         stack.enter_context(ray_node(head, *HEAD))
-        until(
+        await_true(
             lambda: HEAD_PORT in {each.port for each in head.listening()},
             head.file("/tmp/node.out").read_text,
         )
@@ -114,4 +115,4 @@ def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
         assert answer(head) == right
         signal_inner(serve, signal.SIGTERM)
         assert serve.wait(240) == 0
-    until(lambda: not of_the_launch(nodes), lambda: str(of_the_launch(nodes)))
+    await_true(lambda: not of_the_launch(nodes), lambda: str(of_the_launch(nodes)))
