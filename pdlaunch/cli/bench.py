@@ -54,7 +54,6 @@ _SERVE_HEADINGS = {
     "good_share": "good\nshare",
 }
 _TRANSFER_HEADINGS = {
-    "connector": "connector",
     "path": "path",
     "num_blocks": "blocks",
     "megabytes": "MB",
@@ -265,15 +264,8 @@ def _refuse_given(options: Mapping[str, object], why: str) -> None:
         raise typer.BadParameter(f"{', '.join(given)}: {why}")
 
 
-def _connectors(text: str) -> list[str]:
-    return _read_names(text, ("nixl", "mooncake", "file"))
-
-
 def _paths(text: str) -> list[str]:
-    return _read_names(text, get_args(KVPath))
-
-
-def _read_names(text: str, known: Sequence[str]) -> list[str]:
+    known = (*get_args(KVPath), "mooncake", "file")
     for name in text.split(","):
         if name not in known:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
@@ -282,11 +274,12 @@ def _read_names(text: str, known: Sequence[str]) -> list[str]:
 
 @app.command("transfer")
 def transfer(
-    connectors: Any = typer.Option(
-        "nixl", parser=_connectors, metavar="NAMES", help="Of nixl,mooncake,file."
-    ),
-    path: Any = typer.Option(
-        "auto", parser=_paths, metavar="PATHS", help="Of auto,nixl,p2p, of connector nixl."
+    paths: Any = typer.Option(
+        "auto",
+        "--path",
+        parser=_paths,
+        metavar="PATHS",
+        help="Of auto,nixl,p2p (connector nixl), mooncake, file.",
     ),
     num_blocks: Any = typer.Option(
         "16,128", parser=_integers, metavar="N,N", help="Blocks of one pull."
@@ -309,13 +302,10 @@ def transfer(
     """Measure gigabytes a second from a prefill to a decode rank: of the READs alone, and of whole
     pulls without and with checksums. The shape is that of the demo model by default.
     """
-    if path != ["auto"] and "nixl" not in connectors:
-        raise typer.BadParameter(f"--path {path[0]} is for connector nixl, which is not measured")
     if enable_cumem_allocator and device != "cuda":
         raise typer.BadParameter("--enable-cumem-allocator is for --device cuda")
     options = {
-        "connectors": connectors,
-        "paths": path,
+        "paths": paths,
         "num_blocks": num_blocks,
         "num_repeats": num_repeats,
         "num_layers": num_layers,

@@ -211,7 +211,6 @@ def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAR = "http://198.51.100.1:8000"
 """An address of nobody."""
-HERE = "http://127.0.0.1:8000"
 
 
 def test_addresses_of_this_machine_are_here() -> None:

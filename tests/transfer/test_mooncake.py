@@ -38,6 +38,6 @@ def test_two_gpus_transfer() -> None:
     if not mooncake.SUPPORT_CUDA:
         pytest.skip("this build of Mooncake has no CUDA")
     options = TransferOptions(
-        connectors=["mooncake"], num_blocks=[16], num_repeats=2, num_kv_heads=2, device="cuda"
+        paths=["mooncake"], num_blocks=[16], num_repeats=2, num_kv_heads=2, device="cuda"
     )
     assert float(bench_transfer(options)[0]["pull_gb_per_s"]) > 0
