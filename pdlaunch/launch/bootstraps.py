@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,6 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec, RoutingLimits
 from pdlaunch.protocol.sockets import LaunchKeys
 
@@ -30,26 +29,14 @@ class Bootstraps:
     ``listeners``: the open sockets of the public address, one or more, all of one port.
     """
 
-    resolved: ResolvedLaunch
     kind: EngineKind
     keys: LaunchKeys
     control: str
     run_dir: Path
     launch_id: str
     listeners: Sequence[socket.socket]
-
-    def __post_init__(self) -> None:
-        # By engine: a restarted engine gets what it got before, whatever has changed around it.
-        self._engines: dict[str, EngineSpec] = self.resolved.engine_specs()
-
-    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
-        """Use this launch for processes that start from now on.
-
-        ``engine``: an engine that is new, or has moved.
-        """
-        self.resolved = resolved
-        if engine is not None and engine.engines.is_native:
-            self._engines[engine.name] = resolved.engine_spec(engine)
+    # By engine: a restarted engine gets what it got before, whatever has changed around it.
+    _engines: dict[str, EngineSpec] = field(default_factory=dict)
 
     def forget(self, engine: str) -> None:
         """Forget an engine that is gone for good, and remove what it has left in the folder."""
@@ -57,27 +44,31 @@ class Bootstraps:
         for path in self.run_dir.glob(f"{engine}.*"):
             path.unlink(missing_ok=True)
 
-    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        engine, host = self._engines.get(spec.engine), self.resolved.host(spec.host)
-        if engine is not None:
+    def make(self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch) -> Bootstrap:
+        config, host = launch.config, launch.host(spec.host)
+        engine = None
+        if spec.engine and self.kind.name == "native":
+            if spec.engine not in self._engines:
+                placed = next(each for each in launch.engines if each.name == spec.engine)
+                self._engines[spec.engine] = launch.engine_spec(placed)
             addresses = {
                 "bind_address": host.bind_address,
                 "advertise_address": host.advertise_address,
             }
-            engine = engine.model_copy(update=addresses)
+            engine = self._engines[spec.engine].model_copy(update=addresses)
         bootstrap = Bootstrap(
             name=spec.name,
             incarnation=incarnation,
             control=self.control,
             keys=self.keys,
             run_dir=str(self.run_dir),
-            log_level=self.resolved.config.log_level,
-            log_format=self.resolved.config.log_format,
+            log_level=config.log_level,
+            log_format=config.log_format,
             engine_json=None if engine is None else engine.model_dump_json(),
             launch_id=self.launch_id,
-            heartbeat_s=self.resolved.config.hang_timeout_s / HEARTBEATS,
+            heartbeat_s=config.hang_timeout_s / HEARTBEATS,
         )
-        key, replace = _plain(self.resolved.config.engine_api_key), msgspec.structs.replace
+        key, replace = _plain(config.engine_api_key), msgspec.structs.replace
         if spec.kind == "rank":
             # Where the ranks of an engine meet. A file for each incarnation: the file of a dead one
             # still lists its ranks.
@@ -86,27 +77,27 @@ class Bootstraps:
         if spec.kind == "server":
             capabilities = self.kind.capabilities(spec, engine)
             # Servers of native engines, which alone have a spec, listen for other hosts themselves.
-            door = self._door(spec) if engine is None else None
+            door = self._door(spec, launch) if engine is None else None
             return replace(bootstrap, engine_api_key=key, capabilities=capabilities, door=door)
-        name = self.resolved.served_model_name
-        router = router_spec(self.resolved.config, name, self.listeners)
+        name = launch.served_model_name
+        router = router_spec(config, name, self.listeners)
         return replace(bootstrap, engine_api_key=key, router=router)
 
-    def _door(self, spec: ProcessSpec) -> DoorSpec | None:
+    def _door(self, spec: ProcessSpec, launch: ResolvedLaunch) -> DoorSpec | None:
         """Return where a sidecar listens for other hosts; None in a launch on one host."""
-        if not self.resolved.spans_hosts:
+        if not launch.spans_hosts:
             return None
-        host, limits = self.resolved.host(spec.host), self.resolved.config.limits
+        config, host = launch.config, launch.host(spec.host)
         assert spec.role is not None
         return DoorSpec(
             bind_address=host.bind_address,
             advertise_address=host.advertise_address,
             port=spec.ports["http"],
-            data_ports=self.resolved.config.kv_transfer.data_ports,
-            max_model_len=self.resolved.roles[spec.role].max_model_len,
-            max_body_bytes=limits.max_body_bytes,
-            body_budget_bytes=limits.body_budget_bytes,
-            max_connections=limits.max_connections,
+            data_ports=config.kv_transfer.data_ports,
+            max_model_len=launch.roles[spec.role].max_model_len,
+            max_body_bytes=config.limits.max_body_bytes,
+            body_budget_bytes=config.limits.body_budget_bytes,
+            max_connections=config.limits.max_connections,
         )
 
 

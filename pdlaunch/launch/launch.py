@@ -110,15 +110,14 @@ def launch(
     ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         bootstraps = Bootstraps(
-            resolved,
+            kind=kind,
             keys=keys,
             control=endpoint,
             run_dir=run_dir,
             launch_id=launch_id,
             listeners=listeners,
-            kind=kind,
         )
-        places = EnginePlaces(resolved, kind, bootstraps, {here, *joined})
+        places = EnginePlaces(resolved, kind, {here, *joined})
         local = LocalHost(control, children, engine_ports)
         host: Host = local
         if agents is not None:

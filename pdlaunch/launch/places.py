@@ -18,7 +18,6 @@ from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import EngineKind, kind_of
 from pdlaunch.launch.state import EngineChange, Unit
 from pdlaunch.planning.hosts import ResolvedHost
@@ -33,10 +32,6 @@ MAX_REPLICAS = 1024
 Key = tuple[Role, int]  # role and index of an engine
 Models = Mapping[Role, Model]
 GpuKey = tuple[str, int]  # a host and the number of a GPU on that machine
-# Settings that a new plan may change: a running engine keeps its own devices and threads.
-_MAY_DIFFER = frozenset(
-    ("environment", "devices", "num_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-)
 
 
 @dataclass(eq=False)
@@ -48,7 +43,6 @@ class EnginePlaces:
 
     resolved: ResolvedLaunch
     kind: EngineKind
-    bootstraps: Bootstraps
     present: set[str]
     clock: Callable[[], float] = time.monotonic
     # Instants by which lost hosts have ended their processes.
@@ -69,7 +63,6 @@ class EnginePlaces:
         else:
             self._readdressed.add(host.name)
         self.resolved = self.resolved.with_host(host)
-        self.bootstraps.adopt(self.resolved)
 
     def lost(self, name: str, ended_by: float | None) -> None:
         """Note that a host is lost. Its processes may run until ``ended_by``; None: no more."""
@@ -104,8 +97,6 @@ class EnginePlaces:
         new = {_key(engine) for engine in change.starts}
         places = {key: place for key, place in change.resolved.places.items() if key in new}
         self.resolved = self.resolved.with_engines({**self.resolved.places, **places})
-        for engine in change.starts:
-            self.bootstraps.adopt(self.resolved, engine)
         return [spec for engine in change.starts for spec in self.kind.processes(engine)]
 
     def forget(self, engine: str) -> None:
@@ -117,8 +108,6 @@ class EnginePlaces:
         left = dict(self.resolved.places)
         del left[_key(gone)]
         self.resolved = self.resolved.with_engines(left)
-        self.bootstraps.forget(engine)
-        self.bootstraps.adopt(self.resolved)
 
     def plan(
         self, wanted: ChangeEngines, serving: Collection[str], drained: Collection[str]
@@ -273,12 +262,11 @@ class EnginePlaces:
         """Return the present hosts that take engines of a role: those with free cores first, of
         these the ones near its peers.
         """
-        peers = [
-            self.resolved.host(place.host)
+        near = {
+            place.host
             for (other, _), place in places.items()
             if role in PAIR and other in PAIR and other != role
-        ]
-        near = {host.name for host in peers}
+        }
         num_engines = Counter(place.host for place in places.values())
         hosts = self.resolved.hosts
         return sorted(
@@ -340,26 +328,19 @@ class EnginePlaces:
         return [finding for finding in after if finding.rule not in known]
 
     def _require_as_they_run(self, resolved: ResolvedLaunch, kept: Places) -> None:
-        """Raise ConfigError if an engine that stays would have to be restarted."""
-        before = {_key(engine): engine for engine in self.resolved.engines}
+        """Raise ConfigError if an engine that stays would have to be restarted: its sockets and its
+        connector are those for the peers that it had at its start.
+        """
+        before = {_key(engine): engine.engines for engine in self.resolved.engines}
         for engine in (engine for engine in resolved.engines if _key(engine) in kept):
-            old, new = (self._as_started(each) for each in (before[_key(engine)], engine))
-            if old != new:
-                names = ", ".join(sorted(name for name in new if new[name] != old.get(name)))
+            old, new = before[_key(engine)], engine.engines
+            if (old.has_far_peers, old.unverified) != (new.has_far_peers, new.unverified):
+                why = new.unverified or "its peers would be on other hosts, or no longer"
                 raise ConfigError(
-                    f"{engine.name} would have to run with other values of {names}, and it is not "
-                    "started anew",
+                    f"{engine.name} would have to be started anew: {why}",
                     field=f"{engine.engines.role}.replicas",
                     fix="start the launch with these engines",
                 )
-
-    def _as_started(self, engine: PlacedEngine) -> dict[str, object]:
-        return {
-            f"{process.name}: {name}": value
-            for process in self.kind.processes(engine)
-            for name, value in (msgspec.structs.asdict(process) | process.environment).items()
-            if name not in _MAY_DIFFER
-        }
 
 
 def _key(engine: PlacedEngine) -> Key:

@@ -265,6 +265,7 @@ class Supervisor:
                     self._announce(action)
                 case ForgetEngine(engine=engine):
                     self.places.forget(engine)
+                    self.bootstraps.forget(engine)
                     self.host.forget(engine)
                     self._choose_peers()
                 case Chore.ADD_ENGINES:
@@ -288,7 +289,7 @@ class Supervisor:
         # Before the launch is ready, the deadline of its start comes first.
         unit.begin(kill_at=now + self.wanted.timing.startup_timeout_s)
         for process in unit.processes:
-            bootstrap = self.bootstraps.make(process.spec, unit.incarnation)
+            bootstrap = self.bootstraps.make(process.spec, unit.incarnation, self.places.resolved)
             stillborn = self.host.spawn(process.spec, unit.incarnation, bootstrap)
             if stillborn is not None:
                 self._observe(stillborn)

@@ -9,13 +9,12 @@ from typing import Any
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
-from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import plan_processes
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing
 from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.planning.resolve import ResolvedLaunch, resolve
+from pdlaunch.planning.resolve import resolve
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Answered, ChangeEngines, EngineIdle, PlannedChange
 from tests.checks.contexts import CPU, TINY
@@ -30,21 +29,6 @@ GPUS = replace(
 )
 
 
-class Adopted(Bootstraps):
-    """Remembers which engines could be started, and which are gone."""
-
-    def __init__(self) -> None:
-        self.engines: dict[str, PlacedEngine] = {}
-        self.gone: list[str] = []
-
-    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
-        if engine is not None:
-            self.engines[engine.name] = engine
-
-    def forget(self, engine: str) -> None:
-        self.gone.append(engine)
-
-
 class Changing(World):
     """A world whose engines can change."""
 
@@ -53,13 +37,17 @@ class Changing(World):
         (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
         config = LaunchConfig.model_validate({"model": str(folder), **settings})
         resolved = resolve(config, {"local": machine}, {})
-        self.adopted = Adopted()
         super().__init__(
             plan_processes(resolved),
             Timing(startup_timeout_s=60, drain_s=30, stop_s=5),
-            EnginePlaces(resolved, NativeEngine(), self.adopted, {"local"}),
+            EnginePlaces(resolved, NativeEngine(), {"local"}),
         )
         self.start().all_ready()
+
+    def placed(self, name: str) -> PlacedEngine:
+        """Return where an engine of the launch is placed now."""
+        engines = self.supervisor.places.resolved.engines
+        return next(engine for engine in engines if engine.name == name)
 
     def change(self, **wanted: Any) -> Answered:
         """Ask for a change, and return the first answer."""

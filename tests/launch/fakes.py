@@ -18,6 +18,7 @@ from pdlaunch.launch.state import Timing, Unit
 from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus
 from pdlaunch.launch.supervisor import Supervisor
 from pdlaunch.planning.plan import Plan, ProcessSpec
+from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.control import (
     Address,
     Alive,
@@ -135,13 +136,19 @@ NO_KEYS = LaunchKeys("", "", "")
 class FakeBootstraps(Bootstraps):
     def __init__(self, keys: LaunchKeys = NO_KEYS, control: str = "", run_dir: str = "") -> None:
         self._common = {"keys": keys, "control": control, "run_dir": run_dir}
+        self.gone: list[str] = []
 
-    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+    def make(self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch) -> Bootstrap:
         return Bootstrap(name=spec.name, incarnation=incarnation, log_level="info", **self._common)
+
+    def forget(self, engine: str) -> None:
+        self.gone.append(engine)
 
 
 class FakePlaces(EnginePlaces):
     """Hosts on which there is room, or none; their engines cannot change."""
+
+    resolved = None
 
     def __init__(self) -> None:
         self.has_room = True

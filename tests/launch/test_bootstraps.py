@@ -16,7 +16,6 @@ from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
-from pdlaunch.planning.roles import EnginePlace
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import new_launch_keys
 from tests.planning.test_resolve import CPU, write_model
@@ -37,12 +36,7 @@ class Prepared:
 
     def make(self, name: str, incarnation: int = 1) -> Bootstrap:
         specs = {spec.name: spec for spec in plan_processes(self.resolved).processes}
-        return self.bootstraps.make(specs[name], incarnation)
-
-    def adopt(self, resolved: ResolvedLaunch, engine: str | None = None) -> None:
-        self.resolved = resolved
-        placed = [each for each in resolved.engines if each.name == engine]
-        self.bootstraps.adopt(resolved, next(iter(placed), None))
+        return self.bootstraps.make(specs[name], incarnation, self.resolved)
 
 
 Prepare = Callable[[Sequence[ResolvedHost], Mapping[str, Any]], Prepared]
@@ -58,13 +52,12 @@ def prepare(tmp_path: Path) -> Iterator[Prepare]:
             resolved = resolve_on(config, hosts, {})
             listeners = stack.enter_context(listening("127.0.0.1", 0))
             bootstraps = Bootstraps(
-                resolved,
+                kind=kind_of(resolved),
                 keys=new_launch_keys(),
                 control="ipc:///c",
                 run_dir=tmp_path,
                 launch_id="l",
                 listeners=listeners,
-                kind=kind_of(resolved),
             )
             return Prepared(resolved, bootstraps, listeners[0].getsockname()[1])
 
@@ -89,7 +82,7 @@ def test_children_are_given_what_is_theirs(prepare: Prepare, tmp_path: Path) -> 
 
 
 def test_children_are_given_the_addresses_of_their_host(prepare: Prepare, tmp_path: Path) -> None:
-    """Also those of an engine that has moved, or whose host has come back elsewhere."""
+    """Also those of an engine whose host has come back elsewhere."""
     settings = {"placement_strategy": "spread", "decode": {"tensor_parallel_size": 2}}
     launch = prepare(HOSTS, settings)
 
@@ -99,10 +92,8 @@ def test_children_are_given_the_addresses_of_their_host(prepare: Prepare, tmp_pa
 
     assert given("prefill-0/rank-0") == ("10.0.0.2", "192.0.2.2")
     assert given("decode-0/rank-0") == given("decode-0/rank-1") == ("fd00::3", "fd00::3")
-    places = {**launch.resolved.places, ("prefill", 0): EnginePlace("b")}
-    launch.adopt(launch.resolved.with_engines(places), "prefill-0")
-    assert given("prefill-0/rank-0") == ("fd00::3", "fd00::3")
-    launch.adopt(launch.resolved.with_host(ResolvedHost("b", CPU, {}, "10.0.0.9", "10.0.0.9")))
+    back = ResolvedHost("a", CPU, {}, "10.0.0.9", "10.0.0.9")
+    launch.resolved = launch.resolved.with_host(back)
     assert given("prefill-0/rank-0") == ("10.0.0.9", "10.0.0.9")
     for name in ("prefill-0.tp.1", "prefill-0.sock", "prefill-00.sock", "admin.sock"):
         (tmp_path / name).touch()

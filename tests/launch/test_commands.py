@@ -228,7 +228,7 @@ def test_a_new_engine_gets_work_once_its_pairs_are_proven(tmp_path: Path) -> Non
     world = Changing(tmp_path)
     (start,) = world.plan_of(prefill=2).starts
     assert (start.name, start.host, start.devices) == ("prefill-1", "local", ["cpu"])
-    assert world.adopted.engines["prefill-1"].engines.replicas == 2
+    assert world.placed("prefill-1").engines.replicas == 2
     world.become_whole("prefill-1")
     assert world.listed("prefill-1") == "ready", "decode ranks find it"
     assert world.given_work() == {"prefill-0", "decode-0"}
@@ -264,7 +264,7 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert world.engines == {"prefill-0", "decode-0"}
     listed = {entry.engine for entry in world.host.registry("router").entries}
     assert listed == {"", "prefill-0", "decode-0"}
-    assert world.adopted.gone == world.host.forgotten == ["prefill-1"]
+    assert world.bootstraps.gone == world.host.forgotten == ["prefill-1"]
     assert (world.status.num_missing_pairs, len(world.status.pairs)) == (0, 1)
 
 
@@ -288,7 +288,7 @@ def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: 
     assert "prefill-1" not in world.host.running
     world.leave("decode-1")
     assert world.host.running["prefill-1"] == 1
-    assert world.adopted.engines["prefill-1"].device_indices == (2,)
+    assert world.placed("prefill-1").device_indices == (2,)
     world.become_whole("prefill-1")
     world.connect("decode-0/rank-0", "prefill-1/rank-0")
     assert world.given_work() == {"prefill-0", "prefill-1", "decode-0"}
@@ -297,7 +297,7 @@ def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: 
     world.change(turn="prefill-1", role="decode")
     world.leave("prefill-1")
     assert world.host.running["decode-1"] == 2, "its incarnations go on"
-    assert world.adopted.engines["decode-1"].device_indices == (2,)
+    assert world.placed("decode-1").device_indices == (2,)
 
 
 def test_without_a_free_gpu_it_says_who_has_them(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_without_a_free_gpu_it_says_who_has_them(tmp_path: Path) -> None:
     # One that stops in the same command makes room.
     assert world.plan_of(prefill=2, decode=1).stops_first
     world.leave("decode-1")
-    assert world.adopted.engines["prefill-1"].device_indices == (2,)
+    assert world.placed("prefill-1").device_indices == (2,)
 
 
 def test_pairs_make_room_for_engines_of_both_roles_and_come_back(tmp_path: Path) -> None:
@@ -356,7 +356,6 @@ def test_a_dry_run_and_what_is_there_already_do_nothing(tmp_path: Path) -> None:
         assert (answer.error, answer.is_done) == ("", True)
         assert answer.notes == ["there is nothing to do: the engines are as you want them"]
     assert world.engines == {"prefill-0", "decode-0"}
-    assert not world.adopted.engines
     assert not world.observer.notes
 
 
@@ -447,7 +446,7 @@ def test_a_new_engine_that_dies_is_taken_back(tmp_path: Path) -> None:
     why = "prefill-1/rank-0 ended with exit code 1: no memory"
     assert world.answered() == Answered(question=7, error=f"prefill-1 cannot be added: {why}")
     assert world.engines == {"prefill-0", "decode-0"}
-    assert world.adopted.gone == ["prefill-1"]
+    assert world.bootstraps.gone == ["prefill-1"]
     assert world.failure is None
     world.change(prefill=2)
     assert world.host.running["prefill-1"] == 2, "nobody takes it for the one before"

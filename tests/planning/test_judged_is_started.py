@@ -143,15 +143,16 @@ def bootstraps(launch: ResolvedLaunch) -> list[tuple[ProcessSpec, Bootstrap]]:
     """What each process of the launch is given."""
     with tempfile.TemporaryDirectory() as folder, listening("127.0.0.1", 0) as listeners:
         made = Bootstraps(
-            launch,
+            kind=kind_of(launch),
             keys=KEYS,
             control="ipc:///c",
             run_dir=Path(folder),
             launch_id="l",
             listeners=listeners,
-            kind=kind_of(launch),
         )
-        return [(process, made.make(process, 1)) for process in plan_processes(launch).processes]
+        return [
+            (process, made.make(process, 1, launch)) for process in plan_processes(launch).processes
+        ]
 
 
 def assert_same_settings(engines: RoleEngines, spec: EngineSpec, launch: ResolvedLaunch) -> None:
