@@ -169,17 +169,6 @@ def test_a_prefill_engine_waits_for_those_who_read_from_it(world: World) -> None
     assert world.stopped() == {"prefill-0", "prefill-0/rank-0", "prefill-0/rank-1"}
 
 
-def test_no_engine_is_started_while_the_launch_ends(world: World) -> None:
-    """The engine that a restart waited for is gone, so nobody reads from it any more."""
-    world.ask(restart("prefill-0"))
-    world.drained("prefill-0")
-    world.interrupt()
-    for process in ("prefill-0", "prefill-0/rank-0", "prefill-0/rank-1"):
-        world.exit(process, 1)
-    world.say("router", EngineIdle(engine="prefill-0"))
-    assert not spawned_again(world)
-
-
 def test_what_still_runs_after_the_drain_is_stopped_and_then_killed(world: World) -> None:
     world.ask(restart("decode-0"))
     assert world.supervisor.next_tick_at() <= world.clock.now + 30
@@ -209,12 +198,7 @@ def test_an_engine_that_is_given_up_or_backs_off_starts_at_once() -> None:
     assert world.stopped() == {"decode-0/rank-0"}
     world.exit("decode-0/rank-0")
     assert {world.state(name) for name in ENGINE[:2]} == {"starting"}
-    # All deaths before are forgotten.
-    for _ in range(4):
-        world.exit("decode-0", 1)
-        world.pass_time(10)
-        world.become_ready("decode-0")
-    world.become_ready("decode-0/rank-0")
+    world.become_ready(*ENGINE[:2])
     world.exit("decode-0/rank-0", 1)
     world.ask(restart("decode-0"))
     world.exit("decode-0")
@@ -268,18 +252,6 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert (world.status.num_missing_pairs, len(world.status.pairs)) == (0, 1)
 
 
-def test_one_that_was_given_up_goes_at_once(tmp_path: Path) -> None:
-    world = Changing(tmp_path, decode={"replicas": 2})
-    crash_loop(world, "decode-0")
-    assert world.plan_of(decode=1).stops == ["decode-0"]
-    assert not world.draining()
-    world.exit("decode-0/rank-0")
-    assert world.answered() == DONE
-    assert world.engines == {"prefill-0", "decode-1"}
-    world.pass_time(2000)
-    assert "decode-0" not in world.host.running, "nobody tries it again"
-
-
 def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: Path) -> None:
     world = Changing(tmp_path, GPUS, decode={"replicas": 2})
     planned = world.plan_of(turn="decode-1/rank-0", role="prefill")
@@ -312,24 +284,6 @@ def test_without_a_free_gpu_it_says_who_has_them(tmp_path: Path) -> None:
     assert world.plan_of(prefill=2, decode=1).stops_first
     world.leave("decode-1")
     assert world.placed("prefill-1").device_indices == (2,)
-
-
-def test_pairs_make_room_for_engines_of_both_roles_and_come_back(tmp_path: Path) -> None:
-    world, pair, both = Changing(tmp_path), ("prefill-0", "decode-0"), ("both-0", "both-1")
-    world.change(prefill=0, decode=0, both=2)
-    world.become_whole(*both)
-    assert world.draining() == set(pair)
-    world.leave(*pair)
-    assert world.given_work() == set(both)
-    assert world.answered() == DONE
-    assert world.status.num_missing_pairs == 0
-    world.change(prefill=1, decode=1, both=0)
-    world.become_whole(*pair)
-    assert world.given_work() == set(both)
-    world.connect("decode-0/rank-0", "prefill-0/rank-0")
-    assert world.given_work() == set(pair)
-    world.leave(*both)
-    assert world.engines == set(pair)
 
 
 def test_a_sleeping_peer_proves_its_pair_when_it_is_back(tmp_path: Path) -> None:
@@ -435,52 +389,48 @@ def test_all_ranks_of_many_engines_are_told_of_their_new_peers(tmp_path: Path) -
     assert told() == everyone
 
 
-def test_a_new_engine_that_dies_is_taken_back(tmp_path: Path) -> None:
-    world = Changing(tmp_path)
-    world.change(prefill=2)
+def dies(world: Changing) -> str:
     world.register("prefill-1/rank-0")
     world.fail("prefill-1/rank-0", "no memory")
     world.exit("prefill-1/rank-0", 1)
     assert world.signalled(signal.SIGTERM) == {"prefill-1"}
-    world.exit("prefill-1", -15)
-    why = "prefill-1/rank-0 ended with exit code 1: no memory"
-    assert world.answered() == Answered(question=7, error=f"prefill-1 cannot be added: {why}")
-    assert world.engines == {"prefill-0", "decode-0"}
-    assert world.bootstraps.gone == ["prefill-1"]
-    assert world.failure is None
-    world.change(prefill=2)
-    assert world.host.running["prefill-1"] == 2, "nobody takes it for the one before"
+    return "prefill-1/rank-0 ended with exit code 1: no memory"
 
 
-def test_a_new_engine_whose_pair_can_never_be_is_taken_back(tmp_path: Path) -> None:
-    world = Changing(tmp_path)
-    world.change(prefill=2)
+def can_never_be_a_pair(world: Changing) -> str:
     world.become_whole("prefill-1")
     pair = PairFailed(local="decode-0/rank-0", peer="prefill-1/rank-0", error="dtype", fatal=True)
     world.say("decode-0/rank-0", pair)
     assert world.stopped() == {"prefill-1", "prefill-1/rank-0"}
-    for name in ("prefill-1", "prefill-1/rank-0"):
-        world.exit(name)
-    why = "decode-0/rank-0 cannot use prefill-1/rank-0: dtype"
-    assert world.answered().error == f"prefill-1 cannot be added: {why}"
-    assert world.given_work() == {"prefill-0", "decode-0"}
+    return "decode-0/rank-0 cannot use prefill-1/rank-0: dtype"
 
 
-@pytest.mark.parametrize("starts", [True, False])
-def test_a_new_engine_that_is_late_is_taken_back(tmp_path: Path, starts: bool) -> None:
-    world = Changing(tmp_path)
-    world.change(decode=2)
-    if starts:
-        world.become_whole("decode-1")
-    assert world.supervisor.next_tick_at() <= world.clock.now + 60
+def is_late(world: Changing) -> str:
     world.pass_time_alive(60)
-    world.exit("decode-1/rank-0", -15)
-    world.exit("decode-1", -15)
-    assert world.answered().error == "decode-1 cannot be added: not ready after 60 s: " + (
-        "decode-1/rank-0 has no path to prefill-0"
-        if starts
-        else "decode-1/rank-0 is starting; decode-1 is starting"
-    )
+    return "not ready after 60 s: prefill-1/rank-0 is starting; prefill-1 is starting"
+
+
+def is_late_to_prove_its_pair(world: Changing) -> str:
+    world.become_whole("prefill-1")
+    world.pass_time_alive(60)
+    return "not ready after 60 s: decode-0/rank-0 has no path to prefill-1"
+
+
+@pytest.mark.parametrize("fails", [dies, can_never_be_a_pair, is_late, is_late_to_prove_its_pair])
+def test_a_new_engine_that_fails_is_taken_back(
+    tmp_path: Path, fails: Callable[[Changing], str]
+) -> None:
+    world = Changing(tmp_path)
+    world.change(prefill=2)
+    why = fails(world)
+    for name in {"prefill-1", "prefill-1/rank-0"} & world.host.running.keys():
+        world.exit(name, -15)
+    assert world.answered() == Answered(question=7, error=f"prefill-1 cannot be added: {why}")
+    assert world.engines == world.given_work() == {"prefill-0", "decode-0"}
+    assert world.bootstraps.gone == ["prefill-1"]
+    assert world.failure is None
+    world.change(prefill=2)
+    assert world.host.running["prefill-1"] == 2, "nobody takes it for the one before"
 
 
 def test_a_turned_engine_that_does_not_start_is_told_to_be_gone(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.errors import StartupError
 from pdlaunch.launch.folders import (
     KEPT_LAUNCHES,
     SUPERVISOR_LOG,
@@ -147,24 +145,6 @@ def test_the_folder_of_an_owner_that_died_is_removed(tmp_path: Path, has_file: b
     assert running_launches(tmp_path) == []
     assert remove_stale_run_dirs(tmp_path) == [folder]
     assert not folder.exists()
-
-
-@pytest.mark.parametrize("what", ["lock_folder", "take_lock"])
-def test_a_file_system_without_locks_is_named_and_left_clean(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    def fail(_: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(f"pdlaunch.protocol.process.run_dirs.{what}", fail)
-    num_open = len(list(Path("/proc/self/fd").iterdir()))
-    with (
-        pytest.raises(StartupError, match=f"in {tmp_path}: No locks available; set TMPDIR to"),
-        new_run_dir(tmp_path),
-    ):
-        raise AssertionError
-    assert not list(tmp_path.iterdir())
-    assert len(list(Path("/proc/self/fd").iterdir())) == num_open
 
 
 def test_old_folders_without_a_lock_are_removed_and_links_and_files_stay(tmp_path: Path) -> None:

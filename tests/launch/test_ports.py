@@ -54,14 +54,6 @@ def test_every_address_of_a_host_gets_the_same_port(monkeypatch: pytest.MonkeyPa
         assert len({name[1] for name in names}) == 1
 
 
-@pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
-def test_the_ipv6_wildcard_leaves_ipv4_alone() -> None:
-    with listening("::", 0) as (wildcard,):
-        port = wildcard.getsockname()[1]
-        with listening("0.0.0.0", port) as (other,):
-            assert other.getsockname() == ("0.0.0.0", port)
-
-
 def test_a_port_whose_last_connections_fade_away_is_free() -> None:
     with listening("127.0.0.1", 0) as (listener,):
         port = listener.getsockname()[1]

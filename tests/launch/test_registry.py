@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 
-from msgspec.structs import replace
-
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.hosts.host import MessageReceived
@@ -38,15 +36,6 @@ def test_the_registry_goes_to_all_on_every_change_with_a_growing_version() -> No
     states = [(entry.name, entry.state) for entry in registry.entries]
     assert states == [("prefill-0", "ready"), ("router", "starting")]
     assert not registry.serving
-
-
-def test_it_tells_routers_which_engines_share_a_gpu() -> None:
-    plan = make_plan(num_decode=2)
-    gpus = {"prefill-0": "cuda:0", "decode-0": "cuda:0", "decode-1": "cuda:1", "": ""}
-    processes = [replace(each, devices=(gpus[each.engine],)) for each in plan.processes]
-    world = World(Plan(processes=tuple(processes))).start().all_ready()
-    entries = world.host.registry("router").entries
-    assert {entry.engine: entry.devices[0] for entry in entries} == gpus
 
 
 def test_the_router_hears_of_a_death_and_the_restart() -> None:
@@ -165,14 +154,3 @@ def test_a_change_is_told_to_the_peers_and_the_router_alone() -> None:
     assert told == peers | {"prefill-3", "router"}
     seen = world.host.registry(f"{min(peers)}/rank-0").entries
     assert "prefill-3/rank-0" not in {entry.name for entry in seen}
-
-
-def test_a_proof_is_told_to_its_prover_and_the_router() -> None:
-    world = many_engines()
-    decode = world.plan.ranks("decode")[0]
-    assert decode.peers is not None
-    peer = f"{decode.peers[0]}/rank-0"
-    world.host.sent.clear()
-    world.connect(decode.name, peer)
-    assert world.host.receivers(Registry) == {decode.name, "router"}
-    assert world.host.registry(decode.name).pairs == [pair_ready(decode.name, peer, 1)]

@@ -11,7 +11,7 @@ import pytest
 from pdlaunch.checks.run import all_rules
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
-from pdlaunch.planning.effective import effective_engines, effective_settings
+from pdlaunch.planning.effective import effective_engines
 from pdlaunch.planning.plan import ProcessSpec
 from tests.launch.engines.test_plan import CPU, FOUR_GPUS, config, resolved
 
@@ -122,20 +122,6 @@ def test_engines_see_their_own_devices_and_dev_mode_is_on_for_sleep_alone() -> N
         assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
         assert prefill.environment["VLLM_SERVER_DEV_MODE"] == str(int(sleeps))
         assert ("--enable-sleep-mode" in prefill.command) is sleeps
-
-
-def test_effective_values_are_what_vllm_is_given() -> None:
-    settings = {"engine": "vllm", "kv_cache_memory": "2.5GiB", "decode": {"block_size": 64}}
-    launch = resolved(config(**settings), CPU)
-    shown = effective_engines(launch)
-    assert [shown[role]["block_size"] for role in ("prefill", "decode")] == [None, 64]
-    prefill = shown["prefill"]
-    assert (prefill["max_num_batched_tokens"], prefill["async_scheduling"]) == (None, None)
-    assert prefill["kv_cache_memory"] == 2 << 30
-    assert prefill["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
-    assert "num_blocks" not in (prefill["memory_of_a_rank"] or {})
-    names = {value.path for value in effective_settings(launch)}
-    assert not names & {"prefill.max_num_batched_tokens", "prefill.async_scheduling"}
 
 
 def test_rules_on_engines_that_run_already_are_not_for_launches() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,18 +131,3 @@ def test_what_a_process_has_started_ends_with_it(host: LocalHost) -> None:
         return True
 
     await_true(is_gone, "it is gone")
-
-
-def test_a_conversion_ends_with_the_pipe_that_the_supervisor_holds() -> None:
-    module = "pdlaunch.protocol.process.guarded"
-    with subprocess.Popen(
-        [sys.executable, "-u", "-m", module, "http.server", "0", "--bind", "127.0.0.1"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        assert b"Serving HTTP" in process.stdout.readline()
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(timeout=180) == -signal.SIGKILL

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdlaunch.cli import joining as placing
 from pdlaunch.cli.joining import is_agent_task, with_placed_hosts
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
@@ -95,28 +94,6 @@ def test_agents_of_ray_allow_the_program_of_the_launch(monkeypatch: pytest.Monke
         AgentActor(bundle.name, bundle.num_cpus, executables).start("tcp://a:1", "key")
     assert started[0][-2:] == ["--allow-executable", "/opt/vllm/bin/vllm"]
     assert "--allow-executable" not in started[1]
-
-
-def test_agents_of_slurm_allow_the_program_of_the_launch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = tmp_path / "vllm"
-    command.write_text("#!/bin/sh\n")
-    command.chmod(0o755)
-    join = tmp_path / "join.json"
-    join.write_text("")
-    told: list[object] = []
-    for name in ("setup_logging", "raise_open_files", "leave_ends_to_supervisor", "read_ticket"):
-        monkeypatch.setattr(placing, name, lambda *_: None)
-    monkeypatch.setattr(placing, "introduction", lambda _, node, allowed: (node, allowed))
-    monkeypatch.setattr(
-        placing, "serve_sessions", lambda _, hello, allowed, *__: told.extend((hello, allowed))
-    )
-    flags = {"placement": "slurm", "join_file": str(join), "engine_command": str(command)}
-    config = load_config(None, {}, VLLM | flags).config
-    placing.serve_task(config, TASK, print)
-    allowed = {"vllm": str(command)}
-    assert told == [(TASK["SLURMD_NODENAME"], allowed), allowed]
 
 
 def test_hosts_are_for_placement_hosts() -> None:
