@@ -41,7 +41,10 @@ def _logging_as_before() -> Iterator[None]:
 E2E = "tests/e2e/"
 LATE = tuple(
     f"{E2E}test_{name}.py"
-    for name in ("checks", "connectors", "doors", "engine_id", "pairs", "python_api", "sleep")
+    for name in (
+        *("checks", "connectors", "doors", "hub", "offload", "pairs", "pinned_model"),
+        *("python_api", "scale", "sidecar", "sleep", "suspects"),
+    )
 )
 """Files of launches that share none with others. The worker that is free first runs them at the
 end, beside the last launches of the other one, so that both end at about the same time.

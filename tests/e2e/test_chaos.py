@@ -27,7 +27,6 @@ from tests.labs.known_answers import SoakOptions, soak
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
 PROMPT = list(range(40, 100))
-LONG_OUTPUT_TOKENS = 1500
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,9 @@ LOGPROB_TOLERANCE = 1e-3
 _PATH = "/v1/completions"
 _MIN_TOKEN_ID, _MAX_TOKEN_ID = 3, 256
 _MAX_DETAILS = 20
+_REQUEST_TIMEOUT_S = 120.0
+"""A request that takes longer is stuck."""
+_IDLE_TIMEOUT_S = 60.0
 
 
 class ReceivedAnswer(msgspec.Struct):
@@ -61,13 +64,11 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Sets what one soak sends to a running deployment."""
 
     url: str
-    api_key: str | None = None
     seed: int = 0
     num_requests: int = 200
     concurrency: int = 8
     num_cases: int = 32
     """Number of different requests; each is sent many times."""
-    max_token_id: int = _MAX_TOKEN_ID
     longest_prompt_tokens: int = 120
     longest_output_tokens: int = 24
     longest_patience_s: float = 0.2
@@ -79,9 +80,6 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Requests go through pairs, whose transfers are to fail; else as the router chooses."""
     requests_a_salt: int = 16
     """Number of requests in a row that can share prefixes; fewer mean more pulls."""
-    request_timeout_s: float = 120.0
-    """A request that takes longer is stuck."""
-    idle_timeout_s: float = 60.0
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -139,7 +137,7 @@ async def soak(
     start_at = time.monotonic()
     await load.run()
     report.seconds = round(time.monotonic() - start_at, 2)
-    report.left = await asyncio.to_thread(await_idle, admin, timeout_s=options.idle_timeout_s)
+    report.left = await asyncio.to_thread(await_idle, admin, timeout_s=_IDLE_TIMEOUT_S)
     report.totals = await asyncio.to_thread(engine_totals, admin)
     return report
 
@@ -153,7 +151,7 @@ async def make_cases(options: SoakOptions) -> list[Case]:
     engines = await asyncio.to_thread(engines_of, admin)
     name = next(engine["name"] for engine in engines if engine["role"] in ("decode", "both"))
     source = random.Random(options.seed)
-    prefixes = [_tokens(source, options, options.longest_prompt_tokens) for _ in range(3)]
+    prefixes = [_tokens(source, options.longest_prompt_tokens) for _ in range(3)]
     bodies = [_random_body(source, options, prefixes) for _ in range(options.num_cases)]
     gate = asyncio.Semaphore(4)
 
@@ -224,13 +222,11 @@ class _Load:
         self._stop = stop
         self._source = random.Random(f"{options.seed}/load")
         self._headers = {ROUTE_HEADER: WANTS_PAIR} if options.wants_pairs else {}
-        if options.api_key:
-            self._headers["Authorization"] = f"Bearer {options.api_key}"
 
     async def run(self) -> None:
         # Each request has a connection of its own, like those of many clients.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        timeout = aiohttp.ClientTimeout(total=self._options.request_timeout_s)
+        timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             await asyncio.gather(*(self._work(session) for _ in range(self._options.concurrency)))
 
@@ -310,7 +306,7 @@ def _random_body(
 ) -> dict[str, Any]:
     num_prompt_tokens = source.randint(1, options.longest_prompt_tokens)
     num_shared = source.choice([0, num_prompt_tokens // 2, num_prompt_tokens - 1])
-    own = _tokens(source, options, num_prompt_tokens - num_shared)
+    own = _tokens(source, num_prompt_tokens - num_shared)
     body = {
         "prompt": source.choice(prefixes)[:num_shared] + own,
         "max_tokens": source.randint(1, options.longest_output_tokens),
@@ -327,8 +323,8 @@ def _random_body(
     return body
 
 
-def _tokens(source: random.Random, options: SoakOptions, num_tokens: int) -> list[int]:
-    return [source.randrange(_MIN_TOKEN_ID, options.max_token_id) for _ in range(num_tokens)]
+def _tokens(source: random.Random, num_tokens: int) -> list[int]:
+    return [source.randrange(_MIN_TOKEN_ID, _MAX_TOKEN_ID) for _ in range(num_tokens)]
 
 
 def engine_totals(admin: Api) -> dict[str, float]:

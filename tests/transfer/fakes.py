@@ -150,7 +150,6 @@ class FakeConnector(Connector):
         self.fabric = fabric
         self.peers: list[str] = []
         self.added: list[str] = []
-        self.block_reads: list[BlockRead] = []
 
     def open(self, memory: LocalMemory) -> None:
         self.memory = memory
@@ -180,7 +179,6 @@ class FakeConnection(Connection):
         self.fabric = connector.fabric
 
     def read(self, blocks: BlockRead) -> Read:
-        self.connector.block_reads.append(blocks)
         remote, local = self.fabric.agents[self.peer].kv, self.connector.memory.kv
 
         def copy() -> None:
@@ -219,7 +217,6 @@ class FakeChannel:
     change: Callable[[ToDecodeSide], ToDecodeSide] = lambda reply: reply
     socket: Any = None
     mute: bool = False  # messages arrive, answers do not
-    deaf: bool = False  # messages get lost
     sent: list[ToPrefillSide] = field(default_factory=list)
     inbox: list[ToDecodeSide] = field(default_factory=list)
     closed: bool = False
@@ -227,8 +224,7 @@ class FakeChannel:
 
     def send(self, message: ToPrefillSide) -> None:
         self.sent.append(message)
-        if not self.deaf:
-            self.ask(self, message)
+        self.ask(self, message)
 
     def take(self, reply: ToDecodeSide) -> None:
         if not self.mute:

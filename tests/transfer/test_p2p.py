@@ -219,23 +219,6 @@ def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothin
                 one.add(other)
 
 
-def refuse_to_copy(device: torch.device) -> HostCopier:
-    raise TransferError("nothing to copy with")
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "error"),
-    [
-        ({"source": PrivateKVMemory()}, {}, r"a#1 cannot share its memory: .* this process alone"),
-        ({"scratch": torch.zeros(1)}, {}, "was not made for sharing"),
-        ({}, {"new_copier": refuse_to_copy}, "nothing to copy with"),
-    ],
-)
-def test_what_cannot_be_shared_or_copied_closes_what_was_opened(changes, options, error) -> None:
-    with pytest.raises(TransferError, match=error):
-        p2p("a", **options).open(replace(memory_of("a"), **changes))
-
-
 SIZE, NUM_SLOTS = 4, 16
 
 

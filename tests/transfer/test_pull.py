@@ -9,7 +9,6 @@ import msgspec
 import pytest
 import torch
 
-from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
     GroupBlocks,
@@ -268,29 +267,6 @@ def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, kind, 
     assert finished.verification_failed == ("token" in error or "checksum" in error)
     assert error in finished.error
     assert len(world.pulls) == 0
-
-
-def test_ranks_that_are_not_in_the_registry(world):
-    """Nothing is asked; pulls work once all are there."""
-    holders = world.connect_group(3)
-
-    def refused(remote: RemoteKV) -> str:
-        world.pulls.start(pull("stray", remote, [1, 2]))
-        finished = world.finished()
-        assert (finished.ok, finished.in_flight, len(world.pulls)) == (False, False, 0)
-        return finished.error
-
-    unknown = msgspec.structs.replace(holders[0].remote("r"), engine_id="e" * 32)
-    num_sent = len(holders[0].channel.sent)
-    assert f"no engine with engine_id {'e' * 32} is in the registry" in refused(unknown)
-    world.peers.update([holder.entry() for holder in holders[:2]])
-    expected = f"tp_rank 2 of engine_id {'1' * 32} is not in the registry"
-    assert expected in refused(holders[0].remote("r"))
-    assert len(holders[0].channel.sent) == num_sent
-    world.peers.update([holder.entry() for holder in holders])
-    world.turn()
-    begin(world, *holders)
-    assert world.finished().ok
 
 
 # Checksums that take their time, as on a GPU

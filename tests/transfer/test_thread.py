@@ -4,7 +4,6 @@ that lets go of its peers and memory and shakes hands anew.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import time
@@ -15,16 +14,13 @@ import msgspec
 import pytest
 import torch
 import zmq
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
-from pdlaunch.errors import ProtocolError, TransferError
+from pdlaunch.errors import TransferError
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
     PullBegin,
-    PullReply,
     Refused,
     ToDecodeSide,
     to_decode_side,
@@ -195,18 +191,6 @@ class Asker:
         return to_decode_side.decode(self.socket.recv())
 
 
-def test_a_reader_that_comes_before_its_lease_waits_for_it(holder: Rank, context) -> None:
-    asker = Asker(context, holder)
-    for question in (asker.begin(), asker.begin("c" * 32)):
-        asker.socket.send(question)
-    assert isinstance(asker.answer(), Refused), "both questions are there, the second is answered"
-    holder.transfer.submit([grant("r", [4, 5])])
-    answer = asker.answer()
-    assert isinstance(answer, PullReply)
-    assert answer.groups[0].block_ids == [4, 5]
-    asker.socket.close()
-
-
 def test_a_lease_expires_without_anybody_asking(holder: Rank) -> None:
     holder.transfer.submit([grant("r", [4], lease_s=0.01)])
     assert holder.events() == [LeaseEnded(lease_id="r", reason="expired")]
@@ -222,12 +206,6 @@ def test_hostile_frames_are_refused_and_the_thread_goes_on(holder: Rank, context
     assert isinstance(answer, Refused)
     assert "belongs to engine_id aaaa" in answer.reason
     asker.socket.close()
-
-
-@given(st.binary(max_size=200))
-def test_no_bytes_can_break_the_codec(frame: bytes) -> None:
-    with contextlib.suppress(ProtocolError):
-        to_prefill_side.decode(frame)
 
 
 class BrokenConnector(FakeConnector):
@@ -275,26 +253,6 @@ def test_idle_threads_do_not_turn_while_others_pull(context) -> None:
 
 
 # Sleep
-
-
-@pytest.mark.parametrize("who", [0, 1], ids=["prefill", "decode"])
-def test_pulls_work_again_after_either_side_has_slept(pair: tuple[Rank, Rank], who: int) -> None:
-    holder, puller = pair
-    sleeper = pair[who]
-    for cycle in range(3):
-        pull_once(holder, puller, f"request-{cycle}")
-        sleeper.transfer.suspend(TIMEOUT_S)
-        assert not sleeper.connector.registered
-        assert not puller.connector.peers or sleeper is holder
-        tell(*pair, asleep=sleeper)
-        sleeper.kv_cache.copy_(torch.randn_like(sleeper.kv_cache))
-        sleeper.transfer.resume(TIMEOUT_S)
-        assert sleeper.connector.registered
-        tell(*pair)
-        sleeper.await_connected()
-        assert isinstance(puller.reports.get(timeout=TIMEOUT_S), PairReady)
-    pull_once(holder, puller, "last")
-    assert len(puller.connector.added) == 4
 
 
 @pytest.mark.parametrize("what", ["lease", "read"])
