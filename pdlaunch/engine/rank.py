@@ -152,14 +152,13 @@ class RankProcess:
         poller = zmq.Poller()
         for waker in (self._wakeup, *loop.sockets):
             poller.register(waker, zmq.POLLIN)
-        info = {"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype}
         said_ready = False
         while not (self._stopped or loop.stopped):
             # Routers send requests from now on: a server without its rank 0 would refuse them.
             if loop.ready and not said_ready:
                 said_ready = True
                 leave_ends_to_supervisor()
-                self.control.send(Ready(info=info, model=runner.model_files))
+                self.control.send(Ready(model=runner.model_files))
             self._wait(poller, loop.wait_s())
             loop.turn()
         loop.close()

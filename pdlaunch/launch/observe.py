@@ -165,7 +165,6 @@ def _failed(turn: Turn, unit: Unit, process: Instance, error: str) -> None:
 
 
 def _ready(turn: Turn, unit: Unit, process: Instance, message: Ready) -> None:
-    process.info = message.info
     if process.state is not ProcessState.STARTING:
         return
     pinned = turn.seen.model.setdefault(process.spec.kind, message.model)

@@ -78,7 +78,6 @@ class Instance:
     state: ProcessState = ProcessState.PLANNED
     registration: Register | None = None
     progress: Progress | None = None
-    info: dict[str, str] = field(default_factory=dict)
     error: str = ""  # the process's last message, else how it died
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     is_drained: bool = False
@@ -102,7 +101,7 @@ class Instance:
         """Reset to the first state of a new incarnation."""
         self.state, self.incarnation = ProcessState.STARTING, incarnation
         self.registration = self.progress = None
-        self.error, self.sleep_state, self.info = "", "awake", {}
+        self.error, self.sleep_state = "", "awake"
         self.is_stalled = self.is_drained = False
 
     def status(self) -> ProcessStatus:
@@ -112,11 +111,8 @@ class Instance:
             kind=self.spec.kind,
             host=self.spec.host,
             state=self.state,
-            incarnation=self.incarnation,
-            pid=None if self.registration is None else self.registration.pid,
             doing=self.error if progress is None else progress.text,
             fraction=None if progress is None else progress.fraction,
-            info=dict(self.info),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -52,11 +52,8 @@ class ProcessStatus:
     kind: str
     host: str
     state: ProcessState
-    incarnation: int
-    pid: int | None = None  # process id; None until it has registered
     doing: str = ""  # words of the process about what it is doing, or why it died
     fraction: float | None = None  # share of what it is doing that is done
-    info: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

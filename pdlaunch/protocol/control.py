@@ -110,9 +110,8 @@ class Progress(Message):
 
 
 class Ready(Message):
-    """Tells that the process does its job. ``info`` is shown in the ready panel."""
+    """Tells that the process does its job."""
 
-    info: dict[str, str] = {}
     model: dict[str, str] = {}  # digests of the model's files that the process has read, by name
 
 

@@ -141,8 +141,8 @@ async def run_in_launch(supervised: Supervised) -> None:
             await obeying
             return
         run_dir = Path(bootstrap.run_dir)
-        async with serving(router, spec, run_dir, bootstrap.launch_id) as url:
-            supervised.send(control.Ready(info={"url": url}))
+        async with serving(router, spec, run_dir, bootstrap.launch_id):
+            supervised.send(control.Ready())
             await obeying
     finally:
         obeying.cancel()
