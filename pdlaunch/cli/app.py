@@ -44,7 +44,6 @@ COMMANDS = (
     Command("router", "router:router", "Route requests to engines that run already.", _SERVED),
     Command("check-config", "check_config:check_config", "Find what breaks a launch.", _CHECKED),
     Command("doctor", "doctor:doctor", "Find what is wrong with running engines.", _CHECKED),
-    Command("probe", "machines:probe", "Describe this machine in JSON, for checks elsewhere."),
     Command("explain", "explain:explain", "Show why a rule exists and how to fix its findings."),
     Command("render", "render:app", "Write a deployment for Kubernetes."),
     Command("smoke", "smoke:smoke_command", "Start a deployment, check its promises, stop it."),

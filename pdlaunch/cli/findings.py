@@ -23,7 +23,7 @@ from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.output import safe, say
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.machine_file import AssumedMachine
+from pdlaunch.machine.profiles import AssumedMachine
 
 CheckFormat = Literal["table", "json", "sarif"]
 OutputOption = Annotated[CheckFormat, typer.Option("--format", help="How findings are printed.")]

@@ -50,7 +50,7 @@ from pdlaunch.launch.hosts.placement.ray_cluster import (
 )
 from pdlaunch.launch.launch import check_platform
 from pdlaunch.machine.engine_commands import find_engine_command
-from pdlaunch.machine.machine_file import encode_machine
+from pdlaunch.machine.host import recorded_environ
 from pdlaunch.machine.network import address_towards, default_address
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.observe.logs import setup_logging
@@ -289,7 +289,8 @@ def introduction(
     return Join(
         name=name,
         address=address,
-        machine=encode_machine(machine, os.environ),
+        machine=machine,
+        environ=recorded_environ(os.environ),
         python=sys.executable,
         executables={
             name: find_engine_command(path, os.environ) for name, path in executables.items()

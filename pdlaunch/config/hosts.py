@@ -59,8 +59,7 @@ class HostSettings(FrozenModel):
         "unset.")
     machine: str | None = Field(
         None,
-        description="File of `pdlaunch probe`, or a profile, for `check-config` before its agent "
-        "has joined.")
+        description="Profile such as h100x8, for `check-config` before its agent has joined.")
     # fmt: on
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
-
-# Imported by name: the probe does without pydantic, which reads these in files of machines.
-from annotated_types import Ge
+from typing import Literal
 
 Fact = Literal[
     "system",
@@ -21,8 +18,6 @@ Fact = Literal[
 ]
 """Groups of facts that can be unknown."""
 
-NumBytes = Annotated[int, Ge(0)]
-
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -30,7 +25,7 @@ class Gpu:
 
     index: int = 0
     name: str = "GPU"
-    memory_bytes: NumBytes | None = None
+    memory_bytes: int | None = None
     has_virtual_memory: bool | None = None
     """The driver can reserve, create and map memory (``cuMem*``) on it: CuMem pools work."""
     has_fabric_handles: bool | None = None
@@ -39,7 +34,7 @@ class Gpu:
     """
     pci_bus_id: str | None = None
     """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
-    free_memory_bytes: NumBytes | None = None
+    free_memory_bytes: int | None = None
     """Memory that no process holds; not known of a MIG device."""
 
     @property
@@ -60,18 +55,18 @@ class Machine:
     """Describes this machine, or one that is assumed."""
 
     system: str = "Linux"
-    num_cpus: Annotated[int, Ge(1)] = 1  # cores that a process may use
+    num_cpus: int = 1  # cores that a process may use
     has_native_bf16: bool = False
     """The CPU multiplies bfloat16 by itself; emulated it is several times slower."""
-    memory_bytes: NumBytes = 0  # memory of the machine or of its control group, whichever is less
+    memory_bytes: int = 0  # memory of the machine or of its control group, whichever is less
     gpus: tuple[Gpu, ...] = ()
     has_hidden_gpus: bool = False
     """NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
     them, or a container was not given them.
     """
     driver_error: str = "no CUDA device is visible"  # the reason why there are no GPUs
-    shm_bytes: NumBytes = 0  # size of /dev/shm
-    shm_free_bytes: NumBytes = 0
+    shm_bytes: int = 0  # size of /dev/shm
+    shm_free_bytes: int = 0
     rdma_devices: tuple[str, ...] = ()
     unknown: Mapping[Fact, str] = field(default_factory=dict)
     """The reasons why facts are missing, by fact."""

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pdlaunch.machine.allocator_conf import VARIABLES
+
 RDMA_FOLDER = Path("/sys/class/infiniband")
 SHM_FOLDER = Path("/dev/shm")
 
@@ -14,6 +16,7 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+_RECORDED = frozenset({*VARIABLES, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"})
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -78,3 +81,12 @@ def is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError, AttributeError):
         return False
+
+
+def recorded_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that rules read: of UCX, of CUDA's devices and of torch's allocator."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name in _RECORDED or name.startswith("UCX_")
+    }

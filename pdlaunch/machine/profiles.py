@@ -10,16 +10,14 @@ DGX A100, H100 and H200 and the data sheet of GB200 NVL72.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Fact, Gpu, Machine, unknown_of_gpus
-from pdlaunch.machine.machine_file import MOST_GPUS, AssumedMachine, read_machine_file
 
+MOST_GPUS = 1024
 MIB = 1024**2
 TB = 10**12
 ANY_CUDA = "cuda"  # GPUs of which nothing but their number is known
@@ -30,6 +28,15 @@ _COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
 _OF_NO_NAME: tuple[Fact, ...] = ("shm",)
 _OF_SERVERS: tuple[Fact, ...] = ("cpus", "memory")
 """Facts that differ between servers with the same card."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssumedMachine:
+    """Holds a machine that is not this one."""
+
+    name: str
+    machine: Machine
+    about: str  # a description of the machine and of what is taken for granted, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +82,14 @@ _SERVERS: Mapping[str, _Server] = {
 
 
 def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
-    """Return the machine of a profile or a file; ``field`` gives its name. Raises ConfigError."""
+    """Return the machine of a profile; ``field`` gives its name. Raises ConfigError."""
     if (found := find_profile(name, num_ranks)) is not None:
         return found
-    with contextlib.suppress(OSError, RuntimeError):  # a name that is too long, a ~ of nobody
-        path = Path(name).expanduser()
-        if path.exists():
-            return read_machine_file(path)
     raise ConfigError(
-        f"{name[:80]!a} is neither a file nor one of {', '.join(PROFILES)}",
+        f"{name[:80]!a} is none of {', '.join(PROFILES)}",
         field=field,
         value=name,
-        fix="run `pdlaunch probe > machine.json` on the machine, and name that file",
+        fix="name the profile of a machine that is like it; h100x2 and the like are known, too",
     )
 
 
@@ -123,4 +126,4 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
 
 def _named(name: str, machine: Machine, unknown: tuple[Fact, ...], about: str) -> AssumedMachine:
     told = dict.fromkeys(unknown, f"profile {name} does not say")
-    return AssumedMachine(name, replace(machine, unknown=told), {}, about)
+    return AssumedMachine(name, replace(machine, unknown=told), about)

@@ -103,4 +103,4 @@ def _not_joined(
         unknown: dict[Fact, str] = dict.fromkeys(get_args(Fact), reason)
         return ResolvedHost(settings.name, Machine(unknown=unknown), environ, "", "")
     found = find_machine(settings.machine, count_ranks(config), "hosts.machine")
-    return ResolvedHost(settings.name, found.machine, {**environ, **found.environ}, "", "")
+    return ResolvedHost(settings.name, found.machine, environ, "", "")

@@ -12,6 +12,7 @@ import struct
 from pdlaunch import __version__
 from pdlaunch.errors import ProtocolError
 from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.step_record import LastStep
@@ -26,8 +27,9 @@ class Join(Message):
 
     name: str  # name of the host
     address: str  # its address on the route to the supervisor
-    machine: str  # the machine, as ``encode_machine`` writes it
+    machine: Machine
     python: str  # the Python that it starts processes with, for people
+    environ: dict[str, str] = {}  # the variables that rules read
     executables: dict[str, EngineCommand] = {}  # the programs of engines that it allows, by name
 
 

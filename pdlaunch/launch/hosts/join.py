@@ -23,7 +23,6 @@ import zmq
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.agent_messages import Join
-from pdlaunch.machine.machine_file import decode_machine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.protocol.process.run_dirs import take_lock
 from pdlaunch.protocol.sockets import LaunchKeys
@@ -179,12 +178,11 @@ def _read_private(path: Path) -> bytes:
 
 
 def joined_host(join: Join) -> ResolvedHost:
-    """Return the host of an agent. Raises ConfigError for a machine that cannot be read."""
-    found = decode_machine(join.machine, join.name)
+    """Return the host of an agent."""
     return ResolvedHost(
         join.name,
-        found.machine,
-        found.environ,
+        join.machine,
+        join.environ,
         join.address,
         join.address,
         executables=join.executables,

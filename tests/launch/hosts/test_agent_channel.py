@@ -32,11 +32,12 @@ from pdlaunch.launch.hosts.agent_messages import (
 )
 from pdlaunch.launch.hosts.join import JoinKeys, JoinTicket, new_join_keys
 from pdlaunch.machine.availability import PortState, probe_port
+from pdlaunch.machine.facts import Machine
 from pdlaunch.protocol.sockets import SecureContext
 from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 60.0
-HELLO = Join(name="a", address="127.0.0.1", machine="{}", python="python")
+HELLO = Join(name="a", address="127.0.0.1", machine=Machine(), python="python")
 HELLO_OF_B = replace(HELLO, name="b")
 STRANGER_WAIT_S = 0.2  # several times as long as it takes an agent to join
 
