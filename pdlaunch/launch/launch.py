@@ -26,7 +26,7 @@ from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import Host
 from pdlaunch.launch.hosts.join import joined_host
-from pdlaunch.launch.hosts.local import Children, LocalHost
+from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Failure, Observer
@@ -106,7 +106,6 @@ def launch(
         new_run_dir() as run_dir,
         contextlib.closing(SecureContext(keys)) as context,
         contextlib.closing(EnginePorts()) as engine_ports,
-        contextlib.closing(Children(log_dir)) as children,
     ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         bootstraps = Bootstraps(
@@ -118,28 +117,30 @@ def launch(
             listeners=listeners,
         )
         places = EnginePlaces(resolved, kind, {here, *joined})
-        local = LocalHost(control, children, engine_ports)
-        host: Host = local
+        host = LocalHost(control, log_dir, engine_ports)
         if agents is not None:
             hear = partial(_hear, config, places, observer)
-            host = HostGroup(local, here, agents, hear)
+            host = HostGroup(
+                control, log_dir, engine_ports, name=here, channel=agents, on_change=hear
+            )
 
         def close_listeners() -> None:
             for listener in listeners:
                 listener.close()
 
-        supervisor = Supervisor(
-            plan_processes(resolved),
-            kind,
-            host,
-            bootstraps,
-            places,
-            observer,
-            timing,
-            time.monotonic,
-            close_listeners=close_listeners,
-        )
-        return run(supervisor, host, lifeline)
+        with contextlib.closing(host):
+            supervisor = Supervisor(
+                plan_processes(resolved),
+                kind,
+                host,
+                bootstraps,
+                places,
+                observer,
+                timing,
+                time.monotonic,
+                close_listeners=close_listeners,
+            )
+            return run(supervisor, host, lifeline)
 
 
 def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:

@@ -47,7 +47,7 @@ from pdlaunch.launch.hosts.agent_messages import (
 )
 from pdlaunch.launch.hosts.host import ProcessExited
 from pdlaunch.launch.hosts.join import JoinTicket
-from pdlaunch.launch.hosts.local import Children, LocalHost
+from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
@@ -151,7 +151,6 @@ class AgentSession:
         with (
             contextlib.closing(context),
             new_run_dir() as self._run_dir,
-            contextlib.closing(Children(self._run_dir / "logs")) as self._children,
             contextlib.ExitStack() as self._stack,
         ):
             self._socket = context.connect(
@@ -174,7 +173,8 @@ class AgentSession:
         now = self.clock()
         if readable.keys() & set(self.stops):
             # Before it says so: they may then be started elsewhere at once.
-            self._children.close()
+            if self._host is not None:
+                self._host.close()
             self._send(Leave(reason="its agent was told to end"))
             return "told to end"
         messages = list(self._received())
@@ -270,7 +270,8 @@ class AgentSession:
         context = self._stack.enter_context(contextlib.closing(SecureContext(bootstrap.keys)))
         engine_ports = self._stack.enter_context(contextlib.closing(EnginePorts()))
         control, self._control = context.listen(zmq.ROUTER, f"ipc://{self._run_dir}/control")
-        host = LocalHost(control, self._children, engine_ports)
+        host = LocalHost(control, self._run_dir / "logs", engine_ports)
+        self._stack.callback(host.close)
         for source in host.sources:
             self._poller.register(source, zmq.POLLIN)
         return host

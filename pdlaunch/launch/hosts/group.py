@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -18,6 +17,7 @@ from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, FromSupervisor, from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.step_record import LastStep
 
 logger = logging.getLogger(__name__)
@@ -25,71 +25,73 @@ logger = logging.getLogger(__name__)
 _CANNOT_START = 126
 
 
-@dataclass(eq=False)
-class HostGroup:
+class HostGroup(LocalHost):
     """Makes one ``Host`` of all hosts of a launch: a process runs on the host that its spec names.
 
     ``on_change`` gets the hosts that join or are lost.
     """
 
-    local: LocalHost
-    local_name: str
-    channel: AgentChannel
-    on_change: Callable[[Joined | Lost], None]
-    # Processes that live elsewhere, by name.
-    _spawned: dict[str, Spawn] = field(default_factory=dict)
-    _exits: list[ProcessExited] = field(default_factory=list)
-    _messages: list[MessageReceived] = field(default_factory=list)
+    def __init__(
+        self,
+        control: zmq.Socket[bytes],
+        log_dir: Path,
+        engine_ports: EnginePorts,
+        *,
+        name: str,
+        channel: AgentChannel,
+        on_change: Callable[[Joined | Lost], None],
+    ) -> None:
+        super().__init__(control, log_dir, engine_ports)
+        self._name = name  # of this machine
+        self._channel = channel
+        self._on_change = on_change
+        self._spawned: dict[str, Spawn] = {}  # processes that live elsewhere, by name
+        self._exits: list[ProcessExited] = []
+        self._messages: list[MessageReceived] = []
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
-        return (*self.local.sources, self.channel.fileno())
+        return (*super().sources, self._channel.fileno())
 
     def spawn(
         self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
     ) -> ProcessExited | None:
-        if spec.host == self.local_name:
-            return self.local.spawn(spec, incarnation, bootstrap)
+        if spec.host == self._name:
+            return super().spawn(spec, incarnation, bootstrap)
         message = Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
         self._spawned[spec.name] = message
-        self.channel.send(spec.host, message)
+        self._channel.send(spec.host, message)
         return None
 
     def signal(self, name: str, signal_number: int) -> None:
         if (spawned := self._spawned.get(name)) is not None:
-            self.channel.send(spawned.spec.host, Signal(name=name, number=signal_number))
+            self._channel.send(spawned.spec.host, Signal(name=name, number=signal_number))
         else:
-            self.local.signal(name, signal_number)
+            super().signal(name, signal_number)
 
     def send(self, name: str, message: FromSupervisor) -> None:
         if (spawned := self._spawned.get(name)) is not None:
             frame = from_supervisor.encode(message)
-            self.channel.send(spawned.spec.host, Send(name=name, frame=frame))
+            self._channel.send(spawned.spec.host, Send(name=name, frame=frame))
         else:
-            self.local.send(name, message)
+            super().send(name, message)
 
     def exits(self) -> list[ProcessExited]:
-        for event in self.channel.take():
+        for event in self._channel.take():
             self._take_in(event)
-        exits, self._exits = [*self._exits, *self.local.exits()], []
+        exits, self._exits = [*self._exits, *super().exits()], []
         return exits
 
     def messages(self) -> list[MessageReceived]:
         messages, self._messages = self._messages, []
-        return [*messages, *self.local.messages()]
-
-    def log_path(self, name: str) -> Path:
-        return self.local.log_path(name)
-
-    def forget(self, engine: str) -> None:
-        self.local.forget(engine)
+        return [*messages, *super().messages()]
 
     def _take_in(self, event: AgentEvent) -> None:
         match event:
             case Joined():
-                self.on_change(event)
+                self._on_change(event)
             case Lost(name=host, reason=reason):
-                self.on_change(event)
+                self._on_change(event)
                 for name in sorted(self._spawned):
                     if self._spawned[name].spec.host == host:
                         incarnation = self._spawned.pop(name).incarnation

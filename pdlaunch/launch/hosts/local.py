@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -46,43 +46,58 @@ class _Child:
     pidfd: int
 
 
-class Children:
-    """Holds the child processes that live.
+class LocalHost:
+    """Is this machine as a ``Host``: its child processes, and the control channel to them.
 
-    Each leads its own session, so that Ctrl-C at the terminal reaches the supervisor alone.
-
+    Each child leads its own session, so that Ctrl-C at the terminal reaches the supervisor alone.
     Spawn from a thread that lives as long as the launch: the kernel's parent-death signal goes by
     thread.
     """
 
     CLOSE_TIMEOUT_S = 5.0
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(
+        self, control: zmq.Socket[bytes], log_dir: Path, engine_ports: EnginePorts
+    ) -> None:
+        """``control``: the bound ROUTER socket of the control channel."""
+        self._control = control
         self._log_dir = log_dir
-        self._children: dict[str, _Child] = {}
+        self._engine_ports = engine_ports
+        self._children: dict[str, _Child] = {}  # those that live
+        # The step record of each engine's rank 0; the memory outlives the rank.
+        self._step_records: dict[str, mmap.mmap] = {}
         self._ended = select.epoll()  # watches the pidfds of all children
 
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while there is an ended child to reap."""
-        return self._ended.fileno()
+    @property
+    def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
+        return (self._control, self._ended.fileno())
 
     def log_path(self, name: str) -> Path:
         return self._log_dir / f"{name.replace('/', '.')}.log"
 
     def spawn(
-        self, spec: ProcessSpec, incarnation: int, first_line: bytes, inherited: Sequence[int] = ()
+        self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
     ) -> ProcessExited | None:
-        """Start a process and give it ``first_line``; return its end when it cannot be started.
+        """Start a process as ``Host.spawn`` does.
 
-        ``inherited``: descriptors of ours that it gets under the same numbers. Its standard input
-        stays open: the end of it tells the child that the supervisor is gone.
+        Its standard input stays open: the end of it tells the child that the supervisor is gone.
         """
+        inherited: list[int] = []  # descriptors of ours that it gets under the same numbers
+        step_record = None
+        if bootstrap.router is not None:
+            inherited += bootstrap.router.listeners
+        if spec.kind == "rank" and spec.tp_rank == 0:
+            step_record, self._step_records[spec.engine] = new_step_record()
+            inherited.append(step_record)
+            bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
+        if spec.name in self._engine_ports:
+            bootstrap = msgspec.structs.replace(bootstrap, port_is_kept=True)
+        shown = {name: os.environ[name] for name in os.environ.keys() - HIDDEN_VARIABLES}
         with self._open_log(spec.name) as log:
             try:
                 if incarnation > 1:
                     with contextlib.suppress(OSError):
                         log.write(f"--- incarnation {incarnation}\n".encode())
-                shown = {name: os.environ[name] for name in os.environ.keys() - HIDDEN_VARIABLES}
                 process = subprocess.Popen(
                     spec.command,
                     stdin=subprocess.PIPE,
@@ -98,11 +113,15 @@ class Children:
                 with contextlib.suppress(OSError):
                     log.write(f"cannot be started: {error}\n".encode())
                 return ProcessExited(spec.name, incarnation, _CANNOT_EXECUTE)
+            finally:
+                if step_record is not None:
+                    os.close(step_record)
         # Unlike a pid it cannot come to mean another process, and it can be waited for.
         pidfd = os.pidfd_open(process.pid)
         self._children[spec.name] = _Child(process, incarnation, pidfd)
         self._ended.register(pidfd, select.EPOLLIN)
         assert process.stdin is not None
+        first_line = msgspec.json.encode(bootstrap) + b"\n"
         assert len(first_line) < 32 * 1024, "fits the pipe's buffer: the write cannot block"
         # A child that has died already has an exit that tells of it.
         with contextlib.suppress(BrokenPipeError):
@@ -119,13 +138,22 @@ class Children:
             logger.error("no log for %s: %s", name, error)
             return Path(os.devnull).open("ab", buffering=0)
 
-    def reap(self) -> list[ProcessExited]:
-        """Bury every child that has ended, and kill what it has left behind in its group."""
+    def signal(self, name: str, signal_number: int) -> None:
+        child = self._children.get(name)
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.process.pid, signal_number)
+
+    def send(self, name: str, message: FromSupervisor) -> None:
+        self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
+
+    def exits(self) -> list[ProcessExited]:
         ended = {pidfd for pidfd, _ in self._ended.poll(0)}
         names = [name for name, child in self._children.items() if child.pidfd in ended]
         return [self._bury(name) for name in names]
 
     def _bury(self, name: str) -> ProcessExited:
+        """Wait for a child that has ended, and kill what it has left behind in its group."""
         # Before the wait: until then nobody else can be given the number of the group.
         self.signal(name, signal.SIGKILL)
         child = self._children.pop(name)
@@ -134,14 +162,19 @@ class Children:
         os.close(child.pidfd)
         if child.process.stdin is not None:
             child.process.stdin.close()
-        return ProcessExited(name, child.incarnation, returncode)
+        gone = ProcessExited(name, child.incarnation, returncode)
+        # Whichever rank dies first: rank 0 has written what all of them computed.
+        engine, _, rank = name.partition("/")
+        record = self._step_records.get(engine) if rank else None
+        return gone if record is None else replace(gone, last_step=read_step_record(record))
 
-    def signal(self, name: str, signal_number: int) -> None:
-        """Signal the process and its group; ignored when it is gone."""
-        child = self._children.get(name)
-        if child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal_number)
+    def messages(self) -> list[MessageReceived]:
+        return list(self._receive())
+
+    def forget(self, engine: str) -> None:
+        if (record := self._step_records.pop(engine, None)) is not None:
+            record.close()
+        self._engine_ports.release(engine)
 
     def close(self) -> None:
         """Kill and bury whatever is left, for the way out after an error.
@@ -157,71 +190,10 @@ class Children:
                 self._bury(name)
         self._ended.close()
 
-
-@dataclass(eq=False)
-class LocalHost:
-    """This machine as a ``Host``. ``control``: the bound ROUTER socket of the control channel."""
-
-    control: zmq.Socket[bytes]
-    children: Children
-    engine_ports: EnginePorts
-    # The step record of each engine's rank 0; the memory outlives the rank.
-    _step_records: dict[str, mmap.mmap] = field(default_factory=dict)
-
-    @property
-    def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
-        return (self.control, self.children.fileno())
-
-    def spawn(
-        self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
-    ) -> ProcessExited | None:
-        inherited: list[int] = []
-        step_record = None
-        if bootstrap.router is not None:
-            inherited += bootstrap.router.listeners
-        if spec.kind == "rank" and spec.tp_rank == 0:
-            # A descriptor has the same number in the child that inherits it.
-            step_record, self._step_records[spec.engine] = new_step_record()
-            inherited.append(step_record)
-            bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
-        if spec.name in self.engine_ports:
-            bootstrap = msgspec.structs.replace(bootstrap, port_is_kept=True)
-        first_line = msgspec.json.encode(bootstrap) + b"\n"
-        stillborn = self.children.spawn(spec, incarnation, first_line, inherited)
-        if step_record is not None:
-            os.close(step_record)
-        return stillborn
-
-    def signal(self, name: str, signal_number: int) -> None:
-        self.children.signal(name, signal_number)
-
-    def send(self, name: str, message: FromSupervisor) -> None:
-        self.control.send_multipart([name.encode(), from_supervisor.encode(message)])
-
-    def exits(self) -> list[ProcessExited]:
-        exits = self.children.reap()
-        for place, gone in enumerate(exits):
-            # Whichever rank dies first: rank 0 has written what all of them computed.
-            engine, _, rank = gone.name.partition("/")
-            if rank and (record := self._step_records.get(engine)) is not None:
-                exits[place] = replace(gone, last_step=read_step_record(record))
-        return exits
-
-    def messages(self) -> list[MessageReceived]:
-        return list(self._receive())
-
-    def log_path(self, name: str) -> Path:
-        return self.children.log_path(name)
-
-    def forget(self, engine: str) -> None:
-        if (record := self._step_records.pop(engine, None)) is not None:
-            record.close()
-        self.engine_ports.release(engine)
-
     def _receive(self) -> Iterator[MessageReceived]:
         while True:
             try:
-                identity, *frames = self.control.recv_multipart(zmq.NOBLOCK)
+                identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
@@ -233,5 +205,5 @@ class LocalHost:
             message = received.message
             if isinstance(message, Register) and message.listens:
                 # Before anybody is told the URL. Servers have the names of their engines.
-                self.engine_ports.keep(received.name, message.address.http)
+                self._engine_ports.keep(received.name, message.address.http)
             yield received

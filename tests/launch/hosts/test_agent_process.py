@@ -17,7 +17,6 @@ from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.join import new_join_keys, write_join_files
-from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, Register, Stop
 from pdlaunch.protocol.process.bootstrap import Bootstrap
@@ -56,9 +55,15 @@ class Launch:
         self.join = folder / "join"
         write_join_files(self.join, keys, self.channel.endpoint)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        local = LocalHost(self.context.socket(zmq.ROUTER), Children(self.logs), EnginePorts())
         self.events: list[Joined | Lost] = []
-        self.host = HostGroup(local, "local", self.channel, on_change=self.events.append)
+        self.host = HostGroup(
+            self.context.socket(zmq.ROUTER),
+            self.logs,
+            EnginePorts(),
+            name="local",
+            channel=self.channel,
+            on_change=self.events.append,
+        )
         self.later: list[MessageReceived | ProcessExited | Joined | Lost] = []
         self.agent = self.start_agent()
 

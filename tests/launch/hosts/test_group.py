@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 import pytest
+import zmq
 
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Lost, Told
 from pdlaunch.launch.hosts.agent_messages import AgentRefused, Exited, FromAgent, Said
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, Ready, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.step_record import LastStep
 from pdlaunch.protocol.sockets import LaunchKeys
-from tests.launch.fakes import FakeHost
 
 STEP = LastStep(frozenset({7, 5}), frozenset({5}))
 NAME = "decode-0/rank-0"
@@ -37,15 +39,17 @@ class FakeChannel:
 
 
 class Hosts:
-    """Hosts ``here``, ``a`` and ``b``."""
+    """Hosts ``a`` and ``b``."""
 
-    def __init__(self) -> None:
-        self.channel, self.local = FakeChannel(), FakeHost()
+    def __init__(self, control: zmq.Socket[bytes], folder: Path) -> None:
+        self.channel = FakeChannel()
         self.events: list[AgentEvent] = []
         self.group = HostGroup(
-            cast(LocalHost, self.local),
-            "here",
-            cast(AgentChannel, self.channel),
+            control,
+            folder,
+            EnginePorts(),
+            name="here",
+            channel=cast(AgentChannel, self.channel),
             on_change=self.events.append,
         )
 
@@ -56,7 +60,6 @@ class Hosts:
             name=name, incarnation=incarnation, control="", keys=keys, run_dir="", log_level="info"
         )
         self.group.spawn(spec, incarnation, bootstrap)
-        self.local.running.clear()
 
     def tell(self, host: str, message: FromAgent) -> list[ProcessExited]:
         self.channel.events.append(Told(host, message))
@@ -64,8 +67,9 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts() -> Hosts:
-    return Hosts()
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as control:
+        yield Hosts(control, tmp_path)
 
 
 def test_the_end_of_a_rank_tells_what_it_computed(hosts: Hosts) -> None:

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.hosts.local import Children, LocalHost
+from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Address, Register, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
@@ -30,9 +30,9 @@ def host(tmp_path: Path) -> Iterator[LocalHost]:
     with (
         zmq.Context() as context,
         context.socket(zmq.ROUTER) as control,
-        contextlib.closing(Children(tmp_path)) as children,
+        contextlib.closing(LocalHost(control, tmp_path, EnginePorts())) as host,
     ):
-        yield LocalHost(control, children, EnginePorts())
+        yield host
 
 
 def bootstrap(name: str) -> Bootstrap:
@@ -102,7 +102,7 @@ def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
         contextlib.closing(EnginePorts()) as engine_ports,
         bind_to_share("127.0.0.1", 0, is_kept=False) as bound,
     ):
-        host = LocalHost(control, Children(tmp_path), engine_ports)
+        host = LocalHost(control, tmp_path, engine_ports)
         control.bind("inproc://control")
         server.identity = b"decode-0"
         server.connect("inproc://control")
