@@ -58,7 +58,7 @@ COMMANDS = (
     Command("undrain", "engines:undrain", "Give drained engines work again."),
     Command("trace", "trace:trace", "Show what became of a request, over all processes."),
     Command("bench", "bench:app", "Measure a deployment, or pulls of KV blocks alone."),
-    Command("config", "config_cmd:app", "Show the resolved configuration or its JSON schema."),
+    Command("config", "config_cmd:app", "Show the resolved configuration."),
 )
 
 _NAME = "pdlaunch"
@@ -73,6 +73,8 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
         name=_NAME,
         help="Launch disaggregated prefill/decode LLM serving with one command.",
         no_args_is_help=True,
+        # rich cuts the names of long flags off where a terminal has fewer than 96 columns.
+        rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import typer
@@ -23,7 +22,7 @@ from pdlaunch.bench.serve import BenchRun, ShowProgress, bench_serve, without_wo
 from pdlaunch.bench.timed_completion import Goals, read_goals
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, refuse_address, with_serve_flags
-from pdlaunch.cli.html_report import write_report
+from pdlaunch.cli.html_report import HEADINGS, write_report
 from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.status import duration
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
@@ -33,26 +32,6 @@ from pdlaunch.errors import ConfigError, PdlaunchError
 
 app = typer.Typer(no_args_is_help=True)
 
-_SERVE_HEADINGS = {
-    "input_tokens": "in",
-    "concurrency": "at\nonce",
-    "request_rate": "rate\n/s",
-    "num_requests": "reqs",
-    "num_errors": "errs",
-    "ttft_ms_median": "TTFT\nmedian",
-    "ttft_ms_p99": "TTFT\np99",
-    "first_gap_ms_median": "gap\nmedian",
-    "first_gap_ms_p99": "gap\np99",
-    "itl_ms_median": "ITL\nmedian",
-    "itl_ms_p99": "ITL\np99",
-    "tpot_ms_median": "TPOT\nmedian",
-    "cached_share": "cached",
-    "seconds": "took\ns",
-    "requests_per_s": "reqs\n/s",
-    "output_tokens_per_s": "tokens\n/s",
-    "goodput_per_s": "good\n/s",
-    "good_share": "good\nshare",
-}
 _TRANSFER_HEADINGS = {
     "path": "path",
     "num_blocks": "blocks",
@@ -63,27 +42,24 @@ _TRANSFER_HEADINGS = {
     "pull_gb_per_s": "verified\npull GB/s",
     "checksum_percent": "checksums\n%",
 }
-T = TypeVar("T")
+_Counts = list[Annotated[int, msgspec.Meta(gt=0)]]
+_Rates = list[Annotated[float, msgspec.Meta(gt=0, lt=1e9)]]
 
 
-def _read_list(kind: Callable[[str], T], text: str) -> list[T]:
-    """Read ``1,4,16``. Raises typer's BadParameter."""
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-        if all(0 < float(str(number)) < math.inf for number in numbers):
-            return numbers
-    except ValueError:
-        pass
-    example = "1,4,16" if kind is int else "0.5,2,8"
-    raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as {example}")
+def _list_of(kind: Any, example: str) -> Callable[[str], Any]:
+    """Return what reads ``1,4,16``."""
+
+    def read(text: str) -> Any:
+        try:
+            return msgspec.convert(text.split(","), kind, strict=False)
+        except msgspec.ValidationError as error:
+            what = f"is not a list of positive numbers such as {example}"
+            raise typer.BadParameter(f"{text!r} {what}: {error}") from None
+
+    return read
 
 
-def _integers(text: str) -> list[int]:
-    return _read_list(int, text)
-
-
-def _numbers(text: str) -> list[float]:
-    return _read_list(float, text)
+_integers, _numbers = _list_of(_Counts, "1,4,16"), _list_of(_Rates, "0.5,2,8")
 
 
 def _goals(text: str) -> Goals:
@@ -91,12 +67,6 @@ def _goals(text: str) -> Goals:
         return read_goals(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-
-
-def _above_zero(number: float | None) -> float | None:
-    if number is not None and not number > 0:
-        raise typer.BadParameter(f"{number:g} is not above 0")
-    return number
 
 
 # Options with a parser are annotated ``Any``: typer would take a list for a repeated option.
@@ -122,7 +92,7 @@ def serve(
     ),
     burstiness: float | None = typer.Option(
         None,
-        callback=_above_zero,
+        min=0.001,
         help="Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1).",
     ),
     num_requests: int | None = typer.Option(
@@ -148,7 +118,7 @@ def serve(
         help="Send the requests of this file, a trace in Mooncake's format (JSON lines).",
     ),
     trace_speed: float | None = typer.Option(
-        None, callback=_above_zero, help="Times by which the trace is sent faster (1)."
+        None, min=0.001, help="Times by which the trace is sent faster (1)."
     ),
     report: Path | None = typer.Option(
         None, metavar="FILE", dir_okay=False, help="Write plots and figures as one HTML file."
@@ -244,8 +214,8 @@ def _show(runs: Sequence[BenchRun], output: str) -> None:
     if output == "json":
         print_json([row | {"errors": without_words(row["errors"])} for row in found])
         return
-    shown = [name for name in _SERVE_HEADINGS if any(row[name] is not None for row in found)]
-    print_table(found, {name: _SERVE_HEADINGS[name] for name in shown})
+    shown = [name for name in HEADINGS if any(row[name] is not None for row in found)]
+    print_table(found, {name: HEADINGS[name] for name in shown})
     seconds, num_requests = sum(row.seconds for row in rows), sum(row.num_requests for row in rows)
     left_out = sum(row.num_left_out for row in rows)
     note = f"; {left_out} of the trace are too long for the model and left out" if left_out else ""

@@ -1,4 +1,4 @@
-"""``pdlaunch config``: print the JSON schema, or the resolved values."""
+"""``pdlaunch config show``: print the resolved values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.output import FormatOption, print_errors, safe
-from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import ShownValue, changed_values, load_config, shown_values
 from pdlaunch.errors import ConfigError
 from pdlaunch.planning.effective import effective_settings
@@ -23,17 +22,6 @@ from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.resolve import resolve_on
 
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
-
-
-@app.command("schema")
-def schema() -> None:
-    """Print the JSON schema of the configuration file; editors check YAML with it."""
-    document = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **LaunchConfig.model_json_schema(),
-        "title": "pdlaunch configuration",
-    }
-    typer.echo(json.dumps(document, indent=2))
 
 
 @app.command("show", cls=ServeCommand)

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.options import KeyOption, UrlOption
@@ -220,29 +219,23 @@ def _show_line(outcome: EngineOutcome, done: str) -> None:
 
 
 def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
-    """Print a row for each engine. The exit code is 1 when one of them has refused."""
-    table = Table("engine", "state", what)
+    """Print a line for each engine. The exit code is 1 when one of them has refused."""
     for each in outcomes:
-        state = Text("sleeping" if each.is_sleeping else "awake")
-        error = Text(safe(each.error or ""), style="red")
-        num_bytes = "" if each.error else f"{each.num_bytes / GIB:.2f} GiB"
-        table.add_row(Text(each.engine), error if each.error else state, num_bytes)
-    Console().print(table)
+        state = "sleeps" if each.is_sleeping else "is awake"
+        _show_line(each, f"{state}: {each.num_bytes / GIB:.2f} GiB {what}")
     raise typer.Exit(int(any(each.error for each in outcomes)))
 
 
 def _show_change(outcome: ChangeOutcome, *, dry_run: bool) -> None:
-    """Print a row for each engine that starts or stops, and what there is afterwards."""
+    """Print a line for each engine that starts or stops, and what there is afterwards."""
     console, change = Console(soft_wrap=True), outcome.change
     if change is not None:
-        table = Table("engine", "", "host", "devices", "threads", "running")
         for engine in change.starts:
-            cells = (engine.name, "starts", engine.host, " ".join(engine.devices))
-            table.add_row(*map(Text, cells), str(engine.num_threads), "")
+            devices = " ".join(engine.devices)
+            threads = f"{engine.num_threads} threads"
+            console.print(Text(f"{engine.name} starts on {engine.host}: {devices}, {threads}"))
         for name, number in change.stops.items():
-            table.add_row(Text(name), "stops", "", "", "", str(number))
-        if table.rows:
-            console.print(table)
+            console.print(Text(f"{name} stops: {number} running"))
         if change.stops:
             first = "before others start" if change.stops_first else "last"
             console.print(

@@ -173,7 +173,7 @@ def _json(report: Report, *, ok: bool) -> dict[str, Any]:
 
 
 def _sarif(report: Report, exit_code: int, file: Path | None) -> dict[str, Any]:
-    """Return the log of one run: rules, findings, and a note for each rule that was not checked.
+    """Return the log of one run: rules and findings.
 
     A finding whose setting stands in no file is put at ``file``. Source: OASIS Standard "Static
     Analysis Results Interchange Format (SARIF) Version 2.1.0".
@@ -193,14 +193,6 @@ def _sarif(report: Report, exit_code: int, file: Path | None) -> dict[str, Any]:
     if not is_usable:
         rules = [{"id": UNUSABLE, "shortDescription": {"text": "The input cannot be used."}}]
     indices = {rule["id"]: index for index, rule in enumerate(rules)}
-    notes = [
-        {
-            "level": "note",
-            "message": {"text": f"not checked: needs {', '.join(item.needs)}: {safe(item.reason)}"},
-            "associatedRule": {"id": item.rule, "index": indices[item.rule]},
-        }
-        for item in report.not_checked
-    ]
     results = [
         {
             "ruleId": finding.rule,
@@ -212,11 +204,7 @@ def _sarif(report: Report, exit_code: int, file: Path | None) -> dict[str, Any]:
         for finding in report.findings
     ]
     driver = {"name": "pdlaunch check-config", "version": __version__, "rules": rules}
-    invocation = {
-        "executionSuccessful": is_usable,
-        "exitCode": exit_code,
-        "toolExecutionNotifications": notes,
-    }
+    invocation = {"executionSuccessful": is_usable, "exitCode": exit_code}
     run = {"tool": {"driver": driver}, "invocations": [invocation], "results": results}
     return {"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
 

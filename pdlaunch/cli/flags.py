@@ -1,4 +1,4 @@
-"""Gives commands the flags of ``serve``, with help on narrow terminals."""
+"""Gives commands the flags of ``serve``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from pdlaunch.config.field_types import Flag
@@ -19,20 +18,12 @@ from pdlaunch.config.sources import Argument
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 """Endings of a file with settings, as opposed to a model."""
 
-_RICH_FROM_COLUMNS = 96
-
 
 class ServeCommand(TyperCommand):
     """A command with the flags of ``serve``, which are many, some of them long."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        # In fewer columns rich cuts the names of flags off.
-        if Console().width < _RICH_FROM_COLUMNS:
-            self.rich_markup_mode = None
-        super().format_help(ctx, formatter)
-
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write help without rich, under the same headings."""
+        """Write the flags under their headings."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

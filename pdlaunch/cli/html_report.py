@@ -26,24 +26,28 @@ from pdlaunch.cli.status import duration
 NUM_COLOURS = 8
 _MAX_POINTS = 200
 _LIBRARIES = ("torch", "transformers", "nixl", "vllm")
-_COLUMNS = {
-    "input_tokens": "prompt",
-    "load": "load",
-    "num_requests": "requests",
-    "num_errors": "errors",
-    "ttft_ms_median": "TTFT median",
-    "ttft_ms_p99": "p99",
-    "first_gap_ms_median": "gap median",
-    "itl_ms_median": "ITL median",
-    "itl_ms_p99": "p99",
-    "tpot_ms_median": "TPOT median",
-    "e2e_ms_median": "whole median",
-    "seconds": "took, s",
-    "requests_per_s": "requests/s",
-    "output_tokens_per_s": "tokens/s",
-    "goodput_per_s": "good/s",
-    "good_share": "good share",
+HEADINGS = {
+    "input_tokens": "in",
+    "concurrency": "at\nonce",
+    "request_rate": "rate\n/s",
+    "num_requests": "reqs",
+    "num_errors": "errs",
+    "ttft_ms_median": "TTFT\nmedian",
+    "ttft_ms_p99": "TTFT\np99",
+    "first_gap_ms_median": "gap\nmedian",
+    "first_gap_ms_p99": "gap\np99",
+    "itl_ms_median": "ITL\nmedian",
+    "itl_ms_p99": "ITL\np99",
+    "tpot_ms_median": "TPOT\nmedian",
+    "e2e_ms_median": "whole\nmedian",
+    "cached_share": "cached",
+    "seconds": "took\ns",
+    "requests_per_s": "reqs\n/s",
+    "output_tokens_per_s": "tokens\n/s",
+    "goodput_per_s": "good\n/s",
+    "good_share": "good\nshare",
 }
+"""Headings of the figures of a row, also of the table on the terminal."""
 _AXES = {"concurrency": "requests at a time", "request_rate": "requests sent a second"}
 Point = tuple[float, float]
 
@@ -66,7 +70,7 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
 
     rows = [run.row for run in runs]
     best = max(rows, key=lambda row: row.output_tokens_per_s)
-    columns = [name for name in _COLUMNS if any(getattr(row, name) is not None for row in rows)]
+    columns = [name for name in HEADINGS if any(getattr(row, name) is not None for row in rows)]
     # Names of models and errors are escaped.
     environment = Environment(autoescape=True)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
@@ -82,7 +86,7 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
             f"output tokens/s, {best.load}": f"{best.output_tokens_per_s:,.1f}",
         },
         plots=list(_plots(runs, goals)),
-        headings=[_COLUMNS[name] for name in columns],
+        headings=[HEADINGS[name] for name in columns],
         rows=[[_cell(getattr(row, name)) for name in columns] for row in rows],
         notes=list(_notes(rows)),
         facts={"Model": runs[0].model, **_surroundings()},

@@ -22,8 +22,6 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.planning.role_engines import Allocator
-from pdlaunch.protocol.control import PairReady
 
 
 def load_launch(path: Path | None, flags: dict[str, object]) -> LoadedConfig:
@@ -68,43 +66,27 @@ def refuse_errors(
 
 
 def judge_pairs(
-    resolved: ResolvedLaunch,
-    origins: Mapping[str, Origin],
-    status: LaunchStatus,
-) -> tuple[Finding, ...]:
+    resolved: ResolvedLaunch, origins: Mapping[str, Origin], status: LaunchStatus
+) -> list[Finding]:
     """Return what the transport rules find in the pairs that the handshakes have measured."""
-    probes = Probes(transport=measured_pairs(resolved, status))
-    findings = run_checks(
-        resolved, origins, probes, family="PD5", rules=kind_of(resolved).rules()
-    ).findings
-    # The speeds themselves (infos) stand in the panel already.
-    return tuple(finding for finding in findings if finding.severity != "info")
-
-
-def measured_pairs(resolved: ResolvedLaunch, status: LaunchStatus) -> tuple[PairTransport, ...]:
-    """Return what the handshakes have measured."""
     host_of = {each.name: each.host for each in plan_processes(resolved).processes}
-    return tuple(
-        PairTransport(
-            decode_rank=pair.local,
-            prefill_rank=pair.peer,
-            path=pair.path,
-            allocator=_allocator(resolved),
-            gigabytes_per_s=pair.gigabytes_per_s,
-            hosts=_two_hosts(host_of, pair),
-            other_paths=pair.other_paths,
-        )
-        for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
-    )
-
-
-def _two_hosts(host_of: Mapping[str, str], pair: PairReady) -> tuple[str, str] | None:
-    """Return the hosts of prefill and decode where they are two."""
-    prefill, decode = host_of.get(pair.peer, ""), host_of.get(pair.local, "")
-    return None if prefill == decode else (prefill, decode)
-
-
-def _allocator(resolved: ResolvedLaunch) -> Allocator:
-    """Return the allocator of the prefill engines' KV caches, which decode reads."""
+    # Decode reads the KV caches of prefill engines.
     prefill = resolved.roles.get("prefill")
-    return "host" if prefill is None else prefill.allocator
+    measured = []
+    for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local)):
+        hosts = host_of.get(pair.peer, ""), host_of.get(pair.local, "")
+        measured.append(
+            PairTransport(
+                decode_rank=pair.local,
+                prefill_rank=pair.peer,
+                path=pair.path,
+                allocator="host" if prefill is None else prefill.allocator,
+                gigabytes_per_s=pair.gigabytes_per_s,
+                hosts=None if hosts[0] == hosts[1] else hosts,
+                other_paths=pair.other_paths,
+            )
+        )
+    probes, rules = Probes(transport=tuple(measured)), kind_of(resolved).rules()
+    found = run_checks(resolved, origins, probes, family="PD5", rules=rules).findings
+    # The speeds themselves (infos) stand in the panel already.
+    return [finding for finding in found if finding.severity != "info"]

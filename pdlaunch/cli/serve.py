@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.flags import with_serve_flags
@@ -169,19 +168,12 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
         sys.stdout.flush()
         return
-    console = Console()
-    table = Table()
-    for heading in ("process", "host", "device", "threads", "ports"):
-        table.add_column(heading, overflow="fold")
+    console = Console(soft_wrap=True, highlight=False)
     for process in shown.processes:
-        ports = ", ".join(f"{name} {port or 'free'}" for name, port in process.ports.items())
-        table.add_row(
-            process.name, process.host, " ".join(process.devices), str(process.num_threads), ports
-        )
-    console.print(table)
-    for process in shown.processes:
+        ports = "".join(f", {name} port {port or 'free'}" for name, port in process.ports.items())
+        place = f"on {process.host}, {' '.join(process.devices) or 'no device'}{ports}"
+        console.print(Text.assemble((process.name, "bold"), f" {place}"))
         environment = " ".join(
             f"{name}={shlex.quote(value)}" for name, value in process.environment.items()
         )
-        console.print(Text(process.name, style="bold"))
-        console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"), soft_wrap=True)
+        console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"))

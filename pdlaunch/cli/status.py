@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -23,7 +23,6 @@ from pdlaunch.protocol.status import (
     EngineStatus,
     PairStatus,
     Percentiles,
-    RequestSummary,
 )
 
 UNKNOWN = "-"
@@ -33,8 +32,6 @@ _ENGINES = {"engine": "engine", "role": "role", "host": "host", "state": "state"
 _ENGINES |= {"running": "run", "waiting": "wait", "kv": "KV", "host_kv": "host KV"}
 _ENGINES |= {"hits": "dev/host/pull", "rate": "pulls"}
 _PAIRS = {"pair": "pair", "path": "path", "speed": "speed", "rate": "now", "moved": "moved"}
-_REQUESTS = {"id": "slowest of late", "route": "engines", "prompt": "prompt", "first": "first"}
-_REQUESTS |= {"total": "total", "status": ""}
 
 
 def amount(value: float | None, unit: str = "") -> str:
@@ -97,16 +94,10 @@ def status(
         console.print(part)
 
 
-def deployment_view(
-    found: DeploymentStatus,
-    requests: Sequence[RequestSummary] | None = None,
-    *,
-    room: int | None = None,
-) -> Iterator[RenderableType]:
-    """Yield the status of a deployment for people: three lines, then tables.
+def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterator[RenderableType]:
+    """Yield the status of a deployment for people: three lines, tables, events.
 
-    ``requests``: the slowest requests, in place of events. ``room``: the number of lines; tables
-    say how many rows they leave out.
+    ``room``: the number of lines; tables say how many rows they leave out.
     """
 
     def line(text: str, style: str = "") -> Text:
@@ -127,14 +118,11 @@ def deployment_view(
         f"TTFT {_times(rates.first_token_ms)}  ITL {_times(rates.inter_token_ms)}  "
         f"{found.requests} requests, {found.errors} errors"
     )
-    # Problems, pairs and requests get at most a quarter of the lines each; engines get the rest.
+    # Problems, pairs and events get at most a quarter of the lines each; engines get the rest.
     quarter = None if room is None else max(2, room // 4)
-    problems = troubles(found)[:quarter]
-    shown = [request for request in requests or () if request.state == "running"] or requests or ()
+    problems, events = troubles(found)[:quarter], found.events[-(quarter or NUM_EVENTS) :]
     # The head has three lines, each table a line of headings.
-    num_others = 3 + len(problems)
-    for rows in (found.pairs, shown):
-        num_others += min(quarter or 0, len(rows) + 1)
+    num_others = 3 + len(problems) + len(events) + min(quarter or 0, len(found.pairs) + 1)
     # Those that are down come first, where no screen is too small for them.
     ordered = sorted(found.engines, key=lambda engine: (not engine.is_down, engine.name))
     engines = [_engine_cells(engine) for engine in ordered]
@@ -149,13 +137,7 @@ def deployment_view(
         yield make_table([_pair_cells(pair) for pair in found.pairs], _PAIRS, quarter)
     if found.num_pairs > len(found.pairs) and room is None:
         yield line(f"... and {found.num_pairs - len(found.pairs)} more pairs")
-    if requests is not None:
-        headings = dict(_REQUESTS)
-        if shown and shown[0].state == "running":
-            headings["id"] = "slowest running"
-        yield make_table([_request_cells(request) for request in shown], headings, quarter)
-        return
-    for event in found.events[-NUM_EVENTS:]:
+    for event in events:
         text = f"{_time_of_day(event.at)} {event.name or 'launch'}: {event.text}"
         yield line(escape_controls(text), "red" if event.is_bad else "dim")
 
@@ -192,17 +174,6 @@ def _pair_cells(pair: PairStatus) -> dict[str, Any]:
         "speed": amount(pair.shown_gigabytes_per_s, " GB/s"),
         "rate": amount(pair.bytes_per_s, "B/s"),
         "moved": amount(pair.num_bytes, "B"),
-    }
-
-
-def _request_cells(request: RequestSummary) -> dict[str, Any]:
-    return {
-        "id": request.id,
-        "route": request.route,
-        "prompt": amount(request.prompt_tokens),
-        "first": milliseconds(request.first_token_ms),
-        "total": milliseconds(request.total_ms),
-        "status": "" if request.status in (None, 200) else request.status,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import typer
 from rich.console import Console, Group
@@ -15,12 +14,11 @@ from pdlaunch.cli.options import ApiKeyOption, UrlOption
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.status import deployment_view
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.admin import read_requests, read_status, reading_api
+from pdlaunch.launch.client.admin import read_status, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.observe.logs import escape_controls
-from pdlaunch.protocol.status import DeploymentStatus, RequestSummary
+from pdlaunch.protocol.status import DeploymentStatus
 
-NUM_REQUESTS = 50
 READ_TIMEOUT_S = 5.0
 
 
@@ -29,7 +27,7 @@ def top(
     api_key: ApiKeyOption = None,
     every: float = typer.Option(1.0, min=0.2, max=3600.0, help="Seconds between two looks."),
 ) -> None:
-    """Watch engines, pairs and the slowest requests until Ctrl-C.
+    """Watch engines, pairs and events until Ctrl-C.
 
     `pdlaunch status` prints the same once, for pipes.
     """
@@ -47,23 +45,18 @@ def top(
 
 def _watch(api: Api, status: DeploymentStatus, console: Console, every_s: float) -> None:
     """Show the deployment for ever; while it does not answer, its last status and the error."""
-    requests: list[RequestSummary] = []
     with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             head = "Ctrl-C ends"
             try:
                 status = read_status(api)
-                requests = read_requests(api, "slowest", NUM_REQUESTS)
             except PdlaunchError as error:
                 head = str(error)
-            live.update(page(status, requests, head, console), refresh=True)
+            live.update(page(status, head, console.height), refresh=True)
             time.sleep(every_s)
 
 
-def page(
-    status: DeploymentStatus, requests: Sequence[RequestSummary], head: str, console: Console
-) -> Group:
-    """Return what a screen of the console's size shows."""
-    parts = deployment_view(status, requests, room=console.height - 1)
+def page(status: DeploymentStatus, head: str, num_lines: int) -> Group:
+    """Return what a screen of this height shows."""
     first = Text(escape_controls(head), style="reverse", no_wrap=True, overflow="crop")
-    return Group(first, *parts)
+    return Group(first, *deployment_view(status, num_lines - 1))

@@ -114,7 +114,7 @@ def test_files_have_the_kinds_of_errors_and_not_their_words(
         (("--request-rate", "0"), "'0' is not a list of positive numbers such as 0.5,2,8"),
         (("--request-rate", "2", "--concurrency", "3"), "--concurrency: not with --request-rate"),
         (("--burstiness", "2"), "--burstiness: only with --request-rate"),
-        (("--request-rate", "2", "--burstiness", "0"), "0 is not above 0"),
+        (("--request-rate", "2", "--burstiness", "0"), "Invalid value for '--burstiness'"),
         (("--slo", "ttfb=3"), "`ttfb`"),
         (("--trace-speed", "2"), "--trace-speed: only with --trace"),
         (("--trace", __file__, "--input-tokens", "3"), "--input-tokens: not with --trace"),

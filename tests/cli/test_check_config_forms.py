@@ -85,12 +85,6 @@ def test_sarif_has_what_the_standard_requires(check, file):
         assert result["message"]["text"]
     (invocation,) = run["invocations"]
     assert (invocation["executionSuccessful"], invocation["exitCode"]) == (True, 1)
-    notes = {}
-    for note in invocation["toolExecutionNotifications"]:
-        rule = note["associatedRule"]
-        assert (note["level"], rules[rule["index"]]["id"]) == ("note", rule["id"])
-        notes[rule["id"]] = note["message"]["text"]
-    assert notes["PD416"] == "not checked: needs shm: profile h100x8 does not say"
 
 
 def test_sarif_points_at_the_line(check, file, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.settings import all_settings
 from tests import command_line
 from tools.pages import settings_page
 
@@ -23,14 +22,6 @@ def run(monkeypatch):
         return result
 
     return invoke
-
-
-def test_schema_is_json_schema_of_the_file(run):
-    schema = json.loads(run("schema").stdout)
-    assert schema["additionalProperties"] is False
-    assert {path.partition(".")[0] for path in all_settings()} == set(schema["properties"])
-    size = json.dumps(schema["properties"]["kv_cache_memory"])
-    assert all(f'"type": "{kind}"' in size for kind in ("string", "integer", "null"))
 
 
 def test_show_names_every_origin(run, tmp_path):

@@ -76,8 +76,12 @@ def failed(name: str, message: str, status: int = 409) -> tuple[int, dict[str, A
 def test_sleep_and_wake_show_the_memory_of_each_engine(router: Router) -> None:
     result = run("sleep", "--level", "2", "--mode", "refuse")
     assert result.exit_code == 0
-    assert result.stdout.count("sleeping") == result.stdout.count("3.00 GiB") == 2
-    assert "awake" in run("wake", "--tag", "weights", "--engine", "decode-0").stdout
+    told = [f"{name} sleeps: 3.00 GiB given back" for name in ENGINES]
+    assert result.stdout.splitlines() == told
+    assert (
+        "decode-0 is awake: 3.00 GiB taken"
+        in run("wake", "--tag", "weights", "--engine", "decode-0").stdout
+    )
     paths = ["/sleep?level=2&mode=refuse", "/wake_up?tags=weights&engine=decode-0"]
     assert [path for path, _ in router.asked] == paths
 
@@ -106,10 +110,10 @@ def test_drain_tells_what_still_runs(router: Router, timeout: str, exit_code: in
 def test_scale_shows_what_was_changed(router: Router) -> None:
     result = run("scale", "prefill=2", "decode=1")
     assert result.exit_code == 0
-    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert any("prefill-1 │ starts │ node-a │ cuda:2 cuda:3 │ 4" in row for row in rows)
-    assert any("decode-1" in row and "stops" in row and row.endswith("│ 5 │") for row in rows)
-    assert rows[-1] == "The launch is 2 prefill, 1 decode."
+    first, second, *_, last = result.stdout.splitlines()
+    assert first == "prefill-1 starts on node-a: cuda:2 cuda:3, 4 threads"
+    assert second == "decode-1 stops: 5 running"
+    assert last == "The launch is 2 prefill, 1 decode."
     wanted = {"prefill": 2, "decode": 1, "dry_run": False, "drain_timeout_s": None}
     assert router.asked == [("/pdlaunch/scale", wanted)]
 

@@ -82,12 +82,11 @@ def test_a_dry_run_for_another_machine_is_judged_for_it(model: str) -> None:
     assert serve(*given, "cpu").exit_code == 1
 
 
-@pytest.mark.parametrize("columns", [20, 40, 80, 200])
-def test_dry_run_prints_a_table_at_any_width(model: str, columns: int) -> None:
-    result = serve("--model", model, "--dry-run", columns=columns)
+def test_a_dry_run_prints_commands_that_can_be_copied(model: str) -> None:
+    result = serve("--model", model, "--dry-run", columns=40)
     assert result.exit_code == 0
-    assert "python" in result.stdout
-    assert "-m pdlaunch.engine --name decode-0/rank-0" in result.stdout
+    assert " -m pdlaunch.engine --name decode-0/rank-0" in result.stdout
+    assert "router on local, no device, http port 8000" in result.stdout.splitlines()
 
 
 def test_nothing_is_written_by_a_dry_run_or_a_refusal(model: str, tmp_path: Path) -> None:
@@ -202,9 +201,8 @@ def test_dry_run_shows_which_rank_goes_to_which_host_and_device(model: str, tmp_
     }
     ranks = {host["name"]: host["ranks"] for host in plan["hosts"]}
     assert ranks == {"local": {}, "node-1": {"prefill-0": 1}, "node-2": {"decode-0": 2}}
-    table = serve(str(config), "--dry-run", "--assume", "h100x2", columns=200).stdout
-    row = next(line for line in table.splitlines() if "decode-0/rank-1" in line)
-    assert [cell.strip() for cell in row.split("│")[1:4]] == ["decode-0/rank-1", "node-2", "cuda:1"]
+    lines = serve(str(config), "--dry-run", "--assume", "h100x2").stdout.splitlines()
+    assert any(line.startswith("decode-0/rank-1 on node-2, cuda:1") for line in lines)
 
 
 def test_agents_are_waited_for_at_the_port_that_is_set(model: str, tmp_path: Path) -> None:
