@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import aiohttp
 from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError
@@ -43,43 +42,23 @@ class CallError(Exception):
         self.not_received = not_received
 
 
-class Silence(NamedTuple):
-    """Calls ``probe`` after each ``stall_s`` in which an engine that works sends nothing.
-
-    ``probe`` raises when the engine has died.
-    """
-
-    stall_s: float
-    probe: Callable[[], Awaitable[None]]
-
-
 class Answer:
     """An answer whose head has come; read by one task at a time. ``close`` or ``leave`` it."""
 
-    def __init__(self, response: aiohttp.ClientResponse, silence: Silence | None) -> None:
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status = response.status
         self.headers = {name.lower(): value for name, value in response.headers.items()}
         self._response = response
-        self._is_read = False
-        self._num_seen = 0
-        self._error: BaseException | None = None
-        self._probing: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        if silence is not None:
-            self._look_later(silence)
 
     async def read_some(self) -> bytes:
-        """Return the next bytes, none at the end. Raises CallError, and what the probe raises."""
-        self._is_read = True
+        """Return the next bytes, none at the end. Raises CallError."""
         try:
             return await self._response.content.readany()
         except Exception as error:
-            raise self._error or _broken(error, "in the middle of its answer") from None
-        finally:
-            self._is_read = False
+            raise _broken(error, "in the middle of its answer") from None
 
     async def read(self, max_bytes: int = MAX_BODY_BYTES) -> bytes:
-        """Return the whole body. Raises as ``read_some`` does, and CallError for a larger one."""
+        """Return the whole body. Raises CallError, also for a larger one."""
         pieces, num_bytes = [], 0
         while piece := await self.read_some():
             pieces.append(piece)
@@ -90,7 +69,6 @@ class Answer:
 
     def close(self) -> None:
         """Give up what has not come, by closing the connection: that ends the engine's work."""
-        self._stop_looking()
         # At once: what is left of a long request would keep the connection open.
         if (connection := self._response.connection) is not None and connection.transport:
             connection.transport.abort()
@@ -98,36 +76,8 @@ class Answer:
 
     def leave(self) -> None:
         """Use the connection again if the answer ends soon, as one that said ``[DONE]`` does."""
-        self._stop_looking()
         if self._response.connection is not None:
             asyncio.get_running_loop().call_later(END_S, self._response.close)
-
-    def _stop_looking(self) -> None:
-        for one in (self._timer, self._probing):
-            if one is not None:
-                one.cancel()
-
-    def _look_later(self, silence: Silence) -> None:
-        # One timer for a whole answer: one for each piece took a tenth of the time for a token.
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(silence.stall_s, self._look, silence)
-
-    def _look(self, silence: Silence) -> None:
-        num_before, self._num_seen = self._num_seen, self._response.content.total_bytes
-        # Where nobody reads, a slow client makes the engine wait.
-        if self._is_read and num_before == self._num_seen:
-            self._probing = asyncio.ensure_future(self._probe(silence))
-        else:
-            self._look_later(silence)
-
-    async def _probe(self, silence: Silence) -> None:
-        try:
-            await silence.probe()
-        except Exception as error:
-            self._error = error
-            self._response.close()  # its reader gets the error
-        else:
-            self._look_later(silence)
 
 
 class EngineCalls:
@@ -148,31 +98,13 @@ class EngineCalls:
         self._sessions.clear()
 
     async def call(
-        self,
-        url: str,
-        method: str,
-        target: str,
-        headers: Mapping[str, str],
-        body: bytes,
-        silence: Silence | None = None,
+        self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes
     ) -> Answer:
         """Send a request to the engine at ``url``; return its answer when the head has come.
 
-        ``target``: the path, and the query. Raises CallError, and what the probe raises.
+        ``target``: the path, and the query. Raises CallError.
         """
-        asking = self._request(url, method, target, headers, body)
-        if silence is None:
-            return Answer(await asking, None)
-        task = asyncio.ensure_future(asking)
-        try:
-            while not (await asyncio.wait({task}, timeout=silence.stall_s))[0]:
-                await silence.probe()
-        except BaseException:
-            # The head may have come at the same moment.
-            task.add_done_callback(_drop)
-            task.cancel()
-            raise
-        return Answer(task.result(), silence)
+        return Answer(await self._request(url, method, target, headers, body))
 
     async def ask(
         self,
@@ -247,11 +179,6 @@ class EngineCalls:
             max_field_size=_MAX_LINE_BYTES,
         )
         return session
-
-
-def _drop(asking: asyncio.Future[aiohttp.ClientResponse]) -> None:
-    if not asking.cancelled() and asking.exception() is None:
-        asking.result().close()
 
 
 def _broken(error: BaseException, when: str) -> CallError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     # Incarnations of the processes to which this engine has a proven path, by name.
     proofs: dict[str, int] = {}
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
+    calls: set[asyncio.Timeout] = msgspec.field(default_factory=set)  # what it is asked now
     num_picks: int = 0
     num_works: int = 0  # pieces of work that are outstanding
     num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
@@ -68,6 +70,12 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     @property
     def key(self) -> EngineKey:
         return (self.name, self.processes, self.times_ready)
+
+    def give_up(self) -> None:
+        """Fail what it is asked: it hangs, or its host is lost."""
+        for timeout in self.calls:
+            if not timeout.expired():
+                timeout.reschedule(0.0)
 
     def may_pull_from(self, prefill: Engine) -> bool:
         if self.peers is not None and prefill.name not in self.peers:

@@ -13,7 +13,6 @@ import re
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlencode
@@ -27,7 +26,6 @@ from pdlaunch.http.engine_calls import (
     Answer,
     CallError,
     EngineCalls,
-    Silence,
 )
 from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, read_ignored_fields
@@ -219,9 +217,8 @@ class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
     ``keys`` returns the key of an engine, None for one that is sent none. ``tls``: for engines on
-    other hosts. ``stall_s``: silence after which a working engine is asked whether it lives;
-    ``probe_s`` limits the answer, and that to all that is no work. Redirects are not followed: an
-    engine must not choose where prompts and keys go.
+    other hosts. ``probe_s`` limits the answers to all that is no work. Redirects are not followed:
+    an engine must not choose where prompts and keys go.
     """
 
     def __init__(
@@ -229,17 +226,13 @@ class EngineClient:
         keys: Callable[[Engine], str | None],
         tls: ssl.SSLContext | None = None,
         *,
-        stall_s: float = 15.0,
         probe_s: float = 5.0,
         metrics_s: float = 2.0,
     ) -> None:
-        self._stall_s = stall_s
         self._probe_s = probe_s
         self._metrics_s = metrics_s
         self._keys = keys
         self._calls = EngineCalls(tls=tls)
-        # Questions whether an engine lives that are under way, by its name.
-        self._probes: dict[str, asyncio.Task[bytes | None]] = {}
 
     async def close(self) -> None:
         await self._calls.close()
@@ -251,14 +244,15 @@ class EngineClient:
 
         Raises EngineFailure, EngineRefusal.
         """
-        answer = await self._post(engine, path, body, headers)
-        try:
-            with blames(engine):
-                whole = await answer.read()
-        finally:
-            answer.close()
-        _refuse_error(engine, answer, whole)
-        return whole, _ignored_fields(answer)
+        async with _while_it_lives(engine):
+            answer = await self._post(engine, path, body, headers)
+            try:
+                with blames(engine):
+                    whole = await answer.read()
+            finally:
+                answer.close()
+            _refuse_error(engine, answer, whole)
+            return whole, _ignored_fields(answer)
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -268,21 +262,22 @@ class EngineClient:
 
         Raises EngineFailure and EngineRefusal.
         """
-        answer = await self._post(engine, path, body, headers)
-        try:
-            if answer.status != 200:
-                with blames(engine):
-                    _refuse_error(engine, answer, await answer.read())
-            yield (stream := EngineStream(engine, answer))
-        except BaseException:
-            answer.close()
-            raise
-        # A connection with something left to read serves no other call, and closing it is how the
-        # engine learns that nobody reads.
-        if stream.is_done:
-            answer.leave()
-        else:
-            answer.close()
+        async with _while_it_lives(engine):
+            answer = await self._post(engine, path, body, headers)
+            try:
+                if answer.status != 200:
+                    with blames(engine):
+                        _refuse_error(engine, answer, await answer.read())
+                yield (stream := EngineStream(engine, answer))
+            except BaseException:
+                answer.close()
+                raise
+            # A connection with something left to read serves no other call, and closing it is how
+            # the engine learns that nobody reads.
+            if stream.is_done:
+                answer.leave()
+            else:
+                answer.close()
 
     async def call(
         self,
@@ -344,10 +339,10 @@ class EngineClient:
     async def _post(
         self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
     ) -> Answer:
-        own = self._own(engine, headers)
-        silence = Silence(self._stall_s, partial(self._probe, engine))
         with blames(engine):
-            return await self._calls.call(engine.url, "POST", path, own, body, silence)
+            return await self._calls.call(
+                engine.url, "POST", path, self._own(engine, headers), body
+            )
 
     def _own(self, engine: Engine, headers: Mapping[str, str] | None) -> dict[str, str]:
         """Return the headers of a call, with the engine's key."""
@@ -356,14 +351,22 @@ class EngineClient:
             own["Authorization"] = f"Bearer {key}"
         return own
 
-    async def _probe(self, engine: Engine) -> None:
-        """Raise EngineFailure if the engine's server does not answer."""
-        # One question serves all of its streams, which fall silent together.
-        if (probe := self._probes.get(engine.name)) is None:
-            probe = self._probes[engine.name] = asyncio.ensure_future(self.read(engine, "/health"))
-            probe.add_done_callback(lambda _: self._probes.pop(engine.name))
-        if await asyncio.shield(probe) is None:
-            raise EngineFailure(engine, f"silent for {self._stall_s:g} s and not healthy")
+
+@contextlib.asynccontextmanager
+async def _while_it_lives(engine: Engine) -> AsyncIterator[None]:
+    """Run the block until the engine is given up. Raises EngineFailure then."""
+    timeout = asyncio.timeout(None)
+    try:
+        async with timeout:
+            engine.calls.add(timeout)
+            try:
+                yield
+            finally:
+                engine.calls.discard(timeout)
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise
+        raise EngineFailure(engine, "does not answer any more") from error
 
 
 def _ignored_fields(answer: Answer) -> list[str]:

@@ -30,6 +30,8 @@ MAX_PAIR_FAILURES = 1000
 # How long to wait until the registry shows a reported death. Without the wait, a request that kills
 # engines may reach a third engine.
 DEATH_LISTED_S = 5.0
+# How long an engine that hangs, or is gone, may still answer what it was asked before.
+LOST_S = 5.0
 MAX_EVENTS = 100
 MAX_TEXT = 500  # characters; what a dead process said may be longer
 GONE_S = 600.0
@@ -182,7 +184,12 @@ class RouterState:
 
     def update(self, registry: Registry) -> None:
         """Take over a registry and wake the requests that wait for an engine."""
+        before = self.pool.engines
         self.pool.update(registry)
+        for engine in before:
+            if engine.calls and self._is_lost(engine):
+                # Its process may end by itself, or answer again.
+                asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
         self.events.engines_changed(registry, self.pool.engines)
         listed = {entry.name for entry in registry.entries}
         # Of engines that have left nothing is to be proven.
@@ -198,6 +205,21 @@ class RouterState:
             if engine.ready and engine.max_model_len is None and engine.key not in self._asked:
                 self._asked.add(engine.key)
                 self.spawn(self._learn_models(engine, engine.key))
+
+    def _is_lost(self, engine: Engine) -> bool:
+        """Tell whether nothing more is to be expected of what an engine was asked.
+
+        What a supervisor of the engine's own ends by itself: hung ranks, and processes of hosts
+        that are there.
+        """
+        listed = {each.name: each for each in self.pool.engines}.get(engine.name)
+        if listed is None or listed.url != engine.url:
+            return True
+        return listed.state == "stalled" and len(listed.processes) == 1
+
+    def _give_up(self, engine: Engine) -> None:
+        if self._is_lost(engine):
+            engine.give_up()
 
     async def _learn_models(self, engine: Engine, key: EngineKey) -> None:
         page = await self.client.read(engine, "/v1/models")

@@ -1,4 +1,4 @@
-"""Calls of engines: answers of every form, silences, and connections that are used again."""
+"""Calls of engines: answers of every form, and connections that are used again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.http import engine_calls
-from pdlaunch.http.engine_calls import Answer, CallError, EngineCalls, Silence
+from pdlaunch.http.engine_calls import Answer, CallError, EngineCalls
 from pdlaunch.protocol.certificates import client_context, new_certificate, server_context
 from tests.router.fake_engine import until
 
@@ -73,13 +73,9 @@ class Call:
     async def is_left(self) -> None:
         await until(lambda: not self.num_open)
 
-    def begin(
-        self, silence: Silence | None = None, *, method: str = "POST", body: bytes = b"body"
-    ) -> asyncio.Task[Answer]:
+    def begin(self, *, method: str = "POST", body: bytes = b"body") -> asyncio.Task[Answer]:
         headers = {"X-Request-Id": "r1"}
-        return asyncio.ensure_future(
-            self.calls.call(self.url, method, "/p?q=1", headers, body, silence)
-        )
+        return asyncio.ensure_future(self.calls.call(self.url, method, "/p?q=1", headers, body))
 
     async def begun(self, *pieces: bytes, closes: bool = False) -> Answer:
         """Return an answer that begins with these pieces."""
@@ -218,44 +214,6 @@ async def test_an_engine_that_is_not_there_cannot_have_seen_the_request(tmp_path
                 await calls.call(url, "GET", "/", {}, b"")
             assert raised.value.not_received
     await calls.close()
-
-
-class Alive:
-    """Finds the engine alive until it is said to be dead."""
-
-    def __init__(self, *, is_dead: bool = False) -> None:
-        self.number = 0
-        self.is_dead = is_dead
-
-    async def __call__(self) -> None:
-        self.number += 1
-        if self.is_dead:
-            raise TimeoutError("dead")
-
-
-async def test_silence_is_looked_into_again_and_again_and_bytes_end_it(call: Call) -> None:
-    alive = Alive()
-    calling = call.begin(Silence(0.01, alive))
-    peer = await call.asked()
-    await until(lambda: alive.number >= 3)
-    peer.write(OK + b"Content-Length: 2\r\n\r\no")
-    answer = await calling
-    before = alive.number
-    await asyncio.sleep(0.1)  # a slow client: nothing is read meanwhile, and nobody asks
-    assert alive.number == before
-    assert await answer.read_some() == b"o"
-    reading = asyncio.ensure_future(answer.read_some())
-    await until(lambda: alive.number >= before + 3)
-    alive.is_dead = True
-    with pytest.raises(TimeoutError, match="dead"):
-        await reading
-    answer.close()
-
-
-async def test_a_silent_engine_that_is_dead_ends_a_call_before_its_head(call: Call) -> None:
-    with pytest.raises(TimeoutError, match="dead"):
-        await call.begin(Silence(0.01, Alive(is_dead=True)))
-    await call.is_left()
 
 
 @pytest.mark.parametrize("server", ["own key", "other key", "no TLS"])

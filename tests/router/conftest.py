@@ -53,7 +53,6 @@ class Stand:
         engines: Sequence[FakeEngine],
         *,
         spec: RouterSpec = SPEC,
-        stall_s: float = 15.0,
         recovery_wait_s: float = 10.0,
         metrics_s: float = 15.0,
     ) -> None:
@@ -66,7 +65,6 @@ class Stand:
             lambda engine: (
                 "launch-token" if engine.capabilities.takes_launch_token else "engine-key"
             ),
-            stall_s=stall_s,
             probe_s=1.0,
             metrics_s=metrics_s,
         )

@@ -48,6 +48,7 @@ class FakeEngine:
         self.commands: list[tuple[str, str, str]] = []
         self.sleeping = False
         self.withheld: Withheld = ""
+        self.stalls = False
         self.release_event = asyncio.Event()
         self.num_aborted = 0
         self.aborted = asyncio.Event()
@@ -114,6 +115,8 @@ class FakeEngine:
 
     def entries(self, *, ready: bool = True) -> list[Entry]:
         state: ListedState = "sleeping" if self.sleeping else "ready" if ready else "starting"
+        if self.stalls:
+            state = "stalled"
         server = Entry(
             name=self.name,
             kind="server",

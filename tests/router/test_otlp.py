@@ -12,7 +12,7 @@ import pytest
 
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.otlp_collector import Collector, running_collector
-from tests.router.test_life_of_a_request import chat, completion
+from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -30,36 +30,6 @@ async def start(
 ) -> None:
     spec = msgspec.structs.replace(SPEC, otlp_endpoint=collector.url, otlp_sample=sample)
     await stand.start(told_pair() if told else pair(ours=False), spec=spec)
-
-
-async def test_a_request_is_one_trace_over_all_processes(
-    stand: Stand, collector: Collector
-) -> None:
-    await start(stand, collector)
-    headers = {"traceparent": PARENT, "tracestate": "x=y", "X-Request-Id": "r1"}
-    answer = await stand.post(chat(stream=True), path="/v1/chat/completions", headers=headers)
-    assert answer.status == 200
-    await stand.router.history.close()
-    assert collector.paths == {"/v1/traces"}
-    root = collector.named("chat")
-    assert (root.trace_id, root.parent) == (PARENT.split("-")[1], PARENT.split("-")[2])
-    assert {span.trace_id for span in collector.spans} == {root.trace_id}
-    assert {span.service for span in collector.spans} == {"pdlaunch"}
-    assert {span.process for span in collector.spans} == {"router", "prefill-0", "decode-0"}
-    legs = {name: collector.named(f"{name} at {name}-0") for name in ("prefill", "decode")}
-    assert {leg.parent for leg in legs.values()} == {root.id}
-    pull = collector.named("pull")
-    assert (pull.parent, pull.process) == (legs["decode"].id, "decode-0")
-    assert pull.attributes["bytes"] == 4_000_000
-    assert pull.attributes["verified"] is True
-    assert pull.seconds == pytest.approx(0.002, abs=1e-4)
-    assert "first token" in root.events
-    assert legs["decode"].events["seated"]["remote_tokens"] == 30
-    for engine in stand.engines.values():
-        (seen,) = engine.seen
-        # Engines that trace by themselves become children of the router's span.
-        assert seen.headers["traceparent"] == f"00-{root.trace_id}-{root.id}-01"
-        assert seen.headers["tracestate"] == "x=y"
 
 
 async def test_the_share_that_is_wanted_is_sent(stand: Stand, collector: Collector) -> None:

@@ -18,6 +18,13 @@ from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
 
+LOGGER = "pdlaunch.router.request_history"
+SECRET = "secret words of a prompt"
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+
 
 def report(*spans: tuple[str, float, float, dict[str, Any]], elapsed_s: float = 0.5) -> Any:
     return {
@@ -58,9 +65,14 @@ async def trace(stand: Stand, request_id: str) -> RequestTrace:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_through_a_pair_is_told_whole(stand: Stand, stream: bool) -> None:
+async def test_a_request_through_a_pair_is_told_whole(
+    stand: Stand, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pdlaunch")
     await stand.start(told_pair())
-    answer = await stand.post(completion(stream=stream), headers={"X-Request-Id": "r/1"})
+    answer = await stand.post(
+        completion(stream=stream, prompt=SECRET), headers={"X-Request-Id": "r/1"}
+    )
     assert answer.status == 200
     assert b"elapsed_s" not in answer.raw, "the client sees what engines tell the router"
     (summary,) = await listed(stand)
@@ -81,6 +93,18 @@ async def test_a_request_through_a_pair_is_told_whole(stand: Stand, stream: bool
     assert summary.ms_per_token is not None
     assert summary.total_ms is not None
     assert 0 < summary.first_token_ms <= summary.total_ms
+
+    (line,) = lines(caplog)
+    assert line.startswith("200 /v1/completions model=tiny prefill-0 -> decode-0 prompt=")
+    for part in (
+        "(cached device 16 host 4 remote 30) queue=1.5ms prefill=3.0ms pull=2.0ms 4.00MB 2.50GB/s",
+        " verified first=",
+        " tokens=6 ",
+        "ms/token total=",
+        "finish=length",
+    ):
+        assert part in line
+    assert SECRET not in caplog.text
 
     whole = await trace(stand, "r/1")
     assert msgspec.structs.asdict(summary).items() <= msgspec.structs.asdict(whole).items()
@@ -159,34 +183,6 @@ async def test_an_engine_cannot_fill_the_memory_with_spans(stand: Stand) -> None
     told = await trace(stand, "r1")
     assert sum(span.process == "decode-0" for span in told.spans) == MAX_HEARD_SPANS
     assert told.dropped_spans == 7
-
-
-LOGGER = "pdlaunch.router.request_history"
-SECRET = "secret words of a prompt"
-
-
-def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
-
-
-async def test_the_line_of_a_pair(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "pdlaunch")
-    await stand.start(told_pair())
-    await stand.post(completion(prompt=SECRET))
-    (line,) = lines(caplog)
-    assert line.startswith("200 /v1/completions model=tiny prefill-0 -> decode-0 prompt=")
-    for part in (
-        "(cached device 16 host 4 remote 30)",
-        "queue=1.5ms",
-        "prefill=3.0ms",
-        "pull=2.0ms 4.00MB 2.50GB/s verified",
-        "first=",
-        "tokens=6",
-        "ms/token",
-        "finish=length",
-    ):
-        assert part in line
-    assert "secret" not in caplog.text
 
 
 QUOTING = msgspec.json.encode(
