@@ -26,8 +26,8 @@ from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.router.main import AloneSpec, run_alone
+from pdlaunch.router.membership import Member, WatchSettings
 from pdlaunch.router.membership_sources import read_engines_file, to_member
-from pdlaunch.router.watched_engine import Member, WatchSettings
 
 ASK_TIMEOUT_S = 5.0
 
@@ -74,17 +74,9 @@ def router(
 
 def _members(config: LaunchConfig, environ: Mapping[str, str]) -> list[Member]:
     """Return the engines to watch from the start. Raises ConfigError."""
-    kinds = {engine.kind or config.engine for engine in config.engines}
-    if len(kinds) > 1:
-        raise ConfigError(
-            "native engines and vLLM's do not share KV blocks",
-            field="engines",
-            fix="give each kind a router of its own",
-        )
     if config.engines_file is not None:
         read_engines_file(Path(config.engines_file))
-    (kind,) = kinds or {config.engine}
-    return [to_member(engine, kind, environ) for engine in config.engines]
+    return [to_member(engine, environ) for engine in config.engines]
 
 
 async def _ask_for_model(members: Sequence[Member]) -> str:
@@ -120,7 +112,6 @@ def _spec(
     listeners: Sequence[socket.socket],
     run_dir: Path,
 ) -> AloneSpec:
-    kind = members[0].kind if members else config.engine
     router = router_spec(config, model, listeners)
     for listener in listeners:
         listener.detach()  # the router closes them
@@ -128,8 +119,8 @@ def _spec(
         router=router,
         watch=WatchSettings(
             served_model_name=model,
-            kind=kind,
-            capabilities=capabilities_over_http(kind),
+            kind=config.engine,
+            capabilities=capabilities_over_http(config.engine),
             is_exact=config.dtype == "float32",
         ),
         engines=members,

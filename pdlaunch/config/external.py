@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from pdlaunch.config.field_types import FrozenModel, read_list
-from pdlaunch.config.roles import EngineName, Role
+from pdlaunch.config.roles import Role
 
 UNIX = "unix:"
 DNS = "dns+"
@@ -97,8 +97,6 @@ class RunningEngine(FrozenModel):
     url: Annotated[str, AfterValidator(_check_url)] = Field(
         description="http://HOST:PORT, https://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT "
         "for one engine at each address of a name.")
-    kind: EngineName | None = Field(
-        None, description="Which program it is; the `engine` setting when unset.")
     api_key_env: str | None = Field(
         None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable with the key that it asks for; it is sent none if "

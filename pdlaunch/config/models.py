@@ -83,7 +83,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
     engines: RunningEngines = Field(
         (),
         description="Engines that somebody else started, for `pdlaunch router`: `[{name, role, "
-        "url, kind, api_key_env}]`, or `prefill=URL`.")
+        "url, api_key_env}]`, or `prefill=URL`.")
     engines_file: Annotated[str | None, Flag(panel=ROUTER, metavar="FILE")] = Field(
         None, min_length=1,
         description="YAML file with further `engines`, which `pdlaunch router` watches.")

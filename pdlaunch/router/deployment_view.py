@@ -1,13 +1,15 @@
 """Collects what is known of the deployment, for ``/pdlaunch/status``.
 
 The router's own counters are taken every two seconds, which costs it less than a millisecond.
-Engines are asked only while somebody looks.
+Engines are asked for their metrics only while somebody looks. A page is scanned for the names of
+two tables instead of being parsed: 0.1 ms instead of 8.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +25,15 @@ from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import (
     DeploymentState,
     DeploymentStatus,
+    EngineReading,
     EngineStatus,
     PairStatus,
     Percentiles,
+    PullTotals,
     Rates,
 )
-from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_readings import EngineReadings
+from pdlaunch.router.engine import Engine, Processes
+from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.metrics import Pair, RouterMetrics
 from pdlaunch.router.pool import engines_of
 from pdlaunch.router.state import RouterState
@@ -38,7 +42,6 @@ from pdlaunch.router.state import RouterState
 READ_WAIT_S = 0.5
 MAX_PAIRS = 1000
 
-STEP_S = 2.0
 LENGTH_S = 300.0
 NOW_S = 10.0  # the span of ``now``
 
@@ -50,6 +53,50 @@ _PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
 _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
 _NAMES = (_FIRST_TOKEN, _INTER_TOKEN, _REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS)
 
+FRESH_S = 0.9
+# Engines a turn. A reading takes the router less than 6 ms. With 1,000 engines a turn comes every
+# five seconds, so that each is read every 80 s.
+MAX_READS = 64
+AT_ONCE = 16
+RATE_S = 10.0  # the span of rates
+WINDOW_S = 60.0  # the span of cache hits and of the speed of pulls
+STEP_S = 2.0  # between two looks at the router's counters, and two pages of an engine that are kept
+
+_BY_SOURCE = 'prompt_tokens_cached_by_source_total{{source="{}"}}'
+_METRICS = (  # metrics of native engines and of vLLM, by their name here
+    ("running", "num_requests_running", "num_requests_running"),
+    ("waiting", "num_requests_waiting", "num_requests_waiting"),
+    ("kv_usage", "kv_cache_usage_perc", "kv_cache_usage_perc"),
+    ("host_blocks", "kv_offload_blocks", ""),
+    ("host_usage", "kv_offload_usage_perc", ""),
+    ("prompt_tokens", "prefix_cache_queries_total", "prompt_tokens_total"),
+    ("device_hits", _BY_SOURCE.format("device"), "prefix_cache_hits_total"),
+    ("host_hits", _BY_SOURCE.format("host"), ""),
+    ("remote_hits", _BY_SOURCE.format("p2p"), "external_prefix_cache_hits_total"),
+    ("pulls", "kv_transfers_total", "nixl_bytes_transferred_count"),
+    ("pulled_bytes", "kv_transfer_bytes_total", "nixl_bytes_transferred_sum"),
+    ("pull_seconds", "kv_transfer_seconds_total", "nixl_xfer_time_seconds_sum"),
+    ("pull_failures", "kv_transfer_failures_total", "nixl_num_failed_transfers_total"),
+    ("refused", "kv_verification_failures_total", ""),
+)
+NAMES: Mapping[str, str] = {
+    **{f"pdlaunch_{native}": word for word, native, _ in _METRICS},
+    **{f"vllm:{of_vllm}": word for word, _, of_vllm in _METRICS if of_vllm},
+}
+# Counted for each prefill engine that blocks come from.
+PULL_NAMES: Mapping[str, str] = {
+    "pdlaunch_kv_pull_bytes_sum": "pulled_bytes",
+    "pdlaunch_kv_pull_bytes_count": "pulls",
+    "pdlaunch_kv_pull_seconds_sum": "pull_seconds",
+}
+_GAUGES = frozenset({"running", "waiting", "kv_usage", "host_blocks", "host_usage"})
+_WITH_SOURCE = frozenset(name.partition("{")[0] for name in NAMES if "{" in name)
+_SOURCE = re.compile(r'[{,](source="[^"\\]*")')
+_PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
+
+# Values of a page, by the names on the right of ``NAMES``; names of ``PULL_NAMES`` end with the
+# prefill engine: ``pulls@prefill-0``. Values that a page lacks are left out.
+Counts = Mapping[str, float]
 Buckets = Mapping[float, float]  # the number that took at most so many seconds
 
 
@@ -162,6 +209,175 @@ class DeploymentView:
     async def _answer_status(self, _: web.Request) -> web.Response:
         await self._readings.refresh(self._state.pool.engines, READ_WAIT_S)
         return json_response(self.status())
+
+
+class Pulls(NamedTuple):
+    """Tells what an engine has pulled, from all others or from one."""
+
+    number: int = 0
+    num_bytes: int = 0
+    bytes_per_s: float = 0.0  # mean of the last ten seconds, whether pulls ran or not
+    gigabytes_per_s: float | None = None  # speed of the last minute's pulls while they ran
+
+
+def scan(page: str) -> Counts:
+    """Return the sums over labels of what the tables name; usages are those of the fullest."""
+    counts: dict[str, float] = {}
+    for line in page.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        word = NAMES.get(name)
+        if name in _WITH_SOURCE and (source := _SOURCE.search(line)):
+            word = NAMES.get(f"{name}{{{source[1]}}}")
+        elif name in PULL_NAMES and (prefill := _PREFILL.search(line)):
+            word = f"{PULL_NAMES[name]}@{prefill[1]}"
+        if word is None:
+            continue
+        try:
+            value = float(line.rpartition(" ")[2])
+        except ValueError:
+            continue
+        if 0 <= value < float("inf"):
+            before = counts.get(word, 0.0)
+            counts[word] = max(value, before) if word.endswith("usage") else before + value
+    return counts
+
+
+class EngineHistory:
+    """Keeps the pages of one engine over the last minute."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.read_at = float("-inf")
+        self._past: deque[tuple[float, Counts]] = deque()
+        self._now: Counts = {}
+
+    def add(self, now_at: float, counts: Counts) -> None:
+        before, self._now = self._now, counts
+        self.read_at = now_at
+        if any(counts[word] < before.get(word, 0.0) for word in counts.keys() - _GAUGES):
+            # It counts from zero again: its ranks were restarted.
+            self._past.clear()
+        if not self._past or now_at - self._past[-1][0] >= STEP_S:
+            self._past.append((now_at, counts))
+        while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 1:
+            self._past.popleft()
+
+    def reading(self) -> EngineReading | None:
+        """Return what the latest page says; None: there is none."""
+        if not self._past:
+            return None
+        pulls, first = self.pulls(), self._past[0][1]
+        num_tokens = self._grown("prompt_tokens", first)
+        cache = None
+        if num_tokens > 0:
+            tiers = ("device", "host", "remote")
+            cache = {one: min(1.0, self._grown(f"{one}_hits", first) / num_tokens) for one in tiers}
+        total = {word: int(self._now.get(word, 0)) for word, *_ in _METRICS}
+        has_host_tier = bool(self._now.get("host_blocks"))
+        return EngineReading(
+            running=total["running"],
+            waiting=total["waiting"],
+            kv_usage=self._now.get("kv_usage", 0.0),
+            host_usage=self._now.get("host_usage", 0.0) if has_host_tier else None,
+            pulled_bytes_per_s=pulls.bytes_per_s,
+            pull_gigabytes_per_s=pulls.gigabytes_per_s,
+            cache=cache,
+            pulls=PullTotals(
+                done=pulls.number,
+                num_bytes=pulls.num_bytes,
+                failed=total["pull_failures"],
+                refused=total["refused"],
+            ),
+        )
+
+    def pulls(self, prefill: str | None = None) -> Pulls:
+        """Return what was pulled from ``prefill``, or from all: the only place that computes it."""
+        if not self._past:
+            return Pulls()
+        behind, first = "" if prefill is None else f"@{prefill}", self._past[0][1]
+        took_s = self._grown(f"pull_seconds{behind}", first)
+        moved = self._grown(f"pulled_bytes{behind}", first)
+        return Pulls(
+            number=int(self._now.get(f"pulls{behind}", 0)),
+            num_bytes=int(self._now.get(f"pulled_bytes{behind}", 0)),
+            bytes_per_s=self._rate(f"pulled_bytes{behind}"),
+            gigabytes_per_s=moved / took_s / 1e9 if took_s > 0 else None,
+        )
+
+    @property
+    def tells_peers(self) -> bool:
+        return any("@" in word for word in self._now)
+
+    def _grown(self, word: str, before: Counts) -> float:
+        return self._now.get(word, 0.0) - before.get(word, 0.0)
+
+    def _rate(self, word: str) -> float:
+        """Return the growth a second since the oldest page of the last seconds, else since the one
+        before the latest.
+        """
+        before = [past for past in self._past if past[1] is not self._now] or [self._past[0]]
+        recent = (past for past in before if self.read_at - past[0] <= RATE_S)
+        at, counts = next(recent, before[-1])
+        return self._grown(word, counts) / (self.read_at - at) if self.read_at > at else 0.0
+
+
+class EngineReadings:
+    """Keeps the last readings of all engines. ``clock`` counts seconds."""
+
+    def __init__(self, client: EngineClient, clock: Callable[[], float]) -> None:
+        self._client = client
+        self._clock = clock
+        self._histories: dict[str, EngineHistory] = {}
+        self._turn: asyncio.Task[None] | None = None
+        self._fresh_until_at = float("-inf")
+
+    def of(self, engine: Engine) -> EngineReading | None:
+        history = self._histories.get(engine.name)
+        is_its = history is not None and history.processes == engine.processes
+        return history.reading() if is_its and history is not None else None
+
+    def pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
+        """Return what ``decode`` has pulled from ``prefill``. With ``is_only`` that is all, where
+        an engine does not tell its pulls apart.
+        """
+        history = self._histories.get(decode)
+        if history is None:
+            return Pulls()
+        return history.pulls(None if is_only and not history.tells_peers else prefill)
+
+    async def refresh(self, engines: Sequence[Engine], wait_s: float) -> None:
+        """Read engines, unless that was done just now; one that does not answer in ``wait_s`` is
+        read on meanwhile.
+        """
+        is_over = self._turn is None or self._turn.done()
+        if is_over and self._clock() >= self._fresh_until_at:
+            self._turn = asyncio.ensure_future(self._read(engines))
+            self._fresh_until_at = self._clock() + FRESH_S
+        if self._turn is not None:
+            await asyncio.wait([self._turn], timeout=wait_s)
+
+    async def close(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            await asyncio.gather(self._turn, return_exceptions=True)
+
+    async def _read(self, engines: Sequence[Engine]) -> None:
+        known, self._histories = self._histories, {}
+        for engine in engines:
+            history = known.get(engine.name)
+            if history is None or history.processes != engine.processes:
+                history = EngineHistory(engine.processes)
+            self._histories[engine.name] = history
+        histories, at_once = self._histories, asyncio.Semaphore(AT_ONCE)
+
+        async def read(engine: Engine) -> None:
+            async with at_once:
+                page = await self._client.read_metrics(engine)
+                if page is not None:
+                    histories[engine.name].add(self._clock(), scan(page))
+
+        due = sorted(engines, key=lambda each: histories[each.name].read_at)[:MAX_READS]
+        await asyncio.gather(*map(read, due), return_exceptions=True)
 
 
 class Totals(NamedTuple):

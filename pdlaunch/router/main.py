@@ -38,7 +38,7 @@ from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.membership import WatchedMembership
+from pdlaunch.router.membership import Member, WatchedMembership, WatchSettings
 from pdlaunch.router.membership_sources import (
     DNS_POLL_S,
     FILE_POLL_S,
@@ -50,7 +50,6 @@ from pdlaunch.router.membership_sources import (
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.router.watched_engine import Member, WatchSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -213,7 +212,7 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         else:
             membership.add(member, "config")
     if alone.engines_file is not None:
-        sources.append((file_source(alone.engines_file, alone.watch.kind), "file", FILE_POLL_S))
+        sources.append((file_source(alone.engines_file), "file", FILE_POLL_S))
     works: list[Coroutine[Any, Any, object]] = [
         router.view.run(),
         *(

@@ -14,11 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pdlaunch.config.external import DNS, RunningEngine, RunningEngines, named, read_engine_url
 from pdlaunch.config.problems import InvalidConfigError
-from pdlaunch.config.roles import EngineName
 from pdlaunch.config.yaml_file import read_yaml
 from pdlaunch.errors import ConfigError, RequestError
-from pdlaunch.router.membership import WatchedMembership
-from pdlaunch.router.watched_engine import Member
+from pdlaunch.router.membership import Member, WatchedMembership
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ _engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
 Source = Callable[[], Awaitable[list[Member]]]
 
 
-def to_member(engine: RunningEngine, kind: EngineName, environ: Mapping[str, str]) -> Member:
+def to_member(engine: RunningEngine, environ: Mapping[str, str]) -> Member:
     """Return what is watched, with its key. Raises ConfigError when its variable is not set."""
     key = None
     if engine.api_key_env is not None and not (key := environ.get(engine.api_key_env)):
@@ -41,17 +39,17 @@ def to_member(engine: RunningEngine, kind: EngineName, environ: Mapping[str, str
             fix=f"set the variable {engine.api_key_env}, or leave api_key_env out",
         )
     assert engine.name is not None
-    return Member(engine.name, engine.role, engine.url, engine.kind or kind, key)
+    return Member(engine.name, engine.role, engine.url, key)
 
 
-def file_source(path: Path, kind: EngineName) -> Source:
+def file_source(path: Path) -> Source:
     """Return a source that reads a file."""
 
     async def read() -> list[Member]:
         engines = await asyncio.to_thread(read_engines_file, path)
         if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
             raise _unusable(path, f"{names[0]}: a name in DNS stands in the configuration")
-        return [to_member(engine, kind, os.environ) for engine in engines]
+        return [to_member(engine, os.environ) for engine in engines]
 
     return read
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RoutingLimits
-from pdlaunch.router.engine import Engine, EngineKey, Processes
-from pdlaunch.router.health import HealthState
+from pdlaunch.router.engine import Engine, EngineKey, HealthState, Processes
 from pdlaunch.router.policy import Need, Route, RoutingRequest, choose, covers
 from pdlaunch.router.prefix_index import ServedPrefixes
 

@@ -45,19 +45,6 @@ def test_what_cannot_be_used_is_named_and_nothing_is_started(
     assert "pw" not in result.output
 
 
-def test_native_engines_and_those_of_vllm_need_two_routers(tmp_path: Path) -> None:
-    file = tmp_path / "router.yaml"
-    file.write_text(
-        "engines:\n"
-        "- {role: prefill, url: 'http://a:1', kind: native}\n"
-        "- {role: decode, url: 'http://a:2', kind: vllm}\n"
-    )
-    result = run("router", str(file))
-    assert result.exit_code == 2
-    assert "do not share KV blocks" in result.output
-    assert "give each kind a router of its own" in result.output
-
-
 @pytest.mark.parametrize("command", ["serve", "check-config"])
 @pytest.mark.parametrize("line", ["engines: ['prefill=http://a:1']", "engines_file: x.yaml"])
 def test_a_launch_has_none_of_them(tmp_path: Path, command: str, line: str) -> None:

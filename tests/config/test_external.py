@@ -45,7 +45,7 @@ def test_engines_are_named_by_role_and_number_where_they_have_no_name(tmp_path: 
         "engines:\n"
         "- {role: prefill, url: 'http://10.0.0.1:8000/', api_key_env: KEY}\n"
         "- decode=unix:/run/d.sock\n"
-        "- {role: decode, name: decode-0, url: 'dns+http://decode.svc:80', kind: vllm}\n"
+        "- {role: decode, name: decode-0, url: 'dns+http://decode.svc:80'}\n"
     )
     engines = load_config(file, {}, {}).config.engines
     assert [(engine.name, engine.role, engine.url) for engine in engines] == [

@@ -19,11 +19,10 @@ from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.membership import WatchedMembership
+from pdlaunch.router.membership import Member, WatchedMembership, WatchSettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.router.watched_engine import Member, WatchSettings
 from tests.launch.sidecar.fake_vllm import FakeVllm
 from tests.router.conftest import SPEC
 
@@ -110,7 +109,7 @@ class Alone:
     def add(self, name: str, key: str | None = None) -> None:
         roles: dict[str, Role] = {"prefill": "prefill", "decode": "decode", "both": "both"}
         role = roles[name.partition("-")[0]]
-        self.watch.add(Member(name, role, self.url(name), "vllm", key), "config")
+        self.watch.add(Member(name, role, self.url(name), key), "config")
 
     async def pair(self) -> None:
         for name in ("prefill-0", "decode-0"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pdlaunch.observe.spans import PULL, Span, SpanReport
-from pdlaunch.router.health import OPEN_S
+from pdlaunch.router.engine import OPEN_S
 from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import FakeEngine
 from tests.router.test_life_of_a_request import completion, expected_text

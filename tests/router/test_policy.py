@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router import policy
-from pdlaunch.router.engine import Engine
-from pdlaunch.router.health import EngineHealth
+from pdlaunch.router.engine import Engine, EngineHealth
 from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingRequest, covers
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
 

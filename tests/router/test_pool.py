@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Entry, Registry
-from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.health import MAX_OPEN_S, TRY_LASTS_S, Breaker
+from pdlaunch.router.engine import MAX_OPEN_S, TRY_LASTS_S, Breaker, Engine, EngineKey
 from pdlaunch.router.policy import Need, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix

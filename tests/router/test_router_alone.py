@@ -14,14 +14,13 @@ from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.watch import canary
 from pdlaunch.http.watch.canary import CanaryDied, Proof
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
-from pdlaunch.router.membership import Results, judge
+from pdlaunch.router.membership import Member, Results, judge
 from pdlaunch.router.membership_sources import (
     dns_source,
     file_source,
     follow,
     read_engines_file,
 )
-from pdlaunch.router.watched_engine import Member
 from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of
 from tests.router.alone_router import PROMPT, Alone, alone
 
@@ -144,7 +143,7 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
     file = tmp_path / "engines.yaml"
     file.write_text(listing(alone, "prefill-0", "decode-0"))
     following = asyncio.ensure_future(
-        follow(file_source(file, "vllm"), "file", alone.watch, 5.0, poll_s=0.01)
+        follow(file_source(file), "file", alone.watch, 5.0, poll_s=0.01)
     )
     try:
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
@@ -201,7 +200,7 @@ async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
 
-    member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "vllm", "key")
+    member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "key")
     following = asyncio.ensure_future(
         follow(dns_source(member), "dns:prefill", alone.watch, 5.0, poll_s=0.01)
     )

@@ -14,8 +14,7 @@ from pdlaunch.observe.metrics import RequestClock, render_metrics
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router import deployment_view
-from pdlaunch.router.deployment_view import RateHistory, percentiles
-from pdlaunch.router.engine_readings import NAMES, EngineHistory, scan
+from pdlaunch.router.deployment_view import NAMES, EngineHistory, RateHistory, percentiles, scan
 from pdlaunch.router.metrics import RouterMetrics
 from tests.router.conftest import Stand, pair
 
