@@ -63,7 +63,7 @@ class SimulatedProcess:
             if self._is_rank
             else Address(http=f"{url}/{name}")
         )
-        can = Capabilities(resumes=True, gives_first_token=True)
+        can = Capabilities()
         self._say(
             Register(
                 name=name,

@@ -44,27 +44,32 @@ class Address(Message, tag=False):
 
 
 class Capabilities(Message, tag=False):
-    resumes: bool = False  # accepts output tokens so far with a prompt
-    # Its prefill answers hold the first tokens under the ``pdlaunch`` key.
-    gives_first_token: bool = False
+    """What a router may expect of an engine.
+
+    Native engines accept output tokens so far with a prompt, and name the first tokens in the
+    answers of prefill. vLLM does neither. It does not verify what it pulls, so it pulls only over
+    pairs that a canary has proven, and each lease once. It knows fields and models that the router
+    does not know: bodies and answers pass unchanged.
+    """
+
     kind: str = "native"
     version: str = ""  # of the engine's software; empty until it is known
-    # Does not verify what it pulls, so it pulls only over pairs that a canary has proven. A lease
-    # is read once.
-    needs_proof: bool = False
-    # Seconds for which a prefill engine that needs proof keeps blocks; 0: not known.
+    # Seconds for which a prefill engine of vLLM keeps blocks; 0: not known.
     lease_s: float = 0.0
     # Continues a prompt of token ids that ends with output tokens of another engine.
     continues: bool = False
     splits_reasoning: bool = False  # its answers to chats have the reasoning apart from the content
-    # Knows fields and models that the router does not know: bodies and answers pass unchanged.
-    has_own_fields: bool = False
     # Routers authenticate with the launch's token; if False, with ``engine_api_key``, if any.
     takes_launch_token: bool = True
 
     @property
+    def is_vllm(self) -> bool:
+        return self.kind == "vllm"
+
+    @property
     def goes_on(self) -> bool:
-        return self.resumes or self.continues
+        """Return whether it can go on after output tokens of another engine."""
+        return self.continues or not self.is_vllm
 
 
 class Entry(Message, tag=False):

@@ -174,7 +174,7 @@ class RouterApp:
         others = {
             card.id: card
             for engine in pool.engines
-            if engine.ready and engine.capabilities.has_own_fields
+            if engine.ready and engine.capabilities.is_vllm
             for card in engine.models
         }
         return [own, *(card for card in others.values() if card.id != name)]
@@ -221,7 +221,7 @@ class RouterApp:
             hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
             headers=_headers_to_pass(http),
             wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
-            has_own_fields=self._state.pool.has_own_fields,
+            is_vllm=self._state.pool.is_vllm,
         )
         return await self._inputs.run(len(body) >= LARGE_BODY_BYTES, read)
 

@@ -199,24 +199,24 @@ def read_client_request(
     hop_id: HopId,
     headers: dict[str, str],
     wants_pair: bool = False,
-    has_own_fields: bool = False,
+    is_vllm: bool = False,
 ) -> ClientRequest:
     """Check and split a client's body. Raises RequestError. ``headers`` go to the engines with it.
 
-    ``has_own_fields``: the engines know models by names that the router does not, and get no seed
+    ``is_vllm``: the engines know models by names that the router does not, and get no seed
     that the client has not given.
     """
     body = _read_body(raw)
     refuse_internal_fields(body)
     fields = _read_fields(body)
-    if fields.model not in (None, served_model_name) and not has_own_fields:
+    if fields.model not in (None, served_model_name) and not is_vllm:
         raise model_not_found(str(fields.model), served_model_name)
     # vLLM scores a prompt that it echoes with no token of its own.
-    max_tokens = _check_limits(fields, may_be_none=has_own_fields and bool(body.get("echo")))
+    max_tokens = _check_limits(fields, may_be_none=is_vllm and bool(body.get("echo")))
     bodies = [body] if endpoint.is_chat else [body | one for one in _split_prompts(body)]
     text, prompts = "messages" if endpoint.is_chat else "prompt", []
     for index, one in enumerate(bodies):
-        if fields.seed is None and not has_own_fields:
+        if fields.seed is None and not is_vllm:
             # One seed for the prompt, so that every engine draws the same tokens.
             one["seed"] = secrets.randbits(63)
         origin = PromptOrigin(secrets.randbelow(2**63 - 1) + 1)

@@ -179,7 +179,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         if self.peers is not None and prefill.name not in self.peers:
             return False
         is_proven = self.proofs.get(prefill.name) == prefill.processes[0]
-        return is_proven or not self.capabilities.needs_proof
+        return is_proven or not self.capabilities.is_vllm
 
     @property
     def tokens_per_s(self) -> float:

@@ -73,7 +73,7 @@ class Handover:
         Blocks are handed to decode engines. Others that stand in for them, the prefill engine too,
         get the first tokens alone.
         """
-        if engine.capabilities.needs_proof:
+        if engine.capabilities.is_vllm:
             if not self._may_hand_over(engine):
                 return None
             # Even if the pull fails: another engine could read blocks that prefill has reused. If
@@ -91,7 +91,7 @@ class Handover:
 
     def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
         """Report a pair whose decode engine has computed a prompt although it got blocks."""
-        if engine.capabilities.needs_proof:
+        if engine.capabilities.is_vllm:
             with blames(engine):
                 num_tokens = num_recomputed(chunk)
             if num_tokens:
@@ -107,7 +107,7 @@ class Handover:
         lease_id = None if self.params is None else self.params.get("remote_request_id")
         if not isinstance(lease_id, str) or self.is_taken:
             return
-        if not self.engine.capabilities.needs_proof:
+        if not self.engine.capabilities.is_vllm:
             self._state.release(self.engine, LeaseId(lease_id))
             return
         # An engine that may not pull the blocks cannot release them either.

@@ -62,7 +62,7 @@ class WatchSettings:
 
     served_model_name: str
     kind: EngineName
-    capabilities: Capabilities  # capabilities of engines of this kind and this version
+    capabilities: Capabilities  # of engines of this kind
     is_exact: bool = False  # a canary's tokens must be equal, as they are in float32
     poll_s: float = POLL_S
 
@@ -136,10 +136,9 @@ class WatchedEngine:
             if name not in models:
                 return f"it serves {', '.join(models) or 'no model'}, not {name}"
             version = await api.version(ASK_TIMEOUT_S)
-            # Of a native engine of another version nothing is known.
-            is_other = self.settings.kind == "native" and version != __version__
-            known = Capabilities() if is_other else self.settings.capabilities
-            self.capabilities = with_version(known, version)
+            if self.settings.kind == "native" and version != __version__:
+                return f"it is pdlaunch {version}, this router {__version__}"
+            self.capabilities = with_version(self.settings.capabilities, version)
             # Each look would be a line more in the log of an engine that knows no sleep.
             self.tells_sleep = await api.is_sleeping(ASK_TIMEOUT_S) is not None
         if self.tells_sleep:

@@ -21,13 +21,11 @@ import msgspec
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
-from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
 
 Hop = Literal["prefill", "decode"]
-Need = Literal["goes_on", "gives_first_token"]  # a capability that an engine must have
 
 # A decode engine computes up to this many uncached tokens itself: a hand-over would take longer. On
 # one H200 a step with 64 tokens of a prompt takes 1.3 ms longer, a hand-over 12 ms.
@@ -57,8 +55,12 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     is_begun: bool = False
     holder: Engine | None = None  # has blocks of this prompt that can still be pulled
     tried: frozenset[EngineKey] = frozenset()  # engines that must not be asked now
-    need: Need | None = None  # what the next engine must be able to do
-    alone: str = ""  # why engines that need proof cannot share the request; empty: they can
+    must_go_on: bool = False  # after the tokens that the client has
+    alone: str = ""  # why engines of vLLM cannot share the request; empty: they can
+
+    def is_done_by(self, engine: Engine) -> bool:
+        """Return whether an engine can do what is left."""
+        return engine.capabilities.goes_on or not self.must_go_on
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +182,7 @@ class _Choice:
             return "one token needs no decode engine"
         if not any(engine.ready and engine.role == "decode" for engine in engines):
             return "no decode engine is ready"
-        if request.alone and any(engine.capabilities.needs_proof for engine in engines):
+        if request.alone and any(engine.capabilities.is_vllm for engine in engines):
             return request.alone
         return ""
 
@@ -218,9 +220,7 @@ class _Choice:
         offers = [
             self._offer(engine)
             for engine in self._engines
-            if engine.role != "prefill"
-            and self._takes(engine)
-            and covers(engine.capabilities, request.need)
+            if engine.role != "prefill" and self._takes(engine) and request.is_done_by(engine)
         ]
         offers = [] if request.tried else _on_own_gpus(offers, self._engines)
         return min(offers, key=lambda one: (one.cost_s, one.engine.num_picks), default=None)
@@ -247,11 +247,9 @@ class _Choice:
         candidates = [
             engine
             for engine in self._engines
-            if engine.ready
-            and engine.key not in request.tried
-            and covers(engine.capabilities, request.need)
+            if engine.ready and engine.key not in request.tried and request.is_done_by(engine)
         ]
-        if holder is not None and (holder.capabilities.needs_proof or holder.peers is not None):
+        if holder is not None:
             takers = [one for one in candidates if one.role == "decode" and self._takes(one)]
             pullers = [one for one in takers if may_pull(one, holder, self._now_at)]
             candidates = pullers or candidates
@@ -290,11 +288,6 @@ def _on_own_gpus(offers: Sequence[_Offer], engines: Sequence[Engine]) -> list[_O
         for one in own
         if one.engine.place not in (untold_places if one.engine.devices else places)
     ]
-
-
-def covers(has: Capabilities, need: Need | None) -> bool:
-    """Return whether an engine can do what is needed."""
-    return need is None or getattr(has, need)
 
 
 def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:

@@ -13,7 +13,7 @@ from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey, HealthState, Processes
-from pdlaunch.router.policy import Need, Route, RoutingRequest, choose, covers
+from pdlaunch.router.policy import Route, RoutingRequest, choose
 from pdlaunch.router.prefix_index import ServedPrefixes
 
 IDLE_POLL_S = 0.05
@@ -57,20 +57,17 @@ class EnginePool:
         return self._engines.get(engine.name) is engine and engine.ready
 
     @property
-    def has_own_fields(self) -> bool:
-        """Return whether engines know fields that the router does not. All are of one kind."""
-        return any(engine.capabilities.has_own_fields for engine in self._engines.values())
+    def is_vllm(self) -> bool:
+        """Return whether the engines are vLLM's. All are of one kind."""
+        return any(engine.capabilities.is_vllm for engine in self._engines.values())
 
     @property
     def has_pairs(self) -> bool:
         """Return whether the launch has, or had, prefill and decode engines."""
         return self._roles_seen.issuperset(PAIR)
 
-    def has_ready(self, role: Role, need: Need | None = None) -> bool:
-        return any(
-            engine.ready and engine.role == role and covers(engine.capabilities, need)
-            for engine in self._engines.values()
-        )
+    def has_ready(self, role: Role) -> bool:
+        return any(engine.ready and engine.role == role for engine in self._engines.values())
 
     def max_model_len(self, role: Role) -> int | None:
         engines = [engine for engine in self._engines.values() if engine.role == role]
@@ -81,7 +78,7 @@ class EnginePool:
         """Return whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
         is_there = (
             self.lists(prefill)
-            or not decode.capabilities.needs_proof
+            or not decode.capabilities.is_vllm
             # It has computed the prompt, and stays until its blocks are read.
             or (self._engines.get(prefill.name) is prefill and prefill.state == "draining")
         )

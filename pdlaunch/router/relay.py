@@ -36,7 +36,7 @@ from pdlaunch.router.engine_client import (
     refuse_broken,
 )
 from pdlaunch.router.handover import Handover, whole_chunk
-from pdlaunch.router.policy import Hop, Need, Route, RoutingRequest, no_engine_ready
+from pdlaunch.router.policy import Hop, Route, RoutingRequest, no_engine_ready
 from pdlaunch.router.request_record import EngineCall, RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
@@ -74,7 +74,7 @@ class Relay:
         record: RequestRecord,
     ) -> None:
         self.transcript = Transcript(
-            prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
+            prompt.num_choices, keeps_text=prompt.is_stream and state.pool.is_vllm
         )
         record.transcripts.append(self.transcript)
         self._prompt = prompt
@@ -109,7 +109,7 @@ class Relay:
                 if route.prefill is not None and route.decode is not None:
                     await self._take(await self._prefill(route.prefill, route.decode))
                     hop = "decode"
-                    if not self._can_use(route.decode):
+                    if not self._state.pool.lists(route.decode):
                         continue
                 if route.decode is not None and not self.transcript.is_done:
                     await self._decode(route.decode)
@@ -135,7 +135,6 @@ class Relay:
 
     def _routing_request(self) -> RoutingRequest:
         prompt, lease = self._prompt, self._lease
-        need: Need | None = "gives_first_token" if self._first_token_sent else None
         return RoutingRequest(
             num_prompt_tokens=prompt.num_prompt_tokens,
             max_tokens=prompt.max_tokens,
@@ -148,7 +147,7 @@ class Relay:
             or self._num_prefill_failures >= self._state.recovery.max_attempts,
             holder=None if lease is None or lease.is_taken else lease.engine,
             tried=frozenset(self._tried),
-            need="goes_on" if self._must_resume else need,
+            must_go_on=self._must_resume,
             alone=prompt.alone,
         )
 
@@ -202,15 +201,10 @@ class Relay:
             route = msgspec.structs.replace(route, prefill=lease.engine)
         self._answer.routed(self._prompt, route)
 
-    def _can_use(self, decode: Engine) -> bool:
-        """Return whether the decode engine of a route can go on after prefill."""
-        takes = decode.capabilities.gives_first_token or not self._first_token_sent
-        return takes and self._state.pool.lists(decode)
-
     async def _prefill(self, engine: Engine, decode: Engine) -> Handover:
         """Have the first token of each choice drawn, and a lease on the blocks granted."""
         prompt, state = self._prompt, self._state
-        body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
+        body = prompt.prefill_body(knows_whole_request=not engine.capabilities.is_vllm)
         # Unless the engine refuses, there may be a lease, which would last until its deadline.
         may_be_leased = True
         try:
@@ -249,13 +243,13 @@ class Relay:
         self._lease = handover
         self._tried.clear()
         self._failure = self._trouble_since_at = None
-        if handover.engine.capabilities.needs_proof:
+        if handover.engine.capabilities.is_vllm:
             self.transcript.note_usage(handover.usage)
         if not handover.is_final:
             # Before anything is sent: afterwards no status can be set.
             self._prompt.check_length(handover.num_prompt_tokens, pool.max_model_len("decode"))
         self._first_token_sent = handover.is_final or (
-            handover.has_first_tokens and pool.has_ready("decode", "gives_first_token")
+            handover.has_first_tokens and pool.has_ready("decode")
         )
         if self._first_token_sent:
             for chunk in handover.chunks:
@@ -268,7 +262,7 @@ class Relay:
         if self._must_resume:
             self._state.metrics.count("migrations")
             logger.info("goes on at %s after %d tokens", engine.name, self.transcript.num_tokens)
-            if not engine.capabilities.resumes:
+            if engine.capabilities.is_vllm:
                 await self._continue_at(engine, attempt)
                 return
         extra = self._extra(engine)
@@ -277,7 +271,7 @@ class Relay:
         if lease is not None:
             self._pulls_from = lease.engine
             self._record.kv_path = self._state.pool.path(lease.engine, engine)
-        is_whole = engine.capabilities.has_own_fields and not prompt.is_stream
+        is_whole = engine.capabilities.is_vllm and not prompt.is_stream
         body, headers = prompt.decode_body(extra, is_whole=is_whole), self._headers(attempt)
         with (
             self._work(engine, computes=not extra, num_streams=prompt.num_choices) as begin,
@@ -441,7 +435,7 @@ class Relay:
             if self._lease is not None:
                 raise failure
             return
-        if self._must_resume and engine.capabilities.has_own_fields:
+        if self._must_resume and engine.capabilities.is_vllm:
             reason = obstacle(self._prompt, self.transcript, engine.capabilities)
             if reason:
                 raise self._lost(engine, reason)

@@ -255,7 +255,7 @@ class RouterState:
 
     def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """Tell a prefill engine that nobody will pull, if it is one that listens."""
-        if engine.capabilities.gives_first_token:
+        if not engine.capabilities.is_vllm:
             self.metrics.count("releases")
             self.spawn(self.client.tell(engine, "/pdlaunch/release", {"request_id": name}))
 

@@ -189,16 +189,13 @@ def named(stand: Stand, name: str) -> Engine:
     return next(engine for engine in stand.pool.engines if engine.name == name)
 
 
-def pair(*, ours: bool = True) -> list[FakeEngine]:
-    return [
-        FakeEngine("prefill-0", "prefill", ours=ours),
-        FakeEngine("decode-0", "decode", ours=ours),
-    ]
+def pair() -> list[FakeEngine]:
+    return pairs(1)
 
 
-def pairs(number: int, *, ours: bool = True) -> list[FakeEngine]:
+def pairs(number: int) -> list[FakeEngine]:
     return [
-        FakeEngine(f"{role}-{index}", role, ours=ours)
+        FakeEngine(f"{role}-{index}", role)
         for role in ("prefill", "decode")
         for index in range(number)
     ]

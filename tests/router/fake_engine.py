@@ -25,20 +25,16 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 class FakeEngine:
-    """``ours=False``: like vLLM, which knows neither the ``pdlaunch`` key nor ``resume``.
-
-    Knobs: ``status`` answers every generation with that status; ``die_after`` breaks the connection
-    after so many chunks of a stream (0: before the headers); ``hold_after`` waits there for ``go``;
-    ``error_after`` sends an error event; ``ends`` maps a choice to its number of tokens, the last
-    of which is EOS.
+    """Follows the protocol as told: ``status`` answers every generation with that status;
+    ``die_after`` breaks the connection after so many chunks of a stream (0: before the headers);
+    ``hold_after`` waits there for ``go``; ``error_after`` sends an error event; ``ends`` maps a
+    choice to its number of tokens, the last of which is EOS.
     """
 
-    def __init__(
-        self, name: str, role: Role, *, ours: bool = True, max_model_len: int = 4096
-    ) -> None:
+    def __init__(self, name: str, role: Role, *, max_model_len: int = 4096) -> None:
         self.name = name
         self.role: Role = role
-        self.ours = ours
+        self.has_rank = True
         self.max_model_len = max_model_len
         self.incarnation = 1
         self.rank_incarnation = 1
@@ -126,14 +122,11 @@ class FakeEngine:
             role=self.role,
             devices=self.devices,
             address=Address(http=self.url),
-            capabilities=Capabilities(
-                resumes=self.ours,
-                gives_first_token=self.ours,
-            ),
+            capabilities=Capabilities(),
             state=state,
             withheld=self.withheld,
         )
-        if not self.ours:
+        if not self.has_rank:
             return [server]
         rank = Entry(
             name=f"{self.name}/rank-0",
@@ -234,10 +227,8 @@ class FakeEngine:
         prefill = params.get("do_remote_decode")
         if prefill and (body.get("max_tokens") != 1 or body.get("stream")):
             return "max_tokens must be 1 and stream false"
-        if self.ours and prefill:
+        if prefill:
             return None
-        if not self.ours and "resume" in body:
-            return "resume is unknown"
         if body.get("stream_options") and not body.get("stream"):
             return "stream_options needs stream"
         if (body.get("min_tokens") or 0) > (body.get("max_tokens") or 16):

@@ -68,7 +68,7 @@ class Job:
                 if ours.get("first_token_sent")
                 else []
             )
-            if not self.engine.ours or not choices:
+            if not choices:
                 choices = [[] for _ in range(self.n)]
         over = {
             index
@@ -90,7 +90,7 @@ class Job:
         return head | {"padding": self.engine.padding} if self.engine.padding else head
 
     def opening(self) -> list[dict[str, Any]]:
-        if not self.chat or (self.is_continued and self.engine.ours):
+        if not self.chat or self.is_continued:
             return []
         return [
             self.head()
@@ -159,12 +159,11 @@ class Job:
             "remote_port": 1,
             "remote_block_ids": [[1]],
         }
-        if self.engine.ours:
-            tokens = [
-                {"token_id": token, "finish_reason": "stop" if token == EOS else None}
-                for token in first_tokens
-            ]
-            params["pdlaunch"] = {"first_tokens": tokens, "first_token_sent": False}
+        tokens = [
+            {"token_id": token, "finish_reason": "stop" if token == EOS else None}
+            for token in first_tokens
+        ]
+        params["pdlaunch"] = {"first_tokens": tokens, "first_token_sent": False}
         return params
 
     def usage(self) -> dict[str, Any]:

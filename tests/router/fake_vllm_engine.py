@@ -29,7 +29,7 @@ class FakeVllmEngine(FakeEngine):
     """``pulls=False``: it computes what it was handed blocks of."""
 
     def __init__(self, name: str, role: Role, leases: dict[str, list[int]]) -> None:
-        super().__init__(name, role, ours=False)
+        super().__init__(name, role)
         self.leases = leases
         self.pulls = True
         self.script = SCRIPT

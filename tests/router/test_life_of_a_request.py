@@ -29,14 +29,11 @@ def expected_text(prompt: object, num_tokens: int, *, seed: int = 7, choice: int
     return text_of(expected_tokens(prompt, seed, choice, num_tokens))
 
 
-@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 @pytest.mark.parametrize("n", [1, 3])
-async def test_answers_hold_every_token_once(
-    stand: Stand, ours: bool, stream: bool, path: str, n: int
-) -> None:
-    await stand.start(pair(ours=ours))
+async def test_answers_hold_every_token_once(stand: Stand, stream: bool, path: str, n: int) -> None:
+    await stand.start(pair())
     body = chat(n=n, stream=stream) if path == CHAT else completion(n=n, stream=stream)
     answer = await stand.post(body, path=path)
     assert answer.status == 200
@@ -48,9 +45,8 @@ async def test_answers_hold_every_token_once(
         assert answer.finish_reasons() == {choice: ["length"] for choice in range(n)}
 
 
-@pytest.mark.parametrize("ours", [True, False])
-async def test_what_prefill_is_asked(stand: Stand, ours: bool) -> None:
-    await stand.start(pair(ours=ours))
+async def test_what_prefill_is_asked(stand: Stand) -> None:
+    await stand.start(pair())
     options = {"include_usage": True}
     answer = await stand.post(
         completion(stream=True, stream_options=options, min_tokens=3, temperature=0.5)
@@ -63,23 +59,12 @@ async def test_what_prefill_is_asked(stand: Stand, ours: bool) -> None:
         "max_tokens": 1,
         "seed": 7,
         "stream": False,
-        "min_tokens": 3 if ours else 1,
+        "min_tokens": 3,
         "temperature": 0.5,
         "return_token_ids": True,
         "kv_transfer_params": REMOTE_DECODE,
     }
     assert seen.headers["Authorization"] == "Bearer launch-token"
-
-
-async def test_a_decode_engine_that_does_not_know_first_tokens_gives_them_itself(
-    stand: Stand,
-) -> None:
-    prefill, decode = pair()
-    decode.ours = False
-    await stand.start([prefill, decode])
-    answer = await stand.post(completion(stream=True))
-    assert answer.texts() == {0: expected_text("hello", 6)}
-    assert decode.seen[0].body["kv_transfer_params"]["pdlaunch"]["first_token_sent"] is False
 
 
 async def test_the_first_token_comes_before_decode_has_begun(stand: Stand) -> None:

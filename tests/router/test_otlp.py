@@ -29,7 +29,7 @@ async def start(
     stand: Stand, collector: Collector, *, sample: float = 1.0, told: bool = True
 ) -> None:
     spec = msgspec.structs.replace(SPEC, otlp_endpoint=collector.url, otlp_sample=sample)
-    await stand.start(told_pair() if told else pair(ours=False), spec=spec)
+    await stand.start(told_pair() if told else pair(), spec=spec)
 
 
 async def test_the_share_that_is_wanted_is_sent(stand: Stand, collector: Collector) -> None:

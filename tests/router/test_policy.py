@@ -11,7 +11,7 @@ from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router import policy
 from pdlaunch.router.engine import Engine, EngineHealth
-from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingRequest, covers
+from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingRequest
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
 
 CPU = frozenset({"cpu"})
@@ -23,7 +23,7 @@ def engine(name: str, **fields: object) -> Engine:
         "processes": (1,),
         "url": f"http://{name}",
         "role": name.partition("-")[0],
-        "capabilities": Capabilities(resumes=True, gives_first_token=True),
+        "capabilities": Capabilities(),
         "ready": True,
         "state": "ready",
         "devices": CPU,
@@ -71,7 +71,7 @@ def test_without_a_pair_the_reason_says_what_is_missing() -> None:
 
 
 def proofless(name: str, **fields: object) -> Engine:
-    return engine(name, capabilities=Capabilities(needs_proof=True), **fields)
+    return engine(name, capabilities=Capabilities(kind="vllm"), **fields)
 
 
 def test_pairs_come_first_then_engines_of_both_roles() -> None:
@@ -209,7 +209,7 @@ ENGINES = st.lists(
         computed_tokens=st.floats(0, 100),
         computing_s=st.sampled_from([0.0, 1.0]),
         health=HEALTH,
-        capabilities=st.builds(Capabilities, resumes=st.booleans(), needs_proof=st.booleans()),
+        capabilities=st.builds(Capabilities, kind=st.sampled_from(["native", "vllm"])),
     ),
     max_size=5,
     unique_by=lambda one: one.name,
@@ -220,7 +220,7 @@ REQUESTS = st.builds(
     max_tokens=st.sampled_from([None, 1, 5]),
     is_begun=st.booleans(),
     is_suspect=st.booleans(),
-    need=st.sampled_from([None, "goes_on"]),
+    must_go_on=st.booleans(),
 )
 
 
@@ -243,7 +243,7 @@ def test_what_is_chosen_can_serve_and_nothing_is_changed(
         assert route.decode.role == "decode"
         assert policy.may_pull(route.decode, route.prefill, 100.0)
         return
-    able = [one for one in able if covers(one.capabilities, request.need)]
+    able = [one for one in able if request.is_done_by(one)]
     assert (route.decode in able) if able else route.decode is None
     if route.decode is not None and not route.decode.health.takes(100.0):
         # The least bad one, when there is no other.

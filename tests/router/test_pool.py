@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Entry, Registry
 from pdlaunch.router.engine import MAX_OPEN_S, TRY_LASTS_S, Breaker, Engine, EngineKey
-from pdlaunch.router.policy import Need, RoutingRequest
+from pdlaunch.router.policy import RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
 
@@ -73,14 +73,12 @@ def pick(
     role: Role,
     *,
     tried: Collection[EngineKey] = (),
-    need: Need | None = None,
 ) -> Engine | None:
     """Have the pool choose one engine for all of a request, preferably of this role."""
     request = RoutingRequest(
         max_tokens=1 if role == "prefill" else None,
         is_begun=True,
         tried=frozenset(tried),
-        need=need,
     )
     return pool.route(request).decode
 

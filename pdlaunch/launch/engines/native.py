@@ -66,7 +66,7 @@ class NativeEngine:
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
         assert spec is not None
-        return Capabilities(version=__version__, resumes=True, gives_first_token=True)
+        return Capabilities(version=__version__)
 
     def rules(self) -> Sequence[Rule]:
         """Return the rules of ``check-config``: all but those on other engines."""

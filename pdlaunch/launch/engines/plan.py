@@ -37,10 +37,7 @@ def kind_of(launch: ResolvedLaunch) -> EngineKind:
 
 def capabilities_over_http(kind: EngineName) -> Capabilities:
     """Return what a router may expect of engines that it knows by their URLs alone."""
-    if kind == "vllm":
-        return VLLM_CAPABILITIES
-    # Only of an engine that verifies what it pulls: ``needs_proof`` would be missing otherwise.
-    return Capabilities(resumes=True, gives_first_token=True)
+    return VLLM_CAPABILITIES if kind == "vllm" else Capabilities()
 
 
 def plan_processes(launch: ResolvedLaunch) -> Plan:

@@ -25,9 +25,7 @@ from pdlaunch.protocol.control import Capabilities
 
 OF_RUNNING_ENGINES = frozenset(rule.code for rule in running_rules.RULES)
 """Rules on engines that run already, which `pdlaunch doctor` alone can judge."""
-CAPABILITIES = Capabilities(
-    kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False
-)
+CAPABILITIES = Capabilities(kind="vllm", lease_s=30.0, takes_launch_token=False)
 """Holds for every version of vLLM, with its default lease. The version adds to this once it is
 known.
 """

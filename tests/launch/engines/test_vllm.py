@@ -182,6 +182,6 @@ def test_what_it_can_do_follows_from_lease_and_arguments(arguments: dict[str, st
     settings = config(engine="vllm", engine_args=arguments, kv_transfer={"lease_s": 12})
     launch = resolved(settings, CPU)
     can = kind_of(launch).capabilities(plan_processes(launch).processes[1], None)
-    assert (can.kind, can.needs_proof, can.takes_launch_token) == ("vllm", True, False)
+    assert (can.kind, can.takes_launch_token) == ("vllm", False)
     assert can.lease_s == 12
     assert can.splits_reasoning == bool(arguments)
