@@ -2,11 +2,11 @@
 
 ::
 
-    warning("PD110", "The token budget of a step is smaller than the largest batch.",
-        "Requests beyond the budget wait, whatever max_num_seqs says.",
-        over=engines, when=lambda each: each.max_num_batched_tokens < each.settings.max_num_seqs,
-        at="max_num_batched_tokens", message="it is less than {0.settings.max_num_seqs}",
-        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching."),
+    error("PD108", "block_size is not allowed by the attention backend of the device.",
+        "Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.",
+        over=on_cuda, when=lambda each: each.settings.block_size % 16, at="block_size",
+        message="block_size {0.settings.block_size} is no multiple of 16, which CUDA needs",
+        fix="Use a multiple of 16.", source="FlashAttention.", needs=("gpus",)),
 
 ``when`` sees one item of ``over`` at a time, or the whole context. It returns True for the row's
 ``message``, in which ``{0}`` is the item (``{0}`` and ``{1}``: the two of a pair); a message of its

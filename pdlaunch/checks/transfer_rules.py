@@ -1,4 +1,4 @@
-"""Rules PD423 to PD439 judge the ways of KV blocks, PD5xx what was measured between the ranks."""
+"""Rules PD423 to PD433 judge the ways of KV blocks, PD5xx what was measured between the ranks."""
 
 from __future__ import annotations
 
