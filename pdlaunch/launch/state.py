@@ -44,12 +44,9 @@ class Timing:
     hang_timeout_s: float = 0.0  # the longest silence of a ready process; 0: no limit
     # Each quick death doubles the wait before the next restart, up to ``max_delay_s``.
     first_delay_s: float = 0.5
-    max_delay_s: float = 30.0
+    max_delay_s: float = 900.0
     quick_s: float = 60.0  # a death within this time of being ready, or before it, is quick
-    max_quick_deaths: int = 5
-    # An engine that was given up is tried again after a wait that doubles up to ``max_retry_s``.
-    first_retry_s: float = 60.0
-    max_retry_s: float = 900.0
+    max_quick_deaths: int = 5  # in a row; then another engine must do the work
 
     @property
     def heartbeat_s(self) -> float:
@@ -63,10 +60,8 @@ class Timing:
 
     def delay_s(self, num_quick_deaths: int) -> float:
         """Return the wait before the next start, after quick deaths in a row."""
-        if (num_retries := num_quick_deaths - self.max_quick_deaths) >= 0:
-            # The bound keeps the power from overflowing, however often an engine is given up.
-            return float(min(self.max_retry_s, self.first_retry_s * 2 ** min(num_retries, 32)))
-        return float(min(self.max_delay_s, self.first_delay_s * 2 ** max(0, num_quick_deaths - 1)))
+        # The bound keeps the power from overflowing, however often an engine dies.
+        return float(min(self.max_delay_s, self.first_delay_s * 2 ** min(num_quick_deaths - 1, 32)))
 
 
 @dataclass(slots=True)
