@@ -24,7 +24,7 @@ from tests.labs.known_answers import SoakOptions, SoakReport, soak
 FAMILIES = ("llama", "gemma3_text")
 HOST_TIER = ("--kv-cache-memory", "500KiB", "--kv-offload-memory", "2MiB")
 """Requests preempt each other, and blocks come and go."""
-ROUTING = "PDLAUNCH_ROUTING"
+LOAD = {"PDLAUNCH_ROUTING": "load"}
 NUM_KILLS = 4
 """As many as a supervisor forgives in a row."""
 MOST_REQUESTS_A_CANCEL = 10
@@ -82,17 +82,10 @@ def main() -> int:
         "--requests", type=int, help="how many; of cancels: clients that have gone away"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=0.15, help="share of READs that meet a fault")
     parser.add_argument(
         "--only",
         default="",
         help="kills: the scenario of this title, or all with this in theirs",
-    )
-    parser.add_argument("--family", choices=FAMILIES)
-    parser.add_argument(
-        "--routing",
-        choices=("load", "pairs"),
-        help="pairs, the default of a soak, has more READs that meet a fault; the others take load",
     )
     parser.add_argument("--path", default="auto", help="kv_transfer.nixl.path of the soak")
     parser.add_argument(
@@ -102,11 +95,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        models = {
-            family: make_tiny_model(family, Path(folder))
-            for family in FAMILIES
-            if options.family in (None, family)
-        }
+        models = {family: make_tiny_model(family, Path(folder)) for family in FAMILIES}
         if options.what == "kills":
             return run_kills(models["llama"], options)
         if options.what == "cancels":
@@ -120,11 +109,9 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
     """
     seed, num_requests = asked.seed, asked.requests or 3000
     arguments = HOST_TIER if asked.host_tier else ()
-    environ = SHORT_DEADLINES | {
-        "PDLAUNCH_KV_TRANSFER__NIXL__PATH": asked.path,
-        ROUTING: asked.routing or "pairs",
-    }
-    faults = {"seed": seed, "rate": asked.rate, "lost_s": 3}
+    # Pairs, as they have more READs that meet a fault.
+    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": asked.path}
+    faults = {"seed": seed, "rate": 0.15, "lost_s": 3}
     with faulty_deployment(model, faults, *arguments, environ=environ) as deployment:
         options = SoakOptions(
             url=deployment.url,
@@ -132,7 +119,6 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
             num_requests=num_requests,
             concurrency=12,
             num_cases=64,
-            wants_pairs=asked.routing != "load",
         )
         pause_s = 25, 60
         names = ["prefill-0/rank-0", "decode-0/rank-0"] * 100
@@ -147,14 +133,14 @@ def run_kills(model: Path, asked: argparse.Namespace) -> int:
     """Default options; one deployment for each scenario. Prints the rows of the table of
     docs/performance.md.
     """
-    seed, routing = asked.seed, {ROUTING: asked.routing or "load"}
+    seed = asked.seed
     code, num_requests, num_migrations = 0, 0, 0.0
     chosen = [each for each in SCENARIOS if asked.only == each.title] or [
         each for each in SCENARIOS if asked.only in each.title
     ]
     for scenario in chosen:
         with faulty_deployment(
-            model, None, *scenario.arguments, environ=scenario.environ | routing
+            model, None, *scenario.arguments, environ=scenario.environ | LOAD
         ) as deployment:
             options = SoakOptions(
                 url=deployment.url,
@@ -164,7 +150,7 @@ def run_kills(model: Path, asked: argparse.Namespace) -> int:
                 longest_prompt_tokens=100,
                 longest_output_tokens=300,
                 cancel_share=0,
-                wants_pairs=asked.routing == "pairs",
+                wants_pairs=False,
             )
             names, source = [scenario.process] * NUM_KILLS, random.Random(seed)
             load = load_with_kills(
@@ -199,7 +185,7 @@ def run_cancels(model: Path, asked: argparse.Namespace) -> int:
     answer before do not count.
     """
     num_cancels = asked.requests or 1000
-    with faulty_deployment(model, None, environ={ROUTING: asked.routing or "load"}) as deployment:
+    with faulty_deployment(model, None, environ=LOAD) as deployment:
         options = SoakOptions(
             url=deployment.url,
             seed=asked.seed,
@@ -208,7 +194,7 @@ def run_cancels(model: Path, asked: argparse.Namespace) -> int:
             concurrency=16,
             longest_output_tokens=300,
             cancel_share=1,
-            wants_pairs=asked.routing == "pairs",
+            wants_pairs=False,
             longest_patience_s=0.6,
         )
         report = asyncio.run(soak(options))
