@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -30,11 +31,12 @@ from pdlaunch.launch.engines.native import NativeEngine, light_environment, pyth
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event, EventQueue, SignalInbox, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.hosts.local import Children, LocalHost
+from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.planning.plan import Plan, ProcessSpec
+from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.control import FromSupervisor, Stop, from_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap, raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
@@ -75,21 +77,28 @@ class SimulatedHost(LocalHost):
     """Starts the router on this machine, and has ``simulator`` stand for all other processes."""
 
     def __init__(
-        self, control: zmq.Socket[bytes], children: Children, simulator: subprocess.Popen[bytes]
+        self, control: zmq.Socket[bytes], run_dir: Path, simulator: subprocess.Popen[bytes]
     ) -> None:
-        super().__init__(control, children, EnginePorts())
+        super().__init__(control, run_dir, EnginePorts())
         self.counted = Counted()
         self._simulator = simulator
         self._control_socket = control
         self._running: dict[str, int] = {}
         self._gone: list[ProcessExited] = []
+        self._has_gone = os.eventfd(0, os.EFD_NONBLOCK)
 
-    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+    @property
+    def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
+        return (*super().sources, self._has_gone)
+
+    def spawn(
+        self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
+    ) -> ProcessExited | None:
         if spec.kind == "router":
-            super().spawn(spec, incarnation, bootstrap)
-            return
+            return super().spawn(spec, incarnation, bootstrap)
         self._running[spec.name] = incarnation
         self._tell({"start": spec.name, "incarnation": incarnation, "role": spec.role})
+        return None
 
     def signal(self, name: str, signal_number: int) -> None:
         if name not in self._running:
@@ -97,6 +106,7 @@ class SimulatedHost(LocalHost):
             return
         self._tell({"stop": name})
         self._gone.append(ProcessExited(name, self._running.pop(name), -signal_number))
+        os.eventfd_write(self._has_gone, 1)
 
     def send(self, name: str, message: FromSupervisor) -> None:
         data = from_supervisor.encode(message)
@@ -107,6 +117,8 @@ class SimulatedHost(LocalHost):
             self.signal(name, signal.SIGTERM)
 
     def exits(self) -> list[ProcessExited]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._has_gone)
         gone, self._gone = self._gone, []
         return [*gone, *super().exits()]
 
@@ -114,10 +126,6 @@ class SimulatedHost(LocalHost):
         found = super().messages()
         self.counted.received += len(found)
         return found
-
-    @property
-    def poll_s(self) -> float:
-        return 0.0 if self._gone else super().poll_s
 
     def _tell(self, what: object) -> None:
         assert self._simulator.stdin is not None
@@ -135,10 +143,7 @@ class _Bootstraps(Bootstraps):
         self._router = router_spec(config, "simulated", [listener])
         self._keys, self._control, self._run_dir = keys, control, run_dir
 
-    def prepare(self) -> None:
-        """Do nothing: there is no model."""
-
-    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+    def make(self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch) -> Bootstrap:
         return Bootstrap(
             name=spec.name,
             incarnation=incarnation,
@@ -270,8 +275,8 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
         assert simulator.stdin is not None
         simulator.stdin.write(json.dumps(first).encode() + b"\n")
         signals = stack.enter_context(SignalInbox())
-        children = stack.enter_context(contextlib.closing(Children(run_dir)))
-        host = SimulatedHost(control, children, simulator)
+        host = SimulatedHost(control, run_dir, simulator)
+        stack.callback(host.close)
         script = Script(host, EventQueue(host, signals), listener.getsockname()[1], rest_s)
         script.costs["begin"] = script.cost()
         supervisor = Supervisor(
