@@ -32,7 +32,7 @@ class TraceRequest(msgspec.Struct, frozen=True):
 
     input_length: Annotated[int, msgspec.Meta(ge=1)]
     output_length: Annotated[int, msgspec.Meta(ge=1)]
-    timestamp: float | None = None  # ms
+    timestamp: float  # ms
     hash_ids: list[int] = []
 
 
@@ -67,7 +67,7 @@ class BenchLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_trace_file(path: Path) -> list[TraceRequest]:
-    """Read a trace, in the order of its times if it has any. Raises ConfigError."""
+    """Read a trace, in the order of its times. Raises ConfigError."""
     requests: list[TraceRequest] = []
     place = 0
     try:
@@ -80,9 +80,7 @@ def read_trace_file(path: Path) -> list[TraceRequest]:
         raise ConfigError(f"--trace {path}: line {place}: {error}") from None
     if not requests:
         raise ConfigError(f"--trace {path} has no request")
-    if all(request.timestamp is not None for request in requests):
-        requests.sort(key=lambda request: request.timestamp or 0.0)
-    return requests
+    return sorted(requests, key=lambda request: request.timestamp)
 
 
 def plan_loads(
@@ -90,7 +88,7 @@ def plan_loads(
 ) -> list[BenchLoad]:
     """Return the load of each row. Raises PdlaunchError for more than the context can hold."""
     if options.trace:
-        return _trace_loads(options, max_model_len, rng)
+        return [_trace_load(options, max_model_len, rng)]
     for num_tokens in options.input_tokens:
         if max_model_len is not None and num_tokens + options.output_tokens > max_model_len:
             raise PdlaunchError(
@@ -111,8 +109,13 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
         requests = [(partial(list[int], prompt), options.output_tokens) for prompt in prompts]
         return BenchLoad(input_tokens=input_tokens, requests=requests)
 
+    num_requests = options.num_requests or 32
     at_rates = [
-        _at_rate(load(options.num_requests or 32), rate, options.burstiness, rng)
+        msgspec.structs.replace(
+            load(num_requests),
+            request_rate=rate,
+            times_s=arrival_times(rate, options.burstiness, num_requests, rng),
+        )
         for rate in options.request_rates
     ]
     at_once = [
@@ -123,10 +126,8 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
     return at_rates + at_once
 
 
-def _trace_loads(
-    options: BenchOptions, max_model_len: int | None, rng: random.Random
-) -> list[BenchLoad]:
-    """Return one load for each concurrency or rate; for a trace, a single load with its times."""
+def _trace_load(options: BenchOptions, max_model_len: int | None, rng: random.Random) -> BenchLoad:
+    """Return the load of a trace, with its times."""
     limit = max_model_len or math.inf
     fitting = [each for each in options.trace if each.input_length + each.output_length <= limit]
     if not fitting:
@@ -134,24 +135,17 @@ def _trace_loads(
             f"every request of the trace is longer than max_model_len {limit}: serve the model "
             "with a larger --max-model-len if it allows it"
         )
-    # One seed for all loads: equal hashes are equal tokens in each of them.
     seed, token_ids = rng.randrange(2**32), range(FIRST_TOKEN_ID, options.max_token_id)
-    base = BenchLoad(
+    start_ms = fitting[0].timestamp
+    return BenchLoad(
         input_tokens=round(sum(each.input_length for each in fitting) / len(fitting)),
         requests=[
             (partial(trace_prompt, each, token_ids, f"{seed}/{number}", seed), each.output_length)
             for number, each in enumerate(fitting)
         ],
+        times_s=[(each.timestamp - start_ms) / 1000 / options.trace_speed for each in fitting],
         num_left_out=len(options.trace) - len(fitting),
     )
-    if options.request_rates:
-        return [_at_rate(base, rate, options.burstiness, rng) for rate in options.request_rates]
-    times_ms = [each.timestamp for each in fitting if each.timestamp is not None]
-    if options.concurrencies or len(times_ms) < len(fitting):
-        numbers = options.concurrencies or (1,)
-        return [msgspec.structs.replace(base, concurrency=number) for number in numbers]
-    times_s = [(at_ms - times_ms[0]) / 1000 / options.trace_speed for at_ms in times_ms]
-    return [msgspec.structs.replace(base, times_s=times_s)]
 
 
 def trace_prompt(request: TraceRequest, token_ids: range, own_seed: str, seed: int) -> list[int]:
@@ -162,11 +156,6 @@ def trace_prompt(request: TraceRequest, token_ids: range, own_seed: str, seed: i
     num_missing = max(0, request.input_length - len(tokens))
     tokens += random.Random(own_seed).choices(token_ids, k=num_missing)
     return tokens[: request.input_length]
-
-
-def _at_rate(load: BenchLoad, rate: float, burstiness: float, rng: random.Random) -> BenchLoad:
-    times_s = arrival_times(rate, burstiness, len(load.requests), rng)
-    return msgspec.structs.replace(load, request_rate=rate, times_s=times_s)
 
 
 def arrival_times(

@@ -139,7 +139,8 @@ def serve(
         _refuse_given({"--trace-speed": trace_speed}, "only with --trace")
     else:
         of_trace = {"--input-tokens": input_tokens, "--output-tokens": output_tokens}
-        _refuse_given(of_trace, "not with --trace, which has them")
+        of_trace |= {"--concurrency": concurrency, "--request-rate": request_rate}
+        _refuse_given(of_trace, "not with --trace, which has lengths and times")
     if url is None:
         refuse_address(flags)
     else:
@@ -155,7 +156,7 @@ def serve(
             api_key=None if key is None else key.get_secret_value(),
             input_tokens=input_tokens or (128,),
             output_tokens=output_tokens or 32,
-            concurrencies=concurrency or (() if trace or request_rate else (1, 4, 16)),
+            concurrencies=concurrency or (() if request_rate else (1, 4, 16)),
             request_rates=request_rate or (),
             burstiness=burstiness or 1.0,
             num_requests=num_requests,

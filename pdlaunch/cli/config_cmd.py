@@ -11,12 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
-from pdlaunch.cli.output import FormatOption, print_errors, safe
+from pdlaunch.cli.output import FormatOption, ending_at_errors, safe
 from pdlaunch.config.sources import ShownValue, changed_values, load_config, shown_values
-from pdlaunch.errors import ConfigError
 from pdlaunch.planning.effective import effective_settings
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.resolve import resolve_on
@@ -39,13 +37,10 @@ def show(
     """Print every setting, its value, and where it comes from: flag, environment, file, default or
     derived.
     """
-    try:
+    with ending_at_errors():
         loaded = load_config(config, os.environ, flags)
         judged = judged_machine(assume, loaded.config)
         hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
-    except ConfigError as error:
-        print_errors([error])
-        raise typer.Exit(EXIT_UNUSABLE) from None
     if changed:
         values = changed_values(loaded)
     else:

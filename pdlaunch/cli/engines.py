@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli.options import KeyOption, UrlOption
-from pdlaunch.cli.output import print_errors, safe
+from pdlaunch.cli.output import ending_at_errors, safe, say
 from pdlaunch.config.roles import ROLES, Role
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import (
     ChangeOutcome,
     EngineOutcome,
@@ -200,14 +199,12 @@ def _commanding(
 ) -> Iterator[Api]:
     """Yield the admin API. Errors end the command; Ctrl-C prints ``on_interrupt``."""
     try:
-        yield admin_api(url, admin_api_key)
+        with ending_at_errors():
+            yield admin_api(url, admin_api_key)
     except KeyboardInterrupt:
         if on_interrupt:
-            Console(stderr=True).print(Text(on_interrupt), soft_wrap=True)
+            say(on_interrupt)
         raise
-    except PdlaunchError as error:
-        print_errors([error])
-        raise typer.Exit(1) from None
 
 
 def _show_line(outcome: EngineOutcome, done: str) -> None:

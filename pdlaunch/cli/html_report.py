@@ -6,13 +6,11 @@ Neither prompts nor answers nor what errors say in detail are in a report, as it
 
 from __future__ import annotations
 
-import contextlib
 import math
 import platform
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from pdlaunch.cli.status import duration
 
 NUM_COLOURS = 8
 _MAX_POINTS = 200
-_LIBRARIES = ("torch", "transformers", "nixl", "vllm")
 HEADINGS = {
     "input_tokens": "in",
     "concurrency": "at\nonce",
@@ -89,21 +86,14 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
         headings=[HEADINGS[name] for name in columns],
         rows=[[_cell(getattr(row, name)) for name in columns] for row in rows],
         notes=list(_notes(rows)),
-        facts={"Model": runs[0].model, **_surroundings()},
+        facts={
+            "Model": runs[0].model,
+            "Python": platform.python_version(),
+            "Machine": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        },
         version=__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
     )
-
-
-def _surroundings() -> dict[str, str]:
-    """Return the versions and the machine with which the figures were measured."""
-    facts = {"pdlaunch": __version__, "Python": platform.python_version()}
-    for name in _LIBRARIES:
-        # One that is not installed has no version.
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            facts[name] = metadata.version(name)
-    machine = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    return facts | {"Machine": machine}
 
 
 def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -60,8 +60,6 @@ from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_
 JOIN_FILE = "join.json"
 _LOOK_S = 0.5
 
-Say = Callable[[str], None]  # prints a line
-
 
 @dataclass(slots=True)
 class Agents:
@@ -97,7 +95,7 @@ def is_agent_task(config: LaunchConfig, environ: Mapping[str, str]) -> bool:
     return config.placement == "slurm" and not slurm.is_supervisor(environ)
 
 
-def serve_task(config: LaunchConfig, environ: Mapping[str, str], say: Say) -> None:
+def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
     """Run the agent of this task until the supervisor's task is over.
 
     ``scancel`` and the end of the allocation signal every task: the supervisor drains and tells
@@ -120,12 +118,12 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], say: Say) -> No
     # Its own configuration names them: whoever has started this task starts them.
     executables = allowed_executables(config.engine_executables)
     join = introduction(ticket, slurm.node_name(environ), executables)
-    serve_sessions(ticket, join, executables, [], config.join_timeout_s, say)
+    serve_sessions(ticket, join, executables, [], config.join_timeout_s)
 
 
 @contextlib.contextmanager
 def joined_agents(
-    config: LaunchConfig, environ: Mapping[str, str], log_dir: Path, say: Say
+    config: LaunchConfig, environ: Mapping[str, str], log_dir: Path
 ) -> Iterator[Agents | None]:
     """Yield the agents of all hosts of a launch; None if it has no other hosts.
 
@@ -136,7 +134,7 @@ def joined_agents(
         yield None
         return
     if config.placement == "ray":
-        with _agents_of_ray(config, names, log_dir, say) as agents:
+        with _agents_of_ray(config, names, log_dir) as agents:
             yield agents
         return
     path = Path(config.join_file).expanduser() if config.join_file else log_dir / JOIN_FILE
@@ -163,14 +161,12 @@ def joined_agents(
             )
         agents = Agents(channel)
         advice = f"start `pdlaunch agent --join {path}` there"
-        _await_all(agents, names, config.join_timeout_s, advice, say)
+        _await_all(agents, names, config.join_timeout_s, advice)
         yield agents
 
 
 @contextlib.contextmanager
-def _agents_of_ray(
-    config: LaunchConfig, names: Sequence[str], log_dir: Path, say: Say
-) -> Iterator[Agents]:
+def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) -> Iterator[Agents]:
     with ray_cluster() as ray, contextlib.ExitStack() as stack:
         bundles = ray_bundles(config, has_gpus=bool(ray.cluster_resources().get("GPU")))
         say("waiting for Ray to place the engines")
@@ -188,7 +184,7 @@ def _agents_of_ray(
         )
         agents = Agents(channel)
         advice = "look at the logs of its actor in Ray"
-        _await_all(agents, names, config.join_timeout_s, advice, say)
+        _await_all(agents, names, config.join_timeout_s, advice)
         yield agents
 
 
@@ -204,9 +200,7 @@ def _listen(
     )
 
 
-def _await_all(
-    agents: Agents, names: Sequence[str], timeout_s: float, advice: str, say: Say
-) -> None:
+def _await_all(agents: Agents, names: Sequence[str], timeout_s: float, advice: str) -> None:
     """Return when all have joined. Raises StartupError naming who has not."""
     ends_at = time.monotonic() + timeout_s
     while (left_s := ends_at - time.monotonic()) > 0:
@@ -269,7 +263,7 @@ def agent(
         first = introduction(ticket, own_name, executables, cpus)
         with SignalInbox() as signals:
             stops = [signals.fileno(), *stdin]
-            serve_sessions(ticket, first, executables, stops, wait_s, say)
+            serve_sessions(ticket, first, executables, stops, wait_s)
 
 
 def introduction(
@@ -304,14 +298,13 @@ def serve_sessions(
     executables: dict[str, str],
     stops: list[int],
     wait_s: float,
-    note: Callable[[str], None],
 ) -> None:
     """Serve one session after the other, until one ends for good. Raises StartupError."""
     while True:
-        session = AgentSession(ticket, join, executables, stops, first_wait_s=wait_s, note=note)
+        session = AgentSession(ticket, join, executables, stops, first_wait_s=wait_s, note=say)
         try:
-            note(f"left: {session.run()}")
+            say(f"left: {session.run()}")
             return
         except SessionLostError as error:
-            note(f"the session is over, its processes have ended; joining again: {error}")
+            say(f"the session is over, its processes have ended; joining again: {error}")
             time.sleep(_REJOIN_DELAY_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
-from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
+from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.observe.logs import escape_controls
 
 _ENOUGH = 10_000  # a width in characters that fits any table
@@ -75,12 +75,14 @@ def print_table(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) 
 
 
 def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
-    """Print errors to stderr, each with its fix where it knows one that its message lacks."""
-    console = Console(stderr=True, soft_wrap=True)
+    """Print errors to stderr; of one setting that cannot be used its field, value and fix too."""
     for error in errors:
-        fix = error.fix if isinstance(error, ConfigError) else None
-        end = f"\nfix: {fix}" if fix and fix not in str(error) else ""
-        console.print(Text(safe(f"error: {error}{end}"), style="red"))
+        say(f"error: {error}", "red")
+        # Where there are several problems, the text has all of each.
+        names = () if getattr(error, "problems", ()) else ("field", "value", "fix")
+        for name in names:
+            if (found := getattr(error, name, None)) is not None:
+                say(f"  {name}: {found}")
 
 
 def say(text: str, style: str = "") -> None:
@@ -90,24 +92,13 @@ def say(text: str, style: str = "") -> None:
 
 @contextlib.contextmanager
 def ending_at_errors() -> Iterator[None]:
-    """End the command at a setting that cannot be used (code 2) or a failed start (code 1)."""
+    """End the command at a setting that cannot be used (code 2) or another error (code 1)."""
     try:
         yield
-    except ConfigError as error:
-        refuse(error)
-    except StartupError as error:
-        say(f"error: {error}", "red")
-        raise typer.Exit(EXIT_FAILED) from None
-
-
-def refuse(error: ConfigError) -> NoReturn:
-    """Print field, value and fix of a setting that cannot be used, and exit with code 2."""
-    say(f"error: {error}", "red")
-    if not getattr(error, "problems", ()):
-        for name in ("field", "value", "fix"):
-            if getattr(error, name) is not None:
-                say(f"  {name}: {getattr(error, name)}")
-    raise typer.Exit(EXIT_UNUSABLE) from None
+    except PdlaunchError as error:
+        print_errors([error])
+        code = EXIT_UNUSABLE if isinstance(error, ConfigError) else EXIT_FAILED
+        raise typer.Exit(code) from None
 
 
 def _short(value: object) -> str:

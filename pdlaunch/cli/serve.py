@@ -81,7 +81,7 @@ def serve(
             return
         check_platform()
         if is_agent_task(loaded.config, os.environ):
-            serve_task(loaded.config, os.environ, say)
+            serve_task(loaded.config, os.environ)
             return
         outcome = _launch(loaded, judged, lifeline)
         for line in outcome.report:
@@ -114,7 +114,7 @@ def _launch(loaded: LoadedConfig, judged: Judged, lifeline: int | None) -> Launc
         agents = log_dir = None
         if config.placement != "local":
             log_dir = new_log_dir(config, launch_id)
-            agents = stack.enter_context(joined_agents(config, os.environ, log_dir, say))
+            agents = stack.enter_context(joined_agents(config, os.environ, log_dir))
         resolved, models = _resolve(loaded, judged, agents)
         refuse_errors(resolved, loaded.origins)
         # Before anything is started, so that a taken port costs no start.

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 from pdlaunch.cli.options import ApiKeyOption, UrlOption
-from pdlaunch.cli.output import FormatOption, make_table, print_errors, print_json
+from pdlaunch.cli.output import FormatOption, ending_at_errors, make_table, print_json
 from pdlaunch.config.roles import ROLES
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_status, reading_api
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.protocol.status import (
@@ -79,11 +77,8 @@ def status(
     url: UrlOption = None, api_key: ApiKeyOption = None, output: FormatOption = "table"
 ) -> None:
     """Show engines with their load and caches, pairs with their speed, rates and events."""
-    try:
+    with ending_at_errors():
         found = read_status(reading_api(url, api_key))
-    except PdlaunchError as error:
-        print_errors([error])
-        raise typer.Exit(1) from None
     if output == "json":
         print_json(found)
         return

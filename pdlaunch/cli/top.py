@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.options import ApiKeyOption, UrlOption
-from pdlaunch.cli.output import print_errors
+from pdlaunch.cli.output import ending_at_errors, print_errors
 from pdlaunch.cli.status import deployment_view
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_status, reading_api
@@ -35,12 +35,9 @@ def top(
     if not console.is_terminal:
         print_errors(["pdlaunch top needs a terminal; pdlaunch status prints the same once"])
         raise typer.Exit(EXIT_UNUSABLE)
-    try:
+    with ending_at_errors():
         api = reading_api(url, api_key, READ_TIMEOUT_S)
         _watch(api, read_status(api), console, every)
-    except PdlaunchError as error:
-        print_errors([error])
-        raise typer.Exit(1) from None
 
 
 def _watch(api: Api, status: DeploymentStatus, console: Console, every_s: float) -> None:

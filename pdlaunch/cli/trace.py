@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.options import ApiKeyOption, UrlOption
-from pdlaunch.cli.output import Format, print_errors
+from pdlaunch.cli.output import Format, ending_at_errors
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import Choice, read_requests, read_trace, reading_api
 from pdlaunch.observe.logs import escape_controls
@@ -50,7 +49,7 @@ def trace(
     if sum([request_id is not None, slowest is not None, failed]) > 1:
         raise typer.BadParameter("choose one of ID, --slowest and --failed")
     choice: Choice = "slowest" if slowest else "failed" if failed else "last"
-    try:
+    with ending_at_errors():
         api = reading_api(url, api_key)
         ids = [HttpRequestId(request_id)] if request_id is not None else []
         if request_id is None:
@@ -60,9 +59,6 @@ def trace(
                 "no request has failed" if failed else "the router has served no request yet"
             )
         traces = [read_trace(api, one) for one in ids]
-    except PdlaunchError as error:
-        print_errors([error])
-        raise typer.Exit(EXIT_FAILED) from None
     console = Console(highlight=False)
     for each in traces:
         if output == "json":

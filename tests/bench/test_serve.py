@@ -117,10 +117,10 @@ async def test_a_trace_is_sent_at_its_times_with_its_lengths(tmp_path: Path) -> 
     ("text", "message"),
     [
         ("", "has no request"),
-        ('{"input_length": 3, "output_length": 1}\n{"a"', "line 2: "),
+        ('{"timestamp": 0, "input_length": 3, "output_length": 1}\n{"a"', "line 2: "),
         ('{"input_length": "3", "output_length": 1}', r"line 1: Expected `int`.*input_length"),
         ('{"input_length": 0, "output_length": 1}', "line 1: Expected `int` >= 1"),
-        ('{"input_length": 3}', "line 1: .*`output_length`"),
+        ('{"input_length": 3, "output_length": 1}', "line 1: .*`timestamp`"),
     ],
 )
 def test_a_broken_trace_says_where(tmp_path: Path, text: str, message: str) -> None:

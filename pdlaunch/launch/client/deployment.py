@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -30,29 +31,21 @@ _HEALTH_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 60.0
 
 
+@dataclass
 class Deployment:
     """Stands for a running ``pdlaunch serve``; ``url`` answers when ``running_deployment`` has
     yielded it.
     """
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        url: str,
-        log_dir: Path,
-        output: Path,
-        start_s: float,
-    ) -> None:
-        self.process = process
-        self.url = url
-        self.log_dir = log_dir
-        self.start_s = start_s
-        """Seconds from the command to ``/health`` 200."""
-        self._output = output
+    process: subprocess.Popen[bytes]
+    url: str
+    log_dir: Path
+    output_file: Path
+    start_s: float = 0.0  # from the command to ``/health`` 200
 
     def output(self) -> str:
         """Return what ``pdlaunch serve`` has printed."""
-        return self._output.read_text(errors="replace")
+        return self.output_file.read_text(errors="replace")
 
     def processes(self) -> dict[str, psutil.Process]:
         """Return the children that live, by their name in the launch: ``decode-0/rank-0``."""
@@ -122,7 +115,7 @@ def running_deployment(
             # Ctrl-C is for this process, which stops the deployment in its own order.
             start_new_session=True,
         )
-        deployment = Deployment(process, local_url(host, port), Path(logs), folder / OUTPUT, 0.0)
+        deployment = Deployment(process, local_url(host, port), Path(logs), folder / OUTPUT)
         try:
             _await_health(deployment, start_at + timeout_s)
             deployment.start_s = time.monotonic() - start_at
@@ -147,20 +140,13 @@ def held_port() -> Iterator[int]:
 
 
 def _await_health(deployment: Deployment, deadline_at: float) -> None:
+    api = Api(deployment.url, timeout_s=_HEALTH_TIMEOUT_S)
     while time.monotonic() < deadline_at:
-        if deployment.process.poll() is not None:
-            raise StartupError(
-                "pdlaunch serve ended with code "
-                f"{deployment.process.returncode}:\n{deployment.output()}"
-            )
-        if _healthy(deployment.url):
-            return
+        code = deployment.process.poll()
+        if code is not None:
+            raise StartupError(f"pdlaunch serve ended with code {code}:\n{deployment.output()}")
+        with contextlib.suppress(PdlaunchError):
+            if api.get("/health")[0] == 200:
+                return
         time.sleep(_POLL_S)
     raise StartupError(f"pdlaunch serve was not healthy in time:\n{deployment.output()}")
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return Api(url, timeout_s=_HEALTH_TIMEOUT_S).get("/health")[0] == 200
-    except PdlaunchError:
-        return False
