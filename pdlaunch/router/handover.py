@@ -67,7 +67,7 @@ class Handover:
         self.is_taken = True
         self._uncount()
 
-    def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
+    def decode_params(self, engine: Engine) -> dict[str, Any] | None:
         """Return the ``kv_transfer_params`` for ``engine``; None when it is to compute the prompt.
 
         Blocks are handed to decode engines. Others that stand in for them, the prefill engine too,
@@ -79,11 +79,12 @@ class Handover:
             # Even if the pull fails: another engine could read blocks that prefill has reused. If
             # the engine verifies, blocks count as taken only once decode has answered.
             self.is_taken = True
-        if self.params is None or (engine.role != "decode" and not first_token_sent):
+        if self.params is None or (engine.role != "decode" and not self.has_first_tokens):
             return None
-        if not first_token_sent:
+        if not self.has_first_tokens:
             # With this field decode would report prefill's cached tokens, not its own pull.
             return {name: value for name, value in self.params.items() if name != CACHED_AT_PREFILL}
+        # The client has the first tokens from prefill, so decode must not send them again.
         ours = self.params["pdlaunch"] | {"first_token_sent": True}
         if engine.role != "decode":
             return {"do_remote_prefill": False, "do_remote_decode": False, "pdlaunch": ours}
@@ -114,7 +115,7 @@ class Handover:
         decode = self._state.pool.pick_any(tried, can=self._may_hand_over)
         if decode is None:
             return
-        params = self.decode_params(decode, first_token_sent=False)
+        params = self.decode_params(decode)
         if params is not None:
             self._state.metrics.count("releases")
             # vLLM has prefill free the blocks of a request that it refuses, as it does a beam

@@ -66,9 +66,6 @@ class EnginePool:
         """Return whether the launch has, or had, prefill and decode engines."""
         return self._roles_seen.issuperset(PAIR)
 
-    def has_ready(self, role: Role) -> bool:
-        return any(engine.ready and engine.role == role for engine in self._engines.values())
-
     def max_model_len(self, role: Role) -> int | None:
         engines = [engine for engine in self._engines.values() if engine.role == role]
         known = (engine.max_model_len for engine in engines if engine.max_model_len)

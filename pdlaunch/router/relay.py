@@ -83,8 +83,6 @@ class Relay:
         self._record = record
         self._prefix = prompt.prefix
         self._lease: Handover | None = None  # the handover of the prefill engine
-        # The client has the first tokens from prefill, so decode must not send them again.
-        self._first_token_sent = False
         self._decode_has_answered = False
         # The engine that has sent a second token: its plain chunks take the fast path.
         self._goes_on_at: Engine | None = None
@@ -239,7 +237,6 @@ class Relay:
 
         Raises RequestError for a prompt that decode would refuse.
         """
-        pool = self._state.pool
         self._lease = handover
         self._tried.clear()
         self._failure = self._trouble_since_at = None
@@ -247,11 +244,10 @@ class Relay:
             self.transcript.note_usage(handover.usage)
         if not handover.is_final:
             # Before anything is sent: afterwards no status can be set.
-            self._prompt.check_length(handover.num_prompt_tokens, pool.max_model_len("decode"))
-        self._first_token_sent = handover.is_final or (
-            handover.has_first_tokens and pool.has_ready("decode")
-        )
-        if self._first_token_sent:
+            self._prompt.check_length(
+                handover.num_prompt_tokens, self._state.pool.max_model_len("decode")
+            )
+        if handover.is_final or handover.has_first_tokens:
             for chunk in handover.chunks:
                 await self._tell(handover.engine, chunk)
 
@@ -293,7 +289,7 @@ class Relay:
             return {"resume": self.transcript.resume_field()}
         if self._lease is None:
             return {}
-        params = self._lease.decode_params(engine, first_token_sent=self._first_token_sent)
+        params = self._lease.decode_params(engine)
         return {} if params is None else {"kv_transfer_params": params}
 
     async def _relay(
