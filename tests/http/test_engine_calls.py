@@ -106,18 +106,6 @@ async def call(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Call]:
         yield call
 
 
-async def test_a_request_is_sent_and_its_answer_told(call: Call) -> None:
-    head = b"HTTP/1.1 429 No\r\nContent-Length: 4\r\nX-Name: \xc3\xa9\r\n\r\n"
-    answer = await call.begun(head + b"body")
-    assert (answer.status, answer.headers["x-name"]) == (429, "\xe9")
-    assert await answer.read() == b"body"
-    answer.close()
-    sent = call.requests[0]
-    assert sent.startswith(b"POST /p?q=1 HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert sent.endswith(b"\r\n\r\nbody")
-    assert b"X-Request-Id: r1\r\n" in sent
-
-
 @pytest.mark.parametrize(
     ("pieces", "body"),
     [
@@ -248,18 +236,6 @@ async def test_a_connection_that_closes_under_a_request(
     with pytest.raises(CallError, match="without an answer") as raised:
         await calling
     assert not raised.value.not_received
-
-
-async def test_a_body_that_is_too_long_is_an_error(call: Call) -> None:
-    async def ask(answer: bytes) -> tuple[int, bytes, str]:
-        call.says = answer
-        return await call.calls.ask(call.url, "GET", "/", {}, timeout_s=60.0, max_bytes=3)
-
-    status, body, _ = await ask(OK + b"Content-Length: 3\r\n\r\n123")
-    assert (status, body) == (200, b"123")
-    with pytest.raises(CallError, match="more than 3 bytes"):
-        await ask(CHUNKED + b"4\r\n1234\r\n")  # it goes on, and is not waited for
-    await call.is_left()
 
 
 async def test_no_proxy_is_asked(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,21 +130,3 @@ async def test_a_stream_ends_with_an_error_and_a_whole_request_is_503(stand: Sta
     assert stand.router.admission.in_flight == 0
     await until(lambda: decode.num_aborted == 4)
     assert_refused(await stand.post(completion()))
-
-
-@pytest.mark.parametrize("stream", [True, False])
-async def test_nobody_waits_for_an_engine_any_more(stand: Stand, stream: bool) -> None:
-    prefill, decode = pair()
-    await stand.start([prefill, decode])
-    stand.die_after(decode, 2, num_told=3)
-    running = start(stand, stream=stream)
-    await until(lambda: decode.seen)
-    stand.publish(without=["prefill-0", "decode-0"])
-    await until(lambda: stand.metric("pdlaunch_router_engine_failures_total"))
-    await stand.router.close()
-    answer = await running
-    if stream:
-        assert answer.events()[-1]["error"]["code"] == "draining"
-    else:
-        assert_refused(answer)
-    assert stand.metric("pdlaunch_router_migrations_total") == 0
