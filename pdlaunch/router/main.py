@@ -229,13 +229,11 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
             await signals.get()
             timeout_s, num_left = spec.drain_timeout_s, router.admission.in_flight
             _logger.info("draining for %g s at most: %d requests left", timeout_s, num_left)
-            ends: list[Coroutine[Any, Any, object]] = [
-                router.admission.drain(timeout_s),
-                signals.get(),
-            ]
-            ending = [asyncio.ensure_future(end) for end in ends]
-            tasks += ending
-            await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+            draining = asyncio.ensure_future(router.admission.drain(timeout_s))
+            impatient = asyncio.ensure_future(signals.get())
+            await asyncio.wait([draining, impatient], return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
+            impatient.cancel()
             await router.close()
     finally:
         for task in tasks:

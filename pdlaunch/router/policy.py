@@ -153,10 +153,11 @@ class _Choice:
         reason = reason or ("no pair is proven" if is_there else "no prefill engine is ready")
         if (alone := self._alone()) is None:
             return Route(reason="no engine is ready")
+        wants_pair = any(one.role != "both" for one in self._engines)
         return Route(
             decode=alone,
             reason=reason,
-            is_fallback=not request.is_begun and request.max_tokens != 1,
+            is_fallback=wants_pair and not request.is_begun and request.max_tokens != 1,
         )
 
     def _offer(self, engine: Engine) -> _Offer:

@@ -9,7 +9,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
-from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey, HealthState, Processes
@@ -38,7 +38,6 @@ class EnginePool:
         # Engines without new work: their processes when they were held, and the state to show.
         self._held: dict[str, tuple[Processes, ListedState]] = {}
         self._with_ranks: set[str] = set()
-        self._roles_seen: set[Role | None] = set()
 
     @property
     def engines(self) -> list[Engine]:
@@ -60,11 +59,6 @@ class EnginePool:
     def is_vllm(self) -> bool:
         """Return whether the engines are vLLM's. All are of one kind."""
         return any(engine.capabilities.is_vllm for engine in self._engines.values())
-
-    @property
-    def has_pairs(self) -> bool:
-        """Return whether the launch has, or had, prefill and decode engines."""
-        return self._roles_seen.issuperset(PAIR)
 
     def max_model_len(self, role: Role) -> int | None:
         engines = [engine for engine in self._engines.values() if engine.role == role]
@@ -175,7 +169,6 @@ class EnginePool:
         keys = [engine.key for engine in engines]
         for engine in engines:
             engine.health.keep(keys)
-        self._roles_seen.update(engine.role for engine in engines)
         self.pairs = registry.pairs
         self.serving = registry.serving
 

@@ -193,7 +193,7 @@ class Relay:
         if lease is None and not self._num_decode_attempts:
             metrics.count("routes", route.kind)
             is_fallback = route.is_fallback or self._num_prefill_failures > 0
-            if route.prefill is None and is_fallback and self._state.pool.has_pairs:
+            if route.prefill is None and is_fallback:
                 metrics.count("fallbacks")
         if lease is not None and lease.engine is not route.decode:
             route = msgspec.structs.replace(route, prefill=lease.engine)
