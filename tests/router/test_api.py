@@ -1,5 +1,6 @@
-"""The router's door: limits, keys, errors, fields, large bodies, endpoints besides generation, and the
-page, which is there without a key and holds no data.
+"""The router's door: limits, keys, errors, fields, large bodies, and endpoints besides generation.
+
+The page is there without a key and holds no data.
 """
 
 from __future__ import annotations
