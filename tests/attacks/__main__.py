@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
         if chosen := [name for name in ON_A_LAUNCH if name in names]:
-            with attacked(model, log_dir=options.log_dir) as target:
+            # A short attack needs less warming up than a long one.
+            num_warm = min(30, 1 + options.requests // 30)
+            with attacked(model, num_warm=num_warm, log_dir=options.log_dir) as target:
                 for name in chosen:
                     code |= run(
                         name, partial(on_launch, name, target, options.requests, options.seed)

@@ -239,7 +239,7 @@ def text_of(answer: Answer) -> str:
     return text
 
 
-def warm_up(target: Target, num_requests: int = 30) -> None:
+def warm_up(target: Target, num_requests: int) -> None:
     """Let every process allocate what it keeps anyway, so that growth afterwards is the
     attack's.
     """
@@ -271,13 +271,15 @@ def make_model(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def attacked(model: Path, *arguments: str, log_dir: str | None = None) -> Iterator[Target]:
-    """One prefill and one decode engine, warmed up. ``log_dir``: where their logs stay."""
-    command = ("--model", str(model), *SERVED, *arguments)
+def attacked(model: Path, *, num_warm: int, log_dir: str | None = None) -> Iterator[Target]:
+    """One prefill and one decode engine, warmed up by so many requests. ``log_dir``: where their
+    logs stay.
+    """
+    command = ("--model", str(model), *SERVED)
     environ = clean_environ() | SHORT_DEADLINES | ENGINE_KEY_SETTING
     with running_deployment(command, environ=environ, log_dir=log_dir) as deployment:
         target = Target(deployment)
-        warm_up(target)
+        warm_up(target, num_warm)
         target.reference = text_of(target.ask("router", COMPLETIONS, SMALL_BODY))
         yield target
 

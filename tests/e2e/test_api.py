@@ -79,10 +79,11 @@ def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:
 
 def test_list_of_prompts(client: openai.OpenAI) -> None:
     prompts = ["The sky is", "One, two, three,"]
-    alone = [client.completions.create(**GREEDY, prompt=prompt).choices[0] for prompt in prompts]
-    both = client.completions.create(**GREEDY, prompt=prompts)
+    fields = GREEDY | {"max_tokens": 6}
+    alone = [client.completions.create(**fields, prompt=prompt).choices[0] for prompt in prompts]
+    both = client.completions.create(**fields, prompt=prompts)
     assert [choice.text for choice in both.choices] == [choice.text for choice in alone]
-    assert both.usage.completion_tokens == 48
+    assert both.usage.completion_tokens == 12
 
 
 def test_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
@@ -169,10 +170,10 @@ def test_the_next_scrape_has_what_the_answer_counts(
         "e2e_request_latency_seconds_count": 2,
         "kv_transfers": 1,
     }
-    for number in range(3):
+    for number in range(2):
         before = api.metrics()
         prompt = f"{number} {ending}" + " and so on, one step after the other" * 3
-        body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
         answer = api.post_text("/v1/completions", body | ending)
         assert ('"finish_reason":"stop"' in answer) == ("stop" in ending)
         after = api.metrics()
