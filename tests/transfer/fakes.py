@@ -15,6 +15,8 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.errors import TransferError
+from pdlaunch.protocol.control import Address, Entry
+from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import HandshakeReply, ToDecodeSide, ToPrefillSide
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
@@ -63,6 +65,29 @@ def spec_of(
             "num_threads": 1,
             "kv_transfer": KVTransferSettings(**kv_transfer),
         }
+    )
+
+
+def entry_of(
+    engine: str, role: str, engine_id: str, endpoint: str, tp_rank: int = 0, **fields: Any
+) -> Entry:
+    """What the registry shows of a rank."""
+    return Entry(
+        name=f"{engine}/rank-{tp_rank}",
+        kind="rank",
+        engine=engine,
+        role=role,
+        tp_rank=tp_rank,
+        engine_id=engine_id,
+        address=Address(side_channel=endpoint),
+        **{"incarnation": 1} | fields,
+    )
+
+
+def remote_of(engine_id: str, lease_id: str) -> RemoteKV:
+    """As in the kv_transfer_params; host and port are not what the puller may use."""
+    return RemoteKV(
+        engine_id=engine_id, lease_id=lease_id, host="h", port=1, block_ids=[], num_tokens=1
     )
 
 

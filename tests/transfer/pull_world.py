@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
-from pdlaunch.protocol.control import Address, Entry, PairReady
+from pdlaunch.protocol.control import Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
     Compatibility,
@@ -34,8 +34,10 @@ from tests.transfer.fakes import (
     FakeChannel,
     FakeClock,
     FakeConnector,
+    entry_of,
     layout_of,
     random_cache,
+    remote_of,
     spec_of,
 )
 
@@ -115,17 +117,10 @@ class HolderRank:
 
     def entry(self) -> Entry:
         identity = self.identity
-        return Entry(
-            name=identity.name,
-            kind="rank",
-            incarnation=identity.incarnation,
-            engine=identity.engine,
-            role="prefill",
-            tp_rank=identity.tp_rank,
-            tp_size=identity.tp_size,
-            engine_id=identity.engine_id,
-            address=Address(side_channel=f"fake://{identity.incarnation + 10 * identity.tp_rank}"),
-        )
+        endpoint = f"fake://{identity.incarnation + 10 * identity.tp_rank}"
+        fields = {"incarnation": identity.incarnation, "tp_size": identity.tp_size}
+        fields |= {"tp_rank": identity.tp_rank}
+        return entry_of(identity.engine, "prefill", identity.engine_id, endpoint, **fields)
 
     def remote(self, lease_id: str) -> RemoteKV:
         return remote_of(self.identity.engine_id, lease_id)
@@ -138,13 +133,6 @@ class HolderRank:
     def sent(self, kind: type) -> list[Any]:
         sent = [message for channel in self.channels for message in channel.sent]
         return [message for message in sent if isinstance(message, kind)]
-
-
-def remote_of(engine_id: str, lease_id: str) -> RemoteKV:
-    """As in the kv_transfer_params; host and port are not what the puller may use."""
-    return RemoteKV(
-        engine_id=engine_id, lease_id=lease_id, host="h", port=1, block_ids=[], num_tokens=1
-    )
 
 
 def compatibility(layout: KVCacheLayout, role: str = "prefill", **spec: Any) -> Compatibility:

@@ -22,7 +22,7 @@ import xxhash
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.machine import network
-from pdlaunch.protocol.control import Address, Entry, PairReady
+from pdlaunch.protocol.control import Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.protocol.transfer import (
@@ -32,7 +32,7 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferCommand,
 )
-from tests.transfer.fakes import layout_of, random_cache
+from tests.transfer.fakes import entry_of, layout_of, random_cache, remote_of
 
 TIMEOUT_S = 300.0
 
@@ -294,29 +294,14 @@ class RankHandle:
         return self._endpoint
 
     def entry(self) -> Entry:
-        options = self.options
-        return Entry(
-            name=options.name,
-            kind="rank",
-            incarnation=options.incarnation,
-            engine=options.spec.name,
-            role=options.spec.role,
-            tp_rank=options.tp_rank,
-            tp_size=options.spec.tensor_parallel_size,
-            engine_id=options.engine_id,
-            address=Address(side_channel=self.endpoint),
-        )
+        options, spec = self.options, self.options.spec
+        fields = {"incarnation": options.incarnation, "tp_size": spec.tensor_parallel_size}
+        fields |= {"tp_rank": options.tp_rank}
+        return entry_of(spec.name, spec.role, options.engine_id, self.endpoint, **fields)
 
     def remote(self, lease_id: str) -> RemoteKV:
         """As in the kv_transfer_params; host and port are not what the puller may use."""
-        return RemoteKV(
-            engine_id=self.options.engine_id,
-            lease_id=lease_id,
-            host="192.0.2.1",
-            port=1,
-            block_ids=[],
-            num_tokens=1,
-        )
+        return remote_of(self.options.engine_id, lease_id)
 
     def connect(self, *holders: RankHandle) -> list[PairReady]:
         """Shake hands with all of them; return what is told of the pairs."""

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 import zmq
 
 from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.control import Address, Entry, PairReady
+from pdlaunch.protocol.control import Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
     PullBegin,
@@ -32,27 +31,19 @@ from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.sides import native_setup
 from pdlaunch.transfer.thread import TransferThread
-from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
-from tests.transfer.pull_world import remote_of
+from tests.transfer.fakes import (
+    Fabric,
+    FakeConnector,
+    entry_of,
+    layout_of,
+    random_cache,
+    remote_of,
+    spec_of,
+)
 from tests.transfer.rank_process import grant, pull
 
 ENGINE_IDS = {"prefill": "a" * 32, "decode": "b" * 32}
 TIMEOUT_S = 60.0
-
-
-class MappedConnector(FakeConnector):
-    """Knows whether its memory is registered."""
-
-    registered = False
-
-    def open(self, memory: LocalMemory) -> None:
-        assert not self.registered
-        super().open(memory)
-        self.registered = True
-
-    def close(self) -> None:
-        super().close()
-        self.registered = False
 
 
 class Rank:
@@ -70,7 +61,7 @@ class Rank:
         layout = layout_of()
         self.kv_cache = random_cache(layout, 16, seed=len(role))
         self.name, self.role = f"{role}-0/rank-0", role
-        self.connector: Any = connector or MappedConnector(f"{self.name}#1", fabric)
+        self.connector: Any = connector or FakeConnector(f"{self.name}#1", fabric)
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wakes = wakes = queue.SimpleQueue[None]()
         self.transfer = TransferThread(
@@ -92,17 +83,14 @@ class Rank:
         )
 
     def entry(self, **changes: Any) -> Entry:
-        entry = Entry(
-            name=self.name,
-            kind="rank",
-            incarnation=1,
-            engine=f"{self.role}-0",
-            role=self.role,
-            engine_id=ENGINE_IDS[self.role],
-            address=Address(side_channel=self.transfer.endpoint),
-            state="ready",
-        )
-        return msgspec.structs.replace(entry, **changes)
+        fields = {"state": "ready"} | changes
+        engine_id, endpoint = ENGINE_IDS[self.role], self.transfer.endpoint
+        return entry_of(f"{self.role}-0", self.role, engine_id, endpoint, **fields)
+
+    @property
+    def is_registered(self) -> bool:
+        """The connector has the memory of this rank."""
+        return self.connector.agent_name in self.connector.fabric.agents
 
     def events(self) -> list[Any]:
         """What a wake brings."""
@@ -265,7 +253,7 @@ def test_leases_and_reads_that_may_still_write_keep_the_rank_awake(pair, fabric,
         puller.transfer.submit([pull("p", remote("r"), [1, 2])])
     with pytest.raises(TransferError, match="has not ended"):
         rank.transfer.suspend(0.2)
-    assert rank.connector.registered
+    assert rank.is_registered
     if fabric.stalled:
         fabric.land()
     else:
@@ -273,7 +261,7 @@ def test_leases_and_reads_that_may_still_write_keep_the_rank_awake(pair, fabric,
     (finished,) = puller.events()
     assert finished.ok
     rank.transfer.suspend(TIMEOUT_S)
-    assert not rank.connector.registered
+    assert not rank.is_registered
 
 
 def test_a_sleeping_rank_refuses_and_says_why(holder: Rank, context) -> None:
