@@ -56,19 +56,6 @@ def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:
     assert "rate" not in result.stdout, "nothing was sent at a rate"
 
 
-def test_a_trace_and_a_report(server: FakeOpenAI, tmp_path: Path) -> None:
-    trace, report = tmp_path / "trace.jsonl", tmp_path / "report.html"
-    line = {"timestamp": 5, "input_length": 6, "output_length": 2, "hash_ids": [1]}
-    trace.write_text(f"{json.dumps(line)}\n" * 3)
-    result = bench(
-        server.url, "--trace", str(trace), "--num-requests", "2", "--report", str(report)
-    )
-    assert result.exit_code == 0, result.stderr
-    assert "in all: 2 requests, 0 errors, 12 prompt and 4 output tokens" in result.stdout
-    assert [len(prompt) for prompt in server.prompts[1:]] == [6, 6]
-    assert "as in the trace" in report.read_text()
-
-
 def test_a_broken_trace_is_refused_before_anything_starts(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"input_length": 6}\n')
@@ -108,9 +95,7 @@ def test_files_have_the_kinds_of_errors_and_not_their_words(
             ("--input-tokens", "0"),
             "Invalid value for '--input-tokens': '0' is not a list of positive numbers",
         ),
-        (("--concurrency", "a"), "'a' is not a list of positive numbers"),
         (("--request-rate", "1,nan"), "'1,nan' is not a list of positive numbers"),
-        (("--request-rate", "inf"), "'inf' is not a list of positive numbers"),
         (("--request-rate", "0"), "'0' is not a list of positive numbers such as 0.5,2,8"),
         (("--request-rate", "2", "--concurrency", "3"), "--concurrency: not with --request-rate"),
         (("--burstiness", "2"), "--burstiness: only with --request-rate"),
@@ -207,13 +192,3 @@ def test_a_deployment_that_is_not_there_is_told_in_words() -> None:
         result = bench(url)
     assert result.exit_code == 1
     assert result.stderr == f"error: {url} does not answer /v1/models: Connection refused\n"
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["127.0.0.1:8000", "localhost:8000", "http://", "http://[::1", "http://a:99999", "ftp://a"],
-)
-def test_what_is_no_url_is_refused(url: str) -> None:
-    result = bench(url)
-    assert result.exit_code == 1
-    assert result.stderr == f"error: {url} is no URL of a deployment; write http://host:port\n"

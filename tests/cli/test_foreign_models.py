@@ -17,7 +17,6 @@ HYBRID = "the model is a hybrid"
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"model_type": "mamba", "state_size": 16}, HYBRID),
     "deepseek": ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, LATENT),
-    "windows": ({"model_type": "gemma2", "sliding_window": 4096}, HYBRID),
     "chunks": ({"model_type": "llama4", "text_config": {"attention_chunk_size": 8192}}, HYBRID),
     "linear": (
         {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
@@ -28,7 +27,6 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "qwen2_moe", "sliding_window": 4096, "use_sliding_window": False},
         "",
     ),
-    "images": ({"model_type": "llava", "text_config": {"model_type": "llama"}}, ""),
     "quantized": ({"model_type": "llama", "quantization_config": {"bits": 4}}, ""),
 }
 """config.json of a model, and why pdlaunch's connector for vLLM would refuse it."""

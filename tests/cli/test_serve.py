@@ -99,24 +99,6 @@ def test_nothing_is_written_by_a_dry_run_or_a_refusal(model: str, tmp_path: Path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_flags_beat_environment_beats_file(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "deploy.yaml"
-    file.write_text(
-        f"model: {model}\nport: 1001\nprefill:\n  replicas: 2\ndecode:\n  replicas: 2\n"
-    )
-    monkeypatch.setenv("PDLAUNCH_PORT", "1002")
-    monkeypatch.setenv("PDLAUNCH_PREFILL", "3")
-    result = serve(str(file), "--port", "1003", "--dry-run", "--format", "json")
-    processes = json.loads(result.stdout)["processes"]
-    assert processes[-1]["ports"] == {"http": 1003}
-    assert [p["name"] for p in processes if p["kind"] == "server"] == [
-        *(f"prefill-{n}" for n in range(3)),
-        *(f"decode-{n}" for n in range(2)),
-    ]
-
-
 def test_secrets_are_never_printed(model: str) -> None:
     for output in ("json", "table"):
         result = serve(
@@ -129,11 +111,8 @@ def test_secrets_are_never_printed(model: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--device", "tpu"), "did you mean"),
         (("--model", "/no/such/model"), "fix:"),
         (("/no/such/file.yaml",), "no such file"),
-        (("--port", "many"), "--port"),
-        (("--frobnicate",), "--frobnicate"),
     ],
 )
 def test_unusable_input_is_explained_with_code_2(
@@ -168,15 +147,7 @@ def test_a_busy_port_ends_with_code_1_before_anything_starts(
 def test_other_systems_are_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError) as raised:
         check_platform("darwin")
-    assert raised.value.fix is not None
-    assert "container" in raised.value.fix
-
-
-def test_a_log_folder_that_cannot_be_made_is_named(model: str, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    result = serve("--model", model, "--port", "0", "--log-dir", str(tmp_path / "file" / "logs"))
-    assert result.exit_code == 2
-    assert "log_dir" in result.output
+    assert "container" in (raised.value.fix or "")
 
 
 def test_dry_run_shows_which_rank_goes_to_which_host_and_device(model: str, tmp_path: Path) -> None:

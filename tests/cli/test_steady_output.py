@@ -35,20 +35,6 @@ def full_pipe() -> Iterator[tuple[int, int]]:
         yield reader, writer
 
 
-def test_a_reader_that_goes_on_is_told_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with full_pipe() as (reader, writer), os.fdopen(os.dup(writer), "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        with steady_output(FINE_S):
-            Console().print("first")
-            Console().print("second")
-            while (taken := os.read(reader, 4096)) == b"x" * len(taken):
-                pass
-            text = taken.lstrip(b"x")
-            while not text.endswith(b"second\n"):
-                text += os.read(reader, 4096)
-        assert text == b"first\nsecond\n"
-
-
 def gone_terminal() -> TextIO:
     ours, theirs = pty.openpty()
     os.close(ours)
