@@ -33,7 +33,6 @@ from pdlaunch.protocol.control import (
     Answered,
     Drain,
     Drained,
-    EngineIdle,
     FromSupervisor,
     Happened,
     Progress,
@@ -220,7 +219,7 @@ class RankProcess:
                 self.control.send(Drained())
             case Stop():
                 self._stopped = True
-            case Suspects() | Answered() | EngineIdle() | Happened():
+            case Suspects() | Answered() | Happened():
                 pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:

@@ -34,7 +34,6 @@ from pdlaunch.protocol.control import (
     ChangeEngines,
     Command,
     Drained,
-    EngineIdle,
     Failed,
     PairFailed,
     PairReady,
@@ -142,9 +141,6 @@ def _received(
             turn.announce(f"{name} is {state}")
         case Drained():
             process.is_drained = True
-        case EngineIdle(engine=engine):
-            if engine in seen.engines and seen.engines[engine].awaits_readers:
-                seen.engines[engine].is_idle = True
         case Restart() | SetDrained() | ChangeEngines():
             _obey(turn, message, name, plan)
 
@@ -218,9 +214,9 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
     seen.pairs.forget(process.name)
     if engine is not None and engine.retires:
         process.state, process.registration = ProcessState.EXITED, None
-        if engine.stop_at is not None and not engine.is_idle:
+        if (engine.stop_at or 0.0) > turn.now and not engine.server.is_drained:
             # It was still computing: nobody had told it to end.
-            engine.is_idle = True
+            engine.stop_at = turn.now
             _tell(turn, unit, process, event)
         return
     process.state = ProcessState.FAILED

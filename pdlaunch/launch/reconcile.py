@@ -34,7 +34,7 @@ from pdlaunch.launch.state import (
     Unit,
 )
 from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState, startup_timeout
-from pdlaunch.protocol.control import Answered, Drain, EngineIdle, Stop
+from pdlaunch.protocol.control import Answered, Drain, Stop
 
 _WORKING = (ProcessState.READY, ProcessState.DRAINING)
 _PHASES = tuple(LaunchPhase)
@@ -195,12 +195,12 @@ def _left_without(lost: LaunchedEngine, engines: Iterable[LaunchedEngine]) -> li
 def _retire(turn: Turn, engine: LaunchedEngine, goal: Goal) -> None:
     """Drain and stop an engine; once its processes have ended, restart or forget it.
 
-    The registry lists its server as draining, so routers give it no new work. A prefill engine is
-    idle once decode engines have read its leased blocks. Requests that still run when it is
-    stopped continue at another engine.
+    The registry lists its server as draining, so routers give it no new work. It has drained once
+    decode engines have read its leased blocks, too. Requests that still run when it is stopped
+    continue at another engine.
     """
     if not engine.retires:
-        engine.retires, engine.awaits_readers, engine.is_idle = True, False, False
+        engine.retires = True
         for unit in engine.units:
             unit.num_quick_deaths, unit.kill_at, unit.start_at = 0, None, None
         # An engine that does not serve has nothing to finish.
@@ -211,13 +211,7 @@ def _retire(turn: Turn, engine: LaunchedEngine, goal: Goal) -> None:
         else:
             _stop(turn, engine)
     if engine.stop_at is not None:
-        if engine.server.is_drained and engine.role != "prefill":
-            engine.is_idle = True
-        elif engine.server.is_drained and not engine.awaits_readers:
-            engine.awaits_readers = True
-            for router in turn.seen.routers:
-                turn.do(SendMessage(router.name, EngineIdle(engine=engine.name)))
-        if not engine.is_idle and not turn.due(engine.stop_at):
+        if not engine.server.is_drained and not turn.due(engine.stop_at):
             return
         _stop(turn, engine)
     for unit in engine.units:

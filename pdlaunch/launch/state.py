@@ -163,9 +163,6 @@ class LaunchedEngine:
     units: list[Unit]
     retires: bool = False  # it drains or stops, to be replaced or removed
     stop_at: float | None = None  # its drain ends then, even if requests run; None: no drain
-    # The server has drained, and a router was asked whether readers still need its KV blocks.
-    awaits_readers: bool = False
-    is_idle: bool = False
     failed_for: str = ""  # the reason why it was given up; empty once it serves again
     retry_s: float = 0.0  # the wait before it is tried again
 

@@ -38,7 +38,6 @@ from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import (
     Alive,
     Answered,
-    EngineIdle,
     Entry,
     Happened,
     ListedState,
@@ -191,7 +190,8 @@ class Supervisor:
             return
         self._observe(event)
         if isinstance(message, Register) and process.registration is message:
-            self._greet(process)
+            # A new process cannot wait for the next change.
+            self.host.send(process.name, view_of(process.spec, self._registry))
 
     def _observe(self, event: Event) -> None:
         plan = self.places.plan
@@ -293,16 +293,6 @@ class Supervisor:
             stillborn = self.host.spawn(process.spec, unit.incarnation, bootstrap)
             if stillborn is not None:
                 self._observe(stillborn)
-
-    def _greet(self, process: Instance) -> None:
-        """Send the registry to a new process, which cannot wait for the next change.
-
-        A router is also asked whether draining engines are idle.
-        """
-        self.host.send(process.name, view_of(process.spec, self._registry))
-        for engine in self.seen.engines.values():
-            if process.spec.kind == "router" and engine.awaits_readers and engine.stop_at:
-                self.host.send(process.name, EngineIdle(engine=engine.name))
 
     def _announce(self, what: Announce) -> None:
         logger.info("%s", what.text)

@@ -167,7 +167,7 @@ class Failed(Message):
 
 
 class Drained(Message):
-    """Answers Drain: nothing is running any more."""
+    """Answers Drain: nothing is running any more, and nobody needs its KV blocks."""
 
 
 class SleepState(Message):
@@ -245,14 +245,6 @@ class Answered(Message):
     is_done: bool = True  # another answer follows when it is
 
 
-class EngineIdle(Message):
-    """Asks a router to send this message back once an engine without new work has no requests left
-    and no reader needs its KV blocks.
-    """
-
-    engine: str
-
-
 class ServedRequest(Message):
     """Tells, from the router, of a request that has ended; ``line`` is escaped for terminals."""
 
@@ -263,7 +255,7 @@ Command = Restart | SetDrained | ChangeEngines
 """Commands of a router; the answer is an ``Answered``."""
 ToSupervisor = (
     Register | Progress | Ready | Alive | PairReady | PairFailed | PairSuspect | Failed | Drained
-    | SleepState | Command | EngineIdle | ServedRequest
+    | SleepState | Command | ServedRequest
 )  # fmt: skip
 
 
@@ -307,7 +299,7 @@ class Happened(Message):
     decode: str = ""  # the engines of a pair that has failed
 
 
-FromSupervisor = Registry | Suspects | Drain | Stop | Answered | EngineIdle | Happened
+FromSupervisor = Registry | Suspects | Drain | Stop | Answered | Happened
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

@@ -155,10 +155,6 @@ async def _obey(
     """Do what the supervisor says until Stop; draining does not hold up the rest."""
     draining: asyncio.Task[None] | None = None
 
-    async def tell_idle(engine: str) -> None:
-        await state.pool.until_idle(engine)
-        supervised.send(control.EngineIdle(engine=engine))
-
     async def drain(timeout_s: float) -> None:
         if not await router.admission.drain(timeout_s):
             num_left = router.admission.in_flight
@@ -176,8 +172,6 @@ async def _obey(
                 state.events.add("launch", "", text, is_bad=False)
             case control.Answered() as answer:
                 link.answered(answer)
-            case control.EngineIdle(engine=engine):
-                supervised.spawn(tell_idle(engine))
             case control.Suspects() as suspects:
                 state.suspects.take(suspects)
             case control.Drain(timeout_s=timeout_s):

@@ -16,7 +16,7 @@ from pdlaunch.launch.state import Timing
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import resolve
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import Answered, ChangeEngines, EngineIdle, PlannedChange
+from pdlaunch.protocol.control import Answered, ChangeEngines, PlannedChange
 from tests.checks.contexts import CPU, TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 from tests.launch.fakes import World
@@ -74,8 +74,6 @@ class Changing(World):
         """Have engines that drain finish, and end."""
         for engine in engines:
             self.drained(engine)
-            if engine.startswith("prefill"):
-                self.say("router", EngineIdle(engine=engine))
             for name in (f"{engine}/rank-0", engine):
                 self.exit(name)
 

@@ -15,7 +15,6 @@ from pdlaunch.protocol.control import (
     Answered,
     Command,
     Drain,
-    EngineIdle,
     PairFailed,
     Restart,
     SetDrained,
@@ -154,21 +153,6 @@ def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(
     assert not world.host.signals
 
 
-def test_a_prefill_engine_waits_for_those_who_read_from_it(world: World) -> None:
-    world.ask(restart("prefill-0"))
-    world.drained("prefill-0")
-    assert not world.stopped()
-    # A router that is new has the question too.
-    world.exit("router", 1)
-    world.pass_time(1)
-    world.register("router")
-    assert world.host.sent_to("router", EngineIdle) == [EngineIdle(engine="prefill-0")] * 2
-    world.say("router", EngineIdle(engine="decode-0"))
-    assert not world.stopped()
-    world.say("router", EngineIdle(engine="prefill-0"))
-    assert world.stopped() == {"prefill-0", "prefill-0/rank-0", "prefill-0/rank-1"}
-
-
 def test_what_still_runs_after_the_drain_is_stopped_and_then_killed(world: World) -> None:
     world.ask(restart("decode-0"))
     assert world.supervisor.next_tick_at() <= world.clock.now + 30
@@ -237,9 +221,6 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert world.host.sent_to("prefill-1", Drain) == [Drain(timeout_s=12)]
     world.pass_time_alive(10)
     world.drained("prefill-1")
-    assert world.host.sent_to("router", EngineIdle) == [EngineIdle(engine="prefill-1")]
-    assert not world.stopped(), "its blocks are yet to be read"
-    world.say("router", EngineIdle(engine="prefill-1"))
     assert world.stopped() == {"prefill-1", "prefill-1/rank-0"}
     world.exit("prefill-1/rank-0")
     assert "prefill-1" in world.engines

@@ -181,6 +181,7 @@ def _conflict(message: str) -> RequestError:
 MAX_REMEMBERED_LEASES = 4096
 """Rank 0 tells its part at the end of a step. A router may ask before its own leaving is seen."""
 READ_STATS_TIMEOUT_S = 1.5
+LEASE_POLL_S = 0.05
 """Rank 0 answers between two steps. Routers wait a little longer for a page of metrics."""
 RANK_SILENCE_S = 30.0
 """Rank 0 speaks every second between its steps; after this silence it counts as hung."""
@@ -269,6 +270,18 @@ class EngineService:
         with contextlib.suppress(OverloadedError, TimeoutError):
             async with asyncio.timeout(READ_STATS_TIMEOUT_S):
                 await self.live_link().read_stats()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new work, and wait until nothing runs and decode engines have read the leased
+        blocks, or the time is up.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.admission.drain(timeout_s)
+                await self.read_stats()
+                while self.metrics.stats.num_leased_requests:
+                    await asyncio.sleep(LEASE_POLL_S)
+                    await self.read_stats()
 
     def hear(self, message: Welcome | EngineStats | SleepReply) -> None:
         """Take a message of rank 0 that is of no request."""

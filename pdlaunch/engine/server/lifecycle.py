@@ -47,7 +47,6 @@ from pdlaunch.protocol.control import (
     Answered,
     Drain,
     Drained,
-    EngineIdle,
     Happened,
     Progress,
     Ready,
@@ -278,7 +277,7 @@ class ServerProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Answered() | EngineIdle() | Happened():
+                case Suspects() | Answered() | Happened():
                     pass  # said to routers alone
 
     async def _find_rank(self, registry: Registry) -> None:
@@ -309,5 +308,5 @@ class ServerProcess:
         await self._service.use_link(link)
 
     async def _drain(self, timeout_s: float) -> None:
-        await self._service.admission.drain(timeout_s)
+        await self._service.drain(timeout_s)
         self._supervised.send(Drained())

@@ -60,7 +60,6 @@ from pdlaunch.protocol.control import (
     Answered,
     Drain,
     Drained,
-    EngineIdle,
     Entry,
     Happened,
     PairFailed,
@@ -236,7 +235,7 @@ class SidecarProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Answered() | EngineIdle() | Happened():
+                case Suspects() | Answered() | Happened():
                     pass  # said to routers alone
 
     def _fail(self, reason: str) -> None:

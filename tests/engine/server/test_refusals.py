@@ -17,7 +17,7 @@ from pdlaunch.engine.server import served_model
 from pdlaunch.engine.server.lifecycle import OPEN_PATHS, make_app
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from pdlaunch.http.limits import SMALL_BODY_BYTES
-from pdlaunch.protocol.engine import AddRequest, RequestFinished
+from pdlaunch.protocol.engine import AddRequest, EngineStats, RequestFinished
 from tests.engine.server.conftest import TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 
@@ -167,7 +167,8 @@ async def test_draining_refuses_new_and_finishes_running_requests(engine: Engine
     rank.script = silent
     running = asyncio.create_task(engine.complete(max_tokens=1))
     (request,) = await rank.wait_for(AddRequest)
-    draining = asyncio.create_task(engine.service.admission.drain(timeout_s=20))
+    rank.totals = EngineStats(num_leased_requests=1)
+    draining = asyncio.create_task(engine.service.drain(timeout_s=20))
     await asyncio.sleep(0)
     status, answer, response = await engine.post("/v1/completions", {"prompt": "x"})
     assert (status, answer["error"]["code"]) == (503, "shutting_down")
@@ -175,6 +176,9 @@ async def test_draining_refuses_new_and_finishes_running_requests(engine: Engine
     assert not draining.done()
     await rank.say(RequestFinished(request_id=request.request_id, reason="length"))
     await running
+    await asyncio.sleep(0.2)
+    assert not draining.done(), "a decode engine has yet to read"
+    rank.totals = EngineStats()
     await draining
 
 
