@@ -192,18 +192,20 @@ def judge(
     only if others have come through to the same decode engine: of a single pair, prefill stays and
     serves alone. Engines of vLLM exchange blocks over proven pairs alone, whatever is said here.
     """
-    due = due_pairs(prefill, decode)
-    proven = {name for pair in due if isinstance(results.get(pair), Proof) for name in pair}
+    due_of: dict[str, list[Pair]] = defaultdict(list)
+    for pair in sorted(due_pairs(prefill, decode)):
+        for name in pair:
+            due_of[name].append(pair)
+    proven = {name for pair, found in results.items() if isinstance(found, Proof) for name in pair}
     ready: set[str] = set()
     reasons: dict[str, str] = {}
     for name in (*prefill, *decode):
-        of_it = sorted(pair for pair in due if name in pair)
         failed = [
             pair
-            for pair in of_it
+            for pair in due_of[name]
             if isinstance(results.get(pair), CanaryDied) and (name == pair[1] or pair[1] in proven)
         ]
-        missing = [pair for pair in of_it if pair not in results]
+        missing = [pair for pair in due_of[name] if pair not in results]
         if name in proven or not (failed or missing) or (name in ready_before and not failed):
             ready.add(name)
         elif failed:
