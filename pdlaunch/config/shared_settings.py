@@ -51,14 +51,6 @@ class RoutingSettings(FrozenModel):
         description="Which engines serve a request: those with the least `load`, which may "
         "compute a prompt where it is decoded, or `pairs` of a prefill and a decode engine "
         "wherever there are.")
-    max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
-        None, gt=0,
-        description="Longest time for which a prompt may be computed at a decode engine that has "
-        "streams; longer ones go to a prefill engine. When unset, load alone decides.")
-    max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
-        None, gt=0,
-        description="Time to the first token: where the prefill queue takes longer, a prompt is "
-        "computed at a decode engine that keeps it. When unset, load alone decides.")
     # fmt: on
 
 

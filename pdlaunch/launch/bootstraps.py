@@ -15,7 +15,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec, RoutingLimits
+from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 # How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``.
@@ -112,25 +112,16 @@ def router_spec(
         for name in RouterSpec.__struct_fields__
         if hasattr(section, name)
     }
-    routing = config.routing
     own = {
         "port": int(listeners[0].getsockname()[1]),
         "listeners": tuple(listener.fileno() for listener in listeners),
         "served_model_name": served_model_name,
         "api_key": _plain(config.api_key),
         "admin_api_key": _plain(config.admin_api_key),
-        "routing": RoutingLimits(
-            policy=routing.policy,
-            max_ttft_s=_seconds(routing.max_ttft_ms),
-            max_itl_s=_seconds(routing.max_itl_ms),
-        ),
+        "routing": config.routing.policy,
     }
     return RouterSpec(**settings | own)
 
 
 def _plain(secret: SecretStr | None) -> str | None:
     return None if secret is None else secret.get_secret_value()
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1000

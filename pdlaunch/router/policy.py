@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
-from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
 
@@ -114,10 +114,10 @@ def choose(
     engines: Sequence[Engine],
     index: ServedPrefixes,
     now_at: float,
-    limits: RoutingLimits,
+    policy: RoutingPolicy,
 ) -> Route:
     """Choose the engines that compute what is left of a request."""
-    return _Choice(request, engines, index, now_at, limits).route()
+    return _Choice(request, engines, index, now_at, policy).route()
 
 
 class _Choice:
@@ -129,16 +129,15 @@ class _Choice:
         engines: Sequence[Engine],
         index: ServedPrefixes,
         now_at: float,
-        limits: RoutingLimits,
+        policy: RoutingPolicy,
     ) -> None:
         self._request = request
         self._engines = engines
         self._index = index
         self._now_at = now_at
-        self._limits = limits
+        self._policy = policy
         speeds = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
         self._fastest = max(speeds, default=1.0)
-        self._is_measured = bool(speeds)
 
     def route(self) -> Route:
         request = self._request
@@ -216,7 +215,7 @@ class _Choice:
     def _best_local(self) -> _Offer | None:
         """Return the engine that would compute the prompt soonest where it decodes it."""
         request = self._request
-        if self._limits.policy == "pairs" or request.wants_pair or request.is_suspect:
+        if self._policy == "pairs" or request.wants_pair or request.is_suspect:
             return None
         offers = [
             self._offer(engine)
@@ -228,16 +227,10 @@ class _Choice:
 
     def _why_local(self, local: _Offer, first: _Offer) -> str:
         """Return why the prompt is computed where it is decoded; empty: it is not."""
-        limits = self._limits if self._is_measured else RoutingLimits()
-        itl_s, ttft_s = limits.max_itl_s, limits.max_ttft_s
-        if itl_s is not None and local.engine.num_streams and local.compute_s > itl_s:
-            return ""
         if local.num_tokens <= SHORT_TOKENS and local.wait_s <= first.first_token_s:
             return "little is left to compute"
         if local.cost_s + MARGIN * local.compute_s <= first.first_token_s:
             return "the prefill queue is longer"
-        if ttft_s is not None and local.first_token_s <= ttft_s < first.first_token_s:
-            return "keeps max_ttft_ms"
         return ""
 
     def _alone(self) -> Engine | None:

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
 from pdlaunch.config.roles import Role
+from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
-from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey, HealthState, Processes
 from pdlaunch.router.policy import Route, RoutingRequest, choose
 from pdlaunch.router.prefix_index import ServedPrefixes
@@ -25,13 +25,13 @@ class EnginePool:
     def __init__(
         self,
         clock: Callable[[], float],
-        limits: RoutingLimits | None = None,
+        policy: RoutingPolicy = "load",
         index: ServedPrefixes | None = None,
     ) -> None:
         self.clock = clock
         self.pairs: Sequence[PairReady] = ()  # the paths that are proven now
         self.serving = False  # the supervisor has seen every process and every pair ready
-        self._limits = limits or RoutingLimits()
+        self._policy: RoutingPolicy = policy
         self._index = index or ServedPrefixes()
         self._engines: dict[str, Engine] = {}
         self._registry = Registry(version=0, entries=[])
@@ -98,7 +98,7 @@ class EnginePool:
 
     def route(self, request: RoutingRequest) -> Route:
         now_at = self.clock()
-        route = choose(request, list(self._engines.values()), self._index, now_at, self._limits)
+        route = choose(request, list(self._engines.values()), self._index, now_at, self._policy)
         for engine in route.engines:
             engine.num_picks += 1
             engine.health.asked(now_at)

@@ -66,7 +66,7 @@ def prepare(tmp_path: Path) -> Iterator[Prepare]:
 
 def test_children_are_given_what_is_theirs(prepare: Prepare, tmp_path: Path) -> None:
     settings = {"api_key": "secret", "cors_origins": ["http://a"], "limits": {"max_connections": 7}}
-    launch = prepare([LOCAL], settings | {"routing": {"max_ttft_ms": 500}})
+    launch = prepare([LOCAL], settings | {"routing": {"policy": "pairs"}})
     rank, server = launch.make("prefill-0/rank-0", 2), launch.make("prefill-0")
     assert rank.engine().name == "prefill-0"
     assert rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"
@@ -77,7 +77,7 @@ def test_children_are_given_what_is_theirs(prepare: Prepare, tmp_path: Path) -> 
     assert router is not None
     assert (router.port, len(router.listeners)) == (launch.port, 1)
     assert (router.api_key, router.cors_origins) == ("secret", ("http://a",))
-    assert (router.max_connections, router.routing.max_ttft_s) == (7, 0.5)
+    assert (router.max_connections, router.routing) == (7, "pairs")
     assert router.served_model_name == "tiny"
 
 

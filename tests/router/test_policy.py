@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
+from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
-from pdlaunch.protocol.process.bootstrap import RoutingLimits
-from pdlaunch.router import policy
+from pdlaunch.router import policy as policies
 from pdlaunch.router.engine import MAX_OPEN_S, TRY_LASTS_S, Breaker, Engine, EngineHealth, EngineKey
 from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingRequest
 from pdlaunch.router.pool import EnginePool
@@ -55,11 +55,9 @@ def choose(
     now_at: float = 0.0,
     *,
     index: ServedPrefixes | None = None,
-    **limits: object,
+    policy: RoutingPolicy = "load",
 ) -> Route:
-    return policy.choose(
-        request, engines, index or ServedPrefixes(), now_at, RoutingLimits(**limits)
-    )
+    return policies.choose(request, engines, index or ServedPrefixes(), now_at, policy)
 
 
 def prompt(**fields: object) -> RoutingRequest:
@@ -194,20 +192,6 @@ def test_engines_that_share_a_gpu_never_take_each_others_prompts() -> None:
     assert kind([], []) == "decode"
 
 
-def test_limits_bound_what_is_computed_beside_streams() -> None:
-    waits = engine("prefill-0", unanswered_tokens=3000, **speed(1000))
-    decode = engine("decode-0", num_streams=1, **speed(1000))
-    assert choose(prompt(), [waits, decode]).kind == "decode"
-    assert choose(prompt(), [waits, decode], max_itl_s=0.5).kind == "pair"
-    assert choose(prompt(), [waits, decode], max_itl_s=0.6).kind == "decode"
-    decode.num_streams = 0
-    assert choose(prompt(), [waits, decode], max_itl_s=0.5).kind == "decode"
-    short = engine("prefill-0", unanswered_tokens=200, **speed(1000))
-    assert choose(prompt(), [short, decode]).kind == "pair"
-    route = choose(prompt(), [short, decode], max_ttft_s=0.6)
-    assert (route.kind, route.reason) == ("decode", "keeps max_ttft_ms")
-
-
 HEALTH = st.builds(
     EngineHealth,
     is_tripped=st.booleans(),
@@ -259,7 +243,7 @@ def test_what_is_chosen_can_serve_and_nothing_is_changed(
         assert route.prefill in able
         assert route.decode is not None
         assert route.decode.role == "decode"
-        assert policy.may_pull(route.decode, route.prefill, 100.0)
+        assert policies.may_pull(route.decode, route.prefill, 100.0)
         return
     able = [one for one in able if request.is_done_by(one)]
     assert (route.decode in able) if able else route.decode is None

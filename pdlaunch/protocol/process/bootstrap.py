@@ -39,12 +39,6 @@ MAX_OPEN_FILES = 65_536
 _PR_SET_PDEATHSIG = 1
 
 
-class RoutingLimits(msgspec.Struct, frozen=True, kw_only=True):
-    policy: RoutingPolicy = "load"
-    max_ttft_s: float | None = None
-    max_itl_s: float | None = None
-
-
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
@@ -62,7 +56,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     kept_requests: int = 500  # ended requests that ``pdlaunch trace`` can show
     page: bool = True
-    routing: RoutingLimits = RoutingLimits()
+    routing: RoutingPolicy = "load"
     log_requests: bool = False
     otlp_endpoint: str | None = None
     otlp_sample: float = 1.0
