@@ -71,7 +71,7 @@ class EnginePlaces:
             # Another machine of this name may be cut off, too.
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
-    def find(self, unit: Unit) -> bool:
+    def is_there(self, unit: Unit) -> bool:
         """Return whether a unit, whose processes have ended, can be started on its host."""
         host = unit.processes[0].spec.host
         # The agent may be alive but cut off, and no engine may run twice.

@@ -128,8 +128,7 @@ class Unit:
     ready_at: float | None = None
     kill_at: float | None = None  # its processes should have been ready, or gone, by then
     is_killed: bool = False
-    start_at: float | None = None  # the instant at which it is started, if there is room for it
-    waits_for_room: bool = False
+    start_at: float | None = None  # the instant at which it is started, if its host is there
 
     @property
     def alive(self) -> bool:
@@ -148,7 +147,7 @@ class Unit:
         """Enter the next incarnation, whose processes are about to be spawned."""
         self.incarnation += 1
         self.cause = self.ready_at = self.start_at = None
-        self.lost_with, self.is_killed, self.waits_for_room = "", False, False
+        self.lost_with, self.is_killed = "", False
         self.kill_at = kill_at
         for process in self.processes:
             process.begin(self.incarnation)
@@ -335,7 +334,7 @@ def make_units(specs: Iterable[ProcessSpec]) -> list[Unit]:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a unit under its next incarnation, where there is room for it."""
+    """Start a unit under its next incarnation, if its host is there."""
 
     unit: str
 

@@ -132,7 +132,7 @@ def view_of(spec: ProcessSpec, registry: Registry) -> Registry:
 
 logger = logging.getLogger(__name__)
 
-LOOK_FOR_ROOM_S = 1.0
+LOOK_FOR_HOST_S = 1.0
 
 
 @dataclass(eq=False)
@@ -276,15 +276,11 @@ class Supervisor:
                     self.close_listeners()
 
     def _start(self, name: str) -> None:
-        """Start a unit if there is room for it, or look again a little later."""
+        """Start a unit if its host is there, or look again a little later."""
         now = self.clock()
         unit = next(unit for unit in self.seen.units if unit.name == name)
-        if not self.places.find(unit):
-            unit.start_at = now + LOOK_FOR_ROOM_S
-            if not unit.waits_for_room:
-                unit.waits_for_room = True
-                text = f"{name} waits until its host is back"
-                self._announce(Announce(text))
+        if not self.places.is_there(unit):
+            unit.start_at = now + LOOK_FOR_HOST_S
             return
         # Before the launch is ready, the deadline of its start comes first.
         unit.begin(kill_at=now + self.wanted.timing.startup_timeout_s)

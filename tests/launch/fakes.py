@@ -153,7 +153,7 @@ class FakePlaces(EnginePlaces):
     def __init__(self) -> None:
         self.has_room = True
 
-    def find(self, unit: Unit) -> bool:
+    def is_there(self, unit: Unit) -> bool:
         return self.has_room
 
 

@@ -56,18 +56,6 @@ def test_an_unknown_name_is_answered_with_those_that_there_are(
     assert answer.error == f"there is no engine {name[:100]}; there are: {there}"
 
 
-@pytest.mark.parametrize("command", [restart, drain])
-def test_a_launch_that_stops_obeys_no_command(
-    world: World, command: Callable[[str], Command]
-) -> None:
-    world.interrupt()
-    answer = world.ask(command("decode-0"))
-    assert answer.code == "not_now"
-    assert answer.error.endswith(": the launch is draining")
-    assert not world.withheld()
-    assert world.draining() == {"router"}
-
-
 def test_a_command_whose_asker_has_given_up_is_dropped(world: World) -> None:
     late = Restart(question=7, name="decode-0", expires_at=world.clock() - 1)
     world.say("router", late)

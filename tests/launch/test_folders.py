@@ -49,22 +49,15 @@ def make_old(folder: Path) -> None:
 
 
 def test_the_latest_logs_are_kept_and_those_of_a_launch_that_runs(tmp_path: Path) -> None:
-    folders = make_folders(tmp_path, 5)
-    with keep_logs(folders[0]), keep_logs(folders[0]):
-        assert prune_logs(tmp_path, 2) == folders[1:3]
-    assert prune_logs(tmp_path, 2) == folders[:1]
-    assert sorted(tmp_path.iterdir()) == folders[3:]
-
-
-def test_what_is_no_folder_of_a_launch_stays(tmp_path: Path) -> None:
-    outside, logs = tmp_path / "outside", tmp_path / "logs"
+    folders = make_folders(tmp_path / "logs", 5)
+    outside, link = tmp_path / "outside", tmp_path / "logs" / "20250101-000000-abcdef"
     outside.mkdir()
-    (logs / "mine").mkdir(parents=True)
-    (logs / "20250101-000000-abcdef").symlink_to(outside)
-    folders = make_folders(logs, 2)
-    assert prune_logs(logs, 1) == folders[:1]
-    left = {"mine", "20250101-000000-abcdef", folders[1].name}
-    assert {path.name for path in logs.iterdir()} == left
+    link.symlink_to(outside)
+    (link.parent / "mine").mkdir()
+    with keep_logs(folders[0]), keep_logs(folders[0]):
+        assert prune_logs(link.parent, 2) == folders[1:3]
+    assert prune_logs(link.parent, 2) == folders[:1]
+    assert set(link.parent.iterdir()) == {*folders[3:], link, link.parent / "mine"}
     assert outside.exists()
 
 

@@ -20,7 +20,7 @@ from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.planning.resolve import resolve, resolve_on
+from pdlaunch.planning.resolve import resolve_on
 from pdlaunch.protocol.control import ChangeEngines
 from tests.checks.contexts import TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
@@ -87,7 +87,7 @@ class Deployment:
     def find(self, engine: str) -> str | None:
         """The host on which an engine can be started."""
         units = [unit for unit in self.seen.units if unit.engine == engine]
-        found = [self.places.find(unit) for unit in units]
+        found = [self.places.is_there(unit) for unit in units]
         assert len(set(found)) == 1
         (host,) = {member.spec.host for unit in units for member in unit.processes}
         return host if found[0] else None
@@ -197,16 +197,3 @@ def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
         change = deployment.places.plan(wanted, deployment.serving, ())
         (turned,) = change.starts
         assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
-
-
-def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:
-    config = LaunchConfig.model_validate({"model": tiny, "engine": "vllm"})
-    machine = replace(TWO_GPUS, gpus=tuple(Gpu(index) for index in range(3)))
-    launch = resolve(config, {"local": machine}, {})
-    places = EnginePlaces(launch, kind_of(launch), {"local"})
-    change = places.plan(
-        ChangeEngines(question=1, replicas={"decode": 2}), ("prefill-0", "decode-0"), ()
-    )
-    (sidecar,) = places.begin(change)
-    assert (sidecar.name, sidecar.devices) == ("decode-1", ("cuda:2",))
-    assert sidecar.environment["CUDA_VISIBLE_DEVICES"] == "2"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import msgspec
-import pytest
 
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.models import LaunchConfig
@@ -57,22 +56,6 @@ def test_engines_are_ranks_in_one_unit_and_a_server() -> None:
     command = ("-m", "pdlaunch.engine", "--name", "prefill-0/rank-0")
     assert planned.processes[0].command[2:] == command
     assert planned.processes[-1].ports == {"http": 8000}
-
-
-def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
-    sizes = {"prefill": {"tensor_parallel_size": 2}, "decode": {"tensor_parallel_size": 2}}
-    sizes["decode"]["replicas"] = 2
-    devices = [device for rank in ranks(plan(FOUR_GPUS, **sizes)) for device in rank.devices]
-    assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
-    assert resolved(config(**sizes), FOUR_GPUS).engines[-1].device_indices == (0, 1)
-
-
-@pytest.mark.parametrize(("num_cpus", "expected"), [(8, 2), (3, 1), (1, 1)])
-def test_cores_are_shared_evenly_and_every_rank_gets_one(num_cpus: int, expected: int) -> None:
-    sizes = {"prefill": {"replicas": 2}, "decode": {"tensor_parallel_size": 2}}
-    planned = ranks(plan(Machine(num_cpus=num_cpus), **sizes))
-    assert {rank.num_threads for rank in planned} == {expected}
-    assert {rank.environment["OMP_NUM_THREADS"] for rank in planned} == {str(expected)}
 
 
 def test_the_user_s_environment_and_the_engine_s_env_win() -> None:

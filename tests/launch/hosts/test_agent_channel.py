@@ -18,14 +18,12 @@ from msgspec.structs import replace
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.launch.hosts import agent_channel, agent_messages
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Joined, Lost, Told
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Joined, Lost
 from pdlaunch.launch.hosts.agent_messages import (
     AgentRefused,
     AgentWelcome,
     Beat,
     Join,
-    Printed,
-    Said,
     Session,
     from_agent,
     to_agent,
@@ -296,19 +294,6 @@ def test_a_session_that_the_supervisor_does_not_know_is_over(
     assert raw.hear(AgentRefused)
 
 
-def test_a_resumed_supervisor_finds_its_agents_again(
-    keys: JoinKeys, channel: AgentChannel, joined: Callable[..., Agent], tmp_path: Path
-) -> None:
-    agent = joined()
-    die(channel)
-    resumed = JoinKeys(server=keys.server, agents=keys.agents, port=port_of(channel))
-    with listening(resumed, tmp_path) as again:
-        assert isinstance(agent.end(), SessionLostError)
-        agent = Agent(keys.ticket(again.endpoint))
-        assert isinstance(next_event(again), Joined)
-        agent.stop()
-
-
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_an_agent_ends_when_its_supervisor_is_gone_and_another_program_may_be_in_its_place(
     frequent_beats: None,
@@ -394,17 +379,6 @@ def test_a_silent_agent_is_lost(keys: JoinKeys, tmp_path: Path) -> None:
         lost = next_event(channel)
     assert isinstance(lost, Lost)
     assert "silent" in lost.reason
-
-
-def test_what_processes_print_comes_to_the_folder_of_the_logs(
-    channel: AgentChannel, raw: RawAgent, tmp_path: Path
-) -> None:
-    raw.join()
-    for data in (b"one\n", b"two\n"):
-        raw.say(Printed(name="prefill-0", data=data))
-    raw.say(Said(name="prefill-0", frame=b""))
-    assert isinstance(next_event(channel), Told)
-    assert (tmp_path / "prefill-0").read_bytes() == b"one\ntwo\n"
 
 
 def test_a_port_that_another_supervisor_has_is_named(

@@ -94,8 +94,3 @@ def test_agents_of_ray_allow_the_program_of_the_launch(monkeypatch: pytest.Monke
         AgentActor(bundle.name, bundle.num_cpus, executables).start("tcp://a:1", "key")
     assert started[0][-2:] == ["--allow-executable", "/opt/vllm/bin/vllm"]
     assert "--allow-executable" not in started[1]
-
-
-def test_hosts_are_for_placement_hosts() -> None:
-    with pytest.raises(ConfigError, match="set placement to hosts"):
-        load_config(None, {}, {"placement": "ray", "hosts": "a,b"})
