@@ -30,7 +30,7 @@ class FakeHub:
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     needs_token: bool = False
     requests: list[str] = field(default_factory=list)
-    """The path of each."""
+    """Method and path of each."""
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def fake_hub(name: str, folder: Path) -> Iterator[FakeHub]:
 
 def _answer(hub: FakeHub, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
     path = unquote(urlsplit(request.path).path)
-    hub.requests.append(path)
+    hub.requests.append(f"{request.command} {path}")
     api, file = API.fullmatch(path), FILE.fullmatch(path)
     found = api or file
     if found is None or found[1] != hub.name:
