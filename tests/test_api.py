@@ -76,21 +76,13 @@ def test_a_configuration_is_loaded_checked_and_planned(file: Path) -> None:
     assert planned.engines("decode") == ["decode-0", "decode-1", "decode-2"]
 
 
-def test_a_plan_is_refused_as_the_start_would_be(file: Path) -> None:
-    config = pdlaunch.load_config(file, {"device": "cpu", "enable_cumem_allocator": True})
-    with pytest.raises(pdlaunch.ConfigError, match="PD202 enable_cumem_allocator") as raised:
-        pdlaunch.plan(config)
-    assert raised.value.field == "enable_cumem_allocator"
-    assert raised.value.fix is not None
-
-
 def test_what_is_wrong_is_told(file: Path) -> None:
     with pytest.raises(pdlaunch.ConfigError, match=r"prefill\.replicas"):
         pdlaunch.load_config(file, {"prefill.replicas": "many"})
-    nothing = pdlaunch.load_config(file, {"prefill.replicas": 0, "decode.replicas": 0})
-    assert not pdlaunch.check(nothing).is_ok()
-    with pytest.raises(pdlaunch.ConfigError, match="no engine"):
-        pdlaunch.plan(nothing)
+    config = pdlaunch.load_config(file, {"device": "cpu", "enable_cumem_allocator": True})
+    assert not pdlaunch.check(config).is_ok()
+    with pytest.raises(pdlaunch.ConfigError, match="PD202 enable_cumem_allocator"):
+        pdlaunch.plan(config)
 
 
 @pytest.fixture
@@ -140,7 +132,3 @@ def test_a_launch_has_a_url_only_while_it_runs(file: Path, started: dict[str, An
     launch = pdlaunch.Launch(pdlaunch.load_config(file))
     with pytest.raises(pdlaunch.PdlaunchError, match="inside the `with` block"):
         _ = launch.url
-    with launch:
-        assert launch.url
-    with pytest.raises(pdlaunch.PdlaunchError):
-        launch.output()

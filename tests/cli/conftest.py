@@ -13,6 +13,12 @@ from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
@@ -25,8 +31,6 @@ def model(tmp_path):
 @pytest.fixture
 def check(model, monkeypatch):
     """Run check-config on a healthy machine with a free port."""
-    for name in [name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
     monkeypatch.setattr(assume_module, "probe_machine", lambda: CPU)
     monkeypatch.setattr(probes, "probe_port", lambda host, port: PortState())

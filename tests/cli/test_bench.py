@@ -117,9 +117,10 @@ def test_an_address_for_a_deployment_of_its_own_is_refused() -> None:
     assert "--port: what is started here listens on a free port of 127.0.0.1" in result.stderr
 
 
-@pytest.mark.parametrize("ignored", [False, True], ids=["", "in a shell's background"])
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+    ("number", "ignored"),
+    # A shell lets SIGINT be ignored in its background.
+    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)],
 )
 @pytest.mark.processes
 def test_it_can_be_ended_quietly(server: FakeOpenAI, number: signal.Signals, ignored: bool) -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -8,23 +7,14 @@ from tests import command_line
 from tools.pages import settings_page
 
 
-@pytest.fixture
-def run(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("PDLAUNCH_")]:
-        monkeypatch.delenv(name)
-
-    def invoke(*arguments, **environ):
-        arguments = ["config", *map(str, arguments)]
-        result = command_line.invoke(arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environ})
-        assert result.exception is None or isinstance(result.exception, SystemExit), (
-            result.exception
-        )
-        return result
-
-    return invoke
+def run(*arguments, **environ):
+    arguments = ["config", *map(str, arguments)]
+    result = command_line.invoke(arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environ})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
 
 
-def test_show_names_every_origin(run, tmp_path):
+def test_show_names_every_origin(tmp_path):
     path = tmp_path / "deploy.yaml"
     path.write_text("block_size: 32\nenable_sleep_mode: true\n")
     values = json.loads(
@@ -48,7 +38,7 @@ def test_show_names_every_origin(run, tmp_path):
     assert "prefill.model" not in values
 
 
-def test_changed_shows_what_differs_from_the_defaults_and_where_it_came_from(run, tmp_path):
+def test_changed_shows_what_differs_from_the_defaults_and_where_it_came_from(tmp_path):
     path = tmp_path / "deploy.yaml"
     path.write_text("block_size: 32\nmax_num_seqs: 64\ndecode:\n  tensor_parallel_size: 2\n")
     arguments = ("show", path, "--changed", "--port", "9000", "--host", "127.0.0.1")
@@ -66,7 +56,7 @@ def test_changed_shows_what_differs_from_the_defaults_and_where_it_came_from(run
 
 
 @pytest.mark.parametrize("output", ["table", "json"])
-def test_show_hides_secrets(run, output):
+def test_show_hides_secrets(output):
     result = run(
         "show", "--format", output, PDLAUNCH_API_KEY="hunter2", PDLAUNCH_ENV__AWS_SECRET="hunter2"
     )

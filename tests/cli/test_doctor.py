@@ -101,16 +101,15 @@ def test_every_rule_of_the_doctor_is_seen_here() -> None:
     assert {*WRONG, "PD660", "PD661", "PD664"} == OF_RUNNING_ENGINES
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_an_address_at_which_decode_finds_itself(tmp_path: Path, host: str) -> None:
+def test_an_address_at_which_decode_finds_itself(tmp_path: Path) -> None:
     """Also where the canary has died of it."""
     for moves_bytes in (True, False):
         with serving(tmp_path, moves_bytes=moves_bytes) as (prefill, _, flags):
-            prefill.side_channel = (host, 5600)
+            prefill.side_channel = ("0.0.0.0", 5600)
             result = run(*flags, "--format", "json")
         assert result.exit_code == 1
         messages = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
-        assert f"to dial {host}" in messages["PD661"]
+        assert "to dial 0.0.0.0" in messages["PD661"]
         assert ("PD654" in messages) == (not moves_bytes)
 
 
@@ -128,15 +127,7 @@ def test_exact_tokens_are_compared_where_they_must_be_equal(tmp_path: Path) -> N
     with serving(tmp_path, garbles=True) as (_, _, flags):
         assert run(*flags).exit_code == 0
         result = run(*flags, "--exact")
-    assert result.exit_code == 1
-    assert "other KV blocks" in result.output
-
-
-def test_engines_that_are_not_there(tmp_path: Path) -> None:
-    gone = [f"--prefill=unix:{tmp_path / 'p'}", "--decode=http://127.0.0.1:1"]
-    result = run(*gone)
-    assert result.exit_code == 1
-    assert result.output.count("it does not answer") == 2
+    assert (result.exit_code, "other KV blocks" in result.output) == (1, True)
 
 
 def listed(*engines: tuple[str, str]) -> list[dict[str, str]]:

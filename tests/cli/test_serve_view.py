@@ -68,12 +68,8 @@ def printed(target: Console) -> str:
     return target.file.getvalue()
 
 
-@pytest.mark.parametrize("columns", [20, 40, 80])
-def test_the_line_of_a_start_fits_any_terminal(columns: int) -> None:
-    assert render_status(starting(40), 12.0, columns).cell_len <= columns
-
-
 def test_the_line_of_a_start_says_what_is_waited_for() -> None:
+    assert render_status(starting(40), 12.0, 20).cell_len <= 20
     said = render_status(starting(), 12.0, 200).plain
     doing = "prefill-0/rank-0: starting, loading weights 40%"
     assert said == f"starting · 12 s · 1 of 2 ready · {doing}"
@@ -134,17 +130,6 @@ def test_plain_lines_tell_each_change_once() -> None:
     )
     assert note.startswith("a very long note")
     assert "\x1b" not in printed(target)
-
-
-def test_notes_break_between_words_on_a_terminal() -> None:
-    note, narrow = (
-        "running requests get up to 30 s, a second Ctrl-C skips that",
-        console(40, terminal=True),
-    )
-    view_on(narrow, Router(None)).note(note)
-    shown = printed(narrow)
-    assert shown.split()[1:] == note.split()
-    assert max(len(line) for line in shown.splitlines()) <= 40
 
 
 def test_the_line_of_a_start_leaves_no_trace() -> None:

@@ -59,11 +59,6 @@ def test_the_only_one_is_meant(launches: Launches) -> None:
     assert socket_of(admin_api(base=launches.base)) == run_dir / ADMIN_SOCKET
 
 
-def test_none_is_there(launches: Launches) -> None:
-    assert "--url" in launches.why_not()
-    assert "--admin-api-key" in launches.why_not("http://127.0.0.1:8000")
-
-
 def test_several_are_told_apart_by_their_url(launches: Launches) -> None:
     first, second = launches.add("http://127.0.0.1:8000"), launches.add("http://[::1]:9000")
     assert "http://127.0.0.1:8000, http://[::1]:9000" in launches.why_not()
