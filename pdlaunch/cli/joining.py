@@ -10,7 +10,6 @@ import contextlib
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -285,7 +284,6 @@ def introduction(
         address=address,
         machine=machine,
         environ=recorded_environ(os.environ),
-        python=sys.executable,
         executables={
             name: find_engine_command(path, os.environ) for name, path in executables.items()
         },

@@ -49,7 +49,7 @@ from pdlaunch.launch.hosts.host import ProcessExited
 from pdlaunch.launch.hosts.join import JoinTicket
 from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.protocol.control import from_supervisor, to_supervisor
+from pdlaunch.protocol.control import Failed, from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.run_dirs import new_run_dir
@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 LOG_POLL_S = 0.25
 _PART_BYTES = 64 * 1024  # size of the parts in which logs are read
+_REFUSED = 126  # exit code of a process that this host does not start
 _MOST_PARTS = 16  # parts of one log at a time: what prints more must not keep heartbeats waiting
 
 MODULES = frozenset(("pdlaunch.engine", "pdlaunch.engine.server", "pdlaunch.launch.sidecar"))
@@ -246,9 +247,11 @@ class AgentSession:
         try:
             spec = permitted(message.spec, self.executables)
         except ConfigError as error:
-            name, incarnation = message.spec.name, message.incarnation
+            name = message.spec.name
             self.note(f"{name} is not started: {error}")
-            self._send(AgentRefused(reason=str(error), name=name, incarnation=incarnation))
+            failed = Failed(error=f"{self.join.name} does not start it: {error}")
+            self._send(Said(name=name, frame=to_supervisor.encode(failed)))
+            self._send(Exited(name=name, incarnation=message.incarnation, returncode=_REFUSED))
             return
         if self._host is None:
             self._host = self._local_host(message.bootstrap)
@@ -288,13 +291,14 @@ class AgentSession:
 
     def _tell_end(self, host: LocalHost, gone: ProcessExited) -> None:
         self._send_log(host, gone.name, to_the_end=True)
-        exited = Exited(
-            name=gone.name,
-            incarnation=gone.incarnation,
-            returncode=gone.returncode,
-            last_step=gone.last_step,
+        self._send(
+            Exited(
+                name=gone.name,
+                incarnation=gone.incarnation,
+                returncode=gone.returncode,
+                last_step=gone.last_step,
+            )
         )
-        self._send(exited)
 
     def _send_log(self, host: LocalHost, name: str, *, to_the_end: bool = False) -> None:
         """Send what a process has printed since the last time, in parts."""

@@ -28,7 +28,6 @@ class Join(Message):
     name: str  # name of the host
     address: str  # its address on the route to the supervisor
     machine: Machine
-    python: str  # the Python that it starts processes with, for people
     environ: dict[str, str] = {}  # the variables that rules read
     executables: dict[str, EngineCommand] = {}  # the programs of engines that it allows, by name
 
@@ -64,11 +63,9 @@ class Printed(Message):
 
 
 class AgentRefused(Message):
-    """Tells that the agent does not start a process, or answers Join: it is not let in."""
+    """Tells that an agent is not let in, or that its session is over."""
 
     reason: str
-    name: str = ""  # names the process; empty: the agent itself is refused
-    incarnation: int = 0
 
 
 class Leave(Message):
@@ -77,7 +74,7 @@ class Leave(Message):
     reason: str
 
 
-FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave
+FromAgent = Join | Beat | Exited | Said | Printed | Leave
 
 
 class AgentWelcome(Message):

@@ -11,18 +11,15 @@ import zmq
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Joined, Lost, Told
-from pdlaunch.launch.hosts.agent_messages import AgentRefused, Exited, Said, Send, Signal, Spawn
+from pdlaunch.launch.hosts.agent_messages import Exited, Said, Send, Signal, Spawn
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.protocol.control import Failed, FromSupervisor, from_supervisor, to_supervisor
+from pdlaunch.protocol.control import FromSupervisor, from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.step_record import LastStep
 
 logger = logging.getLogger(__name__)
-
-_CANNOT_START = 126
 
 
 class HostGroup(LocalHost):
@@ -99,31 +96,25 @@ class HostGroup(LocalHost):
                             name, incarnation, -signal.SIGKILL, lost_with=f"{host} ({reason})"
                         )
                         self._exits.append(exited)
-            case Told(name=host, message=Said() | Exited() | AgentRefused() as message):
+            case Told(name=host, message=Said() | Exited() as message):
                 spawned = self._spawned.get(message.name)
                 # An agent speaks for the processes of its host alone.
                 if spawned is None or spawned.spec.host != host:
                     logger.warning("%s reported %r, which is not there", host, message.name[:80])
                 else:
-                    self._heard(spawned, message)
+                    self._heard(host, message)
             case Told():
                 pass
 
-    def _heard(self, spawned: Spawn, message: Said | Exited | AgentRefused) -> None:
-        name, host = spawned.spec.name, spawned.spec.host
-        last_step = LastStep()
+    def _heard(self, host: str, message: Said | Exited) -> None:
+        name = message.name
         match message:
             case Said(frame=frame):
                 try:
                     self._messages.append(MessageReceived(name, to_supervisor.decode(frame)))
                 except ProtocolError:
                     logger.warning("malformed message from %r on %s", name, host)
-                return
             case Exited(incarnation=incarnation, returncode=returncode, last_step=last_step):
-                pass
-            case AgentRefused(incarnation=incarnation, reason=reason):
-                error = f"{host} does not start it: {reason}"
-                self._messages.append(MessageReceived(name, Failed(error=error)))
-                returncode = _CANNOT_START
-        del self._spawned[name]
-        self._exits.append(ProcessExited(name, incarnation, returncode, last_step=last_step))
+                del self._spawned[name]
+                exited = ProcessExited(name, incarnation, returncode, last_step=last_step)
+                self._exits.append(exited)

@@ -35,7 +35,7 @@ from pdlaunch.protocol.sockets import SecureContext
 from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 60.0
-HELLO = Join(name="a", address="127.0.0.1", machine=Machine(), python="python")
+HELLO = Join(name="a", address="127.0.0.1", machine=Machine())
 HELLO_OF_B = replace(HELLO, name="b")
 STRANGER_WAIT_S = 0.2  # several times as long as it takes an agent to join
 

@@ -136,6 +136,17 @@ def test_a_process_speaks_ends_and_its_log_comes_here(launch: Launch) -> None:
     assert "no-model" in launch.host.log_path("prefill-0").read_text()
 
 
+def test_what_the_host_does_not_permit_fails_with_the_reason(launch: Launch) -> None:
+    command = ("/bin/sh", "-c", "id")
+    spec = ProcessSpec(name="decode-0", kind="server", unit="u", host="a", command=command)
+    launch.spawn(spec=spec)
+    message, *_, gone = launch.until(ProcessExited)
+    assert isinstance(message, MessageReceived)
+    assert isinstance(message.message, Failed)
+    assert "a does not start it: an agent starts no server with /bin/sh" in message.message.error
+    assert gone == ProcessExited("decode-0", 1, 126)
+
+
 def test_a_killed_agent_takes_its_processes_along_and_they_are_told_lost(launch: Launch) -> None:
     launch.spawn(2)
     launch.host.signal("prefill-0", signal.SIGKILL)

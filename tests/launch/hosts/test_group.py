@@ -11,11 +11,11 @@ import pytest
 import zmq
 
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Lost, Told
-from pdlaunch.launch.hosts.agent_messages import AgentRefused, Exited, FromAgent, Said
+from pdlaunch.launch.hosts.agent_messages import Exited, FromAgent, Said
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.protocol.control import Failed, Ready, to_supervisor
+from pdlaunch.protocol.control import Ready, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.step_record import LastStep
@@ -97,11 +97,3 @@ def test_an_agent_speaks_for_the_processes_of_its_host_alone(hosts: Hosts) -> No
     hosts.tell("a", Said(name=NAME, frame=b"\xff"))
     hosts.tell("a", said)
     assert hosts.group.messages() == [MessageReceived(NAME, Ready())]
-
-
-def test_a_process_that_is_refused_fails_with_the_reason(hosts: Hosts) -> None:
-    hosts.spawn("a")
-    exits = hosts.tell("a", AgentRefused(reason="not allowed", name=NAME, incarnation=1))
-    assert exits == [ProcessExited(NAME, 1, 126)]
-    failed = Failed(error="a does not start it: not allowed")
-    assert hosts.group.messages() == [MessageReceived(NAME, failed)]
