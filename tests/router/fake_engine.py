@@ -66,8 +66,6 @@ class FakeEngine:
         self.padding = ""
         self.ignored_fields: str | None = None
         self.healthy = True
-        self.probed = asyncio.Event()
-        self.hands_over = True
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
         self.host = ""
         self.devices: tuple[str, ...] = ()
@@ -86,7 +84,6 @@ class FakeEngine:
                 web.post("/v1/completions", self._generate),
                 web.post("/v1/chat/completions", self._generate),
                 web.get("/v1/models", self._models),
-                web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
                 web.post("/tokenize", self._tokenize),
@@ -278,10 +275,6 @@ class FakeEngine:
         return web.json_response(
             {"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
         )
-
-    async def _health(self, request: web.Request) -> web.Response:
-        self.probed.set()
-        return web.Response(status=200 if self.healthy else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         await self.tells_metrics.wait()

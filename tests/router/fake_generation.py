@@ -143,7 +143,7 @@ class Job:
         return answer
 
     def handed_over(self) -> dict[str, Any] | None:
-        if not self.engine.hands_over or all(token_ids[-1] == EOS for token_ids in self.told):
+        if all(token_ids[-1] == EOS for token_ids in self.told):
             return None
         return self._lease([token_ids[0] for token_ids in self.told])
 
