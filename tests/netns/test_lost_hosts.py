@@ -101,6 +101,9 @@ def test_engines_survive_agents_links_and_the_supervisor(
         assert network["b"].processes() == []
         assert tokens(launch) is None, "an error, and no wrong answer"
         network.set_link("b")
+        # The other supervisor has removed the join file of its host.
+        network["c"].file(JOIN).touch(0o600)
+        network["c"].file(JOIN).write_bytes(network["b"].file(JOIN).read_bytes())
         for name in ("b", "c"):
             start_agent(launch, stack, name)
         wait_for(lambda: len(places(launch)) == 2, launch, "not back")
