@@ -175,15 +175,6 @@ def _models_of(sides: _Pair) -> Found | None:
     return Found(f"prefill loads {prefill}, decode {decode}") if prefill != decode else None
 
 
-def _block_sizes(sides: _Pair) -> Found | None:
-    prefill, decode = (side.block_size for side in sides)
-    on_gpus = all(side.device == "cuda" for side in sides)
-    if prefill == decode or (on_gpus and prefill and decode and decode % prefill == 0):
-        return None
-    sizes = [str(size or "what vLLM chooses") for size in (prefill, decode)]
-    return Found(f"block_size of prefill is {sizes[0]}, of decode {sizes[1]}")
-
-
 def _tp_sizes(sides: _Pair) -> Found | None:
     prefill, decode = (side.tp_size for side in sides)
     sizes = f"prefill has {prefill} ranks an engine, decode {decode}"
@@ -302,11 +293,6 @@ RULES = (
         "Its handshake compares the path or name of the model, even where the files are the same.",
         over=vllm_pair, when=_models_of, at="model",
         fix="Set model once, at the top level.", source=_HANDSHAKE),
-    error("PD622", "The block sizes of prefill and decode do not fit.",
-        "Decode on a GPU reads blocks that are a part of its own; on a CPU they must be equal. A "
-        "side without block_size takes what vLLM chooses.",
-        over=vllm_pair, when=_block_sizes, at="block_size",
-        fix="Set block_size once, at the top level.", source=_HANDSHAKE),
     error("PD625", "A flag that shapes KV blocks differs between prefill and decode.",
         "Layout, dtype and meaning of the bytes follow from backend, quantization and cache "
         "settings. A drafting model has KV blocks of its own; an engine without the adapter that "

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdlaunch.checks.context import Context, pair, peers
-from pdlaunch.checks.rule import Found, error, warning
-from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.checks.rule import Found, error
 from pdlaunch.planning.role_engines import RoleEngines
 
 KV_LAYOUT = "pdlaunch's KV layout and handshake."
@@ -18,22 +17,26 @@ _SHAPE = (
 _Pair = tuple[RoleEngines, RoleEngines]
 
 
-def _shapes(sides: _Pair) -> tuple[ModelShape, ModelShape] | None:
-    prefill, decode = (side.shape for side in sides)
-    return (prefill, decode) if prefill is not None and decode is not None else None
-
-
 def _different_shapes(sides: _Pair) -> str:
-    if (shapes := _shapes(sides)) is None:
+    prefill, decode = (side.shape for side in sides)
+    if prefill is None or decode is None:
         return ""
     # Field by field, so that the message names what differs and not two long tuples.
-    values = ((name, *(getattr(shape, name) for shape in shapes)) for name in _SHAPE)
+    values = ((name, getattr(prefill, name), getattr(decode, name)) for name in _SHAPE)
     differing = [f"{name} ({left}, {right})" for name, left, right in values if left != right]
-    prefill, decode = (shape.layer_windows for shape in shapes)
-    if not differing and prefill != decode:
-        windows = [", ".join(sorted({str(size) for size in side})) for side in (prefill, decode)]
-        differing = [f"layer windows ({'; '.join(windows)}), or give them to other layers"]
+    if not differing and prefill.layer_windows != decode.layer_windows:
+        differing = ["the windows of layers"]
     return f"prefill and decode differ in {', '.join(differing)}" if differing else ""
+
+
+def _block_sizes(sides: _Pair) -> Found | None:
+    prefill, decode = (side.block_size for side in sides)
+    # vLLM on GPUs reads blocks that are a part of its own.
+    may_be_parts = all(side.device == "cuda" and not side.is_native for side in sides)
+    if prefill == decode or (may_be_parts and prefill and decode and decode % prefill == 0):
+        return None
+    sizes = [str(size or "what vLLM chooses") for size in (prefill, decode)]
+    return Found(f"block_size of prefill is {sizes[0]}, of decode {sizes[1]}")
 
 
 def _same_folder(left: str | None, right: str | None) -> bool:
@@ -70,38 +73,19 @@ RULES = (
         "counterpart.",
         over=pair, when=_different_shapes, at="model",
         fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",), on_vllm=True),
-    warning("PD302", "Prefill and decode load their model from different folders.",
-        "The shapes are equal, but another revision has other weights: the handshake compares the "
-        "weights and refuses the pair, after both engines have loaded them.",
-        over=pair,
-        when=lambda it: it[0].shape == it[1].shape
-        and not _same_folder(it[0].model.path, it[1].model.path), at="model",
-        message="prefill serves {0.model.path}, decode {1.model.path}",
-        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",)),
     error("PD303", "Prefill and decode use different dtypes.",
         "KV blocks are handed over as bytes: in another dtype they are other numbers.",
         over=pair,
         when=lambda it: it[0].dtype and it[1].dtype and it[0].dtype != it[1].dtype and Found(),
         at="dtype", message="prefill computes in {0.dtype}, decode in {1.dtype}",
         fix="Set dtype once, at the top level.", source=KV_LAYOUT, on_vllm=True),
-    error("PD304", "Prefill and decode use different block sizes.",
-        "Blocks are handed over whole, and their hashes chain over block_size tokens each.",
-        over=pair, when=lambda it: it[0].settings.block_size != it[1].settings.block_size,
-        at="block_size",
-        message="prefill has blocks of {0.settings.block_size} tokens, decode of "
-        "{1.settings.block_size}",
-        fix="Set block_size once, at the top level.", source=KV_LAYOUT),
-    warning("PD307", "The tensor-parallel sizes of prefill and decode do not divide each other.",
-        "Every decode rank then reads pieces of several prefill ranks, with a transfer and a "
-        "lease for each: more and smaller reads.",
-        over=pair,
-        when=lambda it: it[0].tp_size % it[1].tp_size and it[1].tp_size % it[0].tp_size and Found(),
-        at="tensor_parallel_size",
-        message="prefill has {0.tp_size} ranks an engine, decode {1.tp_size}: each decode rank "
-        "reads from several prefill ranks",
-        fix="Choose sizes of which one divides the other.",
-        source="NIXL 1.5.1 between two H200s: 64 KiB pieces move at 10.4 GB/s where 8 MiB pieces "
-        "move at 296 GB/s (measured)."),
+    error("PD304", "The block sizes of prefill and decode do not fit.",
+        "Blocks are handed over whole, and their hashes chain over block_size tokens each. Decode "
+        "of vLLM on a GPU reads blocks that are a part of its own, too; a side of vLLM without "
+        "block_size takes what vLLM chooses.",
+        over=pair, when=_block_sizes, at="block_size",
+        fix="Set block_size once, at the top level.",
+        source=f"{KV_LAYOUT} vLLM 0.32: _validate_remote_agent_handshake.", on_vllm=True),
     error("PD309", "Prefill accepts longer requests than decode.",
         "Prefill computes a prompt that decode then refuses: the work is lost and the client gets "
         "an error late.",

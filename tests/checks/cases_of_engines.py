@@ -129,10 +129,6 @@ CASES: dict[str, Case] = {
     "PD620": Case(
         [vllm(paths=("/a", "/b"))], [vllm(paths=("/a", "/a")), on(CPU, paths=("/a", "/b"))]
     ),
-    "PD622": Case(
-        [vllm(decode__block_size=64), vllm(GPU, block_size=64, decode__block_size=32)],
-        [vllm(GPU, block_size=32, decode__block_size=64), vllm(block_size=64)],
-    ),
     "PD625": Case(
         [
             differing(dcp=2),

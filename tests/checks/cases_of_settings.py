@@ -65,10 +65,6 @@ CASES: dict[str, Case] = {
             on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, eos_token_ids=(7,)))),
         ],
     ),
-    "PD302": Case(
-        [on(CPU, paths=("/models/a", "/models/b"))],
-        [on(CPU, paths=("/models/a", "/models/x/../a"))],
-    ),
     "PD316": Case(
         [
             on(CPU, prefill__replicas=1, both__replicas=1, shapes=(SHAPE, SMALL_SHAPE)),
@@ -85,11 +81,16 @@ CASES: dict[str, Case] = {
         [on(GPU, decode__dtype="bfloat16"), on(CPU, dtype="float32")],
     ),
     "PD304": Case(
-        [on(CPU, decode__block_size=32)], [on(CPU, block_size=32, decode__block_size=32)]
-    ),
-    "PD307": Case(
-        [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=3)],
-        [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=4)],
+        [
+            on(CPU, decode__block_size=32),
+            on(CPU, engine="vllm", decode__block_size=64),
+            on(GPU, engine="vllm", block_size=64, decode__block_size=32),
+        ],
+        [
+            on(CPU, block_size=32, decode__block_size=32),
+            on(GPU, engine="vllm", block_size=32, decode__block_size=64),
+            on(CPU, engine="vllm", block_size=64),
+        ],
     ),
     "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
     "PD314": Case(
