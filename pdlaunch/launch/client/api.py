@@ -14,6 +14,7 @@ import re
 import socket
 import time
 import urllib.parse
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,13 @@ class Api:
 
     def metrics(self) -> dict[str, float]:
         """Return the samples of ``/metrics``, summed over their labels."""
-        status, page = self.get("/metrics")
-        totals: dict[str, float] = {}
-        for line in page.splitlines():
-            if line and not line.startswith("#"):
-                sample, _, value = line.rpartition(" ")
-                name = sample.split("{")[0]
-                try:
-                    totals[name] = totals.get(name, 0.0) + float(value)
-                except ValueError:
-                    raise self._stranger("/metrics", status, "a line is no sample") from None
+        # Imported here: most commands read no metrics, and would wait for it.
+        from prometheus_client.parser import text_string_to_metric_families
+
+        totals: defaultdict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                totals[sample.name] += sample.value
         return totals
 
     def _object(self, path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:

@@ -69,10 +69,6 @@ class Check(msgspec.Struct, frozen=True):
     failure: str | None = None
 
 
-class _Failure(Exception):
-    """A check did not hold; the message says why."""
-
-
 def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     """Run all checks against a running launch of this user. ``exact``: it computes in float32."""
     # Pairs are what is to be proven, however little a prompt alone would cost.
@@ -113,7 +109,7 @@ def _check(name: str, run: Callable[[], None]) -> Check:
     failure = None
     try:
         run()
-    except (_Failure, PdlaunchError, KeyError, ValueError) as error:
+    except (PdlaunchError, KeyError, ValueError) as error:
         failure = str(error) or repr(error)
     return Check(name, round(time.monotonic() - start_at, 3), failure)
 
@@ -133,7 +129,7 @@ def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
     body |= {"logprobs": 1, "return_token_ids": True, **fields}
     status, answer = api.post("/v1/completions", body)
     if status != 200:
-        raise _Failure(f"HTTP {status}: {error_message(answer)}")
+        raise PdlaunchError(f"HTTP {status}: {error_message(answer)}")
     choice = answer["choices"][0]
     return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
 
@@ -144,16 +140,16 @@ def _equal(judged: list[tuple[int, float]], alone: list[tuple[int, float]], *, e
     for number, ((token, logprob), (other, other_logprob)) in enumerate(pairs, 1):
         apart = abs(logprob - other_logprob)
         if exact and token != other:
-            raise _Failure(f"tokens differ from number {number} on: {lengths}")
+            raise PdlaunchError(f"tokens differ from number {number} on: {lengths}")
         if not exact and apart > SMOKE_LOGPROB_TOLERANCE:
-            raise _Failure(
+            raise PdlaunchError(
                 f"logprobs differ by {apart:.3g} at number {number}, and may by "
                 f"{SMOKE_LOGPROB_TOLERANCE}: {lengths}"
             )
         if token != other:
             return
     if len(judged) != len(alone):
-        raise _Failure(f"one answer is longer: {lengths}")
+        raise PdlaunchError(f"one answer is longer: {lengths}")
 
 
 def _compare_stream(router: Api) -> None:
@@ -163,7 +159,7 @@ def _compare_stream(router: Api) -> None:
     events = [json.loads(line[5:]) for line in lines if line.startswith("data: {")]
     streamed = "".join(choice["text"] for event in events for choice in event.get("choices", []))
     if streamed != whole:
-        raise _Failure(
+        raise PdlaunchError(
             f"the stream has {len(streamed)} characters, the whole answer {len(whole)}, and they "
             "differ"
         )
@@ -177,7 +173,7 @@ def _moved(engines: Collection[Api], kind: str, before: float) -> None:
     deadline_at = time.monotonic() + _IDLE_TIMEOUT_S
     while _pulled_bytes(engines, kind) <= before:
         if time.monotonic() > deadline_at:
-            raise _Failure(
+            raise PdlaunchError(
                 "no KV byte was pulled: every prompt was recomputed by the decode engines"
             )
         time.sleep(_POLL_S)
@@ -186,7 +182,7 @@ def _moved(engines: Collection[Api], kind: str, before: float) -> None:
 def _idle(admin: Api) -> None:
     left = await_idle(admin, timeout_s=_IDLE_TIMEOUT_S)
     if left:
-        raise _Failure(f"still there after {_IDLE_TIMEOUT_S:.0f} s: {'; '.join(left)}")
+        raise PdlaunchError(f"still there after {_IDLE_TIMEOUT_S:.0f} s: {'; '.join(left)}")
 
 
 def engines_of(router: Api) -> list[dict[str, Any]]:
@@ -218,7 +214,10 @@ def _left(admin: Api) -> list[str]:
         for metric in _VLLM_MUST_BE_ZERO
         if (value := admin.engine(name).metrics()[metric])
     ]
-    for report in _reports(admin):
+    status, answer = admin.get_object("/pdlaunch/integrity")
+    if "engines" not in answer:
+        raise PdlaunchError(f"the router does not tell its engines: HTTP {status}: {answer}")
+    for report in answer["engines"]:
         engine = report["engine"]
         if engine in of_vllm:
             continue
@@ -231,12 +230,3 @@ def _left(admin: Api) -> list[str]:
         if free != total:
             left.append(f"{engine}: {free} of {total} blocks are free")
     return left
-
-
-def _reports(admin: Api) -> list[dict[str, Any]]:
-    """Return the integrity check of each engine that was not given up. Raises PdlaunchError."""
-    status, answer = admin.get_object("/pdlaunch/integrity")
-    if "engines" not in answer:
-        raise PdlaunchError(f"the router does not tell its engines: HTTP {status}: {answer}")
-    reports: list[dict[str, Any]] = answer["engines"]
-    return reports

@@ -91,14 +91,6 @@ def test_a_body_of_another_form_is_told(status: bytes, body: bytes, what_is_wron
     assert why_not(status + with_length(body)) == said
 
 
-def test_metrics_that_are_none_are_told() -> None:
-    with (
-        answering(lambda connection: connection.sendall(OK + with_length(b"<html>"))) as url,
-        pytest.raises(PdlaunchError, match=r"/metrics answers HTTP 200.*: a line is no sample"),
-    ):
-        Api(url, timeout_s=PATIENCE_S).metrics()
-
-
 @pytest.mark.parametrize("end", ["\r", "\n", "\u20ac", "\0"])
 def test_a_key_that_no_header_can_hold_is_an_error_that_does_not_show_it(end: str) -> None:
     with pytest.raises(PdlaunchError, match=r"the key for .* holds a") as caught:

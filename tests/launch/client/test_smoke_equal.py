@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.launch.client.smoke import SMOKE_LOGPROB_TOLERANCE, _equal, _Failure
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.smoke import SMOKE_LOGPROB_TOLERANCE, _equal
 
 ALONE = [(105, -0.5), (106, -1.0), (107, -2.0)]
 NEAR = [(token, logprob + SMOKE_LOGPROB_TOLERANCE / 2) for token, logprob in ALONE]
@@ -31,5 +32,5 @@ def test_equal(pair: list[tuple[int, float]], exact: bool) -> None:
     ],
 )
 def test_different(pair: list[tuple[int, float]], exact: bool, reason: str) -> None:
-    with pytest.raises(_Failure, match=reason):
+    with pytest.raises(PdlaunchError, match=reason):
         _equal(pair, ALONE, exact=exact)
