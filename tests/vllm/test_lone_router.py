@@ -37,12 +37,11 @@ def listing(**decodes: str) -> str:
 def router(
     urls: dict[str, str], engines_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    folder = Path(urls["decode-0"].removeprefix("unix:")).parent
     engines_file.write_text(listing(first=urls["decode-0"]))
     with running_router(
         (
-            *("--engine", "vllm", "--engine-urls", f"unix:{folder}"),
-            *("--prefill", urls["prefill-0"], "--engines-file", str(engines_file)),
+            *("--engine", "vllm", "--prefill", urls["prefill-0"]),
+            *("--engines-file", str(engines_file)),
             *("--drain-timeout", "240"),
         ),
         clean_environ(),
