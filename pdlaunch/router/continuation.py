@@ -102,7 +102,10 @@ def _has_media(messages: msgspec.Raw | None) -> bool:
 
 
 async def begin_continuation(
-    prompt: PromptRequest, transcript: Transcript, detokenize: Detokenize
+    prompt: PromptRequest,
+    transcript: Transcript,
+    detokenize: Detokenize,
+    max_model_len: int | None,
 ) -> Continuation:
     """Return the continuation of an answer whose engine has died.
 
@@ -113,7 +116,7 @@ async def begin_continuation(
         if prompt.body.get("return_token_ids"):
             raise LookupError("half a character")
         transcript.drop_tokens(num_tokens)
-    return Continuation(prompt, transcript, text)
+    return Continuation(prompt, transcript, text, max_model_len)
 
 
 async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[str, int]:
@@ -141,18 +144,21 @@ async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[st
 class Continuation:
     """Turns the next engine's answer into further chunks of the client's answer.
 
-    ``text``: the text of the transcript's tokens; the client may lack the end of it.
+    ``text``: the text of the transcript's tokens; the client may lack the end of it. ``body``: what
+    /v1/completions is asked. Raises LookupError when no limit of tokens is known.
     """
 
-    def __init__(self, prompt: PromptRequest, transcript: Transcript, text: str) -> None:
+    def __init__(
+        self, prompt: PromptRequest, transcript: Transcript, text: str, max_model_len: int | None
+    ) -> None:
         self._prompt = prompt
         self._prompt_token_ids = transcript.prompt_token_ids
         # A copy: the transcript grows while the next engine answers.
         self._output_token_ids = list(transcript.output_token_ids)
         self._untold = text[len(transcript.text) :]
+        self.body = self._body(max_model_len)
 
-    def body(self, max_model_len: int | None) -> bytes:
-        """Return the body for /v1/completions. Raises LookupError when no limit is known."""
+    def _body(self, max_model_len: int | None) -> bytes:
         body, limit = self._prompt.body, self._prompt.max_tokens
         num_tokens = len(self._output_token_ids)
         if limit is None and self._prompt.endpoint.is_chat:
@@ -173,8 +179,8 @@ class Continuation:
         }
         return msgspec.json.encode(passed | own)
 
-    def take(self, chunk: Chunk) -> Chunk:
-        """Return the chunk as one of the first engine's. Raises LookupError, TypeError."""
+    def take(self, chunk: Chunk) -> None:
+        """Make the chunk one of the first engine's. Raises LookupError, TypeError."""
         usage = chunk.get("usage")
         if usage is not None:
             num_tokens = len(self._output_token_ids)
@@ -191,4 +197,3 @@ class Continuation:
                 choice["delta"] = {"content": text}
             else:
                 choice["text"] = text
-        return chunk

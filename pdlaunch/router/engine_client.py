@@ -213,6 +213,25 @@ class EngineStream:
         raise EngineFailure(self._engine, reason, may_return=may_return, error=told or {})
 
 
+class WholeAnswer:
+    """Reads a whole answer as a stream of one chunk, with all of its fields."""
+
+    has_more = False
+    report: object = None
+
+    def __init__(self, answer: Answer, raw: bytes) -> None:
+        self.ignored_fields = _ignored_fields(answer)
+        chunk: Chunk = msgspec.json.decode(raw)
+        chunk.pop("kv_transfer_params", None)
+        for choice in chunk["choices"]:
+            if "message" in choice:
+                choice["delta"] = choice.pop("message")
+        self._chunks = [chunk]
+
+    async def next_chunk(self) -> Chunk | None:
+        return self._chunks.pop() if self._chunks else None
+
+
 class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
@@ -256,25 +275,34 @@ class EngineClient:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> AsyncIterator[EngineStream]:
+        self,
+        engine: Engine,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        is_whole: bool = False,
+    ) -> AsyncIterator[EngineStream | WholeAnswer]:
         """Open a stream (status 200); leaving the block early aborts it at the engine.
 
-        Raises EngineFailure and EngineRefusal.
+        ``is_whole``: the answer is no stream. Raises EngineFailure and EngineRefusal.
         """
         async with _while_it_lives(engine):
             answer = await self._post(engine, path, body, headers)
             try:
-                if answer.status != 200:
+                stream: EngineStream | WholeAnswer = EngineStream(engine, answer)
+                if is_whole or answer.status != 200:
                     with blames(engine):
-                        _refuse_error(engine, answer, await answer.read())
-                yield (stream := EngineStream(engine, answer))
+                        raw = await answer.read()
+                        _refuse_error(engine, answer, raw)
+                        stream = WholeAnswer(answer, raw)
+                yield stream
             except BaseException:
                 answer.close()
                 raise
             # A connection with something left to read serves no other call, and closing it is how
             # the engine learns that nobody reads.
-            if stream.is_done:
+            if isinstance(stream, EngineStream) and stream.is_done:
                 answer.leave()
             else:
                 answer.close()

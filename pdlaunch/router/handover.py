@@ -162,13 +162,3 @@ def chunks_of_answer(
             choice["finish_reason"] = None
         chunks.append(head | {"choices": [choice]})
     return chunks
-
-
-def whole_chunk(raw: bytes) -> Chunk:
-    """Return a whole answer as one chunk, with all of its fields. Raises as ``Handover`` does."""
-    answer: dict[str, Any] = msgspec.json.decode(raw)
-    answer.pop("kv_transfer_params", None)
-    for choice in answer["choices"]:
-        if "message" in choice:
-            choice["delta"] = choice.pop("message")
-    return answer

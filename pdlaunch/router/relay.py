@@ -25,17 +25,18 @@ from pdlaunch.observe.spans import PULL
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
-from pdlaunch.router.continuation import StreamLostError, begin_continuation, obstacle
+from pdlaunch.router.continuation import Continuation, StreamLostError, begin_continuation, obstacle
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import (
     Chunk,
     EngineFailure,
     EngineRefusal,
     EngineStream,
+    WholeAnswer,
     blames,
     refuse_broken,
 )
-from pdlaunch.router.handover import Handover, whole_chunk
+from pdlaunch.router.handover import Handover
 from pdlaunch.router.policy import Hop, Route, RoutingRequest, no_engine_ready
 from pdlaunch.router.request_record import EngineCall, RequestRecord
 from pdlaunch.router.state import RouterState
@@ -255,33 +256,47 @@ class Relay:
         """Stream from one engine, which pulls the prompt, goes on after tokens, or does all."""
         attempt, prompt = self._num_decode_attempts, self._prompt
         self._num_decode_attempts += 1
+        is_vllm, continuation = engine.capabilities.is_vllm, None
         if self._must_resume:
             self._state.metrics.count("migrations")
             logger.info("goes on at %s after %d tokens", engine.name, self.transcript.num_tokens)
-            if engine.capabilities.is_vllm:
-                await self._continue_at(engine, attempt)
-                return
-        extra = self._extra(engine)
+            continuation = await self._continuation(engine) if is_vllm else None
+        extra = {} if continuation else self._extra(engine)
         params = extra.get("kv_transfer_params", {})
         lease = self._lease if params.get("do_remote_prefill") else None
         if lease is not None:
             self._pulls_from = lease.engine
             self._record.kv_path = self._state.pool.path(lease.engine, engine)
-        is_whole = engine.capabilities.is_vllm and not prompt.is_stream
-        body, headers = prompt.decode_body(extra, is_whole=is_whole), self._headers(attempt)
+        # Streams of vLLM lack some fields of whole answers.
+        is_whole = is_vllm and not prompt.is_stream
+        body = continuation.body if continuation else prompt.decode_body(extra, is_whole=is_whole)
+        path = COMPLETIONS.path if continuation else prompt.endpoint.path
+        computes = not extra and continuation is None
         with (
-            self._work(engine, computes=not extra, num_streams=prompt.num_choices) as begin,
+            self._work(engine, computes=computes, num_streams=prompt.num_choices) as begin,
             self._record.call("decode", engine.name) as call,
         ):
-            if is_whole:
-                await self._ask_whole(engine, body, headers, lease, call)
-            else:
-                async with self._state.client.stream(
-                    engine, prompt.endpoint.path, body, headers
-                ) as stream:
-                    self._answer.ignores(stream.ignored_fields)
-                    await self._relay(engine, stream, lease, call, begin)
+            async with self._state.client.stream(
+                engine, path, body, self._headers(attempt), is_whole=is_whole
+            ) as stream:
+                self._answer.ignores(stream.ignored_fields)
+                # The time of a whole answer says nothing about the engine's speed with prompts.
+                begin_at_token = None if is_whole else begin
+                await self._relay(engine, stream, lease, call, begin_at_token, continuation)
         self._state.pool.served(engine, self._routing_request(), self.transcript.num_tokens)
+
+    async def _continuation(self, engine: Engine) -> Continuation:
+        """Have an engine of vLLM continue after the tokens so far, which it gets as a prompt."""
+        prompt, client = self._prompt, self._state.client
+        detokenize = partial(
+            client.detokenize, engine, prompt.body.get("model"), headers=prompt.headers
+        )
+        try:
+            return await begin_continuation(
+                prompt, self.transcript, detokenize, engine.max_model_len
+            )
+        except LookupError as error:
+            raise self._lost(engine, str(error.args[0])) from error
 
     def _extra(self, engine: Engine) -> dict[str, Any]:
         """Return what a decode engine is given besides the client's body."""
@@ -295,10 +310,11 @@ class Relay:
     async def _relay(
         self,
         engine: Engine,
-        stream: EngineStream,
+        stream: EngineStream | WholeAnswer,
         lease: Handover | None,
         call: EngineCall,
-        begin: Callable[[], None],
+        begin: Callable[[], None] | None,
+        continuation: Continuation | None,
     ) -> None:
         """Send the client everything that the engine sends.
 
@@ -314,6 +330,10 @@ class Relay:
                 call.counts(usage)
                 if lease is not None:
                     lease.check_pulled(engine, chunk)
+            if continuation is not None:
+                with blames(engine):
+                    refuse_broken(engine, chunk)
+                    continuation.take(chunk)
             await self._tell(engine, chunk, more_follows=stream.has_more, begin=begin)
         call.hear(stream.report, self._record.log.clock())
         if lease is not None:
@@ -321,52 +341,6 @@ class Relay:
             self._state.pool.pulled(lease.engine, engine, ok=not has_failed)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
-
-    async def _ask_whole(
-        self,
-        engine: Engine,
-        body: bytes,
-        headers: dict[str, str],
-        lease: Handover | None,
-        call: EngineCall,
-    ) -> None:
-        """Get the answer whole from the engine: streams lack some of its fields."""
-        path = self._prompt.endpoint.path
-        answer, ignored = await self._state.client.ask(engine, path, body, headers)
-        self._answer.ignores(ignored)
-        with blames(engine):
-            chunk = whole_chunk(answer)
-        call.counts(chunk.get("usage"))
-        if lease is not None:
-            lease.pulled()
-            lease.check_pulled(engine, chunk)
-        await self._tell(engine, chunk)
-
-    async def _continue_at(self, engine: Engine, attempt: int) -> None:
-        """Have the engine continue after the tokens so far, which it gets as a prompt."""
-        prompt, client = self._prompt, self._state.client
-        detokenize = partial(
-            client.detokenize, engine, prompt.body.get("model"), headers=prompt.headers
-        )
-        try:
-            continuation = await begin_continuation(prompt, self.transcript, detokenize)
-            body = continuation.body(engine.max_model_len)
-        except LookupError as error:
-            raise self._lost(engine, str(error.args[0])) from error
-        with (
-            self._work(engine, computes=False, num_streams=1) as begin,
-            self._record.call("decode", engine.name),
-        ):
-            headers = self._headers(attempt)
-            async with client.stream(engine, COMPLETIONS.path, body, headers) as stream:
-                while (chunk := await stream.next_chunk()) is not None:
-                    with blames(engine):
-                        refuse_broken(engine, chunk)
-                        continued = continuation.take(chunk)
-                    await self._tell(engine, continued, begin=begin)
-            if not self.transcript.is_done:
-                raise EngineFailure(engine, "its stream ended too early")
-        engine.health.succeeded(self._state.pool.clock())
 
     async def _tell(
         self,
