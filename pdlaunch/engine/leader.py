@@ -228,7 +228,7 @@ class Leader:
             case AddRequest():
                 self._requests.add(message)
             case Sleep() | WakeUp():
-                self._sleep.begin(message, enabled=self._rank.spec.enable_sleep_mode)
+                self._sleep.begin(message)
             case AbortRequest():
                 self._requests.abort(message.request_id)
             case ReadStats():

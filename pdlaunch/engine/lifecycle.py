@@ -74,10 +74,7 @@ class Histograms:
         start_at, first_at, last_at = request.started_at, request.first_at, request.last_at
         if start_at is None:
             return
-        num_computed = request.num_prompt_tokens - (request.num_cached_tokens or 0)
         self.observe("request_queue_time_seconds", start_at - request.arrived_at)
-        self.observe("request_num_preemptions", request.num_preemptions)
-        self.observe("request_prefill_kv_computed_tokens", num_computed)
         if first_at is None:
             return
         self.observe("request_prefill_time_seconds", first_at - start_at)

@@ -127,7 +127,11 @@ class RankProcess:
                 model_digest=runner.model_digest,
                 engine_id=engine_id,
                 port=port,
-                offload=new_offload_planner(spec, runner, offload),
+                offload=None
+                if offload is None
+                else OffloadPlanner(
+                    runner.layout.groups, spec.block_size, HostTier(offload.num_blocks)
+                ),
             )
             beside_streams = CPU_TOKENS_BESIDE_STREAMS if spec.device == "cpu" else None
             scheduler = Scheduler(requests, beside_streams)
@@ -263,12 +267,3 @@ def new_offload_worker(
         progress=progress,
         wake=wake,
     )
-
-
-def new_offload_planner(
-    spec: EngineSpec, runner: ModelRunner, worker: OffloadWorker | None
-) -> OffloadPlanner | None:
-    """Return the planner of an engine whose ranks have such workers; its tier is empty."""
-    if worker is None:
-        return None
-    return OffloadPlanner(runner.layout.groups, spec.block_size, HostTier(worker.num_blocks))

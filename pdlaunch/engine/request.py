@@ -106,7 +106,6 @@ class Request:
         self.last_at = 0.0
         """When its first and its latest token was drawn here."""
         self.num_drawn = 0
-        self.num_preemptions = 0
 
     @property
     def request_id(self) -> RequestId:

@@ -157,15 +157,8 @@ class SleepCoordinator:
     def wait_s(self) -> float:
         return math.inf if self._work is None else POLL_S
 
-    def begin(self, call: Sleep | WakeUp, *, enabled: bool) -> None:
-        if not enabled:
-            self._reply(call, error="enable_sleep_mode is off")
-        elif isinstance(call, Sleep) and call.level not in (1, 2):
-            self._reply(call, error=f"level is {call.level}; it is 1 or 2")
-        elif isinstance(call, WakeUp) and (unknown := {*call.tags} - {*TAGS}):
-            names = ", ".join(sorted(unknown))
-            self._reply(call, error=f"unknown tags {names}; there are {', '.join(TAGS)}")
-        elif self._work is not None:
+    def begin(self, call: Sleep | WakeUp) -> None:
+        if self._work is not None:
             self._reply(call, error="the engine is busy with another call")
         elif self.computes == isinstance(call, WakeUp):
             self._reply(call)  # it is so already

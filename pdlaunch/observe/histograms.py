@@ -46,8 +46,6 @@ PULL_BUCKETS_S = (
 # fmt: on
 TOKEN_BUCKETS = tuple(_scaled((1, 2, 5), 1, 200_000))
 STEP_TOKEN_BUCKETS = (1, *(2**power for power in range(3, 15)))
-CHOICE_BUCKETS = (1, 2, 5, 10, 20)
-PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
 PULL_BUCKETS_BYTES = tuple(4**power for power in range(6, 19))  # 4 KiB to 64 GiB
 PULL_BUCKETS_BYTES_PER_S = tuple(_scaled((1, 2, 5), 10_000_000, 1_000_000_000_000))
 """10 MB/s to 1 TB/s."""
@@ -63,12 +61,6 @@ HISTOGRAMS: Mapping[str, HistogramFamily] = {
     **{name: HistogramFamily(REQUEST_BUCKETS_S, text) for name, text in _MANY.items()},
     "request_time_per_output_token_seconds": HistogramFamily(
         INTER_TOKEN_BUCKETS_S, "Mean time between the tokens drawn here, of two or more."
-    ),
-    "request_num_preemptions": HistogramFamily(
-        PREEMPTION_BUCKETS, "How often a request lost its blocks and was computed again."
-    ),
-    "request_prefill_kv_computed_tokens": HistogramFamily(
-        TOKEN_BUCKETS, "Prompt tokens of a request that were computed here."
     ),
     # A name of vLLM's: elsewhere names of counters alone end like this.
     "iteration_tokens_total": HistogramFamily(STEP_TOKEN_BUCKETS, "Tokens that a step computes."),

@@ -32,7 +32,7 @@ from pdlaunch.protocol.transfer import (
 )
 from tests.engine.fake_host_memory import FakeHostMemory
 from tests.engine.fake_runner import KV, FakeRunner, FakeStep, expected_output, extend_chain
-from tests.engine.hand_scheduler import make_spec
+from tests.engine.real_steps import make_spec
 
 FULL = KVCacheGroup((0,), None)
 SPEC = make_spec(

@@ -16,7 +16,7 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.leader import Leader, RankParts
-from pdlaunch.engine.rows import LatestTokens, new_row
+from pdlaunch.engine.rows import new_row
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.sampler import draw_tokens
 from pdlaunch.engine.step import StepPlan
@@ -30,8 +30,8 @@ from pdlaunch.protocol.engine import (
 )
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.fake_engine import make_scheduler
-from tests.engine.hand_scheduler import GRAPHS, ignore_progress, make_spec
-from tests.engine.models.tiny import greedy, save_tiny_model
+from tests.engine.models.tiny import save_tiny_model
+from tests.engine.real_steps import GRAPHS, ignore_progress, make_spec
 from tests.engine.test_leader import Recorder
 
 NEEDS_CUDA = [
@@ -164,25 +164,6 @@ def test_tokens_do_not_depend_on_running_ahead(
             assert (other_reason, token_ids(others)) == (reason, token_ids(tokens))
             for one, other in zip(others, tokens, strict=True):
                 assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-
-
-def test_greedy_tokens_are_those_of_generate(tmp_path: Path) -> None:
-    directory = save_tiny_model("llama", tmp_path)
-    prompts = [[5 + length % 90] * length for length in (3, 11, 1, 17)]
-    sampling = SamplingParams(max_tokens=14, temperature=0.0)
-    arrivals: dict[int, list[ToRank]] = {
-        2 * index: [AddRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling)]
-        for index, prompt in enumerate(prompts)
-    }
-    answers = Engine(make_spec(directory, async_scheduling=True)).run(arrivals)
-    found = [token_ids(answers[str(index)][1]) for index in range(4)]
-    assert found == greedy(directory, prompts, 14)
-
-
-def test_unknown_tokens_are_looked_up_by_the_order_in_which_they_were_drawn() -> None:
-    latest = LatestTokens(vocab_size=10, max_rows=3, device=torch.device("cpu"))
-    latest.keep(torch.tensor([7, 4]))
-    assert latest.look_up(torch.tensor([0, 11, 9, 10], dtype=torch.int32)).tolist() == [0, 4, 9, 7]
 
 
 @pytest.mark.gpu

@@ -19,15 +19,14 @@ from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.engine.step_graphs import batch_sizes
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.engine import SamplingParams
-from tests.engine.hand_scheduler import (
+from tests.engine.models.tiny import CONFIGS, greedy, save_tiny_model
+from tests.engine.real_steps import (
     BLOCK_SIZE,
     GRAPHS,
-    HandScheduler,
+    answers,
     ignore_progress,
-    make_requests,
     make_spec,
 )
-from tests.engine.models.tiny import CONFIGS, greedy, save_tiny_model
 
 NUM_TOKENS = 14
 # Around the block (4), the chunks (7), and the windows (8, 10).
@@ -60,15 +59,15 @@ def new_runner(directory: Path, tp: TPGroup | None = None, **changes: object) ->
     return ModelRunner(make_spec(directory, **changes), tp=tp, progress=ignore_progress)
 
 
-@pytest.mark.parametrize(("chunk", "apart"), [(64, 0), (7, 0), (7, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize(("step_tokens", "apart"), [(64, 0), (19, 0), (19, 2), (5, 1)])
 def test_batched_and_chunked_equals_generate(
-    model: tuple[Path, list, list], runner: ModelRunner, chunk: int, apart: int
+    model: tuple[Path, list, list], runner: ModelRunner, step_tokens: int, apart: int
 ) -> None:
     _, prompts, expected = model
-    requests = make_requests(prompts, NUM_TOKENS, chunk=chunk, apart=apart)
-    assert HandScheduler(runner, seed=chunk).run(requests) == expected
-    answers = {token for answer in expected for token in answer}
-    assert len(answers) > 20, "a model that repeats one token proves nothing"
+    found = answers(runner, prompts, NUM_TOKENS, step_tokens=step_tokens, apart=apart)
+    assert found == expected
+    tokens = {token for answer in expected for token in answer}
+    assert len(tokens) > 20, "a model that repeats one token proves nothing"
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +95,6 @@ def plan_of(
     return StepPlan(step_id=0, new_rows=[new], new_blocks=[blocks], scheduled=[computed])
 
 
-def test_row_is_taken_up_again_after_preemption(llama: Path) -> None:
-    prompt = [9, 8, 7, 6, 5]
-    expected = greedy(llama, [prompt], 8)[0]
-    (token,) = new_runner(llama).execute(plan_of(prompt + expected[:5], [7, 2, 5, 1], row=3))
-    assert token is not None
-    assert token.token_id == expected[5]
-
-
 def test_garbage_past_a_pulled_prompt_does_not_show(llama: Path) -> None:
     """A pulled block is not ours past the prompt's end: whatever lies there is made zero before
     attention sees it.
@@ -124,8 +115,7 @@ def test_warm_up_leaves_rows_and_cache_as_they_were(llama: Path) -> None:
     runner = new_runner(llama)
     runner.warm_up()
     assert not runner.kv_cache.any()
-    requests = make_requests([[3, 4, 5]], 4, chunk=9)
-    assert HandScheduler(runner).run(requests) == greedy(llama, [[3, 4, 5]], 4)
+    assert answers(runner, [[3, 4, 5]], 4) == greedy(llama, [[3, 4, 5]], 4)
 
 
 def test_request_with_nan_draws_nothing_and_harms_no_other_in_its_step(
@@ -220,11 +210,6 @@ def test_a_rank_stays_within_its_budget_and_the_device(used: int, utilization: f
         assert used + CONTEXT + WEIGHTS + ACTIVATIONS + cache <= TOTAL
 
 
-def test_two_ranks_on_one_gpu_have_equal_caches() -> None:
-    first = cache_of(0, 0.45)
-    assert cache_of(CONTEXT + WEIGHTS + first + ACTIVATIONS, 0.45) == first > 40 * GIB
-
-
 # GPUs
 
 
@@ -248,8 +233,7 @@ def test_cuda_equals_generate(name: str, changes: dict[str, object], tmp_path: P
     shown: list[str] = []
     runner = ModelRunner(spec, tp=None, progress=lambda text, _: shown.append(text))
     runner.warm_up()
-    requests = make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)
-    assert HandScheduler(runner).run(requests) == expected
+    assert answers(runner, prompts, NUM_TOKENS, step_tokens=19, apart=1) == expected
     is_eager = "enforce_eager" in changes
     assert [text for text in shown if "graph" in text] == [
         f"capturing CUDA graphs: {size} rows" for size in ((16, 8, 4, 2, 1), ())[is_eager]

@@ -190,14 +190,6 @@ def test_draws_do_not_depend_on_the_batch() -> None:
     assert [len(token.top_logprobs) for token in together] == [3, 0, 0, VOCAB_SIZE, 1, 0]
 
 
-def test_choices_and_indices_draw_apart() -> None:
-    logits = torch.zeros(40, 1000)
-    by_choice = drawn(logits, [row([1], [], seed=3, choice=choice) for choice in range(40)])
-    by_index = drawn(logits, [row([1], [0] * index, seed=3) for index in range(40)])
-    assert len({token.token_id for token in by_choice}) > 30
-    assert len({token.token_id for token in by_index}) > 30
-
-
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = random_logits(8)
     expected = logits[0].log_softmax(-1)
@@ -306,21 +298,3 @@ def test_noise_is_pinned() -> None:
         0.428594958041,
     ]
     assert draw_key(-1, 0, 0) == draw_key(2**64 - 1, 0, 0)
-
-
-@given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**31), 2**31))
-def test_noise_lies_between_0_and_1(key: int, number: int) -> None:
-    assert 0 < float(uniform_noise(torch.tensor([key]), torch.tensor([number]))) < 1
-
-
-def test_noise_is_uniform() -> None:
-    """Mean and chi-square over 100 bins, along numbers and along keys; fixed seeds."""
-    along_keys = torch.tensor([draw_key(at // 100, 0, at % 100) for at in range(20_000)])
-    for noise in (
-        uniform_noise(along_keys[:1], torch.arange(20_000)),
-        uniform_noise(along_keys, torch.tensor([7])),
-    ):
-        counts = torch.histc(noise, bins=100, min=0, max=1)
-        assert abs(float(noise.mean()) - 0.5) < 0.01
-        # The 0.1 % quantile of 99 degrees of freedom.
-        assert float(((counts - 200) ** 2 / 200).sum()) < 149

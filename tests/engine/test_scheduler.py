@@ -7,7 +7,7 @@ import itertools
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fake_engine import FULL, PROMPT, FakeEngine, output, remote_kv, sliding
+from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv
 
 # Batching
 
@@ -22,14 +22,6 @@ def test_decoding_requests_advance_in_every_step_of_a_long_prefill() -> None:
         assert len(engine.outputs["chat"]) == num_tokens
 
 
-def test_first_come_first_served_for_rows() -> None:
-    engine = FakeEngine(max_num_seqs=1)
-    for name in "abc":
-        engine.add(name, [1, 2, 3], max_tokens=2)
-    engine.run()
-    assert list(engine.finished) == ["a", "b", "c"]
-
-
 def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
     engine = FakeEngine(num_blocks=7, caching=False)
     engine.add("first", [1, 2, 3, 4], max_tokens=16)
@@ -38,14 +30,6 @@ def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
     assert engine.scheduler.requests.stats().preemptions > 0
     assert list(engine.finished) == ["first", "second"]
     assert engine.token_ids("second") == output([4, 3, 2, 1], 16)
-
-
-def test_other_ranks_hear_of_sampled_tokens_in_the_next_plan() -> None:
-    engine = FakeEngine(tp_size=2)
-    engine.add("a", [1, 2], max_tokens=3)
-    told = [[tokens.token_ids for tokens in plan.new_tokens] for plan in engine.run()]
-    first, second, _ = output([1, 2], 3)
-    assert told == [[], [[first]], [[second]], []]
 
 
 def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
@@ -131,14 +115,3 @@ def test_choices_of_one_prompt_wait_for_the_first_to_compute_it() -> None:
     engine.run()
     assert engine.runners[0].num_computed_tokens == 10 + 2 + 2 + 3
     assert [engine.finished[f"a/{choice}"].num_cached_tokens for choice in range(3)] == [0, 8, 8]
-
-
-def test_hybrid_prefix_needs_only_the_window_of_sliding_groups() -> None:
-    engine = FakeEngine(groups=(FULL, sliding(4)), num_blocks=20, max_num_batched_tokens=4)
-    engine.add("a", [*range(16), 1], max_tokens=1)
-    engine.run()
-    # Takes all blocks but those of the longest-lived chain: early blocks of the sliding group go
-    # first.
-    engine.add("b", [*range(16), 2], max_tokens=1)
-    engine.run()
-    assert engine.finished["b"].num_cached_tokens == 16

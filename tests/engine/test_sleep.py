@@ -115,13 +115,12 @@ class Engine:
             clock=lambda: self.now,
         )
 
-    def sleep(self, level: int = 1, timeout_s: float = 10.0, *, enabled: bool = True) -> None:
-        call = Sleep(call_id=1, level=level, timeout_s=timeout_s)
-        self.coordinator.begin(call, enabled=enabled)
+    def sleep(self, level: int = 1, timeout_s: float = 10.0) -> None:
+        self.coordinator.begin(Sleep(call_id=1, level=level, timeout_s=timeout_s))
         self.turn()
 
     def wake_up(self, *tags: str) -> None:
-        self.coordinator.begin(WakeUp(call_id=2, tags=list(tags)), enabled=True)
+        self.coordinator.begin(WakeUp(call_id=2, tags=list(tags)))
         self.turn()
 
     def turn(self) -> None:
@@ -231,18 +230,6 @@ def test_ready_only_when_peers_have_shaken_hands_or_had_their_time(engine: Engin
         engine.turn()
         assert engine.reply().error is None
         assert engine.is_awake
-
-
-def test_calls_that_make_no_sense_are_answered(engine: Engine) -> None:
-    engine.sleep(enabled=False)
-    assert engine.reply().error == "enable_sleep_mode is off"
-    engine.wake_up()
-    assert engine.reply().error is None
-    assert engine.fall_asleep(level=3).error == "level is 3; it is 1 or 2"
-    engine.fall_asleep()
-    assert set(engine.fall_asleep().sleeping_tags) == ALL
-    engine.wake_up("activations")
-    assert engine.reply().error == "unknown tags activations; there are weights, kv_cache"
 
 
 def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) -> None:

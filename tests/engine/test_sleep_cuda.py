@@ -10,9 +10,8 @@ import torch
 
 from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, CuMemPools
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.protocol.engine import SamplingParams
-from tests.engine.hand_scheduler import HandScheduler, Request, ignore_progress, make_spec
 from tests.engine.models.tiny import COMMON, save_tiny_model
+from tests.engine.real_steps import answers, ignore_progress, make_spec
 
 pytest.importorskip("cuda.bindings")
 pytestmark = [
@@ -23,16 +22,13 @@ pytestmark = [
 KV_BYTES = 1024**3
 
 
-def answers(runner: ModelRunner) -> list[list[int]]:
+def answers_of(runner: ModelRunner) -> list[list[int]]:
     rng = random.Random(3)
     prompts = [
         [rng.randrange(int(str(COMMON["vocab_size"]))) for _ in range(length)]
         for length in (5, 17, 40)
     ]
-    sampling = SamplingParams(max_tokens=12, temperature=0.0)
-    return HandScheduler(runner).run(
-        [Request(prompt, 12, sampling, start_step=0, chunk=16) for prompt in prompts]
-    )
+    return answers(runner, prompts, 12, step_tokens=16)
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "gemma3"])
@@ -57,7 +53,7 @@ def test_tokens_are_the_same_after_each_of_ten_cycles(
     )
     runner = ModelRunner(spec, tp=None, progress=ignore_progress, pools=pools)
     runner.warm_up()
-    before, address = answers(runner), runner.kv_cache.data_ptr()
+    before, address = answers_of(runner), runner.kv_cache.data_ptr()
     pool_bytes = pools.num_bytes()
     free_asleep, free_awake = [], []
     for level in (1, 2) * 5:
@@ -71,7 +67,7 @@ def test_tokens_are_the_same_after_each_of_ten_cycles(
         assert runner.sleeping_tags == {KV_CACHE}
         runner.wake_up(TAGS)
         assert int(runner.kv_cache.count_nonzero()) == 0
-        assert answers(runner) == before
+        assert answers_of(runner) == before
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         free_awake.append(torch.cuda.mem_get_info()[0])

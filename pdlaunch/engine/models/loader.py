@@ -127,7 +127,7 @@ class ModelLoader:
         tied = set(model.all_tied_weights_keys)
         expected = {name: size for name, size in shapes.items() if name not in tied}
         if self.dummy:
-            weights = _dummy_weights(model, expected, cuts, self.device)
+            weights = _dummy_weights(expected, cuts, self.dtype, self.device)
         else:
             weights = read_tensors(weight_files(self.model_dir), cuts)
         seen: set[str] = set()
@@ -190,23 +190,15 @@ def _shape_of_part(shape: torch.Size, cut: Cut | None) -> torch.Size:
 
 
 def _dummy_weights(
-    model: Any, shapes: Shapes, cuts: dict[str, Cut], device: torch.device
+    shapes: Shapes, cuts: dict[str, Cut], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield small random numbers; of norms what the model's own initialisation gives."""
+    """Yield small random numbers, and of norms numbers about 1."""
     for name, shape in shapes.items():
-        module_name, _, own_name = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        dtype = getattr(module, own_name).dtype
-        if type(module).__name__.endswith("RMSNorm"):
-            blank = torch.empty(shape, dtype=dtype, device=device)
-            setattr(module, own_name, nn.Parameter(blank, requires_grad=False))
-            model._init_weights(module)
-            yield name, blank
-            continue
         # They depend on the name alone: every rank of every engine draws the same model.
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         whole = torch.empty(shape, dtype=dtype, device=device)
-        whole.normal_(0.0, DUMMY_STD, generator=generator)
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
+        whole.normal_(mean, DUMMY_STD, generator=generator)
         yield name, _part(whole, cuts[name]).clone() if name in cuts else whole
 
 

@@ -201,16 +201,7 @@ class EngineService:
         self.bodies = BodyBudget(budget_bytes, self.max_body_bytes)
         self.inputs = LargeInputs()
         self.metrics = ServerMetrics(
-            registry,
-            engine=spec.name,
-            role=spec.role,
-            model_name=spec.served_model_name,
-            cache_config={
-                "block_size": str(spec.block_size),
-                "cache_dtype": spec.dtype,
-                "enable_prefix_caching": str(spec.enable_prefix_caching),
-                "gpu_memory_utilization": str(spec.gpu_memory_utilization),
-            },
+            registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
         )
         self.leases: OrderedDict[str, RequestId] = OrderedDict()
         """The requests whose leases were handed out, by the hop's id and by the lease's."""

@@ -110,7 +110,7 @@ async def _run(
     metrics, request, call = service.metrics, generation.request, generation.call
     choices = generation.choices
     clock = RequestClock(metrics.requests)
-    metrics.asked(request.n, generation.num_prompt_tokens, choices)
+    metrics.asked(generation.num_prompt_tokens)
     headers = {REQUEST_ID_HEADER: call.hop_id} | ignored_fields_header(request.ignored_fields)
     writer = AnswerWriter(generation, service.model, clock)
     answered = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -15,11 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from pdlaunch.engine.server.choice import Choice
-from pdlaunch.observe.histograms import (
-    CHOICE_BUCKETS,
-    HISTOGRAMS,
-    TOKEN_BUCKETS,
-)
+from pdlaunch.observe.histograms import HISTOGRAMS
 from pdlaunch.observe.metrics import RequestMetrics, buckets_of
 from pdlaunch.protocol.engine import EngineStats, HistogramSeries
 
@@ -107,56 +103,26 @@ def _values(stats: EngineStats) -> dict[str, float | Mapping[str, float]]:
 class ServerMetrics(Collector):
     """Holds all metrics of an engine's server, in ``registry``; shows the last ``stats``.
 
-    Totals begin again with each rank incarnation, which Prometheus expects. ``cache_config``:
-    labels of ``cache_config_info``, what is known before a rank has said anything.
+    Totals begin again with each rank incarnation, which Prometheus expects.
     """
 
     def __init__(
-        self,
-        registry: CollectorRegistry,
-        *,
-        engine: str,
-        role: str,
-        model_name: str,
-        cache_config: Mapping[str, str] | None = None,
+        self, registry: CollectorRegistry, *, engine: str, role: str, model_name: str
     ) -> None:
         labels = {"engine": engine, "role": role, "model_name": model_name}
         self.stats = EngineStats()
         self._engine = engine
         self._names, self._values = list(labels), list(labels.values())
-        self._cache_config = cache_config or {}
-
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(
-                f"pdlaunch_{name}", text, tuple(labels), registry=registry, buckets=buckets
-            ).labels(**labels)
-
         self.registry = registry
         self.requests = RequestMetrics(registry, labels)
         registry.register(self)
-        self._num_choices = histogram(
-            "request_params_n", "Choices that a request asks for.", CHOICE_BUCKETS
-        )
-        self._max_tokens = histogram(
-            "request_params_max_tokens", "Output tokens that a choice may have.", TOKEN_BUCKETS
-        )
-        self._longest = histogram(
-            "request_max_num_generation_tokens",
-            "Output tokens of a request's longest choice.",
-            TOKEN_BUCKETS,
-        )
 
-    def asked(self, num_choices: int, num_prompt_tokens: int, choices: Sequence[Choice]) -> None:
-        """Count what a request wants: ``num_choices`` for each of its prompts."""
+    def asked(self, num_prompt_tokens: int) -> None:
         self.requests.prompt_tokens.inc(num_prompt_tokens)
         self.requests.prompt_length.observe(num_prompt_tokens)
-        self._num_choices.observe(num_choices)
-        for choice in choices:
-            self._max_tokens.observe(choice.request.sampling.max_tokens)
 
     def ended(self, choices: Sequence[Choice], otherwise: str) -> None:
         """Count how the choices have ended: as they say, or else ``otherwise``."""
-        self._longest.observe(max(choice.num_tokens for choice in choices))
         for choice in choices:
             self.requests.finished(choice.finish_reason or otherwise)
 
@@ -170,14 +136,6 @@ class ServerMetrics(Collector):
             for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
                 family.add_metric([*self._values, label] if label else self._values, number)
             yield family
-        config = {**self._cache_config, "num_gpu_blocks": str(self.stats.num_blocks)}
-        info = GaugeMetricFamily(
-            "pdlaunch_cache_config_info",
-            "The KV cache of a rank, in labels; num_gpu_blocks are the blocks of any device.",
-            labels=[*self._names, *config],
-        )
-        info.add_metric([*self._values, *config.values()], 1)
-        yield info
         for name, known in HISTOGRAMS.items():
             # Of a pull this engine is the decode side.
             names = [*self._names, *known.labels, *(["decode"] if known.labels else [])]

@@ -39,7 +39,6 @@ _log = logging.getLogger(__name__)
 
 _STATS_CALL = -1  # key of the future of the next EngineStats
 
-
 RankEvent = Tokens | RequestFinished | None
 """None: the rank died or was replaced while it worked on the request."""
 Sink = Callable[[RankEvent], None]

@@ -133,16 +133,6 @@ def compute_token_by_token(kv: KVCacheManager, num_tokens: int) -> bool:
     return True
 
 
-def test_freeing_reuses_the_tail_of_a_chain_before_its_head() -> None:
-    kv = KVCacheManager(make_groups([None]), 3, 2)
-    tables = kv.new_tables()
-    kv.extend(tables, 6)
-    kv.register(tables, hashes(3, 2), 0, 3)
-    kv.free(tables)
-    kv.pool.allocate(1)
-    assert kv.find_prefix(hashes(3, 2), 3).end(0) == 2
-
-
 @given(WINDOWS, st.integers(1, 4), st.integers(1, 30), st.integers(0, 5))
 def test_a_lease_holds_what_the_last_token_sees(
     windows: list[int | None], block_size: int, num_tokens: int, num_further: int

@@ -11,12 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
-from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused
 from pdlaunch.engine.memory.kv_memory import Export, NotShareable, SharedRange
 from pdlaunch.engine.memory.pools import MemoryPools
-from pdlaunch.errors import ConfigError, MemoryPoolError
+from pdlaunch.errors import MemoryPoolError
 from tests.engine.memory.fake_driver import FakeDriver
 from tests.engine.memory.open_files import num_open_fds
 
@@ -66,12 +64,6 @@ print(json.dumps([*seen, read_allocator_settings()]))
     assert result.returncode == 0, result.stderr
     inside = f"{text},expandable_segments:False" if text else ""
     assert json.loads(result.stdout) == [inside, text, inside, text]
-
-
-def test_only_the_path_p2p_needs_that() -> None:
-    for transfer in ({"nixl": {"path": "p2p"}}, {"nixl": {"path": "nixl"}}, {}):
-        settings = KVTransferSettings.model_validate(transfer).carrier_settings
-        assert settings.only_maps_memory is ("p2p" in str(transfer))
 
 
 def shared(kind: str) -> SharedRange:
@@ -151,18 +143,3 @@ def test_memory_of_another_kind_of_device_is_refused() -> None:
     with pytest.raises(NotShareable, match="not within"):
         memory_with(driver).map(SharedRange("fabric", 4096, 4096, 1, FABRIC), None)
     assert driver.calls == []
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (ConfigError("needs the package cuda-bindings"), r"pip install 'pdlaunch\[cuda\]'"),
-        (DriverRefused("cuMemGetAllocationGranularity: NOT_SUPPORTED"), "NOT_SUPPORTED"),
-    ],
-)
-def test_what_the_machine_lacks_is_the_reason(error: Exception, reason: str) -> None:
-    def refuse(index: int) -> CudaMemoryDriver:
-        raise error
-
-    with pytest.raises(NotShareable, match=reason):
-        DeviceKVMemory(MemoryPools(), DEVICE, refuse).map(shared("cuda_ipc"), None)

@@ -186,15 +186,3 @@ def test_the_allocator_is_never_left_out_where_there_is_none() -> None:
         open_memory_pools(enabled=True, device=torch.device("cpu"))
     assert raised.value.field == "enable_cumem_allocator"
     assert raised.value.fix is not None
-
-
-def test_without_the_allocator_nothing_sleeps() -> None:
-    pools = open_memory_pools(enabled=False, device=torch.device("cuda"))
-    with pools.memory_pool("weights"):
-        torch.zeros(1)
-    assert not pools.sleeping_tags
-    assert pools.export(4096, 1) is None
-    with pytest.raises(MemoryPoolError, match="switch enable_sleep_mode on"):
-        pools.sleep(["weights"])
-    with pytest.raises(MemoryPoolError, match="does not sleep"):
-        pools.wake_up(["weights"])

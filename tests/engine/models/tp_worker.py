@@ -13,11 +13,9 @@ import torch
 from pdlaunch.engine.models.lean_imports import import_lean_transformers
 from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner
-from tests.engine.hand_scheduler import (
-    HandScheduler,
-    answer_ahead,
+from tests.engine.real_steps import (
+    answers,
     ignore_progress,
-    make_requests,
     make_spec,
 )
 
@@ -68,35 +66,16 @@ def answer(
     spec = make_spec(Path(directory), tensor_parallel_size=tp.tp_size, **changes)
     runner = ModelRunner(spec, tp=tp, progress=ignore_progress)
     runner.warm_up()
-    requests = make_requests(prompts, num_tokens, chunk=7, apart=1)
     return {
-        "tokens": HandScheduler(runner, share=share).run(requests),
-        "is_restored": is_restored(runner),
-        "ahead": [
-            answer_ahead(runner, prompt, num_tokens) for prompt in prompts if spec.async_scheduling
+        "tokens": [
+            answers(runner, prompts, num_tokens, step_tokens=19, apart=1, ahead=ahead, share=share)
+            for ahead in (False, True)[: 1 + spec.async_scheduling]
         ],
         "num_parameters": sum(each.numel() for each in runner._model.parameters()),
         "heads": [runner.first_kv_head, runner.layout.num_kv_heads],
         "digest": runner.model_digest,
         "has_graphs": runner._graphs is not None,
     }
-
-
-def is_restored(runner: ModelRunner) -> bool:
-    """Whether this rank's part of the weights is the same, at the same addresses, when it is lost
-    and read again.
-    """
-    model = runner._model
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tensors.items()}
-    for tensor in tensors.values():
-        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
-    runner._loader.reload(model)
-    after = dict(model.named_parameters()) | dict(model.named_buffers())
-    return after.keys() == before.keys() and all(
-        after[name].data_ptr() == address and torch.equal(after[name], tensor)
-        for name, (address, tensor) in before.items()
-    )
 
 
 if __name__ == "__main__":

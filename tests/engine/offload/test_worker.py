@@ -19,6 +19,7 @@ from pdlaunch.engine.offload.jobs import BlockKey, JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.offload.worker import OffloadWorker
+from pdlaunch.errors import ConfigError
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.regions import native_regions
 from tests.engine.offload.test_copies import gpu
@@ -111,6 +112,12 @@ def test_a_block_with_other_content_is_not_loaded() -> None:
         (loaded,) = rank.run(replace(LOAD, keys=[STORE.keys[0], (0, b"other"), (0, b"c")]))  # type: ignore[list-item]
         assert (loaded.ok, loaded.failed_host_ids) == (False, [0, 7])
         assert torch.equal(rank.blocks, before)
+
+
+def test_host_memory_for_less_than_a_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match="holds no block of 4096 bytes") as caught:
+        Rank("host", num_host_blocks=0)
+    assert caught.value.field == "kv_offload.host_memory"
 
 
 class EngineMachine(RuleBasedStateMachine):

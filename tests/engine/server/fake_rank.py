@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import zmq
 import zmq.asyncio
@@ -129,10 +129,6 @@ class FakeRank:
 
     async def say(self, *items: Tokens | RequestFinished) -> None:
         await self.send(Outputs(items=list(items)))
-
-    async def stats(self, **values: Any) -> None:
-        self.totals = EngineStats(**values)
-        await self.send(self.totals)
 
     async def close(self) -> None:
         self._task.cancel()

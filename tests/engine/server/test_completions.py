@@ -14,10 +14,9 @@ import aiohttp
 import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
-from pdlaunch.engine.server.generation import Generation
 from pdlaunch.engine.server.served_model import read_sampling_defaults
 from pdlaunch.errors import ConfigError
-from pdlaunch.observe.metrics import RequestClock
+from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import END_TOKEN, Engine
@@ -88,17 +87,6 @@ async def test_all_sampling_fields_reach_the_rank(engine: Engine, rank: FakeRank
         assert (request.cache_salt, request.prompt_token_ids) == ("s", [4, 5, 6])
 
 
-async def test_defaults_are_neutral_and_the_seed_is_drawn(engine: Engine, rank: FakeRank):
-    await engine.complete(top_k=-1)
-    await engine.complete(ignore_eos=True)
-    first, second = (request.sampling for request in rank.added())
-    assert (first.temperature, first.top_p, first.top_k) == (1.0, 1.0, 0)
-    assert (first.max_tokens, first.num_top_logprobs) == (16, None)
-    assert 0 <= first.seed < 2**63
-    assert first.seed != second.seed
-    assert second.stop_token_ids == ()
-
-
 async def test_a_stream_says_the_same_as_the_answer(engine: Engine):
     answer = await engine.complete(max_tokens=8)
     *chunks, usage, done = await engine.stream(max_tokens=8, stream_options={"include_usage": True})
@@ -163,6 +151,15 @@ async def test_logprobs_name_tokens_offsets_and_alternatives(engine: Engine, ran
         assert [value for part in streamed if part for value in part[key]] == values
 
 
+async def test_only_who_asks_is_told_spans(engine: Engine, rank: FakeRank):
+    assert "pdlaunch" not in await engine.complete(max_tokens=3)
+    assert not rank.added()[0].records_spans
+    body = {"prompt": "hello", "max_tokens": 3}
+    _, answer, _ = await engine.post("/v1/completions", body, **{SPANS_HEADER: "1"})
+    assert [span["name"] for span in answer["pdlaunch"]["spans"]] == ["receive", "tokenize"]
+    assert rank.added()[1].records_spans
+
+
 # Failures
 
 
@@ -208,27 +205,6 @@ async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank
         rest = await response.text()
     assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "no KV blocks"
     assert "[DONE]" not in rest
-
-
-async def test_an_error_that_nobody_expected_shows_its_traceback(
-    engine: Engine,
-    rank: FakeRank,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told = Generation.deltas
-
-    async def deltas(self: Generation, clock: RequestClock) -> AsyncIterator[object]:
-        async for some in told(self, clock):
-            yield some
-            raise ZeroDivisionError("made up")
-
-    monkeypatch.setattr(Generation, "deltas", deltas)
-    async with running_stream(engine, rank) as (_, response):
-        assert "error" in await response.text()
-    (record,) = [record for record in caplog.records if record.getMessage() == "request failed"]
-    assert record.exc_info is not None
-    assert record.exc_info[0] is ZeroDivisionError
 
 
 async def test_an_answer_that_takes_too_long_is_a_503(

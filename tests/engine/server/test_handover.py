@@ -74,22 +74,6 @@ async def test_prefill_answers_with_the_lease_and_the_first_token(engine: Engine
     assert rank.aborted() == []
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "shown"),
-    [
-        ("☃", [], ""),
-        ("hello", ["hello world"], ""),
-        ("hello", ["hello!", "zz"], ""),
-        ("hello", ["zz"], "hello"),
-    ],
-)
-async def test_prefill_holds_back_half_characters_and_begun_stop_strings(
-    engine: Engine, rank: FakeRank, text: str, stop: list[str], shown: str
-):
-    rank.script = rank.says(text)
-    assert (await prefill(engine, stop=stop))["choices"][0]["text"] == shown
-
-
 @pytest.mark.parametrize("fields", [{"stop": ["hel"]}, {}])
 async def test_a_first_token_that_ends_the_request_ends_the_lease(
     engine: Engine, rank: FakeRank, fields

@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 
 from pdlaunch.engine.server.engine_service import RANK_SILENCE_S
-from pdlaunch.engine.server.rank_link import RankEvent, RankLink
 from pdlaunch.http.headers import ORIGIN_HEADER
 from pdlaunch.protocol.engine import (
-    AbortRequest,
     AddRequest,
     CheckIntegrity,
+    EngineStats,
     RequestFinished,
-    SamplingParams,
 )
 from pdlaunch.protocol.kv_params import TokenOutput
-from pdlaunch.protocol.sockets import SecureContext
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 
@@ -78,24 +75,6 @@ async def test_a_burst_of_messages_loses_none(make_engine: Callable[..., Any]):
     assert answer["usage"]["completion_tokens"] == 15_000
 
 
-async def test_an_aborted_request_hears_no_more(secure: SecureContext, rank: FakeRank):
-    rank.script = silent
-    link = RankLink(secure, rank.endpoint, identity="server", hear=lambda message: None)
-    heard: list[RankEvent] = []
-    last: asyncio.Queue[RankEvent] = asyncio.Queue()
-    for name, sink in (("a", heard.append), ("b", last.put_nowait)):
-        sampling = SamplingParams(max_tokens=1)
-        request = AddRequest(request_id=name, prompt_token_ids=[1], sampling=sampling)
-        link.submit(request, sink)
-    await rank.wait_for(AddRequest, 2)
-    link.abort("a")
-    await rank.wait_for(AbortRequest)
-    await rank.say(*(RequestFinished(request_id=name, reason="length") for name in "ab"))
-    await last.get()
-    assert heard == []
-    await link.close()
-
-
 async def test_a_malformed_frame_is_dropped(rank: FakeRank, engine: Engine):
     await rank._socket.send_multipart([rank._server, b"nonsense"])
     await engine.complete()
@@ -112,7 +91,7 @@ async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(
     (request,) = await rank.wait_for(AddRequest)
     now_s += RANK_SILENCE_S - 1
     # Any message counts.
-    await rank.stats(num_running=1)
+    await rank.send(EngineStats(num_running=1))
     while engine.service.metrics.stats.num_running != 1:  # noqa: ASYNC110 - plain state is waited for
         await asyncio.sleep(0)
     now_s += RANK_SILENCE_S - 1

@@ -68,23 +68,6 @@ async def test_every_route_but_health_asks_for_a_key(engine: Engine, rank: FakeR
     assert rank.added() == []
 
 
-async def test_every_body_must_be_json(engine: Engine, rank: FakeRank):
-    posts = [path for method, path in routes(engine) if method == "POST"]
-    assert len(posts) >= 7
-    for path in posts:
-        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
-            status, *_ = await sent(engine, path, {"prompt": "x"}, **{"Content-Type": kind})
-            assert status == 415, path
-        async with engine.session.post(
-            engine.url + path, data=b"{}", skip_auto_headers=["Content-Type"]
-        ) as response:
-            assert response.status == 415, path
-    assert rank.added() == []
-    kind = "Application/JSON; Charset=utf-8"
-    status, *_ = await sent(engine, "/v1/completions", {"prompt": "x"}, **{"Content-Type": kind})
-    assert status == 200
-
-
 # Fields
 
 
