@@ -27,7 +27,7 @@ import zmq
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.launch.bootstraps import HEARTBEATS, Bootstraps, router_spec
-from pdlaunch.launch.engines.native import NativeEngine, light_environment, python_command
+from pdlaunch.launch.engines.native import light_environment, python_command
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event, EventQueue, SignalInbox, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
@@ -142,6 +142,7 @@ class _Bootstraps(Bootstraps):
         config = LaunchConfig(hang_timeout_s=HANG_TIMEOUT_S)
         self._router = router_spec(config, "simulated", [listener])
         self._keys, self._control, self._run_dir = keys, control, run_dir
+        self.listeners = [listener]
 
     def make(self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch) -> Bootstrap:
         return Bootstrap(
@@ -281,14 +282,12 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
         script.costs["begin"] = script.cost()
         supervisor = Supervisor(
             plan,
-            NativeEngine(),
             host,
             _Bootstraps(keys, endpoint, run_dir, listener),
             FakePlaces(),
             script,
             Timing(drain_s=0.0, hang_timeout_s=HANG_TIMEOUT_S),
             time.monotonic,
-            close_listeners=listener.close,
         )
         drive(supervisor, script.wait, time.monotonic)
         if (failure := supervisor.seen.failure) is not None:

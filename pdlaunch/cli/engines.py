@@ -183,7 +183,7 @@ def role(
     admin_api_key: KeyOption = None,
 ) -> None:
     """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
-    of that role starts on its devices, under a name of that role.
+    of that role starts on its host, under a name of that role.
     """
     change = {"engine": name, "role": role}
     with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:

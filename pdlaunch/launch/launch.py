@@ -24,7 +24,6 @@ from pdlaunch.launch.events import EventQueue, SignalInbox
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.launch.hosts.group import HostGroup
-from pdlaunch.launch.hosts.host import Host
 from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.launch.places import EnginePlaces
@@ -124,23 +123,20 @@ def launch(
                 control, log_dir, engine_ports, name=here, channel=agents, on_change=hear
             )
 
-        def close_listeners() -> None:
-            for listener in listeners:
-                listener.close()
-
-        with contextlib.closing(host):
-            supervisor = Supervisor(
-                plan_processes(resolved),
-                kind,
-                host,
-                bootstraps,
-                places,
-                observer,
-                timing,
-                time.monotonic,
-                close_listeners=close_listeners,
-            )
-            return run(supervisor, host, lifeline)
+        plan, clock = plan_processes(resolved), time.monotonic
+        supervisor = Supervisor(plan, host, bootstraps, places, observer, timing, clock)
+        with contextlib.closing(host), SignalInbox() as signals:
+            drive(supervisor, EventQueue(host, signals, lifeline).wait, clock)
+        seen = supervisor.seen
+        report: tuple[str, ...] = ()
+        if (failure := seen.failure) is not None:
+            log = None if failure.process is None else host.log_path(failure.process)
+            report = tuple(failure.report(log))
+        for line in report:
+            logger.error("%s", line)
+        survivors = tuple(process.name for process in seen.processes() if process.alive)
+        stop_signal = supervisor.wanted.stop_signal
+        return LaunchOutcome(failure, report, seen.was_ready, stop_signal, survivors)
 
 
 def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
@@ -193,23 +189,3 @@ def _hear(
             text = f"{name} is lost: {reason}"
     logger.warning("%s", text)
     observer.note(text)
-
-
-def run(supervisor: Supervisor, host: Host, lifeline: int | None = None) -> LaunchOutcome:
-    """Run a launch to its end; no process of it is left when this returns."""
-    with SignalInbox() as signals:
-        drive(supervisor, EventQueue(host, signals, lifeline).wait, time.monotonic)
-    seen = supervisor.seen
-    report: tuple[str, ...] = ()
-    if (failure := seen.failure) is not None:
-        log = None if failure.process is None else host.log_path(failure.process)
-        report = tuple(failure.report(log))
-    for line in report:
-        logger.error("%s", line)
-    return LaunchOutcome(
-        failure,
-        report,
-        seen.was_ready,
-        supervisor.wanted.stop_signal,
-        tuple(process.name for process in seen.processes() if process.alive),
-    )

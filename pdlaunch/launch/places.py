@@ -156,11 +156,17 @@ class EnginePlaces:
     ) -> EngineChange:
         """``home``: the host of an engine that changes its role; empty for other changes."""
         gone = {_key(engine) for engine in stops}
-        kept = {key: place for key, place in self.resolved.places.items() if key not in gone}
+        places = self.resolved.places
+        kept = {key: place for key, place in places.items() if key not in gone}
         models = self._models({role for role, _ in starts})
         placed = None if home else self._place(starts, kept, models, self._busy(()))
+        if placed and stops:
+            # Old and new engines share the machine's memory for a while, if that has room.
+            together = self.resolved.with_engines({**places, **placed}, models)
+            if any(each.severity == "error" for each in self._new_findings(together)):
+                placed = None
         if stops_first := placed is None:
-            # New engines take the devices of those that stop.
+            # New engines take the room of those that stop.
             busy = self._busy(gone)
             placed = self._place(starts, kept, models, busy, home)
             if placed is None:

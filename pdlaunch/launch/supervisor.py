@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.plan import EngineKind, with_peers
+from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event
 from pdlaunch.launch.hosts.host import Host, MessageReceived
 from pdlaunch.launch.observe import observe
@@ -137,20 +137,15 @@ LOOK_FOR_HOST_S = 1.0
 
 @dataclass(eq=False)
 class Supervisor:
-    """Acts on the state of one launch; ``seen.failure`` and ``seen.was_ready`` say how it went.
-
-    ``close_listeners`` is called when no router will accept a connection any more.
-    """
+    """Acts on the state of one launch; ``seen.failure`` and ``seen.was_ready`` say how it went."""
 
     plan: Plan
-    kind: EngineKind
     host: Host
     bootstraps: Bootstraps
     places: EnginePlaces
     observer: Observer
     timing: Timing
     clock: Callable[[], float]
-    close_listeners: Callable[[], None]
     has_changed: bool = True  # by events, so ``tick`` is due soon
     _registry: Registry = field(
         default_factory=lambda: Registry(version=0, entries=[], serving=False)
@@ -161,7 +156,7 @@ class Supervisor:
     _next_at: float = -math.inf
 
     def __post_init__(self) -> None:
-        pairs = Pairs(self.plan, self.kind)
+        pairs = Pairs(self.plan, self.places.kind)
         self.seen = Observed(pairs, self.clock())
         self.seen.add(self.plan.processes)
         self.wanted = Desired(self.timing, {name: Goal() for name in self.seen.engines})
@@ -273,7 +268,8 @@ class Supervisor:
                     self.seen.add(self.places.begin(self.wanted.change))
                     self._choose_peers()
                 case Chore.CLOSE_LISTENERS:
-                    self.close_listeners()
+                    for listener in self.bootstraps.listeners:
+                        listener.close()
 
     def _start(self, name: str) -> None:
         """Start a unit if its host is there, or look again a little later."""

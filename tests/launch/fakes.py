@@ -7,7 +7,7 @@ import signal
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
@@ -130,6 +130,13 @@ class FakeHost:
         return self.sent_to(name, Registry)[-1]
 
 
+class FakeListener:
+    is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+
+
 NO_KEYS = LaunchKeys("", "", "")
 
 
@@ -137,6 +144,7 @@ class FakeBootstraps(Bootstraps):
     def __init__(self, keys: LaunchKeys = NO_KEYS, control: str = "", run_dir: str = "") -> None:
         self._common = {"keys": keys, "control": control, "run_dir": run_dir}
         self.gone: list[str] = []
+        self.listeners: Any = [FakeListener()]
 
     def make(self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch) -> Bootstrap:
         return Bootstrap(name=spec.name, incarnation=incarnation, log_level="info", **self._common)
@@ -149,6 +157,7 @@ class FakePlaces(EnginePlaces):
     """Hosts on which there is room, or none; their engines cannot change."""
 
     resolved = None
+    kind = NativeEngine()
 
     def __init__(self) -> None:
         self.has_room = True
@@ -184,19 +193,16 @@ class World:
         self.host = FakeHost()
         self.observer = FakeObserver()
         self.bootstraps = FakeBootstraps()
-        self.listens = True
         self.last_step = LastStep()  # of every rank that ends
         self.room = FakePlaces()
         self.supervisor = Supervisor(
             plan,
-            NativeEngine(),
             self.host,
             self.bootstraps,
             places or self.room,
             self.observer,
             timing or Timing(),
             self.clock,
-            close_listeners=lambda: setattr(self, "listens", False),
         )
 
     def _handle(self, event: Event) -> None:
@@ -204,6 +210,11 @@ class World:
         self.supervisor.handle(event)
         if self.supervisor.has_changed:
             self.supervisor.tick()
+
+    @property
+    def listens(self) -> bool:
+        (listener,) = self.bootstraps.listeners
+        return bool(listener.is_open)
 
     @property
     def phase(self) -> LaunchPhase:
