@@ -106,7 +106,7 @@ class RunningEngine(FrozenModel):
 
 RunningEngines = Annotated[
     tuple[Annotated[RunningEngine, BeforeValidator(_read_engine)], ...],
-    BeforeValidator(read_list, json_schema_input_type=list[RunningEngine | str] | str),
+    BeforeValidator(read_list),
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
@@ -51,14 +51,10 @@ NATIVE_ALONE = "native alone"
 """Marks, in an annotation, a setting that only native engines read."""
 
 
-ByteSize = Annotated[
-    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)
-]
+ByteSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 """A number of bytes: ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain integer."""
 
-OptionalSize = Annotated[
-    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=0)
-]
+OptionalSize = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 """A number of bytes like ``ByteSize``, or 0 for none."""
 
 
@@ -69,9 +65,7 @@ def _read_switch(value: object) -> object:
     return value
 
 
-Switch = Annotated[
-    bool, BeforeValidator(_read_switch, json_schema_input_type=bool | Literal["on", "off"])
-]
+Switch = Annotated[bool, BeforeValidator(_read_switch)]
 
 
 def read_list(value: object) -> object:

@@ -77,6 +77,6 @@ def _differ(hosts: Sequence[HostSettings]) -> Sequence[HostSettings]:
 
 Hosts = Annotated[
     tuple[Annotated[HostSettings, BeforeValidator(_read_host)], ...],
-    BeforeValidator(read_list, json_schema_input_type=list[HostSettings | str] | str),
+    BeforeValidator(read_list),
     AfterValidator(_differ),
 ]

@@ -81,9 +81,9 @@ def _check_origin(origin: str) -> str:
 
 HostNames = Annotated[
     tuple[Annotated[str, AfterValidator(_check_host)], ...],
-    BeforeValidator(read_list, json_schema_input_type=list[str] | str),
+    BeforeValidator(read_list),
 ]
 Origins = Annotated[
     tuple[Annotated[str, AfterValidator(_check_origin)], ...],
-    BeforeValidator(read_list, json_schema_input_type=list[str] | str),
+    BeforeValidator(read_list),
 ]

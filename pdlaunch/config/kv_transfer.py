@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, JsonValue, create_model, field_validator, model_validator
+from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.connectors import (
@@ -20,20 +20,12 @@ from pdlaunch.config.connectors import (
 from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, PortRange, Switch
 
 
-def _with_other_sections(schema: dict[str, JsonValue]) -> None:
-    properties = schema["properties"]
-    assert isinstance(properties, dict)
-    for name, model in other_sections().items():
-        properties[name] = model.model_json_schema()
-    schema["additionalProperties"] = False
-
-
 class KVTransferSettings(FrozenModel):
     """Settings of the way that KV blocks take from prefill to decode."""
 
     # Sections of other connectors are no fields, so that their packages are imported only when
     # named.
-    model_config = ConfigDict(extra="allow", json_schema_extra=_with_other_sections)
+    model_config = ConfigDict(extra="allow")
 
     # fmt: off
     connector: Annotated[str, Flag("kv-connector", metavar="nixl|mooncake|file|...")] = Field(
