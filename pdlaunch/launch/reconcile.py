@@ -269,10 +269,15 @@ def _advance(turn: Turn, change: EngineChange) -> None:
             return
     starts = [each.name for each in change.starts if each.name not in engines]
     stops = [name for name in planned.stops if name in engines]
-    if change.error or not (starts or stops):
+    if change.failure or not (starts or stops):
+        error = ""
+        if change.failure:
+            gone = [name for name in planned.stops if name not in engines]
+            error = f"{', '.join(starts)} cannot be added: {change.failure}"
+            error += f"; {', '.join(gone)} is gone already" if gone else ""
         turn.wanted.change = None
-        turn.announce(change.error or f"engines have changed: {change.what}")
-        turn.do(SendMessage(change.asker, Answered(question=change.question, error=change.error)))
+        turn.announce(error or f"engines have changed: {change.what}")
+        turn.do(SendMessage(change.asker, Answered(question=change.question, error=error)))
     elif stops and (planned.stops_first or not starts):
         # Tell all of them before the first can be gone.
         for name in stops:
@@ -305,15 +310,10 @@ def _join(turn: Turn, change: EngineChange, joining: Sequence[str]) -> None:
     if turn.due(change.deadline_at) and not change.failure:
         late = f"not ready after {wanted.timing.startup_timeout_s:g} s"
         change.failure = f"{late}: {'; '.join(missing)}"
-    if not change.failure:
-        return
-    # The old engines go on serving.
-    gone = [name for name in change.planned.stops if name not in seen.engines]
-    change.error = f"{', '.join(joining)} cannot be added: {change.failure}" + (
-        f"; {', '.join(gone)} is gone already" if gone else ""
-    )
-    for name in joining:
-        wanted.engines[name] = Goal(withheld="leaving")
+    if change.failure:
+        # The old engines go on serving.
+        for name in joining:
+            wanted.engines[name] = Goal(withheld="leaving")
 
 
 # The end
@@ -323,9 +323,8 @@ def _end(turn: Turn) -> None:
     """Drain the router, stop it, then stop the engines; kill what is left."""
     wanted, seen = turn.wanted, turn.seen
     if not seen.is_ending:
-        # Without a process that has failed, those that run can finish their requests.
-        works = seen.failure is None or seen.failure.process is None
-        drains = seen.phase is LaunchPhase.READY and works and wanted.timing.drain_s > 0
+        serves = seen.phase is LaunchPhase.READY and seen.failure is None
+        drains = serves and wanted.timing.drain_s > 0
         for process in seen.processes():
             if process.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 process.state = ProcessState.EXITED

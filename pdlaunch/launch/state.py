@@ -213,7 +213,6 @@ class EngineChange:
     asker: str = ""
     deadline_at: float = 0.0  # the instant by which new engines must have joined
     failure: str = ""  # the reason why new engines cannot join
-    error: str = ""  # the error to answer once new engines are taken back
 
     @property
     def what(self) -> str:
