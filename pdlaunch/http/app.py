@@ -169,19 +169,15 @@ def bearer_check(keys: Collection[str], *, message: str, code: str) -> KeyCheck:
     """Return a check that one of ``keys`` was sent as bearer token."""
 
     def check(http: web.Request) -> None:
-        if not has_bearer(http, keys):
+        scheme, _, given = http.headers.get("Authorization", "").partition(" ")
+        sent = given.strip().encode(errors="surrogateescape")
+        # All are compared, in constant time, so that the time does not tell which one nearly
+        # matched.
+        matches = [secrets.compare_digest(sent, key.encode()) for key in keys]
+        if scheme.lower() != "bearer" or not any(matches):
             raise RequestError(message, status=401, code=code)
 
     return check
-
-
-def has_bearer(http: web.Request, keys: Collection[str]) -> bool:
-    """Tell whether the Authorization header carries one of ``keys``."""
-    scheme, _, given = http.headers.get("Authorization", "").partition(" ")
-    sent = given.strip().encode(errors="surrogateescape")
-    # All are compared, in constant time, so that the time does not tell which one nearly matched.
-    matches = [secrets.compare_digest(sent, key.encode()) for key in keys]
-    return scheme.lower() == "bearer" and any(matches)
 
 
 def model_routes(cards: Callable[[], list[ModelCard]]) -> list[AppRoute]:

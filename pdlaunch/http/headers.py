@@ -76,8 +76,3 @@ def ignored_fields_header(names: Iterable[str]) -> dict[str, str]:
     """Return the header, if any, that tells a client the plain ones of ignored fields' names."""
     plain = list(dict.fromkeys(filter(_PLAIN_NAME.fullmatch, names)))[:MAX_SENT_NAMES]
     return {IGNORED_FIELDS_HEADER: ", ".join(plain)} if plain else {}
-
-
-def read_ignored_fields(header: str | None) -> list[str]:
-    """Return the names in an engine's header."""
-    return [] if header is None else header.split(", ")

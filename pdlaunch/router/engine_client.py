@@ -28,7 +28,7 @@ from pdlaunch.http.engine_calls import (
     EngineCalls,
 )
 from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
-from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, read_ignored_fields
+from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.openai.responses import REPORT_KEY
 from pdlaunch.router.engine import Engine
@@ -398,4 +398,5 @@ async def _while_it_lives(engine: Engine) -> AsyncIterator[None]:
 
 
 def _ignored_fields(answer: Answer) -> list[str]:
-    return read_ignored_fields(answer.headers.get(IGNORED_FIELDS_HEADER.lower()))
+    header = answer.headers.get(IGNORED_FIELDS_HEADER.lower())
+    return header.split(", ") if header else []

@@ -5,7 +5,6 @@ opens neither.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
-from aiohttp import web
 from yarl import URL
 
 from pdlaunch.protocol.control import (
@@ -69,32 +67,6 @@ async def admin_stand(stand: Stand, tmp_path: Path) -> AsyncIterator[AdminStand]
         "http://pdlaunch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))
     ) as session:
         yield AdminStand(stand, engines, session)
-    await runner.cleanup()
-
-
-async def test_commands_find_a_socket_while_a_router_takes_the_place_of_another(
-    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The old one, at which they wait, until the new one listens."""
-    await stand.start(pairs(1))
-    path = tmp_path / "admin.sock"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
-    found: list[tuple[int, bool]] = []
-    start = web.SockSite.start
-
-    async def look(site: web.SockSite) -> None:
-        before = path.stat().st_ino
-        await start(site)
-        found.append((before, path.stat().st_ino == before))
-
-    monkeypatch.setattr(web.SockSite, "start", look)
-    old = path.stat().st_ino
-    runner = await listen_at_admin_socket(stand.router.app, path)
-    assert found == [(old, True)]
-    assert path.stat().st_ino != old
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
     await runner.cleanup()
 
 
