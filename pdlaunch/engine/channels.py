@@ -9,7 +9,6 @@ from typing import Any
 import zmq
 
 from pdlaunch.engine.step import FromRankZero, StepDone, from_rank_zero, step_done
-from pdlaunch.errors import ProtocolError
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.engine import FromRank, Hello, ToRank, from_rank, to_rank
 from pdlaunch.protocol.ids import LeaseId, PullId
@@ -42,11 +41,7 @@ class ServerLink:
         """Return the messages that have arrived, in order; never blocks."""
         messages: list[ToRank] = []
         for identity, *_, frame in drain(self.socket):
-            try:
-                message = to_rank.decode(frame)
-            except ProtocolError as error:
-                logger.error("dropped a message from the server: %s", error)
-                continue
+            message = to_rank.decode(frame)
             if isinstance(message, Hello):
                 self._server = identity
             if identity == self._server:

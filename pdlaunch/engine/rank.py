@@ -22,8 +22,7 @@ from pdlaunch.engine.leader import Follower, Leader, RankParts
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.models.tensor_parallel import TPGroup
-from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.tier import HostTier
+from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler

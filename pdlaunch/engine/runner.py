@@ -21,8 +21,7 @@ from pdlaunch.engine.device_copies import Download, upload_array
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
 from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools, open_memory_pools
-from pdlaunch.engine.models.attention import AttentionBackend, PackedBatch, ReportProgress
-from pdlaunch.engine.models.decoder import Decoder
+from pdlaunch.engine.models.attention import AttentionBackend, Decoder, PackedBatch, ReportProgress
 from pdlaunch.engine.models.loader import ModelLoader
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.engine.models.torch_attention import TorchAttention

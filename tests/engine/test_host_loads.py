@@ -8,7 +8,7 @@ import pytest
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.protocol.engine import EngineStats
-from tests.engine.fake_engine import FULL, FakeEngine, output, remote_kv, sliding
+from tests.engine.fake_engine import FULL, FakeEngine, output, sliding
 
 PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 3, 1, 4]
 """Three full blocks of 4 and a token."""
@@ -58,37 +58,6 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
     stats = stats_of(engine)
     assert (stats.host_hit_tokens, stats.device_hit_tokens, stats.remote_hit_tokens) == (12, 0, 0)
     assert stats.offload_loaded_bytes == 100 * len(load.block_ids)
-
-
-def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
-    engine = make_engine(num_blocks=8)
-    engine.add("first", PROMPT, max_tokens=3)
-    while engine.scheduler.has_work():
-        engine.step()
-        engine.end_jobs()
-    # Leaves the first block of the chain, which is reused last.
-    engine.add("other", OTHER, max_tokens=13)
-    engine.run_all()
-    engine.add("second", PROMPT + OTHER)
-    engine.run_all()
-    (load,) = engine.loads
-    assert 0 < len(load.block_ids) < 3
-    stats = stats_of(engine)
-    assert stats.host_hit_tokens == 4 * len(load.block_ids)
-    assert stats.device_hit_tokens == 12 - stats.host_hit_tokens
-    assert engine.token_ids("second") == output(PROMPT + OTHER, 4)
-
-
-def test_a_pull_brings_what_the_device_lacks_and_asks_no_host() -> None:
-    engine = engine_after_first(num_blocks=10, num_others=4)
-    engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
-    engine.step()
-    assert not engine.jobs
-    (pull,) = engine.pulls.values()
-    assert len(pull.block_ids[0]) == 4 - pull.first_block_index[0] > 1
-    engine.end_pull(pull.pull_id)
-    engine.run_all()
-    assert engine.token_ids("second") == output(PROMPT, 4)
 
 
 def test_choices_of_one_prompt_load_it_once() -> None:
@@ -145,14 +114,3 @@ def test_blocks_are_not_reused_before_they_are_stored() -> None:
     engine.run_all()
     assert engine.token_ids("second") == output(OTHER[:3], 13)
     assert stats_of(engine).preemptions == 0
-
-
-def test_copies_outlast_sleep() -> None:
-    engine = engine_after_first(num_others=0)
-    engine.scheduler.requests.reset_prefix_cache()
-    for runner in engine.runners:
-        runner.memory = [[None] * engine.block_size for _ in range(engine.num_blocks)]
-    engine.add("second", PROMPT)
-    engine.run_all()
-    assert engine.token_ids("second") == output(PROMPT, 4)
-    assert stats_of(engine).host_hit_tokens == 12

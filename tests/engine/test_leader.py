@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pdlaunch.engine.kvcache.groups import make_groups
 from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader, RankParts
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.tier import HostTier
-from pdlaunch.engine.step import StepDone, StepPlan
+from pdlaunch.engine.step import StepPlan
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,
@@ -169,42 +165,3 @@ def test_statistics_go_out_every_second_and_at_once_for_who_asks() -> None:
         recorder.requests, now_s = list(asked), now_s + passed_s
         leader.turn()
         assert recorder.num_stats == num_stats
-
-
-def test_blocks_are_free_when_the_last_rank_has_stored_its_heads() -> None:
-    jobs: list[OffloadJob] = []
-    ended: list[JobFinished] = []  # of rank 0, whose copies end before somebody looks
-    reports: list[StepDone] = []  # of rank 1, whose copies end when the test says so
-
-    def ends() -> list[JobFinished]:
-        return [JobFinished(job.job_id, True, num_bytes=10) for job in jobs]
-
-    def submit(new: list[OffloadJob]) -> None:
-        jobs.extend(new)
-        ended.extend(ends() if new else ())
-
-    def take(items: list[Any]) -> list[Any]:
-        taken = items.copy()
-        items.clear()
-        return taken
-
-    told: list[StepPlan] = []
-    recorder = Recorder(add("a", 2, range(9)))
-    leader = make_leader(
-        recorder,
-        followers=SimpleNamespace(send=told.append, receive=lambda: take(reports)),
-        offload=SimpleNamespace(submit=submit, take_finished=lambda: take(ended)),
-        planner=OffloadPlanner(make_groups([None]), 4, HostTier(8)),
-        tensor_parallel_size=2,
-    )
-    while leader.wait_s() == 0 or recorder.requests or ended:
-        leader.turn()
-    assert [len(job.block_ids) for job in jobs] == [2]
-    assert [job for plan in told for job in plan.jobs] == jobs
-    stats = leader._requests.stats()
-    assert (stats.num_offload_jobs, stats.num_free_blocks, stats.num_running) == (1, 14, 0)
-    reports.append(StepDone(tp_rank=1, jobs=ends()))
-    leader.turn()
-    stats = leader._requests.stats()
-    assert (stats.num_offload_jobs, stats.num_free_blocks) == (0, 16)
-    assert stats.offload_stored_bytes == 20

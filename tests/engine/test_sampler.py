@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pdlaunch.engine.rows import Row, new_row
 from pdlaunch.engine.sampler import (
     GROUP_TOKENS,
-    draw_by_noise,
     draw_key,
     draw_tokens,
     nucleus_edges,
@@ -158,36 +157,6 @@ def test_draws_follow_the_distribution() -> None:
     assert expected.min() > 1
     chi_square = float(((torch.bincount(found, minlength=700) - expected) ** 2 / expected).sum())
     assert chi_square < 699 + 3.09 * math.sqrt(2 * 699) + 10
-
-
-def test_rounding_errors_hardly_ever_move_a_draw() -> None:
-    """The inverse of the cumulative distribution would move with each error."""
-    source = torch.Generator().manual_seed(3)
-    logits = torch.randn(1, 8192, generator=source)
-    rounded = logits + torch.randn(1, 8192, generator=source) * 1e-3
-    keys = torch.randint(-(2**63), 2**63 - 1, (2048,), generator=source)
-    first, second = (
-        torch.cat(
-            [
-                draw_by_noise((values - values.max()).expand(len(part), -1), part)
-                for part in keys.split(64)
-            ]
-        )
-        for values in (logits, rounded)
-    )
-    assert int((first != second).sum()) <= 5
-    assert len(first.unique()) > 1000
-
-
-def test_draws_do_not_depend_on_the_batch() -> None:
-    logits = random_logits(5, 6)
-    rows = [
-        row([1], [2] * index, seed=9, choice=index, top_p=0.9, num_top_logprobs=num_top)
-        for index, num_top in enumerate((3, None, 0, 60, 1, None))
-    ]
-    together = drawn(logits, rows)
-    assert together == [drawn(logits[at : at + 1], [one])[0] for at, one in enumerate(rows)]
-    assert [len(token.top_logprobs) for token in together] == [3, 0, 0, VOCAB_SIZE, 1, 0]
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:

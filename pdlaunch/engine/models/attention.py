@@ -1,4 +1,5 @@
-"""Attention over the paged KV cache: the seam between transformers models and backends.
+"""The seam between transformers models and backends: packed tokens in, logits out, with attention
+over the paged KV cache.
 
 The function registered with transformers hands each layer's queries, keys and values to the step
 that the runner passed to the model as ``attention_step``. Backends write keys and values into the
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 ATTENTION_NAME = "pdlaunch_paged"
 """Name by which transformers finds the function; it has no mask function, so no masks are built."""
@@ -102,6 +104,38 @@ class PackedBatch:
     @property
     def num_rows(self) -> int:
         return len(self.context_lengths)
+
+
+class Decoder:
+    """Computes logits of packed tokens over the paged KV cache, by the model's own code.
+
+    A CUDA graph can replay it: no model that is served waits for the device, or depends on values
+    there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: AttentionStep,
+    ) -> torch.Tensor:
+        """Return [len(kept), vocab_size] of the tokens ``kept``; None keeps all.
+
+        ``token_ids``, ``positions``: [num_tokens].
+        """
+        output = self._model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=0 if kept is None else kept,
+            attention_step=step,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
 
 ReportProgress = Callable[[str, float | None], None]

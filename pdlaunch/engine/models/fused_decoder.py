@@ -8,7 +8,7 @@ triton is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,8 @@ import triton
 from torch import nn
 from torch.nn.functional import linear
 
-from pdlaunch.engine.models.attention import AttentionStep
-from pdlaunch.engine.models.decoder import Decoder
+from pdlaunch.engine.models.attention import AttentionStep, Decoder
 from pdlaunch.engine.models.layer_kernels import add_and_normalize, multiply_gated
-from pdlaunch.engine.models.stacked_weights import join
 from pdlaunch.engine.models.triton_attention import Norm, TritonStep
 
 GELU = "gelu_pytorch_tanh"
@@ -135,8 +133,19 @@ def _stacked(*layers: nn.Linear) -> Product:
     """Return one product with the weights of all layers, which were loaded ``stacked``."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers))
-    weight = join([layer.weight for layer in layers])
-    return partial(linear, weight=weight, bias=join(biases) if biases else None)
+    weight = _join([layer.weight for layer in layers])
+    return partial(linear, weight=weight, bias=_join(biases) if biases else None)
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return, in place, the tensor of which ``parts`` are neighbours, as stacks are."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        assert part.data_ptr() == end, "the weights are not stacked"
+        assert part.is_contiguous()
+        end += part.numel() * part.element_size()
+    size = (sum(len(part) for part in parts), *first.shape[1:])
+    return first.detach().as_strided(size, first.stride())
 
 
 def can_fuse(model: Any) -> bool:

@@ -7,7 +7,7 @@ place.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +19,16 @@ from torch import nn
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.engine.models.attention import ATTENTION_NAME, ReportProgress, register_attention
-from pdlaunch.engine.models.stacked_weights import place_stacks
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup, add_up_rowwise, plan_cuts
 from pdlaunch.errors import ConfigError
 
 Cut = tuple[int, slice]
 Shapes = dict[str, torch.Size]
 
+STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module with the same input, in the order of their outputs; their weights lie side
+by side in memory, for one product.
+"""
 DUMMY_STD = 0.02
 _WRAPPED_PREFIXES = (
     ("model.language_model.", "model."),
@@ -60,14 +63,14 @@ class ModelLoader:
     progress: ReportProgress
 
     def load(self, *, stacked: bool = False) -> nn.Module:
-        """Return the model. ``stacked``: weights lie in memory as ``place_stacks`` says."""
+        """Return the model. ``stacked``: weights lie in memory as ``STACKS`` says."""
         self.progress("loading libraries", None)
         register_attention()
         model, cuts = self._build_empty()
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if stacked:
             parts = {name: _shape_of_part(size, cuts.get(name)) for name, size in shapes.items()}
-            place_stacks(model, parts, self.dtype, self.device)
+            _place_stacks(model, parts, self.dtype, self.device)
 
         def put(name: str, tensor: torch.Tensor) -> None:
             place = model.get_parameter(name)
@@ -149,6 +152,28 @@ class ModelLoader:
             self.progress("loading weights", len(seen) / len(expected))
         if missing := set(expected) - seen:
             raise _misfit(f"lacks {len(missing)} weights, {min(missing)} among them")
+
+
+def _place_stacks(
+    model: nn.Module, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give the weights and biases of stacked layers their memory, with anything in it.
+
+    Stacking them after loading would leave the memory of the single weights with the allocator.
+
+    ``shapes``: of all parameters by name, as this rank holds them.
+    """
+    for parent_name, parent in model.named_modules():
+        for stack in STACKS:
+            for kind in ("weight", "bias"):
+                names = [f"{parent_name}.{layer}.{kind}" for layer in stack]
+                if not all(name in shapes for name in names):
+                    continue
+                rows = [shapes[name][0] for name in names]
+                whole = torch.empty((sum(rows), *shapes[names[0]][1:]), dtype=dtype, device=device)
+                for layer, part in zip(stack, torch.split(whole, rows), strict=True):
+                    parameter = nn.Parameter(part, requires_grad=False)
+                    setattr(parent.get_submodule(layer), kind, parameter)
 
 
 def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str, torch.Tensor]]:

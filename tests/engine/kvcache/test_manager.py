@@ -64,50 +64,6 @@ def test_prefix_is_the_longest_from_which_every_group_can_go_on(
         ]
 
 
-@given(WINDOWS, st.integers(1, 4), st.integers(0, 40), st.data())
-def test_a_pull_brings_what_is_visible_and_not_cached(
-    windows: list[int | None], block_size: int, num_computed: int, data: st.DataObject
-) -> None:
-    kv = KVCacheManager(make_groups(windows), 200, block_size)
-    num_blocks = kv.num_logical_blocks(num_computed)
-    block_hashes = hashes(num_blocks, block_size)
-    max_blocks = data.draw(st.integers(0, num_computed // block_size))
-    cached = [
-        data.draw(st.sets(st.integers(0, max(0, num_blocks - 1)))) if num_blocks else set()
-        for _ in windows
-    ]
-    fill(kv, cached, block_hashes)
-    hit = kv.find_for_pull(block_hashes, max_blocks, num_computed)
-    for group, window in enumerate(windows):
-        seen = visible_blocks(window, num_computed, block_size)
-        held = set(range(hit.first[group], hit.end(group)))
-        assert held <= cached[group]
-        assert held <= set(range(max_blocks))
-        assert seen <= held | set(range(hit.end(group), num_blocks))
-        assert seen or not held
-
-
-@given(WINDOWS, st.integers(1, 4), st.lists(st.integers(1, 9), max_size=12))
-def test_tables_hold_what_queries_see_and_little_more(
-    windows: list[int | None], block_size: int, chunks: list[int]
-) -> None:
-    kv = KVCacheManager(make_groups(windows), 500, block_size)
-    tables, num_computed = kv.new_tables(), 0
-    for chunk in chunks:
-        kv.release_left(tables, num_computed)
-        assert kv.extend(tables, num_computed + chunk)
-        for group, window in enumerate(windows):
-            held = set(range(tables.first[group], tables.end))
-            assert visible_blocks(window, num_computed, block_size) <= held
-            if window is not None:
-                first_seen = max(0, num_computed - window + 1)
-                assert tables.first[group] == first_seen // block_size
-        num_computed += chunk
-        kv.pool.check_integrity(owned=tables.all_ids())
-    kv.free(tables)
-    assert kv.pool.num_free_blocks == 500
-
-
 @given(WINDOWS, st.integers(1, 4), st.integers(1, 40))
 def test_min_blocks_suffice_token_by_token(
     windows: list[int | None], block_size: int, num_tokens: int
@@ -131,22 +87,3 @@ def compute_token_by_token(kv: KVCacheManager, num_tokens: int) -> bool:
         if not kv.extend(tables, num_computed + 1):
             return False
     return True
-
-
-@given(WINDOWS, st.integers(1, 4), st.integers(1, 30), st.integers(0, 5))
-def test_a_lease_holds_what_the_last_token_sees(
-    windows: list[int | None], block_size: int, num_tokens: int, num_further: int
-) -> None:
-    kv = KVCacheManager(make_groups(windows), 200, block_size)
-    tables = kv.new_tables()
-    kv.extend(tables, num_tokens + num_further)
-    before = [list(held) for held in tables.block_ids]
-    leased = kv.lease(tables, num_tokens)
-    for group, window in enumerate(windows):
-        seen = visible_blocks(window, num_tokens - 1, block_size) | {(num_tokens - 1) // block_size}
-        assert set(range(leased.first[group], leased.end(group))) == seen
-        assert leased.block_ids[group] == [before[group][index] for index in sorted(seen)]
-    kv.pool.check_integrity(
-        owned=[block_id for block_ids in leased.block_ids for block_id in block_ids]
-    )
-    assert tables.end == 0

@@ -70,15 +70,6 @@ def test_memory_that_is_not_there_is_named() -> None:
         HostKVMemory().zeros(2**62)
 
 
-def test_views_of_other_types_are_found_by_their_addresses() -> None:
-    memory = HostKVMemory()
-    tensors = [memory.zeros(PAGE).view(torch.float32).view(4, -1) for _ in range(3)]
-    for tensor in tensors:
-        export = memory.export(tensor[2])
-        assert (export.range.offset_bytes, export.range.num_bytes) == (PAGE // 2, PAGE // 4)
-        export.close()
-
-
 def test_readers_can_neither_write_nor_shrink(export: Export) -> None:
     assert export.fd is not None
     with pytest.raises(PermissionError):

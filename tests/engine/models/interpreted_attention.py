@@ -21,8 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.engine import step_graphs
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.models.attention import PackedBatch
-from pdlaunch.engine.models.decoder import Decoder
+from pdlaunch.engine.models.attention import Decoder, PackedBatch
 from pdlaunch.engine.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.models.triton_attention import TritonAttention

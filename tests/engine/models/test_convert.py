@@ -171,16 +171,3 @@ def test_a_file_that_is_cut_off_is_one_line_with_a_fix(
     *_, error, fix = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {source} cannot be converted: ")
     assert fix.endswith(DOWNLOAD_AGAIN)
-
-
-def test_a_launch_keeps_the_traceback(source: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([source, "--traceback"]) == 1
-    assert capsys.readouterr().err.startswith("Traceback")
-
-
-def test_command_says_nothing_when_there_is_nothing_to_do(
-    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert main([str(tmp_path), "--if-needed"]) == 0
-    assert capsys.readouterr().out == ""

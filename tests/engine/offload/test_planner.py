@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.manager import BlockTables
 from pdlaunch.engine.offload.jobs import BlockKey, JobFinished, JobMerger
-from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.tier import HostTier
+from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
 
 BLOCK_SIZE = 4
 

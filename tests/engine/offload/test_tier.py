@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdlaunch.engine.offload.jobs import BlockKey
-from pdlaunch.engine.offload.tier import HostTier
+from pdlaunch.engine.offload.planner import HostTier
 
 
 def key_of(number: int, group: int = 0) -> BlockKey:
@@ -30,34 +30,6 @@ def test_the_least_recently_used_makes_room() -> None:
     stored(tier, 4)
     assert tier.num_evicted_blocks == 1
     assert [number for number in range(5) if tier.find(*key_of(number)) is None] == [1]
-
-
-def test_what_is_in_flight_never_leaves() -> None:
-    tier = HostTier(2)
-    loaded = stored(tier, 1)
-    tier.begin_load([loaded])
-    storing = tier.begin_store(key_of(2))
-    assert storing is not None
-    assert tier.begin_store(key_of(3)) is None
-    assert tier.num_refused_blocks == 1
-    tier.finish_load([loaded])
-    assert tier.begin_store(key_of(3)) == loaded
-    tier.check_integrity(storing=[storing, loaded])
-
-
-def test_a_block_that_failed_is_a_miss_at_once_and_free_after_its_last_load() -> None:
-    tier = HostTier(3)
-    host_id = stored(tier, 1)
-    tier.begin_load([host_id])
-    tier.begin_load([host_id])
-    tier.finish_load([host_id], [host_id])
-    assert tier.find(*key_of(1)) is None
-    tier.check_integrity(loading=[host_id])
-    replacement = stored(tier, 1)
-    assert replacement != host_id
-    tier.finish_load([host_id], [host_id])
-    assert tier.find(*key_of(1)) == replacement
-    tier.check_integrity()
 
 
 class TierMachine(RuleBasedStateMachine):

@@ -218,25 +218,6 @@ async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
 
 
-async def test_chats_of_a_vllm_router_and_of_ours(engine: Engine):
-    """vLLM's sends max_completion_tokens and the client's other fields."""
-    answer = await engine.chat(
-        max_tokens=1,
-        max_completion_tokens=1,
-        min_tokens=4,
-        stream=False,
-        stream_options={"include_usage": True},
-        kv_transfer_params=REMOTE_DECODE,
-    )
-    params = answer["kv_transfer_params"]
-    assert params["do_remote_prefill"] is True
-    assert answer["choices"][0]["message"]["content"] == "hello"
-    params["pdlaunch"]["first_token_sent"] = True
-    chunks = await engine.stream(CHAT, messages=HELLO, max_tokens=3, kv_transfer_params=params)
-    deltas = [choice["delta"] for chunk in chunks[:-1] for choice in chunk["choices"]]
-    assert not any("role" in delta for delta in deltas), "the role was sent before"
-
-
 @pytest.mark.parametrize(
     ("tokens", "fields", "reasons"),
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.engine.server import served_model
 from pdlaunch.engine.server.lifecycle import OPEN_PATHS, make_app
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
-from pdlaunch.http.limits import SMALL_BODY_BYTES
 from pdlaunch.protocol.engine import AddRequest, EngineStats, RequestFinished
 from tests.engine.server.conftest import TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank, silent
@@ -192,45 +190,6 @@ async def test_tokenize_and_detokenize_are_bounded(engine: Engine, monkeypatch: 
         status, answer, _ = await engine.post(path, body)
         assert (status, answer["error"]["param"]) == (400, param)
         assert "2000" in answer["error"]["message"]
-
-
-class HeldThreads:
-    """Keeps everything that is worked at in threads from going on."""
-
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go = threading.Event()
-        self.num_waiting = 0
-        run = engine.service.inputs.run
-
-        async def held(is_large: bool, work: Callable[[], Any]) -> Any:
-            self.num_waiting += is_large
-            return await run(is_large, (lambda: self.go.wait() and work()) if is_large else work)
-
-        monkeypatch.setattr(engine.service.inputs, "run", held)
-
-    async def wait_for(self, number: int) -> None:
-        while self.num_waiting < number:  # noqa: ASYNC110 - nobody tells of it
-            await asyncio.sleep(0.005)
-
-
-async def test_large_bodies_hold_room_until_they_are_token_ids_and_others_are_served(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-):
-    engine = await make_engine(limits=LimitSettings(max_body_bytes=1000, max_queued_requests=100))
-    threads = HeldThreads(engine, monkeypatch)
-    body = {"prompt": "hello " * (SMALL_BODY_BYTES // 5)}
-    num_fitting = engine.service.bodies.max_bytes * 3 // 4 // (len(body["prompt"]) + 20)
-    large = [asyncio.create_task(engine.refusal(**body)) for _ in range(num_fitting)]
-    await threads.wait_for(num_fitting)
-    status, answer, response = await engine.post("/v1/completions", body)
-    assert (status, answer["error"]["code"]) == (503, "too_many_bytes_in_flight")
-    assert response.headers["Retry-After"] == "1"
-    await engine.complete()
-    assert not any(task.done() for task in large)
-    threads.go.set()
-    for status, error in await asyncio.gather(*large):
-        assert (status, error["code"]) == (400, "context_length_exceeded")
-    assert engine.service.bodies.held_bytes == 0
 
 
 async def test_places_are_taken_before_prompts_are_tokenized(
