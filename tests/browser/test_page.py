@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -170,31 +169,6 @@ async def test_it_fits_phones_and_desks_light_and_dark(
     file = tmp_path / "page.png"
     await page.screenshot(file)
     assert 5_000 < file.stat().st_size < 800_000
-
-
-async def test_what_an_engine_does_not_tell_is_unknown(page: Page) -> None:
-    """As of an engine of another kind, of which this launch has none."""
-    told = {
-        **dict.fromkeys(("cached_device_tokens", "cached_host_tokens", "remote_tokens", "error")),
-        **dict.fromkeys(("queue_ms", "prefill_ms", "pull_ms", "first_token_ms", "total_ms")),
-        **dict.fromkeys(("ms_per_token", "output_tokens", "kv_path", "finish_reason")),
-        **{"id": "one", "received_at": 0, "status": 200, "route": "here->there"},
-        **{"prompt_tokens": 7, "prefill": "here", "decode": "there", "retries": 0},
-        "spans": [{"name": "queue", "process": "router", "start_ms": 0, "end_ms": 1}],
-    }
-    told["spans"][0]["attributes"] = {}
-    list_text, trace_text = await page.run(
-        f"""import("/pdlaunch/requests.js").then(({{ drawRequests, drawTrace }}) => {{
-          const told = {json.dumps(told)}, list = document.createElement("div");
-          const trace = document.createElement("div");
-          drawRequests(list, [told], null, () => {{}});
-          drawTrace(trace, told, () => {{}});
-          return [list.textContent, trace.textContent];
-        }})"""
-    )
-    assert "– / –" in list_text
-    for engine in ("here", "there"):
-        assert f"unknown{engine}" in trace_text
 
 
 async def test_screen_readers_get_names_and_tables(page: Page) -> None:

@@ -28,9 +28,9 @@ HOSTILE = "[red]x[/red]\x1b[31m\x07\n<b>"
 """Markup of rich, commands of terminals, a line break, HTML."""
 
 
-def rates(at: float, number: float) -> Rates:
+def rates(number: float) -> Rates:
     return Rates(
-        at=at,
+        at=1.7e9,
         span_s=2.0,
         requests_per_s=number,
         errors_per_s=0.0,
@@ -98,8 +98,8 @@ def deployment(*engines: EngineStatus, **fields: object) -> DeploymentStatus:
         "pairs": [pair],
         "num_pairs": 1,
         "doubts": [],
-        "rates": rates(1.7e9, 4.0),
-        "history": [rates(1.7e9 + index, index) for index in range(20)],
+        "rates": rates(4.0),
+        "history": [rates(4.0)],
         "events": [
             StatusEvent(at=1.7e9, kind="engine", name="decode-7", text=HOSTILE, is_bad=True)
         ],

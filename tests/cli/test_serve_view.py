@@ -95,7 +95,7 @@ class Router:
 
 
 def idle(**fields: object) -> DeploymentStatus:
-    values = {"requests": 0, "in_flight": 0, "rates": rates(0.0, 0.0), "gone": []} | fields
+    values = {"requests": 0, "in_flight": 0, "rates": rates(0.0), "gone": []} | fields
     return deployment(**values)
 
 

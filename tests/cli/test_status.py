@@ -24,7 +24,6 @@ from tests.cli.deployment_server import (
     running_server,
 )
 from tests.command_line import invoke
-from tests.launch.client.conftest import answering
 
 
 @pytest.fixture
@@ -88,20 +87,6 @@ def test_what_cannot_be_asked_is_said(router: DeploymentServer) -> None:
     stranger = run("--url", router.url)
     assert stranger.exit_code == 1
     assert "no pdlaunch of this version" in stranger.output
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [("{}", "stopped in the middle of its answer"), ("[" * 200_000, "nested too deeply")],
-)
-def test_what_is_no_router_is_no_traceback(body: str, said: str) -> None:
-    length = max(1000, len(body))
-    answer = f"HTTP/1.1 404 Not Found\r\nContent-Length: {length}\r\n\r\n{body}".encode()
-    with answering(lambda connection: connection.sendall(answer)) as url:
-        result = run("--url", url)
-    assert result.exit_code == 1
-    assert result.output.startswith(f"error: {url}/pdlaunch/status ")
-    assert said in result.output
 
 
 def shown(status: DeploymentStatus, columns: int = 80, rows: int = 24) -> list[str]:
