@@ -52,12 +52,9 @@ ENGINE = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
     "max_model_len": st.integers(1, 9000),
-    "block_size": st.sampled_from([1, 16, 64]),
-    "kv_cache_memory": st.integers(1, 8 * GIB),
+    "kv_cache_memory": st.integers(2 * GIB, 8 * GIB),
     "gpu_memory_utilization": st.floats(0.1, 1.0),
-    "enable_prefix_caching": st.booleans(),
-    "enable_cumem_allocator": st.booleans(),
-    "enable_sleep_mode": st.booleans(),
+    "enable_cumem_allocator": st.sampled_from([False, False, True]),
     "max_num_seqs": st.integers(1, 300),
     "max_num_batched_tokens": st.integers(1, 20_000),
     "num_threads": st.integers(1, 64),
@@ -66,19 +63,21 @@ ENGINE = {
     "kv_offload": some(host_memory=st.integers(0, GIB)),
     "env": VARIABLES,
 }
-ROLE = some(
-    replicas=st.integers(0, 3), tensor_parallel_size=st.sampled_from([1, 2, 3, 9]), **ENGINE
-)
+ROLE = some(replicas=st.integers(1, 3), tensor_parallel_size=st.sampled_from([1, 3]), **ENGINE)
 CONFIGS = some(
     prefill=ROLE,
     decode=ROLE,
     served_model_name=st.just("mine"),
+    block_size=st.sampled_from([16, 64]),
+    enable_sleep_mode=st.booleans(),
+    enable_prefix_caching=st.booleans(),
     kv_transfer=some(connector=st.sampled_from(["nixl", "mooncake"]), verify=st.booleans()),
     **ENGINE,
 )
 MACHINES = st.builds(
     Machine,
     num_cpus=st.integers(1, 64),
+    memory_bytes=st.just(1024 * GIB),
     has_native_bf16=st.booleans(),
     gpus=st.integers(0, 4).map(
         lambda count: tuple(Gpu(index, memory_bytes=80 * GIB) for index in range(count))

@@ -21,11 +21,8 @@ def show(value):
     [
         # The habit from vLLM: each role names its GPU, of which its one rank sees that alone.
         (TWO, {}, {"prefill__env": show("0"), "decode__env": show("1")}, [0, 0], ["p", "d"]),
-        (TWO, {}, {"decode__env": show("1")}, [0, 0], ["p", "d"]),
         # Roles that see the same take turns.
         (TWO, {}, {"prefill__env": show("1,0"), "decode__env": show("1,0")}, [0, 1], ["d", "p"]),
-        (TWO, {}, {"env": show("1")}, [0, 0], ["", "pd"]),
-        (TWO, show("2,3"), {}, [0, 1], ["p", "d"]),
         (TWO, show("2,3"), {"decode__env": show("2")}, [0, 0], ["pd", ""]),
         (
             GPU,

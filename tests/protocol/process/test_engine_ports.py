@@ -113,15 +113,3 @@ def test_a_certain_port_is_that_of_one_launch(kept: EnginePorts) -> None:
     assert is_refused()
     kept.release("decode-0")
     assert not is_refused()
-
-
-def test_other_ports_are_left_alone(kept: EnginePorts) -> None:
-    """Of a program that shares its port with nobody, of one that speaks TLS, of none."""
-    with socket.create_server(("127.0.0.1", 0)) as alone, serving() as tls:
-        kept.keep("decode-0", url_of(alone))
-        kept.keep("decode-1", url_of(tls, "https"))
-        kept.keep("decode-2", "unix:/run/decode-2.sock")
-        kept.keep("decode-2/rank-0", "")
-        kept.keep("decode-3", "http://10.0.0.1:1")
-        ports = [server.getsockname()[1] for server in (alone, tls)]
-    assert [listen("127.0.0.1", port) for port in ports] == ["", ""]
