@@ -22,8 +22,7 @@ from pdlaunch.launch.engines.native import python_command
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.events import EventQueue, SignalInbox
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
-from pdlaunch.launch.hosts.group import HostGroup
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined, Lost
 from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
 from pdlaunch.launch.places import EnginePlaces

@@ -13,8 +13,7 @@ import psutil
 import pytest
 import zmq
 
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
-from pdlaunch.launch.hosts.group import HostGroup
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined, Lost
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.join import new_join_keys, write_join_files
 from pdlaunch.planning.plan import ProcessSpec

@@ -10,9 +10,8 @@ from typing import cast
 import pytest
 import zmq
 
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Lost, Told
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Lost, Told
 from pdlaunch.launch.hosts.agent_messages import Exited, FromAgent, Said
-from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Ready, to_supervisor

@@ -12,8 +12,7 @@ import pytest
 from pdlaunch.cli.joining import is_agent_task, with_placed_hosts
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.hosts.placement.ray_actor import AgentActor
-from pdlaunch.launch.hosts.placement.ray_cluster import ray_bundles
+from pdlaunch.launch.hosts.placement.ray_cluster import AgentActor, ray_bundles
 from pdlaunch.launch.hosts.placement.slurm import slurm_hosts, slurm_join_file
 
 TASK = {
@@ -89,7 +88,7 @@ def test_agents_of_ray_allow_the_program_of_the_launch(monkeypatch: pytest.Monke
         started.append(command)
         return SimpleNamespace(stdin=io.BytesIO())
 
-    monkeypatch.setattr("pdlaunch.launch.hosts.placement.ray_actor.subprocess.Popen", popen)
+    monkeypatch.setattr("pdlaunch.launch.hosts.placement.ray_cluster.subprocess.Popen", popen)
     for executables in (bundle.executables, ()):
         AgentActor(bundle.name, bundle.num_cpus, executables).start("tcp://a:1", "key")
     assert started[0][-2:] == ["--allow-executable", "/opt/vllm/bin/vllm"]

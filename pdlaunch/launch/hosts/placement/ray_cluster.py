@@ -16,22 +16,28 @@ import contextlib
 import importlib
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+import zmq
+
 from pdlaunch.config.hosts import HostSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.launch.hosts.join import JoinTicket
 from pdlaunch.launch.hosts.local import HIDDEN_VARIABLES
-from pdlaunch.launch.hosts.placement.ray_actor import AgentActor
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,61 @@ class Bundle:
         return {"CPU": float(self.num_cpus)} | (
             {"GPU": float(self.num_gpus)} if self.num_gpus else {}
         )
+
+
+class AgentActor:
+    """Holds the resources of an engine, and runs the agent that starts it: where Ray has room.
+
+    It draws the agent's key pair itself: what passes through Ray (public keys, an address) opens
+    nothing to who reads it.
+    """
+
+    def __init__(self, name: str, num_cpus: int, executables: Sequence[str]) -> None:
+        """``executables``: the programs of engines that the agent allows."""
+        public, secret = zmq.curve_keypair()
+        self._public, self._secret = public.decode(), secret.decode()
+        self._name = name
+        self._num_cpus = num_cpus
+        self._allowed = [word for each in executables for word in ("--allow-executable", each)]
+        self._agent: subprocess.Popen[bytes] | None = None
+
+    def state(self) -> tuple[str, bool]:
+        """Return the public key that its agent joins with, and whether the agent runs.
+
+        The key changes when Ray restarts the actor.
+        """
+        return self._public, self._agent is not None and self._agent.poll() is None
+
+    def start(self, endpoint: str, server_public: str) -> None:
+        """Start the agent; its standard input, which this actor holds, ends with it."""
+        self.stop()
+        command = [sys.executable, "-P", "-m", "pdlaunch", "agent", "--join", "-"]
+        command += ["--name", self._name, "--cpus", str(self._num_cpus), "--stop-on-stdin-eof"]
+        command += self._allowed
+        self._agent = subprocess.Popen(command, stdin=subprocess.PIPE)
+        ticket = JoinTicket(
+            endpoint=endpoint,
+            server_public=server_public,
+            public=self._public,
+            secret=self._secret,
+        )
+        assert self._agent.stdin is not None
+        self._agent.stdin.write(msgspec.json.encode(ticket) + b"\n")
+        self._agent.stdin.flush()
+
+    def stop(self) -> None:
+        """End the agent, and with it all that it has started."""
+        if self._agent is None:
+            return
+        assert self._agent.stdin is not None
+        with contextlib.suppress(OSError):
+            self._agent.stdin.close()
+        try:
+            self._agent.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._agent.kill()
+            self._agent.wait()
+        self._agent = None
 
 
 def ray_bundles(config: LaunchConfig, *, has_gpus: bool = False) -> tuple[Bundle, ...]:
