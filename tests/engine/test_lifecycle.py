@@ -33,22 +33,6 @@ def test_what_can_never_fit_ends_at_once_with_both_numbers(
     assert not engine.step().scheduled
 
 
-def test_abort_ends_a_request_once_wherever_it_is() -> None:
-    engine = FakeEngine(max_num_seqs=1)
-    engine.add("running", PROMPT, max_tokens=9)
-    engine.add("waiting", PROMPT)
-    engine.step()
-    for name in ("running", "waiting", "unknown") * 2:
-        engine.scheduler.requests.abort(name)
-    engine.take_outputs()
-    assert [finished.reason for finished in engine.finished.values()] == ["abort"] * 2
-    engine.add("pulling", PROMPT, remote_kv=remote_kv("x", 10))
-    engine.scheduler.requests.abort_all()
-    engine.run()
-    assert engine.finished["pulling"].reason == "abort"
-    assert stats_of(engine).num_free_blocks == 32
-
-
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_request_whose_logits_are_nan_ends_with_an_error_and_others_go_on(runs_ahead: bool) -> None:
     engine = FakeEngine(runs_ahead=runs_ahead)

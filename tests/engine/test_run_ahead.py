@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.protocol.engine import SamplingParams
-from tests.engine.fake_engine import FakeEngine, output, remote_kv, sliding
+from tests.engine.fake_engine import FakeEngine, output, remote_kv
 
 PROMPT = [1, 2, 3, 4, 5, 6]
 
@@ -46,22 +46,6 @@ def test_who_comes_joins_the_step_after_the_one_in_flight(
     assert engine.token_ids("b") == output([6, 5, 4], 3)
 
 
-def test_a_pull_does_not_get_a_block_that_the_step_in_flight_still_sees() -> None:
-    """The window of the step that is planned begins later than that of the one that runs."""
-    prompt = [4, 3, 2, 1, 0]
-    engine = start(groups=(sliding(4),), num_blocks=8, caching=False, max_num_seqs=1)
-    engine.add("a", prompt, max_tokens=20)
-    for index in range(18):
-        name = f"pull-{index}"
-        engine.add(name, [5, 6], max_tokens=2, remote_kv=remote_kv(name, 2))
-        engine.step()
-        (pull_id,) = engine.pulls
-        engine.scheduler.requests.abort(name)
-        engine.end_pull(pull_id, ok=False)
-    engine.run()
-    assert engine.token_ids("a") == output(prompt, 20)
-
-
 @pytest.mark.parametrize("field", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
 def test_what_draws_from_its_output_waits_for_it(field: str) -> None:
     engine = start()
@@ -71,18 +55,3 @@ def test_what_draws_from_its_output_waits_for_it(field: str) -> None:
     assert engine.scheduler.schedule_ahead() is None
     engine.run()
     assert engine.num_ahead > 3, "the other one is alone at the end"
-
-
-def test_nobody_gives_blocks_up_while_a_step_runs() -> None:
-    engine = start(num_blocks=5, block_size=2, caching=False)
-    prompts = {"a": [1, 2, 3], "b": [3, 2, 1]}
-    for name, prompt in prompts.items():
-        engine.add(name, prompt, max_tokens=5)
-    engine.step()
-    engine.step()
-    assert engine.scheduler.schedule_ahead() is None
-    engine.step()
-    assert engine.scheduler.requests.stats().preemptions == 1
-    engine.run()
-    for name, prompt in prompts.items():
-        assert engine.token_ids(name) == output(prompt, 5)

@@ -44,12 +44,3 @@ def test_suspect_that_has_survived_a_step_is_none_any_more() -> None:
     for name in "ab":
         engine.add(name, PROMPTS[name], max_tokens=6, origin=1, is_suspect=True)
     assert [len(engine.step().scheduled) for _ in range(2)] == [1, 2]
-
-
-def test_others_do_not_wait_behind_a_suspect_that_waits() -> None:
-    engine = FakeEngine(max_num_batched_tokens=8)
-    engine.add("a", PROMPTS["b"] * 3, max_tokens=2, is_suspect=True, origin=1)
-    engine.add("b", PROMPTS["b"], max_tokens=2, is_suspect=True, origin=2)
-    engine.step()
-    engine.add("innocent", PROMPTS["c"], max_tokens=2)
-    assert [len(row.token_ids) for row in engine.step().new_rows] == [len(PROMPTS["c"])]

@@ -62,11 +62,9 @@ class HostTier:
 
     @property
     def num_used_blocks(self) -> int:
-        """Return the number of host blocks that hold something or are in flight."""
         return len(self._blocks)
 
     def find(self, group: int, block_hash: bytes) -> int | None:
-        """Return the resident host block with this content."""
         host_id = self._by_key.get(BlockKey(group, block_hash))
         return host_id if host_id is not None and self._blocks[host_id].is_resident else None
 
@@ -143,7 +141,6 @@ class HostTier:
         assert len(self._by_key) == sum(not block.is_failed for block in self._blocks.values())
 
     def _is_idle(self, host_id: int) -> bool:
-        """Return whether no copy reads or writes the block."""
         block = self._blocks[host_id]
         return block.is_resident and not block.pins
 
@@ -169,7 +166,6 @@ class OffloadPlanner:
     """Owns the jobs in flight and the tier. Not safe for more than one thread."""
 
     def __init__(self, groups: Sequence[KVCacheGroup], block_size: int, tier: HostTier) -> None:
-        """``block_size``: in tokens."""
         self._windows = [group.sliding_window for group in groups]
         self._block_size = block_size
         self.tier = tier
@@ -178,7 +174,6 @@ class OffloadPlanner:
 
     @property
     def num_jobs(self) -> int:
-        """Return the number of jobs in flight."""
         return len(self._jobs)
 
     def find(

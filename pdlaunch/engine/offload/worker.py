@@ -115,7 +115,6 @@ class HostMemory:
         return pieces, places * self._stride
 
     def block(self, host_id: int) -> torch.Tensor:
-        """Return the memory of one block: [block_bytes] uint8."""
         piece, place = divmod(host_id, self._blocks_per_piece)
         start = place * self._stride
         return self.pieces[piece][start : start + self._block_bytes]
@@ -282,7 +281,6 @@ class CopyQueue:
         self._copy(self._blocks, self._host, runs, self._direction)
 
     def _copy_now(self, job: OffloadJob) -> float:
-        """Copy the blocks and return the duration in seconds."""
         began_at = time.perf_counter()
         self._copy_all(job)
         return time.perf_counter() - began_at

@@ -139,16 +139,6 @@ TestPoolsMachine = PoolsMachine.TestCase
 TestPoolsMachine.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
-def test_a_sleeping_pool_allocates_nothing() -> None:
-    pools = pools_over(FakeDriver())
-    pools.sleep(["kv_cache"])
-    with pytest.raises(
-        MemoryPoolError, match="8 bytes were asked of the pool 'kv_cache' while it sleeps"
-    ):
-        pools.allocate(8, "kv_cache")
-    pools.allocate(8, "weights")
-
-
 def test_waking_without_room_names_bytes_and_tags() -> None:
     driver = FakeDriver(device_bytes=32)
     pools = pools_over(driver)

@@ -29,7 +29,6 @@ from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 from pdlaunch.engine.step_graphs import Step
 from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
-from tests.engine.models.rotation_reference import check_rotation
 from tests.engine.models.tiny import loader_of, save_tiny_model
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -44,14 +43,6 @@ CASES = (
     Case(((0, 150),), 2, 2, head_dim=256, windows=(None, 100)),
     Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
 )
-MANY_TOKENS = ((3, 1), (5, 40))
-ROTATIONS = (
-    (Case(MANY_TOKENS, 2, 1, head_dim=64), True, True),
-    (Case(MANY_TOKENS, 2, 2, head_dim=80, dtype=torch.float16), False, True),
-    (Case(MANY_TOKENS, 2, 1, head_dim=128, block_size=64), True, False),
-    (Case(((9, 1), (0, 3)), 2, 1, head_dim=96, dtype=torch.float16), True, True),
-)
-"""Cases, whether heads are normalized, whether they are rotated."""
 
 
 def check_attention(case: Case) -> None:
@@ -222,8 +213,6 @@ def check_kernels() -> None:
         check_attention(case)
     check_gathered_prefixes(Case(((40, 1), (0, 5), (30, 70))))
     check_gathered_prefixes(Case(((50, 9), (100, 3)), 2, 2, head_dim=80, block_size=8))
-    for case, has_norms, rotates in ROTATIONS:
-        check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[case.dtype])
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 
 from pdlaunch.config.model_files.find import resolve_model
-from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.config.model_files.weights import DOWNLOAD_AGAIN, weight_files
+from pdlaunch.config.model_files.weights import DOWNLOAD_AGAIN
 from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.models.convert import ensure_converted, main
 from pdlaunch.errors import ConfigError
@@ -92,31 +90,6 @@ def test_another_kind_of_file_is_named_before_a_library_is_loaded(
     assert captured.err.startswith(f"error: {source} is damaged: it is no GGUF file but an HTML")
     assert captured.err.endswith(f"\nfix: {DOWNLOAD_AGAIN}\n")
     assert captured.out == ""
-
-
-def test_a_whole_file_is_converted_and_its_header_and_names_are_read_once(
-    source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_gguf().write(Path(source))
-    read: list[str] = []
-
-    class CountingReader(gguf.GGUFReader):
-        def __init__(self, path: str) -> None:
-            read.append("header")
-            super().__init__(path)
-
-    def name_map(*arguments: Any, made: Any = gguf.get_tensor_name_map) -> Any:
-        read.append("names")
-        return made(*arguments)
-
-    monkeypatch.setattr(gguf, "GGUFReader", CountingReader)
-    monkeypatch.setattr(gguf, "get_tensor_name_map", name_map)
-    directory = ensure_converted(source, quiet)
-    assert read_model_shape(directory).num_layers == 2
-    assert (directory / "tokenizer.json").is_file()
-    assert weight_files(directory)
-    assert sorted(read) == ["header", "names"]
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (CountingReader, name_map)
 
 
 UP_PROJ = "blk.1.ffn_up.weight"

@@ -63,22 +63,3 @@ def test_equals_float64_on_a_gpu(
         assert torch.equal(inputs.kv_cache.cpu().nan_to_num(9), kv_cache.nan_to_num(9))
         error = relative_error(found, expected)
         assert error < TOLERANCES[dtype], (layer, error)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize(
-    ("head_dim", "has_norms", "rotates"),
-    [(64, False, True), (80, True, True), (96, True, False), (128, True, True)],
-)
-@pytest.mark.parametrize("name", ["decode", "mixed", "long"])
-def test_rotation_and_write_equal_float64_on_a_gpu(
-    dtype: torch.dtype, head_dim: int, name: str, has_norms: bool, rotates: bool
-) -> None:
-    from tests.engine.models.rotation_reference import check_rotation
-
-    case = Case(ROWS[name], 6, 2, head_dim, 16, (None, 100), dtype)
-    check_rotation(
-        case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[dtype], device="cuda"
-    )

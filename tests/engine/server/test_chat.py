@@ -46,31 +46,9 @@ async def test_a_chat_stream_opens_with_the_role_of_every_choice(engine: Engine,
     assert chunks[-2]["usage"]["completion_tokens"] == 6
 
 
-async def test_chat_logprobs_have_bytes(engine: Engine, rank: FakeRank):
-    rank.script = rank.says("☃")
-    num_tokens = len(rank.ids("☃"))
-    answer = await engine.chat(max_tokens=num_tokens, logprobs=True, top_logprobs=2)
-    content = answer["choices"][0]["logprobs"]["content"]
-    assert bytes(byte for token in content for byte in token["bytes"]).decode() == "☃"
-    assert [token["logprob"] for token in content] == [-0.5] * num_tokens
-    assert [len(token["top_logprobs"]) for token in content] == [2] * num_tokens
-    chunks = await engine.stream(
-        "/v1/chat/completions", messages=HELLO, max_tokens=num_tokens, logprobs=True, top_logprobs=2
-    )
-    streamed = [
-        token for chunk in chunks[1:-1] for token in chunk["choices"][0]["logprobs"]["content"]
-    ]
-    assert streamed == content
-
-
 async def test_a_model_without_a_template_has_no_chat(engine: Engine, make_engine):
     loaded = engine.service.loaded
     assert loaded is not None
     engine.service.loaded = dataclasses.replace(loaded, chat_template=None)
     status, error = await engine.refusal("/v1/chat/completions", messages=HELLO)
     assert (status, error["param"]) == (400, "messages")
-
-
-async def test_detokenize_refuses_ids_that_are_not_there(engine: Engine):
-    status, error = await engine.refusal("/detokenize", tokens=[512])
-    assert (status, error["param"]) == (400, "tokens")

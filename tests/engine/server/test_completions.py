@@ -163,16 +163,6 @@ async def test_only_who_asks_is_told_spans(engine: Engine, rank: FakeRank):
 # Failures
 
 
-async def test_a_client_that_leaves_aborts_its_request(engine: Engine, rank: FakeRank):
-    rank.script = silent
-    post = asyncio.create_task(engine.complete())
-    (request,) = await rank.wait_for(AddRequest)
-    post.cancel()
-    (abort,) = await rank.wait_for(AbortRequest)
-    assert abort.request_id == request.request_id
-    await asyncio.gather(post, return_exceptions=True)
-
-
 async def test_a_request_that_fails_is_a_500(engine: Engine, rank: FakeRank):
     rank.script = lambda request: [
         Tokens(request_id=request.request_id, tokens=[TokenOutput(token_id=70)]),
