@@ -137,17 +137,21 @@ class FakeListener:
         self.is_open = False
 
 
-NO_KEYS = LaunchKeys("", "", "")
-
-
 class FakeBootstraps(Bootstraps):
-    def __init__(self, keys: LaunchKeys = NO_KEYS, control: str = "", run_dir: str = "") -> None:
-        self._common = {"keys": keys, "control": control, "run_dir": run_dir}
+    def __init__(self) -> None:
         self.gone: list[str] = []
         self.listeners: Any = [FakeListener()]
 
     def make(self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch) -> Bootstrap:
-        return Bootstrap(name=spec.name, incarnation=incarnation, log_level="info", **self._common)
+        keys = LaunchKeys("", "", "")
+        return Bootstrap(
+            name=spec.name,
+            incarnation=incarnation,
+            control="",
+            keys=keys,
+            run_dir="",
+            log_level="info",
+        )
 
     def forget(self, engine: str) -> None:
         self.gone.append(engine)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +11,7 @@ from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.planning.resolve import resolve_on
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import new_launch_keys
 from tests.planning.test_resolve import CPU, write_model
@@ -28,63 +24,45 @@ HOSTS = (
 )
 
 
-@dataclass
 class Prepared:
-    resolved: ResolvedLaunch
-    bootstraps: Bootstraps
-    port: int
+    """A launch whose processes can be given what they need."""
+
+    def __init__(self, folder: Path, *hosts: ResolvedHost, **settings: object) -> None:
+        model = write_model(folder / "tiny", dtype="bfloat16")
+        config = LaunchConfig.model_validate({"model": str(model), "port": 0, **settings})
+        self.resolved = resolve_on(config, hosts, {})
+        self.bootstraps = Bootstraps(
+            kind_of(self.resolved), new_launch_keys(), "ipc:///c", folder, "l", listeners=[]
+        )
 
     def make(self, name: str, incarnation: int = 1) -> Bootstrap:
         specs = {spec.name: spec for spec in plan_processes(self.resolved).processes}
         return self.bootstraps.make(specs[name], incarnation, self.resolved)
 
 
-Prepare = Callable[[Sequence[ResolvedHost], Mapping[str, Any]], Prepared]
-
-
-@pytest.fixture
-def prepare(tmp_path: Path) -> Iterator[Prepare]:
-    with contextlib.ExitStack() as stack:
-
-        def prepare(hosts: Sequence[ResolvedHost], settings: Mapping[str, Any]) -> Prepared:
-            model = write_model(tmp_path / "tiny", dtype="bfloat16")
-            config = LaunchConfig.model_validate({"model": str(model), "port": 0, **settings})
-            resolved = resolve_on(config, hosts, {})
-            listeners = stack.enter_context(listening("127.0.0.1", 0))
-            bootstraps = Bootstraps(
-                kind=kind_of(resolved),
-                keys=new_launch_keys(),
-                control="ipc:///c",
-                run_dir=tmp_path,
-                launch_id="l",
-                listeners=listeners,
-            )
-            return Prepared(resolved, bootstraps, listeners[0].getsockname()[1])
-
-        yield prepare
-
-
-def test_children_are_given_what_is_theirs(prepare: Prepare, tmp_path: Path) -> None:
+def test_children_are_given_what_is_theirs(tmp_path: Path) -> None:
     settings = {"api_key": "secret", "cors_origins": ["http://a"], "limits": {"max_connections": 7}}
-    launch = prepare([LOCAL], settings | {"routing": {"policy": "pairs"}})
+    launch = Prepared(tmp_path, LOCAL, routing={"policy": "pairs"}, **settings)
     rank, server = launch.make("prefill-0/rank-0", 2), launch.make("prefill-0")
     assert rank.engine().name == "prefill-0"
     assert rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"
     assert server.engine() == rank.engine()
-    of_router = launch.make("router", 2)
+    with listening("127.0.0.1", 0) as launch.bootstraps.listeners:
+        port = launch.bootstraps.listeners[0].getsockname()[1]
+        of_router = launch.make("router", 2)
     assert (rank.router, server.router, of_router.engine_json) == (None, None, None)
     router = of_router.router
     assert router is not None
-    assert (router.port, len(router.listeners)) == (launch.port, 1)
+    assert (router.port, len(router.listeners)) == (port, 1)
     assert (router.api_key, router.cors_origins) == ("secret", ("http://a",))
     assert (router.max_connections, router.routing) == (7, "pairs")
     assert router.served_model_name == "tiny"
 
 
-def test_children_are_given_the_addresses_of_their_host(prepare: Prepare, tmp_path: Path) -> None:
+def test_children_are_given_the_addresses_of_their_host(tmp_path: Path) -> None:
     """Also those of an engine whose host has come back elsewhere."""
     settings = {"placement_strategy": "spread", "decode": {"tensor_parallel_size": 2}}
-    launch = prepare(HOSTS, settings)
+    launch = Prepared(tmp_path, *HOSTS, **settings)
 
     def given(name: str) -> tuple[str, str]:
         spec = launch.make(name).engine()
@@ -103,7 +81,7 @@ def test_children_are_given_the_addresses_of_their_host(prepare: Prepare, tmp_pa
 
 @pytest.mark.parametrize("is_spread", [True, False])
 def test_sidecars_open_engines_where_a_launch_has_several_hosts(
-    prepare: Prepare, is_spread: bool
+    tmp_path: Path, is_spread: bool
 ) -> None:
     settings = {
         "engine": "vllm",
@@ -113,9 +91,8 @@ def test_sidecars_open_engines_where_a_launch_has_several_hosts(
         "kv_transfer": {"data_ports": "4000-4099"},
         **({"placement": "hosts", "hosts": "a"} if is_spread else {}),
     }
-    launch = prepare(HOSTS[:2] if is_spread else [LOCAL], settings)
+    launch = Prepared(tmp_path, *(HOSTS[:2] if is_spread else [LOCAL]), **settings)
     prefill, door = plan_processes(launch.resolved).processes[0], launch.make("prefill-0").door
-    assert launch.make("router").door is None
     # On one host the router talks to vLLM itself.
     assert ("--port" in prefill.command) is not is_spread
     assert (door is not None) is is_spread
