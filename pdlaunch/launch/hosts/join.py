@@ -13,6 +13,7 @@ are others: an agent is given them with each process that it starts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -146,6 +147,10 @@ def _supervisor_path(path: Path) -> Path:
 def _open_private(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        # Keys that somebody else has left there would be known to them.
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            os.close(descriptor)
+            raise PermissionError(errno.EPERM, "it belongs to another user")
         os.fchmod(descriptor, 0o600)
     except OSError as error:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,14 @@ def test_the_second_supervisor_of_a_secret_is_refused(path: Path) -> None:
         with pytest.raises(ConfigError, match="another supervisor is using"), held_join_file(path):
             pass
         assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
+def test_keys_that_another_user_has_left_are_refused(path: Path) -> None:
+    write_join_files(path, new_join_keys(), ENDPOINT)
+    os.chown(path.parent / "join.supervisor", 65534, 65534)
+    with pytest.raises(ConfigError, match="belongs to another user"), held_join_file(path):
+        pass
 
 
 def test_the_supervisor_after_a_killed_one_has_its_keys_and_port(path: Path) -> None:
