@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 
+from pdlaunch.cli.smoke import MUST_BE_ZERO, engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.launch.client.smoke import MUST_BE_ZERO, engines_of
 from tests.attacks.verdict import Verdict
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import SHORT_DEADLINES

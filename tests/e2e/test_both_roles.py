@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pdlaunch.cli.smoke import engines_of, smoke
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.smoke import engines_of, smoke
 from tests.e2e.api import await_ready, complete, requests_in_flight, streamed
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused, stop, tracebacks

@@ -25,12 +25,12 @@ from typer.testing import CliRunner
 
 from pdlaunch import __version__
 from pdlaunch.cli.app import build_app
+from pdlaunch.cli.smoke import engines_of, smoke
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.lifecycle import make_app
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port
-from pdlaunch.launch.client.smoke import engines_of, smoke
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from tests.e2e.api import total_now
 from tests.e2e.conftest import clean_environ, launched

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pdlaunch.cli.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.smoke import engines_of
 from pdlaunch.machine.availability import probe_port
 from tests.e2e.api import complete, requests_in_flight, states, streamed
 from tests.e2e.conftest import default_environ, launched

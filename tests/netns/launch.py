@@ -20,7 +20,7 @@ STOP_TIMEOUT_S = 120.0
 PORT = 8000
 _SMOKE = """
 import json, sys
-from pdlaunch.launch.client.smoke import smoke
+from pdlaunch.cli.smoke import smoke
 checks = smoke(sys.argv[1], api_key=None, exact=True)
 print(json.dumps([f"{check.name}: {check.failure}" for check in checks if check.failure]))
 """

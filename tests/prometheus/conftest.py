@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pdlaunch.cli.smoke import smoke
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
-from pdlaunch.launch.client.smoke import smoke
 from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
 
 ROOT = Path(__file__).parents[2]

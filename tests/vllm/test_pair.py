@@ -17,10 +17,10 @@ from openai import APIError, OpenAI
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
+from pdlaunch.cli.smoke import smoke
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.smoke import smoke
 from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.waiting import await_true
 from tests.vllm.kv_memory import engine_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pdlaunch.cli.smoke import SMOKE_LOGPROB_TOLERANCE, _equal
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.smoke import SMOKE_LOGPROB_TOLERANCE, _equal
 
 ALONE = [(105, -0.5), (106, -1.0), (107, -2.0)]
 NEAR = [(token, logprob + SMOKE_LOGPROB_TOLERANCE / 2) for token, logprob in ALONE]
