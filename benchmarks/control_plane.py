@@ -30,8 +30,7 @@ from pdlaunch.launch.bootstraps import HEARTBEATS, Bootstraps, router_spec
 from pdlaunch.launch.engines.native import light_environment, python_command
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event, EventQueue, SignalInbox, StopRequested
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.launch.supervisor import Supervisor, drive

@@ -17,7 +17,7 @@ from typing import Any
 
 import zmq
 
-from pdlaunch.launch.hosts.host import Host, MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class EventQueue:
     ``lifeline``: a pipe whose end asks for a stop, because the process that held it is gone.
     """
 
-    def __init__(self, host: Host, signals: SignalInbox, lifeline: int | None = None) -> None:
+    def __init__(self, host: LocalHost, signals: SignalInbox, lifeline: int | None = None) -> None:
         self._host = host
         self._signals = signals
         self._lifeline = lifeline

@@ -13,7 +13,7 @@ import msgspec
 from pdlaunch.config.model_files.identity import changes
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.events import Event, StopRequested
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import (
     Action,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event
-from pdlaunch.launch.hosts.host import Host, MessageReceived
+from pdlaunch.launch.hosts.local import LocalHost, MessageReceived
 from pdlaunch.launch.observe import observe
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
@@ -140,7 +140,7 @@ class Supervisor:
     """Acts on the state of one launch; ``seen.failure`` and ``seen.was_ready`` say how it went."""
 
     plan: Plan
-    host: Host
+    host: LocalHost
     bootstraps: Bootstraps
     places: EnginePlaces
     observer: Observer

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing, Unit
 from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus
@@ -80,7 +80,7 @@ class FakeClock:
 
 
 @dataclass
-class FakeHost:
+class FakeHost(LocalHost):
     """Remembers what was asked of it; ``running`` maps names to incarnations."""
 
     running: dict[str, int] = field(default_factory=dict)

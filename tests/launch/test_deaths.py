@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from pdlaunch.launch.hosts.host import ProcessExited
+from pdlaunch.launch.hosts.local import ProcessExited
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import (

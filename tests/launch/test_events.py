@@ -7,7 +7,7 @@ import signal
 import socket
 
 from pdlaunch.launch.events import EventQueue, SignalInbox, StopRequested, causes_first
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.protocol.control import Failed
 from tests.launch.fakes import FakeHost
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.launch.hosts.host import ProcessExited
+from pdlaunch.launch.hosts.local import ProcessExited
 from pdlaunch.launch.status import MAX_LINES, MAX_WIDTH, Failure
 
 TRACEBACK = [

@@ -6,7 +6,7 @@ import signal
 
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import with_peers
-from pdlaunch.launch.hosts.host import MessageReceived
+from pdlaunch.launch.hosts.local import MessageReceived
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.planning.plan import Plan
 from pdlaunch.protocol.control import (

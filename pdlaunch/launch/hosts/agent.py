@@ -45,9 +45,8 @@ from pdlaunch.launch.hosts.agent_messages import (
     from_agent,
     to_agent,
 )
-from pdlaunch.launch.hosts.host import ProcessExited
 from pdlaunch.launch.hosts.join import JoinTicket
-from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.hosts.local import LocalHost, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap

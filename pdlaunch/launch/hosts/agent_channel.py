@@ -45,9 +45,8 @@ from pdlaunch.launch.hosts.agent_messages import (
     from_agent,
     to_agent,
 )
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.join import JoinKeys
-from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import FromSupervisor, from_supervisor, to_supervisor
@@ -334,7 +333,7 @@ class AgentChannel:
 
 
 class HostGroup(LocalHost):
-    """Makes one ``Host`` of all hosts of a launch: a process runs on the host that its spec names.
+    """Makes one host of all hosts of a launch: a process runs on the host that its spec names.
 
     ``on_change`` gets the hosts that join or are lost.
     """

@@ -18,17 +18,17 @@ import msgspec
 import zmq
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import (
     FromSupervisor,
     Register,
+    ToSupervisor,
     from_supervisor,
     to_supervisor,
 )
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.step_record import new_step_record, read_step_record
+from pdlaunch.protocol.process.step_record import LastStep, new_step_record, read_step_record
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,47 @@ _CANNOT_EXECUTE = 127
 HIDDEN_VARIABLES = frozenset(
     {"PDLAUNCH_API_KEY", "PDLAUNCH_ADMIN_API_KEY", "PDLAUNCH_ENGINE_API_KEY"}
 )
+# Signals that a process causes by its own fault; other signals are sent to it.
+_OWN_SIGNALS = frozenset(
+    getattr(signal, f"SIG{name}") for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL", "TRAP", "SYS")
+)
+
+_NOTHING = LastStep()
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A process has sent a message."""
+
+    name: str
+    message: ToSupervisor
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExited:
+    """A process has ended, and with it all processes of its group."""
+
+    name: str
+    incarnation: int
+    returncode: int  # exit code; negative: the signal that killed the process
+    lost_with: str = ""  # the host that is lost, and why; empty: the process itself was seen to end
+    last_step: LastStep = _NOTHING  # what the engine of a rank computed; empty for others
+
+    @property
+    def by_itself(self) -> bool:
+        """Return whether nobody else ended it: no person, nor the kernel for lack of memory."""
+        return self.returncode >= 0 or -self.returncode in _OWN_SIGNALS
+
+    def how(self) -> str:
+        """Say in words how the process ended."""
+        if self.lost_with:
+            return f"was lost with its host {self.lost_with}"
+        if self.returncode >= 0:
+            return f"ended with exit code {self.returncode}"
+        number = -self.returncode
+        known = number in signal.valid_signals() and number < signal.SIGRTMIN
+        hint = ", perhaps for lack of memory" if number == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(number).name if known else f'signal {number}'}{hint}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +88,8 @@ class _Child:
 
 
 class LocalHost:
-    """Is this machine as a ``Host``: its child processes, and the control channel to them.
+    """Runs processes of a launch on this machine: children, and the control channel to them. No
+    method but ``close`` blocks. ``HostGroup`` adds machines elsewhere, each with an agent.
 
     Each child leads its own session, so that Ctrl-C at the terminal reaches the supervisor alone.
     Spawn from a thread that lives as long as the launch: the kernel's parent-death signal goes by
@@ -70,15 +112,17 @@ class LocalHost:
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
+        """Return what becomes readable with an exit or a message; always the same."""
         return (self._control, self._ended.fileno())
 
     def log_path(self, name: str) -> Path:
+        """Return the file that gets what all incarnations of a process print."""
         return self._log_dir / f"{name.replace('/', '.')}.log"
 
     def spawn(
         self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
     ) -> ProcessExited | None:
-        """Start a process as ``Host.spawn`` does.
+        """Start a process with ``bootstrap`` on its standard input; return its end if that fails.
 
         Its standard input stays open: the end of it tells the child that the supervisor is gone.
         """
@@ -139,15 +183,18 @@ class LocalHost:
             return Path(os.devnull).open("ab", buffering=0)
 
     def signal(self, name: str, signal_number: int) -> None:
+        """Send a signal to the process and all that it has started; ignored when it is gone."""
         child = self._children.get(name)
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal_number)
 
     def send(self, name: str, message: FromSupervisor) -> None:
+        """Queue a message; it is lost when the process is not connected."""
         self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
 
     def exits(self) -> list[ProcessExited]:
+        """Return the processes that have ended since the last call."""
         ended = {pidfd for pidfd, _ in self._ended.poll(0)}
         names = [name for name, child in self._children.items() if child.pidfd in ended]
         return [self._bury(name) for name in names]
@@ -169,9 +216,14 @@ class LocalHost:
         return gone if record is None else replace(gone, last_step=read_step_record(record))
 
     def messages(self) -> list[MessageReceived]:
+        """Return the messages since the last call, oldest first.
+
+        A process that is in ``exits`` has none left after the next call of this.
+        """
         return list(self._receive())
 
     def forget(self, engine: str) -> None:
+        """Drop what is kept of an engine that is gone for good."""
         if (record := self._step_records.pop(engine, None)) is not None:
             record.close()
         self._engine_ports.release(engine)

@@ -14,8 +14,8 @@ import pytest
 import zmq
 
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined, Lost
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.join import new_join_keys, write_join_files
+from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, Register, Stop
 from pdlaunch.protocol.process.bootstrap import Bootstrap

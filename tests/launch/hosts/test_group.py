@@ -12,7 +12,7 @@ import zmq
 
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Lost, Told
 from pdlaunch.launch.hosts.agent_messages import Exited, FromAgent, Said
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Ready, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap

@@ -12,8 +12,7 @@ import psutil
 import pytest
 import zmq
 
-from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Address, Register, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
