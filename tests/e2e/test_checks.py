@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.launch.client import smoke
+from pdlaunch.cli import smoke
 from tests.e2e.conftest import clean_environ, default_environ, launched
 
 NOTHING_MOVES = {
