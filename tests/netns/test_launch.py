@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
 import threading
 import time
@@ -229,8 +228,6 @@ def test_two_by_two_over_two_hosts(network: Network) -> None:
         places = {engine["name"]: engine["host"] for engine in engines}
         assert sorted(places.values()) == ["b", "b", "local", "local"]
         for name, host in places.items():
-            place = re.compile(rf"^  host +{host}: .*{name}", re.MULTILINE)
-            wait_for(lambda place=place: place.search(launch.output()), launch, "places are told")
             assert f"{name}{'' if host == 'local' else ' on b'}: ready" in launch.output()
         assert launch.smoke() == []
         before = network.num_bytes("a", "b") + network.num_bytes("b", "a")
