@@ -231,16 +231,12 @@ class KVTransfers:
         assert self._planner is not None
         job, counts = self._planner.finish(report), self._counts
         if job.direction == "store":
-            counts.offload_stores += 1
             counts.offload_stored_bytes += report.num_bytes
-            counts.offload_stored_seconds += report.seconds
             counts.offload_store_failures += not report.ok
             # Reversed, so that the tail of a prompt is reused before its head.
             self._kv.pool.release(reversed(job.block_ids))
             return None
-        counts.offload_loads += 1
         counts.offload_loaded_bytes += report.num_bytes
-        counts.offload_loaded_seconds += report.seconds
         counts.offload_load_failures += not report.ok
         counts.offload_bad_blocks += len(report.failed_host_ids)
         return self._end(job.job_id, ok=report.ok)
@@ -305,7 +301,6 @@ class KVTransfers:
             num_used_host_blocks=tier.num_used_blocks,
             num_offload_jobs=self._planner.num_jobs,
             offload_evicted_blocks=tier.num_evicted_blocks,
-            offload_refused_blocks=tier.num_refused_blocks,
         )
 
     def check_integrity(self, requests: Iterable[Request]) -> None:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import zmq
@@ -51,41 +52,33 @@ logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 1.0
 
 
+@dataclass(slots=True)
 class RankParts:
-    """Holds the parts that every rank has: runner, transfer thread, host tier."""
+    """Holds the parts that every rank has."""
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        runner: ModelRunner,
-        transfer: TransferThread,
-        offload: OffloadWorker | None = None,
-        announce: Callable[[SleepState], None] = lambda _: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """``announce`` tells the supervisor of sleep."""
-        self.spec = spec
-        self.runner = runner
-        self.clock = clock
+    spec: EngineSpec
+    runner: ModelRunner
+    transfer: TransferThread
+    offload: OffloadWorker | None = None
+    announce: Callable[[SleepState], None] = lambda _: None  # tells the supervisor of sleep
+    clock: Callable[[], float] = time.monotonic
+    sleeper: RankSleeper = field(init=False)
+
+    def __post_init__(self) -> None:
+        timeout_s = self.spec.kv_transfer.handshake_timeout_s
         self.sleeper = RankSleeper(
-            runner,
-            transfer,
-            announce,
-            peers_timeout_s=spec.kv_transfer.handshake_timeout_s,
-            clock=clock,
+            self.runner, self.transfer, self.announce, peers_timeout_s=timeout_s, clock=self.clock
         )
-        self._transfer = transfer
-        self._offload = offload
 
     def submit(self, plan: StepPlan) -> None:
         # Before the step: a lease is granted on what earlier steps computed.
-        self._transfer.submit(plan.commands)
-        if self._offload is not None:
-            self._offload.submit(plan.jobs)
+        self.transfer.submit(plan.commands)
+        if self.offload is not None:
+            self.offload.submit(plan.jobs)
 
     def take_ends(self) -> tuple[list[TransferEvent], list[JobFinished]]:
-        jobs = [] if self._offload is None else self._offload.take_finished()
-        return self._transfer.take_events(), jobs
+        jobs = [] if self.offload is None else self.offload.take_finished()
+        return self.transfer.take_events(), jobs
 
 
 class Leader:

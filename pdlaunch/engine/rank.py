@@ -70,12 +70,8 @@ in 0.4 s: a full step of 512 would keep each stream waiting for 1.6 s.
 class RankProcess:
     """Owns everything of one rank; ``run`` returns when the supervisor has said Stop."""
 
-    def __init__(
-        self, bootstrap: Bootstrap, draw_engine_id: Callable[[], EngineId] = draw_engine_id
-    ) -> None:
-        """``draw_engine_id``: all ranks use the id that rank 0 has drawn with it."""
+    def __init__(self, bootstrap: Bootstrap) -> None:
         self._bootstrap = bootstrap
-        self._draw_engine_id = draw_engine_id
         self._spec = bootstrap.engine()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
@@ -91,7 +87,7 @@ class RankProcess:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
         self._register(engine_id=EngineId(""), address=Address())
         spec, tp_rank, tp = self._spec, self._bootstrap.tp_rank, self._join_group()
-        engine_id, followers, endpoint = self._draw_engine_id(), None, ""
+        engine_id, followers, endpoint = draw_engine_id(), None, ""
         if tp is not None:
             if tp_rank == 0:
                 # Listen before the others learn the address, so that they can connect.

@@ -201,10 +201,6 @@ class ModelRunner:
         self.kv_cache[:used].zero_()
 
     @property
-    def weight_bytes(self) -> int:
-        return sum(one.numel() * one.element_size() for one in self._model.parameters())
-
-    @property
     def sleeping_tags(self) -> frozenset[str]:
         # Lost weights count as asleep: their memory is back, but not their values.
         return self._pools.sleeping_tags | ({WEIGHTS} if self._weights_lost else set())

@@ -174,17 +174,12 @@ class EngineStats(Message):
     leases_expired: int = 0
     late_reads: int = 0
     verification_failures: int = 0
-    offload_stores: int = 0
     offload_stored_bytes: int = 0
-    offload_stored_seconds: float = 0.0
     offload_store_failures: int = 0
-    offload_loads: int = 0
     offload_loaded_bytes: int = 0
-    offload_loaded_seconds: float = 0.0
     offload_load_failures: int = 0
     offload_bad_blocks: int = 0
     offload_evicted_blocks: int = 0
-    offload_refused_blocks: int = 0
     histograms: list[HistogramSeries] = []  # not in the answer to CheckIntegrity
 
 

@@ -81,7 +81,7 @@ def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> N
             answers.check(deployment.url)
         assert count_now(engine_of(deployment, "prefill"), "host_hit_tokens") > 0
         answers.check_together(engine_of(deployment, "decode"))
-        assert count_now(engine_of(deployment, "decode"), "offload_loads") > 0
+        assert count_now(engine_of(deployment, "decode"), "offload_loaded_bytes") > 0
         assert total_now(deployment.url, "offload_load_failures") == 0
         check_integrity(deployment)
 

@@ -48,7 +48,7 @@ class FakeHostMemory:
         elif ok:
             for block_id, host_id in zip(job.block_ids, job.host_ids, strict=True):
                 self.runner.memory[block_id] = list(self.blocks[host_id][1])
-        return JobFinished(job.job_id, ok, "" if ok else "broken", bad_host_ids, num_bytes, 0.01)
+        return JobFinished(job.job_id, ok, "" if ok else "broken", bad_host_ids, num_bytes)
 
     def _read(self, job: OffloadJob) -> list[list[KV | None]]:
         return [list(self.runner.memory[block_id]) for block_id in job.block_ids]

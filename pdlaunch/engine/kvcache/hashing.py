@@ -8,7 +8,6 @@ Equal hashes so mean equal model, salt and tokens from the first one on. H is SH
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
@@ -62,18 +61,10 @@ class TokenHasher:
 
 def _chain(parent: bytes, token_ids: Sequence[int], num_tokens: int) -> list[bytes]:
     """Hash ``token_ids`` in pieces of ``num_tokens``, which divides their number."""
-    data = _int32(token_ids)
+    data = array("i", token_ids).tobytes()  # the machines that run this are little endian
     length = num_tokens.to_bytes(4, "little")
     hashes = []
     for start in range(0, len(data), num_tokens * 4):
         parent = sha256(parent + data[start : start + num_tokens * 4] + length).digest()
         hashes.append(parent)
     return hashes
-
-
-def _int32(token_ids: Sequence[int]) -> bytes:
-    words = array("i", token_ids)
-    assert words.itemsize == 4
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()

@@ -47,7 +47,6 @@ class JobFinished:
     failed_host_ids: list[int] = field(default_factory=list)
     """Host blocks whose content was not what this load expected."""
     num_bytes: int = 0
-    seconds: float = 0.0  # duration of the copy alone, without waiting for others
 
 
 class JobMerger:
@@ -71,5 +70,4 @@ class JobMerger:
             error="; ".join(sorted({each.error for each in reports if each.error})),
             failed_host_ids=sorted(failed),
             num_bytes=sum(each.num_bytes for each in reports),
-            seconds=max(each.seconds for each in reports),
         )

@@ -57,8 +57,6 @@ class HostTier:
         self._by_key: OrderedDict[BlockKey, int] = OrderedDict()
         """Storing and resident blocks but for failed ones, the least recently used first."""
         self.num_evicted_blocks = 0
-        self.num_refused_blocks = 0
-        """Stores for which there was no room: everything was in flight."""
 
     @property
     def num_used_blocks(self) -> int:
@@ -77,8 +75,7 @@ class HostTier:
         if not self._free:
             oldest = next(filter(self._is_idle, self._by_key.values()), None)
             if oldest is None:
-                self.num_refused_blocks += 1
-                return None
+                return None  # everything is in flight
             self._give_up(oldest)
             self.num_evicted_blocks += 1
         host_id = self._by_key[key] = self._free.pop()

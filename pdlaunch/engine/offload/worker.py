@@ -18,12 +18,9 @@ that is served; so there is no other method but torch's own copies, for drivers 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -95,11 +92,8 @@ class HostMemory:
         self._register = register
         self._unregister = unregister
         self._pinned: list[int] = []
-        total_bytes = math.inf
-        with contextlib.suppress(OSError, ValueError):  # a machine that does not tell
-            total_bytes = memory_bytes()
-        if num_blocks * self._stride > total_bytes:
-            raise self._refusal(f"this machine has {total_bytes}")
+        if num_blocks * self._stride > memory_bytes():
+            raise self._refusal(f"this machine has {memory_bytes()}")
         self.pieces: list[torch.Tensor] = []
         """[blocks * stride] uint8 each; the last one may be smaller."""
         for first in range(0, num_blocks, self._blocks_per_piece):
@@ -246,7 +240,7 @@ class CopyQueue:
         self._report = report
         self._copy = copy or fastest_copy(blocks.device)
         self._stream = torch.cuda.Stream(blocks.device) if blocks.is_cuda else None  # type: ignore[no-untyped-call]
-        self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], float]] | None] = (
+        self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], None]] | None] = (
             queue.SimpleQueue()
         )
         self._thread = threading.Thread(target=self._run, name=f"offload-{direction}", daemon=True)
@@ -255,7 +249,7 @@ class CopyQueue:
     def submit(self, job: OffloadJob) -> None:
         """Queue a copy. Never raises: success and failure are both reported at the end."""
         if self._stream is None:
-            end: Callable[[], float] = partial(self._copy_now, job)
+            end: Callable[[], None] = partial(self._copy_all, job)
         else:
             end = self._enqueue(job, self._stream)
         self._ends.put((job.job_id, len(job.block_ids) * self._blocks.shape[1], end))
@@ -270,7 +264,8 @@ class CopyQueue:
         while (item := self._ends.get()) is not None:
             job_id, num_bytes, end = item
             try:
-                report = JobFinished(job_id, True, num_bytes=num_bytes, seconds=end())
+                end()
+                report = JobFinished(job_id, True, num_bytes=num_bytes)
             except Exception as error:
                 # Whatever it is, the blocks must not be used, and their owner must hear of it.
                 report = JobFinished(job_id, False, f"{type(error).__name__}: {error}")
@@ -280,34 +275,26 @@ class CopyQueue:
         runs = merge_runs(job.block_ids, job.host_ids, self._blocks.shape[1], self._host)
         self._copy(self._blocks, self._host, runs, self._direction)
 
-    def _copy_now(self, job: OffloadJob) -> float:
-        began_at = time.perf_counter()
-        self._copy_all(job)
-        return time.perf_counter() - began_at
-
-    def _enqueue(self, job: OffloadJob, stream: torch.cuda.Stream) -> Callable[[], float]:
-        """Enqueue the copies; return a function that waits for them and returns their seconds."""
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    def _enqueue(self, job: OffloadJob, stream: torch.cuda.Stream) -> Callable[[], None]:
+        """Enqueue the copies; return a function that waits for them."""
         # Blocking: the thread that waits sleeps, and takes no core from the step loop.
-        end = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         failure: Exception | None = None
         try:
             # What the blocks were last used for may still be queued there.
             stream.wait_stream(torch.cuda.current_stream(self._blocks.device))
             with torch.cuda.device(self._blocks.device), torch.cuda.stream(stream):
-                begin.record(stream)
                 self._copy_all(job)
                 end.record(stream)
         except (RuntimeError, TransferError) as error:
             # An error of the device, too, is this job's: it must not end the step loop.
             failure = error
 
-        def wait() -> float:
+        def wait() -> None:
             if failure is not None:
                 stream.synchronize()  # a part of the copies may be on its way
                 raise failure
             end.synchronize()
-            return float(begin.elapsed_time(end)) / 1000
 
         return wait
 

@@ -42,17 +42,12 @@ counter recomputed_requests    kv_recomputed_requests   Requests recomputed afte
 counter leases_expired         kv_leases_expired        Leases that nobody pulled in time.
 counter late_reads             kv_late_reads            Pulls after their lease; they were not used.
 counter verification_failures  kv_verification_failures Pulls whose hashes or checksums differed.
-counter offload_stores         kv_offload_stores        Copies to host memory that have ended.
 counter offload_stored_bytes   kv_offload_stored_bytes  Bytes copied from device to host.
-counter offload_stored_seconds kv_offload_stored_seconds Seconds of these copies.
 counter offload_store_failures kv_offload_store_failures Copies to host memory that failed.
-counter offload_loads          kv_offload_loads         Copies from host memory that have ended.
 counter offload_loaded_bytes   kv_offload_loaded_bytes  Bytes copied from host to device.
-counter offload_loaded_seconds kv_offload_loaded_seconds Seconds of these copies.
 counter offload_load_failures  kv_offload_load_failures Copies from host memory that failed.
 counter offload_bad_blocks     kv_offload_bad_blocks    Host blocks that were not what was stored.
 counter offload_evicted_blocks kv_offload_evicted_blocks KV blocks that left the host tier.
-counter offload_refused_blocks kv_offload_refused_blocks KV blocks not stored for want of room.
 gauge   - kv_cache_usage_perc            Share of KV blocks in use, 0 to 1.
 gauge   - kv_offload_usage_perc          Share of the host tier in use, 0 to 1.
 gauge   - num_requests_waiting           Requests that wait for a place in the batch or KV blocks.

@@ -55,16 +55,6 @@ def test_a_peer_reads_what_the_owner_writes_and_nothing_stays_open() -> None:
     assert num_open_fds() == before
 
 
-def test_all_pages_are_there_before_the_first_pull(export: Export) -> None:
-    with mmap.mmap(-1, PAGE) as region:
-        try:
-            region.madvise(23)
-        except OSError:
-            pytest.skip("a kernel before 5.14 cannot be asked for pages")
-    assert export.fd is not None
-    assert os.fstat(export.fd).st_blocks * 512 == 16 * PAGE
-
-
 def test_memory_that_is_not_there_is_named() -> None:
     with pytest.raises(MemoryPoolError, match="lower kv_cache_memory"):
         HostKVMemory().zeros(2**62)

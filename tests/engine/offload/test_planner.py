@@ -114,7 +114,7 @@ def test_stores_what_became_full_and_loads_it_back() -> None:
 
 def test_ranks_reports_become_one() -> None:
     merger = JobMerger(2)
-    assert merger.add(JobFinished(1, True, num_bytes=5, seconds=0.1)) is None
-    assert merger.add(JobFinished(2, True, num_bytes=5, seconds=0.1)) is None
-    merged = merger.add(JobFinished(1, False, "broken", [4], num_bytes=6, seconds=0.3))
-    assert merged == JobFinished(1, False, "broken", [4], num_bytes=11, seconds=0.3)
+    assert merger.add(JobFinished(1, True, num_bytes=5)) is None
+    assert merger.add(JobFinished(2, True, num_bytes=5)) is None
+    merged = merger.add(JobFinished(1, False, "broken", [4], num_bytes=6))
+    assert merged == JobFinished(1, False, "broken", [4], num_bytes=11)

@@ -47,7 +47,6 @@ class FakeRank:
         self.received: list[ToRank] = []
         self._arrived = asyncio.Condition()
         self._server = b""
-        self.integrity_error: str | None = None
         self.checks_integrity = True
         self.answers_stats = True
         self.totals = EngineStats(num_blocks=64, num_free_blocks=64)
@@ -150,11 +149,7 @@ class FakeRank:
                 await self.send(self.totals)
             elif isinstance(message, CheckIntegrity) and self.checks_integrity:
                 stats = EngineStats(num_blocks=64, num_free_blocks=63)
-                await self.send(
-                    IntegrityReport(
-                        call_id=message.call_id, error=self.integrity_error, stats=stats
-                    )
-                )
+                await self.send(IntegrityReport(call_id=message.call_id, error=None, stats=stats))
             elif isinstance(message, AddRequest):
                 for item in self.script(message):
                     await self.say(item)

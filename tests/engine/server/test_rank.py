@@ -21,17 +21,6 @@ from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 
 
-@pytest.mark.parametrize("error", [None, "a block is lost or has two kinds of owners"])
-async def test_what_the_rank_says_of_its_blocks_is_passed_on(
-    engine: Engine, rank: FakeRank, error: str | None
-):
-    rank.integrity_error = error
-    status, report = await engine.get("/pdlaunch/integrity")
-    assert status == 200
-    assert (report["ok"], report["error"]) == (error is None, error)
-    assert (report["stats"]["num_blocks"], report["stats"]["num_free_blocks"]) == (64, 63)
-
-
 async def test_a_rank_that_dies_while_it_proves_its_blocks_is_503(engine: Engine, rank: FakeRank):
     rank.checks_integrity = False
     asking = asyncio.create_task(engine.get("/pdlaunch/integrity"))
@@ -73,11 +62,6 @@ async def test_a_burst_of_messages_loses_none(make_engine: Callable[..., Any]):
     engine: Engine = await make_engine(max_model_len=20_000)
     answer = await engine.complete(max_tokens=15_000)
     assert answer["usage"]["completion_tokens"] == 15_000
-
-
-async def test_a_malformed_frame_is_dropped(rank: FakeRank, engine: Engine):
-    await rank._socket.send_multipart([rank._server, b"nonsense"])
-    await engine.complete()
 
 
 async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(
