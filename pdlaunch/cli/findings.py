@@ -98,9 +98,7 @@ def say_finding(finding: Finding) -> None:
 
 
 def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None) -> None:
-    """Print the findings by severity, the rules that were not checked, and a verdict; one line
-    where nothing is found and only a start would find more.
-    """
+    """Print the findings by severity, the rules that were not checked, and a verdict."""
     console = Console()
     # A pipe gets its lines whole; terminals and COLUMNS have their width.
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -121,22 +119,15 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
             place = Text(safe(_place(finding)), style="bold")
             say(head + place + Text(f"  {safe(finding.message)}", style="not bold default"), 2)
             say(Text(f"fix: {safe(finding.fix)}", style="dim"), 8)
-    missing = {need for item in report.not_checked for need in item.needs}
-    needs_start = missing == {"transport"}
-    if report.not_checked and not needs_start:
+    if gaps := _gaps(report):
         say(Text("not checked", style="bold"))
-        for gap in _gaps(report):
+        for gap in gaps:
             say(Text(gap, style="dim"), 2)
     if assumed is not None:
         about = f": {safe(assumed.about)}" if assumed.about else ""
         say(Text(f"for {safe(assumed.name)}{about}", style="dim"))
     said = f"{'ok' if ok else 'not ok'}: {', '.join(counts) if report.findings else 'no findings'}"
-    verdict = Text(said, style="bold green" if ok else "bold red")
-    if needs_start:
-        first, *others = report.not_checked
-        rules = f"{first.rule} and {len(others)} more"
-        verdict += Text(f"; not checked before a start: {rules}", style="not bold dim default")
-    say(verdict)
+    say(Text(said, style="bold green" if ok else "bold red"))
     if report.findings:
         say(Text(f"pdlaunch explain {report.findings[0].rule} says why", style="dim"))
 
@@ -145,7 +136,9 @@ def _gaps(report: Report) -> list[str]:
     """Return a line for each group of unchecked rules that lack the same facts."""
     by_facts: defaultdict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     for item in report.not_checked:
-        by_facts[item.needs, item.reason].append(item.rule)
+        # What ``serve`` measures of pairs is missing in every check.
+        if item.needs != ("transport",):
+            by_facts[item.needs, item.reason].append(item.rule)
     return [
         f"{', '.join(rules)} {'needs' if len(rules) == 1 else 'need'} {' and '.join(needs)}: "
         f"{safe(reason)}"

@@ -123,9 +123,7 @@ def test_a_table_is_grouped_by_severity_at_any_width(
 
 
 def test_a_table_says_what_was_not_checked(check: Check) -> None:
-    (line,) = check().stdout.splitlines()
-    assert re.fullmatch(r"ok: no findings; not checked before a start: PD503 and \d+ more", line)
-    assert len(line) <= 80
+    assert check().stdout == "ok: no findings\n"
     lines = check("--assume", "h100x8", columns="200").stdout.splitlines()
     assert lines[0] == "not checked"
     assert "  PD416 needs shm: profile h100x8 does not say" in lines
