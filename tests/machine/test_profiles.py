@@ -13,7 +13,7 @@ from pdlaunch.machine.profiles import PROFILES, find_profile
 def test_an_agent_tells_its_machine_as_it_is(name):
     profile = find_profile(name, 2)
     machine = probe_machine() if profile is None else profile.machine
-    sent = msgspec.msgpack.encode(Join(name="a", address="b", machine=machine, python="c"))
+    sent = msgspec.msgpack.encode(Join(name="a", address="b", machine=machine))
     assert msgspec.msgpack.decode(sent, type=Join).machine == machine
 
 
