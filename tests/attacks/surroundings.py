@@ -25,6 +25,7 @@ from pdlaunch.launch.client.deployment import held_port
 from tests.attacks.target import SERVED
 from tests.attacks.verdict import Verdict
 from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import lives
 
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 40.0
@@ -182,9 +183,7 @@ def judge_end(
     verdict: Verdict, what: str, children: Sequence[psutil.Process], deadline_s: float
 ) -> None:
     """No process outlives its launch."""
-    while (
-        left := [child for child in children if _lives(child)]
-    ) and time.monotonic() < deadline_s:
+    while (left := [child for child in children if lives(child)]) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     for child in left:
         verdict.broke("no process outlives its launch", f"{what}: {child}")
@@ -261,10 +260,3 @@ def complete(api: Api) -> int:
         return api.post("/v1/completions", {"prompt": "a", "max_tokens": 3})[0]
     except (PdlaunchError, ValueError):
         return 0
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

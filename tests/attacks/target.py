@@ -17,13 +17,15 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.cli.smoke import MUST_BE_ZERO, engines_of
+from pdlaunch.cli.smoke import await_idle, engines_of
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.attacks.verdict import Verdict
+from tests.e2e.api import states
 from tests.e2e.conftest import clean_environ
-from tests.e2e.faults import SHORT_DEADLINES
+from tests.e2e.faults import SHORT_DEADLINES, lives
 from tests.e2e.tiny_models import make_tiny_model
 
 COMPLETIONS = "/v1/completions"
@@ -150,7 +152,7 @@ class Target:
 
     def check_alive(self, verdict: Verdict, request: str) -> None:
         """No process died; waits until dead ones are replaced."""
-        dead = [name for name, process in self._living.items() if not _lives(process)]
+        dead = [name for name, process in self._living.items() if not lives(process)]
         if dead:
             time.sleep(1)  # for the supervisor's words
             verdict.broke(
@@ -173,9 +175,7 @@ class Target:
         return found
 
     def num_descriptors(self) -> dict[str, int]:
-        return {
-            name: process.num_fds() for name, process in self._living.items() if _lives(process)
-        }
+        return {name: process.num_fds() for name, process in self._living.items() if lives(process)}
 
     def processes(self) -> dict[str, psutil.Process]:
         return dict(self._living)
@@ -191,23 +191,7 @@ class Target:
 
     def left(self) -> list[str]:
         """Return what engines still hold that should be gone, and what is wrong with them."""
-        found = []
-        for name in self.names[1:]:
-            answer = self.send(name, "/pdlaunch/integrity", None, method="GET")
-            try:
-                report = json.loads(answer.body)
-                stats = report.get("stats", {})
-            except ValueError:
-                report, stats = {"error": f"{answer.status} {answer.body[:100]!r}"}, {}
-            if not report.get("ok"):
-                found.append(f"{name}: {report.get('error')}")
-                continue
-            found += [f"{name}: {key} is {stats[key]}" for key in MUST_BE_ZERO if stats[key]]
-            if stats["num_free_blocks"] != stats["num_blocks"]:
-                found.append(
-                    f"{name}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free"
-                )
-        return found
+        return await_idle(admin_api(self.router), timeout_s=0)
 
     def settle(self, verdict: Verdict, before: Mapping[str, float], how: str) -> None:
         """After an attack: processes live, engines hold nothing, memory is back; each within
@@ -225,12 +209,9 @@ class Target:
     def _is_whole(self) -> bool:
         """Every engine that there was is ready again; one that restarts is not even listed."""
         try:
-            engines = engines_of(Api(self.router, timeout_s=5))
+            return states(self.router) == dict.fromkeys(self.names[1:], "ready")
         except PdlaunchError:
             return False
-        return set(self.names[1:]) <= {
-            engine["name"] for engine in engines if engine["state"] == "ready"
-        }
 
 
 def text_of(answer: Answer) -> str:
@@ -282,10 +263,3 @@ def attacked(model: Path, *, num_warm: int, log_dir: str | None = None) -> Itera
         warm_up(target, num_warm)
         target.reference = text_of(target.ask("router", COMPLETIONS, SMALL_BODY))
         yield target
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -64,6 +64,14 @@ def stop(process: psutil.Process) -> None:
     await_true(lambda: process.status() == psutil.STATUS_STOPPED, "the process is stopped")
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whoever is left to init may stay a zombie for a while."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def tracebacks(deployment: Deployment) -> dict[str, int]:
     """How many there are in which log: expected deaths and restarts are one line each."""
     counts = {

@@ -25,7 +25,7 @@ from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.machine.availability import probe_port
 from tests.e2e.api import complete, requests_in_flight, states, streamed
 from tests.e2e.conftest import default_environ, launched
-from tests.e2e.faults import paused, tracebacks
+from tests.e2e.faults import lives, paused, tracebacks
 from tests.e2e.tiny_models import greedy
 from tests.e2e.waiting import await_true
 
@@ -56,9 +56,7 @@ def test_two_launches_at_once_end_each_for_itself(
         children = list(deployment.processes().values())
         assert len(children) == 5
         assert deployment.stop() == 0
-        assert not any(
-            child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children
-        )
+        assert not any(map(lives, children))
         assert complete(other.url, PROMPT, 16) == expected
         children = list(other.processes().values())
         assert len(children) == 5

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from pdlaunch.machine.kernel import host_identity
+from tests.e2e.faults import lives
 from tests.netns.hosts import ROOT, TIMEOUT_S, Network
 
 
@@ -56,8 +57,3 @@ def test_killed_test_leaves_nothing():
     while (alive := [each for each in tree if lives(each)]) and time.monotonic() < end_at:
         time.sleep(0.01)
     assert alive == []
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whoever is left to init may stay a zombie for a while."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
