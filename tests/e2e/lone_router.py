@@ -1,19 +1,26 @@
-"""Runs ``pdlaunch router`` in front of engines that run already."""
+"""Runs ``pdlaunch router``, or the real vllm-router, in front of engines that run already."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pdlaunch.launch.client.deployment import held_port
+import pytest
 
-START_TIMEOUT_S = 120.0
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import held_port
+from tests.e2e.waiting import await_true
+
+needs_vllm_router = pytest.mark.skipif(
+    importlib.util.find_spec("vllm_router") is None,
+    reason="vllm-router is not installed: there is no wheel of it for this machine",
+)
 
 
 @contextlib.contextmanager
@@ -23,6 +30,35 @@ def running_router(
     """Yield its URL once it is healthy; it ends with the block, or with this process."""
     command = [sys.executable, "-P", "-m", "pdlaunch", "router", "--stop-on-stdin-eof"]
     command += ["--drain-timeout", "5", *arguments]
+    with _running(command, environ, log_file) as (url, process):
+        yield url
+        process.terminate()
+        assert process.wait(120) == 0, log_file.read_text()
+
+
+@contextlib.contextmanager
+def running_vllm_router(
+    *, prefill: Sequence[str], decode: str, api_key: str, log_file: Path
+) -> Iterator[str]:
+    """Yield its URL once it is healthy; it sends ``api_key`` to the engines."""
+    command = [
+        str(Path(sys.executable).with_name("vllm-router")),
+        "--vllm-pd-disaggregation",
+        *(flag for url in prefill for flag in ("--prefill", url)),
+        *("--decode", decode, "--kv-connector", "nixl"),
+        *("--policy", "round_robin", "--host", "127.0.0.1", "--prometheus-host", "127.0.0.1"),
+    ]
+    environ = os.environ | {"OPENAI_API_KEY": api_key}
+    with held_port() as of_metrics:
+        command += ["--prometheus-port", str(of_metrics)]
+        with _running(command, environ, log_file) as (url, _):
+            yield url
+
+
+@contextlib.contextmanager
+def _running(
+    command: Sequence[str], environ: Mapping[str, str], log_file: Path
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with (
         held_port() as port,
         log_file.open("wb") as log,
@@ -37,21 +73,15 @@ def running_router(
     ):
         url = f"http://127.0.0.1:{port}"
         try:
-            until_at = time.monotonic() + START_TIMEOUT_S
-            while process.poll() is None and not _is_healthy(url):
-                assert time.monotonic() < until_at, log_file.read_text()
-                time.sleep(0.1)
+            await_true(lambda: process.poll() is not None or _is_healthy(url), "a healthy router")
             assert process.poll() is None, log_file.read_text()
-            yield url
-            process.terminate()
-            assert process.wait(120) == 0, log_file.read_text()
+            yield url, process
         finally:
             process.kill()
 
 
 def _is_healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return Api(url, timeout_s=5).get("/health")[0] == 200
+    except PdlaunchError:
         return False

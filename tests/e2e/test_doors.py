@@ -34,8 +34,7 @@ from pdlaunch.launch.client.deployment import Deployment, held_port
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from tests.e2e.api import total_now
 from tests.e2e.conftest import clean_environ, launched
-from tests.e2e.lone_router import running_router
-from tests.e2e.vllm_router import needs_vllm_router, running_vllm_router
+from tests.e2e.lone_router import needs_vllm_router, running_router, running_vllm_router
 from tests.e2e.waiting import await_true
 from tests.engine.server.conftest import engine_spec
 from tests.protocol.process.test_engine_ports import listen_in_all_ways

@@ -115,20 +115,6 @@ def pip_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return calls
 
 
-def test_what_is_installed_is_not_installed_again(
-    pip_calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("pyproject.toml", "constraints.txt"):
-        (tmp_path / name).write_text("one")
-    monkeypatch.setattr(install, "ROOT", tmp_path)
-    assert install.main(["runtime", "gguf"]) == install.main(["runtime", "gguf"]) == 0
-    assert len(pip_calls) == 3
-    install.main(["runtime", "gguf,cuda"])
-    (tmp_path / "constraints.txt").write_text("two")
-    install.main(["runtime", "gguf"])
-    assert len(pip_calls) == 9
-
-
 def test_an_environment_that_was_moved_is_told(
     pip_calls: list[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -20,8 +20,8 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
+from tests.e2e.lone_router import needs_vllm_router, running_vllm_router
 from tests.e2e.test_doors import answered
-from tests.e2e.vllm_router import needs_vllm_router, running_vllm_router
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
 from tests.vllm.kv_memory import engine_of
