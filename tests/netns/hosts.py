@@ -100,6 +100,14 @@ class Host:
         assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
         return result.stdout
 
+    def get(self, url: str, *flags: str) -> tuple[int, Any]:
+        """Status and answer, JSON or text, of a request from the host; 0 where nobody answers."""
+        words = ("curl", "--silent", "--max-time", "60", "--write-out", "\n%{http_code}", *flags)
+        command = self.command(*words, url)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        text, _, status = done.stdout.rpartition("\n")
+        return int(status), json.loads(text) if text.startswith("{") else text
+
     @contextlib.contextmanager
     def running(self, *words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         """Run a command, which is killed at the end if it has not ended."""

@@ -77,10 +77,10 @@ class FarLaunch:
         return answers
 
     def get(self, path: str) -> str:
-        return self.here.run("curl", "--silent", "--max-time", "60", self.url + path)
+        return str(self.here.get(self.url + path)[1])
 
     def status(self) -> Any:
-        return json.loads(self.get("/pdlaunch/status"))
+        return self.here.get(f"{self.url}/pdlaunch/status")[1]
 
     def log(self, name: str) -> str:
         return self.here.file(f"{LOGS}/{name}").read_text(errors="replace")
@@ -164,9 +164,7 @@ def pdlaunch(host: Host, name: str, *words: str) -> Iterator[subprocess.Popen[by
 
 def is_healthy(launch: FarLaunch) -> bool:
     assert launch.serve.poll() is None, launch.output()
-    words = ("--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--max-time", "5")
-    command = launch.here.command("curl", *words, f"{launch.url}/health")
-    return subprocess.run(command, capture_output=True, check=False).stdout == b"200"
+    return launch.here.get(f"{launch.url}/health")[0] == 200
 
 
 def wait_for(done: Any, launch: FarLaunch, what: str, timeout_s: float = START_TIMEOUT_S) -> None:

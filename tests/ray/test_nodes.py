@@ -17,9 +17,12 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 from tests.netns.hosts import Host, Network, new_network, signal_inner, why_not
-from tests.ray.far import PORT, answer, get, until_ready
 
 pytestmark = pytest.mark.hosts_long
+TIMEOUT_S = 240.0
+PORT = 8000
+URL = f"http://127.0.0.1:{PORT}"
+PROMPT = {"model": "llama", "prompt": [7] * 70, "max_tokens": 8, "temperature": 0}
 HEAD_PORT = 6379
 TOKEN = "/tmp/token"
 HEAD = ("--head", "--num-cpus", "0", "--port", str(HEAD_PORT), "--include-dashboard", "false")
@@ -104,7 +107,7 @@ def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
         ) as serve,
     ):
         until_ready(head, serve)
-        _, status = get(head, "/pdlaunch/status")
+        _, status = head.get(f"{URL}/pdlaunch/status")
         urls = {engine["name"]: engine["url"] for engine in status["engines"]}
         assert {url.rpartition(":")[0] for url in urls.values()} == {
             f"https://{nodes[name].address}" for name in ("b", "c")
@@ -116,3 +119,20 @@ def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
         signal_inner(serve, signal.SIGTERM)
         assert serve.wait(240) == 0
     await_true(lambda: not of_the_launch(nodes), lambda: str(of_the_launch(nodes)))
+
+
+def until_ready(host: Host, serve: subprocess.Popen[bytes]) -> None:
+    def output() -> str:
+        return host.file("/tmp/serve.out").read_text(errors="replace")
+
+    def is_ready() -> bool:
+        assert serve.poll() is None, output()
+        return host.get(f"{URL}/health")[0] == 200
+
+    await_true(is_ready, output, TIMEOUT_S)
+
+
+def answer(host: Host) -> str:
+    status, found = host.get(f"{URL}/v1/completions", "--json", json.dumps(PROMPT))
+    assert status == 200, found
+    return str(found["choices"][0]["text"])

@@ -6,7 +6,6 @@ It uses no ports, files or processes of a Slurm that may be installed here.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -124,11 +123,7 @@ class Cluster:
 
     def get(self, path: str) -> tuple[int, Any]:
         """Ask the router of a launch; the status is 0 where nobody answers."""
-        words = ("--silent", "--max-time", "20", "--write-out", "\n%{http_code}")
-        command = self.command("curl", *words, f"http://127.0.0.1:{PORT}{path}")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        text, _, status = done.stdout.rpartition("\n")
-        return int(status), json.loads(text) if text.startswith("{") else text
+        return self.login.get(f"http://127.0.0.1:{PORT}{path}")
 
     def until(self, is_so: Callable[[], bool]) -> None:
         ends_at = time.monotonic() + TIMEOUT_S
