@@ -21,10 +21,10 @@ from pdlaunch.cli.smoke import await_idle, engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment
 from tests.attacks.verdict import Verdict
 from tests.e2e.api import states
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.faults import SHORT_DEADLINES, lives
 from tests.e2e.tiny_models import make_tiny_model
 
@@ -39,14 +39,12 @@ SMALL_BODY = {
 """What bystanders ask."""
 ENGINE_KEY = "attackers-know-this-one"
 """So that attacks get past the door of the engines; ``sockets`` tries without."""
-ENGINE_KEY_SETTING = {"PDLAUNCH_ENGINE_API_KEY": ENGINE_KEY}
 VOCAB_SIZE = 49152
 MAX_MODEL_LEN = 2048
 MOST_GROWTH = 1.2
 """Of a process's resident memory, after an attack."""
 CALM_S = 180.0
 RESTART_S = 300.0
-SERVED = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
 
 
 class DeploymentLostError(Exception):
@@ -252,13 +250,10 @@ def make_model(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def attacked(model: Path, *, num_warm: int, log_dir: str | None = None) -> Iterator[Target]:
-    """One prefill and one decode engine, warmed up by so many requests. ``log_dir``: where their
-    logs stay.
-    """
-    command = ("--model", str(model), *SERVED)
-    environ = clean_environ() | SHORT_DEADLINES | ENGINE_KEY_SETTING
-    with running_deployment(command, environ=environ, log_dir=log_dir) as deployment:
+def attacked(model: Path, *, num_warm: int) -> Iterator[Target]:
+    """One prefill and one decode engine, warmed up by so many requests."""
+    environ = clean_environ() | SHORT_DEADLINES | {"PDLAUNCH_ENGINE_API_KEY": ENGINE_KEY}
+    with launched(model, "--kv-cache-memory", "64MiB", environ=environ) as deployment:
         target = Target(deployment)
         warm_up(target, num_warm)
         target.reference = text_of(target.ask("router", COMPLETIONS, SMALL_BODY))
