@@ -18,7 +18,6 @@ from pathlib import Path
 
 from pdlaunch.errors import PdlaunchError
 from tests.attacks.bodies import bodies
-from tests.attacks.connections import connections
 from tests.attacks.fuzz import fuzz
 from tests.attacks.kv_fuzz import kv_fuzz
 from tests.attacks.sockets import sockets
@@ -29,7 +28,6 @@ ATTACKS = {
     "sockets": "listening sockets, shared memory and files of a launch, as another user",
     "fuzz": "every request field with extreme values, at router and engines",
     "kvfuzz": "kv_transfer_params, resume and ids",
-    "conns": "silent, half-spoken and vanishing connections, readers that never read",
     "dos": "huge but legal bodies beside a small request",
 }
 
@@ -52,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sockets": sockets,
         "fuzz": partial(fuzz, num_requests=options.requests, seed=options.seed),
         "kvfuzz": kv_fuzz,
-        "conns": partial(connections, seed=options.seed),
         "dos": bodies,
     }
     # A short attack needs less warming up than a long one.

@@ -172,9 +172,6 @@ class Target:
                 found[name] = process.memory_info().rss / 2**20
         return found
 
-    def num_descriptors(self) -> dict[str, int]:
-        return {name: process.num_fds() for name, process in self._living.items() if lives(process)}
-
     def processes(self) -> dict[str, psutil.Process]:
         return dict(self._living)
 
