@@ -135,18 +135,7 @@ def listed(*engines: tuple[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "url": url, "kind": "vllm"} for role, url in engines]
 
 
-def test_a_router_of_pdlaunch_names_its_engines(tmp_path: Path) -> None:
-    with serving(tmp_path) as (prefill, _, flags):
-        parts = [flag[2:].partition("=") for flag in flags]
-        prefill.status = {"engines": listed(*((role, url) for role, _, url in parts))}
-        router = flags[0].partition("=")[2]
-        found = report_of(run(router, "--format", "json"))["resolved"]["deployment"]["pairs"]
-        assert len(found) == 1
-        prefill.status = {}
-        assert "do not tell their role" in run(router).stderr
-
-
-def test_a_router_that_is_asked_gets_no_key_and_names_nobody_who_does(
+def test_a_router_names_its_engines_and_gets_no_key_nor_names_who_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could list an address of its own; whoever asks it names the engines that he trusts."""
@@ -161,6 +150,8 @@ def test_a_router_that_is_asked_gets_no_key_and_names_nobody_who_does(
         assert len(report_of(result)["resolved"]["deployment"]["engines"]) == 2
         assert "Bearer secret" in decode.keys
         assert prefill.keys == {None}
+        prefill.status = {}
+        assert "do not tell their role" in run(urls[0]).stderr
 
 
 def test_engines_of_both_roles_are_examined_and_get_no_canary(tmp_path: Path) -> None:

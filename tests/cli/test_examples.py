@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from pdlaunch.config.model_files.find import ALIASES
-from pdlaunch.config.model_files.shape import FAMILIES
 from pdlaunch.config.sources import load_config
 from tests.command_line import invoke
 from tools.install import DEMO_MODEL
@@ -96,11 +95,3 @@ def test_the_image_gets_the_files_that_it_copies() -> None:
     targets = set(re.findall(r"^FROM \S+ AS (\w+)$", dockerfile, re.MULTILINE))
     page = (ROOT / "docs" / "first_hour.md").read_text()
     assert set(re.findall(r"--target (\w+)", dockerfile + page)) == {"cpu", "cuda"} <= targets
-
-
-def test_the_readme_begins_with_what_it_runs_on() -> None:
-    head = re.sub(r"[\s-]", "", (ROOT / "README.md").read_text().partition("make serve")[0]).lower()
-    for word in ("linux", "x86_64", "python3.11", "cpu", "cuda"):
-        assert word in head
-    for family in FAMILIES:
-        assert family.removesuffix("_text").replace("_", "") in head

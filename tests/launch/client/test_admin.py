@@ -19,7 +19,6 @@ from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.protocol.process.run_dirs import (
     ADMIN_SOCKET,
-    PREFIX,
     LaunchCard,
     new_run_dir,
     running_launches,
@@ -77,18 +76,6 @@ def test_another_s_router_needs_its_key(launches: Launches, url: str) -> None:
     launches.add("http://127.0.0.1:8000")
     assert f"no launch of yours listens at {url}" in launches.why_not(url)
     assert socket_of(admin_api(url, "key", base=launches.base)) is None
-
-
-def test_a_dead_launch_and_one_that_has_not_listened_yet_are_no_launches(
-    launches: Launches, tmp_path: Path
-) -> None:
-    dead = tmp_path / f"{PREFIX}dead"
-    dead.mkdir()
-    (dead / "lock").touch()
-    LaunchCard(launch_id="id", url="http://127.0.0.1:8000").write(dead)
-    assert running_launches(tmp_path) == []
-    with new_run_dir(tmp_path):
-        assert running_launches(tmp_path) == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make folders of others")
