@@ -18,8 +18,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import msgspec
-
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
@@ -284,24 +282,22 @@ class KVTransfers:
 
     # State
 
-    def add_to(self, stats: EngineStats) -> EngineStats:
-        """Return ``stats`` with what is leased, set aside and on the host at present."""
-        stats = msgspec.structs.replace(
-            stats,
-            num_leased_requests=len(self.leases),
-            num_leased_blocks=len({*_flat(self.leases.values())}),
-            num_quarantined_blocks=self._kv.pool.num_quarantined_blocks,
-        )
-        if self._planner is None:
-            return stats
-        tier = self._planner.tier
-        return msgspec.structs.replace(
-            stats,
-            num_host_blocks=tier.num_blocks,
-            num_used_host_blocks=tier.num_used_blocks,
-            num_offload_jobs=self._planner.num_jobs,
-            offload_evicted_blocks=tier.num_evicted_blocks,
-        )
+    def present(self) -> dict[str, int]:
+        """Return the fields of EngineStats for what is leased, set aside and on the host now."""
+        found = {
+            "num_leased_requests": len(self.leases),
+            "num_leased_blocks": len({*_flat(self.leases.values())}),
+            "num_quarantined_blocks": self._kv.pool.num_quarantined_blocks,
+        }
+        if self._planner is not None:
+            tier = self._planner.tier
+            found |= {
+                "num_host_blocks": tier.num_blocks,
+                "num_used_host_blocks": tier.num_used_blocks,
+                "num_offload_jobs": self._planner.num_jobs,
+                "offload_evicted_blocks": tier.num_evicted_blocks,
+            }
+        return found
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Prove that these requests and what is here own the pool's blocks. Raises

@@ -390,11 +390,12 @@ class RequestLifecycle:
     def stats(self) -> EngineStats:
         """Return the totals since the start, and the present numbers of requests and blocks."""
         return msgspec.structs.replace(
-            self.transfers.add_to(self.counts),
+            self.counts,
             num_running=len(self.queues.running),
             num_waiting=len(self.queues.waiting),
             num_waiting_for_kv=self.queues.num_waiting_for_kv,
             num_free_blocks=self.kv.pool.num_free_blocks,
+            **self.transfers.present(),
         )
 
     def check_integrity(self) -> None:

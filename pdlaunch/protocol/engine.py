@@ -69,7 +69,7 @@ class Hello(Message):
 class CheckIntegrity(Message):
     """Prove the owner of every KV block; answered with one IntegrityReport."""
 
-    call_id: int
+    call_id: int = 0  # given by the link when it is sent
 
 
 class ReadStats(Message):
@@ -83,15 +83,15 @@ class Sleep(Message):
     a block any more.
     """
 
-    call_id: int
     level: int  # 1 keeps the weights in host memory, 2 reads them again on waking
     timeout_s: float  # seconds to wait for what still runs; 0: refuse at once
+    call_id: int = 0  # given by the link when it is sent
 
 
 class WakeUp(Message):
     """Take the memory back; answered with one SleepReply."""
 
-    call_id: int
+    call_id: int = 0  # given by the link when it is sent
     tags: list[str] = []  # pools to wake up; none: all
 
 

@@ -136,11 +136,7 @@ class SleepDesk:
             self.settle(self._tags, draining=True)
             if not await self._admission.wait_idle(self._timeout_s):
                 raise _conflict(f"requests were still in flight after {self._timeout_s:g} s")
-            return self._answer(
-                await link.call(
-                    lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s)
-                )
-            )
+            return self._answer(await link.call(Sleep(level=level, timeout_s=timeout_s)))
         finally:
             # The link has settled the tags of a reply; without one they are as before.
             self.settle(self._tags)
@@ -148,9 +144,7 @@ class SleepDesk:
     async def _wake_up(self, tags: list[str]) -> dict[str, Any]:
         if not self._tags:
             return self.status()
-        return self._answer(
-            await self._link().call(lambda call_id: WakeUp(call_id=call_id, tags=tags))
-        )
+        return self._answer(await self._link().call(WakeUp(tags=tags)))
 
     def _answer(self, reply: SleepReply) -> dict[str, Any]:
         if reply.error is not None:

@@ -163,7 +163,7 @@ async def _integrity(service: EngineService, _: web.Request) -> web.Response:
     """Have rank 0 prove who owns each KV block; the answer is 200 also where that fails."""
     try:
         async with asyncio.timeout(RANK_CHECK_TIMEOUT_S):
-            report = await service.link.call(lambda call_id: CheckIntegrity(call_id=call_id))
+            report = await service.link.call(CheckIntegrity())
     except TimeoutError:
         raise OverloadedError(
             "rank 0 did not answer in time", status=503, code="engine_stalled"

@@ -18,6 +18,7 @@ from pdlaunch.errors import OverloadedError, ProtocolError
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
+    CheckIntegrity,
     EngineStats,
     FromRank,
     Hello,
@@ -25,9 +26,11 @@ from pdlaunch.protocol.engine import (
     Outputs,
     ReadStats,
     RequestFinished,
+    Sleep,
     SleepReply,
     Tokens,
     ToRank,
+    WakeUp,
     Welcome,
     from_rank,
     to_rank,
@@ -97,13 +100,12 @@ class RankLink:
         if not self._socket.closed:
             self._socket.send(to_rank.encode(message))
 
-    async def call(self, build: Callable[[int], ToRank]) -> Any:
-        """Send the message that ``build`` makes of a call's number, and return its reply.
-
-        Raises OverloadedError when the rank is lost.
+    async def call(self, message: Sleep | WakeUp | CheckIntegrity) -> Any:
+        """Number and send the message, and return its reply. Raises OverloadedError when the rank
+        is lost.
         """
-        call_id = next(self._call_ids)
-        return await self._call(call_id, build(call_id))
+        message.call_id = next(self._call_ids)
+        return await self._call(message.call_id, message)
 
     async def read_stats(self) -> None:
         """Have the rank send its totals, and wait until ``hear`` has them.
