@@ -99,17 +99,6 @@ async def test_health_tells_the_engines_states(stand: Stand) -> None:
         }
 
 
-async def test_models_tell_the_length(stand: Stand) -> None:
-    await stand.start(pair())
-    async with stand.session.get("/v1/models") as response:
-        (card,) = (await response.json())["data"]
-    assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 4096)
-    async with stand.session.get("/v1/models/tiny") as response:
-        assert await response.json() == card
-    async with stand.session.get("/v1/models/other") as response:
-        assert response.status == 404
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("max_tokens", [1, 4])
 async def test_what_engines_ignore_is_named_in_the_answer(
