@@ -2,13 +2,13 @@
 in a thread, on a GPU with the copy engines.
 
 Copy engines leave all multiprocessors to the model, and are as fast as the link for large pieces
-(H200, NVLink: 394 GB/s at 8 MiB, 338 at 1 MiB, 104 at 64 KiB). The KV heads of one block of an 8B
-model have 256 KiB each.
+(H200, NVLink: 394 GB/s at 8 MiB, 338 at 1 MiB, 104 at 64 KiB); for small ones a kernel is.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -21,10 +21,12 @@ from pdlaunch.engine.memory.batch_copies import BatchCopies
 from pdlaunch.errors import TransferError
 from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.transfer.connectors.connector import Read, ReadState
-from pdlaunch.transfer.regions import Pieces, merge
+from pdlaunch.transfer.regions import Addresses, Pieces, merge
 
 logger = logging.getLogger(__name__)
 
+# Pieces below this mean size are copied by the kernel: vLLM's pages of 32 KiB would cost 3 us each.
+KERNEL_BELOW_BYTES = 256 * 1024
 NUM_STREAMS = 3  # A copy engine works through its entries one by one, several engines side by side
 
 
@@ -88,8 +90,12 @@ class _ThreadCopy(Read):
 
 
 class CudaCopier(PieceCopier):
+    """Copies large pieces with the copy engines, small ones with a kernel where there is Triton."""
+
     def __init__(self, device: torch.device) -> None:
         """Raise TransferError where the driver is too old."""
+        self._anchor = torch.zeros(4, dtype=torch.int32, device=device)
+        self._has_kernel = importlib.util.find_spec("triton") is not None
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         try:
             self._batches = BatchCopies(NUM_STREAMS)
@@ -103,7 +109,7 @@ class CudaCopier(PieceCopier):
         # anything to copy.
         begin.record(self._stream)
         try:
-            self._batches.enqueue(*copies, self._stream)
+            self._enqueue(*copies)
         except (TransferError, RuntimeError) as error:
             self._stream.synchronize()  # a part of it may be on its way
             raise TransferError(f"copies were refused: {error}") from error
@@ -112,6 +118,16 @@ class CudaCopier(PieceCopier):
 
     def close(self) -> None:
         self._stream.synchronize()
+
+    def _enqueue(self, destinations: Addresses, sources: Addresses, sizes: Addresses) -> None:
+        if self._has_kernel and sizes.mean() < KERNEL_BELOW_BYTES:
+            from pdlaunch.transfer.connectors.copy_kernel import copy_pieces, fits_kernel
+
+            if fits_kernel(destinations, sources, sizes):
+                with torch.cuda.device(self._anchor.device), torch.cuda.stream(self._stream):
+                    copy_pieces(self._anchor, destinations, sources, sizes)
+                return
+        self._batches.enqueue(destinations, sources, sizes, self._stream)
 
 
 class _CudaCopy(Read):
