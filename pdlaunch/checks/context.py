@@ -157,8 +157,9 @@ def peers(context: Context) -> Iterator[RoleEngines]:
 
 
 def ucx_peers(context: Context) -> Iterator[RoleEngines]:
-    """Go over the native engines that exchange KV blocks and load UCX."""
-    return peers(context) if context.uses_ucx else iter(())
+    """Go over the engines that exchange KV blocks and load UCX through pdlaunch's connector."""
+    has_ucx = context.uses("nixl") and context.kv_transfer.nixl.path != "p2p"
+    return peers(context) if has_ucx else iter(())
 
 
 def vllm_engines(context: Context) -> Iterator[RoleEngines]:

@@ -6,7 +6,9 @@ healthy; where that fails, decode computes the prompt itself, without a word to 
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,14 +19,14 @@ from pdlaunch.checks.rule import Found, differing_place, error, warning
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.vllm_arguments import (
     KV_EVENTS,
+    OFFLOADING,
     OURS,
     REFUSED,
     long_name,
     vllm_flag_name,
 )
 from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.planning.vllm_engines import AWAITS_AGENT, OWN_VARIABLES
-from pdlaunch.vllm.support import SUPPORTED_VERSIONS
+from pdlaunch.planning.vllm_engines import OWN_VARIABLES
 
 _PARSER = "The parser of vllm serve 0.32."
 _HANDSHAKE = "vLLM 0.32: compute_nixl_compatibility_hash, _validate_remote_agent_handshake."
@@ -38,6 +40,14 @@ _OF_BLOCKS = (
     "speculative-config"
 )
 """Flags of vLLM that shape KV blocks, or decide which blocks a request has."""
+_SPLITTING = (
+    *("decode-context-parallel-size", "spec-method", "spec-model", "spec-tokens"),
+    "speculative-config",
+)
+"""Flags of vLLM with which engines keep KV in a way that pdlaunch's connector refuses."""
+_OLDEST, _NEWEST = (0, 24), (0, 33)
+"""The first vLLM with the interface of pdlaunch's connector, and the last that was tried."""
+_OWN_CONNECTOR = "set kv_transfer.connector to vllm-nixl, which proves nothing"
 MIN_LEASE_S = 8
 """vLLM renews a lease every ``lease // 6`` seconds, between two steps, for ``lease * 2 // 3`` each:
 a step may then take 4 s before the next renewal comes too late.
@@ -163,6 +173,39 @@ def _own_variables(context: Context) -> Iterator[Found]:
             )
 
 
+def _stock_pair(context: Context) -> Iterator[_Pair]:
+    """Go over the sides of a pair that has vLLM's own connector."""
+    return vllm_pair(context) if context.kv_transfer.is_stock else iter(())
+
+
+def _our_sides(context: Context) -> Iterator[RoleEngines]:
+    """Go over prefill and decode engines of vLLM that have pdlaunch's connector."""
+    return itertools.chain(*(() if context.kv_transfer.is_stock else vllm_pair(context)))
+
+
+def _replaced_connector(context: Context) -> Iterator[Found]:
+    for each in itertools.chain(*vllm_pair(context)):
+        for argument in _arguments(context, each):
+            if argument.name in OFFLOADING and not argument.is_off:
+                message = f"--{argument.name} takes the KV connector from {each.role} engines"
+                yield Found(message, argument.where)
+
+
+def _split_blocks(context: Context) -> Iterator[Found]:
+    for each in _our_sides(context):
+        for argument in _arguments(context, each):
+            if argument.name in _SPLITTING and not argument.is_off:
+                message = f"KV blocks of {each.role} engines cannot be proven with --{argument.key}"
+                yield Found(message, argument.where)
+
+
+def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[int, ...]]]]:
+    for each in _our_sides(context):
+        for found in context.engine_commands(each.role).values():
+            if numbers := re.findall(r"\d+", found.version or ""):
+                yield each, (str(found.version), tuple(map(int, numbers[:2])))
+
+
 def _dev_ports(context: Context) -> Iterator[Found]:
     # On several hosts the port is that of a sidecar, which asks for the launch's token.
     for each in vllm_engines(context) if not context.launch.spans_hosts else ():
@@ -212,13 +255,6 @@ def _flags_of(context: Context, each: RoleEngines) -> dict[str, tuple[JsonValue,
     }
 
 
-def _not_proven(context: Context) -> Iterator[str]:
-    for prefill, _ in vllm_pair(context) if context.kv_transfer.verify else ():
-        reason = prefill.unverified
-        if reason and not reason.endswith(AWAITS_AGENT):
-            yield f"wrong KV blocks would be used unnoticed: {reason}"
-
-
 # fmt: off
 RULES = (
     error("PD601", "engine_args gives a flag that pdlaunch sets itself.",
@@ -260,17 +296,30 @@ RULES = (
         fix="Use the same vLLM on both sides: set engine_command once, at the top level.",
         source="vLLM's NIXL handshake refuses another version (compute_nixl_compatibility_hash).",
         needs=("engine_commands",)),
-    error("PD614", "Engines of vLLM are to move KV blocks by another connector than NIXL.",
-        "pdlaunch starts, proves and measures pairs of vLLM with its NixlConnector alone.",
-        over=lambda context: [context.kv_transfer for _ in vllm_pair(context)],
-        when=lambda transfer: transfer.connector != "nixl", at="kv_transfer.connector",
-        message="connector {0.connector} with engines of vLLM",
-        fix="Set kv_transfer.connector to nixl.",
-        source="The kv-transfer configuration that pdlaunch gives vLLM."),
+    error("PD613", "vLLM is too old for pdlaunch's KV connector.",
+        "The connector is written for the interface that vLLM has had since 0.24.",
+        over=_versions, when=lambda it: it[1][1] < _OLDEST, at="engine_command",
+        message="engine_command of {0.role} is vLLM {1[0]}",
+        fix=f"Install vLLM 0.24 or later, or {_OWN_CONNECTOR}.",
+        source="vllm/distributed/kv_transfer/kv_connector/v1/base.py of vLLM 0.24 to 0.33.",
+        needs=("engine_commands",)),
+    error("PD614", "Native engines are to move KV blocks by vLLM's own connector.",
+        "Only vLLM has it.",
+        over=lambda context: context.engines.values() if context.kv_transfer.is_stock else (),
+        when=lambda each: each.is_native, at="kv_transfer.connector",
+        message="kv_transfer.connector is vllm-nixl, and the engines are native",
+        fix="Set kv_transfer.connector to nixl, mooncake or file, or use engine: vllm.",
+        source="NixlConnector is a class of vLLM."),
     warning("PD615", "A setting has no effect on engines of this kind.",
         "A setting that is ignored gives a wrong idea of what runs.",
         when=_ignored_settings,
         fix="Remove it.", source="The command and environment that pdlaunch gives vLLM."),
+    warning("PD617", "vLLM is newer than those that pdlaunch's KV connector was tried with.",
+        "Its interface may have changed. Each pair is proven with real blocks before it serves.",
+        over=_versions, when=lambda it: it[1][1] > _NEWEST, at="engine_command",
+        message="engine_command of {0.role} is vLLM {1[0]}",
+        fix="Nothing to fix where the launch gets ready; else take vLLM 0.33.",
+        source="vLLM 0.24 to 0.33.", needs=("engine_commands",)),
     warning("PD618", "Routes that run methods in an engine are open at its port.",
         "Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without any key. At a "
         "socket of the launch its user alone can open them.",
@@ -282,7 +331,7 @@ RULES = (
         "vLLM's prefill then gives the blocks to others, the late read succeeds, and decode "
         "answers with the text of another prompt (HTTP 200). Decode renews the lease between two "
         "steps: the time between two renewals and a step must fit into what one adds.",
-        over=lambda context: [context.kv_transfer for _ in vllm_pair(context)],
+        over=lambda context: [context.kv_transfer for _ in _stock_pair(context)],
         when=lambda transfer: transfer.lease_s < MIN_LEASE_S, at="kv_transfer.lease_s",
         message=f"lease_s is {{0.lease_s:g}}, less than {MIN_LEASE_S}",
         fix=f"Set kv_transfer.lease_s to {MIN_LEASE_S} or more; 30 is vLLM's own.",
@@ -290,9 +339,21 @@ RULES = (
         "queue, decode renews the lease every lease // 6 s, each time for lease * 2 // 3 s, "
         "between two steps."),
     error("PD620", "Prefill and decode of vLLM load their model under different names.",
-        "Its handshake compares the path or name of the model, even where the files are the same.",
-        over=vllm_pair, when=_models_of, at="model",
+        "The handshake of vLLM's own connector compares the path or name of the model, even where "
+        "the files are the same.",
+        over=_stock_pair, when=_models_of, at="model",
         fix="Set model once, at the top level.", source=_HANDSHAKE),
+    error("PD621", "engine_args takes the KV connector from an engine.",
+        "vLLM puts its OffloadingConnector in the place of the connector that it was given, "
+        "without a word, and no KV block goes from prefill to decode.",
+        when=_replaced_connector, fix=_REMOVE,
+        source="vllm/config/vllm.py of vLLM 0.24 to 0.33."),
+    error("PD624", "engine_args splits KV blocks in a way that cannot be proven.",
+        "A drafting model and decode-context parallelism keep KV that pdlaunch's connector does "
+        "not move.",
+        when=_split_blocks,
+        fix=f"Remove it from engine_args, or {_OWN_CONNECTOR}.",
+        source="pdlaunch's KV connector for vLLM."),
     error("PD625", "A flag that shapes KV blocks differs between prefill and decode.",
         "Layout, dtype and meaning of the bytes follow from backend, quantization and cache "
         "settings. A drafting model has KV blocks of its own; an engine without the adapter that "
@@ -304,15 +365,13 @@ RULES = (
         over=vllm_pair, when=_tp_sizes, at="tensor_parallel_size",
         fix="Choose tensor-parallel sizes of which one divides the other, and no larger one for "
         "prefill than there are KV heads.", source=f"{_HANDSHAKE} TransferTopology.tp_ratio."),
-    warning(
-        "PD629", "Engines of vLLM use pulled KV blocks unproven, though kv_transfer.verify is on.",
-        "pdlaunch's connector proves them, for the versions of vLLM and the models that it knows. "
-        "With vLLM's own, a READ that comes after its lease brings another prompt's blocks, and "
-        "the answer is wrong with HTTP 200; its UCX listens on TCP, and takes READs and WRITEs of "
-        "KV blocks from whoever can connect.",
-        when=_not_proven, at="kv_transfer.verify",
-        fix=f"Have engine_command name a vLLM {', '.join(SUPPORTED_VERSIONS)}; take the argument "
-        "out of engine_args; or serve the model with engine: native.",
+    warning("PD629", "Engines of vLLM use pulled KV blocks unproven.",
+        "With vLLM's own connector, a READ that comes after its lease brings another prompt's "
+        "blocks, and the answer is wrong with HTTP 200; its UCX listens on TCP, and takes READs "
+        "and WRITEs of KV blocks from whoever can connect.",
+        over=_stock_pair, when=lambda _: True, at="kv_transfer.connector",
+        message="wrong KV blocks would be used unnoticed: kv_transfer.connector is vllm-nixl",
+        fix="Set kv_transfer.connector to nixl.",
         source="vLLM 0.32: an expired lease's blocks are reused, and read without an error."),
     error("PD630", "env gives a variable of vLLM that pdlaunch sets itself.",
         "The side channel tells every caller where KV blocks are, and decode dials the address "

@@ -77,8 +77,9 @@ def _cumem_without_fabric(context: Context) -> Iterator[Found]:
 
 
 def _is_opened_by_library(context: Context, each: RoleEngines) -> bool:
-    """Return whether a library opens its GPU memory: vLLM has NIXL alone, whatever the path."""
-    return not each.is_native or context.kv_transfer.carrier_settings.opens_device_memory
+    """Return whether a library opens its GPU memory; vLLM's own pools cannot be mapped."""
+    carrier = context.kv_transfer.carrier_settings
+    return carrier.opens_device_memory or (carrier.maps_memory and not each.is_native)
 
 
 def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:

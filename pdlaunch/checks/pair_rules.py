@@ -103,7 +103,8 @@ RULES = (
         message="prefill runs on {0.device} and decode on {1.device}, which the connector nixl "
         "does not join",
         fix="Set device once, at the top level, or set kv_transfer.connector to file.",
-        source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",)),
+        source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",),
+        on_vllm=True),
     error("PD316", "Engines of both roles serve another model than the pair beside them.",
         "The router takes one for the other: an answer would come from either model, and one that "
         "goes on elsewhere from two.",

@@ -31,9 +31,8 @@ def far_engines(context: Context) -> list[PlacedEngine]:
 
 
 def _opening_engines(context: Context) -> list[PlacedEngine]:
-    """Return those of them that open ports for it; vLLM has NIXL alone, whatever the path."""
-    opens = context.kv_transfer.carrier_settings.opens_data_ports
-    return [each for each in far_engines(context) if opens or not each.engines.is_native]
+    """Return those of them that open ports for it."""
+    return far_engines(context) if context.kv_transfer.carrier_settings.opens_data_ports else []
 
 
 def _names_of_hosts(context: Context) -> str:
@@ -46,19 +45,12 @@ def _p2p_between_hosts(context: Context) -> str:
     return f"p2p does not join the hosts {_names_of_hosts(context)}"
 
 
-def _untrusted_network(context: Context) -> Found | None:
-    opening = _opening_engines(context)
-    if not opening or context.kv_transfer.trusted_network:
-        return None
-    fix = (
-        f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the rules "
-        "for a firewall), or place prefill and decode engines on one host."
-    )
-    return Found(
+def _untrusted_network(context: Context) -> str:
+    if not _opening_engines(context) or context.kv_transfer.trusted_network:
+        return ""
+    return (
         f"engines of a pair are on different hosts ({_names_of_hosts(context)}), and their network "
-        "is not said to be trusted",
-        # vLLM takes no other connector.
-        fix=None if opening[0].engines.is_native else fix,
+        "is not said to be trusted"
     )
 
 
@@ -125,11 +117,12 @@ RULES = (
         "Path p2p maps the memory of a peer, which only processes of the same host can.",
         when=_p2p_between_hosts, at="kv_transfer.nixl.path",
         fix="Set kv_transfer.nixl.path to auto, or place prefill and decode engines on one host.",
-        source="Memory is mapped through file descriptors and handles of one kernel."),
+        source="Memory is mapped through file descriptors and handles of one kernel.",
+        on_vllm=True),
     error("PD428", "KV blocks would go between hosts over ports that ask nobody who he is.",
         "NIXL's UCX and Mooncake cannot authenticate their peers, nor encrypt. Whoever reaches "
         "the data port of a rank can read and write the memory of its process. The side channel "
-        "of an engine of vLLM tells everybody where that memory is, and ends at a query for a "
+        "of vLLM's own connector tells everybody where that memory is, and ends at a query for a "
         "rank that does not exist.",
         when=_untrusted_network, at=_TRUSTED,
         fix=f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the "
@@ -145,7 +138,7 @@ RULES = (
             and f"{_tls(each)} leaves nothing that connects two processes of this host; posix is "
             "missing"
         ), at="$UCX_TLS",
-        fix="Unset UCX_TLS, or add posix.", source=_UCX),
+        fix="Unset UCX_TLS, or add posix.", source=_UCX, on_vllm=True),
     warning("PD503", "KV blocks lie in memory that a peer cannot map: the 0.6 GB/s cliff.",
         "CuMem pools and expandable segments without fabric handles cannot be opened by a peer "
         "through CUDA IPC. NIXL/UCX then copies through the host in small pieces, with no error: "

@@ -181,7 +181,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         return SeenEngine(role, url, problem=str(error))
     info = await api.server_info(INFO_TIMEOUT_S)
     kind: EngineName = "native" if counts.has(_PROMPT_TOKENS[1]) else "vllm"
-    num_bytes, seconds = int(counts.total(BYTES_READ[kind])), counts.total(SECONDS_READ[kind])
+    num_bytes, seconds = int(counts.total(*BYTES_READ)), counts.total(*SECONDS_READ)
     return SeenEngine(
         role,
         url,
@@ -234,7 +234,6 @@ async def _prove(
             apis[decode.url],
             common[0],
             is_exact=is_exact,
-            kind="native" if decode.kind == "native" else "vllm",
         )
     except PdlaunchError as error:
         pair = replace(pair, problem=str(error))

@@ -30,6 +30,7 @@ from pdlaunch.cli.output import ending_at_errors, print_errors, safe
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
+from pdlaunch.http.watch.canary import BYTES_READ
 from pdlaunch.launch.client.admin import admin_api, error_message
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
@@ -53,10 +54,6 @@ _PROMPTS = (
 )
 _LONG_PROMPT = " ".join(f"{number} and {number + 1} make {2 * number + 1}." for number in range(40))
 """vLLM leaves a prompt of less than 64 tokens to decode, and computes the last block there."""
-_BYTES_PULLED = {
-    "native": "pdlaunch_kv_transfer_bytes_total",
-    "vllm": "vllm:nixl_bytes_transferred_sum",
-}
 
 
 MUST_BE_ZERO = (
@@ -168,7 +165,7 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     alone_name, alone = next(iter((decode | prefill | both).items()))
     kind = engines[0].get("kind", "native")
     prompts = (*_PROMPTS, _LONG_PROMPT) if kind == "vllm" else _PROMPTS
-    pulled_before = _pulled_bytes(decode.values(), kind)
+    pulled_before = _pulled_bytes(decode.values())
     asked = {"prefill/decode" if prefill and decode else "the router": router}
     # The router prefers pairs, so engines of both roles are asked themselves.
     asked |= {name: engine for name, engine in both.items() if name != alone_name}
@@ -182,7 +179,7 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     ]
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
     if prefill and decode:
-        moved = partial(_moved, decode.values(), kind, pulled_before)
+        moved = partial(_moved, decode.values(), pulled_before)
         checks.append(_check("KV bytes moved from prefill to decode", moved))
     checks.append(_check("nothing is left running, leased or quarantined", partial(_idle, admin)))
     return checks
@@ -249,13 +246,14 @@ def _compare_stream(router: Api) -> None:
         )
 
 
-def _pulled_bytes(engines: Iterable[Api], kind: str) -> float:
-    return sum(engine.metrics()[_BYTES_PULLED[kind]] for engine in engines)
+def _pulled_bytes(engines: Iterable[Api]) -> float:
+    pages = [engine.metrics() for engine in engines]
+    return sum(page.get(name, 0.0) for page in pages for name in BYTES_READ)
 
 
-def _moved(engines: Collection[Api], kind: str, before: float) -> None:
+def _moved(engines: Collection[Api], before: float) -> None:
     deadline_at = time.monotonic() + _IDLE_TIMEOUT_S
-    while _pulled_bytes(engines, kind) <= before:
+    while _pulled_bytes(engines) <= before:
         if time.monotonic() > deadline_at:
             raise PdlaunchError(
                 "no KV byte was pulled: every prompt was recomputed by the decode engines"

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic_core import PydanticKnownError
 
-from pdlaunch.config.field_types import NATIVE_ALONE, ByteSize, Flag, FrozenModel
+from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.errors import ConfigError
 
@@ -110,7 +110,7 @@ class NixlSettings(ConnectorSettings):
 
     factory = "pdlaunch.transfer.connectors.paths:new_connector"
 
-    path: Annotated[KVPath, NATIVE_ALONE] = Field(
+    path: KVPath = Field(
         "auto",
         description="What carries KV blocks: NIXL, or copies from mapped memory of ranks of a "
         "host (p2p); `auto` is what is faster at the handshake, for each pair.",
@@ -222,10 +222,26 @@ class FileSettings(ConnectorSettings):
         return False
 
 
+class VllmNixlSettings(ConnectorSettings):
+    """Stands for vLLM's own NixlConnector, which has no settings here and proves nothing."""
+
+    def environment(
+        self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
+    ) -> dict[str, str]:
+        """Return UCX's variables between hosts alone: on one host it cannot do without TCP."""
+        return {} if network is None else NixlSettings().environment(environ, device, network)
+
+    @property
+    def opens_data_ports(self) -> bool:
+        return True
+
+
+VLLM_NIXL = "vllm-nixl"
 BUILT_IN: Mapping[str, type[ConnectorSettings]] = {
     "nixl": NixlSettings,
     "mooncake": MooncakeSettings,
     "file": FileSettings,
+    VLLM_NIXL: VllmNixlSettings,
 }
 _LAZY: Mapping[str, str] = {"faulty": "pdlaunch.transfer.connectors.faults:FaultPlan"}
 """Connectors of pdlaunch that come as those of other packages do."""

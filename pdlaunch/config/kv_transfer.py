@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.connectors import (
     BUILT_IN,
+    VLLM_NIXL,
     ConnectorSettings,
     FileSettings,
     MooncakeSettings,
@@ -17,7 +18,7 @@ from pdlaunch.config.connectors import (
     connector_settings,
     other_sections,
 )
-from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, PortRange, Switch
+from pdlaunch.config.field_types import Flag, FrozenModel, PortRange, Switch
 
 
 class KVTransferSettings(FrozenModel):
@@ -30,7 +31,8 @@ class KVTransferSettings(FrozenModel):
     # fmt: off
     connector: Annotated[str, Flag("kv-connector", metavar="nixl|mooncake|file|...")] = Field(
         "nixl",
-        description="What moves KV blocks: nixl, mooncake, file, or another installed connector.")
+        description="What moves KV blocks: nixl, mooncake, file, or another installed connector; "
+        "vllm-nixl, for engines of vLLM, is vLLM's own, which proves nothing.")
     verify: Switch = Field(
         True,
         description="Compare checksums of pulled blocks; `off`, only for measuring, trusts both "
@@ -40,12 +42,12 @@ class KVTransferSettings(FrozenModel):
     lease_s: float = Field(
         30.0, gt=0,
         description="Seconds prefill keeps blocks for a decode engine that says nothing.")
-    pull_timeout_s: Annotated[float, NATIVE_ALONE] = Field(
+    pull_timeout_s: float = Field(
         20.0, gt=0, description="Seconds a decode engine waits for one pull.")
-    pull_attempts: Annotated[int, NATIVE_ALONE] = Field(
+    pull_attempts: int = Field(
         2, ge=1,
         description="READs of a rank's blocks that may fail before the prompt is recomputed.")
-    handshake_timeout_s: Annotated[float, NATIVE_ALONE] = Field(
+    handshake_timeout_s: float = Field(
         20.0, gt=0, description="Seconds for the handshake of one pair.")
     trusted_network: Switch = Field(
         False,
@@ -88,6 +90,11 @@ class KVTransferSettings(FrozenModel):
             message = "it needs kv_transfer.file.directory: a folder that all engines can write to"
             raise PydanticCustomError("directory", message, {"field": "connector"})
         return self
+
+    @property
+    def is_stock(self) -> bool:
+        """Return whether engines of vLLM keep vLLM's own connector."""
+        return self.connector == VLLM_NIXL
 
     @property
     def carrier(self) -> str:

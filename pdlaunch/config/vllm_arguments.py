@@ -54,7 +54,7 @@ OURS: Mapping[str, str] = {
             "set CUDA_VISIBLE_DEVICES in env; pdlaunch deals GPUs out to engines": "device-ids",
             "leave it out; it is always on": "enable-prompt-tokens-details",
             "set kv_cache_memory": "kv-cache-memory-bytes",
-            "set kv_transfer: lease_s, on_failure": "kv-transfer-config",
+            "set kv_transfer": "kv-transfer-config",
             "set drain_timeout_s": "shutdown-timeout",
         }
     ),
@@ -98,7 +98,10 @@ REFUSED = _by_flag(
 
 KV_EVENTS = "kv-events-config"
 
-_KNOWN = (*OURS, *REFUSED, KV_EVENTS)
+OFFLOADING = ("kv-offloading-backend", "kv-offloading-size")
+"""Flags with which vLLM puts another KV connector in the place of the one that it was given."""
+
+_KNOWN = (*OURS, *REFUSED, *OFFLOADING, KV_EVENTS)
 
 
 def vllm_flag_name(key: str) -> str:

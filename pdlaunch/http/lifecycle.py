@@ -26,6 +26,7 @@ from pdlaunch.protocol.control import (
     Stop,
     ToSupervisor,
 )
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap, ControlClient, Heartbeat, read_bootstrap
 from pdlaunch.protocol.sockets import SecureContext
 
@@ -69,19 +70,21 @@ class Supervised:
         url: str,
         capabilities: Capabilities | None = None,
         *,
-        side_channel: str = "",
+        engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
+        side_channels: tuple[str, ...] = (),
         listens: bool = True,
     ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
-        ``side_channel``: of an engine without ranks of ours. A second call replaces the first.
+        ``engine_id``, ``side_channels``: of an engine of vLLM. A second call replaces the first.
         """
         self.send(
             Register(
                 name=self.bootstrap.name,
                 incarnation=self.bootstrap.incarnation,
                 pid=os.getpid(),
-                address=Address(http=url, side_channel=side_channel),
+                engine_id=engine_id,
+                address=Address(http=url, side_channels=side_channels),
                 capabilities=capabilities or self.bootstrap.capabilities,
                 listens=listens,
             )

@@ -12,10 +12,11 @@ from pydantic import SecretStr
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR
 from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap, ConnectorSpec, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 # How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``.
@@ -77,8 +78,10 @@ class Bootstraps:
         if spec.kind == "server":
             capabilities = self.kind.capabilities(spec, engine)
             # Servers of native engines, which alone have a spec, listen for other hosts themselves.
-            door = self._door(spec, launch) if engine is None else None
-            return replace(bootstrap, engine_api_key=key, capabilities=capabilities, door=door)
+            if engine is None:
+                door, connector = self._door(spec, launch), _connector(spec, launch)
+                bootstrap = replace(bootstrap, door=door, connector=connector)
+            return replace(bootstrap, engine_api_key=key, capabilities=capabilities)
         name = launch.served_model_name
         router = router_spec(config, name, self.listeners)
         return replace(bootstrap, engine_api_key=key, router=router)
@@ -99,6 +102,20 @@ class Bootstraps:
             body_budget_bytes=config.limits.body_budget_bytes,
             max_connections=config.limits.max_connections,
         )
+
+
+def _connector(spec: ProcessSpec, launch: ResolvedLaunch) -> ConnectorSpec | None:
+    """Return what pdlaunch's connector in an engine of vLLM needs; None: it is not there."""
+    transfer, host = launch.config.kv_transfer, launch.host(spec.host)
+    if transfer.is_stock or spec.role not in PAIR:
+        return None
+    return ConnectorSpec(
+        role=spec.role,
+        bind_address=host.bind_address,
+        advertise_address=host.advertise_address,
+        kv_transfer=transfer.model_dump_json(),
+        by_head=len({launch.roles[role].tp_size for role in PAIR if role in launch.roles}) > 1,
+    )
 
 
 def router_spec(

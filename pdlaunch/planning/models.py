@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdlaunch.config.model_files.download import Fetch
 from pdlaunch.config.model_files.find import NotDownloadedError, is_on_hub, resolve_model
-from pdlaunch.config.model_files.shape import ModelShape, read_model_shape, unproven_layers
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.config.model_files.weights import check_files, check_gguf
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
@@ -27,8 +27,6 @@ class Model:
     """The reason why the shape is not known yet: the model is converted or downloaded first."""
     foreign: str = ""
     """The reason why its shape is not known here, though another engine may serve it."""
-    unproven: str = ""
-    """The reason why KV blocks of such a model cannot be proven; empty: none is known."""
     on_hub: bool = False  # its files come from a hub, the weights after everything has been judged
     elsewhere: bool = False
     """It is not on this machine, which judges for another one: nobody knows whether it serves."""
@@ -124,4 +122,4 @@ def _described(folder: Path, engine: EngineName) -> Model:
         if engine == "native":
             raise
         reason = f"native engines cannot serve it, so its shape is not known: {error}"
-        return Model(foreign=reason, unproven=unproven_layers(folder))
+        return Model(foreign=reason)

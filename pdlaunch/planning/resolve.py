@@ -239,5 +239,5 @@ def resolve_on(
     ``places``: those of engines that are placed already.
     """
     found = read_models(config) if models is None else models
-    by_host, engines = place_roles(config, hosts, environ, found, places)
+    by_host, engines = place_roles(config, hosts, found, places)
     return ResolvedLaunch(config, tuple(hosts), dict(environ), by_host, engines)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from pdlaunch.config.connectors import KVNetwork, local_transports
+from pdlaunch.config.connectors import VLLM_NIXL, KVNetwork
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
@@ -52,10 +52,6 @@ class RoleEngines:
     num_neighbours: int  # ranks of all roles on the host, which share its cores
     first_gpu_rank: int
     """Number of ranks that are placed on the same GPUs of the host before those of this role."""
-    unverified: str
-    """The reason why pulled KV blocks are used unproven; empty: they are proven before use. It is
-    the same for both roles.
-    """
     has_far_peers: bool = False  # its ranks exchange KV blocks with ranks on other hosts
 
     # Given by the settings, the host and the model.
@@ -106,6 +102,16 @@ class RoleEngines:
     @property
     def is_native(self) -> bool:
         return self.settings.engine == "native"
+
+    @property
+    def unverified(self) -> str:
+        """Return why pulled KV blocks are used unproven; empty: they are proven before use."""
+        transfer = self.config.kv_transfer
+        if self.role not in PAIR:
+            return ""
+        if transfer.is_stock:
+            return f"kv_transfer.connector is {VLLM_NIXL}"
+        return "" if transfer.verify else "kv_transfer.verify is off"
 
     @property
     def host_tier_bytes(self) -> int:
@@ -271,29 +277,21 @@ class RoleEngines:
         if self.has_far_peers and transfer.trusted_network:
             devices = self.machine.rdma_devices
             network = KVNetwork(self.on.bind_address, transfer.data_ports, devices)
-        if self.is_native and self.role not in PAIR:
-            return common | env
-        if self.is_native:
-            # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU
-            # that sees none.
-            has_gpus = self.machine.gpus or self.machine.has_hidden_gpus
-            device: DeviceKind = "cuda" if has_gpus else self.device
-            # Last: what the connector needs narrows what the user has set.
-            carrier = transfer.carrier_settings.environment(self.given_environ, device, network)
-            return common | env | carrier
-        cpu_bytes = self.kv_cache_bytes if self.device == "cpu" else None
-        address = ENGINE_HOST if network is None else network.address
-        own = vllm_environment(cpu_bytes, self.settings, address)
-        given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
-        if network is not None:
-            carrier = transfer.carrier_settings.environment(
-                self.given_environ, self.device, network
-            )
-            return given | carrier
-        # pdlaunch's connector makes NIXL's agent such that UCX can do without a listener.
-        is_quiet = not self.unverified and self.role in PAIR
-        quiet = ",".join(local_transports(self.given_environ, self.device)) if is_quiet else ""
-        return given | ({"UCX_TLS": quiet} if quiet else {})
+        given = common | env
+        if not self.is_native:
+            cpu_bytes = self.kv_cache_bytes if self.device == "cpu" else None
+            address = ENGINE_HOST if network is None else network.address
+            own = vllm_environment(cpu_bytes, self.settings, address)
+            given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
+        if self.role not in PAIR:
+            return given
+        # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU that
+        # sees none.
+        has_gpus = self.machine.gpus or self.machine.has_hidden_gpus
+        device: DeviceKind = "cuda" if has_gpus else self.device
+        # Last: what the connector needs narrows what the user has set.
+        carrier = transfer.carrier_settings.environment(self.given_environ, device, network)
+        return given | carrier
 
     @property
     def ucx_transports(self) -> tuple[str, ...]:

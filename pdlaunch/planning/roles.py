@@ -16,7 +16,6 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.planning.hosts import DeviceKind, ResolvedHost, is_same_machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.role_engines import RoleEngines, device_kind, visible_on
-from pdlaunch.planning.vllm_engines import unverified_because
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +101,13 @@ class PlacedEngine:
 def place_roles(
     config: LaunchConfig,
     hosts: Sequence[ResolvedHost],
-    environ: Mapping[str, str],
     models: Mapping[Role, Model],
     places: Places | None = None,
 ) -> tuple[Mapping[str, Mapping[Role, RoleEngines]], tuple[PlacedEngine, ...]]:
     """Place the engines of each role that has any: return the roles of each host, and all engines
     in the order of ``ROLES``, then of the index. Never raises, see ``RoleEngines``.
 
-    ``environ``: the supervisor's. ``places``: those of engines that are placed already.
+    ``places``: those of engines that are placed already.
     """
     replicas = {role: count for role in ROLES if (count := config.role(role).replicas)}
     tp_sizes = {role: config.engine_settings(role).tensor_parallel_size for role in replicas}
@@ -118,7 +116,6 @@ def place_roles(
         # A launch whose hosts take no role still gets places, so that rules can tell what is wrong.
         rooms = [_room(config, host, [*replicas]) for host in takers]
         places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy)
-    unverified = _unverified(config, hosts, environ, models, places)
     counts = Counter((place.host, role) for (role, _), place in places.items())
     by_host: dict[str, dict[Role, RoleEngines]] = {}
     for host in hosts:
@@ -140,7 +137,6 @@ def place_roles(
                 replicas=counts[host.name, role],
                 num_neighbours=num_ranks,
                 first_gpu_rank=0,
-                unverified=unverified,
                 has_far_peers=is_far,
             )
             # Ranks of earlier roles on the same GPUs: the next role goes on where these end.
@@ -180,26 +176,3 @@ def _room(config: LaunchConfig, host: ResolvedHost, roles: Sequence[Role]) -> Ro
         kind = device_kind(settings, host.machine, visible)
         devices[role] = (kind, len(visible.gpus) if kind == "cuda" else host.machine.num_cpus)
     return Room(host.name, devices)
-
-
-def _unverified(
-    config: LaunchConfig,
-    hosts: Sequence[ResolvedHost],
-    environ: Mapping[str, str],
-    models: Mapping[Role, Model],
-    places: Places,
-) -> str:
-    """Return why blocks are not proven; it takes the engines of both roles to prove them."""
-    if not config.kv_transfer.verify:
-        return "kv_transfer.verify is off"
-    for role in PAIR:
-        settings = config.engine_settings(role)
-        # Native engines always prove their blocks. One of another kind than these two must not pass
-        # here: it would be taken for one that does.
-        if not config.role(role).replicas or settings.engine != "vllm":
-            continue
-        names = {place.host for (other, _), place in places.items() if other == role}
-        theirs = [host for host in hosts if host.name in names]
-        if reason := unverified_because(settings, environ, models[role], theirs, hosts[0]):
-            return reason
-    return ""

@@ -40,7 +40,8 @@ class Address(Message, tag=False):
 
     http: str = ""  # ``http://127.0.0.1:8101``
     requests: str = ""  # ZMQ endpoint of rank 0 for its engine's server
-    side_channel: str = ""  # ``tcp://127.0.0.1:43210``; of a rank, or of an engine of vLLM
+    side_channel: str = ""  # ``tcp://127.0.0.1:43210``; of a rank
+    side_channels: tuple[str, ...] = ()  # those of all ranks of an engine of vLLM
 
 
 class Capabilities(Message, tag=False):

@@ -328,10 +328,10 @@ class WatchedMembership:
 
     async def _send_canary(self, pair: Pair) -> Proof:
         (prefill, decode), settings = (self._watched[name] for name in pair), self.settings
-        model, is_exact, kind = settings.served_model_name, settings.is_exact, settings.kind
+        model, is_exact = settings.served_model_name, settings.is_exact
         # One at a time: the bytes of another canary are no proof.
         async with decode.one_at_a_time:
-            return await send_canary(prefill.api, decode.api, model, is_exact=is_exact, kind=kind)
+            return await send_canary(prefill.api, decode.api, model, is_exact=is_exact)
 
     def _tell_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
         if isinstance(result, CanaryDied):

@@ -91,6 +91,7 @@ class DecodeSocket:
     def close(self) -> None:
         if self._monitor is not None:
             self.socket.disable_monitor()
+            self._monitor.close()
         self.socket.close()
 
 

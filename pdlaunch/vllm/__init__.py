@@ -1,5 +1,7 @@
-"""Holds a KV connector for vLLM that lets no block be used before it is proven.
+"""Holds pdlaunch's KV connector for vLLM, on top of ``pdlaunch.transfer``.
 
-It runs in vLLM's processes, with vLLM's packages: what it imports is there (numpy, torch, blake3).
-``connector`` alone needs vLLM.
+It runs in vLLM's processes, with vLLM's packages; ``connector`` alone imports vLLM::
+
+    EngineCore   scheduler: which blocks to lend or pull ── commands, in vLLM's metadata ──┐
+    workers      worker: a TransferThread for each, as a native rank has <─────────────────┘
 """

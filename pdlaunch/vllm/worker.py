@@ -1,252 +1,291 @@
-"""Adds statements and proofs to vLLM's NIXL connector; ``connector`` puts them onto its classes.
+"""Runs the transfers of one worker of vLLM: a ``TransferThread``, as ranks of native engines have.
 
 ::
 
-    scheduler   prompt's last chunk: to_state ─┐      blocks to pull: to_prove ─┐
-    worker         forward ─ hash ─ state <────┘         READ ─ judge <─────────┘
-                                                          ├─ proven: as vLLM does
-                                                          └─ not: failed, so vLLM computes it
+    sidecar ── Peers ──▶ link ──▶ transfer thread ── RankUp, PairReady, .. ──▶ link ──▶ sidecar
+    vLLM    ── commands ─ gate ─▶ transfer thread ── LeaseEnded, PullFinished ──▶ vLLM's next step
+                          └ once the device has done what was launched before
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pdlaunch.vllm.far_statements import Answer, FarStatements
-from pdlaunch.vllm.proof import BlockHasher, ReadBlocks, first_head, judge, new_hasher
-from pdlaunch.vllm.statements import Statement, StatementBoard, token_hash
-from pdlaunch.vllm.support import refused
+import torch
 
-if TYPE_CHECKING:
-    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
-        NixlPullConnectorScheduler as SchedulerBase,
-    )
-    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import (
-        NixlPullConnectorWorker as WorkerBase,
-    )
-else:
-    SchedulerBase = WorkerBase = object
+from pdlaunch import __version__
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
+from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
+from pdlaunch.engine.memory.pools import MemoryPools
+from pdlaunch.machine.network import tcp_endpoint
+from pdlaunch.protocol.control import Entry, PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.engine_link import (
+    KVSetup,
+    Peers,
+    PullFailure,
+    RankUp,
+    from_worker,
+    rank_name,
+    to_worker,
+)
+from pdlaunch.protocol.ids import EngineId
+from pdlaunch.protocol.process.bootstrap import ControlClient
+from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility
+from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.protocol.transfer import (
+    LeaseEnded,
+    PullDrained,
+    PullFinished,
+    StartPull,
+    TransferCommand,
+)
+from pdlaunch.transfer.connectors.connector import new_connector
+from pdlaunch.transfer.handshake import RankIdentity
+from pdlaunch.transfer.integrity.checksum import algorithm_for
+from pdlaunch.transfer.sides import TransferSetup
+from pdlaunch.transfer.thread import TransferThread
+from pdlaunch.vllm.layout import VllmLayout
 
-# vLLM shows what its own loggers say.
-_logger = logging.getLogger("vllm.pdlaunch")
+_logger = logging.getLogger(__name__)
 
-# Path of the file that records which prefill engine a READ has failed from, for the sidecar: vLLM
-# counts the READs of all prefill engines together. Unset: no record.
-FAILURES_FILE = "PDLAUNCH_FAILURES_FILE"
-
-MODEL_DIGEST = "PDLAUNCH_MODEL_DIGEST"
-"""Digest of the model's files from the sidecar; blocks of another model are not used."""
+START_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 2.0
+IDLE_WAIT_S = 0.002
+# Python's own 5 ms would let the transfer thread wait for each of its turns, ten in a pull.
+SWITCH_INTERVAL_S = 0.0005
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    token_hash: str
-    block_ids: tuple[int, ...]
+@dataclass(slots=True)
+class Results:
+    """Holds what has happened since the last step; ids are those of requests."""
+
+    sent: set[str] = field(default_factory=set)  # their blocks are free
+    received: set[str] = field(default_factory=set)  # nothing writes to their blocks any more
+    failed: set[str] = field(default_factory=set)  # those of them whose bytes must not be used
+    bad_blocks: set[int] = field(default_factory=set)  # the blocks of the failed ones
 
 
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """Tells workers what to do beside vLLM's own orders; travels in its metadata."""
+# What is counted for vLLM's metrics, under the names that native engines have.
+FIGURES = {
+    "kv_transfers": "Pulls that ended well.",
+    "kv_transfer_bytes": "Bytes of KV blocks pulled.",
+    "kv_transfer_seconds": "Seconds spent in pulls.",
+    "kv_read_seconds": "Seconds of their READs; of the slowest rank.",
+    "kv_transfer_failures": "Pulls that failed.",
+    "kv_verification_failures": "Pulls whose hashes or checksums differed.",
+}
 
-    to_state: Mapping[str, Prompt] = field(default_factory=dict)
-    to_prove: Mapping[str, str] = field(default_factory=dict)  # hash of the prompt by request
 
+class Worker:
+    """Belongs to the thread of vLLM's step."""
 
-class StatingScheduler(SchedulerBase):  # type: ignore[misc]
-    """Finds out which prompts are complete, and what was asked for."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.kv_cache_manager: Any = None
-        # Requests whose blocks decode engines will pull, until they end.
-        self._prefills: dict[str, Any] = {}
-
-    def update_state_after_alloc(self, request: Any, *args: Any) -> None:
-        super().update_state_after_alloc(request, *args)
-        if (request.kv_transfer_params or {}).get("do_remote_decode"):
-            self._prefills[request.request_id] = request
-
-    def request_finished(self, request: Any, *args: Any) -> Any:
-        self._prefills.pop(request.request_id, None)
-        return super().request_finished(request, *args)
-
-    def build_connector_meta(self, scheduler_output: Any) -> Any:
-        orders = Orders(
-            to_state=dict(self._complete_prompts(scheduler_output.num_scheduled_tokens)),
-            to_prove={
-                request_id: self._hash(request)
-                for request_id, (request, *_) in self._reqs_need_recv.items()
-            },
+    def __init__(
+        self,
+        setup: KVSetup,
+        layout: VllmLayout,
+        *,
+        engine_id: str,
+        tp_rank: int,
+        tp_size: int,
+        dtype: str,
+        vllm_version: str,
+    ) -> None:
+        """Open the connector and tell the sidecar. Raises TransferError, ConfigError."""
+        self._settings = settings = KVTransferSettings.model_validate_json(setup.kv_transfer)
+        self._figures: dict[str, float] = {}  # since they were taken last
+        self._peers: Sequence[Entry] = ()
+        # Blocks of the pulls that vLLM waits for, and which engine each asks.
+        self._loads: dict[str, StartPull] = {}
+        self._drains: set[str] = set()  # failed pulls whose READs may still write
+        self._gate = ThreadPoolExecutor(1, "kv-gate")
+        self._woken = threading.Event()  # the transfer thread has something to tell
+        self._device = layout.kv.device
+        name = rank_name(setup.name, tp_rank)
+        self._context = SecureContext(setup.keys)
+        self._link = ControlClient(
+            self._context,
+            setup.link,
+            f"rank-{tp_rank}",
+            self._on_message,
+            encode=from_worker.encode,
+            decode=to_worker.decode,
         )
-        metadata = super().build_connector_meta(scheduler_output)
-        metadata.pdlaunch = orders
-        return metadata
-
-    def _complete_prompts(self, num_scheduled_tokens: Mapping[str, int]) -> Any:
-        for request_id, request in self._prefills.items():
-            num_tokens = request.num_prompt_tokens
-            before = request.num_computed_tokens
-            # Counted before this step: a step behind the prompt must not state it again.
-            if before < num_tokens <= before + num_scheduled_tokens.get(request_id, 0):
-                (block_ids,) = self.kv_cache_manager.get_block_ids(request_id)
-                num_blocks = -(-num_tokens // self.block_size)
-                yield request_id, Prompt(self._hash(request), tuple(block_ids[:num_blocks]))
-
-    def _hash(self, request: Any) -> str:
-        lora = "" if request.lora_request is None else request.lora_request.lora_name
-        inputs = [f"{each.identifier}@{each.mm_position.offset}" for each in request.mm_features]
-        tokens = request.prompt_token_ids or ()
-        return token_hash(tokens, (os.environ.get(MODEL_DIGEST, ""), lora, *inputs))
-
-
-class ProvingWorker(WorkerBase):  # type: ignore[misc]
-    """States prompts after the step that completes them; judges what was read before its use."""
-
-    def __init__(self, board: StatementBoard, far: FarStatements | None, *args: Any) -> None:
-        """``far``: finds statements of other hosts, where engines may be on several."""
-        super().__init__(*args)
-        self._board = board
-        self._far = far
-        # Answers that are waited for, by request; its READ has ended.
-        self._asked: dict[str, Future[Answer]] = {}
-        self._hasher: BlockHasher | None = None
-        self._to_prove: dict[str, str] = {}
-
-    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        super().register_kv_caches(kv_caches)
-        # A checksum goes over all layers: both sides must take them in one order, whatever order
-        # vLLM names them in.
-        layers = sorted(kv_caches, key=lambda name: (len(name), name))
-        try:
-            self._hasher = new_hasher([kv_caches[name] for name in layers])
-        except ValueError as error:
-            raise refused(str(error)) from error
-
-    def start_load_kv(self, metadata: Any) -> None:
-        self._to_prove.update(_orders(metadata).to_prove)
-        super().start_load_kv(metadata)
-
-    def state_prompts(self, metadata: Any) -> None:
-        """State the prompts that this step has completed; called behind the forward pass."""
-        for request_id, prompt in _orders(metadata).to_state.items():
-            assert self._hasher is not None
-            statement = Statement(
-                token_hash=prompt.token_hash,
-                block_ids=prompt.block_ids,
-                first_head=self._first_head(),
-                algorithm=self._hasher.algorithm,
-                checksums=self._hasher.checksums(prompt.block_ids),
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        connector = new_connector(settings, name, setup.incarnation)
+        self._transfer: TransferThread | None = None
+        transfer = TransferThread(
+            TransferSetup(
+                identity=RankIdentity(
+                    name=name,
+                    engine=setup.name,
+                    engine_id=EngineId(engine_id),
+                    incarnation=setup.incarnation,
+                    tp_rank=tp_rank,
+                    tp_size=tp_size,
+                ),
+                role=setup.role,
+                settings=settings,
+                compatibility=Compatibility(
+                    protocol_version=PROTOCOL_VERSION,
+                    pdlaunch_version=__version__,
+                    model_digest=setup.model_digest,
+                    dtype=dtype,
+                    kv_dtype="",  # among the pages
+                    block_size=0,  # among the groups
+                    groups=layout.groups,
+                    num_kv_heads=layout.total_heads,
+                    head_dim=0,  # among the pages
+                    layout=f"vLLM {vllm_version}, {layout.pages}",
+                    connector=connector.name,
+                    checksum=algorithm_for(layout.kv) if settings.verify else "off",
+                ),
+                kv=layout.kv,
+                kv_memory=_memory_on(layout.kv.device),
+                first_kv_head=layout.first_head,
+                connector=connector,
+                context=self._context,
+                wake=self._woken.set,
+                report=self._report,
+                host=setup.bind_address,
             )
-            self._board.state(self.engine_id, self.tp_rank, request_id, statement)
-        self._board.sweep(self._reqs_to_process)
-        for request_id in self._to_prove.keys() - self._recving_metadata.keys():
-            del self._to_prove[request_id]
-
-    def shutdown(self) -> None:
-        self._board.close()
-        if self._far is not None:
-            self._far.close()
-        super().shutdown()
-
-    def _pop_done_transfers(self, transfers: dict[str, list[Any]]) -> tuple[set[str], set[str]]:
-        done, failed = super()._pop_done_transfers(transfers)
-        for request_id, statements in self._stated(done, done - failed - self._recv_failures):
-            if reason := self._judge(request_id, statements):
-                engine_id = self._recving_metadata[request_id].remote.engine_id
-                _logger.warning(
-                    "KV blocks of request %s of engine %s are not used: %s; the prompt is computed "
-                    "here",
-                    request_id,
-                    engine_id,
-                    reason,
-                )
-                self.xfer_stats.record_failed_transfer()
-                report_failure(engine_id)
-                failed.add(request_id)
-        return done, failed
-
-    def _stated(self, done: set[str], read: set[str]) -> Iterator[tuple[str, Answer]]:
-        """Yield the requests that were ``read`` with what is stated about them.
-
-        Those of which it is not known yet are taken out of ``done``, and are yielded, and done, in
-        a later step.
-        """
-        for request_id in read:
-            remote = self._recving_metadata[request_id].remote
-            asked = remote.engine_id, self._sources(request_id), remote.request_id
-            if self._far is None:
-                engine_id, ranks, name = asked
-                yield request_id, {rank: self._board.find(engine_id, rank, name) for rank in ranks}
-            else:
-                done.discard(request_id)
-                self._asked[request_id] = self._far.ask(*asked, remote.host, remote.port)
-        for request_id in self._asked.keys() - self._recving_metadata.keys():
-            del self._asked[request_id]
-        for request_id in [name for name, answer in self._asked.items() if answer.done()]:
-            done.add(request_id)
-            yield request_id, self._asked.pop(request_id).result()
-
-    def _sources(self, request_id: str) -> Sequence[int]:
-        """Return the prefill ranks whose blocks a request reads; none where the prefix cache had
-        all of them.
-        """
-        metadata = self._recving_metadata[request_id]
-        if not any(metadata.local_physical_block_ids):
-            return ()
-        ranks: Sequence[int] = self.tp_mappings[metadata.remote.engine_id].all_source_ranks
-        return ranks
-
-    def _handle_failed_transfer(self, req_id: str, *args: Any, **options: Any) -> Any:
-        metadata = self._recving_metadata.get(req_id)
-        if metadata is not None and metadata.remote is not None:
-            report_failure(metadata.remote.engine_id)
-        return super()._handle_failed_transfer(req_id, *args, **options)
-
-    def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
-        before = set(done_sending)
-        super()._reap_expired_send_leases(done_sending)
-        # Blocks are freed once vLLM's scheduler hears of it, which is later.
-        for request_id in done_sending - before:
-            self._board.withdraw(request_id)
-
-    def _judge(self, request_id: str, statements: Answer) -> str:
-        if isinstance(statements, str):
-            return statements
-        metadata = self._recving_metadata[request_id]
-        local, remote = metadata.local_physical_block_ids, metadata.remote
-        if not any(local):
-            return ""  # the prefix cache had all of them
-        assert self._hasher is not None
-        (block_ids,) = local
-        read = ReadBlocks(
-            token_hash=self._to_prove.get(request_id, ""),
-            remote_block_ids=tuple(remote.block_ids[0]),
-            first_head=self._first_head(),
-            algorithm=self._hasher.algorithm,
-            checksums=self._hasher.checksums(block_ids),
         )
-        return judge(read, statements)
+        transfer.wait_started(START_TIMEOUT_S)
+        first = layout.kv.places[0]
+        _logger.info(
+            "KV blocks: %s; %d regions of %d blocks, the first one at %#x, %d bytes apart",
+            layout.pages,
+            len(layout.kv.regions),
+            layout.kv.num_blocks,
+            first.address,
+            first.stride_bytes,
+        )
+        self._transfer = transfer
+        transfer.update_registry(self._peers)
+        self._link.send(
+            RankUp(
+                tp_rank=tp_rank,
+                tp_size=tp_size,
+                engine_id=EngineId(engine_id),
+                side_channel=tcp_endpoint(
+                    setup.advertise_address, int(transfer.endpoint.rpartition(":")[2])
+                ),
+            )
+        )
 
-    def _first_head(self) -> int:
-        total = self.model_config.get_total_num_kv_heads()
-        return first_head(total, self.world_size, self.tp_rank)
+    def submit(self, commands: Sequence[TransferCommand]) -> None:
+        """Carry out what the scheduler has decided for this step."""
+        for command in commands:
+            if isinstance(command, StartPull) and any(command.block_ids):
+                self._loads[command.pull_id] = command
+        assert self._transfer is not None
+        pulls = [each for each in commands if isinstance(each, StartPull)]
+        # A prompt that is lent has its first token: whatever wrote its blocks has ended.
+        self._transfer.submit([each for each in commands if not isinstance(each, StartPull)])
+        if self._device.type == "cpu":
+            self._transfer.submit(pulls)
+        elif pulls:
+            # Steps that were launched before may still write to blocks that are pulled into now.
+            before = torch.cuda.current_stream(self._device).record_event()
+            self._gate.submit(self._submit_behind, before, pulls)
+
+    def take(self, *, idle: bool = False) -> Results:
+        """Return what has happened. Raises TransferError when the transfer thread has died.
+
+        ``idle``: vLLM computes nothing in this step and asks again at once. Waiting here leaves the
+        interpreter to the transfer thread.
+        """
+        assert self._transfer is not None
+        if idle:
+            self._woken.wait(IDLE_WAIT_S)
+        self._woken.clear()
+        results = Results()
+        for event in self._transfer.take_events():
+            match event:
+                case LeaseEnded(lease_id=lease_id):
+                    results.sent.add(lease_id)
+                case PullFinished():
+                    self._count(event)
+                    if event.in_flight:
+                        self._drains.add(event.pull_id)
+                    else:
+                        self._finish(event.pull_id, results, ok=event.ok)
+                case PullDrained(pull_id=pull_id):
+                    self._drains.discard(pull_id)
+                    self._finish(pull_id, results, ok=False)
+        return results
+
+    def take_figures(self) -> dict[str, float]:
+        """Return what has been counted since the last call; empty: nothing."""
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def close(self) -> None:
+        if self._transfer is not None:
+            self._gate.shutdown(cancel_futures=True)
+            self._transfer.close(CLOSE_TIMEOUT_S)
+            self._link.close()
+            self._context.close()
+            self._transfer = None
+
+    def _submit_behind(self, before: torch.cuda.Event, commands: Sequence[TransferCommand]) -> None:
+        before.synchronize()
+        if (transfer := self._transfer) is not None:
+            transfer.submit(commands)
+
+    def _finish(self, pull_id: str, results: Results, *, ok: bool) -> None:
+        """Report the end of a pull, if vLLM waits for it: once, when nothing writes any more."""
+        if (load := self._loads.pop(pull_id, None)) is None:
+            return
+        results.received.add(pull_id)
+        if not ok:
+            results.failed.add(pull_id)
+            results.bad_blocks.update(block_id for group in load.block_ids for block_id in group)
+
+    def _count(self, event: PullFinished) -> None:
+        load = self._loads.get(event.pull_id)
+        if load is None:
+            return
+        has_failed = not event.ok and event.error != "cancelled"
+        new = (
+            float(event.ok),
+            float(event.num_bytes),
+            event.seconds if event.ok else 0.0,
+            event.read_s,
+            float(has_failed),
+            float(event.verification_failed),
+        )
+        for name, value in zip(FIGURES, new, strict=True):
+            self._figures[name] = self._figures.get(name, 0.0) + value
+        if not has_failed:
+            return
+        engine_id = load.remote.engine_id
+        engine = next((each.engine for each in self._peers if each.engine_id == engine_id), "")
+        _logger.warning(
+            "KV blocks of request %s of %s are not used: %s", event.pull_id, engine, event.error
+        )
+        if engine:
+            self._link.send(PullFailure(peer_engine=engine, error=event.error))
+
+    def _on_message(self, message: Peers) -> None:
+        """Called from the link's thread."""
+        self._peers = message.entries
+        if self._transfer is not None:
+            self._transfer.update_registry(message.entries)
+
+    def _report(self, message: ToSupervisor) -> None:
+        """Called from the transfer thread."""
+        if isinstance(message, PairReady | PairFailed):
+            self._link.send(message)
 
 
-def _orders(metadata: Any) -> Orders:
-    orders = getattr(metadata, "pdlaunch", None)
-    return orders if isinstance(orders, Orders) else Orders()
-
-
-def report_failure(engine_id: str) -> None:
-    """Add a line with the id of a prefill engine. Never raises."""
-    if name := os.environ.get(FAILURES_FILE):
-        # One short write in append mode: the ranks of an engine write whole lines.
-        with contextlib.suppress(OSError), Path(name).open("a") as file:
-            file.write(f"{engine_id}\n")
+def _memory_on(device: torch.device) -> KVMemory:
+    """Return what shares vLLM's own allocations with peers of this host: CUDA IPC on a GPU."""
+    if device.type == "cpu":
+        return PrivateKVMemory()
+    return DeviceKVMemory(MemoryPools(), device)

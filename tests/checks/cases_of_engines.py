@@ -8,6 +8,7 @@ from pdlaunch.machine.engine_commands import EngineCommand
 from tests.checks.case import Case
 from tests.checks.contexts import CPU, GPU, on
 
+STOCK = {"kv_transfer__connector": "vllm-nixl"}
 FOUND = EngineCommand(version="0.32.0")
 OLDER = EngineCommand(version="0.31.1")
 ALIKE = {
@@ -105,20 +106,36 @@ CASES: dict[str, Case] = {
     "PD612": Case(
         [told(OLDER)], [told(FOUND), told(EngineCommand()), told(OLDER, decode__replicas=0)]
     ),
-    "PD614": Case([vllm(kv_transfer__connector="mooncake")], [vllm()]),
+    "PD613": Case(
+        [told(EngineCommand(version="0.23.1"))],
+        [told(EngineCommand(version="0.24.0")), told(EngineCommand(version="0.9"), **STOCK)],
+    ),
+    "PD614": Case([on(CPU, **STOCK)], [vllm(**STOCK), on(CPU)]),
     "PD615": Case(
         [vllm(generation_config="vllm"), on(CPU, engine_command="vllm")],
         [vllm(kv_cache_memory="2GiB"), on(CPU)],
     ),
-    "PD629": Case(
-        [vllm(), vllm(engine_command="/no/vllm")],
-        [on(CPU), vllm(decode__replicas=0), vllm(kv_transfer__verify="off")],
+    "PD617": Case([told(EngineCommand(version="0.34.0"))], [told(EngineCommand(version="0.33.1"))]),
+    "PD621": Case(
+        [args(kv_offloading_size=4), args(kv_offloading_b="lmcache")],
+        [
+            vllm(engine_args={"kv_offloading_size": 4}, decode__replicas=0),
+            on(CPU, engine_args={"kv_offloading_size": 4}),
+        ],
     ),
+    "PD624": Case(
+        [args(dcp=2), args(speculative_config__method="ngram")],
+        [vllm(engine_args={"dcp": 2}, **STOCK), args(enable_lora=True)],
+    ),
+    "PD629": Case([vllm(**STOCK)], [vllm(), vllm(decode__replicas=0, **STOCK)]),
     "PD618": Case(
         [vllm(GPU, enable_sleep_mode=True, decode__port=8200, engine_api_key="k")],
         [vllm(GPU, decode__port=8200, engine_api_key="k"), vllm(GPU, enable_sleep_mode=True)],
     ),
-    "PD619": Case([vllm(kv_transfer__lease_s=7.9)], [vllm(kv_transfer__lease_s=8)]),
+    "PD619": Case(
+        [vllm(kv_transfer__lease_s=7.9, **STOCK)],
+        [vllm(kv_transfer__lease_s=8, **STOCK), vllm(kv_transfer__lease_s=7.9)],
+    ),
     "PD630": Case(
         [
             vllm(env={"VLLM_NIXL_SIDE_CHANNEL_HOST": "0.0.0.0"}),
@@ -127,7 +144,8 @@ CASES: dict[str, Case] = {
         [vllm(environ={"VLLM_SERVER_DEV_MODE": "1"}), vllm(env={"VLLM_PLUGINS": "mine"})],
     ),
     "PD620": Case(
-        [vllm(paths=("/a", "/b"))], [vllm(paths=("/a", "/a")), on(CPU, paths=("/a", "/b"))]
+        [vllm(paths=("/a", "/b"), **STOCK)],
+        [vllm(paths=("/a", "/a"), **STOCK), vllm(paths=("/a", "/b"))],
     ),
     "PD625": Case(
         [

@@ -25,14 +25,15 @@ def near_vllm(**config):
 
 CASES = {
     "PD423": Case(
-        [far(kv_transfer__nixl__path="p2p")], [far(), hosts(A, B, kv_transfer__nixl__path="p2p")]
+        [far(kv_transfer__nixl__path="p2p"), far_vllm(kv_transfer__nixl__path="p2p")],
+        [far(), hosts(A, B, kv_transfer__nixl__path="p2p")],
     ),
     "PD428": Case(
         [
             far(),
             far(kv_transfer__connector="mooncake"),
             far_vllm(),
-            far_vllm(kv_transfer__nixl__path="p2p"),
+            far_vllm(kv_transfer__connector="vllm-nixl"),
         ],
         [
             far(**TRUSTED),

@@ -12,24 +12,15 @@ from typer.testing import Result
 from tests.command_line import invoke
 from tests.launch.engines.test_vllm import installed
 
-LATENT = "multi-head latent attention"
-HYBRID = "the model is a hybrid"
-MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba": ({"model_type": "mamba", "state_size": 16}, HYBRID),
-    "deepseek": ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, LATENT),
-    "chunks": ({"model_type": "llama4", "text_config": {"attention_chunk_size": 8192}}, HYBRID),
-    "linear": (
-        {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
-        HYBRID,
-    ),
-    "experts": ({"model_type": "mixtral", "num_local_experts": 8, "sliding_window": None}, ""),
-    "switched off": (
-        {"model_type": "qwen2_moe", "sliding_window": 4096, "use_sliding_window": False},
-        "",
-    ),
-    "quantized": ({"model_type": "llama", "quantization_config": {"bits": 4}}, ""),
+MODELS: dict[str, dict[str, Any]] = {
+    "mamba": {"model_type": "mamba", "state_size": 16},
+    "deepseek": {"model_type": "deepseek_v3", "kv_lora_rank": 512},
+    "windows": {"model_type": "gemma2", "sliding_window": 4096},
+    "linear": {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
+    "images": {"model_type": "llava", "text_config": {"model_type": "llama"}},
+    "quantized": {"model_type": "llama", "quantization_config": {"bits": 4}},
 }
-"""config.json of a model, and why pdlaunch's connector for vLLM would refuse it."""
+"""config.json of a model; what pdlaunch's connector makes of it, its workers find at the start."""
 
 
 @pytest.fixture
@@ -46,16 +37,12 @@ def run(*arguments: str) -> Result:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_vllm_may_serve_what_native_engines_cannot(folder: Path, name: str) -> None:
-    config, unproven = MODELS[name]
-    (folder / "model" / "config.json").write_text(json.dumps(config))
+    (folder / "model" / "config.json").write_text(json.dumps(MODELS[name]))
     command = installed(folder / "one", "0.32.0")
     result = run("--engine", "vllm", "--engine-command", command, "--format", "json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    found = {item["rule"]: item["message"] for item in report["findings"]}
-    assert "PD103" not in found
-    assert unproven in found.get("PD629", "")
-    assert ("PD629" in found) == bool(unproven)
+    assert "PD103" not in {item["rule"] for item in report["findings"]}
     # What needs the shape is not judged, and that is said.
     unchecked = {item["rule"]: item["reason"] for item in report["resolved"]["not_checked"]}
     assert "native engines cannot serve it" in unchecked["PD104"]

@@ -95,3 +95,13 @@ def test_ranks_with_peers_elsewhere_use_one_device_and_known_ports():
 def test_ranges_of_ports_that_are_none(value):
     with pytest.raises(ValidationError, match=r"range of ports|lower port first|fewer than"):
         KVTransferSettings(data_ports=value)
+
+
+def test_vllms_own_connector_has_no_section_and_is_narrowed_between_hosts_alone() -> None:
+    settings = KVTransferSettings(connector="vllm-nixl")
+    assert settings.is_stock
+    assert settings.carrier_settings.environment({}, "cpu") == {}
+    network = KVNetwork("10.0.0.2", "21000-21999")
+    assert settings.carrier_settings.environment({}, "cpu", network)["UCX_TLS"].startswith("tcp,")
+    with pytest.raises(ValidationError, match="vllm-nixl"):
+        KVTransferSettings.model_validate({"vllm-nixl": {}})

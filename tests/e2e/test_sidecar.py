@@ -4,6 +4,7 @@ router make of its deaths, hangs and lies. tests/vllm has the real one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete, states
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import tracebacks
+from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 from tests.launch.sidecar.fake_vllm import answer_of
 from tests.launch.sidecar.program import replace_text
@@ -145,10 +147,34 @@ def test_a_pair_that_lies_fails_before_traffic(
         pass
 
 
-def test_an_engine_that_ends_at_once_is_told(tmp_path: Path, llama: Path) -> None:
-    (tmp_path / "decode-0.dies").write_text("")
-    with pytest.raises(StartupError, match="vllm exited with status 3"), launched(tmp_path, llama):
+def test_ranks_that_do_not_fit_fail_before_traffic(tmp_path: Path, llama: Path) -> None:
+    say(tmp_path, "decode-0.pair_error", "block_size: prefill has 16, decode 32")
+    refused = pytest.raises(StartupError, match="block_size: prefill has 16, decode 32")
+    with refused as error, launched(tmp_path, llama):
         pass
+    assert "decode-0 cannot use prefill-0" in str(error.value)
+
+
+def test_a_reason_of_an_engine_that_ends_at_once_is_told(tmp_path: Path, llama: Path) -> None:
+    (tmp_path / "decode-0.dies").write_text("")
+    reason = "vllm exited with status 3: ValueError: layer 3 keeps a state"
+    with pytest.raises(StartupError, match=reason), launched(tmp_path, llama):
+        pass
+
+
+def test_an_engine_does_not_start_anew_with_another_model(tmp_path: Path) -> None:
+    model = make_tiny_model("llama", tmp_path / "models")
+    with launched(tmp_path, model) as deployment:
+        pid = started(tmp_path, "decode-0")["pid"]
+        assert isinstance(pid, int)
+        tokenizer = model / "tokenizer.json"
+        before = hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:12]
+        tokenizer.write_text(tokenizer.read_text() + " ")
+        after = hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:12]
+        os.kill(pid, signal.SIGKILL)
+        told = f"tokenizer.json (SHA-256 {before} then, SHA-256 {after} now)"
+        await_true(lambda: told in deployment.output(), "both digests are told")
+        assert states(deployment.url).get("decode-0") != "ready"
 
 
 def test_a_command_that_is_missing_is_told(tmp_path: Path, llama: Path) -> None:

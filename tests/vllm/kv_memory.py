@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,18 @@ import msgspec
 import psutil
 import zmq
 
+# Of pdlaunch's connector and of vLLM's own.
+BYTES_READ = ("pdlaunch_kv_transfer_bytes_total", "vllm:nixl_bytes_transferred_sum")
 GET_META = b"get_meta_msg"
+_FIRST_REGION = re.compile(r"the first one at (0x[0-9a-f]+), (\d+) bytes apart")
+
+
+def total(metrics: Mapping[str, float], names: Sequence[str]) -> float:
+    return sum(metrics.get(name, 0.0) for name in names)
 
 
 def _metadata(port: int) -> dict[str, Any]:
-    """Ask the side channel of an engine what it tells its peers."""
+    """Ask the side channel of an engine with vLLM's connector what it tells its peers."""
     with zmq.Context() as context, context.socket(zmq.REQ) as channel:
         channel.setsockopt(zmq.LINGER, 0)
         channel.setsockopt(zmq.RCVTIMEO, 10_000)
@@ -24,20 +33,20 @@ def _metadata(port: int) -> dict[str, Any]:
     return metadata
 
 
-def flip_bit(params: dict[str, Any], worker: psutil.Process, block: int) -> None:
-    """Flip one bit of the ``block``-th block that ``params`` names, in the middle of a layer.
+def flip_bit(params: dict[str, Any], worker: psutil.Process, log: str, block: int) -> None:
+    """Flip one bit of the ``block``-th block that ``params`` names.
 
-    ``worker``: the process that holds the KV cache.
+    ``worker``: the process that holds the KV cache. ``log``: that of its sidecar, in which
+    pdlaunch's connector says where its cache lies.
     """
-    metadata = _metadata(params["remote_port"])
     (block_ids,) = params["remote_block_ids"]
-    layer = len(metadata["kv_caches_base_addr"]) // 2
-    address = (
-        metadata["kv_caches_base_addr"][layer]
-        + block_ids[block] * metadata["block_strides"][layer]
-        + metadata["block_lens"][layer] // 2
-        + 3  # the sign and most of the exponent of a float32
-    )
+    if places := _FIRST_REGION.findall(log):
+        start, stride = int(places[-1][0], 16), int(places[-1][1])
+    else:
+        metadata = _metadata(params["remote_port"])
+        start, stride = metadata["kv_caches_base_addr"][0], metadata["block_strides"][0]
+    # The sign and most of the exponent of a float32, of the first tokens.
+    address = start + block_ids[block] * stride + 67
     with Path(f"/proc/{worker.pid}/mem").open("r+b", buffering=0) as memory:
         memory.seek(address)
         (value,) = memory.read(1)

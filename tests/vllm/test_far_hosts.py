@@ -15,7 +15,7 @@ from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.netns.test_launch import knock
 from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.test_pair import BYTES_READ, RUNNING, prompt_of
-from tests.vllm.test_verified import FAILED, REMOTE_DECODE
+from tests.vllm.test_verified import FAILED
 
 pytestmark = pytest.mark.vllm_long
 HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
@@ -140,25 +140,6 @@ def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> 
     for kinds, others in ((found["a"], ["curve", "tls"]), (found["b"], ["tls"])):
         assert sorted(kind for kind in kinds if kind != "open") == others
         assert kinds.count("open") >= 2
-
-
-def test_blocks_that_prefill_does_not_vouch_for_any_more_are_not_used(pair: FarLaunch) -> None:
-    """Its statement is a file on host a, which decode asks for from host b."""
-    body = question(30, model="smollm2")
-    (handed,) = pair.ask_alone(
-        "prefill-0", body | {"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
-    )
-    params = handed["kv_transfer_params"]
-    assert params["remote_host"] == pair.network["a"].address
-    assert params["remote_port"] in DATA_PORTS
-    (alone,) = pair.ask_alone("prefill-0", body)
-    failed = metric(pair, FAILED)
-    for path in pair.here.file(_vllm_of(pair, "a").environ()["PDLAUNCH_STATEMENTS_DIR"]).iterdir():
-        path.unlink()
-    (answer,) = pair.ask_alone("decode-0", body | {"kv_transfer_params": params})
-    assert tokens_of(answer) == tokens_of(alone)
-    assert metric(pair, FAILED) > failed
-    assert "does not vouch for them any more" in pair.log("decode-0.log")
 
 
 def test_an_engine_on_another_host_that_is_killed_comes_back(pair: FarLaunch) -> None:

@@ -23,12 +23,11 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.waiting import await_true
-from tests.vllm.kv_memory import engine_of
+from tests.vllm.kv_memory import BYTES_READ, engine_of, total
 
 NUM_TOKENS = 12
 EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"
 RUNNING = "vllm:num_requests_running"
-BYTES_READ = "vllm:nixl_bytes_transferred_sum"
 
 
 def prompt_of(seed: int, length: int = 150) -> list[int]:
@@ -37,7 +36,7 @@ def prompt_of(seed: int, length: int = 150) -> list[int]:
 
 
 def bytes_read(url: str) -> float:
-    return Api(url).metrics()[BYTES_READ]
+    return total(Api(url).metrics(), BYTES_READ)
 
 
 def states(url: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
-from tests.vllm.kv_memory import core_of, flip_bit, tcp_listeners, worker_of
+from tests.vllm.kv_memory import BYTES_READ, core_of, flip_bit, tcp_listeners, total, worker_of
 
 NUM_TOKENS = 12
 LEASE_S = 8
@@ -40,8 +40,7 @@ REMOTE_DECODE = {
     "remote_port": None,
 }
 ANSWERS = "vllm:request_success_total"
-FAILED = "vllm:nixl_num_failed_transfers_total"
-BYTES_READ = "vllm:nixl_bytes_transferred_sum"
+FAILED = ("vllm:nixl_num_failed_transfers_total", "pdlaunch_kv_transfer_failures_total")
 
 
 @pytest.fixture(
@@ -51,12 +50,12 @@ def launch(
     request: pytest.FixtureRequest, vllm_command: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Deployment]]:
     """One pair, with our connector and then with vLLM's."""
-    verify = "on" if request.param == "verified" else "off"
+    connector = "nixl" if request.param == "verified" else "vllm-nixl"
     settings = {
         "engine_args": {"num-gpu-blocks-override": NUM_BLOCKS},
         "block_size": BLOCK_SIZE,
         "max_num_batched_tokens": STEP_TOKENS,
-        "kv_transfer": {"lease_s": LEASE_S, "verify": verify},
+        "kv_transfer": {"lease_s": LEASE_S, "connector": connector},
     }
     folder = tmp_path_factory.mktemp("verified")
     with running_engines(folder, vllm_command, settings) as deployment:
@@ -92,7 +91,7 @@ class Pair:
     def counts(self) -> tuple[float, float]:
         """Return bytes read and failed loads of the decode engine."""
         metrics = self.decode.metrics()
-        return metrics[BYTES_READ], metrics[FAILED]
+        return total(metrics, BYTES_READ), total(metrics, FAILED)
 
 
 def prompt_of(seed: int) -> list[int]:
@@ -170,7 +169,7 @@ def test_a_request_whose_lease_ends_on_its_way_through_the_router(
     assert "prefill-0 -> decode-0: decode computed" in log
     sidecar_log = deployment.log_dir / "decode-0.log"
     await_true(
-        lambda: "prefill-0 -> decode-0: READs of its KV blocks fail" in sidecar_log.read_text(),
+        lambda: "prefill-0 -> decode-0: 1 pulls have failed just now" in sidecar_log.read_text(),
         "the sidecar names the pair",
     )
     await_true(lambda: not shown(router, "doubts"), "a canary has come through")
@@ -192,7 +191,8 @@ def test_a_bit_that_flips_after_the_answer(launch: tuple[str, Deployment]) -> No
         expected = complete(pair.prefill, prompt, NUM_TOKENS)
         params = pair.hand_over(prompt)
         for block in range(len(params["remote_block_ids"][0])):
-            flip_bit(params, pair.worker("prefill-0"), block)
+            log = (deployment.log_dir / "prefill-0.log").read_text()
+            flip_bit(params, pair.worker("prefill-0"), log, block)
         num_bytes, num_failed = pair.counts()
         wrong += pair.take(prompt, params) != expected
         after = pair.counts()
@@ -215,7 +215,7 @@ def test_the_launch_says_whether_it_verifies(launch: tuple[str, Deployment]) -> 
     _, status = Api(deployment.url).get_object("/pdlaunch/status")
     assert len(status["engines"]) == 2
     log = (deployment.log_dir / "decode-0.log").read_text()
-    said = "pulled KV blocks are used unproven: kv_transfer.verify is off"
+    said = "pulled KV blocks are used unproven: kv_transfer.connector is vllm-nixl"
     assert (said in log) == (connector == "stock")
-    judged = "their lease has expired; the prompt is computed here"
+    judged = "has no lease here: it has expired"
     assert (judged in log) == (connector == "verified")

@@ -1,389 +1,272 @@
-"""Statements and proofs on a stand-in for vLLM's worker: which calls its code makes, it makes."""
+"""Two workers of vLLM in this process, with a sidecar's end of their links: real transfer threads,
+handshakes, leases and proofs over the connector ``file``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import zmq
 
-from pdlaunch.vllm.far_statements import Answer
-from pdlaunch.vllm.statements import StatementBoard, token_hash
-from pdlaunch.vllm.worker import (
-    FAILURES_FILE,
-    MODEL_DIGEST,
-    Orders,
-    Prompt,
-    ProvingWorker,
-    StatingScheduler,
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
+from pdlaunch.protocol.engine_link import (
+    KVSetup,
+    Peers,
+    PullFailure,
+    RankUp,
+    from_worker,
+    to_worker,
 )
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
+from pdlaunch.protocol.transfer import (
+    CancelPull,
+    LeaseEnded,
+    PullDrained,
+    PullFinished,
+    StartPull,
+)
+from pdlaunch.vllm.layout import read_layout
+from pdlaunch.vllm.scheduling import GroupShape, Scheduling
+from pdlaunch.vllm.worker import Results, Worker
+from tests.vllm_room.test_layout import Config, Group
+from tests.vllm_room.test_scheduling import PREFILL, Request
 
-NUM_BLOCKS, NUM_HEADS = 12, 4
-PROMPT = token_hash([1, 2, 3])
-
-
-@dataclass
-class Stats:
-    num_failed: int = 0
-
-    def record_failed_transfer(self) -> None:
-        self.num_failed += 1
-
-
-class PlainWorker:
-    """Does what of NixlBaseConnectorWorker (0.32.0) the connector builds on."""
-
-    def __init__(self, engine_id: str, tp_rank: int, tp_size: int) -> None:
-        self.engine_id, self.tp_rank, self.world_size = engine_id, tp_rank, tp_size
-        self.model_config = SimpleNamespace(get_total_num_kv_heads=lambda: NUM_HEADS)
-        self.xfer_stats = Stats()
-        self.tp_mappings: dict[str, Any] = {}
-        self._recv_failures: set[str] = set()
-        self._recving_metadata: dict[str, Any] = {}
-        self._reqs_to_process: set[str] = set()
-        self.expired: set[str] = set()
-        self.read: set[str] = set()
-        self.broken: set[str] = set()
-
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self.kv_caches = kv_caches
-
-    def start_load_kv(self, metadata: Any) -> None:
-        self._recving_metadata.update(metadata.reqs_to_recv)
-
-    def _pop_done_transfers(self, transfers: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-        return self.read | self.broken, set(self.broken)
-
-    def _handle_failed_transfer(
-        self, req_id: str, handle: int | None, failed: set[str], **_: bool
-    ) -> bool:
-        failed.add(req_id)
-        return True
-
-    def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
-        done_sending |= self.expired
-
-    def shutdown(self) -> None:
-        pass
+TIMEOUT_S = 10.0
+IDS = {"prefill": "p" * 32, "decode": "d" * 32}
 
 
-class Worker(ProvingWorker, PlainWorker):
-    pass
+class Engine:
+    """One worker with a cache of 8 blocks of 4 tokens, and its sidecar."""
 
-
-@dataclass
-class Pair:
-    """A prefill and a decode engine, and a READ that copies tensors."""
-
-    folder: Path
-    prefill_tp: int = 1
-    decode_tp: int = 1
-    prefill: list[Worker] = field(default_factory=list)
-    decode: list[Worker] = field(default_factory=list)
-    far: Any = None
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        for name, tp_size, workers in (
-            ("prefill", self.prefill_tp, self.prefill),
-            ("decode", self.decode_tp, self.decode),
-        ):
-            for rank in range(tp_size):
-                worker = Worker(StatementBoard(self.folder), self.far, name, rank, tp_size)
-                shape = (NUM_BLOCKS, NUM_HEADS // tp_size, 4, 8)
-                worker.register_kv_caches(
-                    {f"model.layers.{layer}": torch.randn(shape) for layer in range(11)}
-                )
-                workers.append(worker)
-
-    def compute(self, request: str, blocks: tuple[int, ...], prompt: str = PROMPT) -> None:
-        orders = Orders(to_state={request: Prompt(prompt, blocks)})
-        for worker in self.prefill:
-            worker._reqs_to_process.add(request)
-            worker.state_prompts(SimpleNamespace(pdlaunch=orders))
-
-    def pull(
-        self,
-        request: str,
-        local: tuple[int, ...],
-        remote: tuple[int, ...],
-        prompt: str = PROMPT,
-    ) -> list[bool]:
-        """READ the last blocks; return by rank whether they are used."""
-        self.begin(request, local, remote, prompt)
-        return [self.is_used(worker, f"d-{request}") for worker in self.decode]
-
-    def begin(
-        self,
-        request: str,
-        local: tuple[int, ...],
-        remote: tuple[int, ...],
-        prompt: str = PROMPT,
-    ) -> None:
-        wanted = SimpleNamespace(
-            local_physical_block_ids=[list(local)] if local else [],
-            remote=SimpleNamespace(
-                engine_id="prefill",
-                request_id=request,
-                block_ids=[list(remote)],
-                host="10.0.0.2",
-                port=21_000,
-            ),
+    def __init__(self, role: Any, keys: LaunchKeys, folder: Path, *, seed: int, **changes: Any):
+        self.context, self.name = SecureContext(keys), f"{role}-0"
+        self.link, _ = self.context.listen(zmq.ROUTER, f"ipc://{folder}/{role}.kv")
+        transfer = {"connector": "file", "file": {"directory": str(folder / "kv")}}
+        settings = KVTransferSettings.model_validate(transfer | changes.pop("transfer", {}))
+        setup = KVSetup(
+            name=self.name,
+            incarnation=1,
+            role=role,
+            bind_address="127.0.0.1",
+            advertise_address="127.0.0.1",
+            keys=keys,
+            link=f"ipc://{folder}/{role}.kv",
+            kv_transfer=settings.model_dump_json(),
+            by_head=False,
+            model_digest=changes.pop("model_digest", "m"),
         )
-        orders = Orders(to_prove={f"d-{request}": prompt})
-        for worker in self.decode:
-            share = self.prefill_tp / self.decode_tp
-            first = int(worker.tp_rank * share)
-            sources = tuple(range(first, first + max(1, int(share))))
-            worker.tp_mappings["prefill"] = SimpleNamespace(all_source_ranks=sources)
-            worker.start_load_kv(
-                SimpleNamespace(reqs_to_recv={f"d-{request}": wanted}, pdlaunch=orders)
-            )
-            self._copy(worker, local, remote[len(remote) - len(local) :])
+        self.cache = torch.randn(8, 2, 4, 16, generator=torch.Generator().manual_seed(seed))
+        layout = read_layout(
+            {"a": self.cache},
+            Config([Group(["a"])], 8),
+            total_kv_heads=2,
+            tp_size=1,
+            tp_rank=0,
+            by_head=False,
+        )
+        self.scheduling = Scheduling(
+            setup, settings, [GroupShape(4, None)], engine_id=IDS[role], tp_size=1
+        )
+        self.worker = Worker(
+            setup,
+            layout,
+            engine_id=IDS[role],
+            tp_rank=0,
+            tp_size=1,
+            dtype="float32",
+            vllm_version=changes.pop("vllm_version", "0.32.0"),
+        )
+        self.heard: list[Any] = []
+        up = self.hear(RankUp)
+        self.entry = Entry(
+            name=f"{self.name}/rank-0",
+            kind="rank",
+            incarnation=1,
+            engine=self.name,
+            role=role,
+            engine_id=up.engine_id,
+            address=Address(side_channel=up.side_channel),
+            state="ready",
+        )
 
-    def _copy(self, worker: Worker, local: tuple[int, ...], remote: tuple[int, ...]) -> None:
-        for name, cache in worker.kv_caches.items():
-            whole = torch.cat([each.kv_caches[name] for each in self.prefill], dim=1)
-            first = worker.tp_rank * NUM_HEADS // self.decode_tp
-            cache[list(local)] = whole[list(remote), first : first + cache.shape[1]]
+    def hear(self, kind: type) -> Any:
+        deadline_at = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline_at:
+            for message in self.heard:
+                if isinstance(message, kind):
+                    self.heard.remove(message)
+                    return message
+            if self.link.poll(100):
+                self.heard.append(from_worker.decode(self.link.recv_multipart()[1]))
+        raise AssertionError(f"no {kind.__name__}, but {self.heard}")
 
-    @staticmethod
-    def is_used(worker: Worker, request: str) -> bool:
-        worker.read = {request}
-        done, failed = worker._pop_done_transfers({})
-        assert done == {request}
-        assert worker.xfer_stats.num_failed == len(failed)
-        return request not in failed
+    def tell(self, *entries: Entry) -> None:
+        frame = to_worker.encode(Peers(entries=list(entries)))
+        self.link.send_multipart([b"rank-0", frame])
 
+    def step(self) -> None:
+        """What vLLM does with the commands of its scheduler."""
+        self.worker.submit(self.scheduling.take_commands())
 
-@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 1), (2, 2), (1, 2), (4, 2)])
-def test_blocks_that_prefill_has_stated_are_used(
-    tmp_path: Path, prefill_tp: int, decode_tp: int
-) -> None:
-    pair = Pair(tmp_path, prefill_tp, decode_tp)
-    pair.compute("r", (4, 2, 7))
-    assert pair.pull("r", (1, 5, 3), (4, 2, 7)) == [True] * decode_tp
-
-
-def test_of_a_prompt_in_the_prefix_cache_the_last_blocks_are_proven(tmp_path: Path) -> None:
-    pair = Pair(tmp_path)
-    pair.compute("r", (4, 2, 7))
-    assert pair.pull("r", (1,), (4, 2, 7)) == [True]
-    assert pair.pull("r", (), (4, 2, 7)) == [True]
-
-
-@pytest.mark.parametrize("layer", [0, 2, 10])
-def test_bytes_that_change_after_the_statement(tmp_path: Path, layer: int) -> None:
-    pair = Pair(tmp_path, 2, 2)
-    pair.compute("r", (4, 2, 7))
-    pair.prefill[1].kv_caches[f"model.layers.{layer}"][2, 0, 3, 7] += 1e-6
-    assert pair.pull("r", (1, 5, 3), (4, 2, 7)) == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("request_id", "blocks", "prompt"),
-    [
-        ("r", (4, 2), token_hash([1, 2, 4])),
-        ("r", (4, 3), PROMPT),
-        ("stated by nobody", (4, 2), PROMPT),
-        ("expired", (5, 6), PROMPT),
-    ],
-)
-def test_what_prefill_does_not_state_of_these_blocks_is_not_used(
-    tmp_path: Path, request_id: str, blocks: tuple[int, int], prompt: str
-) -> None:
-    """Another prompt, other blocks, or a lease that has expired though the bytes are there."""
-    pair = Pair(tmp_path)
-    pair.compute("r", (4, 2))
-    pair.compute("expired", (5, 6))
-    (prefill,) = pair.prefill
-    prefill.expired = {"expired"}
-    ended: set[str] = set()
-    prefill._reap_expired_send_leases(ended)
-    assert ended == {"expired"}
-    assert pair.pull(request_id, (1, 5), blocks, prompt=prompt) == [False]
-    pair.decode[0].xfer_stats.num_failed = 0
-    assert pair.pull("r", (1, 5), (4, 2)) == [True]
-
-
-def test_a_read_that_has_failed_is_left_to_vllm(tmp_path: Path) -> None:
-    (worker,) = Pair(tmp_path).decode
-    worker.broken = {"r"}
-    assert worker._pop_done_transfers({}) == ({"r"}, {"r"})
-    assert worker.xfer_stats.num_failed == 0
-
-
-def test_failures_are_reported_with_the_engine_that_lent_the_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "failures"
-    monkeypatch.setenv(FAILURES_FILE, str(file))
-    pair = Pair(tmp_path)
-    pair.compute("r", (4, 2))
-    assert pair.pull("r", (1, 5), (4, 2)) == [True]
-    assert not file.exists()
-    assert pair.pull("r", (1, 5), (4, 3)) == [False]
-    assert file.read_text() == "prefill\n"
-    # vLLM's own: of a READ, and of a request that has left.
-    failed: set[str] = set()
-    (worker,) = pair.decode
-    assert worker._handle_failed_transfer("d-r", None, failed, record_failed_transfer=True)
-    assert worker._handle_failed_transfer("gone", None, failed)
-    assert failed == {"d-r", "gone"}
-    assert file.read_text() == "prefill\nprefill\n"
-
-
-class Far:
-    """Stands for what asks other hosts: answers when the test says so."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.answers: list[Future[Answer]] = []
-
-    def ask(self, *question: Any) -> Future[Answer]:
-        self.asked.append(question)
-        self.answers.append(Future())
-        return self.answers[-1]
+    def until(self, done: Callable[[Results], bool]) -> Results:
+        deadline_at, all_of_it = time.monotonic() + TIMEOUT_S, Results()
+        while not done(all_of_it):
+            assert time.monotonic() < deadline_at, all_of_it
+            time.sleep(0.005)
+            now = self.worker.take()
+            for name in ("sent", "received", "failed", "bad_blocks"):
+                getattr(all_of_it, name).update(getattr(now, name))
+        return all_of_it
 
     def close(self) -> None:
-        pass
+        self.worker.close()
+        self.context.close()
 
 
-def test_blocks_of_another_host_wait_for_what_is_stated_there(tmp_path: Path) -> None:
-    """The engine goes on with its steps until it is known."""
-    far = Far()
-    pair = Pair(tmp_path, far=far)
-    pair.compute("r", (4, 2))
-    (worker,) = pair.decode
-    statement = worker._board.find("prefill", 0, "r")
-    for outcome, is_used in (
-        ({0: statement}, True),
-        ({0: None}, False),
-        ("nobody knows", False),
-    ):
-        worker.xfer_stats.num_failed = 0
-        pair.begin("r", (1, 5), (4, 2))
-        worker.read = {"d-r"}
-        assert worker._pop_done_transfers({}) == (set(), set())
-        worker.read = set()
-        assert worker._pop_done_transfers({}) == (set(), set())
-        assert far.asked[-1] == ("prefill", (0,), "r", "10.0.0.2", 21_000)
-        far.answers[-1].set_result(outcome)
-        failed = set() if is_used else {"d-r"}
-        assert worker._pop_done_transfers({}) == ({"d-r"}, failed)
-        assert worker.xfer_stats.num_failed == len(failed)
-        assert worker._pop_done_transfers({}) == (set(), set())
-
-
-def test_a_request_that_leaves_before_it_is_known(tmp_path: Path) -> None:
-    far = Far()
-    pair = Pair(tmp_path, far=far)
-    (worker,) = pair.decode
-    pair.begin("r", (1, 5), (4, 2))
-    worker.read = {"d-r"}
-    worker._pop_done_transfers({})
-    worker.read = set()
-    worker._recving_metadata.clear()
-    far.answers[-1].set_result({0: None})
-    assert worker._pop_done_transfers({}) == (set(), set())
-
-
-class PlainScheduler:
-    """Does what of NixlPullConnectorScheduler (0.32.0) the connector builds on."""
-
-    block_size = 4
-
-    def __init__(self) -> None:
-        self._reqs_need_recv: dict[str, Any] = {}
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_tokens: int) -> None:
-        if request.kv_transfer_params and request.kv_transfer_params.get("do_remote_prefill"):
-            self._reqs_need_recv[request.request_id] = (request, [], (), True)
-
-    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:
-        return False, None
-
-    def build_connector_meta(self, scheduler_output: Any) -> Any:
-        self._reqs_need_recv.clear()
-        return SimpleNamespace()
-
-
-class Scheduler(StatingScheduler, PlainScheduler):
-    pass
-
-
-def request_of(name: str, direction: str, tokens: list[int]) -> Any:
-    return SimpleNamespace(
-        request_id=name,
-        kv_transfer_params={direction: True},
-        prompt_token_ids=tokens,
-        num_prompt_tokens=len(tokens),
-        num_computed_tokens=0,
-        lora_request=None,
-        mm_features=[],
-    )
+Start = Callable[..., Engine]
 
 
 @pytest.fixture
-def scheduler() -> Scheduler:
-    found = Scheduler()
-    manager = SimpleNamespace(get_block_ids=lambda name: ([7, 8, 9, 10],))
-    found.kv_cache_manager = manager
-    return found
+def start(tmp_path: Path) -> Iterator[Start]:
+    keys, engines = new_launch_keys(), []
+
+    def start_one(role: str, **changes: Any) -> Engine:
+        engines.append(Engine(role, keys, tmp_path, seed=len(engines), **changes))
+        return engines[-1]
+
+    yield start_one
+    for engine in engines:
+        engine.close()
 
 
-def orders_of(scheduler: Scheduler, **num_scheduled: int) -> Orders:
-    output = SimpleNamespace(num_scheduled_tokens=num_scheduled)
-    orders = scheduler.build_connector_meta(output).pdlaunch
-    assert isinstance(orders, Orders)
-    return orders
+def lend(prefill: Engine, name: str, blocks: list[int]) -> Any:
+    """What the prefill engine answers to a prompt of 10 tokens."""
+    request = Request(name, 10, PREFILL)
+    params = prefill.scheduling.finished(request, (blocks,), is_prefilled=True)
+    prefill.step()
+    return params
 
 
-def test_a_prompt_is_stated_with_the_step_that_completes_it(scheduler: Scheduler) -> None:
-    request = request_of("r", "do_remote_decode", list(range(9)))
-    scheduler.update_state_after_alloc(request, None, 0)
-    assert orders_of(scheduler, r=5).to_state == {}
-    request.num_computed_tokens = 5
-    assert orders_of(scheduler).to_state == {}  # a step without it
-    stated = {"r": Prompt(token_hash(range(9), ("", "")), (7, 8, 9))}
-    assert orders_of(scheduler, r=4).to_state == stated
-    request.num_computed_tokens = 9
-    assert orders_of(scheduler, r=1).to_state == {}
-    request.num_computed_tokens = 0  # preempted
-    assert orders_of(scheduler, r=9).to_state == stated
-    scheduler.request_finished(request, None)
-    assert orders_of(scheduler, r=9).to_state == {}
+def begin(decode: Engine, params: Any, blocks: list[int], name: str = "d") -> Request:
+    request = Request(name, 10, params)
+    assert decode.scheduling.num_matched(request, 0) == 10
+    decode.scheduling.allocated(request, (blocks,), 10)
+    decode.step()
+    return request
 
 
-def test_a_prompt_that_is_pulled_is_proven_by_the_same_hash(scheduler: Scheduler) -> None:
-    tokens = list(range(9))
-    scheduler.update_state_after_alloc(request_of("d", "do_remote_prefill", tokens), None, 9)
-    assert orders_of(scheduler).to_prove == {"d": token_hash(tokens, ("", ""))}
-    assert orders_of(scheduler).to_prove == {}
+def paired(start: Start, **changes: Any) -> tuple[Engine, Engine]:
+    prefill, decode = start("prefill", **changes), start("decode", **changes)
+    decode.tell(prefill.entry)
+    assert decode.hear(PairReady).peer == "prefill-0/rank-0"
+    return prefill, decode
 
 
-def test_loras_and_inputs_beside_tokens_count(scheduler: Scheduler) -> None:
-    image = SimpleNamespace(identifier="abc", mm_position=SimpleNamespace(offset=3))
-    lora = SimpleNamespace(lora_name="french")
-    plain = request_of("p", "do_remote_prefill", [1, 2])
-    with_image = request_of("i", "do_remote_prefill", [1, 2])
-    with_image.mm_features = [image]
-    with_lora = request_of("l", "do_remote_prefill", [1, 2])
-    with_lora.lora_request = lora
-    for request in (plain, with_image, with_lora):
-        scheduler.update_state_after_alloc(request, None, 2)
-    assert len(set(orders_of(scheduler).to_prove.values())) == 3
+def test_blocks_arrive_proven_and_their_lease_ends(start: Start) -> None:
+    prefill, decode = paired(start)
+    begin(decode, lend(prefill, "p", [3, 1, 2]), [7, 0, 4])
+    assert decode.until(lambda results: bool(results.received)) == Results(received={"d"})
+    assert torch.equal(decode.cache[[7, 0, 4]], prefill.cache[[3, 1, 2]])
+    assert prefill.until(lambda results: bool(results.sent)) == Results(sent={"p"})
+    figures = decode.worker.take_figures()
+    assert (figures["kv_transfers"], figures["kv_transfer_failures"]) == (1, 0)
+    assert figures["kv_transfer_bytes"] == 3 * prefill.cache[0].nbytes
+    assert decode.worker.take_figures() == {}
 
 
-def test_a_prompt_of_another_model_is_another_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    request, scheduler = request_of("r", "do_remote_decode", [1, 2, 3]), Scheduler()
-    hashes = set()
-    for digest in ("a", "b"):
-        monkeypatch.setenv(MODEL_DIGEST, digest)
-        hashes.add(scheduler._hash(request))
-    assert len(hashes) == 2
+def test_a_visit_ends_the_lease_and_is_no_result(start: Start) -> None:
+    prefill, decode = paired(start)
+    request = Request("d", 10, lend(prefill, "p", [3, 1, 2]))
+    decode.scheduling.finished(request, ([],), is_prefilled=False)
+    decode.step()
+    assert prefill.until(lambda results: bool(results.sent)).sent == {"p"}
+    assert decode.worker.take() == Results()
+
+
+def test_wrong_bytes_are_never_used(start: Start) -> None:
+    prefill, decode = paired(start)
+    params = lend(prefill, "p", [3, 1, 2])
+    # Once the next lease is granted, the first one is hashed.
+    begin(decode, lend(prefill, "q", [5, 6, 4]), [5, 6, 1], "e")
+    decode.until(lambda results: bool(results.received))
+    prefill.cache[1, 1, 3] += 1
+    begin(decode, params, [7, 0, 4])
+    results = decode.until(lambda results: bool(results.received))
+    assert results == Results(received={"d"}, failed={"d"}, bad_blocks={7, 0, 4})
+    assert "checksum" in decode.hear(PullFailure).error
+    assert decode.worker.take_figures()["kv_verification_failures"] == 1
+
+
+def test_another_prompt_is_never_taken_for_this_one(start: Start) -> None:
+    prefill, decode = paired(start)
+    params = lend(prefill, "p", [3, 1, 2])
+    request = Request("d", 10, params, prompt_token_ids=[9, *range(1, 10)])
+    decode.scheduling.num_matched(request, 0)
+    decode.scheduling.allocated(request, ([7, 0, 4],), 10)
+    decode.step()
+    assert decode.until(lambda results: bool(results.received)).failed == {"d"}
+    assert "token hashes of request p differ" in decode.hear(PullFailure).error
+
+
+def test_an_aborted_request_is_received_once(start: Start) -> None:
+    """vLLM ends the whole engine at a second report."""
+    prefill, decode = paired(start)
+    request = begin(decode, lend(prefill, "p", [3, 1, 2]), [7, 0, 4])
+    decode.scheduling.finished(request, ([7, 0, 4],), is_prefilled=False)
+    decode.step()
+    assert decode.until(lambda results: bool(results.received)).received == {"d"}
+    time.sleep(0.1)
+    assert decode.worker.take() == Results()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"model_digest": "other"}, "model_digest"), ({"vllm_version": "0.31.0"}, "layout")],
+)
+def test_a_wrong_pair_fails_before_traffic(start: Start, changes: Any, field: str) -> None:
+    prefill, decode = start("prefill"), start("decode", **changes)
+    decode.tell(prefill.entry)
+    failed = decode.hear(PairFailed)
+    assert failed.fatal
+    assert f"{field}: decode-0/rank-0 has" in failed.error
+
+
+class HandTransfer:
+    """Gives the events that a test wants."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def submit(self, commands: Any) -> None: ...
+
+    def take_events(self) -> list[Any]:
+        events, self.events = self.events, []
+        return events
+
+    def close(self, timeout_s: float) -> None: ...
+
+
+def test_blocks_of_a_read_that_cannot_be_taken_back_are_not_given_back(start: Start) -> None:
+    engine = start("decode")
+    engine.worker.close()
+    transfer: Any = HandTransfer()
+    engine.worker._transfer = transfer
+    request = Request("d", 10, lend(engine, "p", [1, 2, 3]))
+    engine.scheduling.num_matched(request, 0)
+    engine.scheduling.allocated(request, ([7, 0, 4],), 10)
+    commands = engine.scheduling.take_commands()
+    assert isinstance(commands[0], StartPull)
+    engine.worker.submit([*commands, CancelPull(pull_id="other")])
+    transfer.events = [
+        PullFinished(pull_id="d", ok=False, error="late", in_flight=True),
+        LeaseEnded(lease_id="p", reason="expired"),
+    ]
+    assert engine.worker.take() == Results(sent={"p"})
+    transfer.events = [PullDrained(pull_id="d"), PullDrained(pull_id="unknown")]
+    assert engine.worker.take() == Results(received={"d"}, failed={"d"}, bad_blocks={7, 0, 4})

@@ -17,7 +17,6 @@ from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_CONFIG_BYTES = 16 * 1024**2
-HYBRID = "the model is a hybrid, for which vLLM drops reports of failed loads"
 
 Config = dict[str, Any]
 Windows = tuple[int | None, ...]
@@ -172,23 +171,6 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
             fix=f"Supported are {', '.join(sorted([*FAMILIES, 'gemma3']))}.",
         )
     return _shape(outer, family.defaults | config, family, read_generation_config(directory))
-
-
-def unproven_layers(model_dir: str | Path) -> str:
-    """Return why pdlaunch's connector for vLLM refuses a model whose shape is not known here.
-
-    Empty: nothing in its config.json speaks against it. Raises ConfigError.
-    """
-    outer = read_json(Path(model_dir) / "config.json")
-    inner = outer.get("text_config")
-    for config in (outer, inner if isinstance(inner, dict) else {}):
-        if config.get("kv_lora_rank"):
-            return "the model has multi-head latent attention, whose KV has no heads"
-        slides = config.get("sliding_window") and config.get("use_sliding_window") is not False
-        is_mixed = not _layer_types(config) <= {_FULL}
-        if is_mixed or slides or config.get("attention_chunk_size") or _is_recurrent(config):
-            return HYBRID
-    return ""
 
 
 def read_generation_config(directory: Path) -> Config:

@@ -5,7 +5,7 @@
     prompt ──> prefill, max_tokens=1, do_remote_decode ──> kv_transfer_params
                                                               └──> decode ──> 4 tokens   equal?
     prompt ──> prefill, alone ───────────────────────────────────> 4 tokens ──────┘
-    decode's count of bytes read: before < after
+    decode's count of bytes read, where it counts them: before < after
     decode's usage: all but the prompt's last tokens were cached, where it tells
 
 An engine that is healthy may still compute every prompt itself, or read another's bytes. Its count
@@ -24,21 +24,16 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
-from pdlaunch.http.watch.engine_api import Counts, EngineApi, Kind
+from pdlaunch.http.watch.engine_api import Counts, EngineApi
 
 NUM_BLOCKS = 2
 NUM_TOKENS = 4
 DEFAULT_BLOCK_SIZE = 128
 TIMEOUT_S = 60.0
 TOLERANCE = 0.25  # largest difference of a token's logprob between two 16-bit computations
-BYTES_READ: dict[Kind, str] = {
-    "vllm": "vllm:nixl_bytes_transferred_sum",
-    "native": "pdlaunch_kv_transfer_bytes_total",
-}
-SECONDS_READ: dict[Kind, str] = {
-    "vllm": "vllm:nixl_xfer_time_seconds_sum",
-    "native": "pdlaunch_kv_transfer_seconds_total",
-}
+# Of pdlaunch's connectors, in engines of vLLM too, and of vLLM's own.
+BYTES_READ = ("pdlaunch_kv_transfer_bytes_total", "vllm:nixl_bytes_transferred_sum")
+SECONDS_READ = ("pdlaunch_kv_transfer_seconds_total", "vllm:nixl_xfer_time_seconds_sum")
 FIRST_TOKEN_ID = 100  # ids below are often special tokens
 NUM_TOKEN_IDS = 150  # ids that prompts are drawn from; a vocabulary of bytes has them too
 NUM_AT_ONCE = 4
@@ -165,7 +160,7 @@ class Canaries(Generic[Pair]):
 
 
 async def send_canary(
-    prefill: EngineApi, decode: EngineApi, model: str, *, is_exact: bool, kind: Kind = "vllm"
+    prefill: EngineApi, decode: EngineApi, model: str, *, is_exact: bool
 ) -> Proof:
     """Send one canary through a pair. Raises CanaryDied, ProtocolError.
 
@@ -207,8 +202,8 @@ async def send_canary(
             params=params,
         )
     after = await decode.counts(TIMEOUT_S)
-    num_bytes = int(after.total(BYTES_READ[kind]) - before.total(BYTES_READ[kind]))
-    if num_bytes <= 0:
+    num_bytes = int(after.total(*BYTES_READ) - before.total(*BYTES_READ))
+    if num_bytes <= 0 and (num_tokens is None or after.has(*BYTES_READ)):
         raise CanaryDied(
             "decode read no byte of the prompt's KV blocks: it computed the prompt itself",
             params=params,
@@ -216,7 +211,7 @@ async def send_canary(
     return Proof(
         time.monotonic() - started_at,
         num_bytes,
-        after.total(SECONDS_READ[kind]) - before.total(SECONDS_READ[kind]),
+        after.total(*SECONDS_READ) - before.total(*SECONDS_READ),
         num_tokens is not None,
         params,
     )

@@ -35,16 +35,16 @@ class Counts:
             sample for family in text_string_to_metric_families(page) for sample in family.samples
         ]
 
-    def total(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples of this name that have these labels; 0 without any."""
+    def total(self, *names: str, **labels: str) -> float:
+        """Return the sum of the samples of these names that have these labels; 0 without any."""
         return sum(
             sample.value
             for sample in self._samples
-            if sample.name == name and labels.items() <= sample.labels.items()
+            if sample.name in names and labels.items() <= sample.labels.items()
         )
 
-    def has(self, name: str) -> bool:
-        return any(sample.name == name for sample in self._samples)
+    def has(self, *names: str) -> bool:
+        return any(sample.name in names for sample in self._samples)
 
     def label(self, name: str, label: str) -> str | None:
         return next(

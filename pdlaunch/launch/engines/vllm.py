@@ -29,11 +29,11 @@ CAPABILITIES = Capabilities(kind="vllm", lease_s=30.0, takes_launch_token=False)
 """Holds for every version of vLLM, with its default lease. The version adds to this once it is
 known.
 """
-STOCK_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType({"kv_connector": "NixlConnector"})
-VERIFIED_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
+OUR_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
     {
-        "kv_connector": "VerifiedNixlConnector",
+        "kv_connector": "PdlaunchConnector",
         "kv_connector_module_path": "pdlaunch.vllm.connector",
+        "kv_connector_extra_config": {},
     }
 )
 
@@ -46,7 +46,6 @@ class VllmEngine:
     def __init__(self, launch: ResolvedLaunch) -> None:
         self._config = launch.config
         self._served_model_name = launch.served_model_name
-        self._unverified = next(iter(launch.roles.values())).unverified
         self._has_doors = launch.spans_hosts  # sidecars listen for their engines
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
@@ -63,7 +62,7 @@ class VllmEngine:
             "--hang-timeout",
             f"{self._config.hang_timeout_s:g}",
             *(("--exact",) if engines.dtype == "float32" else ()),
-            *(("--unverified", self._unverified) if self._unverified else ()),
+            *(("--unverified", engines.unverified) if engines.unverified else ()),
         )
         return (
             ProcessSpec(
@@ -103,10 +102,11 @@ class VllmEngine:
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
         assert process.role is not None
         engine_args = self._config.engine_settings(process.role).engine_args
+        transfer = self._config.kv_transfer
         return msgspec.structs.replace(
             CAPABILITIES,
-            # vLLM counts its leases in whole seconds.
-            lease_s=float(int(self._config.kv_transfer.lease_s)),
+            # vLLM's own connector counts leases in whole seconds.
+            lease_s=float(int(transfer.lease_s)) if transfer.is_stock else transfer.lease_s,
             splits_reasoning=any(
                 name.replace("_", "-") == "reasoning-parser" for name in engine_args
             ),
@@ -149,15 +149,17 @@ class VllmEngine:
         yield "enable-prompt-tokens-details", True
         if engines.role not in PAIR:
             return
-        connector = STOCK_CONNECTOR if self._unverified else VERIFIED_CONNECTOR
+        stock: Mapping[str, JsonValue] = {
+            "kv_connector": "NixlConnector",
+            "kv_buffer_device": engines.device,
+            "kv_connector_extra_config": {"kv_lease_duration": int(transfer.lease_s)},
+        }
         yield (
             "kv-transfer-config",
             {
-                **connector,
+                **(stock if transfer.is_stock else OUR_CONNECTOR),
                 "kv_role": "kv_both",
-                "kv_buffer_device": engines.device,
                 "kv_load_failure_policy": transfer.on_failure,
-                "kv_connector_extra_config": {"kv_lease_duration": int(transfer.lease_s)},
             },
         )
 

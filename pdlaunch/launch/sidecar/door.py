@@ -3,26 +3,21 @@
 ::
 
     router, other sidecars ── TLS, token ──> door ── Unix socket ──> engine
-    engine ── socket ──> desk ── TLS, token ──> door of a prefill engine ── file: a statement
 
 Each end that leaves takes the other one along: a client that goes away ends its request at the
-engine, and an answer that breaks off at the engine breaks off for the client. Statements are what
-prefill engines say about their KV blocks.
+engine, and an answer that breaks off at the engine breaks off for the client.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
 
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.http_names import url_of
-from pdlaunch.errors import OverloadedError, RequestError, StartupError
+from pdlaunch.errors import OverloadedError, StartupError
 from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, request_id_of
 from pdlaunch.http.connections import HttpRunner, fit_requests
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
@@ -31,10 +26,8 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes
-from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.observe.metrics import RequestMetrics
-from pdlaunch.protocol.certificates import client_context, server_context
-from pdlaunch.protocol.control import Registry
+from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, DoorSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
@@ -48,17 +41,12 @@ _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _TOLD = (*_COMPLETIONS, "/tokenize", "/detokenize", "/sleep", "/wake_up")
 _TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, TRACEPARENT_HEADER, TRACESTATE_HEADER)
 _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
-STATEMENTS_PATH = "/pdlaunch/kv-statements"
-STATEMENT_TIMEOUT_S = 8.0  # shorter than an engine waits, so that it is told why
-# A prompt of a million tokens has a few megabytes: block ids, and checksums by block and head.
-MAX_STATEMENT_BYTES = 64 * 1024**2
-_STATEMENT = re.compile(r"[0-9a-f]{40}")
 
 
 class Door:
     """Passes requests of whoever has the launch's token on to one engine.
 
-    Made and used inside a running event loop. ``further``: routes that it answers beside these.
+    Made and used inside a running event loop.
     """
 
     def __init__(
@@ -68,7 +56,6 @@ class Door:
         keys: LaunchKeys,
         engine_url: str,
         engine_key: str | None,
-        further: Sequence[AppRoute] = (),
     ) -> None:
         """``engine_key``: the engine asks for it, and so may whoever comes to the door."""
         self._name = name
@@ -84,7 +71,7 @@ class Door:
         )
         self._calls = EngineCalls(CONNECT_S)
         self._runner = HttpRunner(
-            self._app(further),
+            self._app(),
             max_connections=fit_requests(spec.max_connections),
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         )
@@ -115,14 +102,13 @@ class Door:
         await self._runner.cleanup()
         await self._calls.close()
 
-    def _app(self, further: Sequence[AppRoute]) -> web.Application:
+    def _app(self) -> web.Application:
         spec = self._spec
         keys = [key for key in (self._keys.http_token, self._engine_key) if key is not None]
         return HttpApp(
             [
                 *(AppRoute("GET", path, self._pass_on) for path in _ASKED),
                 *(AppRoute("POST", path, self._pass_on) for path in _TOLD),
-                *further,
             ],
             guard=Guard(spec.bind_address, allowed_hosts=(spec.advertise_address,)),
             check_key=bearer_check(
@@ -187,76 +173,3 @@ async def _relayed(http: web.Request, answer: Answer) -> web.StreamResponse:
         await response.write(piece)
     await response.write_eof()
     return response
-
-
-def statement_route(folder: Path) -> AppRoute:
-    """Return the route at which sidecars of other hosts read statements of this one's engine."""
-
-    async def read(http: web.Request) -> web.StreamResponse:
-        name = http.match_info["name"]
-        try:
-            if _STATEMENT.fullmatch(name):
-                # A few hundred bytes, in memory or nearly so: no thread is worth it.
-                return web.Response(body=(folder / name).read_bytes())
-        except FileNotFoundError:
-            pass
-        raise RequestError("there is no such statement (any more)", status=404, code="not_found")
-
-    return AppRoute("GET", STATEMENTS_PATH + "/{name}", read)
-
-
-class StatementDesk:
-    """Asks other sidecars for the statements that this one's engine wants; belongs to the loop."""
-
-    def __init__(self, path: Path, keys: LaunchKeys) -> None:
-        assert keys.certificate is not None, "launches on several hosts have one"
-        self.doors: dict[
-            str, str
-        ] = {}  # of engines, by their side channels, which engines are told
-        self._path = path
-        self._calls = EngineCalls(CONNECT_S, client_context(keys.certificate))
-        self._headers = {"Authorization": f"Bearer {keys.http_token}"}
-        app = web.Application()
-        app.router.add_get("/", self._answer)
-        self._runner = web.AppRunner(app, access_log=None)
-
-    def learn(self, registry: Registry) -> None:
-        """Note where the engines of the launch are."""
-        self.doors = {
-            entry.address.side_channel: entry.address.http
-            for entry in registry.entries
-            if entry.kind == "server" and entry.address.http
-        }
-
-    async def open(self) -> None:
-        """Listen on the socket, in a folder that this user alone can open."""
-        self._path.unlink(missing_ok=True)
-        await self._runner.setup()
-        await web.UnixSite(self._runner, str(self._path)).start()
-
-    async def close(self) -> None:
-        await self._runner.cleanup()
-        await self._calls.close()
-
-    async def _answer(self, http: web.Request) -> web.Response:
-        """Answer 200 with the statement, 404 when there is none, 502 when nobody can tell."""
-        name, host, port = (http.query.get(key, "") for key in ("name", "host", "port"))
-        if not _STATEMENT.fullmatch(name) or not port.isdecimal():
-            return web.Response(status=400, text="no statement has this name")
-        url = self.doors.get(tcp_endpoint(host, int(port)))
-        if url is None:
-            return web.Response(status=502, text="no engine of the launch is there")
-        try:
-            status, body, _ = await self._calls.ask(
-                url,
-                "GET",
-                f"{STATEMENTS_PATH}/{name}",
-                self._headers,
-                timeout_s=STATEMENT_TIMEOUT_S,
-                max_bytes=MAX_STATEMENT_BYTES,
-            )
-        except CallError as error:
-            return web.Response(status=502, text=str(error))
-        if status not in (200, 404):
-            return web.Response(status=502, text=f"its sidecar answered {status}")
-        return web.Response(status=status, body=body)

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,12 +20,15 @@ from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.errors import StartupError
 from pdlaunch.machine.network import with_device_names
+from pdlaunch.protocol.engine_link import KV_SETUP
 
 EVENTS_FLAG = "--kv-events-config"
 STOP_TIMEOUT_S = 5.0
-# As ``pdlaunch.vllm.far_statements`` has it, which imports numpy.
-STATEMENTS_SOCKET = "PDLAUNCH_STATEMENTS_SOCKET"
+_ERROR = re.compile(r"(?:\b[A-Z]\w*(?:Error|Exception)|\berror): \S.*")
+_POINTS_UP = "root cause"  # vLLM's last errors only say that the reason stands above
+_MAX_TAIL_BYTES = 256 * 1024
 _SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+_SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _DEVICES = "UCX_NET_DEVICES"
 _PR_SET_PDEATHSIG = 1
 _GUARD = "trap '' HUP INT TERM; read _; kill -9 0"
@@ -104,9 +108,12 @@ def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
 
 
 def engine_environment(
-    run_dir: Path, key: str | None, side_channel: socket.socket
+    run_dir: Path, key: str | None, side_channel: socket.socket | None = None
 ) -> dict[str, str]:
-    """Return the variables of an engine. Raises StartupError."""
+    """Return the variables of an engine. Raises StartupError.
+
+    ``side_channel``: the port that is held for vLLM's own connector.
+    """
     try:
         # The supervisor knows no more than this host's address.
         devices = with_device_names(os.environ.get(_DEVICES, ""))
@@ -117,19 +124,19 @@ def engine_environment(
         "VLLM_RPC_BASE_PATH": str(run_dir),
         # Empty overrides a VLLM_API_KEY of the user's shell, which would keep routers out.
         "VLLM_API_KEY": key or "",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel.getsockname()[1]),
         **({_DEVICES: devices} if devices else {}),
+        **({_SIDE_CHANNEL_PORT: str(side_channel.getsockname()[1])} if side_channel else {}),
     }
 
 
 def side_channel_host() -> str:
-    """Return the address at which other engines reach this one's side channel."""
+    """Return the address at which other engines reach the side channel of vLLM's own connector."""
     return os.environ.get(_SIDE_CHANNEL_HOST, ENGINE_HOST)
 
 
 def hold_side_channel(host: str, ports: str) -> socket.socket:
-    """Keep a port for the side channel of an engine, which takes no port 0 and would wait for one
-    that is busy for ever. Raises StartupError.
+    """Keep a port for the side channel of vLLM's own connector, which takes no port 0 and would
+    wait for one that is busy for ever. Raises StartupError.
 
     The engine listens there a minute after its start. The socket keeps others from taking the port:
     UCX, other engines, any program that asks for a free port.
@@ -164,58 +171,46 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
 # pdlaunch's KV connector, which runs in the engine
 
 
-def statements_folder(run_dir: Path) -> Path:
-    """Return the folder with the statements of this host's engines about their KV blocks."""
-    return run_dir / "kv-statements"
+def connector_environment(run_dir: Path, setup: Path, python_path: str) -> dict[str, str]:
+    """Return the variables with which an engine finds the connector, and the connector its setup.
 
-
-def statements_socket(run_dir: Path, name: str) -> Path:
-    """Return the socket at which an engine asks for statements from other hosts."""
-    return run_dir / f"{name}.statements"
-
-
-def connector_environment(
-    run_dir: Path, name: str, python_path: str, *, is_far: bool = False
-) -> dict[str, str]:
-    """Return the variables with which an engine finds the connector, and engines each other's
-    statements; what they name is made in the launch's folder.
-
-    ``python_path``: the PYTHONPATH so far. ``is_far``: other engines may be on other hosts. Engines
-    of one launch call this at the same time.
+    ``python_path``: the PYTHONPATH so far. Engines of one launch call this at the same time.
     """
-    statements_folder(run_dir).mkdir(mode=0o700, exist_ok=True)
     # The folder that pdlaunch is installed in has packages of other versions than vLLM needs.
     packages = run_dir / "python"
     packages.mkdir(mode=0o700, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         (packages / "pdlaunch").symlink_to(Path(pdlaunch.__file__).parent)
-    found = {
-        "PDLAUNCH_STATEMENTS_DIR": str(statements_folder(run_dir)),
-        "PDLAUNCH_FAILURES_FILE": str(run_dir / f"{name}.failures"),
+    return {
+        KV_SETUP: str(setup),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(packages), python_path))),
     }
-    if is_far:
-        found[STATEMENTS_SOCKET] = str(statements_socket(run_dir, name))
-    return found
 
 
-class Failures:
-    """Reads the file in which an engine's connector lists failed READs by peer."""
+# What it prints
 
-    def __init__(self, run_dir: Path, name: str) -> None:
-        """Begin a new file."""
-        self._path = run_dir / f"{name}.failures"
-        self._path.unlink(missing_ok=True)
-        self._offset = 0
 
-    def latest(self) -> list[str]:
-        """Return the ids of the engines, one for each failure since the last call."""
+class EngineOutput:
+    """Finds the reason for an engine's end in what it has printed into this process's log."""
+
+    def __init__(self, path: Path = Path("/proc/self/fd/1")) -> None:
+        """Skip what is there already."""
+        self._path = path
+        self._start = self._num_bytes()
+
+    def last_error(self) -> str:
+        """Return the last error that the engine has told; empty: none is found."""
+        start = max(self._start, self._num_bytes() - _MAX_TAIL_BYTES)
         try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                # The last line may be half written.
-                lines, end, _ = file.read().rpartition(b"\n")
-        except OSError:
-            return []
-        self._offset += len(lines) + len(end)
-        return lines.decode(errors="replace").splitlines()
+            with self._path.open("rb") as log:
+                log.seek(start)
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError:  # a pipe, or a terminal
+            return ""
+        found = (_ERROR.search(line) for line in reversed(lines) if _POINTS_UP not in line)
+        return next((match[0] for match in found if match), "")
+
+    def _num_bytes(self) -> int:
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_size
+        return 0

@@ -2,8 +2,9 @@
 
 ::
 
-    start the engine -> Register -> healthy? ──> Ready -> watch ──────> Drain -> Stop
-         Registry: a prefill engine is ready ──> canary through it ──> PairReady    (decode engines)
+    start the engine -> Register -> healthy, ranks up? ──> Ready -> watch ──> Drain -> Stop
+         Registry: ranks of prefill engines ──> handshakes of decode ranks ──> a canary through each
+         engine ──> PairReady    (decode engines)
     the engine ends, or stands still ──> Failed: the supervisor starts both anew
 """
 
@@ -15,7 +16,7 @@ import logging
 import os
 import signal
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,20 +42,19 @@ from pdlaunch.http.watch.engine_api import (
     is_vllm_busy,
     with_version,
 )
-from pdlaunch.launch.sidecar.door import Door, StatementDesk, statement_route
+from pdlaunch.launch.sidecar.door import Door
 from pdlaunch.launch.sidecar.engine import (
-    Failures,
+    EngineOutput,
     connector_environment,
     engine_environment,
     hold_side_channel,
     side_channel_host,
     start_engine,
-    statements_folder,
-    statements_socket,
     stop_engine,
     with_events_at,
 )
-from pdlaunch.machine.network import foreign_listener, tcp_endpoint
+from pdlaunch.launch.sidecar.link import EngineLink, Peer, RankPairs
+from pdlaunch.machine.network import foreign_listener
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
     Answered,
@@ -72,6 +72,8 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
+from pdlaunch.protocol.engine_link import PullFailure, RankUp, engine_of_rank, rank_entries
+from pdlaunch.protocol.ids import EngineId
 
 _logger = logging.getLogger(__name__)
 
@@ -82,7 +84,6 @@ HEALTH_TIMEOUT_S = 30.0
 SLEEP_FLAG = "--enable-sleep-mode"
 _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 Found = Literal["works", "idle", "hangs"]
-Peer = tuple[str, int]  # name and incarnation of a prefill engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,7 @@ class SidecarOptions:
     # An engine with work but no progress for this long is killed; 0: never. An engine without work
     # for this long is sent a prompt of one token.
     hang_timeout_s: float
-    # Why pulled KV blocks are used unproven; empty: the engine has pdlaunch's connector.
-    unverified: str
+    unverified: str  # why pulled KV blocks are used unproven
 
     @property
     def model(self) -> str:
@@ -136,14 +136,13 @@ class SidecarProcess:
         self._url = at_port if self._port else f"{UNIX}{self._socket_path}"
         self._api = EngineApi(self._url, self._key)
         self._door: Door | None = None
-        self._desk: StatementDesk | None = None
         if spec is not None:
-            further = []
-            if not options.unverified:
-                further = [statement_route(statements_folder(self._run_dir))]
-                asks = statements_socket(self._run_dir, self._name)
-                self._desk = StatementDesk(asks, self._keys)
-            self._door = Door(self._name, spec, self._keys, self._url, self._key, further)
+            self._door = Door(self._name, spec, self._keys, self._url, self._key)
+        # None: the engine has vLLM's own connector, or none.
+        self._link: EngineLink | None = None
+        if (connector := bootstrap.connector) is not None:
+            self._link = EngineLink(supervised.context, bootstrap, connector)
+        self._output = EngineOutput()
         self._model_files: dict[str, str] = {}
         """Digests of the model's files before vLLM was started."""
         self._registered_url = self._url  # or the URL of the door, if there is one
@@ -151,17 +150,19 @@ class SidecarProcess:
             bootstrap.capabilities, takes_launch_token=self._door is not None
         )
         ports = "" if spec is None else spec.data_ports
-        self._side_channel = hold_side_channel(side_channel_host(), ports)
+        is_stock = self._link is None
+        self._side_channel = hold_side_channel(side_channel_host(), ports) if is_stock else None
         self._is_ready = asyncio.Event()
         self._probe: asyncio.Task[None] | None = None  # asks an engine that was idle for a token
         # Of decode engines: prefill engines by name and incarnation.
         self._canaries = Canaries(self._send_canary, self._tell_proof)
         self._one_at_a_time = asyncio.Semaphore(1)
         self._peers: dict[Peer, Entry] = {}
+        self._registry: Registry | None = None
         self._listed: set[Peer] = set()  # those that the registry lists as proven
-        self._proven: dict[str, Peer] = {}  # by the id that vLLM has given them
+        self._rank_pairs = RankPairs(self._name)
         self._failed_reads = FailedReads()
-        self._failures = Failures(self._run_dir, self._name)
+        self._failed_pulls: dict[str, list[str]] = defaultdict(list)  # errors, by prefill engine
 
     async def run(self) -> None:
         """Run until Stop or a signal. Raises StartupError when the engine ends by itself."""
@@ -169,15 +170,13 @@ class SidecarProcess:
             self._socket_path.unlink(missing_ok=True)
         if self._options.unverified:
             reason = self._options.unverified
-            _logger.warning("pulled KV blocks are used unproven: %s (kv_transfer.verify)", reason)
+            _logger.warning("pulled KV blocks are used unproven: %s", reason)
         # Digests before vLLM reads the files; those after its start must be equal.
         self._model_files = await asyncio.to_thread(self._options.model_files)
         child = await start_engine(self._command(), self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
         try:
-            if self._desk is not None:
-                await self._desk.open()
             if self._door is not None:
                 self._registered_url = await self._door.open()
             self._register(listens=self._door is not None)
@@ -185,18 +184,21 @@ class SidecarProcess:
                 self._supervised.spawn(self._fail_with(child)),
                 self._supervised.spawn(self._watch()),
             ]
+            if self._link is not None:
+                watches.append(self._supervised.spawn(self._heed_workers(self._link)))
             await self._obey()
         finally:
             for task in watches:
                 task.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
             await self._canaries.close()
-            for opened in (self._door, self._desk):
-                if opened is not None:
-                    await opened.close()
+            if self._door is not None:
+                await self._door.close()
             await self._api.close()
             await stop_engine(child)
-            self._side_channel.close()
+            for opened in (self._link, self._side_channel):
+                if opened is not None:
+                    opened.close()
 
     def _command(self) -> tuple[str, ...]:
         where = () if self._port else ("--uds", str(self._socket_path))
@@ -205,19 +207,18 @@ class SidecarProcess:
 
     def _environment(self) -> dict[str, str]:
         own = engine_environment(self._run_dir, self._key, self._side_channel)
-        if self._options.unverified:
+        if self._link is None:
             return own
-        paths, is_far = os.environ.get("PYTHONPATH", ""), self._door is not None
-        own["PDLAUNCH_MODEL_DIGEST"] = model_digest(self._model_files)
-        return own | connector_environment(self._run_dir, self._name, paths, is_far=is_far)
+        setup = self._link.write_setup(model_digest(self._model_files) if self._model_files else "")
+        return own | connector_environment(self._run_dir, setup, os.environ.get("PYTHONPATH", ""))
 
     def _register(self, *, listens: bool = True) -> None:
         """Tell where the engine is reached, and what it can do."""
-        port = self._side_channel.getsockname()[1]
         self._supervised.register(
             self._registered_url,
             self._capabilities,
-            side_channel=tcp_endpoint(side_channel_host(), port),
+            engine_id=EngineId("") if self._link is None else self._link.engine_id,
+            side_channels=() if self._link is None else self._link.side_channels,
             listens=listens,
         )
 
@@ -226,9 +227,7 @@ class SidecarProcess:
         while True:
             match await self._supervised.inbox.get():
                 case Registry() as registry:
-                    if self._desk is not None:
-                        self._desk.learn(registry)
-                    self._prove_pairs(registry)
+                    await self._learn(registry)
                 case Drain(timeout_s=timeout_s):
                     self._supervised.spawn(self._drain(timeout_s))
                 case Stop():
@@ -245,7 +244,9 @@ class SidecarProcess:
         code = await child.wait()
         name = Path(self._options.command[0]).name
         killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
-        self._fail(f"{name} {killed or f'exited with status {code}'}")
+        reason = "" if code < 0 else self._output.last_error()
+        reason = f": {reason}" if reason else ""
+        self._fail(f"{name} {killed or f'exited with status {code}'}{reason}")
 
     async def _drain(self, timeout_s: float) -> None:
         """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""
@@ -298,6 +299,9 @@ class SidecarProcess:
         self._supervised.send(Progress(text="vLLM is starting"))
         while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(START_POLL_S)
+        if self._link is not None and not self._link.all_up.is_set():
+            self._supervised.send(Progress(text=self._link.progress))
+            await self._link.all_up.wait()
         # Before Ready: what routers may ask of the engine from then on follows from its version.
         try:
             version = await self._api.version(HEALTH_TIMEOUT_S)
@@ -312,6 +316,7 @@ class SidecarProcess:
             return False
         self._supervised.send(Ready(model=self._model_files))
         self._is_ready.set()
+        await self._tell_peers()
         return True
 
     async def _is_there(self) -> bool:
@@ -336,22 +341,46 @@ class SidecarProcess:
         except ProtocolError as error:
             _logger.warning("a probe of one token: %s", error)
 
-    # Pairs, of decode engines
+    # Workers and pairs
+
+    async def _heed_workers(self, link: EngineLink) -> None:
+        """Take what workers say. Ends when the engine has to."""
+        while True:
+            try:
+                message = await link.receive()
+            except ProtocolError as error:
+                self._fail(f"{self._name} cannot exchange KV blocks: {error}")
+                return
+            match message:
+                case RankUp():
+                    if self._is_ready.is_set():
+                        self._register()
+                    else:
+                        self._supervised.send(Progress(text=link.progress))
+                case PullFailure(peer_engine=engine, error=reason):
+                    self._failed_pulls[engine].append(reason)
+                case PairReady():
+                    self._rank_pairs.add(message)
+                    self._prove_pairs()
+                case PairFailed(peer=rank):
+                    self._rank_pairs.drop(message)
+                    self._prove_pairs()
+                    names = {"local": self._name, "peer": engine_of_rank(rank)}
+                    self._supervised.send(msgspec.structs.replace(message, **names))
 
     def _doubt_pairs(self, counts: Counts) -> None:
-        """Have pairs proven anew from which READs have failed since the last look.
+        """Have pairs proven anew over which READs have failed since the last look.
 
         pdlaunch's connector tells which these are; vLLM's does not, so that all are in doubt when
         no READ has come through: prompts that were handed over are computed here.
         """
-        none_comes = self._failed_reads.look(counts)
-        failed = Counter(self._failures.latest())
-        for engine_id, count in failed.items():
-            if (peer := self._proven.get(engine_id)) is not None:
-                self._doubt(peer, f"READs of its KV blocks fail, {count} just now")
-        if none_comes and not failed:
-            for peer in self._listed:
+        none_comes = self._link is None and self._failed_reads.look(counts)
+        failed, self._failed_pulls = self._failed_pulls, defaultdict(list)
+        for peer in self._listed:
+            if none_comes:
                 self._doubt(peer, "READs of KV blocks fail, and none comes through")
+            elif errors := failed.get(peer[0]):
+                self._doubt(peer, f"{len(errors)} pulls have failed just now: {errors[-1]}")
 
     def _doubt(self, peer: Peer, error: str) -> None:
         name, incarnation = peer
@@ -360,10 +389,20 @@ class SidecarProcess:
             PairSuspect(local=self._name, peer=name, peer_incarnation=incarnation, error=error)
         )
 
-    def _prove_pairs(self, registry: Registry) -> None:
-        """Send a canary through each prefill engine that has none yet or whose proof was dropped;
-        forget those that left.
+    async def _tell_peers(self) -> None:
+        """Tell workers of the other engines' ranks, once the engine is ready: a handshake would
+        disturb vLLM while it captures graphs.
         """
+        if self._link is not None and self._registry is not None and self._is_ready.is_set():
+            others = (entry for entry in self._registry.entries if entry.name != self._name)
+            await self._link.tell_peers(rank_entries(others))
+
+    async def _learn(self, registry: Registry) -> None:
+        """Take in who is there. Of a decode engine: find the pairs to prove, and forget those whose
+        prefill engine is gone or whose proof was dropped.
+        """
+        self._registry = registry
+        await self._tell_peers()
         entries = {entry.name: entry for entry in registry.entries}
         if self._name not in entries or entries[self._name].role != "decode":
             return
@@ -373,6 +412,8 @@ class SidecarProcess:
             if entry.kind == "server" and entry.role == "prefill"
         }
         self._peers = {peer: entry for peer, entry in prefill.items() if entry.state == "ready"}
+        # Memory of an engine that sleeps is let go, and its ranks shake hands again.
+        self._rank_pairs.keep([peer for peer in prefill if prefill[peer].state != "sleeping"])
         listed = {(p.peer, p.peer_incarnation) for p in registry.pairs if p.local == self._name}
         # The supervisor has dropped these proofs: the pairs have to be proven anew.
         gone = self._canaries.pairs() - self._peers.keys()
@@ -381,7 +422,19 @@ class SidecarProcess:
         for peer in listed & prefill.keys():
             if prefill[peer].state == "sleeping":
                 self._doubt(peer, "it sleeps")
-        self._canaries.prove(self._peers)
+        self._prove_pairs()
+
+    def _prove_pairs(self) -> None:
+        """Send a canary through each prefill engine that has none yet, once all ranks have shaken
+        hands.
+        """
+        self._canaries.prove([peer for peer in self._peers if self._is_joined(peer)])
+
+    def _is_joined(self, peer: Peer) -> bool:
+        return self._link is None or self._slowest(self._link, peer) is not None
+
+    def _slowest(self, link: EngineLink, peer: Peer) -> PairReady | None:
+        return self._rank_pairs.slowest(peer, link.tp_size)
 
     async def _send_canary(self, peer: Peer) -> Proof:
         await self._is_ready.wait()
@@ -403,17 +456,19 @@ class SidecarProcess:
                 PairFailed(local=self._name, peer=name, error=str(result), fatal=result.fatal)
             )
             return
-        self._proven[str(result.params.get("remote_engine_id"))] = peer
-        self._supervised.send(
-            PairReady(
-                local=self._name,
-                peer=name,
-                peer_incarnation=incarnation,
-                seconds=result.seconds,
-                path="nixl/vLLM",
-                gigabytes_per_s=result.gigabytes_per_s,
-            )
+        proof = PairReady(
+            local=self._name,
+            peer=name,
+            peer_incarnation=incarnation,
+            seconds=result.seconds,
+            path="nixl/vLLM",
+            gigabytes_per_s=result.gigabytes_per_s,
         )
+        if self._link is not None:
+            slowest = self._slowest(self._link, peer)
+            assert slowest is not None, "canaries of other pairs are stopped"
+            proof = msgspec.structs.replace(slowest, local=self._name, peer=name, num_peers=1)
+        self._supervised.send(proof)
 
 
 class EngineHangWatch:

@@ -16,18 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.roles import Role
 from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.observe.logs import LogFormat
 from pdlaunch.protocol.control import (
     Alive,
     Capabilities,
-    FromSupervisor,
-    ToSupervisor,
     from_supervisor,
     to_supervisor,
 )
@@ -68,11 +68,21 @@ class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
     bind_address: str
     advertise_address: str
     port: int  # 0: a free one
-    data_ports: str  # ``kv_transfer.data_ports``, one of which is the side channel's
+    data_ports: str  # ``kv_transfer.data_ports``, one of which vLLM's own side channel takes
     max_model_len: int | None  # none: the engine's own affair
     max_body_bytes: int
     body_budget_bytes: int
     max_connections: int
+
+
+class ConnectorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Says how the workers of an engine of vLLM exchange KV blocks by pdlaunch's connector."""
+
+    role: Role
+    bind_address: str
+    advertise_address: str
+    kv_transfer: str  # ``KVTransferSettings`` as JSON
+    by_head: bool  # engines have different TP sizes: they exchange heads, not whole pages
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +99,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     router: RouterSpec | None = None
     door: DoorSpec | None = None
+    connector: ConnectorSpec | None = None
     tp_rank: int = 0
     rendezvous: str = ""  # ``file://`` URL of this incarnation's TP group
     launch_id: str = ""
@@ -157,8 +168,13 @@ class ControlClient:
         context: SecureContext,
         endpoint: str,
         name: str,
-        on_message: Callable[[FromSupervisor], None],
+        on_message: Callable[[Any], None],
+        *,
+        encode: Callable[[Any], bytes] = to_supervisor.encode,
+        decode: Callable[[bytes], Any] = from_supervisor.decode,
     ) -> None:
+        """``encode``, ``decode``: other messages than the supervisor's, for a sidecar's workers."""
+        self._encode, self._decode = encode, decode
         self._context = context
         self._on_message = on_message
         self._inlet, self._outlet = context.pair("control-outbox")
@@ -168,12 +184,14 @@ class ControlClient:
         )
         self._thread.start()
 
-    def send(self, message: ToSupervisor) -> None:
-        self._queue(to_supervisor.encode(message))
+    def send(self, message: Any) -> None:
+        self._queue(self._encode(message))
 
     def close(self) -> None:
         self._queue(b"")
         self._thread.join(timeout=2)
+        with self._lock:
+            self._inlet.close()
 
     def _queue(self, frame: bytes) -> None:
         # A socket serves one thread at a time; nobody needs it after the end of the context.
@@ -194,11 +212,12 @@ class ControlClient:
                         return
                     socket.send(frame)
                 if socket in ready:
-                    self._on_message(from_supervisor.decode(socket.recv()))
+                    self._on_message(self._decode(socket.recv()))
         except zmq.ContextTerminated:
             return
         finally:
             socket.close()
+            self._outlet.close()
 
 
 class Heartbeat:

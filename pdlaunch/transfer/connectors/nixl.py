@@ -32,8 +32,8 @@ from pdlaunch.transfer.connectors.connector import (
     pieces_of_scratch,
     pieces_to_read,
 )
+from pdlaunch.transfer.connectors.nixl_agent import BACKEND, new_agent
 from pdlaunch.transfer.regions import Addresses, Pieces, merge
-from pdlaunch.vllm.agent import BACKEND, new_agent
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Joins NIXL and P2P: each peer is read by whichever the handshake has found to be faster.
 
-The first connector must open. What the others need may not be there, and a peer may not be in their
-reach: the reason is an error of their paths, which comes out where paths are tried.
+One of the connectors must open. What the others need may not be there, and a peer may not be in
+their reach: the reason is an error of their paths, which comes out where paths are tried.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class PathsConnector(Connector):
                 connector.open(memory)
                 self._offers[connector.name] = connector.agent_metadata(), ""
             except TransferError as error:
-                if not self._offers:
-                    raise
                 logger.info("no path %s: %s", connector.path, error)
                 self._offers[connector.name] = b"", str(error)
+        errors = [error for _, error in self._offers.values()]
+        if all(errors):
+            raise TransferError("; ".join(errors))
 
     def agent_metadata(self) -> bytes:
         return msgspec.msgpack.encode(self._offers)

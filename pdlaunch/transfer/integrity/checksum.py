@@ -29,7 +29,6 @@ except ImportError:  # vLLM brings BLAKE3 in its place
     _hash = lambda content: int.from_bytes(blake3(content).digest(8), "little")  # noqa: E731
     ALGORITHM = "blake3_64"
 
-KERNEL_ALGORITHM = "xxh3_64"
 # Odd, so that multiplying by it loses nothing: equal pages that change places show.
 _WEIGHT = 0x9E3779B97F4A7C15
 
@@ -71,19 +70,16 @@ class KVHasher:
     def __init__(self, kv: KVRegions) -> None:
         """On CUDA the kernel is compiled here."""
         self._kv = kv
-        self.algorithm = ALGORITHM
         # Kept until they end: a kernel uses its memory whether or not anybody wants the result.
         self._launched: list[Checksums] = []
         self._uses_kernel = False
         if kv.device.type == "cuda":
-            from pdlaunch.transfer.integrity.checksum_kernel import constants, supports
+            from pdlaunch.transfer.integrity.checksum_kernel import constants
 
-            # The regions of toy models are too small for it.
-            self._uses_kernel = all(map(supports, kv.regions))
-            if self._uses_kernel:
-                self.algorithm = KERNEL_ALGORITHM
+            self._uses_kernel = fits_kernel(kv)
             self._constants = constants(kv.device)
-            self._stream = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
+            # Before the model's steps, which take long: the blocks of a pull wait for it.
+            self._stream = torch.cuda.Stream(kv.device, priority=-1)  # type: ignore[no-untyped-call]
             self.start([[0]] * len(kv.groups), slice(0, 1)).result()
 
     def start(self, blocks: BlockIds, heads: slice) -> Checksums:
@@ -165,6 +161,20 @@ class KVHasher:
         self._launched = [other for other in self._launched if not other.ready()]
         self._launched.append(launched)
         return launched
+
+
+def fits_kernel(kv: KVRegions) -> bool:
+    """Return whether a kernel hashes these blocks: pages of toy models are too small for it."""
+    if kv.device.type == "cpu":
+        return False
+    from pdlaunch.transfer.integrity.checksum_kernel import supports
+
+    return all(map(supports, kv.regions))
+
+
+def algorithm_for(kv: KVRegions) -> str:
+    """Return the name of the algorithm for these blocks; it is the same at both ends of a pair."""
+    return "xxh3_64" if fits_kernel(kv) else ALGORITHM
 
 
 def _joined(digests: npt.NDArray[np.uint64]) -> ChecksumArray:

@@ -94,5 +94,5 @@ def test_the_decode_ranks_prove_the_pairs_and_rules_on_other_engines_say_nothing
     kind = kind_of(launch)
     proving = [p.name for p in plan_processes(launch).processes if kind.proves_pairs(p)]
     assert proving == ["decode-0/rank-0", "decode-0/rank-1"]
-    others = {code for code in all_rules() if code.startswith("PD6")} - {"PD610", "PD615"}
+    others = {code for code in all_rules() if code.startswith("PD6")} - {"PD610", "PD614", "PD615"}
     assert {rule.code for rule in kind.rules()} == all_rules().keys() - others

@@ -59,9 +59,13 @@ def test_each_engine_is_a_sidecar_with_the_command_of_vllm() -> None:
     assert decode.command[at + 2 : at + 4] == ("serve", "/cache")
     assert value_of(decode.command, "--served-model-name") == "smollm2"
     transfer = transfer_of(decode)
-    assert transfer["kv_connector"] == "NixlConnector"
-    assert transfer["kv_load_failure_policy"] == "recompute"
-    assert transfer["kv_connector_extra_config"] == {"kv_lease_duration": 30}
+    assert transfer == {
+        "kv_connector": "PdlaunchConnector",
+        "kv_connector_module_path": "pdlaunch.vllm.connector",
+        "kv_connector_extra_config": {},
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+    }
 
 
 def test_settings_mean_what_they_mean_for_native_engines_and_unset_ones_are_left_out() -> None:
@@ -77,7 +81,7 @@ def test_settings_mean_what_they_mean_for_native_engines_and_unset_ones_are_left
         "load_format": "dummy",
         "kv_cache_memory": "2GiB",
         "gpu_memory_utilization": 0.5,
-        "kv_transfer": {"lease_s": 12, "on_failure": "fail"},
+        "kv_transfer": {"connector": "vllm-nixl", "lease_s": 12, "on_failure": "fail"},
     }
     given = command("decode-0", FOUR_GPUS, **settings)
     values = {
@@ -93,6 +97,7 @@ def test_settings_mean_what_they_mean_for_native_engines_and_unset_ones_are_left
     switches = {"--enable-cumem-allocator", "--enforce-eager", "--no-enable-prefix-caching"}
     assert switches | {"--no-async-scheduling"} <= set(given)
     transfer = json.loads(value_of(given, "--kv-transfer-config"))
+    assert transfer["kv_connector"] == "NixlConnector"
     assert transfer["kv_buffer_device"] == "cuda"
     assert transfer["kv_load_failure_policy"] == "fail"
     assert transfer["kv_connector_extra_config"] == {"kv_lease_duration": 12}
@@ -138,41 +143,27 @@ def test_engines_of_both_roles_have_no_connector() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "settings", "reason"),
+    ("transfer", "reason", "variables"),
     [
-        ("0.32.4", {}, ""),
-        ("0.31.2", {}, "it is vLLM 0.31.2, and 0.32 can be verified"),
-        ("0.33.0", {}, "it is vLLM 0.33.0, and 0.32 can be verified"),
-        ("0.32.0", {"kv_transfer": {"verify": False}}, "kv_transfer.verify is off"),
-        (
-            "0.32.0",
-            {"engine_args": {"speculative_config.method": "ngram"}},
-            "engine_args has speculative_config.method",
-        ),
-        (
-            "0.32.0",
-            {"prefill": {"engine_command": "/no/vllm"}},
-            "the version of /no/vllm is not known",
-        ),
+        ({}, "", {"UCX_TLS": "posix,cma,self"}),
+        ({"verify": False}, "kv_transfer.verify is off", {"UCX_TLS": "posix,cma,self"}),
+        ({"connector": "mooncake"}, "", {"MC_TCP_BIND_ADDRESS": "127.0.0.1"}),
+        ({"connector": "vllm-nixl"}, "kv_transfer.connector is vllm-nixl", {}),
     ],
 )
-def test_one_that_can_be_verified_has_our_connector_and_others_say_why_not(
-    tmp_path: Path, version: str, settings: dict[str, object], reason: str
+def test_engines_have_our_connector_unless_vllms_own_is_asked_for(
+    transfer: dict[str, object], reason: str, variables: dict[str, str]
 ) -> None:
-    executable = installed(tmp_path, version)
-    launch = resolved(config(engine="vllm", engine_command=executable, **settings), CPU)
+    launch = resolved(config(engine="vllm", kv_transfer=transfer), CPU)
+    is_ours = transfer.get("connector") != "vllm-nixl"
     for process in plan_processes(launch).processes[:2]:
-        transfer = transfer_of(process)
-        if reason:
-            assert transfer["kv_connector"] == "NixlConnector"
-            assert "kv_connector_module_path" not in transfer
-            assert value_of(process.command, "--unverified") == reason
-            assert "UCX_TLS" not in process.environment
-        else:
-            assert transfer["kv_connector"] == "VerifiedNixlConnector"
-            assert transfer["kv_connector_module_path"] == "pdlaunch.vllm.connector"
-            assert "--unverified" not in process.command
-            assert process.environment["UCX_TLS"] == "posix,cma,self"
+        given = transfer_of(process)
+        assert given["kv_connector"] == ("PdlaunchConnector" if is_ours else "NixlConnector")
+        assert ("kv_connector_module_path" in given) is is_ours
+        assert (value_of(process.command, "--unverified") if reason else "") == reason
+        names = ("UCX_TLS", "MC_TCP_BIND_ADDRESS")
+        environment = process.environment
+        assert {name: environment[name] for name in names if name in environment} == variables
     shown = effective_engines(launch)["decode"]["kv_blocks_verified"]
     assert shown == (f"no: {reason}" if reason else "yes")
 

@@ -1,7 +1,8 @@
 """Stands for the executable of vLLM: ``serve MODEL --uds PATH ..`` as a sidecar starts it.
 
 Engines of one launch read from each other through the folder ``FAKE_VLLM_FOLDER``. Files there say
-how an engine behaves: ``decode-0.moves_bytes`` with ``false`` in it, and the like.
+how an engine behaves: ``decode-0.moves_bytes`` with ``false`` in it, and the like. With pdlaunch's
+connector its ranks shake hands; ``decode-0.pair_error`` says why that fails.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import os
 import sys
 from pathlib import Path
 
+from pdlaunch.protocol.engine_link import KV_SETUP
 from tests.launch.sidecar.fake_vllm import FakeVllm, listen
+from tests.launch.sidecar.fake_worker import FakeWorker, read_setup
 
 FIELDS = ("moves_bytes", "garbles", "healthy", "has_connector", "num_running")
 
@@ -41,9 +44,16 @@ def replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-async def serve(path: Path, folder: Path) -> None:
+async def serve(path: Path, folder: Path, tp_size: int) -> None:
     engine = FakeVllm(path.stem, FolderShares(folder))
     heed(engine, folder)
+    workers = []
+    if setup := os.environ.get(KV_SETUP):
+        told = folder / f"{engine.name}.pair_error"
+        error = json.loads(told.read_text()) if told.exists() else ""
+        for tp_rank in range(tp_size):
+            worker = FakeWorker(read_setup(Path(setup)), tp_rank, tp_size)
+            workers.append(asyncio.create_task(worker.shake_hands(error)))
     await listen(engine, path)
     while True:
         await asyncio.sleep(0.1)
@@ -60,13 +70,18 @@ def heed(engine: FakeVllm, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", type=Path)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     found, rest = parser.parse_known_args()
     folder = Path(os.environ["FAKE_VLLM_FOLDER"])
     told = {"arguments": rest, "environment": dict(os.environ), "pid": os.getpid()}
     replace_text(folder / f"{found.uds.stem}.started", json.dumps(told))
     if (folder / f"{found.uds.stem}.dies").exists():
+        sys.stderr.write(
+            "ERROR [core.py] ValueError: layer 3 keeps a state that cannot be proven\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n"
+        )
         sys.exit(3)
-    asyncio.run(serve(found.uds, folder))
+    asyncio.run(serve(found.uds, folder, found.tensor_parallel_size))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import contextlib
 import json
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +17,14 @@ import zmq
 import pdlaunch
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.engine import (
-    Failures,
+    EngineOutput,
     connector_environment,
     engine_environment,
     hold_side_channel,
-    statements_folder,
-    statements_socket,
     with_events_at,
 )
 from pdlaunch.machine.network import device_of
-from pdlaunch.vllm.far_statements import STATEMENTS_SOCKET
-from pdlaunch.vllm.worker import FAILURES_FILE, report_failure
+from pdlaunch.protocol.engine_link import KV_SETUP
 from tests.e2e.waiting import await_true
 
 
@@ -111,58 +107,32 @@ def test_ucx_gets_the_name_of_the_device_that_has_the_address(
             engine_environment(tmp_path, None, port)
 
 
-def test_the_connector_finds_statements_and_of_what_is_installed_here_pdlaunch_alone(
+def test_the_connector_finds_its_setup_and_of_what_is_installed_here_pdlaunch_alone(
     tmp_path: Path,
 ) -> None:
-    near, far = (
-        connector_environment(tmp_path, name, "/first:/second", is_far=name == "far")
-        for name in ("near", "far")
-    )
-    assert far.pop(STATEMENTS_SOCKET) == str(statements_socket(tmp_path, "far"))
-    assert {name for name in near if near[name] != far[name]} == {"PDLAUNCH_FAILURES_FILE"}
-    folder = Path(near["PDLAUNCH_STATEMENTS_DIR"])
-    assert folder == statements_folder(tmp_path)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    packages, *paths = near["PYTHONPATH"].split(":")
+    found = connector_environment(tmp_path, tmp_path / "decode-0.kv.json", "/first:/second")
+    assert found[KV_SETUP] == str(tmp_path / "decode-0.kv.json")
+    packages, *paths = found["PYTHONPATH"].split(":")
     assert paths == ["/first", "/second"]
     (package,) = Path(packages).iterdir()
     assert package.name == "pdlaunch"
     assert package.resolve() == Path(pdlaunch.__file__).parent.resolve()
 
 
-def test_failures_are_read_once_by_whole_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "decode-0.failures").write_text("of-the-last-start\n")
-    failures = Failures(tmp_path, "decode-0")
-    assert failures.latest() == []
-    environment = connector_environment(tmp_path, "decode-0", "")
-    monkeypatch.setenv(FAILURES_FILE, environment[FAILURES_FILE])
-    for engine_id in ("first", "second", "first"):
-        report_failure(engine_id)
-    with Path(environment[FAILURES_FILE]).open("a") as file:
-        file.write("half")
-    assert failures.latest() == ["first", "second", "first"]
-    with Path(environment[FAILURES_FILE]).open("a") as file:
-        file.write(" a line\n")
-    assert failures.latest() == ["half a line"]
-    assert failures.latest() == []
-
-
 @pytest.mark.processes
-def test_the_connector_is_imported_without_pdlaunchs_dependencies(tmp_path: Path) -> None:
-    """What vLLM's environment need not have is not imported; ``connector`` needs vLLM itself."""
+def test_the_connectors_link_is_imported_without_packages_that_vllm_need_not_have(
+    tmp_path: Path,
+) -> None:
     program = (
-        "import sys, pdlaunch.vllm.worker, pdlaunch.vllm.support, pdlaunch.vllm.agent\n"
-        "import pdlaunch\n"
+        "import sys, pdlaunch.protocol.engine_link, pdlaunch.config.kv_transfer, pdlaunch\n"
         "print(pdlaunch.__file__)\n"
-        "missing = {'msgspec', 'pydantic', 'xxhash', 'aiohttp', 'zmq', 'typer', 'vllm'}\n"
+        "missing = {'aiohttp', 'rich', 'typer', 'yaml', 'prometheus_client', 'tokenizers'}\n"
         "print(sorted(missing & set(sys.modules)))\n"
     )
-    environment = connector_environment(tmp_path, "decode-0", "")
+    environment = connector_environment(tmp_path, tmp_path, "")
     found = subprocess.run(
         [sys.executable, "-c", program],
-        env={"PYTHONPATH": environment["PYTHONPATH"], "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": environment["PYTHONPATH"]},
         capture_output=True,
         text=True,
         check=True,
@@ -171,6 +141,20 @@ def test_the_connector_is_imported_without_pdlaunchs_dependencies(tmp_path: Path
     path, missing = found.stdout.splitlines()
     assert path.startswith(str(tmp_path))
     assert missing == "[]"
+
+
+def test_the_last_error_of_an_engine_is_the_one_that_others_point_to(tmp_path: Path) -> None:
+    log = tmp_path / "decode-0.log"
+    log.write_text("ValueError: of the last start\n")
+    output = EngineOutput(log)
+    assert output.last_error() == ""
+    with log.open("a") as file:
+        file.write(
+            "(EngineCore pid=7) ERROR 11-24 14:00:00 [core.py:866] ValueError: layer 3: no proof\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n"
+        )
+    assert output.last_error() == "ValueError: layer 3: no proof"
+    assert EngineOutput(tmp_path / "none").last_error() == ""
 
 
 SIDECAR = """

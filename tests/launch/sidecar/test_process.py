@@ -32,7 +32,7 @@ from pdlaunch.protocol.control import (
     ToSupervisor,
 )
 from pdlaunch.protocol.process.bootstrap import Bootstrap
-from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.launch.sidecar.fake_vllm import FakeVllm, listen
 from tests.launch.sidecar.test_door import SPEC as DOOR
 from tests.router.fake_engine import until
@@ -55,10 +55,13 @@ class FakeSupervisor:
             log_level="info",
             capabilities=Capabilities(kind="vllm"),
         )
+        self.context = SecureContext(self.bootstrap.keys)
         self.inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self.all_said: list[ToSupervisor] = []
         self.said: asyncio.Queue[ToSupervisor] = asyncio.Queue()
         self.capabilities: list[Capabilities] = []
         self.registered: list[Address] = []
+        self.engine_ids: list[str] = []
         self.prefill: FakeVllm
         self.decode: FakeVllm
         self._tasks: set[asyncio.Task[None]] = set()
@@ -68,14 +71,17 @@ class FakeSupervisor:
         url: str,
         capabilities: Capabilities | None = None,
         *,
-        side_channel: str = "",
+        engine_id: str = "",
+        side_channels: tuple[str, ...] = (),
         listens: bool = True,
     ) -> None:
-        self.registered.append(Address(http=url, side_channel=side_channel))
+        self.registered.append(Address(http=url, side_channels=side_channels))
+        self.engine_ids.append(engine_id)
         self.capabilities.append(capabilities or self.bootstrap.capabilities)
 
     def send(self, message: ToSupervisor) -> None:
         self.said.put_nowait(message)
+        self.all_said.append(message)
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -119,6 +125,7 @@ async def watched(
         await running
     for runner in runners:
         await runner.cleanup()
+    supervisor.context.close()
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +153,7 @@ def registry(run_dir: str, *pairs: PairReady, url: str = "", state: str = "ready
     return Registry(version=1, entries=entries, pairs=list(pairs))
 
 
-async def test_on_several_hosts_it_opens_a_door_and_says_where_its_side_channel_is(
+async def test_on_several_hosts_it_opens_a_door(
     tmp_path: Path,
 ) -> None:
     """The launch's token opens the prefill engine to the canary of the decode engine's sidecar."""
@@ -160,7 +167,6 @@ async def test_on_several_hosts_it_opens_a_door_and_says_where_its_side_channel_
         told = zip(supervisor.registered, supervisor.capabilities, strict=True)
         for address, capabilities in told:
             assert address.http.startswith("https://127.0.0.1:")
-            assert address.side_channel.startswith("tcp://127.0.0.1:")
             assert capabilities.takes_launch_token
         supervisor.inbox.put_nowait(registry(str(tmp_path), url=url))
         assert (await supervisor.next(PairReady)).peer == "prefill-0"
@@ -226,19 +232,6 @@ async def test_reads_that_fail_without_one_that_comes_through_are_a_doubt(
     decode.num_failed_reads = 2
     doubt = await supervisor.next(PairSuspect)
     assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
-
-
-async def test_the_pair_is_named_whose_reads_fail(supervisor: FakeSupervisor) -> None:
-    run_dir = supervisor.bootstrap.run_dir
-    supervisor.inbox.put_nowait(registry(run_dir))
-    supervisor.inbox.put_nowait(registry(run_dir, await supervisor.next(PairReady)))
-    file = Path(run_dir) / "decode-0.failures"
-    for count in (1, 2):
-        with file.open("a") as failures:
-            failures.write("of-an-engine-that-is-gone\n" + "prefill-0\n" * count)
-        doubt = await supervisor.next(PairSuspect)
-        assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
-        assert f"{count} just now" in doubt.error
 
 
 async def test_a_drain_waits_for_requests_and_then_for_leases(supervisor: FakeSupervisor) -> None:

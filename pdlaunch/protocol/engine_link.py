@@ -1,0 +1,103 @@
+"""Defines what a sidecar and pdlaunch's KV connector in the workers of its vLLM tell each other.
+
+::
+
+    sidecar ── setup file ────────────────> connector    before the start of vLLM
+            <── RankUp, PairReady, ... ──── worker       ZMQ DEALER; the sidecar has the ROUTER
+            ── Peers ─────────────────────> worker       ranks of the other engines
+
+The connector imports this module with vLLM's packages, on Python 3.10 or later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from pdlaunch.config.roles import Role
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
+from pdlaunch.protocol.ids import EngineId
+from pdlaunch.protocol.sockets import LaunchKeys
+from pdlaunch.protocol.wire import Codec, Message
+
+KV_SETUP = "PDLAUNCH_KV_SETUP"
+"""Environment variable of vLLM's processes: the path of the setup file."""
+
+
+class KVSetup(Message, tag=False):
+    """Holds, as JSON in a file of mode 0600, what the connector needs before it starts."""
+
+    name: str  # of the engine: ``decode-0``
+    incarnation: int
+    role: Role
+    bind_address: str  # where side channels of workers listen
+    advertise_address: str  # how other hosts reach them
+    keys: LaunchKeys  # without token and certificate: workers use ZMQ alone
+    link: str  # ZMQ endpoint of the sidecar
+    kv_transfer: str  # ``KVTransferSettings`` as JSON
+    by_head: bool  # engines have different TP sizes: they exchange heads, not whole pages
+    model_digest: str  # of the files before the start; empty: not known
+
+
+class RankUp(Message):
+    """Tells, from a worker, that its transfer thread listens; comes again after a reconnect."""
+
+    tp_rank: int
+    tp_size: int
+    engine_id: EngineId
+    side_channel: str
+
+
+class PullFailure(Message):
+    """Tells, from a worker, that a pull from a prefill engine has failed."""
+
+    peer_engine: str  # ``prefill-0``
+    error: str
+
+
+class Peers(Message):
+    """Tells workers, at RankUp and at each change, which ranks other engines of vLLM have."""
+
+    entries: list[Entry]  # of the kind ``rank``
+
+
+FromWorker = RankUp | PullFailure | PairReady | PairFailed
+"""Pairs are of ranks: ``decode-0/rank-1`` and ``prefill-0/rank-0``."""
+ToWorker = Peers
+
+from_worker: Codec[FromWorker] = Codec(FromWorker)
+to_worker: Codec[ToWorker] = Codec(ToWorker)
+
+
+def rank_name(engine: str, tp_rank: int) -> str:
+    """Return the name under which a rank's pairs and entry are told: ``decode-0/rank-1``."""
+    return f"{engine}/rank-{tp_rank}"
+
+
+def engine_of_rank(name: str) -> str:
+    """Return the engine's name in ``decode-0/rank-1``."""
+    return name.partition("/")[0]
+
+
+def rank_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """Return an entry for each rank of the engines of vLLM that are up.
+
+    Not earlier: a READ of a GPU whose engine captures its CUDA graphs breaks the capture.
+    """
+    return list(_rank_entries(entries))
+
+
+def _rank_entries(entries: Iterable[Entry]) -> Iterator[Entry]:
+    for entry in entries:
+        if entry.state in ("starting", "failed"):
+            continue
+        for tp_rank, side_channel in enumerate(entry.address.side_channels):
+            yield msgspec.structs.replace(
+                entry,
+                name=rank_name(entry.name, tp_rank),
+                kind="rank",
+                engine=entry.name,
+                tp_rank=tp_rank,
+                address=Address(side_channel=side_channel),
+            )

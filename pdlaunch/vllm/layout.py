@@ -1,0 +1,203 @@
+"""Finds the regions of vLLM's KV caches, from tensors and specs alone.
+
+::
+
+    a layer's tensor    (rows, heads, tokens, content)    4-D: keys and values in the content
+                        (rows, 2, tokens, heads, dim)     5-D, until 0.25: keys apart from values
+                        (rows, tokens, content)           3-D, latent attention: no heads
+    rows of a block     1, or several where the attention kernel's blocks are smaller
+
+A page is moved and proven whole. Only where engines have different TP sizes is it cut into heads,
+and all layers must keep the bytes of a head together. Source: vLLM 0.24 to 0.33.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pdlaunch.transfer.handshake import heads_of_rank
+from pdlaunch.transfer.regions import KVRegions
+
+# Kinds of layers, by the beginning of the names of their specs, whose pages are handed over.
+_KINDS = ("FullAttention", "MLAAttention", "SlidingWindow", "ChunkedLocalAttention", "RSWA")
+
+
+class UnknownLayout(Exception):
+    """Says why blocks of an engine cannot be handed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmLayout:
+    kv: KVRegions
+    groups: str  # what each group holds, in one line
+    pages: str  # how the bytes of a page are arranged, as far as tensors tell
+    total_heads: (
+        int  # of the whole model; 1 where every rank has all, one a rank where pages are whole
+    )
+    first_head: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    name: str
+    spec: Any
+    tensor: torch.Tensor
+    rows_per_block: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.tensor[0].numel() * self.tensor.element_size()
+
+    def heads(self) -> int:
+        """Return the number of heads that rows can be cut into; 0: they cannot."""
+        shape, strides = self.tensor.shape, self.tensor.stride()
+        if len(shape) == 4:
+            (num_heads, num_tokens, content), stride = shape[1:], strides[1]
+            is_inner = strides[2:] == (content, 1)
+        elif len(shape) == 5:
+            (num_tokens, num_heads, content), stride = shape[2:], strides[3]
+            is_inner = (strides[2], strides[4]) == (content, 1)
+        else:
+            return 0
+        # The stride of a single head says nothing.
+        is_cut = is_inner and (num_heads == 1 or stride == num_tokens * content)
+        return num_heads if is_cut else 0
+
+    def regions(self, *, cut: bool) -> Iterator[torch.Tensor]:
+        """Yield the layer's regions, [num_blocks, num_heads, head_bytes] uint8."""
+        item, tensor = self.tensor.element_size(), self.tensor
+        stride, start = tensor.stride(0) * item, tensor.storage_offset() * item
+        num_heads = self.heads() if cut else 1
+        # Keys and values, each with its heads side by side; or all of a row.
+        parts = 2 if cut and tensor.dim() == 5 else 1
+        apart = tensor.stride(1) * item if parts == 2 else 0
+        rows, part_bytes = self.rows_per_block, self.row_bytes // parts
+        if not cut and stride == part_bytes:
+            rows, stride, part_bytes = 1, stride * rows, part_bytes * rows
+        for row in range(rows):
+            for part in range(parts):
+                yield _bytes_of(tensor).as_strided(
+                    (tensor.shape[0] // self.rows_per_block, num_heads, part_bytes // num_heads),
+                    (stride * rows, part_bytes // num_heads, 1),
+                    start + row * stride + part * apart,
+                )
+
+
+def read_layout(
+    kv_caches: Mapping[str, Any],
+    kv_cache_config: Any,
+    *,
+    total_kv_heads: int,
+    tp_size: int,
+    tp_rank: int,
+    by_head: bool,
+) -> VllmLayout:
+    """Return the layout of a worker's KV caches. Raises UnknownLayout.
+
+    ``kv_caches``: tensors by layer; ``total_kv_heads``: of the model; ``by_head``: cut pages into
+    heads. Whole pages are fewer and larger: 8 times fewer checksums of an 8B model.
+    """
+    groups = [
+        [
+            _layer(name, _spec_of(group, name), kv_caches[name], kv_cache_config.num_blocks)
+            for name in sorted(group.layer_names, key=lambda name: (len(name), name))
+        ]
+        for group in kv_cache_config.kv_cache_groups
+    ]
+    layers = [layer for group in groups for layer in group]
+    if not layers:
+        raise UnknownLayout("it has no KV cache")
+    is_latent = all("MLA" in type(layer.spec).__name__ for layer in layers)
+    heads = {layer.heads() for layer in layers}
+    held = heads_of_rank(total_kv_heads, tp_size, tp_rank) if not is_latent else range(1)
+    cut = by_head and not is_latent and heads == {len(held)}
+    regions: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+    indices = []
+    for group in groups:
+        found = []
+        for layer in group:
+            for region in layer.regions(cut=cut):
+                # Layers of several groups may share memory: block ids tell whose it is.
+                key = region.data_ptr(), *region.shape, *region.stride()
+                index, _ = regions.setdefault(key, (len(regions), region))
+                found.append(index)
+        indices.append(tuple(found))
+    kv = KVRegions(tuple(region for _, region in regions.values()), tuple(indices))
+    if not (is_latent or cut):
+        total_kv_heads, held = tp_size, range(tp_rank, tp_rank + 1)
+    return VllmLayout(
+        kv,
+        groups="; ".join(_describe_group(group) for group in groups),
+        pages=_describe_pages(layers, cut=cut),
+        total_heads=1 if is_latent else total_kv_heads,
+        first_head=held.start,
+    )
+
+
+def window_of(spec: Any) -> int | None:
+    """Return the tokens that a layer sees, the current one included; None: all."""
+    window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
+    return None if window is None else int(window)
+
+
+def _spec_of(group: Any, name: str) -> Any:
+    spec = group.kv_cache_spec
+    return getattr(spec, "kv_cache_specs", {name: spec})[name]
+
+
+def _layer(name: str, spec: Any, tensor: Any, num_blocks: int) -> _Layer:
+    kind = type(spec).__name__
+    if not kind.startswith(_KINDS) or not isinstance(tensor, torch.Tensor):
+        raise UnknownLayout(f"layer {name} keeps its state as {kind}, which is not handed over yet")
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    rows = shape[0] // num_blocks
+    row = tensor[0]
+    steps = zip(row.shape, row.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in steps)
+    if (
+        tensor.dim() not in (3, 4, 5)
+        or shape[0] != rows * num_blocks
+        or rows < 1
+        or extent != row.numel()
+        or strides[0] < row.numel()
+    ):
+        raise UnknownLayout(
+            f"layer {name} has a KV cache of shape {shape} and strides {strides} for {num_blocks} "
+            "blocks: a block is not one piece of memory"
+        )
+    return _Layer(name, spec, tensor, rows)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole memory that a tensor lies in as [num_bytes] uint8."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage())
+
+
+def _describe_group(layers: list[_Layer]) -> str:
+    spec = layers[0].spec
+    window = window_of(spec) or "full"
+    return f"{window}: {len(layers)} layers of {spec.block_size} tokens"
+
+
+def _describe_pages(layers: list[_Layer], *, cut: bool) -> str:
+    """Return what must be equal at both ends; without the number of heads where that may differ."""
+    kinds: Counter[str] = Counter()
+    for layer in layers:
+        shape = list(layer.tensor.shape[1:])
+        strides = [layer.tensor.stride(dim) for dim in range(1, layer.tensor.dim())]
+        if cut:
+            heads_at = 0 if len(shape) == 3 else 2
+            del shape[heads_at], strides[heads_at]
+        order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
+        kinds[
+            f"{layer.tensor.device.type} {str(layer.tensor.dtype).removeprefix('torch.')}"
+            f"{shape} order {order} x{layer.rows_per_block}"
+        ] += 1
+    listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+    return f"{'by head' if cut else 'whole pages'}: {listed}"

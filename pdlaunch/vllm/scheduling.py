@@ -1,0 +1,224 @@
+"""Decides in vLLM's EngineCore which blocks are lent to decode engines, and which are pulled.
+
+::
+
+    prefill   prompt computed ──> GrantLease, blocks stay ── LeaseEnded ──> blocks are free
+    decode    matched: a prompt of a prefill engine ──> blocks ──> StartPull ──> received, or failed
+              nothing to pull (all is cached, aborted) ──> StartPull without blocks: ends the lease
+
+Commands go to all workers with the metadata of the next step. vLLM always takes one more step after
+a request has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.engine_link import KVSetup
+from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
+from pdlaunch.protocol.kv_params import KVTransferParams, RemoteKV, from_wire, to_wire
+from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
+
+_logger = logging.getLogger(__name__)
+
+NULL_BLOCK = 0  # stands in block tables for blocks that have left a sliding window
+# Decode finds a prefill engine by its id in the registry; host and port are for other routers.
+_NO_PORT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """Describes a KV cache group; sizes in tokens."""
+
+    block_size: int
+    window: int | None  # None sees all
+
+
+class Scheduling:
+    """Answers vLLM's scheduler; one for each engine. ``take_commands`` once a step."""
+
+    def __init__(
+        self,
+        setup: KVSetup,
+        settings: KVTransferSettings,
+        groups: Sequence[GroupShape],
+        *,
+        engine_id: str,
+        tp_size: int,
+    ) -> None:
+        self._setup = setup
+        self._settings = settings
+        self._groups = groups
+        self._engine_id = EngineId(engine_id)
+        self._tp_size = tp_size
+        self._root = root_hash(setup.model_digest)
+        self._hash_tokens = min(group.block_size for group in groups)
+        self._commands: list[TransferCommand] = []
+        # Requests for which a lease was used: they are computed here from then on, if need be.
+        self._asked: set[str] = set()
+        self._loading: set[str] = set()  # requests whose blocks workers are pulling
+
+    def take_commands(self) -> list[TransferCommand]:
+        commands, self._commands = self._commands, []
+        return commands
+
+    def num_matched(self, request: Any, num_cached: int) -> int:
+        """Return how many prompt tokens can be pulled behind ``num_cached`` cached ones."""
+        if request.request_id in self._asked or self._remote(request) is None:
+            return 0
+        num_tokens = request.num_prompt_tokens
+        # vLLM computes the last prompt token again. Its window begins one token before that of the
+        # next one, whose blocks are all that either engine keeps; in front of a block's edge, that
+        # token lies in a block that is gone.
+        if any(
+            group.window is not None
+            and num_tokens > group.window
+            and (num_tokens - group.window + 1) % group.block_size == 0
+            for group in self._groups
+        ):
+            return 0
+        return max(0, int(num_tokens) - num_cached)
+
+    def allocated(
+        self, request: Any, tables: Sequence[Sequence[int]], num_external_tokens: int
+    ) -> None:
+        """Begin to pull the last ``num_external_tokens`` of the prompt into blocks of these tables;
+        or end the lease, where there is nothing to pull.
+        """
+        remote = self._remote(request)
+        if remote is None or request.request_id in self._asked:
+            return
+        self._asked.add(request.request_id)
+        if num_external_tokens == 0:
+            self._pull(request, remote, None, 0)
+            return
+        self._loading.add(request.request_id)
+        self._pull(request, remote, tables, request.num_prompt_tokens - num_external_tokens)
+
+    def received(self, request_ids: Sequence[str]) -> None:
+        """Record that workers have nothing to do with the blocks of these requests any more."""
+        self._loading.difference_update(request_ids)
+
+    def finished(
+        self, request: Any, tables: Sequence[Sequence[int]], *, is_prefilled: bool
+    ) -> dict[str, Any] | None:
+        """Return the ``kv_transfer_params`` of a prompt whose blocks stay until their lease ends;
+        None: they are free at once.
+        """
+        request_id, remote = request.request_id, self._remote(request)
+        if remote is not None:
+            if request_id in self._loading:
+                self._commands.append(CancelPull(pull_id=PullId(request_id)))
+            elif request_id not in self._asked:
+                self._pull(request, remote, None, 0)  # the lease still ends
+            self._asked.discard(request_id)
+            return None
+        if not (
+            is_prefilled and request.prompt_token_ids and self._params(request).do_remote_decode
+        ):
+            return None
+        return self._lend(request, tables)
+
+    def _lend(self, request: Any, tables: Sequence[Sequence[int]]) -> dict[str, Any]:
+        num_tokens, lease_s = request.num_prompt_tokens, self._settings.lease_s
+        blocks, firsts = self._blocks_of(tables, 0, num_tokens)
+        lease_id = LeaseId(request.request_id)
+        self._commands.append(
+            GrantLease(
+                lease_id=lease_id,
+                block_ids=blocks,
+                first_block_index=firsts,
+                block_hashes=self._hashes(request),
+                num_tokens=num_tokens,
+                num_readers=1,
+                lease_s=lease_s,
+            )
+        )
+        remote = RemoteKV(
+            engine_id=self._engine_id,
+            lease_id=lease_id,
+            host=self._setup.advertise_address,
+            port=_NO_PORT,
+            block_ids=blocks,
+            num_tokens=num_tokens,
+            tp_size=self._tp_size,
+            lease_s=lease_s,
+        )
+        return to_wire(remote, None)
+
+    def _pull(
+        self,
+        request: Any,
+        remote: RemoteKV,
+        tables: Sequence[Sequence[int]] | None,
+        num_cached: int,
+    ) -> None:
+        blocks: list[list[int]] = [[] for _ in self._groups]
+        firsts = [0] * len(blocks)
+        if tables is not None:
+            blocks, firsts = self._blocks_of(tables, num_cached, request.num_prompt_tokens)
+        self._commands.append(
+            StartPull(
+                pull_id=PullId(request.request_id),
+                request_id=RequestId(request.request_id),
+                remote=remote,
+                block_ids=blocks,
+                first_block_index=firsts,
+                block_hashes=self._hashes(request),
+                num_tokens=request.num_prompt_tokens,
+                timeout_s=self._settings.pull_timeout_s,
+                num_attempts=self._settings.pull_attempts,
+            )
+        )
+
+    def _blocks_of(
+        self, tables: Sequence[Sequence[int]], num_before: int, num_tokens: int
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return the blocks of each group that hold tokens from ``num_before`` to ``num_tokens``,
+        and the logical index of the first one.
+
+        ::
+
+            logical index     0 ........ first ............ last
+            block table     | null | null | 17 | 4 | 23 | (room for tokens to come) |
+        """
+        blocks, firsts = [], []
+        for group, table in zip(self._groups, tables, strict=True):
+            last = -(-num_tokens // group.block_size)
+            first = min(num_before // group.block_size, last)
+            while first < last and table[first] == NULL_BLOCK:
+                first += 1
+            blocks.append(list(table[first:last]))
+            firsts.append(first)
+        return blocks, firsts
+
+    def _hashes(self, request: Any) -> list[bytes]:
+        """Return the chained hashes of a prompt's tokens, and of what else its KV depends on."""
+        lora = "" if request.lora_request is None else request.lora_request.lora_name
+        inputs = [f"{each.identifier}@{each.mm_position.offset}" for each in request.mm_features]
+        root = self._root
+        if lora or inputs:
+            root = root_hash(self._setup.model_digest, cache_salt="\n".join((lora, *inputs)))
+        tokens = list(request.prompt_token_ids or ())
+        return TokenHasher(root, self._hash_tokens).prompt_hashes(tokens, len(tokens))
+
+    def _remote(self, request: Any) -> RemoteKV | None:
+        return self._params(request).remote_kv if request.prompt_token_ids else None
+
+    def _params(self, request: Any) -> KVTransferParams:
+        """Return what a request asks for; nothing if that cannot be read: an error here would end
+        the whole engine.
+        """
+        if not request.kv_transfer_params:
+            return KVTransferParams()
+        try:
+            return from_wire(request.kv_transfer_params)
+        except RequestError as error:
+            _logger.warning("request %s is computed here: %s", request.request_id, error)
+            return KVTransferParams()

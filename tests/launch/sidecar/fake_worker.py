@@ -1,0 +1,106 @@
+"""Stands for pdlaunch's KV connector in a worker of vLLM, as its sidecar sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from pdlaunch.protocol.control import Entry, PairFailed, PairReady
+from pdlaunch.protocol.engine_link import (
+    FromWorker,
+    KVSetup,
+    RankUp,
+    from_worker,
+    rank_name,
+    to_worker,
+)
+from pdlaunch.protocol.ids import EngineId
+from pdlaunch.protocol.sockets import SecureContext
+
+
+def read_setup(path: Path) -> KVSetup:
+    return msgspec.json.decode(path.read_bytes(), type=KVSetup)
+
+
+class FakeWorker:
+    """Says what a test says, and with ``shake_hands`` what a rank whose handshakes succeed says."""
+
+    def __init__(self, setup: KVSetup, tp_rank: int = 0, tp_size: int = 1) -> None:
+        self.setup = setup
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        self.name = rank_name(setup.name, tp_rank)
+        self._context = SecureContext(setup.keys)
+        self._socket = self._context.connect(
+            zmq.DEALER,
+            setup.link,
+            identity=f"rank-{tp_rank}".encode(),
+            socket_class=zmq.asyncio.Socket,
+        )
+
+    async def say(self, message: FromWorker) -> None:
+        await self._socket.send(from_worker.encode(message))
+
+    async def be_up(self, engine_id: str = "") -> None:
+        await self.say(
+            RankUp(
+                tp_rank=self.tp_rank,
+                tp_size=self.tp_size,
+                engine_id=EngineId(engine_id or f"{self.setup.name}#{self.setup.incarnation}"),
+                side_channel=f"tcp://{self.setup.advertise_address}:{7000 + self.tp_rank}",
+            )
+        )
+
+    async def peers(self) -> list[Entry]:
+        """Return the next peers that it is told."""
+        return to_worker.decode(await asyncio.wait_for(self._socket.recv(), 10)).entries
+
+    async def prove(self, peer: str, gigabytes_per_s: float = 1.0, num_peers: int = 1) -> None:
+        await self.say(
+            PairReady(
+                local=self.name,
+                peer=peer,
+                peer_incarnation=1,
+                seconds=0.1,
+                path="p2p",
+                gigabytes_per_s=gigabytes_per_s,
+                num_peers=num_peers,
+            )
+        )
+
+    async def shake_hands(self, error: str = "") -> None:
+        """Be up, and from then on prove each prefill rank once; with ``error`` refuse it."""
+        await self.be_up()
+        proven: set[tuple[str, int]] = set()
+        while True:
+            entries = to_worker.decode(await self._socket.recv()).entries
+            there = {
+                (entry.name, entry.incarnation): entry
+                for entry in entries
+                if self.setup.role == "decode"
+                and entry.role == "prefill"
+                and entry.state != "sleeping"
+            }
+            for key in there.keys() - proven:
+                await self.say(self._outcome(there[key], error))
+            proven = {*there}
+
+    def _outcome(self, peer: Entry, error: str) -> PairReady | PairFailed:
+        if error:
+            return PairFailed(local=self.name, peer=peer.name, error=error, fatal=True)
+        return PairReady(
+            local=self.name,
+            peer=peer.name,
+            peer_incarnation=peer.incarnation,
+            seconds=0.1,
+            path="p2p",
+            gigabytes_per_s=2.0,
+            num_peers=peer.tp_size,
+        )
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.close()

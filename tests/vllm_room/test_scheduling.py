@@ -1,0 +1,169 @@
+"""What vLLM's scheduler is answered: which blocks are lent and pulled, and when a lease ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.protocol.engine_link import KVSetup
+from pdlaunch.protocol.sockets import LaunchKeys
+from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull
+from pdlaunch.vllm.scheduling import GroupShape, Scheduling
+
+FULL, SLIDING = GroupShape(4, None), GroupShape(4, 6)
+
+
+class Request:
+    lora_request: Any = None
+    mm_features: Any = ()
+
+    def __init__(self, name: str, num_tokens: int, params: Any = None, **fields: Any) -> None:
+        self.request_id, self.kv_transfer_params = name, params
+        self.prompt_token_ids: list[int] | None = list(range(num_tokens))
+        self.num_prompt_tokens = num_tokens
+        self.__dict__ |= fields
+
+
+def scheduling(*groups: GroupShape, digest: str = "d") -> Scheduling:
+    setup = KVSetup(
+        name="decode-0",
+        incarnation=1,
+        role="decode",
+        bind_address="127.0.0.1",
+        advertise_address="127.0.0.1",
+        keys=LaunchKeys("", "", ""),
+        link="",
+        kv_transfer="",
+        by_head=False,
+        model_digest=digest,
+    )
+    return Scheduling(setup, KVTransferSettings(), groups or (FULL,), engine_id="e" * 32, tp_size=2)
+
+
+PREFILL = {"do_remote_decode": True}
+
+
+def lent(num_tokens: int = 10, *groups: GroupShape, tables: Any = ([3, 1, 2],)) -> Any:
+    """The params of a prompt that a prefill engine has computed."""
+    return scheduling(*groups).finished(
+        Request("p", num_tokens, PREFILL), tables, is_prefilled=True
+    )
+
+
+def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
+    """vLLM 0.24 also names blocks for tokens to come; those that left a window are null."""
+    prefill = scheduling(FULL, SLIDING)
+    tables = [3, 1, 2, 9], [0, 5, 6, 8]
+    params = prefill.finished(Request("p", 10, PREFILL), tables, is_prefilled=True)
+    (grant,) = prefill.take_commands()
+    assert isinstance(grant, GrantLease)
+    assert (grant.block_ids, grant.first_block_index) == ([[3, 1, 2], [5, 6]], [0, 1])
+    assert (grant.lease_id, grant.num_tokens, len(grant.block_hashes)) == ("p", 10, 3)
+    assert params is not None
+    assert params["remote_engine_id"] == "e" * 32
+    assert params["remote_block_ids"] == grant.block_ids
+    assert (params["tp_size"], params["do_remote_prefill"]) == (2, True)
+    assert prefill.take_commands() == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "is_prefilled"),
+    [
+        (Request("p", 10, PREFILL), False),
+        (Request("p", 10), True),
+        (Request("p", 10, PREFILL, prompt_token_ids=None), True),
+        (Request("p", 10, {"do_remote_decode": "nonsense"}), True),
+    ],
+    ids=["ended with its first token", "nobody asked", "embeddings", "nonsense"],
+)
+def test_other_requests_keep_nothing(request_: Request, is_prefilled: bool) -> None:
+    prefill = scheduling()
+    assert prefill.finished(request_, ([3, 1, 2],), is_prefilled=is_prefilled) is None
+    assert prefill.take_commands() == []
+
+
+def test_decode_pulls_what_it_has_not_cached_once_and_is_not_asked_again() -> None:
+    decode, request = scheduling(), Request("d", 10, lent())
+    assert decode.num_matched(request, 4) == 6
+    assert decode.num_matched(request, 4) == 6, "no room yet: vLLM asks again"
+    decode.allocated(request, ([7, 8, 9],), 6)
+    (pull,) = decode.take_commands()
+    assert isinstance(pull, StartPull)
+    assert (pull.block_ids, pull.first_block_index) == ([[8, 9]], [1])
+    assert (pull.pull_id, pull.remote.lease_id) == ("d", "p")
+    # Preempted, or the load has failed: it is computed here.
+    assert decode.num_matched(request, 0) == 0
+    decode.allocated(request, ([7, 8, 9],), 0)
+    assert decode.take_commands() == []
+    decode.received(["d"])
+    assert decode.finished(request, ([7, 8, 9],), is_prefilled=True) is None
+    assert decode.take_commands() == []
+
+
+def test_both_sides_hash_the_same_prompt_alike_and_nothing_else() -> None:
+    def hashes(request: Request, digest: str = "d") -> list[bytes]:
+        side = scheduling(digest=digest)
+        request.kv_transfer_params = PREFILL
+        side.finished(request, ([3, 1, 2],), is_prefilled=True)
+        return side.take_commands()[0].block_hashes  # type: ignore[union-attr]
+
+    prompt = hashes(Request("a", 10))
+    assert prompt == hashes(Request("b", 10))
+
+    class Adapter:
+        lora_name = "adapter"
+
+    class Image:
+        identifier = "picture"
+        mm_position = type("Place", (), {"offset": 1})
+
+    others = [
+        hashes(Request("b", 10), digest="other weights"),
+        hashes(Request("b", 10, prompt_token_ids=[1, *range(1, 10)])),
+        hashes(Request("b", 10, lora_request=Adapter())),
+        hashes(Request("b", 10, mm_features=[Image()])),
+    ]
+    assert len({each[-1] for each in [prompt, *others]}) == 5
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_lease_ends_where_nothing_is_pulled(is_known: bool) -> None:
+    """All is cached, or the request was aborted before it got blocks."""
+    decode, request = scheduling(), Request("d", 10, lent())
+    if is_known:
+        assert decode.num_matched(request, 10) == 0
+        decode.allocated(request, ([7, 8, 9],), 0)
+    else:
+        assert decode.finished(request, ([],), is_prefilled=False) is None
+    (visit,) = decode.take_commands()
+    assert isinstance(visit, StartPull)
+    assert visit.block_ids == [[]]
+
+
+def test_an_abort_cancels_the_pull_under_way_and_no_other() -> None:
+    decode, request = scheduling(), Request("d", 10, lent())
+    decode.num_matched(request, 0)
+    decode.allocated(request, ([7, 8, 9],), 10)
+    decode.take_commands()
+    assert decode.finished(request, ([7, 8, 9],), is_prefilled=False) is None
+    assert decode.take_commands() == [CancelPull(pull_id="d")]
+
+
+@pytest.mark.parametrize(("num_tokens", "matched"), [(6, 6), (9, 0), (10, 10), (12, 12), (13, 0)])
+def test_a_last_token_that_sees_a_block_that_is_gone_is_computed_here(
+    num_tokens: int, matched: int
+) -> None:
+    """Token 9 of 10 with a window of 6 sees 4 to 9, and block 1 holds 4: it stays. Of 9 tokens the
+    last one sees 3, and the next one none of block 0.
+    """
+    params = lent(num_tokens, SLIDING, tables=([0, 5, 6, 7],))
+    assert scheduling(SLIDING).num_matched(Request("d", num_tokens, params), 0) == matched
+
+
+def test_params_that_cannot_be_read_leave_the_prompt_to_this_engine(caplog: Any) -> None:
+    decode = scheduling()
+    broken = lent() | {"remote_block_ids": "all"}
+    assert decode.num_matched(Request("d", 10, broken), 0) == 0
+    assert "request d is computed here: kv_transfer_params" in caplog.text
