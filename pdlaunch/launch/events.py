@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -28,19 +29,35 @@ class StopRequested:
     reason: str = ""  # words for people; empty: the signal itself
 
 
-Event = MessageReceived | ProcessExited | StopRequested
+@dataclass(frozen=True, slots=True)
+class FolderLost:
+    """Somebody has removed the launch's folder, without which no process can be started again."""
+
+    path: Path
+
+
+Event = MessageReceived | ProcessExited | StopRequested | FolderLost
+FOLDER_CHECK_S = 2.0
 
 
 class EventQueue:
     """Waits for the events of a launch.
 
     ``lifeline``: a pipe whose end asks for a stop, because the process that held it is gone.
+    ``run_dir``: the launch's folder, which cleaners of temporary files may remove.
     """
 
-    def __init__(self, host: LocalHost, signals: SignalInbox, lifeline: int | None = None) -> None:
+    def __init__(
+        self,
+        host: LocalHost,
+        signals: SignalInbox,
+        lifeline: int | None = None,
+        run_dir: Path | None = None,
+    ) -> None:
         self._host = host
         self._signals = signals
         self._lifeline = lifeline
+        self._run_dir = run_dir
         self._poller = zmq.Poller()
         for source in (*host.sources, signals.fileno()):
             self._poller.register(source, zmq.POLLIN)
@@ -49,7 +66,7 @@ class EventQueue:
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
-        readable = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
+        readable = dict(self._poller.poll(math.ceil(min(timeout_s, FOLDER_CHECK_S) * 1000)))
         stops = [StopRequested(number) for number in self._signals.take()]
         lifeline = self._lifeline
         if lifeline is not None and lifeline in readable and not os.read(lifeline, 4096):
@@ -57,9 +74,13 @@ class EventQueue:
             self._poller.unregister(lifeline)
             self._lifeline = None
             stops.append(StopRequested(signal.SIGHUP, "whoever started this is gone"))
+        lost = []
+        if self._run_dir is not None and not self._run_dir.exists():
+            lost.append(FolderLost(self._run_dir))
+            self._run_dir = None
         # Exits first: the last messages of a dead process have arrived once its end is known.
         exits = self._host.exits()
-        return causes_first(stops, exits, self._host.messages())
+        return [*lost, *causes_first(stops, exits, self._host.messages())]
 
 
 def causes_first(

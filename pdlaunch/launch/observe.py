@@ -12,7 +12,7 @@ import msgspec
 
 from pdlaunch.config.model_files.identity import changes
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.events import Event, StopRequested
+from pdlaunch.launch.events import Event, FolderLost, StopRequested
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import (
@@ -66,6 +66,13 @@ def observe(
     """Update the state with one event, and return the actions that follow at once."""
     turn = Turn(wanted, seen, now)
     match event:
+        case FolderLost(path=path):
+            summary = (
+                f"{path}, the folder of this launch, has been removed, so no process could be "
+                "started again. Keep cleaners of temporary files away from it, or set TMPDIR"
+            )
+            turn.announce(summary)
+            turn.fail(Failure(summary))
         case StopRequested():
             _stop(turn, event)
         case MessageReceived(name=name, message=message):

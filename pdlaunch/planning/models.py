@@ -53,14 +53,17 @@ def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fet
     Raises ConfigError, also when what came is no usable set of weights.
     """
     wanted = [
-        (model.path, model.name)
+        (model.path, model.name, model.shape)
         for role, model in models.items()
-        if model.on_hub and model.path and config.engine_settings(role).load_format != "dummy"
+        if model.on_hub
+        and model.path
+        and model.shape
+        and config.engine_settings(role).load_format != "dummy"
     ]
-    for path, name in dict.fromkeys(wanted):
+    for path, name, shape in dict.fromkeys(wanted):
         # Snapshots are named after their commit.
         fetch(name, Path(path).name, "weights")
-        check_files(Path(path))
+        check_files(Path(path), shape)
 
 
 def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
@@ -83,7 +86,7 @@ def weight_error(model: Model) -> ConfigError | None:
     if model.shape is None or model.path is None or model.on_hub:
         return None
     try:
-        check_files(Path(model.path))
+        check_files(Path(model.path), model.shape)
     except ConfigError as error:
         return error
     return None

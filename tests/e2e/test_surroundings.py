@@ -1,9 +1,13 @@
-"""One launch with the default settings: its routes, and a supervisor that stands still."""
+"""A launch with the default settings: its routes, a supervisor that stands still, a folder that is
+removed.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from tests.e2e.api import complete_all, greedy_body
+from tests.e2e.api import complete_all, greedy_body, streamed
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused
 from tests.e2e.test_scale import run
@@ -62,3 +66,18 @@ def test_a_supervisor_that_wakes_up_late_restarts_nothing(launch: Deployment) ->
     # Carried out behind the dropped one, so that a restart would show by now.
     assert "nothing runs there" in run("drain", "prefill-0", "--url", launch.url)
     assert {name: process.pid for name, process in launch.processes().items()} == before
+
+
+def test_a_launch_whose_folder_is_removed_answers_what_it_has_and_ends(llama: Path) -> None:
+    prompt = list(range(40, 100))
+    (expected,) = greedy(llama, [prompt], 400)
+    folder = tempfile.TemporaryDirectory(suffix=30 * "x")
+    environ = default_environ() | {"TMPDIR": folder.name}
+    with folder, launched(llama, environ=environ) as launch:
+        (own,) = Path(folder.name).glob("pdlaunch-run-*")
+        with streamed(launch.url, prompt, 400) as tokens:
+            found = [next(tokens)]
+            shutil.rmtree(own)
+            assert found + list(tokens) == expected
+        assert launch.process.wait(120) == 1
+        assert f"{own}, the folder of this launch, has been removed" in launch.output()

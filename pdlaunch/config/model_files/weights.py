@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
-from pdlaunch.config.model_files.shape import read_json
+from pdlaunch.config.model_files.shape import ModelShape, read_json
 from pdlaunch.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -19,6 +20,11 @@ DOWNLOAD_AGAIN = (
 )
 MAX_TOKENIZER_BYTES = 256 * 1024**2
 """Several times the largest that are published, of 33 MB."""
+_TENSOR = re.compile(
+    # A multimodal file has the language model's below a name of its own.
+    r"(?:language_model\.)?model\.(?:language_model\.)?(?:layers\.\d+\.)?"
+    r"(embed_tokens|self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight"
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _OTHER_CONTENT = {
     b"version https://git-lfs": "a Git LFS pointer: the file itself was never fetched "
@@ -74,16 +80,41 @@ def weight_files(model_dir: Path) -> list[Path]:
     )
 
 
-def check_files(model_dir: Path) -> None:
-    """Check the headers of the weights, and read tokenizer.json.
+def check_files(model_dir: Path, shape: ModelShape) -> None:
+    """Compare the headers of the weights with the shape in config.json, and read tokenizer.json.
 
     Raises ConfigError: a rank would find the same only after its libraries are loaded.
     """
-    weight_files(model_dir)
+    kv_size = shape.num_kv_heads * shape.head_dim
+    query_size = shape.num_attention_heads * shape.head_dim
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    sizes = {
+        "embed_tokens": [shape.vocab_size, hidden],
+        "self_attn.q_proj": [query_size, hidden],
+        "self_attn.k_proj": [kv_size, hidden],
+        "self_attn.v_proj": [kv_size, hidden],
+        "self_attn.o_proj": [hidden, query_size],
+        "mlp.gate_proj": [inner, hidden],
+        "mlp.up_proj": [inner, hidden],
+        "mlp.down_proj": [hidden, inner],
+    }
+    for file in weight_files(model_dir):
+        for name, found in _tensor_shapes(file):
+            match = _TENSOR.fullmatch(name)
+            if match is not None and found != sizes[match[1]]:
+                what = f"{name} has the shape {found}, by config.json it is {sizes[match[1]]}"
+                raise damaged(file, what, fix="Download weights and config.json of one version.")
     tokenizer = model_dir / "tokenizer.json"
     # A prompt may come as token ids, so a model without the file can be served.
     if os.path.lexists(tokenizer):
         read_json(tokenizer, MAX_TOKENIZER_BYTES)
+
+
+def _tensor_shapes(path: Path) -> list[tuple[str, list[int]]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return [(name, file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
 
 
 def names_in(index: Path) -> list[str]:

@@ -6,8 +6,11 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import INDEX, check_files, check_gguf, weight_files
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.files import EMPTY_SAFETENSORS
@@ -93,10 +96,27 @@ def test_a_damaged_file_is_named(content: bytes, said: str, tmp_path: Path) -> N
     assert said in text
 
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 10,
+}
+SHAPES = {
+    "model.embed_tokens.weight": (10, 8),
+    "model.layers.0.self_attn.k_proj.weight": (8, 8),
+    "model.layers.0.mlp.down_proj.weight": (8, 16),
+    "vision_tower.layers.0.mlp.down_proj.weight": (3, 3),
+}
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "tokenizer.json").write_text("{}")
-    weights_of(tmp_path).write_bytes(GOOD)
+    save_file({name: np.zeros(shape) for name, shape in SHAPES.items()}, weights_of(tmp_path))
     return tmp_path
 
 
@@ -104,10 +124,20 @@ def weights_of(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def test_whole_files_are_accepted(model: Path) -> None:
-    check_files(model)
+def test_files_that_fit_their_configuration_are_accepted(model: Path) -> None:
+    check_files(model, read_model_shape(model))
     (model / "tokenizer.json").unlink()
-    check_files(model)
+    check_files(model, read_model_shape(model))
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("model")])
+def test_a_tensor_of_another_shape_is_named(model: Path, name: str) -> None:
+    save_file({name: np.zeros((10, 9))}, weights_of(model))
+    with pytest.raises(
+        ConfigError, match=r"has the shape \[10, 9\], by config.json it is"
+    ) as caught:
+        check_files(model, read_model_shape(model))
+    assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +150,7 @@ def test_whole_files_are_accepted(model: Path) -> None:
 def test_hostile_headers_are_damage(model: Path, header: dict[str, object]) -> None:
     weights_of(model).write_bytes(safetensors(header, b"x" * 8))
     with pytest.raises(ConfigError, match="is damaged"):
-        check_files(model)
+        check_files(model, read_model_shape(model))
 
 
 @pytest.mark.parametrize(
@@ -131,13 +161,13 @@ def test_a_file_without_an_end_is_not_read(model: Path, name: str, says: str) ->
     (model / name).unlink()
     (model / name).symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match=says):
-        check_files(model)
+        check_files(model, read_model_shape(model))
 
 
 def test_a_tokenizer_that_is_cut_off_is_named(model: Path) -> None:
     (model / "tokenizer.json").write_text('{"version": "1.0", "model": {"vo')
     with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
-        check_files(model)
+        check_files(model, read_model_shape(model))
 
 
 @pytest.mark.parametrize(
