@@ -79,6 +79,7 @@ FIGURES = {
     "kv_read_seconds": "Seconds of their READs; of the slowest rank.",
     "kv_transfer_failures": "Pulls that failed.",
     "kv_verification_failures": "Pulls whose hashes or checksums differed.",
+    "kv_leases_expired": "Leases that nobody pulled in time.",
 }
 
 
@@ -207,8 +208,10 @@ class Worker:
         results = Results()
         for event in self._transfer.take_events():
             match event:
-                case LeaseEnded(lease_id=lease_id):
+                case LeaseEnded(lease_id=lease_id, reason=reason):
                     results.sent.add(lease_id)
+                    if reason == "expired":
+                        self._add(kv_leases_expired=1.0)
                 case PullFinished():
                     self._count(event)
                     if event.in_flight:
@@ -252,16 +255,14 @@ class Worker:
         if load is None:
             return
         has_failed = not event.ok and event.error != "cancelled"
-        new = (
-            float(event.ok),
-            float(event.num_bytes),
-            event.seconds if event.ok else 0.0,
-            event.read_s,
-            float(has_failed),
-            float(event.verification_failed),
+        self._add(
+            kv_transfers=float(event.ok),
+            kv_transfer_bytes=float(event.num_bytes),
+            kv_transfer_seconds=event.seconds if event.ok else 0.0,
+            kv_read_seconds=event.read_s,
+            kv_transfer_failures=float(has_failed),
+            kv_verification_failures=float(event.verification_failed),
         )
-        for name, value in zip(FIGURES, new, strict=True):
-            self._figures[name] = self._figures.get(name, 0.0) + value
         if not has_failed:
             return
         engine_id = load.remote.engine_id
@@ -271,6 +272,10 @@ class Worker:
         )
         if engine:
             self._link.send(PullFailure(peer_engine=engine, error=event.error))
+
+    def _add(self, **figures: float) -> None:
+        for name, value in figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + value
 
     def _on_message(self, message: Peers) -> None:
         """Called from the link's thread."""

@@ -13,6 +13,8 @@ import zmq
 
 # Of pdlaunch's connector and of vLLM's own.
 BYTES_READ = ("pdlaunch_kv_transfer_bytes_total", "vllm:nixl_bytes_transferred_sum")
+FAILED = ("pdlaunch_kv_transfer_failures_total", "vllm:nixl_num_failed_transfers_total")
+EXPIRED = ("pdlaunch_kv_leases_expired_total", "vllm:nixl_num_kv_expired_reqs_total")
 GET_META = b"get_meta_msg"
 _FIRST_REGION = re.compile(r"the first one at (0x[0-9a-f]+), (\d+) bytes apart")
 

@@ -16,8 +16,8 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.vllm.conftest import running_engines
-from tests.vllm.test_pair import BYTES_READ, NUM_TOKENS, prompt_of
-from tests.vllm.test_verified import FAILED
+from tests.vllm.kv_memory import BYTES_READ, FAILED, total
+from tests.vllm.test_pair import NUM_TOKENS, prompt_of
 
 pytestmark = pytest.mark.vllm_long
 
@@ -80,7 +80,8 @@ def test_an_adapter_is_a_model_of_the_pair_and_its_kv_moves(launch: Deployment) 
         after = decode.metrics()
         assert told == complete(alone, prompt, NUM_TOKENS, model=ADAPTER) != base
         assert base == complete(alone, prompt, NUM_TOKENS, model="smollm2")
-        num_used += after[BYTES_READ] > before[BYTES_READ] and after[FAILED] == before[FAILED]
+        has_read = total(after, BYTES_READ) > total(before, BYTES_READ)
+        num_used += has_read and total(after, FAILED) == total(before, FAILED)
         if num_used == 2:
             break
     else:

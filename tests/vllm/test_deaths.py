@@ -47,6 +47,7 @@ def is_gone(process: psutil.Process) -> bool:
 
 def await_healed(launch: Deployment, name: str, dead: list[psutil.Process], seed: int) -> None:
     """Wait until an engine is back in other processes and its pair moves KV blocks."""
+    await_true(lambda: states(launch.url).get(name) != "ready", "its death is seen", 120)
     await_true(lambda: all(map(is_gone, dead)), "all of it is gone", 120)
     await_true(lambda: states(launch.url).get(name) == "ready", f"{name} is back", 600)
 

@@ -14,8 +14,8 @@ from tests.netns.hosts import new_network, why_not
 from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.netns.test_launch import knock
 from tests.vllm.conftest import START_TIMEOUT_S
-from tests.vllm.test_pair import BYTES_READ, RUNNING, prompt_of
-from tests.vllm.test_verified import FAILED
+from tests.vllm.kv_memory import BYTES_READ, FAILED
+from tests.vllm.test_pair import RUNNING, prompt_of
 
 pytestmark = pytest.mark.vllm_long
 HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
@@ -56,13 +56,13 @@ def tokens_of(answer: Any) -> list[int]:
     return tokens
 
 
-def metric(pair: FarLaunch, name: str) -> float:
+def metric(pair: FarLaunch, *names: str) -> float:
     values = [
         float(line.rpartition(" ")[2])
         for line in pair.get("/metrics").splitlines()
-        if line.startswith((f"{name}{{", f"{name} "))
+        if line.startswith(tuple(f"{name}{end}" for name in names for end in "{ "))
     ]
-    assert values, name
+    assert values, names
     return sum(values)
 
 
@@ -73,9 +73,9 @@ def state(pair: FarLaunch, name: str) -> str:
 
 def assert_pulled(pair: FarLaunch, seed: int) -> None:
     """The tokens of a pair are those of a prefill engine alone, and KV went over the network."""
-    read, passed = metric(pair, BYTES_READ), pair.network.num_bytes("a", "b")
+    read, passed = metric(pair, *BYTES_READ), pair.network.num_bytes("a", "b")
     (answer,) = pair.ask(question(seed))
-    read = metric(pair, BYTES_READ) - read
+    read = metric(pair, *BYTES_READ) - read
     # 150 tokens of 46 kB each, but those of the last block.
     assert read > 4_000_000
     assert pair.network.num_bytes("a", "b") - passed > read
@@ -90,7 +90,7 @@ def test_tokens_are_those_of_one_engine_and_blocks_go_over_the_network(pair: Far
     for seed in range(3):
         assert_pulled(pair, seed)
     assert metric(pair, "pdlaunch_router_silent_recomputes_total") == 0
-    assert metric(pair, FAILED) == 0
+    assert metric(pair, *FAILED) == 0
     # They were proven: what prefill states has come from the other host.
     assert "used unproven" not in pair.log("decode-0.log")
 

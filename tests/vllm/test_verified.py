@@ -21,7 +21,16 @@ from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
-from tests.vllm.kv_memory import BYTES_READ, core_of, flip_bit, tcp_listeners, total, worker_of
+from tests.vllm.kv_memory import (
+    BYTES_READ,
+    EXPIRED,
+    FAILED,
+    core_of,
+    flip_bit,
+    tcp_listeners,
+    total,
+    worker_of,
+)
 
 NUM_TOKENS = 12
 LEASE_S = 8
@@ -40,7 +49,6 @@ REMOTE_DECODE = {
     "remote_port": None,
 }
 ANSWERS = "vllm:request_success_total"
-FAILED = ("vllm:nixl_num_failed_transfers_total", "pdlaunch_kv_transfer_failures_total")
 
 
 @pytest.fixture(
@@ -121,10 +129,12 @@ def test_an_expired_lease_whose_blocks_were_used_again(launch: tuple[str, Deploy
     connector, deployment = launch
     pair = Pair(deployment)
     prompt = prompt_of(100)
+    num_expired = total(pair.prefill.metrics(), EXPIRED)
     params = pair.hand_over(prompt)
     time.sleep(LEASE_S + 0.5)
     for seed in range(101, 106):
         complete(pair.prefill, prompt_of(seed), 1)
+    assert total(pair.prefill.metrics(), EXPIRED) == num_expired + 1
     _, num_failed = pair.counts()
     told = pair.take(prompt, params)
     is_right = told == complete(pair.prefill, prompt, NUM_TOKENS)

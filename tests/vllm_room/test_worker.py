@@ -189,6 +189,13 @@ def test_a_visit_ends_the_lease_and_is_no_result(start: Start) -> None:
     assert decode.worker.take() == Results()
 
 
+def test_a_lease_that_nobody_pulls_is_counted(start: Start) -> None:
+    prefill = start("prefill", transfer={"lease_s": 0.2})
+    lend(prefill, "p", [3, 1, 2])
+    assert prefill.until(lambda results: bool(results.sent)).sent == {"p"}
+    assert prefill.worker.take_figures() == {"kv_leases_expired": 1}
+
+
 def test_wrong_bytes_are_never_used(start: Start) -> None:
     prefill, decode = paired(start)
     params = lend(prefill, "p", [3, 1, 2])
