@@ -199,6 +199,14 @@ def _split_blocks(context: Context) -> Iterator[Found]:
                 yield Found(message, argument.where)
 
 
+def _cumem(context: Context) -> Iterator[Found]:
+    for each in _our_sides(context):
+        for name in ("enable_sleep_mode", "enable_cumem_allocator"):
+            if each.device == "cuda" and getattr(each.settings, name):
+                message = f"{name} keeps the KV cache of {each.role} engines from their peers"
+                yield Found(message, each.where(name))
+
+
 def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[int, ...]]]]:
     for each in _our_sides(context):
         for found in context.engine_commands(each.role).values():
@@ -348,6 +356,12 @@ RULES = (
         "without a word, and no KV block goes from prefill to decode.",
         when=_replaced_connector, fix=_REMOVE,
         source="vllm/config/vllm.py of vLLM 0.24 to 0.33."),
+    error("PD623", "Memory of vLLM's CuMem allocator cannot be handed over.",
+        "Its allocations have no handles for peers: NIXL reads them at 0.6 GB/s, and after a sleep "
+        "they lie elsewhere.",
+        when=_cumem,
+        fix=f"Leave enable_sleep_mode and enable_cumem_allocator out, or {_OWN_CONNECTOR}.",
+        source="vLLM's csrc/cumem_allocator.cpp; measured with vLLM 0.24 on two H200s."),
     error("PD624", "engine_args splits KV blocks in a way that cannot be proven.",
         "A drafting model and decode-context parallelism keep KV that pdlaunch's connector does "
         "not move.",

@@ -123,6 +123,10 @@ CASES: dict[str, Case] = {
             on(CPU, engine_args={"kv_offloading_size": 4}),
         ],
     ),
+    "PD623": Case(
+        [vllm(GPU, enable_cumem_allocator=True), vllm(GPU, decode__enable_sleep_mode=True)],
+        [vllm(GPU, enable_cumem_allocator=True, **STOCK), vllm(GPU)],
+    ),
     "PD624": Case(
         [args(dcp=2), args(speculative_config__method="ngram")],
         [vllm(engine_args={"dcp": 2}, **STOCK), args(enable_lora=True)],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -233,35 +232,3 @@ def _choose_devices() -> None:
         raise TransferError(str(error)) from None
     if devices:
         os.environ[_DEVICES] = devices
-
-
-def _try(device: str | None) -> str:
-    """Try NIXL as a rank uses it: import, backend, registration of memory. Without a device only
-    the import is tried.
-
-    ``python -P -m pdlaunch.transfer.connectors.nixl [cpu|cuda:N]`` prints ``imported`` and, after
-    what UCX has to say, what this returns: ``ok``, ``import: WHY`` or ``refused: WHY``.
-    """
-    try:
-        api, bindings = load_nixl()
-    except Exception as error:
-        return f"import: {type(error).__name__}: {error}"
-    _say("imported")
-    if device is not None:
-        try:
-            memory = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
-            new_agent(api, bindings, "pdlaunch-trial").register_memory(memory)
-        except Exception as error:
-            return f"refused: {type(error).__name__}: {error}"
-    return "ok"
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(" ".join(text.split()) + "\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    _say(_try(sys.argv[1] if len(sys.argv) > 1 else None))
-    # UCX's own end of a process may crash it.
-    os._exit(0)
