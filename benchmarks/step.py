@@ -232,7 +232,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
         make_spec(options, shape, decode_reach, max(decode_reach, prefill_reach)), decode_reach
     )
     scalar_bytes = DTYPE_BYTES[options.dtype]
-    weight_bytes = engine.runner.weight_bytes
+    weight_bytes = sum(each.nbytes for each in engine.runner._model.parameters())
     if not shape.tie_word_embeddings:
         weight_bytes -= shape.vocab_size * shape.hidden_size * scalar_bytes
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * scalar_bytes
