@@ -16,6 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -v --numprocesses 2 --no-loadscope-reorder
 ARGS ?=
 DIST ?= dist
+VLLM_VERSIONS ?= 0.28.0 0.31.0 0.32.0
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -78,6 +79,15 @@ coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
 	-tests/vllm/install.sh .venv-vllm
 	$(BIN)/python -m pytest -v -rs tests/vllm $(ARGS)
+
+# Each version has an environment of its own, of 4 GB.
+test-vllm-versions: install $(DEV)  ## Run the tests of proven KV with each version of vLLM
+	for version in $(VLLM_VERSIONS); do \
+	  tests/vllm/install.sh .venv-vllm-$$version $$version && \
+	  PDLAUNCH_TEST_VLLM=$(CURDIR)/.venv-vllm-$$version/bin/vllm \
+	    $(BIN)/python -m pytest -v -rs tests/vllm/test_verified.py -m "not vllm_long" $(ARGS) || \
+	    exit 1; \
+	done
 
 test-ray: install $(DEV)  ## Run the tests on a cluster of Ray
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray>=2.40'
@@ -143,5 +153,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm test-ray test-slurm test-prometheus test-browser coverage scale soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm test-vllm-versions test-ray test-slurm test-prometheus test-browser coverage scale soak kills cancels attack lint types format rules \
   settings wheel clean
