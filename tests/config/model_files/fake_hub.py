@@ -29,8 +29,15 @@ class FakeHub:
     url: str = ""
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     needs_token: bool = False
+    hold: dict[str, threading.Event] = field(default_factory=dict)
+    """The second half of a file is sent once its event is set."""
     requests: list[str] = field(default_factory=list)
     """Method and path of each."""
+
+    def asked(self) -> list[str]:
+        """The files that were asked for, in order."""
+        found = (FILE.fullmatch(each.removeprefix("GET ")) for each in self.requests)
+        return [match[3] for match in found if match]
 
 
 @contextmanager
@@ -57,6 +64,8 @@ def fake_hub(name: str, folder: Path) -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        for event in hub.hold.values():
+            event.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -130,5 +139,11 @@ def _send_file(
     request.send_header("X-Repo-Commit", commit)
     request.send_header("Content-Length", str(len(data)))
     request.end_headers()
-    if with_body:
-        request.wfile.write(data)
+    if not with_body:
+        return
+    half = len(data) // 2 if name in hub.hold else 0
+    request.wfile.write(data[:half])
+    request.wfile.flush()
+    if name in hub.hold:
+        hub.hold[name].wait()
+    request.wfile.write(data[half:])
