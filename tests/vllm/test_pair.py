@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,9 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.waiting import await_true
-from tests.vllm.kv_memory import BYTES_READ, engine_of, total
+from tests.vllm.kv_memory import BYTES_READ, EXPIRED, engine_of, total
 
 NUM_TOKENS = 12
-EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"
 RUNNING = "vllm:num_requests_running"
 
 
@@ -165,16 +166,38 @@ def test_a_client_that_leaves_frees_both_engines(pair: Deployment) -> None:
 
 def test_a_client_that_leaves_during_prefill_leaves_no_lease(pair: Deployment) -> None:
     """Decode alone frees prefill's blocks before their lease of 30 s ends."""
-    num_expired = Api(pair.url).metrics().get(EXPIRED, 0)
-    body = json.dumps({"prompt": prompt_of(21, 450), "max_tokens": 50}).encode()
-    host, port = pair.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
-        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    num_expired = total(Api(pair.url).metrics(), EXPIRED)
+    with leaving(pair.url, prompt_of(21, 450)):
         # vLLM counts what runs after each step, and the prompt takes one.
         await_true(lambda: requests_in_flight(pair.url) > 0, "the router has it")
     await_true(lambda: is_idle(pair), "nothing is leased")
-    assert Api(pair.url).metrics().get(EXPIRED, 0) == num_expired
+    assert total(Api(pair.url).metrics(), EXPIRED) == num_expired
+
+
+def test_clients_that_leave_at_any_moment_leave_no_lease(pair: Deployment) -> None:
+    """At each of them a prompt waits, is computed, lent, pulled or answered."""
+    num_expired = total(Api(pair.url).metrics(), EXPIRED)
+    for seed, delay_s in enumerate((0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6), start=22):
+        with leaving(pair.url, prompt_of(seed, 300)):
+            time.sleep(delay_s)
+    await_true(lambda: not requests_in_flight(pair.url) and is_idle(pair), "nothing is leased")
+    assert total(Api(pair.url).metrics(), EXPIRED) == num_expired
+    prompt, num_bytes = prompt_of(35, 300), bytes_read(pair.url)
+    told = complete(pair.url, prompt, NUM_TOKENS)
+    assert bytes_read(pair.url) > num_bytes
+    alone = admin_api(pair.url).engine("prefill-0")
+    assert told == complete(alone, prompt, NUM_TOKENS, model="smollm2")
+
+
+@contextlib.contextmanager
+def leaving(url: str, prompt: list[int]) -> Iterator[None]:
+    """Ask for an answer, and leave at the end of the block."""
+    body = json.dumps({"prompt": prompt, "max_tokens": 50}).encode()
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        yield
 
 
 def is_idle(pair: Deployment) -> bool:
@@ -274,4 +297,30 @@ def test_an_engine_that_is_killed_comes_back_and_is_proven_again(
             break
     else:
         pytest.fail("no KV byte moves any more")
+    assert complete(pair.url, prompt, NUM_TOKENS) == expected
+
+
+@pytest.mark.vllm_long
+def test_files_that_change_under_a_running_engine_stop_its_next_start(
+    pair: Deployment, model: Path
+) -> None:
+    prompt = prompt_of(36)
+    expected = complete(pair.url, prompt, NUM_TOKENS)
+    defaults = model / "generation_config.json"
+    kept = defaults.read_text()
+    defaults.write_text(json.dumps(json.loads(kept) | {"temperature": 2.0}))
+    engine_of(pair.processes()["decode-0"]).kill()
+    said = f"the model has changed since this launch began: {defaults.name} (SHA-256 "
+
+    def events() -> str:
+        return json.dumps(Api(pair.url).get_object("/pdlaunch/status")[1]["events"])
+
+    try:
+        await_true(lambda: said in events(), "status names the file", 600)
+        assert said in pair.output()
+        assert states(pair.url).get("decode-0") != "ready"
+        assert complete(pair.url, prompt, NUM_TOKENS) == expected
+    finally:
+        defaults.write_text(kept)
+    await_true(lambda: states(pair.url).get("decode-0") == "ready", "it is back", 600)
     assert complete(pair.url, prompt, NUM_TOKENS) == expected
