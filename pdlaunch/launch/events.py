@@ -31,9 +31,10 @@ class StopRequested:
 
 @dataclass(frozen=True, slots=True)
 class FolderLost:
-    """Somebody has removed the launch's folder, without which no process can be started again."""
+    """Somebody has removed a folder of the launch."""
 
     path: Path
+    is_logs: bool  # made again; without the other one no process can be started again
 
 
 Event = MessageReceived | ProcessExited | StopRequested | FolderLost
@@ -44,7 +45,7 @@ class EventQueue:
     """Waits for the events of a launch.
 
     ``lifeline``: a pipe whose end asks for a stop, because the process that held it is gone.
-    ``run_dir``: the launch's folder, which cleaners of temporary files may remove.
+    ``run_dir``, ``log_dir``: the launch's folders, which cleaners of temporary files may remove.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class EventQueue:
         signals: SignalInbox,
         lifeline: int | None = None,
         run_dir: Path | None = None,
+        log_dir: Path | None = None,
     ) -> None:
         self._host = host
         self._signals = signals
         self._lifeline = lifeline
         self._run_dir = run_dir
+        self._log_dir = log_dir
         self._poller = zmq.Poller()
         for source in (*host.sources, signals.fileno()):
             self._poller.register(source, zmq.POLLIN)
@@ -76,8 +79,12 @@ class EventQueue:
             stops.append(StopRequested(signal.SIGHUP, "whoever started this is gone"))
         lost = []
         if self._run_dir is not None and not self._run_dir.exists():
-            lost.append(FolderLost(self._run_dir))
+            lost.append(FolderLost(self._run_dir, is_logs=False))
             self._run_dir = None
+        if self._log_dir is not None and not self._log_dir.exists():
+            with contextlib.suppress(OSError):
+                self._log_dir.mkdir(mode=0o700, parents=True)
+                lost.append(FolderLost(self._log_dir, is_logs=True))
         # Exits first: the last messages of a dead process have arrived once its end is known.
         exits = self._host.exits()
         return [*lost, *causes_first(stops, exits, self._host.messages())]

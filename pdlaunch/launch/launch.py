@@ -125,7 +125,7 @@ def launch(
         plan, clock = plan_processes(resolved), time.monotonic
         supervisor = Supervisor(plan, host, bootstraps, places, observer, timing, clock)
         with contextlib.closing(host), SignalInbox() as signals:
-            drive(supervisor, EventQueue(host, signals, lifeline, run_dir).wait, clock)
+            drive(supervisor, EventQueue(host, signals, lifeline, run_dir, log_dir).wait, clock)
         seen = supervisor.seen
         report: tuple[str, ...] = ()
         if (failure := seen.failure) is not None:

@@ -66,6 +66,11 @@ def observe(
     """Update the state with one event, and return the actions that follow at once."""
     turn = Turn(wanted, seen, now)
     match event:
+        case FolderLost(path=path, is_logs=True):
+            turn.announce(
+                f"{path}, the folder of the logs, has been removed and is made again: a process "
+                "writes there once it is started again"
+            )
         case FolderLost(path=path):
             summary = (
                 f"{path}, the folder of this launch, has been removed, so no process could be "

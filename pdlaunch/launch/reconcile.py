@@ -323,7 +323,9 @@ def _end(turn: Turn) -> None:
     """Drain the router, stop it, then stop the engines; kill what is left."""
     wanted, seen = turn.wanted, turn.seen
     if not seen.is_ending:
-        serves = seen.phase is LaunchPhase.READY and seen.failure is None
+        # Without a process to blame, all engines still answer.
+        works = seen.failure is None or seen.failure.process is None
+        serves = seen.phase is LaunchPhase.READY and works
         drains = serves and wanted.timing.drain_s > 0
         for process in seen.processes():
             if process.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):

@@ -68,12 +68,18 @@ def test_a_supervisor_that_wakes_up_late_restarts_nothing(launch: Deployment) ->
     assert {name: process.pid for name, process in launch.processes().items()} == before
 
 
-def test_a_launch_whose_folder_is_removed_answers_what_it_has_and_ends(llama: Path) -> None:
+def test_a_launch_whose_folders_are_removed_answers_what_it_has_and_ends(
+    llama: Path,
+) -> None:
     prompt = list(range(40, 100))
     (expected,) = greedy(llama, [prompt], 400)
     folder = tempfile.TemporaryDirectory(suffix=30 * "x")
     environ = default_environ() | {"TMPDIR": folder.name}
     with folder, launched(llama, environ=environ) as launch:
+        shutil.rmtree(launch.log_dir)
+        said = f"{launch.log_dir}, the folder of the logs, has been removed"
+        await_true(lambda: said in launch.output(), "the launch says so")
+        assert launch.log_dir.is_dir()
         (own,) = Path(folder.name).glob("pdlaunch-run-*")
         with streamed(launch.url, prompt, 400) as tokens:
             found = [next(tokens)]
