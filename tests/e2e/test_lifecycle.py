@@ -23,7 +23,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.machine.availability import probe_port
-from tests.e2e.api import complete, requests_in_flight, states, streamed
+from tests.e2e.api import await_ready, complete, requests_in_flight, states, streamed
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import lives, paused, tracebacks
 from tests.e2e.tiny_models import greedy
@@ -122,6 +122,8 @@ class TestRestarts:
         self, deployment: Deployment, expected: list[int], name: str, verbs: list[str]
     ) -> None:
         engine = name.partition("/")[0]
+        # A router that was just started hears of the engines one after the other.
+        await_ready(deployment.url)
         before = deployment.processes()
         with ThreadPoolExecutor(3) as pool, streamed(deployment.url, PROMPT, 400) as token_ids:
             found = list(islice(token_ids, 5))
