@@ -113,7 +113,10 @@ def _keep(turn: Turn, unit: Unit) -> None:
         # A unit without a cause failed while joining; the change is taken back.
         if unit.cause is not None:
             _after_death(turn, unit, unit.cause)
-    elif unit.processes[0].state is ProcessState.PLANNED or turn.due(unit.start_at):
+    elif turn.due(unit.start_at) or (
+        # Else it waits for its host, which was lost after the engine was planned there.
+        unit.start_at is None and unit.processes[0].state is ProcessState.PLANNED
+    ):
         unit.start_at = None
         turn.do(Start(unit.name))
 

@@ -406,10 +406,10 @@ async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> N
     until_at = state.now() + timeout_s
     while True:
         # An error's page counts nothing, which is not to be taken for an engine at rest.
-        page = await state.client.read_metrics(engine)
+        page = await state.client.read(engine, "/metrics", ENGINE_CHECK_TIMEOUT_S)
         if page is None:
             raise _unavailable("/metrics does not answer 200", "engine_failed")
-        if not engine.num_works and not is_vllm_busy(Counts(page)):
+        if not engine.num_works and not is_vllm_busy(Counts(page.decode("utf-8", "replace"))):
             return
         if state.now() >= until_at:
             raise RequestError(

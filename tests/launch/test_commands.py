@@ -410,3 +410,14 @@ def test_a_turned_engine_that_does_not_start_is_told_to_be_gone(tmp_path: Path) 
     world.exit("prefill-1/rank-0", -15)
     assert world.answered().error.endswith("; decode-1 is gone already")
     assert world.given_work() == {"prefill-0", "decode-0"}
+
+
+def test_a_new_engine_whose_host_is_lost_before_its_start_waits_for_it(tmp_path: Path) -> None:
+    world = Changing(tmp_path, decode={"replicas": 2})
+    world.change(turn="decode-1", role="prefill")
+    world.supervisor.places.lost("local", None)
+    world.leave("decode-1")
+    assert "prefill-1" not in world.host.running
+    world.supervisor.places.joined(world.placed("prefill-1").host)
+    world.pass_time(1)
+    assert world.host.running["prefill-1"] == 1

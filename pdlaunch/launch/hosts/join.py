@@ -79,7 +79,7 @@ def held_join_file(path: Path, port: int = 0) -> Iterator[JoinKeys]:
     """Hold the join file as one supervisor does. Raises ConfigError while another one does.
 
     Yields the keys that a killed supervisor has left beside it, so that its agents join again, else
-    new ones for ``port``.
+    new ones. ``port``: where it shall listen; 0: where the killed one did, else anywhere.
     """
     # The lock is on the supervisor's file: the join file appears only once it is whole.
     own_path = _supervisor_path(path)
@@ -98,6 +98,8 @@ def held_join_file(path: Path, port: int = 0) -> Iterator[JoinKeys]:
         left = held.read(_MOST_BYTES)
         try:
             keys = msgspec.json.decode(left, type=JoinKeys) if left else new_join_keys(port)
+            # A port that was asked for counts: the old one may be taken, or shut.
+            keys = msgspec.structs.replace(keys, port=port or keys.port)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{own_path} does not hold the keys of a supervisor: {error}",

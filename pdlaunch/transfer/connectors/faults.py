@@ -1,8 +1,8 @@
 """Decides which faults the connector ``faulty`` injects into a rank's transfers, and when.
 
-It wraps the connector that ``kv_transfer.faulty.inner`` names; tests, the soaks and ``pdlaunch
-smoke --chaos`` use it. Which fault the i-th READ of a rank meets is a pure function of (seed,
-agent, i); which lease is cut short, one of (seed, agent, lease).
+It wraps the connector that ``kv_transfer.faulty.inner`` names; tests and the soaks use it. Which
+fault the i-th READ of a rank meets is a pure function of (seed, agent, i); which lease is cut
+short, one of (seed, agent, lease).
 """
 
 from __future__ import annotations

@@ -98,8 +98,11 @@ def test_the_supervisor_after_a_killed_one_has_its_keys_and_port(path: Path) -> 
     with held_join_file(path, 7070) as new:
         assert (new.port, new.server != keys.server) == (7070, True)
     write_join_files(path, keys, ENDPOINT)
-    with held_join_file(path, 7070) as left:
+    with held_join_file(path) as left:
         assert (left.server, left.agents, left.port) == (keys.server, keys.agents, 5555)
+    write_join_files(path, keys, ENDPOINT)
+    with held_join_file(path, 7070) as asked:
+        assert (asked.server, asked.port) == (keys.server, 7070)
     (path.parent / "join.supervisor").write_text("no keys")
     with pytest.raises(ConfigError, match="does not hold the keys"), held_join_file(path):
         pass
