@@ -6,7 +6,7 @@
             <── RankUp, PairReady, ... ──── worker       ZMQ DEALER; the sidecar has the ROUTER
             ── Peers ─────────────────────> worker       ranks of the other engines
 
-The connector imports this module with vLLM's packages, on Python 3.10 or later.
+The connector imports this module with vLLM's packages.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class KVSetup(Message, tag=False):
 
 
 class RankUp(Message):
-    """Tells, from a worker, that its transfer thread listens; comes again after a reconnect."""
+    """Tells, from a worker, that its transfer thread listens."""
 
     tp_rank: int
     tp_size: int

@@ -5,3 +5,8 @@ It runs in vLLM's processes, with vLLM's packages; ``connector`` alone imports v
     EngineCore   scheduler: which blocks to lend or pull ── commands, in vLLM's metadata ──┐
     workers      worker: a TransferThread for each, as a native rank has <─────────────────┘
 """
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - vLLM up to 0.31 still runs on 3.10
+    raise ImportError("pdlaunch's KV connector needs vLLM with Python 3.11 or newer")

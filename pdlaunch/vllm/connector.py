@@ -258,7 +258,14 @@ def _refused(reason: str) -> ValueError:
 def _shape_of(group: Any) -> GroupShape:
     spec = group.kv_cache_spec
     one = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
-    return GroupShape(block_size=spec.block_size, window=window_of(one))
+    kind = type(one).__name__
+    # Without the hybrid manager vLLM keeps all blocks of layers that see a window.
+    drops = kind.startswith(("SlidingWindow", "ChunkedLocalAttention"))
+    return GroupShape(
+        block_size=spec.block_size,
+        window=window_of(one) if drops else None,
+        in_chunks=kind.startswith("ChunkedLocalAttention"),
+    )
 
 
 def _show_logs() -> None:

@@ -36,9 +36,8 @@ class VllmLayout:
     kv: KVRegions
     groups: str  # what each group holds, in one line
     pages: str  # how the bytes of a page are arranged, as far as tensors tell
-    total_heads: (
-        int  # of the whole model; 1 where every rank has all, one a rank where pages are whole
-    )
+    # Of the whole model; 1 where every rank has all, one a rank where pages are whole.
+    total_heads: int
     first_head: int
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
@@ -37,7 +38,18 @@ class GroupShape:
     """Describes a KV cache group; sizes in tokens."""
 
     block_size: int
-    window: int | None  # None sees all
+    window: int | None  # blocks in front of it are given back; None keeps all
+    in_chunks: bool = False  # the window begins anew behind each chunk
+
+    def loses_context(self, num_tokens: int) -> bool:
+        """Return whether the last of ``num_tokens`` needs a block that both engines give back once
+        that token is computed: they keep the blocks that the next token needs.
+        """
+        if self.window is None or num_tokens < self.window:
+            return False
+        if self.in_chunks:
+            return num_tokens % self.window == 0
+        return (num_tokens - self.window + 1) % self.block_size == 0
 
 
 class Scheduling:
@@ -63,6 +75,7 @@ class Scheduling:
         # Requests for which a lease was used: they are computed here from then on, if need be.
         self._asked: set[str] = set()
         self._loading: set[str] = set()  # requests whose blocks workers are pulling
+        self._visits = count()
 
     def take_commands(self) -> list[TransferCommand]:
         commands, self._commands = self._commands, []
@@ -72,18 +85,11 @@ class Scheduling:
         """Return how many prompt tokens can be pulled behind ``num_cached`` cached ones."""
         if request.request_id in self._asked or self._remote(request) is None:
             return 0
-        num_tokens = request.num_prompt_tokens
-        # vLLM computes the last prompt token again. Its window begins one token before that of the
-        # next one, whose blocks are all that either engine keeps; in front of a block's edge, that
-        # token lies in a block that is gone.
-        if any(
-            group.window is not None
-            and num_tokens > group.window
-            and (num_tokens - group.window + 1) % group.block_size == 0
-            for group in self._groups
-        ):
+        num_tokens = int(request.num_prompt_tokens)
+        # vLLM computes the last prompt token again.
+        if any(group.loses_context(num_tokens) for group in self._groups):
             return 0
-        return max(0, int(num_tokens) - num_cached)
+        return max(0, num_tokens - num_cached)
 
     def allocated(
         self, request: Any, tables: Sequence[Sequence[int]], num_external_tokens: int
@@ -161,11 +167,14 @@ class Scheduling:
     ) -> None:
         blocks: list[list[int]] = [[] for _ in self._groups]
         firsts = [0] * len(blocks)
+        # Of its own: vLLM tells of requests that it refuses under the ids that clients chose.
+        pull_id = f"visit-{next(self._visits)}"
         if tables is not None:
+            pull_id = request.request_id
             blocks, firsts = self._blocks_of(tables, num_cached, request.num_prompt_tokens)
         self._commands.append(
             StartPull(
-                pull_id=PullId(request.request_id),
+                pull_id=PullId(pull_id),
                 request_id=RequestId(request.request_id),
                 remote=remote,
                 block_ids=blocks,

@@ -103,7 +103,6 @@ class Worker:
         self._peers: Sequence[Entry] = ()
         # Blocks of the pulls that vLLM waits for, and which engine each asks.
         self._loads: dict[str, StartPull] = {}
-        self._drains: set[str] = set()  # failed pulls whose READs may still write
         self._gate = ThreadPoolExecutor(1, "kv-gate")
         self._woken = threading.Event()  # the transfer thread has something to tell
         self._device = layout.kv.device
@@ -214,12 +213,9 @@ class Worker:
                         self._add(kv_leases_expired=1.0)
                 case PullFinished():
                     self._count(event)
-                    if event.in_flight:
-                        self._drains.add(event.pull_id)
-                    else:
+                    if not event.in_flight:  # else its READs may still write
                         self._finish(event.pull_id, results, ok=event.ok)
                 case PullDrained(pull_id=pull_id):
-                    self._drains.discard(pull_id)
                     self._finish(pull_id, results, ok=False)
         return results
 

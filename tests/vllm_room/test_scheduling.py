@@ -142,6 +142,15 @@ def test_a_lease_ends_where_nothing_is_pulled(is_known: bool) -> None:
     assert visit.block_ids == [[]]
 
 
+def test_requests_that_vllm_refuses_under_one_id_end_a_lease_each() -> None:
+    """It tells of them under the id that the client chose, which may come again at once."""
+    decode = scheduling()
+    for _ in range(2):
+        decode.finished(Request("chosen", 1, lent()), ([],), is_prefilled=False)
+    visits = decode.take_commands()
+    assert len({each.pull_id for each in visits if isinstance(each, StartPull)}) == 2
+
+
 def test_an_abort_cancels_the_pull_under_way_and_no_other() -> None:
     decode, request = scheduling(), Request("d", 10, lent())
     decode.num_matched(request, 0)
@@ -149,6 +158,15 @@ def test_an_abort_cancels_the_pull_under_way_and_no_other() -> None:
     decode.take_commands()
     assert decode.finished(request, ([7, 8, 9],), is_prefilled=False) is None
     assert decode.take_commands() == [CancelPull(pull_id="d")]
+
+
+@pytest.mark.parametrize(("num_tokens", "matched"), [(7, 7), (8, 0), (9, 9), (16, 0)])
+def test_a_prompt_that_fills_its_chunk_is_computed_here(num_tokens: int, matched: int) -> None:
+    """The next token sees none of a full chunk, so that both engines give its blocks back."""
+    chunks = GroupShape(4, 8, in_chunks=True)
+    params = lent(num_tokens, FULL, chunks, tables=([1, 2, 3, 4], [0, 0, 5, 6]))
+    decode = scheduling(FULL, chunks)
+    assert decode.num_matched(Request("d", num_tokens, params), 0) == matched
 
 
 @pytest.mark.parametrize(("num_tokens", "matched"), [(6, 6), (9, 0), (10, 10), (12, 12), (13, 0)])

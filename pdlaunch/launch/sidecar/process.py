@@ -306,9 +306,9 @@ class SidecarProcess:
         try:
             version = await self._api.version(HEALTH_TIMEOUT_S)
             self._capabilities = with_version(self._capabilities, version)
-            self._register()
         except ProtocolError as error:
             _logger.warning("%s", error)
+        self._register()
         if changed := changes(
             self._model_files, await asyncio.to_thread(self._options.model_files)
         ):
