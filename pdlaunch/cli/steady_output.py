@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import queue
 import select
 import sys
@@ -30,31 +31,52 @@ def standard_input() -> int:
 
 @contextlib.contextmanager
 def steady_output(finish_s: float = FINISH_S) -> Iterator[None]:
-    """Let a thread write what is printed to standard output and error, so that nobody else waits
-    for their readers, nor sees an OSError of theirs.
+    """Let threads write what is printed to standard output and error, so that nobody else waits for
+    their readers, nor sees an OSError of theirs.
 
-    The end waits up to ``finish_s`` for the readers to take what is left.
+    The end waits up to ``finish_s`` for each reader to take what is left.
     """
-    waiting: _Waiting = queue.SimpleQueue()
-    writer = threading.Thread(target=_write, args=(waiting,), name="steady-output", daemon=True)
+    waiting: _Waiting | None = None
+    before: TextIO | None = None
     with contextlib.ExitStack() as stack:
         for redirect, stream in (
             (contextlib.redirect_stdout, sys.stdout),
             (contextlib.redirect_stderr, sys.stderr),
         ):
             # A stream is None where it was closed before the command started.
-            if stream is not None:
-                stack.enter_context(redirect(_Stream(stream, waiting).text(stream.encoding)))
-        writer.start()
-        try:
-            yield
-        finally:
-            waiting.put(None)
-            writer.join(finish_s)
+            if stream is None:
+                continue
+            # One thread for one terminal: lines of both streams stay in order. A reader of standard
+            # output that stands still must not keep errors back.
+            if waiting is None or before is None or not _is_same(before, stream):
+                waiting = stack.enter_context(_written(finish_s))
+            stack.enter_context(redirect(_Stream(stream, waiting).text(stream.encoding)))
+            before = stream
+        yield
+
+
+@contextlib.contextmanager
+def _written(finish_s: float) -> Iterator[_Waiting]:
+    """Yield a queue whose items a thread writes."""
+    waiting: _Waiting = queue.SimpleQueue()
+    writer = threading.Thread(target=_write, args=(waiting,), name="steady-output", daemon=True)
+    writer.start()
+    try:
+        yield waiting
+    finally:
+        waiting.put(None)
+        writer.join(finish_s)
+
+
+def _is_same(one: TextIO, other: TextIO) -> bool:
+    """Tell whether both are the same terminal, pipe or file."""
+    try:
+        return os.path.sameopenfile(one.fileno(), other.fileno())
+    except OSError:  # One has no descriptor, as in tests.
+        return False
 
 
 def _write(waiting: _Waiting) -> None:
-    # One thread for both streams: their lines stay in order on a terminal.
     while (item := waiting.get()) is not None:
         stream, data = item
         stream.send(data)

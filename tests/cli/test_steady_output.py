@@ -71,6 +71,22 @@ def test_a_terminal_stays_one_and_gets_everything(monkeypatch: pytest.MonkeyPatc
         assert text == b"error\r\nprefill \\u2192 decode\r\n"
 
 
+def test_output_that_nobody_reads_keeps_no_error_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    with (
+        full_pipe() as (_, stuck),
+        os.fdopen(os.dup(stuck), "w") as output,
+        os.fdopen(read, "rb") as reader,
+        os.fdopen(write, "w") as errors,
+    ):
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "stderr", errors)
+        with steady_output(0.1):
+            sys.stdout.write("x")
+            sys.stderr.write("why\n")
+            assert reader.readline() == b"why\n"
+
+
 def run(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
     command, environ = [sys.executable, "-P", *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environ, text=True, timeout=300, check=False, **streams)
