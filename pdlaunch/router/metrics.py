@@ -40,8 +40,6 @@ _THERE_WITH_0: Mapping[str, Collection[str]] = {
     "lost_streams": LOST_REASONS,
 }
 _PAIR_SPEED = "pdlaunch_pair_bytes_per_second"
-# Counted by the supervisor; begins again with each launch.
-_ENDS = "pdlaunch_process_ends_total"
 _GAUGES = {  # set at a scrape or by a registry: labels and help by name
     f"{_PREFIX}engines_ready": ("", "Engines that can be given work."),
     f"{_PREFIX}engines": ("state", "Engines by state; failed ones are left alone for a while."),
@@ -50,10 +48,6 @@ _GAUGES = {  # set at a scrape or by a registry: labels and help by name
     _PAIR_SPEED: (
         "prefill decode holder puller path",
         "Speed that the handshake has measured between two ranks, over the path in use.",
-    ),
-    _ENDS: (
-        "process reason",
-        "Processes that ended while the launch served: they died, or hung and were killed.",
     ),
 }
 
@@ -68,6 +62,14 @@ class RouterMetrics:
             name: Counter(f"{_PREFIX}{name}", text, labels.split(), registry=registry)
             for name, (labels, text) in _COUNTERS.items()
         }
+        # Counted by the supervisor; begins again with each launch.
+        self._ends = Counter(
+            "pdlaunch_process_ends",
+            "Processes that ended while the launch served: they died, or hung and were killed.",
+            ("process", "reason"),
+            registry=registry,
+        )
+        self._num_ends: dict[tuple[str, str], int] = {}
         self._gauges = {
             name: Gauge(name, text, labels.split(), registry=registry)
             for name, (labels, text) in _GAUGES.items()
@@ -82,14 +84,11 @@ class RouterMetrics:
 
     def show_registry(self, registry: Registry) -> None:
         """Show how often processes have ended, and the speed of the pairs that are proven now."""
-        self._set(
-            _ENDS,
-            {
-                (process, reason): count
-                for process, counts in registry.ends.items()
-                for reason, count in counts.items()
-            },
-        )
+        for process, counts in registry.ends.items():
+            for reason, count in counts.items():
+                known = self._num_ends.get((process, reason), 0)
+                self._ends.labels(process, reason).inc(count - known)
+                self._num_ends[process, reason] = count
         speeds: dict[tuple[str, ...], float] = {}
         for pair in registry.pairs:
             names = engines_of(pair)
