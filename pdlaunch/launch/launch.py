@@ -25,7 +25,7 @@ from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined, Lost
 from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
-from pdlaunch.launch.places import EnginePlaces
+from pdlaunch.launch.places import EnginePlaces, findings_of, refuse_errors
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Failure, Observer
 from pdlaunch.launch.supervisor import Supervisor, drive
@@ -84,7 +84,7 @@ def launch(
     the public address (``ports.listening``); they are closed when no more connections are taken, at
     the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``agents``: of
     the other hosts, of which those of ``joined`` have joined. Raises StartupError and ConfigError
-    when a model cannot be converted.
+    when a model cannot be converted, or does not fit the settings.
     """
     config, here = resolved.config, resolved.hosts[0].name
     timing = Timing(
@@ -95,8 +95,10 @@ def launch(
     log_file = log_dir / SUPERVISOR_LOG
     setup_logging("supervisor", config.log_level, form=config.log_format, file=log_file)
     raise_open_files()
-    convert_models(resolved, observer)
-    resolved = resolved.after_conversion()
+    if resolved.conversions:
+        convert_models(resolved, observer)
+        resolved = resolved.after_conversion()
+        refuse_errors(findings_of(resolved))
     kind = kind_of(resolved)
     keys = new_launch_keys(with_certificate=resolved.spans_hosts)
     with (

@@ -314,24 +314,13 @@ class EnginePlaces:
         if kind_of(resolved).name != self.kind.name:
             raise ConfigError("the new engines are of another kind", field="engine")
         found = self._new_findings(resolved)
-        errors = [finding for finding in found if finding.severity == "error"]
-        if errors:
-            first = errors[0]
-            others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-            raise ConfigError(
-                f"{first.rule} {first.where}: {first.message}{others}",
-                fix=f"{first.fix} `pdlaunch explain {first.rule}` says more.",
-            )
+        refuse_errors(found)
         return [finding for finding in found if finding.severity == "warning"]
 
     def _new_findings(self, resolved: ResolvedLaunch) -> list[Finding]:
         """Return the findings of a launch whose rules find nothing in the present one."""
-        before, after = (
-            run_checks(launch, {}, Probes(), rules=self.kind.rules()).findings
-            for launch in (self.resolved, resolved)
-        )
-        known = {finding.rule for finding in before}
-        return [finding for finding in after if finding.rule not in known]
+        known = {finding.rule for finding in findings_of(self.resolved)}
+        return [finding for finding in findings_of(resolved) if finding.rule not in known]
 
     def _require_as_they_run(self, resolved: ResolvedLaunch, kept: Places) -> None:
         """Raise ConfigError if an engine that stays would have to be restarted: its sockets and its
@@ -347,6 +336,22 @@ class EnginePlaces:
                     field=f"{engine.engines.role}.replicas",
                     fix="start the launch with these engines",
                 )
+
+
+def findings_of(resolved: ResolvedLaunch) -> Sequence[Finding]:
+    """Return what the rules find in a launch whose files and ports have been judged."""
+    return run_checks(resolved, {}, Probes(), rules=kind_of(resolved).rules()).findings
+
+
+def refuse_errors(findings: Sequence[Finding]) -> None:
+    """Raise ConfigError for the first error among them."""
+    if errors := [finding for finding in findings if finding.severity == "error"]:
+        first = errors[0]
+        others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise ConfigError(
+            f"{first.rule} {first.where}: {first.message}{others}",
+            fix=f"{first.fix} `pdlaunch explain {first.rule}` says more.",
+        )
 
 
 def _key(engine: PlacedEngine) -> Key:

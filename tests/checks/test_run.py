@@ -9,6 +9,7 @@ from pdlaunch.checks.run import all_rules, run_checks
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
+from pdlaunch.launch.places import findings_of, refuse_errors
 from pdlaunch.machine.profiles import find_profile
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.resolve import resolve
@@ -132,6 +133,14 @@ def test_a_model_that_is_not_converted_yet_is_not_checked():
     pending = Model("smollm2", "/cache", pending="smollm2 is converted at the first start")
     report = check(models={"prefill": pending, "decode": pending})
     assert ("PD104", pending.pending) in {(item.rule, item.reason) for item in report.not_checked}
+
+
+def test_a_model_that_does_not_fit_is_refused_once_it_is_converted():
+    config = LaunchConfig(max_model_len=10**6)
+    refuse_errors(findings_of(resolve(LaunchConfig(), {"here": CPU}, {}, MODELS)))
+    with pytest.raises(ConfigError, match=r"PD106 max_model_len: .* positions") as caught:
+        refuse_errors(findings_of(resolve(config, {"here": CPU}, {}, MODELS)))
+    assert caught.value.fix
 
 
 def test_resolved_is_plain_json_without_secrets():

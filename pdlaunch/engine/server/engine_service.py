@@ -173,9 +173,8 @@ def _conflict(message: str) -> RequestError:
 
 
 MAX_REMEMBERED_LEASES = 4096
-"""Rank 0 tells its part at the end of a step. A router may ask before its own leaving is seen."""
-READ_STATS_TIMEOUT_S = 1.5
 LEASE_POLL_S = 0.05
+READ_STATS_TIMEOUT_S = 1.5
 """Rank 0 answers between two steps. Routers wait a little longer for a page of metrics."""
 RANK_SILENCE_S = 30.0
 """Rank 0 speaks every second between its steps; after this silence it counts as hung."""
