@@ -127,7 +127,8 @@ RULES = (
         message="mooncake listens without authentication on this machine's loopback device",
         fix="Use connector nixl, which listens nowhere. In a network namespace of its own a "
         "deployment is safe, though the warning stays.",
-        source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7)."),
+        source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
+        on_vllm=True),
     error("PD410", "Engines are to run on GPUs, but there is none.",
         "The driver shows no CUDA device to this process.",
         when=_no_gpu,
