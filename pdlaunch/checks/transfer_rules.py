@@ -148,7 +148,7 @@ RULES = (
         fix="Let kv_transfer.nixl.path be auto or p2p; switch expandable_segments off; or give "
         "the host an IMEX channel (fabric handles).",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
-        "0.44 GB/s.", needs=("transport",), on_vllm=True),
+        "0.44 GB/s.", needs=("transport",)),
     warning("PD504", "A pair of ranks is slow.",
         "Between GPUs of a host a good path gives 20 to 400 GB/s, between hosts at least half of "
         "10 Gbit Ethernet. Every prompt's first token waits for its blocks. Only the path in use "
@@ -158,8 +158,7 @@ RULES = (
         "UCX_TLS, at the placement of the ranks (one host, NUMA node, PCIe switch), and at what "
         "else uses the link.",
         source="The READ at the end of the handshake. P2P between two H200s: 340 to 394 GB/s; "
-        "PCIe 4.0 x16 carries 25 GB/s, 10 Gbit Ethernet 1.2 GB/s.", needs=("transport",),
-        on_vllm=True),
+        "PCIe 4.0 x16 carries 25 GB/s, 10 Gbit Ethernet 1.2 GB/s.", needs=("transport",)),
     info("PD505", "KV blocks move between a pair of ranks at the speed that is shown.",
         "The time that a prompt's KV cache takes from prefill to decode is its size divided by "
         "this figure.",
