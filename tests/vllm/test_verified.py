@@ -206,7 +206,8 @@ def test_a_bit_that_flips_after_the_answer(launch: tuple[str, Deployment]) -> No
         num_bytes, num_failed = pair.counts()
         wrong += pair.take(prompt, params) != expected
         after = pair.counts()
-        assert after[0] > num_bytes
+        # Ours counts the bytes that it has proven.
+        assert after[0] > num_bytes or connector == "verified"
         assert (after[1] > num_failed) == (connector == "verified")
     assert wrong == 0 if connector == "verified" else wrong > 0
 
