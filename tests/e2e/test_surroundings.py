@@ -1,6 +1,4 @@
-"""A launch with the default settings: its routes, a supervisor that stands still, a folder that is
-removed.
-"""
+"""A launch with the default settings: routes, a supervisor that stands still, lost folders."""
 
 from __future__ import annotations
 

@@ -146,7 +146,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def lend(prefill: Engine, name: str, blocks: list[int]) -> Any:
-    """What the prefill engine answers to a prompt of 10 tokens."""
     request = Request(name, 10, PREFILL)
     params = prefill.scheduling.finished(request, (blocks,), is_prefilled=True)
     prefill.step()
@@ -245,8 +244,6 @@ def test_a_wrong_pair_fails_before_traffic(start: Start, changes: Any, field: st
 
 
 class HandTransfer:
-    """Gives the events that a test wants."""
-
     def __init__(self) -> None:
         self.events: list[Any] = []
 

@@ -35,7 +35,6 @@ class FakeHub:
     """Method and path of each."""
 
     def asked(self) -> list[str]:
-        """The files that were asked for, in order."""
         found = (FILE.fullmatch(each.removeprefix("GET ")) for each in self.requests)
         return [match[3] for match in found if match]
 
