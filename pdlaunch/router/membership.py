@@ -83,6 +83,7 @@ class WatchedEngine:
     incarnation: int = 1
     is_healthy: bool = False
     has_been_healthy: bool = False
+    is_lost: bool = False  # it did not say that it is healthy; streams that it has are given up
     is_leaving: bool = False  # it is about to be removed
     is_drained: bool = False  # it is given no new work until somebody says otherwise
     is_sleeping: bool = False
@@ -125,6 +126,7 @@ class WatchedEngine:
         """Return what keeps the engine from being used; empty: nothing. Raises ProtocolError."""
         api, name = self.api, self.settings.served_model_name
         is_healthy = await api.is_healthy(ASK_TIMEOUT_S)
+        self.is_lost = not is_healthy
         if not is_healthy:
             return f"/health does not {'answer' if is_healthy is None else 'say 200'}"
         self.counts = await api.counts(ASK_TIMEOUT_S)
@@ -163,7 +165,7 @@ class WatchedEngine:
             state, reason = ("draining" if self.is_leaving else "sleeping"), ""
         elif is_ready:
             state, reason = "ready", ""
-        elif not self.is_healthy and self.has_been_healthy:
+        elif self.is_lost and self.has_been_healthy:
             state = "stalled"
         withheld: Withheld = "draining" if self.is_drained else ""
         return Entry(

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import aiohttp
 import msgspec
@@ -16,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
-from pdlaunch.errors import ConfigError, RequestError
+from pdlaunch.errors import ConfigError, ProtocolError, RequestError
 from pdlaunch.http.watch import canary
 from pdlaunch.http.watch.canary import CanaryDied, Proof
+from pdlaunch.http.watch.engine_api import EngineApi
 from pdlaunch.launch.engines.plan import capabilities_over_http
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
@@ -254,7 +256,9 @@ async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> N
     assert alone.engines["decode-0"].num_bytes > num_bytes
 
 
-async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(alone: Alone) -> None:
+async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(
+    alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await alone.pair()
     before = alone.engine("decode-0")
     await alone.stop("decode-0")
@@ -273,6 +277,9 @@ async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(alon
     await alone.until(lambda: "decode-0" in alone.ready)
     assert alone.engine("decode-0").processes[0] == before.processes[0] + 1
     assert alone.outcomes("proven") == 2
+    monkeypatch.setattr(EngineApi, "counts", AsyncMock(side_effect=ProtocolError("no metrics")))
+    await alone.until(lambda: alone.reason("decode-0") == "no metrics")
+    assert alone.engine("decode-0").state == "starting", "one that is stalled loses its streams"
 
 
 async def untold_pair(alone: Alone) -> tuple[FakeVllm, FakeVllm]:
