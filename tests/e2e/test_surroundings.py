@@ -66,9 +66,7 @@ def test_a_supervisor_that_wakes_up_late_restarts_nothing(launch: Deployment) ->
     assert {name: process.pid for name, process in launch.processes().items()} == before
 
 
-def test_a_launch_whose_folders_are_removed_answers_what_it_has_and_ends(
-    llama: Path,
-) -> None:
+def test_a_launch_whose_folders_are_removed_answers_and_ends(llama: Path) -> None:
     prompt = list(range(40, 100))
     (expected,) = greedy(llama, [prompt], 400)
     folder = tempfile.TemporaryDirectory(suffix=30 * "x")

@@ -59,7 +59,7 @@ def read(
 
 
 def numbered(*shape: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """A cache without two equal values; ``order``: the physical order of its dimensions."""
+    """A cache of different values; ``order``: the physical order of its dimensions."""
     order = order or tuple(range(len(shape)))
     physical = torch.arange(torch.Size(shape).numel(), dtype=torch.int32)
     physical = physical.view([shape[dim] for dim in order])

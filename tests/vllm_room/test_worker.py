@@ -111,7 +111,6 @@ class Engine:
         self.link.send_multipart([b"rank-0", frame])
 
     def step(self) -> None:
-        """What vLLM does with the commands of its scheduler."""
         self.worker.submit(self.scheduling.take_commands())
 
     def until(self, done: Callable[[Results], bool]) -> Results:
