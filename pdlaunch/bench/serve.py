@@ -72,7 +72,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchRun(msgspec.Struct, frozen=True, kw_only=True):
-    """One row, and the requests that it sums up."""
+    """A row of the table with the requests that it summarises."""
 
     row: BenchRow
     done: list[TimedCompletion]
@@ -125,7 +125,7 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
 
 
 async def _model_of(session: aiohttp.ClientSession, url: str) -> tuple[str, int | None]:
-    """Return the model that is served, and its ``max_model_len`` if the deployment says it."""
+    """Return the served model's name, and its ``max_model_len`` if the deployment tells it."""
     try:
         async with session.get("/v1/models") as response:
             if response.status != 200:

@@ -59,7 +59,7 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Options of a measurement; the default shape is the demo model's."""
 
     paths: Sequence[str] = ("auto",)
-    """Paths of connector nixl (``KVPath``), or the names of other connectors."""
+    """Paths of the connector nixl (``KVPath``), or names of other connectors."""
     num_blocks: Sequence[int] = (16, 128)
     num_repeats: int = 10
     num_layers: int = 30

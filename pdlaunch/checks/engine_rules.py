@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -174,7 +174,7 @@ def _own_variables(context: Context) -> Iterator[Found]:
 
 
 def _stock_pair(context: Context) -> Iterator[_Pair]:
-    """Go over the sides of a pair that has vLLM's own connector."""
+    """Yield the prefill and decode engines of pairs that use vLLM's own connector."""
     return vllm_pair(context) if context.kv_transfer.is_stock else iter(())
 
 
@@ -183,20 +183,14 @@ def _our_sides(context: Context) -> Iterator[RoleEngines]:
     return itertools.chain(*(() if context.kv_transfer.is_stock else vllm_pair(context)))
 
 
-def _replaced_connector(context: Context) -> Iterator[Found]:
-    for each in itertools.chain(*vllm_pair(context)):
+def _given(
+    context: Context, engines: Iterable[RoleEngines], names: Collection[str], text: str
+) -> Iterator[Found]:
+    """Find these arguments where they are given and not off; ``text`` has key and role to fill."""
+    for each in engines:
         for argument in _arguments(context, each):
-            if argument.name in OFFLOADING and not argument.is_off:
-                message = f"--{argument.name} takes the KV connector from {each.role} engines"
-                yield Found(message, argument.where)
-
-
-def _split_blocks(context: Context) -> Iterator[Found]:
-    for each in _our_sides(context):
-        for argument in _arguments(context, each):
-            if argument.name in _SPLITTING and not argument.is_off:
-                message = f"KV blocks of {each.role} engines cannot be proven with --{argument.key}"
-                yield Found(message, argument.where)
+            if argument.name in names and not argument.is_off:
+                yield Found(text.format(argument.key, each.role), argument.where)
 
 
 def _cumem(context: Context) -> Iterator[Found]:
@@ -354,7 +348,10 @@ RULES = (
     error("PD621", "engine_args takes the KV connector from an engine.",
         "vLLM puts its OffloadingConnector in the place of the connector that it was given, "
         "without a word, and no KV block goes from prefill to decode.",
-        when=_replaced_connector, fix=_REMOVE,
+        when=lambda it: _given(
+            it, itertools.chain(*vllm_pair(it)), OFFLOADING,
+            "--{} takes the KV connector from {} engines"),
+        fix=_REMOVE,
         source="vllm/config/vllm.py of vLLM 0.24 to 0.33."),
     error("PD623", "Memory of vLLM's CuMem allocator cannot be handed over.",
         "Its allocations have no handles for peers: NIXL reads them at 0.6 GB/s, and after a sleep "
@@ -365,7 +362,8 @@ RULES = (
     error("PD624", "engine_args splits KV blocks in a way that cannot be proven.",
         "A drafting model and decode-context parallelism keep KV that pdlaunch's connector does "
         "not move.",
-        when=_split_blocks,
+        when=lambda it: _given(
+            it, _our_sides(it), _SPLITTING, "--{} of {} engines keeps KV that cannot be proven"),
         fix=f"Remove it from engine_args, or {_OWN_CONNECTOR}.",
         source="pdlaunch's KV connector for vLLM."),
     error("PD625", "A flag that shapes KV blocks differs between prefill and decode.",

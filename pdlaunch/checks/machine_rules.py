@@ -167,7 +167,7 @@ RULES = (
         "Another process listens there, the port is for root (below 1024), or the host is no "
         "address of this machine.",
         when=_ports,
-        fix="Choose another port, or stop that process (ss -ltnp shows it).",
+        fix="Choose another port, or stop that process; `ss -ltnp` shows which one it is.",
         source="bind() and getaddrinfo().", needs=("ports",), on_vllm=True),
     error("PD424", "Peers on other hosts cannot reach a host.",
         "To a peer on another host, localhost and 0.0.0.0 mean its own machine: every pull fails.",

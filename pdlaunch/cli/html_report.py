@@ -44,7 +44,7 @@ HEADINGS = {
     "goodput_per_s": "good\n/s",
     "good_share": "good\nshare",
 }
-"""Headings of the figures of a row, also of the table on the terminal."""
+"""Column headings of the report and of the table on the terminal."""
 _AXES = {"concurrency": "requests at a time", "request_rate": "requests sent a second"}
 Point = tuple[float, float]
 

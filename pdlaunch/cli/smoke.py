@@ -205,7 +205,7 @@ def _compare(asked: Api, engine: Api, prompt: str, *, exact: bool) -> None:
 
 
 def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
-    """Return the (token id, logprob) pairs of a greedy completion."""
+    """Return the token ids of a greedy completion, each with its logprob."""
     body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
     body |= {"logprobs": 1, "return_token_ids": True, **fields}
     status, answer = api.post("/v1/completions", body)

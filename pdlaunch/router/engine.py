@@ -39,7 +39,7 @@ NUM_GOOD = 8
 
 
 class Breaker(msgspec.Struct, kw_only=True):
-    """Counts outcomes of an engine, or of the pulls of a pair. Instants are on the pool's clock."""
+    """Counts how an engine's requests, or a pair's pulls, have ended, by the pool's clock."""
 
     # Failures since the last ``NUM_GOOD`` successes in a row; simultaneous ones count as one.
     num_failures: int = 0

@@ -79,7 +79,7 @@ class EngineCall(msgspec.Struct):
         return [span for span in self.heard if span.name == name]
 
     def attributes(self, name: str) -> dict[str, Attribute]:
-        """Return the attributes of the engine's first span of this name; empty without one."""
+        """Return the attributes of the engine's first span with this name, or an empty dict."""
         return next((span.attributes for span in self.named(name)), {})
 
 

@@ -53,7 +53,7 @@ class _Layer:
         return self.tensor[0].numel() * self.tensor.element_size()
 
     def heads(self) -> int:
-        """Return the number of heads that rows can be cut into; 0: they cannot."""
+        """Return how many heads a row holds side by side, or 0 if it cannot be cut into heads."""
         shape, strides = self.tensor.shape, self.tensor.stride()
         if len(shape) == 4:
             (num_heads, num_tokens, content), stride = shape[1:], strides[1]

@@ -194,7 +194,7 @@ class EngineOutput:
     """Finds the reason for an engine's end in what it has printed into this process's log."""
 
     def __init__(self, path: Path = Path("/proc/self/fd/1")) -> None:
-        """Skip what is there already."""
+        """Skip the lines that the file already has."""
         self._path = path
         self._start = self._num_bytes()
 
