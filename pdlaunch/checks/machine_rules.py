@@ -16,10 +16,8 @@ _OF_HOST = frozenset(("num_threads",))  # derived values that may differ between
 
 
 def _missing_extras(context: Context) -> Iterator[Found]:
-    missing, config = context.probes.missing_extras or {}, context.config
+    missing = context.probes.missing_extras or {}
     wanted: list[tuple[str, str]] = []
-    if config.tracing.otlp_endpoint is not None:
-        wanted.append(("otel", "tracing.otlp_endpoint"))
     if context.launch.conversions:
         wanted.append(("gguf", "model"))
     if context.uses("mooncake"):
@@ -216,7 +214,7 @@ RULES = (
         source="Values are derived on each host: dtype auto is float32 on a CPU without bfloat16.",
         on_vllm=True),
     error("PD460", "A setting or the model asks for an extra of pdlaunch that is not installed.",
-        "Spans are sent with the libraries of `otel`, a .gguf file is converted with those of "
+        "A .gguf file is converted with the libraries of "
         "`gguf`, Mooncake is in `mooncake`, and the CuMem allocator calls the driver through "
         "`cuda`.",
         when=_missing_extras,

@@ -13,7 +13,6 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.vllm_engines import engine_command_on
 
 EXTRAS = {
-    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "gguf": ("gguf", "accelerate"),
     "cuda": ("cuda.bindings",),
     "mooncake": ("mooncake",),

@@ -13,7 +13,6 @@ from pdlaunch.cli.flags import with_router_flags
 from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, PrefillOption, StopOption
 from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.cli.steady_output import standard_input, steady_output
-from pdlaunch.config.external import DNS
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, ProtocolError
@@ -25,9 +24,9 @@ from pdlaunch.launch.ports import listening
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.run_dirs import new_run_dir
+from pdlaunch.router.engines_file import read_engines_file, to_member
 from pdlaunch.router.main import AloneSpec, run_alone
 from pdlaunch.router.membership import Member, WatchSettings
-from pdlaunch.router.membership_sources import read_engines_file, to_member
 
 ASK_TIMEOUT_S = 5.0
 
@@ -83,8 +82,6 @@ async def _ask_for_model(members: Sequence[Member]) -> str:
     """Return the name of the one model of the first engine that answers. Raises ConfigError."""
     reasons = []
     for member in members:
-        if member.url.startswith(DNS):
-            continue
         api = EngineApi(member.url, member.key)
         try:
             models = list(await api.models(ASK_TIMEOUT_S))

@@ -14,8 +14,6 @@ from pdlaunch.config.field_types import FrozenModel, read_list
 from pdlaunch.config.roles import Role
 
 UNIX = "unix:"
-DNS = "dns+"
-"""Begins a URL that stands for one engine at each address of its name."""
 _LABEL = re.compile(r"[a-z0-9_:-]{1,63}", re.IGNORECASE)
 """A label of a DNS name (RFC 1035), or an IPv6 address."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -37,10 +35,7 @@ class EngineAddress(NamedTuple):
 
 
 def read_engine_url(url: str) -> EngineAddress:
-    """Return the parts of ``http(s)://HOST:PORT``, ``dns+http://NAME:PORT`` or ``unix:/PATH``.
-
-    Raises ValueError.
-    """
+    """Return the parts of ``http(s)://HOST:PORT`` or ``unix:/PATH``. Raises ValueError."""
     if url.startswith(UNIX):
         path = url.removeprefix(UNIX)
         if not path.startswith("/") or posixpath.normpath(path) != path or "\0" in path:
@@ -49,7 +44,7 @@ def read_engine_url(url: str) -> EngineAddress:
     if "@" in url:
         raise ValueError("a URL holds no user or key here; name the key's variable in api_key_env")
     try:
-        parts = urlsplit(url.removeprefix(DNS))
+        parts = urlsplit(url)
         port = parts.port  # raises when it is none
     except ValueError:
         raise ValueError(f"{url[:100]!r} is no URL") from None
@@ -60,20 +55,19 @@ def read_engine_url(url: str) -> EngineAddress:
     if (
         parts.scheme not in _DEFAULT_PORTS
         or not host
-        or url.removeprefix(DNS).rstrip("/") != plain
+        or url.rstrip("/") != plain
         # DNS has no others, and Python raises another error for them than for a name unknown.
         or not all(map(_LABEL.fullmatch, host.split(".")))
     ):
         raise ValueError(
-            f"{url[:100]!r} is no URL of an engine; write http://HOST:PORT, https://HOST:PORT, "
-            "dns+http://NAME:PORT or unix:/PATH"
+            f"{url[:100]!r} is no URL of an engine; write http://HOST:PORT, https://HOST:PORT "
+            "or unix:/PATH"
         )
     return EngineAddress(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
 
 
 def _check_url(url: str) -> str:
-    address = read_engine_url(url)
-    return f"{DNS if url.startswith(DNS) else ''}{address}"
+    return str(read_engine_url(url))
 
 
 def _read_engine(value: object) -> object:
@@ -95,8 +89,7 @@ class RunningEngine(FrozenModel):
         description="Name in metrics and logs; ROLE-N when unset.")
     role: Role = Field(description="What the router uses it for.")
     url: Annotated[str, AfterValidator(_check_url)] = Field(
-        description="http://HOST:PORT, https://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT "
-        "for one engine at each address of a name.")
+        description="http://HOST:PORT, https://HOST:PORT or unix:/PATH.")
     api_key_env: str | None = Field(
         None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable with the key that it asks for; it is sent none if "

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.engine_settings import BothSettings, EngineSettings, RoleSettings
 from pdlaunch.config.external import RunningEngine, RunningEngines, named
-from pdlaunch.config.field_types import Flag, FrozenModel, override
+from pdlaunch.config.field_types import Flag, override
 from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrategy
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.shared_settings import DEPLOYMENT, SharedSettings
@@ -31,26 +31,6 @@ _HOSTS_HELP = "Names of the hosts that engines are placed on; `local` is this on
 MIN_AGENT_TIMEOUT_S = 2.0
 MIN_HANG_TIMEOUT_S = 5.0
 MAX_PORT = 65535
-
-
-class TracingSettings(FrozenModel):
-    """Says what the router remembers of requests, and whom it tells."""
-
-    # 10,000 take 130 MB of the router, and 3 ms of its event loop to find the slowest among them.
-    # fmt: off
-    kept_requests: int = Field(
-        500, ge=0, le=10_000, description="Requests that `pdlaunch trace` can show, the last ones.")
-    otlp_endpoint: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="URL", for_router=True)] = (
-        Field(
-            None,
-            pattern=r"^https?://[^\s/]+(/\S*)?$",
-            description="Collector of OpenTelemetry that gets the spans of requests over HTTP, "
-            "such as http://127.0.0.1:4318; needs the extra `otel`.",
-        )
-    )
-    otlp_sample: Annotated[float, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        1.0, ge=0, le=1, description="Share of requests whose spans are sent there.")
-    # fmt: on
 
 
 class LaunchConfig(SharedSettings, EngineSettings):
@@ -125,7 +105,9 @@ class LaunchConfig(SharedSettings, EngineSettings):
         "text", description="Form of the lines in log files.")
     log_requests: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
         False, description="Show each request on the terminal, as router.log has it.")
-    tracing: TracingSettings = TracingSettings()
+    # 10,000 take 130 MB of the router, and 3 ms of its event loop to find the slowest among them.
+    kept_requests: int = Field(
+        500, ge=0, le=10_000, description="Requests that `pdlaunch trace` can show, the last ones.")
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
         600.0, gt=0,
         description="Time from the start of the first process, behind joining and downloads, "

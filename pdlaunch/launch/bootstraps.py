@@ -125,7 +125,7 @@ def router_spec(
     # Settings keep their names; the router reads no configuration itself.
     settings = {
         name: getattr(section, name)
-        for section in (config, config.limits, config.tracing)
+        for section in (config, config.limits)
         for name in RouterSpec.__struct_fields__
         if hasattr(section, name)
     }

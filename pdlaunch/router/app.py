@@ -59,7 +59,6 @@ from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.metrics import scrape
-from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.policy import no_engine_ready
 from pdlaunch.router.relay import answer_prompt
 from pdlaunch.router.request_history import RequestHistory, record_of
@@ -113,8 +112,7 @@ class RouterApp:
         self._deadlines = Deadlines(spec.request_timeout_s, shutting_down)
         self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
         self._inputs = LargeInputs()
-        exporter = spec.otlp_endpoint and OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
-        self.history = RequestHistory(spec.kept_requests, show_request, exporter or None)
+        self.history = RequestHistory(spec.kept_requests, show_request)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         check_key = None
         if spec.api_key is not None:
@@ -160,7 +158,6 @@ class RouterApp:
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
             num_left = self.admission.in_flight
             logger.warning("%d requests could not be told that the router leaves", num_left)
-        await self.history.close()
 
     def _model_cards(self) -> list[ModelCard]:
         """Describe the served model, and what else engines with names of their own have told."""
@@ -319,9 +316,6 @@ def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
 def _headers_to_pass(http: web.Request) -> dict[str, str]:
     """Return what engines get of the client's headers, and the question for their spans."""
     headers = {SPANS_HEADER: "1"}
-    own = record_of(http).trace_headers
-    if own:
-        return headers | own
     traceparent = read_traceparent(http.headers.get(TRACEPARENT_HEADER))
     if traceparent is not None:
         headers[TRACEPARENT_HEADER] = traceparent

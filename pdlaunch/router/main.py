@@ -25,7 +25,6 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pdlaunch.config.external import DNS
 from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
@@ -38,15 +37,8 @@ from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.engines_file import follow
 from pdlaunch.router.membership import Member, WatchedMembership, WatchSettings
-from pdlaunch.router.membership_sources import (
-    DNS_POLL_S,
-    FILE_POLL_S,
-    Source,
-    dns_source,
-    file_source,
-    follow,
-)
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
@@ -199,21 +191,11 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, None)
-    sources: list[tuple[Source, str, float]] = []
     for member in alone.engines:
-        if member.url.startswith(DNS):
-            sources.append((dns_source(member), f"dns:{member.name}", DNS_POLL_S))
-        else:
-            membership.add(member, "config")
+        membership.add(member, "config")
+    works: list[Coroutine[Any, Any, object]] = [router.view.run()]
     if alone.engines_file is not None:
-        sources.append((file_source(alone.engines_file), "file", FILE_POLL_S))
-    works: list[Coroutine[Any, Any, object]] = [
-        router.view.run(),
-        *(
-            follow(source, name, membership, spec.drain_timeout_s, poll_s=poll_s)
-            for source, name, poll_s in sources
-        ),
-    ]
+        works.append(follow(alone.engines_file, membership, spec.drain_timeout_s))
     membership.announce = state.update
     membership.publish()
     tasks = [asyncio.ensure_future(work) for work in works]
@@ -247,7 +229,7 @@ def answer_alone(membership: WatchedMembership, command: control.Command) -> con
         case control.ChangeEngines():
             answer.error = (
                 "this router did not start its engines: start and stop them where they run; it "
-                "follows engines_file and names in DNS"
+                "follows engines_file"
             )
         case control.SetDrained(name=name, is_drained=is_drained):
             answer.engine = name

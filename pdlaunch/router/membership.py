@@ -76,7 +76,7 @@ class WatchedEngine:
     """
 
     member: Member
-    source: str  # ``config``, ``file`` or a name in DNS
+    source: str  # ``config`` or ``file``
     settings: WatchSettings
     api: EngineApi
     task: asyncio.Task[None] | None = None

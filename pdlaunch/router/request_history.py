@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ from pdlaunch.http.errors import json_response
 from pdlaunch.observe.logs import FIELDS, escape_controls
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.status import RequestList, RequestSummary
-from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.request_record import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -39,23 +37,15 @@ class RequestHistory:
     that tells the time.
     """
 
-    def __init__(
-        self,
-        keep: int,
-        show: Callable[[str], None] | None,
-        exporter: OtlpExporter | None,
-    ) -> None:
+    def __init__(self, keep: int, show: Callable[[str], None] | None) -> None:
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=keep)
         self._show = show
-        self._exporter = exporter
 
     def begin(self, http: web.Request, request_id: HttpRequestId) -> End:
         """Begin the record of a client's request, as ``Watch``; return what ends it."""
         record = http[_RECORD] = RequestRecord(request_id, http.path[:200])
         self._running[id(record)] = record
-        if self._exporter is not None:
-            self._exporter.begin(record, http.headers)
         return partial(self._end, record)
 
     def _end(self, record: RequestRecord, status: int, error: BaseException | None) -> None:
@@ -66,15 +56,8 @@ class RequestHistory:
         self._done.append(record)
         try:
             log_request(record, self._show)
-            if self._exporter is not None:
-                self._exporter.end(record)
         except Exception:  # A record must never cost an answer.
             logger.exception("a request could not be logged")
-
-    async def close(self) -> None:
-        exporter, self._exporter = self._exporter, None
-        if exporter is not None:
-            await asyncio.to_thread(exporter.close)
 
     def routes(self) -> list[AppRoute]:
         return [

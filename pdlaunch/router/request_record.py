@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 
@@ -96,9 +95,6 @@ class RequestRecord:
         self.status: int | None = None
         self.error: str | None = None
         self.log = SpanLog()
-        # Headers that give engines the parent of their own trace.
-        self.trace_headers: dict[str, str] = {}
-        self.otel_span: Any = None
         self.usage: Usage | None = None
         self.clock: RequestClock | None = None  # knows when tokens have left for the client
         self.transcripts: list[Transcript] = []  # of the prompts that run

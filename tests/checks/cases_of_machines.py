@@ -21,13 +21,11 @@ CASES: dict[str, Case] = {
     "PD400": Case([on(machine(system="Darwin"))], [on(CPU)]),
     "PD460": Case(
         [
-            on(CPU, tracing__otlp_endpoint="http://a:4318", probes=lacks("otel")),
             on(GPU, enable_cumem_allocator=True, probes=lacks("cuda")),
             mooncake(CPU, probes=lacks("mooncake")),
         ],
         [
-            on(CPU, tracing__otlp_endpoint="http://a:4318", probes=lacks("cuda")),
-            on(GPU, probes=lacks("otel", "gguf", "mooncake")),
+            on(GPU, probes=lacks("gguf", "mooncake")),
         ],
     ),
     "PD409": Case([mooncake(CPU)], [on(CPU)]),

@@ -20,7 +20,13 @@ from pdlaunch.config.sources import load_config
         *("http://10.0.0.7:99999", "http://user@10.0.0.7:8000", "http://10.0.0.7:8000/v1"),
         *("http://10.0.0.7:8000?x=1", "http://10.0.0.7:8000#x", "http://10.0.0.7:8000\\@evil"),
         *("http://10.0.0.7:8000\n", "http://[fe80::1%25eth0]:8000", "http://engines..svc:8000"),
-        *(f"dns+http://{'e' * 64}.svc:8000", "unix:run/x.sock", "unix:/run//x.sock", "unix:"),
+        *(
+            f"http://{'e' * 64}.svc:8000",
+            "dns+http://d.svc:80",
+            "unix:run/x.sock",
+            "unix:/run//x.sock",
+            "unix:",
+        ),
         *("http://allowed:8000@10.0.0.7:8000", "unix:/run/engines/../docker.sock"),
     ],
 )
@@ -45,13 +51,13 @@ def test_engines_are_named_by_role_and_number_where_they_have_no_name(tmp_path: 
         "engines:\n"
         "- {role: prefill, url: 'http://10.0.0.1:8000/', api_key_env: KEY}\n"
         "- decode=unix:/run/d.sock\n"
-        "- {role: decode, name: decode-0, url: 'dns+http://decode.svc:80'}\n"
+        "- {role: decode, name: decode-0, url: 'http://decode.svc:80'}\n"
     )
     engines = load_config(file, {}, {}).config.engines
     assert [(engine.name, engine.role, engine.url) for engine in engines] == [
         ("prefill-0", "prefill", "http://10.0.0.1:8000"),
         ("decode-1", "decode", "unix:/run/d.sock"),
-        ("decode-0", "decode", "dns+http://decode.svc:80"),
+        ("decode-0", "decode", "http://decode.svc:80"),
     ]
     assert engines[0].api_key_env == "KEY"
     (given,) = load_config(None, {"PDLAUNCH_ENGINES": "decode=http://a:1"}, {}).config.engines

@@ -9,7 +9,6 @@ import pytest
 
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.tiny_models import make_tiny_model
-from tests.router.otlp_collector import Collector, running_collector
 
 DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB", "--log-requests")
 
@@ -60,18 +59,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def collector() -> Iterator[Collector]:
-    """Gets the spans of all requests to ``demo``."""
-    with running_collector() as collector:
-        yield collector
-
-
-@pytest.fixture(scope="package")
-def demo(collector: Collector) -> Iterator[Deployment]:
+def demo() -> Iterator[Deployment]:
     """One prefill and one decode engine with the demo model, float32, whose logs say all they can;
     they end with the tests of this folder.
     """
-    arguments = (*DEMO_ARGUMENTS, "--log-level", "debug", "--otlp-endpoint", collector.url)
-    environ = clean_environ() | {"OTEL_BSP_SCHEDULE_DELAY": "200"}
-    with running_deployment(arguments, environ=environ) as deployment:
+    with running_deployment((*DEMO_ARGUMENTS, "--log-level", "debug")) as deployment:
         yield deployment

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from pdlaunch.launch.client.admin import read_requests, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from tests.router.otlp_collector import Collector
 
 SHORTEST = 12
 """Characters: parts of an output that are shorter could stand there by chance."""
 
 
-def told_by(deployment: Deployment, collector: Collector) -> dict[str, str]:
-    """By the place: logs, terminal, requests, traces, the page's data, metrics, spans over OTLP."""
+def told_by(deployment: Deployment) -> dict[str, str]:
+    """By the place: logs, terminal, requests, traces, the page's data, metrics."""
     url = deployment.url
     logs = [path for path in deployment.log_dir.rglob("*") if path.is_file()]
     told = {path.name: path.read_text(errors="replace") for path in logs}
@@ -29,7 +28,6 @@ def told_by(deployment: Deployment, collector: Collector) -> dict[str, str]:
     )
     for path in ("/pdlaunch/requests?last=500", "/pdlaunch/status", "/metrics"):
         told[path] = Api(url).get(path)[1]
-    told["OTLP"] = str([(span.name, span.attributes, span.events) for span in collector.spans])
     return told
 
 

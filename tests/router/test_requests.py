@@ -165,7 +165,6 @@ async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
     asked.cancel()
     await engines[1].aborted.wait()
     await until(lambda: stand.router.history.chosen("failed", 1))
-    await stand.router.history.close()
     (summary,) = await listed(stand)
     assert (summary.status, summary.error) == (499, "the client went away")
     # Prefill has told its part with its answer; decode tells its own at the end of a stream alone.

@@ -27,13 +27,8 @@ from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.engines_file import follow, read_engines_file
 from pdlaunch.router.membership import Member, Results, WatchedMembership, WatchSettings, judge
-from pdlaunch.router.membership_sources import (
-    dns_source,
-    file_source,
-    follow,
-    read_engines_file,
-)
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
@@ -155,9 +150,7 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
         await alone.start(name)
     file = tmp_path / "engines.yaml"
     file.write_text(listing(alone, "prefill-0", "decode-0"))
-    following = asyncio.ensure_future(
-        follow(file_source(file), "file", alone.watch, 5.0, poll_s=0.01)
-    )
+    following = asyncio.ensure_future(follow(file, alone.watch, 5.0, poll_s=0.01))
     try:
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
         file.write_text("engines: [{role: prefill}]")
@@ -198,40 +191,6 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, messag
         read_engines_file(file)
     assert message in str(caught.value)
     assert "secret" not in str(caught.value)
-
-
-async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
-    alone: Alone, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: set[str] | None = {"127.0.0.1", "127.0.0.2"}
-
-    async def look_up(host: str, port: int, **_: object) -> list[tuple[Any, ...]]:
-        assert (host, port) == ("prefill.svc", 7)
-        if found is None:
-            raise OSError("no such name")
-        return [(None, None, 0, "", (ip, port)) for ip in found]
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
-
-    member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "key")
-    following = asyncio.ensure_future(
-        follow(dns_source(member), "dns:prefill", alone.watch, 5.0, poll_s=0.01)
-    )
-
-    def urls() -> set[str]:
-        return {engine.url for engine in alone.pool.engines}
-
-    try:
-        await alone.until(lambda: urls() == {"http://127.0.0.1:7", "http://127.0.0.2:7"})
-        assert {alone.watch.key_of(engine) for engine in alone.pool.engines} == {"key"}
-        found = {"127.0.0.2", "127.0.0.3"}
-        await alone.until(lambda: urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"})
-        found = None
-        await alone.until(lambda: "no such name" in caplog.text)
-        assert urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"}
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
 
 
 @pytest.fixture(autouse=True)

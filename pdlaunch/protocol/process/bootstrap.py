@@ -58,8 +58,6 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     page: bool = True
     routing: RoutingPolicy = "load"
     log_requests: bool = False
-    otlp_endpoint: str | None = None
-    otlp_sample: float = 1.0
 
 
 class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):

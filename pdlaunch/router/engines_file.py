@@ -1,18 +1,16 @@
-"""Follows lists of engines that change while a router runs: a watched file, names in DNS."""
+"""Follows a file that lists the engines of a router alone."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from pdlaunch.config.external import DNS, RunningEngine, RunningEngines, named, read_engine_url
+from pdlaunch.config.external import RunningEngine, RunningEngines, named
 from pdlaunch.config.problems import InvalidConfigError
 from pdlaunch.config.yaml_file import read_yaml
 from pdlaunch.errors import ConfigError, RequestError
@@ -20,12 +18,10 @@ from pdlaunch.router.membership import Member, WatchedMembership
 
 _logger = logging.getLogger(__name__)
 
-FILE_POLL_S = 2.0
-DNS_POLL_S = 5.0
+POLL_S = 2.0
+FILE = "file"
 
 _engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
-# Returns the engines as they are listed now. Raises ConfigError or OSError when it cannot.
-Source = Callable[[], Awaitable[list[Member]]]
 
 
 def to_member(engine: RunningEngine, environ: Mapping[str, str]) -> Member:
@@ -42,72 +38,36 @@ def to_member(engine: RunningEngine, environ: Mapping[str, str]) -> Member:
     return Member(engine.name, engine.role, engine.url, key)
 
 
-def file_source(path: Path) -> Source:
-    """Return a source that reads a file."""
-
-    async def read() -> list[Member]:
-        engines = await asyncio.to_thread(read_engines_file, path)
-        if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
-            raise _unusable(path, f"{names[0]}: a name in DNS stands in the configuration")
-        return [to_member(engine, os.environ) for engine in engines]
-
-    return read
-
-
-def dns_source(engine: Member) -> Source:
-    """Return a source of one engine at each address of the name in its URL."""
-    address = read_engine_url(engine.url)
-
-    async def read() -> list[Member]:
-        look_up = asyncio.get_running_loop().getaddrinfo
-        listed = await look_up(address.host, address.port, type=socket.SOCK_STREAM)
-        found = {str(ip) for *_, (ip, *_) in listed}
-        return [
-            replace(
-                engine,
-                name=f"{engine.name}-{ip.replace(':', '-')}",
-                url=str(address._replace(host=ip)),
-            )
-            for ip in sorted(found)
-        ]
-
-    return read
-
-
 async def follow(
-    source: Source,
-    name: str,
-    membership: WatchedMembership,
-    drain_timeout_s: float,
-    *,
-    poll_s: float,
+    path: Path, membership: WatchedMembership, drain_timeout_s: float, *, poll_s: float = POLL_S
 ) -> None:
-    """Follow a source until cancelled; while it cannot be read, its engines stay as they are."""
+    """Follow the file until cancelled; while it cannot be used, its engines stay as they are."""
     latest: list[Member] = []
     complaint = ""
     while True:
         try:
-            members = await source()
+            engines = await asyncio.to_thread(read_engines_file, path)
+            members = [to_member(engine, os.environ) for engine in engines]
             if members != latest:
                 latest = members
-                await _set_members(membership, name, members, drain_timeout_s)
+                await _set_members(membership, members, drain_timeout_s)
             complaint = ""
         except (ConfigError, OSError) as error:
             if str(error) != complaint:
-                _logger.error("%s: %s; the engines stay as they are", name, error)
+                _logger.error("%s; the engines stay as they are", error)
             complaint = str(error)
         await asyncio.sleep(poll_s)
 
 
 async def _set_members(
-    membership: WatchedMembership, source: str, members: Iterable[Member], drain_timeout_s: float
+    membership: WatchedMembership, members: Iterable[Member], drain_timeout_s: float
 ) -> None:
-    """Make these the engines of ``source``: others of it are drained, new ones added.
+    """Make these the engines of the file: others of it are drained, new ones added.
 
     Engines that may not be added are logged and left out. Returns when removed engines are gone.
     """
     wanted = {member.name: member for member in members}
-    there = membership.members(source)
+    there = membership.members(FILE)
     gone = [name for name in there if there[name] != wanted.get(name)]
     new = [wanted[name] for name in wanted if name not in there or name in gone]
     # A new engine waits for a leaving one only if both have the same name or URL.
@@ -116,9 +76,9 @@ async def _set_members(
     def add(added: Iterable[Member]) -> None:
         for member in added:
             try:
-                membership.add(member, source)
+                membership.add(member, FILE)
             except RequestError as error:
-                _logger.error("%s: %s is left out: %s", source, member.name, error)
+                _logger.error("%s is left out: %s", member.name, error)
 
     add(member for member in new if member not in waiting)
     await asyncio.gather(*(membership.remove(name, drain_timeout_s) for name in gone))
