@@ -114,11 +114,23 @@ def pieces_of(
     """Return the pieces of ``heads`` of these blocks, group by group and region by region."""
     addresses, sizes = [], []
     for group, block_ids in zip(groups, blocks, strict=True):
+        chosen = [places[index] for index in group]
+        # All regions at once: a loop over the 64 of an 8B model takes 2 ms of a pull of 4,096
+        # tokens.
+        firsts, strides, num_bytes = np.array(
+            [
+                (
+                    place.address + heads.start * place.head_bytes,
+                    place.stride_bytes,
+                    len(heads) * place.head_bytes,
+                )
+                for place in chosen
+            ],
+            dtype=np.uint64,
+        ).T
         ids = np.array(block_ids, dtype=np.uint64)
-        for place in (places[index] for index in group):
-            first = place.address + heads.start * place.head_bytes
-            addresses.append(ids * np.uint64(place.stride_bytes) + np.uint64(first))
-            sizes.append(np.full(len(ids), len(heads) * place.head_bytes, dtype=np.uint64))
+        addresses.append((firsts[:, None] + strides[:, None] * ids).ravel())
+        sizes.append(num_bytes.repeat(len(ids)))
     return Pieces(np.concatenate(addresses), np.concatenate(sizes))
 
 

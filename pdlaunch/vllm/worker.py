@@ -105,6 +105,7 @@ class Worker:
         self._loads: dict[str, StartPull] = {}
         self._gate = ThreadPoolExecutor(1, "kv-gate")
         self._woken = threading.Event()  # the transfer thread has something to tell
+        self._has_told = False  # in the last step
         self._device = layout.kv.device
         name = rank_name(setup.name, tp_rank)
         self._context = SecureContext(setup.keys)
@@ -198,10 +199,10 @@ class Worker:
         """Return what has happened. Raises TransferError when the transfer thread has died.
 
         ``idle``: vLLM computes nothing in this step and asks again at once. Waiting here leaves the
-        interpreter to the transfer thread.
+        interpreter to the transfer thread. But vLLM reads results only one step later.
         """
         assert self._transfer is not None
-        if idle:
+        if idle and not self._has_told:
             self._woken.wait(IDLE_WAIT_S)
         self._woken.clear()
         results = Results()
@@ -217,6 +218,7 @@ class Worker:
                         self._finish(event.pull_id, results, ok=event.ok)
                 case PullDrained(pull_id=pull_id):
                     self._finish(pull_id, results, ok=False)
+        self._has_told = bool(results.received)
         return results
 
     def take_figures(self) -> dict[str, float]:
