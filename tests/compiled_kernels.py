@@ -1,12 +1,11 @@
-"""Compiles the Triton kernels for a GPU that is not there; started by ``test_compiled_kernels``.
+"""Compiles the Triton kernels for GPUs that are not there; started by ``test_compiled_kernels``.
 
-Argument: the compute capability, such as 90. The interpreter shows what kernels compute; this shows
+The interpreter shows what kernels compute; this shows
 that the compiler takes them, with the arguments that they are launched with, and that they fit.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +50,8 @@ class NoDevice:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton caches what it has compiled by device.
+        return int(self._target.arch)
 
     def get_current_stream(self, _device: int) -> int:
         return 0
@@ -121,7 +121,7 @@ def blocks() -> None:
         hash_pages(memory, torch.tensor([3, 0]), num_words * 8, 0, results, words)
 
 
-def main(capability: int) -> None:
+def compile_for(capability: int) -> None:
     compiler = Compiler()
     compiler.use(capability)
     # Where shared memory is small, those cases are tried that need the most of it.
@@ -141,4 +141,5 @@ def main(capability: int) -> None:
 if __name__ == "__main__":
     np.seterr(all="ignore")
     torch.set_num_threads(1)
-    main(int(sys.argv[1]))
+    for capability in SHARED_KIB:
+        compile_for(capability)

@@ -33,7 +33,7 @@ def test_smoke_fails_when_no_block_moves(llama: Path, monkeypatch: pytest.Monkey
     """Every pull times out at once: answers stay right, and smoke says what is wrong. It waits for
     the leases to end, too.
     """
-    monkeypatch.setattr(smoke, "_IDLE_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(smoke, "_IDLE_TIMEOUT_S", 3.0)
     with launched(llama, environ=clean_environ() | NOTHING_MOVES) as deployment:
         failed = [check for check in smoke.smoke(deployment.url, exact=True) if check.failure]
     assert [check.name for check in failed] == ["KV bytes moved from prefill to decode"]

@@ -28,7 +28,7 @@ def test_files_that_are_overwritten_change_no_token(tmp_path: Path) -> None:
             assert found + list(tokens) == expected
         restart_fails(deployment, "both-1/rank-0", "model.safetensors")
         for salt in "abc":
-            assert complete(deployment.url, PROMPT, NUM_TOKENS, cache_salt=salt) == expected
+            assert complete(deployment.url, PROMPT, 16, cache_salt=salt) == expected[:16]
         settings = model / "tokenizer_config.json"
         settings.write_text(settings.read_text().replace("m.content", "m.role"))
         restart_fails(deployment, "both-1", "tokenizer_config.json")

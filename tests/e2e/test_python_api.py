@@ -11,8 +11,8 @@ from tests.e2e.conftest import default_environ
 EXAMPLE = Path(__file__).parents[2] / "examples" / "launch.py"
 
 
-def test_the_example_launches_and_is_answered() -> None:
-    environ = default_environ()
+def test_the_example_launches_and_is_answered(llama: Path) -> None:
+    environ = default_environ() | {"PDLAUNCH_MODEL": str(llama), "PDLAUNCH_DTYPE": "float32"}
     result = subprocess.run(
         [sys.executable, str(EXAMPLE)], capture_output=True, text=True, env=environ, check=False
     )

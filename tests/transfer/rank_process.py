@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -268,18 +269,17 @@ def listening() -> tuple[set[int], list[str]]:
     return {listener.port for listener in network.listeners()}, unix
 
 
+def fork_server_context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pdlaunch.transfer.thread", "tests.transfer.rank_process"])
+    return context
+
+
 class RankHandle:
     """The test's end of the pipe."""
 
     def __init__(self, options: RankOptions) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [
-                "pdlaunch.transfer.thread",
-                "pdlaunch.transfer.connectors.connector",
-                "tests.transfer.rank_process",
-            ]
-        )
+        context = fork_server_context()
         self.options = options
         self._pipe, child_end = context.Pipe()
         self.process = context.Process(target=run_rank, args=(child_end, options), daemon=True)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ from tests.engine.memory.open_files import num_open_fds
 from tests.interpreter import needs_triton, run_interpreted
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 from tests.transfer.pull_world import compatibility
+from tests.transfer.rank_process import fork_server_context
 
 TIMEOUT_S = 10.0
 NUM_BLOCKS = 8
@@ -308,9 +310,18 @@ def fetch_and_wait(address: str, token: bytes, pipe: Any) -> None:
     pipe.recv()
 
 
+@pytest.fixture(scope="module")
+def context() -> ForkServerContext:
+    """Its server runs, with files that stay open, before those of a test are counted."""
+    context = fork_server_context()
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
 @pytest.mark.processes
-def test_a_killed_reader_uses_nothing_any_more(server: FdServer) -> None:
-    context = multiprocessing.get_context("forkserver")
+def test_a_killed_reader_uses_nothing_any_more(
+    server: FdServer, context: ForkServerContext
+) -> None:
     pipe, child_end = context.Pipe()
     process = context.Process(target=fetch_and_wait, args=(server.address, server.token, child_end))
     process.start()

@@ -22,12 +22,8 @@ ROWS = {
 
 @needs_triton
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "parts",
-    [("kernels", "llama-bias", "qwen3", "gemma3"), ("graphs",)],
-    ids=["kernels", "graphs"],
-)
-def test_kernels_in_the_interpreter(parts: tuple[str, ...]) -> None:
+def test_kernels_in_the_interpreter() -> None:
+    parts = ("kernels", "llama-bias", "qwen3", "gemma3", "graphs")
     run_interpreted("tests.engine.models.interpreted_attention", parts)
 
 
