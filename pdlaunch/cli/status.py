@@ -130,8 +130,6 @@ def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterato
     yield from (line(text, "red") for text in problems)
     if found.pairs:
         yield make_table([_pair_cells(pair) for pair in found.pairs], _PAIRS, quarter)
-    if found.num_pairs > len(found.pairs) and room is None:
-        yield line(f"... and {found.num_pairs - len(found.pairs)} more pairs")
     for event in events:
         text = f"{_time_of_day(event.at)} {event.name or 'launch'}: {event.text}"
         yield line(escape_controls(text), "red" if event.is_bad else "dim")
@@ -157,7 +155,7 @@ def _engine_cells(engine: EngineStatus) -> dict[str, Any]:
         "kv": _percent(reading.kv_usage if reading else None),
         "host_kv": _percent(reading.host_usage if reading else None),
         "hits": "/".join(hits) if cache else UNKNOWN,
-        "rate": amount(reading.pulled_bytes_per_s if reading else None, "B/s"),
+        "rate": amount(reading.pulls.bytes_per_s if reading else None, "B/s"),
         "style": {"ready": "", "DOWN": "bold red"}.get(state, "yellow"),
     }
 
@@ -167,8 +165,8 @@ def _pair_cells(pair: PairStatus) -> dict[str, Any]:
         "pair": f"{pair.prefill} -> {pair.decode}",
         "path": pair.path,
         "speed": amount(pair.shown_gigabytes_per_s, " GB/s"),
-        "rate": amount(pair.bytes_per_s, "B/s"),
-        "moved": amount(pair.num_bytes, "B"),
+        "rate": amount(pair.pulls.bytes_per_s, "B/s"),
+        "moved": amount(pair.pulls.num_bytes, "B"),
     }
 
 
@@ -208,7 +206,7 @@ def status_line(found: DeploymentStatus, num_errors: int) -> str:
         f"{sum(reading.running for _, reading in read)} running",
         f"{sum(reading.waiting for _, reading in read)} waiting",
         f"KV {' '.join(kv) or UNKNOWN}",
-        f"pulls {sum(reading.pulled_bytes_per_s for _, reading in read) / 1e9:.2f} GB/s",
+        f"pulls {sum(reading.pulls.bytes_per_s for _, reading in read) / 1e9:.2f} GB/s",
         f"{new_errors} error{'' if new_errors == 1 else 's'}",
     ]
     if names := down(found):

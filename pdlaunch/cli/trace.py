@@ -26,7 +26,6 @@ from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.status import RequestTrace, SpanView
-from pdlaunch.router.request_history import format_request
 
 _STYLES = {"queue": "yellow", "lease": "yellow", "read": "cyan", "pull": "cyan"}
 
@@ -69,7 +68,7 @@ def trace(
 
 def _print_trace(console: Console, trace: RequestTrace) -> None:
     """Print the line that router.log has of a request, then its spans, process by process."""
-    line = escape_controls(f"{trace.id}  {format_request(trace)}")
+    line = escape_controls(f"{trace.id}  {trace.line}")
     console.print(Text(line, style="bold"), soft_wrap=not console.is_terminal)
     by_process: dict[str, list[SpanView]] = {}
     for span in trace.spans:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.ids import HttpRequestId
 
@@ -19,11 +20,13 @@ DeploymentState = Literal["starting", "ok", "unavailable", "draining"]
 EventKind = Literal["engine", "launch", "pair"]
 
 
-class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
-    done: int
-    num_bytes: int
-    failed: int
-    refused: int  # pulls whose hashes or checksums differed; nothing of them was used
+class Pulls(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts the pulls of an engine that ended well, from all others or from one."""
+
+    number: int = 0
+    num_bytes: int = 0
+    bytes_per_s: float = 0.0  # mean of the last ten seconds, whether pulls ran or not
+    gigabytes_per_s: float | None = None  # speed of the last seconds' pulls while they ran
 
 
 class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,10 +34,10 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     kv_usage: float
     host_usage: float | None  # use of the host tier; null without one
-    pulled_bytes_per_s: float
-    pull_gigabytes_per_s: float | None  # of the last minute's pulls while they ran
     cache: dict[str, float] | None  # shares of prompt tokens by tier; null without prompts
-    pulls: PullTotals
+    pulls: Pulls
+    failed_pulls: int
+    refused_pulls: int  # pulls whose hashes or checksums differed; nothing of them was used
 
 
 _HEALTH = {"open": "left out", "half_open": "on trial"}
@@ -54,9 +57,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     # ``half_open``: gets a single trial request.
     health: str = "closed"
     left_out: str = ""  # the reason why it gets nothing new now; empty when it does
-    streams: int
     load: int  # pieces of work that it has been given and not ended
-    prompt_tokens: int  # estimated tokens of the prompts that it works on
     reading: EngineReading | None = None  # null until its metrics have been read
 
     @property
@@ -78,11 +79,7 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     decode: str
     path: str
     gigabytes_per_s: float | None  # measured when the path was proven, of the slowest ranks
-    other_paths: dict[str, str]  # speeds of the other paths, or why they cannot be used
-    pulls: int  # pulls since the start of the decode engine that ended well
-    num_bytes: int
-    bytes_per_s: float  # mean of the last ten seconds
-    pull_gigabytes_per_s: float | None  # of the last minute's pulls while they ran
+    pulls: Pulls  # since the start of the decode engine
     last_failure: str  # empty without one
     # ``open``: pulls have failed, and none is begun for a while. ``half_open``: one is tried.
     health: str = "closed"
@@ -90,7 +87,7 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def shown_gigabytes_per_s(self) -> float | None:
         """Return the speed that every view shows: of pulls while they run, else of the proof."""
-        return self.pull_gigabytes_per_s or self.gigabytes_per_s
+        return self.pulls.gigabytes_per_s or self.gigabytes_per_s
 
 
 class Doubt(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +136,6 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     engines: Sequence[EngineStatus]
     gone: Sequence[GoneEngine]
     pairs: Sequence[PairStatus]
-    num_pairs: int  # proven pairs; those beyond the first 1,000 are left out of ``pairs``
     doubts: Sequence[Doubt]
     rates: Rates  # the last ten seconds
     history: Sequence[Rates]  # the last five minutes, oldest first
@@ -176,6 +172,24 @@ class RequestSummary(msgspec.Struct, kw_only=True):
     retries: int = 0
     finish_reason: str | None = None
     error: str | None = None
+
+    @property
+    def line(self) -> str:
+        """Return what is known of the request in one line, without its id and time."""
+        apart = ("id", "received_at", "state", "status", "path", "prefill", "decode")
+        values = {
+            name: getattr(self, name)
+            for name in RequestSummary.__struct_fields__
+            if name not in apart
+        }
+        words = [f"{name}={_word(value)}" for name, value in values.items() if value is not None]
+        first = [self.path] if self.status is None else [str(self.status), self.path]
+        return escape_controls(" ".join([*first, *words]))
+
+
+def _word(value: object) -> str:
+    text = str(value)
+    return f'"{text}"' if " " in text else text
 
 
 class SpanView(msgspec.Struct, kw_only=True):

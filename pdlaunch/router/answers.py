@@ -20,7 +20,7 @@ from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
 from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.policy import Route
-from pdlaunch.router.request_record import RequestRecord
+from pdlaunch.router.request_history import RequestRecord
 from pdlaunch.router.transcript import Transcript
 
 MAX_TOLD_ROUTES = 4  # prompts of a request whose routes stand in the header

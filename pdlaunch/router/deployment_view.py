@@ -8,12 +8,10 @@ two tables instead of being parsed: 0.1 ms instead of 8.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from aiohttp import web
 
@@ -29,21 +27,20 @@ from pdlaunch.protocol.status import (
     EngineStatus,
     PairStatus,
     Percentiles,
-    PullTotals,
+    Pulls,
     Rates,
 )
 from pdlaunch.router.engine import Engine, Processes
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.metrics import Pair, RouterMetrics
+from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import engines_of
 from pdlaunch.router.state import RouterState
 
-# Seconds for which an answer waits for engines; what comes later is in the next one.
-READ_WAIT_S = 0.5
-MAX_PAIRS = 1000
-
-LENGTH_S = 300.0
-NOW_S = 10.0  # the span of ``now``
+READ_WAIT_S = 0.5  # an answer waits so long for engines; what comes later is in the next one
+FRESH_S = 0.9  # engines are not asked again for so long
+STEP_S = 2.0  # between two samples that are kept, of the router's counters and of engines' pages
+WINDOW_S = 10.0  # the span of rates
+HISTORY_S = 300.0
 
 _FIRST_TOKEN = "pdlaunch_router_time_to_first_token_seconds_bucket"
 _INTER_TOKEN = "pdlaunch_router_inter_token_latency_seconds_bucket"
@@ -52,15 +49,6 @@ _ERRORS = "pdlaunch_router_request_errors_total"
 _PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
 _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
 _NAMES = (_FIRST_TOKEN, _INTER_TOKEN, _REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS)
-
-FRESH_S = 0.9
-# Engines a turn. A reading takes the router less than 6 ms. With 1,000 engines a turn comes every
-# five seconds, so that each is read every 80 s.
-MAX_READS = 64
-AT_ONCE = 16
-RATE_S = 10.0  # the span of rates
-WINDOW_S = 60.0  # the span of cache hits and of the speed of pulls
-STEP_S = 2.0  # between two looks at the router's counters, and two pages of an engine that are kept
 
 _BY_SOURCE = 'prompt_tokens_cached_by_source_total{{source="{}"}}'
 _METRICS = (  # metrics of native engines and of vLLM, by their name here
@@ -97,7 +85,6 @@ _PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
 # Values of a page, by the names on the right of ``NAMES``; names of ``PULL_NAMES`` end with the
 # prefill engine: ``pulls@prefill-0``. Values that a page lacks are left out.
 Counts = Mapping[str, float]
-Buckets = Mapping[float, float]  # the number that took at most so many seconds
 
 
 class DeploymentView:
@@ -110,8 +97,6 @@ class DeploymentView:
         self._start_at = time.monotonic()
         self._history = RateHistory(state.metrics, time.monotonic, time.time)
         self._readings = EngineReadings(state.client, time.monotonic)
-        self._proven: Sequence[PairReady] = ()
-        self._links: Mapping[Pair, PairReady] = {}
 
     def routes(self) -> list[AppRoute]:
         return [AppRoute("GET", "/pdlaunch/status", self._answer_status)]
@@ -135,22 +120,22 @@ class DeploymentView:
 
     def status(self) -> DeploymentStatus:
         """Describe the deployment as it is known now."""
-        pool, totals, events = self._state.pool, self._history.totals(), self._state.events
+        pool, events, sums = self._state.pool, self._state.events, self._history.totals()[1]
+        now = self._history.now()
         return DeploymentStatus(
-            at=totals.at,
+            at=now.at,
             version=__version__,
             model=self._model,
             state=self.state(),
             uptime_s=round(time.monotonic() - self._start_at, 1),
             in_flight=self._admission.in_flight,
-            requests=int(totals.sums[_REQUESTS]),
-            errors=int(totals.sums[_ERRORS]),
+            requests=int(sums[_REQUESTS]),
+            errors=int(sums[_ERRORS]),
             engines=[self._engine(engine, pool.clock()) for engine in pool.engines],
             gone=events.gone(),
             pairs=self._pairs(pool.pairs),
-            num_pairs=len(self._links),
             doubts=list(self._state.doubts.values()),
-            rates=self._history.now(totals),
+            rates=now,
             history=list(self._history.points),
             events=events.events,
         )
@@ -168,56 +153,32 @@ class DeploymentView:
             reason=engine.reason,
             health=engine.health.state(now_at),
             left_out=engine.health.why(now_at) if engine.ready else "",
-            streams=engine.num_streams,
             load=engine.num_works,
-            prompt_tokens=engine.num_prompt_tokens,
             reading=self._readings.of(engine),
         )
 
     def _pairs(self, proven: Sequence[PairReady]) -> list[PairStatus]:
-        """Return the pairs of engines that moved most bytes lately, ``MAX_PAIRS`` at most."""
-        if proven is not self._proven:
-            by_speed = sorted(proven, key=lambda pair: -(pair.gigabytes_per_s or 0.0))
-            # The slowest pair of ranks stands for two engines.
-            self._proven, self._links = proven, {engines_of(pair): pair for pair in by_speed}
-        num_peers = Counter(decode for _, decode in self._links)
-        pulls = {
-            names: self._readings.pulls(*names, is_only=num_peers[names[1]] == 1)
-            for names in self._links
-        }
+        # The slowest pair of ranks stands for two engines.
+        by_speed = sorted(proven, key=lambda pair: -(pair.gigabytes_per_s or 0.0))
+        links = {engines_of(pair): pair for pair in by_speed}
+        num_peers = Counter(decode for _, decode in links)
         states = self._state.pool.pair_states()
-        busiest = heapq.nsmallest(
-            MAX_PAIRS, pulls, key=lambda names: (-pulls[names].bytes_per_s, names)
-        )
         return [
             PairStatus(
                 prefill=names[0],
                 decode=names[1],
-                path=self._links[names].path,
-                gigabytes_per_s=self._links[names].gigabytes_per_s,
-                other_paths=self._links[names].other_paths,
-                pulls=pulls[names].number,
-                num_bytes=pulls[names].num_bytes,
-                bytes_per_s=pulls[names].bytes_per_s,
-                pull_gigabytes_per_s=pulls[names].gigabytes_per_s,
+                path=link.path,
+                gigabytes_per_s=link.gigabytes_per_s,
+                pulls=self._readings.pulls(*names, is_only=num_peers[names[1]] == 1),
                 last_failure=self._state.pair_failures.get(names, ""),
                 health=states.get(names, "closed"),
             )
-            for names in busiest
+            for names, link in sorted(links.items())
         ]
 
     async def _answer_status(self, _: web.Request) -> web.Response:
-        await self._readings.refresh(self._state.pool.engines, READ_WAIT_S)
+        await self._readings.refresh(self._state.pool.engines)
         return json_response(self.status())
-
-
-class Pulls(NamedTuple):
-    """Tells what an engine has pulled, from all others or from one."""
-
-    number: int = 0
-    num_bytes: int = 0
-    bytes_per_s: float = 0.0  # mean of the last ten seconds, whether pulls ran or not
-    gigabytes_per_s: float | None = None  # speed of the last minute's pulls while they ran
 
 
 def scan(page: str) -> Counts:
@@ -243,82 +204,70 @@ def scan(page: str) -> Counts:
 
 
 class EngineHistory:
-    """Keeps the pages of one engine over the last minute."""
+    """Keeps the pages of one engine over the last seconds."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.read_at = float("-inf")
         self._past: deque[tuple[float, Counts]] = deque()
+        self._at = 0.0
         self._now: Counts = {}
 
     def add(self, now_at: float, counts: Counts) -> None:
-        before, self._now = self._now, counts
-        self.read_at = now_at
+        before, self._now, self._at = self._now, counts, now_at
         if any(counts[word] < before.get(word, 0.0) for word in counts.keys() - _GAUGES):
             # It counts from zero again: its ranks were restarted.
             self._past.clear()
         if not self._past or now_at - self._past[-1][0] >= STEP_S:
             self._past.append((now_at, counts))
-        while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 1:
+        # Two at least: whoever looks seldom sees the rates since the last look.
+        while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 2:
             self._past.popleft()
 
     def reading(self) -> EngineReading | None:
         """Return what the latest page says; None: there is none."""
         if not self._past:
             return None
-        pulls, first = self.pulls(), self._past[0][1]
-        num_tokens = self._grown("prompt_tokens", first)
+        num_tokens = self._grown("prompt_tokens")
         cache = None
         if num_tokens > 0:
             tiers = ("device", "host", "remote")
-            cache = {one: min(1.0, self._grown(f"{one}_hits", first) / num_tokens) for one in tiers}
+            cache = {one: min(1.0, self._grown(f"{one}_hits") / num_tokens) for one in tiers}
         total = {word: int(self._now.get(word, 0)) for word, *_ in _METRICS}
-        has_host_tier = bool(self._now.get("host_blocks"))
+        has_host_tier = bool(total["host_blocks"])
         return EngineReading(
             running=total["running"],
             waiting=total["waiting"],
             kv_usage=self._now.get("kv_usage", 0.0),
             host_usage=self._now.get("host_usage", 0.0) if has_host_tier else None,
-            pulled_bytes_per_s=pulls.bytes_per_s,
-            pull_gigabytes_per_s=pulls.gigabytes_per_s,
             cache=cache,
-            pulls=PullTotals(
-                done=pulls.number,
-                num_bytes=pulls.num_bytes,
-                failed=total["pull_failures"],
-                refused=total["refused"],
-            ),
+            pulls=self.pulls(),
+            failed_pulls=total["pull_failures"],
+            refused_pulls=total["refused"],
         )
 
     def pulls(self, prefill: str | None = None) -> Pulls:
         """Return what was pulled from ``prefill``, or from all: the only place that computes it."""
-        if not self._past:
-            return Pulls()
-        behind, first = "" if prefill is None else f"@{prefill}", self._past[0][1]
-        took_s = self._grown(f"pull_seconds{behind}", first)
-        moved = self._grown(f"pulled_bytes{behind}", first)
+        behind = "" if prefill is None else f"@{prefill}"
+        pulling_s, moved = (
+            self._grown(f"pull_seconds{behind}"),
+            self._grown(f"pulled_bytes{behind}"),
+        )
+        span_s = self._at - self._past[0][0] if self._past else 0.0
         return Pulls(
             number=int(self._now.get(f"pulls{behind}", 0)),
             num_bytes=int(self._now.get(f"pulled_bytes{behind}", 0)),
-            bytes_per_s=self._rate(f"pulled_bytes{behind}"),
-            gigabytes_per_s=moved / took_s / 1e9 if took_s > 0 else None,
+            bytes_per_s=moved / span_s if span_s > 0 else 0.0,
+            gigabytes_per_s=moved / pulling_s / 1e9 if pulling_s > 0 else None,
         )
 
     @property
     def tells_peers(self) -> bool:
         return any("@" in word for word in self._now)
 
-    def _grown(self, word: str, before: Counts) -> float:
+    def _grown(self, word: str) -> float:
+        """Return the growth since the oldest page that is kept."""
+        before = self._past[0][1] if self._past else {}
         return self._now.get(word, 0.0) - before.get(word, 0.0)
-
-    def _rate(self, word: str) -> float:
-        """Return the growth a second since the oldest page of the last seconds, else since the one
-        before the latest.
-        """
-        before = [past for past in self._past if past[1] is not self._now] or [self._past[0]]
-        recent = (past for past in before if self.read_at - past[0] <= RATE_S)
-        at, counts = next(recent, before[-1])
-        return self._grown(word, counts) / (self.read_at - at) if self.read_at > at else 0.0
 
 
 class EngineReadings:
@@ -329,7 +278,7 @@ class EngineReadings:
         self._clock = clock
         self._histories: dict[str, EngineHistory] = {}
         self._turn: asyncio.Task[None] | None = None
-        self._fresh_until_at = float("-inf")
+        self._fresh_until_at = 0.0
 
     def of(self, engine: Engine) -> EngineReading | None:
         history = self._histories.get(engine.name)
@@ -345,16 +294,16 @@ class EngineReadings:
             return Pulls()
         return history.pulls(None if is_only and not history.tells_peers else prefill)
 
-    async def refresh(self, engines: Sequence[Engine], wait_s: float) -> None:
-        """Read engines, unless that was done just now; one that does not answer in ``wait_s`` is
-        read on meanwhile.
+    async def refresh(self, engines: Sequence[Engine]) -> None:
+        """Read engines, unless that was done just now; one that does not answer in
+        ``READ_WAIT_S`` is read on meanwhile.
         """
         is_over = self._turn is None or self._turn.done()
         if is_over and self._clock() >= self._fresh_until_at:
             self._turn = asyncio.ensure_future(self._read(engines))
             self._fresh_until_at = self._clock() + FRESH_S
         if self._turn is not None:
-            await asyncio.wait([self._turn], timeout=wait_s)
+            await asyncio.wait([self._turn], timeout=READ_WAIT_S)
 
     async def close(self) -> None:
         if self._turn is not None:
@@ -363,30 +312,16 @@ class EngineReadings:
 
     async def _read(self, engines: Sequence[Engine]) -> None:
         known, self._histories = self._histories, {}
-        for engine in engines:
+
+        async def read(engine: Engine) -> None:
             history = known.get(engine.name)
             if history is None or history.processes != engine.processes:
                 history = EngineHistory(engine.processes)
             self._histories[engine.name] = history
-        histories, at_once = self._histories, asyncio.Semaphore(AT_ONCE)
+            if (page := await self._client.read_metrics(engine)) is not None:
+                history.add(self._clock(), scan(page))
 
-        async def read(engine: Engine) -> None:
-            async with at_once:
-                page = await self._client.read_metrics(engine)
-                if page is not None:
-                    histories[engine.name].add(self._clock(), scan(page))
-
-        due = sorted(engines, key=lambda each: histories[each.name].read_at)[:MAX_READS]
-        await asyncio.gather(*map(read, due), return_exceptions=True)
-
-
-class Totals(NamedTuple):
-    """Holds the router's counters at an instant of both clocks."""
-
-    at: float
-    now_at: float
-    sums: Mapping[str, float]
-    buckets: Mapping[str, Buckets]
+        await asyncio.gather(*map(read, engines), return_exceptions=True)
 
 
 class RateHistory:
@@ -404,61 +339,67 @@ class RateHistory:
         self._metrics = metrics
         self._clock = clock
         self._wall_clock = wall_clock
-        self.points: deque[Rates] = deque(maxlen=int(LENGTH_S / STEP_S))
-        self._past: deque[Totals] = deque([self.totals()], maxlen=int(NOW_S / STEP_S))
+        self.points: deque[Rates] = deque(maxlen=int(HISTORY_S / STEP_S))
+        self._past = deque([self.totals()], maxlen=int(WINDOW_S / STEP_S))
 
     def take(self) -> None:
-        totals = self.totals()
-        self.points.append(_between(self._past[-1], totals))
-        self._past.append(totals)
+        self.points.append(self._since(self._past[-1]))
+        self._past.append(self.totals())
 
-    def now(self, totals: Totals) -> Rates:
-        return _between(self._past[0], totals)
+    def now(self) -> Rates:
+        return self._since(self._past[0])
 
-    def totals(self) -> Totals:
+    def totals(self) -> tuple[float, Counts]:
+        """Return the instant and the counters; buckets by name and bound: ``NAME@0.5``."""
         sums = dict.fromkeys(_NAMES, 0.0)
-        buckets: dict[str, dict[float, float]] = {_FIRST_TOKEN: {}, _INTER_TOKEN: {}}
         for sample in self._metrics.samples(_NAMES):
-            if sample.name in buckets:
-                buckets[sample.name][float(sample.labels["le"])] = sample.value
+            if "le" in sample.labels:
+                sums[f"{sample.name}@{sample.labels['le']}"] = sample.value
             # A client that has left is no error of the deployment.
             elif sample.labels.get("status") != str(CLIENT_CLOSED_REQUEST):
                 sums[sample.name] += sample.value
-        return Totals(self._wall_clock(), self._clock(), sums, buckets)
+        return self._clock(), sums
+
+    def _since(self, past: tuple[float, Counts]) -> Rates:
+        (before_at, before), (now_at, now) = past, self.totals()
+        span_s = now_at - before_at
+        grown = {word: now[word] - before.get(word, 0.0) for word in now}
+
+        def rate(name: str) -> float:
+            return grown[name] / span_s if span_s > 0 else 0.0
+
+        def times(name: str) -> Percentiles | None:
+            words = (word for word in grown if word.startswith(f"{name}@"))
+            return percentiles({float(word.partition("@")[2]): grown[word] for word in words})
+
+        return Rates(
+            at=self._wall_clock(),
+            span_s=span_s,
+            requests_per_s=rate(_REQUESTS),
+            errors_per_s=rate(_ERRORS),
+            prompt_tokens_per_s=rate(_PROMPT_TOKENS),
+            output_tokens_per_s=rate(_OUTPUT_TOKENS),
+            first_token_ms=times(_FIRST_TOKEN),
+            inter_token_ms=times(_INTER_TOKEN),
+        )
 
 
-def _between(before: Totals, after: Totals) -> Rates:
-    span_s = after.now_at - before.now_at
+def percentiles(upto: Mapping[float, float]) -> Percentiles | None:
+    """Estimate from how many took at most so many seconds, as if they lay evenly in each bucket.
 
-    def rate(name: str) -> float:
-        return (after.sums[name] - before.sums[name]) / span_s if span_s > 0 else 0.0
-
-    return Rates(
-        at=after.at,
-        span_s=span_s,
-        requests_per_s=rate(_REQUESTS),
-        errors_per_s=rate(_ERRORS),
-        prompt_tokens_per_s=rate(_PROMPT_TOKENS),
-        output_tokens_per_s=rate(_OUTPUT_TOKENS),
-        first_token_ms=percentiles(before.buckets[_FIRST_TOKEN], after.buckets[_FIRST_TOKEN]),
-        inter_token_ms=percentiles(before.buckets[_INTER_TOKEN], after.buckets[_INTER_TOKEN]),
-    )
-
-
-def percentiles(before: Buckets, after: Buckets) -> Percentiles | None:
-    """Estimate from what came into each bucket, as if it lay evenly in it; None without any."""
-    upto = {bound: after[bound] - before.get(bound, 0.0) for bound in sorted(after)}
+    None without any.
+    """
     most = max(upto.values(), default=0.0)
     if most <= 0:
         return None
 
     def time_ms(wanted: float) -> float:
         low, below = 0.0, 0.0
-        for bound, number in upto.items():
+        for bound in sorted(upto):
             # The last bucket has no end: its beginning is the best that is known.
             if bound == float("inf"):
                 break
-            if number >= wanted and number > below:
+            if (number := upto[bound]) >= wanted and number > below:
                 return (low + (wanted - below) / (number - below) * (bound - low)) * 1e3
             low, below = bound, number
         return low * 1e3

@@ -38,7 +38,7 @@ from pdlaunch.router.engine_client import (
 )
 from pdlaunch.router.handover import Handover
 from pdlaunch.router.policy import Hop, Route, RoutingRequest, no_engine_ready
-from pdlaunch.router.request_record import EngineCall, RequestRecord
+from pdlaunch.router.request_history import EngineCall, RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 

@@ -1,10 +1,14 @@
-"""Keeps the records of the requests that run, and of the last ones that have ended."""
+"""Records what the router does for each request, and what engines tell of their parts of it; keeps
+the records of requests that run, and of the last ones that have ended.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import msgspec
@@ -12,16 +16,291 @@ from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute, End
-from pdlaunch.http.errors import json_response
+from pdlaunch.http.errors import (
+    CLIENT_CLOSED_REQUEST,
+    RelayedError,
+    error_status,
+    json_response,
+)
 from pdlaunch.observe.logs import FIELDS, escape_controls
+from pdlaunch.observe.metrics import RequestClock
+from pdlaunch.observe.spans import (
+    MAX_SPANS,
+    PREFILL,
+    PULL,
+    QUEUE,
+    SEATED,
+    Attribute,
+    Span,
+    SpanLog,
+    SpanReport,
+)
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.status import RequestList, RequestSummary
-from pdlaunch.router.request_record import RequestRecord
+from pdlaunch.protocol.openai.responses import Usage
+from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace, SpanView
+from pdlaunch.router.policy import Hop, Route
+from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LISTED = 20
 _CHOICES = ("last", "slowest", "failed")
+ROUTER = "router"
+CLIENT_LEFT = "the client went away"
+MAX_MODEL_LENGTH = 200
+MAX_ERROR_LENGTH = 300
+MAX_HEARD_SPANS = 4 * MAX_SPANS  # of one engine with its ranks, for one call
+
+
+class EngineCall(msgspec.Struct):
+    """Records one call of an engine."""
+
+    hop: Hop
+    engine: str
+    span: Span  # ends at 0 while the call runs
+    error: str | None = None
+    heard: list[Span] = []  # the engine's spans, on the router's clock
+    num_dropped: int = 0  # spans that the engine, or this process, has not kept
+
+    @property
+    def is_over(self) -> bool:
+        return self.span.end_at > 0
+
+    def hear(self, told: object, now_at: float) -> None:
+        """Take the spans with which an engine has ended its answer, if any."""
+        if told is None:
+            return
+        try:
+            report = msgspec.convert(told, SpanReport)
+        except (ValueError, RecursionError) as error:
+            logger.debug("%s: its spans cannot be read: %s", self.engine, error)
+            return
+        sent_at = self.span.start_at
+        self.heard = report.placed(sent_at, now_at, self.engine)[:MAX_HEARD_SPANS]
+        self.num_dropped = report.num_dropped + len(report.spans) - len(self.heard)
+        error_s = report.clock_error_s(sent_at, now_at)
+        self.span.attributes["clock_error_ms"] = round(error_s * 1000, 3)
+
+    def counts(self, usage: object) -> None:
+        """Note by ``usage`` how much of the prompt was cached or pulled."""
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        if isinstance(cached, int):
+            self.span.attributes["cached_tokens"] = cached
+
+    def named(self, name: str) -> list[Span]:
+        return [span for span in self.heard if span.name == name]
+
+    def attributes(self, name: str) -> dict[str, Attribute]:
+        """Return the attributes of the engine's first span with this name, or an empty dict."""
+        return next((span.attributes for span in self.named(name)), {})
+
+
+class RequestRecord:
+    """Gathers what is known of one request, from the door to the end of its answer."""
+
+    def __init__(self, request_id: HttpRequestId, path: str) -> None:
+        self.id = request_id
+        self.path = path
+        self.received_at = time.time()
+        self.model: str | None = None
+        self.kv_path: str | None = None
+        self.retries = 0
+        self.status: int | None = None
+        self.error: str | None = None
+        self.log = SpanLog()
+        self.usage: Usage | None = None
+        self.clock: RequestClock | None = None  # knows when tokens have left for the client
+        self.transcripts: list[Transcript] = []  # of the prompts that run
+        self.finish_reasons: dict[str, None] = {}
+        self._calls: list[EngineCall] = []
+        self._explanation: str | None = None
+        self._num_tokens = 0  # of a request that has ended
+        self._end_at: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self._end_at is not None
+
+    @property
+    def has_failed(self) -> bool:
+        return self.is_done and (self.error is not None or (self.status or 0) >= 400)
+
+    @property
+    def duration_s(self) -> float:
+        end_at = self.log.clock() if self._end_at is None else self._end_at
+        return end_at - self.log.start_at
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
+
+    def understood(self, model: str | None, num_prompts: int) -> None:
+        self.model = None if model is None else model[:MAX_MODEL_LENGTH]
+        self.log.add("receive", self.log.start_at, prompts=num_prompts)
+
+    def routed(self, hop: Hop, route: Route) -> None:
+        logger.debug("route of %s: %s", hop, route)
+        self._explanation = route.reason
+        prefill, decode = (e.name if e else None for e in (route.prefill, route.decode))
+        self.log.mark("route", hop=hop, prefill=prefill, decode=decode, explanation=route.reason)
+
+    @contextlib.contextmanager
+    def call(self, hop: Hop, engine: str) -> Iterator[EngineCall]:
+        call = EngineCall(hop, engine, Span(f"{hop} at {engine}", self.log.clock(), 0.0))
+        self._calls.append(call)
+        try:
+            yield call
+        except BaseException as error:
+            call.error = call.span.attributes["error"] = describe_error(error)
+            raise
+        finally:
+            call.span.end_at = self.log.clock()
+
+    def fail(self, error: BaseException) -> None:
+        """Note an error that the client is told of, the first one alone."""
+        if self.error is None:
+            self.status, self.error = error_status(error), describe_error(error)
+
+    def end(self, status: int) -> None:
+        """End the record. A ``status`` that an error has set before stays."""
+        if self.status is None:
+            self.status = status
+        if status == CLIENT_CLOSED_REQUEST and self.error is None:
+            self.status, self.error = status, CLIENT_LEFT
+        # The transcripts, which hold every token, go with the request.
+        self._num_tokens, self.transcripts = self.num_tokens, []
+        if self.clock is not None and (first_at := self.clock.first_token_at) is not None:
+            self.log.add("first token", first_at, first_at)
+            self.log.add("tokens", first_at, self.clock.last_token_at, tokens=self._num_tokens)
+        self._end_at = self.log.clock()
+        self.log.add("end", self._end_at, self._end_at, status=self.status, error=self.error)
+
+    def summary(self) -> RequestSummary:
+        used = [call for call in self._calls if call.error is None]
+        last = {call.hop: call for call in used}
+        prefill, decode = last.get("prefill"), last.get("decode")
+        computing = prefill or decode
+        at_first = {} if computing is None else computing.attributes(SEATED)
+        at_decode = {} if decode is None else decode.attributes(SEATED)
+        pulls = [] if decode is None else decode.named(PULL)
+        pull = pulls[0].attributes if pulls else {}
+        num_bytes = _number(pull.get("bytes"))
+        # The choices of a prompt wait at the same time.
+        queued = [span for call in used for span in call.named(QUEUE)]
+        waits_s = [span.duration_s for span in queued if not span.attributes.get("choice")]
+        names = [call.engine for call in (prefill, decode) if call is not None]
+        usage, first_at = self.usage, None if self.clock is None else self.clock.first_token_at
+        details = None if usage is None else usage.prompt_tokens_details
+        output_tokens = self.num_tokens if self._calls else None
+        return RequestSummary(
+            id=self.id,
+            received_at=self.received_at,
+            status=self.status,
+            state="done" if self.is_done else "running",
+            path=self.path,
+            model=self.model,
+            prefill=None if prefill is None else prefill.engine,
+            decode=None if decode is None else decode.engine,
+            route="->".join(names) or None,
+            explanation=self._explanation,
+            kv_path=self.kv_path,
+            prompt_tokens=None if usage is None else usage.prompt_tokens,
+            cached_tokens=None if details is None else details.cached_tokens,
+            cached_device_tokens=_count(at_first.get("device_tokens")),
+            cached_host_tokens=_count(at_first.get("host_tokens")),
+            remote_tokens=_count(at_decode.get("remote_tokens")),
+            queue_ms=_ms(sum(waits_s) if waits_s else None),
+            prefill_ms=_ms(None if computing is None else _prefill_s(computing)),
+            pull_ms=_ms(max((span.duration_s for span in pulls), default=None)),
+            pull_mb=None if num_bytes is None else round(num_bytes / 1e6, 3),
+            pull_gb_s=_number(pull.get("gb_s")),
+            verified=bool(pull["verified"]) if "verified" in pull else None,
+            first_token_ms=_ms(None if first_at is None else first_at - self.log.start_at),
+            output_tokens=output_tokens if usage is None else usage.completion_tokens,
+            ms_per_token=self._ms_per_token(first_at),
+            total_ms=_ms(self.duration_s),
+            retries=self.retries,
+            finish_reason=",".join(self.finish_reasons) or None,
+            error=self.error,
+        )
+
+    def trace(self) -> RequestTrace:
+        """Return all that is known of the request, its spans in the order of their beginnings."""
+        start_at, ended = self.log.start_at, [call for call in self._calls if call.is_over]
+        whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
+        told: list[tuple[Span, Span]] = [(span, whole) for span in self.log.spans]
+        told += [(call.span, whole) for call in ended]
+        # Several calls may have gone to one engine: a prompt each, or the same one again.
+        told += [(span, call.span) for call in ended for span in call.heard]
+        told.sort(key=lambda pair: pair[0].start_at)
+        places = {id(span): place for place, (span, _) in enumerate(told, 1)}
+        spans = [
+            SpanView(
+                name=span.name,
+                process=span.process or ROUTER,
+                start_ms=round((span.start_at - start_at) * 1000, 3),
+                end_ms=round((span.end_at - start_at) * 1000, 3),
+                attributes=span.attributes,
+                parent=places.get(id(parent), 0),
+            )
+            for span, parent in [(whole, whole), *told]
+        ]
+        dropped_spans = self.log.num_dropped + sum(call.num_dropped for call in self._calls)
+        summary = msgspec.structs.asdict(self.summary())
+        return RequestTrace(**summary, spans=spans, dropped_spans=dropped_spans)
+
+    def _ms_per_token(self, first_at: float | None) -> float | None:
+        if self.clock is None or first_at is None:
+            return None
+        num_choices, took_s = self.clock.num_choices, self.clock.last_token_at - first_at
+        num_steps = self.num_tokens - num_choices
+        # Answers of vLLM that are no streams come whole.
+        return _ms(took_s * num_choices / num_steps) if num_steps > 0 and took_s > 0 else None
+
+
+def _prefill_s(call: EngineCall) -> float | None:
+    """Return how long the prompt was computed, by spans, else by the whole prefill call."""
+    if steps := call.named(PREFILL):
+        return max(span.end_at for span in steps) - min(span.start_at for span in steps)
+    is_untold = call.hop == "prefill" and call.is_over and not call.heard
+    return call.span.duration_s if is_untold else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
+
+
+def _number(value: Attribute) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _count(value: Attribute) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def describe_error(error: BaseException) -> str:
+    """Say what went wrong.
+
+    An engine's refusal may quote the prompt: only the names in it are told.
+    """
+    if isinstance(error, ConnectionError) or not isinstance(error, Exception):
+        return CLIENT_LEFT
+    if isinstance(error, RelayedError):
+        named: list[str] = []
+        with contextlib.suppress(
+            ValueError, RecursionError, LookupError, TypeError, AttributeError
+        ):
+            body = msgspec.json.decode(error.body)["error"]
+            named = [str(body[key]) for key in ("code", "param") if body.get(key)]
+        text = ": ".join([str(error), *named])
+    elif isinstance(error, RequestError):
+        text = f"{error.code}: {error}" if error.code else str(error)
+    else:
+        text = type(error).__name__
+    return text[:MAX_ERROR_LENGTH]
+
+
 _RECORD = web.RequestKey("record", RequestRecord)
 
 
@@ -108,50 +387,12 @@ def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
     return given[0], int(text)
 
 
-def log_request(record: RequestRecord, show: Callable[[str], None] | None = None) -> None:
+def log_request(record: RequestRecord, show: Callable[[str], None] | None) -> None:
     """Write the line of a request that has ended."""
     if show is None and not logger.isEnabledFor(logging.INFO):
         return
     summary = record.summary()
-    text = format_request(summary)
-    fields = lambda: {"request": msgspec.to_builtins(summary)}  # noqa: E731
-    logger.info("%s", text, extra={FIELDS: fields})
+    line = summary.line
+    logger.info("%s", line, extra={FIELDS: lambda: {"request": msgspec.to_builtins(summary)}})
     if show is not None:
-        show(escape_controls(f"[{summary.id}] {text}"))
-
-
-def format_request(summary: RequestSummary) -> str:
-    """Return what is known of a request in one line, without its id and time."""
-    tiers = {
-        "device": summary.cached_device_tokens,
-        "host": summary.cached_host_tokens,
-        "remote": summary.remote_tokens,
-    }
-    cached = " ".join(f"{tier} {number}" for tier, number in tiers.items() if number is not None)
-    if not cached and summary.cached_tokens is not None:
-        cached = str(summary.cached_tokens)
-    words: list[tuple[object, str]] = [
-        (summary.status, "{}"),
-        (summary.path, "{}"),
-        (summary.model, "model={}"),
-        (summary.route and summary.route.replace("->", " -> "), "{}"),
-        (summary.kv_path, "over {}"),
-        (summary.prompt_tokens, "prompt={}"),
-        (cached or None, "(cached {})"),
-        (summary.queue_ms, "queue={:.1f}ms"),
-        (summary.prefill_ms, "prefill={:.1f}ms"),
-        (summary.pull_ms, "pull={:.1f}ms"),
-        (summary.pull_mb, "{:.2f}MB"),
-        (summary.pull_gb_s, "{:.2f}GB/s"),
-        ({None: None, True: "verified", False: "unverified"}[summary.verified], "{}"),
-        (summary.first_token_ms, "first={:.1f}ms"),
-        (summary.output_tokens, "tokens={}"),
-        (summary.ms_per_token, "{:.2f}ms/token"),
-        (summary.total_ms, "total={:.1f}ms"),
-        (summary.retries or None, "retries={}"),
-        (summary.finish_reason, "finish={}"),
-        (summary.explanation, "why: {}"),
-        (summary.error, "error: {}"),
-    ]
-    known = (form.format(value) for value, form in words if value is not None)
-    return escape_controls(" ".join(known))
+        show(escape_controls(f"[{summary.id}] {line}"))

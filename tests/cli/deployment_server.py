@@ -17,7 +17,7 @@ from pdlaunch.protocol.status import (
     GoneEngine,
     PairStatus,
     Percentiles,
-    PullTotals,
+    Pulls,
     Rates,
     RequestList,
     RequestSummary,
@@ -41,16 +41,19 @@ def rates(number: float) -> Rates:
     )
 
 
+PULLS = Pulls(number=7, num_bytes=10**9, bytes_per_s=1.5e9)
+
+
 def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) -> EngineStatus:
     reading = EngineReading(
         running=3,
         waiting=1,
         kv_usage=kv_usage,
         host_usage=None,
-        pulled_bytes_per_s=1.5e9 if role == "decode" else 0.0,
-        pull_gigabytes_per_s=390.0,
         cache={"device": 0.3, "host": 0.1, "remote": 0.2},
-        pulls=PullTotals(done=7, num_bytes=10**9, failed=0, refused=0),
+        pulls=msgspec.structs.replace(PULLS, bytes_per_s=1.5e9 if role == "decode" else 0.0),
+        failed_pulls=0,
+        refused_pulls=0,
     )
     values: dict[str, object] = {
         "kind": "native",
@@ -60,9 +63,7 @@ def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) ->
         "state": "ready",
         "is_down": False,
         "reason": "",
-        "streams": 2,
         "load": 4,
-        "prompt_tokens": 100,
         "reading": reading,
     }
     return msgspec.convert(
@@ -77,11 +78,7 @@ def deployment(*engines: EngineStatus, **fields: object) -> DeploymentStatus:
         decode="decode-0",
         path="p2p/posix_fd/batch1",
         gigabytes_per_s=391.7,
-        other_paths={},
-        pulls=7,
-        num_bytes=10**9,
-        bytes_per_s=1.5e9,
-        pull_gigabytes_per_s=None,
+        pulls=PULLS,
         last_failure="",
     )
     values: dict[str, object] = {
@@ -96,7 +93,6 @@ def deployment(*engines: EngineStatus, **fields: object) -> DeploymentStatus:
         "engines": list(found),
         "gone": [GoneEngine(name="decode-7", role="decode", gone_s=70.0)],
         "pairs": [pair],
-        "num_pairs": 1,
         "doubts": [],
         "rates": rates(4.0),
         "history": [rates(4.0)],

@@ -66,7 +66,7 @@ def test_a_waterfall_fits_and_needs_no_colour(router: DeploymentServer, columns:
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.output
     first, *rows = result.output.splitlines()
-    assert first.startswith("r1  200 /v1/completions prefill-0 -> decode-0")
+    assert first.startswith("r1  200 /v1/completions route=prefill-0->decode-0")
     assert max(map(len, rows)) <= columns
     processes = [row for row in rows if not row.startswith(" ")]
     assert processes == ["router", "prefill-0/rank-0", "decode-0/rank-0"]

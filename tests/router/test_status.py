@@ -49,7 +49,6 @@ def proven(rank: int, speed: float) -> PairReady:
         seconds=0.1,
         path="p2p/memfd",
         gigabytes_per_s=speed,
-        other_paths={"nixl/UCX": "3.5 GB/s"},
     )
 
 
@@ -74,8 +73,8 @@ async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
     # One pair for two ranks, whose slower link counts; its only peer's bytes are all bytes.
     (link,) = status.pairs
     assert (link.prefill, link.decode, link.path) == ("prefill-0", "decode-0", "p2p/memfd")
-    assert (link.gigabytes_per_s, link.pulls, link.num_bytes) == (8.5, 2, 4_000_000_000)
-    assert link.other_paths == {"nixl/UCX": "3.5 GB/s"}
+    assert link.gigabytes_per_s == 8.5
+    assert (link.pulls.number, link.pulls.num_bytes) == (2, 4_000_000_000)
     assert (status.requests, status.errors, status.in_flight) == (1, 0, 0)
 
 
@@ -129,22 +128,16 @@ def test_rates_errors_and_times_of_each_step() -> None:
     assert busy.inter_token_ms is not None
     assert 300 < busy.inter_token_ms.p95 <= 500
     assert (idle.requests_per_s, idle.first_token_ms) == (0.0, None)
-    assert history.now(history.totals()).requests_per_s == 0.25
+    assert history.now().requests_per_s == 0.25
 
 
 def test_percentiles_lie_within_their_buckets() -> None:
     bounds = [1.0, 2.0, 4.0, INF]
-    before = dict.fromkeys(bounds, 7.0)
-
-    def after(*numbers: int) -> dict[float, float]:
-        sums = [7.0 + sum(numbers[: index + 1]) for index in range(len(numbers))]
-        return dict(zip(bounds, sums, strict=True))
-
-    assert percentiles(before, after(0, 0, 0, 0)) is None
-    found = percentiles(before, after(10, 0, 10, 0))
+    assert percentiles(dict.fromkeys(bounds, 0.0)) is None
+    found = percentiles(dict(zip(bounds, [10.0, 10.0, 20.0, 20.0], strict=True)))
     assert found is not None
     assert (found.p50, found.p95) == (1000.0, 3800.0)
-    last = percentiles({}, {1.0: 0.0, INF: 5.0})
+    last = percentiles({1.0: 0.0, INF: 5.0})
     assert last is not None
     assert last.p50 == 1000.0
 
@@ -184,21 +177,27 @@ def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
     }
 
 
-def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
+def test_rates_and_shares_are_of_the_last_seconds() -> None:
     book = EngineHistory((1,))
     book.add(0.0, counts(prompt_tokens=100, device_hits=100, pulled_bytes=0))
-    book.add(50.0, counts(prompt_tokens=300, device_hits=150, pulled_bytes=0))
+    assert book.reading() is not None
+    book.add(50.0, counts(prompt_tokens=100, device_hits=100, pulled_bytes=0))
     later = counts(prompt_tokens=300, device_hits=150, pulled_bytes=8e9, pull_seconds=2)
     book.add(55.0, later)
     shown = book.reading()
     assert shown is not None
-    assert shown.pulled_bytes_per_s == 1.6e9
-    assert shown.pull_gigabytes_per_s == 4.0
+    assert (shown.pulls.bytes_per_s, shown.pulls.gigabytes_per_s) == (1.6e9, 4.0)
     assert shown.cache is not None
     assert (shown.cache["device"], shown.cache["remote"]) == (0.25, 0.0)
-    # A minute later there were no prompts.
+    # Later there were no prompts; whoever looks seldom sees what was since the last look.
     book.add(120.0, later)
     shown = book.reading()
     assert shown is not None
-    assert shown.cache is None
-    assert shown.pulled_bytes_per_s == 0.0
+    assert (shown.cache, shown.pulls.bytes_per_s) == (None, 0.0)
+    book.add(180.0, later | counts(pulled_bytes=14e9))
+    shown = book.reading()
+    assert shown is not None
+    assert shown.pulls.bytes_per_s == 1e8
+    # Its ranks were restarted: they count from zero.
+    book.add(181.0, counts(pulled_bytes=1.0))
+    assert book.pulls().bytes_per_s == 0.0

@@ -14,9 +14,9 @@ export function engineText(engine) {
 }
 
 export const pairText = (pair) =>
-  `${pair.prefill} to ${pair.decode}: ${pair.path}, ${amount(pair.bytes_per_s)}B/s` +
-  ((pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s)
-    ? ` at ${amount(pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s)} GB/s`
+  `${pair.prefill} to ${pair.decode}: ${pair.path}, ${amount(pair.pulls.bytes_per_s)}B/s` +
+  ((pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s)
+    ? ` at ${amount(pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s)} GB/s`
     : "") +
   (pair.health === "open" ? ", no pull is begun for a while" : "") +
   (pair.last_failure ? `, last failure: ${pair.last_failure}` : "");
@@ -146,9 +146,9 @@ export function routerBox(status, at) {
 const short = (name) => /\d+$/.exec(name)?.[0] ?? name.slice(0, 8);
 
 export function pairLabel(pair, x, y, kind, alone) {
-  const speed = pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s,
+  const speed = pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s,
     states = { " broken": "not usable", " idle": "idle" };
-  const now = states[kind] ?? `${amount(pair.bytes_per_s)}B/s`;
+  const now = states[kind] ?? `${amount(pair.pulls.bytes_per_s)}B/s`;
   const first = alone ? now : `${short(pair.prefill)} → ${short(pair.decode)}  ${now}`;
   const second = `${pair.path}${speed === null ? "" : ` · ${amount(speed)} GB/s`}`;
   const width = Math.max(first.length * 7.6, second.length * 6.4) + 18;

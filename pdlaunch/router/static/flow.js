@@ -24,7 +24,6 @@ export function listed(status) {
     reason: "",
     reading: null,
     load: 0,
-    streams: 0,
   }));
   const known = new Set(status.engines.map((engine) => engine.name));
   const all = [...status.engines, ...gone.filter((engine) => !known.has(engine.name))];
@@ -217,16 +216,15 @@ export function drawFlow(container, status) {
     ...status.doubts.map((doubt) => ({
       ...doubt,
       path: "not proven",
-      bytes_per_s: 0,
       gigabytes_per_s: null,
-      pull_gigabytes_per_s: null,
+      pulls: { bytes_per_s: 0, gigabytes_per_s: null },
       last_failure: doubt.error,
       doubted: true,
     })),
   ]
     .filter((pair) => places.has(pair.prefill) && places.has(pair.decode))
     .slice(0, MOST_PAIRS);
-  const most = Math.max(1, ...pairs.map((pair) => pair.bytes_per_s)),
+  const most = Math.max(1, ...pairs.map((pair) => pair.pulls.bytes_per_s)),
     wanted = [];
   for (const pair of pairs) {
     const { points, tip } = curve(places.get(pair.prefill), places.get(pair.decode), narrow);
@@ -235,10 +233,10 @@ export function drawFlow(container, status) {
       pair.health === "open" ||
       states.get(pair.prefill) === "down" ||
       states.get(pair.decode) === "down";
-    const kind = broken ? " broken" : pair.bytes_per_s > 0 ? "" : " idle",
+    const kind = broken ? " broken" : pair.pulls.bytes_per_s > 0 ? "" : " idle",
       thick =
         (pairs.length > MANY ? 0.6 : 2) +
-        ((pairs.length > MANY ? 1.8 : 6) * pair.bytes_per_s) / most;
+        ((pairs.length > MANY ? 1.8 : 6) * pair.pulls.bytes_per_s) / most;
     drawing.append(
       svg(
         "g",

@@ -98,7 +98,7 @@ function tiles() {
     readings = status.engines.map((engine) => engine.reading).filter(Boolean);
   const sum = (pick) => readings.reduce((total, reading) => total + pick(reading), 0);
   const series = (pick) => history.map(pick),
-    pulled = sum((reading) => reading.pulled_bytes_per_s);
+    pulled = sum((reading) => reading.pulls.bytes_per_s);
   byId("tiles").replaceChildren(
     tile(
       "Requests",
@@ -139,7 +139,7 @@ function tiles() {
       "Pulled",
       amount(pulled),
       "B/s",
-      `${count(sum((reading) => reading.pulls.done))} pulls, ${sum((reading) => reading.pulls.failed + reading.pulls.refused)} failed`,
+      `${count(sum((reading) => reading.pulls.number))} pulls, ${sum((reading) => reading.failed_pulls + reading.refused_pulls)} failed`,
       null,
     ),
     tile(

@@ -26,9 +26,9 @@ export function drawTables(container, status) {
       cell(percent(reading?.cache?.device)),
       cell(percent(reading?.cache?.host)),
       cell(percent(reading?.cache?.remote)),
-      cell(`${amount(reading?.pulled_bytes_per_s)}B/s`),
-      cell(amount(reading?.pulls.failed)),
-      cell(amount(reading?.pulls.refused)),
+      cell(`${amount(reading?.pulls.bytes_per_s)}B/s`),
+      cell(amount(reading?.failed_pulls)),
+      cell(amount(reading?.refused_pulls)),
     );
   });
   const number = (name) => ({ name, class: "number" });
@@ -39,10 +39,10 @@ export function drawTables(container, status) {
       html("th", { scope: "row" }, `${pair.prefill} → ${pair.decode}`),
       cell(pair.path, ""),
       cell(`${amount(pair.gigabytes_per_s)} GB/s`),
-      cell(`${amount(pair.pull_gigabytes_per_s)} GB/s`),
-      cell(`${amount(pair.bytes_per_s)}B/s`),
-      cell(`${amount(pair.num_bytes)}B`),
-      cell(amount(pair.pulls)),
+      cell(`${amount(pair.pulls.gigabytes_per_s)} GB/s`),
+      cell(`${amount(pair.pulls.bytes_per_s)}B/s`),
+      cell(`${amount(pair.pulls.num_bytes)}B`),
+      cell(amount(pair.pulls.number)),
       cell(pair.last_failure || "–", "bad-text"),
     ),
   );
@@ -78,9 +78,7 @@ export function drawTables(container, status) {
       "div",
       { class: "scroll", tabindex: 0, role: "region", "aria-label": "Pairs as a table" },
       table(
-        status.num_pairs > status.pairs.length
-          ? `Pairs (${status.pairs.length} of ${status.num_pairs})`
-          : "Pairs",
+        "Pairs",
         [
           { name: "Pair" },
           { name: "Path" },
