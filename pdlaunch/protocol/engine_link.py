@@ -11,7 +11,7 @@ The connector imports this module with vLLM's packages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import msgspec
 
@@ -85,19 +85,16 @@ def rank_entries(entries: Iterable[Entry]) -> list[Entry]:
 
     Not earlier: a READ of a GPU whose engine captures its CUDA graphs breaks the capture.
     """
-    return list(_rank_entries(entries))
-
-
-def _rank_entries(entries: Iterable[Entry]) -> Iterator[Entry]:
-    for entry in entries:
-        if entry.state in ("starting", "failed"):
-            continue
-        for tp_rank, side_channel in enumerate(entry.address.side_channels):
-            yield msgspec.structs.replace(
-                entry,
-                name=rank_name(entry.name, tp_rank),
-                kind="rank",
-                engine=entry.name,
-                tp_rank=tp_rank,
-                address=Address(side_channel=side_channel),
-            )
+    return [
+        msgspec.structs.replace(
+            entry,
+            name=rank_name(entry.name, tp_rank),
+            kind="rank",
+            engine=entry.name,
+            tp_rank=tp_rank,
+            address=Address(side_channel=side_channel),
+        )
+        for entry in entries
+        if entry.state not in ("starting", "failed")
+        for tp_rank, side_channel in enumerate(entry.address.side_channels)
+    ]

@@ -106,7 +106,7 @@ def test_its_line_is_in_the_log_and_on_the_terminal_and_debug_adds_decisions(
     demo: Deployment, through_a_pair: RequestTrace
 ) -> None:
     """Routes, what each step computes, leases and pulls."""
-    place = f"[{through_a_pair.id}] 200 /v1/completions model="
+    place = f"[{through_a_pair.id}] 200 /v1/completions route=prefill-0->decode-0 "
     assert place in (demo.log_dir / "router.log").read_text()
     await_true(lambda: place in demo.output(), "the terminal shows it")
     mine = re.escape(through_a_pair.id)

@@ -215,15 +215,13 @@ def test_images_and_the_like_get_an_error_that_says_so(kind: str) -> None:
 
 
 def test_every_form_of_text_is_a_text() -> None:
-    parts = ["a", TEXT, {"text": "b"}, {"type": "input_text", "text": "c"}]
-    refused = [{"type": "refusal", "refusal": "no"}]
+    parts = ["a", TEXT, {"text": "b"}]
     messages = [
         {"role": "user", "content": parts},
-        {"role": "assistant", "content": refused},
         {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "audio": None},
     ]
     texts = [message.text() for message in chat(messages=messages).messages]
-    assert texts == ["a\nhi\nb\nc", "no", "x"]
+    assert texts == ["a\nhi\nb", "x"]
 
 
 def test_a_history_with_tool_calls_is_shown_to_the_template() -> None:

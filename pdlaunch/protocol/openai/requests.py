@@ -23,9 +23,6 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # bounds the parts of all messages together
 MAX_TOOLS = 1024
 
-_TEXT_MEMBERS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""The member that holds the text of a part, by its type."""
-
 
 class TextPart(RequestBody):
     """Holds one part of a message's content; only text is served."""
@@ -33,7 +30,7 @@ class TextPart(RequestBody):
     PLACE = "messages.content."
     HINTS = frozenset({"annotations", "cache_control"})
 
-    type: Literal["text"]
+    type: Literal["text"] = "text"
     text: str
 
     @model_validator(mode="before")
@@ -42,22 +39,17 @@ class TextPart(RequestBody):
         """Return the part as one of type text. Raises RequestError for images and the like."""
         if isinstance(part, str):
             return {"type": "text", "text": part}
-        if not isinstance(part, dict):
+        if not isinstance(part, dict) or "text" in part:
             return part
-        # Some clients leave the type out where the member says it.
-        kind = part.get("type") or ("text" if "text" in part else next(iter(part), "text"))
-        if not isinstance(kind, str):
-            return part
-        member = _TEXT_MEMBERS.get(kind)
-        if member is None:
+        kind = part.get("type") or next(iter(part), "text")
+        if kind != "text":
             raise RequestError(
-                f"content of type {kind[:100]!r} is not supported: the model reads text alone, no "
-                "images, audio, video or files; send parts of type 'text'",
+                f"content of type {str(kind)[:100]!r} is not supported: the model reads text "
+                "alone, no images, audio, video or files; send parts of type 'text'",
                 param="type",
                 code="unsupported_content",
             )
-        others = {name: value for name, value in part.items() if name != member}
-        return others | {"type": "text", "text": part.get(member)}
+        return part
 
 
 class FunctionCall(RequestBody):
