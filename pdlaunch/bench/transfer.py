@@ -236,13 +236,13 @@ class Rank:
         # Prefill and decode lie on two GPUs where there are two.
         index = 0 if on_cpu or role == "prefill" else 1 % torch.cuda.device_count()
         device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
-        os.environ.update(settings.carrier_settings.environment(os.environ, options.device))
+        os.environ.update(settings.connector_section.environment(os.environ, options.device))
         num_blocks, layout = max(options.num_blocks), options.layout()
         memory = open_kv_memory(
             open_memory_pools(enabled=options.enable_cumem_allocator, device=device),
             device,
-            shared=settings.carrier_settings.maps_memory,
-            mapped_alone=settings.carrier_settings.only_maps_memory,
+            shared=settings.connector_section.maps_memory,
+            mapped_alone=settings.connector_section.only_maps_memory,
         )
         pages = memory.zeros(num_blocks * layout.block_bytes).view(getattr(torch, options.dtype))
         name = f"{role}-0/rank-0"

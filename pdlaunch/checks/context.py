@@ -84,7 +84,7 @@ class Context:
 
     def uses(self, connector: str) -> bool:
         """Return whether KV blocks go from prefill to decode over this connector."""
-        return self.pair is not None and self.kv_transfer.carrier == connector
+        return self.pair is not None and self.kv_transfer.connector == connector
 
     @property
     def uses_ucx(self) -> bool:
@@ -115,7 +115,10 @@ def uses_ucx(launch: ResolvedLaunch) -> bool:
     transfer = launch.config.kv_transfer
     is_native = all(each.is_native for each in launch.roles.values())
     return (
-        is_native and launch.has_pair and transfer.carrier == "nixl" and transfer.nixl.path != "p2p"
+        is_native
+        and launch.has_pair
+        and transfer.connector == "nixl"
+        and transfer.nixl.path != "p2p"
     )
 
 

@@ -56,7 +56,7 @@ def _segments(context: Context) -> Iterator[Found]:
 
 
 def _cumem_without_fabric(context: Context) -> Iterator[Found]:
-    carrier = context.kv_transfer.carrier_settings
+    carrier = context.kv_transfer.connector_section
     for each in on_cuda(context) if context.pair else ():
         if each.role not in PAIR or not each.cumem_allocator:
             continue
@@ -78,7 +78,7 @@ def _cumem_without_fabric(context: Context) -> Iterator[Found]:
 
 def _is_opened_by_library(context: Context, each: RoleEngines) -> bool:
     """Return whether a library opens its GPU memory; vLLM's own pools cannot be mapped."""
-    carrier = context.kv_transfer.carrier_settings
+    carrier = context.kv_transfer.connector_section
     return carrier.opens_device_memory or (carrier.maps_memory and not each.is_native)
 
 

@@ -32,7 +32,7 @@ def far_engines(context: Context) -> list[PlacedEngine]:
 
 def _opening_engines(context: Context) -> list[PlacedEngine]:
     """Return those of them that open ports for it."""
-    return far_engines(context) if context.kv_transfer.carrier_settings.opens_data_ports else []
+    return far_engines(context) if context.kv_transfer.connector_section.opens_data_ports else []
 
 
 def _names_of_hosts(context: Context) -> str:
@@ -40,7 +40,7 @@ def _names_of_hosts(context: Context) -> str:
 
 
 def _p2p_between_hosts(context: Context) -> str:
-    if not far_engines(context) or context.kv_transfer.carrier_settings.joins_hosts:
+    if not far_engines(context) or context.kv_transfer.connector_section.joins_hosts:
         return ""
     return f"p2p does not join the hosts {_names_of_hosts(context)}"
 
@@ -64,7 +64,7 @@ def _measured(context: Context) -> Iterator[tuple[PairTransport, str]]:
     for pair in context.probes.transport or ():
         # Why no faster path is in use stands in the finding: the user would ask next.
         reasons = [f"{path}: {said}" for path, said in pair.other_paths.items()]
-        if settings.carrier == "nixl" and settings.nixl.path != "auto":
+        if settings.connector == "nixl" and settings.nixl.path != "auto":
             untried = "P2P" if settings.nixl.path == "nixl" else "NIXL"
             path = f"kv_transfer.nixl.path is {settings.nixl.path}"
             reasons.append(f"{path}: {untried} was not tried")

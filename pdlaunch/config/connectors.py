@@ -53,10 +53,6 @@ class ConnectorSettings(FrozenModel):
     with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
     incarnation. Returns a ``transfer.connectors.connector.Connector``.
     """
-    stand_ins: ClassVar[Mapping[str, str]] = {}
-    """For tests: ``module:class`` by the name of the rank's class that it replaces. Gets this
-    section before the arguments of that class. See ``connector.rank_part``.
-    """
 
     def environment(
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
@@ -98,11 +94,6 @@ class ConnectorSettings(FrozenModel):
     @property
     def only_maps_memory(self) -> bool:
         return self.maps_memory and not self.opens_device_memory
-
-    @property
-    def wraps(self) -> str | None:
-        """Return the name of the connector that this one wraps, which moves the bytes."""
-        return None
 
 
 class NixlSettings(ConnectorSettings):
@@ -243,8 +234,6 @@ BUILT_IN: Mapping[str, type[ConnectorSettings]] = {
     "file": FileSettings,
     VLLM_NIXL: VllmNixlSettings,
 }
-_LAZY: Mapping[str, str] = {"faulty": "pdlaunch.transfer.connectors.faults:FaultPlan"}
-"""Connectors of pdlaunch that come as those of other packages do."""
 
 
 class ConnectorImportError(ConfigError):
@@ -306,9 +295,7 @@ def load_named(path: str, what: str) -> Any:
 @functools.cache
 def _others() -> Mapping[str, str]:
     """Return ``module:attribute`` of each connector that is imported when it is named."""
-    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    # In this order, as with ``BUILT_IN``: our names stay ours.
-    return {**found, **_LAZY}
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def _with_defaults(environ: Environ, defaults: Mapping[str, str]) -> dict[str, str]:

@@ -86,7 +86,7 @@ class KVTransferSettings(FrozenModel):
 
     @model_validator(mode="after")
     def _has_a_directory(self) -> Self:
-        if self.carrier == "file" and self.file.directory is None:
+        if self.connector == "file" and self.file.directory is None:
             message = "it needs kv_transfer.file.directory: a folder that all engines can write to"
             raise PydanticCustomError("directory", message, {"field": "connector"})
         return self
@@ -97,19 +97,9 @@ class KVTransferSettings(FrozenModel):
         return self.connector == VLLM_NIXL
 
     @property
-    def carrier(self) -> str:
-        """Return the name of the connector that moves the bytes: the innermost where one wraps
-        another.
-        """
-        name = self.connector
-        while (inner := self.section(name).wraps) is not None:
-            name = inner
-        return name
-
-    @property
-    def carrier_settings(self) -> ConnectorSettings:
-        """Return the settings of the connector that moves the bytes."""
-        return self.section(self.carrier)
+    def connector_section(self) -> ConnectorSettings:
+        """Return the settings of the connector in use."""
+        return self.section(self.connector)
 
     def section(self, name: str) -> ConnectorSettings:
         """Return the settings of a connector: its defaults where none were given."""

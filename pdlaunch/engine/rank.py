@@ -50,7 +50,7 @@ from pdlaunch.protocol.process.bootstrap import (
 )
 from pdlaunch.protocol.process.step_record import StepRecord
 from pdlaunch.protocol.sockets import SecureContext
-from pdlaunch.transfer.connectors.connector import NoConnector, new_connector, rank_part
+from pdlaunch.transfer.connectors.connector import NoConnector, new_connector
 from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.regions import native_regions
@@ -195,7 +195,7 @@ class RankProcess:
             report=self.control.send,
             host=spec.bind_address,
         )
-        return rank_part(TransferThread, spec.kv_transfer)(setup)
+        return TransferThread(setup)
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
         """Sleep until a socket or a thread has something; handle the supervisor's messages."""
@@ -250,9 +250,8 @@ def new_offload_worker(
     """Take the rank's host memory, if ``kv_offload`` is set. Raises ConfigError for too little."""
     if not spec.kv_offload.host_memory:
         return None
-    make_worker = rank_part(OffloadWorker, spec.kv_transfer)
     # With a hasher of its own: that of the transfer thread is for that thread alone.
-    return make_worker(
+    return OffloadWorker(
         kv_cache=runner.kv_cache,
         layout=runner.layout,
         host_memory_bytes=spec.kv_offload.host_memory,

@@ -106,8 +106,8 @@ class ModelRunner:
         self.kv_memory = open_kv_memory(
             self._pools,
             self._device,
-            shared=spec.has_peers and spec.kv_transfer.carrier_settings.maps_memory,
-            mapped_alone=spec.has_peers and spec.kv_transfer.carrier_settings.only_maps_memory,
+            shared=spec.has_peers and spec.kv_transfer.connector_section.maps_memory,
+            mapped_alone=spec.has_peers and spec.kv_transfer.connector_section.only_maps_memory,
         )
         content = self.kv_memory.zeros(self.num_blocks * self.layout.block_bytes)
         self.kv_cache = content.view(dtype).view(self.num_blocks, *self.layout.block_shape())

@@ -290,7 +290,7 @@ class RoleEngines:
         has_gpus = self.machine.gpus or self.machine.has_hidden_gpus
         device: DeviceKind = "cuda" if has_gpus else self.device
         # Last: what the connector needs narrows what the user has set.
-        carrier = transfer.carrier_settings.environment(self.given_environ, device, network)
+        carrier = transfer.connector_section.environment(self.given_environ, device, network)
         return given | carrier
 
     @property

@@ -34,7 +34,7 @@ def chromium() -> str:
 def deployment(chromium: str) -> Iterator[Deployment]:
     """Some of its pulls meet faults; those that only take time take none."""
     faults = {"rate": 0.3, "slow_s": 0, "lost_s": 0}
-    no_others = {"probe_rate": 0, "lease_rate": 0, "chunk_rate": 0}
+    no_others = {"lease_rate": 0, "chunk_rate": 0}
     environ = clean_environ() | fault_variables(faults | no_others) | {"PDLAUNCH_API_KEY": KEY}
     with running_deployment(
         ("--max-model-len", "512", "--kv-cache-memory", "64MiB"), environ=environ

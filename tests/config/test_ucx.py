@@ -70,7 +70,7 @@ def test_transports_between_hosts(value, tcp_alone, with_rdma):
 
 def of_rank(environ, *rdma_devices):
     settings, network = KVTransferSettings(), KVNetwork("10.0.0.7", "21000-21999", rdma_devices)
-    carrier = settings.carrier_settings
+    carrier = settings.connector_section
     alone = ucx_transports(carrier.environment(environ, "cpu"))
     assert not alone & (TCP | RDMA)
     return carrier.environment(environ, "cpu", network)
@@ -100,8 +100,8 @@ def test_ranges_of_ports_that_are_none(value):
 def test_vllms_own_connector_has_no_section_and_is_narrowed_between_hosts_alone() -> None:
     settings = KVTransferSettings(connector="vllm-nixl")
     assert settings.is_stock
-    assert settings.carrier_settings.environment({}, "cpu") == {}
+    assert settings.connector_section.environment({}, "cpu") == {}
     network = KVNetwork("10.0.0.2", "21000-21999")
-    assert settings.carrier_settings.environment({}, "cpu", network)["UCX_TLS"].startswith("tcp,")
+    assert settings.connector_section.environment({}, "cpu", network)["UCX_TLS"].startswith("tcp,")
     with pytest.raises(ValidationError, match="vllm-nixl"):
         KVTransferSettings.model_validate({"vllm-nixl": {}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.waiting import await_true
 
+ROOT = Path(__file__).parents[2]
 SHORT_DEADLINES = {
     "PDLAUNCH_KV_TRANSFER__LEASE_S": "3",
     "PDLAUNCH_KV_TRANSFER__PULL_TIMEOUT_S": "1.5",
@@ -23,12 +26,12 @@ SHORT_DEADLINES = {
 
 
 def fault_variables(faults: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of the connector faulty, as variables."""
-    fields = {
-        f"PDLAUNCH_KV_TRANSFER__FAULTY__{name.upper()}": str(value)
-        for name, value in faults.items()
+    """Environment of a launch whose ranks have faults; ``faults``: fields of ``FaultPlan``."""
+    paths = (ROOT / "tests" / "faulty" / "hook", ROOT, os.environ.get("PYTHONPATH", ""))
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, map(str, paths))),
+        "INJECTED_FAULTS": json.dumps(faults),
     }
-    return {"PDLAUNCH_KV_CONNECTOR": "faulty", **fields}
 
 
 @contextmanager

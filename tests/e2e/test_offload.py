@@ -24,7 +24,7 @@ SMALL_CACHE = "500KiB"
 """27 blocks of the llama, 41 of the hybrid model, which has three groups; the prompts alone fill 58
 blocks of a group.
 """
-HEALTHY = {"seed": 1, "rate": 0, "probe_rate": 0, "lease_rate": 0, "chunk_rate": 0}
+HEALTHY = {"seed": 1, "rate": 0, "lease_rate": 0, "chunk_rate": 0}
 
 
 def tiered_deployment(

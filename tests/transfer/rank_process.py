@@ -33,6 +33,7 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferCommand,
 )
+from tests.faulty.transfers import FaultPlan, FaultyConnector
 from tests.transfer.fakes import entry_of, layout_of, random_cache, remote_of
 
 TIMEOUT_S = 300.0
@@ -52,6 +53,7 @@ class RankOptions:
     num_blocks: int = 32
     environment: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
+    faults: FaultPlan | None = None
     with_cumem: bool = False  # on a GPU: the KV cache lies in a CuMem pool
 
     @property
@@ -76,7 +78,13 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.engine.memory.pools import open_memory_pools
     from pdlaunch.errors import TransferError
     from pdlaunch.protocol.sockets import SecureContext
-    from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Read, new_connector
+    from pdlaunch.transfer.connectors.connector import (
+        BlockRead,
+        Connection,
+        Connector,
+        Read,
+        new_connector,
+    )
     from pdlaunch.transfer.handshake import RankIdentity
     from pdlaunch.transfer.sides import native_setup
     from pdlaunch.transfer.thread import TransferThread
@@ -84,7 +92,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     # The server that this process was forked from may have looked before a test added a package.
     connectors._others.cache_clear()
     spec, settings = options.spec, options.spec.kv_transfer
-    environ, carrier = dict(options.environment), settings.carrier_settings
+    environ, carrier = dict(options.environment), settings.connector_section
     on = "cpu" if options.device == "cpu" else "cuda"
     os.environ.update(environ | carrier.environment(environ, on, None))
     torch.set_num_threads(1)
@@ -116,7 +124,11 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         with lock:
             pipe.send((kind, value))
 
-    if (settings.connector, settings.nixl.path, device.type) == ("nixl", "p2p", "cpu"):
+    connector: Connector
+    if options.faults is not None:
+        inner = new_connector(settings, options.name, options.incarnation)
+        connector = FaultyConnector(inner, options.faults)
+    elif (settings.connector, settings.nixl.path, device.type) == ("nixl", "p2p", "cpu"):
         connector = held_connector(options, going_on)
     else:
         connector = new_connector(settings, options.name, options.incarnation)

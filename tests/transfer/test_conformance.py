@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
-from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
+from tests.faulty.transfers import Fault, FaultPlan
 from tests.mooncake import mooncake_problem
 from tests.transfer.conftest import Start, starting
 from tests.transfer.rank_process import RankHandle, cancel, grant, pull
@@ -134,11 +134,9 @@ def test_different_tp_sizes_in_both_directions(start: Start, settings):
     lease that the others have ended.
     """
     faults = one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")
-    faults = faults.model_copy(update={"inner": settings["connector"]})
-    faulty = {**settings, "connector": "faulty", "faulty": faults.model_dump()}
     one = [start("prefill", transfer=settings)]
     three = [
-        start("decode", tp_size=3, tp_rank=tp_rank, num_heads=1, transfer=faulty)
+        start("decode", tp_size=3, tp_rank=tp_rank, num_heads=1, transfer=settings, faults=faults)
         for tp_rank in range(3)
     ]
     registry = [rank.entry() for rank in (*one, *three)]
@@ -164,7 +162,7 @@ def one_corrupt_read(agent: str, *others: str) -> FaultPlan:
     """The first READ of ``agent`` brings a wrong byte; its second, and the first of the others, are
     right.
     """
-    plans = (FaultPlan(seed=seed, probe_rate=0, lease_rate=0) for seed in itertools.count())
+    plans = (FaultPlan(seed=seed, lease_rate=0) for seed in itertools.count())
     return next(
         plan
         for plan in plans

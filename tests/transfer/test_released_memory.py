@@ -16,12 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.connectors.connector import Connector
-from pdlaunch.transfer.connectors.faults import FaultPlan
-from pdlaunch.transfer.connectors.faulty import FaultyConnector
 from pdlaunch.transfer.connectors.file import FileConnector
 from pdlaunch.transfer.connectors.nixl import NixlConnector
 from pdlaunch.transfer.connectors.p2p import P2PConnector
 from pdlaunch.transfer.connectors.paths import PathsConnector
+from tests.faulty.transfers import FaultPlan, FaultyConnector
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import pull
 from tests.transfer.test_p2p import memory_of

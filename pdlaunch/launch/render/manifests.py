@@ -65,7 +65,7 @@ def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]
     own_hosts = [options.name, *(f"{options.name}{domain}" for domain in domains)]
     start_s = config.join_timeout_s + config.startup_timeout_s
     first, _, last = config.kv_transfer.data_ports.partition("-")
-    opens = config.kv_transfer.carrier_settings.opens_data_ports
+    opens = config.kv_transfer.connector_section.opens_data_ports
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,

@@ -14,10 +14,9 @@ or proofs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, TypeVar
 
 import msgspec
@@ -215,15 +214,6 @@ def pieces_of_scratch(
         even_pieces(landing.data_ptr(), landing.numel(), piece_bytes),
         even_pieces(peer.geometry.scratch_address, landing.numel(), piece_bytes),
     )
-
-
-def rank_part(kind: type[T], settings: KVTransferSettings) -> Callable[..., T]:
-    """Return ``kind``, or what the connector in use puts in its place; faults do, in tests."""
-    path = connector_settings(settings.connector).stand_ins.get(kind.__name__)
-    if path is None:
-        return kind
-    stand_in = load_named(path, f"connector {settings.connector}")
-    return partial(stand_in, settings.section(settings.connector))
 
 
 def bind_device(device: torch.device) -> None:

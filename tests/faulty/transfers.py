@@ -1,4 +1,8 @@
-"""Passes everything on to another connector, but for the faults of a ``FaultPlan``."""
+"""Faults for the transfers and the host tier of a rank: which ones, when, and how they show.
+
+Which fault the i-th READ of a rank meets is a pure function of (seed, agent, i); which lease is cut
+short, one of (seed, agent, lease).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
-from pdlaunch.protocol.transfer import TransferCommand
-from pdlaunch.transfer.connectors import connector as interface
+from pdlaunch.protocol.transfer import GrantLease, TransferCommand
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
@@ -27,12 +33,57 @@ from pdlaunch.transfer.connectors.connector import (
     Read,
     ReadState,
 )
-from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from pdlaunch.transfer.regions import BlockIds
 from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
 _WAIT_S = 0.02  # time between two looks at whether ends may be seen again
+
+
+class Fault(Enum):
+    REFUSE = auto()  # it is refused at its start
+    FAIL = auto()  # it writes, and then says that it has failed
+    DELAY = auto()  # it starts late, and may write after the pull has ended
+    CORRUPT = auto()  # it says done, and one byte is wrong
+    # Its completion comes late, maybe after the end of its lease or the pull's deadline.
+    LOSE = auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultPlan:
+    """How often faults come, as shares, and how hard they are."""
+
+    seed: int = 0
+    rate: float = 0.2  # of the READs
+    lease_rate: float = 0.05  # of the leases, which end early
+    chunk_rate: float = 0.05  # of the blocks in host memory, which go bad there
+    copies_wait_file: str = ""  # while it exists, no end of a copy to or from host memory is seen
+    slow_s: float = 0.3  # longest delay of a READ
+    lost_s: float = 4.0  # longest time until a lost completion is seen after all
+    short_lease_s: float = 0.1  # longest life of a lease that ends early, with all extensions
+
+    def of_read(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
+        """Return the fault of an agent's ``index``-th READ, and the source of its details."""
+        source = random.Random(f"{self.seed}/read/{agent}/{index}")
+        return (source.choice([*Fault]) if source.random() < self.rate else None), source
+
+    def of_chunk(self, index: int) -> random.Random | None:
+        """Return the source of the fault of a rank's ``index``-th block in host memory; None when
+        it stays sound.
+        """
+        source = random.Random(f"{self.seed}/chunk/{index}")
+        return source if source.random() < self.chunk_rate else None
+
+    def copies_wait(self) -> bool:
+        return bool(self.copies_wait_file) and Path(self.copies_wait_file).exists()
+
+    def on_command(self, agent: str, command: TransferCommand) -> TransferCommand:
+        if not isinstance(command, GrantLease):
+            return command
+        source = random.Random(f"{self.seed}/lease/{agent}/{command.lease_id}")
+        if source.random() >= self.lease_rate:
+            return command
+        return msgspec.structs.replace(command, lease_s=source.uniform(0.001, self.short_lease_s))
 
 
 class FaultyConnector(Connector):
@@ -52,7 +103,6 @@ class FaultyConnector(Connector):
         self.faults = faults
         self.clock = clock
         self.num_reads = 0
-        self.num_probes = 0
         self._inner = inner
 
     def agent_metadata(self) -> bytes:
@@ -95,11 +145,7 @@ class FaultyConnection(Connection):
         return FaultyRead(owner, fault, memory, partial(self._inner.read, blocks))
 
     def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
-        owner = self._connector
-        owner.num_probes += 1
-        fault = owner.faults.of_probe(owner.agent_name, owner.num_probes)
-        start = partial(self._inner.read_scratch, landing, piece_bytes)
-        return FaultyRead(owner, fault, [landing.view(1, -1)], start)
+        return self._inner.read_scratch(landing, piece_bytes)
 
 
 class FaultyRead(Read):
@@ -214,11 +260,3 @@ class FaultyOffloadWorker(OffloadWorker):
             if source is not None:
                 block = self.host.block(host_id)
                 block[source.randrange(len(block))] ^= source.randrange(1, 256)
-
-
-def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> FaultyConnector:
-    """Make the connector of a rank around the one that ``kv_transfer.faulty.inner`` names."""
-    plan = settings.section("faulty")
-    assert isinstance(plan, FaultPlan)
-    inner = settings.model_copy(update={"connector": plan.inner})
-    return FaultyConnector(interface.new_connector(inner, name, incarnation), plan)
