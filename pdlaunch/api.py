@@ -13,7 +13,7 @@ from types import TracebackType
 
 from pydantic import SecretStr
 
-from pdlaunch.checks.probes import probe_files, probe_ports
+from pdlaunch.checks.probed import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.config import sources
 from pdlaunch.config.model_files.download import fetch_part

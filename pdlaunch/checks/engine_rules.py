@@ -25,8 +25,7 @@ from pdlaunch.config.vllm_arguments import (
     long_name,
     vllm_flag_name,
 )
-from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.planning.vllm_engines import OWN_VARIABLES
+from pdlaunch.planning.role_engines import OWN_VARIABLES, RoleEngines
 
 _PARSER = "The parser of vllm serve 0.32."
 _HANDSHAKE = "vLLM 0.32: compute_nixl_compatibility_hash, _validate_remote_agent_handshake."

@@ -1,14 +1,21 @@
-"""Holds what was probed beside the settings: measured pairs, and engines that run already."""
+"""Looks at ports, weights, executables and packages, and holds what was probed beside the settings:
+also measured pairs, and engines that run already.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
+from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.availability import PortState
-from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.machine.availability import PortState, probe_port
+from pdlaunch.machine.engine_commands import EngineCommand, find_engine_command
+from pdlaunch.machine.host import missing_modules
+from pdlaunch.planning.models import weight_error
+from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import Allocator
 
 
@@ -97,3 +104,56 @@ class Probes:
     deployment: SeenDeployment | None = None
     transport: tuple[PairTransport, ...] | None = None
     """Every pair of ranks of a launch that was measured."""
+
+
+EXTRAS = {
+    "gguf": ("gguf", "accelerate"),
+    "cuda": ("cuda.bindings",),
+    "mooncake": ("mooncake",),
+}
+"""Modules of the extras that settings or a model can ask for."""
+
+
+def probe_files(resolved: ResolvedLaunch) -> Probes:
+    """Look at the files of weights and executables, and for the packages of extras."""
+    weight_errors = {
+        role: error
+        for role, engines in resolved.roles.items()
+        if engines.settings.load_format != "dummy"
+        and (error := weight_error(engines.model)) is not None
+    }
+    return Probes(
+        missing_extras=missing_modules(EXTRAS),
+        weight_errors=weight_errors,
+        engine_commands=_engine_commands(resolved),
+    )
+
+
+def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState]:
+    """Look whether the ports of the launch on this host are free."""
+    here = resolved.hosts[0].name
+    return {
+        (item.host, item.port): probe_port(item.host, item.port)
+        for item in resolved.listeners
+        if item.on in (here, LOCAL)
+    }
+
+
+def _engine_commands(resolved: ResolvedLaunch) -> dict[Role, dict[str, EngineCommand]]:
+    """Return what is known of executables by role and host; agents tell those that they allow."""
+    found: dict[Role, dict[str, EngineCommand]] = {}
+    for host in resolved.engine_hosts:
+        for role, engines in resolved.by_host[host.name].items():
+            command = engines.settings.engine_command
+            if engines.is_native:
+                continue
+            if host.name == resolved.hosts[0].name:
+                told = find_engine_command(command, engines.given_environ)
+            elif host.executables is not None:
+                name = PurePath(command).name
+                problem = f"its agent does not allow it: start that with --allow-executable {name}"
+                told = host.executables.get(name, EngineCommand(problem=problem))
+            else:
+                continue
+            found.setdefault(role, {})[host.name] = told
+    return found

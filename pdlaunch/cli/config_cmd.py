@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import typer
@@ -12,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
-from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.output import FormatOption, ending_at_errors, safe
-from pdlaunch.config.sources import ShownValue, changed_values, load_config, shown_values
+from pdlaunch.cli.preflight import AssumeOption, judged_machine
+from pdlaunch.config.sources import ShownValue, load_config, shown_values
 from pdlaunch.planning.effective import effective_settings
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.resolve import resolve_on
@@ -27,9 +28,6 @@ app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": [
 def show(
     config: Path | None = None,
     output: FormatOption = "table",
-    changed: bool = typer.Option(
-        False, "--changed", help="Print only what differs from the defaults."
-    ),
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],
@@ -41,27 +39,20 @@ def show(
         loaded = load_config(config, os.environ, flags)
         judged = judged_machine(assume, loaded.config)
         hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
-    if changed:
-        values = changed_values(loaded)
-    else:
-        resolved = resolve_on(loaded.config, hosts, judged.environ)
-        by_path = {item.path: item for item in shown_values(loaded)}
-        by_path |= {item.path: item for item in effective_settings(resolved)}
-        values = list(by_path.values())
+    resolved = resolve_on(loaded.config, hosts, judged.environ)
+    values = {item.path: item for item in shown_values(loaded)}
+    values |= {item.path: item for item in effective_settings(resolved)}
     if output == "json":
-        typer.echo(json.dumps({item.path: _entry(item) for item in values}, indent=2))
+        typer.echo(json.dumps({item.path: _entry(item) for item in values.values()}, indent=2))
     else:
-        _print_values(Console(), values)
+        _print_values(Console(), values.values())
 
 
 def _entry(item: ShownValue) -> dict[str, object]:
     return {"value": item.value, "origin": item.origin.kind, "detail": item.origin.detail}
 
 
-def _print_values(console: Console, values: list[ShownValue]) -> None:
-    if not values:
-        console.print("every setting has its default")
-        return
+def _print_values(console: Console, values: Iterable[ShownValue]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "value", "origin"):
         table.add_column(heading, overflow="fold")

@@ -14,8 +14,9 @@ import typer
 
 from pdlaunch.checks.probed import Probes, SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.checks.run import Report, all_rules, run_checks
-from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
+from pdlaunch.cli.findings import StrictOption, print_report, refuse_input
 from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, PrefillOption
+from pdlaunch.cli.output import FormatOption
 from pdlaunch.config.external import UNIX, read_engine_url
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
@@ -57,7 +58,7 @@ def doctor(
         False, "--exact", help="A canary's tokens must be equal, as they are in float32."
     ),
     canary: bool = typer.Option(True, help="Send a short prompt through each pair of engines."),
-    output: OutputOption = "table",
+    output: FormatOption = "table",
     strict: StrictOption = False,
 ) -> None:
     """Find what is wrong with engines that run already, of vLLM or native, and harm nothing.
@@ -88,7 +89,7 @@ def doctor(
                 fix="give the URL of a router of pdlaunch, or --prefill URL --decode URL",
             )
     except ConfigError as error:
-        refuse_input(error, output, None)
+        refuse_input(error, output)
     # A router that is asked is not trusted with a key: it could list whom it likes.
     keys = {url: key for _, url in named if key}
     seen = asyncio.run(examine(urls, keys, sends_canaries=canary, is_exact=exact))

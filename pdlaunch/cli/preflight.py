@@ -1,15 +1,18 @@
-"""Judges a launch before anything starts, and its pairs once they have shaken hands."""
+"""Judges a launch before anything starts, on this machine or that of ``--assume``, and its pairs
+once they have shaken hands.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from pdlaunch.checks.probed import PairTransport, Probes
-from pdlaunch.checks.probes import probe_files
+from pdlaunch.checks.probed import PairTransport, Probes, probe_files
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
@@ -21,7 +24,41 @@ from pdlaunch.config.sources import LoadedConfig, Origin, load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.probe import probe_machine
+from pdlaunch.machine.profiles import PROFILES, AssumedMachine, find_machine
+from pdlaunch.planning.hosts import count_ranks
 from pdlaunch.planning.resolve import ResolvedLaunch
+
+AssumeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--assume",
+        metavar="MACHINE",
+        help=(
+            f"Judge for another machine: one of {', '.join(PROFILES)} (also h100x2 and the like)."
+        ),
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Holds the machine that is judged, and the environment that processes would have there."""
+
+    machine: Machine
+    environ: Mapping[str, str]
+    assumed: AssumedMachine | None = None  # none: it is this machine
+
+
+def judged_machine(name: str | None, config: LaunchConfig) -> Judged:
+    """Return the machine that ``--assume`` names, else this one. Raises ConfigError."""
+    if name is None:
+        return Judged(probe_machine(), os.environ)
+    found = find_machine(name, count_ranks(config), "--assume")
+    # Variables of this shell count as if they were set there.
+    return Judged(found.machine, os.environ, found)
 
 
 def load_launch(path: Path | None, flags: dict[str, object]) -> LoadedConfig:

@@ -15,9 +15,13 @@ import yaml
 
 from pdlaunch import __version__
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
-from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.output import ending_at_errors
-from pdlaunch.cli.preflight import refuse_errors, refuse_running_engines
+from pdlaunch.cli.preflight import (
+    AssumeOption,
+    judged_machine,
+    refuse_errors,
+    refuse_running_engines,
+)
 from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
@@ -25,10 +29,12 @@ from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.launch.render.manifests import (
     PodLaunch,
     PodOptions,
+    engine_groups,
     kubernetes_objects,
     kubernetes_secret,
+    machine_names,
+    place,
 )
-from pdlaunch.launch.render.settings import engine_groups, machine_names, place
 from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on

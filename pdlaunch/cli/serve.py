@@ -1,4 +1,8 @@
-"""``pdlaunch serve``: check, plan, start, serve until told to stop."""
+"""``pdlaunch serve``: check, plan, start, serve until told to stop.
+
+``ServeView`` shows the start, how to use the launch once it is ready, then events, and every ten
+seconds a line with what the deployment does.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 from pdlaunch.cli.flags import with_serve_flags
@@ -22,25 +30,35 @@ from pdlaunch.cli.joining import (
     joined_agents,
     serve_task,
 )
-from pdlaunch.cli.live import ServeView, reader_of, ready_rows
-from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.options import StopOption
-from pdlaunch.cli.output import Format, ending_at_errors, say
-from pdlaunch.cli.preflight import judge_pairs, load_launch, refuse_errors
+from pdlaunch.cli.output import Format, ending_at_errors, safe, say
+from pdlaunch.cli.preflight import (
+    AssumeOption,
+    Judged,
+    judge_pairs,
+    judged_machine,
+    load_launch,
+    refuse_errors,
+)
+from pdlaunch.cli.status import status_line
 from pdlaunch.cli.steady_output import standard_input, steady_output
+from pdlaunch.config.hosts import on_host
 from pdlaunch.config.model_files.download import fetch_part
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.config.sources import LoadedConfig
-from pdlaunch.errors import ConfigError
+from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.launch.client.admin import launch_api, read_status
 from pdlaunch.launch.engines.plan import plan_processes
 from pdlaunch.launch.folders import new_launch_id, new_log_dir
 from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.launch.ports import check_engine_ports, listening
-from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.effective import effective_engines, effective_hosts
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.protocol.process.run_dirs import running_launches
+from pdlaunch.protocol.status import DeploymentStatus
 
 
 @with_serve_flags
@@ -177,3 +195,229 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
             f"{name}={shlex.quote(value)}" for name, value in process.environment.items()
         )
         console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"))
+
+
+# What a launch shows
+
+
+Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
+"""Returns what is said of a deployment that is ready, line by line: label and text."""
+Read = Callable[[], DeploymentStatus]
+"""Reads the status of the launch from its router. Raises PdlaunchError."""
+
+EVERY_S = 10.0
+DRAIN_EVERY_S = 2.0
+READ_TIMEOUT_S = 5.0
+NUM_PAIRS = 4
+_READY_POLL_S = 0.02
+_PERCENT_EVERY_S = 5.0
+
+_FAILURES = (ProcessState.FAILED, ProcessState.BACKING_OFF, ProcessState.GIVEN_UP)
+
+
+class ServeView:
+    """Shows a launch. A start is one line that moves on a terminal, elsewhere a line for each
+    change; all else are lines.
+
+    Lines of the start tell the seconds since it began, others the time of day.
+    """
+
+    def __init__(
+        self, console: Console, summary: Summary, read: Read, every_s: float = EVERY_S
+    ) -> None:
+        self._console = console
+        self._summary = summary
+        self._read = read
+        self._every_s = every_s
+        self._start_at = time.monotonic()
+        self._status = LaunchStatus(LaunchPhase.STARTING, ())
+        self._said: dict[str, tuple[tuple[ProcessState, str], float]] = {}
+        """The last line printed for each process, and its time."""
+        self._last_line = ""
+        self._num_errors = 0
+        self._is_draining = False
+        self._is_over = False
+        self._wake = threading.Event()
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(get_renderable=self._start_line, console=console, transient=True)
+
+    def __enter__(self) -> ServeView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_start()
+        self._is_over = True
+        self._wake.set()
+
+    def changed(self, status: LaunchStatus) -> None:
+        self._status = status
+        if status.phase is not LaunchPhase.STARTING:
+            self._end_start()
+        elif self._live is None:
+            for process in status.processes:
+                if process.state is not ProcessState.PLANNED and self._is_news(process):
+                    self._say(f"{on_host(process.name, process.host)}: {_doing(process)}")
+        if status.phase is LaunchPhase.DRAINING and not self._is_draining:
+            self._is_draining = True
+            self._wake.set()
+        elif self._is_draining and status.phase is not LaunchPhase.DRAINING:
+            self._is_over = True
+
+    def ready(self, status: LaunchStatus) -> None:
+        # In a thread: the router is just being told, and the supervisor waits for nobody.
+        threading.Thread(
+            target=self._watch, args=(status,), name="status-line", daemon=True
+        ).start()
+
+    def note(self, text: str) -> None:
+        self._print(f"{datetime.now():%H:%M:%S}", text)
+
+    def _end_start(self) -> None:
+        """Take the line off the screen and give the cursor back. Safe to call twice."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def _start_line(self) -> Text:
+        elapsed_s = time.monotonic() - self._start_at
+        return render_status(self._status, elapsed_s, self._console.width)
+
+    def _is_news(self, process: ProcessStatus) -> bool:
+        """Say whether state or activity are new, or the last percentage is old."""
+        said, now_at = (process.state, process.doing), time.monotonic()
+        before, said_at = self._said.get(process.name, (None, 0.0))
+        if said == before and (process.fraction is None or now_at - said_at < _PERCENT_EVERY_S):
+            return False
+        self._said[process.name] = (said, now_at)
+        return True
+
+    def _say(self, line: str) -> None:
+        self._print(f"{time.monotonic() - self._start_at:6.1f} s", line)
+
+    def _print(self, time_of_it: str, line: str) -> None:
+        # A terminal would break a long line within a word; in a file it is for tools to find.
+        text = Text(f"[{time_of_it}] {safe(line)}")
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
+
+    def _watch(self, launch: LaunchStatus) -> None:
+        """Say that the launch is ready when its router takes requests, then what it does."""
+        while not (self._is_over or self._is_draining):
+            # Do not announce a launch that is already stopping.
+            if self._takes_requests() and not (self._is_over or self._is_draining):
+                self._say("pdlaunch is ready")
+                for label, text in self._summary(launch):
+                    # Whole lines, also on a terminal: commands in them can be copied.
+                    self._console.print(Text(f"  {label:<10} {text}"), soft_wrap=True)
+                break
+            self._wake.wait(_READY_POLL_S)
+        while not self._is_over:
+            self._wake.wait(DRAIN_EVERY_S if self._is_draining else self._every_s)
+            self._wake.clear()
+            if not self._is_over:
+                self.tell()
+
+    def _takes_requests(self) -> bool:
+        try:
+            return self._read().state == "ok"
+        except PdlaunchError:
+            return False
+
+    def tell(self) -> None:
+        """Say what has changed since the last time, if anything has."""
+        try:
+            status = self._read()
+        except PdlaunchError:
+            # A router that is restarted; what happened to it is told without this.
+            return
+        left = status.in_flight
+        line = f"draining: {left} request{'' if left == 1 else 's'} left"
+        if not self._is_draining:
+            line = status_line(status, self._num_errors)
+        self._num_errors = status.errors
+        # An unused launch prints no status lines.
+        is_unused = not self._last_line and status.requests == 0 and left == 0
+        if line != self._last_line and not (self._is_over or is_unused):
+            self.note(line)
+        self._last_line = line
+
+
+def render_status(status: LaunchStatus, elapsed_s: float, columns: int) -> Text:
+    """Return one line: how many processes are ready, and what the first of the others do."""
+    slow = [
+        process
+        for process in status.processes
+        if process.state not in (ProcessState.READY, ProcessState.EXITED)
+    ]
+    parts = [f"{status.phase} · {elapsed_s:.0f} s"]
+    parts.append(f"{len(status.processes) - len(slow)} of {len(status.processes)} ready")
+    if status.num_missing_pairs and not slow:
+        parts.append(f"pairs to connect: {status.num_missing_pairs}")
+    # Failed processes first, then the others that are not ready.
+    slow.sort(key=lambda process: process.state not in _FAILURES)
+    parts += [f"{on_host(each.name, each.host)}: {_doing(each)}" for each in slow]
+    line = Text(safe(" · ".join(parts)), no_wrap=True)
+    line.truncate(columns, overflow="ellipsis")
+    return line
+
+
+def _doing(process: ProcessStatus) -> str:
+    percent = "" if process.fraction is None else f" {process.fraction:.0%}"
+    return f"{process.state}, {process.doing}{percent}" if process.doing else process.state
+
+
+def ready_rows(
+    status: LaunchStatus, *, model: str, connector: str | None, log_dir: str, needs_key: bool
+) -> list[tuple[str, str]]:
+    """Return what is said at the start: URL, a request to try, topology, speeds of pairs, logs."""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    curl = (
+        f"curl {status.url}/v1/completions{key} -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{model}", "prompt": "Hello"}}\''
+    )
+    # The slowest first, which deserve a look.
+    pairs = sorted(status.pairs, key=lambda pair: pair.gigabytes_per_s or 0.0)
+    lines = [
+        f"{pair.peer} → {pair.local}: {pair.path}"
+        + (f", {pair.gigabytes_per_s:.1f} GB/s" if pair.gigabytes_per_s is not None else "")
+        + "".join(f"; {path}: {said}" for path, said in pair.other_paths.items())
+        for pair in pairs[:NUM_PAIRS]
+    ]
+    if len(pairs) > NUM_PAIRS:
+        lines.append(f"… and {len(pairs) - NUM_PAIRS} more pairs")
+    return [
+        ("URL", status.url),
+        ("try", curl),
+        ("topology", _topology(status.processes)),
+        *([("connector", connector)] if connector else []),
+        *(("pair", line) for line in lines),
+        ("logs", log_dir),
+        ("stop", "Ctrl-C waits for running requests; a second one does not"),
+    ]
+
+
+def _topology(processes: Sequence[ProcessStatus]) -> str:
+    """Write ``1 prefill + 2 decode (tp 2)``, and on which hosts where there are several."""
+    ranks = [process.name.partition("/")[0] for process in processes if process.kind == "rank"]
+    parts = []
+    for role in ROLES:
+        of_role = [name for name in ranks if name.rpartition("-")[0] == role]
+        if num_engines := len(set(of_role)):
+            tp_size = len(of_role) // num_engines
+            parts.append(f"{num_engines} {role}{f' (tp {tp_size})' if tp_size > 1 else ''}")
+    num_hosts = len({process.host for process in processes})
+    return " + ".join(parts) + (f" on {num_hosts} hosts" if num_hosts > 1 else "")
+
+
+def reader_of(launch_id: str) -> Read:
+    """Return what reads the status of this launch, at its admin socket."""
+
+    def read() -> DeploymentStatus:
+        for running in running_launches():
+            if running.card.launch_id == launch_id:
+                return read_status(launch_api(running, READ_TIMEOUT_S))
+        raise PdlaunchError("the router does not listen yet")
+
+    return read

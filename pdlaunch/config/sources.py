@@ -248,12 +248,6 @@ def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
     ]
 
 
-def changed_values(loaded: LoadedConfig) -> list[ShownValue]:
-    """Return the settings that were given another value than their default."""
-    defaults = {item.path: item.value for item in _values(LoadedConfig(LaunchConfig(), {}))}
-    return [item for item in shown_values(loaded) if item.value != defaults.get(item.path)]
-
-
 def shown_config(loaded: LoadedConfig) -> dict[str, Any]:
     """Return the whole configuration, nested as in a file."""
     return _nested({item.path: item.value for item in _values(loaded)})

@@ -21,7 +21,6 @@ from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_
 from pdlaunch.planning.footprint import Footprint, make_footprint
 from pdlaunch.planning.hosts import DeviceKind, ResolvedHost
 from pdlaunch.planning.models import Model
-from pdlaunch.planning.vllm_engines import OWN_VARIABLES, vllm_environment, whole_gibibytes
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
@@ -348,3 +347,47 @@ def device_kind(settings: EngineSettings, machine: Machine, visible: VisibleGpus
         return settings.device
     # A variable that is wrong must not turn the role into one on the CPU.
     return "cuda" if visible.gpus or (visible.problem and machine.gpus) else "cpu"
+
+
+# Engines of vLLM
+
+GIBIBYTE = 1024**3
+
+
+def whole_gibibytes(num_bytes: int) -> int:
+    """Return the size of the KV cache that vLLM makes of ``num_bytes`` on a CPU."""
+    return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
+
+
+OWN_VARIABLES = frozenset({"VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_SERVER_DEV_MODE"})
+"""Variables of vLLM that are pdlaunch's alone: `env` cannot set them."""
+
+
+def vllm_environment(
+    kv_cache_bytes: int | None, settings: EngineSettings, side_channel_host: str
+) -> dict[str, str]:
+    """Return the variables for ``vllm serve``; those of the user go over them, but over
+    ``OWN_VARIABLES``.
+
+    ``kv_cache_bytes``: of one rank on a CPU; None on a GPU.
+    """
+    common = {
+        # It would report model, hardware and settings to its makers.
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # The address that its side channel binds, and tells decode engines.
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": side_channel_host,
+        # Without it, loopback of its own groups is looked up by the host's name.
+        "VLLM_HOST_IP": ENGINE_HOST,
+        # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
+        "UCX_MODULES": "^ib",
+        # Routes by which anybody who can connect runs methods in the engine; /sleep is among them.
+        "VLLM_SERVER_DEV_MODE": "1" if settings.enable_sleep_mode else "0",
+    }
+    if kv_cache_bytes is None:
+        return common
+    return common | {
+        # Else it pins its threads to cores by itself, all engines to the same ones.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_bytes // GIBIBYTE),
+    }

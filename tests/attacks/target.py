@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.cli.smoke import await_idle, engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.attacks.verdict import Verdict
+from tests.e2e.agreement import await_idle, engines_of
 from tests.e2e.api import states
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.faults import SHORT_DEADLINES, lives

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.checks.probes import probe_files
+from pdlaunch.checks.probed import probe_files
 from pdlaunch.checks.run import run_checks
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.engine_commands import EngineCommand

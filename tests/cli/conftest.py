@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from pdlaunch.checks import probes
-from pdlaunch.cli import machines as assume_module
+from pdlaunch.checks import probed
+from pdlaunch.cli import preflight
 from pdlaunch.machine.availability import PortState
 from tests.checks.contexts import CPU, TINY
 from tests.command_line import invoke
@@ -32,8 +32,8 @@ def model(tmp_path):
 def check(model, monkeypatch):
     """Run check-config on a healthy machine with a free port."""
     monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
-    monkeypatch.setattr(assume_module, "probe_machine", lambda: CPU)
-    monkeypatch.setattr(probes, "probe_port", lambda host, port: PortState())
+    monkeypatch.setattr(preflight, "probe_machine", lambda: CPU)
+    monkeypatch.setattr(probed, "probe_port", lambda host, port: PortState())
 
     def run(*arguments, columns="80", **environ):
         arguments = ["check-config", *map(str, arguments)]

@@ -6,14 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import Result
 
-from pdlaunch.checks import probes
+from pdlaunch.checks import probed
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.settings import all_flags
 from pdlaunch.machine.availability import PortState
@@ -75,7 +74,7 @@ def test_weights_that_are_cut_off_or_missing(check: Check, model: Path) -> None:
 
 def test_busy_ports_are_named(check: Check, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     states = {port: PortState("busy") for port in (9000, 9101)}
-    monkeypatch.setattr(probes, "probe_port", lambda host, port: states.get(port, PortState()))
+    monkeypatch.setattr(probed, "probe_port", lambda host, port: states.get(port, PortState()))
     result = check("--port", 9000)
     assert result.exit_code == 1
     assert "port 9000" in result.stdout
@@ -140,50 +139,7 @@ def test_lines_of_a_pipe_are_whole(check: Check, monkeypatch: pytest.MonkeyPatch
     assert "\x1b" not in output
 
 
-def sarif(check: Check, *arguments: object) -> dict[str, Any]:
-    log = json.loads(check(*arguments, "--format", "sarif").stdout)
-    assert log["version"] == "2.1.0"
-    (run,) = log["runs"]
-    return run
-
-
-def test_sarif_has_what_the_standard_requires(check: Check, file: File) -> None:
-    run = sarif(check, file(ALL_SEVERITIES), "--assume", "h100x8")
-    rules = run["tool"]["driver"]["rules"]
-    assert len({rule["id"] for rule in rules}) == len(rules)
-    for rule in rules:
-        for part in ("shortDescription", "fullDescription", "help"):
-            assert rule[part]["text"]
-        assert rule["defaultConfiguration"]["level"] in ("error", "warning", "note")
-    for result in run["results"]:
-        assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
-        assert result["message"]["text"]
-    assert run["invocations"] == [{"executionSuccessful": True, "exitCode": 1}]
-    run = sarif(check, file("port: [\n"))
-    (result,) = run["results"]
-    assert (result["ruleId"], result["level"]) == ("input", "error")
-    assert run["invocations"] == [{"executionSuccessful": False, "exitCode": 2}]
-
-
-def test_sarif_points_at_the_line(
-    check: Check, file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = file(TOO_LONG)
-    (result, *_) = sarif(check, path)["results"]
-    (location,) = result["locations"]
-    place = location["physicalLocation"]
-    assert place["artifactLocation"]["uri"] == path.as_uri()
-    assert place["region"] == {"startLine": 2, "startColumn": 18}
-    assert location["logicalLocations"] == [{"fullyQualifiedName": "decode.max_model_len"}]
-    # A relative path stays relative.
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my deploy%.yaml").write_text("load_format: dummy\n")
-    (result,) = sarif(check, "my deploy%.yaml")["results"]
-    place = result["locations"][0]["physicalLocation"]
-    assert place["artifactLocation"] == {"uri": "my%20deploy%25.yaml"}
-
-
-@pytest.mark.parametrize("output", ["table", "json", "sarif"])
+@pytest.mark.parametrize("output", ["table", "json"])
 def test_no_form_shows_a_secret(check: Check, file: File, output: str) -> None:
     path = file("api_key: hunter2-key\nenv: {HF_TOKEN: hunter2-token}\nmax_model_len: 1000\n")
     result = check(path, "--format", output, "--strict")

@@ -43,8 +43,8 @@ def test_configurations_in_the_documents_can_be_read(document: str, tmp_path: Pa
 @pytest.mark.processes
 def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -> None:
     workflow = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text())
-    steps = [step["run"] for step in workflow["jobs"]["smoke"]["steps"] if "run" in step]
-    _, *configure_and_check, smoke = steps
+    steps = [step["run"] for step in workflow["jobs"]["pd"]["steps"] if "run" in step]
+    _, *configure_and_check, serve = steps
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -55,10 +55,11 @@ def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -
         command = ["bash", "-e", "-c", script]
         subprocess.run(command, cwd=tmp_path, env=environment, timeout=180, check=True)
     (file,) = tmp_path.iterdir()
-    # The launch itself is what tests/e2e/test_checks.py does with another model.
-    name, config, *flags = shlex.split(smoke)[1:]
-    assert (name, config) == ("smoke", file.name)
-    told = invoke(["smoke", "--help"]).stdout
+    # The launch itself is what tests/e2e/test_bench.py does with another model.
+    *command, config = shlex.split(serve)[1:4]
+    assert (command, config) == (["bench", "serve"], file.name)
+    flags = shlex.split(serve)[4:]
+    told = invoke(["bench", "serve", "--help"]).stdout
     assert {flag for flag in flags if flag.startswith("--")} <= set(re.findall(r"--[\w-]+", told))
 
 

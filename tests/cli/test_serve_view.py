@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 from rich.console import Console
 
-from pdlaunch.cli.live import ServeView, ready_rows, render_status
+from pdlaunch.cli.serve import ServeView, ready_rows, render_status
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.protocol.control import PairReady

@@ -12,8 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import Result
 
-from pdlaunch.cli.status import status_line
-from pdlaunch.cli.top import page
+from pdlaunch.cli.status import page, status_line
 from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.status import DeploymentStatus
 from tests.cli.deployment_server import (

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.cli.smoke import await_idle, engines_of
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
+from tests.e2e.agreement import await_idle, engines_of
 from tests.e2e.waiting import await_true
 
 

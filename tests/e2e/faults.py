@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.cli.smoke import await_idle
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.agreement import await_idle
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.waiting import await_true
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pdlaunch.cli.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.machine.availability import probe_port
+from tests.e2e.agreement import engines_of
 from tests.e2e.api import await_ready, complete, requests_in_flight, states, streamed
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import lives, paused, tracebacks
@@ -237,19 +237,19 @@ def test_a_deployment_ends_with_the_benchmark_that_started_it(llama: Path) -> No
     assert not alive
 
 
-def test_a_deployment_that_still_starts_ends_with_the_smoke_run(
+def test_a_deployment_that_still_starts_ends_with_the_benchmark(
     llama: Path, tmp_path: Path
 ) -> None:
-    """Smoke is told to end, and waits for the end of what it started."""
+    """The command is told to end, and waits for the end of what it started."""
     logs = tmp_path / "logs"
     arguments = ("--model", str(llama), "--kv-cache-memory", "16MiB", "--log-dir", str(logs))
-    with starter("smoke", *arguments) as smoke:
-        launch = started_by(smoke)
+    with starter("bench", "serve", *arguments) as bench:
+        launch = started_by(bench)
         await_true(lambda: bool(launch.children()), "the first process")
         children = [launch, *launch.children(recursive=True)]
-        smoke.send_signal(signal.SIGTERM)
-        _, errors = smoke.communicate(timeout=300)
-        assert (smoke.returncode, errors) == (143, "error: interrupted\n")
+        bench.send_signal(signal.SIGTERM)
+        _, errors = bench.communicate(timeout=300)
+        assert (bench.returncode, errors) == (143, "error: interrupted\n")
         _, alive = psutil.wait_procs(children, timeout=0)
     assert not alive
     assert list(logs.iterdir())

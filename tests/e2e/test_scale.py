@@ -15,9 +15,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.cli.smoke import engines_of
 from pdlaunch.launch.client.admin import admin_api, own_launches
 from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.agreement import engines_of
 from tests.e2e.api import states, streamed
 from tests.e2e.conftest import launched
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy

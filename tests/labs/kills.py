@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pdlaunch.cli.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.agreement import engines_of
 from tests.labs.known_answers import SoakOptions, SoakReport, make_cases, soak
 
 

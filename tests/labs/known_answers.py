@@ -22,11 +22,11 @@ import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdlaunch.cli.smoke import await_idle, engines_of
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
+from tests.e2e.agreement import await_idle, engines_of
 
 LOGPROB_TOLERANCE = 1e-3
 """Tolerance in nats, in float32: batches of other shapes add in another order."""

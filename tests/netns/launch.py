@@ -18,11 +18,10 @@ from tests.netns.hosts import Host, Network, signal_inner
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 120.0
 PORT = 8000
-_SMOKE = """
+_AGREEMENT = """
 import json, sys
-from pdlaunch.cli.smoke import smoke
-checks = smoke(sys.argv[1], api_key=None, exact=True)
-print(json.dumps([f"{check.name}: {check.failure}" for check in checks if check.failure]))
+from tests.e2e.agreement import differences
+print(json.dumps(differences(sys.argv[1])))
 """
 _ALONE = """
 import json, sys
@@ -47,13 +46,10 @@ class FarLaunch:
     def url(self) -> str:
         return f"http://127.0.0.1:{PORT}"
 
-    def smoke(self) -> list[str]:
-        """The checks of ``pdlaunch smoke`` that fail: answers of the pair, and those of each engine
-        alone.
-        """
-        words = [sys.executable, "-c", _SMOKE, self.url]
-        failures: list[str] = json.loads(self.here.run(*words, timeout_s=240))
-        return failures
+    def differences(self) -> list[str]:
+        words = [sys.executable, "-c", _AGREEMENT, self.url]
+        found: list[str] = json.loads(self.here.run(*words, timeout_s=240))
+        return found
 
     def ask(self, *questions: Mapping[str, Any]) -> list[Any]:
         """The answers of the router to questions that are asked at the same time, or errors."""

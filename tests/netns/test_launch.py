@@ -214,7 +214,7 @@ def test_a_host_that_falls_over_takes_no_answer_along(
 
 @pytest.mark.hosts_long
 def test_two_by_two_over_two_hosts(network: Network) -> None:
-    """The checks of ``pdlaunch smoke``, which asks each engine alone too, over TLS."""
+    """Pairs answer as one engine alone, which is asked over TLS."""
     config = {
         "kv_transfer": TRUSTED,
         "hosts": ["local", "b"],
@@ -229,7 +229,7 @@ def test_two_by_two_over_two_hosts(network: Network) -> None:
         assert sorted(places.values()) == ["b", "b", "local", "local"]
         for name, host in places.items():
             assert f"{name}{'' if host == 'local' else ' on b'}: ready" in launch.output()
-        assert launch.smoke() == []
+        assert launch.differences() == []
         before = network.num_bytes("a", "b") + network.num_bytes("b", "a")
         alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
         assert judge(launch.ask(*fresh("together")), alone) == NUM_QUESTIONS

@@ -14,7 +14,7 @@ from pdlaunch.launch.client.deployment import Deployment
 from tests.prometheus.conftest import GRAFANA, Prometheus
 
 WINDOW = "2m"
-"""Stands for Grafana's $__rate_interval: it holds the whole smoke run."""
+"""Stands for Grafana's $__rate_interval: it holds all requests."""
 KNOWN_LINT = 'pdlaunch_iteration_tokens_total non-counter metrics should not have "_total" suffix'
 """The name is vLLM's."""
 FOUND_LINT = 3

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.cli.smoke import engines_of
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import running_deployment
+from tests.e2e.agreement import engines_of
 from tests.e2e.conftest import clean_environ
 from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
 

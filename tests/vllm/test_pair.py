@@ -19,10 +19,10 @@ from openai import APIError, OpenAI
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.cli.smoke import smoke
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.agreement import differences
 from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.waiting import await_true
 from tests.vllm.kv_memory import BYTES_READ, EXPIRED, engine_of, total
@@ -243,8 +243,8 @@ def test_http_and_rpc_are_at_sockets_of_the_launch(pair: Deployment) -> None:
     assert all(url.startswith("unix:") for url in urls)
 
 
-def test_smoke_finds_nothing(pair: Deployment) -> None:
-    assert [check for check in smoke(pair.url, exact=True) if check.failure] == []
+def test_a_pair_answers_as_one_engine_alone(pair: Deployment) -> None:
+    assert differences(pair.url) == []
 
 
 def test_bench_serve_measures_it(pair: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:

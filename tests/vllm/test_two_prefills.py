@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.cli.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
+from tests.e2e.agreement import engines_of
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import needs_vllm_router, running_vllm_router

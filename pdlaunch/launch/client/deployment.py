@@ -1,4 +1,4 @@
-"""Runs ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and tests.
+"""Runs ``pdlaunch serve`` as a child process, for benchmarks, ``pdlaunch.Launch`` and tests.
 
 The deployment ends with the block that started it, and by itself when this process is gone: it
 holds the other end of a pipe of ours.

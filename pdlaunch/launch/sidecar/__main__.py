@@ -1,18 +1,510 @@
-"""Run one engine of vLLM: ``python -m pdlaunch.launch.sidecar --name NAME [OPTIONS] -- COMMAND``.
+"""Runs one engine of vLLM: ``python -m pdlaunch.launch.sidecar --name NAME [OPTIONS] -- COMMAND``.
 
-The supervisor starts it, with a Bootstrap on standard input that has the name too. ``COMMAND``
-starts the engine. ``--exact``: a canary's tokens must be equal, as they are in float32.
-``--unverified``: the engine has vLLM's own connector, for this reason.
+``COMMAND`` starts the engine. The supervisor starts and steers the sidecar.
+
+::
+
+    start the engine -> Register -> healthy, ranks up? ──> Ready -> watch ──> Drain -> Stop
+         Registry: ranks of prefill engines ──> handshakes of decode ranks ──> a canary through each
+         engine ──> PairReady    (decode engines)
+    the engine ends, or stands still ──> Failed: the supervisor starts both anew
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
 import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import msgspec
+
+from pdlaunch.config.model_files.identity import (
+    changes,
+    model_digest,
+    text_digests,
+    weight_digests,
+)
+from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError, StartupError
+from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised, run_supervised
-from pdlaunch.launch.sidecar.engine import guard_group
-from pdlaunch.launch.sidecar.process import SidecarOptions, SidecarProcess
+from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, Canaries, CanaryDied, Proof, send_canary
+from pdlaunch.http.watch.engine_api import (
+    VLLM_RUNNING,
+    Counts,
+    EngineApi,
+    FailedReads,
+    is_vllm_busy,
+    with_version,
+)
+from pdlaunch.launch.sidecar.door import Door
+from pdlaunch.launch.sidecar.engine import (
+    EngineOutput,
+    connector_environment,
+    engine_environment,
+    guard_group,
+    hold_side_channel,
+    side_channel_host,
+    start_engine,
+    stop_engine,
+    with_events_at,
+)
+from pdlaunch.launch.sidecar.link import EngineLink, Peer, RankPairs
+from pdlaunch.machine.network import foreign_listener
+from pdlaunch.protocol.certificates import client_context
+from pdlaunch.protocol.control import (
+    Answered,
+    Drain,
+    Drained,
+    Entry,
+    Happened,
+    PairFailed,
+    PairReady,
+    PairSuspect,
+    Progress,
+    Ready,
+    Registry,
+    SleepState,
+    Stop,
+    Suspects,
+)
+from pdlaunch.protocol.engine_link import PullFailure, RankUp, engine_of_rank, rank_entries
+from pdlaunch.protocol.ids import EngineId
+
+_logger = logging.getLogger(__name__)
+
+START_POLL_S = 0.5
+WATCH_POLL_S = 2.0
+DRAIN_POLL_S = 0.5
+HEALTH_TIMEOUT_S = 30.0
+SLEEP_FLAG = "--enable-sleep-mode"
+_PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
+Found = Literal["works", "idle", "hangs"]
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarOptions:
+    """The command of the engine that a sidecar starts, and how to judge the engine."""
+
+    # Without a fixed port, the sidecar adds the socket to listen at.
+    command: tuple[str, ...]
+    is_exact: bool
+    # An engine with work but no progress for this long is killed; 0: never. An engine without work
+    # for this long is sent a prompt of one token.
+    hang_timeout_s: float
+    unverified: str  # why pulled KV blocks are used unproven
+
+    @property
+    def model(self) -> str:
+        return self.value("--served-model-name")
+
+    def model_files(self) -> dict[str, str]:
+        """Return digests of the model's files, by name; empty for a model of a hub."""
+        folder = Path(self.command[2])  # vllm serve MODEL
+        if not folder.is_dir():
+            return {}
+        try:
+            weights = weight_digests(folder, dummy=self.value("--load-format") == "dummy")
+        except (ConfigError, OSError, ValueError):
+            weights = {}  # vLLM takes formats that cannot be sampled
+        return weights | text_digests(folder)
+
+    def value(self, flag: str) -> str:
+        """Return what the command has behind a flag; empty: the flag is not there."""
+        if flag not in self.command:
+            return ""
+        return self.command[self.command.index(flag) + 1]
+
+
+class SidecarProcess:
+    """Speaks for one engine of vLLM; made inside a running event loop, ``run`` once."""
+
+    def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
+        self._supervised = supervised
+        self._options = options
+        bootstrap = supervised.bootstrap
+        self._keys, spec = bootstrap.keys, bootstrap.door
+        self._name, self._run_dir = bootstrap.name, Path(bootstrap.run_dir)
+        self._key = bootstrap.engine_api_key
+        self._socket_path = self._run_dir / f"{self._name}.sock"
+        self._port = options.value("--port")  # empty: it listens at the socket
+        at_port = f"http://{options.value('--host')}:{self._port}"
+        self._url = at_port if self._port else f"{UNIX}{self._socket_path}"
+        self._api = EngineApi(self._url, self._key)
+        self._door: Door | None = None
+        if spec is not None:
+            self._door = Door(self._name, spec, self._keys, self._url, self._key)
+        # None: the engine has vLLM's own connector, or none.
+        self._link: EngineLink | None = None
+        if (connector := bootstrap.connector) is not None:
+            self._link = EngineLink(supervised.context, bootstrap, connector)
+        self._output = EngineOutput()
+        self._model_files: dict[str, str] = {}
+        """Digests of the model's files before vLLM was started."""
+        self._registered_url = self._url  # or the URL of the door, if there is one
+        self._capabilities = msgspec.structs.replace(
+            bootstrap.capabilities, takes_launch_token=self._door is not None
+        )
+        ports = "" if spec is None else spec.data_ports
+        is_stock = self._link is None
+        self._side_channel = hold_side_channel(side_channel_host(), ports) if is_stock else None
+        self._is_ready = asyncio.Event()
+        self._probe: asyncio.Task[None] | None = None  # asks an engine that was idle for a token
+        # Of decode engines: prefill engines by name and incarnation.
+        self._canaries = Canaries(self._send_canary, self._tell_proof)
+        self._one_at_a_time = asyncio.Semaphore(1)
+        self._peers: dict[Peer, Entry] = {}
+        self._registry: Registry | None = None
+        self._listed: set[Peer] = set()  # those that the registry lists as proven
+        self._rank_pairs = RankPairs(self._name)
+        self._failed_reads = FailedReads()
+        self._failed_pulls: dict[str, list[str]] = defaultdict(list)  # errors, by prefill engine
+
+    async def run(self) -> None:
+        """Run until Stop or a signal. Raises StartupError when the engine ends by itself."""
+        if not self._port:
+            self._socket_path.unlink(missing_ok=True)
+        if self._options.unverified:
+            reason = self._options.unverified
+            _logger.warning("pulled KV blocks are used unproven: %s", reason)
+        # Digests before vLLM reads the files; those after its start must be equal.
+        self._model_files = await asyncio.to_thread(self._options.model_files)
+        child = await start_engine(self._command(), self._environment())
+        _logger.info("started %s as process %d", self._options.command[0], child.pid)
+        watches: list[asyncio.Task[None]] = []
+        try:
+            if self._door is not None:
+                self._registered_url = await self._door.open()
+            self._register(listens=self._door is not None)
+            watches = [
+                self._supervised.spawn(self._fail_with(child)),
+                self._supervised.spawn(self._watch()),
+            ]
+            if self._link is not None:
+                watches.append(self._supervised.spawn(self._heed_workers(self._link)))
+            await self._obey()
+        finally:
+            for task in watches:
+                task.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+            await self._canaries.close()
+            if self._door is not None:
+                await self._door.close()
+            await self._api.close()
+            await stop_engine(child)
+            for opened in (self._link, self._side_channel):
+                if opened is not None:
+                    opened.close()
+
+    def _command(self) -> tuple[str, ...]:
+        where = () if self._port else ("--uds", str(self._socket_path))
+        events = f"ipc://{self._run_dir / self._name}.events"
+        return (*with_events_at(self._options.command, events), *where)
+
+    def _environment(self) -> dict[str, str]:
+        own = engine_environment(self._run_dir, self._key, self._side_channel)
+        if self._link is None:
+            return own
+        setup = self._link.write_setup(model_digest(self._model_files) if self._model_files else "")
+        return own | connector_environment(self._run_dir, setup, os.environ.get("PYTHONPATH", ""))
+
+    def _register(self, *, listens: bool = True) -> None:
+        """Tell where the engine is reached, and what it can do."""
+        self._supervised.register(
+            self._registered_url,
+            self._capabilities,
+            engine_id=EngineId("") if self._link is None else self._link.engine_id,
+            side_channels=() if self._link is None else self._link.side_channels,
+            listens=listens,
+        )
+
+    async def _obey(self) -> None:
+        """Do what the supervisor says until Stop. Raises the error of the engine."""
+        while True:
+            match await self._supervised.inbox.get():
+                case Registry() as registry:
+                    await self._learn(registry)
+                case Drain(timeout_s=timeout_s):
+                    self._supervised.spawn(self._drain(timeout_s))
+                case Stop():
+                    return
+                case PdlaunchError() as error:
+                    raise error
+                case Suspects() | Answered() | Happened():
+                    pass  # said to routers alone
+
+    def _fail(self, reason: str) -> None:
+        self._supervised.inbox.put_nowait(StartupError(reason))
+
+    async def _fail_with(self, child: asyncio.subprocess.Process) -> None:
+        code = await child.wait()
+        name = Path(self._options.command[0]).name
+        killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+        reason = "" if code < 0 else self._output.last_error()
+        reason = f": {reason}" if reason else ""
+        self._fail(f"{name} {killed or f'exited with status {code}'}{reason}")
+
+    async def _drain(self, timeout_s: float) -> None:
+        """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""
+        with contextlib.suppress(ProtocolError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while is_vllm_busy(await self._api.counts(HEALTH_TIMEOUT_S)):  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)
+        self._supervised.send(Drained())
+
+    # Watching the engine
+
+    async def _watch(self) -> None:
+        """Say Ready once the engine is healthy; fail when it is not any more, or stands still."""
+        if not await self._become_ready():
+            return
+        hangs = EngineHangWatch(self._options.hang_timeout_s)
+        can_sleep, is_asleep = SLEEP_FLAG in self._options.command, False
+        while True:
+            await asyncio.sleep(WATCH_POLL_S)
+            sleeps = await self._api.is_sleeping(HEALTH_TIMEOUT_S) if can_sleep else None
+            if sleeps is not None and sleeps != is_asleep:
+                is_asleep = sleeps
+                self._supervised.send(SleepState(state="sleeping" if is_asleep else "awake"))
+            if not await self._api.is_healthy(HEALTH_TIMEOUT_S):
+                self._fail(f"/health did not say 200 within {HEALTH_TIMEOUT_S:g} s")
+                return
+            try:
+                counts = await self._api.counts(HEALTH_TIMEOUT_S)
+            except ProtocolError as error:
+                _logger.warning("%s", error)
+                continue
+            self._doubt_pairs(counts)
+            if is_asleep:
+                if self._probe is not None:
+                    self._probe.cancel()  # the engine would keep it until it is awake
+                continue
+            is_probed = self._probe is not None and not self._probe.done()
+            match hangs.look(counts, is_probed=is_probed):
+                case "idle":
+                    self._probe = self._supervised.spawn(self._send_probe())
+                case "hangs":
+                    hang_s = self._options.hang_timeout_s
+                    self._fail(f"it has requests and has computed nothing for {hang_s:g} s")
+                    return
+                case "works":
+                    pass
+
+    async def _become_ready(self) -> bool:
+        """Wait until the engine is healthy, and say Ready; False: the model has changed."""
+        self._supervised.send(Progress(text="vLLM is starting"))
+        while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(START_POLL_S)
+        if self._link is not None and not self._link.all_up.is_set():
+            self._supervised.send(Progress(text=self._link.progress))
+            await self._link.all_up.wait()
+        # Before Ready: what routers may ask of the engine from then on follows from its version.
+        try:
+            version = await self._api.version(HEALTH_TIMEOUT_S)
+            self._capabilities = with_version(self._capabilities, version)
+        except ProtocolError as error:
+            _logger.warning("%s", error)
+        self._register()
+        if changed := changes(
+            self._model_files, await asyncio.to_thread(self._options.model_files)
+        ):
+            self._fail(f"the model has changed while vLLM was starting: {changed}")
+            return False
+        self._supervised.send(Ready(model=self._model_files))
+        self._is_ready.set()
+        await self._tell_peers()
+        return True
+
+    async def _is_there(self) -> bool:
+        """Return whether the engine answers, and nobody else at its port, who would be given the
+        key.
+        """
+        if self._port and (uid := foreign_listener(int(self._port))) is not None:
+            self._fail(
+                f"a program of another user (id {uid}) listens at port {self._port}, which is to "
+                "be the engine's; free it, or choose another port"
+            )
+            return False
+        return bool(await self._api.is_healthy(HEALTH_TIMEOUT_S))
+
+    async def _send_probe(self) -> None:
+        """Have the engine compute one token, so that it can be seen whether it still does."""
+        body = {"prompt": [FIRST_TOKEN_ID], "max_tokens": 1, "temperature": 0}
+        try:
+            # Longer than the hang watch takes to find that the probe makes no progress.
+            timeout_s = self._options.hang_timeout_s + 2 * HEALTH_TIMEOUT_S
+            await self._api.complete({"model": self._options.model, **body}, timeout_s)
+        except ProtocolError as error:
+            _logger.warning("a probe of one token: %s", error)
+
+    # Workers and pairs
+
+    async def _heed_workers(self, link: EngineLink) -> None:
+        """Take what workers say. Ends when the engine has to."""
+        while True:
+            try:
+                message = await link.receive()
+            except ProtocolError as error:
+                self._fail(f"{self._name} cannot exchange KV blocks: {error}")
+                return
+            match message:
+                case RankUp():
+                    if self._is_ready.is_set():
+                        self._register()
+                    else:
+                        self._supervised.send(Progress(text=link.progress))
+                case PullFailure(peer_engine=engine, error=reason):
+                    self._failed_pulls[engine].append(reason)
+                case PairReady():
+                    self._rank_pairs.add(message)
+                    self._prove_pairs()
+                case PairFailed(peer=rank):
+                    self._rank_pairs.drop(message)
+                    self._prove_pairs()
+                    names = {"local": self._name, "peer": engine_of_rank(rank)}
+                    self._supervised.send(msgspec.structs.replace(message, **names))
+
+    def _doubt_pairs(self, counts: Counts) -> None:
+        """Have pairs proven anew over which READs have failed since the last look.
+
+        pdlaunch's connector tells which these are; vLLM's does not, so that all are in doubt when
+        no READ has come through: prompts that were handed over are computed here.
+        """
+        none_comes = self._link is None and self._failed_reads.look(counts)
+        failed, self._failed_pulls = self._failed_pulls, defaultdict(list)
+        for peer in self._listed:
+            if none_comes:
+                self._doubt(peer, "READs of KV blocks fail, and none comes through")
+            elif errors := failed.get(peer[0]):
+                self._doubt(peer, f"{len(errors)} pulls have failed just now: {errors[-1]}")
+
+    def _doubt(self, peer: Peer, error: str) -> None:
+        name, incarnation = peer
+        _logger.warning("%s -> %s: %s", name, self._name, error)
+        self._supervised.send(
+            PairSuspect(local=self._name, peer=name, peer_incarnation=incarnation, error=error)
+        )
+
+    async def _tell_peers(self) -> None:
+        """Tell workers of the other engines' ranks, once the engine is ready: a handshake would
+        disturb vLLM while it captures graphs.
+        """
+        if self._link is not None and self._registry is not None and self._is_ready.is_set():
+            others = (entry for entry in self._registry.entries if entry.name != self._name)
+            await self._link.tell_peers(rank_entries(others))
+
+    async def _learn(self, registry: Registry) -> None:
+        """Take in who is there. Of a decode engine: find the pairs to prove, and forget those whose
+        prefill engine is gone or whose proof was dropped.
+        """
+        self._registry = registry
+        await self._tell_peers()
+        entries = {entry.name: entry for entry in registry.entries}
+        if self._name not in entries or entries[self._name].role != "decode":
+            return
+        prefill = {
+            (entry.name, entry.incarnation): entry
+            for entry in registry.entries
+            if entry.kind == "server" and entry.role == "prefill"
+        }
+        self._peers = {peer: entry for peer, entry in prefill.items() if entry.state == "ready"}
+        # Memory of an engine that sleeps is let go, and its ranks shake hands again.
+        self._rank_pairs.keep([peer for peer in prefill if prefill[peer].state != "sleeping"])
+        listed = {(p.peer, p.peer_incarnation) for p in registry.pairs if p.local == self._name}
+        # The supervisor has dropped these proofs: the pairs have to be proven anew.
+        gone = self._canaries.pairs() - self._peers.keys()
+        self._canaries.forget(gone | self._listed - listed)
+        self._listed = listed
+        for peer in listed & prefill.keys():
+            if prefill[peer].state == "sleeping":
+                self._doubt(peer, "it sleeps")
+        self._prove_pairs()
+
+    def _prove_pairs(self) -> None:
+        """Send a canary through each prefill engine that has none yet, once all ranks have shaken
+        hands.
+        """
+        self._canaries.prove([peer for peer in self._peers if self._is_joined(peer)])
+
+    def _is_joined(self, peer: Peer) -> bool:
+        return self._link is None or self._slowest(self._link, peer) is not None
+
+    def _slowest(self, link: EngineLink, peer: Peer) -> PairReady | None:
+        return self._rank_pairs.slowest(peer, link.tp_size)
+
+    async def _send_canary(self, peer: Peer) -> Proof:
+        await self._is_ready.wait()
+        url, options = self._peers[peer].address.http, self._options
+        api, certificate = EngineApi(url, self._key), self._keys.certificate
+        # All engines of a launch have doors, or none has.
+        if self._door is not None and certificate is not None:
+            api = EngineApi(url, self._keys.http_token, client_context(certificate))
+        try:
+            async with self._one_at_a_time:
+                return await send_canary(api, self._api, options.model, is_exact=options.is_exact)
+        finally:
+            await api.close()
+
+    def _tell_proof(self, peer: Peer, result: Proof | CanaryDied) -> None:
+        name, incarnation = peer
+        if isinstance(result, CanaryDied):
+            self._supervised.send(
+                PairFailed(local=self._name, peer=name, error=str(result), fatal=result.fatal)
+            )
+            return
+        proof = PairReady(
+            local=self._name,
+            peer=name,
+            peer_incarnation=incarnation,
+            seconds=result.seconds,
+            path="nixl/vLLM",
+            gigabytes_per_s=result.gigabytes_per_s,
+        )
+        if self._link is not None:
+            slowest = self._slowest(self._link, peer)
+            assert slowest is not None, "canaries of other pairs are stopped"
+            proof = msgspec.structs.replace(slowest, local=self._name, peer=name, num_peers=1)
+        self._supervised.send(proof)
+
+
+class EngineHangWatch:
+    """Finds out, look by look at an engine's counts, that it stands still.
+
+    ::
+
+        has work, counts progress ──> works      has work, no progress for timeout_s ──> hangs
+        has no work for timeout_s ──> idle: whoever watches gives it some, and the next looks tell
+
+    An engine whose core has stopped says that it is healthy, and that it has nothing to do.
+    ``timeout_s``: 0 for an engine that never hangs nor idles.
+    """
+
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._seen: tuple[float, bool] | None = None  # progress, and whether it has work
+        self._since_at = 0.0  # instant since which it was seen so
+
+    def look(self, counts: Counts, *, is_probed: bool) -> Found:
+        """Judge it. ``is_probed``: it has work whatever it counts."""
+        now_at = self._clock()
+        has_work = is_probed or any(counts.total(name) for name in VLLM_RUNNING)
+        seen = (sum(counts.total(name) for name in _PROGRESS), has_work)
+        if seen != self._seen:
+            self._seen, self._since_at = seen, now_at
+        if not 0 < self._timeout_s < now_at - self._since_at:
+            return "works"
+        self._since_at = now_at
+        return "hangs" if has_work else "idle"
 
 
 async def _serve(supervised: Supervised) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.http.watch.engine_api import Counts
-from pdlaunch.launch.sidecar.process import EngineHangWatch, Found
+from pdlaunch.launch.sidecar.__main__ import EngineHangWatch, Found
 
 TIMEOUT_S = 60.0
 

@@ -14,8 +14,8 @@ from msgspec import structs
 
 from pdlaunch.errors import StartupError
 from pdlaunch.http.lifecycle import Supervised
+from pdlaunch.launch.sidecar.__main__ import SidecarOptions, SidecarProcess
 from pdlaunch.launch.sidecar.door import Door
-from pdlaunch.launch.sidecar.process import SidecarOptions, SidecarProcess
 from pdlaunch.protocol.control import (
     Address,
     Capabilities,
@@ -130,8 +130,8 @@ async def watched(
 
 @pytest.fixture(autouse=True)
 def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
-    monkeypatch.setattr("pdlaunch.launch.sidecar.process.DRAIN_POLL_S", 0.01)
+    monkeypatch.setattr("pdlaunch.launch.sidecar.__main__.WATCH_POLL_S", 0.02)
+    monkeypatch.setattr("pdlaunch.launch.sidecar.__main__.DRAIN_POLL_S", 0.01)
 
 
 @pytest_asyncio.fixture
