@@ -19,7 +19,7 @@ FINISH_S = 2.0  # how long the end of a command waits for a reader that stands s
 
 # ``queue.Queue`` has a lock, at which a print would wait for itself that interrupts a print: a
 # finalizer, at any collection of garbage.
-_Waiting = queue.SimpleQueue["tuple[_Stream, bytes] | None"]
+_Waiting = queue.SimpleQueue[tuple[Any, bytes] | None]
 
 
 def standard_input() -> int:
@@ -36,36 +36,26 @@ def steady_output(finish_s: float = FINISH_S) -> Iterator[None]:
 
     The end waits up to ``finish_s`` for each reader to take what is left.
     """
-    waiting: _Waiting | None = None
-    before: TextIO | None = None
+    writers: list[tuple[_Waiting, threading.Thread]] = []
+    out, err = sys.stdout, sys.stderr
+    redirects = ((contextlib.redirect_stdout, out), (contextlib.redirect_stderr, err))
     with contextlib.ExitStack() as stack:
-        for redirect, stream in (
-            (contextlib.redirect_stdout, sys.stdout),
-            (contextlib.redirect_stderr, sys.stderr),
-        ):
-            # A stream is None where it was closed before the command started.
-            if stream is None:
-                continue
+        # A stream is None where it was closed before the command started.
+        for redirect, stream in ((how, stream) for how, stream in redirects if stream is not None):
             # One thread for one terminal: lines of both streams stay in order. A reader of standard
             # output that stands still must not keep errors back.
-            if waiting is None or before is None or not _is_same(before, stream):
-                waiting = stack.enter_context(_written(finish_s))
-            stack.enter_context(redirect(_Stream(stream, waiting).text(stream.encoding)))
-            before = stream
-        yield
-
-
-@contextlib.contextmanager
-def _written(finish_s: float) -> Iterator[_Waiting]:
-    """Yield a queue whose items a thread writes."""
-    waiting: _Waiting = queue.SimpleQueue()
-    writer = threading.Thread(target=_write, args=(waiting,), name="steady-output", daemon=True)
-    writer.start()
-    try:
-        yield waiting
-    finally:
-        waiting.put(None)
-        writer.join(finish_s)
+            if not writers or not _is_same(out, err):
+                waiting: _Waiting = queue.SimpleQueue()
+                writer = threading.Thread(target=_write, args=(waiting,), daemon=True)
+                writer.start()
+                writers.append((waiting, writer))
+            stack.enter_context(redirect(_Steady(stream, writers[-1][0])))
+        try:
+            yield
+        finally:
+            for waiting, writer in writers:
+                waiting.put(None)
+                writer.join(finish_s)
 
 
 def _is_same(one: TextIO, other: TextIO) -> bool:
@@ -77,45 +67,35 @@ def _is_same(one: TextIO, other: TextIO) -> bool:
 
 
 def _write(waiting: _Waiting) -> None:
+    """Write what was printed; what a stream does not take, because it is gone, is lost."""
     while (item := waiting.get()) is not None:
-        stream, data = item
-        stream.send(data)
+        raw, data = item
+        with contextlib.suppress(OSError):
+            while data:
+                num_taken = raw.write(data)
+                if num_taken is None:  # Whoever shares the terminal lets no write to it wait.
+                    select.select([], [raw], [])
+                else:
+                    data = data[num_taken:]
 
 
-class _Stream(io.RawIOBase):
+class _Steady(io.TextIOBase):
     """Takes what is printed to ``stream``, for a thread to write."""
 
     def __init__(self, stream: TextIO, waiting: _Waiting) -> None:
         self.isatty = stream.isatty  # type: ignore[method-assign]
         self.fileno = stream.fileno  # type: ignore[method-assign]
+        self._encoding = stream.encoding
         # A buffer has a lock, at which the interpreter would find a stuck thread when it exits.
         self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)
         self._waiting = waiting
-        self._is_gone = False
 
-    def text(self, encoding: str) -> TextIO:
-        """Return what may be printed to; what ``encoding`` lacks is escaped."""
-        # typeshed asks for files that can be read, too.
-        raw: Any = self
-        return io.TextIOWrapper(raw, encoding, errors="backslashreplace", write_through=True)
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any, /) -> int:
-        written = bytes(data)
-        if not self._is_gone and self._waiting.qsize() < MAX_WRITES:
-            self._waiting.put((self, written))
-        return len(written)
-
-    def send(self, data: bytes) -> None:
-        """Write to the stream, until an OSError says that it takes nothing any more."""
-        try:
-            while data and not self._is_gone:
-                num_taken = self._raw.write(data)
-                if num_taken is None:  # Whoever shares the terminal lets no write to it wait.
-                    select.select([], [self.fileno()], [])
-                else:
-                    data = data[num_taken:]
-        except OSError:
-            self._is_gone = True
+    def write(self, text: str, /) -> int:
+        if self._waiting.qsize() < MAX_WRITES:
+            # What the encoding lacks is escaped.
+            self._waiting.put((self._raw, text.encode(self._encoding, "backslashreplace")))
+        return len(text)
