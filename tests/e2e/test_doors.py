@@ -244,7 +244,7 @@ def test_doctor_examines_native_engines_and_proves_their_pair(
     assert [(each["kind"], each["version"]) for each in found["engines"]] == [
         ("native", __version__)
     ] * 2
-    assert found["pairs"][0]["pulls"]["num_bytes"] > 0
+    assert found["pairs"][0]["num_bytes"] > 0
     monkeypatch.setenv("KEY_OF_ENGINES", CLIENT)
     result = CliRunner().invoke(build_app(arguments), arguments)
     assert result.exit_code == 1
