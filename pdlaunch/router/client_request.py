@@ -141,10 +141,12 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         of the whole request, and needs them to tell where the first token's text may end; others
         refuse them.
         """
+        tells_ids = bool(self.body.get("return_token_ids"))
         body = self.body | {
             "stream": False,
             "max_tokens": 1,
-            "return_token_ids": self.asks_token_ids,
+            # vLLM would send the whole prompt back, which only decode needs to.
+            "return_token_ids": self.asks_token_ids if knows_whole_request else tells_ids,
             "kv_transfer_params": REMOTE_DECODE,
         }
         body.pop("stream_options", None)
