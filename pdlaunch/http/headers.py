@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
@@ -29,9 +29,6 @@ _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 _PLAIN_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,20})?")
 _ORIGIN = re.compile(r"([1-9][0-9]{0,18})(;suspect)?")
-_TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
-)
 
 
 def read_request_id(header: str | None) -> HttpRequestId:
@@ -52,9 +49,10 @@ def read_seconds(text: str) -> float:
     return float(text) if _SECONDS.fullmatch(text) else -1.0
 
 
-def read_traceparent(header: str | None) -> str | None:
-    """Return the header; a malformed one counts as none, as the W3C standard says."""
-    return header if header is not None and _TRACEPARENT.fullmatch(header) else None
+def read_trace_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of the W3C standard, which engines read; others could not be sent on."""
+    names = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
+    return {name: headers[name] for name in names if name in headers and headers[name].isascii()}
 
 
 def format_origin(origin: PromptOrigin, *, is_suspect: bool = False) -> str:

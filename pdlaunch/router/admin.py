@@ -191,7 +191,7 @@ class Admin:
     async def _restart_one(self, name: str) -> dict[str, Any]:
         begun = await self._supervisor.ask(Restart(question=0, name=name))
         if begun.error:
-            raise _refusal(begun.error, "not_now" if begun.engine else "engine_not_found")
+            raise _refusal(begun.error, begun.code)
 
         def successor() -> Engine | None:
             """Return the engine once it serves again, stands by drained, or is given up again."""

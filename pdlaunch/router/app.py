@@ -34,11 +34,9 @@ from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     ROUTE_HEADER,
     SPANS_HEADER,
-    TRACEPARENT_HEADER,
-    TRACESTATE_HEADER,
     WANTS_PAIR,
     ignored_fields_header,
-    read_traceparent,
+    read_trace_headers,
 )
 from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, LargeInputs
 from pdlaunch.http.sse import ClientStream
@@ -315,13 +313,7 @@ def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
 
 def _headers_to_pass(http: web.Request) -> dict[str, str]:
     """Return what engines get of the client's headers, and the question for their spans."""
-    headers = {SPANS_HEADER: "1"}
-    traceparent = read_traceparent(http.headers.get(TRACEPARENT_HEADER))
-    if traceparent is not None:
-        headers[TRACEPARENT_HEADER] = traceparent
-        if (tracestate := http.headers.get(TRACESTATE_HEADER)) is not None:
-            headers[TRACESTATE_HEADER] = tracestate
-    return headers
+    return {SPANS_HEADER: "1"} | read_trace_headers(http.headers)
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -30,8 +30,6 @@ DATA_URL_TOKENS = 1024  # rough, too
 # An image or another file; the tokens that an engine makes of it do not grow with its text.
 _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # several prompts begin like this
-# An empty ``prompt``, which OpenAI's client sends along with prompt embeddings.
-_NO_TEXT = (b"null", b'""', b"[]")
 # Long members, which the router forwards unparsed and the engines check.
 _TEXTS = ("messages", "prompt")
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -130,8 +128,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
             return "a beam search cannot read a lease"
         if body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs")):
             return "log probabilities of the prompt are not handed over"
-        if body.get("prompt_embeds") is not None:
-            return "embeddings are not handed over"
         return ""
 
     def prefill_body(self, *, knows_whole_request: bool) -> bytes:
@@ -287,23 +283,17 @@ def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
 
 
 def _split_prompts(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the members of each prompt; the engines check what is in them.
-
-    As at vLLM, embeddings are prompts of their own, which come before those of text.
-    """
-    prompt, embeds = body.get("prompt"), body.get("prompt_embeds")
+    """Return the members of each prompt; the engines check what is in them."""
+    prompt = body.get("prompt")
+    if body.get("prompt_embeds"):
+        message = "prompt_embeds is not supported; send the prompt's text or token ids"
+        raise RequestError(message, param="prompt_embeds", code="unsupported_parameter")
     prompts = [prompt]
     if prompt is not None and _PROMPTS.match(prompt):
         prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
-    split: list[dict[str, Any]] = [{"prompt": one} for one in prompts]
-    if embeds:
-        tensors = embeds if isinstance(embeds, list) else [embeds]
-        texts = [] if prompt is None or bytes(prompt) in _NO_TEXT else split
-        split = [{"prompt": None, "prompt_embeds": one} for one in tensors]
-        split += [one | {"prompt_embeds": None} for one in texts]
-    if len(split) > MAX_PROMPTS:
+    if len(prompts) > MAX_PROMPTS:
         raise _invalid(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
-    return split
+    return [{"prompt": one} for one in prompts]
 
 
 def _estimate_tokens(text: msgspec.Raw | None) -> int:

@@ -26,7 +26,7 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.config.http_names import local_url
-from pdlaunch.errors import PdlaunchError, RequestError
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol import control
@@ -46,6 +46,10 @@ from pdlaunch.router.state import RecoverySettings, RouterState
 _logger = logging.getLogger(__name__)
 
 CLIENT_READ_TIMEOUT_S = 20.0  # a client may take no byte of its answer for so long
+_NOT_OURS = (
+    "this router did not start its engines: start, stop and restart them where they run; it drains "
+    "those that leave engines_file"
+)
 # Objects that are made, and not freed, before garbage is searched for among them.
 _NEW_OBJECTS = 10_000
 
@@ -186,7 +190,9 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     state = RouterState(
         pool, client, metrics, RecoverySettings(), prove_again=membership.prove_again
     )
-    link = SupervisorLink(lambda asked: link.answered(answer_alone(membership, asked)))
+    link = SupervisorLink(
+        lambda asked: link.answered(control.Answered(question=asked.question, error=_NOT_OURS))
+    )
     router = RouterApp(spec, state, link)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -217,28 +223,6 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         await membership.close()
         await state.close()
-
-
-def answer_alone(membership: WatchedMembership, command: control.Command) -> control.Answered:
-    """Answer what a launch's router would ask its supervisor."""
-    answer = control.Answered(question=command.question)
-    match command:
-        case control.Restart(name=name):
-            answer.engine = name
-            answer.error = f"{name} was not started by this router: restart it where it was started"
-        case control.ChangeEngines():
-            answer.error = (
-                "this router did not start its engines: start and stop them where they run; it "
-                "follows engines_file"
-            )
-        case control.SetDrained(name=name, is_drained=is_drained):
-            answer.engine = name
-            try:
-                membership.set_drained(name, is_drained=is_drained)
-            except RequestError as error:
-                answer.error = str(error)
-                answer.code = "engine_not_found" if error.status == 404 else "refused"
-    return answer
 
 
 async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:

@@ -29,8 +29,6 @@ from pdlaunch.protocol.control import (
     PairReady,
     PairSuspect,
     Registry,
-    Withheld,
-    why_withheld,
 )
 from pdlaunch.protocol.due_pairs import MAX_PEERS, Pair, due_pairs
 from pdlaunch.router.engine import Engine
@@ -85,7 +83,6 @@ class WatchedEngine:
     has_been_healthy: bool = False
     is_lost: bool = False  # it did not say that it is healthy; streams that it has are given up
     is_leaving: bool = False  # it is about to be removed
-    is_drained: bool = False  # it is given no new work until somebody says otherwise
     is_sleeping: bool = False
     tells_sleep: bool = False
     reason: str = "it has not been asked yet"
@@ -167,7 +164,6 @@ class WatchedEngine:
             state, reason = "ready", ""
         elif self.is_lost and self.has_been_healthy:
             state = "stalled"
-        withheld: Withheld = "draining" if self.is_drained else ""
         return Entry(
             name=self.member.name,
             kind="server",
@@ -177,10 +173,9 @@ class WatchedEngine:
             address=Address(http=self.member.url),
             capabilities=self.capabilities,
             state=state,
-            reason=reason or why_withheld(withheld, self.member.name),
+            reason=reason,
             # Fewer than this many are all that there are.
             peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
-            withheld=withheld,
         )
 
 
@@ -265,18 +260,6 @@ class WatchedMembership:
         watched.task = asyncio.create_task(self._watch(watched))
         _logger.info("added %s (%s) at %s", member.name, member.role, member.url)
         self._publish_soon()
-
-    def set_drained(self, name: str, *, is_drained: bool) -> None:
-        """Give an engine no new work, or work again. Raises RequestError when it cannot be."""
-        if (watched := self._watched.get(name)) is None:
-            there = ", ".join(sorted(self._watched)) or "none"
-            message = f"there is no engine {name[:100]}; there are: {there}"
-            raise RequestError(message, status=404, code="engine_not_found")
-        others = [engine for engine in self._pool.engines if engine.ready and engine.name != name]
-        if is_drained and not watched.is_drained and not others:
-            raise RequestError(f"{name} is not drained: no other engine serves", code="refused")
-        watched.is_drained = is_drained
-        self.publish()
 
     async def remove(self, name: str, drain_timeout_s: float) -> None:
         """Give an engine no more work, wait for what it does, and forget it."""

@@ -215,14 +215,21 @@ class _Choice:
     def _best_local(self) -> _Offer | None:
         """Return the engine that would compute the prompt soonest where it decodes it."""
         request = self._request
-        if self._policy == "pairs" or request.wants_pair or request.is_suspect:
+        wants_pair = request.wants_pair or request.is_suspect or request.tried
+        if self._policy == "pairs" or wants_pair:
             return None
+        prefills = [one for one in self._engines if one.ready and one.role == "prefill"]
+        # Engines that share a GPU with a prefill engine would take time from it. Where devices are
+        # not known, each engine counts as having its own.
+        gpus = {device for one in prefills for device in one.devices} - {"cpu"}
         offers = [
             self._offer(engine)
             for engine in self._engines
-            if engine.role != "prefill" and self._takes(engine) and request.is_done_by(engine)
+            if engine.role != "prefill"
+            and gpus.isdisjoint(engine.devices)
+            and self._takes(engine)
+            and request.is_done_by(engine)
         ]
-        offers = [] if request.tried else _on_own_gpus(offers, self._engines)
         return min(offers, key=lambda one: (one.cost_s, one.engine.num_picks), default=None)
 
     def _why_local(self, local: _Offer, first: _Offer) -> str:
@@ -263,25 +270,6 @@ class _Choice:
             return trouble, distance, not is_try, cost, engine.num_streams, engine.num_picks
 
         return min(candidates, key=rank, default=None)
-
-
-def _on_own_gpus(offers: Sequence[_Offer], engines: Sequence[Engine]) -> list[_Offer]:
-    """Return the offers of engines that share no GPU with a prefill engine.
-
-    If devices are unknown, engines on one host count as sharing.
-    """
-    prefills = [engine for engine in engines if engine.ready and engine.role == "prefill"]
-    gpus = {device for engine in prefills for device in engine.devices} - {"cpu"}
-    untold = [engine for engine in prefills if not engine.devices]
-    own = [one for one in offers if gpus.isdisjoint(one.engine.devices)]
-    if not untold and all(one.engine.devices for one in own):
-        return own
-    places, untold_places = ({engine.place for engine in some} for some in (prefills, untold))
-    return [
-        one
-        for one in own
-        if one.engine.place not in (untold_places if one.engine.devices else places)
-    ]
 
 
 def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:

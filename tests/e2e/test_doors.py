@@ -218,15 +218,14 @@ def test_commands_of_a_router_alone_leave_the_engines_as_they_are(
 ) -> None:
     admin = admin_api(lone_router)
     before = {name: process.pid for name, process in doors.deployment.processes().items()}
-    status, answer = admin.post("/pdlaunch/restart?engine=decode-0", {})
-    assert status == 409
-    assert "restart it where it was started" in answer["error"]["message"]
-    status, answer = admin.post("/pdlaunch/scale", {"decode": 2})
-    assert status == 409
-    assert "start and stop them where they run" in answer["error"]["message"]
-    status, answer = admin.post("/pdlaunch/drain?engine=decode-0&timeout_s=60", {})
-    assert (status, answer["engines"][0]["running"]) == (200, 0)
-    assert admin.post("/pdlaunch/undrain?engine=decode-0", {})[0] == 200
+    for path, body in (
+        ("/pdlaunch/restart?engine=decode-0", {}),
+        ("/pdlaunch/scale", {"decode": 2}),
+        ("/pdlaunch/drain?engine=decode-0", {}),
+    ):
+        status, answer = admin.post(path, body)
+        assert status == 409
+        assert "this router did not start its engines" in answer["error"]["message"]
     # Over TCP the commands are closed, as there is no admin_api_key.
     assert ask("POST", f"{lone_router}/pdlaunch/drain?engine=decode-0")[0] == 403
     assert before == {name: process.pid for name, process in doors.deployment.processes().items()}

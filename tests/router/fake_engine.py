@@ -68,7 +68,8 @@ class FakeEngine:
         self.healthy = True
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
         self.host = ""
-        self.devices: tuple[str, ...] = ()
+        # Engines that share a GPU are asked in pairs.
+        self.devices: tuple[str, ...] = ("cuda:0",)
         self.metrics_page: str | None = None
         self.tells_metrics = asyncio.Event()
         self.tells_metrics.set()

@@ -45,6 +45,7 @@ class FakeVllmEngine(FakeEngine):
                 incarnation=self.incarnation,
                 engine=self.name,
                 role=self.role,
+                devices=self.devices,
                 address=Address(http=self.url),
                 capabilities=self.capabilities,
                 state="ready" if ready else "starting",
@@ -99,7 +100,7 @@ class FakeVllmEngine(FakeEngine):
         if seen.path.endswith("chat/completions"):
             content = seen.body["messages"][-1]["content"]
             return list(f"<chat>{content}|".encode())
-        prompt = _prompts(seen.body)[0]
+        prompt = seen.body.get("prompt")
         return list(prompt.encode()) if isinstance(prompt, str) else prompt
 
     def _chunks(self, body: dict[str, Any], prompt: list[int]) -> list[dict[str, Any]]:
@@ -179,10 +180,7 @@ class FakeVllmEngine(FakeEngine):
             text = choice.pop("text")
             choice["message"] = self.message or {"role": "assistant", "content": text}
         answer: dict[str, Any] = {
-            "choices": [
-                choice | {"index": index}
-                for index in range((seen.body.get("n") or 1) * len(_prompts(seen.body)))
-            ],
+            "choices": [choice | {"index": index} for index in range(seen.body.get("n") or 1)],
             "usage": usage | {"completion_tokens": len(chunks), "total_tokens": 0},
             "system_fingerprint": "fake",
         }
@@ -195,15 +193,6 @@ class FakeVllmEngine(FakeEngine):
                 "remote_prefill_cached_tokens": CACHED_AT_PREFILL,
             }
         return web.json_response(answer)
-
-
-def _prompts(body: dict[str, Any]) -> list[Any]:
-    """Return prompts and embeddings, in vLLM's order; it takes each of them for a prompt."""
-    embeds, prompt = body.get("prompt_embeds") or [], body.get("prompt")
-    return [
-        *(embeds if isinstance(embeds, list) else [embeds]),
-        *([] if prompt is None and embeds else [prompt]),
-    ]
 
 
 def vllm_pairs(number: int = 1) -> list[FakeVllmEngine]:

@@ -20,6 +20,7 @@ from pdlaunch.protocol.control import (
     Command,
     PlannedChange,
     PlannedEngine,
+    RefusalCode,
     Registry,
     SetDrained,
 )
@@ -370,11 +371,11 @@ async def test_an_engine_that_is_given_up_again_is_an_error(admin_stand: AdminSt
     assert (status, body["error"]["message"]) == (503, message)
 
 
-@pytest.mark.parametrize(("engine", "status"), [("", 404), ("decode-0", 409)])
+@pytest.mark.parametrize(("code", "status"), [("engine_not_found", 404), ("not_now", 409)])
 async def test_a_refusal_of_the_supervisor_is_passed_on(
-    admin_stand: AdminStand, engine: str, status: int
+    admin_stand: AdminStand, code: RefusalCode, status: int
 ) -> None:
     restarted = restart(admin_stand, "decode-7")
-    answer(admin_stand, await asked(admin_stand), engine=engine, error="no, because")
+    answer(admin_stand, await asked(admin_stand), code=code, error="no, because")
     assert (await restarted)[0] == status
     assert (await restarted)[1]["error"]["message"] == "no, because"

@@ -186,10 +186,7 @@ def test_engines_that_share_a_gpu_never_take_each_others_prompts() -> None:
     assert kind(["a/cuda:0"], ["a/cuda:1"], "a") == "decode"
     assert kind(["a/cuda:0"], ["b/cuda:0"]) == "decode"
     assert kind(["cpu"], ["cpu"], "a") == "decode"
-    # Where nobody has told the devices, those on one host may share.
-    assert kind([], [], "a") == "pair"
-    assert kind([], ["a/cuda:1"], "a") == "pair"
-    assert kind([], []) == "decode"
+    assert kind([], [], "a") == "decode", "devices that nobody has told"
 
 
 HEALTH = st.builds(

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
-from pdlaunch.errors import ConfigError, ProtocolError, RequestError
+from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.watch import canary
 from pdlaunch.http.watch.canary import CanaryDied, Proof
 from pdlaunch.http.watch.engine_api import EngineApi
@@ -90,21 +90,6 @@ async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
     assert (await alone.command("GET", "/metrics-of-nobody"))[0] == 404
     assert alone.keys["prefill-0"].seen == {None}
     assert alone.keys["decode-0"].seen == {"Bearer secret-of-decode-0"}
-
-
-async def test_a_drained_engine_gets_no_request_and_keeps_its_proofs(alone: Alone) -> None:
-    await alone.pair()
-    with pytest.raises(RequestError, match="no engine decode-7; there are: decode-0, prefill-0"):
-        alone.watch.set_drained("decode-7", is_drained=True)
-    alone.watch.set_drained("decode-0", is_drained=True)
-    await alone.until(lambda: alone.engine("decode-0").state == "draining")
-    assert (await alone.complete())[0] == 200
-    with pytest.raises(RequestError, match="no other engine serves"):
-        alone.watch.set_drained("prefill-0", is_drained=True)
-    num_canaries = alone.outcomes("proven")
-    alone.watch.set_drained("decode-0", is_drained=False)
-    await alone.until(lambda: "decode-0" in alone.ready)
-    assert alone.outcomes("proven") == num_canaries
 
 
 @pytest.mark.parametrize("held", ["prefill-0", "decode-0"])
@@ -333,7 +318,7 @@ class Alone:
         self.engines: dict[str, FakeVllm] = {}
         self.sockets: dict[str, web.AppRunner] = {}
         self.keys: dict[str, Keys] = {}
-        self.pool = EnginePool(time.monotonic)
+        self.pool = EnginePool(time.monotonic, "pairs")
         self.metrics = RouterMetrics("m")
         settings = WatchSettings(
             served_model_name="m",

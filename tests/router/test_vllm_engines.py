@@ -222,26 +222,11 @@ async def test_what_cannot_share_a_lease_is_served_by_one_engine(
     assert fields.items() <= body.items()
 
 
-@pytest.mark.parametrize(
-    ("fields", "num_choices"),
-    [
-        ({"prompt": None, "prompt_embeds": "tensor|"}, 1),
-        ({"prompt": None, "prompt_embeds": ["tensor|", "another|"]}, 2),
-        ({"prompt": "", "prompt_embeds": "tensor|"}, 1),
-        ({"prompt": [], "prompt_embeds": "tensor|"}, 1),
-        ({"prompt_embeds": "tensor|", "n": 2}, 4),
-        ({"prompt": [PROMPT, "other|"], "prompt_embeds": ["tensor|"]}, 3),
-        ({"prompt_embeds": []}, 1),
-    ],
-)
-async def test_embeddings_are_prompts_of_their_own(
-    stand: Stand, fields: dict[str, Any], num_choices: int
-) -> None:
-    """More choices than the router has asked for would be a fault of the engine."""
+async def test_embeddings_are_refused(stand: Stand) -> None:
     await start_pair(stand)
-    answer = await stand.post(completion(**fields))
-    assert answer.texts() == dict.fromkeys(range(num_choices), SCRIPT)
-    assert not any(engine.health.is_tripped for engine in stand.pool.engines)
+    answer = await stand.post(completion(prompt=None, prompt_embeds=["tensor"]))
+    assert (answer.status, answer.json()["error"]["param"]) == (400, "prompt_embeds")
+    assert (await stand.post(completion(prompt_embeds=[]))).status == 200
 
 
 CUTS = [1, 3, 4, 9, 10, 11, 12, 17, 24, 26, 28, 30]

@@ -30,10 +30,8 @@ from pdlaunch.http.headers import (
     ORIGIN_HEADER,
     REQUEST_ID_HEADER,
     SPANS_HEADER,
-    TRACEPARENT_HEADER,
     ignored_fields_header,
     read_origin,
-    read_traceparent,
 )
 from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Grow
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
@@ -69,8 +67,6 @@ async def generate(service: EngineService, http: web.Request, kind: type[R]) -> 
         is_suspect=is_suspect,
         wants_spans=http.headers.get(SPANS_HEADER) == "1",
     )
-    if traceparent := read_traceparent(http.headers.get(TRACEPARENT_HEADER)):
-        _log.debug("traceparent %s", traceparent)
     with service.admit() as grow:
         deadline = service.deadlines.start()
         async with deadline():
