@@ -16,8 +16,8 @@ _SETTINGS_HEAD = """\
 # Settings
 
 Every setting of a deployment, its default, and the flag and variables that give it. Made by `make
-settings` from the fields in `pdlaunch/config`; `pdlaunch config show` prints the values of one
-deployment and where each came from.
+settings` from the fields in `pdlaunch/config`; `pdlaunch check-config --format json` prints the
+values of one deployment.
 
 Flags beat variables, variables beat the YAML file, the file beats the defaults. In the file a dot
 is a level: `limits.max_connections` is `limits: {max_connections: 4096}`."""

@@ -71,7 +71,7 @@ class Context:
 
     def given(self, path: str) -> bool:
         origin = self.origins.get(path)
-        return origin is not None and origin.kind not in ("default", "derived")
+        return origin is not None and origin.kind != "default"
 
     def where_variable(self, engines: RoleEngines, name: str) -> str:
         """Return the setting that gives a variable to ranks, else the command's environment."""

@@ -115,7 +115,7 @@ def run_checks(
             reason = f"{on}{first.missing[missing[0]]}"
             not_checked.append(NotChecked(rule.code, rule.title, missing, reason))
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
-    return Report(tuple(findings), tuple(not_checked), applied, effective_values(launch, origins))
+    return Report(tuple(findings), tuple(not_checked), applied, effective_values(launch))
 
 
 def _of_hosts(found: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:

@@ -57,7 +57,6 @@ COMMANDS = (
     Command("undrain", "engines:undrain", "Give drained engines work again."),
     Command("trace", "trace:trace", "Show what became of a request, over all processes."),
     Command("bench", "bench:app", "Measure a deployment, or pulls of KV blocks alone."),
-    Command("config", "config_cmd:app", "Show the resolved configuration."),
 )
 
 _NAME = "pdlaunch"

@@ -4,7 +4,7 @@ beats the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,6 @@ from pydantic_core import ErrorDetails
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
-from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import (
     SECRET,
     VARIABLE_PREFIX,
@@ -31,7 +30,7 @@ from pdlaunch.config.yaml_file import read_yaml
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 """Variables that other parts of pdlaunch read and that are no settings."""
 
-OriginKind = Literal["argument", "flag", "environment", "file", "default", "derived"]
+OriginKind = Literal["argument", "flag", "environment", "file", "default"]
 
 
 class Argument(str):
@@ -143,7 +142,7 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
 
 def _unknown_variable(name: str, known: Mapping[str, str]) -> Problem:
     match = nearest(name, [*known, *OTHER_VARIABLES])
-    fix = f"did you mean {match}?" if match else "`pdlaunch config show` lists the settings"
+    fix = f"did you mean {match}?" if match else "docs/settings.md lists all"
     return Problem("unknown variable", fix=fix, where=shown_name(name))
 
 
@@ -227,49 +226,20 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
     return Problem(text, shown_name(path), value, fix, item.origin.detail)
 
 
-@dataclass(frozen=True, slots=True)
-class ShownValue:
-    """Holds a setting with its value and origin, as people see them."""
-
-    path: str
-    value: Any
-    """A plain JSON value."""
-    origin: Origin
+def shown_config(config: LaunchConfig) -> dict[str, Any]:
+    """Return the whole configuration as plain JSON, nested as in a file; secrets are masked."""
+    return _masked(config.model_dump(mode="json"), "")
 
 
-def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
-    """Return every setting in the order of the models; a role's overrides only where given."""
-    return [
-        item
-        for item in _values(loaded)
-        if item.value is not None
-        or item.origin.kind != "default"
-        or item.path.partition(".")[0] not in ROLES
-    ]
-
-
-def shown_config(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return the whole configuration, nested as in a file."""
-    return _nested({item.path: item.value for item in _values(loaded)})
-
-
-def _values(loaded: LoadedConfig) -> Iterator[ShownValue]:
-    for path, setting in all_settings().items():
-        value: Any = loaded.config
-        for name in path.split("."):
-            value = getattr(value, name, None)
-        entries = (
-            {f"{path}.{name}": entry for name, entry in value.items()}
-            if setting.is_mapping and value
-            else {path: value}
-        )
-        for entry_path, entry in entries.items():
-            if setting.has_sections:
-                entry = [item.model_dump(exclude_none=True) for item in entry]
-            if is_secret(entry_path) and entry is not None:
-                entry = SECRET
-            origin = loaded.origins.get(entry_path, Origin("default"))
-            yield ShownValue(entry_path, entry, origin)
+def _masked(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    shown: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{section}{name}"
+        if isinstance(value, dict):
+            shown[name] = _masked(value, f"{path}.")
+        else:
+            shown[name] = SECRET if value is not None and is_secret(path) else value
+    return shown
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, Any]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
-from pdlaunch.config.sources import LoadedConfig, Origin, ShownValue, shown_config
+from pdlaunch.config.sources import shown_config
 from pdlaunch.planning.plan import mask_environment
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.planning.role_engines import CHOSEN_BY_ENGINE, RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines
 
 
-def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> dict[str, object]:
+def effective_values(launch: ResolvedLaunch) -> dict[str, object]:
     """Return the configuration, what it comes to for each role, and the hosts; plain JSON."""
     return {
-        "config": shown_config(LoadedConfig(launch.config, origins)),
+        "config": shown_config(launch.config),
         "engines": effective_engines(launch),
         "hosts": effective_hosts(launch),
     }
@@ -58,48 +56,6 @@ def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
         }
         for host in launch.hosts
     ]
-
-
-def effective_settings(launch: ResolvedLaunch) -> Iterator[ShownValue]:
-    """Return the settings that come to another value than was written, with the reason.
-
-    Values are those of ``effective_engines``.
-    """
-    if launch.config.served_model_name is None:
-        origin = Origin("derived", "the model's own name")
-        yield ShownValue("served_model_name", launch.served_model_name, origin)
-    for role, engines in launch.roles.items():
-        reasons = _reasons(engines)
-        for name, value in engines.derived().items():
-            if value is None and name in CHOSEN_BY_ENGINE and not engines.is_native:
-                continue
-            if value is None or value != getattr(engines.settings, name):
-                yield ShownValue(f"{role}.{name}", value, Origin("derived", reasons[name]))
-
-
-def _reasons(engines: RoleEngines) -> dict[str, str]:
-    """Return where the value of each derived setting comes from, or why it is not known."""
-    settings, machine, shape = engines.settings, engines.machine, engines.shape
-    model_unknown = engines.model.pending or str(engines.model.error or "")
-    of_device = f"default on {'GPUs' if engines.device == 'cuda' else 'a CPU'}"
-    dtype = f"the checkpoint has {shape.dtype or 'no dtype'}" if shape else model_unknown
-    if engines.device == "cpu" and not machine.has_native_bf16:
-        dtype = "this CPU emulates 16-bit types"
-    share = f"{settings.gpu_memory_utilization:g} of the GPU"
-    left = f"known only at start: what weights and activations leave of {share}"
-    sleeps = settings.enable_sleep_mode
-    return {
-        "device": f"its ranks see {len(engines.gpus)} GPUs",
-        "dtype": dtype,
-        "max_model_len": model_unknown or "limit of the model",
-        "max_num_batched_tokens": of_device,
-        "kv_cache_memory": of_device if engines.kv_cache_bytes else left,
-        "num_threads": f"{machine.num_cpus} cores shared by all ranks",
-        "async_scheduling": of_device,
-        "enable_cumem_allocator": "enable_sleep_mode turns it on"
-        if sleeps
-        else "off unless it is switched on",
-    }
 
 
 def _memory(engines: RoleEngines) -> dict[str, object] | None:

@@ -1,6 +1,6 @@
 """Resolves settings, machines and shapes of models to everything that a launch uses.
 
-Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``config show`` print it.
+Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` prints it.
 """
 
 from __future__ import annotations

@@ -25,8 +25,6 @@ from pdlaunch.planning.models import Model
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
-CHOSEN_BY_ENGINE = frozenset(("max_num_batched_tokens", "async_scheduling"))
-"""Derived settings that engines which are not native choose by themselves where they are unset."""
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192

@@ -14,7 +14,7 @@ from pdlaunch.machine.profiles import find_profile
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.resolve import resolve
 from tests.checks.contexts import CPU, GIB, GPU, NOTHING_WRONG, SHAPE, SMALL_SHAPE
-from tools.pages import rules_page
+from tools.pages import rules_page, settings_page
 
 MODELS = {"prefill": Model("m", "/m", SMALL_SHAPE), "decode": Model("m", "/m", SMALL_SHAPE)}
 BIG_MODELS = {"prefill": Model("m", "/m", SHAPE), "decode": Model("m", "/m", SHAPE)}
@@ -185,6 +185,7 @@ def test_a_model_of_a_hub_is_fetched_before_it_is_read_or_is_pending():
     assert str(found["decode"].error) == "no such revision"
 
 
-def test_docs_are_current():
-    document = Path(__file__).parents[2] / "docs" / "rules.md"
-    assert document.read_text() == rules_page(), "run `make rules`"
+@pytest.mark.parametrize(("name", "page"), [("rules", rules_page), ("settings", settings_page)])
+def test_docs_are_current(name, page):
+    document = Path(__file__).parents[2] / "docs" / f"{name}.md"
+    assert document.read_text() == page(), f"run `make {name}`"

@@ -87,7 +87,7 @@ main()
         ("--frobnicate", "No such option: --frobnicate"),
     ],
 )
-@pytest.mark.parametrize("command", [("serve",), ("config", "show"), ("bench", "serve")])
+@pytest.mark.parametrize("command", [("serve",), ("bench", "serve")])
 def test_an_unknown_flag_is_answered_with_the_way_to_the_same_end(
     command: tuple[str, ...], flag: str, expected: str
 ) -> None:

@@ -81,11 +81,14 @@ def test_a_file_of_settings_is_told_by_its_ending(
     run: Run, snapshot: Path, tmp_path: Path, file: str
 ) -> None:
     (tmp_path / file).write_text('{"model": "local", "block_size": 32}')
-    values = json.loads(run("config", "show", file, "--format", "json").stdout)
-    assert (values["model"]["value"], values["block_size"]["value"]) == ("local", 32)
+
+    def read(*flags: str) -> dict[str, object]:
+        result = run("check-config", file, *flags, "--format", "json")
+        return json.loads(result.stdout)["resolved"]["config"]
+
+    assert (read()["model"], read()["block_size"]) == ("local", 32)
     # A model beside the file is a flag, which wins.
-    result = run("config", "show", file, "--model", NAME, "--format", "json")
-    assert json.loads(result.stdout)["model"]["value"] == NAME
+    assert read("--model", NAME)["model"] == NAME
 
 
 @pytest.mark.parametrize(
