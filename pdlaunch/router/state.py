@@ -110,7 +110,7 @@ class EventLog:
         self._events.append(event)
 
     def gone(self) -> list[GoneEngine]:
-        """Return the engines that have left in the last minutes and are not back."""
+        """Return the engines that were lost in the last minutes and are not back."""
         now_at = self._wall_clock()
         return [
             GoneEngine(name=name, role=role, gone_s=now_at - at)
@@ -145,7 +145,9 @@ class EventLog:
         for name, (role, state) in before.items():
             if name not in self._seen:
                 self.add("engine", name, f"gone (was {state})", is_bad=state == "ready")
-                self._gone[name] = (role, self._wall_clock())
+                # One that was drained first, as by `pdlaunch scale`, is missed by nobody.
+                if name in self._served:
+                    self._gone[name] = (role, self._wall_clock())
         while len(self._gone) > MAX_GONE:
             del self._gone[next(iter(self._gone))]
         self._served &= self._seen.keys() | self._gone.keys()

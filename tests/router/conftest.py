@@ -90,10 +90,16 @@ class Stand:
         self.publish()
         await self.state.settled()
 
-    def publish(self, *, without: Sequence[str] = (), starting: Sequence[str] = ()) -> None:
+    def publish(
+        self,
+        *,
+        without: Sequence[str] = (),
+        starting: Sequence[str] = (),
+        draining: Sequence[str] = (),
+    ) -> None:
         self.version += 1
         entries = [
-            entry
+            msgspec.structs.replace(entry, state="draining") if entry.name in draining else entry
             for engine in self.engines.values()
             if engine.name not in without
             for entry in engine.entries(ready=engine.name not in starting)
