@@ -17,7 +17,7 @@ import torch
 
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished, OffloadJob
-from pdlaunch.engine.offload.worker import CopyQueue, HostMemory
+from pdlaunch.engine.offload.worker import CopyQueue, HostMemory, copy_by_engines, copy_by_thread
 
 JOB_BYTES = 64 * 1024**2
 WAYS: dict[str, tuple[Direction, ...]] = {
@@ -33,13 +33,19 @@ class Traffic:
     def __init__(self, pages: torch.Tensor, host: HostMemory) -> None:
         self._finished: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
         self._queues = {
-            direction: CopyQueue(direction, pages, host, self._finished.put)
+            direction: CopyQueue(
+                direction,
+                pages,
+                host,
+                self._finished.put,
+                copy_by_engines() if pages.is_cuda else copy_by_thread,
+            )
             for direction in DIRECTIONS
         }
         half = len(pages) // 2
         num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), half)
         random = np.random.default_rng(0)
-        places = random.permutation(host.num_blocks)
+        places = random.permutation(len(pages))
         self._jobs = {}
         for index, direction in enumerate(DIRECTIONS):
             blocks = index * half + random.permutation(half)
@@ -75,7 +81,7 @@ def measure(block_bytes: int, device: torch.device, num_bytes: int) -> dict[str,
     num_blocks = num_bytes // block_bytes
     pages = torch.zeros(2 * num_blocks, block_bytes, dtype=torch.uint8, device=device)
     pin = device.type == "cuda"
-    host = HostMemory(2 * num_blocks, block_bytes, pin=pin, progress=lambda *_: None)
+    host = HostMemory(2 * num_blocks, block_bytes, pin=pin)
     traffic = Traffic(pages, host)
     row: dict[str, object] = {"block_bytes": block_bytes}
     for name, directions in WAYS.items():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any, TypeVar
 
 import zmq
 
+from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.step import FromRankZero, StepDone, from_rank_zero, step_done
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.engine import FromRank, Hello, ToRank, from_rank, to_rank
@@ -24,6 +27,8 @@ from pdlaunch.protocol.transfer import (
 LOOPBACK = "127.0.0.1"  # a server and all ranks of an engine run on one host
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ServerLink:
@@ -80,53 +85,61 @@ class LeaderChannel:
         return reports
 
 
-class EventMerger:
-    """Merges the transfer events of all ranks into one each: a block is moved only when every rank
-    has moved its heads.
+class RankReports:
+    """Merges what all ranks report into one report each: a block is moved only when every rank has
+    moved its heads.
     """
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
-        self._leases: dict[LeaseId, list[str]] = {}
-        self._pulls: dict[PullId, list[PullFinished]] = {}
-        self._num_drained: dict[PullId, int] = {}
+        self._reports: dict[tuple[type, LeaseId | PullId | int], list[Any]] = {}
+        self._num_drained: Counter[PullId] = Counter()
 
-    def add(self, event: TransferEvent) -> TransferEvent | None:
-        """Return the event of the whole engine; None until every rank has reported."""
-        if isinstance(event, LeaseEnded):
-            reasons = self._leases.setdefault(event.lease_id, [])
-            reasons.append(event.reason)
-            if len(reasons) < self._tp_size:
-                return None
-            del self._leases[event.lease_id]
-            # One rank whose lease expired makes the whole lease an expired one.
-            reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
-            return LeaseEnded(lease_id=event.lease_id, reason=reason)
-        pull_id = event.pull_id
-        reports = self._pulls.setdefault(pull_id, [])
-        num_drained = self._num_drained.setdefault(pull_id, 0)
-        if isinstance(event, PullDrained):
-            num_drained = self._num_drained[pull_id] = num_drained + 1
-        else:
-            reports.append(event)
-        if len(reports) < self._tp_size:
-            return None
-        # Each rank that reports a READ in flight sends a PullDrained, too, perhaps before the last
-        # rank reports: then nothing is in flight any more.
-        in_flight = num_drained < sum(report.in_flight for report in reports)
-        if not in_flight:
-            del self._pulls[pull_id], self._num_drained[pull_id]
-        if isinstance(event, PullDrained):
-            return None if in_flight else event
-        merged = {
-            name: merge([getattr(report, name) for report in reports])
-            for name, merge in _MERGED.items()
-        }
-        return PullFinished(**merged | {"in_flight": in_flight})
+    def add(self, report: JobFinished | TransferEvent) -> JobFinished | TransferEvent | None:
+        """Return the report of the whole engine; None until every rank has reported."""
+        match report:
+            case JobFinished():
+                if reports := self._complete(report, report.job_id):
+                    return _merged(JobFinished, JobFinished.__slots__, reports)
+            case LeaseEnded():
+                if reports := self._complete(report, report.lease_id):
+                    # One rank whose lease expired makes the whole lease an expired one.
+                    reasons = {one.reason for one in reports}
+                    names = ("expired", "released", "pulled")
+                    reason = next(name for name in names if name in reasons)
+                    return LeaseEnded(lease_id=report.lease_id, reason=reason)
+            case PullFinished():
+                if reports := self._complete(report, report.pull_id):
+                    merged = _merged(PullFinished, PullFinished.__struct_fields__, reports)
+                    # Ranks with a READ in flight send a PullDrained, too, perhaps before the last
+                    # rank reports: then nothing is in flight any more.
+                    num_in_flight = sum(one.in_flight for one in reports)
+                    self._num_drained[report.pull_id] -= num_in_flight
+                    merged.in_flight = not self._is_drained(report.pull_id)
+                    return merged
+            case PullDrained():
+                self._num_drained[report.pull_id] += 1
+                return report if self._is_drained(report.pull_id) else None
+        return None
+
+    def _complete(self, report: object, name: LeaseId | PullId | int) -> list[Any] | None:
+        key = type(report), name
+        reports = self._reports.setdefault(key, [])
+        reports.append(report)
+        return self._reports.pop(key) if len(reports) == self._tp_size else None
+
+    def _is_drained(self, pull_id: PullId) -> bool:
+        """Return whether as many READs have ended as finished pulls have left in flight."""
+        # Negative before the last drain; positive while a rank has not reported its pull yet.
+        if self._num_drained[pull_id] == 0:
+            del self._num_drained[pull_id]
+            return True
+        return False
 
 
 _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "pull_id": min,
+    "job_id": min,
     # One rank that has failed makes the engine compute the prompt again: the others' shares of the
     # lease are used up, so that nobody can pull it a second time.
     "ok": all,
@@ -137,14 +150,20 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "read_s": max,
     "prefill": max,
     "path": join_paths,
-    "verification_failed": any,
-    "late": any,
-    "num_retries": sum,
+    "counts": lambda of_ranks: {
+        name: max(one.get(name, 0) for one in of_ranks) for name in {*chain(*of_ranks)}
+    },
     "reports": lambda of_ranks: {rank: told for one in of_ranks for rank, told in one.items()},
+    "failed_host_ids": lambda of_ranks: sorted({*chain(*of_ranks)}),
 }
-"""How to merge the ranks' values of each field of PullFinished."""
-# A field without an entry would be lost silently.
-assert _MERGED.keys() == {*PullFinished.__struct_fields__}
+"""How to merge the ranks' values of a field."""
+
+
+def _merged(kind: type[T], names: Iterable[str], reports: Sequence[object]) -> T:
+    # A field without an entry would be lost silently: it is a KeyError.
+    return kind(
+        **{name: _MERGED[name]([getattr(report, name) for report in reports]) for name in names}
+    )
 
 
 def drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:

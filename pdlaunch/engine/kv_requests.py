@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import HostHit, OffloadPlanner
 from pdlaunch.engine.request import Phase, Request
-from pdlaunch.protocol.engine import EngineStats, FinishReason
+from pdlaunch.protocol.engine import FinishReason
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
@@ -56,7 +57,7 @@ class KVTransfers:
         self,
         kv: KVCacheManager,
         spec: EngineSpec,
-        counts: EngineStats,
+        counts: dict[str, float],
         engine_id: EngineId,
         port: int,
         planner: OffloadPlanner | None,
@@ -229,14 +230,14 @@ class KVTransfers:
         assert self._planner is not None
         job, counts = self._planner.finish(report), self._counts
         if job.direction == "store":
-            counts.offload_stored_bytes += report.num_bytes
-            counts.offload_store_failures += not report.ok
+            counts["kv_offload_stored_bytes"] += report.num_bytes
+            counts["kv_offload_store_failures"] += not report.ok
             # Reversed, so that the tail of a prompt is reused before its head.
             self._kv.pool.release(reversed(job.block_ids))
             return None
-        counts.offload_loaded_bytes += report.num_bytes
-        counts.offload_load_failures += not report.ok
-        counts.offload_bad_blocks += len(report.failed_host_ids)
+        counts["kv_offload_loaded_bytes"] += report.num_bytes
+        counts["kv_offload_load_failures"] += not report.ok
+        counts["kv_offload_bad_blocks"] += len(report.failed_host_ids)
         return self._end(job.job_id, ok=report.ok)
 
     def frees_blocks_soon(self) -> bool:
@@ -282,7 +283,7 @@ class KVTransfers:
 
     # State
 
-    def present(self) -> dict[str, int]:
+    def present(self) -> dict[str, Any]:
         """Return the fields of EngineStats for what is leased, set aside and on the host now."""
         found = {
             "num_leased_requests": len(self.leases),
@@ -295,8 +296,8 @@ class KVTransfers:
                 "num_host_blocks": tier.num_blocks,
                 "num_used_host_blocks": tier.num_used_blocks,
                 "num_offload_jobs": self._planner.num_jobs,
-                "offload_evicted_blocks": tier.num_evicted_blocks,
             }
+            self._counts["kv_offload_evicted_blocks"] = tier.num_evicted_blocks
         return found
 
     def check_integrity(self, requests: Iterable[Request]) -> None:

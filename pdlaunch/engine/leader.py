@@ -14,8 +14,8 @@ import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import EventMerger, LeaderChannel, ServerLink, drain
-from pdlaunch.engine.offload.jobs import JobFinished, JobMerger
+from pdlaunch.engine.channels import LeaderChannel, RankReports, ServerLink, drain
+from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -113,8 +113,7 @@ class Leader:
         self._server = server
         self._followers = followers
         tp_size = rank.spec.tensor_parallel_size
-        self._jobs = JobMerger(tp_size)
-        self._events = EventMerger(tp_size)
+        self._reports = RankReports(tp_size)
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         """Launched and not collected, the oldest first: between turns at most one."""
         self._record = record
@@ -197,12 +196,14 @@ class Leader:
             jobs += report.jobs
             if report.sleep is not None:
                 self._sleep.on_report(report.sleep)
-        for event in events:
-            if (merged := self._events.add(event)) is not None:
-                self._requests.on_transfer_event(merged)
-        for job in jobs:
-            if (ended := self._jobs.add(job)) is not None:
-                self._requests.on_job_finished(ended)
+        for each in (*events, *jobs):
+            match self._reports.add(each):
+                case None:
+                    pass
+                case JobFinished() as job:
+                    self._requests.on_job_finished(job)
+                case event:
+                    self._requests.on_transfer_event(event)
 
     def _on_request(self, message: ToRank) -> None:
         match message:

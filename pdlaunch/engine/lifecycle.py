@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-
-import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.batch import Batch
@@ -21,10 +20,10 @@ from pdlaunch.engine.kv_requests import KVTransfers
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.kvcache.manager import KVCacheManager
+from pdlaunch.engine.metrics import HISTOGRAMS
 from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.request import Phase, Request, RequestQueues
-from pdlaunch.observe.histograms import HISTOGRAMS
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,
@@ -131,8 +130,8 @@ class RequestLifecycle:
         self.queues = RequestQueues()
         self.batch = Batch(spec.max_num_seqs, spec.tensor_parallel_size)
         self.histograms = Histograms()
-        self.counts = EngineStats(num_blocks=num_blocks)
-        """Totals since the start; ``stats`` adds the present state."""
+        self.counts: defaultdict[str, float] = defaultdict(int)
+        """Totals since the start, by the names of ``COUNTERS``."""
         self.transfers = KVTransfers(self.kv, spec, self.counts, engine_id, port, offload)
         self.may_progress = False
         """A waiting request may be able to start now; the scheduler clears this."""
@@ -214,7 +213,7 @@ class RequestLifecycle:
         self.may_progress = True
         match event:
             case LeaseEnded():
-                self.counts.leases_expired += event.reason == "expired"
+                self.counts["kv_leases_expired"] += event.reason == "expired"
                 self.transfers.end_lease(event.lease_id)
             case PullFinished():
                 self._on_pull_finished(event)
@@ -244,20 +243,19 @@ class RequestLifecycle:
             error = f"the prompt's KV blocks could not be pulled: {event.error}"
             self._finish(request, "error", error=error)
         else:
-            self.counts.recomputed_requests += 1
+            self.counts["kv_recomputed_requests"] += 1
 
     def _count_pull(self, event: PullFinished) -> None:
         counts = self.counts
         if event.ok:
-            counts.transfers += 1
-            counts.transfer_bytes += event.num_bytes
-            counts.transfer_seconds += event.seconds
+            counts["kv_transfers"] += 1
+            counts["kv_transfer_bytes"] += event.num_bytes
+            counts["kv_transfer_seconds"] += event.seconds
             self.histograms.pulled(event)
         else:
-            counts.transfer_failures += 1
-            counts.late_reads += event.late
-        counts.verification_failures += event.verification_failed
-        counts.pull_retries += event.num_retries
+            counts["kv_transfer_failures"] += 1
+        for name, number in event.counts.items():
+            counts[name] += number
 
     def on_job_finished(self, report: JobFinished) -> None:
         """Take the end of a job of ``StepPlan.jobs``."""
@@ -290,7 +288,7 @@ class RequestLifecycle:
             return
         request.token_ids.append(token.token_id)
         request.is_suspect = False  # No rank died of this step.
-        self.counts.generation_tokens += 1
+        self.counts["sampled_tokens"] += 1
         self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):
             self.batch.add_sampled(request)
@@ -314,12 +312,23 @@ class RequestLifecycle:
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
-            device, host, remote = request.cached_tokens
-            self.counts.prompt_tokens += request.num_prompt_tokens
-            self.counts.device_hit_tokens += device
-            self.counts.host_hit_tokens += host
-            self.counts.remote_hit_tokens += remote
+            self._count_prompt(request)
         self.register(request)
+
+    def _count_prompt(self, request: Request) -> None:
+        num_tokens, counts = request.num_prompt_tokens, self.counts
+        device, host, remote = request.cached_tokens
+        counts["prefix_cache_queries"] += num_tokens
+        counts["prefix_cache_hits"] += device
+        counts["external_prefix_cache_queries"] += num_tokens - device
+        counts["external_prefix_cache_hits"] += host + remote
+        counts["prompt_tokens_cached"] += device + host + remote
+        counts["prompt_tokens_by_source/local_compute"] += num_tokens - device - host - remote
+        counts["prompt_tokens_by_source/local_cache_hit"] += device
+        counts["prompt_tokens_by_source/external_kv_transfer"] += host + remote
+        counts["prompt_tokens_cached_by_source/device"] += device
+        counts["prompt_tokens_cached_by_source/host"] += host
+        counts["prompt_tokens_cached_by_source/p2p"] += remote
 
     # The end of a request
 
@@ -389,13 +398,14 @@ class RequestLifecycle:
 
     def stats(self) -> EngineStats:
         """Return the totals since the start, and the present numbers of requests and blocks."""
-        return msgspec.structs.replace(
-            self.counts,
+        return EngineStats(
+            num_blocks=self.kv.pool.num_blocks,
             num_running=len(self.queues.running),
             num_waiting=len(self.queues.waiting),
             num_waiting_for_kv=self.queues.num_waiting_for_kv,
             num_free_blocks=self.kv.pool.num_free_blocks,
             **self.transfers.present(),
+            counts={**self.counts},
         )
 
     def check_integrity(self) -> None:

@@ -250,6 +250,7 @@ def new_offload_worker(
     """Take the rank's host memory, if ``kv_offload`` is set. Raises ConfigError for too little."""
     if not spec.kv_offload.host_memory:
         return None
+    progress("taking host memory", None)
     # With a hasher of its own: that of the transfer thread is for that thread alone.
     return OffloadWorker(
         kv_cache=runner.kv_cache,
@@ -258,6 +259,5 @@ def new_offload_worker(
         device_hasher=KVHasher(native_regions(runner.kv_cache, runner.layout))
         if runner.kv_cache.is_cuda
         else None,
-        progress=progress,
         wake=wake,
     )

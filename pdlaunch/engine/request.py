@@ -179,7 +179,7 @@ class Request:
             gb_s=round(event.num_bytes / event.read_s / 1e9, 3) if event.read_s else None,
             verified=event.ok and verifies,
             tokens=num_tokens if event.ok else 0,
-            retries=event.num_retries,
+            retries=event.counts.get("kv_pull_retries", 0),
             error=event.error or None,
         )
         for tp_rank, told in event.reports.items():

@@ -317,7 +317,7 @@ class Scheduler:
         self._kv.free(victim.tables)
         victim.num_computed = victim.num_registered_blocks = 0
         victim.may_load = True
-        self.requests.counts.preemptions += 1
+        self.requests.counts["num_preemptions"] += 1
         self.requests.may_progress = True
         step.budget += step.scheduled.pop(victim, 0)
         step.preempted = True

@@ -135,7 +135,7 @@ class Outputs(Message):
 class HistogramSeries(Message, tag=False):
     """Counts values by bucket; the last bucket has those above all bounds."""
 
-    name: str  # in ``observe.histograms.HISTOGRAMS``
+    name: str  # in ``engine.metrics.HISTOGRAMS``
     labels: tuple[str, ...]  # values of the labels that it has there
     counts: list[int]
     sum: float = 0.0
@@ -144,8 +144,8 @@ class HistogramSeries(Message, tag=False):
 class EngineStats(Message):
     """Counts what the engine does; sent about once a second, and when the server asks (ReadStats).
 
-    Silence means that the rank hangs. Values are totals since the rank started unless named
-    ``num_``.
+    Silence means that the rank hangs. Fields named ``num_`` are present numbers, the others totals
+    since the rank started.
     """
 
     num_running: int = 0
@@ -159,27 +159,7 @@ class EngineStats(Message):
     num_host_blocks: int = 0  # room of the host tier, in blocks of any group
     num_used_host_blocks: int = 0
     num_offload_jobs: int = 0
-    prompt_tokens: int = 0
-    device_hit_tokens: int = 0
-    host_hit_tokens: int = 0
-    remote_hit_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
-    transfer_bytes: int = 0
-    transfer_seconds: float = 0.0
-    transfers: int = 0
-    transfer_failures: int = 0
-    pull_retries: int = 0
-    recomputed_requests: int = 0
-    leases_expired: int = 0
-    late_reads: int = 0
-    verification_failures: int = 0
-    offload_stored_bytes: int = 0
-    offload_store_failures: int = 0
-    offload_loaded_bytes: int = 0
-    offload_load_failures: int = 0
-    offload_bad_blocks: int = 0
-    offload_evicted_blocks: int = 0
+    counts: dict[str, float] = {}  # totals, by the names of ``engine.metrics.COUNTERS``
     histograms: list[HistogramSeries] = []  # not in the answer to CheckIntegrity
 
 

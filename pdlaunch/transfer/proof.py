@@ -17,12 +17,15 @@ from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import BlockRead
 from pdlaunch.transfer.integrity.checksum import ChecksumArray
 
+UNPROVEN = "kv_verification_failures"
+LATE = "kv_late_reads"  # the lease ended before the READ: bytes may belong to another request
+
 
 class PullFailed(TransferError):
-    def __init__(self, message: str, *, verification: bool = False, late: bool = False) -> None:
+    def __init__(self, message: str, *, cause: str = "") -> None:
+        """``cause``: the counter in ``engine.metrics.COUNTERS`` that counts it, if any."""
         super().__init__(message)
-        self.verification = verification
-        self.late = late
+        self.cause = cause
 
 
 class ReadFailed(PullFailed):
@@ -119,5 +122,5 @@ def _check_prompt(command: StartPull, lease: PullReply) -> None:
         raise PullFailed(
             f"token hashes of request {command.remote.lease_id} differ from block {first} on "
             f"({command.num_tokens} tokens here, {lease.num_tokens} there)",
-            verification=True,
+            cause=UNPROVEN,
         )

@@ -50,7 +50,7 @@ from pdlaunch.transfer.connectors.connector import Read
 from pdlaunch.transfer.handshake import DecodeSetup, SourceRank
 from pdlaunch.transfer.integrity.checksum import Checksums
 from pdlaunch.transfer.peers import Peer, PeerTable
-from pdlaunch.transfer.proof import PullFailed, ReadFailed, ReadPlan, plan_read
+from pdlaunch.transfer.proof import LATE, UNPROVEN, PullFailed, ReadFailed, ReadPlan, plan_read
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Share:
         self.num_bytes = 0  # size of the latest READ
         self.read_s = 0.0  # duration of that READ, as exactly as the connector knows
         self.ended_at: float | None = None  # instant at which it was over; None before
-        self.verification_failed = False
+        self.causes: set[str] = set()  # of the READs that failed; see ``PullFailed``
         # Deadline for telling the prefill rank of the end; None before the end, and once it is
         # told.
         self.tells_until_at: float | None = None
@@ -126,12 +126,12 @@ class Share:
         if self._refusal:
             # A refusal after the grant means that the lease has ended: later READs may have brought
             # another request's blocks, and count as late.
-            late = self._held_until_at is not None
-            raise PullFailed(f"{self.name} refused: {self._refusal}", late=late)
+            cause = LATE if self._held_until_at is not None else ""
+            raise PullFailed(f"{self.name} refused: {self._refusal}", cause=cause)
         try:
             self._read_and_prove()
         except ReadFailed as failure:
-            self.verification_failed |= failure.verification
+            self.causes.add(failure.cause)
             if self.num_retries + 1 >= self._command.num_attempts:
                 raise
             self.num_retries += 1
@@ -249,7 +249,7 @@ class Share:
         except VerificationError as error:
             self._note_checksums(ok=False)
             logger.error("pull of %s from %s: %s", self._command.request_id, self.name, error)
-            raise ReadFailed(f"{self.name}: {error}", verification=True) from error
+            raise ReadFailed(f"{self.name}: {error}", cause=UNPROVEN) from error
 
     def _start_read(self, lease: PullReply) -> None:
         """Read under the lease before anything else: the READ takes longest."""
@@ -264,7 +264,7 @@ class Share:
                 f"{self.name} {self._reader}",
             )
         except PullFailed as failure:
-            raise PullFailed(f"{self.name}: {failure}", verification=failure.verification) from None
+            raise PullFailed(f"{self.name}: {failure}", cause=failure.cause) from None
         blocks, self._started_at = self._plan.blocks, setup.clock()
         self.num_bytes = setup.memory.kv.num_bytes(blocks.local_blocks, len(blocks.local_heads))
         if not self.num_bytes:
@@ -307,7 +307,7 @@ class Share:
             return False
         assert self._held_until_at is not None
         if ended_at >= self._held_until_at:
-            raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", late=True)
+            raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", cause=LATE)
         return True
 
     def _is_right(self) -> bool:
@@ -404,6 +404,7 @@ class Pull:
         self._draining = any(share.in_flight for share in self._shares)
         setup, command, shares = self._setup, self._command, self._shares
         error = "" if failure is None else str(failure)
+        causes = {"" if failure is None else failure.cause}.union(*(one.causes for one in shares))
         logger.debug(
             "pull of %s has ended: %s", command.request_id, error or "the blocks are proven"
         )
@@ -413,8 +414,8 @@ class Pull:
             error=error,
             in_flight=self._draining,
             seconds=setup.clock() - self._started_at,
-            verification_failed=any(share.verification_failed for share in shares),
-            num_retries=sum(share.num_retries for share in shares),
+            counts=dict.fromkeys(causes - {""}, 1)
+            | {"kv_pull_retries": sum(share.num_retries for share in shares)},
             reports={setup.identity.tp_rank: self._log.report()} if command.records_spans else {},
         )
         if failure is None:
@@ -423,9 +424,6 @@ class Pull:
             # Names of ranks begin with that of their engine.
             event.prefill = shares[0].name.partition("/")[0]
             event.path = join_paths(share.peer.path for share in shares)
-        else:
-            event.late = failure.late
-            event.verification_failed |= failure.verification
         setup.emit(event)
 
 

@@ -259,7 +259,7 @@ class Worker:
             kv_transfer_seconds=event.seconds if event.ok else 0.0,
             kv_read_seconds=event.read_s,
             kv_transfer_failures=float(has_failed),
-            kv_verification_failures=float(event.verification_failed),
+            kv_verification_failures=float(event.counts.get("kv_verification_failures", 0)),
         )
         if not has_failed:
             return

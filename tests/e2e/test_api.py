@@ -57,10 +57,10 @@ def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
 
 
 def test_blocks_of_the_prompt_are_pulled_not_computed_twice(demo: Deployment) -> None:
-    before = total_now(demo.url, "transfer_bytes")
+    before = total_now(demo.url, "kv_transfer_bytes")
     complete(demo.url, list(range(300, 400)), 4)
     # 7 blocks of 16 tokens: 30 layers, K and V, 3 heads of 64 float32.
-    assert total_now(demo.url, "transfer_bytes") - before == 7 * 16 * 30 * 2 * 3 * 64 * 4
+    assert total_now(demo.url, "kv_transfer_bytes") - before == 7 * 16 * 30 * 2 * 3 * 64 * 4
 
 
 def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:

@@ -48,9 +48,9 @@ def test_faulty_transfers_change_no_token(tp_deployment: Deployment, llama: Path
     )
     assert report.failures == []
     assert report.outcomes["equal"] > 60
-    assert report.totals["transfer_failures"] > 0
-    assert report.totals["pull_retries"] > 0
-    assert report.totals["recomputed_requests"] > 0
+    assert report.totals["kv_transfer_failures"] > 0
+    assert report.totals["kv_pull_retries"] > 0
+    assert report.totals["kv_recomputed_requests"] > 0
 
 
 def test_all_listeners_are_on_loopback(tp_deployment: Deployment) -> None:

@@ -53,8 +53,8 @@ def test_answers_are_those_of_the_model_and_their_blocks_were_pulled(
     deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     assert complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4) == expected
-    assert total_now(deployment.url, "transfers") >= len(prompts)
-    assert total_now(deployment.url, "transfer_failures") == 0
+    assert total_now(deployment.url, "kv_transfers") >= len(prompts)
+    assert total_now(deployment.url, "kv_transfer_failures") == 0
     await_true(lambda: idle(deployment.url), "nothing leased or quarantined")
 
 
@@ -71,13 +71,13 @@ def test_what_listens_without_asking_who_comes(deployment: Deployment) -> None:
 def test_a_killed_prefill_rank_comes_back(
     deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    before = total_now(deployment.url, "transfers")
+    before = total_now(deployment.url, "kv_transfers")
     deployment.processes()["prefill-0/rank-0"].kill()
 
     def pulled_again() -> bool:
         """Ask until an answer has come over the connector; a salt keeps the prefix cache out."""
         complete(deployment.url, prompts[-1], 2, cache_salt=random.random().hex())
-        return total_now(deployment.url, "transfers") > before
+        return total_now(deployment.url, "kv_transfers") > before
 
     await_true(pulled_again, "a pull from the new rank")
     answers = complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4, cache_salt="again")

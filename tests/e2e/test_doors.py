@@ -169,9 +169,9 @@ def test_the_real_vllm_router_answers_with_the_same_tokens(
         if kind == "completions"
         else {"messages": [{"role": "user", "content": prompt}]}
     )
-    num_pulls = total_now(doors.router, "transfers")
+    num_pulls = total_now(doors.router, "kv_transfers")
     theirs = answered(vllm_router, kind, fields)
-    assert total_now(doors.router, "transfers") == num_pulls + 1
+    assert total_now(doors.router, "kv_transfers") == num_pulls + 1
     assert theirs == answered(doors.router, kind, fields)
     assert len(theirs[0]) == 12
 
@@ -192,9 +192,9 @@ def test_a_router_alone_answers_with_the_same_tokens(doors: Doors, lone_router: 
     for stream in (False, True):
         fields = {"prompt": f"What comes next {stream}?", "max_tokens": 12, "ignore_eos": True}
         fields |= {"return_token_ids": True, "temperature": 0, "stream": stream}
-        num_pulls = total_now(doors.router, "transfers")
+        num_pulls = total_now(doors.router, "kv_transfers")
         theirs = answered(lone_router, "completions", fields)
-        assert total_now(doors.router, "transfers") == num_pulls + 1
+        assert total_now(doors.router, "kv_transfers") == num_pulls + 1
         assert theirs == answered(doors.router, "completions", fields)
         assert len(theirs[0]) == 12
 

@@ -53,10 +53,10 @@ def test_what_a_dead_prefill_rank_has_leased_is_computed_again(
     await_true(
         lambda: states(deployment.url).get("prefill-0") != "ready", "the supervisor sees the death"
     )
-    before = count_now(decode, "transfers"), count_now(decode, "recomputed_requests")
+    before = count_now(decode, "kv_transfers"), count_now(decode, "kv_recomputed_requests")
     handed_over = {"kv_transfer_params": handed["kv_transfer_params"]}
     assert complete(decode, PROMPT, 8, **handed_over) == expected
-    after = count_now(decode, "transfers"), count_now(decode, "recomputed_requests")
+    after = count_now(decode, "kv_transfers"), count_now(decode, "kv_recomputed_requests")
     assert after == (before[0], before[1] + 1)
     await_true(
         lambda: not left_behind & kv_files(reader), "the memory of the dead rank is unmapped"

@@ -68,9 +68,9 @@ class Answers:
 
     def check_together(self, api: Api) -> None:
         """More than the cache holds: the engine has to preempt."""
-        before = count_now(api, "preemptions")
+        before = count_now(api, "num_preemptions")
         assert complete_together(api, self.prompts[:NUM_TOGETHER], LONG_NUM_TOKENS) == self.together
-        assert count_now(api, "preemptions") > before
+        assert count_now(api, "num_preemptions") > before
 
 
 def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> None:
@@ -79,10 +79,12 @@ def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> N
     with tiered_deployment(model) as deployment:
         for _ in range(2):
             answers.check(deployment.url)
-        assert count_now(engine_of(deployment, "prefill"), "host_hit_tokens") > 0
+        assert (
+            count_now(engine_of(deployment, "prefill"), "prompt_tokens_cached_by_source/host") > 0
+        )
         answers.check_together(engine_of(deployment, "decode"))
-        assert count_now(engine_of(deployment, "decode"), "offload_loaded_bytes") > 0
-        assert total_now(deployment.url, "offload_load_failures") == 0
+        assert count_now(engine_of(deployment, "decode"), "kv_offload_loaded_bytes") > 0
+        assert total_now(deployment.url, "kv_offload_load_failures") == 0
         check_integrity(deployment)
 
 
@@ -101,7 +103,7 @@ def test_bad_blocks_and_a_kill_in_the_middle_of_copies_change_no_token(tmp_path:
             # Without a pull, so that it needs its host tier.
             assert complete_together(decode, answers.prompts, NUM_TOKENS) == answers.short
         for role in ("prefill", "decode"):
-            assert count_now(engine_of(deployment, role), "offload_bad_blocks") > 0, role
+            assert count_now(engine_of(deployment, role), "kv_offload_bad_blocks") > 0, role
         answers.check_together(engine_of(deployment, "prefill"))
         kill_in_the_middle_of_copies(deployment, answers, copies_wait)
         check_integrity(deployment)

@@ -67,7 +67,7 @@ def test_a_router_of_vllm_gets_the_same_tokens(
     engines: list[Api], prompts: list[list[int]], expected: list[list[int]], keeps_our_key: bool
 ) -> None:
     prefill, decode = engines
-    before = count_now(decode, "transfers")
+    before = count_now(decode, "kv_transfers")
     for prompt, tokens in zip(prompts, expected, strict=True):
         salt = {"cache_salt": f"vllm {keeps_our_key}"}
         params = {
@@ -83,7 +83,7 @@ def test_a_router_of_vllm_gets_the_same_tokens(
             del handed_over["pdlaunch"]
         fields = salt | {"kv_transfer_params": handed_over}
         assert complete(decode, prompt, NUM_TOKENS, **fields) == tokens
-    assert count_now(decode, "transfers") == before + len(prompts)
+    assert count_now(decode, "kv_transfers") == before + len(prompts)
 
 
 def test_a_router_of_vllm_that_asks_both_for_one_token_leaves_no_lease(
@@ -92,11 +92,11 @@ def test_a_router_of_vllm_that_asks_both_for_one_token_leaves_no_lease(
     prefill, decode = engines
     body = {"prompt": list(range(50, 90)), "temperature": 0, "max_tokens": 1, "ignore_eos": True}
     body |= {"cache_salt": "one token"}
-    expired = count_now(prefill, "leases_expired")
+    expired = count_now(prefill, "kv_leases_expired")
     first = ask(prefill, body | {"kv_transfer_params": {"do_remote_decode": True}})
     ask(decode, body | {"kv_transfer_params": first["kv_transfer_params"]})
     await_true(lambda: idle(two_by_two.url), "every block is free")
-    assert count_now(prefill, "leases_expired") == expired
+    assert count_now(prefill, "kv_leases_expired") == expired
 
 
 def ask(api: Api, body: dict[str, Any]) -> dict[str, Any]:

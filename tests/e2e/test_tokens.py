@@ -61,8 +61,8 @@ def test_different_numbers_of_ranks(llama: Path) -> None:
             )
             assert list(answers) == expected
         for api in apis.values():
-            assert count_now(api, "transfers") >= len(prompts)
-            assert count_now(api, "transfer_failures") == 0
+            assert count_now(api, "kv_transfers") >= len(prompts)
+            assert count_now(api, "kv_transfer_failures") == 0
 
 
 def complete_in_turn(first: Api, then: Api, prompt: list[int]) -> list[int]:

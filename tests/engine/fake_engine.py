@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.channels import RankReports
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
-from pdlaunch.engine.offload.jobs import JobMerger, OffloadJob
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
@@ -125,7 +126,7 @@ class FakeEngine:
         self.runs_ahead = runs_ahead
         self.in_flight: deque[tuple[StepPlan, list[FakeStep]]] = deque()
         self.num_ahead = 0
-        self.merger = JobMerger(tp_size)
+        self.merger = RankReports(tp_size)
         self.jobs: dict[int, OffloadJob] = {}
         self.loads: list[OffloadJob] = []
         self.added: dict[str, AddRequest] = {}
@@ -261,7 +262,7 @@ class FakeEngine:
             fails = not ok and tp_rank == job_id % len(self.host)
             bad_host_ids = job.host_ids[:num_bad] if fails else []
             merged = self.merger.add(host.end(job, ok=not fails, bad_host_ids=bad_host_ids))
-        assert merged is not None
+        assert isinstance(merged, JobFinished)
         assert merged.ok == ok
         self.scheduler.requests.on_job_finished(merged)
         self.scheduler.requests.check_integrity()

@@ -56,8 +56,11 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
     (load,) = engine.loads
     assert [key.group for key in load.keys] == ([0, 0, 0] if len(groups) == 1 else [0, 0, 0, 1])
     stats = stats_of(engine)
-    assert (stats.host_hit_tokens, stats.device_hit_tokens, stats.remote_hit_tokens) == (12, 0, 0)
-    assert stats.offload_loaded_bytes == 100 * len(load.block_ids)
+    sources = [
+        stats.counts[f"prompt_tokens_cached_by_source/{name}"] for name in ("device", "host")
+    ]
+    assert sources == [0, 12]
+    assert stats.counts["kv_offload_loaded_bytes"] == 100 * len(load.block_ids)
 
 
 def test_choices_of_one_prompt_load_it_once() -> None:
@@ -73,7 +76,7 @@ def test_a_preempted_request_goes_on_from_the_host() -> None:
     engine = make_engine(num_blocks=8)
     engine.add("early", PROMPT[:7], max_tokens=20)
     engine.add("late", OTHER[:7], max_tokens=20)
-    while not stats_of(engine).preemptions:
+    while not stats_of(engine).counts.get("num_preemptions"):
         engine.step()
         engine.end_jobs()
     engine.run_all()
@@ -95,7 +98,10 @@ def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
     assert engine.token_ids("second") == output(PROMPT, 4)
     assert engine.finished["second"].num_cached_tokens == 0
     stats = stats_of(engine)
-    assert (stats.offload_load_failures, stats.offload_bad_blocks) == (1, num_bad)
+    assert (stats.counts["kv_offload_load_failures"], stats.counts["kv_offload_bad_blocks"]) == (
+        1,
+        num_bad,
+    )
     assert len(engine.loads) == 1
 
 
@@ -113,4 +119,4 @@ def test_blocks_are_not_reused_before_they_are_stored() -> None:
     assert not engine.scheduler.has_work()
     engine.run_all()
     assert engine.token_ids("second") == output(OTHER[:3], 13)
-    assert stats_of(engine).preemptions == 0
+    assert stats_of(engine).counts.get("num_preemptions", 0) == 0

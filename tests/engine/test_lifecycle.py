@@ -90,7 +90,11 @@ def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
         engine.run()
         engine.end_lease(name, reason)
     stats = stats_of(engine)
-    assert (stats.leases_expired, stats.num_leased_requests, stats.num_free_blocks) == (2, 0, 32)
+    assert (
+        stats.counts["kv_leases_expired"],
+        stats.num_leased_requests,
+        stats.num_free_blocks,
+    ) == (2, 0, 32)
 
 
 # Pulls
@@ -154,7 +158,7 @@ def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
     engine.run()
     assert engine.num_pulls == 1
     assert engine.token_ids("d") == output(PROMPT, 4)
-    assert stats_of(engine).recomputed_requests == 1
+    assert stats_of(engine).counts["kv_recomputed_requests"] == 1
 
 
 def test_on_failure_fail_answers_the_cause() -> None:
@@ -182,24 +186,23 @@ def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull()
 @pytest.mark.parametrize(
     ("fields", "counts"),
     [
+        ({"ok": False, "num_bytes": 9}, {"kv_transfer_failures": 1}),
         (
-            {"ok": False, "num_retries": 2, "verification_failed": True, "late": True},
-            {"transfer_failures": 1, "pull_retries": 2, "late_reads": 1},
-        ),
-        (
-            {"ok": True, "num_retries": 1, "verification_failed": True, "num_bytes": 7},
-            {"transfers": 1, "pull_retries": 1, "transfer_bytes": 7},
+            {"ok": True, "num_bytes": 7, "seconds": 2},
+            {"kv_transfers": 1, "kv_transfer_bytes": 7, "kv_transfer_seconds": 2},
         ),
     ],
 )
 def test_what_is_counted_of_a_pull(fields: dict[str, int], counts: dict[str, int]) -> None:
-    engine = FakeEngine()
+    engine, of_ranks = FakeEngine(), {"kv_pull_retries": 2, "kv_late_reads": 1}
     pull_id = start_pull(engine).pull_id
-    engine.scheduler.requests.on_transfer_event(PullFinished(pull_id=pull_id, **fields))  # type: ignore[arg-type]
-    found = stats_of(engine)
-    names = {"transfers", "transfer_failures", "transfer_bytes", "pull_retries", "late_reads"}
-    assert {name: getattr(found, name) for name in names} == dict.fromkeys(names, 0) | counts
-    assert found.verification_failures == 1
+    event = PullFinished(pull_id=pull_id, counts=of_ranks, **fields)  # type: ignore[arg-type]
+    engine.scheduler.requests.on_transfer_event(event)
+    found = stats_of(engine).counts
+    recomputed = {} if event.ok else {"kv_recomputed_requests": 1}
+    assert {name: found[name] for name in found if name.startswith("kv_")} == (
+        counts | of_ranks | recomputed
+    )
 
 
 def test_the_phases_of_a_request_add_up() -> None:

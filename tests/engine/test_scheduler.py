@@ -27,7 +27,7 @@ def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
     engine.add("first", [1, 2, 3, 4], max_tokens=16)
     engine.add("second", [4, 3, 2, 1], max_tokens=16)
     engine.run()
-    assert engine.scheduler.requests.stats().preemptions > 0
+    assert engine.scheduler.requests.stats().counts["num_preemptions"] > 0
     assert list(engine.finished) == ["first", "second"]
     assert engine.token_ids("second") == output([4, 3, 2, 1], 16)
 
@@ -100,7 +100,7 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     assert (item.num_computed_tokens, item.num_tokens) == (8, 4)
     assert engine.finished["b"].num_cached_tokens == 8
     stats = engine.scheduler.requests.stats()
-    assert (stats.prompt_tokens, stats.device_hit_tokens) == (22, 8)
+    assert (stats.counts["prefix_cache_queries"], stats.counts["prefix_cache_hits"]) == (22, 8)
     engine.add("next turn", PROMPT + engine.token_ids("a") + [1], max_tokens=1)
     engine.add("other salt", PROMPT, max_tokens=1, cache_salt="tenant")
     engine.run()

@@ -1,4 +1,4 @@
-"""Transfer events of all ranks become one each."""
+"""What all ranks report becomes one report each."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import itertools
 
 import pytest
 
-from pdlaunch.engine.channels import EventMerger
+from pdlaunch.engine.channels import RankReports
+from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent
 
 
 def merge(tp_size: int, events: list[TransferEvent]) -> list[TransferEvent]:
-    merger = EventMerger(tp_size)
+    merger = RankReports(tp_size)
     merged = [merger.add(event) for event in events]
-    return [event for event in merged if event is not None]
+    return [event for event in merged if isinstance(event, TransferEvent)]
 
 
 def test_one_rank_passes_events_through() -> None:
     events: list[TransferEvent] = [
-        PullFinished(pull_id="a", ok=False, in_flight=True, error="x", late=True, num_retries=2),
+        PullFinished(pull_id="a", ok=False, in_flight=True, error="x", counts={"kv_late_reads": 1}),
         PullDrained(pull_id="a"),
         LeaseEnded(lease_id="r", reason="pulled"),
     ]
@@ -28,7 +29,9 @@ def test_one_rank_passes_events_through() -> None:
 
 def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
     good = PullFinished(pull_id="a", ok=True, num_bytes=3, seconds=2.0, prefill="p", path="x")
-    bad = PullFinished(pull_id="a", ok=False, error="late", seconds=1.0, late=True, path="y")
+    bad = PullFinished(
+        pull_id="a", ok=False, error="late", seconds=1.0, counts={"kv_late_reads": 1}, path="y"
+    )
     assert merge(2, [good, bad]) == [
         PullFinished(
             pull_id="a",
@@ -38,7 +41,7 @@ def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
             seconds=2.0,
             prefill="p",
             path="x + y",
-            late=True,
+            counts={"kv_late_reads": 1},
         )
     ]
 
@@ -67,3 +70,11 @@ def test_every_rank_reports_its_spans() -> None:
     reports = {rank: SpanReport(elapsed_s=1.0, spans=[]) for rank in range(2)}
     pulls = [PullFinished(pull_id="p", ok=True, reports={rank: reports[rank]}) for rank in reports]
     assert merge(2, list(pulls)) == [PullFinished(pull_id="p", ok=True, reports=reports)]
+
+
+def test_a_copy_has_ended_when_all_ranks_have_reported_it() -> None:
+    reports = RankReports(2)
+    assert reports.add(JobFinished(1, True, num_bytes=5)) is None
+    assert reports.add(JobFinished(2, True, num_bytes=5)) is None
+    merged = reports.add(JobFinished(1, False, "broken", [4], num_bytes=6))
+    assert merged == JobFinished(1, False, "broken", [4], num_bytes=11)

@@ -18,6 +18,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.protocol.engine import EngineStats
 from tests.e2e.agreement import engines_of
 from tests.labs.known_answers import SoakOptions, SoakReport, make_cases, soak
 
@@ -91,7 +92,7 @@ def counters(deployment: Deployment, engine: str) -> dict[str, float]:
     return {
         name: value
         for name, value in json.loads(page)["stats"].items()
-        if isinstance(value, int | float) and not name.startswith("num_")
+        if isinstance(value, int | float) and name not in EngineStats.__struct_fields__
     }
 
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import (
     ERROR_STATUSES,
+    INTER_TOKEN_BUCKETS_S,
     RequestClock,
     RequestMetrics,
     render_metrics,

@@ -114,7 +114,10 @@ async def test_engines_are_beside_the_router(stand: Stand) -> None:
     engines = pairs(2)
     for number, engine in enumerate(engines):
         engine.metrics.stats = EngineStats(
-            num_waiting=number, num_blocks=10, num_free_blocks=5, transfer_bytes=10**number
+            num_waiting=number,
+            num_blocks=10,
+            num_free_blocks=5,
+            counts={"kv_transfer_bytes": 10**number},
         )
         engine.metrics.requests.finished("length")
         engine.metrics.requests.time_to_first_token.observe(0.03)

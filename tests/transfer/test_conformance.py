@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
+from pdlaunch.transfer.proof import UNPROVEN
 from tests.faulty.transfers import Fault, FaultPlan
 from tests.mooncake import mooncake_problem
 from tests.transfer.conftest import Start, starting
@@ -93,7 +94,7 @@ def test_a_byte_that_changed_after_the_grant_is_found(pair):
     puller.submit(pull("bad", holder.remote("bad"), [24, 25, 26]))
     finished = puller.event(PullFinished)
     assert not finished.ok
-    assert finished.verification_failed
+    assert finished.counts[UNPROVEN]
     assert not finished.in_flight
     assert "KV head 2 differs: block 11 there, block 25 here" in finished.error
     assert holder.event(LeaseEnded) == LeaseEnded(lease_id="bad", reason="pulled")
@@ -150,7 +151,7 @@ def test_different_tp_sizes_in_both_directions(start: Start, settings):
         for puller, retries in zip(pullers, num_retries, strict=True):
             finished = puller.event(PullFinished)
             assert finished.ok, finished.error
-            assert finished.num_retries == retries
+            assert finished.counts["kv_pull_retries"] == retries
         there = np.concatenate([holder.blocks([3, 8, 5]) for holder in holders], axis=1)
         here = np.concatenate([puller.blocks([30, 2, 17]) for puller in pullers], axis=1)
         np.testing.assert_array_equal(here, there)

@@ -18,6 +18,7 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, PullFinished
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
+from pdlaunch.transfer.proof import LATE, UNPROVEN
 from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.regions import KVRegions
 from tests.transfer.pull_world import HolderRank, World
@@ -120,7 +121,7 @@ def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
     assert all(holder.ended() == [] for holder in holders)
     land(world)
     finished = world.finished()
-    assert (finished.ok, finished.num_retries, finished.verification_failed) == (True, 1, True)
+    assert (finished.ok, finished.counts) == (True, {"kv_pull_retries": 1, UNPROVEN: 1})
     assert [len(holder.sent(PullBegin)) for holder in holders] == [1, 2, 1]
     assert torch.equal(world.kv_cache[1], torch.cat([holder.kv_cache[4] for holder in holders]))
     assert all(holder.ended() == PULLED for holder in holders)
@@ -135,7 +136,7 @@ def test_a_failed_read_reconnects(world, holder):
     world.clock.now += 1.0
     world.turn(6)
     finished = world.finished()
-    assert (finished.ok, finished.num_retries) == (True, 1)
+    assert (finished.ok, finished.counts["kv_pull_retries"]) == (True, 1)
     assert world.connector.added == ["prefill-0/rank-0#1"] * 2
 
 
@@ -231,7 +232,7 @@ def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder, mute):
     holder.channel.mute = False
     land(world)
     finished = world.finished()
-    assert (finished.ok, finished.late) == (False, True)
+    assert (finished.ok, LATE in finished.counts) == (False, True)
     assert "the lease did not hold throughout the READ" in finished.error
 
 
@@ -264,7 +265,7 @@ def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, kind, 
     world.turn()
     finished = world.finished()
     assert not finished.ok
-    assert finished.verification_failed == ("token" in error or "checksum" in error)
+    assert (UNPROVEN in finished.counts) == ("token" in error or "checksum" in error)
     assert error in finished.error
     assert len(world.pulls) == 0
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pdlaunch.protocol.transfer import CancelPull, EndLease, PullDrained, PullFinished
+from pdlaunch.transfer.proof import LATE, UNPROVEN
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
 
@@ -186,8 +187,8 @@ class History:
         elif event.in_flight:
             self.quarantined[event.pull_id] = block_ids
         self.seen["ok" if event.ok else "failed"] += 1
-        self.seen["unproven"] += event.verification_failed
-        self.seen["late"] += event.late
+        self.seen["unproven"] += event.counts.get(UNPROVEN, 0)
+        self.seen["late"] += event.counts.get(LATE, 0)
 
     def end(self) -> None:
         """When the weather clears, everything ends and nothing is left."""

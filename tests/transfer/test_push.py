@@ -95,7 +95,7 @@ def test_a_pull_ends_with_the_answer_of_the_holder_and_begins_again_after_a_fail
     world.turn()
     world.end_write(ok=True)
     finished = world.finished()
-    assert (finished.ok, finished.num_retries) == (True, 1)
+    assert (finished.ok, finished.counts["kv_pull_retries"]) == (True, 1)
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 

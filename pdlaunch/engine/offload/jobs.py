@@ -47,27 +47,3 @@ class JobFinished:
     failed_host_ids: list[int] = field(default_factory=list)
     """Host blocks whose content was not what this load expected."""
     num_bytes: int = 0
-
-
-class JobMerger:
-    """Merges the reports of all ranks: a block is moved when every rank has moved its heads."""
-
-    def __init__(self, tp_size: int) -> None:
-        self._tp_size = tp_size
-        self._reports: dict[int, list[JobFinished]] = {}
-
-    def add(self, report: JobFinished) -> JobFinished | None:
-        """Return the report of the whole engine once the last rank has sent its own, else None."""
-        reports = self._reports.setdefault(report.job_id, [])
-        reports.append(report)
-        if len(reports) < self._tp_size:
-            return None
-        del self._reports[report.job_id]
-        failed = {host_id for each in reports for host_id in each.failed_host_ids}
-        return JobFinished(
-            job_id=report.job_id,
-            ok=all(each.ok for each in reports),
-            error="; ".join(sorted({each.error for each in reports if each.error})),
-            failed_host_ids=sorted(failed),
-            num_bytes=sum(each.num_bytes for each in reports),
-        )

@@ -13,11 +13,12 @@ Each direction has a thread. On a CPU that thread copies; on CUDA the caller enq
 its own, behind what the current stream holds, and the thread waits. There the copy engines
 (``cuMemcpyBatchAsync``) move 52 to 54 GB/s each way from pages of 32 KiB on (one H200, PCIe 5.0:
 55), and take no multiprocessor from the model. A block of all layers is that large in every model
-that is served; so there is no other method but torch's own copies, for drivers without the call.
+that is served; so there is no other method.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import queue
 import threading
@@ -26,28 +27,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.memory.batch_copies import BatchCopies
 from pdlaunch.engine.memory.host_pages import map_pages, touch_pages
-from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.offload.jobs import DIRECTIONS, BlockKey, Direction, JobFinished, OffloadJob
 from pdlaunch.errors import ConfigError, TransferError
 from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.machine.host import memory_bytes, usable_cpus
+from pdlaunch.protocol.side_channel import RegionPlace
 from pdlaunch.transfer.integrity.checksum import KVHasher
+from pdlaunch.transfer.regions import Addresses, merge, pieces_of
 
 logger = logging.getLogger(__name__)
 
-IntArray = npt.NDArray[np.int64]
-
 PAGE_BYTES = 4096
 """Host blocks begin on pages of the machine."""
-PIECE_BYTES = 1024**3
 NUM_BATCH_STREAMS = 3
 """One stream and three on an H200: blocks of 64 KiB 39 and 46 GB/s, of 256 KiB 49 and 52 GB/s."""
 MOST_HASH_THREADS = 8
@@ -65,13 +62,12 @@ def unregister_pages(address: int) -> None:
 
 
 class HostMemory:
-    """Allocates ``num_blocks`` host blocks at once, each of ``block_bytes`` on a page of its own;
-    ``progress`` is called after each pinned piece.
+    """Allocates ``num_blocks`` host blocks at once, each of ``block_bytes`` on a page of its own.
 
-    Memory lies in pieces of about 1 GiB: anonymous memory in huge pages, touched by several threads
-    and then registered. That takes 0.1 s a GiB on an H200's host, where the driver's allocator took
-    0.37 s and scattered copies of 4 KiB were slower (44 instead of 48 GB/s). Raises ConfigError
-    when the machine has less memory than asked for, or refuses to pin it.
+    To be pinned, anonymous memory in huge pages is touched by several threads and then registered.
+    That takes 0.1 s a GiB on an H200's host, where the driver's allocator took 0.37 s and scattered
+    copies of 4 KiB were slower (44 instead of 48 GB/s). Raises ConfigError when the machine has
+    less memory than asked for, or refuses to pin it.
     """
 
     def __init__(
@@ -80,65 +76,41 @@ class HostMemory:
         block_bytes: int,
         *,
         pin: bool,
-        progress: ReportProgress,
-        piece_bytes: int = PIECE_BYTES,
         register: Callable[[int, int], int] = register_pages,
         unregister: Callable[[int], None] = unregister_pages,
     ) -> None:
-        self.num_blocks = num_blocks
         self._block_bytes = block_bytes
         self._stride = bytes_on_host(block_bytes)
-        self._blocks_per_piece = max(1, piece_bytes // self._stride)
-        self._register = register
-        self._unregister = unregister
-        self._pinned: list[int] = []
-        if num_blocks * self._stride > memory_bytes():
+        self._num_bytes = num_bytes = num_blocks * self._stride
+        if num_bytes > memory_bytes():
             raise self._refusal(f"this machine has {memory_bytes()}")
-        self.pieces: list[torch.Tensor] = []
-        """[blocks * stride] uint8 each; the last one may be smaller."""
-        for first in range(0, num_blocks, self._blocks_per_piece):
-            end = min(first + self._blocks_per_piece, num_blocks)
-            self.pieces.append(self._allocate((end - first) * self._stride, pin=pin))
-            if pin:
-                progress("pinning host memory", end / num_blocks)
-        self.piece_addresses = np.array([piece.data_ptr() for piece in self.pieces], dtype=np.int64)
-
-    def places(self, host_ids: IntArray) -> tuple[IntArray, IntArray]:
-        """Return for each block the index of its piece, and its offset in the piece in bytes."""
-        pieces, places = np.divmod(host_ids, self._blocks_per_piece)
-        return pieces, places * self._stride
-
-    def block(self, host_id: int) -> torch.Tensor:
-        piece, place = divmod(host_id, self._blocks_per_piece)
-        start = place * self._stride
-        return self.pieces[piece][start : start + self._block_bytes]
-
-    def close(self) -> None:
-        """Unpin the memory; no copy may run any more."""
-        for address in self._pinned:
-            self._unregister(address)
-        self._pinned.clear()
-
-    def _allocate(self, num_bytes: int, *, pin: bool) -> torch.Tensor:
         try:
             region = map_pages(num_bytes)
         except OSError as error:
-            raise self._refusal(f"allocating {num_bytes} bytes failed: {error}") from error
-        piece = torch.frombuffer(region, dtype=torch.uint8)
+            raise self._refusal(f"allocating them failed: {error}") from error
+        self.memory = torch.frombuffer(region, dtype=torch.uint8)
+        self.place = RegionPlace(self.memory.data_ptr(), self._stride, block_bytes)
+        self._unpin: Callable[[], None] = lambda: None
         if pin:
             # Registering would make the kernel provide the pages one by one.
             touch_pages(region)
-            if code := self._register(piece.data_ptr(), num_bytes):
-                raise self._refusal(f"pinning {num_bytes} bytes failed with CUDA error {code}")
-            self._pinned.append(piece.data_ptr())
-        return piece
+            if code := register(self.place.address, num_bytes):
+                raise self._refusal(f"pinning them failed with CUDA error {code}")
+            self._unpin = partial(unregister, self.place.address)
+
+    def block(self, host_id: int) -> torch.Tensor:
+        start = host_id * self._stride
+        return self.memory[start : start + self._block_bytes]
+
+    def close(self) -> None:
+        """Unpin the memory; no copy may run any more."""
+        self._unpin()
 
     def _refusal(self, reason: str) -> ConfigError:
-        num_bytes = self.num_blocks * self._stride
         return ConfigError(
-            f"kv_offload.host_memory needs {num_bytes} bytes for each rank: {reason}",
+            f"kv_offload.host_memory needs {self._num_bytes} bytes for each rank: {reason}",
             field="kv_offload.host_memory",
-            value=num_bytes,
+            value=self._num_bytes,
             fix="Give it less memory; the ranks of a machine share what it has.",
         )
 
@@ -148,76 +120,32 @@ def bytes_on_host(block_bytes: int) -> int:
     return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Copies of maximal length: neighbours on both sides are one. All are [num_runs]."""
-
-    device_offsets: IntArray  # bytes from the start of the KV cache
-    host_pieces: IntArray
-    host_offsets: IntArray  # bytes from the start of the piece
-    sizes: IntArray
-
-
-def merge_runs(
-    block_ids: Sequence[int], host_ids: Sequence[int], block_bytes: int, host: HostMemory
-) -> Runs:
-    """Return the fewest copies that move these blocks, in the given order."""
-    device = np.array(block_ids, dtype=np.int64) * block_bytes
-    pieces, offsets = host.places(np.array(host_ids, dtype=np.int64))
-    # Runs end where blocks are no neighbours on one side, or where host memory goes on elsewhere.
-    breaks = np.diff(pieces) != 0
-    breaks |= (np.diff(device) != block_bytes) | (np.diff(offsets) != block_bytes)
-    starts = np.flatnonzero(np.concatenate(([True], breaks)))
-    num_blocks = np.diff(np.append(starts, len(device)))
-    return Runs(device[starts], pieces[starts], offsets[starts], num_blocks * block_bytes)
-
-
-Copy = Callable[[torch.Tensor, HostMemory, Runs, Direction], None]
-"""Copies all runs, or enqueues them on the current stream. The tensor: [num_blocks, block_bytes]
-uint8. Raises TransferError, RuntimeError.
+Copy = Callable[[Addresses, Addresses, Addresses], None]
+"""Takes destinations, sources and sizes; copies all, or enqueues them on the current stream. Raises
+TransferError, RuntimeError.
 """
 
 
-def copy_runs(blocks: torch.Tensor, host: HostMemory, runs: Runs, direction: Direction) -> None:
-    """Copy each run by itself (on CUDA 12 GB/s at 64 KiB)."""
-    device_bytes = blocks.view(-1)
-    columns = (runs.device_offsets, runs.host_pieces, runs.host_offsets, runs.sizes)
-    for device_offset, piece, host_offset, size in zip(
-        *(column.tolist() for column in columns), strict=True
-    ):
-        device = device_bytes[device_offset : device_offset + size]
-        source, target = device, host.pieces[piece][host_offset : host_offset + size]
-        if direction == "load":
-            source, target = target, source
-        if device.is_cuda:
-            target.copy_(source, non_blocking=True)
-        else:
-            # numpy releases the GIL meanwhile, and takes no core but this thread's.
-            np.copyto(target.numpy(), source.numpy())
+def copy_by_thread(destinations: Addresses, sources: Addresses, sizes: Addresses) -> None:
+    """Copy on a CPU, without the interpreter's lock."""
+    columns = (column.tolist() for column in (destinations, sources, sizes))
+    for destination, source, size in zip(*columns, strict=True):
+        ctypes.memmove(destination, source, size)
 
 
-def batch_copy() -> Copy:
-    """Return the copy by the copy engines. Raises DriverError below CUDA 12.8."""
-    batches = BatchCopies(NUM_BATCH_STREAMS)
-
-    def copy(blocks: torch.Tensor, host: HostMemory, runs: Runs, direction: Direction) -> None:
-        ours = (runs.device_offsets + blocks.data_ptr()).view(np.uint64)
-        theirs = (runs.host_offsets + host.piece_addresses[runs.host_pieces]).view(np.uint64)
-        targets, sources = (theirs, ours) if direction == "store" else (ours, theirs)
-        stream = torch.cuda.current_stream(blocks.device)
-        batches.enqueue(targets, sources, runs.sizes.view(np.uint64), stream)
-
-    return copy
-
-
-def fastest_copy(device: torch.device) -> Copy:
-    """Return how to copy between this device and host memory."""
-    if device.type == "cuda":
-        try:
-            return batch_copy()
-        except DriverError as error:
-            logger.warning("copies of the host tier are slow: %s", error)
-    return copy_runs
+def copy_by_engines() -> Copy:
+    """Return the copy by a GPU's copy engines. Raises ConfigError for a driver that lacks it."""
+    try:
+        batches = BatchCopies(NUM_BATCH_STREAMS)
+    except DriverError as error:
+        raise ConfigError(
+            f"kv_offload.host_memory cannot be used: {error}",
+            field="kv_offload.host_memory",
+            fix="Set it to 0, or install a driver of CUDA 12.8 or newer.",
+        ) from None
+    return lambda destinations, sources, sizes: batches.enqueue(
+        destinations, sources, sizes, torch.cuda.current_stream()
+    )
 
 
 class CopyQueue:
@@ -232,13 +160,14 @@ class CopyQueue:
         blocks: torch.Tensor,
         host: HostMemory,
         report: Callable[[JobFinished], None],
-        copy: Copy | None = None,
+        copy: Copy = copy_by_thread,
     ) -> None:
         self._direction = direction
         self._blocks = blocks
         self._host = host
         self._report = report
-        self._copy = copy or fastest_copy(blocks.device)
+        self._place = RegionPlace(blocks.data_ptr(), blocks.shape[1], blocks.shape[1])
+        self._copy = copy
         self._stream = torch.cuda.Stream(blocks.device) if blocks.is_cuda else None  # type: ignore[no-untyped-call]
         self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], None]] | None] = (
             queue.SimpleQueue()
@@ -272,8 +201,15 @@ class CopyQueue:
             self._report(report)
 
     def _copy_all(self, job: OffloadJob) -> None:
-        runs = merge_runs(job.block_ids, job.host_ids, self._blocks.shape[1], self._host)
-        self._copy(self._blocks, self._host, runs, self._direction)
+        ours, theirs = (
+            pieces_of([place], [(0,)], [block_ids], range(1))
+            for place, block_ids in (
+                (self._place, job.block_ids),
+                (self._host.place, job.host_ids),
+            )
+        )
+        pair = (theirs, ours) if self._direction == "store" else (ours, theirs)
+        self._copy(*merge(*pair))
 
     def _enqueue(self, job: OffloadJob, stream: torch.cuda.Stream) -> Callable[[], None]:
         """Enqueue the copies; return a function that waits for them."""
@@ -329,7 +265,6 @@ class OffloadWorker:
         layout: KVCacheLayout,
         host_memory_bytes: int,
         device_hasher: KVHasher | None = None,
-        progress: ReportProgress,
         wake: Callable[[], None],
     ) -> None:
         # All groups share one pool of host blocks, as large on every rank of an engine.
@@ -346,11 +281,10 @@ class OffloadWorker:
         self._head_bytes = layout.head_bytes
         self._wake = wake
         blocks = kv_cache.view(torch.uint8).view(-1, layout.block_bytes)
-        self.host = HostMemory(
-            self.num_blocks, layout.block_bytes, pin=blocks.is_cuda, progress=progress
-        )
+        copy = copy_by_engines() if blocks.is_cuda else copy_by_thread
+        self.host = HostMemory(self.num_blocks, layout.block_bytes, pin=blocks.is_cuda)
         self._copies = {
-            direction: CopyQueue(direction, blocks, self.host, self._report)
+            direction: CopyQueue(direction, blocks, self.host, self._report, copy)
             for direction in DIRECTIONS
         }
         self._num_threads = max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))

@@ -169,6 +169,7 @@ async def _integrity(service: EngineService, _: web.Request) -> web.Response:
             "rank 0 did not answer in time", status=503, code="engine_stalled"
         ) from None
     stats = msgspec.structs.asdict(report.stats)
+    stats |= stats.pop("counts")
     return json_response({"ok": report.error is None, "error": report.error, "stats": stats})
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,25 +14,17 @@ from pdlaunch.engine.offload.worker import (
     Copy,
     CopyQueue,
     HostMemory,
-    Runs,
-    batch_copy,
-    copy_runs,
-    merge_runs,
+    copy_by_engines,
+    copy_by_thread,
 )
 from pdlaunch.errors import ConfigError, TransferError
+from pdlaunch.transfer.regions import Addresses
 
 on_a_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 gpu = pytest.param("cuda", marks=on_a_gpu)
-
-
-def host_memory(num_blocks: int, block_bytes: int, *, pin: bool = False) -> HostMemory:
-    """In pieces of seven pages."""
-    return HostMemory(
-        num_blocks, block_bytes, pin=pin, progress=lambda *_: None, piece_bytes=7 * 4096
-    )
 
 
 class Queues:
@@ -43,8 +34,9 @@ class Queues:
         self, num_blocks: int, block_bytes: int, device: str = "cpu", copy: Copy | None = None
     ) -> None:
         self.blocks = torch.randint(0, 256, (num_blocks, block_bytes), dtype=torch.uint8).to(device)
-        self.host = host_memory(num_blocks, block_bytes, pin=device == "cuda")
+        self.host = HostMemory(num_blocks, block_bytes, pin=device == "cuda")
         self.ends: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
+        copy = copy or (copy_by_thread if device == "cpu" else copy_by_engines())
         self._queues = {
             direction: CopyQueue(direction, self.blocks, self.host, self.ends.put, copy)
             for direction in DIRECTIONS
@@ -67,20 +59,10 @@ class Queues:
 
 
 @pytest.mark.parametrize("block_bytes", [4096, 12 * 1024 + 8, 64 * 1024])
-@pytest.mark.parametrize(
-    ("device", "make_copy"),
-    [
-        ("cpu", lambda: copy_runs),
-        pytest.param("cuda", lambda: copy_runs, marks=on_a_gpu),
-        pytest.param("cuda", batch_copy, marks=on_a_gpu),
-    ],
-    ids=["cpu", "torch", "batch"],
-)
-def test_blocks_go_both_ways_at_once(
-    device: str, make_copy: Callable[[], Copy], block_bytes: int
-) -> None:
+@pytest.mark.parametrize("device", ["cpu", gpu])
+def test_blocks_go_both_ways_at_once(device: str, block_bytes: int) -> None:
     """The first third is stored while the second, which was stored before, is loaded elsewhere."""
-    queues = Queues(120, block_bytes, device, make_copy())
+    queues = Queues(120, block_bytes, device)
     original = queues.blocks.cpu()
     places = torch.randperm(80).tolist()
     blocks = torch.randperm(80).tolist()
@@ -97,44 +79,30 @@ def test_blocks_go_both_ways_at_once(
     assert queues.close()
 
 
-def test_runs_join_neighbours_and_stop_at_the_border_of_a_piece() -> None:
-    host = HostMemory(8, 4096, pin=False, progress=lambda *_: None, piece_bytes=2 * 4096)
-    runs = merge_runs([2, 3, 4, 5, 7], range(5), 4096, host)
-    assert runs.device_offsets.tolist() == [8192, 16384, 28672]
-    assert runs.host_pieces.tolist() == [0, 1, 2]
-    assert runs.host_offsets.tolist() == [0, 0, 0]
-    assert runs.sizes.tolist() == [8192, 8192, 4096]
-
-
 class GatedCopy:
-    """Stores wait for the gate, loads do not; block 0 cannot be copied."""
+    """Jobs wait for the gate, and those of two blocks fail."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
 
-    def __call__(
-        self, blocks: torch.Tensor, host: HostMemory, runs: Runs, direction: Direction
-    ) -> None:
-        if direction == "store":
-            assert self.gate.wait(60)
-        if 0 in runs.device_offsets:
-            raise TransferError("block 0 is broken")
-        copy_runs(blocks, host, runs, direction)
+    def __call__(self, destinations: Addresses, sources: Addresses, sizes: Addresses) -> None:
+        assert self.gate.wait(60)
+        if len(sizes) > 1:
+            raise TransferError("a block is broken")
+        copy_by_thread(destinations, sources, sizes)
 
 
-def test_directions_do_not_wait_for_each_other_and_failures_are_reported() -> None:
+def test_a_copy_that_runs_is_waited_for_and_failures_are_reported() -> None:
     copy = GatedCopy()
     queues = Queues(8, 64, copy=copy)
-    queues.submit(1, "store", [7, 4], [0, 1])
+    queues.submit(1, "store", [7], [0])
     queues.submit(2, "store", [5, 0], [2, 3])
-    queues.submit(3, "load", [6], [5])
-    assert queues.end().job_id == 3
     assert not queues.close(timeout_s=0.01), "a copy still runs"
     copy.gate.set()
     first, second = queues.end(), queues.end()
     assert (first.job_id, first.ok) == (1, True)
     assert (second.job_id, second.ok, second.num_bytes) == (2, False, 0)
-    assert "block 0 is broken" in second.error
+    assert "a block is broken" in second.error
 
 
 @pytest.mark.parametrize("device", [gpu])
@@ -145,7 +113,7 @@ def test_a_store_is_queued_behind_the_work_that_fills_its_blocks(device: str) ->
     queues.submit(1, "store", range(64), range(64))
     assert queues.ends.empty()
     assert queues.end().ok
-    assert all(bool((piece == 7).all()) for piece in queues.host.pieces)
+    assert bool((queues.host.memory == 7).all())
     assert queues.close()
 
 
@@ -173,37 +141,28 @@ def test_an_error_of_the_device_is_the_jobs_own(
     assert queues.close()
 
 
-def test_each_piece_is_pinned_once_and_told_of() -> None:
+def test_memory_is_pinned_once_and_a_refusal_is_named() -> None:
     pinned: dict[int, int] = {}
-    told: list[float | None] = []
 
-    def make(num_pinnable: int) -> HostMemory:
+    def make(code: int) -> HostMemory:
         return HostMemory(
-            7,
+            3,
             4000,
             pin=True,
-            progress=lambda _text, share: told.append(share),
-            piece_bytes=3 * 4096 + 100,
-            register=lambda address, size: (
-                pinned.update({address: size}) or 2 * (len(pinned) > num_pinnable)  # type: ignore[func-returns-value]
-            ),
+            register=lambda address, size: pinned.update({address: size}) or code,  # type: ignore[func-returns-value]
             unregister=pinned.__delitem__,
         )
 
-    memory = make(3)
-    assert told == [3 / 7, 6 / 7, 1.0]
-    assert list(pinned) == memory.piece_addresses.tolist()
-    assert list(pinned.values()) == [3 * 4096, 3 * 4096, 4096]
-    pieces, offsets = memory.places(np.arange(7))
-    addresses = (memory.piece_addresses[pieces] + offsets).tolist()
-    assert addresses == [memory.block(host_id).data_ptr() for host_id in range(7)]
+    memory = make(0)
+    assert pinned == {memory.memory.data_ptr(): 3 * 4096}
+    assert memory.block(2).data_ptr() == memory.memory.data_ptr() + 2 * 4096
     memory.close()
     assert pinned == {}
-    with pytest.raises(ConfigError, match="pinning 4096 bytes failed with CUDA error 2") as error:
+    with pytest.raises(ConfigError, match=r"needs 12288 bytes.* pinning .* CUDA error 2") as error:
         make(2)
     assert error.value.field == "kv_offload.host_memory"
 
 
 def test_more_host_memory_than_the_machine_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="this machine has"):
-        host_memory(2**40, 4096)
+        HostMemory(2**40, 4096, pin=False)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.manager import BlockTables
-from pdlaunch.engine.offload.jobs import BlockKey, JobFinished, JobMerger
+from pdlaunch.engine.offload.jobs import BlockKey, JobFinished
 from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
 
 BLOCK_SIZE = 4
@@ -110,11 +110,3 @@ def test_stores_what_became_full_and_loads_it_back() -> None:
     planner.check_integrity()
     planner.finish(JobFinished(load.job_id, True))
     planner.check_integrity()
-
-
-def test_ranks_reports_become_one() -> None:
-    merger = JobMerger(2)
-    assert merger.add(JobFinished(1, True, num_bytes=5)) is None
-    assert merger.add(JobFinished(2, True, num_bytes=5)) is None
-    merged = merger.add(JobFinished(1, False, "broken", [4], num_bytes=6))
-    assert merged == JobFinished(1, False, "broken", [4], num_bytes=11)

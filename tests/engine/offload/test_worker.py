@@ -57,7 +57,6 @@ class Rank:
             device_hasher=None
             if where == "host"
             else KVHasher(native_regions(self.kv_cache, self.layout)),
-            progress=lambda *_: None,
             wake=self.wakes.release,
         )
 

@@ -69,7 +69,10 @@ async def test_a_scrape_shows_the_ranks_totals_and_asks_for_new_ones(
 ):
     assert (await scrape(engine))["kv_cache_usage_perc"] == 0
     rank.totals = EngineStats(
-        num_running=2, num_blocks=64, num_free_blocks=16, transfer_bytes=1000, preemptions=1
+        num_running=2,
+        num_blocks=64,
+        num_free_blocks=16,
+        counts={"kv_transfer_bytes": 1000, "num_preemptions": 1},
     )
     expected = {
         "num_requests_running": 2,
