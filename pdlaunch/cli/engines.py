@@ -169,7 +169,11 @@ def scale(
         replicas[role] = int(number)
     with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
         outcome = change_engines(
-            admin, "/pdlaunch/scale", dry_run=dry_run, drain_timeout_s=drain_timeout, **replicas
+            admin,
+            "/pdlaunch/scale",
+            dry_run=dry_run,
+            drain_timeout_s=drain_timeout,
+            replicas=replicas,
         )
     _show_change(outcome, dry_run=dry_run)
 

@@ -1,4 +1,4 @@
-"""Reads host names, origins and URLs as settings list them, and says how a listening server is
+"""Reads host names and URLs as settings list them, and says how a listening server is
 reached.
 
 Lists are YAML lists, or texts with commas in flags and variables.
@@ -11,14 +11,13 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator
 
 from pdlaunch.config.field_types import read_list
 
 ANY = "*"
-"""Admits everything, as an entry of ``allowed_hosts`` or ``cors_origins``."""
+"""Admits everything, as an entry of ``allowed_hosts``."""
 WILDCARDS: Mapping[str, str] = MappingProxyType(
     {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 )
@@ -57,33 +56,7 @@ def _check_host(name: str) -> str:
     return name
 
 
-def _check_origin(origin: str) -> str:
-    if origin == ANY:
-        return origin
-    try:
-        # An origin is compared byte for byte with the header, so a path would never match.
-        parts = urlsplit(origin)
-        _ = parts.port  # raises when it is none
-        is_origin = (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and f"{parts.scheme}://{parts.netloc}" == origin.rstrip("/")
-        )
-    except ValueError:
-        is_origin = False
-    if not is_origin or "@" in origin:
-        raise ValueError(
-            f"{origin[:100]!r} is no origin; write scheme://host or scheme://host:port, or {ANY!r} "
-            "for any"
-        )
-    return origin
-
-
 HostNames = Annotated[
     tuple[Annotated[str, AfterValidator(_check_host)], ...],
-    BeforeValidator(read_list),
-]
-Origins = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_origin)], ...],
     BeforeValidator(read_list),
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pdlaunch.config.field_types import NATIVE_ALONE, ByteSize, Flag, FrozenModel
-from pdlaunch.config.http_names import HostNames, Origins
+from pdlaunch.config.http_names import HostNames
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.sizes import parse_size
 
@@ -65,8 +65,6 @@ class SharedSettings(FrozenModel):
         (),
         description="Further names of the router or an engine in clients' URLs (Host header); "
         "`*` for any.")
-    cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        (), description="Origins whose web pages may use the router or an engine; `*` for any.")
     generation_config: Annotated[GenerationConfig, Flag(), NATIVE_ALONE] = Field(
         "auto",
         description="Sampling defaults of requests: `auto` takes those of the model's "

@@ -44,8 +44,9 @@ OURS: Mapping[str, str] = {
     **{name: f"set {name.replace('-', '_')}" for name in _SETTINGS.split()},
     **_by_flag(
         {
-            "set cors_origins, which is for the router: clients talk to it": "allowed-headers "
-            "allowed-methods allowed-origins",
+            "clients talk to the router: let a proxy answer pages of other origins": (
+                "allowed-headers allowed-methods allowed-origins"
+            ),
             "engines listen on a socket of the launch, or on the port that {role}.port gives": (
                 "host port uds"
             ),

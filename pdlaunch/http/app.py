@@ -80,7 +80,6 @@ class HttpApp:
         self.app = web.Application(
             client_max_size=max_body_bytes, middlewares=[self._catch_unknown]
         )
-        self.app.on_response_prepare.append(guard.add_cors_headers)
         for route in (*routes, AppRoute("GET", "/version", _version)):
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
@@ -109,7 +108,8 @@ class HttpApp:
             try:
                 if id_error is not None:
                     raise id_error
-                response = self._answer_at_once(route, http) or await route.handler(http)
+                self._check(route, http)
+                response = await route.handler(http)
                 status = response.status
             except asyncio.CancelledError:
                 # The client has closed its connection, or this process leaves.
@@ -133,16 +133,13 @@ class HttpApp:
             response.headers[REQUEST_ID_HEADER] = request_id
         return response
 
-    def _answer_at_once(self, route: AppRoute, http: web.Request) -> web.Response | None:
-        """Return the answer to a preflight, None for what the handler has to answer."""
+    def _check(self, route: AppRoute, http: web.Request) -> None:
         if self._is_trusted(http):
-            return None
-        answer = self._guard.admit(http)
+            return
+        self._guard.check(http)
         own = None if http.path in self._open_paths else self._check_key
-        check_key = route.check_key or own
-        if answer is None and check_key is not None:
+        if (check_key := route.check_key or own) is not None:
             check_key(http)
-        return answer
 
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         error = http.match_info.http_exception

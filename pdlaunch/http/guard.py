@@ -5,8 +5,7 @@ to it (DNS rebinding) may read the answers too. Checks before any key is asked f
 
 - **Host** must be a loopback name or address, the address the connection came in on, the name the
   server was bound to, or one of ``allowed_hosts``. A rebound page sends its own name.
-- **Origin**, which browsers add to whatever a page sends elsewhere, must be the server's own or one
-  of ``cors_origins``.
+- **Origin**, which browsers add to whatever a page sends elsewhere, must be the server's own.
 - **Content-Type** of a body must be ``application/json``: other types are what a page may send
   without asking first.
 """
@@ -20,33 +19,21 @@ from aiohttp import hdrs, web
 
 from pdlaunch.config.http_names import ANY, WILDCARDS, is_loopback
 from pdlaunch.errors import RequestError
-from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, REQUEST_ID_HEADER
 
 # Probes of load balancers send any Host, and the answer gives nothing away.
 HOST_FREE_PATHS = frozenset({"/health", "/ping"})
-PREFLIGHT_MAX_AGE_S = 600
-_EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, {IGNORED_FIELDS_HEADER}, Retry-After"
 
 
 class Guard:
     """Checks every request of one server. ``bind_host``: what the server was told to listen on."""
 
-    def __init__(
-        self,
-        bind_host: str,
-        *,
-        allowed_hosts: tuple[str, ...] = (),
-        cors_origins: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, bind_host: str, *, allowed_hosts: tuple[str, ...] = ()) -> None:
         own = {bind_host, socket.gethostname()} if bind_host in WILDCARDS else {bind_host}
         self._hosts = frozenset(_plain(name) for name in {"localhost", *own, *allowed_hosts} - {""})
         self._any_host = ANY in allowed_hosts
-        self._origins = frozenset(origin.rstrip("/").lower() for origin in cors_origins)
 
-    def admit(self, http: web.Request) -> web.Response | None:
-        """Let the request pass (None), or answer it when it is the preflight of a listed origin.
-        Raises RequestError.
-        """
+    def check(self, http: web.Request) -> None:
+        """Raise RequestError for a request that a web page of somebody else may have sent."""
         if not self._is_own_host(http):
             shown = ", ".join(http.headers.getall(hdrs.HOST, []))[:200]
             raise RequestError(
@@ -55,24 +42,13 @@ class Guard:
                 status=421,
                 code="host_not_allowed",
             )
-        is_listed = self._is_listed(http)
-        if hdrs.ORIGIN in http.headers and not is_listed and not _is_same_origin(http):
+        if hdrs.ORIGIN in http.headers and not _is_same_origin(http):
             raise RequestError(
-                f"pages of origin {http.headers[hdrs.ORIGIN][:200]!r} may not use this server; add "
-                "it to the setting cors_origins if they may",
+                f"pages of origin {http.headers[hdrs.ORIGIN][:200]!r} may not use this server; let "
+                "a proxy answer those that may, and leave the header Origin out",
                 status=403,
                 code="origin_not_allowed",
             )
-        wants_preflight = hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
-        if is_listed and http.method == hdrs.METH_OPTIONS and wants_preflight:
-            # Any headers: keys, not preflights, decide what they open.
-            wanted = http.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
-            headers = {
-                hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST",
-                hdrs.ACCESS_CONTROL_ALLOW_HEADERS: wanted,
-                hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_MAX_AGE_S),
-            }
-            return web.Response(status=204, headers=headers)
         if http.body_exists and http.content_type != "application/json":
             raise RequestError(
                 "Content-Type must be application/json", status=415, code="unsupported_media_type"
@@ -85,15 +61,6 @@ class Guard:
                 status=415,
                 code="unsupported_encoding",
             )
-        return None
-
-    async def add_cors_headers(self, http: web.Request, response: web.StreamResponse) -> None:
-        """Let pages of a listed origin read the answer; aiohttp calls this with each answer."""
-        if self._origins:
-            response.headers.add(hdrs.VARY, hdrs.ORIGIN)
-        if self._is_listed(http):
-            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = http.headers[hdrs.ORIGIN]
-            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED_HEADERS
 
     def _is_own_host(self, http: web.Request) -> bool:
         if self._any_host or http.path in HOST_FREE_PATHS:
@@ -104,10 +71,6 @@ class Guard:
         name = None if http.transport is None else http.transport.get_extra_info("sockname")
         own_address = name[0].partition("%")[0] if isinstance(name, tuple) else None
         return host in self._hosts or is_loopback(host) or host == own_address
-
-    def _is_listed(self, http: web.Request) -> bool:
-        origins = http.headers.getall(hdrs.ORIGIN, [])
-        return len(origins) == 1 and (ANY in self._origins or origins[0].lower() in self._origins)
 
 
 def _is_same_origin(http: web.Request) -> bool:

@@ -351,9 +351,9 @@ def _change(
             "is done",
             code="not_now",
         )
-    if command.turn:
-        engine = _find(seen, command.turn)
-        command = msgspec.structs.replace(command, turn=engine.name)
+    if command.engine:
+        engine = _find(seen, command.engine)
+        command = msgspec.structs.replace(command, engine=engine.name)
     serving = {engine.name for engine in seen.serving(wanted)}
     drained = {name for name, goal in wanted.engines.items() if goal.withheld == "draining"}
     try:
@@ -361,7 +361,7 @@ def _change(
     except PdlaunchError as error:
         fix = getattr(error, "fix", None)
         raise _Refused(f"{error}{f'; fix: {fix}' if fix else ''}") from None
-    stops, drain_s = change.planned.stops, command.drain_s
+    stops, drain_s = change.planned.stops, command.drain_timeout_s
     change.planned.drain_s = wanted.timing.drain_s if drain_s is None else drain_s
     if not change.starts and not stops:
         answer.change = change.planned

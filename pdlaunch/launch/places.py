@@ -120,9 +120,9 @@ class EnginePlaces:
         starts: list[Key] = []
         stops: list[PlacedEngine] = []
         home = ""
-        if wanted.turn:
+        if wanted.engine:
             # The engine is planned again in another role, on its present host.
-            engine = self._placed(wanted.turn)
+            engine = self._placed(wanted.engine)
             if wanted.role is not None and wanted.role != engine.engines.role:
                 starts, stops = list(self._new_keys(wanted.role, 1)), [engine]
                 home = engine.host.name

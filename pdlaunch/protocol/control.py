@@ -7,7 +7,7 @@ version, on every change.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -204,14 +204,17 @@ class SetDrained(CommandToEngine, kw_only=True):
 
 
 class ChangeEngines(Asked):
-    """Asks for another number of engines of some roles, or for an engine under another role."""
+    """Asks for another number of engines of some roles, or for an engine under another role.
+
+    Also the body of ``POST /pdlaunch/scale`` and ``/pdlaunch/role``.
+    """
 
     replicas: dict[Role, int] = msgspec.field(default_factory=dict)  # other roles keep theirs
-    turn: str = ""  # the engine, or one of its processes, that takes ``role``
+    engine: str = ""  # the engine, or one of its processes, that takes ``role``
     role: Role | None = None
     dry_run: bool = False  # say what would be done, and do nothing
     # Seconds that running requests get at an engine that stops; None: ``drain_timeout_s``.
-    drain_s: float | None = None
+    drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
 
 
 class PlannedEngine(Message, tag=False):

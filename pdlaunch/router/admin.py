@@ -24,13 +24,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
 
-from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
@@ -59,23 +59,6 @@ SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
 Query = Sequence[tuple[str, str]]
-Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
-
-
-class ChangeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Says how many engines of each role there are to be (null: as many as there are), or which
-    role an engine is to have.
-    """
-
-    prefill: Count | None = None
-    decode: Count | None = None
-    both: Count | None = None
-    engine: str = ""
-    role: Role | None = None
-    dry_run: bool = False
-    # For what runs at an engine that stops; null: ``drain_timeout_s`` of the launch.
-    drain_timeout_s: Seconds | None = None
 
 
 class Outcome(NamedTuple):
@@ -249,25 +232,17 @@ class Admin:
         they are wanted, or at once with ``dry_run``, with what runs at the engines that stop.
         """
         try:
-            asked = msgspec.json.decode(await http.read(), type=ChangeBody)
+            asked = msgspec.json.decode(await http.read(), type=dict[str, Any])
+            named = {"type": ChangeEngines.__name__, "question": 0}
+            wanted = msgspec.convert(asked | named, ChangeEngines)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(str(error), code="invalid_change") from None
-        numbers = {role: getattr(asked, role) for role in ROLES}
-        replicas = {role: number for role, number in numbers.items() if number is not None}
-        message = "say how many engines there are to be: prefill, decode or both"
+        message = "say how many engines there are to be: replicas of prefill, decode or both"
         if is_turn := http.path == "/pdlaunch/role":
             message = "say which engine is to have which role: engine and role"
-        has_turn = asked.engine != "" and asked.role is not None
-        if has_turn != is_turn or bool(replicas) == is_turn:
+        has_turn = wanted.engine != "" and wanted.role is not None
+        if has_turn != is_turn or bool(wanted.replicas) == is_turn:
             raise RequestError(message, code="invalid_change")
-        wanted = ChangeEngines(
-            question=0,
-            dry_run=asked.dry_run,
-            drain_s=asked.drain_timeout_s,
-            replicas=replicas,
-            turn=asked.engine,
-            role=asked.role,
-        )
         running = {engine.name: engine.num_outstanding for engine in self._engines()}
         answer = await self._supervisor.ask(wanted)
         body: dict[str, object] = {"dry_run": wanted.dry_run, "notes": answer.notes}

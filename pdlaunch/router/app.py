@@ -135,9 +135,7 @@ class RouterApp:
                     for route in Admin(state, supervisor).routes()
                 ),
             ],
-            guard=Guard(
-                spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins
-            ),
+            guard=Guard(spec.host, allowed_hosts=spec.allowed_hosts),
             check_key=check_key,
             metrics=state.metrics.requests,
             max_body_bytes=spec.max_body_bytes,

@@ -113,7 +113,7 @@ def test_scale_shows_what_was_changed(router: Router) -> None:
     assert first == "prefill-1 starts on node-a: cuda:2 cuda:3, 4 threads"
     assert second == "decode-1 stops: 5 running"
     assert last == "The launch is 2 prefill, 1 decode."
-    wanted = {"prefill": 2, "decode": 1, "dry_run": False, "drain_timeout_s": None}
+    wanted = {"replicas": {"prefill": 2, "decode": 1}, "dry_run": False, "drain_timeout_s": None}
     assert router.asked == [("/pdlaunch/scale", wanted)]
 
 

@@ -19,23 +19,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_lists_from_file_environment_and_flag(path: Path) -> None:
-    path.write_text("allowed_hosts: [a.example, '::1']\ncors_origins:\n  - https://a.example\n")
+    path.write_text("allowed_hosts: [a.example, '::1']\n")
     config = load(path).config
     assert config.allowed_hosts == ("a.example", "::1")
-    assert config.cors_origins == ("https://a.example",)
     environ = {"PDLAUNCH_ALLOWED_HOSTS": "a.example, b.example"}
     assert load(path, environ).config.allowed_hosts == ("a.example", "b.example")
     assert load(path, allowed_hosts="*").config.allowed_hosts == ("*",)
-
-
-@pytest.mark.parametrize(
-    "origin",
-    ["a.example", "https://a.example/page", "ftp://a", "https://", "http://a:x", "http://u@a"],
-)
-def test_an_origin_is_scheme_and_host(origin: str) -> None:
-    problem = only(problems(cors_origins=origin))
-    assert problem.field == "cors_origins"
-    assert "scheme://host" in problem.message
 
 
 def test_ports_of_engines_need_a_key_of_their_own() -> None:

@@ -116,11 +116,14 @@ def test_engines_come_turn_and_go(tmp_path: Path, llama: Path) -> None:
     with launched(tmp_path, llama) as deployment:
         admin = admin_api(deployment.url)
         run_dir = own_launches(deployment.url)[0].run_dir
-        assert change_engines(admin, "/pdlaunch/scale", prefill=2).error == ""
+        assert change_engines(admin, "/pdlaunch/scale", replicas={"prefill": 2}).error == ""
         assert states(deployment.url).get("prefill-1") == "ready"
         # One whose canary fails is taken back; the others serve on.
         say(tmp_path, "prefill-2.has_connector", False)
-        assert "no KV connector" in change_engines(admin, "/pdlaunch/scale", prefill=3).error
+        assert (
+            "no KV connector"
+            in change_engines(admin, "/pdlaunch/scale", replicas={"prefill": 3}).error
+        )
         assert "prefill-2" not in deployment.processes()
         assert (
             change_engines(admin, "/pdlaunch/role", engine="prefill-1", role="decode").error == ""

@@ -41,7 +41,7 @@ class Prepared:
 
 
 def test_children_are_given_what_is_theirs(tmp_path: Path) -> None:
-    settings = {"api_key": "secret", "cors_origins": ["http://a"], "limits": {"max_connections": 7}}
+    settings = {"api_key": "secret", "allowed_hosts": ["a"], "limits": {"max_connections": 7}}
     launch = Prepared(tmp_path, LOCAL, routing={"policy": "pairs"}, **settings)
     rank, server = launch.make("prefill-0/rank-0", 2), launch.make("prefill-0")
     assert rank.engine().name == "prefill-0"
@@ -54,7 +54,7 @@ def test_children_are_given_what_is_theirs(tmp_path: Path) -> None:
     router = of_router.router
     assert router is not None
     assert (router.port, len(router.listeners)) == (port, 1)
-    assert (router.api_key, router.cors_origins) == ("secret", ("http://a",))
+    assert (router.api_key, router.allowed_hosts) == ("secret", ("a",))
     assert (router.max_connections, router.routing) == (7, "pairs")
     assert router.served_model_name == "tiny"
 

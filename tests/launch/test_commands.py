@@ -201,7 +201,7 @@ def test_a_new_engine_gets_work_once_its_pairs_are_proven(tmp_path: Path) -> Non
 
 def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None:
     world = Changing(tmp_path, prefill={"replicas": 2})
-    planned = world.plan_of(prefill=1, drain_s=12.0)
+    planned = world.plan_of(prefill=1, drain_timeout_s=12.0)
     assert (planned.stops, planned.drain_s) == (["prefill-1"], 12)
     assert world.given_work() == {"prefill-0", "decode-0"}
     refused = world.ask(undrain("prefill-1"))
@@ -223,7 +223,7 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
 
 def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: Path) -> None:
     world = Changing(tmp_path, GPUS, decode={"replicas": 2})
-    planned = world.plan_of(turn="decode-1/rank-0", role="prefill")
+    planned = world.plan_of(engine="decode-1/rank-0", role="prefill")
     assert [(each.name, each.devices) for each in planned.starts] == [("prefill-1", ["cuda:2"])]
     assert (planned.stops, planned.stops_first) == (["decode-1"], True)
     assert "prefill-1" not in world.host.running
@@ -235,7 +235,7 @@ def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: 
     assert world.given_work() == {"prefill-0", "prefill-1", "decode-0"}
     assert world.answered() == DONE
     # And back: what runs is what the next change begins with.
-    world.change(turn="prefill-1", role="decode")
+    world.change(engine="prefill-1", role="decode")
     world.leave("prefill-1")
     assert world.host.running["decode-1"] == 2, "its incarnations go on"
     assert world.placed("decode-1").device_indices == (2,)
@@ -274,7 +274,7 @@ def test_a_dry_run_and_what_is_there_already_do_nothing(tmp_path: Path) -> None:
     assert any(note.startswith("PD412") for note in answer.notes), "3 ranks on 2 cores"
     for answer in (
         world.change(prefill=1, decode=1),
-        world.change(turn="decode-0", role="decode"),
+        world.change(engine="decode-0", role="decode"),
     ):
         assert (answer.error, answer.is_done) == ("", True)
         assert answer.notes == ["there is nothing to do: the engines are as you want them"]
@@ -287,8 +287,8 @@ def test_a_dry_run_and_what_is_there_already_do_nothing(tmp_path: Path) -> None:
     [
         ({"decode": 0}, "PD102 decode.replicas: 1 prefill engine, but no decode engine"),
         ({"prefill": 0, "decode": 0}, "no engine would be left"),
-        ({"turn": "decode-0", "role": "prefill"}, "PD102"),
-        ({"turn": "decode-4", "role": "prefill"}, "there is no engine decode-4; there are: "),
+        ({"engine": "decode-0", "role": "prefill"}, "PD102"),
+        ({"engine": "decode-4", "role": "prefill"}, "there is no engine decode-4; there are: "),
         ({"prefill": 9999}, "prefill=9999 is no number of engines"),
     ],
 )
@@ -312,7 +312,7 @@ def test_of_a_role_those_that_do_not_serve_go_first_and_never_the_last_one_that_
     world.exit("decode-0", 1)
     assert world.plan_of(decode=1, dry_run=True).stops == ["decode-0", "decode-1"]
     world.ask(drain("prefill-0"))
-    answer = world.change(turn="decode-2", role="prefill")
+    answer = world.change(engine="decode-2", role="prefill")
     assert "decode-2: no other engine serves" in answer.error
     assert not world.draining()
 
@@ -404,7 +404,7 @@ def test_a_new_engine_that_fails_is_taken_back(
 
 def test_a_turned_engine_that_does_not_start_is_told_to_be_gone(tmp_path: Path) -> None:
     world = Changing(tmp_path, decode={"replicas": 2})
-    world.change(turn="decode-1", role="prefill")
+    world.change(engine="decode-1", role="prefill")
     world.leave("decode-1")
     world.exit("prefill-1", 1)
     world.exit("prefill-1/rank-0", -15)
@@ -414,7 +414,7 @@ def test_a_turned_engine_that_does_not_start_is_told_to_be_gone(tmp_path: Path) 
 
 def test_a_new_engine_whose_host_is_lost_before_its_start_waits_for_it(tmp_path: Path) -> None:
     world = Changing(tmp_path, decode={"replicas": 2})
-    world.change(turn="decode-1", role="prefill")
+    world.change(engine="decode-1", role="prefill")
     world.supervisor.places.lost("local", None)
     world.leave("decode-1")
     world.supervisor.places.joined(world.placed("prefill-1").host)

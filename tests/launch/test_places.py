@@ -193,7 +193,7 @@ def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
     deployment = Deployment(machine, **SPREAD, model=tiny, prefill={"replicas": 2})
     for engine in ("prefill-0", "prefill-1"):
         (before,) = (one for one in deployment.launch.engines if one.name == engine)
-        wanted = ChangeEngines(question=1, turn=engine, role="decode")
+        wanted = ChangeEngines(question=1, engine=engine, role="decode")
         change = deployment.places.plan(wanted, deployment.serving, ())
         (turned,) = change.starts
         assert (turned.name, turned.host.name) == ("decode-1", before.host.name)

@@ -220,11 +220,14 @@ SHOWN = msgspec.to_builtins(PLAN)
 
 
 async def test_a_scale_is_answered_when_it_is_done(admin_stand: AdminStand) -> None:
-    scaled = call(admin_stand, "scale", prefill=2, decode=1, drain_timeout_s=12)
+    replicas: dict[Any, int] = {"prefill": 2, "decode": 1}
+    scaled = call(admin_stand, "scale", replicas=replicas, drain_timeout_s=12)
     wanted = await asked(admin_stand)
-    replicas = {"prefill": 2, "decode": 1}
     assert wanted == ChangeEngines(
-        question=wanted.question, expires_at=wanted.expires_at, replicas=replicas, drain_s=12.0
+        question=wanted.question,
+        expires_at=wanted.expires_at,
+        replicas=replicas,
+        drain_timeout_s=12.0,
     )
     answer(admin_stand, wanted, change=PLAN, notes=["PD412"], is_done=False)
     await asyncio.sleep(0)
@@ -239,7 +242,7 @@ async def test_a_dry_run_says_what_runs_at_engines_that_would_stop(admin_stand: 
         dry = call(admin_stand, "role", engine="decode-1", role="prefill", dry_run=True)
         wanted = await asked(admin_stand)
         assert isinstance(wanted, ChangeEngines)
-        assert (wanted.turn, wanted.role, wanted.dry_run) == ("decode-1", "prefill", True)
+        assert (wanted.engine, wanted.role, wanted.dry_run) == ("decode-1", "prefill", True)
         answer(admin_stand, wanted, change=PLAN)
         status, body = await dry
     assert (status, body["dry_run"], body["change"]["stops"]) == (200, True, {"decode-1": 1})
@@ -249,10 +252,10 @@ async def test_a_dry_run_says_what_runs_at_engines_that_would_stop(admin_stand: 
     ("command", "body"),
     [
         ("scale", {}),
-        ("scale", {"decode": -1}),
-        ("scale", {"decode": 1.5}),
-        ("scale", {"deocde": 1}),
-        ("scale", {"decode": 1, "drain_timeout_s": -1}),
+        ("scale", {"replicas": {"decode": 1.5}}),
+        ("scale", {"replicas": {"deocde": 1}}),
+        ("scale", {"decode": 1}),
+        ("scale", {"replicas": {"decode": 1}, "drain_timeout_s": -1}),
         ("role", {"engine": "decode-0"}),
         ("role", {"engine": "decode-0", "role": "router"}),
         ("drain", {}),

@@ -96,7 +96,6 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
         guard=Guard(
             spec.bind_address,
             allowed_hosts=(*spec.allowed_hosts, spec.advertise_address),
-            cors_origins=spec.cors_origins,
         ),
         check_key=bearer_check(
             keys,

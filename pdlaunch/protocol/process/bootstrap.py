@@ -53,7 +53,6 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: float
     admin_api_key: str | None = None  # none: commands come over the admin socket alone
     allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
     kept_requests: int = 500  # ended requests that ``pdlaunch trace`` can show
     page: bool = True
     routing: RoutingPolicy = "load"
