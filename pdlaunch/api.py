@@ -7,13 +7,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from pydantic import SecretStr
 
-from pdlaunch.checks.probed import probe_files, probe_ports
+from pdlaunch.checks.probed import probe_launch
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.config import sources
 from pdlaunch.config.model_files.download import fetch_part
@@ -64,8 +63,8 @@ def check(config: LoadedConfig) -> Report:
     found: each has a rule's code, a severity, a message and a fix.
     """
     resolved = _resolve(config)
-    probes = replace(probe_files(resolved), ports=probe_ports(resolved))
-    return run_checks(resolved, config.origins, probes, rules=kind_of(resolved).rules())
+    rules = kind_of(resolved).rules()
+    return run_checks(resolved, config.origins, probe_launch(resolved), rules=rules)
 
 
 def plan(config: LoadedConfig) -> Plan:
@@ -77,7 +76,8 @@ def plan(config: LoadedConfig) -> Plan:
     resolved = _resolve(config)
     resolved.require_startable()
     rules = kind_of(resolved).rules()
-    errors = run_checks(resolved, config.origins, probe_files(resolved), rules=rules).errors
+    probes = probe_launch(resolved, with_ports=False)
+    errors = run_checks(resolved, config.origins, probes, rules=rules).errors
     if errors:
         found = "; ".join(f"{error.rule} {error.where}: {error.message}" for error in errors)
         raise ConfigError(found, field=errors[0].where, fix=errors[0].fix)

@@ -55,21 +55,9 @@ def _small_shm(context: Context) -> str:
 
 def _ports(context: Context) -> Iterator[Found]:
     for listener in context.launch.listeners:
-        state = (context.probes.ports or {}).get((listener.host, listener.port))
-        port = f"port {listener.port} of {listener.host} for the {listener.name}"
-        match state.problem if state is not None else None:
-            case None:
-                pass
-            case "busy":
-                yield Found(f"{port} is busy", listener.where)
-            case "privileged":
-                fix = "Choose a port from 1024 on."
-                yield Found(f"{port} needs privileges", listener.where, fix)
-            case _:
-                assert state is not None
-                message = f"the {listener.name} cannot listen on {listener.host!a}: {state.detail}"
-                fix = "Use 127.0.0.1 for this machine alone, or 0.0.0.0 for all its addresses."
-                yield Found(message, "host", fix)
+        if problem := (context.probes.ports or {}).get((listener.host, listener.port)):
+            port = f"port {listener.port} of {listener.host} for the {listener.name}"
+            yield Found(f"{port} cannot be used: {problem}", listener.where)
 
 
 def _local_addresses(context: Context) -> Iterator[Found]:
@@ -111,13 +99,6 @@ def _unlike_hosts(context: Context) -> Iterator[Found]:
 
 # fmt: off
 RULES = (
-    error("PD400", "This system is not Linux.",
-        "Processes, shared memory and devices are handled in ways that only Linux has; "
-        "check-config works everywhere.",
-        over=lambda context: [context.machine], when=lambda machine: machine.system != "Linux",
-        at="system", message="serve needs Linux, this is {0.system}",
-        fix="Run serve on Linux, in a container or a virtual machine.",
-        source="Supported platforms.", needs=("system",), on_vllm=True),
     warning("PD409", "Mooncake's sockets admit every process of this machine.",
         "Each rank listens on two ports without authentication. pdlaunch binds them to the "
         "loopback device; a process of this machine could still read and write KV blocks.",
@@ -165,7 +146,8 @@ RULES = (
         "Another process listens there, the port is for root (below 1024), or the host is no "
         "address of this machine.",
         when=_ports,
-        fix="Choose another port, or stop that process; `ss -ltnp` shows which one it is.",
+        fix="Choose another port from 1024 on, or stop the process that holds it (`ss -ltnp`); of "
+        "host, use 127.0.0.1 for this machine alone, or 0.0.0.0 for all its addresses.",
         source="bind() and getaddrinfo().", needs=("ports",), on_vllm=True),
     error("PD424", "Peers on other hosts cannot reach a host.",
         "To a peer on another host, localhost and 0.0.0.0 mean its own machine: every pull fails.",

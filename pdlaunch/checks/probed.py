@@ -11,7 +11,7 @@ from pathlib import PurePath
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.availability import PortState, probe_port
+from pdlaunch.machine.availability import probe_port
 from pdlaunch.machine.engine_commands import EngineCommand, find_engine_command
 from pdlaunch.machine.host import missing_modules
 from pdlaunch.planning.models import weight_error
@@ -95,7 +95,8 @@ class SeenDeployment:
 class Probes:
     """Holds what was probed for one check; None where nobody looked."""
 
-    ports: Mapping[tuple[str, int], PortState] | None = None
+    ports: Mapping[tuple[str, int], str] | None = None
+    """Why an address cannot be listened on, by host and port; empty: it can."""
     missing_extras: Mapping[str, str] | None = None
     """Maps an extra of pdlaunch to the first of its modules that this Python does not find."""
     weight_errors: Mapping[Role, ConfigError] | None = None
@@ -114,29 +115,26 @@ EXTRAS = {
 """Modules of the extras that settings or a model can ask for."""
 
 
-def probe_files(resolved: ResolvedLaunch) -> Probes:
-    """Look at the files of weights and executables, and for the packages of extras."""
+def probe_launch(resolved: ResolvedLaunch, *, with_ports: bool = True) -> Probes:
+    """Look at weights, executables and ports on this host, and for the packages of extras."""
     weight_errors = {
         role: error
         for role, engines in resolved.roles.items()
         if engines.settings.load_format != "dummy"
         and (error := weight_error(engines.model)) is not None
     }
+    here = (resolved.hosts[0].name, LOCAL)
+    ports = {
+        (item.host, item.port): probe_port(item.host, item.port)
+        for item in (resolved.listeners if with_ports else ())
+        if item.on in here
+    }
     return Probes(
+        ports=ports if with_ports else None,
         missing_extras=missing_modules(EXTRAS),
         weight_errors=weight_errors,
         engine_commands=_engine_commands(resolved),
     )
-
-
-def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState]:
-    """Look whether the ports of the launch on this host are free."""
-    here = resolved.hosts[0].name
-    return {
-        (item.host, item.port): probe_port(item.host, item.port)
-        for item in resolved.listeners
-        if item.on in (here, LOCAL)
-    }
 
 
 def _engine_commands(resolved: ResolvedLaunch) -> dict[Role, dict[str, EngineCommand]]:

@@ -69,7 +69,6 @@ class Report:
 
     findings: tuple[Finding, ...]  # errors first, then warnings and infos; by code
     not_checked: tuple[NotChecked, ...]
-    rules: tuple[Rule, ...]  # the rules that were applied, those not checked included
     resolved: Mapping[str, object]  # the values that were judged; plain JSON without secrets
 
     @property
@@ -100,10 +99,9 @@ def run_checks(
         host.name: make_context(launch.on_host(host), origins, probes)
         for host in (launch.engine_hosts if launch.spans_hosts else ())
     }
-    applied = tuple(rule for rule in rules if rule.code.startswith(family))
     findings: list[Finding] = []
     not_checked: list[NotChecked] = []
-    for rule in applied:
+    for rule in (rule for rule in rules if rule.code.startswith(family)):
         # A rule about machines judges each host with its own engines; others see the launch once.
         contexts = (hosts if rule.is_of_machine else whole) or whole
         findings += _of_hosts({name: rule.apply(one) for name, one in contexts.items()})
@@ -115,7 +113,7 @@ def run_checks(
             reason = f"{on}{first.missing[missing[0]]}"
             not_checked.append(NotChecked(rule.code, rule.title, missing, reason))
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
-    return Report(tuple(findings), tuple(not_checked), applied, effective_values(launch))
+    return Report(tuple(findings), tuple(not_checked), effective_values(launch))
 
 
 def _of_hosts(found: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:

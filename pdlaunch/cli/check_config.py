@@ -4,14 +4,13 @@ shows why a rule exists, and how to fix its findings.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.checks.probed import Probes, probe_files, probe_ports
+from pdlaunch.checks.probed import Probes, probe_launch
 from pdlaunch.checks.run import all_rules, family, run_checks
 from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.findings import StrictOption, print_report, refuse_input
@@ -51,9 +50,7 @@ def check_config(
     read = read_models if is_this else read_models_elsewhere
     models = read(loaded.config, fetch_part)
     resolved = resolve_on(loaded.config, hosts, judged.environ, models)
-    probes = Probes()
-    if is_this:
-        probes = replace(probe_files(resolved), ports=probe_ports(resolved))
+    probes = probe_launch(resolved) if is_this else Probes()
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     print_report(report, output, strict=strict, assumed=judged.assumed)
 

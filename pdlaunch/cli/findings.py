@@ -44,7 +44,7 @@ def refuse_input(error: ConfigError, output: Format) -> NoReturn:
     if isinstance(error, InvalidConfigError):
         found = error.problems
     if output != "table":
-        _print_json(Report(tuple(map(_finding_of, found)), (), (), {}), ok=False)
+        _print_json(Report(tuple(map(_finding_of, found)), (), {}), ok=False)
     for problem in found:
         say(f"error: {problem}", "red")
     raise typer.Exit(EXIT_UNUSABLE)

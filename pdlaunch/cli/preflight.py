@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from pdlaunch.checks.probed import PairTransport, Probes, probe_files
+from pdlaunch.checks.probed import PairTransport, Probes
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
@@ -82,17 +82,14 @@ def refuse_running_engines(config: LaunchConfig) -> None:
 def refuse_errors(
     resolved: ResolvedLaunch,
     origins: Mapping[str, Origin],
-    *,
-    elsewhere: bool = False,
+    probes: Probes,
     undone: str = "not started",
 ) -> None:
     """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
 
-    ``elsewhere``: the launch is for another machine, which cannot be probed here.
     ``undone``: the action that is refused.
     """
-    probes, rules = Probes() if elsewhere else probe_files(resolved), kind_of(resolved).rules()
-    report = run_checks(resolved, origins, probes, rules=rules)
+    report = run_checks(resolved, origins, probes, rules=kind_of(resolved).rules())
     for finding in report.findings:
         if finding.severity != "info":
             say_finding(finding)

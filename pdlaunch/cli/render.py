@@ -14,6 +14,7 @@ import typer
 import yaml
 
 from pdlaunch import __version__
+from pdlaunch.checks.probed import Probes
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.cli.preflight import (
@@ -139,7 +140,7 @@ def _placed(
     resolved = resolve_on(config, hosts, judged.environ, read(config, fetch_part))
     # A launch that cannot start here cannot start on pods either.
     resolved.require_startable()
-    refuse_errors(resolved, loaded.origins, elsewhere=True, undone="not rendered")
+    refuse_errors(resolved, loaded.origins, Probes(), undone="not rendered")
     _require_mounted(resolved, options)
     return PodLaunch(
         options, placed, resolved, engine_groups(resolved, machines), _to_yaml([placed.settings])

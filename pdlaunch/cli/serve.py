@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pdlaunch.checks.probed import Probes, probe_launch
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import (
     Agents,
@@ -51,7 +52,7 @@ from pdlaunch.launch.client.admin import launch_api, read_status
 from pdlaunch.launch.engines.plan import plan_processes
 from pdlaunch.launch.folders import new_launch_id, new_log_dir
 from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
-from pdlaunch.launch.ports import check_engine_ports, listening
+from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.effective import effective_engines, effective_hosts
 from pdlaunch.planning.hosts import planned_hosts
@@ -94,7 +95,9 @@ def serve(
         judged = judged_machine(assume, loaded.config)
         if dry_run:
             resolved = _resolve(loaded, judged, None)[0]
-            refuse_errors(resolved, loaded.origins, elsewhere=judged.assumed is not None)
+            is_this = judged.assumed is None
+            probes = probe_launch(resolved, with_ports=False) if is_this else Probes()
+            refuse_errors(resolved, loaded.origins, probes)
             print_plan(resolved, output)
             return
         check_platform()
@@ -134,9 +137,8 @@ def _launch(loaded: LoadedConfig, judged: Judged, lifeline: int | None) -> Launc
             log_dir = new_log_dir(config, launch_id)
             agents = stack.enter_context(joined_agents(config, os.environ, log_dir))
         resolved, models = _resolve(loaded, judged, agents)
-        refuse_errors(resolved, loaded.origins)
         # Before anything is started, so that a taken port costs no start.
-        check_engine_ports(resolved)
+        refuse_errors(resolved, loaded.origins, probe_launch(resolved))
         listeners = stack.enter_context(listening(config.host, config.port))
         # After all checks, so that a refused launch downloads nothing.
         fetch_weights(config, models, fetch_part)

@@ -8,11 +8,8 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
-import psutil
-
 from pdlaunch.errors import StartupError
-from pdlaunch.machine.availability import probe_port, why_not_listening
-from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.machine.availability import why_not_listening
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
 
 
@@ -41,49 +38,8 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
                 listeners.append(stack.enter_context(listener))
                 listener.setblocking(False)
         except (OSError, UnicodeError, ValueError) as error:
-            raise StartupError(_explain(host, port, error)) from error
-        yield listeners
-
-
-def check_engine_ports(resolved: ResolvedLaunch) -> None:
-    """Raise StartupError naming the setting when an engine's port on this host is not free."""
-    here = resolved.hosts[0].name
-    for address in (each for each in resolved.engine_addresses if each.on == here):
-        port = address.port
-        state = probe_port(address.host, port)
-        if state.problem:
-            reason = f"busy{_holder(port)}" if state.problem == "busy" else state.detail
             raise StartupError(
-                f"port {port} of {address.host} cannot be used: {reason}; free it, or choose "
-                f"other ones with {address.where}"
-            )
-
-
-def _explain(host: str, port: int, error: OSError | UnicodeError | ValueError) -> str:
-    """Say what is wrong with an address, and what to do."""
-    match why_not_listening(error).problem:
-        case "busy":
-            return (
-                f"port {port} of {host} is busy{_holder(port)}; free it, or choose another one "
-                "with --port"
-            )
-        case "privileged":
-            return f"port {port} needs privileges; choose one from 1024 on with --port"
-        case "not here" | "unknown host":
-            return f"host {host} is no address of this machine; choose another one with --host"
-        case _:
-            reason = getattr(error, "strerror", None) or error
-            return (
-                f"cannot listen on {host}:{port}: {reason}; free the port or choose another with "
-                "--host and --port"
-            )
-
-
-def _holder(port: int) -> str:
-    """Return who holds a busy port, where the system says so."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for each in psutil.net_connections(kind="tcp"):
-            listens = each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port
-            if listens and each.pid:
-                return f" (held by {psutil.Process(each.pid).name()}, pid {each.pid})"
-    return ""
+                f"port {port} of {host} cannot be used: {why_not_listening(port, error)}; free "
+                "it, or choose another address with --host and --port"
+            ) from error
+        yield listeners

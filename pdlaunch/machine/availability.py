@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
-PortProblem = Literal["busy", "privileged", "not here", "unknown host", "other"]
-
-_PROBLEMS: Mapping[int, PortProblem] = {
-    errno.EADDRINUSE: "busy",
-    errno.EACCES: "privileged",
-    errno.EADDRNOTAVAIL: "not here",
-}
+import psutil
 
 
-@dataclass(frozen=True, slots=True)
-class PortState:
-    """Says whether an address can be listened on."""
-
-    problem: PortProblem | None = None
-    detail: str = ""
-
-
-def probe_port(host: str, port: int) -> PortState:
-    """Return whether an address can be listened on; port 0 (a free one) only asks for the host."""
+def probe_port(host: str, port: int) -> str:
+    """Return why an address cannot be listened on; empty: it can. Port 0 only asks for the host."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # A name may have several addresses, and a server listens at all of them.
@@ -36,13 +20,30 @@ def probe_port(host: str, port: int) -> PortState:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
     except (OSError, UnicodeError, ValueError) as error:
-        return why_not_listening(error)
-    return PortState()
+        return why_not_listening(port, error)
+    return ""
 
 
-def why_not_listening(error: OSError | UnicodeError | ValueError) -> PortState:
+def why_not_listening(port: int, error: OSError | UnicodeError | ValueError) -> str:
     """Return what the error says of an address at which nobody could listen."""
-    detail = getattr(error, "strerror", None) or str(error)
     if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
-        return PortState("unknown host", detail)
-    return PortState(_PROBLEMS.get(error.errno or 0, "other"), detail)
+        return "it is no address of this machine"
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"it is busy{_holder(port)}"
+        case errno.EACCES:
+            return "it needs privileges, unlike those from 1024 on"
+        case errno.EADDRNOTAVAIL:
+            return "it is no address of this machine"
+        case _:
+            return error.strerror or str(error)
+
+
+def _holder(port: int) -> str:
+    """Return who holds a busy port, where the system says so."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for each in psutil.net_connections(kind="tcp"):
+            listens = each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port
+            if listens and each.pid:
+                return f" (held by {psutil.Process(each.pid).name()}, pid {each.pid})"
+    return ""

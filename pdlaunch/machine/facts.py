@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Fact = Literal[
-    "system",
     "cpus",
     "memory",
     "gpus",

@@ -70,17 +70,13 @@ def missing_modules(extras: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     missing: dict[str, str] = {}
     for extra, modules in extras.items():
         for module in modules:
-            if not is_installed(module):
+            try:
+                is_found = importlib.util.find_spec(module) is not None
+            except (ImportError, ValueError, AttributeError):
+                is_found = False
+            if not is_found:
                 missing.setdefault(extra, module)
     return missing
-
-
-def is_installed(module: str) -> bool:
-    """Return whether a module is found, without importing it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError, AttributeError):
-        return False
 
 
 def recorded_environ(environ: Mapping[str, str]) -> dict[str, str]:

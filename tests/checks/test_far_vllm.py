@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.checks.probed import probe_files
+from pdlaunch.checks.probed import probe_launch
 from pdlaunch.checks.run import run_checks
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.engine_commands import EngineCommand
@@ -29,7 +29,9 @@ def launch_on(a: Told, b: Told, **config: object) -> ResolvedLaunch:
 
 
 def findings(launch: ResolvedLaunch, *codes: str) -> list[str]:
-    report = run_checks(launch, {}, probe_files(launch), rules=kind_of(launch).rules())
+    report = run_checks(
+        launch, {}, probe_launch(launch, with_ports=False), rules=kind_of(launch).rules()
+    )
     return [f"{each.rule} {each.message}" for each in report.findings if each.rule in codes]
 
 

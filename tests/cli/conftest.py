@@ -7,7 +7,6 @@ import pytest
 
 from pdlaunch.checks import probed
 from pdlaunch.cli import preflight
-from pdlaunch.machine.availability import PortState
 from tests.checks.contexts import CPU, TINY
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
@@ -33,7 +32,7 @@ def check(model, monkeypatch):
     """Run check-config on a healthy machine with a free port."""
     monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
     monkeypatch.setattr(preflight, "probe_machine", lambda: CPU)
-    monkeypatch.setattr(probed, "probe_port", lambda host, port: PortState())
+    monkeypatch.setattr(probed, "probe_port", lambda host, port: "")
 
     def run(*arguments, columns="80", **environ):
         arguments = ["check-config", *map(str, arguments)]

@@ -15,7 +15,6 @@ from typer.testing import Result
 from pdlaunch.checks import probed
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.settings import all_flags
-from pdlaunch.machine.availability import PortState
 from pdlaunch.machine.profiles import PROFILES
 from tests.checks.contexts import TINY
 from tests.command_line import invoke
@@ -73,15 +72,18 @@ def test_weights_that_are_cut_off_or_missing(check: Check, model: Path) -> None:
 
 
 def test_busy_ports_are_named(check: Check, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = {port: PortState("busy") for port in (9000, 9101)}
-    monkeypatch.setattr(probed, "probe_port", lambda host, port: states.get(port, PortState()))
+    problems = dict.fromkeys((9000, 9101), "it is busy")
+    monkeypatch.setattr(probed, "probe_port", lambda host, port: problems.get(port, ""))
     result = check("--port", 9000)
     assert result.exit_code == 1
     assert "port 9000" in result.stdout
     path = file("engine_api_key: k\ndecode: {port: 9100, replicas: 2}\n")
     result = check(path, columns="200")
     assert result.exit_code == 1
-    assert "port 9101 of 127.0.0.1 for the server of decode-1 is busy" in result.stdout
+    assert (
+        "port 9101 of 127.0.0.1 for the server of decode-1 cannot be used: it is busy"
+        in result.stdout
+    )
 
 
 def test_the_cliff_of_expandable_segments(check: Check) -> None:

@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.ports import check_engine_ports, listening
-from pdlaunch.machine.facts import Machine
-from pdlaunch.planning.resolve import resolve
+from pdlaunch.launch.ports import listening
 
 HAS_IPV6 = socket.has_ipv6 and Path("/proc/net/if_inet6").exists()
 
@@ -23,20 +20,14 @@ HAS_IPV6 = socket.has_ipv6 and Path("/proc/net/if_inet6").exists()
 def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
     with listening("127.0.0.1", 0) as (listener,):
         port = listener.getsockname()[1]
-        expected = rf"port {port} of 127.0.0.1 .*pid {os.getpid()}\); .*--port"
+        expected = rf"port {port} of 127.0.0.1 .*busy.*pid {os.getpid()}\); .*--port"
         with pytest.raises(StartupError, match=expected), listening("127.0.0.1", port):
             pass
-        config = LaunchConfig.model_validate(
-            {"port": 0, "engine_api_key": "k", "decode": {"port": port, "replicas": 2}}
-        )
-        with pytest.raises(StartupError, match=rf"port {port} of 127.0.0.1 .*busy.*decode.port"):
-            check_engine_ports(resolve(config, {"here": Machine()}, {}))
-    check_engine_ports(resolve(LaunchConfig(), {"here": Machine()}, {}))
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 300])
 def test_a_foreign_address_is_refused(host: str) -> None:
-    expected = rf"{host} is no address of this machine.*--host"
+    expected = rf"{host} .*it is no address of this machine.*--host"
     with pytest.raises(StartupError, match=expected), listening(host, 0):
         pass
 

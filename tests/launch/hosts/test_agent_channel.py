@@ -29,7 +29,7 @@ from pdlaunch.launch.hosts.agent_messages import (
     to_agent,
 )
 from pdlaunch.launch.hosts.join import JoinKeys, JoinTicket, new_join_keys
-from pdlaunch.machine.availability import PortState, probe_port
+from pdlaunch.machine.availability import probe_port
 from pdlaunch.machine.facts import Machine
 from pdlaunch.protocol.sockets import SecureContext
 from tests.e2e.waiting import await_true
@@ -102,8 +102,7 @@ def die(channel: AgentChannel) -> None:
     channel._agents.clear()
     channel.close()
     # ZMQ closes the socket in a thread of its own.
-    free = PortState()
-    await_true(lambda: probe_port("127.0.0.1", port_of(channel)) == free, "the port is free")
+    await_true(lambda: not probe_port("127.0.0.1", port_of(channel)), "the port is free")
 
 
 class Agent:
