@@ -109,6 +109,9 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
 
     # In EngineCore
 
+    def on_new_request(self, request: Any) -> None:
+        self._scheduling.added(request)
+
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
@@ -134,8 +137,13 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         # A prompt that ended with its first token needs no decode, one that was aborted has none.
-        is_prefilled = request.status.name == "FINISHED_LENGTH_CAPPED"
-        params = self._scheduling.finished(request, block_ids, is_prefilled=is_prefilled)
+        status = request.status.name
+        params = self._scheduling.finished(
+            request,
+            block_ids,
+            is_prefilled=status == "FINISHED_LENGTH_CAPPED",
+            has_stopped=status in ("FINISHED_STOPPED", "FINISHED_REPETITION"),
+        )
         return params is not None, params
 
     # In the workers
@@ -265,6 +273,7 @@ def _shape_of(group: Any) -> GroupShape:
         block_size=spec.block_size,
         window=window_of(one) if drops else None,
         in_chunks=kind.startswith("ChunkedLocalAttention"),
+        is_state=kind.startswith("Mamba"),
     )
 
 

@@ -24,7 +24,10 @@ from pdlaunch.transfer.handshake import heads_of_rank
 from pdlaunch.transfer.regions import KVRegions
 
 # Kinds of layers, by the beginning of the names of their specs, whose pages are handed over.
-_KINDS = ("FullAttention", "MLAAttention", "SlidingWindow", "ChunkedLocalAttention", "RSWA")
+_KINDS = (
+    *("FullAttention", "MLAAttention", "SlidingWindow", "ChunkedLocalAttention", "RSWA"),
+    "Mamba",  # from 0.27 on one tensor; a list of them before
+)
 
 
 class UnknownLayout(Exception):
@@ -180,7 +183,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def _describe_group(layers: list[_Layer]) -> str:
     spec = layers[0].spec
-    window = window_of(spec) or "full"
+    window = window_of(spec) or ("state" if hasattr(spec, "mamba_type") else "full")
     return f"{window}: {len(layers)} layers of {spec.block_size} tokens"
 
 

@@ -6,6 +6,9 @@
     decode    matched: a prompt of a prefill engine ──> blocks ──> StartPull ──> received, or failed
               nothing to pull (all is cached, aborted) ──> StartPull without blocks: ends the lease
 
+A state, of a state space or of a convolution, stands for all tokens before it, and decode computes
+the last prompt token itself. So prefill leaves that token out for models that keep states.
+
 Commands go to all workers with the metadata of the next step. vLLM always takes one more step after
 a request has ended.
 """
@@ -40,6 +43,7 @@ class GroupShape:
     block_size: int
     window: int | None  # blocks in front of it are given back; None keeps all
     in_chunks: bool = False  # the window begins anew behind each chunk
+    is_state: bool = False  # only the last block counts: it stands for all tokens
 
     def loses_context(self, num_tokens: int) -> bool:
         """Return whether the last of ``num_tokens`` needs a block that both engines give back once
@@ -71,9 +75,11 @@ class Scheduling:
         self._tp_size = tp_size
         self._root = root_hash(setup.model_digest)
         self._hash_tokens = min(group.block_size for group in groups)
+        self._keeps_states = any(group.is_state for group in groups)
         self._commands: list[TransferCommand] = []
         # Requests for which a lease was used: they are computed here from then on, if need be.
         self._asked: set[str] = set()
+        self._shortened: set[str] = set()  # prompts without their last token
         self._loading: set[str] = set()  # requests whose blocks workers are pulling
         self._visits = count()
 
@@ -81,13 +87,31 @@ class Scheduling:
         commands, self._commands = self._commands, []
         return commands
 
+    def added(self, request: Any) -> None:
+        """Leave out the last token of a prompt that is to be lent with a state, as vLLM's own
+        connectors do. The token that prefill draws then is nobody's: decode draws the first one.
+        """
+        if (
+            self._keeps_states
+            and request.num_prompt_tokens > 1
+            and self._may_lend(request)
+            # Decode computes such a prompt whole, for its log probabilities.
+            and not request.skip_reading_prefix_cache
+        ):
+            del request.prompt_token_ids[-1:], request._all_token_ids[-1:]
+            request.num_prompt_tokens -= 1
+            request.max_tokens = 1
+            self._shortened.add(request.request_id)
+
     def num_matched(self, request: Any, num_cached: int) -> int:
         """Return how many prompt tokens can be pulled behind ``num_cached`` cached ones."""
         if request.request_id in self._asked or self._remote(request) is None:
             return 0
-        num_tokens = int(request.num_prompt_tokens)
+        num_tokens = self._num_lent(request)
         # vLLM computes the last prompt token again.
-        if any(group.loses_context(num_tokens) for group in self._groups):
+        if not self._keeps_states and any(
+            group.loses_context(num_tokens) for group in self._groups
+        ):
             return 0
         return max(0, num_tokens - num_cached)
 
@@ -105,17 +129,25 @@ class Scheduling:
             self._pull(request, remote, None, 0)
             return
         self._loading.add(request.request_id)
-        self._pull(request, remote, tables, request.num_prompt_tokens - num_external_tokens)
+        self._pull(request, remote, tables, self._num_lent(request) - num_external_tokens)
 
     def received(self, request_ids: Sequence[str]) -> None:
         """Record that workers have nothing to do with the blocks of these requests any more."""
         self._loading.difference_update(request_ids)
 
     def finished(
-        self, request: Any, tables: Sequence[Sequence[int]], *, is_prefilled: bool
+        self,
+        request: Any,
+        tables: Sequence[Sequence[int]],
+        *,
+        is_prefilled: bool,
+        has_stopped: bool = False,
     ) -> dict[str, Any] | None:
         """Return the ``kv_transfer_params`` of a prompt whose blocks stay until their lease ends;
         None: they are free at once.
+
+        ``is_prefilled``: it has the one token that was asked for; ``has_stopped``: that token ended
+        the answer.
         """
         request_id, remote = request.request_id, self._remote(request)
         if remote is not None:
@@ -125,11 +157,20 @@ class Scheduling:
                 self._pull(request, remote, None, 0)  # the lease still ends
             self._asked.discard(request_id)
             return None
-        if not (
-            is_prefilled and request.prompt_token_ids and self._params(request).do_remote_decode
-        ):
-            return None
-        return self._lend(request, tables)
+        if self._keeps_states:
+            # Its token is nobody's, and ends nothing.
+            lends = request_id in self._shortened and (is_prefilled or has_stopped)
+            self._shortened.discard(request_id)
+        else:
+            lends = is_prefilled and self._may_lend(request)
+        return self._lend(request, tables) if lends else None
+
+    def _may_lend(self, request: Any) -> bool:
+        return bool(request.prompt_token_ids) and self._params(request).do_remote_decode
+
+    def _num_lent(self, request: Any) -> int:
+        """Return how many tokens of a prompt a prefill engine has computed, for decode."""
+        return int(request.num_prompt_tokens) - int(self._keeps_states)
 
     def _lend(self, request: Any, tables: Sequence[Sequence[int]]) -> dict[str, Any]:
         num_tokens, lease_s = request.num_prompt_tokens, self._settings.lease_s
@@ -140,7 +181,7 @@ class Scheduling:
                 lease_id=lease_id,
                 block_ids=blocks,
                 first_block_index=firsts,
-                block_hashes=self._hashes(request),
+                block_hashes=self._hashes(request, num_tokens),
                 num_tokens=num_tokens,
                 num_readers=1,
                 lease_s=lease_s,
@@ -169,9 +210,10 @@ class Scheduling:
         firsts = [0] * len(blocks)
         # Of its own: vLLM tells of requests that it refuses under the ids that clients chose.
         pull_id = f"visit-{next(self._visits)}"
+        num_tokens = self._num_lent(request)
         if tables is not None:
             pull_id = request.request_id
-            blocks, firsts = self._blocks_of(tables, num_cached, request.num_prompt_tokens)
+            blocks, firsts = self._blocks_of(tables, num_cached, num_tokens)
         self._commands.append(
             StartPull(
                 pull_id=PullId(pull_id),
@@ -179,8 +221,8 @@ class Scheduling:
                 remote=remote,
                 block_ids=blocks,
                 first_block_index=firsts,
-                block_hashes=self._hashes(request),
-                num_tokens=request.num_prompt_tokens,
+                block_hashes=self._hashes(request, num_tokens),
+                num_tokens=num_tokens,
                 timeout_s=self._settings.pull_timeout_s,
                 num_attempts=self._settings.pull_attempts,
             )
@@ -200,21 +242,26 @@ class Scheduling:
         blocks, firsts = [], []
         for group, table in zip(self._groups, tables, strict=True):
             last = -(-num_tokens // group.block_size)
-            first = min(num_before // group.block_size, last)
+            first = last - 1 if group.is_state else min(num_before // group.block_size, last)
             while first < last and table[first] == NULL_BLOCK:
                 first += 1
             blocks.append(list(table[first:last]))
             firsts.append(first)
         return blocks, firsts
 
-    def _hashes(self, request: Any) -> list[bytes]:
-        """Return the chained hashes of a prompt's tokens, and of what else its KV depends on."""
+    def _hashes(self, request: Any, num_tokens: int) -> list[bytes]:
+        """Return the chained hashes of a prompt's first tokens, and of what else their KV depends
+        on.
+        """
         lora = "" if request.lora_request is None else request.lora_request.lora_name
         inputs = [f"{each.identifier}@{each.mm_position.offset}" for each in request.mm_features]
+        # The state of a longer prompt is another one, though its first tokens are the same.
+        more = [f"{num_tokens} tokens"] if self._keeps_states else []
         root = self._root
-        if lora or inputs:
-            root = root_hash(self._setup.model_digest, cache_salt="\n".join((lora, *inputs)))
-        tokens = list(request.prompt_token_ids or ())
+        if lora or inputs or more:
+            salt = "\n".join((lora, *inputs, *more))
+            root = root_hash(self._setup.model_digest, cache_salt=salt)
+        tokens = list(request.prompt_token_ids or ())[:num_tokens]
         return TokenHasher(root, self._hash_tokens).prompt_hashes(tokens, len(tokens))
 
     def _remote(self, request: Any) -> RemoteKV | None:

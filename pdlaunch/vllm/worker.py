@@ -157,14 +157,13 @@ class Worker:
             )
         )
         transfer.wait_started(START_TIMEOUT_S)
-        first = layout.kv.places[0]
+        firsts = [layout.kv.places[group[0]] for group in layout.kv.groups]
         _logger.info(
-            "KV blocks: %s; %d regions of %d blocks, the first one at %#x, %d bytes apart",
+            "KV blocks: %s; %d regions of %d blocks, the first of each group at %s",
             layout.pages,
             len(layout.kv.regions),
             layout.kv.num_blocks,
-            first.address,
-            first.stride_bytes,
+            "; ".join(f"{each.address:#x}, {each.stride_bytes} bytes apart" for each in firsts),
         )
         self._transfer = transfer
         transfer.update_registry(self._peers)

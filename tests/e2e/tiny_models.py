@@ -48,10 +48,14 @@ def make_tiny_model(
     vocab_size: int = VOCAB_SIZE,
 ) -> Path:
     """Write config, weights and tokenizer of a tiny random model; returns its directory."""
-    directory = folder / family
-    torch.manual_seed(seed)
     sizes = COMMON | {"vocab_size": vocab_size, "max_position_embeddings": max_model_len}
-    config: PretrainedConfig = AutoConfig.for_model(family, **sizes, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **sizes, **FAMILIES[family])
+    return write_model(config, folder / family, seed=seed)
+
+
+def write_model(config: PretrainedConfig, directory: Path, *, seed: int = 0) -> Path:
+    """Write a random model of this shape; returns its directory."""
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Larger weights than the default: greedy answers then vary instead of repeating one token.
     with torch.no_grad():
@@ -59,7 +63,7 @@ def make_tiny_model(
             if parameter.dim() > 1:
                 parameter.mul_(4)
     model.save_pretrained(directory)
-    make_tokenizer(vocab_size).save(str(directory / "tokenizer.json"))
+    make_tokenizer(config.vocab_size).save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         '{"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}'
     )

@@ -16,7 +16,8 @@ BYTES_READ = ("pdlaunch_kv_transfer_bytes_total", "vllm:nixl_bytes_transferred_s
 FAILED = ("pdlaunch_kv_transfer_failures_total", "vllm:nixl_num_failed_transfers_total")
 EXPIRED = ("pdlaunch_kv_leases_expired_total", "vllm:nixl_num_kv_expired_reqs_total")
 GET_META = b"get_meta_msg"
-_FIRST_REGION = re.compile(r"the first one at (0x[0-9a-f]+), (\d+) bytes apart")
+_FIRST_REGIONS = re.compile(r"the first of each group at (.*)")
+_REGION = re.compile(r"(0x[0-9a-f]+), (\d+) bytes apart")
 
 
 def total(metrics: Mapping[str, float], names: Sequence[str]) -> float:
@@ -35,15 +36,18 @@ def _metadata(port: int) -> dict[str, Any]:
     return metadata
 
 
-def flip_bit(params: dict[str, Any], worker: psutil.Process, log: str, block: int) -> None:
-    """Flip one bit of the ``block``-th block that ``params`` names.
+def flip_bit(
+    params: dict[str, Any], worker: psutil.Process, log: str, block: int, *, group: int = 0
+) -> None:
+    """Flip one bit of the ``block``-th block of a KV cache group that ``params`` names.
 
     ``worker``: the process that holds the KV cache. ``log``: that of its sidecar, in which
     pdlaunch's connector says where its cache lies.
     """
-    (block_ids,) = params["remote_block_ids"]
-    if places := _FIRST_REGION.findall(log):
-        start, stride = int(places[-1][0], 16), int(places[-1][1])
+    block_ids = params["remote_block_ids"][group]
+    if lines := _FIRST_REGIONS.findall(log):
+        address, apart = _REGION.findall(lines[-1])[group]
+        start, stride = int(address, 16), int(apart)
     else:
         metadata = _metadata(params["remote_port"])
         start, stride = metadata["kv_caches_base_addr"][0], metadata["block_strides"][0]

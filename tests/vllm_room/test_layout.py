@@ -25,7 +25,7 @@ class MLAAttentionSpec(FullAttentionSpec):
 
 
 class MambaSpec(FullAttentionSpec):
-    pass
+    mamba_type = "mamba2"
 
 
 class SlidingWindowSpec(FullAttentionSpec):
@@ -149,6 +149,14 @@ def test_groups_share_memory_and_layers_without_a_spec_are_left_out() -> None:
     assert layout.kv.groups == ((0, 1), (0,))
     assert len(layout.kv.allocations) == 2
     assert layout.groups == "full: 2 layers of 4 tokens; 7: 1 layers of 4 tokens"
+
+
+def test_a_state_is_a_page_beside_those_of_attention() -> None:
+    keys = numbered(NUM_BLOCKS, HEADS, BLOCK_SIZE, 16)
+    state = keys.view(torch.int8).view(NUM_BLOCKS, 1, 1, -1)
+    layout = read({"a": keys, "b": state}, Group(["a"]), Group(["b"], MambaSpec()))
+    assert layout.groups == "full: 1 layers of 4 tokens; state: 1 layers of 4 tokens"
+    assert (layout.kv.num_heads, layout.kv.groups) == (1, ((0,), (0,)))
 
 
 @pytest.mark.parametrize(

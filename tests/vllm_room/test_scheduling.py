@@ -13,15 +13,18 @@ from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull
 from pdlaunch.vllm.scheduling import GroupShape, Scheduling
 
 FULL, SLIDING = GroupShape(4, None), GroupShape(4, 6)
+STATE = GroupShape(4, None, is_state=True)
 
 
 class Request:
     lora_request: Any = None
     mm_features: Any = ()
+    skip_reading_prefix_cache = False
 
     def __init__(self, name: str, num_tokens: int, params: Any = None, **fields: Any) -> None:
         self.request_id, self.kv_transfer_params = name, params
         self.prompt_token_ids: list[int] | None = list(range(num_tokens))
+        self._all_token_ids = list(range(num_tokens))
         self.num_prompt_tokens = num_tokens
         self.__dict__ |= fields
 
@@ -185,3 +188,50 @@ def test_params_that_cannot_be_read_leave_the_prompt_to_this_engine(caplog: Any)
     broken = lent() | {"remote_block_ids": "all"}
     assert decode.num_matched(Request("d", 10, broken), 0) == 0
     assert "request d is computed here: kv_transfer_params" in caplog.text
+
+
+def state_of(num_tokens: int, tables: Any, *, has_stopped: bool = False) -> Any:
+    """The params of a prompt that a prefill engine with states has computed, and its grant."""
+    prefill, request = scheduling(FULL, STATE), Request("p", num_tokens, PREFILL)
+    prefill.added(request)
+    assert request.prompt_token_ids == request._all_token_ids == list(range(num_tokens - 1))
+    params = prefill.finished(
+        request, tables, is_prefilled=not has_stopped, has_stopped=has_stopped
+    )
+    (grant,) = prefill.take_commands()
+    return params, grant
+
+
+@pytest.mark.parametrize("has_stopped", [False, True])
+def test_a_state_stands_in_front_of_the_last_token_which_decode_computes(has_stopped: bool) -> None:
+    """Whatever prefill draws behind a prompt without its last token ends nothing. The block before
+    may still hold the state of an earlier step.
+    """
+    params, grant = state_of(10, ([3, 1, 2], [0, 5, 6]), has_stopped=has_stopped)
+    assert (grant.block_ids, grant.first_block_index) == ([[3, 1, 2], [6]], [0, 2])
+    assert grant.num_tokens == 9
+    decode, request = scheduling(FULL, STATE), Request("d", 10, params)
+    assert decode.num_matched(request, 4) == 5
+    decode.allocated(request, ([7, 8, 9], [0, 0, 4]), 5)
+    (pull,) = decode.take_commands()
+    assert isinstance(pull, StartPull)
+    assert (pull.block_ids, pull.first_block_index) == ([[8, 9], [4]], [1, 2])
+    assert (pull.num_tokens, pull.block_hashes) == (9, grant.block_hashes)
+
+
+def test_the_state_of_a_longer_prompt_does_not_fit() -> None:
+    """Its blocks of tokens do."""
+    _, grant = state_of(13, ([3, 1, 2], [0, 0, 6]))
+    _, longer = state_of(14, ([3, 1, 2, 4], [0, 0, 0, 6]))
+    assert len(grant.block_hashes) == 3
+    assert grant.block_hashes[0] != longer.block_hashes[0]
+
+
+def test_a_prompt_that_was_not_shortened_has_no_state_to_lend() -> None:
+    """Decode computes a prompt whole whose log probabilities are asked for."""
+    prefill = scheduling(FULL, STATE)
+    request = Request("p", 10, PREFILL, skip_reading_prefix_cache=True)
+    prefill.added(request)
+    assert request.num_prompt_tokens == 10
+    assert prefill.finished(request, ([3, 1, 2], [0, 5, 6]), is_prefilled=True) is None
+    assert prefill.take_commands() == []

@@ -27,6 +27,7 @@ from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
 
 NUM_BLOCKS = 2
+MOST_TOKENS = 256  # blocks of models with states have thousands, more than a prompt may have
 NUM_TOKENS = 4
 DEFAULT_BLOCK_SIZE = 128
 TIMEOUT_S = 60.0
@@ -237,7 +238,7 @@ def _new_prompt(counts: Counts) -> list[int]:
     # New each time: of a prompt that decode has cached, no byte would move.
     draw = random.SystemRandom()
     # One more: the last token of a prompt is computed by decode itself.
-    length = NUM_BLOCKS * block_size + 1
+    length = min(NUM_BLOCKS * block_size, MOST_TOKENS) + 1
     return [FIRST_TOKEN_ID + draw.randrange(NUM_TOKEN_IDS) for _ in range(length)]
 
 
