@@ -179,18 +179,11 @@ class _Refusal(asyncio.Protocol):
         asyncio.get_running_loop().call_later(REFUSAL_S, transport.abort)
 
 
-def fit_requests(max_requests: int) -> int:
-    """Return how many requests the descriptors of a router allow, with as many idle connections."""
-    return max(1, min(max_requests, _num_descriptors() // (2 + UPSTREAM_CONNECTIONS)))
-
-
-def fit_connections(max_connections: int, *, num_forwarded: int = 0) -> int:
-    """Return how many connections of clients the descriptors allow beside ``num_forwarded``
-    requests to engines.
+def fit(wanted: int, *, num_each: int = 1, num_others: int = 0) -> int:
+    """Return how many of ``wanted``, each of ``num_each`` descriptors, may be open beside
+    ``num_others``.
     """
-    return max(1, min(max_connections, _num_descriptors() - UPSTREAM_CONNECTIONS * num_forwarded))
-
-
-def _num_descriptors() -> int:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 2**31 if limit == resource.RLIM_INFINITY else limit - RESERVED_DESCRIPTORS
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, (limit - RESERVED_DESCRIPTORS - num_others) // num_each))

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
@@ -102,32 +101,26 @@ class Admission:
         return self._idle.is_set()
 
 
-class Deadlines:
-    """Starts the deadlines of a process's requests; ``close`` ends all of them."""
+class Interrupts:
+    """Ends the blocks that run under it, each at its own instant or all at once."""
 
-    def __init__(self, limit_s: float, shutting_down: ShuttingDown) -> None:
-        self._limit_s = limit_s
-        self._shutting_down = shutting_down
+    def __init__(self) -> None:
         self._running: set[asyncio.Timeout] = set()
-        self._is_closed = False
 
-    def close(self) -> None:
-        """End what runs and all that comes. Safe to call twice."""
-        self._is_closed = True
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
+    def end_all(self) -> None:
         for timeout in self._running:
             # One that has just expired cannot be moved any more; it ends anyway.
             if not timeout.expired():
                 timeout.reschedule(0.0)
 
-    def start(self) -> Deadline:
-        """Start the deadline of one request now; its parts run under it one after another."""
-        return partial(self._guard, asyncio.get_running_loop().time() + self._limit_s)
-
     @contextlib.asynccontextmanager
-    async def _guard(self, end_at: float) -> AsyncIterator[None]:
-        """Run the block until the deadline. Raises OverloadedError (503) when it ends there."""
-        if self._is_closed:
-            raise self._shutting_down()
+    async def guard(
+        self, end_at: float | None, reason: Callable[[], Exception]
+    ) -> AsyncIterator[None]:
+        """Run the block, until ``end_at`` at most. Raises ``reason()`` when it is ended."""
         timeout = asyncio.timeout_at(end_at)
         try:
             async with timeout:
@@ -136,15 +129,40 @@ class Deadlines:
                     yield
                 finally:
                     self._running.discard(timeout)
-        except TimeoutError:
-            if self._is_closed:
-                raise self._shutting_down() from None
-            raise OverloadedError(
-                f"the request was not answered within {self._limit_s:g} s",
-                status=503,
-                retry_after_s=RETRY_AFTER_S,
-                code="request_timeout",
-            ) from None
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise reason() from error
+
+
+class Deadlines:
+    """Starts the deadlines of a process's requests; ``close`` ends all of them."""
+
+    def __init__(self, limit_s: float, shutting_down: ShuttingDown) -> None:
+        self._limit_s = limit_s
+        self._shutting_down = shutting_down
+        self._interrupts = Interrupts()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End what runs and all that comes. Safe to call twice."""
+        self._is_closed = True
+        self._interrupts.end_all()
+
+    def start(self) -> Deadline:
+        """Start the deadline of one request now; its parts run under it one after another."""
+        end_at = asyncio.get_running_loop().time() + self._limit_s
+        return lambda: self._interrupts.guard(0.0 if self._is_closed else end_at, self._reason)
+
+    def _reason(self) -> OverloadedError:
+        if self._is_closed:
+            return self._shutting_down()
+        return OverloadedError(
+            f"the request was not answered within {self._limit_s:g} s",
+            status=503,
+            retry_after_s=RETRY_AFTER_S,
+            code="request_timeout",
+        )
 
 
 class BodyBudget:

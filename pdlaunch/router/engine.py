@@ -9,7 +9,6 @@ A breaker decides by the outcomes of the last requests whether it gets more::
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.http.limits import Interrupts
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.openai.responses import ModelCard
 
@@ -142,7 +142,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     # Incarnations of the processes to which this engine has a proven path, by name.
     proofs: dict[str, int] = {}
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
-    calls: set[asyncio.Timeout] = msgspec.field(default_factory=set)  # what it is asked now
+    calls: Interrupts = msgspec.field(default_factory=Interrupts)  # what it is asked now
     num_picks: int = 0
     num_works: int = 0  # pieces of work that are outstanding
     num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
@@ -168,12 +168,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     @property
     def key(self) -> EngineKey:
         return (self.name, self.processes, self.times_ready)
-
-    def give_up(self) -> None:
-        """Fail what it is asked: it hangs, or its host is lost."""
-        for timeout in self.calls:
-            if not timeout.expired():
-                timeout.reschedule(0.0)
 
     def may_pull_from(self, prefill: Engine) -> bool:
         if self.peers is not None and prefill.name not in self.peers:

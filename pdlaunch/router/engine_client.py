@@ -6,7 +6,6 @@ asked, or an EngineRefusal, which is the engine's answer to the client.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import re
@@ -380,21 +379,9 @@ class EngineClient:
         return own
 
 
-@contextlib.asynccontextmanager
-async def _while_it_lives(engine: Engine) -> AsyncIterator[None]:
+def _while_it_lives(engine: Engine) -> contextlib.AbstractAsyncContextManager[None]:
     """Run the block until the engine is given up. Raises EngineFailure then."""
-    timeout = asyncio.timeout(None)
-    try:
-        async with timeout:
-            engine.calls.add(timeout)
-            try:
-                yield
-            finally:
-                engine.calls.discard(timeout)
-    except TimeoutError as error:
-        if not timeout.expired():
-            raise
-        raise EngineFailure(engine, "does not answer any more") from error
+    return engine.calls.guard(None, lambda: EngineFailure(engine, "does not answer any more"))
 
 
 def _ignored_fields(answer: Answer) -> list[str]:

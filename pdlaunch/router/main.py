@@ -27,7 +27,7 @@ from aiohttp import web
 
 from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
+from pdlaunch.http.connections import UPSTREAM_CONNECTIONS, HttpRunner, fit
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol import control
 from pdlaunch.protocol.certificates import client_context
@@ -105,7 +105,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     """Serve until Stop or a signal."""
     bootstrap = supervised.bootstrap
     assert bootstrap.router is not None
-    spec, certificate = fit(bootstrap.router), bootstrap.keys.certificate
+    spec, certificate = limited(bootstrap.router), bootstrap.keys.certificate
     link = SupervisorLink(supervised.send)
 
     def key_of(engine: Engine) -> str | None:
@@ -183,7 +183,7 @@ async def _obey(
 
 async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     """Serve until the first of ``signals``, then drain until the time is up or the next one."""
-    spec = fit(alone.router)
+    spec = limited(alone.router)
     pool, metrics = EnginePool(time.monotonic, spec.routing), RouterMetrics(spec.served_model_name)
     membership = WatchedMembership(alone.watch, pool, metrics)
     client = EngineClient(membership.key_of)
@@ -233,10 +233,11 @@ async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
         await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
 
 
-def fit(spec: RouterSpec) -> RouterSpec:
+def limited(spec: RouterSpec) -> RouterSpec:
     """Return the limits that the descriptors of this process allow."""
-    requests = fit_requests(spec.max_queued_requests)
-    connections = fit_connections(spec.max_connections, num_forwarded=requests)
+    # As many idle clients as requests, each of which has its client's connection, too.
+    requests = fit(spec.max_queued_requests, num_each=2 + UPSTREAM_CONNECTIONS)
+    connections = fit(spec.max_connections, num_others=UPSTREAM_CONNECTIONS * requests)
     if (requests, connections) != (spec.max_queued_requests, spec.max_connections):
         _logger.warning(
             "few descriptors (ulimit -n): at most %d requests and %d connections at a time",

@@ -221,7 +221,7 @@ class RouterState:
 
     def _give_up(self, engine: Engine) -> None:
         if self._is_lost(engine):
-            engine.give_up()
+            engine.calls.end_all()
 
     async def _learn_models(self, engine: Engine, key: EngineKey) -> None:
         page = await self.client.read(engine, "/v1/models")

@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
-from pdlaunch.http import connections
-from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
+from pdlaunch.http.connections import HttpRunner, fit
 from tests.http.loop_clock import pass_time
 from tests.router.fake_engine import until
 
@@ -138,10 +137,7 @@ async def test_a_reader_that_does_not_read_loses_its_place() -> None:
 
 def test_descriptors_are_shared_by_clients_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 512))
-    num_requests = fit_requests(256)
-    num_connections = fit_connections(4096, num_forwarded=num_requests)
-    assert num_connections >= num_requests
-    num_upstream = connections.UPSTREAM_CONNECTIONS * num_requests
-    assert num_connections + num_upstream + connections.RESERVED_DESCRIPTORS <= 512
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (65536, 65536))
-    assert (fit_requests(256), fit_connections(4096, num_forwarded=256)) == (256, 4096)
+    assert (fit(256), fit(256, num_each=4), fit(4096, num_others=224)) == (256, 112, 224)
+    assert fit(7, num_others=1000) == 1
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    assert fit(4096, num_each=4) == 4096

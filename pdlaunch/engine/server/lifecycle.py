@@ -35,7 +35,7 @@ from pdlaunch.http.app import (
     health_routes,
     model_routes,
 )
-from pdlaunch.http.connections import HttpRunner, fit_connections
+from pdlaunch.http.connections import HttpRunner, fit
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import ignored_fields_header
@@ -209,7 +209,7 @@ class ServerProcess:
         keys = [bootstrap.keys.http_token, bootstrap.engine_api_key]
         runner = HttpRunner(
             make_app(self._service, keys=[key for key in keys if key is not None]),
-            max_connections=fit_connections(self._spec.limits.max_connections),
+            max_connections=fit(self._spec.limits.max_connections),
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         )
         try:

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from pdlaunch.config.http_names import url_of
 from pdlaunch.errors import OverloadedError, StartupError
 from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, request_id_of
-from pdlaunch.http.connections import HttpRunner, fit_requests
+from pdlaunch.http.connections import HttpRunner, fit
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.guard import Guard
@@ -72,7 +72,7 @@ class Door:
         self._calls = EngineCalls(CONNECT_S)
         self._runner = HttpRunner(
             self._app(),
-            max_connections=fit_requests(spec.max_connections),
+            max_connections=fit(spec.max_connections, num_each=4),
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         )
 
