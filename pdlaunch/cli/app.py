@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -60,7 +59,6 @@ COMMANDS = (
 )
 
 _NAME = "pdlaunch"
-_COMPLETION_VARIABLE = "_PDLAUNCH_COMPLETE"
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
@@ -71,14 +69,14 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
         name=_NAME,
         help="Launch disaggregated prefill/decode LLM serving with one command.",
         no_args_is_help=True,
+        add_completion=False,
         # rich cuts the names of long flags off where a terminal has fewer than 96 columns.
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
     # Importing one command takes up to a second; help lists the others by the table alone.
-    words = _words_to_complete() if _COMPLETION_VARIABLE in os.environ else arguments
-    called = next((word for word in words if not word.startswith("-")), None)
+    called = next((word for word in arguments if not word.startswith("-")), None)
     for command in commands:
         loaded = command.load() if command.name == called else None
         if command.is_group:
@@ -102,12 +100,6 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
 def run() -> None:
     """Run the command that the arguments of this process name."""
     build_app(sys.argv[1:])(prog_name=_NAME)
-
-
-def _words_to_complete() -> list[str]:
-    """Return the words behind ``pdlaunch`` that a shell wants completed."""
-    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
-    return line.split()[1:]
 
 
 def _print_version(wanted: bool) -> None:

@@ -273,21 +273,10 @@ def transfer(
     """Measure gigabytes a second from a prefill to a decode rank: of the READs alone, and of whole
     pulls without and with checksums. The shape is that of the demo model by default.
     """
+    # Named as the fields of ``TransferOptions``, whose module imports torch.
+    options = {name: value for name, value in locals().items() if name != "output"}
     if enable_cumem_allocator and device != "cuda":
         raise typer.BadParameter("--enable-cumem-allocator is for --device cuda")
-    options = {
-        "paths": paths,
-        "num_blocks": num_blocks,
-        "num_repeats": num_repeats,
-        "num_layers": num_layers,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "block_size": block_size,
-        "dtype": dtype,
-        "device": device,
-        "enable_cumem_allocator": enable_cumem_allocator,
-        "mooncake_protocol": mooncake_protocol,
-    }
     rows = json.loads(run_module("pdlaunch.bench.transfer", json.dumps(options)))
     if output == "json":
         print_json(rows)

@@ -100,8 +100,6 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
     ``scancel`` and the end of the allocation signal every task: the supervisor drains and tells
     its agents to leave. Raises ConfigError and StartupError.
     """
-    setup_logging("agent", "info")
-    raise_open_files()
     path = slurm.slurm_join_file(config, environ)
     ends_at = time.monotonic() + config.join_timeout_s
     while not path.exists():
@@ -113,11 +111,9 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
             )
         time.sleep(_LOOK_S)
     leave_ends_to_supervisor()
-    ticket = read_ticket(str(path))
-    # Its own configuration names them: whoever has started this task starts them.
-    executables = allowed_executables(config.engine_executables)
-    join = introduction(ticket, slurm.node_name(environ), executables)
-    serve_sessions(ticket, join, executables, [], config.join_timeout_s)
+    # Its own configuration names executables: whoever has started this task starts them.
+    allowed, name = config.engine_executables, slurm.node_name(environ)
+    _serve_sessions(read_ticket(str(path)), name, allowed, [], config.join_timeout_s)
 
 
 @contextlib.contextmanager
@@ -254,50 +250,42 @@ def agent(
     with steady_output(), ending_at_errors():
         check_platform()
         stdin = [standard_input()] if stop_on_stdin_eof else []
-        executables = allowed_executables(allow_executable or ())
         ticket = read_ticket(join)
-        setup_logging("agent", "info")
-        raise_open_files()
-        own_name = name or socket.gethostname()
-        first = introduction(ticket, own_name, executables, cpus)
         with SignalInbox() as signals:
             stops = [signals.fileno(), *stdin]
-            serve_sessions(ticket, first, executables, stops, wait_s)
+            allowed, own_name = allow_executable or (), name or socket.gethostname()
+            _serve_sessions(ticket, own_name, allowed, stops, wait_s, cpus)
 
 
-def introduction(
-    ticket: JoinTicket, name: str, executables: Mapping[str, str], num_cpus: int | None = None
-) -> Join:
-    """Return how this host introduces itself. Raises StartupError without a route.
+def _serve_sessions(
+    ticket: JoinTicket,
+    name: str,
+    allowed: Sequence[str],
+    stops: list[int],
+    wait_s: float,
+    num_cpus: int | None = None,
+) -> None:
+    """Serve one session after the other, until one ends for good.
 
-    ``executables``: paths of those that it allows, by name.
+    ``allowed``: executables that engines may run. Raises ConfigError, and StartupError.
     """
+    executables = allowed_executables(allowed)
+    setup_logging("agent", "info")
+    raise_open_files()
     supervisor = urlsplit(ticket.endpoint).hostname or ""
     address = address_towards(supervisor)
     if address is None:
         raise StartupError(f"there is no route to the supervisor at {supervisor}")
     machine = probe_machine()
-    if num_cpus is not None:
-        machine = replace(machine, num_cpus=min(num_cpus, machine.num_cpus))
-    return Join(
+    join = Join(
         name=name,
         address=address,
-        machine=machine,
+        machine=replace(machine, num_cpus=min(num_cpus or machine.num_cpus, machine.num_cpus)),
         environ=recorded_environ(os.environ),
         executables={
             name: find_engine_command(path, os.environ) for name, path in executables.items()
         },
     )
-
-
-def serve_sessions(
-    ticket: JoinTicket,
-    join: Join,
-    executables: dict[str, str],
-    stops: list[int],
-    wait_s: float,
-) -> None:
-    """Serve one session after the other, until one ends for good. Raises StartupError."""
     while True:
         session = AgentSession(ticket, join, executables, stops, first_wait_s=wait_s, note=say)
         try:

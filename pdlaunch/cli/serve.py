@@ -54,7 +54,7 @@ from pdlaunch.launch.folders import new_launch_id, new_log_dir
 from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
-from pdlaunch.planning.effective import effective_engines, effective_hosts
+from pdlaunch.planning.effective import effective_engines
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
@@ -182,7 +182,6 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
     if output == "json":
         document = {
             "engines": effective_engines(resolved),
-            "hosts": effective_hosts(resolved),
             **msgspec.to_builtins(shown),
         }
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")

@@ -9,11 +9,10 @@ from pdlaunch.planning.role_engines import RoleEngines
 
 
 def effective_values(launch: ResolvedLaunch) -> dict[str, object]:
-    """Return the configuration, what it comes to for each role, and the hosts; plain JSON."""
+    """Return the configuration, and what it comes to for each role; plain JSON."""
     return {
         "config": shown_config(launch.config),
         "engines": effective_engines(launch),
-        "hosts": effective_hosts(launch),
     }
 
 
@@ -39,23 +38,6 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
         }
         for role, engines in launch.roles.items()
     }
-
-
-def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
-    """Return each host of the launch, with its engines and the ranks of each."""
-    placed = [(engine.host, engine.name, engine.engines.tp_size) for engine in launch.engines]
-    return [
-        {
-            "name": host.name,
-            "bind_address": host.bind_address or None,
-            "advertise_address": host.advertise_address or None,
-            "cpus": host.machine.num_cpus,
-            "memory_bytes": host.machine.memory_bytes,
-            "num_gpus": len(host.machine.gpus),
-            "ranks": {name: num_ranks for on, name, num_ranks in placed if on is host},
-        }
-        for host in launch.hosts
-    ]
 
 
 def _memory(engines: RoleEngines) -> dict[str, object] | None:

@@ -175,16 +175,11 @@ class ResolvedLaunch:
         hosts = [known if host.name == known.name else host for host in self.hosts]
         return resolve_on(self.config, hosts, self.environ, places=self.places)
 
-    def engine_specs(self) -> dict[str, EngineSpec]:
-        """Return what the processes of each native engine are given, by the engine's name.
+    def engine_spec(self, engine: PlacedEngine) -> EngineSpec:
+        """Return what the processes of one native engine are given.
 
         Only of a launch that can be started, and whose models have been converted.
         """
-        native = [engine for engine in self.engines if engine.engines.is_native]
-        return {engine.name: self.engine_spec(engine) for engine in native}
-
-    def engine_spec(self, engine: PlacedEngine) -> EngineSpec:
-        """Return what the processes of one native engine are given, as ``engine_specs`` does."""
         engines = engine.engines
         assert engines.model.path is not None
         assert engines.footprint is not None

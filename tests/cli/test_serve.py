@@ -175,8 +175,6 @@ def test_dry_run_shows_which_rank_goes_to_which_host_and_device(model: str, tmp_
         "decode-0": ("node-2", []),
         "router": ("local", []),
     }
-    ranks = {host["name"]: host["ranks"] for host in plan["hosts"]}
-    assert ranks == {"local": {}, "node-1": {"prefill-0": 1}, "node-2": {"decode-0": 2}}
     lines = serve(str(config), "--dry-run", "--assume", "h100x2").stdout.splitlines()
     assert any(line.startswith("decode-0/rank-1 on node-2, cuda:1") for line in lines)
 

@@ -36,7 +36,8 @@ def write_model(folder: Path, **values: object) -> Path:
 
 def specs_of(machine: Machine, **values: object) -> dict[str, EngineSpec]:
     resolved = resolve(LaunchConfig.model_validate(values), {"here": machine}, {})
-    return resolved.after_conversion().engine_specs()
+    launch = resolved.after_conversion()
+    return {engine.name: launch.engine_spec(engine) for engine in launch.engines}
 
 
 def test_everything_is_derived_on_a_cpu(model: Path) -> None:
