@@ -110,7 +110,7 @@ scale: install  ## Measure the control plane with 1,000 engines
 	$(BIN)/python -m benchmarks.control_plane $(ARGS)
 
 # ARGS="--requests 500": a shorter one.
-soak: install $(DEV)  ## Send 6,000 requests while faults happen
+soak: install $(DEV)  ## Send 20,000 requests while faults happen
 	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
 
 # kill -9 and SIGSTOP: what the clients see, seconds to recovery.

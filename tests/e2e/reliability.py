@@ -107,7 +107,7 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
     """Every fault, cancels, and kills of the engines' ranks in turn, so rarely that the supervisor
     forgets the one before.
     """
-    seed, num_requests = asked.seed, asked.requests or 3000
+    seed, num_requests = asked.seed, asked.requests or 10_000
     arguments = HOST_TIER if asked.host_tier else ()
     # Pairs, as they have more READs that meet a fault.
     environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": asked.path}
