@@ -114,8 +114,8 @@ class Relay:
                     await self._decode(route.decode)
             except (EngineFailure, EngineRefusal) as failure:
                 # A failure after the end of the answer does not matter.
-                if not self.transcript.is_done:
-                    await self._recover(hop, failure)
+                if not self.transcript.is_done and not await self._can_go_on(hop, failure):
+                    raise
 
     def end(self) -> None:
         """Give back what the prompt still holds, however it has ended."""
@@ -372,8 +372,12 @@ class Relay:
         if self.transcript.num_tokens > 1 and self._prompt.index == 0 and self._answer.takes_tokens:
             self._goes_on_at = engine
 
-    async def _recover(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> None:
-        """Record a failure; raise it if no other attempt can help."""
+    async def _can_go_on(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> bool:
+        """Record a failure; return whether another attempt can help.
+
+        The caller raises it: here its traceback would lead to a frame that holds it, and the cycle
+        would keep the body in memory.
+        """
         state, engine = self._state, failure.engine
         pulls_from, self._pulls_from = self._pulls_from, None
         self._num_prefill_failures += hop == "prefill"
@@ -392,7 +396,7 @@ class Relay:
             if failure.turned_away:
                 self._turned_away_by.add(engine.key)
         elif not failure.is_busy:
-            raise failure
+            return False
         self._trouble_since_at = self._trouble_since_at or state.now()
         self._tried.add(engine.key)
         self._failure = failure
@@ -402,16 +406,13 @@ class Relay:
         state.suspects.check(self._prompt.origin)
         if hop == "prefill":
             # Decode would go on behind first tokens that the client may not have.
-            if self._lease is not None:
-                raise failure
-            return
+            return self._lease is None
         if self._must_resume and engine.capabilities.is_vllm:
             reason = obstacle(self._prompt, self.transcript, engine.capabilities)
             if reason:
                 raise self._lost(engine, reason)
         can_go_on = self.transcript.can_resume or not self._must_resume
-        if self._num_decode_failures >= state.recovery.max_attempts or not can_go_on:
-            raise failure
+        return can_go_on and self._num_decode_failures < state.recovery.max_attempts
 
     def _lost(self, engine: Engine, reason: str) -> StreamLostError:
         self._state.metrics.count("lost_streams", reason)

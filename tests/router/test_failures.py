@@ -5,6 +5,7 @@ error.
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from aiohttp import web
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin, read_origin
 from pdlaunch.observe.spans import PULL, Span, SpanReport
 from pdlaunch.protocol.control import Suspects
+from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine import OPEN_S
 from pdlaunch.router.state import LOST_S
 from tests.http.loop_clock import pass_time
@@ -488,3 +490,15 @@ def test_headers_that_say_nothing(header: str | None) -> None:
 def test_headers_read_as_they_are_written() -> None:
     assert read_origin(format_origin(2**63 - 1)) == (2**63 - 1, False)
     assert read_origin(format_origin(5, is_suspect=True)) == (5, True)
+
+
+async def test_a_body_that_engines_refuse_is_freed_without_the_collector(stand: Stand) -> None:
+    for engine in (engines := pair()):
+        engine.status = 400
+    await stand.start(engines)
+    gc.disable()
+    try:
+        assert (await stand.post(completion())).status == 400
+        assert not any(isinstance(each, PromptRequest) for each in gc.get_objects())
+    finally:
+        gc.enable()
