@@ -250,14 +250,11 @@ def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
     return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
 
 
-class LargeInputs:
-    """Works at large inputs in a few threads, so that the event loop turns meanwhile."""
+_input_threads = ThreadPoolExecutor(NUM_INPUT_THREADS, thread_name_prefix="large-input")
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(NUM_INPUT_THREADS, thread_name_prefix="large-input")
 
-    async def run(self, is_large: bool, work: Callable[[], T]) -> T:
-        """Do ``work``, in a thread when its input is large."""
-        if not is_large:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+async def work_at_input(is_large: bool, work: Callable[[], T]) -> T:
+    """Do ``work``, in a thread when its input is large, so that the event loop turns meanwhile."""
+    if not is_large:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_input_threads, work)

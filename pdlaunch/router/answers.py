@@ -45,7 +45,7 @@ class ClientAnswer:
         self.takes_tokens = stream is not None and not request.continuous_usage
         self._request = request
         self._metrics = metrics
-        self._record = record
+        self.record = record
         self._clock = record.clock = RequestClock(metrics)
         self._head = {
             "id": endpoint.id_prefix + request.request_id,
@@ -81,7 +81,7 @@ class ClientAnswer:
                 self._clock.tokens(choice["index"], num_tokens)
             if (reason := choice.get("finish_reason")) is not None:
                 self._metrics.finished(reason)
-                self._record.finish_reasons[reason] = None
+                self.record.finish_reasons[reason] = None
         if not self._tells_ids:
             for part in (chunk, *chunk["choices"]):
                 part.pop("prompt_token_ids", None)
@@ -132,7 +132,7 @@ class ClientAnswer:
             await self._stream.write(b"".join(held))
 
     async def finish(self, transcripts: Sequence[Transcript]) -> web.StreamResponse:
-        usage = self._record.usage = total_usage(transcripts)
+        usage = self.record.usage = total_usage(transcripts)
         self._clock.end(usage.completion_tokens)
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
         self._metrics.prompt_length.observe(usage.prompt_tokens)

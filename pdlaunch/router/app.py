@@ -38,7 +38,7 @@ from pdlaunch.http.headers import (
     ignored_fields_header,
     read_trace_headers,
 )
-from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, LargeInputs
+from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
 from pdlaunch.http.sse import ClientStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.protocol.ids import HopId, HttpRequestId
@@ -109,7 +109,6 @@ class RouterApp:
         self.view = DeploymentView(state, self.admission, spec.served_model_name)
         self._deadlines = Deadlines(spec.request_timeout_s, shutting_down)
         self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
-        self._inputs = LargeInputs()
         self.history = RequestHistory(spec.kept_requests, show_request)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         check_key = None
@@ -216,7 +215,7 @@ class RouterApp:
             wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
             is_vllm=self._state.pool.is_vllm,
         )
-        return await self._inputs.run(len(body) >= LARGE_BODY_BYTES, read)
+        return await work_at_input(len(body) >= LARGE_BODY_BYTES, read)
 
     async def _answer(self, http: web.Request, request: ClientRequest) -> web.StreamResponse:
         """Answer all prompts at once; the first error ends the others and is the answer."""
@@ -227,9 +226,7 @@ class RouterApp:
         answer = ClientAnswer(request, metrics, record, stream)
         try:
             async with self._deadlines.start()():
-                answers = [
-                    answer_prompt(prompt, state, answer, record) for prompt in request.prompts
-                ]
+                answers = [answer_prompt(prompt, state, answer) for prompt in request.prompts]
                 return await answer.finish(await _together(answers))
         except Exception as error:
             if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:

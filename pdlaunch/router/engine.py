@@ -147,7 +147,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     num_works: int = 0  # pieces of work that are outstanding
     num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
     num_streams: int = 0  # choices that have begun
-    num_prompt_tokens: int = 0  # estimated tokens of the prompts it is working on
     kv_tokens: int = 0  # estimated tokens that its streams hold, or will hold, in the KV cache
     unanswered_tokens: int = 0  # uncached tokens of prompts of which no token has come yet
     progressed_at: float = 0.0  # when it began with the first of these, on the pool's clock
@@ -219,7 +218,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
                 self._computed(num_uncached, clock())
 
         self.num_works += 1
-        self.num_prompt_tokens += num_prompt_tokens
         # The clock starts with the first waiting prompt: idle time does not count.
         if num_uncached and not self.unanswered_tokens:
             self.progressed_at = clock()
@@ -229,7 +227,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
                 yield begin
         finally:
             self.num_works -= 1
-            self.num_prompt_tokens -= num_prompt_tokens
             if has_begun:
                 self.num_streams -= num_streams
             elif num_uncached:

@@ -22,7 +22,6 @@ import msgspec
 
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.observe.spans import PULL
-from pdlaunch.protocol.ids import HopId
 from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
 from pdlaunch.router.continuation import Continuation, StreamLostError, begin_continuation, obstacle
@@ -38,7 +37,7 @@ from pdlaunch.router.engine_client import (
 )
 from pdlaunch.router.handover import Handover
 from pdlaunch.router.policy import Hop, Route, RoutingRequest, no_engine_ready
-from pdlaunch.router.request_history import EngineCall, RequestRecord
+from pdlaunch.router.request_history import EngineCall
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
@@ -46,16 +45,13 @@ logger = logging.getLogger(__name__)
 
 
 async def answer_prompt(
-    prompt: PromptRequest,
-    state: RouterState,
-    answer: ClientAnswer,
-    record: RequestRecord,
+    prompt: PromptRequest, state: RouterState, answer: ClientAnswer
 ) -> Transcript:
     """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
     Cancelling it ends the work of both engines.
     """
-    relay = Relay(prompt, state, answer, record)
+    relay = Relay(prompt, state, answer)
     with state.suspects.watch(prompt.origin):
         try:
             await relay.run()
@@ -67,21 +63,15 @@ async def answer_prompt(
 class Relay:
     """Answers one prompt; ``run`` once, then ``end``."""
 
-    def __init__(
-        self,
-        prompt: PromptRequest,
-        state: RouterState,
-        answer: ClientAnswer,
-        record: RequestRecord,
-    ) -> None:
+    def __init__(self, prompt: PromptRequest, state: RouterState, answer: ClientAnswer) -> None:
         self.transcript = Transcript(
             prompt.num_choices, keeps_text=prompt.is_stream and state.pool.is_vllm
         )
-        record.transcripts.append(self.transcript)
+        answer.record.transcripts.append(self.transcript)
         self._prompt = prompt
         self._state = state
         self._answer = answer
-        self._record = record
+        self._record = answer.record
         self._prefix = prompt.prefix
         self._lease: Handover | None = None  # the handover of the prefill engine
         self._decode_has_answered = False
@@ -418,15 +408,14 @@ class Relay:
         self._state.metrics.count("lost_streams", reason)
         return StreamLostError(engine.name, reason)
 
-    def _hop_id(self, attempt: int) -> HopId:
-        """Name each attempt differently: an engine may still hold blocks for the one before."""
-        return HopId(f"{self._prompt.hop_id}-r{attempt}") if attempt else self._prompt.hop_id
-
     def _headers(self, attempt: int) -> dict[str, str]:
+        prompt = self._prompt
+        # Each attempt has its own name: an engine may still hold blocks for the one before.
+        hop_id = f"{prompt.hop_id}-r{attempt}" if attempt else prompt.hop_id
         return (
-            self._prompt.headers
-            | self._state.suspects.header(self._prompt.origin)
-            | {REQUEST_ID_HEADER: self._hop_id(attempt)}
+            prompt.headers
+            | self._state.suspects.header(prompt.origin)
+            | {REQUEST_ID_HEADER: hop_id}
         )
 
     def _work(

@@ -21,7 +21,7 @@ from pdlaunch.http.limits import (
     Admission,
     BodyBudget,
     Deadlines,
-    LargeInputs,
+    work_at_input,
 )
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
@@ -185,5 +185,5 @@ async def test_closing_ends_what_runs_and_what_comes() -> None:
 
 
 async def test_small_inputs_are_worked_at_in_place() -> None:
-    assert await LargeInputs().run(False, threading.get_ident) == threading.get_ident()
-    assert await LargeInputs().run(True, threading.get_ident) != threading.get_ident()
+    assert await work_at_input(False, threading.get_ident) == threading.get_ident()
+    assert await work_at_input(True, threading.get_ident) != threading.get_ident()

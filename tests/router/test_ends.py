@@ -35,7 +35,7 @@ async def send(
 async def all_is_quiet(stand: Stand) -> None:
     await until(lambda: not stand.router.admission.in_flight)
     await stand.state.settled()
-    assert all(engine.num_prompt_tokens == engine.num_streams == 0 for engine in stand.pool.engines)
+    assert all(engine.kv_tokens == engine.num_streams == 0 for engine in stand.pool.engines)
     assert stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}') == 1
 
 

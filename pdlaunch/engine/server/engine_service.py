@@ -32,7 +32,6 @@ from pdlaunch.http.limits import (
     BodyBudget,
     Deadlines,
     Grow,
-    LargeInputs,
     max_engine_body_bytes,
 )
 from pdlaunch.protocol.control import SleepState
@@ -192,7 +191,6 @@ class EngineService:
         # Room for what a router lets in, and for one of the longest that it makes of it.
         budget_bytes = limits.body_budget_bytes + 2 * self.max_body_bytes
         self.bodies = BodyBudget(budget_bytes, self.max_body_bytes)
-        self.inputs = LargeInputs()
         self.metrics = ServerMetrics(
             registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
         )

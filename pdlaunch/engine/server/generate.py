@@ -33,7 +33,7 @@ from pdlaunch.http.headers import (
     ignored_fields_header,
     read_origin,
 )
-from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Grow
+from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Grow, work_at_input
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
@@ -85,14 +85,12 @@ async def _read(
     """
     async with service.bodies.read(http) as raw:
         model = service.model
-        request = await service.inputs.run(
-            len(raw) >= LARGE_BODY_BYTES, partial(model.read, kind, raw)
-        )
+        request = await work_at_input(len(raw) >= LARGE_BODY_BYTES, partial(model.read, kind, raw))
         num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
         grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
         spans.add("receive", spans.start_at, bytes=len(raw))
         with spans.measure("tokenize") as attributes:
-            prompts = await service.inputs.run(
+            prompts = await work_at_input(
                 len(raw) >= LARGE_TEXT_BYTES, partial(model.prompts, request)
             )
             attributes["tokens"] = sum(map(len, prompts))

@@ -40,7 +40,7 @@ from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import ignored_fields_header
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
-from pdlaunch.http.limits import LARGE_TEXT_BYTES
+from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.control import (
@@ -125,7 +125,7 @@ async def _convert(
     """Convert text to token ids or back; it takes a place as a request that generates does."""
     with service.admission.admit():
         async with service.deadlines.start()(), service.bodies.read(http) as raw:
-            answer, ignored_fields = await service.inputs.run(
+            answer, ignored_fields = await work_at_input(
                 len(raw) >= LARGE_TEXT_BYTES, partial(convert, service.model, raw)
             )
             body = msgspec.json.encode(answer)
