@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished, OffloadJob
+from pdlaunch.engine.offload.planner import DIRECTIONS, Direction, JobFinished, OffloadJob
 from pdlaunch.engine.offload.worker import CopyQueue, HostMemory, copy_by_engines, copy_by_thread
 
 JOB_BYTES = 64 * 1024**2

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import zmq
 
-from pdlaunch.engine.offload.jobs import JobFinished
+from pdlaunch.engine.offload.planner import JobFinished
 from pdlaunch.engine.step import FromRankZero, StepDone, from_rank_zero, step_done
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.engine import FromRank, Hello, ToRank, from_rank, to_rank

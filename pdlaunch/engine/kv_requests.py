@@ -21,8 +21,7 @@ from typing import Any
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.engine.offload.planner import HostHit, OffloadPlanner
+from pdlaunch.engine.offload.planner import HostHit, JobFinished, OffloadJob, OffloadPlanner
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.protocol.engine import FinishReason
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of

@@ -15,7 +15,7 @@ import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.channels import LeaderChannel, RankReports, ServerLink, drain
-from pdlaunch.engine.offload.jobs import JobFinished
+from pdlaunch.engine.offload.planner import JobFinished
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler

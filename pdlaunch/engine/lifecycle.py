@@ -15,15 +15,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.batch import Batch
 from pdlaunch.engine.kv_requests import KVTransfers
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.metrics import HISTOGRAMS
-from pdlaunch.engine.offload.jobs import JobFinished
-from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.request import Phase, Request, RequestQueues
+from pdlaunch.engine.offload.planner import JobFinished, OffloadPlanner
+from pdlaunch.engine.request import Batch, Phase, Request, RequestQueues
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,

@@ -6,7 +6,7 @@ step carries only what is new. Rank 0 sends the same ``StepPlan`` to all ranks o
 
 from __future__ import annotations
 
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.engine.offload.planner import JobFinished, OffloadJob
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent

@@ -12,8 +12,7 @@ from pdlaunch.engine.channels import RankReports
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
+from pdlaunch.engine.offload.planner import HostTier, JobFinished, OffloadJob, OffloadPlanner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.observe.spans import Span

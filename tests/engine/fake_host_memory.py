@@ -4,7 +4,7 @@ change meanwhile.
 
 from __future__ import annotations
 
-from pdlaunch.engine.offload.jobs import BlockKey, JobFinished, OffloadJob
+from pdlaunch.engine.offload.planner import BlockKey, JobFinished, OffloadJob
 from tests.engine.fake_runner import KV, FakeRunner
 
 BLOCK_BYTES = 100

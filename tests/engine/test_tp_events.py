@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from pdlaunch.engine.channels import RankReports
-from pdlaunch.engine.offload.jobs import JobFinished
+from pdlaunch.engine.offload.planner import JobFinished
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent
 

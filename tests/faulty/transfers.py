@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import torch
 
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.engine.offload.planner import JobFinished, OffloadJob
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply

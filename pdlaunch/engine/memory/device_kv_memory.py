@@ -14,7 +14,6 @@ from functools import cached_property
 
 import torch
 
-from pdlaunch.engine.memory.allocator_settings import expandable_segments_off
 from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused, HandleKind
 from pdlaunch.engine.memory.kv_memory import (
     Export,
@@ -25,7 +24,7 @@ from pdlaunch.engine.memory.kv_memory import (
     PrivateKVMemory,
     SharedRange,
 )
-from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools
+from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools, expandable_segments_off
 from pdlaunch.errors import ConfigError, MemoryPoolError
 
 

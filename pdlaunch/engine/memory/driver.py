@@ -10,10 +10,13 @@ communication).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NewType
 
-from pdlaunch.engine.memory.host_pages import address_of, map_pages, touch_pages
+import numpy as np
+
 from pdlaunch.errors import ConfigError
 
 Handle = NewType("Handle", object)  # physical memory, as the driver knows it
@@ -191,6 +194,36 @@ class CudaMemoryDriver:
         if len(results) > 1:
             return tuple(results)
         return results[0] if results else None
+
+
+# Memory to be page-locked lies in huge pages, which several threads touch first: locking makes the
+# kernel provide pages one after another, on one core, 1.4 to 2.7 GiB/s on an H200's host for memory
+# of the driver's own allocator, about 10 GiB/s for memory from here.
+NUM_THREADS = 8
+THREAD_BYTES = 8 * 1024**2  # bytes below which another thread does not pay
+
+_SMALL_PAGE_BYTES = 4096
+
+
+def map_pages(num_bytes: int) -> mmap.mmap:
+    """Map anonymous memory whose pages are not there yet. Raises OSError."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # A kernel without huge pages: only slower.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def touch_pages(memory: mmap.mmap) -> None:
+    """Make the kernel provide all pages. The first byte of each is set to 0."""
+    pages = np.frombuffer(memory, dtype=np.uint8)[::_SMALL_PAGE_BYTES]
+    num_parts = min(NUM_THREADS, -(-len(memory) // THREAD_BYTES))
+    with ThreadPoolExecutor(num_parts, thread_name_prefix="touch") as pool:
+        list(pool.map(lambda part: part.fill(0), np.array_split(pages, num_parts)))
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Return the address of the first byte; it is valid while ``memory`` lives."""
+    return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
 
 
 def _import_bindings() -> Any:

@@ -32,8 +32,8 @@ import xxhash
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.memory.batch_copies import BatchCopies
-from pdlaunch.engine.memory.host_pages import map_pages, touch_pages
-from pdlaunch.engine.offload.jobs import DIRECTIONS, BlockKey, Direction, JobFinished, OffloadJob
+from pdlaunch.engine.memory.driver import map_pages, touch_pages
+from pdlaunch.engine.offload.planner import DIRECTIONS, BlockKey, Direction, JobFinished, OffloadJob
 from pdlaunch.errors import ConfigError, TransferError
 from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.machine.host import memory_bytes, usable_cpus

@@ -31,13 +31,16 @@ from pdlaunch.transfer.connectors.connector import (
     pieces_of_scratch,
     pieces_to_read,
 )
-from pdlaunch.transfer.connectors.nixl_agent import BACKEND, new_agent
 from pdlaunch.transfer.regions import Addresses, Pieces, merge
 
 logger = logging.getLogger(__name__)
 
+BACKEND = "UCX"
+# Transports to other hosts, as pdlaunch names them in UCX_TLS.
+_TO_HOSTS = frozenset(("tcp", "rc_verbs", "rc_mlx5"))
 _DEVICES = "UCX_NET_DEVICES"
 _MEMORY_NAMES = {"DRAM": "host memory", "VRAM": "GPU memory"}
+# Sleep of UCX's progress thread when no event wakes it; NIXL's Python API spins on a core.
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
 # How long a timed READ between GPUs is polled without sleeping, in seconds: a sleep would take
 # longer than the READ.
@@ -51,6 +54,29 @@ def load_nixl() -> tuple[Any, Any]:
     from nixl import _api, _bindings
 
     return _api, _bindings
+
+
+def new_agent(api: Any, bindings: Any, name: str, interval_us: int) -> Any:
+    """Make an agent like ``nixl_agent``; it listens only if UCX_TLS names the network.
+
+    With error handling, UCX needs a transport that listens on TCP, where it takes writes to any
+    address from anybody. If UCX_TLS names local transports alone, error handling is off: nobody
+    listens, and nobody learns of a peer's death. If UCX_TLS names a network, the user trusts that
+    network, and error handling is on.
+    """
+    # The wrapper is made without a backend and given an agent of its own below: the one that it
+    # makes has a progress thread that never sleeps.
+    agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
+    config = bindings.nixlAgentConfig()
+    config.useProgThread = True
+    config.useListenThread = False
+    config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
+    config.pthrDelay = interval_us
+    config.captureTelemetry = False
+    agent.agent = bindings.nixlAgent(name, config)
+    is_open = not _TO_HOSTS.isdisjoint(os.environ.get("UCX_TLS", "").split(","))
+    agent.create_backend(BACKEND, {"ucx_error_handling_mode": "peer" if is_open else "none"})
+    return agent
 
 
 class NixlConnector(Connector):
@@ -85,7 +111,7 @@ class NixlConnector(Connector):
             self.agent = None
             api, bindings = self._load()
             interval_us = _PROGRESS_INTERVAL_US[self.kind]
-            self.agent = new_agent(api, bindings, self.agent_name, interval_us=interval_us)
+            self.agent = new_agent(api, bindings, self.agent_name, interval_us)
             self._registrations = [
                 self.agent.register_memory(tensor)
                 for tensor in (*memory.kv.allocations, memory.scratch)

@@ -96,7 +96,7 @@ def run_with(conf: str, code: str) -> str:
 def test_the_interpreter_exits_cleanly_with_pools_tensors_and_a_sleeping_tag(conf: str) -> None:
     code = """
 import torch
-from pdlaunch.engine.memory.allocator_settings import read_allocator_settings
+from pdlaunch.engine.memory.pools import read_allocator_settings
 from pdlaunch.engine.memory.pools import open_memory_pools
 pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
 with pools.memory_pool("weights"):

@@ -44,7 +44,7 @@ def test_what_peers_only_map_lies_outside_expandable_segments(variable: str, tex
     """The whole setting is kept meanwhile, and is there again afterwards, also after an error."""
     code = """
 import contextlib, json, torch
-from pdlaunch.engine.memory.allocator_settings import read_allocator_settings
+from pdlaunch.engine.memory.pools import read_allocator_settings
 from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
 from pdlaunch.engine.memory.pools import MemoryPools
 class Watched(MemoryPools):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished, OffloadJob
+from pdlaunch.engine.offload.planner import DIRECTIONS, Direction, JobFinished, OffloadJob
 from pdlaunch.engine.offload.worker import (
     Copy,
     CopyQueue,

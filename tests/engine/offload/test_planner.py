@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.manager import BlockTables
-from pdlaunch.engine.offload.jobs import BlockKey, JobFinished
-from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
+from pdlaunch.engine.offload.planner import BlockKey, HostTier, JobFinished, OffloadPlanner
 
 BLOCK_SIZE = 4
 

@@ -6,8 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pdlaunch.engine.offload.jobs import BlockKey
-from pdlaunch.engine.offload.planner import HostTier
+from pdlaunch.engine.offload.planner import BlockKey, HostTier
 
 
 def key_of(number: int, group: int = 0) -> BlockKey:

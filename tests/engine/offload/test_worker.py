@@ -15,8 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.engine.kvcache.manager import BlockTables
-from pdlaunch.engine.offload.jobs import BlockKey, JobFinished, OffloadJob
-from pdlaunch.engine.offload.planner import HostTier, OffloadPlanner
+from pdlaunch.engine.offload.planner import (
+    BlockKey,
+    HostTier,
+    JobFinished,
+    OffloadJob,
+    OffloadPlanner,
+)
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.errors import ConfigError
 from pdlaunch.transfer.integrity.checksum import KVHasher
