@@ -108,7 +108,7 @@ class Launch:
         Raises StartupError, with what ``pdlaunch serve`` printed, when it ends before that, and
         ConfigError when a model of a hub cannot be downloaded.
         """
-        config, has_port = self._config.config, self._config.origins["port"].kind != "default"
+        config, has_port = self._config.config, "port" in self._config.origins
         running = launched(self._config, config.host, config.port if has_port else None)
         self._deployment = self._exit.enter_context(running)
         return self

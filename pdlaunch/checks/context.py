@@ -14,7 +14,6 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
-from pdlaunch.config.sources import Origin
 from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.facts import Fact, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch
@@ -44,7 +43,7 @@ class Context:
     """Holds everything that a rule may look at."""
 
     launch: ResolvedLaunch
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, str]
     probes: Probes
     missing: Mapping[Need, str]  # facts that are not known, and why
 
@@ -70,8 +69,7 @@ class Context:
         return (prefill, decode) if prefill and decode else None
 
     def given(self, path: str) -> bool:
-        origin = self.origins.get(path)
-        return origin is not None and origin.kind != "default"
+        return path in self.origins
 
     def where_variable(self, engines: RoleEngines, name: str) -> str:
         """Return the setting that gives a variable to ranks, else the command's environment."""
@@ -91,7 +89,7 @@ class Context:
         return uses_ucx(self.launch)
 
 
-def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: Probes) -> Context:
+def make_context(launch: ResolvedLaunch, origins: Mapping[str, str], probes: Probes) -> Context:
     """Put together what the rules look at, and name what is not known."""
     # Rules without their facts must say nothing: a guess would be taken for a finding.
     missing: dict[Need, str] = {fact: reason for fact, reason in launch.machine.unknown.items()}  # noqa: C416

@@ -158,7 +158,7 @@ def _ignored_settings(context: Context) -> Iterator[Found]:
                 yield Found(f"{name} does nothing for engines of vLLM", path)
     for each in context.engines.values():
         for name in ("engine_args", "engine_command") if each.is_native else ():
-            for path in filter(context.given, context.origins):
+            for path in context.origins:
                 starts = (name, f"{each.role}.{name}")
                 if path in starts or path.startswith(tuple(f"{start}." for start in starts)):
                     yield Found(f"{name} does nothing for native engines", path)

@@ -110,7 +110,7 @@ class Rule:
                     where,
                     each.message or self.message.format(*items),
                     each.fix or self.fix,
-                    context.origins[where].detail if context.given(where) else "",
+                    context.origins.get(where, ""),
                 )
 
 

@@ -17,7 +17,6 @@ from pdlaunch.checks import (
 from pdlaunch.checks.context import Need, make_context
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.rule import SEVERITIES, Finding, Rule
-from pdlaunch.config.sources import Origin
 from pdlaunch.planning.effective import effective_values
 from pdlaunch.planning.resolve import ResolvedLaunch
 
@@ -83,7 +82,7 @@ class Report:
 
 def run_checks(
     launch: ResolvedLaunch,
-    origins: Mapping[str, Origin],
+    origins: Mapping[str, str],
     probes: Probes,
     *,
     rules: Iterable[Rule],

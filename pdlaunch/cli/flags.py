@@ -13,7 +13,6 @@ from typer.core import TyperCommand
 from pdlaunch.config.field_types import Flag
 from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name, variable_name
-from pdlaunch.config.sources import Argument
 
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 """Endings of a file with settings, as opposed to a model."""
@@ -161,7 +160,7 @@ def _split_target(target: str | None, flags: dict[str, object]) -> Path | None:
         raise typer.BadParameter(
             f"the model is given twice: {target} and --model {flags['model']}; leave one out"
         )
-    flags["model"] = Argument(target)
+    flags["model"] = target
     return None
 
 

@@ -20,7 +20,7 @@ from pdlaunch.cli.findings import say_finding
 from pdlaunch.cli.joining import with_placed_hosts
 from pdlaunch.cli.output import say
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.sources import LoadedConfig, Origin, load_config
+from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.status import LaunchStatus
@@ -81,7 +81,7 @@ def refuse_running_engines(config: LaunchConfig) -> None:
 
 def refuse_errors(
     resolved: ResolvedLaunch,
-    origins: Mapping[str, Origin],
+    origins: Mapping[str, str],
     probes: Probes,
     undone: str = "not started",
 ) -> None:
@@ -100,7 +100,7 @@ def refuse_errors(
 
 
 def judge_pairs(
-    resolved: ResolvedLaunch, origins: Mapping[str, Origin], status: LaunchStatus
+    resolved: ResolvedLaunch, origins: Mapping[str, str], status: LaunchStatus
 ) -> list[Finding]:
     """Return what the transport rules find in the pairs that the handshakes have measured."""
     host_of = {each.name: each.host for each in plan_processes(resolved).processes}

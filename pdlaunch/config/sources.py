@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -30,29 +29,14 @@ from pdlaunch.config.yaml_file import read_yaml
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 """Variables that other parts of pdlaunch read and that are no settings."""
 
-OriginKind = Literal["argument", "flag", "environment", "file", "default"]
-
-
-class Argument(str):
-    """Marks a value among the flags that was given as the command's argument."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Says where a value comes from; ``detail`` names the flag, variable, place or reason."""
-
-    kind: OriginKind
-    detail: str = ""
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """Holds a configuration with the origin of each of its values, by dotted path."""
+    """Holds a configuration, and where each value comes from that was given."""
 
     config: LaunchConfig
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, str]
+    """The flag, variable or place in the file, by dotted path; without those of defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +44,7 @@ class _Given:
     """Holds a value that a source gives to a setting."""
 
     value: object
-    origin: Origin
+    origin: str  # the flag, the variable, or the place in the file
     places: Mapping[str, str] = field(default_factory=dict)
     """Where entries of the value stand in a file, by dotted path."""
 
@@ -83,19 +67,14 @@ def load_config(
     # All problems are raised at once, so that a file is corrected once.
     if config is None or problems:
         raise InvalidConfigError(problems)
-    origins = {path: Origin("default") for path in all_settings()} | {
-        path: item.origin for path, item in given.items()
-    }
-    return LoadedConfig(config, MappingProxyType(origins))
+    return LoadedConfig(config, {path: item.origin for path, item in given.items()})
 
 
 def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
     if path is None:
         return {}, []
     values, places, problems = read_yaml(path)
-    given = {
-        name: _Given(value, Origin("file", places[name]), places) for name, value in values.items()
-    }
+    given = {name: _Given(value, places[name], places) for name, value in values.items()}
     return given, problems
 
 
@@ -116,7 +95,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
             fix = f"set one variable for each: {name}__NAME=VALUE gives {path}.NAME"
             problems.append(Problem(message, path, fix=fix, where=name))
         elif path in given:
-            message = f"gives {path}, and so does {given[path].origin.detail}"
+            message = f"gives {path}, and so does {given[path].origin}"
             problems.append(Problem(message, path, fix="unset one of them", where=name))
         # Scripts pass on variables that they never set; an empty api_key would open the API.
         elif not environ[name]:
@@ -127,7 +106,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
             parent = all_settings().get(path.rpartition(".")[0])
             has_flags = parent is not None and parent.holds_flags
             value = value_of_text(environ[name]) if has_flags else environ[name]
-            given[path] = _Given(value, Origin("environment", shown_name(name)))
+            given[path] = _Given(value, shown_name(name))
     return given, problems
 
 
@@ -154,10 +133,8 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
             match = nearest(path, all_settings())
             fix = f"did you mean {match}?" if match else None
             problems.append(Problem("unknown field", shown_name(path), fix=fix))
-        elif isinstance(value, Argument):
-            given[path] = _Given(str(value), Origin("argument", path.upper()))
         else:
-            given[path] = _Given(value, Origin("flag", flag_name(path, value)))
+            given[path] = _Given(value, flag_name(path, value))
     return given, problems
 
 
@@ -207,7 +184,7 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
         fix = f"did you mean {match}?" if match else None
     item = given.get(path)
     if item is not None and whole in item.places:
-        item = _Given(item.value, Origin("file", item.places[whole]))
+        item = _Given(item.value, item.places[whole])
     return _refused(path, item, message, fix)
 
 
@@ -223,7 +200,7 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
         if value is not None and (not isinstance(item.value, str) or value not in message)
         else message
     )
-    return Problem(text, shown_name(path), value, fix, item.origin.detail)
+    return Problem(text, shown_name(path), value, fix, item.origin)
 
 
 def shown_config(config: LaunchConfig) -> dict[str, Any]:

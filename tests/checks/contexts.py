@@ -10,8 +10,6 @@ from pdlaunch.checks.context import Context, make_context
 from pdlaunch.checks.probed import PairTransport, Probes, SeenDeployment
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.settings import all_settings
-from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.models import Model
@@ -114,7 +112,7 @@ def on(
         for section in sections:
             node = node.setdefault(section, {})
         node[name] = value
-    given = {path.replace("__", "."): Origin("file", "deploy.yaml:1:1") for path in config}
+    given = {path.replace("__", "."): "deploy.yaml:1:1" for path in config}
     shape = SHAPE if machine.gpus else SMALL_SHAPE
     prefill, decode = shapes or (shape, shape)
     launch = resolve(
@@ -130,6 +128,6 @@ def on(
     known = NOTHING_WRONG | {"deployment": SeenDeployment((), ())}
     return make_context(
         launch,
-        {path: Origin("default") for path in all_settings()} | given,
+        given,
         Probes(**{**known, "transport": pairs, **(probes or {})}),
     )

@@ -7,8 +7,7 @@ import pytest
 from pdlaunch.config.engine_settings import KVOffloadSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
-from pdlaunch.config.settings import all_settings
-from pdlaunch.config.sources import LoadedConfig, Origin, load_config
+from pdlaunch.config.sources import LoadedConfig, load_config
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ class TestPrecedence:
     def test_nothing_given_is_the_defaults(self):
         loaded = load()
         assert loaded.config == LaunchConfig()
-        assert loaded.origins == dict.fromkeys(all_settings(), Origin("default"))
+        assert loaded.origins == {}
 
     def test_flag_beats_environment_beats_file_beats_default(self, file):
         path = file("block_size: 32\nport: 1111\nhost: filehost\n")
@@ -59,9 +58,9 @@ class TestPrecedence:
         loaded = load(path, environ, block_size=128)
         config = loaded.config
         assert (config.block_size, config.port, config.host) == (128, 2222, "filehost")
-        assert loaded.origins["block_size"] == Origin("flag", "--block-size")
-        assert loaded.origins["port"] == Origin("environment", "PDLAUNCH_PORT")
-        assert loaded.origins["host"] == Origin("file", f"{path}:3:7")
+        assert loaded.origins["block_size"] == "--block-size"
+        assert loaded.origins["port"] == "PDLAUNCH_PORT"
+        assert loaded.origins["host"] == f"{path}:3:7"
 
     def test_sections_and_mappings_merge_entry_by_entry(self, file):
         path = file("prefill: {replicas: 2, dtype: float32}\nenv: {A: file, B: file}\n")
@@ -75,7 +74,7 @@ class TestPrecedence:
         assert (prefill.replicas, prefill.tensor_parallel_size, prefill.dtype) == (3, 4, "float32")
         assert loaded.config.env == {"A": "file", "B": "variable"}
         assert loaded.config.decode.env == {"C.d": "x"}
-        assert loaded.origins["env.B"] == Origin("environment", "PDLAUNCH_ENV__B")
+        assert loaded.origins["env.B"] == "PDLAUNCH_ENV__B"
 
     def test_a_null_in_the_file_is_the_default_of_optional_fields(self, file):
         assert load(file("max_model_len: null\n")).config.max_model_len is None
@@ -102,7 +101,7 @@ class TestPrecedence:
     ],
 )
 def test_a_variable_reaches_its_field(name, value, path):
-    assert load(environ={name: value}).origins[path] == Origin("environment", name)
+    assert load(environ={name: value}).origins[path] == name
 
 
 @pytest.mark.parametrize(
