@@ -4,6 +4,7 @@ shows why a rule exists, and how to fix its findings.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -42,17 +43,17 @@ def check_config(
     """
     try:
         loaded = load_launch(config, flags)
-        judged = judged_machine(assume, loaded.config)
-        hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
+        machine, assumed = judged_machine(assume, loaded.config)
+        hosts = planned_hosts(loaded.config, machine, os.environ)
     except ConfigError as error:
         refuse_input(error, output)
-    is_this = judged.assumed is None
+    is_this = assumed is None
     read = read_models if is_this else read_models_elsewhere
     models = read(loaded.config, fetch_part)
-    resolved = resolve_on(loaded.config, hosts, judged.environ, models)
+    resolved = resolve_on(loaded.config, hosts, os.environ, models)
     probes = probe_launch(resolved) if is_this else Probes()
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
-    print_report(report, output, strict=strict, assumed=judged.assumed)
+    print_report(report, output, strict=strict, assumed=assumed)
 
 
 def explain(

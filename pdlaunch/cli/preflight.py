@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -43,22 +42,15 @@ AssumeOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """Holds the machine that is judged, and the environment that processes would have there."""
+def judged_machine(name: str | None, config: LaunchConfig) -> tuple[Machine, AssumedMachine | None]:
+    """Return the machine that ``--assume`` names, else this one and None. Raises ConfigError.
 
-    machine: Machine
-    environ: Mapping[str, str]
-    assumed: AssumedMachine | None = None  # none: it is this machine
-
-
-def judged_machine(name: str | None, config: LaunchConfig) -> Judged:
-    """Return the machine that ``--assume`` names, else this one. Raises ConfigError."""
+    Variables of this shell count as if they were set there.
+    """
     if name is None:
-        return Judged(probe_machine(), os.environ)
+        return probe_machine(), None
     found = find_machine(name, count_ranks(config), "--assume")
-    # Variables of this shell count as if they were set there.
-    return Judged(found.machine, os.environ, found)
+    return found.machine, found
 
 
 def load_launch(path: Path | None, flags: dict[str, object]) -> LoadedConfig:

@@ -127,17 +127,15 @@ def _placed(
     machines = machine_names(loaded.config, f"{options.name}-")
     placed = place(loaded.config, machines)
     config = placed.config()
-    judged = judged_machine(assume, config)
+    machine, assumed = judged_machine(assume, config)
     pods = {
-        name: ResolvedHost(
-            name, judged.machine, judged.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS
-        )
+        name: ResolvedHost(name, machine, os.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS)
         for group in machines.values()
         for name in group
     }
-    hosts = planned_hosts(config, judged.machine, judged.environ, pods)
-    read = read_models if judged.assumed is None else read_models_elsewhere
-    resolved = resolve_on(config, hosts, judged.environ, read(config, fetch_part))
+    hosts = planned_hosts(config, machine, os.environ, pods)
+    read = read_models if assumed is None else read_models_elsewhere
+    resolved = resolve_on(config, hosts, os.environ, read(config, fetch_part))
     # A launch that cannot start here cannot start on pods either.
     resolved.require_startable()
     refuse_errors(resolved, loaded.origins, Probes(), undone="not rendered")

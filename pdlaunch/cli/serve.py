@@ -35,7 +35,6 @@ from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, ending_at_errors, safe, say
 from pdlaunch.cli.preflight import (
     AssumeOption,
-    Judged,
     judge_pairs,
     judged_machine,
     load_launch,
@@ -54,6 +53,7 @@ from pdlaunch.launch.folders import new_launch_id, new_log_dir
 from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
+from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.effective import effective_engines
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
@@ -92,10 +92,10 @@ def serve(
             )
         lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_launch(config, flags)
-        judged = judged_machine(assume, loaded.config)
+        machine, assumed = judged_machine(assume, loaded.config)
         if dry_run:
-            resolved = _resolve(loaded, judged, None)[0]
-            is_this = judged.assumed is None
+            resolved = _resolve(loaded, machine, None)[0]
+            is_this = assumed is None
             probes = probe_launch(resolved, with_ports=False) if is_this else Probes()
             refuse_errors(resolved, loaded.origins, probes)
             print_plan(resolved, output)
@@ -104,7 +104,7 @@ def serve(
         if is_agent_task(loaded.config, os.environ):
             serve_task(loaded.config, os.environ)
             return
-        outcome = _launch(loaded, judged, lifeline)
+        outcome = _launch(loaded, machine, lifeline)
         for line in outcome.report:
             say(line, "red")
         if outcome.survivors:
@@ -113,7 +113,7 @@ def serve(
 
 
 def _resolve(
-    loaded: LoadedConfig, judged: Judged, agents: Agents | None
+    loaded: LoadedConfig, machine: Machine, agents: Agents | None
 ) -> tuple[ResolvedLaunch, Mapping[Role, Model]]:
     """Return a launch that can be started, and its models. Raises ConfigError."""
     config, joined = loaded.config, None
@@ -121,14 +121,14 @@ def _resolve(
         # A cluster of Ray may have chosen the address.
         config = config.model_copy(update={"control_address": agents.address})
         joined = agents.joined
-    hosts = planned_hosts(config, judged.machine, judged.environ, joined)
+    hosts = planned_hosts(config, machine, os.environ, joined)
     models = read_models(loaded.config, fetch_part)
-    resolved = resolve_on(loaded.config, hosts, judged.environ, models)
+    resolved = resolve_on(loaded.config, hosts, os.environ, models)
     resolved.require_startable()
     return resolved, models
 
 
-def _launch(loaded: LoadedConfig, judged: Judged, lifeline: int | None) -> LaunchOutcome:
+def _launch(loaded: LoadedConfig, machine: Machine, lifeline: int | None) -> LaunchOutcome:
     """Wait for agents, judge, start and serve. Raises ConfigError and StartupError."""
     config, launch_id = loaded.config, new_launch_id()
     with contextlib.ExitStack() as stack:
@@ -136,7 +136,7 @@ def _launch(loaded: LoadedConfig, judged: Judged, lifeline: int | None) -> Launc
         if config.placement != "local":
             log_dir = new_log_dir(config, launch_id)
             agents = stack.enter_context(joined_agents(config, os.environ, log_dir))
-        resolved, models = _resolve(loaded, judged, agents)
+        resolved, models = _resolve(loaded, machine, agents)
         # Before anything is started, so that a taken port costs no start.
         refuse_errors(resolved, loaded.origins, probe_launch(resolved))
         listeners = stack.enter_context(listening(config.host, config.port))

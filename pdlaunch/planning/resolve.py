@@ -99,15 +99,11 @@ class ResolvedLaunch:
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:
-        router = ListenAddress("router", self.config.host, self.config.port, "port")
-        return (router, *self.engine_addresses)
-
-    @property
-    def engine_addresses(self) -> tuple[ListenAddress, ...]:
-        """Return the addresses of engines with a fixed port; others choose free ones and register
-        them.
+        """Return the router's address, and those of engines with a fixed port: others choose free
+        ones and register them.
         """
-        return tuple(
+        router = ListenAddress("router", self.config.host, self.config.port, "port")
+        engines = (
             ListenAddress(
                 f"server of {engine.name}",
                 engine.host.bind_address,
@@ -118,6 +114,7 @@ class ResolvedLaunch:
             for engine in self.engines
             if engine.engines.ports
         )
+        return (router, *engines)
 
     @property
     def served_model_name(self) -> str:
