@@ -103,11 +103,6 @@ class LaunchConfig(SharedSettings, EngineSettings):
     ] = Field("info", description="Least severe level that is logged.")
     log_format: Annotated[Literal["text", "json"], Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         "text", description="Form of the lines in log files.")
-    log_requests: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
-        False, description="Show each request on the terminal, as router.log has it.")
-    # 10,000 take 130 MB of the router, and 3 ms of its event loop to find the slowest among them.
-    kept_requests: int = Field(
-        500, ge=0, le=10_000, description="Requests that `pdlaunch trace` can show, the last ones.")
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
         600.0, gt=0,
         description="Time from the start of the first process, behind joining and downloads, "

@@ -43,7 +43,6 @@ from pdlaunch.protocol.control import (
     RefusalCode,
     Register,
     Restart,
-    ServedRequest,
     SetDrained,
     SleepState,
     Stop,
@@ -130,7 +129,7 @@ def _received(
             _failed(turn, unit, process, error)
         case Progress():
             process.progress = message
-        case Alive() | ServedRequest():
+        case Alive():
             pass  # The supervisor needs no more of these.
         # Messages of a dead incarnation may still be in the queue.
         case _ if process.registration is None or not process.alive:

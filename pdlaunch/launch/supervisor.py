@@ -44,7 +44,6 @@ from pdlaunch.protocol.control import (
     PairReady,
     Register,
     Registry,
-    ServedRequest,
     Withheld,
     why_withheld,
 )
@@ -177,9 +176,7 @@ class Supervisor:
             self._observe(event)
             return
         process, message = found[1], event.message
-        if isinstance(message, ServedRequest):
-            self.observer.note(message.line)
-        if isinstance(message, Alive | ServedRequest) and not process.is_stalled:
+        if isinstance(message, Alive) and not process.is_stalled:
             # Frequent, and nobody else needs it: no tick is due.
             process.heard_at = self.clock()
             return

@@ -249,17 +249,11 @@ class Answered(Message):
     is_done: bool = True  # another answer follows when it is
 
 
-class ServedRequest(Message):
-    """Tells, from the router, of a request that has ended; ``line`` is escaped for terminals."""
-
-    line: str
-
-
 Command = Restart | SetDrained | ChangeEngines
 """Commands of a router; the answer is an ``Answered``."""
 ToSupervisor = (
     Register | Progress | Ready | Alive | PairReady | PairFailed | PairSuspect | Failed | Drained
-    | SleepState | Command | ServedRequest
+    | SleepState | Command
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -90,18 +90,9 @@ T = TypeVar("T")
 
 
 class RouterApp:
-    """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on.
+    """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
 
-    ``show_request`` takes the line of each request for a terminal.
-    """
-
-    def __init__(
-        self,
-        spec: RouterSpec,
-        state: RouterState,
-        supervisor: SupervisorLink,
-        show_request: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, spec: RouterSpec, state: RouterState, supervisor: SupervisorLink) -> None:
         self._spec = spec
         self._state = state
         self._started = int(time.time())
@@ -109,7 +100,7 @@ class RouterApp:
         self.view = DeploymentView(state, self.admission, spec.served_model_name)
         self._deadlines = Deadlines(spec.request_timeout_s, shutting_down)
         self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
-        self.history = RequestHistory(spec.kept_requests, show_request)
+        self.history = RequestHistory()
         check_admin_key = _admin_key_check(spec.admin_api_key)
         check_key = None
         if spec.api_key is not None:

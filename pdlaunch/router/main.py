@@ -121,10 +121,7 @@ async def run_in_launch(supervised: Supervised) -> None:
         prove_again=supervised.send,
     )
 
-    def show(line: str) -> None:
-        supervised.send(control.ServedRequest(line=line))
-
-    router = RouterApp(spec, state, link, show if spec.log_requests else None)
+    router = RouterApp(spec, state, link)
     supervised.register(local_url(spec.host, spec.port))
     supervised.spawn(router.view.run())
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))

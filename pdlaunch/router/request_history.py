@@ -8,7 +8,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import msgspec
@@ -22,7 +22,7 @@ from pdlaunch.http.errors import (
     error_status,
     json_response,
 )
-from pdlaunch.observe.logs import FIELDS, escape_controls
+from pdlaunch.observe.logs import FIELDS
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import (
     MAX_SPANS,
@@ -44,6 +44,7 @@ from pdlaunch.router.transcript import Transcript
 logger = logging.getLogger(__name__)
 
 DEFAULT_LISTED = 20
+MAX_KEPT = 500  # ended requests that are remembered: 6.5 MB
 _CHOICES = ("last", "slowest", "failed")
 ROUTER = "router"
 CLIENT_LEFT = "the client went away"
@@ -310,16 +311,11 @@ def record_of(http: web.Request) -> RequestRecord:
 
 
 class RequestHistory:
-    """Holds every record, and logs each request that has ended; watches the door of the router.
+    """Holds the records, and logs each request that has ended; watches the door of the router."""
 
-    ``keep``: how many of those that have ended. ``show`` gets each line with the id, for a terminal
-    that tells the time.
-    """
-
-    def __init__(self, keep: int, show: Callable[[str], None] | None) -> None:
+    def __init__(self) -> None:
         self._running: dict[int, RequestRecord] = {}
-        self._done: deque[RequestRecord] = deque(maxlen=keep)
-        self._show = show
+        self._done: deque[RequestRecord] = deque(maxlen=MAX_KEPT)
 
     def begin(self, http: web.Request, request_id: HttpRequestId) -> End:
         """Begin the record of a client's request, as ``Watch``; return what ends it."""
@@ -334,7 +330,7 @@ class RequestHistory:
         record.end(status)
         self._done.append(record)
         try:
-            log_request(record, self._show)
+            log_request(record)
         except Exception:  # A record must never cost an answer.
             logger.exception("a request could not be logged")
 
@@ -387,12 +383,9 @@ def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
     return given[0], int(text)
 
 
-def log_request(record: RequestRecord, show: Callable[[str], None] | None) -> None:
+def log_request(record: RequestRecord) -> None:
     """Write the line of a request that has ended."""
-    if show is None and not logger.isEnabledFor(logging.INFO):
-        return
-    summary = record.summary()
-    line = summary.line
-    logger.info("%s", line, extra={FIELDS: lambda: {"request": msgspec.to_builtins(summary)}})
-    if show is not None:
-        show(escape_controls(f"[{summary.id}] {line}"))
+    if logger.isEnabledFor(logging.INFO):
+        summary = record.summary()
+        fields = {FIELDS: lambda: {"request": msgspec.to_builtins(summary)}}
+        logger.info("%s", summary.line, extra=fields)

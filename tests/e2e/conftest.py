@@ -10,7 +10,7 @@ import pytest
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.tiny_models import make_tiny_model
 
-DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB", "--log-requests")
+DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -102,13 +102,12 @@ def test_the_command_draws_it(demo: Deployment, through_a_pair: RequestTrace) ->
     assert all(msgspec.json.decode(line, type=RequestTrace).spans for line in lines)
 
 
-def test_its_line_is_in_the_log_and_on_the_terminal_and_debug_adds_decisions(
+def test_its_line_is_in_the_log_and_debug_adds_decisions(
     demo: Deployment, through_a_pair: RequestTrace
 ) -> None:
     """Routes, what each step computes, leases and pulls."""
     place = f"[{through_a_pair.id}] 200 /v1/completions route=prefill-0->decode-0 "
     assert place in (demo.log_dir / "router.log").read_text()
-    await_true(lambda: place in demo.output(), "the terminal shows it")
     mine = re.escape(through_a_pair.id)
     for log, said in (
         ("router", rf"\[{mine}\] route of prefill: prefill-0"),
@@ -165,9 +164,10 @@ def test_nothing_tells_what_was_asked_and_answered(demo: Deployment) -> None:
     assert ids
     last = "the-last-of-these"
     post(demo.url, {"prompt": SECRET, "max_tokens": 2}, last)
-    await_true(lambda: last in demo.output(), "the terminal shows it")
+    router_log = demo.log_dir / "router.log"
+    await_true(lambda: last in router_log.read_text(), "the router has logged it")
     told = told_by(demo)
-    for place in ("router.log", "decode-0.log", "terminal", "traces"):
+    for place in ("router.log", "decode-0.log", "traces"):
         assert last in told[place], place
     told["a leak"] = json.dumps([SECRET, ids[0]])
     assert {place for place, _ in places_of(told, [SECRET, SECRET[::-1], *outputs])} == {"a leak"}

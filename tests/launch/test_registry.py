@@ -15,7 +15,6 @@ from pdlaunch.protocol.control import (
     Ready,
     Register,
     Registry,
-    ServedRequest,
     SleepState,
 )
 from pdlaunch.protocol.due_pairs import MAX_PEERS
@@ -54,14 +53,6 @@ def test_a_failed_pair_names_its_engines() -> None:
     (happened,) = world.host.sent_to("router", Happened)
     assert (happened.prefill, happened.decode) == ("prefill-0", "decode-0")
     assert "no route" in happened.text
-
-
-def test_people_see_the_routers_lines_and_nobody_else_hears_of_them() -> None:
-    world = serving()
-    num_sent = len(world.host.sent)
-    world.say("router", ServedRequest(line="POST /v1/completions 200"))
-    assert world.observer.notes == ["POST /v1/completions 200"]
-    assert len(world.host.sent) == num_sent
 
 
 def test_everyone_hears_of_sleep_and_the_launch_goes_on() -> None:

@@ -53,10 +53,8 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: float
     admin_api_key: str | None = None  # none: commands come over the admin socket alone
     allowed_hosts: tuple[str, ...] = ()
-    kept_requests: int = 500  # ended requests that ``pdlaunch trace`` can show
     page: bool = True
     routing: RoutingPolicy = "load"
-    log_requests: bool = False
 
 
 class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
