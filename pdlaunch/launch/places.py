@@ -27,8 +27,6 @@ from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.planning.roles import EnginePlace, PlacedEngine, Places
 from pdlaunch.protocol.control import ChangeEngines, PlannedChange, PlannedEngine
 
-MAX_REPLICAS = 1024
-
 Key = tuple[Role, int]  # role and index of an engine
 Models = Mapping[Role, Model]
 GpuKey = tuple[str, int]  # a host and the number of a GPU on that machine
@@ -127,13 +125,6 @@ class EnginePlaces:
                 starts, stops = list(self._new_keys(wanted.role, 1)), [engine]
                 home = engine.host.name
         for role, number in wanted.replicas.items():
-            if not 0 <= number <= MAX_REPLICAS:
-                raise ConfigError(
-                    f"{role}={number} is no number of engines",
-                    field=f"{role}.replicas",
-                    value=number,
-                    fix=f"write a number from 0 to {MAX_REPLICAS}",
-                )
             engines = [e for e in self.resolved.engines if e.engines.role == role]
             starts += self._new_keys(role, number - len(engines))
             # Engines that do not serve go first, then drained ones, then the highest numbers.

@@ -209,7 +209,8 @@ class ChangeEngines(Asked):
     Also the body of ``POST /pdlaunch/scale`` and ``/pdlaunch/role``.
     """
 
-    replicas: dict[Role, int] = msgspec.field(default_factory=dict)  # other roles keep theirs
+    # Roles that are not named keep theirs.
+    replicas: dict[Role, Annotated[int, msgspec.Meta(ge=0, le=1024)]] = {}
     engine: str = ""  # the engine, or one of its processes, that takes ``role``
     role: Role | None = None
     dry_run: bool = False  # say what would be done, and do nothing

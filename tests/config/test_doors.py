@@ -32,7 +32,7 @@ def test_ports_of_engines_need_a_key_of_their_own() -> None:
     assert problem.field == "decode.port"
     assert "set engine_api_key" in problem.message
     config = load(prefill__port=9000, prefill__replicas=2, **KEY).config
-    addresses = resolve(config, {"here": Machine()}, {}).engine_addresses
+    _, *addresses = resolve(config, {"here": Machine()}, {}).listeners
     assert [(item.name, item.port, item.where) for item in addresses] == [
         ("server of prefill-0", 9000, "prefill.port"),
         ("server of prefill-1", 9001, "prefill.port"),

@@ -253,6 +253,7 @@ async def test_a_dry_run_says_what_runs_at_engines_that_would_stop(admin_stand: 
     [
         ("scale", {}),
         ("scale", {"replicas": {"decode": 1.5}}),
+        ("scale", {"replicas": {"decode": 9999}}),
         ("scale", {"replicas": {"deocde": 1}}),
         ("scale", {"decode": 1}),
         ("scale", {"replicas": {"decode": 1}, "drain_timeout_s": -1}),

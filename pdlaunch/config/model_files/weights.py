@@ -25,14 +25,10 @@ _TENSOR = re.compile(
     r"(?:language_model\.)?model\.(?:language_model\.)?(?:layers\.\d+\.)?"
     r"(embed_tokens|self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight"
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth")
 _OTHER_CONTENT = {
     b"version https://git-lfs": "a Git LFS pointer: the file itself was never fetched "
     "(`git lfs pull`)",
-    b"PK\x03\x04": "a zip archive, as PyTorch's pickles are",
-    b"\x80": "a pickle",
     b"<": "an HTML or XML page, as servers send instead of a file",
-    b"GGUF": "a .gguf file",
 }
 """The first bytes of other content that is found in place of model files."""
 
@@ -59,24 +55,13 @@ def weight_files(model_dir: Path) -> list[Path]:
         for file in files:
             _check_safetensors(file)
         return files
-    # Pickles are named only where there is nothing else: many checkpoints have both.
-    pickles = sorted(file.name for pattern in _PICKLES for file in model_dir.glob(pattern))
-    if pickles and not files:
-        raise ConfigError(
-            f"{model_dir} has its weights only as pickles ({_shorten(pickles)}), which can run "
-            "code when they are opened",
-            field="model",
-            value=str(model_dir),
-            fix="Convert them to safetensors where you trust them: load the model with "
-            "transformers and save_pretrained(DIR).",
-        )
     raise ConfigError(
         f"{model_dir} has no {_shorten(missing) or 'model*.safetensors'}"
         + (f", which {INDEX} names" if missing else ""),
         field="model",
         value=str(model_dir),
-        fix="Complete the download; checkpoints in other formats have to be saved as safetensors "
-        "first.",
+        fix="Complete the download; save checkpoints in other formats (pickles: *.bin, *.pt) as "
+        "safetensors first: save_pretrained(DIR) of transformers.",
     )
 
 
