@@ -56,10 +56,6 @@ class LaunchConfig(SharedSettings, EngineSettings):
         None, min_length=1,
         description="Key with which another router may use the engines; without it only the "
         "launch's own may.")
-    page: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
-        True,
-        description="Answer at the router's `/` with a page that shows the deployment; it asks "
-        "for the clients' key.")
     engines: RunningEngines = Field(
         (),
         description="Engines that somebody else started, for `pdlaunch router`: `[{name, role, "

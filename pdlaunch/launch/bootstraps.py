@@ -16,7 +16,8 @@ from pdlaunch.config.roles import PAIR
 from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.protocol.process.bootstrap import Bootstrap, ConnectorSpec, DoorSpec, RouterSpec
+from pdlaunch.protocol.engine_link import ConnectorSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 # How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``.

@@ -25,18 +25,23 @@ KV_SETUP = "PDLAUNCH_KV_SETUP"
 """Environment variable of vLLM's processes: the path of the setup file."""
 
 
-class KVSetup(Message, tag=False):
+class ConnectorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Says how the workers of an engine of vLLM exchange KV blocks by pdlaunch's connector."""
+
+    role: Role
+    bind_address: str  # where side channels of workers listen
+    advertise_address: str  # how other hosts reach them
+    kv_transfer: str  # ``KVTransferSettings`` as JSON
+    by_head: bool  # engines have different TP sizes: they exchange heads, not whole pages
+
+
+class KVSetup(ConnectorSpec, frozen=True, kw_only=True):
     """Holds, as JSON in a file of mode 0600, what the connector needs before it starts."""
 
     name: str  # of the engine: ``decode-0``
     incarnation: int
-    role: Role
-    bind_address: str  # where side channels of workers listen
-    advertise_address: str  # how other hosts reach them
     keys: LaunchKeys  # without token and certificate: workers use ZMQ alone
     link: str  # ZMQ endpoint of the sidecar
-    kv_transfer: str  # ``KVTransferSettings`` as JSON
-    by_head: bool  # engines have different TP sizes: they exchange heads, not whole pages
     model_digest: str  # of the files before the start; empty: not known
 
 

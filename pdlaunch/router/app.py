@@ -119,7 +119,7 @@ class RouterApp:
                 AppRoute("GET", "/metrics", self._metrics),
                 *self.view.routes(),
                 *self.history.routes(),
-                *(page_routes() if spec.page else []),
+                *page_routes(),
                 *(
                     route._replace(check_key=check_admin_key)
                     for route in Admin(state, supervisor).routes()

@@ -23,6 +23,7 @@ import zmq.asyncio
 from pdlaunch.errors import ProtocolError
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady
 from pdlaunch.protocol.engine_link import (
+    ConnectorSpec,
     FromWorker,
     KVSetup,
     Peers,
@@ -33,7 +34,7 @@ from pdlaunch.protocol.engine_link import (
     to_worker,
 )
 from pdlaunch.protocol.ids import EngineId
-from pdlaunch.protocol.process.bootstrap import Bootstrap, ConnectorSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 _logger = logging.getLogger(__name__)
@@ -63,15 +64,11 @@ class EngineLink:
         """Leave what the connector reads at its start in a file for this user alone."""
         bootstrap, spec = self._bootstrap, self._spec
         setup = KVSetup(
+            **msgspec.structs.asdict(spec),
             name=bootstrap.name,
             incarnation=bootstrap.incarnation,
-            role=spec.role,
-            bind_address=spec.bind_address,
-            advertise_address=spec.advertise_address,
             keys=LaunchKeys(bootstrap.keys.public, bootstrap.keys.secret, http_token=""),
             link=self._endpoint,
-            kv_transfer=spec.kv_transfer,
-            by_head=spec.by_head,
             model_digest=model_digest,
         )
         self._setup_path.unlink(missing_ok=True)

@@ -22,7 +22,6 @@ import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.roles import Role
 from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.observe.logs import LogFormat
 from pdlaunch.protocol.control import (
@@ -31,6 +30,7 @@ from pdlaunch.protocol.control import (
     from_supervisor,
     to_supervisor,
 )
+from pdlaunch.protocol.engine_link import ConnectorSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 LISTEN_BACKLOG = 1024
@@ -53,7 +53,6 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: float
     admin_api_key: str | None = None  # none: commands come over the admin socket alone
     allowed_hosts: tuple[str, ...] = ()
-    page: bool = True
     routing: RoutingPolicy = "load"
 
 
@@ -68,16 +67,6 @@ class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int
     body_budget_bytes: int
     max_connections: int
-
-
-class ConnectorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Says how the workers of an engine of vLLM exchange KV blocks by pdlaunch's connector."""
-
-    role: Role
-    bind_address: str
-    advertise_address: str
-    kv_transfer: str  # ``KVTransferSettings`` as JSON
-    by_head: bool  # engines have different TP sizes: they exchange heads, not whole pages
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
