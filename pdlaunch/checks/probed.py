@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Literal
 
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.roles import Role
@@ -17,6 +18,23 @@ from pdlaunch.machine.host import missing_modules
 from pdlaunch.planning.models import weight_error
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import Allocator
+
+Link = Literal["hosts", "GPUs of a host", "CPUs of a host"]
+LINK_GIGABYTES_PER_S: Mapping[Link, float] = {
+    # RDMA at 50 Gbit/s. A tenth is half of what 10 Gbit Ethernet carries.
+    "hosts": 6.0,
+    # PCIe 4.0 x16 carries 25 GB/s, NVLink 300 and more, a GPU to itself 1,000. A tenth is under
+    # the first, and over what NIXL gives in pieces of 32 KiB.
+    "GPUs of a host": 100.0,
+    # A loaded machine reached 0.3 to 0.8 GB/s, a quiet one 2 to 3.4.
+    "CPUs of a host": 1.0,
+}
+"""What links between two ranks should give."""
+
+
+def is_slow(gigabytes_per_s: float | None, link: Link) -> bool:
+    """Return True below a tenth of what the link should give; False where nothing is known."""
+    return gigabytes_per_s is not None and gigabytes_per_s < LINK_GIGABYTES_PER_S[link] / 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +49,16 @@ class PairTransport:
     """None: too few bytes moved to tell."""
     hosts: tuple[str, str] | None = None
     """Names of the two hosts, prefill's first; None: both ranks are on one."""
+    shares_gpu: bool = False
+    piece_bytes: int = 0  # size of the pieces that it was measured with; 0: not known
     other_paths: Mapping[str, str] = field(default_factory=dict)
     """Speed of the paths that are not in use, or why they cannot be."""
+
+    @property
+    def link(self) -> Link:
+        if self.hosts is not None:
+            return "hosts"
+        return "CPUs of a host" if self.allocator == "host" else "GPUs of a host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +82,7 @@ class SeenEngine:
     num_answers: int = 0  # of vLLM alone, as are their tokens
     answer_tokens: int = 0
     gigabytes_per_s: float | None = None  # mean speed of its READs; None: too few bytes to tell
+    piece_bytes: int = 0  # mean size of the pieces of its READs; 0: not known
     has_dev_mode: bool = False
 
     @property
@@ -85,6 +112,8 @@ class SeenDeployment:
 
     engines: tuple[SeenEngine, ...]
     pairs: tuple[SeenPair, ...] | None  # none: no canary was sent
+    slow_pairs: Mapping[str, str] = field(default_factory=dict)
+    """What routers of pdlaunch say of slow pairs, by their names."""
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:
         """Return the engines of a role that answer."""

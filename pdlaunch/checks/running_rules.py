@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.probed import SeenDeployment, SeenEngine, SeenPair
+from pdlaunch.checks.probed import SeenDeployment, SeenEngine, SeenPair, is_slow
 from pdlaunch.checks.rule import Found, error, info, warning
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import format_size
 
-SLOW_GIGABYTES_PER_S = 0.6  # half of 10 Gbit Ethernet; memory that no peer can map gives 0.44
 _BYTES_ALONE = (
     "; READs of other requests may be among them, as decode does not tell what it had to compute: "
     "start it with --enable-prompt-tokens-details"
@@ -87,11 +86,15 @@ def _seen(context: Context) -> Iterator[Found]:
 def _reads(each: SeenEngine) -> str:
     speed = each.gigabytes_per_s
     told = "too few to tell a speed" if speed is None else f"{speed:.2f} GB/s"
-    return f"{format_size(each.bytes_read)} read, {told}"
+    pieces = f" in pieces of {format_size(each.piece_bytes)}" if each.piece_bytes else ""
+    return f"{format_size(each.bytes_read)} read{pieces}, {told}"
 
 
-def _is_slow(each: SeenEngine) -> bool:
-    return each.gigabytes_per_s is not None and each.gigabytes_per_s < SLOW_GIGABYTES_PER_S
+def _slow(context: Context) -> Iterator[Found]:
+    # Engines do not tell what joins them: the slowest of the links is what all should give.
+    slow = (each for each in _engines(context) if is_slow(each.gigabytes_per_s, "hosts"))
+    yield from (Found(_reads(each), each.name) for each in slow)
+    yield from (Found(text, pair) for pair, text in _deployment(context).slow_pairs.items())
 
 
 def _whole_answers(each: SeenEngine) -> Found | None:
@@ -186,10 +189,11 @@ RULES = (
         fix="Start prefill with VLLM_NIXL_SIDE_CHANNEL_HOST set to its own address, seen from "
         "decode.", source="remote_host in prefill's kv_transfer_params; volcano-sh/kthena#1781.",
         needs=("canary",)),
-    warning("PD663", "KV blocks come at less than 0.6 GB/s.",
-        "That is half of 10 Gbit Ethernet, and what UCX gives where it copies through the host. "
-        "READs that share a link explain a part of such a gap.",
-        over=_engines, when=lambda each: _is_slow(each) and Found(_reads(each), each.name),
+    warning("PD663", "KV blocks come slowly.",
+        "Less than 0.6 GB/s is half of 10 Gbit Ethernet, and what UCX gives where it copies "
+        "through the host. READs that share a link explain a part of such a gap. Routers of "
+        "pdlaunch tell which pairs were slow when they were measured (PD504).",
+        when=_slow,
         fix="Look for KV caches in CuMem pools or expandable segments, which NIXL copies through "
         "the host; for UCX_TLS and UCX_NET_DEVICES that leave the fast device out; and for what "
         "else uses the link.",

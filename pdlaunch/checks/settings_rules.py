@@ -95,13 +95,14 @@ RULES = (
         "When a lease ends, prefill gives the blocks to other requests. A pull that is still "
         "allowed to go on reads their bytes, and the prompt is computed again.",
         over=lambda context: [context.kv_transfer] if context.pair else [],
-        when=lambda it: it.lease_s <= it.pull_timeout_s
+        # vLLM's own connector knows no time-out of pulls.
+        when=lambda it: not it.is_stock and it.lease_s <= it.pull_timeout_s
         and Found(fix=f"raise lease_s over {it.pull_timeout_s:g}, or lower pull_timeout_s"),
         at="kv_transfer.lease_s",
         message="blocks are leased for {0.lease_s:g} s, but a pull may take {0.pull_timeout_s:g} s",
         fix="Make kv_transfer.lease_s longer than kv_transfer.pull_timeout_s.",
         source="vLLM: after its lease the late read succeeds, and decode answers wrong text with "
-        "HTTP 200 (measured)."),
+        "HTTP 200 (measured).", on_vllm=True),
     error("PD108", "block_size is not allowed by the attention backend of the device.",
         "Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.",
         over=on_cuda,

@@ -33,6 +33,7 @@ ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0  # vLLM gathers /server_info for more than 10 s on a busy machine
 MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes, starting the READs takes most of the time
 _ANSWER_TOKENS = "vllm:request_generation_tokens"
+_NUM_PIECES = "vllm:nixl_num_descriptors_sum"
 _CACHE = "vllm:cache_config_info"
 
 
@@ -81,7 +82,7 @@ def doctor(
             _require_url("URL", url)
         for role, url in named:
             _require_url(f"--{role}", url)
-        listed = asyncio.run(_engines_of(routers or ()))
+        listed, slow_pairs = asyncio.run(_deployments_of(routers or ()))
         urls = list(dict.fromkeys([*named, *listed]))
         if not urls:
             raise ConfigError(
@@ -93,7 +94,7 @@ def doctor(
     # A router that is asked is not trusted with a key: it could list whom it likes.
     keys = {url: key for _, url in named if key}
     seen = asyncio.run(examine(urls, keys, sends_canaries=canary, is_exact=exact))
-    print_report(judge(seen), output, strict=strict)
+    print_report(judge(replace(seen, slow_pairs=slow_pairs)), output, strict=strict)
 
 
 def _require_url(name: str, url: str) -> None:
@@ -107,13 +108,18 @@ def _require_url(name: str, url: str) -> None:
         raise ConfigError(str(error), field=name, fix=fix) from None
 
 
-async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
-    """Return the engines that routers list. Raises ConfigError."""
+async def _deployments_of(
+    routers: Sequence[str],
+) -> tuple[list[tuple[Role, str]], dict[str, str]]:
+    """Return the engines and the slow pairs that routers list. Raises ConfigError."""
     found: list[tuple[Role, str]] = []
+    slow_pairs: dict[str, str] = {}
     for url in routers:
         api = EngineApi(url)  # no key: the key is for engines
         try:
-            for name, engine, _ in await api.listed_engines(ASK_TIMEOUT_S):
+            engines, slow = await api.deployment(ASK_TIMEOUT_S)
+            slow_pairs |= slow
+            for name, engine in engines:
                 role = next((role for role in ROLES if role == name), None)
                 if role is None:
                     raise ProtocolError(f"it lists an engine of role {name[:100]}")
@@ -127,7 +133,7 @@ async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
             ) from None
         finally:
             await api.close()
-    return found
+    return found, slow_pairs
 
 
 def judge(seen: SeenDeployment) -> Report:
@@ -183,6 +189,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
     info = await api.server_info(INFO_TIMEOUT_S)
     kind: EngineName = "native" if counts.has(_PROMPT_TOKENS[1]) else "vllm"
     num_bytes, seconds = int(counts.total(*BYTES_READ)), counts.total(*SECONDS_READ)
+    num_pieces = _count(counts, _NUM_PIECES)
     return SeenEngine(
         role,
         url,
@@ -197,6 +204,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         gigabytes_per_s=num_bytes / seconds / 1e9
         if seconds and num_bytes >= MEASURABLE_BYTES
         else None,
+        piece_bytes=num_bytes // num_pieces if num_pieces else 0,
         num_expired=_count(counts, *_EXPIRED),
         num_failed=_count(counts, *_FAILED),
         num_answers=_count(counts, f"{_ANSWER_TOKENS}_count"),

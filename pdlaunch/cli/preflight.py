@@ -1,6 +1,4 @@
-"""Judges a launch before anything starts, on this machine or that of ``--assume``, and its pairs
-once they have shaken hands.
-"""
+"""Judges a launch before anything starts, on this machine or that of ``--assume``."""
 
 from __future__ import annotations
 
@@ -11,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pdlaunch.checks.probed import PairTransport, Probes
-from pdlaunch.checks.rule import Finding
+from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.findings import say_finding
@@ -21,8 +18,7 @@ from pdlaunch.cli.output import say
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
-from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.launch.engines.plan import kind_of
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.machine.profiles import PROFILES, AssumedMachine, find_machine
@@ -75,44 +71,20 @@ def refuse_errors(
     resolved: ResolvedLaunch,
     origins: Mapping[str, str],
     probes: Probes,
+    *,
+    strict: bool = False,
     undone: str = "not started",
 ) -> None:
     """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
 
-    ``undone``: the action that is refused.
+    ``strict``: warnings count as errors. ``undone``: the action that is refused.
     """
     report = run_checks(resolved, origins, probes, rules=kind_of(resolved).rules())
     for finding in report.findings:
         if finding.severity != "info":
             say_finding(finding)
-    if not report.is_ok():
-        errors = f"{len(report.errors)} error(s); `pdlaunch explain CODE` says why"
+    if not report.is_ok(strict=strict):
+        errors = f"{len(report.errors)} error(s){' (--strict)' * strict}; "
+        errors += "`pdlaunch explain CODE` says why"
         say(f"{undone}: {errors}", "red")
         raise typer.Exit(EXIT_FAILED)
-
-
-def judge_pairs(
-    resolved: ResolvedLaunch, origins: Mapping[str, str], status: LaunchStatus
-) -> list[Finding]:
-    """Return what the transport rules find in the pairs that the handshakes have measured."""
-    host_of = {each.name: each.host for each in plan_processes(resolved).processes}
-    # Decode reads the KV caches of prefill engines.
-    prefill = resolved.roles.get("prefill")
-    measured = []
-    for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local)):
-        hosts = host_of.get(pair.peer, ""), host_of.get(pair.local, "")
-        measured.append(
-            PairTransport(
-                decode_rank=pair.local,
-                prefill_rank=pair.peer,
-                path=pair.path,
-                allocator="host" if prefill is None else prefill.allocator,
-                gigabytes_per_s=pair.gigabytes_per_s,
-                hosts=None if hosts[0] == hosts[1] else hosts,
-                other_paths=pair.other_paths,
-            )
-        )
-    probes, rules = Probes(transport=tuple(measured)), kind_of(resolved).rules()
-    found = run_checks(resolved, origins, probes, family="PD5", rules=rules).findings
-    # The speeds themselves (infos) stand in the panel already.
-    return [finding for finding in found if finding.severity != "info"]

@@ -24,6 +24,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pdlaunch.checks.probed import Probes, probe_launch
+from pdlaunch.cli.findings import StrictOption
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import (
     Agents,
@@ -35,7 +36,6 @@ from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, ending_at_errors, safe, say
 from pdlaunch.cli.preflight import (
     AssumeOption,
-    judge_pairs,
     judged_machine,
     load_launch,
     refuse_errors,
@@ -73,6 +73,7 @@ def serve(
     ),
     output: Format = typer.Option("table", "--format", help="How --dry-run prints the plan."),
     stop_on_stdin_eof: StopOption = False,
+    strict: StrictOption = False,
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],
@@ -97,14 +98,14 @@ def serve(
             resolved = _resolve(loaded, machine, None)[0]
             is_this = assumed is None
             probes = probe_launch(resolved, with_ports=False) if is_this else Probes()
-            refuse_errors(resolved, loaded.origins, probes)
+            refuse_errors(resolved, loaded.origins, probes, strict=strict)
             print_plan(resolved, output)
             return
         check_platform()
         if is_agent_task(loaded.config, os.environ):
             serve_task(loaded.config, os.environ)
             return
-        outcome = _launch(loaded, machine, lifeline)
+        outcome = _launch(loaded, machine, lifeline, strict=strict)
         for line in outcome.report:
             say(line, "red")
         if outcome.survivors:
@@ -128,7 +129,9 @@ def _resolve(
     return resolved, models
 
 
-def _launch(loaded: LoadedConfig, machine: Machine, lifeline: int | None) -> LaunchOutcome:
+def _launch(
+    loaded: LoadedConfig, machine: Machine, lifeline: int | None, *, strict: bool
+) -> LaunchOutcome:
     """Wait for agents, judge, start and serve. Raises ConfigError and StartupError."""
     config, launch_id = loaded.config, new_launch_id()
     with contextlib.ExitStack() as stack:
@@ -138,12 +141,12 @@ def _launch(loaded: LoadedConfig, machine: Machine, lifeline: int | None) -> Lau
             agents = stack.enter_context(joined_agents(config, os.environ, log_dir))
         resolved, models = _resolve(loaded, machine, agents)
         # Before anything is started, so that a taken port costs no start.
-        refuse_errors(resolved, loaded.origins, probe_launch(resolved))
+        refuse_errors(resolved, loaded.origins, probe_launch(resolved), strict=strict)
         listeners = stack.enter_context(listening(config.host, config.port))
         # After all checks, so that a refused launch downloads nothing.
         fetch_weights(config, models, fetch_part)
         log_dir = log_dir or new_log_dir(config, launch_id)
-        summary = partial(_summary, loaded, resolved, log_dir)
+        summary = partial(_summary, resolved, log_dir)
         view = stack.enter_context(ServeView(Console(), summary, reader_of(launch_id)))
         outcome = launch(
             resolved,
@@ -152,6 +155,7 @@ def _launch(loaded: LoadedConfig, machine: Machine, lifeline: int | None) -> Lau
             launch_id=launch_id,
             log_dir=log_dir,
             lifeline=lifeline,
+            is_strict=strict,
             agents=None if agents is None else agents.channel,
             joined=() if agents is None else tuple(agents.joined),
         )
@@ -160,20 +164,16 @@ def _launch(loaded: LoadedConfig, machine: Machine, lifeline: int | None) -> Lau
 
 
 def _summary(
-    loaded: LoadedConfig, resolved: ResolvedLaunch, log_dir: Path, status: LaunchStatus
+    resolved: ResolvedLaunch, log_dir: Path, status: LaunchStatus
 ) -> list[tuple[str, str]]:
     config = resolved.config
-    rows = ready_rows(
+    return ready_rows(
         status,
         model=resolved.served_model_name,
         connector=config.kv_transfer.connector if resolved.has_pair else None,
         log_dir=str(log_dir),
         needs_key=config.api_key is not None,
     )
-    findings = judge_pairs(resolved, loaded.origins, status)
-    return rows + [
-        (each.severity, f"{each.rule} {each.where}: {each.message}") for each in findings
-    ]
 
 
 def print_plan(resolved: ResolvedLaunch, output: Format) -> None:

@@ -177,7 +177,7 @@ def _pair_cells(pair: PairStatus) -> dict[str, Any]:
 
 
 def troubles(found: DeploymentStatus) -> list[str]:
-    """Return a line for each engine and pair that is gone, not used, or failed."""
+    """Return a line for each engine and pair that is gone, not used, failed or slow."""
     lines = [f"{gone.name} has been gone for {duration(gone.gone_s)}" for gone in found.gone]
     for engine in found.engines:
         if engine.reason:
@@ -188,6 +188,8 @@ def troubles(found: DeploymentStatus) -> list[str]:
         name = f"{pair.prefill} -> {pair.decode}"
         if pair.last_failure:
             lines.append(f"{name}: {pair.last_failure}")
+        if pair.slow:
+            lines.append(f"{name} is slow: {pair.slow}")
         if pair.health == "open":
             lines.append(f"{name}: no pull is begun for a while")
     lines += [f"{each.prefill} -> {each.decode} is not used: {each.error}" for each in found.doubts]

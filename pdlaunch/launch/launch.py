@@ -75,6 +75,7 @@ def launch(
     launch_id: str,
     log_dir: Path,
     lifeline: int | None = None,
+    is_strict: bool = False,
     agents: AgentChannel | None = None,
     joined: Sequence[str] = (),
 ) -> LaunchOutcome:
@@ -82,9 +83,9 @@ def launch(
 
     ``check_platform`` and ``resolved.require_startable`` come before. ``listeners``: the sockets of
     the public address (``ports.listening``); they are closed when no more connections are taken, at
-    the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``agents``: of
-    the other hosts, of which those of ``joined`` have joined. Raises StartupError and ConfigError
-    when a model cannot be converted, or does not fit the settings.
+    the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``is_strict``:
+    slow pairs are refused. ``agents``: of the other hosts; those of ``joined`` have joined. Raises
+    StartupError and ConfigError when a model cannot be converted, or does not fit the settings.
     """
     config, here = resolved.config, resolved.hosts[0].name
     timing = Timing(
@@ -126,6 +127,7 @@ def launch(
 
         plan, clock = plan_processes(resolved), time.monotonic
         supervisor = Supervisor(plan, host, bootstraps, places, observer, timing, clock)
+        supervisor.wanted.is_strict = is_strict
         with contextlib.closing(host), SignalInbox() as signals:
             drive(supervisor, EventQueue(host, signals, lifeline, run_dir, log_dir).wait, clock)
         seen = supervisor.seen

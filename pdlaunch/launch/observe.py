@@ -141,7 +141,7 @@ def _received(
             peer = seen.find(message.peer)
             is_current = peer is not None and peer[1].incarnation == message.peer_incarnation
             if is_current and message.local == name:
-                seen.pairs.add(message)
+                _pair_ready(turn, process, message)
         case PairFailed():
             _pair_failed(turn, process, message)
         case PairSuspect(local=local, peer=peer_name, error=error):
@@ -195,6 +195,17 @@ def _ready(turn: Turn, unit: Unit, process: Instance, message: Ready) -> None:
         engine.failed_for = ""
 
 
+def _pair_ready(turn: Turn, process: Instance, pair: PairReady) -> None:
+    if pair.slow and turn.wanted.is_strict:
+        error = f"{pair.slow} (refused by --strict)"
+        failed = PairFailed(local=pair.local, peer=pair.peer, error=error, fatal=True)
+        _pair_failed(turn, process, failed)
+        return
+    if pair.slow:
+        turn.announce(f"warning: {pair.peer} -> {process.label} is slow: {pair.slow}")
+    turn.seen.pairs.add(pair)
+
+
 def _pair_failed(turn: Turn, process: Instance, pair: PairFailed) -> None:
     turn.seen.pairs.fail(process.name, pair.peer, pair.error)
     what = f"{process.label} cannot use {pair.peer}"
@@ -232,8 +243,7 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
         return
     process.state = ProcessState.FAILED
     if turn.wanted.joins(unit.engine):
-        said = f": {process.error}" if process.error else ""
-        _fail_change(turn, f"{process.label} {event.how()}{said}")
+        _fail_change(turn, _end_of(process, event))
         return
     if seen.phase is not LaunchPhase.READY:
         summary = f"{process.label} {event.how()} before it was ready"
@@ -246,10 +256,14 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
     process.error = process.error or event.how()
 
 
+def _end_of(process: Instance, event: ProcessExited) -> str:
+    """Say why a process has ended: what it told, else how."""
+    return f"{process.label} {f'failed: {process.error}' if process.error else event.how()}"
+
+
 def _tell(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> None:
     """Report the first death in a unit, and tell the router which requests may be to blame."""
-    said = f": {process.error}" if process.error else ""
-    turn.announce(f"{process.label} {event.how()}{said}")
+    turn.announce(_end_of(process, event))
     # No request is to blame if the rank never served, or somebody killed it.
     step = event.last_step
     if step.origins and unit.ready_at is not None and event.by_itself:

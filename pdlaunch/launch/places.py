@@ -13,19 +13,20 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pdlaunch.checks.probed import Probes
+from pdlaunch.checks.probed import PairTransport, Probes
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import EngineKind, kind_of
+from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import EngineChange, Unit
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.planning.roles import EnginePlace, PlacedEngine, Places
-from pdlaunch.protocol.control import ChangeEngines, PlannedChange, PlannedEngine
+from pdlaunch.protocol.control import ChangeEngines, PairReady, PlannedChange, PlannedEngine
 
 Key = tuple[Role, int]  # role and index of an engine
 Models = Mapping[Role, Model]
@@ -85,6 +86,29 @@ class EnginePlaces:
 
     def _placed(self, name: str) -> PlacedEngine:
         return next(engine for engine in self.resolved.engines if engine.name == name)
+
+    # Pairs
+
+    def judged(self, pair: PairReady) -> PairReady:
+        """Return a measured pair of engines that are placed, with what is slow about it."""
+        prefill, decode = self._placed(engine_of(pair.peer)), self._placed(engine_of(pair.local))
+        hosts = prefill.host.name, decode.host.name
+        measured = PairTransport(
+            decode_rank=pair.local,
+            prefill_rank=pair.peer,
+            path=pair.path,
+            # Decode reads the KV caches of prefill engines.
+            allocator=prefill.engines.allocator,
+            gigabytes_per_s=pair.gigabytes_per_s,
+            hosts=None if hosts[0] == hosts[1] else hosts,
+            shares_gpu=not _gpus_of(prefill).isdisjoint(_gpus_of(decode)),
+            piece_bytes=pair.piece_bytes,
+            other_paths=pair.other_paths,
+        )
+        probes, rules = Probes(transport=(measured,)), self.kind.rules()
+        found = run_checks(self.resolved, {}, probes, rules=rules, family="PD5").findings
+        slow = "; ".join(f"{each.rule} {each.message}" for each in found)
+        return msgspec.structs.replace(pair, slow=slow)
 
     # Changes
 
@@ -204,12 +228,10 @@ class EnginePlaces:
     def _busy(self, gone: Collection[Key]) -> dict[GpuKey, str]:
         """Return which engine has each GPU once some engines are gone."""
         return {
-            (engine.host.name, engine.engines.gpus[device].index): engine.name
+            gpu: engine.name
             for engine in self.resolved.engines
             if _key(engine) not in gone
-            for device in engine.device_indices
-            # A host that is back may have fewer than it had.
-            if device < len(engine.engines.gpus)
+            for gpu in _gpus_of(engine)
         }
 
     def _place(
@@ -347,3 +369,10 @@ def refuse_errors(findings: Sequence[Finding]) -> None:
 
 def _key(engine: PlacedEngine) -> Key:
     return engine.engines.role, engine.index
+
+
+def _gpus_of(engine: PlacedEngine) -> set[GpuKey]:
+    gpus = engine.engines.gpus
+    # A host that is back may have fewer than it had.
+    there = [device for device in engine.device_indices if device < len(gpus)]
+    return {(engine.host.name, gpus[device].index) for device in there}

@@ -229,6 +229,7 @@ class Desired:
     change: EngineChange | None = None
     stop_signal: int | None = None  # the signal that asked for the end of the launch
     is_hurried: bool = False  # the user has asked for the end again
+    is_strict: bool = False  # pairs that are slow must not be used
 
     def joins(self, engine: str) -> bool:
         return engine in self.engines and self.engines[engine].withheld == "joining"

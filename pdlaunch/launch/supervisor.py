@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import with_peers
@@ -180,6 +180,8 @@ class Supervisor:
             # Frequent, and nobody else needs it: no tick is due.
             process.heard_at = self.clock()
             return
+        if isinstance(message, PairReady) and self.seen.find(message.peer) is not None:
+            event = replace(event, message=self.places.judged(message))
         self._observe(event)
         if isinstance(message, Register) and process.registration is message:
             # A new process cannot wait for the next change.

@@ -137,6 +137,8 @@ class PairReady(Message):
     path: str  # ``nixl/UCX`` and such: the fastest of those that can be used
     gigabytes_per_s: float | None = None
     other_paths: dict[str, str] = {}  # the speeds of the other paths, or why they cannot be used
+    piece_bytes: int = 0  # size of the pieces that were read; 0: not known
+    slow: str = ""  # what the supervisor finds slow, and why; empty: as fast as the link should be
     num_peers: int = 1  # ranks of the peer's engine that this one pulls from
 
 

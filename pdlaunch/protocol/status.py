@@ -79,6 +79,7 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     decode: str
     path: str
     gigabytes_per_s: float | None  # measured when the path was proven, of the slowest ranks
+    slow: str = ""  # by how much it is slower than its link should be, and why
     pulls: Pulls  # since the start of the decode engine
     last_failure: str  # empty without one
     # ``open``: pulls have failed, and none is begun for a while. ``half_open``: one is tried.

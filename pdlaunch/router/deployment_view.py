@@ -169,6 +169,7 @@ class DeploymentView:
                 decode=names[1],
                 path=link.path,
                 gigabytes_per_s=link.gigabytes_per_s,
+                slow=link.slow,
                 pulls=self._readings.pulls(*names, is_only=num_peers[names[1]] == 1),
                 last_failure=self._state.pair_failures.get(names, ""),
                 health=states.get(names, "closed"),

@@ -74,6 +74,7 @@ class Peer:
         # The paths that the connector offers.
         self._paths: Mapping[str, Connection | TransferError] = {}
         self._connection: Connection | None = None  # the path in use
+        self._piece_bytes = 0  # of the READs of its scratch
         self._reads: dict[Read, float] = {}  # READs that are not released, and when they started
         # READs that the prefill rank was asked to write, by call_id.
         self._pushed: dict[int, Read] = {}
@@ -174,7 +175,7 @@ class Peer:
             raise connection
         self._check_channel()
         memory, geometry = self._setup.memory, self.geometry
-        landing, piece_bytes = new_landing(
+        landing, self._piece_bytes = new_landing(
             geometry.scratch_bytes,
             memory.scratch.device,
             # What a READ of blocks is made of here.
@@ -183,7 +184,7 @@ class Peer:
                 min(place.head_bytes for place in geometry.regions) * geometry.num_kv_heads,
             ),
         )
-        read = connection.read_scratch(landing, piece_bytes)
+        read = connection.read_scratch(landing, self._piece_bytes)
         self._probes.append((read, landing))
         # To a prefill side that writes, no blocks mean the scratch.
         self._follow(read, (), range(0), LeaseId(""), ReaderId(""))
@@ -299,6 +300,7 @@ class Peer:
                 path=best.path,
                 gigabytes_per_s=best.gigabytes_per_s,
                 other_paths=others,
+                piece_bytes=self._piece_bytes,
                 num_peers=len(setup.sources(self.entry.tp_size)),
             )
         )

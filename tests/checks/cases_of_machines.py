@@ -86,34 +86,20 @@ CASES: dict[str, Case] = {
         [on(CPU, environ={"UCX_TLS": "tcp"}), on(CPU, environ={"UCX_TLS": "\\sm"})],
         [on(CPU, environ={"UCX_TLS": "posix"}), p2p(CPU, environ={"UCX_TLS": "tcp"})],
     ),
-    "PD503": Case(
-        [
-            on(GPU, pairs=(replace(PAIR, allocator=allocator, gigabytes_per_s=0.6),))
-            for allocator in ("cumem", "expandable_segments")
-        ],
-        [
-            on(GPU, pairs=(replace(PAIR, allocator="cumem", path="p2p"),)),
-            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=0.6),)),
-            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=None),)),
-        ],
-    ),
     "PD504": Case(
         [
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0),)),
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0, path="mooncake/tcp"),)),
             on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.05),)),
             on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=0.1),)),
         ],
         [
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=20.0),)),
-            on(GPU, pairs=(replace(PAIR, allocator="cumem", gigabytes_per_s=0.6),)),
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=None),)),
             on(GPU, pairs=(replace(PAIR, path="file/safetensors", gigabytes_per_s=0.6),)),
+            on(GPU, pairs=(replace(PAIR, path="nixl/vLLM", gigabytes_per_s=0.6),)),
             on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.3),)),
             on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=5.0),)),
-            on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=None),)),
         ],
-    ),
-    "PD505": Case(
-        [on(CPU, pairs=(PAIR,))],
-        [on(CPU, pairs=(replace(PAIR, gigabytes_per_s=None),))],
     ),
 }

@@ -31,8 +31,15 @@ CASES: dict[str, Case] = {
         [on(CPU, max_model_len=8192)],
     ),
     "PD107": Case(
-        [on(CPU, kv_transfer__lease_s=20.0)],
-        [on(CPU, kv_transfer__lease_s=5.0, kv_transfer__pull_timeout_s=4.0)],
+        [on(CPU, kv_transfer__lease_s=20.0), on(CPU, kv_transfer__lease_s=20.0, engine="vllm")],
+        [
+            on(CPU, kv_transfer__lease_s=5.0, kv_transfer__pull_timeout_s=4.0),
+            on(
+                CPU,
+                engine="vllm",
+                kv_transfer={"connector": "vllm-nixl", "lease_s": 20, "pull_timeout_s": 30},
+            ),
+        ],
     ),
     "PD108": Case([on(GPU, block_size=24)], [on(CPU, block_size=24), on(GPU, block_size=48)]),
     "PD111": Case([on(CPU, kv_transfer__verify="off")], [on(CPU, kv_transfer__verify="on")]),

@@ -35,24 +35,24 @@ def findings(launch: ResolvedLaunch, *codes: str) -> list[str]:
     return [f"{each.rule} {each.message}" for each in report.findings if each.rule in codes]
 
 
-def test_each_agent_has_to_allow_it() -> None:
-    launch = launch_on({"vllm": V32}, {"other": V32})
-    assert findings(launch, "PD611", "PD612", "PD613") == [
-        "PD611 on b: vllm: its agent does not allow it: start that with --allow-executable vllm"
-    ]
+NOT_ALLOWED = "vllm: its agent does not allow it: start that with --allow-executable vllm"
 
 
-def test_versions_of_hosts_are_compared() -> None:
-    older = EngineCommand(version="0.31.1")
-    assert findings(launch_on({"vllm": V32}, {"vllm": older}), "PD611", "PD612") == [
-        "PD612 prefill is vLLM 0.32.0, decode vLLM 0.31.1"
-    ]
-    assert not findings(launch_on({"vllm": V32}, {"vllm": V32}), "PD611", "PD612")
-
-
-def test_of_hosts_that_have_not_joined_no_executable_is_missed() -> None:
-    launch = launch_on(None, None, engine_command="/opt/vllm/bin/vllm")
-    assert not findings(launch, "PD611", "PD612", "PD613")
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [
+        ({"vllm": V32}, {"vllm": V32}, []),
+        (None, None, []),
+        ({"vllm": V32}, {"other": V32}, [f"PD611 on b: {NOT_ALLOWED}"]),
+        (
+            {"vllm": V32},
+            {"vllm": EngineCommand(version="0.31.1")},
+            ["PD612 prefill is vLLM 0.32.0, decode vLLM 0.31.1"],
+        ),
+    ],
+)
+def test_what_agents_tell_of_executables_is_judged(a: Told, b: Told, found: list[str]) -> None:
+    assert findings(launch_on(a, b), "PD611", "PD612", "PD613") == found
 
 
 def test_what_is_installed_beside_the_supervisor_says_nothing_of_others(tmp_path: Path) -> None:

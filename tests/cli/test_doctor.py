@@ -30,7 +30,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "PD656": ({"num_expired": 2}, "2 leases have expired"),
     "PD657": ({"num_failed": 3}, "3 transfers have failed"),
     "PD658": ({"server_info": {}}, "dev mode is on"),
-    "PD663": ({"num_bytes": 2**30, "seconds_read": 1e6}, "1 GiB read, 0.00 GB/s"),
+    "PD663": (
+        {"num_bytes": 2**30, "seconds_read": 1e6, "num_pieces": 2**15 - 1},
+        "1 GiB read in pieces of 32 KiB, 0.00 GB/s",
+    ),
 }
 """What is wrong with the decode engine, and words of the finding."""
 
@@ -142,9 +145,15 @@ def test_a_router_names_its_engines_and_gets_no_key_nor_names_who_does(
     monkeypatch.setenv("KEY_OF_ENGINES", "secret")
     with serving(tmp_path) as (prefill, decode, flags):
         urls = [flag.partition("=")[2] for flag in flags]
-        prefill.status = {"engines": listed(("prefill", urls[0]), ("decode", urls[1]))}
+        slow = {"prefill": "prefill-0", "decode": "decode-0", "slow": "PD504 0.05 GB/s"}
+        engines = listed(("prefill", urls[0]), ("decode", urls[1]))
+        prefill.status = {"engines": engines, "pairs": [slow, slow | {"slow": ""}]}
         arguments = (urls[0], "--engine-key-env", "KEY_OF_ENGINES", "--format", "json")
-        assert run(*arguments).exit_code == 0
+        result = run(*arguments)
+        assert result.exit_code == 0
+        said = [each for each in report_of(result)["findings"] if each["rule"] == "PD663"]
+        told = [(each["where"], each["message"]) for each in said]
+        assert told == [("prefill-0 -> decode-0", "PD504 0.05 GB/s")]
         assert prefill.keys | decode.keys == {None}
         result = run(*arguments, flags[1])
         assert len(report_of(result)["resolved"]["deployment"]["engines"]) == 2
@@ -157,7 +166,7 @@ def test_a_router_names_its_engines_and_gets_no_key_nor_names_who_does(
 def test_engines_of_both_roles_are_examined_and_get_no_canary(tmp_path: Path) -> None:
     with serving(tmp_path, model="other", version="0.31.1") as (prefill, decode, flags):
         urls = [flag.partition("=")[2] for flag in flags]
-        prefill.status = {"engines": listed(("prefill", urls[0]), ("both", urls[1]))}
+        prefill.status = {"engines": listed(("prefill", urls[0]), ("both", urls[1])), "pairs": []}
         for arguments in ((urls[0],), (flags[0], f"--both={urls[1]}")):
             result = run(*arguments, "--format", "json")
             assert result.exit_code == 1
@@ -167,7 +176,7 @@ def test_engines_of_both_roles_are_examined_and_get_no_canary(tmp_path: Path) ->
             assert found.keys() == {"PD652", "PD660"}
             assert report_of(result)["resolved"]["deployment"]["pairs"] == []
         assert not decode.bodies
-        prefill.status = {"engines": listed(("critic", urls[1]))}
+        prefill.status = {"engines": listed(("critic", urls[1])), "pairs": []}
         result = run(urls[0])
         assert (result.exit_code, "engine of role critic" in result.stderr) == (2, True)
 

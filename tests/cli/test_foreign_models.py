@@ -50,11 +50,3 @@ def test_vllm_may_serve_what_native_engines_cannot(folder: Path, name: str) -> N
     refused = run()
     assert refused.exit_code == 1
     assert "PD103" in refused.output
-
-
-def test_a_config_json_that_is_broken_is_refused_by_both(folder: Path) -> None:
-    (folder / "model" / "config.json").write_text("{")
-    for flags in ((), ("--engine", "vllm")):
-        result = run(*flags)
-        assert result.exit_code == 1
-        assert "PD103" in result.output

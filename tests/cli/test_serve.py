@@ -7,14 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from pdlaunch.cli.preflight import judge_pairs
-from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.launch import check_platform
-from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.planning.resolve import resolve
-from pdlaunch.protocol.control import PairReady
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
@@ -188,36 +183,3 @@ def test_agents_are_waited_for_at_the_port_that_is_set(model: str, tmp_path: Pat
         )
     assert result.exit_code == 1
     assert f"agents cannot join at tcp://127.0.0.1:{port}" in " ".join(result.stderr.split())
-
-
-def measured(speed: float) -> LaunchStatus:
-    pair = PairReady(
-        local="decode-0/rank-0",
-        peer="prefill-0/rank-0",
-        peer_incarnation=1,
-        seconds=0.1,
-        path="nixl/UCX",
-        gigabytes_per_s=speed,
-        other_paths={},
-    )
-    return LaunchStatus(LaunchPhase.READY, (), pairs=(pair,))
-
-
-@pytest.mark.parametrize(
-    ("machine", "flags", "speed", "expected"),
-    [
-        (GPUS, {"enable_cumem_allocator": True}, 0.6, ["PD503"]),
-        (GPUS, {"enable_cumem_allocator": True}, 300.0, []),
-        (GPUS, {"kv_transfer.nixl.path": "nixl"}, 0.6, ["PD504"]),
-        (CPU, {}, 1000.0, []),
-        (CPU, {}, 0.0001, ["PD504"]),
-    ],
-)
-def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
-    machine: Machine, flags: dict[str, object], speed: float, expected: list[str]
-) -> None:
-    loaded = load_config(None, {}, flags)
-    findings = judge_pairs(
-        resolve(loaded.config, {"here": machine}, {}), loaded.origins, measured(speed)
-    )
-    assert [finding.rule for finding in findings] == expected

@@ -53,7 +53,8 @@ def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServe
     why = "3 requests in a row have failed"
     out, trial = engine("decode-0", "decode", health="open", left_out=why), {"health": "half_open"}
     router.status = deployment(out, engine("decode-1", "decode", **trial))
-    pairs = [msgspec.structs.replace(pair, health="open") for pair in router.status.pairs]
+    changed = {"health": "open", "slow": "PD504 nixl/UCX moves 0.6 GB/s"}
+    pairs = [msgspec.structs.replace(pair, **changed) for pair in router.status.pairs]
     router.status = msgspec.structs.replace(router.status, pairs=pairs)
     output = run("--url", router.url).output
     (row,) = [line for line in output.splitlines() if "decode-1 " in line]
@@ -61,6 +62,7 @@ def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServe
     assert "decode-0 gets nothing new: 3 requests in a row have failed" in output
     assert "left out" in output
     assert "no pull is begun for a while" in output
+    assert "prefill-0 -> decode-0 is slow: PD504 nixl/UCX moves 0.6 GB/s" in output
 
 
 def test_json_is_what_the_router_says(router: DeploymentServer) -> None:

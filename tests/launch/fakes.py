@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import msgspec
+
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
@@ -157,6 +159,9 @@ class FakeBootstraps(Bootstraps):
         self.gone.append(engine)
 
 
+SLOW = 0.05
+
+
 class FakePlaces(EnginePlaces):
     """Hosts on which there is room, or none; their engines cannot change."""
 
@@ -168,6 +173,10 @@ class FakePlaces(EnginePlaces):
 
     def is_there(self, unit: Unit) -> bool:
         return self.has_room
+
+    def judged(self, pair: PairReady) -> PairReady:
+        slow = "PD504 0.05 GB/s" if pair.gigabytes_per_s == SLOW else ""
+        return msgspec.structs.replace(pair, slow=slow)
 
 
 @dataclass
@@ -252,8 +261,8 @@ class World:
             self.register(name)
             self.say(name, Ready())
 
-    def connect(self, local: str, peer: str) -> None:
-        self.say(local, pair_ready(local, peer, self.host.running[peer]))
+    def connect(self, local: str, peer: str, speed: float = 3.0) -> None:
+        self.say(local, pair_ready(local, peer, self.host.running[peer], speed=speed))
 
     def all_ready(self) -> Self:
         self.become_ready(*list(self.host.running))
@@ -348,13 +357,15 @@ def serving(timing: Timing | None = None, **shape: int) -> World:
     return World(make_plan(**shape), timing).start().all_ready()
 
 
-def pair_ready(local: str, peer: str, peer_incarnation: int, num_peers: int = 1) -> PairReady:
+def pair_ready(
+    local: str, peer: str, peer_incarnation: int, num_peers: int = 1, speed: float = 3.0
+) -> PairReady:
     return PairReady(
         local=local,
         peer=peer,
         peer_incarnation=peer_incarnation,
         seconds=0.1,
         path="fake",
-        gigabytes_per_s=3.0,
+        gigabytes_per_s=speed,
         num_peers=num_peers,
     )

@@ -362,7 +362,7 @@ def dies(world: Changing) -> str:
     world.fail("prefill-1/rank-0", "no memory")
     world.exit("prefill-1/rank-0", 1)
     assert world.signalled(signal.SIGTERM) == {"prefill-1"}
-    return "prefill-1/rank-0 ended with exit code 1: no memory"
+    return "prefill-1/rank-0 failed: no memory"
 
 
 def can_never_be_a_pair(world: Changing) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
@@ -20,10 +21,11 @@ from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.planning.resolve import resolve_on
+from pdlaunch.planning.resolve import THIS_HOST, resolve, resolve_on
 from pdlaunch.protocol.control import ChangeEngines
 from tests.checks.contexts import TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.launch.fakes import pair_ready
 
 
 @pytest.fixture
@@ -197,3 +199,29 @@ def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
         change = deployment.places.plan(wanted, deployment.serving, ())
         (turned,) = change.starts
         assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "speed", "words"),
+    [
+        (TWO_GPUS, {"enable_cumem_allocator": True}, 0.6, ["PD504 nixl/UCX", "map cumem memory"]),
+        (TWO_GPUS, {"enable_cumem_allocator": True}, 300.0, []),
+        (replace(TWO_GPUS, gpus=TWO_GPUS.gpus[:1]), {}, 0.3, ["between GPUs", "share a GPU"]),
+        (FOUR_CORES, {"engine": "vllm"}, 0.05, ["PD504", "a tenth of 1"]),
+        (FOUR_CORES, {"engine": "vllm"}, 0.5, []),
+        (FOUR_CORES, None, 0.5, ["between a and b, less than a tenth of 6"]),
+    ],
+)
+def test_a_measured_pair_is_judged_by_its_link(
+    machine: Machine, settings: dict[str, Any] | None, speed: float, words: list[str]
+) -> None:
+    """``settings``: None for a launch over hosts."""
+    places = Deployment(**SPREAD).places
+    if settings is not None:
+        launch = resolve(LaunchConfig.model_validate(settings), {THIS_HOST: machine}, {})
+        places = EnginePlaces(launch, kind_of(launch), {THIS_HOST})
+    pair = pair_ready("decode-0/rank-0", "prefill-0/rank-0", 1)
+    slow = places.judged(msgspec.structs.replace(pair, path="nixl/UCX", gigabytes_per_s=speed)).slow
+    assert bool(slow) is bool(words)
+    assert all(word in slow for word in words)
+    assert ("share a GPU" in slow) is (len(machine.gpus) == 1)

@@ -18,7 +18,7 @@ from pdlaunch.protocol.control import (
     Register,
     Stop,
 )
-from tests.launch.fakes import World, make_plan, serving
+from tests.launch.fakes import SLOW, World, make_plan, serving
 
 RANKS = ("decode-0/rank-0", "prefill-0/rank-0")
 EVERYONE = {*RANKS, "prefill-0", "decode-0", "router"}
@@ -80,6 +80,30 @@ def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> No
     world.say(RANKS[0], pair_failed("block_size 16 and 32", fatal=True))
     assert world.failure is not None
     assert world.failure.said == "block_size 16 and 32"
+
+
+def test_a_slow_pair_is_announced_each_time_that_it_is_measured_and_used() -> None:
+    world = World(make_plan()).start()
+    world.become_ready(*EVERYONE)
+    for _ in range(2):
+        world.observer.notes.clear()
+        world.connect(*RANKS, speed=SLOW)
+        warning = f"warning: {RANKS[1]} -> {RANKS[0]} is slow: PD504 0.05 GB/s"
+        assert world.observer.notes == [warning]
+    assert world.phase is LaunchPhase.READY
+    assert [pair.slow for pair in world.host.registry("router").pairs] == ["PD504 0.05 GB/s"]
+    world.connect(*RANKS)
+    assert [pair.slow for pair in world.host.registry("router").pairs] == [""]
+
+
+def test_a_strict_launch_refuses_a_slow_pair() -> None:
+    world = World(make_plan())
+    world.supervisor.wanted.is_strict = True
+    world.start().become_ready(*EVERYONE)
+    world.connect(*RANKS, speed=SLOW)
+    assert world.failure is not None
+    assert world.failure.said == "PD504 0.05 GB/s (refused by --strict)"
+    assert world.failure.summary == f"{RANKS[0]} cannot use {RANKS[1]}"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ standard error, and prints ``{"error": TEXT, "fix": TEXT, "field": NAME}`` when 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -147,7 +148,9 @@ def _explain(error: Exception, name: str, revision: str) -> ConfigError:
             text = f"{hub} answered {error.response.status_code} for {name}"
         case OSError():
             text = f"{name} was not downloaded: {error}"
-            fix = "Make room, or set HF_HOME to a folder that you may write to."
+            folder = "HF_HOME to a folder that you may write to."
+            fixes = {errno.ENOSPC: f"Make room, or set {folder}", errno.EACCES: f"Set {folder}"}
+            fix = fixes.get(error.errno or 0, fix)
         case _:
             text = f"{name} was not downloaded: {type(error).__name__}: {reason}"
     return ConfigError(text, field=field, value=name, fix=fix)

@@ -120,12 +120,16 @@ class EngineApi:
             "/version", timeout_s, lambda raw: str(msgspec.json.decode(raw)["version"])
         )
 
-    async def listed_engines(self, timeout_s: float) -> list[tuple[str, str, str]]:
-        """Read role, URL and kind of each engine of a router of pdlaunch."""
+    async def deployment(self, timeout_s: float) -> tuple[list[tuple[str, str]], dict[str, str]]:
+        """Read from a router of pdlaunch role and URL of each engine, and why pairs are slow."""
 
-        def read(raw: bytes) -> list[tuple[str, str, str]]:
-            engines = msgspec.json.decode(raw)["engines"]
-            return [(str(each["role"]), str(each["url"]), str(each["kind"])) for each in engines]
+        def read(raw: bytes) -> tuple[list[tuple[str, str]], dict[str, str]]:
+            found = msgspec.json.decode(raw)
+            return [(str(each["role"]), str(each["url"])) for each in found["engines"]], {
+                f"{each['prefill']} -> {each['decode']}": str(each["slow"])
+                for each in found["pairs"]
+                if each["slow"]
+            }
 
         return await self._read("/pdlaunch/status", timeout_s, read)
 

@@ -86,6 +86,7 @@ START_POLL_S = 0.5
 WATCH_POLL_S = 2.0
 DRAIN_POLL_S = 0.5
 HEALTH_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 2.0  # of an engine that is not healthy any more, as when its core has ended
 SLEEP_FLAG = "--enable-sleep-mode"
 _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 Found = Literal["works", "idle", "hangs"]
@@ -187,7 +188,7 @@ class SidecarProcess:
             self._register(listens=self._door is not None)
             watches = [
                 self._supervised.spawn(self._fail_with(child)),
-                self._supervised.spawn(self._watch()),
+                self._supervised.spawn(self._watch(child)),
             ]
             if self._link is not None:
                 watches.append(self._supervised.spawn(self._heed_workers(self._link)))
@@ -263,7 +264,7 @@ class SidecarProcess:
 
     # Watching the engine
 
-    async def _watch(self) -> None:
+    async def _watch(self, child: asyncio.subprocess.Process) -> None:
         """Say Ready once the engine is healthy; fail when it is not any more, or stands still."""
         if not await self._become_ready():
             return
@@ -275,8 +276,15 @@ class SidecarProcess:
             if sleeps is not None and sleeps != is_asleep:
                 is_asleep = sleeps
                 self._supervised.send(SleepState(state="sleeping" if is_asleep else "awake"))
-            if not await self._api.is_healthy(HEALTH_TIMEOUT_S):
-                self._fail(f"/health did not say 200 within {HEALTH_TIMEOUT_S:g} s")
+            if (healthy := await self._api.is_healthy(HEALTH_TIMEOUT_S)) is not True:
+                with contextlib.suppress(TimeoutError):
+                    # Its end is told by ``_fail_with``, which says why.
+                    await asyncio.wait_for(child.wait(), END_TIMEOUT_S)
+                    return
+                # An engine whose core has ended says so before it ends itself, if it does.
+                dead = f"its core is dead: {self._output.last_error() or '/health is not 200'}"
+                late = f"/health did not answer within {HEALTH_TIMEOUT_S:g} s"
+                self._fail(late if healthy is None else dead)
                 return
             try:
                 counts = await self._api.counts(HEALTH_TIMEOUT_S)

@@ -43,7 +43,7 @@ export function drawTables(container, status) {
       cell(`${amount(pair.pulls.bytes_per_s)}B/s`),
       cell(`${amount(pair.pulls.num_bytes)}B`),
       cell(amount(pair.pulls.number)),
-      cell(pair.last_failure || "–", "bad-text"),
+      cell(pair.last_failure || pair.slow || "–", "bad-text"),
     ),
   );
   container.replaceChildren(

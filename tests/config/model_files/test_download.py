@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.model_files.download import fetch_part
+from pdlaunch.config.model_files.download import _explain, fetch_part
 from pdlaunch.config.model_files.find import cached_snapshot
 from pdlaunch.config.model_files.weights import INDEX, weight_files
 from pdlaunch.errors import ConfigError
@@ -122,6 +123,15 @@ def test_a_hub_that_is_gone_is_named(hub: FakeHub, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9 cannot be reached") as caught:
         download()
     assert "HF_ENDPOINT" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Make room"), (errno.EACCES, "Set HF_HOME"), (errno.EIO, "Try again")],
+)
+def test_room_is_advised_where_there_is_none(number: int, advice: str) -> None:
+    error = OSError(number, os.strerror(number))
+    assert str(_explain(error, NAME, "main").fix).startswith(advice)
 
 
 def test_the_command_line_imports_no_library_that_downloads() -> None:

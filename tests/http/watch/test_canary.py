@@ -167,7 +167,7 @@ class Engine:
 
     def __init__(self, path: Path) -> None:
         self.api = EngineApi(f"unix:{path}")
-        self.asks = (self.api.models, self.api.version, self.api.listed_engines)
+        self.asks = (self.api.models, self.api.version, self.api.deployment)
 
     async def answer(self, _: web.Request) -> web.Response:
         return web.Response(body=self.body)

@@ -55,6 +55,7 @@ class FakeVllm:
     num_bytes_of_others: int = 0
     num_bytes: int = 0
     seconds_read: float = 0.0
+    num_pieces: int = 0
     num_failed_reads: int = 0
     num_looks: int = 0
     num_tokens: int = 0
@@ -137,6 +138,7 @@ class FakeVllm:
             "nixl_bytes_transferred_count": 1,
             "nixl_bytes_transferred_sum": self.num_bytes,
             "nixl_xfer_time_seconds_sum": self.seconds_read,
+            "nixl_num_descriptors_sum": self.num_pieces,
         }
         page = "".join(f'vllm:{name}{{engine="0"}} {value}\n' for name, value in values.items())
         page += (

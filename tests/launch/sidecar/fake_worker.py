@@ -71,7 +71,7 @@ class FakeWorker:
             )
         )
 
-    async def shake_hands(self, error: str = "") -> None:
+    async def shake_hands(self, error: str = "", gigabytes_per_s: float = 2.0) -> None:
         """Be up, and from then on prove each prefill rank once; with ``error`` refuse it."""
         await self.be_up()
         proven: set[tuple[str, int]] = set()
@@ -85,10 +85,10 @@ class FakeWorker:
                 and entry.state != "sleeping"
             }
             for key in there.keys() - proven:
-                await self.say(self._outcome(there[key], error))
+                await self.say(self._outcome(there[key], error, gigabytes_per_s))
             proven = {*there}
 
-    def _outcome(self, peer: Entry, error: str) -> PairReady | PairFailed:
+    def _outcome(self, peer: Entry, error: str, speed: float) -> PairReady | PairFailed:
         if error:
             return PairFailed(local=self.name, peer=peer.name, error=error, fatal=True)
         return PairReady(
@@ -97,7 +97,7 @@ class FakeWorker:
             peer_incarnation=peer.incarnation,
             seconds=0.1,
             path="p2p",
-            gigabytes_per_s=2.0,
+            gigabytes_per_s=speed,
             num_peers=peer.tp_size,
         )
 

@@ -2,7 +2,8 @@
 
 Engines of one launch read from each other through the folder ``FAKE_VLLM_FOLDER``. Files there say
 how an engine behaves: ``decode-0.moves_bytes`` with ``false`` in it, and the like. With pdlaunch's
-connector its ranks shake hands; ``decode-0.pair_error`` says why that fails.
+connector its ranks shake hands; ``decode-0.pair_error`` says why that fails, and
+``decode-0.gigabytes_per_s`` how fast they read.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ async def serve(path: Path, folder: Path, tp_size: int) -> None:
     heed(engine, folder)
     workers = []
     if setup := os.environ.get(KV_SETUP):
-        told = folder / f"{engine.name}.pair_error"
-        error = json.loads(told.read_text()) if told.exists() else ""
+        told = {"pair_error": "", "gigabytes_per_s": 2.0}
+        for field in told:
+            if (file := folder / f"{engine.name}.{field}").exists():
+                told[field] = json.loads(file.read_text())
         for tp_rank in range(tp_size):
             worker = FakeWorker(read_setup(Path(setup)), tp_rank, tp_size)
-            workers.append(asyncio.create_task(worker.shake_hands(error)))
+            workers.append(asyncio.create_task(worker.shake_hands(*told.values())))
     await listen(engine, path)
     while True:
         await asyncio.sleep(0.1)

@@ -270,6 +270,19 @@ async def test_an_idle_engine_whose_core_stands_still_is_found(tmp_path: Path) -
         engine.moves.set()
 
 
+async def test_an_engine_whose_core_has_ended_is_told_to_be_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server lives, and says 503."""
+    monkeypatch.setattr("pdlaunch.launch.sidecar.__main__.END_TIMEOUT_S", 0.05)
+    supervisor = FakeSupervisor(tmp_path)
+    async with watched(supervisor) as running:
+        await supervisor.next(Ready)
+        supervisor.decode.healthy = False
+        with pytest.raises(StartupError, match="its core is dead"):
+            await running
+
+
 async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSupervisor) -> None:
     run_dir = supervisor.bootstrap.run_dir
     supervisor.inbox.put_nowait(registry(run_dir))
