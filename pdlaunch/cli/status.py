@@ -192,7 +192,6 @@ def troubles(found: DeploymentStatus) -> list[str]:
             lines.append(f"{name} is slow: {pair.slow}")
         if pair.health == "open":
             lines.append(f"{name}: no pull is begun for a while")
-    lines += [f"{each.prefill} -> {each.decode} is not used: {each.error}" for each in found.doubts]
     return [escape_controls(line) for line in lines]
 
 

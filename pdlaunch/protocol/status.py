@@ -91,12 +91,6 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
         return self.pulls.gigabytes_per_s or self.gigabytes_per_s
 
 
-class Doubt(msgspec.Struct, frozen=True, kw_only=True):
-    prefill: str
-    decode: str
-    error: str
-
-
 class StatusEvent(msgspec.Struct, frozen=True, kw_only=True):
     at: float  # Unix time in seconds
     kind: EventKind
@@ -137,7 +131,6 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     engines: Sequence[EngineStatus]
     gone: Sequence[GoneEngine]
     pairs: Sequence[PairStatus]
-    doubts: Sequence[Doubt]
     rates: Rates  # the last ten seconds
     history: Sequence[Rates]  # the last five minutes, oldest first
     events: Sequence[StatusEvent]  # the last 100, oldest first

@@ -134,7 +134,6 @@ class DeploymentView:
             engines=[self._engine(engine, pool.clock()) for engine in pool.engines],
             gone=events.gone(),
             pairs=self._pairs(pool.pairs),
-            doubts=list(self._state.doubts.values()),
             rates=now,
             history=list(self._history.points),
             events=events.events,

@@ -17,7 +17,7 @@ from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import PairSuspect, Registry, Suspects
 from pdlaunch.protocol.ids import HopId, LeaseId, PromptOrigin
 from pdlaunch.protocol.openai.responses import ModelList
-from pdlaunch.protocol.status import Doubt, EventKind, GoneEngine, StatusEvent
+from pdlaunch.protocol.status import EventKind, GoneEngine, StatusEvent
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.metrics import RouterMetrics
@@ -176,8 +176,6 @@ class RouterState:
         self.events = EventLog(time.time)
         # The last failure of each pair.
         self.pair_failures: dict[tuple[str, str], str] = {}
-        # Why a pair is not used, until the registry has shown a new proof; prefill first.
-        self.doubts: dict[tuple[str, str], Doubt] = {}
         self._prove_again = prove_again
         self._knows_engines = False
         self._changed = asyncio.Event()
@@ -193,11 +191,6 @@ class RouterState:
                 # Its process may end by itself, or answer again.
                 asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
         self.events.engines_changed(registry, self.pool.engines)
-        listed = {entry.name for entry in registry.entries}
-        # Of engines that have left nothing is to be proven.
-        settled = {names for names in self.doubts if not listed.issuperset(names)}
-        settled.update((pair.peer, pair.local) for pair in registry.pairs)
-        self.doubts = {each: doubt for each, doubt in self.doubts.items() if each not in settled}
         self.metrics.show_registry(registry)
         self._knows_engines = True
         # A new event for each change: those that wait from now on wait for the next one.
@@ -251,7 +244,6 @@ class RouterState:
     def doubt(self, local: str, peer: str, peer_incarnation: int, error: str) -> None:
         """Use a pair no more until a new canary has proven it."""
         pair = PairSuspect(local=local, peer=peer, peer_incarnation=peer_incarnation, error=error)
-        self.doubts[peer, local] = Doubt(prefill=peer, decode=local, error=error)
         self.pool.doubt(pair)
         self._prove_again(pair)
 

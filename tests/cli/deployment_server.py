@@ -93,7 +93,6 @@ def deployment(*engines: EngineStatus, **fields: object) -> DeploymentStatus:
         "engines": list(found),
         "gone": [GoneEngine(name="decode-7", role="decode", gone_s=70.0)],
         "pairs": [pair],
-        "doubts": [],
         "rates": rates(4.0),
         "history": [rates(4.0)],
         "events": [

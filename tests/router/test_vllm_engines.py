@@ -113,9 +113,9 @@ async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
     async with stand.session.get("/pdlaunch/status") as response:
         status = await response.json()
     assert status["pairs"] == []
-    (doubt,) = status["doubts"]
-    assert doubt["prefill"] == "prefill-0"
-    assert "whose KV blocks it was handed" in doubt["error"]
+    (event,) = (each for each in status["events"] if each["kind"] == "pair")
+    assert (event["name"], event["is_bad"]) == ("prefill-0 -> decode-0", True)
+    assert "whose KV blocks it was handed" in event["text"]
 
     assert (await stand.post(completion(stream=stream))).texts() == {0: SCRIPT}
     assert "kv_transfer_params" not in asked(decode)[-1]

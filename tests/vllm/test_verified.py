@@ -182,7 +182,7 @@ def test_a_request_whose_lease_ends_on_its_way_through_the_router(
         lambda: "prefill-0 -> decode-0: 1 pulls have failed just now" in sidecar_log.read_text(),
         "the sidecar names the pair",
     )
-    await_true(lambda: not shown(router, "doubts"), "a canary has come through")
+    await_true(lambda: shown(router, "pairs"), "a canary has come through")
     num_bytes, _ = pair.counts()
     assert complete(router, prompt_of(37), NUM_TOKENS)
     assert pair.counts()[0] > num_bytes

@@ -211,17 +211,7 @@ export function drawFlow(container, status) {
     }
   }
   const states = new Map(engines.map((engine) => [engine.name, tone(engine)]));
-  const pairs = [
-    ...status.pairs,
-    ...status.doubts.map((doubt) => ({
-      ...doubt,
-      path: "not proven",
-      gigabytes_per_s: null,
-      pulls: { bytes_per_s: 0, gigabytes_per_s: null },
-      last_failure: doubt.error,
-      doubted: true,
-    })),
-  ]
+  const pairs = status.pairs
     .filter((pair) => places.has(pair.prefill) && places.has(pair.decode))
     .slice(0, MOST_PAIRS);
   const most = Math.max(1, ...pairs.map((pair) => pair.pulls.bytes_per_s)),
@@ -229,7 +219,6 @@ export function drawFlow(container, status) {
   for (const pair of pairs) {
     const { points, tip } = curve(places.get(pair.prefill), places.get(pair.decode), narrow);
     const broken =
-      pair.doubted ||
       pair.health === "open" ||
       states.get(pair.prefill) === "down" ||
       states.get(pair.decode) === "down";
