@@ -122,12 +122,9 @@ _OWN_NAMES = frozenset(
 class ChatTemplate:
     """Converts messages to the text of a prompt."""
 
-    def __init__(
-        self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
-    ) -> None:
-        """``tool_source``: for requests with tools. Raises ConfigError."""
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Raises ConfigError."""
         self._template = _compile(source)
-        self._tool_template = self._template if tool_source is None else _compile(tool_source)
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -148,7 +145,7 @@ class ChatTemplate:
             message = f"{name} has a field of its own"
             raise RequestError(message, param=f"chat_template_kwargs.{name}")
         try:
-            pieces = (self._tool_template if tools else self._template).generate(
+            pieces = self._template.generate(
                 **self._special_tokens | dict(variables or {}),
                 messages=[dict(message) for message in messages],
                 tools=list(tools) or None,
@@ -206,18 +203,11 @@ def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
         return ChatTemplate(file.read_text("utf-8"), special_tokens)
-    templates = settings.get("chat_template")
-    if isinstance(templates, str):
-        return ChatTemplate(templates, special_tokens)
-    named: dict[object, object] = {}
-    if isinstance(templates, list):
-        named = {part.get("name"): part.get("template") for part in templates if type(part) is dict}
-    source, tool_source = named.get("default"), named.get("tool_use")
-    if not isinstance(source, str):
-        return None
-    return ChatTemplate(
-        source, special_tokens, tool_source if isinstance(tool_source, str) else None
-    )
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several by name
+        names = {part.get("name"): part.get("template") for part in source if type(part) is dict}
+        source = names.get("default")
+    return ChatTemplate(source, special_tokens) if isinstance(source, str) else None
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -236,10 +236,10 @@ def test_the_last_message_can_go_on():
 
 
 def test_where_a_template_is_found(tmp_path: Path):
-    def found(**options) -> str:
+    def found() -> str:
         template = load_chat_template(tmp_path)
         assert template is not None
-        return template.render(HELLO, add_generation_prompt=True, max_chars=100, **options)
+        return template.render(HELLO, add_generation_prompt=True, max_chars=100)
 
     assert load_chat_template(tmp_path) is None
     named = [
@@ -249,6 +249,5 @@ def test_where_a_template_is_found(tmp_path: Path):
     settings = {"chat_template": named, "bos_token": {"content": "<s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert found() == "<s>!"
-    assert found(tools=[{"type": "function", "function": {"name": "f"}}]) == "f"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert found() == "file"
