@@ -37,8 +37,7 @@ from pdlaunch.router.pool import EnginePool
 
 POLL_S = 2.0
 ASK_TIMEOUT_S = 10.0
-# Time for each engine between two looks at all of them, which take about a tenth of that.
-LOOK_S = 0.25e-3
+GATHER_S = 0.01  # changes of so long are published together
 Results = Mapping[Pair, Proof | CanaryDied]
 
 _logger = logging.getLogger(__name__)
@@ -229,7 +228,6 @@ class WatchedMembership:
         self._ready: set[str] = set()
         self._registry = Registry(version=0, entries=[], serving=False)
         self._publishes: asyncio.TimerHandle | None = None
-        self._published_at = 0.0
 
     def key_of(self, engine: Engine) -> str | None:
         """Return the key that was given with the engine, None without one."""
@@ -342,15 +340,13 @@ class WatchedMembership:
     def _publish_soon(self) -> None:
         """Publish once for many changes: a look at all engines for each would be one too many."""
         if self._publishes is None:
-            loop = asyncio.get_running_loop()
-            at = max(loop.time(), self._published_at + LOOK_S * len(self._watched))
-            self._publishes = loop.call_at(at, self.publish)
+            self._publishes = asyncio.get_running_loop().call_later(GATHER_S, self.publish)
 
     def publish(self) -> None:
         """Send the canaries that are due, and announce what has changed."""
         if self._publishes is not None:
             self._publishes.cancel()
-        self._publishes, self._published_at = None, asyncio.get_running_loop().time()
+        self._publishes = None
         prefill, decode = self._healthy("prefill"), self._healthy("decode")
         due = due_pairs(prefill, decode)
         self._canaries.prove(due)

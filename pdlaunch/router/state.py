@@ -26,7 +26,6 @@ from pdlaunch.router.pool import EnginePool
 logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT_S = 2.0
-MAX_PAIR_FAILURES = 1000
 # How long to wait until the registry shows a reported death. Without the wait, a request that kills
 # engines may reach a third engine.
 DEATH_LISTED_S = 5.0
@@ -35,7 +34,6 @@ LOST_S = 5.0
 MAX_EVENTS = 100
 MAX_TEXT = 500  # characters; what a dead process said may be longer
 GONE_S = 600.0
-MAX_GONE = 100
 
 T = TypeVar("T")
 
@@ -148,8 +146,6 @@ class EventLog:
                 # One that was drained first, as by `pdlaunch scale`, is missed by nobody.
                 if name in self._served:
                     self._gone[name] = (role, self._wall_clock())
-        while len(self._gone) > MAX_GONE:
-            del self._gone[next(iter(self._gone))]
         self._served &= self._seen.keys() | self._gone.keys()
 
 
@@ -236,10 +232,7 @@ class RouterState:
 
     def pair_failed(self, prefill: str, decode: str, error: str) -> None:
         self.events.add("pair", f"{prefill} -> {decode}", error, is_bad=True)
-        self.pair_failures.pop((prefill, decode), None)
         self.pair_failures[prefill, decode] = error
-        if len(self.pair_failures) > MAX_PAIR_FAILURES:
-            del self.pair_failures[next(iter(self.pair_failures))]
 
     def doubt(self, local: str, peer: str, peer_incarnation: int, error: str) -> None:
         """Use a pair no more until a new canary has proven it."""
