@@ -86,7 +86,11 @@ class Context:
 
     @property
     def uses_ucx(self) -> bool:
-        return uses_ucx(self.launch)
+        """Return whether pdlaunch's own ranks load NIXL, whose UCX may move KV blocks; path p2p
+        does without.
+        """
+        is_native = all(each.is_native for each in self.engines.values())
+        return is_native and self.uses("nixl") and self.kv_transfer.nixl.path != "p2p"
 
 
 def make_context(launch: ResolvedLaunch, origins: Mapping[str, str], probes: Probes) -> Context:
@@ -104,20 +108,6 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, str], probes: Pro
     if probes.deployment is None or probes.deployment.pairs is None:
         missing["canary"] = "no canary was sent"
     return Context(launch, origins, probes, missing)
-
-
-def uses_ucx(launch: ResolvedLaunch) -> bool:
-    """Return whether pdlaunch's own ranks load NIXL, whose UCX may move KV blocks; path p2p does
-    without.
-    """
-    transfer = launch.config.kv_transfer
-    is_native = all(each.is_native for each in launch.roles.values())
-    return (
-        is_native
-        and launch.has_pair
-        and transfer.connector == "nixl"
-        and transfer.nixl.path != "p2p"
-    )
 
 
 def cumem_setting(each: RoleEngines) -> str:

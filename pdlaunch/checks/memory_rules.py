@@ -8,8 +8,8 @@ from pdlaunch.checks.context import Context, cumem_setting, engines, on_cpu, on_
 from pdlaunch.checks.rule import Found, error, warning
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.sizes import format_size
-from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Gpu
+from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.planning.footprint import Footprint
 from pdlaunch.planning.role_engines import RoleEngines
 

@@ -1,22 +1,29 @@
-"""Reads cores, memory and shared memory of this host, and which packages it lacks."""
+"""Reads cores, memory and shared memory of this host, which packages it lacks, and what the kernel
+and torch's allocator settings say.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pdlaunch.machine.allocator_conf import VARIABLES
-
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables in the order in which torch prefers them."""
+_MEANT_AS_TRUE = ("true", "1", "yes", "on")
 RDMA_FOLDER = Path("/sys/class/infiniband")
 SHM_FOLDER = Path("/dev/shm")
 
+SLACK_NS = 1000
+_PR_SET_TIMERSLACK = 29
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-_RECORDED = frozenset({*VARIABLES, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"})
+_RECORDED = frozenset({*ALLOCATOR_VARIABLES, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"})
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -86,3 +93,37 @@ def recorded_environ(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environ.items())
         if name in _RECORDED or name.startswith("UCX_")
     }
+
+
+def host_identity(proc: Path = Path("/proc")) -> str:
+    """Return a text that is equal in two processes that reach each other's abstract Unix sockets.
+
+    It names the kernel and its network namespace; empty where the kernel does not tell.
+    """
+    try:
+        boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot_id}/{(proc / 'self/ns/net').stat().st_ino}"
+    except OSError:
+        return ""
+
+
+def sleep_precisely() -> None:
+    """Let short sleeps of the calling thread end on time, and not up to 50 us later.
+
+    No harm is done where the kernel refuses. Source: prctl(2), PR_SET_TIMERSLACK.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS, 0, 0, 0)
+
+
+def expandable_segments_variable(environ: Mapping[str, str]) -> str | None:
+    """Return the variable by which a process with this environment gets expandable segments, or is
+    meant to (``true`` and ``1``, which torch refuses); None: it gets none.
+
+    torch 2.11 to 2.13 takes its keys from the first of the variables that is set, be it empty; a
+    comment in torch's header states the opposite order. White space does not count, and the last of
+    repeated keys wins.
+    """
+    name = next((name for name in ALLOCATOR_VARIABLES if name in environ), None)
+    text = "" if name is None else re.sub(r"\s", "", environ[name])
+    values = re.findall(r"(?:^|,)expandable_segments:([^,:\[\]]*)", text)
+    return name if values and values[-1].lower() in _MEANT_AS_TRUE else None

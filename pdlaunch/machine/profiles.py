@@ -82,27 +82,23 @@ _SERVERS: Mapping[str, _Server] = {
 
 
 def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
-    """Return the machine of a profile; ``field`` gives its name. Raises ConfigError."""
-    if (found := find_profile(name, num_ranks)) is not None:
-        return found
-    raise ConfigError(
-        f"{name[:80]!a} is none of {', '.join(PROFILES)}",
-        field=field,
-        value=name,
-        fix="name the profile of a machine that is like it; h100x2 and the like are known, too",
-    )
-
-
-def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
-    """Return the machine of this name; None: there is no such name.
+    """Return the machine of a profile; ``field`` gives its name. Raises ConfigError.
 
     ``cuda`` without a number has a GPU for each of ``num_ranks``.
     """
     match = _COUNTED.fullmatch(name.lower())
     kind, number = (match[1], int(match[2])) if match else (name.lower(), None)
-    if number is not None and not 1 <= number <= MOST_GPUS:
-        return None
-    if kind == "cpu" and number is None:
+    server = _SERVERS.get(kind)
+    if (number is not None and not 1 <= number <= MOST_GPUS) or (
+        server is None and kind != ANY_CUDA and (kind, number) != ("cpu", None)
+    ):
+        raise ConfigError(
+            f"{name[:80]!a} is none of {', '.join(PROFILES)}",
+            field=field,
+            value=name,
+            fix="name the profile of a machine that is like it; h100x2 and the like are known, too",
+        )
+    if kind == "cpu":
         return _named(name, Machine(), (*_OF_NO_NAME, *_OF_SERVERS), "a Linux machine without GPUs")
     if kind == ANY_CUDA:
         count = number or min(max(num_ranks, 1), MOST_GPUS)
@@ -110,9 +106,7 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
         unknown: tuple[Fact, ...] = (*_OF_NO_NAME, *_OF_SERVERS, *unknown_of_gpus(gpus))
         about = f"{count} CUDA GPU{'' if count == 1 else 's'} of an unknown kind"
         return _named(name, Machine(gpus=gpus), unknown, about)
-    server = _SERVERS.get(kind)
-    if server is None:
-        return None
+    assert server is not None
     count = number or server.num_gpus
     machine = replace(
         server.machine,

@@ -50,9 +50,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def engines(self, role: Role) -> list[str]:
         return list(dict.fromkeys(p.engine for p in self.processes if p.role == role))
 
-    def ranks(self, role: Role) -> list[ProcessSpec]:
-        return [p for p in self.processes if p.kind == "rank" and p.role == role]
-
 
 def mask_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Replace the values of variables whose name speaks of a secret."""

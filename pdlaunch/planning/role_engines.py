@@ -15,8 +15,8 @@ from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.planning.footprint import Footprint, make_footprint
 from pdlaunch.planning.hosts import DeviceKind, ResolvedHost

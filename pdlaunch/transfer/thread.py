@@ -28,7 +28,7 @@ from functools import partial
 import zmq
 
 from pdlaunch.errors import TransferError
-from pdlaunch.machine.kernel import sleep_precisely
+from pdlaunch.machine.host import sleep_precisely
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import Refused

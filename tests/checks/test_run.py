@@ -10,7 +10,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.places import findings_of, refuse_errors
-from pdlaunch.machine.profiles import find_profile
+from pdlaunch.machine.profiles import find_machine
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.resolve import resolve
 from tests.checks.contexts import CPU, GIB, GPU, NOTHING_WRONG, SHAPE, SMALL_SHAPE
@@ -129,14 +129,16 @@ def test_a_slow_pair_comes_with_the_causes(flags, environ, pair, causes):
 
 
 def test_profiles_say_what_they_do_not_know():
-    report = check(machine=find_profile("h100x8", 2).machine, models=BIG_MODELS)
+    report = check(machine=find_machine("h100x8", 2, "--assume").machine, models=BIG_MODELS)
     assert report.findings == ()
     told = {item.rule for item in report.not_checked if "profile h100x8" in item.reason}
     assert told >= {"PD416"}
     assert not told & {"PD202", "PD207", "PD213", "PD412"}
-    of_any = check(machine=find_profile("cuda", 2).machine, models=BIG_MODELS)
+    of_any = check(machine=find_machine("cuda", 2, "--assume").machine, models=BIG_MODELS)
     assert {item.rule for item in of_any.not_checked} >= {"PD207", "PD213", "PD412"}
-    of_cpu = check(machine=find_profile("cpu", 2).machine, flags={"enable_cumem_allocator": True})
+    of_cpu = check(
+        machine=find_machine("cpu", 2, "--assume").machine, flags={"enable_cumem_allocator": True}
+    )
     assert "not supported on the current platform" in finding(of_cpu, "PD202").message
     assert "no CUDA device" in finding(of_cpu, "PD202").message
 

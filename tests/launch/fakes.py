@@ -266,10 +266,13 @@ class World:
 
     def all_ready(self) -> Self:
         self.become_ready(*list(self.host.running))
-        for decode in self.plan.ranks("decode"):
-            for prefill in self.plan.ranks("prefill"):
+        for decode in self.ranks("decode"):
+            for prefill in self.ranks("prefill"):
                 self.connect(decode.name, prefill.name)
         return self
+
+    def ranks(self, role: str) -> list[ProcessSpec]:
+        return [each for each in self.plan.processes if (each.kind, each.role) == ("rank", role)]
 
     def drained(self, name: str) -> None:
         self.say(name, Drained())

@@ -109,7 +109,7 @@ def many_engines() -> World:
 
 
 def connect_due_pairs(world: World) -> None:
-    for decode in world.plan.ranks("decode"):
+    for decode in world.ranks("decode"):
         for engine in decode.peers or ():
             pair = pair_ready(decode.name, f"{engine}/rank-0", 1)
             world.supervisor.handle(MessageReceived(decode.name, pair))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pdlaunch.machine.allocator_conf import VARIABLES, expandable_segments_variable
+from pdlaunch.machine.host import ALLOCATOR_VARIABLES, expandable_segments_variable
 
-CUDA, HIP, ANY = VARIABLES
+CUDA, HIP, ANY = ALLOCATOR_VARIABLES
 ON, OFF = "expandable_segments:True", "expandable_segments:False"
 
 

@@ -3,16 +3,16 @@
 import msgspec
 import pytest
 
+from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.machine.host import recorded_environ
 from pdlaunch.machine.probe import probe_machine
-from pdlaunch.machine.profiles import PROFILES, find_profile
+from pdlaunch.machine.profiles import PROFILES, find_machine
 
 
-@pytest.mark.parametrize("name", ["this machine", *PROFILES])
+@pytest.mark.parametrize("name", ["", *PROFILES])
 def test_an_agent_tells_its_machine_as_it_is(name):
-    profile = find_profile(name, 2)
-    machine = probe_machine() if profile is None else profile.machine
+    machine = find_machine(name, 2, "--assume").machine if name else probe_machine()
     sent = msgspec.msgpack.encode(Join(name="a", address="b", machine=machine))
     assert msgspec.msgpack.decode(sent, type=Join).machine == machine
 
@@ -38,7 +38,7 @@ def test_of_the_environment_only_what_rules_read_is_kept():
     ],
 )
 def test_profiles_by_name(name, gpu, number, fabric):
-    machine = find_profile(name, 2).machine
+    machine = find_machine(name, 2, "--assume").machine
     assert [item.name for item in machine.gpus] == [gpu] * number
     assert {item.has_fabric_handles for item in machine.gpus} == {fabric}
     assert {"shm"} <= set(machine.unknown)
@@ -46,4 +46,5 @@ def test_profiles_by_name(name, gpu, number, fabric):
 
 @pytest.mark.parametrize("name", ["", "h100x", "h100x0", "h100x9999", "cpux2", "x8", "b300", "٣x٣"])
 def test_names_of_no_machine(name):
-    assert find_profile(name, 2) is None
+    with pytest.raises(ConfigError, match="is none of"):
+        find_machine(name, 2, "--assume")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from pdlaunch.machine.kernel import host_identity
+from pdlaunch.machine.host import host_identity
 from tests.e2e.faults import lives
 from tests.netns.hosts import ROOT, TIMEOUT_S, Network
 
@@ -23,7 +23,7 @@ def test_hosts_share_nothing_but_the_network(network: Network):
         a.file(path).write_text("mine")
         assert not b.file(path).exists()
         assert not Path(path).exists()
-    identity = "from pdlaunch.machine.kernel import host_identity; print(host_identity())"
+    identity = "from pdlaunch.machine.host import host_identity; print(host_identity())"
     identities = {host.run(sys.executable, "-c", identity) for host in (a, b)}
     assert len(identities | {host_identity()}) == 3
     assert set(os.listdir("/sys/class/net")) != set(a.run("ls", "/sys/class/net").split())  # noqa: PTH208

@@ -21,8 +21,8 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
-from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.planning.effective import effective_engines
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.plan import ProcessSpec
@@ -41,7 +41,7 @@ def some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional=fields)
 
 
-VARIABLES = some(
+ALLOCATOR_VARIABLES = some(
     UCX_TLS=st.sampled_from(["all", "tcp", "posix", "^cma", "cuda,sm", ""]),
     PYTORCH_CUDA_ALLOC_CONF=st.sampled_from(["expandable_segments:True", ""]),
     HF_HUB_OFFLINE=st.sampled_from(["0", "1"]),
@@ -61,7 +61,7 @@ ENGINE = {
     "async_scheduling": st.booleans(),
     "enforce_eager": st.booleans(),
     "kv_offload": some(host_memory=st.integers(0, GIB)),
-    "env": VARIABLES,
+    "env": ALLOCATOR_VARIABLES,
 }
 ROLE = some(replicas=st.integers(1, 3), tensor_parallel_size=st.sampled_from([1, 3]), **ENGINE)
 CONFIGS = some(
@@ -98,7 +98,7 @@ SHAPES = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(config=CONFIGS, machine=MACHINES, environ=VARIABLES, shape=SHAPES)
+@given(config=CONFIGS, machine=MACHINES, environ=ALLOCATOR_VARIABLES, shape=SHAPES)
 def test_what_was_judged_is_what_is_started(
     config: dict[str, Any], machine: Machine, environ: dict[str, str], shape: ModelShape
 ) -> None:

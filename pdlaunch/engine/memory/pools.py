@@ -30,7 +30,7 @@ import torch
 from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused, Handle
 from pdlaunch.engine.memory.kv_memory import Export, SharedRange
 from pdlaunch.errors import ConfigError, MemoryPoolError
-from pdlaunch.machine.allocator_conf import VARIABLES, expandable_segments_variable
+from pdlaunch.machine.host import ALLOCATOR_VARIABLES, expandable_segments_variable
 
 WEIGHTS = "weights"
 KV_CACHE = "kv_cache"
@@ -49,14 +49,14 @@ def read_allocator_settings() -> str:
         return str(get())
     # torch 2.11 tells them in snapshots only.
     found: dict[str, Any] = torch.cuda.memory._snapshot()["allocator_settings"]
-    return str(next(found[name] for name in VARIABLES if name in found))
+    return str(next(found[name] for name in ALLOCATOR_VARIABLES if name in found))
 
 
 @contextlib.contextmanager
 def expandable_segments_off() -> Iterator[None]:
     """Switch expandable segments off inside the block: they bypass a pool's allocator."""
     before = read_allocator_settings()
-    if not expandable_segments_variable({VARIABLES[0]: before}):
+    if not expandable_segments_variable({ALLOCATOR_VARIABLES[0]: before}):
         yield
         return
     accelerator: Any = torch._C

@@ -36,7 +36,7 @@ import torch
 
 from pdlaunch.engine.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
 from pdlaunch.errors import TransferError
-from pdlaunch.machine.kernel import host_identity
+from pdlaunch.machine.host import host_identity
 from pdlaunch.protocol.side_channel import HandshakeReply, RegionPlace
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
