@@ -26,20 +26,10 @@ from rich.text import Text
 from pdlaunch.checks.probed import Probes, probe_launch
 from pdlaunch.cli.findings import StrictOption
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.joining import (
-    Agents,
-    is_agent_task,
-    joined_agents,
-    serve_task,
-)
+from pdlaunch.cli.joining import Agents, is_agent_task, joined_agents, serve_task
 from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, ending_at_errors, safe, say
-from pdlaunch.cli.preflight import (
-    AssumeOption,
-    judged_machine,
-    load_launch,
-    refuse_errors,
-)
+from pdlaunch.cli.preflight import AssumeOption, judged_machine, load_launch, refuse_errors
 from pdlaunch.cli.status import status_line
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.hosts import on_host

@@ -22,12 +22,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_status, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.observe.logs import escape_controls
-from pdlaunch.protocol.status import (
-    DeploymentStatus,
-    EngineStatus,
-    PairStatus,
-    Percentiles,
-)
+from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, PairStatus, Percentiles
 
 UNKNOWN = "-"
 NUM_EVENTS = 10

@@ -16,12 +16,7 @@ from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute, End
-from pdlaunch.http.errors import (
-    CLIENT_CLOSED_REQUEST,
-    RelayedError,
-    error_status,
-    json_response,
-)
+from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status, json_response
 from pdlaunch.observe.logs import FIELDS
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import (

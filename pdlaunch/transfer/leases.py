@@ -43,12 +43,7 @@ from pdlaunch.protocol.side_channel import (
     ToDecodeSide,
     ToPrefillSide,
 )
-from pdlaunch.protocol.transfer import (
-    EndLease,
-    GrantLease,
-    LeaseEnded,
-    PrefillCommand,
-)
+from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded, PrefillCommand
 from pdlaunch.transfer.connectors.connector import Connector
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 

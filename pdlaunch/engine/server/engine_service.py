@@ -27,13 +27,7 @@ from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
-from pdlaunch.http.limits import (
-    Admission,
-    BodyBudget,
-    Deadlines,
-    Grow,
-    max_engine_body_bytes,
-)
+from pdlaunch.http.limits import Admission, BodyBudget, Deadlines, Grow, max_engine_body_bytes
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId

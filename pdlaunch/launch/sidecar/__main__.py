@@ -28,12 +28,7 @@ from typing import Literal
 
 import msgspec
 
-from pdlaunch.config.model_files.identity import (
-    changes,
-    model_digest,
-    text_digests,
-    weight_digests,
-)
+from pdlaunch.config.model_files.identity import changes, model_digest, text_digests, weight_digests
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised, run_supervised

@@ -24,12 +24,7 @@ import zmq
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.observe.logs import LogFormat
-from pdlaunch.protocol.control import (
-    Alive,
-    Capabilities,
-    from_supervisor,
-    to_supervisor,
-)
+from pdlaunch.protocol.control import Alive, Capabilities, from_supervisor, to_supervisor
 from pdlaunch.protocol.engine_link import ConnectorSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
