@@ -27,7 +27,6 @@ MAX_REQUEST_ID_LENGTH = 200
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 # A name is the client's own text: only plain ones can go into a header.
 _PLAIN_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,20})?")
 _ORIGIN = re.compile(r"([1-9][0-9]{0,18})(;suspect)?")
 
 
@@ -42,11 +41,6 @@ def read_request_id(header: str | None) -> HttpRequestId:
             param=REQUEST_ID_HEADER,
         )
     return HttpRequestId(header)
-
-
-def read_seconds(text: str) -> float:
-    """Return a plain decimal number; -1 for any other text, such as ``1_0``, ``1e9`` or ``inf``."""
-    return float(text) if _SECONDS.fullmatch(text) else -1.0
 
 
 def read_trace_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -34,7 +34,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
-from pdlaunch.http.headers import REQUEST_ID_HEADER, read_seconds
+from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.watch.engine_api import Counts, is_vllm_busy
 from pdlaunch.protocol.control import (
     Answered,
@@ -59,6 +59,7 @@ SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
 Query = Sequence[tuple[str, str]]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 
 
 class Outcome(NamedTuple):
@@ -199,10 +200,11 @@ class Admin:
         A drain is answered when nothing runs there, at the latest after ``timeout_s``.
         """
         names, pool = _engines_named(http), self._state.pool
-        timeout_s = read_seconds(http.query.get("timeout_s", "0"))
-        if timeout_s < 0:
+        try:
+            timeout_s = msgspec.convert(http.query.get("timeout_s", "0"), Seconds, strict=False)
+        except msgspec.ValidationError:
             message = f"timeout_s: {http.query['timeout_s'][:100]!r} is no number of seconds"
-            raise RequestError(message, param="timeout_s", code="invalid_timeout")
+            raise RequestError(message, param="timeout_s", code="invalid_timeout") from None
         until_at = self._state.now() + timeout_s
         # All of them before the first is waited for.
         outcomes = [await _outcome(name, self._set_drained(name, is_drained)) for name in names]

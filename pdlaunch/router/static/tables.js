@@ -105,7 +105,7 @@ export function drawCaches(container, status) {
           : [];
       const words = cache
         ? `device ${percent(cache.device)} · host ${percent(cache.host)} · pulled ${percent(cache.remote)}`
-        : "no prompts in the last minute";
+        : "no prompts in the last ten seconds";
       let x = 0;
       const bar = svg(
         "svg",
