@@ -17,6 +17,7 @@ PYTEST := $(BIN)/python -m pytest -v --numprocesses 2 --no-loadscope-reorder
 ARGS ?=
 DIST ?= dist
 VLLM_VERSIONS ?= 0.28.0 0.31.0 0.32.0
+VLLM_INTERFACES ?= 0.24.0 0.33.0
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -78,6 +79,7 @@ coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 # What a program below cannot be installed for is skipped, by name.
 test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
 	-tests/vllm/install.sh .venv-vllm
+	-PYTHON=$(BIN)/python tests/vllm/interface.sh .venv-vllm-interface $(VLLM_INTERFACES)
 	$(BIN)/python -m pytest -v -rs tests/vllm $(ARGS)
 
 # Each version has an environment of its own, of 4 GB.

@@ -22,6 +22,7 @@ from pdlaunch.config.vllm_arguments import (
     OFFLOADING,
     OURS,
     REFUSED,
+    host_tier_of,
     long_name,
     vllm_flag_name,
 )
@@ -46,6 +47,12 @@ _SPLITTING = (
 """Flags of vLLM with which engines keep KV in a way that pdlaunch's connector refuses."""
 _OLDEST, _NEWEST = (0, 24), (0, 33)
 """The first vLLM with the interface of pdlaunch's connector, and the last that was tried."""
+_POOLS_SINCE = {"enable_cumem_allocator": (0, 31), "enable_sleep_mode": (0, 33)}
+"""The first vLLM whose connector gives the memory of the KV cache, and hears of sleep."""
+_TIER_SINCE = (0, 33)
+"""The first vLLM whose host tier hears which blocks are pulled into. Earlier ones may still copy
+them, and keep the bytes of one prompt under the hashes of another.
+"""
 _OWN_CONNECTOR = "set kv_transfer.connector to vllm-nixl, which proves nothing"
 MIN_LEASE_S = 8
 """vLLM renews a lease every ``lease // 6`` seconds, between two steps, for ``lease * 2 // 3`` each:
@@ -194,10 +201,31 @@ def _given(
 
 def _cumem(context: Context) -> Iterator[Found]:
     for each in _our_sides(context):
-        for name in ("enable_sleep_mode", "enable_cumem_allocator"):
-            if each.device == "cuda" and getattr(each.settings, name):
+        for name, since in _POOLS_SINCE.items() if each.device == "cuda" else ():
+            if getattr(each.settings, name) and _oldest(context, each) < since:
                 message = f"{name} keeps the KV cache of {each.role} engines from their peers"
                 yield Found(message, each.where(name))
+
+
+def _offloading(context: Context) -> Iterator[Found]:
+    for each in itertools.chain(*vllm_pair(context)):
+        backend, size = host_tier_of(each.settings.engine_args)
+        reason = ""
+        if context.kv_transfer.is_stock:
+            reason = "it would take the KV connector from them"
+        elif backend not in (None, "native"):
+            reason = f"the one of {backend} was never tried beside pdlaunch's connector"
+        elif size and not re.fullmatch(r"\d+(\.\d+)?", str(size)):
+            reason = f"{size} is no number of GiB"
+        elif size and _oldest(context, each) < _TIER_SINCE:
+            reason = "before vLLM 0.33 it copies blocks while others are pulled into them"
+        if reason:
+            yield from _given(context, [each], OFFLOADING, f"--{{}} of {{}} engines: {reason}")
+
+
+def _oldest(context: Context, each: RoleEngines) -> tuple[int, ...]:
+    """Return the oldest vLLM of these engines; empty: it is not known."""
+    return min((told for one, (_, told) in _versions(context) if one is each), default=())
 
 
 def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[int, ...]]]]:
@@ -344,27 +372,21 @@ RULES = (
         "the files are the same.",
         over=_stock_pair, when=_models_of, at="model",
         fix="Set model once, at the top level.", source=_HANDSHAKE),
-    error("PD621", "engine_args takes the KV connector from an engine.",
-        "vLLM puts its OffloadingConnector in the place of the connector that it was given, "
-        "without a word, and no KV block goes from prefill to decode.",
-        when=lambda it: _given(
-            it, itertools.chain(*vllm_pair(it)), OFFLOADING,
-            "--{} takes the KV connector from {} engines"),
-        fix=_REMOVE,
-        source="vllm/config/vllm.py of vLLM 0.24 to 0.33."),
+    error("PD621", "The host tier of vLLM does not fit the KV connector of a pair.",
+        "Before 0.33 it may keep the bytes of one prompt under the hashes of another.",
+        when=_offloading, fix=f"{_REMOVE[:-1]}, or take vLLM 0.33 and its own backend.",
+        source="OffloadingConnectorScheduler.update_state_after_alloc of vLLM 0.24 to 0.33."),
     error("PD623", "Memory of vLLM's CuMem allocator cannot be handed over.",
-        "Its allocations have no handles for peers: NIXL reads them at 0.6 GB/s, and after a sleep "
-        "they lie elsewhere.",
+        "Its allocations have no handles for peers: NIXL reads them at 0.6 GB/s.",
         when=_cumem,
-        fix=f"Leave enable_sleep_mode and enable_cumem_allocator out, or {_OWN_CONNECTOR}.",
+        fix=f"Leave both settings out, take vLLM 0.33, or {_OWN_CONNECTOR}.",
         source="vLLM's csrc/cumem_allocator.cpp; measured with vLLM 0.24 on two H200s."),
     error("PD624", "engine_args splits KV blocks in a way that cannot be proven.",
         "A drafting model and decode-context parallelism keep KV that pdlaunch's connector does "
         "not move.",
         when=lambda it: _given(
             it, _our_sides(it), _SPLITTING, "--{} of {} engines keeps KV that cannot be proven"),
-        fix=f"Remove it from engine_args, or {_OWN_CONNECTOR}.",
-        source="pdlaunch's KV connector for vLLM."),
+        fix=f"Remove it from engine_args, or {_OWN_CONNECTOR}.", source="pdlaunch's connector."),
     error("PD625", "A flag that shapes KV blocks differs between prefill and decode.",
         "Layout, dtype and meaning of the bytes follow from backend, quantization and cache "
         "settings. A drafting model has KV blocks of its own; an engine without the adapter that "

@@ -124,6 +124,13 @@ def long_name(key: str) -> str:
     return next(iter(whole + begun), spellings[1])
 
 
+def host_tier_of(arguments: Mapping[str, JsonValue]) -> tuple[JsonValue, JsonValue]:
+    """Return backend and size (GiB) of the host tier that these flags give; None where unset."""
+    found = {long_name(key): value for key, value in arguments.items()}
+    backend, size = (found.get(name) for name in OFFLOADING)
+    return backend, size
+
+
 def value_of_text(text: str) -> JsonValue:
     """Return the value of a flag that a variable gives: a switch, JSON, or the text."""
     if text.lower() in ("true", "false"):

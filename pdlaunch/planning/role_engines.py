@@ -357,7 +357,13 @@ def whole_gibibytes(num_bytes: int) -> int:
     return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
 
 
-OWN_VARIABLES = frozenset({"VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_SERVER_DEV_MODE"})
+OWN_VARIABLES = frozenset(
+    {
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST",
+        "VLLM_SERVER_DEV_MODE",
+    }
+)
 """Variables of vLLM that are pdlaunch's alone: `env` cannot set them."""
 
 
@@ -375,6 +381,8 @@ def vllm_environment(
         "DO_NOT_TRACK": "1",
         # The address that its side channel binds, and tells decode engines.
         "VLLM_NIXL_SIDE_CHANNEL_HOST": side_channel_host,
+        # Two requests under one id would end the engine: leases bear the ids of their requests.
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "0",
         # Without it, loopback of its own groups is looked up by the host's name.
         "VLLM_HOST_IP": ENGINE_HOST,
         # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).

@@ -176,9 +176,7 @@ class Drained(Message):
 class SleepState(Message):
     """Tells that a process that was ready cannot work for a while, or can again.
 
-    The registry shows it, and routers and peers keep away. A server says ``draining`` when it takes
-    no new work, ``sleeping`` when the engine sleeps; a rank says ``sleeping`` when its memory
-    cannot be read by peers any more. Both say ``awake`` when they are ready again.
+    Routers and peers keep away from it. Only servers are ``draining``: they take no new work.
     """
 
     state: Literal["awake", "draining", "sleeping"]

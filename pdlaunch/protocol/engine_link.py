@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import msgspec
 
 from pdlaunch.config.roles import Role
-from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, SleepState
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.protocol.wire import Codec, Message
@@ -67,7 +67,7 @@ class Peers(Message):
     entries: list[Entry]  # of the kind ``rank``
 
 
-FromWorker = RankUp | PullFailure | PairReady | PairFailed
+FromWorker = RankUp | PullFailure | PairReady | PairFailed | SleepState
 """Pairs are of ranks: ``decode-0/rank-1`` and ``prefill-0/rank-0``."""
 ToWorker = Peers
 

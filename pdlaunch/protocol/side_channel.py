@@ -164,6 +164,7 @@ class Refused(Message):
 
     call_id: int
     reason: str
+    lease_has_ended: bool = False  # of the question; nothing is wrong with the pair
 
 
 ToPrefillSide = Handshake | PullBegin | StateChecksums | PullHeartbeat | PullEnd | Push

@@ -59,12 +59,14 @@ class Handover:
         self.is_taken = False
         self._state = state
         self._handed_over_at = state.now()
+        self._answered_at = self._handed_over_at  # when decode began its answer
         # Keeps the prefill engine from being forgotten while its blocks may be read.
         self._is_counted = self.params is not None
         engine.num_leases += self._is_counted
 
     def pulled(self) -> None:
         self.is_taken = True
+        self._answered_at = self._state.now()
         self._uncount()
 
     def decode_params(self, engine: Engine) -> dict[str, Any] | None:
@@ -96,7 +98,11 @@ class Handover:
             with blames(engine):
                 num_tokens = num_recomputed(chunk)
             if num_tokens:
-                self._state.recomputed(self.engine, engine, num_tokens)
+                lease_s = self.engine.capabilities.lease_s
+                waited_s = self._answered_at - self._handed_over_at
+                # A request may wait in decode for longer than its lease: the pair is all right.
+                is_in_doubt = not lease_s or waited_s < lease_s
+                self._state.recomputed(self.engine, engine, num_tokens, is_in_doubt=is_in_doubt)
 
     def end(self, tried: Collection[EngineKey] = ()) -> None:
         """Release the blocks if nobody has pulled them.

@@ -219,16 +219,19 @@ class RouterState:
             engine.models = msgspec.json.decode(page or b"", type=ModelList).data
             engine.max_model_len = engine.models[0].max_model_len if engine.models else None
 
-    def recomputed(self, prefill: Engine, decode: Engine, num_tokens: int) -> None:
+    def recomputed(
+        self, prefill: Engine, decode: Engine, num_tokens: int, *, is_in_doubt: bool
+    ) -> None:
         """Note that decode has computed ``num_tokens`` that it was handed KV blocks for.
 
-        The pair is used again when a canary has proven it.
+        A pair ``is_in_doubt`` is used again when a canary has proven it.
         """
         error = f"decode computed {num_tokens} tokens whose KV blocks it was handed"
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
         self.metrics.count("silent_recomputes", prefill.name, decode.name)
         self.pair_failed(prefill.name, decode.name, error)
-        self.doubt(decode.name, prefill.name, prefill.processes[0], error)
+        if is_in_doubt:
+            self.doubt(decode.name, prefill.name, prefill.processes[0], error)
 
     def pair_failed(self, prefill: str, decode: str, error: str) -> None:
         self.events.add("pair", f"{prefill} -> {decode}", error, is_bad=True)

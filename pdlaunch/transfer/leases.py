@@ -304,7 +304,10 @@ class PrefillSide:
                 reply = self._answer(question, message)
             except (LeaseError, TransferError) as error:
                 reason = f"{self._card.rank_name}: {error}"
-                reply = Refused(call_id=message.call_id, reason=reason)
+                has_ended = not isinstance(message, Handshake) and self.leases.has_ended(
+                    message.lease_id
+                )
+                reply = Refused(call_id=message.call_id, reason=reason, lease_has_ended=has_ended)
             if reply is not None:
                 self._send(question.identity, reply)
 

@@ -95,7 +95,7 @@ class Share:
         self._held_until_at: float | None = None
         # Instants at which the last heartbeat, and the last one that was answered, were sent.
         self._heartbeat_sent_at = self._heartbeat_answered_at = 0.0
-        self._refusal = ""
+        self._refusal, self._lease_has_ended = "", False
         self._begin()
 
     @property
@@ -126,7 +126,8 @@ class Share:
         if self._refusal:
             # A refusal after the grant means that the lease has ended: later READs may have brought
             # another request's blocks, and count as late.
-            cause = LATE if self._held_until_at is not None else ""
+            is_late = self._held_until_at is not None or self._lease_has_ended
+            cause = LATE if is_late else ""
             raise PullFailed(f"{self.name} refused: {self._refusal}", cause=cause)
         try:
             self._read_and_prove()
@@ -230,7 +231,7 @@ class Share:
                 if self._lease is not None:
                     self._held_until_at = asked_at + reply.lease_s
             case Refused():
-                self._refusal = reply.reason
+                self._refusal, self._lease_has_ended = reply.reason, reply.lease_has_ended
             case PullReply():
                 pass
             case _:

@@ -8,17 +8,22 @@ server only imports it. Source: KVConnectorBase_V1 of vLLM 0.24 to 0.33.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 import vllm
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base, metrics
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools, open_memory_pools
 from pdlaunch.protocol.engine_link import KV_SETUP, KVSetup
 from pdlaunch.protocol.transfer import TransferCommand
 from pdlaunch.vllm.layout import UnknownLayout, read_layout, window_of
@@ -27,6 +32,10 @@ from pdlaunch.vllm.worker import FIGURES, Results, Worker
 
 # Reports failed loads by request, for models with several groups too; from 0.30 on.
 _TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
+
+# Beside a host tier vLLM finds the class of its figures by name.
+with contextlib.suppress(ValueError):  # it is known already
+    KVConnectorFactory.register_connector("PdlaunchConnector", __name__, "PdlaunchConnector")
 
 
 @dataclass
@@ -89,6 +98,7 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         self._groups = kv_cache_config.kv_cache_groups
         self._kv_config = kv_cache_config
         self._worker: Worker | None = None
+        self._pools = MemoryPools()
         self._is_idle = False
         if reason := _refusal(vllm_config, len(self._groups)):
             raise _refused(reason)
@@ -104,8 +114,11 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        # Heads of a block side by side: engines of other TP sizes read ranges of heads.
-        return None if vllm_config.model_config.use_mla else "HND"
+        if vllm_config.model_config.use_mla:
+            return None
+        # Heads of a block side by side: engines of other TP sizes read ranges of heads. A host tier
+        # has to ask by the same name.
+        return "LBHNC" if find_spec("vllm.v1.kv_cache_layout") else "HND"
 
     # In EngineCore
 
@@ -126,7 +139,12 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         return Orders(self._scheduling.take_commands(), is_idle)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        self._scheduling.received(connector_output.finished_recving or ())
+        received, sent = connector_output.finished_recving, connector_output.finished_sending
+        self._scheduling.ended(received or (), sent or ())
+
+    def has_pending_block_frees(self) -> bool:
+        # A request that finds no block waits for a lease to end, and keeps what it has computed.
+        return self._scheduling.lends
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -147,6 +165,14 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         return params is not None, params
 
     # In the workers
+
+    def get_mem_pool_context(self) -> contextlib.AbstractContextManager[None] | None:
+        model = self._config.model_config
+        if not (model.enable_sleep_mode or model.enable_cumem_allocator):
+            return None
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._pools = open_memory_pools(enabled=True, device=device)
+        return self._pools.memory_pool(KV_CACHE)
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         parallel, model = self._config.parallel_config, self._config.model_config
@@ -170,7 +196,16 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
             tp_size=parallel.tensor_parallel_size,
             dtype=str(model.dtype).removeprefix("torch."),
             vllm_version=vllm.__version__,
+            pools=self._pools,
         )
+
+    def unregister_kv_caches(self) -> None:
+        if self._worker is not None:
+            self._worker.sleep()
+
+    def restore_kv_caches(self) -> None:
+        if self._worker is not None:
+            self._worker.wake_up()
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         metadata = self._get_connector_metadata()
@@ -248,10 +283,13 @@ def _refusal(vllm_config: Any, num_groups: int) -> str:
             f"its layers keep KV in {num_groups} ways, and vLLM {vllm.__version__} ignores failed "
             "loads of these: use vLLM 0.30 or newer, or disable-hybrid-kv-cache-manager"
         )
-    if model.enable_sleep_mode or model.enable_cumem_allocator:
+    missing = "unregister_kv_caches" if model.enable_sleep_mode else "get_mem_pool_context"
+    if (model.enable_sleep_mode or model.enable_cumem_allocator) and not hasattr(
+        base.KVConnectorBase_V1, missing
+    ):
         return (
             "memory of vLLM's CuMem allocator (enable_sleep_mode, enable_cumem_allocator) has no "
-            "handles for peers: NIXL reads it at 0.6 GB/s, and it moves when it wakes up"
+            "handles for peers, and vLLM takes no other memory before 0.33"
         )
     return ""
 

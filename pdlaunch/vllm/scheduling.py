@@ -16,7 +16,7 @@ a request has ended.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -81,6 +81,7 @@ class Scheduling:
         self._asked: set[str] = set()
         self._shortened: set[str] = set()  # prompts without their last token
         self._loading: set[str] = set()  # requests whose blocks workers are pulling
+        self._lent: set[str] = set()  # requests whose blocks stay until their leases end
         self._visits = count()
 
     def take_commands(self) -> list[TransferCommand]:
@@ -131,9 +132,15 @@ class Scheduling:
         self._loading.add(request.request_id)
         self._pull(request, remote, tables, self._num_lent(request) - num_external_tokens)
 
-    def received(self, request_ids: Sequence[str]) -> None:
-        """Record that workers have nothing to do with the blocks of these requests any more."""
-        self._loading.difference_update(request_ids)
+    def ended(self, received: Iterable[str], sent: Iterable[str]) -> None:
+        """Record that no worker has anything to do with the blocks of these requests any more."""
+        self._loading.difference_update(received)
+        self._lent.difference_update(sent)
+
+    @property
+    def lends(self) -> bool:
+        """Return whether blocks will become free without a request being preempted."""
+        return bool(self._lent)
 
     def finished(
         self,
@@ -163,7 +170,9 @@ class Scheduling:
             self._shortened.discard(request_id)
         else:
             lends = is_prefilled and self._may_lend(request)
-        return self._lend(request, tables) if lends else None
+        # Before 0.27 a request may end on a token that was under way when it was preempted: its
+        # blocks belong to others by then.
+        return self._lend(request, tables) if lends and all(tables) else None
 
     def _may_lend(self, request: Any) -> bool:
         return bool(request.prompt_token_ids) and self._params(request).do_remote_decode
@@ -175,6 +184,7 @@ class Scheduling:
     def _lend(self, request: Any, tables: Sequence[Sequence[int]]) -> dict[str, Any]:
         num_tokens, lease_s = request.num_prompt_tokens, self._settings.lease_s
         blocks, firsts = self._blocks_of(tables, 0, num_tokens)
+        self._lent.add(request.request_id)
         lease_id = LeaseId(request.request_id)
         self._commands.append(
             GrantLease(

@@ -22,9 +22,10 @@ from pdlaunch import __version__
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
 from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
-from pdlaunch.engine.memory.pools import MemoryPools
+from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools
+from pdlaunch.errors import MemoryPoolError
 from pdlaunch.machine.network import tcp_endpoint
-from pdlaunch.protocol.control import Entry, PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.control import Entry, PairFailed, PairReady, SleepState, ToSupervisor
 from pdlaunch.protocol.engine_link import (
     KVSetup,
     Peers,
@@ -56,6 +57,8 @@ _logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 2.0
+SLEEP_TIMEOUT_S = 20.0
+UNMAP_TIMEOUT_S = 5.0
 IDLE_WAIT_S = 0.002
 # Python's own 5 ms would let the transfer thread wait for each of its turns, ten in a pull.
 SWITCH_INTERVAL_S = 0.0005
@@ -71,12 +74,13 @@ class Results:
     bad_blocks: set[int] = field(default_factory=set)  # the blocks of the failed ones
 
 
-# What is counted for vLLM's metrics, under the names that native engines have.
+# What is counted for vLLM's metrics, under the names that native engines have. vLLM adds up what
+# ranks count: rank 0 alone counts pulls, and each rank its bytes and failures.
 FIGURES = {
     "kv_transfers": "Pulls that ended well.",
     "kv_transfer_bytes": "Bytes of KV blocks pulled.",
     "kv_transfer_seconds": "Seconds spent in pulls.",
-    "kv_read_seconds": "Seconds of their READs; of the slowest rank.",
+    "kv_read_seconds": "Seconds of their READs, of rank 0.",
     "kv_transfer_failures": "Pulls that failed.",
     "kv_verification_failures": "Pulls whose hashes or checksums differed.",
     "kv_leases_expired": "Leases that nobody pulled in time.",
@@ -96,10 +100,16 @@ class Worker:
         tp_size: int,
         dtype: str,
         vllm_version: str,
+        pools: MemoryPools,
     ) -> None:
-        """Open the connector and tell the sidecar. Raises TransferError, ConfigError."""
+        """Open the connector and tell the sidecar. Raises TransferError, ConfigError.
+
+        ``pools``: that the KV cache was allocated from; without CuMem where vLLM allocated it.
+        """
         self._settings = settings = KVTransferSettings.model_validate_json(setup.kv_transfer)
         self._figures: dict[str, float] = {}  # since they were taken last
+        self._is_first = tp_rank == 0
+        self._pools = pools
         self._peers: Sequence[Entry] = ()
         # Blocks of the pulls that vLLM waits for, and which engine each asks.
         self._loads: dict[str, StartPull] = {}
@@ -147,7 +157,7 @@ class Worker:
                     checksum=algorithm_for(layout.kv) if settings.verify else "off",
                 ),
                 kv=layout.kv,
-                kv_memory=_memory_on(layout.kv.device),
+                kv_memory=_memory_on(layout.kv.device, pools),
                 first_kv_head=layout.first_head,
                 connector=connector,
                 context=self._context,
@@ -209,7 +219,7 @@ class Worker:
             match event:
                 case LeaseEnded(lease_id=lease_id, reason=reason):
                     results.sent.add(lease_id)
-                    if reason == "expired":
+                    if reason == "expired" and self._is_first:
                         self._add(kv_leases_expired=1.0)
                 case PullFinished():
                     self._count(event)
@@ -225,6 +235,31 @@ class Worker:
         figures, self._figures = self._figures, {}
         return figures
 
+    def sleep(self) -> None:
+        """Let peers go and give the memory of the KV cache back. Raises TransferError where a lease
+        or pull does not end, and MemoryPoolError; then all is as before.
+        """
+        assert self._transfer is not None
+        if self._pools.sleeping_tags:
+            return
+        self._transfer.suspend(SLEEP_TIMEOUT_S)
+        self._link.send(SleepState(state="sleeping"))  # peers unmap the memory
+        self._transfer.wait_unmapped(UNMAP_TIMEOUT_S)
+        try:
+            self._pools.sleep((KV_CACHE,))
+        except MemoryPoolError:
+            self._reconnect(self._transfer)
+            raise
+
+    def wake_up(self) -> None:
+        """Take the memory again, at the same addresses, and let peers come. Raises TransferError,
+        MemoryPoolError.
+        """
+        assert self._transfer is not None
+        if self._pools.sleeping_tags:
+            self._pools.wake_up((KV_CACHE,))
+            self._reconnect(self._transfer)
+
     def close(self) -> None:
         if self._transfer is not None:
             self._gate.shutdown(cancel_futures=True)
@@ -232,6 +267,10 @@ class Worker:
             self._link.close()
             self._context.close()
             self._transfer = None
+
+    def _reconnect(self, transfer: TransferThread) -> None:
+        transfer.resume(SLEEP_TIMEOUT_S)
+        self._link.send(SleepState(state="awake"))
 
     def _submit_behind(self, before: torch.cuda.Event, commands: Sequence[TransferCommand]) -> None:
         before.synchronize()
@@ -253,13 +292,16 @@ class Worker:
             return
         has_failed = not event.ok and event.error != "cancelled"
         self._add(
-            kv_transfers=float(event.ok),
             kv_transfer_bytes=float(event.num_bytes),
-            kv_transfer_seconds=event.seconds if event.ok else 0.0,
-            kv_read_seconds=event.read_s,
             kv_transfer_failures=float(has_failed),
             kv_verification_failures=float(event.counts.get("kv_verification_failures", 0)),
         )
+        if self._is_first:
+            self._add(
+                kv_transfers=float(event.ok),
+                kv_transfer_seconds=event.seconds if event.ok else 0.0,
+                kv_read_seconds=event.read_s,
+            )
         if not has_failed:
             return
         engine_id = load.remote.engine_id
@@ -267,7 +309,8 @@ class Worker:
         _logger.warning(
             "KV blocks of request %s of %s are not used: %s", event.pull_id, engine, event.error
         )
-        if engine:
+        # A request may wait here for longer than its lease: that says nothing of the pair.
+        if engine and "kv_late_reads" not in event.counts:
             self._link.send(PullFailure(peer_engine=engine, error=event.error))
 
     def _add(self, **figures: float) -> None:
@@ -286,8 +329,8 @@ class Worker:
             self._link.send(message)
 
 
-def _memory_on(device: torch.device) -> KVMemory:
-    """Return what shares vLLM's own allocations with peers of this host: CUDA IPC on a GPU."""
-    if device.type == "cpu":
-        return PrivateKVMemory()
-    return DeviceKVMemory(MemoryPools(), device)
+def _memory_on(device: torch.device, pools: MemoryPools) -> KVMemory:
+    """Return what shares the KV cache with peers of this host: by CUDA IPC where vLLM has allocated
+    it, else by the handles of the pools.
+    """
+    return PrivateKVMemory() if device.type == "cpu" else DeviceKVMemory(pools, device)

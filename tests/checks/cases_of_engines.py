@@ -11,6 +11,8 @@ from tests.checks.contexts import CPU, GPU, on
 STOCK = {"kv_transfer__connector": "vllm-nixl"}
 FOUND = EngineCommand(version="0.32.0")
 OLDER = EngineCommand(version="0.31.1")
+NEW = EngineCommand(version="0.33.0")
+TIER: dict[str, Any] = {"engine_args": {"kv_offloading_size": 4}}
 ALIKE = {
     "version": "0.32.0",
     "models": ("a",),
@@ -33,8 +35,11 @@ def differing(**decode: Any) -> Context:
     return vllm(engine_args={"seed": 1}, decode__engine_args=decode)
 
 
-def told(prefill: EngineCommand, decode: EngineCommand = FOUND, **config: Any) -> Context:
+def told(
+    prefill: EngineCommand, decode: EngineCommand = FOUND, machine=CPU, /, **config: Any
+) -> Context:
     return vllm(
+        machine,
         probes={"engine_commands": {"prefill": {"host": prefill}, "decode": {"host": decode}}},
         **config,
     )
@@ -117,15 +122,31 @@ CASES: dict[str, Case] = {
     ),
     "PD617": Case([told(EngineCommand(version="0.34.0"))], [told(EngineCommand(version="0.33.1"))]),
     "PD621": Case(
-        [args(kv_offloading_size=4), args(kv_offloading_b="lmcache")],
         [
-            vllm(engine_args={"kv_offloading_size": 4}, decode__replicas=0),
-            on(CPU, engine_args={"kv_offloading_size": 4}),
+            args(kv_offloading_size=4),
+            told(NEW, FOUND, **TIER),
+            told(NEW, NEW, **TIER, **STOCK),
+            told(NEW, NEW, engine_args={"kv_offloading_size": "much"}),
+            told(NEW, NEW, engine_args={"kv_offloading_b": "lmcache"}),
+        ],
+        [
+            told(NEW, NEW, engine_args={"kv_offloading_size": 4, "kv_offloading_b": "native"}),
+            vllm(**TIER, decode__replicas=0),
+            on(CPU, **TIER),
         ],
     ),
     "PD623": Case(
-        [vllm(GPU, enable_cumem_allocator=True), vllm(GPU, decode__enable_sleep_mode=True)],
-        [vllm(GPU, enable_cumem_allocator=True, **STOCK), vllm(GPU)],
+        [
+            vllm(GPU, enable_cumem_allocator=True),
+            vllm(GPU, decode__enable_sleep_mode=True),
+            told(FOUND, FOUND, GPU, enable_sleep_mode=True),
+        ],
+        [
+            vllm(GPU, enable_cumem_allocator=True, **STOCK),
+            vllm(GPU),
+            told(FOUND, FOUND, GPU, enable_cumem_allocator=True),
+            told(NEW, NEW, GPU, enable_sleep_mode=True),
+        ],
     ),
     "PD624": Case(
         [args(dcp=2), args(speculative_config__method="ngram")],

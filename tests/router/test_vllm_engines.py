@@ -4,14 +4,17 @@ of their own.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import msgspec
 import pytest
+from aiohttp import web
 
 from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.router.continuation import LOST_REASONS
 from tests.router.conftest import Stand
-from tests.router.fake_engine import until
+from tests.router.fake_engine import Seen, until
 from tests.router.fake_vllm_engine import (
     CACHED_AT_PREFILL,
     SCRIPT,
@@ -123,6 +126,27 @@ async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
     stand.publish()  # the canary has come through
     await stand.post(completion(stream=stream))
     assert "kv_transfer_params" in asked(decode)[-1]
+    assert stand.metric(counted) == 1
+
+
+async def test_a_lease_that_ends_in_the_queue_of_decode_is_no_doubt_of_the_pair(
+    stand: Stand,
+) -> None:
+    prefill, decode = vllm_pairs()
+    lease_s = 1.0
+    prefill.capabilities = msgspec.structs.replace(prefill.capabilities, lease_s=lease_s)
+    stand.pairs = [proof(prefill, decode)]
+    decode.pulls, answer_at_once = False, decode._answer
+
+    async def answer(request: web.Request, seen: Seen) -> web.StreamResponse:
+        await asyncio.sleep(lease_s + 0.1)
+        return await answer_at_once(request, seen)
+
+    decode._answer = answer  # type: ignore[method-assign]
+    await stand.start([prefill, decode])
+    assert (await stand.post(completion(stream=True))).texts() == {0: SCRIPT}
+    assert stand.doubted == []
+    counted = 'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}'
     assert stand.metric(counted) == 1
 
 

@@ -71,6 +71,25 @@ def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
     assert prefill.take_commands() == []
 
 
+def test_a_prompt_that_was_preempted_before_its_token_came_is_not_lent() -> None:
+    """Before vLLM 0.27 it ends like that, when its blocks belong to others."""
+    prefill = scheduling(FULL, SLIDING)
+    assert prefill.finished(Request("p", 10, PREFILL), ([], []), is_prefilled=True) is None
+    assert prefill.take_commands() == []
+    assert not prefill.lends
+
+
+def test_blocks_are_expected_back_for_as_long_as_a_lease_holds() -> None:
+    prefill = scheduling()
+    assert not prefill.lends
+    for name in ("p", "q"):
+        prefill.finished(Request(name, 10, PREFILL), ([3, 1, 2],), is_prefilled=True)
+    prefill.ended((), ["p"])
+    assert prefill.lends
+    prefill.ended((), ["q"])
+    assert not prefill.lends
+
+
 @pytest.mark.parametrize(
     ("request_", "is_prefilled"),
     [
@@ -100,7 +119,7 @@ def test_decode_pulls_what_it_has_not_cached_once_and_is_not_asked_again() -> No
     assert decode.num_matched(request, 0) == 0
     decode.allocated(request, ([7, 8, 9],), 0)
     assert decode.take_commands() == []
-    decode.received(["d"])
+    decode.ended(["d"], ())
     assert decode.finished(request, ([7, 8, 9],), is_prefilled=True) is None
     assert decode.take_commands() == []
 

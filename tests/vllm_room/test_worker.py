@@ -14,7 +14,9 @@ import torch
 import zmq
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
+from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools
+from pdlaunch.errors import TransferError
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, SleepState
 from pdlaunch.protocol.engine_link import (
     KVSetup,
     Peers,
@@ -61,7 +63,9 @@ class Engine:
             by_head=False,
             model_digest=changes.pop("model_digest", "m"),
         )
-        self.cache = torch.randn(8, 2, 4, 16, generator=torch.Generator().manual_seed(seed))
+        self.cache = changes.pop("cache", None)
+        if self.cache is None:
+            self.cache = torch.randn(8, 2, 4, 16, generator=torch.Generator().manual_seed(seed))
         layout = read_layout(
             {"a": self.cache},
             Config([Group(["a"])], 8),
@@ -81,6 +85,7 @@ class Engine:
             tp_size=1,
             dtype="float32",
             vllm_version=changes.pop("vllm_version", "0.32.0"),
+            pools=changes.pop("pools", MemoryPools()),
         )
         self.heard: list[Any] = []
         up = self.hear(RankUp)
@@ -194,6 +199,18 @@ def test_a_lease_that_nobody_pulls_is_counted(start: Start) -> None:
     assert prefill.worker.take_figures() == {"kv_leases_expired": 1}
 
 
+def test_a_lease_that_has_ended_is_no_doubt_of_its_pair(start: Start) -> None:
+    prefill, decode = paired(start, transfer={"lease_s": 0.2})
+    params = lend(prefill, "p", [3, 1, 2])
+    prefill.until(lambda results: bool(results.sent))
+    begin(decode, params, [7, 0, 4])
+    assert decode.until(lambda results: bool(results.received)).failed == {"d"}
+    assert decode.worker.take_figures()["kv_transfer_failures"] == 1
+    begin(decode, params | {"remote_request_id": "never"}, [7, 0, 4], "e")
+    assert decode.until(lambda results: bool(results.received)).failed == {"e"}
+    assert "request never has no lease here" in decode.hear(PullFailure).error
+
+
 def test_wrong_bytes_are_never_used(start: Start) -> None:
     prefill, decode = paired(start)
     params = lend(prefill, "p", [3, 1, 2])
@@ -240,6 +257,61 @@ def test_a_wrong_pair_fails_before_traffic(start: Start, changes: Any, field: st
     failed = decode.hear(PairFailed)
     assert failed.fatal
     assert f"{field}: decode-0/rank-0 has" in failed.error
+
+
+class SleepingPools(MemoryPools):
+    """Of the host, where nothing else can sleep: the bytes are gone, the addresses stay."""
+
+    def __init__(self) -> None:
+        self.cache, self.asleep = torch.zeros(0), frozenset[str]()
+
+    def sleep(self, tags: Any, keep: Any = ()) -> int:
+        self.cache.fill_(-1)
+        self.asleep = frozenset(tags)
+        return 0
+
+    def wake_up(self, tags: Any) -> int:
+        self.asleep -= frozenset(tags)
+        return 0
+
+    @property
+    def sleeping_tags(self) -> frozenset[str]:
+        return self.asleep
+
+
+def test_an_engine_sleeps_once_nothing_is_leased_and_is_read_again_when_awake(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM calls both methods twice where it sleeps at two levels."""
+    monkeypatch.setattr("pdlaunch.vllm.worker.SLEEP_TIMEOUT_S", 0.3)
+    pools = SleepingPools()
+    prefill, decode = start("prefill", pools=pools), start("decode")
+    pools.cache = prefill.cache
+    decode.tell(prefill.entry)
+    decode.hear(PairReady)
+    params = lend(prefill, "p", [3, 1, 2])
+    before = prefill.cache.clone()
+    with pytest.raises(TransferError, match="has not ended"):
+        prefill.worker.sleep()
+    assert not pools.sleeping_tags, "a leased block is not slept over"
+    assert torch.equal(prefill.cache, before)
+    begin(decode, params, [7, 0, 4])
+    assert decode.until(lambda results: bool(results.received)) == Results(received={"d"})
+    prefill.until(lambda results: bool(results.sent))
+    for _ in range(2):
+        prefill.worker.sleep()
+    assert pools.sleeping_tags == {KV_CACHE}
+    assert prefill.hear(SleepState).state == "sleeping"
+    decode.tell()
+    for _ in range(2):
+        prefill.worker.wake_up()
+    assert prefill.hear(SleepState).state == "awake"
+    decode.tell(prefill.entry)
+    decode.hear(PairReady)
+    prefill.cache[:] = torch.randn(prefill.cache.shape)
+    begin(decode, lend(prefill, "q", [5, 6, 1]), [1, 2, 3], "e")
+    assert decode.until(lambda results: bool(results.received)) == Results(received={"e"})
+    assert torch.equal(decode.cache[[1, 2, 3]], prefill.cache[[5, 6, 1]])
 
 
 class HandTransfer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 import msgspec
 from pydantic import JsonValue
@@ -15,7 +14,7 @@ from pdlaunch.checks.rule import Rule
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.roles import PAIR
-from pdlaunch.config.vllm_arguments import vllm_flag_name
+from pdlaunch.config.vllm_arguments import OFFLOADING, host_tier_of, long_name, vllm_flag_name
 from pdlaunch.launch.engines.native import light_environment, python_command
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
@@ -29,13 +28,6 @@ CAPABILITIES = Capabilities(kind="vllm", lease_s=30.0, takes_launch_token=False)
 """Holds for every version of vLLM, with its default lease. The version adds to this once it is
 known.
 """
-OUR_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
-    {
-        "kv_connector": "PdlaunchConnector",
-        "kv_connector_module_path": "pdlaunch.vllm.connector",
-        "kv_connector_extra_config": {},
-    }
-)
 
 
 class VllmEngine:
@@ -93,7 +85,13 @@ class VllmEngine:
             flags |= {"host": engines.on.bind_address, "port": port}
         executable = shutil.which(settings.engine_command) or settings.engine_command
         model = engines.model.path or settings.model
-        return (executable, "serve", model, *_as_arguments(flags | settings.engine_args))
+        args = {
+            key: value
+            for key, value in settings.engine_args.items()
+            # vLLM would replace the connector: ``_our_connector`` has the host tier.
+            if engines.role not in PAIR or long_name(key) not in OFFLOADING
+        }
+        return (executable, "serve", model, *_as_arguments(flags | args))
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
         """The sidecar of each decode engine sends a canary through every prefill engine."""
@@ -149,19 +147,46 @@ class VllmEngine:
         yield "enable-prompt-tokens-details", True
         if engines.role not in PAIR:
             return
-        stock: Mapping[str, JsonValue] = {
+        stock: dict[str, JsonValue] = {
             "kv_connector": "NixlConnector",
             "kv_buffer_device": engines.device,
             "kv_connector_extra_config": {"kv_lease_duration": int(transfer.lease_s)},
+            "kv_role": "kv_both",
         }
-        yield (
-            "kv-transfer-config",
-            {
-                **(stock if transfer.is_stock else OUR_CONNECTOR),
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": transfer.on_failure,
-            },
-        )
+        ours = _our_connector(host_tier_of(settings.engine_args)[1])
+        connector = stock if transfer.is_stock else ours
+        yield "kv-transfer-config", connector | {"kv_load_failure_policy": transfer.on_failure}
+
+
+def _our_connector(host_tier_gib: JsonValue) -> dict[str, JsonValue]:
+    """Return what loads pdlaunch's connector, alone or before a host tier of vLLM's.
+
+    ::
+
+        MultiConnector ─┬─ PdlaunchConnector      asked first: blocks of a prefill engine, proven
+                        └─ OffloadingConnector    blocks that this engine has copied to the host
+
+    Blocks stay until the leases of the first one end; the second one copies blocks that have been
+    proven or computed here, and holds none.
+    """
+    ours: dict[str, JsonValue] = {
+        "kv_connector": "PdlaunchConnector",
+        "kv_connector_module_path": "pdlaunch.vllm.connector",
+        "kv_connector_extra_config": {},
+        "kv_role": "kv_both",
+    }
+    if not host_tier_gib:
+        return ours
+    tier: JsonValue = {
+        "kv_connector": "OffloadingConnector",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": int(float(str(host_tier_gib)) * 2**30)},
+        "kv_role": "kv_both",
+    }
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_connector_extra_config": {"connectors": [ours, tier]},
+        "kv_role": "kv_both",
+    }
 
 
 def _as_arguments(flags: Mapping[str, JsonValue]) -> Iterator[str]:

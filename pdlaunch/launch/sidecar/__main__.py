@@ -367,6 +367,8 @@ class SidecarProcess:
                         self._supervised.send(Progress(text=link.progress))
                 case PullFailure(peer_engine=engine, error=reason):
                     self._failed_pulls[engine].append(reason)
+                case SleepState():
+                    self._supervised.send(message)
                 case PairReady():
                     self._rank_pairs.add(message)
                     self._prove_pairs()

@@ -68,6 +68,21 @@ def test_each_engine_is_a_sidecar_with_the_command_of_vllm() -> None:
     }
 
 
+def test_a_host_tier_stands_behind_our_connector_and_its_flag_is_gone() -> None:
+    given = command("decode-0", engine_args={"kv_offloading_size": 1.5, "seed": 3})
+    transfer = json.loads(value_of(given, "--kv-transfer-config"))
+    assert transfer["kv_connector"] == "MultiConnector"
+    assert transfer["kv_load_failure_policy"] == "recompute"
+    ours, tier = transfer["kv_connector_extra_config"]["connectors"]
+    assert (ours["kv_connector"], tier["kv_connector"]) == (
+        "PdlaunchConnector",
+        "OffloadingConnector",
+    )
+    assert tier["kv_connector_extra_config"] == {"cpu_bytes_to_use": 3 * 2**29}
+    assert value_of(given, "--seed") == "3"
+    assert not any("offloading" in each for each in given if each.startswith("--"))
+
+
 def test_settings_mean_what_they_mean_for_native_engines_and_unset_ones_are_left_out() -> None:
     settings = {
         "block_size": 32,
