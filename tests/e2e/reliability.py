@@ -1,5 +1,5 @@
 # ruff: noqa: T201 - a script
-"""Repeats the figures of docs/performance.md: ``python -m tests.e2e.reliability
+"""Repeats figures of docs/reliability.md: ``python -m tests.e2e.reliability
 soak | kills | cancels``.
 """
 
@@ -131,7 +131,7 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
 
 def run_kills(model: Path, asked: argparse.Namespace) -> int:
     """Default options; one deployment for each scenario. Prints the rows of the table of
-    docs/performance.md.
+    docs/reliability.md.
     """
     seed = asked.seed
     code, num_requests, num_migrations = 0, 0, 0.0
