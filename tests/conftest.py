@@ -42,7 +42,7 @@ E2E = "tests/e2e/"
 LATE = tuple(
     f"{E2E}test_{name}.py"
     for name in (
-        *("checks", "connectors", "doors", "hub", "offload", "pairs", "pinned_model"),
+        *("connectors", "doors", "hub", "offload", "pairs", "pinned_model"),
         *("python_api", "scale", "sidecar", "sleep", "suspects"),
     )
 )
