@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.netns.hosts import new_network, why_not
@@ -64,11 +63,6 @@ def metric(pair: FarLaunch, *names: str) -> float:
     ]
     assert values, names
     return sum(values)
-
-
-def state(pair: FarLaunch, name: str) -> str:
-    states = {each["name"]: each["state"] for each in pair.status()["engines"]}
-    return str(states.get(name, "down"))
 
 
 def assert_pulled(pair: FarLaunch, seed: int) -> None:
@@ -141,25 +135,3 @@ def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> 
         "a": ["curve", "curve", "open", "tls"],
         "b": ["curve", "open", "tls"],
     }
-
-
-def test_an_engine_on_another_host_that_is_killed_comes_back(pair: FarLaunch) -> None:
-    (expected,) = pair.ask_alone("prefill-0", question(20, model="smollm2"))
-    _vllm_of(pair, "b").kill()
-    (answer,) = pair.ask(question(20))
-    assert tokens_of(answer) == tokens_of(expected)
-    wait_for(lambda: state(pair, "decode-0") != "ready", pair, "its death is not seen")
-    wait_for(lambda: state(pair, "decode-0") == "ready", pair, "not back", START_TIMEOUT_S)
-    wait_for(lambda: bool(pair.status()["pairs"]), pair, "not proven")
-    assert_pulled(pair, 21)
-
-
-def _vllm_of(pair: FarLaunch, host: str) -> psutil.Process:
-    """Return the ``vllm serve`` of a host."""
-    (found,) = (
-        process
-        for process in pair.network[host].processes()
-        if "serve" in (words := process.cmdline())
-        and not {"pdlaunch", "pdlaunch.launch.sidecar"}.intersection(words)
-    )
-    return found

@@ -1,4 +1,5 @@
-"""Pairs of vLLM that serve models of other shapes than the demo model, each tiny and random.
+"""Pairs of vLLM that serve models of other shapes than the demo model, each tiny and random, or
+split the KV heads between other numbers of ranks.
 
 Tokens are those of one engine alone, KV blocks really move, and a bit that flips in the blocks of
 any KV cache group is noticed.
@@ -45,7 +46,7 @@ class Model:
     family: str
     shape: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
-    num_groups: int = 1  # of KV caches
+    num_groups: int = 1  # of KV caches in which bits are flipped; 0 where ranks share them
 
     def written(self, folder: Path) -> Path:
         config = AutoConfig.for_model(self.family, **{**SIZES, **self.shape})
@@ -61,19 +62,18 @@ MODELS = {
         num_groups=3,
     ),
     "Qwen3 MoE": Model("qwen3_moe", {"num_experts": 4, **EXPERTS}),
-    "LFM2": Model(
-        "lfm2",
-        {
-            "hidden_size": 128,
-            "conv_dim": 128,
-            "block_dim": 128,
-            "layer_types": ["conv", "full_attention"],
-        },
+    # vLLM's kernels for a CPU keep no state in the middle of a prompt, so that it finds no prefix.
+    "Falcon H1": Model(
+        "falcon_h1",
+        {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+        {"enable_prefix_caching": False},
         num_groups=2,
     ),
     "8-bit KV": Model("llama", settings={"engine_args": {"kv-cache-dtype": "fp8"}}),
+    "TP 1 and 2": Model("llama", settings={"decode": {"tensor_parallel_size": 2}}),
+    "TP 2 and 1": Model("llama", settings={"prefill": {"tensor_parallel_size": 2}}, num_groups=0),
 }
-SHORT = ("Gemma 3", "LFM2")
+SHORT = ("Gemma 3", "Falcon H1")
 
 
 @pytest.fixture(
