@@ -33,9 +33,9 @@ DEFAULTS_FIT = {
     *("set_xfer_handshake_metadata_pp_aware", "build_connector_worker_meta"),
     # Requests that hold blocks keep the engine's loop going; it publishes KV events itself.
     *("has_pending_push_work", "get_kv_connector_kv_cache_events", "take_events"),
-    # Nothing is kept of a forward, a request before it has blocks, or another memory.
+    # Nothing is kept of a forward, or of another memory.
     *("finish_forward", "reset_capture_state", "requires_piecewise_for_cudagraph"),
-    *("handle_preemptions", "on_new_request", "set_host_xfer_buffer_ops", "reset_cache"),
+    *("handle_preemptions", "set_host_xfer_buffer_ops", "reset_cache"),
     *("bind_gpu_block_pool", "bind_kv_cache_manager", "register_finished_partial_tail"),
     *("prefer_cross_layer_blocks", "register_cross_layers_kv_cache"),
     # True for ``kv_both``: what was preempted is computed again, and never lent.

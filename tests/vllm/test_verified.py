@@ -63,7 +63,7 @@ def launch(
         "engine_args": {"num-gpu-blocks-override": NUM_BLOCKS},
         "block_size": BLOCK_SIZE,
         "max_num_batched_tokens": STEP_TOKENS,
-        "kv_transfer": {"lease_s": LEASE_S, "connector": connector},
+        "kv_transfer": {"lease_s": LEASE_S, "pull_timeout_s": LEASE_S - 2, "connector": connector},
     }
     folder = tmp_path_factory.mktemp("verified")
     with running_engines(folder, vllm_command, settings) as deployment:
