@@ -1,4 +1,4 @@
-"""Faults for the transfers and the host tier of a rank: which ones, when, and how they show.
+"""Faults for the transfers of a rank, or a worker of vLLM: which ones, when, and how they show.
 
 Which fault the i-th READ of a rank meets is a pure function of (seed, agent, i); which lease is cut
 short, one of (seed, agent, lease).
@@ -7,7 +7,6 @@ short, one of (seed, agent, lease).
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,13 +14,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
-from pdlaunch.engine.offload.planner import JobFinished, OffloadJob
-from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.protocol.transfer import GrantLease, TransferCommand
@@ -36,8 +32,6 @@ from pdlaunch.transfer.connectors.connector import (
 from pdlaunch.transfer.regions import BlockIds
 from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
-
-_WAIT_S = 0.02  # time between two looks at whether ends may be seen again
 
 
 class Fault(Enum):
@@ -222,41 +216,3 @@ class FaultyTransferThread(TransferThread):
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
         super().submit([self._faults.on_command(self._agent_name, each) for each in commands])
-
-
-class FaultyOffloadWorker(OffloadWorker):
-    """Changes a byte of some chunks once their checksums are taken, and reports no end of a copy
-    while the plan says so.
-    """
-
-    def __init__(self, faults: FaultPlan, **setup: Any) -> None:
-        super().__init__(**setup)
-        self._faults = faults
-        self._stores: dict[int, OffloadJob] = {}
-        self._held_back: list[JobFinished] = []
-        self._num_chunks_stored = 0
-
-    def submit(self, jobs: Sequence[OffloadJob]) -> None:
-        self._stores |= {job.job_id: job for job in jobs if job.direction == "store"}
-        super().submit(jobs)
-
-    def take_finished(self) -> list[JobFinished]:
-        for report in super().take_finished():
-            self._spoil_chunks(report)
-            self._held_back.append(report)
-        if self._held_back and self._faults.copies_wait():
-            timer = threading.Timer(_WAIT_S, self._wake)
-            timer.daemon = True
-            timer.start()
-            return []
-        finished, self._held_back = self._held_back, []
-        return finished
-
-    def _spoil_chunks(self, report: JobFinished) -> None:
-        job = self._stores.pop(report.job_id, None)
-        for host_id in job.host_ids if job is not None and report.ok else ():
-            self._num_chunks_stored += 1
-            source = self._faults.of_chunk(self._num_chunks_stored)
-            if source is not None:
-                block = self.host.block(host_id)
-                block[source.randrange(len(block))] ^= source.randrange(1, 256)

@@ -47,14 +47,17 @@ def vllm_command() -> str:
 
 @contextlib.contextmanager
 def running_engines(
-    folder: Path, vllm_command: str, settings: Mapping[str, object]
+    folder: Path,
+    vllm_command: str,
+    settings: Mapping[str, object],
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Deployment]:
-    """Run a deployment of the demo model whose engines are vLLM's."""
+    """Run a deployment whose engines are vLLM's, of the demo model unless the settings name one."""
     config = folder / "launch.yaml"
     config.write_text(json.dumps(settings))
     with running_deployment(
         (str(config), *ARGUMENTS, "--engine-command", vllm_command),
-        environ=clean_environ(),
+        environ=clean_environ() | dict(environ or {}),
         timeout_s=START_TIMEOUT_S,
         log_dir=str(folder / "logs"),  # pytest keeps them, and vLLM says why it ends there alone
     ) as deployment:

@@ -1,23 +1,20 @@
-"""Processes of a pair of vLLM that are killed or stand still: the core that computes, the sidecar,
-and last the supervisor of it all.
-"""
+"""A core of vLLM that stands still while nobody asks, and a supervisor that is killed."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psutil
 import pytest
-from openai import APIError, OpenAI
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
-from tests.vllm.kv_memory import core_of, engine_of, worker_of
+from tests.vllm.kv_memory import core_of, engine_of
 from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
 
 pytestmark = pytest.mark.vllm_long
@@ -72,53 +69,6 @@ def test_an_idle_engine_whose_core_stands_still_is_restarted(launch: Deployment)
     said = f"has computed nothing for {HANG_TIMEOUT_S} s"
     await_true(lambda: said in launch.output(), "the launch says so", 60)
     await_healed(launch, "decode-0", dead, seed=301)
-
-
-@pytest.mark.parametrize(
-    ("name", "victim"),
-    [("decode-0", core_of), ("prefill-0", core_of), ("decode-0", worker_of)],
-    ids=["core of decode", "core of prefill", "worker of decode"],
-)
-def test_what_computes_is_killed_under_streams(
-    launch: Deployment, name: str, victim: Callable[[psutil.Process], psutil.Process]
-) -> None:
-    """The server of the engine lives on for a moment, and answers for a core that is gone."""
-    prompt = prompt_of(310)
-    expected = complete(launch.url, prompt, LONG)
-    client = OpenAI(base_url=launch.url + "/v1", api_key="none", max_retries=0)
-    seeded = client.completions.create(
-        model="smollm2", prompt=prompt_of(311), max_tokens=200, seed=5, stream=True
-    )
-    next(iter(seeded))
-    lost = Api(launch.url).metrics()["pdlaunch_router_lost_streams_total"]
-    sidecar = launch.processes()[name]
-    dead = family(engine_of(sidecar))
-    with streamed(launch.url, prompt, LONG) as tokens:
-        first = next(tokens)
-        victim(sidecar).kill()
-        assert [first, *tokens] == expected
-    if name == "decode-0":
-        with pytest.raises(APIError, match="seed"):
-            list(seeded)
-        assert Api(launch.url).metrics()["pdlaunch_router_lost_streams_total"] == lost + 1
-    else:
-        # What decode has begun does not need prefill any more.
-        assert list(seeded)[-1].choices[0].finish_reason
-    await_healed(launch, name, dead, seed=312)
-
-
-def test_a_sidecar_that_is_killed_takes_its_engine_with_it_under_a_stream(
-    launch: Deployment,
-) -> None:
-    prompt = prompt_of(320)
-    expected = complete(launch.url, prompt, LONG)
-    sidecar = launch.processes()["decode-0"]
-    dead = family(sidecar)
-    with streamed(launch.url, prompt, LONG) as tokens:
-        first = next(tokens)
-        sidecar.kill()
-        assert [first, *tokens] == expected
-    await_healed(launch, "decode-0", dead, seed=321)
 
 
 def test_nothing_is_left_of_a_launch_whose_supervisor_is_killed(launch: Deployment) -> None:

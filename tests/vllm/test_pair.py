@@ -16,9 +16,7 @@ import psutil
 import pytest
 import zmq
 from openai import APIError, OpenAI
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
@@ -244,18 +242,6 @@ def test_http_and_rpc_are_at_sockets_of_the_launch(pair: Deployment) -> None:
 
 def test_a_pair_answers_as_one_engine_alone(pair: Deployment) -> None:
     assert differences(pair.url) == []
-
-
-def test_bench_serve_measures_it(pair: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It is the tests' own, and bench takes settings from variables of this prefix.
-    monkeypatch.delenv("PDLAUNCH_TEST_VLLM", raising=False)
-    arguments = ["bench", "serve", "--url", pair.url, "--format", "json"]
-    arguments += ["--input-tokens", "130", "--output-tokens", "4"]
-    arguments += ["--concurrency", "2", "--num-requests", "4"]
-    result = CliRunner().invoke(build_app(arguments), arguments)
-    assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)
-    assert (row["num_requests"], row["num_errors"]) == (4, 0)
 
 
 @pytest.mark.parametrize("name", ["decode-0"])

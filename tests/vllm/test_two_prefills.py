@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import socket
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
@@ -78,22 +76,6 @@ def num_answers(url: str, name: str) -> float:
     return admin_api(url).engine(name).metrics()[ANSWERS]
 
 
-def test_tokens_are_those_of_one_engine_whoever_computes_the_prompt(launch: Deployment) -> None:
-    assert pairs(launch.url) == {(name, "decode-0") for name in PREFILLS}
-    alone = admin_api(launch.url).engine("prefill-0")
-    before = {name: num_answers(launch.url, name) for name in PREFILLS}
-    prompts = [prompt_of(seed) for seed in range(100, 106)]
-    told = []
-    for prompt in prompts:
-        num_bytes = bytes_read(launch.url)
-        told.append(complete(launch.url, prompt, NUM_TOKENS))
-        assert bytes_read(launch.url) > num_bytes
-    assert all(num_answers(launch.url, name) > before[name] for name in PREFILLS)
-    assert told == [complete(alone, prompt, NUM_TOKENS, model="smollm2") for prompt in prompts]
-    with streamed(launch.url, prompt_of(110), NUM_TOKENS) as tokens:
-        assert list(tokens) == complete(launch.url, prompt_of(110), NUM_TOKENS)
-
-
 @needs_vllm_router
 def test_vllm_router_answers_with_the_same_tokens(launch: Deployment, tmp_path: Path) -> None:
     urls = {engine["name"]: engine["url"] for engine in engines_of(admin_api(launch.url))}
@@ -119,32 +101,6 @@ def test_vllm_router_answers_with_the_same_tokens(launch: Deployment, tmp_path: 
             assert bytes_read(launch.url) > num_bytes
             assert told[0] == complete(launch.url, prompt_of(seed), NUM_TOKENS)
         assert all(num_answers(launch.url, name) > before[name] for name in PREFILLS)
-
-
-def test_a_router_that_is_killed_comes_back_to_the_same_engines(launch: Deployment) -> None:
-    prompt = prompt_of(130)
-    expected = complete(launch.url, prompt, NUM_TOKENS)
-    before = {name: each.pid for name, each in launch.processes().items()}
-    with streamed(launch.url, prompt_of(131), LONG) as tokens:
-        next(tokens)
-        launch.processes()["router"].kill()
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            list(tokens)
-    await_true(lambda: answers(launch.url, prompt, expected), "the next router answers", 60)
-    after = {name: each.pid for name, each in launch.processes().items()}
-    assert {name for name in before if before[name] != after[name]} == {"router"}
-    decode = admin_api(launch.url).engine("decode-0")
-    await_true(lambda: not decode.metrics()[RUNNING], "what the dead one asked for is ended", 60)
-    num_bytes = bytes_read(launch.url)
-    assert complete(launch.url, prompt_of(132), NUM_TOKENS)
-    assert bytes_read(launch.url) > num_bytes
-
-
-def answers(url: str, prompt: list[int], expected: list[int]) -> bool:
-    try:
-        return complete(url, prompt, NUM_TOKENS) == expected
-    except (PdlaunchError, AssertionError):
-        return False
 
 
 def test_prefill_engines_that_die_are_replaced_and_decode_goes_on(launch: Deployment) -> None:

@@ -107,24 +107,6 @@ def prompt_of(seed: int) -> list[int]:
     return [draw.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
 
 
-def test_pulled_blocks_are_used(launch: tuple[str, Deployment]) -> None:
-    """Of several prompts, as a lease may end while the machine is busy with others."""
-    connector, deployment = launch
-    pair = Pair(deployment)
-    num_used = 0
-    for seed in range(10):
-        prompt = prompt_of(seed)
-        num_bytes, num_failed = pair.counts()
-        told = pair.take(prompt, pair.hand_over(prompt))
-        is_right = told == complete(pair.prefill, prompt, NUM_TOKENS)
-        assert is_right or connector == "stock"
-        after = pair.counts()
-        num_used += is_right and after[0] > num_bytes and after[1] == num_failed
-        if num_used == 2:
-            return
-    pytest.fail("READs fail within their leases")
-
-
 def test_an_expired_lease_whose_blocks_were_used_again(launch: tuple[str, Deployment]) -> None:
     connector, deployment = launch
     pair = Pair(deployment)

@@ -1,5 +1,5 @@
-"""Python imports this first in processes of a launch with ``INJECTED_FAULTS``: once a rank has
-imported its main module, that uses the faulty classes of ``tests.faulty.transfers``.
+"""Python imports this first in processes of a launch with ``INJECTED_FAULTS``: once a rank, or a
+worker of vLLM, has imported its main module, that uses the faulty classes of ``tests.faulty``.
 """
 
 import importlib.abc
@@ -12,7 +12,7 @@ from functools import partial
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "pdlaunch.engine.rank":
+        if name not in ("pdlaunch.engine.rank", "pdlaunch.vllm.worker"):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -28,7 +28,10 @@ class Hook(importlib.abc.MetaPathFinder):
                 new_connector(*setup), plan
             )
             module.TransferThread = partial(transfers.FaultyTransferThread, plan)
-            module.OffloadWorker = partial(transfers.FaultyOffloadWorker, plan)
+            if name == "pdlaunch.engine.rank":  # vLLM has no packages for the host tier
+                from tests.faulty.offload import FaultyOffloadWorker
+
+                module.OffloadWorker = partial(FaultyOffloadWorker, plan)
 
         spec.loader.exec_module = exec_module
         return spec
