@@ -148,8 +148,10 @@ def _received(
             if seen.pairs.suspect(message):
                 turn.announce(f"{local} has to prove its path to {peer_name} again: {error}")
         case SleepState(state=state):
-            process.sleep_state = state
-            turn.announce(f"{name} is {state}")
+            # A sidecar sees it, and all ranks of its engine tell it.
+            if state != process.sleep_state:
+                process.sleep_state = state
+                turn.announce(f"{name} is {state}")
         case Drained():
             process.is_drained = True
         case Restart() | SetDrained() | ChangeEngines():

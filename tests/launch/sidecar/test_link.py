@@ -15,7 +15,15 @@ from msgspec import structs
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.link import RankPairs
-from pdlaunch.protocol.control import Entry, PairFailed, PairReady, PairSuspect, Ready, Registry
+from pdlaunch.protocol.control import (
+    Entry,
+    PairFailed,
+    PairReady,
+    PairSuspect,
+    Ready,
+    Registry,
+    SleepState,
+)
 from pdlaunch.protocol.engine_link import PullFailure, rank_entries
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import ConnectorSpec
@@ -185,6 +193,11 @@ async def test_pulls_that_fail_are_a_doubt_of_their_pair_alone(scene: Scene) -> 
     doubt = await scene.supervisor.next(PairSuspect)
     assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
     assert "checksums differ" in doubt.error
+
+
+async def test_a_rank_tells_that_its_memory_sleeps_before_vllm_answers(scene: Scene) -> None:
+    await scene.workers[1].say(SleepState(state="sleeping"))
+    assert (await scene.supervisor.next(SleepState)).state == "sleeping"
 
 
 async def test_ranks_shake_hands_again_with_an_engine_that_has_slept(scene: Scene) -> None:
