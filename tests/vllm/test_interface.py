@@ -47,7 +47,8 @@ DEFAULTS_FIT = {
 
 
 def sources() -> Iterator[tuple[str, Path]]:
-    found = {path.stem: path for path in SOURCES.glob("*.py")}
+    found = {NEWEST: SOURCES / f"{NEWEST}.py"}
+    found |= {path.stem: path for path in SOURCES.glob("*.py")}
     for package in sorted(ENVIRONMENT.glob("lib/python3*/site-packages")):
         for told in package.glob("vllm-*+cpu.dist-info"):
             version = told.name.removeprefix("vllm-").partition("+")[0]
@@ -86,20 +87,15 @@ def problem(ours: ast.FunctionDef, theirs: ast.FunctionDef) -> str:
     ("version", "path"), [pytest.param(*each, id=each[0]) for each in sources()]
 )
 def test_vllm_can_call_every_method_and_none_is_forgotten(version: str, path: Path) -> None:
+    if not path.exists():
+        pytest.skip(f"no wheel of vLLM {version} was to be had: tests/vllm/interface.sh")
     theirs = methods(path, "KVConnectorBase_V1", "SupportsHMA")
     ours = methods(OURS, "PdlaunchConnector")
     number = tuple(map(int, version.split(".")))
     later = {name for name, since in LATER.items() if number < tuple(map(int, since.split(".")))}
-    assert [problem(ours[name], theirs[name]) for name in ours.keys() & theirs] == [""] * len(
-        ours.keys() & theirs
-    )
+    assert "".join(problem(ours[name], theirs[name]) for name in ours.keys() & theirs) == ""
     abstract = {name for name, each in theirs.items() if "abstractmethod" in decorators(each)}
     assert abstract <= ours.keys()
     assert ours.keys() - theirs.keys() == later, "vLLM never calls these"
     public = {name for name in theirs if not name.startswith("_")}
     assert public - ours.keys() - DEFAULTS_FIT == set(), "nobody has thought about these"
-
-
-def test_the_newest_version_is_among_them() -> None:
-    if NEWEST not in dict(sources()):
-        pytest.skip(f"no wheel of vLLM {NEWEST} was to be had: tests/vllm/interface.sh")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,13 +38,8 @@ def launch(
     elif problem := mooncake_problem():
         pytest.skip(f"mooncake: {problem}")
     else:
-        spec = importlib.util.find_spec("mooncake")
-        assert spec is not None
-        assert spec.submodule_search_locations
-        packages = tmp_path / "packages"
-        packages.mkdir()
-        (packages / "mooncake").symlink_to(spec.submodule_search_locations[0])
-        settings["env"] = {"PYTHONPATH": str(packages)}
+        (tmp_path / "mooncake").symlink_to(importlib.import_module("mooncake").__path__[0])
+        settings["env"] = {"PYTHONPATH": str(tmp_path)}
     with running_engines(tmp_path, vllm_command, settings) as deployment:
         yield deployment
 

@@ -72,7 +72,6 @@ def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
 
 
 def test_a_prompt_that_was_preempted_before_its_token_came_is_not_lent() -> None:
-    """Before vLLM 0.27 it ends like that, when its blocks belong to others."""
     prefill = scheduling(FULL, SLIDING)
     assert prefill.finished(Request("p", 10, PREFILL), ([], []), is_prefilled=True) is None
     assert prefill.take_commands() == []
