@@ -17,17 +17,7 @@ import pytest
 import pdlaunch
 from pdlaunch import api
 from pdlaunch.config import sources
-
-SHAPE = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 256,
-    "max_position_embeddings": 2048,
-}
+from tests.checks.contexts import TINY
 
 
 @pytest.fixture
@@ -36,7 +26,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("PDLAUNCH_")]:
         monkeypatch.delenv(name)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(TINY))
     path = tmp_path / "deploy.yaml"
     path.write_text(
         f"model: {tmp_path}/model\nload_format: dummy\ndevice: cpu\nkv_cache_memory: 1MiB\n"

@@ -45,7 +45,9 @@ _SPLITTING = (
     "speculative-config",
 )
 """Flags of vLLM with which engines keep KV in a way that pdlaunch's connector refuses."""
+_PORT, _LAYOUT = "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_SSM_CONV_STATE_LAYOUT"
 _OLDEST, _NEWEST = (0, 24), (0, 33)
+_OLDEST_WITH_STATE = (0, 30)
 """The first vLLM with the interface of pdlaunch's connector, and the last that was tried."""
 _POOLS_SINCE = {"enable_cumem_allocator": (0, 31), "enable_sleep_mode": (0, 33)}
 """The first vLLM whose connector gives the memory of the KV cache, and hears of sleep."""
@@ -173,7 +175,7 @@ def _ignored_settings(context: Context) -> Iterator[Found]:
 
 def _own_variables(context: Context) -> Iterator[Found]:
     for each in vllm_engines(context):
-        for name in sorted(OWN_VARIABLES & each.settings.env.keys()):
+        for name in sorted((OWN_VARIABLES | {_PORT}) & each.settings.env.keys()):
             yield Found(
                 f"{name} is set for {each.role} engines", context.where_variable(each, name)
             )
@@ -235,6 +237,12 @@ def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[
                 yield each, (str(found.version), tuple(map(int, numbers[:2])))
 
 
+def _with_state(context: Context) -> Iterator[RoleEngines]:
+    """Go over the pair of vLLM's own connector if layers keep a state."""
+    sides = itertools.chain(*_stock_pair(context))
+    yield from (each for each in sides if each.model.has_state)
+
+
 def _dev_ports(context: Context) -> Iterator[Found]:
     # On several hosts the port is that of a sidecar, which asks for the launch's token.
     for each in vllm_engines(context) if not context.launch.spans_hosts else ():
@@ -250,7 +258,8 @@ def _models_of(sides: _Pair) -> Found | None:
 def _tp_sizes(sides: _Pair) -> Found | None:
     prefill, decode = (side.tp_size for side in sides)
     sizes = f"prefill has {prefill} ranks an engine, decode {decode}"
-    heads = sides[0].shape.num_kv_heads if sides[0].shape is not None else None
+    shape = sides[0].shape
+    heads = shape.num_kv_heads if shape is not None and not shape.is_latent else None
     if prefill % decode and decode % prefill:
         return Found(sizes)
     if prefill > decode and heads is not None and prefill > heads:
@@ -406,6 +415,27 @@ RULES = (
         message="wrong KV blocks would be used unnoticed: kv_transfer.connector is vllm-nixl",
         fix="Set kv_transfer.connector to nixl.",
         source="vLLM 0.32: an expired lease's blocks are reused, and read without an error."),
+    error("PD632", "vLLM is too old to hand over the states of a hybrid model.",
+        "Layers of Mamba or linear attention keep a state in place of KV blocks. Before 0.30 vLLM "
+        "ignores failed loads of these, and the engine ends at its start.",
+        over=_versions, when=lambda it: it[0].model.has_state and it[1][1] < _OLDEST_WITH_STATE,
+        at="engine_command", message="engine_command of {0.role} is vLLM {1[0]}",
+        fix="Install vLLM 0.30 or later.", source="KVConnectorTransferResults of vLLM 0.30.",
+        needs=("engine_commands",)),
+    error("PD633", "vLLM's connector needs another layout for the states of a hybrid model.",
+        "Its workers end with an assertion at the start.",
+        over=_with_state,
+        when=lambda each: each.given_environ.get(_LAYOUT) != "DS", at="env",
+        message=f"{_LAYOUT} of {{0.role}} engines is not DS",
+        fix=f"Set {_LAYOUT}: DS in env.", source="vLLM 0.32: nixl/base_worker.py."),
+    warning("PD636", "Decode keeps states of a hybrid model in its prefix cache.",
+        "In versions before 0.28 decode ends with an assertion at the first cache hit. Later ones "
+        "want the same block sizes on both sides.",
+        over=_with_state,
+        when=lambda each: each.settings.enable_prefix_caching
+        and each.role == "decode" and "enable_prefix_caching" in each.given,
+        at="enable_prefix_caching", message="enable_prefix_caching is on for decode",
+        fix="Set decode.enable_prefix_caching to false.", source="ai-dynamo/dynamo#12197."),
     error("PD630", "env gives a variable of vLLM that pdlaunch sets itself.",
         "The side channel tells every caller where KV blocks are, and decode dials the address "
         "that it binds. Dev mode adds /collective_rpc, by which whoever can connect runs any "

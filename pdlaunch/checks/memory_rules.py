@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context, cumem_setting, engines, on_cpu, on_cuda, peers
 from pdlaunch.checks.rule import Found, error, warning
@@ -15,6 +15,8 @@ from pdlaunch.planning.role_engines import RoleEngines
 
 USEFUL_TOKENS = 256
 """A KV cache whose longest request is shorter is a mistake, unless max_model_len says so."""
+MOST_OF_A_GPU = 0.97
+"""Of 178 GiB, 4.6 were held by then in a group of 16 ranks."""
 _MEBIBYTE = 1024**2
 _PLACEMENT = "How ranks are placed: in turn over all GPUs."
 _TIER = "kv_offload.host_memory"
@@ -128,11 +130,13 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
             for each in ranks
             if each.settings.kv_cache_memory is not None and each.footprint is not None
         }
-        wants = {each: int(memory * each.settings.gpu_memory_utilization) for each in ranks} | sized
+        shares = {each: int(memory * each.settings.gpu_memory_utilization) for each in ranks}
+        wants = shares | sized
         # Each rank takes its share of the whole GPU, not of what is left: the sum decides.
         total = sum(count * wants[each] for each, count in ranks.items())
         free = memory - gpu.held_bytes
         if total <= free:
+            yield from _late_shares(index, free, total, wants, shares)
             continue
         parts = " + ".join(
             f"{count} {each.role} x {format_size(wants[each])}" for each, count in ranks.items()
@@ -152,6 +156,26 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
             share = min(0.9, 0.95 * free / memory / sum(ranks.values()))
             fix = f"set gpu_memory_utilization to {share:.2f} or less"
             yield Found(message, "gpu_memory_utilization", fix)
+
+
+def _late_shares(
+    index: int,
+    free: int,
+    total: int,
+    wants: Mapping[RoleEngines, int],
+    shares: Mapping[RoleEngines, int],
+) -> Iterator[Found]:
+    """Find engines of vLLM that ask at their start for more than the others leave."""
+    for each, share in shares.items():
+        left = free - (total - wants[each])
+        if not each.is_native and share > left:
+            asks = f"{format_size(share)} of GPU {index} to be free, and others leave"
+            yield Found(
+                f"a {each.role} rank of vLLM asks at its start for {asks} {format_size(left)}",
+                each.where("gpu_memory_utilization"),
+                "set gpu_memory_utilization too, to less than the others leave; with "
+                "kv_cache_memory, 0.01 will do",
+            )
 
 
 def _shared_gpus(context: Context) -> str:
@@ -297,6 +321,17 @@ RULES = (
         "or use a smaller model.",
         source="The model's config.json and the machine (its control group included).",
         needs=("memory",), on_vllm=True),
+    warning("PD222", "An engine of vLLM asks for nearly all of a GPU.",
+        "At its start the share has to be free, when contexts of CUDA and NCCL already hold some "
+        "GB: the engine ends, at every attempt.",
+        over=on_cuda,
+        when=lambda each: not each.is_native
+        and each.settings.gpu_memory_utilization > MOST_OF_A_GPU,
+        at="gpu_memory_utilization",
+        message="gpu_memory_utilization is {0.settings.gpu_memory_utilization:g}",
+        fix=f"Set gpu_memory_utilization to {MOST_OF_A_GPU} or less.",
+        source="aws-samples/aws-do-eks#79; vllm/v1/worker/utils.py, request_memory.",
+        needs=("gpus",), on_vllm=True),
     warning("PD213",
         "The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric "
         "handles.",

@@ -105,6 +105,16 @@ RULES = (
         fix="Set device once, at the top level, or set kv_transfer.connector to file.",
         source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",),
         on_vllm=True),
+    error("PD317", "Prefill and decode load different revisions of a model.",
+        "The weights differ, and so does the meaning of the numbers in KV blocks: answers are "
+        "wrong, with HTTP 200.",
+        over=pair,
+        when=lambda it: it[0].settings.model == it[1].settings.model
+        and it[0].settings.revision != it[1].settings.revision, at="revision",
+        message="prefill loads revision {0.settings.revision}, decode {1.settings.revision}",
+        fix="Set revision once, at the top level.",
+        source="vllm-project/vllm#55776: NIXL's handshake does not compare revisions.",
+        on_vllm=True),
     error("PD316", "Engines of both roles serve another model than the pair beside them.",
         "The router takes one for the other: an answer would come from either model, and one that "
         "goes on elsewhere from two.",

@@ -29,7 +29,8 @@ def _uneven_heads(context: Context) -> Iterator[Found]:
             "intermediate_size": shape.intermediate_size,
         }
         for name, number in numbers.items():
-            if number % each.tp_size:
+            # Experts have a size of their own, and other engines pad.
+            if number % each.tp_size and not (shape.is_outline and name == "intermediate_size"):
                 yield Found(
                     f"tensor_parallel_size {each.tp_size} does not divide the model's "
                     f"{number} {name}",
@@ -84,6 +85,7 @@ RULES = (
         "Positions beyond max_position_embeddings have no meaning to the model.",
         over=shapes,
         when=lambda it: (it[0].settings.max_model_len or 0) > it[1].max_position_embeddings
+        and not (it[1].is_outline or it[0].has_argument("hf-overrides"))
         and Found(fix=f"set it to {it[1].max_position_embeddings} or less, or leave it out"),
         at="max_model_len",
         message="max_model_len {0.settings.max_model_len} is over the model's "

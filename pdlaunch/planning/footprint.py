@@ -86,11 +86,10 @@ class Footprint:
 
         Example: ``weights 1.2 GiB + activations 30 MiB + KV cache 1 GiB = 2.2 GiB``.
         """
-        return (
-            f"weights {format_size(self.weight_bytes)} + activations "
-            f"{format_size(self.activation_bytes)} + KV cache {format_size(self.kv_bytes)} = "
-            f"{format_size(self.total_bytes)}"
-        )
+        parts = {"weights": self.weight_bytes, "activations": self.activation_bytes}
+        known = " + ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+        kv, total = format_size(self.kv_bytes), format_size(self.total_bytes)
+        return f"{known} + KV cache {kv} = {total}"
 
 
 def make_footprint(

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from pdlaunch.config.model_files.download import Fetch
 from pdlaunch.config.model_files.find import NotDownloadedError, is_on_hub, resolve_model
-from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+from pdlaunch.config.model_files.shape import (
+    ModelShape,
+    keeps_state,
+    read_model_shape,
+    read_outline,
+)
 from pdlaunch.config.model_files.weights import check_files, check_gguf
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
@@ -27,6 +32,7 @@ class Model:
     """The reason why the shape is not known yet: the model is converted or downloaded first."""
     foreign: str = ""
     """The reason why its shape is not known here, though another engine may serve it."""
+    has_state: bool = False  # its layers keep a state in place of KV blocks, as Mamba does
     on_hub: bool = False  # its files come from a hub, the weights after everything has been judged
     elsewhere: bool = False
     """It is not on this machine, which judges for another one: nobody knows whether it serves."""
@@ -58,6 +64,7 @@ def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fet
         if model.on_hub
         and model.path
         and model.shape
+        and not model.shape.is_outline
         and config.engine_settings(role).load_format != "dummy"
     ]
     for path, name, shape in dict.fromkeys(wanted):
@@ -83,7 +90,7 @@ def _elsewhere(model: Model) -> Model:
 def weight_error(model: Model) -> ConfigError | None:
     """Return what is wrong with the files of weights of a model that can be read; None: nothing."""
     # Those of a hub are fetched, and checked, once all else has been found good.
-    if model.shape is None or model.path is None or model.on_hub:
+    if model.shape is None or model.shape.is_outline or model.path is None or model.on_hub:
         return None
     try:
         check_files(Path(model.path), model.shape)
@@ -125,4 +132,7 @@ def _described(folder: Path, engine: EngineName) -> Model:
         if engine == "native":
             raise
         reason = f"native engines cannot serve it, so its shape is not known: {error}"
-        return Model(foreign=reason)
+        outline = read_outline(folder)
+        return Model(
+            shape=outline, foreign="" if outline else reason, has_state=keeps_state(folder)
+        )

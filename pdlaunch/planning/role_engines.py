@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,10 +11,11 @@ from pdlaunch.config.connectors import VLLM_NIXL, KVNetwork
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
-from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
+from pdlaunch.config.vllm_arguments import long_name
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
@@ -25,6 +26,8 @@ from pdlaunch.planning.models import Model
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
+_RESIZING = ("quantization", "cpu-offload-gb", "hf-overrides")
+"""Flags of vLLM with which weights or KV take another size than the model's files tell."""
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
@@ -121,6 +124,10 @@ class RoleEngines:
         is_known = self.is_native or "block_size" in self.given
         return self.settings.block_size if is_known else None
 
+    def has_argument(self, *names: str) -> bool:
+        """Return whether ``engine_args`` gives one of these flags of vLLM."""
+        return not {long_name(key) for key in self.settings.engine_args}.isdisjoint(names)
+
     def where(self, name: str) -> str:
         """Return the dotted path that decides a setting: the role's section or the top level."""
         return f"{self.role}.{name}" if name in self.overrides else name
@@ -156,7 +163,7 @@ class RoleEngines:
             return self.settings.dtype
         if self.device == "cpu" and not self.machine.has_native_bf16:
             return "float32"
-        if self.shape is None:
+        if self.shape is None or self.shape.is_outline:
             return None
         match self.shape.dtype:
             case "bfloat16" | "float16":
@@ -219,19 +226,32 @@ class RoleEngines:
 
     @cached_property
     def footprint(self) -> Footprint | None:
-        """Return the memory of one rank."""
-        if self.shape is None or self.dtype is None or self.max_model_len is None:
+        """Return the memory of one rank; of one of vLLM, what it needs at least."""
+        shape, is_vllm_on_gpu = self.shape, not self.is_native and self.device == "cuda"
+        dtype = self.dtype or ("bfloat16" if is_vllm_on_gpu else None)
+        if shape is None or dtype is None or self.max_model_len is None:
             return None
-        return make_footprint(
-            self.shape,
+        footprint = make_footprint(
+            shape,
             self.settings,
             tp_size=self.tp_size,
             device=self.device,
-            dtype=self.dtype,
+            dtype=dtype,
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
         )
+        if not is_vllm_on_gpu:
+            return footprint
+        # vLLM cuts all weights, and does not start without room for one longest request.
+        whole = shape.num_parameters * DTYPE_BYTES[dtype]
+        weight_bytes = shape.weight_bytes if shape.is_outline else whole
+        if weight_bytes is None or self.has_argument(*_RESIZING):
+            return None
+        has_small_kv = shape.is_outline or self.has_argument("kv-cache-dtype")
+        layout = replace(footprint.layout, dtype_bytes=1) if has_small_kv else footprint.layout
+        weight_bytes //= self.tp_size
+        return replace(footprint, weight_bytes=weight_bytes, activation_bytes=0, layout=layout)
 
     @property
     def num_blocks(self) -> int | None:

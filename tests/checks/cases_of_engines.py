@@ -1,14 +1,16 @@
 """For each rule on engines of vLLM (PD6xx): where it fires, and near misses."""
 
+from dataclasses import replace
 from typing import Any
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.probed import SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.machine.engine_commands import EngineCommand
-from tests.checks.case import Case
-from tests.checks.contexts import CPU, GPU, on
+from tests.checks.contexts import CPU, GPU, SHAPE, Case, on
 
+LATENT = {"shapes": (replace(SHAPE, is_latent=True, num_kv_heads=1),) * 2}
 STOCK = {"kv_transfer__connector": "vllm-nixl"}
+DS = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS"}
 FOUND = EngineCommand(version="0.32.0")
 OLDER = EngineCommand(version="0.31.1")
 NEW = EngineCommand(version="0.33.0")
@@ -165,8 +167,25 @@ CASES: dict[str, Case] = {
         [
             vllm(env={"VLLM_NIXL_SIDE_CHANNEL_HOST": "0.0.0.0"}),
             vllm(decode__env={"VLLM_SERVER_DEV_MODE": "1"}),
+            vllm(env={"VLLM_NIXL_SIDE_CHANNEL_PORT": "5600"}),
         ],
         [vllm(environ={"VLLM_SERVER_DEV_MODE": "1"}), vllm(env={"VLLM_PLUGINS": "mine"})],
+    ),
+    "PD632": Case(
+        [told(EngineCommand(version="0.29.0"), has_state=True)],
+        [told(EngineCommand(version="0.30.0"), has_state=True), told(OLDER)],
+    ),
+    "PD633": Case(
+        [vllm(has_state=True, **STOCK)],
+        [vllm(has_state=True, env=DS, **STOCK), vllm(has_state=True), vllm(**STOCK)],
+    ),
+    "PD636": Case(
+        [vllm(has_state=True, decode__enable_prefix_caching=True, **STOCK)],
+        [
+            vllm(has_state=True, prefill__enable_prefix_caching=True, **STOCK),
+            vllm(has_state=True, **STOCK),
+            vllm(enable_prefix_caching=True, **STOCK),
+        ],
     ),
     "PD620": Case(
         [vllm(paths=("/a", "/b"), **STOCK)],
@@ -191,6 +210,9 @@ CASES: dict[str, Case] = {
             vllm(prefill__tensor_parallel_size=3, decode__tensor_parallel_size=2),
             vllm(GPU, prefill__tensor_parallel_size=16),
         ],
-        [vllm(GPU, prefill__tensor_parallel_size=8)],
+        [
+            vllm(GPU, prefill__tensor_parallel_size=8),
+            vllm(prefill__tensor_parallel_size=16, **LATENT),
+        ],
     ),
 }

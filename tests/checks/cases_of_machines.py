@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 
-from tests.checks.case import (
+from tests.checks.contexts import (
+    CPU,
+    GPU,
     PAIR,
     ROUTER,
     Case,
     lacks,
     machine,
     mooncake,
+    on,
     p2p,
 )
-from tests.checks.contexts import CPU, GPU, on
 
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
 

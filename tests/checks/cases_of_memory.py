@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from tests.checks.case import EXPANDABLE, TIER, Case, machine, one_gpu
-from tests.checks.contexts import CPU, GB200, GIB, GPU, on
+from tests.checks.contexts import CPU, EXPANDABLE, GB200, GIB, GPU, TIER, Case, machine, on, one_gpu
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
@@ -77,12 +76,21 @@ CASES: dict[str, Case] = {
         [on(CPU, max_model_len=1024, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="64MiB")],
     ),
     "PD210": Case(
-        [on(one_gpu()), on(one_gpu(), kv_cache_memory="60GiB")],
+        [
+            on(one_gpu()),
+            on(one_gpu(), kv_cache_memory="60GiB"),
+            on(one_gpu(), engine="vllm", kv_cache_memory="9GiB"),
+        ],
         [
             on(one_gpu(), gpu_memory_utilization=0.45),
             on(one_gpu(), kv_cache_memory="20GiB"),
             on(GPU),
+            on(one_gpu(), engine="vllm", kv_cache_memory="9GiB", gpu_memory_utilization=0.01),
         ],
+    ),
+    "PD222": Case(
+        [on(GPU, engine="vllm", decode__gpu_memory_utilization=0.98)],
+        [on(GPU, engine="vllm", gpu_memory_utilization=0.97), on(GPU, gpu_memory_utilization=1)],
     ),
     "PD211": Case(
         [on(one_gpu(), gpu_memory_utilization=0.4)],

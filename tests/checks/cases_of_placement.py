@@ -1,12 +1,11 @@
-"""Cases of the rules on where engines are placed."""
+"""Cases of the rules on where engines are placed, and on KV blocks from host to host."""
 
 from dataclasses import replace
 
 from pdlaunch.checks.context import Context, make_context
 from pdlaunch.planning.hosts import ResolvedHost, settled
 from pdlaunch.planning.resolve import resolve_on
-from tests.checks.case import Case
-from tests.checks.contexts import CPU, GPU, on
+from tests.checks.contexts import CPU, GPU, Case, on
 
 WIDE = replace(CPU, num_cpus=4)
 
@@ -29,6 +28,24 @@ def hosts(*listed, machines=(WIDE, WIDE), local="10.0.0.1", **config) -> Context
 A, B = {"name": "a", "advertise_address": "10.0.0.2"}, {"name": "b", "advertise_address": "fd00::3"}
 LONE = {"name": "b", "advertise_address": "127.0.0.1"}
 SPREAD = {"placement_strategy": "spread"}
+TRUSTED = {"kv_transfer__trusted_network": True}
+B4 = {"name": "b", "advertise_address": "10.0.0.3"}
+
+
+def far(*machines, **config):
+    return hosts(A, B, machines=machines or (WIDE, WIDE), **SPREAD, **config)
+
+
+def far_vllm(*machines, **config):
+    machines = machines or (WIDE, WIDE)
+    return hosts(A, B4, machines=machines, engine="vllm", **SPREAD, **config)
+
+
+def near_vllm(**config):
+    """Both sides of a pair on one of two hosts."""
+    return hosts(A, B4, engine="vllm", **config)
+
+
 CASES = {
     "PD424": Case(
         [hosts(A, LONE), hosts(A, B, local="127.0.0.1")],
@@ -43,6 +60,27 @@ CASES = {
         [
             hosts(A, B, machines=(WIDE, GPU), **SPREAD),
             hosts(A, B, machines=(WIDE, replace(WIDE, num_cpus=64)), prefill__replicas=3, **SPREAD),
+        ],
+    ),
+    "PD423": Case(
+        [far(kv_transfer__nixl__path="p2p"), far_vllm(kv_transfer__nixl__path="p2p")],
+        [far(), hosts(A, B, kv_transfer__nixl__path="p2p")],
+    ),
+    "PD428": Case(
+        [
+            far(),
+            far(kv_transfer__connector="mooncake"),
+            far_vllm(),
+            far_vllm(kv_transfer__connector="vllm-nixl"),
+        ],
+        [
+            far(**TRUSTED),
+            far_vllm(**TRUSTED),
+            near_vllm(),
+            far(kv_transfer__connector="file", kv_transfer__file__directory="/shared"),
+            hosts(
+                A | {"roles": "both"}, B, both__replicas=1, prefill__replicas=0, decode__replicas=0
+            ),
         ],
     ),
 }

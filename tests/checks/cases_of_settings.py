@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from pdlaunch.errors import ConfigError
-from tests.checks.case import SLIDING, Case, p2p
-from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
+from tests.checks.contexts import CPU, GPU, SHAPE, SLIDING, SMALL_SHAPE, Case, on, p2p
 
 OTHER_END = replace(SMALL_SHAPE, eos_token_ids=(2, 3))
 OVER_FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
@@ -82,6 +81,10 @@ CASES: dict[str, Case] = {
             on(CPU, prefill__replicas=1, both__replicas=1),
             on(CPU, both__replicas=1, shapes=(SHAPE, SMALL_SHAPE)),
         ],
+    ),
+    "PD317": Case(
+        [on(CPU, decode__revision="main")],
+        [on(CPU, revision="main"), on(CPU, decode__model="b", decode__revision="main")],
     ),
     "PD303": Case(
         [on(CPU, prefill__dtype="float32"), on(GPU, decode__dtype="float16")],

@@ -1,9 +1,7 @@
-"""Contexts for the rules: a healthy CPU machine, a healthy GPU machine, and what a test changes of
-them.
-"""
+"""Cases of rules and their contexts: healthy machines, and what a test changes of them."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pdlaunch.checks.context import Context, make_context
@@ -89,6 +87,12 @@ NOTHING_WRONG: dict[str, Any] = {
 }
 """Fields of ``Probes`` that were looked at, without a finding."""
 
+ROUTER = ("127.0.0.1", 8000)
+PAIR = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 390.0)
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+SLIDING = replace(SMALL_SHAPE, layer_windows=(1024,) * 30)
+TIER = {"kv_offload__host_memory": "8GiB"}
+
 
 def on(
     machine: Machine,
@@ -96,6 +100,7 @@ def on(
     environ: Mapping[str, str] | None = None,
     shapes: tuple[ModelShape | None, ModelShape | None] | None = None,
     model_error: ConfigError | None = None,
+    has_state: bool = False,
     paths: tuple[str, str] = ("/models/a", "/models/a"),
     probes: Mapping[str, Any] | None = None,
     pairs: tuple[PairTransport, ...] = (),
@@ -120,9 +125,13 @@ def on(
         {"host": machine},
         environ or {},
         {
-            "prefill": Model("a", paths[0], prefill, error=model_error),
-            "decode": Model("a", paths[1], decode, error=model_error),
-            "both": Model("a", paths[1], decode, error=model_error),
+            role: Model("a", path, shape, error=model_error, has_state=has_state)
+            for role, path, shape in zip(
+                ("prefill", "decode", "both"),
+                (*paths, paths[1]),
+                (prefill, decode, decode),
+                strict=True,
+            )
         },
     )
     known = NOTHING_WRONG | {"deployment": SeenDeployment((), ())}
@@ -131,3 +140,30 @@ def on(
         given,
         Probes(**{**known, "transport": pairs, **(probes or {})}),
     )
+
+
+@dataclass(frozen=True)
+class Case:
+    fires: list[Context]
+    quiet: list[Context]
+
+
+def lacks(*extras):
+    """Probes of a Python that does not find these extras."""
+    return {"missing_extras": dict.fromkeys(extras, "a_module")}
+
+
+def machine(base=CPU, **changes):
+    return replace(base, **changes)
+
+
+def mooncake(base, **config):
+    return on(base, kv_transfer__connector="mooncake", **config)
+
+
+def p2p(base, **config):
+    return on(base, kv_transfer__nixl__path="p2p", **config)
+
+
+def one_gpu(**changes):
+    return replace(GPU, gpus=GPU.gpus[:1], **changes)

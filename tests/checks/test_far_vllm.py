@@ -12,7 +12,7 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
-from tests.checks.cases_of_far_pairs import TRUSTED, far_vllm
+from tests.checks.cases_of_placement import TRUSTED, far_vllm
 from tests.launch.engines.test_vllm import installed, value_of
 
 V32 = EngineCommand(version="0.32.0")

@@ -4,8 +4,22 @@ import pytest
 
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.settings import all_settings, split_path
-from tests.checks.cases import CASES
+from tests.checks import (
+    cases_of_engines,
+    cases_of_machines,
+    cases_of_memory,
+    cases_of_placement,
+    cases_of_settings,
+)
 from tests.checks.contexts import CPU, GB200, GPU, on
+
+CASES = (
+    cases_of_settings.CASES
+    | cases_of_memory.CASES
+    | cases_of_machines.CASES
+    | cases_of_engines.CASES
+    | cases_of_placement.CASES
+)
 
 RULES = all_rules()
 

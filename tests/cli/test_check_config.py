@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,22 +17,31 @@ from pdlaunch.checks import probed
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.settings import all_flags
 from pdlaunch.machine.profiles import PROFILES
-from tests.checks.contexts import TINY
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 from tests.config.test_fuzz import NEARLY
+from tests.launch.engines.test_vllm import installed
 
-ALL_SEVERITIES = "kv_transfer: {verify: off}\nmax_model_len: 1000\nload_format: dummy\n"
-TOO_LONG = "decode:\n  max_model_len: 1000\n"
+ALL_SEVERITIES = "decode: {max_model_len: 1000}\nkv_transfer: {verify: off}\nload_format: dummy\n"
+FOREIGN: list[dict[str, Any]] = [
+    {"model_type": "mamba", "state_size": 16},
+    {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
+    {"model_type": "deepseek_v3", "kv_lora_rank": 512},
+    {"model_type": "gemma2", "sliding_window": 4096},
+    {"model_type": "llava", "text_config": {"model_type": "llama"}},
+    {"model_type": "llama", "quantization_config": {"bits": 4}},
+]
+"""config.json of models that native engines cannot serve."""
 Check = Callable[..., Result]
 File = Callable[[str], Path]
 
 
-def test_warnings_fail_only_when_strict(check: Check, file: File) -> None:
-    assert check().exit_code == 0
-    path = file("kv_transfer: {verify: off}\n")
-    assert check(path).exit_code == 0
-    assert check(path, "--strict").exit_code == 1
+@pytest.mark.parametrize(
+    ("text", "strictly"), [("", 0), ("kv_transfer: {verify: off}", 1), ("load_format: dummy", 0)]
+)
+def test_warnings_fail_only_when_strict(check: Check, file: File, text: str, strictly: int) -> None:
+    assert check(file(text)).exit_code == 0
+    assert check(file(text), "--strict").exit_code == strictly
 
 
 @pytest.mark.parametrize("text", ["a: [", "prefil: {}", "port: x", "- 1"])
@@ -94,14 +104,17 @@ def test_the_cliff_of_expandable_segments(check: Check) -> None:
 
 
 def test_json(check: Check, file: File) -> None:
-    report = json.loads(check(file(TOO_LONG), "--format", "json").stdout)
+    report = json.loads(check(file(ALL_SEVERITIES), "--format", "json").stdout)
     assert list(report) == ["ok", "findings", "resolved"]
     assert report["ok"] is False
-    finding = next(finding for finding in report["findings"] if finding["rule"] == "PD106")
+    finding = report["findings"][0]
     assert list(finding) == ["rule", "severity", "where", "message", "fix"]
-    assert finding["severity"] == "error"
-    assert re.fullmatch(r"decode\.max_model_len \(.*deploy\.yaml:2:18\)", finding["where"])
-    assert report["resolved"]["engines"]["prefill"]["max_model_len"] == 512
+    severities = [finding["severity"] for finding in report["findings"]]
+    assert severities == ["error", "warning", "info"]
+    assert re.fullmatch(r"decode\.max_model_len \(.*deploy\.yaml:1:25\)", finding["where"])
+    prefill = report["resolved"]["engines"]["prefill"]
+    assert prefill["max_model_len"] == 512
+    assert prefill["memory_of_a_rank"]["blocks_for_longest_request"] == 32
     result = check(file("prefil: {}\n"), "--format", "json")
     report = json.loads(result.stdout)
     assert (result.exit_code, report["ok"], report["resolved"]) == (2, False, {})
@@ -144,7 +157,7 @@ def test_lines_of_a_pipe_are_whole(check: Check, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("output", ["table", "json"])
 def test_no_form_shows_a_secret(check: Check, file: File, output: str) -> None:
     path = file("api_key: hunter2-key\nenv: {HF_TOKEN: hunter2-token}\nmax_model_len: 1000\n")
-    result = check(path, "--format", output, "--strict")
+    result = check(path, "--format", output, "--strict", PDLAUNCH_ENGINE_API_KEY="hunter2")
     assert result.exit_code == 1
     assert "hunter2" not in result.output
     result = check(file("api_key: {a: hunter2}\napi_kee: hunter2\n"), "--format", output)
@@ -176,11 +189,22 @@ def test_a_model_that_is_not_here_is_not_checked(check: Check, model: Path) -> N
     reasons = {item["rule"]: item["reason"] for item in not_checked}
     assert "/models/llama" in reasons["PD103"]
     assert check("--model", "/models/llama").exit_code == 1
-    # One that is here and cannot be served is an error.
-    (model / "config.json").write_text(json.dumps(TINY | {"model_type": "mamba"}))
-    result = check("--assume", "h100x8")
-    assert result.exit_code == 1
-    assert "PD103" in result.stdout
+
+
+@pytest.mark.parametrize("config", FOREIGN, ids=lambda config: config["model_type"])
+def test_vllm_may_serve_what_native_engines_cannot(
+    check: Check, model: Path, config: dict[str, Any]
+) -> None:
+    (model / "config.json").write_text(json.dumps(config))
+    refused = check("--assume", "h100x8")
+    assert (refused.exit_code, "PD103" in refused.stdout) == (1, True)
+    command = installed(model / "one", "0.32.0")
+    result = check("--engine-command", command, "--engine", "vllm", "--format", "json")
+    report = json.loads(result.stdout)
+    assert not report["findings"]
+    # What needs the shape is not judged, and that is said.
+    unchecked = {item["rule"]: item["reason"] for item in report["resolved"]["not_checked"]}
+    assert "native engines cannot serve it" in unchecked["PD104"]
 
 
 def test_explain_shows_a_rule_or_all() -> None:

@@ -18,7 +18,7 @@ from typer.testing import Result
 from pdlaunch import api
 from pdlaunch.errors import StartupError
 from tests import command_line
-from tests.cli.test_serve import MODEL
+from tests.checks.contexts import TINY
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
 from tests.config.model_files.files import EMPTY_SAFETENSORS, write_safetensors
 
@@ -51,7 +51,7 @@ def snapshot(tmp_path: Path) -> Path:
     (repository / "refs" / "main").write_text(COMMIT)
     for place in (folder, tmp_path / "local", tmp_path / "smollm2"):
         place.mkdir(parents=True)
-        (place / "config.json").write_text(json.dumps(MODEL))
+        (place / "config.json").write_text(json.dumps(TINY))
         (place / WEIGHTS).write_bytes(EMPTY_SAFETENSORS)
     return folder
 
@@ -139,7 +139,7 @@ def test_an_interrupted_download_leaves_what_is_complete_and_no_more(
 ) -> None:
     published = tmp_path / "published"
     published.mkdir()
-    (published / "config.json").write_text(json.dumps(MODEL))
+    (published / "config.json").write_text(json.dumps(TINY))
     write_safetensors(published / WEIGHTS, num_bytes=100_000)
     environ = {name: value for name, value in os.environ.items() if name[:3] not in ("HF_", "PDL")}
     with fake_hub(NAME, published) as hub:

@@ -10,27 +10,19 @@ from typer.testing import Result
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.launch import check_platform
 from pdlaunch.machine.facts import Gpu, Machine
+from tests.checks.contexts import TINY
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 CPU = Machine(num_cpus=2, memory_bytes=64 * 1024**3)
 GPUS = Machine(num_cpus=2, gpus=(Gpu(0), Gpu(1)))
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "vocab_size": 256,
-    "max_position_embeddings": 2048,
-}
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     folder = tmp_path / "tiny"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(json.dumps(TINY))
     (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     return str(folder)
 

@@ -9,6 +9,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import resolve
+from tests.checks.contexts import TINY
 
 CPU = Machine(num_cpus=2)
 GPU = Machine(num_cpus=2, gpus=(Gpu(0), Gpu(1)))
@@ -21,16 +22,9 @@ def model(tmp_path: Path) -> Path:
 
 def write_model(folder: Path, **values: object) -> Path:
     folder.mkdir()
-    shape = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-        "vocab_size": 256,
-        "max_position_embeddings": 2048,
-    }
-    (folder / "config.json").write_text(json.dumps(shape | values))
+    (folder / "config.json").write_text(
+        json.dumps(TINY | {"max_position_embeddings": 2048} | values)
+    )
     return folder
 
 

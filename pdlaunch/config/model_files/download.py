@@ -21,7 +21,8 @@ from types import FrameType
 from typing import Literal
 
 from pdlaunch.config.model_files.find import cached_snapshot, is_offline
-from pdlaunch.config.model_files.weights import INDEX, names_in, weight_files
+from pdlaunch.config.model_files.shape import INDEX
+from pdlaunch.config.model_files.weights import names_in, weight_files
 from pdlaunch.errors import ConfigError
 
 Part = Literal["description", "weights"]

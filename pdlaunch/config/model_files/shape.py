@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_CONFIG_BYTES = 16 * 1024**2
+INDEX = "model.safetensors.index.json"
 
 Config = dict[str, Any]
 Windows = tuple[int | None, ...]
@@ -144,6 +145,10 @@ class ModelShape:
     """The ids in generation_config.json, then those in config.json."""
     num_parameters: int
     """Parameters of the language model, exactly as transformers counts them."""
+    is_outline: bool = False
+    """Native engines cannot serve the model: no more is known than sizes of attention."""
+    weight_bytes: int | None = None  # of an outline, if the index of its files tells
+    is_latent: bool = False  # attention is latent (MLA): every rank keeps the only KV head
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
@@ -171,6 +176,38 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
             fix=f"Supported are {', '.join(sorted([*FAMILIES, 'gemma3']))}.",
         )
     return _shape(outer, family.defaults | config, family, read_generation_config(directory))
+
+
+_ANY = Family(
+    (1, None, 1, None, None, None, None, None),
+    {"use_sliding_window": True, "sliding_window": None},
+    slides=lambda _config, _layer: True,
+)
+"""The family of models that another engine serves."""
+
+
+def read_outline(directory: Path) -> ModelShape | None:
+    """Return what a model that native engines cannot serve tells of its size; None: too little."""
+    outer, index = read_json(directory / "config.json"), directory / INDEX
+    inner = outer.get("text_config")
+    config = _ANY.defaults | outer | (inner if isinstance(inner, dict) else {})
+    try:
+        if latent := config.get("kv_lora_rank"):
+            # One vector stands for keys and values: two halves.
+            half = (latent + config["qk_rope_head_dim"]) // 2
+            config |= {"num_key_value_heads": 1, "head_dim": half}
+        shape = _shape(outer, config, _ANY, {})
+        size = int(read_json(index)["metadata"]["total_size"]) if index.is_file() else None
+    except (ConfigError, KeyError, TypeError, ValueError):
+        return None
+    return replace(shape, is_outline=True, weight_bytes=size, is_latent=bool(latent))
+
+
+def keeps_state(directory: Path) -> bool:
+    """Return whether layers keep a state in place of KV blocks, as Mamba does."""
+    outer = read_json(directory / "config.json")
+    inner = outer.get("text_config")
+    return any(_is_recurrent(each) for each in (outer, inner) if isinstance(each, dict))
 
 
 def read_generation_config(directory: Path) -> Config:

@@ -11,10 +11,9 @@ import os
 import re
 from pathlib import Path
 
-from pdlaunch.config.model_files.shape import ModelShape, read_json
+from pdlaunch.config.model_files.shape import INDEX, ModelShape, read_json
 from pdlaunch.errors import ConfigError
 
-INDEX = "model.safetensors.index.json"
 DOWNLOAD_AGAIN = (
     "Download the file again, and compare its size and SHA-256 with those at its source."
 )

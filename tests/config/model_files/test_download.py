@@ -13,7 +13,8 @@ import pytest
 
 from pdlaunch.config.model_files.download import _explain, fetch_part
 from pdlaunch.config.model_files.find import cached_snapshot
-from pdlaunch.config.model_files.weights import INDEX, weight_files
+from pdlaunch.config.model_files.shape import INDEX
+from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.fake_hub import COMMIT, TOKEN, FakeHub, fake_hub
 from tests.config.model_files.files import write_safetensors

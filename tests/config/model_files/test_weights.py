@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.config.model_files.weights import INDEX, check_files, check_gguf, weight_files
+from pdlaunch.config.model_files.shape import INDEX, read_model_shape
+from pdlaunch.config.model_files.weights import check_files, check_gguf, weight_files
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
