@@ -9,7 +9,6 @@ from tests.checks.contexts import (
     ROUTER,
     Case,
     lacks,
-    machine,
     mooncake,
     on,
     p2p,
@@ -71,8 +70,10 @@ CASES: dict[str, Case] = {
             on(HIDDEN_GPUS, environ={"CUDA_VISIBLE_DEVICES": ""}),
         ],
     ),
-    "PD412": Case([on(machine(num_cpus=1))], [on(machine(num_cpus=2))]),
-    "PD416": Case([on(machine(shm_free_bytes=64 << 20))], [on(machine(shm_free_bytes=1 << 30))]),
+    "PD412": Case([on(replace(CPU, num_cpus=1))], [on(replace(CPU, num_cpus=2))]),
+    "PD416": Case(
+        [on(replace(CPU, shm_free_bytes=64 << 20))], [on(replace(CPU, shm_free_bytes=1 << 30))]
+    ),
     "PD420": Case(
         [
             on(CPU, probes={"ports": {ROUTER: "it is busy"}}),

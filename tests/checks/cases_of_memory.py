@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from tests.checks.contexts import CPU, EXPANDABLE, GB200, GIB, GPU, TIER, Case, machine, on, one_gpu
+from tests.checks.contexts import CPU, EXPANDABLE, GB200, GIB, GPU, TIER, Case, on, one_gpu
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
-OLD = machine(GPU, gpus=tuple(replace(gpu, has_virtual_memory=False) for gpu in GPU.gpus))
+OLD = replace(GPU, gpus=tuple(replace(gpu, has_virtual_memory=False) for gpu in GPU.gpus))
 
 CASES: dict[str, Case] = {
     "PD201": Case(
@@ -53,12 +53,12 @@ CASES: dict[str, Case] = {
     ),
     "PD207": Case(
         [
-            on(machine(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))),
+            on(replace(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))),
             on(GPU, kv_cache_memory="130GiB"),
         ],
         [
             on(
-                machine(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus)),
+                replace(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus)),
                 prefill__tensor_parallel_size=2,
                 decode__tensor_parallel_size=2,
                 max_num_batched_tokens=4096,
@@ -66,7 +66,7 @@ CASES: dict[str, Case] = {
             on(GPU, kv_cache_memory="100GiB"),
             # What others hold does not count against a rank's share, where both fit.
             on(
-                machine(GPU, gpus=tuple(replace(g, free_memory_bytes=70 * GIB) for g in GPU.gpus)),
+                replace(GPU, gpus=tuple(replace(g, free_memory_bytes=70 * GIB) for g in GPU.gpus)),
                 gpu_memory_utilization=0.45,
             ),
         ],

@@ -153,10 +153,6 @@ def lacks(*extras):
     return {"missing_extras": dict.fromkeys(extras, "a_module")}
 
 
-def machine(base=CPU, **changes):
-    return replace(base, **changes)
-
-
 def mooncake(base, **config):
     return on(base, kv_transfer__connector="mooncake", **config)
 
