@@ -109,14 +109,15 @@ def _gpu_memory(context: Context) -> Iterator[Found]:
             if needed.total_bytes <= min(budget, gpu.memory_bytes - gpu.held_bytes):
                 continue
             size = format_size(gpu.memory_bytes)
-            message = f"a {each.role} rank needs {needed.arithmetic()}, GPU {index}"
+            message = f"a {each.role} rank needs {needed.arithmetic()}"
             place = each.where("tensor_parallel_size")
             if needed.total_bytes <= budget:
                 fix = f"stop the processes that hold memory of GPU {index} (nvidia-smi shows them)"
-                yield Found(f"{message} has {size}, of which {_held(gpu)}", place, fix)
+                held = f"GPU {index} has {size}, of which {_held(gpu)}"
+                yield Found(f"{message}, {held}", place, fix)
             else:
                 gives = size if given else f"{share:g} x {size} = {format_size(budget)}"
-                yield Found(f"{message} gives {gives}", place)
+                yield Found(f"{message}, a GPU gives it {gives}", place)  # once for equal GPUs
 
 
 def _gpu_shares(context: Context) -> Iterator[Found]:
