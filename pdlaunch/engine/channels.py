@@ -150,8 +150,10 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "read_s": max,
     "prefill": max,
     "path": join_paths,
+    # A cause is counted once for each pull, a READ that was repeated once for each rank.
     "counts": lambda of_ranks: {
-        name: max(one.get(name, 0) for one in of_ranks) for name in {*chain(*of_ranks)}
+        name: (sum if name == "kv_pull_retries" else max)([one.get(name, 0) for one in of_ranks])
+        for name in {*chain(*of_ranks)}
     },
     "reports": lambda of_ranks: {rank: told for one in of_ranks for rank, told in one.items()},
     "failed_host_ids": lambda of_ranks: sorted({*chain(*of_ranks)}),

@@ -203,7 +203,8 @@ class Admin:
         try:
             timeout_s = msgspec.convert(http.query.get("timeout_s", "0"), Seconds, strict=False)
         except msgspec.ValidationError:
-            message = f"timeout_s: {http.query['timeout_s'][:100]!r} is no number of seconds"
+            given = http.query["timeout_s"][:100]
+            message = f"timeout_s: {given!r} is no number of seconds from 0 to 86400"
             raise RequestError(message, param="timeout_s", code="invalid_timeout") from None
         until_at = self._state.now() + timeout_s
         # All of them before the first is waited for.

@@ -110,10 +110,11 @@ class EventLog:
     def gone(self) -> list[GoneEngine]:
         """Return the engines that were lost in the last minutes and are not back."""
         now_at = self._wall_clock()
+        # An engines_file may list new names for ever.
+        self._gone = {name: each for name, each in self._gone.items() if now_at - each[1] < GONE_S}
         return [
             GoneEngine(name=name, role=role, gone_s=now_at - at)
             for name, (role, at) in self._gone.items()
-            if now_at - at < GONE_S
         ]
 
     def is_down(self, engine: Engine) -> bool:
@@ -146,7 +147,7 @@ class EventLog:
                 # One that was drained first, as by `pdlaunch scale`, is missed by nobody.
                 if name in self._served:
                     self._gone[name] = (role, self._wall_clock())
-        self._served &= self._seen.keys() | self._gone.keys()
+        self._served &= self._seen.keys() | {each.name for each in self.gone()}
 
 
 class RouterState:
@@ -170,7 +171,7 @@ class RouterState:
         self.recovery = recovery
         self.suspects = SuspectPrompts()
         self.events = EventLog(time.time)
-        # The last failure of each pair.
+        # The last failure of each pair whose engines are there.
         self.pair_failures: dict[tuple[str, str], str] = {}
         self._prove_again = prove_again
         self._knows_engines = False
@@ -187,6 +188,9 @@ class RouterState:
                 # Its process may end by itself, or answer again.
                 asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
         self.events.engines_changed(registry, self.pool.engines)
+        names = {engine.name for engine in self.pool.engines}
+        failures = self.pair_failures.items()
+        self.pair_failures = {pair: error for pair, error in failures if names.issuperset(pair)}
         self.metrics.show_registry(registry)
         self._knows_engines = True
         # A new event for each change: those that wait from now on wait for the next one.

@@ -28,10 +28,11 @@ def test_one_rank_passes_events_through() -> None:
 
 
 def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
-    good = PullFinished(pull_id="a", ok=True, num_bytes=3, seconds=2.0, prefill="p", path="x")
-    bad = PullFinished(
-        pull_id="a", ok=False, error="late", seconds=1.0, counts={"kv_late_reads": 1}, path="y"
+    one, both = ({"kv_late_reads": 1, "kv_pull_retries": retries} for retries in (1, 2))
+    good = PullFinished(
+        pull_id="a", ok=True, num_bytes=3, seconds=2.0, prefill="p", path="x", counts=one
     )
+    bad = PullFinished(pull_id="a", ok=False, error="late", seconds=1.0, counts=one, path="y")
     assert merge(2, [good, bad]) == [
         PullFinished(
             pull_id="a",
@@ -41,7 +42,7 @@ def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
             seconds=2.0,
             prefill="p",
             path="x + y",
-            counts={"kv_late_reads": 1},
+            counts=both,
         )
     ]
 

@@ -16,13 +16,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http import connections, limits
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.errors import RETRY_AFTER_S, error_response
-from pdlaunch.http.limits import (
-    SMALL_BODY_BYTES,
-    Admission,
-    BodyBudget,
-    Deadlines,
-    work_at_input,
-)
+from pdlaunch.http.limits import SMALL_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
 

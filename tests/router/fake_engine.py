@@ -205,9 +205,7 @@ class FakeEngine:
         whole = job.whole() | self._reported(seen)
         self.spoil(whole)
         return web.Response(
-            body=msgspec.json.encode(whole),
-            content_type="application/json",
-            headers=self._told(),
+            body=msgspec.json.encode(whole), content_type="application/json", headers=self._told()
         )
 
     def _reported(self, seen: Seen) -> dict[str, Any]:

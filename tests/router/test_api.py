@@ -229,12 +229,7 @@ def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> No
     number = (LARGE_BODY_BYTES - len(head) - len(tail)) // len(text.encode())
     raw = (head + text * number + tail).encode()
     request = read_client_request(
-        COMPLETIONS,
-        raw,
-        served_model_name="tiny",
-        request_id="r",
-        hop_id="r",
-        headers={},
+        COMPLETIONS, raw, served_model_name="tiny", request_id="r", hop_id="r", headers={}
     )
     (prompt,) = request.prompts
     resume = {"choices": [[{"token_id": 2**31 - 1}] * max_model_len] * MAX_CHOICES, "sent": True}

@@ -71,10 +71,7 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
         'pdlaunch_process_ends_total{process="router",reason="hung"}',
     ):
         assert value(metrics, sample) == 0, sample
-    for sample in (
-        'pdlaunch_router_engines{state="ready"}',
-        "pdlaunch_router_engines_ready",
-    ):
+    for sample in ('pdlaunch_router_engines{state="ready"}', "pdlaunch_router_engines_ready"):
         assert value(metrics, sample) == 2
 
 

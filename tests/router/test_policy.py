@@ -363,17 +363,10 @@ def update(pool: EnginePool, *entries: Entry) -> None:
     pool.update(Registry(version=1, entries=list(entries)))
 
 
-def pick(
-    pool: EnginePool,
-    role: Role,
-    *,
-    tried: Collection[EngineKey] = (),
-) -> Engine | None:
+def pick(pool: EnginePool, role: Role, *, tried: Collection[EngineKey] = ()) -> Engine | None:
     """Have the pool choose one engine for all of a request, preferably of this role."""
     request = RoutingRequest(
-        max_tokens=1 if role == "prefill" else None,
-        is_begun=True,
-        tried=frozenset(tried),
+        max_tokens=1 if role == "prefill" else None, is_begun=True, tried=frozenset(tried)
     )
     return pool.route(request).decode
 

@@ -82,6 +82,7 @@ async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
 async def test_deaths_and_returns_are_events(stand: Stand) -> None:
     await stand.start(pair())
     assert (await get(stand))["events"] == []
+    stand.state.pair_failures["prefill-0", "decode-0"] = "broken"
     stand.publish(without=["decode-0"])
     status = await get(stand)
     assert [(gone["name"], gone["role"]) for gone in status["gone"]] == [("decode-0", "decode")]
@@ -97,6 +98,17 @@ async def test_deaths_and_returns_are_events(stand: Stand) -> None:
     stand.publish(draining=["decode-0"])
     stand.publish(without=["decode-0"])
     assert (await get(stand))["gone"] == []
+    assert stand.state.pair_failures == {}
+
+
+async def test_of_many_engines_those_are_read_that_were_not_for_longest(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment_view, "MAX_READS", 1)
+    monkeypatch.setattr(deployment_view, "FRESH_S", 0.0)
+    await stand.start(pair())
+    status = [(await get(stand))["engines"] for _ in range(2)]
+    assert [sum(each["reading"] is not None for each in engines) for engines in status] == [1, 2]
 
 
 INF = float("inf")
