@@ -70,8 +70,8 @@ def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[l
             all_begun.wait(180)
             return found + list(token_ids)
 
-    def streams() -> dict[str, int]:
-        return {each["name"]: each["streams"] for each in engines_of(Api(deployment.url))}
+    def load() -> dict[str, int]:
+        return {each["name"]: each["load"] for each in engines_of(Api(deployment.url))}
 
     before = deployment.processes()
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -82,7 +82,7 @@ def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[l
             await_true(lambda: requests_in_flight(deployment.url) == len(PROMPTS), "all were sent")
         all_begun.wait(180)
         stop(victim)  # It comes to no stream's end before the kill.
-        assert streams()["both-0"] > 0
+        assert load()["both-0"] > 0
         victim.kill()
         assert [answer.result() for answer in answers] == expected
     migrated = Api(deployment.url).metrics()["pdlaunch_router_migrations_total"]

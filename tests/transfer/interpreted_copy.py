@@ -36,4 +36,4 @@ if __name__ == "__main__":
     generator = np.random.default_rng(0)
     for lengths in ([16], [4096] * 19, [32 * 1024, 48, 32 * 1024, 33 * 1024 + 16]):
         copy(lengths, generator)
-    assert not fits_kernel(np.array([8], dtype=np.uint64))
+    assert not fits_kernel(*np.array([[16], [16], [8]], dtype=np.uint64))
