@@ -37,7 +37,9 @@ from pdlaunch.router.pool import EnginePool
 
 POLL_S = 2.0
 ASK_TIMEOUT_S = 10.0
-GATHER_S = 0.01  # changes of so long are published together
+# For each engine: changes of so long are published together. A look at all engines takes 0.04 ms of
+# the router for each, and each engine asks for one every POLL_S.
+GATHER_S = 0.25e-3
 Results = Mapping[Pair, Proof | CanaryDied]
 
 _logger = logging.getLogger(__name__)
@@ -340,7 +342,8 @@ class WatchedMembership:
     def _publish_soon(self) -> None:
         """Publish once for many changes: a look at all engines for each would be one too many."""
         if self._publishes is None:
-            self._publishes = asyncio.get_running_loop().call_later(GATHER_S, self.publish)
+            gather_s = GATHER_S * len(self._watched)
+            self._publishes = asyncio.get_running_loop().call_later(gather_s, self.publish)
 
     def publish(self) -> None:
         """Send the canaries that are due, and announce what has changed."""
