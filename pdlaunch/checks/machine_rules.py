@@ -57,7 +57,8 @@ def _ports(context: Context) -> Iterator[Found]:
     for listener in context.launch.listeners:
         if problem := (context.probes.ports or {}).get((listener.host, listener.port)):
             port = f"port {listener.port} of {listener.host} for the {listener.name}"
-            yield Found(f"{port} cannot be used: {problem}", listener.where)
+            where = "host" if "no address" in problem else listener.where
+            yield Found(f"{port} cannot be used: {problem}", where)
 
 
 def _local_addresses(context: Context) -> Iterator[Found]:

@@ -84,7 +84,8 @@ def refuse_errors(
         if finding.severity != "info":
             say_finding(finding)
     if not report.is_ok(strict=strict):
-        errors = f"{len(report.errors)} error(s){' (--strict)' * strict}; "
+        num_found = sum(each.severity != "info" for each in report.findings)
+        errors = f"{num_found if strict else len(report.errors)} error(s){' (--strict)' * strict}; "
         errors += "`pdlaunch explain CODE` says why"
         say(f"{undone}: {errors}", "red")
         raise typer.Exit(EXIT_FAILED)

@@ -18,6 +18,9 @@ def probe_port(host: str, port: int) -> str:
             with socket.socket(family, kind, protocol) as probe:
                 # As servers do: a port whose last connections are still fading away is free.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    # As servers do, too: who has the port over IPv4 alone does not matter.
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind(address)
     except (OSError, UnicodeError, ValueError) as error:
         return why_not_listening(port, error)
@@ -27,7 +30,7 @@ def probe_port(host: str, port: int) -> str:
 def why_not_listening(port: int, error: OSError | UnicodeError | ValueError) -> str:
     """Return what the error says of an address at which nobody could listen."""
     if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
-        return "it is no address of this machine"
+        return f"it is no address of this machine ({getattr(error, 'strerror', None) or error})"
     match error.errno:
         case errno.EADDRINUSE:
             return f"it is busy{_holder(port)}"

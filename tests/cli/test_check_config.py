@@ -82,11 +82,12 @@ def test_weights_that_are_cut_off_or_missing(check: Check, model: Path) -> None:
 
 
 def test_busy_ports_are_named(check: Check, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = dict.fromkeys((9000, 9101), "it is busy")
+    problems = {9000: "it is busy", 9101: "it is busy", 8000: "it is no address of this machine"}
     monkeypatch.setattr(probed, "probe_port", lambda host, port: problems.get(port, ""))
+    assert "PD420 host" in check().stdout
     result = check("--port", 9000)
     assert result.exit_code == 1
-    assert "port 9000" in result.stdout
+    assert "PD420 port (--port)  port 9000" in result.stdout
     path = file("engine_api_key: k\ndecode: {port: 9100, replicas: 2}\n")
     result = check(path, columns="200")
     assert result.exit_code == 1

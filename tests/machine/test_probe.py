@@ -56,6 +56,7 @@ def test_ports_are_tried_as_servers_do() -> None:
     assert probe_port("127.0.0.1", 0) == ""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert "busy" in probe_port("127.0.0.1", listener.getsockname()[1])
+        assert "busy" not in probe_port("::", listener.getsockname()[1])
     assert "no address" in probe_port("192.0.2.1", 0)
 
 
