@@ -30,7 +30,6 @@ These stand at the top level and hold for all engines. The sections `prefill`, `
     "`kv_transfer`": "How KV blocks get from prefill to decode: [connectors.md](connectors.md).",
     "`routing`": "What a router prefers when it chooses engines: [routing.md](routing.md).",
     "`limits`": "What a router or an engine takes before it refuses requests.",
-    "`tracing`": "What becomes visible of requests: [operating.md](operating.md).",
     "Deployment": "The router and the launch as a whole.",
 }
 _TABLE_HEAD = (

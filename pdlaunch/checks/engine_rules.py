@@ -47,8 +47,8 @@ _SPLITTING = (
 """Flags of vLLM with which engines keep KV in a way that pdlaunch's connector refuses."""
 _PORT, _LAYOUT = "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_SSM_CONV_STATE_LAYOUT"
 _OLDEST, _NEWEST = (0, 24), (0, 33)
-_OLDEST_WITH_STATE = (0, 30)
 """The first vLLM with the interface of pdlaunch's connector, and the last that was tried."""
+_OLDEST_WITH_STATE = (0, 30)
 _POOLS_SINCE = {"enable_cumem_allocator": (0, 31), "enable_sleep_mode": (0, 33)}
 """The first vLLM whose connector gives the memory of the KV cache, and hears of sleep."""
 _TIER_SINCE = (0, 33)

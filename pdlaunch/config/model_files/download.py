@@ -150,8 +150,10 @@ def _explain(error: Exception, name: str, revision: str) -> ConfigError:
         case OSError():
             text = f"{name} was not downloaded: {error}"
             folder = "HF_HOME to a folder that you may write to."
-            fixes = {errno.ENOSPC: f"Make room, or set {folder}", errno.EACCES: f"Set {folder}"}
-            fix = fixes.get(error.errno or 0, fix)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                fix = f"Make room, or set {folder}"
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                fix = f"Set {folder}"
         case _:
             text = f"{name} was not downloaded: {type(error).__name__}: {reason}"
     return ConfigError(text, field=field, value=name, fix=fix)

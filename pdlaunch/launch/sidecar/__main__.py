@@ -75,7 +75,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.engine_link import PullFailure, RankUp, engine_of_rank, rank_entries
 from pdlaunch.protocol.ids import EngineId
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("pdlaunch.launch.sidecar")  # not __main__, whose infos are not logged
 
 START_POLL_S = 0.5
 WATCH_POLL_S = 2.0

@@ -128,7 +128,7 @@ def test_a_hub_that_is_gone_is_named(hub: FakeHub, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("number", "advice"),
-    [(errno.ENOSPC, "Make room"), (errno.EACCES, "Set HF_HOME"), (errno.EIO, "Try again")],
+    [(errno.EDQUOT, "Make room"), (errno.EROFS, "Set HF_HOME"), (errno.EIO, "Try again")],
 )
 def test_room_is_advised_where_there_is_none(number: int, advice: str) -> None:
     error = OSError(number, os.strerror(number))
