@@ -152,7 +152,13 @@ class Deadlines:
     def start(self) -> Deadline:
         """Start the deadline of one request now; its parts run under it one after another."""
         end_at = asyncio.get_running_loop().time() + self._limit_s
-        return lambda: self._interrupts.guard(0.0 if self._is_closed else end_at, self._reason)
+
+        def deadline() -> contextlib.AbstractAsyncContextManager[None]:
+            if self._is_closed:
+                raise self._shutting_down()
+            return self._interrupts.guard(end_at, self._reason)
+
+        return deadline
 
     def _reason(self) -> OverloadedError:
         if self._is_closed:

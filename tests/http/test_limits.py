@@ -171,11 +171,13 @@ async def test_closing_ends_what_runs_and_what_comes() -> None:
 
     running = asyncio.ensure_future(run())
     await began.wait()
+    began.clear()
     for _ in range(2):
         deadlines.close()
     for ended in (running, run()):
         with pytest.raises(OverloadedError, match="leaving"):
             await ended
+    assert not began.is_set()
 
 
 async def test_small_inputs_are_worked_at_in_place() -> None:
