@@ -40,8 +40,8 @@ __all__ = [
     "plan",
 ]
 
+# Time for what a launch does before its own ``startup_timeout_s`` begins, and after its end
 _START_MARGIN_S = 60.0
-"""Time for what a launch does before its own ``startup_timeout_s`` begins, and after its end."""
 
 
 def load_config(
@@ -119,7 +119,6 @@ class Launch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop the deployment, which finishes running requests for up to ``drain_timeout_s``."""
         self._exit.close()
         self._deployment = None
 

@@ -22,9 +22,9 @@ from pdlaunch.errors import ConfigError, PdlaunchError
 FIRST_TOKEN_ID = 100  # special tokens have lower ids
 HASHED_TOKENS = 512  # tokens that one of ``hash_ids`` stands for
 
+# A function that makes the prompt when it is sent (prompts of a trace are large), and the number of
+# output tokens
 PlannedRequest = tuple[Callable[[], list[int]], int]
-"""A function that makes the prompt when it is sent (prompts of a trace are large), and the number
-of output tokens."""
 
 
 class TraceRequest(msgspec.Struct, frozen=True):
@@ -61,8 +61,8 @@ class BenchLoad(msgspec.Struct, frozen=True, kw_only=True):
     requests: Sequence[PlannedRequest]
     concurrency: int | None = None
     request_rate: float | None = None
+    # Seconds from the start at which requests are sent, without a ``concurrency``
     times_s: Sequence[float] = ()
-    """Seconds from the start at which requests are sent, without a ``concurrency``."""
     num_left_out: int = 0  # requests of the trace that are too long for the model
 
 

@@ -52,16 +52,15 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     cached_share: float | None = None  # prompt tokens that were not computed
     ttft_ms_median: float | None
     ttft_ms_p99: float | None
+    # Between the first token and the second, while KV blocks move from prefill to decode
     first_gap_ms_median: float | None
-    """Between the first token and the second, while KV blocks move from prefill to decode."""
     first_gap_ms_p99: float | None
     itl_ms_median: float | None  # between tokens, from the second token on
     itl_ms_p99: float | None
     e2e_ms_median: float | None
     tpot_ms_median: float | None  # (last token - first token) / (tokens - 1)
     output_tokens_per_s: float
-    errors: list[str] = []
-    """The most frequent error messages of the deployment, with their counts."""
+    errors: list[str] = []  # The most frequent error messages of the deployment, with their counts
 
     @property
     def load(self) -> str:

@@ -22,12 +22,12 @@ class TimedCompletion(msgspec.Struct):
     """One completion; times are instants of ``time.perf_counter``."""
 
     start_at: float  # instant just before the request is written
+    # Instants at which the bytes of each output token were read; tokens of one read have one
     tokens_at: list[float] = []
-    """Instants at which the bytes of each output token were read; tokens of one read have one."""
     num_tokens: int = 0  # output tokens as the deployment counts them
     num_prompt_tokens: int = 0
+    # Prompt tokens that were not computed, where the deployment says so
     num_cached_tokens: int | None = None
-    """Prompt tokens that were not computed, where the deployment says so."""
     error: str | None = None
 
     @property
@@ -62,8 +62,7 @@ class Goals(
 
     ttft_ms: _Limit = None
     tpot_ms: _Limit = None  # mean time between the tokens of a request
-    itl_ms: _Limit = None
-    """99 of 100 times between tokens of a request, the first gap included."""
+    itl_ms: _Limit = None  # 99 of 100 times between tokens of a request, the first gap included
     e2e_ms: _Limit = None  # time from the request to its last token
 
     def __bool__(self) -> bool:

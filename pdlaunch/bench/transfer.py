@@ -51,15 +51,14 @@ LEASE_S = 600.0
 NUM_WARM_UP_TURNS = 2
 _TIMEOUT_S = 120.0
 
-Timing = dict[str, str | int | float]
-"""A row: path, blocks, megabytes, and speeds in GB/s."""
+Timing = dict[str, str | int | float]  # A row: path, blocks, megabytes, and speeds in GB/s
 
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of a measurement; the default shape is the demo model's."""
 
+    # Paths of the connector nixl (``KVPath``), or names of other connectors
     paths: Sequence[str] = ("auto",)
-    """Paths of the connector nixl (``KVPath``), or names of other connectors."""
     num_blocks: Sequence[int] = (16, 128)
     num_repeats: int = 10
     num_layers: int = 30
@@ -161,7 +160,6 @@ class RankPair:
             raise TransferError(f"a process of the benchmark ended: {error}") from error
 
     def _stop(self, role: Role) -> None:
-        """End the process, whatever its threads do."""
         with contextlib.suppress(BrokenProcessPool):
             self._pools[role].submit(os._exit, 0)
         self._pools[role].shutdown(wait=False)

@@ -19,14 +19,15 @@ from pdlaunch.machine.facts import Fact, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
 
+# Facts that can be missing
 Need = (
     Fact
     | Literal["model", "model_files", "ports", "extras", "weights"]
     | Literal["transport", "engine_commands", "deployment", "canary"]
 )
-"""Facts that can be missing."""
 
 
+# Names, for each field of ``Probes``, the fact and why it is missing where nobody looked
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
     "missing_extras": ("extras", "packages were not looked for on this machine"),
@@ -35,7 +36,6 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "engine_commands": ("engine_commands", "executables were not looked at on this machine"),
     "deployment": ("deployment", "engines that run already are looked at by `pdlaunch doctor`"),
 }
-"""Names, for each field of ``Probes``, the fact and why it is missing where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,7 @@ class Context:
 
     @property
     def uses_ucx(self) -> bool:
-        """Return whether pdlaunch's own ranks load NIXL, whose UCX may move KV blocks; path p2p
-        does without.
-        """
+        """Return whether pdlaunch's own ranks load NIXL with its UCX; path p2p does without."""
         is_native = all(each.is_native for each in self.engines.values())
         return is_native and self.uses("nixl") and self.kv_transfer.nixl.path != "p2p"
 

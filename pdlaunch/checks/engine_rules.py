@@ -31,6 +31,7 @@ from pdlaunch.planning.role_engines import OWN_VARIABLES, RoleEngines
 _PARSER = "The parser of vllm serve 0.32."
 _HANDSHAKE = "vLLM 0.32: compute_nixl_compatibility_hash, _validate_remote_agent_handshake."
 _REMOVE = "Remove it from engine_args."
+# Flags of vLLM that shape KV blocks, or decide which blocks a request has
 _OF_BLOCKS = (
     "attention-backend attention-config decode-context-parallel-size default-mm-loras "
     "disable-hybrid-kv-cache-manager disable-sliding-window enable-lora hf-overrides "
@@ -39,27 +40,24 @@ _OF_BLOCKS = (
     "model-impl quantization quantization-config spec-method spec-model spec-tokens "
     "speculative-config"
 )
-"""Flags of vLLM that shape KV blocks, or decide which blocks a request has."""
+# Flags of vLLM with which engines keep KV in a way that pdlaunch's connector refuses
 _SPLITTING = (
     *("decode-context-parallel-size", "spec-method", "spec-model", "spec-tokens"),
     "speculative-config",
 )
-"""Flags of vLLM with which engines keep KV in a way that pdlaunch's connector refuses."""
 _PORT, _LAYOUT = "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_SSM_CONV_STATE_LAYOUT"
+# The first vLLM with the interface of pdlaunch's connector, and the last that was tried
 _OLDEST, _NEWEST = (0, 24), (0, 33)
-"""The first vLLM with the interface of pdlaunch's connector, and the last that was tried."""
 _OLDEST_WITH_STATE = (0, 30)
+# The first vLLM whose connector gives the memory of the KV cache, and hears of sleep
 _POOLS_SINCE = {"enable_cumem_allocator": (0, 31), "enable_sleep_mode": (0, 33)}
-"""The first vLLM whose connector gives the memory of the KV cache, and hears of sleep."""
+# The first vLLM whose host tier hears which blocks are pulled into. Earlier ones may still copy
+# them, and keep the bytes of one prompt under the hashes of another.
 _TIER_SINCE = (0, 33)
-"""The first vLLM whose host tier hears which blocks are pulled into. Earlier ones may still copy
-them, and keep the bytes of one prompt under the hashes of another.
-"""
 _OWN_CONNECTOR = "set kv_transfer.connector to vllm-nixl, which proves nothing"
+# vLLM renews a lease every ``lease // 6`` seconds, between two steps, for ``lease * 2 // 3`` each:
+# a step may then take 4 s before the next renewal comes too late
 MIN_LEASE_S = 8
-"""vLLM renews a lease every ``lease // 6`` seconds, between two steps, for ``lease * 2 // 3`` each:
-a step may then take 4 s before the next renewal comes too late.
-"""
 _Pair = tuple[RoleEngines, RoleEngines]
 
 
@@ -187,7 +185,6 @@ def _stock_pair(context: Context) -> Iterator[_Pair]:
 
 
 def _our_sides(context: Context) -> Iterator[RoleEngines]:
-    """Go over prefill and decode engines of vLLM that have pdlaunch's connector."""
     return itertools.chain(*(() if context.kv_transfer.is_stock else vllm_pair(context)))
 
 
@@ -238,7 +235,6 @@ def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[
 
 
 def _with_state(context: Context) -> Iterator[RoleEngines]:
-    """Go over the pair of vLLM's own connector if layers keep a state."""
     sides = itertools.chain(*_stock_pair(context))
     yield from (each for each in sides if each.model.has_state)
 
@@ -280,9 +276,7 @@ def _differing_flags(context: Context) -> Iterator[Found]:
 
 
 def _flags_of(context: Context, each: RoleEngines) -> dict[str, tuple[JsonValue, str]]:
-    """Return values and places of flags that shape KV blocks, by long name and, of single keys of a
-    JSON value, path.
-    """
+    """Return values and places of flags that shape KV blocks, by long name or path in JSON."""
     return {
         f"{it.name}.{it.key.partition('.')[2]}".rstrip("."): (
             False if it.is_off else it.json,

@@ -13,10 +13,9 @@ from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.planning.footprint import Footprint
 from pdlaunch.planning.role_engines import RoleEngines
 
+# A KV cache whose longest request is shorter is a mistake, unless max_model_len says so
 USEFUL_TOKENS = 256
-"""A KV cache whose longest request is shorter is a mistake, unless max_model_len says so."""
-MOST_OF_A_GPU = 0.97
-"""Of 178 GiB, 4.6 were held by then in a group of 16 ranks."""
+MOST_OF_A_GPU = 0.97  # Of 178 GiB, 4.6 were held by then in a group of 16 ranks
 _MEBIBYTE = 1024**2
 _PLACEMENT = "How ranks are placed: in turn over all GPUs."
 _TIER = "kv_offload.host_memory"

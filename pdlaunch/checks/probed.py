@@ -20,6 +20,7 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import Allocator
 
 Link = Literal["hosts", "GPUs of a host", "CPUs of a host"]
+# What links between two ranks should give
 LINK_GIGABYTES_PER_S: Mapping[Link, float] = {
     # RDMA at 50 Gbit/s. A tenth is half of what 10 Gbit Ethernet carries.
     "hosts": 6.0,
@@ -29,7 +30,6 @@ LINK_GIGABYTES_PER_S: Mapping[Link, float] = {
     # A loaded machine reached 0.3 to 0.8 GB/s, a quiet one 2 to 3.4.
     "CPUs of a host": 1.0,
 }
-"""What links between two ranks should give."""
 
 
 def is_slow(gigabytes_per_s: float | None, link: Link) -> bool:
@@ -45,14 +45,13 @@ class PairTransport:
     prefill_rank: str
     path: str  # the path in use: ``nixl/UCX``, ``p2p/memfd`` and such
     allocator: Allocator  # allocator of the prefill rank's KV cache
-    gigabytes_per_s: float | None = None
-    """None: too few bytes moved to tell."""
+    gigabytes_per_s: float | None = None  # None: too few bytes moved to tell
+    # Names of the two hosts, prefill's first; None: both ranks are on one
     hosts: tuple[str, str] | None = None
-    """Names of the two hosts, prefill's first; None: both ranks are on one."""
     shares_gpu: bool = False
     piece_bytes: int = 0  # size of the pieces that it was measured with; 0: not known
+    # Speed of the paths that are not in use, or why they cannot be
     other_paths: Mapping[str, str] = field(default_factory=dict)
-    """Speed of the paths that are not in use, or why they cannot be."""
 
     @property
     def link(self) -> Link:
@@ -98,10 +97,9 @@ class SeenPair:
     decode: str  # URLs
     problem: str = ""  # the reason why the canary failed; empty: it came through
     num_bytes: int = 0
+    # Decode has told that it did not compute the canary; else these bytes are all that is known,
+    # and other requests may have read them
     is_told: bool = True
-    """Decode has told that it did not compute the canary; else these bytes are all that is known,
-    and other requests may have read them.
-    """
     seconds: float = 0.0
     wrong_address: str = ""  # the reason why decode cannot find the side channel there
 
@@ -112,8 +110,8 @@ class SeenDeployment:
 
     engines: tuple[SeenEngine, ...]
     pairs: tuple[SeenPair, ...] | None  # none: no canary was sent
+    # What routers of pdlaunch say of slow pairs, by their names
     slow_pairs: Mapping[str, str] = field(default_factory=dict)
-    """What routers of pdlaunch say of slow pairs, by their names."""
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:
         """Return the engines of a role that answer."""
@@ -124,24 +122,24 @@ class SeenDeployment:
 class Probes:
     """Holds what was probed for one check; None where nobody looked."""
 
+    # Why an address cannot be listened on, by host and port; empty: it can
     ports: Mapping[tuple[str, int], str] | None = None
-    """Why an address cannot be listened on, by host and port; empty: it can."""
+    # Maps an extra of pdlaunch to the first of its modules that this Python does not find
     missing_extras: Mapping[str, str] | None = None
-    """Maps an extra of pdlaunch to the first of its modules that this Python does not find."""
     weight_errors: Mapping[Role, ConfigError] | None = None
+    # Facts about the executables of vLLM engines, by host, found without running them
     engine_commands: Mapping[Role, Mapping[str, EngineCommand]] | None = None
-    """Facts about the executables of vLLM engines, by host, found without running them."""
     deployment: SeenDeployment | None = None
+    # Every pair of ranks of a launch that was measured
     transport: tuple[PairTransport, ...] | None = None
-    """Every pair of ranks of a launch that was measured."""
 
 
+# Modules of the extras that settings or a model can ask for
 EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "cuda": ("cuda.bindings",),
     "mooncake": ("mooncake",),
 }
-"""Modules of the extras that settings or a model can ask for."""
 
 
 def probe_launch(resolved: ResolvedLaunch, *, with_ports: bool = True) -> Probes:

@@ -40,8 +40,8 @@ class Found:
     fix: str | None = ""
 
 
+# What ``when`` returns: nothing (whatever is false), True, a message, or what it has found
 Outcome = Found | Iterable[Found | str] | str | int | None
-"""What ``when`` returns: nothing (whatever is false), True, a message, or what it has found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,9 @@ class Finding:
 
     rule: str
     severity: Severity
+    # Dotted path of the setting to change, or the name of what is at fault (a variable, a folder, a
+    # package)
     where: str
-    """Dotted path of the setting to change, or the name of what is at fault (a variable, a folder,
-    a package).
-    """
     message: str
     fix: str
     origin: str = ""
@@ -77,16 +76,14 @@ class Rule:
     over: Callable[[Context], Iterable[Any]] = lambda context: (context,)
     at: str = ""
     message: str = ""
+    # Facts without which the rule cannot say anything; it is then listed as not checked
     needs: tuple[Need, ...] = ()
-    """Facts without which the rule cannot say anything; it is then listed as not checked."""
+    # It holds for engines of vLLM, too. Those of the family PD6 are about such engines alone.
     on_vllm: bool = False
-    """It holds for engines of vLLM, too. Those of the family PD6 are about such engines alone."""
 
     @property
     def is_of_machine(self) -> bool:
-        """Return whether it needs facts of a machine: of several hosts it judges each with the
-        engines there.
-        """
+        """Return whether it needs facts of a machine, and so judges each host by its engines."""
         return not _FACTS.isdisjoint(self.needs)
 
     def missing(self, context: Context) -> tuple[Need, ...]:

@@ -62,9 +62,7 @@ _NAME = "pdlaunch"
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
-    """Return the typer app for these arguments: the command that they name is imported, the others
-    are only listed.
-    """
+    """Return the typer app for these arguments; only the command that they name is imported."""
     app = typer.Typer(
         name=_NAME,
         help="Launch disaggregated prefill/decode LLM serving with one command.",

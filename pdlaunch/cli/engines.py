@@ -76,9 +76,7 @@ def sleep(
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Have engines give their device memory back; they serve nothing until `pdlaunch wake`. Needs
-    enable_sleep_mode.
-    """
+    """Have engines give their device memory back until `pdlaunch wake`; enable_sleep_mode."""
     with _commanding(url, admin_api_key) as admin:
         outcomes = command_engines(admin, "/sleep", engine or (), level=level, mode=mode)
     _show_memory("given back", outcomes)
@@ -97,9 +95,7 @@ def wake(
 
 
 def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
-    """Have engines finish what runs, stop and start anew, one after the other; one that was given
-    up starts at once.
-    """
+    """Have engines finish what runs and start anew, one by one; given-up ones start at once."""
     failed = False
     with _commanding(url, admin_api_key) as admin:
         # One after the other, so that the others of a role serve meanwhile.
@@ -220,7 +216,6 @@ def _show_line(outcome: EngineOutcome, done: str) -> None:
 
 
 def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
-    """Print a line for each engine. The exit code is 1 when one of them has refused."""
     for each in outcomes:
         state = "sleeps" if each.is_sleeping else "is awake"
         _show_line(each, f"{state}: {each.num_bytes / GIB:.2f} GiB {what}")

@@ -57,7 +57,6 @@ def _finding_of(problem: Problem) -> Finding:
 
 
 def _place(finding: Finding) -> str:
-    """Return ``block_size (deploy.yaml:3:13)``."""
     is_told = not finding.origin or finding.origin == finding.where
     return finding.where if is_told else f"{finding.where} ({finding.origin})"
 

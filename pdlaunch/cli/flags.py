@@ -14,8 +14,8 @@ from pdlaunch.config.field_types import Flag
 from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name, variable_name
 
+# Endings of a file with settings, as opposed to a model
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
-"""Endings of a file with settings, as opposed to a model."""
 
 
 class ServeCommand(TyperCommand):
@@ -120,10 +120,6 @@ def refuse_address(flags: Mapping[str, object]) -> None:
 
 
 def _parameters(setting: Setting, flag: Flag) -> list[inspect.Parameter]:
-    """Declare a flag as typer parameters.
-
-    A switch has a hidden ``--no-`` form, which matters only against file and environment.
-    """
     if setting.is_switch:
         return [_parameter(flag, flag.name, bool), _parameter(flag, f"no-{flag.name}", bool)]
     kind = next((kind for kind in (int, float) if kind in setting.kinds), str)

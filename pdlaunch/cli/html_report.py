@@ -23,6 +23,7 @@ from pdlaunch.cli.status import duration
 
 NUM_COLOURS = 8
 _MAX_POINTS = 200
+# Column headings of the report and of the table on the terminal
 HEADINGS = {
     "input_tokens": "in",
     "concurrency": "at\nonce",
@@ -44,7 +45,6 @@ HEADINGS = {
     "goodput_per_s": "good\n/s",
     "good_share": "good\nshare",
 }
-"""Column headings of the report and of the table on the terminal."""
 _AXES = {"concurrency": "requests at a time", "request_rate": "requests sent a second"}
 Point = tuple[float, float]
 
@@ -124,7 +124,6 @@ def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:
 
 
 def _by_length(rows: Sequence[BenchRow], x: str, y: str) -> dict[str, list[Point]]:
-    """Return a line for each prompt length."""
     ordered = sorted(rows, key=lambda row: (row.input_tokens, getattr(row, x)))
     return {
         f"{length} in": [(getattr(row, x), getattr(row, y) or 0.0) for row in group]

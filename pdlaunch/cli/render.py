@@ -41,8 +41,8 @@ from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+# Stands for the addresses of pods, which nobody knows yet (RFC 5737)
 _PLACEHOLDER_ADDRESS = "192.0.2.1"
-"""Stands for the addresses of pods, which nobody knows yet (RFC 5737)."""
 
 NameOption = Annotated[
     str, typer.Option("--name", help="Name of the objects: small letters, digits and dashes.")
@@ -119,9 +119,7 @@ def _placed(
     options: PodOptions,
     assume: str | None,
 ) -> PodLaunch:
-    """Return the launch on its pods. Raises ConfigError, and typer.Exit where a rule finds an
-    error.
-    """
+    """Return the launch on its pods. Raises ConfigError, or typer.Exit after a finding."""
     loaded = load_config(path, os.environ, dict(flags))
     refuse_running_engines(loaded.config)
     machines = machine_names(loaded.config, f"{options.name}-")
@@ -213,7 +211,6 @@ _Dumper.add_representer(str, _write_text)
 
 
 def _to_yaml(documents: Sequence[Any]) -> str:
-    """Return the documents, which a line of ``---`` separates, for people and for git."""
     return yaml.dump_all(
         documents, Dumper=_Dumper, sort_keys=False, width=100, explicit_start=len(documents) > 1
     )

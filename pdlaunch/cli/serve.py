@@ -191,10 +191,10 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
 # What a launch shows
 
 
+# Returns what is said of a deployment that is ready, line by line: label and text
 Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
-"""Returns what is said of a deployment that is ready, line by line: label and text."""
+# Reads the status of the launch from its router. Raises PdlaunchError.
 Read = Callable[[], DeploymentStatus]
-"""Reads the status of the launch from its router. Raises PdlaunchError."""
 
 EVERY_S = 10.0
 DRAIN_EVERY_S = 2.0
@@ -267,7 +267,6 @@ class ServeView:
         self._print(f"{datetime.now():%H:%M:%S}", text)
 
     def _end_start(self) -> None:
-        """Take the line off the screen and give the cursor back. Safe to call twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -277,7 +276,6 @@ class ServeView:
         return render_status(self._status, elapsed_s, self._console.width)
 
     def _is_news(self, process: ProcessStatus) -> bool:
-        """Say whether state or activity are new, or the last percentage is old."""
         said, now_at = (process.state, process.doing), time.monotonic()
         before, said_at = self._said.get(process.name, (None, 0.0))
         if said == before and (process.fraction is None or now_at - said_at < _PERCENT_EVERY_S):

@@ -30,29 +30,26 @@ MooncakeProtocol = Literal["tcp", "rdma"]
 RankDevice = Literal["cpu", "cuda"]
 Environ = Mapping[str, str]
 
+# Ranks tell their peers this address, and take no packet to another one
 MOONCAKE_ADDRESS = "MC_TCP_BIND_ADDRESS"
-"""Ranks tell their peers this address, and take no packet to another one."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVNetwork:
     """Describes how KV blocks get from and to other hosts, of which the user trusts the network."""
 
-    address: str
-    """Address of this host at which data ports open."""
-    ports: str
-    """First and last port that they may have: ``21000-21999``."""
+    address: str  # Address of this host at which data ports open
+    ports: str  # First and last port that they may have: ``21000-21999``
     rdma_devices: tuple[str, ...] = ()
 
 
 class ConnectorSettings(FrozenModel):
     """The section ``kv_transfer.NAME``. A connector overrides the parts that differ."""
 
+    # ``module:callable``; called in the ranks alone as ``callable(settings, name, incarnation)``
+    # with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
+    # incarnation. Returns a ``transfer.connectors.connector.Connector``.
     factory: ClassVar[str] = ""
-    """``module:callable``; called in the ranks alone as ``callable(settings, name, incarnation)``
-    with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
-    incarnation. Returns a ``transfer.connectors.connector.Connector``.
-    """
 
     def environment(
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
@@ -150,10 +147,10 @@ class NixlSettings(ConnectorSettings):
         return self.path != "nixl"
 
 
+# Of connectors whose prefill side writes
 SENDER_THREADS: Any = Field(
     2, ge=1, le=64, description="Threads of a prefill rank that write to its readers."
 )
-"""Of connectors whose prefill side writes."""
 
 
 class MooncakeSettings(ConnectorSettings):

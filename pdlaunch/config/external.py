@@ -14,8 +14,8 @@ from pdlaunch.config.field_types import FrozenModel, read_list
 from pdlaunch.config.roles import Role
 
 UNIX = "unix:"
+# A label of a DNS name (RFC 1035), or an IPv6 address
 _LABEL = re.compile(r"[a-z0-9_:-]{1,63}", re.IGNORECASE)
-"""A label of a DNS name (RFC 1035), or an IPv6 address."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -71,7 +71,6 @@ def _check_url(url: str) -> str:
 
 
 def _read_engine(value: object) -> object:
-    """Read ``prefill=URL``, the form of flags and variables."""
     if isinstance(value, str):
         role, equals, url = value.partition("=")
         if not equals:

@@ -31,31 +31,25 @@ class FrozenModel(BaseModel):
 class Flag:
     """Gives a setting a flag, and a ``PDLAUNCH_*`` variable of the same name."""
 
+    # The flag without its dashes; the field's own name when empty. ``{role}`` stands for the
+    # section that the field is in.
     name: str = ""
-    """The flag without its dashes; the field's own name when empty. ``{role}`` stands for the
-    section that the field is in.
-    """
-    panel: str = "Engines"
-    """The heading in ``pdlaunch serve --help``."""
-    metavar: str = ""
-    """The form of the value in help; follows from the type when empty."""
-    help: str = ""
-    """The text in help; the field's description when empty. May hold ``{role}``."""
-    of_role: Flag | None = None
-    """The flag of a role's override, which has none otherwise."""
+    panel: str = "Engines"  # The heading in ``pdlaunch serve --help``
+    metavar: str = ""  # The form of the value in help; follows from the type when empty
+    help: str = ""  # The text in help; the field's description when empty. May hold ``{role}``.
+    of_role: Flag | None = None  # The flag of a role's override, which has none otherwise
+    # ``pdlaunch router`` has the flag, too: it says something to a router alone
     for_router: bool = False
-    """``pdlaunch router`` has the flag, too: it says something to a router alone."""
 
 
-NATIVE_ALONE = "native alone"
-"""Marks, in an annotation, a setting that only native engines read."""
+NATIVE_ALONE = "native alone"  # Marks, in an annotation, a setting that only native engines read
 
 
+# A number of bytes: ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain integer
 ByteSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-"""A number of bytes: ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain integer."""
 
+# A number of bytes like ``ByteSize``, or 0 for none
 OptionalSize = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
-"""A number of bytes like ``ByteSize``, or 0 for none."""
 
 
 def _read_switch(value: object) -> object:
@@ -90,8 +84,7 @@ def _check_flag(name: str) -> str:
 VariableName = Annotated[str, AfterValidator(_check_variable)]
 FlagName = Annotated[str, AfterValidator(_check_flag)]
 
-MIN_PORTS = 16
-"""Libraries draw ports at random, and give up after a few that are taken."""
+MIN_PORTS = 16  # Libraries draw ports at random, and give up after a few that are taken
 
 
 def _check_port_range(text: str) -> str:
@@ -105,8 +98,7 @@ def _check_port_range(text: str) -> str:
     return f"{int(first)}-{int(last)}"
 
 
-PortRange = Annotated[str, AfterValidator(_check_port_range)]
-"""``FIRST-LAST``, both included."""
+PortRange = Annotated[str, AfterValidator(_check_port_range)]  # ``FIRST-LAST``, both included
 
 
 def may_override(model: type[FrozenModel]) -> Callable[[type[ModelType]], type[ModelType]]:

@@ -14,8 +14,7 @@ from pdlaunch.config.roles import Role
 Placement = Literal["local", "hosts", "ray", "slurm"]
 PlacementStrategy = Literal["pack", "spread"]
 
-LOCAL = "local"
-"""Names the supervisor's own host, on which the router runs."""
+LOCAL = "local"  # Names the supervisor's own host, on which the router runs
 
 
 def on_host(name: str, host: str) -> str:
@@ -64,7 +63,6 @@ class HostSettings(FrozenModel):
 
 
 def _read_host(value: object) -> object:
-    """Read a name alone, the form of flags and variables."""
     return {"name": value} if isinstance(value, str) else value
 
 

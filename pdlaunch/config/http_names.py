@@ -16,12 +16,11 @@ from pydantic import AfterValidator, BeforeValidator
 
 from pdlaunch.config.field_types import read_list
 
-ANY = "*"
-"""Admits everything, as an entry of ``allowed_hosts``."""
+ANY = "*"  # Admits everything, as an entry of ``allowed_hosts``
+# Hosts that mean every address of a machine, and the loopback address that reaches each
 WILDCARDS: Mapping[str, str] = MappingProxyType(
     {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 )
-"""Hosts that mean every address of a machine, and the loopback address that reaches each."""
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 

@@ -20,11 +20,9 @@ from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrate
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.shared_settings import DEPLOYMENT, SharedSettings
 
-ROUTER = "Engines that run already"
-"""The panel of flags that `pdlaunch router` alone has."""
+ROUTER = "Engines that run already"  # The panel of flags that `pdlaunch router` alone has
 
-HOSTS = "Hosts"
-"""The panel of flags about launches over several hosts."""
+HOSTS = "Hosts"  # The panel of flags about launches over several hosts
 
 _HOSTS_HELP = "Names of the hosts that engines are placed on; `local` is this one."
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from pdlaunch.errors import ConfigError
 
 MAX_SHOWN_CHARACTERS = 80
-MAX_PATH_CHARACTERS = 4096
-"""No system opens a longer path."""
+MAX_PATH_CHARACTERS = 4096  # No system opens a longer path
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +19,10 @@ class Problem:
     """Says what is wrong, where it stands and how to fix it."""
 
     message: str
-    field: str | None = None
-    """The dotted path in the configuration."""
-    value: str | None = None
-    """The value as shown to people; never a secret."""
+    field: str | None = None  # The dotted path in the configuration
+    value: str | None = None  # The value as shown to people; never a secret
     fix: str | None = None
-    where: str | None = None
-    """``deploy.yaml:3:5``, ``PDLAUNCH_PORT`` or ``--port``."""
+    where: str | None = None  # ``deploy.yaml:3:5``, ``PDLAUNCH_PORT`` or ``--port``
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

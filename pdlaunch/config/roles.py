@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+# ``prefill`` hands a prompt's KV blocks to ``decode``; ``both`` does a request alone
 Role = Literal["prefill", "decode", "both"]
-"""``prefill`` hands a prompt's KV blocks to ``decode``; ``both`` does a request alone."""
 ROLES: tuple[Role, ...] = get_args(Role)
-PAIR: tuple[Role, Role] = ("prefill", "decode")
-"""The roles whose engines exchange KV blocks."""
-EngineName = Literal["native", "vllm"]
-"""The program that an engine is: this project's own, or vLLM."""
+PAIR: tuple[Role, Role] = ("prefill", "decode")  # The roles whose engines exchange KV blocks
+EngineName = Literal["native", "vllm"]  # The program that an engine is: this project's own, or vLLM

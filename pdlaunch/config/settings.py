@@ -18,12 +18,11 @@ from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, section
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sizes import format_size, parse_size
 
-SECRET = "**********"
-"""Stands for a secret wherever values are shown."""
+SECRET = "**********"  # Stands for a secret wherever values are shown
 VARIABLE_PREFIX = "PDLAUNCH_"
 
+# The section that has a section for each connector, those of other packages included
 _CONNECTORS = "kv_transfer"
-"""The section that has a section for each connector, those of other packages included."""
 _SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _FORMS = {
     SecretStr: "KEY",
@@ -42,10 +41,9 @@ class Setting:
 
     path: str
     info: FieldInfo
+    # The alternatives of its type: classes, the values of a ``Literal``, and ``parse_size`` for a
+    # number of bytes
     kinds: tuple[Any, ...]
-    """The alternatives of its type: classes, the values of a ``Literal``, and ``parse_size`` for a
-    number of bytes.
-    """
 
     @property
     def is_mapping(self) -> bool:
@@ -146,9 +144,7 @@ def all_settings() -> Mapping[str, Setting]:
 
 @functools.cache
 def sections() -> Mapping[str, type[FrozenModel]]:
-    """Return the sections of the file: ``""`` (the top level), ``prefill``, ``prefill.kv_offload``,
-    ...
-    """
+    """Return the sections of the file: ``""`` (top level), ``prefill.kv_offload``, ..."""
     others = {f"{_CONNECTORS}.{name}": model for name, model in other_sections().items()}
     return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, "")), **others}
 

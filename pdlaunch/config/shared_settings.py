@@ -15,8 +15,7 @@ GenerationConfig = Literal["auto", "vllm"]
 RoutingPolicy = Literal["load", "pairs"]
 
 
-DEPLOYMENT = "Deployment"
-"""The panel of flags that are not about engines."""
+DEPLOYMENT = "Deployment"  # The panel of flags that are not about engines
 
 
 class LimitSettings(FrozenModel):

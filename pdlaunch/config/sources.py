@@ -26,8 +26,8 @@ from pdlaunch.config.settings import (
 from pdlaunch.config.vllm_arguments import value_of_text
 from pdlaunch.config.yaml_file import read_yaml
 
+# Variables that other parts of pdlaunch read and that are no settings
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
-"""Variables that other parts of pdlaunch read and that are no settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class LoadedConfig:
     """Holds a configuration, and where each value comes from that was given."""
 
     config: LaunchConfig
+    # The flag, variable or place in the file, by dotted path; without those of defaults
     origins: Mapping[str, str]
-    """The flag, variable or place in the file, by dotted path; without those of defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class _Given:
 
     value: object
     origin: str  # the flag, the variable, or the place in the file
+    # Where entries of the value stand in a file, by dotted path
     places: Mapping[str, str] = field(default_factory=dict)
-    """Where entries of the value stand in a file, by dotted path."""
 
 
 def load_config(

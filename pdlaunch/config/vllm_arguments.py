@@ -23,8 +23,8 @@ _SHORT = (
     "pcp=prefill-context-parallel-size pp=pipeline-parallel-size q=quantization r=node-rank "
     "sc=speculative-config tp=tensor-parallel-size "
 )
+# Short names, which vLLM takes with one dash
 ALIASES = dict(pair.split("=") for pair in _SHORT.split())
-"""Short names, which vLLM takes with one dash."""
 
 
 def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
@@ -32,14 +32,15 @@ def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
     return {name: text for text, names in rows.items() for name in names.split()}
 
 
+# Flags that are settings of the same name
 _SETTINGS = (
     "async-scheduling block-size dtype enable-cumem-allocator enable-prefix-caching "
     "enable-sleep-mode enforce-eager gpu-memory-utilization load-format max-model-len "
     "max-num-batched-tokens max-num-seqs model revision served-model-name tensor-parallel-size"
 )
-"""Flags that are settings of the same name."""
 _KEYS = "keys never stand on a command line"
 
+# Flags that pdlaunch sets itself, with the setting to use instead
 OURS: Mapping[str, str] = {
     **{name: f"set {name.replace('-', '_')}" for name in _SETTINGS.split()},
     **_by_flag(
@@ -60,8 +61,8 @@ OURS: Mapping[str, str] = {
         }
     ),
 }
-"""Flags that pdlaunch sets itself, with the setting to use instead."""
 
+# Flags with which pdlaunch cannot serve, with the reason
 REFUSED = _by_flag(
     {
         "data parallelism counts up from the port of the side channel, and the next ports belong "
@@ -95,12 +96,11 @@ REFUSED = _by_flag(
         "the router asks for vLLM's own paths": "root-path",
     }
 )
-"""Flags with which pdlaunch cannot serve, with the reason."""
 
 KV_EVENTS = "kv-events-config"
 
+# Flags with which vLLM puts another KV connector in the place of the one that it was given
 OFFLOADING = ("kv-offloading-backend", "kv-offloading-size")
-"""Flags with which vLLM puts another KV connector in the place of the one that it was given."""
 
 _KNOWN = (*OURS, *REFUSED, *OFFLOADING, KV_EVENTS)
 

@@ -23,8 +23,8 @@ _WHOLE = re.compile(r"[-+]?(?!0\d)\d{1,400}")
 _FRACTION = re.compile(r"[-+]?\d{1,20}\.\d{1,20}([eE][-+]?\d{1,2})?")
 _QUOTED = re.compile(r"'[^'<>]{2,}'")
 
+# ``deploy.yaml:3:5`` by dotted path, those of entries in lists included: ``hosts.0.roles``
 Places = dict[str, str]
-"""``deploy.yaml:3:5`` by dotted path, those of entries in lists included: ``hosts.0.roles``."""
 
 
 def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:

@@ -86,9 +86,7 @@ class LeaderChannel:
 
 
 class RankReports:
-    """Merges what all ranks report into one report each: a block is moved only when every rank has
-    moved its heads.
-    """
+    """Merges the reports of all ranks: a block is moved when every rank has moved its heads."""
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
@@ -137,6 +135,7 @@ class RankReports:
         return False
 
 
+# How to merge the ranks' values of a field
 _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "pull_id": min,
     "job_id": min,
@@ -158,7 +157,6 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "reports": lambda of_ranks: {rank: told for one in of_ranks for rank, told in one.items()},
     "failed_host_ids": lambda of_ranks: sorted({*chain(*of_ranks)}),
 }
-"""How to merge the ranks' values of a field."""
 
 
 def _merged(kind: type[T], names: Iterable[str], reports: Sequence[object]) -> T:

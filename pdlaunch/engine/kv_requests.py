@@ -39,8 +39,8 @@ from pdlaunch.protocol.transfer import (
 class Incoming:
     """Describes blocks to which a pull or a load may write."""
 
+    # The request that waits for them; None once it has ended, or if nobody ever did
     request: Request | None
-    """The request that waits for them; None once it has ended, or if nobody ever did."""
     hit: PrefixHit  # cached blocks that ``request`` shares meanwhile
     block_ids: list[list[int]]  # blocks to write to, by group; they follow those of ``hit``
     host_ids: frozenset[int] = frozenset()  # blocks of host memory that a load reads
@@ -300,9 +300,7 @@ class KVTransfers:
         return found
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Prove that these requests and what is here own the pool's blocks. Raises
-        AssertionError.
-        """
+        """Prove that these requests and this object own the blocks. Raises AssertionError."""
         incoming = list(self._incoming.values())
         shared = [one.hit.block_ids for one in incoming if one.request is not None]
         self._kv.pool.check_integrity(

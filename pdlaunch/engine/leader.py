@@ -94,8 +94,8 @@ class Leader:
         step N             nothing goes on after it                   collect N
     """
 
+    # Stays so: rank 0 is stopped by the supervisor alone, and stops the other ranks
     stopped = False
-    """Stays so: rank 0 is stopped by the supervisor alone, and stops the other ranks."""
 
     def __init__(
         self,
@@ -244,7 +244,6 @@ class Leader:
             self._followers.send(message)
 
     def _submit(self, plan: StepPlan) -> None:
-        """Give the plan to other ranks, its commands and jobs to the threads of this one."""
         # The record is what blames a rank's death on a step: written before any rank begins one,
         # and also for an empty plan, as a step that was collected is to blame for nothing any more.
         self._record(self._requests.batch.marks())

@@ -407,9 +407,7 @@ class RequestLifecycle:
         )
 
     def check_integrity(self) -> None:
-        """Prove that requests and blocks are where the counts and owners say. Raises
-        AssertionError.
-        """
+        """Prove that counts and owners of requests and blocks agree. Raises AssertionError."""
         owners = {*self.queues.by_id.values()} | self.batch.ended()
         self.transfers.check_integrity(owners)
         self.queues.check_integrity()

@@ -32,8 +32,8 @@ PULL_BUCKETS_S = (
 # fmt: on
 STEP_TOKEN_BUCKETS = (1, *(2**power for power in range(3, 15)))
 PULL_BUCKETS_BYTES = tuple(4**power for power in range(6, 19))  # 4 KiB to 64 GiB
+# 10 MB/s to 1 TB/s
 PULL_BUCKETS_BYTES_PER_S = tuple(scaled((1, 2, 5), 10_000_000, 1_000_000_000_000))
-"""10 MB/s to 1 TB/s."""
 
 _PULL = ("prefill", "path")
 _MANY = {
@@ -42,6 +42,7 @@ _MANY = {
     "request_decode_time_seconds": "First to last token drawn here; 0 where there is one.",
     "request_inference_time_seconds": "First step to the last token drawn here.",
 }
+# Histograms that an engine's rank 0 counts, by name without prefix
 HISTOGRAMS: Mapping[str, HistogramFamily] = {
     **{name: HistogramFamily(REQUEST_BUCKETS_S, text) for name, text in _MANY.items()},
     "request_time_per_output_token_seconds": HistogramFamily(
@@ -59,8 +60,8 @@ HISTOGRAMS: Mapping[str, HistogramFamily] = {
         _PULL,
     ),
 }
-"""Histograms that an engine's rank 0 counts, by name without prefix."""
 # fmt: off
+# Counters of rank 0, by name without prefix; vLLM's names where it has them
 COUNTERS: Mapping[str, CounterFamily] = {
     "prefix_cache_queries": CounterFamily("Prompt tokens looked up in the cache."),
     "prefix_cache_hits": CounterFamily("Prompt tokens found in the device's cache."),
@@ -92,5 +93,3 @@ COUNTERS: Mapping[str, CounterFamily] = {
     "kv_offload_bad_blocks": CounterFamily("Host blocks that were not what was stored."),
     "kv_offload_evicted_blocks": CounterFamily("KV blocks that left the host tier."),
 }
-# fmt: on
-"""Counters of rank 0, by name without prefix; vLLM's names where it has them."""

@@ -35,10 +35,10 @@ class Phase(enum.Enum):
     """
 
     WAITING = "waiting"  # it is queued and owns no block
+    # It waits for blocks from host memory, and owns the cached blocks that it shares
     LOADING = "loading"
-    """It waits for blocks from host memory, and owns the cached blocks that it shares."""
+    # It waits for blocks of another engine, and owns the cached blocks that it shares
     PULLING = "pulling"
-    """It waits for blocks of another engine, and owns the cached blocks that it shares."""
     READY = "ready"  # it is queued and owns the blocks of its computed tokens
     RUNNING = "running"  # it is in the batch and owns a row and blocks
     FINISHED = "finished"

@@ -19,15 +19,15 @@ from pdlaunch.protocol.engine import SamplingParams
 class Row:
     """One request in the runner: everything but the logits that decides its next token."""
 
+    # [max_model_len + 1], a view into the table; the first ``num_tokens`` are known or expected
     token_ids: IntArray
-    """[max_model_len + 1], a view into the table; the first ``num_tokens`` are known or expected"""
     num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
+    # Token ids and values of ``logit_bias``, made once; None where there are none
     bias: tuple[IntArray, FloatArray] | None = None
-    """Token ids and values of ``logit_bias``, made once; None where there are none."""
+    # Logical index of the block whose slots past the row's last token are known to be zero
     clean_block: int = -1
-    """Logical index of the block whose slots past the row's last token are known to be zero."""
 
     @property
     def known(self) -> IntArray:

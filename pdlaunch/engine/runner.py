@@ -36,8 +36,8 @@ from pdlaunch.protocol.kv_params import TokenOutput
 if TYPE_CHECKING:
     from pdlaunch.engine.step_graphs import StepGraphs
 
+# Share of a GPU that is left free at most, for CUDA contexts, libraries and graphs
 _MOST_SPARED = 0.05
-"""Share of a GPU that is left free at most, for CUDA contexts, libraries and graphs."""
 _NUM_WARM_UP_STREAMS = {"cpu": 8, "cuda": 32}
 
 
@@ -46,10 +46,10 @@ class LaunchedStep:
     """Holds what has to be done when the step's tokens are known."""
 
     drawn: DrawnTokens | None = None  # none if it draws nothing here
+    # Rows with the position of each drawn token; rows stay until the step has been collected
     places: list[tuple[Row, int]] = field(default_factory=list)
-    """Rows with the position of each drawn token; rows stay until the step has been collected."""
+    # Marks the end of a step that draws nothing here; its blocks are in use until then
     ended: Download | None = None
-    """Marks the end of a step that draws nothing here; its blocks are in use until then."""
 
 
 class ModelRunner:

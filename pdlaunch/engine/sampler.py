@@ -24,12 +24,11 @@ from pdlaunch.engine.rows import Row
 from pdlaunch.protocol.kv_params import TokenOutput
 
 LEAST_TEMPERATURE = 0.01  # temperatures between 0 and this one are raised to it. Source: vLLM.
+# Number of tokens that top_p sorts first (then 16 times as many, and so on). Sorting the whole
+# vocabulary costs 25 times as much.
 NUCLEUS_GUESS_TOKENS = 256
-"""Number of tokens that top_p sorts first (then 16 times as many, and so on). Sorting the whole
-vocabulary costs 25 times as much.
-"""
+# Logits that a CPU samples from at once: temporaries that fit the cache are four times as fast
 CPU_SLICE_LOGITS = 256 * 1024
-"""Logits that a CPU samples from at once: temporaries that fit the cache are four times as fast."""
 GROUP_TOKENS = 256
 """Tokens of a group. A draw chooses a group of neighbours first, then a token in it: noise for each
 token of the vocabulary costs 13 times as much.
@@ -184,7 +183,6 @@ def _sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
 
 
 def _keep_min_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """Drop tokens less likely than min_p times the likeliest."""
     if not any(row.sampling.min_p > 0 for row in rows):
         return logits
     shares = _column([row.sampling.min_p for row in rows], logits)
@@ -272,10 +270,9 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND_FACTOR = 0x94D049BB133111EB - 2**64
+# One bit fewer than a double holds: the middle of each interval then differs from 0 and 1, whose
+# logarithms, minus infinity and 0, are no use as noise
 _UNIFORM_BITS = 52
-"""One bit fewer than a double holds: the middle of each interval then differs from 0 and 1, whose
-logarithms, minus infinity and 0, are no use as noise.
-"""
 
 
 def draw_key(seed: int, choice: int, index: int) -> int:

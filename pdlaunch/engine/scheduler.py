@@ -145,7 +145,6 @@ class Scheduler:
         return plan
 
     def _tell(self, plan: StepPlan) -> StepPlan:
-        """Add the commands and jobs that no plan has carried yet."""
         transfers = self._transfers
         plan.commands, transfers.commands = transfers.commands, []
         plan.jobs, transfers.jobs = transfers.jobs, []

@@ -21,10 +21,10 @@ from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
+# Longest time that the transfer thread may take to let go of its memory, or to take it again
 TRANSFER_TIMEOUT_S = 20.0
-"""Longest time that the transfer thread may take to let go of its memory, or to take it again."""
+# Longest time that peers get to unmap this rank's memory, which the device gets back then
 UNMAP_TIMEOUT_S = 5.0
-"""Longest time that peers get to unmap this rank's memory, which the device gets back then."""
 POLL_S = 0.05  # time between two looks at whether the engine is idle, or peers are back
 
 

@@ -59,8 +59,8 @@ class StepPlan(Message):
     new_blocks: list[NewBlocks] = []
     scheduled: list[ScheduledRow] = []  # empty: nothing to compute, only commands or jobs
     commands: list[TransferCommand] = []
+    # Copies between device and host that begin before this step computes
     jobs: list[OffloadJob] = []
-    """Copies between device and host that begin before this step computes."""
 
     @property
     def is_empty(self) -> bool:

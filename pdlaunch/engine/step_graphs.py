@@ -24,11 +24,11 @@ from pdlaunch.engine.sampler import likeliest_tokens
 if TYPE_CHECKING:
     from pdlaunch.engine.models.triton_attention import TritonAttention
 
+# Computes logits [num_rows, vocab_size] and ``likeliest_tokens`` [num_rows]
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]
-"""Computes logits [num_rows, vocab_size] and ``likeliest_tokens`` [num_rows]."""
 
+# Distance of batch sizes from 8 on: padding costs little where weights are most of the traffic
 SIZE_STEP = 8
-"""Distance of batch sizes from 8 on: padding costs little where weights are most of the traffic."""
 
 
 class Recorded:

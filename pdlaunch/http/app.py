@@ -35,10 +35,9 @@ from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KeyCheck = Callable[[web.Request], None]  # raises RequestError for a request without the key
 End = Callable[[int, BaseException | None], None]
+# Is called before anything is checked; what it returns, with the status of the answer, 499 if the
+# client went away, and the error that the client is told of
 Watch = Callable[[web.Request, HttpRequestId], End]
-"""Is called before anything is checked; what it returns, with the status of the answer, 499 if the
-client went away, and the error that the client is told of.
-"""
 
 _REQUEST_ID = web.RequestKey("request_id", str)
 
@@ -205,7 +204,6 @@ def health_routes(health: Handler) -> list[AppRoute]:
 
 
 def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:
-    """Return a new id for a request that is refused, as its own cannot be sent back."""
     try:
         return read_request_id(http.headers.get(REQUEST_ID_HEADER)), None
     except RequestError as error:

@@ -42,9 +42,7 @@ _logger = logging.getLogger(__name__)
 
 
 class HttpRunner(web.AppRunner):
-    """Serves an application within ``max_connections``; call ``drop_stalled_readers`` once its
-    sites have started.
-    """
+    """Serves an application within ``max_connections``; then call ``drop_stalled_readers``."""
 
     def __init__(
         self,
@@ -95,9 +93,7 @@ class HttpRunner(web.AppRunner):
         return bool(idle)
 
     def drop_stalled_readers(self, timeout_s: float) -> None:
-        """End connections whose peer takes no byte of what was sent for so long; accepted sockets
-        inherit the option.
-        """
+        """End connections whose peer reads nothing for so long; accepted sockets inherit this."""
         if not hasattr(socket, "TCP_USER_TIMEOUT"):
             return
         for site in self.sites:
@@ -180,9 +176,7 @@ class _Refusal(asyncio.Protocol):
 
 
 def fit(wanted: int, *, num_each: int = 1, num_others: int = 0) -> int:
-    """Return how many of ``wanted``, each of ``num_each`` descriptors, may be open beside
-    ``num_others``.
-    """
+    """Return how many of ``wanted`` may open ``num_each`` descriptors beside ``num_others``."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return wanted

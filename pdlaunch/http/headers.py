@@ -12,6 +12,8 @@ from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
 REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
+# Engines get these headers of the client, also where a stream goes on at another engine.
+PASSED_HEADERS = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
 # From router to engines: the PromptOrigin, and whether a rank may have died of the prompt.
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
 # In an answer: the engines that served the request. In a request: ``pair`` asks for a pair.
@@ -43,10 +45,10 @@ def read_request_id(header: str | None) -> HttpRequestId:
     return HttpRequestId(header)
 
 
-def read_trace_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers of the W3C standard, which engines read; others could not be sent on."""
-    names = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
-    return {name: headers[name] for name in names if name in headers and headers[name].isascii()}
+def headers_to_pass(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the client's headers that engines get; ones that are not ASCII cannot be sent on."""
+    found = ((name, headers.get(name)) for name in PASSED_HEADERS)
+    return {name: value for name, value in found if value is not None and value.isascii()}
 
 
 def format_origin(origin: PromptOrigin, *, is_suspect: bool = False) -> str:
@@ -55,9 +57,7 @@ def format_origin(origin: PromptOrigin, *, is_suspect: bool = False) -> str:
 
 
 def read_origin(header: str | None) -> tuple[PromptOrigin, bool]:
-    """Return the number, and whether it is a suspect; ``NO_ORIGIN`` for what another router, or a
-    stranger, sends.
-    """
+    """Return the number, and whether it is a suspect; ``NO_ORIGIN`` for what strangers send."""
     match = _ORIGIN.fullmatch(header or "")
     if match is None or int(match[1]) >= 2**63:
         return NO_ORIGIN, False

@@ -23,17 +23,17 @@ LARGE_SHARE = 3 / 4  # of the budget, for large bodies: small ones keep the rest
 ROUTER_ADDS_BYTES = 1024**2  # kv_transfer_params with block ids and first tokens, a seed
 RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
 LARGE_BODY_BYTES = 64 * 1024
+# From here on parsing, or tokenizing, takes about a millisecond; a thread costs 0.1 ms
 LARGE_TEXT_BYTES = 4 * 1024
-"""From here on parsing, or tokenizing, takes about a millisecond; a thread costs 0.1 ms."""
 NUM_INPUT_THREADS = 2  # bounds the memory of large work, which each thread needs once
 
 T = TypeVar("T")
+# Reserves this many places in all; the text is the field to name in an error
 Grow = Callable[[int, str], None]
-"""Reserves this many places in all; the text is the field to name in an error."""
+# Makes the error for requests that come, or still run, while the process leaves
 ShuttingDown = Callable[[], OverloadedError]
-"""Makes the error for requests that come, or still run, while the process leaves."""
+# Limits what runs under ``async with deadline()``
 Deadline = Callable[[], contextlib.AbstractAsyncContextManager[None]]
-"""Limits what runs under ``async with deadline()``."""
 
 
 class Admission:

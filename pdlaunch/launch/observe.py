@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
 FAILED_GRACE_S = 5.0  # time for a process to exit by itself after it has sent Failed
 
 
+# The type of ``EnginePlaces.plan``
 PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
-"""The type of ``EnginePlaces.plan``."""
 
 
 def observe(
@@ -259,7 +259,6 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
 
 
 def _end_of(process: Instance, event: ProcessExited) -> str:
-    """Say why a process has ended: what it told, else how."""
     return f"{process.label} {f'failed: {process.error}' if process.error else event.how()}"
 
 

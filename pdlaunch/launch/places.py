@@ -113,18 +113,14 @@ class EnginePlaces:
     # Changes
 
     def begin(self, change: EngineChange) -> list[ProcessSpec]:
-        """Add the new engines of a change; return their processes. Stopping engines stay until
-        ``forget``.
-        """
+        """Add the new engines of a change; return their processes. ``forget`` drops old ones."""
         new = {_key(engine) for engine in change.starts}
         places = {key: place for key, place in change.resolved.places.items() if key in new}
         self.resolved = self.resolved.with_engines({**self.resolved.places, **places})
         return [spec for engine in change.starts for spec in self.kind.processes(engine)]
 
     def forget(self, engine: str) -> None:
-        """Forget an engine that is gone; its name stays taken while its processes may run on a host
-        that is cut off.
-        """
+        """Forget an engine that is gone; a cut-off host may still run it, so its name stays."""
         gone = self._placed(engine)
         self._names_taken_until[engine] = self._ended_by.get(gone.host.name, 0.0)
         left = dict(self.resolved.places)
@@ -157,7 +153,6 @@ class EnginePlaces:
         return self._change(starts, stops, home)
 
     def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
-        """Yield the lowest free numbers of the role."""
         now, index = self.clock(), 0
         while number > 0:
             is_taken = now < self._names_taken_until.get(f"{role}-{index}", 0.0)
@@ -226,7 +221,6 @@ class EnginePlaces:
         return known
 
     def _busy(self, gone: Collection[Key]) -> dict[GpuKey, str]:
-        """Return which engine has each GPU once some engines are gone."""
         return {
             gpu: engine.name
             for engine in self.resolved.engines

@@ -13,8 +13,8 @@ from pdlaunch.protocol.control import PairReady
 
 MAX_LINES = 20
 MAX_WIDTH = 300
+# The most lines of the supervisor's own; the rest is left to the process's own words
 _MAX_OWN_LINES = 12
-"""The most lines of the supervisor's own; the rest is left to the process's own words."""
 _TAIL_BYTES = 32 * 1024
 
 
@@ -37,8 +37,8 @@ class LaunchPhase(StrEnum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"  # the router finishes the requests that run
+    # The router ends the requests that still run, while their engines are still there
     STOPPING_ROUTER = "stopping the router"
-    """The router ends the requests that still run, while their engines are still there."""
     STOPPING = "stopping"  # ready processes get Stop, the others SIGTERM
     KILLING = "killing"  # processes that are left get SIGKILL
     STOPPED = "stopped"

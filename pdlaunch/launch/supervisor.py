@@ -237,7 +237,6 @@ class Supervisor:
             self.host.send(answer.process, answer.message)
 
     def _choose_peers(self) -> None:
-        """Derive peers and due pairs again after engines have come or gone."""
         members = [p for engine in self.seen.engines.values() for p in engine.processes]
         specs = with_peers([process.spec for process in members])
         for process, spec in zip(members, specs, strict=True):

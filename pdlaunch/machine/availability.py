@@ -43,7 +43,6 @@ def why_not_listening(port: int, error: OSError | UnicodeError | ValueError) -> 
 
 
 def _holder(port: int) -> str:
-    """Return who holds a busy port, where the system says so."""
     with contextlib.suppress(psutil.Error, OSError):
         for each in psutil.net_connections(kind="tcp"):
             listens = each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port

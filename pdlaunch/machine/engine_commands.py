@@ -15,8 +15,8 @@ class EngineCommand:
     """Says what can be known of an executable without running it."""
 
     problem: str = ""  # the reason why it cannot be run; empty: it can
+    # Version of the vLLM that is installed where its interpreter is; None: not known
     version: str | None = None
-    """Version of the vLLM that is installed where its interpreter is; None: not known."""
 
 
 def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineCommand:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Groups of facts that can be unknown
 Fact = Literal[
     "cpus",
     "memory",
@@ -15,7 +16,6 @@ Fact = Literal[
     "cumem",
     "shm",
 ]
-"""Groups of facts that can be unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +25,13 @@ class Gpu:
     index: int = 0
     name: str = "GPU"
     memory_bytes: int | None = None
+    # The driver can reserve, create and map memory (``cuMem*``) on it: CuMem pools work
     has_virtual_memory: bool | None = None
-    """The driver can reserve, create and map memory (``cuMem*``) on it: CuMem pools work."""
+    # Allocations can be exported as fabric handles: the device says so and an IMEX channel is there
     has_fabric_handles: bool | None = None
-    """Allocations can be exported as fabric handles: the device says so and an IMEX channel is
-    there.
-    """
+    # Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``
     pci_bus_id: str | None = None
-    """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
-    free_memory_bytes: int | None = None
-    """Memory that no process holds; not known of a MIG device."""
+    free_memory_bytes: int | None = None  # Memory that no process holds; not known of a MIG device
 
     @property
     def held_bytes(self) -> int:
@@ -55,20 +52,19 @@ class Machine:
 
     system: str = "Linux"
     num_cpus: int = 1  # cores that a process may use
+    # The CPU multiplies bfloat16 by itself; emulated it is several times slower
     has_native_bf16: bool = False
-    """The CPU multiplies bfloat16 by itself; emulated it is several times slower."""
     memory_bytes: int = 0  # memory of the machine or of its control group, whichever is less
     gpus: tuple[Gpu, ...] = ()
+    # NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
+    # them, or a container was not given them
     has_hidden_gpus: bool = False
-    """NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
-    them, or a container was not given them.
-    """
     driver_error: str = "no CUDA device is visible"  # the reason why there are no GPUs
     shm_bytes: int = 0  # size of /dev/shm
     shm_free_bytes: int = 0
     rdma_devices: tuple[str, ...] = ()
+    # The reasons why facts are missing, by fact
     unknown: Mapping[Fact, str] = field(default_factory=dict)
-    """The reasons why facts are missing, by fact."""
 
     @property
     def cumem_problem(self) -> str:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+# Variables in the order in which torch prefers them
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables in the order in which torch prefers them."""
 _MEANT_AS_TRUE = ("true", "1", "yes", "on")
 RDMA_FOLDER = Path("/sys/class/infiniband")
 SHM_FOLDER = Path("/dev/shm")

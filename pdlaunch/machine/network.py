@@ -88,8 +88,8 @@ _LOAD_WORD, _LOAD_BYTE, _SHIFT_RIGHT, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x30, 0x74
 _WHOLE_PACKET = 0xFFFFFFFF
 _LISTENING = "0A"
 _END_UNREAD = frozenset({"08", "09"})
+# States in which the end of the stream counts as one byte. Source: net/tcp_states.h.
 _END_UNSENT = frozenset({"04", "09", "0B"})
-"""States in which the end of the stream counts as one byte. Source: net/tcp_states.h."""
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 

@@ -61,8 +61,8 @@ T = TypeVar("T")
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
+# PCI classes of display and 3D controllers, without the byte of the interface
 _GPU_CLASSES = ("0x0300", "0x0302")
-"""PCI classes of display and 3D controllers, without the byte of the interface."""
 
 
 def probe_machine() -> Machine:

@@ -21,13 +21,13 @@ MOST_GPUS = 1024
 MIB = 1024**2
 TB = 10**12
 ANY_CUDA = "cuda"  # GPUs of which nothing but their number is known
+# Names to show; ``h100x2`` and the like are known too
 PROFILES = ("h100x8", "h200x8", "gb200", "a100x8", "l40s", ANY_CUDA, "cpu")
-"""Names to show; ``h100x2`` and the like are known too."""
 
 _COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
 _OF_NO_NAME: tuple[Fact, ...] = ("shm",)
+# Facts that differ between servers with the same card
 _OF_SERVERS: tuple[Fact, ...] = ("cpus", "memory")
-"""Facts that differ between servers with the same card."""
 
 
 @dataclass(frozen=True, slots=True)

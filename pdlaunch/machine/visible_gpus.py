@@ -54,9 +54,7 @@ def visible_gpus(gpus: Sequence[Gpu], outer: str | None, own: str | None) -> Vis
 
 
 def _numbers(value: str) -> list[int] | None:
-    """Return the numbers up to an entry that ends the list (-1, or nothing); None where an entry is
-    no number.
-    """
+    """Return the numbers before a -1 or an empty entry; None where one is no number."""
     numbers: list[int] = []
     for entry in map(str.strip, value.split(",")):
         if entry in ("", "-1"):

@@ -32,10 +32,10 @@ from pdlaunch.observe.buckets import (
 )
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+# Shown from the start, others once they occur
 FINISH_REASONS = ("stop", "length", "abort", "error")
-"""Shown from the start, others once they occur."""
+# The same; 499: the client went away; 502: engines failed it
 ERROR_STATUSES = (400, 401, 404, 408, 413, 429, 499, 500, 502, 503)
-"""The same; 499: the client went away; 502: engines failed it."""
 
 # When each series began: Prometheus takes these for series of their own.
 disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -16,8 +16,8 @@ from pdlaunch.engine.kvcache.groups import (
     num_kv_heads_of_rank,
 )
 
+# A rank that sizes its KV cache itself sets aside this times hidden plus inner size
 CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
-"""A rank that sizes its KV cache itself sets aside this times hidden plus inner size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Footprint:
     """
     layout: KVCacheLayout
     max_model_len: int
+    # Size of the KV cache; None: what the device has left, known only at start
     kv_cache_bytes: int | None
-    """Size of the KV cache; None: what the device has left, known only at start."""
 
     @property
     def block_bytes(self) -> int:

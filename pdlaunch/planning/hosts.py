@@ -27,10 +27,10 @@ class ResolvedHost:
     environ: Mapping[str, str]  # the environment that processes inherit there
     bind_address: str = ENGINE_HOST  # its processes listen here
     advertise_address: str = ENGINE_HOST  # processes on other hosts are told to connect here
+    # It takes engines of these roles; empty: only the router runs here
     roles: frozenset[Role] = frozenset(ROLES)
-    """It takes engines of these roles; empty: only the router runs here."""
+    # Those that its agent allows, by name; None: no agent has told, as on the first host
     executables: Mapping[str, EngineCommand] | None = None
-    """Those that its agent allows, by name; None: no agent has told, as on the first host."""
 
 
 def is_same_machine(one: ResolvedHost, other: ResolvedHost) -> bool:

@@ -28,14 +28,14 @@ class Model:
     path: str | None = None  # the directory that is served
     shape: ModelShape | None = None
     error: ConfigError | None = None  # the reason why the model cannot be served
+    # The reason why the shape is not known yet: the model is converted or downloaded first
     pending: str = ""
-    """The reason why the shape is not known yet: the model is converted or downloaded first."""
+    # The reason why its shape is not known here, though another engine may serve it
     foreign: str = ""
-    """The reason why its shape is not known here, though another engine may serve it."""
     has_state: bool = False  # its layers keep a state in place of KV blocks, as Mamba does
     on_hub: bool = False  # its files come from a hub, the weights after everything has been judged
+    # It is not on this machine, which judges for another one: nobody knows whether it serves
     elsewhere: bool = False
-    """It is not on this machine, which judges for another one: nobody knows whether it serves."""
 
 
 def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
@@ -79,7 +79,6 @@ def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> d
 
 
 def _elsewhere(model: Model) -> Model:
-    """Return a model that this machine does not have as one whose shape is not known."""
     # What is wrong with a model that was found is wrong everywhere.
     found = isinstance(model.error, UnsupportedModelError) or Path(model.name).expanduser().exists()
     if model.error is None or found:

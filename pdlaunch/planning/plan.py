@@ -15,8 +15,8 @@ from pdlaunch.config.settings import SECRET, is_secret
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Describes one process as planned; what runs is an ``state.Instance`` of it."""
 
+    # Is ``router``, ``prefill-0`` (its server) or ``prefill-0/rank-0``; stable over restarts
     name: str
-    """Is ``router``, ``prefill-0`` (its server) or ``prefill-0/rank-0``; stable over restarts."""
     kind: Literal["router", "server", "rank"]
     unit: str  # processes of one unit start, die and are restarted together, under one incarnation
     engine: str = ""
@@ -29,8 +29,8 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     ports: dict[str, int] = {}  # 0: a free one, chosen and registered by the process
     devices: tuple[str, ...] = ()  # ``cpu`` or ``cuda:N``
     num_threads: int = 1
+    # The engines that its engine exchanges KV blocks with; None: all
     peers: tuple[str, ...] | None = None
-    """The engines that its engine exchanges KV blocks with; None: all."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

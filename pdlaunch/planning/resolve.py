@@ -41,13 +41,13 @@ class ResolvedLaunch:
     """Holds one launch with every value that is derived for it."""
 
     config: LaunchConfig
+    # The hosts of the launch, the supervisor's own first: the router runs there
     hosts: tuple[ResolvedHost, ...]
-    """The hosts of the launch, the supervisor's own first: the router runs there."""
     environ: Mapping[str, str]  # the supervisor's environment
     by_host: Mapping[str, Mapping[Role, RoleEngines]]  # the roles of each host that has engines
     engines: tuple[PlacedEngine, ...]  # they are in the order of ``ROLES``, then of the index
+    # The launch that this is the part of on one host; None: it is a whole one
     whole: ResolvedLaunch | None = None
-    """The launch that this is the part of on one host; None: it is a whole one."""
 
     @cached_property
     def roles(self) -> Mapping[Role, RoleEngines]:
@@ -99,9 +99,7 @@ class ResolvedLaunch:
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:
-        """Return the router's address, and those of engines with a fixed port: others choose free
-        ones and register them.
-        """
+        """Return the addresses of the router and of engines with a fixed port."""
         router = ListenAddress("router", self.config.host, self.config.port, "port")
         engines = (
             ListenAddress(

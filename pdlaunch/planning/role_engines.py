@@ -26,8 +26,8 @@ from pdlaunch.planning.models import Model
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
+# Flags of vLLM with which weights or KV take another size than the model's files tell
 _RESIZING = ("quantization", "cpu-offload-gb", "hf-overrides")
-"""Flags of vLLM with which weights or KV take another size than the model's files tell."""
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
@@ -50,8 +50,8 @@ class RoleEngines:
     model: Model
     replicas: int
     num_neighbours: int  # ranks of all roles on the host, which share its cores
+    # Number of ranks that are placed on the same GPUs of the host before those of this role
     first_gpu_rank: int
-    """Number of ranks that are placed on the same GPUs of the host before those of this role."""
     has_far_peers: bool = False  # its ranks exchange KV blocks with ranks on other hosts
 
     # Given by the settings, the host and the model.
@@ -339,9 +339,7 @@ class RoleEngines:
         return tuple((begin + place) % num_gpus for place in range(num_ranks))
 
     def num_ranks_on(self, gpu: int) -> int:
-        """Return how many ranks of all these engines ``device_indices`` puts on a GPU of the
-        machine.
-        """
+        """Return how many ranks of these engines ``device_indices`` puts on a GPU."""
         place = next((place for place, each in enumerate(self.gpus) if each.index == gpu), None)
         if self.device == "cpu" or place is None:
             return 0
@@ -377,6 +375,7 @@ def whole_gibibytes(num_bytes: int) -> int:
     return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
 
 
+# Variables of vLLM that are pdlaunch's alone: `env` cannot set them
 OWN_VARIABLES = frozenset(
     {
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
@@ -384,7 +383,6 @@ OWN_VARIABLES = frozenset(
         "VLLM_SERVER_DEV_MODE",
     }
 )
-"""Variables of vLLM that are pdlaunch's alone: `env` cannot set them."""
 
 
 def vllm_environment(

@@ -23,8 +23,8 @@ class Room:
     """Says what a host offers to engines of each role."""
 
     host: str
+    # Kind and number of the devices that ranks of a role see; a core is one of a CPU host
     devices: Mapping[Role, tuple[DeviceKind, int]]
-    """Kind and number of the devices that ranks of a role see; a core is one of a CPU host."""
 
 
 @dataclass(frozen=True, slots=True)

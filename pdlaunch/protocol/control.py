@@ -16,11 +16,11 @@ from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
 
 ProcessKind = Literal["router", "server", "rank"]
+# ``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
-"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often."""
 EndReason = Literal["died", "hung"]
+# Why an engine that is ready is given no new work
 Withheld = Literal["", "joining", "draining", "leaving"]
-"""Why an engine that is ready is given no new work."""
 RefusalCode = Literal["engine_not_found", "not_now", "refused"]
 
 
@@ -126,9 +126,7 @@ class Alive(Message):
 
 
 class PairReady(Message):
-    """Tells that a decode rank has proven the path to a prefill rank: the handshake is done and a
-    small READ was verified.
-    """
+    """Tells that a decode rank has shaken hands with a prefill rank and verified a READ."""
 
     local: str
     peer: str
@@ -250,8 +248,8 @@ class Answered(Message):
     is_done: bool = True  # another answer follows when it is
 
 
+# Commands of a router; the answer is an ``Answered``
 Command = Restart | SetDrained | ChangeEngines
-"""Commands of a router; the answer is an ``Answered``."""
 ToSupervisor = (
     Register | Progress | Ready | Alive | PairReady | PairFailed | PairSuspect | Failed | Drained
     | SleepState | Command

@@ -17,9 +17,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(Message, tag=False):
-    """Says how output tokens are drawn: token ``i`` is a pure function of the logits and (seed,
-    choice, i).
-    """
+    """Says how tokens are drawn: a pure function of the logits and (seed, choice, index)."""
 
     max_tokens: int
     min_tokens: int = 0

@@ -21,8 +21,8 @@ from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.protocol.wire import Codec, Message
 
+# Environment variable of vLLM's processes: the path of the setup file
 KV_SETUP = "PDLAUNCH_KV_SETUP"
-"""Environment variable of vLLM's processes: the path of the setup file."""
 
 
 class ConnectorSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +67,8 @@ class Peers(Message):
     entries: list[Entry]  # of the kind ``rank``
 
 
+# Pairs are of ranks: ``decode-0/rank-1`` and ``prefill-0/rank-0``
 FromWorker = RankUp | PullFailure | PairReady | PairFailed | SleepState
-"""Pairs are of ranks: ``decode-0/rank-1`` and ``prefill-0/rank-0``."""
 ToWorker = Peers
 
 from_worker: Codec[FromWorker] = Codec(FromWorker)

@@ -139,9 +139,7 @@ class PullEnd(LeaseQuestion):
 
 
 class Push(LeaseQuestion):
-    """Ask a rank whose connector pushes to write blocks of a lease, or its scratch if there are no
-    block ids.
-    """
+    """Ask a rank that pushes to write blocks of a lease; its scratch without block ids."""
 
     lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)]
     reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]

@@ -8,8 +8,8 @@ import msgspec
 
 from pdlaunch.errors import ProtocolError
 
+# Longest frame a socket accepts; ZMQ closes the connection of a peer that sends more
 MAX_FRAME_BYTES = 64 * 1024**2
-"""Longest frame a socket accepts; ZMQ closes the connection of a peer that sends more."""
 
 M = TypeVar("M")
 

@@ -35,8 +35,8 @@ from pdlaunch.http.headers import (
     ROUTE_HEADER,
     SPANS_HEADER,
     WANTS_PAIR,
+    headers_to_pass,
     ignored_fields_header,
-    read_trace_headers,
 )
 from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
 from pdlaunch.http.sse import ClientStream
@@ -202,7 +202,7 @@ class RouterApp:
             served_model_name=self._spec.served_model_name,
             request_id=request_id,
             hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
-            headers=_headers_to_pass(http),
+            headers={SPANS_HEADER: "1"} | headers_to_pass(http.headers),
             wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
             is_vllm=self._state.pool.is_vllm,
         )
@@ -232,7 +232,7 @@ class RouterApp:
     async def _pass_on(self, http: web.Request) -> web.Response:
         pool, tried = self._state.pool, frozenset[EngineKey]()
         hop_id = _hop_id(request_id_of(http), is_own=False)
-        headers = _headers_to_pass(http) | {REQUEST_ID_HEADER: hop_id}
+        headers = {SPANS_HEADER: "1"} | headers_to_pass(http.headers) | {REQUEST_ID_HEADER: hop_id}
         async with self._bodies.read(http) as body:
             with self.admission.admit(1):
                 while (engine := pool.pick_any(tried)) is not None:
@@ -291,15 +291,9 @@ async def _send_file(path: Path, _: web.Request) -> web.FileResponse:
 
 
 def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
-    """Return an id that is unique at the engines, which the ids of clients need not be."""
     if is_own:
         return HopId(request_id)
     return HopId(f"{request_id[:MAX_HOP_ID_LENGTH]}-{secrets.token_hex(4)}")
-
-
-def _headers_to_pass(http: web.Request) -> dict[str, str]:
-    """Return what engines get of the client's headers, and the question for their spans."""
-    return {SPANS_HEADER: "1"} | read_trace_headers(http.headers)
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

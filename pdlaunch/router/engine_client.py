@@ -372,7 +372,6 @@ class EngineClient:
             )
 
     def _own(self, engine: Engine, headers: Mapping[str, str] | None) -> dict[str, str]:
-        """Return the headers of a call, with the engine's key."""
         own = {"Content-Type": "application/json", **(headers or {})}
         if (key := self._keys(engine)) is not None:
             own["Authorization"] = f"Bearer {key}"

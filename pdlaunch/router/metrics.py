@@ -110,7 +110,6 @@ class RouterMetrics:
         self._set(f"{_PREFIX}engine_info", places)
 
     def _set(self, name: str, values: Mapping[Any, float]) -> None:
-        """Replace all series of a gauge, by the values of their labels."""
         gauge = self._gauges[name]
         gauge.clear()
         for labels, value in values.items():

@@ -241,9 +241,7 @@ class _Choice:
         return ""
 
     def _alone(self) -> Engine | None:
-        """Return the engine that does all remaining work; in need any engine, whatever its role
-        and its last failures.
-        """
+        """Return the engine that does all remaining work; in need any, whatever its role."""
         request, holder = self._request, self._request.holder
         candidates = [
             engine

@@ -289,7 +289,6 @@ class Relay:
             raise self._lost(engine, str(error.args[0])) from error
 
     def _extra(self, engine: Engine) -> dict[str, Any]:
-        """Return what a decode engine is given besides the client's body."""
         if self._must_resume:
             return {"resume": self.transcript.resume_field()}
         if self._lease is None:

@@ -256,7 +256,6 @@ class RequestRecord:
 
 
 def _prefill_s(call: EngineCall) -> float | None:
-    """Return how long the prompt was computed, by spans, else by the whole prefill call."""
     if steps := call.named(PREFILL):
         return max(span.end_at for span in steps) - min(span.start_at for span in steps)
     is_untold = call.hop == "prefill" and call.is_over and not call.heard
@@ -336,9 +335,7 @@ class RequestHistory:
         ]
 
     def chosen(self, choice: str, limit: int) -> list[RequestRecord]:
-        """Return at most ``limit`` records, the latest or the slowest first; running ones among the
-        last and the slowest.
-        """
+        """Return at most ``limit`` records, the latest or the slowest first, running ones too."""
         latest = self._latest()
         if choice == "slowest":
             latest.sort(key=lambda record: record.duration_s, reverse=True)

@@ -130,9 +130,7 @@ def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str
 
 
 def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
-    """Raise HandshakeError when the stated geometry contradicts itself or the agreed shape of a
-    block.
-    """
+    """Raise HandshakeError when the stated geometry contradicts itself or the agreed one."""
     geometry = reply.geometry
     heads = heads_of_rank(setup.compatibility.num_kv_heads, reply.tp_size, reply.tp_rank)
     expected = {
@@ -162,7 +160,6 @@ def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
 
 
 def _counted(places: Sequence[RegionPlace]) -> str:
-    """Return the sizes of a head in each region in words: ``4096 (60 regions)``."""
     sizes = Counter(place.head_bytes for place in places)
     return ", ".join(f"{size} ({count} regions)" for size, count in sizes.items())
 

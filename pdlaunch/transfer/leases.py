@@ -124,9 +124,7 @@ class LeaseTable:
         return lease
 
     def begin(self, lease_id: LeaseId, reader: ReaderId, num_decode_ranks: int) -> Lease:
-        """Begin a pull, or repeat its beginning, which extends the lease. Raises LeaseError, also
-        once the pull has ended.
-        """
+        """Begin a pull, or repeat that: the lease is extended. Raises LeaseError after its end."""
         lease = self.living(lease_id)
         if num_decode_ranks < 1:
             raise LeaseError(f"num_decode_ranks is {num_decode_ranks}, it must be at least 1")
@@ -170,9 +168,7 @@ class LeaseTable:
             self._end(lease, "expired")
 
     def take_ended(self) -> list[LeaseEnded]:
-        """Return the leases that have ended since the last call: their blocks belong to the engine
-        again.
-        """
+        """Return the leases that have ended since the last call: their blocks are free."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -277,9 +273,7 @@ class PrefillSide:
         return not self.leases and not self._writes
 
     def polling_since(self) -> list[float]:
-        """Return the instants of the questions whose answers wait, for a device or for a write that
-        has begun.
-        """
+        """Return when questions came whose answers wait for a device or for a write."""
         questions = [*self._waiting, *(question for question, _ in self._writes)]
         return [question.asked_at for question in questions]
 
@@ -325,17 +319,13 @@ class PrefillSide:
         return isinstance(message, StateChecksums) and not _is_hashed(lease)
 
     def _check_engine(self, message: ToPrefillSide) -> None:
-        """Raise LeaseError if the question is for another engine, or for an earlier incarnation,
-        that had this port.
-        """
+        """Raise LeaseError if the question is for another engine or incarnation."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         if asked != self._card.engine_id:
             raise LeaseError(f"it belongs to engine_id {self._card.engine_id}, not to {asked}")
 
     def _answer(self, question: _Question, message: ToPrefillSide) -> ToDecodeSide | None:
-        """Return the answer; None where there is none, or none yet. Raises LeaseError,
-        TransferError.
-        """
+        """Return the answer; None: none, or not yet. Raises LeaseError, TransferError."""
         self._check_engine(message)
         call_id = message.call_id
         match message:
@@ -387,9 +377,7 @@ class PrefillSide:
                 return None
 
     def _check_push(self, message: Push) -> range:
-        """Return the heads that a reader asks for. Raises LeaseError if it may not have these
-        blocks.
-        """
+        """Return the heads that a reader asks for. Raises LeaseError if it may not."""
         if not self._connector.pushes:
             raise LeaseError("the connector here does not write to its readers")
         heads = range(message.first_head, message.first_head + message.num_heads)

@@ -135,9 +135,7 @@ class Peer:
         build: Callable[[int], ToPrefillSide],
         on_reply: Callable[[ToDecodeSide], None] | None = None,
     ) -> None:
-        """Send the question that ``build`` makes from a new call_id. ``on_reply`` gets the answer,
-        if one comes.
-        """
+        """Send the question that ``build`` makes; ``on_reply`` gets the answer, if one comes."""
         call_id = next(self._call_ids)
         if on_reply is not None:
             self._calls[call_id] = on_reply
@@ -191,9 +189,7 @@ class Peer:
         return read, landing
 
     def _check_channel(self) -> None:
-        """Raise TransferError when answers over this connection may be lost: no write must be asked
-        for then.
-        """
+        """Raise TransferError when answers may be lost: no write must be asked for then."""
         if self._setup.connector.pushes and (self.channel is None or self.channel.broken):
             raise TransferError(f"the connection to {self.name} broke")
 
@@ -381,14 +377,10 @@ def _push_error(message: ToDecodeSide) -> str:
 
 
 class PeerTable:
-    """Keeps peers by name. A new incarnation is a new peer; the old one is kept while a READ may
-    write.
-    """
+    """Keeps peers by name, and old incarnations of them while a READ may write."""
 
     def __init__(self, setup: DecodeSetup, *, eager: bool) -> None:
-        """``eager``: shake hands with every prefill rank as soon as the registry shows it, not at
-        the first pull.
-        """
+        """``eager``: shake hands with prefill ranks once they are listed, not at a pull."""
         self.peers: dict[str, Peer] = {}  # the ranks in the registry, by name
         self._setup = setup
         self._eager = eager

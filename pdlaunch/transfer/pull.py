@@ -155,9 +155,7 @@ class Share:
         self.settle()
 
     def settle(self) -> None:
-        """Tell the prefill rank of the end once it can be reached, and release the READ once that
-        has ended.
-        """
+        """Tell the prefill rank of the end once it can be reached; release an ended READ."""
         if self.tells_until_at is not None:
             is_ready = self.peer.state == "ready"
             if is_ready:
@@ -332,9 +330,7 @@ class Share:
 
 
 class Pull:
-    """Drives one ``StartPull``; ends in one PullFinished, and one PullDrained where that said
-    ``in_flight``.
-    """
+    """Drives one ``StartPull`` to one PullFinished; one PullDrained follows if in flight."""
 
     def __init__(
         self, command: StartPull, sources: list[tuple[SourceRank, Peer]], setup: DecodeSetup

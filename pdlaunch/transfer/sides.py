@@ -225,9 +225,7 @@ class TransferSides:
         self._peers.update(entries)
 
     def close(self) -> None:
-        """Let go of peers and memory. READs that are pending are abandoned: the process is about to
-        exit.
-        """
+        """Let go of peers and memory, and of pending READs: the process is about to exit."""
         # Peers first: their connections belong to a connector that is open.
         for peer in self._peers.all():
             peer.lose("this rank is closing")

@@ -112,9 +112,7 @@ class TransferThread:
         return events
 
     def wait_started(self, timeout_s: float) -> None:
-        """Wait until the connector is open; peers are answered from then on. Raises
-        TransferError.
-        """
+        """Wait until the connector is open and peers are answered. Raises TransferError."""
         if not self._started.wait(timeout_s):
             raise TransferError(f"the connector did not start within {timeout_s:g} s")
         if self._error is not None:
@@ -140,9 +138,7 @@ class TransferThread:
         _await(done, timeout_s)
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        """Wait, while suspended, until no peer maps this rank's memory any more. Returns False when
-        that takes longer.
-        """
+        """Wait while suspended until no peer maps this memory; False after ``timeout_s``."""
         return self._connector.wait_unmapped(timeout_s)
 
     def close(self, timeout_s: float) -> None:

@@ -260,9 +260,7 @@ class Scheduling:
         return blocks, firsts
 
     def _hashes(self, request: Any, num_tokens: int) -> list[bytes]:
-        """Return the chained hashes of a prompt's first tokens, and of what else their KV depends
-        on.
-        """
+        """Return the chained hashes of a prompt's first tokens and its other inputs."""
         lora = "" if request.lora_request is None else request.lora_request.lora_name
         inputs = [f"{each.identifier}@{each.mm_position.offset}" for each in request.mm_features]
         # The state of a longer prompt is another one, though its first tokens are the same.
@@ -278,9 +276,7 @@ class Scheduling:
         return self._params(request).remote_kv if request.prompt_token_ids else None
 
     def _params(self, request: Any) -> KVTransferParams:
-        """Return what a request asks for; nothing if that cannot be read: an error here would end
-        the whole engine.
-        """
+        """Return what a request asks for; what cannot be read counts as nothing."""
         if not request.kv_transfer_params:
             return KVTransferParams()
         try:

@@ -252,9 +252,7 @@ class Worker:
             raise
 
     def wake_up(self) -> None:
-        """Take the memory again, at the same addresses, and let peers come. Raises TransferError,
-        MemoryPoolError.
-        """
+        """Take the memory again and let peers come. Raises TransferError, MemoryPoolError."""
         assert self._transfer is not None
         if self._pools.sleeping_tags:
             self._pools.wake_up((KV_CACHE,))
@@ -318,13 +316,11 @@ class Worker:
             self._figures[name] = self._figures.get(name, 0.0) + value
 
     def _on_message(self, message: Peers) -> None:
-        """Called from the link's thread."""
         self._peers = message.entries
         if self._transfer is not None:
             self._transfer.update_registry(message.entries)
 
     def _report(self, message: ToSupervisor) -> None:
-        """Called from the transfer thread."""
         if isinstance(message, PairReady | PairFailed):
             self._link.send(message)
 

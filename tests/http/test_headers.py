@@ -14,9 +14,9 @@ from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import (
     IGNORED_FIELDS_HEADER,
     MAX_SENT_NAMES,
+    headers_to_pass,
     ignored_fields_header,
     read_request_id,
-    read_trace_headers,
 )
 from pdlaunch.http.sse import (
     DONE,
@@ -44,7 +44,7 @@ def test_bad_request_ids_are_refused(header: str) -> None:
 
 def test_headers_of_a_trace_are_passed_on_where_they_can_be_sent() -> None:
     headers = {"traceparent": TRACEPARENT, "tracestate": "a=\udcff", "cookie": "secret"}
-    assert read_trace_headers(headers) == {"traceparent": TRACEPARENT}
+    assert headers_to_pass(headers) == {"traceparent": TRACEPARENT}
 
 
 @given(st.text())

@@ -25,16 +25,16 @@ from pdlaunch.config.model_files.shape import INDEX
 from pdlaunch.config.model_files.weights import names_in, weight_files
 from pdlaunch.errors import ConfigError
 
+# The parts that are downloaded at once: all small files, or the weights that they describe
 Part = Literal["description", "weights"]
-"""The parts that are downloaded at once: all small files, or the weights that they describe."""
+# Brings a part of a model (name, revision) into the cache. Raises ConfigError.
 Fetch = Callable[[str, str | None, Part], None]
-"""Brings a part of a model (name, revision) into the cache. Raises ConfigError."""
 
+# The files that are read, apart from weights
 DESCRIPTION = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("chat_template.jinja", INDEX),
 )
-"""The files that are read, apart from weights."""
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _STOP_TIMEOUT_S = 10.0
 

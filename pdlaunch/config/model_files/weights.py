@@ -17,19 +17,18 @@ from pdlaunch.errors import ConfigError
 DOWNLOAD_AGAIN = (
     "Download the file again, and compare its size and SHA-256 with those at its source."
 )
-MAX_TOKENIZER_BYTES = 256 * 1024**2
-"""Several times the largest that are published, of 33 MB."""
+MAX_TOKENIZER_BYTES = 256 * 1024**2  # Several times the largest that are published, of 33 MB
 _TENSOR = re.compile(
     # A multimodal file has the language model's below a name of its own.
     r"(?:language_model\.)?model\.(?:language_model\.)?(?:layers\.\d+\.)?"
     r"(embed_tokens|self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight"
 )
+# The first bytes of other content that is found in place of model files
 _OTHER_CONTENT = {
     b"version https://git-lfs": "a Git LFS pointer: the file itself was never fetched "
     "(`git lfs pull`)",
     b"<": "an HTML or XML page, as servers send instead of a file",
 }
-"""The first bytes of other content that is found in place of model files."""
 
 
 def damaged(path: Path, what: str, *, fix: str = DOWNLOAD_AGAIN) -> ConfigError:
@@ -133,7 +132,6 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _described(kind: str, head: bytes) -> str:
-    """Describe a file that begins with ``head`` and is not of the kind that its name says."""
     known = (name for start, name in _OTHER_CONTENT.items() if head.startswith(start))
     content = next(known, f"unknown content (it begins with {head[:8].hex(' ')})")
     return f"it is no {kind} file but {content}" if head else "it is empty"

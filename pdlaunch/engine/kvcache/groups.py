@@ -16,8 +16,8 @@ class KVCacheGroup:
     """Names the layers that share block tables."""
 
     layers: tuple[int, ...]  # model layers in the order of their slot in the block
+    # Tokens that attention sees, the current one included; None sees all
     sliding_window: int | None
-    """Tokens that attention sees, the current one included; None sees all."""
 
 
 @dataclass(frozen=True, slots=True)

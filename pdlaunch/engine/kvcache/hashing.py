@@ -60,7 +60,6 @@ class TokenHasher:
 
 
 def _chain(parent: bytes, token_ids: Sequence[int], num_tokens: int) -> list[bytes]:
-    """Hash ``token_ids`` in pieces of ``num_tokens``, which divides their number."""
     data = array("i", token_ids).tobytes()  # the machines that run this are little endian
     length = num_tokens.to_bytes(4, "little")
     hashes = []

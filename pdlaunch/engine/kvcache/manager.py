@@ -277,9 +277,7 @@ class KVCacheManager:
     # Prefix cache
 
     def find_prefix(self, block_hashes: Sequence[bytes], max_blocks: int) -> PrefixHit:
-        """Return the longest cached prefix, of at most ``max_blocks`` logical blocks, from which a
-        request can compute on.
-        """
+        """Return the longest cached prefix of at most ``max_blocks`` logical blocks."""
 
         def end_of(group: int, start: int, limit: int) -> int:
             return start + len(self._cached(group, block_hashes, start, limit))

@@ -22,8 +22,8 @@ from pdlaunch.machine.cuda_driver import DriverError, load_library
 
 Addresses = npt.NDArray[np.uint64]
 
+# Entries of one call: a copy engine begins with them while the driver takes the next ones
 ENTRIES_A_CALL = 256
-"""Entries of one call: a copy engine begins with them while the driver takes the next ones."""
 
 _SRC_ACCESS_ORDER_STREAM = 1  # the source is read in the order of the stream, as any copy reads it
 

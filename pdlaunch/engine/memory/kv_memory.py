@@ -30,8 +30,8 @@ import torch
 
 from pdlaunch.errors import MemoryPoolError
 
+# memfd is memory of a CPU; posix_fd and fabric are CuMem; cuda_ipc is cudaMalloc
 RangeKind = Literal["memfd", "posix_fd", "fabric", "cuda_ipc"]
-"""memfd is memory of a CPU; posix_fd and fabric are CuMem; cuda_ipc is cudaMalloc."""
 
 
 class NotShareable(Exception):
@@ -46,8 +46,8 @@ class SharedRange:
     allocation_bytes: int
     offset_bytes: int  # offset of the range in its allocation
     num_bytes: int
+    # 64 bytes of a fabric or CUDA IPC handle; empty where a descriptor is handed over
     handle: bytes = b""
-    """64 bytes of a fabric or CUDA IPC handle; empty where a descriptor is handed over."""
 
     @property
     def needs_fd(self) -> bool:
@@ -121,14 +121,12 @@ _F_SEAL_FUTURE_WRITE = 0x0010
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 _MADV_POPULATE_WRITE = 23  # linux 5.14, not in Python's ``mmap``
+# Bytes that are populated by one call; other threads get a turn in between
 _PIECE_BYTES = 256 * 1024**2
-"""Bytes that are populated by one call; other threads get a turn in between."""
 
 
 class HostKVMemory(KVMemory):
-    """Allocates all pages at once: the first pull into a page would take three times as long. Any
-    thread may call it.
-    """
+    """Allocates all pages at once: else first pulls take three times as long. Thread-safe."""
 
     def __init__(self) -> None:
         self._regions: dict[int, tuple[int, int]] = {}

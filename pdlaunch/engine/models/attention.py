@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+# Name by which transformers finds the function; it has no mask function, so no masks are built
 ATTENTION_NAME = "pdlaunch_paged"
-"""Name by which transformers finds the function; it has no mask function, so no masks are built."""
 
 
 class AttentionStep(ABC):
@@ -45,8 +45,8 @@ class AttentionStep(ABC):
 class AttentionBackend(ABC):
     """Prepares steps; owns nothing but its view of the KV cache and work space."""
 
+    # Slots past a row's context are never read. Otherwise whatever lies there has to be finite.
     reads_only_context = False
-    """Slots past a row's context are never read. Otherwise whatever lies there has to be finite."""
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:  # noqa: B027 - most have nothing to do
         """Do once what the first step of each size would. ``num_heads``: of this rank."""
@@ -91,14 +91,14 @@ class PackedBatch:
     """
 
     token_ids: IntArray  # [num_tokens]
+    # [num_tokens]; index within the request, from num_computed_tokens of its row on
     positions: IntArray
-    """[num_tokens]; index within the request, from num_computed_tokens of its row on"""
     row_of_token: IntArray  # [num_tokens]
     row_starts: IntArray  # [num_rows + 1]; tokens of row i are [row_starts[i], row_starts[i + 1])
+    # [num_rows]; tokens of the row that the KV cache holds after this step
     context_lengths: IntArray
-    """[num_rows]; tokens of the row that the KV cache holds after this step"""
+    # [num_rows, max_blocks] by group; stale past the context and before the window
     block_tables: tuple[IntArray, ...]
-    """[num_rows, max_blocks] by group; stale past the context and before the window"""
     num_decode_rows: int  # leading rows of exactly one token
 
     @property
@@ -138,5 +138,5 @@ class Decoder:
         return logits
 
 
+# Called with what is done now and the fraction that is complete; None where that is unknown
 ReportProgress = Callable[[str, float | None], None]
-"""Called with what is done now and the fraction that is complete; None where that is unknown."""

@@ -189,9 +189,7 @@ def reduce_splits(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Add up what ``attend_decode`` left. ``result``: [rows, heads, D]. Grid: rows, heads. Rows of
-    length 0 give zeros.
-    """
+    """Add up what ``attend_decode`` left into [rows, heads, D]; empty rows give zeros."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row)
     span = length - first_tile(length, WINDOW, TILE)

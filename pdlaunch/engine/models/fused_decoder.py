@@ -23,6 +23,7 @@ from pdlaunch.engine.models.layer_kernels import add_and_normalize, multiply_gat
 from pdlaunch.engine.models.triton_attention import Norm, TritonStep
 
 GELU = "gelu_pytorch_tanh"
+# Models with RMS norms, rotation by halves or none, ``down(activation(gate(x)) * up(x))``
 ACTIVATIONS = {
     "LlamaForCausalLM": "silu",
     "MistralForCausalLM": "silu",
@@ -31,7 +32,6 @@ ACTIVATIONS = {
     "SmolLM3ForCausalLM": "silu",
     "Gemma3ForCausalLM": GELU,
 }
-"""Models with RMS norms, rotation by halves or none, ``down(activation(gate(x)) * up(x))``."""
 GATE_COLUMNS = 1024
 Product = Callable[[torch.Tensor], torch.Tensor]  # with a layer's weights
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [num_tokens, D] each
@@ -44,8 +44,8 @@ class Layer:
     input_norm: Norm
     qkv: Product
     head_norms: tuple[Norm, Norm] | None  # of queries and keys
+    # Arguments for the model's rotary embedding to give this layer's; None: no rotation
     rotary: tuple[str, ...] | None
-    """Arguments for the model's rotary embedding to give this layer's; None: no rotation."""
     output: nn.Module
     output_norm: Norm | None  # norm of what is added to the residual
     middle_norm: Norm

@@ -25,17 +25,16 @@ from pdlaunch.errors import ConfigError
 Cut = tuple[int, slice]
 Shapes = dict[str, torch.Size]
 
+# Layers of one module with the same input, in the order of their outputs; their weights lie side by
+# side in memory, for one product
 STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of one module with the same input, in the order of their outputs; their weights lie side
-by side in memory, for one product.
-"""
 DUMMY_STD = 0.02
+# The place where multimodal checkpoints keep the language model
 _WRAPPED_PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
-"""The place where multimodal checkpoints keep the language model."""
 _IGNORED_PREFIXES = (
     "model.vision_tower.",
     "vision_tower.",
@@ -217,7 +216,6 @@ def _shape_of_part(shape: torch.Size, cut: Cut | None) -> torch.Size:
 def _dummy_weights(
     shapes: Shapes, cuts: dict[str, Cut], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield small random numbers, and of norms numbers about 1."""
     for name, shape in shapes.items():
         # They depend on the name alone: every rank of every engine draws the same model.
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))

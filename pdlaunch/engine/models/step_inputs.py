@@ -13,8 +13,8 @@ import torch
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.models.attention import IntArray, PackedBatch
 
+# Arrays begin at multiples of 16 bytes: for other pointers Triton compiles a kernel again
 ALIGNMENT = 4
-"""Arrays begin at multiples of 16 bytes: for other pointers Triton compiles a kernel again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class StepTensors:
     tile_tokens: torch.Tensor | None = None  # [num_tiles]
     # Chunks, for flash attention and cuDNN.
     chunk_lengths: list[int] = field(default_factory=list)
+    # [num_chunks + 1]; first token of each chunk, counted from the first chunk's
     chunk_starts: torch.Tensor | None = None
-    """[num_chunks + 1]; first token of each chunk, counted from the first chunk's"""
     # Slots of the tokens before the chunks, by group; empty if all chunks begin their prompts.
     prefix_slots: Sequence[torch.Tensor] = ()  # [num_gathered_tokens]
     prefix_starts: Sequence[torch.Tensor] = ()  # [num_chunks + 1]

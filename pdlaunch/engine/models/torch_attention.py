@@ -26,8 +26,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.engine.models.attention import AttentionBackend, AttentionStep, IntArray, PackedBatch
 
+# Gathered keys and values of one bucket; a longer context makes buckets of fewer rows
 MAX_BUCKET_BYTES = 64 * 1024**2
-"""Gathered keys and values of one bucket; a longer context makes buckets of fewer rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,12 @@ class _Part:
     """Holds tokens that are attended together: decode rows of like length, or one chunk."""
 
     tokens: torch.Tensor | slice  # which of the packed tokens
+    # [2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values. None: a chunk
+    # behind nothing, which attends over its own keys and values
     gather: torch.Tensor | None
-    """[2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values. None: a
-    chunk behind nothing, which attends over its own keys and values
-    """
+    # 0 or -inf, [num_rows, 1, 1, num_blocks * B], or of a chunk [num_tokens, context]. None:
+    # causal, context is the chunk itself
     mask: torch.Tensor | None
-    """0 or -inf, [num_rows, 1, 1, num_blocks * B], or of a chunk [num_tokens, context]. None:
-    causal, context is the chunk itself
-    """
     num_rows: int = 0  # decode rows; 0: a chunk
 
 

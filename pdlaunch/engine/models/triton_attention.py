@@ -42,12 +42,12 @@ from pdlaunch.engine.models.step_inputs import StepTensors, slots_of, tiles_of, 
 
 FLASH_MAX_HEAD_DIM = 256
 CUDNN_MAX_HEAD_DIM = 128
+# cuDNN's attention is twice as fast as torch's flash attention from Hopper on (measured)
 CUDNN_CAPABILITY = 9
-"""cuDNN's attention is twice as fast as torch's flash attention from Hopper on (measured)."""
+# Prompts up to this length are planned for at start; a longer one waits for its plan
 CUDNN_PLANNED_TOKENS = 8192
-"""Prompts up to this length are planned for at start; a longer one waits for its plan."""
+# Prompts are padded to multiples of this: a plan for a new length takes cuDNN 45 ms
 CUDNN_STEP_TOKENS = 512
-"""Prompts are padded to multiples of this: a plan for a new length takes cuDNN 45 ms."""
 
 
 def attend_whole_prompts(
@@ -120,8 +120,7 @@ class _LayerCache:
 
     group: int
     window: int  # 0: none
-    cache: torch.Tensor
-    """The KV cache from the layer's keys in the first block on."""
+    cache: torch.Tensor  # The KV cache from the layer's keys in the first block on
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +132,7 @@ class _Heads:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
-    stacked: torch.Tensor | None = None
-    """All three along dimension 1, if they lie like that."""
+    stacked: torch.Tensor | None = None  # All three along dimension 1, if they lie like that
 
 
 class TritonAttention(AttentionBackend):

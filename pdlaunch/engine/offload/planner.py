@@ -45,8 +45,7 @@ class OffloadJob:
     direction: Direction
     block_ids: list[int]  # device blocks
     host_ids: list[int]
-    keys: list[BlockKey]
-    """The content of each block: a store writes it, a load expects it."""
+    keys: list[BlockKey]  # The content of each block: a store writes it, a load expects it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +53,16 @@ class JobFinished:
     """A job has ended: nothing reads or writes its blocks any more."""
 
     job_id: int
+    # All bytes are where they belong; those of a load are proven to be those that were stored
     ok: bool
-    """All bytes are where they belong; those of a load are proven to be those that were stored."""
     error: str = ""
+    # Host blocks whose content was not what this load expected
     failed_host_ids: list[int] = field(default_factory=list)
-    """Host blocks whose content was not what this load expected."""
     num_bytes: int = 0
 
 
+# (group, block hash) -> id of the block: ``BlockPool.find``, ``HostTier.find``
 FindBlock = Callable[[int, bytes], int | None]
-"""(group, block hash) -> id of the block: ``BlockPool.find``, ``HostTier.find``."""
 Move = tuple[int, int, BlockKey]  # device block, host block, content
 
 

@@ -17,8 +17,8 @@ from pdlaunch.protocol.openai.requests import GenerationRequest
 
 _REPLACEMENT = "�"
 _NUM_PROMPT_TOKENS = 6  # context that decides on a leading space; more is never needed
+# A run of tokens that are no text is emitted from here on; real characters end far earlier
 _MAX_HELD_TOKENS = 24
-"""A run of tokens that are no text is emitted from here on; real characters end far earlier."""
 
 
 class TextStream:
@@ -123,13 +123,12 @@ class Delta:
     index: int
     text: str = ""
     tokens: list[TokenOutput] = field(default_factory=list)
+    # Characters of the output before each token
     text_offsets: list[int] = field(default_factory=list)
-    """Characters of the output before each token."""
     finish_reason: str | None = None
+    # The stop string or the token of ``stop_token_ids`` that ended it; None for the model's own end
+    # token
     stop_reason: str | int | None = None
-    """The stop string or the token of ``stop_token_ids`` that ended it; None for the model's own
-    end token.
-    """
 
     def add(self, other: Delta) -> None:
         self.text += other.text
@@ -150,9 +149,7 @@ class Choice:
         *,
         goes_on_elsewhere: bool,
     ) -> None:
-        """``goes_on_elsewhere``: another engine continues at ``length``, so text that is held back
-        stays held back.
-        """
+        """``goes_on_elsewhere``: another engine continues, so held-back text stays held back."""
         self.index = index
         self.request = request
         self.num_tokens = 0

@@ -167,10 +167,10 @@ def _conflict(message: str) -> RequestError:
 
 MAX_REMEMBERED_LEASES = 4096
 LEASE_POLL_S = 0.05
+# Rank 0 answers between two steps. Routers wait a little longer for a page of metrics.
 READ_STATS_TIMEOUT_S = 1.5
-"""Rank 0 answers between two steps. Routers wait a little longer for a page of metrics."""
+# Rank 0 speaks every second between its steps; after this silence it counts as hung
 RANK_SILENCE_S = 30.0
-"""Rank 0 speaks every second between its steps; after this silence it counts as hung."""
 
 
 class EngineService:
@@ -248,9 +248,7 @@ class EngineService:
                 await self.live_link().read_stats()
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new work, and wait until nothing runs and decode engines have read the leased
-        blocks, or the time is up.
-        """
+        """Refuse new work; wait until nothing runs and no lease is left, or the time is up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self.admission.drain(timeout_s)

@@ -180,10 +180,9 @@ async def _is_sleeping(service: EngineService, _: web.Request) -> web.Response:
 
 _log = logging.getLogger(__name__)
 
+# Seconds for which a connection may take no byte of its answer. It is longer than a router's limit,
+# because a router waits for its own client in turn.
 ROUTER_READ_TIMEOUT_S = 60.0
-"""Seconds for which a connection may take no byte of its answer. It is longer than a router's
-limit, because a router waits for its own client in turn.
-"""
 
 
 class ServerProcess:
@@ -216,9 +215,7 @@ class ServerProcess:
             await runner.cleanup()
 
     async def _bind(self, runner: HttpRunner) -> str:
-        """Listen and return the URL: of HTTP on this host alone, of TLS to others. Raises
-        StartupError.
-        """
+        """Listen and return the URL: HTTP for this host, TLS for others. Raises StartupError."""
         host, port = self._spec.bind_address, self._spec.http_port
         bootstrap = self._supervised.bootstrap
         certificate, is_local = bootstrap.keys.certificate, is_loopback(host)

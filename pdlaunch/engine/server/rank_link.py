@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 
 _STATS_CALL = -1  # key of the future of the next EngineStats
 
+# None: the rank died or was replaced while it worked on the request
 RankEvent = Tokens | RequestFinished | None
-"""None: the rank died or was replaced while it worked on the request."""
 Sink = Callable[[RankEvent], None]
 
 
@@ -101,9 +101,7 @@ class RankLink:
             self._socket.send(to_rank.encode(message))
 
     async def call(self, message: Sleep | WakeUp | CheckIntegrity) -> Any:
-        """Number and send the message, and return its reply. Raises OverloadedError when the rank
-        is lost.
-        """
+        """Send the message; return its reply. Raises OverloadedError when the rank is lost."""
         message.call_id = next(self._call_ids)
         return await self._call(message.call_id, message)
 

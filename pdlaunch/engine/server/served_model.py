@@ -35,10 +35,9 @@ from pdlaunch.protocol.openai.requests import (
 )
 
 MIN_TEXT_CHARS = 2**18
+# Longer texts, for each token of the context, are refused: tokenizing takes 100 bytes for each
+# character. Text that just fills the context has about a third.
 TEXT_CHARS_PER_TOKEN = 16
-"""Longer texts, for each token of the context, are refused: tokenizing takes 100 bytes for each
-character. Text that just fills the context has about a third.
-"""
 MIN_TOKEN_IDS = 2**16
 
 _log = logging.getLogger(__name__)
@@ -57,8 +56,8 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
+    # Defaults of the sampling fields that requests leave open
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """Defaults of the sampling fields that requests leave open."""
     files: dict[str, str] = field(default_factory=dict)  # digests of what was read, by name
 
     @property

@@ -24,8 +24,8 @@ VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 VLLM_LENT = "vllm:kv_cache_usage_perc"
 # First vLLM with ``return_token_ids``, which the router needs to know the tokens so far.
 TELLS_TOKEN_IDS_SINCE = (0, 11)
+# Names of the models that an engine serves, each with its ``max_model_len``
 Models = dict[str, int | None]
-"""Names of the models that an engine serves, each with its ``max_model_len``."""
 T = TypeVar("T")
 
 

@@ -23,8 +23,8 @@ from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from pdlaunch.protocol.status import DeploymentStatus, RequestList, RequestSummary, RequestTrace
 
+# Timeout of a command; longer than engines wait for what runs before they sleep
 CALL_TIMEOUT_S = 900.0
-"""Timeout of a command; longer than engines wait for what runs before they sleep."""
 READ_TIMEOUT_S = 30.0
 Choice = Literal["last", "slowest", "failed"]
 T = TypeVar("T")
@@ -140,8 +140,8 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None  # none: it is done
     is_sleeping: bool = False
     num_bytes: int = 0  # device memory that was given back or taken
+    # After a drain: requests that still run, and prompts whose KV blocks are still to be read
     running: int = 0
-    """After a drain: requests that still run, and prompts whose KV blocks are still to be read."""
     notes: Sequence[str] = ()
 
 

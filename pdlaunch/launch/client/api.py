@@ -22,9 +22,8 @@ from typing import Any
 from pdlaunch.errors import PdlaunchError
 
 MAX_ANSWER_BYTES = 64 << 20
+# Time within which a launch starts a router again that has died, unless it dies again and again
 ROUTER_RETURN_S = 20.0
-"""Time within which a launch starts a router again that has died, unless it dies again and again.
-"""
 _POLL_S = 0.05
 _NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")  # finds what cannot stand in a header
 

@@ -33,9 +33,7 @@ _STOP_TIMEOUT_S = 60.0
 
 @dataclass
 class Deployment:
-    """Stands for a running ``pdlaunch serve``; ``url`` answers when ``running_deployment`` has
-    yielded it.
-    """
+    """Stands for a running ``pdlaunch serve``, as ``running_deployment`` yields it."""
 
     process: subprocess.Popen[bytes]
     url: str

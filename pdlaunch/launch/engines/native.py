@@ -13,8 +13,8 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 
+# The only rules on other engines that hold for these, too
 _OF_ALL_KINDS = ("PD610", "PD614", "PD615")
-"""The only rules on other engines that hold for these, too."""
 
 
 class NativeEngine:

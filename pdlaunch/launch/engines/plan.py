@@ -20,8 +20,8 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
 
+# Knows one kind of engine; all engines of a launch are of one kind
 EngineKind = NativeEngine | VllmEngine
-"""Knows one kind of engine; all engines of a launch are of one kind."""
 
 
 def kind_of(launch: ResolvedLaunch) -> EngineKind:

@@ -22,12 +22,11 @@ from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 
+# Rules on engines that run already, which `pdlaunch doctor` alone can judge
 OF_RUNNING_ENGINES = frozenset(rule.code for rule in running_rules.RULES)
-"""Rules on engines that run already, which `pdlaunch doctor` alone can judge."""
+# Holds for every version of vLLM, with its default lease. The version adds to this once it is
+# known.
 CAPABILITIES = Capabilities(kind="vllm", lease_s=30.0, takes_launch_token=False)
-"""Holds for every version of vLLM, with its default lease. The version adds to this once it is
-known.
-"""
 
 
 class VllmEngine:

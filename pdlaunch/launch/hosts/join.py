@@ -115,9 +115,7 @@ def held_join_file(path: Path, port: int = 0) -> Iterator[JoinKeys]:
 
 
 def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
-    """Write what agents join with, and the keys for a supervisor that follows a killed one; nobody
-    else can read them.
-    """
+    """Write what agents, or a supervisor's successor, join with; mode 0600."""
     port = int(endpoint.rpartition(":")[2])
     # In place: whoever holds its lock keeps it.
     _write_private(_supervisor_path(path), msgspec.structs.replace(keys, port=port))

@@ -41,8 +41,8 @@ class PlacedSettings:
 
     settings: Mapping[str, Any]  # the content of the file
     keys: Mapping[str, str]  # API keys by the variable that gives them to the supervisor
+    # Secret-looking variables of engines, by role and name
     engine_secrets: Mapping[Role, Mapping[str, str]] = field(default_factory=dict)
-    """Secret-looking variables of engines, by role and name."""
 
     def config(self) -> LaunchConfig:
         """Return the configuration that the supervisor reads from the file and its variables."""

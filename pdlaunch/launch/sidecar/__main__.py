@@ -214,7 +214,6 @@ class SidecarProcess:
         return own | connector_environment(self._run_dir, setup, os.environ.get("PYTHONPATH", ""))
 
     def _register(self, *, listens: bool = True) -> None:
-        """Tell where the engine is reached, and what it can do."""
         self._supervised.register(
             self._registered_url,
             self._capabilities,
@@ -250,7 +249,6 @@ class SidecarProcess:
         self._fail(f"{name} {killed or f'exited with status {code}'}{reason}")
 
     async def _drain(self, timeout_s: float) -> None:
-        """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""
         with contextlib.suppress(ProtocolError, TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while is_vllm_busy(await self._api.counts(HEALTH_TIMEOUT_S)):  # noqa: ASYNC110
@@ -328,9 +326,7 @@ class SidecarProcess:
         return True
 
     async def _is_there(self) -> bool:
-        """Return whether the engine answers, and nobody else at its port, who would be given the
-        key.
-        """
+        """Return whether the engine itself answers at its port: it is given the key."""
         if self._port and (uid := foreign_listener(int(self._port))) is not None:
             self._fail(
                 f"a program of another user (id {uid}) listens at port {self._port}, which is to "
@@ -435,9 +431,7 @@ class SidecarProcess:
         self._prove_pairs()
 
     def _prove_pairs(self) -> None:
-        """Send a canary through each prefill engine that has none yet, once all ranks have shaken
-        hands.
-        """
+        """Send a canary through each prefill engine without one, once all ranks are joined."""
         self._canaries.prove([peer for peer in self._peers if self._is_joined(peer)])
 
     def _is_joined(self, peer: Peer) -> bool:

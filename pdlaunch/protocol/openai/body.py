@@ -17,11 +17,11 @@ from pydantic import (
 
 from pdlaunch.errors import RequestError
 
+# Strings, lists and objects of a body; as Python objects they are far larger than as text
 MAX_JSON_VALUES = 100_000
-"""Strings, lists and objects of a body; as Python objects they are far larger than as text."""
 MAX_IGNORED_NAMES = 64
+# Accepted by engines; refused by the public router
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
-"""Accepted by engines; refused by the public router."""
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")  # the beginning of a list of token ids
 # Possessive, and matches a string without an end, so that no text makes it backtrack.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
@@ -155,9 +155,7 @@ def _member(raw: bytes, name: str) -> bytes:
 
 
 def _request_error(error: ValidationError) -> RequestError:
-    """Return pydantic's first finding, with the field's path as OpenAI writes it:
-    ``messages[0].role``.
-    """
+    """Return pydantic's first finding, with a path as OpenAI writes it: ``messages[0].role``."""
     first = error.errors(include_url=False)[0]
     path = ""
     for part in first["loc"]:

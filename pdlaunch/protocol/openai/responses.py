@@ -7,10 +7,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+# Holds the ``SpanReport`` in an answer, or in an event before the end of a stream, for a router
+# that has asked for it
 REPORT_KEY = "pdlaunch"
-"""Holds the ``SpanReport`` in an answer, or in an event before the end of a stream, for a router
-that has asked for it.
-"""
 
 
 class PromptTokensDetails(msgspec.Struct):

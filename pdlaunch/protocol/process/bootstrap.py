@@ -138,9 +138,7 @@ def die_with_parent() -> None:
 
 
 class ControlClient:
-    """Sends to the supervisor from any thread, and calls ``on_message`` in its own thread with
-    what comes back.
-    """
+    """Sends to the supervisor from any thread; calls ``on_message`` in its own thread."""
 
     def __init__(
         self,

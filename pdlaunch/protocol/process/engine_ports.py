@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from pdlaunch.config.http_names import is_loopback
 
+# Servers of an engine whose ports are kept: a slow router may know only the one before
 _SERVERS = 2
-"""Servers of an engine whose ports are kept: a slow router may know only the one before."""
 
 
 def bind_to_share(host: str, port: int, *, is_kept: bool) -> socket.socket:

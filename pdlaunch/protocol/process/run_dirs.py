@@ -133,9 +133,7 @@ def base_dir() -> Path:
 
 
 def _own_run_dirs(base: Path) -> Iterator[Path]:
-    """Yield this user's folders in ``base``; others may make some of this name, to be sent
-    commands.
-    """
+    """Yield this user's folders in ``base``: others may make some of the same name."""
     for path in sorted(base.glob(f"{PREFIX}*")):
         with contextlib.suppress(OSError):
             if path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink():

@@ -151,9 +151,7 @@ class Connector(ABC):
         """
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        """Wait, after ``close``, until no peer maps this rank's memory; False when that takes
-        longer. Any thread may call.
-        """
+        """Wait after ``close`` until no peer maps this memory; False after ``timeout_s``."""
         return True
 
 
@@ -179,9 +177,7 @@ class NoConnector(Connector):
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
-    """Make the connector of a rank (``prefill-0/rank-0``); no other one is imported. Raises
-    ConfigError.
-    """
+    """Make the connector of a rank and import no other one. Raises ConfigError."""
     what = f"connector {settings.connector}"
     factory = load_named(connector_settings(settings.connector).factory, what)
     connector = factory(settings, name, incarnation)

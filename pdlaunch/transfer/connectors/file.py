@@ -74,9 +74,7 @@ class FileConnector(PushingConnector):
         self.store.write(target.decode("ascii", "replace"), data.cpu())
 
     def _settle(self, name: str, take: Callable[[torch.Tensor], None], error: str) -> ReadState:
-        """Load what the prefill side has written. What cannot be loaded, or does not fit, is a
-        failed READ.
-        """
+        """Load what the prefill side has written. What does not fit is a failed READ."""
         if error:
             return "failed"
         device = self.memory.scratch.device
@@ -172,7 +170,6 @@ class FileStore:
         return self._folder / f"{name}{_SUFFIX}"
 
     def _check_inside(self, folder: Path) -> None:
-        """Refuse links that lead out of the folder."""
         if folder.resolve().parent != self._folder:
             raise TransferError(f"{folder} leads out of {self._folder}")
 

@@ -48,9 +48,7 @@ _TIMED_SPIN_S = 0.002
 
 
 def load_nixl() -> tuple[Any, Any]:
-    """Return NIXL's Python API and its C++ bindings. Importing them takes seconds, and reads the
-    environment.
-    """
+    """Return NIXL's Python API and C++ bindings. The import takes seconds and reads variables."""
     from nixl import _api, _bindings
 
     return _api, _bindings

@@ -35,9 +35,7 @@ class PieceCopier(ABC):
 
     @abstractmethod
     def start(self, destinations: Pieces, sources: Pieces) -> Read:
-        """Begin to copy source i to destination i. Raises TransferError; then nothing is
-        written.
-        """
+        """Begin to copy source i to destination i. Raises TransferError before any write."""
 
     @abstractmethod
     def close(self) -> None:

@@ -104,9 +104,7 @@ class PushingConnector(Connector):
 
     @abstractmethod
     def _start(self, memory: LocalMemory) -> None:
-        """Build what moves the bytes; may change this thread's CUDA device. Raises
-        TransferError.
-        """
+        """Build what moves the bytes; may change the CUDA device. Raises TransferError."""
 
     @abstractmethod
     def _stop(self) -> None:

@@ -134,9 +134,7 @@ def try_paths(
 
 
 def best_path(figures: Sequence[PathFigure]) -> PathFigure:
-    """Return the first of the paths that are nearly as fast as the fastest. Raises TransferError
-    when there is none.
-    """
+    """Return the first path that is nearly as fast as the fastest. Raises TransferError."""
     usable = [figure for figure in figures if not figure.error]
     if not usable:
         errors = [f"{figure.path}: {figure.error}" for figure in figures]

@@ -54,9 +54,7 @@ class Checksums:
         return self._ended is None or bool(self._ended.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> ChecksumArray:
-        """Wait for the checksums and return them, by block and head: those of the first group's
-        blocks come first.
-        """
+        """Wait for the checksums and return them by block and head, group by group."""
         if self._values is None:
             if self._ended is not None:
                 self._ended.synchronize()

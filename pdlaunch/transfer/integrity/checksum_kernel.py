@@ -63,9 +63,7 @@ def constants(device: torch.device) -> torch.Tensor:
 
 
 def supports(region: torch.Tensor) -> bool:
-    """Return whether the kernel can hash the heads of ``region``: [num_blocks, num_heads,
-    head_bytes] uint8.
-    """
+    """Return whether the kernel can hash [num_blocks, num_heads, head_bytes] uint8."""
     sizes = region.data_ptr(), region.stride(0), region.shape[2]
     return region.shape[2] >= SMALLEST_BYTES and not any(size % UNIT_BYTES for size in sizes)
 
@@ -117,9 +115,7 @@ def hash_page_head(
     LENGTH_START: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """Hash, as program p, head ``first_head + p % num_heads`` of the page at ``units[p //
-    num_heads]``.
-    """
+    """Hash, as program p, one head of the page at ``units[p // num_heads]``."""
     # A stripe or block that ends where the region ends is hashed with the rest, not before.
     num_stripes: tl.constexpr = (REGION_BYTES - 1) // 64
     num_blocks: tl.constexpr = num_stripes // 16
