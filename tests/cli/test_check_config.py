@@ -97,13 +97,6 @@ def test_busy_ports_are_named(check: Check, file: File, monkeypatch: pytest.Monk
     )
 
 
-def test_the_cliff_of_expandable_segments(check: Check) -> None:
-    environ = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    result = check("--assume", "cuda", columns="300", **environ)
-    assert result.exit_code == 1
-    assert "--enable-cumem-allocator" in result.stdout
-
-
 def test_json(check: Check, file: File) -> None:
     report = json.loads(check(file(ALL_SEVERITIES), "--format", "json").stdout)
     assert list(report) == ["ok", "findings", "resolved"]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -117,25 +116,6 @@ def test_unusable_input_is_explained_with_code_2(
     assert not result.exception or isinstance(result.exception, SystemExit)
 
 
-@pytest.mark.parametrize(
-    ("variable", "flags", "field"),
-    [
-        ("PDLAUNCH_PORT", (), ""),
-        ("PDLAUNCH_PREFILL__PORT", ("--port", "0", "--engine-api-key", "k"), "prefill.port"),
-    ],
-)
-def test_a_busy_port_ends_with_code_1_before_anything_starts(
-    model: str, variable: str, flags: tuple[str, ...], field: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
-        monkeypatch.setenv(variable, str(port))
-        result = serve("--model", model, *flags)
-    assert result.exit_code == 1
-    assert f"port {port}" in result.output
-    assert field in result.output
-
-
 def test_other_systems_are_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError) as raised:
         check_platform("darwin")
@@ -164,14 +144,3 @@ def test_dry_run_shows_which_rank_goes_to_which_host_and_device(model: str, tmp_
     }
     lines = serve(str(config), "--dry-run", "--assume", "h100x2").stdout.splitlines()
     assert any(line.startswith("decode-0/rank-1 on node-2, cuda:1") for line in lines)
-
-
-def test_agents_are_waited_for_at_the_port_that_is_set(model: str, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        result = serve(
-            *("--model", model, "--placement", "hosts", "--hosts", "a", "--control-port", port),
-            *("--control-address", "127.0.0.1", "--join-file", str(tmp_path / "join")),
-        )
-    assert result.exit_code == 1
-    assert f"agents cannot join at tcp://127.0.0.1:{port}" in " ".join(result.stderr.split())

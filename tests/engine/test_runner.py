@@ -16,7 +16,6 @@ from pdlaunch.engine.memory.pools import TAGS, MemoryPools
 from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner, left_for_cache
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
-from pdlaunch.engine.step_graphs import batch_sizes
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.models.tiny import CONFIGS, greedy, save_tiny_model
@@ -211,14 +210,6 @@ def test_a_rank_stays_within_its_budget_and_the_device(used: int, utilization: f
 
 
 # GPUs
-
-
-@pytest.mark.parametrize(
-    ("max_rows", "sizes"),
-    [(1, [1]), (3, [1, 2, 3]), (16, [1, 2, 4, 8, 16]), (20, [1, 2, 4, 8, 16, 20])],
-)
-def test_sizes_of_graphs_hold_every_batch(max_rows: int, sizes: list[int]) -> None:
-    assert batch_sizes(max_rows) == sizes
 
 
 @pytest.mark.gpu

@@ -18,15 +18,6 @@ def merge(tp_size: int, events: list[TransferEvent]) -> list[TransferEvent]:
     return [event for event in merged if isinstance(event, TransferEvent)]
 
 
-def test_one_rank_passes_events_through() -> None:
-    events: list[TransferEvent] = [
-        PullFinished(pull_id="a", ok=False, in_flight=True, error="x", counts={"kv_late_reads": 1}),
-        PullDrained(pull_id="a"),
-        LeaseEnded(lease_id="r", reason="pulled"),
-    ]
-    assert merge(1, events) == events
-
-
 def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
     one, both = ({"kv_late_reads": 1, "kv_pull_retries": retries} for retries in (1, 2))
     good = PullFinished(

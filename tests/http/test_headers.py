@@ -30,12 +30,6 @@ from pdlaunch.http.sse import (
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def test_a_request_id_is_kept_or_made() -> None:
-    assert read_request_id("abc-1") == "abc-1"
-    assert len(read_request_id(None)) == 32
-    assert read_request_id("") != read_request_id("")
-
-
 @pytest.mark.parametrize("header", ["a b", "a\r\nb", "é", "x" * 201])
 def test_bad_request_ids_are_refused(header: str) -> None:
     with pytest.raises(RequestError, match="X-Request-Id"):

@@ -62,13 +62,6 @@ def test_whatever_is_wrong_is_told(changes: dict[str, Any]) -> None:
     assert difference(answer(**changes), answer(), is_whole=True)
 
 
-async def test_a_stream_is_the_sum_of_its_pieces() -> None:
-    received = ReceivedAnswer()
-    assert await collect_stream(lines(*pieces()), received) is None
-    assert difference(received, answer(), is_whole=True) == ""
-    assert len(received.events_at) == 2
-
-
 async def test_of_an_answer_that_was_cancelled_only_what_came_is_compared() -> None:
     begun = ReceivedAnswer()
     with pytest.raises(ProtocolError, match="without"):
@@ -76,13 +69,3 @@ async def test_of_an_answer_that_was_cancelled_only_what_came_is_compared() -> N
     assert difference(begun, answer(), is_whole=False) == ""
     assert difference(begun, answer(token_ids=[9, 5, 6]), is_whole=False)
     assert difference(begun, answer(), is_whole=True)
-
-
-async def test_an_error_in_a_stream_is_returned() -> None:
-    stream = lines(pieces()[0], {"error": {"message": "the engine died"}}, done=False)
-    assert await collect_stream(stream, ReceivedAnswer()) == "in the stream: the engine died"
-
-
-async def test_a_choice_that_goes_on_after_its_end_is_an_error() -> None:
-    with pytest.raises(ProtocolError, match="goes on after its end"):
-        await collect_stream(lines({"choices": [WHOLE]}, pieces()[0]), ReceivedAnswer())

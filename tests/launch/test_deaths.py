@@ -26,7 +26,6 @@ from tests.launch.fakes import World, pair_ready, serving
 
 RANK = "decode-0/rank-0"
 ENGINE = ("decode-0", RANK)
-GIVEN_UP = "decode-1 died 5 times in a row, each within 60 s of its start"
 
 
 def crash_loop(world: World, name: str, *, times: int = 5, returncode: int = 1) -> None:
@@ -179,16 +178,6 @@ def test_it_is_given_up_and_the_others_serve_on(name: str, returncode: int) -> N
     assert (entry.state, entry.address.http, entry.role) == ("failed", "", "decode")
     assert "died 5 times in a row" in entry.reason
     assert entry.reason.endswith("; tried again 8 s later")
-
-
-def test_the_launch_ends_with_the_last_engine_of_a_role() -> None:
-    world = serving(num_decode=2)
-    crash_loop(world, "decode-0")
-    crash_loop(world, "decode-1")
-    failure = world.failure
-    assert failure is not None
-    assert (failure.process, failure.said) == ("decode-1", "disk full")
-    assert failure.summary == GIVEN_UP
 
 
 def test_engines_of_both_roles_serve_on_without_a_pair_and_the_pair_without_them() -> None:

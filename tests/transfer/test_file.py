@@ -25,14 +25,6 @@ def store(tmp_path: Path) -> FileStore:
     return FileStore(str(tmp_path / "kv"), 1_000_000)
 
 
-def test_what_is_written_is_read(store: FileStore, tmp_path: Path) -> None:
-    name = NAMES[0]
-    store.write(name, BLOCKS)
-    assert torch.equal(store.read(name, CPU), BLOCKS)
-    assert [path.name for path in (tmp_path / "kv").iterdir()] == [DIGESTS[0]]
-    assert len(list((tmp_path / "kv" / DIGESTS[0]).iterdir())) == 1, "no part of a file is left"
-
-
 @given(
     name=st.text()
     | st.sampled_from(

@@ -347,19 +347,6 @@ def open_both(open_rank: Open) -> Open:
     return open_one
 
 
-def test_the_paths_of_both_are_offered(open_both: Open) -> None:
-    puller, holder = open_both("a"), open_both("b")
-    assert puller.connector.name == "fake+p2p"
-    found = puller.connector.connect(holder.card())
-    assert list(found) == ["p2p/memfd", "fake/memory"]
-    for block_id, connection in enumerate(found.values()):
-        assert read(connection, [block_id], [2]) == "done"
-        assert torch.equal(puller.kv_cache[block_id], holder.kv_cache[2])
-        connection.close()
-    with pytest.raises(TransferError, match="cannot be read"):
-        puller.connector.connect(holder.card(agent_metadata=b"nonsense"))
-
-
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_a_path_that_one_side_lacks_says_why(open_both: Open, side: str) -> None:
     lacking = {"source": PrivateKVMemory()}

@@ -127,19 +127,6 @@ def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
     assert all(holder.ended() == PULLED for holder in holders)
 
 
-def test_a_failed_read_reconnects(world, holder):
-    world.fabric.failing = True
-    begin(world, holder, num_attempts=2)
-    assert world.events == []
-    assert world.connector.peers == []
-    world.fabric.failing = False
-    world.clock.now += 1.0
-    world.turn(6)
-    finished = world.finished()
-    assert (finished.ok, finished.counts["kv_pull_retries"]) == (True, 1)
-    assert world.connector.added == ["prefill-0/rank-0#1"] * 2
-
-
 @pytest.mark.parametrize("stage", ["beginning", "reading"])
 def test_a_pull_outlives_a_new_connection(world, holder, stage):
     """Another pull's READ has failed: what this one has asked is asked again, what it has read is

@@ -180,31 +180,6 @@ def test_what_cannot_be_divided_is_named(changes: dict[str, int], tp_size: int, 
     assert caught.value.field == "tensor_parallel_size"
 
 
-def test_embeddings_and_output_stay_whole() -> None:
-    """As transformers 5.17 plans it where the output layer is tied to the embedding."""
-    plan = {
-        "embed_tokens": "embedding_rowwise",
-        "gate": "colwise",
-        "down": "rowwise",
-        "norm": "replicated_with_grad_allreduce",
-    }
-    base = torch.nn.ModuleDict(
-        {
-            "embed_tokens": torch.nn.Embedding(9, 24),
-            "gate": torch.nn.Linear(24, 48),
-            "down": torch.nn.Linear(48, 24),
-            "norm": torch.nn.LayerNorm(24),
-        }
-    )
-    model = torch.nn.ModuleDict({"model": base, "lm_head": torch.nn.Linear(24, 9)})
-    share = slice(24, 48)
-    assert plan_cuts(model, "model", plan, Shard(1, 2, make_shape())) == {
-        "model.gate.weight": (0, share),
-        "model.gate.bias": (0, share),
-        "model.down.weight": (1, share),
-    }
-
-
 @pytest.mark.parametrize(
     ("plan", "message"),
     [({"gate": "packed_colwise"}, r"model\.gate \(packed_colwise\)"), (None, "no tensor-parallel")],

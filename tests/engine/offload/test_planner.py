@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
-from pdlaunch.engine.kvcache.manager import BlockTables
-from pdlaunch.engine.offload.planner import BlockKey, HostTier, JobFinished, OffloadPlanner
+from pdlaunch.engine.offload.planner import BlockKey, HostTier, OffloadPlanner
 
 BLOCK_SIZE = 4
 
@@ -78,34 +77,3 @@ def test_finds_the_longest_prefix(
         assert hit.host_ids[group] == [
             tier.find(group, bytes([index])) for index in range(end, longest)
         ]
-
-
-def test_stores_what_became_full_and_loads_it_back() -> None:
-    planner = make_planner([None, 9])
-    tables = BlockTables(2)
-    # The sliding group has given its blocks 0 and 1 back.
-    tables.append([0, 2], [[0, 1, 2, 3, 4], [102, 103, 104]])
-    store = planner.begin_store(tables, hashes(5), range(4))
-    assert store is not None
-    assert (store.direction, store.block_ids) == ("store", [0, 1, 2, 3, 102, 103])
-    assert store.keys == [(0, name) for name in hashes(4)] + [(1, name) for name in hashes(4)[2:]]
-    assert list(planner.block_ids_in_flight("store")) == store.block_ids
-    assert planner.begin_store(tables, hashes(5), range(4)) is None, "all are being stored"
-    assert planner.find(hashes(5), 5, lambda _group, _hash: None) is None
-    planner.check_integrity()
-    assert planner.finish(JobFinished(store.job_id, True)) is store
-    hit = planner.find(
-        hashes(5), 5, lambda group, block_hash: 7 if (group, block_hash) == (0, b"\0") else None
-    )
-    assert hit is not None
-    # Block 4 was not full; the token after block 3 sees blocks 2 and 3 of the sliding group.
-    assert (hit.end, hit.device.first, hit.device.block_ids) == (4, [0, 2], [[7], []])
-    load = planner.begin_load(hit, [[20, 21, 22], [23, 24]], hashes(5))
-    assert (load.block_ids, load.host_ids, load.keys) == (
-        [20, 21, 22, 23, 24],
-        store.host_ids[1:],
-        store.keys[1:],
-    )
-    planner.check_integrity()
-    planner.finish(JobFinished(load.job_id, True))
-    planner.check_integrity()

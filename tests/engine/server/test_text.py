@@ -155,11 +155,6 @@ def test_stop_strings_cut_wherever_they_are_split(text, stops):
     assert "".join(run(byte_ids(text), stop=stops)) == expected
 
 
-@pytest.mark.parametrize(("include_stop", "text"), [(False, "a"), (True, "a--")])
-def test_a_stop_string_is_shown_on_request(include_stop, text):
-    assert "".join(run(byte_ids("a--b"), stop=["--"], include_stop=include_stop)) == text
-
-
 def test_text_before_min_tokens_is_not_searched():
     assert run(byte_ids("aaab"), stop=["a"], min_tokens=3) == ["a", "a", ""]
 

@@ -16,7 +16,6 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.link import RankPairs
 from pdlaunch.protocol.control import (
-    Entry,
     PairFailed,
     PairReady,
     PairSuspect,
@@ -24,7 +23,7 @@ from pdlaunch.protocol.control import (
     Registry,
     SleepState,
 )
-from pdlaunch.protocol.engine_link import PullFailure, rank_entries
+from pdlaunch.protocol.engine_link import PullFailure
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import ConnectorSpec
 from tests.launch.sidecar.fake_worker import FakeWorker, read_setup
@@ -227,8 +226,3 @@ def test_proofs_are_kept_by_incarnation() -> None:
     assert pairs.slowest(("prefill-0", 2), 2) is None, "rank 1 has none"
     pairs.keep([("prefill-0", 3)])
     assert pairs.slowest(("prefill-0", 2), 1) is None
-
-
-def test_an_entry_without_side_channels_has_no_ranks() -> None:
-    entry = Entry(name="prefill-0", kind="server", incarnation=1)
-    assert rank_entries([entry]) == []

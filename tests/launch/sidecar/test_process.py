@@ -283,17 +283,6 @@ async def test_an_engine_whose_core_has_ended_is_told_to_be_dead(
             await running
 
 
-async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSupervisor) -> None:
-    run_dir = supervisor.bootstrap.run_dir
-    supervisor.inbox.put_nowait(registry(run_dir))
-    proven = await supervisor.next(PairReady)
-    supervisor.inbox.put_nowait(registry(run_dir, proven))
-    supervisor.inbox.put_nowait(registry(run_dir, proven, state="sleeping"))
-    assert (await supervisor.next(PairSuspect)).peer == "prefill-0"
-    supervisor.inbox.put_nowait(registry(run_dir))
-    assert (await supervisor.next(PairReady)).peer == "prefill-0"
-
-
 async def test_an_engine_that_sleeps_is_told_until_it_is_awake(tmp_path: Path) -> None:
     supervisor = FakeSupervisor(tmp_path)
     async with watched(supervisor, "--enable-sleep-mode", is_sleeping=False):
