@@ -121,7 +121,7 @@ ABSENT = {
     "request_max_num_generation_tokens": "request_generation_tokens tells",
     "request_num_preemptions": "num_preemptions tells",
     "request_prefill_kv_computed_tokens": "prompt_tokens_by_source tells",
-    "cache_config_info": "pdlaunch status and config show tell",
+    "cache_config_info": "pdlaunch status and check-config tell",
     "mm_cache_queries": "no model with images is served",
     "mm_cache_hits": "no model with images is served",
     "lora_requests_info": "no adapters are served",
