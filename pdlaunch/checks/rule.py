@@ -50,8 +50,7 @@ class Finding:
 
     rule: str
     severity: Severity
-    # Dotted path of the setting to change, or the name of what is at fault (a variable, a folder, a
-    # package)
+    # Dotted path of the setting to change, or the name of a variable, folder or package
     where: str
     message: str
     fix: str

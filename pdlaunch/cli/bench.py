@@ -127,9 +127,7 @@ def serve(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Measure what clients of a deployment see: time to first token, gap to the second token,
-    inter-token latency and throughput.
-    """
+    """Measure what clients see: TTFT, gap to the second token, ITL and throughput."""
     # Refuse options that would have no effect, so that nobody misreads the figures.
     if request_rate is not None:
         _refuse_given({"--concurrency": concurrency}, "not with --request-rate")

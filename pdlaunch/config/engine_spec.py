@@ -50,8 +50,7 @@ class EngineSpec(SharedSettings, EngineSettings):
     def of(cls, config: LaunchConfig, role: Role, **resolved: object) -> Self:
         """Return the spec of an engine of ``role``: its settings below the ``resolved`` values."""
         # Ranks have `env` as their environment; the server has no use for what may be secrets.
-        # Last wins: what was derived stands over the settings of the role, and these over the
-        # launch's.
+        # Last wins: derived values over settings of the role, and these over the launch's.
         settings = (
             dict(config) | dict(config.engine_settings(role)) | {"env": {}, "role": role} | resolved
         )

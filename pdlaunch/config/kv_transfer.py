@@ -24,8 +24,7 @@ from pdlaunch.config.field_types import Flag, FrozenModel, PortRange, Switch
 class KVTransferSettings(FrozenModel):
     """Settings of the way that KV blocks take from prefill to decode."""
 
-    # Sections of other connectors are no fields, so that their packages are imported only when
-    # named.
+    # Sections of other connectors are no fields: packages are imported only when named.
     model_config = ConfigDict(extra="allow")
 
     # fmt: off

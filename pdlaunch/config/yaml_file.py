@@ -100,8 +100,7 @@ class _Reader:
             return None
         if kind == "bool" and not is_text:
             return text.lower() in ("yes", "true", "on")
-        # YAML 1.1 reads 010 as 8 and 1:30 as 90; such texts are left to the field to accept or
-        # refuse.
+        # YAML 1.1 reads 010 as 8 and 1:30 as 90; the field accepts or refuses such texts.
         if kind == "int" and _WHOLE.fullmatch(text) and not is_text:
             return int(text)
         if kind == "float" and _FRACTION.fullmatch(text) and not is_text:

@@ -85,8 +85,7 @@ class KVTransfers:
         lease that nobody needs. The request's other blocks are freed.
         """
         message = request.message
-        # It ends with its first token, so that no later step can still write to the blocks that are
-        # leased.
+        # It ends with its first token, so no later step can write to the leased blocks.
         assert not (message.do_remote_decode and request.num_in_flight)
         is_over = message.num_readers < 1 or (reason == "stop" and message.num_readers == 1)
         if is_over or not message.do_remote_decode:

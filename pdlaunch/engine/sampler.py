@@ -155,8 +155,7 @@ def _change_row(logits: torch.Tensor, row: Row) -> None:
         indices = _indices([token_id for token_id in forbidden if token_id < len(logits)], logits)
         logits.index_fill_(0, indices, float("-inf"))
     if sampling.repetition_penalty != 1.0:
-        # Within what float32 holds: an infinite factor would make NaN of 0, and 0 of minus
-        # infinity.
+        # Within float32: an infinite factor would make NaN of 0, and 0 of minus infinity.
         penalty = min(max(sampling.repetition_penalty, _FLOAT32.tiny), _FLOAT32.max)
         seen = upload_array(np.unique(row.known), logits.device)
         values = logits[seen]

@@ -167,8 +167,7 @@ def bearer_check(keys: Collection[str], *, message: str, code: str) -> KeyCheck:
     def check(http: web.Request) -> None:
         scheme, _, given = http.headers.get("Authorization", "").partition(" ")
         sent = given.strip().encode(errors="surrogateescape")
-        # All are compared, in constant time, so that the time does not tell which one nearly
-        # matched.
+        # All are compared in constant time, which does not tell what nearly matched.
         matches = [secrets.compare_digest(sent, key.encode()) for key in keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise RequestError(message, status=401, code=code)

@@ -272,9 +272,7 @@ class EnginePlaces:
         return EnginePlace(host.name, devices)
 
     def _hosts(self, role: Role, places: Places) -> list[ResolvedHost]:
-        """Return the present hosts that take engines of a role: those with free cores first, of
-        these the ones near its peers.
-        """
+        """Return the hosts that take engines of a role: most free cores first, then near peers."""
         near = {
             place.host
             for (other, _), place in places.items()

@@ -302,8 +302,7 @@ class RoleEngines:
             given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
         if self.role not in PAIR:
             return given
-        # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU that
-        # sees none.
+        # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to ranks on the CPU.
         has_gpus = self.machine.gpus or self.machine.has_hidden_gpus
         device: DeviceKind = "cuda" if has_gpus else self.device
         # Last: what the connector needs narrows what the user has set.

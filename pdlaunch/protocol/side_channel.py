@@ -133,9 +133,7 @@ class HeartbeatReply(Message):
 
 
 class PullEnd(LeaseQuestion):
-    """Ends the reader's use of a lease. Has no answer: the reader checks by itself that the lease
-    lasted until the end of its READ.
-    """
+    """Ends the reader's use of a lease. It has no answer: the reader checks the time itself."""
 
 
 class Push(LeaseQuestion):

@@ -124,7 +124,6 @@ class SecureContext:
         socket.ipv6 = "[" in endpoint
         socket.linger = self.LINGER_MS
         socket.maxmsgsize = MAX_FRAME_BYTES
-        # At a high-water mark (1000 messages) a ROUTER drops messages without a word: tokens would
-        # be missing.
+        # At a high-water mark (1000) a ROUTER drops messages silently: tokens would be lost.
         socket.sndhwm = socket.rcvhwm = 0
         return socket

@@ -50,8 +50,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     prefix: PrefixHashes = ()
     wants_pair: bool = False  # the client asks for a pair of engines
     is_suspect: bool = False  # it may have killed a rank
-    # A single engine must do the remaining work: the prompt is computed, or the attempts at pairs
-    # are used up.
+    # One engine must do the rest: the prompt is computed, or no attempt at pairs is left.
     is_begun: bool = False
     holder: Engine | None = None  # has blocks of this prompt that can still be pulled
     tried: frozenset[EngineKey] = frozenset()  # engines that must not be asked now

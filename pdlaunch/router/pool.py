@@ -216,8 +216,7 @@ class EnginePool:
             self._with_ranks.add(server.name)
         if server.state != "ready" or server.withheld or not server.address.http:
             return False
-        # Without native ranks an engine is as ready as its server; one that has shown ranks needs
-        # all of them.
+        # Without native ranks an engine is as ready as its server; else it needs all of them.
         if server.name not in self._with_ranks:
             return True
         is_whole = bool(ranks) and len(ranks) == ranks[0].tp_size

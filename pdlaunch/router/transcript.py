@@ -133,8 +133,7 @@ class Transcript:
     def note_usage(self, usage: dict[str, Any] | None) -> None:
         if usage is None:
             return
-        # Keep the first engine's count of cached tokens: a second engine finds the whole prompt
-        # computed.
+        # Keep the first engine's cached tokens: a second one finds the whole prompt computed.
         if not self._has_usage:
             self._has_usage = "completion_tokens" in usage
             self._usage.prompt_tokens = usage["prompt_tokens"]

@@ -169,8 +169,7 @@ class SourceRank:
     """Names a prefill rank that a decode rank turns to, and what it reads there."""
 
     tp_rank: int  # TP rank within the prefill engine
-    # Global indices of the KV heads to pull. Empty: only begin and end the pull, so that the lease
-    # there ends.
+    # Global indices of the KV heads to pull. Empty: only visit, so that the lease there ends.
     heads: range
     num_decode_ranks: int  # decode ranks of one reader that turn to this prefill rank
 

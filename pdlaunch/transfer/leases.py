@@ -333,8 +333,7 @@ class PrefillSide:
                 logger.info(
                     "handshake with %s, incarnation %d", message.rank_name, message.incarnation
                 )
-                # Whether it fits or not: nobody waits for a rank that has come and cannot be
-                # served.
+                # Whether it fits or not: nobody waits for a rank that cannot be served.
                 self.known_ranks.add((message.rank_name, message.incarnation))
                 return msgspec.structs.replace(self._card, call_id=call_id)
             case PullBegin():
@@ -370,8 +369,7 @@ class PrefillSide:
                 return ChecksumsReply(call_id=call_id, groups=lease.stated_checksums())
             case Push():
                 heads = self._check_push(message)
-                # A write cannot be taken back: the reader owns the destination until it has the
-                # answer.
+                # A write cannot be taken back: the reader's blocks are its own until the answer.
                 write = self._connector.push(message.target, message.block_ids, heads)
                 self._writes.append((question, write))
                 return None

@@ -451,9 +451,7 @@ class PeerTable:
         return [(source, ranks[source.tp_rank]) for source in sources]
 
     def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
-        """Report that ranks of one TP group carry different engine_ids, which is a fault except
-        briefly while an engine restarts.
-        """
+        """Report ranks of a TP group with different engine_ids, a fault except at a restart."""
         error = HandshakeError(
             f"engine_id: {leader.name} at {leader.address.side_channel} has {leader.engine_id}, "
             f"{entry.name} at {entry.address.side_channel} has {entry.engine_id}"

@@ -75,8 +75,7 @@ class Share:
         self.read_s = 0.0  # duration of that READ, as exactly as the connector knows
         self.ended_at: float | None = None  # instant at which it was over; None before
         self.causes: set[str] = set()  # of the READs that failed; see ``PullFailed``
-        # Deadline for telling the prefill rank of the end; None before the end, and once it is
-        # told.
+        # Deadline for telling the prefill rank of the end; None: not yet, or told.
         self.tells_until_at: float | None = None
         self._command = command
         self._source = source
@@ -212,8 +211,7 @@ class Share:
 
     def _on_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
         """Keep an answer for ``advance``; ignore repeated answers."""
-        # The seconds in an answer count from its question: this rank does not know when the answer
-        # was sent.
+        # Seconds in an answer count from its question: when it was sent is not known here.
         match reply:
             case PullReply() if self._lease is None:
                 self._lease = reply
@@ -446,9 +444,7 @@ class PullTable:
         return [at for pull in self._pulls.values() for at in pull.deadlines()]
 
     def start(self, command: StartPull) -> None:
-        """Begin a pull. The registry shows its prefill ranks by their engine_id: the host and port
-        of the request are not trusted.
-        """
+        """Begin a pull from ranks of the registry: the request's host and port are not trusted."""
         assert command.pull_id not in self._pulls
         try:
             sources = self._peers.sources_of(command.remote.engine_id)

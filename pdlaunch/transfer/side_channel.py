@@ -65,9 +65,7 @@ class DecodeSocket:
 
     @property
     def broken(self) -> bool:
-        """Return whether the other end has closed the connection. On one host that is the end of
-        the peer's process, and no mere pause.
-        """
+        """Return whether the other end is closed: on one host its process has ended."""
         if self._monitor is not None and not self._broken:
             self._broken = bool(self._monitor.poll(0))
         return self._broken

@@ -90,9 +90,7 @@ def native_setup(
 
 
 class TransferSides:
-    """Owns leases, peers and pulls of one rank that is awake. The transfer thread makes it and
-    alone uses it.
-    """
+    """Owns leases, peers and pulls of an awake rank. The transfer thread alone uses it."""
 
     def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
         """Open the connector. Raises TransferError."""
@@ -190,9 +188,7 @@ class TransferSides:
 
     @property
     def is_quiet(self) -> bool:
-        """Return whether nothing reads or writes the memory, and nothing can begin to: idle, and no
-        peer is left, not even for a READ.
-        """
+        """Return whether nothing uses the memory or can begin to: idle, and without peers."""
         return self.is_idle and not self._peers.all()
 
     @property

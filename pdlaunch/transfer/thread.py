@@ -40,8 +40,7 @@ logger = logging.getLogger(__name__)
 
 CONFIRMATION_S = 5.0  # seconds for the transfer thread to answer once its deadline has passed
 LONGEST_SLEEP_S = 60.0
-# Shorter sleeps are skipped. This is ``SLEEP_SHARE`` of 3 ms: the thread spins through READs that
-# are younger.
+# Shorter sleeps are skipped; ``SLEEP_SHARE`` of 3 ms: the thread spins through younger READs.
 SHORTEST_SLEEP_S = 0.0001
 # Seconds between polls of abandoned READs.
 SUSPENSION_SLEEP_S = 0.01
@@ -165,8 +164,7 @@ class TransferThread:
             self._sides = TransferSides(self._setup, self._socket)
             self._started.set()
             try:
-                # Commands first: a question that waits for a grant is answered in the turn that
-                # brings it.
+                # Commands first: a grant answers in its own turn the question that waits for it.
                 while self._execute_inbox():
                     self._turn()
                     self._sleep()

@@ -326,7 +326,5 @@ class Worker:
 
 
 def _memory_on(device: torch.device, pools: MemoryPools) -> KVMemory:
-    """Return what shares the KV cache with peers of this host: by CUDA IPC where vLLM has allocated
-    it, else by the handles of the pools.
-    """
+    """Return what shares the KV cache: handles of our pools, else CUDA IPC."""
     return PrivateKVMemory() if device.type == "cpu" else DeviceKVMemory(pools, device)

@@ -106,9 +106,7 @@ def cache_root() -> Path:
 
 
 def _find_alias(name: str) -> Path:
-    """Return the .gguf file in the alias's package, without importing that package: an import would
-    ask for packages that need a compiler.
-    """
+    """Return the .gguf file in the alias's package, whose import would need a compiler."""
     package, requirement = ALIASES[name]
     # find_spec of a package without dots runs none of its code.
     spec = importlib.util.find_spec(package)

@@ -35,8 +35,7 @@ _RECURRENT_LAYERS = {"linear_attention", "mamba", "recurrent", "conv"}
 class Family:
     """Describes the models of one ``model_type``."""
 
-    # Defaults of ``_SIZES``. None for KV heads: those of the queries; for head_dim: hidden_size //
-    # heads.
+    # Defaults of ``_SIZES``. None: as many KV heads as heads; head_dim hidden_size // heads.
     sizes: tuple[int | None, ...]
     # Defaults of other fields. A bias is read only where it stands here.
     others: Config = field(default_factory=dict)

@@ -101,8 +101,7 @@ def longest_prefix(
         before = length
         for group, window in enumerate(windows):
             start = first_visible(window, length * block_size, block_size)
-            # A block that lacks is visible from every length between: the next one to try ends
-            # before it.
+            # A missing block is visible from every length between: try one that ends before it.
             while (end := end_of(group, start, length)) < length:
                 length = end
                 start = first_visible(window, length * block_size, block_size)

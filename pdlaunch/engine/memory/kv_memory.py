@@ -169,8 +169,7 @@ class HostKVMemory(KVMemory):
         shared.check()
         size = shared.allocation_bytes
         try:
-            # Of a file that shrinks while it is mapped, the lost pages kill who reads them
-            # (SIGBUS).
+            # Lost pages of a file that shrinks while it is mapped kill their reader (SIGBUS).
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise NotShareable("the peer's memory is not sealed against shrinking")
             if (found := os.fstat(fd).st_size) != size:

@@ -120,8 +120,7 @@ class TorchAttention(AttentionBackend):
             stop = start + int(too_short[0]) if len(too_short) else stop
             rows = order[start:stop]
             start = stop
-            # Entries past a row's end repeat its last block: what lies there is finite, and nobody
-            # else's.
+            # Entries past a row's end repeat its last block, which is finite and its own.
             last = num_blocks[rows, None] - 1
             columns = first[rows, None] + np.minimum(np.arange(longest), last)
             positions = first[rows, None] * size + np.arange(longest * size)

@@ -219,9 +219,7 @@ class TritonAttention(AttentionBackend):
         return TritonStep(self, tensors)
 
     def takes_cudnn(self, step: StepTensors, window: int) -> bool:
-        """Return whether cuDNN attends for the chunks of a step: long ones without anything before
-        them, which fit into the window.
-        """
+        """Return whether cuDNN attends: long chunks, nothing before them, within the window."""
         return (
             self._has_cudnn
             and not step.prefix_slots

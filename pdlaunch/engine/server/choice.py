@@ -126,8 +126,7 @@ class Delta:
     # Characters of the output before each token
     text_offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    # The stop string or the token of ``stop_token_ids`` that ended it; None for the model's own end
-    # token
+    # The stop string or stop token id that ended it; None: the model's own end token
     stop_reason: str | int | None = None
 
     def add(self, other: Delta) -> None:

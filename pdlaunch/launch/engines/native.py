@@ -77,8 +77,7 @@ class NativeEngine:
 
 def python_command(*arguments: str) -> tuple[str, ...]:
     """Return the command that runs a module of this package with this interpreter."""
-    # -P: files in the current folder must not stand in for modules, as with the `pdlaunch` script
-    # itself.
+    # -P: files in the current folder must not stand in for modules.
     return (sys.executable, "-P", "-m", *arguments)
 
 

@@ -24,8 +24,7 @@ from pdlaunch.protocol.control import Capabilities
 
 # Rules on engines that run already, which `pdlaunch doctor` alone can judge
 OF_RUNNING_ENGINES = frozenset(rule.code for rule in running_rules.RULES)
-# Holds for every version of vLLM, with its default lease. The version adds to this once it is
-# known.
+# Holds for every vLLM with its default lease. The version adds to this once known.
 CAPABILITIES = Capabilities(kind="vllm", lease_s=30.0, takes_launch_token=False)
 
 

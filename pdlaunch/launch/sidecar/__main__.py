@@ -396,9 +396,7 @@ class SidecarProcess:
         )
 
     async def _tell_peers(self) -> None:
-        """Tell workers of the other engines' ranks, once the engine is ready: a handshake would
-        disturb vLLM while it captures graphs.
-        """
+        """Tell workers of other ranks, once ready: vLLM must not be disturbed before."""
         if self._link is not None and self._registry is not None and self._is_ready.is_set():
             others = (entry for entry in self._registry.entries if entry.name != self._name)
             await self._link.tell_peers(rank_entries(others))

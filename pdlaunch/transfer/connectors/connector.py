@@ -38,8 +38,7 @@ class LocalMemory:
     """Holds the memory that a rank lets others read."""
 
     kv: KVRegions  # outlives the connector
-    # [num_bytes] uint8; a known pattern, written before ``open``, that peers read to prove the
-    # path.
+    # [num_bytes] uint8; a pattern, written before ``open``: peers read it as proof.
     scratch: torch.Tensor
     # The memory that KV cache and scratch were allocated from.
     source: KVMemory = field(default_factory=PrivateKVMemory)
@@ -213,9 +212,7 @@ def pieces_of_scratch(
 
 
 def bind_device(device: torch.device) -> None:
-    """Make the KV cache's CUDA device that of the calling thread: the current device is
-    thread-local, and libraries change it.
-    """
+    """Bind this thread to the KV cache's CUDA device, as libraries change the current one."""
     if device.type != "cpu":
         torch.cuda.set_device(device)
 

@@ -19,8 +19,7 @@ UNIT_BYTES = 16  # pieces and their places are multiples of the widest load of a
 _NUM_PROGRAMS, _TILE_WORDS, _NUM_WARPS = 32, 8192, 8
 
 
-# Triton reads annotations: only its own may stand here. It must not compile anew for another number
-# of pieces.
+# Triton reads annotations: only its own may stand here. One compilation for any num_pieces.
 @triton.jit(do_not_specialize=["num_pieces"])  # type: ignore[untyped-decorator]
 def _copy_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     anchor,  # noqa: ANN001

@@ -126,9 +126,7 @@ class FileStore:
             ) from error
 
     def write(self, name: str, blocks: torch.Tensor) -> None:
-        """Write ``blocks``, which are contiguous and on the host, then delete the oldest files
-        beyond the limit. Raises TransferError.
-        """
+        """Write ``blocks`` of host memory; delete the oldest files beyond. Raises TransferError."""
         if blocks.nbytes > self._size_limit_bytes:
             raise TransferError(
                 f"{blocks.nbytes} bytes do not fit into kv_transfer.file.directory: size_limit is "

@@ -43,9 +43,7 @@ class _Target(msgspec.Struct, frozen=True):
 
 
 class MooncakeConnector(PushingConnector):
-    """Writes through one transfer engine. ``open`` imports ``mooncake``, with the variables of
-    ``MooncakeSpec.environment`` applied.
-    """
+    """Writes through one transfer engine, which ``open`` imports with its variables applied."""
 
     name = "mooncake"
 

@@ -92,8 +92,7 @@ class NixlConnector(Connector):
     ) -> None:
         """``name`` is the rank's, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
-        # Outlives ``close``, because READs may be pending when the process exits; ``open`` lets go
-        # of it.
+        # Outlives ``close``, as READs may be pending at the exit; ``open`` lets go of it.
         self.agent: Any = None
         self._load = load
 

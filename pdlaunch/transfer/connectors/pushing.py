@@ -112,9 +112,7 @@ class PushingConnector(Connector):
 
     @abstractmethod
     def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
-        """Write from this rank's memory, in a thread of the pool; return when all bytes have
-        landed. Raises TransferError.
-        """
+        """Write from this rank's memory in a pool's thread, to the end. Raises TransferError."""
 
 
 @dataclass(frozen=True, slots=True)

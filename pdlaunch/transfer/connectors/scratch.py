@@ -27,8 +27,7 @@ LEAST_PIECE_BYTES = 4 * 1024
 # Pieces from this size on cover the scratch. There are no more of smaller ones than of these: more
 # would only take longer.
 COVERING_PIECE_BYTES = 16 * 1024
-# READs that are timed; the best one counts, because a READ of half a millisecond is easily
-# disturbed.
+# READs that are timed; the best one counts: half a millisecond is easily disturbed.
 NUM_WARM_READS = 3
 STEADY_S = 0.02  # a READ that takes this long is not repeated: disturbances are short beside it
 # Share of the best speed that counts as equal; it is more than the spread of a measurement. Among
@@ -45,9 +44,7 @@ def scratch_bytes(device: torch.device) -> int:
 
 
 def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
-    """Fill ``scratch``, [num_bytes] uint8. The bytes differ for every incarnation of an agent, so
-    that a stale mapping shows.
-    """
+    """Fill [num_bytes] uint8 with bytes of this incarnation, so that a stale mapping shows."""
     scratch.view(-1, PATTERN_BYTES).copy_(_row(agent_name))
 
 

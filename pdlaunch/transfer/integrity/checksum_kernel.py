@@ -202,9 +202,7 @@ def _scramble(accumulator, key):
 
 @triton.jit
 def _merge(even, odd, keys, LENGTH_START: tl.constexpr):
-    """Return the checksum: pairs of accumulators are multiplied to 128 bits, the halves folded, all
-    added up, and the bits spread.
-    """
+    """Return the checksum: accumulators multiplied in pairs, folded, added and spread."""
     first = even ^ _load_word(keys)
     second = odd ^ _load_word(keys + 1)
     result = tl.sum((first * second) ^ tl.umulhi(first, second), axis=0) + LENGTH_START
