@@ -63,5 +63,6 @@ def demo() -> Iterator[Deployment]:
     """One prefill and one decode engine with the demo model, float32, whose logs say all they can;
     they end with the tests of this folder.
     """
-    with running_deployment((*DEMO_ARGUMENTS, "--log-level", "debug")) as deployment:
+    arguments = (*DEMO_ARGUMENTS, "--log-level", "debug")
+    with running_deployment(arguments, environ=clean_environ()) as deployment:
         yield deployment
