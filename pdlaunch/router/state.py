@@ -171,7 +171,7 @@ class RouterState:
         self.recovery = recovery
         self.suspects = SuspectPrompts()
         self.events = EventLog(time.time)
-        # The last failure of each pair whose engines are there.
+        # The last failure of each pair whose engines are there, or may come back.
         self.pair_failures: dict[tuple[str, str], str] = {}
         self._prove_again = prove_again
         self._knows_engines = False
@@ -188,7 +188,9 @@ class RouterState:
                 # Its process may end by itself, or answer again.
                 asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
         self.events.engines_changed(registry, self.pool.engines)
-        names = {engine.name for engine in self.pool.engines}
+        names = {each.name for each in self.pool.engines} | {
+            each.name for each in self.events.gone()
+        }
         failures = self.pair_failures.items()
         self.pair_failures = {pair: error for pair, error in failures if names.issuperset(pair)}
         self.metrics.show_registry(registry)

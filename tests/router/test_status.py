@@ -95,6 +95,7 @@ async def test_deaths_and_returns_are_events(stand: Stand) -> None:
         ("starting (is here)", True),
         ("ready (was starting)", False),
     ]
+    assert stand.state.pair_failures
     stand.publish(draining=["decode-0"])
     stand.publish(without=["decode-0"])
     assert (await get(stand))["gone"] == []
