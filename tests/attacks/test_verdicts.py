@@ -16,6 +16,7 @@ from tests.attacks.target import Answer
 from tests.attacks.verdict import Verdict
 
 REFUSED = dict.fromkeys(REQUESTS, 401)
+RANK = "decode-0/rank-0"
 CURVE = (b"\xff" + b"\0" * 8 + b"\x7f\x03\x01CURVE").hex()
 
 
@@ -40,36 +41,31 @@ def test_answers_are_judged(
 
 
 @pytest.mark.parametrize(
-    ("found", "broken"),
+    ("found", "broken", "name"),
     [
-        ({"statuses": REFUSED}, 0),
-        ({"statuses": REFUSED | {"GET /metrics": 200}}, 1),
-        ({"statuses": REFUSED | {"POST /v1/completions": 400, "POST /sleep?level=9": 400}}, 2),
-        ({"zmq": CURVE, "http": ""}, 0),
-        ({"zmq": CURVE.replace(b"CURVE".hex(), b"NULL\0".hex()), "http": ""}, 1),
-        ({"zmq": "", "ucx": "", "http": ""}, 1),
-        ({"error": "ConnectionResetError"}, 1),
+        ({"statuses": REFUSED}, 0, RANK),
+        ({"statuses": REFUSED | {"GET /metrics": 200}}, 1, RANK),
+        (
+            {"statuses": REFUSED | {"POST /v1/completions": 400, "POST /sleep?level=9": 400}},
+            2,
+            RANK,
+        ),
+        ({"zmq": CURVE, "http": ""}, 0, RANK),
+        ({"zmq": CURVE.replace(b"CURVE".hex(), b"NULL\0".hex()), "http": ""}, 1, RANK),
+        ({"zmq": "", "ucx": "", "http": ""}, 1, RANK),
+        ({"error": "ConnectionResetError"}, 1, RANK),
+        # A router without a key serves, and does no more.
+        ({"statuses": REFUSED | {"POST /v1/completions": 200}}, 0, "router"),
+        ({"statuses": REFUSED | {"POST /pdlaunch/release": 200}}, 1, "router"),
     ],
 )
 def test_ports_are_judged(
-    found: dict[str, Any], broken: int, capsys: pytest.CaptureFixture[str]
+    found: dict[str, Any], broken: int, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     verdict = Verdict("sockets")
-    judge_port(verdict, "decode-0/rank-0", {"port": 1} | found, is_router=False)
+    judge_port(verdict, name, {"port": 1} | found, is_router=name == "router")
     assert len(verdict.broken) == broken
     assert verdict.conclude() == (1 if broken else 0)
-
-
-@pytest.mark.parametrize(
-    ("asked", "is_broken"),
-    [("POST /v1/completions", False), ("POST /pdlaunch/release", True)],
-)
-def test_a_router_without_a_key_serves_and_does_no_more(
-    asked: str, is_broken: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    verdict, found = Verdict("sockets"), {"port": 1, "statuses": REFUSED | {asked: 200}}
-    judge_port(verdict, "router", found, is_router=True)
-    assert bool(verdict.broken) is is_broken
 
 
 def test_every_field_is_attacked_and_a_seed_chooses_the_same_requests() -> None:

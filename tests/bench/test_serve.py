@@ -21,7 +21,6 @@ from pdlaunch.bench.loads import (
     TraceRequest,
     arrival_times,
     read_trace_file,
-    trace_prompt,
 )
 from pdlaunch.bench.serve import BenchRow, BenchRun, bench_serve, quantile_ms, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion, read_goals, read_stream
@@ -90,17 +89,6 @@ def test_requests_come_at_the_rate_and_in_bursts(burstiness: float, spread: floa
 def write(path: Path, *records: Any) -> Path:
     path.write_text("\n".join(map(json.dumps, records)))
     return path
-
-
-def test_equal_hashes_are_equal_tokens(tmp_path: Path) -> None:
-    first, second = read_trace_file(write(tmp_path / "trace", *reversed(MOONCAKE)))
-    assert (first.timestamp, second.timestamp) == (27000, 27050)
-    tokens = range(100, 5000)
-    one, two = trace_prompt(first, tokens, "a", 1), trace_prompt(second, tokens, "b", 1)
-    assert (len(one), len(two)) == (1100, 600)
-    assert one[:HASHED_TOKENS] == two[:HASHED_TOKENS]
-    assert one[HASHED_TOKENS:600] != two[HASHED_TOKENS:]
-    assert one == trace_prompt(first, tokens, "a", 1) != trace_prompt(first, tokens, "a", 2)
 
 
 async def test_a_trace_is_sent_at_its_times_with_its_lengths(tmp_path: Path) -> None:

@@ -56,15 +56,6 @@ def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:
     assert "rate" not in result.stdout, "nothing was sent at a rate"
 
 
-def test_a_broken_trace_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"input_length": 6}\n')
-    result = run("serve", "--trace", str(trace))
-    assert result.exit_code == 2
-    assert "line 1" in result.stderr
-    assert "output_length" in result.stderr
-
-
 def test_what_a_deployment_answers_tells_a_terminal_nothing(server: FakeOpenAI) -> None:
     server.refuses_after, server.refusal = 2, "[red]full[/red]\x1b[2J\x9b31m\u202e"
     result = bench(server.url, *SMALL)

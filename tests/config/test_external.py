@@ -83,8 +83,3 @@ def test_a_wrong_engine_is_named_with_its_line(tmp_path: Path, item: str, messag
     assert message in str(caught.value)
     assert "router.yaml:2:" in str(caught.value)
     assert "engines" in str(caught.value)
-
-
-def test_two_engines_at_one_url_are_refused() -> None:
-    with pytest.raises(InvalidConfigError, match="two engines have the url http://a:1"):
-        load_config(None, {}, {"engines": "prefill=http://a:1, decode=http://a:1/"})

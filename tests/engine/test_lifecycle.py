@@ -6,7 +6,6 @@ import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.lifecycle import Histograms
-from pdlaunch.observe.spans import Span
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
 from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv, stop_at_first
@@ -180,7 +179,7 @@ def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull()
     assert stats_of(engine).num_free_blocks == 32
 
 
-# Counts and spans
+# Counts
 
 
 @pytest.mark.parametrize(
@@ -231,39 +230,3 @@ def test_the_phases_of_a_request_add_up() -> None:
     engine.add("never ran", range(6))
     engine.scheduler.requests.abort("never ran")
     assert sum(shown["queue_time_seconds"].counts) == 1
-
-
-def spans_of(engine: FakeEngine) -> dict[str, list[Span]]:
-    found: dict[str, list[Span]] = {}
-    for span in engine.spans["r"]:
-        found.setdefault(span.name, []).append(span)
-    return found
-
-
-@pytest.mark.parametrize("runs_ahead", [False, True])
-def test_spans_of_a_prompt_and_of_the_rest(runs_ahead: bool) -> None:
-    engine = FakeEngine(max_num_batched_tokens=4, runs_ahead=runs_ahead)
-    engine.add("r", PROMPT, 6, records_spans=True)
-    engine.run()
-    found = spans_of(engine)
-    assert list(found) == ["queue", "seated", "prefill", "decode", "end"]
-    assert [span.attributes["tokens"] for span in found["prefill"]] == [10]
-    assert found["end"][0].attributes == {"reason": "length", "tokens": 6}
-    assert {span.process for span in engine.spans["r"]} == {"rank-0"}
-
-
-def test_spans_of_a_pull_say_what_it_brought() -> None:
-    engine = FakeEngine()
-    engine.add("r", PROMPT, remote_kv=remote_kv("lease", 10), output=[1], records_spans=True)
-    engine.step()
-    engine.end_pull(next(iter(engine.pulls)))
-    engine.run()
-    found = spans_of(engine)
-    assert list(found) == ["queue", "lease", "pull", "seated", "decode", "end"]
-    assert found["pull"][0].attributes["verified"] is True
-    assert found["pull"][0].attributes["tokens"] == 10
-    assert found["seated"][0].attributes == {
-        "device_tokens": 0,
-        "host_tokens": 0,
-        "remote_tokens": 10,
-    }

@@ -12,16 +12,6 @@ from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv
 # Batching
 
 
-def test_decoding_requests_advance_in_every_step_of_a_long_prefill() -> None:
-    engine = FakeEngine(max_num_batched_tokens=4, max_model_len=100)
-    engine.add("chat", [1, 2], max_tokens=12)
-    engine.step()
-    engine.add("long", range(40))
-    for num_tokens in range(2, 12):
-        engine.step()
-        assert len(engine.outputs["chat"]) == num_tokens
-
-
 def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
     engine = FakeEngine(num_blocks=7, caching=False)
     engine.add("first", [1, 2, 3, 4], max_tokens=16)

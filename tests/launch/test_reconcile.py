@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
 
 import pytest
 
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.reconcile import reconcile
-from pdlaunch.launch.state import Desired, Goal, Observed, SendSignal, Start, Timing
+from pdlaunch.launch.state import Desired, Goal, Observed, Start, Timing
 from pdlaunch.launch.status import LaunchPhase, ProcessState
 from tests.launch.fakes import make_plan
 
@@ -51,13 +50,3 @@ def test_what_has_died_at_once_is_due_at_once_after_its_delay_and_is_asked_for_o
     reconcile(wanted, seen, 1.0)
     assert reconcile(wanted, seen, 1.0) == ([], 1.5)
     assert reconcile(wanted, seen, 1.5)[0] == [Start(unit.name) for unit in seen.units[:2]]
-
-
-def test_stragglers_are_killed_once(launch: tuple[Desired, Observed]) -> None:
-    wanted, seen = launch
-    reconcile(wanted, seen, 0.0)
-    actions, _ = reconcile(wanted, seen, 600.0)
-    killed = {each.process for each in actions if isinstance(each, SendSignal)}
-    assert killed == {process.name for process in seen.processes()}
-    assert SendSignal("router", signal.SIGKILL) in actions
-    assert reconcile(wanted, seen, 601.0)[0] == []

@@ -77,19 +77,6 @@ def test_dtype_auto_on_a_cpu(
     assert specs_of(machine, model=str(model))["prefill-0"].dtype == expected
 
 
-def test_what_is_set_is_kept_and_roles_may_differ(model: Path) -> None:
-    specs = specs_of(
-        CPU,
-        model=str(model),
-        dtype="bfloat16",
-        max_model_len=128,
-        decode={"replicas": 2, "block_size": 32},
-    )
-    assert set(specs) == {"prefill-0", "decode-0", "decode-1"}
-    assert {spec.dtype for spec in specs.values()} == {"bfloat16"}
-    assert [spec.block_size for spec in specs.values()] == [16, 32, 32]
-
-
 def test_sleep_mode_turns_the_allocator_on_for_its_role_alone(model: Path) -> None:
     specs = specs_of(GPU, model=str(model), decode={"enable_sleep_mode": True})
     assert specs["decode-0"].enable_cumem_allocator

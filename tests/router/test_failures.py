@@ -37,17 +37,21 @@ def make_body(path: str, **fields: Any) -> tuple[dict[str, Any], object]:
     return (chat(**fields), MESSAGES) if path == CHAT else (completion(**fields), "hello")
 
 
+async def fail(engine: FakeEngine, how: str, status: int) -> None:
+    if how == "gone":
+        await engine.stop()
+    elif how == "status":
+        engine.status = status
+    else:
+        engine.die_after = 0
+
+
 @pytest.mark.parametrize("how", ["gone", "status", "breaks"])
 async def test_another_prefill_engine_takes_over(stand: Stand, how: str) -> None:
     engines = pairs(2)
     await stand.start(engines)
     first = stand.engines["prefill-0"]
-    if how == "gone":
-        await first.stop()
-    elif how == "status":
-        first.status = 500
-    else:
-        first.die_after = 0
+    await fail(first, how, 500)
     answer = await stand.post(completion())
     assert answer.texts() == {0: expected_text("hello", 6)}
     assert len(stand.engines["prefill-1"].seen) == 1
@@ -78,12 +82,7 @@ async def test_a_decode_engine_that_never_began_is_replaced_with_the_same_params
 ) -> None:
     await stand.start(pairs(2))
     first, second = stand.engines["decode-0"], stand.engines["decode-1"]
-    if how == "gone":
-        await first.stop()
-    elif how == "status":
-        first.status = 503
-    else:
-        first.die_after = 0
+    await fail(first, how, 503)
     answer = await stand.post(completion(stream=True))
     assert answer.texts() == {0: expected_text("hello", 6)}
     assert answer.finish_reasons() == {0: ["length"]}

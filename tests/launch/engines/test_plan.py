@@ -42,22 +42,6 @@ def ranks(planned: Plan) -> list[ProcessSpec]:
     return [process for process in planned.processes if process.kind == "rank"]
 
 
-def test_engines_are_ranks_in_one_unit_and_a_server() -> None:
-    planned = plan(prefill={"tensor_parallel_size": 2})
-    units = {process.name: process.unit for process in planned.processes}
-    assert units == {
-        "prefill-0/rank-0": "prefill-0/ranks",
-        "prefill-0/rank-1": "prefill-0/ranks",
-        "decode-0/rank-0": "decode-0/ranks",
-        "prefill-0": "prefill-0",
-        "decode-0": "decode-0",
-        "router": "router",
-    }
-    command = ("-m", "pdlaunch.engine", "--name", "prefill-0/rank-0")
-    assert planned.processes[0].command[2:] == command
-    assert planned.processes[-1].ports == {"http": 8000}
-
-
 def test_the_user_s_environment_and_the_engine_s_env_win() -> None:
     environ = {"NIXL_LOG_LEVEL": "INFO", "UCX_MODULES": "x"}
     environment = plan(environ=environ, env={"UCX_MODULES": "all"}).processes[0].environment

@@ -168,14 +168,3 @@ def test_a_killed_agent_takes_its_processes_along_and_they_are_told_lost(launch:
     launch.until(Register)
     launch.host.send("prefill-0", Stop())
     launch.until(ProcessExited)
-
-
-def test_an_agent_leaves_with_the_launch_and_nothing_stays(tmp_path: Path) -> None:
-    launch = Launch(tmp_path)
-    launch.until(Joined)
-    launch.spawn()
-    launch.until(Register)
-    children = launch.processes()
-    launch.close()
-    assert launch.agent.returncode == 0
-    assert not [child for child in children if child.is_running()]

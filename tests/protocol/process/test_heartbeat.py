@@ -13,11 +13,3 @@ def test_a_loop_that_turns_often_beats_once_an_interval_and_makes_up_for_none() 
         now_s += passed_s
         heartbeat.beat()
         assert len(sent) == num_sent
-
-
-async def test_it_is_silent_when_nobody_listens() -> None:
-    sent = list[Alive]()
-    heartbeat = Heartbeat(sent.append, 0.0)
-    heartbeat.beat()
-    await heartbeat.run()
-    assert sent == []

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
-
 from pdlaunch.protocol.process.step_record import (
     MAX_REQUESTS,
     SUSPECT_BIT,
@@ -31,18 +25,3 @@ def test_last_step_is_what_was_written_last() -> None:
     record.write(range(1, 2 * MAX_REQUESTS))
     assert len(read_step_record(seen).origins) == MAX_REQUESTS
     StepRecord(-1).write([1, 2])  # of a rank that nobody watches
-
-
-@pytest.mark.processes
-def test_outlives_its_process() -> None:
-    descriptor, seen = new_step_record()
-    code = (
-        "import os, signal, sys; from pdlaunch.protocol.process.step_record import StepRecord;"
-        "StepRecord(int(sys.argv[1])).write([3, 4]); os.kill(os.getpid(), signal.SIGSEGV)"
-    )
-    try:
-        done = subprocess.run([sys.executable, "-c", code, str(descriptor)], pass_fds=[descriptor])
-    finally:
-        os.close(descriptor)
-    assert done.returncode == -11
-    assert read_step_record(seen) == LastStep(frozenset({3, 4}))
