@@ -11,6 +11,8 @@ import msgspec
 import psutil
 import zmq
 
+from tests.e2e.waiting import await_true
+
 # Of pdlaunch's connector and of vLLM's own.
 BYTES_READ = ("pdlaunch_kv_transfer_bytes_total", "vllm:nixl_bytes_transferred_sum")
 FAILED = ("pdlaunch_kv_transfer_failures_total", "vllm:nixl_num_failed_transfers_total")
@@ -77,12 +79,15 @@ def core_of(engine: psutil.Process) -> psutil.Process:
 
 
 def _descendant(engine: psutil.Process, title: str) -> psutil.Process:
-    (found,) = (
-        child
-        for child in engine.children(recursive=True)
-        if " ".join(child.cmdline()).startswith(title)
-    )
-    return found
+    found: list[psutil.Process] = []
+
+    def is_found() -> bool:  # the kernel's list of children lacks one now and then
+        children = engine.children(recursive=True)
+        found[:] = [each for each in children if " ".join(each.cmdline()).startswith(title)]
+        return len(found) == 1
+
+    await_true(is_found, f"{engine} runs {title}", 10.0)
+    return found[0]
 
 
 def tcp_listeners(process: psutil.Process) -> list[str]:
