@@ -29,13 +29,6 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert "A group." in result.stdout
 
 
-def test_only_the_called_command_is_imported() -> None:
-    ghosts = (Command("ghost", "no_such_module:ghost", "Is not there."), *COMMANDS)
-    result = CliRunner().invoke(build_app(["serve", "--help"], ghosts), ["serve", "--help"])
-    assert result.exit_code == 0
-    assert "--kv-cache-memory" in result.stdout
-
-
 def test_version() -> None:
     result = CliRunner().invoke(build_app(["--version"]), ["--version"])
     assert result.stdout == f"pdlaunch {__version__}\n"

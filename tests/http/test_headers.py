@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pdlaunch.errors import ProtocolError, RequestError
 from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import (
-    IGNORED_FIELDS_HEADER,
     MAX_SENT_NAMES,
     headers_to_pass,
     ignored_fields_header,
@@ -45,12 +44,6 @@ def test_headers_of_a_trace_are_passed_on_where_they_can_be_sent() -> None:
 def test_any_header_is_read_or_refused(header: str) -> None:
     with contextlib.suppress(RequestError):
         assert read_request_id(header).isascii()
-
-
-def test_names_of_ignored_fields_are_told_once() -> None:
-    headers = ignored_fields_header(["no_stop_trim", "messages.cache", "no_stop_trim"])
-    assert headers == {IGNORED_FIELDS_HEADER: "no_stop_trim, messages.cache"}
-    assert ignored_fields_header([]) == {}
 
 
 HOSTILE = ["a\r\nSet-Cookie: x", "a, b", "", "température", "x" * 2**20, "a\x1b[2Jb", "\0"]

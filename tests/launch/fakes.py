@@ -41,6 +41,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.step_record import LastStep
 from pdlaunch.protocol.sockets import LaunchKeys
+from tests.clock import FakeClock
 
 M = TypeVar("M")
 
@@ -71,14 +72,6 @@ def make_plan(
             processes.append(ProcessSpec(name=engine, kind="server", unit=engine, **where))
     processes.append(ProcessSpec(name="router", kind="router", unit="router"))
     return Plan(processes=tuple(processes))
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 
@@ -35,10 +34,3 @@ def test_what_a_host_reports_and_the_end_of_the_starter_are_events() -> None:
         stop, same = queue.wait(20)
         assert (stop, same) == (StopRequested(signal.SIGHUP, "whoever started this is gone"), gone)
         assert queue.wait(0) == [gone]
-
-
-def test_a_stop_signal_ends_the_wait() -> None:
-    with SignalInbox() as signals:
-        queue = EventQueue(FakeHost(), signals)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert queue.wait(20) == [StopRequested(signal.SIGTERM)]

@@ -5,24 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.observe.spans import MAX_SPANS, SpanLog
+from tests.clock import FakeClock
 
 _SECONDS = st.floats(0, 1000)
-
-
-class HandClock:
-    def __init__(self, now_at: float = 0.0) -> None:
-        self.now_at = now_at
-
-    def __call__(self) -> float:
-        return self.now_at
 
 
 @given(there=_SECONDS, out_s=_SECONDS, work_s=_SECONDS, back_s=_SECONDS, offset_s=_SECONDS)
 def test_a_report_is_placed_as_well_as_the_way_is_even(there, out_s, work_s, back_s, offset_s):
     """However far the clocks are apart, places are wrong by the stated error at most."""
-    clock = HandClock(offset_s)
+    clock = FakeClock(offset_s)
     log = SpanLog(clock)
-    clock.now_at += work_s
+    clock.now += work_s
     log.add("work", offset_s)
     sent_at, received_at = there, there + out_s + work_s + back_s
     (span,) = log.report().placed(sent_at, received_at, "engine")
@@ -35,11 +28,11 @@ def test_a_report_is_placed_as_well_as_the_way_is_even(there, out_s, work_s, bac
 
 
 def test_a_report_within_a_report_keeps_its_process() -> None:
-    rank, server = HandClock(7000.0), HandClock(50.0)
+    rank, server = FakeClock(7000.0), FakeClock(50.0)
     of_rank, of_server = SpanLog(rank), SpanLog(server)
-    rank.now_at += 2
+    rank.now += 2
     of_rank.mark("drawn", tokens=1)
-    server.now_at += 4
+    server.now += 4
     of_server.take(of_rank.report(), sent_at=51.0, received_at=53.0, process="rank-0")
     of_server.add("answer", 50.0)
     placed = of_server.report().placed(10.0, 14.0, "decode-0")
@@ -51,7 +44,7 @@ def test_a_report_within_a_report_keeps_its_process() -> None:
 
 
 def test_spans_are_bounded_and_the_rest_is_counted() -> None:
-    log, asker = SpanLog(HandClock()), SpanLog(HandClock())
+    log, asker = SpanLog(FakeClock(0.0)), SpanLog(FakeClock(0.0))
     for _ in range(MAX_SPANS + 3):
         log.mark("again")
     report = log.report()
@@ -63,13 +56,13 @@ def test_spans_are_bounded_and_the_rest_is_counted() -> None:
 
 
 def test_a_block_that_raises_is_measured_too() -> None:
-    clock = HandClock()
+    clock = FakeClock(0.0)
     log = SpanLog(clock)
 
     def work() -> None:
         with log.measure("work", size=3) as attributes:
             attributes["seen"] = True
-            clock.now_at = 2.0
+            clock.now = 2.0
             raise KeyError
 
     with pytest.raises(KeyError):

@@ -11,7 +11,6 @@ from pdlaunch.engine.kvcache.manager import KVCacheManager
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
 HYBRID = (512, 512, 512, 512, 512, None) * 4 + (512, 512)
-UNKNOWN = on(CPU, shapes=(None, None)).engines["prefill"]
 
 
 @given(
@@ -35,10 +34,6 @@ def test_weights_of_all_ranks_cover_the_model(tp_size):
     engine = on(CPU, dtype="float32", prefill__tensor_parallel_size=tp_size).engines["prefill"]
     whole = SMALL_SHAPE.num_parameters * 4
     assert whole / tp_size <= engine.footprint.weight_bytes <= whole
-
-
-def test_of_unknown_models_nothing_is_known():
-    assert UNKNOWN.footprint is None
 
 
 @given(kv_mib=st.integers(1, 2000))

@@ -132,19 +132,3 @@ def test_pulls_are_there_by_pair_and_path(prometheus: Prometheus) -> None:
         )
         assert sample["metric"]["path"] == pair["metric"]["path"] != ""
     assert float(pulls["value"][1]) > 1
-
-
-def test_a_scrape_after_an_answer_has_it(deployment: Deployment, prometheus: Prometheus) -> None:
-    """At once, not with the next report of a rank."""
-    router = Api(deployment.url)
-
-    def counted() -> tuple[float, float]:
-        page = router.metrics()
-        names = ("pdlaunch_sampled_tokens_total", "pdlaunch_router_generation_tokens_total")
-        return page[names[0]], page[names[1]]
-
-    for number in range(3):
-        sampled, told = counted()
-        body = {"prompt": f"{number} and more words than one", "max_tokens": 3, "ignore_eos": True}
-        assert router.post("/v1/completions", body)[0] == 200
-        assert counted() == (sampled + 3, told + 3), "by the ranks, by the router"

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine.memory.open_files import num_open_fds
 from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Answer, Stand, pair
 from tests.router.fake_engine import FakeEngine, until
@@ -134,18 +134,8 @@ async def test_a_stream_ends_with_an_error_and_a_whole_request_is_503(stand: Sta
     assert_refused(await stand.post(completion()))
 
 
-CLOSING_HEAD = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-)
-
-
 FAULTS = ((None, None), (0, None), (None, 0), (1, 1), (None, 3), (3, 0))
 """Chunks after which the prefill engine and one of two decode engines break off, by round."""
-
-
-def num_descriptors() -> int:
-    return len([*Path("/proc/self/fd").iterdir()])
 
 
 async def ask_somehow(stand: Stand, number: int, *, leaves: bool = False) -> bytes | None:
@@ -154,7 +144,7 @@ async def ask_somehow(stand: Stand, number: int, *, leaves: bool = False) -> byt
     reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
     body = completion(prompt=f"prompt {number}", stream=chance.random() < 0.7)
     raw = json.dumps(body).encode()
-    request = CLOSING_HEAD % len(raw) + raw
+    request = HEAD.replace(b"Host", b"Connection: close\r\nHost") % len(raw) + raw
     try:
         if leaves := leaves or chance.random() < 0.5:
             writer.write(request[: chance.choice((10, -1, len(request)))])
@@ -183,7 +173,7 @@ async def test_of_clients_that_leave_and_engines_that_break_off_nothing_is_left(
     await stand.start([prefill, decode, other])
     assert await ask_somehow(stand, 1)
     await come_to_rest(stand)
-    before, tasks = num_descriptors(), len(asyncio.all_tasks())
+    before, tasks = num_open_fds(), len(asyncio.all_tasks())
     for round_, (prefill.die_after, decode.die_after) in enumerate(FAULTS):
         numbers = range(12 * round_, 12 * round_ + 12)
         answers = await asyncio.gather(*(ask_somehow(stand, number) for number in numbers))
@@ -194,6 +184,6 @@ async def test_of_clients_that_leave_and_engines_that_break_off_nothing_is_left(
     decode.die_after, decode.hold_after, other.hold_after = None, 1, 1
     await asyncio.gather(*(ask_somehow(stand, number, leaves=True) for number in range(100, 130)))
     await come_to_rest(stand)
-    await until(lambda: num_descriptors() <= before)
+    await until(lambda: num_open_fds() <= before)
     await until(lambda: len(asyncio.all_tasks()) <= tasks)
     assert all(engine.num_streams == engine.num_works == 0 for engine in stand.pool.engines)

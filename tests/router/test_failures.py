@@ -18,6 +18,7 @@ from pdlaunch.protocol.control import Suspects
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine import OPEN_S
 from pdlaunch.router.state import LOST_S
+from tests.clock import FakeClock
 from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
@@ -330,17 +331,6 @@ async def test_a_stream_goes_on_elsewhere_after_an_event_that_is_no_json(
     assert answer.texts() == {0: expected_text("hello", 6)}
 
 
-class Clock:
-    """Stands still; the pool's clock from here on."""
-
-    def __init__(self, stand: Stand) -> None:
-        self.now_s = stand.pool.clock()
-        stand.pool.clock = self
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def decodes(number: int) -> list[FakeEngine]:
     return [FakeEngine(f"decode-{index}", "decode") for index in range(number)]
 
@@ -354,7 +344,8 @@ async def status_of(stand: Stand, name: str) -> dict[str, object]:
 async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(stand: Stand) -> None:
     engines = decodes(2)
     await stand.start(engines)
-    clock, sick = Clock(stand), engines[1]
+    clock, sick = FakeClock(), engines[1]
+    stand.pool.clock = clock
     sick.status = 500
 
     async def ask(number: int) -> None:
@@ -368,15 +359,15 @@ async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(stand: Stand) -
     left_out = (await status_of(stand, "decode-1"))["left_out"]
     assert str(left_out).startswith("open after 1 failures")
     # A try that fails is made up for by the other engine, and the next one comes later.
-    clock.now_s += OPEN_S
+    clock.now += OPEN_S
     assert (await status_of(stand, "decode-1"))["health"] == "half_open"
     await ask(4)
     assert len(sick.seen) == 2
-    clock.now_s += OPEN_S
+    clock.now += OPEN_S
     await ask(2)
     assert len(sick.seen) == 2
     sick.status = None
-    clock.now_s += OPEN_S
+    clock.now += OPEN_S
     await ask(1)
     assert len(sick.seen) == 3
     assert (await status_of(stand, "decode-1"))["health"] == "closed"
@@ -387,7 +378,8 @@ async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) ->
     """Decode computes the prompts itself, as engines do, and tells so in its spans."""
     engines = pairs(1)
     await stand.start(engines)
-    clock, decode = Clock(stand), engines[1]
+    clock, decode = FakeClock(), engines[1]
+    stand.pool.clock = clock
     span = Span(PULL, 0.0, 0.1, {"error": "no such peer"})
     decode.report = msgspec.to_builtins(SpanReport(elapsed_s=0.2, spans=[span]))
     for pulls in (1, 1, 1):
@@ -396,7 +388,7 @@ async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) ->
         assert len(asked) == pulls
     assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "open"}
     decode.report = None
-    clock.now_s += OPEN_S
+    clock.now += OPEN_S
     assert (await stand.post(completion(stream=True))).status == 200
     assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "closed"}
 

@@ -31,6 +31,7 @@ from pdlaunch.router.prefix_index import (
     ServedPrefixes,
     hash_prefix,
 )
+from tests.clock import FakeClock
 
 CPU = frozenset({"cpu"})
 
@@ -315,13 +316,6 @@ def test_memory_is_bounded_and_nothing_is_known_that_was_not_served(
         assert index.num_cached_tokens(one, prefix) <= num_tokens
 
 
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def server(name: str, role: Role | None = None, **fields: object) -> Entry:
     role = role or ("prefill" if name.startswith("prefill") else "decode")
     entry = Entry(
@@ -350,12 +344,12 @@ def rank(engine: str, tp_rank: int = 0, tp_size: int = 1, **fields: object) -> E
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock(100.0)
 
 
 @pytest.fixture
-def pool(clock: Clock) -> EnginePool:
+def pool(clock: FakeClock) -> EnginePool:
     return EnginePool(clock)
 
 
@@ -390,7 +384,7 @@ def named(engine: Engine | None) -> str:
     return engine.name
 
 
-def test_who_is_drained_knows_its_chats_and_who_slept_or_left_does_not(clock: Clock) -> None:
+def test_who_is_drained_knows_its_chats_and_who_slept_or_left_does_not(clock: FakeClock) -> None:
     index = ServedPrefixes()
     pool, prefix = EnginePool(clock, index=index), hash_prefix(b"x" * 600, "")
 
@@ -411,7 +405,7 @@ def test_who_is_drained_knows_its_chats_and_who_slept_or_left_does_not(clock: Cl
     assert known(None) == 0
 
 
-def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: Clock, pool: EnginePool) -> None:
+def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: FakeClock, pool: EnginePool) -> None:
     update(pool, server("prefill-0"))
     (engine,) = pool.engines
     assert engine.tokens_per_s == 0.0
@@ -421,17 +415,17 @@ def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: Clock, pool: Engin
 
     with prompt() as first, prompt() as second:
         assert engine.waiting_tokens(clock(), 100.0) == 800
-        clock.now_s += 2.0
+        clock.now += 2.0
         assert engine.waiting_tokens(clock(), 100.0) == 600
         first()
         assert engine.waiting_tokens(clock(), 100.0) == 400
-        clock.now_s += 2.0
+        clock.now += 2.0
         second()
     assert engine.tokens_per_s == pytest.approx(200.0)
     # One that ends without a token says nothing, and idle time does not count.
-    clock.now_s += 60.0
+    clock.now += 60.0
     with prompt():
-        clock.now_s += 60.0
+        clock.now += 60.0
     assert engine.tokens_per_s == pytest.approx(200.0)
     assert (engine.num_works, engine.unanswered_tokens, engine.kv_tokens) == (0, 0, 0)
 
@@ -475,7 +469,7 @@ Action = tuple[Literal["start", "end", "fail", "tick"], int]
 
 @given(st.lists(st.tuples(st.sampled_from(["start", "end", "fail", "tick"]), st.integers(0, 3))))
 def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
-    clock = Clock()
+    clock = FakeClock(100.0)
     pool = EnginePool(clock)
     update(pool, *(server(f"decode-{index}") for index in range(3)))
     running: list[AbstractContextManager[None]] = []
@@ -495,12 +489,12 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
         elif action == "fail":
             pool.failed(pool.engines[number % 3])
         else:
-            clock.now_s += number
+            clock.now += number
         assert sum(engine.num_streams for engine in pool.engines) == len(running)
 
 
 def test_an_engine_that_is_held_is_given_work_when_released_or_replaced() -> None:
-    pool = EnginePool(Clock())
+    pool = EnginePool(FakeClock(100.0))
     update(pool, server("prefill-0"), server("decode-0"))
     prefill = pool.engines[1]
     pool.hold(prefill, "draining")

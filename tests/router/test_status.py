@@ -14,8 +14,9 @@ from pdlaunch.observe.metrics import RequestClock, render_metrics
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router import deployment_view
-from pdlaunch.router.deployment_view import NAMES, EngineHistory, RateHistory, percentiles, scan
+from pdlaunch.router.deployment_view import NAMES, EngineHistory, RateHistory, scan
 from pdlaunch.router.metrics import RouterMetrics
+from tests.clock import FakeClock
 from tests.router.conftest import Stand, pair
 
 PULLS = """\
@@ -115,48 +116,29 @@ async def test_of_many_engines_those_are_read_that_were_not_for_longest(
 INF = float("inf")
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.at = 100.0
-
-    def __call__(self) -> float:
-        return self.at
-
-
 def test_rates_errors_and_times_of_each_step() -> None:
-    clock, metrics = Clock(), RouterMetrics("m")
-    history = RateHistory(metrics, clock, lambda: clock.at + 1e9)
+    clock, metrics = FakeClock(), RouterMetrics("m")
+    history = RateHistory(metrics, clock, lambda: clock.now + 1e9)
     request = RequestClock(metrics.requests, clock)
-    clock.at += 0.5
+    clock.now += 0.5
     request.tokens(0, 1)
-    clock.at += 1.5
+    clock.now += 1.5
     request.tokens(0, 3)
     metrics.requests.finished("stop")
     metrics.requests.failed(503)
     metrics.requests.failed(499)  # its client left
     history.take()
-    clock.at += 2.0
+    clock.now += 2.0
     history.take()
     busy, idle = history.points
     assert (busy.requests_per_s, busy.errors_per_s, busy.output_tokens_per_s) == (0.5, 0.5, 2.0)
-    assert busy.at == clock.at - 2.0 + 1e9
+    assert busy.at == clock.now - 2.0 + 1e9
     assert busy.first_token_ms is not None
     assert 250 < busy.first_token_ms.p50 <= 500
     assert busy.inter_token_ms is not None
     assert 300 < busy.inter_token_ms.p95 <= 500
     assert (idle.requests_per_s, idle.first_token_ms) == (0.0, None)
     assert history.now().requests_per_s == 0.25
-
-
-def test_percentiles_lie_within_their_buckets() -> None:
-    bounds = [1.0, 2.0, 4.0, INF]
-    assert percentiles(dict.fromkeys(bounds, 0.0)) is None
-    found = percentiles(dict(zip(bounds, [10.0, 10.0, 20.0, 20.0], strict=True)))
-    assert found is not None
-    assert (found.p50, found.p95) == (1000.0, 3800.0)
-    last = percentiles({1.0: 0.0, INF: 5.0})
-    assert last is not None
-    assert last.p50 == 1000.0
 
 
 def counts(**values: float) -> dict[str, float]:

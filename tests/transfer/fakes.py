@@ -29,14 +29,6 @@ from pdlaunch.transfer.connectors.connector import (
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES
 
 
-@dataclass
-class FakeClock:
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def spec_of(
     role: str = "prefill",
     *,

@@ -29,10 +29,10 @@ from pdlaunch.transfer.leases import PrefillSide
 from pdlaunch.transfer.peers import PeerTable
 from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.regions import KVRegions, native_regions
+from tests.clock import FakeClock
 from tests.transfer.fakes import (
     Fabric,
     FakeChannel,
-    FakeClock,
     FakeConnector,
     entry_of,
     layout_of,

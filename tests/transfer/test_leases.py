@@ -22,7 +22,8 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded
 from pdlaunch.transfer.leases import GRANT_LAG_S, MAX_EXTENSIONS, MAX_WAITING, LeaseTable
-from tests.transfer.fakes import Fabric, FakeClock
+from tests.clock import FakeClock
+from tests.transfer.fakes import Fabric
 from tests.transfer.pull_world import HolderRank
 from tests.transfer.rank_process import grant
 

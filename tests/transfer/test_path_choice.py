@@ -23,7 +23,7 @@ from pdlaunch.transfer.connectors.scratch import (
     try_paths,
     write_pattern,
 )
-from tests.transfer.fakes import FakeClock
+from tests.clock import FakeClock
 
 # A quarter of a gigabyte; nothing reads or writes it.
 LANDING = torch.zeros(10**9 // 4, dtype=torch.uint8)

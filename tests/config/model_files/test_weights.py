@@ -50,10 +50,6 @@ def test_pickles_alone_are_refused_with_the_way_to_convert_them(tmp_path: Path) 
     assert weight_files(tmp_path)
 
 
-def test_no_weights_at_all(tmp_path: Path) -> None:
-    assert "has no model*.safetensors" in str(refused(tmp_path))
-
-
 def test_missing_shards_are_named_with_the_index(tmp_path: Path) -> None:
     names = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
     (tmp_path / INDEX).write_text(
