@@ -113,9 +113,6 @@ async def test_of_many_engines_those_are_read_that_were_not_for_longest(
     assert [sum(each["reading"] is not None for each in engines) for engines in status] == [1, 2]
 
 
-INF = float("inf")
-
-
 def test_rates_errors_and_times_of_each_step() -> None:
     clock, metrics = FakeClock(), RouterMetrics("m")
     history = RateHistory(metrics, clock, lambda: clock.now + 1e9)
