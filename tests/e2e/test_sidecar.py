@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from pdlaunch.errors import StartupError
 from pdlaunch.launch.client.admin import admin_api, change_engines, own_launches
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from tests.command_line import invoke
 from tests.e2e.api import complete, states
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import tracebacks
@@ -34,14 +36,14 @@ PROMPT = list(range(40, 140))
 
 @contextmanager
 def launched(
-    folder: Path, model: Path, environ: Mapping[str, str] | None = None
+    folder: Path, model: Path, *flags: str, environ: Mapping[str, str] | None = None
 ) -> Iterator[Deployment]:
     """``folder`` is shared and says how they behave (``tests.launch.sidecar.program``)."""
     command = folder / "vllm"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.launch.sidecar.program "$@"\n')
     command.chmod(0o755)
     with running_deployment(
-        ("--engine", "vllm", "--engine-command", str(command), "--model", str(model)),
+        ("--engine", "vllm", "--engine-command", str(command), "--model", str(model), *flags),
         environ=clean_environ()
         | {"FAKE_VLLM_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
         | dict(environ or {}),
@@ -158,6 +160,28 @@ def test_ranks_that_do_not_fit_fail_before_traffic(tmp_path: Path, llama: Path) 
     assert "decode-0 cannot use prefill-0" in str(error.value)
 
 
+def test_a_slow_pair_is_said_aloud_and_refused_where_that_is_strict(
+    tmp_path: Path, llama: Path
+) -> None:
+    say(tmp_path, "decode-0.gigabytes_per_s", 0.05)
+    slow = "PD504 p2p moves 0.05 GB/s between CPUs of a host, less than a tenth of 1"
+    with launched(tmp_path, llama) as deployment:
+        assert f"warning: prefill-0 -> decode-0 is slow: {slow}" in deployment.output()
+        shown = invoke(["status", "--url", deployment.url]).stdout
+        assert f"prefill-0 -> decode-0 is slow: {slow}" in shown
+        _, page = Api(deployment.url).get("/metrics")
+        (speed,) = re.findall(r"^pdlaunch_pair_bytes_per_second{.*} (.*)$", page, re.MULTILINE)
+        assert float(speed) == 5e7
+        found = invoke(["doctor", deployment.url, "--format", "json"])
+        told = {item["rule"]: item for item in json.loads(found.stdout)["findings"]}
+        assert told["PD663"]["message"] == slow
+    with (
+        pytest.raises(StartupError, match=r"decode-0 cannot use prefill-0\n.*refused by --strict"),
+        launched(tmp_path, llama, "--strict"),
+    ):
+        pass
+
+
 def test_a_reason_of_an_engine_that_ends_at_once_is_told(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "decode-0.dies").write_text("")
     reason = "vllm exited with status 3: ValueError: layer 3 keeps a state"
@@ -178,14 +202,3 @@ def test_an_engine_does_not_start_anew_with_another_model(tmp_path: Path) -> Non
         told = f"tokenizer.json (SHA-256 {before} then, SHA-256 {after} now)"
         await_true(lambda: told in deployment.output(), "both digests are told")
         assert states(deployment.url).get("decode-0") != "ready"
-
-
-def test_a_command_that_is_missing_is_told(tmp_path: Path, llama: Path) -> None:
-    with (
-        pytest.raises(StartupError, match="engine_command"),
-        running_deployment(
-            ("--engine", "vllm", "--engine-command", "no-such-vllm", "--model", str(llama)),
-            environ=clean_environ(),
-        ),
-    ):
-        pass

@@ -50,13 +50,14 @@ def running_engines(
     folder: Path,
     vllm_command: str,
     settings: Mapping[str, object],
+    *flags: str,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Deployment]:
     """Run a deployment whose engines are vLLM's, of the demo model unless the settings name one."""
     config = folder / "launch.yaml"
     config.write_text(json.dumps(settings))
     with running_deployment(
-        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
+        (str(config), *ARGUMENTS, "--engine-command", vllm_command, *flags),
         environ=clean_environ() | dict(environ or {}),
         timeout_s=START_TIMEOUT_S,
         log_dir=str(folder / "logs"),  # pytest keeps them, and vLLM says why it ends there alone

@@ -198,7 +198,7 @@ def test_lost_late_and_wrong_reads_change_no_token(
     """
     asked = prompts(160, 40)
     settings, environ = settings_of(llama, pull_attempts=1), fault_variables(FAULTS)
-    with running_engines(tmp_path, vllm_command, settings, environ) as deployment:
+    with running_engines(tmp_path, vllm_command, settings, environ=environ) as deployment:
         pair = Pair(deployment)
         expected = expected_of(pair.prefill, asked)
         assert Load(asked, handed_over(pair)).answers() == expected

@@ -1,0 +1,47 @@
+"""A pair of real engines whose READs are told to take a second longer than they do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.errors import StartupError
+from pdlaunch.launch.client.api import Api
+from tests.command_line import invoke
+from tests.vllm.conftest import running_engines
+
+HOOK = """
+import importlib.machinery as machinery
+load = machinery.SourceFileLoader.exec_module
+def exec_module(loader, module):
+    load(loader, module)
+    if module.__name__ == "pdlaunch.transfer.connectors.nixl":
+        told = module._NixlRead.seconds
+        module._NixlRead.seconds = lambda read: told(read) + 1
+machinery.SourceFileLoader.exec_module = exec_module
+"""
+
+
+def test_a_slow_pair_of_vllm_is_told_and_refused_by_strict(
+    vllm_command: str, model: Path, tmp_path: Path
+) -> None:
+    """UCX can be slowed down by its variables, but not by the same amount at each load."""
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    (tmp_path / "strict").mkdir()
+    settings = {"model": str(model), "env": {"PYTHONPATH": str(tmp_path)}}
+    slow = "PD504 nixl/UCX moves 0.0"
+    with running_engines(tmp_path, vllm_command, settings) as pair:
+        assert f"warning: prefill-0 -> decode-0 is slow: {slow}" in pair.output()
+        (told,) = Api(pair.url).get_object("/pdlaunch/status")[1]["pairs"]
+        assert told["slow"].startswith(slow)
+        assert told["slow"] in invoke(["status", "--url", pair.url]).stdout
+        _, page = Api(pair.url).get("/metrics")
+        (speed,) = re.findall(r"^pdlaunch_pair_bytes_per_second{.*} (.*)$", page, re.MULTILINE)
+        assert 0 < float(speed) < 1e8
+    with (
+        pytest.raises(StartupError, match=rf"{slow}.*refused by --strict"),
+        running_engines(tmp_path / "strict", vllm_command, settings, "--strict"),
+    ):
+        pass
