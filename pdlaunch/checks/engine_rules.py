@@ -223,7 +223,7 @@ def _offloading(context: Context) -> Iterator[Found]:
 
 
 def _oldest(context: Context, each: RoleEngines) -> tuple[int, ...]:
-    """Return the oldest vLLM of these engines; empty: it is not known."""
+    """Return the oldest version of vLLM among these engines; empty if unknown."""
     return min((told for one, (_, told) in _versions(context) if one is each), default=())
 
 

@@ -165,7 +165,7 @@ def _late_shares(
     wants: Mapping[RoleEngines, int],
     shares: Mapping[RoleEngines, int],
 ) -> Iterator[Found]:
-    """Find engines of vLLM that ask at their start for more than the others leave."""
+    """Find vLLM engines that need more free GPU memory to start than the others leave."""
     for each, share in shares.items():
         left = free - (total - wants[each])
         if not each.is_native and share > left:
@@ -340,7 +340,7 @@ RULES = (
         "also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file "
         "descriptors.",
         when=_cumem_without_fabric,
-        fix="Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give "
+        fix="Set kv_transfer.nixl.path to auto or p2p, turn the CuMem allocator off, or give "
         "the host an IMEX channel.",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
         "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"), on_vllm=True),

@@ -132,8 +132,8 @@ RULES = (
         "instead of 392, with no error. Only the path in use is judged, and the finding says what "
         "the others gave.",
         when=_slow_pairs,
-        fix="Let kv_transfer.nixl.path be auto, so that ranks of one host use P2P; switch "
-        "expandable_segments off; look at UCX_TLS, at the placement of the ranks (one host, NUMA "
+        fix="Set kv_transfer.nixl.path to auto, so that ranks on one host use P2P; turn "
+        "expandable_segments off; check UCX_TLS, at the placement of the ranks (one host, NUMA "
         "node, PCIe switch), and at what else uses the link.",
         source="The READ at the end of the handshake. Two H200s: P2P 340 to 394 GB/s, NIXL out of "
         "CuMem pools 0.6; vLLM 0.24 with --enable-cumem-allocator 0.44, with both engines on one "

@@ -76,7 +76,7 @@ def sleep(
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Have engines give their device memory back until `pdlaunch wake`; enable_sleep_mode."""
+    """Put engines to sleep: they free device memory. Needs enable_sleep_mode."""
     with _commanding(url, admin_api_key) as admin:
         outcomes = command_engines(admin, "/sleep", engine or (), level=level, mode=mode)
     _show_memory("given back", outcomes)
@@ -95,7 +95,7 @@ def wake(
 
 
 def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
-    """Have engines finish what runs and start anew, one by one; given-up ones start at once."""
+    """Restart engines one by one, each after its running requests have ended."""
     failed = False
     with _commanding(url, admin_api_key) as admin:
         # One after the other, so that the others of a role serve meanwhile.

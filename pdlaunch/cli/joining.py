@@ -265,7 +265,7 @@ def _serve_sessions(
     wait_s: float,
     num_cpus: int | None = None,
 ) -> None:
-    """Serve one session after the other, until one ends for good.
+    """Run one session after another until one ends for good.
 
     ``allowed``: executables that engines may run. Raises ConfigError, and StartupError.
     """

@@ -334,7 +334,7 @@ class ServeView:
 
 
 def render_status(status: LaunchStatus, elapsed_s: float, columns: int) -> Text:
-    """Return one line: how many processes are ready, and what the first of the others do."""
+    """Return one line: how many processes are ready, and what the first ones still do."""
     slow = [
         process
         for process in status.processes
@@ -407,6 +407,6 @@ def reader_of(launch_id: str) -> Read:
         for running in running_launches():
             if running.card.launch_id == launch_id:
                 return read_status(launch_api(running, READ_TIMEOUT_S))
-        raise PdlaunchError("the router does not listen yet")
+        raise PdlaunchError("the router is not listening yet")
 
     return read

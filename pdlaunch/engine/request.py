@@ -319,7 +319,7 @@ class Batch:
             self._sampled.append(request)
 
     def launch(self, scheduled: Mapping[Request, int]) -> StepPlan:
-        """Return the plan of a step, which is in flight until collected if it computes anything."""
+        """Return the plan of a step. A plan that computes anything is in flight until collected."""
         plan = StepPlan(step_id=self._step_id, freed_rows=self.freed_rows)
         self._step_id += 1
         for request in self._sampled:

@@ -176,7 +176,7 @@ class _Refusal(asyncio.Protocol):
 
 
 def fit(wanted: int, *, num_each: int = 1, num_others: int = 0) -> int:
-    """Return how many of ``wanted`` may open ``num_each`` descriptors beside ``num_others``."""
+    """Return how many connections fit, at most ``wanted``, at ``num_each`` descriptors each."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return wanted

@@ -13,17 +13,23 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.control import (
     Address,
+    Answered,
     Capabilities,
+    Drain,
     Failed,
     FromSupervisor,
+    Happened,
     Ready,
     Register,
+    Registry,
     Stop,
+    Suspects,
     ToSupervisor,
 )
 from pdlaunch.protocol.ids import EngineId
@@ -64,6 +70,25 @@ class Supervised:
             for number in _END_SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, lambda: None)
         self._control.send(message)
+
+    async def obey(
+        self,
+        learn: Callable[[Registry], Awaitable[None]],
+        drain: Callable[[float], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Do what the supervisor says until Stop. Raises the error that ends this process."""
+        while True:
+            match await self.inbox.get():
+                case Registry() as registry:
+                    await learn(registry)
+                case Drain(timeout_s=timeout_s):
+                    self.spawn(drain(timeout_s))
+                case Stop():
+                    return
+                case PdlaunchError() as error:
+                    raise error
+                case Suspects() | Answered() | Happened():
+                    pass  # said to routers alone
 
     def register(
         self,

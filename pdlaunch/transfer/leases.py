@@ -273,7 +273,7 @@ class PrefillSide:
         return not self.leases and not self._writes
 
     def polling_since(self) -> list[float]:
-        """Return when questions came whose answers wait for a device or for a write."""
+        """Return when the questions came that still wait for a device or a write."""
         questions = [*self._waiting, *(question for question, _ in self._writes)]
         return [question.asked_at for question in questions]
 

@@ -326,5 +326,5 @@ class Worker:
 
 
 def _memory_on(device: torch.device, pools: MemoryPools) -> KVMemory:
-    """Return what shares the KV cache: handles of our pools, else CUDA IPC."""
+    """Return how peers reach the KV cache: through our pools' handles, or CUDA IPC."""
     return PrivateKVMemory() if device.type == "cpu" else DeviceKVMemory(pools, device)

@@ -54,7 +54,7 @@ def read_allocator_settings() -> str:
 
 @contextlib.contextmanager
 def expandable_segments_off() -> Iterator[None]:
-    """Switch expandable segments off inside the block: they bypass a pool's allocator."""
+    """Turn expandable segments off inside the block, because they bypass a pool's allocator."""
     before = read_allocator_settings()
     if not expandable_segments_variable({ALLOCATOR_VARIABLES[0]: before}):
         yield

@@ -38,15 +38,10 @@ from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.control import (
-    Answered,
-    Drain,
     Drained,
-    Happened,
     Progress,
     Ready,
     Registry,
-    Stop,
-    Suspects,
 )
 from pdlaunch.protocol.engine import CheckIntegrity
 from pdlaunch.protocol.openai.body import read_json_object
@@ -209,7 +204,7 @@ class ServerProcess:
             await runner.setup()
             supervised.register(await self._bind(runner))
             supervised.spawn(self._start())
-            await self._obey()
+            await self._supervised.obey(self._find_rank, self._drain)
         finally:
             await self._service.use_link(None)
             await runner.cleanup()
@@ -255,21 +250,6 @@ class ServerProcess:
         send(Progress(text="waiting for rank 0"))
         await self._service.welcomed.wait()
         send(Ready(model=loaded.files))
-
-    async def _obey(self) -> None:
-        """Do what the supervisor says until Stop. Raises the error of a failed start."""
-        while True:
-            match await self._supervised.inbox.get():
-                case Registry() as registry:
-                    await self._find_rank(registry)
-                case Drain(timeout_s=timeout_s):
-                    self._supervised.spawn(self._drain(timeout_s))
-                case Stop():
-                    return
-                case PdlaunchError() as error:
-                    raise error
-                case Suspects() | Answered() | Happened():
-                    pass  # said to routers alone
 
     async def _find_rank(self, registry: Registry) -> None:
         """Link to this engine's rank 0; a new incarnation gets a new link, a lost one none."""

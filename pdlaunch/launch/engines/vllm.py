@@ -157,7 +157,7 @@ class VllmEngine:
 
 
 def _our_connector(host_tier_gib: JsonValue) -> dict[str, JsonValue]:
-    """Return what loads pdlaunch's connector, alone or before a host tier of vLLM's.
+    """Return vLLM's settings for pdlaunch's connector, alone or in front of vLLM's host tier.
 
     ::
 

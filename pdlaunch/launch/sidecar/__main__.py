@@ -29,7 +29,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.model_files.identity import changes, model_digest, text_digests, weight_digests
-from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError, StartupError
+from pdlaunch.errors import ConfigError, ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised, run_supervised
 from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, Canaries, CanaryDied, Proof, send_canary
@@ -57,11 +57,8 @@ from pdlaunch.launch.sidecar.link import EngineLink, Peer, RankPairs
 from pdlaunch.machine.network import foreign_listener
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
-    Answered,
-    Drain,
     Drained,
     Entry,
-    Happened,
     PairFailed,
     PairReady,
     PairSuspect,
@@ -69,8 +66,6 @@ from pdlaunch.protocol.control import (
     Ready,
     Registry,
     SleepState,
-    Stop,
-    Suspects,
 )
 from pdlaunch.protocol.engine_link import PullFailure, RankUp, engine_of_rank, rank_entries
 from pdlaunch.protocol.ids import EngineId
@@ -187,7 +182,7 @@ class SidecarProcess:
             ]
             if self._link is not None:
                 watches.append(self._supervised.spawn(self._heed_workers(self._link)))
-            await self._obey()
+            await self._supervised.obey(self._learn, self._drain)
         finally:
             for task in watches:
                 task.cancel()
@@ -221,21 +216,6 @@ class SidecarProcess:
             side_channels=() if self._link is None else self._link.side_channels,
             listens=listens,
         )
-
-    async def _obey(self) -> None:
-        """Do what the supervisor says until Stop. Raises the error of the engine."""
-        while True:
-            match await self._supervised.inbox.get():
-                case Registry() as registry:
-                    await self._learn(registry)
-                case Drain(timeout_s=timeout_s):
-                    self._supervised.spawn(self._drain(timeout_s))
-                case Stop():
-                    return
-                case PdlaunchError() as error:
-                    raise error
-                case Suspects() | Answered() | Happened():
-                    pass  # said to routers alone
 
     def _fail(self, reason: str) -> None:
         self._supervised.inbox.put_nowait(StartupError(reason))
