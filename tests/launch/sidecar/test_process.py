@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,10 +83,7 @@ class FakeSupervisor:
         self.said.put_nowait(message)
         self.all_said.append(message)
 
-    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        return task
+    obey, spawn = Supervised.obey, Supervised.spawn
 
     async def next(self, kind: type[Any]) -> Any:
         while not isinstance(said := await self.said.get(), kind):
