@@ -145,12 +145,6 @@ def peers(context: Context) -> Iterator[RoleEngines]:
     return iter(context.pair or ())
 
 
-def ucx_peers(context: Context) -> Iterator[RoleEngines]:
-    """Go over the engines that exchange KV blocks and load UCX through pdlaunch's connector."""
-    has_ucx = context.uses("nixl") and context.kv_transfer.nixl.path != "p2p"
-    return peers(context) if has_ucx else iter(())
-
-
 def vllm_engines(context: Context) -> Iterator[RoleEngines]:
     """Go over the roles whose engines are of vLLM."""
     return (each for each in context.engines.values() if each.settings.engine == "vllm")

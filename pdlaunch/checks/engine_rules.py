@@ -201,7 +201,7 @@ def _given(
 def _cumem(context: Context) -> Iterator[Found]:
     for each in _our_sides(context):
         for name, since in _POOLS_SINCE.items() if each.device == "cuda" else ():
-            if getattr(each.settings, name) and _oldest(context, each) < since:
+            if getattr(each.settings, name) and _is_before(context, each, since):
                 message = f"{name} keeps the KV cache of {each.role} engines from their peers"
                 yield Found(message, each.where(name))
 
@@ -216,15 +216,18 @@ def _offloading(context: Context) -> Iterator[Found]:
             reason = f"the one of {backend} was never tried beside pdlaunch's connector"
         elif size and not re.fullmatch(r"\d+(\.\d+)?", str(size)):
             reason = f"{size} is no number of GiB"
-        elif size and _oldest(context, each) < _TIER_SINCE:
+        elif size and _is_before(context, each, _TIER_SINCE):
             reason = "before vLLM 0.33 it copies blocks while others are pulled into them"
         if reason:
             yield from _given(context, [each], OFFLOADING, f"--{{}} of {{}} engines: {reason}")
 
 
-def _oldest(context: Context, each: RoleEngines) -> tuple[int, ...]:
-    """Return the oldest version of vLLM among these engines; empty if unknown."""
-    return min((told for one, (_, told) in _versions(context) if one is each), default=())
+def _is_before(context: Context, each: RoleEngines, since: tuple[int, int]) -> bool:
+    """Return whether one of these engines is of an older vLLM, or does not tell its version; False
+    where nobody looked.
+    """
+    versions = [told for one, (_, told) in _versions(context) if one is each]
+    return bool(context.engine_commands(each.role)) and min(versions, default=()) < since
 
 
 def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[int, ...]]]]:
@@ -383,7 +386,8 @@ RULES = (
         "Its allocations have no handles for peers: NIXL reads them at 0.6 GB/s.",
         when=_cumem,
         fix=f"Leave both settings out, take vLLM 0.33, or {_OWN_CONNECTOR}.",
-        source="vLLM's csrc/cumem_allocator.cpp; measured with vLLM 0.24 on two H200s."),
+        source="vLLM's csrc/cumem_allocator.cpp; measured with vLLM 0.24 on two H200s.",
+        needs=("engine_commands",)),
     error("PD624", "engine_args splits KV blocks in a way that cannot be proven.",
         "A drafting model and decode-context parallelism keep KV that pdlaunch's connector does "
         "not move.",

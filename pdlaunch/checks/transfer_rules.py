@@ -1,15 +1,14 @@
-"""Rules PD423 to PD433 judge the ways of KV blocks, PD504 what was measured between the ranks."""
+"""Rules PD423 and PD428 judge the ways of KV blocks, PD504 what was measured between the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, ucx_peers
+from pdlaunch.checks.context import Context
 from pdlaunch.checks.probed import LINK_GIGABYTES_PER_S, PairTransport, is_slow
 from pdlaunch.checks.rule import Found, error, warning
 from pdlaunch.config.connectors import RDMA
 from pdlaunch.config.sizes import format_size
-from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 
 # Below this, UCX copies GPU memory through the host: 0.3 to 0.6 GB/s were measured
@@ -20,7 +19,6 @@ SMALL_PIECE_BYTES = 256 * 1024
 _UNMAPPABLE = ("cumem", "expandable_segments")
 _TRUSTED = "kv_transfer.trusted_network"
 _PORTS = "UCX 1.19 and Mooncake 0.3.13: neither knows whom it talks to (measured)."
-_UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
 
 
 def far_engines(context: Context) -> list[PlacedEngine]:
@@ -50,10 +48,6 @@ def _untrusted_network(context: Context) -> str:
         f"engines of a pair are on different hosts ({_names_of_hosts(context)}), and their network "
         "is not said to be trusted"
     )
-
-
-def _tls(each: RoleEngines) -> str:
-    return f"UCX_TLS {each.given_environ.get('UCX_TLS', 'all')[:80]!a}"
 
 
 def _slow_pairs(context: Context) -> Iterator[Found]:
@@ -115,17 +109,6 @@ RULES = (
         fix=f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the "
         "rules for a firewall), use connector file, or place prefill and decode engines on one "
         "host.", source=_PORTS, on_vllm=True),
-    error("PD433", "UCX_TLS leaves no transport between processes of one host.",
-        "pdlaunch leaves out whatever would listen on the network without authentication (tcp, "
-        "RDMA) or open memory to other users (sysv, knem). posix has to be there: UCX finds its "
-        "peers through it.",
-        over=ucx_peers,
-        when=lambda each: (
-            "posix" not in each.ucx_transports
-            and f"{_tls(each)} leaves nothing that connects two processes of this host; posix is "
-            "missing"
-        ), at="$UCX_TLS",
-        fix="Unset UCX_TLS, or add posix.", source=_UCX, on_vllm=True),
     warning("PD504", "A pair of ranks is slow.",
         "Every prompt's first token waits for its blocks. UCX copies memory that no peer can map "
         "(CuMem pools and expandable segments without fabric handles) through the host: 0.6 GB/s "

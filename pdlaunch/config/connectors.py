@@ -127,8 +127,7 @@ class NixlSettings(ConnectorSettings):
             defaults["UCX_TCP_PORT_RANGE"] = network.ports
             if ":" in network.address:
                 defaults["UCX_TCP_AF_PRIO"] = "inet6,inet"
-        # UCX takes an empty UCX_TLS for all transports; a name that it does not know is none.
-        return _with_defaults(environ, defaults) | {"UCX_TLS": ",".join(transports) or "none"}
+        return _with_defaults(environ, defaults) | {"UCX_TLS": ",".join(transports)}
 
     @property
     def opens_data_ports(self) -> bool:
@@ -328,9 +327,12 @@ def local_transports(environ: Environ, device: RankDevice) -> tuple[str, ...]:
 
     Network transports listen without authentication; ``sysv`` segments admit the user's whole group
     (mode 0660), ``knem`` regions everybody. ``posix`` segments are unlinked and have mode 0600, CMA
-    and CUDA IPC ask for the same user.
+    and CUDA IPC ask for the same user. UCX finds its peers through ``posix``: lists without it,
+    such as LMCache's ``cuda_ipc,cuda_copy,tcp``, count on TCP for that, which listens.
     """
     allowed = ucx_transports(environ)
+    if "posix" not in allowed:
+        allowed |= {"posix", "cma", "self"}
     of_gpus = ("cuda_ipc", "cuda_copy") if device == "cuda" else ()
     return tuple(name for name in (*of_gpus, "posix", "cma", "self") if name in allowed)
 

@@ -125,7 +125,7 @@ CASES: dict[str, Case] = {
     "PD617": Case([told(EngineCommand(version="0.34.0"))], [told(EngineCommand(version="0.33.1"))]),
     "PD621": Case(
         [
-            args(kv_offloading_size=4),
+            told(NEW, EngineCommand(), **TIER),
             told(NEW, FOUND, **TIER),
             told(NEW, NEW, **TIER, **STOCK),
             told(NEW, NEW, engine_args={"kv_offloading_size": "much"}),
@@ -133,19 +133,19 @@ CASES: dict[str, Case] = {
         ],
         [
             told(NEW, NEW, engine_args={"kv_offloading_size": 4, "kv_offloading_b": "native"}),
-            vllm(**TIER, decode__replicas=0),
+            args(kv_offloading_size=4),  # nobody has looked which vLLM it is
+            told(FOUND, FOUND, **TIER, decode__replicas=0),
             on(CPU, **TIER),
         ],
     ),
     "PD623": Case(
         [
-            vllm(GPU, enable_cumem_allocator=True),
-            vllm(GPU, decode__enable_sleep_mode=True),
-            told(FOUND, FOUND, GPU, enable_sleep_mode=True),
+            told(NEW, EngineCommand(), GPU, enable_cumem_allocator=True),
+            told(FOUND, FOUND, GPU, decode__enable_sleep_mode=True),
         ],
         [
-            vllm(GPU, enable_cumem_allocator=True, **STOCK),
-            vllm(GPU),
+            told(NEW, EngineCommand(), GPU, enable_cumem_allocator=True, **STOCK),
+            vllm(GPU, enable_cumem_allocator=True),
             told(FOUND, FOUND, GPU, enable_cumem_allocator=True),
             told(NEW, NEW, GPU, enable_sleep_mode=True),
         ],

@@ -11,7 +11,6 @@ from tests.checks.contexts import (
     lacks,
     mooncake,
     on,
-    p2p,
 )
 
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
@@ -84,10 +83,6 @@ CASES: dict[str, Case] = {
     "PD425": Case(
         [on(CPU, prefill__tensor_parallel_size=3)],
         [on(CPU), on(GPU, prefill__tensor_parallel_size=2)],
-    ),
-    "PD433": Case(
-        [on(CPU, environ={"UCX_TLS": "tcp"}), on(CPU, environ={"UCX_TLS": "\\sm"})],
-        [on(CPU, environ={"UCX_TLS": "posix"}), p2p(CPU, environ={"UCX_TLS": "tcp"})],
     ),
     "PD504": Case(
         [

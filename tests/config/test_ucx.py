@@ -43,8 +43,9 @@ def test_names_and_groups(value, transports):
         ("tcp,sm,self", "posix,cma,self", "posix,cma,self"),
         ("^cma", "posix,self", "cuda_ipc,cuda_copy,posix,self"),
         ("cuda,posix", "posix", "cuda_ipc,cuda_copy,posix"),
-        ("tcp", "", ""),
-        ("sysv,knem,rc", "", ""),
+        ("cuda_ipc,cuda_copy,tcp", "posix,cma,self", "cuda_ipc,cuda_copy,posix,cma,self"),
+        ("sysv,knem,rc", "posix,cma,self", "posix,cma,self"),
+        ("^cuda_ipc,posix", "posix,cma,self", "cuda_copy,posix,cma,self"),
     ],
 )
 def test_nothing_that_listens_or_admits_others_is_used(value, cpu, cuda):
