@@ -214,6 +214,7 @@ class Leader:
                 self._sleep.forget_caller()
                 num_blocks, tags = self._runner.num_blocks, self._sleep.sleeping_tags
                 self._server.send(Welcome(num_blocks=num_blocks, sleeping_tags=tags))
+                self._send_blocks(every=True)
             case AddRequest() if not self._sleep.computes:
                 refusal = RequestFinished(
                     request_id=message.request_id, reason="error", error="the engine sleeps"
@@ -252,8 +253,13 @@ class Leader:
             self._rank.submit(plan)
 
     def _send_outputs(self) -> None:
+        self._send_blocks()
         if outputs := self._requests.take_outputs():
             self._server.send(Outputs(items=outputs))
+
+    def _send_blocks(self, *, every: bool = False) -> None:
+        if (blocks := self._requests.take_blocks(every=every)) is not None:
+            self._server.send(blocks)
 
     def _send_stats(self) -> None:
         """Send statistics every second, as the server takes silence for a rank that hangs."""

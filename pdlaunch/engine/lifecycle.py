@@ -13,12 +13,14 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kv_requests import KVTransfers
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.kvcache.manager import KVCacheManager
+from pdlaunch.engine.kvcache.prefix_keys import PrefixChanges, PrefixKeys, root_key
 from pdlaunch.engine.metrics import HISTOGRAMS
 from pdlaunch.engine.offload.planner import JobFinished, OffloadPlanner
 from pdlaunch.engine.request import Batch, Phase, Request, RequestQueues
@@ -31,6 +33,7 @@ from pdlaunch.protocol.engine import (
     Tokens,
 )
 from pdlaunch.protocol.ids import EngineId, RequestId, lease_of
+from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.transfer import (
     EndLease,
@@ -131,6 +134,11 @@ class RequestLifecycle:
         self.counts: defaultdict[str, float] = defaultdict(int)
         """Totals since the start, by the names of ``COUNTERS``."""
         self.transfers = KVTransfers(self.kv, spec, self.counts, engine_id, port, offload)
+        self._prefixes = PrefixChanges()
+        note = self._prefixes.note
+        self.kv.pool.on_change = lambda found, is_held: note("device", found, is_held=is_held)
+        if offload is not None:
+            offload.tier.on_change = lambda found, is_held: note("host", found, is_held=is_held)
         self.may_progress = False
         """A waiting request may be able to start now; the scheduler clears this."""
         self._outputs: list[Tokens | RequestFinished] = []
@@ -155,7 +163,10 @@ class RequestLifecycle:
             root_hash(self._model_digest, cache_salt=message.cache_salt), self.spec.block_size
         )
         self._num_arrived += 1
-        request = Request(message, self._num_arrived, output_limit, self.kv.new_tables(), hasher)
+        prefix_keys = PrefixKeys(root_key(cache_salt=message.cache_salt), self.spec.block_size)
+        request = Request(
+            message, self._num_arrived, output_limit, self.kv.new_tables(), hasher, prefix_keys
+        )
         self.histograms.arrived(request)
         self.queues.add(request)
         self.may_progress = True
@@ -300,7 +311,10 @@ class RequestLifecycle:
         if start >= stop or not self.spec.enable_prefix_caching:
             return
         request.hasher.extend(request.token_ids)
-        self.kv.register(request.tables, request.hasher.block_hashes, start, stop)
+        request.prefix_keys.extend(request.token_ids, stop)
+        hashes, keys = request.hasher.block_hashes, request.prefix_keys.keys
+        self._prefixes.names = dict(zip(hashes[start:stop], keys[start:stop], strict=True))
+        self.kv.register(request.tables, hashes, start, stop)
         request.num_registered_blocks = stop
         # When they are full, not when they are evicted: an evicted block is needed at once, and its
         # new owner would wait for the copy.
@@ -393,6 +407,23 @@ class RequestLifecycle:
     def take_outputs(self) -> list[Tokens | RequestFinished]:
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def take_blocks(self, *, every: bool = False) -> KVBlocks | None:
+        """Return which prefixes the cache has gained and lost, or ``every`` one that it has."""
+        num_blocks = self.kv.pool.num_blocks // self.kv.num_groups
+        new = partial(KVBlocks, block_size=self.kv.block_size, num_blocks=num_blocks)
+        if every:
+            return new(is_all=True, stored=self._prefixes.held())
+        if (changes := self._prefixes.take()) is None:
+            return None
+        stored, removed = (
+            {
+                tier: [key for key, is_held in keys.items() if is_held is wanted]
+                for tier, keys in changes.items()
+            }
+            for wanted in (True, False)
+        )
+        return new(stored=stored, removed=removed)
 
     def stats(self) -> EngineStats:
         """Return the totals since the start, and the present numbers of requests and blocks."""

@@ -12,6 +12,7 @@ from operator import attrgetter
 
 from pdlaunch.engine.kvcache.hashing import TokenHasher
 from pdlaunch.engine.kvcache.manager import BlockTables
+from pdlaunch.engine.kvcache.prefix_keys import PrefixKeys
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
 from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, Attribute, SpanLog, SpanReport
 from pdlaunch.protocol.engine import AddRequest, FinishReason
@@ -63,6 +64,7 @@ class Request:
         output_limit: int,
         tables: BlockTables,
         hasher: TokenHasher,
+        prefix_keys: PrefixKeys,
     ) -> None:
         self.message = message
         self.arrival = arrival
@@ -84,6 +86,7 @@ class Request:
         """Prompt tokens that a load and a pull have brought."""
         self.tables = tables
         self.hasher = hasher
+        self.prefix_keys = prefix_keys
         self.num_registered_blocks = 0
         """Logical blocks that the prefix cache has been told of."""
         self.row: int | None = None

@@ -39,6 +39,7 @@ class Address(Message, tag=False):
     """Tells where a process listens; empty strings where it has no such socket."""
 
     http: str = ""  # ``http://127.0.0.1:8101``
+    kv_events: str = ""  # URL of who tells an engine's KV blocks, if it is not ``http``
     requests: str = ""  # ZMQ endpoint of rank 0 for its engine's server
     side_channel: str = ""  # ``tcp://127.0.0.1:43210``; of a rank
     side_channels: tuple[str, ...] = ()  # those of all ranks of an engine of vLLM

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import NO_ORIGIN, PromptOrigin, RequestId
+from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -174,7 +175,7 @@ class SleepReply(Message):
     error: str | None = None
 
 
-FromRank = Outputs | Welcome | EngineStats | IntegrityReport | SleepReply
+FromRank = Outputs | Welcome | EngineStats | IntegrityReport | SleepReply | KVBlocks
 
 to_rank: Codec[ToRank] = Codec(ToRank)
 from_rank: Codec[FromRank] = Codec(FromRank)

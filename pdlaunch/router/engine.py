@@ -127,6 +127,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     name: str
     processes: Processes
     url: str
+    kv_events: str = ""  # URL of the server that tells its KV blocks; empty: nobody does
     host: str = ""  # name of its host; empty: not known
     role: Role | None
     capabilities: Capabilities

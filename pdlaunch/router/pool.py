@@ -189,6 +189,9 @@ class EnginePool:
                 ready=False,
                 state="",
             )
+        # Servers of native engines tell by themselves; vLLM has its sidecar tell.
+        own = "" if server.capabilities.is_vllm else server.address.http
+        engine.kv_events = server.address.kv_events or own
         engine.state = "ready" if ready else _why_not_ready(server, ranks)
         if (held := self._held.get(name)) is not None:
             if held[0] == processes:

@@ -17,6 +17,7 @@ from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.observe.spans import Span
 from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, Tokens
+from pdlaunch.protocol.kv_events import HeldBlocks
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.transfer import (
     CancelPull,
@@ -136,6 +137,7 @@ class FakeEngine:
         self.pulls: dict[str, StartPull] = {}
         self.num_pulls = 0
         self.quarantined: dict[str, StartPull] = {}
+        self.told = HeldBlocks()
         self.leases: dict[str, tuple[GrantLease, list[list[list[KV | None]]]]] = {}
 
     def add(
@@ -217,6 +219,8 @@ class FakeEngine:
         return plans
 
     def take_outputs(self) -> None:
+        if (change := self.scheduler.requests.take_blocks()) is not None:
+            self.told.apply(change)
         for item in self.scheduler.requests.take_outputs():
             assert item.request_id not in self.finished, "a request that has ended says more"
             self.outputs[item.request_id].extend(item.tokens)

@@ -21,6 +21,7 @@ from pdlaunch.protocol.engine import (
     SamplingParams,
     ToRank,
 )
+from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from tests.engine.fake_engine import make_scheduler
@@ -38,6 +39,7 @@ class Recorder:
         self.steps: list[str] = []
         """The same with the steps between: ``launch 0``, ``collect 0``, ``Tokens``."""
         self.num_stats = 0
+        self.blocks: list[KVBlocks] = []
 
     def receive(self) -> list[ToRank]:
         requests, self.requests = self.requests, []
@@ -48,6 +50,8 @@ class Recorder:
             self.tell(message.items)
         elif isinstance(message, EngineStats):
             self.num_stats += 1
+        elif isinstance(message, KVBlocks):
+            self.blocks.append(message)
         else:
             self.tell([message])
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pdlaunch.engine.kvcache.groups import (
@@ -50,6 +50,8 @@ class BlockPool:
         self._quarantined: set[int] = set()
         self._keys: list[tuple[int, bytes] | None] = [None] * num_blocks
         self._by_hash: list[dict[bytes, int]] = [{} for _ in range(num_groups)]
+        self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
+        """Is told of each hash of group 0 that leads to a block, or leads to one no more."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -123,6 +125,8 @@ class BlockPool:
         if self._keys[block_id] is None and block_hash not in by_hash:
             by_hash[block_hash] = block_id
             self._keys[block_id] = (group, block_hash)
+            if group == 0:
+                self.on_change(block_hash, True)
 
     def find(self, group: int, block_hash: bytes) -> int | None:
         return self._by_hash[group].get(block_hash)
@@ -184,6 +188,8 @@ class BlockPool:
         assert key is not None
         del self._by_hash[key[0]][key[1]]
         self._keys[block_id] = None
+        if key[0] == 0:
+            self.on_change(key[1], False)
         return block_id
 
 

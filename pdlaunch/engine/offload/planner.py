@@ -98,6 +98,8 @@ class HostTier:
         self._by_key: OrderedDict[BlockKey, int] = OrderedDict()
         """Storing and resident blocks but for failed ones, the least recently used first."""
         self.num_evicted_blocks = 0
+        self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
+        """Is told of each hash of group 0 that is found here, or found no more."""
 
     @property
     def num_used_blocks(self) -> int:
@@ -130,6 +132,7 @@ class HostTier:
         if ok:
             block.is_resident = True
             self._by_key.move_to_end(block.key)
+            self._tell(block.key, True)
         else:
             self._give_up(host_id)
 
@@ -153,6 +156,7 @@ class HostTier:
             if host_id in failed and not block.is_failed:
                 del self._by_key[block.key]
                 block.is_failed = True
+                self._tell(block.key, False)
             # Other loads may still read what has failed: it is free after the last of them.
             if block.is_failed and not block.pins:
                 self._release(host_id)
@@ -183,12 +187,18 @@ class HostTier:
         return block.is_resident and not block.pins
 
     def _give_up(self, host_id: int) -> None:
-        del self._by_key[self._blocks[host_id].key]
+        key = self._blocks[host_id].key
+        del self._by_key[key]
         self._release(host_id)
+        self._tell(key, False)
 
     def _release(self, host_id: int) -> None:
         del self._blocks[host_id]
         self._free.append(host_id)
+
+    def _tell(self, key: BlockKey, is_found: bool) -> None:
+        if key.group == 0:
+            self.on_change(key.block_hash, is_found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,12 @@ from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
+from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.limits import Admission, BodyBudget, Deadlines, Grow, max_engine_body_bytes
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
+from pdlaunch.protocol.kv_events import KVBlocks
 
 SLEEP_TAGS = ("weights", "kv_cache")
 
@@ -191,6 +193,7 @@ class EngineService:
         self.leases: OrderedDict[str, RequestId] = OrderedDict()
         """The requests whose leases were handed out, by the hop's id and by the lease's."""
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
+        self.kv_feed = KVFeed()
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
         self._link: RankLink | None = None
@@ -240,6 +243,8 @@ class EngineService:
         self.welcomed.clear()
         if old is not None:
             await old.close()
+            # Nobody else's blocks: the next rank tells its own.
+            self.kv_feed.tell(KVBlocks(block_size=self.spec.block_size, is_all=True))
 
     async def read_stats(self) -> None:
         """Bring the rank's totals up to date; they stay as they were when it does not answer."""
@@ -257,7 +262,7 @@ class EngineService:
                     await asyncio.sleep(LEASE_POLL_S)
                     await self.read_stats()
 
-    def hear(self, message: Welcome | EngineStats | SleepReply) -> None:
+    def hear(self, message: Welcome | EngineStats | SleepReply | KVBlocks) -> None:
         """Take a message of rank 0 that is of no request."""
         match message:
             case Welcome(num_blocks=number):
@@ -268,6 +273,8 @@ class EngineService:
                 self.metrics.stats = message
             case SleepReply():
                 self.sleep.settle(message.sleeping_tags)
+            case KVBlocks():
+                self.kv_feed.tell(message)
 
     def remember_lease(self, hop_id: HopId, request_id: RequestId) -> None:
         """Let a lease be found by both ids. Forgets the oldest leases, which have expired."""

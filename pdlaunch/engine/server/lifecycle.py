@@ -33,6 +33,7 @@ from pdlaunch.http.connections import HttpRunner, fit
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import ignored_fields_header
+from pdlaunch.http.kv_feed import KV_EVENTS_PATH
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
@@ -81,7 +82,11 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
         route("GET", "/is_sleeping", _is_sleeping),
     ]
     return HttpApp(
-        [_counted(each, service) for each in routes],
+        [
+            *(_counted(each, service) for each in routes),
+            # Not counted as a request: it lasts as long as its router.
+            AppRoute("GET", KV_EVENTS_PATH, service.kv_feed.send),
+        ],
         guard=Guard(
             spec.bind_address,
             allowed_hosts=(*spec.allowed_hosts, spec.advertise_address),
@@ -207,6 +212,7 @@ class ServerProcess:
             await self._supervised.obey(self._find_rank, self._drain)
         finally:
             await self._service.use_link(None)
+            self._service.kv_feed.close()
             await runner.cleanup()
 
     async def _bind(self, runner: HttpRunner) -> str:

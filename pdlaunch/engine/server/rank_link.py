@@ -36,6 +36,7 @@ from pdlaunch.protocol.engine import (
     to_rank,
 )
 from pdlaunch.protocol.ids import RequestId
+from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.sockets import SecureContext
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class RankLink:
         endpoint: str,
         *,
         identity: str,
-        hear: Callable[[Welcome | EngineStats | SleepReply], None],
+        hear: Callable[[Welcome | EngineStats | SleepReply | KVBlocks], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``hear`` gets messages that belong to no request, and replies to an earlier server."""
@@ -156,7 +157,7 @@ class RankLink:
                     take = self._sinks.pop if ends else self._sinks.get
                     if (sink := take(item.request_id, None)) is not None:
                         sink(item)
-            case Welcome():
+            case Welcome() | KVBlocks():
                 self._hear(message)
             case EngineStats():
                 self._hear(message)

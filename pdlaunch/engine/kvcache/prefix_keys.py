@@ -1,0 +1,91 @@
+"""Names prefixes by 64-bit keys: engines tell routers the keys of what they hold.
+
+    k[-1] = XXH3(LoRA adapter, cache_salt)
+    k[i]  = XXH3(tokens of block i as int32 little endian, seed k[i-1])
+
+A key is a hint. Two prefixes with one key cost a router a useless choice; what an engine uses is
+found by the hashes of ``hashing.py``. No other process has to know these, nor an engine's own.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import xxhash
+
+Tier = Literal["device", "host"]
+TIERS: tuple[Tier, ...] = ("device", "host")
+
+
+def root_key(*, adapter: str = "", cache_salt: str = "") -> int:
+    """Return k[-1]."""
+    text = f"{len(adapter)} {adapter}{cache_salt}"
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def as_bytes(token_ids: Sequence[int]) -> bytes:
+    """Return the form of tokens that is hashed."""
+    return array("i", token_ids).tobytes()
+
+
+def next_keys(parent: int, tokens: bytes, block_size: int) -> list[int]:
+    """Return the keys of the blocks in ``tokens`` that follow a prefix; a partial one has none."""
+    digest, whole = xxhash.xxh3_64_intdigest, len(tokens) - len(tokens) % (4 * block_size)
+    blocks = struct.iter_unpack(f"{4 * block_size}s", memoryview(tokens)[:whole])
+    return [parent := digest(block, parent) for (block,) in blocks]
+
+
+class PrefixKeys:
+    """Holds the keys of one request's full blocks; grows with the request."""
+
+    __slots__ = ("_block_size", "_root", "keys")
+
+    def __init__(self, root: int, block_size: int) -> None:
+        self._root = root
+        self._block_size = block_size
+        self.keys: list[int] = []
+
+    def extend(self, token_ids: Sequence[int], num_blocks: int) -> None:
+        """Add the keys of the blocks up to ``num_blocks`` that are new."""
+        parent = self.keys[-1] if self.keys else self._root
+        tokens = token_ids[len(self.keys) * self._block_size : num_blocks * self._block_size]
+        self.keys += next_keys(parent, as_bytes(tokens), self._block_size)
+
+
+class PrefixChanges:
+    """Collects which prefixes the cache gains and loses, by the tier that holds their last block.
+
+    Blocks on the host were on the device when they were copied: their keys come from there.
+    """
+
+    def __init__(self) -> None:
+        self.names: Mapping[bytes, int] = {}
+        """Keys by hash of the blocks that are being registered."""
+        self._held: dict[Tier, dict[bytes, int]] = {tier: {} for tier in TIERS}
+        self._changes: dict[Tier, dict[int, bool]] = {tier: {} for tier in TIERS}
+
+    def note(self, tier: Tier, block_hash: bytes, *, is_held: bool) -> None:
+        held = self._held[tier]
+        if is_held:
+            key = self.names.get(block_hash, self._held["device"].get(block_hash))
+            if key is None:
+                return
+            held[block_hash] = key
+        elif (key := held.pop(block_hash, None)) is None:
+            return
+        self._changes[tier][key] = is_held
+
+    def take(self) -> dict[Tier, dict[int, bool]] | None:
+        """Return what has changed since the last call: by tier and key, whether it is held now."""
+        if not any(self._changes.values()):
+            return None
+        changes, self._changes = self._changes, {tier: {} for tier in TIERS}
+        return changes
+
+    def held(self) -> dict[Tier, list[int]]:
+        """Return all that is held, and leave no change to be taken."""
+        self.take()
+        return {tier: list(keys.values()) for tier, keys in self._held.items()}
