@@ -10,6 +10,7 @@ error becomes an answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from aiohttp import web
 
 from pdlaunch import __version__
 from pdlaunch.errors import RequestError
+from pdlaunch.http.connections import must_end
 from pdlaunch.http.errors import (
     CLIENT_CLOSED_REQUEST,
     error_response,
@@ -27,6 +29,7 @@ from pdlaunch.http.errors import (
 )
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, read_request_id
+from pdlaunch.http.sse import STREAM, ClientStream
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.ids import HttpRequestId
@@ -108,12 +111,16 @@ class HttpApp:
                 if id_error is not None:
                     raise id_error
                 self._check(route, http)
+                if must_end(http):
+                    raise asyncio.CancelledError
                 response = await route.handler(http)
                 status = response.status
             except asyncio.CancelledError:
                 # The client has closed its connection, or this process leaves.
                 self._metrics.failed(CLIENT_CLOSED_REQUEST)
-                raise
+                if not must_end(http):
+                    raise
+                response = await _refuse_half_closed(http)
             except ConnectionError:
                 self._metrics.failed(CLIENT_CLOSED_REQUEST)
                 return web.Response(status=CLIENT_CLOSED_REQUEST)
@@ -127,6 +134,7 @@ class HttpApp:
                 if end is not None:
                     end(status, told)
                 told = None  # Its traceback holds this frame: a cycle would keep the body.
+                http.pop(STREAM, None)  # which holds the request
         # A stream has sent its headers already, with the id among them.
         if not response.prepared:
             response.headers[REQUEST_ID_HEADER] = request_id
@@ -150,6 +158,22 @@ class HttpApp:
         response.headers["Allow"] = methods
         self._metrics.failed(response.status)
         return response
+
+
+async def _refuse_half_closed(http: web.Request) -> web.StreamResponse:
+    error = RequestError(
+        "the client closed its sending side of the connection, so the request was cancelled; keep "
+        "the connection open until the answer has come",
+        code="connection_half_closed",
+    )
+    stream: ClientStream | None = http.get(STREAM)
+    if stream is not None and stream.has_begun:
+        with contextlib.suppress(ConnectionError):
+            await stream.fail(error)
+        return stream.response
+    if http.writer.output_size > 0:
+        raise asyncio.CancelledError
+    return error_response(error)
 
 
 async def _version(_: web.Request) -> web.StreamResponse:

@@ -122,6 +122,19 @@ class _Connection(web.RequestHandler):
     ) -> None:
         super().__init__(server, **options)
         self._open_connections = open_connections
+        self.is_half_closed = False
+
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio wants to know
+        """Keep a connection whose client has closed its sending side until it is answered."""
+        is_idle = self._waiter is not None and not self._waiter.done()
+        if is_idle or self.ssl_context is not None:  # TLS cannot be half closed
+            return False
+        self.close()  # once the request is answered
+        self.is_half_closed = True
+        request = self._current_request
+        if request is not None and must_end(request) and self._task_handler is not None:
+            self._task_handler.cancel()
+        return True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._open_connections.discard(self)
@@ -173,6 +186,17 @@ class _Refusal(asyncio.Protocol):
         if transport.can_write_eof():  # TLS cannot
             transport.write_eof()
         asyncio.get_running_loop().call_later(REFUSAL_S, transport.abort)
+
+
+def must_end(http: web.BaseRequest) -> bool:
+    """Return True if the client has closed its sending side.
+
+    It has left, as far as anybody can tell before the next write; reading requests end by
+    themselves.
+    """
+    if http.method in ("GET", "HEAD"):
+        return False
+    return isinstance(http.protocol, _Connection) and http.protocol.is_half_closed
 
 
 def fit(wanted: int, *, num_each: int = 1, num_others: int = 0) -> int:

@@ -51,6 +51,7 @@ class ClientStream:
         self._http = http
         self._preparing = asyncio.Lock()
         self.response = _StreamResponse(headers=_HEADERS | dict(headers))
+        http[STREAM] = self
 
     @property
     def has_begun(self) -> bool:
@@ -87,6 +88,9 @@ class ClientStream:
             async with self._preparing:
                 if not self.response.prepared:
                     await self.response.prepare(self._http)
+
+
+STREAM = web.RequestKey("stream", ClientStream)
 
 
 class EventDecoder:

@@ -87,6 +87,36 @@ async def test_while_decode_streams(stand: Stand, how: str) -> None:
     await decode.aborted.wait()
     await all_is_quiet(stand)
     assert not prefill.released
+    if how == "half close":
+        last = (await reader.read()).split(b"data: ")[-1]
+        assert b'"code":"connection_half_closed"' in last
+    writer.close()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_half_closed_connection_is_told_why_it_gets_no_answer(
+    stand: Stand, at_once: bool
+) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 0
+    await stand.start([prefill, decode])
+    reader, writer = await send(stand, completion())
+    if not at_once:
+        await decode.holding.wait()
+    writer.write_eof()
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    error = json.loads(body)["error"]
+    assert error["code"] == "connection_half_closed"
+    assert "keep the connection open" in error["message"]
+    await all_is_quiet(stand)
+    assert decode.num_aborted == (not at_once)
+    writer.close()
+    # Nothing goes on after an answer that is only read, so it is given.
+    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    writer.write_eof()
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
     writer.close()
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -19,7 +20,7 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
 from pdlaunch.protocol.kv_params import TokenOutput
-from tests.engine.server.conftest import END_TOKEN, Engine
+from tests.engine.server.conftest import END_TOKEN, TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 from tests.http.loop_clock import pass_time
 
@@ -209,6 +210,31 @@ async def test_an_answer_that_takes_too_long_is_a_503(
     assert (status, answer["error"]["code"]) == (503, "request_timeout")
     assert response.headers["Retry-After"] == "2"
     await rank.wait_for(AbortRequest)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_half_closed_connection_is_told_why_it_gets_no_answer(
+    engine: Engine, rank: FakeRank, stream: bool
+):
+    rank.script = silent
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(engine.url).port)
+    body = json.dumps({"prompt": "x", "stream": stream}).encode()
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n"
+        % (TOKEN.encode(), len(body))
+        + body
+    )
+    request = (await rank.wait_for(AddRequest))[-1]
+    if stream:
+        await rank.say(Tokens(request_id=request.request_id, tokens=[TokenOutput(token_id=70)]))
+        assert b"200 OK" in await reader.readuntil(b"data: {")
+    writer.write_eof()
+    rest = await reader.read()
+    assert stream or rest.startswith(b"HTTP/1.1 400 ")
+    assert b'"code":"connection_half_closed"' in rest
+    await rank.wait_for(AbortRequest)
+    writer.close()
 
 
 # The model's generation_config.json says how requests that leave it open are sampled
