@@ -20,8 +20,8 @@ from pdlaunch.launch.client.admin import (
     ChangeOutcome,
     EngineOutcome,
     admin_api,
-    change_engines,
     command_engines,
+    command_launch,
 )
 from pdlaunch.launch.client.api import Api
 
@@ -164,12 +164,8 @@ def scale(
             )
         replicas[role] = int(number)
     with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
-        outcome = change_engines(
-            admin,
-            "/pdlaunch/scale",
-            dry_run=dry_run,
-            drain_timeout_s=drain_timeout,
-            replicas=replicas,
+        outcome = command_launch(
+            admin, "scale", replicas=replicas, dry_run=dry_run, drain_timeout_s=drain_timeout
         )
     _show_change(outcome, dry_run=dry_run)
 
@@ -185,10 +181,10 @@ def role(
     """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
     of that role starts on its host, under a name of that role.
     """
-    change = {"engine": name, "role": role}
+    wanted = {"engine": name, "role": role}
     with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
-        outcome = change_engines(
-            admin, "/pdlaunch/role", dry_run=dry_run, drain_timeout_s=drain_timeout, **change
+        outcome = command_launch(
+            admin, "role", **wanted, dry_run=dry_run, drain_timeout_s=drain_timeout
         )
     _show_change(outcome, dry_run=dry_run)
 

@@ -61,7 +61,7 @@ def _start(turn: Turn) -> None:
         if unit.processes[0].state is ProcessState.PLANNED:
             turn.do(Start(unit.name))
     if all(unit.ready for unit in seen.units) and not seen.missing_pairs():
-        seen.phase, seen.was_ready = LaunchPhase.READY, True
+        seen.phase, seen.was_ready, turn.wanted.withheld = LaunchPhase.READY, True, ""
     elif turn.due(seen.started_at + timeout_s):
         turn.fail(startup_timeout(seen.status(), timeout_s, seen.missing_pairs()))
 

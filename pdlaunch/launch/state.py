@@ -227,6 +227,7 @@ class Desired:
     timing: Timing
     engines: dict[str, Goal] = field(default_factory=dict)
     change: EngineChange | None = None
+    withheld: Withheld = "starting"  # why routers refuse requests
     stop_signal: int | None = None  # the signal that asked for the end of the launch
     is_hurried: bool = False  # the user has asked for the end again
     is_strict: bool = False  # pairs that are slow must not be used

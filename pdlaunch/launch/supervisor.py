@@ -61,12 +61,12 @@ def next_registry(current: Registry, wanted: Desired, seen: Observed) -> Registr
     listed = (_entry(process, wanted, seen) for process in seen.processes())
     entries = [entry for entry in listed if entry is not None]
     pairs = list(seen.pairs.proven.values())
-    if (entries, pairs, seen.was_ready) == (current.entries, current.pairs, current.serving):
+    if (entries, pairs, wanted.withheld) == (current.entries, current.pairs, current.withheld):
         return current
     return Registry(
         version=current.version + 1,
         entries=entries,
-        serving=seen.was_ready,
+        withheld=wanted.withheld,
         pairs=pairs,
         ends={name: dict(counts) for name, counts in seen.ends.items()},
     )
@@ -123,7 +123,7 @@ def view_of(spec: ProcessSpec, registry: Registry) -> Registry:
     return Registry(
         version=registry.version,
         entries=[entry for entry in registry.entries if entry.engine in circle],
-        serving=registry.serving,
+        withheld=registry.withheld,
         # A process asks for the pairs that it has proven itself.
         pairs=[pair for pair in registry.pairs if pair.local == spec.name],
     )
@@ -147,7 +147,7 @@ class Supervisor:
     clock: Callable[[], float]
     has_changed: bool = True  # by events, so ``tick`` is due soon
     _registry: Registry = field(
-        default_factory=lambda: Registry(version=0, entries=[], serving=False)
+        default_factory=lambda: Registry(version=0, entries=[], withheld="starting")
     )
     # What each process was told last.
     _sent: dict[str, tuple[list[Entry], list[PairReady]]] = field(default_factory=dict)

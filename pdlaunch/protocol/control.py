@@ -19,15 +19,16 @@ ProcessKind = Literal["router", "server", "rank"]
 # ``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
 EndReason = Literal["died", "hung"]
-# Why an engine that is ready is given no new work
-Withheld = Literal["", "joining", "draining", "leaving"]
+# Why an engine that is ready, or the whole launch, is given no new work
+Withheld = Literal["", "starting", "joining", "draining", "leaving"]
 RefusalCode = Literal["engine_not_found", "not_now", "refused"]
 
 
-def why_withheld(withheld: Withheld, engine: str) -> str:
+def why_withheld(withheld: Withheld, engine: str = "") -> str:
     """Return the reason in words; empty without one."""
     words: dict[Withheld, str] = {
         "": "",
+        "starting": "the deployment is starting",
         "joining": "it joins once its pairs are proven",
         "draining": f"no new work until `pdlaunch undrain {engine}`",
         "leaving": "it finishes what runs, and is removed",
@@ -203,10 +204,7 @@ class SetDrained(CommandToEngine, kw_only=True):
 
 
 class ChangeEngines(Asked):
-    """Asks for another number of engines of some roles, or for an engine under another role.
-
-    Also the body of ``POST /pdlaunch/scale`` and ``/pdlaunch/role``.
-    """
+    """Asks for another number of engines of some roles, or for an engine under another role."""
 
     # Roles that are not named keep theirs.
     replicas: dict[Role, Annotated[int, msgspec.Meta(ge=0, le=1024)]] = {}
@@ -215,6 +213,10 @@ class ChangeEngines(Asked):
     dry_run: bool = False  # say what would be done, and do nothing
     # Seconds that running requests get at an engine that stops; None: ``drain_timeout_s``.
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.replicas) == bool(self.engine and self.role):
+            raise ValueError("give `replicas` of prefill, decode or both; or `engine` and `role`")
 
 
 class PlannedEngine(Message, tag=False):
@@ -251,6 +253,8 @@ class Answered(Message):
 
 # Commands of a router; the answer is an ``Answered``
 Command = Restart | SetDrained | ChangeEngines
+# What ``POST /pdlaunch/NAME`` asks of the supervisor; the body has the fields of the command.
+COMMANDS: dict[str, type[Command]] = {"scale": ChangeEngines, "role": ChangeEngines}
 ToSupervisor = (
     Register | Progress | Ready | Alive | PairReady | PairFailed | PairSuspect | Failed | Drained
     | SleepState | Command
@@ -262,8 +266,7 @@ class Registry(Message):
 
     version: int
     entries: list[Entry]
-    # Every process and pair has been ready; until then the router refuses requests.
-    serving: bool = True
+    withheld: Withheld = ""  # why the router refuses requests
     pairs: list[PairReady] = []  # the paths between ranks that are proven now
     # How often processes have ended while the launch served, by name.
     ends: dict[str, dict[EndReason, int]] = {}

@@ -14,9 +14,10 @@ import msgspec
 
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
+from pdlaunch.protocol.control import Withheld
 from pdlaunch.protocol.ids import HttpRequestId
 
-DeploymentState = Literal["starting", "ok", "unavailable", "draining"]
+DeploymentState = Literal[Withheld, "ok", "unavailable"]
 EventKind = Literal["engine", "launch", "pair"]
 
 

@@ -37,8 +37,8 @@ from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.watch.engine_api import Counts, is_vllm_busy
 from pdlaunch.protocol.control import (
+    COMMANDS,
     Answered,
-    ChangeEngines,
     Command,
     RefusalCode,
     Restart,
@@ -130,8 +130,10 @@ class Admin:
             AppRoute("POST", "/pdlaunch/restart", self._restart),
             AppRoute("POST", "/pdlaunch/drain", partial(self._drain, True)),
             AppRoute("POST", "/pdlaunch/undrain", partial(self._drain, False)),
-            AppRoute("POST", "/pdlaunch/scale", self._change),
-            AppRoute("POST", "/pdlaunch/role", self._change),
+            *(
+                AppRoute("POST", f"/pdlaunch/{name}", partial(self._command, kind))
+                for name, kind in COMMANDS.items()
+            ),
             AppRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
         ]
 
@@ -222,33 +224,21 @@ class Admin:
         answer = await self._supervisor.ask(question)
         if answer.error:
             raise _refusal(answer.error, answer.code)
-        name = answer.engine
-        # Requests that follow must find it so.
-        await self._until_listed(
-            lambda: all(e.is_drained == is_drained for e in self._engines() if e.name == name),
-            f"the registry does not show it of {name} yet",
-        )
-        return {"engine": name, "is_drained": is_drained, "notes": answer.notes}
+        # The registry that came before the answer shows it: requests that follow find it so.
+        return {"engine": answer.engine, "is_drained": is_drained, "notes": answer.notes}
 
-    async def _change(self, http: web.Request) -> web.Response:
-        """Scale, or change the role of an engine, as the path says. Answer when the engines are as
-        they are wanted, or at once with ``dry_run``, with what runs at the engines that stop.
+    async def _command(self, kind: type[Command], http: web.Request) -> web.Response:
+        """Have the supervisor obey. Answer when that is done, or at once with ``dry_run``, with
+        what runs at the engines that stop.
         """
         try:
             asked = msgspec.json.decode(await http.read(), type=dict[str, Any])
-            named = {"type": ChangeEngines.__name__, "question": 0}
-            wanted = msgspec.convert(asked | named, ChangeEngines)
+            command = msgspec.convert(asked | {"type": kind.__name__, "question": 0}, kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(str(error), code="invalid_change") from None
-        message = "say how many engines there are to be: replicas of prefill, decode or both"
-        if is_turn := http.path == "/pdlaunch/role":
-            message = "say which engine is to have which role: engine and role"
-        has_turn = wanted.engine != "" and wanted.role is not None
-        if has_turn != is_turn or bool(wanted.replicas) == is_turn:
-            raise RequestError(message, code="invalid_change")
         running = {engine.name: engine.num_outstanding for engine in self._engines()}
-        answer = await self._supervisor.ask(wanted)
-        body: dict[str, object] = {"dry_run": wanted.dry_run, "notes": answer.notes}
+        answer = await self._supervisor.ask(command)
+        body = {"dry_run": asked.get("dry_run", False), "notes": answer.notes}
         if answer.change is not None:
             stops = {name: running.get(name, 0) for name in answer.change.stops}
             body["change"] = msgspec.to_builtins(answer.change) | {"stops": stops}

@@ -41,6 +41,7 @@ from pdlaunch.http.headers import (
 from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
 from pdlaunch.http.sse import ClientStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
+from pdlaunch.protocol.control import why_withheld
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec
@@ -175,13 +176,9 @@ class RouterApp:
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     async def _generate(self, endpoint: Endpoint, http: web.Request) -> web.StreamResponse:
-        if not self._state.pool.serving:
-            raise OverloadedError(
-                "the deployment is starting",
-                status=503,
-                retry_after_s=RETRY_AFTER_S,
-                code="starting",
-            )
+        if withheld := self._state.pool.registry.withheld:
+            reason = why_withheld(withheld)
+            raise OverloadedError(reason, status=503, retry_after_s=RETRY_AFTER_S, code=withheld)
         # The body is held until the answer is whole: another engine may be asked meanwhile.
         async with self._bodies.read(http) as body:
             request = await self._read(endpoint, http, body)

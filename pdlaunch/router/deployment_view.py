@@ -117,8 +117,8 @@ class DeploymentView:
         pool = self._state.pool
         if self._admission.is_draining:
             return "draining"
-        if not pool.serving:
-            return "starting"
+        if pool.registry.withheld:
+            return pool.registry.withheld
         return "ok" if any(engine.ready for engine in pool.engines) else "unavailable"
 
     def status(self) -> DeploymentStatus:

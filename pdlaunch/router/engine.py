@@ -138,7 +138,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     devices: frozenset[str] = frozenset()  # as ``host/cuda:0``, or ``cpu``; empty: not known
     max_model_len: int | None = None  # prompt plus output in tokens; None: it has not been asked
     models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
-    is_drained: bool = False  # somebody drains it: it is given no new work
     peers: frozenset[str] | None = None  # the engines that it exchanges KV blocks with; None: all
     # Incarnations of the processes to which this engine has a proven path, by name.
     proofs: dict[str, int] = {}

@@ -228,7 +228,7 @@ class WatchedMembership:
         self._watched: dict[str, WatchedEngine] = {}
         self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._tell_canary)
         self._ready: set[str] = set()
-        self._registry = Registry(version=0, entries=[], serving=False)
+        self._registry = Registry(version=0, entries=[], withheld="starting")
         self._publishes: asyncio.TimerHandle | None = None
 
     def key_of(self, engine: Engine) -> str | None:
@@ -370,7 +370,7 @@ class WatchedMembership:
         new = Registry(
             version=now.version,
             entries=entries,
-            serving=now.serving or self._can_serve(prefill, decode),
+            withheld="" if self._can_serve(prefill, decode) else now.withheld,
             pairs=self._proven(),
         )
         if new != now or not now.version:

@@ -30,11 +30,10 @@ class EnginePool:
     ) -> None:
         self.clock = clock
         self.pairs: Sequence[PairReady] = ()  # the paths that are proven now
-        self.serving = False  # the supervisor has seen every process and every pair ready
         self._policy: RoutingPolicy = policy
         self._index = index or ServedPrefixes()
         self._engines: dict[str, Engine] = {}
-        self._registry = Registry(version=0, entries=[])
+        self.registry = Registry(version=0, entries=[], withheld="starting")
         # Engines without new work: their processes when they were held, and the state to show.
         self._held: dict[str, tuple[Processes, ListedState]] = {}
         self._with_ranks: set[str] = set()
@@ -94,7 +93,7 @@ class EnginePool:
     def release(self, engine: Engine) -> None:
         """Let the registry decide again whether an engine gets work."""
         if self._held.pop(engine.name, None) is not None:
-            self.update(self._registry)
+            self.update(self.registry)
 
     def route(self, request: RoutingRequest) -> Route:
         now_at = self.clock()
@@ -150,7 +149,7 @@ class EnginePool:
 
     def update(self, registry: Registry) -> None:
         """Take over a registry; an engine whose processes are the same keeps its counts."""
-        self._registry = registry
+        self.registry = registry
         ranks: dict[str, list[Entry]] = defaultdict(list)
         for entry in registry.entries:
             if entry.kind == "rank":
@@ -170,7 +169,6 @@ class EnginePool:
         for engine in engines:
             engine.health.keep(keys)
         self.pairs = registry.pairs
-        self.serving = registry.serving
 
     def _renew(self, server: Entry, ranks: list[Entry], proofs: dict[str, int]) -> Engine:
         """Return the listed engine: the same object as before if its processes still run."""
@@ -209,7 +207,6 @@ class EnginePool:
         )
         engine.capabilities = server.capabilities
         engine.reason = server.reason
-        engine.is_drained = server.withheld == "draining"
         engine.peers = None if server.peers is None else frozenset(server.peers)
         engine.proofs = proofs
         return engine

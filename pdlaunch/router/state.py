@@ -135,7 +135,7 @@ class EventLog:
             self._gone.pop(name, None)
             _, state_before = before.get(name, (None, ""))
             # The start of a launch is no event: it would be one for each engine.
-            is_first = not state_before and (not before or not registry.serving)
+            is_first = not state_before and (not before or registry.withheld == "starting")
             if state_before == state or is_first:
                 continue
             was = f"was {state_before}" if state_before else "is here"

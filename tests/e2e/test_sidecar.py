@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.client.admin import admin_api, change_engines, own_launches
+from pdlaunch.launch.client.admin import admin_api, command_launch, own_launches
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.command_line import invoke
@@ -118,18 +118,13 @@ def test_engines_come_turn_and_go(tmp_path: Path, llama: Path) -> None:
     with launched(tmp_path, llama) as deployment:
         admin = admin_api(deployment.url)
         run_dir = own_launches(deployment.url)[0].run_dir
-        assert change_engines(admin, "/pdlaunch/scale", replicas={"prefill": 2}).error == ""
+        assert command_launch(admin, "scale", replicas={"prefill": 2}).error == ""
         assert states(deployment.url).get("prefill-1") == "ready"
         # One whose canary fails is taken back; the others serve on.
         say(tmp_path, "prefill-2.has_connector", False)
-        assert (
-            "no KV connector"
-            in change_engines(admin, "/pdlaunch/scale", replicas={"prefill": 3}).error
-        )
+        assert "no KV connector" in command_launch(admin, "scale", replicas={"prefill": 3}).error
         assert "prefill-2" not in deployment.processes()
-        assert (
-            change_engines(admin, "/pdlaunch/role", engine="prefill-1", role="decode").error == ""
-        )
+        assert command_launch(admin, "role", engine="prefill-1", role="decode").error == ""
         assert states(deployment.url).get("decode-1") == "ready"
         assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
         assert not list(run_dir.glob("prefill-[12].*"))

@@ -34,7 +34,7 @@ def test_the_registry_goes_to_all_on_every_change_with_a_growing_version() -> No
     assert registry.version == 3, "none without a change"
     states = [(entry.name, entry.state) for entry in registry.entries]
     assert states == [("prefill-0", "ready"), ("router", "starting")]
-    assert not registry.serving
+    assert registry.withheld == "starting"
 
 
 def test_the_router_hears_of_a_death_and_the_restart() -> None:

@@ -286,9 +286,9 @@ async def set_drained(stand: AdminStand, verb: str, *names: str, timeout_s: floa
             name=name,
             is_drained=is_drained,
         )
-        answer(stand, command, engine=name, notes=["a note"])
         stand.stand.engines[name].withheld = "draining" if is_drained else ""
         stand.stand.publish()
+        answer(stand, command, engine=name, notes=["a note"])
     return await done
 
 

@@ -85,7 +85,7 @@ async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
     for name, key in (("prefill-0", None), ("decode-0", "secret-of-decode-0")):
         await alone.start(name)
         alone.add(name, key)
-    await alone.until(lambda: alone.pool.serving)
+    await alone.until(lambda: not alone.pool.registry.withheld)
     assert (await alone.complete())[0] == 200
     assert (await alone.command("GET", "/metrics-of-nobody"))[0] == 404
     assert alone.keys["prefill-0"].seen == {None}
@@ -188,7 +188,7 @@ async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> N
         await alone.start(name, moves_bytes=name != "decode-0")
         alone.add(name)
     await alone.until(lambda: alone.outcomes("failed"))
-    assert not alone.pool.serving
+    assert alone.pool.registry.withheld == "starting"
     assert (await alone.complete())[0] == 503
     await alone.until(lambda: "computed the prompt itself" in alone.reason("decode-0"))
 

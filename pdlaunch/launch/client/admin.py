@@ -182,23 +182,14 @@ def command_engines(
     return outcomes
 
 
-def change_engines(
-    admin: Api,
-    path: str,
-    *,
-    dry_run: bool = False,
-    drain_timeout_s: float | None = None,
-    **wanted: object,
-) -> ChangeOutcome:
-    """Change the number of engines (``/pdlaunch/scale``) or the role of one (``/pdlaunch/role``).
-
-    Returns when the engines serve. Raises PdlaunchError when the change is refused unplanned.
+def command_launch(admin: Api, name: str, **fields: object) -> ChangeOutcome:
+    """Send one of ``protocol.control.COMMANDS``. Returns when that is done, such as when the
+    engines serve. Raises PdlaunchError when the launch is not asked at all.
     """
-    body = {**wanted, "dry_run": dry_run, "drain_timeout_s": drain_timeout_s}
-    status, answer = admin.post(path, body)
+    status, answer = admin.post(f"/pdlaunch/{name}", fields)
     # An answer with notes describes a planned change, even if it failed.
     if status != 200 and "notes" not in answer:
-        raise _refused(path, status, answer)
+        raise _refused(name, status, answer)
     error = "" if status == 200 else error_message(answer) or f"HTTP {status}"
     found = {"change": answer.get("change"), "notes": answer["notes"], "error": error}
     return msgspec.convert(found, ChangeOutcome)
