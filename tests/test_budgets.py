@@ -13,12 +13,12 @@ import pytest
 from tests.test_layers import ROOT, imports_of, tree_of
 
 PACKAGE = ROOT / "pdlaunch"
-TOTAL_LINES = 47_310
+TOTAL_LINES = 47_630
 TOTAL_CLASSES = 590
 TOTAL_MODULES = 255
 SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025
-TEST_LINES = 45_310
+TEST_LINES = 45_450
 HAND_WRITTEN_PAGES = 12
 WORDS = 25_000
 GENERATED_PAGES = {"rules.md", "settings.md"}

@@ -49,6 +49,7 @@ _PORT, _LAYOUT = "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_SSM_CONV_STATE_LAYOUT"
 # The first vLLM with the interface of pdlaunch's connector, and the last that was tried
 _OLDEST, _NEWEST = (0, 24), (0, 33)
 _OLDEST_WITH_STATE = (0, 30)
+_CACHES_STATES_SINCE = (0, 28)  # vLLM's own connector
 # The first vLLM whose connector gives the memory of the KV cache, and hears of sleep
 _POOLS_SINCE = {"enable_cumem_allocator": (0, 31), "enable_sleep_mode": (0, 33)}
 # The first vLLM whose host tier hears which blocks are pulled into. Earlier ones may still copy
@@ -226,20 +227,38 @@ def _is_before(context: Context, each: RoleEngines, since: tuple[int, int]) -> b
     """Return whether one of these engines is of an older vLLM, or does not tell its version; False
     where nobody looked.
     """
-    versions = [told for one, (_, told) in _versions(context) if one is each]
+    versions = [numbers for _, numbers in _versions_of(context, each)]
     return bool(context.engine_commands(each.role)) and min(versions, default=()) < since
+
+
+def _versions_of(context: Context, each: RoleEngines) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for found in context.engine_commands(each.role).values():
+        if numbers := re.findall(r"\d+", found.version or ""):
+            yield str(found.version), tuple(map(int, numbers[:2]))
 
 
 def _versions(context: Context) -> Iterator[tuple[RoleEngines, tuple[str, tuple[int, ...]]]]:
     for each in _our_sides(context):
-        for found in context.engine_commands(each.role).values():
-            if numbers := re.findall(r"\d+", found.version or ""):
-                yield each, (str(found.version), tuple(map(int, numbers[:2])))
+        yield from ((each, version) for version in _versions_of(context, each))
 
 
 def _with_state(context: Context) -> Iterator[RoleEngines]:
     sides = itertools.chain(*_stock_pair(context))
     yield from (each for each in sides if each.model.has_state)
+
+
+def _cached_states(context: Context) -> Iterator[Found]:
+    name = "enable_prefix_caching"
+    for prefill, decode in _stock_pair(context):
+        is_on = decode.settings.enable_prefix_caching and name in decode.given
+        if not decode.model.has_state or not is_on:
+            continue
+        place, sizes = decode.where(name), [(it.tp_size, it.block_size) for it in (prefill, decode)]
+        is_known = context.engine_commands(decode.role)
+        if not is_known or _is_before(context, decode, _CACHES_STATES_SINCE):
+            yield Found(f"{name} is on for decode, before vLLM 0.28 or an unknown version", place)
+        elif sizes[0] != sizes[1]:
+            yield Found(f"{name} is on, and TP or block sizes of prefill and decode differ", place)
 
 
 def _dev_ports(context: Context) -> Iterator[Found]:
@@ -427,13 +446,14 @@ RULES = (
         message=f"{_LAYOUT} of {{0.role}} engines is not DS",
         fix=f"Set {_LAYOUT}: DS in env.", source="vLLM 0.32: nixl/base_worker.py."),
     warning("PD636", "Decode keeps states of a hybrid model in its prefix cache.",
-        "In versions before 0.28 decode ends with an assertion at the first cache hit. Later ones "
-        "want the same block sizes on both sides.",
-        over=_with_state,
-        when=lambda each: each.settings.enable_prefix_caching
-        and each.role == "decode" and "enable_prefix_caching" in each.given,
-        at="enable_prefix_caching", message="enable_prefix_caching is on for decode",
-        fix="Set decode.enable_prefix_caching to false.", source="ai-dynamo/dynamo#12197."),
+        "Before 0.28 decode ends with the assertion 'SSM can only have one local block' at the "
+        "first cache hit (its default there is off). Later versions end the handshake of two "
+        "sides whose attention blocks hold different numbers of tokens, as they do with different "
+        "TP sizes.",
+        when=_cached_states,
+        fix="Set decode.enable_prefix_caching to false, or take vLLM 0.28 and equal sizes.",
+        source="ai-dynamo/dynamo#12197; vllm-project/vllm#42554; nixl/base_worker.py of vLLM 0.24, "
+        "0.32 and 0.33."),
     error("PD630", "env gives a variable of vLLM that pdlaunch sets itself.",
         "The side channel tells every caller where KV blocks are, and decode dials the address "
         "that it binds. Dev mode adds /collective_rpc, by which whoever can connect runs any "

@@ -123,7 +123,7 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
     for index, ranks in _ranks_by_gpu(context).items():
         gpu = context.machine.gpus[index]
         memory = gpu.memory_bytes
-        if memory is None or sum(ranks.values()) < 2:
+        if memory is None or not ranks:
             continue
         sized = {
             each: each.footprint.total_bytes
@@ -135,7 +135,7 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
         # Each rank takes its share of the whole GPU, not of what is left: the sum decides.
         total = sum(count * wants[each] for each, count in ranks.items())
         free = memory - gpu.held_bytes
-        if total <= free:
+        if total <= free or sum(ranks.values()) == 1:
             yield from _late_shares(index, free, total, wants, shares)
             continue
         parts = " + ".join(
@@ -165,7 +165,7 @@ def _late_shares(
     wants: Mapping[RoleEngines, int],
     shares: Mapping[RoleEngines, int],
 ) -> Iterator[Found]:
-    """Find vLLM engines that need more free GPU memory to start than the others leave."""
+    """Find vLLM engines that need more free GPU memory to start than others leave."""
     for each, share in shares.items():
         left = free - (total - wants[each])
         if not each.is_native and share > left:
@@ -173,8 +173,8 @@ def _late_shares(
             yield Found(
                 f"a {each.role} rank of vLLM asks at its start for {asks} {format_size(left)}",
                 each.where("gpu_memory_utilization"),
-                "set gpu_memory_utilization too, to less than the others leave; with "
-                "kv_cache_memory, 0.01 will do",
+                "set gpu_memory_utilization to less than the others leave; with kv_cache_memory, "
+                "which vLLM takes for the KV cache whatever the share is, 0.01 will do",
             )
 
 
@@ -218,15 +218,12 @@ def _too_small(each: RoleEngines, tokens: int | None) -> Found | None:
     needed, kv_bytes = each.footprint, each.kv_cache_bytes
     if needed is None or kv_bytes is None or tokens is None:
         return None
-    blocks = needed.blocks_for(tokens)
-    least_bytes = blocks * needed.block_bytes
+    least_bytes = needed.kv_bytes_for(tokens)
     if least_bytes <= kv_bytes:
         return None
     message = (
-        f"a request of {tokens} tokens needs {_count(blocks, 'block')} x "
-        f"{format_size(needed.block_bytes)} = {format_size(least_bytes)} on each {each.role} "
-        f"rank, kv_cache_memory is {format_size(kv_bytes)} "
-        f"({_count(kv_bytes // needed.block_bytes, 'block')})"
+        f"a request of {tokens} tokens needs {format_size(least_bytes)} on each {each.role} rank, "
+        f"kv_cache_memory is {format_size(kv_bytes)}"
     )
     return Found(message, fix=_way_out(needed, kv_bytes, least_bytes))
 
@@ -239,10 +236,6 @@ def _way_out(needed: Footprint, kv_bytes: int, least_bytes: int) -> str:
 
 def _mebibytes(num_bytes: int) -> int:
     return -(-num_bytes // _MEBIBYTE)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _with_tier(context: Context) -> Iterator[RoleEngines]:

@@ -49,13 +49,13 @@ def _memory(engines: RoleEngines) -> dict[str, object] | None:
         "weight_bytes": needed.weight_bytes,
         "kv_cache_bytes": engines.kv_cache_bytes,
     }
-    if not engines.is_native:
+    if needed.layout is None:
         # Blocks and activations are the engine's own affair.
         return known
     return known | {
         "activation_bytes": needed.activation_bytes,
         "num_blocks": engines.num_blocks,
         "host_tier_bytes": engines.host_tier_bytes,
-        "block_bytes": needed.block_bytes,
-        "blocks_for_longest_request": needed.num_blocks_for_longest,
+        "block_bytes": needed.layout.block_bytes,
+        "blocks_for_longest_request": needed.min_kv_bytes // needed.layout.block_bytes,
     }

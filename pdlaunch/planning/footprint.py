@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.model_files.outline import KVLayers, Outline
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.sizes import format_size
 from pdlaunch.engine.kvcache.groups import (
@@ -18,46 +21,37 @@ from pdlaunch.engine.kvcache.groups import (
 
 # A rank that sizes its KV cache itself sets aside this times hidden plus inner size
 CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
+_VLLM_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Holds the memory of one rank, in bytes and in KV blocks."""
+    """Holds the memory of one rank, in bytes; of one of vLLM, what it needs at least."""
 
     weight_bytes: int
     activation_bytes: int
-    """Memory of the largest step.
+    """Memory of the largest step; 0 for vLLM, which does not tell before.
 
     Set aside where the rank sizes its KV cache itself, else an estimate: hidden and inner states,
     float32 logits of every running request.
     """
-    layout: KVCacheLayout
+    kv_bytes_for: Callable[[int], int]  # KV cache that one request of so many tokens needs
     max_model_len: int
     # Size of the KV cache; None: what the device has left, known only at start
     kv_cache_bytes: int | None
-
-    @property
-    def block_bytes(self) -> int:
-        return self.layout.block_bytes
+    layout: KVCacheLayout | None = None  # None: it is vLLM's affair
 
     @property
     def num_blocks(self) -> int | None:
         """Return the KV blocks of the rank; None: known only at start."""
-        return None if self.kv_cache_bytes is None else self.kv_cache_bytes // self.block_bytes
-
-    @property
-    def num_blocks_for_longest(self) -> int:
-        return self.blocks_for(self.max_model_len)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return the KV blocks that one request of so many tokens needs, all groups together."""
-        windows = [group.sliding_window for group in self.layout.groups]
-        return min_blocks(windows, self.layout.block_size, num_tokens)
+        if self.layout is None or self.kv_cache_bytes is None:
+            return None
+        return self.kv_cache_bytes // self.layout.block_bytes
 
     @property
     def min_kv_bytes(self) -> int:
         """Return the bytes of KV cache without which the longest request cannot run."""
-        return self.num_blocks_for_longest * self.block_bytes
+        return self.kv_bytes_for(self.max_model_len)
 
     @property
     def kv_bytes(self) -> int:
@@ -70,12 +64,12 @@ class Footprint:
 
     def longest_request_tokens(self, kv_bytes: int) -> int:
         """Return the longest request whose KV blocks fit into ``kv_bytes``; 0: none does."""
-        size = self.layout.block_size
-        # Blocks never get fewer with more tokens, so that halving finds the last that fits.
+        size = self.layout.block_size if self.layout else _VLLM_BLOCK_SIZE
+        # No request needs less than a shorter one, so that halving finds the last that fits.
         low, high = 0, math.ceil(self.max_model_len / size)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.blocks_for(middle * size) * self.block_bytes <= kv_bytes:
+            if self.kv_bytes_for(middle * size) <= kv_bytes:
                 low = middle
             else:
                 high = middle - 1
@@ -121,13 +115,25 @@ def make_footprint(
         block_size=settings.block_size,
         dtype_bytes=size,
     )
+    windows = [group.sliding_window for group in layout.groups]
     return Footprint(
         weight_bytes=_weights_of_rank(shape, tp_size) * size,
         activation_bytes=activations,
+        kv_bytes_for=lambda num_tokens: (
+            min_blocks(windows, layout.block_size, num_tokens) * layout.block_bytes
+        ),
         layout=layout,
         max_model_len=max_model_len,
         kv_cache_bytes=kv_cache_bytes,
     )
+
+
+def outline_of_shape(shape: ModelShape) -> Outline:
+    """Return what vLLM loads and keeps of a model, also of one that native engines serve, too."""
+    layers = Counter(
+        KVLayers(shape.num_kv_heads, 2 * shape.head_dim, window) for window in shape.layer_windows
+    )
+    return shape.outline or Outline(layers, 0, shape.num_parameters, 0, 0)
 
 
 def _weights_of_rank(shape: ModelShape, tp_size: int) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Literal
+
+from pydantic import JsonValue
 
 from pdlaunch.config.connectors import VLLM_NIXL, KVNetwork
 from pdlaunch.config.engine_settings import EngineSettings
@@ -19,18 +21,21 @@ from pdlaunch.config.vllm_arguments import long_name
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
-from pdlaunch.planning.footprint import Footprint, make_footprint
+from pdlaunch.planning.footprint import Footprint, make_footprint, outline_of_shape
 from pdlaunch.planning.hosts import DeviceKind, ResolvedHost
 from pdlaunch.planning.models import Model
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
-# Flags of vLLM with which weights or KV take another size than the model's files tell
-_RESIZING = ("quantization", "cpu-offload-gb", "hf-overrides")
+# Flags of vLLM with which weights or KV take a size that nobody knows before
+_RESIZING = ("cpu-offload-gb", "hf-overrides")
+# Bits of a number in vLLM's KV cache, by the beginning of its dtype; 4 for others
+_KV_BITS = {"auto": 16, "float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8}
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
+VLLM_BATCHED_TOKENS = 2048  # the least of its defaults
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +129,14 @@ class RoleEngines:
         is_known = self.is_native or "block_size" in self.given
         return self.settings.block_size if is_known else None
 
+    @cached_property
+    def arguments(self) -> Mapping[str, JsonValue]:
+        """Return the flags of vLLM that ``engine_args`` gives, by their long names."""
+        return {long_name(key): value for key, value in self.settings.engine_args.items()}
+
     def has_argument(self, *names: str) -> bool:
         """Return whether ``engine_args`` gives one of these flags of vLLM."""
-        return not {long_name(key) for key in self.settings.engine_args}.isdisjoint(names)
+        return not self.arguments.keys().isdisjoint(names)
 
     def where(self, name: str) -> str:
         """Return the dotted path that decides a setting: the role's section or the top level."""
@@ -227,11 +237,12 @@ class RoleEngines:
     @cached_property
     def footprint(self) -> Footprint | None:
         """Return the memory of one rank; of one of vLLM, what it needs at least."""
-        shape, is_vllm_on_gpu = self.shape, not self.is_native and self.device == "cuda"
-        dtype = self.dtype or ("bfloat16" if is_vllm_on_gpu else None)
+        shape, dtype = self.shape, self.dtype
+        if not self.is_native:
+            return self._vllm_footprint()
         if shape is None or dtype is None or self.max_model_len is None:
             return None
-        footprint = make_footprint(
+        return make_footprint(
             shape,
             self.settings,
             tp_size=self.tp_size,
@@ -241,17 +252,36 @@ class RoleEngines:
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
         )
-        if not is_vllm_on_gpu:
-            return footprint
-        # vLLM cuts all weights, and does not start without room for one longest request.
-        whole = shape.num_parameters * DTYPE_BYTES[dtype]
-        weight_bytes = shape.weight_bytes if shape.is_outline else whole
-        if weight_bytes is None or self.has_argument(*_RESIZING):
+
+    def _vllm_footprint(self) -> Footprint | None:
+        shape, given = self.shape, self.arguments
+        if shape is None or self.max_model_len is None or self.has_argument(*_RESIZING):
             return None
-        has_small_kv = shape.is_outline or self.has_argument("kv-cache-dtype")
-        layout = replace(footprint.layout, dtype_bytes=1) if has_small_kv else footprint.layout
-        weight_bytes //= self.tp_size
-        return replace(footprint, weight_bytes=weight_bytes, activation_bytes=0, layout=layout)
+        outline, dtype_bytes = outline_of_shape(shape), DTYPE_BYTES[self.dtype or "bfloat16"]
+        weight_bytes = outline.weight_bytes(
+            dtype_bytes,
+            self.tp_size,
+            quantization=given.get("quantization"),
+            by_expert=bool(given.get("enable-expert-parallel")),
+        )
+        if weight_bytes is None:
+            return None
+        told = str(given.get("kv-cache-dtype", "auto"))
+        bits = next((_KV_BITS[name] for name in _KV_BITS if told.startswith(name)), 4)
+        if told == "auto":
+            bits = 8 if outline.has_small_kv else 8 * dtype_bytes
+        return Footprint(
+            weight_bytes=weight_bytes,
+            activation_bytes=0,
+            max_model_len=self.max_model_len,
+            kv_cache_bytes=self.kv_cache_bytes,
+            kv_bytes_for=partial(
+                outline.kv_bytes,
+                kv_bits=bits,
+                tp_size=self.tp_size,
+                num_batched_tokens=self.settings.max_num_batched_tokens or VLLM_BATCHED_TOKENS,
+            ),
+        )
 
     @property
     def num_blocks(self) -> int | None:

@@ -15,6 +15,7 @@ FOUND = EngineCommand(version="0.32.0")
 OLDER = EngineCommand(version="0.31.1")
 NEW = EngineCommand(version="0.33.0")
 TIER: dict[str, Any] = {"engine_args": {"kv_offloading_size": 4}}
+CACHED_STATES: dict[str, Any] = {"has_state": True, "enable_prefix_caching": True, **STOCK}
 ALIKE = {
     "version": "0.32.0",
     "models": ("a",),
@@ -180,8 +181,13 @@ CASES: dict[str, Case] = {
         [vllm(has_state=True, env=DS, **STOCK), vllm(has_state=True), vllm(**STOCK)],
     ),
     "PD636": Case(
-        [vllm(has_state=True, decode__enable_prefix_caching=True, **STOCK)],
         [
+            vllm(has_state=True, decode__enable_prefix_caching=True, **STOCK),
+            told(FOUND, EngineCommand(version="0.24.0"), **CACHED_STATES),
+            told(FOUND, decode__tensor_parallel_size=3, **CACHED_STATES),
+        ],
+        [
+            told(FOUND, **CACHED_STATES),
             vllm(has_state=True, prefill__enable_prefix_caching=True, **STOCK),
             vllm(has_state=True, **STOCK),
             vllm(enable_prefix_caching=True, **STOCK),

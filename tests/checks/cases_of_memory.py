@@ -2,11 +2,22 @@
 
 from dataclasses import replace
 
-from tests.checks.contexts import CPU, EXPANDABLE, GB200, GIB, GPU, TIER, Case, on, one_gpu
+from pdlaunch.config.model_files.outline import outline_of
+from tests.checks.contexts import CPU, EXPANDABLE, GB200, GIB, GPU, SHAPE, TIER, Case, on, one_gpu
+from tests.config.model_files.test_outline import DEEPSEEK
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
 OLD = replace(GPU, gpus=tuple(replace(gpu, has_virtual_memory=False) for gpu in GPU.gpus))
+
+H100 = replace(GPU, gpus=tuple(replace(gpu, memory_bytes=80 * GIB) for gpu in GPU.gpus))
+HALF_HELD = replace(GPU, gpus=tuple(replace(g, free_memory_bytes=70 * GIB) for g in GPU.gpus))
+
+
+def deepseek(machine, *, size=None, **config):
+    shape = replace(SHAPE, is_latent=True, num_kv_heads=1, outline=outline_of(DEEPSEEK, size))
+    return on(machine, engine="vllm", shapes=(shape, shape), **config)
+
 
 CASES: dict[str, Case] = {
     "PD201": Case(
@@ -55,6 +66,9 @@ CASES: dict[str, Case] = {
         [
             on(replace(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))),
             on(GPU, kv_cache_memory="130GiB"),
+            deepseek(H100, tensor_parallel_size=4),
+            deepseek(H100, tensor_parallel_size=4, size=688586727753),
+            deepseek(H100, tensor_parallel_size=8),
         ],
         [
             on(
@@ -65,10 +79,9 @@ CASES: dict[str, Case] = {
             ),
             on(GPU, kv_cache_memory="100GiB"),
             # What others hold does not count against a rank's share, where both fit.
-            on(
-                replace(GPU, gpus=tuple(replace(g, free_memory_bytes=70 * GIB) for g in GPU.gpus)),
-                gpu_memory_utilization=0.45,
-            ),
+            on(HALF_HELD, gpu_memory_utilization=0.45),
+            deepseek(GPU, prefill__tensor_parallel_size=8, decode__replicas=0, size=688586727753),
+            deepseek(H100, tensor_parallel_size=4, engine_args={"cpu-offload-gb": 400}),
         ],
     ),
     "PD208": Case(
@@ -80,11 +93,14 @@ CASES: dict[str, Case] = {
             on(one_gpu()),
             on(one_gpu(), kv_cache_memory="60GiB"),
             on(one_gpu(), engine="vllm", kv_cache_memory="9GiB"),
+            on(HALF_HELD, engine="vllm", kv_cache_memory="9GiB"),
         ],
         [
             on(one_gpu(), gpu_memory_utilization=0.45),
             on(one_gpu(), kv_cache_memory="20GiB"),
             on(GPU),
+            on(HALF_HELD, kv_cache_memory="9GiB"),
+            on(HALF_HELD, engine="vllm", gpu_memory_utilization=0.45),
             on(one_gpu(), engine="vllm", kv_cache_memory="9GiB", gpu_memory_utilization=0.01),
         ],
     ),

@@ -28,8 +28,8 @@ FOREIGN: list[dict[str, Any]] = [
     {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
     {"model_type": "deepseek_v3", "kv_lora_rank": 512},
     {"model_type": "gemma2", "sliding_window": 4096},
-    {"model_type": "llava", "text_config": {"model_type": "llama"}},
-    {"model_type": "llama", "quantization_config": {"bits": 4}},
+    {"model_type": "llava", "text_config": {"model_type": "new"}},
+    {"model_type": "qwen2_moe", "quantization_config": {"bits": 4}},
 ]
 """config.json of models that native engines cannot serve."""
 Check = Callable[..., Result]

@@ -24,9 +24,9 @@ def test_blocks_are_those_of_the_kv_cache(windows, block_size, length):
     needed = on(CPU, shapes=(shape, shape), **settings).engines["prefill"].footprint
     groups = make_groups(windows)
     layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, block_size, 4)
-    assert needed.block_bytes == layout.block_bytes
+    assert needed.layout.block_bytes == layout.block_bytes
     blocks = KVCacheManager(groups, 1, block_size).min_blocks(length)
-    assert needed.num_blocks_for_longest == blocks
+    assert needed.min_kv_bytes == blocks * layout.block_bytes
 
 
 @pytest.mark.parametrize("tp_size", [1, 3, 9])

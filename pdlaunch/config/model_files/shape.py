@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pdlaunch.config.model_files.outline import Outline, outline_of
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -138,10 +139,13 @@ class ModelShape:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]  # The ids in generation_config.json, then those in config.json
     num_parameters: int  # Parameters of the language model, exactly as transformers counts them
-    # Native engines cannot serve the model: no more is known than sizes of attention
-    is_outline: bool = False
-    weight_bytes: int | None = None  # of an outline, if the index of its files tells
     is_latent: bool = False  # attention is latent (MLA): every rank keeps the only KV head
+    # Of a model that native engines cannot serve; its sizes of attention alone are those of a shape
+    outline: Outline | None = None
+
+    @property
+    def is_outline(self) -> bool:
+        return self.outline is not None
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
@@ -181,19 +185,27 @@ _ANY = Family(
 
 def read_outline(directory: Path) -> ModelShape | None:
     """Return what a model that native engines cannot serve tells of its size; None: too little."""
-    outer, index = read_json(directory / "config.json"), directory / INDEX
+    outer = read_json(directory / "config.json")
     inner = outer.get("text_config")
-    config = _ANY.defaults | outer | (inner if isinstance(inner, dict) else {})
+    told = outer | (inner if isinstance(inner, dict) else {})
+    family = FAMILIES.get(str(told.get("model_type")), _ANY)
+    told = {key: value for key, value in family.defaults.items() if value is not None} | told
     try:
-        if latent := config.get("kv_lora_rank"):
-            # One vector stands for keys and values: two halves.
-            half = (latent + config["qk_rope_head_dim"]) // 2
-            config |= {"num_key_value_heads": 1, "head_dim": half}
-        shape = _shape(outer, config, _ANY, {})
-        size = int(read_json(index)["metadata"]["total_size"]) if index.is_file() else None
-    except (ConfigError, KeyError, TypeError, ValueError):
+        outline = outline_of(told, _size_of_weights(directory))
+        latent = told.get("kv_lora_rank")
+        # What layers keep stands in the outline.
+        config = _ANY.defaults | told | {"layer_types": None, "sliding_window": None}
+        shape = _shape(outer, config | ({"num_key_value_heads": 1} if latent else {}), _ANY, {})
+    except (ConfigError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
-    return replace(shape, is_outline=True, weight_bytes=size, is_latent=bool(latent))
+    return replace(shape, is_latent=bool(latent), outline=outline)
+
+
+def _size_of_weights(directory: Path) -> int | None:
+    """Return the bytes of the weights, by their index or by the files that are here."""
+    if (index := directory / INDEX).is_file():
+        return int(read_json(index)["metadata"]["total_size"])
+    return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
 
 
 def keeps_state(directory: Path) -> bool:
