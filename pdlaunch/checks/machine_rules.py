@@ -81,6 +81,29 @@ def _too_few_hosts(context: Context) -> Iterator[Found]:
             yield Found(f"none of the hosts takes {role} engines", "hosts")
 
 
+def _cannot_spread(context: Context) -> Iterator[Found]:
+    for each in context.engines.values():
+        nnodes, where = each.settings.nnodes, each.where("nnodes")
+        if nnodes == 1:
+            continue
+        if each.is_native:
+            yield Found("native engines run on one host", where, "set engine: vllm")
+            continue
+        if each.tp_size % nnodes:
+            message = f"tensor_parallel_size {each.tp_size} is no multiple of nnodes {nnodes}"
+            yield Found(message, where)
+        there = sum(each.role in host.roles for host in context.launch.hosts)
+        if there < nnodes:
+            message = f"nnodes is {nnodes}, and {there} of the launch's hosts can take part"
+            yield Found(message, where, "list more hosts, with placement: hosts, ray or slurm")
+        if context.kv_transfer.is_stock:
+            fix = "leave kv_transfer.connector out"
+            yield Found("vLLM's own connector has another engine_id on each host", where, fix)
+        if not context.kv_transfer.trusted_network:
+            message = "vLLM's ranks admit everybody who reaches their ports between hosts"
+            yield Found(message, where, "set kv_transfer.trusted_network where nobody else can")
+
+
 def _unlike_hosts(context: Context) -> Iterator[Found]:
     for role in context.engines:
         placed = [engine for engine in context.launch.engines if engine.engines.role == role]
@@ -120,13 +143,15 @@ RULES = (
         # PD410 speaks of ranks that see no GPU.
         when=lambda each: (
             (there := len(each.gpus))
-            and each.tp_size > there
+            and each.ranks_per_node > there
             and Found(
-                f"a {each.role} engine has {each.tp_size} ranks, which see {there} GPUs",
-                fix=f"set it to {there} or less",
+                f"a {each.role} engine has {each.ranks_per_node} ranks on a host, which see "
+                f"{there} GPUs",
+                fix=f"set it to {there * each.settings.nnodes} or less",
             )
         ), at="tensor_parallel_size",
-        fix="Lower tensor_parallel_size.", source="NCCL: one rank a device.", needs=("gpus",),
+        fix="Lower tensor_parallel_size, or spread engines of vLLM over more hosts (nnodes).",
+        source="NCCL: one rank a device.", needs=("gpus",),
         on_vllm=True),
     warning("PD412", "There are fewer CPU cores than ranks.",
         "Ranks then take turns on a core: prefill and decode do not overlap.",
@@ -189,6 +214,13 @@ RULES = (
         when=_too_few_hosts,
         fix="List more hosts, or leave roles of hosts out.",
         source="Hosts take engines of their roles alone.", on_vllm=True),
+    error("PD456", "An engine cannot be spread over hosts.",
+        "vLLM starts as many ranks on each host. Its TCPStore, gloo, NCCL and message queues "
+        "authenticate nobody, and the queues carry pickles: whoever reaches them runs code.",
+        when=_cannot_spread, at="nnodes",
+        fix="Set nnodes to a divisor of tensor_parallel_size, and list as many hosts.",
+        source="MultiprocExecutor and MessageQueue of vLLM 0.24 to 0.33; its listening sockets "
+        "with two nodes (0.32, measured).", on_vllm=True),
     error("PD455", "Engines of one role come to different values on different hosts.",
         "A request may go to any engine of a role: with another dtype or device an engine would "
         "refuse the blocks, or answer with other tokens.",

@@ -12,6 +12,7 @@ import shlex
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -388,14 +389,18 @@ def ready_rows(
 
 
 def _topology(processes: Sequence[ProcessStatus]) -> str:
-    """Write ``1 prefill + 2 decode (tp 2)``, and on which hosts where there are several."""
-    ranks = [process.name.partition("/")[0] for process in processes if process.kind == "rank"]
+    """Write ``1 prefill + 2 decode (tp 2)``, and on how many hosts where there are several.
+
+    Ranks of vLLM are no processes of the launch.
+    """
+    names = [each.name.partition("/") for each in processes]
+    ranks = Counter(engine for engine, _, rank in names if rank.startswith("rank-"))
     parts = []
     for role in ROLES:
-        of_role = [name for name in ranks if name.rpartition("-")[0] == role]
-        if num_engines := len(set(of_role)):
-            tp_size = len(of_role) // num_engines
-            parts.append(f"{num_engines} {role}{f' (tp {tp_size})' if tp_size > 1 else ''}")
+        engines = [each.name for each in processes if each.name.rpartition("-")[0] == role]
+        if engines:
+            tp = f" (tp {tp_size})" if (tp_size := ranks[engines[0]]) > 1 else ""
+            parts.append(f"{len(engines)} {role}{tp}")
     num_hosts = len({process.host for process in processes})
     return " + ".join(parts) + (f" on {num_hosts} hosts" if num_hosts > 1 else "")
 

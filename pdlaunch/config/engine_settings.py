@@ -48,6 +48,9 @@ class EngineSettings(FrozenModel):
     tensor_parallel_size: Annotated[
         int, Flag(of_role=Flag("{role}-tp", help="Ranks of a {role} engine."))
     ] = Field(1, gt=0, le=1024, description="Ranks of an engine.")
+    nnodes: int = Field(
+        1, gt=0, le=64,
+        description="Hosts that the ranks of an engine of vLLM are spread over, as many on each.")
     load_format: Annotated[LoadFormat, Flag()] = Field(
         "auto", description="`dummy` makes random weights up, for benchmarks.")
     dtype: Annotated[DType, Flag(for_router=True)] = Field(

@@ -36,7 +36,8 @@ def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
 _SETTINGS = (
     "async-scheduling block-size dtype enable-cumem-allocator enable-prefix-caching "
     "enable-sleep-mode enforce-eager gpu-memory-utilization load-format max-model-len "
-    "max-num-batched-tokens max-num-seqs model revision served-model-name tensor-parallel-size"
+    "max-num-batched-tokens max-num-seqs model nnodes revision served-model-name "
+    "tensor-parallel-size"
 )
 _KEYS = "keys never stand on a command line"
 
@@ -74,9 +75,8 @@ REFUSED = _by_flag(
             "dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s "
             "dp-supervisor-probe-timeout-s enable-elastic-ep api-server-count"
         ),
-        "pdlaunch starts and ends the processes of an engine, all on one host": (
-            "distributed-executor-backend master-addr master-port nnodes node-rank"
-        ),
+        "pdlaunch starts and ends the processes of an engine, on as many hosts as the setting "
+        "nnodes says": "distributed-executor-backend headless master-addr master-port node-rank",
         "pdlaunch gives an engine one GPU for each of tensor_parallel_size": (
             "pipeline-parallel-size prefill-context-parallel-size"
         ),

@@ -97,11 +97,14 @@ class Supervised:
         *,
         engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
         side_channels: tuple[str, ...] = (),
+        link: str = "",
+        master_port: int = 0,
         listens: bool = True,
     ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
-        ``engine_id``, ``side_channels``: of an engine of vLLM. A second call replaces the first.
+        From ``engine_id`` to ``master_port``: of an engine of vLLM. A second call replaces the
+        first.
         """
         self.send(
             Register(
@@ -109,7 +112,9 @@ class Supervised:
                 incarnation=self.bootstrap.incarnation,
                 pid=os.getpid(),
                 engine_id=engine_id,
-                address=Address(http=url, side_channels=side_channels),
+                address=Address(
+                    http=url, side_channels=side_channels, link=link, master_port=master_port
+                ),
                 capabilities=capabilities or self.bootstrap.capabilities,
                 listens=listens,
             )

@@ -71,6 +71,8 @@ class Bootstraps:
             heartbeat_s=config.hang_timeout_s / HEARTBEATS,
         )
         key, replace = _plain(config.engine_api_key), msgspec.structs.replace
+        if spec.kind == "rank" and engine is None:  # on a further host of an engine of vLLM
+            return replace(bootstrap, connector=_connector(spec, launch))
         if spec.kind == "rank":
             # Where the ranks of an engine meet. A file for each incarnation: the file of a dead one
             # still lists its ranks.

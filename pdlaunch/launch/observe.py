@@ -176,7 +176,9 @@ def _failed(turn: Turn, unit: Unit, process: Instance, error: str) -> None:
 def _ready(turn: Turn, unit: Unit, process: Instance, message: Ready) -> None:
     if process.state is not ProcessState.STARTING:
         return
-    pinned = turn.seen.model.setdefault(process.spec.kind, message.model)
+    # All hosts of an engine of vLLM read the same files, as its server does.
+    kind = "server" if process.spec.unit == process.spec.engine else process.spec.kind
+    pinned = turn.seen.model.setdefault(kind, message.model)
     if changed := changes(pinned, message.model):
         # The process would give other tokens than its peers, so it must not start.
         process.error = (

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import msgspec
 
@@ -71,18 +72,22 @@ class EnginePlaces:
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
     def is_there(self, unit: Unit) -> bool:
-        """Return whether a unit, whose processes have ended, can be started on its host."""
-        host = unit.processes[0].spec.host
+        """Return whether a unit, whose processes have ended, can be started on its hosts."""
+        hosts = {process.spec.host for process in unit.processes}
         # The agent may be alive but cut off, and no engine may run twice.
-        if host not in self.present or self.clock() < self._ended_by.get(host, 0.0):
+        if not hosts <= self.present or self.clock() < self._ended_at(hosts):
             return False
-        if unit.engine and host in self._readdressed:
+        if unit.engine and hosts & self._readdressed:
             specs = self.kind.processes(self._placed(unit.engine))
             environments = {spec.name: spec.environment for spec in specs}
             for process in unit.processes:
                 environment = environments[process.name]
                 process.spec = msgspec.structs.replace(process.spec, environment=environment)
         return True
+
+    def _ended_at(self, hosts: Iterable[str]) -> float:
+        """Return the instant by which lost hosts among these have ended their processes."""
+        return max((self._ended_by.get(host, 0.0) for host in hosts), default=0.0)
 
     def _placed(self, name: str) -> PlacedEngine:
         return next(engine for engine in self.resolved.engines if engine.name == name)
@@ -93,6 +98,7 @@ class EnginePlaces:
         """Return a measured pair of engines that are placed, with what is slow about it."""
         prefill, decode = self._placed(engine_of(pair.peer)), self._placed(engine_of(pair.local))
         hosts = prefill.host.name, decode.host.name
+        on_one_host = len({node.host.name for each in (prefill, decode) for node in each.nodes}) < 2
         measured = PairTransport(
             decode_rank=pair.local,
             prefill_rank=pair.peer,
@@ -100,7 +106,7 @@ class EnginePlaces:
             # Decode reads the KV caches of prefill engines.
             allocator=prefill.engines.allocator,
             gigabytes_per_s=pair.gigabytes_per_s,
-            hosts=None if hosts[0] == hosts[1] else hosts,
+            hosts=None if on_one_host else hosts,
             shares_gpu=not _gpus_of(prefill).isdisjoint(_gpus_of(decode)),
             piece_bytes=pair.piece_bytes,
             other_paths=pair.other_paths,
@@ -122,7 +128,8 @@ class EnginePlaces:
     def forget(self, engine: str) -> None:
         """Forget an engine that is gone; a cut-off host may still run it, so its name stays."""
         gone = self._placed(engine)
-        self._names_taken_until[engine] = self._ended_by.get(gone.host.name, 0.0)
+        hosts = [node.host.name for node in gone.nodes]
+        self._names_taken_until[engine] = self._ended_at(hosts)
         left = dict(self.resolved.places)
         del left[_key(gone)]
         self.resolved = self.resolved.with_engines(left)
@@ -137,13 +144,13 @@ class EnginePlaces:
         """
         starts: list[Key] = []
         stops: list[PlacedEngine] = []
-        home = ""
+        home: list[str] = []
         if wanted.engine:
-            # The engine is planned again in another role, on its present host.
+            # The engine is planned again in another role, on its present hosts.
             engine = self._placed(wanted.engine)
             if wanted.role is not None and wanted.role != engine.engines.role:
                 starts, stops = list(self._new_keys(wanted.role, 1)), [engine]
-                home = engine.host.name
+                home = [node.host.name for node in engine.nodes]
         for role, number in wanted.replicas.items():
             engines = [e for e in self.resolved.engines if e.engines.role == role]
             starts += self._new_keys(role, number - len(engines))
@@ -162,9 +169,9 @@ class EnginePlaces:
             index += 1
 
     def _change(
-        self, starts: Sequence[Key], stops: Sequence[PlacedEngine], home: str
+        self, starts: Sequence[Key], stops: Sequence[PlacedEngine], home: Sequence[str]
     ) -> EngineChange:
-        """``home``: the host of an engine that changes its role; empty for other changes."""
+        """``home``: the hosts of an engine that changes its role; empty for other changes."""
         gone = {_key(engine) for engine in stops}
         places = self.resolved.places
         kept = {key: place for key, place in places.items() if key not in gone}
@@ -234,22 +241,23 @@ class EnginePlaces:
         kept: Places,
         models: Models,
         busy: Collection[GpuKey],
-        home: str = "",
+        home: Sequence[str] = (),
     ) -> dict[Key, EnginePlace] | None:
         """Return hosts and devices for new engines, or None if one of them has no room.
 
-        ``home``: the only host that is tried, if any.
+        ``home``: the only hosts that are tried, if any.
         """
         placed: dict[Key, EnginePlace] = {}
         taken = set(busy)
         for key in starts:
             places = {**kept, **placed}
-            hosts = [self.resolved.host(home)] if home else self._hosts(key[0], places)
+            hosts = [*map(self.resolved.host, home)] or self._hosts(key[0], places)
             fits = (self._fit(key, host, places, models, taken) for host in hosts)
-            place = next((place for place in fits if place is not None), None)
-            if place is None:
+            nnodes = self.resolved.config.engine_settings(key[0]).nnodes
+            nodes = [*islice((place for place in fits if place is not None), nnodes)]
+            if len(nodes) < nnodes:
                 return None
-            placed[key] = place
+            placed[key] = replace(nodes[0], others=tuple(nodes[1:]))
         return placed
 
     def _fit(
@@ -265,9 +273,9 @@ class EnginePlaces:
             return EnginePlace(host.name)
         numbers = [(host.name, gpu.index) for gpu in engines.gpus]
         free = [place for place, number in enumerate(numbers) if number not in taken]
-        if len(free) < engines.tp_size:
+        if len(free) < engines.ranks_per_node:
             return None
-        devices = tuple(free[: engines.tp_size])
+        devices = tuple(free[: engines.ranks_per_node])
         taken |= {numbers[place] for place in devices}
         return EnginePlace(host.name, devices)
 
@@ -290,7 +298,9 @@ class EnginePlaces:
 
     def _no_room(self, starts: Sequence[Key], busy: Mapping[GpuKey, str]) -> ConfigError:
         role = starts[0][0]
-        size = self.resolved.config.engine_settings(role).tensor_parallel_size
+        settings = self.resolved.config.engine_settings(role)
+        size = max(1, settings.tensor_parallel_size // settings.nnodes)
+        where = "one host" if settings.nnodes == 1 else f"each of {settings.nnodes} hosts"
         found = []
         for host in self._hosts(role, self.resolved.places):
             gpus = [(gpu.index, busy.get((host.name, gpu.index))) for gpu in host.machine.gpus]
@@ -299,7 +309,7 @@ class EnginePlaces:
         names = ", ".join(f"{each}-{index}" for each, index in starts)
         return ConfigError(
             f"there is no room for {names}: an engine needs {size} free "
-            f"{'GPU' if size == 1 else 'GPUs'} of one host, and "
+            f"{'GPU' if size == 1 else 'GPUs'} of {where}, and "
             f"{'; '.join(found) or f'no host takes {role} engines'}",
             field=f"{role}.replicas",
             fix="stop an engine of another role in the same command, or free GPUs",
@@ -364,7 +374,10 @@ def _key(engine: PlacedEngine) -> Key:
 
 
 def _gpus_of(engine: PlacedEngine) -> set[GpuKey]:
-    gpus = engine.engines.gpus
-    # A host that is back may have fewer than it had.
-    there = [device for device in engine.device_indices if device < len(gpus)]
-    return {(engine.host.name, gpus[device].index) for device in there}
+    return {
+        (node.host.name, gpus[device].index)
+        for node in engine.nodes
+        for gpus in [node.engines.gpus]
+        for device in node.device_indices
+        if device < len(gpus)  # a host that is back may have fewer than it had
+    }

@@ -20,7 +20,7 @@ from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.hosts import ResolvedHost, one_host
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.planning.roles import EnginePlace, PlacedEngine, Places, place_roles
+from pdlaunch.planning.roles import PlacedEngine, Places, place_roles
 
 THIS_HOST = LOCAL
 
@@ -84,7 +84,9 @@ class ResolvedLaunch:
     def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
         """Return the part of this launch that runs on a host, which rules on machines judge."""
         here = {host.name: self.by_host.get(host.name, {})}
-        engines = tuple(engine for engine in self.engines if engine.host is host)
+        engines = tuple(
+            node for engine in self.engines for node in engine.nodes if node.host is host
+        )
         return replace(self, hosts=(host,), by_host=here, engines=engines, whole=self)
 
     def host(self, name: str) -> ResolvedHost:
@@ -152,12 +154,7 @@ class ResolvedLaunch:
     @property
     def places(self) -> Places:
         """Return the hosts and devices of every engine."""
-        return {
-            (engine.engines.role, engine.index): EnginePlace(
-                engine.host.name, engine.device_indices or None
-            )
-            for engine in self.engines
-        }
+        return {(engine.engines.role, engine.index): engine.place for engine in self.engines}
 
     def with_engines(
         self, places: Places, models: Mapping[Role, Model] | None = None

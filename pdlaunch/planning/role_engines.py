@@ -88,9 +88,14 @@ class RoleEngines:
         return self.settings.tensor_parallel_size
 
     @property
+    def ranks_per_node(self) -> int:
+        """Return the ranks of an engine that run on each of its hosts."""
+        return max(1, self.tp_size // self.settings.nnodes)
+
+    @property
     def num_ranks(self) -> int:
         """Return the ranks of all these engines; on a host, those that run there."""
-        return self.replicas * self.tp_size
+        return self.replicas * self.ranks_per_node
 
     @property
     def host(self) -> str:
@@ -329,6 +334,9 @@ class RoleEngines:
             cpu_bytes = self.kv_cache_bytes if self.device == "cpu" else None
             address = ENGINE_HOST if network is None else network.address
             own = vllm_environment(cpu_bytes, self.settings, address)
+            if self.settings.nnodes > 1:
+                # Sidecars put the name of the device in the place of an address.
+                own |= dict.fromkeys(BETWEEN_HOSTS, self.on.bind_address)
             given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
         if self.role not in PAIR:
             return given
@@ -412,6 +420,10 @@ OWN_VARIABLES = frozenset(
         "VLLM_SERVER_DEV_MODE",
     }
 )
+
+
+# Variables of an engine over hosts: the address of this host's ranks, and the devices that have it
+BETWEEN_HOSTS = ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def vllm_environment(

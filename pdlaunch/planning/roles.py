@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from pdlaunch.config.hosts import PlacementStrategy
 from pdlaunch.config.models import LaunchConfig
@@ -29,10 +30,15 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlace:
-    """The host of an engine, and the CUDA devices of its ranks as they number them."""
+    """The host of an engine, and the CUDA devices of its ranks there as they number them."""
 
     host: str
     devices: tuple[int, ...] | None = None  # none: they are dealt in turn
+    others: tuple[EnginePlace, ...] = ()  # those of its other ranks, where it has several hosts
+
+    @property
+    def nodes(self) -> tuple[EnginePlace, ...]:
+        return (self, *self.others)
 
 
 Places = Mapping[tuple[Role, int], EnginePlace]  # the place of each engine, by role and index
@@ -43,8 +49,12 @@ def place_engines(
     tp_sizes: Mapping[Role, int],
     rooms: Sequence[Room],
     strategy: PlacementStrategy = "pack",
+    nnodes: Mapping[Role, int] = MappingProxyType({}),
 ) -> Places:
     """Place every engine; never raises. Where no host has room, the least crowded gets it.
+
+    ``tp_sizes``: ranks of an engine on each of its hosts. ``nnodes``: hosts of an engine, if more
+    than one; it gets fewer where there are not as many.
 
     A host without devices for a role is taken only when there is no other one; rules tell.
     """
@@ -66,36 +76,49 @@ def place_engines(
         for role in (role for role in ROLES if index < replicas.get(role, 0)):
             # An engine of a pair should be near one of the other role.
             peers = [other for other in PAIR if role in PAIR and other != role]
-            others = [place.host for (other, _), place in places.items() if other in peers]
-            partner = others[index % len(others)] if others else None
+            near = [place.host for (other, _), place in places.items() if other in peers]
+            partner = near[index % len(near)] if near else None
             offers = [room for room in rooms if role in room.devices] or rooms
-            costs = [cost(room, role, partner) for room in offers]
             # Hosts of equal cost keep the order in which they are listed.
-            chosen = offers[costs.index(min(costs))]
-            places[role, index] = EnginePlace(chosen.host)
-            kind, _ = chosen.devices.get(role, ("cpu", 0))
-            used[chosen.host, kind] += tp_sizes[role]
+            offers = sorted(offers, key=lambda room: cost(room, role, partner))
+            chosen = offers[: nnodes.get(role, 1)]
+            first, *others = (EnginePlace(room.host) for room in chosen)
+            places[role, index] = replace(first, others=tuple(others))
+            for room in chosen:
+                kind, _ = room.devices.get(role, ("cpu", 0))
+                used[room.host, kind] += tp_sizes[role]
     return places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedEngine:
-    """Says where one engine runs."""
+    """Says where one engine runs: on one host, or with its first ranks there."""
 
     index: int
     host: ResolvedHost
     engines: RoleEngines  # the role on this host
     device_indices: tuple[int, ...]  # the CUDA device of each rank on its host; empty on a CPU
+    others: tuple[PlacedEngine, ...] = ()  # its ranks on other hosts
+
+    @property
+    def nodes(self) -> tuple[PlacedEngine, ...]:
+        """Return its part on each of its hosts, in the order of their ranks."""
+        return (replace(self, others=()), *self.others)
 
     @property
     def name(self) -> str:
         return self.engines.engine_name(self.index)
 
     @property
+    def place(self) -> EnginePlace:
+        others = tuple(other.place for other in self.others)
+        return EnginePlace(self.host.name, self.device_indices or None, others)
+
+    @property
     def devices(self) -> tuple[str, ...]:
         if self.device_indices:
             return tuple(f"cuda:{index}" for index in self.device_indices)
-        return ("cpu",) * self.engines.tp_size
+        return ("cpu",) * self.engines.ranks_per_node
 
 
 def place_roles(
@@ -110,13 +133,20 @@ def place_roles(
     ``places``: those of engines that are placed already.
     """
     replicas = {role: count for role in ROLES if (count := config.role(role).replicas)}
-    tp_sizes = {role: config.engine_settings(role).tensor_parallel_size for role in replicas}
+    settings = {role: config.engine_settings(role) for role in replicas}
+    nnodes = {role: each.nnodes for role, each in settings.items()}
+    # Ranks of an engine on each of its hosts
+    tp_sizes = {
+        role: max(1, each.tensor_parallel_size // each.nnodes) for role, each in settings.items()
+    }
     if not places:
         takers = [host for host in hosts if host.roles] or [hosts[0]]
         # A launch whose hosts take no role still gets places, so that rules can tell what is wrong.
         rooms = [_room(config, host, [*replicas]) for host in takers]
-        places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy)
-    counts = Counter((place.host, role) for (role, _), place in places.items())
+        places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy, nnodes)
+    counts = Counter(
+        (node.host, role) for (role, _), place in places.items() for node in place.nodes
+    )
     by_host: dict[str, dict[Role, RoleEngines]] = {}
     for host in hosts:
         here: dict[Role, RoleEngines] = {}
@@ -158,14 +188,17 @@ def _placed(
 ) -> Iterator[PlacedEngine]:
     dealt: Counter[tuple[str, Role]] = Counter()
     for role, index in sorted(places, key=lambda key: (ROLES.index(key[0]), key[1])):
-        place = places[role, index]
-        engines = by_host[place.host][role]
-        devices = engines.device_indices(dealt[place.host, role], engines.tp_size)
-        dealt[place.host, role] += engines.tp_size
-        # Those of a host that has come back with fewer GPUs are dealt anew.
-        if place.devices and max(place.devices) < len(engines.gpus):
-            devices = place.devices
-        yield PlacedEngine(index, hosts[place.host], engines, devices)
+        nodes = []
+        for place in places[role, index].nodes:
+            engines = by_host[place.host][role]
+            num_ranks = engines.ranks_per_node
+            devices = engines.device_indices(dealt[place.host, role], num_ranks)
+            dealt[place.host, role] += num_ranks
+            # Those of a host that has come back with fewer GPUs are dealt anew.
+            if place.devices and max(place.devices) < len(engines.gpus):
+                devices = place.devices
+            nodes.append(PlacedEngine(index, hosts[place.host], engines, devices))
+        yield replace(nodes[0], others=tuple(nodes[1:]))
 
 
 def _room(config: LaunchConfig, host: ResolvedHost, roles: Sequence[Role]) -> Room:

@@ -44,6 +44,10 @@ class Address(Message, tag=False):
     requests: str = ""  # ZMQ endpoint of rank 0 for its engine's server
     side_channel: str = ""  # ``tcp://127.0.0.1:43210``; of a rank
     side_channels: tuple[str, ...] = ()  # those of all ranks of an engine of vLLM
+    # Of the first sidecar of an engine over hosts: its ZMQ endpoint for workers on the others, and
+    # the port at which vLLM's ranks meet.
+    link: str = ""
+    master_port: int = 0
 
 
 class Capabilities(Message, tag=False):

@@ -39,9 +39,10 @@ class KVSetup(ConnectorSpec, frozen=True, kw_only=True):
     """Holds, as JSON in a file of mode 0600, what the connector needs before it starts."""
 
     name: str  # of the engine: ``decode-0``
+    engine_id: EngineId  # of all its ranks in this incarnation
     incarnation: int
     keys: LaunchKeys  # without token and certificate: workers use ZMQ alone
-    link: str  # ZMQ endpoint of the sidecar
+    link: str  # ZMQ endpoint of the engine's first sidecar
     model_digest: str  # of the files before the start; empty: not known
 
 

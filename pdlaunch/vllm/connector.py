@@ -108,7 +108,6 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
                 self._setup,
                 KVTransferSettings.model_validate_json(self._setup.kv_transfer),
                 [_shape_of(group) for group in self._groups],
-                engine_id=vllm_config.kv_transfer_config.engine_id,
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
             )
 
@@ -191,7 +190,6 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         self._worker = Worker(
             self._setup,
             layout,
-            engine_id=self._config.kv_transfer_config.engine_id,
             tp_rank=tp_rank,
             tp_size=parallel.tensor_parallel_size,
             dtype=str(model.dtype).removeprefix("torch."),

@@ -25,7 +25,7 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.engine_link import KVSetup
-from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
+from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import KVTransferParams, RemoteKV, from_wire, to_wire
 from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
 
@@ -65,13 +65,11 @@ class Scheduling:
         settings: KVTransferSettings,
         groups: Sequence[GroupShape],
         *,
-        engine_id: str,
         tp_size: int,
     ) -> None:
         self._setup = setup
         self._settings = settings
         self._groups = groups
-        self._engine_id = EngineId(engine_id)
         self._tp_size = tp_size
         self._root = root_hash(setup.model_digest)
         self._hash_tokens = min(group.block_size for group in groups)
@@ -198,7 +196,7 @@ class Scheduling:
             )
         )
         remote = RemoteKV(
-            engine_id=self._engine_id,
+            engine_id=self._setup.engine_id,
             lease_id=lease_id,
             host=self._setup.advertise_address,
             port=_NO_PORT,

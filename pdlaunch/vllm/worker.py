@@ -35,7 +35,6 @@ from pdlaunch.protocol.engine_link import (
     rank_name,
     to_worker,
 )
-from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import ControlClient
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility
 from pdlaunch.protocol.sockets import SecureContext
@@ -95,7 +94,6 @@ class Worker:
         setup: KVSetup,
         layout: VllmLayout,
         *,
-        engine_id: str,
         tp_rank: int,
         tp_size: int,
         dtype: str,
@@ -135,7 +133,7 @@ class Worker:
                 identity=RankIdentity(
                     name=name,
                     engine=setup.name,
-                    engine_id=EngineId(engine_id),
+                    engine_id=setup.engine_id,
                     incarnation=setup.incarnation,
                     tp_rank=tp_rank,
                     tp_size=tp_size,
@@ -181,7 +179,7 @@ class Worker:
             RankUp(
                 tp_rank=tp_rank,
                 tp_size=tp_size,
-                engine_id=EngineId(engine_id),
+                engine_id=setup.engine_id,
                 side_channel=tcp_endpoint(
                     setup.advertise_address, int(transfer.endpoint.rpartition(":")[2])
                 ),

@@ -55,6 +55,19 @@ CASES = {
         [hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"})],
         [hosts(A, B, decode__tensor_parallel_size=2)],
     ),
+    "PD456": Case(
+        [
+            far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=2),
+            far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=3, **TRUSTED),
+            far_vllm(nnodes=3, tensor_parallel_size=3, **TRUSTED),
+            far_vllm(
+                nnodes=2, tensor_parallel_size=2, kv_transfer__connector="vllm-nixl", **TRUSTED
+            ),
+            far(nnodes=2, tensor_parallel_size=2, **TRUSTED),
+            on(WIDE, engine="vllm", nnodes=2, tensor_parallel_size=2, **TRUSTED),
+        ],
+        [far_vllm(nnodes=2, tensor_parallel_size=2, **TRUSTED), far_vllm()],
+    ),
     "PD455": Case(
         [hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD)],
         [

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 VOCAB_SIZE = 256
+# For TP 2; vLLM on a CPU needs heads of 32 at least.
+TWO_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 128}
 HEADS = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
@@ -46,9 +48,10 @@ def make_tiny_model(
     seed: int = 0,
     max_model_len: int = 512,
     vocab_size: int = VOCAB_SIZE,
+    **heads: int,
 ) -> Path:
     """Write config, weights and tokenizer of a tiny random model; returns its directory."""
-    sizes = COMMON | {"vocab_size": vocab_size, "max_position_embeddings": max_model_len}
+    sizes = COMMON | {"vocab_size": vocab_size, "max_position_embeddings": max_model_len} | heads
     config = AutoConfig.for_model(family, **sizes, **FAMILIES[family])
     return write_model(config, folder / family, seed=seed)
 

@@ -40,11 +40,7 @@ class VllmEngine:
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
         """Plan the sidecar of one engine; vLLM's own processes are its children."""
-        engines, index, name = engine.engines, engine.index, engine.name
-        devices = engine.device_indices
-        visible = (
-            {"CUDA_VISIBLE_DEVICES": ",".join(str(device) for device in devices)} if devices else {}
-        )
+        engines, name = engine.engines, engine.name
         sidecar = python_command(
             "pdlaunch.launch.sidecar",
             "--name",
@@ -54,33 +50,44 @@ class VllmEngine:
             *(("--exact",) if engines.dtype == "float32" else ()),
             *(("--unverified", engines.unverified) if engines.unverified else ()),
         )
-        return (
+        return tuple(
             ProcessSpec(
-                name=name,
-                kind="server",
+                name=f"{name}/node-{node_rank}" if node_rank else name,
+                kind="rank" if node_rank else "server",
                 unit=name,
                 engine=name,
                 role=engines.role,
+                tp_rank=node_rank * engines.ranks_per_node,
                 tp_size=engines.tp_size,
-                host=engines.host,
-                command=(*sidecar, "--", *self.command(engines, index)),
-                environment=light_environment() | dict(engines.environment) | visible,
-                ports={"http": engines.http_port(index)},
-                devices=tuple(f"cuda:{device}" for device in devices) or ("cpu",),
-                num_threads=engines.num_threads,
-            ),
+                host=node.engines.host,
+                command=(*sidecar, "--", *self.command(engines, engine.index, node_rank)),
+                environment=light_environment() | dict(node.engines.environment) | _visible(node),
+                ports={} if node_rank else {"http": engines.http_port(engine.index)},
+                devices=tuple(f"cuda:{device}" for device in node.device_indices) or ("cpu",),
+                num_threads=node.engines.num_threads,
+            )
+            for node_rank, node in enumerate(engine.nodes)
         )
 
-    def command(self, engines: RoleEngines, index: int) -> tuple[str, ...]:
+    def command(self, engines: RoleEngines, index: int, node_rank: int = 0) -> tuple[str, ...]:
         """Return the command of one engine, but for what its sidecar adds at the start.
 
         That is where it listens, a socket in the launch's folder; unless it has a fixed port, which
-        its sidecar's door has where there is one.
+        its sidecar's door has where there is one. Of an engine over hosts it is also the port at
+        which ranks meet. ``node_rank``: which of its hosts it is for; ``engines``: on the first.
         """
         settings = engines.settings
         flags = dict(self._flags(engines))
         if (port := engines.http_port(index)) and not self._has_doors:
             flags |= {"host": engines.on.bind_address, "port": port}
+        if (nnodes := settings.nnodes) > 1:
+            flags |= {
+                "nnodes": nnodes,
+                "node-rank": node_rank,
+                "master-addr": engines.on.bind_address,
+                "distributed-executor-backend": "mp",
+                "headless": bool(node_rank) or None,
+            }
         executable = shutil.which(settings.engine_command) or settings.engine_command
         model = engines.model.path or settings.model
         args = {
@@ -154,6 +161,11 @@ class VllmEngine:
         ours = _our_connector(host_tier_of(settings.engine_args)[1])
         connector = stock if transfer.is_stock else ours
         yield "kv-transfer-config", connector | {"kv_load_failure_policy": transfer.on_failure}
+
+
+def _visible(node: PlacedEngine) -> dict[str, str]:
+    devices = ",".join(str(device) for device in node.device_indices)
+    return {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
 
 
 def _our_connector(host_tier_gib: JsonValue) -> dict[str, JsonValue]:

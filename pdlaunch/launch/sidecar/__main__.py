@@ -17,19 +17,18 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
+import socket
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from pdlaunch.config.model_files.identity import changes, model_digest, text_digests, weight_digests
-from pdlaunch.errors import ConfigError, ProtocolError, StartupError
+from pdlaunch.config.model_files.identity import changes, model_digest
+from pdlaunch.errors import ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised, run_supervised
 from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, Canaries, CanaryDied, Proof, send_canary
@@ -44,7 +43,10 @@ from pdlaunch.http.watch.engine_api import (
 from pdlaunch.launch.sidecar.door import Door
 from pdlaunch.launch.sidecar.engine import (
     EngineOutput,
+    HeadlessNode,
+    SidecarOptions,
     connector_environment,
+    end_of,
     engine_environment,
     guard_group,
     hold_side_channel,
@@ -82,40 +84,6 @@ _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 Found = Literal["works", "idle", "hangs"]
 
 
-@dataclass(frozen=True, slots=True)
-class SidecarOptions:
-    """The command of the engine that a sidecar starts, and how to judge the engine."""
-
-    # Without a fixed port, the sidecar adds the socket to listen at.
-    command: tuple[str, ...]
-    is_exact: bool
-    # An engine with work but no progress for this long is killed; 0: never. An engine without work
-    # for this long is sent a prompt of one token.
-    hang_timeout_s: float
-    unverified: str  # why pulled KV blocks are used unproven
-
-    @property
-    def model(self) -> str:
-        return self.value("--served-model-name")
-
-    def model_files(self) -> dict[str, str]:
-        """Return digests of the model's files, by name; empty for a model of a hub."""
-        folder = Path(self.command[2])  # vllm serve MODEL
-        if not folder.is_dir():
-            return {}
-        try:
-            weights = weight_digests(folder, dummy=self.value("--load-format") == "dummy")
-        except (ConfigError, OSError, ValueError):
-            weights = {}  # vLLM takes formats that cannot be sampled
-        return weights | text_digests(folder)
-
-    def value(self, flag: str) -> str:
-        """Return what the command has behind a flag; empty: the flag is not there."""
-        if flag not in self.command:
-            return ""
-        return self.command[self.command.index(flag) + 1]
-
-
 class SidecarProcess:
     """Speaks for one engine of vLLM; made inside a running event loop, ``run`` once."""
 
@@ -137,7 +105,9 @@ class SidecarProcess:
         # None: the engine has vLLM's own connector, or none.
         self._link: EngineLink | None = None
         if (connector := bootstrap.connector) is not None:
-            self._link = EngineLink(supervised.context, bootstrap, connector)
+            self._link = EngineLink(
+                supervised.context, bootstrap, connector, over_hosts=options.spans_hosts
+            )
         self._output = EngineOutput()
         self._model_files: dict[str, str] = {}
         """Digests of the model's files before vLLM was started."""
@@ -148,6 +118,10 @@ class SidecarProcess:
         ports = "" if spec is None else spec.data_ports
         is_stock = self._link is None
         self._side_channel = hold_side_channel(side_channel_host(), ports) if is_stock else None
+        # Where vLLM's ranks on all hosts of the engine meet.
+        self._meeting: socket.socket | None = None
+        if options.spans_hosts:
+            self._meeting = hold_side_channel(options.value("--master-addr"), ports)
         self._is_ready = asyncio.Event()
         self._probe: asyncio.Task[None] | None = None  # asks an engine that was idle for a token
         # Of decode engines: prefill engines by name and incarnation.
@@ -192,14 +166,19 @@ class SidecarProcess:
                 await self._door.close()
             await self._api.close()
             await stop_engine(child)
-            for opened in (self._link, self._side_channel):
+            for opened in (self._link, self._side_channel, self._meeting):
                 if opened is not None:
                     opened.close()
 
     def _command(self) -> tuple[str, ...]:
         where = () if self._port else ("--uds", str(self._socket_path))
         events = f"ipc://{self._run_dir / self._name}.events"
-        return (*with_events_at(self._options.command, events), *where)
+        port = ("--master-port", str(self._master_port)) if self._master_port else ()
+        return (*with_events_at(self._options.command, events), *where, *port)
+
+    @property
+    def _master_port(self) -> int:
+        return self._meeting.getsockname()[1] if self._meeting is not None else 0
 
     def _environment(self) -> dict[str, str]:
         own = engine_environment(self._run_dir, self._key, self._side_channel)
@@ -214,6 +193,8 @@ class SidecarProcess:
             self._capabilities,
             engine_id=EngineId("") if self._link is None else self._link.engine_id,
             side_channels=() if self._link is None else self._link.side_channels,
+            link="" if self._link is None else self._link.endpoint,
+            master_port=self._master_port,
             listens=listens,
         )
 
@@ -221,12 +202,7 @@ class SidecarProcess:
         self._supervised.inbox.put_nowait(StartupError(reason))
 
     async def _fail_with(self, child: asyncio.subprocess.Process) -> None:
-        code = await child.wait()
-        name = Path(self._options.command[0]).name
-        killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
-        reason = "" if code < 0 else self._output.last_error()
-        reason = f": {reason}" if reason else ""
-        self._fail(f"{name} {killed or f'exited with status {code}'}{reason}")
+        self._fail(end_of(self._options, await child.wait(), self._output))
 
     async def _drain(self, timeout_s: float) -> None:
         with contextlib.suppress(ProtocolError, TimeoutError):
@@ -498,7 +474,8 @@ async def _serve(supervised: Supervised) -> None:
         hang_timeout_s=found.hang_timeout,
         unverified=found.unverified,
     )
-    await SidecarProcess(supervised, options).run()
+    process = HeadlessNode if "--headless" in options.command else SidecarProcess
+    await process(supervised, options).run()
 
 
 if __name__ == "__main__":

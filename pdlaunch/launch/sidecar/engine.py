@@ -13,15 +13,22 @@ import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pdlaunch
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.errors import StartupError
+from pdlaunch.config.model_files.identity import model_digest, text_digests, weight_digests
+from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.http.lifecycle import Supervised
+from pdlaunch.launch.sidecar.link import write_setup
 from pdlaunch.machine.network import with_device_names
-from pdlaunch.protocol.engine_link import KV_SETUP
+from pdlaunch.protocol.control import Address, Ready, Registry
+from pdlaunch.protocol.engine_link import KV_SETUP, engine_of_rank
 
+# Variables that name network devices; addresses among them become names
+_DEVICES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 EVENTS_FLAG = "--kv-events-config"
 STOP_TIMEOUT_S = 5.0
 _ERROR = re.compile(r"(?:\b[A-Z]\w*(?:Error|Exception)|\berror): \S.*")
@@ -29,10 +36,47 @@ _POINTS_UP = "root cause"  # vLLM's last errors only say that the reason stands 
 _MAX_TAIL_BYTES = 256 * 1024
 _SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
-_DEVICES = "UCX_NET_DEVICES"
 _PR_SET_PDEATHSIG = 1
 _GUARD = "trap '' HUP INT TERM; read _; kill -9 0"
 _libc = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarOptions:
+    """The command of the engine that a sidecar starts, and how to judge the engine."""
+
+    # Without a fixed port, the sidecar adds the socket to listen at.
+    command: tuple[str, ...]
+    is_exact: bool
+    # An engine with work but no progress for this long is killed; 0: never. An engine without work
+    # for this long is sent a prompt of one token.
+    hang_timeout_s: float
+    unverified: str  # why pulled KV blocks are used unproven
+
+    @property
+    def model(self) -> str:
+        return self.value("--served-model-name")
+
+    def model_files(self) -> dict[str, str]:
+        """Return digests of the model's files, by name; empty for a model of a hub."""
+        folder = Path(self.command[2])  # vllm serve MODEL
+        if not folder.is_dir():
+            return {}
+        try:
+            weights = weight_digests(folder, dummy=self.value("--load-format") == "dummy")
+        except (ConfigError, OSError, ValueError):
+            weights = {}  # vLLM takes formats that cannot be sampled
+        return weights | text_digests(folder)
+
+    @property
+    def spans_hosts(self) -> bool:
+        return "--nnodes" in self.command
+
+    def value(self, flag: str) -> str:
+        """Return what the command has behind a flag; empty: the flag is not there."""
+        if flag not in self.command:
+            return ""
+        return self.command[self.command.index(flag) + 1]
 
 
 # The process
@@ -116,7 +160,9 @@ def engine_environment(
     """
     try:
         # The supervisor knows no more than this host's address.
-        devices = with_device_names(os.environ.get(_DEVICES, ""))
+        devices = {
+            name: with_device_names(value) for name in _DEVICES if (value := os.environ.get(name))
+        }
     except LookupError as error:
         raise StartupError(str(error)) from None
     return {
@@ -124,7 +170,7 @@ def engine_environment(
         "VLLM_RPC_BASE_PATH": str(run_dir),
         # Empty overrides a VLLM_API_KEY of the user's shell, which would keep routers out.
         "VLLM_API_KEY": key or "",
-        **({_DEVICES: devices} if devices else {}),
+        **devices,
         **({_SIDE_CHANNEL_PORT: str(side_channel.getsockname()[1])} if side_channel else {}),
     }
 
@@ -214,3 +260,71 @@ class EngineOutput:
         with contextlib.suppress(OSError):
             return self._path.stat().st_size
         return 0
+
+
+# Engines over hosts
+
+
+class HeadlessNode:
+    """Runs ranks of an engine on a further host: vLLM without a server.
+
+    ::
+
+        the engine's first sidecar registers where ranks meet ──> start vLLM ──> Ready
+    """
+
+    def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
+        self._supervised = supervised
+        self._options = options
+        self._first: asyncio.Future[Address] = asyncio.get_running_loop().create_future()
+        self._output = EngineOutput()
+
+    async def run(self) -> None:
+        """Run until Stop or a signal. Raises StartupError when vLLM ends by itself."""
+        self._supervised.register("")
+        running = self._supervised.spawn(self._run_vllm())
+        try:
+            await self._supervised.obey(self._learn, self._drain)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    async def _run_vllm(self) -> None:
+        options, bootstrap = self._options, self._supervised.bootstrap
+        files = await asyncio.to_thread(options.model_files)
+        first, run_dir = await self._first, Path(bootstrap.run_dir)
+        environment = engine_environment(run_dir, None)
+        if bootstrap.connector is not None:
+            digest = model_digest(files) if files else ""
+            setup = write_setup(bootstrap, bootstrap.connector, first.link, digest)
+            python_path = os.environ.get("PYTHONPATH", "")
+            environment |= connector_environment(run_dir, setup, python_path)
+        port = ("--master-port", str(first.master_port))
+        child = await start_engine((*options.command, *port), environment)
+        try:
+            # The engine is ready when its first sidecar is, which needs these ranks.
+            self._supervised.send(Ready(model=files))
+            reason = end_of(options, await child.wait(), self._output)
+            self._supervised.inbox.put_nowait(StartupError(reason))
+        finally:
+            await stop_engine(child)
+
+    async def _learn(self, registry: Registry) -> None:
+        own = self._supervised.bootstrap
+        first = engine_of_rank(own.name), own.incarnation
+        for entry in registry.entries:
+            is_open = bool(entry.address.master_port) and not self._first.done()
+            if is_open and (entry.name, entry.incarnation) == first:
+                self._first.set_result(entry.address)
+
+    async def _drain(self, _: float) -> None:
+        """Do nothing: requests are the first sidecar's."""
+
+
+def end_of(options: SidecarOptions, code: int, output: EngineOutput) -> str:
+    """Return how the process of an engine has ended, and why as far as it has said."""
+    name = Path(options.command[0]).name
+    if code < 0:
+        return f"{name} was killed by {signal.Signals(-code).name}"
+    reason = output.last_error()
+    return f"{name} exited with status {code}" + (f": {reason}" if reason else "")

@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from pdlaunch.errors import ProtocolError
+from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady
 from pdlaunch.protocol.engine_link import (
     ConnectorSpec,
@@ -45,37 +46,33 @@ Peer = tuple[str, int]  # name and incarnation of a prefill engine
 class EngineLink:
     """Receives from the workers and tells them their peers; belongs to the event loop."""
 
-    def __init__(self, context: SecureContext, bootstrap: Bootstrap, spec: ConnectorSpec) -> None:
+    def __init__(
+        self,
+        context: SecureContext,
+        bootstrap: Bootstrap,
+        spec: ConnectorSpec,
+        *,
+        over_hosts: bool = False,
+    ) -> None:
+        """``over_hosts``: workers on other hosts connect, too."""
         self._bootstrap = bootstrap
         self._spec = spec
-        run_dir = Path(bootstrap.run_dir)
-        self._setup_path = run_dir / f"{bootstrap.name}.kv.json"
-        self._socket, self._endpoint = context.listen(
+        path = f"ipc://{Path(bootstrap.run_dir) / bootstrap.name}.kv"
+        self._socket, self.endpoint = context.listen(
             zmq.ROUTER,
-            f"ipc://{run_dir / bootstrap.name}.kv",
+            tcp_endpoint(spec.bind_address, 0) if over_hosts else path,
             socket_class=zmq.asyncio.Socket,
         )
+        if over_hosts:
+            port = int(self.endpoint.rpartition(":")[2])
+            self.endpoint = tcp_endpoint(spec.advertise_address, port)
         self._ranks: dict[int, RankUp] = {}
         self._workers: dict[int, bytes] = {}  # their identities, by rank
         self._peers: Sequence[Entry] | None = None  # None: workers are told of nobody yet
         self.all_up = asyncio.Event()
 
     def write_setup(self, model_digest: str) -> Path:
-        """Leave what the connector reads at its start in a file for this user alone."""
-        bootstrap, spec = self._bootstrap, self._spec
-        setup = KVSetup(
-            **msgspec.structs.asdict(spec),
-            name=bootstrap.name,
-            incarnation=bootstrap.incarnation,
-            keys=LaunchKeys(bootstrap.keys.public, bootstrap.keys.secret, http_token=""),
-            link=self._endpoint,
-            model_digest=model_digest,
-        )
-        self._setup_path.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with os.fdopen(os.open(self._setup_path, flags, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(setup))
-        return self._setup_path
+        return write_setup(self._bootstrap, self._spec, self.endpoint, model_digest)
 
     @property
     def tp_size(self) -> int:
@@ -120,7 +117,7 @@ class EngineLink:
     def close(self) -> None:
         self._socket.close()
         with contextlib.suppress(OSError):
-            self._setup_path.unlink()
+            _setup_path(self._bootstrap).unlink()
 
     async def _take_rank(self, identity: bytes, rank: RankUp) -> None:
         self._ranks[rank.tp_rank], self._workers[rank.tp_rank] = rank, identity
@@ -136,6 +133,31 @@ class EngineLink:
     async def _send_peers(self, identity: bytes) -> None:
         frame = to_worker.encode(Peers(entries=list(self._peers or ())))
         await self._socket.send_multipart([identity, frame])
+
+
+def write_setup(bootstrap: Bootstrap, spec: ConnectorSpec, link: str, model_digest: str) -> Path:
+    """Leave what the connector reads at its start in a file for this user alone."""
+    engine = engine_of_rank(bootstrap.name)
+    setup = KVSetup(
+        **msgspec.structs.asdict(spec),
+        name=engine,
+        # All ranks have it before any connector is made, on whichever host they are.
+        engine_id=EngineId(f"{bootstrap.launch_id}/{engine}#{bootstrap.incarnation}"),
+        incarnation=bootstrap.incarnation,
+        keys=LaunchKeys(bootstrap.keys.public, bootstrap.keys.secret, http_token=""),
+        link=link,
+        model_digest=model_digest,
+    )
+    path = _setup_path(bootstrap)
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+        file.write(msgspec.json.encode(setup))
+    return path
+
+
+def _setup_path(bootstrap: Bootstrap) -> Path:
+    return Path(bootstrap.run_dir) / f"{bootstrap.name.replace('/', '.')}.kv.json"
 
 
 class RankPairs:

@@ -45,7 +45,8 @@ def replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-async def serve(path: Path, folder: Path, tp_size: int) -> None:
+async def serve(path: Path, folder: Path, tp_size: int, ranks: range) -> None:
+    """``path``: the socket to serve at; of a further host of the engine, its server's name."""
     engine = FakeVllm(path.stem, FolderShares(folder))
     heed(engine, folder)
     workers = []
@@ -54,10 +55,11 @@ async def serve(path: Path, folder: Path, tp_size: int) -> None:
         for field in told:
             if (file := folder / f"{engine.name}.{field}").exists():
                 told[field] = json.loads(file.read_text())
-        for tp_rank in range(tp_size):
+        for tp_rank in ranks:
             worker = FakeWorker(read_setup(Path(setup)), tp_rank, tp_size)
             workers.append(asyncio.create_task(worker.shake_hands(*told.values())))
-    await listen(engine, path)
+    if ranks.start == 0:
+        await listen(engine, path)
     while True:
         await asyncio.sleep(0.1)
         heed(engine, folder)
@@ -72,9 +74,13 @@ def heed(engine: FakeVllm, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--uds", type=Path)
+    parser.add_argument("--uds", type=Path, default=Path("headless"))
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
     found, rest = parser.parse_known_args()
+    num_ranks = found.tensor_parallel_size // found.nnodes
+    ranks = range(found.node_rank * num_ranks, (found.node_rank + 1) * num_ranks)
     folder = Path(os.environ["FAKE_VLLM_FOLDER"])
     told = {"arguments": rest, "environment": dict(os.environ), "pid": os.getpid()}
     replace_text(folder / f"{found.uds.stem}.started", json.dumps(told))
@@ -84,7 +90,7 @@ def main() -> None:
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
         )
         sys.exit(3)
-    asyncio.run(serve(found.uds, folder, found.tensor_parallel_size))
+    asyncio.run(serve(found.uds, folder, found.tensor_parallel_size, ranks))
 
 
 if __name__ == "__main__":
