@@ -26,6 +26,7 @@ from pdlaunch.bench.timed_completion import (
 )
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import check_url
+from pdlaunch.protocol.status import RouteShare, route_shares
 
 REQUEST_TIMEOUT_S = 600.0
 _MAX_ERRORS = 3
@@ -50,6 +51,8 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     goodput_per_s: float | None = None  # requests a second that met the goals
     good_share: float | None = None
     cached_share: float | None = None  # prompt tokens that were not computed
+    pair_share: float | None = None  # requests that two engines shared
+    routes: list[RouteShare] = []
     ttft_ms_median: float | None
     ttft_ms_p99: float | None
     # Between the first token and the second, while KV blocks move from prefill to decode
@@ -179,6 +182,7 @@ def summarise(
     # Requests with a single token have no gap to measure.
     several = [each for each in good if len(each.tokens_at) > 1]
     cached = [each for each in good if each.num_cached_tokens is not None]
+    routes = [each.route for each in good if each.route is not None]
     num_within = sum(map(goals.met_by, done)) if goals else None
     # Count equal errors together, so that a thousand of them make one line.
     errors = Counter(each.error for each in done if each.error is not None)
@@ -205,6 +209,8 @@ def summarise(
             sum(each.num_prompt_tokens for each in cached),
             3,
         ),
+        pair_share=_ratio(sum(kind == "pair" for kind, _ in routes), len(routes), 3),
+        routes=route_shares(routes),
         ttft_ms_median=quantile_ms(ttfts_s, 0.5),
         ttft_ms_p99=quantile_ms(ttfts_s, 0.99),
         first_gap_ms_median=quantile_ms(first_gaps_s, 0.5),

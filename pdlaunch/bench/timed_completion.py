@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import AsyncIterable, Callable, Sequence
 from itertools import pairwise
@@ -14,8 +15,11 @@ from typing import Annotated, Any
 import aiohttp
 import msgspec
 
+from pdlaunch.http.headers import ROUTE_HEADER
+
 _MAX_REASON_LENGTH = 300
 _ITL_SHARE = 0.99
+_ROUTE = re.compile(r'; kind=(\w+); reason="([^"]*)"')
 
 
 class TimedCompletion(msgspec.Struct):
@@ -29,6 +33,7 @@ class TimedCompletion(msgspec.Struct):
     # Prompt tokens that were not computed, where the deployment says so
     num_cached_tokens: int | None = None
     error: str | None = None
+    route: tuple[str, str] | None = None  # kind and reason, where a router of ours says them
 
     @property
     def ttft_s(self) -> float:
@@ -133,6 +138,8 @@ async def complete(
             if response.status != 200:
                 completion.error = await read_refusal(response)
             else:
+                if found := _ROUTE.search(response.headers.get(ROUTE_HEADER, "")):
+                    completion.route = (found[1], found[2])
                 await read_stream(response.content.iter_any(), completion)
     except (aiohttp.ClientError, TimeoutError) as error:
         completion.error = describe_failure(error)

@@ -23,7 +23,7 @@ from pdlaunch.bench.timed_completion import Goals, read_goals
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, refuse_address, with_serve_flags
 from pdlaunch.cli.html_report import HEADINGS, write_report
-from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
+from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table, safe
 from pdlaunch.cli.status import duration
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 from pdlaunch.config.settings import flag_name
@@ -215,6 +215,8 @@ def _show(runs: Sequence[BenchRun], output: str) -> None:
         return
     shown = [name for name in HEADINGS if any(row[name] is not None for row in found)]
     print_table(found, {name: HEADINGS[name] for name in shown})
+    if rows[-1].routes:
+        typer.echo(safe(f"routes of the last load: {', '.join(map(str, rows[-1].routes))}"))
     seconds, num_requests = sum(row.seconds for row in rows), sum(row.num_requests for row in rows)
     left_out = sum(row.num_left_out for row in rows)
     note = f"; {left_out} of the trace are too long for the model and left out" if left_out else ""

@@ -38,6 +38,7 @@ HEADINGS = {
     "itl_ms_p99": "ITL\np99",
     "tpot_ms_median": "TPOT\nmedian",
     "e2e_ms_median": "whole\nmedian",
+    "pair_share": "by\npairs",
     "cached_share": "cached",
     "seconds": "took\ns",
     "requests_per_s": "reqs\n/s",

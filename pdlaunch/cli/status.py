@@ -91,7 +91,7 @@ def status(
 
 
 def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterator[RenderableType]:
-    """Yield the status of a deployment for people: three lines, tables, events.
+    """Yield the status of a deployment for people: three lines, tables, routes, events.
 
     ``room``: the number of lines; tables say how many rows they leave out.
     """
@@ -117,8 +117,14 @@ def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterato
     # Problems, pairs and events get at most a quarter of the lines each; engines get the rest.
     quarter = None if room is None else max(2, room // 4)
     problems, events = troubles(found)[:quarter], found.events[-(quarter or NUM_EVENTS) :]
-    # The head has three lines, each table a line of headings.
-    num_others = 3 + len(problems) + len(events) + min(quarter or 0, len(found.pairs) + 1)
+    # The head has three lines, routes one, each table a line of headings.
+    num_others = (
+        3
+        + bool(found.routes)
+        + len(problems)
+        + len(events)
+        + min(quarter or 0, len(found.pairs) + 1)
+    )
     # Those that are down come first, where no screen is too small for them.
     ordered = sorted(found.engines, key=lambda engine: (not engine.is_down, engine.name))
     engines = [_engine_cells(engine) for engine in ordered]
@@ -131,6 +137,9 @@ def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterato
     yield from (line(text, "red") for text in problems)
     if found.pairs:
         yield make_table([_pair_cells(pair) for pair in found.pairs], _PAIRS, quarter)
+    if found.routes:
+        routes = escape_controls(", ".join(map(str, found.routes)))
+        yield line(f"routes of the last prompts: {routes}")
     for event in events:
         text = f"{_time_of_day(event.at)} {event.name or 'launch'}: {event.text}"
         yield line(escape_controls(text), "red" if event.is_bad else "dim")

@@ -7,7 +7,8 @@ less of themselves. No text of a prompt or of an answer is in it, and no key.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -92,6 +93,26 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
         return self.pulls.gigabytes_per_s or self.gigabytes_per_s
 
 
+class RouteShare(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts prompts that took the same kind of route for the same reason."""
+
+    kind: str  # ``pair``, or the role of the one engine that does all
+    reason: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.share:.0%} {self.kind} ({self.reason})"
+
+
+def route_shares(routes: Iterable[tuple[str, str]]) -> list[RouteShare]:
+    """Return the shares of kinds and reasons, the largest first."""
+    counts = Counter(routes)
+    return [
+        RouteShare(kind=kind, reason=reason, share=count / counts.total())
+        for (kind, reason), count in counts.most_common()
+    ]
+
+
 class StatusEvent(msgspec.Struct, frozen=True, kw_only=True):
     at: float  # Unix time in seconds
     kind: EventKind
@@ -132,6 +153,7 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     engines: Sequence[EngineStatus]
     gone: Sequence[GoneEngine]
     pairs: Sequence[PairStatus]
+    routes: Sequence[RouteShare]  # of the last 100 prompts
     rates: Rates  # the last ten seconds
     history: Sequence[Rates]  # the last five minutes, oldest first
     events: Sequence[StatusEvent]  # the last 100, oldest first

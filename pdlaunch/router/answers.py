@@ -151,7 +151,9 @@ class ClientAnswer:
         headers = ignored_fields_header(self._ignored_names)
         told = [self._routes[index] for index in sorted(self._routes)][:MAX_TOLD_ROUTES]
         if told:
-            headers[ROUTE_HEADER] = ", ".join(f"{route.name}; kind={route.kind}" for route in told)
+            headers[ROUTE_HEADER] = ", ".join(
+                f'{route.name}; kind={route.kind}; reason="{route.reason}"' for route in told
+            )
         return headers
 
 

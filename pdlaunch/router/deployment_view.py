@@ -29,6 +29,7 @@ from pdlaunch.protocol.status import (
     Percentiles,
     Pulls,
     Rates,
+    route_shares,
 )
 from pdlaunch.router.engine import Engine, Processes
 from pdlaunch.router.engine_client import EngineClient
@@ -137,6 +138,7 @@ class DeploymentView:
             engines=[self._engine(engine, pool.clock()) for engine in pool.engines],
             gone=events.gone(),
             pairs=self._pairs(pool.pairs),
+            routes=route_shares(self._state.metrics.last_routes),
             rates=now,
             history=list(self._history.points),
             events=events.events,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from pdlaunch.protocol.control import ListedState, Registry
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
-from pdlaunch.router.policy import Hop
+from pdlaunch.router.policy import Hop, Route
 from pdlaunch.router.pool import engines_of
 
 Pair = tuple[str, str]  # names of a prefill and a decode engine
@@ -39,6 +40,7 @@ _THERE_WITH_0: Mapping[str, Collection[str]] = {
     "canaries": ("proven", "failed"),
     "lost_streams": LOST_REASONS,
 }
+NUM_LAST_ROUTES = 100
 _PAIR_SPEED = "pdlaunch_pair_bytes_per_second"
 _GAUGES = {  # set at a scrape or by a registry: labels and help by name
     f"{_PREFIX}engines_ready": ("", "Engines that can be given work."),
@@ -74,6 +76,7 @@ class RouterMetrics:
             name: Gauge(name, text, labels.split(), registry=registry)
             for name, (labels, text) in _GAUGES.items()
         }
+        self.last_routes = deque[tuple[str, str]](maxlen=NUM_LAST_ROUTES)  # kinds and reasons
         for name, values in _THERE_WITH_0.items():
             for value in values:
                 self._counters[name].labels(value)
@@ -81,6 +84,10 @@ class RouterMetrics:
     def count(self, name: str, *labels: str) -> None:
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc()
+
+    def routed(self, route: Route) -> None:
+        self.count("routes", route.kind)
+        self.last_routes.append((route.kind, route.reason))
 
     def show_registry(self, registry: Registry) -> None:
         """Show how often processes have ended, and the speed of the pairs that are proven now."""

@@ -5,8 +5,9 @@
     pair    wait at prefill │ compute │ hand over │ tokens at decode
     local   wait at decode  │ compute │ tokens at the same engine
 
-Pairs come first. A prompt is computed at the decode engine if few of its tokens are uncached there,
-or if the decode engine would be done before the prefill engine begins. Load is counted in tokens:
+Pairs come first. A prompt is computed at the decode engine if that takes less time than a
+hand-over, or if prompts wait at prefill and the decode engine would be done sooner. An idle prefill
+engine always gets its share, or its measured speed would never change. Load is counted in tokens:
 the tokens of waiting prompts, and the tokens that streams hold in the KV cache. The choice depends
 only on its arguments.
 """
@@ -27,9 +28,11 @@ from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
 
 Hop = Literal["prefill", "decode"]
 
-# A decode engine computes up to this many uncached tokens itself: a hand-over would take longer. On
-# one H200 a step with 64 tokens of a prompt takes 1.3 ms longer, a hand-over 12 ms.
+# A decode engine computes up to this many uncached tokens itself if a hand-over would take longer.
+# On one H200 a step with 64 tokens of a prompt takes 1.3 ms longer, a hand-over 12 ms; on a CPU 64
+# tokens take 50 ms and more.
 SHORT_TOKENS = 64
+HAND_OVER_S = 0.012
 # Least assumed speed of an engine, as a share of the fastest one, so that an engine measured during
 # its warm-up gets requests again.
 LEAST_SPEED = 0.25
@@ -233,9 +236,11 @@ class _Choice:
 
     def _why_local(self, local: _Offer, first: _Offer) -> str:
         """Return why the prompt is computed where it is decoded; empty: it is not."""
-        if local.num_tokens <= SHORT_TOKENS and local.wait_s <= first.first_token_s:
+        # The streams of the decode engine wait while it computes the prompt.
+        local_s = local.first_token_s + local.compute_s
+        if local.num_tokens <= SHORT_TOKENS and local_s <= first.first_token_s + HAND_OVER_S:
             return "little is left to compute"
-        if local.cost_s + MARGIN * local.compute_s <= first.first_token_s:
+        if first.wait_s and local.cost_s + MARGIN * local.compute_s <= first.first_token_s:
             return "the prefill queue is longer"
         return ""
 

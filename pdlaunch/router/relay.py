@@ -182,7 +182,7 @@ class Relay:
             metrics.count("retries", hop)
             self._record.retries += 1
         if lease is None and not self._num_decode_attempts:
-            metrics.count("routes", route.kind)
+            metrics.routed(route)
             is_fallback = route.is_fallback or self._num_prefill_failures > 0
             if route.prefill is None and is_fallback:
                 metrics.count("fallbacks")

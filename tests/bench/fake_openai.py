@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from pdlaunch.http.headers import ROUTE_HEADER
+
 Body = dict[str, Any]
 
 
@@ -21,7 +23,8 @@ def event(**content: Any) -> bytes:
 class FakeOpenAI:
     """Knobs: ``refusals`` answers the next requests with (status, body); ``refuses_after`` so many
     requests it is full; ``max_model_len``; ``broken`` replaces the events of a stream;
-    ``hold`` keeps answers back, ``asked`` is set when one was asked for.
+    ``route`` is the header of that name; ``hold`` keeps answers back, ``asked`` is set when one
+    was asked for.
     """
 
     def __init__(self) -> None:
@@ -33,6 +36,7 @@ class FakeOpenAI:
         self.broken: bytes | None = None
         self.models: Any = None
         self.hold = False
+        self.route = ""
         self.asked = threading.Event()
         self.num_open = self.most_open = 0
         self.url = ""
@@ -87,7 +91,7 @@ class FakeOpenAI:
             self.num_open -= 1
 
     async def _stream(self, request: web.Request, body: Body) -> web.StreamResponse:
-        response = web.StreamResponse()
+        response = web.StreamResponse(headers={ROUTE_HEADER: self.route} if self.route else None)
         await response.prepare(request)
         self.asked.set()
         if self.hold:

@@ -21,6 +21,7 @@ from pdlaunch.protocol.status import (
     Rates,
     RequestList,
     RequestSummary,
+    RouteShare,
     StatusEvent,
 )
 
@@ -94,6 +95,7 @@ def deployment(*engines: EngineStatus, **fields: object) -> DeploymentStatus:
         "gone": [GoneEngine(name="decode-7", role="decode", gone_s=70.0)],
         "pairs": [pair],
         "rates": rates(4.0),
+        "routes": [RouteShare(kind="pair", reason=HOSTILE, share=0.75)],
         "history": [rates(4.0)],
         "events": [
             StatusEvent(at=1.7e9, kind="engine", name="decode-7", text=HOSTILE, is_bad=True)

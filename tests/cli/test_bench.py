@@ -56,6 +56,16 @@ def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:
     assert "rate" not in result.stdout, "nothing was sent at a rate"
 
 
+def test_a_table_says_which_requests_took_a_pair_and_why(server: FakeOpenAI) -> None:
+    server.route = 'prefill-0->decode-0; kind=pair; reason="the pair that waits least"'
+    assert "pairs" in bench(server.url, "--input-tokens", "5", *SMALL).stdout
+    server.route = 'decode-0; kind=decode; reason="the prefill queue is longer"'
+    result = bench(server.url, "--input-tokens", "5", *SMALL)
+    assert "routes of the last load: 100% decode (the prefill queue is longer)" in result.stdout
+    rows = json.loads(bench(server.url, *SMALL, "--format", "json").stdout)
+    assert [row["pair_share"] for row in rows] == [0.0, 0.0]
+
+
 def test_what_a_deployment_answers_tells_a_terminal_nothing(server: FakeOpenAI) -> None:
     server.refuses_after, server.refusal = 2, "[red]full[/red]\x1b[2J\x9b31m\u202e"
     result = bench(server.url, *SMALL)

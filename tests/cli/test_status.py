@@ -47,6 +47,7 @@ def test_it_shows_engines_pairs_rates_and_events(router: DeploymentServer) -> No
     assert row == ["decode-0", "decode", "ready", "4", "3", "1", "50%", "30%/10%/20%", "1.5GB/s"]
     assert "prefill-0 -> decode-0 p2p/posix_fd/batch1 392 GB/s" in " ".join(result.output.split())
     assert "decode-7 has been gone for 1 min" in lines
+    assert "routes of the last prompts: 75% pair (" in result.output
 
 
 def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServer) -> None:

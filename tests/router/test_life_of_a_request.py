@@ -182,14 +182,17 @@ async def test_a_short_prompt_is_computed_where_it_is_decoded(stand: Stand, stre
     for engine in engines:
         engine.devices = ("cpu",)
     await stand.start(engines)
+    for one in stand.pool.engines:
+        one.computed_tokens, one.computing_s = 50_000.0, 1.0
     prefill, decode = engines
     answer = await stand.post(completion(stream=stream))
     assert answer.texts() == {0: expected_text("hello", 6)}
-    assert answer.headers[ROUTE_HEADER] == "decode-0; kind=decode"
+    why = '; kind=decode; reason="little is left to compute"'
+    assert answer.headers[ROUTE_HEADER] == f"decode-0{why}"
     assert (len(prefill.seen), len(decode.seen)) == (0, 1)
     answer = await stand.post(completion(stream=stream), headers={ROUTE_HEADER: WANTS_PAIR})
     assert answer.texts() == {0: expected_text("hello", 6)}
-    assert answer.headers[ROUTE_HEADER] == "prefill-0->decode-0; kind=pair"
+    assert answer.headers[ROUTE_HEADER].startswith("prefill-0->decode-0; kind=pair; ")
     assert stand.metric('pdlaunch_router_routes_total{kind="pair"}') == 1
     for one in stand.pool.engines:
         assert (one.num_outstanding, one.num_streams, one.kv_tokens) == (0, 0, 0)

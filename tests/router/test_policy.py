@@ -150,14 +150,27 @@ def test_a_prompt_goes_where_its_prefix_is_cached() -> None:
 
 
 def test_short_prompts_and_long_queues_are_computed_where_they_are_decoded() -> None:
-    prefill, decode = engine("prefill-0"), engine("decode-0")
-    assert choose(prompt(num_prompt_tokens=SHORT_TOKENS), [prefill, decode]).kind == "decode"
-    assert choose(prompt(num_prompt_tokens=SHORT_TOKENS + 1), [prefill, decode]).kind == "pair"
+    decode = engine("decode-0")
+    fast = [engine("prefill-0", **speed(50_000)), engine("decode-0", **speed(50_000))]
+    assert choose(prompt(num_prompt_tokens=SHORT_TOKENS), fast).kind == "decode"
+    assert choose(prompt(num_prompt_tokens=SHORT_TOKENS + 1), fast).kind == "pair"
+    # A CPU computes few tokens in the time of a hand-over.
+    slow = [engine("prefill-0", **speed(1000)), engine("decode-0", **speed(1000))]
+    assert choose(prompt(num_prompt_tokens=30), slow).kind == "pair"
+    assert choose(prompt(num_prompt_tokens=5), slow).kind == "decode"
     waits = engine("prefill-0", unanswered_tokens=1024)
     assert choose(prompt(), [waits, decode]).reason == "the prefill queue is longer"
     # Not if as much waits at decode, nor with many streams there.
     assert choose(prompt(), [waits, engine("decode-0", unanswered_tokens=900)]).kind == "pair"
     assert choose(prompt(), [waits, engine("decode-0", kv_tokens=30_000)]).kind == "pair"
+
+
+def test_an_idle_prefill_engine_gets_prompts_however_slow_its_last_ones_were() -> None:
+    """Else the first prompt of a cold engine decides for good: without prompts no new speed."""
+    cold, warm = engine("prefill-0", **speed(500)), engine("decode-0", **speed(5000))
+    assert choose(prompt(), [cold, warm]).kind == "pair"
+    busy = engine("prefill-0", unanswered_tokens=512, **speed(500))
+    assert choose(prompt(), [busy, warm]).reason == "the prefill queue is longer"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
         ("decode-0", "decode", "ready"),
         ("prefill-0", "prefill", "ready"),
     ]
+    assert [(one.kind, one.share) for one in status.routes] == [("pair", 1.0)]
     decode = status.engines[0]
     assert decode.host == "127.0.0.1"
     assert decode.reading is not None

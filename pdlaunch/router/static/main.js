@@ -1,7 +1,7 @@
 // Watches the deployment and shows it. The key is kept in this variable alone.
 
 import { chart, spark } from "./charts.js";
-import { amount, byId, clockTime, count, html, milliseconds } from "./dom.js";
+import { amount, byId, clockTime, count, html, milliseconds, percent } from "./dom.js";
 import { drawFlow } from "./flow.js";
 import { drawRequests, drawTrace } from "./requests.js";
 import { drawCaches, drawEvents, drawTables } from "./tables.js";
@@ -163,6 +163,9 @@ function draw() {
   tiles();
   if (!byId("drawing").hidden) drawFlow(byId("drawing"), status);
   if (!byId("tables").hidden) drawTables(byId("tables"), status);
+  byId("routes").textContent = status.routes.length
+    ? `Last prompts: ${status.routes.map((one) => `${percent(one.share)} ${one.kind} (${one.reason})`).join(", ")}`
+    : "";
   const times = history.map((point) => point.at);
   const percentiles = (pick) =>
     ["p50", "p95"].map((kind) => ({
