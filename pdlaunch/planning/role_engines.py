@@ -57,7 +57,7 @@ class RoleEngines:
     num_neighbours: int  # ranks of all roles on the host, which share its cores
     # Number of ranks that are placed on the same GPUs of the host before those of this role
     first_gpu_rank: int
-    has_far_peers: bool = False  # its ranks exchange KV blocks with ranks on other hosts
+    has_far_peers: bool = False  # ranks of the launch exchange KV blocks with ranks on other hosts
 
     # Given by the settings, the host and the model.
 

@@ -147,18 +147,19 @@ def place_roles(
     counts = Counter(
         (node.host, role) for (role, _), place in places.items() for node in place.nodes
     )
+    # Then all ranks of pairs have sockets for the network: UCX joins none that has to one without.
+    has_far_pairs = any(
+        counts[one.name, "prefill"] and counts[other.name, "decode"]
+        for one in hosts
+        for other in hosts
+        # Agents of Ray may share a machine.
+        if one is not other and not (config.placement == "ray" and is_same_machine(one, other))
+    )
     by_host: dict[str, dict[Role, RoleEngines]] = {}
     for host in hosts:
         here: dict[Role, RoleEngines] = {}
         num_ranks = sum(counts[host.name, role] * tp_sizes[role] for role in replicas)
         for role in (role for role in replicas if counts[host.name, role]):
-            is_far = role in PAIR and any(
-                other is not host
-                and any(counts[other.name, peer] for peer in PAIR if peer != role)
-                # Agents of Ray may share a machine.
-                and not (config.placement == "ray" and is_same_machine(host, other))
-                for other in hosts
-            )
             engines = RoleEngines(
                 config,
                 role,
@@ -167,7 +168,7 @@ def place_roles(
                 replicas=counts[host.name, role],
                 num_neighbours=num_ranks,
                 first_gpu_rank=0,
-                has_far_peers=is_far,
+                has_far_peers=role in PAIR and has_far_pairs,
             )
             # Ranks of earlier roles on the same GPUs: the next role goes on where these end.
             before = sum(
