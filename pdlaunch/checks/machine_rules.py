@@ -143,10 +143,9 @@ RULES = (
         # PD410 speaks of ranks that see no GPU.
         when=lambda each: (
             (there := len(each.gpus))
-            and each.ranks_per_node > there
+            and (ranks := each.settings.ranks_per_node) > there
             and Found(
-                f"a {each.role} engine has {each.ranks_per_node} ranks on a host, which see "
-                f"{there} GPUs",
+                f"a {each.role} engine has {ranks} ranks on a host, which see {there} GPUs",
                 fix=f"set it to {there * each.settings.nnodes} or less",
             )
         ), at="tensor_parallel_size",

@@ -98,6 +98,11 @@ class EngineSettings(FrozenModel):
         default_factory=dict, description="Extra environment of the engine's ranks.")
     # fmt: on
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Return the ranks of an engine that run on each of its hosts."""
+        return max(1, self.tensor_parallel_size // self.nnodes)
+
 
 @may_override(EngineSettings)
 class RoleSettings(FrozenModel):

@@ -273,9 +273,9 @@ class EnginePlaces:
             return EnginePlace(host.name)
         numbers = [(host.name, gpu.index) for gpu in engines.gpus]
         free = [place for place, number in enumerate(numbers) if number not in taken]
-        if len(free) < engines.ranks_per_node:
+        if len(free) < engines.settings.ranks_per_node:
             return None
-        devices = tuple(free[: engines.ranks_per_node])
+        devices = tuple(free[: engines.settings.ranks_per_node])
         taken |= {numbers[place] for place in devices}
         return EnginePlace(host.name, devices)
 
@@ -299,7 +299,7 @@ class EnginePlaces:
     def _no_room(self, starts: Sequence[Key], busy: Mapping[GpuKey, str]) -> ConfigError:
         role = starts[0][0]
         settings = self.resolved.config.engine_settings(role)
-        size = max(1, settings.tensor_parallel_size // settings.nnodes)
+        size = settings.ranks_per_node
         where = "one host" if settings.nnodes == 1 else f"each of {settings.nnodes} hosts"
         found = []
         for host in self._hosts(role, self.resolved.places):

@@ -88,14 +88,9 @@ class RoleEngines:
         return self.settings.tensor_parallel_size
 
     @property
-    def ranks_per_node(self) -> int:
-        """Return the ranks of an engine that run on each of its hosts."""
-        return max(1, self.tp_size // self.settings.nnodes)
-
-    @property
     def num_ranks(self) -> int:
         """Return the ranks of all these engines; on a host, those that run there."""
-        return self.replicas * self.ranks_per_node
+        return self.replicas * self.settings.ranks_per_node
 
     @property
     def host(self) -> str:

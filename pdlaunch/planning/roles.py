@@ -118,7 +118,7 @@ class PlacedEngine:
     def devices(self) -> tuple[str, ...]:
         if self.device_indices:
             return tuple(f"cuda:{index}" for index in self.device_indices)
-        return ("cpu",) * self.engines.ranks_per_node
+        return ("cpu",) * self.engines.settings.ranks_per_node
 
 
 def place_roles(
@@ -136,9 +136,7 @@ def place_roles(
     settings = {role: config.engine_settings(role) for role in replicas}
     nnodes = {role: each.nnodes for role, each in settings.items()}
     # Ranks of an engine on each of its hosts
-    tp_sizes = {
-        role: max(1, each.tensor_parallel_size // each.nnodes) for role, each in settings.items()
-    }
+    tp_sizes = {role: each.ranks_per_node for role, each in settings.items()}
     if not places:
         takers = [host for host in hosts if host.roles] or [hosts[0]]
         # A launch whose hosts take no role still gets places, so that rules can tell what is wrong.
@@ -192,7 +190,7 @@ def _placed(
         nodes = []
         for place in places[role, index].nodes:
             engines = by_host[place.host][role]
-            num_ranks = engines.ranks_per_node
+            num_ranks = engines.settings.ranks_per_node
             devices = engines.device_indices(dealt[place.host, role], num_ranks)
             dealt[place.host, role] += num_ranks
             # Those of a host that has come back with fewer GPUs are dealt anew.

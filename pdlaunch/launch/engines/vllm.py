@@ -57,7 +57,7 @@ class VllmEngine:
                 unit=name,
                 engine=name,
                 role=engines.role,
-                tp_rank=node_rank * engines.ranks_per_node,
+                tp_rank=node_rank * engines.settings.ranks_per_node,
                 tp_size=engines.tp_size,
                 host=node.engines.host,
                 command=(*sidecar, "--", *self.command(engines, engine.index, node_rank)),

@@ -55,7 +55,10 @@ class PlacedSettings:
 def machine_names(config: LaunchConfig, base: str) -> Machines:
     """Name the machines of each role with engines: ``base-prefill-0`` and so on."""
     return {
-        role: tuple(f"{base}{role}-{index}" for index in range(replicas))
+        role: tuple(
+            f"{base}{role}-{index}"
+            for index in range(replicas * config.engine_settings(role).nnodes)
+        )
         for role in ROLES
         if (replicas := config.role(role).replicas)
     }
@@ -114,7 +117,7 @@ def _take_secrets(settings: dict[str, Any]) -> dict[Role, dict[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """Describes the machines of one role, each with one engine."""
+    """Describes the machines of one role, each with one engine or a part of one (``nnodes``)."""
 
     role: Role
     names: tuple[str, ...]
@@ -129,7 +132,8 @@ def engine_groups(launch: ResolvedLaunch, machines: Machines) -> tuple[EngineGro
 
 
 def _group(engines: RoleEngines, names: tuple[str, ...]) -> EngineGroup:
-    num_ranks, on_gpu, footprint = engines.tp_size, engines.device == "cuda", engines.footprint
+    num_ranks, on_gpu = engines.settings.ranks_per_node, engines.device == "cuda"
+    footprint = engines.footprint
     held = 0 if on_gpu or footprint is None else footprint.total_bytes
     rank_bytes = PROCESS_BYTES + engines.host_tier_bytes + held
     return EngineGroup(

@@ -75,6 +75,16 @@ def test_a_bundle_of_ray_has_the_room_of_one_engine() -> None:
     assert "GPU" not in ray_bundles(config)[0].resources
 
 
+def test_each_host_of_an_engine_has_a_bundle_of_ray() -> None:
+    flags = {"placement": "ray", "tensor_parallel_size": 8, "prefill.nnodes": 2}
+    bundles = ray_bundles(load_config(None, {}, flags).config, has_gpus=True)
+    assert [(bundle.name, bundle.num_gpus) for bundle in bundles] == [
+        ("ray-prefill-0", 4),
+        ("ray-prefill-1", 4),
+        ("ray-decode-0", 8),
+    ]
+
+
 VLLM = {"engine": "vllm", "engine_command": "/opt/vllm/bin/vllm"}
 
 

@@ -128,6 +128,17 @@ def test_pods_of_vllm_are_joined_by_the_ports_of_its_kv_blocks(tmp_path: Path) -
         assert allowed == ([] if "agent" not in words else ["/opt/vllm/bin/vllm"])
 
 
+def test_each_host_of_an_engine_is_a_pod(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("engine: vllm\nprefill: {tensor_parallel_size: 3, nnodes: 3}\n")
+    objects = render("kubernetes", str(path), "--assume", "h100x8")
+    check_schema(objects)
+    prefill = named(objects, "StatefulSet", "pdlaunch-prefill")["spec"]
+    assert prefill["replicas"] == 3
+    (container,) = prefill["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+
+
 def test_gpus_and_rdma_are_requested_by_their_resources() -> None:
     objects = render(
         "kubernetes",

@@ -117,7 +117,7 @@ class AgentActor:
 
 
 def ray_bundles(config: LaunchConfig, *, has_gpus: bool = False) -> tuple[Bundle, ...]:
-    """Return what each engine needs: a core for each thread of a rank, and a GPU.
+    """Return what each engine needs on each of its hosts: a core for each thread of a rank, a GPU.
 
     ``has_gpus``: engines whose device is ``auto`` run on GPUs.
     """
@@ -125,18 +125,18 @@ def ray_bundles(config: LaunchConfig, *, has_gpus: bool = False) -> tuple[Bundle
     for role in ROLES:
         settings = config.engine_settings(role)
         on_cpu = settings.device == "cpu" or (settings.device == "auto" and not has_gpus)
-        tp_size = settings.tensor_parallel_size
+        num_ranks = settings.ranks_per_node
         threads = (settings.num_threads or 1) if on_cpu else 1
-        num_cpus, num_gpus = tp_size * threads, 0 if on_cpu else tp_size
+        num_cpus, num_gpus = num_ranks * threads, 0 if on_cpu else num_ranks
         bundles += [
             Bundle(f"ray-{role}-{index}", role, num_cpus, num_gpus, config.engine_executables)
-            for index in range(config.role(role).replicas)
+            for index in range(config.role(role).replicas * settings.nnodes)
         ]
     return tuple(bundles)
 
 
 def ray_hosts(bundles: Sequence[Bundle]) -> tuple[HostSettings, ...]:
-    """Return the hosts of a launch on Ray, one for each engine."""
+    """Return the hosts of a launch on Ray, one for each bundle."""
     return tuple(HostSettings(name=bundle.name, roles=(bundle.role,)) for bundle in bundles)
 
 
