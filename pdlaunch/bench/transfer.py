@@ -96,6 +96,8 @@ def bench_transfer(options: TransferOptions) -> list[Timing]:
                     "mooncake": {"protocol": options.mooncake_protocol},
                     "file": {"directory": folder},
                     "lease_s": LEASE_S,
+                    "pull_timeout_s": LEASE_S,
+                    "pull_attempts": 1,
                 }
             )
             # Both pairs exist at once, so that their pulls can take turns.
@@ -197,7 +199,6 @@ class RankPair:
             first_block_index=[0],
             block_hashes=hashes,
             num_tokens=len(local),
-            timeout_s=LEASE_S,
         )
         times: tuple[float, float] = self._call("decode", "pull", command)
         self._call("prefill", "await_lease_end")

@@ -158,7 +158,7 @@ class KVTransfers:
         pull_id = PullId(f"pull-{self._num_pulls}")
         self._num_pulls += 1
         self._incoming[pull_id] = pull
-        remote, settings = request.message.remote_kv, self._spec.kv_transfer
+        remote = request.message.remote_kv
         assert remote is not None
         self.commands.append(
             StartPull(
@@ -169,8 +169,6 @@ class KVTransfers:
                 first_block_index=starts,
                 block_hashes=request.prompt_hashes(),
                 num_tokens=request.num_prompt_tokens,
-                timeout_s=settings.pull_timeout_s,
-                num_attempts=settings.pull_attempts,
                 records_spans=request.message.records_spans,
             )
         )

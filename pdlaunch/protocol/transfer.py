@@ -42,9 +42,6 @@ class StartPull(Message):
     first_block_index: list[int]
     block_hashes: list[bytes]  # of all blocks of the prompt; compared with the prefill engine's
     num_tokens: int
-    timeout_s: float
-    # READs that the share of one prefill rank may take, when they fail or bring wrong bytes.
-    num_attempts: int = 1
     records_spans: bool = False
 
 

@@ -24,6 +24,7 @@ import torch
 
 from pdlaunch import __version__
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.errors import HandshakeError
 from pdlaunch.protocol.control import ToSupervisor
@@ -236,7 +237,7 @@ class DecodeSetup:
     connector: Connector
     hasher: KVHasher | None  # none when ``kv_transfer.verify`` is off
     open_channel: Callable[[str], DecodeSocket]  # opens a channel to an endpoint
-    handshake_timeout_s: float
+    settings: KVTransferSettings
     clock: Callable[[], float]
     report: Callable[[ToSupervisor], None]
     emit: Callable[[PullFinished | PullDrained], None]

@@ -220,7 +220,7 @@ class Peer:
         setup = self._setup
         self.state = "asking"
         self._asked_at = setup.clock()
-        self.deadline_at = self._asked_at + setup.handshake_timeout_s
+        self.deadline_at = self._asked_at + setup.settings.handshake_timeout_s
         self.channel = setup.open_channel(self.entry.address.side_channel)
         self.ask(
             lambda call_id: Handshake(
@@ -261,7 +261,7 @@ class Peer:
             agent_name=reply.agent_name,
             clock=setup.clock,
             # The rest of the handshake's time after question and answer.
-            timeout_s=self._asked_at + setup.handshake_timeout_s - setup.clock(),
+            timeout_s=self._asked_at + setup.settings.handshake_timeout_s - setup.clock(),
         )
         self._try_paths()
 
@@ -329,7 +329,7 @@ class Peer:
             doing = "to the handshake" if self.state == "asking" else "to the first READ"
             self._retry_later(
                 f"no answer {doing} from {self.name} at {self.entry.address.side_channel} within "
-                f"{self._setup.handshake_timeout_s:g} s"
+                f"{self._setup.settings.handshake_timeout_s:g} s"
             )
         elif self._reads:
             # A peer cannot be connected twice, and a connection stays while a READ may still write.

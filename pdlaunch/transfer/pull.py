@@ -132,7 +132,7 @@ class Share:
             self._read_and_prove()
         except ReadFailed as failure:
             self.causes.add(failure.cause)
-            if self.num_retries + 1 >= self._command.num_attempts:
+            if self.num_retries + 1 >= self._setup.settings.pull_attempts:
                 raise
             self.num_retries += 1
             logger.warning("pull of %s begins anew: %s", self._command.request_id, failure)
@@ -150,7 +150,7 @@ class Share:
         The blocks may belong to others from now on, unless a READ is in flight; no other READ
         begins.
         """
-        self.tells_until_at = self._setup.clock() + self._command.timeout_s
+        self.tells_until_at = self._setup.clock() + self._setup.settings.pull_timeout_s
         self.settle()
 
     def settle(self) -> None:
@@ -360,7 +360,7 @@ class Pull:
 
     def deadlines(self) -> Iterator[float]:
         if not self._finished:
-            yield self._started_at + self._command.timeout_s
+            yield self._started_at + self._setup.settings.pull_timeout_s
         for share in self._shares:
             if not self._finished:
                 yield from share.deadlines()
@@ -379,7 +379,7 @@ class Pull:
                 self._draining = False
                 self._setup.emit(PullDrained(pull_id=self._command.pull_id))
             return
-        timeout_s = self._command.timeout_s
+        timeout_s = self._setup.settings.pull_timeout_s
         try:
             for share in self._shares:
                 share.advance()

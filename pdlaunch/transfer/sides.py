@@ -129,7 +129,7 @@ class TransferSides:
             open_channel=lambda endpoint: DecodeSocket(
                 setup.context, endpoint, watched=connector.pushes
             ),
-            handshake_timeout_s=settings.handshake_timeout_s,
+            settings=settings,
             clock=setup.clock,
             report=setup.report,
             emit=self._events.append,

@@ -231,8 +231,6 @@ class Scheduling:
                 first_block_index=firsts,
                 block_hashes=self._hashes(request, num_tokens),
                 num_tokens=num_tokens,
-                timeout_s=self._settings.pull_timeout_s,
-                num_attempts=self._settings.pull_attempts,
             )
         )
 

@@ -28,6 +28,8 @@ from pdlaunch.transfer.connectors.connector import (
 )
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES
 
+PATIENT = {"pull_timeout_s": 60.0, "pull_attempts": 1}
+
 
 def spec_of(
     role: str = "prefill",
@@ -55,7 +57,7 @@ def spec_of(
             "device_indices": (),
             "tensor_parallel_size": tp_size,
             "num_threads": 1,
-            "kv_transfer": KVTransferSettings(**kv_transfer),
+            "kv_transfer": KVTransferSettings(**(PATIENT | kv_transfer)),
         }
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -185,12 +185,18 @@ class World:
             connector=self.connector,
             hasher=KVHasher(native_regions(self.kv_cache, layout)) if self.verify else None,
             open_channel=lambda endpoint: weak.open_channel(endpoint),
-            handshake_timeout_s=5.0,
+            settings=spec_of("decode", handshake_timeout_s=5.0).kv_transfer,
             clock=self.clock,
             report=self.reports.append,
             emit=self.events.append,
         )
         self.peers = PeerTable(self.setup, eager=self.eager)
+        self.pulls = PullTable(self.setup, self.peers)
+
+    def pull_with(self, **settings: Any) -> None:
+        """Let pulls begin under other settings from now on."""
+        changed = self.setup.settings.model_copy(update=settings)
+        self.setup = replace(self.setup, settings=changed)
         self.pulls = PullTable(self.setup, self.peers)
 
     def close(self) -> None:

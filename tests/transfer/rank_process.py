@@ -402,9 +402,7 @@ def pull(
     block_ids: list[int],
     *,
     skip: int = 0,
-    timeout_s: float = 60.0,
     salt: str = "",
-    num_attempts: int = 1,
 ) -> StartPull:
     """Pull blocks ``skip`` and on of a prompt of ``skip + len(block_ids)`` blocks."""
     return StartPull(
@@ -415,8 +413,6 @@ def pull(
         first_block_index=[skip],
         block_hashes=hashes(skip + len(block_ids), salt),
         num_tokens=16 * (skip + len(block_ids)),
-        timeout_s=timeout_s,
-        num_attempts=num_attempts,
     )
 
 

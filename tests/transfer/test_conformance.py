@@ -135,6 +135,7 @@ def test_different_tp_sizes_in_both_directions(start: Start, settings):
     lease that the others have ended.
     """
     faults = one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")
+    settings = settings | {"pull_attempts": 2}
     one = [start("prefill", transfer=settings)]
     three = [
         start("decode", tp_size=3, tp_rank=tp_rank, num_heads=1, transfer=settings, faults=faults)
@@ -147,7 +148,7 @@ def test_different_tp_sizes_in_both_directions(start: Start, settings):
         for holder in holders:
             holder.submit(grant("r", [3, 8, 5]))
         for puller in pullers:
-            puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17], num_attempts=2))
+            puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17]))
         for puller, retries in zip(pullers, num_retries, strict=True):
             finished = puller.event(PullFinished)
             assert finished.ok, finished.error

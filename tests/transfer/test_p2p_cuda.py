@@ -57,7 +57,7 @@ def start_on(start: Callable[..., RankHandle]) -> Start:
     def start_rank(
         role: str, device: str, with_cumem: bool, *, path: str = "p2p", **options: object
     ) -> RankHandle:
-        transfer = {"nixl": {"path": path}}
+        transfer = {"nixl": {"path": path}, "pull_timeout_s": TIMEOUT_S}
         return start(role, transfer=transfer, device=device, with_cumem=with_cumem, **options)
 
     return start_rank
@@ -135,7 +135,7 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     holder.submit(grant("r", blocks[::-1], lease_s=TIMEOUT_S))
     expected = holder.call("digest", True)
     puller.call("interrupt", "kill after", holder.process.pid)
-    puller.submit(pull("p", holder.remote("r"), blocks, timeout_s=TIMEOUT_S))
+    puller.submit(pull("p", holder.remote("r"), blocks))
     holder.process.join(TIMEOUT_S)
     puller.call("registry", [puller.entry()])
     finished = finish(puller)
@@ -152,7 +152,7 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     )
     assert puller.connect(second)[0].peer_incarnation == 2
     second.submit(grant("r", [5, 6]))
-    puller.submit(pull("again", second.remote("r"), [7, 8], timeout_s=TIMEOUT_S))
+    puller.submit(pull("again", second.remote("r"), [7, 8]))
     again = finish(puller)
     assert again.ok, again.error
     np.testing.assert_array_equal(puller.blocks([7, 8]), second.blocks([5, 6]))

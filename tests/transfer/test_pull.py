@@ -19,7 +19,6 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, PullFinished
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 from pdlaunch.transfer.proof import LATE, UNPROVEN
-from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.regions import KVRegions
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
@@ -74,7 +73,8 @@ def test_pull_begins_verifies_and_ends(world, holder):
 
 def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, holder):
     world.fabric.stalled = True
-    begin(world, holder, timeout_s=3.0)
+    world.pull_with(pull_timeout_s=3.0)
+    begin(world, holder)
     world.clock.now += 3.0
     world.turn()
     finished = world.finished()
@@ -112,7 +112,8 @@ def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
     """Under the same lease; the others' shares of the lease end with the pull, not before."""
     holders = world.connect_group(3)
     world.fabric.stalled = True
-    begin(world, *holders, num_attempts=2)
+    world.pull_with(pull_attempts=2)
+    begin(world, *holders)
     right = holders[1].kv_cache[4].clone()
     holders[1].kv_cache[4] += 1
     world.fabric.land()
@@ -294,14 +295,15 @@ class SlowPuller(World):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.hasher = HandHasher(self.setup.memory.kv)
-        self.pulls = PullTable(replace(self.setup, hasher=self.hasher), self.peers)
+        self.setup = replace(self.setup, hasher=self.hasher)
+        self.pull_with(pull_timeout_s=6.0)
 
 
 @pytest.mark.parametrize("come", [True, False])
 def test_a_pull_waits_for_its_own_checksums_and_keeps_its_lease(come):
     world = SlowPuller()
     holder = world.connect()
-    begin(world, holder, lease_s=2.0, timeout_s=6.0)
+    begin(world, holder, lease_s=2.0)
     assert (world.events, world.pulls.hashing_since()) == ([], [world.clock.now])
     for _ in range(9):
         world.clock.now += 0.6

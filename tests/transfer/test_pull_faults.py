@@ -45,6 +45,7 @@ class History:
         """Without ``verify`` no bytes change under a lease: nothing would find that."""
         self.random = random.Random(seed)
         self.world = World(verify=verify)
+        self.world.pull_with(pull_timeout_s=8.0, pull_attempts=self.random.randint(1, 3))
         self.weights = {
             action: weight
             for action, weight in self.WEIGHTS.items()
@@ -112,10 +113,7 @@ class History:
         pull_id, block_ids = self.name("p"), self.random.sample(free, PULL_BLOCKS)
         lease_id = self.random.choice(list(self.leased))
         self.pulls[pull_id] = lease_id, block_ids
-        remote, num_attempts = self.holder.remote(lease_id), self.random.randint(1, 3)
-        self.world.pulls.start(
-            pull(pull_id, remote, block_ids, timeout_s=8.0, num_attempts=num_attempts)
-        )
+        self.world.pulls.start(pull(pull_id, self.holder.remote(lease_id), block_ids))
 
     def cancel(self) -> None:
         if self.pulls:

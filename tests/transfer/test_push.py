@@ -80,16 +80,17 @@ def world() -> Iterator[PushWorld]:
     world.close()
 
 
-def start_pull(world: PushWorld, num_attempts: int = 1) -> HolderRank:
+def start_pull(world: PushWorld) -> HolderRank:
     holder = world.connect()
     holder.holder.grant(grant("r", [4, 5]))
-    world.pulls.start(pull("p", holder.remote("r"), [1, 2], num_attempts=num_attempts))
+    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
     world.turn()
     return holder
 
 
 def test_a_pull_ends_with_the_answer_of_the_holder_and_begins_again_after_a_failure(world) -> None:
-    holder = start_pull(world, num_attempts=2)
+    world.pull_with(pull_attempts=2)
+    holder = start_pull(world)
     assert world.writes[0][0] == (b"target", [[4, 5]], range(3))
     assert not holder.holder.is_idle
     world.end_write(ok=False)
