@@ -21,9 +21,9 @@ from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.kvcache.prefix_keys import PrefixChanges, PrefixKeys, root_key
-from pdlaunch.engine.metrics import HISTOGRAMS
 from pdlaunch.engine.offload.planner import JobFinished, OffloadPlanner
 from pdlaunch.engine.request import Batch, Phase, Request, RequestQueues
+from pdlaunch.observe.counters import HISTOGRAMS
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,

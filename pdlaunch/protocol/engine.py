@@ -134,7 +134,7 @@ class Outputs(Message):
 class HistogramSeries(Message, tag=False):
     """Counts values by bucket; the last bucket has those above all bounds."""
 
-    name: str  # in ``engine.metrics.HISTOGRAMS``
+    name: str  # in ``observe.counters.HISTOGRAMS``
     labels: tuple[str, ...]  # values of the labels that it has there
     counts: list[int]
     sum: float = 0.0
@@ -158,7 +158,7 @@ class EngineStats(Message):
     num_host_blocks: int = 0  # room of the host tier, in blocks of any group
     num_used_host_blocks: int = 0
     num_offload_jobs: int = 0
-    counts: dict[str, float] = {}  # totals, by the names of ``engine.metrics.COUNTERS``
+    counts: dict[str, float] = {}  # totals, by the names of ``observe.counters.COUNTERS``
     histograms: list[HistogramSeries] = []  # not in the answer to CheckIntegrity
 
 

@@ -74,7 +74,7 @@ class PullFinished(Message):
     read_s: float = 0.0  # of the slowest READ; as prefill and path, set when the blocks are proven
     prefill: str = ""  # name of the engine that the blocks came from
     path: str = ""  # the path that they came over; several where ranks differ
-    # By the names of ``engine.metrics.COUNTERS``: READs repeated, and 1 for each cause of a
+    # By the names of ``observe.counters.COUNTERS``: READs repeated, and 1 for each cause of a
     # failure, though perhaps not of the last attempt.
     counts: dict[str, int] = {}
     # Spans of each rank, by tp_rank, where its StartPull asked for that.

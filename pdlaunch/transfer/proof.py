@@ -22,10 +22,10 @@ LATE = "kv_late_reads"  # the lease ended before the READ: bytes may belong to a
 
 
 class PullFailed(TransferError):
-    def __init__(self, message: str, *, cause: str = "") -> None:
-        """``cause``: the counter in ``engine.metrics.COUNTERS`` that counts it, if any."""
+    def __init__(self, message: str, *, counter: str = "") -> None:
+        """``counter``: what counts it beside ``kv_transfer_failures``, if anything does."""
         super().__init__(message)
-        self.cause = cause
+        self.counter = counter
 
 
 class ReadFailed(PullFailed):
@@ -122,5 +122,5 @@ def _check_prompt(command: StartPull, lease: PullReply) -> None:
         raise PullFailed(
             f"token hashes of request {command.remote.lease_id} differ from block {first} on "
             f"({command.num_tokens} tokens here, {lease.num_tokens} there)",
-            cause=UNPROVEN,
+            counter=UNPROVEN,
         )

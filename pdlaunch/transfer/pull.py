@@ -74,7 +74,7 @@ class Share:
         self.num_bytes = 0  # size of the latest READ
         self.read_s = 0.0  # duration of that READ, as exactly as the connector knows
         self.ended_at: float | None = None  # instant at which it was over; None before
-        self.causes: set[str] = set()  # of the READs that failed; see ``PullFailed``
+        self.counters: set[str] = set()  # of the READs that failed; see ``PullFailed``
         # Deadline for telling the prefill rank of the end; None: not yet, or told.
         self.tells_until_at: float | None = None
         self._command = command
@@ -126,12 +126,12 @@ class Share:
             # A refusal after the grant means that the lease has ended: later READs may have brought
             # another request's blocks, and count as late.
             is_late = self._held_until_at is not None or self._lease_has_ended
-            cause = LATE if is_late else ""
-            raise PullFailed(f"{self.name} refused: {self._refusal}", cause=cause)
+            counter = LATE if is_late else ""
+            raise PullFailed(f"{self.name} refused: {self._refusal}", counter=counter)
         try:
             self._read_and_prove()
         except ReadFailed as failure:
-            self.causes.add(failure.cause)
+            self.counters.add(failure.counter)
             if self.num_retries + 1 >= self._setup.settings.pull_attempts:
                 raise
             self.num_retries += 1
@@ -246,7 +246,7 @@ class Share:
         except VerificationError as error:
             self._note_checksums(ok=False)
             logger.error("pull of %s from %s: %s", self._command.request_id, self.name, error)
-            raise ReadFailed(f"{self.name}: {error}", cause=UNPROVEN) from error
+            raise ReadFailed(f"{self.name}: {error}", counter=UNPROVEN) from error
 
     def _start_read(self, lease: PullReply) -> None:
         """Read under the lease before anything else: the READ takes longest."""
@@ -261,7 +261,7 @@ class Share:
                 f"{self.name} {self._reader}",
             )
         except PullFailed as failure:
-            raise PullFailed(f"{self.name}: {failure}", cause=failure.cause) from None
+            raise PullFailed(f"{self.name}: {failure}", counter=failure.counter) from None
         blocks, self._started_at = self._plan.blocks, setup.clock()
         self.num_bytes = setup.memory.kv.num_bytes(blocks.local_blocks, len(blocks.local_heads))
         if not self.num_bytes:
@@ -304,7 +304,8 @@ class Share:
             return False
         assert self._held_until_at is not None
         if ended_at >= self._held_until_at:
-            raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", cause=LATE)
+            error = f"{self.name}: the lease did not hold throughout the READ"
+            raise PullFailed(error, counter=LATE)
         return True
 
     def _is_right(self) -> bool:
@@ -399,7 +400,7 @@ class Pull:
         self._draining = any(share.in_flight for share in self._shares)
         setup, command, shares = self._setup, self._command, self._shares
         error = "" if failure is None else str(failure)
-        causes = {"" if failure is None else failure.cause}.union(*(one.causes for one in shares))
+        counters = {"" if failure is None else failure.counter}
         logger.debug(
             "pull of %s has ended: %s", command.request_id, error or "the blocks are proven"
         )
@@ -409,7 +410,7 @@ class Pull:
             error=error,
             in_flight=self._draining,
             seconds=setup.clock() - self._started_at,
-            counts=dict.fromkeys(causes - {""}, 1)
+            counts=dict.fromkeys(counters.union(*(one.counters for one in shares)) - {""}, 1)
             | {"kv_pull_retries": sum(share.num_retries for share in shares)},
             reports={setup.identity.tp_rank: self._log.report()} if command.records_spans else {},
         )

@@ -25,6 +25,7 @@ from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools
 from pdlaunch.errors import MemoryPoolError
 from pdlaunch.machine.network import tcp_endpoint
+from pdlaunch.observe.counters import COUNTERS
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady, SleepState, ToSupervisor
 from pdlaunch.protocol.engine_link import (
     KVSetup,
@@ -73,17 +74,13 @@ class Results:
     bad_blocks: set[int] = field(default_factory=set)  # the blocks of the failed ones
 
 
-# What is counted for vLLM's metrics, under the names that native engines have. vLLM adds up what
-# ranks count: rank 0 alone counts pulls, and each rank its bytes and failures.
+# What is counted for vLLM's metrics: what native engines count of leases and pulls. vLLM adds up
+# what ranks count: rank 0 alone counts pulls, and each rank its bytes and failures.
 FIGURES = {
-    "kv_transfers": "Pulls that ended well.",
-    "kv_transfer_bytes": "Bytes of KV blocks pulled.",
-    "kv_transfer_seconds": "Seconds spent in pulls.",
-    "kv_read_seconds": "Seconds of their READs, of rank 0.",
-    "kv_transfer_failures": "Pulls that failed.",
-    "kv_verification_failures": "Pulls whose hashes or checksums differed.",
-    "kv_leases_expired": "Leases that nobody pulled in time.",
-}
+    name: known.text
+    for name, known in COUNTERS.items()
+    if name.startswith("kv_") and not name.startswith(("kv_offload_", "kv_recomputed_"))
+} | {"kv_read_seconds": "Seconds of the READs of pulls, of rank 0."}
 
 
 class Worker:
@@ -290,7 +287,7 @@ class Worker:
         self._add(
             kv_transfer_bytes=float(event.num_bytes),
             kv_transfer_failures=float(has_failed),
-            kv_verification_failures=float(event.counts.get("kv_verification_failures", 0)),
+            **event.counts,
         )
         if self._is_first:
             self._add(

@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from pdlaunch.engine.metrics import COUNTERS, HISTOGRAMS
 from pdlaunch.engine.server.choice import Choice
+from pdlaunch.observe.counters import COUNTERS, HISTOGRAMS
 from pdlaunch.observe.metrics import RequestMetrics, buckets_of
 from pdlaunch.protocol.engine import EngineStats, HistogramSeries
 
