@@ -27,20 +27,7 @@ from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.machine.network import tcp_endpoint
-from pdlaunch.protocol.control import (
-    Address,
-    Answered,
-    Drain,
-    Drained,
-    FromSupervisor,
-    Happened,
-    Progress,
-    Ready,
-    Register,
-    Registry,
-    Stop,
-    Suspects,
-)
+from pdlaunch.protocol import control
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import (
     Bootstrap,
@@ -73,7 +60,7 @@ class RankProcess:
         self._bootstrap = bootstrap
         self._spec = bootstrap.engine()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[control.FromSupervisor] = queue.SimpleQueue()
         self._context = SecureContext(bootstrap.keys)
         self.control = ControlClient(
             self._context, bootstrap.control, bootstrap.name, self._on_control
@@ -84,7 +71,7 @@ class RankProcess:
 
     def run(self) -> None:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
-        self._register(engine_id=EngineId(""), address=Address())
+        self._register(engine_id=EngineId(""), address=control.Address())
         spec, tp_rank, tp = self._spec, self._bootstrap.tp_rank, self._join_group()
         engine_id, followers, endpoint = draw_engine_id(), None, ""
         if tp is not None:
@@ -113,7 +100,7 @@ class RankProcess:
         loop: Leader | Follower
         if tp_rank == 0:
             server = ServerLink(self._context)
-            address = Address(requests=server.endpoint, side_channel=side_channel)
+            address = control.Address(requests=server.endpoint, side_channel=side_channel)
             requests = RequestLifecycle(
                 spec,
                 runner.layout.groups,
@@ -132,7 +119,7 @@ class RankProcess:
             record = StepRecord(self._bootstrap.step_record).write
             loop = Leader(rank, scheduler, server, followers, record)
         else:
-            address = Address(side_channel=side_channel)
+            address = control.Address(side_channel=side_channel)
             loop = Follower(rank, tp_rank, self._context.connect(zmq.DEALER, endpoint))
         # Last: the registry brings the server's Hello and the handshakes of peers.
         self._register(engine_id, address)
@@ -155,7 +142,7 @@ class RankProcess:
             if loop.ready and not said_ready:
                 said_ready = True
                 leave_ends_to_supervisor()
-                self.control.send(Ready(model=runner.model_files))
+                self.control.send(control.Ready(model=runner.model_files))
             self._wait(poller, loop.wait_s())
             loop.turn()
         loop.close()
@@ -207,20 +194,20 @@ class RankProcess:
         while not self._inbox.empty():
             self._handle_control(self._inbox.get())
 
-    def _handle_control(self, message: FromSupervisor) -> None:
+    def _handle_control(self, message: control.FromSupervisor) -> None:
         match message:
-            case Registry():
+            case control.Registry():
                 if self._transfer is not None and self._spec.has_peers:
                     self._transfer.update_registry(message.entries)
-            case Drain():
+            case control.Drain():
                 # The router and the server hold back new requests; a rank has nothing to refuse.
-                self.control.send(Drained())
-            case Stop():
+                self.control.send(control.Drained())
+            case control.Stop():
                 self._stopped = True
-            case Suspects() | Answered() | Happened():
+            case control.Suspects() | control.Answered() | control.Happened():
                 pass  # said to routers alone
 
-    def _on_control(self, message: FromSupervisor) -> None:
+    def _on_control(self, message: control.FromSupervisor) -> None:
         self._inbox.put(message)
         self._wake()
 
@@ -229,11 +216,11 @@ class RankProcess:
         os.eventfd_write(self._wakeup, 1)
 
     def _progress(self, text: str, fraction: float | None) -> None:
-        self.control.send(Progress(text=text, fraction=fraction))
+        self.control.send(control.Progress(text=text, fraction=fraction))
 
-    def _register(self, engine_id: EngineId, address: Address) -> None:
+    def _register(self, engine_id: EngineId, address: control.Address) -> None:
         self.control.send(
-            Register(
+            control.Register(
                 name=self._bootstrap.name,
                 incarnation=self._bootstrap.incarnation,
                 pid=os.getpid(),

@@ -17,21 +17,7 @@ from typing import Any
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.protocol.control import (
-    Address,
-    Answered,
-    Capabilities,
-    Drain,
-    Failed,
-    FromSupervisor,
-    Happened,
-    Ready,
-    Register,
-    Registry,
-    Stop,
-    Suspects,
-    ToSupervisor,
-)
+from pdlaunch.protocol import control
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap, ControlClient, Heartbeat, read_bootstrap
 from pdlaunch.protocol.sockets import SecureContext
@@ -51,21 +37,21 @@ class Supervised:
         self.bootstrap = bootstrap
         self.context = SecureContext(bootstrap.keys)
         # An error is the reason why this process cannot go on.
-        self.inbox: asyncio.Queue[FromSupervisor | PdlaunchError] = asyncio.Queue()
+        self.inbox: asyncio.Queue[control.FromSupervisor | PdlaunchError] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_registered = False
 
-        def deliver(message: FromSupervisor) -> None:
+        def deliver(message: control.FromSupervisor) -> None:
             # Called in the control channel's thread, which may outlive the loop.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self.inbox.put_nowait, message)
 
         self._control = ControlClient(self.context, bootstrap.control, bootstrap.name, deliver)
         for number in _END_SIGNALS:
-            loop.add_signal_handler(number, self.inbox.put_nowait, Stop())
+            loop.add_signal_handler(number, self.inbox.put_nowait, control.Stop())
 
-    def send(self, message: ToSupervisor) -> None:
-        if isinstance(message, Ready):
+    def send(self, message: control.ToSupervisor) -> None:
+        if isinstance(message, control.Ready):
             # As of a rank: see leave_ends_to_supervisor.
             for number in _END_SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, lambda: None)
@@ -73,27 +59,27 @@ class Supervised:
 
     async def obey(
         self,
-        learn: Callable[[Registry], Awaitable[None]],
+        learn: Callable[[control.Registry], Awaitable[None]],
         drain: Callable[[float], Coroutine[Any, Any, None]],
     ) -> None:
         """Do what the supervisor says until Stop. Raises the error that ends this process."""
         while True:
             match await self.inbox.get():
-                case Registry() as registry:
+                case control.Registry() as registry:
                     await learn(registry)
-                case Drain(timeout_s=timeout_s):
+                case control.Drain(timeout_s=timeout_s):
                     self.spawn(drain(timeout_s))
-                case Stop():
+                case control.Stop():
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Answered() | Happened():
+                case control.Suspects() | control.Answered() | control.Happened():
                     pass  # said to routers alone
 
     def register(
         self,
         url: str,
-        capabilities: Capabilities | None = None,
+        capabilities: control.Capabilities | None = None,
         *,
         engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
         side_channels: tuple[str, ...] = (),
@@ -107,12 +93,12 @@ class Supervised:
         first.
         """
         self.send(
-            Register(
+            control.Register(
                 name=self.bootstrap.name,
                 incarnation=self.bootstrap.incarnation,
                 pid=os.getpid(),
                 engine_id=engine_id,
-                address=Address(
+                address=control.Address(
                     http=url, side_channels=side_channels, link=link, master_port=master_port
                 ),
                 capabilities=capabilities or self.bootstrap.capabilities,
@@ -157,10 +143,10 @@ async def _run(bootstrap: Bootstrap, serve: Callable[[Supervised], Awaitable[Non
         return 0
     except PdlaunchError as error:
         _logger.error("%s", error)
-        supervised.send(Failed(error=str(error)))
+        supervised.send(control.Failed(error=str(error)))
     except Exception as error:
         _logger.exception("%s failed", bootstrap.name)
-        supervised.send(Failed(error=f"{type(error).__name__}: {error}"))
+        supervised.send(control.Failed(error=f"{type(error).__name__}: {error}"))
     finally:
         supervised.close()
     return 1

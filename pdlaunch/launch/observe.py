@@ -28,27 +28,7 @@ from pdlaunch.launch.state import (
     Unit,
 )
 from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState
-from pdlaunch.protocol.control import (
-    Alive,
-    Answered,
-    ChangeEngines,
-    Command,
-    Drained,
-    Failed,
-    PairFailed,
-    PairReady,
-    PairSuspect,
-    Progress,
-    Ready,
-    RefusalCode,
-    Register,
-    Restart,
-    SetDrained,
-    SleepState,
-    Stop,
-    Suspects,
-    ToSupervisor,
-)
+from pdlaunch.protocol import control
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +36,7 @@ FAILED_GRACE_S = 5.0  # time for a process to exit by itself after it has sent F
 
 
 # The type of ``EnginePlaces.plan``
-PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
+PlanChange = Callable[[control.ChangeEngines, Collection[str], Collection[str]], EngineChange]
 
 
 def observe(
@@ -111,50 +91,50 @@ def _stop(turn: Turn, event: StopRequested) -> None:
 
 
 def _received(
-    turn: Turn, unit: Unit, process: Instance, message: ToSupervisor, plan: PlanChange
+    turn: Turn, unit: Unit, process: Instance, message: control.ToSupervisor, plan: PlanChange
 ) -> None:
     seen, name = turn.seen, process.name
-    if not isinstance(message, PairReady | PairFailed):
+    if not isinstance(message, control.PairReady | control.PairFailed):
         # Another thread than the main loop sends these two.
         process.heard_at, process.is_stalled = turn.now, False
     match message:
-        case Register():
+        case control.Register():
             # A predecessor's message may arrive after its successor was started.
             sender = (message.name, message.incarnation)
             if process.alive and sender == (name, process.incarnation):
                 process.registration = message
             else:
                 logger.warning("%s registered as %s, incarnation %d", name, *sender)
-        case Failed(error=error):
+        case control.Failed(error=error):
             _failed(turn, unit, process, error)
-        case Progress():
+        case control.Progress():
             process.progress = message
-        case Alive():
+        case control.Alive():
             pass  # The supervisor needs no more of these.
         # Messages of a dead incarnation may still be in the queue.
         case _ if process.registration is None or not process.alive:
             logger.warning("%s from %s before it registered", type(message).__name__, name)
-        case Ready():
+        case control.Ready():
             _ready(turn, unit, process, message)
-        case PairReady():
+        case control.PairReady():
             # Ignore a proof of a peer's earlier incarnation.
             peer = seen.find(message.peer)
             is_current = peer is not None and peer[1].incarnation == message.peer_incarnation
             if is_current and message.local == name:
                 _pair_ready(turn, process, message)
-        case PairFailed():
+        case control.PairFailed():
             _pair_failed(turn, process, message)
-        case PairSuspect(local=local, peer=peer_name, error=error):
+        case control.PairSuspect(local=local, peer=peer_name, error=error):
             if seen.pairs.suspect(message):
                 turn.announce(f"{local} has to prove its path to {peer_name} again: {error}")
-        case SleepState(state=state):
+        case control.SleepState(state=state):
             # A sidecar sees it, and all ranks of its engine tell it.
             if state != process.sleep_state:
                 process.sleep_state = state
                 turn.announce(f"{name} is {state}")
-        case Drained():
+        case control.Drained():
             process.is_drained = True
-        case Restart() | SetDrained() | ChangeEngines():
+        case control.Asked():
             _obey(turn, message, name, plan)
 
 
@@ -173,7 +153,7 @@ def _failed(turn: Turn, unit: Unit, process: Instance, error: str) -> None:
         turn.fail(Failure(f"{process.label} failed to start", process=process.name, said=error))
 
 
-def _ready(turn: Turn, unit: Unit, process: Instance, message: Ready) -> None:
+def _ready(turn: Turn, unit: Unit, process: Instance, message: control.Ready) -> None:
     if process.state is not ProcessState.STARTING:
         return
     # All hosts of an engine of vLLM read the same files, as its server does.
@@ -186,7 +166,7 @@ def _ready(turn: Turn, unit: Unit, process: Instance, message: Ready) -> None:
             "start a new launch"
         )
         process.registration, unit.kill_at = None, turn.now + FAILED_GRACE_S
-        turn.do(SendMessage(process.name, Stop()))
+        turn.do(SendMessage(process.name, control.Stop()))
         return
     process.state = ProcessState.READY
     if not unit.ready:
@@ -199,10 +179,10 @@ def _ready(turn: Turn, unit: Unit, process: Instance, message: Ready) -> None:
         engine.failed_for = ""
 
 
-def _pair_ready(turn: Turn, process: Instance, pair: PairReady) -> None:
+def _pair_ready(turn: Turn, process: Instance, pair: control.PairReady) -> None:
     if pair.slow and turn.wanted.is_strict:
         error = f"{pair.slow} (refused by --strict)"
-        failed = PairFailed(local=pair.local, peer=pair.peer, error=error, fatal=True)
+        failed = control.PairFailed(local=pair.local, peer=pair.peer, error=error, fatal=True)
         _pair_failed(turn, process, failed)
         return
     if pair.slow:
@@ -210,7 +190,7 @@ def _pair_ready(turn: Turn, process: Instance, pair: PairReady) -> None:
     turn.seen.pairs.add(pair)
 
 
-def _pair_failed(turn: Turn, process: Instance, pair: PairFailed) -> None:
+def _pair_failed(turn: Turn, process: Instance, pair: control.PairFailed) -> None:
     turn.seen.pairs.fail(process.name, pair.peer, pair.error)
     what = f"{process.label} cannot use {pair.peer}"
     if pair.fatal and turn.seen.phase is LaunchPhase.STARTING:
@@ -271,7 +251,7 @@ def _tell(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> No
     step = event.last_step
     if step.origins and unit.ready_at is not None and event.by_itself:
         # The router hears of them before it repeats them elsewhere.
-        suspects = Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects))
+        suspects = control.Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects))
         for router in turn.seen.routers:
             turn.do(SendMessage(router.name, suspects))
 
@@ -280,24 +260,24 @@ def _tell(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> No
 
 
 class _Refused(Exception):
-    def __init__(self, reason: str, code: RefusalCode = "refused") -> None:
+    def __init__(self, reason: str, code: control.RefusalCode = "refused") -> None:
         super().__init__(reason)
         self.code = code
 
 
-def _obey(turn: Turn, command: Command, asker: str, plan: PlanChange) -> None:
+def _obey(turn: Turn, command: control.Command, asker: str, plan: PlanChange) -> None:
     """Change the desired state, and answer; do nothing when the asker has given up."""
     if turn.now > command.expires_at:
         turn.announce("a command is dropped: nobody waits for its answer any more")
         return
-    answer = Answered(question=command.question)
+    answer = control.Answered(question=command.question)
     try:
         match command:
-            case Restart():
+            case control.Restart():
                 _restart(turn, command, answer)
-            case SetDrained():
+            case control.SetDrained():
                 _set_drained(turn, command, answer)
-            case ChangeEngines():
+            case control.ChangeEngines():
                 _change(turn, command, answer, asker, plan)
     except _Refused as refusal:
         answer.error, answer.code = str(refusal), refusal.code
@@ -320,7 +300,7 @@ def _require_ready(what: str, seen: Observed, withheld: str = "") -> None:
         raise _Refused(f"{what}: {reason}", code="not_now")
 
 
-def _restart(turn: Turn, command: Restart, answer: Answered) -> None:
+def _restart(turn: Turn, command: control.Restart, answer: control.Answered) -> None:
     """Restart an engine; another request during the restart changes nothing."""
     engine = _find(turn.seen, command.name)
     answer.engine, goal = engine.name, turn.wanted.engines[engine.name]
@@ -331,7 +311,7 @@ def _restart(turn: Turn, command: Restart, answer: Answered) -> None:
         turn.announce(f"{engine.name} is restarted, as was asked")
 
 
-def _set_drained(turn: Turn, command: SetDrained, answer: Answered) -> None:
+def _set_drained(turn: Turn, command: control.SetDrained, answer: control.Answered) -> None:
     """Withhold new work from an engine, or give it work again; running requests go on.
 
     The last serving engine is not drained. A repeated command changes nothing.
@@ -356,7 +336,11 @@ def _set_drained(turn: Turn, command: SetDrained, answer: Answered) -> None:
 
 
 def _change(
-    turn: Turn, command: ChangeEngines, answer: Answered, asker: str, plan: PlanChange
+    turn: Turn,
+    command: control.ChangeEngines,
+    answer: control.Answered,
+    asker: str,
+    plan: PlanChange,
 ) -> None:
     """Check a change of the engines, and begin it unless it is a dry run."""
     wanted, seen = turn.wanted, turn.seen

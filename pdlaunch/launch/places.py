@@ -205,7 +205,7 @@ class EnginePlaces:
                 )
                 for engine in new
             ],
-            stops=[engine.name for engine in stops],
+            stops=dict.fromkeys((engine.name for engine in stops), 0),
             stops_first=stops_first,
             drain_s=0.0,  # that of the command
         )

@@ -236,7 +236,7 @@ class PlannedEngine(Message, tag=False):
 class PlannedChange(Message, tag=False):
     replicas: dict[Role, int]  # engines of each role once it is done
     starts: list[PlannedEngine]
-    stops: list[str]
+    stops: dict[str, int]  # with the work that they have, as the router knows
     stops_first: bool
     # Seconds that running requests get at an engine that stops, before they go on elsewhere.
     drain_s: float

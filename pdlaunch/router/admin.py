@@ -240,8 +240,8 @@ class Admin:
         answer = await self._supervisor.ask(command)
         body = {"dry_run": asked.get("dry_run", False), "notes": answer.notes}
         if answer.change is not None:
-            stops = {name: running.get(name, 0) for name in answer.change.stops}
-            body["change"] = msgspec.to_builtins(answer.change) | {"stops": stops}
+            answer.change.stops = {name: running.get(name, 0) for name in answer.change.stops}
+            body["change"] = answer.change
         if not answer.error:
             return json_response(body)
         refusal = _refusal(answer.error, answer.code)

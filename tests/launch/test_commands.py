@@ -202,7 +202,7 @@ def test_a_new_engine_gets_work_once_its_pairs_are_proven(tmp_path: Path) -> Non
 def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None:
     world = Changing(tmp_path, prefill={"replicas": 2})
     planned = world.plan_of(prefill=1, drain_timeout_s=12.0)
-    assert (planned.stops, planned.drain_s) == (["prefill-1"], 12)
+    assert (planned.stops, planned.drain_s) == ({"prefill-1": 0}, 12)
     assert world.given_work() == {"prefill-0", "decode-0"}
     refused = world.ask(undrain("prefill-1"))
     assert refused.error == "prefill-1 cannot be undrained: it is being removed"
@@ -225,7 +225,7 @@ def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: 
     world = Changing(tmp_path, GPUS, decode={"replicas": 2})
     planned = world.plan_of(engine="decode-1/rank-0", role="prefill")
     assert [(each.name, each.devices) for each in planned.starts] == [("prefill-1", ["cuda:2"])]
-    assert (planned.stops, planned.stops_first) == (["decode-1"], True)
+    assert (planned.stops, planned.stops_first) == ({"decode-1": 0}, True)
     assert "prefill-1" not in world.host.running
     world.leave("decode-1")
     assert world.host.running["prefill-1"] == 1
@@ -307,9 +307,9 @@ def test_of_a_role_those_that_do_not_serve_go_first_and_never_the_last_one_that_
 ) -> None:
     world = Changing(tmp_path, decode={"replicas": 3})
     world.ask(drain("decode-1"))
-    assert world.plan_of(decode=2, dry_run=True).stops == ["decode-1"]
+    assert world.plan_of(decode=2, dry_run=True).stops == {"decode-1": 0}
     world.exit("decode-0", 1)
-    assert world.plan_of(decode=1, dry_run=True).stops == ["decode-0", "decode-1"]
+    assert world.plan_of(decode=1, dry_run=True).stops == {"decode-0": 0, "decode-1": 0}
     world.ask(drain("prefill-0"))
     answer = world.change(engine="decode-2", role="prefill")
     assert "decode-2: no other engine serves" in answer.error

@@ -181,7 +181,7 @@ def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: 
     lost = deployment.spec("decode-0").host
     deployment.lose(lost, ended_by=deployment.now + 30)
     wanted = ChangeEngines(question=1, replicas={"decode": 1})
-    assert deployment.places.plan(wanted, deployment.serving, ()).planned.stops == ["decode-0"]
+    assert deployment.places.plan(wanted, deployment.serving, ()).planned.stops == {"decode-0": 0}
     deployment.places.forget("decode-0")
     deployment.seen.remove("decode-0")
     started = plan(deployment, decode=2)

@@ -212,7 +212,7 @@ PLAN = PlannedChange(
             name="prefill-1", role="prefill", host="local", devices=["cpu"], num_threads=3
         )
     ],
-    stops=["decode-1"],
+    stops={"decode-1": 0},
     stops_first=False,
     drain_s=30.0,
 )

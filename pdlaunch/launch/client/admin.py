@@ -15,10 +15,9 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
-from pdlaunch.config.roles import Role
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api, check_url
-from pdlaunch.protocol.control import PlannedEngine
+from pdlaunch.protocol.control import PlannedChange
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from pdlaunch.protocol.status import DeploymentStatus, RequestList, RequestSummary, RequestTrace
@@ -145,20 +144,10 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     notes: Sequence[str] = ()
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of the engines, done or planned."""
-
-    replicas: dict[Role, int]  # engines of each role afterwards
-    starts: list[PlannedEngine]
-    stops: dict[str, int]  # engines that stop, with the pieces of work that they had
-    stops_first: bool
-    drain_s: float
-
-
 class ChangeOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of a change."""
 
-    change: Change | None = None  # none: it was refused before it was planned
+    change: PlannedChange | None = None  # none: it was refused before it was planned
     notes: Sequence[str] = ()
     error: str = ""  # empty: it is done, or could be
 
