@@ -32,6 +32,7 @@ class Request:
 def scheduling(*groups: GroupShape, digest: str = "d") -> Scheduling:
     setup = KVSetup(
         name="decode-0",
+        engine_id="e" * 32,
         incarnation=1,
         role="decode",
         bind_address="127.0.0.1",
@@ -42,7 +43,7 @@ def scheduling(*groups: GroupShape, digest: str = "d") -> Scheduling:
         by_head=False,
         model_digest=digest,
     )
-    return Scheduling(setup, KVTransferSettings(), groups or (FULL,), engine_id="e" * 32, tp_size=2)
+    return Scheduling(setup, KVTransferSettings(), groups or (FULL,), tp_size=2)
 
 
 PREFILL = {"do_remote_decode": True}

@@ -53,6 +53,7 @@ class Engine:
         settings = KVTransferSettings.model_validate(transfer | changes.pop("transfer", {}))
         setup = KVSetup(
             name=self.name,
+            engine_id=IDS[role],
             incarnation=1,
             role=role,
             bind_address="127.0.0.1",
@@ -74,13 +75,10 @@ class Engine:
             tp_rank=0,
             by_head=False,
         )
-        self.scheduling = Scheduling(
-            setup, settings, [GroupShape(4, None)], engine_id=IDS[role], tp_size=1
-        )
+        self.scheduling = Scheduling(setup, settings, [GroupShape(4, None)], tp_size=1)
         self.worker = Worker(
             setup,
             layout,
-            engine_id=IDS[role],
             tp_rank=0,
             tp_size=1,
             dtype="float32",
