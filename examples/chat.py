@@ -1,12 +1,16 @@
 """Stream a chat from a running deployment with the official openai client: `pip install openai`,
-then `python examples/chat.py`.
+then `python examples/chat.py`. Another port or host: `python examples/chat.py http://HOST:PORT`.
 """
+
+import os
+import sys
 
 from openai import OpenAI
 
-client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="unused")
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("PDLAUNCH_API_KEY", "unused"))
 stream = client.chat.completions.create(
-    model="smollm2",
+    model=client.models.list().data[0].id,
     messages=[{"role": "user", "content": "Name three rivers in Europe."}],
     max_tokens=60,
     temperature=0,

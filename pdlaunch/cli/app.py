@@ -27,6 +27,7 @@ class Command(NamedTuple):
     target: str
     summary: str
     exit_codes: str = _DONE
+    examples: str = ""
 
     @property
     def is_group(self) -> bool:
@@ -38,7 +39,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("serve", "serve:serve", "Start prefill and decode engines behind one router.", _SERVED),
+    Command(
+        "serve",
+        "serve:serve",
+        "Start prefill and decode engines behind one router.",
+        _SERVED,
+        "pdlaunch serve\npdlaunch serve Qwen/Qwen3-0.6B --port 9000\n"
+        "pdlaunch serve --engine vllm --decode 2 Qwen/Qwen3-8B\n"
+        "pdlaunch serve deployment.yaml --dry-run",
+    ),
     Command("agent", "joining:agent", "Run engines on this host for a launch on another one."),
     Command("router", "router:router", "Route requests to engines that run already.", _SERVED),
     Command("check-config", "check_config:check_config", "Find what breaks a launch.", _CHECKED),
@@ -89,7 +98,9 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
                 command.name,
                 help=inspect.getdoc(loaded) if loaded else command.summary,
                 short_help=command.summary,
-                epilog=f"Exit codes: {command.exit_codes}.",
+                # click keeps the lines of a paragraph that begins with \b.
+                epilog=(f"\b\nExamples:\n{command.examples}\n\n" if command.examples else "")
+                + f"Exit codes: {command.exit_codes}.",
                 cls=kind,
             )(loaded or _placeholder)
     return app

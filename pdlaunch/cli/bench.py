@@ -23,7 +23,7 @@ from pdlaunch.bench.timed_completion import Goals, read_goals
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, refuse_address, with_serve_flags
 from pdlaunch.cli.html_report import HEADINGS, write_report
-from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table, safe
+from pdlaunch.cli.output import FormatOption, counted, print_errors, print_json, print_table, safe
 from pdlaunch.cli.status import duration
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 from pdlaunch.config.settings import flag_name
@@ -221,7 +221,8 @@ def _show(runs: Sequence[BenchRun], output: str) -> None:
     left_out = sum(row.num_left_out for row in rows)
     note = f"; {left_out} of the trace are too long for the model and left out" if left_out else ""
     typer.echo(
-        f"in all: {num_requests} requests, {sum(row.num_errors for row in rows)} errors, "
+        f"in all: {counted(num_requests, 'request')}, "
+        f"{counted(sum(row.num_errors for row in rows), 'error')}, "
         f"{sum(row.total_prompt_tokens for row in rows)} prompt and "
         f"{sum(row.total_output_tokens for row in rows)} output tokens in {duration(seconds)}; "
         f"{num_requests / seconds:.2f} requests/s; times in ms{note}"

@@ -7,7 +7,8 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from urllib.parse import urlsplit
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
 
 import psutil
 import typer
@@ -24,6 +25,7 @@ from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
+from pdlaunch.launch.client.admin import own_launches
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.models import Model
@@ -47,9 +49,19 @@ _FAILED = (
 )
 
 
+class AskedAt(NamedTuple):
+    """Where an engine is asked: at its URL, or through the admin socket of its launch."""
+
+    url: str
+    prefix: str = ""
+
+
 def doctor(
     routers: list[str] | None = typer.Argument(
-        None, metavar="[URL]...", help="A router of pdlaunch, which names its engines."
+        None,
+        metavar="[URL]...",
+        help="A router of pdlaunch, which names its engines; without any engine that of your own "
+        "launch on this machine.",
     ),
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
@@ -82,18 +94,15 @@ def doctor(
             _require_url("URL", url)
         for role, url in named:
             _require_url(f"--{role}", url)
-        listed, slow_pairs = asyncio.run(_deployments_of(routers or ()))
+        if not (routers or named):
+            routers = [_own_launch()]
+        listed, slow_pairs, doors = asyncio.run(_deployments_of(routers or ()))
         urls = list(dict.fromkeys([*named, *listed]))
-        if not urls:
-            raise ConfigError(
-                "no engine is named",
-                fix="give the URL of a router of pdlaunch, or --prefill URL --decode URL",
-            )
     except ConfigError as error:
         refuse_input(error, output)
     # A router that is asked is not trusted with a key: it could list whom it likes.
     keys = {url: key for _, url in named if key}
-    seen = asyncio.run(examine(urls, keys, sends_canaries=canary, is_exact=exact))
+    seen = asyncio.run(examine(urls, keys, doors, sends_canaries=canary, is_exact=exact))
     print_report(judge(replace(seen, slow_pairs=slow_pairs)), output, strict=strict)
 
 
@@ -108,22 +117,43 @@ def _require_url(name: str, url: str) -> None:
         raise ConfigError(str(error), field=name, fix=fix) from None
 
 
+def _own_launch() -> str:
+    """Return the URL of the only launch of this user on this machine. Raises ConfigError."""
+    urls = sorted(launch.card.url for launch in own_launches(None))
+    if len(urls) != 1:
+        said = (
+            f"several launches of yours run here: {', '.join(urls)}" if urls else "none runs here"
+        )
+        raise ConfigError(
+            f"no engine is named, and {said}",
+            fix="give the URL of a router of pdlaunch, or --prefill URL --decode URL",
+        )
+    return urls[0]
+
+
 async def _deployments_of(
     routers: Sequence[str],
-) -> tuple[list[tuple[Role, str]], dict[str, str]]:
-    """Return the engines and the slow pairs that routers list. Raises ConfigError."""
+) -> tuple[list[tuple[Role, str]], dict[str, str], dict[str, AskedAt]]:
+    """Return the engines and the slow pairs that routers list, and the doors to engines of launches
+    of this user, which take no stranger's calls. Raises ConfigError.
+    """
     found: list[tuple[Role, str]] = []
     slow_pairs: dict[str, str] = {}
+    doors: dict[str, AskedAt] = {}
     for url in routers:
-        api = EngineApi(url)  # no key: the key is for engines
+        own = own_launches(url) if url.startswith("http") else []
+        socket_url = f"{UNIX}{own[0].admin_socket}" if own else None
+        api = EngineApi(socket_url or url)  # no key: the key is for engines
         try:
             engines, slow = await api.deployment(ASK_TIMEOUT_S)
             slow_pairs |= slow
-            for name, engine in engines:
-                role = next((role for role in ROLES if role == name), None)
+            for role_name, engine, name in engines:
+                role = next((role for role in ROLES if role == role_name), None)
                 if role is None:
-                    raise ProtocolError(f"it lists an engine of role {name[:100]}")
+                    raise ProtocolError(f"it lists an engine of role {role_name[:100]}")
                 found.append((role, engine))
+                if socket_url is not None:
+                    doors[engine] = AskedAt(socket_url, f"/pdlaunch/engines/{quote(name, safe='')}")
         except ProtocolError as error:
             raise ConfigError(
                 f"not a router of this pdlaunch: {error}",
@@ -133,7 +163,7 @@ async def _deployments_of(
             ) from None
         finally:
             await api.close()
-    return found, slow_pairs
+    return found, slow_pairs, doors
 
 
 def judge(seen: SeenDeployment) -> Report:
@@ -150,15 +180,19 @@ def judge(seen: SeenDeployment) -> Report:
 async def examine(
     urls: Sequence[tuple[Role, str]],
     keys: Mapping[str, str],
+    doors: Mapping[str, AskedAt],
     *,
     sends_canaries: bool,
     is_exact: bool,
 ) -> SeenDeployment:
     """Look at all engines at the same time, then send a canary through each pair in turn.
 
-    ``keys``: of engines, by URL.
+    ``keys`` and ``doors``: of engines, by URL.
     """
-    apis = {url: EngineApi(url, keys.get(url)) for _, url in urls}
+    places = {url: doors.get(url, AskedAt(url)) for _, url in urls}
+    apis = {
+        url: EngineApi(door.url, keys.get(url), prefix=door.prefix) for url, door in places.items()
+    }
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         seen = SeenDeployment(tuple(engines), None)

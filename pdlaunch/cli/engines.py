@@ -10,11 +10,9 @@ from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from pdlaunch.cli.options import KeyOption, UrlOption
-from pdlaunch.cli.output import ending_at_errors, safe, say
+from pdlaunch.cli.output import counted, ending_at_errors, print_line, say
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.launch.client.admin import (
     ChangeOutcome,
@@ -205,10 +203,9 @@ def _commanding(
 
 def _show_line(outcome: EngineOutcome, done: str) -> None:
     line = f"{outcome.engine}: {outcome.error}" if outcome.error else f"{outcome.engine} {done}"
-    console = Console()
-    console.print(Text(safe(line), style="red" if outcome.error else ""), soft_wrap=True)
+    print_line(line, "red" if outcome.error else "")
     for note in outcome.notes:
-        console.print(Text(f"  {safe(note)}", style="yellow"), soft_wrap=True)
+        print_line(f"  {note}", "yellow")
 
 
 def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
@@ -220,25 +217,24 @@ def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
 
 def _show_change(outcome: ChangeOutcome, *, dry_run: bool) -> None:
     """Print a line for each engine that starts or stops, and what there is afterwards."""
-    console, change = Console(soft_wrap=True), outcome.change
-    if change is not None:
+    if (change := outcome.change) is not None:
         for engine in change.starts:
             devices = " ".join(engine.devices)
-            threads = f"{engine.num_threads} threads"
-            console.print(Text(f"{engine.name} starts on {engine.host}: {devices}, {threads}"))
+            threads = counted(engine.num_threads, "thread")
+            print_line(f"{engine.name} starts on {engine.host}: {devices}, {threads}")
         for name, number in change.stops.items():
-            console.print(Text(f"{name} stops: {number} running"))
+            print_line(f"{name} stops: {number} running")
         if change.stops:
             first = "before others start" if change.stops_first else "last"
-            console.print(
+            print_line(
                 f"Engines stop {first}; their running requests get up to {change.drain_s:g} s, "
                 "then continue at other engines."
             )
         counts = ", ".join(f"{number} {role}" for role, number in change.replicas.items() if number)
         verb = "would be" if dry_run or outcome.error else "is"
-        console.print(f"The launch {verb} {counts}.")
+        print_line(f"The launch {verb} {counts}.")
     for note in outcome.notes:
-        console.print(Text(note, style="yellow"))
+        print_line(f"warning: {note}", "yellow")
     if outcome.error:
-        console.print(Text(outcome.error, style="red"))
+        print_line(outcome.error, "red")
         raise typer.Exit(1)

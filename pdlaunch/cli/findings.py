@@ -15,7 +15,7 @@ from rich.text import Text
 from pdlaunch.checks.rule import SEVERITIES, Finding
 from pdlaunch.checks.run import Report
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
-from pdlaunch.cli.output import Format, print_json, safe, say
+from pdlaunch.cli.output import Format, counted, print_json, safe, say
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.profiles import AssumedMachine
@@ -81,7 +81,7 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
     counts = []
     for severity in SEVERITIES:
         found = [finding for finding in report.findings if finding.severity == severity]
-        counts.append(f"{len(found)} {severity}{'' if len(found) == 1 else 's'}")
+        counts.append(counted(len(found), severity))
         if found:
             heading = f"{severity}s" if len(found) > 1 else severity
             say(Text(heading, style=f"bold {STYLES[severity]}"))

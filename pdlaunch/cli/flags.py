@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,47 +14,88 @@ from typer.core import TyperCommand
 from pdlaunch.config.field_types import Flag
 from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name, variable_name
+from pdlaunch.config.vllm_arguments import OURS, REFUSED, vllm_flag_name
 
 # Endings of a file with settings, as opposed to a model
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 
 
+# Settings, by path, whose flags the short help shows
+_COMMON = frozenset(
+    (
+        *("model", "engine", "prefill.replicas", "decode.replicas", "both.replicas"),
+        *("tensor_parallel_size", "max_model_len", "gpu_memory_utilization", "device"),
+        *("served_model_name", "host", "port", "api_key"),
+    )
+)
+_HELP_ALL = "--help-all"
+_MANY = 20  # with fewer flags that are not common, help shows all
+_KEPT_HYPHEN = "\u2011"
+
+
 class ServeCommand(TyperCommand):
     """A command with the flags of ``serve``, which are many, some of them long."""
 
+    is_whole = False
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the flags under their headings."""
+        """Write the flags under their headings: the common ones, or all."""
         panels: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
+        common = {flag.name for path, flag in all_flags().items() if path in _COMMON}
+        shown = [(each, record) for each in self.get_params(ctx) if (record := _record(each, ctx))]
+        others = [
+            parameter
+            for parameter, _ in shown
+            if getattr(parameter, "rich_help_panel", None)
+            and str(parameter.name).replace("_", "-") not in common
+        ]
+        hidden = [] if self.is_whole or len(others) < _MANY else others
+        for parameter, record in shown:
+            if parameter not in hidden:
                 panel = getattr(parameter, "rich_help_panel", None)
                 default = "Arguments" if parameter.param_type_name == "argument" else "Options"
                 panels.setdefault(panel or default, []).append(record)
         for name, records in panels.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+        if hidden:
+            formatter.write_paragraph()
+            formatter.write_text(f"{_HELP_ALL} shows {len(hidden)} more flags.")
+        formatter.buffer = [text.replace(_KEPT_HYPHEN, "-") for text in formatter.buffer]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if _HELP_ALL in args:
+            self.is_whole, args = True, ["--help"]
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
             # By its name: typer brings a click of its own, or uses the installed one.
             if type(error).__name__ == "NoSuchOption":
                 unknown: Any = error
-                if instead := _advice(unknown.option_name):
+                if instead := _advice(unknown.option_name, is_like=bool(unknown.possibilities)):
                     unknown.message, unknown.possibilities = f"{error}; {instead}", None
             raise
 
 
-def _advice(name: str) -> str:
-    """Say how a setting is given that has no flag of this name; empty for no setting."""
+def _record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    """Return a parameter's line of help, whose flags are not broken at their hyphens."""
+    if (record := parameter.get_help_record(ctx)) is None:
+        return None
+    first, second = (re.sub(r"(?<=-)-|-(?=[\w-])", _KEPT_HYPHEN, text) for text in record)
+    return first, second
+
+
+def _advice(name: str, *, is_like: bool) -> str:
+    """Say how a setting is given that has no flag of this name; empty if ``is_like`` another."""
     path = name.removeprefix("--").removeprefix("no-").replace("-", "_")
     if path in all_flags():
         return f"did you mean {flag_name(path)}?"
     if path in all_settings():
         return f"set {path} in the file, or the variable {variable_name(path)}"
-    return ""
+    flag = vllm_flag_name(name).removeprefix("no-")
+    if instead := OURS.get(flag) or REFUSED.get(flag):
+        return f"a flag of vLLM: {instead}"
+    return "" if is_like else "flags of vLLM go into engine_args of the file"
 
 
 _TARGET = Annotated[

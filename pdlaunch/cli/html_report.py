@@ -18,7 +18,7 @@ from typing import Any
 from pdlaunch import __version__
 from pdlaunch.bench.serve import BenchRow, BenchRun, without_words
 from pdlaunch.bench.timed_completion import Goals
-from pdlaunch.cli.output import print_errors
+from pdlaunch.cli.output import counted, print_errors
 from pdlaunch.cli.status import duration
 
 NUM_COLOURS = 8
@@ -172,9 +172,11 @@ def _notes(rows: Sequence[BenchRow]) -> Iterator[str]:
     for row in rows:
         for error in without_words(row.errors):
             count, _, kind = error.partition(" x ")
-            yield f"{row.input_tokens} in, {row.load}: {count} requests failed: {kind}."
+            failed = counted(int(count), "request")
+            yield f"{row.input_tokens} in, {row.load}: {failed} failed: {kind}."
     if left_out := sum(row.num_left_out for row in rows):
-        yield f"{left_out} requests of the trace were too long for the model and left out."
+        verb = "was" if left_out == 1 else "were"
+        yield f"{counted(left_out, 'request')} of the trace {verb} too long for the model."
 
 
 def _cell(value: object) -> str:

@@ -11,6 +11,7 @@ import msgspec
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -87,7 +88,30 @@ def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
 
 def say(text: str, style: str = "") -> None:
     """Print a line to stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(safe(text), style=style))
+    print_line(text, style, Console(stderr=True))
+
+
+def print_line(text: str, style: str = "", console: Console | None = None) -> None:
+    """Print a line. A terminal would break a long one within a word; a file gets it whole."""
+    console = console or Console()
+    console.print(Text(safe(text), style=style), soft_wrap=not console.is_terminal)
+
+
+def counted(number: int, noun: str) -> str:
+    """Write ``1 request``, ``2 requests``, ``0 requests``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def fitting(
+    rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], width: int, spare: Sequence[str]
+) -> dict[str, str]:
+    """Return the headings without those of ``spare``, in turn, for which the width has no room."""
+    shown, options = dict(headings), Console(width=_ENOUGH).options
+    for name in spare:
+        if Measurement.get(Console(), options, make_table(rows, shown)).maximum <= width:
+            break
+        shown.pop(name, None)
+    return shown
 
 
 @contextlib.contextmanager

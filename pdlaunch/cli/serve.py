@@ -29,7 +29,7 @@ from pdlaunch.cli.findings import StrictOption
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, is_agent_task, joined_agents, serve_task
 from pdlaunch.cli.options import StopOption
-from pdlaunch.cli.output import Format, ending_at_errors, safe, say
+from pdlaunch.cli.output import Format, counted, ending_at_errors, print_line, safe, say
 from pdlaunch.cli.preflight import AssumeOption, judged_machine, load_launch, refuse_errors
 from pdlaunch.cli.status import status_line
 from pdlaunch.cli.steady_output import standard_input, steady_output
@@ -288,9 +288,7 @@ class ServeView:
         self._print(f"{time.monotonic() - self._start_at:6.1f} s", line)
 
     def _print(self, time_of_it: str, line: str) -> None:
-        # A terminal would break a long line within a word; in a file it is for tools to find.
-        text = Text(f"[{time_of_it}] {safe(line)}")
-        self._console.print(text, soft_wrap=not self._console.is_terminal)
+        print_line(f"[{time_of_it}] {line}", console=self._console)
 
     def _watch(self, launch: LaunchStatus) -> None:
         """Say that the launch is ready when its router takes requests, then what it does."""
@@ -323,7 +321,7 @@ class ServeView:
             # A router that is restarted; what happened to it is told without this.
             return
         left = status.in_flight
-        line = f"draining: {left} request{'' if left == 1 else 's'} left"
+        line = f"draining: {counted(left, 'request')} left"
         if not self._is_draining:
             line = status_line(status, self._num_errors)
         self._num_errors = status.errors

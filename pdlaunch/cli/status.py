@@ -16,7 +16,15 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.options import ApiKeyOption, UrlOption
-from pdlaunch.cli.output import FormatOption, ending_at_errors, make_table, print_errors, print_json
+from pdlaunch.cli.output import (
+    FormatOption,
+    counted,
+    ending_at_errors,
+    fitting,
+    make_table,
+    print_errors,
+    print_json,
+)
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_status, reading_api
@@ -30,17 +38,19 @@ _WIDE = 1000  # a width in characters for pipes, whose reader gets tables whole
 _ENGINES = {"engine": "engine", "role": "role", "host": "host", "state": "state", "load": "load"}
 _ENGINES |= {"running": "run", "waiting": "wait", "kv": "KV", "host_kv": "host KV"}
 _ENGINES |= {"hits": "dev/host/pull", "rate": "pulls"}
+_SPARE_OF_ENGINES = ("hits", "rate", "host_kv", "load", "role", "host")  # the first one goes first
 _PAIRS = {"pair": "pair", "path": "path", "speed": "speed", "rate": "now", "moved": "moved"}
 
 
 def amount(value: float | None, unit: str = "") -> str:
-    """Write three digits: 0.95, 12.3, 43.3k, 1.99G."""
+    """Write three digits: 0.95, 12.3, 43.3k, 1.99 GB."""
     if value is None:
         return UNKNOWN
+    space = " " if unit else ""
     for limit, scale, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{_digits(value / scale)}{letter}{unit}"
-    return f"{_digits(value)}{unit}"
+            return f"{_digits(value / scale)}{space}{letter}{unit}"
+    return f"{_digits(value)}{space}{unit}"
 
 
 def _digits(value: float) -> str:
@@ -86,23 +96,27 @@ def status(
     console = Console()
     if not console.is_terminal:
         console.width = _WIDE
-    for part in deployment_view(found):
+    for part in deployment_view(found, console.width):
         console.print(part)
 
 
-def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterator[RenderableType]:
+def deployment_view(
+    found: DeploymentStatus, width: int, room: int | None = None
+) -> Iterator[RenderableType]:
     """Yield the status of a deployment for people: three lines, tables, routes, events.
 
-    ``room``: the number of lines; tables say how many rows they leave out.
+    ``width``: in characters; tables leave columns out. ``room``: the number of lines; tables say
+    how many rows they leave out.
     """
 
     def line(text: str, style: str = "") -> Text:
         return Text(text, style=style, no_wrap=room is not None, overflow="crop")
 
     rates, num_down = found.rates, len(down(found))
+    num_engines = counted(len(found.engines), "engine")
     yield line(
         f"{escape_controls(found.model)}  {found.state}  up {duration(found.uptime_s)}  "
-        f"{len(found.engines)} engines{f', {num_down} down' if num_down else ''}  pdlaunch "
+        f"{num_engines}{f', {num_down} down' if num_down else ''}  pdlaunch "
         f"{found.version}  {_time_of_day(found.at)}",
         "bold red" if num_down else "bold",
     )
@@ -112,7 +126,7 @@ def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterato
     )
     yield line(
         f"TTFT {_times(rates.first_token_ms)}  ITL {_times(rates.inter_token_ms)}  "
-        f"{found.requests} requests, {found.errors} errors"
+        f"{counted(found.requests, 'request')}, {counted(found.errors, 'error')}"
     )
     # Problems, pairs and events get at most a quarter of the lines each; engines get the rest.
     quarter = None if room is None else max(2, room // 4)
@@ -133,10 +147,11 @@ def deployment_view(found: DeploymentStatus, room: int | None = None) -> Iterato
         del headings["host"]
     if all(row["host_kv"] == UNKNOWN for row in engines):
         del headings["host_kv"]
+    headings = fitting(engines, headings, width, _SPARE_OF_ENGINES)
     yield make_table(engines, headings, None if room is None else max(2, room - num_others))
     yield from (line(text, "red") for text in problems)
-    if found.pairs:
-        yield make_table([_pair_cells(pair) for pair in found.pairs], _PAIRS, quarter)
+    if pairs := [_pair_cells(pair) for pair in found.pairs]:
+        yield make_table(pairs, fitting(pairs, _PAIRS, width, ("moved", "path", "rate")), quarter)
     if found.routes:
         routes = escape_controls(", ".join(map(str, found.routes)))
         yield line(f"routes of the last prompts: {routes}")
@@ -174,7 +189,7 @@ def _pair_cells(pair: PairStatus) -> dict[str, Any]:
     return {
         "pair": f"{pair.prefill} -> {pair.decode}",
         "path": pair.path,
-        "speed": amount(pair.shown_gigabytes_per_s, " GB/s"),
+        "speed": amount(pair.shown_gigabytes_per_s, "GB/s"),
         "rate": amount(pair.pulls.bytes_per_s, "B/s"),
         "moved": amount(pair.pulls.num_bytes, "B"),
     }
@@ -210,7 +225,6 @@ def status_line(found: DeploymentStatus, num_errors: int) -> str:
     read = [(engine.role, engine.reading) for engine in found.engines if engine.reading is not None]
     usages = {role: [reading.kv_usage for of, reading in read if of == role] for role in ROLES}
     kv = [f"{role} {_percent(sum(of) / len(of))}" for role, of in usages.items() if of]
-    new_errors = max(0, found.errors - num_errors)
     parts = [
         f"{amount(found.rates.requests_per_s)} requests/s",
         f"{amount(found.rates.output_tokens_per_s)} tokens/s",
@@ -218,7 +232,7 @@ def status_line(found: DeploymentStatus, num_errors: int) -> str:
         f"{sum(reading.waiting for _, reading in read)} waiting",
         f"KV {' '.join(kv) or UNKNOWN}",
         f"pulls {sum(reading.pulls.bytes_per_s for _, reading in read) / 1e9:.2f} GB/s",
-        f"{new_errors} error{'' if new_errors == 1 else 's'}",
+        counted(max(0, found.errors - num_errors), "error"),
     ]
     if names := down(found):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -256,11 +270,11 @@ def _watch(api: Api, status: DeploymentStatus, console: Console, every_s: float)
                 status = read_status(api)
             except PdlaunchError as error:
                 head = str(error)
-            live.update(page(status, head, console.height), refresh=True)
+            live.update(page(status, head, *console.size), refresh=True)
             time.sleep(every_s)
 
 
-def page(status: DeploymentStatus, head: str, num_lines: int) -> Group:
-    """Return what a screen of this height shows."""
+def page(status: DeploymentStatus, head: str, width: int, num_lines: int) -> Group:
+    """Return what a screen of this size shows."""
     first = Text(escape_controls(head), style="reverse", no_wrap=True, overflow="crop")
-    return Group(first, *deployment_view(status, num_lines - 1))
+    return Group(first, *deployment_view(status, width, num_lines - 1))

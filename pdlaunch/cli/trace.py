@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.options import ApiKeyOption, UrlOption
-from pdlaunch.cli.output import Format, ending_at_errors
+from pdlaunch.cli.output import Format, counted, ending_at_errors
+from pdlaunch.cli.status import amount
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import Choice, read_requests, read_trace, reading_api
 from pdlaunch.observe.logs import escape_controls
@@ -37,7 +38,9 @@ def trace(
     slowest: int | None = typer.Option(
         None, min=1, max=1000, help="The slowest ones.", metavar="N"
     ),
-    failed: bool = typer.Option(False, "--failed", help="The last one that failed or was refused."),
+    failed: int | None = typer.Option(
+        None, min=1, max=1000, help="The last ones that failed or were refused.", metavar="N"
+    ),
     output: Format = typer.Option("table", "--format", help="`json` prints one object a line."),
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
@@ -45,14 +48,14 @@ def trace(
     """Show what became of a request, over all processes: where it waited, what was computed and
     pulled, and where its time went.
     """
-    if sum([request_id is not None, slowest is not None, failed]) > 1:
-        raise typer.BadParameter("choose one of ID, --slowest and --failed")
+    if sum(given is not None for given in (request_id, slowest, failed)) > 1:
+        raise typer.BadParameter("choose one of ID, --slowest N and --failed N")
     choice: Choice = "slowest" if slowest else "failed" if failed else "last"
     with ending_at_errors():
         api = reading_api(url, api_key)
         ids = [HttpRequestId(request_id)] if request_id is not None else []
         if request_id is None:
-            ids = [one.id for one in read_requests(api, choice, slowest or 1)]
+            ids = [one.id for one in read_requests(api, choice, slowest or failed or 1)]
         if not ids:
             raise PdlaunchError(
                 "no request has failed" if failed else "the router has served no request yet"
@@ -113,11 +116,11 @@ def _details(attributes: dict[str, Attribute]) -> str:
         parts.append("verified" if attributes["verified"] else "unverified")
     for key, value in attributes.items():
         if key == "bytes" and isinstance(value, int | float):
-            parts.append(f"{value / 1e6:.1f} MB")
+            parts.append(amount(value, "B"))
         elif key == "gb_s" and isinstance(value, int | float):
             parts.append(f"{value:.1f} GB/s")
-        elif key in ("tokens", "blocks", "prompts"):
-            parts.append(f"{value} {key}")
+        elif key in ("tokens", "blocks", "prompts") and isinstance(value, int):
+            parts.append(counted(value, key.removesuffix("s")))
         elif key.endswith("_tokens") and value:
             parts.append(f"{value} {key.removesuffix('_tokens')}")
         elif key in ("error", "reason"):

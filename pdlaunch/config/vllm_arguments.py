@@ -86,9 +86,8 @@ REFUSED = _by_flag(
         "a pair generates text from text, and nothing else": "runner convert tokens-only",
         "flags of a file would not be checked; write them into engine_args": "config",
         "encoders of their own are not started": "ec-transfer-config",
-        "texts stay out of logs; the router logs each request": (
-            "enable-log-outputs enable-log-requests"
-        ),
+        "texts stay out of logs; router.log has a line for each request, `pdlaunch trace` shows "
+        "where its time went": "enable-log-outputs enable-log-requests",
         "the router talks HTTP to its engines": "grpc",
         "it opens a port without authentication": "grpc-port",
         "an engine without HTTP cannot be asked for anything": "headless",

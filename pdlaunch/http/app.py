@@ -23,6 +23,7 @@ from pdlaunch.errors import RequestError
 from pdlaunch.http.connections import must_end
 from pdlaunch.http.errors import (
     CLIENT_CLOSED_REQUEST,
+    STARTING,
     error_response,
     json_response,
     model_not_found,
@@ -127,8 +128,7 @@ class HttpApp:
             except Exception as error:
                 response = error_response(error)
                 status, told = response.status, error
-                # To look at a deployment, or to command it, is no request of a client.
-                if not http.path.startswith("/pdlaunch/"):
+                if self._is_clients_loss(route, http.path, error):
                     self._metrics.failed(status)
             finally:
                 if end is not None:
@@ -139,6 +139,13 @@ class HttpApp:
         if not response.prepared:
             response.headers[REQUEST_ID_HEADER] = request_id
         return response
+
+    def _is_clients_loss(self, route: AppRoute, path: str, error: Exception) -> bool:
+        """Tell whether a client has lost a request: one that looks at a deployment, commands it,
+        tries paths or polls until it has started has not.
+        """
+        is_poll = isinstance(error, RequestError) and error.code == STARTING
+        return route is not self._no_route and not path.startswith("/pdlaunch/") and not is_poll
 
     def _check(self, route: AppRoute, http: web.Request) -> None:
         if self._is_trusted(http):
@@ -156,7 +163,6 @@ class HttpApp:
         message = f"{http.path[:200]} takes {methods}, not {http.method}"
         response = error_response(RequestError(message, status=405, code="method_not_allowed"))
         response.headers["Allow"] = methods
-        self._metrics.failed(response.status)
         return response
 
 

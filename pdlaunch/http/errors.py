@@ -12,6 +12,7 @@ from aiohttp import web
 from pdlaunch.errors import KillsEngineError, OverloadedError, PdlaunchError, RequestError
 
 RANK_LOST = "engine_restarting"  # the code of an engine whose rank died of, or with, the request
+STARTING = "starting"  # the code of requests before a launch serves
 CLIENT_CLOSED_REQUEST = 499  # the status, in metrics alone, of a request whose client went away
 RETRY_AFTER_S = 2  # seconds that a client should wait for an engine that starts or returns
 LEAVING_RETRY_AFTER_S = 5  # and for the successor of a process that leaves

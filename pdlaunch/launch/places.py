@@ -209,7 +209,7 @@ class EnginePlaces:
             stops_first=stops_first,
             drain_s=0.0,  # that of the command
         )
-        texts = [f"{each.rule} {each.where}: {each.message}" for each in warnings]
+        texts = [f"{each.rule} {_where(each, new)}: {each.message}" for each in warnings]
         return EngineChange(resolved, new, planned, texts)
 
     def _models(self, new: Collection[Role]) -> Models:
@@ -381,3 +381,11 @@ def _gpus_of(engine: PlacedEngine) -> set[GpuKey]:
         for device in node.device_indices
         if device < len(gpus)  # a host that is back may have fewer than it had
     }
+
+
+def _where(finding: Finding, new: Sequence[PlacedEngine]) -> str:
+    """Return the setting of a finding, of a role of which engines start rather than of another."""
+    role, dot, field = finding.where.partition(".")
+    roles = [engine.engines.role for engine in new]
+    is_other = dot and role in ROLES and role not in roles
+    return f"{roles[0]}.{field}" if is_other and roles else finding.where

@@ -28,7 +28,12 @@ from pdlaunch.http.app import (
     model_routes,
     request_id_of,
 )
-from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status, json_response
+from pdlaunch.http.errors import (
+    LEAVING_RETRY_AFTER_S,
+    RETRY_AFTER_S,
+    error_status,
+    json_response,
+)
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,

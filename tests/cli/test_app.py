@@ -78,6 +78,9 @@ main()
         ("--num-threads", "set num_threads in the file, or the variable PDLAUNCH_NUM_THREADS"),
         ("--max-num-seq", "--max-num-seqs"),
         ("--frobnicate", "No such option: --frobnicate"),
+        ("--tool-call-parser", "flags of vLLM go into engine_args of the file"),
+        ("--enable-log-requests", "router.log has a line for each request"),
+        ("--kv-cache-memory-bytes", "a flag of vLLM: set kv_cache_memory"),
     ],
 )
 @pytest.mark.parametrize("command", [("serve",), ("bench", "serve")])
@@ -92,8 +95,16 @@ def test_an_unknown_flag_is_answered_with_the_way_to_the_same_end(
 @pytest.mark.parametrize("columns", [40, 60, 80, 95, 96, 120])
 def test_help_has_every_flag_whole_at_any_width(columns: int) -> None:
     environ = {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
-    result = invoke(["serve", "--help"], env=environ)
+    result = invoke(["serve", "--help-all"], env=environ)
     words = set(re.findall(r"--[a-z-]+", result.stdout))
     assert OWN | {"--dry-run", "--stop-on-stdin-eof"} <= words
     assert "Engines" in result.stdout
     assert "Deployment" in result.stdout
+
+
+def test_the_help_of_serve_is_short_and_has_examples() -> None:
+    told = invoke(["serve", "--help"], env={"COLUMNS": "80"}).stdout
+    assert len(told.splitlines()) < 70
+    assert len(set(re.findall(r"--[a-z-]+", told)) & OWN) == 13
+    assert f"--help-all shows {len(OWN) - 13} more flags" in told
+    assert "\n  pdlaunch serve deployment.yaml --dry-run\n" in told

@@ -17,6 +17,7 @@ from typer.testing import Result
 
 from pdlaunch.cli.doctor import is_here
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
+from pdlaunch.protocol.process import run_dirs
 from tests.command_line import invoke
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
@@ -181,10 +182,11 @@ def test_engines_of_both_roles_are_examined_and_get_no_canary(tmp_path: Path) ->
         assert (result.exit_code, "engine of role critic" in result.stderr) == (2, True)
 
 
-def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     for flags, words in (
-        ([], "no engine is named"),
+        ([], "no engine is named, and none runs here"),
         (["--prefill=host:8000", "--decode=http://d"], "not a URL"),
         (["--prefill=http://p", "--decode=http://d:8000/v1"], "'http://d:8000/v1' is no URL"),
         (["--prefill=http://[p", "--decode=http://d"], "'http://[p' is no URL"),

@@ -129,7 +129,10 @@ def test_a_change_that_failed_says_why(router: Router) -> None:
     router.answers["scale"] = 409, {"notes": ["PD412 x"], "change": CHANGE, "error": error}
     result = run("scale", "prefill=2")
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-2:] == ["PD412 x", "prefill-1 cannot be added: no memory"]
+    assert result.stdout.splitlines()[-2:] == [
+        "warning: PD412 x",
+        "prefill-1 cannot be added: no memory",
+    ]
 
 
 @pytest.mark.parametrize(

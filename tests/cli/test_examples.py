@@ -59,7 +59,7 @@ def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -
     *command, config = shlex.split(serve)[1:4]
     assert (command, config) == (["bench", "serve"], file.name)
     flags = shlex.split(serve)[4:]
-    told = invoke(["bench", "serve", "--help"]).stdout
+    told = invoke(["bench", "serve", "--help-all"]).stdout
     assert {flag for flag in flags if flag.startswith("--")} <= set(re.findall(r"--[\w-]+", told))
 
 

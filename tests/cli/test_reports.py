@@ -58,7 +58,7 @@ def test_names_are_escaped_and_what_was_said_is_left_out() -> None:
     assert EVIL not in content
     assert "&lt;script&gt;alert" in content
     assert "secret" not in content
-    assert "1 at once: 1 requests failed: HTTP 400." in content
+    assert "1 at once: 1 request failed: HTTP 400." in content
 
 
 def test_one_row_without_an_answer_makes_a_page_too() -> None:

@@ -44,7 +44,18 @@ def test_it_shows_engines_pairs_rates_and_events(router: DeploymentServer) -> No
     assert lines[1].startswith("4 requests/s  40 tokens/s  3 in flight")
     assert "TTFT 11.4 ms (p95 26 ms)" in lines[2]
     (row,) = (line.split() for line in lines if line.startswith("decode-0 "))
-    assert row == ["decode-0", "decode", "ready", "4", "3", "1", "50%", "30%/10%/20%", "1.5GB/s"]
+    assert row == [
+        "decode-0",
+        "decode",
+        "ready",
+        "4",
+        "3",
+        "1",
+        "50%",
+        "30%/10%/20%",
+        "1.5",
+        "GB/s",
+    ]
     assert "prefill-0 -> decode-0 p2p/posix_fd/batch1 392 GB/s" in " ".join(result.output.split())
     assert "decode-7 has been gone for 1 min" in lines
     assert "routes of the last prompts: 75% pair (" in result.output
@@ -96,9 +107,16 @@ def shown(status: DeploymentStatus, columns: int = 80, rows: int = 24) -> list[s
     # As a terminal that knows no Unicode.
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console = Console(file=file, width=columns, height=rows, color_system=None)
-    lines = console.render_lines(page(status, "Ctrl-C ends", rows), pad=False)
+    lines = console.render_lines(page(status, "Ctrl-C ends", columns, rows), pad=False)
     assert all(sum(segment.cell_length for segment in line) <= columns for line in lines)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
+
+
+def test_a_narrow_screen_has_fewer_columns_and_cuts_no_word() -> None:
+    lines = shown(deployment(engine("decode-0", "decode")), columns=50)
+    headings = next(line.split() for line in lines if line.startswith("engine"))
+    assert headings == ["engine", "role", "state", "load", "run", "wait", "KV"]
+    assert not any("…" in line for line in lines)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (132, 50), (400, 200)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any, TextIO
 import pytest
 from rich.console import Console
 
+from pdlaunch.cli.output import print_line
 from pdlaunch.cli.steady_output import MAX_WRITES, steady_output
 from tests.cli.terminal import ROOT
 
@@ -132,3 +134,14 @@ def test_a_process_ends_although_its_reader_stands_still() -> None:
 def test_commands_end_with_their_code_whatever_they_print_to(command: tuple[str, ...]) -> None:
     with full_pipe() as (_, stuck):
         assert run("-m", "pdlaunch", *command, stdout=stuck, stderr=stuck).returncode == 2
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_gets_long_lines_broken_between_words_and_a_file_gets_them_whole(
+    is_terminal: bool,
+) -> None:
+    file, text = io.StringIO(), "engines are compatible " * 5
+    print_line(text, console=Console(file=file, force_terminal=is_terminal, width=20))
+    lines = file.getvalue().splitlines()
+    assert (max(map(len, lines)) <= 20) == is_terminal
+    assert " ".join(file.getvalue().split()) == text.strip()

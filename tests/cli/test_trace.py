@@ -75,18 +75,18 @@ def test_a_waterfall_fits_and_needs_no_colour(router: DeploymentServer, columns:
     assert queue.rstrip().endswith("8.0 ms")
     assert queue.rindex("█") <= prefill.index("█")
     if columns >= 80:
-        assert any("pull verified, 25.0 MB, 4" in row for row in rows)
+        assert any("pull verified, 25 MB, 4" in row for row in rows)
 
 
 def test_the_one_that_is_asked_for(router: DeploymentServer) -> None:
     router.requests.append(trace("a/b?c"))
     assert run(router, "a/b?c").output.startswith("a/b?c ")
-    for options in ((), ("--failed",)):
+    for options in ((), ("--failed", "2")):
         assert run(router, *options).exit_code == 0
     both = run(router, "--slowest", "2").output
     assert "r1  200" in both
     assert "a/b?c  200" in both
-    assert router.queries == ["last=1", "failed=1", "slowest=2"]
+    assert router.queries == ["last=1", "failed=2", "slowest=2"]
 
 
 def test_what_cannot_be_shown_is_told(router: DeploymentServer) -> None:
@@ -95,8 +95,8 @@ def test_what_cannot_be_shown_is_told(router: DeploymentServer) -> None:
     assert (result.exit_code, result.output) == (1, said)
     router.requests.clear()
     assert "has served no request" in run(router).output
-    assert "no request has failed" in run(router, "--failed").output
-    assert run(router, "r1", "--failed").exit_code == 2
+    assert "no request has failed" in run(router, "--failed", "3").output
+    assert run(router, "r1", "--failed", "1").exit_code == 2
 
 
 def test_json_is_what_the_router_tells(router: DeploymentServer) -> None:

@@ -46,6 +46,14 @@ def test_status_tells_engines_and_pairs(demo: Deployment) -> None:
     assert re.search(r"\d+ requests, \d+ errors", result.output)
 
 
+def test_doctor_asks_the_engines_of_an_own_launch_through_its_socket(demo: Deployment) -> None:
+    words = ["doctor", demo.url]
+    result = CliRunner().invoke(build_app(words), words, env={"COLUMNS": "80", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert "a canary moved" in " ".join(result.output.split())
+    assert "PD650" not in result.output
+
+
 def test_top_watches_it_on_a_small_terminal_without_colour(demo: Deployment) -> None:
     terminal = Terminal("--url", demo.url, "--every", "0.2", columns=80, rows=24, NO_COLOR="1")
     try:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
 import pytest
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from pdlaunch import __version__
 from pdlaunch.errors import KillsEngineError, OverloadedError
 from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, model_routes, request_id_of
 from pdlaunch.http.connections import HttpRunner
-from pdlaunch.http.errors import RelayedError, json_response
+from pdlaunch.http.errors import STARTING, RelayedError, json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.openai.responses import ModelCard
@@ -26,6 +27,7 @@ ERRORS = {
     "/busy": OverloadedError("full", retry_after_s=3),
     "/deadly": KillsEngineError("crashed twice"),
     "/broken": ZeroDivisionError("secret"),
+    "/starting": OverloadedError("the deployment is starting", status=503, code=STARTING),
     "/relayed": RelayedError(
         "engine e answered 418",
         status=418,
@@ -141,6 +143,17 @@ async def test_errors_become_answers_and_are_counted(ask: Ask, registry: Collect
     for failed, number in ((429, 1), (500, 2), (418, 1)):
         labels = {"model_name": "tiny", "status": str(failed)}
         assert registry.get_sample_value("pdlaunch_request_errors_total", labels) == number
+
+
+async def test_unknown_paths_and_polls_before_the_start_are_no_errors(
+    ask: Ask, registry: CollectorRegistry
+) -> None:
+    assert (await ask("GET", "/starting", **KEY))[0] == 503
+    assert (await ask("POST", "/v2/embeddings", **KEY))[0] == 404
+    assert (await ask("DELETE", "/closed", **KEY))[0] == 405
+    page = generate_latest(registry).decode()
+    counts = re.findall(r"^pdlaunch_request_errors_total.* (\S+)$", page, re.MULTILINE)
+    assert set(counts) == {"0.0"}
 
 
 async def test_models_are_found_by_names_with_slashes_and_the_version_is_told(ask: Ask) -> None:

@@ -271,7 +271,9 @@ def test_a_dry_run_and_what_is_there_already_do_nothing(tmp_path: Path) -> None:
     assert answer.is_done
     assert answer.change is not None
     assert answer.change.replicas == {"prefill": 2, "decode": 1, "both": 0}
-    assert any(note.startswith("PD412") for note in answer.notes), "3 ranks on 2 cores"
+    assert any(note.startswith("PD412 prefill.") for note in answer.notes), "3 ranks on 2 cores"
+    answer = world.change(decode=2, dry_run=True)
+    assert any(note.startswith("PD412 decode.replicas: ") for note in answer.notes)
     for answer in (
         world.change(prefill=1, decode=1),
         world.change(engine="decode-0", role="decode"),

@@ -84,10 +84,17 @@ class EngineApi:
     """Sends requests to one engine; made and used inside a running event loop.
 
     ``tls``: what an https URL is called with; else the system's authorities are trusted.
+    ``prefix``: begins each path, where a router passes calls on to the engine.
     """
 
-    def __init__(self, url: str, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
-        self._url = url
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        prefix: str = "",
+    ) -> None:
+        self._url, self._prefix = url, prefix
         self._calls = EngineCalls(tls=tls)
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
@@ -120,12 +127,19 @@ class EngineApi:
             "/version", timeout_s, lambda raw: str(msgspec.json.decode(raw)["version"])
         )
 
-    async def deployment(self, timeout_s: float) -> tuple[list[tuple[str, str]], dict[str, str]]:
-        """Read from a router of pdlaunch role and URL of each engine, and why pairs are slow."""
+    async def deployment(
+        self, timeout_s: float
+    ) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
+        """Read from a router of pdlaunch role, URL and name of each engine, and why pairs are
+        slow.
+        """
 
-        def read(raw: bytes) -> tuple[list[tuple[str, str]], dict[str, str]]:
+        def read(raw: bytes) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
             found = msgspec.json.decode(raw)
-            return [(str(each["role"]), str(each["url"])) for each in found["engines"]], {
+            return [
+                (str(each["role"]), str(each["url"]), str(each.get("name", "")))
+                for each in found["engines"]
+            ], {
                 f"{each['prefill']} -> {each['decode']}": str(each["slow"])
                 for each in found["pairs"]
                 if each["slow"]
@@ -179,7 +193,13 @@ class EngineApi:
         max_bytes: int = MAX_PAGE_BYTES,
     ) -> tuple[int, bytes]:
         status, answer, _ = await self._calls.ask(
-            self._url, method, path, self._headers, body, timeout_s=timeout_s, max_bytes=max_bytes
+            self._url,
+            method,
+            f"{self._prefix}{path}",
+            self._headers,
+            body,
+            timeout_s=timeout_s,
+            max_bytes=max_bytes,
         )
         return status, answer
 
