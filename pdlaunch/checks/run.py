@@ -17,8 +17,7 @@ from pdlaunch.checks import (
 from pdlaunch.checks.context import Need, make_context
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.rule import SEVERITIES, Finding, Rule
-from pdlaunch.planning.effective import effective_values
-from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.resolve import ResolvedLaunch, effective_values
 
 # A rule takes a number of its family that no rule has had: reports name rules by it.
 FAMILIES = {

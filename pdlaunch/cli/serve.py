@@ -45,10 +45,9 @@ from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.machine.facts import Machine
-from pdlaunch.planning.effective import effective_engines
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
-from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.planning.resolve import ResolvedLaunch, effective_engines, resolve_on
 from pdlaunch.protocol.process.run_dirs import running_launches
 from pdlaunch.protocol.status import DeploymentStatus
 

@@ -126,8 +126,7 @@ class _Connection(web.RequestHandler):
 
     def eof_received(self) -> bool:  # type: ignore[override] # asyncio wants to know
         """Keep a connection whose client has closed its sending side until it is answered."""
-        is_idle = self._waiter is not None and not self._waiter.done()
-        if is_idle or self.ssl_context is not None:  # TLS cannot be half closed
+        if self.is_idle or self.ssl_context is not None:  # TLS cannot be half closed
             return False
         self.close()  # once the request is answered
         self.is_half_closed = True
@@ -158,7 +157,7 @@ class _Connection(web.RequestHandler):
     @property
     def is_idle(self) -> bool:
         """Tell whether no request is there, nor being answered."""
-        return self.transport is not None and not self._request_in_progress and not self._messages
+        return self._waiter is not None and not self._waiter.done()
 
     def idle_until_at(self) -> float:
         """Return the instant at which aiohttp would close it."""

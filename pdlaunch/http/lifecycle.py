@@ -78,19 +78,15 @@ class Supervised:
 
     def register(
         self,
-        url: str,
+        address: control.Address,
         capabilities: control.Capabilities | None = None,
         *,
         engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
-        side_channels: tuple[str, ...] = (),
-        link: str = "",
-        master_port: int = 0,
         listens: bool = True,
     ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
-        From ``engine_id`` to ``master_port``: of an engine of vLLM. A second call replaces the
-        first.
+        ``engine_id``: of an engine of vLLM. A second call replaces the first.
         """
         self.send(
             control.Register(
@@ -98,9 +94,7 @@ class Supervised:
                 incarnation=self.bootstrap.incarnation,
                 pid=os.getpid(),
                 engine_id=engine_id,
-                address=control.Address(
-                    http=url, side_channels=side_channels, link=link, master_port=master_port
-                ),
+                address=address,
                 capabilities=capabilities or self.bootstrap.capabilities,
                 listens=listens,
             )

@@ -17,7 +17,6 @@ from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import (
     Action,
-    Announce,
     Desired,
     EngineChange,
     Instance,
@@ -198,7 +197,7 @@ def _pair_failed(turn: Turn, process: Instance, pair: control.PairFailed) -> Non
         return
     prefill, decode = engine_of(pair.peer), process.spec.engine
     text = f"{process.label} cannot reach {pair.peer}: {pair.error}"
-    turn.do(Announce(text, prefill=prefill, decode=decode))
+    turn.do(control.Happened(text=text, prefill=prefill, decode=decode))
     if pair.fatal and (turn.wanted.joins(prefill) or turn.wanted.joins(decode)):
         _fail_change(turn, f"{what}: {pair.error}")
 

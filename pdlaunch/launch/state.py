@@ -22,6 +22,7 @@ from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import (
     EndReason,
     FromSupervisor,
+    Happened,
     PlannedChange,
     Progress,
     Register,
@@ -357,15 +358,6 @@ class SendMessage:
 
 
 @dataclass(frozen=True, slots=True)
-class Announce:
-    """Tell people, the log and the router what has happened."""
-
-    text: str
-    prefill: str = ""
-    decode: str = ""  # the engines of a pair that has failed
-
-
-@dataclass(frozen=True, slots=True)
 class ForgetEngine:
     """Drop all records of an engine that is gone for good."""
 
@@ -379,7 +371,8 @@ class Chore(Enum):
     CLOSE_LISTENERS = auto()  # refuse connections: no router will accept any more
 
 
-Action = Start | SendSignal | SendMessage | Announce | ForgetEngine | Chore
+# Happened is told to people, the log and the routers.
+Action = Start | SendSignal | SendMessage | Happened | ForgetEngine | Chore
 
 
 @dataclass(slots=True)
@@ -396,7 +389,7 @@ class Turn:
         self.actions.append(action)
 
     def announce(self, text: str) -> None:
-        self.do(Announce(text))
+        self.do(Happened(text=text))
 
     def due(self, at: float | None) -> bool:
         """Return True if an instant has come; remember it if it is in the future."""

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event
@@ -21,7 +23,6 @@ from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
 from pdlaunch.launch.state import (
     Action,
-    Announce,
     Chore,
     Desired,
     ForgetEngine,
@@ -120,12 +121,12 @@ def view_of(spec: ProcessSpec, registry: Registry) -> Registry:
     if spec.peers is None:
         return registry
     circle = {spec.engine, *spec.peers}
-    return Registry(
-        version=registry.version,
+    return msgspec.structs.replace(
+        registry,
         entries=[entry for entry in registry.entries if entry.engine in circle],
-        withheld=registry.withheld,
         # A process asks for the pairs that it has proven itself.
         pairs=[pair for pair in registry.pairs if pair.local == spec.name],
+        ends={},
     )
 
 
@@ -254,7 +255,7 @@ class Supervisor:
                     self._answers.append(action)
                 case SendMessage(process=name, message=message):
                     self.host.send(name, message)
-                case Announce():
+                case Happened():
                     self._announce(action)
                 case ForgetEngine(engine=engine):
                     self.places.forget(engine)
@@ -284,12 +285,11 @@ class Supervisor:
             if stillborn is not None:
                 self._observe(stillborn)
 
-    def _announce(self, what: Announce) -> None:
+    def _announce(self, what: Happened) -> None:
         logger.info("%s", what.text)
         self.observer.note(what.text)
-        happened = Happened(text=what.text, prefill=what.prefill, decode=what.decode)
         for router in self.seen.routers:
-            self.host.send(router.name, happened)
+            self.host.send(router.name, what)
 
 
 def drive(

@@ -24,7 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pdlaunch.observe.buckets import (
+from pdlaunch.observe.counters import (
     INTER_TOKEN_BUCKETS_S,
     REQUEST_BUCKETS_S,
     TOKEN_BUCKETS,

@@ -122,7 +122,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     )
 
     router = RouterApp(spec, state, link)
-    supervised.register(local_url(spec.host, spec.port))
+    supervised.register(control.Address(http=local_url(spec.host, spec.port)))
     supervised.spawn(router.view.run())
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
     knowing = asyncio.ensure_future(state.knows_engines())

@@ -23,10 +23,9 @@ from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.machine.host import expandable_segments_variable
-from pdlaunch.planning.effective import effective_engines
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.planning.resolve import ResolvedLaunch, resolve
+from pdlaunch.planning.resolve import ResolvedLaunch, effective_engines, resolve
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import new_launch_keys

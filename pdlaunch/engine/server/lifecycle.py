@@ -39,6 +39,7 @@ from pdlaunch.http.limits import LARGE_TEXT_BYTES, work_at_input
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.control import (
+    Address,
     Drained,
     Progress,
     Ready,
@@ -207,7 +208,7 @@ class ServerProcess:
         )
         try:
             await runner.setup()
-            supervised.register(await self._bind(runner))
+            supervised.register(Address(http=await self._bind(runner)))
             supervised.spawn(self._start())
             await self._supervised.obey(self._find_rank, self._drain)
         finally:

@@ -59,6 +59,7 @@ from pdlaunch.launch.sidecar.link import EngineLink, Peer, RankPairs
 from pdlaunch.machine.network import foreign_listener
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
+    Address,
     Drained,
     Entry,
     PairFailed,
@@ -188,15 +189,12 @@ class SidecarProcess:
         return own | connector_environment(self._run_dir, setup, os.environ.get("PYTHONPATH", ""))
 
     def _register(self, *, listens: bool = True) -> None:
-        self._supervised.register(
-            self._registered_url,
-            self._capabilities,
-            engine_id=EngineId("") if self._link is None else self._link.engine_id,
-            side_channels=() if self._link is None else self._link.side_channels,
-            link="" if self._link is None else self._link.endpoint,
-            master_port=self._master_port,
-            listens=listens,
-        )
+        link, engine_id = self._link, EngineId("")
+        address = Address(http=self._registered_url, master_port=self._master_port)
+        if link is not None:
+            engine_id = link.engine_id
+            address.side_channels, address.link = link.side_channels, link.endpoint
+        self._supervised.register(address, self._capabilities, engine_id=engine_id, listens=listens)
 
     def _fail(self, reason: str) -> None:
         self._supervised.inbox.put_nowait(StartupError(reason))

@@ -281,7 +281,7 @@ class HeadlessNode:
 
     async def run(self) -> None:
         """Run until Stop or a signal. Raises StartupError when vLLM ends by itself."""
-        self._supervised.register("")
+        self._supervised.register(Address())
         running = self._supervised.spawn(self._run_vllm())
         try:
             await self._supervised.obey(self._learn, self._drain)

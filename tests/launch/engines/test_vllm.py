@@ -11,8 +11,8 @@ import pytest
 from pdlaunch.checks.run import all_rules
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
-from pdlaunch.planning.effective import effective_engines
 from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.resolve import effective_engines
 from tests.launch.engines.test_plan import CPU, FOUR_GPUS, config, resolved
 
 

@@ -68,14 +68,13 @@ class FakeSupervisor:
 
     def register(
         self,
-        url: str,
+        address: Address,
         capabilities: Capabilities | None = None,
         *,
         engine_id: str = "",
-        side_channels: tuple[str, ...] = (),
         listens: bool = True,
     ) -> None:
-        self.registered.append(Address(http=url, side_channels=side_channels))
+        self.registered.append(address)
         self.engine_ids.append(engine_id)
         self.capabilities.append(capabilities or self.bootstrap.capabilities)
 
