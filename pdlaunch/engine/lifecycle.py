@@ -416,14 +416,7 @@ class RequestLifecycle:
             return new(is_all=True, stored=self._prefixes.held())
         if (changes := self._prefixes.take()) is None:
             return None
-        stored, removed = (
-            {
-                tier: [key for key, is_held in keys.items() if is_held is wanted]
-                for tier, keys in changes.items()
-            }
-            for wanted in (True, False)
-        )
-        return new(stored=stored, removed=removed)
+        return new(stored=changes[0], removed=changes[1])
 
     def stats(self) -> EngineStats:
         """Return the totals since the start, and the present numbers of requests and blocks."""

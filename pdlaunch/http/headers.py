@@ -19,6 +19,7 @@ ORIGIN_HEADER = "X-Pdlaunch-Origin"
 # In an answer: the engines that served the request. In a request: ``pair`` asks for a pair.
 ROUTE_HEADER = "X-Pdlaunch-Route"
 WANTS_PAIR = "pair"
+SESSION_HEADER = "X-Session-Id"  # of a client whose requests are to go to the same engines
 # A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``.
 SPANS_HEADER = "X-Pdlaunch-Spans"
 IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"  # names, with commas between them

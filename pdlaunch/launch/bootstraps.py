@@ -87,6 +87,8 @@ class Bootstraps:
             return replace(bootstrap, engine_api_key=key, capabilities=capabilities)
         name = launch.served_model_name
         router = router_spec(config, name, self.listeners)
+        paths = (engines.model.path for engines in launch.roles.values())
+        router = replace(router, model_dir=next(filter(None, paths), ""))
         return replace(bootstrap, engine_api_key=key, router=router)
 
     def _door(self, spec: ProcessSpec, launch: ResolvedLaunch) -> DoorSpec | None:

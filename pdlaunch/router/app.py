@@ -38,6 +38,7 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     ROUTE_HEADER,
+    SESSION_HEADER,
     SPANS_HEADER,
     WANTS_PAIR,
     headers_to_pass,
@@ -206,6 +207,7 @@ class RouterApp:
             hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
             headers={SPANS_HEADER: "1"} | headers_to_pass(http.headers),
             wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
+            session=http.headers.get(SESSION_HEADER, ""),
             is_vllm=self._state.pool.is_vllm,
         )
         return await work_at_input(len(body) >= LARGE_BODY_BYTES, read)

@@ -23,7 +23,6 @@ from pdlaunch.protocol.openai.body import (
     refuse_internal_fields,
 )
 from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS
-from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
 CHARACTERS_PER_TOKEN = 4  # rough; only compares the work of engines
 DATA_URL_TOKENS = 1024  # rough, too
@@ -87,6 +86,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
     origin: PromptOrigin
     wants_pair: bool  # the client has asked for a pair of engines
+    session: str = ""  # the client has asked for the engines of this session
 
     @property
     def is_stream(self) -> bool:
@@ -106,13 +106,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         """Return the prompt or the messages as the client wrote them."""
         text = self.body.get("messages" if self.endpoint.is_chat else "prompt")
         return text if isinstance(text, msgspec.Raw) else None
-
-    @property
-    def prefix(self) -> PrefixHashes:
-        salt, text = self.body.get("cache_salt"), self.text
-        return hash_prefix(
-            None if text is None else bytes(text), salt if isinstance(salt, str) else ""
-        )
 
     @property
     def alone(self) -> str:
@@ -197,6 +190,7 @@ def read_client_request(
     hop_id: HopId,
     headers: dict[str, str],
     wants_pair: bool = False,
+    session: str = "",
     is_vllm: bool = False,
 ) -> ClientRequest:
     """Check and split a client's body. Raises RequestError. ``headers`` go to the engines with it.
@@ -230,6 +224,7 @@ def read_client_request(
                 hop_id=hop_id if len(bodies) == 1 else HopId(f"{hop_id}-{index}"),
                 headers=headers | {ORIGIN_HEADER: format_origin(origin)},
                 wants_pair=wants_pair,
+                session=session,
             )
         )
     options = fields.stream_options or StreamFields()

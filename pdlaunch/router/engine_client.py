@@ -28,7 +28,9 @@ from pdlaunch.http.engine_calls import (
 )
 from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
+from pdlaunch.http.kv_feed import KV_EVENTS_PATH, read_feed
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
+from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.openai.responses import REPORT_KEY
 from pdlaunch.router.engine import Engine
 
@@ -351,6 +353,29 @@ class EngineClient:
             logger.info("%s is not read: %s", path, failure)
             return None
         return body if status == 200 else None
+
+    async def follow(self, engine: Engine) -> AsyncIterator[KVBlocks]:
+        """Yield what an engine tells of its KV blocks until the stream breaks off.
+
+        Raises EngineFailure, CallError, ProtocolError.
+        """
+        with blames(engine):
+            answer = await self._calls.call(
+                engine.kv_events, "GET", KV_EVENTS_PATH, self._own(engine, None), b""
+            )
+        try:
+            if answer.status == 200:
+                async for change in read_feed(answer):
+                    yield change
+        finally:
+            answer.close()
+
+    async def tokenize(
+        self, engine: Engine, fields: dict[str, Any], headers: dict[str, str]
+    ) -> list[int]:
+        answer, _ = await self.ask(engine, "/tokenize", msgspec.json.encode(fields), headers)
+        with blames(engine):
+            return msgspec.convert(msgspec.json.decode(answer)["tokens"], list[int])
 
     async def read_metrics(self, engine: Engine) -> str | None:
         page = await self.read(engine, "/metrics", self._metrics_s)

@@ -119,6 +119,7 @@ async def run_in_launch(supervised: Supervised) -> None:
         RouterMetrics(spec.served_model_name),
         RecoverySettings(),
         prove_again=supervised.send,
+        model_dir=spec.model_dir,
     )
 
     router = RouterApp(spec, state, link)

@@ -8,23 +8,26 @@
 Pairs come first. A prompt is computed at the decode engine if that takes less time than a
 hand-over, or if prompts wait at prefill and the decode engine would be done sooner. An idle prefill
 engine always gets its share, or its measured speed would never change. Load is counted in tokens:
-the tokens of waiting prompts, and the tokens that streams hold in the KV cache. The choice depends
-only on its arguments.
+the tokens of waiting prompts, and the tokens that streams hold in the KV cache. Tokens whose blocks
+an engine holds, as the index knows, count for nothing there. The choice depends only on its
+arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
+import xxhash
 
 from pdlaunch.config.roles import Role
 from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
+from pdlaunch.router.kv_index import KVIndex, PromptTokens
 
 Hop = Literal["prefill", "decode"]
 
@@ -43,6 +46,9 @@ MARGIN = 0.5
 # little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 % worse; with
 # 1/64, ITL p99 doubles at 50 requests a second.
 KV_WEIGHT = 1 / 32
+# An engine whose cache is so much fuller than the mean of its role attracts nobody: of two engines
+# the one with three times the tokens of the other.
+SHARE = 1.5
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +56,8 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     num_prompt_tokens: int = 0  # estimated
     max_tokens: int | None = None
-    prefix: PrefixHashes = ()
+    tokens: PromptTokens | None = None  # None: they are not known, so the load decides
+    session: str = ""  # requests of one session go to the same engines
     wants_pair: bool = False  # the client asks for a pair of engines
     is_suspect: bool = False  # it may have killed a rank
     # One engine must do the rest: the prompt is computed, or no attempt at pairs is left.
@@ -114,7 +121,7 @@ class _Offer(NamedTuple):
 def choose(
     request: RoutingRequest,
     engines: Sequence[Engine],
-    index: ServedPrefixes,
+    index: KVIndex,
     now_at: float,
     policy: RoutingPolicy,
 ) -> Route:
@@ -129,7 +136,7 @@ class _Choice:
         self,
         request: RoutingRequest,
         engines: Sequence[Engine],
-        index: ServedPrefixes,
+        index: KVIndex,
         now_at: float,
         policy: RoutingPolicy,
     ) -> None:
@@ -140,6 +147,8 @@ class _Choice:
         self._policy = policy
         speeds = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
         self._fastest = max(speeds, default=1.0)
+        self._over_share = set() if request.tokens is None else self._find_over_share()
+        self._uncached: dict[str, int] = {}  # tokens, by engine
 
     def route(self) -> Route:
         request = self._request
@@ -163,10 +172,56 @@ class _Choice:
 
     def _offer(self, engine: Engine) -> _Offer:
         speed = max(engine.tokens_per_s or self._fastest, LEAST_SPEED * self._fastest)
-        num_cached = self._index.num_cached_tokens(engine, self._request.prefix)
-        num_tokens = max(1, self._request.num_prompt_tokens - num_cached)
+        num_tokens = self._num_uncached(engine)
         wait_s = engine.waiting_tokens(self._now_at, speed) / speed
         return _Offer(engine, num_tokens, wait_s, num_tokens / speed)
+
+    def _num_uncached(self, engine: Engine) -> int:
+        request, name = self._request, engine.name
+        if name not in self._uncached:
+            tokens = None if name in self._over_share else request.tokens
+            num_cached = self._index.num_cached(name, tokens)
+            self._uncached[name] = max(1, request.num_prompt_tokens - num_cached)
+        return self._uncached[name]
+
+    def _is_short(self, engine: Engine) -> bool:
+        """Return whether streams would have to wait for KV blocks there."""
+        _, room = self._index.num_tokens(engine.name)
+        # Tokens that are there already need no room, and do not move.
+        return 0 < room < engine.kv_tokens + self._num_uncached(engine)
+
+    def _find_over_share(self) -> set[str]:
+        """Return the engines whose caches are much fuller than those of others of their role.
+
+        Their prefixes attract nobody. Otherwise all chats with one system prompt would crowd out
+        each other at the engine that had it first.
+        """
+        by_role: dict[Role | None, list[Engine]] = defaultdict(list)
+        for engine in self._engines:
+            if engine.ready and engine.name in self._index:
+                by_role[engine.role].append(engine)
+        crowded: set[str] = set()
+        for engines in by_role.values():
+            tokens = {engine.name: self._index.num_tokens(engine.name) for engine in engines}
+            # Engines of vLLM do not tell their room: they count as equal.
+            rooms = [room for _, room in tokens.values()]
+            unit = {name: room if all(rooms) else 1 for name, (_, room) in tokens.items()}
+            fill = {name: held / unit[name] for name, (held, _) in tokens.items()}
+            share = SHARE * sum(fill.values()) / len(fill)
+            own = self._request.num_prompt_tokens
+            crowded |= {name for name in fill if fill[name] > share + own / unit[name]}
+        return crowded
+
+    def _home(self, engines: Iterable[Engine]) -> Engine | None:
+        """Return the engine of the request's session; it moves only when that engine leaves."""
+        session = self._request.session
+        if not session:
+            return None
+
+        def weight(engine: Engine) -> int:
+            return xxhash.xxh3_64_intdigest(f"{session}\0{engine.name}".encode())
+
+        return max(engines, key=weight, default=None)
 
     def _takes(self, engine: Engine) -> bool:
         """Return whether an engine gets requests: after failures only new ones, as a try."""
@@ -189,27 +244,32 @@ class _Choice:
         return ""
 
     def _best_pair(self) -> tuple[_Offer, Engine] | None:
-        """Return the prefill engine that has the first token soonest, and the emptiest decode
-        engine of those that may pull from it.
+        """Return the prefill engine that has the first token soonest; and, of the decode engines
+        that may pull from it, the one that holds the fewest tokens afterwards.
         """
         usable = [engine for engine in self._engines if self._takes(engine)]
         decodes = {engine.name: engine for engine in usable if engine.role == "decode"}
 
+        offers = [self._offer(engine) for engine in usable if engine.role == "prefill"]
+        home = self._home(offer.engine for offer in offers)
+
         def rank(one: _Offer) -> tuple[float, ...]:
             is_try = one.engine.health.is_tripped
-            return not is_try, one.first_token_s, one.engine.num_picks
+            return not is_try, one.engine is not home, one.first_token_s, one.engine.num_picks
 
         def load(one: Engine) -> tuple[float, ...]:
             is_try = one.health.is_tripped or one.health.pull(first.engine.key).is_tripped
-            return not is_try, one.kv_tokens, one.num_streams, one.num_picks
+            place = not is_try, self._is_short(one), one is not decode_home
+            num_held = one.kv_tokens + self._num_uncached(one)
+            return *place, num_held, one.num_streams, one.num_picks
 
-        offers = (self._offer(engine) for engine in usable if engine.role == "prefill")
         for first in sorted(offers, key=rank):
             peers = first.engine.peers
             near = [
                 decodes[name] for name in (decodes if peers is None else peers & decodes.keys())
             ]
             pullers = [engine for engine in near if may_pull(engine, first.engine, self._now_at)]
+            decode_home = self._home(pullers)
             if pullers:
                 return first, min(pullers, key=load)
         return None
@@ -231,8 +291,14 @@ class _Choice:
             and gpus.isdisjoint(engine.devices)
             and self._takes(engine)
             and request.is_done_by(engine)
+            and not self._is_short(engine)
         ]
-        return min(offers, key=lambda one: (one.cost_s, one.engine.num_picks), default=None)
+        home = self._home(offer.engine for offer in offers if offer.engine.role == "decode")
+
+        def rank(one: _Offer) -> tuple[float, ...]:
+            return one.engine is not home, one.cost_s, one.engine.num_picks
+
+        return min(offers, key=rank, default=None)
 
     def _why_local(self, local: _Offer, first: _Offer) -> str:
         """Return why the prompt is computed where it is decoded; empty: it is not."""
@@ -261,6 +327,7 @@ class _Choice:
             role = "prefill"
         elif holder is None and any(engine.role == "both" for engine in candidates):
             role = "both"
+        home = self._home(engine for engine in candidates if engine.role == role)
 
         def rank(engine: Engine) -> tuple[float, ...]:
             takes = self._takes(engine)
@@ -269,7 +336,8 @@ class _Choice:
             distance = 0 if engine.role == role else 1 if engine.role == "both" else 2
             is_try = takes and engine.health.is_tripped
             cost = engine.kv_tokens if holder is not None else self._offer(engine).cost_s
-            return trouble, distance, not is_try, cost, engine.num_streams, engine.num_picks
+            place = trouble, distance, not is_try, engine is not home
+            return *place, cost, engine.num_streams, engine.num_picks
 
         return min(candidates, key=rank, default=None)
 

@@ -13,8 +13,8 @@ from pdlaunch.config.roles import Role
 from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
 from pdlaunch.router.engine import Engine, EngineKey, HealthState, Processes
+from pdlaunch.router.kv_index import KVIndex
 from pdlaunch.router.policy import Route, RoutingRequest, choose
-from pdlaunch.router.prefix_index import ServedPrefixes
 
 IDLE_POLL_S = 0.05
 
@@ -26,12 +26,11 @@ class EnginePool:
         self,
         clock: Callable[[], float],
         policy: RoutingPolicy = "load",
-        index: ServedPrefixes | None = None,
     ) -> None:
         self.clock = clock
         self.pairs: Sequence[PairReady] = ()  # the paths that are proven now
         self._policy: RoutingPolicy = policy
-        self._index = index or ServedPrefixes()
+        self.index = KVIndex()
         self._engines: dict[str, Engine] = {}
         self.registry = Registry(version=0, entries=[], withheld="starting")
         # Engines without new work: their processes when they were held, and the state to show.
@@ -58,6 +57,12 @@ class EnginePool:
     def is_vllm(self) -> bool:
         """Return whether the engines are vLLM's. All are of one kind."""
         return any(engine.capabilities.is_vllm for engine in self._engines.values())
+
+    @property
+    def adapters(self) -> set[str]:
+        """Return the names of the LoRA adapters that engines of vLLM list."""
+        cards = (card for engine in self._engines.values() for card in engine.models)
+        return {card.id for card in cards if card.parent}
 
     def max_model_len(self, role: Role) -> int | None:
         engines = [engine for engine in self._engines.values() if engine.role == role]
@@ -97,7 +102,7 @@ class EnginePool:
 
     def route(self, request: RoutingRequest) -> Route:
         now_at = self.clock()
-        route = choose(request, list(self._engines.values()), self._index, now_at, self._policy)
+        route = choose(request, list(self._engines.values()), self.index, now_at, self._policy)
         for engine in route.engines:
             engine.num_picks += 1
             engine.health.asked(now_at)
@@ -123,13 +128,19 @@ class EnginePool:
         return engine
 
     def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
-        num_cached = self._index.num_cached_tokens(engine, request.prefix)
+        num_cached = self.index.num_cached(engine.name, request.tokens)
         return max(1, request.num_prompt_tokens - num_cached)
 
-    def served(self, engine: Engine, request: RoutingRequest, num_output_tokens: int) -> None:
-        """Note that an engine has done its part, and has the blocks of prompt and output."""
+    def has_choice(self, num_tokens: int) -> bool:
+        """Return whether it matters for a prompt what engines hold."""
+        told = [each for each in self._engines.values() if each.ready and each.name in self.index]
+        roles = [each.role for each in told]
+        # Pairs of one prefill and one decode engine are chosen in any case.
+        is_settled = self._policy == "pairs" and len(set(roles)) == len(roles)
+        return len(told) > 1 and not is_settled and num_tokens >= self.index.least_tokens
+
+    def served(self, engine: Engine) -> None:
         engine.health.succeeded(self.clock())
-        self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
 
     def failed(self, engine: Engine) -> None:
         engine.health.failed(self.clock())
@@ -163,8 +174,6 @@ class EnginePool:
             if server.kind == "server"
         }
         engines = self._engines.values()
-        # A sleeping engine forgets all blocks; a drained or stalled one does not.
-        self._index.keep(engine.name for engine in engines if engine.state != "sleeping")
         keys = [engine.key for engine in engines]
         for engine in engines:
             engine.health.keep(keys)

@@ -36,6 +36,7 @@ from pdlaunch.router.engine_client import (
     refuse_broken,
 )
 from pdlaunch.router.handover import Handover
+from pdlaunch.router.kv_index import PromptTokens
 from pdlaunch.router.policy import Hop, Route, RoutingRequest, no_engine_ready
 from pdlaunch.router.request_history import EngineCall
 from pdlaunch.router.state import RouterState
@@ -72,7 +73,7 @@ class Relay:
         self._state = state
         self._answer = answer
         self._record = answer.record
-        self._prefix = prompt.prefix
+        self._tokens: PromptTokens | None = None
         self._lease: Handover | None = None  # the handover of the prefill engine
         self._decode_has_answered = False
         # The engine that has sent a second token: its plain chunks take the fast path.
@@ -91,6 +92,7 @@ class Relay:
 
     async def run(self) -> None:
         """Answer the prompt, at one route after another until the answer is whole."""
+        self._prompt, self._tokens = await self._state.reader.read(self._prompt)
         while not self.transcript.is_done:
             route = await self._choose()
             hop: Hop = "decode" if route.prefill is None else "prefill"
@@ -127,7 +129,8 @@ class Relay:
         return RoutingRequest(
             num_prompt_tokens=prompt.num_prompt_tokens,
             max_tokens=prompt.max_tokens,
-            prefix=self._prefix,
+            tokens=self._tokens,
+            session=prompt.session,
             wants_pair=prompt.wants_pair,
             is_suspect=self._state.suspects.is_suspect(prompt.origin),
             is_begun=lease is not None
@@ -220,7 +223,7 @@ class Relay:
             if may_be_leased:
                 state.release(engine, prompt.hop_id)
             raise
-        state.pool.served(engine, self._routing_request(), 0)
+        state.pool.served(engine)
         return handover
 
     async def _take(self, handover: Handover) -> None:
@@ -273,7 +276,7 @@ class Relay:
                 # The time of a whole answer says nothing about the engine's speed with prompts.
                 begin_at_token = None if is_whole else begin
                 await self._relay(engine, stream, lease, call, begin_at_token, continuation)
-        self._state.pool.served(engine, self._routing_request(), self.transcript.num_tokens)
+        self._state.pool.served(engine)
 
     async def _continuation(self, engine: Engine) -> Continuation:
         """Have an engine of vLLM continue after the tokens so far, which it gets as a prompt."""

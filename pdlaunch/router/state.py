@@ -20,8 +20,10 @@ from pdlaunch.protocol.openai.responses import ModelList
 from pdlaunch.protocol.status import EventKind, GoneEngine, StatusEvent
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.kv_index import KVFollower
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.prompt_reader import PromptReader
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +155,7 @@ class EventLog:
 class RouterState:
     """Holds what all requests of the process share; lives in its event loop.
 
-    ``prove_again`` has a pair proven by a new canary.
+    ``prove_again`` has a pair proven by a new canary. ``model_dir``: where its tokenizer is.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class RouterState:
         recovery: RecoverySettings,
         *,
         prove_again: Callable[[PairSuspect], None],
+        model_dir: str = "",
     ) -> None:
         self.pool = pool
         self.client = client
@@ -173,6 +176,8 @@ class RouterState:
         self.events = EventLog(time.time)
         # The last failure of each pair whose engines are there, or may come back.
         self.pair_failures: dict[tuple[str, str], str] = {}
+        self.reader = PromptReader(pool, client, model_dir)
+        self._follower = KVFollower(pool.index, client.follow)
         self._prove_again = prove_again
         self._knows_engines = False
         self._changed = asyncio.Event()
@@ -187,6 +192,9 @@ class RouterState:
             if engine.calls and self._is_lost(engine):
                 # Its process may end by itself, or answer again.
                 asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
+        self._follower.update(self.pool.engines)
+        if sum(engine.ready for engine in self.pool.engines) > 1:
+            self.spawn(self.reader.load())
         self.events.engines_changed(registry, self.pool.engines)
         names = {each.name for each in self.pool.engines} | {
             each.name for each in self.events.gone()
@@ -294,4 +302,5 @@ class RouterState:
 
     async def close(self) -> None:
         await self.settled()
+        await self._follower.close()
         await self.client.close()

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, SPANS_HEADER
+from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState, Withheld
 from tests.router.fake_generation import Job, Seen
@@ -47,6 +48,7 @@ class FakeEngine:
         self.stalls = False
         self.release_event = asyncio.Event()
         self.num_aborted = 0
+        self.num_tokenized = 0
         self.aborted = asyncio.Event()
         self.status: int | None = None
         self.error_body = (
@@ -67,6 +69,7 @@ class FakeEngine:
         self.ignored_fields: str | None = None
         self.healthy = True
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
+        self.kv_feed = KVFeed()
         self.host = ""
         # Engines that share a GPU are asked in pairs.
         self.devices: tuple[str, ...] = ("cuda:0",)
@@ -93,6 +96,7 @@ class FakeEngine:
                 web.post("/wake_up", self._wake_up),
                 web.get("/is_sleeping", self._is_sleeping),
                 web.get("/pdlaunch/integrity", self._integrity),
+                web.get(KV_EVENTS_PATH, self.kv_feed.send),
             ]
         )
         self._runner = web.AppRunner(
@@ -292,6 +296,7 @@ class FakeEngine:
         raise web.HTTPNotFound
 
     async def _tokenize(self, request: web.Request) -> web.Response:
+        self.num_tokenized += 1
         return web.json_response(
             {"count": 2, "tokens": [1, 2], "max_model_len": self.max_model_len}
         )

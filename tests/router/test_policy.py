@@ -5,7 +5,6 @@ that it looks up, and the pool of engines that it chooses from.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -18,19 +17,12 @@ from hypothesis import strategies as st
 from pdlaunch.config.roles import Role
 from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
+from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.router import policy as policies
 from pdlaunch.router.engine import MAX_OPEN_S, TRY_LASTS_S, Breaker, Engine, EngineHealth, EngineKey
+from pdlaunch.router.kv_index import KVIndex, PromptTokens
 from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingRequest
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.prefix_index import (
-    LEAST_MESSAGE_BYTES,
-    MAX_PIECES,
-    MESSAGE_END,
-    PIECE_BYTES,
-    Piece,
-    ServedPrefixes,
-    hash_prefix,
-)
 from tests.clock import FakeClock
 
 CPU = frozenset({"cpu"})
@@ -55,10 +47,10 @@ def choose(
     engines: list[Engine],
     now_at: float = 0.0,
     *,
-    index: ServedPrefixes | None = None,
+    index: KVIndex | None = None,
     policy: RoutingPolicy = "load",
 ) -> Route:
-    return policies.choose(request, engines, index or ServedPrefixes(), now_at, policy)
+    return policies.choose(request, engines, index or KVIndex(), now_at, policy)
 
 
 def prompt(**fields: object) -> RoutingRequest:
@@ -136,17 +128,79 @@ def test_the_least_loaded_engines_are_chosen() -> None:
     assert choose(prompt(), [fast, slow, empty], 0.4).prefill is fast
 
 
+TOKENS = PromptTokens(range(512))
+
+
+def index_of(**num_held: int) -> KVIndex:
+    """Engines that hold so many of the first tokens, and other blocks besides where they are more.
+
+    Each has room for 4,096 tokens.
+    """
+    index = KVIndex()
+    for name, number in num_held.items():
+        keys = TOKENS.keys(16)[: number // 16]
+        keys += range(1, number // 16 - len(keys) + 1)
+        change = KVBlocks(block_size=16, num_blocks=256, stored={"device": keys})
+        index.begin(name.replace("_", "-")).apply(change)
+    return index
+
+
 def test_a_prompt_goes_where_its_prefix_is_cached() -> None:
-    index, prefix = ServedPrefixes(), hash_prefix(b"x" * 2048, "")
     first, second, decode = engine("prefill-0"), engine("prefill-1"), engine("decode-0")
-    index.served(second, prefix, 512, 0)
-    request = prompt(prefix=prefix)
+    request = prompt(tokens=TOKENS)
+    index = index_of(prefill_0=0, prefill_1=256)
     assert choose(request, [first, second, decode], index=index).prefill is second
+    # Unless it waits longer there than to compute the prompt elsewhere.
+    busy = engine("prefill-1", unanswered_tokens=300)
+    assert choose(request, [first, busy, decode], index=index).prefill is first
     # With the answers of earlier turns decode has nearly all of it.
-    index.served(decode, prefix, 510, 0)
-    route = choose(request, [first, decode], index=index)
+    route = choose(request, [first, decode], index=index_of(prefill_0=256, decode_0=496))
     assert (route.prefill, route.decode) == (None, decode)
     assert route.reason == "little is left to compute"
+
+
+def test_a_pair_takes_the_decode_engine_that_holds_the_fewest_tokens_afterwards() -> None:
+    prefill, one, other = engine("prefill-0"), engine("decode-0"), engine("decode-1", kv_tokens=200)
+    request = prompt(tokens=TOKENS)
+    assert choose(request, [prefill, one, other], index=index_of(decode_1=256)).decode is other
+    assert choose(request, [prefill, one, other], index=index_of(decode_1=160)).decode is one
+    # One that has no room for the rest of the prompt comes last.
+    full = engine("decode-1", kv_tokens=3_900)
+    empty = engine("decode-0", kv_tokens=3_500)
+    index = index_of(decode_0=0, decode_1=256)
+    assert choose(request, [prefill, empty, full], index=index).decode is empty
+
+
+def test_an_engine_over_its_share_attracts_nobody() -> None:
+    """All chats with one system prompt would be sent to one cache, while others are empty."""
+    first, second, decode = (
+        engine("prefill-0"),
+        engine("prefill-1", num_picks=-1),
+        engine("decode-0"),
+    )
+    request, engines = prompt(tokens=TOKENS), [first, second, decode]
+    assert choose(request, engines, index=index_of(prefill_0=1024, prefill_1=0)).prefill is first
+    assert choose(request, engines, index=index_of(prefill_0=4096, prefill_1=0)).prefill is second
+    # With others in the other cache each keeps what it has.
+    index = index_of(prefill_0=4096)
+    others = KVBlocks(block_size=16, num_blocks=256, stored={"device": [*range(128)]})
+    index.begin("prefill-1").apply(others)
+    assert choose(request, engines, index=index).prefill is first
+
+
+def test_requests_of_a_session_go_to_the_same_engines_until_these_leave() -> None:
+    engines = [engine(f"{role}-{n}") for role in ("prefill", "decode") for n in range(3)]
+    routes = {session: choose(prompt(session=session), engines) for session in map(str, range(30))}
+    assert len({route.name for route in routes.values()}) > 3
+    for one in engines:
+        one.kv_tokens = one.num_picks = hash(one.name) % 1000
+    for session, route in routes.items():
+        assert choose(prompt(session=session), engines) == route
+        assert route.prefill is not None
+        left = [one for one in engines if one is not route.prefill]
+        moved = choose(prompt(session=session), left)
+        assert moved.prefill is not route.prefill
+        assert moved.decode is route.decode
 
 
 def test_short_prompts_and_long_queues_are_computed_where_they_are_decoded() -> None:
@@ -263,72 +317,6 @@ def test_what_is_chosen_can_serve_and_nothing_is_changed(
         assert all(one.health.is_tripped for one in able)
 
 
-TEXT = bytes(range(256)) * 8
-
-
-def test_texts_share_the_pieces_that_they_begin_with() -> None:
-    one, other = hash_prefix(TEXT, ""), hash_prefix(TEXT[:600] + b"!" * 600, "")
-    assert len(one) == len(TEXT) // PIECE_BYTES
-    assert [piece.share for piece in one] == [number / len(one) for number in range(1, 17)]
-    assert [piece.hash for piece in one[:4]] == [piece.hash for piece in other[:4]]
-    for unlike in (other[4:], hash_prefix(TEXT, "salt")):
-        assert not {piece.hash for piece in one} & {piece.hash for piece in unlike}
-    assert hash_prefix(None, "") == hash_prefix(b"short", "") == ()
-
-
-@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
-@pytest.mark.parametrize("said_before", ["", "You are the assistant of a company. " * 30])
-def test_chats_that_begin_alike_are_told_from_each_other(
-    said_before: str, separators: tuple[str, str]
-) -> None:
-    """By a question that is shorter than a piece: the next turn goes where its answer is."""
-
-    def text(*said: str) -> bytes:
-        messages = [{"role": "user", "content": one} for one in (said_before, *said) if one]
-        return json.dumps(messages, separators=separators).encode()
-
-    index, one, other = ServedPrefixes(), engine("decode-0"), engine("decode-1")
-    shared = len(said_before) // 4
-    for served, question in ((one, "Which way?"), (other, "How long?")):
-        index.served(served, hash_prefix(text(question), ""), shared + 20, 500)
-    next_turn = hash_prefix(text("How long?", "long " * 500, "Why?"), "")
-    assert index.num_cached_tokens(other, next_turn) == shared + 520
-    assert index.num_cached_tokens(one, next_turn) <= shared + 20
-
-
-@pytest.mark.parametrize("text", [MESSAGE_END * 200_000, rb"{\"a\":\"b\"}," * 50_000])
-def test_ends_of_objects_in_a_message_are_no_pieces_of_their_own(text: bytes) -> None:
-    """Else nearly nothing of the text would be looked at, and such a prompt taken for another."""
-    prefix = hash_prefix(text, "")
-    assert len(prefix) == MAX_PIECES
-    assert prefix[-1].share * len(text) >= MAX_PIECES * LEAST_MESSAGE_BYTES
-    assert hash_prefix(text[:20_000] + b"?" * 90_000, "")[-1].hash != prefix[-1].hash
-    # What lies behind the pieces may be another one's.
-    index, one = ServedPrefixes(), engine("decode-0")
-    index.served(one, prefix, 100_000, 500)
-    assert index.num_cached_tokens(one, prefix) == int(100_000 * prefix[-1].share) < 50_000
-
-
-def pieces_of(text: int) -> tuple[Piece, ...]:
-    return tuple(Piece(text * 100 + number, (number + 1) / 9) for number in range(9))
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9), st.integers(0, 5)), max_size=40))
-def test_memory_is_bounded_and_nothing_is_known_that_was_not_served(
-    served: list[tuple[int, int, int]],
-) -> None:
-    index, one = ServedPrefixes(max_pieces=20), engine("decode-0")
-    most: dict[int, int] = {}
-    for text, num_pieces, num_output_tokens in served:
-        prefix = pieces_of(text)[:num_pieces]
-        index.served(one, prefix, 32 * num_pieces, num_output_tokens)
-        most[text] = max(most.get(text, 0), 32 * num_pieces + num_output_tokens)
-    assert sum(len(pieces) for _, pieces in index._engines.values()) <= 20
-    for text, num_tokens in most.items():
-        prefix = pieces_of(text)
-        assert index.num_cached_tokens(one, prefix) <= num_tokens
-
-
 def server(name: str, role: Role | None = None, **fields: object) -> Entry:
     role = role or ("prefill" if name.startswith("prefill") else "decode")
     entry = Entry(
@@ -395,27 +383,6 @@ def work(engine: Engine, *, num_streams: int = 0, num_prompt_tokens: int = 0) ->
 def named(engine: Engine | None) -> str:
     assert engine is not None
     return engine.name
-
-
-def test_who_is_drained_knows_its_chats_and_who_slept_or_left_does_not(clock: FakeClock) -> None:
-    index = ServedPrefixes()
-    pool, prefix = EnginePool(clock, index=index), hash_prefix(b"x" * 600, "")
-
-    def known(*steps: Entry | None) -> int:
-        """Return what is known of an engine that has served a prompt, after these steps."""
-        update(pool)
-        update(pool, server("decode-0"))
-        index.served(pool.engines[0], prefix, 150, 50)
-        for step in steps:
-            update(pool, *([] if step is None else [step]))
-        update(pool, server("decode-0"))
-        return index.num_cached_tokens(pool.engines[0], prefix)
-
-    assert known() == 200
-    assert known(server("decode-0", withheld="draining")) == 200
-    assert known(server("decode-0", state="stalled")) == 200
-    assert known(server("decode-0", state="sleeping")) == 0
-    assert known(None) == 0
 
 
 def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: FakeClock, pool: EnginePool) -> None:

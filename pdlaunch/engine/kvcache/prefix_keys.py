@@ -18,6 +18,7 @@ import xxhash
 
 Tier = Literal["device", "host"]
 TIERS: tuple[Tier, ...] = ("device", "host")
+Keys = dict[Tier, list[int]]
 
 
 def root_key(*, adapter: str = "", cache_salt: str = "") -> int:
@@ -70,7 +71,8 @@ class PrefixChanges:
     def note(self, tier: Tier, block_hash: bytes, *, is_held: bool) -> None:
         held = self._held[tier]
         if is_held:
-            key = self.names.get(block_hash, self._held["device"].get(block_hash))
+            key = self.names.get(block_hash)
+            key = self.find(block_hash) if key is None else key
             if key is None:
                 return
             held[block_hash] = key
@@ -78,14 +80,25 @@ class PrefixChanges:
             return
         self._changes[tier][key] = is_held
 
-    def take(self) -> dict[Tier, dict[int, bool]] | None:
-        """Return what has changed since the last call: by tier and key, whether it is held now."""
+    def find(self, block_hash: bytes) -> int | None:
+        """Return the key of a block that is held."""
+        return next((keys[block_hash] for keys in self._held.values() if block_hash in keys), None)
+
+    def take(self) -> tuple[Keys, Keys] | None:
+        """Return what was stored and what was removed since the last call, less what was both."""
         if not any(self._changes.values()):
             return None
         changes, self._changes = self._changes, {tier: {} for tier in TIERS}
-        return changes
+        stored, removed = (
+            {
+                tier: [key for key, is_held in keys.items() if is_held is wanted]
+                for tier, keys in changes.items()
+            }
+            for wanted in (True, False)
+        )
+        return stored, removed
 
-    def held(self) -> dict[Tier, list[int]]:
+    def held(self) -> Keys:
         """Return all that is held, and leave no change to be taken."""
         self.take()
         return {tier: list(keys.values()) for tier, keys in self._held.items()}

@@ -242,9 +242,9 @@ class EngineService:
         # Before the old link's requests hear of it, as they may ask again at once.
         self.welcomed.clear()
         if old is not None:
-            await old.close()
-            # Nobody else's blocks: the next rank tells its own.
+            # Before the next rank can tell its own blocks.
             self.kv_feed.tell(KVBlocks(block_size=self.spec.block_size, is_all=True))
+            await old.close()
 
     async def read_stats(self) -> None:
         """Bring the rank's totals up to date; they stay as they were when it does not answer."""

@@ -117,6 +117,8 @@ class ServedModel:
 
     def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
         """Return the token ids of each prompt; of a chat there is one. Raises RequestError."""
+        if request.prompt_token_ids is not None:
+            return [request.prompt_token_ids]
         if isinstance(request, ChatCompletionRequest):
             text = self.render_chat(request)
             return [self._encode(text, "messages", request.add_special_tokens)]

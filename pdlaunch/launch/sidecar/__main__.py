@@ -30,6 +30,7 @@ import msgspec
 from pdlaunch.config.model_files.identity import changes, model_digest
 from pdlaunch.errors import ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
+from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.lifecycle import Supervised, run_supervised
 from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, Canaries, CanaryDied, Proof, send_canary
 from pdlaunch.http.watch.engine_api import (
@@ -55,6 +56,7 @@ from pdlaunch.launch.sidecar.engine import (
     stop_engine,
     with_events_at,
 )
+from pdlaunch.launch.sidecar.kv_events import VllmKVEvents, listen_for_routers
 from pdlaunch.launch.sidecar.link import EngineLink, Peer, RankPairs
 from pdlaunch.machine.network import foreign_listener
 from pdlaunch.protocol.certificates import client_context
@@ -100,9 +102,11 @@ class SidecarProcess:
         at_port = f"http://{options.value('--host')}:{self._port}"
         self._url = at_port if self._port else f"{UNIX}{self._socket_path}"
         self._api = EngineApi(self._url, self._key)
+        self._kv_feed = KVFeed()
+        self._kv_socket_path = self._run_dir / f"{self._name}.kv.sock"
         self._door: Door | None = None
         if spec is not None:
-            self._door = Door(self._name, spec, self._keys, self._url, self._key)
+            self._door = Door(self._name, spec, self._keys, self._url, self._key, self._kv_feed)
         # None: the engine has vLLM's own connector, or none.
         self._link: EngineLink | None = None
         if (connector := bootstrap.connector) is not None:
@@ -144,9 +148,12 @@ class SidecarProcess:
             _logger.warning("pulled KV blocks are used unproven: %s", reason)
         # Digests before vLLM reads the files; those after its start must be equal.
         self._model_files = await asyncio.to_thread(self._options.model_files)
-        child = await start_engine(self._command(), self._environment())
+        command = self._command()
+        child = await start_engine(command, self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
+        kv_events = VllmKVEvents(command, self._kv_feed)
+        kv_runner = await listen_for_routers(self._kv_socket_path, self._kv_feed)
         try:
             if self._door is not None:
                 self._registered_url = await self._door.open()
@@ -154,6 +161,7 @@ class SidecarProcess:
             watches = [
                 self._supervised.spawn(self._fail_with(child)),
                 self._supervised.spawn(self._watch(child)),
+                self._supervised.spawn(kv_events.run()),
             ]
             if self._link is not None:
                 watches.append(self._supervised.spawn(self._heed_workers(self._link)))
@@ -163,6 +171,9 @@ class SidecarProcess:
                 task.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
             await self._canaries.close()
+            kv_events.close()
+            self._kv_feed.close()
+            await kv_runner.cleanup()
             if self._door is not None:
                 await self._door.close()
             await self._api.close()
@@ -190,7 +201,9 @@ class SidecarProcess:
 
     def _register(self, *, listens: bool = True) -> None:
         link, engine_id = self._link, EngineId("")
-        address = Address(http=self._registered_url, master_port=self._master_port)
+        url = self._registered_url
+        kv_events = url if self._door else f"{UNIX}{self._kv_socket_path}"
+        address = Address(http=url, kv_events=kv_events, master_port=self._master_port)
         if link is not None:
             engine_id = link.engine_id
             address.side_channels, address.link = link.side_channels, link.endpoint

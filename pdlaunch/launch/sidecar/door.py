@@ -24,6 +24,7 @@ from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import PASSED_HEADERS, REQUEST_ID_HEADER
+from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes
 from pdlaunch.observe.metrics import RequestMetrics
@@ -56,6 +57,7 @@ class Door:
         keys: LaunchKeys,
         engine_url: str,
         engine_key: str | None,
+        kv_feed: KVFeed,
     ) -> None:
         """``engine_key``: the engine asks for it, and so may whoever comes to the door."""
         self._name = name
@@ -63,6 +65,7 @@ class Door:
         self._keys = keys
         self._engine_url = engine_url
         self._engine_key = engine_key
+        self._kv_feed = kv_feed
         length = spec.max_model_len or MOST_TOKENS
         self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
         # Room for what a router lets in, and for one of the longest that it makes of it.
@@ -109,6 +112,7 @@ class Door:
             [
                 *(AppRoute("GET", path, self._pass_on) for path in _ASKED),
                 *(AppRoute("POST", path, self._pass_on) for path in _TOLD),
+                AppRoute("GET", KV_EVENTS_PATH, self._kv_feed.send),
             ],
             guard=Guard(spec.bind_address, allowed_hosts=(spec.advertise_address,)),
             check_key=bearer_check(

@@ -140,15 +140,19 @@ def die_with_thread() -> None:
 
 
 def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
-    """Return the command with KV events published at ``endpoint``, where it asks for events.
+    """Return the command with KV events published at ``endpoint``, for routers and others.
 
     vLLM's own default is a TCP port on every address. A command that names an endpoint keeps it.
     """
+    config = {
+        "enable_kv_cache_events": True,
+        "endpoint": endpoint,
+        "replay_endpoint": f"{endpoint}.replay",
+    }
     if EVENTS_FLAG not in command:
-        return command
+        return (*command, EVENTS_FLAG, json.dumps(config))
     at = command.index(EVENTS_FLAG) + 1
-    config = {"endpoint": endpoint, **json.loads(command[at])}
-    return (*command[:at], json.dumps(config), *command[at + 1 :])
+    return (*command[:at], json.dumps(config | json.loads(command[at])), *command[at + 1 :])
 
 
 def engine_environment(

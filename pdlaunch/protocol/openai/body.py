@@ -21,7 +21,7 @@ from pdlaunch.errors import RequestError
 MAX_JSON_VALUES = 100_000
 MAX_IGNORED_NAMES = 64
 # Accepted by engines; refused by the public router
-INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
+INTERNAL_FIELDS = frozenset({"kv_transfer_params", "prompt_token_ids", "resume"})
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")  # the beginning of a list of token ids
 # Possessive, and matches a string without an end, so that no text makes it backtrack.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)

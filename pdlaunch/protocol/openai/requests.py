@@ -231,6 +231,12 @@ class SamplingDefaults(SamplingFields):
     max_new_tokens: int | None = Field(None, ge=1)
 
 
+def _check_token_ids(value: object) -> list[int]:
+    if (token_ids := _token_ids(value)) is None:
+        raise ValueError("must be a non-empty list of token ids")
+    return token_ids
+
+
 class GenerationRequest(SamplingFields):
     """Holds the sampling and streaming fields of both completion APIs.
 
@@ -290,6 +296,8 @@ class GenerationRequest(SamplingFields):
     prompt_cache_key: Label = ""
     kv_transfer_params: dict[str, Any] | None = None
     resume: dict[str, Any] | None = None
+    # Of the prompt, where the router has tokenized it already.
+    prompt_token_ids: Annotated[list[int] | None, PlainValidator(_check_token_ids)] = None
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerationRequest:

@@ -49,6 +49,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key: str | None = None  # none: commands come over the admin socket alone
     allowed_hosts: tuple[str, ...] = ()
     routing: RoutingPolicy = "load"
+    model_dir: str = ""  # where the model's tokenizer is; empty: engines are asked
 
 
 class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,7 +31,7 @@ MAX_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 _CARD = "launch.json"
 _SHORT = Path("/tmp")
 _logger = logging.getLogger(__name__)
-_SOCKET_NAME_BYTES = 28  # room for the names of sockets inside: ``prefill-9999.events``
+_SOCKET_NAME_BYTES = 28  # room for the names of sockets inside: ``prefill-9999.events.replay``
 # A folder without a lock file is left alone at first: its launch may just be making it.
 _NEW_FOR_S = 60.0
 

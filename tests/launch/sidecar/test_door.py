@@ -14,8 +14,10 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from pdlaunch.errors import StartupError
+from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.launch.sidecar.door import Door
 from pdlaunch.protocol.certificates import client_context, new_certificate
+from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.process.bootstrap import DoorSpec
 from pdlaunch.protocol.sockets import new_launch_keys
 
@@ -45,7 +47,8 @@ class Scene:
         app = web.Application(client_max_size=2**30)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self.engine = web.AppRunner(app, handler_cancellation=True)
-        self.door = Door("prefill-0", SPEC, KEYS, f"unix:{self.path}", "of-the-engine")
+        self.feed = KVFeed()
+        self.door = Door("prefill-0", SPEC, KEYS, f"unix:{self.path}", "of-the-engine", self.feed)
         assert KEYS.certificate is not None
         self.tls = client_context(KEYS.certificate)
         self.client = aiohttp.ClientSession(
@@ -219,9 +222,21 @@ async def test_bodies_are_bounded(scene: Scene) -> None:
     assert [len(body) for body in scene.bodies] == [most]
 
 
+async def test_routers_on_other_hosts_follow_what_the_engine_holds(scene: Scene) -> None:
+    scene.feed.tell(KVBlocks(block_size=4))
+    async with scene.client.get(scene.url + KV_EVENTS_PATH) as answer:
+        assert answer.status == 200
+        assert await answer.content.readany()
+    async with scene.client.get(
+        scene.url + KV_EVENTS_PATH, headers={"Authorization": ""}
+    ) as answer:
+        assert answer.status == 401
+    assert not scene.seen
+
+
 async def test_a_port_that_is_busy_is_told(scene: Scene) -> None:
     busy = replace(SPEC, port=int(scene.url.rpartition(":")[2]))
-    other = Door("decode-0", busy, KEYS, f"unix:{scene.path}", None)
+    other = Door("decode-0", busy, KEYS, f"unix:{scene.path}", None, KVFeed())
     with pytest.raises(StartupError, match=f"decode-0 cannot listen on 127.0.0.1:{busy.port}"):
         await other.open()
     await other.close()

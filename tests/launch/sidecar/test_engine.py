@@ -35,10 +35,14 @@ def test_events_are_published_at_a_socket_of_the_launch() -> None:
     assert json.loads(changed[2]) == {
         "enable_kv_cache_events": True,
         "endpoint": "ipc:///run/decode-0.events",
+        "replay_endpoint": "ipc:///run/decode-0.events.replay",
     }
     own = ("vllm", "--kv-events-config", '{"endpoint":"ipc:///mine"}')
-    assert json.loads(with_events_at(own, "ipc:///other")[2]) == {"endpoint": "ipc:///mine"}
-    assert with_events_at(("vllm", "--seed", "1"), "ipc:///x") == ("vllm", "--seed", "1")
+    assert json.loads(with_events_at(own, "ipc:///other")[2])["endpoint"] == "ipc:///mine"
+    # Routers follow them whether or not somebody else does.
+    added = with_events_at(("vllm", "--seed", "1"), "ipc:///run/decode-0.events")
+    assert added[:4] == ("vllm", "--seed", "1", "--kv-events-config")
+    assert json.loads(added[4]) == json.loads(changed[2])
 
 
 def free_range(size: int) -> str:

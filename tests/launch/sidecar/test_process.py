@@ -13,6 +13,7 @@ import pytest_asyncio
 from msgspec import structs
 
 from pdlaunch.errors import StartupError
+from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.launch.sidecar.__main__ import SidecarOptions, SidecarProcess
 from pdlaunch.launch.sidecar.door import Door
@@ -156,7 +157,7 @@ async def test_on_several_hosts_it_opens_a_door(
     keys = new_launch_keys(with_certificate=True)
     supervisor = FakeSupervisor(tmp_path)
     supervisor.bootstrap = structs.replace(supervisor.bootstrap, keys=keys, door=DOOR)
-    prefill = Door("prefill-0", DOOR, keys, f"unix:{tmp_path}/prefill-0.sock", None)
+    prefill = Door("prefill-0", DOOR, keys, f"unix:{tmp_path}/prefill-0.sock", None, KVFeed())
     url = await prefill.open()
     async with watched(supervisor):
         await supervisor.next(Ready)

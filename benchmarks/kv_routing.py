@@ -1,0 +1,487 @@
+"""Measures routing by KV events; each subcommand prints a row of JSON.
+
+``python -m benchmarks.kv_routing index``: lookups, updates and memory of the router's index.
+``... reader``: what a router spends on a prompt with and without tokens.
+``... trace``: shared prefixes on simulated engines with room for half of the working set, with
+the index and by load alone.
+``... simulated``: the same conversations as ``chats`` on simulated engines.
+``... chats --router pdlaunch|vllm-router``: conversations with a prefill and two decode engines of
+the demo model on this CPU, behind either router.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from benchmarks.router_cost import held_ports, quantiles_ms, running
+from pdlaunch.config.roles import Role
+from pdlaunch.engine.server.served_model import ServedModel
+from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
+from pdlaunch.protocol.ids import HopId, HttpRequestId
+from pdlaunch.protocol.kv_events import HeldBlocks, KVBlocks, kv_blocks
+from pdlaunch.router.client_request import CHAT, read_client_request
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.kv_index import KVIndex, PromptTokens
+from pdlaunch.router.policy import RoutingRequest, choose
+from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.prompt_reader import PromptReader, load_model
+
+BLOCK_SIZE = 16
+DEMO = "smollm2"
+KEY = "of-the-benchmark"
+
+
+# The index
+
+
+def measure_index() -> dict[str, Any]:
+    random_ = random.Random(0)
+    tokens = [random_.randrange(50_000) for _ in range(2_000)]
+    rss = psutil.Process().memory_info().rss
+    held = HeldBlocks()
+    for _ in range(10):
+        keys = [random_.getrandbits(64) for _ in range(100_000)]
+        held.apply(KVBlocks(block_size=BLOCK_SIZE, stored={"device": keys}))
+    state_bytes = psutil.Process().memory_info().rss - rss
+    keys = PromptTokens(tokens).keys(BLOCK_SIZE)
+    held.apply(
+        KVBlocks(block_size=BLOCK_SIZE, removed={"device": list(held._keys["device"])[:999]})
+    )
+    held.apply(KVBlocks(block_size=BLOCK_SIZE, stored={"device": keys}))
+    prompts = [PromptTokens(tokens) for _ in range(1_000)]
+    begin_at = time.process_time()
+    for prompt in prompts:
+        assert held.num_held(prompt.keys(BLOCK_SIZE)) == len(keys)
+    lookup_us = (time.process_time() - begin_at) / len(prompts) * 1e6
+    # A message of a step: 8 blocks are stored, 8 are removed.
+    frames = [
+        kv_blocks.encode(
+            KVBlocks(
+                block_size=BLOCK_SIZE,
+                stored={"device": [random_.getrandbits(64) for _ in range(8)]},
+                removed={"device": [random_.getrandbits(64) for _ in range(8)]},
+            )
+        )
+        for _ in range(5_000)
+    ]
+    begin_at = time.process_time()
+    for frame in frames:
+        held.apply(kv_blocks.decode(frame))
+    took_s = time.process_time() - begin_at
+    return {
+        "blocks": 1_000_000,
+        "state_mb": round(state_bytes / 1e6),
+        "lookup_us_of_2000_tokens": round(lookup_us, 1),
+        "events_per_s": round(16 * len(frames) / took_s),
+    }
+
+
+# What it costs a router
+
+
+def told_pool(names: Sequence[str]) -> EnginePool:
+    """Return a pool of native engines that have told their blocks: none."""
+    pool = EnginePool(time.monotonic)
+    entries = [
+        Entry(
+            name=name,
+            kind="server",
+            engine=name,
+            incarnation=1,
+            role="prefill" if name.startswith("prefill") else "decode",
+            address=Address(http=f"http://{name}"),
+            state="ready",
+        )
+        for name in names
+    ]
+    pool.update(Registry(version=1, entries=entries))
+    for name in names:
+        pool.index.begin(name).apply(KVBlocks(block_size=BLOCK_SIZE, num_blocks=4096))
+    return pool
+
+
+async def measure_reader(model_dir: str) -> dict[str, Any]:
+    random_ = random.Random(0)
+    raw = [
+        json.dumps({"messages": [{"role": "user", "content": words(random_, 1_400)}]}).encode()
+        for _ in range(200)
+    ]
+    pool, client = told_pool(["prefill-0", "decode-0", "decode-1"]), EngineClient(lambda _: None)
+    row: dict[str, Any] = {}
+    with_tokens = PromptReader(pool, client, model_dir)
+    await with_tokens.load()
+    for name, reader in {
+        "with": with_tokens,
+        "without": None,
+    }.items():
+        num_tokens = 0
+        for again in range(2):  # the first round loads the tokenizer
+            begin_at = time.process_time()
+            for one in raw:
+                request = read_client_request(
+                    CHAT,
+                    one,
+                    served_model_name=DEMO,
+                    request_id=HttpRequestId("r"),
+                    hop_id=HopId("r"),
+                    headers={},
+                )
+                (prompt,), tokens = request.prompts, None
+                if reader is not None:
+                    prompt, tokens = await reader.read(prompt)
+                    assert tokens is not None
+                    num_tokens += again * len(tokens.token_ids)
+                asked = RoutingRequest(num_prompt_tokens=prompt.num_prompt_tokens, tokens=tokens)
+                pool.route(asked)
+                prompt.prefill_body(knows_whole_request=True)
+                prompt.decode_body({})
+            cpu_us = (time.process_time() - begin_at) / len(raw) * 1e6
+        row[f"cpu_us_a_request_{name}_tokens"] = round(cpu_us)
+        row["tokens_a_prompt"] = max(row.get("tokens_a_prompt", 0), num_tokens // len(raw))
+    await client.close()
+    return row
+
+
+# Shared prefixes and eviction, simulated
+
+
+class SimulatedEngine:
+    """Has room for so many blocks, and computes a prompt in no time."""
+
+    def __init__(self, name: str, role: Role, num_blocks: int, index: KVIndex) -> None:
+        self.engine = Engine(
+            name=name,
+            processes=(1,),
+            url="",
+            role=role,
+            capabilities=Capabilities(),
+            ready=True,
+            state="ready",
+        )
+        self.blocks: OrderedDict[int, None] = OrderedDict()
+        self.num_blocks = num_blocks
+        self._held = index.begin(name)
+
+    def serve(self, keys: Sequence[int]) -> int:
+        """Compute a prompt; return how many of its blocks were there."""
+        self.engine.num_picks += 1
+        found = next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys))
+        for key in keys:
+            self.blocks[key] = None
+        for key in reversed(keys):
+            self.blocks.move_to_end(key)
+        gone = [
+            self.blocks.popitem(last=False)[0] for _ in range(len(self.blocks) - self.num_blocks)
+        ]
+        sizes = {"block_size": BLOCK_SIZE, "num_blocks": self.num_blocks}
+        self._held.apply(KVBlocks(**sizes, stored={"device": list(keys[found:])}))  # type: ignore[arg-type]
+        self._held.apply(KVBlocks(**sizes, removed={"device": gone}))  # type: ignore[arg-type]
+        return found
+
+
+def measure_trace(num_prefill: int, *, by_load: bool, num_prompts: int = 6_000) -> float:
+    """Return the share of prompt tokens cached at prefill; prompts share 64 prefixes."""
+    random_ = random.Random(1)
+    prefixes = [[random_.randrange(50_000) for _ in range(1_024)] for _ in range(64)]
+    # Half of the prefixes fit into all prefill engines together.
+    num_blocks = 64 * 1_024 // BLOCK_SIZE // 2 // num_prefill
+    index = KVIndex()
+    prefills = [
+        SimulatedEngine(f"prefill-{n}", "prefill", num_blocks, index) for n in range(num_prefill)
+    ]
+    decodes = [SimulatedEngine(f"decode-{n}", "decode", 100_000, KVIndex()) for n in range(2)]
+    engines = [each.engine for each in (*prefills, *decodes)]
+    by_name = {each.engine.name: each for each in (*prefills, *decodes)}
+    num_found = num_asked = 0
+    weights = [1 / (rank + 1) for rank in range(64)]  # some are asked for far more often
+    for number in range(num_prompts):
+        (prefix,) = random_.choices(prefixes, weights)
+        prompt = PromptTokens([*prefix, *(random_.randrange(50_000) for _ in range(64))])
+        request = RoutingRequest(
+            num_prompt_tokens=len(prompt.token_ids), tokens=None if by_load else prompt
+        )
+        route = choose(request, engines, index, 0.0, "pairs")
+        assert route.prefill is not None
+        assert route.decode is not None
+        by_name[route.decode.name].engine.num_picks += 1
+        keys = prompt.keys(BLOCK_SIZE)
+        found = by_name[route.prefill.name].serve(keys)
+        if number >= num_prompts // 6:
+            num_found, num_asked = num_found + found, num_asked + len(keys)
+    return num_found / num_asked
+
+
+def simulate_chats(*, always_pairs: bool) -> dict[str, float]:
+    """Serve the conversations of ``ChatLoad`` with one prefill and two decode engines, idle ones.
+
+    ``always_pairs``: as routers do that hand every prompt over.
+    """
+    random_, load, index = random.Random(2), ChatLoad(), KVIndex()
+    engines = {
+        name: SimulatedEngine(name, role, 10_000, index)
+        for name, role in (("prefill-0", "prefill"), ("decode-0", "decode"), ("decode-1", "decode"))
+    }
+
+    def drawn(number: int) -> list[int]:
+        return [random_.randrange(50_000) for _ in range(number)]
+
+    system, anywhere = drawn(load.num_system_words), SimulatedEngine("", "both", 10**6, KVIndex())
+    chats = [list(system) for _ in range(load.num_chats)]
+    turns = [chat for chat in range(load.num_chats) for _ in range(load.num_turns)]
+    random_.shuffle(turns)
+    seen: set[int] = set()
+    num_tokens = num_possible = 0
+    computed: list[int] = []
+    later: list[int] = []
+    for chat in turns:
+        # With what the template writes around a question.
+        chats[chat] += drawn(load.num_question_words + 10)
+        prompt = PromptTokens(list(chats[chat]))
+        chats[chat] += drawn(load.num_answer_tokens)
+        request = RoutingRequest(num_prompt_tokens=len(prompt.token_ids), tokens=prompt)
+        pool = [each.engine for each in engines.values()]
+        route = choose(request, pool, index, 0.0, "pairs" if always_pairs else "load")
+        assert route.decode is not None
+        first, decode = engines[(route.prefill or route.decode).name], engines[route.decode.name]
+        keys = prompt.keys(BLOCK_SIZE)
+        num_new = len(prompt.token_ids) - BLOCK_SIZE * first.serve(keys)
+        # The last token of an answer is never computed.
+        decode.serve(PromptTokens(chats[chat][:-1]).keys(BLOCK_SIZE))
+        num_tokens += len(prompt.token_ids)
+        num_possible += BLOCK_SIZE * anywhere.serve(keys)
+        anywhere.serve(PromptTokens(chats[chat][:-1]).keys(BLOCK_SIZE))
+        computed.append(num_new)
+        if chat in seen:
+            later.append(num_new)
+        seen.add(chat)
+    return {
+        "cached_share": round(1 - sum(computed) / num_tokens, 3),
+        "possible_share": round(num_possible / num_tokens, 3),
+        "tokens_before_the_first_of_later_turns": round(sum(later) / len(later), 1),
+    }
+
+
+# Conversations
+
+
+@dataclass
+class Turn:
+    begin_at: float
+    num_turn: int = 0
+    ttft_s: float = 0.0
+    token_ids: list[int] = field(default_factory=list)  # of the prompt
+    text: str = ""
+    output_ids: list[int] = field(default_factory=list)
+
+
+def words(random_: random.Random, number: int) -> str:
+    common = "the of and a to in is you that it he was for on are as with his they at".split()  # noqa: SIM905
+    return " ".join(random_.choice(common) for _ in range(number))
+
+
+@dataclass(frozen=True)
+class ChatLoad:
+    num_chats: int = 16
+    num_turns: int = 4
+    num_at_once: int = 2
+    num_system_words: int = 200
+    num_question_words: int = 16
+    num_answer_tokens: int = 64
+
+
+async def run_chats(url: str, load: ChatLoad, model: ServedModel) -> list[Turn]:
+    turns: list[Turn] = []
+    system = words(random.Random(1), load.num_system_words)
+    places = asyncio.Semaphore(load.num_at_once)
+
+    async def chat(session: aiohttp.ClientSession, number: int) -> None:
+        random_ = random.Random(100 + number)
+        messages = [{"role": "system", "content": system}]
+        for num_turn in range(load.num_turns):
+            messages.append({"role": "user", "content": words(random_, load.num_question_words)})
+            # Between two turns others have their turn, as people read and write.
+            async with places:
+                turn = await ask(session, url, messages, load.num_answer_tokens)
+            turn.num_turn = num_turn
+            assert model.chat_template is not None
+            rendered = model.chat_template.render(
+                messages, add_generation_prompt=True, max_chars=10**6
+            )
+            turn.token_ids = model.tokenizer.encode(rendered, add_special_tokens=False)
+            messages.append({"role": "assistant", "content": turn.text})
+            turns.append(turn)
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(chat(session, number) for number in range(load.num_chats)))
+    return turns
+
+
+async def ask(
+    session: aiohttp.ClientSession, url: str, messages: list[dict[str, str]], num_tokens: int
+) -> Turn:
+    body = {
+        "model": DEMO,
+        "messages": messages,
+        "max_tokens": num_tokens,
+        "min_tokens": num_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    turn = Turn(time.monotonic())
+    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(f"{response.status}: {await response.text()}")
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            for choice in json.loads(line[6:]).get("choices", []):
+                text = choice["delta"].get("content") or ""
+                if text and not turn.ttft_s:
+                    turn.ttft_s = time.monotonic() - turn.begin_at
+                turn.text += text
+                turn.output_ids += choice.get("token_ids") or []
+    return turn
+
+
+def possible_share(turns: Sequence[Turn]) -> float:
+    """Return the share of prompt tokens that one engine with unlimited memory would find."""
+    seen: set[int] = set()
+    num_found = num_tokens = 0
+    for turn in sorted(turns, key=lambda each: each.begin_at):
+        keys = PromptTokens(turn.token_ids).keys(BLOCK_SIZE)
+        found = next((i for i, key in enumerate(keys) if key not in seen), len(keys))
+        num_found += found * BLOCK_SIZE
+        num_tokens += len(turn.token_ids)
+        # The last token of an answer is never computed.
+        seen.update(PromptTokens(turn.token_ids + turn.output_ids[:-1]).keys(BLOCK_SIZE))
+    return num_found / num_tokens
+
+
+async def num_computed(urls: Sequence[str]) -> float:
+    """Return the prompt tokens that engines have computed, and not found or pulled."""
+    total = 0.0
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
+        for url in urls:
+            async with session.get(f"{url}/metrics") as response:
+                page = await response.text()
+            pattern = r"prompt_tokens_by_source_total\{[^}]*local_compute[^}]*\} ([\d.e+]+)"
+            total += sum(float(each) for each in re.findall(pattern, page))
+    return total
+
+
+@contextlib.contextmanager
+def served(router: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the URL to ask, and those of the engines."""
+    with held_ports(6) as (port, other, vllm_port, prefill, decode, _):
+        command = [sys.executable, "-m", "pdlaunch", "serve", "--engine", "native"]
+        command += ["--decode", "2", "--port", str(port), "--kv-cache-memory", "256MiB"]
+        environ = {
+            "PDLAUNCH_ENGINE_API_KEY": KEY,
+            "PDLAUNCH_PREFILL__PORT": str(prefill),
+            "PDLAUNCH_DECODE__PORT": str(decode),
+        }
+        urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode, decode + 1)]
+        url = f"http://127.0.0.1:{port}"
+        with running(command, url, folder / "launch", **environ):
+            if router == "pdlaunch":
+                yield url, urls
+                return
+            command = [
+                str(Path(sys.executable).with_name("vllm-router")),
+                *("--vllm-pd-disaggregation", "--prefill", urls[0]),
+                *("--decode", urls[1], "--decode", urls[2], "--kv-connector", "nixl"),
+                *("--policy", "cache_aware", "--log-level", "error"),
+                *("--host", "127.0.0.1", "--port", str(vllm_port)),
+                *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(other)),
+            ]
+            url = f"http://127.0.0.1:{vllm_port}"
+            with running(command, url, folder / "router", OPENAI_API_KEY=KEY):
+                yield url, urls
+
+
+async def measure_chats(
+    url: str, urls: Sequence[str], load: ChatLoad, model: ServedModel
+) -> dict[str, Any]:
+    # First connections and first steps are not counted.
+    await run_chats(url, ChatLoad(num_chats=4, num_turns=1, num_system_words=80), model)
+    before = await num_computed(urls)
+    begin_at = time.monotonic()
+    turns = await run_chats(url, load, model)
+    took_s = time.monotonic() - begin_at
+    num_tokens = sum(len(turn.token_ids) for turn in turns)
+    computed = await num_computed(urls) - before
+    return {
+        "prompt_tokens": num_tokens,
+        "cached_share": round(1 - computed / num_tokens, 4),
+        "possible_share": round(possible_share(turns), 4),
+        "ttft_ms_of_later_turns": quantiles_ms([t.ttft_s for t in turns if t.num_turn]),
+        "ttft_ms_of_first_turns": quantiles_ms([t.ttft_s for t in turns if not t.num_turn]),
+        "seconds": round(took_s, 1),
+    }
+
+
+def demo_model() -> tuple[str, ServedModel]:
+    folder = str(next((Path.home() / ".cache/pdlaunch/models").glob("SmolLM2-135M*/")))
+    model = load_model(folder)
+    assert model is not None
+    return folder, model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["index", "reader", "trace", "simulated", "chats"])
+    parser.add_argument("--router", choices=["pdlaunch", "vllm-router"], default="pdlaunch")
+    parser.add_argument("--at-once", type=int, default=2, help="turns of chats at a time")
+    given = parser.parse_args()
+    match given.what:
+        case "index":
+            row = measure_index()
+        case "reader":
+            row = asyncio.run(measure_reader(demo_model()[0]))
+        case "trace":
+            row = {
+                f"{num_prefill} prefill engines": {
+                    "index": round(measure_trace(num_prefill, by_load=False), 3),
+                    "load": round(measure_trace(num_prefill, by_load=True), 3),
+                }
+                for num_prefill in (2, 4, 16)
+            }
+        case "simulated":
+            row = {
+                "by events": simulate_chats(always_pairs=False),
+                "pairs alone": simulate_chats(always_pairs=True),
+            }
+        case _:
+            load = ChatLoad(num_at_once=given.at_once)
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                served(given.router, Path(folder)) as (url, urls),
+            ):
+                found = asyncio.run(measure_chats(url, urls, load, demo_model()[1]))
+            row = {"router": given.router, "at_once": given.at_once} | found
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Follows the KV events of one engine of vLLM, and tells routers the prefixes that it holds.
+
+::
+
+    vLLM ── PUB: batches, numbered ──> VllmKVEvents ── keys ──> KVFeed
+         <── ROUTER: batches that are missing ──┘ cannot be had: forget all
+
+vLLM's own hashes are opaque: each release may make them otherwise. Keys are made of the token ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from aiohttp import web
+
+from pdlaunch.engine.kvcache.prefix_keys import PrefixChanges, Tier, as_bytes, next_keys, root_key
+from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
+from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
+from pdlaunch.launch.sidecar.engine import EVENTS_FLAG
+from pdlaunch.protocol.kv_events import KVBlocks
+
+REPLAY_TIMEOUT_S = 5.0
+_END = (-1).to_bytes(8, "big", signed=True)
+_TIERS: dict[object, Tier] = {None: "device", "GPU": "device", "CPU": "host"}
+# KV groups whose blocks are found from the first token on. Source: KVCacheSpecKind of vLLM.
+_WHOLE_KINDS = frozenset(
+    {None, "full_attention", "mla_attention", "sink_full_attention", "unknown"}
+)
+
+_logger = logging.getLogger(__name__)
+
+
+class VllmBlocks:
+    """Translates vLLM's events. Source: vllm/distributed/kv_events.py of 0.24 to 0.33."""
+
+    def __init__(self) -> None:
+        self._block_size = 0
+        self._changes = PrefixChanges()
+
+    def take(self, payload: bytes) -> KVBlocks | None:
+        """Return what a batch changes. Raises ValueError for what is no batch."""
+        batch: Any = msgspec.msgpack.decode(payload)
+        is_all = False
+        for event in batch["events"] if isinstance(batch, dict) else batch[1]:
+            kind = event["type"]
+            if kind == "AllBlocksCleared":
+                is_all, self._changes = True, PrefixChanges()
+            elif (tier := _TIERS.get(event.get("medium"))) is not None:
+                if kind == "BlockStored":
+                    is_all |= self._store(tier, event)
+                elif kind == "BlockRemoved":
+                    for found in event["block_hashes"]:
+                        self._changes.note(tier, found, is_held=False)
+        changes = self._changes.take()
+        if changes is None and not is_all:
+            return None
+        stored, removed = changes or ({}, {})
+        return KVBlocks(block_size=self._block_size, is_all=is_all, stored=stored, removed=removed)
+
+    def _store(self, tier: Tier, event: dict[str, Any]) -> bool:
+        """Note stored blocks; return whether all that was known before is void."""
+        is_void, block_size, hashes = False, event["block_size"], event["block_hashes"]
+        if event.get("kv_cache_spec_kind") not in _WHOLE_KINDS:
+            return False
+        # Parts of blocks come alone, and blocks of a host tier may come without tokens.
+        if block_size > self._block_size:
+            is_void, self._changes = self._block_size > 0, PrefixChanges()
+            self._block_size = block_size
+        whole = block_size == self._block_size
+        self._changes.names = dict(self._named(event)) if whole else {}
+        for found in hashes:
+            self._changes.note(tier, found, is_held=True)
+        return is_void
+
+    def _named(self, event: dict[str, Any]) -> Iterator[tuple[bytes, int]]:
+        """Yield the hash and key of each block; none that follow one that is not known."""
+        hashes, token_ids = event["block_hashes"], event["token_ids"]
+        parent, block_size = event["parent_block_hash"], event["block_size"]
+        if not hashes or len(token_ids) != len(hashes) * block_size:
+            return
+        adapter = event.get("lora_name") or ""
+        extras = [
+            [each for each in extra or () if each != adapter]
+            for extra in event.get("extra_keys") or [None] * len(hashes)
+        ]
+        if parent is not None:
+            key = self._changes.find(parent)
+        else:
+            # The salt is in the first block alone, where it is the only text.
+            salt = next((each for each in extras[0] if isinstance(each, str)), "")
+            extras[0] = [each for each in extras[0] if each != salt]
+            key = root_key(adapter=adapter, cache_salt=salt)
+        tokens = as_bytes(token_ids)
+        for index, (found, extra) in enumerate(zip(hashes, extras, strict=True)):
+            if key is None:
+                return
+            if extra:  # images and the like, of which routers know nothing
+                key = root_key(adapter=repr(extra), cache_salt=str(key))
+            begin = 4 * block_size * index
+            (key,) = next_keys(key, tokens[begin : begin + 4 * block_size], block_size)
+            yield found, key
+
+
+async def listen_for_routers(path: Path, feed: KVFeed) -> web.AppRunner:
+    """Serve the stream at a socket in the launch's folder, which nobody else can open."""
+    app = web.Application()
+    app.router.add_get(KV_EVENTS_PATH, feed.send)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+    await runner.setup()
+    await web.UnixSite(runner, str(path)).start()
+    return runner
+
+
+class VllmKVEvents:
+    """Reads the events of one engine; belongs to the event loop. ``run`` once, then ``close``."""
+
+    def __init__(self, command: Sequence[str], feed: KVFeed) -> None:
+        """``command``: of the engine; says where it publishes its events."""
+        config = json.loads(command[command.index(EVENTS_FLAG) + 1])
+        self._feed = feed
+        self._blocks = VllmBlocks()
+        self._next = 0  # number of the next batch
+        self._context = zmq.asyncio.Context()
+        self._events = self._context.socket(zmq.SUB)
+        self._events.set_hwm(0)
+        self._events.subscribe(config.get("topic", ""))
+        self._events.connect(config["endpoint"])
+        self._replay_endpoint: str = config["replay_endpoint"]
+
+    async def run(self) -> None:
+        while True:
+            *_, place, payload = await self._events.recv_multipart()
+            number = int.from_bytes(place, "big")
+            if number > self._next:
+                await self._catch_up(number)
+            if number >= self._next:
+                self._take(number, payload)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def _take(self, number: int, payload: bytes) -> None:
+        self._next = number + 1
+        try:
+            change = self._blocks.take(payload)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            _logger.warning("KV events that cannot be read: %r", error)
+            return
+        if change is not None:
+            self._feed.tell(change)
+
+    async def _catch_up(self, until: int) -> None:
+        """Ask for the batches that are missing; forget everything if one cannot be had."""
+        socket = self._context.socket(zmq.DEALER)
+        socket.connect(self._replay_endpoint)
+        try:
+            async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                await socket.send_multipart([b"", self._next.to_bytes(8, "big")])
+                while (frames := await socket.recv_multipart())[-1] and _END not in frames[-2:]:
+                    number = int.from_bytes(frames[-2], "big")
+                    if number == self._next < until:
+                        self._take(number, frames[-1])
+        except TimeoutError:
+            pass
+        finally:
+            socket.close(linger=0)
+        if self._next < until:
+            _logger.warning("KV events %d to %d are lost", self._next, until - 1)
+            self._next, self._blocks = until, VllmBlocks()
+            self._feed.tell(KVBlocks(block_size=0, is_all=True))

@@ -1,0 +1,141 @@
+"""Tokenizes prompts at the router, where it matters which engine has their blocks.
+
+::
+
+    engines to choose from, prompt of more than a few blocks?
+      ├─ no ──────────────────────────────> the load decides
+      ├─ token ids of the client ─────────> as they are
+      ├─ the model's folder is here ──────> tokenizer and chat template, in a thread
+      └─ otherwise ───────────────────────> an engine's /tokenize
+
+Native engines get the token ids with the request, so that nobody tokenizes twice: these are found
+by the code that the engines run. vLLM gets the text alone: its chats take no token ids, and its own
+tokenizer has the last word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from pdlaunch.engine.server.served_model import ServedModel
+from pdlaunch.engine.server.text import TextTokenizer, load_chat_template
+from pdlaunch.errors import ConfigError, OverloadedError, RequestError
+from pdlaunch.http.errors import RelayedError
+from pdlaunch.http.limits import work_at_input
+from pdlaunch.protocol.openai.body import TOKEN_IDS, parse_request
+from pdlaunch.protocol.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+from pdlaunch.router.client_request import PromptRequest
+from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.kv_index import PromptTokens
+from pdlaunch.router.pool import EnginePool
+
+# A longer prompt is routed by load. Its thread would be busy for a second.
+MAX_TEXT_BYTES = 2 * 1024**2
+_MAX_VOCAB_SIZE = 2**31
+
+_logger = logging.getLogger(__name__)
+
+
+class PromptReader:
+    """Finds the tokens of prompts; belongs to the event loop.
+
+    ``model_dir``: the folder of the model; empty where it is not on this host.
+    """
+
+    def __init__(self, pool: EnginePool, client: EngineClient, model_dir: str = "") -> None:
+        self._pool = pool
+        self._client = client
+        self._model_dir = model_dir
+        self._is_loading = self._is_loaded = False
+        self._model: ServedModel | None = None
+
+    async def read(self, prompt: PromptRequest) -> tuple[PromptRequest, PromptTokens | None]:
+        """Return the prompt as engines are to get it, and its tokens; None: the load decides."""
+        text = bytes(prompt.text or b"")
+        is_long = self._pool.has_choice(prompt.num_prompt_tokens)
+        if not text or not is_long or len(text) > MAX_TEXT_BYTES:
+            return prompt, None
+        is_vllm, body = self._pool.is_vllm, prompt.body
+        token_ids, is_own = list[int](), TOKEN_IDS.match(text) and not prompt.endpoint.is_chat
+        # A client whose prompt is wrong hears that from an engine.
+        with suppress(RequestError, RelayedError, OverloadedError, ValueError):
+            if is_own:
+                token_ids = msgspec.json.decode(text, type=list[int])
+            elif self._model is not None:
+                work = partial(_tokenize, self._model, prompt, is_vllm)
+                token_ids = await work_at_input(True, work)
+            elif self._is_loaded:
+                token_ids = await self._ask(prompt)
+        if not token_ids:
+            return prompt, None
+        if not is_vllm and not is_own:
+            body = body | {"prompt_token_ids": msgspec.Raw(msgspec.json.encode(token_ids))}
+        salt, model_name = body.get("cache_salt"), str(body.get("model") or "")
+        tokens = PromptTokens(
+            token_ids,
+            adapter=model_name if model_name in self._pool.adapters else "",
+            cache_salt=salt if isinstance(salt, str) else "",
+        )
+        read = msgspec.structs.replace(prompt, body=body, num_prompt_tokens=len(token_ids))
+        return read, tokens
+
+    async def load(self) -> None:
+        """Read the tokenizer, once. It takes a second; prompts meanwhile are routed by load."""
+        if not self._is_loading:
+            self._is_loading = True
+            self._model = await asyncio.to_thread(load_model, self._model_dir)
+            self._is_loaded = True
+
+    async def _ask(self, prompt: PromptRequest) -> list[int]:
+        if (engine := self._pool.pick_any(())) is None:
+            return []
+        kind = TokenizeChatRequest if prompt.endpoint.is_chat else TokenizeCompletionRequest
+        fields = {name: prompt.body[name] for name in kind.model_fields if name in prompt.body}
+        return await self._client.tokenize(engine, fields, prompt.headers)
+
+
+def load_model(model_dir: str) -> ServedModel | None:
+    """Return what tokenizes prompts; None: the model is not here, or has no tokenizer."""
+    if not model_dir:
+        return None
+    try:
+        return ServedModel(
+            name="",
+            max_model_len=MAX_TEXT_BYTES,
+            vocab_size=_MAX_VOCAB_SIZE,
+            eos_token_ids=(),
+            tokenizer=TextTokenizer.load(model_dir),
+            chat_template=load_chat_template(model_dir),
+        )
+    except ConfigError as error:
+        _logger.warning("prompts are tokenized by engines: %s", error)
+        return None
+
+
+def _tokenize(model: ServedModel, prompt: PromptRequest, is_vllm: bool) -> list[int]:
+    """Return the token ids of a prompt. Raises RequestError."""
+    body: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(prompt.body))
+    if not is_vllm:
+        generation: type[ChatCompletionRequest | CompletionRequest] = (
+            ChatCompletionRequest if prompt.endpoint.is_chat else CompletionRequest
+        )
+        (token_ids,) = model.prompts(parse_request(generation, body, public=False))
+        return token_ids
+    # Other fields may be ones that only vLLM knows.
+    if not prompt.endpoint.is_chat:
+        text = parse_request(TokenizeCompletionRequest, body, public=False)
+        return model.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
+    chat = parse_request(TokenizeChatRequest, body, public=False)
+    rendered = model.render_chat(chat)
+    return model.tokenizer.encode(rendered, add_special_tokens=chat.add_special_tokens)

@@ -1,0 +1,190 @@
+"""Prompts that the router tokenizes: when, with what, and what engines get of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pdlaunch.protocol.control import Capabilities, Registry
+from pdlaunch.protocol.ids import HopId, HttpRequestId
+from pdlaunch.protocol.kv_events import KVBlocks
+from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
+from pdlaunch.protocol.openai.responses import ModelCard
+from pdlaunch.router import prompt_reader
+from pdlaunch.router.client_request import (
+    CHAT,
+    COMPLETIONS,
+    PromptRequest,
+    read_client_request,
+)
+from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.kv_index import PromptTokens
+from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.prompt_reader import PromptReader, load_model
+from tests.engine.server.conftest import TEMPLATE, byte_level_tokenizer
+from tests.router.conftest import Stand, pairs
+from tests.router.fake_engine import until
+from tests.router.test_policy import server
+
+BLOCK_SIZE = 4
+TEXT = "the quick brown fox, prefill and decode " * 4
+CHAT_BODY: dict[str, Any] = {
+    "messages": [{"role": "system", "content": TEXT}, {"role": "user", "content": "hello"}]
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[EngineClient]:
+    client = EngineClient(lambda _: None)
+    yield client
+    await client.close()
+
+
+def pool_of(*names: str, kind: str = "native") -> EnginePool:
+    """Engines that have told what they hold."""
+    pool = EnginePool(time.monotonic)
+    capabilities = Capabilities(kind=kind)
+    entries = [server(name, capabilities=capabilities) for name in names]
+    pool.update(Registry(version=1, entries=entries))
+    for name in names:
+        pool.index.begin(name).apply(KVBlocks(block_size=BLOCK_SIZE))
+    return pool
+
+
+def prompt_of(body: dict[str, Any]) -> PromptRequest:
+    (prompt,) = read_client_request(
+        CHAT if "messages" in body else COMPLETIONS,
+        json.dumps(body).encode(),
+        served_model_name="tiny",
+        request_id=HttpRequestId("r"),
+        hop_id=HopId("r"),
+        headers={},
+        is_vllm=True,  # takes names of adapters
+    ).prompts
+    return prompt
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        CHAT_BODY,
+        {**CHAT_BODY, "add_generation_prompt": False, "reasoning_effort": "low"},
+        {"prompt": TEXT, "cache_salt": "s"},
+    ],
+)
+async def test_native_engines_get_the_tokens_that_they_would_find(
+    body: dict[str, Any], folder: Path, client: EngineClient
+) -> None:
+    reader = PromptReader(pool_of("prefill-0", "decode-0"), client, str(folder))
+    # Nobody waits for the tokenizer.
+    assert (await reader.read(prompt_of(body)))[1] is None
+    await reader.load()
+    prompt, tokens = await reader.read(prompt_of(body))
+    assert tokens is not None
+    assert prompt.num_prompt_tokens == len(tokens.token_ids) > 4 * BLOCK_SIZE
+    kind = ChatCompletionRequest if "messages" in body else CompletionRequest
+    model = load_model(str(folder))
+    assert model is not None
+    assert model.prompts(kind.model_validate(body)) == [tokens.token_ids]  # type: ignore[arg-type]
+    for raw in (prompt.prefill_body(knows_whole_request=True), prompt.decode_body({})):
+        sent = kind.model_validate(msgspec.json.decode(raw))
+        assert sent.prompt_token_ids == tokens.token_ids
+        # Nobody tokenizes it again.
+        assert model.prompts(sent)[0] is sent.prompt_token_ids  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pool", "body"),
+    [
+        (pool_of("prefill-0"), CHAT_BODY),
+        (EnginePool(time.monotonic), CHAT_BODY),
+        (pool_of("prefill-0", "decode-0"), {"prompt": "hello"}),
+        (pool_of("prefill-0", "decode-0"), {"prompt": 7 * len(TEXT)}),
+        (pool_of("prefill-0", "decode-0"), {"messages": [{"content": TEXT}]}),
+        (pool_of("prefill-0", "decode-0"), {"messages": [TEXT] * 9}),
+    ],
+    ids=["one engine", "no events", "a few blocks", "no prompt", "no role", "no messages"],
+)
+async def test_the_load_decides_where_tokens_do_not_matter_or_are_not_to_be_had(
+    pool: EnginePool, body: dict[str, Any], folder: Path, client: EngineClient
+) -> None:
+    prompt = prompt_of(body)
+    reader = PromptReader(pool, client, str(folder))
+    await reader.load()
+    assert await reader.read(prompt) == (prompt, None)
+
+
+async def test_a_long_text_is_not_tokenized(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, client: EngineClient
+) -> None:
+    monkeypatch.setattr(prompt_reader, "MAX_TEXT_BYTES", len(TEXT))
+    prompt = prompt_of(CHAT_BODY)
+    reader = PromptReader(pool_of("prefill-0", "decode-0"), client, str(folder))
+    await reader.load()
+    assert await reader.read(prompt) == (prompt, None)
+
+
+async def test_vllm_gets_the_text_and_its_keys_have_adapter_and_salt(
+    folder: Path, client: EngineClient
+) -> None:
+    pool = pool_of("prefill-0", "decode-0", kind="vllm")
+    pool.engines[0].models = [ModelCard(id="tiny"), ModelCard(id="sql", parent="tiny")]
+    reader = PromptReader(pool, client, str(folder))
+    await reader.load()
+    keys = []
+    # A field of vLLM's own is no reason not to look.
+    for fields in ({}, {"model": "tiny"}, {"model": "sql"}, {"cache_salt": "sql"}):
+        prompt, tokens = await reader.read(prompt_of({**CHAT_BODY, "top_k": "?", **fields}))
+        assert tokens is not None
+        assert "prompt_token_ids" not in prompt.body
+        keys.append(tokens.keys(BLOCK_SIZE)[0])
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+async def test_a_prompt_goes_to_the_engine_that_tells_of_its_blocks(stand: Stand) -> None:
+    await stand.start(pairs(2))
+    token_ids = list(range(1, 101))
+    for name, engine in stand.engines.items():
+        keys = PromptTokens(token_ids).keys(BLOCK_SIZE) if name == "prefill-1" else []
+        engine.kv_feed.tell(KVBlocks(block_size=BLOCK_SIZE, stored={"device": keys}))
+    await until(lambda: all(name in stand.pool.index for name in stand.engines))
+    for _ in range(4):
+        answer = await stand.post({"prompt": token_ids, "max_tokens": 4})
+        assert answer.status == 200
+    assert len(stand.engines["prefill-1"].seen) == 4
+    # One that sleeps, drains or is gone leaves at once.
+    stand.publish(draining=["prefill-1"])
+    assert "prefill-1" not in stand.pool.index
+    stand.publish()
+    await until(lambda: "prefill-1" in stand.pool.index)
+
+
+async def test_an_engine_tokenizes_where_the_model_is_not_here(stand: Stand) -> None:
+    await stand.start(pairs(1))
+    for engine in stand.engines.values():
+        engine.kv_feed.tell(KVBlocks(block_size=BLOCK_SIZE))
+    await until(lambda: all(name in stand.pool.index for name in stand.engines))
+    assert (await stand.post({"prompt": "a" * 100, "max_tokens": 4})).status == 200
+    assert sum(engine.num_tokenized for engine in stand.engines.values()) == 1
+
+
+async def test_clients_may_not_send_tokens_beside_a_text(stand: Stand) -> None:
+    await stand.start(pairs(1))
+    answer = await stand.post({"prompt": "a", "prompt_token_ids": [1], "max_tokens": 4})
+    assert answer.status == 400
+    assert answer.json()["error"]["param"] == "prompt_token_ids"
