@@ -19,6 +19,7 @@ from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.rule import SEVERITIES, Finding, Rule
 from pdlaunch.planning.resolve import ResolvedLaunch, effective_values
 
+NO_VLLM = "PD611"
 # A rule takes a number of its family that no rule has had: reports name rules by it.
 FAMILIES = {
     "PD1": "Configuration",
@@ -110,6 +111,8 @@ def run_checks(
             on = f"{', '.join(gaps)}: " if gaps[0] else ""
             reason = f"{on}{first.missing[missing[0]]}"
             not_checked.append(NotChecked(rule.code, rule.title, missing, reason))
+    # Without vLLM all other findings are guesses about an engine that nobody knows.
+    findings = [each for each in findings if each.rule == NO_VLLM] or findings
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
     return Report(tuple(findings), tuple(not_checked), effective_values(launch))
 

@@ -14,6 +14,7 @@ from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, Prefill
 from pdlaunch.cli.output import ending_at_errors
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import EngineName
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, ProtocolError
 from pdlaunch.http.watch.engine_api import EngineApi
@@ -109,6 +110,7 @@ def _spec(
     listeners: Sequence[socket.socket],
     run_dir: Path,
 ) -> AloneSpec:
+    kind: EngineName = "vllm" if config.engine == "vllm" else "native"
     router = router_spec(config, model, listeners)
     for listener in listeners:
         listener.detach()  # the router closes them
@@ -116,8 +118,8 @@ def _spec(
         router=router,
         watch=WatchSettings(
             served_model_name=model,
-            kind=config.engine,
-            capabilities=capabilities_over_http(config.engine),
+            kind=kind,
+            capabilities=capabilities_over_http(kind),
             is_exact=config.dtype == "float32",
         ),
         engines=members,

@@ -130,6 +130,8 @@ def _launch(
             log_dir = new_log_dir(config, launch_id)
             agents = stack.enter_context(joined_agents(config, os.environ, log_dir))
         resolved, models = _resolve(loaded, machine, agents)
+        if resolved.engine_reason:
+            say(f"engine: {resolved.engine_reason}")
         # Before anything is started, so that a taken port costs no start.
         refuse_errors(resolved, loaded.origins, probe_launch(resolved), strict=strict)
         listeners = stack.enter_context(listening(config.host, config.port))
@@ -171,6 +173,7 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
     shown = plan_processes(resolved).shown()
     if output == "json":
         document = {
+            "engine": resolved.engine_reason,
             "engines": effective_engines(resolved),
             **msgspec.to_builtins(shown),
         }
@@ -178,6 +181,8 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
         sys.stdout.flush()
         return
     console = Console(soft_wrap=True, highlight=False)
+    if resolved.engine_reason:
+        console.print(Text(f"engine: {resolved.engine_reason}"))
     for process in shown.processes:
         ports = "".join(f", {name} port {port or 'free'}" for name, port in process.ports.items())
         place = f"on {process.host}, {' '.join(process.devices) or 'no device'}{ports}"

@@ -85,11 +85,15 @@ class EngineSettings(FrozenModel):
         "auto", description="`auto` takes GPUs where there are any, else the CPU.")
     num_threads: int | None = Field(
         None, gt=0, description="CPU threads of a rank; an even share of the cores when unset.")
-    engine: Annotated[EngineName, Flag(for_router=True)] = Field(
-        "native", description="What computes: `native`, this project's own engine, or `vllm`.")
+    engine: Annotated[Literal["auto"] | EngineName, Flag(for_router=True)] = Field(
+        "auto",
+        description="What computes: `vllm`, or `native`, this project's own engine. `auto` takes "
+        "vLLM where its executable is found and the model is not the demo's. For a router alone "
+        "`auto` is native.")
     engine_command: Annotated[str, Flag()] = Field(
         "vllm", min_length=1,
-        description="Executable of engines that are not native: a name on PATH, or a path.")
+        description="Executable of engines that are not native: a name on PATH or in the active "
+        "environment, or a path.")
     engine_args: dict[FlagName, JsonValue] = Field(
         default_factory=dict,
         description="Further flags of engines that are not native, such as `max-logprobs: 5`; "

@@ -9,3 +9,7 @@ Role = Literal["prefill", "decode", "both"]
 ROLES: tuple[Role, ...] = get_args(Role)
 PAIR: tuple[Role, Role] = ("prefill", "decode")  # The roles whose engines exchange KV blocks
 EngineName = Literal["native", "vllm"]  # The program that an engine is: this project's own, or vLLM
+HOW_TO_GET_VLLM = (
+    "install vllm with pip in an environment of its own, and start with --engine vllm and "
+    "--engine-command ENVIRONMENT/bin/vllm"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from pdlaunch.config.model_files.shape import (
 )
 from pdlaunch.config.model_files.weights import check_files, check_gguf
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import ROLES, EngineName, Role
+from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, UnsupportedModelError
+from pdlaunch.planning.engine_choice import choose_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,11 @@ def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, 
     ``fetch`` brings the descriptions of models of a hub here first; without it, only what is here
     is read.
     """
+    config = choose_engine(config, os.environ).config
     settings = {role: config.engine_settings(role) for role in ROLES if config.role(role).replicas}
     named = {
-        role: (engine.model, engine.revision, engine.engine) for role, engine in settings.items()
+        role: (engine.model, engine.revision, engine.engine == "native")
+        for role, engine in settings.items()
     }
     # Roles that name the same model share one read.
     read = {key: _read(*key, fetch) for key in dict.fromkeys(named.values())}
@@ -98,7 +102,7 @@ def weight_error(model: Model) -> ConfigError | None:
     return None
 
 
-def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | None) -> Model:
+def _read(name: str, revision: str | None, is_native: bool, fetch: Fetch | None) -> Model:
     on_hub = is_on_hub(name)
     try:
         if on_hub and fetch is not None:
@@ -109,7 +113,9 @@ def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | No
         if not resolved.ready:
             check_gguf(resolved.source)
             return Model(name, path, pending=f"{name} is converted at the first start")
-        return replace(_described(resolved.cache_dir, engine), name=name, path=path, on_hub=on_hub)
+        return replace(
+            _described(resolved.cache_dir, is_native), name=name, path=path, on_hub=on_hub
+        )
     except NotDownloadedError as error:
         # Nobody tried to download it.
         if fetch is None:
@@ -123,12 +129,12 @@ def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | No
         return Model(name, error=ConfigError(message, field="model", value=name))
 
 
-def _described(folder: Path, engine: EngineName) -> Model:
+def _described(folder: Path, is_native: bool) -> Model:
     """Return the shape of a model, or why another engine alone may know it. Raises ConfigError."""
     try:
         return Model(shape=read_model_shape(folder))
     except UnsupportedModelError as error:
-        if engine == "native":
+        if is_native:
             raise
         reason = f"native engines cannot serve it, so its shape is not known: {error}"
         outline = read_outline(folder)

@@ -18,6 +18,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sources import shown_config
 from pdlaunch.machine.facts import Machine
+from pdlaunch.planning.engine_choice import choose_engine
 from pdlaunch.planning.hosts import ResolvedHost, one_host
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.plan import mask_environment
@@ -50,6 +51,7 @@ class ResolvedLaunch:
     engines: tuple[PlacedEngine, ...]  # they are in the order of ``ROLES``, then of the index
     # The launch that this is the part of on one host; None: it is a whole one
     whole: ResolvedLaunch | None = None
+    engine_reason: str = ""  # the kind of engine that ``auto`` has come to, and why
 
     @cached_property
     def roles(self) -> Mapping[Role, RoleEngines]:
@@ -227,9 +229,12 @@ def resolve_on(
 
     ``places``: those of engines that are placed already.
     """
+    config, reason = choose_engine(config, environ)
     found = read_models(config) if models is None else models
     by_host, engines = place_roles(config, hosts, found, places)
-    return ResolvedLaunch(config, tuple(hosts), dict(environ), by_host, engines)
+    return ResolvedLaunch(
+        config, tuple(hosts), dict(environ), by_host, engines, engine_reason=reason
+    )
 
 
 # The effective values, for people and programs; secrets are masked
@@ -239,6 +244,7 @@ def effective_values(launch: ResolvedLaunch) -> dict[str, object]:
     """Return the configuration, and what it comes to for each role; plain JSON."""
     return {
         "config": shown_config(launch.config),
+        "engine": launch.engine_reason,
         "engines": effective_engines(launch),
     }
 

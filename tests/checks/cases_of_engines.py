@@ -93,7 +93,11 @@ CASES: dict[str, Case] = {
     ),
     "PD601": Case(
         [args(tp=2), args(max_model_len=9), args(no_enforce_eager=True), args(dtype=False)],
-        [on(CPU, engine_args={"tp": 2}), args(max_num_active_seqs=9), args(tokenizer="x")],
+        [
+            on(CPU, engine="native", engine_args={"tp": 2}),
+            args(max_num_active_seqs=9),
+            args(tokenizer="x"),
+        ],
     ),
     "PD602": Case(
         [args(dp=2), args(ssl_keyf="k"), args(headless=True)],
@@ -120,7 +124,7 @@ CASES: dict[str, Case] = {
     ),
     "PD614": Case([on(CPU, **STOCK)], [vllm(**STOCK), on(CPU)]),
     "PD615": Case(
-        [vllm(generation_config="vllm"), on(CPU, engine_command="vllm")],
+        [vllm(generation_config="vllm"), on(CPU, engine="native", engine_command="vllm")],
         [vllm(kv_cache_memory="2GiB"), on(CPU)],
     ),
     "PD617": Case([told(EngineCommand(version="0.34.0"))], [told(EngineCommand(version="0.33.1"))]),

@@ -9,6 +9,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.places import findings_of, refuse_errors
+from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.profiles import find_machine
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.resolve import resolve
@@ -37,6 +38,17 @@ def test_a_clean_set_up():
     assert report.findings == ()
     assert report.not_checked == ()
     assert report.is_ok(strict=True)
+
+
+def test_a_missing_vllm_is_told_alone():
+    """What else is found follows from it, or is a guess about an engine that nobody knows."""
+    flags = {"engine": "vllm", "generation_config": "vllm", "max_model_len": 9000}
+    missing = {"host": EngineCommand(problem="it is not on PATH")}
+    commands = {"prefill": missing, "decode": missing}
+    assert len(check(flags=flags).findings) > 1
+    assert {each.rule for each in check(flags=flags, engine_commands=commands).findings} == {
+        "PD611"
+    }
 
 
 def test_what_was_not_probed_is_listed():

@@ -55,6 +55,13 @@ def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
     assert {"host", "command", "environment", "ports", "devices"} <= set(plan["processes"][0])
 
 
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_a_dry_run_says_which_engine_is_chosen_and_why(model: str, output: str) -> None:
+    result = serve("--model", model, "--dry-run", "--format", output)
+    assert "native, because no vllm was found; vLLM: install vllm with pip" in result.stdout
+    assert "because" not in serve("--model", model, "--engine", "native", "--dry-run").stdout
+
+
 @pytest.mark.parametrize("flag", ["--enable-cumem-allocator", "--enable-sleep-mode"])
 @pytest.mark.parametrize("dry_run", [("--dry-run",), ("--dry-run", "--format", "json"), ()])
 def test_a_dry_run_refuses_what_serve_refuses(

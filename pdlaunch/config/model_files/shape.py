@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlaunch.config.model_files.outline import Outline, outline_of
+from pdlaunch.config.roles import HOW_TO_GET_VLLM
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -162,18 +163,21 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
         config = {"model_type": "gemma3_text", **outer["text_config"]}
     for each in (outer, config):
         if reason := _unsupported_because(each):
-            message = f"model_type {each.get('model_type')!r} cannot be served: {reason}"
-            raise UnsupportedModelError(message, field="model", value=each.get("model_type"))
+            kind = each.get("model_type")
+            message = f"model_type {kind!r} cannot be served by native engines: {reason}"
+            raise UnsupportedModelError(message, field="model", value=kind, fix=_USE_VLLM)
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise UnsupportedModelError(
-            f"model_type {config.get('model_type')!r} is not supported",
+            f"model_type {config.get('model_type')!r} is not supported by native engines",
             field="model",
             value=config.get("model_type"),
-            fix=f"Supported are {', '.join(sorted([*FAMILIES, 'gemma3']))}.",
+            fix=f"{_USE_VLLM} Native engines serve {', '.join(sorted([*FAMILIES, 'gemma3']))}.",
         )
     return _shape(outer, family.defaults | config, family, read_generation_config(directory))
 
+
+_USE_VLLM = f"Serve it with vLLM: {HOW_TO_GET_VLLM}."
 
 # The family of models that another engine serves
 _ANY = Family(

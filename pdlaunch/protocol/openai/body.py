@@ -17,6 +17,17 @@ from pydantic import (
 
 from pdlaunch.errors import RequestError
 
+# Fields that vLLM serves, and native engines do not.
+OF_VLLM = frozenset(
+    {
+        *("allowed_token_ids", "bad_words", "chat_template", "documents", "echo"),
+        *("length_penalty", "logits_processors", "logprob_token_ids", "priority", "prompt_embeds"),
+        *("prompt_logprobs", "repetition_detection", "response_format", "structured_outputs"),
+        *("return_tokens_as_token_ids", "spaces_between_special_tokens", "truncate_prompt_tokens"),
+        *("thinking_token_budget", "use_beam_search"),
+    }
+)
+_BY_VLLM = " by native engines (engines of vLLM have it: --engine vllm)"
 # Strings, lists and objects of a body; as Python objects they are far larger than as text
 MAX_JSON_VALUES = 100_000
 MAX_IGNORED_NAMES = 64
@@ -66,7 +77,7 @@ class RequestBody(BaseModel):
             # Of the same type, too: in Python, True == 1.
             elif (type(value), value) not in [(type(each), each) for each in cls.NEUTRAL[name]]:
                 raise RequestError(
-                    f"{name} is not supported; leave it out",
+                    f"{name} is not supported{_BY_VLLM if name in OF_VLLM else ''}; leave it out",
                     param=name,
                     code="unsupported_parameter",
                 )

@@ -78,6 +78,13 @@ async def test_unknown_fields_are_ignored_and_named(engine: Engine, path: str) -
     assert (status, response.headers[IGNORED_FIELDS_HEADER]) == (200, "no_stop_trim, nonsense")
 
 
+async def test_a_field_that_vllm_has_names_vllm(engine: Engine) -> None:
+    for name, value, has in (("prompt_embeds", "x", True), ("best_of", 3, False)):
+        status, _, answer = await sent(engine, "/v1/completions", {"prompt": "x", name: value})
+        assert (status, answer["error"]["param"]) == (400, name)
+        assert ("engines of vLLM have it: --engine vllm" in answer["error"]["message"]) == has
+
+
 async def test_a_hostile_name_cannot_add_a_header(engine: Engine) -> None:
     names = ["x\r\nX-Evil: 1", "\n2026 ERROR forged", "é" * 10, "x" * 2**20]
     body = {"prompt": "x"} | dict.fromkeys(names, 1)

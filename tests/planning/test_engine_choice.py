@@ -1,0 +1,86 @@
+"""What ``engine: auto`` comes to, and what people are told about it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.machine.facts import Machine
+from pdlaunch.planning.engine_choice import choose_engine
+from pdlaunch.planning.models import read_models
+from pdlaunch.planning.resolve import resolve
+from tests.planning.test_resolve import write_model
+
+REAL = {"model": "Qwen/Qwen3-0.6B"}
+CPU = Machine(num_cpus=2)
+
+
+def environ(folder: Path, *, installed: bool) -> Mapping[str, str]:
+    """Return variables of a shell with a ``vllm`` on PATH, or without."""
+    folder.mkdir()
+    if installed:
+        (folder / "vllm").write_text("#!/bin/sh\n")
+        (folder / "vllm").chmod(0o755)
+    return {"PATH": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("values", "installed", "engine", "reason"),
+    [
+        (REAL, True, "vllm", "/vllm is installed; native engines: --engine native"),
+        (REAL, False, "native", "no vllm was found; vLLM: install vllm with pip in an"),
+        ({}, True, "native", "smollm2 is the demo model; vLLM: --engine vllm"),
+        ({}, False, "native", "smollm2 is the demo model; vLLM: install vllm with pip"),
+        (REAL | {"engine_command": "/no/vllm"}, False, "vllm", "engine_command is set"),
+        ({"engine_args": {"seed": 1}}, False, "vllm", "engine_args is set"),
+        (REAL | {"prefill": {"engine": "auto"}}, True, "vllm", "is installed"),
+        (REAL | {"engine": "native"}, True, "native", ""),
+        ({"engine": "vllm"}, False, "vllm", ""),
+    ],
+)
+def test_auto_is_vllm_where_it_is_found_and_the_model_is_not_the_demo(
+    tmp_path: Path, values: dict[str, object], installed: bool, engine: str, reason: str
+) -> None:
+    config = LaunchConfig.model_validate(values)
+    chosen = choose_engine(config, environ(tmp_path / "bin", installed=installed))
+    assert {chosen.config.engine_settings(role).engine for role in ("prefill", "decode")} == {
+        engine
+    }
+    assert reason in chosen.reason
+    assert bool(chosen.reason) == bool(reason)
+    assert chosen.reason.startswith(f"{engine}, because " if reason else "")
+
+
+@pytest.mark.parametrize("variable", ["", "VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_a_vllm_of_the_active_environment_is_found_without_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    environ(tmp_path / "bin", installed=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ("none" if variable else "bin") / "x"))
+    given = {"PATH": "/none"} | ({variable: str(tmp_path)} if variable else {})
+    for engine in ("auto", "vllm"):
+        config = LaunchConfig.model_validate(REAL | {"engine": engine})
+        found = choose_engine(config, given).config
+        assert (found.engine, found.engine_command) == ("vllm", str(tmp_path / "bin" / "vllm"))
+
+
+def test_nothing_behind_the_plan_sees_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are read for the engine that is chosen, too: vLLM serves what native ones do not."""
+    model = write_model(tmp_path / "mixtral", model_type="mixtral", num_local_experts=8)
+    config = LaunchConfig.model_validate({"model": str(model)})
+    shell = environ(tmp_path / "bin", installed=True)
+    monkeypatch.setenv("PATH", shell["PATH"])
+    assert read_models(config)["decode"].error is None
+    launch = resolve(config, {"here": CPU}, shell)
+    assert not launch.roles["decode"].is_native
+    assert (launch.config.engine, launch.with_engines(launch.places).config.engine) == ("vllm",) * 2
+    monkeypatch.setenv("PATH", "/none")
+    error = read_models(config)["decode"].error
+    assert error is not None
+    assert "cannot be served by native engines" in str(error)
+    assert "--engine vllm" in str(error.fix)
+    assert "install vllm with pip" in str(error.fix)
