@@ -9,13 +9,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from pdlaunch.observe.causes import find_cause, known_fix
 from pdlaunch.protocol.control import PairReady
 
 MAX_LINES = 20
 MAX_WIDTH = 300
 # The most lines of the supervisor's own; the rest is left to the process's own words
 _MAX_OWN_LINES = 12
-_TAIL_BYTES = 32 * 1024
+_TAIL_BYTES = 256 * 1024
 
 
 class ProcessState(StrEnum):
@@ -96,7 +97,7 @@ class Failure:
         """
         lines = _cut("\n".join([self.summary, *self.details]).splitlines(), _MAX_OWN_LINES)
         if log is not None:
-            reason = self.said.strip().splitlines() or _relevant(_tail(log))
+            reason = _with_fix(self.said.strip()) or _why(_tail(log))
             lines += [
                 *(f"  {line}" for line in _cut(reason, MAX_LINES - 1 - len(lines))),
                 f"log: {log}",
@@ -114,13 +115,17 @@ def _tail(log: Path) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
-def _relevant(lines: Sequence[str]) -> list[str]:
-    """Return the last error or traceback, shortened to where it was raised, else the last lines."""
-    starts = [
-        index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))
-    ]
-    relevant = list(lines[starts[-1] :] if starts else lines[-10:])
-    return relevant if len(relevant) <= 12 else ["…", *relevant[-11:]]
+def _why(lines: Sequence[str]) -> list[str]:
+    """Return the cause with its fix, else the last lines."""
+    cause = find_cause(lines)
+    if cause is None:
+        return list(lines[-10:])
+    return [cause.error, *([f"fix: {cause.fix}"] if cause.fix else [])]
+
+
+def _with_fix(said: str) -> list[str]:
+    fix = known_fix(said)
+    return [*said.splitlines(), *([f"fix: {fix}"] if fix else [])]
 
 
 def _cut(lines: Sequence[str], num_lines: int) -> list[str]:

@@ -242,7 +242,8 @@ class SidecarProcess:
                     await asyncio.wait_for(child.wait(), END_TIMEOUT_S)
                     return
                 # An engine whose core has ended says so before it ends itself, if it does.
-                dead = f"its core is dead: {self._output.last_error() or '/health is not 200'}"
+                cause = self._output.cause()
+                dead = f"its core is dead: {cause.error if cause else '/health is not 200'}"
                 late = f"/health did not answer within {HEALTH_TIMEOUT_S:g} s"
                 self._fail(late if healthy is None else dead)
                 return

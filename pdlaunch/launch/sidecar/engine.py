@@ -8,7 +8,6 @@ import ctypes
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.launch.sidecar.link import write_setup
 from pdlaunch.machine.network import with_device_names
+from pdlaunch.observe.causes import Cause, find_cause
 from pdlaunch.protocol.control import Address, Ready, Registry
 from pdlaunch.protocol.engine_link import KV_SETUP, engine_of_rank
 
@@ -31,8 +31,6 @@ from pdlaunch.protocol.engine_link import KV_SETUP, engine_of_rank
 _DEVICES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 EVENTS_FLAG = "--kv-events-config"
 STOP_TIMEOUT_S = 5.0
-_ERROR = re.compile(r"(?:\b[A-Z]\w*(?:Error|Exception)|\berror): \S.*")
-_POINTS_UP = "root cause"  # vLLM's last errors only say that the reason stands above
 _MAX_TAIL_BYTES = 256 * 1024
 _SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
@@ -248,17 +246,15 @@ class EngineOutput:
         self._path = path
         self._start = self._num_bytes()
 
-    def last_error(self) -> str:
-        """Return the last error that the engine has told; empty: none is found."""
+    def cause(self) -> Cause | None:
+        """Return the error that ended the engine; None: none is found."""
         start = max(self._start, self._num_bytes() - _MAX_TAIL_BYTES)
         try:
             with self._path.open("rb") as log:
                 log.seek(start)
-                lines = log.read().decode(errors="replace").splitlines()
+                return find_cause(log.read().decode(errors="replace").splitlines())
         except OSError:  # a pipe, or a terminal
-            return ""
-        found = (_ERROR.search(line) for line in reversed(lines) if _POINTS_UP not in line)
-        return next((match[0] for match in found if match), "")
+            return None
 
     def _num_bytes(self) -> int:
         with contextlib.suppress(OSError):
@@ -330,5 +326,5 @@ def end_of(options: SidecarOptions, code: int, output: EngineOutput) -> str:
     name = Path(options.command[0]).name
     if code < 0:
         return f"{name} was killed by {signal.Signals(-code).name}"
-    reason = output.last_error()
-    return f"{name} exited with status {code}" + (f": {reason}" if reason else "")
+    cause = output.cause()
+    return f"{name} exited with status {code}" + (f": {cause.error}" if cause else "")

@@ -24,6 +24,7 @@ from pdlaunch.launch.sidecar.engine import (
     with_events_at,
 )
 from pdlaunch.machine.network import device_of
+from pdlaunch.observe.causes import Cause
 from pdlaunch.protocol.engine_link import KV_SETUP
 from tests.e2e.waiting import await_true
 
@@ -151,14 +152,14 @@ def test_the_last_error_of_an_engine_is_the_one_that_others_point_to(tmp_path: P
     log = tmp_path / "decode-0.log"
     log.write_text("ValueError: of the last start\n")
     output = EngineOutput(log)
-    assert output.last_error() == ""
+    assert output.cause() is None
     with log.open("a") as file:
         file.write(
             "(EngineCore pid=7) ERROR 11-24 14:00:00 [core.py:866] ValueError: layer 3: no proof\n"
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
         )
-    assert output.last_error() == "ValueError: layer 3: no proof"
-    assert EngineOutput(tmp_path / "none").last_error() == ""
+    assert output.cause() == Cause("ValueError: layer 3: no proof", "")
+    assert EngineOutput(tmp_path / "none").cause() is None
 
 
 SIDECAR = """

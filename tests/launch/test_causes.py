@@ -1,0 +1,55 @@
+"""Causes of failed starts: logs of real ones, whose first lines say what should be found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.launch.status import Failure
+from pdlaunch.observe.causes import Cause, find_cause
+
+LOGS = sorted((Path(__file__).parent / "failed_starts").glob("*.log"))
+
+
+def test_there_are_twenty() -> None:
+    assert len(LOGS) >= 20
+
+
+@pytest.mark.parametrize("path", LOGS, ids=lambda path: path.stem)
+def test_the_cause_and_its_fix_are_found(path: Path) -> None:
+    source, cause, fix, *lines = path.read_text().splitlines()
+    assert source.startswith("# ")
+    found = find_cause(lines)
+    assert found is not None
+    assert found.error.startswith(cause.removeprefix("# cause: "))
+    expected = fix.removeprefix("# fix:").strip()
+    assert expected in found.fix
+    assert bool(expected) == bool(found.fix)
+    # On the terminal: what failed, the cause, the fix.
+    report = Failure("prefill-0 failed to start").report(path)
+    assert report[1].startswith(f"  {cause.removeprefix('# cause: ')}")
+    assert len(report) == 3 + bool(expected)
+
+
+def test_words_of_a_process_get_the_fix_that_is_known_for_them() -> None:
+    said = "vllm exited with status 1: torch.OutOfMemoryError: CUDA out of memory"
+    report = Failure("decode-0 failed to start", said=said).report(Path("/no/such.log"))
+    assert report[:2] == ["decode-0 failed to start", f"  {said}"]
+    assert report[2].startswith("  fix: Give an engine more GPUs")
+    assert len(report) == 4
+
+
+def test_the_last_life_of_a_process_counts_and_the_end_of_a_chain() -> None:
+    chain = [
+        "ValueError: of the life before",
+        "--- incarnation 2",
+        "KeyError: 'walrus'",
+        "",
+        "During handling of the above exception, another exception occurred:",
+        "",
+        "RuntimeError: walrus is unknown",
+    ]
+    assert find_cause(chain) == Cause("RuntimeError: walrus is unknown", "")
+    assert find_cause(chain[:1]) == Cause("ValueError: of the life before", "")
+    assert find_cause(["nothing", "of note"]) is None
