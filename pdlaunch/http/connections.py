@@ -30,7 +30,7 @@ from pdlaunch.http.errors import error_response
 # The next whole header must have come, counted from the accept or the last answer.
 IDLE_TIMEOUT_S = 20.0
 LINGERING_S = 2.0  # a client may go on sending a body that was answered unread
-REFUSAL_S = 1.0  # a client has this long to read that there is no room for its connection
+REFUSAL_S = 1.0  # a connection without room is answered only this long
 ACCEPT_LOG_INTERVAL_S = 60.0
 # Descriptors that are no clients' connections: logs, control channel, event loop, refusals.
 RESERVED_DESCRIPTORS = 64
@@ -76,11 +76,14 @@ class HttpRunner(web.AppRunner):
     def _connect(self) -> asyncio.Protocol:
         server = super().server
         assert server is not None
-        if len(self._open) >= self._max_connections and not self._close_idle():
-            return _Refusal()
+        has_room = len(self._open) < self._max_connections or self._close_idle()
         loop = asyncio.get_running_loop()
         connection = _Connection(self._open, server, loop=loop, **self._options)
-        self._open.add(connection)
+        if has_room:
+            self._open.add(connection)
+        else:
+            connection._request_handler = _refuse
+            loop.call_later(REFUSAL_S, connection.force_close)
         return connection
 
     def _close_idle(self) -> bool:
@@ -164,38 +167,17 @@ class _Connection(web.RequestHandler):
         return self._next_keepalive_close_time
 
 
-class _Refusal(asyncio.Protocol):
-    """Answers whatever comes with 503: every connection is busy."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        error = OverloadedError(
-            "all connections of this server are busy", status=503, code="too_many_connections"
-        )
-        body = error_response(error).body
-        assert isinstance(body, bytes)
-        head = (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-            f"Connection: close\r\nRetry-After: {error.retry_after_s}\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        transport.write(head.encode() + body)
-        # Not closed at once: a request that is still to come would reset the connection before the
-        # answer is read.
-        if transport.can_write_eof():  # TLS cannot
-            transport.write_eof()
-        asyncio.get_running_loop().call_later(REFUSAL_S, transport.abort)
+async def _refuse(_: web.BaseRequest) -> web.StreamResponse:
+    message = "all connections of this server are busy"
+    response = error_response(OverloadedError(message, status=503, code="too_many_connections"))
+    response.force_close()
+    return response
 
 
 def must_end(http: web.BaseRequest) -> bool:
-    """Return True if the client has closed its sending side.
-
-    It has left, as far as anybody can tell before the next write; reading requests end by
-    themselves.
-    """
-    if http.method in ("GET", "HEAD"):
-        return False
-    return isinstance(http.protocol, _Connection) and http.protocol.is_half_closed
+    """Return True if the client has closed its sending side: it may have left. GETs end anyway."""
+    is_half_closed = isinstance(http.protocol, _Connection) and http.protocol.is_half_closed
+    return is_half_closed and http.method not in ("GET", "HEAD")
 
 
 def fit(wanted: int, *, num_each: int = 1, num_others: int = 0) -> int:

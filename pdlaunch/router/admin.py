@@ -153,10 +153,12 @@ class Admin:
                 outcomes.append(await _outcome(engine.name, command(self._state, engine, query)))
         awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
         # Requests that follow must find these engines.
-        await self._until_listed(
+        if not await self._state.find(
             lambda: all(e.state != "sleeping" for e in self._engines() if e.name in awake),
-            "the engines are awake, but not yet in the registry",
-        )
+            LISTED_TIMEOUT_S,
+        ):
+            message = "the engines are awake, but not yet in the registry"
+            raise _unavailable(message, "not_listed_yet")
         return _together(outcomes)
 
     async def _ask_all(self, key: str, http: web.Request) -> web.Response:
@@ -295,10 +297,6 @@ class Admin:
                 f"there is no engine {unknown[0][:100]}; there are: {there}", "engine_not_found"
             )
         return [known[name] for name in dict.fromkeys(names)]
-
-    async def _until_listed(self, is_listed: Callable[[], bool], message: str) -> None:
-        if not await self._state.find(is_listed, LISTED_TIMEOUT_S):
-            raise _unavailable(message, "not_listed_yet")
 
 
 def _engines_named(http: web.Request) -> list[str]:

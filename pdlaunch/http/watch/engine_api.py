@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,9 +14,6 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
 from pdlaunch.protocol.control import Capabilities
 
-# The program of an engine, which decides the names of metrics. Repeats ``config.roles.EngineName``,
-# because this package may not import settings.
-Kind = Literal["native", "vllm"]
 MAX_WORD_BYTES = 64 * 1024  # limits answers that hold a word or none
 MOST_QUOTED = 200  # characters of an error that are passed on: some quote the whole answer
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
