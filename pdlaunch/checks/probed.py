@@ -110,8 +110,8 @@ class SeenDeployment:
 
     engines: tuple[SeenEngine, ...]
     pairs: tuple[SeenPair, ...] | None  # none: no canary was sent
-    # What routers of pdlaunch say of slow pairs, by their names
-    slow_pairs: Mapping[str, str] = field(default_factory=dict)
+    # What routers of pdlaunch say of pairs by their names: path and speed, and why one is slow
+    told_pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:
         """Return the engines of a role that answer."""

@@ -76,6 +76,7 @@ def _seen(context: Context) -> Iterator[Found]:
             reads = f", {_reads(each)}" if each.role == "decode" else ""
             kind = {"vllm": "vLLM"}.get(each.kind, each.kind)
             yield Found(f"{kind} {each.version}{reads}", each.name)
+    yield from (Found(path, pair) for pair, (path, _) in _deployment(context).told_pairs.items())
     for pair in _pairs(context):
         if not pair.problem:
             moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
@@ -94,7 +95,8 @@ def _slow(context: Context) -> Iterator[Found]:
     # Engines do not tell what joins them: the slowest of the links is what all should give.
     slow = (each for each in _engines(context) if is_slow(each.gigabytes_per_s, "hosts"))
     yield from (Found(_reads(each), each.name) for each in slow)
-    yield from (Found(text, pair) for pair, text in _deployment(context).slow_pairs.items())
+    told = _deployment(context).told_pairs.items()
+    yield from (Found(slow, pair) for pair, (_, slow) in told if slow)
 
 
 def _whole_answers(each: SeenEngine) -> Found | None:

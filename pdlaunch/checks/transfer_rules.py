@@ -9,6 +9,7 @@ from pdlaunch.checks.probed import LINK_GIGABYTES_PER_S, PairTransport, is_slow
 from pdlaunch.checks.rule import Found, error, warning
 from pdlaunch.config.connectors import RDMA
 from pdlaunch.config.sizes import format_size
+from pdlaunch.machine.ucx_log import EMULATION
 from pdlaunch.planning.roles import PlacedEngine
 
 # Below this, UCX copies GPU memory through the host: 0.3 to 0.6 GB/s were measured
@@ -54,26 +55,33 @@ def _slow_pairs(context: Context) -> Iterator[Found]:
     for pair in context.probes.transport or ():
         # Canaries of vLLM's own connector move too few bytes; files of a host are for debugging.
         is_known = pair.hosts or pair.path.startswith(("nixl", "p2p", "mooncake"))
-        if is_known and pair.path != "nixl/vLLM" and is_slow(pair.gigabytes_per_s, pair.link):
-            between = " and ".join(pair.hosts or (pair.link,))
-            yield Found(
-                f"{pair.path} moves {pair.gigabytes_per_s:.3g} GB/s between {between}, less than a "
-                f"tenth of {LINK_GIGABYTES_PER_S[pair.link]:g}"
-                + "".join(f"; {cause}" for cause in _causes(context, pair)),
-                f"{pair.prefill_rank} -> {pair.decode_rank}",
-            )
+        is_timed = is_known and not pair.path.startswith("nixl/vLLM")
+        between = " and ".join(pair.hosts or (pair.link,))
+        if is_timed and is_slow(pair.gigabytes_per_s, pair.link):
+            found = f"{pair.path} moves {pair.gigabytes_per_s:.3g} GB/s between {between}, less "
+            found += f"than a tenth of {LINK_GIGABYTES_PER_S[pair.link]:g}"
+        elif EMULATION in pair.path and pair.link == "GPUs of a host":
+            found = f"{pair.path} joins {between}"
+        else:
+            continue
+        causes = "".join(f"; {cause}" for cause in _causes(context, pair))
+        yield Found(found + causes, f"{pair.prefill_rank} -> {pair.decode_rank}")
 
 
 def _causes(context: Context, pair: PairTransport) -> Iterator[str]:
     """Yield what explains a slow pair, and what keeps it from a faster path."""
     settings, over_nixl = context.kv_transfer, pair.path.startswith("nixl")
     speed = pair.gigabytes_per_s or 0.0
+    if EMULATION in pair.path:
+        yield "UCX has no direct path to this memory and reads it by messages"
     if over_nixl and pair.link == "GPUs of a host":
         if speed < CLIFF_GIGABYTES_PER_S:
             unmappable = f": no peer can map {pair.allocator} memory without fabric handles"
             yield "UCX copies through the host" + unmappable * (pair.allocator in _UNMAPPABLE)
         elif 0 < pair.piece_bytes < SMALL_PIECE_BYTES:
             yield f"the pieces have {format_size(pair.piece_bytes)}: raise block_size"
+        if settings.is_stock:
+            yield "kv_transfer.connector nixl maps the memory of its peers"
     if pair.shares_gpu:
         yield "both ranks share a GPU"
     if pair.path == "mooncake/tcp" and not pair.hosts:
@@ -112,12 +120,12 @@ RULES = (
     warning("PD504", "A pair of ranks is slow.",
         "Every prompt's first token waits for its blocks. UCX copies memory that no peer can map "
         "(CuMem pools and expandable segments without fabric handles) through the host: 0.6 GB/s "
-        "instead of 392, with no error. Only the path in use is judged, and the finding says what "
-        "the others gave.",
+        "instead of 392, with no error. 'software emulation' between GPUs says the same, whatever "
+        "was measured. Only the path in use is judged, and the finding says what the others gave.",
         when=_slow_pairs,
-        fix="Set kv_transfer.nixl.path to auto, so that ranks on one host use P2P; turn "
-        "expandable_segments off; check UCX_TLS, at the placement of the ranks (one host, NUMA "
-        "node, PCIe switch), and at what else uses the link.",
+        fix="Set kv_transfer.connector to nixl and its path to auto, so that ranks on one host use "
+        "P2P; turn expandable_segments off; look at UCX_TLS, at the placement of the ranks (one "
+        "host, NUMA node, PCIe switch), and at what else uses the link.",
         source="The READ at the end of the handshake. Two H200s: P2P 340 to 394 GB/s, NIXL out of "
         "CuMem pools 0.6; vLLM 0.24 with --enable-cumem-allocator 0.44, with both engines on one "
         "GPU 0.3.", needs=("transport",), on_vllm=True),

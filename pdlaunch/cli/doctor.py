@@ -96,14 +96,14 @@ def doctor(
             _require_url(f"--{role}", url)
         if not (routers or named):
             routers = [_own_launch()]
-        listed, slow_pairs, doors = asyncio.run(_deployments_of(routers or ()))
+        listed, told_pairs, doors = asyncio.run(_deployments_of(routers or ()))
         urls = list(dict.fromkeys([*named, *listed]))
     except ConfigError as error:
         refuse_input(error, output)
     # A router that is asked is not trusted with a key: it could list whom it likes.
     keys = {url: key for _, url in named if key}
     seen = asyncio.run(examine(urls, keys, doors, sends_canaries=canary, is_exact=exact))
-    print_report(judge(replace(seen, slow_pairs=slow_pairs)), output, strict=strict)
+    print_report(judge(replace(seen, told_pairs=told_pairs)), output, strict=strict)
 
 
 def _require_url(name: str, url: str) -> None:
@@ -133,20 +133,20 @@ def _own_launch() -> str:
 
 async def _deployments_of(
     routers: Sequence[str],
-) -> tuple[list[tuple[Role, str]], dict[str, str], dict[str, AskedAt]]:
-    """Return the engines and the slow pairs that routers list, and the doors to engines of launches
+) -> tuple[list[tuple[Role, str]], dict[str, tuple[str, str]], dict[str, AskedAt]]:
+    """Return the engines and the pairs that routers list, and the doors to engines of launches
     of this user, which take no stranger's calls. Raises ConfigError.
     """
     found: list[tuple[Role, str]] = []
-    slow_pairs: dict[str, str] = {}
+    told_pairs: dict[str, tuple[str, str]] = {}
     doors: dict[str, AskedAt] = {}
     for url in routers:
         own = own_launches(url) if url.startswith("http") else []
         socket_url = f"{UNIX}{own[0].admin_socket}" if own else None
         api = EngineApi(socket_url or url)  # no key: the key is for engines
         try:
-            engines, slow = await api.deployment(ASK_TIMEOUT_S)
-            slow_pairs |= slow
+            engines, pairs = await api.deployment(ASK_TIMEOUT_S)
+            told_pairs |= pairs
             for role_name, engine, name in engines:
                 role = next((role for role in ROLES if role == role_name), None)
                 if role is None:
@@ -163,7 +163,7 @@ async def _deployments_of(
             ) from None
         finally:
             await api.close()
-    return found, slow_pairs, doors
+    return found, told_pairs, doors
 
 
 def judge(seen: SeenDeployment) -> Report:

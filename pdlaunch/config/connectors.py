@@ -93,6 +93,10 @@ class ConnectorSettings(FrozenModel):
         return self.maps_memory and not self.opens_device_memory
 
 
+# UCX prints how it does READs, and nothing else (``machine/ucx_log.py``)
+_PRINT_READS = {"UCX_PROTO_INFO": "*memory read*"}
+
+
 class NixlSettings(ConnectorSettings):
     """Joins any ranks by NIXL, and ranks of one host by mapped memory."""
 
@@ -116,6 +120,7 @@ class NixlSettings(ConnectorSettings):
             "UCX_MODULES": "*" if network and network.rdma_devices else "^ib",
             "UCX_WARN_UNUSED_ENV_VARS": "n",
             "NIXL_LOG_LEVEL": "WARN",
+            **_PRINT_READS,
         }
         transports = local_transports(environ, device)
         if network is not None:
@@ -216,7 +221,9 @@ class VllmNixlSettings(ConnectorSettings):
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
     ) -> dict[str, str]:
         """Return UCX's variables between hosts alone: on one host it cannot do without TCP."""
-        return {} if network is None else NixlSettings().environment(environ, device, network)
+        if network is None:
+            return _with_defaults(environ, _PRINT_READS)
+        return NixlSettings().environment(environ, device, network)
 
     @property
     def opens_data_ports(self) -> bool:

@@ -275,7 +275,7 @@ class Peer:
                 best = best_path(end.value)
             except TransferError as error:
                 raise TransferError(f"{self.name} cannot be read: {error}") from error
-            others = {figure.path: str(figure) for figure in end.value if figure is not best}
+            others = {self._named(each.path): str(each) for each in end.value if each is not best}
             self._be_ready(best, others)
 
     def _be_ready(self, best: PathFigure, others: dict[str, str]) -> None:
@@ -293,13 +293,17 @@ class Peer:
                 peer=self.name,
                 peer_incarnation=self.entry.incarnation,
                 seconds=setup.clock() - self._asked_at,
-                path=best.path,
+                path=self._named(best.path),
                 gigabytes_per_s=best.gigabytes_per_s,
                 other_paths=others,
                 piece_bytes=self._piece_bytes,
                 num_peers=len(setup.sources(self.entry.tp_size)),
             )
         )
+
+    def _named(self, path: str) -> str:
+        connection = self._paths[path]
+        return connection.named(path) if isinstance(connection, Connection) else path
 
     def _guard(self, step: Callable[[], None]) -> None:
         try:

@@ -16,6 +16,9 @@ from tests.checks.contexts import (
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
 
 
+STOCK = {"engine": "vllm", "kv_transfer__connector": "vllm-nixl"}
+EMULATED = replace(PAIR, path="nixl/vLLM (tcp, software emulation)", gigabytes_per_s=None)
+
 CASES: dict[str, Case] = {
     "PD460": Case(
         [
@@ -90,12 +93,16 @@ CASES: dict[str, Case] = {
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0, path="mooncake/tcp"),)),
             on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.05),)),
             on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=0.1),)),
+            on(GPU, pairs=(EMULATED,), **STOCK),
+            on(GPU, pairs=(replace(EMULATED, path="nixl/UCX (tcp, software emulation)"),)),
         ],
         [
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=20.0),)),
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=None),)),
             on(GPU, pairs=(replace(PAIR, path="file/safetensors", gigabytes_per_s=0.6),)),
-            on(GPU, pairs=(replace(PAIR, path="nixl/vLLM", gigabytes_per_s=0.6),)),
+            on(GPU, pairs=(replace(PAIR, path="nixl/vLLM (cuda_ipc)", gigabytes_per_s=0.6),)),
+            on(CPU, pairs=(replace(EMULATED, allocator="host"),)),
+            on(CPU, pairs=(replace(EMULATED, hosts=("a", "b")),)),
             on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.3),)),
             on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=5.0),)),
         ],

@@ -147,14 +147,23 @@ def test_a_router_names_its_engines_and_gets_no_key_nor_names_who_does(
     with serving(tmp_path) as (prefill, decode, flags):
         urls = [flag.partition("=")[2] for flag in flags]
         slow = {"prefill": "prefill-0", "decode": "decode-0", "slow": "PD504 0.05 GB/s"}
+        slow |= {"path": "nixl/UCX (cma)", "gigabytes_per_s": 0.05}
+        fast = slow | {"decode": "decode-1", "slow": "", "gigabytes_per_s": None}
         engines = listed(("prefill", urls[0]), ("decode", urls[1]))
-        prefill.status = {"engines": engines, "pairs": [slow, slow | {"slow": ""}]}
+        prefill.status = {"engines": engines, "pairs": [slow, fast]}
         arguments = (urls[0], "--engine-key-env", "KEY_OF_ENGINES", "--format", "json")
         result = run(*arguments)
         assert result.exit_code == 0
         said = [each for each in report_of(result)["findings"] if each["rule"] == "PD663"]
         told = [(each["where"], each["message"]) for each in said]
         assert told == [("prefill-0 -> decode-0", "PD504 0.05 GB/s")]
+        seen = [each for each in report_of(result)["findings"] if each["rule"] == "PD660"]
+        assert [(each["where"], each["message"]) for each in seen if " -> " in each["where"]][
+            :2
+        ] == [
+            ("prefill-0 -> decode-0", "nixl/UCX (cma), 0.05 GB/s"),
+            ("prefill-0 -> decode-1", "nixl/UCX (cma)"),
+        ]
         assert prefill.keys | decode.keys == {None}
         result = run(*arguments, flags[1])
         assert len(report_of(result)["resolved"]["deployment"]["engines"]) == 2

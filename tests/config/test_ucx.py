@@ -101,7 +101,9 @@ def test_ranges_of_ports_that_are_none(value):
 def test_vllms_own_connector_has_no_section_and_is_narrowed_between_hosts_alone() -> None:
     settings = KVTransferSettings(connector="vllm-nixl")
     assert settings.is_stock
-    assert settings.connector_section.environment({}, "cpu") == {}
+    prints = {"UCX_PROTO_INFO": "*memory read*"}
+    assert settings.connector_section.environment({}, "cpu") == prints
+    assert settings.connector_section.environment({"UCX_PROTO_INFO": "y"}, "cpu") != prints
     network = KVNetwork("10.0.0.2", "21000-21999")
     assert settings.connector_section.environment({}, "cpu", network)["UCX_TLS"].startswith("tcp,")
     with pytest.raises(ValidationError, match="vllm-nixl"):

@@ -49,7 +49,7 @@ def pair(settings: dict[str, Any]) -> Iterator[tuple[RankHandle, RankHandle]]:
     with starting() as start:
         holder, puller = (start(role, transfer=settings) for role in ("prefill", "decode"))
         (ready,) = puller.connect(holder)
-        assert (ready.local, ready.peer, ready.peer_incarnation, ready.path) == (
+        assert (ready.local, ready.peer, ready.peer_incarnation, ready.path.split()[0]) == (
             "decode-0/rank-0",
             "prefill-0/rank-0",
             1,

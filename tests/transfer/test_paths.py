@@ -24,7 +24,10 @@ def pair_of(start: Start, prefill: str, decode: str = "") -> list[RankHandle]:
 def test_auto_times_both_paths_and_uses_one(start: Start) -> None:
     holder, puller = pair_of(start, "auto")
     (ready,) = puller.connect(holder)
-    assert {ready.path, *ready.other_paths} == {"nixl/UCX", "p2p/memfd"}
+    assert {path.split()[0] for path in (ready.path, *ready.other_paths)} == {
+        "nixl/UCX",
+        "p2p/memfd",
+    }
     assert ready.gigabytes_per_s > 0
     assert all(said.endswith(" GB/s") for said in ready.other_paths.values())
     puller.pull_from(holder, "r")
@@ -35,7 +38,7 @@ def test_ranks_that_sleep_ten_times_leave_no_files_open(start: Start) -> None:
     ranks = holder, puller = pair_of(start, "nixl")
     entries, most_fds = [rank.entry() for rank in ranks], []
     processes = [psutil.Process(rank.process.pid) for rank in ranks]
-    assert puller.connect(holder)[0].path == "nixl/UCX"
+    assert puller.connect(holder)[0].path.startswith("nixl/UCX")
     for round_index in range(10):
         sleeper = round_index % 2
         ranks[sleeper].call("suspend", TIMEOUT_S)

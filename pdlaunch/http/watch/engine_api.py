@@ -126,21 +126,21 @@ class EngineApi:
 
     async def deployment(
         self, timeout_s: float
-    ) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
-        """Read from a router of pdlaunch role, URL and name of each engine, and why pairs are
-        slow.
+    ) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:
+        """Read from a router of pdlaunch role, URL and name of each engine, and of each pair its
+        path with its speed, and why it is slow.
         """
 
-        def read(raw: bytes) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
-            found = msgspec.json.decode(raw)
+        def read(raw: bytes) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:
+            found, pairs = msgspec.json.decode(raw), {}
+            for each in found["pairs"]:
+                speed = each["gigabytes_per_s"]
+                told = str(each["path"]) + ("" if speed is None else f", {speed:.2f} GB/s")
+                pairs[f"{each['prefill']} -> {each['decode']}"] = told, str(each["slow"])
             return [
                 (str(each["role"]), str(each["url"]), str(each.get("name", "")))
                 for each in found["engines"]
-            ], {
-                f"{each['prefill']} -> {each['decode']}": str(each["slow"])
-                for each in found["pairs"]
-                if each["slow"]
-            }
+            ], pairs
 
         return await self._read("/pdlaunch/status", timeout_s, read)
 

@@ -59,6 +59,7 @@ from pdlaunch.launch.sidecar.engine import (
 from pdlaunch.launch.sidecar.kv_events import VllmKVEvents, listen_for_routers
 from pdlaunch.launch.sidecar.link import EngineLink, Peer, RankPairs
 from pdlaunch.machine.network import foreign_listener
+from pdlaunch.machine.ucx_log import ReadTransports, path_over
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
     Address,
@@ -93,6 +94,7 @@ class SidecarProcess:
     def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
         self._supervised = supervised
         self._options = options
+        self._transports = ReadTransports()
         bootstrap = supervised.bootstrap
         self._keys, spec = bootstrap.keys, bootstrap.door
         self._name, self._run_dir = bootstrap.name, Path(bootstrap.run_dir)
@@ -431,7 +433,7 @@ class SidecarProcess:
             peer=name,
             peer_incarnation=incarnation,
             seconds=result.seconds,
-            path="nixl/vLLM",
+            path=path_over("nixl/vLLM", self._transports.latest()),
             gigabytes_per_s=result.gigabytes_per_s,
         )
         if self._link is not None:

@@ -105,6 +105,10 @@ class Connection(ABC):
         scattered blocks of a prompt.
         """
 
+    def named(self, path: str) -> str:
+        """Return the name of its path for people, once READs have gone over it."""
+        return path
+
     def close(self) -> None:  # noqa: B027 - some keep nothing
         """Forget the peer; the READs have ended and are released. Never raises."""
 

@@ -20,6 +20,7 @@ import torch
 
 from pdlaunch.errors import TransferError
 from pdlaunch.machine import network
+from pdlaunch.machine.ucx_log import ReadTransports, path_over
 from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
@@ -105,6 +106,7 @@ class NixlConnector(Connector):
         bind_device(memory.scratch.device)  # UCX takes the context that is current
         _choose_devices()
         before = network.listeners()
+        self.transports = ReadTransports()
         try:
             # NIXL never closes the endpoint of an agent that is removed, which is a socket on both
             # sides; a new agent has none.
@@ -177,6 +179,9 @@ class _NixlConnection(Connection):
         ):
             continue
         return read
+
+    def named(self, path: str) -> str:
+        return path_over(path, self.connector.transports.latest())
 
     def close(self) -> None:
         # NIXL takes no second agent of a name: the peer could not be connected again.

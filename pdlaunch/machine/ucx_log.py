@@ -1,0 +1,56 @@
+"""Finds in the log that this process writes which transport UCX has chosen for READs.
+
+NIXL does not tell. UCX prints a table when it first chooses for a kind of peer and memory::
+
+    | remote memory read by ucp_get*(multi) into cuda/GPU0 from cuda/dev[1] |
+    | 0..inf | software emulation | tcp/lo                                  |
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+EMULATION = "software emulation"  # a READ is a message, which the peer's thread answers
+_TAIL_BYTES = 1024**2
+_STDOUT = Path("/proc/self/fd/1")
+# The row for the largest READs
+_TABLE = re.compile(r"(?s)memory read by ucp_get.*?\.\.inf\s*\|\s*([^|]*?)\s*\|\s*([^|]*?)\s*\|")
+_RDMA = re.compile(r"(rc|dc|ud|srd|gga)(_\w+)?")
+
+
+class ReadTransports:
+    """Reads what this process and its children print, if that goes to a file."""
+
+    def __init__(self) -> None:
+        self._read_to = self._size()
+        self._known = ""
+
+    def latest(self) -> str:
+        """Return what was chosen last: ``cma``, ``tcp, software emulation``; empty if unknown."""
+        begin = max(self._read_to, self._size() - _TAIL_BYTES)
+        if begin < self._size():
+            with _STDOUT.open("rb") as log:
+                log.seek(begin)
+                text = log.read()
+            self._read_to = begin + len(text)
+            if tables := _TABLE.findall(text.decode(errors="replace")):
+                # Ranks of an engine share a log; one without a direct path is the slowest.
+                self._known = max(map(_named, tables), key=lambda name: EMULATION in name)
+        return self._known
+
+    @staticmethod
+    def _size() -> int:
+        return _STDOUT.stat().st_size if _STDOUT.is_file() else 0
+
+
+def path_over(path: str, transport: str) -> str:
+    """Return the name of a path with the transport that carries it: ``nixl/UCX (cma)``."""
+    return f"{path} ({transport})" if transport else path
+
+
+def _named(table: tuple[str, str]) -> str:
+    how, config = table
+    found = re.findall(r"(?<![\w:/])([a-z]\w*)/", config)
+    names = dict.fromkeys("rdma" if _RDMA.fullmatch(name) else name for name in found)
+    return ", ".join([" and ".join(names) or config, *([EMULATION] if how == EMULATION else [])])
