@@ -84,11 +84,16 @@ def _too_few_hosts(context: Context) -> Iterator[Found]:
 def _cannot_spread(context: Context) -> Iterator[Found]:
     for each in context.engines.values():
         nnodes, where = each.settings.nnodes, each.where("nnodes")
-        if nnodes == 1:
+        is_copied = each.settings.data_parallel_size > 1
+        if each.is_native and (is_copied or nnodes > 1):
+            where = each.where("data_parallel_size") if is_copied else where
+            message = "ranks of a native engine are tensor parallel, on one host"
+            yield Found(message, where, "set engine: vllm")
+        if each.is_native or nnodes == 1:
             continue
-        if each.is_native:
-            yield Found("native engines run on one host", where, "set engine: vllm")
-            continue
+        if is_copied:
+            message = "data parallel ranks of an engine are on one host"
+            yield Found(message, where, f"leave nnodes or {each.where('data_parallel_size')} out")
         if each.tp_size % nnodes:
             message = f"tensor_parallel_size {each.tp_size} is no multiple of nnodes {nnodes}"
             yield Found(message, where)
@@ -213,7 +218,7 @@ RULES = (
         when=_too_few_hosts,
         fix="List more hosts, or leave roles of hosts out.",
         source="Hosts take engines of their roles alone.", on_vllm=True),
-    error("PD456", "An engine cannot be spread over hosts.",
+    error("PD456", "An engine cannot be spread over hosts, or have data parallel ranks.",
         "vLLM starts as many ranks on each host. Its TCPStore, gloo, NCCL and message queues "
         "authenticate nobody, and the queues carry pickles: whoever reaches them runs code.",
         when=_cannot_spread, at="nnodes",

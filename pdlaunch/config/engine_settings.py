@@ -51,6 +51,9 @@ class EngineSettings(FrozenModel):
     nnodes: int = Field(
         1, gt=0, le=64,
         description="Hosts that the ranks of an engine of vLLM are spread over, as many on each.")
+    data_parallel_size: int = Field(
+        1, gt=0, le=1024,
+        description="Copies of an engine of vLLM that share its experts, each with its own ranks.")
     load_format: Annotated[LoadFormat, Flag()] = Field(
         "auto", description="`dummy` makes random weights up, for benchmarks.")
     dtype: Annotated[DType, Flag(for_router=True)] = Field(
@@ -105,7 +108,7 @@ class EngineSettings(FrozenModel):
     @property
     def ranks_per_node(self) -> int:
         """Return the ranks of an engine that run on each of its hosts."""
-        return max(1, self.tensor_parallel_size // self.nnodes)
+        return max(1, self.tensor_parallel_size * self.data_parallel_size // self.nnodes)
 
 
 @may_override(EngineSettings)

@@ -34,9 +34,9 @@ def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
 
 # Flags that are settings of the same name
 _SETTINGS = (
-    "async-scheduling block-size dtype enable-cumem-allocator enable-prefix-caching "
-    "enable-sleep-mode enforce-eager gpu-memory-utilization load-format max-model-len "
-    "max-num-batched-tokens max-num-seqs model nnodes revision served-model-name "
+    "async-scheduling block-size data-parallel-size dtype enable-cumem-allocator "
+    "enable-prefix-caching enable-sleep-mode enforce-eager gpu-memory-utilization load-format "
+    "max-model-len max-num-batched-tokens max-num-seqs model nnodes revision served-model-name "
     "tensor-parallel-size"
 )
 _KEYS = "keys never stand on a command line"
@@ -66,11 +66,11 @@ OURS: Mapping[str, str] = {
 # Flags with which pdlaunch cannot serve, with the reason
 REFUSED = _by_flag(
     {
-        "data parallelism counts up from the port of the side channel, and the next ports belong "
-        "to others; prefill.replicas and decode.replicas start several engines": (
+        "the copies of an engine that data_parallel_size asks for are on one host, behind one "
+        "server": (
             "data-parallel-address data-parallel-backend data-parallel-external-lb "
             "data-parallel-hybrid-lb data-parallel-multi-port-external-lb data-parallel-rank "
-            "data-parallel-rpc-port data-parallel-size data-parallel-size-local "
+            "data-parallel-rpc-port data-parallel-size-local "
             "data-parallel-start-rank data-parallel-supervisor-port "
             "dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s "
             "dp-supervisor-probe-timeout-s enable-elastic-ep api-server-count"

@@ -17,6 +17,7 @@ from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.engine_link import ConnectorSpec
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
@@ -72,7 +73,7 @@ class Bootstraps:
         )
         key, replace = _plain(config.engine_api_key), msgspec.structs.replace
         if spec.kind == "rank" and engine is None:  # on a further host of an engine of vLLM
-            return replace(bootstrap, connector=_connector(spec, launch))
+            return replace(bootstrap, connector=self._connector(spec, incarnation, launch))
         if spec.kind == "rank":
             # Where the ranks of an engine meet. A file for each incarnation: the file of a dead one
             # still lists its ranks.
@@ -82,7 +83,8 @@ class Bootstraps:
             capabilities = self.kind.capabilities(spec, engine)
             # Servers of native engines, which alone have a spec, listen for other hosts themselves.
             if engine is None:
-                door, connector = self._door(spec, launch), _connector(spec, launch)
+                door = self._door(spec, launch)
+                connector = self._connector(spec, incarnation, launch)
                 bootstrap = replace(bootstrap, door=door, connector=connector)
             return replace(bootstrap, engine_api_key=key, capabilities=capabilities)
         name = launch.served_model_name
@@ -90,6 +92,23 @@ class Bootstraps:
         paths = (engines.model.path for engines in launch.roles.values())
         router = replace(router, model_dir=next(filter(None, paths), ""))
         return replace(bootstrap, engine_api_key=key, router=router)
+
+    def _connector(
+        self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch
+    ) -> ConnectorSpec | None:
+        """Return what pdlaunch's connector in an engine of vLLM needs; None: it is not there."""
+        transfer, host = launch.config.kv_transfer, launch.host(spec.host)
+        if transfer.is_stock or spec.role not in PAIR:
+            return None
+        return ConnectorSpec(
+            role=spec.role,
+            bind_address=host.bind_address,
+            advertise_address=host.advertise_address,
+            kv_transfer=transfer.model_dump_json(),
+            by_head=len({launch.roles[role].tp_size for role in PAIR if role in launch.roles}) > 1,
+            engine_id=EngineId(f"{self.launch_id}/{spec.engine}#{incarnation}"),
+            dp_size=launch.roles[spec.role].settings.data_parallel_size,
+        )
 
     def _door(self, spec: ProcessSpec, launch: ResolvedLaunch) -> DoorSpec | None:
         """Return where a sidecar listens for other hosts; None in a launch on one host."""
@@ -107,20 +126,6 @@ class Bootstraps:
             body_budget_bytes=config.limits.body_budget_bytes,
             max_connections=config.limits.max_connections,
         )
-
-
-def _connector(spec: ProcessSpec, launch: ResolvedLaunch) -> ConnectorSpec | None:
-    """Return what pdlaunch's connector in an engine of vLLM needs; None: it is not there."""
-    transfer, host = launch.config.kv_transfer, launch.host(spec.host)
-    if transfer.is_stock or spec.role not in PAIR:
-        return None
-    return ConnectorSpec(
-        role=spec.role,
-        bind_address=host.bind_address,
-        advertise_address=host.advertise_address,
-        kv_transfer=transfer.model_dump_json(),
-        by_head=len({launch.roles[role].tp_size for role in PAIR if role in launch.roles}) > 1,
-    )
 
 
 def router_spec(

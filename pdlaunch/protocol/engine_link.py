@@ -33,13 +33,17 @@ class ConnectorSpec(msgspec.Struct, frozen=True, kw_only=True):
     advertise_address: str  # how other hosts reach them
     kv_transfer: str  # ``KVTransferSettings`` as JSON
     by_head: bool  # engines have different TP sizes: they exchange heads, not whole pages
+    engine_id: EngineId  # of all ranks in this incarnation, before any connector is made
+    dp_size: int = 1  # data parallel ranks of the engine
+
+    def id_of(self, dp_rank: int) -> EngineId:
+        return dp_engine_id(self.engine_id, dp_rank, self.dp_size)
 
 
 class KVSetup(ConnectorSpec, frozen=True, kw_only=True):
     """Holds, as JSON in a file of mode 0600, what the connector needs before it starts."""
 
     name: str  # of the engine: ``decode-0``
-    engine_id: EngineId  # of all its ranks in this incarnation
     incarnation: int
     keys: LaunchKeys  # without token and certificate: workers use ZMQ alone
     link: str  # ZMQ endpoint of the engine's first sidecar
@@ -51,8 +55,9 @@ class RankUp(Message):
 
     tp_rank: int
     tp_size: int
-    engine_id: EngineId
+    engine_id: EngineId  # of its data parallel rank
     side_channel: str
+    dp_rank: int = 0
 
 
 class PullFailure(Message):
@@ -81,8 +86,18 @@ def rank_name(engine: str, tp_rank: int) -> str:
     return f"{engine}/rank-{tp_rank}"
 
 
+def dp_engine(engine: str, dp_rank: int, dp_size: int) -> str:
+    """Return the name of a data parallel rank, which to other ranks is an engine of its own."""
+    return engine if dp_size == 1 else f"{engine}/dp-{dp_rank}"
+
+
+def dp_engine_id(engine_id: EngineId, dp_rank: int, dp_size: int) -> EngineId:
+    """Return the engine_id of a data parallel rank."""
+    return engine_id if dp_size == 1 else EngineId(f"{engine_id}_dp{dp_rank}")
+
+
 def engine_of_rank(name: str) -> str:
-    """Return the engine's name in ``decode-0/rank-1``."""
+    """Return the engine's name in ``decode-0/rank-1`` or ``decode-0/dp-0/rank-1``."""
     return name.partition("/")[0]
 
 
@@ -94,13 +109,21 @@ def rank_entries(entries: Iterable[Entry]) -> list[Entry]:
     return [
         msgspec.structs.replace(
             entry,
-            name=rank_name(entry.name, tp_rank),
+            name=rank_name(engine, tp_rank),
             kind="rank",
-            engine=entry.name,
+            engine=engine,
+            engine_id=dp_engine_id(entry.engine_id, dp_rank, dp_size_of(entry)),
             tp_rank=tp_rank,
             address=Address(side_channel=side_channel),
         )
         for entry in entries
         if entry.state not in ("starting", "failed")
-        for tp_rank, side_channel in enumerate(entry.address.side_channels)
+        for place, side_channel in enumerate(entry.address.side_channels)
+        for dp_rank, tp_rank in [divmod(place, entry.tp_size)]
+        for engine in [dp_engine(entry.name, dp_rank, dp_size_of(entry))]
     ]
+
+
+def dp_size_of(entry: Entry) -> int:
+    """Return the data parallel ranks of an engine of vLLM that is up."""
+    return max(1, len(entry.address.side_channels) // entry.tp_size)

@@ -108,6 +108,7 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
                 self._setup,
                 KVTransferSettings.model_validate_json(self._setup.kv_transfer),
                 [_shape_of(group) for group in self._groups],
+                dp_rank=vllm_config.parallel_config.data_parallel_index,
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
             )
 
@@ -190,6 +191,7 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         self._worker = Worker(
             self._setup,
             layout,
+            dp_rank=parallel.data_parallel_index,
             tp_rank=tp_rank,
             tp_size=parallel.tensor_parallel_size,
             dtype=str(model.dtype).removeprefix("torch."),

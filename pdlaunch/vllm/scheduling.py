@@ -65,11 +65,13 @@ class Scheduling:
         settings: KVTransferSettings,
         groups: Sequence[GroupShape],
         *,
+        dp_rank: int,
         tp_size: int,
     ) -> None:
         self._setup = setup
         self._settings = settings
         self._groups = groups
+        self._engine_id = setup.id_of(dp_rank)
         self._tp_size = tp_size
         self._root = root_hash(setup.model_digest)
         self._hash_tokens = min(group.block_size for group in groups)
@@ -196,7 +198,7 @@ class Scheduling:
             )
         )
         remote = RemoteKV(
-            engine_id=self._setup.engine_id,
+            engine_id=self._engine_id,
             lease_id=lease_id,
             host=self._setup.advertise_address,
             port=_NO_PORT,

@@ -32,6 +32,8 @@ from pdlaunch.protocol.engine_link import (
     Peers,
     PullFailure,
     RankUp,
+    dp_engine,
+    engine_of_rank,
     from_worker,
     rank_name,
     to_worker,
@@ -91,6 +93,7 @@ class Worker:
         setup: KVSetup,
         layout: VllmLayout,
         *,
+        dp_rank: int,
         tp_rank: int,
         tp_size: int,
         dtype: str,
@@ -112,12 +115,13 @@ class Worker:
         self._woken = threading.Event()  # the transfer thread has something to tell
         self._has_told = False  # in the last step
         self._device = layout.kv.device
-        name = rank_name(setup.name, tp_rank)
+        engine, engine_id = dp_engine(setup.name, dp_rank, setup.dp_size), setup.id_of(dp_rank)
+        name = rank_name(engine, tp_rank)
         self._context = SecureContext(setup.keys)
         self._link = ControlClient(
             self._context,
             setup.link,
-            f"rank-{tp_rank}",
+            name,
             self._on_message,
             encode=from_worker.encode,
             decode=to_worker.decode,
@@ -129,8 +133,8 @@ class Worker:
             TransferSetup(
                 identity=RankIdentity(
                     name=name,
-                    engine=setup.name,
-                    engine_id=setup.engine_id,
+                    engine=engine,
+                    engine_id=engine_id,
                     incarnation=setup.incarnation,
                     tp_rank=tp_rank,
                     tp_size=tp_size,
@@ -176,7 +180,8 @@ class Worker:
             RankUp(
                 tp_rank=tp_rank,
                 tp_size=tp_size,
-                engine_id=setup.engine_id,
+                dp_rank=dp_rank,
+                engine_id=engine_id,
                 side_channel=tcp_endpoint(
                     setup.advertise_address, int(transfer.endpoint.rpartition(":")[2])
                 ),
@@ -304,7 +309,8 @@ class Worker:
         )
         # A request may wait here for longer than its lease: that says nothing of the pair.
         if engine and "kv_late_reads" not in event.counts:
-            self._link.send(PullFailure(peer_engine=engine, error=event.error))
+            failure = PullFailure(peer_engine=engine_of_rank(engine), error=event.error)
+            self._link.send(failure)
 
     def _add(self, **figures: float) -> None:
         for name, value in figures.items():

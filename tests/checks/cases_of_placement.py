@@ -64,9 +64,14 @@ CASES = {
                 nnodes=2, tensor_parallel_size=2, kv_transfer__connector="vllm-nixl", **TRUSTED
             ),
             far(nnodes=2, tensor_parallel_size=2, **TRUSTED),
+            far(decode__data_parallel_size=2),
+            far_vllm(nnodes=2, tensor_parallel_size=2, data_parallel_size=2, **TRUSTED),
             on(WIDE, engine="vllm", nnodes=2, tensor_parallel_size=2, **TRUSTED),
         ],
-        [far_vllm(nnodes=2, tensor_parallel_size=2, **TRUSTED), far_vllm()],
+        [
+            far_vllm(nnodes=2, tensor_parallel_size=2, **TRUSTED),
+            far_vllm(data_parallel_size=2),
+        ],
     ),
     "PD455": Case(
         [hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD)],

@@ -161,12 +161,19 @@ class Canaries(Generic[Pair]):
 
 
 async def send_canary(
-    prefill: EngineApi, decode: EngineApi, model: str, *, is_exact: bool
+    prefill: EngineApi,
+    decode: EngineApi,
+    model: str,
+    *,
+    is_exact: bool,
+    dp_ranks: tuple[int, int] | None = None,
 ) -> Proof:
     """Send one canary through a pair. Raises CanaryDied, ProtocolError.
 
     ``is_exact``: the tokens of both ways must be equal; else their logprobs, within TOLERANCE.
+    ``dp_ranks``: the data parallel ranks, prefill first; None: engines have one.
     """
+    at_prefill, at_decode = dp_ranks or (None, None)
     started_at = time.monotonic()
     before = await decode.counts(TIMEOUT_S)
     request = {
@@ -179,7 +186,7 @@ async def send_canary(
         "return_token_ids": True,
     }
     handed = await prefill.complete(
-        request | {"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}, TIMEOUT_S
+        request | {"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}, TIMEOUT_S, at_prefill
     )
     params = handed.get("kv_transfer_params")
     if not params:
@@ -188,8 +195,8 @@ async def send_canary(
             fatal=True,
         )
     lent = {name: value for name, value in params.items() if name != CACHED_AT_PREFILL}
-    answer = await decode.complete(request | {"kv_transfer_params": lent}, TIMEOUT_S)
-    alone = await prefill.complete(request, TIMEOUT_S)
+    answer = await decode.complete(request | {"kv_transfer_params": lent}, TIMEOUT_S, at_decode)
+    alone = await prefill.complete(request, TIMEOUT_S, at_prefill)
     try:
         reason = _difference(answer, alone, is_exact=is_exact)
         num_tokens = num_recomputed(answer)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
+from pdlaunch.http.headers import DATA_PARALLEL_HEADER
 from pdlaunch.protocol.control import Capabilities
 
 MAX_WORD_BYTES = 64 * 1024  # limits answers that hold a word or none
@@ -160,16 +162,26 @@ class EngineApi:
         except ProtocolError:
             return None
 
-    async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    async def complete(
+        self, body: dict[str, Any], timeout_s: float, dp_rank: int | None = None
+    ) -> dict[str, Any]:
+        """Return the answer. ``dp_rank``: of vLLM's data parallel ranks; None: vLLM chooses."""
         sent = msgspec.json.encode(body)
-        return await self._read("/v1/completions", timeout_s, _json_object, sent)
+        headers = {} if dp_rank is None else {DATA_PARALLEL_HEADER: str(dp_rank)}
+        return await self._read("/v1/completions", timeout_s, _json_object, sent, headers)
 
     async def _read(
-        self, path: str, timeout_s: float, read: Callable[[bytes], T], body: bytes = b""
+        self,
+        path: str,
+        timeout_s: float,
+        read: Callable[[bytes], T],
+        body: bytes = b"",
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> T:
         """Return what ``read`` makes of the body of a 200. Raises ProtocolError."""
         try:
-            status, raw = await self._ask("POST" if body else "GET", path, timeout_s, body)
+            method = "POST" if body else "GET"
+            status, raw = await self._ask(method, path, timeout_s, body, headers=headers)
         except CallError as error:
             raise ProtocolError(f"{path}: {error}") from error
         if status != 200:
@@ -187,13 +199,15 @@ class EngineApi:
         timeout_s: float,
         body: bytes = b"",
         *,
+        headers: Mapping[str, str] = MappingProxyType({}),
         max_bytes: int = MAX_PAGE_BYTES,
     ) -> tuple[int, bytes]:
+        sent = {**self._headers, **headers}
         status, answer, _ = await self._calls.ask(
             self._url,
             method,
             f"{self._prefix}{path}",
-            self._headers,
+            sent,
             body,
             timeout_s=timeout_s,
             max_bytes=max_bytes,

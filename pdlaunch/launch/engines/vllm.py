@@ -130,6 +130,8 @@ class VllmEngine:
         on_gpu = engines.device == "cuda"
         yield "served-model-name", self._served_model_name
         yield "tensor-parallel-size", engines.tp_size
+        if settings.data_parallel_size > 1:
+            yield "data-parallel-size", settings.data_parallel_size
         if settings.load_format != "auto":
             yield "load-format", settings.load_format
         # vLLM keeps its default for None (``_as_arguments``).

@@ -73,7 +73,13 @@ from pdlaunch.protocol.control import (
     Registry,
     SleepState,
 )
-from pdlaunch.protocol.engine_link import PullFailure, RankUp, engine_of_rank, rank_entries
+from pdlaunch.protocol.engine_link import (
+    PullFailure,
+    RankUp,
+    dp_size_of,
+    engine_of_rank,
+    rank_entries,
+)
 from pdlaunch.protocol.ids import EngineId
 
 _logger = logging.getLogger("pdlaunch.launch.sidecar")  # not __main__, whose infos are not logged
@@ -137,7 +143,7 @@ class SidecarProcess:
         self._peers: dict[Peer, Entry] = {}
         self._registry: Registry | None = None
         self._listed: set[Peer] = set()  # those that the registry lists as proven
-        self._rank_pairs = RankPairs(self._name)
+        self._rank_pairs = RankPairs()
         self._failed_reads = FailedReads()
         self._failed_pulls: dict[str, list[str]] = defaultdict(list)  # errors, by prefill engine
 
@@ -406,7 +412,7 @@ class SidecarProcess:
         return self._link is None or self._slowest(self._link, peer) is not None
 
     def _slowest(self, link: EngineLink, peer: Peer) -> PairReady | None:
-        return self._rank_pairs.slowest(peer, link.tp_size)
+        return self._rank_pairs.slowest(peer, link.names, dp_size_of(self._peers[peer]))
 
     async def _send_canary(self, peer: Peer) -> Proof:
         await self._is_ready.wait()
@@ -417,9 +423,24 @@ class SidecarProcess:
             api = EngineApi(url, self._keys.http_token, client_context(certificate))
         try:
             async with self._one_at_a_time:
-                return await send_canary(api, self._api, options.model, is_exact=options.is_exact)
+                # A pair of engines is as good as its worst pair of data parallel ranks.
+                proofs = [
+                    await send_canary(
+                        api, self._api, options.model, is_exact=options.is_exact, dp_ranks=dp_ranks
+                    )
+                    for dp_ranks in self._dp_pairs(peer)
+                ]
+                return min(proofs, key=lambda proof: proof.gigabytes_per_s or 0.0)
         finally:
             await api.close()
+
+    def _dp_pairs(self, peer: Peer) -> list[tuple[int, int] | None]:
+        """Return the pairs of data parallel ranks, prefill first; [None]: each side has one."""
+        theirs = dp_size_of(self._peers[peer])
+        ours = 1 if self._link is None else self._link.dp_size
+        if theirs == ours == 1:
+            return [None]
+        return [(their, our) for their in range(theirs) for our in range(ours)]
 
     def _tell_proof(self, peer: Peer, result: Proof | CanaryDied) -> None:
         name, incarnation = peer

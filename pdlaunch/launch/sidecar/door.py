@@ -23,7 +23,7 @@ from pdlaunch.http.connections import HttpRunner, fit
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.guard import Guard
-from pdlaunch.http.headers import PASSED_HEADERS, REQUEST_ID_HEADER
+from pdlaunch.http.headers import DATA_PARALLEL_HEADER, PASSED_HEADERS, REQUEST_ID_HEADER
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes
@@ -40,7 +40,7 @@ MOST_TOKENS = 131_072  # stands for the longest request of an engine whose lengt
 _ASKED = ("/health", "/version", "/metrics", "/v1/models", "/is_sleeping")
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _TOLD = (*_COMPLETIONS, "/tokenize", "/detokenize", "/sleep", "/wake_up")
-_TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, *PASSED_HEADERS)
+_TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, DATA_PARALLEL_HEADER, *PASSED_HEADERS)
 _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
 
 

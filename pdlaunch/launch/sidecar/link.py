@@ -29,6 +29,7 @@ from pdlaunch.protocol.engine_link import (
     KVSetup,
     Peers,
     RankUp,
+    dp_engine,
     engine_of_rank,
     from_worker,
     rank_name,
@@ -66,8 +67,9 @@ class EngineLink:
         if over_hosts:
             port = int(self.endpoint.rpartition(":")[2])
             self.endpoint = tcp_endpoint(spec.advertise_address, port)
-        self._ranks: dict[int, RankUp] = {}
-        self._workers: dict[int, bytes] = {}  # their identities, by rank
+        # By data parallel and tensor parallel rank
+        self._ranks: dict[tuple[int, int], RankUp] = {}
+        self._workers: dict[tuple[int, int], bytes] = {}  # their identities
         self._peers: Sequence[Entry] | None = None  # None: workers are told of nobody yet
         self.all_up = asyncio.Event()
 
@@ -75,24 +77,41 @@ class EngineLink:
         return write_setup(self._bootstrap, self._spec, self.endpoint, model_digest)
 
     @property
+    def dp_size(self) -> int:
+        return self._spec.dp_size
+
+    @property
     def tp_size(self) -> int:
         return max((rank.tp_size for rank in self._ranks.values()), default=1)
 
     @property
     def engine_id(self) -> EngineId:
-        """Return the id that all ranks have; empty until they are up."""
-        return self._ranks[0].engine_id if self.all_up.is_set() else EngineId("")
+        """Return the id of the engine as a whole; empty until all ranks are up."""
+        return self._spec.engine_id if self.all_up.is_set() else EngineId("")
 
     @property
     def side_channels(self) -> tuple[str, ...]:
-        """Return where each rank listens; empty until all are up."""
+        """Return where each rank listens, those of data parallel rank 0 first; empty until all are
+        up.
+        """
         if not self.all_up.is_set():
             return ()
-        return tuple(self._ranks[tp_rank].side_channel for tp_rank in range(self.tp_size))
+        return tuple(rank.side_channel for _, rank in sorted(self._ranks.items()))
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all ranks."""
+        spec, name = self._spec, self._bootstrap.name
+        return [
+            rank_name(dp_engine(name, dp_rank, spec.dp_size), tp_rank)
+            for dp_rank in range(spec.dp_size)
+            for tp_rank in range(self.tp_size)
+        ]
 
     @property
     def progress(self) -> str:
-        return f"{len(self._ranks)} of {self.tp_size} ranks exchange KV blocks"
+        num_ranks = self.dp_size * self.tp_size
+        return f"{len(self._ranks)} of {num_ranks} ranks exchange KV blocks"
 
     async def receive(self) -> FromWorker:
         """Return what a worker says next. Raises ProtocolError when engine_ids differ."""
@@ -120,12 +139,12 @@ class EngineLink:
             _setup_path(self._bootstrap).unlink()
 
     async def _take_rank(self, identity: bytes, rank: RankUp) -> None:
-        self._ranks[rank.tp_rank], self._workers[rank.tp_rank] = rank, identity
-        ids = {tp_rank: str(each.engine_id) for tp_rank, each in sorted(self._ranks.items())}
-        if len({*ids.values()}) > 1:
-            told = ", ".join(f"rank {tp_rank} has {each}" for tp_rank, each in ids.items())
-            raise ProtocolError(f"its ranks differ in engine_id: {told}")
-        if self._ranks.keys() >= {*range(self.tp_size)}:
+        key, wanted = (rank.dp_rank, rank.tp_rank), self._spec.id_of(rank.dp_rank)
+        self._ranks[key], self._workers[key] = rank, identity
+        if rank.engine_id != wanted:
+            at = f"rank {rank.tp_rank}" + f" of DP rank {rank.dp_rank}" * (self._spec.dp_size > 1)
+            raise ProtocolError(f"its engine_id is {wanted}, and {at} has {rank.engine_id}")
+        if len(self._ranks) == self._spec.dp_size * rank.tp_size:
             self.all_up.set()
         if self._peers is not None:
             await self._send_peers(identity)
@@ -137,12 +156,9 @@ class EngineLink:
 
 def write_setup(bootstrap: Bootstrap, spec: ConnectorSpec, link: str, model_digest: str) -> Path:
     """Leave what the connector reads at its start in a file for this user alone."""
-    engine = engine_of_rank(bootstrap.name)
     setup = KVSetup(
         **msgspec.structs.asdict(spec),
-        name=engine,
-        # All ranks have it before any connector is made, on whichever host they are.
-        engine_id=EngineId(f"{bootstrap.launch_id}/{engine}#{bootstrap.incarnation}"),
+        name=engine_of_rank(bootstrap.name),
         incarnation=bootstrap.incarnation,
         keys=LaunchKeys(bootstrap.keys.public, bootstrap.keys.secret, http_token=""),
         link=link,
@@ -163,8 +179,7 @@ def _setup_path(bootstrap: Bootstrap) -> Path:
 class RankPairs:
     """Collects which pairs of ranks are proven, by prefill engine."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name  # of the decode engine
+    def __init__(self) -> None:
         self._proven: dict[Peer, dict[tuple[str, str], PairReady]] = defaultdict(dict)
 
     def add(self, pair: PairReady) -> None:
@@ -180,14 +195,15 @@ class RankPairs:
         for peer in self._proven.keys() - set(peers):
             del self._proven[peer]
 
-    def slowest(self, peer: Peer, tp_size: int) -> PairReady | None:
+    def slowest(self, peer: Peer, ranks: Sequence[str], num_peers: int) -> PairReady | None:
         """Return the slowest pair with an engine; None: ranks are missing.
 
-        ``tp_size``: ranks of the decode engine. Each tells from how many ranks it pulls.
+        ``ranks``: of the decode engine. Each tells from how many ranks it pulls of each of the
+        other engine's ``num_peers`` data parallel ranks.
         """
         pairs = self._proven.get(peer, {}).values()
-        for tp_rank in range(tp_size):
-            own = [pair for pair in pairs if pair.local == rank_name(self._name, tp_rank)]
-            if not own or len(own) < max(pair.num_peers for pair in own):
+        for rank in ranks:
+            own = [pair for pair in pairs if pair.local == rank]
+            if not own or len(own) < max(pair.num_peers for pair in own) * num_peers:
                 return None
         return min(pairs, key=lambda pair: pair.gigabytes_per_s or float("inf"))

@@ -14,6 +14,7 @@ from pdlaunch.protocol.engine_link import (
     FromWorker,
     KVSetup,
     RankUp,
+    dp_engine,
     from_worker,
     rank_name,
     to_worker,
@@ -29,15 +30,17 @@ def read_setup(path: Path) -> KVSetup:
 class FakeWorker:
     """Says what a test says, and with ``shake_hands`` what a rank whose handshakes succeed says."""
 
-    def __init__(self, setup: KVSetup, tp_rank: int = 0, tp_size: int = 1) -> None:
+    def __init__(
+        self, setup: KVSetup, tp_rank: int = 0, tp_size: int = 1, dp_rank: int = 0
+    ) -> None:
         self.setup = setup
-        self.tp_rank, self.tp_size = tp_rank, tp_size
-        self.name = rank_name(setup.name, tp_rank)
+        self.tp_rank, self.tp_size, self.dp_rank = tp_rank, tp_size, dp_rank
+        self.name = rank_name(dp_engine(setup.name, dp_rank, setup.dp_size), tp_rank)
         self._context = SecureContext(setup.keys)
         self._socket = self._context.connect(
             zmq.DEALER,
             setup.link,
-            identity=f"rank-{tp_rank}".encode(),
+            identity=self.name.encode(),
             socket_class=zmq.asyncio.Socket,
         )
 
@@ -49,8 +52,9 @@ class FakeWorker:
             RankUp(
                 tp_rank=self.tp_rank,
                 tp_size=self.tp_size,
-                engine_id=EngineId(engine_id or f"{self.setup.name}#{self.setup.incarnation}"),
+                engine_id=EngineId(engine_id) or self.setup.id_of(self.dp_rank),
                 side_channel=f"tcp://{self.setup.advertise_address}:{7000 + self.tp_rank}",
+                dp_rank=self.dp_rank,
             )
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -45,7 +46,7 @@ def replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-async def serve(path: Path, folder: Path, tp_size: int, ranks: range) -> None:
+async def serve(path: Path, folder: Path, tp_size: int, ranks: range, dp_size: int) -> None:
     """``path``: the socket to serve at; of a further host of the engine, its server's name."""
     engine = FakeVllm(path.stem, FolderShares(folder))
     heed(engine, folder)
@@ -55,8 +56,8 @@ async def serve(path: Path, folder: Path, tp_size: int, ranks: range) -> None:
         for field in told:
             if (file := folder / f"{engine.name}.{field}").exists():
                 told[field] = json.loads(file.read_text())
-        for tp_rank in ranks:
-            worker = FakeWorker(read_setup(Path(setup)), tp_rank, tp_size)
+        for dp_rank, tp_rank in itertools.product(range(dp_size), ranks):
+            worker = FakeWorker(read_setup(Path(setup)), tp_rank, tp_size, dp_rank)
             workers.append(asyncio.create_task(worker.shake_hands(*told.values())))
     if ranks.start == 0:
         await listen(engine, path)
@@ -76,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", type=Path, default=Path("headless"))
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node-rank", type=int, default=0)
     found, rest = parser.parse_known_args()
@@ -90,7 +92,8 @@ def main() -> None:
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
         )
         sys.exit(3)
-    asyncio.run(serve(found.uds, folder, found.tensor_parallel_size, ranks))
+    dp_size = found.data_parallel_size
+    asyncio.run(serve(found.uds, folder, found.tensor_parallel_size, ranks, dp_size))
 
 
 if __name__ == "__main__":

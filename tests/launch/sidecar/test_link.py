@@ -78,6 +78,7 @@ async def two_ranks(tmp_path: Path) -> AsyncIterator[Scene]:
         advertise_address="127.0.0.1",
         kv_transfer=KVTransferSettings().model_dump_json(),
         by_head=False,
+        engine_id=EngineId("decode-0#1"),
     )
     supervisor.bootstrap = structs.replace(supervisor.bootstrap, connector=spec)
     path = tmp_path / "decode-0.kv.json"
@@ -128,7 +129,7 @@ async def test_ranks_of_different_starts_are_refused(tmp_path: Path) -> None:
     async with two_ranks(tmp_path) as scene:
         for worker, engine_id in zip(scene.workers, ("one", "two"), strict=True):
             await worker.be_up(engine_id)
-        with pytest.raises(StartupError, match="rank 0 has one, rank 1 has two"):
+        with pytest.raises(StartupError, match="engine_id is decode-0#1, and rank 0 has one"):
             await scene.running
 
 
@@ -219,10 +220,11 @@ def pair(local: str, peer: str, **fields: object) -> PairReady:
 
 
 def test_proofs_are_kept_by_incarnation() -> None:
-    pairs = RankPairs("decode-0")
+    pairs, one = RankPairs(), ["decode-0/rank-0"]
     pairs.add(pair("decode-0/rank-0", "prefill-0/rank-0", peer_incarnation=2))
-    assert pairs.slowest(("prefill-0", 1), 1) is None
-    assert pairs.slowest(("prefill-0", 2), 1) is not None
-    assert pairs.slowest(("prefill-0", 2), 2) is None, "rank 1 has none"
+    assert pairs.slowest(("prefill-0", 1), one, 1) is None
+    assert pairs.slowest(("prefill-0", 2), one, 1) is not None
+    assert pairs.slowest(("prefill-0", 2), one, 2) is None, "one of two data parallel ranks"
+    assert pairs.slowest(("prefill-0", 2), [*one, "decode-0/rank-1"], 1) is None, "rank 1 has none"
     pairs.keep([("prefill-0", 3)])
-    assert pairs.slowest(("prefill-0", 2), 1) is None
+    assert pairs.slowest(("prefill-0", 2), one, 1) is None
