@@ -85,10 +85,14 @@ def _cannot_spread(context: Context) -> Iterator[Found]:
     for each in context.engines.values():
         nnodes, where = each.settings.nnodes, each.where("nnodes")
         is_copied = each.settings.data_parallel_size > 1
+        if is_copied and nnodes == 1:
+            where = each.where("data_parallel_size")
         if each.is_native and (is_copied or nnodes > 1):
-            where = each.where("data_parallel_size") if is_copied else where
             message = "ranks of a native engine are tensor parallel, on one host"
             yield Found(message, where, "set engine: vllm")
+        elif context.kv_transfer.is_stock and (is_copied or nnodes > 1):
+            message = "vLLM's own connector needs ports and an engine_id that only ours plans"
+            yield Found(message, where, "leave kv_transfer.connector out")
         if each.is_native or nnodes == 1:
             continue
         if is_copied:
@@ -101,9 +105,6 @@ def _cannot_spread(context: Context) -> Iterator[Found]:
         if there < nnodes:
             message = f"nnodes is {nnodes}, and {there} of the launch's hosts can take part"
             yield Found(message, where, "list more hosts, with placement: hosts, ray or slurm")
-        if context.kv_transfer.is_stock:
-            fix = "leave kv_transfer.connector out"
-            yield Found("vLLM's own connector has another engine_id on each host", where, fix)
         if not context.kv_transfer.trusted_network:
             message = "vLLM's ranks admit everybody who reaches their ports between hosts"
             yield Found(message, where, "set kv_transfer.trusted_network where nobody else can")

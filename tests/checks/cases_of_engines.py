@@ -100,7 +100,7 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD602": Case(
-        [args(dp=2), args(ssl_keyf="k"), args(headless=True)],
+        [args(pp=2), args(ssl_keyf="k"), args(headless=True)],
         [args(enable_expert_parallel=True), args(enable_lora=True), args(headless=False)],
     ),
     "PD605": Case(
