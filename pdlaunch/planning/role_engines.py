@@ -261,6 +261,7 @@ class RoleEngines:
         weight_bytes = outline.weight_bytes(
             dtype_bytes,
             self.tp_size,
+            dp_size=self.settings.data_parallel_size,
             quantization=given.get("quantization"),
             by_expert=bool(given.get("enable-expert-parallel")),
         )

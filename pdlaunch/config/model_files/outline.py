@@ -51,11 +51,18 @@ class Outline:
     has_small_kv: bool = False  # KV is in 8 bits unless a flag says otherwise
 
     def weight_bytes(
-        self, dtype_bytes: int, tp_size: int, *, quantization: object, by_expert: bool
+        self,
+        dtype_bytes: int,
+        tp_size: int,
+        *,
+        dp_size: int = 1,
+        quantization: object,
+        by_expert: bool,
     ) -> int | None:
         """Return the weights of one rank, which vLLM cuts; None: not known.
 
-        ``by_expert``: each rank has whole experts (expert parallelism).
+        ``dp_size``: data parallel ranks, which share the experts alone. ``by_expert``: each rank
+        has whole experts (expert parallelism).
         """
         bits = self.bits
         if bits is None and quantization and not (bits := _ONLINE_BITS.get(str(quantization))):
@@ -70,7 +77,8 @@ class Outline:
             loaded = self.file_bytes * (1.0 if bits else dtype_bytes / self.file_dtype_bytes)
             scale = loaded / (experts + others)
         num_experts = self.num_experts if by_expert else 0
-        share = math.ceil(num_experts / tp_size) / num_experts if num_experts else 1 / tp_size
+        ranks = tp_size * dp_size
+        share = math.ceil(num_experts / ranks) / num_experts if num_experts else 1 / ranks
         return int(scale * (experts * share + others / tp_size))
 
     def kv_bytes(self, num_tokens: int, kv_bits: int, tp_size: int, num_batched_tokens: int) -> int:

@@ -94,6 +94,9 @@ def test_expert_parallel_ranks_have_whole_experts():
     )
     experts = 2 * outline.expert_weights
     assert whole - cut == pytest.approx(experts * (9 / 65 - 1 / 8), rel=1e-6)
+    copied = outline.weight_bytes(2, 2, dp_size=4, quantization=None, by_expert=True)
+    others = outline.weight_bytes(2, 2, **PLAIN) - experts / 2
+    assert copied == pytest.approx(others + experts * 9 / 65, rel=1e-6)
 
 
 @pytest.mark.parametrize(
