@@ -67,8 +67,8 @@ class Request:
         prefix_keys: PrefixKeys,
     ) -> None:
         self.message = message
-        self.arrival = arrival
-        """Position in the order of arrival; the queue keeps it through preemption."""
+        self.order = (message.priority, arrival)
+        """Its place in the queues, lower priorities first; kept through preemption."""
         self.output_limit = output_limit
         """Output tokens after which it ends: max_tokens, or what max_model_len leaves."""
         self.token_ids = message.prompt_token_ids + [token.token_id for token in message.output]
@@ -225,7 +225,9 @@ class Request:
 
 
 class RequestQueues:
-    """Holds requests from their arrival to their end; queues are in the order of arrival."""
+    """Holds requests from their arrival to their end; queues are in the order of priority
+    and arrival.
+    """
 
     def __init__(self) -> None:
         self.by_id: dict[RequestId, Request] = {}
@@ -243,7 +245,7 @@ class RequestQueues:
 
     def add(self, request: Request) -> None:
         self.by_id[request.request_id] = request
-        self.waiting.append(request)
+        insort(self.waiting, request, key=attrgetter("order"))
 
     def move(self, request: Request, phase: Phase) -> None:
         before, after = self._queue_of.get(request.phase), self._queue_of.get(phase)
@@ -258,7 +260,7 @@ class RequestQueues:
             if before is not None:
                 before.remove(request)
             if after is not None:
-                insort(after, request, key=attrgetter("arrival"))
+                insort(after, request, key=attrgetter("order"))
         if phase is Phase.FINISHED:
             del self.by_id[request.request_id]
 
@@ -266,12 +268,12 @@ class RequestQueues:
         return [request for request in self.waiting if request.phase is Phase.READY]
 
     def latest_owner(self) -> Request:
-        return max(self.ready()[-1:] + self.running[-1:], key=attrgetter("arrival"))
+        return max(self.ready()[-1:] + self.running[-1:], key=attrgetter("order"))
 
     def check_integrity(self) -> None:
         """Prove that each request is where its phase says. Raises AssertionError."""
         for queue in (self.waiting, self.running):
-            assert queue == sorted(queue, key=attrgetter("arrival"))
+            assert queue == sorted(queue, key=attrgetter("order"))
         for request in self.by_id.values():
             for queue in (self.waiting, self.running):
                 assert (request in queue) == (self._queue_of.get(request.phase) is queue)

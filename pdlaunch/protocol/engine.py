@@ -49,6 +49,7 @@ class AddRequest(Message):
     num_readers: int = 1  # choices that will pull the leased blocks
     remote_kv: RemoteKV | None = None  # pull the prompt's KV blocks from there
     cache_salt: str = ""
+    priority: int = 0  # lower first
     origin: PromptOrigin = NO_ORIGIN  # the same for all choices and attempts; below 2^63
     # Computed by a rank that died. A step has at most one suspect; surviving a step clears it.
     is_suspect: bool = False

@@ -105,3 +105,19 @@ def test_choices_of_one_prompt_wait_for_the_first_to_compute_it() -> None:
     engine.run()
     assert engine.runners[0].num_computed_tokens == 10 + 2 + 2 + 3
     assert [engine.finished[f"a/{choice}"].num_cached_tokens for choice in range(3)] == [0, 8, 8]
+
+
+def test_lower_priorities_are_computed_first_and_give_way_last() -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    engine.add("first", PROMPT)
+    engine.step()
+    for name, priority in (("late", 0), ("last", 3), ("urgent", -2)):
+        engine.add(name, PROMPT[:4], priority=priority)
+    engine.run()
+    assert list(engine.finished) == ["first", "urgent", "late", "last"]
+    engine = FakeEngine(num_blocks=7, caching=False)
+    engine.add("first", [1, 2, 3, 4], max_tokens=16, priority=1)
+    engine.add("urgent", [4, 3, 2, 1], max_tokens=16)
+    engine.run()
+    assert engine.scheduler.requests.stats().counts["num_preemptions"] > 0
+    assert list(engine.finished) == ["urgent", "first"]

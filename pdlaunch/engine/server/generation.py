@@ -110,6 +110,7 @@ class Generation:
                     num_readers=request.n if leases else 1,
                     remote_kv=transfer.remote_kv,
                     cache_salt=request.cache_salt,
+                    priority=request.priority,
                     origin=call.origin,
                     is_suspect=call.is_suspect,
                     records_spans=call.wants_spans,

@@ -260,7 +260,6 @@ class GenerationRequest(SamplingFields):
         "echo": (False,),
         "length_penalty": (1, 1.0),
         "logits_processors": ([],),
-        "priority": (0,),
         "response_format": ({"type": "text"},),
         "return_prompt_text": (False,),
         "return_tokens_as_token_ids": (False,),
@@ -290,6 +289,7 @@ class GenerationRequest(SamplingFields):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     cache_salt: Label = ""
+    priority: int = Field(0, ge=-(2**63), le=2**63 - 1)
     return_token_ids: bool = False
     user: Label = ""
     safety_identifier: Label = ""
