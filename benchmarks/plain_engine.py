@@ -2,12 +2,13 @@
 
 ::
 
-    POST, do_remote_decode ──▶ kv_transfer_params, at once
+    POST, do_remote_decode ──▶ kv_transfer_params, at once, or one prompt after another at
+                               ``tokens_per_s``
     POST, stream           ──▶ one chunk for every stream, each ``interval_s``   as a decode step
                                  └ stamped with the instant at which it was sent
 
-``python -m benchmarks.plain_engine PORT PORT INTERVAL_S`` plays a prefill and a decode
-engine at 127.0.0.1. Tokens are those of a counter, so that a canary finds both engines equal.
+``python -m benchmarks.plain_engine PORT PORT INTERVAL_S [TOKENS_PER_S]`` plays a prefill and a
+decode engine at 127.0.0.1. Tokens are those of a counter, so that a canary finds both equal.
 """
 
 from __future__ import annotations
@@ -35,10 +36,19 @@ _TOKEN = 100
 class PlainEngines:
     """Holds what the connections share: the streams, and the bytes that were "read"."""
 
-    def __init__(self, interval_s: float) -> None:
+    def __init__(self, interval_s: float, tokens_per_s: float = 0.0) -> None:
         self._interval_s = interval_s
+        self._tokens_per_s = tokens_per_s
+        self._computed_at = 0.0
         self._streams: dict[_Stream, None] = {}
         self.num_bytes_read = 1
+
+    def computed_at(self, prompt: object) -> float:
+        """Return when a prompt of token ids is computed, after those that came before it."""
+        num_tokens = len(prompt) if self._tokens_per_s and isinstance(prompt, list) else 0
+        self._computed_at = max(self._computed_at, asyncio.get_running_loop().time())
+        self._computed_at += num_tokens / (self._tokens_per_s or 1.0)
+        return self._computed_at
 
     def begin(self, stream: _Stream) -> None:
         self._streams[stream] = None
@@ -171,7 +181,8 @@ class _Connection(asyncio.Protocol):
                 "remote_port": 1,
                 "tp_size": 1,
             }
-        self._send(msgspec.json.encode(answer))
+        at = self._engines.computed_at(body.get("prompt"))
+        asyncio.get_running_loop().call_at(at, self._send, msgspec.json.encode(answer))
 
     def _send(self, body: bytes, content_type: bytes = b"application/json") -> None:
         self._transport.write(
@@ -198,9 +209,9 @@ def _usage(num_tokens: int) -> dict[str, Any]:
     }
 
 
-async def serve(ports: list[int], interval_s: float) -> None:
+async def serve(ports: list[int], interval_s: float, tokens_per_s: float) -> None:
     """Serve at these ports of 127.0.0.1, until cancelled."""
-    engines, loop = PlainEngines(interval_s), asyncio.get_running_loop()
+    engines, loop = PlainEngines(interval_s, tokens_per_s), asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         for port in ports:
             server = await loop.create_server(
@@ -212,8 +223,9 @@ async def serve(ports: list[int], interval_s: float) -> None:
 
 def main() -> None:
     """Serve until killed."""
-    *ports, interval_s = sys.argv[1:]
-    asyncio.run(serve([int(port) for port in ports], float(interval_s)))
+    prefill, decode, interval_s, *tokens_per_s = sys.argv[1:]
+    speed = float(tokens_per_s[0]) if tokens_per_s else 0.0
+    asyncio.run(serve([int(prefill), int(decode)], float(interval_s), speed))
 
 
 if __name__ == "__main__":

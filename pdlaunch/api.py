@@ -167,7 +167,9 @@ def launched(
     with tempfile.TemporaryDirectory(prefix="pdlaunch-api-") as folder:
         # JSON is YAML; the folder is for this user alone.
         file = Path(folder) / "deploy.json"
-        file.write_text(json.dumps({path: masked[path] for path in given if path not in keys}))
+        # A certificate is of another name than 127.0.0.1.
+        apart = {*keys, "ssl_certfile", "ssl_keyfile"}
+        file.write_text(json.dumps({path: masked[path] for path in given if path not in apart}))
         with running_deployment(
             [str(file)],
             environ=environ

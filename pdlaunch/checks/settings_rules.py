@@ -8,7 +8,10 @@ from pdlaunch.checks.context import Context, engines, on_cuda, shapes
 from pdlaunch.checks.rule import Found, error, info, warning
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR
+from pdlaunch.errors import ConfigError
+from pdlaunch.protocol.certificates import CertificateFiles
 
 CUDA_BLOCK_STEP_TOKENS = 16
 
@@ -42,6 +45,15 @@ def _fitting_heads(shape: ModelShape) -> str:
     heads = shape.num_kv_heads
     sizes = [n for n in range(1, heads + 1) if not heads % n and not shape.num_attention_heads % n]
     return f"choose {', '.join(map(str, sizes))} or a multiple of {heads}"
+
+
+def _certificate_problem(config: LaunchConfig) -> str:
+    try:
+        if files := CertificateFiles.given(config.ssl_certfile, config.ssl_keyfile):
+            files.context()
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 # fmt: off
@@ -126,10 +138,16 @@ RULES = (
         "Whoever reaches the port can use the engines, and read what the prefix cache tells by "
         "its timing.",
         over=lambda context: [context.config],
-        when=lambda config: config.api_key is None and not is_loopback(config.host), at="host",
+        when=lambda config: config.api_key is None and not config.api_keys
+        and not is_loopback(config.host), at="host",
         message="the API listens on {0.host} and asks for no key",
         fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
         source="An open port answers whoever reaches it.", on_vllm=True),
+    error("PD113", "The router's certificate cannot be used.",
+        "The router would end at its start.",
+        over=lambda context: [context.config], when=_certificate_problem, at="ssl_certfile",
+        fix="Name PEM files: the chain, and its private key without a password.",
+        source="ssl.SSLContext.load_cert_chain.", needs=("ports",), on_vllm=True),
     info("PD117", "The weights are random.",
         "load_format: dummy is for benchmarks.",
         over=engines, when=lambda each: each.settings.load_format == "dummy", at="load_format",

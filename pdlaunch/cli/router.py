@@ -23,6 +23,7 @@ from pdlaunch.launch.engines.plan import capabilities_over_http
 from pdlaunch.launch.folders import new_launch_id
 from pdlaunch.launch.ports import listening
 from pdlaunch.observe.logs import setup_logging
+from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.router.engines_file import read_engines_file, to_member
@@ -63,6 +64,8 @@ def router(
         if named:
             flags["engines"] = named
         loaded = load_config(config, os.environ, flags).config
+        if files := CertificateFiles.given(loaded.ssl_certfile, loaded.ssl_keyfile):
+            files.context()
         members = _members(loaded, os.environ)
         model = loaded.served_model_name or asyncio.run(_ask_for_model(members))
         lifeline = standard_input() if stop_on_stdin_eof else None

@@ -164,7 +164,7 @@ def _summary(
         model=resolved.served_model_name,
         connector=config.kv_transfer.connector if resolved.has_pair else None,
         log_dir=str(log_dir),
-        needs_key=config.api_key is not None,
+        needs_key=config.api_key is not None or bool(config.api_keys),
     )
 
 

@@ -24,9 +24,9 @@ WILDCARDS: Mapping[str, str] = MappingProxyType(
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
-def local_url(host: str, port: int) -> str:
+def local_url(host: str, port: int, *, is_tls: bool = False) -> str:
     """Return the URL at which this machine's processes reach a server that listens on ``host``."""
-    return url_of("http", WILDCARDS.get(host, host), port)
+    return url_of("https" if is_tls else "http", WILDCARDS.get(host, host), port)
 
 
 def url_of(scheme: str, host: str, port: int) -> str:

@@ -8,14 +8,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.engine_settings import BothSettings, EngineSettings, RoleSettings
 from pdlaunch.config.external import RunningEngine, RunningEngines, named
-from pdlaunch.config.field_types import Flag, override
+from pdlaunch.config.field_types import Flag, FrozenModel, override
 from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrategy
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.shared_settings import DEPLOYMENT, SharedSettings
@@ -29,6 +38,40 @@ _HOSTS_HELP = "Names of the hosts that engines are placed on; `local` is this on
 MIN_AGENT_TIMEOUT_S = 2.0
 MIN_HANG_TIMEOUT_S = 5.0
 MAX_PORT = 65535
+
+
+def _check_sha256(digest: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        # What stands there may be the key itself.
+        raise ValueError('write the 64 hexadecimal digits of `printf %s "$KEY" | sha256sum`')
+    return digest
+
+
+class ApiKey(FrozenModel):
+    """Names a key of clients, and limits its holders."""
+
+    # fmt: off
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Name in metrics and errors.")
+    sha256: Annotated[str, AfterValidator(_check_sha256)] = Field(
+        description="Hash of the key: `printf %s \"$KEY\" | sha256sum`.")
+    max_concurrent: int | None = Field(
+        None, gt=0, description="Its prompts in flight; one more gets 429.")
+    tokens_per_minute: int | None = Field(
+        None, gt=0, description="Tokens of its prompts and answers; when they are used up, 429.")
+    weight: float = Field(
+        1.0, ge=0.01, le=100,
+        description="Its share of the engines while prompts of several keys wait.")
+    # fmt: on
+
+
+def _differ(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    for field in ("name", "sha256"):
+        values = [getattr(key, field) for key in keys]
+        if twice := next((key for key in keys if values.count(getattr(key, field)) > 1), None):
+            raise ValueError(f"two keys have the {field} of {twice.name}")
+    return keys
 
 
 class LaunchConfig(SharedSettings, EngineSettings):
@@ -46,6 +89,20 @@ class LaunchConfig(SharedSettings, EngineSettings):
         8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
     api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None, min_length=1, description="Key that clients must send as a bearer token.")
+    api_keys: Annotated[tuple[ApiKey, ...], AfterValidator(_differ)] = Field(
+        (),
+        description="Keys of clients by name, hashed: `[{name, sha256, max_concurrent, "
+        "tokens_per_minute, weight}]`. With several keys, none starves the others.")
+    ssl_certfile: Annotated[
+        str | None, Flag(panel=DEPLOYMENT, for_router=True, metavar="FILE")
+    ] = Field(
+        None, min_length=1,
+        description="Certificate chain of the router, PEM; clients then use https. Read again "
+        "when it changes.")
+    ssl_keyfile: Annotated[
+        str | None, Flag(panel=DEPLOYMENT, for_router=True, metavar="FILE")
+    ] = Field(
+        None, min_length=1, description="Private key of the certificate; in its file when unset.")
     admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None, min_length=1,
         description="Key for sleep, wake and other commands over HTTP; without it they are taken "
@@ -153,17 +210,20 @@ class LaunchConfig(SharedSettings, EngineSettings):
     def _has_a_key_for_each_door(self) -> Self:
         """Require keys that differ: each is for other people."""
         # Whoever holds one key could otherwise open the door of another.
-        seen: dict[str, str] = {}
+        seen: dict[str, str] = {key.sha256: f"the key {key.name}" for key in self.api_keys}
         for name in ("api_key", "admin_api_key", "engine_api_key"):
             key: SecretStr | None = getattr(self, name)
             if key is None:
                 continue
-            if (other := seen.setdefault(key.get_secret_value(), name)) != name:
+            digest = hashlib.sha256(key.get_secret_value().encode()).hexdigest()
+            if (other := seen.setdefault(digest, name)) != name:
                 raise _refused(name, f"must differ from {other}, which other people hold")
         return self
 
     @model_validator(mode="after")
     def _has_a_port_for_each_server(self) -> Self:
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise _refused("ssl_keyfile", "belongs to a certificate: set ssl_certfile, too")
         # Found here, and not only when a process tries to listen.
         taken = {self.port: "port"} if self.port else {}
         for role in ROLES:

@@ -195,14 +195,19 @@ def bearer_check(keys: Collection[str], *, message: str, code: str) -> KeyCheck:
     """Return a check that one of ``keys`` was sent as bearer token."""
 
     def check(http: web.Request) -> None:
-        scheme, _, given = http.headers.get("Authorization", "").partition(" ")
-        sent = given.strip().encode(errors="surrogateescape")
+        sent = bearer_token(http)
         # All are compared in constant time, which does not tell what nearly matched.
         matches = [secrets.compare_digest(sent, key.encode()) for key in keys]
-        if scheme.lower() != "bearer" or not any(matches):
+        if not any(matches):
             raise RequestError(message, status=401, code=code)
 
     return check
+
+
+def bearer_token(http: web.Request) -> bytes:
+    """Return the key that a client has sent; empty, which is nobody's key, without one."""
+    scheme, _, given = http.headers.get("Authorization", "").partition(" ")
+    return given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
 
 
 def model_routes(cards: Callable[[], list[ModelCard]]) -> list[AppRoute]:

@@ -66,8 +66,8 @@ class Admission:
                 )
             if self.in_flight + size - held > self.limit:
                 raise OverloadedError(
-                    f"{self.in_flight} requests are in flight; at most {self.limit} are served at "
-                    "a time",
+                    f"{self.in_flight} requests are in flight; at most {self.limit} of all clients "
+                    "are served at a time",
                     code="too_many_requests",
                 )
             self.in_flight += size - held

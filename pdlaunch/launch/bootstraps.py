@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from pdlaunch.config.roles import PAIR
 from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.engine_link import ConnectorSpec
 from pdlaunch.protocol.ids import EngineId
-from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap, ClientKey, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 # How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``.
@@ -143,11 +145,20 @@ def router_spec(
         "port": int(listeners[0].getsockname()[1]),
         "listeners": tuple(listener.fileno() for listener in listeners),
         "served_model_name": served_model_name,
-        "api_key": _plain(config.api_key),
+        "certificate": CertificateFiles.given(config.ssl_certfile, config.ssl_keyfile),
+        "keys": _client_keys(config),
         "admin_api_key": _plain(config.admin_api_key),
         "routing": config.routing.policy,
     }
     return RouterSpec(**settings | own)
+
+
+def _client_keys(config: LaunchConfig) -> tuple[ClientKey, ...]:
+    """Return the keys of clients; ``api_key`` is one without limits."""
+    keys = [ClientKey(**key.model_dump()) for key in config.api_keys]
+    if (plain := _plain(config.api_key)) is not None:
+        keys.append(ClientKey(name="api_key", sha256=hashlib.sha256(plain.encode()).hexdigest()))
+    return tuple(keys)
 
 
 def _plain(secret: SecretStr | None) -> str | None:

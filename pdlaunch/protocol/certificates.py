@@ -1,7 +1,8 @@
-"""Makes the certificate of a launch, with which engines on other hosts are reached over HTTPS.
+"""Makes the certificate of a launch, with which engines on other hosts are reached over HTTPS, and
+reads the operator's own, with which clients reach the router.
 
-A certificate is PEM text with its private key; all processes of the launch hold it. Callers trust
-this one certificate and no authority, whatever the name; servers ask for the launch's token.
+The certificate of a launch is PEM text with its private key; all its processes hold it. Callers
+trust this one certificate and no authority, whatever the name; servers ask for the launch's token.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from __future__ import annotations
 import datetime
 import os
 import ssl
+from pathlib import Path
+from typing import NamedTuple
+
+from pdlaunch.errors import ConfigError
 
 _NAME = "pdlaunch"
 
@@ -59,3 +64,48 @@ def client_context(certificate: str) -> ssl.SSLContext:
     context.check_hostname = False
     context.load_verify_locations(cadata=certificate)
     return context
+
+
+class CertificateFiles(NamedTuple):
+    """Names the files of a router's certificate; ``keyfile`` None: the key is in ``certfile``."""
+
+    certfile: str
+    keyfile: str | None
+
+    @classmethod
+    def given(cls, certfile: str | None, keyfile: str | None) -> CertificateFiles | None:
+        """Return the files that settings name; None: the router has no certificate."""
+        return None if certfile is None else cls(certfile, keyfile)
+
+    def context(self) -> ssl.SSLContext:
+        """Return a context for a server of clients. Raises ConfigError."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_alpn_protocols(["http/1.1"])
+        self.load(context)
+        return context
+
+    def load(self, context: ssl.SSLContext) -> None:
+        """Have new connections of ``context`` use the present files. Raises ConfigError."""
+        try:
+            # OpenSSL would not say which file cannot be read.
+            _ = [Path(file).read_bytes() for file in self if file]
+            context.load_cert_chain(self.certfile, self.keyfile, password=_no_password)
+        except (OSError, ValueError) as error:
+            text = str(error)
+            if isinstance(error, ssl.SSLError):
+                is_other = "MISMATCH" in text
+                text = "another private key" if is_other else "no PEM certificate, or no key"
+                text = f"{text} is in {' and '.join(filter(None, self))}"
+            fix = "name PEM files: the chain, and its private key without a password"
+            raise ConfigError(text, field="ssl_certfile", value=self.certfile, fix=fix) from None
+
+    def contents(self) -> list[bytes] | None:
+        """Return what is in the files; None: one cannot be read."""
+        try:
+            return [Path(file).read_bytes() for file in self if file]
+        except OSError:
+            return None
+
+
+def _no_password() -> str:
+    raise ValueError("the private key has a password, and nobody is there to type it")

@@ -60,6 +60,7 @@ from pdlaunch.router.client_request import (
     Endpoint,
     read_client_request,
 )
+from pdlaunch.router.clients import Client
 from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
@@ -109,10 +110,6 @@ class RouterApp:
         self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
         self.history = RequestHistory()
         check_admin_key = _admin_key_check(spec.admin_api_key)
-        check_key = None
-        if spec.api_key is not None:
-            message = "the API key is missing or wrong"
-            check_key = bearer_check([spec.api_key], message=message, code="invalid_api_key")
         self.app = HttpApp(
             [
                 *(
@@ -133,7 +130,7 @@ class RouterApp:
                 ),
             ],
             guard=Guard(spec.host, allowed_hosts=spec.allowed_hosts),
-            check_key=check_key,
+            check_key=state.clients.check,
             metrics=state.metrics.requests,
             max_body_bytes=spec.max_body_bytes,
             open_paths=OPEN_PATHS,
@@ -178,6 +175,8 @@ class RouterApp:
     async def _metrics(self, _: web.Request) -> web.Response:
         pool, metrics = self._state.pool, self._state.metrics
         metrics.show(pool.engines, self.admission.in_flight)
+        for each in self._state.clients:
+            metrics.show_key(each.name, each.num_running, len(each.flow.waiting))
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
@@ -190,11 +189,14 @@ class RouterApp:
             request = await self._read(endpoint, http, body)
             record, num_prompts = record_of(http), len(request.prompts)
             record.understood(request.fields.model, num_prompts)
+            client = self._state.clients.of(http)
+            num_tokens = sum(each.num_prompt_tokens for each in request.prompts)
             with (
                 self.admission.admit(num_prompts),
+                client.admit(num_prompts, num_tokens, lambda: record.used_tokens(num_tokens)),
                 self._state.metrics.requests.in_flight.track_inprogress(),
             ):
-                return await self._answer(http, request)
+                return await self._answer(http, request, client)
 
     async def _read(self, endpoint: Endpoint, http: web.Request, body: bytes) -> ClientRequest:
         request_id = request_id_of(http)
@@ -212,7 +214,9 @@ class RouterApp:
         )
         return await work_at_input(len(body) >= LARGE_BODY_BYTES, read)
 
-    async def _answer(self, http: web.Request, request: ClientRequest) -> web.StreamResponse:
+    async def _answer(
+        self, http: web.Request, request: ClientRequest, client: Client
+    ) -> web.StreamResponse:
         """Answer all prompts at once; the first error ends the others and is the answer."""
         state, record, stream = self._state, record_of(http), None
         if request.fields.stream:
@@ -221,7 +225,8 @@ class RouterApp:
         answer = ClientAnswer(request, metrics, record, stream)
         try:
             async with self._deadlines.start()():
-                answers = [answer_prompt(prompt, state, answer) for prompt in request.prompts]
+                prompts = request.prompts
+                answers = [answer_prompt(each, state, answer, client) for each in prompts]
                 return await answer.finish(await _together(answers))
         except Exception as error:
             if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:

@@ -34,6 +34,8 @@ _TEXTS = ("messages", "prompt")
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+# As in vLLM; msgspec's own bounds must fit an integer of 64 bits.
+_Priority = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Endpoint(NamedTuple):
@@ -70,6 +72,7 @@ class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
     max_completion_tokens: _Positive | None = None
     min_tokens: _NotNegative | None = None
     seed: int | None = None
+    priority: _Priority | None = None
     return_token_ids: bool | None = None
 
 
@@ -87,6 +90,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     origin: PromptOrigin
     wants_pair: bool  # the client has asked for a pair of engines
     session: str = ""  # the client has asked for the engines of this session
+    priority: int = 0  # lower first
 
     @property
     def is_stream(self) -> bool:
@@ -225,6 +229,7 @@ def read_client_request(
                 headers=headers | {ORIGIN_HEADER: format_origin(origin)},
                 wants_pair=wants_pair,
                 session=session,
+                priority=fields.priority or 0,
             )
         )
     options = fields.stream_options or StreamFields()

@@ -147,6 +147,10 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     num_works: int = 0  # pieces of work that are outstanding
     num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
     num_streams: int = 0  # choices that have begun
+    # Pieces of work without a first token, and their uncached tokens; without whole answers of
+    # vLLM, which do not tell when they begin.
+    num_unbegun: int = 0
+    unbegun_tokens: int = 0
     kv_tokens: int = 0  # estimated tokens that its streams hold, or will hold, in the KV cache
     unanswered_tokens: int = 0  # uncached tokens of prompts of which no token has come yet
     progressed_at: float = 0.0  # when it began with the first of these, on the pool's clock
@@ -199,13 +203,22 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         num_prompt_tokens: int,
         num_uncached: int = 0,
         num_streams: int = 0,
+        tells_begin: bool = True,
+        moved: Callable[[], None] = lambda: None,
     ) -> Iterator[Callable[[], None]]:
         """Count a piece of work while the block runs; yield what notes its first token.
 
         ``num_uncached``: tokens that it computes before the first token; 0 with pulled blocks.
-        ``num_streams``: choices that it streams then; 0 at a prefill engine.
+        ``num_streams``: choices that it streams then; 0 at a prefill engine. ``tells_begin``: the
+        first token will be noted. ``moved`` is called when the engine may have room for more.
         """
         has_begun = False
+
+        def count(sign: int) -> None:
+            self.unanswered_tokens += sign * num_uncached
+            if tells_begin:
+                self.num_unbegun += sign
+                self.unbegun_tokens += sign * num_uncached
 
         def begin() -> None:
             nonlocal has_begun
@@ -213,15 +226,16 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
                 return
             has_begun = True
             self.num_streams += num_streams
+            count(-1)
             if num_uncached:
-                self.unanswered_tokens -= num_uncached
                 self._computed(num_uncached, clock())
+            moved()
 
         self.num_works += 1
         # The clock starts with the first waiting prompt: idle time does not count.
         if num_uncached and not self.unanswered_tokens:
             self.progressed_at = clock()
-        self.unanswered_tokens += num_uncached
+        count(1)
         try:
             with self.holding(num_streams * num_prompt_tokens):
                 yield begin
@@ -229,10 +243,12 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             self.num_works -= 1
             if has_begun:
                 self.num_streams -= num_streams
-            elif num_uncached:
-                # Without a token, the time says nothing about the engine's speed.
-                self.unanswered_tokens -= num_uncached
-                self.progressed_at = clock()
+            else:
+                count(-1)
+                if num_uncached:
+                    # Without a token, the time says nothing about the engine's speed.
+                    self.progressed_at = clock()
+            moved()
 
     def _computed(self, num_tokens: int, now_at: float) -> None:
         took_s = max(0.0, now_at - self.progressed_at)

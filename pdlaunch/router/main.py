@@ -16,6 +16,7 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,11 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.config.http_names import local_url
-from pdlaunch.errors import PdlaunchError
+from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.http.connections import UPSTREAM_CONNECTIONS, HttpRunner, fit
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol import control
-from pdlaunch.protocol.certificates import client_context
+from pdlaunch.protocol.certificates import CertificateFiles, client_context
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
@@ -45,6 +46,7 @@ from pdlaunch.router.state import RecoverySettings, RouterState
 
 _logger = logging.getLogger(__name__)
 
+CERTIFICATE_POLL_S = 2.0
 CLIENT_READ_TIMEOUT_S = 20.0  # a client may take no byte of its answer for so long
 _NOT_OURS = (
     "this router did not start its engines: start, stop and restart them where they run; it drains "
@@ -74,8 +76,10 @@ async def serving(
 
     Commands find the router by its card.
     """
-    url = local_url(spec.host, spec.port)
+    url = _url_of(spec)
     runners: list[web.AppRunner] = []
+    tls = None if spec.certificate is None else spec.certificate.context()
+    following = asyncio.ensure_future(follow_certificate(spec.certificate, tls))
     try:
         runner = HttpRunner(
             router.app,
@@ -89,7 +93,7 @@ async def serving(
         )
         runners.append(admin)
         LaunchCard(launch_id=launch_id, url=url).write(run_dir)
-        await listen(runner, spec.listeners)
+        await listen(runner, spec.listeners, tls)
         runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
         # Requests make no garbage of what is there once the router is ready, and hardly any at all:
         # a full search of it would hold up all streams.
@@ -98,6 +102,7 @@ async def serving(
         gc.set_threshold(_NEW_OBJECTS)
         yield url
     finally:
+        following.cancel()
         await asyncio.gather(*(each.cleanup() for each in runners))
 
 
@@ -120,10 +125,11 @@ async def run_in_launch(supervised: Supervised) -> None:
         RecoverySettings(),
         prove_again=supervised.send,
         model_dir=spec.model_dir,
+        keys=spec.keys,
     )
 
     router = RouterApp(spec, state, link)
-    supervised.register(control.Address(http=local_url(spec.host, spec.port)))
+    supervised.register(control.Address(http=_url_of(spec)))
     supervised.spawn(router.view.run())
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
     knowing = asyncio.ensure_future(state.knows_engines())
@@ -186,7 +192,12 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     membership = WatchedMembership(alone.watch, pool, metrics)
     client = EngineClient(membership.key_of)
     state = RouterState(
-        pool, client, metrics, RecoverySettings(), prove_again=membership.prove_again
+        pool,
+        client,
+        metrics,
+        RecoverySettings(),
+        prove_again=membership.prove_again,
+        keys=spec.keys,
     )
     link = SupervisorLink(
         lambda asked: link.answered(control.Answered(question=asked.question, error=_NOT_OURS))
@@ -223,12 +234,37 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         await state.close()
 
 
-async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
+async def listen(
+    runner: web.AppRunner, listeners: Sequence[int], tls: ssl.SSLContext | None = None
+) -> None:
     """Accept at sockets of the supervisor: what connected while no router ran has waited there."""
     for descriptor in listeners:
         listener = socket.socket(fileno=descriptor)
         listener.set_inheritable(False)
-        await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
+        await web.SockSite(runner, listener, ssl_context=tls, backlog=LISTEN_BACKLOG).start()
+
+
+def _url_of(spec: RouterSpec) -> str:
+    return local_url(spec.host, spec.port, is_tls=spec.certificate is not None)
+
+
+async def follow_certificate(
+    files: CertificateFiles | None, tls: ssl.SSLContext | None, poll_s: float = CERTIFICATE_POLL_S
+) -> None:
+    """Have new connections use files that have changed; while they do not fit, the earlier ones."""
+    latest: list[bytes] | None = None
+    while files is not None and tls is not None:
+        before, latest = latest, files.contents()
+        if before == latest:
+            await asyncio.sleep(poll_s)
+            continue
+        try:
+            # Tried first: a file that is half written would spoil the context in use.
+            files.context()
+            files.load(tls)
+            _logger.info("new connections use the certificate %s", files.certfile)
+        except ConfigError as error:
+            _logger.error("%s; the earlier certificate stays", error)
 
 
 def limited(spec: RouterSpec) -> RouterSpec:

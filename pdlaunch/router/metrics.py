@@ -33,6 +33,11 @@ _COUNTERS = {  # labels and help by name
         "Prompts that decode computed though it was handed their KV blocks.",
     ),
     "lost_streams": ("reason", "Streams ended with an error: no other engine can go on with them."),
+    "key_requests": ("key", "Admitted requests of an API key."),
+    "key_refusals": ("key limit", "Requests of an API key beyond one of its limits."),
+    "key_prompt_tokens": ("key", "Prompt tokens of an API key."),
+    "key_generation_tokens": ("key", "Output tokens of an API key."),
+    "key_queue_seconds": ("key", "Time that prompts of an API key waited for their turn."),
     "routes": ("kind", "Prompts by the route: a pair of engines, or one engine of a role alone."),
 }
 _THERE_WITH_0: Mapping[str, Collection[str]] = {
@@ -47,6 +52,8 @@ _GAUGES = {  # set at a scrape or by a registry: labels and help by name
     f"{_PREFIX}engines": ("state", "Engines by state; failed ones are left alone for a while."),
     f"{_PREFIX}engine_info": ("engine role host", "Always 1; where an engine runs, in labels."),
     f"{_PREFIX}requests_in_flight": ("", "Prompts that are being answered."),
+    f"{_PREFIX}key_prompts_running": ("key", "Prompts of an API key that are being answered."),
+    f"{_PREFIX}key_prompts_waiting": ("key", "Those of them that wait for their turn."),
     _PAIR_SPEED: (
         "prefill decode holder puller path",
         "Speed that the handshake has measured between two ranks, over the path in use.",
@@ -81,9 +88,13 @@ class RouterMetrics:
             for value in values:
                 self._counters[name].labels(value)
 
-    def count(self, name: str, *labels: str) -> None:
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
         counter = self._counters[name]
-        (counter.labels(*labels) if labels else counter).inc()
+        (counter.labels(*labels) if labels else counter).inc(by)
+
+    def show_key(self, name: str, num_running: int, num_waiting: int) -> None:
+        self._gauges[f"{_PREFIX}key_prompts_running"].labels(name).set(num_running)
+        self._gauges[f"{_PREFIX}key_prompts_waiting"].labels(name).set(num_waiting)
 
     def routed(self, route: Route) -> None:
         self.count("routes", route.kind)

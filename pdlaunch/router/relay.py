@@ -24,6 +24,7 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.observe.spans import PULL
 from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
+from pdlaunch.router.clients import Client
 from pdlaunch.router.continuation import Continuation, StreamLostError, begin_continuation, obstacle
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import (
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 async def answer_prompt(
-    prompt: PromptRequest, state: RouterState, answer: ClientAnswer
+    prompt: PromptRequest, state: RouterState, answer: ClientAnswer, client: Client
 ) -> Transcript:
     """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
@@ -55,9 +56,10 @@ async def answer_prompt(
     relay = Relay(prompt, state, answer)
     with state.suspects.watch(prompt.origin):
         try:
-            await relay.run()
+            await relay.run(client)
         finally:
             relay.end()
+            state.turns.queue.answered(client.flow, relay.transcript.num_tokens)
     return relay.transcript
 
 
@@ -90,9 +92,11 @@ class Relay:
         # The engine from which decode pulls the prompt, until decode has answered.
         self._pulls_from: Engine | None = None
 
-    async def run(self) -> None:
+    async def run(self, client: Client) -> None:
         """Answer the prompt, at one route after another until the answer is whole."""
         self._prompt, self._tokens = await self._state.reader.read(self._prompt)
+        if self._state.turns.is_fair:
+            await self._wait(client)
         while not self.transcript.is_done:
             route = await self._choose()
             hop: Hop = "decode" if route.prefill is None else "prefill"
@@ -108,6 +112,14 @@ class Relay:
                 # A failure after the end of the answer does not matter.
                 if not self.transcript.is_done and not await self._can_go_on(hop, failure):
                     raise
+
+    async def _wait(self, client: Client) -> None:
+        """Wait for the turn of the client's key."""
+        log, request = self._record.log, self._routing_request()
+        start_at = log.clock()
+        await self._state.turns.wait(client.flow, request, self._prompt.priority)
+        client.waited(log.clock() - start_at)
+        log.add("wait for turn", start_at)
 
     def end(self) -> None:
         """Give back what the prompt still holds, however it has ended."""
@@ -266,7 +278,9 @@ class Relay:
         path = COMPLETIONS.path if continuation else prompt.endpoint.path
         computes = not extra and continuation is None
         with (
-            self._work(engine, computes=computes, num_streams=prompt.num_choices) as begin,
+            self._work(
+                engine, computes=computes, num_streams=prompt.num_choices, tells_begin=not is_whole
+            ) as begin,
             self._record.call("decode", engine.name) as call,
         ):
             async with self._state.client.stream(
@@ -421,7 +435,12 @@ class Relay:
         )
 
     def _work(
-        self, engine: Engine, *, computes: bool = True, num_streams: int = 0
+        self,
+        engine: Engine,
+        *,
+        computes: bool = True,
+        num_streams: int = 0,
+        tells_begin: bool = True,
     ) -> AbstractContextManager[Callable[[], None]]:
         pool = self._state.pool
         return engine.working(
@@ -429,4 +448,6 @@ class Relay:
             num_prompt_tokens=self._prompt.num_prompt_tokens,
             num_uncached=pool.num_new_tokens(engine, self._routing_request()) if computes else 0,
             num_streams=num_streams,
+            tells_begin=tells_begin,
+            moved=self._state.turns.take,
         )

@@ -131,6 +131,15 @@ class RequestRecord:
     def num_tokens(self) -> int:
         return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
 
+    def used_tokens(self, num_prompt_tokens: int) -> tuple[int, int]:
+        """Return the tokens of prompts and answers; none of a request without an answer.
+
+        ``num_prompt_tokens``: estimate for an answer that has not ended well.
+        """
+        if self.usage is not None:
+            return self.usage.prompt_tokens, self.usage.completion_tokens
+        return (num_prompt_tokens if self.num_tokens else 0), self.num_tokens
+
     def understood(self, model: str | None, num_prompts: int) -> None:
         self.model = None if model is None else model[:MAX_MODEL_LENGTH]
         self.log.add("receive", self.log.start_at, prompts=num_prompts)

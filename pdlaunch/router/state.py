@@ -17,9 +17,12 @@ from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import PairSuspect, Registry, Suspects
 from pdlaunch.protocol.ids import HopId, LeaseId, PromptOrigin
 from pdlaunch.protocol.openai.responses import ModelList
+from pdlaunch.protocol.process.bootstrap import ClientKey
 from pdlaunch.protocol.status import EventKind, GoneEngine, StatusEvent
+from pdlaunch.router.clients import Clients
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.fair_queue import Turns
 from pdlaunch.router.kv_index import KVFollower
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
@@ -156,6 +159,7 @@ class RouterState:
     """Holds what all requests of the process share; lives in its event loop.
 
     ``prove_again`` has a pair proven by a new canary. ``model_dir``: where its tokenizer is.
+    ``keys``: those of clients.
     """
 
     def __init__(
@@ -167,8 +171,11 @@ class RouterState:
         *,
         prove_again: Callable[[PairSuspect], None],
         model_dir: str = "",
+        keys: Sequence[ClientKey] = (),
     ) -> None:
         self.pool = pool
+        self.clients = Clients(keys, metrics, pool.clock)
+        self.turns = Turns(pool.can_begin, is_fair=len(keys) > 1)
         self.client = client
         self.metrics = metrics
         self.recovery = recovery
@@ -206,6 +213,7 @@ class RouterState:
         # A new event for each change: those that wait from now on wait for the next one.
         self._changed.set()
         self._changed = asyncio.Event()
+        self.turns.take()
         for engine in self.pool.engines:
             if engine.ready and engine.max_model_len is None and engine.key not in self._asked:
                 self._asked.add(engine.key)

@@ -6,6 +6,7 @@ from pdlaunch.errors import ConfigError
 from tests.checks.contexts import CPU, GPU, SHAPE, SLIDING, SMALL_SHAPE, Case, on, p2p
 
 OTHER_END = replace(SMALL_SHAPE, eos_token_ids=(2, 3))
+A_KEY = {"name": "a", "sha256": "0" * 64}
 OVER_FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
 CASES: dict[str, Case] = {
@@ -47,7 +48,15 @@ CASES: dict[str, Case] = {
             *(on(CPU, host=host) for host in ("0.0.0.0", "::", "::1:2")),
             *(on(CPU, host=f"{name}.example.org") for name in ("localhost", "127.0.0.1")),
         ],
-        [on(CPU, host="localhost"), on(CPU, host="0.0.0.0", api_key="k"), on(CPU, host="::1")],
+        [
+            on(CPU, host="localhost"),
+            on(CPU, host="0.0.0.0", api_key="k"),
+            on(CPU, host="0.0.0.0", api_keys=[A_KEY]),
+            on(CPU, host="::1"),
+        ],
+    ),
+    "PD113": Case(
+        [on(CPU, ssl_certfile="/nowhere/cert.pem"), on(CPU, ssl_certfile=__file__)], [on(CPU)]
     ),
     "PD117": Case([on(CPU, load_format="dummy")], [on(CPU, load_format="auto")]),
     "PD119": Case(

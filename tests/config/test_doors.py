@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,32 @@ from pdlaunch.planning.resolve import resolve
 from tests.config.test_sources import load, only, problems
 
 KEY = {"engine_api_key": "of-another-router"}
+
+
+DIGEST = hashlib.sha256(b"secret").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("keys", "others", "words"),
+    [
+        ([{"name": "a", "sha256": "my-own-key"}], {}, "64 hexadecimal digits"),
+        ([{"name": "a b", "sha256": DIGEST}], {}, "pattern"),
+        ([{"name": n, "sha256": DIGEST} for n in "ab"], {}, "two keys have the sha256 of a"),
+        ([{"name": "a", "sha256": c * 64} for c in "01"], {}, "two keys have the name of a"),
+        ([{"name": "a", "sha256": DIGEST}], {"admin_api_key": "secret"}, "differ from the key a"),
+        ([{"name": "a", "sha256": DIGEST, "weight": 0}], {}, "greater than or equal to 0.01"),
+    ],
+)
+def test_keys_of_clients_are_checked_and_not_shown(
+    keys: list[dict[str, object]], others: dict[str, str], words: str
+) -> None:
+    problem = only(problems(api_keys=keys, **others))
+    assert words in problem.message
+    assert "my-own-key" not in str(problem)
+
+
+def test_a_private_key_needs_a_certificate() -> None:
+    assert "set ssl_certfile" in only(problems(ssl_keyfile="key.pem")).message
 
 
 @pytest.fixture

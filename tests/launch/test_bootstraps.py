@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import resolve_on
-from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.process.bootstrap import Bootstrap, ClientKey
 from pdlaunch.protocol.sockets import new_launch_keys
 from tests.planning.test_resolve import CPU, write_model
 
@@ -41,7 +42,13 @@ class Prepared:
 
 
 def test_children_are_given_what_is_theirs(tmp_path: Path) -> None:
-    settings = {"api_key": "secret", "allowed_hosts": ["a"], "limits": {"max_connections": 7}}
+    limited = {"name": "a", "sha256": "0" * 64, "weight": 2, "max_concurrent": 3}
+    settings = {
+        "api_key": "secret",
+        "api_keys": [limited],
+        "allowed_hosts": ["a"],
+        "limits": {"max_connections": 7},
+    }
     launch = Prepared(tmp_path, LOCAL, routing={"policy": "pairs"}, **settings)
     rank, server = launch.make("prefill-0/rank-0", 2), launch.make("prefill-0")
     assert rank.engine().name == "prefill-0"
@@ -54,7 +61,9 @@ def test_children_are_given_what_is_theirs(tmp_path: Path) -> None:
     router = of_router.router
     assert router is not None
     assert (router.port, len(router.listeners)) == (port, 1)
-    assert (router.api_key, router.allowed_hosts) == ("secret", ("a",))
+    own = hashlib.sha256(b"secret").hexdigest()
+    assert router.keys == (ClientKey(**limited), ClientKey(name="api_key", sha256=own))
+    assert router.allowed_hosts == ("a",)
     assert (router.max_connections, router.routing) == (7, "pairs")
     assert router.served_model_name == "tiny"
 

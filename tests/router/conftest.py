@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -10,10 +11,11 @@ import aiohttp
 import msgspec
 import pytest
 
+from pdlaunch.config.http_names import local_url
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Command, PairReady, PairSuspect, Registry
-from pdlaunch.protocol.process.bootstrap import RouterSpec
+from pdlaunch.protocol.process.bootstrap import ClientKey, RouterSpec
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
@@ -28,7 +30,6 @@ SPEC = RouterSpec(
     host="127.0.0.1",
     port=0,
     served_model_name="tiny",
-    api_key=None,
     max_body_bytes=100_000,
     body_budget_bytes=800_000,
     max_queued_requests=16,
@@ -36,6 +37,11 @@ SPEC = RouterSpec(
     request_timeout_s=20.0,
     drain_timeout_s=5.0,
 )
+
+
+def client_key(text: str, name: str = "api_key", **limits: Any) -> ClientKey:
+    """A client's key."""
+    return ClientKey(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), **limits)
 
 
 class Stand:
@@ -74,6 +80,7 @@ class Stand:
             self.metrics,
             RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01),
             prove_again=self.doubted.append,
+            keys=spec.keys,
         )
         self.asked: list[Command] = []
         self.link = SupervisorLink(self.asked.append)
@@ -84,8 +91,9 @@ class Stand:
         await self.runner.setup()
         listener = socket.create_server((spec.host, spec.port))
         self.port = port = listener.getsockname()[1]
-        await listen(self.runner, [listener.detach()])
-        self.url = f"http://127.0.0.1:{port}"
+        self.tls = None if spec.certificate is None else spec.certificate.context()
+        await listen(self.runner, [listener.detach()], self.tls)
+        self.url = local_url("127.0.0.1", port, is_tls=self.tls is not None)
         self.session = aiohttp.ClientSession(self.url)
         self.publish()
         await self.state.settled()

@@ -26,11 +26,13 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.router import admin
 from pdlaunch.router.admin import listen_at_admin_socket
-from tests.router.conftest import SPEC, Stand, named, pairs, working
+from tests.router.conftest import SPEC, Stand, client_key, named, pairs, working
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion, expected_text
 
-KEYS = msgspec.structs.replace(SPEC, api_key="of-the-clients", admin_api_key="of-the-admin")
+KEYS = msgspec.structs.replace(
+    SPEC, keys=(client_key("of-the-clients"),), admin_api_key="of-the-admin"
+)
 COMMANDS = [
     ("POST", "/sleep"),
     ("POST", "/wake_up"),

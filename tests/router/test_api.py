@@ -20,7 +20,7 @@ from pdlaunch.http.limits import LARGE_BODY_BYTES, SMALL_BODY_BYTES, max_engine_
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 from pdlaunch.router.app import PAGE_PATHS
 from pdlaunch.router.client_request import COMPLETIONS, read_client_request
-from tests.router.conftest import SPEC, Stand, pair
+from tests.router.conftest import SPEC, Stand, client_key, pair
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion
 
@@ -61,7 +61,7 @@ async def test_fields_that_the_router_acts_on_are_checked_by_it(
 
 
 async def test_the_api_key_is_asked_for(stand: Stand) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="secret"))
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, keys=(client_key("secret"),)))
     for headers in (
         {},
         {"Authorization": "Bearer wrong"},
@@ -121,7 +121,7 @@ FILES = resources.files("pdlaunch.router") / "static"
 
 @pytest.mark.parametrize("path", PAGE_PATHS)
 async def test_it_needs_no_key_and_tells_nothing(stand: Stand, path: str) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="the-key"))
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, keys=(client_key("the-key"),)))
     async with stand.session.get(path) as response:
         text = await response.text()
         assert response.status == 200

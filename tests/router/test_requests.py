@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace
 from pdlaunch.router.request_history import MAX_HEARD_SPANS
-from tests.router.conftest import SPEC, Stand, pair
+from tests.router.conftest import SPEC, Stand, client_key, pair
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
 
@@ -141,7 +141,7 @@ REFUSALS = [
 async def test_refusals_are_told(
     stand: Stand, fields: dict[str, Any], headers: dict[str, str], status: int, said: str
 ) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="right"))
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, keys=(client_key("right"),)))
     right = {"Authorization": "Bearer right"}
     answer = await stand.post(completion(**fields), headers=right | headers)
     assert answer.status == status

@@ -94,7 +94,7 @@ def _address(url: str) -> tuple[str, int]:
     host = parts.hostname or ""
     with contextlib.suppress(ValueError):
         host = "localhost" if ipaddress.ip_address(host).is_loopback else host
-    return host, parts.port or 80
+    return host, parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def read_status(api: Api) -> DeploymentStatus:

@@ -88,10 +88,11 @@ def running_deployment(
     host: str = "127.0.0.1",
     port: int | None = None,
     timeout_s: float = 300.0,
+    is_tls: bool = False,
 ) -> Iterator[Deployment]:
     """Start ``pdlaunch serve`` with ``arguments``, wait until it is healthy, stop it at the end.
 
-    ``port``: None takes a free one.
+    ``port``: None takes a free one. ``is_tls``: ``arguments`` name a certificate of ``host``.
     ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
     StartupError, with what it printed, when it ends or does not get healthy in time.
     """
@@ -113,7 +114,9 @@ def running_deployment(
             # Ctrl-C is for this process, which stops the deployment in its own order.
             start_new_session=True,
         )
-        deployment = Deployment(process, local_url(host, port), Path(logs), folder / OUTPUT)
+        deployment = Deployment(
+            process, local_url(host, port, is_tls=is_tls), Path(logs), folder / OUTPUT
+        )
         try:
             _await_health(deployment, start_at + timeout_s)
             deployment.start_s = time.monotonic() - start_at

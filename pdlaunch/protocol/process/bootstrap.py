@@ -24,6 +24,7 @@ import zmq
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.observe.logs import LogFormat
+from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.control import Alive, Capabilities, from_supervisor, to_supervisor
 from pdlaunch.protocol.engine_link import ConnectorSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
@@ -34,12 +35,21 @@ MAX_OPEN_FILES = 65_536
 _PR_SET_PDEATHSIG = 1
 
 
+class ClientKey(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    sha256: str  # of the key, in hexadecimal digits
+    max_concurrent: int | None = None
+    tokens_per_minute: int | None = None
+    weight: float = 1.0
+
+
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     listeners: tuple[int, ...] = ()  # inherited descriptors of the supervisor's listening sockets
     served_model_name: str
-    api_key: str | None
+    keys: tuple[ClientKey, ...] = ()  # of clients; none: they need no key
+    certificate: CertificateFiles | None = None  # none: clients come without TLS
     max_body_bytes: int
     body_budget_bytes: int  # bounds all bodies in flight
     max_queued_requests: int

@@ -1,0 +1,132 @@
+"""Holds prompts back that no engine can begin, and gives each API key its share of the engines.
+
+::
+
+    key A: ▇▇▇▇ ▇▇▇▇ ▇▇▇▇ ─┐
+    key B: ▇ ──────────────┴─▶ the key with the fewest tokens for its weight ──▶ choose, prefill, ..
+
+This is deficit round robin with a quantum of one token, also known as a virtual token counter. A
+key that had nothing waiting begins at the others' count: it owes nothing, and has saved nothing.
+
+Source: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from pdlaunch.router.policy import RoutingRequest
+
+T = TypeVar("T")
+
+
+class Flow(Generic[T]):
+    """Holds what waits of one key. ``tokens``: those that it has had, divided by its weight."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+        self.tokens = 0.0
+        self.last_turn = 0
+        # Lower priorities first, as in vLLM, then in the order of arrival.
+        self.waiting: list[tuple[int, int, int, T]] = []
+
+
+class FairQueue(Generic[T]):
+    """Orders items of several flows by the tokens that each flow has had. Does not wait."""
+
+    def __init__(self) -> None:
+        self._flows: list[Flow[T]] = []  # those with something waiting
+        self._now = 0.0  # tokens of the flow that had the last turn, before that turn
+        self._numbers = itertools.count(1)
+
+    def push(self, flow: Flow[T], item: T, num_tokens: int, priority: int = 0) -> None:
+        if not flow.waiting:
+            flow.tokens = max(flow.tokens, self._now)
+            self._flows.append(flow)
+        heapq.heappush(flow.waiting, (priority, next(self._numbers), num_tokens, item))
+
+    def first(self) -> T | None:
+        """Return the item whose turn it is; None: nothing waits."""
+        return self._next().waiting[0][3] if self._flows else None
+
+    def pop(self) -> T:
+        """Remove the item whose turn it is, and charge its flow."""
+        flow = self._next()
+        _, _, num_tokens, item = heapq.heappop(flow.waiting)
+        self._now, flow.last_turn = flow.tokens, next(self._numbers)
+        flow.tokens += num_tokens / flow.weight
+        self._drop_empty(flow)
+        return item
+
+    def answered(self, flow: Flow[T], num_tokens: int) -> None:
+        """Charge a flow for the tokens of an answer, which cost nobody a turn if nobody waits."""
+        if self._flows:
+            flow.tokens += num_tokens / flow.weight
+
+    def remove(self, flow: Flow[T], item: T) -> None:
+        """Remove an item that waits no longer; it may have had its turn."""
+        flow.waiting = [each for each in flow.waiting if each[3] is not item]
+        heapq.heapify(flow.waiting)
+        self._drop_empty(flow)
+
+    def _next(self) -> Flow[T]:
+        return min(self._flows, key=lambda flow: (flow.tokens, flow.last_turn))
+
+    def _drop_empty(self, flow: Flow[T]) -> None:
+        if not flow.waiting and flow in self._flows:
+            self._flows.remove(flow)
+
+
+Turn = tuple[RoutingRequest, asyncio.Future[None]]
+
+
+class Turns:
+    """Has the prompts of several keys wait for their turn.
+
+    ``can_begin``: whether an engine would begin it now. ``is_fair``: there are several keys.
+    """
+
+    def __init__(self, can_begin: Callable[[RoutingRequest], bool], *, is_fair: bool) -> None:
+        self._can_begin = can_begin
+        self.is_fair = is_fair
+        self.queue = FairQueue[Turn]()
+        self._is_beginning = False  # a prompt has its turn, and no engine counts it yet
+
+    async def wait(self, flow: Flow[Turn], request: RoutingRequest, priority: int) -> None:
+        """Return when an engine would begin the prompt now and no other key goes first.
+
+        The caller gives the prompt to an engine before it awaits anything else.
+        """
+        loop = asyncio.get_running_loop()
+        turn = (request, loop.create_future())
+        self.queue.push(flow, turn, request.num_prompt_tokens, priority)
+        self.take()
+        try:
+            await turn[1]
+        except asyncio.CancelledError:
+            self.queue.remove(flow, turn)
+            # It may have been what the others waited for.
+            loop.call_soon(self.take)
+            raise
+
+    def take(self) -> None:
+        """Give the next prompt its turn if an engine would begin it. Call it when one may."""
+        if self._is_beginning or (turn := self.queue.first()) is None:
+            return
+        request, future = turn
+        # One that is done was cancelled, and is removed soon.
+        if future.done() or not self._can_begin(request):
+            return
+        self.queue.pop()
+        future.set_result(None)
+        # The loop keeps the order: first the prompt is given to its engine.
+        self._is_beginning = True
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_beginning = False
+        self.take()

@@ -1,0 +1,194 @@
+"""Clients with several API keys: whose turn it is, whose limit it was, what each has used."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from pdlaunch.router.clients import Client
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.pool import MAX_UNBEGUN
+from tests.clock import FakeClock
+from tests.router.conftest import SPEC, Answer, Stand, client_key, pair
+from tests.router.fake_engine import FakeEngine, until
+from tests.router.test_life_of_a_request import completion
+
+KEYS = (client_key("secret-a", "a"), client_key("secret-b", "b"))
+NUMBERS = itertools.count()
+LONG, SHORT = "long " * 2000, "short"  # about 2,500 tokens, and 2
+
+
+async def start(stand: Stand, engines: Sequence[FakeEngine], **spec: Any) -> None:
+    for engine in engines:
+        engine.max_model_len = 100_000
+    await stand.start(
+        engines,
+        spec=msgspec.structs.replace(SPEC, **{"keys": KEYS, "max_queued_requests": 99} | spec),
+    )
+
+
+def send(stand: Stand, name: str, prompt: str, **fields: Any) -> asyncio.Task[Answer]:
+    headers = {"Authorization": f"Bearer secret-{name}"}
+    # No prompt is found in a prefix cache.
+    prompt = f"{next(NUMBERS)} {prompt}"
+    work = stand.post(completion(prompt=prompt, user=name, **fields), headers=headers)
+    return asyncio.ensure_future(work)
+
+
+def order(engine: FakeEngine) -> str:
+    return "".join(seen.body["user"] for seen in engine.seen)
+
+
+def waiting(stand: Stand) -> int:
+    return sum(len(client.flow.waiting) for client in stand.state.clients)
+
+
+async def test_another_keys_prompt_is_delayed_by_one_long_prompt(stand: Stand) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(stand, [prefill, decode])
+    works = [send(stand, "a", LONG) for _ in range(5)]
+    await until(lambda: waiting(stand) == 4 and prefill.seen)
+    works += [send(stand, "b", SHORT) for _ in range(2)]
+    await until(lambda: waiting(stand) == 6)
+    prefill.go.set()
+    assert [answer.status for answer in await asyncio.gather(*works)] == [200] * 7
+    assert order(prefill) == "abbaaaa"
+    assert stand.metric('pdlaunch_router_key_queue_seconds_total{key="b"}') > 0
+
+
+async def test_short_prompts_go_together(stand: Stand) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(stand, [prefill, decode])
+    works = [send(stand, "a", SHORT) for _ in range(20)]
+    await until(lambda: len(prefill.seen) == 20)
+    prefill.go.set()
+    await asyncio.gather(*works)
+
+
+async def test_without_several_keys_nobody_waits(stand: Stand) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(stand, [prefill, decode], keys=KEYS[:1])
+    works = [send(stand, "a", LONG) for _ in range(5)]
+    await until(lambda: len(prefill.seen) == 5)
+    prefill.go.set()
+    await asyncio.gather(*works)
+
+
+async def test_prompts_wait_for_a_decode_engine_that_begins_nothing(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 0
+    await start(stand, [prefill, decode])
+    works = [send(stand, "a", LONG, stream=True) for _ in range(2 * MAX_UNBEGUN)]
+    # The next one is computed while the last one of these is handed over.
+    await until(lambda: len(decode.seen) == MAX_UNBEGUN + 1)
+    works.append(send(stand, "b", SHORT, stream=True))
+    await until(lambda: waiting(stand) == MAX_UNBEGUN)
+    assert len(prefill.seen) == MAX_UNBEGUN + 1
+    decode.go.set()
+    assert [answer.status for answer in await asyncio.gather(*works)] == [200] * len(works)
+    assert order(prefill)[MAX_UNBEGUN + 1 :].startswith("b")
+
+
+async def test_lower_priorities_of_a_key_go_first(stand: Stand) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(stand, [prefill, decode])
+    works = [send(stand, "a", LONG, priority=number) for number in (0, 5, -7, 1)]
+    await until(lambda: waiting(stand) == 3)
+    prefill.go.set()
+    await asyncio.gather(*works)
+    assert [seen.body["priority"] for seen in prefill.seen] == [0, -7, 1, 5]
+    refused = await send(stand, "a", SHORT, priority="high")
+    assert (refused.status, refused.json()["error"]["param"]) == (400, "priority")
+
+
+async def test_clients_that_leave_and_engines_that_die_hold_up_nobody(stand: Stand) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(stand, [prefill, decode])
+    works = [send(stand, "a", LONG) for _ in range(3)]
+    await until(lambda: waiting(stand) == 2)
+    works[1].cancel()
+    await until(lambda: waiting(stand) == 1)
+    works[0].cancel()
+    await until(lambda: len(prefill.seen) == 2)
+    prefill.die_after = 0
+    late = send(stand, "b", LONG)
+    prefill.go.set()
+    assert {answer.status for answer in await asyncio.gather(works[2], late)} == {200}
+    assert not any(client.num_running for client in stand.state.clients)
+    assert {engine.num_unbegun for engine in stand.pool.engines} == {0}
+    assert {engine.unbegun_tokens for engine in stand.pool.engines} == {0}
+
+
+async def test_the_limit_of_a_key_is_named_and_others_are_served(stand: Stand) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(
+        stand, [prefill, decode], keys=(client_key("secret-a", "a", max_concurrent=2), KEYS[1])
+    )
+    works = [send(stand, "a", SHORT) for _ in range(2)]
+    await until(lambda: len(prefill.seen) == 2)
+    refused = await send(stand, "a", SHORT)
+    assert (refused.status, refused.headers["Retry-After"]) == (429, "1")
+    error = refused.json()["error"]
+    assert (error["code"], error["type"]) == ("max_concurrent", "rate_limit_error")
+    assert "'a'" in error["message"]
+    works.append(send(stand, "b", SHORT))
+    prefill.go.set()
+    assert {answer.status for answer in await asyncio.gather(*works)} == {200}
+    assert (await send(stand, "a", SHORT)).status == 200
+
+
+async def test_keys_are_counted_by_name_and_shown_nowhere(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    await start(stand, pair(), keys=(*KEYS, client_key("secret-c", "c", tokens_per_minute=5)))
+    for name, status in (("a", 200), ("b", 200), ("c", 200), ("c", 429), ("d", 401)):
+        answer = await send(stand, name, SHORT)
+        assert answer.status == status
+    pages = [caplog.text]
+    for path in ("/metrics", "/pdlaunch/status", "/pdlaunch/requests"):
+        async with stand.session.get(
+            path, headers={"Authorization": "Bearer secret-a"}
+        ) as response:
+            pages.append(await response.text())
+    assert 'pdlaunch_router_key_refusals_total{key="c",limit="tokens_per_minute"} 1.0' in pages[1]
+    assert 'pdlaunch_router_key_requests_total{key="a"} 1.0' in pages[1]
+    assert 'pdlaunch_router_key_generation_tokens_total{key="a"} 6.0' in pages[1]
+    assert 'pdlaunch_router_key_prompts_waiting{key="b"} 0.0' in pages[1]
+    assert 'key="d"' not in pages[1]
+    for page in pages:
+        assert "secret-" not in page
+        assert not any(each.sha256 in page for each in KEYS)
+
+
+def test_the_tokens_of_a_minute_come_back_evenly() -> None:
+    clock = FakeClock()
+    limited = client_key("secret-a", "a", tokens_per_minute=600)
+    client = Client(limited, RouterMetrics("tiny"), clock)
+
+    def ask(estimate: int, used: tuple[int, int]) -> str | None:
+        try:
+            with client.admit(1, estimate, lambda: used):
+                return None
+        except Exception as error:
+            return str(getattr(error, "retry_after_s", None))
+
+    assert ask(100, (300, 400)) is None  # more than there is: made up for by waiting
+    assert ask(1, (1, 0)) == "10"
+    clock.now += 9.5
+    assert ask(1, (1, 0)) == "1"
+    clock.now += 1.0
+    assert ask(1, (0, 0)) is None  # failed, and costs nothing
+    clock.now += 3600.0
+    assert ask(1, (1, 599)) is None
+    assert ask(1, (1, 0)) == "1"
