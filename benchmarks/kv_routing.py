@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import sys
@@ -32,6 +33,8 @@ import psutil
 from benchmarks.router_cost import held_ports, quantiles_ms, running
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.served_model import ServedModel
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import running_deployment
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.kv_events import HeldBlocks, KVBlocks, kv_blocks
@@ -234,10 +237,8 @@ def simulate_chats(*, always_pairs: bool) -> dict[str, float]:
     ``always_pairs``: as routers do that hand every prompt over.
     """
     random_, load, index = random.Random(2), ChatLoad(), KVIndex()
-    engines = {
-        name: SimulatedEngine(name, role, 10_000, index)
-        for name, role in (("prefill-0", "prefill"), ("decode-0", "decode"), ("decode-1", "decode"))
-    }
+    roles: dict[str, Role] = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
+    engines = {name: SimulatedEngine(name, role, 10_000, index) for name, role in roles.items()}
 
     def drawn(number: int) -> list[int]:
         return [random_.randrange(50_000) for _ in range(number)]
@@ -390,30 +391,26 @@ async def num_computed(urls: Sequence[str]) -> float:
 
 @contextlib.contextmanager
 def served(router: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the URL to ask, and those of the engines."""
-    with held_ports(6) as (port, other, vllm_port, prefill, decode, _):
-        command = [sys.executable, "-m", "pdlaunch", "serve", "--engine", "native"]
-        command += ["--decode", "2", "--port", str(port), "--kv-cache-memory", "256MiB"]
-        environ = {
-            "PDLAUNCH_ENGINE_API_KEY": KEY,
-            "PDLAUNCH_PREFILL__PORT": str(prefill),
-            "PDLAUNCH_DECODE__PORT": str(decode),
-        }
-        urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode, decode + 1)]
-        url = f"http://127.0.0.1:{port}"
-        with running(command, url, folder / "launch", **environ):
-            if router == "pdlaunch":
-                yield url, urls
-                return
+    """Yield the URL to ask, and those of the engines, prefill first."""
+    flags = ("--engine", "native", "--decode", "2", "--kv-cache-memory", "256MiB")
+    environ = os.environ | {"PDLAUNCH_ENGINE_API_KEY": KEY}
+    with running_deployment(flags, environ=environ, timeout_s=400.0) as deployment:
+        _, status = Api(deployment.url).get_object("/pdlaunch/status")
+        engines = sorted(status["engines"], key=lambda each: each["role"], reverse=True)
+        urls = [each["url"] for each in engines]
+        if router == "pdlaunch":
+            yield deployment.url, urls
+            return
+        with held_ports(2) as (port, other):
             command = [
                 str(Path(sys.executable).with_name("vllm-router")),
                 *("--vllm-pd-disaggregation", "--prefill", urls[0]),
                 *("--decode", urls[1], "--decode", urls[2], "--kv-connector", "nixl"),
                 *("--policy", "cache_aware", "--log-level", "error"),
-                *("--host", "127.0.0.1", "--port", str(vllm_port)),
+                *("--host", "127.0.0.1", "--port", str(port)),
                 *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(other)),
             ]
-            url = f"http://127.0.0.1:{vllm_port}"
+            url = f"http://127.0.0.1:{port}"
             with running(command, url, folder / "router", OPENAI_API_KEY=KEY):
                 yield url, urls
 

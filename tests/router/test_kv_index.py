@@ -51,16 +51,6 @@ def test_prompts_share_the_keys_of_the_blocks_that_they_begin_with(
     assert next_keys(parent, as_bytes(one[half * BLOCK_SIZE :]), BLOCK_SIZE) == keys[half:]
 
 
-def test_an_adapter_and_a_salt_of_one_name_are_told_apart() -> None:
-    roots = [
-        root_key(),
-        root_key(adapter="a"),
-        root_key(cache_salt="a"),
-        root_key(cache_salt="1 a"),
-    ]
-    assert len({*roots, root_key(adapter="a", cache_salt="b"), root_key(adapter="ab")}) == 6
-
-
 class LruEngine:
     """An engine that has room for so many blocks, and tells of them as ``deliver`` passes it on."""
 
@@ -151,16 +141,6 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     held.apply(changed(removed=range(1000)))
     held.apply(changed(stored=[7]))
     assert held.num_held([7]) == 1
-
-
-def test_blocks_on_the_host_count_and_leave_by_themselves() -> None:
-    held = HeldBlocks()
-    held.apply(changed(stored=[1, 2]))
-    held.apply(KVBlocks(block_size=BLOCK_SIZE, stored={"host": [2, 3]}))
-    held.apply(changed(removed=[2]))
-    assert held.num_held([1, 2, 3, 4]) == 3
-    held.apply(KVBlocks(block_size=BLOCK_SIZE, removed={"host": [2]}))
-    assert held.num_held([1, 2, 3]) == 1
 
 
 class Streams:

@@ -16,7 +16,6 @@ from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import ModelCard
-from pdlaunch.router import prompt_reader
 from pdlaunch.router.client_request import (
     CHAT,
     COMPLETIONS,
@@ -26,7 +25,7 @@ from pdlaunch.router.client_request import (
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.kv_index import PromptTokens
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.prompt_reader import PromptReader, load_model
+from pdlaunch.router.prompt_reader import MAX_TEXT_BYTES, PromptReader, load_model
 from tests.engine.server.conftest import TEMPLATE, byte_level_tokenizer
 from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import until
@@ -116,24 +115,15 @@ async def test_native_engines_get_the_tokens_that_they_would_find(
         (pool_of("prefill-0", "decode-0"), {"prompt": 7 * len(TEXT)}),
         (pool_of("prefill-0", "decode-0"), {"messages": [{"content": TEXT}]}),
         (pool_of("prefill-0", "decode-0"), {"messages": [TEXT] * 9}),
+        (pool_of("prefill-0", "decode-0"), {"prompt": "a" * MAX_TEXT_BYTES}),
     ],
-    ids=["one engine", "no events", "a few blocks", "no prompt", "no role", "no messages"],
+    ids=["one engine", "no events", "few blocks", "no prompt", "no role", "no messages", "long"],
 )
 async def test_the_load_decides_where_tokens_do_not_matter_or_are_not_to_be_had(
     pool: EnginePool, body: dict[str, Any], folder: Path, client: EngineClient
 ) -> None:
     prompt = prompt_of(body)
     reader = PromptReader(pool, client, str(folder))
-    await reader.load()
-    assert await reader.read(prompt) == (prompt, None)
-
-
-async def test_a_long_text_is_not_tokenized(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, client: EngineClient
-) -> None:
-    monkeypatch.setattr(prompt_reader, "MAX_TEXT_BYTES", len(TEXT))
-    prompt = prompt_of(CHAT_BODY)
-    reader = PromptReader(pool_of("prefill-0", "decode-0"), client, str(folder))
     await reader.load()
     assert await reader.read(prompt) == (prompt, None)
 
