@@ -109,7 +109,11 @@ async def test_a_killed_engine_turns_red_and_back(page: Page, deployment: Deploy
     engine = "document.querySelector('.engine[data-name=\"decode-0\"]')"
     assert await page.run(f"{engine}.dataset.tone") == "ready"
     deployment.processes()["decode-0/rank-0"].kill()
-    await page.until(f"{engine}.dataset.tone === 'down'")
+    pill = "document.querySelector('#state').className"
+    await page.until(
+        f"{engine}.dataset.tone === 'down' && !/starting/.test({engine}.textContent)"
+        f" && !{pill}.includes('ready')"
+    )
     stroke = await page.run(f"getComputedStyle({engine}.querySelector('.box')).stroke")
     assert stroke == "rgb(207, 42, 42)"
     await page.until(f"{engine}.dataset.tone === 'ready'")
@@ -134,6 +138,8 @@ async def test_charts_draw_times_and_tokens(page: Page, deployment: Deployment) 
         )
         while not await page.run(drawn):
             await complete(deployment)
+        unit = await page.run(f"{svg}.querySelector('text').textContent")
+        assert re.fullmatch(r"0 (ms|/s)", unit)
         label = await page.run(f"{svg}.getAttribute('aria-label')")
         assert re.fullmatch(rf"{said}[\d.]+ .+, [a-z0-9]+ [\d.]+ .+", label), label
         legend = await page.run(f"document.querySelector('#{place} .chart-legend').textContent")
@@ -165,6 +171,9 @@ async def test_it_fits_phones_and_desks_light_and_dark(
     drawn = "document.querySelector('.drawing').getBoundingClientRect().width"
     await page.until(f"{drawn} <= {width}")
     assert await page.run("document.documentElement.scrollWidth") <= width
+    # Where there is no room beside the arrow.
+    said = await page.run("document.querySelector('.pairs').textContent")
+    assert re.search(r"prefill-0 → decode-0 .* GB/s", said) if width < 400 else not said
     back = await page.run("getComputedStyle(document.body).backgroundColor")
     assert back == {"light": "rgb(243, 245, 248)", "dark": "rgb(13, 17, 23)"}[scheme]
     file = tmp_path / "page.png"

@@ -1,6 +1,6 @@
 // Draws the parts of the flow: engines, the router, what stands beside an arrow.
 
-import { amount, percent, shownState, svg, tone, why } from "./dom.js";
+import { amount, counted, html, percent, shownState, svg, tone, why } from "./dom.js";
 
 export function engineText(engine) {
   const reading = engine.reading;
@@ -118,7 +118,7 @@ export function engineBox(engine, at) {
 export function routerBox(status, at) {
   const tones = { ok: "ready", unavailable: "down" },
     look = tones[status.state] ?? "busy";
-  const label = `router, ${status.state}, ${status.in_flight} requests in flight, ${amount(status.rates.requests_per_s)} a second`;
+  const label = `router, ${status.state}, ${counted(status.in_flight, "request")} in flight, ${amount(status.rates.requests_per_s)} a second`;
   return svg(
     "g",
     {
@@ -143,14 +143,29 @@ export function routerBox(status, at) {
   );
 }
 
+function said(pair, kind) {
+  const speed = pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s,
+    states = { " broken": "not usable", " idle": "idle" };
+  return [
+    states[kind] ?? `${amount(pair.pulls.bytes_per_s)}B/s`,
+    `${pair.path}${speed === null ? "" : ` · ${amount(speed)} GB/s`}`,
+  ];
+}
+
+// Where the page is too narrow for labels beside the arrows.
+export const pairItem = (pair, kind) =>
+  html(
+    "li",
+    {},
+    html("b", {}, `${pair.prefill} → ${pair.decode}`),
+    ` ${said(pair, kind).join(" · ")}`,
+  );
+
 const short = (name) => /\d+$/.exec(name)?.[0] ?? name.slice(0, 8);
 
 export function pairLabel(pair, x, y, kind, alone) {
-  const speed = pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s,
-    states = { " broken": "not usable", " idle": "idle" };
-  const now = states[kind] ?? `${amount(pair.pulls.bytes_per_s)}B/s`;
+  const [now, second] = said(pair, kind);
   const first = alone ? now : `${short(pair.prefill)} → ${short(pair.decode)}  ${now}`;
-  const second = `${pair.path}${speed === null ? "" : ` · ${amount(speed)} GB/s`}`;
   const width = Math.max(first.length * 7.6, second.length * 6.4) + 18;
   return svg(
     "g",

@@ -2,7 +2,7 @@
 
 import { amount, clockTime, html, svg, unit } from "./dom.js";
 
-const LEFT = 44,
+const LEFT = 62,
   BOTTOM = 18,
   TOP = 8,
   RIGHT = 6;
@@ -56,7 +56,7 @@ export function chart(place, lines, times, of, label) {
     drawing.append(svg("line", { class: "grid-line", x1: LEFT, x2: right, y1: at, y2: at }));
     if (known)
       drawing.append(
-        svg("text", { x: LEFT - 7, y: at + 4, "text-anchor": "end" }, amount(top * share)),
+        svg("text", { x: LEFT - 7, y: at + 4, "text-anchor": "end" }, `${amount(top * share)} ${of}`),
       );
   }
   if (times.length > 1) {

@@ -46,6 +46,8 @@ export function amount(value, digits = 3) {
 export const count = (value) =>
   value === null || value === undefined ? "–" : value.toLocaleString("en-US");
 
+export const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+
 // Drawings are laid out in units of which a character has always as many as here.
 export const unit = () => parseFloat(getComputedStyle(document.documentElement).fontSize) / 15;
 
@@ -61,8 +63,10 @@ export const clockTime = (at) => new Date(at * 1000).toLocaleTimeString([], { ho
 const HEALTH = { open: "left out", half_open: "on trial" };
 
 // One that is ready may still be left out, because it has failed or is slow.
-export const shownState = (engine) =>
-  engine.state === "ready" ? (HEALTH[engine.health] ?? "ready") : engine.state;
+export function shownState(engine) {
+  if (engine.is_down && engine.state !== "failed") return "down";
+  return engine.state === "ready" ? (HEALTH[engine.health] ?? "ready") : engine.state;
+}
 export const why = (engine) => engine.reason || engine.left_out || "";
 
 export function tone(engine) {

@@ -1,7 +1,7 @@
 // Draws the way of a request: router, prefill engines, pairs, decode engines.
 
-import { engineBox, pairLabel, pairText, routerBox } from "./boxes.js";
-import { svg, tone, unit } from "./dom.js";
+import { engineBox, pairItem, pairLabel, pairText, routerBox } from "./boxes.js";
+import { html, svg, tone, unit } from "./dom.js";
 
 const BOX = 78,
   GAP = 16,
@@ -247,10 +247,11 @@ export function drawFlow(container, status) {
         }),
       ),
     );
-    if (!narrow) wanted.push({ pair, kind, x: along(points, 0.5, 0), y: along(points, 0.5, 1) });
+    wanted.push({ pair, kind, x: along(points, 0.5, 0), y: along(points, 0.5, 1) });
   }
-  drawing.append(...labels(wanted, height), routerBox(status, router));
+  drawing.append(...(narrow ? [] : labels(wanted, height)), routerBox(status, router));
   for (const engine of engines) drawing.append(engineBox(engine, places.get(engine.name)));
-  container.replaceChildren(drawing);
+  const items = narrow ? wanted.map(({ pair, kind }) => pairItem(pair, kind)) : [];
+  container.replaceChildren(drawing, html("ul", { class: "pairs", "aria-hidden": true }, ...items));
   if (focused) container.querySelector(`.engine[data-name="${CSS.escape(focused)}"]`)?.focus();
 }

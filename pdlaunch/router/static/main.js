@@ -1,7 +1,7 @@
 // Watches the deployment and shows it. The key is kept in this variable alone.
 
 import { chart, spark } from "./charts.js";
-import { amount, byId, clockTime, count, html, milliseconds, percent } from "./dom.js";
+import { amount, byId, clockTime, count, counted, html, milliseconds, percent } from "./dom.js";
 import { drawFlow } from "./flow.js";
 import { drawRequests, drawTrace } from "./requests.js";
 import { drawCaches, drawEvents, drawTables } from "./tables.js";
@@ -139,7 +139,10 @@ function tiles() {
       "Pulled",
       amount(pulled),
       "B/s",
-      `${count(sum((reading) => reading.pulls.number))} pulls, ${sum((reading) => reading.failed_pulls + reading.refused_pulls)} failed`,
+      `${counted(
+        sum((reading) => reading.pulls.number),
+        "pull",
+      )}, ${sum((reading) => reading.failed_pulls + reading.refused_pulls)} failed`,
       null,
     ),
     tile(
@@ -156,7 +159,9 @@ function tiles() {
 function draw() {
   if (!status || byId("main").hidden) return;
   const looks = { ok: "ready", unavailable: "down" };
-  pill(status.state === "ok" ? "serving" : status.state, looks[status.state] ?? "busy");
+  const numDown = status.engines.filter((engine) => engine.is_down).length + status.gone.length;
+  if (status.state !== "ok") pill(status.state, looks[status.state] ?? "busy");
+  else pill(numDown ? `serving, ${numDown} down` : "serving", numDown ? "busy" : "ready");
   byId("model").textContent = status.model;
   byId("since").textContent = `${clockTime(status.at)} · pdlaunch ${status.version}`;
   document.title = `${status.model} · pdlaunch`;
