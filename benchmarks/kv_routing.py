@@ -305,15 +305,16 @@ class ChatLoad:
     num_system_words: int = 200
     num_question_words: int = 16
     num_answer_tokens: int = 64
+    seed: int = 1
 
 
 async def run_chats(url: str, load: ChatLoad, model: ServedModel) -> list[Turn]:
     turns: list[Turn] = []
-    system = words(random.Random(1), load.num_system_words)
+    system = words(random.Random(load.seed), load.num_system_words)
     places = asyncio.Semaphore(load.num_at_once)
 
     async def chat(session: aiohttp.ClientSession, number: int) -> None:
-        random_ = random.Random(100 + number)
+        random_ = random.Random(1_000 * load.seed + number)
         messages = [{"role": "system", "content": system}]
         for num_turn in range(load.num_turns):
             messages.append({"role": "user", "content": words(random_, load.num_question_words)})
@@ -419,7 +420,7 @@ async def measure_chats(
     url: str, urls: Sequence[str], load: ChatLoad, model: ServedModel
 ) -> dict[str, Any]:
     # First connections and first steps are not counted.
-    await run_chats(url, ChatLoad(num_chats=4, num_turns=1, num_system_words=80), model)
+    await run_chats(url, ChatLoad(num_chats=4, num_turns=1, num_system_words=80, seed=2), model)
     before = await num_computed(urls)
     begin_at = time.monotonic()
     turns = await run_chats(url, load, model)

@@ -32,6 +32,7 @@ POST /detokenize
 GET /metrics
 POST /pdlaunch/release
 GET /pdlaunch/integrity
+GET /pdlaunch/kv_events
 POST /sleep?level=9
 POST /wake_up?tags=none
 GET /is_sleeping
