@@ -57,7 +57,9 @@ class ApiKey(FrozenModel):
     sha256: Annotated[str, AfterValidator(_check_sha256)] = Field(
         description="Hash of the key: `printf %s \"$KEY\" | sha256sum`.")
     max_concurrent: int | None = Field(
-        None, gt=0, description="Its prompts in flight; one more gets 429.")
+        None, gt=0,
+        description="Its prompts in flight; one more gets 429. With several keys three quarters of "
+        "`limits.max_queued_requests` when unset.")
     tokens_per_minute: int | None = Field(
         None, gt=0, description="Tokens of its prompts and answers; when they are used up, 429.")
     weight: float = Field(

@@ -154,11 +154,14 @@ def router_spec(
 
 
 def _client_keys(config: LaunchConfig) -> tuple[ClientKey, ...]:
-    """Return the keys of clients; ``api_key`` is one without limits."""
+    """Return the keys of clients; ``api_key`` is one without limits of its own."""
     keys = [ClientKey(**key.model_dump()) for key in config.api_keys]
     if (plain := _plain(config.api_key)) is not None:
         keys.append(ClientKey(name="api_key", sha256=hashlib.sha256(plain.encode()).hexdigest()))
-    return tuple(keys)
+    # With several keys, none can take every place that there is.
+    most = max(1, config.limits.max_queued_requests * 3 // 4) if len(keys) > 1 else None
+    replace = msgspec.structs.replace
+    return tuple(replace(key, max_concurrent=key.max_concurrent or most) for key in keys)
 
 
 def _plain(secret: SecretStr | None) -> str | None:

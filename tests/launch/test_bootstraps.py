@@ -62,7 +62,10 @@ def test_children_are_given_what_is_theirs(tmp_path: Path) -> None:
     assert router is not None
     assert (router.port, len(router.listeners)) == (port, 1)
     own = hashlib.sha256(b"secret").hexdigest()
-    assert router.keys == (ClientKey(**limited), ClientKey(name="api_key", sha256=own))
+    assert router.keys == (
+        ClientKey(**limited),
+        ClientKey(name="api_key", sha256=own, max_concurrent=768),
+    )
     assert router.allowed_hosts == ("a",)
     assert (router.max_connections, router.routing) == (7, "pairs")
     assert router.served_model_name == "tiny"

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdlaunch.protocol.process.bootstrap import ClientKey
 from pdlaunch.router.clients import Client
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import MAX_UNBEGUN
@@ -62,22 +63,15 @@ async def test_another_keys_prompt_is_delayed_by_one_long_prompt(stand: Stand) -
     assert stand.metric('pdlaunch_router_key_queue_seconds_total{key="b"}') > 0
 
 
-async def test_short_prompts_go_together(stand: Stand) -> None:
+@pytest.mark.parametrize(("keys", "prompt"), [(KEYS, SHORT), (KEYS[:1], LONG)])
+async def test_short_prompts_and_those_of_a_single_key_go_together(
+    stand: Stand, keys: Sequence[ClientKey], prompt: str
+) -> None:
     prefill, decode = pair()
     prefill.hold_prefill = True
-    await start(stand, [prefill, decode])
-    works = [send(stand, "a", SHORT) for _ in range(20)]
-    await until(lambda: len(prefill.seen) == 20)
-    prefill.go.set()
-    await asyncio.gather(*works)
-
-
-async def test_without_several_keys_nobody_waits(stand: Stand) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(stand, [prefill, decode], keys=KEYS[:1])
-    works = [send(stand, "a", LONG) for _ in range(5)]
-    await until(lambda: len(prefill.seen) == 5)
+    await start(stand, [prefill, decode], keys=keys)
+    works = [send(stand, "a", prompt) for _ in range(15)]
+    await until(lambda: len(prefill.seen) == 15)
     prefill.go.set()
     await asyncio.gather(*works)
 
