@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -15,7 +15,6 @@ from pdlaunch.cli.options import KeyOption, UrlOption
 from pdlaunch.cli.output import counted, ending_at_errors, print_line, say
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.launch.client.admin import (
-    ChangeOutcome,
     EngineOutcome,
     admin_api,
     command_engines,
@@ -161,11 +160,8 @@ def scale(
                 param_hint="ROLE=NUMBER",
             )
         replicas[role] = int(number)
-    with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
-        outcome = command_launch(
-            admin, "scale", replicas=replicas, dry_run=dry_run, drain_timeout_s=drain_timeout
-        )
-    _show_change(outcome, dry_run=dry_run)
+    fields = {"replicas": replicas, "dry_run": dry_run, "drain_timeout_s": drain_timeout}
+    _command_launch(url, admin_api_key, "scale", fields)
 
 
 def role(
@@ -179,12 +175,8 @@ def role(
     """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
     of that role starts on its host, under a name of that role.
     """
-    wanted = {"engine": name, "role": role}
-    with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
-        outcome = command_launch(
-            admin, "role", **wanted, dry_run=dry_run, drain_timeout_s=drain_timeout
-        )
-    _show_change(outcome, dry_run=dry_run)
+    fields = {"engine": name, "role": role, "dry_run": dry_run, "drain_timeout_s": drain_timeout}
+    _command_launch(url, admin_api_key, "role", fields)
 
 
 @contextmanager
@@ -215,8 +207,13 @@ def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
     raise typer.Exit(int(any(each.error for each in outcomes)))
 
 
-def _show_change(outcome: ChangeOutcome, *, dry_run: bool) -> None:
+def _command_launch(
+    url: str | None, admin_api_key: str | None, name: str, fields: Mapping[str, object]
+) -> None:
     """Print a line for each engine that starts or stops, and what there is afterwards."""
+    dry_run = fields.get("dry_run", False)
+    with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
+        outcome = command_launch(admin, name, **fields)
     if (change := outcome.change) is not None:
         for engine in change.starts:
             devices = " ".join(engine.devices)

@@ -89,17 +89,17 @@ class SupervisorLink:
             expires_at=time.monotonic() + ANSWER_TIMEOUT_S,
         )
         answers = self._asked[command.question] = asyncio.Queue()
-        timeout_s, code = ANSWER_TIMEOUT_S, "no_answer"
+        code = "no_answer"
         message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
         try:
             self._send(command)
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 begun = await answers.get()
             if begun.is_done:
                 return begun
-            timeout_s, code = CHANGE_TIMEOUT_S, "not_ready"
+            code = "not_ready"
             message = f"it is not done after {CHANGE_TIMEOUT_S:g} s, and goes on"
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(CHANGE_TIMEOUT_S):
                 ended = await answers.get()
             return msgspec.structs.replace(begun, error=ended.error, is_done=True)
         except TimeoutError:
