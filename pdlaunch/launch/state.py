@@ -19,15 +19,7 @@ from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus, ProcessSt
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import (
-    EndReason,
-    FromSupervisor,
-    Happened,
-    PlannedChange,
-    Progress,
-    Register,
-    Withheld,
-)
+from pdlaunch.protocol import control
 
 # States in which there is an operating system process.
 ALIVE = (ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING)
@@ -72,8 +64,8 @@ class Instance:
     spec: ProcessSpec
     incarnation: int = 0  # counts the starts; 0: never started
     state: ProcessState = ProcessState.PLANNED
-    registration: Register | None = None
-    progress: Progress | None = None
+    registration: control.Register | None = None
+    progress: control.Progress | None = None
     error: str = ""  # the process's last message, else how it died
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     is_drained: bool = False
@@ -197,7 +189,7 @@ class Goal:
 
     # Why the engine gets no new work. ``joining``: its pairs are not proven yet; ``leaving``: it
     # will be removed.
-    withheld: Withheld = ""
+    withheld: control.Withheld = ""
     restart: bool = False  # its processes will be replaced
     drain_s: float = 0.0  # time that running requests get before it stops
 
@@ -208,7 +200,7 @@ class EngineChange:
 
     resolved: ResolvedLaunch  # the launch after the change
     starts: Sequence[PlacedEngine]
-    planned: PlannedChange  # the change in the form that people see
+    planned: control.PlannedChange  # the change in the form that people see
     warnings: Sequence[str] = ()  # of ``check-config``, which the launch did not have before
     question: int = 0
     asker: str = ""
@@ -228,7 +220,7 @@ class Desired:
     timing: Timing
     engines: dict[str, Goal] = field(default_factory=dict)
     change: EngineChange | None = None
-    withheld: Withheld = "starting"  # why routers refuse requests
+    withheld: control.Withheld = "starting"  # why routers refuse requests
     stop_signal: int | None = None  # the signal that asked for the end of the launch
     is_hurried: bool = False  # the user has asked for the end again
     is_strict: bool = False  # pairs that are slow must not be used
@@ -254,7 +246,7 @@ class Observed:
     # Digests of the model's files, by name, as the first process of each kind has read them.
     model: dict[str, dict[str, str]] = field(default_factory=dict)
     # How often each process was the first of its unit to end while the launch served.
-    ends: dict[str, dict[EndReason, int]] = field(default_factory=dict)
+    ends: dict[str, dict[control.EndReason, int]] = field(default_factory=dict)
     # Incarnations of removed units: a new unit of the same name continues the count.
     last_incarnations: dict[str, int] = field(default_factory=dict)
     _processes: dict[str, tuple[Unit, Instance]] = field(default_factory=dict)
@@ -354,7 +346,7 @@ class SendMessage:
     """Send a message; an answer to a command follows the registry that the command has changed."""
 
     process: str
-    message: FromSupervisor
+    message: control.FromSupervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +364,7 @@ class Chore(Enum):
 
 
 # Happened is told to people, the log and the routers.
-Action = Start | SendSignal | SendMessage | Happened | ForgetEngine | Chore
+Action = Start | SendSignal | SendMessage | control.Happened | ForgetEngine | Chore
 
 
 @dataclass(slots=True)
@@ -389,7 +381,7 @@ class Turn:
         self.actions.append(action)
 
     def announce(self, text: str) -> None:
-        self.do(Happened(text=text))
+        self.do(control.Happened(text=text))
 
     def due(self, at: float | None) -> bool:
         """Return True if an instant has come; remember it if it is in the future."""

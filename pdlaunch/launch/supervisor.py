@@ -36,35 +36,24 @@ from pdlaunch.launch.state import (
 )
 from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan, ProcessSpec
-from pdlaunch.protocol.control import (
-    Alive,
-    Answered,
-    Entry,
-    Happened,
-    ListedState,
-    PairReady,
-    Register,
-    Registry,
-    Withheld,
-    why_withheld,
-)
+from pdlaunch.protocol import control
 
 # Processes in other states are not listed; peers learn of a death by its absence.
-_LISTED: Mapping[ProcessState, ListedState] = {
+_LISTED: Mapping[ProcessState, control.ListedState] = {
     ProcessState.STARTING: "starting",
     ProcessState.READY: "ready",
     ProcessState.DRAINING: "draining",
 }
 
 
-def next_registry(current: Registry, wanted: Desired, seen: Observed) -> Registry:
+def next_registry(current: control.Registry, wanted: Desired, seen: Observed) -> control.Registry:
     """Return a new version of the registry; the current one when nothing has changed."""
     listed = (_entry(process, wanted, seen) for process in seen.processes())
     entries = [entry for entry in listed if entry is not None]
     pairs = list(seen.pairs.proven.values())
     if (entries, pairs, wanted.withheld) == (current.entries, current.pairs, current.withheld):
         return current
-    return Registry(
+    return control.Registry(
         version=current.version + 1,
         entries=entries,
         withheld=wanted.withheld,
@@ -73,13 +62,13 @@ def next_registry(current: Registry, wanted: Desired, seen: Observed) -> Registr
     )
 
 
-def _entry(process: Instance, wanted: Desired, seen: Observed) -> Entry | None:
+def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry | None:
     """Return the line of a process; None while it is not reachable.
 
     The server of an engine that was given up keeps a line.
     """
     spec, registration, state = process.spec, process.registration, _LISTED.get(process.state)
-    withheld: Withheld = ""
+    withheld: control.Withheld = ""
     reason = ""
     if state == "ready" and process.is_stalled:
         state = "stalled"
@@ -87,14 +76,16 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> Entry | None:
         state = process.sleep_state
     if spec.kind == "server" and (engine := seen.engines.get(spec.engine)) is not None:
         withheld = wanted.engines[engine.name].withheld
-        reason = why_withheld(withheld, spec.engine)
+        reason = control.why_withheld(withheld, spec.engine)
         if engine.is_given_up:
             state = "failed"
-            registration = Register(name=process.name, incarnation=process.incarnation, pid=0)
+            registration = control.Register(
+                name=process.name, incarnation=process.incarnation, pid=0
+            )
             reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
     if registration is None or state is None:
         return None
-    return Entry(
+    return control.Entry(
         name=process.name,
         kind=spec.kind,
         host=spec.host,
@@ -114,7 +105,7 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> Entry | None:
     )
 
 
-def view_of(spec: ProcessSpec, registry: Registry) -> Registry:
+def view_of(spec: ProcessSpec, registry: control.Registry) -> control.Registry:
     """Return what a process is told of the registry: a router all of it, others what concerns the
     engines that exchange KV blocks with theirs.
     """
@@ -147,11 +138,13 @@ class Supervisor:
     timing: Timing
     clock: Callable[[], float]
     has_changed: bool = True  # by events, so ``tick`` is due soon
-    _registry: Registry = field(
-        default_factory=lambda: Registry(version=0, entries=[], withheld="starting")
+    _registry: control.Registry = field(
+        default_factory=lambda: control.Registry(version=0, entries=[], withheld="starting")
     )
     # What each process was told last.
-    _sent: dict[str, tuple[list[Entry], list[PairReady]]] = field(default_factory=dict)
+    _sent: dict[str, tuple[list[control.Entry], list[control.PairReady]]] = field(
+        default_factory=dict
+    )
     _answers: list[SendMessage] = field(default_factory=list)
     _next_at: float = -math.inf
 
@@ -177,14 +170,14 @@ class Supervisor:
             self._observe(event)
             return
         process, message = found[1], event.message
-        if isinstance(message, Alive) and not process.is_stalled:
+        if isinstance(message, control.Alive) and not process.is_stalled:
             # Frequent, and nobody else needs it: no tick is due.
             process.heard_at = self.clock()
             return
-        if isinstance(message, PairReady) and self.seen.find(message.peer) is not None:
+        if isinstance(message, control.PairReady) and self.seen.find(message.peer) is not None:
             event = replace(event, message=self.places.judged(message))
         self._observe(event)
-        if isinstance(message, Register) and process.registration is message:
+        if isinstance(message, control.Register) and process.registration is message:
             # A new process cannot wait for the next change.
             self.host.send(process.name, view_of(process.spec, self._registry))
 
@@ -251,11 +244,11 @@ class Supervisor:
                     self._start(name)
                 case SendSignal(process=name, number=number):
                     self.host.signal(name, number)
-                case SendMessage(message=Answered()):
+                case SendMessage(message=control.Answered()):
                     self._answers.append(action)
                 case SendMessage(process=name, message=message):
                     self.host.send(name, message)
-                case Happened():
+                case control.Happened():
                     self._announce(action)
                 case ForgetEngine(engine=engine):
                     self.places.forget(engine)
@@ -285,7 +278,7 @@ class Supervisor:
             if stillborn is not None:
                 self._observe(stillborn)
 
-    def _announce(self, what: Happened) -> None:
+    def _announce(self, what: control.Happened) -> None:
         logger.info("%s", what.text)
         self.observer.note(what.text)
         for router in self.seen.routers:
