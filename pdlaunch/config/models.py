@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     SecretStr,
     ValidationError,
@@ -68,6 +69,12 @@ class ApiKey(FrozenModel):
     # fmt: on
 
 
+def _refuse_text(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError("write the list into the file; PDLAUNCH_API_KEY gives a single key")
+    return value
+
+
 def _differ(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
     for field in ("name", "sha256"):
         values = [getattr(key, field) for key in keys]
@@ -91,7 +98,9 @@ class LaunchConfig(SharedSettings, EngineSettings):
         8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
     api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None, min_length=1, description="Key that clients must send as a bearer token.")
-    api_keys: Annotated[tuple[ApiKey, ...], AfterValidator(_differ)] = Field(
+    api_keys: Annotated[
+        tuple[ApiKey, ...], BeforeValidator(_refuse_text), AfterValidator(_differ)
+    ] = Field(
         (),
         description="Keys of clients by name, hashed: `[{name, sha256, max_concurrent, "
         "tokens_per_minute, weight}]`. With several keys, none starves the others.")

@@ -96,6 +96,8 @@ class CertificateFiles(NamedTuple):
                 is_other = "MISMATCH" in text
                 text = "another private key" if is_other else "no PEM certificate, or no key"
                 text = f"{text} is in {' and '.join(filter(None, self))}"
+            elif isinstance(error, OSError):
+                text = f"{error.filename} cannot be read: {error.strerror}"
             fix = "name PEM files: the chain, and its private key without a password"
             raise ConfigError(text, field="ssl_certfile", value=self.certfile, fix=fix) from None
 

@@ -22,6 +22,7 @@ DIGEST = hashlib.sha256(b"secret").hexdigest()
     [
         ([{"name": "a", "sha256": "my-own-key"}], {}, "64 hexadecimal digits"),
         ([{"name": "a b", "sha256": DIGEST}], {}, "pattern"),
+        ("my-own-key", {}, "into the file; PDLAUNCH_API_KEY"),
         ([{"name": n, "sha256": DIGEST} for n in "ab"], {}, "two keys have the sha256 of a"),
         ([{"name": "a", "sha256": c * 64} for c in "01"], {}, "two keys have the name of a"),
         ([{"name": "a", "sha256": DIGEST}], {"admin_api_key": "secret"}, "differ from the key a"),
@@ -29,7 +30,7 @@ DIGEST = hashlib.sha256(b"secret").hexdigest()
     ],
 )
 def test_keys_of_clients_are_checked_and_not_shown(
-    keys: list[dict[str, object]], others: dict[str, str], words: str
+    keys: object, others: dict[str, str], words: str
 ) -> None:
     problem = only(problems(api_keys=keys, **others))
     assert words in problem.message
