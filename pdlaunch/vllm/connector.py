@@ -139,12 +139,7 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         return Orders(self._scheduling.take_commands(), is_idle)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        received, sent = connector_output.finished_recving, connector_output.finished_sending
-        self._scheduling.ended(received or (), sent or ())
-
-    def has_pending_block_frees(self) -> bool:
-        # A request that finds no block waits for a lease to end, and keeps what it has computed.
-        return self._scheduling.lends
+        self._scheduling.received(connector_output.finished_recving or ())
 
     def request_finished(
         self, request: Any, block_ids: list[int]

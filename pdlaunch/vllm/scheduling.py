@@ -81,7 +81,6 @@ class Scheduling:
         self._asked: set[str] = set()
         self._shortened: set[str] = set()  # prompts without their last token
         self._loading: set[str] = set()  # requests whose blocks workers are pulling
-        self._lent: set[str] = set()  # requests whose blocks stay until their leases end
         self._visits = count()
 
     def take_commands(self) -> list[TransferCommand]:
@@ -132,15 +131,9 @@ class Scheduling:
         self._loading.add(request.request_id)
         self._pull(request, remote, tables, self._num_lent(request) - num_external_tokens)
 
-    def ended(self, received: Iterable[str], sent: Iterable[str]) -> None:
-        """Record that no worker has anything to do with the blocks of these requests any more."""
-        self._loading.difference_update(received)
-        self._lent.difference_update(sent)
-
-    @property
-    def lends(self) -> bool:
-        """Return whether blocks will become free without a request being preempted."""
-        return bool(self._lent)
+    def received(self, request_ids: Iterable[str]) -> None:
+        """Record that no worker writes to the blocks of these requests any more."""
+        self._loading.difference_update(request_ids)
 
     def finished(
         self,
@@ -184,7 +177,6 @@ class Scheduling:
     def _lend(self, request: Any, tables: Sequence[Sequence[int]]) -> dict[str, Any]:
         num_tokens, lease_s = request.num_prompt_tokens, self._settings.lease_s
         blocks, firsts = self._blocks_of(tables, 0, num_tokens)
-        self._lent.add(request.request_id)
         lease_id = LeaseId(request.request_id)
         self._commands.append(
             GrantLease(

@@ -86,7 +86,7 @@ def _descendant(engine: psutil.Process, title: str) -> psutil.Process:
         found[:] = [each for each in children if " ".join(each.cmdline()).startswith(title)]
         return len(found) == 1
 
-    await_true(is_found, f"{engine} runs {title}", 10.0)
+    await_true(is_found, f"{engine} runs {title}", 60.0)
     return found[0]
 
 

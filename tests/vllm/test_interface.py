@@ -20,7 +20,6 @@ NEWEST = "0.33.0"
 LATER = {
     "get_transfer_results": "0.30.0",
     "get_mem_pool_context": "0.31.0",
-    "has_pending_block_frees": "0.30.0",
     "get_loaded_kv_cache_group_ids": "0.32.0",
     "restore_kv_caches": "0.33.0",
     "unregister_kv_caches": "0.33.0",
@@ -33,6 +32,8 @@ DEFAULTS_FIT = {
     *("set_xfer_handshake_metadata_pp_aware", "build_connector_worker_meta"),
     # Requests that hold blocks keep the engine's loop going; it publishes KV events itself.
     *("has_pending_push_work", "get_kv_connector_kv_cache_events", "take_events"),
+    # Leases of a dead decode engine end late: a request that finds no block preempts another one.
+    "has_pending_block_frees",
     # Nothing is kept of a forward, or of another memory.
     *("finish_forward", "reset_capture_state", "requires_piecewise_for_cudagraph"),
     *("handle_preemptions", "set_host_xfer_buffer_ops", "reset_cache"),

@@ -76,18 +76,6 @@ def test_a_prompt_that_was_preempted_before_its_token_came_is_not_lent() -> None
     prefill = scheduling(FULL, SLIDING)
     assert prefill.finished(Request("p", 10, PREFILL), ([], []), is_prefilled=True) is None
     assert prefill.take_commands() == []
-    assert not prefill.lends
-
-
-def test_blocks_are_expected_back_for_as_long_as_a_lease_holds() -> None:
-    prefill = scheduling()
-    assert not prefill.lends
-    for name in ("p", "q"):
-        prefill.finished(Request(name, 10, PREFILL), ([3, 1, 2],), is_prefilled=True)
-    prefill.ended((), ["p"])
-    assert prefill.lends
-    prefill.ended((), ["q"])
-    assert not prefill.lends
 
 
 @pytest.mark.parametrize(
@@ -119,7 +107,7 @@ def test_decode_pulls_what_it_has_not_cached_once_and_is_not_asked_again() -> No
     assert decode.num_matched(request, 0) == 0
     decode.allocated(request, ([7, 8, 9],), 0)
     assert decode.take_commands() == []
-    decode.ended(["d"], ())
+    decode.received(["d"])
     assert decode.finished(request, ([7, 8, 9],), is_prefilled=True) is None
     assert decode.take_commands() == []
 
