@@ -43,7 +43,7 @@ def scheduling(*groups: GroupShape, digest: str = "d") -> Scheduling:
         by_head=False,
         model_digest=digest,
     )
-    return Scheduling(setup, KVTransferSettings(), groups or (FULL,), tp_size=2)
+    return Scheduling(setup, KVTransferSettings(), groups or (FULL,), dp_rank=0, tp_size=2)
 
 
 PREFILL = {"do_remote_decode": True}

@@ -75,10 +75,11 @@ class Engine:
             tp_rank=0,
             by_head=False,
         )
-        self.scheduling = Scheduling(setup, settings, [GroupShape(4, None)], tp_size=1)
+        self.scheduling = Scheduling(setup, settings, [GroupShape(4, None)], dp_rank=0, tp_size=1)
         self.worker = Worker(
             setup,
             layout,
+            dp_rank=0,
             tp_rank=0,
             tp_size=1,
             dtype="float32",
@@ -111,7 +112,7 @@ class Engine:
 
     def tell(self, *entries: Entry) -> None:
         frame = to_worker.encode(Peers(entries=list(entries)))
-        self.link.send_multipart([b"rank-0", frame])
+        self.link.send_multipart([self.entry.name.encode(), frame])
 
     def step(self) -> None:
         self.worker.submit(self.scheduling.take_commands())
