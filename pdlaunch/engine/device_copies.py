@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pdlaunch.engine.models.attention import FloatArray, IntArray
+from pdlaunch.engine.models.attention import BoolArray, FloatArray, IntArray
 
 
 class Download:
@@ -40,7 +40,7 @@ def upload(
     return _send(torch.tensor(values, dtype=dtype), device)
 
 
-def upload_array(array: IntArray | FloatArray, device: torch.device) -> torch.Tensor:
+def upload_array(array: IntArray | FloatArray | BoolArray, device: torch.device) -> torch.Tensor:
     """Return the array on ``device`` without waiting; on a CPU it shares the array's memory."""
     return _send(torch.from_numpy(array), device)
 

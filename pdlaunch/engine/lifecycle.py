@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.grammar import Grammars
 from pdlaunch.engine.kv_requests import KVTransfers
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
@@ -108,6 +109,10 @@ NAN_LOGITS = (
     "the model's logits for this request are not numbers (NaN), so that no token can be drawn; "
     "look for overflow in its dtype, or for damaged weights"
 )
+LOST_GRAMMAR = (
+    "no token can be drawn: the grammar is too complex to follow, the output so far does not fit "
+    "it, or the model's logits are not numbers (NaN)"
+)
 
 
 class RequestLifecycle:
@@ -122,9 +127,14 @@ class RequestLifecycle:
         model_digest: str,
         engine_id: EngineId,
         port: int,
+        grammars: Grammars,
+        wake: Callable[[], None] = lambda: None,
         offload: OffloadPlanner | None = None,
     ) -> None:
-        """``port``: of the side channel, where leases that are granted here can be pulled."""
+        """``port``: of the side channel, where leases that are granted here can be pulled.
+
+        ``wake``: wakes the step loop; called in any thread.
+        """
         assert offload is None or spec.enable_prefix_caching
         self.spec = spec
         self.kv = KVCacheManager(groups, num_blocks, spec.block_size)
@@ -142,6 +152,7 @@ class RequestLifecycle:
         self.may_progress = False
         """A waiting request may be able to start now; the scheduler clears this."""
         self._outputs: list[Tokens | RequestFinished] = []
+        self._grammars, self._wake = grammars, wake
         self._model_digest = model_digest
         self._num_arrived = 0
 
@@ -174,6 +185,28 @@ class RequestLifecycle:
             self._finish(request, "error", error=error)
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
+        if request.phase is Phase.FINISHED:
+            return
+        if request.scored is not None and request.wants_pull:
+            # Nothing can be told of a prompt that is not computed here.
+            self.transfers.pull_nothing(request)
+            request.wants_pull = False
+        if message.sampling.grammar:
+            request.grammar = self._grammars.compile(message.sampling.grammar)
+            request.grammar.add_done_callback(self._on_compiled)
+
+    def _on_compiled(self, _: object) -> None:
+        self.may_progress = True
+        self._wake()
+
+    def is_compiled(self, request: Request) -> bool:
+        """Return whether the request's grammar is ready; end a request whose grammar never is."""
+        if request.grammar is None:
+            return True
+        if request.grammar.done() and (error := request.grammar.exception()) is not None:
+            self._finish(request, "error", error=f"the grammar cannot be used: {error}")
+            return False
+        return request.grammar.done()
 
     def _refusal(self, request: Request) -> str | None:
         """Return why this engine cannot serve the request, or None if it can."""
@@ -292,8 +325,9 @@ class RequestLifecycle:
     def take_token(self, request: Request, token: TokenOutput | None) -> None:
         """Append the token that a step has drawn; None, for logits that are NaN, is an error."""
         if token is None:
-            logger.error("request %s ends: its logits are NaN", request.request_id)
-            self._finish(request, "error", error=NAN_LOGITS)
+            logger.error("request %s ends: no token can be drawn", request.request_id)
+            has_grammar = bool(request.message.sampling.grammar)
+            self._finish(request, "error", error=LOST_GRAMMAR if has_grammar else NAN_LOGITS)
             return
         request.token_ids.append(token.token_id)
         request.is_suspect = False  # No rank died of this step.
@@ -302,7 +336,14 @@ class RequestLifecycle:
         if not self._finish_if_complete(request, token.token_id, token):
             self.batch.add_sampled(request)
             spans = request.report_spans() if request.num_drawn == 1 else None
-            self._outputs.append(Tokens(request_id=request.request_id, tokens=[token], spans=spans))
+            self._outputs.append(
+                Tokens(
+                    request_id=request.request_id,
+                    tokens=[token],
+                    prompt=request.take_scored(),
+                    spans=spans,
+                )
+            )
 
     def register(self, request: Request) -> None:
         """Let others find the blocks that the request has filled, on device and host."""
@@ -387,6 +428,7 @@ class RequestLifecycle:
                 request_id=request.request_id,
                 reason=reason,
                 tokens=[] if token is None else [token],
+                prompt=[] if token is None else request.take_scored(),
                 stop_token_id=ending if reason == "stop" else None,
                 error=error,
                 num_cached_tokens=request.num_cached_tokens or 0,

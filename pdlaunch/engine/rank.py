@@ -108,6 +108,8 @@ class RankProcess:
                 model_digest=runner.model_digest,
                 engine_id=engine_id,
                 port=port,
+                grammars=runner.grammars,
+                wake=self._wake,
                 offload=None
                 if offload is None
                 else OffloadPlanner(

@@ -8,7 +8,9 @@ import enum
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from pdlaunch.engine.kvcache.hashing import TokenHasher
 from pdlaunch.engine.kvcache.manager import BlockTables
@@ -17,8 +19,12 @@ from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, Ste
 from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, Attribute, SpanLog, SpanReport
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.transfer import PullFinished
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 RANK = "rank-{}"  # names the process of a rank within its engine
 
@@ -98,6 +104,13 @@ class Request:
         """Once a load has ended, well or not, the host is asked again only after preemption."""
         self.incoming: PullId | int | None = None
         """Id of the pull or load for which it waits."""
+        self.grammar: Future[LLMatcher] | None = None
+        """The compiled grammar, while it is compiled."""
+        wants_scores = message.sampling.num_prompt_logprobs is not None
+        self.scored: list[TokenOutput] | None = [] if wants_scores else None
+        """The prompt's tokens from the second on, with log-probabilities; None: not asked for, or
+        told already.
+        """
         self.is_suspect = message.is_suspect
         """A rank may have died of it; False once a step has drawn a token for it here."""
         self.spans = SpanLog() if message.records_spans else None
@@ -155,11 +168,18 @@ class Request:
 
     @property
     def draws_from_its_output(self) -> bool:
-        """Return whether the host has to know a token before the next is drawn, as penalties do."""
+        """Return whether the host has to know a token before the next is drawn."""
         sampling = self.message.sampling
         return sampling.repetition_penalty != 1.0 or bool(
-            sampling.presence_penalty or sampling.frequency_penalty
+            sampling.presence_penalty or sampling.frequency_penalty or sampling.grammar
         )
+
+    def take_scored(self) -> list[TokenOutput]:
+        """Return the prompt's tokens with their log-probabilities, once."""
+        if self.scored is None:
+            return []
+        scored, self.scored = [TokenOutput(token_id=self.token_ids[0]), *self.scored], None
+        return scored
 
     @property
     def num_pulled_tokens(self) -> int:
@@ -408,8 +428,17 @@ class Batch:
         # After the last known token the step draws one. Tokens in flight count as known, because
         # the device looks them up.
         start, samples = request.num_scheduled, num_tokens == request.num_to_schedule
+        num_scored = 0
+        if request.scored is not None:
+            num_scored = max(0, min(num_tokens, request.num_prompt_tokens - 1 - start))
         plan.scheduled.append(
-            ScheduledRow(row=row, num_computed_tokens=start, num_tokens=num_tokens, sample=samples)
+            ScheduledRow(
+                row=row,
+                num_computed_tokens=start,
+                num_tokens=num_tokens,
+                sample=samples,
+                num_scored=num_scored,
+            )
         )
         request.num_in_flight += num_tokens
         request.num_unknown += samples

@@ -5,6 +5,7 @@ tokens that the host does not know yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.models.attention import FloatArray, IntArray, PackedBatch
 from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 @dataclass(slots=True)
@@ -28,6 +32,9 @@ class Row:
     bias: tuple[IntArray, FloatArray] | None = None
     # Logical index of the block whose slots past the row's last token are known to be zero
     clean_block: int = -1
+    # State of the row's grammar after the first ``num_matched`` output tokens
+    matcher: LLMatcher | None = None
+    num_matched: int = 0
 
     @property
     def known(self) -> IntArray:

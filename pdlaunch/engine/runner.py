@@ -18,6 +18,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.identity import changes, model_digest, weight_digests
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
+from pdlaunch.engine.grammar import Grammars
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
 from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools, open_memory_pools
@@ -50,6 +51,8 @@ class LaunchedStep:
     places: list[tuple[Row, int]] = field(default_factory=list)
     # Marks the end of a step that draws nothing here; its blocks are in use until then
     ended: Download | None = None
+    # Tokens of prompts, with their log-probabilities
+    scored: DrawnTokens | None = None
 
 
 class ModelRunner:
@@ -119,6 +122,7 @@ class ModelRunner:
         self._attention = self._new_attention()
         self._graphs: StepGraphs | None = None
         self._rows = RowTable(self._spec, len(self.layout.groups))
+        self.grammars = Grammars(model_dir, self.shape.vocab_size, self.shape.eos_token_ids)
 
     def execute(self, plan: StepPlan) -> list[TokenOutput | None]:
         return self.collect(self.launch(plan))
@@ -139,9 +143,22 @@ class ModelRunner:
         rows = [self._rows[row] for row in sampled]
         # Every rank has the whole output layer; rank 0 draws for all.
         draws = bool(sampled) and self._tp_rank == 0
-        # The last token of each row that draws, in the order of the plan, not of the batch.
-        kept = [ends[row] - 1 for row in sampled] if draws else []
+        scoring = [item for item in plan.scheduled if item.num_scored and self._tp_rank == 0]
+        # In the order of the plan, not of the batch: the scored tokens, then the last token of each
+        # row that draws.
+        kept = [
+            ends[item.row] - item.num_tokens + index
+            for item in scoring
+            for index in range(item.num_scored)
+        ]
+        num_scored = len(kept)
+        kept += [ends[row] - 1 for row in sampled] if draws else []
         logits, likeliest = self._forward(batch, kept)
+        scored = self._score(scoring, logits[:num_scored]) if scoring else None
+        if scoring:
+            logits, likeliest = logits[num_scored:], None
+        if draws and self.grammars.mask(logits, rows):
+            likeliest = None
         drawn = draw_tokens(logits, rows, likeliest) if draws else None
         if self._latest is not None and sampled:
             if drawn is None:
@@ -155,7 +172,16 @@ class ModelRunner:
             first = self.shape.vocab_size
             places = [(row, row.expect(number)) for number, row in enumerate(rows, first)]
         ended = Download([], self._device) if drawn is None else None
-        return LaunchedStep(drawn, places, ended)
+        return LaunchedStep(drawn, places, ended, scored)
+
+    def _score(self, scoring: list[ScheduledRow], logits: torch.Tensor) -> DrawnTokens:
+        """Find the log-probabilities of the known tokens that follow scored ones."""
+        next_ids, num_tops = [], []
+        for item in scoring:
+            row, begin = self._rows[item.row], item.num_computed_tokens + 1
+            next_ids.append(row.token_ids[begin : begin + item.num_scored])
+            num_tops += [row.sampling.num_prompt_logprobs] * item.num_scored
+        return DrawnTokens(upload_array(np.concatenate(next_ids), self._device), num_tops, logits)
 
     def _forward(
         self, batch: PackedBatch, kept: list[int]
@@ -174,18 +200,19 @@ class ModelRunner:
         return self._decoder.logits(token_ids, positions, places, step), None
 
     def collect(self, step: LaunchedStep) -> list[TokenOutput | None]:
-        """Wait for the oldest launched step; return a token for each scheduled row with ``sample``,
-        None if its logits were NaN.
+        """Wait for the oldest launched step; return the scored tokens, then a token for each
+        scheduled row with ``sample``, None if its logits were NaN.
         """
         if step.ended is not None:
             step.ended.wait()
+        scored = [] if step.scored is None else step.scored.collect()
         if step.drawn is None:
-            return []
+            return scored
         tokens = step.drawn.collect()
         for (row, position), token in zip(step.places, tokens, strict=True):
             if token is not None:
                 row.token_ids[position] = token.token_id
-        return tokens
+        return scored + tokens
 
     def warm_up(self) -> None:
         """Run some steps, so that requests pay for no lazy initialisation; capture graphs."""

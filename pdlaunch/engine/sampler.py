@@ -6,9 +6,10 @@ is largest is drawn: logits that another batch shape rounds differently move the
 tokens are as near to each other as their rounding errors, while a sum over the vocabulary (the
 inverse of the cumulative distribution) moves the borders of all tokens.
 
-Order of the steps as in vLLM: log-probabilities are taken from the raw logits; then logit_bias,
-min_tokens and penalties; for sampled rows temperature, min_p, top_k, top_p. No parameter turns a
-logit that is a number into NaN. Logits may be infinite. A row with a NaN draws no token.
+Order of the steps as in vLLM: a grammar's mask, in the logits that come here; log-probabilities are
+taken from these; then logit_bias, min_tokens and penalties; for sampled rows temperature, min_p,
+top_k, top_p. No parameter turns a logit that is a number into NaN. Logits may be infinite. A row
+with a NaN draws no token.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pdlaunch.engine.rows import Row
 from pdlaunch.protocol.kv_params import TokenOutput
 
 LEAST_TEMPERATURE = 0.01  # temperatures between 0 and this one are raised to it. Source: vLLM.
+# Higher ones are lowered to it: forbidden tokens, at the lowest float32, keep a weight of 0.
+MOST_TEMPERATURE = 1e30
 # Number of tokens that top_p sorts first (then 16 times as many, and so on). Sorting the whole
 # vocabulary costs 25 times as much.
 NUCLEUS_GUESS_TOKENS = 256
@@ -43,18 +46,19 @@ _FLOAT32 = torch.finfo(torch.float32)
 class DrawnTokens:
     """Holds a token a row, with log-probabilities where asked for, on the way to the host."""
 
-    def __init__(self, drawn: torch.Tensor, rows: list[Row], logits: torch.Tensor) -> None:
-        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were."""
+    def __init__(
+        self, drawn: torch.Tensor, num_tops: list[int | None], logits: torch.Tensor
+    ) -> None:
+        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were.
+
+        ``num_tops``: as ``num_top_logprobs``, of each row.
+        """
         self._vocab_size = logits.shape[-1]
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
         """[num_rows] input of the next step, which may be queued already and must look nothing up
         outside of the vocabulary; the host drops what it computes for a row without a token.
         """
-        self._num_tops = {
-            index: row.sampling.num_top_logprobs
-            for index, row in enumerate(rows)
-            if row.sampling.num_top_logprobs is not None
-        }
+        self._num_tops = {index: num for index, num in enumerate(num_tops) if num is not None}
         told = _logprobs(logits, self.token_ids, self._num_tops) if self._num_tops else []
         self._copy = Download([drawn, *told], drawn.device)
 
@@ -81,10 +85,11 @@ def draw_tokens(
     ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, when they are known. On a GPU the
     host waits for nothing, unless a row has penalties.
     """
+    num_tops = [row.sampling.num_top_logprobs for row in rows]
     if all(row.is_greedy and not row.changes_logits for row in rows):
         # Greedy rows need no float32 copy of the logits, and no noise.
         likeliest = likeliest_tokens(logits) if likeliest is None else likeliest
-        return DrawnTokens(likeliest, rows, logits)
+        return DrawnTokens(likeliest, num_tops, logits)
     changed = _change_logits(logits.float(), rows)
     token_ids = likeliest_tokens(changed)
     sampled = [index for index, row in enumerate(rows) if not row.is_greedy]
@@ -97,7 +102,7 @@ def draw_tokens(
         found = _sample(changed[places], [rows[index] for index in part])
         # A row with a NaN stays without a token: its sampled one means nothing.
         token_ids[places] = torch.where(token_ids[places] == NO_TOKEN, NO_TOKEN, found)
-    return DrawnTokens(token_ids, rows, logits)
+    return DrawnTokens(token_ids, num_tops, logits)
 
 
 def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
@@ -174,7 +179,9 @@ def _change_row(logits: torch.Tensor, row: Row) -> None:
 def _sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     # The likeliest becomes 0: whatever the temperature makes of the others is at most that.
     scaled = logits.nan_to_num_().sub_(logits.amax(dim=-1, keepdim=True))
-    temperatures = [max(row.sampling.temperature, LEAST_TEMPERATURE) for row in rows]
+    temperatures = [
+        min(max(row.sampling.temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE) for row in rows
+    ]
     scaled.div_(_column(temperatures, scaled))
     scaled = _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows), rows), rows)
     keys = [draw_key(row.sampling.seed, row.sampling.choice, len(row.output)) for row in rows]

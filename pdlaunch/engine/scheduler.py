@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 
 from pdlaunch.engine.kvcache.manager import PrefixHit
 from pdlaunch.engine.lifecycle import RequestLifecycle
@@ -22,6 +23,11 @@ from pdlaunch.protocol.kv_params import TokenOutput
 logger = logging.getLogger(__name__)
 
 
+# Most prompt tokens of a step whose log-probabilities are wanted: each takes a row of logits, of
+# 1 MB with a vocabulary of 128,000.
+MAX_SCORED_TOKENS = 128
+
+
 class _Draft:
     """Collects the next step: the number of tokens of each request."""
 
@@ -30,12 +36,15 @@ class _Draft:
         """Tokens that may still be added."""
         self.prompt_budget = budget
         """Tokens of prompts that may still be added, within ``budget``."""
+        self.scored_budget = MAX_SCORED_TOKENS
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
 
-    def room(self, num_wanted: int) -> int:
+    def room(self, request: Request, num_wanted: int) -> int:
         """Return how many next tokens of a request may be added; more than one: a prompt."""
         budget = min(self.budget, self.prompt_budget) if num_wanted > 1 else self.budget
+        if request.scored is not None:
+            budget = min(budget, self.scored_budget)
         return min(num_wanted, budget)
 
     def add(self, request: Request, num_tokens: int) -> None:
@@ -43,6 +52,8 @@ class _Draft:
         self.budget -= num_tokens
         if num_tokens > 1:
             self.prompt_budget -= num_tokens
+        if request.scored is not None:
+            self.scored_budget -= num_tokens
 
 
 class Scheduler:
@@ -109,14 +120,19 @@ class Scheduler:
     def postprocess(self, plan: StepPlan, drawn: Sequence[TokenOutput | None]) -> None:
         """Account for a step that has run, the oldest in flight.
 
-        ``drawn``: an entry for each scheduled row with ``sample``, None where its logits were NaN.
+        ``drawn``: an entry for each scored token, then one for each scheduled row with ``sample``,
+        None where its logits were NaN.
         """
         if plan.scheduled:
             num_tokens = sum(item.num_tokens for item in plan.scheduled)
             self.requests.histograms.observe("iteration_tokens_total", num_tokens)
-        tokens = iter(drawn)
+        num_scored = sum(item.num_scored for item in plan.scheduled)
+        scored, tokens = iter(drawn[:num_scored]), iter(drawn[num_scored:])
         for item, request in self._batch.collect(plan):
             token = next(tokens) if item.sample else None
+            known = [each for each in islice(scored, item.num_scored) if each is not None]
+            if request.scored is not None:
+                request.scored += known
             if request.phase is Phase.FINISHED:
                 # It ended while the step ran: drop its token.
                 if not request.num_in_flight:
@@ -169,7 +185,7 @@ class Scheduler:
 
     def _schedule_chunk(self, request: Request, step: _Draft) -> None:
         """Add next tokens of a running request; later arrivals give up blocks for at least one."""
-        num_tokens = step.room(request.num_to_schedule)
+        num_tokens = step.room(request, request.num_to_schedule)
         # It may have been preempted in this very step, by a request that came before it.
         if request.phase is not Phase.RUNNING or num_tokens == 0:
             return
@@ -198,6 +214,7 @@ class Scheduler:
                 not request.wants_pull
                 and self._batch.free_rows
                 and not self._has_to_be_apart(request)
+                and self.requests.is_compiled(request)
             ):
                 lacks_blocks |= not self._admit(request, step)
         nothing_runs = not self._queues.running and not self._batch.steps
@@ -213,7 +230,7 @@ class Scheduler:
 
         True also if it had better wait for another request, another step or host memory.
         """
-        if not step.room(request.num_remaining):
+        if not step.room(request, request.num_remaining):
             # Later arrivals must not go first.
             step.prompt_budget = 0
             return True
@@ -222,6 +239,8 @@ class Scheduler:
                 request.hasher.extend(request.token_ids)
             # The last known token is always computed.
             max_shared = (len(request.token_ids) - 1) // self._block_size if self._caches else 0
+            if request.scored is not None:
+                max_shared = 0  # Its tokens are computed, all of them.
             hit = self._kv.find_prefix(request.hasher.block_hashes, max_shared)
             if self._is_computed_elsewhere(request, hit, max_shared):
                 # It shares these blocks a few steps later instead of computing them twice.
@@ -240,7 +259,7 @@ class Scheduler:
         device, host, remote = request.cached_tokens
         request.mark(SEATED, device_tokens=device, host_tokens=host, remote_tokens=remote)
         self._batch.seat(request)
-        num_tokens = min(step.room(request.num_remaining), room)
+        num_tokens = min(step.room(request, request.num_remaining), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)
         return True
@@ -316,6 +335,8 @@ class Scheduler:
         self._kv.free(victim.tables)
         victim.num_computed = victim.num_registered_blocks = 0
         victim.may_load = True
+        if victim.scored is not None:
+            victim.scored.clear()
         self.requests.counts["num_preemptions"] += 1
         self.requests.may_progress = True
         step.budget += step.scheduled.pop(victim, 0)

@@ -47,6 +47,7 @@ class ScheduledRow(Message, tag=False):
     num_computed_tokens: int
     num_tokens: int
     sample: bool  # draw the next token, because the last of these is the last known one
+    num_scored: int = 0  # of these, the first ones: tell the log-probability of the token after
 
 
 class StepPlan(Message):

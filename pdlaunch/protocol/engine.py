@@ -37,6 +37,8 @@ class SamplingParams(Message, tag=False):
     seed: int = 0
     choice: int = 0
     num_top_logprobs: int | None = None  # none: no logprobs; 0: only of the token itself
+    num_prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    grammar: str = ""  # of llguidance; the output has to fit it
 
 
 class AddRequest(Message):
@@ -103,6 +105,7 @@ class Tokens(Message):
 
     request_id: RequestId
     tokens: list[TokenOutput]
+    prompt: list[TokenOutput] = []  # with the first token: the prompt's, if asked for
     spans: SpanReport | None = None  # so far, with the first tokens, where they were asked for
 
 
@@ -112,6 +115,7 @@ class RequestFinished(Message):
     request_id: RequestId
     reason: FinishReason
     tokens: list[TokenOutput] = []
+    prompt: list[TokenOutput] = []
     stop_token_id: int | None = None  # the token that ended it (it is the last of the tokens)
     error: str | None = None
     num_cached_tokens: int = 0  # prompt tokens from the prefix cache and pulled blocks

@@ -89,21 +89,15 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
     origin: PromptOrigin
     wants_pair: bool  # the client has asked for a pair of engines
+    # Engines are asked for the ids of tokens; with them vLLM leaves out the text of a prompt that
+    # is to be echoed.
+    asks_token_ids: bool
     session: str = ""  # the client has asked for the engines of this session
     priority: int = 0  # lower first
 
     @property
     def is_stream(self) -> bool:
         return bool(self.body.get("stream"))
-
-    @property
-    def asks_token_ids(self) -> bool:
-        """Return whether engines are asked for the ids of tokens.
-
-        With them vLLM leaves out the text of a prompt that is to be echoed.
-        """
-        body = self.body
-        return self.endpoint.is_chat or not body.get("echo") or bool(body.get("return_token_ids"))
 
     @property
     def text(self) -> msgspec.Raw | None:
@@ -207,8 +201,9 @@ def read_client_request(
     fields = _read_fields(body)
     if fields.model not in (None, served_model_name) and not is_vllm:
         raise model_not_found(str(fields.model), served_model_name)
-    # vLLM scores a prompt that it echoes with no token of its own.
-    max_tokens = _check_limits(fields, may_be_none=is_vllm and bool(body.get("echo")))
+    # A prompt that is echoed can be scored without a token of the answer.
+    echoes = not endpoint.is_chat and bool(body.get("echo"))
+    max_tokens = _check_limits(fields, may_be_none=echoes)
     bodies = [body] if endpoint.is_chat else [body | one for one in _split_prompts(body)]
     text, prompts = "messages" if endpoint.is_chat else "prompt", []
     for index, one in enumerate(bodies):
@@ -230,6 +225,7 @@ def read_client_request(
                 wants_pair=wants_pair,
                 session=session,
                 priority=fields.priority or 0,
+                asks_token_ids=not (is_vllm and echoes) or bool(fields.return_token_ids),
             )
         )
     options = fields.stream_options or StreamFields()
@@ -270,7 +266,7 @@ def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
     Where ``may_be_none`` lets it be 0, it counts as 1: one engine does all. Raises RequestError.
     """
     if fields.max_tokens == 0 and not may_be_none:
-        raise _invalid("max_tokens must be 1 or more", "max_tokens")
+        raise _invalid("max_tokens must be 1 or more, or 0 with echo: true", "max_tokens")
     if fields.stream_options is not None and not fields.stream:
         raise _invalid("stream_options needs stream: true", "stream_options")
     limit = (

@@ -119,7 +119,7 @@ def test_characters_of_several_tokens_stream_whole(client: openai.OpenAI) -> Non
         ({"max_tokens": "many"}, "max_tokens"),
         ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params"),
         ({"best_of": 4}, "best_of"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"guided_json": {"if": {}}}, "guided_json"),
         ({"logit_bias": {"9999999": 1}}, "logit_bias"),
     ],
 )

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ import pytest
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from tests.e2e.api import await_ready, complete, complete_all, count_now, engine_apis, idle
+from tests.e2e.api import (
+    await_ready,
+    complete,
+    complete_all,
+    count_now,
+    engine_apis,
+    idle,
+    streamed,
+    total_now,
+)
 from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import num_migrations
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy
 from tests.e2e.waiting import await_true
 
@@ -114,6 +125,41 @@ def test_a_seeded_sample_is_the_same_wherever_it_runs(
         alone = [complete(api, prompt, NUM_TOKENS, **fields) for prompt in prompts[:4]]
         assert alone == through_pairs[:4]
     assert len({tuple(tokens) for tokens in through_pairs}) == len(prompts)
+
+
+def test_a_grammar_is_followed_from_engine_to_engine(
+    two_by_two: Deployment, prompts: list[list[int]], engines: list[Api]
+) -> None:
+    """Over a pair as at one engine, and after the deaths of those that had the stream."""
+    prompt, fields = prompts[0], {"guided_regex": "([a-f]{3,9}-[0-9]{2,4},){60}"}
+    alone = complete(engines[1], prompt, 1000, cache_salt="grammar", **fields)
+    assert complete(two_by_two.url, prompt, 1000, **fields) == alone
+    before = num_migrations(two_by_two)
+    with streamed(two_by_two.url, prompt, 1000, **fields) as token_ids:
+        found = list(islice(token_ids, 20))
+        for name, process in two_by_two.processes().items():
+            if name.startswith("decode-") and "/rank-" in name:
+                process.kill()
+        assert found + list(token_ids) == alone
+    assert num_migrations(two_by_two) > before
+    await_ready(two_by_two.url, 4)
+
+
+def test_prefill_tells_the_log_probabilities_of_the_prompt(
+    two_by_two: Deployment, prompts: list[list[int]], engines: list[Api]
+) -> None:
+    before = count_now(engines[1], "kv_transfers")
+    for num_tokens in (0, 1, 9):
+        body = {"prompt": prompts[1], "max_tokens": num_tokens, "temperature": 0}
+        body |= {"echo": True, "logprobs": 2, "ignore_eos": True}
+        choices = [ask(api, body)["choices"][0] for api in (Api(two_by_two.url), engines[1])]
+        told, alone = (choice["logprobs"] for choice in choices)
+        assert choices[0]["text"] == choices[1]["text"]
+        assert told["tokens"] == alone["tokens"]
+        assert len(told["tokens"]) == len(prompts[1]) + num_tokens
+        assert told["text_offset"] == alone["text_offset"]
+        assert told["token_logprobs"][1:] == pytest.approx(alone["token_logprobs"][1:], abs=1e-3)
+    assert before < total_now(two_by_two.url, "kv_transfers")
 
 
 def test_no_request_is_lost_when_all_ranks_die_at_once(

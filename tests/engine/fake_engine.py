@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.channels import RankReports
+from pdlaunch.engine.grammar import Grammars
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
@@ -72,6 +74,7 @@ def make_scheduler(
     num_blocks: int = 16,
     offload: OffloadPlanner | None = None,
     max_beside_streams: int | None = None,
+    grammars: Grammars | None = None,
 ) -> Scheduler:
     requests = RequestLifecycle(
         spec,
@@ -80,6 +83,7 @@ def make_scheduler(
         model_digest="model",
         engine_id="local-engine",
         port=5,
+        grammars=grammars or Grammars(Path(), 0, ()),
         offload=offload,
     )
     return Scheduler(requests, max_beside_streams)

@@ -63,7 +63,8 @@ class Engine:
         self.runner.warm_up()
         self.runner.num_ahead = self.runner.num_running = 0
         groups, num_blocks = self.runner.layout.groups, min(60, self.runner.num_blocks)
-        self.scheduler = make_scheduler(spec, groups, num_blocks)
+        grammars = self.runner.grammars
+        self.scheduler = make_scheduler(spec, groups, num_blocks, grammars=grammars)
         self.server: Any = Recorder()
         self.leader = Leader(RankParts(spec, self.runner, self.server), self.scheduler, self.server)
 

@@ -107,15 +107,16 @@ def test_every_parameter_of_openais_client_is_known_and_hints_are_accepted() -> 
 @pytest.mark.parametrize(
     ("make", "field", "neutral", "other"),
     [
-        (completion, "echo", False, True),
-        (completion, "echo", False, 0),
+        (chat, "echo", False, True),
+        (chat, "echo", False, 0),
         (completion, "best_of", 1, 2),
         (completion, "suffix", "", "end"),
-        (completion, "response_format", {"type": "text"}, {"type": "json_object"}),
         (completion, "bad_words", [], ["x"]),
         (completion, "length_penalty", 1.0, 0.5),
-        (completion, "structured_outputs", None, {"a": 1}),
+        (completion, "structural_tag", None, {"a": 1}),
         (chat, "tool_choice", "auto", "required"),
+        (chat, "tool_choice", "none", {"type": "function", "function": {"name": "missing"}}),
+        (chat, "tool_choice", "none", {"type": "allowed_tools"}),
         (chat, "functions", [], [{}]),
     ],
 )
@@ -130,7 +131,7 @@ def test_fields_that_are_not_served_are_refused_unless_neutral(make, field, neut
     [
         ("temperature", "0.5"),
         ("temperature", float("nan")),
-        ("temperature", 2.1),
+        ("temperature", -0.1),
         ("repetition_penalty", float("inf")),
         ("top_p", 0),
         ("top_k", -2),
@@ -316,7 +317,7 @@ class _Noted(str):
 
 @pytest.mark.parametrize(
     "refused",
-    [{"echo": True}, {"max_tokens": -1}, {"messages": [], "stop": [1]}, {"n": 2, "best_of": 3}],
+    [{"suffix": "x"}, {"max_tokens": -1}, {"messages": [], "stop": [1]}, {"n": 2, "best_of": 3}],
     ids=str,
 )
 def test_a_refused_body_is_not_kept(refused: dict[str, object]) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pdlaunch.engine.server.structured import ToolCallReader
 from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.protocol.engine import AddRequest
 from pdlaunch.protocol.kv_params import TokenOutput
-from pdlaunch.protocol.openai.requests import GenerationRequest
+from pdlaunch.protocol.openai.requests import ChatCompletionRequest, GenerationRequest
+from pdlaunch.protocol.openai.responses import CalledTool
 
 _REPLACEMENT = "�"
 _NUM_PROMPT_TOKENS = 6  # context that decides on a leading space; more is never needed
@@ -123,8 +125,11 @@ class Delta:
     index: int
     text: str = ""
     tokens: list[TokenOutput] = field(default_factory=list)
-    # Characters of the output before each token
+    # Characters of the answer before each token
     text_offsets: list[int] = field(default_factory=list)
+    tool_calls: list[CalledTool] = field(default_factory=list)
+    # The prompt's tokens, with the log probabilities that were asked for
+    prompt: list[TokenOutput] = field(default_factory=list)
     finish_reason: str | None = None
     # The stop string or stop token id that ended it; None: the model's own end token
     stop_reason: str | int | None = None
@@ -133,6 +138,8 @@ class Delta:
         self.text += other.text
         self.tokens += other.tokens
         self.text_offsets += other.text_offsets
+        self.tool_calls += other.tool_calls
+        self.prompt += other.prompt
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
 
 
@@ -147,8 +154,13 @@ class Choice:
         tokenizer: TextTokenizer,
         *,
         goes_on_elsewhere: bool,
+        echo: str = "",
+        is_echo_sent: bool = False,
     ) -> None:
-        """``goes_on_elsewhere``: another engine continues, so held-back text stays held back."""
+        """``goes_on_elsewhere``: another engine continues, so held-back text stays held back.
+
+        ``echo``: the prompt's text, with which the answer begins.
+        """
         self.index = index
         self.request = request
         self.num_tokens = 0
@@ -165,6 +177,11 @@ class Choice:
             include_stop=self._include_stop,
         )
         self._goes_on_elsewhere = goes_on_elsewhere
+        self._echo, self._num_echoed = "" if is_echo_sent else echo, len(echo)
+        calls_tools = isinstance(options, ChatCompletionRequest) and options.callable_functions
+        self._calls = ToolCallReader() if calls_tools else None
+        # The rank draws a token nevertheless.
+        self._drops_output = options.token_limit == 0
 
     @property
     def is_over(self) -> bool:
@@ -176,16 +193,19 @@ class Choice:
         reason: str | None = None,
         *,
         ends_with_stop_token: bool = False,
+        prompt: Sequence[TokenOutput] = (),
     ) -> Delta:
         """Feed new tokens, and the ``reason`` if they are the last; a stop string ends the choice
         early and drops the tokens after it.
         """
-        delta = Delta(self.index)
+        delta = Delta(self.index, prompt=list(prompt))
+        if self._drops_output:
+            tokens, ends_with_stop_token, reason = (), False, reason and "length"
         for place, token in enumerate(tokens, 1):
             is_stop_token = ends_with_stop_token and place == len(tokens)
             self.num_tokens += 1
             delta.tokens.append(token)
-            delta.text_offsets.append(self._text.num_chars)
+            delta.text_offsets.append(self._num_echoed + self._text.num_chars)
             # The text of a stop token is left out unless the client wants it.
             if not is_stop_token or self._include_stop:
                 delta.text += self._text.push(token.token_id)
@@ -198,8 +218,20 @@ class Choice:
         continues = reason == "length" and self._goes_on_elsewhere
         if self.is_over and self._text.stop_string is None and not continues:
             delta.text += self._text.finish()
+        if self._calls is not None:
+            self._read_calls(self._calls, delta, continues=continues)
+        delta.text, self._echo = self._echo + delta.text, ""
         delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
         return delta
+
+    def _read_calls(self, reader: ToolCallReader, delta: Delta, *, continues: bool) -> None:
+        delta.text, delta.tool_calls = reader.push(delta.text)
+        if self.is_over and not continues:
+            text, calls = reader.finish(is_cut=self.finish_reason == "length")
+            delta.text += text
+            delta.tool_calls += calls
+            if reader.num_calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
 
     def resume(self, tokens: Sequence[TokenOutput], *, sent: bool) -> Delta | None:
         """Feed tokens that another engine has drawn; return what the client has not seen of them.
@@ -218,7 +250,7 @@ class Choice:
             if is_stop:
                 end = self.take(tokens[-1:], "stop", ends_with_stop_token=True)
             elif told is not None or self.num_tokens >= sampling.max_tokens:
-                end = self.take((), "stop" if told == "stop" else "length")
+                end = self.take((), "length" if told in (None, "length") else "stop")
         if sent and (told is not None or not self.is_over):
             return None
         if sent:

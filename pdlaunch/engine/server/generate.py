@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ from pdlaunch.engine.server.choice import Delta
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.generation import Call, Generation
 from pdlaunch.engine.server.served_model import ServedModel
+from pdlaunch.engine.server.structured import grammar_of, whole_calls
 from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.app import request_id_of
@@ -49,6 +51,8 @@ from pdlaunch.protocol.openai.responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
     TokenLogprob,
     Usage,
 )
@@ -71,8 +75,13 @@ async def generate(service: EngineService, http: web.Request, kind: type[R]) -> 
         deadline = service.deadlines.start()
         async with deadline():
             request, prompts = await _read(service, http, kind, grow, call.spans)
+            # In a thread: a schema may take a second.
+            needs_grammar = request.is_constrained
+            grammar = await work_at_input(needs_grammar, partial(grammar_of, request))
         link, model, has_peers = service.live_link(), service.model, service.spec.has_peers
-        generation = Generation(link, call, request, prompts, model, has_peers=has_peers)
+        generation = Generation(
+            link, call, request, prompts, model, has_peers=has_peers, grammar=grammar
+        )
         return await _run(service, http, generation, deadline)
 
 
@@ -241,7 +250,8 @@ class AnswerWriter:
         Tokens whose text is held back do so only where the client asked for more than text.
         """
         wants_tokens = self._request.return_token_ids or self._request.num_top_logprobs is not None
-        return bool(delta.text or delta.finish_reason or (delta.tokens and wants_tokens))
+        has_news = delta.text or delta.tool_calls or delta.finish_reason or delta.prompt
+        return bool(has_news or (delta.tokens and wants_tokens))
 
     def _opening(self) -> list[ChatCompletion | Completion]:
         """Return the chunks before any text: the role of every choice, the prompts' token ids."""
@@ -281,13 +291,21 @@ class AnswerWriter:
             answer.object = "chat.completion.chunk"
         if names_prompts:
             (answer.prompt_token_ids,) = prompts
+        if deltas and deltas[0].prompt:
+            answer.prompt_logprobs = prompt_logprobs(deltas[0].prompt, self._tokenizer)
         return answer
 
     def _completion_choice(self, delta: Delta) -> CompletionChoice:
         choice = CompletionChoice(text=delta.text, **self._common(delta))
-        num_top = self._request.num_top_logprobs
-        if delta.tokens and num_top is not None:
-            choice.logprobs = completion_logprobs(delta, self._tokenizer, num_top)
+        request = self._request
+        assert isinstance(request, CompletionRequest)
+        if request.num_top_logprobs is not None and (delta.tokens or delta.prompt):
+            echoed = delta.prompt if request.echo else []
+            choice.logprobs = completion_logprobs(
+                delta, self._tokenizer, request.num_top_logprobs, echoed
+            )
+        if request.prompt_logprobs is not None and delta.prompt:
+            choice.prompt_logprobs = prompt_logprobs(delta.prompt, self._tokenizer)
         return choice
 
     def _chat_choice(self, delta: Delta, is_whole: bool) -> ChatChoice:
@@ -297,9 +315,13 @@ class AnswerWriter:
             choice.logprobs = chat_logprobs(delta, self._tokenizer, num_top)
         if is_whole:
             choice.message = ChatText(role="assistant", content=delta.text, refusal=None)
+            if delta.tool_calls:
+                choice.message.content = delta.text or None
+                choice.message.tool_calls = whole_calls(delta.tool_calls)
         else:
-            has_text = delta.text or not delta.finish_reason
+            has_text = delta.text or not (delta.finish_reason or delta.tool_calls)
             choice.delta = ChatText(content=delta.text) if has_text else ChatText()
+            choice.delta.tool_calls = delta.tool_calls or UNSET
         return choice
 
     def _common(self, delta: Delta) -> dict[str, Any]:
@@ -312,26 +334,50 @@ class AnswerWriter:
         }
 
 
-def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> CompletionLogprobs:
-    """Return the log probabilities of a delta's tokens.
+def completion_logprobs(
+    delta: Delta, tokenizer: TextTokenizer, num_top: int, echoed: Sequence[TokenOutput] = ()
+) -> CompletionLogprobs:
+    """Return the log probabilities of a delta's tokens, behind those of the prompt's ``echoed``.
 
     The drawn token is always among the top ones, so there may be ``num_top + 1``.
     """
 
     def top(token: TokenOutput) -> dict[str, float] | None:
-        if not num_top:
+        if not num_top or token.logprob is None:
             return None
         logprobs = dict(token.top_logprobs[:num_top])
-        if token.logprob is not None:
-            logprobs.setdefault(token.token_id, token.logprob)
+        logprobs.setdefault(token.token_id, token.logprob)
         return {tokenizer.token_name(token_id): value for token_id, value in logprobs.items()}
 
+    tokens = [*echoed, *delta.tokens]
+    names = [tokenizer.token_name(token.token_id) for token in tokens]
+    sizes = map(len, names[: len(echoed)])
     return CompletionLogprobs(
-        tokens=[tokenizer.token_name(token.token_id) for token in delta.tokens],
-        token_logprobs=[token.logprob for token in delta.tokens],
-        top_logprobs=list(map(top, delta.tokens)),
-        text_offset=list(delta.text_offsets),
+        tokens=names,
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=list(map(top, tokens)),
+        text_offset=[*list(accumulate(sizes, initial=0))[: len(echoed)], *delta.text_offsets],
     )
+
+
+def prompt_logprobs(prompt: Sequence[TokenOutput], tokenizer: TextTokenizer) -> PromptLogprobs:
+    """Return the log probabilities of a prompt's tokens, the likeliest and then its own."""
+
+    def told(token: TokenOutput) -> dict[str, PromptLogprob] | None:
+        if token.logprob is None:
+            return None
+        ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top_logprobs, 1)}
+        return {
+            str(token_id): PromptLogprob(
+                logprob, ranks.get(token_id), tokenizer.token_name(token_id)
+            )
+            for token_id, logprob in {
+                **dict(token.top_logprobs),
+                token.token_id: token.logprob,
+            }.items()
+        }
+
+    return list(map(told, prompt))
 
 
 _LOWEST = -9999.0  # JSON has no minus infinity; the value that OpenAI uses

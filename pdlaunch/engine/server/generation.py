@@ -69,10 +69,11 @@ class Generation:
         model: ServedModel,
         *,
         has_peers: bool,
+        grammar: str = "",
     ) -> None:
         """Split a request into choices. Raises RequestError.
 
-        ``has_peers``: the engine exchanges KV blocks with others.
+        ``has_peers``: the engine exchanges KV blocks with others. ``grammar``: of the answers.
         """
         self.call = call
         self.request = request
@@ -96,7 +97,8 @@ class Generation:
         seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
         unique_id = f"{call.hop_id}-{secrets.token_hex(4)}"
         param = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
-        for prompt in prompts:
+        for number_of_prompt, prompt in enumerate(prompts):
+            echo = _echo(request, number_of_prompt, prompt, model)
             model.check_token_ids(prompt, param)
             limit = model.output_limit(request, len(prompt), param)
             for number in range(request.n):
@@ -105,7 +107,15 @@ class Generation:
                 add = AddRequest(
                     request_id=RequestId(f"{unique_id}/{index}"),
                     prompt_token_ids=prompt,
-                    sampling=_sampling(request, model, limit, seed % 2**_SEED_BITS, number),
+                    sampling=_sampling(
+                        request,
+                        model,
+                        limit,
+                        seed % 2**_SEED_BITS,
+                        number,
+                        grammar,
+                        scores_prompt=not self.continues,
+                    ),
                     do_remote_decode=leases,
                     num_readers=request.n if leases else 1,
                     remote_kv=transfer.remote_kv,
@@ -116,7 +126,15 @@ class Generation:
                     records_spans=call.wants_spans,
                 )
                 goes_on = transfer.do_remote_decode
-                choice = Choice(index, add, request, model.tokenizer, goes_on_elsewhere=goes_on)
+                choice = Choice(
+                    index,
+                    add,
+                    request,
+                    model.tokenizer,
+                    goes_on_elsewhere=goes_on,
+                    echo=echo,
+                    is_echo_sent=self.continues,
+                )
                 self.choices.append(choice)
                 if known is not None and (tokens := known[number]):
                     delta = choice.resume(tokens, sent=sent)
@@ -204,7 +222,7 @@ class Generation:
         self._take_spans(event)
         match event:
             case Tokens():
-                delta = choice.take(event.tokens)
+                delta = choice.take(event.tokens, prompt=event.prompt)
                 if choice.is_over:  # by a stop string, of which the rank knows nothing
                     del self._running[event.request_id]
                     self._link.abort(event.request_id)
@@ -216,7 +234,9 @@ class Generation:
                 choice.num_cached_tokens = event.num_cached_tokens
                 self._remote_kv = event.remote_kv or self._remote_kv
                 stops = event.stop_token_id is not None
-                delta = choice.take(event.tokens, event.reason, ends_with_stop_token=stops)
+                delta = choice.take(
+                    event.tokens, event.reason, ends_with_stop_token=stops, prompt=event.prompt
+                )
         return delta
 
     def _take_spans(self, event: Tokens | RequestFinished) -> None:
@@ -291,17 +311,40 @@ def _check(
             model.check_token_ids(ids, first_tokens if request.resume is None else "resume")
 
 
+def _echo(
+    request: CompletionRequest | ChatCompletionRequest,
+    number: int,
+    token_ids: list[int],
+    model: ServedModel,
+) -> str:
+    """Return the text of a prompt that the answer begins with; empty: it does not."""
+    if not isinstance(request, CompletionRequest) or not request.echo:
+        return ""
+    prompt = request.prompt[number]
+    if isinstance(prompt, str):
+        return prompt
+    return model.tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens)
+
+
 def _sampling(
-    request: GenerationRequest, model: ServedModel, limit: int, seed: int, number: int
+    request: GenerationRequest,
+    model: ServedModel,
+    limit: int,
+    seed: int,
+    number: int,
+    grammar: str,
+    *,
+    scores_prompt: bool,
 ) -> SamplingParams:
-    end_tokens = () if request.ignore_eos else model.eos_token_ids
+    # After the end of a grammar only end tokens can come, so they end the answer, and at once.
+    end_tokens = () if request.ignore_eos and not grammar else model.eos_token_ids
     chosen = {
         name: getattr(request if name in request.model_fields_set else model.defaults, name)
         for name in SamplingFields.model_fields
     }
     return SamplingParams(
         max_tokens=limit,
-        min_tokens=request.min_tokens,
+        min_tokens=0 if grammar else request.min_tokens,
         **chosen | {"top_k": max(chosen["top_k"], 0)},
         logit_bias=request.logit_bias,
         stop_token_ids=tuple(dict.fromkeys((*request.stop_token_ids, *end_tokens))),
@@ -309,4 +352,6 @@ def _sampling(
         seed=seed,
         choice=number,
         num_top_logprobs=request.num_top_logprobs,
+        num_prompt_logprobs=request.num_prompt_logprobs if scores_prompt else None,
+        grammar=grammar,
     )

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.identity import text_digests
 from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
+from pdlaunch.engine.server.structured import show_tools
 from pdlaunch.engine.server.text import ChatTemplate, TextTokenizer, load_chat_template
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.errors import model_not_found
@@ -99,7 +100,8 @@ class ServedModel:
             )
         is_chat = isinstance(request, ChatCompletionRequest)
         default = self.defaults.max_new_tokens if is_chat else DEFAULT_MAX_TOKENS
-        return wanted or min(remaining, default or remaining)
+        # The rank draws a token also for a limit of 0.
+        return min(remaining, default or remaining) if wanted is None else max(1, wanted)
 
     def _parse(self, kind: type[B], body: dict[str, Any], *, public: bool) -> B:
         request = parse_request(kind, body, public=public)
@@ -134,9 +136,13 @@ class ServedModel:
         if self.chat_template is None:
             message = f"the model {self.name!r} has no chat template; use /v1/completions"
             raise RequestError(message, param="messages")
+        messages = [message.for_template() for message in request.messages]
+        tools = [tool.for_template() for tool in request.tools]
+        if tools and not self.chat_template.shows_tools:
+            messages = show_tools(messages, tools)
         return self.chat_template.render(
-            [message.for_template() for message in request.messages],
-            tools=[tool.for_template() for tool in request.tools],
+            messages,
+            tools=tools,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             variables=request.template_variables,

@@ -125,6 +125,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises ConfigError."""
         self._template = _compile(source)
+        self.shows_tools = re.search(r"\btools\b", source) is not None
         self._special_tokens = dict(special_tokens)
 
     def render(

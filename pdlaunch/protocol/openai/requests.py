@@ -217,7 +217,7 @@ class StreamOptions(RequestBody):
 class SamplingFields(RequestBody):
     """Holds the fields that a model's generation_config.json has too; the defaults are neutral."""
 
-    temperature: float = Field(1.0, ge=0, le=2)
+    temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: off.")
     min_p: float = Field(0.0, ge=0, le=1)
@@ -244,23 +244,20 @@ class GenerationRequest(SamplingFields):
     ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
     """
 
-    # Fields that would change the answer are refused, also those that vLLM has dropped
-    # (``guided_*``): an answer without the constraint would be wrong in silence.
+    # Fields that would change the answer are refused: an answer without the constraint would be
+    # wrong in silence.
     NEUTRAL: ClassVar[Values] = dict.fromkeys(
         _names(
-            "allowed_token_ids ebnf guided_choice guided_grammar guided_json guided_regex "
-            "json_schema logprob_token_ids lora_path moderation prompt_embeds prompt_logprobs "
-            "regex repetition_detection structural_tag structured_outputs truncate_prompt_tokens"
+            "allowed_token_ids ebnf json_schema logprob_token_ids lora_path moderation "
+            "prompt_embeds regex repetition_detection structural_tag truncate_prompt_tokens"
         ),
         (),
     ) | {
         "bad_words": ([],),
         "early_stopping": (False,),
         "ec_transfer_params": ({},),
-        "echo": (False,),
         "length_penalty": (1, 1.0),
         "logits_processors": ([],),
-        "response_format": ({"type": "text"},),
         "return_prompt_text": (False,),
         "return_tokens_as_token_ids": (False,),
         "spaces_between_special_tokens": (True,),
@@ -294,6 +291,14 @@ class GenerationRequest(SamplingFields):
     user: Label = ""
     safety_identifier: Label = ""
     prompt_cache_key: Label = ""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    # Constraints, which ``engine/server/structured.py`` reads; vLLM has dropped ``guided_*``.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     kv_transfer_params: dict[str, Any] | None = None
     resume: dict[str, Any] | None = None
     # Of the prompt, where the router has tokenized it already.
@@ -333,6 +338,16 @@ class GenerationRequest(SamplingFields):
     def num_top_logprobs(self) -> int | None:
         """Return None for no logprobs, 0 for those of the token itself."""
         raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
+    @property
+    def is_constrained(self) -> bool:
+        """Return whether the answer may have to fit a grammar."""
+        guided = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        return bool(self.response_format or self.structured_outputs) or guided != (None,) * 4
 
     def kv_transfer(self) -> KVTransferParams:
         """Return ``kv_transfer_params``, checked. Raises RequestError naming the key."""
@@ -385,12 +400,27 @@ class CompletionRequest(GenerationRequest):
     NEUTRAL: ClassVar[Values] = GenerationRequest.NEUTRAL | {"best_of": (1,), "suffix": ("",)}
 
     prompt: Annotated[list[Prompt], PlainValidator(_read_prompts)]
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False  # the answer begins with the prompt
     add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionRequest:
+        if self.token_limit == 0 and not self.echo:
+            raise RequestError(
+                "max_tokens must be 1 or more without echo: true, got 0", param="max_tokens"
+            )
+        return self
 
     @property
     def num_top_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        both = self.prompt_logprobs is None and self.echo
+        return self.logprobs if both else self.prompt_logprobs
 
 
 class ChatTemplateFields(RequestBody):
@@ -414,20 +444,21 @@ class ChatCompletionRequest(ChatTemplateFields, GenerationRequest):
         "audio": (),
         "chat_template": (),
         "documents": ([],),
+        "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
         "modalities": (["text"],),
         "web_search_options": (),
     }
     HINTS: ClassVar[frozenset[str]] = GenerationRequest.HINTS | _names(
-        "include_reasoning media_io_kwargs mm_payload mm_processor_kwargs "
-        "parallel_tool_calls prediction verbosity"
+        "include_reasoning media_io_kwargs mm_payload mm_processor_kwargs prediction verbosity"
     )
 
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     reasoning_effort: str | None = Field(None, max_length=64)
-    tool_choice: Any = "none"
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatCompletionRequest:
@@ -438,14 +469,43 @@ class ChatCompletionRequest(ChatTemplateFields, GenerationRequest):
                 "continue_final_message needs add_generation_prompt: false",
                 param="continue_final_message",
             )
-        if self.tool_choice not in (("none",) if self.tools else ("none", "auto")):
+        if self._named is None and self.tool_choice not in ("none", "auto", "required"):
             raise RequestError(
-                "tool_choice: the model's calls are not parsed; leave tool_choice out or send "
-                '"none", and a call is in the text of the answer as the model writes it',
+                'tool_choice must be "none", "auto", "required", or name a function: '
+                '{"type": "function", "function": {"name": "..."}}',
                 param="tool_choice",
-                code="unsupported_parameter",
             )
+        if self.must_call and not self.callable_functions:
+            name = self._named or "a function"
+            raise RequestError(f"tool_choice: {name} is not among the tools", param="tool_choice")
         return self
+
+    @property
+    def _named(self) -> str | None:
+        """Return the name of the function that the answer must call."""
+        with contextlib.suppress(LookupError, TypeError):
+            return cast(str, self.tool_choice["function"]["name"])
+        return None
+
+    @property
+    def must_call(self) -> bool:
+        return self._named is not None or self.tool_choice == "required"
+
+    @property
+    def is_constrained(self) -> bool:
+        return self.must_call or super().is_constrained
+
+    @property
+    def many_calls(self) -> bool:
+        return self.parallel_tool_calls and self._named is None
+
+    @property
+    def callable_functions(self) -> list[ToolFunction]:
+        """Return the functions that the answer may call."""
+        if self.tool_choice == "none":
+            return []
+        functions = [tool.function for tool in self.tools]
+        return [one for one in functions if self._named in (None, one.name)]
 
     @property
     def template_variables(self) -> dict[str, Any]:

@@ -52,6 +52,16 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
     refusal: None = None
 
 
+class PromptLogprob(msgspec.Struct):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+# Of each token of the prompt, by token ids; nothing predicts the first one
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class AnyChoice(msgspec.Struct, kw_only=True):
     """Holds what all choices of answers and chunks have.
 
@@ -68,6 +78,21 @@ class CompletionChoice(AnyChoice, kw_only=True):
     text: str = ""
     logprobs: CompletionLogprobs | None = None
     prompt_token_ids: list[int] | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class CalledTool(msgspec.Struct, kw_only=True):
+    """Holds a tool call, or what a chunk adds to the one with this ``index``."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: CalledFunction
 
 
 class ChatText(msgspec.Struct, kw_only=True):
@@ -76,6 +101,7 @@ class ChatText(msgspec.Struct, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     refusal: UnsetType | None = UNSET
+    tool_calls: list[CalledTool] | UnsetType = UNSET
 
 
 class ChatChoice(AnyChoice, kw_only=True):
@@ -101,6 +127,7 @@ class ChatCompletion(AnyAnswer, kw_only=True):
     object: Literal["chat.completion", "chat.completion.chunk"] = "chat.completion"
     choices: list[ChatChoice] = []
     prompt_token_ids: list[int] | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

@@ -78,20 +78,32 @@ class FakeRank:
                 token_ids if ends else list(itertools.islice(itertools.cycle(token_ids), limit))
             )
             outputs = [self.output(token, request) for token in wanted[len(request.output) : limit]]
+            prompt = self.scores(request)
             last = outputs[-1:]
             rest = outputs[: len(outputs) - len(last)]
             for start in range(0, len(rest), step):
-                yield Tokens(request_id=request.request_id, tokens=rest[start : start + step])
+                new = rest[start : start + step]
+                yield Tokens(request_id=request.request_id, tokens=new, prompt=prompt)
+                prompt = []
             yield RequestFinished(
                 request_id=request.request_id,
                 reason="stop" if is_stop else "length",
                 tokens=last,
+                prompt=prompt,
                 stop_token_id=last[0].token_id if is_stop else None,
                 num_cached_tokens=num_cached_tokens,
                 remote_kv=remote_kv(request) if request.do_remote_decode else None,
             )
 
         return script
+
+    def scores(self, request: AddRequest) -> list[TokenOutput]:
+        """The prompt with made-up logprobs: each token -0.25, token 100 above it."""
+        if request.sampling.num_prompt_logprobs is None:
+            return []
+        first, *rest = request.prompt_token_ids
+        scored = [TokenOutput(token_id=i, logprob=-0.25, top_logprobs=((100, -0.1),)) for i in rest]
+        return [TokenOutput(token_id=first), *scored]
 
     def output(self, token_id: int, request: AddRequest) -> TokenOutput:
         """The token with made-up logprobs: itself -0.5, ids 100, 101, ... below it."""

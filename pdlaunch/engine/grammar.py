@@ -1,0 +1,94 @@
+"""Finds the tokens that a request's grammar allows next, from its output tokens alone.
+
+A decode engine, a preempted request and an engine that goes on after a death so rebuild the state
+of the grammar. Rank 0 alone draws, and so needs masks. llguidance is imported, and the tokenizer
+read, for the first grammar; like grammars that takes too long for the step loop, so a thread does.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pdlaunch.engine.device_copies import upload, upload_array
+from pdlaunch.engine.models.attention import BoolArray
+from pdlaunch.engine.rows import Row
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# The latest grammars stay: clients send the same few again and again. Each may take megabytes.
+MAX_COMPILED = 32
+
+
+class Grammars:
+    """Compiles grammars, and follows those of rows; ``compile`` may be called in any thread."""
+
+    def __init__(self, model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._model_dir = model_dir
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "grammars")
+
+    def compile(self, grammar: str) -> Future[LLMatcher]:
+        """Return the grammar's first state. ValueError: it does not fit the model's tokenizer."""
+        if grammar not in self._compiled:
+            self._compiled[grammar] = self._thread.submit(self._compile, grammar)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return self._compiled[grammar]
+
+    def mask(self, logits: torch.Tensor, rows: Sequence[Row]) -> bool:
+        """Set ``logits``, [num_rows, vocab_size], of forbidden tokens to minus infinity, in place;
+        all of a row that its grammar cannot follow to NaN. False: no row has a grammar.
+        """
+        held = [index for index, row in enumerate(rows) if row.sampling.grammar]
+        if not held:
+            return False
+        found = [self._allowed(rows[index]) for index in held]
+        nobody_knows = np.ones(self._vocab_size, dtype=np.bool_)
+        forbidden = np.stack([nobody_knows if bits is None else ~bits for bits in found])
+        values = [float("nan") if bits is None else float("-inf") for bits in found]
+        places = upload_array(np.array(held), logits.device)
+        value = upload(values, logits.dtype, logits.device)[:, None]
+        is_forbidden = upload_array(forbidden, logits.device)
+        logits[places] = torch.where(is_forbidden, value, logits[places])
+        return True
+
+    def _allowed(self, row: Row) -> BoolArray | None:
+        """Return [vocab_size], whether each token may follow the row's output; None: nobody knows,
+        as the output breaks the grammar, or the grammar exceeds a limit of llguidance.
+        """
+        if row.matcher is None:
+            row.matcher = self.compile(row.sampling.grammar).result().deep_copy()
+        output = row.output[row.num_matched :].tolist()
+        row.num_matched += len(output)
+        row.matcher.consume_tokens(output)
+        bits = np.frombuffer(row.matcher.compute_bitmask(), dtype=np.uint8)
+        # After an error the mask allows the end of the answer alone: it would look like a success.
+        if row.matcher.is_error():
+            return None
+        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        import llguidance
+
+        if self._tokenizer is None:
+            self._tokenizer = llguidance.LLTokenizer(
+                str(self._model_dir / "tokenizer.json"),
+                n_vocab=self._vocab_size,
+                eos_token=self._eos_token_ids,
+            )
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        if error := matcher.get_error():
+            raise ValueError(error)
+        return matcher
