@@ -204,6 +204,7 @@ def _as_message(choice: dict[str, Any]) -> dict[str, Any]:
     message = {"role": "assistant", "content": None} | choice.pop("delta", {})
     for call in message.get("tool_calls") or ():
         call.pop("index", None)
+        message["content"] = message["content"] or None
     return {"index": choice.pop("index"), "message": message} | choice
 
 

@@ -68,6 +68,12 @@ from pdlaunch.router.metrics import scrape
 from pdlaunch.router.policy import no_engine_ready
 from pdlaunch.router.relay import answer_prompt
 from pdlaunch.router.request_history import RequestHistory, record_of
+from pdlaunch.router.responses import (
+    ResponseStream,
+    ResponseWriter,
+    read_response_request,
+    whole_response,
+)
 from pdlaunch.router.state import RouterState
 
 logger = logging.getLogger(__name__)
@@ -116,6 +122,8 @@ class RouterApp:
                     AppRoute("POST", e.path, partial(self._generate, e))
                     for e in (COMPLETIONS, CHAT)
                 ),
+                AppRoute("POST", "/v1/responses", partial(self._generate, CHAT, is_response=True)),
+                AppRoute("POST", "/v1/embeddings", _no_embeddings),
                 AppRoute("POST", "/tokenize", self._pass_on),
                 AppRoute("POST", "/detokenize", self._pass_on),
                 *model_routes(self._model_cards),
@@ -180,12 +188,18 @@ class RouterApp:
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
-    async def _generate(self, endpoint: Endpoint, http: web.Request) -> web.StreamResponse:
+    async def _generate(
+        self, endpoint: Endpoint, http: web.Request, *, is_response: bool = False
+    ) -> web.StreamResponse:
         if withheld := self._state.pool.registry.withheld:
             reason = why_withheld(withheld)
             raise OverloadedError(reason, status=503, retry_after_s=RETRY_AFTER_S, code=withheld)
         # The body is held until the answer is whole: another engine may be asked meanwhile.
         async with self._bodies.read(http) as body:
+            writer = None
+            if is_response:
+                translate = partial(read_response_request, body, request_id_of(http))
+                body, writer = await work_at_input(len(body) >= LARGE_BODY_BYTES, translate)
             request = await self._read(endpoint, http, body)
             record, num_prompts = record_of(http), len(request.prompts)
             record.understood(request.fields.model, num_prompts)
@@ -196,7 +210,7 @@ class RouterApp:
                 client.admit(num_prompts, num_tokens, lambda: record.used_tokens(num_tokens)),
                 self._state.metrics.requests.in_flight.track_inprogress(),
             ):
-                return await self._answer(http, request, client)
+                return await self._answer(http, request, client, writer)
 
     async def _read(self, endpoint: Endpoint, http: web.Request, body: bytes) -> ClientRequest:
         request_id = request_id_of(http)
@@ -215,19 +229,32 @@ class RouterApp:
         return await work_at_input(len(body) >= LARGE_BODY_BYTES, read)
 
     async def _answer(
-        self, http: web.Request, request: ClientRequest, client: Client
+        self,
+        http: web.Request,
+        request: ClientRequest,
+        client: Client,
+        writer: ResponseWriter | None,
     ) -> web.StreamResponse:
         """Answer all prompts at once; the first error ends the others and is the answer."""
-        state, record, stream = self._state, record_of(http), None
+        state, record = self._state, record_of(http)
+        stream: ClientStream | None = None
         if request.fields.stream:
-            stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
+            headers = {REQUEST_ID_HEADER: request_id_of(http)}
+            stream = (
+                ClientStream(http, headers)
+                if writer is None
+                else ResponseStream(http, headers, writer)
+            )
         metrics = state.metrics.requests
         answer = ClientAnswer(request, metrics, record, stream)
         try:
             async with self._deadlines.start()():
                 prompts = request.prompts
                 answers = [answer_prompt(each, state, answer, client) for each in prompts]
-                return await answer.finish(await _together(answers))
+                response = await answer.finish(await _together(answers))
+                if writer is not None and isinstance(response, web.Response):
+                    return whole_response(response, writer)
+                return response
         except Exception as error:
             if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:
                 raise
@@ -259,6 +286,15 @@ class RouterApp:
                         pool.failed(engine)
                         tried |= {engine.key}
         raise no_engine_ready("no engine is ready")
+
+
+async def _no_embeddings(_: web.Request) -> web.StreamResponse:
+    raise RequestError(
+        "embeddings are not served: the model generates text, and there is no pair of engines to "
+        "split them over; run `vllm serve MODEL --runner pooling` for them",
+        status=404,
+        code="not_found",
+    )
 
 
 def _admin_key_check(key: str | None) -> KeyCheck:
