@@ -62,7 +62,7 @@ $(MOONCAKE): $(DEV)
 	touch $@
 
 test: install $(DEV) $(MOONCAKE)  ## Run all tests
-	$(PYTEST) -m "not vllm and not hosts and not prometheus and not ray and not slurm and not browser" $(ARGS)
+	$(PYTEST) -m "not vllm and not hosts and not prometheus and not ray and not slurm and not browser and not clients" $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
@@ -106,6 +106,10 @@ test-browser: install $(DEV)  ## Run the tests of the page in Chromium
 test-prometheus: install $(DEV)  ## Run the tests with a real Prometheus
 	-tests/prometheus/install.sh .venv-prometheus
 	$(BIN)/python -m pytest -v -rs tests/prometheus $(ARGS)
+
+test-clients: install $(DEV)  ## Run the tests with client libraries
+	-tests/clients/install.sh .venv-clients
+	$(BIN)/python -m pytest -v -rs tests/clients $(ARGS)
 
 # ARGS="--engines 10,100": without the largest one.
 scale: install  ## Measure the control plane with 1,000 engines
@@ -155,5 +159,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm test-vllm-versions test-ray test-slurm test-prometheus test-browser coverage scale soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm test-vllm-versions test-ray test-slurm test-prometheus test-browser test-clients coverage scale soak kills cancels attack lint types format rules \
   settings wheel clean
