@@ -34,6 +34,9 @@ def launch(vllm_command: str) -> Iterator[FarLaunch]:
         "prefill": {"tensor_parallel_size": 2, "nnodes": 2},
         "hosts": [{"name": "local"}, {"name": "b"}],
         "kv_transfer": {"trusted_network": True},
+        # The first request has vLLM compile kernels, which a host of namespaces has not kept.
+        "env": {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")},
+        "hang_timeout_s": START_TIMEOUT_S,
         "startup_timeout_s": START_TIMEOUT_S,
     }
     allowed, timeout_s = [vllm_command], START_TIMEOUT_S
