@@ -170,11 +170,14 @@ def _late_shares(
         left = free - (total - wants[each])
         if not each.is_native and share > left:
             asks = f"{format_size(share)} of GPU {index} to be free, and others leave"
+            # Rounded down, with some room for contexts of CUDA.
+            fits = max(1, int(95 * each.settings.gpu_memory_utilization * left / share)) / 100
+            sized = "; kv_cache_memory alone then sizes the KV cache"
             yield Found(
                 f"a {each.role} rank of vLLM asks at its start for {asks} {format_size(left)}",
                 each.where("gpu_memory_utilization"),
-                "set gpu_memory_utilization to less than the others leave; with kv_cache_memory, "
-                "which vLLM takes for the KV cache whatever the share is, 0.01 will do",
+                f"set gpu_memory_utilization to {fits:g} or less"
+                + sized * (each.settings.kv_cache_memory is not None),
             )
 
 

@@ -85,8 +85,22 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD208": Case(
-        [on(CPU, max_model_len=8192, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="1KiB")],
-        [on(CPU, max_model_len=1024, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="64MiB")],
+        [
+            on(CPU, max_model_len=8192, kv_cache_memory="64MiB"),
+            on(CPU, kv_cache_memory="1KiB"),
+            deepseek(GPU, max_model_len=8192, kv_cache_memory="500MiB"),
+        ],
+        [
+            on(CPU, max_model_len=1024, kv_cache_memory="64MiB"),
+            on(CPU, kv_cache_memory="64MiB"),
+            deepseek(GPU, max_model_len=8192, kv_cache_memory="600MiB"),
+            deepseek(
+                GPU,
+                max_model_len=8192,
+                kv_cache_memory="300MiB",
+                engine_args={"kv-cache-dtype": "fp8"},
+            ),
+        ],
     ),
     "PD210": Case(
         [
