@@ -236,6 +236,7 @@ class Rank:
         index = 0 if on_cpu or role == "prefill" else 1 % torch.cuda.device_count()
         device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
         os.environ.update(settings.connector_section.environment(os.environ, options.device))
+        os.environ["UCX_PROTO_INFO"] = "n"  # standard output is for the rows
         num_blocks, layout = max(options.num_blocks), options.layout()
         memory = open_kv_memory(
             open_memory_pools(enabled=options.enable_cumem_allocator, device=device),

@@ -177,6 +177,17 @@ def test_a_slow_pair_is_said_aloud_and_refused_where_that_is_strict(
         pass
 
 
+def test_what_ucx_reads_over_in_vllms_own_connector_is_told(tmp_path: Path, llama: Path) -> None:
+    title = "| remote memory read by ucp_get*(multi) into cuda/GPU0 from cuda/dev[1] |"
+    say(tmp_path, "decode-0.prints", f"{title}\n| 0..inf | software emulation | tcp/lo |\n")
+    with launched(tmp_path, llama, "--kv-connector", "vllm-nixl") as deployment:
+        path = "nixl/vLLM (tcp, software emulation)"
+        (pair,) = Api(deployment.url).get_object("/pdlaunch/status")[1]["pairs"]
+        assert pair["path"] == path
+        assert path in invoke(["status", "--url", deployment.url]).stdout
+        assert path in invoke(["doctor", deployment.url]).stdout
+
+
 def test_a_reason_of_an_engine_that_ends_at_once_is_told(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "decode-0.dies").write_text("")
     reason = "vllm exited with status 3: ValueError: layer 3 keeps a state"

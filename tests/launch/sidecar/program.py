@@ -3,7 +3,8 @@
 Engines of one launch read from each other through the folder ``FAKE_VLLM_FOLDER``. Files there say
 how an engine behaves: ``decode-0.moves_bytes`` with ``false`` in it, and the like. With pdlaunch's
 connector its ranks shake hands; ``decode-0.pair_error`` says why that fails, and
-``decode-0.gigabytes_per_s`` how fast they read.
+``decode-0.gigabytes_per_s`` how fast they read. Without it, ``decode-0.prints`` is what an engine
+prints.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ async def serve(path: Path, folder: Path, tp_size: int, ranks: range, dp_size: i
     """``path``: the socket to serve at; of a further host of the engine, its server's name."""
     engine = FakeVllm(path.stem, FolderShares(folder))
     heed(engine, folder)
+    if (printed := folder / f"{engine.name}.prints").exists():
+        sys.stdout.write(json.loads(printed.read_text()))
+        sys.stdout.flush()
     workers = []
     if setup := os.environ.get(KV_SETUP):
         told = {"pair_error": "", "gigabytes_per_s": 2.0}
