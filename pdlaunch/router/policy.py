@@ -304,7 +304,11 @@ class _Choice:
         """Return why the prompt is computed where it is decoded; empty: it is not."""
         # The streams of the decode engine wait while it computes the prompt.
         local_s = local.first_token_s + local.compute_s
-        if local.num_tokens <= SHORT_TOKENS and local_s <= first.first_token_s + HAND_OVER_S:
+        # The next turn of a chat: decode has the answers, which prefill would have to compute.
+        has_more = local.num_tokens < first.num_tokens and local.wait_s <= first.first_token_s
+        if local.num_tokens <= SHORT_TOKENS and (
+            has_more or local_s <= first.first_token_s + HAND_OVER_S
+        ):
             return "little is left to compute"
         if first.wait_s and local.cost_s + MARGIN * local.compute_s <= first.first_token_s:
             return "the prefill queue is longer"

@@ -157,6 +157,9 @@ def test_a_prompt_goes_where_its_prefix_is_cached() -> None:
     route = choose(request, [first, decode], index=index_of(prefill_0=256, decode_0=496))
     assert (route.prefill, route.decode) == (None, decode)
     assert route.reason == "little is left to compute"
+    # Also where it counts as slow: short prompts are all that it has computed.
+    slow, index = engine("decode-0", **speed(250)), index_of(prefill_0=480, decode_0=496)
+    assert choose(request, [engine("prefill-0", **speed(1000)), slow], index=index).prefill is None
 
 
 def test_a_pair_takes_the_decode_engine_that_holds_the_fewest_tokens_afterwards() -> None:
