@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+MAX_LENGTH = 300  # of an error: vLLM lists every architecture that it knows
 INCARNATION = "--- incarnation"  # begins the line between two lives of a process in its log
 
 _NAME = r"(?:\[rank\d+\]: ?|\((\w+)[^()]*\bpid=\d+[^()]*\) )"
@@ -46,8 +47,7 @@ _FIXES = tuple(
         (r"OutOfMemoryError|CUDA out of memory",
          "Give an engine more GPUs (tensor_parallel_size), lower gpu_memory_utilization or "
          "max_num_batched_tokens, or end what else uses the GPU (PD207)."),
-        (r"Too large swap space|cannot allocate memory|Not enough (?:available )?memory"
-         r"|not enough (?:available )?memory",
+        (r"Too large swap space|allocate memory|[Nn]ot enough (?:available )?memory",
          "Lower kv_cache_memory and host tiers, or take a machine with more memory (PD212)."),
         (r"No space left on device|/dev/shm|NCCL error|ncclSystemError",
          "Make /dev/shm larger (containers: --shm-size=8g) and set env: {NCCL_DEBUG: INFO}, which "
@@ -154,4 +154,4 @@ def _errors(lines: Sequence[str]) -> Iterator[_Error]:
         process = names or file
         is_worker, is_core = (any(map(process.__contains__, each)) for each in (_WORKERS, _CORES))
         leads_on = any(map(_CHAIN.match, following))
-        yield _Error(2 if is_worker else int(is_core), text, leads_on)
+        yield _Error(2 if is_worker else int(is_core), text[:MAX_LENGTH], leads_on)

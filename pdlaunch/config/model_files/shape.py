@@ -336,7 +336,7 @@ def _windows(config: Config, family: Family, num_layers: int) -> Windows:
         reason = "layer_types is not what the model does: it gives all layers one window"
     else:
         return tuple(window if each == _SLIDING else None for each in types)
-    fix = "Correct config.json of the model."
+    fix = _USE_VLLM if unknown else "Correct config.json of the model."
     raise UnsupportedModelError(reason, field="model", value=config["model_type"], fix=fix)
 
 
