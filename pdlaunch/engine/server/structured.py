@@ -40,6 +40,7 @@ To call one, answer with its name and arguments:
 </tool_call>"""
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_JOINS = {"allOf", "anyOf", "oneOf", "$ref"}
 # Kinds of constraints, by their names in ``structured_outputs`` and behind ``guided_``
 _KINDS = ("json", "regex", "choice", "grammar")
 
@@ -160,7 +161,29 @@ def _json(schema: Any, place: str) -> str:
         if schema is not True:
             raise RequestError("must be a JSON schema: an object", param=place)
         schema = {}
-    return f"%json {json.dumps(schema | {'x-guidance': JSON_FORM})}"
+    try:
+        return f"%json {json.dumps(_closed(schema) | {'x-guidance': JSON_FORM})}"
+    except RecursionError:
+        raise RequestError(f"{place} is nested too deeply", param=place) from None
+
+
+def _closed(schema: Any) -> Any:
+    """Return a JSON schema whose objects have those properties alone that it names, unless it says
+    ``additionalProperties``: as with vLLM's default. A weak model would add more without an end.
+    """
+    if isinstance(schema, list):
+        return list(map(_closed, schema))
+    # Objects that several schemas describe together cannot be closed one by one.
+    if not isinstance(schema, dict) or ("properties" in schema and not _JOINS.isdisjoint(schema)):
+        return schema
+    closed = dict(schema)
+    for name in ("properties", "patternProperties", "$defs", "definitions"):
+        if isinstance(members := schema.get(name), dict):
+            closed[name] = {key: _closed(value) for key, value in members.items()}
+    for name in ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties"):
+        if name in schema:
+            closed[name] = _closed(schema[name])
+    return {"additionalProperties": False} | closed if "properties" in schema else closed
 
 
 def _literal(text: str) -> str:

@@ -27,6 +27,7 @@ CITY = {
     "additionalProperties": False,
     "$defs": {"City": {"enum": ["Oslo", "Rome"]}},
 }
+OPEN = {"type": "object", "properties": {"a": {"type": "object", "properties": {}}}}
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": CITY}},
     {"type": "function", "function": {"name": "time"}},
@@ -69,6 +70,9 @@ def grammar(**fields: Any) -> str:
         ({"guided_json": json.dumps(CITY)}, OSLO, '{"city":\n\n\n"Oslo"}'),
         ({"structured_outputs": {"json": CITY, "regex": None}}, OSLO, "{}"),
         ({"structured_outputs": {"json_object": True}}, "{}", "x"),
+        ({"guided_json": {"anyOf": [OPEN, {"type": "null"}]}}, '{"a": {}}', '{"a": {"b": 1}}'),
+        ({"guided_json": OPEN | {"additionalProperties": True}}, '{"a": {}, "b": 1}', "[]"),
+        ({"guided_json": OPEN | {"allOf": [{"required": ["b"]}]}}, '{"a": {}, "b": 1}', "[]"),
         ({"guided_regex": "[ab]{2}/c"}, "ba/c", "bc"),
         ({"guided_choice": ['one "a"', "two"]}, 'one "a"', "one"),
         ({"structured_outputs": {"grammar": 'root ::= "a" root | "b"'}}, "aab", "a"),
