@@ -32,6 +32,7 @@ def launch(vllm_command: str) -> Iterator[FarLaunch]:
         "max_model_len": 512,
         "enforce_eager": True,
         "prefill": {"tensor_parallel_size": 2, "nnodes": 2},
+        "routing": {"policy": "pairs"},
         "hosts": [{"name": "local"}, {"name": "b"}],
         "kv_transfer": {"trusted_network": True},
         # The first request has vLLM compile kernels, which a host of namespaces has not kept.
