@@ -13,9 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pdlaunch.bench.loads import BenchOptions
+from pdlaunch.bench.serve import bench_serve
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from tests.command_line import invoke
 from tests.e2e.api import complete_all, greedy_body, streamed
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused
@@ -53,6 +56,20 @@ def test_every_route_gives_the_tokens_of_the_model(launch: Deployment, llama: Pa
     lines = Api(launch.url).get("/metrics")[1].splitlines()
     routed = [line for line in lines if line.startswith("pdlaunch_router_routes_total{")]
     assert sum(float(line.rpartition(" ")[2]) for line in routed) == len(prompts) + 2
+
+
+async def test_a_launch_with_pairs_uses_them_by_default(launch: Deployment) -> None:
+    options = BenchOptions(
+        url=launch.url,
+        output_tokens=4,
+        concurrencies=(1, 4),
+        num_requests=8,
+        max_token_id=VOCAB_SIZE,
+    )
+    alone, several = [run.row async for run in bench_serve(options, lambda _: None)]
+    assert [(one.kind, one.share) for one in alone.routes] == [("pair", 1.0)]
+    assert several.pair_share
+    assert "routes of the last prompts: " in invoke(["status", "--url", launch.url]).stdout
 
 
 def test_a_supervisor_that_wakes_up_late_restarts_nothing(launch: Deployment) -> None:

@@ -34,6 +34,10 @@ def test_the_terminal_of_serve_has_a_status_line(demo: Deployment) -> None:
     await_true(lambda: line.search(demo.output()) is not None, "the line has come")
 
 
+def test_the_start_says_which_engine_auto_has_come_to(demo: Deployment) -> None:
+    assert "engine: native, because smollm2 is the demo model; vLLM: " in demo.output()
+
+
 def test_status_tells_engines_and_pairs(demo: Deployment) -> None:
     words = ["status", "--url", demo.url]
     result = CliRunner().invoke(build_app(words), words, env={"COLUMNS": "80", "NO_COLOR": "1"})
