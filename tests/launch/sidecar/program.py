@@ -92,8 +92,8 @@ def main() -> None:
     replace_text(folder / f"{found.uds.stem}.started", json.dumps(told))
     if (folder / f"{found.uds.stem}.dies").exists():
         sys.stderr.write(
-            "(EngineCore pid=7) ERROR 11-24 14:00:00 [core.py:866] ValueError: layer 3 keeps a state "
-            "that cannot be proven\n"
+            "(EngineCore pid=7) ERROR 11-24 14:00:00 [core.py:866] ValueError: layer 3 keeps a "
+            "state that cannot be proven\n"
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
         )
         sys.exit(3)
