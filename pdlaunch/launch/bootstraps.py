@@ -75,7 +75,9 @@ class Bootstraps:
         )
         key, replace = _plain(config.engine_api_key), msgspec.structs.replace
         if spec.kind == "rank" and engine is None:  # on a further host of an engine of vLLM
-            return replace(bootstrap, connector=self._connector(spec, incarnation, launch))
+            connector = self._connector(spec, incarnation, launch)
+            capabilities = self.kind.capabilities(spec, engine)
+            return replace(bootstrap, connector=connector, capabilities=capabilities)
         if spec.kind == "rank":
             # Where the ranks of an engine meet. A file for each incarnation: the file of a dead one
             # still lists its ranks.

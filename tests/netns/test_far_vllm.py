@@ -117,9 +117,11 @@ def test_an_engine_over_hosts_dies_and_comes_back_as_one(
         "model": str(make_tiny_model("llama", folder / "wide", **TWO_HEADS)),
         "hosts": [{"name": "local"}, {"name": "b"}],
         "prefill": wide,
+        "routing": {"policy": "pairs"},
     }
     with far_launch(network, config, ["b"], allow=[config["engine_command"]]) as launch:
         assert tokens(launch) == answer_of(PROMPT, 5)
+        assert "route=prefill-0->decode-0" in launch.log("router.log")
         far = next(
             each
             for each in network["b"].processes()
