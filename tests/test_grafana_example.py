@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from prometheus_client import CollectorRegistry
 
-from pdlaunch.engine.server.metrics import ServerMetrics
+from pdlaunch.engine.server.engine_service import ServerMetrics
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.router.metrics import RouterMetrics
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.roles import Role
-from pdlaunch.engine.server.metrics import ServerMetrics
+from pdlaunch.engine.server.engine_service import ServerMetrics
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, SPANS_HEADER
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.observe.metrics import render_metrics

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pdlaunch import __version__
-from pdlaunch.engine.server.metrics import ServerMetrics
+from pdlaunch.engine.server.engine_service import ServerMetrics
 from pdlaunch.observe.metrics import RequestClock, render_metrics
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import DeploymentStatus

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.engine.lifecycle import Histograms
-from pdlaunch.engine.server.metrics import ServerMetrics
+from pdlaunch.engine.server.engine_service import ServerMetrics
 from pdlaunch.protocol.engine import EngineStats, RequestFinished
 from pdlaunch.protocol.transfer import PullFinished
 from tests.engine.server.conftest import END_TOKEN, Engine
