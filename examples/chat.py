@@ -1,5 +1,5 @@
 """Stream a chat from a running deployment with the official openai client: `pip install openai`,
-then `python examples/chat.py`. Another port or host: `python examples/chat.py http://HOST:PORT`.
+then `python examples/chat.py`. For another port or host: `python examples/chat.py http://HOST:PORT`.
 """
 
 import os
