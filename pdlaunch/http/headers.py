@@ -12,8 +12,8 @@ from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
 REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
-# Engines get these headers of the client, also where a stream goes on at another engine.
 DATA_PARALLEL_HEADER = "X-data-parallel-rank"  # which of vLLM's data parallel ranks is to answer
+# Engines get these headers of the client, also where a stream goes on at another engine.
 PASSED_HEADERS = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
 # From router to engines: the PromptOrigin, and whether a rank may have died of the prompt.
 ORIGIN_HEADER = "X-Pdlaunch-Origin"

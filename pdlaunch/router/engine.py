@@ -143,7 +143,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     proofs: dict[str, int] = {}
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
     calls: Interrupts = msgspec.field(default_factory=Interrupts)  # what it is asked now
-    num_picks: int = 0
+    last_pick: int = 0  # the number of the latest request that was routed to it
     num_works: int = 0  # pieces of work that are outstanding
     num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
     num_streams: int = 0  # choices that have begun

@@ -255,13 +255,13 @@ class _Choice:
 
         def rank(one: _Offer) -> tuple[float, ...]:
             is_try = one.engine.health.is_tripped
-            return not is_try, one.engine is not home, one.first_token_s, one.engine.num_picks
+            return not is_try, one.engine is not home, one.first_token_s, one.engine.last_pick
 
         def load(one: Engine) -> tuple[float, ...]:
             is_try = one.health.is_tripped or one.health.pull(first.engine.key).is_tripped
             place = not is_try, self._is_short(one), one is not decode_home
             num_held = one.kv_tokens + self._num_uncached(one)
-            return *place, num_held, one.num_streams, one.num_picks
+            return *place, num_held, one.num_streams, one.last_pick
 
         for first in sorted(offers, key=rank):
             peers = first.engine.peers
@@ -296,7 +296,7 @@ class _Choice:
         home = self._home(offer.engine for offer in offers if offer.engine.role == "decode")
 
         def rank(one: _Offer) -> tuple[float, ...]:
-            return one.engine is not home, one.cost_s, one.engine.num_picks
+            return one.engine is not home, one.cost_s, one.engine.last_pick
 
         return min(offers, key=rank, default=None)
 
@@ -341,7 +341,7 @@ class _Choice:
             is_try = takes and engine.health.is_tripped
             cost = engine.kv_tokens if holder is not None else self._offer(engine).cost_s
             place = trouble, distance, not is_try, engine is not home
-            return *place, cost, engine.num_streams, engine.num_picks
+            return *place, cost, engine.num_streams, engine.last_pick
 
         return min(candidates, key=rank, default=None)
 

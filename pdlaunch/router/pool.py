@@ -41,6 +41,7 @@ class EnginePool:
         # Engines without new work: their processes when they were held, and the state to show.
         self._held: dict[str, tuple[Processes, ListedState]] = {}
         self._with_ranks: set[str] = set()
+        self._num_picks = 0
 
     @property
     def engines(self) -> list[Engine]:
@@ -109,7 +110,8 @@ class EnginePool:
         now_at = self.clock()
         route = choose(request, list(self._engines.values()), self.index, now_at, self._policy)
         for engine in route.engines:
-            engine.num_picks += 1
+            self._num_picks += 1
+            engine.last_pick = self._num_picks
             engine.health.asked(now_at)
         if route.prefill is not None and route.decode is not None:
             route.decode.health.pull(route.prefill.key).asked(now_at)
@@ -138,11 +140,9 @@ class EnginePool:
         able = [each for each in engines if each.ready and each.key not in tried and can(each)]
 
         def load(engine: Engine) -> tuple[float, ...]:
-            return engine.health.is_tripped, engine.num_works, engine.num_picks
+            return engine.health.is_tripped, engine.num_works, engine.last_pick
 
-        if (engine := min(able, key=load, default=None)) is not None:
-            engine.num_picks += 1
-        return engine
+        return min(able, key=load, default=None)
 
     def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
         num_cached = self.index.num_cached(engine.name, request.tokens)

@@ -178,7 +178,7 @@ def test_an_engine_over_its_share_attracts_nobody() -> None:
     """All chats with one system prompt would be sent to one cache, while others are empty."""
     first, second, decode = (
         engine("prefill-0"),
-        engine("prefill-1", num_picks=-1),
+        engine("prefill-1", last_pick=-1),
         engine("decode-0"),
     )
     request, engines = prompt(tokens=TOKENS), [first, second, decode]
@@ -196,7 +196,7 @@ def test_requests_of_a_session_go_to_the_same_engines_until_these_leave() -> Non
     routes = {session: choose(prompt(session=session), engines) for session in map(str, range(30))}
     assert len({route.name for route in routes.values()}) > 3
     for one in engines:
-        one.kv_tokens = one.num_picks = hash(one.name) % 1000
+        one.kv_tokens = one.last_pick = hash(one.name) % 1000
     for session, route in routes.items():
         assert choose(prompt(session=session), engines) == route
         assert route.prefill is not None
@@ -275,7 +275,7 @@ ENGINES = st.lists(
         unanswered_tokens=st.integers(0, 3000),
         kv_tokens=st.integers(0, 3000),
         num_streams=st.integers(0, 3),
-        num_picks=st.integers(0, 3),
+        last_pick=st.integers(0, 3),
         computed_tokens=st.floats(0, 100),
         computing_s=st.sampled_from([0.0, 1.0]),
         health=HEALTH,
