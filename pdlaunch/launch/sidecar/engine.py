@@ -18,10 +18,10 @@ from pathlib import Path
 import pdlaunch
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.config.model_files.identity import model_digest, text_digests, weight_digests
-from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.config.model_files.identity import changes, model_digest, text_digests, weight_digests
+from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.http.lifecycle import Supervised
-from pdlaunch.launch.sidecar.link import write_setup
+from pdlaunch.launch.sidecar.link import remove_setup, write_setup
 from pdlaunch.machine.network import with_device_names
 from pdlaunch.observe.causes import Cause, find_cause
 from pdlaunch.protocol.control import Address, Ready, Registry
@@ -143,7 +143,8 @@ def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
     vLLM's own default is a TCP port on every address. A command that names an endpoint keeps it.
     """
     config = {
-        "enable_kv_cache_events": True,
+        # Of data parallel ranks vLLM publishes at TCP ports alone, which are open to everybody.
+        "enable_kv_cache_events": "--data-parallel-size" not in command,
         "endpoint": endpoint,
         "replay_endpoint": f"{endpoint}.replay",
     }
@@ -270,26 +271,37 @@ class HeadlessNode:
 
     ::
 
-        the engine's first sidecar registers where ranks meet ──> start vLLM ──> Ready
+        the engine's first sidecar registers where ranks meet ──> start vLLM
+        the engine serves, so that these ranks have read the model ──> Ready
     """
 
     def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
         self._supervised = supervised
         self._options = options
         self._first: asyncio.Future[Address] = asyncio.get_running_loop().create_future()
+        self._serves = asyncio.Event()
         self._output = EngineOutput()
 
     async def run(self) -> None:
         """Run until Stop or a signal. Raises StartupError when vLLM ends by itself."""
         self._supervised.register(Address())
-        running = self._supervised.spawn(self._run_vllm())
+        running = self._supervised.spawn(self._watch_vllm())
         try:
             await self._supervised.obey(self._learn, self._drain)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+            remove_setup(self._supervised.bootstrap)
 
-    async def _run_vllm(self) -> None:
+    async def _watch_vllm(self) -> None:
+        try:
+            error = StartupError(await self._run_vllm())
+        except (PdlaunchError, OSError) as found:
+            error = StartupError(str(found))
+        self._supervised.inbox.put_nowait(error)
+
+    async def _run_vllm(self) -> str:
+        """Return why it has ended. Raises StartupError, OSError."""
         options, bootstrap = self._options, self._supervised.bootstrap
         files = await asyncio.to_thread(options.model_files)
         first, run_dir = await self._first, Path(bootstrap.run_dir)
@@ -301,21 +313,29 @@ class HeadlessNode:
             environment |= connector_environment(run_dir, setup, python_path)
         port = ("--master-port", str(first.master_port))
         child = await start_engine((*options.command, *port), environment)
+        end, serves = asyncio.create_task(child.wait()), asyncio.create_task(self._serves.wait())
         try:
-            # The engine is ready when its first sidecar is, which needs these ranks.
-            self._supervised.send(Ready(model=files))
-            reason = end_of(options, await child.wait(), self._output)
-            self._supervised.inbox.put_nowait(StartupError(reason))
+            await asyncio.wait((end, serves), return_when=asyncio.FIRST_COMPLETED)
+            if not end.done():
+                if changed := changes(files, await asyncio.to_thread(options.model_files)):
+                    return f"the model has changed while vLLM was starting: {changed}"
+                self._supervised.send(Ready(model=files))
+            return end_of(options, await end, self._output)
         finally:
+            serves.cancel()
+            end.cancel()
             await stop_engine(child)
 
     async def _learn(self, registry: Registry) -> None:
         own = self._supervised.bootstrap
         first = engine_of_rank(own.name), own.incarnation
         for entry in registry.entries:
-            is_open = bool(entry.address.master_port) and not self._first.done()
-            if is_open and (entry.name, entry.incarnation) == first:
+            if (entry.name, entry.incarnation) != first:
+                continue
+            if entry.address.master_port and not self._first.done():
                 self._first.set_result(entry.address)
+            if entry.state != "starting":
+                self._serves.set()
 
     async def _drain(self, _: float) -> None:
         """Do nothing: requests are the first sidecar's."""

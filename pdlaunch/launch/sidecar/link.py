@@ -135,8 +135,7 @@ class EngineLink:
 
     def close(self) -> None:
         self._socket.close()
-        with contextlib.suppress(OSError):
-            _setup_path(self._bootstrap).unlink()
+        remove_setup(self._bootstrap)
 
     async def _take_rank(self, identity: bytes, rank: RankUp) -> None:
         key, wanted = (rank.dp_rank, rank.tp_rank), self._spec.id_of(rank.dp_rank)
@@ -170,6 +169,12 @@ def write_setup(bootstrap: Bootstrap, spec: ConnectorSpec, link: str, model_dige
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         file.write(msgspec.json.encode(setup))
     return path
+
+
+def remove_setup(bootstrap: Bootstrap) -> None:
+    """Remove that file, if it is there."""
+    with contextlib.suppress(OSError):
+        _setup_path(bootstrap).unlink()
 
 
 def _setup_path(bootstrap: Bootstrap) -> Path:

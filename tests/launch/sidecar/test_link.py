@@ -129,7 +129,7 @@ async def test_ranks_of_different_starts_are_refused(tmp_path: Path) -> None:
     async with two_ranks(tmp_path) as scene:
         for worker, engine_id in zip(scene.workers, ("one", "two"), strict=True):
             await worker.be_up(engine_id)
-        with pytest.raises(StartupError, match="engine_id is decode-0#1, and rank 0 has one"):
+        with pytest.raises(StartupError, match=r"engine_id is decode-0#1, and rank . has"):
             await scene.running
 
 
