@@ -167,7 +167,7 @@ def launched(
     with tempfile.TemporaryDirectory(prefix="pdlaunch-api-") as folder:
         # JSON is YAML; the folder is for this user alone.
         file = Path(folder) / "deploy.json"
-        # A certificate is of another name than 127.0.0.1.
+        # The certificate does not name 127.0.0.1.
         apart = {*keys, "ssl_certfile", "ssl_keyfile"}
         file.write_text(json.dumps({path: masked[path] for path in given if path not in apart}))
         with running_deployment(

@@ -51,7 +51,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     goodput_per_s: float | None = None  # requests a second that met the goals
     good_share: float | None = None
     cached_share: float | None = None  # prompt tokens that were not computed
-    pair_share: float | None = None  # requests that two engines shared
+    pair_share: float | None = None  # share of requests by two engines
     routes: list[RouteShare] = []
     ttft_ms_median: float | None
     ttft_ms_p99: float | None

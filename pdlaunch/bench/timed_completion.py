@@ -33,7 +33,7 @@ class TimedCompletion(msgspec.Struct):
     # Prompt tokens that were not computed, where the deployment says so
     num_cached_tokens: int | None = None
     error: str | None = None
-    route: tuple[str, str] | None = None  # kind and reason, where a router of ours says them
+    route: tuple[str, str] | None = None  # kind and reason, if the router reports them
 
     @property
     def ttft_s(self) -> float:

@@ -224,8 +224,8 @@ def _offloading(context: Context) -> Iterator[Found]:
 
 
 def _is_before(context: Context, each: RoleEngines, since: tuple[int, int]) -> bool:
-    """Return whether one of these engines is of an older vLLM, or does not tell its version; False
-    where nobody looked.
+    """Return whether one of these engines has an older or unknown version; False if nobody has
+    asked them.
     """
     versions = [numbers for _, numbers in _versions_of(context, each)]
     return bool(context.engine_commands(each.role)) and min(versions, default=()) < since
@@ -256,7 +256,9 @@ def _cached_states(context: Context) -> Iterator[Found]:
         place, sizes = decode.where(name), [(it.tp_size, it.block_size) for it in (prefill, decode)]
         is_known = context.engine_commands(decode.role)
         if not is_known or _is_before(context, decode, _CACHES_STATES_SINCE):
-            yield Found(f"{name} is on for decode, before vLLM 0.28 or an unknown version", place)
+            yield Found(
+                f"{name} is on for decode, whose vLLM is not known to be 0.28 or newer", place
+            )
         elif sizes[0] != sizes[1]:
             yield Found(f"{name} is on, and TP or block sizes of prefill and decode differ", place)
 
@@ -447,11 +449,12 @@ RULES = (
         fix=f"Set {_LAYOUT}: DS in env.", source="vLLM 0.32: nixl/base_worker.py."),
     warning("PD636", "Decode keeps states of a hybrid model in its prefix cache.",
         "Before 0.28 decode ends with the assertion 'SSM can only have one local block' at the "
-        "first cache hit (its default there is off). Later versions end the handshake of two "
-        "sides whose attention blocks hold different numbers of tokens, as they do with different "
-        "TP sizes.",
+        "first cache hit (by default its cache is off). Later versions refuse the handshake if the "
+        "attention blocks of both sides hold different numbers of tokens, as with different TP "
+        "sizes.",
         when=_cached_states,
-        fix="Set decode.enable_prefix_caching to false, or take vLLM 0.28 and equal sizes.",
+        fix="Set decode.enable_prefix_caching to false, or use vLLM 0.28 or newer "
+        "and equal TP and block sizes.",
         source="ai-dynamo/dynamo#12197; vllm-project/vllm#42554; nixl/base_worker.py of vLLM 0.24, "
         "0.32 and 0.33."),
     error("PD630", "env gives a variable of vLLM that pdlaunch sets itself.",

@@ -91,23 +91,24 @@ def _cannot_spread(context: Context) -> Iterator[Found]:
             message = "ranks of a native engine are tensor parallel, on one host"
             yield Found(message, where, "set engine: vllm")
         elif context.kv_transfer.is_stock and (is_copied or nnodes > 1):
-            message = "vLLM's own connector needs ports and an engine_id that only ours plans"
+            message = "nnodes and data parallel ranks need pdlaunch's connector"
             yield Found(message, where, "leave kv_transfer.connector out")
         if each.is_native or nnodes == 1:
             continue
         if is_copied:
-            message = "data parallel ranks of an engine are on one host"
+            message = "all data parallel ranks of an engine must be on one host"
             yield Found(message, where, f"leave nnodes or {each.where('data_parallel_size')} out")
         if each.tp_size % nnodes:
-            message = f"tensor_parallel_size {each.tp_size} is no multiple of nnodes {nnodes}"
+            message = f"tensor_parallel_size {each.tp_size} is not a multiple of nnodes {nnodes}"
             yield Found(message, where)
         there = sum(each.role in host.roles for host in context.launch.hosts)
         if there < nnodes:
-            message = f"nnodes is {nnodes}, and {there} of the launch's hosts can take part"
+            message = f"nnodes is {nnodes}, but the role may use {there} of the hosts"
             yield Found(message, where, "list more hosts, with placement: hosts, ray or slurm")
         if not context.kv_transfer.trusted_network:
-            message = "vLLM's ranks admit everybody who reaches their ports between hosts"
-            yield Found(message, where, "set kv_transfer.trusted_network where nobody else can")
+            message = "vLLM's ports between hosts authenticate nobody"
+            fix = "set kv_transfer.trusted_network if no stranger can reach them"
+            yield Found(message, where, fix)
 
 
 def _unlike_hosts(context: Context) -> Iterator[Found]:
@@ -151,7 +152,7 @@ RULES = (
             (there := len(each.gpus))
             and (ranks := each.settings.ranks_per_node) > there
             and Found(
-                f"a {each.role} engine has {ranks} ranks on a host, which see {there} GPUs",
+                f"a {each.role} engine has {ranks} ranks on a host, but sees {there} GPUs",
                 fix=f"set it to {there * each.settings.nnodes} or less",
             )
         ), at="tensor_parallel_size",
@@ -220,7 +221,7 @@ RULES = (
         fix="List more hosts, or leave roles of hosts out.",
         source="Hosts take engines of their roles alone.", on_vllm=True),
     error("PD456", "An engine cannot be spread over hosts, or have data parallel ranks.",
-        "vLLM starts as many ranks on each host. Its TCPStore, gloo, NCCL and message queues "
+        "vLLM needs equally many ranks on each host. Its TCPStore, gloo, NCCL and message queues "
         "authenticate nobody, and the queues carry pickles: whoever reaches them runs code.",
         when=_cannot_spread, at="nnodes",
         fix="Set nnodes to a divisor of tensor_parallel_size, and list as many hosts.",

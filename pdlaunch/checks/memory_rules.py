@@ -170,7 +170,7 @@ def _late_shares(
         left = free - (total - wants[each])
         if not each.is_native and share > left:
             asks = f"{format_size(share)} of GPU {index} to be free, and others leave"
-            # Rounded down, with some room for contexts of CUDA.
+            # Rounded down, to leave room for CUDA contexts.
             fits = max(1, int(95 * each.settings.gpu_memory_utilization * left / share)) / 100
             sized = "; kv_cache_memory alone then sizes the KV cache"
             yield Found(

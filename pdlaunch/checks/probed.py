@@ -110,7 +110,7 @@ class SeenDeployment:
 
     engines: tuple[SeenEngine, ...]
     pairs: tuple[SeenPair, ...] | None  # none: no canary was sent
-    # What routers of pdlaunch say of pairs by their names: path and speed, and why one is slow
+    # By name of a pair, from pdlaunch routers: path with speed, and why the pair is slow
     told_pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:

@@ -111,7 +111,7 @@ def run_checks(
             on = f"{', '.join(gaps)}: " if gaps[0] else ""
             reason = f"{on}{first.missing[missing[0]]}"
             not_checked.append(NotChecked(rule.code, rule.title, missing, reason))
-    # Without vLLM all other findings are guesses about an engine that nobody knows.
+    # If vLLM is missing, all other findings about it would be guesses.
     findings = [each for each in findings if each.rule == NO_VLLM] or findings
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
     return Report(tuple(findings), tuple(not_checked), effective_values(launch))

@@ -144,7 +144,7 @@ RULES = (
         fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
         source="An open port answers whoever reaches it.", on_vllm=True),
     error("PD113", "The router's certificate cannot be used.",
-        "The router would end at its start.",
+        "The router would fail to start.",
         over=lambda context: [context.config], when=_certificate_problem, at="ssl_certfile",
         fix="Name PEM files: the chain, and its private key without a password.",
         source="ssl.SSLContext.load_cert_chain.", needs=("ports",), on_vllm=True),

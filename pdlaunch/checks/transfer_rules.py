@@ -1,4 +1,4 @@
-"""Rules PD423 and PD428 judge the ways of KV blocks, PD504 what was measured between the ranks."""
+"""Rules on KV transfers: networks and memory (PD423, PD428), measured speeds (PD504)."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ RULES = (
     warning("PD504", "A pair of ranks is slow.",
         "Every prompt's first token waits for its blocks. UCX copies memory that no peer can map "
         "(CuMem pools and expandable segments without fabric handles) through the host: 0.6 GB/s "
-        "instead of 392, with no error. 'software emulation' between GPUs says the same, whatever "
-        "was measured. Only the path in use is judged, and the finding says what the others gave.",
+        "instead of 392, with no error. 'software emulation' between GPUs means the same at any "
+        "speed. Only the path in use is judged; the finding lists the speeds of the others.",
         when=_slow_pairs,
         fix="Set kv_transfer.connector to nixl and its path to auto, so that ranks on one host use "
-        "P2P; turn expandable_segments off; look at UCX_TLS, at the placement of the ranks (one "
-        "host, NUMA node, PCIe switch), and at what else uses the link.",
+        "P2P; turn expandable_segments off; check UCX_TLS, the placement of the ranks (one host, "
+        "NUMA node, PCIe switch), and other users of the link.",
         source="The READ at the end of the handshake. Two H200s: P2P 340 to 394 GB/s, NIXL out of "
         "CuMem pools 0.6; vLLM 0.24 with --enable-cumem-allocator 0.44, with both engines on one "
         "GPU 0.3.", needs=("transport",), on_vllm=True),

@@ -50,7 +50,7 @@ _FAILED = (
 
 
 class AskedAt(NamedTuple):
-    """Where an engine is asked: at its URL, or through the admin socket of its launch."""
+    """How to reach an engine: by its URL, or through the admin socket of its launch."""
 
     url: str
     prefix: str = ""
@@ -60,8 +60,8 @@ def doctor(
     routers: list[str] | None = typer.Argument(
         None,
         metavar="[URL]...",
-        help="A router of pdlaunch, which names its engines; without any engine that of your own "
-        "launch on this machine.",
+        help="A pdlaunch router, which lists its engines; by default the router of your own launch "
+        "on this machine.",
     ),
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
@@ -121,12 +121,10 @@ def _own_launch() -> str:
     """Return the URL of the only launch of this user on this machine. Raises ConfigError."""
     urls = sorted(launch.card.url for launch in own_launches(None))
     if len(urls) != 1:
-        said = (
-            f"several launches of yours run here: {', '.join(urls)}" if urls else "none runs here"
-        )
+        said = f"several of your launches run: {', '.join(urls)}" if urls else "no launch runs here"
         raise ConfigError(
             f"no engine is named, and {said}",
-            fix="give the URL of a router of pdlaunch, or --prefill URL --decode URL",
+            fix="give the URL of a pdlaunch router, or --prefill URL --decode URL",
         )
     return urls[0]
 
@@ -134,8 +132,8 @@ def _own_launch() -> str:
 async def _deployments_of(
     routers: Sequence[str],
 ) -> tuple[list[tuple[Role, str]], dict[str, tuple[str, str]], dict[str, AskedAt]]:
-    """Return the engines and the pairs that routers list, and the doors to engines of launches
-    of this user, which take no stranger's calls. Raises ConfigError.
+    """Return the engines and pairs that routers list, and how to reach engines of this user's
+    launches, which refuse other callers. Raises ConfigError.
     """
     found: list[tuple[Role, str]] = []
     told_pairs: dict[str, tuple[str, str]] = {}

@@ -78,7 +78,7 @@ class ServeCommand(TyperCommand):
 
 
 def _record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
-    """Return a parameter's line of help, whose flags are not broken at their hyphens."""
+    """Return a parameter's help line, with flags that do not wrap at hyphens."""
     if (record := parameter.get_help_record(ctx)) is None:
         return None
     first, second = (re.sub(r"(?<=-)-|-(?=[\w-])", _KEPT_HYPHEN, text) for text in record)
@@ -86,7 +86,7 @@ def _record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
 
 
 def _advice(name: str, *, is_like: bool) -> str:
-    """Say how a setting is given that has no flag of this name; empty if ``is_like`` another."""
+    """Say what to write instead of an unknown flag; empty if it ``is_like`` a known one."""
     path = name.removeprefix("--").removeprefix("no-").replace("-", "_")
     if path in all_flags():
         return f"did you mean {flag_name(path)}?"
@@ -95,7 +95,7 @@ def _advice(name: str, *, is_like: bool) -> str:
     flag = vllm_flag_name(name).removeprefix("no-")
     if instead := OURS.get(flag) or REFUSED.get(flag):
         return f"a flag of vLLM: {instead}"
-    return "" if is_like else "flags of vLLM go into engine_args of the file"
+    return "" if is_like else "write flags of vLLM into engine_args of the file"
 
 
 _TARGET = Annotated[

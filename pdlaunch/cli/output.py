@@ -92,7 +92,7 @@ def say(text: str, style: str = "") -> None:
 
 
 def print_line(text: str, style: str = "", console: Console | None = None) -> None:
-    """Print a line. A terminal would break a long one within a word; a file gets it whole."""
+    """Print a line: wrapped between words on a terminal, unwrapped in a file."""
     console = console or Console()
     console.print(Text(safe(text), style=style), soft_wrap=not console.is_terminal)
 
@@ -105,7 +105,7 @@ def counted(number: int, noun: str) -> str:
 def fitting(
     rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], width: int, spare: Sequence[str]
 ) -> dict[str, str]:
-    """Return the headings without those of ``spare``, in turn, for which the width has no room."""
+    """Return the headings that fit; drop those of ``spare`` in order until they do."""
     shown, options = dict(headings), Console(width=_ENOUGH).options
     for name in spare:
         if Measurement.get(Console(), options, make_table(rows, shown)).maximum <= width:

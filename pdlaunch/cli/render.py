@@ -138,7 +138,7 @@ def _placed(
     resolved.require_startable()
     refuse_errors(resolved, loaded.origins, Probes(), undone="not rendered")
     _require_mounted(resolved, options)
-    # What `auto` has come to here: pods may have other executables.
+    # The choice of `auto` on this machine: pods may have other executables.
     settings = {**placed.settings, "engine": resolved.config.engine}
     return PodLaunch(
         options, placed, resolved, engine_groups(resolved, machines), _to_yaml([settings])

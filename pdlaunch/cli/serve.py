@@ -391,9 +391,9 @@ def ready_rows(
 
 
 def _topology(processes: Sequence[ProcessStatus]) -> str:
-    """Write ``1 prefill + 2 decode (tp 2)``, and on how many hosts where there are several.
+    """Write ``1 prefill + 2 decode (tp 2)``, and the number of hosts if there are several.
 
-    Ranks of vLLM are no processes of the launch.
+    vLLM's ranks are not processes of the launch.
     """
     names = [each.name.partition("/") for each in processes]
     ranks = Counter(engine for engine, _, rank in names if rank.startswith("rank-"))

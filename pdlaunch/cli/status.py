@@ -105,8 +105,8 @@ def deployment_view(
 ) -> Iterator[RenderableType]:
     """Yield the status of a deployment for people: three lines, tables, routes, events.
 
-    ``width``: in characters; tables leave columns out. ``room``: the number of lines; tables say
-    how many rows they leave out.
+    ``width``: in characters; narrow tables omit columns. ``room``: the number of lines; tables
+    say how many rows they omit.
     """
 
     def line(text: str, style: str = "") -> Text:

@@ -39,7 +39,7 @@ def trace(
         None, min=1, max=1000, help="The slowest ones.", metavar="N"
     ),
     failed: int | None = typer.Option(
-        None, min=1, max=1000, help="The last ones that failed or were refused.", metavar="N"
+        None, min=1, max=1000, help="The last requests that failed or were refused.", metavar="N"
     ),
     output: Format = typer.Option("table", "--format", help="`json` prints one object a line."),
     url: UrlOption = None,

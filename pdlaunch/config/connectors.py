@@ -335,7 +335,7 @@ def local_transports(environ: Environ, device: RankDevice) -> tuple[str, ...]:
     Network transports listen without authentication; ``sysv`` segments admit the user's whole group
     (mode 0660), ``knem`` regions everybody. ``posix`` segments are unlinked and have mode 0600, CMA
     and CUDA IPC ask for the same user. UCX finds its peers through ``posix``: lists without it,
-    such as LMCache's ``cuda_ipc,cuda_copy,tcp``, count on TCP for that, which listens.
+    such as LMCache's ``cuda_ipc,cuda_copy,tcp``, rely on TCP instead, which listens.
     """
     allowed = ucx_transports(environ)
     if "posix" not in allowed:

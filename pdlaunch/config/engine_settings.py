@@ -50,10 +50,10 @@ class EngineSettings(FrozenModel):
     ] = Field(1, gt=0, le=1024, description="Ranks of an engine.")
     nnodes: int = Field(
         1, gt=0, le=64,
-        description="Hosts that the ranks of an engine of vLLM are spread over, as many on each.")
+        description="Hosts of one vLLM engine; each runs the same number of its ranks.")
     data_parallel_size: int = Field(
         1, gt=0, le=1024,
-        description="Copies of an engine of vLLM that share its experts, each with its own ranks.")
+        description="Data parallel copies in one vLLM engine: they share experts, not ranks.")
     load_format: Annotated[LoadFormat, Flag()] = Field(
         "auto", description="`dummy` makes random weights up, for benchmarks.")
     dtype: Annotated[DType, Flag(for_router=True)] = Field(
@@ -90,9 +90,9 @@ class EngineSettings(FrozenModel):
         None, gt=0, description="CPU threads of a rank; an even share of the cores when unset.")
     engine: Annotated[Literal["auto"] | EngineName, Flag(for_router=True)] = Field(
         "auto",
-        description="What computes: `vllm`, or `native`, this project's own engine. `auto` takes "
-        "vLLM where its executable is found and the model is not the demo's. For a router alone "
-        "`auto` is native.")
+        description="Kind of engine: `vllm`, or `native`, pdlaunch's own. `auto` takes vLLM if its "
+        "executable is found and the model is not the demo model, else native. For a router "
+        "alone `auto` is native.")
     engine_command: Annotated[str, Flag()] = Field(
         "vllm", min_length=1,
         description="Executable of engines that are not native: a name on PATH or in the active "

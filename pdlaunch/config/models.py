@@ -43,13 +43,13 @@ MAX_PORT = 65535
 
 def _check_sha256(digest: str) -> str:
     if not re.fullmatch("[0-9a-f]{64}", digest):
-        # What stands there may be the key itself.
+        # The value may be the key itself, so it is not shown.
         raise ValueError('write the 64 hexadecimal digits of `printf %s "$KEY" | sha256sum`')
     return digest
 
 
 class ApiKey(FrozenModel):
-    """Names a key of clients, and limits its holders."""
+    """Describes an API key of clients and its limits."""
 
     # fmt: off
     name: str = Field(

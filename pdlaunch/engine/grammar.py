@@ -1,8 +1,8 @@
-"""Finds the tokens that a request's grammar allows next, from its output tokens alone.
+"""Finds the tokens that a request's grammar allows next, from the output tokens alone.
 
-A decode engine, a preempted request and an engine that goes on after a death so rebuild the state
-of the grammar. Rank 0 alone draws, and so needs masks. llguidance is imported, and the tokenizer
-read, for the first grammar; like grammars that takes too long for the step loop, so a thread does.
+So any engine can rebuild the state of the grammar: for decode, after a preemption or after a death.
+Only rank 0 samples, so only rank 0 needs masks. Importing llguidance, reading the tokenizer (both
+for the first grammar) and compiling take too long for the step loop, so a thread does them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pdlaunch.engine.rows import Row
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# The latest grammars stay: clients send the same few again and again. Each may take megabytes.
+# Clients send the same few grammars again and again. Each may take megabytes.
 MAX_COMPILED = 32
 
 
@@ -48,8 +48,8 @@ class Grammars:
         return self._compiled[grammar]
 
     def mask(self, logits: torch.Tensor, rows: Sequence[Row]) -> bool:
-        """Set ``logits``, [num_rows, vocab_size], of forbidden tokens to minus infinity, in place;
-        all of a row that its grammar cannot follow to NaN. False: no row has a grammar.
+        """Set the logits of forbidden tokens to minus infinity, in place; a row whose grammar
+        cannot follow its output to NaN. [num_rows, vocab_size]. False: no row has a grammar.
         """
         held = [index for index, row in enumerate(rows) if row.sampling.grammar]
         if not held:
@@ -65,8 +65,8 @@ class Grammars:
         return True
 
     def _allowed(self, row: Row) -> BoolArray | None:
-        """Return [vocab_size], whether each token may follow the row's output; None: nobody knows,
-        as the output breaks the grammar, or the grammar exceeds a limit of llguidance.
+        """Return whether each token may follow the row's output, [vocab_size]; None if the output
+        breaks the grammar, or the grammar exceeds a limit of llguidance.
         """
         if row.matcher is None:
             row.matcher = self.compile(row.sampling.grammar).result().deep_copy()
@@ -74,7 +74,7 @@ class Grammars:
         row.num_matched += len(output)
         row.matcher.consume_tokens(output)
         bits = np.frombuffer(row.matcher.compute_bitmask(), dtype=np.uint8)
-        # After an error the mask allows the end of the answer alone: it would look like a success.
+        # After an error the mask allows only end tokens: the answer would look complete.
         if row.matcher.is_error():
             return None
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)

@@ -188,7 +188,7 @@ class RequestLifecycle:
         if request.phase is Phase.FINISHED:
             return
         if request.scored is not None and request.wants_pull:
-            # Nothing can be told of a prompt that is not computed here.
+            # The engine has log probabilities only of prompts that it computes.
             self.transfers.pull_nothing(request)
             request.wants_pull = False
         if message.sampling.grammar:
@@ -200,7 +200,7 @@ class RequestLifecycle:
         self._wake()
 
     def is_compiled(self, request: Request) -> bool:
-        """Return whether the request's grammar is ready; end a request whose grammar never is."""
+        """Return whether the request's grammar is ready; end the request if compiling failed."""
         if request.grammar is None:
             return True
         if request.grammar.done() and (error := request.grammar.exception()) is not None:

@@ -108,8 +108,8 @@ class Request:
         """The compiled grammar, while it is compiled."""
         wants_scores = message.sampling.num_prompt_logprobs is not None
         self.scored: list[TokenOutput] | None = [] if wants_scores else None
-        """The prompt's tokens from the second on, with log-probabilities; None: not asked for, or
-        told already.
+        """The prompt's tokens from the second on, with log-probabilities; None: not requested,
+        or already sent.
         """
         self.is_suspect = message.is_suspect
         """A rank may have died of it; False once a step has drawn a token for it here."""

@@ -23,8 +23,8 @@ from pdlaunch.protocol.kv_params import TokenOutput
 logger = logging.getLogger(__name__)
 
 
-# Most prompt tokens of a step whose log-probabilities are wanted: each takes a row of logits, of
-# 1 MB with a vocabulary of 128,000.
+# Limit of a step's prompt tokens with log-probabilities: each takes a row of logits, 1 MB with a
+# vocabulary of 128,000.
 MAX_SCORED_TOKENS = 128
 
 

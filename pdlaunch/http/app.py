@@ -141,8 +141,8 @@ class HttpApp:
         return response
 
     def _is_clients_loss(self, route: AppRoute, path: str, error: Exception) -> bool:
-        """Tell whether a client has lost a request: one that looks at a deployment, commands it,
-        tries paths or polls until it has started has not.
+        """Return whether a client has lost a request. Views, commands, unknown paths and polls
+        during a start do not count.
         """
         is_poll = isinstance(error, RequestError) and error.code == STARTING
         return route is not self._no_route and not path.startswith("/pdlaunch/") and not is_poll
@@ -205,7 +205,7 @@ def bearer_check(keys: Collection[str], *, message: str, code: str) -> KeyCheck:
 
 
 def bearer_token(http: web.Request) -> bytes:
-    """Return the key that a client has sent; empty, which is nobody's key, without one."""
+    """Return the key that a client has sent; empty, which is no valid key, if it sent none."""
     scheme, _, given = http.headers.get("Authorization", "").partition(" ")
     return given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
 

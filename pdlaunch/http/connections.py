@@ -30,7 +30,7 @@ from pdlaunch.http.errors import error_response
 # The next whole header must have come, counted from the accept or the last answer.
 IDLE_TIMEOUT_S = 20.0
 LINGERING_S = 2.0  # a client may go on sending a body that was answered unread
-REFUSAL_S = 1.0  # a connection without room is answered only this long
+REFUSAL_S = 1.0  # time to answer a connection beyond the limit
 ACCEPT_LOG_INTERVAL_S = 60.0
 # Descriptors that are no clients' connections: logs, control channel, event loop, refusals.
 RESERVED_DESCRIPTORS = 64

@@ -1,12 +1,12 @@
-"""Streams which prefixes an engine holds, from its server or sidecar to routers.
+"""Streams the prefixes of an engine's KV cache from its server or sidecar to routers.
 
 ::
 
     rank 0, or vLLM ──> KVFeed ──┬── GET /pdlaunch/kv_events ──> all that is held, then changes
                                  └── ...                         one stream for each router
 
-A stream begins with everything, so a router that lost one opens the next and has missed nothing.
-A router that does not read fast enough loses its stream.
+Each stream begins with all prefixes, so a router that reconnects misses nothing. The stream of a
+router that reads too slowly is closed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LENGTH_BYTES = 4
 
 
 class KVFeed:
-    """Holds what one engine has told, and sends it to whoever asks; belongs to the event loop."""
+    """Holds the prefixes of one engine and streams them; belongs to the event loop."""
 
     def __init__(self) -> None:
         self._held = HeldBlocks()

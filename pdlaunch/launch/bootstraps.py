@@ -100,7 +100,7 @@ class Bootstraps:
     def _connector(
         self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch
     ) -> ConnectorSpec | None:
-        """Return what pdlaunch's connector in an engine of vLLM needs; None: it is not there."""
+        """Return the settings of pdlaunch's connector in a vLLM engine; None: it is not used."""
         transfer, host = launch.config.kv_transfer, launch.host(spec.host)
         if transfer.is_stock or spec.role not in PAIR:
             return None
@@ -160,7 +160,7 @@ def _client_keys(config: LaunchConfig) -> tuple[ClientKey, ...]:
     keys = [ClientKey(**key.model_dump()) for key in config.api_keys]
     if (plain := _plain(config.api_key)) is not None:
         keys.append(ClientKey(name="api_key", sha256=hashlib.sha256(plain.encode()).hexdigest()))
-    # With several keys, none can take every place that there is.
+    # With several keys, no key may take all places.
     most = max(1, config.limits.max_queued_requests * 3 // 4) if len(keys) > 1 else None
     replace = msgspec.structs.replace
     return tuple(replace(key, max_concurrent=key.max_concurrent or most) for key in keys)

@@ -384,7 +384,7 @@ def _gpus_of(engine: PlacedEngine) -> set[GpuKey]:
 
 
 def _where(finding: Finding, new: Sequence[PlacedEngine]) -> str:
-    """Return the setting of a finding, of a role of which engines start rather than of another."""
+    """Return the setting of a finding, under a role whose engines start."""
     role, dot, field = finding.where.partition(".")
     roles = [engine.engines.role for engine in new]
     is_other = dot and role in ROLES and role not in roles

@@ -1,6 +1,6 @@
-"""Finds in the log that this process writes which transport UCX has chosen for READs.
+"""Finds UCX's transport for READs in the log of this process.
 
-NIXL does not tell. UCX prints a table when it first chooses for a kind of peer and memory::
+NIXL does not report it. UCX prints a table at its first choice for a kind of peer and memory::
 
     | remote memory read by ucp_get*(multi) into cuda/GPU0 from cuda/dev[1] |
     | 0..inf | software emulation | tcp/lo                                  |
@@ -20,14 +20,14 @@ _RDMA = re.compile(r"(rc|dc|ud|srd|gga)(_\w+)?")
 
 
 class ReadTransports:
-    """Reads what this process and its children print, if that goes to a file."""
+    """Reads the output of this process and its children, if it goes to a file."""
 
     def __init__(self) -> None:
         self._read_to = self._size()
         self._known = ""
 
     def latest(self) -> str:
-        """Return what was chosen last: ``cma``, ``tcp, software emulation``; empty if unknown."""
+        """Return the last choice: ``cma``, ``tcp, software emulation``; empty if unknown."""
         begin = max(self._read_to, self._size() - _TAIL_BYTES)
         if begin < self._size():
             with _STDOUT.open("rb") as log:

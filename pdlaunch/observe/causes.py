@@ -1,4 +1,4 @@
-"""Finds in the log of a process why it has died: one error, and what to do about it.
+"""Finds the cause of a process's death in its log: one error, and its fix.
 
 vLLM's processes write into one log, and each reports the death of the one below::
 
@@ -37,7 +37,7 @@ _WORKERS, _CORES = ("Worker", "VllmWorker", "RayWorker", "multiproc"), ("EngineC
 _FIXES = tuple(
     (re.compile(pattern), fix)
     for pattern, fix in (
-        # What others have taken
+        # Resources that others have taken
         (r"less than desired GPU memory|No available memory for the cache blocks",
          "Other processes or the weights leave too little of the GPU: end them, lower "
          "gpu_memory_utilization to what is free, or raise it if it is low (PD210)."),
@@ -54,7 +54,7 @@ _FIXES = tuple(
          "logs the reason (PD416)."),
         (r"[Aa]ddress already in use|EADDRINUSE|Errno 98",
          "Another process has this port: end it, or choose another one (ss -ltnp lists them)."),
-        # What is not installed, or does not fit
+        # Packages that are missing, or do not match
         (r"NIXL is not available|No module named 'nixl",
          "Install nixl into vLLM's environment: pip install nixl."),
         (r"nixlBackendError|NIXL_ERR",
@@ -109,22 +109,22 @@ class Cause(NamedTuple):
 
 
 def known_fix(error: str) -> str:
-    """Return what to do about an error; empty: not known."""
+    """Return the fix of an error; empty: not known."""
     return next((fix for pattern, fix in _FIXES if pattern.search(error)), "")
 
 
 class _Error(NamedTuple):
     depth: int
     text: str
-    leads_on: bool  # an error that says more was raised because of this one
+    leads_on: bool  # a later error, raised because of this one, says more
 
 
 def find_cause(lines: Sequence[str]) -> Cause | None:
     """Return why the process of this log has died; None: no line says it.
 
-    That is the first error of the deepest process that a fix is known for, else its first one. A
-    single process may have survived earlier errors, so its last one counts. What pdlaunch itself
-    has put into words comes before all others.
+    The cause is the deepest process's first error with a known fix, else its first error. A
+    single process may have survived earlier errors, so its last error counts. pdlaunch's own
+    messages come before all others.
     """
     starts = [number for number, line in enumerate(lines) if line.startswith(INCARNATION)]
     lines = lines[starts[-1] + 1 :] if starts else lines

@@ -62,7 +62,7 @@ _PULL = ("prefill", "path")
 _MANY = {
     "request_queue_time_seconds": "Arrival to the first step, the pull of its KV blocks included.",
     "request_prefill_time_seconds": "First step to the first token drawn here.",
-    "request_decode_time_seconds": "First to last token drawn here; 0 where there is one.",
+    "request_decode_time_seconds": "First to last token drawn here; 0 if there is only one.",
     "request_inference_time_seconds": "First step to the last token drawn here.",
 }
 # Histograms that an engine's rank 0 counts, by name without prefix

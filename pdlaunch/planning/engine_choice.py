@@ -15,7 +15,7 @@ from pdlaunch.config.roles import HOW_TO_GET_VLLM, ROLES, EngineName
 
 
 class EngineChoice(NamedTuple):
-    """The settings with ``auto`` replaced, and for people why; empty: an engine was named."""
+    """The settings with ``auto`` replaced, and the reason; empty: an engine was named."""
 
     config: LaunchConfig
     reason: str

@@ -26,20 +26,20 @@ _VLLM_BLOCK_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Holds the memory of one rank, in bytes; of one of vLLM, what it needs at least."""
+    """Holds the memory of one rank, in bytes; for vLLM, the least that it needs."""
 
     weight_bytes: int
     activation_bytes: int
-    """Memory of the largest step; 0 for vLLM, which does not tell before.
+    """Memory of the largest step; 0 for vLLM, where it is unknown.
 
     Set aside where the rank sizes its KV cache itself, else an estimate: hidden and inner states,
     float32 logits of every running request.
     """
-    kv_bytes_for: Callable[[int], int]  # KV cache that one request of so many tokens needs
+    kv_bytes_for: Callable[[int], int]  # KV cache of one request, by its tokens
     max_model_len: int
     # Size of the KV cache; None: what the device has left, known only at start
     kv_cache_bytes: int | None
-    layout: KVCacheLayout | None = None  # None: it is vLLM's affair
+    layout: KVCacheLayout | None = None  # None: vLLM decides
 
     @property
     def num_blocks(self) -> int | None:
@@ -129,7 +129,7 @@ def make_footprint(
 
 
 def outline_of_shape(shape: ModelShape) -> Outline:
-    """Return what vLLM loads and keeps of a model, also of one that native engines serve, too."""
+    """Return the outline of a model, also if native engines can serve it."""
     layers = Counter(
         KVLayers(shape.num_kv_heads, 2 * shape.head_dim, window) for window in shape.layer_windows
     )

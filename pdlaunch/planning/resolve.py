@@ -51,7 +51,7 @@ class ResolvedLaunch:
     engines: tuple[PlacedEngine, ...]  # they are in the order of ``ROLES``, then of the index
     # The launch that this is the part of on one host; None: it is a whole one
     whole: ResolvedLaunch | None = None
-    engine_reason: str = ""  # the kind of engine that ``auto`` has come to, and why
+    engine_reason: str = ""  # the kind of engine that ``auto`` chose, and why
 
     @cached_property
     def roles(self) -> Mapping[Role, RoleEngines]:
@@ -241,7 +241,7 @@ def resolve_on(
 
 
 def effective_values(launch: ResolvedLaunch) -> dict[str, object]:
-    """Return the configuration, and what it comes to for each role; plain JSON."""
+    """Return the configuration, and its effective values for each role; plain JSON."""
     return {
         "config": shown_config(launch.config),
         "engine": launch.engine_reason,
@@ -283,7 +283,7 @@ def _memory(engines: RoleEngines) -> dict[str, object] | None:
         "kv_cache_bytes": engines.kv_cache_bytes,
     }
     if needed.layout is None:
-        # Blocks and activations are the engine's own affair.
+        # vLLM itself decides on blocks and activations.
         return known
     return known | {
         "activation_bytes": needed.activation_bytes,

@@ -28,7 +28,7 @@ from pdlaunch.planning.models import Model
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
-# Flags of vLLM with which weights or KV take a size that nobody knows before
+# Flags of vLLM that make the size of weights or KV unpredictable
 _RESIZING = ("cpu-offload-gb", "hf-overrides")
 # Bits of a number in vLLM's KV cache, by the beginning of its dtype; 4 for others
 _KV_BITS = {"auto": 16, "float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8}
@@ -331,7 +331,7 @@ class RoleEngines:
             address = ENGINE_HOST if network is None else network.address
             own = vllm_environment(cpu_bytes, self.settings, address)
             if self.settings.nnodes > 1:
-                # Sidecars put the name of the device in the place of an address.
+                # Sidecars replace the address by the name of its device.
                 own |= dict.fromkeys(BETWEEN_HOSTS, self.on.bind_address)
             given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
         if self.role not in PAIR:

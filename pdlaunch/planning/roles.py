@@ -145,7 +145,7 @@ def place_roles(
     counts = Counter(
         (node.host, role) for (role, _), place in places.items() for node in place.nodes
     )
-    # Then all ranks of pairs have sockets for the network: UCX joins none that has to one without.
+    # Then all ranks of pairs get network sockets: UCX connects no rank with them to one without.
     has_far_pairs = any(
         counts[one.name, "prefill"] and counts[other.name, "decode"]
         for one in hosts

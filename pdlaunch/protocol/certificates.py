@@ -1,5 +1,5 @@
-"""Makes the certificate of a launch, with which engines on other hosts are reached over HTTPS, and
-reads the operator's own, with which clients reach the router.
+"""Makes the certificate of a launch, for HTTPS between its hosts, and reads the operator's
+certificate, for clients of the router.
 
 The certificate of a launch is PEM text with its private key; all its processes hold it. Callers
 trust this one certificate and no authority, whatever the name; servers ask for the launch's token.
@@ -78,7 +78,7 @@ class CertificateFiles(NamedTuple):
         return None if certfile is None else cls(certfile, keyfile)
 
     def context(self) -> ssl.SSLContext:
-        """Return a context for a server of clients. Raises ConfigError."""
+        """Return the TLS context of a router. Raises ConfigError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.set_alpn_protocols(["http/1.1"])
         self.load(context)
@@ -110,4 +110,4 @@ class CertificateFiles(NamedTuple):
 
 
 def _no_password() -> str:
-    raise ValueError("the private key has a password, and nobody is there to type it")
+    raise ValueError("the private key has a password")

@@ -40,7 +40,7 @@ class Address(Message, tag=False):
     """Tells where a process listens; empty strings where it has no such socket."""
 
     http: str = ""  # ``http://127.0.0.1:8101``
-    kv_events: str = ""  # URL of who tells an engine's KV blocks, if it is not ``http``
+    kv_events: str = ""  # URL of the engine's KV events, if not ``http``
     requests: str = ""  # ZMQ endpoint of rank 0 for its engine's server
     side_channel: str = ""  # ``tcp://127.0.0.1:43210``; of a rank
     side_channels: tuple[str, ...] = ()  # those of all ranks of an engine of vLLM
@@ -236,7 +236,7 @@ class PlannedEngine(Message, tag=False):
 class PlannedChange(Message, tag=False):
     replicas: dict[Role, int]  # engines of each role once it is done
     starts: list[PlannedEngine]
-    stops: dict[str, int]  # with the work that they have, as the router knows
+    stops: dict[str, int]  # and their running requests, as the router counts them
     stops_first: bool
     # Seconds that running requests get at an engine that stops, before they go on elsewhere.
     drain_s: float

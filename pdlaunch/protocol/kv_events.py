@@ -1,4 +1,4 @@
-"""Tells routers which prefixes an engine holds: rank 0 its server, servers and sidecars routers."""
+"""Messages with an engine's prefixes: rank 0 to its server, servers and sidecars to routers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import takewhile
 from pdlaunch.engine.kvcache.prefix_keys import TIERS, Tier
 from pdlaunch.protocol.wire import Codec, Message
 
-# Blocks of one engine that are remembered, about 70 bytes each. What an engine tells beyond them is
-# dropped: it would be a lie, or a cache of 16 million tokens.
+# Most blocks remembered for one engine, about 70 bytes each; further ones are dropped. So many
+# would be a lie, or a cache of 16 million tokens.
 MAX_BLOCKS = 1_000_000
 # Keys in a message, so that none keeps an event loop for more than 5 ms.
 _MAX_KEYS = 32_768
@@ -21,7 +21,7 @@ class KVBlocks(Message):
 
     block_size: int  # tokens
     num_blocks: int = 0  # tokens / block_size that the device has room for; 0: not known
-    is_all: bool = False  # forget what was told before
+    is_all: bool = False  # replaces all earlier messages
     stored: dict[Tier, list[int]] = {}
     removed: dict[Tier, list[int]] = {}
 
@@ -30,7 +30,7 @@ kv_blocks: Codec[KVBlocks] = Codec(KVBlocks)
 
 
 class HeldBlocks:
-    """Holds what one engine has told. Any message may be lost, repeated, late or a lie."""
+    """Holds the prefixes of one engine. Any message may be lost, repeated, late or a lie."""
 
     def __init__(self) -> None:
         self.block_size = 0  # 0: nothing is known

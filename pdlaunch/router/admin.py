@@ -230,8 +230,8 @@ class Admin:
         return {"engine": answer.engine, "is_drained": is_drained, "notes": answer.notes}
 
     async def _command(self, kind: type[Command], http: web.Request) -> web.Response:
-        """Have the supervisor obey. Answer when that is done, or at once with ``dry_run``, with
-        what runs at the engines that stop.
+        """Pass a command on to the supervisor. Answer when it is done; with ``dry_run`` at once,
+        with the running requests of the engines that would stop.
         """
         try:
             asked = msgspec.json.decode(await http.read(), type=dict[str, Any])

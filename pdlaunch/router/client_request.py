@@ -92,7 +92,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     # Engines are asked for the ids of tokens; with them vLLM leaves out the text of a prompt that
     # is to be echoed.
     asks_token_ids: bool
-    session: str = ""  # the client has asked for the engines of this session
+    session: str = ""  # requests of one session go to the same engines
     priority: int = 0  # lower first
 
     @property

@@ -1,4 +1,4 @@
-"""Tells clients by their API keys, and holds each to the limits of its key."""
+"""Identifies clients by their API keys, and enforces the limits of each key."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MINUTE_S = 60.0
 
 
 class Client:
-    """Counts what the holders of one key have running, and the tokens that they may still use.
+    """Counts the running prompts of one key, and the tokens that it may still use.
 
-    The tokens of a minute come back evenly. The last request may use more than are left, and later
-    ones wait until these are made up for.
+    The tokens refill evenly over a minute. A request may overdraw them; later requests are refused
+    until they are positive again.
     """
 
     def __init__(self, key: ClientKey, metrics: RouterMetrics, clock: Callable[[], float]) -> None:
@@ -46,8 +46,8 @@ class Client:
     ) -> Iterator[None]:
         """Count a request while the block runs. Raises OverloadedError (429).
 
-        ``num_tokens``: estimate of its prompts; ``used`` returns in the end what prompts and
-        answers had.
+        ``num_tokens``: estimate for its prompts; ``used`` returns the real tokens of prompts and
+        answers at the end.
         """
         self._check(num_prompts)
         self._count("key_requests")
@@ -98,13 +98,13 @@ class Client:
 
 
 class Clients:
-    """Holds the clients of a router. ``check`` is the check of its door; None: it has no key."""
+    """Holds the clients of a router. ``check`` verifies keys; None: the router has no keys."""
 
     def __init__(
         self, keys: Sequence[ClientKey], metrics: RouterMetrics, clock: Callable[[], float]
     ) -> None:
         self._by_hash = {key.sha256: Client(key, metrics, clock) for key in keys}
-        # Whoever needs no key: without any, or at the launch's own socket.
+        # Clients that need no key: the router has none, or they use the launch's own socket.
         self._nobody = Client(ClientKey(name="", sha256=""), metrics, clock)
         self.check = self._check if keys else None
 
@@ -117,7 +117,7 @@ class Clients:
         return client
 
     def _check(self, http: web.Request) -> None:
-        # Looked up by its hash: the time tells nothing of keys that nearly match.
+        # Looked up by hash, so the time reveals nothing about similar keys.
         client = self._by_hash.get(hashlib.sha256(bearer_token(http)).hexdigest())
         if client is None:
             message = "the API key is missing or wrong"

@@ -127,7 +127,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     name: str
     processes: Processes
     url: str
-    kv_events: str = ""  # URL of the server that tells its KV blocks; empty: nobody does
+    kv_events: str = ""  # URL of its KV events; empty: it has none
     host: str = ""  # name of its host; empty: not known
     role: Role | None
     capabilities: Capabilities
@@ -147,8 +147,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     num_works: int = 0  # pieces of work that are outstanding
     num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
     num_streams: int = 0  # choices that have begun
-    # Pieces of work without a first token, and their uncached tokens; without whole answers of
-    # vLLM, which do not tell when they begin.
+    # Pieces of work without a first token, and their uncached tokens. Not counted: answers of
+    # vLLM that are not streamed, because their beginning is unknown.
     num_unbegun: int = 0
     unbegun_tokens: int = 0
     kv_tokens: int = 0  # estimated tokens that its streams hold, or will hold, in the KV cache

@@ -355,7 +355,7 @@ class EngineClient:
         return body if status == 200 else None
 
     async def follow(self, engine: Engine) -> AsyncIterator[KVBlocks]:
-        """Yield what an engine tells of its KV blocks until the stream breaks off.
+        """Yield the KV events of an engine until the stream ends.
 
         Raises EngineFailure, CallError, ProtocolError.
         """

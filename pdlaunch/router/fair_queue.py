@@ -1,4 +1,4 @@
-"""Holds prompts back that no engine can begin, and gives each API key its share of the engines.
+"""Queues prompts that no engine can begin yet, and gives each API key its share of the engines.
 
 ::
 
@@ -6,7 +6,7 @@
     key B: ▇ ──────────────┴─▶ the key with the fewest tokens for its weight ──▶ choose, prefill, ..
 
 This is deficit round robin with a quantum of one token, also known as a virtual token counter. A
-key that had nothing waiting begins at the others' count: it owes nothing, and has saved nothing.
+key that had nothing waiting starts at the others' count, without debt or credit.
 
 Source: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024).
 """
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Flow(Generic[T]):
-    """Holds what waits of one key. ``tokens``: those that it has had, divided by its weight."""
+    """Holds the waiting items of one key. ``tokens``: its tokens so far, divided by its weight."""
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
@@ -85,9 +85,9 @@ Turn = tuple[RoutingRequest, asyncio.Future[None]]
 
 
 class Turns:
-    """Has the prompts of several keys wait for their turn.
+    """Makes the prompts of several keys wait for their turn.
 
-    ``can_begin``: whether an engine would begin it now. ``is_fair``: there are several keys.
+    ``can_begin``: whether an engine would begin a prompt now. ``is_fair``: there are several keys.
     """
 
     def __init__(self, can_begin: Callable[[RoutingRequest], bool], *, is_fair: bool) -> None:
@@ -109,7 +109,7 @@ class Turns:
             await turn[1]
         except asyncio.CancelledError:
             self.queue.remove(flow, turn)
-            # It may have been what the others waited for.
+            # The others may have waited for this prompt.
             loop.call_soon(self.take)
             raise
 

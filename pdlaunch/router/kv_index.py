@@ -1,12 +1,12 @@
-"""Knows which engine holds which prefixes, exactly, from what the engines tell.
+"""Records which engine holds which prefixes, from the engines' own reports.
 
 ::
 
     engine ready ──> one stream: all that it holds, then changes ──> entries ──> ``num_cached``
     engine dead, asleep, drained, restarted, of another role ──> its entries are gone at once
 
-An entry that is wrong costs one useless choice, never a token: engines find and prove their own
-blocks. Each router has an index of its own.
+A wrong entry costs one bad choice, never a wrong token: engines look up and prove blocks
+themselves. Each router has its own index.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineFailure
 
 RECONNECT_S = 1.0
-FEW_BLOCKS = 4  # a prompt of so many is computed sooner than it is looked up and moved
+FEW_BLOCKS = 4  # shorter prompts are computed sooner than looked up and moved
 
 _logger = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ class PromptTokens:
 
 
 class KVIndex:
-    """Holds what each engine has told."""
+    """Holds the reported prefixes of each engine."""
 
     def __init__(self) -> None:
         self._engines: dict[str, HeldBlocks] = {}
 
     def begin(self, name: str) -> HeldBlocks:
-        """Forget an engine; return where its entries go from now on."""
+        """Forget an engine; return its new, empty entries."""
         held = self._engines[name] = HeldBlocks()
         return held
 
@@ -66,11 +66,11 @@ class KVIndex:
 
     @property
     def least_tokens(self) -> int:
-        """Return the length from which on it is worth while to tokenize a prompt."""
+        """Return the length of the shortest prompt that is worth tokenizing."""
         return FEW_BLOCKS * max((held.block_size for held in self._engines.values()), default=0)
 
     def __contains__(self, name: str) -> bool:
-        """Return whether an engine has told anything."""
+        """Return whether an engine has reported anything."""
         held = self._engines.get(name)
         return held is not None and held.block_size > 0
 
@@ -98,7 +98,7 @@ class KVFollower:
         self._tasks: dict[tuple[EngineKey, Role | None], asyncio.Task[None]] = {}
 
     def update(self, engines: Iterable[Engine]) -> None:
-        """Follow exactly these engines, those that are ready."""
+        """Follow the ready ones of these engines, and no others."""
         wanted = {(each.key, each.role): each for each in engines if each.ready and each.kv_events}
         for key in self._tasks.keys() - wanted.keys():
             self._tasks.pop(key).cancel()

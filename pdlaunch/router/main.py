@@ -251,7 +251,7 @@ def _url_of(spec: RouterSpec) -> str:
 async def follow_certificate(
     files: CertificateFiles | None, tls: ssl.SSLContext | None, poll_s: float = CERTIFICATE_POLL_S
 ) -> None:
-    """Have new connections use files that have changed; while they do not fit, the earlier ones."""
+    """Use changed files for new connections; keep the earlier ones while these are unusable."""
     latest: list[bytes] | None = None
     while files is not None and tls is not None:
         before, latest = latest, files.contents()
@@ -259,7 +259,7 @@ async def follow_certificate(
             await asyncio.sleep(poll_s)
             continue
         try:
-            # Tried first: a file that is half written would spoil the context in use.
+            # Tried first: a half-written file would spoil the context in use.
             files.context()
             files.load(tls)
             _logger.info("new connections use the certificate %s", files.certfile)

@@ -53,7 +53,7 @@ _GAUGES = {  # set at a scrape or by a registry: labels and help by name
     f"{_PREFIX}engine_info": ("engine role host", "Always 1; where an engine runs, in labels."),
     f"{_PREFIX}requests_in_flight": ("", "Prompts that are being answered."),
     f"{_PREFIX}key_prompts_running": ("key", "Prompts of an API key that are being answered."),
-    f"{_PREFIX}key_prompts_waiting": ("key", "Those of them that wait for their turn."),
+    f"{_PREFIX}key_prompts_waiting": ("key", "Prompts of an API key that wait for their turn."),
     _PAIR_SPEED: (
         "prefill decode holder puller path",
         "Speed that the handshake has measured between two ranks, over the path in use.",

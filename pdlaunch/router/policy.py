@@ -8,9 +8,8 @@
 Pairs come first. A prompt is computed at the decode engine if that takes less time than a
 hand-over, or if prompts wait at prefill and the decode engine would be done sooner. An idle prefill
 engine always gets its share, or its measured speed would never change. Load is counted in tokens:
-the tokens of waiting prompts, and the tokens that streams hold in the KV cache. Tokens whose blocks
-an engine holds, as the index knows, count for nothing there. The choice depends only on its
-arguments.
+the tokens of waiting prompts, and the tokens that streams hold in the KV cache. Tokens that an
+engine has cached, by the index, do not count there. The choice depends only on its arguments.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ MARGIN = 0.5
 # little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 % worse; with
 # 1/64, ITL p99 doubles at 50 requests a second.
 KV_WEIGHT = 1 / 32
-# An engine whose cache is so much fuller than the mean of its role attracts nobody: of two engines
-# the one with three times the tokens of the other.
+# Cached prefixes do not count at an engine whose cache is fuller than the mean of its role by this
+# factor: of two engines, the one with three times the tokens of the other.
 SHARE = 1.5
 
 
@@ -187,14 +186,14 @@ class _Choice:
     def _is_short(self, engine: Engine) -> bool:
         """Return whether streams would have to wait for KV blocks there."""
         _, room = self._index.num_tokens(engine.name)
-        # Tokens that are there already need no room, and do not move.
+        # Cached tokens need no room, and do not move.
         return 0 < room < engine.kv_tokens + self._num_uncached(engine)
 
     def _find_over_share(self) -> set[str]:
         """Return the engines whose caches are much fuller than those of others of their role.
 
-        Their prefixes attract nobody. Otherwise all chats with one system prompt would crowd out
-        each other at the engine that had it first.
+        Their cached prefixes do not count. Otherwise all chats with one system prompt would crowd
+        into the engine that had it first.
         """
         by_role: dict[Role | None, list[Engine]] = defaultdict(list)
         for engine in self._engines:
@@ -203,7 +202,7 @@ class _Choice:
         crowded: set[str] = set()
         for engines in by_role.values():
             tokens = {engine.name: self._index.num_tokens(engine.name) for engine in engines}
-            # Engines of vLLM do not tell their room: they count as equal.
+            # vLLM does not report the size of its cache: then all count as equal.
             rooms = [room for _, room in tokens.values()]
             unit = {name: room if all(rooms) else 1 for name, (_, room) in tokens.items()}
             fill = {name: held / unit[name] for name, (held, _) in tokens.items()}
@@ -244,8 +243,8 @@ class _Choice:
         return ""
 
     def _best_pair(self) -> tuple[_Offer, Engine] | None:
-        """Return the prefill engine that has the first token soonest; and, of the decode engines
-        that may pull from it, the one that holds the fewest tokens afterwards.
+        """Return the prefill engine with the earliest first token; and, among the decode engines
+        that may pull from it, the one with the fewest tokens afterwards.
         """
         usable = [engine for engine in self._engines if self._takes(engine)]
         decodes = {engine.name: engine for engine in usable if engine.role == "decode"}

@@ -20,7 +20,7 @@ IDLE_POLL_S = 0.05
 # With several API keys, an engine is given prompts of at most this many tokens together, or a
 # single longer one: on one H200 2,048 tokens take 45 ms, a call to prefill 7 ms beside its step.
 AHEAD_TOKENS = 2048
-# Further prompts wait until a decode engine has begun all but so many of its pulled ones.
+# Prompts for pairs wait while a decode engine has this many pulled ones that it has not begun.
 MAX_UNBEGUN = 8
 
 
@@ -122,7 +122,7 @@ class EnginePool:
         engines = list(self._engines.values())
         route = choose(request, engines, self.index, self.clock(), self._policy)
         if route.decode is None:
-            return True  # the request is answered that no engine is ready
+            return True  # the answer will be that no engine is ready
         first = route.prefill or route.decode
         if route.prefill is not None and route.decode.num_unbegun >= MAX_UNBEGUN:
             return False
@@ -149,10 +149,10 @@ class EnginePool:
         return max(1, request.num_prompt_tokens - num_cached)
 
     def has_choice(self, num_tokens: int) -> bool:
-        """Return whether it matters for a prompt what engines hold."""
+        """Return whether cached prefixes can change the choice for a prompt."""
         told = [each for each in self._engines.values() if each.ready and each.name in self.index]
         roles = [each.role for each in told]
-        # Pairs of one prefill and one decode engine are chosen in any case.
+        # The only prefill and the only decode engine are chosen in any case.
         is_settled = self._policy == "pairs" and len(set(roles)) == len(roles)
         return len(told) > 1 and not is_settled and num_tokens >= self.index.least_tokens
 
@@ -214,7 +214,7 @@ class EnginePool:
                 ready=False,
                 state="",
             )
-        # Servers of native engines tell by themselves; vLLM has its sidecar tell.
+        # Native servers stream KV events themselves; for vLLM the sidecar does.
         own = "" if server.capabilities.is_vllm else server.address.http
         engine.kv_events = server.address.kv_events or own
         engine.state = "ready" if ready else _why_not_ready(server, ranks)

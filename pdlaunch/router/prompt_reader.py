@@ -1,4 +1,4 @@
-"""Tokenizes prompts at the router, where it matters which engine has their blocks.
+"""Tokenizes prompts at the router, if cached blocks can change the choice of engines.
 
 ::
 
@@ -8,9 +8,9 @@
       ├─ the model's folder is here ──────> tokenizer and chat template, in a thread
       └─ otherwise ───────────────────────> an engine's /tokenize
 
-Native engines get the token ids with the request, so that nobody tokenizes twice: these are found
-by the code that the engines run. vLLM gets the text alone: its chats take no token ids, and its own
-tokenizer has the last word.
+Native engines get the token ids with the request and do not tokenize again: the router runs the
+same code. vLLM gets only the text: its chat API takes no token ids, and its own tokenizer has the
+last word.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.kv_index import PromptTokens
 from pdlaunch.router.pool import EnginePool
 
-# A longer prompt is routed by load. Its thread would be busy for a second.
+# Longer prompts are routed by load: tokenizing would take a second.
 MAX_TEXT_BYTES = 2 * 1024**2
 _MAX_VOCAB_SIZE = 2**31
 
@@ -61,14 +61,14 @@ class PromptReader:
         self._model: ServedModel | None = None
 
     async def read(self, prompt: PromptRequest) -> tuple[PromptRequest, PromptTokens | None]:
-        """Return the prompt as engines are to get it, and its tokens; None: the load decides."""
+        """Return the prompt to send to engines, and its tokens; None: the load decides."""
         text = bytes(prompt.text or b"")
         is_long = self._pool.has_choice(prompt.num_prompt_tokens)
         if not text or not is_long or len(text) > MAX_TEXT_BYTES:
             return prompt, None
         is_vllm, body = self._pool.is_vllm, prompt.body
         token_ids, is_own = list[int](), TOKEN_IDS.match(text) and not prompt.endpoint.is_chat
-        # A client whose prompt is wrong hears that from an engine.
+        # Engines answer clients whose prompts are wrong.
         with suppress(RequestError, RelayedError, OverloadedError, ValueError):
             if is_own:
                 token_ids = msgspec.json.decode(text, type=list[int])
@@ -106,7 +106,7 @@ class PromptReader:
 
 
 def load_model(model_dir: str) -> ServedModel | None:
-    """Return what tokenizes prompts; None: the model is not here, or has no tokenizer."""
+    """Return the tokenizer and template; None: the model is not here, or has no tokenizer."""
     if not model_dir:
         return None
     try:

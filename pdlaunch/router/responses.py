@@ -1,8 +1,8 @@
-"""Answers /v1/responses, without keeping any: a request becomes one for a chat, and the chunks of
-the chat become events.
+"""Answers /v1/responses without storing responses: turns the request into a chat, and the chunks of
+the chat into events.
 
-So both kinds of engine answer, over pairs, and another engine goes on after a death. The endpoint
-of vLLM itself tells no token ids, from which an answer could go on. Reasoning is left out.
+So both kinds of engine serve it, over pairs, and streams survive the death of an engine. vLLM's own
+endpoint returns no token ids, with which another engine could continue. Reasoning is left out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from pdlaunch.http.errors import json_response
 from pdlaunch.http.sse import DONE_DATA, ClientStream, EventDecoder
 from pdlaunch.protocol.openai.body import read_json_object
 
-# What only a server that keeps answers can do, and several ones, with the values that ask for
-# nothing.
+# Fields that need stored or several responses, with the values that have no effect
 _KEPT: dict[str, tuple[object, ...]] = {
     "previous_response_id": (None,),
     "conversation": (None,),
@@ -43,7 +42,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 def read_response_request(raw: bytes, request_id: str) -> tuple[bytes, ResponseWriter]:
-    """Return the body for a chat, and what writes its answer. Raises RequestError."""
+    """Return the body of the chat, and the writer of its response. Raises RequestError."""
     body = read_json_object(raw)
     return _chat_body(body), ResponseWriter(body, request_id)
 
@@ -52,8 +51,8 @@ def _chat_body(body: dict[str, Any]) -> bytes:
     for name, neutral in _KEPT.items():
         if body.get(name) not in neutral:
             raise RequestError(
-                f"{name} is not supported: a request has one response, which is not kept; send the "
-                "whole conversation as input",
+                f"{name} is not supported: a request has one response, which is not stored; send "
+                "the whole conversation as input",
                 param=name,
                 code="unsupported_parameter",
             )

@@ -23,7 +23,7 @@ LATE = "kv_late_reads"  # the lease ended before the READ: bytes may belong to a
 
 class PullFailed(TransferError):
     def __init__(self, message: str, *, counter: str = "") -> None:
-        """``counter``: what counts it beside ``kv_transfer_failures``, if anything does."""
+        """``counter``: a second counter for it, beside ``kv_transfer_failures``."""
         super().__init__(message)
         self.counter = counter
 

@@ -76,8 +76,8 @@ class Results:
     bad_blocks: set[int] = field(default_factory=set)  # the blocks of the failed ones
 
 
-# What is counted for vLLM's metrics: what native engines count of leases and pulls. vLLM adds up
-# what ranks count: rank 0 alone counts pulls, and each rank its bytes and failures.
+# Counters in vLLM's metrics: those of native engines for leases and pulls. vLLM adds up the counts
+# of all ranks: only rank 0 counts pulls; each rank counts its bytes and failures.
 FIGURES = {
     name: known.text
     for name, known in COUNTERS.items()

@@ -78,7 +78,7 @@ main()
         ("--num-threads", "set num_threads in the file, or the variable PDLAUNCH_NUM_THREADS"),
         ("--max-num-seq", "--max-num-seqs"),
         ("--frobnicate", "No such option: --frobnicate"),
-        ("--tool-call-parser", "flags of vLLM go into engine_args of the file"),
+        ("--tool-call-parser", "write flags of vLLM into engine_args of the file"),
         ("--enable-log-requests", "router.log has a line for each request"),
         ("--kv-cache-memory-bytes", "a flag of vLLM: set kv_cache_memory"),
     ],

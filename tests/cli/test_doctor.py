@@ -195,7 +195,7 @@ def test_unusable_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     for flags, words in (
-        ([], "no engine is named, and none runs here"),
+        ([], "no engine is named, and no launch runs here"),
         (["--prefill=host:8000", "--decode=http://d"], "not a URL"),
         (["--prefill=http://p", "--decode=http://d:8000/v1"], "'http://d:8000/v1' is no URL"),
         (["--prefill=http://[p", "--decode=http://d"], "'http://[p' is no URL"),

@@ -1,6 +1,6 @@
-"""Computes what vLLM loads and keeps of a model, from its config.json and the size of its weights.
+"""Estimates a model's memory in vLLM, from its config.json and the size of its weights.
 
-What is not understood counts nothing, so a rank needs at least this.
+Unknown parts count as zero, so the estimate is a lower bound.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _STATES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "M", "0"}
 # Bits of a weight, scales included
 _BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5}
 _FEWEST_BITS = 4.0
-# What `quantization` does to a checkpoint that is not quantized
+# Bits of a weight by the setting `quantization`, for unquantized checkpoints
 _ONLINE_BITS = {"fp8": 8.0, "experts_int8": 8.0, "bitsandbytes": 4.0}
 
 
 class KVLayers(NamedTuple):
     """Describes layers that keep KV, or a state, of one kind."""
 
-    num_heads: int  # KV heads, which tensor parallelism cuts; 1 if they are latent (MLA)
-    values: int  # numbers that a head keeps of a token
+    num_heads: int  # KV heads, split by tensor parallelism; 1 if they are latent (MLA)
+    values: int  # numbers per head and token
     window: int | None = None  # tokens that are kept; None: all
-    index_bytes: int = 0  # bytes of a token beside them, whatever the dtype
-    state_bytes: int = 0  # bytes of a request, which tensor parallelism cuts
+    index_bytes: int = 0  # further bytes per token, of any dtype
+    state_bytes: int = 0  # bytes per request, split by tensor parallelism
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Describes a model by what its ranks need of memory."""
+    """Describes a model by the memory that its ranks need."""
 
     layers: Mapping[KVLayers, int]  # number of layers of each kind
     embeddings: int  # parameters that no quantization shrinks
@@ -45,8 +45,8 @@ class Outline:
     expert_weights: int
     num_experts: int
     bits: float | None = None  # of a quantized weight; None: the checkpoint is not quantized
-    experts_alone: bool = False  # quantized are the experts alone
-    file_bytes: int | None = None  # size of the weights, as the files tell; None: not known
+    experts_alone: bool = False  # only the experts are quantized
+    file_bytes: int | None = None  # size of the weight files; None: unknown
     file_dtype_bytes: int = 2
     has_small_kv: bool = False  # KV is in 8 bits unless a flag says otherwise
 
@@ -59,9 +59,9 @@ class Outline:
         quantization: object,
         by_expert: bool,
     ) -> int | None:
-        """Return the weights of one rank, which vLLM cuts; None: not known.
+        """Return the bytes of one rank's weights; None: unknown.
 
-        ``dp_size``: data parallel ranks, which share the experts alone. ``by_expert``: each rank
+        ``dp_size``: data parallel ranks, which share only the experts. ``by_expert``: each rank
         has whole experts (expert parallelism).
         """
         bits = self.bits
@@ -82,7 +82,7 @@ class Outline:
         return int(scale * (experts * share + others / tp_size))
 
     def kv_bytes(self, num_tokens: int, kv_bits: int, tp_size: int, num_batched_tokens: int) -> int:
-        """Return the bytes that a request of so many tokens keeps in one rank."""
+        """Return the bytes of KV and state that one rank keeps for a request."""
         total = 0
         for kind, count in self.layers.items():
             # A window slides once a step is done: all of its tokens are kept until then.
@@ -94,8 +94,8 @@ class Outline:
 
 
 def outline_of(config: Config, file_bytes: int | None) -> Outline:
-    """Return what the language model of a config.json needs. Raises KeyError, TypeError and such
-    for one that is not understood.
+    """Describe the language model of a config.json. Raises KeyError, TypeError and such if it
+    is not understood.
 
     ``config``: with the fields of its ``text_config``. ``file_bytes``: size of its weights.
     """
@@ -106,10 +106,10 @@ def outline_of(config: Config, file_bytes: int | None) -> Outline:
     num_experts = next(
         (n for key in _NUM_EXPERTS if isinstance(n := config.get(key), int) and n > 1), 0
     )
-    # Matrices of an inner layer: of others than SiLU not all are gated.
+    # Matrices of an MLP: with other activations than SiLU it may have no gate.
     row = hidden * (3 if config.get("hidden_act", "silu") == "silu" else 2)
     expert = row * (config.get("moe_intermediate_size") or config["intermediate_size"])
-    # In Nemotron-H these layers stand for themselves, of several kinds.
+    # Nemotron-H lists MLPs as layers of their own.
     layers = range(0 if config.get("hybrid_override_pattern") else len(kinds))
     num_sparse = sum(_is_sparse(config, layer) for layer in layers) if num_experts else 0
     shared = config.get("n_shared_experts") or config.get("num_shared_experts") or 0
@@ -119,7 +119,7 @@ def outline_of(config: Config, file_bytes: int | None) -> Outline:
     attention = sum(_attention(config, kind, hidden, num_heads) for kind in kinds)
     bits, experts_alone = _bits(quantized)
     if file_bytes and (drafts := config.get("num_nextn_predict_layers")):
-        # Layers that draft tokens are in the files, and not loaded.
+        # Layers that draft tokens are in the files, but are not loaded.
         file_bytes -= int(drafts * num_experts * expert * (bits or 16) / 8)
     return Outline(
         layers=Counter(layer for kind in keeping if (layer := _kv_layer(config, kind, num_heads))),
@@ -145,12 +145,12 @@ _STEPS = (
     *("moe_layer_frequency", "moe_layer_freq"),
 )
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
-# Models with states whose layers are not told otherwise
+# Models whose config.json does not list the layers with states
 _UNKNOWN = ("mamba_d_state", "ssm_state_size", "state_size", "block_types", "mb_per_layer")
 
 
 def _kinds(config: Config) -> list[str]:
-    """Return the name of each layer's kind; a name that is not understood keeps nothing."""
+    """Return the name of each layer's kind; an unknown kind keeps nothing."""
     number = config["num_hidden_layers"]
     if linear := config.get("linear_attn_config"):
         # Kimi counts layers from 1.

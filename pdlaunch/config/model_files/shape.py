@@ -141,7 +141,7 @@ class ModelShape:
     eos_token_ids: tuple[int, ...]  # The ids in generation_config.json, then those in config.json
     num_parameters: int  # Parameters of the language model, exactly as transformers counts them
     is_latent: bool = False  # attention is latent (MLA): every rank keeps the only KV head
-    # Of a model that native engines cannot serve; its sizes of attention alone are those of a shape
+    # For a model that native engines cannot serve: then only the attention sizes above are right
     outline: Outline | None = None
 
     @property
@@ -197,7 +197,7 @@ def read_outline(directory: Path) -> ModelShape | None:
     try:
         outline = outline_of(told, _size_of_weights(directory))
         latent = told.get("kv_lora_rank")
-        # What layers keep stands in the outline.
+        # The outline describes what layers keep.
         config = _ANY.defaults | told | {"layer_types": None, "sliding_window": None}
         shape = _shape(outer, config | ({"num_key_value_heads": 1} if latent else {}), _ANY, {})
     except (ConfigError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -206,7 +206,7 @@ def read_outline(directory: Path) -> ModelShape | None:
 
 
 def _size_of_weights(directory: Path) -> int | None:
-    """Return the bytes of the weights, by their index or by the files that are here."""
+    """Return the bytes of the weights, from their index or the local files."""
     if (index := directory / INDEX).is_file():
         return int(read_json(index)["metadata"]["total_size"])
     return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None

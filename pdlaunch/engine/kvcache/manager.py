@@ -51,7 +51,7 @@ class BlockPool:
         self._keys: list[tuple[int, bytes] | None] = [None] * num_blocks
         self._by_hash: list[dict[bytes, int]] = [{} for _ in range(num_groups)]
         self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
-        """Is told of each hash of group 0 that leads to a block, or leads to one no more."""
+        """Called with each hash of group 0, and whether a block for it was added or removed."""
 
     @property
     def num_free_blocks(self) -> int:

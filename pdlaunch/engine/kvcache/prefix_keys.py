@@ -1,10 +1,10 @@
-"""Names prefixes by 64-bit keys: engines tell routers the keys of what they hold.
+"""Names prefixes by 64-bit keys, which engines report to routers.
 
     k[-1] = XXH3(LoRA adapter, cache_salt)
     k[i]  = XXH3(tokens of block i as int32 little endian, seed k[i-1])
 
-A key is a hint. Two prefixes with one key cost a router a useless choice; what an engine uses is
-found by the hashes of ``hashing.py``. No other process has to know these, nor an engine's own.
+A key is only a hint: a collision costs the router a bad choice. Engines find blocks by the hashes
+of ``hashing.py``, which other processes do not need.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def root_key(*, adapter: str = "", cache_salt: str = "") -> int:
 
 
 def as_bytes(token_ids: Sequence[int]) -> bytes:
-    """Return the form of tokens that is hashed."""
+    """Return token ids as the bytes to hash."""
     return array("i", token_ids).tobytes()
 
 
@@ -85,7 +85,7 @@ class PrefixChanges:
         return next((keys[block_hash] for keys in self._held.values() if block_hash in keys), None)
 
     def take(self) -> tuple[Keys, Keys] | None:
-        """Return what was stored and what was removed since the last call, less what was both."""
+        """Return the keys stored and the keys removed since the last call, none in both."""
         if not any(self._changes.values()):
             return None
         changes, self._changes = self._changes, {tier: {} for tier in TIERS}
@@ -99,6 +99,6 @@ class PrefixChanges:
         return stored, removed
 
     def held(self) -> Keys:
-        """Return all that is held, and leave no change to be taken."""
+        """Return all keys, and discard the changes so far."""
         self.take()
         return {tier: list(keys.values()) for tier, keys in self._held.items()}

@@ -99,7 +99,7 @@ class HostTier:
         """Storing and resident blocks but for failed ones, the least recently used first."""
         self.num_evicted_blocks = 0
         self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
-        """Is told of each hash of group 0 that is found here, or found no more."""
+        """Called with each hash of group 0, and whether a block for it was added or removed."""
 
     @property
     def num_used_blocks(self) -> int:

@@ -336,7 +336,7 @@ def _sampling(
     *,
     scores_prompt: bool,
 ) -> SamplingParams:
-    # After the end of a grammar only end tokens can come, so they end the answer, and at once.
+    # When a grammar is complete, only end tokens may follow: they end the answer at once.
     end_tokens = () if request.ignore_eos and not grammar else model.eos_token_ids
     chosen = {
         name: getattr(request if name in request.model_fields_set else model.defaults, name)

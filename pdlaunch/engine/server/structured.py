@@ -1,14 +1,14 @@
-"""Makes the grammar that an answer has to fit, and reads the tool calls in a model's text.
+"""Makes the grammar of an answer, and reads the tool calls in a model's text.
 
-Calls have the form of Hermes, as Qwen and others write them. Models whose chat template shows no
-tools are told of it::
+Calls have the Hermes format, which Qwen and others write. If the chat template shows no tools, the
+system message explains the format::
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Oslo"}}
     </tool_call>
 
-Grammars are those of llguidance, which is imported for the first one. JSON has a space after each
-comma and colon and no other whitespace: a model could go on with whitespace until its last token.
+Grammars are llguidance's; the first one imports it. JSON has one space after each comma and colon
+and no other whitespace, because a model could write whitespace until its last token.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def grammar_of(request: CompletionRequest | ChatCompletionRequest) -> str:
     found = list(_constraints(request))
     if len(found) > 1:
         names = " and ".join(place for place, *_ in found)
-        raise RequestError(f"{names} exclude each other", param=found[1][0])
+        raise RequestError(f"{names} cannot be combined: set one of them", param=found[1][0])
     calls = _calls(request) if isinstance(request, ChatCompletionRequest) else ""
     is_forced = isinstance(request, ChatCompletionRequest) and request.must_call
     if is_forced or (calls and found and found[0][1] == "json"):
@@ -168,8 +168,8 @@ def _json(schema: Any, place: str) -> str:
 
 
 def _closed(schema: Any) -> Any:
-    """Return a JSON schema whose objects have those properties alone that it names, unless it says
-    ``additionalProperties``: as with vLLM's default. A weak model would add more without an end.
+    """Return a JSON schema that allows only the properties that it names, unless it sets
+    ``additionalProperties``: vLLM's default. Weak models would add properties without end.
     """
     if isinstance(schema, list):
         return list(map(_closed, schema))
@@ -194,8 +194,8 @@ def _literal(text: str) -> str:
 
 
 class ToolCallReader:
-    """Splits text into content and calls. Like the text of an answer, what it has given after some
-    text depends on nothing but that text: an engine that goes on is at the same place.
+    """Splits text into content and calls. The output so far depends only on the text so far, so an
+    engine that takes over a stream continues at the same place.
 
     ::
 
@@ -208,7 +208,7 @@ class ToolCallReader:
         self.num_calls = 0
         self._held = ""
         self._in_arguments = False
-        self._name: str | None = None  # of a call of which no piece was given yet
+        self._name: str | None = None  # of a call without pieces so far
 
     def push(self, text: str) -> tuple[str, list[CalledTool]]:
         """Return the content and the pieces of calls that are certain after more text."""
@@ -228,7 +228,7 @@ class ToolCallReader:
             before, tag, rest = self._held.partition(CALL_START)
             if not tag:
                 before = _without_overlap(before, CALL_START)
-            # Line ends between calls are no content.
+            # Line ends between calls are not content.
             content += "" if self.num_calls and not before.strip() else before
             self._held = self._held[len(before) :]
             if not tag:
@@ -236,7 +236,7 @@ class ToolCallReader:
             if (head := _HEAD.match(rest)) is None:
                 if CALL_END not in rest:
                     return content, calls
-                # No call: it is shown as the model wrote it.
+                # Not a call: keep the text of the model.
                 body, _, self._held = rest.partition(CALL_END)
                 content += f"{CALL_START}{body}{CALL_END}"
                 continue
@@ -245,7 +245,7 @@ class ToolCallReader:
             self._in_arguments, self._held = True, rest[head.end() :]
 
     def finish(self, *, is_cut: bool) -> tuple[str, list[CalledTool]]:
-        """Return what was held back. ``is_cut``: the limit of tokens has ended the text."""
+        """Return the held-back text. ``is_cut``: the token limit has ended the text."""
         held, self._held = self._held, ""
         if not self._in_arguments:
             return held, []
@@ -253,8 +253,8 @@ class ToolCallReader:
         return "", [self._piece(given)] if given or self._name is not None else []
 
     def _piece(self, arguments: str) -> CalledTool:
-        """Return a piece of the last call. The first one has the name, and arguments already:
-        clients parse what there is of them.
+        """Return a piece of the last call. The first piece has the name and some arguments, which
+        clients parse at once.
         """
         index, function = self.num_calls - 1, CalledFunction(arguments=arguments)
         if self._name is None:
@@ -265,7 +265,7 @@ class ToolCallReader:
 
 
 def _without_overlap(text: str, tag: str) -> str:
-    """Return ``text`` without the end that ``tag`` may begin with."""
+    """Return ``text`` without an ending that may be the beginning of ``tag``."""
     sizes = range(min(len(text), len(tag) - 1), 0, -1)
     return text[: len(text) - next((size for size in sizes if text.endswith(tag[:size])), 0)]
 
@@ -276,7 +276,7 @@ def _without_end(arguments: str) -> str:
 
 
 def whole_calls(pieces: Sequence[CalledTool]) -> list[CalledTool]:
-    """Put the pieces of calls together, as an answer that is not streamed has them."""
+    """Join the pieces of calls, for an answer that is not streamed."""
     calls: list[CalledTool] = []
     for piece in pieces:
         if piece.id is not UNSET:
@@ -290,7 +290,7 @@ def whole_calls(pieces: Sequence[CalledTool]) -> list[CalledTool]:
 def show_tools(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return messages that tell of tools and calls in their contents, for other templates."""
+    """Write tools and calls into the contents of messages, for templates without tools."""
     shown = []
     for message in messages:
         calls = [

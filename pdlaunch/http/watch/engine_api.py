@@ -129,8 +129,8 @@ class EngineApi:
     async def deployment(
         self, timeout_s: float
     ) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:
-        """Read from a router of pdlaunch role, URL and name of each engine, and of each pair its
-        path with its speed, and why it is slow.
+        """Ask a pdlaunch router for the role, URL and name of each engine, and for the path and
+        speed of each pair, and why the pair is slow.
         """
 
         def read(raw: bytes) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:

@@ -147,7 +147,7 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
 class ChangeOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of a change."""
 
-    change: PlannedChange | None = None  # none: it was refused before it was planned
+    change: PlannedChange | None = None  # None: it was refused before it was planned
     notes: Sequence[str] = ()
     error: str = ""  # empty: it is done, or could be
 
@@ -172,8 +172,8 @@ def command_engines(
 
 
 def command_launch(admin: Api, name: str, **fields: object) -> ChangeOutcome:
-    """Send one of ``protocol.control.COMMANDS``. Returns when that is done, such as when the
-    engines serve. Raises PdlaunchError when the launch is not asked at all.
+    """Send one of ``protocol.control.COMMANDS``. Returns when the launch has done it, such as
+    when new engines serve. Raises PdlaunchError if the launch cannot be asked.
     """
     status, answer = admin.post(f"/pdlaunch/{name}", fields)
     # An answer with notes describes a planned change, even if it failed.

@@ -71,7 +71,7 @@ class SidecarOptions:
         return "--nnodes" in self.command
 
     def value(self, flag: str) -> str:
-        """Return what the command has behind a flag; empty: the flag is not there."""
+        """Return the value of a flag in the command; empty: the flag is absent."""
         if flag not in self.command:
             return ""
         return self.command[self.command.index(flag) + 1]
@@ -338,11 +338,11 @@ class HeadlessNode:
                 self._serves.set()
 
     async def _drain(self, _: float) -> None:
-        """Do nothing: requests are the first sidecar's."""
+        """Do nothing: the first sidecar has the requests."""
 
 
 def end_of(options: SidecarOptions, code: int, output: EngineOutput) -> str:
-    """Return how the process of an engine has ended, and why as far as it has said."""
+    """Return how an engine's process has ended, and the cause if its output names one."""
     name = Path(options.command[0]).name
     if code < 0:
         return f"{name} was killed by {signal.Signals(-code).name}"

@@ -1,11 +1,11 @@
-"""Follows the KV events of one engine of vLLM, and tells routers the prefixes that it holds.
+"""Reads the KV events of one vLLM engine, and reports its prefixes to routers.
 
 ::
 
     vLLM ── PUB: batches, numbered ──> VllmKVEvents ── keys ──> KVFeed
          <── ROUTER: batches that are missing ──┘ cannot be had: forget all
 
-vLLM's own hashes are opaque: each release may make them otherwise. Keys are made of the token ids.
+Each release of vLLM may hash blocks in another way, so keys are computed from token ids.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class VllmBlocks:
         self._changes = PrefixChanges()
 
     def take(self, payload: bytes) -> KVBlocks | None:
-        """Return what a batch changes. Raises ValueError for what is no batch."""
+        """Return the changes of a batch. Raises ValueError if it is not a batch."""
         batch: Any = msgspec.msgpack.decode(payload)
         is_all = False
         for event in batch["events"] if isinstance(batch, dict) else batch[1]:
@@ -67,7 +67,7 @@ class VllmBlocks:
         return KVBlocks(block_size=self._block_size, is_all=is_all, stored=stored, removed=removed)
 
     def _store(self, tier: Tier, event: dict[str, Any]) -> bool:
-        """Note stored blocks; return whether all that was known before is void."""
+        """Record stored blocks; return whether all earlier records are void."""
         is_void, block_size, hashes = False, event["block_size"], event["block_hashes"]
         if event.get("kv_cache_spec_kind") not in _WHOLE_KINDS:
             return False
@@ -82,7 +82,7 @@ class VllmBlocks:
         return is_void
 
     def _named(self, event: dict[str, Any]) -> Iterator[tuple[bytes, int]]:
-        """Yield the hash and key of each block; none that follow one that is not known."""
+        """Yield the hash and key of each block; nothing if the parent block is unknown."""
         hashes, token_ids = event["block_hashes"], event["token_ids"]
         parent, block_size = event["parent_block_hash"], event["block_size"]
         if not hashes or len(token_ids) != len(hashes) * block_size:

@@ -301,7 +301,7 @@ class GenerationRequest(SamplingFields):
     guided_grammar: Any = None
     kv_transfer_params: dict[str, Any] | None = None
     resume: dict[str, Any] | None = None
-    # Of the prompt, where the router has tokenized it already.
+    # Of the prompt, if the router has tokenized it.
     prompt_token_ids: Annotated[list[int] | None, PlainValidator(_check_token_ids)] = None
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ _TIMED_SPIN_S = 0.002
 
 def load_nixl() -> tuple[Any, Any]:
     """Return NIXL's Python API and C++ bindings. The import takes seconds and reads variables."""
-    # The package nixl takes the build for PyTorch's CUDA itself; pdlaunch installs one build alone.
+    # The package nixl picks the build for PyTorch's CUDA itself; pdlaunch installs just one build.
     major = (torch.version.cuda or "13").split(".")[0]
     name = "nixl" if find_spec("nixl") else f"nixl_cu{major}"
     return import_module(f"{name}._api"), import_module(f"{name}._bindings")
