@@ -66,8 +66,7 @@ OURS: Mapping[str, str] = {
 # Flags with which pdlaunch cannot serve, with the reason
 REFUSED = _by_flag(
     {
-        "the copies of an engine that data_parallel_size asks for are on one host, behind one "
-        "server": (
+        "data_parallel_size keeps all copies of an engine on one host, behind one server": (
             "data-parallel-address data-parallel-backend data-parallel-external-lb "
             "data-parallel-hybrid-lb data-parallel-multi-port-external-lb data-parallel-rank "
             "data-parallel-rpc-port data-parallel-size-local "
@@ -75,8 +74,8 @@ REFUSED = _by_flag(
             "dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s "
             "dp-supervisor-probe-timeout-s enable-elastic-ep api-server-count"
         ),
-        "pdlaunch starts and ends the processes of an engine, on as many hosts as the setting "
-        "nnodes says": "distributed-executor-backend headless master-addr master-port node-rank",
+        "pdlaunch starts and ends an engine's processes; the setting nnodes gives the number of "
+        "its hosts": "distributed-executor-backend headless master-addr master-port node-rank",
         "pdlaunch gives an engine one GPU for each of tensor_parallel_size": (
             "pipeline-parallel-size prefill-context-parallel-size"
         ),

@@ -86,7 +86,7 @@ class Supervised:
     ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
-        ``engine_id``: of an engine of vLLM. A second call replaces the first.
+        ``engine_id``: of a vLLM engine. A second call replaces the first.
         """
         self.send(
             control.Register(

@@ -19,7 +19,7 @@ ProcessKind = Literal["router", "server", "rank"]
 # ``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
 EndReason = Literal["died", "hung"]
-# Why an engine that is ready, or the whole launch, is given no new work
+# Why a ready engine, or the whole launch, gets no new work
 Withheld = Literal["", "starting", "joining", "draining", "leaving"]
 RefusalCode = Literal["engine_not_found", "not_now", "refused"]
 

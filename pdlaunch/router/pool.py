@@ -180,7 +180,7 @@ class EnginePool:
         self.registry = registry
         ranks: dict[str, list[Entry]] = defaultdict(list)
         for entry in registry.entries:
-            # A vLLM's further hosts live and die with its server.
+            # A vLLM engine's other hosts live and die with its server.
             if entry.kind == "rank" and not entry.capabilities.is_vllm:
                 ranks[entry.engine].append(entry)
         proofs: dict[str, dict[str, int]] = defaultdict(dict)

@@ -114,7 +114,7 @@ class Relay:
                     raise
 
     async def _wait(self, client: Client) -> None:
-        """Wait for the turn of the client's key."""
+        """Wait for the turn of the client's API key."""
         log, request = self._record.log, self._routing_request()
         start_at = log.clock()
         await self._state.turns.wait(client.flow, request, self._prompt.priority)

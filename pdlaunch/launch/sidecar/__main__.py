@@ -423,7 +423,7 @@ class SidecarProcess:
             api = EngineApi(url, self._keys.http_token, client_context(certificate))
         try:
             async with self._one_at_a_time:
-                # A pair of engines is as good as its worst pair of data parallel ranks.
+                # The worst pair of data parallel ranks decides for the pair of engines.
                 proofs = [
                     await send_canary(
                         api, self._api, options.model, is_exact=options.is_exact, dp_ranks=dp_ranks

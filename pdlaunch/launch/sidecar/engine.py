@@ -143,7 +143,7 @@ def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
     vLLM's own default is a TCP port on every address. A command that names an endpoint keeps it.
     """
     config = {
-        # Of data parallel ranks vLLM publishes at TCP ports alone, which are open to everybody.
+        # With data parallel ranks vLLM publishes only at TCP ports, which are open to everybody.
         "enable_kv_cache_events": "--data-parallel-size" not in command,
         "endpoint": endpoint,
         "replay_endpoint": f"{endpoint}.replay",
@@ -272,7 +272,7 @@ class HeadlessNode:
     ::
 
         the engine's first sidecar registers where ranks meet ──> start vLLM
-        the engine serves, so that these ranks have read the model ──> Ready
+        the engine serves, so these ranks have read the model ──> Ready
     """
 
     def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
@@ -301,7 +301,7 @@ class HeadlessNode:
         self._supervised.inbox.put_nowait(error)
 
     async def _run_vllm(self) -> str:
-        """Return why it has ended. Raises StartupError, OSError."""
+        """Run vLLM; return why it has ended. Raises StartupError, OSError."""
         options, bootstrap = self._options, self._supervised.bootstrap
         files = await asyncio.to_thread(options.model_files)
         first, run_dir = await self._first, Path(bootstrap.run_dir)

@@ -203,8 +203,8 @@ class RankPairs:
     def slowest(self, peer: Peer, ranks: Sequence[str], num_peers: int) -> PairReady | None:
         """Return the slowest pair with an engine; None: ranks are missing.
 
-        ``ranks``: of the decode engine. Each tells from how many ranks it pulls of each of the
-        other engine's ``num_peers`` data parallel ranks.
+        ``ranks``: of the decode engine. Each states from how many ranks it pulls, for each of
+        the other engine's ``num_peers`` data parallel ranks.
         """
         pairs = self._proven.get(peer, {}).values()
         for rank in ranks:
