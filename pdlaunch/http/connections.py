@@ -7,18 +7,22 @@
                  of its header; gives way         no byte is dropped
                  to new connections at the cap
 
+Over TLS, the wait begins before the handshake, which has HANDSHAKE_TIMEOUT_S.
+
 The kernel drops readers that stall: it counts from the moment the reader's window is closed,
 however much is still in buffers. Idle connections and their state are aiohttp's, which has no
-public names for it.
+public names for it; TLS is asyncio's, which has none for the protocol below a connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import heapq
 import logging
 import resource
 import socket
+import ssl
 import weakref
 from typing import Any
 
@@ -29,6 +33,7 @@ from pdlaunch.http.errors import error_response
 
 # The next whole header must have come, counted from the accept or the last answer.
 IDLE_TIMEOUT_S = 20.0
+HANDSHAKE_TIMEOUT_S = 5  # asyncio's default is 60
 LINGERING_S = 2.0  # a client may go on sending a body that was answered unread
 REFUSAL_S = 1.0  # time to answer a connection beyond the limit
 ACCEPT_LOG_INTERVAL_S = 60.0
@@ -51,9 +56,12 @@ class HttpRunner(web.AppRunner):
         max_connections: int,
         shutdown_timeout_s: float,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """``tls``: instead of an ``ssl_context`` of the sites."""
         super().__init__(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s)
         self._max_connections = max_connections
+        self._tls = tls
         self._options: dict[str, Any] = {
             "access_log": None,
             "keepalive_timeout": idle_timeout_s,
@@ -73,7 +81,7 @@ class HttpRunner(web.AppRunner):
         """Return what sites make connections with."""
         return self._connect  # type: ignore[return-value] # sites only call it
 
-    def _connect(self) -> asyncio.Protocol:
+    def _connect(self) -> asyncio.BaseProtocol:
         server = super().server
         assert server is not None
         has_room = len(self._open) < self._max_connections or self._close_idle()
@@ -83,8 +91,8 @@ class HttpRunner(web.AppRunner):
             self._open.add(connection)
         else:
             connection._request_handler = _refuse
-            loop.call_later(REFUSAL_S, connection.force_close)
-        return connection
+            loop.call_later(REFUSAL_S, connection.drop)
+        return connection if self._tls is None else _Tls(connection, self._tls)
 
     def _close_idle(self) -> bool:
         """Close those that idle the longest; False when none does."""
@@ -92,7 +100,8 @@ class HttpRunner(web.AppRunner):
         number = 1 + self._max_connections // _GIVING_WAY
         for connection in heapq.nsmallest(number, idle, key=_Connection.idle_until_at):
             self._open.discard(connection)
-            connection.force_close()
+            # If it was accepted just now, it gets its socket first.
+            asyncio.get_running_loop().call_soon(connection.drop)
         return bool(idle)
 
     def drop_stalled_readers(self, timeout_s: float) -> None:
@@ -126,6 +135,9 @@ class _Connection(web.RequestHandler):
         super().__init__(server, **options)
         self._open_connections = open_connections
         self.is_half_closed = False
+        self.socket_below_tls: asyncio.Transport | None = None
+        # aiohttp counts from the end of the handshake.
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
 
     def eof_received(self) -> bool:  # type: ignore[override] # asyncio wants to know
         """Keep a connection whose client has closed its sending side until it is answered."""
@@ -159,12 +171,47 @@ class _Connection(web.RequestHandler):
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether no request is there, nor being answered."""
+        """Tell whether no request is there, nor being answered; also before the TLS handshake."""
+        if self._task_handler is None:
+            return True
         return self._waiter is not None and not self._waiter.done()
 
     def idle_until_at(self) -> float:
         """Return the instant at which aiohttp would close it."""
         return self._next_keepalive_close_time
+
+    def drop(self) -> None:
+        """Close it at any time; what was written is still sent."""
+        self.force_close()
+        below = self.socket_below_tls
+        # TLS would wait for the handshake, or for the peer to say that it closes, too.
+        if below is not None and not below.get_write_buffer_size():
+            below.abort()
+
+
+class _Tls(asyncio.sslproto.SSLProtocol):
+    """Tells a connection of its socket before the handshake, and of handshakes that fail."""
+
+    def __init__(self, connection: _Connection, context: ssl.SSLContext) -> None:
+        super().__init__(
+            connection._loop,
+            connection,
+            context,
+            None,  # type: ignore[arg-type] # nobody waits for the handshake
+            server_side=True,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+        )
+        self._connection = connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._connection.socket_below_tls = transport
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        # asyncio does so only after a handshake; the second call does nothing.
+        self._loop.call_soon(self._connection.connection_lost, exc)
 
 
 async def _refuse(_: web.BaseRequest) -> web.StreamResponse:

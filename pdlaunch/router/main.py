@@ -85,6 +85,7 @@ async def serving(
             router.app,
             max_connections=spec.max_connections,
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+            tls=tls,
         )
         runners.append(runner)
         await runner.setup()
@@ -93,7 +94,7 @@ async def serving(
         )
         runners.append(admin)
         LaunchCard(launch_id=launch_id, url=url).write(run_dir)
-        await listen(runner, spec.listeners, tls)
+        await listen(runner, spec.listeners)
         runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
         # Requests make no garbage of what is there once the router is ready, and hardly any at all:
         # a full search of it would hold up all streams.
@@ -234,14 +235,12 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         await state.close()
 
 
-async def listen(
-    runner: web.AppRunner, listeners: Sequence[int], tls: ssl.SSLContext | None = None
-) -> None:
+async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
     """Accept at sockets of the supervisor: what connected while no router ran has waited there."""
     for descriptor in listeners:
         listener = socket.socket(fileno=descriptor)
         listener.set_inheritable(False)
-        await web.SockSite(runner, listener, ssl_context=tls, backlog=LISTEN_BACKLOG).start()
+        await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
 
 
 def _url_of(spec: RouterSpec) -> str:

@@ -85,14 +85,17 @@ class Stand:
         self.asked: list[Command] = []
         self.link = SupervisorLink(self.asked.append)
         self.router = RouterApp(spec, self.state, self.link)
+        self.tls = None if spec.certificate is None else spec.certificate.context()
         self.runner = HttpRunner(
-            self.router.app, max_connections=spec.max_connections, shutdown_timeout_s=0.1
+            self.router.app,
+            max_connections=spec.max_connections,
+            shutdown_timeout_s=0.1,
+            tls=self.tls,
         )
         await self.runner.setup()
         listener = socket.create_server((spec.host, spec.port))
         self.port = port = listener.getsockname()[1]
-        self.tls = None if spec.certificate is None else spec.certificate.context()
-        await listen(self.runner, [listener.detach()], self.tls)
+        await listen(self.runner, [listener.detach()])
         self.url = local_url("127.0.0.1", port, is_tls=self.tls is not None)
         self.session = aiohttp.ClientSession(self.url)
         self.publish()

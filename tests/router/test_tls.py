@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -13,8 +14,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from pdlaunch.errors import ConfigError
+from pdlaunch.http import connections
+from pdlaunch.http.connections import HANDSHAKE_TIMEOUT_S, REFUSAL_S
 from pdlaunch.protocol.certificates import CertificateFiles, client_context, new_certificate
 from pdlaunch.router.main import follow_certificate
+from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import completion
@@ -52,6 +56,70 @@ async def test_all_of_the_api_is_there_over_tls(stand: Stand, tmp_path: Path) ->
                 assert response.status == 200
     with pytest.raises(aiohttp.ClientConnectorCertificateError):
         await post(stand, new_certificate())
+
+
+@contextlib.asynccontextmanager
+async def strangers(
+    port: int, number: int, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[list[asyncio.StreamReader]]:
+    """Connections of which no request comes; without ``tls`` not even a handshake."""
+    made = [await asyncio.open_connection("127.0.0.1", port, ssl=tls) for _ in range(number)]
+    try:
+        yield [reader for reader, _ in made]
+    finally:
+        for _, writer in made:
+            writer.transport.abort()
+
+
+async def closed(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
+
+
+@pytest.mark.parametrize("handshakes", [False, True])
+async def test_strangers_who_say_nothing_give_way_to_clients(
+    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handshakes: bool
+) -> None:
+    monkeypatch.setattr(connections, "HANDSHAKE_TIMEOUT_S", 3600)
+    pem = new_certificate()
+    spec = msgspec.structs.replace(SPEC, certificate=write(tmp_path, pem), max_connections=8)
+    await stand.start(pair(), spec=spec)
+    async with strangers(stand.port, 12, client_context(pem) if handshakes else None) as readers:
+        await closed(readers[0])
+        assert await post(stand, pem) == 200
+        assert not readers[-1].at_eof(), "those that came first go first"
+
+
+async def test_a_stranger_who_finds_no_room_is_closed(
+    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HANDSHAKE_TIMEOUT_S", 3600)
+    pem, engines = new_certificate(), pair()
+    spec = msgspec.structs.replace(SPEC, certificate=write(tmp_path, pem), max_connections=2)
+    engines[0].hold_prefill = True
+    await stand.start(engines, spec=spec)
+    works = [asyncio.ensure_future(post(stand, pem)) for _ in range(2)]
+    await until(lambda: len(engines[0].seen) == 2)
+    async with strangers(stand.port, 1) as (reader,):
+        assert await post(stand, pem) == 503
+        pass_time(REFUSAL_S)
+        await closed(reader)
+    engines[0].go.set()
+    assert await asyncio.gather(*works) == [200, 200]
+
+
+async def test_handshakes_that_do_not_end_or_fail_leave_nothing(
+    stand: Stand, tmp_path: Path
+) -> None:
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, certificate=write(tmp_path)))
+    async with strangers(stand.port, 2) as readers:
+        await until(lambda: len(stand.runner._open) == 2)
+        pass_time(HANDSHAKE_TIMEOUT_S)
+        for reader in readers:
+            await closed(reader)
+    with pytest.raises(aiohttp.ClientConnectorCertificateError):
+        await post(stand, new_certificate())
+    await until(lambda: not stand.runner._open)
 
 
 async def test_a_changed_certificate_is_used_and_a_wrong_one_is_not(

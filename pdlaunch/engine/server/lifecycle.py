@@ -201,10 +201,12 @@ class ServerProcess:
         """Serve until Stop or a signal. Raises PdlaunchError when the start fails."""
         supervised, bootstrap = self._supervised, self._supervised.bootstrap
         keys = [bootstrap.keys.http_token, bootstrap.engine_api_key]
+        is_local, certificate = is_loopback(self._spec.bind_address), bootstrap.keys.certificate
         runner = HttpRunner(
             make_app(self._service, keys=[key for key in keys if key is not None]),
             max_connections=fit(self._spec.limits.max_connections),
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+            tls=None if is_local or certificate is None else server_context(certificate),
         )
         try:
             await runner.setup()
@@ -229,8 +231,7 @@ class ServerProcess:
                 bound = bind_to_share(host, port, is_kept=bootstrap.port_is_kept)
                 site = web.SockSite(runner, bound, backlog=LISTEN_BACKLOG)
             else:
-                tls = server_context(certificate)
-                site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=LISTEN_BACKLOG)
+                site = web.TCPSite(runner, host, port, backlog=LISTEN_BACKLOG)
             await site.start()
             runner.drop_stalled_readers(ROUTER_READ_TIMEOUT_S)
         except OSError as error:

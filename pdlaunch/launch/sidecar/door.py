@@ -73,25 +73,21 @@ class Door:
             spec.body_budget_bytes + 2 * self._max_body_bytes, self._max_body_bytes
         )
         self._calls = EngineCalls(CONNECT_S)
+        assert keys.certificate is not None, "launches on several hosts have one"
         self._runner = HttpRunner(
             self._app(),
             max_connections=fit(spec.max_connections, num_each=4),
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+            tls=server_context(keys.certificate),
         )
 
     async def open(self) -> str:
         """Listen, and return the URL for other hosts. Raises StartupError."""
         spec = self._spec
-        assert self._keys.certificate is not None, "launches on several hosts have one"
-        tls = server_context(self._keys.certificate)
         await self._runner.setup()
         try:
             await web.TCPSite(
-                self._runner,
-                spec.bind_address,
-                spec.port,
-                ssl_context=tls,
-                backlog=LISTEN_BACKLOG,
+                self._runner, spec.bind_address, spec.port, backlog=LISTEN_BACKLOG
             ).start()
             self._runner.drop_stalled_readers(READ_TIMEOUT_S)
         except OSError as error:
