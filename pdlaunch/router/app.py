@@ -207,7 +207,11 @@ class RouterApp:
             num_tokens = sum(each.num_prompt_tokens for each in request.prompts)
             with (
                 self.admission.admit(num_prompts),
-                client.admit(num_prompts, num_tokens, lambda: record.used_tokens(num_tokens)),
+                client.admit(
+                    num_prompts,
+                    num_tokens + request.num_output_tokens,
+                    lambda: record.used_tokens(num_tokens),
+                ),
                 self._state.metrics.requests.in_flight.track_inprogress(),
             ):
                 return await self._answer(http, request, client, writer)

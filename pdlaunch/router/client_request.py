@@ -31,6 +31,8 @@ _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # several prompts begin like this
 # Long members, which the router forwards unparsed and the engines check.
 _TEXTS = ("messages", "prompt")
+# Charged in advance for an answer that the client does not limit.
+_UNLIMITED_ANSWER_TOKENS = 1024
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -177,6 +179,14 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompts: list[PromptRequest]
     include_usage: bool  # a stream ends with the usage
     continuous_usage: bool  # each of its chunks has the usage so far
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Return the most tokens that the answers may have, estimated where no limit is set."""
+        return sum(
+            each.num_choices * (each.max_tokens or _UNLIMITED_ANSWER_TOKENS)
+            for each in self.prompts
+        )
 
 
 def read_client_request(

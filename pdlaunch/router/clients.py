@@ -46,8 +46,8 @@ class Client:
     ) -> Iterator[None]:
         """Count a request while the block runs. Raises OverloadedError (429).
 
-        ``num_tokens``: estimate for its prompts; ``used`` returns the real tokens of prompts and
-        answers at the end.
+        ``num_tokens``: estimate for its prompts and answers, charged at once; ``used`` returns the
+        real tokens at the end, and the rest is given back.
         """
         self._check(num_prompts)
         self._count("key_requests")

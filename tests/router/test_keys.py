@@ -165,6 +165,25 @@ async def test_keys_are_counted_by_name_and_shown_nowhere(
         assert not any(each.sha256 in page for each in KEYS)
 
 
+@pytest.mark.parametrize(("max_tokens", "num_admitted"), [(600, 2), (None, 1)])
+async def test_answers_are_charged_when_they_begin_and_what_they_did_not_use_comes_back(
+    stand: Stand, max_tokens: int | None, num_admitted: int
+) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    prefill.ends = decode.ends = {0: 3}
+    await start(
+        stand, [prefill, decode], keys=(client_key("secret-a", "a", tokens_per_minute=1000),)
+    )
+    works = [send(stand, "a", SHORT, max_tokens=max_tokens) for _ in range(num_admitted)]
+    await until(lambda: len(prefill.seen) == num_admitted)
+    refused = await send(stand, "a", SHORT, max_tokens=1)
+    assert (refused.status, refused.json()["error"]["code"]) == (429, "tokens_per_minute")
+    prefill.go.set()
+    assert {answer.status for answer in await asyncio.gather(*works)} == {200}
+    assert (await send(stand, "a", SHORT, max_tokens=1)).status == 200
+
+
 def test_the_tokens_of_a_minute_come_back_evenly() -> None:
     clock = FakeClock()
     limited = client_key("secret-a", "a", tokens_per_minute=600)
