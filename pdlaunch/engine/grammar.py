@@ -7,7 +7,7 @@ for the first grammar) and compiling take too long for the step loop, so a threa
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,29 +23,48 @@ from pdlaunch.engine.rows import Row
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Clients send the same few grammars again and again. Each may take megabytes.
-MAX_COMPILED = 32
+# Most that stay without a request: clients send the same few grammars again and again. Each may
+# take megabytes.
+MAX_UNUSED = 32
 
 
 class Grammars:
-    """Compiles grammars, and follows those of rows; ``compile`` may be called in any thread."""
+    """Compiles grammars, keeps those of requests, and follows those of rows."""
 
     def __init__(self, model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._model_dir = model_dir
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._compiled: dict[str, Future[LLMatcher]] = {}
+        self._num_users: Counter[str] = Counter()
+        self._unused: dict[str, None] = {}
+        """Those of ``_compiled`` without a user, the latest last."""
         self._thread = ThreadPoolExecutor(1, "grammars")
 
-    def compile(self, grammar: str) -> Future[LLMatcher]:
-        """Return the grammar's first state. ValueError: it does not fit the model's tokenizer."""
+    def take(self, grammar: str) -> Future[LLMatcher]:
+        """Return the grammar's first state, which stays until the user gives the grammar back.
+
+        ValueError: it does not fit the model's tokenizer.
+        """
         if grammar not in self._compiled:
             self._compiled[grammar] = self._thread.submit(self._compile, grammar)
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
+        self._unused.pop(grammar, None)
+        self._num_users[grammar] += 1
         return self._compiled[grammar]
+
+    def give_back(self, grammar: str) -> None:
+        self._num_users[grammar] -= 1
+        if self._num_users[grammar]:
+            return
+        del self._num_users[grammar]
+        if self._compiled[grammar].cancel():
+            del self._compiled[grammar]  # Its compilation had not begun, and nobody waits for it.
+            return
+        self._unused[grammar] = None
+        if len(self._unused) > MAX_UNUSED:
+            oldest = next(iter(self._unused))
+            del self._unused[oldest], self._compiled[oldest]
 
     def mask(self, logits: torch.Tensor, rows: Sequence[Row]) -> bool:
         """Set the logits of forbidden tokens to minus infinity, in place; a row whose grammar
@@ -69,7 +88,8 @@ class Grammars:
         breaks the grammar, or the grammar exceeds a limit of llguidance.
         """
         if row.matcher is None:
-            row.matcher = self.compile(row.sampling.grammar).result().deep_copy()
+            # It is there: a request is seated once its grammar is compiled, and keeps it.
+            row.matcher = self._compiled[row.sampling.grammar].result(timeout=0).deep_copy()
         output = row.output[row.num_matched :].tolist()
         row.num_matched += len(output)
         row.matcher.consume_tokens(output)

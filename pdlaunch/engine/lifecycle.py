@@ -192,7 +192,7 @@ class RequestLifecycle:
             self.transfers.pull_nothing(request)
             request.wants_pull = False
         if message.sampling.grammar:
-            request.grammar = self._grammars.compile(message.sampling.grammar)
+            request.grammar = self._grammars.take(message.sampling.grammar)
             request.grammar.add_done_callback(self._on_compiled)
 
     def _on_compiled(self, _: object) -> None:
@@ -441,6 +441,8 @@ class RequestLifecycle:
         """Free row and blocks of a request that has ended and that no step computes any more."""
         if request.row is not None:
             self.batch.unseat(request)
+        if request.grammar is not None:
+            self._grammars.give_back(request.message.sampling.grammar)
         self.kv.free(request.tables)
         self.may_progress = True
 

@@ -105,7 +105,7 @@ class Request:
         self.incoming: PullId | int | None = None
         """Id of the pull or load for which it waits."""
         self.grammar: Future[LLMatcher] | None = None
-        """The compiled grammar, while it is compiled."""
+        """The compiled grammar, or what will be; it is given back with row and blocks."""
         wants_scores = message.sampling.num_prompt_logprobs is not None
         self.scored: list[TokenOutput] | None = [] if wants_scores else None
         """The prompt's tokens from the second on, with log-probabilities; None: not requested,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
 import torch
+from llguidance import LLMatcher
 from transformers import AutoModelForCausalLM
 
+from pdlaunch.engine import grammar
 from pdlaunch.engine.lifecycle import LOST_GRAMMAR
 from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, Tokens, ToRank
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.e2e.tiny_models import make_tiny_model
+from tests.engine.fake_engine import FakeEngine
 from tests.engine.real_steps import make_spec
 from tests.engine.test_async_scheduling import Engine, token_ids
 
@@ -38,7 +42,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_engine(directory: Path, **changes: object) -> Engine:
     engine = Engine(make_spec(directory, **changes))
-    engine.runner.grammars.compile(GRAMMAR).result()
+    engine.runner.grammars.take(GRAMMAR).result()
     return engine
 
 
@@ -104,12 +108,73 @@ def test_an_output_that_breaks_the_grammar_is_an_error(directory: Path, output) 
 def test_a_grammar_that_cannot_be_compiled_is_an_error(directory: Path) -> None:
     engine = make_engine(directory)
     with pytest.raises(ValueError, match="start"):
-        engine.runner.grammars.compile("start: /(/").result()
+        engine.runner.grammars.take("start: /(/").result()
     engine.run({0: [request(grammar="start: /(/")]})
     (end,) = [item for item in engine.server.told if isinstance(item, RequestFinished)]
     assert end.reason == "error"
     assert end.error is not None
     assert end.error.startswith("the grammar cannot be used")
+
+
+class Inline(Executor):
+    """Runs at once what it is given."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: Future[object] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_no_step_compiles_a_grammar(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more grammars than are kept without a request, some of preempted requests."""
+    monkeypatch.setattr(grammar, "ThreadPoolExecutor", lambda *_: Inline())
+    engine = Engine(make_spec(directory, max_num_seqs=6, max_model_len=200))
+    compiled: list[str] = []
+    compile_grammar = engine.runner.grammars._compile
+
+    def count(text: str) -> LLMatcher:
+        compiled.append(text)
+        return compile_grammar(text)
+
+    monkeypatch.setattr(engine.runner.grammars, "_compile", count)
+    texts = [f"start: /[a-f]{{{number + 60}}}/" for number in range(grammar.MAX_UNUSED + 8)]
+    found = engine.run(
+        {0: [request(f"{at}/0", grammar=text, max_tokens=150) for at, text in enumerate(texts)]}
+    )
+    assert engine.scheduler.requests.counts["num_preemptions"] > 0
+    assert compiled == texts
+    for at in range(len(texts)):
+        reason, tokens = found[f"{at}/0"]
+        assert (reason, len(tokens)) == ("stop", at + 61)
+    # The latest are still there, and the first ones are not.
+    engine.run({0: [request("again/0", grammar=texts[-1]), request("first/0", grammar=texts[0])]})
+    assert compiled == [*texts, texts[0]]
+
+
+def test_a_request_runs_once_its_grammar_is_compiled() -> None:
+    """One that ends before leaves nothing to compile."""
+    submitted: list[Future[object]] = []
+
+    class Held(Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            submitted.append(Future())
+            return submitted[-1]
+
+    engine = FakeEngine()
+    requests = engine.scheduler.requests
+    requests._grammars._thread = Held()
+    for name, text in (("a", "one"), ("b", "two"), ("c", "two"), ("d", "")):
+        engine.add(name, PROMPT[:9], sampling=SamplingParams(max_tokens=2, grammar=text))
+    engine.run()
+    assert engine.finished.keys() == {"d"}
+    requests.abort("b")
+    assert not submitted[1].cancelled()
+    requests.abort("c")
+    assert submitted[1].cancelled()
+    submitted[0].set_result(None)
+    engine.run()
+    assert engine.finished["a"].reason == "length"
+    assert len(submitted) == 2
 
 
 def test_log_probabilities_of_prompts_are_those_of_the_model(directory: Path) -> None:

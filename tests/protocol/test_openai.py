@@ -17,6 +17,7 @@ from openai.types.chat import completion_create_params as openai_chat
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.body import (
     MAX_IGNORED_NAMES,
+    OF_VLLM,
     num_token_ids,
     num_values,
     parse_request,
@@ -102,6 +103,12 @@ def test_every_parameter_of_openais_client_is_known_and_hints_are_accepted() -> 
     ):
         known = {*kind.model_fields, *kind.NEUTRAL, *kind.HINTS}
         assert set(params.__annotations__) <= known
+
+
+def test_what_native_engines_serve_is_not_said_to_be_of_vllm_alone() -> None:
+    kinds = (ChatCompletionRequest, CompletionRequest)
+    assert not OF_VLLM & {name for kind in kinds for name in kind.model_fields}
+    assert set().union(*(kind.NEUTRAL for kind in kinds)) >= OF_VLLM
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +47,8 @@ from pdlaunch.protocol.ids import HopId, RequestId
 from pdlaunch.protocol.kv_events import KVBlocks
 
 SLEEP_TAGS = ("weights", "kv_cache")
+# Rank 0 compiles one grammar at a time, and a large one takes a second.
+MAX_NEW_GRAMMARS = 64
 
 
 def _read_query(
@@ -209,6 +211,7 @@ class EngineService:
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
         self._link: RankLink | None = None
+        self._new_grammars: Counter[str] = Counter()
 
     @property
     def model(self) -> ServedModel:
@@ -247,6 +250,25 @@ class EngineService:
         self.admission.check_open()
         self.sleep.check_awake()
         return self.admission.admit()
+
+    @contextlib.contextmanager
+    def admit_grammar(self, grammar: str) -> Iterator[None]:
+        """Count a grammar while rank 0 may have to compile it, for all its requests once.
+
+        Raises OverloadedError (429).
+        """
+        if grammar not in self._new_grammars and len(self._new_grammars) >= MAX_NEW_GRAMMARS:
+            raise OverloadedError(
+                f"{MAX_NEW_GRAMMARS} grammars of other requests wait to be compiled",
+                code="too_many_grammars",
+            )
+        self._new_grammars[grammar] += 1
+        try:
+            yield
+        finally:
+            self._new_grammars[grammar] -= 1
+            if not self._new_grammars[grammar]:
+                del self._new_grammars[grammar]
 
     async def use_link(self, link: RankLink | None) -> None:
         """Replace the link; requests of the old one are lost."""

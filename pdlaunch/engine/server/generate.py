@@ -9,6 +9,7 @@ A client that goes away cancels the handler, and leaving the handler aborts what
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -79,10 +80,20 @@ async def generate(service: EngineService, http: web.Request, kind: type[R]) -> 
             needs_grammar = request.is_constrained
             grammar = await work_at_input(needs_grammar, partial(grammar_of, request))
         link, model, has_peers = service.live_link(), service.model, service.spec.has_peers
-        generation = Generation(
-            link, call, request, prompts, model, has_peers=has_peers, grammar=grammar
-        )
-        return await _run(service, http, generation, deadline)
+        with contextlib.ExitStack() as compiling:
+            if grammar:
+                compiling.enter_context(service.admit_grammar(grammar))
+            generation = Generation(
+                link,
+                call,
+                request,
+                prompts,
+                model,
+                has_peers=has_peers,
+                grammar=grammar,
+                on_heard=compiling.close,
+            )
+            return await _run(service, http, generation, deadline)
 
 
 async def _read(

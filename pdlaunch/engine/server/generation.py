@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +70,12 @@ class Generation:
         *,
         has_peers: bool,
         grammar: str = "",
+        on_heard: Callable[[], None] = lambda: None,
     ) -> None:
         """Split a request into choices. Raises RequestError.
 
         ``has_peers``: the engine exchanges KV blocks with others. ``grammar``: of the answers.
+        ``on_heard``: called when rank 0 says something, for the first time or again.
         """
         self.call = call
         self.request = request
@@ -82,6 +84,7 @@ class Generation:
         self.num_prompt_tokens = sum(map(len, prompts))
         self._sent_at = 0.0
         self._link = link
+        self._on_heard = on_heard
         self._running: dict[RequestId, Choice] = {}
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._remote_kv: RemoteKV | None = None
@@ -165,6 +168,7 @@ class Generation:
         while self._running:
             # All that has come makes one write: at high load a step's tokens wait for each other.
             events = [await self._events.get()]
+            self._on_heard()
             while not self._events.empty():
                 events.append(self._events.get_nowait())
             if deltas := [delta for event in events if (delta := self._take(event)) is not None]:

@@ -20,11 +20,10 @@ from pdlaunch.errors import RequestError
 # Fields that vLLM serves, and native engines do not.
 OF_VLLM = frozenset(
     {
-        *("allowed_token_ids", "bad_words", "chat_template", "documents", "echo"),
-        *("length_penalty", "logits_processors", "logprob_token_ids", "priority", "prompt_embeds"),
-        *("prompt_logprobs", "repetition_detection", "response_format", "structured_outputs"),
-        *("return_tokens_as_token_ids", "spaces_between_special_tokens", "truncate_prompt_tokens"),
-        *("thinking_token_budget", "use_beam_search"),
+        *("allowed_token_ids", "bad_words", "chat_template", "documents", "length_penalty"),
+        *("logits_processors", "logprob_token_ids", "prompt_embeds", "repetition_detection"),
+        *("return_tokens_as_token_ids", "spaces_between_special_tokens", "thinking_token_budget"),
+        *("truncate_prompt_tokens", "use_beam_search"),
     }
 )
 _BY_VLLM = " by native engines (engines of vLLM have it: --engine vllm)"

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
-from pdlaunch.engine.server import served_model
+from pdlaunch.engine.server import engine_service, served_model
 from pdlaunch.engine.server.lifecycle import OPEN_PATHS, make_app
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from pdlaunch.protocol.engine import AddRequest
@@ -142,6 +142,44 @@ async def test_a_full_engine_is_a_429(make_engine: MakeEngine, rank: FakeRank):
             await rank.say(item)
     await running
     await engine.complete(n=2)
+
+
+async def test_too_many_grammars_that_wait_to_be_compiled_are_a_429(
+    engine: Engine, rank: FakeRank, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_service, "MAX_NEW_GRAMMARS", 2)
+    rank.script = silent
+    running = [
+        asyncio.create_task(engine.complete(max_tokens=2, guided_regex=regex))
+        for regex in ("a+", "b+", "b+")
+    ]
+    requests = await rank.wait_for(AddRequest, 3)
+    status, error = await engine.refusal(guided_regex="c+")
+    assert (status, error["code"]) == (429, "too_many_grammars")
+    rank.script = rank.says("a")
+    first, *others = sorted(requests, key=lambda request: "a+" not in request.sampling.grammar)
+    await rank.say(*rank.script(first))
+    await running[0]
+    await engine.complete(max_tokens=2, guided_regex="c+")
+    await rank.say(*(item for request in others for item in rank.script(request)))
+    await asyncio.gather(*running)
+
+
+async def test_a_grammar_is_no_longer_counted_once_a_token_has_come(
+    engine: Engine, rank: FakeRank, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_service, "MAX_NEW_GRAMMARS", 1)
+    rank.script = silent
+    body = {"prompt": "x", "guided_regex": "a+", "max_tokens": 2, "stream": True}
+    running = asyncio.ensure_future(engine.session.post(engine.url + "/v1/completions", json=body))
+    (request,) = await rank.wait_for(AddRequest)
+    first, last = rank.says("a")(request)
+    await rank.say(first)
+    async with await running as stream:
+        rank.script = rank.says("b")
+        await engine.complete(max_tokens=2, guided_regex="b+")
+        await rank.say(last)
+        assert b"[DONE]" in await stream.read()
 
 
 @pytest.mark.parametrize("path", BODIES)
