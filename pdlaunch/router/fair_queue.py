@@ -19,9 +19,11 @@ import itertools
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.policy import RoutingRequest
 
 T = TypeVar("T")
+_MOST_CHOICES = 8  # of routes at once: each takes the router's time
 
 
 class Flow(Generic[T]):
@@ -40,7 +42,7 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._flows: list[Flow[T]] = []  # those with something waiting
-        self._now = 0.0  # tokens of the flow that had the last turn, before that turn
+        self._now = 0.0  # the fewest tokens of a waiting flow at the last turn, before that turn
         self._numbers = itertools.count(1)
 
     def push(self, flow: Flow[T], item: T, num_tokens: int, priority: int = 0) -> None:
@@ -49,15 +51,15 @@ class FairQueue(Generic[T]):
             self._flows.append(flow)
         heapq.heappush(flow.waiting, (priority, next(self._numbers), num_tokens, item))
 
-    def first(self) -> T | None:
-        """Return the item whose turn it is; None: nothing waits."""
-        return self._next().waiting[0][3] if self._flows else None
+    def by_turn(self) -> list[Flow[T]]:
+        """Return the flows with something waiting, the one whose turn it is first."""
+        return sorted(self._flows, key=lambda flow: (flow.tokens, flow.last_turn))
 
-    def pop(self) -> T:
-        """Remove the item whose turn it is, and charge its flow."""
-        flow = self._next()
+    def pop(self, flow: Flow[T]) -> T:
+        """Remove the first item of a flow, and charge the flow."""
         _, _, num_tokens, item = heapq.heappop(flow.waiting)
-        self._now, flow.last_turn = flow.tokens, next(self._numbers)
+        self._now = min(each.tokens for each in self._flows)
+        flow.last_turn = next(self._numbers)
         flow.tokens += num_tokens / flow.weight
         self._drop_empty(flow)
         return item
@@ -73,9 +75,6 @@ class FairQueue(Generic[T]):
         heapq.heapify(flow.waiting)
         self._drop_empty(flow)
 
-    def _next(self) -> Flow[T]:
-        return min(self._flows, key=lambda flow: (flow.tokens, flow.last_turn))
-
     def _drop_empty(self, flow: Flow[T]) -> None:
         if not flow.waiting and flow in self._flows:
             self._flows.remove(flow)
@@ -87,10 +86,13 @@ Turn = tuple[RoutingRequest, asyncio.Future[None]]
 class Turns:
     """Makes the prompts of several keys wait for their turn.
 
-    ``can_begin``: whether an engine would begin a prompt now. ``is_fair``: there are several keys.
+    ``can_begin``: whether an engine would begin a prompt now; if not, it reserves the engine that
+    the prompt waits for. ``is_fair``: there are several keys.
     """
 
-    def __init__(self, can_begin: Callable[[RoutingRequest], bool], *, is_fair: bool) -> None:
+    def __init__(
+        self, can_begin: Callable[[RoutingRequest, set[EngineKey]], bool], *, is_fair: bool
+    ) -> None:
         self._can_begin = can_begin
         self.is_fair = is_fair
         self.queue = FairQueue[Turn]()
@@ -114,18 +116,25 @@ class Turns:
             raise
 
     def take(self) -> None:
-        """Give the next prompt its turn if an engine would begin it. Call it when one may."""
-        if self._is_beginning or (turn := self.queue.first()) is None:
+        """Give the next prompt that an engine would begin its turn. Call it when one may.
+
+        A prompt that waits for one engine lets others pass to other engines.
+        """
+        if self._is_beginning:
             return
-        request, future = turn
-        # One that is done was cancelled, and is removed soon.
-        if future.done() or not self._can_begin(request):
-            return
-        self.queue.pop()
-        future.set_result(None)
-        # The loop keeps the order: first the prompt is given to its engine.
-        self._is_beginning = True
-        asyncio.get_running_loop().call_soon(self._go_on)
+        reserved = set[EngineKey]()
+        for flow in self.queue.by_turn()[:_MOST_CHOICES]:
+            request, future = flow.waiting[0][3]
+            # One that is done was cancelled, and is removed soon.
+            if future.done():
+                return
+            if self._can_begin(request, reserved):
+                self.queue.pop(flow)
+                future.set_result(None)
+                # The loop keeps the order: first the prompt is given to its engine.
+                self._is_beginning = True
+                asyncio.get_running_loop().call_soon(self._go_on)
+                return
 
     def _go_on(self) -> None:
         self._is_beginning = False

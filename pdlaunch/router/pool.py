@@ -117,17 +117,26 @@ class EnginePool:
             route.decode.health.pull(route.prefill.key).asked(now_at)
         return route
 
-    def can_begin(self, request: RoutingRequest) -> bool:
-        """Return whether the engines that would be chosen have begun nearly all that they have."""
+    def can_begin(self, request: RoutingRequest, reserved: set[EngineKey]) -> bool:
+        """Return whether the engines that would be chosen have begun nearly all that they have.
+
+        ``reserved``: engines that are kept for earlier prompts. If the prompt has to wait, those
+        that it waits for are added.
+        """
         engines = list(self._engines.values())
         route = choose(request, engines, self.index, self.clock(), self._policy)
         if route.decode is None:
             return True  # the answer will be that no engine is ready
         first = route.prefill or route.decode
-        if route.prefill is not None and route.decode.num_unbegun >= MAX_UNBEGUN:
-            return False
+        is_full = route.prefill is not None and route.decode.num_unbegun >= MAX_UNBEGUN
         num_tokens = first.unbegun_tokens + self.num_new_tokens(first, request)
-        return not first.unbegun_tokens or num_tokens <= AHEAD_TOKENS
+        has_room = not first.unbegun_tokens or num_tokens <= AHEAD_TOKENS
+        if has_room and not is_full and reserved.isdisjoint(one.key for one in route.engines):
+            return True
+        reserved.add(first.key)
+        if is_full:
+            reserved.add(route.decode.key)
+        return False
 
     def pick_any(
         self, tried: Collection[EngineKey], can: Callable[[Engine], bool] = lambda _: True

@@ -13,10 +13,14 @@ Queue = FairQueue[tuple[str, int, int]]  # name of the flow, priority, number
 SIZES = st.integers(1, 5000)
 
 
+def pop(queue: Queue) -> tuple[str, int, int]:
+    return queue.pop(queue.by_turn()[0])
+
+
 def popped(queue: Queue) -> list[str]:
     names = []
-    while queue.first() is not None:
-        names.append(queue.pop()[0])
+    while queue.by_turn():
+        names.append(pop(queue)[0])
     return names
 
 
@@ -31,7 +35,7 @@ def flooded(num_items: int, num_tokens: int) -> tuple[Queue, Flow[tuple[str, int
 def test_a_key_that_comes_later_goes_next(given: int, first: int, num_popped: int) -> None:
     queue, _ = flooded(40, given)
     for _ in range(num_popped):
-        queue.pop()
+        pop(queue)
     late = Flow[tuple[str, int, int]]()
     queue.push(late, ("b", 0, 0), first)
     queue.push(late, ("b", 0, 1), first)
@@ -50,7 +54,7 @@ def test_waiting_keys_share_by_weight(weights: list[float], sizes: list[int]) ->
         for number in range(200):
             queue.push(flow, (name, 0, number), sizes[(number + int(name)) % len(sizes)])
     while all(flow.waiting for flow in flows.values()):
-        name, _, number = queue.pop()
+        name, _, number = pop(queue)
         had[name] += sizes[(number + int(name)) % len(sizes)] / weights[int(name)]
         # One prompt of each at most, since a prompt is not cut.
         assert max(had.values()) - min(had.values()) <= max(sizes) / min(weights)
@@ -70,14 +74,14 @@ def test_each_item_comes_once_and_in_the_order_of_its_key(
         queue.push(flows[name], item := (name, priority, number), num_tokens, priority)
         waiting.append(item)
         if pops:
-            item = queue.pop()
+            item = pop(queue)
             assert item == min(each for each in waiting if each[0] == item[0])
             waiting.remove(item)
     for item in waiting[::2]:
         queue.remove(flows[item[0]], item)
     left = []
-    while queue.first() is not None:
-        left.append(queue.pop())
+    while queue.by_turn():
+        left.append(pop(queue))
     assert sorted(left) == sorted(waiting[1::2])
     assert all(a[0] != b[0] or a < b for a, b in pairwise(sorted(left, key=lambda each: each[0])))
 
@@ -98,6 +102,6 @@ def test_answers_count_while_others_wait() -> None:
     other = Flow[tuple[str, int, int]]()
     for number in range(4):
         queue.push(other, ("b", 0, number), 10)
-    assert queue.pop()[0] == "a"
+    assert pop(queue)[0] == "a"
     queue.answered(writer, 25)
     assert popped(queue) == ["b", "b", "b", "b", "a", "a", "a"]

@@ -10,18 +10,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdlaunch.http.headers import SESSION_HEADER
 from pdlaunch.protocol.process.bootstrap import ClientKey
 from pdlaunch.router.clients import Client
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import MAX_UNBEGUN
 from tests.clock import FakeClock
-from tests.router.conftest import SPEC, Answer, Stand, client_key, pair
+from tests.router.conftest import SPEC, Answer, Stand, client_key, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
 
 KEYS = (client_key("secret-a", "a"), client_key("secret-b", "b"))
 NUMBERS = itertools.count()
-LONG, SHORT = "long " * 2000, "short"  # about 2,500 tokens, and 2
+LONG, MEDIUM, SHORT = "long " * 2000, "long " * 1000, "short"  # about 2,500 tokens, 1,250, and 2
 
 
 async def start(stand: Stand, engines: Sequence[FakeEngine], **spec: Any) -> None:
@@ -33,8 +34,10 @@ async def start(stand: Stand, engines: Sequence[FakeEngine], **spec: Any) -> Non
     )
 
 
-def send(stand: Stand, name: str, prompt: str, **fields: Any) -> asyncio.Task[Answer]:
-    headers = {"Authorization": f"Bearer secret-{name}"}
+def send(
+    stand: Stand, name: str, prompt: str, *, session: str = "", **fields: Any
+) -> asyncio.Task[Answer]:
+    headers = {"Authorization": f"Bearer secret-{name}", SESSION_HEADER: session}
     # No prompt is found in a prefix cache.
     prompt = f"{next(NUMBERS)} {prompt}"
     work = stand.post(completion(prompt=prompt, user=name, **fields), headers=headers)
@@ -89,6 +92,28 @@ async def test_prompts_wait_for_a_decode_engine_that_begins_nothing(stand: Stand
     decode.go.set()
     assert [answer.status for answer in await asyncio.gather(*works)] == [200] * len(works)
     assert order(prefill)[MAX_UNBEGUN + 1 :].startswith("b")
+
+
+async def test_a_prompt_that_waits_for_one_engine_holds_up_only_that_engine(stand: Stand) -> None:
+    prefills, decodes = pairs(2)[:2], pairs(2)[2:]
+    for prefill in prefills:
+        prefill.hold_prefill = True
+    await start(stand, [*prefills, *decodes])
+    works = [send(stand, "a", MEDIUM, session="chat")]
+    await until(lambda: any(each.seen for each in prefills))
+    busy, idle = sorted(prefills, key=lambda each: not each.seen)
+    works.append(send(stand, "b", LONG, session="chat"))
+    await until(lambda: waiting(stand) == 1)
+    works.append(send(stand, "a", LONG))
+    await until(lambda: idle.seen)
+    # There is room for it, but the engine is kept for the prompt that came earlier.
+    works.append(send(stand, "a", SHORT, session="chat"))
+    await until(lambda: waiting(stand) == 2)
+    busy.go.set()
+    await until(lambda: len(busy.seen) == 3)
+    idle.go.set()
+    assert {answer.status for answer in await asyncio.gather(*works)} == {200}
+    assert order(busy) == "aba"
 
 
 async def test_lower_priorities_of_a_key_go_first(stand: Stand) -> None:
