@@ -31,6 +31,7 @@ import aiohttp
 import psutil
 
 from benchmarks.router_cost import held_ports, quantiles_ms, running
+from pdlaunch.config.model_files.identity import text_digests
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.launch.client.api import Api
@@ -73,26 +74,32 @@ def measure_index() -> dict[str, Any]:
     for prompt in prompts:
         assert held.num_held(prompt.keys(BLOCK_SIZE)) == len(keys)
     lookup_us = (time.process_time() - begin_at) / len(prompts) * 1e6
-    # A message of a step: 8 blocks are stored, 8 are removed.
+    # A message of a step: 8 blocks are stored, 8 that are held are removed.
+    num_frames, num_held = 5_000, len(held)
+    new = [random_.getrandbits(64) for _ in range(8 * num_frames)]
+    old = random_.sample(list(held._keys["device"]), len(new))
     frames = [
         kv_blocks.encode(
             KVBlocks(
                 block_size=BLOCK_SIZE,
-                stored={"device": [random_.getrandbits(64) for _ in range(8)]},
-                removed={"device": [random_.getrandbits(64) for _ in range(8)]},
+                stored={"device": new[start : start + 8]},
+                removed={"device": old[start : start + 8]},
             )
         )
-        for _ in range(5_000)
+        for start in range(0, len(new), 8)
     ]
     begin_at = time.process_time()
     for frame in frames:
         held.apply(kv_blocks.decode(frame))
     took_s = time.process_time() - begin_at
+    assert len(held) == num_held
+    assert held._keys["device"].issuperset(new)
+    assert held._keys["device"].isdisjoint(old)
     return {
         "blocks": 1_000_000,
         "state_mb": round(state_bytes / 1e6),
         "lookup_us_of_2000_tokens": round(lookup_us, 1),
-        "events_per_s": round(16 * len(frames) / took_s),
+        "events_per_s": round(16 * num_frames / took_s),
     }
 
 
@@ -129,7 +136,7 @@ async def measure_reader(model_dir: str) -> dict[str, Any]:
     pool, client = told_pool(["prefill-0", "decode-0", "decode-1"]), EngineClient(lambda _: None)
     row: dict[str, Any] = {}
     with_tokens = PromptReader(pool, client, model_dir)
-    await with_tokens.load()
+    await with_tokens.load(text_digests(Path(model_dir)))
     for name, reader in {
         "with": with_tokens,
         "without": None,
@@ -439,7 +446,7 @@ async def measure_chats(
 
 def demo_model() -> tuple[str, ServedModel]:
     folder = str(next((Path.home() / ".cache/pdlaunch/models").glob("SmolLM2-135M*/")))
-    model = load_model(folder)
+    model = load_model(folder, text_digests(Path(folder)))
     assert model is not None
     return folder, model
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from pdlaunch.config.model_files.identity import only_text
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event
@@ -59,6 +60,7 @@ def next_registry(current: control.Registry, wanted: Desired, seen: Observed) ->
         withheld=wanted.withheld,
         pairs=pairs,
         ends={name: dict(counts) for name, counts in seen.ends.items()},
+        text_files=only_text(seen.model.get("server", {})),
     )
 
 
@@ -118,6 +120,7 @@ def view_of(spec: ProcessSpec, registry: control.Registry) -> control.Registry:
         # A process asks for the pairs that it has proven itself.
         pairs=[pair for pair in registry.pairs if pair.local == spec.name],
         ends={},
+        text_files={},
     )
 
 

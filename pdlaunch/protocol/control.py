@@ -274,6 +274,7 @@ class Registry(Message):
     pairs: list[PairReady] = []  # the paths between ranks that are proven now
     # How often processes have ended while the launch served, by name.
     ends: dict[str, dict[EndReason, int]] = {}
+    text_files: dict[str, str] = {}  # digests of tokenizer and templates that servers use, by name
 
 
 class Suspects(Message):

@@ -8,21 +8,26 @@
       ├─ the model's folder is here ──────> tokenizer and chat template, in a thread
       └─ otherwise ───────────────────────> an engine's /tokenize
 
-Native engines get the token ids with the request and do not tokenize again: the router runs the
-same code. vLLM gets only the text: its chat API takes no token ids, and its own tokenizer has the
-last word.
+Native engines get the token ids with the request, so that nobody tokenizes twice: these are found
+by the code that the engines run, from the files that their servers have read. vLLM gets the text
+alone: its chats take no token ids, and its own tokenizer has the last word.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 
+from pdlaunch.config.model_files.identity import changes, text_digests, text_files
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.engine.server.text import TextTokenizer, load_chat_template
 from pdlaunch.errors import ConfigError, OverloadedError, RequestError
@@ -68,8 +73,10 @@ class PromptReader:
             return prompt, None
         is_vllm, body = self._pool.is_vllm, prompt.body
         token_ids, is_own = list[int](), TOKEN_IDS.match(text) and not prompt.endpoint.is_chat
-        # Engines answer clients whose prompts are wrong.
-        with suppress(RequestError, RelayedError, OverloadedError, ValueError):
+        salt, model_name = body.get("cache_salt"), str(body.get("model") or "")
+        tokens: PromptTokens | None = None
+        # Engines answer clients whose prompts are wrong. A token id may be of any size.
+        with suppress(RequestError, RelayedError, OverloadedError, ValueError, OverflowError):
             if is_own:
                 token_ids = msgspec.json.decode(text, type=list[int])
             elif self._model is not None:
@@ -77,24 +84,26 @@ class PromptReader:
                 token_ids = await work_at_input(True, work)
             elif self._is_loaded:
                 token_ids = await self._ask(prompt)
-        if not token_ids:
+            tokens = PromptTokens(
+                token_ids,
+                adapter=model_name if model_name in self._pool.adapters else "",
+                cache_salt=salt if isinstance(salt, str) else "",
+            )
+        if tokens is None or not token_ids:
             return prompt, None
         if not is_vllm and not is_own:
             body = body | {"prompt_token_ids": msgspec.Raw(msgspec.json.encode(token_ids))}
-        salt, model_name = body.get("cache_salt"), str(body.get("model") or "")
-        tokens = PromptTokens(
-            token_ids,
-            adapter=model_name if model_name in self._pool.adapters else "",
-            cache_salt=salt if isinstance(salt, str) else "",
-        )
         read = msgspec.structs.replace(prompt, body=body, num_prompt_tokens=len(token_ids))
         return read, tokens
 
-    async def load(self) -> None:
-        """Read the tokenizer, once. It takes a second; prompts meanwhile are routed by load."""
+    async def load(self, pinned: Mapping[str, str]) -> None:
+        """Read the tokenizer, once. It takes a second; prompts meanwhile are routed by load.
+
+        ``pinned``: the ``text_digests`` of what the servers have read.
+        """
         if not self._is_loading:
             self._is_loading = True
-            self._model = await asyncio.to_thread(load_model, self._model_dir)
+            self._model = await asyncio.to_thread(load_model, self._model_dir, pinned)
             self._is_loaded = True
 
     async def _ask(self, prompt: PromptRequest) -> list[int]:
@@ -105,20 +114,29 @@ class PromptReader:
         return await self._client.tokenize(engine, fields, prompt.headers)
 
 
-def load_model(model_dir: str) -> ServedModel | None:
-    """Return the tokenizer and template; None: the model is not here, or has no tokenizer."""
+def load_model(model_dir: str, pinned: Mapping[str, str]) -> ServedModel | None:
+    """Return the tokenizer and template that servers use, which have read the ``pinned`` files.
+
+    None: the model is not here, has changed, or has no tokenizer.
+    """
     if not model_dir:
         return None
     try:
-        return ServedModel(
-            name="",
-            max_model_len=MAX_TEXT_BYTES,
-            vocab_size=_MAX_VOCAB_SIZE,
-            eos_token_ids=(),
-            tokenizer=TextTokenizer.load(model_dir),
-            chat_template=load_chat_template(model_dir),
-        )
-    except ConfigError as error:
+        # Nobody changes the copy between its digests and the reading.
+        with TemporaryDirectory(prefix="pdlaunch-") as copy:
+            for file in text_files(Path(model_dir)):
+                shutil.copy(file, copy)
+            if changed := changes(pinned, text_digests(Path(copy))):
+                raise ConfigError(f"{model_dir} has changed since this launch began: {changed}")
+            return ServedModel(
+                name="",
+                max_model_len=MAX_TEXT_BYTES,
+                vocab_size=_MAX_VOCAB_SIZE,
+                eos_token_ids=(),
+                tokenizer=TextTokenizer.load(copy),
+                chat_template=load_chat_template(copy),
+            )
+    except (ConfigError, OSError) as error:
         _logger.warning("prompts are tokenized by engines: %s", error)
         return None
 

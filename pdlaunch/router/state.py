@@ -201,7 +201,7 @@ class RouterState:
                 asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
         self._follower.update(self.pool.engines)
         if sum(engine.ready for engine in self.pool.engines) > 1:
-            self.spawn(self.reader.load())
+            self.spawn(self.reader.load(registry.text_files))
         self.events.engines_changed(registry, self.pool.engines)
         names = {each.name for each in self.pool.engines} | {
             each.name for each in self.events.gone()

@@ -6,6 +6,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
+from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, states, streamed
 from tests.e2e.conftest import default_environ, launched
@@ -14,6 +15,7 @@ from tests.e2e.waiting import await_true
 
 PROMPT = list(range(40, 100))
 NUM_TOKENS = 300
+TOKENIZED_BY_ENGINES = "prompts are tokenized by engines"
 CHANGED = "the model has changed since this launch began: {} (SHA-256 "
 
 
@@ -29,9 +31,37 @@ def test_files_that_are_overwritten_change_no_token(tmp_path: Path) -> None:
         restart_fails(deployment, "both-1/rank-0", "model.safetensors")
         for salt in "abc":
             assert complete(deployment.url, PROMPT, 16, cache_salt=salt) == expected[:16]
-        settings = model / "tokenizer_config.json"
-        settings.write_text(settings.read_text().replace("m.content", "m.role"))
+        change_template(model)
         restart_fails(deployment, "both-1", "tokenizer_config.json")
+
+
+def test_a_router_that_comes_back_takes_no_other_tokenizer(tmp_path: Path) -> None:
+    model = make_tiny_model("llama", tmp_path)
+    with launched(model, "--both", "2", environ=default_environ()) as deployment:
+        expected = prompt_of_chat(deployment)
+        change_template(model)
+        deployment.processes()["router"].kill()
+        log = deployment.log_dir / "router.log"
+        await_true(lambda: TOKENIZED_BY_ENGINES in log.read_text(), "the next one has read it")
+        assert prompt_of_chat(deployment) == expected
+
+
+def change_template(model: Path) -> None:
+    settings = model / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("m.content", "m.role"))
+
+
+def prompt_of_chat(deployment: Deployment) -> list[int]:
+    """Return the tokens of a prompt that is long enough for routers to tokenize it."""
+    chat = {
+        "messages": [{"role": "user" * 16, "content": "text" * 100}],
+        "max_tokens": 1,
+        "return_token_ids": True,
+    }
+    status, answer = Api(deployment.url).post("/v1/chat/completions", chat)
+    assert status == 200, answer
+    found: list[int] = answer["prompt_token_ids"]
+    return found
 
 
 def restart_fails(deployment: Deployment, name: str, changed: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdlaunch.config.model_files.identity import text_digests
 from pdlaunch.protocol.control import Capabilities, Registry
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import ModelCard
+from pdlaunch.router import prompt_reader
 from pdlaunch.router.client_request import (
     CHAT,
     COMPLETIONS,
@@ -91,12 +94,12 @@ async def test_native_engines_get_the_tokens_that_they_would_find(
     reader = PromptReader(pool_of("prefill-0", "decode-0"), client, str(folder))
     # Nobody waits for the tokenizer.
     assert (await reader.read(prompt_of(body)))[1] is None
-    await reader.load()
+    await reader.load(text_digests(folder))
     prompt, tokens = await reader.read(prompt_of(body))
     assert tokens is not None
     assert prompt.num_prompt_tokens == len(tokens.token_ids) > 4 * BLOCK_SIZE
     kind = ChatCompletionRequest if "messages" in body else CompletionRequest
-    model = load_model(str(folder))
+    model = load_model(str(folder), text_digests(folder))
     assert model is not None
     assert model.prompts(kind.model_validate(body)) == [tokens.token_ids]  # type: ignore[arg-type]
     for raw in (prompt.prefill_body(knows_whole_request=True), prompt.decode_body({})):
@@ -116,16 +119,51 @@ async def test_native_engines_get_the_tokens_that_they_would_find(
         (pool_of("prefill-0", "decode-0"), {"messages": [{"content": TEXT}]}),
         (pool_of("prefill-0", "decode-0"), {"messages": [TEXT] * 9}),
         (pool_of("prefill-0", "decode-0"), {"prompt": "a" * MAX_TEXT_BYTES}),
+        (pool_of("prefill-0", "decode-0"), {"prompt": [3_000_000_000, *range(64)]}),
     ],
-    ids=["one engine", "no events", "few blocks", "no prompt", "no role", "no messages", "long"],
+    ids=[
+        *("one engine", "no events", "few blocks", "no prompt", "no role", "no messages", "long"),
+        "a large token id",
+    ],
 )
 async def test_the_load_decides_where_tokens_do_not_matter_or_are_not_to_be_had(
     pool: EnginePool, body: dict[str, Any], folder: Path, client: EngineClient
 ) -> None:
     prompt = prompt_of(body)
     reader = PromptReader(pool, client, str(folder))
-    await reader.load()
+    await reader.load(text_digests(folder))
     assert await reader.read(prompt) == (prompt, None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+async def test_files_that_are_not_those_of_the_servers_tokenize_nothing(
+    name: str, folder: Path, client: EngineClient, tmp_path: Path
+) -> None:
+    pinned = text_digests(folder)
+    changed = Path(shutil.copytree(folder, tmp_path / "model"))
+    (changed / name).write_text((changed / name).read_text() + " ")
+    assert load_model(str(changed), pinned) is None
+    (changed / name).unlink()
+    assert load_model(str(changed), pinned) is None
+    assert load_model(str(folder), pinned) is not None
+
+
+async def test_a_file_that_changes_while_it_is_read_changes_no_token(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = Path(shutil.copytree(folder, tmp_path / "model"))
+
+    def digests_then_change(read: Path) -> dict[str, str]:
+        found = text_digests(read)
+        (model_dir / "tokenizer_config.json").write_text('{"chat_template": "changed"}')
+        return found
+
+    monkeypatch.setattr(prompt_reader, "text_digests", digests_then_change)
+    model, expected = (load_model(str(each), text_digests(folder)) for each in (model_dir, folder))
+    assert model is not None
+    assert expected is not None
+    request = ChatCompletionRequest.model_validate(CHAT_BODY)
+    assert model.prompts(request) == expected.prompts(request)
 
 
 async def test_vllm_gets_the_text_and_its_keys_have_adapter_and_salt(
@@ -134,7 +172,7 @@ async def test_vllm_gets_the_text_and_its_keys_have_adapter_and_salt(
     pool = pool_of("prefill-0", "decode-0", kind="vllm")
     pool.engines[0].models = [ModelCard(id="tiny"), ModelCard(id="sql", parent="tiny")]
     reader = PromptReader(pool, client, str(folder))
-    await reader.load()
+    await reader.load(text_digests(folder))
     keys = []
     # A field of vLLM's own is no reason not to look.
     for fields in ({}, {"model": "tiny"}, {"model": "sql"}, {"cache_salt": "sql"}):

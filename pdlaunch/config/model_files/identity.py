@@ -46,12 +46,21 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def text_digests(model_dir: Path) -> dict[str, str]:
-    """Return a SHA-256 (hex) of the files of tokenizer, templates and defaults, by name."""
+    """Return a SHA-256 (hex) of each of ``text_files``, by name."""
     return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(model_dir.iterdir())
-        if file.name.startswith(_TEXT_PREFIXES) and file.is_file()
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in text_files(model_dir)
     }
+
+
+def text_files(model_dir: Path) -> list[Path]:
+    """Return the files of tokenizer, templates and defaults."""
+    files = sorted(model_dir.iterdir())
+    return [file for file in files if file.name.startswith(_TEXT_PREFIXES) and file.is_file()]
+
+
+def only_text(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return the ones of ``text_digests`` among the digests of a model."""
+    return {name: each for name, each in digests.items() if name.startswith(_TEXT_PREFIXES)}
 
 
 def model_digest(digests: Mapping[str, str]) -> str:
