@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile
+from typing import Annotated
+
+import msgspec
 
 from pdlaunch.engine.kvcache.prefix_keys import TIERS, Tier
 from pdlaunch.protocol.wire import Codec, Message
@@ -19,8 +22,9 @@ _MAX_KEYS = 32_768
 class KVBlocks(Message):
     """Carries the keys of prefixes whose last block an engine holds, or holds no more."""
 
-    block_size: int  # tokens
-    num_blocks: int = 0  # tokens / block_size that the device has room for; 0: not known
+    block_size: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # tokens
+    # tokens / block_size that the device has room for; 0: not known
+    num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
     is_all: bool = False  # replaces all earlier messages
     stored: dict[Tier, list[int]] = {}
     removed: dict[Tier, list[int]] = {}

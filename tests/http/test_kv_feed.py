@@ -73,3 +73,13 @@ async def test_what_is_no_message_ends_the_reading() -> None:
     async with following(Garbage()) as messages:
         with pytest.raises(ProtocolError):
             await anext(messages)
+
+
+@pytest.mark.parametrize("sizes", [{"block_size": -5}, {"block_size": 2**62}, {"num_blocks": -1}])
+async def test_sizes_that_no_cache_has_end_the_reading(sizes: dict[str, int]) -> None:
+    feed = KVFeed()
+    async with following(feed) as messages:
+        await anext(messages)
+        feed.tell(KVBlocks(**{"block_size": 4, **sizes}))  # type: ignore[arg-type]
+        with pytest.raises(ProtocolError):
+            await anext(messages)
