@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -47,6 +48,7 @@ from pdlaunch.router.policy import RoutingRequest, choose
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prompt_reader import PromptReader, load_model
 
+_PICKS = itertools.count(1)
 BLOCK_SIZE = 16
 DEMO = "smollm2"
 KEY = "of-the-benchmark"
@@ -191,7 +193,7 @@ class SimulatedEngine:
 
     def serve(self, keys: Sequence[int]) -> int:
         """Compute a prompt; return how many of its blocks were there."""
-        self.engine.num_picks += 1
+        self.engine.last_pick = next(_PICKS)
         found = next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys))
         for key in keys:
             self.blocks[key] = None
@@ -230,7 +232,7 @@ def measure_trace(num_prefill: int, *, by_load: bool, num_prompts: int = 6_000) 
         route = choose(request, engines, index, 0.0, "pairs")
         assert route.prefill is not None
         assert route.decode is not None
-        by_name[route.decode.name].engine.num_picks += 1
+        by_name[route.decode.name].engine.last_pick = next(_PICKS)
         keys = prompt.keys(BLOCK_SIZE)
         found = by_name[route.prefill.name].serve(keys)
         if number >= num_prompts // 6:
