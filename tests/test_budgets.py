@@ -13,12 +13,21 @@ import pytest
 from tests.test_layers import ROOT, imports_of, tree_of
 
 PACKAGE = ROOT / "pdlaunch"
-TOTAL_LINES = 51_500
-TOTAL_CLASSES = 660
-TOTAL_MODULES = 280
-SINGLE_IMPORTER_MODULES = 46
+# What came after the house was halved, and its lines
+GRANTED = {
+    "answers by grammars, tool calls, log probabilities of prompts, /v1/responses": 1_120,
+    "the engine by default, causes of failed starts, help": 500,
+    "memory of every model, transports of UCX": 400,
+    "KV events and routing by them": 850,
+    "fair shares of API keys, TLS": 680,
+    "engines over hosts, data parallel ranks": 400,
+}
+TOTAL_LINES = 47_000 + sum(GRANTED.values())
+TOTAL_CLASSES = 600
+TOTAL_MODULES = 250
+SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025
-TEST_LINES = 49_500
+TEST_LINES = 48_800
 HAND_WRITTEN_PAGES = 12
 WORDS = 25_000
 GENERATED_PAGES = {"rules.md", "settings.md"}
