@@ -262,7 +262,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
         """Return the programs of engines that are not pdlaunch's own."""
         settings = [self.engine_settings(role) for role in ROLES if self.role(role).replicas]
         return tuple(
-            dict.fromkeys(each.engine_command for each in settings if each.engine != "native")
+            dict.fromkeys(each.engine_command for each in settings if each.engine == "vllm")
         )
 
     def engine_settings(self, role: Role) -> EngineSettings:
