@@ -174,6 +174,24 @@ async def measure_reader(model_dir: str) -> dict[str, Any]:
 # Shared prefixes and eviction, simulated
 
 
+class LruBlocks:
+    """Keeps the blocks that were used last."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.keys: OrderedDict[int, None] = OrderedDict()
+
+    def use(self, keys: Sequence[int]) -> tuple[int, list[int]]:
+        """Return how many of a prompt's first blocks are there, and the blocks that go for it."""
+        found = next((i for i, key in enumerate(keys) if key not in self.keys), len(keys))
+        for key in keys:
+            self.keys[key] = None
+        for key in reversed(keys):
+            self.keys.move_to_end(key)
+        num_gone = len(self.keys) - self.num_blocks
+        return found, [self.keys.popitem(last=False)[0] for _ in range(num_gone)]
+
+
 class SimulatedEngine:
     """Has room for so many blocks, and computes a prompt in no time."""
 
@@ -187,22 +205,14 @@ class SimulatedEngine:
             ready=True,
             state="ready",
         )
-        self.blocks: OrderedDict[int, None] = OrderedDict()
-        self.num_blocks = num_blocks
+        self._blocks = LruBlocks(num_blocks)
         self._held = index.begin(name)
 
     def serve(self, keys: Sequence[int]) -> int:
         """Compute a prompt; return how many of its blocks were there."""
         self.engine.last_pick = next(_PICKS)
-        found = next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys))
-        for key in keys:
-            self.blocks[key] = None
-        for key in reversed(keys):
-            self.blocks.move_to_end(key)
-        gone = [
-            self.blocks.popitem(last=False)[0] for _ in range(len(self.blocks) - self.num_blocks)
-        ]
-        sizes = {"block_size": BLOCK_SIZE, "num_blocks": self.num_blocks}
+        found, gone = self._blocks.use(keys)
+        sizes = {"block_size": BLOCK_SIZE, "num_blocks": self._blocks.num_blocks}
         self._held.apply(KVBlocks(**sizes, stored={"device": list(keys[found:])}))  # type: ignore[arg-type]
         self._held.apply(KVBlocks(**sizes, removed={"device": gone}))  # type: ignore[arg-type]
         return found

@@ -224,7 +224,8 @@ RULES = (
         "vLLM needs equally many ranks on each host. Its TCPStore, gloo, NCCL and message queues "
         "authenticate nobody, and the queues carry pickles: whoever reaches them runs code.",
         when=_cannot_spread, at="nnodes",
-        fix="Set nnodes to a divisor of tensor_parallel_size, and list as many hosts.",
+        fix="Choose nnodes so that it divides tensor_parallel_size, and list at least that many "
+        "hosts.",
         source="MultiprocExecutor and MessageQueue of vLLM 0.24 to 0.33; its listening sockets "
         "with two nodes (0.32, measured).", on_vllm=True),
     error("PD455", "Engines of one role come to different values on different hosts.",

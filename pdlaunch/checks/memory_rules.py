@@ -336,8 +336,8 @@ RULES = (
         "also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file "
         "descriptors.",
         when=_cumem_without_fabric,
-        fix="Set kv_transfer.nixl.path to auto or p2p, turn the CuMem allocator off, or give "
-        "the host an IMEX channel.",
+        fix="Set kv_transfer.nixl.path to auto or p2p, turn the CuMem allocator off, or set "
+        "up an IMEX channel on the host.",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
         "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"), on_vllm=True),
     error("PD220", "The host tier is of no use without the prefix cache.",

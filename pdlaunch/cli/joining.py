@@ -53,6 +53,7 @@ from pdlaunch.machine.host import recorded_environ
 from pdlaunch.machine.network import address_towards, default_address
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.observe.logs import setup_logging
+from pdlaunch.planning.engine_choice import choose_engine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
@@ -112,7 +113,8 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
         time.sleep(_LOOK_S)
     leave_ends_to_supervisor()
     # Its own configuration names executables: whoever has started this task starts them.
-    allowed, name = config.engine_executables, slurm.node_name(environ)
+    allowed = choose_engine(config, environ).config.engine_executables
+    name = slurm.node_name(environ)
     _serve_sessions(read_ticket(str(path)), name, allowed, [], config.join_timeout_s)
 
 
@@ -163,7 +165,8 @@ def joined_agents(
 @contextlib.contextmanager
 def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) -> Iterator[Agents]:
     with ray_cluster() as ray, contextlib.ExitStack() as stack:
-        bundles = ray_bundles(config, has_gpus=bool(ray.cluster_resources().get("GPU")))
+        chosen = choose_engine(config, os.environ).config  # agents allow the program of ``auto``
+        bundles = ray_bundles(chosen, has_gpus=bool(ray.cluster_resources().get("GPU")))
         say("waiting for Ray to place the engines")
         actors = stack.enter_context(
             placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s)

@@ -105,7 +105,7 @@ def counted(number: int, noun: str) -> str:
 def fitting(
     rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], width: int, spare: Sequence[str]
 ) -> dict[str, str]:
-    """Return the headings that fit; drop those of ``spare`` in order until they do."""
+    """Return the columns that fit into ``width``. The first of ``spare`` are dropped first."""
     shown, options = dict(headings), Console(width=_ENOUGH).options
     for name in spare:
         if Measurement.get(Console(), options, make_table(rows, shown)).maximum <= width:

@@ -255,7 +255,7 @@ class ResponseWriter:
 
 
 class ResponseStream(ClientStream):
-    """Sends the events of a response in the place of those of a chat."""
+    """Translates the events of a streamed chat into events of a response."""
 
     def __init__(
         self, http: web.BaseRequest, headers: Mapping[str, str], writer: ResponseWriter

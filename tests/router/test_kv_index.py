@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.kv_routing import LruBlocks
 from pdlaunch.engine.kvcache.prefix_keys import as_bytes, next_keys, root_key
 from pdlaunch.errors import ProtocolError
 from pdlaunch.protocol import kv_events
@@ -56,20 +57,12 @@ class LruEngine:
 
     def __init__(self, name: str, num_blocks: int) -> None:
         self.engine = engine(name)
-        self.blocks: OrderedDict[int, None] = OrderedDict()
-        self.num_blocks = num_blocks
+        self.blocks = LruBlocks(num_blocks)
         self.told: list[KVBlocks] = []
 
     def serve(self, keys: Sequence[int]) -> int:
         """Compute a prompt; return how many of its blocks were there."""
-        found = next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys))
-        for key in keys:
-            self.blocks[key] = None
-        for key in reversed(keys):
-            self.blocks.move_to_end(key)
-        gone = [
-            self.blocks.popitem(last=False)[0] for _ in range(len(self.blocks) - self.num_blocks)
-        ]
+        found, gone = self.blocks.use(keys)
         self.told.append(changed(stored=keys[found:]))
         self.told.append(changed(removed=gone))
         return found
@@ -128,8 +121,8 @@ def test_events_in_order_tell_exactly_what_an_engine_has(
     for change in held.messages():
         anew.apply(change)
     for copy in (held, anew):
-        assert len(copy) == len(one.blocks)
-        assert all(copy.num_held([key]) for key in one.blocks)
+        assert len(copy) == len(one.blocks.keys)
+        assert all(copy.num_held([key]) for key in one.blocks.keys)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

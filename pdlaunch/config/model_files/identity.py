@@ -46,7 +46,7 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def text_digests(model_dir: Path) -> dict[str, str]:
-    """Return a SHA-256 (hex) of each of ``text_files``, by name."""
+    """Return the SHA-256 (hex) of each file that ``text_files`` finds, by name."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in text_files(model_dir)
     }

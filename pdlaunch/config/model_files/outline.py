@@ -1,6 +1,6 @@
 """Estimates a model's memory in vLLM, from its config.json and the size of its weights.
 
-Unknown parts count as zero, so the estimate is a lower bound.
+The estimate is a lower bound: it leaves out parts whose size is not known.
 """
 
 from __future__ import annotations

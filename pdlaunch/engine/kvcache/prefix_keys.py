@@ -64,7 +64,7 @@ class PrefixChanges:
 
     def __init__(self) -> None:
         self.names: Mapping[bytes, int] = {}
-        """Keys by hash of the blocks that are being registered."""
+        """The key of each block that is being registered, by the block's hash."""
         self._held: dict[Tier, dict[bytes, int]] = {tier: {} for tier in TIERS}
         self._changes: dict[Tier, dict[int, bool]] = {tier: {} for tier in TIERS}
 

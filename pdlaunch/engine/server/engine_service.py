@@ -399,7 +399,7 @@ class ServerMetrics(Collector):
         self.requests.prompt_length.observe(num_prompt_tokens)
 
     def ended(self, choices: Sequence[Choice], otherwise: str) -> None:
-        """Count how the choices have ended: as they say, or else ``otherwise``."""
+        """Count the finish reasons of the choices. A choice without one counts as ``otherwise``."""
         for choice in choices:
             self.requests.finished(choice.finish_reason or otherwise)
 

@@ -85,6 +85,12 @@ def test_each_host_of_an_engine_has_a_bundle_of_ray() -> None:
     ]
 
 
+def test_agents_of_ray_allow_no_program_that_is_not_used() -> None:
+    """One that a node lacks would end its agent."""
+    config = load_config(None, {}, {"placement": "ray"}).config
+    assert not any(bundle.executables for bundle in ray_bundles(config))
+
+
 VLLM = {"engine": "vllm", "engine_command": "/opt/vllm/bin/vllm"}
 
 
