@@ -30,6 +30,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_status, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.observe.logs import escape_controls
+from pdlaunch.protocol.bottleneck import bottleneck_line
 from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, PairStatus, Percentiles
 
 UNKNOWN = "-"
@@ -131,9 +132,9 @@ def deployment_view(
     # Problems, pairs and events get at most a quarter of the lines each; engines get the rest.
     quarter = None if room is None else max(2, room // 4)
     problems, events = troubles(found)[:quarter], found.events[-(quarter or NUM_EVENTS) :]
-    # The head has three lines, routes one, each table a line of headings.
+    # The head has three lines, the bottleneck and routes one, each table a line of headings.
     num_others = (
-        3
+        4
         + bool(found.routes)
         + len(problems)
         + len(events)
@@ -152,6 +153,7 @@ def deployment_view(
     yield from (line(text, "red") for text in problems)
     if pairs := [_pair_cells(pair) for pair in found.pairs]:
         yield make_table(pairs, fitting(pairs, _PAIRS, width, ("moved", "path", "rate")), quarter)
+    yield line(escape_controls(bottleneck_line(found.bottleneck)))
     if found.routes:
         routes = escape_controls(", ".join(map(str, found.routes)))
         yield line(f"routes of the last prompts: {routes}")

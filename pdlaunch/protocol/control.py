@@ -61,6 +61,7 @@ class Capabilities(Message, tag=False):
 
     kind: str = "native"
     version: str = ""  # of the engine's software; empty until it is known
+    max_num_seqs: int = 0  # requests in one batch at most; 0: not known
     # Seconds for which a prefill engine of vLLM keeps blocks; 0: not known.
     lease_s: float = 0.0
     # Continues a prompt of token ids that ends with output tokens of another engine.

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from pdlaunch.config.roles import Role
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.control import Withheld
@@ -20,6 +21,7 @@ from pdlaunch.protocol.ids import HttpRequestId
 
 DeploymentState = Literal[Withheld, "ok", "unavailable"]
 EventKind = Literal["engine", "launch", "pair"]
+BottleneckKind = Literal["nothing", "unknown", "prefill", "decode", "kv_memory", "transfer"]
 
 
 class Pulls(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,9 +31,11 @@ class Pulls(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int = 0
     bytes_per_s: float = 0.0  # mean of the last ten seconds, whether pulls ran or not
     gigabytes_per_s: float | None = None  # speed of the last seconds' pulls while they ran
+    mean_s: float | None = None  # mean time of a pull in the last seconds; null without any
 
 
 class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
+    age_s: float = 0.0
     running: int
     waiting: int
     kv_usage: float
@@ -60,6 +64,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     health: str = "closed"
     left_out: str = ""  # the reason why it gets nothing new now; empty when it does
     load: int  # pieces of work that it has been given and not ended
+    max_running: int = 0  # largest batch; 0: not known
+    computing: float = 0.0  # share of the last ten seconds in which it computed prompts
+    waiting_prompt_tokens: float = 0.0  # tokens that it has yet to compute
+    prompt_tokens_per_s: float = 0.0  # while it computes; 0: not known
     reading: EngineReading | None = None  # null until its metrics have been read
 
     @property
@@ -139,6 +147,23 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens_per_s: float
     first_token_ms: Percentiles | None  # null where no answer has begun
     inter_token_ms: Percentiles | None
+    mean_inter_token_ms: float | None = None
+    streams: float = 0.0  # mean number of answers that have begun and go on
+
+
+class Bottleneck(msgspec.Struct, frozen=True, kw_only=True):
+    """Says what limits a deployment, and which change would help."""
+
+    kind: BottleneckKind
+    why: str
+    advice: str = ""  # what a command would do; empty: nothing is to be done
+    # By role: the share of what its engines can do that they do; above 1, work piles up.
+    use: dict[Role, float] = {}
+    engine: str = ""  # the engine that should take ``role``; empty: none should
+    role: Role | None = None
+
+
+NOT_SAID = Bottleneck(kind="unknown", why="nobody has looked yet")
 
 
 class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +180,10 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     pairs: Sequence[PairStatus]
     routes: Sequence[RouteShare]  # of the last 100 prompts
     rates: Rates  # the last ten seconds
+    # The two seconds with the fastest tokens since the router started; null: not yet known.
+    fastest: Rates | None = None
+    queued_prompt_tokens: int = 0  # those of prompts that wait at the router for an engine
+    bottleneck: Bottleneck = NOT_SAID
     history: Sequence[Rates]  # the last five minutes, oldest first
     events: Sequence[StatusEvent]  # the last 100, oldest first
 

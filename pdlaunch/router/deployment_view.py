@@ -13,12 +13,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 from aiohttp import web
 
 from pdlaunch import __version__
 from pdlaunch.http.app import AppRoute
 from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, json_response
 from pdlaunch.http.limits import Admission
+from pdlaunch.protocol.bottleneck import find_bottleneck
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import (
     DeploymentState,
@@ -34,7 +36,7 @@ from pdlaunch.protocol.status import (
 from pdlaunch.router.engine import Engine, Processes
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.router.pool import engines_of
+from pdlaunch.router.pool import EnginePool, engines_of
 from pdlaunch.router.state import RouterState
 
 READ_WAIT_S = 0.5  # an answer waits so long for engines; what comes later is in the next one
@@ -45,6 +47,10 @@ MAX_READS = 64
 STEP_S = 2.0  # between two samples that are kept, of the router's counters and of engines' pages
 WINDOW_S = 10.0  # the span of rates
 HISTORY_S = 300.0
+# The fastest tokens are those of two seconds with this many at least. Of times that differ less
+# than this factor, those count that came with fewer streams.
+LEAST_TOKENS = 20
+SAME_TIME = 1.1
 
 _FIRST_TOKEN = "pdlaunch_router_time_to_first_token_seconds_bucket"
 _INTER_TOKEN = "pdlaunch_router_inter_token_latency_seconds_bucket"
@@ -52,7 +58,13 @@ _REQUESTS = "pdlaunch_router_request_success_total"
 _ERRORS = "pdlaunch_router_request_errors_total"
 _PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
 _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
-_NAMES = (_FIRST_TOKEN, _INTER_TOKEN, _REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS)
+_GAPS_S = "pdlaunch_router_inter_token_latency_seconds_sum"
+_NUM_GAPS = "pdlaunch_router_inter_token_latency_seconds_count"
+_COMPUTING = "computing@"  # and the name of an engine: the time in which it computed prompts
+_NAMES = (
+    *(_FIRST_TOKEN, _INTER_TOKEN, _GAPS_S, _NUM_GAPS),
+    *(_REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS),
+)
 
 _BY_SOURCE = 'prompt_tokens_cached_by_source_total{{source="{}"}}'
 _METRICS = (  # metrics of native engines and of vLLM, by their name here
@@ -99,7 +111,7 @@ class DeploymentView:
         self._admission = admission
         self._model = served_model_name
         self._start_at = time.monotonic()
-        self._history = RateHistory(state.metrics, time.monotonic, time.time)
+        self._history = RateHistory(state.metrics, time.monotonic, time.time, state.pool)
         self._readings = EngineReadings(state.client, time.monotonic)
 
     def routes(self) -> list[AppRoute]:
@@ -126,7 +138,7 @@ class DeploymentView:
         """Describe the deployment as it is known now."""
         pool, events, sums = self._state.pool, self._state.events, self._history.totals()[1]
         now = self._history.now()
-        return DeploymentStatus(
+        status = DeploymentStatus(
             at=now.at,
             version=__version__,
             model=self._model,
@@ -140,9 +152,16 @@ class DeploymentView:
             pairs=self._pairs(pool.pairs),
             routes=route_shares(self._state.metrics.last_routes),
             rates=now,
+            fastest=self._history.fastest,
+            queued_prompt_tokens=self._state.turns.queue.num_tokens,
             history=list(self._history.points),
             events=events.events,
         )
+        return msgspec.structs.replace(status, bottleneck=find_bottleneck(status))
+
+    async def fresh_status(self) -> DeploymentStatus:
+        await self._readings.refresh(self._state.pool.engines)
+        return self.status()
 
     def _engine(self, engine: Engine, now_at: float) -> EngineStatus:
         return EngineStatus(
@@ -158,6 +177,10 @@ class DeploymentView:
             health=engine.health.state(now_at),
             left_out=engine.health.why(now_at) if engine.ready else "",
             load=engine.num_works,
+            max_running=engine.capabilities.max_num_seqs,
+            computing=self._history.computing(engine.name),
+            waiting_prompt_tokens=engine.waiting_tokens(now_at, engine.tokens_per_s),
+            prompt_tokens_per_s=engine.tokens_per_s,
             reading=self._readings.of(engine),
         )
 
@@ -182,8 +205,7 @@ class DeploymentView:
         ]
 
     async def _answer_status(self, _: web.Request) -> web.Response:
-        await self._readings.refresh(self._state.pool.engines)
-        return json_response(self.status())
+        return json_response(await self.fresh_status())
 
 
 def scan(page: str) -> Counts:
@@ -229,7 +251,7 @@ class EngineHistory:
         while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 2:
             self._past.popleft()
 
-    def reading(self) -> EngineReading | None:
+    def reading(self, now_at: float) -> EngineReading | None:
         """Return what the latest page says; None: there is none."""
         if not self._past:
             return None
@@ -241,6 +263,7 @@ class EngineHistory:
         total = {word: int(self._now.get(word, 0)) for word, *_ in _METRICS}
         has_host_tier = bool(total["host_blocks"])
         return EngineReading(
+            age_s=now_at - self._at,
             running=total["running"],
             waiting=total["waiting"],
             kv_usage=self._now.get("kv_usage", 0.0),
@@ -259,7 +282,9 @@ class EngineHistory:
             self._grown(f"pulled_bytes{behind}"),
         )
         span_s = self._at - self._past[0][0] if self._past else 0.0
+        num_pulls = self._grown(f"pulls{behind}")
         return Pulls(
+            mean_s=pulling_s / num_pulls if num_pulls > 0 else None,
             number=int(self._now.get(f"pulls{behind}", 0)),
             num_bytes=int(self._now.get(f"pulled_bytes{behind}", 0)),
             bytes_per_s=moved / span_s if span_s > 0 else 0.0,
@@ -289,7 +314,7 @@ class EngineReadings:
     def of(self, engine: Engine) -> EngineReading | None:
         history = self._histories.get(engine.name)
         is_its = history is not None and history.processes == engine.processes
-        return history.reading() if is_its and history is not None else None
+        return history.reading(self._clock()) if is_its and history is not None else None
 
     def pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
         """Return what ``decode`` has pulled from ``prefill``. With ``is_only`` that is all, where
@@ -345,16 +370,34 @@ class RateHistory:
         metrics: RouterMetrics,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
+        pool: EnginePool,
     ) -> None:
         self._metrics = metrics
+        self._pool = pool
+        self.fastest: Rates | None = None
         self._clock = clock
         self._wall_clock = wall_clock
         self.points: deque[Rates] = deque(maxlen=int(HISTORY_S / STEP_S))
         self._past = deque([self.totals()], maxlen=int(WINDOW_S / STEP_S))
 
     def take(self) -> None:
-        self.points.append(self._since(self._past[-1]))
+        point, fastest = self._since(self._past[-1]), self.fastest
+        self.points.append(point)
         self._past.append(self.totals())
+        token_ms = point.mean_inter_token_ms
+        if not token_ms or point.streams * point.span_s * 1e3 < LEAST_TOKENS * token_ms:
+            return
+        best_ms = fastest.mean_inter_token_ms if fastest is not None else None
+        is_lonelier = fastest is not None and point.streams < fastest.streams
+        if best_ms is None or token_ms * SAME_TIME ** (-1 if is_lonelier else 1) < best_ms:
+            self.fastest = point
+
+    def computing(self, engine: str) -> float:
+        """Return the share of the last seconds in which an engine computed prompts."""
+        (before_at, before), (now_at, now) = self._past[0], self.totals()
+        word, span_s = _COMPUTING + engine, now_at - before_at
+        grown_s = now.get(word, 0.0) - before.get(word, 0.0)
+        return min(1.0, max(0.0, grown_s / span_s)) if span_s > 0 else 0.0
 
     def now(self) -> Rates:
         return self._since(self._past[0])
@@ -368,7 +411,10 @@ class RateHistory:
             # A client that has left is no error of the deployment.
             elif sample.labels.get("status") != str(CLIENT_CLOSED_REQUEST):
                 sums[sample.name] += sample.value
-        return self._clock(), sums
+        now_at = self._clock()
+        for engine in self._pool.engines:
+            sums[_COMPUTING + engine.name] = engine.computing_since_start_s(now_at)
+        return now_at, sums
 
     def _since(self, past: tuple[float, Counts]) -> Rates:
         (before_at, before), (now_at, now) = past, self.totals()
@@ -391,6 +437,10 @@ class RateHistory:
             output_tokens_per_s=rate(_OUTPUT_TOKENS),
             first_token_ms=times(_FIRST_TOKEN),
             inter_token_ms=times(_INTER_TOKEN),
+            mean_inter_token_ms=(
+                grown[_GAPS_S] / grown[_NUM_GAPS] * 1e3 if grown[_NUM_GAPS] > 0 else None
+            ),
+            streams=rate(_GAPS_S),
         )
 
 

@@ -157,6 +157,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     # Moving sums of the prompt tokens that it has computed, and of the time that took.
     computed_tokens: float = 0.0
     computing_s: float = 0.0
+    computed_s: float = 0.0  # all time, up to ``progressed_at``, in which it had prompts to compute
 
     @property
     def place(self) -> str:
@@ -186,6 +187,9 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     def waiting_tokens(self, now_at: float, tokens_per_s: float) -> float:
         """Return how many prompt tokens it has to compute before those of a new prompt."""
         return max(0.0, self.unanswered_tokens - (now_at - self.progressed_at) * tokens_per_s)
+
+    def computing_since_start_s(self, now_at: float) -> float:
+        return self.computed_s + (now_at - self.progressed_at if self.unanswered_tokens else 0.0)
 
     @contextlib.contextmanager
     def holding(self, num_tokens: int) -> Iterator[None]:
@@ -247,12 +251,18 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
                 count(-1)
                 if num_uncached:
                     # Without a token, the time says nothing about the engine's speed.
-                    self.progressed_at = clock()
+                    self._progress(clock())
             moved()
 
     def _computed(self, num_tokens: int, now_at: float) -> None:
-        took_s = max(0.0, now_at - self.progressed_at)
+        took_s = self._progress(now_at)
         keeps = math.exp(-took_s / SPEED_MEMORY_S)
         self.computed_tokens = keeps * self.computed_tokens + num_tokens
         self.computing_s = keeps * self.computing_s + took_s
+
+    def _progress(self, now_at: float) -> float:
+        """Return the time since prompts were computed last."""
+        took_s = max(0.0, now_at - self.progressed_at)
+        self.computed_s += took_s
         self.progressed_at = now_at
+        return took_s

@@ -51,6 +51,10 @@ class FairQueue(Generic[T]):
             self._flows.append(flow)
         heapq.heappush(flow.waiting, (priority, next(self._numbers), num_tokens, item))
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(num_tokens for flow in self._flows for _, _, num_tokens, _ in flow.waiting)
+
     def by_turn(self) -> list[Flow[T]]:
         """Return the flows with something waiting, the one whose turn it is first."""
         return sorted(self._flows, key=lambda flow: (flow.tokens, flow.last_turn))

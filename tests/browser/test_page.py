@@ -60,6 +60,7 @@ async def test_it_shows_engines_their_pair_and_rates(page: Page, deployment: Dep
     assert "GB/s" in pair
     await page.until("document.querySelector('.tile .more').textContent !== '0 in all'")
     await page.until("/% (pair|decode) [(]/.test(document.querySelector('#routes').textContent)")
+    await page.until("/^Limited by: /.test(document.querySelector('#bottleneck').textContent)")
     await page.until("/run|wait/.test(document.querySelector('#drawing').textContent)")
 
 

@@ -11,11 +11,12 @@ from prometheus_client import CollectorRegistry
 from pdlaunch import __version__
 from pdlaunch.engine.server.engine_service import ServerMetrics
 from pdlaunch.observe.metrics import RequestClock, render_metrics
-from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.control import Entry, PairReady, Registry
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router import deployment_view
 from pdlaunch.router.deployment_view import NAMES, EngineHistory, RateHistory, scan
 from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.pool import EnginePool
 from tests.clock import FakeClock
 from tests.router.conftest import Stand, pair
 
@@ -116,7 +117,7 @@ async def test_of_many_engines_those_are_read_that_were_not_for_longest(
 
 def test_rates_errors_and_times_of_each_step() -> None:
     clock, metrics = FakeClock(), RouterMetrics("m")
-    history = RateHistory(metrics, clock, lambda: clock.now + 1e9)
+    history = RateHistory(metrics, clock, lambda: clock.now + 1e9, EnginePool(clock))
     request = RequestClock(metrics.requests, clock)
     clock.now += 0.5
     request.tokens(0, 1)
@@ -136,7 +137,51 @@ def test_rates_errors_and_times_of_each_step() -> None:
     assert busy.inter_token_ms is not None
     assert 300 < busy.inter_token_ms.p95 <= 500
     assert (idle.requests_per_s, idle.first_token_ms) == (0.0, None)
+    # Three tokens came together after 1.5 s.
+    assert (busy.mean_inter_token_ms, busy.streams) == (500.0, 0.25)
     assert history.now().requests_per_s == 0.25
+
+
+def test_the_fastest_tokens_are_those_of_few_streams() -> None:
+    clock, metrics = FakeClock(), RouterMetrics("m")
+    history = RateHistory(metrics, clock, lambda: clock.now, EnginePool(clock))
+
+    def take(token_ms: float, num_streams: int) -> float | None:
+        """Let streams run for two seconds; return what the fastest of all tokens took."""
+        for _ in range(int(2_000 / token_ms)):
+            for _ in range(num_streams):
+                metrics.requests.sent(1, token_ms / 1e3)
+        clock.now += 2.0
+        history.take()
+        best = history.fastest
+        return None if best is None else best.mean_inter_token_ms
+
+    assert take(500, 2) is None  # eight tokens say nothing
+    assert take(20, 8) == pytest.approx(20)
+    assert take(40, 16) == pytest.approx(20)
+    assert take(21, 1) == pytest.approx(21)  # as fast as that, but alone
+    assert take(20, 8) == pytest.approx(21)
+    assert take(10, 8) == pytest.approx(10)
+
+
+def test_the_time_in_which_an_engine_computes_prompts() -> None:
+    clock = FakeClock()
+    pool = EnginePool(clock)
+    entry = Entry(name="prefill-0", kind="server", engine="prefill-0", incarnation=1, state="ready")
+    pool.update(Registry(version=1, entries=[entry]))
+    history = RateHistory(RouterMetrics("m"), clock, clock, pool)
+    (engine,) = pool.engines
+    clock.now += 1.0
+    for outcome in ("a token", "a failure"):
+        with engine.working(clock, num_prompt_tokens=10, num_uncached=10) as begin:
+            clock.now += 1.0
+            assert history.computing("prefill-0") == pytest.approx(
+                {"a token": 1 / 2, "a failure": 2 / 4}[outcome]
+            )
+            if outcome == "a token":
+                begin()
+        clock.now += 1.0
+    assert history.computing("prefill-0") == pytest.approx(2 / 5)
 
 
 def counts(**values: float) -> dict[str, float]:
@@ -177,22 +222,24 @@ def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
 def test_rates_and_shares_are_of_the_last_seconds() -> None:
     book = EngineHistory((1,))
     book.add(0.0, counts(prompt_tokens=100, device_hits=100, pulled_bytes=0))
-    assert book.reading() is not None
+    assert book.reading(200.0) is not None
     book.add(50.0, counts(prompt_tokens=100, device_hits=100, pulled_bytes=0))
-    later = counts(prompt_tokens=300, device_hits=150, pulled_bytes=8e9, pull_seconds=2)
+    later = counts(prompt_tokens=300, device_hits=150, pulled_bytes=8e9)
+    later |= counts(pull_seconds=2, pulls=8)
     book.add(55.0, later)
-    shown = book.reading()
+    shown = book.reading(200.0)
     assert shown is not None
     assert (shown.pulls.bytes_per_s, shown.pulls.gigabytes_per_s) == (1.6e9, 4.0)
+    assert (shown.age_s, shown.pulls.mean_s) == (145.0, 0.25)
     assert shown.cache is not None
     assert (shown.cache["device"], shown.cache["remote"]) == (0.25, 0.0)
     # Later there were no prompts; whoever looks seldom sees what was since the last look.
     book.add(120.0, later)
-    shown = book.reading()
+    shown = book.reading(200.0)
     assert shown is not None
     assert (shown.cache, shown.pulls.bytes_per_s) == (None, 0.0)
     book.add(180.0, later | counts(pulled_bytes=14e9))
-    shown = book.reading()
+    shown = book.reading(200.0)
     assert shown is not None
     assert shown.pulls.bytes_per_s == 1e8
     # Its ranks were restarted: they count from zero.

@@ -67,7 +67,7 @@ class NativeEngine:
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
         assert spec is not None
-        return Capabilities(version=__version__)
+        return Capabilities(version=__version__, max_num_seqs=spec.max_num_seqs)
 
     def rules(self) -> Sequence[Rule]:
         """Return the rules of ``check-config``: all but those on other engines."""

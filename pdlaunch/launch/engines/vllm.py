@@ -104,15 +104,19 @@ class VllmEngine:
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
         assert process.role is not None
-        engine_args = self._config.engine_settings(process.role).engine_args
+        settings = self._config.engine_settings(process.role)
+        given = self._config.model_fields_set | self._config.role(process.role).model_fields_set
+        # Each data parallel rank has a batch.
+        max_num_seqs = settings.max_num_seqs * settings.data_parallel_size
         transfer = self._config.kv_transfer
         return msgspec.structs.replace(
             CAPABILITIES,
             # vLLM's own connector counts leases in whole seconds.
             lease_s=float(int(transfer.lease_s)) if transfer.is_stock else transfer.lease_s,
             splits_reasoning=any(
-                name.replace("_", "-") == "reasoning-parser" for name in engine_args
+                name.replace("_", "-") == "reasoning-parser" for name in settings.engine_args
             ),
+            max_num_seqs=max_num_seqs if "max_num_seqs" in given else 0,
         )
 
     def rules(self) -> Sequence[Rule]:

@@ -168,6 +168,9 @@ function draw() {
   tiles();
   if (!byId("drawing").hidden) drawFlow(byId("drawing"), status);
   if (!byId("tables").hidden) drawTables(byId("tables"), status);
+  const { kind, why, advice } = status.bottleneck;
+  byId("bottleneck").textContent =
+    `Limited by: ${kind.replace("_", " ")} (${why}${advice ? `; ${advice}` : ""})`;
   byId("routes").textContent = status.routes.length
     ? `Last prompts: ${status.routes.map((one) => `${percent(one.share)} ${one.kind} (${one.reason})`).join(", ")}`
     : "";

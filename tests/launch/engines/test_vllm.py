@@ -183,6 +183,15 @@ def test_engines_have_our_connector_unless_vllms_own_is_asked_for(
     assert shown == (f"no: {reason}" if reason else "yes")
 
 
+def test_the_largest_batch_is_known_when_it_is_set() -> None:
+    given = {"data_parallel_size": 2, "max_num_seqs": 32}
+    for settings, known in ({}, 0), ({"prefill": {"max_num_seqs": 8}}, 8), (given, 64):
+        launch = resolved(config(engine="vllm", **settings), CPU)
+        processes = plan_processes(launch).processes
+        server = next(each for each in processes if each.role == "prefill")
+        assert kind_of(launch).capabilities(server, None).max_num_seqs == known
+
+
 @pytest.mark.parametrize("arguments", [{}, {"reasoning_parser": "qwen3"}])
 def test_what_it_can_do_follows_from_lease_and_arguments(arguments: dict[str, str]) -> None:
     settings = config(engine="vllm", engine_args=arguments, kv_transfer={"lease_s": 12})

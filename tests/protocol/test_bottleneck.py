@@ -1,0 +1,197 @@
+"""Which role limits a deployment, and which change would help, from figures alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.config.roles import PAIR
+from pdlaunch.protocol.bottleneck import GAIN, HIGH, bottleneck_line, find_bottleneck
+from pdlaunch.protocol.status import (
+    DeploymentStatus,
+    EngineReading,
+    EngineStatus,
+    Percentiles,
+    Pulls,
+    Rates,
+)
+from tests.cli import deployment_server
+
+
+def rates(token_ms: float | None = 10.0, streams: float = 1.0) -> Rates:
+    first_ms = Percentiles(p50=100.0, p95=100.0)
+    fields = {"first_token_ms": first_ms, "mean_inter_token_ms": token_ms, "streams": streams}
+    return msgspec.structs.replace(deployment_server.rates(1.0), **fields)
+
+
+LONE, SLOW = rates(10.0, streams=1.0), rates(50.0, streams=40.0)
+READING = EngineReading(
+    running=1,
+    waiting=0,
+    kv_usage=0.1,
+    host_usage=None,
+    cache=None,
+    pulls=Pulls(),
+    failed_pulls=0,
+    refused_pulls=0,
+)
+
+
+def engine(name: str, reading: dict[str, Any] | None = None, **fields: Any) -> EngineStatus:
+    """Return an engine that does little; its name begins with its role."""
+    return deployment_server.engine(
+        name,
+        name.partition("-")[0],
+        reading=msgspec.structs.replace(READING, **(reading or {})),
+        **({"prompt_tokens_per_s": 1000.0} | fields),
+    )
+
+
+def status(*engines: EngineStatus, **fields: Any) -> DeploymentStatus:
+    return deployment_server.deployment(*engines, **({"rates": LONE, "fastest": LONE} | fields))
+
+
+BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
+
+
+@pytest.mark.parametrize(
+    ("seen", "kind", "why"),
+    [
+        (status(engine("prefill-0"), engine("decode-0")), "nothing", "prefill is used 0%"),
+        (
+            status(engine("prefill-0", **BUSY), engine("decode-0")),
+            "prefill",
+            "prompts wait 3.2 s for prefill, which computes 100% of the time",
+        ),
+        (
+            status(
+                engine("prefill-0", computing=0.5), engine("decode-0"), queued_prompt_tokens=5000
+            ),
+            "prefill",
+            "prompts wait 5.0 s",
+        ),
+        (
+            status(engine("prefill-0"), engine("decode-0"), rates=SLOW),
+            "decode",
+            "a token takes 50.0 ms, 10.0 ms with few streams",
+        ),
+        (
+            status(
+                engine("prefill-0"), engine("decode-0", {"running": 8, "waiting": 4}, max_running=8)
+            ),
+            "decode",
+            "8 of at most 8 requests run, 4 wait",
+        ),
+        (
+            status(engine("prefill-0"), engine("decode-0", {"kv_usage": 0.97, "waiting": 2})),
+            "kv_memory",
+            "the KV caches are 100% full, 2 wait",
+        ),
+        (
+            status(engine("prefill-0"), engine("decode-0", {"pulls": Pulls(mean_s=0.4)})),
+            "transfer",
+            "a pull takes 400 ms, the first token 100 ms",
+        ),
+        (status(engine("both-0", **BUSY)), "prefill", "prompts wait 3.2 s for both"),
+        (status(engine("both-0"), rates=SLOW), "decode", "both: a token takes 50.0 ms"),
+        (status(engine("prefill-0", {"age_s": 11.0})), "unknown", "prefill-0 did not say"),
+        (status(engine("prefill-0", state="starting")), "unknown", "no engine is ready"),
+    ],
+)
+def test_what_limits(seen: DeploymentStatus, kind: str, why: str) -> None:
+    found = find_bottleneck(seen)
+    assert found.kind == kind
+    assert why in found.why
+    assert why in bottleneck_line(found)
+    assert not found.engine
+
+
+PREFILL_HEAVY = (engine("prefill-0", **BUSY), engine("decode-0"), engine("decode-1", load=0))
+DECODE_HEAVY = (engine("prefill-0", load=0), engine("prefill-1", computing=0.3), engine("decode-0"))
+
+
+def test_a_role_that_can_spare_an_engine_gives_one() -> None:
+    found = find_bottleneck(status(*PREFILL_HEAVY))
+    assert (found.engine, found.role) == ("decode-1", "prefill")
+    assert found.advice == (
+        "`pdlaunch role decode-1 prefill` would bring prefill from 132% to 66%, and decode from "
+        "10% to 20%"
+    )
+    found = find_bottleneck(status(*DECODE_HEAVY, rates=SLOW))
+    assert (found.engine, found.role) == ("prefill-0", "decode")
+
+
+@pytest.mark.parametrize(
+    ("seen", "reason"),
+    [
+        (status(*PREFILL_HEAVY[:2]), "there is no second decode engine"),
+        (status(*DECODE_HEAVY[1:], rates=SLOW), "there is no second prefill engine"),
+        # 40 streams of two engines, and nobody knows how fast a lone one would be
+        (status(*PREFILL_HEAVY, rates=SLOW, fastest=None), "decode might be used 190%"),
+        (status(*PREFILL_HEAVY, rates=SLOW, fastest=SLOW), "decode might be used 190%"),
+        (status(*PREFILL_HEAVY, rates=rates(20.0, streams=9)), "decode might be used 100%"),
+        (status(*PREFILL_HEAVY, engine("decode-2", state="sleeping")), "decode-2 is not ready"),
+        (status(*PREFILL_HEAVY[:2], engine("decode-1", health="open")), "decode-1 is not ready"),
+    ],
+)
+def test_an_engine_that_cannot_be_spared_stays(seen: DeploymentStatus, reason: str) -> None:
+    found = find_bottleneck(seen)
+    assert not found.engine
+    assert reason in found.advice
+    assert "`pdlaunch scale " in found.advice
+
+
+def test_few_streams_are_never_much_however_slow_the_machine_is() -> None:
+    slow = rates(500.0, streams=2.0)
+    found = find_bottleneck(status(*PREFILL_HEAVY, rates=slow, fastest=LONE))
+    assert found.engine == "decode-1"
+
+
+SHARES = st.floats(0, 1)
+
+
+@given(
+    num=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    computing=SHARES,
+    waiting=st.floats(0, 1e5),
+    speed=st.floats(0, 1e5),
+    kv=SHARES,
+    running=st.integers(0, 300),
+    queued=st.integers(0, 10**6),
+    tokens=st.tuples(st.none() | st.floats(0.1, 1e3), st.floats(0, 300)),
+    fastest=st.none() | st.tuples(st.floats(0.1, 1e3), st.floats(0, 300)),
+)
+def test_a_change_helps_by_the_figures_and_leaves_an_engine_of_each_role(
+    num: tuple[int, int],
+    computing: float,
+    waiting: float,
+    speed: float,
+    kv: float,
+    running: int,
+    queued: int,
+    tokens: tuple[float | None, float],
+    fastest: tuple[float, float] | None,
+) -> None:
+    prompts = {"computing": computing, "waiting_prompt_tokens": waiting}
+    prompts["prompt_tokens_per_s"] = speed
+    engines = [
+        *(engine(f"prefill-{i}", **prompts) for i in range(num[0])),
+        *(engine(f"decode-{i}", {"kv_usage": kv, "running": running}) for i in range(num[1])),
+    ]
+    best = None if fastest is None else rates(*fastest)
+    seen = status(*engines, rates=rates(*tokens), fastest=best, queued_prompt_tokens=queued)
+    found = find_bottleneck(seen)
+    if not found.engine:
+        return
+    assert found.role is not None
+    giver = PAIR[found.role == "prefill"]
+    counts = dict(zip(PAIR, num, strict=True))
+    assert found.engine.startswith(giver)
+    assert counts[giver] > 1
+    assert found.use[found.role] >= HIGH
+    left = found.use[giver] * counts[giver] / (counts[giver] - 1)
+    assert left <= GAIN * found.use[found.role]
