@@ -23,8 +23,8 @@ from pdlaunch.errors import RequestError
 from pdlaunch.http.connections import must_end
 from pdlaunch.http.errors import (
     CLIENT_CLOSED_REQUEST,
-    STARTING,
     error_response,
+    is_poll,
     json_response,
     model_not_found,
 )
@@ -144,8 +144,8 @@ class HttpApp:
         """Return whether a client has lost a request. Views, commands, unknown paths and polls
         during a start do not count.
         """
-        is_poll = isinstance(error, RequestError) and error.code == STARTING
-        return route is not self._no_route and not path.startswith("/pdlaunch/") and not is_poll
+        is_counted = route is not self._no_route and not path.startswith("/pdlaunch/")
+        return is_counted and not is_poll(error)
 
     def _check(self, route: AppRoute, http: web.Request) -> None:
         if self._is_trusted(http):

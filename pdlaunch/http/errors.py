@@ -42,6 +42,11 @@ class RelayedError(PdlaunchError):
         self.headers = headers
 
 
+def is_poll(error: BaseException | None) -> bool:
+    """Return whether a request came before the launch served, as those of people who wait do."""
+    return isinstance(error, RequestError) and error.code == STARTING
+
+
 def error_response(error: BaseException) -> web.Response:
     """Return the answer to a request that failed before its answer began."""
     if isinstance(error, RelayedError):

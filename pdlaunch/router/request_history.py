@@ -16,7 +16,13 @@ from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute, End
-from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status, json_response
+from pdlaunch.http.errors import (
+    CLIENT_CLOSED_REQUEST,
+    RelayedError,
+    error_status,
+    is_poll,
+    json_response,
+)
 from pdlaunch.observe.logs import FIELDS
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import (
@@ -331,7 +337,8 @@ class RequestHistory:
         if error is not None:
             record.fail(error)
         record.end(status)
-        self._done.append(record)
+        if not is_poll(error):
+            self._done.append(record)
         try:
             log_request(record)
         except Exception:  # A record must never cost an answer.

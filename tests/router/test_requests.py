@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.protocol.control import Registry
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace
 from pdlaunch.router.request_history import MAX_HEARD_SPANS
 from tests.router.conftest import SPEC, Stand, client_key, pair
@@ -149,6 +150,13 @@ async def test_refusals_are_told(
         (summary,) = msgspec.json.decode(await response.read(), type=RequestList).requests
     assert (summary.status, summary.state) == (status, "done")
     assert said in (summary.error or "")
+
+
+async def test_who_waits_for_the_start_has_not_failed(stand: Stand) -> None:
+    await stand.start(pair())
+    stand.state.update(Registry(version=9, entries=[], withheld="starting"))
+    assert (await stand.post(completion())).status == 503
+    assert not await listed(stand)
 
 
 async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
