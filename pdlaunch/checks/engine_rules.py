@@ -49,7 +49,7 @@ _PORT, _LAYOUT = "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_SSM_CONV_STATE_LAYOUT"
 # The first vLLM with the interface of pdlaunch's connector, and the last that was tried
 _OLDEST, _NEWEST = (0, 24), (0, 33)
 _OLDEST_WITH_STATE = (0, 30)
-_CACHES_STATES_SINCE = (0, 28)  # vLLM's own connector
+_CACHES_STATES_SINCE = (0, 28)  # vLLM's own connector; by default since then
 # The first vLLM whose connector gives the memory of the KV cache, and hears of sleep
 _POOLS_SINCE = {"enable_cumem_allocator": (0, 31), "enable_sleep_mode": (0, 33)}
 # The first vLLM whose host tier hears which blocks are pulled into. Earlier ones may still copy
@@ -250,17 +250,20 @@ def _with_state(context: Context) -> Iterator[RoleEngines]:
 def _cached_states(context: Context) -> Iterator[Found]:
     name = "enable_prefix_caching"
     for prefill, decode in _stock_pair(context):
-        is_on = decode.settings.enable_prefix_caching and name in decode.given
+        is_known = context.engine_commands(decode.role)
+        is_new = bool(is_known) and not _is_before(context, decode, _CACHES_STATES_SINCE)
+        is_on = decode.settings.enable_prefix_caching and (name in decode.given or is_new)
         if not decode.model.has_state or not is_on:
             continue
         place, sizes = decode.where(name), [(it.tp_size, it.block_size) for it in (prefill, decode)]
-        is_known = context.engine_commands(decode.role)
-        if not is_known or _is_before(context, decode, _CACHES_STATES_SINCE):
+        if not is_new:
             yield Found(
                 f"{name} is on for decode, whose vLLM is not known to be 0.28 or newer", place
             )
         elif sizes[0] != sizes[1]:
-            yield Found(f"{name} is on, and TP or block sizes of prefill and decode differ", place)
+            default = "" if name in decode.given else " by default"
+            message = f"{name} is on{default}, and TP or block sizes of prefill and decode differ"
+            yield Found(message, place)
 
 
 def _dev_ports(context: Context) -> Iterator[Found]:
@@ -374,7 +377,7 @@ RULES = (
         "Its interface may have changed. Each pair is proven with real blocks before it serves.",
         over=_versions, when=lambda it: it[1][1] > _NEWEST, at="engine_command",
         message="engine_command of {0.role} is vLLM {1[0]}",
-        fix="Nothing to fix where the launch gets ready; else take vLLM 0.33.",
+        fix="Take vLLM 0.33 if the launch does not get ready.",
         source="vLLM 0.24 to 0.33.", needs=("engine_commands",)),
     warning("PD618", "Routes that run methods in an engine are open at its port.",
         "Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without any key. At a "
@@ -449,14 +452,14 @@ RULES = (
         fix=f"Set {_LAYOUT}: DS in env.", source="vLLM 0.32: nixl/base_worker.py."),
     warning("PD636", "Decode keeps states of a hybrid model in its prefix cache.",
         "Before 0.28 decode ends with the assertion 'SSM can only have one local block' at the "
-        "first cache hit (by default its cache is off). Later versions refuse the handshake if the "
-        "attention blocks of both sides hold different numbers of tokens, as with different TP "
-        "sizes.",
+        "first cache hit (by default its cache is off). Later versions cache states by default, "
+        "and refuse the handshake if the attention blocks of both sides hold different numbers of "
+        "tokens, as with different TP sizes.",
         when=_cached_states,
         fix="Set decode.enable_prefix_caching to false, or use vLLM 0.28 or newer "
         "and equal TP and block sizes.",
-        source="ai-dynamo/dynamo#12197; vllm-project/vllm#42554; nixl/base_worker.py of vLLM 0.24, "
-        "0.32 and 0.33."),
+        source="ai-dynamo/dynamo#12197; vllm-project/vllm#42554; vllm-project/vllm#50991 (the "
+        "default, since 0.28); nixl/base_worker.py of vLLM 0.24, 0.32 and 0.33."),
     error("PD630", "env gives a variable of vLLM that pdlaunch sets itself.",
         "The side channel tells every caller where KV blocks are, and decode dials the address "
         "that it binds. Dev mode adds /collective_rpc, by which whoever can connect runs any "

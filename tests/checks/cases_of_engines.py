@@ -14,6 +14,7 @@ DS = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS"}
 FOUND = EngineCommand(version="0.32.0")
 OLDER = EngineCommand(version="0.31.1")
 NEW = EngineCommand(version="0.33.0")
+OLDEST = EngineCommand(version="0.24.0")
 TIER: dict[str, Any] = {"engine_args": {"kv_offloading_size": 4}}
 CACHED_STATES: dict[str, Any] = {"has_state": True, "enable_prefix_caching": True, **STOCK}
 ALIKE = {
@@ -187,13 +188,16 @@ CASES: dict[str, Case] = {
     "PD636": Case(
         [
             vllm(has_state=True, decode__enable_prefix_caching=True, **STOCK),
-            told(FOUND, EngineCommand(version="0.24.0"), **CACHED_STATES),
+            told(FOUND, OLDEST, **CACHED_STATES),
             told(FOUND, decode__tensor_parallel_size=3, **CACHED_STATES),
+            told(FOUND, decode__tensor_parallel_size=3, has_state=True, **STOCK),
         ],
         [
             told(FOUND, **CACHED_STATES),
             vllm(has_state=True, prefill__enable_prefix_caching=True, **STOCK),
             vllm(has_state=True, **STOCK),
+            told(FOUND, has_state=True, **STOCK),
+            told(FOUND, OLDEST, decode__tensor_parallel_size=3, has_state=True, **STOCK),
             vllm(enable_prefix_caching=True, **STOCK),
         ],
     ),
