@@ -80,7 +80,8 @@ def rules_page() -> str:
             lines += ["", f"## {rule.code[:3]}xx: {title}"]
         lines += ["", f"### {rule.code} ({rule.severity})", ""]
         lines += [*_wrap(f"**{rule.title}** {rule.why}"), ""]
-        lines += _wrap(f"- Fix: {rule.fix}") + _wrap(f"- Source: {rule.source}")
+        lines += _wrap(f"- Fix: {rule.fix}") if rule.fix else []
+        lines += _wrap(f"- Source: {rule.source}")
         if rule.needs:
             lines += _wrap(f"- Needs: {', '.join(rule.needs)}")
     return "\n".join(lines) + "\n"

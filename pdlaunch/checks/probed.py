@@ -101,6 +101,7 @@ class SeenPair:
     # and other requests may have read them
     is_told: bool = True
     seconds: float = 0.0
+    transport: str = ""  # of UCX; empty: not known
     wrong_address: str = ""  # the reason why decode cannot find the side channel there
 
 

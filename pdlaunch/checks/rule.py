@@ -69,7 +69,7 @@ class Rule:
     severity: Severity
     title: str  # one sentence that states what is wrong
     why: str
-    fix: str
+    fix: str  # empty: nothing to fix
     source: str  # the source of the knowledge
     when: Callable[[Any], Outcome]
     over: Callable[[Context], Iterable[Any]] = lambda context: (context,)

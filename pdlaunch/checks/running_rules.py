@@ -14,6 +14,10 @@ _BYTES_ALONE = (
     "; READs of other requests may be among them, as decode does not tell what it had to compute: "
     "start it with --enable-prompt-tokens-details"
 )
+_NO_TRANSPORT = (
+    "; the transport of UCX is unknown: start decode with UCX_PROTO_INFO=y, its output in a file, "
+    "and run doctor on its host"
+)
 _ENOUGH_ANSWERS = 10
 _CANARY_TOKENS = 4  # no canary has prefill make more tokens
 
@@ -80,8 +84,9 @@ def _seen(context: Context) -> Iterator[Found]:
     for pair in _pairs(context):
         if not pair.problem:
             moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
+            over = f" over {pair.transport}" if pair.transport else _NO_TRANSPORT
             caveat = "" if pair.is_told else _BYTES_ALONE
-            yield Found(f"{moved}{caveat}", f"{pair.prefill} -> {pair.decode}")
+            yield Found(f"{moved}{over}{caveat}", f"{pair.prefill} -> {pair.decode}")
 
 
 def _reads(each: SeenEngine) -> str:
@@ -179,7 +184,7 @@ RULES = (
         "The speed is the mean of all READs since the start, given once 64 MiB were read. READs at "
         "the same time share a link.",
         when=_seen,
-        fix="Nothing to fix.",
+        fix="",
         source="/version and /metrics of each engine, and a canary through each pair.",
         needs=("deployment",)),
     error("PD661", "Prefill tells decode to shake hands with it at an address that is not its own.",

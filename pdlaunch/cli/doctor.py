@@ -28,6 +28,7 @@ from pdlaunch.http.watch.engine_api import Counts, EngineApi
 from pdlaunch.launch.client.admin import own_launches
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.ucx_log import transport_of
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import THIS_HOST, resolve
 
@@ -262,6 +263,19 @@ def is_here(url: str) -> bool:
     return any(each.address.partition("%")[0] in found for device in devices for each in device)
 
 
+def _transport(url: str) -> str:
+    """Return what UCX has printed to the log of an engine on this host; empty if unknown."""
+    if url.startswith(UNIX) or not is_here(url):
+        return ""
+    listeners = {
+        each.pid
+        for each in psutil.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN and each.laddr[1:] == (urlsplit(url).port,)
+    }
+    found = (transport_of(each) for each in listeners if each is not None)
+    return next(filter(None, found), "")
+
+
 async def _prove(
     prefill: SeenEngine, decode: SeenEngine, apis: Mapping[str, EngineApi], *, is_exact: bool
 ) -> SeenPair:
@@ -285,6 +299,8 @@ async def _prove(
             num_bytes=proof.num_bytes,
             is_told=proof.is_told,
             seconds=round(proof.seconds, 3),
+            # UCX prints it at the first READ, which the canary may have been.
+            transport=_transport(decode.url),
         )
         params = proof.params
     host = params.get("remote_host") if prefill.kind == "vllm" else None

@@ -89,7 +89,8 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
             head = Text(f"{finding.rule} ", style=f"bold {STYLES[severity]}")
             place = Text(safe(_place(finding)), style="bold")
             say(head + place + Text(f"  {safe(finding.message)}", style="not bold default"), 2)
-            say(Text(f"fix: {safe(finding.fix)}", style="dim"), 8)
+            if finding.fix:
+                say(Text(f"fix: {safe(finding.fix)}", style="dim"), 8)
     if gaps := _gaps(report):
         say(Text("not checked", style="bold"))
         for gap in gaps:

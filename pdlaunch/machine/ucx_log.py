@@ -1,4 +1,4 @@
-"""Finds UCX's transport for READs in the log of this process.
+"""Finds UCX's transport for READs in the log of this process, or of another one.
 
 NIXL does not report it. UCX prints a table at its first choice for a kind of peer and memory::
 
@@ -34,9 +34,7 @@ class ReadTransports:
                 log.seek(begin)
                 text = log.read()
             self._read_to = begin + len(text)
-            if tables := _TABLE.findall(text.decode(errors="replace")):
-                # Ranks of an engine share a log; one without a direct path is the slowest.
-                self._known = max(map(_named, tables), key=lambda name: EMULATION in name)
+            self._known = _transport_in(text) or self._known
         return self._known
 
     @staticmethod
@@ -44,9 +42,24 @@ class ReadTransports:
         return _STDOUT.stat().st_size if _STDOUT.is_file() else 0
 
 
+def transport_of(process: int) -> str:
+    """Return what another process has printed; empty if its output is unknown or no file."""
+    try:
+        output = Path(f"/proc/{process}/fd/1")
+        return _transport_in(output.read_bytes()) if output.is_file() else ""
+    except OSError:
+        return ""
+
+
 def path_over(path: str, transport: str) -> str:
     """Return the name of a path with the transport that carries it: ``nixl/UCX (cma)``."""
     return f"{path} ({transport})" if transport else path
+
+
+def _transport_in(text: bytes) -> str:
+    # Ranks of an engine share a log; one without a direct path is the slowest.
+    tables = map(_named, _TABLE.findall(text.decode(errors="replace")))
+    return max(tables, key=lambda name: EMULATION in name, default="")
 
 
 def _named(table: tuple[str, str]) -> str:

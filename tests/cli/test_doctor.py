@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +17,12 @@ import pytest
 from aiohttp import web
 from typer.testing import Result
 
-from pdlaunch.cli.doctor import is_here
+from pdlaunch.cli.doctor import _transport, is_here
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.protocol.process import run_dirs
 from tests.command_line import invoke
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
+from tests.machine.test_ucx_log import table
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "PD650": ({"healthy": False}, "is not healthy"),
@@ -82,6 +85,7 @@ def test_a_good_pair_is_proven_by_one_short_prompt(tmp_path: Path) -> None:
         result = run(*flags, "--format", "json")
         assert result.exit_code == 0, result.output
         assert [len(engine.bodies) for engine in (prefill, decode)] == [2, 1]
+        assert "fix:" not in run(*flags).output
     report = report_of(result)
     assert {item["rule"] for item in report["findings"]} == {"PD660"}
     (pair,) = report["resolved"]["deployment"]["pairs"]
@@ -89,6 +93,7 @@ def test_a_good_pair_is_proven_by_one_short_prompt(tmp_path: Path) -> None:
     texts = [item["message"] for item in report["findings"]]
     assert any("vLLM 0.32.0+cpu" in text for text in texts)
     assert any("too few to tell a speed" in text for text in texts)
+    assert any("the transport of UCX is unknown" in text for text in texts)
 
 
 @pytest.mark.parametrize("code", WRONG)
@@ -115,6 +120,28 @@ def test_an_address_at_which_decode_finds_itself(tmp_path: Path) -> None:
         messages = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
         assert "to dial 0.0.0.0" in messages["PD661"]
         assert ("PD654" in messages) == (not moves_bytes)
+
+
+@pytest.mark.processes
+def test_the_transport_stands_in_the_log_of_an_engine_on_this_host(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(table(("0..inf", "software emulation", "tcp/lo")))
+    listen = "import socket, sys; s = socket.create_server(('127.0.0.1', 0))"
+    program = f"{listen}; print(s.getsockname()[1], file=sys.stderr, flush=True); input()"
+    with (
+        log.open("ab") as output,
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.PIPE,
+        ) as engine,
+    ):
+        assert engine.stderr is not None
+        port = int(engine.stderr.readline())
+        assert _transport(f"http://127.0.0.1:{port}") == "tcp, software emulation"
+        engine.kill()
+    assert _transport(f"http://127.0.0.1:{port}") == ""
 
 
 def test_without_a_canary_no_prompt_is_sent(tmp_path: Path) -> None:
