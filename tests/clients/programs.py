@@ -6,6 +6,7 @@ grammar guarantees, and nothing of what they say. Runs in the environment of ``i
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from typing import Any, Literal
@@ -56,6 +57,20 @@ def of_openai(url: str, _: str) -> None:
         "Well. ",
     )
     assert call.function.arguments == '{"city": "Oslo"}'
+    # tool_choice auto: the model itself answers with text, or calls as it has called before.
+    greet = [{"role": "user", "content": "Say hello."}]
+    said = client.chat.completions.create(**fields | {"messages": greet}, tools=[tool]).choices[0]
+    assert (said.finish_reason, bool(said.message.content)) == ("stop", True)
+    assert not said.message.tool_calls
+    called = '<tool_call>\n{"name": "Weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    before = [
+        {"role": "user", "content": "How is the weather in Rome?"},
+        {"role": "assistant", "content": called},
+    ]
+    steered = fields | {"messages": before + QUESTION}
+    chosen = client.chat.completions.create(**steered, tools=[tool]).choices[0]
+    assert chosen.finish_reason == "tool_calls"
+    assert json.loads(chosen.message.tool_calls[0].function.arguments)["city"] == "Oslo"
     history = [*QUESTION, answer.choices[0].message, _result_of(call.id)]
     client.chat.completions.create(**fields | {"messages": history}, tools=[tool], max_tokens=4)
 

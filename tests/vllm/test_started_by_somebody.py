@@ -40,7 +40,6 @@ from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
 pytestmark = pytest.mark.vllm_long
 
 MODEL = "smollm2"
-RECOMPUTES = "pdlaunch_router_silent_recomputes_total"
 TRANSFER = {
     "kv_connector": "NixlConnector",
     "kv_role": "kv_both",
@@ -235,13 +234,12 @@ def test_engines_fall_asleep_and_wake_up(engines: Somebodys, router: str) -> Non
 def test_a_peer_that_is_replaced_heals_without_a_restart_of_others(
     engines: Somebodys, router: str
 ) -> None:
-    """It dies before decode has read the blocks of a prompt, and decode computes that itself, which
-    its counts tell and its answer does not.
+    """It dies before decode has read the blocks of a prompt, and decode computes that itself; its
+    answer does not say so, as the name of the path tells.
     """
     _, status = Api(router).get_object("/pdlaunch/status")
-    assert [pair["path"] for pair in status["pairs"]] == ["canary/vllm"]
+    assert [pair["path"] for pair in status["pairs"]] == ["canary, unchecked"]
     assert Api(router).metrics()["pdlaunch_router_canaries_total"] >= 1
-    assert Api(router).metrics()[RECOMPUTES] == 0
     prompt = prompt_of(230)
     expected = complete(router, prompt, NUM_TOKENS)
     alone = ask_directly(engines.prefill, 229)
@@ -260,7 +258,6 @@ def test_a_peer_that_is_replaced_heals_without_a_restart_of_others(
         core.resume()
     client.join(120)
     assert told == [alone]
-    await_true(lambda: Api(router).metrics()[RECOMPUTES] == 1, "it is counted", 30)
     # Decode computes prompts itself.
     assert complete(router, prompt_of(231), NUM_TOKENS)
     engines.prefill.start()
@@ -271,7 +268,6 @@ def test_a_peer_that_is_replaced_heals_without_a_restart_of_others(
     assert bytes_read(router) > num_bytes
     assert decode.is_running()
     assert complete(router, prompt, NUM_TOKENS) == expected
-    assert Api(router).metrics()[RECOMPUTES] == 1
 
 
 def load(router: str, name: str) -> int:
