@@ -37,7 +37,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import running_deployment
-from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
+from pdlaunch.protocol.control import Address, Entry, Registry
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.kv_events import HeldBlocks, KVBlocks, kv_blocks
 from pdlaunch.router.client_request import CHAT, read_client_request
@@ -197,11 +197,8 @@ class SimulatedEngine:
 
     def __init__(self, name: str, role: Role, num_blocks: int, index: KVIndex) -> None:
         self.engine = Engine(
-            name=name,
+            entry=Entry(name=name, kind="server", incarnation=1, role=role),
             processes=(1,),
-            url="",
-            role=role,
-            capabilities=Capabilities(),
             ready=True,
             state="ready",
         )
@@ -470,6 +467,8 @@ def main() -> None:
     parser.add_argument("what", choices=["index", "reader", "trace", "simulated", "chats"])
     parser.add_argument("--router", choices=["pdlaunch", "vllm-router"], default="pdlaunch")
     parser.add_argument("--at-once", type=int, default=2, help="turns of chats at a time")
+    parser.add_argument("--chats", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=4, help="of each chat")
     given = parser.parse_args()
     match given.what:
         case "index":
@@ -490,7 +489,7 @@ def main() -> None:
                 "pairs alone": simulate_chats(always_pairs=True),
             }
         case _:
-            load = ChatLoad(num_at_once=given.at_once)
+            load = ChatLoad(given.chats, given.turns, given.at_once)
             with (
                 tempfile.TemporaryDirectory() as folder,
                 served(given.router, Path(folder)) as (url, urls),

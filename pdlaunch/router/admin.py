@@ -194,7 +194,7 @@ class Admin:
             reason = f"does not serve {CHANGE_TIMEOUT_S:g} s after it was restarted; see its log"
             raise _unavailable(f"{begun.engine} {reason}", "not_ready")
         if found.state == "failed":
-            text = f"{begun.engine} is given up again: {found.reason}"
+            text = f"{begun.engine} is given up again: {found.entry.reason}"
             raise _unavailable(text, "engine_failed")
         return {"engine": begun.engine, "incarnation": found.processes[0]}
 

@@ -173,7 +173,7 @@ class DeploymentView:
             host=engine.place,
             state=engine.state,
             is_down=self._state.events.is_down(engine),
-            reason=engine.reason,
+            reason=engine.entry.reason,
             health=engine.health.state(now_at),
             left_out=engine.health.why(now_at) if engine.ready else "",
             load=engine.num_works,

@@ -19,7 +19,7 @@ import msgspec
 
 from pdlaunch.config.roles import Role
 from pdlaunch.http.limits import Interrupts
-from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.control import Capabilities, Entry
 from pdlaunch.protocol.openai.responses import ModelCard
 
 HealthState = Literal["closed", "open", "half_open"]
@@ -124,21 +124,14 @@ _WELL = Breaker()  # shared default; only read, never changed
 class Engine(msgspec.Struct, kw_only=True, eq=False):
     """Counts the load of one engine; lives as long as the engine's processes do."""
 
-    name: str
+    entry: Entry  # of its server, as the latest registry has it
     processes: Processes
-    url: str
-    kv_events: str = ""  # URL of its KV events; empty: it has none
-    host: str = ""  # name of its host; empty: not known
-    role: Role | None
-    capabilities: Capabilities
     ready: bool
     state: str  # ``ready``, or the ``ListedState`` that says why not; for people
-    reason: str = ""  # the reason why it has ``failed`` or is given no work, and what comes next
     times_ready: int = 0
     devices: frozenset[str] = frozenset()  # as ``host/cuda:0``, or ``cpu``; empty: not known
     max_model_len: int | None = None  # prompt plus output in tokens; None: it has not been asked
     models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
-    peers: frozenset[str] | None = None  # the engines that it exchanges KV blocks with; None: all
     # Incarnations of the processes to which this engine has a proven path, by name.
     proofs: dict[str, int] = {}
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
@@ -160,9 +153,31 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     computed_s: float = 0.0  # all time, up to ``progressed_at``, in which it had prompts to compute
 
     @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def role(self) -> Role | None:
+        return self.entry.role
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.entry.capabilities
+
+    @property
+    def url(self) -> str:
+        return self.entry.address.http
+
+    @property
+    def kv_events(self) -> str:
+        """Return the URL of its KV events; empty: it has none."""
+        # Native servers stream them themselves; for vLLM the sidecar does.
+        return self.entry.address.kv_events or ("" if self.capabilities.is_vllm else self.url)
+
+    @property
     def place(self) -> str:
         """Return its host's name, else the address in its URL; for people."""
-        return self.host or urlsplit(self.url).hostname or ""
+        return self.entry.host or urlsplit(self.url).hostname or ""
 
     @property
     def num_outstanding(self) -> int:
@@ -174,7 +189,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         return (self.name, self.processes, self.times_ready)
 
     def may_pull_from(self, prefill: Engine) -> bool:
-        if self.peers is not None and prefill.name not in self.peers:
+        peers = self.entry.peers
+        if peers is not None and prefill.name not in peers:
             return False
         is_proven = self.proofs.get(prefill.name) == prefill.processes[0]
         return is_proven or not self.capabilities.is_vllm

@@ -263,10 +263,9 @@ class _Choice:
             return *place, num_held, one.num_streams, one.last_pick
 
         for first in sorted(offers, key=rank):
-            peers = first.engine.peers
-            near = [
-                decodes[name] for name in (decodes if peers is None else peers & decodes.keys())
-            ]
+            peers = first.engine.entry.peers
+            names = decodes if peers is None else decodes.keys() & set(peers)
+            near = [decodes[name] for name in names]
             pullers = [engine for engine in near if may_pull(engine, first.engine, self._now_at)]
             decode_home = self._home(pullers)
             if pullers:

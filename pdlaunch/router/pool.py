@@ -213,19 +213,8 @@ class EnginePool:
         processes = (server.incarnation, *(entry.incarnation for entry in by_rank))
         engine = self._engines.get(name)
         if engine is None or engine.processes != processes or engine.url != server.address.http:
-            engine = Engine(
-                name=name,
-                processes=processes,
-                url=server.address.http,
-                host=server.host,
-                role=server.role,
-                capabilities=server.capabilities,
-                ready=False,
-                state="",
-            )
-        # Native servers stream KV events themselves; for vLLM the sidecar does.
-        own = "" if server.capabilities.is_vllm else server.address.http
-        engine.kv_events = server.address.kv_events or own
+            engine = Engine(entry=server, processes=processes, ready=False, state="")
+        engine.entry = server
         engine.state = "ready" if ready else _why_not_ready(server, ranks)
         if (held := self._held.get(name)) is not None:
             if held[0] == processes:
@@ -235,15 +224,11 @@ class EnginePool:
         # Once ready again, the engine counts as new: requests that it failed may use it again.
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
-        engine.role = server.role
         engine.devices = frozenset(
             device if device == "cpu" else f"{entry.host}/{device}"
             for entry in (server, *ranks)
             for device in entry.devices
         )
-        engine.capabilities = server.capabilities
-        engine.reason = server.reason
-        engine.peers = None if server.peers is None else frozenset(server.peers)
         engine.proofs = proofs
         return engine
 

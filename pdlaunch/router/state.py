@@ -144,7 +144,7 @@ class EventLog:
             if state_before == state or is_first:
                 continue
             was = f"was {state_before}" if state_before else "is here"
-            reason = f": {engine.reason}" if engine.reason else ""
+            reason = f": {engine.entry.reason}" if engine.entry.reason else ""
             self.add("engine", name, f"{state} ({was}){reason}", is_bad=self.is_down(engine))
         for name, (role, state) in before.items():
             if name not in self._seen:

@@ -156,7 +156,7 @@ class Streams:
 
 
 def told_engine(**fields: object) -> Engine:
-    return engine("decode-0", kv_events="http://x", **fields)
+    return engine("decode-0", **fields)
 
 
 @pytest.mark.parametrize(

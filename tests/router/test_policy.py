@@ -29,17 +29,12 @@ CPU = frozenset({"cpu"})
 
 
 def engine(name: str, **fields: object) -> Engine:
-    default = {
-        "name": name,
-        "processes": (1,),
-        "url": f"http://{name}",
-        "role": name.partition("-")[0],
-        "capabilities": Capabilities(),
-        "ready": True,
-        "state": "ready",
-        "devices": CPU,
-    }
-    return Engine(**(default | fields))
+    """Return a ready engine; fields of ``Entry`` go to the entry of its server."""
+    own = set(Engine.__struct_fields__)
+    of_entry = {key: fields.pop(key) for key in fields.keys() - own}
+    default = {"processes": (1,), "ready": True, "state": "ready", "devices": CPU}
+    of_entry = {"role": name.partition("-")[0]} | of_entry
+    return Engine(entry=server(name, **of_entry), **(default | fields))
 
 
 def choose(
@@ -66,7 +61,7 @@ def test_without_a_pair_the_reason_says_what_is_missing() -> None:
     for engines, reason in (
         ([prefill], "no decode engine is ready"),
         ([decode], "no prefill engine is ready"),
-        ([engine("prefill-0", peers=frozenset({"decode-1"})), proofless("decode-0")],
+        ([engine("prefill-0", peers=("decode-1",)), proofless("decode-0")],
          "no pair is proven"),
         ([], "no engine is ready"),
     ):  # fmt: skip
@@ -97,9 +92,9 @@ def test_pairs_come_first_then_engines_of_both_roles() -> None:
 
 def test_kv_blocks_go_to_peers_alone() -> None:
     """In large launches an engine shakes hands with some of the others."""
-    prefill = engine("prefill-0", peers=frozenset({"decode-1"}))
-    stranger = engine("decode-0", peers=frozenset({"prefill-1"}))
-    peer = engine("decode-1", peers=frozenset({"prefill-0"}), kv_tokens=5000)
+    prefill = engine("prefill-0", peers=("decode-1",))
+    stranger = engine("decode-0", peers=("prefill-1",))
+    peer = engine("decode-1", peers=("prefill-0",), kv_tokens=5000)
     assert choose(prompt(), [prefill, stranger]).prefill is None
     assert choose(prompt(), [prefill, stranger, peer]).decode is peer
     computed = prompt(is_begun=True, holder=prefill)

@@ -392,7 +392,9 @@ class Alone:
         return next(engine for engine in self.pool.engines if engine.name == name)
 
     def reason(self, name: str) -> str:
-        return next((engine.reason for engine in self.pool.engines if engine.name == name), "")
+        return next(
+            (engine.entry.reason for engine in self.pool.engines if engine.name == name), ""
+        )
 
     def outcomes(self, outcome: str) -> float:
         return self.metric(f'pdlaunch_router_canaries_total{{outcome="{outcome}"}}')
