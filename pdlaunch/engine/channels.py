@@ -17,6 +17,7 @@ from pdlaunch.protocol.engine import FromRank, Hello, ToRank, from_rank, to_rank
 from pdlaunch.protocol.ids import LeaseId, PullId
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import (
+    LeaseEnd,
     LeaseEnded,
     PullDrained,
     PullFinished,
@@ -103,7 +104,7 @@ class RankReports:
                 if reports := self._complete(report, report.lease_id):
                     # One rank whose lease expired makes the whole lease an expired one.
                     reasons = {one.reason for one in reports}
-                    names = ("expired", "released", "pulled")
+                    names: tuple[LeaseEnd, ...] = ("expired", "released", "pulled")
                     reason = next(name for name in names if name in reasons)
                     return LeaseEnded(lease_id=report.lease_id, reason=reason)
             case PullFinished():
@@ -144,6 +145,7 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "ok": all,
     "error": lambda errors: "; ".join(sorted({*filter(None, errors)})),
     "in_flight": any,
+    "blames_pair": any,
     "num_bytes": sum,
     "seconds": max,
     "read_s": max,

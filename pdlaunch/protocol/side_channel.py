@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
+from pdlaunch.protocol.transfer import LeaseEnd
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -160,7 +161,7 @@ class Refused(Message):
 
     call_id: int
     reason: str
-    lease_has_ended: bool = False  # of the question; nothing is wrong with the pair
+    lease_end: LeaseEnd | None = None  # how the lease has ended: no fault of the pair
 
 
 ToPrefillSide = Handshake | PullBegin | StateChecksums | PullHeartbeat | PullEnd | Push

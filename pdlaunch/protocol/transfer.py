@@ -8,6 +8,7 @@ Block ids are the engine's own. Blocks named in ``GrantLease`` belong to the lea
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
@@ -56,11 +57,14 @@ DecodeCommand = StartPull | CancelPull
 TransferCommand = PrefillCommand | DecodeCommand
 
 
+LeaseEnd = Literal["pulled", "released", "expired"]
+
+
 class LeaseEnded(Message):
     """Prefill: the lease has ended on this rank; rank 0 frees the blocks when it has on all."""
 
     lease_id: LeaseId
-    reason: str  # ``pulled``, ``released`` or ``expired``
+    reason: LeaseEnd
 
 
 class PullFinished(Message):
@@ -74,6 +78,7 @@ class PullFinished(Message):
     read_s: float = 0.0  # of the slowest READ; as prefill and path, set when the blocks are proven
     prefill: str = ""  # name of the engine that the blocks came from
     path: str = ""  # the path that they came over; several where ranks differ
+    blames_pair: bool = False  # it failed by a fault of its two engines, or of the way between them
     # By the names of ``observe.counters.COUNTERS``: READs repeated, and 1 for each cause of a
     # failure, though perhaps not of the last attempt.
     counts: dict[str, int] = {}

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -43,7 +42,7 @@ from pdlaunch.protocol.side_channel import (
     ToDecodeSide,
     ToPrefillSide,
 )
-from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded, PrefillCommand
+from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnd, LeaseEnded, PrefillCommand
 from pdlaunch.transfer.connectors.connector import Connector
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 
@@ -90,8 +89,8 @@ class LeaseTable:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._leases: dict[LeaseId, Lease] = {}
-        # Ids of the latest leases that have ended, the oldest first.
-        self._past: dict[LeaseId, None] = {}
+        # How the latest leases have ended, the oldest first.
+        self._past: dict[LeaseId, LeaseEnd] = {}
         self._ended: list[LeaseEnded] = []
 
     def __len__(self) -> int:
@@ -110,17 +109,16 @@ class LeaseTable:
     def get(self, lease_id: LeaseId) -> Lease | None:
         return self._leases.get(lease_id)
 
-    def has_ended(self, lease_id: LeaseId) -> bool:
-        """Return whether the lease ended recently."""
-        return lease_id in self._past
+    def how_ended(self, lease_id: LeaseId) -> LeaseEnd | None:
+        """Return how the lease ended; None: it has not, or long ago."""
+        return self._past.get(lease_id)
 
     def living(self, lease_id: LeaseId) -> Lease:
         """Return a lease that still holds. Raises LeaseError."""
         self.expire()
         if (lease := self._leases.get(lease_id)) is None:
-            raise LeaseError(
-                f"request {lease_id} has no lease here: it has expired, ended or never was"
-            )
+            end = self.how_ended(lease_id) or "never granted, or ended long ago"
+            raise LeaseError(f"request {lease_id} has no lease here: {end}")
         return lease
 
     def begin(self, lease_id: LeaseId, reader: ReaderId, num_decode_ranks: int) -> Lease:
@@ -197,12 +195,12 @@ class LeaseTable:
         elif lease.cancelled:
             self._end(lease, "released")
 
-    def _end(self, lease: Lease, reason: Literal["pulled", "released", "expired"]) -> None:
+    def _end(self, lease: Lease, reason: LeaseEnd) -> None:
         lease_id = lease.grant.lease_id
         logger.debug("lease of %s has ended: %s", lease_id, reason)
         del self._leases[lease_id]
         # Questions about it are refused at once, and do not wait for a grant.
-        self._past[lease_id] = None
+        self._past[lease_id] = reason
         if len(self._past) > MAX_PAST_LEASES:
             del self._past[next(iter(self._past))]
         self._ended.append(LeaseEnded(lease_id=lease_id, reason=reason))
@@ -298,10 +296,10 @@ class PrefillSide:
                 reply = self._answer(question, message)
             except (LeaseError, TransferError) as error:
                 reason = f"{self._card.rank_name}: {error}"
-                has_ended = not isinstance(message, Handshake) and self.leases.has_ended(
-                    message.lease_id
-                )
-                reply = Refused(call_id=message.call_id, reason=reason, lease_has_ended=has_ended)
+                end = None
+                if not isinstance(message, Handshake):
+                    end = self.leases.how_ended(message.lease_id)
+                reply = Refused(call_id=message.call_id, reason=reason, lease_end=end)
             if reply is not None:
                 self._send(question.identity, reply)
 
@@ -315,7 +313,7 @@ class PrefillSide:
         if isinstance(message, Handshake | Push) or message.engine_id != self._card.engine_id:
             return False
         if (lease := self.leases.get(message.lease_id)) is None:
-            return not self.leases.has_ended(message.lease_id)
+            return self.leases.how_ended(message.lease_id) is None
         return isinstance(message, StateChecksums) and not _is_hashed(lease)
 
     def _check_engine(self, message: ToPrefillSide) -> None:

@@ -94,7 +94,7 @@ class Share:
         self._held_until_at: float | None = None
         # Instants at which the last heartbeat, and the last one that was answered, were sent.
         self._heartbeat_sent_at = self._heartbeat_answered_at = 0.0
-        self._refusal, self._lease_has_ended = "", False
+        self._refusal: Refused | None = None
         self._begin()
 
     @property
@@ -122,12 +122,13 @@ class Share:
     def advance(self) -> None:
         if self.peer.is_gone:
             raise PullFailed(f"{self.name}: {self.peer.error}")
-        if self._refusal:
+        if (refusal := self._refusal) is not None:
             # A refusal after the grant means that the lease has ended: later READs may have brought
             # another request's blocks, and count as late.
-            is_late = self._held_until_at is not None or self._lease_has_ended
+            is_late = self._held_until_at is not None or refusal.lease_end is not None
+            reason = f"{self.name} refused: {refusal.reason}"
             counter = LATE if is_late else ""
-            raise PullFailed(f"{self.name} refused: {self._refusal}", counter=counter)
+            raise PullFailed(reason, counter=counter, blames_pair=not is_late)
         try:
             self._read_and_prove()
         except ReadFailed as failure:
@@ -227,11 +228,12 @@ class Share:
                 if self._lease is not None:
                     self._held_until_at = asked_at + reply.lease_s
             case Refused():
-                self._refusal, self._lease_has_ended = reply.reason, reply.lease_has_ended
+                self._refusal = reply
             case PullReply():
                 pass
             case _:
-                self._refusal = f"unexpected {type(reply).__name__}"
+                reason = f"unexpected {type(reply).__name__}"
+                self._refusal = Refused(call_id=reply.call_id, reason=reason)
 
     def _read_and_prove(self) -> None:
         """Start the READ, poll it, and prove the blocks that have arrived. Raises PullFailed."""
@@ -304,8 +306,8 @@ class Share:
             return False
         assert self._held_until_at is not None
         if ended_at >= self._held_until_at:
-            error = f"{self.name}: the lease did not hold throughout the READ"
-            raise PullFailed(error, counter=LATE)
+            reason = f"{self.name}: the lease did not hold throughout the READ"
+            raise PullFailed(reason, counter=LATE, blames_pair=False)
         return True
 
     def _is_right(self) -> bool:
@@ -370,7 +372,7 @@ class Pull:
 
     def cancel(self) -> None:
         if not self._finished:
-            self._finish(PullFailed("cancelled"))
+            self._finish(PullFailed("cancelled", blames_pair=False))
 
     def advance(self) -> None:
         if self._finished:
@@ -409,6 +411,7 @@ class Pull:
             ok=failure is None,
             error=error,
             in_flight=self._draining,
+            blames_pair=failure is not None and failure.blames_pair,
             seconds=setup.clock() - self._started_at,
             counts=dict.fromkeys(counters.union(*(one.counters for one in shares)) - {""}, 1)
             | {"kv_pull_retries": sum(share.num_retries for share in shares)},
@@ -450,7 +453,10 @@ class PullTable:
         try:
             sources = self._peers.sources_of(command.remote.engine_id)
         except TransferError as error:
-            self._setup.emit(PullFinished(pull_id=command.pull_id, ok=False, error=str(error)))
+            event = PullFinished(
+                pull_id=command.pull_id, ok=False, error=str(error), blames_pair=True
+            )
+            self._setup.emit(event)
             return
         self._pulls[command.pull_id] = Pull(command, sources, self._setup)
 

@@ -307,8 +307,7 @@ class Worker:
         _logger.warning(
             "KV blocks of request %s of %s are not used: %s", event.pull_id, engine, event.error
         )
-        # A request may wait here for longer than its lease: that says nothing of the pair.
-        if engine and "kv_late_reads" not in event.counts:
+        if engine and event.blames_pair:
             failure = PullFailure(peer_engine=engine_of_rank(engine), error=event.error)
             self._link.send(failure)
 
