@@ -212,8 +212,12 @@ class Leader:
                 self._requests.abort_all()
                 self._requests.take_outputs()
                 self._sleep.forget_caller()
-                num_blocks, tags = self._runner.num_blocks, self._sleep.sleeping_tags
-                self._server.send(Welcome(num_blocks=num_blocks, sleeping_tags=tags))
+                welcome = Welcome(
+                    num_blocks=self._runner.num_blocks,
+                    max_model_len=self._requests.max_model_len,
+                    sleeping_tags=self._sleep.sleeping_tags,
+                )
+                self._server.send(welcome)
                 self._send_blocks(every=True)
             case AddRequest() if not self._sleep.computes:
                 refusal = RequestFinished(

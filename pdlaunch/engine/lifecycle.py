@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -138,6 +138,9 @@ class RequestLifecycle:
         assert offload is None or spec.enable_prefix_caching
         self.spec = spec
         self.kv = KVCacheManager(groups, num_blocks, spec.block_size)
+        # Longest prompt plus output; its last token is never computed.
+        lengths = range(spec.max_model_len)
+        self.max_model_len = bisect_right(lengths, num_blocks, key=self.kv.min_blocks)
         self.queues = RequestQueues()
         self.batch = Batch(spec.max_num_seqs, spec.tensor_parallel_size)
         self.histograms = Histograms()
@@ -165,7 +168,7 @@ class RequestLifecycle:
                 "request %s is here already; the second one is dropped", message.request_id
             )
             return
-        room = self.spec.max_model_len - len(message.prompt_token_ids)
+        room = self.max_model_len - len(message.prompt_token_ids)
         output_limit = min(message.sampling.max_tokens, room)
         if message.do_remote_decode:
             # The lease is on the prompt: later tokens would push its blocks out of the windows.
@@ -212,19 +215,10 @@ class RequestLifecycle:
         """Return why this engine cannot serve the request, or None if it can."""
         if request.num_prompt_tokens == 0:
             return "the prompt has no tokens"
-        if request.num_prompt_tokens >= self.spec.max_model_len:
+        if request.num_prompt_tokens >= self.max_model_len:
             return (
-                f"the prompt has {request.num_prompt_tokens} tokens, max_model_len is "
-                f"{self.spec.max_model_len}: no room for an output token; shorten the prompt or "
-                "raise max_model_len"
-            )
-        # The last output token is never computed.
-        num_tokens = request.num_prompt_tokens + request.output_limit - 1
-        num_needed, num_blocks = self.kv.min_blocks(num_tokens), self.kv.pool.num_blocks
-        if num_needed > num_blocks:
-            return (
-                f"the request's {num_tokens} tokens need {num_needed} KV blocks, the engine has "
-                f"{num_blocks}; lower max_tokens or raise kv_cache_memory"
+                f"the prompt has {request.num_prompt_tokens} tokens, {self.max_model_len} fit with "
+                "the output; shorten the prompt, or raise max_model_len or kv_cache_memory"
             )
         if (
             request.message.do_remote_decode

@@ -19,13 +19,13 @@ def stats_of(engine: FakeEngine) -> EngineStats:
 
 
 @pytest.mark.parametrize(
-    ("prompt_len", "max_tokens", "number"),
-    [(64, 1, "max_model_len is 64"), (40, 20, "need 15 KV blocks, the engine has 14")],
+    ("num_blocks", "prompt_len", "max_tokens", "number"),
+    [(20, 64, 1, "64 fit with the output"), (10, 44, 1, "41 fit with the output")],
 )
 def test_what_can_never_fit_ends_at_once_with_both_numbers(
-    prompt_len: int, max_tokens: int, number: str
+    num_blocks: int, prompt_len: int, max_tokens: int, number: str
 ) -> None:
-    engine = FakeEngine(num_blocks=14)
+    engine = FakeEngine(num_blocks=num_blocks)
     engine.add("a", range(prompt_len), max_tokens=max_tokens)
     assert engine.finished["a"].reason == "error"
     assert number in (engine.finished["a"].error or "")

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from multidict import MultiMapping
@@ -209,6 +210,7 @@ class EngineService:
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.kv_feed = KVFeed()
         self.loaded: ServedModel | None = None
+        self.max_model_len = spec.max_model_len  # less where the KV cache holds less
         self.welcomed = asyncio.Event()
         self._link: RankLink | None = None
         self._new_grammars: Counter[str] = Counter()
@@ -218,6 +220,8 @@ class EngineService:
         """Return the model. Raises OverloadedError (503) while the server loads."""
         if self.loaded is None:
             raise _starting()
+        if self.loaded.max_model_len > self.max_model_len:
+            self.loaded = replace(self.loaded, max_model_len=self.max_model_len, is_short=True)
         return self.loaded
 
     @property
@@ -301,6 +305,7 @@ class EngineService:
         match message:
             case Welcome(num_blocks=number):
                 self.metrics.stats = EngineStats(num_blocks=number, num_free_blocks=number)
+                self.max_model_len = min(self.spec.max_model_len, message.max_model_len)
                 self.sleep.settle(message.sleeping_tags)
                 self.welcomed.set()
             case EngineStats():

@@ -65,13 +65,14 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     def route(method: str, path: str, endpoint: Endpoint) -> AppRoute:
         return AppRoute(method, path, partial(endpoint, service))
 
-    card = ModelCard(
-        id=spec.served_model_name, root=spec.model_dir, max_model_len=spec.max_model_len
-    )
+    def card() -> ModelCard:
+        name, longest = spec.served_model_name, service.max_model_len
+        return ModelCard(id=name, root=spec.model_dir, max_model_len=longest)
+
     routes = [
         route("POST", "/v1/completions", partial(generate, kind=CompletionRequest)),
         route("POST", "/v1/chat/completions", partial(generate, kind=ChatCompletionRequest)),
-        *model_routes(lambda: [card]),
+        *model_routes(lambda: [card()]),
         route("POST", "/tokenize", partial(_convert, convert=ServedModel.tokenize)),
         route("POST", "/detokenize", partial(_convert, convert=ServedModel.detokenize)),
         *health_routes(partial(_health, service)),

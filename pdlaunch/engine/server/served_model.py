@@ -60,16 +60,22 @@ class ServedModel:
     # Defaults of the sampling fields that requests leave open
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     files: dict[str, str] = field(default_factory=dict)  # digests of what was read, by name
+    is_short: bool = False  # the KV cache holds less than the model's own context
 
     @property
     def max_text_chars(self) -> int:
         return max(MIN_TEXT_CHARS, TEXT_CHARS_PER_TOKEN * self.max_model_len)
 
+    @property
+    def _context(self) -> str:
+        why = " (as many as the KV cache holds, see kv_cache_memory)" if self.is_short else ""
+        return f"{self.max_model_len} tokens{why}"
+
     def too_long(self, finding: str, param: str) -> RequestError:
         """Return the refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
         return RequestError(
-            f"the prompt {finding}; this model's maximum context length is {self.max_model_len} "
-            "tokens, one of which is for the answer",
+            f"the prompt {finding}; this model's maximum context length is {self._context}, one of "
+            "which is for the answer",
             param=param,
             code="context_length_exceeded",
         )
@@ -94,7 +100,7 @@ class ServedModel:
         if wanted is not None and wanted > remaining:
             raise RequestError(
                 f"the prompt's {num_prompt_tokens} tokens and max_tokens={wanted} exceed this "
-                f"model's maximum context length of {self.max_model_len} tokens",
+                f"model's maximum context length of {self._context}",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -47,6 +47,7 @@ class FakeRank:
         self.received: list[ToRank] = []
         self._arrived = asyncio.Condition()
         self._server = b""
+        self.max_model_len = 100_000
         self.checks_integrity = True
         self.answers_stats = True
         self.totals = EngineStats(num_blocks=64, num_free_blocks=64)
@@ -155,7 +156,7 @@ class FakeRank:
                 self.received.append(message)
                 self._arrived.notify_all()
             if isinstance(message, Hello):
-                welcome = Welcome(num_blocks=64)
+                welcome = Welcome(num_blocks=64, max_model_len=self.max_model_len)
                 await self.send(welcome)
             elif isinstance(message, ReadStats) and self.answers_stats:
                 await self.send(self.totals)

@@ -124,6 +124,23 @@ async def test_the_longest_prompt_leaves_room_for_one_token(engine: Engine, rank
     assert rank.added()[0].sampling.max_tokens == 1
 
 
+async def test_the_context_is_no_longer_than_the_kv_cache(make_engine: MakeEngine, rank: FakeRank):
+    rank.max_model_len = 30
+    engine = await make_engine()
+    await engine.chat()
+    (asked,) = rank.added()
+    assert len(asked.prompt_token_ids) + asked.sampling.max_tokens == 30
+    for fields, param in (
+        ({"messages": [{"role": "user", "content": "hello " * 30}]}, "messages"),
+        ({"messages": HELLO, "max_tokens": 30}, "max_tokens"),
+    ):
+        status, error = await engine.refusal("/v1/chat/completions", **fields)
+        assert (status, error["param"]) == (400, param)
+        assert "30 tokens (as many as the KV cache holds, see kv_cache_memory)" in error["message"]
+    _, models = await engine.get("/v1/models")
+    assert models["data"][0]["max_model_len"] == 30
+
+
 # Limits
 
 
