@@ -200,15 +200,19 @@ def read_client_request(
     wants_pair: bool = False,
     session: str = "",
     is_vllm: bool = False,
+    is_fair: bool = False,
 ) -> ClientRequest:
     """Check and split a client's body. Raises RequestError. ``headers`` go to the engines with it.
 
     ``is_vllm``: the engines know models by names that the router does not, and get no seed
-    that the client has not given.
+    that the client has not given. ``is_fair``: there are several keys. The router orders each key's
+    prompts by priority; engines get none, because they would order those of all keys.
     """
     body = _read_body(raw)
     refuse_internal_fields(body)
     fields = _read_fields(body)
+    if is_fair:
+        body.pop("priority", None)
     if fields.model not in (None, served_model_name) and not is_vllm:
         raise model_not_found(str(fields.model), served_model_name)
     # A prompt that is echoed can be scored without a token of the answer.

@@ -34,6 +34,8 @@ class Client:
         self._metrics = metrics
         self._clock = clock
         self._left = float(key.tokens_per_minute or 0)
+        # What would come back now of the tokens that running requests were charged for
+        self._unused: list[Callable[[], int]] = []
         self._counted_at = clock()
         for name in ("requests", "prompt_tokens", "generation_tokens", "queue_seconds"):
             self._count(f"key_{name}", by=0)
@@ -53,10 +55,16 @@ class Client:
         self._count("key_requests")
         self.num_running += num_prompts
         self._left -= num_tokens
+
+        def unused() -> int:
+            return num_tokens - sum(used())
+
+        self._unused.append(unused)
         try:
             yield
         finally:
             self.num_running -= num_prompts
+            self._unused.remove(unused)
             num_prompt_tokens, num_output_tokens = used()
             self._left += num_tokens - num_prompt_tokens - num_output_tokens
             self._count("key_prompt_tokens", by=num_prompt_tokens)
@@ -81,10 +89,12 @@ class Client:
         self._left = min(self._left, float(key.tokens_per_minute))
         self._counted_at = now_at
         if self._left <= 0:
+            # Without what only running requests hold, which comes back when they end.
+            num_missing = -self._left - sum(unused() for unused in self._unused)
             raise self._refused(
                 "tokens_per_minute",
                 f"has used its {key.tokens_per_minute} tokens per minute",
-                retry_after_s=math.ceil(-self._left / tokens_per_s),
+                retry_after_s=math.ceil(num_missing / tokens_per_s),
             )
 
     def _refused(self, limit: str, text: str, retry_after_s: int = 1) -> OverloadedError:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdlaunch.errors import OverloadedError
 from pdlaunch.http.headers import SESSION_HEADER
 from pdlaunch.protocol.process.bootstrap import ClientKey
 from pdlaunch.router.clients import Client
@@ -120,13 +121,34 @@ async def test_lower_priorities_of_a_key_go_first(stand: Stand) -> None:
     prefill, decode = pair()
     prefill.hold_prefill = True
     await start(stand, [prefill, decode])
-    works = [send(stand, "a", LONG, priority=number) for number in (0, 5, -7, 1)]
+    works = [send(stand, "a", LONG, priority=number, seed=number) for number in (0, 5, -7, 1)]
     await until(lambda: waiting(stand) == 3)
     prefill.go.set()
     await asyncio.gather(*works)
-    assert [seen.body["priority"] for seen in prefill.seen] == [0, -7, 1, 5]
+    assert [seen.body["seed"] for seen in prefill.seen] == [0, -7, 1, 5]
+    # Engines would put them before prompts of other keys.
+    assert not any("priority" in seen.body for seen in (*prefill.seen, *decode.seen))
     refused = await send(stand, "a", SHORT, priority="high")
     assert (refused.status, refused.json()["error"]["param"]) == (400, "priority")
+
+
+async def test_calls_that_compute_nothing_are_held_by_the_limits_of_their_key(
+    stand: Stand,
+) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(
+        stand, [prefill, decode], keys=(*KEYS, client_key("secret-c", "c", max_concurrent=1))
+    )
+    work = send(stand, "c", SHORT)
+    await until(lambda: prefill.seen)
+    for name, status in (("c", 429), ("a", 200)):
+        headers = {"Authorization": f"Bearer secret-{name}"}
+        assert (
+            await stand.post({"prompt": "x"}, path="/tokenize", headers=headers)
+        ).status == status
+    prefill.go.set()
+    assert (await work).status == 200
 
 
 async def test_clients_that_leave_and_engines_that_die_hold_up_nobody(stand: Stand) -> None:
@@ -207,6 +229,21 @@ async def test_answers_are_charged_when_they_begin_and_what_they_did_not_use_com
     prefill.go.set()
     assert {answer.status for answer in await asyncio.gather(*works)} == {200}
     assert (await send(stand, "a", SHORT, max_tokens=1)).status == 200
+
+
+@pytest.mark.parametrize(("used", "retry_after_s"), [((100, 0), 1), ((300, 500), 20)])
+def test_tokens_that_only_running_requests_hold_are_not_waited_for(
+    used: tuple[int, int], retry_after_s: int
+) -> None:
+    limited = client_key("secret-a", "a", tokens_per_minute=600)
+    client = Client(limited, RouterMetrics("tiny"), FakeClock())
+    with (
+        client.admit(1, 9_000, lambda: used),
+        pytest.raises(OverloadedError) as refusal,
+        client.admit(1, 1, lambda: (1, 0)),
+    ):
+        pass
+    assert refusal.value.retry_after_s == retry_after_s
 
 
 def test_the_tokens_of_a_minute_come_back_evenly() -> None:
