@@ -161,8 +161,7 @@ def _ready(turn: Turn, unit: Unit, process: Instance, message: control.Ready) ->
     if changed := changes(pinned, message.model):
         # The process would give other tokens than its peers, so it must not start.
         process.error = (
-            f"the model has changed since this launch began: {changed}. Put the files back, or "
-            "start a new launch"
+            f"{control.MODEL_CHANGED}: {changed}. Put the files back, or start a new launch"
         )
         process.registration, unit.kill_at = None, turn.now + FAILED_GRACE_S
         turn.do(SendMessage(process.name, control.Stop()))

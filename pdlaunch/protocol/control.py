@@ -80,6 +80,9 @@ class Capabilities(Message, tag=False):
         return self.continues or not self.is_vllm
 
 
+MODEL_CHANGED = "the model has changed since this launch began"  # the beginning of a ``reason``
+
+
 class Entry(Message, tag=False):
     """Lists one living process, or the server of an engine that was given up, without address."""
 

@@ -47,7 +47,7 @@ from pdlaunch.http.headers import (
 from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
 from pdlaunch.http.sse import ClientStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
-from pdlaunch.protocol.control import why_withheld
+from pdlaunch.protocol.control import MODEL_CHANGED, why_withheld
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec
@@ -177,7 +177,10 @@ class RouterApp:
     async def _health(self, _: web.Request) -> web.Response:
         """Answer 200 once the launch is ready, while some engine can serve and the door is open."""
         status, engines = self.view.state(), self._state.pool.engines
-        body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}
+        states = {engine.name: engine.state for engine in engines}
+        body: dict[str, Any] = {"status": status, "engines": states}
+        if changed := [each.name for each in engines if MODEL_CHANGED in each.entry.reason]:
+            body["model_changed"] = changed
         return json_response(body, status=200 if status == "ok" else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
@@ -229,6 +232,7 @@ class RouterApp:
             wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
             session=http.headers.get(SESSION_HEADER, ""),
             is_vllm=self._state.pool.is_vllm,
+            is_fair=self._state.turns.is_fair,
         )
         return await work_at_input(len(body) >= LARGE_BODY_BYTES, read)
 
@@ -273,8 +277,9 @@ class RouterApp:
         pool, tried = self._state.pool, frozenset[EngineKey]()
         hop_id = _hop_id(request_id_of(http), is_own=False)
         headers = {SPANS_HEADER: "1"} | headers_to_pass(http.headers) | {REQUEST_ID_HEADER: hop_id}
+        client = self._state.clients.of(http)
         async with self._bodies.read(http) as body:
-            with self.admission.admit(1):
+            with self.admission.admit(1), client.admit(1, 0, lambda: (0, 0)):
                 while (engine := pool.pick_any(tried)) is not None:
                     try:
                         async with self._deadlines.start()():

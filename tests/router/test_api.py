@@ -17,6 +17,7 @@ import pytest
 
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from pdlaunch.http.limits import LARGE_BODY_BYTES, SMALL_BODY_BYTES, max_engine_body_bytes
+from pdlaunch.protocol.control import MODEL_CHANGED, Registry
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 from pdlaunch.router.app import PAGE_PATHS
 from pdlaunch.router.client_request import COMPLETIONS, read_client_request
@@ -97,6 +98,14 @@ async def test_health_tells_the_engines_states(stand: Stand) -> None:
         assert body["engines"] == {
             name: "starting" if name in starting else "ready" for name in ("decode-0", "prefill-0")
         }
+        assert "model_changed" not in body
+    entries = stand.engines["decode-0"].entries(ready=True)
+    entries[0] = msgspec.structs.replace(
+        entries[0], state="failed", reason=f"decode-0 died: {MODEL_CHANGED}: model.safetensors"
+    )
+    stand.state.update(Registry(version=99, entries=entries))
+    async with stand.session.get("/health") as response:
+        assert (await response.json())["model_changed"] == ["decode-0"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -23,6 +23,10 @@ _TEXT_PREFIXES = (
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
 _PIECE_BYTES = 1024
 _PIECES_PER_TENSOR = 3
+# Of checkpoints that are not in safetensors
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+_CONFIGS = {_CONFIG, "params.json"}
+_PIECES_PER_FILE = 1024
 _SHOWN_DIGITS = 12
 
 
@@ -41,6 +45,26 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
         digest = hashlib.sha256()
         for piece in _pieces(file):
             digest.update(piece)
+        digests[file.name] = digest.hexdigest()
+    return digests
+
+
+def sampled_digests(model: Path) -> dict[str, str]:
+    """Return a SHA-256 (hex) of the sizes and samples of weights in any format, by file name.
+
+    ``model``: a folder, or one file.
+    """
+    files = sorted(model.iterdir()) if model.is_dir() else [model]
+    digests = {}
+    for file in files:
+        if file.suffix not in _WEIGHTS and file.name not in _CONFIGS:
+            continue
+        size = file.stat().st_size
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        with file.open("rb") as opened:
+            for piece in range(_PIECES_PER_FILE):
+                opened.seek(piece * max(size - _PIECE_BYTES, 0) // (_PIECES_PER_FILE - 1))
+                digest.update(opened.read(_PIECE_BYTES))
         digests[file.name] = digest.hexdigest()
     return digests
 

@@ -156,6 +156,8 @@ class SidecarProcess:
             _logger.warning("pulled KV blocks are used unproven: %s", reason)
         # Digests before vLLM reads the files; those after its start must be equal.
         self._model_files = await asyncio.to_thread(self._options.model_files)
+        if not self._model_files:
+            _logger.warning("vLLM downloads the model itself: a change of its files goes unnoticed")
         command = self._command()
         child = await start_engine(command, self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)

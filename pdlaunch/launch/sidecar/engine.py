@@ -18,7 +18,13 @@ from pathlib import Path
 import pdlaunch
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.config.model_files.identity import changes, model_digest, text_digests, weight_digests
+from pdlaunch.config.model_files.identity import (
+    changes,
+    model_digest,
+    sampled_digests,
+    text_digests,
+    weight_digests,
+)
 from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.launch.sidecar.link import remove_setup, write_setup
@@ -56,14 +62,16 @@ class SidecarOptions:
         return self.value("--served-model-name")
 
     def model_files(self) -> dict[str, str]:
-        """Return digests of the model's files, by name; empty for a model of a hub."""
+        """Return digests of the model's files, by name; empty for a model of a hub, which vLLM
+        downloads itself.
+        """
         folder = Path(self.command[2])  # vllm serve MODEL
         if not folder.is_dir():
-            return {}
+            return sampled_digests(folder) if folder.is_file() else {}
         try:
             weights = weight_digests(folder, dummy=self.value("--load-format") == "dummy")
         except (ConfigError, OSError, ValueError):
-            weights = {}  # vLLM takes formats that cannot be sampled
+            weights = sampled_digests(folder)  # vLLM takes other formats than native engines
         return weights | text_digests(folder)
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pdlaunch.config.model_files.identity import sampled_digests
 from pdlaunch.config.model_files.shape import INDEX, read_model_shape
 from pdlaunch.config.model_files.weights import check_files, check_gguf, weight_files
 from pdlaunch.errors import ConfigError
@@ -176,3 +177,18 @@ def test_what_is_no_gguf_file_is_named(content: bytes, said: str, tmp_path: Path
         check_gguf(file)
     assert str(caught.value).startswith(f"{file} is damaged: ")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin"])
+def test_weights_that_only_vllm_reads_are_told_apart(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    content = bytearray(1_000_000)
+    (tmp_path / "README.md").write_text("not read")
+    found = []
+    for at in (0, 0, 500_000, 999_999):
+        content[at] = 1
+        file.write_bytes(content)
+        found.append(sampled_digests(tmp_path))
+        assert found[-1] == sampled_digests(file)
+    assert found[0] == found[1]
+    assert len({each[name] for each in found}) == 3
