@@ -282,6 +282,7 @@ class EngineService:
         if old is not None:
             # Before the next rank can tell its own blocks.
             self.kv_feed.tell(KVBlocks(block_size=self.spec.block_size, is_all=True))
+            self.metrics.stats.num_leased_requests = 0  # a drain need not wait for these
             await old.close()
 
     async def read_stats(self) -> None:

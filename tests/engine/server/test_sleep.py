@@ -140,3 +140,10 @@ async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank:
     while await sleeper.announced.get() != "awake":
         pass
     await sleeper.complete()
+
+
+async def test_a_drain_does_not_wait_for_the_leases_of_a_dead_rank(engine: Engine) -> None:
+    engine.service.metrics.stats.num_leased_requests = 1
+    await engine.service.use_link(None)
+    async with asyncio.timeout(60):
+        await engine.service.drain(3600)
