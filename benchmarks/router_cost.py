@@ -194,7 +194,7 @@ def router_command(router: str, prefill: str, decode: str, *, port: int, other: 
     """Return the command of a router in front of two engines; ``other``: a free port."""
     if router == "vllm-router":
         return [
-            str(Path(sys.executable).with_name("vllm-router")),
+            *(sys.executable, "-m", "vllm_router.launch_router"),
             *("--vllm-pd-disaggregation", "--prefill", prefill, "--decode", decode),
             *("--kv-connector", "nixl", "--policy", "round_robin", "--log-level", "error"),
             *("--host", "127.0.0.1", "--port", str(port)),
