@@ -3,7 +3,7 @@
 ``python -m benchmarks.fairness`` prints a row of JSON where both clients have keys of their own,
 and one where they share a key, so that nobody waits for a turn: milliseconds to the first token,
 median, 99th percentile and longest. The engines are simulated (``plain_engine.py``), or with
-``--demo`` those of ``pdlaunch serve``.
+``--demo`` those of ``pdlaunch serve``, which get fewer prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pdlaunch.bench.timed_completion import complete
 from pdlaunch.launch.client.deployment import running_deployment
 
 OUTPUT_TOKENS = 8
-NUM_ALONE = 10
 _seeds = itertools.count()
 
 
@@ -81,7 +80,9 @@ async def measure(url: str, keys: Sequence[str], given: argparse.Namespace) -> d
         async with long.get("/v1/models") as response:
             model = (await response.json())["data"][0]["id"]
         alone, beside = (prompts(given.num_short, given.short_tokens) for _ in range(2))
-        long_s = [await ask(long, model, each) for each in prompts(NUM_ALONE, given.long_tokens)]
+        long_s = [
+            await ask(long, model, each) for each in prompts(given.num_alone, given.long_tokens)
+        ]
         alone_s = [await ask(short, model, each) for each in alone]
         flood = prompts(given.num_long, given.long_tokens)
         works = [asyncio.ensure_future(ask(long, model, each)) for each in flood]
@@ -107,12 +108,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", action="store_true", help="native engines on this machine's CPU")
-    parser.add_argument("--num-long", type=int, default=200)
-    parser.add_argument("--long-tokens", type=int, default=4000)
-    parser.add_argument("--num-short", type=int, default=100)
+    parser.add_argument("--num-long", type=int)
+    parser.add_argument("--long-tokens", type=int)
+    parser.add_argument("--num-short", type=int)
     parser.add_argument("--short-tokens", type=int, default=100)
+    parser.add_argument("--num-alone", type=int, help="long prompts one after another, at first")
     parser.add_argument("--ahead-s", type=float, default=2.0, help="start of the long prompts")
     parser.add_argument("--tokens-per-s", type=float, default=40_000, help="of simulated prefill")
+    is_demo = parser.parse_known_args()[0].demo
+    # A CPU computes a few hundred tokens/s. A router sends two prompts at once if they have 2,048
+    # tokens together.
+    few = {"num_long": 12, "long_tokens": 2_100, "num_short": 6, "num_alone": 3}
+    many = {"num_long": 200, "long_tokens": 4_000, "num_short": 100, "num_alone": 10}
+    parser.set_defaults(**(few if is_demo else many))
     given = parser.parse_args()
     os.environ["PDLAUNCH_LOG_LEVEL"] = "warning"
     for keys in (("a", "b"), ("a", "a")):

@@ -345,8 +345,10 @@ async def run_chats(url: str, load: ChatLoad, model: ServedModel) -> list[Turn]:
             turn.token_ids = model.tokenizer.encode(rendered, add_special_tokens=False)
             messages.append({"role": "assistant", "content": turn.text})
             turns.append(turn)
+            sys.stderr.write(f"{len(turns)} of {load.num_chats * load.num_turns} turns\n")
 
-    async with aiohttp.ClientSession() as session:
+    # On a busy machine an answer may take longer than aiohttp waits by itself.
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         await asyncio.gather(*(chat(session, number) for number in range(load.num_chats)))
     return turns
 
@@ -469,6 +471,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="turns of chats at a time")
     parser.add_argument("--chats", type=int, default=16)
     parser.add_argument("--turns", type=int, default=4, help="of each chat")
+    parser.add_argument("--answer-tokens", type=int, default=64)
     given = parser.parse_args()
     match given.what:
         case "index":
@@ -489,7 +492,9 @@ def main() -> None:
                 "pairs alone": simulate_chats(always_pairs=True),
             }
         case _:
-            load = ChatLoad(given.chats, given.turns, given.at_once)
+            load = ChatLoad(
+                given.chats, given.turns, given.at_once, num_answer_tokens=given.answer_tokens
+            )
             with (
                 tempfile.TemporaryDirectory() as folder,
                 served(given.router, Path(folder)) as (url, urls),
