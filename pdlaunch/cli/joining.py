@@ -169,7 +169,7 @@ def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) ->
         bundles = ray_bundles(chosen, has_gpus=bool(ray.cluster_resources().get("GPU")))
         say("waiting for Ray to place the engines")
         actors = stack.enter_context(
-            placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s)
+            placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s, say)
         )
         keys = new_join_keys(config.control_port)
         address = config.control_address or str(ray.util.get_node_ip_address())

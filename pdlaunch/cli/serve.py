@@ -83,6 +83,9 @@ def serve(
             )
         lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_launch(config, flags)
+        is_agent = is_agent_task(loaded.config, os.environ)
+        if dry_run and is_agent:
+            return  # task 0 prints the plan
         machine, assumed = judged_machine(assume, loaded.config)
         if dry_run:
             resolved = _resolve(loaded, machine, None)[0]
@@ -92,7 +95,7 @@ def serve(
             print_plan(resolved, output)
             return
         check_platform()
-        if is_agent_task(loaded.config, os.environ):
+        if is_agent:
             serve_task(loaded.config, os.environ)
             return
         outcome = _launch(loaded, machine, lifeline, strict=strict)

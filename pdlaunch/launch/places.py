@@ -78,11 +78,12 @@ class EnginePlaces:
         if not hosts <= self.present or self.clock() < self._ended_at(hosts):
             return False
         if unit.engine and hosts & self._readdressed:
-            specs = self.kind.processes(self._placed(unit.engine))
-            environments = {spec.name: spec.environment for spec in specs}
+            specs = {spec.name: spec for spec in self.kind.processes(self._placed(unit.engine))}
             for process in unit.processes:
-                environment = environments[process.name]
-                process.spec = msgspec.structs.replace(process.spec, environment=environment)
+                spec = specs[process.name]
+                process.spec = msgspec.structs.replace(
+                    process.spec, environment=spec.environment, command=spec.command
+                )
         return True
 
     def _ended_at(self, hosts: Iterable[str]) -> float:

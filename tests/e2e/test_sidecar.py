@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from tests.e2e.faults import tracebacks
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 from tests.launch.sidecar.fake_vllm import answer_of
-from tests.launch.sidecar.program import replace_text
+from tests.launch.sidecar.program import replace_text, write_command
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(40, 140))
@@ -39,14 +38,10 @@ def launched(
     folder: Path, model: Path, *flags: str, environ: Mapping[str, str] | None = None
 ) -> Iterator[Deployment]:
     """``folder`` is shared and says how they behave (``tests.launch.sidecar.program``)."""
-    command = folder / "vllm"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.launch.sidecar.program "$@"\n')
-    command.chmod(0o755)
+    command = write_command(folder)
     with running_deployment(
         ("--engine", "vllm", "--engine-command", str(command), "--model", str(model), *flags),
-        environ=clean_environ()
-        | {"FAKE_VLLM_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
-        | dict(environ or {}),
+        environ=clean_environ() | {"FAKE_VLLM_FOLDER": str(folder)} | dict(environ or {}),
     ) as deployment:
         yield deployment
 

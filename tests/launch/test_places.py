@@ -145,6 +145,32 @@ def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -
     assert addresses() == before | {"decode-0": "10.0.0.9"}
 
 
+def test_all_ranks_of_an_engine_over_hosts_meet_where_its_first_host_is_now() -> None:
+    wide = {"tensor_parallel_size": 2, "nnodes": 2}
+    deployment = Deployment(engine="vllm", prefill=wide, **SPREAD)
+    deployment.places.kind = kind_of(deployment.launch)
+    host = deployment.launch.host("a")
+    deployment.lose("a")
+    deployment.places.joined(replace(host, bind_address="10.0.0.9", advertise_address="10.0.0.9"))
+    (unit,) = (each for each in deployment.seen.units if each.engine == "prefill-0")
+    assert deployment.places.is_there(unit)
+    for process in unit.processes:
+        command = process.spec.command
+        assert command[command.index("--master-addr") + 1] == "10.0.0.9"
+
+
+def test_devices_that_a_host_names_for_its_ranks_are_kept() -> None:
+    wide = {"tensor_parallel_size": 2, "nnodes": 2}
+    launch = Deployment(engine="vllm", prefill=wide, **SPREAD).launch
+    (engine,) = (each for each in launch.engines if each.name == "prefill-0")
+    first = engine.engines
+    named = replace(first, on=replace(first.on, environ={"NCCL_SOCKET_IFNAME": "ib0"}))
+    before, after = first.environment, named.environment
+    assert before["NCCL_SOCKET_IFNAME"] == before["GLOO_SOCKET_IFNAME"] == "10.0.0.2"
+    assert "NCCL_SOCKET_IFNAME" not in after
+    assert after["GLOO_SOCKET_IFNAME"] == "10.0.0.2"
+
+
 def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
     """Return the hosts of the engines that a change would start."""
     wanted = ChangeEngines(question=1, replicas=replicas)

@@ -120,13 +120,23 @@ class Host:
                     time.sleep(0.01)
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of the host but its first."""
+        """All processes of the host but its first, and those that have ended."""
         own = Path(f"/proc/{self.pid}/ns/pid").readlink()
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 is_here = Path(f"/proc/{process.pid}/ns/pid").readlink() == own
-                if is_here and process.pid != self.pid and process.name() != "cat":
+                is_there = process.status() != psutil.STATUS_ZOMBIE
+                if is_here and is_there and process.pid != self.pid and process.name() != "cat":
+                    found.append(process)
+        return found
+
+    def find(self, *words: str) -> list[psutil.Process]:
+        """The processes of the host with all these words in their commands."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # It has ended.
+                if {*words} <= {*process.cmdline()}:
                     found.append(process)
         return found
 

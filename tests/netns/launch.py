@@ -40,11 +40,19 @@ class FarLaunch:
     network: Network
     here: Host
     serve: subprocess.Popen[bytes]
+    stack: contextlib.ExitStack
+    allow: Sequence[str] = ()
     agents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{PORT}"
+
+    def start_agent(self, name: str) -> None:
+        """Start the agent of a host, which has the join file."""
+        words = ["agent", "--join", JOIN, "--name", name]
+        words += [word for each in self.allow for word in ("--allow-executable", each)]
+        self.agents[name] = self.stack.enter_context(pdlaunch(self.network[name], "agent", *words))
 
     def differences(self) -> list[str]:
         words = [sys.executable, "-c", _AGREEMENT, self.url]
@@ -119,7 +127,7 @@ def far_launch(
     with contextlib.ExitStack() as stack:
         words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT))
         serve = stack.enter_context(pdlaunch(host, "serve", *words))
-        launch = FarLaunch(network, host, serve)
+        launch = FarLaunch(network, host, serve, stack, allow)
         try:
             wait_for(host.file(JOIN).exists, launch, "no join file")
             ticket = host.file(JOIN).read_bytes()
@@ -127,11 +135,7 @@ def far_launch(
                 file = network[name].file(JOIN)
                 file.touch(0o600)
                 file.write_bytes(ticket)
-                words = ("agent", "--join", JOIN, "--name", name)
-                allowed = [word for each in allow for word in ("--allow-executable", each)]
-                launch.agents[name] = stack.enter_context(
-                    pdlaunch(network[name], "agent", *words, *allowed)
-                )
+                launch.start_agent(name)
             wait_for(lambda: is_healthy(launch), launch, "not ready", timeout_s)
             yield launch
         except BaseException:

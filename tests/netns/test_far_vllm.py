@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
+from tests.e2e.tiny_models import make_tiny_model
 from tests.launch.sidecar.fake_vllm import answer_of
-from tests.netns.hosts import ROOT, Network
+from tests.launch.sidecar.program import write_command
+from tests.netns.hosts import Network
 from tests.netns.launch import FarLaunch, far_launch, wait_for
-from tests.netns.switch import DEVICE
 from tests.netns.test_launch import HERE, THERE, knock
 
 PROMPT = list(range(40, 140))
@@ -35,15 +34,10 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def config(folder: Path) -> dict[str, Any]:
-    command = folder / "vllm"
-    command.write_text(
-        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.launch.sidecar.program "$@"\n'
-    )
-    command.chmod(0o755)
     return {
         "model": str(make_tiny_model("llama", folder)),
         "engine": "vllm",
-        "engine_command": str(command),
+        "engine_command": str(write_command(folder)),
         "hosts": [HERE, THERE],
         "kv_transfer": {"trusted_network": True},
         "env": {"FAKE_VLLM_FOLDER": str(folder)},
@@ -107,31 +101,3 @@ def is_new(network: Network, old: int) -> bool:
         return bool(processes(network)[0].pid != old)
     except (StopIteration, ValueError, psutil.NoSuchProcess):
         return False
-
-
-def test_an_engine_over_hosts_dies_and_comes_back_as_one(
-    network: Network, config: dict[str, Any], folder: Path
-) -> None:
-    wide = {"tensor_parallel_size": 2, "nnodes": 2}
-    config |= {
-        "model": str(make_tiny_model("llama", folder / "wide", **TWO_HEADS)),
-        "hosts": [{"name": "local"}, {"name": "b"}],
-        "prefill": wide,
-        "routing": {"policy": "pairs"},
-    }
-    with far_launch(network, config, ["b"], allow=[config["engine_command"]]) as launch:
-        assert tokens(launch) == answer_of(PROMPT, 5)
-        assert "route=prefill-0->decode-0" in launch.log("router.log")
-        far = next(
-            each
-            for each in network["b"].processes()
-            if "--headless" in each.cmdline() and "tests.launch.sidecar.program" in each.cmdline()
-        )
-        environment = far.environ()
-        assert environment["VLLM_HOST_IP"] == network["b"].address
-        assert environment["GLOO_SOCKET_IFNAME"] == DEVICE
-        far.kill()
-
-        again = "prefill-0 is ready again (incarnation 2)"
-        wait_for(lambda: again in launch.output(), launch, "it is not back")
-        assert tokens(launch) == answer_of(PROMPT, 5)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -47,11 +46,6 @@ def places(launch: FarLaunch) -> dict[str, str]:
     }
 
 
-def start_agent(launch: FarLaunch, stack: ExitStack, name: str) -> None:
-    words = ("agent", "--join", JOIN, "--name", name)
-    launch.agents[name] = stack.enter_context(pdlaunch(launch.network[name], "agent", *words))
-
-
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
     with new_network("a", "b", "c", "stranger") as network:
@@ -72,7 +66,7 @@ def is_same(answer: dict[str, Any], found: list[int] | None) -> bool:
 def test_engines_survive_agents_links_and_the_supervisor(
     network: Network, answer: dict[str, Any]
 ) -> None:
-    with far_launch(network, CONFIG, ["b", "c"]) as launch, ExitStack() as stack:
+    with far_launch(network, CONFIG, ["b", "c"]) as launch:
         assert places(launch) == {"prefill-0": "b", "decode-0": "c"}
         assert is_same(answer, tokens(launch))
 
@@ -105,7 +99,7 @@ def test_engines_survive_agents_links_and_the_supervisor(
         network["c"].file(JOIN).touch(0o600)
         network["c"].file(JOIN).write_bytes(network["b"].file(JOIN).read_bytes())
         for name in ("b", "c"):
-            start_agent(launch, stack, name)
+            launch.start_agent(name)
         wait_for(lambda: len(places(launch)) == 2, launch, "not back")
         assert is_same(answer, tokens(launch))
 

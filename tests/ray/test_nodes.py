@@ -8,14 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.e2e.conftest import clean_environ
-from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.e2e.waiting import await_true
+from tests.launch.sidecar.fake_vllm import answer_of
+from tests.launch.sidecar.program import write_command
 from tests.netns.hosts import Host, Network, new_network, signal_inner, why_not
 
 pytestmark = pytest.mark.hosts_long
@@ -25,6 +30,7 @@ URL = f"http://127.0.0.1:{PORT}"
 PROMPT = {"model": "llama", "prompt": [7] * 70, "max_tokens": 8, "temperature": 0}
 HEAD_PORT = 6379
 TOKEN = "/tmp/token"
+STAND_IN = "tests.launch.sidecar.program"
 HEAD = ("--head", "--num-cpus", "0", "--port", str(HEAD_PORT), "--include-dashboard", "false")
 SETTINGS = {
     "model": "/tmp/llama",
@@ -62,8 +68,9 @@ def ray_node(host: Host, *flags: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def nodes() -> Iterator[Network]:
-    """A head without cores on a, and nodes on b and c."""
+def nodes(request: pytest.FixtureRequest) -> Iterator[Network]:
+    """A head without cores on a, and nodes on b and c, of one core if a test does not say more."""
+    num_cpus = getattr(request, "param", 1)
     pytest.importorskip("ray", reason="make test-ray installs it")
     if reason := why_not():
         pytest.skip(reason)
@@ -78,7 +85,8 @@ def nodes() -> Iterator[Network]:
         for name in ("b", "c"):
             shutil.copytree(head.file("/tmp/llama"), network[name].file("/tmp/llama"))
             address = f"{head.address}:{HEAD_PORT}"
-            stack.enter_context(ray_node(network[name], "--num-cpus", "1", "--address", address))
+            flags = ("--num-cpus", str(num_cpus), "--address", address)
+            stack.enter_context(ray_node(network[name], *flags))
         yield network
 
 
@@ -94,7 +102,50 @@ def of_the_launch(nodes: Network) -> list[list[str]]:
 
 def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
     head = nodes["a"]
-    head.file("/tmp/launch.yaml").write_text(json.dumps(SETTINGS))
+    with served(nodes, SETTINGS):
+        _, status = head.get(f"{URL}/pdlaunch/status")
+        urls = {engine["name"]: engine["url"] for engine in status["engines"]}
+        assert {url.rpartition(":")[0] for url in urls.values()} == {
+            f"https://{nodes[name].address}" for name in ("b", "c")
+        }
+        before = nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b")
+        right = answer(head)
+        assert nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b") > before
+        assert answer(head) == right
+
+
+@pytest.mark.parametrize("nodes", [3], indirect=True)
+def test_an_engine_over_two_nodes(nodes: Network) -> None:
+    """With a stand-in for vLLM."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="pdlaunch-test-") as folder:
+        settings = {
+            "model": str(make_tiny_model("llama", Path(folder), **TWO_HEADS)),
+            "engine": "vllm",
+            "engine_command": str(write_command(Path(folder))),
+            # A node has three cores: two of these fit on none.
+            "prefill": {"tensor_parallel_size": 2, "nnodes": 2, "num_threads": 2},
+            "routing": {"policy": "pairs"},
+            "env": {"FAKE_VLLM_FOLDER": folder},
+        }
+        with served(nodes, SETTINGS | settings):
+            (first, other) = (ranks_on(nodes[name]) for name in ("b", "c"))
+            assert {*first, *other} == {"0", "1"}
+            assert len(first) == len(other) == 1
+            status, found = ask(nodes["a"], PROMPT | {"return_token_ids": True})
+            assert (status, found["choices"][0]["token_ids"]) == (200, answer_of([7] * 70, 8))
+
+
+def ranks_on(host: Host) -> list[str]:
+    """Which nodes of an engine run on a host."""
+    commands = [each.cmdline() for each in host.find(STAND_IN, "--node-rank")]
+    return [words[words.index("--node-rank") + 1] for words in commands]
+
+
+@contextlib.contextmanager
+def served(nodes: Network, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Run a launch from the head until it is ready; nothing is left at its end."""
+    head = nodes["a"]
+    head.file("/tmp/launch.yaml").write_text(json.dumps(settings))
     address = f"{head.address}:{HEAD_PORT}"
     with (
         head.file("/tmp/serve.out").open("wb") as output,
@@ -107,15 +158,7 @@ def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
         ) as serve,
     ):
         until_ready(head, serve)
-        _, status = head.get(f"{URL}/pdlaunch/status")
-        urls = {engine["name"]: engine["url"] for engine in status["engines"]}
-        assert {url.rpartition(":")[0] for url in urls.values()} == {
-            f"https://{nodes[name].address}" for name in ("b", "c")
-        }
-        before = nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b")
-        right = answer(head)
-        assert nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b") > before
-        assert answer(head) == right
+        yield
         signal_inner(serve, signal.SIGTERM)
         assert serve.wait(240) == 0
     await_true(lambda: not of_the_launch(nodes), lambda: str(of_the_launch(nodes)))
@@ -133,6 +176,10 @@ def until_ready(host: Host, serve: subprocess.Popen[bytes]) -> None:
 
 
 def answer(host: Host) -> str:
-    status, found = host.get(f"{URL}/v1/completions", "--json", json.dumps(PROMPT))
+    status, found = ask(host, PROMPT)
     assert status == 200, found
     return str(found["choices"][0]["text"])
+
+
+def ask(host: Host, question: Mapping[str, Any]) -> tuple[int, Any]:
+    return host.get(f"{URL}/v1/completions", "--json", json.dumps(question))

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
+from tests.launch.sidecar.fake_vllm import answer_of
+from tests.launch.sidecar.program import write_command
 from tests.netns.hosts import ROOT
 from tests.slurm.cluster import PORT, TIMEOUT_S, Cluster
 
@@ -148,4 +150,53 @@ def test_several_tasks_on_a_node_are_refused_by_each(cluster: Cluster) -> None:
     with cluster.running("srun", "--nodes=2", "--ntasks-per-node=2", *SERVE) as srun:
         srun.wait(TIMEOUT_S)
     assert cluster.output().count("Slurm runs 4 tasks on 2 nodes") == 4
+    await_end(cluster)
+
+
+WIDE = "wide.yaml"
+SERVE_WIDE = tuple(WIDE if word == FILE else word for word in SERVE)
+
+
+def write_wide(cluster: Cluster, num_nodes: int) -> None:
+    """Write the file of a launch with a stand-in for vLLM, whose prefill engine is over nodes."""
+    settings = {
+        "model": str(make_tiny_model("llama", cluster.folder / "wide", **TWO_HEADS)),
+        "engine": "vllm",
+        "engine_command": str(write_command(cluster.folder)),
+        "prefill": {"tensor_parallel_size": num_nodes, "nnodes": num_nodes},
+        "routing": {"policy": "pairs"},
+        "kv_transfer": {"trusted_network": True},
+        "env": {"FAKE_VLLM_FOLDER": str(cluster.folder)},
+        "log_dir": str(cluster.folder / "logs"),
+    }
+    (cluster.folder / WIDE).write_text(json.dumps(settings))
+
+
+def test_an_engine_over_both_nodes(cluster: Cluster) -> None:
+    write_wide(cluster, 2)
+    plan = cluster.run("srun", *TWO_TASKS, *SERVE_WIDE, "--dry-run", "--format", "json")
+    hosts = {each["name"]: each["host"] for each in json.loads(plan)["processes"]}
+    assert (hosts["prefill-0"], hosts["prefill-0/node-1"]) == ("local", "n2")
+    cluster.until(lambda: not cluster.jobs())
+
+    with cluster.running("srun", *TWO_TASKS, *SERVE_WIDE) as srun:
+        assert cluster.ready()["prefill-0"] == "local"
+        assert [
+            each for each in cluster.network["n2"].processes() if "--headless" in each.cmdline()
+        ]
+        question = {"model": "llama", "prompt": [7] * 70, "max_tokens": 5, "return_token_ids": True}
+        url = f"http://127.0.0.1:{PORT}/v1/completions"
+        status, answer = cluster.login.get(url, "--json", json.dumps(question))
+        assert status == 200, answer
+        assert answer["choices"][0]["token_ids"] == answer_of([7] * 70, 5)
+        cluster.run("scancel", *cluster.jobs())
+        srun.wait(TIMEOUT_S)
+    await_end(cluster)
+
+
+def test_too_few_nodes_for_an_engine_are_told(cluster: Cluster) -> None:
+    write_wide(cluster, 3)
+    with cluster.running("srun", *TWO_TASKS, *SERVE_WIDE) as srun:
+        srun.wait(TIMEOUT_S)
+    assert "nnodes is 3, but the role may use 2 of the hosts" in cluster.output()
     await_end(cluster)

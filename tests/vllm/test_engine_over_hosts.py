@@ -1,16 +1,18 @@
-"""A prefill engine of vLLM whose two ranks are on two hosts of namespaces; decode is on one."""
+"""A prefill engine of vLLM with a rank on each of two hosts of namespaces; decode is on a."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
-from tests.netns.hosts import new_network, why_not
+from tests.netns.hosts import new_network, signal_inner, why_not
 from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.kv_memory import FAILED
@@ -33,11 +35,11 @@ def launch(vllm_command: str) -> Iterator[FarLaunch]:
         "enforce_eager": True,
         "prefill": {"tensor_parallel_size": 2, "nnodes": 2},
         "routing": {"policy": "pairs"},
-        "hosts": [{"name": "local"}, {"name": "b"}],
+        "hosts": [{"name": "local"}, {"name": "b", "roles": ["prefill"]}],
         "kv_transfer": {"trusted_network": True},
         # The first request has vLLM compile kernels, which a host of namespaces has not kept.
         "env": {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")},
-        "hang_timeout_s": START_TIMEOUT_S,
+        "hang_timeout_s": 120,
         "startup_timeout_s": START_TIMEOUT_S,
     }
     allowed, timeout_s = [vllm_command], START_TIMEOUT_S
@@ -65,20 +67,66 @@ def tokens(launch: FarLaunch, prompt: list[int], engine: str = "") -> list[int]:
 def test_tokens_are_those_of_one_rank_and_half_of_the_heads_come_from_the_other_host(
     launch: FarLaunch,
 ) -> None:
-    decode = next(e for e in launch.status()["engines"] if e["name"] == "decode-0")
-    there, here = ("b", "a") if decode["host"] == "local" else ("a", "b")
     for prompt in PROMPTS:
-        passed = launch.network.num_bytes(there, here)
+        passed = launch.network.num_bytes("b", "a")
         found = tokens(launch, prompt)
-        assert launch.network.num_bytes(there, here) - passed > 100_000
+        assert launch.network.num_bytes("b", "a") - passed > 100_000
         assert found == tokens(launch, prompt, "decode-0")
     assert metric(launch, *FAILED) == 0
     assert metric(launch, "pdlaunch_router_silent_recomputes_total") == 0
 
 
-def test_it_comes_back_whole_when_the_rank_of_the_other_host_is_killed(launch: FarLaunch) -> None:
-    far = [each for each in launch.network["b"].processes() if "--headless" in each.cmdline()]
-    next(each for each in far if "pdlaunch.launch.sidecar" not in each.cmdline()).kill()
-    again = "prefill-0 is ready again (incarnation 2)"
-    wait_for(lambda: again in launch.output(), launch, "it is not back", START_TIMEOUT_S)
-    assert tokens(launch, PROMPTS[0]) == tokens(launch, PROMPTS[0], "decode-0")
+@contextlib.contextmanager
+def comes_back(launch: FarLaunch) -> Iterator[None]:
+    """The engine comes back as one from what happens inside; requests are answered meanwhile."""
+    old = [each for name in ("a", "b") for each in ranks(launch, name)]
+    assert len(old) == 2
+    num_starts = launch.output().count("prefill-0 is ready again")
+    right = tokens(launch, PROMPTS[0], "decode-0")
+    yield
+    assert tokens(launch, PROMPTS[0]) == right
+    is_back = lambda: launch.output().count("prefill-0 is ready again") > num_starts  # noqa: E731
+    wait_for(is_back, launch, "it is not back", START_TIMEOUT_S)
+    assert not [each for each in old if each.is_running()]
+    passed = launch.network.num_bytes("b", "a")
+    assert tokens(launch, PROMPTS[0]) == right
+    assert launch.network.num_bytes("b", "a") - passed > 100_000
+
+
+def ranks(launch: FarLaunch, name: str) -> list[psutil.Process]:
+    """The engine's worker on a host."""
+    rank = "VLLM::Worker_TP0" if name == "a" else "VLLM::Worker_TP1"
+    return launch.network[name].find(rank)
+
+
+def test_the_rank_of_the_other_host_is_killed(launch: FarLaunch) -> None:
+    with comes_back(launch):
+        for each in ranks(launch, "b"):
+            each.kill()
+
+
+def test_the_rank_of_the_other_host_is_stopped(launch: FarLaunch) -> None:
+    with comes_back(launch):
+        for each in ranks(launch, "b"):
+            each.suspend()
+
+
+def test_the_agent_is_killed(launch: FarLaunch) -> None:
+    with comes_back(launch):
+        signal_inner(launch.agents["b"])
+        assert psutil.wait_procs(launch.network["b"].processes(), START_TIMEOUT_S)[1] == []
+        wait_for(lambda: not ranks(launch, "a"), launch, "a rank is left")
+        launch.start_agent("b")
+
+
+def test_the_network_is_cut(launch: FarLaunch) -> None:
+    num_losses = launch.output().count("b is lost")
+    with comes_back(launch):
+        launch.network.set_link("b", is_cut=True)
+        assert launch.agents["b"].wait(START_TIMEOUT_S) == 1
+        assert launch.network["b"].processes() == []
+        is_lost = lambda: launch.output().count("b is lost") > num_losses  # noqa: E731
+        wait_for(is_lost, launch, "its host is not taken for lost")
+        wait_for(lambda: not ranks(launch, "a"), launch, "a rank is left")
+        launch.network.set_link("b")
+        launch.start_agent("b")

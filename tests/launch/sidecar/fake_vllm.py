@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class FakeVllm:
     tokens_by_source: dict[str, int] = field(default_factory=dict)
     # Requests that lend or read blocks wait for it; None: they do not wait.
     go: asyncio.Event | None = None
+    # Awaited for each answer: what ranks of other hosts do for it.
+    compute: Callable[[], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
         self.moves.set()
@@ -161,6 +163,8 @@ class FakeVllm:
         prompt, params = body["prompt"], body.get("kv_transfer_params") or {}
         length = len(prompt)
         await self.moves.wait()
+        if self.compute is not None:
+            await self.compute()
         if params and self.go is not None:
             await self.go.wait()
         answer: dict[str, Any] = {"id": "cmpl-1", "model": body["model"]}

@@ -4,18 +4,20 @@ Engines of one launch read from each other through the folder ``FAKE_VLLM_FOLDER
 how an engine behaves: ``decode-0.moves_bytes`` with ``false`` in it, and the like. With pdlaunch's
 connector its ranks shake hands; ``decode-0.pair_error`` says why that fails, and
 ``decode-0.gigabytes_per_s`` how fast they read. Without it, ``decode-0.prints`` is what an engine
-prints.
+prints. An engine over hosts answers nothing without its other hosts, and does not say so.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from pdlaunch.protocol.engine_link import KV_SETUP
 from tests.launch.sidecar.fake_vllm import FakeVllm, listen
@@ -47,8 +49,56 @@ def replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-async def serve(path: Path, folder: Path, tp_size: int, ranks: range, dp_size: int) -> None:
-    """``path``: the socket to serve at; of a further host of the engine, its server's name."""
+def write_command(folder: Path) -> Path:
+    """Write an executable ``vllm`` that starts this program; return it."""
+    command, root = folder / "vllm", Path(__file__).parents[3]
+    program = f"{sys.executable} -m tests.launch.sidecar.program"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={root} exec {program} "$@"\n')
+    command.chmod(0o755)
+    return command
+
+
+class OtherHosts:
+    """The ranks of an engine on its other hosts, which take part in each answer."""
+
+    def __init__(self) -> None:
+        self._streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._joined = asyncio.Semaphore(0)
+        self._one_at_a_time = asyncio.Lock()
+
+    async def meet(self, address: str, port: int, number: int) -> None:
+        """Wait until so many have joined here."""
+
+        async def take(*streams: Any) -> None:
+            self._streams.append(streams)
+            self._joined.release()
+
+        self._server = await asyncio.start_server(take, address, port)
+        for _ in range(number):
+            await self._joined.acquire()
+
+    async def compute(self) -> None:
+        async with self._one_at_a_time:
+            for reader, writer in self._streams:
+                writer.write(b".")
+                await reader.readexactly(1)
+
+
+async def join(address: str, port: int) -> None:
+    """Take part in what the first host computes."""
+    while True:
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection(address, port)
+            while found := await reader.read(1):
+                writer.write(found)
+        await asyncio.sleep(0.05)
+
+
+async def serve(found: argparse.Namespace, folder: Path) -> None:
+    # Of a further host of the engine the path says no more than a name.
+    path, tp_size = found.uds, found.tensor_parallel_size
+    num_ranks = tp_size // found.nnodes
+    ranks = range(found.node_rank * num_ranks, (found.node_rank + 1) * num_ranks)
     engine = FakeVllm(path.stem, FolderShares(folder))
     heed(engine, folder)
     if (printed := folder / f"{engine.name}.prints").exists():
@@ -60,11 +110,17 @@ async def serve(path: Path, folder: Path, tp_size: int, ranks: range, dp_size: i
         for field in told:
             if (file := folder / f"{engine.name}.{field}").exists():
                 told[field] = json.loads(file.read_text())
-        for dp_rank, tp_rank in itertools.product(range(dp_size), ranks):
+        for dp_rank, tp_rank in itertools.product(range(found.data_parallel_size), ranks):
             worker = FakeWorker(read_setup(Path(setup)), tp_rank, tp_size, dp_rank)
             workers.append(asyncio.create_task(worker.shake_hands(*told.values())))
-    if ranks.start == 0:
-        await listen(engine, path)
+    meeting = found.master_addr, found.master_port
+    if found.node_rank:
+        await join(*meeting)
+    if found.nnodes > 1:
+        hosts = OtherHosts()
+        await hosts.meet(*meeting, found.nnodes - 1)
+        engine.compute = hosts.compute
+    await listen(engine, path)
     while True:
         await asyncio.sleep(0.1)
         heed(engine, folder)
@@ -84,9 +140,9 @@ def main() -> None:
     parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master-addr", default="")
+    parser.add_argument("--master-port", type=int, default=0)
     found, rest = parser.parse_known_args()
-    num_ranks = found.tensor_parallel_size // found.nnodes
-    ranks = range(found.node_rank * num_ranks, (found.node_rank + 1) * num_ranks)
     folder = Path(os.environ["FAKE_VLLM_FOLDER"])
     told = {"arguments": rest, "environment": dict(os.environ), "pid": os.getpid()}
     replace_text(folder / f"{found.uds.stem}.started", json.dumps(told))
@@ -97,8 +153,7 @@ def main() -> None:
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
         )
         sys.exit(3)
-    dp_size = found.data_parallel_size
-    asyncio.run(serve(found.uds, folder, found.tensor_parallel_size, ranks, dp_size))
+    asyncio.run(serve(found, folder))
 
 
 if __name__ == "__main__":

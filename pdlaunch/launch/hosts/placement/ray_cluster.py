@@ -1,4 +1,4 @@
-"""Places the engines of a launch on a Ray cluster: one bundle and one agent for each engine.
+"""Places the engines of a launch on a Ray cluster: a bundle and an agent for each of their hosts.
 
 ::
 
@@ -6,8 +6,6 @@
     actor             holds its CPUs, GPUs; runs `pdlaunch agent`  ..
     a node is lost    Ray places the bundle and the actor elsewhere; this thread starts its agent
                       again, which joins under the same name
-
-A bundle is on one node, so an engine is too.
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 20.0
+_NOTE_AFTER_S = 5.0  # Ray places a group that fits within a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,19 +224,27 @@ def ray_cluster() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def placed_actors(
-    ray: Any, bundles: Sequence[Bundle], strategy: str, timeout_s: float
+    ray: Any,
+    bundles: Sequence[Bundle],
+    strategy: str,
+    timeout_s: float,
+    note: Callable[[str], None],
 ) -> Iterator[Mapping[str, Any]]:
     """Yield an actor for each bundle once Ray has placed all. Raises StartupError when it cannot.
 
-    Ray itself would wait without a word.
+    Ray itself would wait without a word, be it for nodes that an autoscaler adds: ``note`` is told.
     """
     scheduling = importlib.import_module("ray.util.scheduling_strategies")
     group = ray.util.placement_group(
         [bundle.resources for bundle in bundles], strategy=strategy.upper()
     )
     try:
-        if not group.wait(timeout_seconds=timeout_s):
-            needed = ", ".join(str(bundle) for bundle in bundles)
+        needed = ", ".join(str(bundle) for bundle in bundles)
+        is_placed = group.wait(timeout_seconds=min(_NOTE_AFTER_S, timeout_s))
+        if not is_placed and timeout_s > _NOTE_AFTER_S:
+            note(f"Ray has no room yet: the launch needs {needed}; {_offers(ray)}")
+            is_placed = group.wait(timeout_seconds=timeout_s - _NOTE_AFTER_S)
+        if not is_placed:
             raise StartupError(
                 f"Ray has not placed the launch within {timeout_s:g} s (join_timeout_s): it needs "
                 f"{needed}; {_offers(ray)}. Add nodes, or start fewer engines"

@@ -1,0 +1,149 @@
+"""An engine over two hosts, with a stand-in for vLLM: whatever happens to one of its hosts, it ends
+and comes back as one, and requests are answered meanwhile.
+``tests/vllm/test_engine_over_hosts.py`` has the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
+from tests.launch.sidecar.fake_vllm import answer_of
+from tests.launch.sidecar.program import write_command
+from tests.netns.hosts import new_network, signal_inner
+from tests.netns.launch import FarLaunch, far_launch, wait_for
+from tests.netns.switch import DEVICE
+
+TIMEOUT_S = 180.0
+PROMPT = list(range(40, 140))
+QUESTION = {"model": "llama", "prompt": PROMPT, "max_tokens": 5, "return_token_ids": True}
+STAND_IN = "tests.launch.sidecar.program"
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[FarLaunch]:
+    """Decode on a, beside the supervisor; prefill on b and c."""
+    # All hosts share it, as they do not share /tmp.
+    folder = Path(tempfile.mkdtemp(prefix="pdlaunch-test-", dir="/var/tmp"))
+    command = str(write_command(folder))
+    config = {
+        "model": str(make_tiny_model("llama", folder, **TWO_HEADS)),
+        "engine": "vllm",
+        "engine_command": command,
+        "prefill": {"tensor_parallel_size": 2, "nnodes": 2},
+        "routing": {"policy": "pairs"},
+        "hosts": [
+            {"name": "local", "roles": ["decode"]},
+            {"name": "b", "roles": ["prefill"]},
+            {"name": "c", "roles": ["prefill"]},
+        ],
+        "kv_transfer": {"trusted_network": True},
+        "env": {"FAKE_VLLM_FOLDER": str(folder)},
+        "agent_timeout_s": 6,
+        "hang_timeout_s": 5,
+    }
+    with (
+        new_network("a", "b", "c") as network,
+        far_launch(network, config, ["b", "c"], allow=[command]) as launch,
+    ):
+        yield launch
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def comes_back(launch: FarLaunch) -> Iterator[None]:
+    """What happens inside costs the engine one incarnation, on both hosts; requests go on."""
+    old = stand_ins(launch)
+    assert len(old) == 2
+    num_starts = launch.output().count("prefill-0 is ready again")
+    assert tokens(launch) == answer_of(PROMPT, 5)
+    yield
+    assert tokens(launch) == answer_of(PROMPT, 5)
+    is_back = lambda: launch.output().count("prefill-0 is ready again") > num_starts  # noqa: E731
+    wait_for(is_back, launch, "it is not back")
+    assert launch.output().count("prefill-0 is ready again") == num_starts + 1
+    assert not [each for each in old.values() if each.is_running()]
+    routed = launch.log("router.log").count("route=prefill-0->decode-0")
+    assert tokens(launch) == answer_of(PROMPT, 5)
+    assert launch.log("router.log").count("route=prefill-0->decode-0") == routed + 1
+
+
+def tokens(launch: FarLaunch) -> list[int]:
+    (answer,) = launch.ask(QUESTION)
+    assert isinstance(answer, dict), answer
+    found: list[int] = answer["choices"][0]["token_ids"]
+    return found
+
+
+def stand_ins(launch: FarLaunch) -> dict[str, psutil.Process]:
+    """The engine's processes of vLLM, by host."""
+    return {name: each for name in ("b", "c") for each in launch.network[name].find(STAND_IN)}
+
+
+def headless(launch: FarLaunch) -> tuple[str, psutil.Process]:
+    """The host that has no server, and the engine's process there."""
+    (found,) = (
+        (name, each)
+        for name in ("b", "c")
+        for each in launch.network[name].find(STAND_IN, "--headless")
+    )
+    return found
+
+
+def test_its_processes_are_told_their_own_addresses(launch: FarLaunch) -> None:
+    name, process = headless(launch)
+    told = process.environ()
+    assert told["VLLM_HOST_IP"] == launch.network[name].address
+    assert told["GLOO_SOCKET_IFNAME"] == DEVICE
+
+
+def test_a_rank_is_killed(launch: FarLaunch) -> None:
+    with comes_back(launch):
+        headless(launch)[1].kill()
+
+
+def test_a_rank_is_stopped(launch: FarLaunch) -> None:
+    with comes_back(launch):
+        headless(launch)[1].suspend()
+
+
+def test_the_link_between_its_hosts_is_cut(launch: FarLaunch) -> None:
+    """The supervisor reaches both."""
+    there = launch.network["c"].address
+    with comes_back(launch):
+        launch.network["b"].run("ip", "route", "add", "blackhole", f"{there}/32")
+        assert tokens(launch) == answer_of(PROMPT, 5)
+        launch.network["b"].run("ip", "route", "del", "blackhole", f"{there}/32")
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_an_agent_is_killed(launch: FarLaunch, name: str) -> None:
+    with comes_back(launch):
+        signal_inner(launch.agents[name])
+        assert psutil.wait_procs(launch.network[name].processes(), TIMEOUT_S)[1] == []
+        wait_for(lambda: not stand_ins(launch), launch, "its other host still runs it")
+        assert tokens(launch) == answer_of(PROMPT, 5)
+        launch.start_agent(name)
+
+
+def test_a_host_is_cut_off(launch: FarLaunch) -> None:
+    name, _ = headless(launch)
+    num_losses = launch.output().count(f"{name} is lost")
+    with comes_back(launch):
+        launch.network.set_link(name, is_cut=True)
+        assert tokens(launch) == answer_of(PROMPT, 5)
+        assert launch.agents[name].wait(TIMEOUT_S) == 1
+        assert launch.network[name].processes() == []
+        wait_for(lambda: not stand_ins(launch), launch, "its other host still runs it")
+        # Until then another agent of this name is refused.
+        is_lost = lambda: launch.output().count(f"{name} is lost") > num_losses  # noqa: E731
+        wait_for(is_lost, launch, "its host is not taken for lost")
+        launch.network.set_link(name)
+        launch.start_agent(name)
