@@ -20,7 +20,7 @@ GRANTED = {
     "memory of every model, transports of UCX": 400,
     "KV events and routing by them": 850,
     "fair shares of API keys, TLS": 680,
-    "engines over hosts, data parallel ranks": 400,
+    "engines over hosts, data parallel ranks": 450,
     "the verdict": 300,
 }
 TOTAL_LINES = 47_000 + sum(GRANTED.values())
@@ -28,7 +28,7 @@ TOTAL_CLASSES = 602
 TOTAL_MODULES = 250
 SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025
-TEST_LINES = 49_210
+TEST_LINES = 49_580
 HAND_WRITTEN_PAGES = 12
 WORDS = 25_000
 GENERATED_PAGES = {"rules.md", "settings.md"}

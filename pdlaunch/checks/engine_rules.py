@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context, vllm_engines, vllm_pair
-from pdlaunch.checks.rule import Found, differing_place, error, warning
+from pdlaunch.checks.rule import Found, differing_place, error, info, warning
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.vllm_arguments import (
     KV_EVENTS,
@@ -174,7 +174,9 @@ def _ignored_settings(context: Context) -> Iterator[Found]:
 
 def _own_variables(context: Context) -> Iterator[Found]:
     for each in vllm_engines(context):
-        for name in sorted((OWN_VARIABLES | {_PORT}) & each.settings.env.keys()):
+        # One address for all hosts of an engine would be wrong on all but one.
+        own = OWN_VARIABLES | {_PORT} | ({"VLLM_HOST_IP"} if each.settings.nnodes > 1 else set())
+        for name in sorted(own & each.settings.env.keys()):
             yield Found(
                 f"{name} is set for {each.role} engines", context.where_variable(each, name)
             )
@@ -467,5 +469,14 @@ RULES = (
         when=_own_variables,
         fix="Remove it from env; enable_sleep_mode switches dev mode on.",
         source="volcano-sh/kthena#1781; register_vllm_dev_api_routers of vLLM 0.32."),
+    info("PD637", "The router does not know what data parallel ranks have cached.",
+        "vLLM publishes the KV events of data parallel ranks over TCP alone, with the token ids of "
+        "all prompts, so they are off. The router chooses among such engines by load, and vLLM "
+        "chooses the rank.",
+        over=vllm_engines, when=lambda each: each.settings.data_parallel_size > 1,
+        at="data_parallel_size",
+        message="KV events of {0.role} engines are off: requests go to them by load",
+        fix="Prefer replicas to data parallel ranks where prompts share long prefixes.",
+        source="ZmqEventPublisher.offset_endpoint_port of vLLM 0.24 to 0.33."),
 )
 # fmt: on

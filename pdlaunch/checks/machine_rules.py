@@ -10,8 +10,14 @@ from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.problems import shown
 from pdlaunch.config.sizes import format_size, parse_size
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
+from pdlaunch.planning.role_engines import DEVICES_BETWEEN_HOSTS
 
 MIN_SHM_BYTES = parse_size("256MiB")
+# Variables that choose the network between the hosts of an engine
+_NETWORK = (
+    *DEVICES_BETWEEN_HOSTS,
+    *("NCCL_IB_DISABLE", "NCCL_IB_GID_INDEX", "NCCL_IB_HCA", "UCX_NET_DEVICES"),
+)
 _OF_HOST = frozenset(("num_threads",))  # derived values that may differ between engines of one role
 
 
@@ -111,6 +117,16 @@ def _cannot_spread(context: Context) -> Iterator[Found]:
             yield Found(message, where, fix)
 
 
+def _unlike_networks(context: Context) -> Iterator[Found]:
+    for engine in context.launch.engines if context.config.placement != "local" else ():
+        for name in _NETWORK:
+            has = [node.host.name for node in engine.nodes if name in node.engines.given_environ]
+            without = [node.host.name for node in engine.nodes if node.host.name not in has]
+            if has and without:
+                message = f"{name} is set on {', '.join(has)}, but not on {', '.join(without)}"
+                yield Found(message, f"environment {name}")
+
+
 def _unlike_hosts(context: Context) -> Iterator[Found]:
     for role in context.engines:
         placed = [engine for engine in context.launch.engines if engine.engines.role == role]
@@ -169,11 +185,13 @@ RULES = (
         fix="Use fewer engines, or more cores.", source="Measured on 2 cores.", needs=("cpus",),
         on_vllm=True),
     warning("PD416", "There is little shared memory.",
-        "UCX, torch and NCCL exchange data through /dev/shm; containers give it 64 MB unless told "
-        "otherwise. A full one ends processes with a bus error.",
+        "UCX, torch, NCCL and vLLM's message queues (160 MiB for a group of ranks) exchange data "
+        "through /dev/shm; containers give it 64 MB unless told otherwise. A full one ends "
+        "processes with a bus error.",
         when=_small_shm, at="/dev/shm",
         fix="docker run --shm-size=1g, or --ipc=host.",
-        source="UCX posix and sysv transports, NCCL SHM transport.", needs=("shm",)),
+        source="UCX posix and sysv transports, NCCL SHM transport; MessageQueue of vLLM 0.32.",
+        needs=("shm",), on_vllm=True),
     error("PD420", "The launch cannot listen at an address.",
         "Another process listens there, the port is for root (below 1024), or the host is no "
         "address of this machine.",
@@ -228,6 +246,14 @@ RULES = (
         "hosts.",
         source="MultiprocExecutor and MessageQueue of vLLM 0.24 to 0.33; its listening sockets "
         "with two nodes (0.32, measured).", on_vllm=True),
+    warning("PD457", "A variable that chooses the network is set on some hosts of an engine alone.",
+        "The ranks then look for each other over different networks: they wait until a time-out "
+        "at the start, or fall back to TCP without a word.",
+        when=_unlike_networks,
+        fix="Set it in the environment of the agents of all these hosts, or of none; in env, if "
+        "the value is the same on all.",
+        source="NCCL's environment variables: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_IB_GID_INDEX; "
+        "vLLM's troubleshooting of several nodes.", on_vllm=True),
     error("PD455", "Engines of one role come to different values on different hosts.",
         "A request may go to any engine of a role: with another dtype or device an engine would "
         "refuse the blocks, or answer with other tokens.",

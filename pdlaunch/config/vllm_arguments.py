@@ -76,8 +76,10 @@ REFUSED = _by_flag(
         ),
         "pdlaunch starts and ends an engine's processes; the setting nnodes gives the number of "
         "its hosts": "distributed-executor-backend headless master-addr master-port node-rank",
+        "KV blocks of pipeline stages cannot be handed over; use tensor_parallel_size, and nnodes "
+        "for more GPUs than a host has": "pipeline-parallel-size",
         "pdlaunch gives an engine one GPU for each of tensor_parallel_size": (
-            "pipeline-parallel-size prefill-context-parallel-size"
+            "prefill-context-parallel-size"
         ),
         "the router talks to its engines over their sockets; a proxy in front of it ends TLS": (
             "enable-ssl-refresh ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile"
@@ -101,6 +103,15 @@ KV_EVENTS = "kv-events-config"
 OFFLOADING = ("kv-offloading-backend", "kv-offloading-size")
 
 _KNOWN = (*OURS, *REFUSED, *OFFLOADING, KV_EVENTS)
+
+
+def fix_of_field(name: str) -> str | None:
+    """Return what to do about a field that no setting has, but a flag of vLLM; None: no such."""
+    flag = name.replace("_", "-")
+    if flag in REFUSED:
+        return REFUSED[flag]
+    is_flag = flag in ALIASES.values() and flag not in OURS
+    return f"flags of vLLM go into engine_args: {{{flag}: ..}}" if is_flag else None
 
 
 def vllm_flag_name(key: str) -> str:

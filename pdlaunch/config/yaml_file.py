@@ -15,6 +15,7 @@ import yaml
 
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name, shown_path
 from pdlaunch.config.settings import all_flags, all_settings, known_names, sections
+from pdlaunch.config.vllm_arguments import fix_of_field
 
 MAX_FILE_BYTES = 256 * 1024
 
@@ -67,6 +68,7 @@ class _Reader:
                 fix = f"did you mean {match}?" if match else f"known here: {', '.join(names)}"
                 if meant := _path_of_flag(path):
                     fix = f"in a file it is {meant}"
+                fix = fix_of_field(name) or fix
                 self._problem(key, "unknown field", path, fix)
             elif path in sections():
                 self.read_section(value, path)

@@ -23,7 +23,9 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-_RECORDED = frozenset({*ALLOCATOR_VARIABLES, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"})
+_RECORDED = frozenset(
+    {*ALLOCATOR_VARIABLES, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME"}
+)
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -87,11 +89,11 @@ def missing_modules(extras: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
 
 
 def recorded_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that rules read: of UCX, of CUDA's devices and of torch's allocator."""
+    """Return the variables that rules read: of networks, CUDA's devices and torch's allocator."""
     return {
         name: value
         for name, value in sorted(environ.items())
-        if name in _RECORDED or name.startswith("UCX_")
+        if name in _RECORDED or name.startswith(("UCX_", "NCCL_"))
     }
 
 

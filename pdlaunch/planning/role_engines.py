@@ -332,7 +332,8 @@ class RoleEngines:
             own = vllm_environment(cpu_bytes, self.settings, address)
             if self.settings.nnodes > 1:
                 # Sidecars replace the address by the name of its device.
-                own |= dict.fromkeys(BETWEEN_HOSTS, self.on.bind_address)
+                names = [each for each in DEVICES_BETWEEN_HOSTS if each not in self.on.environ]
+                own |= dict.fromkeys(("VLLM_HOST_IP", *names), self.on.bind_address)
             given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
         if self.role not in PAIR:
             return given
@@ -418,8 +419,8 @@ OWN_VARIABLES = frozenset(
 )
 
 
-# Variables of an engine over hosts: the address of this host's ranks, and the devices that have it
-BETWEEN_HOSTS = ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# Variables that name the network device between the hosts of an engine
+DEVICES_BETWEEN_HOSTS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def vllm_environment(

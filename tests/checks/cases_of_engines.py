@@ -174,9 +174,14 @@ CASES: dict[str, Case] = {
             vllm(env={"VLLM_NIXL_SIDE_CHANNEL_HOST": "0.0.0.0"}),
             vllm(decode__env={"VLLM_SERVER_DEV_MODE": "1"}),
             vllm(env={"VLLM_NIXL_SIDE_CHANNEL_PORT": "5600"}),
+            vllm(env={"VLLM_HOST_IP": "10.0.0.1"}, nnodes=2),
         ],
-        [vllm(environ={"VLLM_SERVER_DEV_MODE": "1"}), vllm(env={"VLLM_PLUGINS": "mine"})],
+        [
+            vllm(environ={"VLLM_SERVER_DEV_MODE": "1"}),
+            vllm(env={"VLLM_PLUGINS": "mine", "VLLM_HOST_IP": "10.0.0.1"}),
+        ],
     ),
+    "PD637": Case([vllm(data_parallel_size=2)], [vllm()]),
     "PD632": Case(
         [told(EngineCommand(version="0.29.0"), has_state=True)],
         [told(EngineCommand(version="0.30.0"), has_state=True), told(OLDER)],

@@ -10,14 +10,14 @@ from tests.checks.contexts import CPU, GPU, Case, on
 WIDE = replace(CPU, num_cpus=4)
 
 
-def hosts(*listed, machines=(WIDE, WIDE), local="10.0.0.1", **config) -> Context:
+def hosts(*listed, machines=(WIDE, WIDE), environs=({}, {}), local="10.0.0.1", **config) -> Context:
     """A launch on hosts with these settings, whose agents have joined."""
     context = on(WIDE, placement="hosts", hosts=listed, **config)
     here = ResolvedHost("local", WIDE, {}, local, local, frozenset())
     joined = [
-        settled(settings, ResolvedHost(settings.name, machine, {}, f"10.0.0.{place + 2}"))
-        for place, (settings, machine) in enumerate(
-            zip(context.config.hosts, machines, strict=True)
+        settled(settings, ResolvedHost(settings.name, machine, environ, f"10.0.0.{place + 2}"))
+        for place, (settings, machine, environ) in enumerate(
+            zip(context.config.hosts, machines, environs, strict=True)
         )
     ]
     models = {role: engines.model for role, engines in context.launch.roles.items()}
@@ -30,6 +30,7 @@ LONE = {"name": "b", "advertise_address": "127.0.0.1"}
 SPREAD = {"placement_strategy": "spread"}
 TRUSTED = {"kv_transfer__trusted_network": True}
 B4 = {"name": "b", "advertise_address": "10.0.0.3"}
+TWO_NODES = {"nnodes": 2, "tensor_parallel_size": 2, **TRUSTED}
 
 
 def far(*machines, **config):
@@ -71,6 +72,17 @@ CASES = {
         [
             far_vllm(nnodes=2, tensor_parallel_size=2, **TRUSTED),
             far_vllm(data_parallel_size=2),
+        ],
+    ),
+    "PD457": Case(
+        [
+            far_vllm(environs=({"NCCL_IB_HCA": "mlx5_0"}, {}), **TWO_NODES),
+            far_vllm(environs=({}, {"GLOO_SOCKET_IFNAME": "ib0"}), **TWO_NODES),
+        ],
+        [
+            far_vllm(environs=({"NCCL_IB_HCA": "a"}, {"NCCL_IB_HCA": "b"}), **TWO_NODES),
+            far_vllm(env={"NCCL_IB_HCA": "mlx5_0"}, **TWO_NODES),
+            far_vllm(environs=({"NCCL_IB_HCA": "mlx5_0"}, {})),
         ],
     ),
     "PD455": Case(

@@ -151,15 +151,16 @@ def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
     vLLM's own default is a TCP port on every address. A command that names an endpoint keeps it.
     """
     config = {
-        # With data parallel ranks vLLM publishes only at TCP ports, which are open to everybody.
-        "enable_kv_cache_events": "--data-parallel-size" not in command,
+        "enable_kv_cache_events": True,
         "endpoint": endpoint,
         "replay_endpoint": f"{endpoint}.replay",
     }
+    # Of data parallel ranks vLLM publishes only at TCP ports, which are open to everybody (PD637).
+    off = {"enable_kv_cache_events": False} if "--data-parallel-size" in command else {}
     if EVENTS_FLAG not in command:
-        return (*command, EVENTS_FLAG, json.dumps(config))
+        return (*command, EVENTS_FLAG, json.dumps(config | off))
     at = command.index(EVENTS_FLAG) + 1
-    return (*command[:at], json.dumps(config | json.loads(command[at])), *command[at + 1 :])
+    return (*command[:at], json.dumps(config | json.loads(command[at]) | off), *command[at + 1 :])
 
 
 def engine_environment(

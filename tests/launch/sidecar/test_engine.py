@@ -41,8 +41,10 @@ def test_events_are_published_at_a_socket_of_the_launch() -> None:
     own = ("vllm", "--kv-events-config", '{"endpoint":"ipc:///mine"}')
     assert json.loads(with_events_at(own, "ipc:///other")[2])["endpoint"] == "ipc:///mine"
     # Routers follow them whether or not somebody else does.
-    copied = with_events_at(("vllm", "--data-parallel-size", "2"), "ipc:///run/decode-0.events")
-    assert not json.loads(copied[-1])["enable_kv_cache_events"]
+    for asked in (("vllm",), ("vllm", "--kv-events-config", '{"enable_kv_cache_events":true}')):
+        copies = with_events_at((*asked, "--data-parallel-size", "2"), "ipc:///run/0.events")
+        config = json.loads(copies[copies.index("--kv-events-config") + 1])
+        assert not config["enable_kv_cache_events"]
     added = with_events_at(("vllm", "--seed", "1"), "ipc:///run/decode-0.events")
     assert added[:4] == ("vllm", "--seed", "1", "--kv-events-config")
     assert json.loads(added[4]) == json.loads(changed[2])
