@@ -252,16 +252,14 @@ def _with_state(context: Context) -> Iterator[RoleEngines]:
 def _cached_states(context: Context) -> Iterator[Found]:
     name = "enable_prefix_caching"
     for prefill, decode in _stock_pair(context):
-        is_known = context.engine_commands(decode.role)
-        is_new = bool(is_known) and not _is_before(context, decode, _CACHES_STATES_SINCE)
-        is_on = decode.settings.enable_prefix_caching and (name in decode.given or is_new)
+        is_old = _is_before(context, decode, _CACHES_STATES_SINCE)
+        is_default = bool(context.engine_commands(decode.role)) and not is_old
+        is_on = decode.settings.enable_prefix_caching and (name in decode.given or is_default)
         if not decode.model.has_state or not is_on:
             continue
         place, sizes = decode.where(name), [(it.tp_size, it.block_size) for it in (prefill, decode)]
-        if not is_new:
-            yield Found(
-                f"{name} is on for decode, whose vLLM is not known to be 0.28 or newer", place
-            )
+        if is_old:
+            yield Found(f"{name} is on for decode, whose vLLM is older than 0.28", place)
         elif sizes[0] != sizes[1]:
             default = "" if name in decode.given else " by default"
             message = f"{name} is on{default}, and TP or block sizes of prefill and decode differ"

@@ -192,13 +192,14 @@ CASES: dict[str, Case] = {
     ),
     "PD636": Case(
         [
-            vllm(has_state=True, decode__enable_prefix_caching=True, **STOCK),
+            vllm(decode__tensor_parallel_size=3, **CACHED_STATES),
             told(FOUND, OLDEST, **CACHED_STATES),
             told(FOUND, decode__tensor_parallel_size=3, **CACHED_STATES),
             told(FOUND, decode__tensor_parallel_size=3, has_state=True, **STOCK),
         ],
         [
             told(FOUND, **CACHED_STATES),
+            vllm(**CACHED_STATES),
             vllm(has_state=True, prefill__enable_prefix_caching=True, **STOCK),
             vllm(has_state=True, **STOCK),
             told(FOUND, has_state=True, **STOCK),
