@@ -62,19 +62,18 @@ def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fet
 
     Raises ConfigError, also when what came is no usable set of weights.
     """
-    wanted = [
-        (model.path, model.name, model.shape)
+    wanted = {
+        (model.path, model.name): model.shape
         for role, model in models.items()
-        if model.on_hub
-        and model.path
-        and model.shape
-        and not model.shape.is_outline
-        and config.engine_settings(role).load_format != "dummy"
-    ]
-    for path, name, shape in dict.fromkeys(wanted):
-        # Snapshots are named after their commit.
-        fetch(name, Path(path).name, "weights")
-        check_files(Path(path), shape)
+        if model.on_hub and model.path and config.engine_settings(role).load_format != "dummy"
+    }
+    for (path, name), shape in wanted.items():
+        commit = Path(path).name  # the name of a snapshot
+        if shape is None or shape.is_outline:
+            fetch(name, commit, "all")
+        else:
+            fetch(name, commit, "weights")
+            check_files(Path(path), shape)
 
 
 def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:

@@ -11,7 +11,7 @@ import pytest
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.engine_choice import choose_engine
-from pdlaunch.planning.models import read_models
+from pdlaunch.planning.models import fetch_weights, read_models
 from pdlaunch.planning.resolve import resolve
 from tests.planning.test_resolve import write_model
 
@@ -84,3 +84,21 @@ def test_nothing_behind_the_plan_sees_auto(tmp_path: Path, monkeypatch: pytest.M
     assert "cannot be served by native engines" in str(error)
     assert "--engine vllm" in str(error.fix)
     assert "install vllm with pip" in str(error.fix)
+
+
+def test_vllm_is_given_all_files_of_a_hub_that_nobody_else_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "a" * 40
+    repository = tmp_path / "models--org--tiny"
+    for name in ("snapshots", "refs"):
+        (repository / name).mkdir(parents=True)
+    write_model(repository / "snapshots" / commit, model_type="mixtral", num_local_experts=8)
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = LaunchConfig.model_validate({"engine": "vllm", "model": "org/tiny"})
+    asked: list[object] = []
+    models = read_models(config)
+    fetch_weights(config, models, lambda *each: asked.append(each))
+    assert asked == [("org/tiny", commit, "all")]
+    assert models["decode"].path == str(repository / "snapshots" / commit)

@@ -18,15 +18,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, get_args
 
 from pdlaunch.config.model_files.find import cached_snapshot, is_offline
 from pdlaunch.config.model_files.shape import INDEX
 from pdlaunch.config.model_files.weights import names_in, weight_files
 from pdlaunch.errors import ConfigError
 
-# The parts that are downloaded at once: all small files, or the weights that they describe
-Part = Literal["description", "weights"]
+# The parts that are downloaded at once: the small files that native engines read, the weights that
+# they describe, or all that vLLM may read of a model that native engines do not know
+Part = Literal["description", "weights", "all"]
 # Brings a part of a model (name, revision) into the cache. Raises ConfigError.
 Fetch = Callable[[str, str | None, Part], None]
 
@@ -34,6 +35,11 @@ Fetch = Callable[[str, str | None, Part], None]
 DESCRIPTION = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("chat_template.jinja", INDEX),
+)
+# Weights in other forms, which many models are also published in
+_OTHER_FORMS = (
+    *("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"),
+    *("consolidated*", "original/*", "onnx/*"),
 )
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _STOP_TIMEOUT_S = 10.0
@@ -51,7 +57,7 @@ def fetch_part(name: str, revision: str | None, part: Part) -> None:
     revision = revision or "main"
     command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", __spec__.name]
     # Bars of small files, or in a log, only disturb.
-    is_shown = part == "weights" and sys.__stderr__ is not None and sys.__stderr__.isatty()
+    is_shown = part != "description" and sys.__stderr__ is not None and sys.__stderr__.isatty()
     with subprocess.Popen(
         [*command, name, revision, part],
         env={"HF_HUB_DISABLE_PROGRESS_BARS": "0" if is_shown else "1", **os.environ},
@@ -108,6 +114,10 @@ def download(name: str, revision: str, part: Part) -> None:
             snapshot_download(name, revision=revision, allow_patterns=plain)
             if not any((folder / file).is_file() for file in wanted):
                 raise _wrong_files(name, wanted[0])
+        elif part == "all":
+            snapshot_download(name, revision=revision, ignore_patterns=[*_OTHER_FORMS])
+            if not any(folder.glob("*.safetensors")):
+                raise _wrong_files(name, "*.safetensors")
     except ConfigError:
         raise
     except ImportError as error:
@@ -172,11 +182,12 @@ def _drop_partial_files(number: int, frame: FrameType | None) -> None:  # noqa: 
 def main() -> int:
     """Download what the arguments name; exit code 1 after an error."""
     signal.signal(signal.SIGTERM, _drop_partial_files)
-    name, revision, part = sys.argv[1:]
-    if part == "weights":
+    name, revision, text = sys.argv[1:]
+    part = next(each for each in get_args(Part) if each == text)
+    if part != "description":
         sys.stderr.write(f"downloading {name}\n")
     try:
-        download(name, revision, "weights" if part == "weights" else "description")
+        download(name, revision, part)
     except ConfigError as error:
         sys.stdout.write(json.dumps({"error": str(error), "fix": error.fix, "field": error.field}))
         sys.stdout.flush()

@@ -78,6 +78,13 @@ def test_the_files_that_are_read_are_downloaded_and_no_others(
     download()
 
 
+def test_vllm_gets_all_files_but_weights_in_other_forms(hub: FakeHub) -> None:
+    (hub.folder / "vocab.json").write_text("{}")
+    fetch_part(NAME, None, "all")
+    needed = SHARDS | {INDEX, "vocab.json", "README.md", "model.fp16.safetensors"}
+    assert files_in_cache() == DESCRIPTION | needed
+
+
 def test_offline_asks_nobody(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     download()
