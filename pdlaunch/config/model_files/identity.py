@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -28,6 +30,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _CONFIGS = {_CONFIG, "params.json"}
 _PIECES_PER_FILE = 1024
 _SHOWN_DIGITS = 12
+_logger = logging.getLogger(__name__)
 
 
 def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
@@ -36,6 +39,7 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
     ``dummy``: the weights are made up, only config.json counts. Raises ConfigError when files are
     missing or damaged.
     """
+    started_at = time.monotonic()
     config = json.loads((model_dir / _CONFIG).read_text("utf-8"))
     kept = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
     digests = {_CONFIG: hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
@@ -46,6 +50,8 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
         for piece in _pieces(file):
             digest.update(piece)
         digests[file.name] = digest.hexdigest()
+    taken_ms = (time.monotonic() - started_at) * 1000
+    _logger.debug("digests of the weights in %s took %.1f ms", model_dir, taken_ms)
     return digests
 
 
