@@ -91,6 +91,8 @@ async def measure(url: str, keys: Sequence[str], given: argparse.Namespace) -> d
         while len(beside_s) < given.num_short and not all(work.done() for work in works):
             beside_s.append(await ask(short, model, beside[len(beside_s)]))
         num_done = sum(work.done() for work in works)
+        if not beside_s:
+            raise RuntimeError("the long prompts ended before a short one began: raise --num-long")
         for work in works:
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)

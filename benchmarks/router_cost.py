@@ -141,7 +141,8 @@ def measure(port: int, pid: int | None, load: StreamLoad) -> dict[str, Any]:
 
 def quantiles_ms(values_s: Sequence[float]) -> tuple[float, float]:
     if len(values_s) < 2:
-        return 0.0, 0.0
+        only_ms = round(sum(values_s) * 1000, 2)
+        return only_ms, only_ms
     hundredths = statistics.quantiles(values_s, n=100, method="inclusive")
     return round(hundredths[49] * 1000, 2), round(hundredths[98] * 1000, 2)
 
