@@ -33,6 +33,14 @@ def test_what_can_never_fit_ends_at_once_with_both_numbers(
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
+def test_an_answer_ends_where_the_kv_cache_does(runs_ahead: bool) -> None:
+    engine = FakeEngine(num_blocks=10, runs_ahead=runs_ahead)
+    engine.add("a", range(10), max_tokens=1000)
+    engine.run()
+    assert (engine.finished["a"].reason, len(engine.token_ids("a"))) == ("length", 31)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
 def test_request_whose_logits_are_nan_ends_with_an_error_and_others_go_on(runs_ahead: bool) -> None:
     engine = FakeEngine(runs_ahead=runs_ahead)
     engine.runners[0].nan_after = 6
