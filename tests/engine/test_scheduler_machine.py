@@ -223,7 +223,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         sampling, prompt = message.sampling, message.prompt_token_ids
         known = [token.token_id for token in message.output]
         known += self.engine.token_ids(request_id)
-        limit = min(sampling.max_tokens, MAX_MODEL_LEN - len(prompt))
+        room = self.engine.scheduler.requests.max_model_len - len(prompt)
+        limit = min(sampling.max_tokens, room)
         if finished.reason == "error":
             assert finished.error
             return
