@@ -159,6 +159,19 @@ def test_all_ranks_of_an_engine_over_hosts_meet_where_its_first_host_is_now() ->
         assert command[command.index("--master-addr") + 1] == "10.0.0.9"
 
 
+def test_an_engine_over_hosts_needs_room_on_each_of_them() -> None:
+    wide = {"tensor_parallel_size": 2, "nnodes": 2}
+    settings = {"engine": "vllm", "prefill": wide, "placement_strategy": "spread"}
+    deployment = Deployment(replace(TWO_GPUS, gpus=TWO_GPUS.gpus[:1]), **settings)
+    deployment.places.kind = kind_of(deployment.launch)
+    lacking = "needs 1 free GPU of each of 2 hosts, .* a has 1, GPU 0 of prefill-0; b has 1"
+    with pytest.raises(ConfigError, match=lacking):
+        plan(deployment, prefill=2)
+    roomy = Deployment(TWO_GPUS, **settings)
+    roomy.places.kind = kind_of(roomy.launch)
+    assert plan(roomy, prefill=2).keys() == {"prefill-1"}
+
+
 def test_devices_that_a_host_names_for_its_ranks_are_kept() -> None:
     wide = {"tensor_parallel_size": 2, "nnodes": 2}
     launch = Deployment(engine="vllm", prefill=wide, **SPREAD).launch

@@ -109,11 +109,20 @@ def test_a_rank_is_killed(launch: FarLaunch) -> None:
         headless(launch)[1].kill()
 
 
+def test_the_sidecar_of_the_host_without_a_server_is_killed(launch: FarLaunch) -> None:
+    name, _ = headless(launch)
+    with comes_back(launch):
+        (sidecar,) = launch.network[name].find("pdlaunch.launch.sidecar", "--headless")
+        sidecar.kill()
+
+
+@pytest.mark.hosts_long
 def test_a_rank_is_stopped(launch: FarLaunch) -> None:
     with comes_back(launch):
         headless(launch)[1].suspend()
 
 
+@pytest.mark.hosts_long
 def test_the_link_between_its_hosts_is_cut(launch: FarLaunch) -> None:
     """The supervisor reaches both."""
     there = launch.network["c"].address

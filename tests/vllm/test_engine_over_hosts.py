@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+import zmq
 
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.netns.hosts import new_network, signal_inner, why_not
@@ -74,6 +78,27 @@ def test_tokens_are_those_of_one_rank_and_half_of_the_heads_come_from_the_other_
         assert found == tokens(launch, prompt, "decode-0")
     assert metric(launch, *FAILED) == 0
     assert metric(launch, "pdlaunch_router_silent_recomputes_total") == 0
+
+
+def test_its_first_host_publishes_what_its_ranks_have_cached(launch: FarLaunch) -> None:
+    (server,) = launch.network["a"].find("--nnodes", "--uds", "--kv-events-config", "serve")
+    words = server.cmdline()
+    config = json.loads(words[words.index("--kv-events-config") + 1])
+    path = launch.network["a"].file(config["endpoint"].removeprefix("ipc://"))
+    with zmq.Context() as context, context.socket(zmq.SUB) as events:
+        events.setsockopt(zmq.LINGER, 0)
+        events.subscribe(b"")
+        events.connect(f"ipc://{path}")
+        seeds = itertools.count(100)
+
+        def is_told() -> bool:
+            """A subscriber hears of what comes after it is connected."""
+            tokens(launch, [next(seeds), *PROMPTS[0]])
+            return bool(events.poll(1_000))
+
+        wait_for(is_told, launch, "no events", START_TIMEOUT_S)
+        batch = msgspec.msgpack.decode(events.recv_multipart()[-1])
+    assert "BlockStored" in {event["type"] for event in batch[1]}
 
 
 @contextlib.contextmanager
