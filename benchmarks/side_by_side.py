@@ -3,7 +3,8 @@
 ``python -m benchmarks.side_by_side deploy.yaml --arms p2p,nixl,stock,aggregated`` starts
 ``pdlaunch serve deploy.yaml`` once for each arm and prints a row of JSON for each load: times in
 milliseconds, medians over ``--repeats``. The arms ``stock...`` are vLLM's own connector behind
-vllm-router, which has to be installed. ``--loads one,512,2048`` chooses the loads.
+vllm-router, which has to be installed. ``--loads one,512,2048`` chooses the loads. Small
+differences need ``--in-turns``: all arms run at once, and one is measured while the others idle.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ LOADS = {
     "2048": {"input_tokens": [2048], "output_tokens": 256, "concurrencies": [8, 32]},
     # For a trial on a CPU
     "short": {"input_tokens": [64], "output_tokens": 8, "concurrencies": [1, 4]},
+    # For the time to the first token, as of proven and unproven pulls
+    "first": {"input_tokens": [128, 1024], "output_tokens": 4, "concurrencies": [1]},
 }
 
 
@@ -111,18 +114,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-token-id", type=int, default=30_000)
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="a folder for each arm")
+    parser.add_argument("--in-turns", action="store_true", help="start all arms at once")
     given = parser.parse_args()
-    for arm in given.arms.split(","):
-        with serving(given.config, arm, given.logs) as (url, start_s):
+    arms = given.arms.split(",")
+    for group in [arms] if given.in_turns else [[arm] for arm in arms]:
+        with contextlib.ExitStack() as stack:
+            started = {
+                arm: stack.enter_context(serving(given.config, arm, given.logs)) for arm in group
+            }
             for load in given.loads.split(","):
                 turns = [
-                    asyncio.run(measure(url, LOADS[load], given.max_token_id))
+                    {
+                        arm: asyncio.run(measure(url, LOADS[load], given.max_token_id))
+                        for arm, (url, _) in started.items()
+                    }
                     for _ in range(given.repeats)
                 ]
-                for rows in zip(*turns, strict=True):
-                    row = {"arm": arm, "start_s": round(start_s, 1)} | median_row(list(rows))
-                    sys.stdout.write(json.dumps(row) + "\n")
-                    sys.stdout.flush()
+                for arm, (_, start_s) in started.items():
+                    for rows in zip(*(turn[arm] for turn in turns), strict=True):
+                        row = {"arm": arm, "start_s": round(start_s, 1)} | median_row(list(rows))
+                        sys.stdout.write(json.dumps(row) + "\n")
+                        sys.stdout.flush()
 
 
 if __name__ == "__main__":
