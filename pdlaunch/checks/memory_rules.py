@@ -183,9 +183,7 @@ def _late_shares(
 
 def _shared_gpus(context: Context) -> str:
     shared = [index for index, ranks in _ranks_by_gpu(context).items() if sum(ranks.values()) > 1]
-    num_ranks = sum(each.num_ranks for each in on_cuda(context))
-    on = f"{num_ranks} ranks on {len(context.machine.gpus)} GPUs"
-    return f"{on}: {len(shared)} of them are shared" if shared else ""
+    return f"more than one rank on GPU {', '.join(map(str, shared))}" if shared else ""
 
 
 def _host_memory(context: Context) -> Iterator[Found]:

@@ -14,7 +14,7 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.findings import say_finding
 from pdlaunch.cli.joining import with_placed_hosts
-from pdlaunch.cli.output import say
+from pdlaunch.cli.output import counted, say
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
@@ -85,7 +85,8 @@ def refuse_errors(
             say_finding(finding)
     if not report.is_ok(strict=strict):
         num_found = sum(each.severity != "info" for each in report.findings)
-        errors = f"{num_found if strict else len(report.errors)} error(s){' (--strict)' * strict}; "
+        number = num_found if strict else len(report.errors)
+        errors = f"{counted(number, 'error')}{' (--strict)' * strict}; "
         errors += "`pdlaunch explain CODE` says why"
         say(f"{undone}: {errors}", "red")
         raise typer.Exit(EXIT_FAILED)
