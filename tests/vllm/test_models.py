@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from tests.config.model_files.fake_hub import fake_hub
 from tests.e2e.api import complete
 from tests.e2e.tiny_models import VOCAB_SIZE, write_model
 from tests.vllm.conftest import running_engines
@@ -218,3 +219,17 @@ def distance(one: dict[str, float], other: dict[str, float]) -> float:
     """Return by how much the likeliest tokens of one differ in the other."""
     likeliest = sorted(one, key=lambda token: -one[token])[:5]
     return max(abs(one[token] - other.get(token, -20.0)) for token in likeliest)
+
+
+@pytest.mark.vllm_long
+def test_a_model_of_a_hub_that_native_engines_do_not_know(
+    vllm_command: str, tmp_path: Path
+) -> None:
+    """pdlaunch downloads all of it, as vLLM itself asks no hub."""
+    published = MODELS["Qwen3 MoE"].written(tmp_path)
+    settings = {"model": "org/tiny", "dtype": "float32", "both": {"replicas": 1}}
+    with fake_hub("org/tiny", published) as hub:
+        environ = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        with running_engines(tmp_path, vllm_command, settings, environ=environ) as deployment:
+            assert len(complete(deployment.url, prompt_of(0, 40), NUM_TOKENS)) == NUM_TOKENS
+            assert "model.safetensors" in hub.asked()
