@@ -62,7 +62,7 @@ def check(config: LoadedConfig) -> Report:
     Starts nothing. ``Report.is_ok()`` says whether it can be launched, ``Report.findings`` what was
     found: each has a rule's code, a severity, a message and a fix.
     """
-    resolved = _resolve(config)
+    resolved = resolve_here(config)
     rules = kind_of(resolved).rules()
     return run_checks(resolved, config.origins, probe_launch(resolved), rules=rules)
 
@@ -73,7 +73,7 @@ def plan(config: LoadedConfig) -> Plan:
     Starts nothing. ``Plan.shown()`` masks secrets in environments. Raises ConfigError when the
     configuration cannot be started here, or ``check`` finds errors.
     """
-    resolved = _resolve(config)
+    resolved = resolve_here(config)
     resolved.require_startable()
     rules = kind_of(resolved).rules()
     probes = probe_launch(resolved, with_ports=False)
@@ -137,7 +137,8 @@ class Launch:
         return self._deployment
 
 
-def _resolve(config: LoadedConfig) -> ResolvedLaunch:
+def resolve_here(config: LoadedConfig) -> ResolvedLaunch:
+    """Resolve a configuration on this machine."""
     models = read_models(config.config, fetch_part)
     hosts = planned_hosts(config.config, probe_machine(), os.environ)
     return resolve_on(config.config, hosts, os.environ, models)

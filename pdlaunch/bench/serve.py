@@ -87,14 +87,8 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
     Raises PdlaunchError when the deployment cannot be used, or refuses a warm-up request.
     """
     check_url(options.url)
-    async with aiohttp.ClientSession(
-        options.url,
-        headers={"Authorization": f"Bearer {options.api_key}"} if options.api_key else {},
-        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-        # The load decides how many connections there are, not the client.
-        connector=aiohttp.TCPConnector(limit=0),
-    ) as session:
-        model, max_model_len = await _model_of(session, options.url)
+    async with client_session(options.url, options.api_key) as session:
+        model, max_model_len = await model_of(session, options.url)
         # Another seed in every run, or prefix caches would have the prompts already.
         rng = random.Random(options.seed if options.seed is not None else time.time_ns())
         loads = plan_loads(options, model, max_model_len, rng)
@@ -126,7 +120,18 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
             yield BenchRun(row=row, done=done, model=model)
 
 
-async def _model_of(session: aiohttp.ClientSession, url: str) -> tuple[str, int | None]:
+def client_session(url: str, api_key: str | None) -> aiohttp.ClientSession:
+    """Return the session of a load's clients; use it as a context manager."""
+    return aiohttp.ClientSession(
+        url,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+        # The load decides how many connections there are, not the client.
+        connector=aiohttp.TCPConnector(limit=0),
+    )
+
+
+async def model_of(session: aiohttp.ClientSession, url: str) -> tuple[str, int | None]:
     """Return the served model's name, and its ``max_model_len`` if the deployment tells it."""
     try:
         async with session.get("/v1/models") as response:

@@ -65,6 +65,12 @@ COMMANDS = (
     Command("undrain", "engines:undrain", "Give drained engines work again."),
     Command("trace", "trace:trace", "Show what became of a request, over all processes."),
     Command("bench", "bench:app", "Measure a deployment, or pulls of KV blocks alone."),
+    Command(
+        "verdict",
+        "verdict:verdict",
+        "Measure whether disaggregation pays here, and how.",
+        examples="pdlaunch verdict deploy.yaml --gpus 4 --slo ttft=2000,itl=50 --trace trace.jsonl",
+    ),
 )
 
 _NAME = "pdlaunch"

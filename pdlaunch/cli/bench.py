@@ -62,7 +62,8 @@ def _list_of(kind: Any, example: str) -> Callable[[str], Any]:
 _integers, _numbers = _list_of(_Counts, "1,4,16"), _list_of(_Rates, "0.5,2,8")
 
 
-def _goals(text: str) -> Goals:
+def read_slo(text: str) -> Goals:
+    """Read the goals of ``--slo``."""
     try:
         return read_goals(text)
     except ValueError as error:
@@ -106,7 +107,7 @@ def serve(
     ),
     slo: Any = typer.Option(
         None,
-        parser=_goals,
+        parser=read_slo,
         metavar="GOALS",
         help="Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
     ),
@@ -130,21 +131,21 @@ def serve(
     """Measure what clients see: TTFT, gap to the second token, ITL and throughput."""
     # Refuse options that would have no effect, so that nobody misreads the figures.
     if request_rate is not None:
-        _refuse_given({"--concurrency": concurrency}, "not with --request-rate")
+        refuse_given({"--concurrency": concurrency}, "not with --request-rate")
     else:
-        _refuse_given({"--burstiness": burstiness}, "only with --request-rate")
+        refuse_given({"--burstiness": burstiness}, "only with --request-rate")
     if trace is None:
-        _refuse_given({"--trace-speed": trace_speed}, "only with --trace")
+        refuse_given({"--trace-speed": trace_speed}, "only with --trace")
     else:
         of_trace = {"--input-tokens": input_tokens, "--output-tokens": output_tokens}
         of_trace |= {"--concurrency": concurrency, "--request-rate": request_rate}
-        _refuse_given(of_trace, "not with --trace, which has lengths and times")
+        refuse_given(of_trace, "not with --trace, which has lengths and times")
     if url is None:
         refuse_address(flags)
     else:
         given = {flag_name(path): value for path, value in flags.items() if path != "api_key"}
         why = "for a deployment that is started here, not for one at --url"
-        _refuse_given({"CONFIG": config} | given, why)
+        refuse_given({"CONFIG": config} | given, why)
     runs: list[BenchRun] = []
     goals = slo or Goals()
     with _told_errors() as failures:
@@ -229,7 +230,7 @@ def _show(runs: Sequence[BenchRun], output: str) -> None:
     )
 
 
-def _refuse_given(options: Mapping[str, object], why: str) -> None:
+def refuse_given(options: Mapping[str, object], why: str) -> None:
     """Raise typer's BadParameter where one of these options, by name, was given."""
     given = [name for name, value in options.items() if value is not None]
     if given:

@@ -1,5 +1,5 @@
-"""Writes the HTML report of ``bench serve --report``: one file with its own style, without scripts
-or other files (``report.html``).
+"""Writes the HTML reports of ``bench serve --report`` and ``verdict``: one file with its own
+style, without scripts or other files (``report.html``).
 
 Neither prompts nor answers nor what errors say in detail are in a report, as it is passed on.
 """
@@ -18,6 +18,8 @@ from typing import Any
 from pdlaunch import __version__
 from pdlaunch.bench.serve import BenchRow, BenchRun, without_words
 from pdlaunch.bench.timed_completion import Goals
+from pdlaunch.bench.verdict.search import Findings
+from pdlaunch.bench.verdict.verdict import Verdict
 from pdlaunch.cli.output import counted, print_errors
 from pdlaunch.cli.status import duration
 
@@ -63,16 +65,11 @@ def write_report(path: Path, runs: Sequence[BenchRun], goals: Goals) -> int:
 
 def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
     """Return the page of a benchmark."""
-    # Imported here: other commands do not wait for it.
-    from jinja2 import Environment
-
     rows = [run.row for run in runs]
     best = max(rows, key=lambda row: row.output_tokens_per_s)
     columns = [name for name in HEADINGS if any(getattr(row, name) is not None for row in rows)]
-    # Names of models and errors are escaped.
-    environment = Environment(autoescape=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
-    return template.render(
+    return _render(
+        title="pdlaunch bench serve",
         lead=f"{runs[0].model} · what the clients of a deployment see"
         + (f" · goals: {goals}" if goals else ""),
         cards={
@@ -87,13 +84,65 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
         headings=[HEADINGS[name] for name in columns],
         rows=[[_cell(getattr(row, name)) for name in columns] for row in rows],
         notes=list(_notes(rows)),
+        facts={"Model": runs[0].model},
+    )
+
+
+def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
+    """Return the page of ``pdlaunch verdict``."""
+    # The same colour for an arm in each plot.
+    arms = [row["arm"] for row in found.rows][:NUM_COLOURS]
+    probes = sorted(findings.probes, key=lambda probe: probe.rate)
+
+    def curves(figure: str) -> dict[str, list[Point]]:
+        return {
+            arm: [
+                (each.rate, getattr(each.row, figure) or 0.0) for each in probes if each.arm == arm
+            ]
+            for arm in arms
+        }
+
+    rate = "requests sent a second"
+    columns = list(found.rows[0]) if found.rows else []
+    out = [f"Not measured: {name}: {reason}." for name, reason in found.ruled_out.items()]
+    return _render(
+        title="pdlaunch verdict",
+        lead=found.text,
+        cards={f"{row['arm']}, good requests/s": f"{row['goodput']:.3g}" for row in found.rows},
+        plots=[
+            plot(
+                "Share within the goals",
+                f"The goals: {goals}.",
+                curves("good_share"),
+                rate,
+                "share of them",
+            ),
+            plot("Time to first token, p99", "", curves("ttft_ms_p99"), rate, "ms"),
+            plot("Time between tokens, p99", "", curves("itl_ms_p99"), rate, "ms"),
+        ],
+        headings=[name.replace("_", " ") for name in columns],
+        rows=[[_cell(row[name]) for name in columns] for row in found.rows],
+        notes=["Times are milliseconds as clients see them.", found.note, *out],
+        facts={},
+    )
+
+
+def _render(*, facts: Mapping[str, str], **values: object) -> str:
+    # Imported here: other commands do not wait for it.
+    from jinja2 import Environment
+
+    # Names of models and errors are escaped.
+    environment = Environment(autoescape=True)
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
+    return template.render(
         facts={
-            "Model": runs[0].model,
+            **facts,
             "Python": platform.python_version(),
             "Machine": f"{platform.system()} {platform.release()}, {platform.machine()}",
         },
         version=__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        **values,
     )
 
 

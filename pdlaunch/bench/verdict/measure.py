@@ -1,0 +1,296 @@
+"""Starts arms and measures them: what single engines do, and who is served in time at a rate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate, pairwise
+
+import aiohttp
+import msgspec
+
+from pdlaunch.api import launched, resolve_here
+from pdlaunch.bench.loads import (
+    FIRST_TOKEN_ID,
+    HASHED_TOKENS,
+    BenchLoad,
+    TraceRequest,
+    arrival_times,
+    trace_prompt,
+)
+from pdlaunch.bench.serve import client_session, model_of, summarise
+from pdlaunch.bench.timed_completion import Goals, TimedCompletion, complete
+from pdlaunch.bench.verdict.arms import config_to_measure
+from pdlaunch.bench.verdict.queueing import WARM_UP, Arm, EngineFigures, Job
+from pdlaunch.bench.verdict.search import Probe, Step
+from pdlaunch.config.sources import LoadedConfig
+from pdlaunch.errors import PdlaunchError
+
+_MIN_REQUESTS, _MAX_REQUESTS, _MIN_PROBE_S = 12, 400, 10.0
+_BATCHES = (4, 16, 64)
+_NUM_REPEATS = 3
+_NUM_STEPS = 8  # steps that are timed, of each batch
+_MAX_OUTPUT = 128
+_MAX_PROMPTS_S = 8.0  # A batch whose prompts take longer is not measured.
+_SETTLE_S = 1.0  # Requests that were given up leave the engines within a step.
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """The user's load, which is sent at many rates."""
+
+    # Their lengths and shared blocks; also their bursts, if they have times
+    requests: Sequence[TraceRequest]
+    prefix: list[int] = []  # tokens that stand before every prompt
+    token_ids: range = range(FIRST_TOKEN_ID, 30_000)
+    seed: int = 0
+    probe_s: float = 20.0
+
+    def jobs_at(self, rate: float, seed: int) -> list[Job]:
+        """Return when requests are sent, and their lengths: at one rate the same for every arm."""
+        # At low rates few requests, or a probe would take minutes; at high ones enough for queues.
+        least = min(_MIN_REQUESTS, max(5, round(2 * rate * self.probe_s)))
+        most = max(_MAX_REQUESTS, round(rate * _MIN_PROBE_S))
+        number = min(most, max(least, round(rate * self.probe_s)))
+        chosen = self._chosen(number, seed)
+        gaps = [max(0.0, late.timestamp - early.timestamp) for early, late in pairwise(chosen)]
+        times = list(accumulate(gaps, initial=0.0))
+        if not any(gaps):
+            times = arrival_times(rate, 1.0, number, random.Random(f"{self.seed}/{seed}"))
+        # The rate of so few requests would else differ by chance from the one that is asked for.
+        scale = (number - 1) / rate / times[-1]
+        seen: set[int] = set()
+        jobs = []
+        for at_s, each in zip(times, chosen, strict=True):
+            num_cached = HASHED_TOKENS * len(seen.intersection(each.hash_ids))
+            seen.update(each.hash_ids)
+            new = max(1, each.input_length - num_cached)
+            jobs.append(Job(at_s * scale, new, each.output_length))
+        return jobs
+
+    def prompts(self, number: int, seed: int) -> list[list[int]]:
+        """Return the prompts of ``jobs_at``. Those of two seeds share the prefix alone."""
+        return [
+            self.prefix + trace_prompt(each, self.token_ids, f"{seed}/{place}", self.seed + seed)
+            for place, each in enumerate(self._chosen(number, seed))
+        ]
+
+    def lengths(self) -> list[int]:
+        """Return the prompt lengths that stand for all, in tokens that are not cached."""
+        new = sorted(job.prompt_tokens for job in self.jobs_at(_MAX_REQUESTS / self.probe_s, 0))
+        return sorted({new[len(new) * tenths // 10] for tenths in (1, 5, 9)})
+
+    def _chosen(self, number: int, seed: int) -> list[TraceRequest]:
+        places = range(seed * number, (seed + 1) * number)
+        return [self.requests[place % len(self.requests)] for place in places]
+
+
+class Launches(contextlib.ExitStack):
+    """Starts arms on this machine, one at a time, and measures them.
+
+    The methods may raise PdlaunchError.
+    """
+
+    def __init__(
+        self, load: Load, goals: Goals, attainment: float, loaded: LoadedConfig, *, on_cpu: bool
+    ) -> None:
+        super().__init__()
+        self.load = load
+        self.goals = goals
+        self._attainment = attainment
+        self._loaded = loaded
+        self._on_cpu = on_cpu
+        self._running: tuple[str, int] | None = None
+        self._url = ""
+        self._key: str | None = None
+        self.start_s = 0.0
+
+    def use(self, arm: Arm, visit: int) -> None:
+        """Start the arm, unless it runs since an earlier step of this visit."""
+        if self._running == (arm.name, visit):
+            return
+        self.stop()
+        config = self._config(arm)
+        key = config.config.api_key
+        self._key = None if key is None else key.get_secret_value()
+        deployment = self.enter_context(launched(config))
+        self._url, self.start_s = deployment.url, deployment.start_s
+        self._running = (arm.name, visit)
+        # Thrown away: first requests compile, connect and fill caches.
+        num_engines = arm.num_both + arm.num_prefill + arm.num_decode
+        asyncio.run(self._prompts_at_once(2 * num_engines, 0, 3))
+
+    def stop(self) -> None:
+        """Stop what runs; one that had to be killed for it is no fault of the next one."""
+        self._running = None
+        with contextlib.suppress(PdlaunchError):
+            self.close()
+
+    async def figures(self, arm: Arm) -> EngineFigures:
+        """Measure all engines of an aggregated arm at once, as devices may share a memory."""
+        engines = next(iter(resolve_here(self._config(arm)).roles.values()))
+        num_engines, max_seqs = arm.num_both, engines.settings.max_num_seqs
+        goals, lengths, prefill = self.goals, self.load.lengths(), []
+        for length in lengths:
+            ttfts_s: list[float] = []
+            for _ in range(_NUM_REPEATS):
+                done = await self._prompts_at_once(num_engines, length, 1)
+                ttfts_s += [each.ttft_s for each in done]
+            prefill.append((length, statistics.median(ttfts_s)))
+        full_s = prefill[-1][1]
+        steps = [
+            (1, _common_step_s(await self._prompts_at_once(num_engines, lengths[-1], _NUM_STEPS)))
+        ]
+        chunk = await self._chunk_tokens(num_engines, lengths[-1], full_s, steps[0][1])
+        for num_streams in (number for number in _BATCHES if number <= max_seqs):
+            is_slow = steps[-1][1] * 1000 > min(goals.itl_ms or 1e9, goals.tpot_ms or 1e9)
+            if is_slow or num_streams * full_s > _MAX_PROMPTS_S:
+                break
+            # No stream may end before the last prompt is computed, a chunk in each step.
+            output = min(_MAX_OUTPUT, _NUM_STEPS + math.ceil(num_streams * lengths[-1] / chunk))
+            done = await self._prompts_at_once(num_streams * num_engines, lengths[-1], output)
+            steps.append((num_streams, _common_step_s(done)))
+        return EngineFigures(
+            prefill=prefill,
+            steps=steps,
+            chunk_tokens=min(engines.max_num_batched_tokens, chunk),
+            max_batched_tokens=engines.max_num_batched_tokens,
+            max_num_seqs=max_seqs,
+        )
+
+    async def _chunk_tokens(
+        self, num_engines: int, length: int, prefill_s: float, step_s: float
+    ) -> int:
+        """Return how many prompt tokens a step beside a stream computes, by how long it takes."""
+        output = _NUM_STEPS + round(2 * prefill_s / step_s)
+        streams = asyncio.create_task(self._prompts_at_once(num_engines, length, output))
+        await asyncio.sleep(prefill_s + 3 * step_s)
+        await self._prompts_at_once(num_engines, length, 1)
+        stalls_s = [max(each.all_gaps_s) for each in await streams]
+        share = (statistics.median(stalls_s) - step_s) / prefill_s
+        # Most of it: then the engine does not divide such a prompt, and perhaps no longer one.
+        return 1 << 20 if share > 0.8 else max(16, round(share * length))
+
+    async def hand_over_s(self, step_s: float) -> float:
+        """Return by how much the gap between the first two tokens is longer than a step."""
+        gaps_s = []
+        for _ in range(_NUM_REPEATS):
+            (done,) = await self._prompts_at_once(1, 0, 4)
+            if done.route is None or done.route[0] == "pair":
+                gaps_s.append(done.all_gaps_s[0])
+        return max(0.0, statistics.median(gaps_s) - step_s) if gaps_s else 0.0
+
+    async def probe(self, step: Step, seed: int) -> Probe:
+        """Send requests at a rate, until all are answered or too many have missed the goals."""
+        goals = self.goals
+        jobs = self.load.jobs_at(step.rate, seed)
+        prompts = self.load.prompts(len(jobs), seed)
+        first = len(jobs) // WARM_UP
+        # Twice what may miss them: by chance the rest could not make up for it.
+        most_missed = 2 * (1 - self._attainment) * (len(jobs) - first) + 1
+        done: dict[int, TimedCompletion] = {}
+        is_hopeless = asyncio.Event()
+        start_at = time.perf_counter()
+        async with self._session() as (session, model):
+
+            async def send(number: int) -> None:
+                at_s = start_at + jobs[number].at_s - time.perf_counter()
+                await asyncio.sleep(max(0.0, at_s))
+                output = jobs[number].output_tokens
+                done[number] = await complete(session, model, prompts[number], output)
+                counted = [each for place, each in done.items() if place >= first]
+                if sum(not goals.met_by(each) for each in counted) > most_missed:
+                    is_hopeless.set()
+
+            tasks = [asyncio.create_task(send(number)) for number in range(len(jobs))]
+            ends = asyncio.create_task(asyncio.wait(tasks))
+            stop = asyncio.create_task(is_hopeless.wait())
+            try:
+                await asyncio.wait([ends, stop], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (ends, stop, *tasks):
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        seconds = time.perf_counter() - start_at
+        counted = [done[number] for number in sorted(done) if number >= first]
+        errors = [each.error for each in counted if each.error is not None]
+        if len(errors) == len(counted):
+            raise PdlaunchError(f"no request was answered: {errors[0]}")
+        await asyncio.sleep(_SETTLE_S)
+        load = BenchLoad(
+            input_tokens=round(statistics.mean(map(len, prompts))),
+            requests=(),
+            request_rate=step.rate,
+        )
+        return Probe(
+            arm=step.arm.name,
+            visit=step.visit,
+            rate=step.rate,
+            met=[goals.met_by(each) for each in counted],
+            seconds=time.perf_counter() - start_at,
+            row=summarise(load, counted, seconds, goals),
+            limit=what_limits(step.arm, counted, goals),
+        )
+
+    async def _prompts_at_once(
+        self, number: int, length: int, output_tokens: int
+    ) -> list[TimedCompletion]:
+        """Send new prompts at once, of the median length if it is 0.
+
+        Raises PdlaunchError unless all are answered.
+        """
+        lengths = self.load.lengths()
+        length = length or lengths[len(lengths) // 2]
+        tokens = self.load.token_ids
+        async with self._session() as (session, model):
+            done = await asyncio.gather(
+                *(
+                    complete(session, model, random.choices(tokens, k=length), output_tokens)
+                    for _ in range(number)
+                )
+            )
+        if errors := [each.error for each in done if each.error is not None]:
+            raise PdlaunchError(f"a request of the load is refused: {errors[0]}")
+        return done
+
+    def _config(self, arm: Arm) -> LoadedConfig:
+        return config_to_measure(arm, self._loaded, on_cpu=self._on_cpu)
+
+    @contextlib.asynccontextmanager
+    async def _session(self) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
+        async with client_session(self._url, self._key) as session:
+            yield session, (await model_of(session, self._url))[0]
+
+
+def _common_step_s(done: Sequence[TimedCompletion]) -> float:
+    """Return the median gap while all of them were streams; of all gaps if they never were."""
+    begin_at, end_at = (
+        max(each.tokens_at[0] for each in done),
+        min(each.tokens_at[-1] for each in done),
+    )
+    gaps = [(late, late - early) for each in done for early, late in pairwise(each.tokens_at)]
+    common = [gap for late, gap in gaps if begin_at < late - gap and late <= end_at]
+    # Tokens that came in one piece have no time between them.
+    return max(1e-4, statistics.median(common or [gap for _, gap in gaps]))
+
+
+def what_limits(arm: Arm, done: Sequence[TimedCompletion], goals: Goals) -> str:
+    """Return what made most of the requests miss the goals; empty if all met them."""
+    causes: Counter[str] = Counter()
+    for each in done:
+        if goals.met_by(each):
+            continue
+        if each.error is not None:
+            causes["errors"] += 1
+        elif goals.ttft_ms is not None and each.ttft_s * 1000 > goals.ttft_ms:
+            causes["prefill queue" if arm.num_prefill else "prompts wait"] += 1
+        elif arm.num_prefill and each.all_gaps_s and each.all_gaps_s[0] == max(each.all_gaps_s):
+            causes["hand-over"] += 1
+        else:
+            causes["decode steps" if arm.num_prefill else "prompts beside streams"] += 1
+    return causes.most_common(1)[0][0] if causes else ""

@@ -1,0 +1,200 @@
+"""Predicts the goodput of an arm from figures of single engines, by playing its steps.
+
+An engine computes step after step: the next token of each stream, and beside them a chunk of the
+prompts that wait. A split is two such pools in a row, the second one with empty prompts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from pdlaunch.bench.timed_completion import Goals, TimedCompletion
+
+WARM_UP = 5  # One in so many requests of a load comes first and is not counted: queues are empty.
+VISIT_SEEDS = 100  # Probes of a visit have seeds from ``VISIT_SEEDS * (visit - 1)`` on.
+_SEEDS = (0, 1, VISIT_SEEDS)  # the same requests as the first probes
+
+
+class Arm(msgspec.Struct, frozen=True):
+    """A way to use the devices: engines that do both, or prefill and decode engines."""
+
+    tp_size: int
+    num_both: int = 0
+    num_prefill: int = 0
+    num_decode: int = 0
+
+    @property
+    def kind(self) -> str:
+        return "aggregated" if self.num_both else "split"
+
+    @property
+    def num_devices(self) -> int:
+        return self.tp_size * (self.num_both + self.num_prefill + self.num_decode)
+
+    @property
+    def name(self) -> str:
+        if self.num_both:
+            return f"{self.num_both} x TP{self.tp_size}"
+        name = f"{self.num_prefill}P{self.num_decode}D"
+        return name if self.tp_size == 1 else f"{name} TP{self.tp_size}"
+
+
+class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What engines of one TP size were measured to do while all devices worked."""
+
+    prefill: list[tuple[int, float]]  # prompt tokens -> seconds, ascending
+    steps: list[tuple[int, float]]  # streams in a batch -> seconds of a step, ascending
+    chunk_tokens: int  # most prompt tokens in a step with streams
+    max_batched_tokens: int  # most prompt tokens in a step without streams
+    max_num_seqs: int
+
+    def prefill_s(self, num_tokens: float) -> float:
+        return _interpolate([(0, 0.0), *self.prefill], num_tokens)
+
+    def step_s(self, num_streams: int) -> float:
+        return _interpolate(self.steps, num_streams) if num_streams else 0.0
+
+
+class Job(NamedTuple):
+    """One request for a pool of engines."""
+
+    at_s: float
+    prompt_tokens: int  # those that are not cached
+    output_tokens: int
+
+
+def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
+    """Return y at x; beyond the points, the line through the nearest two goes on."""
+    if len(points) == 1:
+        return points[0][1]
+    place = min(max(bisect_left([at for at, _ in points], x), 1), len(points) - 1)
+    (left, low), (right, high) = points[place - 1], points[place]
+    return max(low + (high - low) * (x - left) / (right - left), min(low, high) / 2)
+
+
+class _Engine:
+    """Plays the steps of one engine."""
+
+    def __init__(self, figures: EngineFigures, tokens_at: list[list[float]]) -> None:
+        self._figures = figures
+        self._tokens_at = tokens_at  # of each job
+        self._waiting: deque[list[int]] = deque()  # job, its prompt tokens left, its output tokens
+        self._num_waiting = 0  # their tokens, and each counts as one more
+        self._streams: list[tuple[int, int, int]] = []  # step of the last token, job, first step
+        self._ends: list[float] = []  # instant at which each step ended
+        self._now_at = 0.0
+
+    @property
+    def load(self) -> int:
+        return self._num_waiting + len(self._streams)
+
+    def add(self, number: int, job: Job) -> None:
+        if not self._waiting and not self._streams:
+            self._now_at = max(self._now_at, job.at_s)
+        self._waiting.append([number, job.prompt_tokens, job.output_tokens])
+        self._num_waiting += job.prompt_tokens + 1
+
+    def advance(self, until_s: float) -> None:
+        """Run the steps that begin before an instant."""
+        while (self._waiting or self._streams) and self._now_at < until_s:
+            self._step()
+
+    def _step(self) -> None:
+        figures, num_streams = self._figures, len(self._streams)
+        budget = figures.chunk_tokens if num_streams else figures.max_batched_tokens
+        begun: list[tuple[int, int, int]] = []
+        num_tokens = 0
+        while self._waiting and num_streams + len(begun) < figures.max_num_seqs:
+            number, left, output = self._waiting[0]
+            used = min(left, budget - num_tokens)
+            num_tokens += used
+            self._num_waiting -= used
+            if used < left:
+                self._waiting[0][1] -= used
+                break
+            begun.append((number, left, output))
+            self._waiting.popleft()
+            self._num_waiting -= 1
+        # What comes without a prompt has its first token already: its next one is in this step.
+        seconds = figures.step_s(num_streams + sum(not left for _, left, _ in begun))
+        self._now_at += max(seconds + figures.prefill_s(num_tokens), 1e-6)
+        step = len(self._ends)
+        self._ends.append(self._now_at)
+        for number, _, output in begun:
+            heapq.heappush(self._streams, (step + output - 1, number, step))
+        while self._streams and self._streams[0][0] <= step:
+            last, number, first = heapq.heappop(self._streams)
+            self._tokens_at[number] = self._ends[first : last + 1]
+
+
+def run_pool(num_engines: int, jobs: Sequence[Job], figures: EngineFigures) -> list[list[float]]:
+    """Return the instants of each job's tokens; ``jobs`` are in the order of their arrival."""
+    tokens_at: list[list[float]] = [[] for _ in jobs]
+    engines = [_Engine(figures, tokens_at) for _ in range(num_engines)]
+    for number, job in enumerate(jobs):
+        for engine in engines:
+            engine.advance(job.at_s)
+        min(engines, key=lambda engine: engine.load).add(number, job)
+    for engine in engines:
+        engine.advance(math.inf)
+    return tokens_at
+
+
+def simulate(
+    arm: Arm, jobs: Sequence[Job], figures: EngineFigures, hand_over_s: float
+) -> list[TimedCompletion]:
+    """Return the requests as a client of the arm would see them."""
+    if arm.num_both:
+        tokens_at = run_pool(arm.num_both, jobs, figures)
+    else:
+        firsts = run_pool(arm.num_prefill, [job._replace(output_tokens=1) for job in jobs], figures)
+        ready = sorted(
+            (first[0] + hand_over_s, number)
+            for number, first in enumerate(firsts)
+            if jobs[number].output_tokens > 1
+        )
+        handed_over = [Job(at_s, 0, jobs[number].output_tokens - 1) for at_s, number in ready]
+        tokens_at = firsts
+        rest = run_pool(arm.num_decode, handed_over, figures)
+        for (_, number), later in zip(ready, rest, strict=True):
+            tokens_at[number] = firsts[number] + later
+    return [
+        TimedCompletion(start_at=job.at_s, tokens_at=times, num_tokens=job.output_tokens)
+        for job, times in zip(jobs, tokens_at, strict=True)
+    ]
+
+
+def predict(
+    arm: Arm,
+    figures: EngineFigures,
+    hand_over_s: float,
+    jobs_at: Callable[[float, int], Sequence[Job]],
+    goals: Goals,
+    attainment: float,
+) -> float:
+    """Return the highest rate at which the share ``attainment`` of requests meets the goals.
+
+    ``jobs_at``: the requests at a rate, by a seed; the measurement sends the same.
+    """
+
+    def is_met(rate: float) -> bool:
+        met: list[bool] = []
+        for seed in _SEEDS:
+            done = simulate(arm, jobs_at(rate, seed), figures, hand_over_s)
+            met += [goals.met_by(each) for each in done[len(done) // WARM_UP :]]
+        return sum(met) >= attainment * len(met)
+
+    low, high = 0.01, 0.02
+    while is_met(high) and high < 1e4:
+        low, high = high, high * 2
+    for _ in range(9):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if is_met(middle) else (low, middle)
+    return low

@@ -1,0 +1,252 @@
+"""Decides what to measure next, and what the measurements say: pure functions.
+
+Arms take turns, A B B A, so that drift of the machine does not decide. Each visit of an arm is a
+bisection over request rates; all its probes together give its goodput with an interval.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+
+from pdlaunch.bench.serve import BenchRow
+from pdlaunch.bench.verdict.queueing import Arm, EngineFigures
+
+MAX_ERROR = 0.2  # A prediction that is further off is not trusted.
+_KEPT_SHARE = 0.6  # Arms that are predicted below this share of the best are ruled out.
+_MAX_ARMS = 5
+_FIRST_FACTOR, _LATER_FACTOR = 1.4, 1.2  # first steps of a bisection
+_PRECISION = 1.06  # A narrower bracket is not divided.
+_DRIFT = 1.15  # An arm is dropped after one visit if even this factor would not make it the best.
+_MIN_PROBES = 2
+# Where all probes passed, or all failed, the goodput may be off by the first factor; where only
+# those of a draw did, by the second one: shares fall from 1 to 0 within about that.
+_OPEN, _SLOPE = 2.0, 1.2
+_NUM_DRAWS = 200
+_NUM_BLOCKS = 6
+_SURE = 0.95
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests at one rate, and which of them met the goals."""
+
+    arm: str
+    visit: int
+    rate: float
+    met: list[bool]  # in the order of arrival, without the warm-up
+    seconds: float
+    row: BenchRow
+    limit: str = ""  # what made most of the others miss the goals
+
+    def passes(self, attainment: float) -> bool:
+        return sum(self.met) >= attainment * len(self.met)
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A goodput in requests a second, and draws from what it may be."""
+
+    rate: float
+    draws: list[float]
+    is_open: bool = False  # no rate that passes, or none that fails, was measured
+
+    @property
+    def low(self) -> float:
+        return sorted(self.draws)[round(0.05 * (len(self.draws) - 1))]
+
+    @property
+    def high(self) -> float:
+        return sorted(self.draws)[round(0.95 * (len(self.draws) - 1))]
+
+    def __str__(self) -> str:
+        return f"{self.rate:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What to do next with an arm. ``rate`` 0: measure single engines, or a hand-over."""
+
+    arm: Arm
+    visit: int = 0
+    rate: float = 0.0
+
+
+class Findings(msgspec.Struct, kw_only=True):
+    """Everything that was measured; the file of ``--resume`` holds it."""
+
+    figures: dict[int, EngineFigures] = {}  # by TP size
+    hand_over_s: float | None = None
+    probes: list[Probe] = []
+    ended: list[tuple[str, int]] = []  # visits that are complete
+    broken: dict[str, str] = {}  # arms that could not be measured, and why
+    spent_s: float = 0.0
+    start_s: float = 0.0  # of the latest deployment
+
+
+def estimate(probes: Sequence[Probe], attainment: float) -> Estimate | None:
+    """Return the goodput of an arm by its probes."""
+    points = [(probe.rate, probe.met) for probe in probes if probe.met]
+    if not points:
+        return None
+    rng = random.Random(len(points))
+    middle, is_open = _crossing(points, attainment, _OPEN)
+    reach = _OPEN if is_open else _SLOPE
+    draws = []
+    for _ in range(_NUM_DRAWS):
+        resampled = [(rate, _resampled(met, rng)) for rate, met in points]
+        draws.append(_crossing(resampled, attainment, reach, rng)[0])
+    return Estimate(middle, draws, is_open)
+
+
+def _resampled(met: Sequence[bool], rng: random.Random) -> list[bool]:
+    """Draw blocks of requests that followed each other: they share a queue, and so their fate."""
+    size = max(1, len(met) // _NUM_BLOCKS)
+    starts = [rng.randrange(len(met)) for _ in range(-(-len(met) // size))]
+    return [met[(start + place) % len(met)] for start in starts for place in range(size)]
+
+
+def _crossing(
+    points: Sequence[tuple[float, Sequence[bool]]],
+    attainment: float,
+    reach: float,
+    rng: random.Random | None = None,
+) -> tuple[float, bool]:
+    """Return the rate at which the share of good requests falls below ``attainment``.
+
+    The share is made to fall with the rate (pool adjacent violators). With ``rng`` the rate is
+    drawn between the two around it, as nothing is known of those between.
+    """
+    pools: list[tuple[float, int, list[float]]] = []  # good requests, requests, rates
+    for rate, met in sorted(points, key=lambda point: point[0]):
+        pools.append((sum(met), len(met), [rate]))
+        while len(pools) > 1:
+            (good, number, rates), (more, others, later) = pools[-2:]
+            if more * number <= good * others and later[0] > rates[-1]:
+                break
+            pools[-2:] = [(good + more, number + others, rates + later)]
+    shares = [(rate, good / number) for good, number, rates in pools for rate in rates]
+    passed = [each for each in shares if each[1] >= attainment]
+    failed = [each for each in shares if each[1] < attainment]
+    below, share = passed[-1] if passed else (failed[0][0] / reach, 1.0)
+    above, lower = failed[0] if failed else (passed[-1][0] * reach, attainment - 0.1)
+    place = (share - attainment) / (share - lower) if rng is None else rng.random()
+    return below * (above / below) ** place, not passed or not failed
+
+
+def next_rate(probes: Sequence[Probe], guess: float, attainment: float, factor: float) -> float:
+    """Return the next rate of a visit's bisection; 0 when its bracket is narrow enough."""
+    if not probes:
+        return guess
+    good = [probe.rate for probe in probes if probe.passes(attainment)]
+    bad = [probe.rate for probe in probes if not probe.passes(attainment)]
+    # Often in the same direction: the guess is far off.
+    far = factor if len(probes) < 3 else factor**2
+    if not bad:
+        return max(good) * far
+    if not good:
+        return min(bad) / far
+    # A rate may fail by chance below one that passes: the bracket is where passing begins to end.
+    low = max((rate for rate in good if rate < min(bad)), default=min(bad) / factor)
+    return 0.0 if min(bad) / low <= _PRECISION else math.sqrt(min(bad) * low)
+
+
+def is_sure(one: Estimate, other: Estimate) -> bool:
+    """Return whether one arm's goodput is higher beyond doubt."""
+    won = [mine > theirs for mine, theirs in zip(one.draws, reversed(other.draws), strict=True)]
+    return sum(won) >= _SURE * len(won)
+
+
+class Race(msgspec.Struct, frozen=True):
+    """The arms and what is predicted of them; says which are measured, and in which order."""
+
+    arms: Sequence[Arm]
+    attainment: float
+    budget_s: float
+    probe_s: float
+    predictions: dict[str, float] = {}  # goodput by arm, once engines were measured
+
+    def next_single(self, findings: Findings) -> Step | None:
+        """Return which single engines, or which hand-over, are still to be measured."""
+        usable = [arm for arm in self.arms if arm.name not in findings.broken]
+        for arm in usable:
+            if arm.num_both and arm.tp_size not in findings.figures:
+                return Step(arm)
+            if arm.num_prefill and findings.hand_over_s is None:
+                return Step(arm)
+        return None
+
+    def next_step(self, findings: Findings) -> Step | None:
+        """Return what to do next; None when the verdict is final. Ends visits in ``findings``."""
+        if (step := self.next_single(findings)) is not None:
+            return step
+        while pending := self._pending_visits(findings):
+            arm, visit = pending[0]
+            if rate := self._next_rate(findings, arm, visit, len(pending)):
+                return Step(arm, visit, rate)
+            findings.ended.append((arm.name, visit))
+        return None
+
+    def estimates(self, findings: Findings) -> dict[str, Estimate]:
+        found = {}
+        for arm in self.arms:
+            probes = [probe for probe in findings.probes if probe.arm == arm.name]
+            if (value := estimate(probes, self.attainment)) is not None:
+                found[arm.name] = value
+        return found
+
+    def error(self, name: str, measured: Estimate) -> float | None:
+        """Return the relative error of a prediction; None where nothing can be said."""
+        if name not in self.predictions or measured.is_open:
+            return None
+        return self.predictions[name] / measured.rate - 1
+
+    def ruled_out(self, findings: Findings) -> dict[str, str]:
+        """Return the arms that are not measured because of their prediction, and why."""
+        known = {arm.name: self.predictions.get(arm.name, math.inf) for arm in self.arms}
+        best = max(self.predictions.values(), default=0.0)
+        order = sorted(self.arms, key=lambda arm: -known[arm.name])
+        kept = {arm.name for arm in order[:_MAX_ARMS] if known[arm.name] >= _KEPT_SHARE * best}
+        # The question is about both kinds.
+        for kind in ("aggregated", "split"):
+            kept |= {arm.name for arm in [each for each in order if each.kind == kind][:1]}
+        # One that was wrong about a measured arm says nothing of the others.
+        for name, measured in self.estimates(findings).items():
+            error = self.error(name, measured) if (name, 1) in findings.ended else None
+            if error is not None and abs(error) > MAX_ERROR:
+                return {}
+        return {
+            name: f"predicted {rate:.3g} requests/s, {1 - rate / best:.0%} below the best"
+            for name, rate in self.predictions.items()
+            if name not in kept
+        }
+
+    def _pending_visits(self, findings: Findings) -> list[tuple[Arm, int]]:
+        out = self.ruled_out(findings)
+        racing = [arm for arm in self.arms if arm.name not in {*out, *findings.broken}]
+        racing.sort(key=lambda arm: -self.predictions.get(arm.name, math.inf))
+        first = [(arm, 1) for arm in racing if (arm.name, 1) not in findings.ended]
+        if first:
+            return first + [(arm, 2) for arm in reversed(racing)]
+        found = self.estimates(findings)
+        best = max((value.low for value in found.values()), default=0.0)
+        left = [arm for arm in racing if arm.name in found and found[arm.name].high * _DRIFT > best]
+        if len(left) < 2:
+            return []
+        return [(arm, 2) for arm in reversed(left) if (arm.name, 2) not in findings.ended]
+
+    def _next_rate(self, findings: Findings, arm: Arm, visit: int, num_pending: int) -> float:
+        probes = [each for each in findings.probes if each.arm == arm.name]
+        here = [probe for probe in probes if probe.visit == visit]
+        before = estimate([probe for probe in probes if probe.visit < visit], self.attainment)
+        taken_s = sum(probe.seconds for probe in here)
+        slot_s = (self.budget_s - findings.spent_s + taken_s) / num_pending - findings.start_s
+        expected_s = statistics.mean([probe.seconds for probe in here] or [self.probe_s])
+        if len(here) >= _MIN_PROBES and taken_s + expected_s > slot_s:
+            return 0.0
+        # A prediction far below the best may be wrong; a probe at such a rate takes long.
+        floor = max(self.predictions.values(), default=float(arm.num_devices)) / 4
+        guess = before.rate if before else max(self.predictions.get(arm.name, 0.0), floor)
+        factor = _LATER_FACTOR if before else _FIRST_FACTOR
+        return next_rate(here, guess, self.attainment, factor)

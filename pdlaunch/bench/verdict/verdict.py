@@ -1,0 +1,186 @@
+"""Measures until the verdict is clear, and puts it into words."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from pdlaunch.bench.serve import ShowProgress
+from pdlaunch.bench.verdict.measure import Launches
+from pdlaunch.bench.verdict.queueing import VISIT_SEEDS, Arm, predict
+from pdlaunch.bench.verdict.search import (
+    MAX_ERROR,
+    Estimate,
+    Findings,
+    Probe,
+    Race,
+    is_sure,
+)
+from pdlaunch.errors import PdlaunchError
+
+_OF_CLIENTS = ("ttft_ms_median", "ttft_ms_p99", "itl_ms_median", "itl_ms_p99", "cached_share")
+Choice = Literal["aggregated", "split", "no difference", "unknown"]
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict: what to do, in words, with the figures of every arm."""
+
+    choice: Choice
+    text: str
+    winner: str | None  # the arm whose configuration is written
+    rows: list[dict[str, Any]]
+    ruled_out: dict[str, str]  # arms that were not measured, and why
+    note: str  # what predictions are worth
+
+
+def find_verdict(
+    race: Race,
+    findings: Findings,
+    launches: Launches,
+    save: Callable[[Findings], None],
+    show: ShowProgress,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Measure until the verdict is clear or its time is over; ``findings`` grow step by step.
+
+    After Ctrl-C they are those of the last complete step.
+    """
+    _predict(race, findings, launches)
+    while (step := race.next_step(findings)) is not None:
+        arm, start_at = step.arm, clock()
+        left_s = max(0.0, race.budget_s - findings.spent_s)
+        what = f"{step.rate:.3g} requests/s" if step.rate else "what single engines do"
+        show(f"{arm.name}: {what}, about {left_s / 60:.0f} min left")
+        try:
+            launches.use(arm, step.visit)
+            findings.start_s = launches.start_s
+            if step.rate:
+                visit = (arm.name, step.visit)
+                number = sum((probe.arm, probe.visit) == visit for probe in findings.probes)
+                # The first probes of all arms are sent the same requests.
+                seed = number + VISIT_SEEDS * (step.visit - 1)
+                findings.probes.append(asyncio.run(launches.probe(step, seed)))
+            elif arm.num_both:
+                findings.figures[arm.tp_size] = asyncio.run(launches.figures(arm))
+            else:
+                figures = findings.figures.get(arm.tp_size)
+                step_s = figures.step_s(1) if figures else 0.0
+                findings.hand_over_s = asyncio.run(launches.hand_over_s(step_s))
+        except PdlaunchError as error:
+            findings.broken[arm.name] = str(error).partition("\n")[0]
+        findings.spent_s += clock() - start_at
+        save(findings)
+        _predict(race, findings, launches)
+
+
+def _predict(race: Race, findings: Findings, launches: Launches) -> None:
+    """Predict the arms, once single engines and a hand-over have been measured."""
+    if race.predictions or race.next_single(findings) is not None:
+        return
+    for arm in race.arms:
+        if arm.tp_size in findings.figures:
+            race.predictions[arm.name] = predict(
+                arm,
+                findings.figures[arm.tp_size],
+                findings.hand_over_s or 0.0,
+                launches.load.jobs_at,
+                launches.goals,
+                race.attainment,
+            )
+
+
+def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verdict:
+    """Return the verdict on what has been measured. ``ruled_out``: arms that cannot be launched."""
+    measured = race.estimates(findings)
+    order = sorted(measured, key=lambda name: -measured[name].rate)
+    best: dict[str, str] = {}
+    for arm in sorted(race.arms, key=lambda arm: -_rate(measured, arm.name)):
+        if arm.name in measured:
+            best.setdefault(arm.kind, arm.name)
+    choice, text = _verdict(best, measured)
+    limits = {name: _limit(findings.probes, name, race.attainment) for name in order}
+    if order and limits[order[0]]:
+        text += f" What limits {order[0]} above that: {limits[order[0]]}."
+    winner = best.get("split" if choice == "split" else "aggregated")
+    by_name = {arm.name: arm for arm in race.arms}
+    rows = [_row(by_name[name], measured[name], race, findings, limits[name]) for name in order]
+    return Verdict(
+        choice=choice,
+        text=text,
+        winner=winner if choice != "unknown" else None,
+        rows=rows,
+        ruled_out={**ruled_out, **findings.broken, **race.ruled_out(findings)},
+        note=_note(race, measured),
+    )
+
+
+def _rate(measured: Mapping[str, Estimate], name: str) -> float:
+    return measured[name].rate if name in measured else 0.0
+
+
+def _verdict(best: Mapping[str, str], measured: Mapping[str, Estimate]) -> tuple[Choice, str]:
+    said = {kind: f"{name} gives {measured[name]} requests/s" for kind, name in best.items()}
+    if len(best) < 2:
+        known = f"; {next(iter(said.values()))} within the SLO" if said else ""
+        return "unknown", f"No verdict: both kinds must be measured{known}."
+    together, split = measured[best["aggregated"]], measured[best["split"]]
+    if is_sure(together, split):
+        return "aggregated", (
+            f"Stay aggregated: {said['aggregated']} within your SLO; the best split, "
+            f"{best['split']}, {split}."
+        )
+    if is_sure(split, together):
+        return "split", (
+            f"Split: {said['split']} within your SLO; the best aggregated, "
+            f"{best['aggregated']}, {together}."
+        )
+    return "no difference", (
+        f"No difference beyond the noise: {said['aggregated']} within your SLO, and the best "
+        f"split, {best['split']}, {split}. Stay aggregated, which has fewer parts."
+    )
+
+
+def _row(
+    arm: Arm, measured: Estimate, race: Race, findings: Findings, limit: str
+) -> dict[str, Any]:
+    good = [
+        probe
+        for probe in findings.probes
+        if probe.arm == arm.name and probe.rate <= measured.rate * 1.01
+    ]
+    # What clients saw at the highest rate that is not beyond the goodput.
+    row = max(good, key=lambda probe: probe.rate).row if good else None
+    error = race.error(arm.name, measured)
+    return {
+        "arm": arm.name,
+        "goodput": measured.rate,
+        "at_least": measured.low,
+        "at_most": measured.high,
+        "a_device": measured.rate / arm.num_devices,
+        **{name: getattr(row, name, None) for name in _OF_CLIENTS},
+        "limited_by": limit or "-",
+        "predicted": race.predictions.get(arm.name),
+        "error_percent": None if error is None else round(100 * error),
+    }
+
+
+def _limit(probes: Sequence[Probe], name: str, attainment: float) -> str:
+    """Return what limits at the lowest rate at which too many requests missed the goals."""
+    found = [probe for probe in probes if probe.arm == name and probe.limit]
+    failed = [probe for probe in found if not probe.passes(attainment)] or found
+    return min(failed, key=lambda probe: probe.rate).limit if failed else ""
+
+
+def _note(race: Race, measured: Mapping[str, Estimate]) -> str:
+    errors = {name: race.error(name, value) or 0.0 for name, value in measured.items()}
+    if not errors or not race.predictions:
+        return "Nothing was predicted."
+    name = max(errors, key=lambda each: abs(errors[each]))
+    worst = f"the largest error of a prediction is {errors[name]:+.0%}, of {name}"
+    if abs(errors[name]) > MAX_ERROR:
+        return f"The queueing model does not know these engines: {worst}. It rules no arm out."
+    return f"The queueing model may be used for other arms: {worst}."

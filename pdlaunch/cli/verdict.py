@@ -1,0 +1,284 @@
+"""``pdlaunch verdict``: measure whether disaggregation pays here for a load, and how."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import typer
+import yaml
+from rich.console import Console
+
+from pdlaunch.api import resolve_here
+from pdlaunch.bench.loads import FIRST_TOKEN_ID, TraceRequest, read_trace_file
+from pdlaunch.bench.verdict.arms import config_to_measure, settings_of, usable_arms
+from pdlaunch.bench.verdict.measure import Launches, Load
+from pdlaunch.bench.verdict.queueing import Arm
+from pdlaunch.bench.verdict.search import Findings, Race
+from pdlaunch.bench.verdict.verdict import Verdict, answer, find_verdict
+from pdlaunch.cli import EXIT_INTERRUPTED
+from pdlaunch.cli.bench import read_slo, refuse_given
+from pdlaunch.cli.flags import refuse_address, with_serve_flags
+from pdlaunch.cli.html_report import verdict_page
+from pdlaunch.cli.output import (
+    FormatOption,
+    counted,
+    ending_at_errors,
+    print_errors,
+    print_json,
+    print_line,
+    print_table,
+    say,
+)
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.settings import flag_name, is_secret
+from pdlaunch.config.sources import LoadedConfig, load_config
+from pdlaunch.errors import ConfigError
+from pdlaunch.planning.role_engines import RoleEngines
+
+STATE, PAGE, WINNER = "verdict.json", "verdict.html", "deploy.yaml"
+# Settings of an arm that the verdict chooses itself
+_CHOSEN = ("prefill.replicas", "decode.replicas", "both.replicas", "tensor_parallel_size")
+_START_S = {"native on cpu": 8.0, "native on cuda": 30.0}  # seconds to start and stop an arm
+_SLOW_START_S = 90.0  # of vLLM
+_SINGLES_S = 15.0  # what single engines are asked
+_PROBES_PER_VISIT = 5
+_MIN_PROBE_S, _MAX_PROBE_S = 10.0, 60.0
+
+
+class _State(msgspec.Struct):
+    """The file from which ``--resume`` goes on."""
+
+    question: str  # a digest: findings of another question say nothing of this one
+    findings: Findings
+
+
+@with_serve_flags
+def verdict(
+    config: Path | None = None,
+    gpus: int | None = typer.Option(
+        None, min=1, help="Devices to use: GPUs, or cores where engines run on the CPU (all)."
+    ),
+    slo: Any = typer.Option(
+        ...,
+        parser=read_slo,
+        metavar="GOALS",
+        help="Goals of a request: ttft=2000,itl=50 (ms); also tpot, e2e.",
+    ),
+    attainment: float = typer.Option(
+        0.9, min=0.5, max=0.999, help="Share of the requests that must meet the goals."
+    ),
+    input_tokens: int | None = typer.Option(None, min=1, help="Prompt length (128)."),
+    output_tokens: int | None = typer.Option(None, min=1, help="Output length (32)."),
+    prefix: int | None = typer.Option(
+        None, min=1, help="First tokens of every prompt that are the same (0)."
+    ),
+    trace: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Take lengths, prefixes and bursts from a trace in Mooncake's format (JSON lines).",
+    ),
+    minutes: float = typer.Option(15.0, min=1.0, help="Time for the measurements, roughly."),
+    output: Path = typer.Option(
+        Path("verdict"), metavar="FOLDER", file_okay=False, help="Folder of what is written."
+    ),
+    resume: bool = typer.Option(False, "--resume", help="Go on with what the folder holds."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="List arms and minutes; start nothing."),
+    seed: int = typer.Option(0, help="Seed of arrivals and prompts."),
+    form: FormatOption = "table",
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Measure on this machine which deployment serves a load best within its goals: replicas that
+    do everything, or prefill and decode engines, and at which tensor parallel size.
+
+    Arms are started in turn and get the same requests, at rates that approach the highest one at
+    which each meets the goals. Ctrl-C gives the verdict so far.
+    """
+    refuse_address(flags)
+    refuse_given({flag_name(path): flags.get(path) for path in _CHOSEN}, "the verdict chooses it")
+    if trace is not None:
+        lengths = {"--input-tokens": input_tokens, "--output-tokens": output_tokens}
+        refuse_given(lengths | {"--prefix": prefix}, "not with --trace, which has lengths")
+    with ending_at_errors():
+        loaded = load_config(config, os.environ, flags)
+        engines, num_devices = _engines_here(loaded, gpus)
+        on_cpu = engines.device == "cpu"
+        arms, refused = usable_arms(loaded, num_devices, on_cpu=on_cpu)
+        if len({arm.kind for arm in arms}) < 2:
+            reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+            why = "there is nothing to compare: a split needs two engines"
+            raise ConfigError(f"{why}{reasons}", field="--gpus", value=num_devices, fix="use more")
+        visit_s = 60 * minutes / (2 * min(len(arms), 4))
+        load = Load(
+            **_requests(engines, input_tokens or 128, output_tokens or 32, prefix or 0, trace),
+            seed=seed,
+            probe_s=min(_MAX_PROBE_S, max(_MIN_PROBE_S, visit_s / _PROBES_PER_VISIT)),
+        )
+        race = Race(arms, attainment, 60 * minutes, load.probe_s)
+        tell = print_line if dry_run else say
+        tell(_described(race, engines, num_devices))
+        for name, reason in refused.items():
+            tell(f"ruled out: {name}: {reason}")
+        if dry_run:
+            return
+        settings, _ = _without_secrets(loaded.config.model_dump(mode="json", exclude_unset=True))
+        asked = msgspec.json.encode([load, slo, attainment, num_devices, settings], enc_hook=repr)
+        digest = hashlib.sha256(asked).hexdigest()
+        findings = _findings(output / STATE, digest, resume=resume)
+        console, is_interrupted = Console(stderr=True), False
+
+        def save(findings: Findings) -> None:
+            _write(output / STATE, msgspec.json.encode(_State(digest, findings)).decode())
+
+        launches = Launches(load, slo, attainment, loaded, on_cpu=on_cpu)
+        try:
+            with console.status("starting") as status:
+                show = status.update if console.is_terminal else say
+                find_verdict(race, findings, launches, save, show)
+        except KeyboardInterrupt:
+            print_errors([f"interrupted: --output {output} --resume goes on"])
+            is_interrupted = True
+        finally:
+            launches.stop()
+        found = answer(race, findings, refused)
+        _write(output / PAGE, verdict_page(found, findings, str(slo)))
+        if found.winner is not None:
+            arm = next(arm for arm in arms if arm.name == found.winner)
+            _write(output / WINNER, serve_yaml(arm, loaded.config, on_cpu=on_cpu))
+    _show(found, output, form)
+    raise typer.Exit(EXIT_INTERRUPTED if is_interrupted else int(found.winner is None))
+
+
+def _requests(
+    engines: RoleEngines, input_tokens: int, output_tokens: int, prefix: int, trace: Path | None
+) -> dict[str, Any]:
+    """Return the fields of a ``Load`` that say what is sent. Raises ConfigError."""
+    limit = engines.max_model_len or math.inf
+    vocabulary = 30_000 if engines.shape is None else engines.shape.vocab_size
+    token_ids = range(FIRST_TOKEN_ID, min(30_000, vocabulary))
+    if prefix >= input_tokens:
+        raise ConfigError(
+            f"a prompt has {input_tokens} tokens", field="--prefix", value=prefix, fix="share fewer"
+        )
+    same = TraceRequest(input_tokens - prefix, output_tokens, 0.0)
+    found = [same] if trace is None else read_trace_file(trace)
+    fitting = [each for each in found if prefix + each.input_length + each.output_length <= limit]
+    if not fitting:
+        raise ConfigError(
+            f"every request is longer than max_model_len {limit}",
+            field="--input-tokens" if trace is None else "--trace",
+            fix="ask for fewer tokens, or raise max_model_len",
+        )
+    shared = random.Random(0).choices(token_ids, k=prefix)
+    return {"requests": fitting, "prefix": shared, "token_ids": token_ids}
+
+
+def _described(race: Race, engines: RoleEngines, num_devices: int) -> str:
+    """Say which arms there are, and how many minutes they take, if no arm is ruled out."""
+    kind = f"{engines.settings.engine} on {engines.device}"
+    start_s = _START_S.get(kind, _SLOW_START_S)
+    num_singles = sum(arm.num_both > 0 for arm in race.arms) + 1
+    least_s = num_singles * (start_s + _SINGLES_S) + 2 * len(race.arms) * (
+        start_s + 2 * race.probe_s
+    )
+    names = ", ".join(arm.name for arm in race.arms)
+    return (
+        f"{counted(len(race.arms), 'arm')} for {counted(num_devices, 'device')}: {names}; about "
+        f"{max(race.budget_s, least_s) / 60:.0f} min, at least {least_s / 60:.0f}"
+    )
+
+
+def serve_yaml(arm: Arm, config: LaunchConfig, *, on_cpu: bool) -> str:
+    """Return a file for ``pdlaunch serve`` that starts an arm; secrets are left out."""
+    given = settings_of(arm, config, on_cpu=on_cpu, mode="json")
+    kept, secrets = _without_secrets(given)
+    lines = [f"# {arm.name}, by pdlaunch verdict", *(f"# left out: {path}" for path in secrets)]
+    return "\n".join([*lines, yaml.safe_dump(kept, sort_keys=False)])
+
+
+def _without_secrets(
+    values: Mapping[str, Any], section: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    kept: dict[str, Any] = {}
+    secrets: list[str] = []
+    for name, value in values.items():
+        if is_secret(f"{section}{name}") and value is not None:
+            secrets.append(f"{section}{name}")
+        elif isinstance(value, dict):
+            kept[name], more = _without_secrets(value, f"{section}{name}.")
+            secrets += more
+        else:
+            kept[name] = value
+    return kept, secrets
+
+
+def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, int]:
+    """Return the engines of an arm on this machine, for what all have in common, and how many
+    devices there are to use.
+    """
+    placement = loaded.config.placement
+    if placement != "local":
+        why = "a verdict is about this machine"
+        raise ConfigError(why, field="placement", value=placement, fix="leave it out")
+    alone = config_to_measure(Arm(1, num_both=1), loaded, on_cpu=False)
+    engines = next(iter(resolve_here(alone).roles.values()))
+    num_here = engines.machine.num_cpus if engines.device == "cpu" else len(engines.gpus)
+    if (gpus or 0) > num_here:
+        what = counted(num_here, "core" if engines.device == "cpu" else "GPU")
+        why = f"this machine has {what}"
+        raise ConfigError(why, field="--gpus", value=gpus, fix="ask for fewer")
+    return engines, gpus or num_here
+
+
+def _findings(path: Path, digest: str, *, resume: bool) -> Findings:
+    if not resume:
+        if not path.exists():
+            return Findings()
+        raise ConfigError(
+            f"{path} holds measurements", field="--output", fix="add --resume, or name another"
+        )
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=_State)
+        if state.question == digest:
+            return state.findings
+        problem = "is about another load, other goals, devices or settings"
+    except (OSError, msgspec.MsgspecError) as error:
+        problem = f"cannot be read: {error}"
+    fix = "give the same options again, or another --output"
+    raise ConfigError(f"{path} {problem}", field="--resume", fix=fix)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole: a verdict that is killed can still be resumed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", field="--output") from None
+
+
+def _show(found: Verdict, folder: Path, form: str) -> None:
+    if form == "json":
+        print_json(found)
+        return
+    print_line(found.text)
+    if found.rows:
+        print_table(found.rows, {name: name.replace("_", "\n") for name in found.rows[0]})
+    for name, reason in found.ruled_out.items():
+        print_line(f"not measured: {name}: {reason}")
+    print_line(found.note)
+    files = [PAGE, STATE] if found.winner is None else [PAGE, WINNER, STATE]
+    print_line(f"In {folder}: {', '.join(files)}. Times in ms.")
+    if found.winner is not None:
+        print_line(f"pdlaunch serve {folder / WINNER}")

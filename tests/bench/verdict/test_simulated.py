@@ -1,0 +1,129 @@
+"""The whole search, on simulated arms: is the verdict right, are predictions, does it end?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+
+from pdlaunch.bench.loads import TraceRequest
+from pdlaunch.bench.timed_completion import Goals
+from pdlaunch.bench.verdict.arms import all_arms
+from pdlaunch.bench.verdict.measure import Load
+from pdlaunch.bench.verdict.queueing import Arm, predict
+from pdlaunch.bench.verdict.search import Findings, Race
+from pdlaunch.bench.verdict.verdict import Verdict, answer, find_verdict
+from tests.bench.verdict.simulated_arms import HAND_OVER_S, SimulatedLaunches, play
+
+# A prompt of 96 tokens takes 0.27 s, a step 40 ms: a prompt beside streams breaks the first ITL.
+TIGHT, LOOSE = Goals(ttft_ms=1000, itl_ms=130), Goals(ttft_ms=1000, itl_ms=1000)
+ARMS = [arm for arm in all_arms(2) if arm.tp_size == 1]
+
+
+def load_of(seed: int = 0, probe_s: float = 12.0) -> Load:
+    return Load(requests=[TraceRequest(96, 16, 0.0)], probe_s=probe_s, seed=seed)
+
+
+def run(
+    launches: SimulatedLaunches,
+    arms: Sequence[Arm] = ARMS,
+    budget_s: float = 120.0,
+    findings: Findings | None = None,
+    ruled_out: dict[str, str] | None = None,
+) -> tuple[Verdict, Findings]:
+    race = Race(arms, 0.9, budget_s, launches.load.probe_s)
+    findings = findings or Findings()
+    find_verdict(race, findings, launches, lambda _: None, lambda _: None, launches.clock)
+    return answer(race, findings, ruled_out or {}), findings
+
+
+@pytest.mark.parametrize(("goals", "right"), [(TIGHT, "split"), (LOOSE, "aggregated")])
+def test_the_verdict_is_right_in_two_minutes_on_a_machine_that_slows_down(
+    goals: Goals, right: str
+) -> None:
+    choices = []
+    for seed in range(10):
+        launches = SimulatedLaunches(load_of(seed), goals, seed, drift=0.03)
+        choices.append(run(launches)[0].choice)
+        assert launches.now_at < 180
+    assert choices.count(right) >= 9
+
+
+@pytest.mark.parametrize(
+    ("arm", "goals"),
+    [
+        (Arm(1, num_both=2), LOOSE),
+        (Arm(1, num_both=3), LOOSE),
+        (Arm(1, num_prefill=1, num_decode=1), TIGHT),
+        (Arm(1, num_prefill=2, num_decode=1), TIGHT),
+        (Arm(1, num_prefill=2, num_decode=2), LOOSE),
+    ],
+)
+def test_a_prediction_is_within_a_fifth_of_an_arm_that_was_not_measured(
+    arm: Arm, goals: Goals
+) -> None:
+    launches = SimulatedLaunches(load_of(probe_s=60.0), goals, 0)
+    figures = asyncio.run(launches.figures(arm))
+    told = predict(arm, figures, HAND_OVER_S, launches.load.jobs_at, goals, 0.9)
+    good = []
+    for rate in (0.8 * told, 1.25 * told):
+        done = [
+            each
+            for seed in range(4)
+            for each in play(arm, launches.load.jobs_at(rate, seed), seed, 1.0)
+        ]
+        good.append(sum(map(goals.met_by, done)) / len(done))
+    assert good[0] >= 0.9 > good[1], (told, good)
+
+
+def test_of_four_devices_the_best_split_is_found_and_the_hopeless_one_is_not_started() -> None:
+    arms = [arm for arm in all_arms(4) if arm.tp_size == 1]
+    launches = SimulatedLaunches(load_of(), TIGHT, 1)
+    found, findings = run(launches, arms, 300.0, ruled_out={"4 x TP2": "no"})
+    assert found.choice == "split"
+    assert found.winner == "2P2D"
+    assert "below the best" in found.ruled_out["1P3D"]
+    assert found.ruled_out["4 x TP2"] == "no"
+    assert "1P3D" not in {probe.arm for probe in findings.probes}
+    assert {"4 x TP1", "2P2D"} <= {probe.arm for probe in findings.probes}
+    assert launches.now_at < 400
+
+
+def test_without_right_predictions_no_arm_is_ruled_out() -> None:
+    arms = [arm for arm in all_arms(4) if arm.tp_size == 1]
+    launches = SimulatedLaunches(load_of(), TIGHT, 1, misjudged=3.0)
+    found, findings = run(launches, arms, 300.0)
+    assert {probe.arm for probe in findings.probes} == {arm.name for arm in arms}
+    assert not found.ruled_out
+    assert "does not know" in found.note
+
+
+def test_an_arm_that_does_not_start_is_named_and_the_others_are_measured() -> None:
+    arms = [arm for arm in all_arms(4) if arm.tp_size == 1]
+    found, _ = run(SimulatedLaunches(load_of(), TIGHT, 1, broken=["2P2D"]), arms, 300.0)
+    assert found.ruled_out["2P2D"] == "a rank died"
+    assert found.winner == "3P1D"
+
+
+def test_without_one_kind_there_is_no_verdict() -> None:
+    found, _ = run(SimulatedLaunches(load_of(), TIGHT, 1, broken=["1P1D"]))
+    assert (found.choice, found.winner) == ("unknown", None)
+    assert "both kinds must be measured" in found.text
+
+
+def test_measuring_goes_on_after_any_step_as_if_it_had_not_been_interrupted() -> None:
+    whole, findings = run(SimulatedLaunches(load_of(), TIGHT, 1))
+    for num_steps in (1, 2, 4):
+        launches = SimulatedLaunches(load_of(), TIGHT, 1, num_steps=num_steps)
+        race, partly = Race(ARMS, 0.9, 120.0, 12.0), Findings()
+        with pytest.raises(KeyboardInterrupt):
+            find_verdict(race, partly, launches, lambda _: None, lambda _: None, launches.clock)
+        assert answer(race, partly, {}).text
+        kept = msgspec.json.decode(msgspec.json.encode(partly), type=Findings)
+        resumed, after = run(SimulatedLaunches(load_of(), TIGHT, 1), findings=kept)
+        assert resumed.choice == whole.choice
+        rates = [(probe.arm, probe.visit, probe.rate) for probe in findings.probes]
+        again = [(probe.arm, probe.visit, probe.rate) for probe in after.probes]
+        assert again[:3] == rates[:3]

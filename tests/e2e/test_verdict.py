@@ -1,0 +1,60 @@
+"""A verdict on real launches of a tiny model: Ctrl-C, resume, and the file of the winner."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pdlaunch.config.sources import load_config
+from tests.e2e.conftest import clean_environ
+
+TIMEOUT_S = 600.0
+
+
+def start(model: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pdlaunch", "verdict", "--model", str(model)]
+    engine = ["--dtype", "float32", "--kv-cache-memory", "16MiB", "--gpus", "2"]
+    load = ["--slo", "ttft=3000,e2e=6000", "--input-tokens", "300", "--output-tokens", "100"]
+    files = ["--minutes", "1", "--output", str(folder)]
+    return subprocess.Popen(
+        [*command, *engine, *load, *files, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=clean_environ(),
+    )
+
+
+def test_ctrl_c_gives_the_verdict_so_far_and_resume_goes_on(llama: Path, tmp_path: Path) -> None:
+    state = tmp_path / "verdict.json"
+    process = start(llama, tmp_path)
+    until = time.monotonic() + TIMEOUT_S
+    while not (state.exists() and json.loads(state.read_text())["findings"]["probes"]):
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130, told
+    assert "No verdict: both kinds must be measured" in told
+    assert "--resume goes on" in told
+    before = json.loads(state.read_text())["findings"]
+
+    process = start(llama, tmp_path, "--resume")
+    told, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, told
+    after = json.loads(state.read_text())["findings"]
+    num_before = len(before["probes"])
+    assert after["probes"][:num_before] == before["probes"]
+    assert after["figures"] == before["figures"], "single engines are not measured again"
+    assert {probe["arm"] for probe in after["probes"]} == {"2 x TP1", "1P1D"}
+    assert not after["broken"]
+    assert all(probe["row"]["num_errors"] == 0 for probe in after["probes"])
+    assert "<polyline" in (tmp_path / "verdict.html").read_text()
+    winner = load_config(tmp_path / "deploy.yaml", {}, {}).config
+    assert winner.model == str(llama)
+    assert winner.both.replicas + winner.prefill.replicas + winner.decode.replicas == 2
