@@ -1,7 +1,6 @@
 """Predicts the goodput of an arm from figures of single engines, by playing its steps.
 
-An engine computes step after step: the next token of each stream, and beside them a chunk of the
-prompts that wait. A split is two such pools in a row, the second one with empty prompts.
+A step computes the next token of each stream and a chunk of the prompts that wait.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 
 WARM_UP = 5  # One in so many requests of a load comes first and is not counted: queues are empty.
 VISIT_SEEDS = 100  # Probes of a visit have seeds from ``VISIT_SEEDS * (visit - 1)`` on.
-_SEEDS = (0, 1, VISIT_SEEDS)  # the same requests as the first probes
+_NUM_REQUESTS = 200  # With fewer, an unlucky order of arrivals would decide.
 
 
 class Arm(msgspec.Struct, frozen=True):
@@ -42,8 +41,8 @@ class Arm(msgspec.Struct, frozen=True):
     def name(self) -> str:
         if self.num_both:
             return f"{self.num_both} x TP{self.tp_size}"
-        name = f"{self.num_prefill}P{self.num_decode}D"
-        return name if self.tp_size == 1 else f"{name} TP{self.tp_size}"
+        size = f" TP{self.tp_size}" if self.tp_size > 1 else ""
+        return f"{self.num_prefill}P{self.num_decode}D{size}"
 
 
 class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,10 +82,9 @@ class _Engine:
     """Plays the steps of one engine."""
 
     def __init__(self, figures: EngineFigures, tokens_at: list[list[float]]) -> None:
-        self._figures = figures
-        self._tokens_at = tokens_at  # of each job
+        self._figures, self._tokens_at = figures, tokens_at
         self._waiting: deque[list[int]] = deque()  # job, its prompt tokens left, its output tokens
-        self._num_waiting = 0  # their tokens, and each counts as one more
+        self._num_waiting = 0  # their tokens, and one for each
         self._streams: list[tuple[int, int, int]] = []  # step of the last token, job, first step
         self._ends: list[float] = []  # instant at which each step ended
         self._now_at = 0.0
@@ -150,7 +148,7 @@ def run_pool(num_engines: int, jobs: Sequence[Job], figures: EngineFigures) -> l
 def simulate(
     arm: Arm, jobs: Sequence[Job], figures: EngineFigures, hand_over_s: float
 ) -> list[TimedCompletion]:
-    """Return the requests as a client of the arm would see them."""
+    """Return what clients would see; a split is two pools in a row, the second without prompts."""
     if arm.num_both:
         tokens_at = run_pool(arm.num_both, jobs, figures)
     else:
@@ -186,8 +184,10 @@ def predict(
 
     def is_met(rate: float) -> bool:
         met: list[bool] = []
-        for seed in _SEEDS:
-            done = simulate(arm, jobs_at(rate, seed), figures, hand_over_s)
+        # The requests of the first probe in each visit, then of the second ones, and so on
+        seeds = (visit * VISIT_SEEDS + number for number in range(VISIT_SEEDS) for visit in (0, 1))
+        while len(met) < _NUM_REQUESTS:
+            done = simulate(arm, jobs_at(rate, next(seeds)), figures, hand_over_s)
             met += [goals.met_by(each) for each in done[len(done) // WARM_UP :]]
         return sum(met) >= attainment * len(met)
 
