@@ -196,7 +196,7 @@ class Launches(contextlib.ExitStack):
         done: dict[int, TimedCompletion] = {}
         is_hopeless = asyncio.Event()
         start_at = time.perf_counter()
-        async with self._session() as (session, model):
+        async with self._session() as (session, model, _):
 
             async def send(number: int) -> None:
                 at_s = start_at + jobs[number].at_s - time.perf_counter()
@@ -247,7 +247,11 @@ class Launches(contextlib.ExitStack):
         lengths = self.load.lengths()
         length = length or lengths[len(lengths) // 2]
         tokens = self.load.token_ids
-        async with self._session() as (session, model):
+        async with self._session() as (session, model, max_model_len):
+            # Of a load near the limit: these answers are longer than those of the load.
+            limit = max_model_len or 2 * (length + output_tokens)
+            output_tokens = min(output_tokens, limit // 2)
+            length = min(length, limit - output_tokens)
             done = await asyncio.gather(
                 *(
                     complete(session, model, random.choices(tokens, k=length), output_tokens)
@@ -262,9 +266,9 @@ class Launches(contextlib.ExitStack):
         return config_to_measure(arm, self._loaded, on_cpu=self._on_cpu)
 
     @contextlib.asynccontextmanager
-    async def _session(self) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
+    async def _session(self) -> AsyncIterator[tuple[aiohttp.ClientSession, str, int | None]]:
         async with client_session(self._url, self._key) as session:
-            yield session, (await model_of(session, self._url))[0]
+            yield session, *await model_of(session, self._url)
 
 
 def _common_step_s(done: Sequence[TimedCompletion]) -> float:

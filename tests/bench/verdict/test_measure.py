@@ -86,6 +86,17 @@ def test_a_hopeless_probe_ends_early(server: FakeOpenAI) -> None:
     assert probe.limit == "prompts beside streams"
 
 
+def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpenAI) -> None:
+    server.max_model_len = 46
+    found = launches(Goals(ttft_ms=1000))
+    found.use(PAIR, 0)
+    asyncio.run(found.hand_over_s(0.0))
+    asyncio.run(found.figures(TOGETHER))
+    lengths = {len(prompt) for prompt in server.prompts}
+    assert lengths >= {40, 46 - 8, 46 // 2}, "a token, eight of them, more than there is room for"
+    assert max(lengths) == 40
+
+
 def test_a_deployment_that_answers_nothing_is_no_measurement(server: FakeOpenAI) -> None:
     found = launches(Goals(ttft_ms=1000))
     found.use(TOGETHER, 1)
