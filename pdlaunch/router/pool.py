@@ -6,6 +6,7 @@ The pool does no I/O. A role is a preference: every engine can prefill and decod
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
@@ -17,9 +18,9 @@ from pdlaunch.router.kv_index import KVIndex
 from pdlaunch.router.policy import Route, RoutingRequest, choose
 
 IDLE_POLL_S = 0.05
-# With several API keys, an engine is given prompts of at most this many tokens together, or a
-# single longer one: on one H200 2,048 tokens take 45 ms, a call to prefill 7 ms beside its step.
-AHEAD_TOKENS = 2048
+# With several API keys, an engine is given prompts of at most this many tokens and seconds of work,
+# or a single longer one: on one H200 2,048 tokens take 45 ms, a call to prefill 7 beside its step.
+AHEAD_TOKENS, AHEAD_S = 2048, 0.1
 # Prompts for pairs wait while a decode engine has this many pulled ones that it has not begun.
 MAX_UNBEGUN = 8
 
@@ -130,7 +131,8 @@ class EnginePool:
         first = route.prefill or route.decode
         is_full = route.prefill is not None and route.decode.num_unbegun >= MAX_UNBEGUN
         num_tokens = first.unbegun_tokens + self.num_new_tokens(first, request)
-        has_room = not first.unbegun_tokens or num_tokens <= AHEAD_TOKENS
+        most = min(AHEAD_TOKENS, AHEAD_S * (first.tokens_per_s or math.inf))
+        has_room = not first.unbegun_tokens or num_tokens <= most
         if has_room and not is_full and reserved.isdisjoint(one.key for one in route.engines):
             return True
         reserved.add(first.key)

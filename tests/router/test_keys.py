@@ -117,6 +117,22 @@ async def test_a_prompt_that_waits_for_one_engine_holds_up_only_that_engine(stan
     assert order(busy) == "aba"
 
 
+@pytest.mark.parametrize(("tokens_per_s", "num_ahead"), [(0, 3), (40_000, 3), (10, 1)])
+async def test_short_prompts_go_together_unless_their_engine_is_slow(
+    stand: Stand, tokens_per_s: int, num_ahead: int
+) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await start(stand, [prefill, decode])
+    for engine in stand.pool.engines:
+        engine.computed_tokens, engine.computing_s = tokens_per_s, bool(tokens_per_s)
+    works = [send(stand, "a", SHORT) for _ in range(3)]
+    await until(lambda: len(prefill.seen) + waiting(stand) == 3)
+    assert len(prefill.seen) == num_ahead
+    prefill.go.set()
+    assert {answer.status for answer in await asyncio.gather(*works)} == {200}
+
+
 async def test_lower_priorities_of_a_key_go_first(stand: Stand) -> None:
     prefill, decode = pair()
     prefill.hold_prefill = True
