@@ -278,7 +278,5 @@ def _show(found: Verdict, folder: Path, form: str) -> None:
     for name, reason in found.ruled_out.items():
         print_line(f"not measured: {name}: {reason}")
     print_line(found.note)
-    files = [PAGE, STATE] if found.winner is None else [PAGE, WINNER, STATE]
-    print_line(f"In {folder}: {', '.join(files)}. Times in ms.")
-    if found.winner is not None:
-        print_line(f"pdlaunch serve {folder / WINNER}")
+    files = PAGE if found.winner is None else f"{PAGE}, and {WINNER} for `pdlaunch serve`"
+    print_line(f"In {folder}: {files}. Times in ms.")

@@ -97,16 +97,15 @@ def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verd
     """Return the verdict on what has been measured. ``ruled_out``: arms that cannot be launched."""
     measured = race.estimates(findings)
     order = sorted(measured, key=lambda name: -measured[name].rate)
+    by_name = {arm.name: arm for arm in race.arms}
     best: dict[str, str] = {}
-    for arm in sorted(race.arms, key=lambda arm: -_rate(measured, arm.name)):
-        if arm.name in measured:
-            best.setdefault(arm.kind, arm.name)
+    for name in order:
+        best.setdefault(by_name[name].kind, name)
     choice, text = _verdict(best, measured)
     limits = {name: _limit(findings.probes, name, race.attainment) for name in order}
     if order and limits[order[0]]:
         text += f" What limits {order[0]} above that: {limits[order[0]]}."
     winner = best.get("split" if choice == "split" else "aggregated")
-    by_name = {arm.name: arm for arm in race.arms}
     rows = [_row(by_name[name], measured[name], race, findings, limits[name]) for name in order]
     return Verdict(
         choice=choice,
@@ -116,10 +115,6 @@ def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verd
         ruled_out={**ruled_out, **findings.broken, **race.ruled_out(findings)},
         note=_note(race, measured),
     )
-
-
-def _rate(measured: Mapping[str, Estimate], name: str) -> float:
-    return measured[name].rate if name in measured else 0.0
 
 
 def _verdict(best: Mapping[str, str], measured: Mapping[str, Estimate]) -> tuple[Choice, str]:
