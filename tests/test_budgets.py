@@ -21,14 +21,14 @@ GRANTED = {
     "KV events and routing by them": 850,
     "fair shares of API keys, TLS": 680,
     "engines over hosts, data parallel ranks": 450,
-    "the verdict": 1_660,
+    "the verdict": 1_770,
 }
 TOTAL_LINES = 47_000 + sum(GRANTED.values())
-TOTAL_CLASSES = 613
+TOTAL_CLASSES = 615
 TOTAL_MODULES = 251
 SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025
-TEST_LINES = 50_520
+TEST_LINES = 50_750
 HAND_WRITTEN_PAGES = 12
 WORDS = 25_000
 GENERATED_PAGES = {"rules.md", "settings.md"}

@@ -28,7 +28,7 @@ from pdlaunch.config.external import RunningEngine, RunningEngines, named
 from pdlaunch.config.field_types import Flag, FrozenModel, override
 from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrategy
 from pdlaunch.config.roles import PAIR, ROLES, Role
-from pdlaunch.config.shared_settings import DEPLOYMENT, SharedSettings
+from pdlaunch.config.shared_settings import DEPLOYMENT, AutopilotMode, SharedSettings
 
 ROUTER = "Engines that run already"  # The panel of flags that `pdlaunch router` alone has
 
@@ -156,6 +156,10 @@ class LaunchConfig(SharedSettings, EngineSettings):
         20.0, ge=MIN_AGENT_TIMEOUT_S,
         description="An agent that hears nothing of its supervisor for so long ends its "
         "processes.")
+    autopilot: Annotated[AutopilotMode, Flag(panel=DEPLOYMENT)] = Field(
+        "off",
+        description="Change the roles of engines as the load turns: `on`; `dry-run` only says what "
+        "it would do.")
     log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
         description="Folder of the log files. When unset, each launch makes one and the latest "

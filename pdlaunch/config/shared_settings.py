@@ -13,6 +13,7 @@ from pdlaunch.config.sizes import parse_size
 
 GenerationConfig = Literal["auto", "vllm"]
 RoutingPolicy = Literal["load", "pairs"]
+AutopilotMode = Literal["off", "dry-run", "on"]
 
 
 DEPLOYMENT = "Deployment"  # The panel of flags that are not about engines

@@ -1,41 +1,49 @@
 """Finds the role that limits a deployment, from its status.
 
-The use of a role is the share of what its engines can do that they do; above 1, work piles up::
+Work is counted in engines: 1.5 is as much as one and a half engines can do::
 
-    prefill   share of time in which engines compute prompts, and the queue
-    decode    the largest of: batch, KV cache, and 1 - fastest / present time of a token
+    prompts   time in which engines compute prompts, and the queue
+    tokens    the largest of: batch, KV cache, and 1 - fastest / present time of a token
 
 If a token takes ``a + b * streams`` seconds, an engine gives at most ``1 / b`` tokens a second, and
 the last of these is the share of that. It is at most ``1 - 1 / streams``, so few streams are never
-much, however slow the machine is. An engine that changes its role takes its share of the use along.
+much, however slow the machine is.
+
+Prefill engines do the prompts, decode engines the tokens. With the routing policy ``load``, decode
+engines also compute the prompts that are too many for prefill, so prompts limit only when decode
+is busy, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.config.roles import PAIR, ROLES
 from pdlaunch.protocol.status import (
     Bottleneck,
     BottleneckKind,
     DeploymentStatus,
     EngineReading,
     EngineStatus,
-    Rates,
 )
 
-# A role limits from this use on. At 0.7 a prompt waits about as long as it is computed, and a token
-# takes three times as long as that of a lone stream.
-HIGH = 0.7
-# A change of a role must lower the largest use to this share of itself, so that the load has to
-# turn before another change takes it back.
+# Shares of engines from which on prompts and tokens limit. There a prompt waits three times as long
+# as it is computed, and a token takes three times as long as that of a lone stream.
+HIGH_PROMPTS = 0.85
+HIGH_TOKENS = 0.7
+# A change of a role must lower the use to this share of itself, so that the load has to turn before
+# another change takes it back.
 GAIN = 0.75
-# A queue that takes this long to compute counts as one engine's work.
-QUEUE_S = 10.0
+QUEUE_S = 10.0  # a queue that takes this long to compute counts as one engine's work
 FRESH_S = 10.0  # older readings of engines tell nothing
-# Faster pulls limit nobody.
-SLOW_PULL_S = 0.05
+SLOW_PULL_S = 0.05  # faster pulls limit nobody
+# Of the autopilot: how long a change must be wanted, how long engines must have stayed as they are,
+# and the longest time between two looks in which nothing was missed.
+HOLD_S = 20.0
+PAUSE_S = 30.0
+MAX_GAP_S = 6.0
 _WORDS: dict[BottleneckKind, str] = {
     "prefill": "prefill queue",
     "decode": "decode batch",
@@ -46,19 +54,34 @@ _WORDS: dict[BottleneckKind, str] = {
 }
 
 
-class _Use(NamedTuple):
-    """The use of a role, at least and at most, and what it comes from."""
+class _Tokens(NamedTuple):
+    """The share of each decode engine that tokens take, at least and at most."""
 
-    role: Role
-    num_engines: int
     least: float
     most: float
     kind: BottleneckKind
     why: str
 
-    def with_engines(self, more: int) -> float:
-        """Return the use, at most, with so many engines more."""
-        return self.most * self.num_engines / (self.num_engines + more)
+
+class _Load(NamedTuple):
+    """Holds the work of a deployment and its engines; those of role ``both`` are on both sides."""
+
+    prefill: Sequence[EngineStatus]
+    decode: Sequence[EngineStatus]
+    num_prompts: float  # engines' worth
+    tokens: _Tokens
+    spills: bool  # decode engines compute the prompts that are too many
+
+    def uses(self, num_prefill: int, num_decode: int, of_tokens: float) -> tuple[float, float]:
+        """Return what prompts and tokens would take of so many engines; they limit from 1 on."""
+        tokens = of_tokens * len(self.decode) / num_decode / HIGH_TOKENS
+        if self.spills:
+            return max(0.0, self.num_prompts - num_prefill) / num_decode / HIGH_TOKENS, tokens
+        return self.num_prompts / num_prefill / HIGH_PROMPTS, tokens
+
+    def use(self, num_prefill: int, num_decode: int, of_tokens: float) -> float:
+        uses = self.uses(num_prefill, num_decode, of_tokens)
+        return sum(uses) if self.spills else max(uses)
 
 
 def bottleneck_line(found: Bottleneck) -> str:
@@ -69,37 +92,41 @@ def bottleneck_line(found: Bottleneck) -> str:
 
 def find_bottleneck(status: DeploymentStatus) -> Bottleneck:
     """Return what limits a deployment, and the change of a role that would help, if one would."""
-    uses = [use for role in (*PAIR, "both") for use in _uses(role, status)]
-    if not uses:
-        return Bottleneck(kind="unknown", why="no engine is ready")
-    numbers = {use.role: max(each.least for each in uses if each.role == use.role) for use in uses}
-    worst = max(uses, key=lambda use: use.least)
-    if silent := [each.name for each in status.engines if _is_ready(each) and not _fresh(each)]:
-        why = f"{', '.join(silent)} did not say what it does for {FRESH_S:g} s"
-        return Bottleneck(kind="unknown", why=why, use=numbers)
-    if worst.least < HIGH:
-        if why := _slow_pulls(status):
-            return Bottleneck(
-                kind="transfer",
-                why=why,
-                advice="no other number of engines helps: `pdlaunch doctor` measures the paths",
-                use=numbers,
-            )
-        why = ", ".join(f"{role} is used {use:.0%}" for role, use in numbers.items())
-        return Bottleneck(kind="nothing", why=why, use=numbers)
-    advice, engine = _advice(worst, uses, status)
+    ready = {
+        role: [each for each in status.engines if each.role == role and each.state == "ready"]
+        for role in ROLES
+    }
+    prefill, decode = (ready[role] or ready["both"] for role in PAIR)
+    if not prefill or not decode:
+        return Bottleneck(kind="unknown", why="no pair of engines is ready")
+    if silent := [each.name for each in (*prefill, *decode) if _fresh(each) is None]:
+        why = f"{', '.join(dict.fromkeys(silent))} did not say what it does for {FRESH_S:g} s"
+        return Bottleneck(kind="unknown", why=why)
+    load, wait_s = _load_of(prefill, decode, status)
+    num = len(prefill), len(decode)
+    of_prompts, of_tokens = load.num_prompts / num[0], load.tokens.least
+    if load.use(*num, of_tokens) < 1.0:
+        kind: BottleneckKind = "nothing"
+        why = f"prompts take {of_prompts:.0%} of prefill, tokens {of_tokens:.0%} of decode"
+        advice = ""
+        if slow := _slow_pulls(status):
+            kind, why = "transfer", slow
+            advice = "no other number of engines helps: `pdlaunch doctor` measures the paths"
+        return Bottleneck(kind=kind, why=why, advice=advice, prompts=of_prompts, tokens=of_tokens)
+    by_prompts, by_tokens = load.uses(*num, of_tokens)
+    is_prefill = by_prompts > by_tokens
+    advice, engine = _advice(load, status, is_prefill=is_prefill)
     return Bottleneck(
-        kind=worst.kind,
-        why=worst.why,
+        kind="prefill" if is_prefill else load.tokens.kind,
+        why=f"prompts wait {wait_s:.1f} s, and take {of_prompts:.0%} of prefill"
+        if is_prefill
+        else load.tokens.why,
         advice=advice,
-        use=numbers,
+        prompts=of_prompts,
+        tokens=of_tokens,
         engine=engine,
-        role=worst.role if engine else None,
+        role=PAIR[not is_prefill] if engine else None,
     )
-
-
-def _is_ready(engine: EngineStatus) -> bool:
-    return engine.state == "ready"
 
 
 def _fresh(engine: EngineStatus) -> EngineReading | None:
@@ -107,59 +134,54 @@ def _fresh(engine: EngineStatus) -> EngineReading | None:
     return reading if reading is not None and reading.age_s <= FRESH_S else None
 
 
-def _uses(role: Role, status: DeploymentStatus) -> Sequence[_Use]:
-    engines = [each for each in status.engines if each.role == role and _is_ready(each)]
-    if not engines:
-        return ()
-    prompts = (_prompt_use(role, engines, status),) if role != "decode" else ()
-    return (*prompts, _token_use(role, engines, status)) if role != "prefill" else prompts
-
-
-def _prompt_use(role: Role, engines: Sequence[EngineStatus], status: DeploymentStatus) -> _Use:
-    computing = sum(each.computing for each in engines) / len(engines)
-    speed = sum(each.prompt_tokens_per_s for each in engines)
-    num_tokens = sum(each.waiting_prompt_tokens for each in engines) + status.queued_prompt_tokens
+def _load_of(
+    prefill: Sequence[EngineStatus], decode: Sequence[EngineStatus], status: DeploymentStatus
+) -> tuple[_Load, float]:
+    """Return the load, and the time until the prompts of the queue are computed."""
+    speed = sum(each.prompt_tokens_per_s for each in prefill)
+    num_tokens = sum(each.waiting_prompt_tokens for each in prefill) + status.queued_prompt_tokens
     wait_s = num_tokens / speed if speed else 0.0
-    use = computing + wait_s / QUEUE_S
-    why = f"prompts wait {wait_s:.1f} s for {role}, which computes {computing:.0%} of the time"
-    return _Use(role, len(engines), use, use, "prefill", why)
+    num_prompts = sum(each.computing for each in prefill) + len(prefill) * wait_s / QUEUE_S
+    is_pair = prefill is not decode
+    computing = sum(each.computing for each in decode) if is_pair else 0.0
+    return _Load(
+        prefill,
+        decode,
+        num_prompts + computing,
+        _tokens_of(decode, status, computing / len(decode)),
+        spills=is_pair and status.routing == "load",
+    ), wait_s
 
 
-def _token_use(role: Role, engines: Sequence[EngineStatus], status: DeploymentStatus) -> _Use:
+def _tokens_of(
+    engines: Sequence[EngineStatus], status: DeploymentStatus, computing: float
+) -> _Tokens:
+    """``computing``: the share of time in which the streams of an engine wait for prompts."""
     num, now, fastest = len(engines), status.rates, status.fastest
     found = [reading for each in engines if (reading := _fresh(each)) is not None]
     num_running, num_waiting = sum(r.running for r in found), sum(r.waiting for r in found)
     kv = sum(reading.kv_usage for reading in found) / num
     most_running = sum(each.max_running for each in engines)
     batch = num_running / most_running if all(each.max_running for each in engines) else 0.0
-    # While an engine computes a prompt, its streams wait.
-    computing = sum(each.computing for each in engines) / num if role == "decode" else 0.0
     token_ms = (now.mean_inter_token_ms or 0.0) * max(0.0, 1.0 - computing)
     at_most = 1.0 - min(1.0, num / now.streams) if now.streams else 0.0
     slow, why_slow = 0.0, f"{now.streams:.0f} streams"
-    if fastest is not None and fastest.mean_inter_token_ms and _is_lone(fastest, now, num):
+    # It says how fast a lone stream would be only if few streams ran then.
+    is_lone = fastest is not None and fastest.streams <= max(2.0 * num, now.streams / 4)
+    if is_lone and fastest is not None and fastest.mean_inter_token_ms:
         alone_ms = fastest.mean_inter_token_ms
         at_most = slow = min(at_most, 1.0 - min(1.0, alone_ms / max(token_ms, 1e-9)))
         why_slow = f"a token takes {token_ms:.1f} ms, {alone_ms:.1f} ms with few streams"
-    if max(batch, kv) >= HIGH and num_running:
+    if max(batch, kv) >= HIGH_TOKENS and num_running:
         # Those that wait for a pull are few then, beside those that wait for a place.
         batch, kv = (share and share + num_waiting / num_running for share in (batch, kv))
     shares: list[tuple[float, BottleneckKind, str]] = [
         (slow, "decode", why_slow),
         (batch, "decode", f"{num_running} of at most {most_running} requests run"),
-        (kv, "kv_memory", f"the KV caches are {min(kv, 1.0):.0%} full"),
+        (kv, "kv_memory", f"the KV caches of decode are {min(kv, 1.0):.0%} full"),
     ]
     share, kind, why = max(shares, key=lambda each: each[0])
-    if num_waiting:
-        why = f"{why}, {num_waiting} wait"
-    return _Use(role, num, share, max(share, at_most), kind, f"{role}: {why}")
-
-
-def _is_lone(fastest: Rates, now: Rates, num_engines: int) -> bool:
-    """Return whether the fastest tokens came while so few streams ran that they say what a lone
-    stream would have.
-    """
-    return fastest.streams <= max(2.0 * num_engines, now.streams / 4)
+    return _Tokens(share, max(share, at_most), kind, f"{why}, {num_waiting} wait")
 
 
 def _slow_pulls(status: DeploymentStatus) -> str:
@@ -171,26 +193,50 @@ def _slow_pulls(status: DeploymentStatus) -> str:
     return f"a pull takes {mean_s * 1e3:.0f} ms, the first token {first.p50:.0f} ms"
 
 
-def _advice(worst: _Use, uses: Sequence[_Use], status: DeploymentStatus) -> tuple[str, str]:
+def _advice(load: _Load, status: DeploymentStatus, *, is_prefill: bool) -> tuple[str, str]:
     """Return what would help, and the engine that should change its role; empty: none."""
-    role, num = worst.role, worst.num_engines
-    more = f"`pdlaunch scale {role}={num + 1}` would bring {role} to {worst.with_engines(1):.0%}"
-    others = [use for use in uses if role in PAIR and use.role in PAIR and use.role != role]
-    if not others:
+    takers, givers = (load.prefill, load.decode)[:: 1 if is_prefill else -1]
+    role, other = takers[0].role, givers[0].role
+    more = f"`pdlaunch scale {role}={len(takers) + 1}` would help"
+    if takers is givers:
         return more, ""
-    (other,) = others
-    if other.num_engines < 2:
-        return f"{more}; there is no second {other.role} engine to take", ""
+    if len(givers) < 2:
+        return f"{more}; there is no second {other} engine that could become {role}", ""
     if unready := [each.name for each in status.engines if each.shown_state != "ready"]:
         return f"{more}; no engine can change its role while {unready[0]} is not ready", ""
-    left = other.with_engines(-1)
-    largest = max(left, worst.with_engines(1))
-    if largest > GAIN * worst.least:
-        reason = f"with one engine less {other.role} might be used {left:.0%}"
-        return f"{more}; {reason}", ""
-    givers = [each for each in status.engines if each.role == other.role]
+    if len({each.num_devices for each in status.engines}) > 1:
+        return f"{more}; the engines differ in size, so none can change its role", ""
+    num = len(load.prefill), len(load.decode)
+    then = (num[0] + 1, num[1] - 1) if is_prefill else (num[0] - 1, num[1] + 1)
+    prompts, tokens = load.num_prompts / then[0], load.tokens.most * num[1] / then[1]
+    change = f"prompts would take {prompts:.0%} of prefill, tokens {tokens:.0%} of decode"
+    gain = load.use(*then, load.tokens.most) / load.use(*num, load.tokens.least)
+    # Those that are left must not limit in their turn.
+    if gain > GAIN or load.uses(*then, load.tokens.most)[is_prefill] >= 1.0:
+        return f"{more}; with one {other} engine less {change}", ""
     giver = min(givers, key=lambda each: (each.load, each.name))
-    return (
-        f"`pdlaunch role {giver.name} {role}` would bring {role} from {worst.least:.0%} to "
-        f"{worst.with_engines(1):.0%}, and {other.role} from {other.most:.0%} to {left:.0%}"
-    ), giver.name
+    return f"after `pdlaunch role {giver.name} {role}` {change}", giver.name
+
+
+class Look(NamedTuple):
+    """Holds what was seen at an instant: what limits, and the engines with their states."""
+
+    at: float
+    found: Bottleneck
+    engines: Sequence[tuple[str, str]]
+
+
+def decide(looks: Sequence[Look], now_at: float) -> Bottleneck | None:
+    """Return the last of the looks if the change that it wants is due.
+
+    All looks of the last ``HOLD_S`` must want an engine for the same role. No engine may have come,
+    gone or changed its state for ``PAUSE_S``, all of which must have been watched.
+    """
+    recent = [look for look in looks if look.at >= now_at - PAUSE_S]
+    times = [now_at - PAUSE_S, *(look.at for look in recent), now_at]
+    if any(after - before > MAX_GAP_S for before, after in pairwise(times)):
+        return None
+    last = recent[-1]
+    wanted = {look.found.role for look in recent if look.at >= now_at - HOLD_S}
+    is_calm = all(look.engines == last.engines for look in recent)
+    return last.found if is_calm and wanted == {last.found.role} != {None} else None

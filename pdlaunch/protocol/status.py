@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.control import Withheld
@@ -64,6 +65,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     health: str = "closed"
     left_out: str = ""  # the reason why it gets nothing new now; empty when it does
     load: int  # pieces of work that it has been given and not ended
+    num_devices: int = 0  # GPUs, or 1 on a CPU; 0: not known
     max_running: int = 0  # largest batch; 0: not known
     computing: float = 0.0  # share of the last ten seconds in which it computed prompts
     waiting_prompt_tokens: float = 0.0  # tokens that it has yet to compute
@@ -157,8 +159,10 @@ class Bottleneck(msgspec.Struct, frozen=True, kw_only=True):
     kind: BottleneckKind
     why: str
     advice: str = ""  # what a command would do; empty: nothing is to be done
-    # By role: the share of what its engines can do that they do; above 1, work piles up.
-    use: dict[Role, float] = {}
+    # The share of the prefill engines that prompts take, and of the decode engines that tokens
+    # take. Above 1, work piles up.
+    prompts: float | None = None
+    tokens: float | None = None
     engine: str = ""  # the engine that should take ``role``; empty: none should
     role: Role | None = None
 
@@ -182,6 +186,7 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     rates: Rates  # the last ten seconds
     # The two seconds with the fastest tokens since the router started; null: not yet known.
     fastest: Rates | None = None
+    routing: RoutingPolicy = "load"
     queued_prompt_tokens: int = 0  # those of prompts that wait at the router for an engine
     bottleneck: Bottleneck = NOT_SAID
     history: Sequence[Rates]  # the last five minutes, oldest first

@@ -18,8 +18,9 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.config.http_names import local_url
-from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.config.shared_settings import AutopilotMode
+from pdlaunch.errors import ConfigError, OverloadedError, PdlaunchError
 from pdlaunch.http.connections import UPSTREAM_CONNECTIONS, HttpRunner, fit
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol import control
+from pdlaunch.protocol.bottleneck import PAUSE_S, Look, decide
 from pdlaunch.protocol.certificates import CertificateFiles, client_context
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
+from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router.admin import SupervisorLink, listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
@@ -47,6 +51,11 @@ from pdlaunch.router.state import RecoverySettings, RouterState
 _logger = logging.getLogger(__name__)
 
 CERTIFICATE_POLL_S = 2.0
+# Of the autopilot: between two looks, by how much longer than a change the pause after it is, and
+# how long nothing is asked after a refusal.
+LOOK_EVERY_S = 2.0
+PAUSE_FACTOR = 5.0
+REFUSED_S = 600.0
 CLIENT_READ_TIMEOUT_S = 20.0  # a client may take no byte of its answer for so long
 _NOT_OURS = (
     "this router did not start its engines: start, stop and restart them where they run; it drains "
@@ -132,6 +141,12 @@ async def run_in_launch(supervised: Supervised) -> None:
     router = RouterApp(spec, state, link)
     supervised.register(control.Address(http=_url_of(spec)))
     supervised.spawn(router.view.run())
+    note = partial(state.events.add, "launch", "", is_bad=False)
+    supervised.spawn(
+        run_autopilot(
+            spec.autopilot, router.view.fresh_status, link.ask, note, clock=time.monotonic
+        )
+    )
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
     knowing = asyncio.ensure_future(state.knows_engines())
     try:
@@ -148,6 +163,66 @@ async def run_in_launch(supervised: Supervised) -> None:
         obeying.cancel()
         knowing.cancel()
         await state.close()
+
+
+async def run_autopilot(
+    mode: AutopilotMode,
+    look: Callable[[], Awaitable[DeploymentStatus]],
+    ask: Callable[[control.ChangeEngines], Awaitable[control.Answered]],
+    note: Callable[[str], None],
+    *,
+    clock: Callable[[], float],
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """Change the roles of engines as the load turns, for ever. ``note`` tells people.
+
+    ::
+
+        every 2 s: what limits? ── the same for 20 s ──▶ pdlaunch role ──▶ pause ── watch again
+
+    The supervisor is asked as ``pdlaunch role`` asks it, so what that refuses is not done. An
+    engine is away while it drains and starts. The pause is at least five times as long, so an
+    engine spends at most a sixth of the time on changes. Each soon return to the split at the start
+    doubles the pause before that is left again.
+    """
+
+    def say(text: str) -> None:
+        _logger.info("%s", text)
+        note(text)
+
+    looks: list[Look] = []
+    quiet_until_at = pause_s = 0.0
+    num_away, num_pauses = 0, 1  # prefill engines more than at the start; pauses after a return
+    while mode != "off":
+        await sleep(LOOK_EVERY_S)
+        status = await look()
+        engines = [(each.name, each.shown_state) for each in status.engines]
+        looks = [*looks[-int(PAUSE_S / LOOK_EVERY_S) :], Look(clock(), status.bottleneck, engines)]
+        found = decide(looks, clock()) if clock() >= quiet_until_at else None
+        if found is None:
+            continue
+        say(f"autopilot{': would act' if mode == 'dry-run' else ''}: {found.why}; {found.advice}")
+        begun_at, error = clock(), ""
+        is_soon = begun_at < quiet_until_at + pause_s
+        if mode == "on":
+            command = control.ChangeEngines(question=0, engine=found.engine, role=found.role)
+            try:
+                error = (await ask(command)).error
+            except OverloadedError as failure:
+                error = str(failure)
+            if error:
+                say(f"autopilot: {found.engine} stays as it is: {error}")
+        looks.clear()
+        if error:
+            pause_s = REFUSED_S
+        else:
+            pause_s = max(PAUSE_S, PAUSE_FACTOR * (clock() - begun_at))
+            num_away += 1 if found.role == "prefill" else -1
+            if not num_away:
+                # A load that turns back about as quickly as engines change is followed ever less.
+                num_pauses = 2 * num_pauses if is_soon else 1
+                pause_s *= num_pauses
+        quiet_until_at = clock() + pause_s
 
 
 async def _obey(

@@ -35,7 +35,7 @@ class EnginePool:
     ) -> None:
         self.clock = clock
         self.pairs: Sequence[PairReady] = ()  # the paths that are proven now
-        self._policy: RoutingPolicy = policy
+        self.policy: RoutingPolicy = policy
         self.index = KVIndex()
         self._engines: dict[str, Engine] = {}
         self.registry = Registry(version=0, entries=[], withheld="starting")
@@ -109,7 +109,7 @@ class EnginePool:
 
     def route(self, request: RoutingRequest) -> Route:
         now_at = self.clock()
-        route = choose(request, list(self._engines.values()), self.index, now_at, self._policy)
+        route = choose(request, list(self._engines.values()), self.index, now_at, self.policy)
         for engine in route.engines:
             self._num_picks += 1
             engine.last_pick = self._num_picks
@@ -125,7 +125,7 @@ class EnginePool:
         that it waits for are added.
         """
         engines = list(self._engines.values())
-        route = choose(request, engines, self.index, self.clock(), self._policy)
+        route = choose(request, engines, self.index, self.clock(), self.policy)
         if route.decode is None:
             return True  # the answer will be that no engine is ready
         first = route.prefill or route.decode
@@ -164,7 +164,7 @@ class EnginePool:
         told = [each for each in self._engines.values() if each.ready and each.name in self.index]
         roles = [each.role for each in told]
         # The only prefill and the only decode engine are chosen in any case.
-        is_settled = self._policy == "pairs" and len(set(roles)) == len(roles)
+        is_settled = self.policy == "pairs" and len(set(roles)) == len(roles)
         return len(told) > 1 and not is_settled and num_tokens >= self.index.least_tokens
 
     def served(self, engine: Engine) -> None:

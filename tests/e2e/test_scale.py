@@ -32,8 +32,17 @@ PAUSE_S = 0.2
 class Load:
     """Streams that run until the block ends, each compared with what the model says."""
 
-    def __init__(self, url: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    def __init__(
+        self,
+        url: str,
+        prompts: list[list[int]],
+        expected: list[list[int]],
+        num_streams: int = NUM_STREAMS,
+        pause_s: float = PAUSE_S,
+    ) -> None:
         self.url = url
+        self.num_streams = num_streams
+        self.pause_s = pause_s
         self.prompts = prompts
         self.expected = expected
         self.num_done = 0
@@ -41,8 +50,8 @@ class Load:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with ThreadPoolExecutor(NUM_STREAMS) as pool:
-            works = [pool.submit(self._work, number) for number in range(NUM_STREAMS)]
+        with ThreadPoolExecutor(self.num_streams) as pool:
+            works = [pool.submit(self._work, number) for number in range(self.num_streams)]
             try:
                 yield
             finally:
@@ -52,11 +61,12 @@ class Load:
 
     def _work(self, number: int) -> None:
         while not self._ends.is_set():
-            number = (number + NUM_STREAMS) % len(self.prompts)
-            with streamed(self.url, self.prompts[number], NUM_TOKENS) as tokens:
-                assert list(tokens) == self.expected[number]
+            number = (number + self.num_streams) % len(self.prompts)
+            expected = self.expected[number]
+            with streamed(self.url, self.prompts[number], len(expected)) as tokens:
+                assert list(tokens) == expected
             self.num_done += 1
-            self._ends.wait(PAUSE_S)
+            self._ends.wait(self.pause_s)
 
 
 def run(*arguments: str, exit_code: int = 0) -> str:
@@ -118,3 +128,27 @@ def test_engines_come_turn_and_go_while_streams_run(llama: Path) -> None:
             await_true(lambda: load.num_done > num_done + NUM_STREAMS, "streams go on")
         _, status = admin_api(deployment.url).get_object("/pdlaunch/status")
         assert status["errors"] == 0, json.dumps(status["events"])
+
+
+def test_the_autopilot_turns_a_decode_engine_into_one_of_prefill(llama: Path) -> None:
+    """Long prompts and short answers keep the only prefill engine busy, and two others idle."""
+    rng = random.Random(6)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(1_900)] for _ in range(7)]
+    expected = greedy(llama, prompts, 3)
+    flags = ("--decode", "2", "--autopilot", "on", "--no-enable-prefix-caching")
+    with launched(llama, *flags) as deployment:
+        load = Load(deployment.url, prompts, expected, num_streams=6, pause_s=0.0)
+        with load.running():
+            wanted = ["decode", "prefill", "prefill"]
+
+            def roles() -> list[str]:
+                now = states(deployment.url)
+                return sorted(name.partition("-")[0] for name in now if now[name] == "ready")
+
+            await_true(lambda: roles() == wanted, lambda: run("status", "--url", deployment.url))
+            num_done = load.num_done
+            await_true(lambda: load.num_done > num_done + 12, "streams go on")
+        _, status = admin_api(deployment.url).get_object("/pdlaunch/status")
+        assert status["errors"] == 0, json.dumps(status["events"])
+        (told,) = [each for each in status["events"] if each["text"].startswith("autopilot: ")]
+        assert "prompts wait" in told["text"]

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.config.roles import PAIR
-from pdlaunch.protocol.bottleneck import GAIN, HIGH, bottleneck_line, find_bottleneck
+from pdlaunch.config.shared_settings import RoutingPolicy
+from pdlaunch.protocol.bottleneck import (
+    HIGH_PROMPTS,
+    HIGH_TOKENS,
+    bottleneck_line,
+    find_bottleneck,
+)
 from pdlaunch.protocol.status import (
+    Bottleneck,
     DeploymentStatus,
     EngineReading,
     EngineStatus,
@@ -51,8 +58,11 @@ def engine(name: str, reading: dict[str, Any] | None = None, **fields: Any) -> E
     )
 
 
+DEFAULTS = {"rates": LONE, "fastest": LONE, "routing": "pairs"}
+
+
 def status(*engines: EngineStatus, **fields: Any) -> DeploymentStatus:
-    return deployment_server.deployment(*engines, **({"rates": LONE, "fastest": LONE} | fields))
+    return deployment_server.deployment(*engines, **(DEFAULTS | fields))
 
 
 BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
@@ -61,18 +71,18 @@ BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
 @pytest.mark.parametrize(
     ("seen", "kind", "why"),
     [
-        (status(engine("prefill-0"), engine("decode-0")), "nothing", "prefill is used 0%"),
+        (status(engine("prefill-0"), engine("decode-0")), "nothing", "prompts take 0% of prefill"),
         (
             status(engine("prefill-0", **BUSY), engine("decode-0")),
             "prefill",
-            "prompts wait 3.2 s for prefill, which computes 100% of the time",
+            "prompts wait 3.2 s, and take 132% of prefill",
         ),
         (
             status(
                 engine("prefill-0", computing=0.5), engine("decode-0"), queued_prompt_tokens=5000
             ),
             "prefill",
-            "prompts wait 5.0 s",
+            "prompts wait 5.0 s, and take 100% of prefill",
         ),
         (
             status(engine("prefill-0"), engine("decode-0"), rates=SLOW),
@@ -80,26 +90,28 @@ BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
             "a token takes 50.0 ms, 10.0 ms with few streams",
         ),
         (
-            status(
-                engine("prefill-0"), engine("decode-0", {"running": 8, "waiting": 4}, max_running=8)
-            ),
+            status(engine("prefill-0"), engine("decode-0", {"running": 8}, max_running=8)),
             "decode",
-            "8 of at most 8 requests run, 4 wait",
+            "8 of at most 8 requests run, 0 wait",
         ),
         (
             status(engine("prefill-0"), engine("decode-0", {"kv_usage": 0.97, "waiting": 2})),
             "kv_memory",
-            "the KV caches are 100% full, 2 wait",
+            "the KV caches of decode are 100% full, 2 wait",
         ),
         (
             status(engine("prefill-0"), engine("decode-0", {"pulls": Pulls(mean_s=0.4)})),
             "transfer",
             "a pull takes 400 ms, the first token 100 ms",
         ),
-        (status(engine("both-0", **BUSY)), "prefill", "prompts wait 3.2 s for both"),
-        (status(engine("both-0"), rates=SLOW), "decode", "both: a token takes 50.0 ms"),
-        (status(engine("prefill-0", {"age_s": 11.0})), "unknown", "prefill-0 did not say"),
-        (status(engine("prefill-0", state="starting")), "unknown", "no engine is ready"),
+        (status(engine("both-0", **BUSY)), "prefill", "prompts wait 3.2 s"),
+        (status(engine("both-0"), rates=SLOW), "decode", "a token takes 50.0 ms"),
+        (
+            status(engine("prefill-0", {"age_s": 11.0}), engine("decode-0")),
+            "unknown",
+            "prefill-0 did not say",
+        ),
+        (status(engine("prefill-0", state="starting")), "unknown", "no pair of engines is ready"),
     ],
 )
 def test_what_limits(seen: DeploymentStatus, kind: str, why: str) -> None:
@@ -118,8 +130,8 @@ def test_a_role_that_can_spare_an_engine_gives_one() -> None:
     found = find_bottleneck(status(*PREFILL_HEAVY))
     assert (found.engine, found.role) == ("decode-1", "prefill")
     assert found.advice == (
-        "`pdlaunch role decode-1 prefill` would bring prefill from 132% to 66%, and decode from "
-        "10% to 20%"
+        "after `pdlaunch role decode-1 prefill` prompts would take 66% of prefill, tokens 20% of "
+        "decode"
     )
     found = find_bottleneck(status(*DECODE_HEAVY, rates=SLOW))
     assert (found.engine, found.role) == ("prefill-0", "decode")
@@ -131,11 +143,12 @@ def test_a_role_that_can_spare_an_engine_gives_one() -> None:
         (status(*PREFILL_HEAVY[:2]), "there is no second decode engine"),
         (status(*DECODE_HEAVY[1:], rates=SLOW), "there is no second prefill engine"),
         # 40 streams of two engines, and nobody knows how fast a lone one would be
-        (status(*PREFILL_HEAVY, rates=SLOW, fastest=None), "decode might be used 190%"),
-        (status(*PREFILL_HEAVY, rates=SLOW, fastest=SLOW), "decode might be used 190%"),
-        (status(*PREFILL_HEAVY, rates=rates(20.0, streams=9)), "decode might be used 100%"),
+        (status(*PREFILL_HEAVY, rates=SLOW, fastest=None), "tokens 190% of decode"),
+        (status(*PREFILL_HEAVY, rates=SLOW, fastest=SLOW), "tokens 190% of decode"),
+        (status(*PREFILL_HEAVY, rates=rates(18.0, streams=9)), "tokens 89% of decode"),
         (status(*PREFILL_HEAVY, engine("decode-2", state="sleeping")), "decode-2 is not ready"),
         (status(*PREFILL_HEAVY[:2], engine("decode-1", health="open")), "decode-1 is not ready"),
+        (status(*PREFILL_HEAVY[:2], engine("decode-1", num_devices=2)), "differ in size"),
     ],
 )
 def test_an_engine_that_cannot_be_spared_stays(seen: DeploymentStatus, reason: str) -> None:
@@ -143,6 +156,17 @@ def test_an_engine_that_cannot_be_spared_stays(seen: DeploymentStatus, reason: s
     assert not found.engine
     assert reason in found.advice
     assert "`pdlaunch scale " in found.advice
+
+
+def test_prompts_that_spill_over_to_decode_limit_only_when_decode_is_busy() -> None:
+    def found(computing: float) -> Bottleneck:
+        engines = (engine(f"decode-{number}", computing=computing) for number in range(2))
+        return find_bottleneck(status(PREFILL_HEAVY[0], *engines, routing="load"))
+
+    assert found(0.3).kind == "nothing"
+    assert found(0.6).kind == "prefill"
+    # Another prefill engine would leave as much to a single decode engine.
+    assert not found(0.6).engine
 
 
 def test_few_streams_are_never_much_however_slow_the_machine_is() -> None:
@@ -161,9 +185,9 @@ SHARES = st.floats(0, 1)
     speed=st.floats(0, 1e5),
     kv=SHARES,
     running=st.integers(0, 300),
-    queued=st.integers(0, 10**6),
     tokens=st.tuples(st.none() | st.floats(0.1, 1e3), st.floats(0, 300)),
     fastest=st.none() | st.tuples(st.floats(0.1, 1e3), st.floats(0, 300)),
+    routing=st.sampled_from(["load", "pairs"]),
 )
 def test_a_change_helps_by_the_figures_and_leaves_an_engine_of_each_role(
     num: tuple[int, int],
@@ -172,9 +196,9 @@ def test_a_change_helps_by_the_figures_and_leaves_an_engine_of_each_role(
     speed: float,
     kv: float,
     running: int,
-    queued: int,
     tokens: tuple[float | None, float],
     fastest: tuple[float, float] | None,
+    routing: RoutingPolicy,
 ) -> None:
     prompts = {"computing": computing, "waiting_prompt_tokens": waiting}
     prompts["prompt_tokens_per_s"] = speed
@@ -183,15 +207,16 @@ def test_a_change_helps_by_the_figures_and_leaves_an_engine_of_each_role(
         *(engine(f"decode-{i}", {"kv_usage": kv, "running": running}) for i in range(num[1])),
     ]
     best = None if fastest is None else rates(*fastest)
-    seen = status(*engines, rates=rates(*tokens), fastest=best, queued_prompt_tokens=queued)
-    found = find_bottleneck(seen)
+    found = find_bottleneck(status(*engines, rates=rates(*tokens), fastest=best, routing=routing))
     if not found.engine:
         return
     assert found.role is not None
+    assert found.prompts is not None
+    assert found.tokens is not None
     giver = PAIR[found.role == "prefill"]
-    counts = dict(zip(PAIR, num, strict=True))
     assert found.engine.startswith(giver)
-    assert counts[giver] > 1
-    assert found.use[found.role] >= HIGH
-    left = found.use[giver] * counts[giver] / (counts[giver] - 1)
-    assert left <= GAIN * found.use[found.role]
+    assert num[PAIR.index(giver)] > 1
+    if giver == "decode":
+        assert found.tokens * num[1] / (num[1] - 1) < HIGH_TOKENS
+    elif routing == "pairs":
+        assert found.prompts * num[0] / (num[0] - 1) < HIGH_PROMPTS

@@ -22,7 +22,7 @@ import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.shared_settings import RoutingPolicy
+from pdlaunch.config.shared_settings import AutopilotMode, RoutingPolicy
 from pdlaunch.observe.logs import LogFormat
 from pdlaunch.protocol.certificates import CertificateFiles
 from pdlaunch.protocol.control import Alive, Capabilities, from_supervisor, to_supervisor
@@ -59,6 +59,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key: str | None = None  # none: commands come over the admin socket alone
     allowed_hosts: tuple[str, ...] = ()
     routing: RoutingPolicy = "load"
+    autopilot: AutopilotMode = "off"
     model_dir: str = ""  # where the model's tokenizer is; empty: engines are asked
 
 

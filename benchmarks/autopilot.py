@@ -1,0 +1,405 @@
+"""Measures ``autopilot`` beside fixed splits of three engines, under a load whose mix turns.
+
+``python -m benchmarks.autopilot simulated``: engines in virtual time, by the real routing policy,
+figures and decisions. Engines have the speed of an 8B model on an H100, about.
+``... native``: three engines of the demo model on this CPU, behind a real router.
+
+Each prints a row for each arm: requests within the SLO a second, lost and wrong answers, changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import msgspec
+
+from pdlaunch.config.roles import Role
+from pdlaunch.config.shared_settings import AutopilotMode, RoutingPolicy
+from pdlaunch.protocol.bottleneck import find_bottleneck
+from pdlaunch.protocol.control import Address, Answered, ChangeEngines, Entry, ListedState, Registry
+from pdlaunch.protocol.status import DeploymentStatus, EngineReading, EngineStatus, Pulls
+from pdlaunch.router.deployment_view import STEP_S, RateHistory
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.main import run_autopilot
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.policy import RoutingRequest
+from pdlaunch.router.pool import EnginePool
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Describes a load: requests arrive at random."""
+
+    seconds: float
+    requests_per_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+# Virtual time
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """A token takes ``token_s`` and ``stream_s`` for each stream of its engine."""
+
+    prompt_tokens_per_s: float = 20_000.0
+    token_s: float = 0.008
+    stream_s: float = 0.00015
+    hand_over_s: float = 0.012
+    start_s: float = 20.0
+    drain_s: float = 30.0
+    max_running: int = 256
+
+
+@dataclass
+class SimulatedRequest:
+    arrived_at: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    to_compute: float = 0.0
+    decode: str = ""
+    work: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    begin: Any = None
+    begins_at: float = 0.0
+    first_at: float = 0.0
+    last_at: float = 0.0
+    ended_at: float = 0.0
+    num_tokens: float = 0.0
+
+    def is_good(self, ttft_s: float, itl_s: float) -> bool:
+        """Return whether it was answered within the SLO."""
+        if not self.ended_at:
+            return False
+        gap_s = (self.ended_at - self.first_at) / max(1, self.num_output_tokens - 1)
+        return self.first_at - self.arrived_at <= ttft_s and gap_s <= itl_s
+
+
+@dataclass
+class SimulatedEngine:
+    name: str
+    role: Role
+    state: ListedState = "ready"
+    prompts: deque[SimulatedRequest] = field(default_factory=deque)
+    streams: list[SimulatedRequest] = field(default_factory=list)
+
+
+class Simulation:
+    """Plays three engines and their router; ``advance`` moves the clock."""
+
+    def __init__(
+        self,
+        roles: Sequence[Role],
+        phases: Sequence[Phase],
+        seed: int = 0,
+        speeds: Speeds = Speeds(),
+        policy: RoutingPolicy = "load",
+        tick_s: float = 0.01,
+    ) -> None:
+        self.now = 0.0
+        self._tick_s = tick_s
+        self._speeds = speeds
+        self._numbers = itertools.count()
+        self.engines = [SimulatedEngine(f"{role}-{next(self._numbers)}", role) for role in roles]
+        self.pool = EnginePool(self.clock, policy)
+        self._version = 0
+        self._publish()
+        self.metrics = RouterMetrics("simulated")
+        self._history = RateHistory(self.metrics, self.clock, self.clock, self.pool)
+        self._taken_at = 0.0
+        self._arrivals = iter(self._arrive(phases, random.Random(seed)))
+        self._next = next(self._arrivals, None)
+        self.ends_at = sum(phase.seconds for phase in phases)
+        self.requests: list[SimulatedRequest] = []
+        self.changes: list[tuple[float, str, Role]] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def _arrive(
+        self, phases: Sequence[Phase], random_: random.Random
+    ) -> Iterator[SimulatedRequest]:
+        begin_at = 0.0
+        for phase in phases:
+            at = begin_at + random_.expovariate(phase.requests_per_s)
+            while at < begin_at + phase.seconds:
+                # Lengths vary as those of people do: many short ones, few long ones.
+                lengths = (phase.prompt_tokens, phase.output_tokens)
+                drawn = [max(2, int(random_.gammavariate(2.0, mean / 2.0))) for mean in lengths]
+                yield SimulatedRequest(at, *drawn)
+                at += random_.expovariate(phase.requests_per_s)
+            begin_at += phase.seconds
+
+    def _publish(self) -> None:
+        self._version += 1
+        entries = [
+            Entry(
+                name=each.name,
+                kind="server",
+                engine=each.name,
+                incarnation=1,
+                role=each.role,
+                devices=(f"cuda:{device}",),
+                address=Address(http=f"http://{each.name}"),
+                state=each.state,
+            )
+            for device, each in enumerate(self.engines)
+        ]
+        self.pool.update(Registry(version=self._version, entries=entries))
+
+    def _counts(self, name: str) -> Engine:
+        return next(engine for engine in self.pool.engines if engine.name == name)
+
+    def advance(self, seconds: float) -> None:
+        until_at = self.now + seconds
+        while self.now < until_at and self.now < self.ends_at:
+            self.now += self._tick_s
+            while self._next is not None and self._next.arrived_at <= self.now:
+                self._route(self._next)
+                self._next = next(self._arrivals, None)
+            for engine in self.engines:
+                if engine.state != "starting":
+                    self._step(engine)
+            if self.now - self._taken_at >= STEP_S:
+                self._taken_at = self.now
+                self._history.take()
+
+    def _route(self, request: SimulatedRequest) -> None:
+        self.requests.append(request)
+        num_tokens = request.num_prompt_tokens
+        asked = RoutingRequest(num_prompt_tokens=num_tokens, max_tokens=request.num_output_tokens)
+        route = self.pool.route(asked)
+        assert route.decode is not None
+        first = route.prefill or route.decode
+        request.decode, request.to_compute = route.decode.name, float(num_tokens)
+        request.begin = request.work.enter_context(
+            first.working(
+                self.clock,
+                num_prompt_tokens=num_tokens,
+                num_uncached=num_tokens,
+                num_streams=0 if route.prefill else 1,
+            )
+        )
+        next(each for each in self.engines if each.name == first.name).prompts.append(request)
+
+    def _step(self, engine: SimulatedEngine) -> None:
+        left_s = self._tick_s
+        while engine.prompts and left_s > 0:
+            request = engine.prompts[0]
+            took_s = min(left_s, request.to_compute / self._speeds.prompt_tokens_per_s)
+            request.to_compute -= took_s * self._speeds.prompt_tokens_per_s
+            left_s -= took_s
+            if request.to_compute <= 1e-6:
+                engine.prompts.popleft()
+                self._computed(engine, request)
+        # Streams wait while prompts are computed.
+        running = engine.streams[: self._speeds.max_running]
+        token_s = self._speeds.token_s + self._speeds.stream_s * len(running)
+        for request in running:
+            if request.begins_at > self.now:
+                continue
+            before = int(request.num_tokens)
+            request.num_tokens += left_s / token_s
+            if num_new := int(request.num_tokens) - before:
+                self.metrics.requests.sent(num_new, self.now - request.last_at)
+                request.last_at = self.now
+            if request.num_tokens >= request.num_output_tokens:
+                request.ended_at = self.now
+                request.work.close()
+                engine.streams.remove(request)
+
+    def _computed(self, engine: SimulatedEngine, request: SimulatedRequest) -> None:
+        request.begin()
+        request.first_at = request.last_at = self.now
+        request.num_tokens = 1.0
+        if engine.name != request.decode:
+            request.begins_at = self.now + self._speeds.hand_over_s
+            self._decode(request)
+        else:
+            engine.streams.append(request)
+
+    def _decode(self, request: SimulatedRequest) -> None:
+        """Give a stream to its decode engine, or to another one if that has left."""
+        able = [each for each in self.engines if each.role == "decode" and each.state != "starting"]
+        chosen = [each for each in able if each.name == request.decode]
+        others = [each for each in able if each.state == "ready"]
+        to = (chosen or others)[0]
+        request.decode = to.name
+        request.work.close()
+        working = self._counts(to.name).working(
+            self.clock, num_prompt_tokens=request.num_prompt_tokens, num_streams=1
+        )
+        request.work.enter_context(working)()
+        to.streams.append(request)
+
+    def status(self) -> DeploymentStatus:
+        now = self._history.now()
+        seen = DeploymentStatus(
+            at=self.now,
+            version="",
+            model="simulated",
+            state="ok",
+            uptime_s=self.now,
+            in_flight=0,
+            requests=0,
+            errors=0,
+            engines=[self._engine_status(engine) for engine in self.engines],
+            gone=(),
+            pairs=(),
+            routes=(),
+            rates=now,
+            routing=self.pool.policy,
+            fastest=self._history.fastest,
+            history=(),
+            events=(),
+        )
+        return msgspec.structs.replace(seen, bottleneck=find_bottleneck(seen))
+
+    def _engine_status(self, engine: SimulatedEngine) -> EngineStatus:
+        counts, num_streams = self._counts(engine.name), len(engine.streams)
+        num_running = min(num_streams, self._speeds.max_running)
+        reading = EngineReading(
+            running=num_running,
+            waiting=num_streams - num_running,
+            kv_usage=0.0,
+            host_usage=None,
+            cache=None,
+            pulls=Pulls(),
+            failed_pulls=0,
+            refused_pulls=0,
+        )
+        return EngineStatus(
+            name=engine.name,
+            role=engine.role,
+            kind="simulated",
+            version="",
+            url="",
+            host="",
+            state=engine.state,
+            is_down=False,
+            reason="",
+            load=counts.num_works,
+            num_devices=1,
+            computing=self._history.computing(engine.name),
+            waiting_prompt_tokens=counts.waiting_tokens(self.now, counts.tokens_per_s),
+            prompt_tokens_per_s=counts.tokens_per_s,
+            reading=reading,
+        )
+
+    # What ``run_autopilot`` needs
+
+    async def sleep(self, seconds: float) -> None:
+        if self.now >= self.ends_at:
+            raise asyncio.CancelledError
+        self.advance(seconds)
+
+    async def look(self) -> DeploymentStatus:
+        return self.status()
+
+    async def ask(self, command: ChangeEngines) -> Answered:
+        """Change the role of an engine: it drains, stops and starts under another name."""
+        assert command.role is not None
+        engine = next(each for each in self.engines if each.name == command.engine)
+        self.changes.append((round(self.now, 1), engine.name, command.role))
+        engine.state = "draining"
+        self._publish()
+        stop_at = self.now + self._speeds.drain_s
+        while (engine.prompts or engine.streams) and self.now < min(stop_at, self.ends_at):
+            self.advance(self._tick_s)
+        engine.state = "starting"
+        for request in engine.streams:
+            self._decode(request)
+        for request in engine.prompts:
+            request.work.close()
+            self._route(request)
+            self.requests.pop()
+        engine.prompts.clear()
+        engine.streams.clear()
+        engine.name, engine.role = f"{command.role}-{next(self._numbers)}", command.role
+        self._publish()
+        self.advance(self._speeds.start_s)
+        engine.state = "ready"
+        self._publish()
+        return Answered(question=0)
+
+
+def simulate(
+    roles: Sequence[Role],
+    phases: Sequence[Phase],
+    mode: AutopilotMode,
+    seed: int = 0,
+    **fields: Any,
+) -> Simulation:
+    """Play a load to its end."""
+    simulation = Simulation(roles, phases, seed, **fields)
+    notes: list[str] = []
+    if mode == "off":
+        simulation.advance(simulation.ends_at)
+        return simulation
+    work = run_autopilot(
+        mode,
+        simulation.look,
+        simulation.ask,
+        notes.append,
+        clock=simulation.clock,
+        sleep=simulation.sleep,
+    )
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(work)
+    return simulation
+
+
+PREFILL_HEAVY = Phase(300.0, 8.0, 3_600, 60)
+DECODE_HEAVY = Phase(300.0, 16.0, 400, 480)
+TURNING = (PREFILL_HEAVY, DECODE_HEAVY) * 2
+ONE_TWO: tuple[Role, ...] = ("prefill", "decode", "decode")
+TWO_ONE: tuple[Role, ...] = ("prefill", "prefill", "decode")
+TTFT_S, ITL_S = 1.0, 0.03
+
+
+def goodput(simulation: Simulation, ttft_s: float = TTFT_S, itl_s: float = ITL_S) -> float:
+    """Return the requests a second that were answered within the SLO."""
+    num_good = sum(request.is_good(ttft_s, itl_s) for request in simulation.requests)
+    return num_good / simulation.ends_at
+
+
+def measure_simulated(seed: int, policy: RoutingPolicy) -> Iterator[dict[str, Any]]:
+    arms: Sequence[tuple[str, Sequence[Role], AutopilotMode]] = (
+        ("1P2D", ONE_TWO, "off"),
+        ("2P1D", TWO_ONE, "off"),
+        ("autopilot from 1P2D", ONE_TWO, "on"),
+        ("autopilot from 2P1D", TWO_ONE, "on"),
+    )
+    for name, roles, mode in arms:
+        played = simulate(roles, TURNING, mode, seed, policy=policy)
+        yield {
+            "routing": policy,
+            "arm": name,
+            "requests": len(played.requests),
+            "goodput_per_s": round(goodput(played), 2),
+            "changes": played.changes,
+        }
+
+
+def main() -> None:
+    """Run one of the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["simulated"])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for policy in get_args(RoutingPolicy):
+        for row in measure_simulated(options.seed, policy):
+            print(json.dumps(row), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
