@@ -1,10 +1,8 @@
 """Measures ``autopilot`` beside fixed splits of three engines, under a load whose mix turns.
 
 ``python -m benchmarks.autopilot simulated``: engines in virtual time, by the real routing policy,
-figures and decisions. Engines have the speed of an 8B model on an H100, about.
-``... native``: three engines of the demo model on this CPU, behind a real router.
-
-Each prints a row for each arm: requests within the SLO a second, lost and wrong answers, changes.
+figures and decisions. Engines have the speed of an 8B model on an H100, about. Prints a row for
+each arm: requests within the SLO a second, and changes.
 """
 
 from __future__ import annotations
