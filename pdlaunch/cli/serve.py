@@ -83,8 +83,8 @@ def serve(
             )
         lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_launch(config, flags)
-        is_agent = is_agent_task(loaded.config, os.environ)
-        if dry_run and is_agent:
+        by_slurm = loaded.config.placement == "slurm"
+        if dry_run and by_slurm and os.environ.get("SLURM_PROCID", "0") != "0":
             return  # task 0 prints the plan
         machine, assumed = judged_machine(assume, loaded.config)
         if dry_run:
@@ -95,7 +95,7 @@ def serve(
             print_plan(resolved, output)
             return
         check_platform()
-        if is_agent:
+        if is_agent_task(loaded.config, os.environ):
             serve_task(loaded.config, os.environ)
             return
         outcome = _launch(loaded, machine, lifeline, strict=strict)

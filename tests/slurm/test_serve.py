@@ -174,9 +174,11 @@ def write_wide(cluster: Cluster, num_nodes: int) -> None:
 
 def test_an_engine_over_both_nodes(cluster: Cluster) -> None:
     write_wide(cluster, 2)
-    plan = cluster.run("srun", *TWO_TASKS, *SERVE_WIDE, "--dry-run", "--format", "json")
+    dry_run = (*SERVE_WIDE, "--dry-run", "--format", "json")
+    plan = cluster.run("srun", *TWO_TASKS, *dry_run)
     hosts = {each["name"]: each["host"] for each in json.loads(plan)["processes"]}
     assert (hosts["prefill-0"], hosts["prefill-0/node-1"]) == ("local", "n2")
+    assert cluster.run("salloc", "--quiet", *TWO_TASKS, *dry_run) == plan
     cluster.until(lambda: not cluster.jobs())
 
     with cluster.running("srun", *TWO_TASKS, *SERVE_WIDE) as srun:

@@ -43,6 +43,17 @@ def test_the_nodes_of_a_step_are_hosts_the_supervisors_own_first(scontrol: None)
         slurm_hosts(TASK | {"SLURM_STEP_NUM_TASKS": "6"})
 
 
+@pytest.mark.processes
+def test_plans_are_made_for_the_nodes_of_an_allocation_and_nothing_is_started(
+    scontrol: None,
+) -> None:
+    script = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_PROCID": "0"}
+    loaded = with_placed_hosts(load_config(None, {}, {"placement": "slurm"}), script)
+    assert [host.name for host in loaded.config.hosts] == ["local", "n2", "n3"]
+    with pytest.raises(ConfigError, match="SLURMD_NODENAME is not set"):
+        is_agent_task(loaded.config, script)
+
+
 @pytest.mark.parametrize(
     ("environ", "missing"),
     [({}, "SLURM_JOB_ID"), ({k: v for k, v in TASK.items() if "STEP" not in k}, "SLURM_STEP_ID")],

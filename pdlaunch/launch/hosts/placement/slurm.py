@@ -33,7 +33,13 @@ def node_name(environ: Mapping[str, str]) -> str:
 
 
 def slurm_hosts(environ: Mapping[str, str]) -> tuple[HostSettings, ...]:
-    """Return the nodes of this step, the supervisor's own first. Raises ConfigError."""
+    """Return the nodes of this step, the supervisor's own first. Raises ConfigError.
+
+    For plans: those of an allocation in which no step runs yet. Task 0 gets the first node.
+    """
+    if (nodes := environ.get("SLURM_JOB_NODELIST")) and "SLURM_STEP_ID" not in environ:
+        _, *later = _expand(nodes)
+        return (HostSettings(name=LOCAL), *(HostSettings(name=name) for name in later))
     _require_step(environ)
     # Of a heterogeneous step, too, these name all components.
     names = _expand(environ["SLURM_STEP_NODELIST"])
