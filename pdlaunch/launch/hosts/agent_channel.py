@@ -308,9 +308,10 @@ class AgentChannel:
             # One that was killed has no connection any more, and its successor need not wait.
             self._send(other, Beat(stamp=other.stamp))
             if self._named(name) is other:
+                wait_s = ended_by(other.heard_at, self._timeout_s) + self._beat_s - now
                 raise ProtocolError(
                     f"another agent has joined as {name}, from {other.address}: one serves a host, "
-                    "choose another --name"
+                    f"choose another --name; if its host has failed, join {wait_s:.0f} s later"
                 )
         agent = self._agents[identity] = _Agent(name, message.address, identity, now, session)
         self._tell(Joined(message))
