@@ -56,7 +56,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     version: str
     url: str
-    host: str  # the name of its host, else the host of its URL
+    host: str  # the names of its hosts: ``node-1, node-2``; else the host of its URL
     state: str  # ``ready``, or why it is given no work
     is_down: bool  # it has died, hangs or failed: it would work if it could
     reason: str  # the reason why it has ``failed`` or is given no work, and what comes next

@@ -130,6 +130,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     state: str  # ``ready``, or the ``ListedState`` that says why not; for people
     times_ready: int = 0
     devices: frozenset[str] = frozenset()  # as ``host/cuda:0``, or ``cpu``; empty: not known
+    hosts: tuple[str, ...] = ()  # their names, as far as they are known
     max_model_len: int | None = None  # prompt plus output in tokens; None: it has not been asked
     models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
     # Incarnations of the processes to which this engine has a proven path, by name.
@@ -176,8 +177,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def place(self) -> str:
-        """Return its host's name, else the address in its URL; for people."""
-        return self.entry.host or urlsplit(self.url).hostname or ""
+        """Return the names of its hosts, else the address in its URL; for people."""
+        return ", ".join(self.hosts) or urlsplit(self.url).hostname or ""
 
     @property
     def num_outstanding(self) -> int:

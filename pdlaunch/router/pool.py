@@ -191,8 +191,7 @@ class EnginePool:
         self.registry = registry
         ranks: dict[str, list[Entry]] = defaultdict(list)
         for entry in registry.entries:
-            # A vLLM engine's other hosts live and die with its server.
-            if entry.kind == "rank" and not entry.capabilities.is_vllm:
+            if entry.kind == "rank":
                 ranks[entry.engine].append(entry)
         proofs: dict[str, dict[str, int]] = defaultdict(dict)
         for pair in registry.pairs:
@@ -208,11 +207,13 @@ class EnginePool:
             engine.health.keep(keys)
         self.pairs = registry.pairs
 
-    def _renew(self, server: Entry, ranks: list[Entry], proofs: dict[str, int]) -> Engine:
+    def _renew(self, server: Entry, others: list[Entry], proofs: dict[str, int]) -> Engine:
         """Return the listed engine: the same object as before if its processes still run."""
+        others = sorted(others, key=lambda entry: entry.tp_rank)
+        # A vLLM engine's other hosts live and die with its server.
+        ranks = [entry for entry in others if not entry.capabilities.is_vllm]
         name, ready = server.name, self._is_ready(server, ranks)
-        by_rank = sorted(ranks, key=lambda entry: entry.tp_rank)
-        processes = (server.incarnation, *(entry.incarnation for entry in by_rank))
+        processes = (server.incarnation, *(entry.incarnation for entry in ranks))
         engine = self._engines.get(name)
         if engine is None or engine.processes != processes or engine.url != server.address.http:
             engine = Engine(entry=server, processes=processes, ready=False, state="")
@@ -228,9 +229,10 @@ class EnginePool:
         engine.ready = ready
         engine.devices = frozenset(
             device if device == "cpu" else f"{entry.host}/{device}"
-            for entry in (server, *ranks)
+            for entry in (server, *others)
             for device in entry.devices
         )
+        engine.hosts = tuple(dict.fromkeys(e.host for e in (server, *others) if e.host))
         engine.proofs = proofs
         return engine
 

@@ -428,6 +428,15 @@ def test_readiness(pool: EnginePool, entries: list[Entry], ready: bool) -> None:
     assert (pick(pool, "decode") is not None) == ready
 
 
+def test_an_engine_over_hosts_counts_the_devices_of_all_and_names_them(pool: EnginePool) -> None:
+    node = {"devices": ("cuda:0", "cuda:1"), "capabilities": Capabilities(kind="vllm")}
+    first = server("prefill-0", host="node-0")
+    second = rank("prefill-0", 2, 4, host="node-1")
+    update(pool, *(msgspec.structs.replace(entry, **node) for entry in (second, first)))
+    (engine,) = pool.engines
+    assert (engine.ready, engine.place, len(engine.devices)) == (True, "node-0, node-1", 4)
+
+
 def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> None:
     update(pool, server("decode-0"), rank("decode-0"))
     (first,) = pool.engines

@@ -182,7 +182,7 @@ def test_an_engine_over_both_nodes(cluster: Cluster) -> None:
     cluster.until(lambda: not cluster.jobs())
 
     with cluster.running("srun", *TWO_TASKS, *SERVE_WIDE) as srun:
-        assert cluster.ready()["prefill-0"] == "local"
+        assert cluster.ready()["prefill-0"].startswith("local")
         assert [
             each for each in cluster.network["n2"].processes() if "--headless" in each.cmdline()
         ]
