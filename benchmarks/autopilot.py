@@ -1,8 +1,9 @@
-"""Measures ``autopilot`` beside fixed splits of three engines, under a load whose mix turns.
+"""Measures ``autopilot`` beside fixed splits of three engines, in virtual time.
 
-``python -m benchmarks.autopilot simulated``: engines in virtual time, by the real routing policy,
-figures and decisions. Engines have the speed of an 8B model on an H100, about. Prints a row for
-each arm: requests within the SLO a second, and changes.
+Routing policy, figures and decisions are the real ones; engines are simulated. ``python -m
+benchmarks.autopilot turning`` plays a load whose mix turns; engines have about the speed of an 8B
+model on an H100. ``... random`` plays random loads, without and with the autopilot. Each prints
+rows of JSON: requests within the SLO a second, and the changes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
@@ -362,6 +363,7 @@ TURNING = (PREFILL_HEAVY, DECODE_HEAVY) * 2
 ONE_TWO: tuple[Role, ...] = ("prefill", "decode", "decode")
 TWO_ONE: tuple[Role, ...] = ("prefill", "prefill", "decode")
 TTFT_S, ITL_S = 1.0, 0.03
+MODES: tuple[AutopilotMode, ...] = ("off", "on")
 
 
 def goodput(simulation: Simulation, ttft_s: float = TTFT_S, itl_s: float = ITL_S) -> float:
@@ -370,7 +372,7 @@ def goodput(simulation: Simulation, ttft_s: float = TTFT_S, itl_s: float = ITL_S
     return num_good / simulation.ends_at
 
 
-def measure_simulated(seed: int, policy: RoutingPolicy) -> Iterator[dict[str, Any]]:
+def measure_turning(seed: int) -> Iterator[dict[str, Any]]:
     arms: Sequence[tuple[str, Sequence[Role], AutopilotMode]] = (
         ("1P2D", ONE_TWO, "off"),
         ("2P1D", TWO_ONE, "off"),
@@ -378,9 +380,8 @@ def measure_simulated(seed: int, policy: RoutingPolicy) -> Iterator[dict[str, An
         ("autopilot from 2P1D", TWO_ONE, "on"),
     )
     for name, roles, mode in arms:
-        played = simulate(roles, TURNING, mode, seed, policy=policy)
+        played = simulate(roles, TURNING, mode, seed)
         yield {
-            "routing": policy,
             "arm": name,
             "requests": len(played.requests),
             "goodput_per_s": round(goodput(played), 2),
@@ -388,15 +389,42 @@ def measure_simulated(seed: int, policy: RoutingPolicy) -> Iterator[dict[str, An
         }
 
 
+def measure_random(seed: int) -> dict[str, Any]:
+    """Play a load that asks for up to 2.6 engines, steady or turning, from either split."""
+    drawn = random.Random(seed)
+    start_s = drawn.choice([6.0, 20.0])
+    speeds = Speeds(prompt_tokens_per_s=2_000.0, token_s=0.02, stream_s=0.002, start_s=start_s)
+
+    def phase(seconds: float) -> Phase:
+        prompts = drawn.uniform(0.1, 2.0)
+        tokens, rate = drawn.uniform(0.1, min(1.9, 2.6 - prompts)), drawn.uniform(0.8, 4.0)
+        num_tokens = prompts * speeds.prompt_tokens_per_s / rate, tokens / speeds.stream_s / rate
+        return Phase(seconds, rate, *(max(4, int(number)) for number in num_tokens))
+
+    seconds = [drawn.choice([40.0, 80.0, 120.0, 240.0]) for _ in range(2)]
+    phases = drawn.choice([[phase(300.0)], [phase(each) for each in seconds] * 3])
+    roles = drawn.choice([ONE_TWO, TWO_ONE])
+    runs = [simulate(roles, phases, mode, seed, speeds=speeds, tick_s=0.02) for mode in MODES]
+    return {
+        "load": [msgspec.to_builtins(each) for each in phases[:2]],
+        "start": f"{roles.count('prefill')}P{roles.count('decode')}D",
+        "goodput_per_s": [round(goodput(run, ttft_s=3.0, itl_s=0.08), 2) for run in runs],
+        "changes": runs[1].changes,
+    }
+
+
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["simulated"])
+    parser.add_argument("what", choices=["turning", "random"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loads", type=int, default=100, help="number of random loads")
     options = parser.parse_args()
-    for policy in get_args(RoutingPolicy):
-        for row in measure_simulated(options.seed, policy):
-            print(json.dumps(row), flush=True)  # noqa: T201
+    seeds = range(options.seed, options.seed + options.loads)
+    is_turning = options.what == "turning"
+    rows = measure_turning(options.seed) if is_turning else map(measure_random, seeds)
+    for row in rows:
+        print(json.dumps(row), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ HIGH_PROMPTS = 0.85
 HIGH_TOKENS = 0.7
 # A change of a role must lower the use to this share of itself, so that the load has to turn before
 # another change takes it back.
-GAIN = 0.75
+GAIN = 0.6
 QUEUE_S = 10.0  # a queue that takes this long to compute counts as one engine's work
 FRESH_S = 10.0  # older readings of engines tell nothing
 SLOW_PULL_S = 0.05  # faster pulls limit nobody

@@ -182,8 +182,7 @@ async def run_autopilot(
 
     The supervisor is asked as ``pdlaunch role`` asks it, so what that refuses is not done. An
     engine is away while it drains and starts. The pause is at least five times as long, so an
-    engine spends at most a sixth of the time on changes. Each soon return to the split at the start
-    doubles the pause before that is left again.
+    engine spends at most a sixth of the time on changes.
     """
 
     def say(text: str) -> None:
@@ -191,8 +190,7 @@ async def run_autopilot(
         note(text)
 
     looks: list[Look] = []
-    quiet_until_at = pause_s = 0.0
-    num_away, num_pauses = 0, 1  # prefill engines more than at the start; pauses after a return
+    quiet_until_at = 0.0
     while mode != "off":
         await sleep(LOOK_EVERY_S)
         status = await look()
@@ -203,7 +201,6 @@ async def run_autopilot(
             continue
         say(f"autopilot{': would act' if mode == 'dry-run' else ''}: {found.why}; {found.advice}")
         begun_at, error = clock(), ""
-        is_soon = begun_at < quiet_until_at + pause_s
         if mode == "on":
             command = control.ChangeEngines(question=0, engine=found.engine, role=found.role)
             try:
@@ -213,15 +210,7 @@ async def run_autopilot(
             if error:
                 say(f"autopilot: {found.engine} stays as it is: {error}")
         looks.clear()
-        if error:
-            pause_s = REFUSED_S
-        else:
-            pause_s = max(PAUSE_S, PAUSE_FACTOR * (clock() - begun_at))
-            num_away += 1 if found.role == "prefill" else -1
-            if not num_away:
-                # A load that turns back about as quickly as engines change is followed ever less.
-                num_pauses = 2 * num_pauses if is_soon else 1
-                pause_s *= num_pauses
+        pause_s = REFUSED_S if error else max(PAUSE_S, PAUSE_FACTOR * (clock() - begun_at))
         quiet_until_at = clock() + pause_s
 
 

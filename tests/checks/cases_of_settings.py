@@ -58,6 +58,13 @@ CASES: dict[str, Case] = {
     "PD113": Case(
         [on(CPU, ssl_certfile="/nowhere/cert.pem"), on(CPU, ssl_certfile=__file__)], [on(CPU)]
     ),
+    "PD122": Case(
+        [on(CPU, autopilot="on", routing={"policy": "pairs"})],
+        [
+            on(CPU, autopilot="on", routing={"policy": "load"}),
+            on(CPU, autopilot="dry-run", routing={"policy": "pairs"}),
+        ],
+    ),
     "PD117": Case([on(CPU, load_format="dummy")], [on(CPU, load_format="auto")]),
     "PD119": Case(
         [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],

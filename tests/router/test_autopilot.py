@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.autopilot import ONE_TWO, TWO_ONE, Phase, Simulation, Speeds, goodput, simulate
 from pdlaunch.config.roles import Role
-from pdlaunch.config.shared_settings import AutopilotMode, RoutingPolicy
+from pdlaunch.config.shared_settings import AutopilotMode
 from pdlaunch.errors import OverloadedError
 from pdlaunch.protocol.bottleneck import HOLD_S, MAX_GAP_S, PAUSE_S, Look, decide
 from pdlaunch.protocol.control import Answered, ChangeEngines
@@ -140,13 +139,8 @@ def phase(seconds: float, prompts: float, tokens: float, rate: float = 2.0) -> P
     return Phase(seconds, rate, *map(int, num_tokens))
 
 
-def play(
-    roles: tuple[Role, ...],
-    phases: list[Phase],
-    mode: AutopilotMode = "on",
-    policy: RoutingPolicy = "pairs",
-) -> Simulation:
-    played = simulate(roles, phases, mode, speeds=SPEEDS, policy=policy, tick_s=0.02)
+def play(roles: tuple[Role, ...], phases: list[Phase], mode: AutopilotMode = "on") -> Simulation:
+    played = simulate(roles, phases, mode, speeds=SPEEDS, tick_s=0.02)
     early = [each for each in played.requests if each.arrived_at < played.ends_at - 90]
     assert all(each.first_at for each in early) or mode == "off"
     return played
@@ -156,29 +150,22 @@ def good(played: Simulation) -> float:
     return goodput(played, TTFT_S, ITL_S)
 
 
-@pytest.mark.parametrize("policy", get_args(RoutingPolicy))
 @settings(max_examples=4)
 @given(prompts=st.floats(0.1, 0.6), tokens=st.floats(0.1, 0.7))
-def test_under_a_steady_load_that_fits_nothing_changes(
-    policy: RoutingPolicy, prompts: float, tokens: float
-) -> None:
-    assert play(ONE_TWO, [phase(120.0, prompts, tokens)], policy=policy).changes == []
+def test_under_a_steady_load_that_fits_nothing_changes(prompts: float, tokens: float) -> None:
+    assert play(ONE_TWO, [phase(120.0, prompts, tokens)]).changes == []
 
 
 PREFILL_HEAVY, DECODE_HEAVY = phase(200.0, 1.5, 0.15), phase(200.0, 0.3, 1.1)
 
 
-def test_it_follows_a_load_that_turns_and_is_better_than_each_split() -> None:
+def test_it_corrects_a_split_with_too_few_decode_engines() -> None:
     turning = [PREFILL_HEAVY, DECODE_HEAVY] * 2
-    piloted = play(ONE_TWO, turning)
-    assert [role for *_, role in piloted.changes] == ["prefill", "decode"] * 2
-    assert good(piloted) >= 1.15 * max(good(play(r, turning, "off")) for r in (ONE_TWO, TWO_ONE))
-
-
-def test_where_decode_engines_take_the_prompts_that_are_too_many_nothing_changes() -> None:
-    turning = [PREFILL_HEAVY, DECODE_HEAVY]
-    assert play(ONE_TWO, turning, policy="load").changes == []
-    assert [role for *_, role in play(TWO_ONE, turning, policy="load").changes] == ["decode"]
+    piloted = play(TWO_ONE, turning)
+    assert [role for *_, role in piloted.changes] == ["decode"]
+    assert good(piloted) >= 1.15 * good(play(TWO_ONE, turning, "off"))
+    # There decode engines take the prompts that are too many for prefill.
+    assert play(ONE_TWO, turning).changes == []
 
 
 def test_a_load_that_turns_faster_than_engines_does_no_harm() -> None:
@@ -187,20 +174,3 @@ def test_a_load_that_turns_faster_than_engines_does_no_harm() -> None:
         piloted = play(roles, turning)
         assert len(piloted.changes) <= 2
         assert good(piloted) >= 0.95 * good(play(roles, turning, "off"))
-
-
-def test_returns_that_come_soon_make_it_follow_less_and_less() -> None:
-    """Of each split the other one looks better as soon as it is there."""
-    stage = Stage()
-
-    async def look() -> DeploymentStatus:
-        found = TO_DECODE if len(stage.asked) % 2 else TO_PREFILL
-        return deployment_server.deployment(bottleneck=found)
-
-    stage.look = look  # type: ignore[method-assign]
-    stage.run("on")
-    times = [at for at, _ in stage.asked]
-    away_s = [back - left for left, back in zip(times[::2], times[1::2], strict=False)]
-    home_s = [left - back for back, left in zip(times[1::2], times[2::2], strict=False)]
-    assert all(each < 160 for each in away_s)
-    assert [round(each / 100) for each in home_s] == [2, 4]
