@@ -174,7 +174,7 @@ def _ignored_settings(context: Context) -> Iterator[Found]:
 
 def _own_variables(context: Context) -> Iterator[Found]:
     for each in vllm_engines(context):
-        # One address for all hosts of an engine would be wrong on all but one.
+        # One address would be right on only one of an engine's hosts.
         own = OWN_VARIABLES | {_PORT} | ({"VLLM_HOST_IP"} if each.settings.nnodes > 1 else set())
         for name in sorted(own & each.settings.env.keys()):
             yield Found(
@@ -468,12 +468,12 @@ RULES = (
         fix="Remove it from env; enable_sleep_mode switches dev mode on.",
         source="volcano-sh/kthena#1781; register_vllm_dev_api_routers of vLLM 0.32."),
     info("PD637", "The router does not know what data parallel ranks have cached.",
-        "vLLM publishes the KV events of data parallel ranks over TCP alone, with the token ids of "
+        "vLLM publishes the KV events of data parallel ranks only over TCP, with the token ids of "
         "all prompts, so they are off. The router chooses among such engines by load, and vLLM "
         "chooses the rank.",
         over=vllm_engines, when=lambda each: each.settings.data_parallel_size > 1,
         at="data_parallel_size",
-        message="KV events of {0.role} engines are off: requests go to them by load",
+        message="KV events of {0.role} engines are off: the router chooses them by load",
         fix="Prefer replicas to data parallel ranks where prompts share long prefixes.",
         source="ZmqEventPublisher.offset_endpoint_port of vLLM 0.24 to 0.33."),
 )

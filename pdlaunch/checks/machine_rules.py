@@ -186,8 +186,8 @@ RULES = (
         on_vllm=True),
     warning("PD416", "There is little shared memory.",
         "UCX, torch, NCCL and vLLM's message queues (160 MiB for a group of ranks) exchange data "
-        "through /dev/shm; containers give it 64 MB unless told otherwise. A full one ends "
-        "processes with a bus error.",
+        "through /dev/shm; containers give it 64 MB unless told otherwise. If it is full, "
+        "processes die with a bus error.",
         when=_small_shm, at="/dev/shm",
         fix="docker run --shm-size=1g, or --ipc=host.",
         source="UCX posix and sysv transports, NCCL SHM transport; MessageQueue of vLLM 0.32.",
@@ -246,12 +246,12 @@ RULES = (
         "hosts.",
         source="MultiprocExecutor and MessageQueue of vLLM 0.24 to 0.33; its listening sockets "
         "with two nodes (0.32, measured).", on_vllm=True),
-    warning("PD457", "A variable that chooses the network is set on some hosts of an engine alone.",
-        "The ranks then look for each other over different networks: they wait until a time-out "
-        "at the start, or fall back to TCP without a word.",
+    warning("PD457", "A variable that chooses the network is set on only some hosts of an engine.",
+        "The ranks then use different networks: they wait for each other until a time-out at the "
+        "start, or silently fall back to TCP.",
         when=_unlike_networks,
-        fix="Set it in the environment of the agents of all these hosts, or of none; in env, if "
-        "the value is the same on all.",
+        fix="Set it in the environment of the agents on all these hosts, or on none. If all need "
+        "the same value, set it in env.",
         source="NCCL's environment variables: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_IB_GID_INDEX; "
         "vLLM's troubleshooting of several nodes.", on_vllm=True),
     error("PD455", "Engines of one role come to different values on different hosts.",

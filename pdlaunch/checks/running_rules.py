@@ -15,8 +15,8 @@ _BYTES_ALONE = (
     "start it with --enable-prompt-tokens-details"
 )
 _NO_TRANSPORT = (
-    "; the transport of UCX is unknown: start decode with UCX_PROTO_INFO=y, its output in a file, "
-    "and run doctor on its host"
+    "; the transport of UCX is unknown: start decode with UCX_PROTO_INFO=y and its output in a "
+    "file, and run doctor on its host"
 )
 _ENOUGH_ANSWERS = 10
 _CANARY_TOKENS = 4  # no canary has prefill make more tokens

@@ -148,14 +148,14 @@ RULES = (
         over=lambda context: [context.config], when=_certificate_problem, at="ssl_certfile",
         fix="Name PEM files: the chain, and its private key without a password.",
         source="ssl.SSLContext.load_cert_chain.", needs=("ports",), on_vllm=True),
-    error("PD122", "The autopilot follows loads that pairs alone serve.",
-        "With routing: pairs each turn of the load asks for a change of roles, and an engine is "
-        "away meanwhile: loads that turned every minute or two were served worse than without. "
-        "With routing: load, decode engines compute what prefill engines cannot.",
+    error("PD122", "The autopilot is on with routing: pairs.",
+        "With routing: pairs it changes roles whenever the load changes, and an engine is away "
+        "during each change: loads that changed every minute or two were served worse than without "
+        "it. With routing: load, decode engines compute prompts that are too many for prefill.",
         over=lambda context: [context.config],
         when=lambda config: config.autopilot == "on" and config.routing.policy == "pairs",
         at="autopilot", message="autopilot is on with routing: pairs",
-        fix="Set routing: load, or autopilot: dry-run to see what it would do.",
+        fix="Set routing: load; or set autopilot: dry-run to see what it would do.",
         source="benchmarks/autopilot.py (simulated).", on_vllm=True),
     info("PD117", "The weights are random.",
         "load_format: dummy is for benchmarks.",

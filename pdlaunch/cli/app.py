@@ -68,7 +68,7 @@ COMMANDS = (
     Command(
         "verdict",
         "verdict:verdict",
-        "Measure whether disaggregation pays here, and how.",
+        "Measure whether disaggregation pays on this machine.",
         examples="pdlaunch verdict deploy.yaml --gpus 4 --slo ttft=2000,itl=50 --trace trace.jsonl",
     ),
 )

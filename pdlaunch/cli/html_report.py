@@ -1,5 +1,5 @@
-"""Writes the HTML reports of ``bench serve --report`` and ``verdict``: one file with its own
-style, without scripts or other files (``report.html``).
+"""Writes the HTML reports of ``bench serve --report`` and ``verdict``: a single file each, with
+its style and without scripts (``report.html``).
 
 Neither prompts nor answers nor what errors say in detail are in a report, as it is passed on.
 """
@@ -102,7 +102,7 @@ def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
             for arm in arms
         }
 
-    rate = "requests sent a second"
+    rate = "requests sent per second"
     columns = list(found.rows[0]) if found.rows else []
     out = [f"Not measured: {name}: {reason}." for name, reason in found.ruled_out.items()]
     return _render(
@@ -115,7 +115,7 @@ def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
                 f"The goals: {goals}.",
                 curves("good_share"),
                 rate,
-                "share of them",
+                "share of requests",
             ),
             plot("Time to first token, p99", "", curves("ttft_ms_p99"), rate, "ms"),
             plot("Time between tokens, p99", "", curves("itl_ms_p99"), rate, "ms"),
@@ -156,9 +156,9 @@ def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:
     left_out = len(runs) - NUM_COLOURS
     note = f" The last {left_out} rows are left out." if left_out > 0 else ""
     caption = f"Which share of the requests had their first token within this time.{note}"
-    yield plot("Time to first token", caption, first, "ms", "share of them")
+    yield plot("Time to first token", caption, first, "ms", "share of requests")
     caption = f"From the second token on: without the gap in which KV blocks move.{note}"
-    yield plot("Time between tokens", caption, gaps, "ms", "share of them")
+    yield plot("Time between tokens", caption, gaps, "ms", "share of requests")
     figures = {"output_tokens_per_s": ("Throughput", "Output tokens of all requests a second.")}
     if goals:
         said = f"Requests a second that met the goals ({goals})."

@@ -1,4 +1,4 @@
-"""``pdlaunch verdict``: measure whether disaggregation pays here for a load, and how."""
+"""``pdlaunch verdict``: measure whether disaggregation pays here for a load."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.planning.role_engines import RoleEngines
 
 STATE, PAGE, WINNER = "verdict.json", "verdict.html", "deploy.yaml"
-# Settings of an arm that the verdict chooses itself
+# Settings that the verdict chooses for each arm
 _CHOSEN = ("prefill.replicas", "decode.replicas", "both.replicas", "tensor_parallel_size")
 _START_S = {"native on cpu": 8.0, "native on cuda": 30.0}  # seconds to start and stop an arm
 _SLOW_START_S = 90.0  # of vLLM
-_SINGLES_S = 15.0  # what single engines are asked
+_SINGLES_S = 15.0  # to measure single engines
 _PROBES_PER_VISIT = 5
 _MIN_PROBE_S, _MAX_PROBE_S = 10.0, 60.0
 
 
 class _State(msgspec.Struct):
-    """The file from which ``--resume`` goes on."""
+    """The file that ``--resume`` reads."""
 
-    question: str  # a digest: findings of another question say nothing of this one
+    question: str  # digest of load, goals, devices and settings; --resume compares it
     findings: Findings
 
 
@@ -63,7 +63,7 @@ class _State(msgspec.Struct):
 def verdict(
     config: Path | None = None,
     gpus: int | None = typer.Option(
-        None, min=1, help="Devices to use: GPUs, or cores where engines run on the CPU (all)."
+        None, min=1, help="Devices to use: GPUs, or cores if engines run on the CPU (all)."
     ),
     slo: Any = typer.Option(
         ...,
@@ -76,9 +76,7 @@ def verdict(
     ),
     input_tokens: int | None = typer.Option(None, min=1, help="Prompt length (128)."),
     output_tokens: int | None = typer.Option(None, min=1, help="Output length (32)."),
-    prefix: int | None = typer.Option(
-        None, min=1, help="First tokens of every prompt that are the same (0)."
-    ),
+    prefix: int | None = typer.Option(None, min=1, help="Tokens that all prompts begin with (0)."),
     trace: Path | None = typer.Option(
         None,
         metavar="FILE",
@@ -86,22 +84,22 @@ def verdict(
         dir_okay=False,
         help="Take lengths, prefixes and bursts from a trace in Mooncake's format (JSON lines).",
     ),
-    minutes: float = typer.Option(15.0, min=1.0, help="Time for the measurements, roughly."),
+    minutes: float = typer.Option(15.0, min=1.0, help="Target for the measuring time."),
     output: Path = typer.Option(
-        Path("verdict"), metavar="FOLDER", file_okay=False, help="Folder of what is written."
+        Path("verdict"), metavar="FOLDER", file_okay=False, help="Folder for the results."
     ),
-    resume: bool = typer.Option(False, "--resume", help="Go on with what the folder holds."),
+    resume: bool = typer.Option(False, "--resume", help="Continue the folder's measurements."),
     dry_run: bool = typer.Option(False, "--dry-run", help="List arms and minutes; start nothing."),
     seed: int = typer.Option(0, help="Seed of arrivals and prompts."),
     form: FormatOption = "table",
     *,
     flags: dict[str, object],
 ) -> None:
-    """Measure on this machine which deployment serves a load best within its goals: replicas that
-    do everything, or prefill and decode engines, and at which tensor parallel size.
+    """Measure which deployment serves a load best within its goals on this machine: aggregated
+    replicas, or prefill and decode engines, and at which tensor parallel size.
 
-    Arms are started in turn and get the same requests, at rates that approach the highest one at
-    which each meets the goals. Ctrl-C gives the verdict so far.
+    The candidates ("arms") take turns and get the same requests, to find the highest rate at which
+    each meets the goals. Ctrl-C prints the verdict so far.
     """
     refuse_address(flags)
     refuse_given({flag_name(path): flags.get(path) for path in _CHOSEN}, "the verdict chooses it")
@@ -145,7 +143,7 @@ def verdict(
                 show = status.update if console.is_terminal else say
                 find_verdict(race, findings, launches, save, show)
         except KeyboardInterrupt:
-            print_errors([f"interrupted: --output {output} --resume goes on"])
+            print_errors([f"interrupted: --output {output} --resume continues"])
             is_interrupted = True
         finally:
             launches.stop()
@@ -161,7 +159,7 @@ def verdict(
 def _requests(
     engines: RoleEngines, input_tokens: int, output_tokens: int, prefix: int, trace: Path | None
 ) -> dict[str, Any]:
-    """Return the fields of a ``Load`` that say what is sent. Raises ConfigError."""
+    """Return the fields of a ``Load`` for its requests. Raises ConfigError."""
     limit = engines.max_model_len or math.inf
     vocabulary = 30_000 if engines.shape is None else engines.shape.vocab_size
     token_ids = range(FIRST_TOKEN_ID, min(30_000, vocabulary))
@@ -183,7 +181,7 @@ def _requests(
 
 
 def _described(race: Race, engines: RoleEngines, num_devices: int) -> str:
-    """Say which arms there are, and how many minutes they take, if no arm is ruled out."""
+    """List the arms, and the minutes that they take if no arm is ruled out."""
     kind = f"{engines.settings.engine} on {engines.device}"
     start_s = _START_S.get(kind, _SLOW_START_S)
     num_singles = sum(arm.num_both > 0 for arm in race.arms) + 1
@@ -222,12 +220,10 @@ def _without_secrets(
 
 
 def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, int]:
-    """Return the engines of an arm on this machine, for what all have in common, and how many
-    devices there are to use.
-    """
+    """Return the engines of one arm, for facts that all arms share, and the number of devices."""
     placement = loaded.config.placement
     if placement != "local":
-        why = "a verdict is about this machine"
+        why = "verdict measures only this machine"
         raise ConfigError(why, field="placement", value=placement, fix="leave it out")
     alone = config_to_measure(Arm(1, num_both=1), loaded, on_cpu=False)
     engines = next(iter(resolve_here(alone).roles.values()))
@@ -258,7 +254,7 @@ def _findings(path: Path, digest: str, *, resume: bool) -> Findings:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole: a verdict that is killed can still be resumed."""
+    """Replace a file atomically, so that a killed verdict can be resumed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

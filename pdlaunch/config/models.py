@@ -158,8 +158,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
         "processes.")
     autopilot: Annotated[AutopilotMode, Flag(panel=DEPLOYMENT)] = Field(
         "off",
-        description="Change the roles of engines as the load turns: `on`; `dry-run` only says what "
-        "it would do.")
+        description="`on`: change the roles of engines when the load changes; `dry-run`: only log "
+        "the changes.")
     log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
         description="Folder of the log files. When unset, each launch makes one and the latest "

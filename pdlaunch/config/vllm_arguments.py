@@ -106,7 +106,7 @@ _KNOWN = (*OURS, *REFUSED, *OFFLOADING, KV_EVENTS)
 
 
 def fix_of_field(name: str) -> str | None:
-    """Return what to do about a field that no setting has, but a flag of vLLM; None: no such."""
+    """Return the fix for an unknown field that is a flag of vLLM; None if it is none."""
     flag = name.replace("_", "-")
     if flag in REFUSED:
         return REFUSED[flag]

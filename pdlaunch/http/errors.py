@@ -43,7 +43,7 @@ class RelayedError(PdlaunchError):
 
 
 def is_poll(error: BaseException | None) -> bool:
-    """Return whether a request came before the launch served, as those of people who wait do."""
+    """Return whether a request polled a launch that is still starting."""
     return isinstance(error, RequestError) and error.code == STARTING
 
 

@@ -1,13 +1,13 @@
 """Finds the role that limits a deployment, from its status.
 
-Work is counted in engines: 1.5 is as much as one and a half engines can do::
+Load is counted in engines: 1.5 is the work of one and a half engines::
 
-    prompts   time in which engines compute prompts, and the queue
+    prompts   the time in which engines compute prompts, and the queue
     tokens    the largest of: batch, KV cache, and 1 - fastest / present time of a token
 
-If a token takes ``a + b * streams`` seconds, an engine gives at most ``1 / b`` tokens a second, and
-the last of these is the share of that. It is at most ``1 - 1 / streams``, so few streams are never
-much, however slow the machine is.
+If a token takes ``a + b * streams`` seconds, an engine makes at most ``1 / b`` tokens a second, and
+the last figure is the share of that. It is at most ``1 - 1 / streams``, so that few streams never
+count as a high load, even on a slow machine.
 
 Prefill engines do the prompts, decode engines the tokens. With the routing policy ``load``, decode
 engines also compute the prompts that are too many for prefill, so prompts limit only when decode
@@ -29,18 +29,17 @@ from pdlaunch.protocol.status import (
     EngineStatus,
 )
 
-# Shares of engines from which on prompts and tokens limit. There a prompt waits three times as long
-# as it is computed, and a token takes three times as long as that of a lone stream.
+# From these loads on, prompts or tokens limit. There a prompt waits three times as long as its
+# prefill takes, and a token takes three times as long as that of a lone stream.
 HIGH_PROMPTS = 0.85
 HIGH_TOKENS = 0.7
-# A change of a role must lower the use to this share of itself, so that the load has to turn before
-# another change takes it back.
+# A change of a role must lower the load to this share of itself, or it would soon be undone.
 GAIN = 0.6
-QUEUE_S = 10.0  # a queue that takes this long to compute counts as one engine's work
-FRESH_S = 10.0  # older readings of engines tell nothing
-SLOW_PULL_S = 0.05  # faster pulls limit nobody
-# Of the autopilot: how long a change must be wanted, how long engines must have stayed as they are,
-# and the longest time between two looks in which nothing was missed.
+QUEUE_S = 10.0  # a queue of this many seconds counts as the load of one engine
+FRESH_S = 10.0  # older readings of engines are ignored
+SLOW_PULL_S = 0.05  # faster pulls never count as the limit
+# The autopilot: how long the same change must be wanted, how long engines must have kept their
+# states, and the longest gap between two looks.
 HOLD_S = 20.0
 PAUSE_S = 30.0
 MAX_GAP_S = 6.0
@@ -50,12 +49,12 @@ _WORDS: dict[BottleneckKind, str] = {
     "kv_memory": "KV memory",
     "transfer": "transfer",
     "nothing": "nothing",
-    "unknown": "not known",
+    "unknown": "unknown",
 }
 
 
 class _Tokens(NamedTuple):
-    """The share of each decode engine that tokens take, at least and at most."""
+    """The load of each decode engine by tokens, at least and at most."""
 
     least: float
     most: float
@@ -64,16 +63,16 @@ class _Tokens(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """Holds the work of a deployment and its engines; those of role ``both`` are on both sides."""
+    """The load of a deployment and its engines; those of role ``both`` are on both sides."""
 
     prefill: Sequence[EngineStatus]
     decode: Sequence[EngineStatus]
-    num_prompts: float  # engines' worth
+    num_prompts: float  # counted in engines
     tokens: _Tokens
-    spills: bool  # decode engines compute the prompts that are too many
+    spills: bool  # decode engines compute prompts beyond the capacity of prefill
 
     def uses(self, num_prefill: int, num_decode: int, of_tokens: float) -> tuple[float, float]:
-        """Return what prompts and tokens would take of so many engines; they limit from 1 on."""
+        """Return the loads by prompts and tokens of so many engines; 1 is the limit."""
         tokens = of_tokens * len(self.decode) / num_decode / HIGH_TOKENS
         if self.spills:
             return max(0.0, self.num_prompts - num_prefill) / num_decode / HIGH_TOKENS, tokens
@@ -100,25 +99,25 @@ def find_bottleneck(status: DeploymentStatus) -> Bottleneck:
     if not prefill or not decode:
         return Bottleneck(kind="unknown", why="no pair of engines is ready")
     if silent := [each.name for each in (*prefill, *decode) if _fresh(each) is None]:
-        why = f"{', '.join(dict.fromkeys(silent))} did not say what it does for {FRESH_S:g} s"
+        why = f"no metrics of {', '.join(dict.fromkeys(silent))} in the last {FRESH_S:g} s"
         return Bottleneck(kind="unknown", why=why)
     load, wait_s = _load_of(prefill, decode, status)
     num = len(prefill), len(decode)
     of_prompts, of_tokens = load.num_prompts / num[0], load.tokens.least
     if load.use(*num, of_tokens) < 1.0:
         kind: BottleneckKind = "nothing"
-        why = f"prompts take {of_prompts:.0%} of prefill, tokens {of_tokens:.0%} of decode"
+        why = _loads(of_prompts, of_tokens)
         advice = ""
         if slow := _slow_pulls(status):
             kind, why = "transfer", slow
-            advice = "no other number of engines helps: `pdlaunch doctor` measures the paths"
+            advice = "more engines would not help; `pdlaunch doctor` measures the paths"
         return Bottleneck(kind=kind, why=why, advice=advice, prompts=of_prompts, tokens=of_tokens)
     by_prompts, by_tokens = load.uses(*num, of_tokens)
     is_prefill = by_prompts > by_tokens
     advice, engine = _advice(load, status, is_prefill=is_prefill)
     return Bottleneck(
         kind="prefill" if is_prefill else load.tokens.kind,
-        why=f"prompts wait {wait_s:.1f} s, and take {of_prompts:.0%} of prefill"
+        why=f"prompts wait {wait_s:.1f} s, prefill load {of_prompts:.0%}"
         if is_prefill
         else load.tokens.why,
         advice=advice,
@@ -127,6 +126,10 @@ def find_bottleneck(status: DeploymentStatus) -> Bottleneck:
         engine=engine,
         role=PAIR[not is_prefill] if engine else None,
     )
+
+
+def _loads(of_prompts: float, of_tokens: float) -> str:
+    return f"prefill load {of_prompts:.0%}, decode load {of_tokens:.0%}"
 
 
 def _fresh(engine: EngineStatus) -> EngineReading | None:
@@ -156,7 +159,7 @@ def _load_of(
 def _tokens_of(
     engines: Sequence[EngineStatus], status: DeploymentStatus, computing: float
 ) -> _Tokens:
-    """``computing``: the share of time in which the streams of an engine wait for prompts."""
+    """``computing``: share of the time in which an engine's streams wait for prompts."""
     num, now, fastest = len(engines), status.rates, status.fastest
     found = [reading for each in engines if (reading := _fresh(each)) is not None]
     num_running, num_waiting = sum(r.running for r in found), sum(r.waiting for r in found)
@@ -166,19 +169,19 @@ def _tokens_of(
     token_ms = (now.mean_inter_token_ms or 0.0) * max(0.0, 1.0 - computing)
     at_most = 1.0 - min(1.0, num / now.streams) if now.streams else 0.0
     slow, why_slow = 0.0, f"{now.streams:.0f} streams"
-    # It says how fast a lone stream would be only if few streams ran then.
+    # The fastest time is that of a lone stream only if few streams ran then.
     is_lone = fastest is not None and fastest.streams <= max(2.0 * num, now.streams / 4)
     if is_lone and fastest is not None and fastest.mean_inter_token_ms:
         alone_ms = fastest.mean_inter_token_ms
         at_most = slow = min(at_most, 1.0 - min(1.0, alone_ms / max(token_ms, 1e-9)))
         why_slow = f"a token takes {token_ms:.1f} ms, {alone_ms:.1f} ms with few streams"
     if max(batch, kv) >= HIGH_TOKENS and num_running:
-        # Those that wait for a pull are few then, beside those that wait for a place.
+        # In a full batch or cache most requests wait for a place, few for a pull.
         batch, kv = (share and share + num_waiting / num_running for share in (batch, kv))
     shares: list[tuple[float, BottleneckKind, str]] = [
         (slow, "decode", why_slow),
         (batch, "decode", f"{num_running} of at most {most_running} requests run"),
-        (kv, "kv_memory", f"the KV caches of decode are {min(kv, 1.0):.0%} full"),
+        (kv, "kv_memory", f"the decode KV caches are {min(kv, 1.0):.0%} full"),
     ]
     share, kind, why = max(shares, key=lambda each: each[0])
     return _Tokens(share, max(share, at_most), kind, f"{why}, {num_waiting} wait")
@@ -194,14 +197,14 @@ def _slow_pulls(status: DeploymentStatus) -> str:
 
 
 def _advice(load: _Load, status: DeploymentStatus, *, is_prefill: bool) -> tuple[str, str]:
-    """Return what would help, and the engine that should change its role; empty: none."""
+    """Return advice, and the engine that should change its role; empty: none should."""
     takers, givers = (load.prefill, load.decode)[:: 1 if is_prefill else -1]
     role, other = takers[0].role, givers[0].role
     more = f"`pdlaunch scale {role}={len(takers) + 1}` would help"
     if takers is givers:
         return more, ""
     if len(givers) < 2:
-        return f"{more}; there is no second {other} engine that could become {role}", ""
+        return f"{more}; the only {other} engine must stay", ""
     if unready := [each.name for each in status.engines if each.shown_state != "ready"]:
         return f"{more}; no engine can change its role while {unready[0]} is not ready", ""
     if len({each.num_devices for each in status.engines}) > 1:
@@ -209,17 +212,16 @@ def _advice(load: _Load, status: DeploymentStatus, *, is_prefill: bool) -> tuple
     num = len(load.prefill), len(load.decode)
     then = (num[0] + 1, num[1] - 1) if is_prefill else (num[0] - 1, num[1] + 1)
     prompts, tokens = load.num_prompts / then[0], load.tokens.most * num[1] / then[1]
-    change = f"prompts would take {prompts:.0%} of prefill, tokens {tokens:.0%} of decode"
     gain = load.use(*then, load.tokens.most) / load.use(*num, load.tokens.least)
-    # Those that are left must not limit in their turn.
+    # The engines that remain must not become the limit.
     if gain > GAIN or load.uses(*then, load.tokens.most)[is_prefill] >= 1.0:
-        return f"{more}; with one {other} engine less {change}", ""
+        return f"{more}; with one {other} engine less: {_loads(prompts, tokens)}", ""
     giver = min(givers, key=lambda each: (each.load, each.name))
-    return f"after `pdlaunch role {giver.name} {role}` {change}", giver.name
+    return f"after `pdlaunch role {giver.name} {role}`: {_loads(prompts, tokens)}", giver.name
 
 
 class Look(NamedTuple):
-    """Holds what was seen at an instant: what limits, and the engines with their states."""
+    """What was seen at an instant: the bottleneck, and the engines with their states."""
 
     at: float
     found: Bottleneck
@@ -227,10 +229,10 @@ class Look(NamedTuple):
 
 
 def decide(looks: Sequence[Look], now_at: float) -> Bottleneck | None:
-    """Return the last of the looks if the change that it wants is due.
+    """Return the latest bottleneck if the change that it asks for is due.
 
-    All looks of the last ``HOLD_S`` must want an engine for the same role. No engine may have come,
-    gone or changed its state for ``PAUSE_S``, all of which must have been watched.
+    All looks of the last ``HOLD_S`` must ask for an engine of the same role. For ``PAUSE_S`` no
+    engine may have come, gone or changed its state, and no look may be missing.
     """
     recent = [look for look in looks if look.at >= now_at - PAUSE_S]
     times = [now_at - PAUSE_S, *(look.at for look in recent), now_at]

@@ -128,7 +128,7 @@ class Welcome(Message):
     """Answers Hello: what the server must know of the engine."""
 
     num_blocks: int
-    max_model_len: int  # longest prompt plus output in tokens that the KV cache can hold
+    max_model_len: int  # prompt plus output, in tokens, that the KV cache can hold
     # Pools that sleep: the engine serves nothing before all are awake.
     sleeping_tags: list[str] = []
 

@@ -161,7 +161,7 @@ class Refused(Message):
 
     call_id: int
     reason: str
-    lease_end: LeaseEnd | None = None  # how the lease has ended: no fault of the pair
+    lease_end: LeaseEnd | None = None  # how the lease ended, which is no fault of the pair
 
 
 ToPrefillSide = Handshake | PullBegin | StateChecksums | PullHeartbeat | PullEnd | Push

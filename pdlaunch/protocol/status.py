@@ -32,7 +32,7 @@ class Pulls(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int = 0
     bytes_per_s: float = 0.0  # mean of the last ten seconds, whether pulls ran or not
     gigabytes_per_s: float | None = None  # speed of the last seconds' pulls while they ran
-    mean_s: float | None = None  # mean time of a pull in the last seconds; null without any
+    mean_s: float | None = None  # mean time of a pull in the last seconds; null without pulls
 
 
 class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +68,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_devices: int = 0  # GPUs, or 1 on a CPU; 0: not known
     max_running: int = 0  # largest batch; 0: not known
     computing: float = 0.0  # share of the last ten seconds in which it computed prompts
-    waiting_prompt_tokens: float = 0.0  # tokens that it has yet to compute
+    waiting_prompt_tokens: float = 0.0  # tokens still to compute
     prompt_tokens_per_s: float = 0.0  # while it computes; 0: not known
     reading: EngineReading | None = None  # null until its metrics have been read
 
@@ -150,24 +150,23 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     first_token_ms: Percentiles | None  # null where no answer has begun
     inter_token_ms: Percentiles | None
     mean_inter_token_ms: float | None = None
-    streams: float = 0.0  # mean number of answers that have begun and go on
+    streams: float = 0.0  # mean number of running streams
 
 
 class Bottleneck(msgspec.Struct, frozen=True, kw_only=True):
-    """Says what limits a deployment, and which change would help."""
+    """What limits a deployment, and which change would help."""
 
     kind: BottleneckKind
     why: str
-    advice: str = ""  # what a command would do; empty: nothing is to be done
-    # The share of the prefill engines that prompts take, and of the decode engines that tokens
-    # take. Above 1, work piles up.
+    advice: str = ""  # a command and its effect; empty: none is needed
+    # Loads of prefill engines by prompts, and of decode engines by tokens; above 1, work piles up
     prompts: float | None = None
     tokens: float | None = None
     engine: str = ""  # the engine that should take ``role``; empty: none should
     role: Role | None = None
 
 
-NOT_SAID = Bottleneck(kind="unknown", why="nobody has looked yet")
+NOT_SAID = Bottleneck(kind="unknown", why="not measured yet")
 
 
 class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,7 +183,7 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     pairs: Sequence[PairStatus]
     routes: Sequence[RouteShare]  # of the last 100 prompts
     rates: Rates  # the last ten seconds
-    # The two seconds with the fastest tokens since the router started; null: not yet known.
+    # The two seconds with the fastest tokens since the router started; null: not known yet.
     fastest: Rates | None = None
     routing: RoutingPolicy = "load"
     queued_prompt_tokens: int = 0  # those of prompts that wait at the router for an engine

@@ -78,7 +78,7 @@ class PullFinished(Message):
     read_s: float = 0.0  # of the slowest READ; as prefill and path, set when the blocks are proven
     prefill: str = ""  # name of the engine that the blocks came from
     path: str = ""  # the path that they came over; several where ranks differ
-    blames_pair: bool = False  # it failed by a fault of its two engines, or of the way between them
+    blames_pair: bool = False  # the failure is a fault of the two engines or their path
     # By the names of ``observe.counters.COUNTERS``: READs repeated, and 1 for each cause of a
     # failure, though perhaps not of the last attempt.
     counts: dict[str, int] = {}

@@ -206,7 +206,7 @@ def read_client_request(
 
     ``is_vllm``: the engines know models by names that the router does not, and get no seed
     that the client has not given. ``is_fair``: there are several keys. The router orders each key's
-    prompts by priority; engines get none, because they would order those of all keys.
+    prompts by priority; engines get no priority, because they would order the prompts of all keys.
     """
     body = _read_body(raw)
     refuse_internal_fields(body)

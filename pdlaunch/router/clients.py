@@ -34,7 +34,7 @@ class Client:
         self._metrics = metrics
         self._clock = clock
         self._left = float(key.tokens_per_minute or 0)
-        # What would come back now of the tokens that running requests were charged for
+        # For each running request: the charged tokens that it has not used so far
         self._unused: list[Callable[[], int]] = []
         self._counted_at = clock()
         for name in ("requests", "prompt_tokens", "generation_tokens", "queue_seconds"):
@@ -89,7 +89,7 @@ class Client:
         self._left = min(self._left, float(key.tokens_per_minute))
         self._counted_at = now_at
         if self._left <= 0:
-            # Without what only running requests hold, which comes back when they end.
+            # Unused tokens of running requests come back when these end, so they do not count.
             num_missing = -self._left - sum(unused() for unused in self._unused)
             raise self._refused(
                 "tokens_per_minute",

@@ -47,8 +47,8 @@ MAX_READS = 64
 STEP_S = 2.0  # between two samples that are kept, of the router's counters and of engines' pages
 WINDOW_S = 10.0  # the span of rates
 HISTORY_S = 300.0
-# The fastest tokens are those of two seconds with this many at least. Of times that differ less
-# than this factor, those count that came with fewer streams.
+# ``fastest`` is the two seconds with the lowest mean time of a token, of those with at least this
+# many tokens. Times within this factor are taken as equal: then fewer streams decide.
 LEAST_TOKENS = 20
 SAME_TIME = 1.1
 
@@ -60,7 +60,7 @@ _PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
 _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
 _GAPS_S = "pdlaunch_router_inter_token_latency_seconds_sum"
 _NUM_GAPS = "pdlaunch_router_inter_token_latency_seconds_count"
-_COMPUTING = "computing@"  # and the name of an engine: the time in which it computed prompts
+_COMPUTING = "computing@"  # + engine name: seconds in which it computed prompts
 _NAMES = (
     *(_FIRST_TOKEN, _INTER_TOKEN, _GAPS_S, _NUM_GAPS),
     *(_REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS),

@@ -151,7 +151,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     # Moving sums of the prompt tokens that it has computed, and of the time that took.
     computed_tokens: float = 0.0
     computing_s: float = 0.0
-    computed_s: float = 0.0  # all time, up to ``progressed_at``, in which it had prompts to compute
+    computed_s: float = 0.0  # total time with prompts to compute, up to ``progressed_at``
 
     @property
     def name(self) -> str:
@@ -278,7 +278,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         self.computing_s = keeps * self.computing_s + took_s
 
     def _progress(self, now_at: float) -> float:
-        """Return the time since prompts were computed last."""
+        """Record that prompts have progressed; return the seconds since they last did."""
         took_s = max(0.0, now_at - self.progressed_at)
         self.computed_s += took_s
         self.progressed_at = now_at

@@ -51,8 +51,8 @@ from pdlaunch.router.state import RecoverySettings, RouterState
 _logger = logging.getLogger(__name__)
 
 CERTIFICATE_POLL_S = 2.0
-# Of the autopilot: between two looks, by how much longer than a change the pause after it is, and
-# how long nothing is asked after a refusal.
+# The autopilot: seconds between two looks, the pause after a change as a multiple of the time that
+# the change took, and the pause after a refusal.
 LOOK_EVERY_S = 2.0
 PAUSE_FACTOR = 5.0
 REFUSED_S = 600.0
@@ -174,15 +174,15 @@ async def run_autopilot(
     clock: Callable[[], float],
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Change the roles of engines as the load turns, for ever. ``note`` tells people.
+    """Change the roles of engines when the load changes, until cancelled. ``note`` shows events.
 
     ::
 
         every 2 s: what limits? ── the same for 20 s ──▶ pdlaunch role ──▶ pause ── watch again
 
-    The supervisor is asked as ``pdlaunch role`` asks it, so what that refuses is not done. An
-    engine is away while it drains and starts. The pause is at least five times as long, so an
-    engine spends at most a sixth of the time on changes.
+    The supervisor gets the command of ``pdlaunch role``, and refuses the same changes. An engine
+    is away while it drains and starts. The pause is at least five times as long, so at most a
+    sixth of the time goes into changes.
     """
 
     def say(text: str) -> None:
@@ -208,7 +208,7 @@ async def run_autopilot(
             except OverloadedError as failure:
                 error = str(failure)
             if error:
-                say(f"autopilot: {found.engine} stays as it is: {error}")
+                say(f"autopilot: {found.engine} keeps its role: {error}")
         looks.clear()
         pause_s = REFUSED_S if error else max(PAUSE_S, PAUSE_FACTOR * (clock() - begun_at))
         quiet_until_at = clock() + pause_s

@@ -110,7 +110,7 @@ class LeaseTable:
         return self._leases.get(lease_id)
 
     def how_ended(self, lease_id: LeaseId) -> LeaseEnd | None:
-        """Return how the lease ended; None: it has not, or long ago."""
+        """Return how the lease ended; None if it has not, or ended long ago."""
         return self._past.get(lease_id)
 
     def living(self, lease_id: LeaseId) -> Lease:

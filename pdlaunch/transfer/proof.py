@@ -23,7 +23,7 @@ LATE = "kv_late_reads"  # the lease ended before the READ: bytes may belong to a
 
 class PullFailed(TransferError):
     def __init__(self, message: str, *, counter: str = "", blames_pair: bool = True) -> None:
-        """``counter``: a row of ``COUNTERS`` that counts it besides ``kv_transfer_failures``."""
+        """``counter``: a second row of ``COUNTERS`` to count, besides ``kv_transfer_failures``."""
         super().__init__(message)
         self.counter = counter
         self.blames_pair = blames_pair

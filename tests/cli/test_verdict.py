@@ -158,9 +158,9 @@ def test_the_verdict_in_words(rates: dict[str, float], told: str, winner: str | 
 
 def test_errors_of_predictions_are_told() -> None:
     found, _ = measured(("2 x TP1", 4.0), ("1P1D", 2.0))
-    assert "may be used" in found.note
+    assert "model fits" in found.note
     found, _ = measured(("2 x TP1", 4.0), ("1P1D", 4.0))
-    assert "does not know" in found.note
+    assert "does not fit" in found.note
     assert [row["error_percent"] for row in found.rows if row["arm"] == "1P1D"] == [-49]
 
 

@@ -41,7 +41,7 @@ def test_ctrl_c_gives_the_verdict_so_far_and_resume_goes_on(llama: Path, tmp_pat
     told, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130, told
     assert "No verdict: both kinds must be measured" in told
-    assert "--resume goes on" in told
+    assert "--resume continues" in told
     before = json.loads(state.read_text())["findings"]
 
     process = start(llama, tmp_path, "--resume")

@@ -71,18 +71,18 @@ BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
 @pytest.mark.parametrize(
     ("seen", "kind", "why"),
     [
-        (status(engine("prefill-0"), engine("decode-0")), "nothing", "prompts take 0% of prefill"),
+        (status(engine("prefill-0"), engine("decode-0")), "nothing", "prefill load 0%"),
         (
             status(engine("prefill-0", **BUSY), engine("decode-0")),
             "prefill",
-            "prompts wait 3.2 s, and take 132% of prefill",
+            "prompts wait 3.2 s, prefill load 132%",
         ),
         (
             status(
                 engine("prefill-0", computing=0.5), engine("decode-0"), queued_prompt_tokens=5000
             ),
             "prefill",
-            "prompts wait 5.0 s, and take 100% of prefill",
+            "prompts wait 5.0 s, prefill load 100%",
         ),
         (
             status(engine("prefill-0"), engine("decode-0"), rates=SLOW),
@@ -97,7 +97,7 @@ BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
         (
             status(engine("prefill-0"), engine("decode-0", {"kv_usage": 0.97, "waiting": 2})),
             "kv_memory",
-            "the KV caches of decode are 100% full, 2 wait",
+            "the decode KV caches are 100% full, 2 wait",
         ),
         (
             status(engine("prefill-0"), engine("decode-0", {"pulls": Pulls(mean_s=0.4)})),
@@ -109,7 +109,7 @@ BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
         (
             status(engine("prefill-0", {"age_s": 11.0}), engine("decode-0")),
             "unknown",
-            "prefill-0 did not say",
+            "no metrics of prefill-0",
         ),
         (status(engine("prefill-0", state="starting")), "unknown", "no pair of engines is ready"),
     ],
@@ -130,8 +130,7 @@ def test_a_role_that_can_spare_an_engine_gives_one() -> None:
     found = find_bottleneck(status(*PREFILL_HEAVY))
     assert (found.engine, found.role) == ("decode-1", "prefill")
     assert found.advice == (
-        "after `pdlaunch role decode-1 prefill` prompts would take 66% of prefill, tokens 20% of "
-        "decode"
+        "after `pdlaunch role decode-1 prefill`: prefill load 66%, decode load 20%"
     )
     found = find_bottleneck(status(*DECODE_HEAVY, rates=SLOW))
     assert (found.engine, found.role) == ("prefill-0", "decode")
@@ -140,12 +139,12 @@ def test_a_role_that_can_spare_an_engine_gives_one() -> None:
 @pytest.mark.parametrize(
     ("seen", "reason"),
     [
-        (status(*PREFILL_HEAVY[:2]), "there is no second decode engine"),
-        (status(*DECODE_HEAVY[1:], rates=SLOW), "there is no second prefill engine"),
-        # 40 streams of two engines, and nobody knows how fast a lone one would be
-        (status(*PREFILL_HEAVY, rates=SLOW, fastest=None), "tokens 190% of decode"),
-        (status(*PREFILL_HEAVY, rates=SLOW, fastest=SLOW), "tokens 190% of decode"),
-        (status(*PREFILL_HEAVY, rates=rates(18.0, streams=9)), "tokens 89% of decode"),
+        (status(*PREFILL_HEAVY[:2]), "the only decode engine must stay"),
+        (status(*DECODE_HEAVY[1:], rates=SLOW), "the only prefill engine must stay"),
+        # 40 streams of two engines, and the speed of a lone stream is unknown
+        (status(*PREFILL_HEAVY, rates=SLOW, fastest=None), "decode load 190%"),
+        (status(*PREFILL_HEAVY, rates=SLOW, fastest=SLOW), "decode load 190%"),
+        (status(*PREFILL_HEAVY, rates=rates(18.0, streams=9)), "decode load 89%"),
         (status(*PREFILL_HEAVY, engine("decode-2", state="sleeping")), "decode-2 is not ready"),
         (status(*PREFILL_HEAVY[:2], engine("decode-1", health="open")), "decode-1 is not ready"),
         (status(*PREFILL_HEAVY[:2], engine("decode-1", num_devices=2)), "differ in size"),

@@ -59,14 +59,14 @@ def test_a_router_that_did_not_look_for_a_while_begins_anew() -> None:
 
 @given(st.lists(st.sampled_from([NOTHING, TO_PREFILL, TO_DECODE]), min_size=16, max_size=40))
 def test_noise_changes_nothing(found: list[Bottleneck]) -> None:
-    """What is due was wanted all the time."""
+    """A change is due only if it was wanted all the time."""
     due = decide(looks(*found), 0.0)
     if due is not None:
         assert {each.role for each in found[-int(HOLD_S / LOOK_EVERY_S) :]} == {due.role}
 
 
 class Stage:
-    """Wants a change for ever, by a clock that only sleep moves."""
+    """Always wants a change; only ``sleep`` moves its clock."""
 
     def __init__(self, error: str = "", *, raises: bool = False) -> None:
         self.clock = FakeClock(0.0)
@@ -112,7 +112,7 @@ def test_it_asks_as_pdlaunch_role_does_and_pauses_five_times_as_long() -> None:
 def test_after_a_refusal_it_waits_for_long(stage: Stage) -> None:
     stage.run("on")
     assert len(stage.asked) == 2
-    assert stage.said[1].startswith("autopilot: decode-1 stays as it is: ")
+    assert stage.said[1].startswith("autopilot: decode-1 keeps its role: ")
 
 
 def test_a_dry_run_only_speaks() -> None:
@@ -134,7 +134,7 @@ TTFT_S, ITL_S = 3.0, 0.08
 
 
 def phase(seconds: float, prompts: float, tokens: float, rate: float = 2.0) -> Phase:
-    """Return a load that takes so many engines for its prompts and its tokens."""
+    """Return a load that needs so many engines for its prompts and its tokens."""
     num_tokens = prompts * SPEEDS.prompt_tokens_per_s / rate, tokens / SPEEDS.stream_s / rate
     return Phase(seconds, rate, *map(int, num_tokens))
 
@@ -164,7 +164,7 @@ def test_it_corrects_a_split_with_too_few_decode_engines() -> None:
     piloted = play(TWO_ONE, turning)
     assert [role for *_, role in piloted.changes] == ["decode"]
     assert good(piloted) >= 1.15 * good(play(TWO_ONE, turning, "off"))
-    # There decode engines take the prompts that are too many for prefill.
+    # Decode engines compute the prompts that are too many for prefill.
     assert play(ONE_TWO, turning).changes == []
 
 

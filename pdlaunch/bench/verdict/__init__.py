@@ -1,1 +1,1 @@
-"""Finds out by measurement whether disaggregation pays for a load on this machine, and how."""
+"""Measures whether disaggregation pays for a load on this machine, and in which split."""

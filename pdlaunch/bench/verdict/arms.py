@@ -1,4 +1,4 @@
-"""Lists the arms for a number of devices, each with the configuration that ``serve`` takes."""
+"""Lists the arms for a number of devices, each with its configuration for ``serve``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError
 
-# Settings that only the deployment of the user has, not those that are measured
+# Settings of the user's deployment that measured arms do without
 _APART = ("api_keys", "admin_api_key", "engine_api_key", "ssl_certfile", "ssl_keyfile", "log_dir")
 
 
 def all_arms(num_devices: int) -> Iterator[Arm]:
-    """Yield the arms that use all devices, those of small engines first."""
+    """Yield the arms that use all devices, small engines first."""
     size = 1
     while size <= num_devices:
         if num_devices % size == 0:
@@ -34,7 +34,7 @@ def all_arms(num_devices: int) -> Iterator[Arm]:
 def settings_of(
     arm: Arm, config: LaunchConfig, *, on_cpu: bool, mode: Literal["json", "python"] = "python"
 ) -> dict[str, Any]:
-    """Return the settings of a configuration that were given, changed to those of the arm."""
+    """Return the given settings of a configuration, with the engines of the arm."""
     given = config.model_dump(mode=mode, exclude_unset=True)
     replicas = {"both": arm.num_both, "prefill": arm.num_prefill, "decode": arm.num_decode}
     for role in ROLES:
@@ -46,7 +46,7 @@ def settings_of(
         given[role] = section | {"replicas": replicas[role]}
     given["tensor_parallel_size"] = arm.tp_size
     if on_cpu:
-        # A device is a core: an engine that is alone must not get more of them.
+        # A device is a core: the only engine of an arm must not get more.
         given.setdefault("num_threads", 1)
     return given
 
@@ -55,7 +55,7 @@ def config_to_measure(arm: Arm, loaded: LoadedConfig, *, on_cpu: bool) -> Loaded
     """Return the configuration with which the arm is measured, on a free port of this machine."""
     given = settings_of(arm, loaded.config, on_cpu=on_cpu)
     if given.get("api_keys") and not given.get("api_key"):
-        # Of these only hashes are known.
+        # Keys in api_keys are hashes, so clients need another key.
         given["api_key"] = SecretStr(secrets.token_urlsafe())
     kept = {name: value for name, value in given.items() if name not in _APART}
     kept["port"] = 0

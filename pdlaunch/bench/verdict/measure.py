@@ -1,4 +1,4 @@
-"""Starts arms and measures them: what single engines do, and who is served in time at a rate."""
+"""Starts arms and measures them: the speed of single engines, and goodput at a request rate."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ _SETTLE_S = 1.0  # Requests that were given up leave the engines within a step.
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """The user's load, which is sent at many rates."""
+    """The user's load, to be sent at many rates."""
 
-    # Their lengths and shared blocks; also their bursts, if they have times
+    # Lengths and shared blocks; with timestamps also the bursts
     requests: Sequence[TraceRequest]
-    prefix: list[int] = []  # tokens that stand before every prompt
+    prefix: list[int] = []  # tokens before every prompt
     token_ids: range = range(FIRST_TOKEN_ID, 30_000)
     seed: int = 0
     probe_s: float = 20.0
 
     def jobs_at(self, rate: float, seed: int) -> list[Job]:
-        """Return when requests are sent, and their lengths: at one rate the same for every arm."""
-        # At low rates few requests, or a probe would take minutes; at high ones enough for queues.
+        """Return send times and lengths of the requests at a rate: the same for every arm."""
+        # Few requests at low rates, or a probe would take minutes; enough for queues at high ones.
         least = min(_MIN_REQUESTS, max(5, round(2 * rate * self.probe_s)))
         most = max(_MAX_REQUESTS, round(rate * _MIN_PROBE_S))
         number = min(most, max(least, round(rate * self.probe_s)))
@@ -62,7 +62,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         times = list(accumulate(gaps, initial=0.0))
         if not any(gaps):
             times = arrival_times(rate, 1.0, number, random.Random(f"{self.seed}/{seed}"))
-        # The rate of so few requests would else differ by chance from the one that is asked for.
+        # A few random arrivals can miss ``rate`` by far, so the times are scaled to it.
         scale = (number - 1) / rate / times[-1]
         seen: set[int] = set()
         jobs = []
@@ -74,14 +74,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return jobs
 
     def prompts(self, number: int, seed: int) -> list[list[int]]:
-        """Return the prompts of ``jobs_at``. Those of two seeds share the prefix alone."""
+        """Return the prompts of ``jobs_at``. Prompts of different seeds share only the prefix."""
         return [
             self.prefix + trace_prompt(each, self.token_ids, f"{seed}/{place}", self.seed + seed)
             for place, each in enumerate(self._chosen(number, seed))
         ]
 
     def lengths(self) -> list[int]:
-        """Return the prompt lengths that stand for all, in tokens that are not cached."""
+        """Return representative prompt lengths, in uncached tokens."""
         new = sorted(job.prompt_tokens for job in self.jobs_at(_MAX_REQUESTS / self.probe_s, 0))
         return sorted({new[len(new) * tenths // 10] for tenths in (1, 5, 9)})
 
@@ -111,7 +111,7 @@ class Launches(contextlib.ExitStack):
         self.start_s = 0.0
 
     def use(self, arm: Arm, visit: int) -> None:
-        """Start the arm, unless it runs since an earlier step of this visit."""
+        """Start the arm, unless it still runs from an earlier step of this visit."""
         if self._running == (arm.name, visit):
             return
         self.stop()
@@ -121,18 +121,18 @@ class Launches(contextlib.ExitStack):
         deployment = self.enter_context(launched(config))
         self._url, self.start_s = deployment.url, deployment.start_s
         self._running = (arm.name, visit)
-        # Thrown away: first requests compile, connect and fill caches.
+        # Warm up: the first requests compile, connect and fill caches.
         num_engines = arm.num_both + arm.num_prefill + arm.num_decode
         asyncio.run(self._prompts_at_once(2 * num_engines, 0, 3))
 
     def stop(self) -> None:
-        """Stop what runs; one that had to be killed for it is no fault of the next one."""
+        """Stop the running arm. If it had to be killed, the next arm is not to blame."""
         self._running = None
         with contextlib.suppress(PdlaunchError):
             self.close()
 
     async def figures(self, arm: Arm) -> EngineFigures:
-        """Measure all engines of an aggregated arm at once, as devices may share a memory."""
+        """Measure all engines of an aggregated arm at once, because devices may share memory."""
         engines = next(iter(resolve_here(self._config(arm)).roles.values()))
         num_engines, max_seqs = arm.num_both, engines.settings.max_num_seqs
         goals, lengths, prefill = self.goals, self.load.lengths(), []
@@ -166,18 +166,18 @@ class Launches(contextlib.ExitStack):
     async def _chunk_tokens(
         self, num_engines: int, length: int, prefill_s: float, step_s: float
     ) -> int:
-        """Return how many prompt tokens a step beside a stream computes, by how long it takes."""
+        """Return the prompt tokens of a step beside a stream, estimated from its duration."""
         output = _NUM_STEPS + round(2 * prefill_s / step_s)
         streams = asyncio.create_task(self._prompts_at_once(num_engines, length, output))
         await asyncio.sleep(prefill_s + 3 * step_s)
         await self._prompts_at_once(num_engines, length, 1)
         stalls_s = [max(each.all_gaps_s) for each in await streams]
         share = (statistics.median(stalls_s) - step_s) / prefill_s
-        # Most of it: then the engine does not divide such a prompt, and perhaps no longer one.
+        # The stall lasts almost a whole prefill: the engine does not split prompts of this length.
         return 1 << 20 if share > 0.8 else max(16, round(share * length))
 
     async def hand_over_s(self, step_s: float) -> float:
-        """Return by how much the gap between the first two tokens is longer than a step."""
+        """Return by how much the gap between the first two tokens exceeds a step."""
         gaps_s = []
         for _ in range(_NUM_REPEATS):
             (done,) = await self._prompts_at_once(1, 0, 4)
@@ -191,7 +191,7 @@ class Launches(contextlib.ExitStack):
         jobs = self.load.jobs_at(step.rate, seed)
         prompts = self.load.prompts(len(jobs), seed)
         first = len(jobs) // WARM_UP
-        # Twice what may miss them: by chance the rest could not make up for it.
+        # Twice the allowed misses: this rate fails beyond doubt.
         most_missed = 2 * (1 - self._attainment) * (len(jobs) - first) + 1
         done: dict[int, TimedCompletion] = {}
         is_hopeless = asyncio.Event()
@@ -240,7 +240,7 @@ class Launches(contextlib.ExitStack):
     async def _prompts_at_once(
         self, number: int, length: int, output_tokens: int
     ) -> list[TimedCompletion]:
-        """Send new prompts at once, of the median length if it is 0.
+        """Send new prompts at once; ``length`` 0 stands for the median length.
 
         Raises PdlaunchError unless all are answered.
         """
@@ -248,7 +248,7 @@ class Launches(contextlib.ExitStack):
         length = length or lengths[len(lengths) // 2]
         tokens = self.load.token_ids
         async with self._session() as (session, model, max_model_len):
-            # Of a load near the limit: these answers are longer than those of the load.
+            # These answers are longer than those of the load, which may be near the limit.
             limit = max_model_len or 2 * (length + output_tokens)
             output_tokens = min(output_tokens, limit // 2)
             length = min(length, limit - output_tokens)
@@ -259,7 +259,7 @@ class Launches(contextlib.ExitStack):
                 )
             )
         if errors := [each.error for each in done if each.error is not None]:
-            raise PdlaunchError(f"a request of the load is refused: {errors[0]}")
+            raise PdlaunchError(f"a request of the load failed: {errors[0]}")
         return done
 
     def _config(self, arm: Arm) -> LoadedConfig:
@@ -272,7 +272,7 @@ class Launches(contextlib.ExitStack):
 
 
 def _common_step_s(done: Sequence[TimedCompletion]) -> float:
-    """Return the median gap while all of them were streams; of all gaps if they never were."""
+    """Return the median gap while all streams ran; the median of all gaps if they never did."""
     begin_at, end_at = (
         max(each.tokens_at[0] for each in done),
         min(each.tokens_at[-1] for each in done),
@@ -284,7 +284,7 @@ def _common_step_s(done: Sequence[TimedCompletion]) -> float:
 
 
 def what_limits(arm: Arm, done: Sequence[TimedCompletion], goals: Goals) -> str:
-    """Return what made most of the requests miss the goals; empty if all met them."""
+    """Return the most frequent cause of missed goals; empty if all requests met them."""
     causes: Counter[str] = Counter()
     for each in done:
         if goals.met_by(each):
@@ -292,9 +292,9 @@ def what_limits(arm: Arm, done: Sequence[TimedCompletion], goals: Goals) -> str:
         if each.error is not None:
             causes["errors"] += 1
         elif goals.ttft_ms is not None and each.ttft_s * 1000 > goals.ttft_ms:
-            causes["prefill queue" if arm.num_prefill else "prompts wait"] += 1
+            causes["prefill queue"] += 1
         elif arm.num_prefill and each.all_gaps_s and each.all_gaps_s[0] == max(each.all_gaps_s):
             causes["hand-over"] += 1
         else:
-            causes["decode steps" if arm.num_prefill else "prompts beside streams"] += 1
+            causes["decode steps" if arm.num_prefill else "prefill beside streams"] += 1
     return causes.most_common(1)[0][0] if causes else ""

@@ -1,6 +1,6 @@
-"""Predicts the goodput of an arm from figures of single engines, by playing its steps.
+"""Predicts the goodput of an arm: simulates its steps with the figures of single engines.
 
-A step computes the next token of each stream and a chunk of the prompts that wait.
+A step computes the next token of each stream and a chunk of the waiting prompts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import msgspec
 
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 
-WARM_UP = 5  # One in so many requests of a load comes first and is not counted: queues are empty.
-VISIT_SEEDS = 100  # Probes of a visit have seeds from ``VISIT_SEEDS * (visit - 1)`` on.
+WARM_UP = 5  # The first fifth of the requests is not counted, because queues are still empty.
+VISIT_SEEDS = 100  # The seeds of a visit's probes begin at ``VISIT_SEEDS * (visit - 1)``.
 _NUM_REQUESTS = 200  # With fewer, an unlucky order of arrivals would decide.
 
 
@@ -46,7 +46,7 @@ class Arm(msgspec.Struct, frozen=True):
 
 
 class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What engines of one TP size were measured to do while all devices worked."""
+    """The measured speed of engines of one TP size while all devices work."""
 
     prefill: list[tuple[int, float]]  # prompt tokens -> seconds, ascending
     steps: list[tuple[int, float]]  # streams in a batch -> seconds of a step, ascending
@@ -65,12 +65,12 @@ class Job(NamedTuple):
     """One request for a pool of engines."""
 
     at_s: float
-    prompt_tokens: int  # those that are not cached
+    prompt_tokens: int  # uncached ones
     output_tokens: int
 
 
 def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
-    """Return y at x; beyond the points, the line through the nearest two goes on."""
+    """Interpolate linearly; beyond the points, extrapolate from the nearest two."""
     if len(points) == 1:
         return points[0][1]
     place = min(max(bisect_left([at for at, _ in points], x), 1), len(points) - 1)
@@ -79,14 +79,14 @@ def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
 
 
 class _Engine:
-    """Plays the steps of one engine."""
+    """Simulates the steps of one engine."""
 
     def __init__(self, figures: EngineFigures, tokens_at: list[list[float]]) -> None:
         self._figures, self._tokens_at = figures, tokens_at
         self._waiting: deque[list[int]] = deque()  # job, its prompt tokens left, its output tokens
-        self._num_waiting = 0  # their tokens, and one for each
+        self._num_waiting = 0  # tokens of waiting prompts, plus one a prompt
         self._streams: list[tuple[int, int, int]] = []  # step of the last token, job, first step
-        self._ends: list[float] = []  # instant at which each step ended
+        self._ends: list[float] = []  # the instant at the end of each step
         self._now_at = 0.0
 
     @property
@@ -120,7 +120,7 @@ class _Engine:
             begun.append((number, left, output))
             self._waiting.popleft()
             self._num_waiting -= 1
-        # What comes without a prompt has its first token already: its next one is in this step.
+        # Jobs without a prompt were handed over with a first token: they decode in this step.
         seconds = figures.step_s(num_streams + sum(not left for _, left, _ in begun))
         self._now_at += max(seconds + figures.prefill_s(num_tokens), 1e-6)
         step = len(self._ends)
@@ -133,7 +133,7 @@ class _Engine:
 
 
 def run_pool(num_engines: int, jobs: Sequence[Job], figures: EngineFigures) -> list[list[float]]:
-    """Return the instants of each job's tokens; ``jobs`` are in the order of their arrival."""
+    """Return the instants of each job's tokens; ``jobs`` are in the order of arrival."""
     tokens_at: list[list[float]] = [[] for _ in jobs]
     engines = [_Engine(figures, tokens_at) for _ in range(num_engines)]
     for number, job in enumerate(jobs):
@@ -148,7 +148,7 @@ def run_pool(num_engines: int, jobs: Sequence[Job], figures: EngineFigures) -> l
 def simulate(
     arm: Arm, jobs: Sequence[Job], figures: EngineFigures, hand_over_s: float
 ) -> list[TimedCompletion]:
-    """Return what clients would see; a split is two pools in a row, the second without prompts."""
+    """Return what clients would see. A split is two pools in a row, the second without prompts."""
     if arm.num_both:
         tokens_at = run_pool(arm.num_both, jobs, figures)
     else:
@@ -179,7 +179,7 @@ def predict(
 ) -> float:
     """Return the highest rate at which the share ``attainment`` of requests meets the goals.
 
-    ``jobs_at``: the requests at a rate, by a seed; the measurement sends the same.
+    ``jobs_at``: the requests at a rate, by seed; the probes send the same ones.
     """
 
     def is_met(rate: float) -> bool:

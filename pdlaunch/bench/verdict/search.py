@@ -1,6 +1,6 @@
-"""Decides what to measure next, and what the measurements say: pure functions.
+"""Decides what to measure next, and evaluates the measurements: pure functions.
 
-Arms take turns, A B B A, so that drift of the machine does not decide. Each visit of an arm is a
+Arms take turns, A B B A, so that drift of the machine favours none. Each visit of an arm is a
 bisection over request rates; all its probes together give its goodput with an interval.
 """
 
@@ -16,15 +16,15 @@ import msgspec
 from pdlaunch.bench.serve import BenchRow
 from pdlaunch.bench.verdict.queueing import Arm, EngineFigures
 
-MAX_ERROR = 0.2  # A prediction that is further off is not trusted.
-_KEPT_SHARE = 0.6  # Arms that are predicted below this share of the best are ruled out.
+MAX_ERROR = 0.2  # Predictions with a larger relative error are not trusted.
+_KEPT_SHARE = 0.6  # Arms predicted below this share of the best are ruled out.
 _MAX_ARMS = 5
 _FIRST_FACTOR, _LATER_FACTOR = 1.4, 1.2  # first steps of a bisection
-_PRECISION = 1.06  # A narrower bracket is not divided.
+_PRECISION = 1.06  # Narrower brackets are not divided.
 _DRIFT = 1.15  # An arm is dropped after one visit if even this factor would not make it the best.
 _MIN_PROBES = 2
-# Where all probes passed, or all failed, the goodput may be off by the first factor; where only
-# those of a draw did, by the second one: shares fall from 1 to 0 within about that.
+# How far the goodput may be from the probed rates: the first factor if all probes passed or all
+# failed, the second if only those of a draw did (shares fall from 1 to 0 within about as much).
 _OPEN, _SLOPE = 2.0, 1.2
 _NUM_DRAWS = 200
 _NUM_BLOCKS = 6
@@ -40,14 +40,14 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     met: list[bool]  # in the order of arrival, without the warm-up
     seconds: float
     row: BenchRow
-    limit: str = ""  # what made most of the others miss the goals
+    limit: str = ""  # the most frequent cause of missed goals
 
     def passes(self, attainment: float) -> bool:
         return sum(self.met) >= attainment * len(self.met)
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A goodput in requests a second, and draws from what it may be."""
+    """A goodput in requests per second, and bootstrap draws of it."""
 
     rate: float
     draws: list[float]
@@ -74,19 +74,19 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, kw_only=True):
-    """Everything that was measured; the file of ``--resume`` holds it."""
+    """All measurements; ``--resume`` reads them from a file."""
 
     figures: dict[int, EngineFigures] = {}  # by TP size
     hand_over_s: float | None = None
     probes: list[Probe] = []
     ended: list[tuple[str, int]] = []  # visits that are complete
-    broken: dict[str, str] = {}  # arms that could not be measured, and why
+    broken: dict[str, str] = {}  # arms that failed, and why
     spent_s: float = 0.0
-    start_s: float = 0.0  # of the latest deployment
+    start_s: float = 0.0  # start time of the latest arm
 
 
 def estimate(probes: Sequence[Probe], attainment: float) -> Estimate | None:
-    """Return the goodput of an arm by its probes."""
+    """Return the goodput of an arm from its probes."""
     points = [(probe.rate, probe.met) for probe in probes if probe.met]
     if not points:
         return None
@@ -101,7 +101,7 @@ def estimate(probes: Sequence[Probe], attainment: float) -> Estimate | None:
 
 
 def _resampled(met: Sequence[bool], rng: random.Random) -> list[bool]:
-    """Draw blocks of requests that followed each other: they share a queue, and so their fate."""
+    """Draw blocks of consecutive requests: they depend on each other through queues."""
     size = max(1, len(met) // _NUM_BLOCKS)
     starts = [rng.randrange(len(met)) for _ in range(-(-len(met) // size))]
     return [met[(start + place) % len(met)] for start in starts for place in range(size)]
@@ -115,8 +115,8 @@ def _crossing(
 ) -> tuple[float, bool]:
     """Return the rate at which the share of good requests falls below ``attainment``.
 
-    The share is made to fall with the rate (pool adjacent violators). With ``rng`` the rate is
-    drawn between the two around it, as nothing is known of those between.
+    Pooling adjacent violators makes the share fall with the rate. With ``rng`` the rate is drawn
+    between the two probed rates around it, because nothing between them was measured.
     """
     pools: list[tuple[float, int, list[float]]] = []  # good requests, requests, rates
     for rate, met in sorted(points, key=lambda point: point[0]):
@@ -136,36 +136,36 @@ def _crossing(
 
 
 def next_rate(probes: Sequence[Probe], guess: float, attainment: float, factor: float) -> float:
-    """Return the next rate of a visit's bisection; 0 when its bracket is narrow enough."""
+    """Return the next rate of a visit's bisection; 0 if its bracket is narrow enough."""
     if not probes:
         return guess
     good = [probe.rate for probe in probes if probe.passes(attainment)]
     bad = [probe.rate for probe in probes if not probe.passes(attainment)]
-    # Often in the same direction: the guess is far off.
+    # Several probes in one direction: the guess is far off.
     far = factor if len(probes) < 3 else factor**2
     if not bad:
         return max(good) * far
     if not good:
         return min(bad) / far
-    # A rate may fail by chance below one that passes: the bracket is where passing begins to end.
+    # A rate may fail by chance below one that passes: the bracket ends at the lowest failure.
     low = max((rate for rate in good if rate < min(bad)), default=min(bad) / factor)
     return 0.0 if min(bad) / low <= _PRECISION else math.sqrt(min(bad) * low)
 
 
 def is_sure(one: Estimate, other: Estimate) -> bool:
-    """Return whether one arm's goodput is higher beyond doubt."""
+    """Return whether the first goodput is higher in nearly all draws."""
     won = [mine > theirs for mine, theirs in zip(one.draws, reversed(other.draws), strict=True)]
     return sum(won) >= _SURE * len(won)
 
 
 class Race(msgspec.Struct, frozen=True):
-    """The arms and what is predicted of them; says which are measured, and in which order."""
+    """The arms and their predictions; chooses which arms to measure, and in which order."""
 
     arms: Sequence[Arm]
     attainment: float
     budget_s: float
     probe_s: float
-    predictions: dict[str, float] = {}  # goodput by arm, once engines were measured
+    predictions: dict[str, float] = {}  # goodput by arm, once single engines are measured
 
     def next_single(self, findings: Findings) -> Step | None:
         """Return which single engines, or which hand-over, are still to be measured."""
@@ -197,21 +197,21 @@ class Race(msgspec.Struct, frozen=True):
         return found
 
     def error(self, name: str, measured: Estimate) -> float | None:
-        """Return the relative error of a prediction; None where nothing can be said."""
+        """Return the relative error of a prediction; None if it is unknown."""
         if name not in self.predictions or measured.is_open:
             return None
         return self.predictions[name] / measured.rate - 1
 
     def ruled_out(self, findings: Findings) -> dict[str, str]:
-        """Return the arms that are not measured because of their prediction, and why."""
+        """Return the arms that are skipped because of their prediction, and why."""
         known = {arm.name: self.predictions.get(arm.name, math.inf) for arm in self.arms}
         best = max(self.predictions.values(), default=0.0)
         order = sorted(self.arms, key=lambda arm: -known[arm.name])
         kept = {arm.name for arm in order[:_MAX_ARMS] if known[arm.name] >= _KEPT_SHARE * best}
-        # The question is about both kinds.
+        # The verdict compares the kinds, so the best of each stays.
         for kind in ("aggregated", "split"):
             kept |= {arm.name for arm in [each for each in order if each.kind == kind][:1]}
-        # One that was wrong about a measured arm says nothing of the others.
+        # A model that was wrong about a measured arm rules out no other.
         for name, measured in self.estimates(findings).items():
             error = self.error(name, measured) if (name, 1) in findings.ended else None
             if error is not None and abs(error) > MAX_ERROR:

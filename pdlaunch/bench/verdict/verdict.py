@@ -27,14 +27,14 @@ Choice = Literal["aggregated", "split", "no difference", "unknown"]
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """The verdict: what to do, in words, with the figures of every arm."""
+    """What to do, in words, with the figures of every arm."""
 
     choice: Choice
     text: str
-    winner: str | None  # the arm whose configuration is written
+    winner: str | None  # the arm whose configuration file is written
     rows: list[dict[str, Any]]
     ruled_out: dict[str, str]  # arms that were not measured, and why
-    note: str  # what predictions are worth
+    note: str  # how accurate the predictions are
 
 
 def find_verdict(
@@ -45,15 +45,15 @@ def find_verdict(
     show: ShowProgress,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Measure until the verdict is clear or its time is over; ``findings`` grow step by step.
+    """Measure until the verdict is clear or the time is over; adds each step to ``findings``.
 
-    After Ctrl-C they are those of the last complete step.
+    After Ctrl-C they end with the last complete step.
     """
     _predict(race, findings, launches)
     while (step := race.next_step(findings)) is not None:
         arm, start_at = step.arm, clock()
         left_s = max(0.0, race.budget_s - findings.spent_s)
-        what = f"{step.rate:.3g} requests/s" if step.rate else "what single engines do"
+        what = f"{step.rate:.3g} requests/s" if step.rate else "measuring single engines"
         show(f"{arm.name}: {what}, about {left_s / 60:.0f} min left")
         try:
             launches.use(arm, step.visit)
@@ -94,7 +94,7 @@ def _predict(race: Race, findings: Findings, launches: Launches) -> None:
 
 
 def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verdict:
-    """Return the verdict on what has been measured. ``ruled_out``: arms that cannot be launched."""
+    """Return the verdict on the measurements. ``ruled_out``: arms that cannot be launched."""
     measured = race.estimates(findings)
     order = sorted(measured, key=lambda name: -measured[name].rate)
     by_name = {arm.name: arm for arm in race.arms}
@@ -104,7 +104,7 @@ def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verd
     choice, text = _verdict(best, measured)
     limits = {name: _limit(findings.probes, name, race.attainment) for name in order}
     if order and limits[order[0]]:
-        text += f" What limits {order[0]} above that: {limits[order[0]]}."
+        text += f" {order[0]} is limited by: {limits[order[0]]}."
     winner = best.get("split" if choice == "split" else "aggregated")
     rows = [_row(by_name[name], measured[name], race, findings, limits[name]) for name in order]
     return Verdict(
@@ -126,16 +126,16 @@ def _verdict(best: Mapping[str, str], measured: Mapping[str, Estimate]) -> tuple
     if is_sure(together, split):
         return "aggregated", (
             f"Stay aggregated: {said['aggregated']} within your SLO; the best split, "
-            f"{best['split']}, {split}."
+            f"{best['split']}, gives {split}."
         )
     if is_sure(split, together):
         return "split", (
             f"Split: {said['split']} within your SLO; the best aggregated, "
-            f"{best['aggregated']}, {together}."
+            f"{best['aggregated']}, gives {together}."
         )
     return "no difference", (
         f"No difference beyond the noise: {said['aggregated']} within your SLO, and the best "
-        f"split, {best['split']}, {split}. Stay aggregated, which has fewer parts."
+        f"split, {best['split']}, gives {split}. Stay aggregated: that is simpler."
     )
 
 
@@ -164,7 +164,7 @@ def _row(
 
 
 def _limit(probes: Sequence[Probe], name: str, attainment: float) -> str:
-    """Return what limits at the lowest rate at which too many requests missed the goals."""
+    """Return the limit at the lowest rate at which too many requests missed the goals."""
     found = [probe for probe in probes if probe.arm == name and probe.limit]
     failed = [probe for probe in found if not probe.passes(attainment)] or found
     return min(failed, key=lambda probe: probe.rate).limit if failed else ""
@@ -173,9 +173,9 @@ def _limit(probes: Sequence[Probe], name: str, attainment: float) -> str:
 def _note(race: Race, measured: Mapping[str, Estimate]) -> str:
     errors = {name: race.error(name, value) or 0.0 for name, value in measured.items()}
     if not errors or not race.predictions:
-        return "Nothing was predicted."
+        return "There are no predictions."
     name = max(errors, key=lambda each: abs(errors[each]))
-    worst = f"the largest error of a prediction is {errors[name]:+.0%}, of {name}"
+    worst = f"its largest error is {errors[name]:+.0%}, for {name}"
     if abs(errors[name]) > MAX_ERROR:
-        return f"The queueing model does not know these engines: {worst}. It rules no arm out."
-    return f"The queueing model may be used for other arms: {worst}."
+        return f"The queueing model does not fit these engines: {worst}. It rules out no arm."
+    return f"The queueing model fits these engines: {worst}."

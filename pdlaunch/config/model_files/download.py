@@ -25,8 +25,8 @@ from pdlaunch.config.model_files.shape import INDEX
 from pdlaunch.config.model_files.weights import names_in, weight_files
 from pdlaunch.errors import ConfigError
 
-# The parts that are downloaded at once: the small files that native engines read, the weights that
-# they describe, or all that vLLM may read of a model that native engines do not know
+# The parts of a download: the small files that native engines read, the weights that these
+# describe, or, for a model that native engines do not know, all files that vLLM may read
 Part = Literal["description", "weights", "all"]
 # Brings a part of a model (name, revision) into the cache. Raises ConfigError.
 Fetch = Callable[[str, str | None, Part], None]
@@ -36,7 +36,7 @@ DESCRIPTION = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("chat_template.jinja", INDEX),
 )
-# Weights in other forms, which many models are also published in
+# Other formats of weights, in which many models are published too
 _OTHER_FORMS = (
     *("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"),
     *("consolidated*", "original/*", "onnx/*"),

@@ -56,7 +56,7 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def sampled_digests(model: Path) -> dict[str, str]:
-    """Return a SHA-256 (hex) of the sizes and samples of weights in any format, by file name.
+    """Return a SHA-256 (hex) of the size and samples of each file of weights, in any format.
 
     ``model``: a folder, or one file.
     """

@@ -311,7 +311,7 @@ class AgentChannel:
                 wait_s = ended_by(other.heard_at, self._timeout_s) + self._beat_s - now
                 raise ProtocolError(
                     f"another agent has joined as {name}, from {other.address}: one serves a host, "
-                    f"choose another --name; if its host has failed, join {wait_s:.0f} s later"
+                    f"choose another --name; if its host has failed, join again in {wait_s:.0f} s"
                 )
         agent = self._agents[identity] = _Agent(name, message.address, identity, now, session)
         self._tell(Joined(message))

@@ -157,7 +157,7 @@ class SidecarProcess:
         # Digests before vLLM reads the files; those after its start must be equal.
         self._model_files = await asyncio.to_thread(self._options.model_files)
         if not self._model_files:
-            _logger.warning("vLLM downloads the model itself: a change of its files goes unnoticed")
+            _logger.warning("vLLM downloads the model itself: changes of its files are not noticed")
         command = self._command()
         child = await start_engine(command, self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)

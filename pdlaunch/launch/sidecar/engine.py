@@ -62,9 +62,7 @@ class SidecarOptions:
         return self.value("--served-model-name")
 
     def model_files(self) -> dict[str, str]:
-        """Return digests of the model's files, by name; empty for a model of a hub, which vLLM
-        downloads itself.
-        """
+        """Return digests of the model's files, by name; empty if vLLM downloads the model."""
         folder = Path(self.command[2])  # vllm serve MODEL
         if not folder.is_dir():
             return sampled_digests(folder) if folder.is_file() else {}
@@ -155,7 +153,7 @@ def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
         "endpoint": endpoint,
         "replay_endpoint": f"{endpoint}.replay",
     }
-    # Of data parallel ranks vLLM publishes only at TCP ports, which are open to everybody (PD637).
+    # vLLM publishes events of data parallel ranks only at open TCP ports (PD637).
     off = {"enable_kv_cache_events": False} if "--data-parallel-size" in command else {}
     if EVENTS_FLAG not in command:
         return (*command, EVENTS_FLAG, json.dumps(config | off))

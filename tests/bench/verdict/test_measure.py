@@ -1,4 +1,4 @@
-"""What is measured of a deployment, on one that only pretends."""
+"""Measurements of a deployment, on a fake one."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_hopeless_probe_ends_early(server: FakeOpenAI) -> None:
     probe = asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
     assert not any(probe.met)
     assert len(probe.met) < 40, "of 40 that count"
-    assert probe.limit == "prompts beside streams"
+    assert probe.limit == "prefill beside streams"
 
 
 def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpenAI) -> None:

@@ -126,10 +126,10 @@ def test_a_trace_keeps_its_bursts_at_every_rate_and_its_shared_blocks_count_once
     ("tokens_at", "arm", "cause"),
     [
         ([1.2, 1.3, 1.4], Arm(1, num_prefill=1, num_decode=1), "prefill queue"),
-        ([1.2, 1.3, 1.4], Arm(1, num_both=2), "prompts wait"),
+        ([1.2, 1.3, 1.4], Arm(1, num_both=2), "prefill queue"),
         ([0.1, 0.5, 0.6], Arm(1, num_prefill=1, num_decode=1), "hand-over"),
         ([0.1, 0.2, 0.6], Arm(1, num_prefill=1, num_decode=1), "decode steps"),
-        ([0.1, 0.2, 0.6], Arm(1, num_both=2), "prompts beside streams"),
+        ([0.1, 0.2, 0.6], Arm(1, num_both=2), "prefill beside streams"),
         ([0.1, 0.2, 0.3], Arm(1, num_both=2), ""),
     ],
 )

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 20.0
-_NOTE_AFTER_S = 5.0  # Ray places a group that fits within a second
+_NOTE_AFTER_S = 5.0  # a group that fits is placed within a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ def placed_actors(
 ) -> Iterator[Mapping[str, Any]]:
     """Yield an actor for each bundle once Ray has placed all. Raises StartupError when it cannot.
 
-    Ray itself would wait without a word, be it for nodes that an autoscaler adds: ``note`` is told.
+    Ray waits silently, for example for an autoscaler to add nodes; ``note`` tells the user.
     """
     scheduling = importlib.import_module("ray.util.scheduling_strategies")
     group = ray.util.placement_group(

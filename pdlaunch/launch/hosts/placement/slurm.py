@@ -35,7 +35,7 @@ def node_name(environ: Mapping[str, str]) -> str:
 def slurm_hosts(environ: Mapping[str, str]) -> tuple[HostSettings, ...]:
     """Return the nodes of this step, the supervisor's own first. Raises ConfigError.
 
-    For plans: those of an allocation in which no step runs yet. Task 0 gets the first node.
+    Without a step (for plans) these are the allocation's nodes; task 0 will get the first one.
     """
     if (nodes := environ.get("SLURM_JOB_NODELIST")) and "SLURM_STEP_ID" not in environ:
         _, *later = _expand(nodes)
