@@ -1,9 +1,9 @@
 """Measures ``autopilot`` beside fixed splits of three engines, in virtual time.
 
-Routing policy, figures and decisions are the real ones; engines are simulated. ``python -m
-benchmarks.autopilot turning`` plays a load whose mix turns; engines have about the speed of an 8B
-model on an H100. ``... random`` plays random loads, without and with the autopilot. Each prints
-rows of JSON: requests within the SLO a second, and the changes.
+The routing policy, the status and the decisions are those of the router; engines are simulated.
+``python -m benchmarks.autopilot turning`` plays a load that changes every 300 s, on engines with
+about the speed of an 8B model on an H100. ``... random`` plays random loads, without and with the
+autopilot. Each prints rows of JSON: requests per second within the SLO, and the role changes.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Simulation:
         for phase in phases:
             at = begin_at + random_.expovariate(phase.requests_per_s)
             while at < begin_at + phase.seconds:
-                # Lengths vary as those of people do: many short ones, few long ones.
+                # Lengths as in real traffic: many short ones, few long ones.
                 lengths = (phase.prompt_tokens, phase.output_tokens)
                 drawn = [max(2, int(random_.gammavariate(2.0, mean / 2.0))) for mean in lengths]
                 yield SimulatedRequest(at, *drawn)
@@ -294,7 +294,7 @@ class Simulation:
             reading=reading,
         )
 
-    # What ``run_autopilot`` needs
+    # Called by ``run_autopilot``
 
     async def sleep(self, seconds: float) -> None:
         if self.now >= self.ends_at:

@@ -1,9 +1,9 @@
 """Repeats ``pdlaunch verdict`` and counts how often it is right: ``python -m benchmarks.verdict``.
 
-The same requests with two goals: with the tight ITL a prompt beside streams breaks it, so P/D wins;
-with the loose one aggregated engines compute prompts on every core, so P/D loses. What is right is
-said by one longer measurement of both arms. ``--config`` takes another file than that of the demo
-model, such as one for vLLM; choose ``--tight`` and ``--loose`` for it.
+The requests are the same, the goals differ: a prompt beside streams breaks the tight ITL, so P/D
+wins; with the loose one aggregated engines compute prompts on every core, so P/D loses. One longer
+measurement of both arms decides which answer is right. ``--config`` replaces the demo model's file,
+for example by one for vLLM; choose ``--tight`` and ``--loose`` for it.
 """
 
 # ruff: noqa: T201 - a script
