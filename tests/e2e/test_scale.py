@@ -131,7 +131,7 @@ def test_engines_come_turn_and_go_while_streams_run(llama: Path) -> None:
 
 
 def test_the_autopilot_turns_a_decode_engine_into_one_of_prefill(llama: Path) -> None:
-    """Long prompts and short answers keep the only prefill engine busy, and two others idle."""
+    """Long prompts with short answers: the prefill engine is busy, two decode engines idle."""
     rng = random.Random(6)
     prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(1_900)] for _ in range(7)]
     expected = greedy(llama, prompts, 3)

@@ -120,7 +120,7 @@ class Host:
                     time.sleep(0.01)
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of the host but its first, and those that have ended."""
+        """All living processes of the host except the first."""
         own = Path(f"/proc/{self.pid}/ns/pid").readlink()
         found = []
         for process in psutil.process_iter():
@@ -132,7 +132,7 @@ class Host:
         return found
 
     def find(self, *words: str) -> list[psutil.Process]:
-        """The processes of the host with all these words in their commands."""
+        """The host's processes whose commands have all these words."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):  # It has ended.

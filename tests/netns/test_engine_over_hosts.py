@@ -1,5 +1,5 @@
-"""An engine over two hosts, with a stand-in for vLLM: whatever happens to one of its hosts, it ends
-and comes back as one, and requests are answered meanwhile.
+"""An engine over two hosts, with a stand-in for vLLM: after a fault on one host the whole engine
+restarts, and other engines answer meanwhile.
 ``tests/vllm/test_engine_over_hosts.py`` has the real one.
 """
 
@@ -59,7 +59,7 @@ def launch() -> Iterator[FarLaunch]:
 
 @contextlib.contextmanager
 def comes_back(launch: FarLaunch) -> Iterator[None]:
-    """What happens inside costs the engine one incarnation, on both hosts; requests go on."""
+    """In this block the engine restarts once, on both hosts, and requests are answered."""
     old = stand_ins(launch)
     assert len(old) == 2
     num_starts = launch.output().count("prefill-0 is ready again")
@@ -83,12 +83,12 @@ def tokens(launch: FarLaunch) -> list[int]:
 
 
 def stand_ins(launch: FarLaunch) -> dict[str, psutil.Process]:
-    """The engine's processes of vLLM, by host."""
+    """The engine's vLLM processes, by host."""
     return {name: each for name in ("b", "c") for each in launch.network[name].find(STAND_IN)}
 
 
 def headless(launch: FarLaunch) -> tuple[str, psutil.Process]:
-    """The host that has no server, and the engine's process there."""
+    """The host without the server, and the engine's process there."""
     (found,) = (
         (name, each)
         for name in ("b", "c")
@@ -124,7 +124,7 @@ def test_a_rank_is_stopped(launch: FarLaunch) -> None:
 
 @pytest.mark.hosts_long
 def test_the_link_between_its_hosts_is_cut(launch: FarLaunch) -> None:
-    """The supervisor reaches both."""
+    """The supervisor still reaches both hosts."""
     there = launch.network["c"].address
     with comes_back(launch):
         launch.network["b"].run("ip", "route", "add", "blackhole", f"{there}/32")

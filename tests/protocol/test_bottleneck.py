@@ -1,4 +1,4 @@
-"""Which role limits a deployment, and which change would help, from figures alone."""
+"""Which role limits a deployment, and which change would help."""
 
 from __future__ import annotations
 

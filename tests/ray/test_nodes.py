@@ -69,7 +69,7 @@ def ray_node(host: Host, *flags: str) -> Iterator[None]:
 
 @pytest.fixture
 def nodes(request: pytest.FixtureRequest) -> Iterator[Network]:
-    """A head without cores on a, and nodes on b and c, of one core if a test does not say more."""
+    """A head without cores on a, and nodes on b and c, with one core each by default."""
     num_cpus = getattr(request, "param", 1)
     pytest.importorskip("ray", reason="make test-ray installs it")
     if reason := why_not():
@@ -116,7 +116,7 @@ def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
 
 @pytest.mark.parametrize("nodes", [3], indirect=True)
 def test_an_engine_over_two_nodes(nodes: Network) -> None:
-    """With a stand-in for vLLM."""
+    """The engine is a stand-in for vLLM."""
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="pdlaunch-test-") as folder:
         settings = {
             "model": str(make_tiny_model("llama", Path(folder), **TWO_HEADS)),
@@ -136,14 +136,14 @@ def test_an_engine_over_two_nodes(nodes: Network) -> None:
 
 
 def ranks_on(host: Host) -> list[str]:
-    """Which nodes of an engine run on a host."""
+    """The nodes of an engine that run on a host."""
     commands = [each.cmdline() for each in host.find(STAND_IN, "--node-rank")]
     return [words[words.index("--node-rank") + 1] for words in commands]
 
 
 @contextlib.contextmanager
 def served(nodes: Network, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Run a launch from the head until it is ready; nothing is left at its end."""
+    """Run a launch from the head, ready inside the block; nothing is left at its end."""
     head = nodes["a"]
     head.file("/tmp/launch.yaml").write_text(json.dumps(settings))
     address = f"{head.address}:{HEAD_PORT}"

@@ -1,4 +1,4 @@
-"""When the autopilot changes a role, and that it does no harm, with engines in virtual time."""
+"""When the autopilot changes a role, and that it does no harm; engines are simulated."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ SERVE_WIDE = tuple(WIDE if word == FILE else word for word in SERVE)
 
 
 def write_wide(cluster: Cluster, num_nodes: int) -> None:
-    """Write the file of a launch with a stand-in for vLLM, whose prefill engine is over nodes."""
+    """Write a launch's file: a stand-in for vLLM, with prefill over several nodes."""
     settings = {
         "model": str(make_tiny_model("llama", cluster.folder / "wide", **TWO_HEADS)),
         "engine": "vllm",

@@ -1,4 +1,4 @@
-"""A prefill engine of vLLM with a rank on each of two hosts of namespaces; decode is on a."""
+"""A vLLM prefill engine with ranks on two hosts (network namespaces); decode is on host a."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_its_first_host_publishes_what_its_ranks_have_cached(launch: FarLaunch) 
         seeds = itertools.count(100)
 
         def is_told() -> bool:
-            """A subscriber hears of what comes after it is connected."""
+            """Subscribers get only the events after they connect."""
             tokens(launch, [next(seeds), *PROMPTS[0]])
             return bool(events.poll(1_000))
 
@@ -103,7 +103,7 @@ def test_its_first_host_publishes_what_its_ranks_have_cached(launch: FarLaunch) 
 
 @contextlib.contextmanager
 def comes_back(launch: FarLaunch) -> Iterator[None]:
-    """The engine comes back as one from what happens inside; requests are answered meanwhile."""
+    """In this block the whole engine restarts, and requests are answered."""
     old = [each for name in ("a", "b") for each in ranks(launch, name)]
     assert len(old) == 2
     num_starts = launch.output().count("prefill-0 is ready again")

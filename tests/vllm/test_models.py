@@ -225,7 +225,7 @@ def distance(one: dict[str, float], other: dict[str, float]) -> float:
 def test_a_model_of_a_hub_that_native_engines_do_not_know(
     vllm_command: str, tmp_path: Path
 ) -> None:
-    """pdlaunch downloads all of it, as vLLM itself asks no hub."""
+    """pdlaunch downloads all files, because vLLM does not ask the hub itself."""
     published = MODELS["Qwen3 MoE"].written(tmp_path)
     settings = {"model": "org/tiny", "dtype": "float32", "both": {"replicas": 1}}
     with fake_hub("org/tiny", published) as hub:

@@ -234,8 +234,8 @@ def test_engines_fall_asleep_and_wake_up(engines: Somebodys, router: str) -> Non
 def test_a_peer_that_is_replaced_heals_without_a_restart_of_others(
     engines: Somebodys, router: str
 ) -> None:
-    """It dies before decode has read the blocks of a prompt, and decode computes that itself; its
-    answer does not say so, as the name of the path tells.
+    """Prefill dies before decode has read a prompt's blocks, so decode computes the prompt. Its
+    answer does not say so: the path is called ``unchecked``.
     """
     _, status = Api(router).get_object("/pdlaunch/status")
     assert [pair["path"] for pair in status["pairs"]] == ["canary, unchecked"]

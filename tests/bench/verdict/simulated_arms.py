@@ -1,4 +1,4 @@
-"""Simulated arms with noise and drift, written apart from the model of the package."""
+"""Simulated arms with noise and drift, independent of the package's queueing model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFILL_S, BASE_S, STREAM_S, HAND_OVER_S, CHUNK = 0.0028, 0.037, 0.0045, 0.01, 6
 
 @dataclass
 class Engine:
-    """One core: chunks of prompts in the order of arrival beside a token of every stream."""
+    """One core: a step computes a chunk of prompts, in order of arrival, and a token per stream."""
 
     noise: random.Random
     slowness: float = 1.0
@@ -34,7 +34,7 @@ class Engine:
         return bool(self.prompts or self.streams)
 
     def step(self, outputs: Sequence[int], found: list[list[float]]) -> list[int]:
-        """Run one step; return the requests whose prompts it has finished."""
+        """Run one step; return the requests whose prompts it completes."""
         left = CHUNK if self.streams else 512
         seconds = BASE_S + STREAM_S * len(self.streams) if self.streams else 0.0
         finished = []
@@ -100,7 +100,7 @@ def play(arm: Arm, jobs: Sequence[Job], seed: int, slowness: float) -> list[Time
 
 
 class SimulatedLaunches(Launches):
-    """Measures simulated arms; ``drift``: by how much the machine gets slower with each start."""
+    """Measures simulated arms; ``drift``: slowdown of the machine with each start."""
 
     def __init__(
         self,
@@ -113,8 +113,8 @@ class SimulatedLaunches(Launches):
         broken: Sequence[str] = (),
         num_steps: int = 1000,
     ) -> None:
-        """``misjudged``: factor on what single engines are measured to need. After ``num_steps``
-        somebody presses Ctrl-C.
+        """``misjudged``: factor on the measured times of single engines. Ctrl-C comes after
+        ``num_steps``.
         """
         super().__init__(load, goals, 0.9, load_config(None, {}, {}), on_cpu=True)
         self.start_s = 5.0

@@ -103,7 +103,7 @@ def test_a_deployment_that_answers_nothing_is_no_measurement(server: FakeOpenAI)
     server.refuses_after = 0
     with pytest.raises(PdlaunchError, match="no request was answered: HTTP 429: full"):
         asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
-    with pytest.raises(PdlaunchError, match="is refused: HTTP 429"):
+    with pytest.raises(PdlaunchError, match="failed: HTTP 429"):
         found.use(TOGETHER, 2)
 
 

@@ -1,4 +1,4 @@
-"""The steps of the search, by property; and the load that all arms get."""
+"""Properties of the search, and the load that all arms get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole search, on simulated arms: is the verdict right, are predictions, does it end?"""
+"""The whole search on simulated arms: verdicts, predictions and its end."""
 
 from __future__ import annotations
 

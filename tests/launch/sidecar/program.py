@@ -59,7 +59,7 @@ def write_command(folder: Path) -> Path:
 
 
 class OtherHosts:
-    """The ranks of an engine on its other hosts, which take part in each answer."""
+    """The ranks on an engine's other hosts, which take part in each answer."""
 
     def __init__(self) -> None:
         self._streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -67,7 +67,7 @@ class OtherHosts:
         self._one_at_a_time = asyncio.Lock()
 
     async def meet(self, address: str, port: int, number: int) -> None:
-        """Wait until so many have joined here."""
+        """Wait until this many ranks have joined."""
 
         async def take(*streams: Any) -> None:
             self._streams.append(streams)
@@ -85,7 +85,7 @@ class OtherHosts:
 
 
 async def join(address: str, port: int) -> None:
-    """Take part in what the first host computes."""
+    """Take part in the first host's computations."""
     while True:
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_connection(address, port)
