@@ -264,7 +264,7 @@ def is_here(url: str) -> bool:
 
 
 def _transport(url: str) -> str:
-    """Return what UCX has printed to the log of an engine on this host; empty if unknown."""
+    """Return UCX's transport from the log of an engine on this host; empty if unknown."""
     if url.startswith(UNIX) or not is_here(url):
         return ""
     listeners = {

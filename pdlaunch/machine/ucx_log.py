@@ -43,7 +43,7 @@ class ReadTransports:
 
 
 def transport_of(process: int) -> str:
-    """Return what another process has printed; empty if its output is unknown or no file."""
+    """Return the transport in the log of another process; empty if there is none."""
     try:
         output = Path(f"/proc/{process}/fd/1")
         return _transport_in(output.read_bytes()) if output.is_file() else ""
