@@ -50,8 +50,9 @@ def goodputs(found: Any) -> dict[str, float]:
 
 
 def described(row: Any) -> str:
-    interval = f"{row['at_least']:.2f} to {row['at_most']:.2f}"
-    return f"{row['arm']} {row['goodput']:.2f} ({interval}), predicted {row['predicted'] or 0:.2f}"
+    interval = f"{row['at_least'] or 0:.2f} to {row['at_most'] or 0:.2f}"
+    goodput = f"{row['bound'].strip('-')} {row['goodput']:.2f}".strip()
+    return f"{row['arm']} {goodput} ({interval}), predicted {row['predicted'] or 0:.2f}"
 
 
 def spread(errors: list[float]) -> str:

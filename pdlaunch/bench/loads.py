@@ -148,7 +148,9 @@ def _trace_load(options: BenchOptions, max_model_len: int | None, rng: random.Ra
     )
 
 
-def trace_prompt(request: TraceRequest, token_ids: range, own_seed: str, seed: int) -> list[int]:
+def trace_prompt(
+    request: TraceRequest, token_ids: range, own_seed: str, seed: int | str
+) -> list[int]:
     """Return token ids: hashed blocks depend on hash and ``seed``, the rest on ``own_seed``."""
     tokens: list[int] = []
     for hash_id in request.hash_ids[: -(-request.input_length // HASHED_TOKENS)]:

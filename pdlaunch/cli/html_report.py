@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,6 +26,11 @@ from pdlaunch.cli.status import duration
 
 NUM_COLOURS = 8
 _MAX_POINTS = 200
+# What a server says of requests after its status: see ``without_words``
+_MESSAGE = re.compile(
+    r"(?:(?<=no request was answered)|(?<=request of the load failed))(?!: HTTP).*"
+    r"|(?<=: HTTP \d{3}):.*"
+)
 # Column headings of the report and of the table on the terminal
 HEADINGS = {
     "input_tokens": "in",
@@ -104,11 +110,14 @@ def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
 
     rate = "requests sent per second"
     columns = list(found.rows[0]) if found.rows else []
-    out = [f"Not measured: {name}: {reason}." for name, reason in found.ruled_out.items()]
+    out = [f"Not measured: {name}: {reason}" for name, reason in found.ruled_out.items()]
     return _render(
         title="pdlaunch verdict",
         lead=found.text,
-        cards={f"{row['arm']}, good requests/s": f"{row['goodput']:.3g}" for row in found.rows},
+        cards={
+            f"{row['arm']}, good requests/s": f"{row['bound'].strip('-')} {row['goodput']:.3g}"
+            for row in found.rows
+        },
         plots=[
             plot(
                 "Share within the goals",
@@ -122,7 +131,11 @@ def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
         ],
         headings=[name.replace("_", " ") for name in columns],
         rows=[[_cell(row[name]) for name in columns] for row in found.rows],
-        notes=["Times are milliseconds as clients see them.", found.note, *out],
+        notes=[
+            "Times are milliseconds as clients see them.",
+            found.note,
+            *(_MESSAGE.sub("", line) + "." for line in out),
+        ],
         facts={},
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import random
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from pdlaunch import __version__
 from pdlaunch.api import resolve_here
 from pdlaunch.bench.loads import FIRST_TOKEN_ID, TraceRequest, read_trace_file
 from pdlaunch.bench.verdict.arms import config_to_measure, settings_of, usable_arms
@@ -36,19 +38,23 @@ from pdlaunch.cli.output import (
     print_table,
     say,
 )
+from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.settings import flag_name, is_secret
+from pdlaunch.config.roles import ROLES
+from pdlaunch.config.settings import SECRET_NAME, all_settings, flag_name, is_secret
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
+from pdlaunch.machine.engine_commands import find_engine_command
 from pdlaunch.planning.role_engines import RoleEngines
 
-STATE, PAGE, WINNER = "verdict.json", "verdict.html", "deploy.yaml"
+STATE, PAGE, WINNER = "verdict.json", "verdict.html", "winner.yaml"
 # Settings that the verdict chooses for each arm
 _CHOSEN = ("prefill.replicas", "decode.replicas", "both.replicas", "tensor_parallel_size")
 _START_S = {"native on cpu": 8.0, "native on cuda": 30.0}  # seconds to start and stop an arm
 _SLOW_START_S = 90.0  # of vLLM
 _SINGLES_S = 15.0  # to measure single engines
 _PROBES_PER_VISIT = 5
+_CREDENTIALS = re.compile(r"://[^/\s]+@")  # ``user:password@`` in a URL
 _MIN_PROBE_S, _MAX_PROBE_S = 10.0, 60.0
 
 
@@ -126,33 +132,42 @@ def verdict(
         tell(_described(race, engines, num_devices))
         for name, reason in refused.items():
             tell(f"ruled out: {name}: {reason}")
+        left_out = ""
+        if load.num_left_out:
+            left_out = f" {counted(load.num_left_out, 'request')} of the trace: too long, not sent."
+            tell(left_out.strip())
         if dry_run:
             return
-        settings, _ = _without_secrets(loaded.config.model_dump(mode="json", exclude_unset=True))
-        asked = msgspec.json.encode([load, slo, attainment, num_devices, settings], enc_hook=repr)
-        digest = hashlib.sha256(asked).hexdigest()
+        digest = _digest(load, slo, attainment, num_devices, engines)
         findings = _findings(output / STATE, digest, resume=resume)
         console, is_interrupted = Console(stderr=True), False
 
         def save(findings: Findings) -> None:
             _write(output / STATE, msgspec.json.encode(_State(digest, findings)).decode())
 
+        save(findings)  # A folder that cannot be written is found before minutes have passed.
         launches = Launches(load, slo, attainment, loaded, on_cpu=on_cpu)
-        try:
-            with console.status("starting") as status:
-                show = status.update if console.is_terminal else say
-                find_verdict(race, findings, launches, save, show)
-        except KeyboardInterrupt:
-            print_errors([f"interrupted: --output {output} --resume continues"])
-            is_interrupted = True
-        finally:
-            launches.stop()
-        found = answer(race, findings, refused)
-        _write(output / PAGE, verdict_page(found, findings, str(slo)))
-        if found.winner is not None:
-            arm = next(arm for arm in arms if arm.name == found.winner)
-            _write(output / WINNER, serve_yaml(arm, loaded.config, on_cpu=on_cpu))
-    _show(found, output, form)
+        with contextlib.ExitStack() as last:
+            # After the verdict is told: a second Ctrl-C may cut this short.
+            last.callback(launches.stop)
+            try:
+                with console.status("starting") as status:
+                    show = status.update if console.is_terminal else say
+                    find_verdict(race, findings, launches, save, show)
+            except KeyboardInterrupt:
+                print_errors([f"interrupted: --output {output} --resume continues"])
+                is_interrupted = True
+            found = answer(race, findings, refused)
+            found = msgspec.structs.replace(found, note=found.note + left_out)
+            _write(output / PAGE, verdict_page(found, findings, str(slo)))
+            if found.winner is not None:
+                arm = next(arm for arm in arms if arm.name == found.winner)
+                text = serve_yaml(arm, loaded.config, on_cpu=on_cpu)
+                _write(output / WINNER, text)
+                for line in text.splitlines():
+                    if line.startswith("# "):
+                        say(f"{WINNER}: {line[2:]}")
+            _show(found, output, form)
     raise typer.Exit(EXIT_INTERRUPTED if is_interrupted else int(found.winner is None))
 
 
@@ -177,7 +192,22 @@ def _requests(
             fix="ask for fewer tokens, or raise max_model_len",
         )
     shared = random.Random(0).choices(token_ids, k=prefix)
-    return {"requests": fitting, "prefix": shared, "token_ids": token_ids}
+    num_left_out = len(found) - len(fitting)
+    return {
+        **{"requests": fitting, "prefix": shared, "token_ids": token_ids},
+        "num_left_out": num_left_out,
+    }
+
+
+def _digest(load: Load, slo: Any, attainment: float, num_devices: int, engines: RoleEngines) -> str:
+    """Return what tells questions apart; ``--minutes`` may differ when one is resumed."""
+    settings, _ = _without_secrets(engines.config.model_dump(mode="json", exclude_unset=True))
+    command = engines.settings.engine_command
+    version = find_engine_command(command, os.environ).version
+    here = [__version__, engines.device, command, version, [gpu.name for gpu in engines.gpus]]
+    same = msgspec.structs.replace(load, probe_s=0.0)
+    asked = [same, slo, attainment, num_devices, settings, here]
+    return hashlib.sha256(msgspec.json.encode(asked, enc_hook=repr)).hexdigest()
 
 
 def _described(race: Race, engines: RoleEngines, num_devices: int) -> str:
@@ -200,23 +230,37 @@ def serve_yaml(arm: Arm, config: LaunchConfig, *, on_cpu: bool) -> str:
     given = settings_of(arm, config, on_cpu=on_cpu, mode="json")
     kept, secrets = _without_secrets(given)
     lines = [f"# {arm.name}, by pdlaunch verdict", *(f"# left out: {path}" for path in secrets)]
+    if {"api_key", "api_keys"} & {*secrets} and not is_loopback(config.host):
+        lines.append(f"# {config.host} can be reached by others: give the API key again")
     return "\n".join([*lines, yaml.safe_dump(kept, sort_keys=False)])
 
 
-def _without_secrets(
-    values: Mapping[str, Any], section: str = ""
-) -> tuple[dict[str, Any], list[str]]:
-    kept: dict[str, Any] = {}
+def _without_secrets(values: Any, section: str = "") -> tuple[Any, list[str]]:
+    """Return values without their secrets at any depth, and the paths of these."""
+    if not isinstance(values, dict | list):
+        return values, []
+    kept: dict[Any, Any] = {}
     secrets: list[str] = []
-    for name, value in values.items():
-        if is_secret(f"{section}{name}") and value is not None:
-            secrets.append(f"{section}{name}")
-        elif isinstance(value, dict):
-            kept[name], more = _without_secrets(value, f"{section}{name}.")
-            secrets += more
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        path = f"{section}{name}"
+        if _holds_secret(path, value):
+            secrets.append(path)
         else:
-            kept[name] = value
-    return kept, secrets
+            kept[name], more = _without_secrets(value, f"{path}.")
+            secrets += more
+    return kept if isinstance(values, dict) else list(kept.values()), secrets
+
+
+def _holds_secret(path: str, value: object) -> bool:
+    if value is None or isinstance(value, bool):
+        return False
+    if path in all_settings():
+        named = is_secret(path)
+    else:
+        name = path.rpartition(".")[2]
+        is_count = str(value).isdigit() and "token" in name.lower()
+        named = not is_count and SECRET_NAME.search(name) is not None
+    return named or (isinstance(value, str) and _CREDENTIALS.search(value) is not None)
 
 
 def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, int]:
@@ -225,6 +269,11 @@ def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, 
     if placement != "local":
         why = "verdict measures only this machine"
         raise ConfigError(why, field="placement", value=placement, fix="leave it out")
+    for role in ROLES:
+        for name in ("data_parallel_size", "nnodes"):
+            if (value := getattr(loaded.config.engine_settings(role), name)) > 1:
+                why = "arms differ in replicas and tensor_parallel_size alone"
+                raise ConfigError(why, field=name, value=value, fix="leave it out")
     alone = config_to_measure(Arm(1, num_both=1), loaded, on_cpu=False)
     engines = next(iter(resolve_here(alone).roles.values()))
     num_here = engines.machine.num_cpus if engines.device == "cpu" else len(engines.gpus)
@@ -245,6 +294,8 @@ def _findings(path: Path, digest: str, *, resume: bool) -> Findings:
     try:
         state = msgspec.json.decode(path.read_bytes(), type=_State)
         if state.question == digest:
+            # Arms that could not be started before are tried again.
+            state.findings.broken.clear()
             return state.findings
         problem = "is about another load, other goals, devices or settings"
     except (OSError, msgspec.MsgspecError) as error:
@@ -258,7 +309,8 @@ def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(text)
+        part.touch(mode=0o600)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", field="--output") from None

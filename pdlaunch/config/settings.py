@@ -23,7 +23,7 @@ VARIABLE_PREFIX = "PDLAUNCH_"
 
 # The section that has a section for each connector, those of other packages included
 _CONNECTORS = "kv_transfer"
-_SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _FORMS = {
     SecretStr: "KEY",
     parse_size: "SIZE",
@@ -185,7 +185,7 @@ def is_secret(path: str) -> bool:
     if setting is not None:
         return setting.is_secret
     parent, _, name = path.rpartition(".")
-    return parent in all_settings() and _SECRET_NAME.search(name) is not None
+    return parent in all_settings() and SECRET_NAME.search(name) is not None
 
 
 def split_path(path: str) -> list[str]:

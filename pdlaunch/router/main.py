@@ -208,7 +208,7 @@ async def run_autopilot(
             except OverloadedError as failure:
                 error = str(failure)
             if error:
-                say(f"autopilot: {found.engine} keeps its role: {error}")
+                say(f"autopilot: {found.engine}: {error}")
         looks.clear()
         pause_s = REFUSED_S if error else max(PAUSE_S, PAUSE_FACTOR * (clock() - begun_at))
         quiet_until_at = clock() + pause_s

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import Result
 
+from pdlaunch.bench.verdict.measure import Launches
 from pdlaunch.bench.verdict.queueing import Arm
 from pdlaunch.bench.verdict.search import Findings, Probe, Race
 from pdlaunch.bench.verdict.verdict import Verdict, answer
@@ -68,6 +71,81 @@ def test_wrong_input_is_one_clear_error(arguments: tuple[str, ...], told: str, m
     assert told in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("name", ["PDLAUNCH_DATA_PARALLEL_SIZE", "PDLAUNCH_BOTH__NNODES"])
+def test_settings_that_no_arm_can_have_are_refused(name: str, model: Path) -> None:
+    result = verdict(model, *GOALS, **{name: "2"})
+    assert (result.exit_code, "value: 2" in result.output) == (2, True)
+    assert "tensor_parallel_size alone" in " ".join(result.output.split())
+
+
+def measuring_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Findings]:
+    """Let the command find what two arms have done, without starting one; return what it found."""
+    seen: list[Findings] = []
+
+    def find(race: Race, findings: Findings, launches: Launches, save: Any, show: object) -> None:
+        seen.append(msgspec.convert(msgspec.to_builtins(findings), Findings))
+        findings.probes = measured(("2 x TP1", 4.0), ("1P1D", 2.0))[1].probes
+        findings.broken["1 x TP2"] = "no request was answered: HTTP 500: a prompt"
+        save(findings)
+
+    monkeypatch.setattr("pdlaunch.cli.verdict.find_verdict", find)
+    return seen
+
+
+def test_what_is_written_and_told_and_resumed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = measuring_nothing(monkeypatch)
+    mine = tmp_path / "deploy.yaml"
+    mine.write_text(f"model: {model}\nhost: 0.0.0.0\nautopilot: dry-run\n")
+    trace = tmp_path / "trace.jsonl"
+    line = '{"input_length": %d, "output_length": 4, "timestamp": 0}\n'
+    trace.write_text(line % 8 + line % 9_000_000)
+    given = (mine, *GOALS, "--gpus", "2", "--trace", trace, "--output", tmp_path)
+    result = verdict(*given, PDLAUNCH_API_KEY="hidden")
+    assert result.exit_code == 0, result.output
+    assert "1 request of the trace: too long" in result.stdout
+    assert "winner.yaml: left out: api_key" in result.output
+    assert "0.0.0.0 can be reached by others" in result.output
+    assert "replicas" not in mine.read_text(), "the user's own file"
+    written = tmp_path / "winner.yaml"
+    assert (written.stat().st_mode & 0o777, "autopilot: dry-run" in written.read_text()) == (
+        0o600,
+        True,
+    )
+    page = (tmp_path / "verdict.html").read_text()
+    assert ("HTTP 500." in page, "a prompt" in page) == (True, False)
+    result = verdict(*given, "--resume", "--minutes", "30", PDLAUNCH_API_KEY="hidden")
+    assert result.exit_code == 0, result.output
+    assert (len(seen[1].probes), seen[1].broken) == (4, {}), "an arm is tried again"
+    result = verdict(*given, "--resume", PDLAUNCH_MAX_NUM_SEQS="3")
+    assert "about another load" in result.output
+
+
+def test_a_second_ctrl_c_comes_after_the_verdict(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring_nothing(monkeypatch)
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Launches, "stop", stop)
+    sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--output", tmp_path)
+    assert "Stay aggregated" in verdict(model, *GOALS, *sizes).output
+    assert (tmp_path / "winner.yaml").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = measuring_nothing(monkeypatch)
+    (tmp_path / "file").touch()
+    sizes = ("--gpus", "2", "--input-tokens", "8", "--output", tmp_path / "file" / "out")
+    result = verdict(model, *GOALS, *sizes)
+    assert ("cannot be written" in result.output, seen) == (True, [])
+
+
 def test_a_trace_gives_the_lengths(model: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"input_length": 9000000, "output_length": 4, "timestamp": 0}\n')
@@ -93,25 +171,28 @@ def test_the_file_of_the_winner_is_what_was_asked_for_with_its_engines_and_no_se
 ) -> None:
     file = tmp_path / "given.yaml"
     file.write_text(
-        "model: /models/a\nengine: vllm\nengine_args: {max-logprobs: 5}\nport: 9001\n"
+        "model: /models/a\nengine: vllm\nengine_args: {max-logprobs: 5,"
+        " long-prefill-token-threshold: 9,"
+        " kv-transfer-config: {at: [{password: hidden, kv_port: 7}]}}\n"
+        "port: 9001\n"
         "routing: {policy: pairs}\nprefill: {replicas: 3, max_num_seqs: 7}\n"
-        "env: {HF_TOKEN: hidden, OTHER: shown}\nkv_cache_memory: 2GiB\n"
+        "env: {HF_TOKEN: hidden, OTHER: shown, PROXY: 'http://me:hidden@host'}\n"
+        "kv_cache_memory: 2GiB\n"
     )
     given = load_config(file, {"PDLAUNCH_API_KEY": "very-secret"}, {})
     text = serve_yaml(Arm(2, num_prefill=1, num_decode=2), given.config, on_cpu=False)
     assert "secret" not in text
     assert "hidden" not in text
     assert "# left out: api_key" in text
+    assert "# left out: engine_args.kv-transfer-config.at.0.password" in text
+    assert "kv_port: 7" in text
+    assert "long-prefill-token-threshold: " in text
     written = tmp_path / "deploy.yaml"
     written.write_text(text)
     config = load_config(written, {}, {}).config
     counts = [config.prefill.replicas, config.decode.replicas, config.both.replicas]
     assert (counts, config.tensor_parallel_size) == ([1, 2, 0], 2)
-    assert (config.engine, config.engine_args, config.port) == (
-        "vllm",
-        given.config.engine_args,
-        9001,
-    )
+    assert (config.engine, config.engine_args["max-logprobs"], config.port) == ("vllm", "5", 9001)
     assert (config.prefill.max_num_seqs, config.kv_cache_memory) == (7, 2 << 30)
     assert config.env == {"OTHER": "shown"}
     aggregated = tmp_path / "aggregated.yaml"
@@ -153,6 +234,7 @@ def test_the_verdict_in_words(rates: dict[str, float], told: str, winner: str | 
     found, _ = measured(*rates.items())
     assert found.text.startswith(told)
     assert found.winner == winner
+    assert winner is None or f" {winner} is limited by: " in found.text
     assert {row["arm"] for row in found.rows} == set(rates)
 
 

@@ -55,6 +55,6 @@ def test_ctrl_c_gives_the_verdict_so_far_and_resume_goes_on(llama: Path, tmp_pat
     assert not after["broken"]
     assert all(probe["row"]["num_errors"] == 0 for probe in after["probes"])
     assert "<polyline" in (tmp_path / "verdict.html").read_text()
-    winner = load_config(tmp_path / "deploy.yaml", {}, {}).config
+    winner = load_config(tmp_path / "winner.yaml", {}, {}).config
     assert winner.model == str(llama)
     assert winner.both.replicas + winner.prefill.replicas + winner.decode.replicas == 2

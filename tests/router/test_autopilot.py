@@ -112,7 +112,7 @@ def test_it_asks_as_pdlaunch_role_does_and_pauses_five_times_as_long() -> None:
 def test_after_a_refusal_it_waits_for_long(stage: Stage) -> None:
     stage.run("on")
     assert len(stage.asked) == 2
-    assert stage.said[1].startswith("autopilot: decode-1 keeps its role: ")
+    assert stage.said[1].startswith("autopilot: decode-1: ")
 
 
 def test_a_dry_run_only_speaks() -> None:

@@ -16,7 +16,10 @@ from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError
 
 # Settings of the user's deployment that measured arms do without
-_APART = ("api_keys", "admin_api_key", "engine_api_key", "ssl_certfile", "ssl_keyfile", "log_dir")
+_APART = (
+    *("api_keys", "admin_api_key", "engine_api_key", "ssl_certfile", "ssl_keyfile", "log_dir"),
+    "autopilot",  # It would change the arm.
+)
 
 
 def all_arms(num_devices: int) -> Iterator[Arm]:

@@ -37,7 +37,9 @@ _BATCHES = (4, 16, 64)
 _NUM_REPEATS = 3
 _NUM_STEPS = 8  # steps that are timed, of each batch
 _MAX_OUTPUT = 128
+_MAX_STREAM = 512  # tokens of a stream that waits for a prompt
 _MAX_PROMPTS_S = 8.0  # A batch whose prompts take longer is not measured.
+_FULL = "HTTP 429"
 _SETTLE_S = 1.0  # Requests that were given up leave the engines within a step.
 
 
@@ -50,6 +52,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: range = range(FIRST_TOKEN_ID, 30_000)
     seed: int = 0
     probe_s: float = 20.0
+    num_left_out: int = 0  # requests of the trace that are too long for the model
 
     def jobs_at(self, rate: float, seed: int) -> list[Job]:
         """Return send times and lengths of the requests at a rate: the same for every arm."""
@@ -57,18 +60,19 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         least = min(_MIN_REQUESTS, max(5, round(2 * rate * self.probe_s)))
         most = max(_MAX_REQUESTS, round(rate * _MIN_PROBE_S))
         number = min(most, max(least, round(rate * self.probe_s)))
-        chosen = self._chosen(number, seed)
+        laps, chosen = zip(*self._chosen(number, seed), strict=True)
         gaps = [max(0.0, late.timestamp - early.timestamp) for early, late in pairwise(chosen)]
         times = list(accumulate(gaps, initial=0.0))
         if not any(gaps):
             times = arrival_times(rate, 1.0, number, random.Random(f"{self.seed}/{seed}"))
         # A few random arrivals can miss ``rate`` by far, so the times are scaled to it.
         scale = (number - 1) / rate / times[-1]
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
         jobs = []
-        for at_s, each in zip(times, chosen, strict=True):
-            num_cached = HASHED_TOKENS * len(seen.intersection(each.hash_ids))
-            seen.update(each.hash_ids)
+        for at_s, lap, each in zip(times, laps, chosen, strict=True):
+            blocks = {(lap, hash_id) for hash_id in each.hash_ids}
+            num_cached = HASHED_TOKENS * len(seen & blocks)
+            seen |= blocks
             new = max(1, each.input_length - num_cached)
             jobs.append(Job(at_s * scale, new, each.output_length))
         return jobs
@@ -76,8 +80,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     def prompts(self, number: int, seed: int) -> list[list[int]]:
         """Return the prompts of ``jobs_at``. Prompts of different seeds share only the prefix."""
         return [
-            self.prefix + trace_prompt(each, self.token_ids, f"{seed}/{place}", self.seed + seed)
-            for place, each in enumerate(self._chosen(number, seed))
+            self.prefix
+            + trace_prompt(each, self.token_ids, f"{seed}/{place}", f"{self.seed + seed}/{lap}")
+            for place, (lap, each) in enumerate(self._chosen(number, seed))
         ]
 
     def lengths(self) -> list[int]:
@@ -85,9 +90,11 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         new = sorted(job.prompt_tokens for job in self.jobs_at(_MAX_REQUESTS / self.probe_s, 0))
         return sorted({new[len(new) * tenths // 10] for tenths in (1, 5, 9)})
 
-    def _chosen(self, number: int, seed: int) -> list[TraceRequest]:
+    def _chosen(self, number: int, seed: int) -> list[tuple[int, TraceRequest]]:
+        """Return requests, each with its lap: a trace that begins again shares no block with it."""
         places = range(seed * number, (seed + 1) * number)
-        return [self.requests[place % len(self.requests)] for place in places]
+        laps = [divmod(place, len(self.requests)) for place in places]
+        return [(lap, self.requests[index]) for lap, index in laps]
 
 
 class Launches(contextlib.ExitStack):
@@ -167,7 +174,7 @@ class Launches(contextlib.ExitStack):
         self, num_engines: int, length: int, prefill_s: float, step_s: float
     ) -> int:
         """Return the prompt tokens of a step beside a stream, estimated from its duration."""
-        output = _NUM_STEPS + round(2 * prefill_s / step_s)
+        output = min(_MAX_STREAM, _NUM_STEPS + round(2 * prefill_s / step_s))
         streams = asyncio.create_task(self._prompts_at_once(num_engines, length, output))
         await asyncio.sleep(prefill_s + 3 * step_s)
         await self._prompts_at_once(num_engines, length, 1)
@@ -194,17 +201,19 @@ class Launches(contextlib.ExitStack):
         # Twice the allowed misses: this rate fails beyond doubt.
         most_missed = 2 * (1 - self._attainment) * (len(jobs) - first) + 1
         done: dict[int, TimedCompletion] = {}
+        num_missed = 0
         is_hopeless = asyncio.Event()
         start_at = time.perf_counter()
         async with self._session() as (session, model, _):
 
             async def send(number: int) -> None:
+                nonlocal num_missed
                 at_s = start_at + jobs[number].at_s - time.perf_counter()
                 await asyncio.sleep(max(0.0, at_s))
                 output = jobs[number].output_tokens
                 done[number] = await complete(session, model, prompts[number], output)
-                counted = [each for place, each in done.items() if place >= first]
-                if sum(not goals.met_by(each) for each in counted) > most_missed:
+                num_missed += number >= first and not goals.met_by(done[number])
+                if num_missed > most_missed:
                     is_hopeless.set()
 
             tasks = [asyncio.create_task(send(number)) for number in range(len(jobs))]
@@ -219,7 +228,8 @@ class Launches(contextlib.ExitStack):
         seconds = time.perf_counter() - start_at
         counted = [done[number] for number in sorted(done) if number >= first]
         errors = [each.error for each in counted if each.error is not None]
-        if len(errors) == len(counted):
+        # An arm that is full has missed the goals; any other error of all requests is a fault.
+        if len(errors) == len(counted) and not all(each.startswith(_FULL) for each in errors):
             raise PdlaunchError(f"no request was answered: {errors[0]}")
         await asyncio.sleep(_SETTLE_S)
         load = BenchLoad(
@@ -290,7 +300,7 @@ def what_limits(arm: Arm, done: Sequence[TimedCompletion], goals: Goals) -> str:
         if goals.met_by(each):
             continue
         if each.error is not None:
-            causes["errors"] += 1
+            causes["full queues" if each.error.startswith(_FULL) else "errors"] += 1
         elif goals.ttft_ms is not None and each.ttft_s * 1000 > goals.ttft_ms:
             causes["prefill queue"] += 1
         elif arm.num_prefill and each.all_gaps_s and each.all_gaps_s[0] == max(each.all_gaps_s):

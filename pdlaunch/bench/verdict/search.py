@@ -10,6 +10,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -18,7 +19,7 @@ from pdlaunch.bench.verdict.queueing import Arm, EngineFigures
 
 MAX_ERROR = 0.2  # Predictions with a larger relative error are not trusted.
 _KEPT_SHARE = 0.6  # Arms predicted below this share of the best are ruled out.
-_MAX_ARMS = 5
+MAX_ARMS = 5
 _FIRST_FACTOR, _LATER_FACTOR = 1.4, 1.2  # first steps of a bisection
 _PRECISION = 1.06  # Narrower brackets are not divided.
 _DRIFT = 1.15  # An arm is dropped after one visit if even this factor would not make it the best.
@@ -51,7 +52,8 @@ class Estimate(msgspec.Struct, frozen=True):
 
     rate: float
     draws: list[float]
-    is_open: bool = False  # no rate that passes, or none that fails, was measured
+    # Where no rate that fails, or none that passes, was measured: ``rate`` is the nearest one
+    bound: Literal["", "at least", "less than"] = ""
 
     @property
     def low(self) -> float:
@@ -62,6 +64,8 @@ class Estimate(msgspec.Struct, frozen=True):
         return sorted(self.draws)[round(0.95 * (len(self.draws) - 1))]
 
     def __str__(self) -> str:
+        if self.bound:
+            return f"{self.bound} {self.rate:.3g}"
         return f"{self.rate:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
@@ -91,13 +95,13 @@ def estimate(probes: Sequence[Probe], attainment: float) -> Estimate | None:
     if not points:
         return None
     rng = random.Random(len(points))
-    middle, is_open = _crossing(points, attainment, _OPEN)
-    reach = _OPEN if is_open else _SLOPE
+    middle, bound = _crossing(points, attainment, _OPEN)
+    reach = _OPEN if bound else _SLOPE
     draws = []
     for _ in range(_NUM_DRAWS):
         resampled = [(rate, _resampled(met, rng)) for rate, met in points]
         draws.append(_crossing(resampled, attainment, reach, rng)[0])
-    return Estimate(middle, draws, is_open)
+    return Estimate(middle, draws, bound)
 
 
 def _resampled(met: Sequence[bool], rng: random.Random) -> list[bool]:
@@ -112,7 +116,7 @@ def _crossing(
     attainment: float,
     reach: float,
     rng: random.Random | None = None,
-) -> tuple[float, bool]:
+) -> tuple[float, Literal["", "at least", "less than"]]:
     """Return the rate at which the share of good requests falls below ``attainment``.
 
     Pooling adjacent violators makes the share fall with the rate. With ``rng`` the rate is drawn
@@ -131,8 +135,12 @@ def _crossing(
     failed = [each for each in shares if each[1] < attainment]
     below, share = passed[-1] if passed else (failed[0][0] / reach, 1.0)
     above, lower = failed[0] if failed else (passed[-1][0] * reach, attainment - 0.1)
+    if rng is None and not failed:
+        return below, "at least"
+    if rng is None and not passed:
+        return above, "less than"
     place = (share - attainment) / (share - lower) if rng is None else rng.random()
-    return below * (above / below) ** place, not passed or not failed
+    return below * (above / below) ** place, ""
 
 
 def next_rate(probes: Sequence[Probe], guess: float, attainment: float, factor: float) -> float:
@@ -154,6 +162,8 @@ def next_rate(probes: Sequence[Probe], guess: float, attainment: float, factor: 
 
 def is_sure(one: Estimate, other: Estimate) -> bool:
     """Return whether the first goodput is higher in nearly all draws."""
+    if one.bound == "less than" or other.bound == "at least":
+        return False
     won = [mine > theirs for mine, theirs in zip(one.draws, reversed(other.draws), strict=True)]
     return sum(won) >= _SURE * len(won)
 
@@ -179,6 +189,8 @@ class Race(msgspec.Struct, frozen=True):
 
     def next_step(self, findings: Findings) -> Step | None:
         """Return what to do next; None when the verdict is final. Ends visits in ``findings``."""
+        if len({arm.kind for arm in self.arms if arm.name not in findings.broken}) < 2:
+            return None
         if (step := self.next_single(findings)) is not None:
             return step
         while pending := self._pending_visits(findings):
@@ -190,7 +202,7 @@ class Race(msgspec.Struct, frozen=True):
 
     def estimates(self, findings: Findings) -> dict[str, Estimate]:
         found = {}
-        for arm in self.arms:
+        for arm in (each for each in self.arms if each.name not in findings.broken):
             probes = [probe for probe in findings.probes if probe.arm == arm.name]
             if (value := estimate(probes, self.attainment)) is not None:
                 found[arm.name] = value
@@ -198,7 +210,7 @@ class Race(msgspec.Struct, frozen=True):
 
     def error(self, name: str, measured: Estimate) -> float | None:
         """Return the relative error of a prediction; None if it is unknown."""
-        if name not in self.predictions or measured.is_open:
+        if name not in self.predictions or measured.bound:
             return None
         return self.predictions[name] / measured.rate - 1
 
@@ -207,15 +219,17 @@ class Race(msgspec.Struct, frozen=True):
         known = {arm.name: self.predictions.get(arm.name, math.inf) for arm in self.arms}
         best = max(self.predictions.values(), default=0.0)
         order = sorted(self.arms, key=lambda arm: -known[arm.name])
-        kept = {arm.name for arm in order[:_MAX_ARMS] if known[arm.name] >= _KEPT_SHARE * best}
+        # A model that was wrong about a measured arm says little of the others.
+        errors = [
+            self.error(name, measured) or 0.0
+            for name, measured in self.estimates(findings).items()
+            if (name, 1) in findings.ended
+        ]
+        least = 0.0 if any(abs(error) > MAX_ERROR for error in errors) else _KEPT_SHARE * best
+        kept = {arm.name for arm in order[:MAX_ARMS] if known[arm.name] >= least}
         # The verdict compares the kinds, so the best of each stays.
         for kind in ("aggregated", "split"):
             kept |= {arm.name for arm in [each for each in order if each.kind == kind][:1]}
-        # A model that was wrong about a measured arm rules out no other.
-        for name, measured in self.estimates(findings).items():
-            error = self.error(name, measured) if (name, 1) in findings.ended else None
-            if error is not None and abs(error) > MAX_ERROR:
-                return {}
         return {
             name: f"predicted {rate:.3g} requests/s, {1 - rate / best:.0%} below the best"
             for name, rate in self.predictions.items()
@@ -226,6 +240,13 @@ class Race(msgspec.Struct, frozen=True):
         out = self.ruled_out(findings)
         racing = [arm for arm in self.arms if arm.name not in {*out, *findings.broken}]
         racing.sort(key=lambda arm: -self.predictions.get(arm.name, math.inf))
+        begun = {probe.arm for probe in findings.probes}
+        if (
+            findings.spent_s >= self.budget_s
+            and len({arm.kind for arm in racing if arm.name in begun}) > 1
+        ):
+            racing = [arm for arm in racing if arm.name in begun]
+        # Of more arms than there is time for, the first of each kind will do.
         first = [(arm, 1) for arm in racing if (arm.name, 1) not in findings.ended]
         if first:
             return first + [(arm, 2) for arm in reversed(racing)]

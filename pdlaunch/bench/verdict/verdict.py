@@ -13,6 +13,7 @@ from pdlaunch.bench.serve import ShowProgress
 from pdlaunch.bench.verdict.measure import Launches
 from pdlaunch.bench.verdict.queueing import VISIT_SEEDS, Arm, predict
 from pdlaunch.bench.verdict.search import (
+    MAX_ARMS,
     MAX_ERROR,
     Estimate,
     Findings,
@@ -49,7 +50,7 @@ def find_verdict(
 
     After Ctrl-C they end with the last complete step.
     """
-    _predict(race, findings, launches)
+    _predict(race, findings, launches, show)
     while (step := race.next_step(findings)) is not None:
         arm, start_at = step.arm, clock()
         left_s = max(0.0, race.budget_s - findings.spent_s)
@@ -74,15 +75,16 @@ def find_verdict(
             findings.broken[arm.name] = str(error).partition("\n")[0]
         findings.spent_s += clock() - start_at
         save(findings)
-        _predict(race, findings, launches)
+        _predict(race, findings, launches, show)
 
 
-def _predict(race: Race, findings: Findings, launches: Launches) -> None:
+def _predict(race: Race, findings: Findings, launches: Launches, show: ShowProgress) -> None:
     """Predict the arms, once single engines and a hand-over have been measured."""
     if race.predictions or race.next_single(findings) is not None:
         return
     for arm in race.arms:
         if arm.tp_size in findings.figures:
+            show(f"{arm.name}: predicting its goodput")
             race.predictions[arm.name] = predict(
                 arm,
                 findings.figures[arm.tp_size],
@@ -96,28 +98,32 @@ def _predict(race: Race, findings: Findings, launches: Launches) -> None:
 def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verdict:
     """Return the verdict on the measurements. ``ruled_out``: arms that cannot be launched."""
     measured = race.estimates(findings)
-    order = sorted(measured, key=lambda name: -measured[name].rate)
+    # Arms that met the goals at some rate come first.
+    order = sorted(measured, key=lambda a: (measured[a].bound == "less than", -measured[a].rate))
     by_name = {arm.name: arm for arm in race.arms}
     best: dict[str, str] = {}
     for name in order:
         best.setdefault(by_name[name].kind, name)
-    choice, text = _verdict(best, measured)
     limits = {name: _limit(findings.probes, name, race.attainment) for name in order}
-    if order and limits[order[0]]:
-        text += f" {order[0]} is limited by: {limits[order[0]]}."
+    choice, text = _verdict(best, measured, limits)
     winner = best.get("split" if choice == "split" else "aggregated")
+    if winner is not None and choice != "unknown" and limits[winner]:
+        text += f" {winner} is limited by: {limits[winner]}."
+    left = {arm.name: "no time was left" for arm in race.arms if arm.name not in measured}
     rows = [_row(by_name[name], measured[name], race, findings, limits[name]) for name in order]
     return Verdict(
         choice=choice,
         text=text,
         winner=winner if choice != "unknown" else None,
         rows=rows,
-        ruled_out={**ruled_out, **findings.broken, **race.ruled_out(findings)},
+        ruled_out={**left, **ruled_out, **race.ruled_out(findings), **findings.broken},
         note=_note(race, measured),
     )
 
 
-def _verdict(best: Mapping[str, str], measured: Mapping[str, Estimate]) -> tuple[Choice, str]:
+def _verdict(
+    best: Mapping[str, str], measured: Mapping[str, Estimate], limits: Mapping[str, str]
+) -> tuple[Choice, str]:
     said = {kind: f"{name} gives {measured[name]} requests/s" for kind, name in best.items()}
     if len(best) < 2:
         known = f"; {next(iter(said.values()))} within the SLO" if said else ""
@@ -132,6 +138,13 @@ def _verdict(best: Mapping[str, str], measured: Mapping[str, Estimate]) -> tuple
         return "split", (
             f"Split: {said['split']} within your SLO; the best aggregated, "
             f"{best['aggregated']}, gives {together}."
+        )
+    failed = [name for name in best.values() if measured[name].bound == "less than"]
+    if failed:
+        lowest = min(failed, key=lambda name: measured[name].rate)
+        return "unknown", (
+            f"No verdict: no rate that was tried met the goals with {' or '.join(failed)}; the "
+            f"lowest was {measured[lowest].rate:.3g} requests/s (limited by: {limits[lowest]})."
         )
     return "no difference", (
         f"No difference beyond the noise: {said['aggregated']} within your SLO, and the best "
@@ -152,9 +165,10 @@ def _row(
     error = race.error(arm.name, measured)
     return {
         "arm": arm.name,
+        "bound": measured.bound or "-",
         "goodput": measured.rate,
-        "at_least": measured.low,
-        "at_most": measured.high,
+        "at_least": None if measured.bound else measured.low,
+        "at_most": None if measured.bound else measured.high,
         "a_device": measured.rate / arm.num_devices,
         **{name: getattr(row, name, None) for name in _OF_CLIENTS},
         "limited_by": limit or "-",
@@ -171,11 +185,13 @@ def _limit(probes: Sequence[Probe], name: str, attainment: float) -> str:
 
 
 def _note(race: Race, measured: Mapping[str, Estimate]) -> str:
-    errors = {name: race.error(name, value) or 0.0 for name, value in measured.items()}
-    if not errors or not race.predictions:
-        return "There are no predictions."
+    found = {name: race.error(name, value) for name, value in measured.items()}
+    errors = {name: error for name, error in found.items() if error is not None}
+    if not errors:
+        return "No prediction could be compared with a measured goodput."
     name = max(errors, key=lambda each: abs(errors[each]))
     worst = f"its largest error is {errors[name]:+.0%}, for {name}"
     if abs(errors[name]) > MAX_ERROR:
-        return f"The queueing model does not fit these engines: {worst}. It rules out no arm."
+        wrong = f"does not fit these engines: {worst}"
+        return f"The queueing model {wrong}. It only chose which {MAX_ARMS} arms to measure."
     return f"The queueing model fits these engines: {worst}."

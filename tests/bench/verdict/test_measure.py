@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from pdlaunch.bench.loads import TraceRequest
-from pdlaunch.bench.timed_completion import Goals
+from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.bench.verdict import measure
 from pdlaunch.bench.verdict.measure import Launches, Load
 from pdlaunch.bench.verdict.queueing import Arm
@@ -77,6 +77,32 @@ def test_a_probe_sends_the_load_and_leaves_its_first_requests_out(server: FakeOp
     assert sent == {tuple(prompt) for prompt in LOAD.prompts(50, 7)}
 
 
+def test_each_request_of_a_probe_is_judged_few_times(
+    server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[TimedCompletion] = []
+    monkeypatch.setattr(Goals, "met_by", lambda _, done: not judged.append(done))
+    found = launches(Goals(ttft_ms=60_000))
+    found.use(PAIR, 1)
+    asyncio.run(found.probe(Step(PAIR, 1, 50.0), 0))
+    assert 40 <= len(judged) <= 4 * 50
+
+
+def test_streams_that_wait_for_a_long_prompt_have_an_end(
+    server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = launches(Goals(ttft_ms=1000))
+    asked: list[int] = []
+
+    async def prompts_at_once(number: int, length: int, output: int) -> list[TimedCompletion]:
+        asked.append(output)
+        return [TimedCompletion(start_at=0.0, tokens_at=[0.1, 0.2])]
+
+    monkeypatch.setattr(found, "_prompts_at_once", prompts_at_once)
+    asyncio.run(found._chunk_tokens(1, 40, 0.5, 1e-4))
+    assert max(asked) <= 512
+
+
 def test_a_hopeless_probe_ends_early(server: FakeOpenAI) -> None:
     found = launches(Goals(e2e_ms=1e-6))
     found.use(TOGETHER, 1)
@@ -100,9 +126,14 @@ def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpen
 def test_a_deployment_that_answers_nothing_is_no_measurement(server: FakeOpenAI) -> None:
     found = launches(Goals(ttft_ms=1000))
     found.use(TOGETHER, 1)
-    server.refuses_after = 0
-    with pytest.raises(PdlaunchError, match="no request was answered: HTTP 429: full"):
+    server.refusals = [(500, b"broken")] * 50
+    with pytest.raises(PdlaunchError, match="no request was answered: HTTP 500: broken"):
         asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
+    server.refusals.clear()
+    server.refuses_after = 0
+    probe = asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
+    assert not any(probe.met)
+    assert probe.limit == "full queues", "an arm that is full works"
     with pytest.raises(PdlaunchError, match="failed: HTTP 429"):
         found.use(TOGETHER, 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.bench.verdict.arms import all_arms
 from pdlaunch.bench.verdict.measure import Load, what_limits
 from pdlaunch.bench.verdict.queueing import Arm, EngineFigures, Job, simulate
-from pdlaunch.bench.verdict.search import Probe, estimate, is_sure, next_rate
+from pdlaunch.bench.verdict.search import Findings, Probe, Race, estimate, is_sure, next_rate
 
 ROW = summarise(BenchLoad(input_tokens=1, requests=()), [], 1.0)
 FIGURES = EngineFigures(
@@ -41,7 +42,7 @@ def test_a_bisection_comes_close_to_the_goodput_in_few_probes(truth: float, off:
     assert len(probes) <= 13
     found = estimate(probes, 0.9)
     assert found is not None
-    assert not found.is_open
+    assert not found.bound
     assert found.low <= truth * 1.06
     assert truth <= found.high * 1.06
 
@@ -69,6 +70,45 @@ def test_more_requests_make_a_narrower_interval_and_overlapping_arms_are_equal()
     assert many.high - many.low < few.high - few.low
     assert not is_sure(other, few)
     assert is_sure(few, slow)
+
+
+def test_an_arm_whose_goodput_is_only_bounded_wins_nothing_by_extrapolation() -> None:
+    never, always = estimate([probe(4.0, 0)], 0.9), estimate([probe(3.0, 40)], 0.9)
+    known = estimate([probe(1.0, 40), probe(1.1, 0)], 0.9)
+    assert never
+    assert always
+    assert known
+    assert [str(never), str(always)] == ["less than 4", "at least 3"]
+    assert not is_sure(never, known), "it may be far below"
+    assert not is_sure(known, always)
+    assert is_sure(always, known)
+
+
+def test_when_the_time_is_over_no_further_arm_is_begun() -> None:
+    arms = [Arm(1, num_both=3), Arm(1, num_prefill=2, num_decode=1)]
+    race = Race([*arms, Arm(1, num_prefill=1, num_decode=2)], 0.9, 60.0, 10.0)
+    race.predictions.update({arm.name: 2.0 for arm in race.arms})
+    found = Findings(figures={1: FIGURES}, hand_over_s=0.0, spent_s=90.0)
+    begun = set()
+    while (step := race.next_step(found)) is not None:
+        begun.add(step.arm.name)
+        num_met = 40 if step.rate < 2 else 0
+        one = probe(step.rate, num_met)
+        found.probes.append(
+            msgspec.structs.replace(one, arm=step.arm.name, visit=step.visit, rate=step.rate)
+        )
+    assert begun == {arm.name for arm in arms}
+
+
+def test_of_many_arms_five_are_measured_though_a_prediction_was_wrong() -> None:
+    arms = list(all_arms(8))
+    race = Race(arms, 0.9, 60.0, 10.0)
+    race.predictions.update({arm.name: 9.0 - place / 10 for place, arm in enumerate(arms)})
+    probes = [
+        msgspec.structs.replace(each, arm=arms[0].name) for each in (probe(1, 40), probe(2, 0))
+    ]
+    out = race.ruled_out(Findings(probes=probes, ended=[(arms[0].name, 1)]))
+    assert {arm.name for arm in arms[:5]} == {arm.name for arm in arms} - {*out}
 
 
 @given(st.integers(1, 16))
@@ -119,7 +159,9 @@ def test_a_trace_keeps_its_bursts_at_every_rate_and_its_shared_blocks_count_once
     gaps = [late.at_s - early.at_s for early, late in pairwise(jobs)]
     assert gaps[1] == pytest.approx(98 * gaps[0])
     assert jobs[-1].at_s == pytest.approx((len(jobs) - 1) / 2.0)
-    assert [job.prompt_tokens for job in jobs[:3]] == [1024, 512, 512]
+    assert [job.prompt_tokens for job in jobs[:6]] == [1024, 512, 512] * 2
+    prompts = load.prompts(6, 0)
+    assert prompts[0][:512] == prompts[1][:512] != prompts[3][:512], "the trace begins again"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_without_right_predictions_no_arm_is_ruled_out() -> None:
     found, findings = run(launches, arms, 300.0)
     assert {probe.arm for probe in findings.probes} == {arm.name for arm in arms}
     assert not found.ruled_out
-    assert "does not know" in found.note
+    assert "does not fit" in found.note
 
 
 def test_an_arm_that_does_not_start_is_named_and_the_others_are_measured() -> None:
@@ -105,6 +105,27 @@ def test_an_arm_that_does_not_start_is_named_and_the_others_are_measured() -> No
     found, _ = run(SimulatedLaunches(load_of(), TIGHT, 1, broken=["2P2D"]), arms, 300.0)
     assert found.ruled_out["2P2D"] == "a rank died"
     assert found.winner == "3P1D"
+
+
+def test_goals_that_no_rate_meets_give_no_verdict() -> None:
+    found, findings = run(SimulatedLaunches(load_of(), Goals(ttft_ms=1), 1))
+    assert (found.choice, found.winner) == ("unknown", None)
+    assert "no rate that was tried met the goals with " in found.text
+    lowest = min(probe.rate for probe in findings.probes)
+    assert f"the lowest was {lowest:.3g} requests/s (limited by: p" in found.text
+    assert {row["bound"] for row in found.rows} == {"less than"}
+    assert {row["error_percent"] for row in found.rows} == {None}
+    assert found.note.startswith("No prediction")
+
+
+def test_an_arm_that_breaks_later_does_not_win() -> None:
+    _, findings = run(SimulatedLaunches(load_of(), TIGHT, 1))
+    findings.broken["1P1D"] = "a rank died"
+    found = answer(Race(ARMS, 0.9, 120.0, 12.0), findings, {})
+    assert (found.choice, found.winner) == ("unknown", None)
+    assert found.ruled_out["1P1D"] == "a rank died"
+    race = Race(ARMS, 0.9, 120.0, 12.0)
+    assert race.next_step(findings) is None, "nothing is left to compare"
 
 
 def test_without_one_kind_there_is_no_verdict() -> None:
