@@ -21,14 +21,14 @@ GRANTED = {
     "KV events and routing by them": 850,
     "fair shares of API keys, TLS": 680,
     "engines over hosts, data parallel ranks": 460,
-    "the verdict": 1_880,
+    "the verdict": 1_900,
 }
 TOTAL_LINES = 47_000 + sum(GRANTED.values())
 TOTAL_CLASSES = 615
 TOTAL_MODULES = 251
 SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025
-TEST_LINES = 50_930
+TEST_LINES = 50_944
 HAND_WRITTEN_PAGES = 12
 WORDS = 25_000
 GENERATED_PAGES = {"rules.md", "settings.md"}

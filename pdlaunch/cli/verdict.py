@@ -164,7 +164,7 @@ def verdict(
                 arm = next(arm for arm in arms if arm.name == found.winner)
                 text = serve_yaml(arm, loaded.config, on_cpu=on_cpu)
                 _write(output / WINNER, text)
-                for line in text.splitlines():
+                for line in text.splitlines()[1:]:
                     if line.startswith("# "):
                         say(f"{WINNER}: {line[2:]}")
             _show(found, output, form)
@@ -254,6 +254,9 @@ def _without_secrets(values: Any, section: str = "") -> tuple[Any, list[str]]:
 def _holds_secret(path: str, value: object) -> bool:
     if value is None or isinstance(value, bool):
         return False
+    if isinstance(value, str) and value.startswith(("{", "[")):
+        with contextlib.suppress(msgspec.DecodeError):  # an argument that is JSON
+            return bool(_without_secrets(msgspec.json.decode(value))[1])
     if path in all_settings():
         named = is_secret(path)
     else:

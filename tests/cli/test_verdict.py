@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from typer.testing import Result
 
+from pdlaunch.bench.verdict.arms import config_to_measure
 from pdlaunch.bench.verdict.measure import Launches
 from pdlaunch.bench.verdict.queueing import Arm
 from pdlaunch.bench.verdict.search import Findings, Probe, Race
@@ -76,6 +77,12 @@ def test_settings_that_no_arm_can_have_are_refused(name: str, model: Path) -> No
     result = verdict(model, *GOALS, **{name: "2"})
     assert (result.exit_code, "value: 2" in result.output) == (2, True)
     assert "tensor_parallel_size alone" in " ".join(result.output.split())
+
+
+def test_no_autopilot_changes_an_arm_while_it_is_measured(model: Path) -> None:
+    given = load_config(None, {}, {"model": str(model), "autopilot": "dry-run"})
+    arm = Arm(1, num_both=2)
+    assert config_to_measure(arm, given, on_cpu=True).config.autopilot == "off"
 
 
 def measuring_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Findings]:
@@ -173,7 +180,8 @@ def test_the_file_of_the_winner_is_what_was_asked_for_with_its_engines_and_no_se
     file.write_text(
         "model: /models/a\nengine: vllm\nengine_args: {max-logprobs: 5,"
         " long-prefill-token-threshold: 9,"
-        " kv-transfer-config: {at: [{password: hidden, kv_port: 7}]}}\n"
+        " kv-transfer-config: {at: [{password: hidden, kv_port: 7}]},"
+        """ hf-overrides: '{"api_key": "hidden"}', speculative-config: '{"num_tokens": 3}'}\n"""
         "port: 9001\n"
         "routing: {policy: pairs}\nprefill: {replicas: 3, max_num_seqs: 7}\n"
         "env: {HF_TOKEN: hidden, OTHER: shown, PROXY: 'http://me:hidden@host'}\n"
@@ -186,6 +194,7 @@ def test_the_file_of_the_winner_is_what_was_asked_for_with_its_engines_and_no_se
     assert "# left out: api_key" in text
     assert "# left out: engine_args.kv-transfer-config.at.0.password" in text
     assert "kv_port: 7" in text
+    assert "num_tokens" in text
     assert "long-prefill-token-threshold: " in text
     written = tmp_path / "deploy.yaml"
     written.write_text(text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import statistics
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -192,7 +193,12 @@ def predict(
         return sum(met) >= attainment * len(met)
 
     low, high = 0.01, 0.02
-    while is_met(high) and high < 1e4:
+    lengths = (figures.max_batched_tokens, *(length for length, _ in figures.prefill))
+    tokens_per_s = max(length / figures.prefill_s(length) for length in lengths)
+    prompt_tokens = statistics.mean(job.prompt_tokens for job in jobs_at(1.0, 0))
+    # Goals that are met at twice what engines can compute are met at any rate.
+    most = 2 * (arm.num_both or arm.num_prefill) * tokens_per_s / prompt_tokens
+    while is_met(high) and high < most:
         low, high = high, high * 2
     for _ in range(9):
         middle = math.sqrt(low * high)

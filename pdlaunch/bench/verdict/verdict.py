@@ -109,7 +109,7 @@ def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verd
     winner = best.get("split" if choice == "split" else "aggregated")
     if winner is not None and choice != "unknown" and limits[winner]:
         text += f" {winner} is limited by: {limits[winner]}."
-    left = {arm.name: "no time was left" for arm in race.arms if arm.name not in measured}
+    left = {arm.name: "the search ended before" for arm in race.arms if arm.name not in measured}
     rows = [_row(by_name[name], measured[name], race, findings, limits[name]) for name in order]
     return Verdict(
         choice=choice,
@@ -145,6 +145,11 @@ def _verdict(
         return "unknown", (
             f"No verdict: no rate that was tried met the goals with {' or '.join(failed)}; the "
             f"lowest was {measured[lowest].rate:.3g} requests/s (limited by: {limits[lowest]})."
+        )
+    if together.bound and split.bound:
+        return "unknown", (
+            f"No verdict: every rate that was tried met the goals: {said['aggregated']}, and "
+            f"{said['split']}. Set tighter goals, or give more --minutes."
         )
     return "no difference", (
         f"No difference beyond the noise: {said['aggregated']} within your SLO, and the best "

@@ -35,7 +35,10 @@ def run(
 ) -> tuple[Verdict, Findings]:
     race = Race(arms, 0.9, budget_s, launches.load.probe_s)
     findings = findings or Findings()
-    find_verdict(race, findings, launches, lambda _: None, lambda _: None, launches.clock)
+    shown: list[str] = []
+    find_verdict(race, findings, launches, lambda _: None, shown.append, launches.clock)
+    told = [arm.name for arm in arms if f"{arm.name}: predicting its goodput" in shown]
+    assert told == list(race.predictions), "it takes seconds"
     return answer(race, findings, ruled_out or {}), findings
 
 
@@ -116,6 +119,13 @@ def test_goals_that_no_rate_meets_give_no_verdict() -> None:
     assert {row["bound"] for row in found.rows} == {"less than"}
     assert {row["error_percent"] for row in found.rows} == {None}
     assert found.note.startswith("No prediction")
+
+
+def test_goals_that_every_rate_meets_bound_the_goodput_from_below() -> None:
+    found, _ = run(SimulatedLaunches(load_of(), Goals(ttft_ms=1e8), 1))
+    assert (found.choice, found.winner) == ("unknown", None)
+    assert found.text.count(" gives at least ") == 2
+    assert "every rate that was tried met the goals" in found.text
 
 
 def test_an_arm_that_breaks_later_does_not_win() -> None:
