@@ -19,7 +19,7 @@ from pdlaunch.launch.client.admin import admin_api, own_launches
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import states, streamed
-from tests.e2e.conftest import launched
+from tests.e2e.conftest import default_environ, launched
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy
 from tests.e2e.waiting import await_true
 
@@ -130,16 +130,16 @@ def test_engines_come_turn_and_go_while_streams_run(llama: Path) -> None:
         assert status["errors"] == 0, json.dumps(status["events"])
 
 
-def test_the_autopilot_turns_a_decode_engine_into_one_of_prefill(llama: Path) -> None:
-    """Long prompts with short answers: the prefill engine is busy, two decode engines idle."""
+def test_the_autopilot_turns_a_prefill_engine_into_one_of_decode(llama: Path) -> None:
+    """Short prompts and long answers fill the batch of the only decode engine."""
     rng = random.Random(6)
-    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(1_900)] for _ in range(7)]
-    expected = greedy(llama, prompts, 3)
-    flags = ("--decode", "2", "--autopilot", "on", "--no-enable-prefix-caching")
-    with launched(llama, *flags) as deployment:
-        load = Load(deployment.url, prompts, expected, num_streams=6, pause_s=0.0)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(8)] for _ in range(7)]
+    expected = greedy(llama, prompts, 200)
+    flags = ("--prefill", "2", "--autopilot", "on", "--max-num-seqs", "4")
+    with launched(llama, *flags, environ=default_environ()) as deployment:
+        load = Load(deployment.url, prompts, expected, num_streams=8, pause_s=0.0)
         with load.running():
-            wanted = ["decode", "prefill", "prefill"]
+            wanted = ["decode", "decode", "prefill"]
 
             def roles() -> list[str]:
                 now = states(deployment.url)
@@ -151,4 +151,4 @@ def test_the_autopilot_turns_a_decode_engine_into_one_of_prefill(llama: Path) ->
         _, status = admin_api(deployment.url).get_object("/pdlaunch/status")
         assert status["errors"] == 0, json.dumps(status["events"])
         (told,) = [each for each in status["events"] if each["text"].startswith("autopilot: ")]
-        assert "prompts wait" in told["text"]
+        assert "requests run" in told["text"]
