@@ -131,10 +131,11 @@ def test_what_does_not_work_is_named(demo: Deployment, fields: dict[str, Any], p
 
 
 def test_too_long_prompt_names_both_numbers(demo: Deployment) -> None:
+    card = json.loads(Api(demo.url).get("/v1/models")[1])["data"][0]
     status, body = Api(demo.url).post("/v1/completions", {"prompt": [5] * 9000, "max_tokens": 2})
     assert status == 400
     assert "9000" in body["error"]["message"]
-    assert "8192" in body["error"]["message"]
+    assert str(card["max_model_len"]) in body["error"]["message"]
 
 
 def test_tokenize_and_back(demo: Deployment) -> None:
