@@ -23,7 +23,7 @@ MAX_ARMS = 5
 _FIRST_FACTOR, _LATER_FACTOR = 1.4, 1.2  # first steps of a bisection
 _PRECISION = 1.06  # Narrower brackets are not divided.
 _DRIFT = 1.15  # An arm is dropped after one visit if even this factor would not make it the best.
-_MIN_PROBES = 2
+_MIN_PROBES, _MIN_FAILED_PROBES = 2, 5
 # How far the goodput may be from the probed rates: the first factor if all probes passed or all
 # failed, the second if only those of a draw did (shares fall from 1 to 0 within about as much).
 _OPEN, _SLOPE = 2.0, 1.2
@@ -264,7 +264,10 @@ class Race(msgspec.Struct, frozen=True):
         taken_s = sum(probe.seconds for probe in here)
         slot_s = (self.budget_s - findings.spent_s + taken_s) / num_pending - findings.start_s
         expected_s = statistics.mean([probe.seconds for probe in here] or [self.probe_s])
-        if len(here) >= _MIN_PROBES and taken_s + expected_s > slot_s:
+        # Without any rate that passes there is no verdict, and probes that fail are short.
+        has_passed = any(probe.passes(self.attainment) for probe in probes)
+        least = _MIN_PROBES if has_passed else _MIN_FAILED_PROBES
+        if len(here) >= least and taken_s + expected_s > slot_s:
             return 0.0
         # A prediction far below the best may be wrong; a probe at such a rate takes long.
         floor = max(self.predictions.values(), default=float(arm.num_devices)) / 4

@@ -100,6 +100,16 @@ def test_when_the_time_is_over_no_further_arm_is_begun() -> None:
     assert begun == {arm.name for arm in arms}
 
 
+def test_a_first_rate_that_was_far_too_high_does_not_end_without_a_goodput() -> None:
+    race = Race([Arm(1, num_both=2), Arm(1, num_prefill=1, num_decode=1)], 0.9, 60.0, 10.0)
+    race.predictions.update({arm.name: 8.0 for arm in race.arms})
+    found = Findings(figures={1: FIGURES}, hand_over_s=0.0, spent_s=90.0)
+    while (step := race.next_step(found)) is not None:
+        one = probe(step.rate, 40 if step.rate < 2 else 0)
+        found.probes.append(msgspec.structs.replace(one, arm=step.arm.name, visit=step.visit))
+    assert [each.bound for each in race.estimates(found).values()] == ["", ""]
+
+
 def test_of_many_arms_five_are_measured_though_a_prediction_was_wrong() -> None:
     arms = list(all_arms(8))
     race = Race(arms, 0.9, 60.0, 10.0)
