@@ -211,7 +211,7 @@ def _digest(load: Load, slo: Any, attainment: float, num_devices: int, engines: 
 
 
 def _described(race: Race, engines: RoleEngines, num_devices: int) -> str:
-    """List the arms, and the minutes that they take if no arm is ruled out."""
+    """List the arms and how many minutes all of them take."""
     kind = f"{engines.settings.engine} on {engines.device}"
     start_s = _START_S.get(kind, _SLOW_START_S)
     num_singles = sum(arm.num_both > 0 for arm in race.arms) + 1

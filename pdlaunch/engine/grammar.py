@@ -1,4 +1,4 @@
-"""Finds the tokens that a request's grammar allows next, from the output tokens alone.
+"""Finds which tokens a request's grammar allows next; only output tokens are needed.
 
 So any engine can rebuild the state of the grammar: for decode, after a preemption or after a death.
 Only rank 0 samples, so only rank 0 needs masks. Importing llguidance, reading the tokenizer (both

@@ -255,7 +255,7 @@ class ResponseWriter:
 
 
 class ResponseStream(ClientStream):
-    """Translates the events of a streamed chat into events of a response."""
+    """Turns the events of a chat stream into those of a response stream."""
 
     def __init__(
         self, http: web.BaseRequest, headers: Mapping[str, str], writer: ResponseWriter

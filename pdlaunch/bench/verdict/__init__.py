@@ -1,1 +1,1 @@
-"""Measures whether disaggregation pays for a load on this machine, and in which split."""
+"""Measures whether a load gains from disaggregation on this machine, and which split is best."""

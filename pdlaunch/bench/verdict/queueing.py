@@ -63,7 +63,7 @@ class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(NamedTuple):
-    """One request for a pool of engines."""
+    """One request to the simulated engines."""
 
     at_s: float
     prompt_tokens: int  # uncached ones
@@ -134,7 +134,7 @@ class _Engine:
 
 
 def run_pool(num_engines: int, jobs: Sequence[Job], figures: EngineFigures) -> list[list[float]]:
-    """Return the instants of each job's tokens; ``jobs`` are in the order of arrival."""
+    """Return when each token of each job arrives. ``jobs`` are sorted by arrival."""
     tokens_at: list[list[float]] = [[] for _ in jobs]
     engines = [_Engine(figures, tokens_at) for _ in range(num_engines)]
     for number, job in enumerate(jobs):
