@@ -20,7 +20,7 @@ VLLM_VERSIONS ?= 0.28.0 0.31.0 0.32.0
 VLLM_INTERFACES ?= 0.24.0 0.33.0
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo
 	@echo 'ARGS passes flags on:     make serve ARGS="--port 9000"'
 	@echo '                          make test ARGS="-k leases"'

@@ -1,1 +1,1 @@
-"""Benchmarks of single parts, outside the wheel: ``python -m benchmarks.step`` and others."""
+"""Benchmarks of single parts (``python -m benchmarks.step`` and others). The wheel omits them."""

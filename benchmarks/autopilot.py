@@ -1,9 +1,10 @@
-"""Measures ``autopilot`` beside fixed splits of three engines, in virtual time.
+"""Compares ``autopilot`` with fixed splits of three engines, in virtual time.
 
-The routing policy, the status and the decisions are those of the router; engines are simulated.
-``python -m benchmarks.autopilot turning`` plays a load that changes every 300 s, on engines with
-about the speed of an 8B model on an H100. ``... random`` plays random loads, without and with the
-autopilot. Each prints rows of JSON: requests per second within the SLO, and the role changes.
+Routing policy, status and decisions are the router's own code; engines are simulated. ``python -m
+benchmarks.autopilot turning`` simulates a load that changes every 300 s, on engines with about the
+speed of an 8B model on an H100. ``... random`` simulates random loads, without and with the
+autopilot; ``... sweep`` random loads that turn and turn back, by fifteen SLOs. All three print
+rows of JSON: requests per second within the SLO or their ratios, and the role changes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pdlaunch.router.pool import EnginePool
 
 @dataclass(frozen=True)
 class Phase:
-    """Describes a load: requests arrive at random."""
+    """A load with random arrivals."""
 
     seconds: float
     requests_per_s: float
@@ -49,7 +50,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Speeds:
-    """A token takes ``token_s`` and ``stream_s`` for each stream of its engine."""
+    """A token takes ``token_s``, plus ``stream_s`` for each stream of its engine."""
 
     prompt_tokens_per_s: float = 20_000.0
     token_s: float = 0.008
@@ -76,7 +77,7 @@ class SimulatedRequest:
     num_tokens: float = 0.0
 
     def is_good(self, ttft_s: float, itl_s: float) -> bool:
-        """Return whether it was answered within the SLO."""
+        """Return True if the request was answered within the SLO."""
         if not self.ended_at:
             return False
         gap_s = (self.ended_at - self.first_at) / max(1, self.num_output_tokens - 1)
@@ -93,7 +94,7 @@ class SimulatedEngine:
 
 
 class Simulation:
-    """Plays three engines and their router; ``advance`` moves the clock."""
+    """Simulates three engines and their router; ``advance`` moves the clock."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class Simulation:
         for phase in phases:
             at = begin_at + random_.expovariate(phase.requests_per_s)
             while at < begin_at + phase.seconds:
-                # Lengths as in real traffic: many short ones, few long ones.
+                # As in real traffic, many requests are short and few are long.
                 lengths = (phase.prompt_tokens, phase.output_tokens)
                 drawn = [max(2, int(random_.gammavariate(2.0, mean / 2.0))) for mean in lengths]
                 yield SimulatedRequest(at, *drawn)
@@ -227,7 +228,7 @@ class Simulation:
             engine.streams.append(request)
 
     def _decode(self, request: SimulatedRequest) -> None:
-        """Give a stream to its decode engine, or to another one if that has left."""
+        """Give a stream to its decode engine, or to another engine if that has left."""
         able = [each for each in self.engines if each.role == "decode" and each.state != "starting"]
         chosen = [each for each in able if each.name == request.decode]
         others = [each for each in able if each.state == "ready"]
@@ -305,7 +306,7 @@ class Simulation:
         return self.status()
 
     async def ask(self, command: ChangeEngines) -> Answered:
-        """Change the role of an engine: it drains, stops and starts under another name."""
+        """Change the role of an engine: drain it, stop it, start it under a new name."""
         assert command.role is not None
         engine = next(each for each in self.engines if each.name == command.engine)
         self.changes.append((round(self.now, 1), engine.name, command.role))
@@ -338,7 +339,7 @@ def simulate(
     seed: int = 0,
     **fields: Any,
 ) -> Simulation:
-    """Play a load to its end."""
+    """Simulate a load to its end."""
     simulation = Simulation(roles, phases, seed, **fields)
     notes: list[str] = []
     if mode == "off":
@@ -367,12 +368,12 @@ MODES: tuple[AutopilotMode, ...] = ("off", "on")
 
 
 def goodput(simulation: Simulation, ttft_s: float = TTFT_S, itl_s: float = ITL_S) -> float:
-    """Return the requests a second that were answered within the SLO."""
+    """Return the requests per second that were answered within the SLO."""
     num_good = sum(request.is_good(ttft_s, itl_s) for request in simulation.requests)
     return num_good / simulation.ends_at
 
 
-def measure_turning(seed: int) -> Iterator[dict[str, Any]]:
+def measure_turning(seed: int, policy: RoutingPolicy) -> Iterator[dict[str, Any]]:
     arms: Sequence[tuple[str, Sequence[Role], AutopilotMode]] = (
         ("1P2D", ONE_TWO, "off"),
         ("2P1D", TWO_ONE, "off"),
@@ -380,7 +381,7 @@ def measure_turning(seed: int) -> Iterator[dict[str, Any]]:
         ("autopilot from 2P1D", TWO_ONE, "on"),
     )
     for name, roles, mode in arms:
-        played = simulate(roles, TURNING, mode, seed)
+        played = simulate(roles, TURNING, mode, seed, policy=policy)
         yield {
             "arm": name,
             "requests": len(played.requests),
@@ -389,8 +390,14 @@ def measure_turning(seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def measure_random(seed: int) -> dict[str, Any]:
-    """Play a load that asks for up to 2.6 engines, steady or turning, from either split."""
+def phase_of(speeds: Speeds, seconds: float, rate: float, prompts: float, tokens: float) -> Phase:
+    """Return a phase; ``prompts`` and ``tokens`` are the numbers of engines that they occupy."""
+    num_tokens = prompts * speeds.prompt_tokens_per_s / rate, tokens / speeds.stream_s / rate
+    return Phase(seconds, rate, *(max(4, int(number)) for number in num_tokens))
+
+
+def measure_random(seed: int, policy: RoutingPolicy) -> dict[str, Any]:
+    """Simulate a random load of up to 2.6 engines, steady or changing, from a random split."""
     drawn = random.Random(seed)
     start_s = drawn.choice([6.0, 20.0])
     speeds = Speeds(prompt_tokens_per_s=2_000.0, token_s=0.02, stream_s=0.002, start_s=start_s)
@@ -398,13 +405,13 @@ def measure_random(seed: int) -> dict[str, Any]:
     def phase(seconds: float) -> Phase:
         prompts = drawn.uniform(0.1, 2.0)
         tokens, rate = drawn.uniform(0.1, min(1.9, 2.6 - prompts)), drawn.uniform(0.8, 4.0)
-        num_tokens = prompts * speeds.prompt_tokens_per_s / rate, tokens / speeds.stream_s / rate
-        return Phase(seconds, rate, *(max(4, int(number)) for number in num_tokens))
+        return phase_of(speeds, seconds, rate, prompts, tokens)
 
     seconds = [drawn.choice([40.0, 80.0, 120.0, 240.0]) for _ in range(2)]
     phases = drawn.choice([[phase(300.0)], [phase(each) for each in seconds] * 3])
     roles = drawn.choice([ONE_TWO, TWO_ONE])
-    runs = [simulate(roles, phases, mode, seed, speeds=speeds, tick_s=0.02) for mode in MODES]
+    fields: dict[str, Any] = {"speeds": speeds, "policy": policy, "tick_s": 0.02}
+    runs = [simulate(roles, phases, mode, seed, **fields) for mode in MODES]
     return {
         "load": [msgspec.to_builtins(each) for each in phases[:2]],
         "start": f"{roles.count('prefill')}P{roles.count('decode')}D",
@@ -413,16 +420,55 @@ def measure_random(seed: int) -> dict[str, Any]:
     }
 
 
+def measure_sweep(seed: int) -> dict[str, Any]:
+    """Simulate a load that turns from prompts to tokens and back; compare with fixed splits.
+
+    Leave out SLOs that the better fixed split meets for less than 15 % of the requests.
+    """
+    drawn = random.Random(seed)
+    speeds = Speeds(prompt_tokens_per_s=2_000.0, token_s=0.02, stream_s=0.002, start_s=6.0)
+    rate = drawn.uniform(0.8, 3.0)
+    shares = [
+        (drawn.uniform(1.2, 1.95), drawn.uniform(0.1, 0.6)),
+        (drawn.uniform(0.1, 0.7), drawn.uniform(1.2, 1.9)),
+    ]
+    phases = [phase_of(speeds, 300.0, rate, *share) for share in shares] * 2
+
+    def runs_of(policy: RoutingPolicy, mode: AutopilotMode) -> list[Simulation]:
+        fields: dict[str, Any] = {"speeds": speeds, "policy": policy, "tick_s": 0.02}
+        return [simulate(roles, phases, mode, seed, **fields) for roles in (ONE_TWO, TWO_ONE)]
+
+    piloted, fixed, pairs = runs_of("load", "on"), runs_of("load", "off"), runs_of("pairs", "off")
+    ratios = []
+    for slo in itertools.product((1.5, 3.0, 6.0), (0.03, 0.04, 0.05, 0.06, 0.08)):
+        best, by_load, by_pairs = (
+            max(goodput(run, *slo) for run in runs) for runs in (piloted, fixed, pairs)
+        )
+        if by_load > 0.15 * rate:
+            ratios.append((best / by_load, best / max(by_pairs, 1e-3)))
+    return {
+        "load": [msgspec.to_builtins(each) for each in phases[:2]],
+        "over_fixed": round(max(first for first, _ in ratios), 2) if ratios else None,
+        "least_over_pairs": round(min(second for _, second in ratios), 2) if ratios else None,
+        "changes": [run.changes for run in piloted],
+    }
+
+
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["turning", "random"])
+    parser.add_argument("what", choices=["turning", "random", "sweep"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loads", type=int, default=100, help="number of random loads")
+    parser.add_argument("--routing", choices=["load", "pairs"], default="load")
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + options.loads)
-    is_turning = options.what == "turning"
-    rows = measure_turning(options.seed) if is_turning else map(measure_random, seeds)
+    if options.what == "turning":
+        rows = measure_turning(options.seed, options.routing)
+    elif options.what == "sweep":
+        rows = map(measure_sweep, seeds)
+    else:
+        rows = (measure_random(seed, options.routing) for seed in seeds)
     for row in rows:
         print(json.dumps(row), flush=True)  # noqa: T201
 

@@ -1,7 +1,7 @@
 """Restarts engines and changes their number under load: ``python -m benchmarks.churn``.
 
-Every answer is compared with that of the model alone; descriptors, files, processes and memory of
-supervisor and router are counted before and after.
+Every answer is compared with the answer of the bare model. Descriptors, files, processes and memory
+of supervisor and router are counted before and after.
 """
 
 # ruff: noqa: T201 - a script

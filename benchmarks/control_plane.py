@@ -1,8 +1,8 @@
 """Measures the control plane with simulated engines: ``python -m benchmarks.control_plane``.
 
-Supervisor, control channel and router are the real ones. One other process simulates all engines
-(``simulated_engines``): it registers them, beats their hearts, claims to have proven their pairs
-and answers HTTP.
+Supervisor, control channel and router are the real ones. Another process (``simulated_engines``)
+simulates all engines: it registers them, sends their heartbeats, claims that their pairs are
+proven, and answers HTTP.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from tests.launch.fakes import FakePlaces
 
 HANG_TIMEOUT_S = 60.0
 SETTLE_S = 3.0
-"""Time between two phases, in which what one has caused comes to its end."""
+"""Time between two phases, in which the effects of the first one end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Holds what happened since another one: messages, bytes and seconds of CPU."""
+    """Messages, bytes and CPU seconds up to an instant, or between two instants (``since``)."""
 
     at: float = 0.0
     received: int = 0
@@ -65,7 +65,7 @@ class Cost:
 
 @dataclass
 class Counted:
-    """Counts the messages of the control channel."""
+    """Counts of messages on the control channel."""
 
     received: int = 0
     sent: int = 0
@@ -73,7 +73,7 @@ class Counted:
 
 
 class SimulatedHost(LocalHost):
-    """Starts the router on this machine, and has ``simulator`` stand for all other processes."""
+    """Starts the router on this machine; ``simulator`` simulates all other processes."""
 
     def __init__(
         self, control: zmq.Socket[bytes], run_dir: Path, simulator: subprocess.Popen[bytes]
@@ -133,7 +133,7 @@ class SimulatedHost(LocalHost):
 
 
 class _Bootstraps(Bootstraps):
-    """Makes the bootstrap of the router; simulated processes get none of their own."""
+    """Makes the bootstrap of the router; simulated processes do not read theirs."""
 
     def __init__(
         self, keys: LaunchKeys, control: str, run_dir: Path, listener: socket.socket
@@ -158,9 +158,9 @@ class _Bootstraps(Bootstraps):
 
 @dataclass
 class Script:
-    """Is the loop's source of events, and goes from phase to phase: start, rest, scrape, restart.
+    """Provides the supervisor's events, and runs the phases: start, rest, scrape, restart.
 
-    As an observer it hears when the launch is ready.
+    It is also the launch's observer: ``ready`` begins the phases.
     """
 
     host: SimulatedHost
@@ -207,7 +207,7 @@ class Script:
         )
 
     def _run(self) -> Iterator[float]:
-        """Yield how long to go on until the next phase."""
+        """Run the phases. Yield how long to wait until the next step, in seconds."""
         self.costs["start"] = self.cost().since(self.costs["begin"])
         yield SETTLE_S
         for phase in ("rest", "scrape", "restart"):
@@ -227,13 +227,13 @@ class Script:
 
 
 def _scrape(port: int) -> subprocess.Popen[bytes]:
-    """Read the router's page, with those of all engines, from another process."""
+    """Start a process that reads the router's /metrics, which include those of all engines."""
     code = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{port}/metrics').read()"
     return subprocess.Popen([sys.executable, "-c", code])
 
 
 def make_plan(num_engines: int) -> Plan:
-    """Plan half of the engines for prefill and half for decode, of one rank each."""
+    """Plan one half of the engines for prefill, the other for decode, each with one rank."""
     specs: list[ProcessSpec] = []
     for role in PAIR:
         for index in range(num_engines // 2):
@@ -256,7 +256,7 @@ def _engine(role: Role, name: str) -> tuple[ProcessSpec, ProcessSpec]:
 
 
 def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
-    """Run one launch of simulated engines; return the cost of each phase and the pairs proven."""
+    """Run a launch of simulated engines; return phase -> cost, and the number of proven pairs."""
     plan = make_plan(num_engines)
     keys = new_launch_keys()
     with contextlib.ExitStack() as stack:
@@ -297,7 +297,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
 
 
 def main() -> None:
-    """Print tables of Markdown, a row for each number of engines."""
+    """Print a Markdown table with a row for each number of engines."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", default="10,100,1000", help="numbers of engines")
     parser.add_argument("--seconds", type=float, default=20.0, help="time at rest")

@@ -1,9 +1,9 @@
-"""Measures what the short prompts of one client wait for while another one has many long ones.
+"""Measures how long one client's short prompts wait while another client sends many long prompts.
 
-``python -m benchmarks.fairness`` prints a row of JSON where both clients have keys of their own,
-and one where they share a key, so that nobody waits for a turn: milliseconds to the first token,
-median, 99th percentile and longest. The engines are simulated (``plain_engine.py``), or with
-``--demo`` those of ``pdlaunch serve``, which get fewer prompts.
+``python -m benchmarks.fairness`` prints two rows of JSON: in the first the clients have different
+keys, in the second they share a key, so that the router does not alternate between them. A row has
+the milliseconds to the first token: median, 99th percentile and longest. The engines are simulated
+(``plain_engine.py``); with ``--demo`` they are those of ``pdlaunch serve``, and get fewer prompts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _seeds = itertools.count()
 
 @contextlib.contextmanager
 def deployment(keys: Sequence[str], given: argparse.Namespace, folder: Path) -> Iterator[str]:
-    """Yield the URL of a router that knows these keys."""
+    """Yield the URL of a router with these API keys."""
     entries = [{"name": key, "sha256": hashlib.sha256(key.encode()).hexdigest()} for key in {*keys}]
     file = folder / "deploy.json"
     file.write_text(json.dumps({"api_keys": entries, "routing": {"policy": "pairs"}}))
@@ -54,7 +54,7 @@ def deployment(keys: Sequence[str], given: argparse.Namespace, folder: Path) -> 
 
 
 def prompts(number: int, num_tokens: int) -> list[list[int]]:
-    """Return new random prompts, made before time counts."""
+    """Return new random prompts; called before the time is measured."""
     ids = range(1000, 9000)
     return [random.Random(next(_seeds)).choices(ids, k=num_tokens) for _ in range(number)]
 
@@ -92,7 +92,7 @@ async def measure(url: str, keys: Sequence[str], given: argparse.Namespace) -> d
             beside_s.append(await ask(short, model, beside[len(beside_s)]))
         num_done = sum(work.done() for work in works)
         if not beside_s:
-            raise RuntimeError("the long prompts ended before a short one began: raise --num-long")
+            raise RuntimeError("the long prompts ended first: raise --num-long")
         for work in works:
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)
@@ -114,12 +114,12 @@ def main() -> None:
     parser.add_argument("--long-tokens", type=int)
     parser.add_argument("--num-short", type=int)
     parser.add_argument("--short-tokens", type=int, default=100)
-    parser.add_argument("--num-alone", type=int, help="long prompts one after another, at first")
-    parser.add_argument("--ahead-s", type=float, default=2.0, help="start of the long prompts")
+    parser.add_argument("--num-alone", type=int, help="long prompts in sequence, sent first")
+    parser.add_argument("--ahead-s", type=float, default=2.0, help="head start of long prompts")
     parser.add_argument("--tokens-per-s", type=float, default=40_000, help="of simulated prefill")
     is_demo = parser.parse_known_args()[0].demo
-    # A CPU computes a few hundred tokens/s. A router sends two prompts at once if they have 2,048
-    # tokens together.
+    # A CPU computes a few hundred tokens/s, so there are few prompts. Long prompts exceed 2,048
+    # tokens: the router may send two prompts at once if they have fewer together.
     few = {"num_long": 12, "long_tokens": 2_100, "num_short": 6, "num_alone": 3}
     many = {"num_long": 200, "long_tokens": 4_000, "num_short": 100, "num_alone": 10}
     parser.set_defaults(**(few if is_demo else many))

@@ -1,12 +1,13 @@
 """Measures routing by KV events; each subcommand prints a row of JSON.
 
 ``python -m benchmarks.kv_routing index``: lookups, updates and memory of the router's index.
-``... reader``: what a router spends on a prompt with and without tokens.
-``... trace``: shared prefixes on simulated engines with room for half of the working set, with
-the index and by load alone.
-``... simulated``: the same conversations as ``chats`` on simulated engines.
-``... chats --router pdlaunch|vllm-router``: conversations with a prefill and two decode engines of
-the demo model on this CPU, behind either router.
+``... reader``: a router's CPU time for a prompt, with and without tokenization.
+``... trace``: shared prefixes on simulated engines that can hold half of the prefixes, routed with
+the index, and by load alone.
+``... simulated``: the conversations of ``chats`` on simulated engines.
+``... chats --router pdlaunch|vllm-router``: conversations through either router, with one prefill
+and two decode engines of the demo model on this CPU, or with the prefill and the decode engine of
+``--config FILE``, native or of vLLM.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ import aiohttp
 import psutil
 
 from benchmarks.router_cost import held_ports, quantiles_ms, running
+from pdlaunch.api import load_config
 from pdlaunch.config.model_files.identity import text_digests
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.served_model import ServedModel
@@ -76,7 +78,7 @@ def measure_index() -> dict[str, Any]:
     for prompt in prompts:
         assert held.num_held(prompt.keys(BLOCK_SIZE)) == len(keys)
     lookup_us = (time.process_time() - begin_at) / len(prompts) * 1e6
-    # A message of a step: 8 blocks are stored, 8 that are held are removed.
+    # A message of a step: 8 new blocks are stored, 8 held blocks are removed.
     num_frames, num_held = 5_000, len(held)
     new = [random_.getrandbits(64) for _ in range(8 * num_frames)]
     old = random_.sample(list(held._keys["device"]), len(new))
@@ -105,11 +107,11 @@ def measure_index() -> dict[str, Any]:
     }
 
 
-# What it costs a router
+# The cost for a router
 
 
 def told_pool(names: Sequence[str]) -> EnginePool:
-    """Return a pool of native engines that have told their blocks: none."""
+    """Return a pool of native engines that have reported that they hold no blocks."""
     pool = EnginePool(time.monotonic)
     entries = [
         Entry(
@@ -125,7 +127,7 @@ def told_pool(names: Sequence[str]) -> EnginePool:
     ]
     pool.update(Registry(version=1, entries=entries))
     for name in names:
-        pool.index.begin(name).apply(KVBlocks(block_size=BLOCK_SIZE, num_blocks=4096))
+        pool.index.apply(name, KVBlocks(block_size=BLOCK_SIZE, num_blocks=4096))
     return pool
 
 
@@ -193,7 +195,7 @@ class LruBlocks:
 
 
 class SimulatedEngine:
-    """Has room for so many blocks, and computes a prompt in no time."""
+    """An engine with a cache of ``num_blocks``, which computes prompts in no time."""
 
     def __init__(self, name: str, role: Role, num_blocks: int, index: KVIndex) -> None:
         self.engine = Engine(
@@ -203,20 +205,25 @@ class SimulatedEngine:
             state="ready",
         )
         self._blocks = LruBlocks(num_blocks)
-        self._held = index.begin(name)
+        self._index = index
 
     def serve(self, keys: Sequence[int]) -> int:
-        """Compute a prompt; return how many of its blocks were there."""
+        """Compute a prompt; return how many of its blocks were cached."""
         self.engine.last_pick = next(_PICKS)
         found, gone = self._blocks.use(keys)
         sizes = {"block_size": BLOCK_SIZE, "num_blocks": self._blocks.num_blocks}
-        self._held.apply(KVBlocks(**sizes, stored={"device": list(keys[found:])}))  # type: ignore[arg-type]
-        self._held.apply(KVBlocks(**sizes, removed={"device": gone}))  # type: ignore[arg-type]
+        self._index.apply(
+            self.engine.name, KVBlocks(**sizes, stored={"device": list(keys[found:])})
+        )  # type: ignore[arg-type]
+        self._index.apply(self.engine.name, KVBlocks(**sizes, removed={"device": gone}))  # type: ignore[arg-type]
         return found
 
 
-def measure_trace(num_prefill: int, *, by_load: bool, num_prompts: int = 6_000) -> float:
-    """Return the share of prompt tokens cached at prefill; prompts share 64 prefixes."""
+def measure_trace(num_prefill: int, *, by_load: bool, num_prompts: int = 6_000) -> dict[str, Any]:
+    """Return the share of prompt tokens cached at prefill, and how many prompts each engine got.
+
+    The prompts have 64 shared prefixes.
+    """
     random_ = random.Random(1)
     prefixes = [[random_.randrange(50_000) for _ in range(1_024)] for _ in range(64)]
     # Half of the prefixes fit into all prefill engines together.
@@ -229,14 +236,17 @@ def measure_trace(num_prefill: int, *, by_load: bool, num_prompts: int = 6_000) 
     engines = [each.engine for each in (*prefills, *decodes)]
     by_name = {each.engine.name: each for each in (*prefills, *decodes)}
     num_found = num_asked = 0
-    weights = [1 / (rank + 1) for rank in range(64)]  # some are asked for far more often
+    served: Counter[str] = Counter()
+    weights = [1 / (rank + 1) for rank in range(64)]  # some prefixes are far more frequent
     for number in range(num_prompts):
         (prefix,) = random_.choices(prefixes, weights)
         prompt = PromptTokens([*prefix, *(random_.randrange(50_000) for _ in range(64))])
         request = RoutingRequest(
             num_prompt_tokens=len(prompt.token_ids), tokens=None if by_load else prompt
         )
+        index.age()
         route = choose(request, engines, index, 0.0, "pairs")
+        served[route.name.partition("->")[0]] += 1
         assert route.prefill is not None
         assert route.decode is not None
         by_name[route.decode.name].engine.last_pick = next(_PICKS)
@@ -244,13 +254,14 @@ def measure_trace(num_prefill: int, *, by_load: bool, num_prompts: int = 6_000) 
         found = by_name[route.prefill.name].serve(keys)
         if number >= num_prompts // 6:
             num_found, num_asked = num_found + found, num_asked + len(keys)
-    return num_found / num_asked
+    prompts = sorted(served.values())
+    return {"cached_share": round(num_found / num_asked, 3), "prompts_of_engines": prompts}
 
 
 def simulate_chats(*, always_pairs: bool) -> dict[str, float]:
-    """Serve the conversations of ``ChatLoad`` with one prefill and two decode engines, idle ones.
+    """Serve the conversations of ``ChatLoad`` with one prefill and two decode engines without load.
 
-    ``always_pairs``: as routers do that hand every prompt over.
+    ``always_pairs``: every prompt goes through a pair, as with some other routers.
     """
     random_, load, index = random.Random(2), ChatLoad(), KVIndex()
     roles: dict[str, Role] = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
@@ -268,12 +279,13 @@ def simulate_chats(*, always_pairs: bool) -> dict[str, float]:
     computed: list[int] = []
     later: list[int] = []
     for chat in turns:
-        # With what the template writes around a question.
+        # The chat template adds about 10 tokens to a question.
         chats[chat] += drawn(load.num_question_words + 10)
         prompt = PromptTokens(list(chats[chat]))
         chats[chat] += drawn(load.num_answer_tokens)
         request = RoutingRequest(num_prompt_tokens=len(prompt.token_ids), tokens=prompt)
         pool = [each.engine for each in engines.values()]
+        index.age()
         route = choose(request, pool, index, 0.0, "pairs" if always_pairs else "load")
         assert route.decode is not None
         first, decode = engines[(route.prefill or route.decode).name], engines[route.decode.name]
@@ -334,7 +346,7 @@ async def run_chats(url: str, load: ChatLoad, model: ServedModel) -> list[Turn]:
         messages = [{"role": "system", "content": system}]
         for num_turn in range(load.num_turns):
             messages.append({"role": "user", "content": words(random_, load.num_question_words)})
-            # Between two turns others have their turn, as people read and write.
+            # Between two turns of a chat, other chats proceed: users read and write meanwhile.
             async with places:
                 turn = await ask(session, url, messages, load.num_answer_tokens)
             turn.num_turn = num_turn
@@ -347,7 +359,7 @@ async def run_chats(url: str, load: ChatLoad, model: ServedModel) -> list[Turn]:
             turns.append(turn)
             sys.stderr.write(f"{len(turns)} of {load.num_chats * load.num_turns} turns\n")
 
-    # On a busy machine an answer may take longer than aiohttp waits by itself.
+    # On a busy machine an answer may take longer than aiohttp's default time-out.
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         await asyncio.gather(*(chat(session, number) for number in range(load.num_chats)))
     return turns
@@ -382,22 +394,22 @@ async def ask(
     return turn
 
 
-def possible_share(turns: Sequence[Turn]) -> float:
-    """Return the share of prompt tokens that one engine with unlimited memory would find."""
+def possible_share(turns: Sequence[Turn], block_size: int) -> float:
+    """Return the share of prompt tokens that one engine with unlimited memory would have cached."""
     seen: set[int] = set()
     num_found = num_tokens = 0
     for turn in sorted(turns, key=lambda each: each.begin_at):
-        keys = PromptTokens(turn.token_ids).keys(BLOCK_SIZE)
+        keys = PromptTokens(turn.token_ids).keys(block_size)
         found = next((i for i, key in enumerate(keys) if key not in seen), len(keys))
-        num_found += found * BLOCK_SIZE
+        num_found += found * block_size
         num_tokens += len(turn.token_ids)
         # The last token of an answer is never computed.
-        seen.update(PromptTokens(turn.token_ids + turn.output_ids[:-1]).keys(BLOCK_SIZE))
+        seen.update(PromptTokens(turn.token_ids + turn.output_ids[:-1]).keys(block_size))
     return num_found / num_tokens
 
 
 async def num_computed(urls: Sequence[str]) -> float:
-    """Return the prompt tokens that engines have computed, and not found or pulled."""
+    """Return the number of prompt tokens that engines have computed, neither cached nor pulled."""
     total = 0.0
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
         for url in urls:
@@ -409,11 +421,19 @@ async def num_computed(urls: Sequence[str]) -> float:
 
 
 @contextlib.contextmanager
-def served(router: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the URL to ask, and those of the engines, prefill first."""
-    flags = ("--engine", "native", "--decode", "2", "--kv-cache-memory", "256MiB")
+def served(router: str, folder: Path, config: str | None) -> Iterator[tuple[str, list[str]]]:
+    """Yield the URL of the router, and the URLs of the engines, prefill first."""
+    flags = ["--engine", "native", "--decode", "2", "--kv-cache-memory", "256MiB"]
     environ = os.environ | {"PDLAUNCH_ENGINE_API_KEY": KEY}
-    with running_deployment(flags, environ=environ, timeout_s=400.0) as deployment:
+    with contextlib.ExitStack() as stack:
+        if config is not None:
+            # Without these settings, engines of vLLM listen on no port.
+            flags, ports = [config], stack.enter_context(held_ports(2))
+            for role, number in zip(("PREFILL", "DECODE"), ports, strict=True):
+                environ[f"PDLAUNCH_{role}__PORT"] = str(number)
+        deployment = stack.enter_context(
+            running_deployment(flags, environ=environ, timeout_s=400.0)
+        )
         _, status = Api(deployment.url).get_object("/pdlaunch/status")
         engines = sorted(status["engines"], key=lambda each: each["role"], reverse=True)
         urls = [each["url"] for each in engines]
@@ -424,7 +444,8 @@ def served(router: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
             command = [
                 str(Path(sys.executable).with_name("vllm-router")),
                 *("--vllm-pd-disaggregation", "--prefill", urls[0]),
-                *("--decode", urls[1], "--decode", urls[2], "--kv-connector", "nixl"),
+                *(each for url in urls[1:] for each in ("--decode", url)),
+                *("--kv-connector", "nixl"),
                 *("--policy", "cache_aware", "--log-level", "error"),
                 *("--host", "127.0.0.1", "--port", str(port)),
                 *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(other)),
@@ -435,9 +456,9 @@ def served(router: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 async def measure_chats(
-    url: str, urls: Sequence[str], load: ChatLoad, model: ServedModel
+    url: str, urls: Sequence[str], load: ChatLoad, model: ServedModel, block_size: int
 ) -> dict[str, Any]:
-    # First connections and first steps are not counted.
+    # Warm up: first connections and first steps are not counted.
     await run_chats(url, ChatLoad(num_chats=4, num_turns=1, num_system_words=80, seed=2), model)
     before = await num_computed(urls)
     begin_at = time.monotonic()
@@ -448,7 +469,7 @@ async def measure_chats(
     return {
         "prompt_tokens": num_tokens,
         "cached_share": round(1 - computed / num_tokens, 4),
-        "possible_share": round(possible_share(turns), 4),
+        "possible_share": round(possible_share(turns, block_size), 4),
         "ttft_ms_of_later_turns": quantiles_ms([t.ttft_s for t in turns if t.num_turn]),
         "ttft_ms_of_first_turns": quantiles_ms([t.ttft_s for t in turns if not t.num_turn]),
         "seconds": round(took_s, 1),
@@ -468,10 +489,11 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["index", "reader", "trace", "simulated", "chats"])
     parser.add_argument("--router", choices=["pdlaunch", "vllm-router"], default="pdlaunch")
-    parser.add_argument("--at-once", type=int, default=2, help="turns of chats at a time")
+    parser.add_argument("--at-once", type=int, default=2, help="concurrent turns")
     parser.add_argument("--chats", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=4, help="of each chat")
+    parser.add_argument("--turns", type=int, default=4, help="turns in each chat")
     parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--config", help="settings of the engines, with block_size")
     given = parser.parse_args()
     match given.what:
         case "index":
@@ -481,8 +503,8 @@ def main() -> None:
         case "trace":
             row = {
                 f"{num_prefill} prefill engines": {
-                    "index": round(measure_trace(num_prefill, by_load=False), 3),
-                    "load": round(measure_trace(num_prefill, by_load=True), 3),
+                    "index": measure_trace(num_prefill, by_load=False),
+                    "load": measure_trace(num_prefill, by_load=True),
                 }
                 for num_prefill in (2, 4, 16)
             }
@@ -495,11 +517,13 @@ def main() -> None:
             load = ChatLoad(
                 given.chats, given.turns, given.at_once, num_answer_tokens=given.answer_tokens
             )
+            block_size = load_config(given.config).config.block_size or BLOCK_SIZE
             with (
                 tempfile.TemporaryDirectory() as folder,
-                served(given.router, Path(folder)) as (url, urls),
+                served(given.router, Path(folder), given.config) as (url, urls),
             ):
-                found = asyncio.run(measure_chats(url, urls, load, demo_model()[1]))
+                measured = measure_chats(url, urls, load, demo_model()[1], block_size)
+                found = asyncio.run(measured)
             row = {"router": given.router, "at_once": given.at_once} | found
     sys.stdout.write(json.dumps(row) + "\n")
 

@@ -1,6 +1,6 @@
 """Times copies of scattered KV blocks between device and host memory through the host tier's
-queues, beside one copy of everything: ``python -m benchmarks.offload``. Prints a line of JSON for
-each block size: GB/s (10**9 bytes a second) of loads, stores and both at once.
+queues, and one copy of all bytes: ``python -m benchmarks.offload``. Prints a line of JSON for each
+block size: GB/s (10**9 bytes per second) of loads, of stores, and of both at the same time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAYS: dict[str, tuple[Direction, ...]] = {
 
 
 class Traffic:
-    """Stores one half of the blocks and loads the other, in random order, in jobs."""
+    """Jobs that store one half of the blocks and load the other half, in random order."""
 
     def __init__(self, pages: torch.Tensor, host: HostMemory) -> None:
         self._finished: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
@@ -77,7 +77,7 @@ class Traffic:
 
 
 def measure(block_bytes: int, device: torch.device, num_bytes: int) -> dict[str, object]:
-    """Return the row of a block size; each way is the best of three rounds after a first."""
+    """Return the row of a block size: the best of three rounds after a warm-up round."""
     num_blocks = num_bytes // block_bytes
     pages = torch.zeros(2 * num_blocks, block_bytes, dtype=torch.uint8, device=device)
     pin = device.type == "cuda"
@@ -121,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_bytes = options.memory or (2**30 if device.type == "cuda" else 2**25)
-    # Each direction has one thread of the handler; the single copy gets no more.
+    # The host tier has one thread for each direction, so the single copy also gets one.
     torch.set_num_threads(1)
     rows = [one_copy(device, num_bytes)]
     sizes = [parse_size(size) for size in options.block_sizes.split(",")]

@@ -1,4 +1,4 @@
-"""Plays engines of vLLM that cost next to nothing, to find out what a router costs.
+"""Simulates engines of vLLM that need almost no CPU time, to measure the cost of a router.
 
 ::
 
@@ -7,8 +7,8 @@
     POST, stream           ──▶ one chunk for every stream, each ``interval_s``   as a decode step
                                  └ stamped with the instant at which it was sent
 
-``python -m benchmarks.plain_engine PORT PORT INTERVAL_S [TOKENS_PER_S]`` plays a prefill and a
-decode engine at 127.0.0.1. Tokens are those of a counter, so that a canary finds both equal.
+``python -m benchmarks.plain_engine PORT PORT INTERVAL_S [TOKENS_PER_S]`` serves a prefill and a
+decode engine at 127.0.0.1. All tokens are equal, so that a canary accepts both engines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL = "plain"
 VERSION = "0.32.0"
 _BYTES_READ = b"vllm:nixl_bytes_transferred_sum"
 STAMP = b'"system_fingerprint":"'
-"""Before the nanoseconds, on the clock of the host, at which a chunk was sent."""
+"""Precedes the time at which a chunk was sent, in nanoseconds on the host's monotonic clock."""
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
@@ -34,7 +34,7 @@ _TOKEN = 100
 
 
 class PlainEngines:
-    """Holds what the connections share: the streams, and the bytes that were "read"."""
+    """The state that all connections share: the streams, and the bytes that were "read"."""
 
     def __init__(self, interval_s: float, tokens_per_s: float = 0.0) -> None:
         self._interval_s = interval_s
@@ -44,7 +44,7 @@ class PlainEngines:
         self.num_bytes_read = 1
 
     def computed_at(self, prompt: object) -> float:
-        """Return when a prompt of token ids is computed, after those that came before it."""
+        """Return when a prompt of token ids is computed; prompts are computed one by one."""
         num_tokens = len(prompt) if self._tokens_per_s and isinstance(prompt, list) else 0
         self._computed_at = max(self._computed_at, asyncio.get_running_loop().time())
         self._computed_at += num_tokens / (self._tokens_per_s or 1.0)
@@ -54,12 +54,12 @@ class PlainEngines:
         self._streams[stream] = None
 
     def end(self, connection: asyncio.Transport) -> None:
-        """Forget the streams of a connection that is gone."""
+        """Forget the streams of a closed connection."""
         for stream in [one for one in self._streams if one.transport is connection]:
             del self._streams[stream]
 
     async def run(self) -> None:
-        """Give every stream its next token, again and again."""
+        """Send the next token of every stream, each ``interval_s``."""
         loop = asyncio.get_running_loop()
         next_at = loop.time()
         while True:
@@ -71,19 +71,19 @@ class PlainEngines:
 
 
 class _Stream:
-    """Tells one answer, a token at a time."""
+    """Sends one answer token by token."""
 
     def __init__(self, transport: asyncio.Transport, body: dict[str, Any], is_chat: bool) -> None:
         self.transport = transport
         self._left = self._num_tokens = body.get("max_tokens") or 16
         self._is_chat = is_chat
-        self._tells_ids = bool(body.get("return_token_ids"))
+        self._sends_ids = bool(body.get("return_token_ids"))
         self._wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
 
     def tell(self) -> bool:
-        """Send a token; True when it was the last one."""
+        """Send a token; return True if it was the last one."""
         self._left -= 1
-        ids = b',"token_ids":[%d]' % _TOKEN if self._tells_ids else b""
+        ids = b',"token_ids":[%d]' % _TOKEN if self._sends_ids else b""
         reason = b"null" if self._left else b'"length"'
         said = b'"delta":{"content":" word"}' if self._is_chat else b'"text":" word"'
         kind = b"chat.completion.chunk" if self._is_chat else b"text_completion"

@@ -1,13 +1,13 @@
-"""Measures what a router costs in front of engines that cost next to nothing
+"""Measures the cost of a router with engines that need almost no CPU time
 (``plain_engine.py``).
 
 ::
 
-    client ──▶ router ──▶ prefill, decode    time, processor time and memory of the router
-    client ─────────────▶ prefill, decode    the same answers without it
+    client ──▶ router ──▶ prefill, decode    latency, CPU time and memory of the router
+    client ─────────────▶ prefill, decode    the same answers without a router
 
-``python -m benchmarks.router_cost`` prints a row of JSON for each load. With ``--router
-vllm-router`` it measures vLLM's own router instead, at the same engines.
+``python -m benchmarks.router_cost`` prints a row of JSON for each load. ``--router vllm-router``
+measures vLLM's own router instead, with the same engines.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ PROMPT = "word " * 64
 @dataclass(frozen=True)
 class StreamLoad:
     num_streams: int
-    """Streams at a time."""
+    """Concurrent streams."""
     num_requests: int
     num_tokens: int
     interval_s: float
-    """Between two tokens of a stream."""
+    """Time between two tokens of a stream."""
 
 
 @dataclass
 class Answer:
-    """What came of a stream; ``transits_s``: from the sending of a token to its arrival."""
+    """The times of a stream. ``transits_s``: from the sending of a token to its arrival."""
 
     sent_at: float
     first_at: float | None = None
@@ -74,7 +74,7 @@ async def ask(port: int, body: Mapping[str, Any]) -> Answer:
                 stamp = read[read.rindex(STAMP) + len(STAMP) :][:32].partition(b'"')
                 if stamp[1]:
                     answer.transits_s.append((now_ns - int(stamp[0])) / 1e9)
-            # Less than a stamp: none is counted twice, and one that was cut is counted.
+            # One byte less than a stamp, so that a split stamp is counted, and none twice.
             tail = read[-(len(STAMP) - 1) :]
             answer.has_ended = b"[DONE]" in read
     finally:
@@ -83,7 +83,7 @@ async def ask(port: int, body: Mapping[str, Any]) -> Answer:
 
 
 async def send_load(port: int, load: StreamLoad) -> tuple[float, list[Answer]]:
-    """Send all requests of a load; return the seconds that they took, and the answers."""
+    """Send all requests of a load; return the duration in seconds, and the answers."""
     body = {"model": MODEL, "max_tokens": load.num_tokens, "stream": True}
     numbers = iter(range(load.num_requests))
     answers: list[Answer] = []
@@ -99,8 +99,8 @@ async def send_load(port: int, load: StreamLoad) -> tuple[float, list[Answer]]:
 
 
 def measure(port: int, pid: int | None, load: StreamLoad) -> dict[str, Any]:
-    """Send a load to a router whose process is ``pid``, or to the decode engine itself; times of
-    tokens are milliseconds, median and 99th percentile.
+    """Send a load to a router whose process is ``pid``, or to the decode engine if that is None.
+    The row has the median and 99th percentile of times, in milliseconds.
     """
     rss_before, cpu_before = usage(pid)
     peak = rss_before
@@ -148,7 +148,7 @@ def quantiles_ms(values_s: Sequence[float]) -> tuple[float, float]:
 
 
 def usage(pid: int | None) -> tuple[int, float]:
-    """Return memory and processor time of a process and all its descendants."""
+    """Return memory in bytes and CPU seconds of a process with all its descendants."""
     rss_bytes, cpu_s = 0, 0.0
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in (
@@ -161,14 +161,14 @@ def usage(pid: int | None) -> tuple[int, float]:
 
 @contextlib.contextmanager
 def held_ports(number: int) -> Iterator[list[int]]:
-    """Yield ports for servers that are told them, which nobody else gets meanwhile."""
+    """Yield free ports for servers. No other process gets them meanwhile."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(held_port()) for _ in range(number)]
 
 
 @contextlib.contextmanager
 def running(command: Sequence[str], url: str, log: Path, **environ: str) -> Iterator[int]:
-    """Run a command until it answers at ``url``; yield its process id, and end it."""
+    """Start a command, wait until it answers at ``url``, yield its process id, then kill it."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **environ})
     try:
@@ -206,7 +206,7 @@ def router_command(router: str, prefill: str, decode: str, *, port: int, other: 
 
 
 def measure_load(router: str, load: StreamLoad) -> dict[str, Any]:
-    """Measure a load with processes of its own."""
+    """Start engines and a router, and measure a load."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         prefill, decode, port, other = stack.enter_context(held_ports(4))
         urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode, port)]
@@ -218,7 +218,7 @@ def measure_load(router: str, load: StreamLoad) -> dict[str, Any]:
         command = router_command(router, urls[0], urls[1], port=port, other=other)
         queued = {"PDLAUNCH_LIMITS__MAX_QUEUED_REQUESTS": str(2 * load.num_streams + 256)}
         pid = stack.enter_context(running(command, urls[2], Path(folder) / "router", **queued))
-        # What is done once, such as opening the first connections, is not counted.
+        # Warm up: work that is done once, such as opening connections, is not counted.
         asyncio.run(send_load(port, replace(load, num_streams=4, num_requests=8, num_tokens=4)))
         return measure(port, pid, load)
 
@@ -228,10 +228,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--router", choices=["pdlaunch", "vllm-router", "none"], default="pdlaunch")
-    parser.add_argument("--streams", default="100", help="streams at a time, one or several")
+    parser.add_argument("--streams", default="100", help="concurrent streams, such as 10,100")
     parser.add_argument("--requests", type=int, help="requests of each load (two rounds)")
     parser.add_argument("--tokens", type=int, default=64, help="output tokens")
-    parser.add_argument("--interval-ms", type=float, default=50.0, help="between two tokens")
+    parser.add_argument("--interval-ms", type=float, default=50.0, help="time between two tokens")
     given = parser.parse_args()
     for number in map(int, given.streams.split(",")):
         num_requests = given.requests or 2 * number

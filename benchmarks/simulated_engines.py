@@ -1,7 +1,7 @@
-"""Stands for all engines of a launch in one process, for ``control_plane``.
+"""Simulates all engines of a launch in one process, for ``control_plane``.
 
-The first line of standard input has the keys, each later one starts or stops a process. The end of
-standard input ends all.
+The first line of standard input has the keys; each later line starts or stops a simulated process.
+The program ends with its standard input.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 SOCKETS_PER_CONTEXT = 400
-"""ZMQ allows 1,023 by default."""
+"""ZMQ allows 1,023 sockets by default."""
 TURN_S = 0.1
-"""Messages are looked for this often: a poll of thousands of sockets takes milliseconds."""
+"""How often all sockets are checked; a poll of thousands of sockets takes milliseconds."""
 MODELS = {
     "object": "list",
     "data": [{"id": "simulated", "object": "model", "max_model_len": 8192, "owned_by": "pdlaunch"}],
@@ -45,7 +45,7 @@ MODELS = {
 
 
 class SimulatedProcess:
-    """Says on the control channel what a server or a rank says."""
+    """Sends the messages of a server or a rank on the control channel."""
 
     def __init__(
         self, socket: zmq.Socket[bytes], name: str, incarnation: int, role: str, url: str
@@ -56,7 +56,7 @@ class SimulatedProcess:
         self._role = role
         self._is_rank = "/" in name
         self._proven: set[tuple[str, int]] = set()
-        # Engines do not beat as one.
+        # Engines send their heartbeats at different times.
         self.beats_at = time.monotonic() + (hash(name) % 1000) / 100
         address = (
             Address(side_channel="tcp://127.0.0.1:9", requests="tcp://127.0.0.1:9")
@@ -80,7 +80,7 @@ class SimulatedProcess:
         self._say(Alive())
 
     def hear(self) -> None:
-        """Take the latest registry: a decode rank claims to have proven each pair of it."""
+        """Read the latest registry. A decode rank claims that each of its new pairs is proven."""
         latest: Registry | None = None
         while True:
             try:
@@ -138,7 +138,7 @@ class Simulator:
         )
 
     async def run(self) -> None:
-        """Hear and beat, for ever."""
+        """Read messages and send heartbeats until cancelled."""
         while True:
             now = time.monotonic()
             for process in self._processes.values():
@@ -162,7 +162,7 @@ _PAGE: web.AppKey[bytes] = web.AppKey("page", bytes)
 
 
 def _page() -> bytes:
-    """Return the page of an engine that has done nothing."""
+    """Return the /metrics page of an idle engine."""
     from pdlaunch.engine.server.metrics import ServerMetrics
 
     registry = CollectorRegistry()

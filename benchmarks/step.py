@@ -1,11 +1,11 @@
-"""Times the engine's prefill and decode steps beside the same model in bare transformers: ``python
--m benchmarks.step --model DIR --batch-sizes 1,32,128 --prefill-tokens 4096``. Prints a line of JSON
-for each step.
+"""Times the engine's prefill and decode steps, and those of the same model in bare transformers:
+``python -m benchmarks.step --model DIR --batch-sizes 1,32,128 --prefill-tokens 4096``. Prints a
+line of JSON for each step.
 
-Both run in this process, one after the other, with the same threads. KV caches hold random
-numbers: the time of a step does not depend on them. ``floor_ms`` is what a step must move through
-memory over the bandwidth measured in the same run: a decode step reads all weights once, except the
-embedding table where the output layer has its own, and the keys and values that its rows attend to.
+Both run in this process, one after the other, with the same threads. KV caches hold random numbers,
+on which the time of a step does not depend. ``floor_ms`` is the number of bytes that a step must
+read, divided by the measured memory bandwidth. A decode step reads the keys and values that its
+rows attend to, and all weights once, except a separate embedding table.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ class BareModel:
 
 
 class HandDrivenEngine:
-    """Runs the engine's ``ModelRunner`` with plans made here in place of a scheduler's."""
+    """Runs the engine's ``ModelRunner`` with plans made here, without a scheduler."""
 
     def __init__(self, spec: EngineSpec, decode_reach: int) -> None:
-        """``decode_reach``: the tokens of a decode row at the end."""
+        """``decode_reach``: tokens of a decode row after its last step."""
         self._spec = spec
         self._decode_reach = decode_reach
         self.runner = ModelRunner(spec, tp=None, progress=lambda *_: None)
@@ -105,7 +105,7 @@ class HandDrivenEngine:
         return seconds
 
     def decode_s(self, batch_size: int, context_tokens: int, num_steps: int) -> float:
-        """With ``async_scheduling`` each step is launched while the one before runs."""
+        """With ``async_scheduling``, each step is launched while the previous step runs."""
         self.runner.execute(self._admit(batch_size, context_tokens + 1, self._decode_reach))
         positions = iter(range(context_tokens, self._decode_reach))
         launched: deque[LaunchedStep] = deque()
@@ -127,7 +127,7 @@ class HandDrivenEngine:
         return seconds
 
     def _admit(self, batch_size: int, num_tokens: int, reach: int) -> StepPlan:
-        """Return a plan that adds rows; the blocks of one row follow those of the row before."""
+        """Return a plan that adds rows. Each row's blocks follow those of the previous row."""
         num_groups, per_row = len(self.runner.layout.groups), -(-reach // self._spec.block_size)
         sampling = SamplingParams(max_tokens=self._spec.max_model_len, temperature=0.0)
         rows = [
@@ -199,7 +199,7 @@ def median_s(step: Callable[[], object], num_steps: int) -> float:
 
 
 def memory_bytes_per_s(device: str, num_bytes: int) -> float:
-    """Return the bytes a second of a plain copy, or of a sum over all numbers; the better one."""
+    """Return the bytes per second of a plain copy or of a sum, whichever is faster."""
     buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     half = buffer.numel() // 2
 
@@ -216,7 +216,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     shape = read_model_shape(options.model)
     torch.set_num_threads(options.num_threads)
     decode_reach = options.context_tokens + options.num_steps + NUM_WARM_UPS + 1
-    # A prompt that is computed again and again gets one more output token each time.
+    # A prompt that is computed repeatedly gets one more output token each time.
     prefill_reach = max(*options.prefill_tokens, *options.batch_sizes) + options.num_steps + 3
     rate = memory_bytes_per_s(options.device, options.buffer_bytes)
     bare = None if options.engine_only else BareModel(options, shape)
@@ -268,7 +268,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", help="alias or directory")
-    parser.add_argument("--dummy", action="store_true", help="made-up weights")
+    parser.add_argument("--dummy", action="store_true", help="random weights")
     parser.add_argument("--batch-sizes", type=numbers, default=[1, 16])
     parser.add_argument("--context-tokens", type=int, default=144)
     parser.add_argument("--prefill-tokens", type=numbers, default=[128])

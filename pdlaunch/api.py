@@ -1,4 +1,4 @@
-"""Implements the public Python API; ``import pdlaunch`` offers all of it."""
+"""Implements the public Python API. All names are available from ``import pdlaunch``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
     "plan",
 ]
 
-# Time for what a launch does before its own ``startup_timeout_s`` begins, and after its end
+# Extra time for the steps of a launch before and after its own ``startup_timeout_s``
 _START_MARGIN_S = 60.0
 
 
@@ -49,18 +49,18 @@ def load_config(
 ) -> LoadedConfig:
     """Merge a file, this process's ``PDLAUNCH_*`` variables and ``settings`` into a configuration.
 
-    ``settings`` are by dotted path, ``{"prefill.replicas": 2}``, and win over variables, which win
-    over the file. Raises ConfigError, whose text names every problem of all sources.
+    ``settings`` maps dotted paths to values: ``{"prefill.replicas": 2}``. It overrides variables,
+    which override the file. Raises ConfigError, whose text lists the problems of all sources.
     """
     file = None if path is None else Path(path)
     return sources.load_config(file, os.environ, dict(settings or {}))
 
 
 def check(config: LoadedConfig) -> Report:
-    """Judge a configuration on this machine by the rules of ``pdlaunch check-config``.
+    """Check a configuration on this machine, as ``pdlaunch check-config`` does.
 
-    Starts nothing. ``Report.is_ok()`` says whether it can be launched, ``Report.findings`` what was
-    found: each has a rule's code, a severity, a message and a fix.
+    Starts nothing. ``Report.is_ok()`` returns True if it can be launched. Each of
+    ``Report.findings`` has a rule's code, a severity, a message and a fix.
     """
     resolved = resolve_here(config)
     rules = kind_of(resolved).rules()
@@ -70,8 +70,8 @@ def check(config: LoadedConfig) -> Report:
 def plan(config: LoadedConfig) -> Plan:
     """Plan every process that a launch on this machine starts, with its command and environment.
 
-    Starts nothing. ``Plan.shown()`` masks secrets in environments. Raises ConfigError when the
-    configuration cannot be started here, or ``check`` finds errors.
+    Starts nothing. ``Plan.shown()`` masks secrets in environments. Raises ConfigError if the
+    configuration cannot be started here, or if ``check`` finds errors.
     """
     resolved = resolve_here(config)
     resolved.require_startable()
@@ -85,16 +85,16 @@ def plan(config: LoadedConfig) -> Plan:
 
 
 class Launch:
-    """Runs a deployment on this machine for as long as a ``with`` block lasts.
+    """Runs a deployment on this machine during a ``with`` block.
 
     ::
 
         with pdlaunch.Launch(pdlaunch.load_config("deploy.yaml")) as launch:
             client = OpenAI(base_url=f"{launch.url}/v1", api_key="unused")
 
-    The deployment serves when the block begins, and all of its processes are gone when it ends, or
-    when this process dies. Without ``port`` in the configuration it listens on a free one. Log
-    files are kept when ``log_dir`` is set.
+    The deployment serves when the block begins. All its processes have ended when the block ends,
+    or when this process dies. Without ``port`` in the configuration, the router listens on a free
+    port. Log files are kept if ``log_dir`` is set.
     """
 
     def __init__(self, config: LoadedConfig) -> None:
@@ -103,10 +103,10 @@ class Launch:
         self._deployment: Deployment | None = None
 
     def __enter__(self) -> Launch:
-        """Start and wait until the deployment serves.
+        """Start the deployment and wait until it serves.
 
-        Raises StartupError, with what ``pdlaunch serve`` printed, when it ends before that, and
-        ConfigError when a model of a hub cannot be downloaded.
+        Raises StartupError, with the output of ``pdlaunch serve``, if the start fails, and
+        ConfigError if a model of a hub cannot be downloaded.
         """
         config, has_port = self._config.config, "port" in self._config.origins
         running = launched(self._config, config.host, config.port if has_port else None)
@@ -128,7 +128,7 @@ class Launch:
         return self._running().url
 
     def output(self) -> str:
-        """Return what ``pdlaunch serve`` has printed so far."""
+        """Return the output of ``pdlaunch serve`` so far."""
         return self._running().output()
 
     def _running(self) -> Deployment:
@@ -148,16 +148,16 @@ def resolve_here(config: LoadedConfig) -> ResolvedLaunch:
 def launched(
     loaded: LoadedConfig, host: str = "127.0.0.1", port: int | None = None
 ) -> Iterator[Deployment]:
-    """Run ``pdlaunch serve`` with this configuration at an address; ``port``: None takes a free
-    one. Raises StartupError and ConfigError.
+    """Run ``pdlaunch serve`` with this configuration at an address; ``port`` None: a free port.
+    Raises StartupError and ConfigError.
     """
     config = loaded.config
-    # Download before the time-out of the start begins, where the user sees the progress.
+    # Download here, where the user sees the progress, and before the time-out of the start begins.
     fetch_weights(config, read_models(config, fetch_part), fetch_part)
     # Pass only the settings that were given; the child fills in the defaults.
     given = config.model_dump(exclude_unset=True)
     masked = config.model_dump(mode="json", exclude_unset=True)
-    # Keys go through the environment; settings of ours are in the file, or were overruled.
+    # Keys are passed as variables; the file has all other settings, so drop their variables.
     variables = {path: name for name, path in variable_paths().items()}
     keys = {path: value for path, value in given.items() if isinstance(value, SecretStr)}
     environ = {
@@ -166,7 +166,7 @@ def launched(
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES
     }
     with tempfile.TemporaryDirectory(prefix="pdlaunch-api-") as folder:
-        # JSON is YAML; the folder is for this user alone.
+        # JSON is valid YAML. Only this user can read the folder.
         file = Path(folder) / "deploy.json"
         # The certificate does not name 127.0.0.1.
         apart = {*keys, "ssl_certfile", "ssl_keyfile"}

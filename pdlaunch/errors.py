@@ -1,4 +1,4 @@
-"""Defines the exception tree of pdlaunch; each class says who has to act.
+"""Defines the exceptions of pdlaunch; the text after each class says who has to act, and why.
 
 PdlaunchError
 ├── ConfigError             the user: a setting is wrong; names field, value and fix
@@ -6,28 +6,28 @@ PdlaunchError
 │   └── UnsupportedModelError   the user: pdlaunch cannot serve this model; names the reason
 ├── StartupError            the user: a process or a pair did not come up; names the root cause
 ├── RequestError            the caller of the API: HTTP 400 (or ``status``), names the parameter
-│   ├── KillsEngineError    us: engines crash of this request, it is not tried again (HTTP 500)
-│   └── OverloadedError     the caller: try again after ``retry_after_s`` (HTTP 429 or 503)
-├── TransferError           nobody: a KV block was not moved or proven; pulled again or recomputed
+│   ├── KillsEngineError    us: engines crash on this request; it is not retried (HTTP 500)
+│   └── OverloadedError     the caller: retry after ``retry_after_s`` (HTTP 429 or 503)
+├── TransferError           no one: KV blocks were not moved or proven; decode retries or recomputes
 │   ├── HandshakeError      the user: two engines do not fit; names the field and both values
-│   ├── LeaseError          nobody: the lease on the blocks has ended
-│   └── VerificationError   nobody: token hash or checksum differ; the blocks are not used
-├── MemoryPoolError         the user: a memory pool has no room, sleeps, or is owned already
-└── ProtocolError           us, or a stranger on the socket: a message has not the agreed form
+│   ├── LeaseError          no one: the lease on the blocks has ended
+│   └── VerificationError   no one: token hash or checksum differ; the blocks are not used
+├── MemoryPoolError         the user: a memory pool is full, sleeps, or has another owner
+└── ProtocolError           us, or a stranger on the socket: a message does not have its format
 """
 
 from __future__ import annotations
 
 
 class PdlaunchError(Exception):
-    """Is the base of every error that pdlaunch raises on purpose."""
+    """Base class of all errors that pdlaunch raises on purpose."""
 
 
 class ConfigError(PdlaunchError, ValueError):
     """A setting is wrong.
 
-    ``field`` is the dotted path in the config file, ``value`` what was found there (never a
-    secret), ``fix`` what to do.
+    ``field`` is the dotted path in the config file, ``value`` the value there (never a secret),
+    ``fix`` an instruction.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StartupError(PdlaunchError):
 
 
 class RequestError(PdlaunchError, ValueError):
-    """Becomes the body of an error in OpenAI's format."""
+    """The router or an engine answers with this error in OpenAI's format."""
 
     def __init__(
         self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None

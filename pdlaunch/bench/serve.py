@@ -1,6 +1,6 @@
-"""Drives a running deployment through its public API, measures what a client sees, and sums it up.
+"""Sends load to a running deployment through its public API, and summarises what clients see.
 
-Prompts are random token ids, different in every run, so that no prefix cache helps; ``ignore_eos``
+Prompts are random token ids, different in every run, so that no prefix cache helps. ``ignore_eos``
 fixes the output length.
 """
 
@@ -35,9 +35,9 @@ ShowProgress = Callable[[str], None]
 
 
 class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of one load; None where nothing was measured. Times are those of clients."""
+    """The figures of one load, as clients see them; None if a figure was not measured."""
 
-    input_tokens: int  # of a trace: the mean
+    input_tokens: int  # for a trace: the mean
     concurrency: int | None
     request_rate: float | None = None
     burstiness: float | None = None
@@ -45,36 +45,36 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     num_errors: int
     num_left_out: int = 0
     seconds: float
-    requests_per_s: float  # answered without an error
+    requests_per_s: float  # requests without an error, like the next two figures
     total_prompt_tokens: int
-    total_output_tokens: int  # both of the requests without an error
-    goodput_per_s: float | None = None  # requests a second that met the goals
+    total_output_tokens: int
+    goodput_per_s: float | None = None  # requests per second that met the goals
     good_share: float | None = None
     cached_share: float | None = None  # prompt tokens that were not computed
-    pair_share: float | None = None  # share of requests by two engines
+    pair_share: float | None = None  # share of requests served by a prefill and a decode engine
     routes: list[RouteShare] = []
     ttft_ms_median: float | None
     ttft_ms_p99: float | None
-    # Between the first token and the second, while KV blocks move from prefill to decode
+    # Gap between the first and the second token, in which KV blocks move from prefill to decode
     first_gap_ms_median: float | None
     first_gap_ms_p99: float | None
-    itl_ms_median: float | None  # between tokens, from the second token on
+    itl_ms_median: float | None  # gaps between tokens, from the second token on
     itl_ms_p99: float | None
     e2e_ms_median: float | None
     tpot_ms_median: float | None  # (last token - first token) / (tokens - 1)
     output_tokens_per_s: float
-    errors: list[str] = []  # The most frequent error messages of the deployment, with their counts
+    errors: list[str] = []  # the most frequent errors with their counts: ``12 x MESSAGE``
 
     @property
     def load(self) -> str:
-        """Return in words how the requests were sent."""
+        """Return how the requests were sent, in words."""
         if self.concurrency is not None:
             return f"{self.concurrency} at once"
         return "as in the trace" if self.request_rate is None else f"{self.request_rate:g} a second"
 
 
 class BenchRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of the table with the requests that it summarises."""
+    """A row of the table, with the requests that it summarises."""
 
     row: BenchRow
     done: list[TimedCompletion]
@@ -82,25 +82,25 @@ class BenchRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterator[BenchRun]:
-    """Measure one load after the other, after a warm-up request for each prompt length.
+    """Send a warm-up request for each prompt length, then measure one load after the other.
 
-    Raises PdlaunchError when the deployment cannot be used, or refuses a warm-up request.
+    Raises PdlaunchError if the deployment cannot be used, or refuses a warm-up request.
     """
     check_url(options.url)
     async with client_session(options.url, options.api_key) as session:
         model, max_model_len = await model_of(session, options.url)
-        # Another seed in every run, or prefix caches would have the prompts already.
+        # A new seed in every run: prefix caches may still have the prompts of earlier runs.
         rng = random.Random(options.seed if options.seed is not None else time.time_ns())
         loads = plan_loads(options, model, max_model_len, rng)
         for num_tokens in dict.fromkeys(load.input_tokens for load in loads):
             show(f"warming up with a prompt of {num_tokens} tokens")
             prompt = rng.choices(range(FIRST_TOKEN_ID, options.max_token_id), k=num_tokens)
-            # A request of a trace may have two output tokens only.
+            # A short answer fits even if the requests of a trace are near max_model_len.
             output_tokens = 2 if options.trace else options.output_tokens
             warm_up = await complete(session, model, prompt, output_tokens)
             if warm_up.error is not None:
                 raise PdlaunchError(
-                    f"the deployment does not take a request of {num_tokens} prompt tokens: "
+                    f"the deployment refuses a request of {num_tokens} prompt tokens: "
                     f"{warm_up.error}"
                 )
         start_at, num_done, num_all = time.monotonic(), 0, sum(len(load.requests) for load in loads)
@@ -121,18 +121,18 @@ async def bench_serve(options: BenchOptions, show: ShowProgress) -> AsyncIterato
 
 
 def client_session(url: str, api_key: str | None) -> aiohttp.ClientSession:
-    """Return the session of a load's clients; use it as a context manager."""
+    """Return the HTTP session of all clients of a load; use it as a context manager."""
     return aiohttp.ClientSession(
         url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-        # The load decides how many connections there are, not the client.
+        # No limit on connections: the load determines their number.
         connector=aiohttp.TCPConnector(limit=0),
     )
 
 
 async def model_of(session: aiohttp.ClientSession, url: str) -> tuple[str, int | None]:
-    """Return the served model's name, and its ``max_model_len`` if the deployment tells it."""
+    """Return the served model's name, and its ``max_model_len`` if the deployment reports it."""
     try:
         async with session.get("/v1/models") as response:
             if response.status != 200:
@@ -144,14 +144,14 @@ async def model_of(session: aiohttp.ClientSession, url: str) -> tuple[str, int |
             f"{url} does not answer /v1/models: {describe_failure(error)}"
         ) from error
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise PdlaunchError(f"{url} answers /v1/models, but with no list of models") from error
+        raise PdlaunchError(f"{url} answers /v1/models without a list of models") from error
     return model, max_model_len if type(max_model_len) is int else None
 
 
 async def _run(
     load: BenchLoad, send: Callable[[PlannedRequest], Awaitable[TimedCompletion]]
 ) -> tuple[list[TimedCompletion], float]:
-    """Return the requests of a load, and how many seconds they took together."""
+    """Send the requests of a load. Return them, and the duration of the load in seconds."""
     done: list[TimedCompletion] = []
     waiting = iter(load.requests)
 
@@ -189,7 +189,7 @@ def summarise(
     cached = [each for each in good if each.num_cached_tokens is not None]
     routes = [each.route for each in good if each.route is not None]
     num_within = sum(map(goals.met_by, done)) if goals else None
-    # Count equal errors together, so that a thousand of them make one line.
+    # Equal errors are counted together, so that a thousand equal errors make one line.
     errors = Counter(each.error for each in done if each.error is not None)
     ttfts_s = [each.ttft_s for each in good]
     first_gaps_s = [each.all_gaps_s[0] for each in several]
@@ -230,7 +230,7 @@ def summarise(
 
 
 def quantile_ms(seconds: Sequence[float], quantile: float) -> float | None:
-    """Return a quantile in milliseconds; None without any value."""
+    """Return a quantile in milliseconds, or None without values."""
     if not seconds:
         return None
     if quantile == 0.5:
@@ -244,7 +244,7 @@ def _ratio(value: float | None, of: float, digits: int) -> float | None:
 
 
 def without_words(errors: Collection[str]) -> list[str]:
-    """Reduce errors to ``12 x HTTP 429``: messages may quote prompts, and people share reports."""
+    """Shorten errors to ``12 x HTTP 429``: messages may quote prompts, and users share reports."""
     pairs = [error.partition(" x ")[::2] for error in errors]
     return [
         f"{count} x {reason.partition(':')[0] if reason.startswith('HTTP ') else 'no whole answer'}"

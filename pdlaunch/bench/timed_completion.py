@@ -1,5 +1,5 @@
-"""Sends one streamed completion of token ids, records when each of its tokens reached this client,
-and tells whether that was in time.
+"""Sends one streamed completion of token ids, records when each token reached this client, and
+compares these times with goals.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class TimedCompletion(msgspec.Struct):
     """One completion; times are instants of ``time.perf_counter``."""
 
     start_at: float  # instant just before the request is written
-    # Instants at which the bytes of each output token were read; tokens of one read have one
+    # Instants at which the output tokens were read; tokens of the same read have the same instant
     tokens_at: list[float] = []
     num_tokens: int = 0  # output tokens as the deployment counts them
     num_prompt_tokens: int = 0
-    # Prompt tokens that were not computed, where the deployment says so
+    # Prompt tokens that were not computed, if the deployment reports them
     num_cached_tokens: int | None = None
     error: str | None = None
     route: tuple[str, str] | None = None  # kind and reason, if the router reports them
@@ -63,11 +63,11 @@ class Goals(
     forbid_unknown_fields=True,
     rename=lambda name: name.removesuffix("_ms"),
 ):
-    """Upper limits in milliseconds; None: any time will do."""
+    """Upper limits in milliseconds; None: no limit."""
 
     ttft_ms: _Limit = None
     tpot_ms: _Limit = None  # mean time between the tokens of a request
-    itl_ms: _Limit = None  # 99 of 100 times between tokens of a request, the first gap included
+    itl_ms: _Limit = None  # for 99 % of a request's gaps between tokens, including the first gap
     e2e_ms: _Limit = None  # time from the request to its last token
 
     def __bool__(self) -> bool:
@@ -79,7 +79,7 @@ class Goals(
         return ", ".join(f"{name.removesuffix('_ms')} {limit:g} ms" for name, limit in given)
 
     def met_by(self, completion: TimedCompletion) -> bool:
-        """Tell whether a request was answered without an error and within all limits."""
+        """Return True if the request was answered without an error and within all limits."""
         if completion.error is not None:
             return False
         gaps_s = sorted(completion.all_gaps_s)
@@ -107,16 +107,11 @@ class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
 
 
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-    prompt_tokens_details: dict[str, Any] | None = None
-
-
 class _Event(msgspec.Struct):
-    """Holds the part of a chunk that matters; the rest is not even decoded."""
+    """The members of a chunk that the benchmark reads; the decoder skips the others."""
 
     choices: list[_Choice] = []
-    usage: _Usage | None = None
+    usage: dict[str, Any] | None = None
     error: Any = None
 
 
@@ -126,10 +121,10 @@ _event_decoder = msgspec.json.Decoder(_Event)
 async def complete(
     session: aiohttp.ClientSession, model: str, prompt: Sequence[int], output_tokens: int
 ) -> TimedCompletion:
-    """Ask for exactly ``output_tokens`` greedy tokens; whatever goes wrong stands in ``error``."""
+    """Request exactly ``output_tokens`` greedy tokens. Failures are recorded in ``error``."""
     body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
     body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-    # Text of a token may be held back with half a character; its id is not.
+    # The text of a token comes later if it ends inside a character; its id never does.
     data = msgspec.json.encode(body | {"return_token_ids": True})
     headers = {"Content-Type": "application/json"}
     completion = TimedCompletion(start_at=time.perf_counter(), num_prompt_tokens=len(prompt))
@@ -144,7 +139,7 @@ async def complete(
     except (aiohttp.ClientError, TimeoutError) as error:
         completion.error = describe_failure(error)
     except msgspec.MsgspecError as error:
-        completion.error = f"an event that is not of the OpenAI form: {error}"
+        completion.error = f"an event is not in OpenAI's format: {error}"
     if completion.error is None and completion.num_tokens != output_tokens:
         completion.error = f"{completion.num_tokens} tokens instead of {output_tokens}"
     if completion.error is None and not completion.tokens_at:
@@ -157,9 +152,9 @@ async def read_stream(
     completion: TimedCompletion,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Read server-sent events, in the pieces in which they came. Raises msgspec.MsgspecError.
+    """Read server-sent events from pieces as they arrive. Raises msgspec.MsgspecError.
 
-    All events of one piece get its time, and not that of our own work on the events before them.
+    All events of a piece get the arrival time of the piece, so that decoding them takes no time.
     """
     rest = b""
     async for piece in pieces:
@@ -177,17 +172,17 @@ def _take(event: _Event, now: float, completion: TimedCompletion) -> None:
     if event.error is not None:
         completion.error = f"in the stream: {_message(event.error)}"
     for choice in event.choices:
-        # Who does not know token ids sends one token a chunk.
+        # Servers that do not support return_token_ids send one token in each chunk.
         num_tokens = 1 if choice.token_ids is None else len(choice.token_ids)
         completion.tokens_at += [now] * num_tokens
     if event.usage is not None:
-        completion.num_tokens = event.usage.completion_tokens
-        details = event.usage.prompt_tokens_details or {}
+        completion.num_tokens = event.usage.get("completion_tokens", 0)
+        details = event.usage.get("prompt_tokens_details") or {}
         completion.num_cached_tokens = details.get("cached_tokens")
 
 
 async def read_refusal(response: aiohttp.ClientResponse) -> str:
-    """Return status and message of an answer that is not 200."""
+    """Return status and message of an answer whose status is not 200."""
     text = await response.text(errors="replace")
     try:
         body = msgspec.json.decode(text)
@@ -203,10 +198,10 @@ def _message(error: Any) -> str:
 
 
 def describe_failure(error: aiohttp.ClientError | TimeoutError) -> str:
-    """Describe a failure for people: ``Connection refused``."""
+    """Return a failure as text: ``Connection refused``."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, OSError) and error.errno:
-        # Names that cannot be resolved have negative numbers, which the system has no words for.
+        # Failures of name resolution have negative numbers, which os.strerror does not know.
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     return str(error) or type(error).__name__

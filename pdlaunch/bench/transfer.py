@@ -1,17 +1,18 @@
 """Times pulls of KV blocks from a prefill rank to a decode rank (``pdlaunch bench transfer``).
 
-Every figure is moved bytes over the median time for scattered blocks: of the READs of pulls, of
-whole pulls (side channel, lease, READ) without checksums, and of whole pulls as they are by
-default. Ranks are processes of their own; pulls with and without checksums take turns, so that
-other work of the machine slows both alike.
+A speed is the number of moved bytes divided by the median time for scattered blocks. There are
+three: of READs alone, of whole pulls (side channel, lease, READ) without checksums, and of whole
+pulls with checksums, the default. Each rank is a process. Pulls with and without checksums
+alternate, so that other work on the machine slows both equally.
 
-``python -m pdlaunch.bench.transfer JSON`` prints rows of JSON: torch and its thread pools stay out
-of the command's process.
+``python -m pdlaunch.bench.transfer JSON`` prints rows of JSON. The command runs it as a process, so
+that the command itself does not import torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import queue
@@ -51,7 +52,7 @@ LEASE_S = 600.0
 NUM_WARM_UP_TURNS = 2
 _TIMEOUT_S = 120.0
 
-Timing = dict[str, str | int | float]  # A row: path, blocks, megabytes, and speeds in GB/s
+Timing = dict[str, str | int | float]  # a row: path, blocks, megabytes, and speeds in GB/s
 
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +70,8 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     device: Literal["cpu", "cuda"] = "cpu"
     enable_cumem_allocator: bool = False
     mooncake_protocol: MooncakeProtocol = "tcp"
+    # The settings of a launch: the ranks only shake hands, as the pairs of the launch do
+    kv_transfer: dict[str, Any] | None = None
 
     def layout(self) -> KVCacheLayout:
         return KVCacheLayout(
@@ -81,7 +84,7 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 def bench_transfer(options: TransferOptions) -> list[Timing]:
-    """Time pulls over every path and of every number of blocks, in GB/s. Raises TransferError."""
+    """Time pulls for each path and each number of blocks. Raises TransferError."""
     rows = []
     for path in options.paths:
         of_nixl = path in get_args(KVPath)
@@ -100,29 +103,36 @@ def bench_transfer(options: TransferOptions) -> list[Timing]:
                     "pull_attempts": 1,
                 }
             )
-            # Both pairs exist at once, so that their pulls can take turns.
+            # Both pairs exist at the same time, so that their pulls can alternate.
             unchecked = settings.model_copy(update={"verify": False})
             pairs = [RankPair(stack, each, options) for each in (unchecked, settings)]
             rows += [_measure(pairs, options, count) for count in options.num_blocks]
     return rows
 
 
+def probe_pair(options: TransferOptions) -> PairReady:
+    """Let two ranks shake hands with a launch's settings. Raises TransferError."""
+    settings = KVTransferSettings.model_validate(options.kv_transfer)
+    with contextlib.ExitStack() as stack:
+        return RankPair(stack, settings, options).ready
+
+
 def _measure(pairs: Sequence[RankPair], options: TransferOptions, count: int) -> Timing:
-    """Pull ``count`` blocks without and with checksums, in turns; each turn moves the same ones."""
+    """Pull ``count`` blocks without and with checksums, in turns. All turns pull equal blocks."""
     source = random.Random(count)
     local, remote = (source.sample(range(max(options.num_blocks)), count) for _ in range(2))
     turns = [
         [pair.pull(local, remote) for pair in pairs]
         for _ in range(NUM_WARM_UP_TURNS + options.num_repeats)
     ]
-    # Each pull has two times: of the whole pull, and of its READ alone.
+    # Each pull has two times: that of the whole pull, and that of its READ.
     (pull_s, read_s), (verified_s, _) = (
         [statistics.median(values) for values in zip(*times, strict=True)]
         for times in zip(*turns[NUM_WARM_UP_TURNS:], strict=True)
     )
     gigabytes = count * options.layout().block_bytes / 1e9
     return {
-        "path": ", ".join(sorted({pair.path for pair in pairs})),
+        "path": ", ".join(sorted({pair.ready.path for pair in pairs})),
         "num_blocks": count,
         "megabytes": round(gigabytes * 1e3, 2),
         "read_gb_per_s": round(gigabytes / read_s, 3),
@@ -142,7 +152,7 @@ class RankPair:
         """Start the ranks; ``stack`` stops them."""
         context = multiprocessing.get_context("forkserver")
         # Import torch once, not in every process. Do not preload this module: children run it as
-        # ``__main__``, and runpy warns if it is imported already.
+        # ``__main__``, and runpy warns if it was already imported.
         context.set_forkserver_preload(["pdlaunch.transfer.thread", "pdlaunch.engine.memory.pools"])
         keys, self._engine_id, self._num_pulls = new_launch_keys(), draw_engine_id(), 0
         self._pools = {role: ProcessPoolExecutor(1, context) for role in PAIR}
@@ -150,7 +160,7 @@ class RankPair:
             stack.callback(self._stop, role)
             self._run(role, _start, role, engine_id, settings, options, keys)
         entries = [self._call(role, "entry") for role in PAIR]
-        self.path: str = self._call("decode", "connect", entries)
+        self.ready: PairReady = self._call("decode", "connect", entries)
 
     def _call(self, role: Role, method: str, *arguments: object) -> Any:
         return self._run(role, _call, method, *arguments)
@@ -170,7 +180,7 @@ class RankPair:
         """Grant a lease and pull its blocks; return the times of the pull and of its READ."""
         self._num_pulls += 1
         name = f"pull-{self._num_pulls}"
-        # Any hashes do, as long as both sides state the same ones.
+        # The hashes are arbitrary, but both sides must have the same ones.
         hashes = [index.to_bytes(32) for index in range(len(local))]
         grant = GrantLease(
             lease_id=LeaseId(name),
@@ -209,6 +219,7 @@ _ranks: list[Rank] = []  # the one rank of a child process
 
 
 def _start(role: Role, engine_id: EngineId, settings: KVTransferSettings, *more: Any) -> None:
+    logging.disable()  # the parent gets errors as exceptions
     try:
         _ranks.append(Rank(role, engine_id, settings, *more))
     except Exception as error:  # Not every exception can be sent to the parent.
@@ -220,7 +231,7 @@ def _call(method: str, *arguments: object) -> Any:
 
 
 class Rank:
-    """Grants leases, pulls and moves blocks of a KV cache of random numbers."""
+    """A rank whose KV cache has random numbers: it grants leases and pulls blocks."""
 
     def __init__(
         self,
@@ -232,11 +243,13 @@ class Rank:
     ) -> None:
         torch.set_num_threads(1)
         on_cpu = options.device == "cpu"
-        # Prefill and decode lie on two GPUs where there are two.
+        # Prefill and decode use different GPUs if there are two.
         index = 0 if on_cpu or role == "prefill" else 1 % torch.cuda.device_count()
         device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
         os.environ.update(settings.connector_section.environment(os.environ, options.device))
-        os.environ["UCX_PROTO_INFO"] = "n"  # standard output is for the rows
+        # UCX prints its transport. The connector can read it if standard output is a file.
+        with tempfile.TemporaryFile() as log:
+            os.dup2(log.fileno(), 1)
         num_blocks, layout = max(options.num_blocks), options.layout()
         memory = open_kv_memory(
             open_memory_pools(enabled=options.enable_cumem_allocator, device=device),
@@ -305,17 +318,17 @@ class Rank:
         )
 
     def entry(self) -> Entry:
-        """Return this rank's line of the registry."""
+        """Return this rank's entry for the registry."""
         return self._entry
 
-    def connect(self, entries: list[Entry]) -> str:
-        """Wait until the peer can be read; return the path."""
+    def connect(self, entries: list[Entry]) -> PairReady:
+        """Wait until this rank can read from the peer."""
         self._transfer.update_registry(entries)
         while True:
             match self._reports.get(timeout=_TIMEOUT_S):
-                case PairReady(path=path):
-                    return path
-                case PairFailed(fatal=True) as failed:
+                case PairReady() as ready:
+                    return ready
+                case PairFailed() as failed:
                     raise TransferError(failed.error)
                 case _:
                     continue
@@ -340,20 +353,21 @@ class Rank:
             for event in self._transfer.take_events():
                 if isinstance(event, kind):
                     return event
-        raise TransferError(f"no {kind.__name__} came within {_TIMEOUT_S:g} s")
+        raise TransferError(f"no {kind.__name__} within {_TIMEOUT_S:g} s")
 
 
 def main() -> None:
-    """Take the fields of ``TransferOptions`` as a JSON object."""
+    """Read ``TransferOptions`` from a JSON argument; print the rows, or the measured pair."""
+    options = msgspec.json.decode(sys.argv[1], type=TransferOptions)
     try:
-        rows = bench_transfer(msgspec.json.decode(sys.argv[1], type=TransferOptions))
+        found = bench_transfer(options) if options.kv_transfer is None else probe_pair(options)
     except PdlaunchError as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
+    sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
 
 
 if __name__ == "__main__":
-    # By its name: ranks unpickle the same classes.
+    # Imported by name, so that ranks unpickle the same classes.
     from pdlaunch.bench import transfer
 
     transfer.main()

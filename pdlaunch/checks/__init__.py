@@ -1,1 +1,1 @@
-"""The rules behind check-config are pure functions over a resolved launch and what was probed."""
+"""Implements the rules of check-config: pure functions over a resolved launch and probed facts."""

@@ -1,6 +1,6 @@
-"""Holds what rules look at: a resolved launch, the origins of its settings, and what was probed.
+"""Holds the input of rules: a resolved launch, the origins of its settings, and probed facts.
 
-The functions below ``Context`` name what a rule goes over: ``over=engines``, ``over=pair``.
+The functions below ``Context`` yield the items that a rule judges: ``over=engines``, ``over=pair``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Need = (
 )
 
 
-# Names, for each field of ``Probes``, the fact and why it is missing where nobody looked
+# Field of ``Probes`` -> the fact that is missing if the field is None, and the reason
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
     "missing_extras": ("extras", "packages were not looked for on this machine"),
@@ -40,12 +40,12 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Holds everything that a rule may look at."""
+    """Everything that a rule may read."""
 
     launch: ResolvedLaunch
     origins: Mapping[str, str]
     probes: Probes
-    missing: Mapping[Need, str]  # facts that are not known, and why
+    missing: Mapping[Need, str]  # unknown fact -> the reason
 
     @property
     def config(self) -> LaunchConfig:
@@ -72,28 +72,28 @@ class Context:
         return path in self.origins
 
     def where_variable(self, engines: RoleEngines, name: str) -> str:
-        """Return the setting that gives a variable to ranks, else the command's environment."""
+        """Return the setting that defines a variable of ranks, else "environment NAME"."""
         paths = (f"{engines.role}.env.{name}", f"env.{name}")
         return next((path for path in paths if self.given(path)), f"environment {name}")
 
     def engine_commands(self, role: Role) -> Mapping[str, EngineCommand]:
-        """Return what is known of the executable of a role, by the hosts of its engines."""
+        """Return host -> facts about the executable of a role's engines there."""
         return (self.probes.engine_commands or {}).get(role, {})
 
     def uses(self, connector: str) -> bool:
-        """Return whether KV blocks go from prefill to decode over this connector."""
+        """Return True if KV blocks go from prefill to decode over this connector."""
         return self.pair is not None and self.kv_transfer.connector == connector
 
     @property
     def uses_ucx(self) -> bool:
-        """Return whether pdlaunch's own ranks load NIXL with its UCX; path p2p does without."""
+        """Return True if pdlaunch's own ranks load NIXL and its UCX; path p2p needs neither."""
         is_native = all(each.is_native for each in self.engines.values())
         return is_native and self.uses("nixl") and self.kv_transfer.nixl.path != "p2p"
 
 
 def make_context(launch: ResolvedLaunch, origins: Mapping[str, str], probes: Probes) -> Context:
-    """Put together what the rules look at, and name what is not known."""
-    # Rules without their facts must say nothing: a guess would be taken for a finding.
+    """Make the context, with a reason for each unknown fact."""
+    # A rule whose facts are unknown finds nothing: users would take a guess for a finding.
     missing: dict[Need, str] = {fact: reason for fact, reason in launch.machine.unknown.items()}  # noqa: C416
     for engines in launch.roles.values():
         if reason := engines.model.pending or engines.model.foreign:
@@ -109,49 +109,49 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, str], probes: Pro
 
 
 def cumem_setting(each: RoleEngines) -> str:
-    """Return the setting by which an engine has CuMem pools: sleep mode brings them, too."""
+    """Return the setting that gives an engine CuMem pools; sleep mode does so too."""
     asked = each.settings.enable_cumem_allocator
     return "enable_cumem_allocator" if asked else "enable_sleep_mode"
 
 
 def engines(context: Context) -> Iterator[RoleEngines]:
-    """Go over the roles that have engines."""
+    """Yield the roles that have engines."""
     return iter(context.engines.values())
 
 
 def on_cuda(context: Context) -> Iterator[RoleEngines]:
-    """Go over the roles on GPUs."""
+    """Yield the roles on GPUs."""
     return (each for each in context.engines.values() if each.device == "cuda")
 
 
 def on_cpu(context: Context) -> Iterator[RoleEngines]:
-    """Go over the roles on CPUs."""
+    """Yield the roles on CPUs."""
     return (each for each in context.engines.values() if each.device == "cpu")
 
 
 def shapes(context: Context) -> Iterator[tuple[RoleEngines, ModelShape]]:
-    """Go over the engines whose model is known."""
+    """Yield the roles whose model is known, with its shape."""
     return ((each, each.shape) for each in context.engines.values() if each.shape is not None)
 
 
 def pair(context: Context) -> Iterator[tuple[RoleEngines, RoleEngines]]:
-    """Go over the prefill and the decode side, once and together."""
+    """Yield the prefill and the decode side as one item."""
     if context.pair is not None:
         yield context.pair
 
 
 def peers(context: Context) -> Iterator[RoleEngines]:
-    """Go over the engines that exchange KV blocks."""
+    """Yield the roles that exchange KV blocks."""
     return iter(context.pair or ())
 
 
 def vllm_engines(context: Context) -> Iterator[RoleEngines]:
-    """Go over the roles whose engines are of vLLM."""
+    """Yield the roles whose engines are of vLLM."""
     return (each for each in context.engines.values() if each.settings.engine == "vllm")
 
 
 def vllm_pair(context: Context) -> Iterator[tuple[RoleEngines, RoleEngines]]:
-    """Go over the prefill and the decode side where both are of vLLM."""
+    """Yield the prefill and the decode side as one item if both are of vLLM."""
     return (
         sides for sides in pair(context) if all(each.settings.engine == "vllm" for each in sides)
     )

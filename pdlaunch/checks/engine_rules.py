@@ -1,7 +1,7 @@
 """Rules PD60x to PD63x judge engines of vLLM: flags, executables, settings, pairs, variables.
 
-vLLM compares most of what makes a pair in the handshake of the first request, when both engines are
-healthy; where that fails, decode computes the prompt itself, without a word to the client.
+vLLM compares most properties of a pair only in the handshake of the first request, when both
+engines are healthy. If that handshake fails, decode silently computes the prompt itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pdlaunch.planning.role_engines import OWN_VARIABLES, RoleEngines
 _PARSER = "The parser of vllm serve 0.32."
 _HANDSHAKE = "vLLM 0.32: compute_nixl_compatibility_hash, _validate_remote_agent_handshake."
 _REMOVE = "Remove it from engine_args."
-# Flags of vLLM that shape KV blocks, or decide which blocks a request has
+# Flags of vLLM that change the layout of KV blocks, or which blocks a request has
 _OF_BLOCKS = (
     "attention-backend attention-config decode-context-parallel-size default-mm-loras "
     "disable-hybrid-kv-cache-manager disable-sliding-window enable-lora hf-overrides "
@@ -40,35 +40,35 @@ _OF_BLOCKS = (
     "model-impl quantization quantization-config spec-method spec-model spec-tokens "
     "speculative-config"
 )
-# Flags of vLLM with which engines keep KV in a way that pdlaunch's connector refuses
+# Flags of vLLM with which engines store KV in a form that pdlaunch's connector refuses
 _SPLITTING = (
     *("decode-context-parallel-size", "spec-method", "spec-model", "spec-tokens"),
     "speculative-config",
 )
 _PORT, _LAYOUT = "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_SSM_CONV_STATE_LAYOUT"
-# The first vLLM with the interface of pdlaunch's connector, and the last that was tried
+# The first vLLM with the interface of pdlaunch's connector, and the last version that was tried
 _OLDEST, _NEWEST = (0, 24), (0, 33)
 _OLDEST_WITH_STATE = (0, 30)
-_CACHES_STATES_SINCE = (0, 28)  # vLLM's own connector; by default since then
-# The first vLLM whose connector gives the memory of the KV cache, and hears of sleep
+_CACHES_STATES_SINCE = (0, 28)  # with vLLM's own connector, on by default
+# The first vLLM that lets a connector allocate the KV cache, and that notifies it of sleep
 _POOLS_SINCE = {"enable_cumem_allocator": (0, 31), "enable_sleep_mode": (0, 33)}
-# The first vLLM whose host tier hears which blocks are pulled into. Earlier ones may still copy
-# them, and keep the bytes of one prompt under the hashes of another.
+# The first vLLM that informs its host tier which blocks are pulled into. Earlier versions may copy
+# such a block, and store the bytes of one prompt under the hash of another.
 _TIER_SINCE = (0, 33)
 _OWN_CONNECTOR = "set kv_transfer.connector to vllm-nixl, which proves nothing"
-# vLLM renews a lease every ``lease // 6`` seconds, between two steps, for ``lease * 2 // 3`` each:
-# a step may then take 4 s before the next renewal comes too late
+# vLLM renews a lease between two steps, every ``lease // 6`` seconds, for ``lease * 2 // 3``. With
+# 8 s, a step may take 4 s before a renewal comes too late.
 MIN_LEASE_S = 8
 _Pair = tuple[RoleEngines, RoleEngines]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineArgument:
-    """Holds one entry of ``engine_args``."""
+    """One entry of ``engine_args``."""
 
-    key: str  # the name as it was written
+    key: str  # the name as the user wrote it
     value: JsonValue
-    where: str  # the setting that gives it
+    where: str  # the setting that has this entry
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class EngineArgument:
 
     @property
     def json(self) -> JsonValue:
-        """Return its value, read where it is the text of a JSON object."""
+        """Return the value; the text of a JSON object is parsed."""
         if isinstance(self.value, str) and self.value.startswith("{"):
             try:
                 found: JsonValue = json.loads(self.value)
@@ -91,7 +91,7 @@ class EngineArgument:
 
 
 def _arguments(context: Context, each: RoleEngines) -> Iterator[EngineArgument]:
-    """Return what ``engine_args`` gives engines, the role's own entries over the top level."""
+    """Yield the ``engine_args`` of a role; its own entries replace those of the top level."""
     for key, value in each.settings.engine_args.items():
         paths = (f"{each.role}.engine_args.{key}", f"engine_args.{key}")
         where = next((path for path in paths if context.given(path)), paths[1])
@@ -174,7 +174,7 @@ def _ignored_settings(context: Context) -> Iterator[Found]:
 
 def _own_variables(context: Context) -> Iterator[Found]:
     for each in vllm_engines(context):
-        # One address would be right on only one of an engine's hosts.
+        # An engine over several hosts cannot have one address for all of them.
         own = OWN_VARIABLES | {_PORT} | ({"VLLM_HOST_IP"} if each.settings.nnodes > 1 else set())
         for name in sorted(own & each.settings.env.keys()):
             yield Found(
@@ -194,7 +194,7 @@ def _our_sides(context: Context) -> Iterator[RoleEngines]:
 def _given(
     context: Context, engines: Iterable[RoleEngines], names: Collection[str], text: str
 ) -> Iterator[Found]:
-    """Find these arguments where they are given and not off; ``text`` has key and role to fill."""
+    """Find arguments of these names that are not off. ``text`` is formatted with key and role."""
     for each in engines:
         for argument in _arguments(context, each):
             if argument.name in names and not argument.is_off:
@@ -214,20 +214,26 @@ def _offloading(context: Context) -> Iterator[Found]:
         backend, size = host_tier_of(each.settings.engine_args)
         reason = ""
         if context.kv_transfer.is_stock:
-            reason = "it would take the KV connector from them"
+            reason = "it would replace their KV connector"
         elif backend not in (None, "native"):
-            reason = f"the one of {backend} was never tried beside pdlaunch's connector"
+            reason = f"the backend {backend} was never tried with pdlaunch's connector"
         elif size and not re.fullmatch(r"\d+(\.\d+)?", str(size)):
-            reason = f"{size} is no number of GiB"
-        elif size and _is_before(context, each, _TIER_SINCE):
-            reason = "before vLLM 0.33 it copies blocks while others are pulled into them"
+            reason = f"{size} is not a number of GiB"
         if reason:
             yield from _given(context, [each], OFFLOADING, f"--{{}} of {{}} engines: {reason}")
 
 
+def _early_tier(context: Context) -> Iterator[Found]:
+    text = "--{} of {} engines may copy a block during a pull into this block"
+    for each in _our_sides(context):
+        _, size = host_tier_of(each.settings.engine_args)
+        if size and _is_before(context, each, _TIER_SINCE):
+            yield from _given(context, [each], OFFLOADING, text)
+
+
 def _is_before(context: Context, each: RoleEngines, since: tuple[int, int]) -> bool:
-    """Return whether one of these engines has an older or unknown version; False if nobody has
-    asked them.
+    """Return True if an executable of this role has an older or an unknown version. Return False
+    if the executables were not looked at.
     """
     versions = [numbers for _, numbers in _versions_of(context, each)]
     return bool(context.engine_commands(each.role)) and min(versions, default=()) < since
@@ -266,8 +272,16 @@ def _cached_states(context: Context) -> Iterator[Found]:
             yield Found(message, place)
 
 
+def _caches_with_unknown_vllm(context: Context) -> Iterator[Found]:
+    name = "enable_prefix_caching"
+    for _, decode in _stock_pair(context):
+        is_on = name in decode.given and decode.settings.enable_prefix_caching
+        if decode.model.has_state and is_on and not context.engine_commands(decode.role):
+            yield Found(at=decode.where(name))
+
+
 def _dev_ports(context: Context) -> Iterator[Found]:
-    # On several hosts the port is that of a sidecar, which asks for the launch's token.
+    # On several hosts the port belongs to a sidecar, which checks the launch's token.
     for each in vllm_engines(context) if not context.launch.spans_hosts else ():
         if each.settings.enable_sleep_mode and each.ports:
             yield Found("enable_sleep_mode opens /collective_rpc there", f"{each.role}.port")
@@ -303,7 +317,7 @@ def _differing_flags(context: Context) -> Iterator[Found]:
 
 
 def _flags_of(context: Context, each: RoleEngines) -> dict[str, tuple[JsonValue, str]]:
-    """Return values and places of flags that shape KV blocks, by long name or path in JSON."""
+    """Return long name or path in JSON -> value and place of each flag in ``_OF_BLOCKS``."""
     return {
         f"{it.name}.{it.key.partition('.')[2]}".rstrip("."): (
             False if it.is_off else it.json,
@@ -317,23 +331,23 @@ def _flags_of(context: Context, each: RoleEngines) -> dict[str, tuple[JsonValue,
 # fmt: off
 RULES = (
     error("PD601", "engine_args gives a flag that pdlaunch sets itself.",
-        "vLLM would take the last of the two, and pdlaunch would check, watch and route to "
-        "something else than what runs. All spellings of a flag count: dashes or underscores, "
-        "short names, no-..., one key of a JSON value, and beginnings of a name that vLLM "
-        "completes.",
+        "vLLM uses the last of two equal flags, so pdlaunch would check, watch and route to an "
+        "engine with other values than it expects. The rule finds all spellings of a flag: dashes "
+        "or underscores, short names, no-..., one key of a JSON value, and abbreviated names that "
+        "vLLM completes.",
         over=_all_arguments, when=_ours,
         fix="Remove it from engine_args, and use the setting that the finding names.",
         source=_PARSER),
     error("PD602", "engine_args gives a flag with which pdlaunch cannot run an engine.",
-        "Data and pipeline parallelism need devices and ports that pdlaunch does not plan; TLS, "
-        "gRPC and engines without HTTP cannot be asked by the router.",
+        "Pairs of pipeline stages cannot be proven, and pdlaunch plans data parallel ranks on one "
+        "host only. The router cannot call engines over TLS or gRPC, or engines without HTTP.",
         over=_all_arguments, when=_cannot_run,
         fix=_REMOVE, source=_PARSER),
-    error("PD605", "KV events are published for everybody.",
-        "They hold the token ids of all prompts. Without an endpoint pdlaunch has them published "
-        "at a Unix socket in the launch's folder.",
+    error("PD605", "Other users can read the KV events.",
+        "The events contain the token ids of all prompts. Without an endpoint, pdlaunch sets a "
+        "Unix socket in the launch's folder.",
         over=_all_arguments, when=_open_endpoints,
-        fix="Leave endpoint and replay_endpoint out; the events are then at a socket of the "
+        fix="Remove endpoint and replay_endpoint; vLLM then publishes at a socket of the "
         "launch.",
         source="vLLM's KVEventsConfig: it publishes at tcp://*:5557 by default, without a key."),
     error("PD610", "The engines of a launch are of different kinds.",
@@ -342,139 +356,144 @@ RULES = (
         fix="Set engine once, at the top level.", source="KV layouts and handshakes of both kinds.",
     ),
     error("PD611", "The executable of an engine cannot be run.",
-        "On another host its agent has to allow it. vLLM may have an environment of its own: "
-        "pdlaunch starts it, and imports nothing of it.",
+        "On another host, its agent has to allow the executable. vLLM may have its own "
+        "environment: pdlaunch starts vLLM and imports nothing from it.",
         when=_no_command,
         fix="Install vLLM, or set engine_command to its executable: a name on PATH, or a path. "
         "Start agents of other hosts with --allow-executable.",
         source="execve(2).", needs=("engine_commands",)),
     error("PD612", "Prefill and decode are different versions of vLLM.",
-        "Both become healthy; the handshake of the first request fails, and decode computes every "
-        "prompt itself.",
+        "Both engines become healthy, but the handshake of the first request fails, and decode "
+        "computes every prompt itself.",
         when=_versions_differ,
         fix="Use the same vLLM on both sides: set engine_command once, at the top level.",
         source="vLLM's NIXL handshake refuses another version (compute_nixl_compatibility_hash).",
         needs=("engine_commands",)),
     error("PD613", "vLLM is too old for pdlaunch's KV connector.",
-        "The connector is written for the interface that vLLM has had since 0.24.",
+        "The connector needs the interface that vLLM has had since 0.24.",
         over=_versions, when=lambda it: it[1][1] < _OLDEST, at="engine_command",
         message="engine_command of {0.role} is vLLM {1[0]}",
         fix=f"Install vLLM 0.24 or later, or {_OWN_CONNECTOR}.",
         source="vllm/distributed/kv_transfer/kv_connector/v1/base.py of vLLM 0.24 to 0.33.",
         needs=("engine_commands",)),
-    error("PD614", "Native engines are to move KV blocks by vLLM's own connector.",
-        "Only vLLM has it.",
+    error("PD614", "Native engines cannot use vLLM's own KV connector.",
+        "Only vLLM has this connector.",
         over=lambda context: context.engines.values() if context.kv_transfer.is_stock else (),
         when=lambda each: each.is_native, at="kv_transfer.connector",
         message="kv_transfer.connector is vllm-nixl, and the engines are native",
         fix="Set kv_transfer.connector to nixl, mooncake or file, or use engine: vllm.",
         source="NixlConnector is a class of vLLM."),
     warning("PD615", "A setting has no effect on engines of this kind.",
-        "A setting that is ignored gives a wrong idea of what runs.",
+        "The engine ignores the setting, so the configuration looks different from what runs.",
         when=_ignored_settings,
         fix="Remove it.", source="The command and environment that pdlaunch gives vLLM."),
-    warning("PD617", "vLLM is newer than those that pdlaunch's KV connector was tried with.",
+    warning("PD617", "vLLM is newer than the versions tried with pdlaunch's KV connector.",
         "Its interface may have changed. Each pair is proven with real blocks before it serves.",
         over=_versions, when=lambda it: it[1][1] > _NEWEST, at="engine_command",
         message="engine_command of {0.role} is vLLM {1[0]}",
-        fix="Take vLLM 0.33 if the launch does not get ready.",
+        fix="Use vLLM 0.33 if the launch does not become ready.",
         source="vLLM 0.24 to 0.33.", needs=("engine_commands",)),
-    warning("PD618", "Routes that run methods in an engine are open at its port.",
-        "Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without any key. At a "
-        "socket of the launch its user alone can open them.",
+    warning("PD618", "Every local user can run methods in an engine through its port.",
+        "Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without a key. At a "
+        "Unix socket of the launch, only the user of the launch can call these routes.",
         when=_dev_ports,
         fix="Set prefill.port and decode.port to 0, or switch enable_sleep_mode off.",
-        source="register_vllm_dev_api_routers of vLLM 0.32; its key guards /v1, /v2 and "
+        source="register_vllm_dev_api_routers of vLLM 0.32; its key protects only /v1, /v2 and "
         "/inference."),
     error("PD619", "A lease may end while its request waits in the queue of decode.",
-        "vLLM's prefill then gives the blocks to others, the late read succeeds, and decode "
-        "answers with the text of another prompt (HTTP 200). Decode renews the lease between two "
-        "steps: the time between two renewals and a step must fit into what one adds.",
+        "vLLM's prefill then gives the blocks to other requests, the late read succeeds, and "
+        "decode answers with the text of another prompt (HTTP 200). Decode renews the lease only "
+        "between two steps: each renewal must last for the time to the next one plus a step.",
         over=lambda context: [context.kv_transfer for _ in _stock_pair(context)],
         when=lambda transfer: transfer.lease_s < MIN_LEASE_S, at="kv_transfer.lease_s",
         message=f"lease_s is {{0.lease_s:g}}, less than {MIN_LEASE_S}",
         fix=f"Set kv_transfer.lease_s to {MIN_LEASE_S} or more; 30 is vLLM's own.",
-        source="vLLM 0.32 (_heartbeat_interval, _lease_extension): from when a request is in its "
+        source="vLLM 0.32 (_heartbeat_interval, _lease_extension): as soon as a request is in its "
         "queue, decode renews the lease every lease // 6 s, each time for lease * 2 // 3 s, "
         "between two steps."),
-    error("PD620", "Prefill and decode of vLLM load their model under different names.",
-        "The handshake of vLLM's own connector compares the path or name of the model, even where "
-        "the files are the same.",
+    error("PD620", "Prefill and decode of vLLM load the model under different names.",
+        "The handshake of vLLM's own connector compares the path or name of the model. It fails "
+        "if these differ, even with equal files.",
         over=_stock_pair, when=_models_of, at="model",
         fix="Set model once, at the top level.", source=_HANDSHAKE),
-    error("PD621", "The host tier of vLLM does not fit the KV connector of a pair.",
-        "Before 0.33 it may keep the bytes of one prompt under the hashes of another.",
-        when=_offloading, fix=f"{_REMOVE[:-1]}, or take vLLM 0.33 and its own backend.",
-        source="OffloadingConnectorScheduler.update_state_after_alloc of vLLM 0.24 to 0.33."),
-    error("PD623", "Memory of vLLM's CuMem allocator cannot be handed over.",
+    error("PD621", "The host tier of vLLM does not work with the KV connector of a pair.",
+        "Such a host tier replaces the connector, or was never tried beside it.",
+        when=_offloading,
+        fix=f"{_REMOVE[:-1]}, or use the backend native and pdlaunch's own connector.",
+        source="OffloadingConnectorScheduler of vLLM 0.24 to 0.33."),
+    error("PD638", "vLLM is too old for a host tier beside pdlaunch's KV connector.",
+        "The tier may copy a block during a pull into this block, and so store the bytes of one "
+        "prompt under the hash of another.",
+        when=_early_tier, fix=f"{_REMOVE[:-1]}, or use vLLM 0.33.",
+        source="OffloadingConnectorScheduler.update_state_after_alloc of vLLM 0.24 to 0.33.",
+        needs=("engine_commands",)),
+    error("PD623", "Peers cannot map memory of vLLM's CuMem allocator.",
         "Its allocations have no handles for peers: NIXL reads them at 0.6 GB/s.",
         when=_cumem,
-        fix=f"Leave both settings out, take vLLM 0.33, or {_OWN_CONNECTOR}.",
+        fix=f"Remove both settings, use vLLM 0.33, or {_OWN_CONNECTOR}.",
         source="vLLM's csrc/cumem_allocator.cpp; measured with vLLM 0.24 on two H200s.",
         needs=("engine_commands",)),
-    error("PD624", "engine_args splits KV blocks in a way that cannot be proven.",
-        "A drafting model and decode-context parallelism keep KV that pdlaunch's connector does "
-        "not move.",
+    error("PD624", "engine_args has a flag whose KV pdlaunch's connector does not move.",
+        "A draft model and decode-context parallelism store KV that the connector neither moves "
+        "nor proves.",
         when=lambda it: _given(
-            it, _our_sides(it), _SPLITTING, "--{} of {} engines keeps KV that cannot be proven"),
+            it, _our_sides(it), _SPLITTING, "--{} of {} engines stores KV that cannot be proven"),
         fix=f"Remove it from engine_args, or {_OWN_CONNECTOR}.", source="pdlaunch's connector."),
-    error("PD625", "A flag that shapes KV blocks differs between prefill and decode.",
-        "Layout, dtype and meaning of the bytes follow from backend, quantization and cache "
-        "settings. A drafting model has KV blocks of its own; an engine without the adapter that "
-        "a request names answers 404.",
+    error("PD625", "A flag that changes KV blocks differs between prefill and decode.",
+        "Backend, quantization and cache settings determine the layout, dtype and meaning of the "
+        "bytes. A draft model has its own KV blocks. An engine without the adapter that a request "
+        "names answers 404.",
         when=_differing_flags,
         fix="Give both sides the same value, in engine_args at the top level.", source=_HANDSHAKE),
     error("PD626", "The tensor-parallel sizes of prefill and decode do not fit.",
-        "The handshake of vLLM ends with an assertion.",
+        "The handshake of vLLM fails with an assertion.",
         over=vllm_pair, when=_tp_sizes, at="tensor_parallel_size",
-        fix="Choose tensor-parallel sizes of which one divides the other, and no larger one for "
-        "prefill than there are KV heads.", source=f"{_HANDSHAKE} TransferTopology.tp_ratio."),
-    warning("PD629", "Engines of vLLM use pulled KV blocks unproven.",
-        "With vLLM's own connector, a READ that comes after its lease brings another prompt's "
-        "blocks, and the answer is wrong with HTTP 200; its UCX listens on TCP, and takes READs "
-        "and WRITEs of KV blocks from whoever can connect.",
+        fix="Choose tensor-parallel sizes of which one divides the other. The size of prefill must "
+        "not exceed the number of KV heads.", source=f"{_HANDSHAKE} TransferTopology.tp_ratio."),
+    warning("PD629", "Engines of vLLM use pulled KV blocks without a proof.",
+        "With vLLM's own connector, a READ after the end of its lease returns another prompt's "
+        "blocks, and the answer is wrong with HTTP 200. Its UCX listens on TCP, where anyone who "
+        "can connect can read and write KV blocks.",
         over=_stock_pair, when=lambda _: True, at="kv_transfer.connector",
-        message="wrong KV blocks would be used unnoticed: kv_transfer.connector is vllm-nixl",
+        message="wrong KV blocks would go unnoticed: kv_transfer.connector is vllm-nixl",
         fix="Set kv_transfer.connector to nixl.",
         source="vLLM 0.32: an expired lease's blocks are reused, and read without an error."),
-    error("PD632", "vLLM is too old to hand over the states of a hybrid model.",
-        "Layers of Mamba or linear attention keep a state in place of KV blocks. Before 0.30 vLLM "
-        "ignores failed loads of these, and the engine ends at its start.",
+    error("PD632", "vLLM is too old to transfer the states of a hybrid model.",
+        "Layers of Mamba or linear attention have a state instead of KV blocks. Before 0.30 vLLM "
+        "ignores failed loads of such states, and the engine exits at its start.",
         over=_versions, when=lambda it: it[0].model.has_state and it[1][1] < _OLDEST_WITH_STATE,
         at="engine_command", message="engine_command of {0.role} is vLLM {1[0]}",
         fix="Install vLLM 0.30 or later.", source="KVConnectorTransferResults of vLLM 0.30.",
         needs=("engine_commands",)),
     error("PD633", "vLLM's connector needs another layout for the states of a hybrid model.",
-        "Its workers end with an assertion at the start.",
+        "The workers of vLLM fail with an assertion at their start.",
         over=_with_state,
         when=lambda each: each.given_environ.get(_LAYOUT) != "DS", at="env",
         message=f"{_LAYOUT} of {{0.role}} engines is not DS",
         fix=f"Set {_LAYOUT}: DS in env.", source="vLLM 0.32: nixl/base_worker.py."),
     warning("PD636", "Decode keeps states of a hybrid model in its prefix cache.",
-        "Before 0.28 decode ends with the assertion 'SSM can only have one local block' at the "
-        "first cache hit (by default its cache is off). Later versions cache states by default, "
-        "and refuse the handshake if the attention blocks of both sides hold different numbers of "
-        "tokens, as with different TP sizes.",
+        "Before 0.28, decode exits with the assertion 'SSM can only have one local block' at the "
+        "first cache hit (the cache is off by default). Later versions cache states by default. "
+        "They refuse the handshake if the attention blocks of both sides hold different numbers "
+        "of tokens, as with different TP sizes.",
         when=_cached_states,
         fix="Set decode.enable_prefix_caching to false, or use vLLM 0.28 or newer "
         "and equal TP and block sizes.",
         source="ai-dynamo/dynamo#12197; vllm-project/vllm#42554; vllm-project/vllm#50991 (the "
         "default, since 0.28); nixl/base_worker.py of vLLM 0.24, 0.32 and 0.33."),
+    info("PD639", "Decode caches states of a hybrid model, which needs vLLM 0.28.",
+        "Before 0.28, decode exits at the first cache hit (PD636). The version of an executable on "
+        "another machine is not known.",
+        when=_caches_with_unknown_vllm,
+        message="enable_prefix_caching of decode needs vLLM 0.28 or newer",
+        fix="Set decode.enable_prefix_caching to false for an older vLLM.",
+        source="ai-dynamo/dynamo#12197; vllm-project/vllm#42554."),
     error("PD630", "env gives a variable of vLLM that pdlaunch sets itself.",
-        "The side channel tells every caller where KV blocks are, and decode dials the address "
-        "that it binds. Dev mode adds /collective_rpc, by which whoever can connect runs any "
-        "method in the engine. pdlaunch gives its own values whatever env says.",
+        "The side channel reports to every caller where KV blocks are, and decode connects to the "
+        "address that prefill binds. Dev mode adds /collective_rpc, which lets anyone who can "
+        "connect run any method in the engine. pdlaunch overwrites these variables.",
         when=_own_variables,
         fix="Remove it from env; enable_sleep_mode switches dev mode on.",
         source="volcano-sh/kthena#1781; register_vllm_dev_api_routers of vLLM 0.32."),
-    info("PD637", "The router does not know what data parallel ranks have cached.",
-        "vLLM publishes the KV events of data parallel ranks only over TCP, with the token ids of "
-        "all prompts, so they are off. The router chooses among such engines by load, and vLLM "
-        "chooses the rank.",
-        over=vllm_engines, when=lambda each: each.settings.data_parallel_size > 1,
-        at="data_parallel_size",
-        message="KV events of {0.role} engines are off: the router chooses them by load",
-        fix="Prefer replicas to data parallel ranks where prompts share long prefixes.",
-        source="ZmqEventPublisher.offset_endpoint_port of vLLM 0.24 to 0.33."),
 )
 # fmt: on

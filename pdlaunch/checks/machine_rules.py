@@ -9,6 +9,7 @@ from pdlaunch.checks.rule import Found, error, warning
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.problems import shown
 from pdlaunch.config.sizes import format_size, parse_size
+from pdlaunch.machine.availability import NOT_HERE
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
 from pdlaunch.planning.role_engines import DEVICES_BETWEEN_HOSTS
 
@@ -18,7 +19,7 @@ _NETWORK = (
     *DEVICES_BETWEEN_HOSTS,
     *("NCCL_IB_DISABLE", "NCCL_IB_GID_INDEX", "NCCL_IB_HCA", "UCX_NET_DEVICES"),
 )
-_OF_HOST = frozenset(("num_threads",))  # derived values that may differ between engines of one role
+_OF_HOST = frozenset(("num_threads",))  # derived values that may differ between hosts
 
 
 def _missing_extras(context: Context) -> Iterator[Found]:
@@ -28,14 +29,14 @@ def _missing_extras(context: Context) -> Iterator[Found]:
         wanted.append(("gguf", "model"))
     if context.uses("mooncake"):
         wanted.append(("mooncake", "kv_transfer.connector"))
-    # Of other hosts it is not known here.
+    # The packages on other hosts are not known here.
     if not context.launch.spans_hosts:
         cumem = [each for each in on_cuda(context) if each.allocator == "cumem"]
         wanted += [("cuda", each.where(cumem_setting(each))) for each in cumem]
     for extra, where in wanted:
         if extra in missing:
             yield Found(
-                f"it needs the extra {extra}: there is no module {missing[extra]}",
+                f"this needs the extra {extra}: the module {missing[extra]} is missing",
                 where,
                 f"pip install 'pdlaunch[{extra}]', or leave it out",
             )
@@ -44,7 +45,7 @@ def _missing_extras(context: Context) -> Iterator[Found]:
 def _no_gpu(context: Context) -> Iterator[Found]:
     for each in on_cuda(context):
         if each.gpus or each.gpus_problem:
-            continue  # PD450 speaks of a variable that is wrong.
+            continue  # PD450 reports a wrong variable.
         variable = each.given_environ.get(VISIBLE_DEVICES)
         hidden = "" if variable is None else f" ({VISIBLE_DEVICES} is {shown(variable)})"
         reason = "" if context.machine.gpus else f": {context.machine.driver_error}"
@@ -63,7 +64,7 @@ def _ports(context: Context) -> Iterator[Found]:
     for listener in context.launch.listeners:
         if problem := (context.probes.ports or {}).get((listener.host, listener.port)):
             port = f"port {listener.port} of {listener.host} for the {listener.name}"
-            where = "host" if "no address" in problem else listener.where
+            where = "host" if problem.startswith(NOT_HERE) else listener.where
             yield Found(f"{port} cannot be used: {problem}", where)
 
 
@@ -74,17 +75,17 @@ def _local_addresses(context: Context) -> Iterator[Found]:
         for host in hosts
         if host.advertise_address in WILDCARDS or is_loopback(host.advertise_address)
     ]
-    # Where all hosts have such an address they are one machine.
+    # If all hosts have such an address, they are on one machine.
     for host in local if len(local) < len(hosts) else ():
         place = "control_address" if host is context.launch.hosts[0] else "hosts.advertise_address"
-        yield Found(f"others are told to reach {host.name} at {host.advertise_address}", place)
+        yield Found(f"{host.name} has the address {host.advertise_address} for other hosts", place)
 
 
 def _too_few_hosts(context: Context) -> Iterator[Found]:
     for role in context.engines if context.config.placement != "local" else ():
         there = sum(role in host.roles for host in context.launch.hosts)
         if not there:
-            yield Found(f"none of the hosts takes {role} engines", "hosts")
+            yield Found(f"no host accepts {role} engines", "hosts")
 
 
 def _cannot_spread(context: Context) -> Iterator[Found]:
@@ -103,17 +104,17 @@ def _cannot_spread(context: Context) -> Iterator[Found]:
             continue
         if is_copied:
             message = "all data parallel ranks of an engine must be on one host"
-            yield Found(message, where, f"leave nnodes or {each.where('data_parallel_size')} out")
+            yield Found(message, where, f"remove nnodes or {each.where('data_parallel_size')}")
         if each.tp_size % nnodes:
             message = f"tensor_parallel_size {each.tp_size} is not a multiple of nnodes {nnodes}"
             yield Found(message, where)
         there = sum(each.role in host.roles for host in context.launch.hosts)
         if there < nnodes:
-            message = f"nnodes is {nnodes}, but the role may use {there} of the hosts"
+            message = f"nnodes is {nnodes}, but only {there} hosts accept the role"
             yield Found(message, where, "list more hosts, with placement: hosts, ray or slurm")
         if not context.kv_transfer.trusted_network:
-            message = "vLLM's ports between hosts authenticate nobody"
-            fix = "set kv_transfer.trusted_network if no stranger can reach them"
+            message = "vLLM's ports between hosts have no authentication"
+            fix = "set kv_transfer.trusted_network if no stranger can reach these ports"
             yield Found(message, where, fix)
 
 
@@ -148,22 +149,22 @@ def _unlike_hosts(context: Context) -> Iterator[Found]:
 RULES = (
     warning("PD409", "Mooncake's sockets admit every process of this machine.",
         "Each rank listens on two ports without authentication. pdlaunch binds them to the "
-        "loopback device; a process of this machine could still read and write KV blocks.",
+        "loopback device, but other processes of this machine can still read and write KV blocks.",
         when=lambda context: context.uses("mooncake"), at="kv_transfer.connector",
         message="mooncake listens without authentication on this machine's loopback device",
-        fix="Use connector nixl, which listens nowhere. In a network namespace of its own a "
-        "deployment is safe, though the warning stays.",
+        fix="Use connector nixl, which opens no port. A deployment in its own network namespace "
+        "is safe, though the warning stays.",
         source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
         on_vllm=True),
-    error("PD410", "Engines are to run on GPUs, but there is none.",
+    error("PD410", "Engines need GPUs, but no GPU is visible.",
         "The driver shows no CUDA device to this process.",
         when=_no_gpu,
         fix="Set device: cpu, or check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's GPU "
         "option.", source="cuInit and cuDeviceGetCount.", needs=("gpus",), on_vllm=True),
-    error("PD411", "There are fewer GPUs than one engine has ranks.",
-        "Two ranks of one engine on a device would wait for each other in collective operations.",
+    error("PD411", "An engine has more ranks than there are GPUs.",
+        "Two ranks of one engine on one device would block each other in collective operations.",
         over=on_cuda,
-        # PD410 speaks of ranks that see no GPU.
+        # PD410 reports ranks that see no GPU.
         when=lambda each: (
             (there := len(each.gpus))
             and (ranks := each.settings.ranks_per_node) > there
@@ -186,87 +187,86 @@ RULES = (
         on_vllm=True),
     warning("PD416", "There is little shared memory.",
         "UCX, torch, NCCL and vLLM's message queues (160 MiB for a group of ranks) exchange data "
-        "through /dev/shm; containers give it 64 MB unless told otherwise. If it is full, "
-        "processes die with a bus error.",
+        "through /dev/shm, which has 64 MB in a container by default. If it is full, processes "
+        "die with a bus error.",
         when=_small_shm, at="/dev/shm",
         fix="docker run --shm-size=1g, or --ipc=host.",
         source="UCX posix and sysv transports, NCCL SHM transport; MessageQueue of vLLM 0.32.",
         needs=("shm",), on_vllm=True),
     error("PD420", "The launch cannot listen at an address.",
-        "Another process listens there, the port is for root (below 1024), or the host is no "
-        "address of this machine.",
+        "Another process listens there, the port is reserved for root (below 1024), or the host "
+        "is not an address of this machine.",
         when=_ports,
-        fix="Choose another port from 1024 on, or stop the process that holds it (`ss -ltnp`); of "
-        "host, use 127.0.0.1 for this machine alone, or 0.0.0.0 for all its addresses.",
+        fix="Choose another port from 1024 on, or stop the process that holds it (`ss -ltnp`). Set "
+        "host to 127.0.0.1 for clients on this machine, or to 0.0.0.0 for all addresses.",
         source="bind() and getaddrinfo().", needs=("ports",), on_vllm=True),
     error("PD424", "Peers on other hosts cannot reach a host.",
-        "To a peer on another host, localhost and 0.0.0.0 mean its own machine: every pull fails.",
+        "On another host, localhost and 0.0.0.0 mean that host itself, so every pull fails.",
         when=_local_addresses,
         fix="Give an address of this machine that the other hosts can reach.",
         source="vLLM: the side channel listens on localhost by default, and the first request "
         "hangs.", on_vllm=True),
     warning("PD425", "Gloo's sockets admit every process of this machine.",
         "The ranks of a tensor parallel group on a CPU exchange activations over TCP, on ports of "
-        "the loopback device without authentication: a process of this machine could take a "
-        "rank's place while a group is formed.",
+        "the loopback device without authentication. Another process of this machine could take "
+        "a rank's place while the group is formed.",
         over=on_cpu, when=lambda each: each.tp_size > 1, at="tensor_parallel_size",
         message="each of {0.tp_size} ranks listens without authentication on this machine's "
         "loopback device",
-        fix="Use one rank an engine. In a network namespace of its own a deployment is safe, "
+        fix="Use one rank for each engine. A deployment in its own network namespace is safe, "
         "though the warning stays.", source="Listening sockets of torch 2.13's gloo (measured)."),
-    error("PD450", "CUDA_VISIBLE_DEVICES of a role names GPUs that its ranks cannot have.",
-        "CUDA forgets what comes after an entry that it cannot use, and shows no GPU where one is "
-        "named twice. The numbers are those of the machine, whatever the launch's own variable "
-        "lists.",
+    error("PD450", "CUDA_VISIBLE_DEVICES of a role names GPUs that its ranks cannot use.",
+        "CUDA ignores all entries after one that it cannot use, and shows no GPU if a GPU is "
+        "named twice. The numbers are those of the machine, even if the launch itself has a "
+        "CUDA_VISIBLE_DEVICES.",
         over=engines, when=lambda each: bool(each.gpus_problem), at=f"${VISIBLE_DEVICES}",
         message=f"{VISIBLE_DEVICES} of {{0.role}}: {{0.gpus_problem}}",
-        fix="Name GPUs that the launch itself sees, by number and each once; or leave "
-        "CUDA_VISIBLE_DEVICES out, and pdlaunch gives each rank a GPU.",
-        source="CUDA 13 on two H200s: what cuInit and cuDeviceGetCount make of the variable.",
+        fix="Name GPUs that the launch itself sees, by number and each once. Or remove "
+        "CUDA_VISIBLE_DEVICES: pdlaunch then gives each rank a GPU.",
+        source="cuInit and cuDeviceGetCount of CUDA 13 on two H200s (measured).",
         needs=("gpus",), on_vllm=True),
-    warning("PD451", "The engines run on the CPU of a host whose GPUs the driver does not show.",
-        "Nobody chose the CPU: the driver is missing or broken, or the container was not given "
-        "the GPUs. A CUDA_VISIBLE_DEVICES that hides them is a choice.",
+    warning("PD451", "Engines run on the CPU of a host with GPUs that the driver does not show.",
+        "The settings do not choose the CPU. The driver is missing or broken, or the container has "
+        "no access to the GPUs. GPUs that CUDA_VISIBLE_DEVICES hides are no finding.",
         over=on_cpu,
         when=lambda each: each.machine.has_hidden_gpus and each.settings.device != "cpu"
         and VISIBLE_DEVICES not in each.given_environ, at="device",
         message="{0.role} runs on the CPU, though this host has NVIDIA GPUs",
         fix="Check nvidia-smi, and give the container the GPUs (docker run --gpus all); or set "
         "device: cpu.", source="The PCI bus, and cuDeviceGetCount.", needs=("gpus",)),
-    error("PD452", "Too few hosts take the engines of a role.",
-        "An engine needs a host that takes its role.",
+    error("PD452", "No host accepts the engines of a role.",
+        "An engine needs a host that accepts its role.",
         when=_too_few_hosts,
-        fix="List more hosts, or leave roles of hosts out.",
-        source="Hosts take engines of their roles alone.", on_vllm=True),
+        fix="List more hosts, or remove `roles` of a host so that it accepts all roles.",
+        source="A host accepts only engines of its roles.", on_vllm=True),
     error("PD456", "An engine cannot be spread over hosts, or have data parallel ranks.",
-        "vLLM needs equally many ranks on each host. Its TCPStore, gloo, NCCL and message queues "
-        "authenticate nobody, and the queues carry pickles: whoever reaches them runs code.",
+        "vLLM needs the same number of ranks on each host. Its TCPStore, gloo, NCCL and message "
+        "queues have no authentication, and the queues carry pickles: anyone who reaches them can "
+        "run code.",
         when=_cannot_spread, at="nnodes",
-        fix="Choose nnodes so that it divides tensor_parallel_size, and list at least that many "
-        "hosts.",
+        fix="Choose nnodes so that it divides tensor_parallel_size, and list nnodes or more hosts.",
         source="MultiprocExecutor and MessageQueue of vLLM 0.24 to 0.33; its listening sockets "
         "with two nodes (0.32, measured).", on_vllm=True),
     warning("PD457", "A variable that chooses the network is set on only some hosts of an engine.",
-        "The ranks then use different networks: they wait for each other until a time-out at the "
+        "The ranks then use different networks. They wait for each other until a time-out at the "
         "start, or silently fall back to TCP.",
         when=_unlike_networks,
-        fix="Set it in the environment of the agents on all these hosts, or on none. If all need "
-        "the same value, set it in env.",
+        fix="Set it in the environment of the agents on all these hosts, or on none of them. If "
+        "all need the same value, set it in env.",
         source="NCCL's environment variables: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_IB_GID_INDEX; "
         "vLLM's troubleshooting of several nodes.", on_vllm=True),
-    error("PD455", "Engines of one role come to different values on different hosts.",
-        "A request may go to any engine of a role: with another dtype or device an engine would "
+    error("PD455", "A derived value of a role differs between its hosts.",
+        "A request may go to any engine of a role. An engine with another dtype or device would "
         "refuse the blocks, or answer with other tokens.",
         when=_unlike_hosts,
-        fix="Set these for the role, or place its engines on hosts that are alike.",
+        fix="Set this value for the role, or place its engines on similar hosts.",
         source="Values are derived on each host: dtype auto is float32 on a CPU without bfloat16.",
         on_vllm=True),
     error("PD460", "A setting or the model asks for an extra of pdlaunch that is not installed.",
-        "A .gguf file is converted with the libraries of "
-        "`gguf`, Mooncake is in `mooncake`, and the CuMem allocator calls the driver through "
-        "`cuda`.",
+        "The extra `gguf` has the libraries that convert a .gguf file, `mooncake` has Mooncake, "
+        "and `cuda` has the bindings through which the CuMem allocator calls the driver.",
         when=_missing_extras,
-        fix="Install the extra for this Python, or leave out what asks for it.",
+        fix="Install the extra for this Python, or remove the setting that needs it.",
         source="pyproject.toml: optional-dependencies.", needs=("extras",)),
 )
 # fmt: on

@@ -1,4 +1,4 @@
-"""Rules PD2xx judge memory settings, and whether everything fits."""
+"""Rules PD2xx judge memory settings, and whether engines fit into memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pdlaunch.machine.host import expandable_segments_variable
 from pdlaunch.planning.footprint import Footprint
 from pdlaunch.planning.role_engines import RoleEngines
 
-# A KV cache whose longest request is shorter is a mistake, unless max_model_len says so
+# A KV cache that cannot hold a request of this length is a mistake, unless max_model_len is shorter
 USEFUL_TOKENS = 256
-MOST_OF_A_GPU = 0.97  # Of 178 GiB, 4.6 were held by then in a group of 16 ranks
+MOST_OF_A_GPU = 0.97  # CUDA and NCCL held 4.6 of 178 GiB at that time, in a group of 16 ranks
 _MEBIBYTE = 1024**2
 _PLACEMENT = "How ranks are placed: in turn over all GPUs."
 _TIER = "kv_offload.host_memory"
@@ -23,7 +23,7 @@ _NEED_CUMEM = {"enable_cumem_allocator": "cumem allocator", "enable_sleep_mode":
 
 
 def _segments_variable(each: RoleEngines) -> str | None:
-    """Return the variable that has the KV cache of engines on GPUs lie in expandable segments."""
+    """Return the variable that puts the KV cache of GPU engines into expandable segments."""
     on_gpu = each.device == "cuda" and not each.cumem_allocator
     return expandable_segments_variable(each.given_environ) if on_gpu else None
 
@@ -49,10 +49,10 @@ def _segments(context: Context) -> Iterator[Found]:
     for each in peers(context):
         if _is_opened_by_library(context, each) and (name := _segments_variable(each)) is not None:
             yield Found(
-                f"{name} switches expandable_segments on, which connector {connector} cannot move "
-                "fast",
+                f"{name} switches expandable_segments on, and connector {connector} moves such "
+                "memory slowly",
                 context.where_variable(each, name),
-                f"take expandable_segments out of {name}, or use {elsewhere}",
+                f"remove expandable_segments from {name}, or use {elsewhere}",
             )
 
 
@@ -61,12 +61,11 @@ def _cumem_without_fabric(context: Context) -> Iterator[Found]:
     for each in on_cuda(context) if context.pair else ():
         if each.role not in PAIR or not each.cumem_allocator:
             continue
-        is_mapped = each.is_native and carrier.maps_memory
         has_fabric = all(gpu.has_fabric_handles is not False for gpu in context.machine.gpus)
-        if is_mapped or has_fabric or not _is_opened_by_library(context, each):
+        if carrier.maps_memory or has_fabric or not _is_opened_by_library(context, each):
             continue
-        # Other connectors and vLLM do not look at the path.
-        path = "let kv_transfer.nixl.path be auto or p2p"
+        # Other connectors ignore kv_transfer.nixl.path.
+        path = "set kv_transfer.nixl.path to auto or p2p"
         other = f"{path}, " if context.uses_ucx else ""
         name = cumem_setting(each)
         yield Found(
@@ -78,7 +77,7 @@ def _cumem_without_fabric(context: Context) -> Iterator[Found]:
 
 
 def _is_opened_by_library(context: Context, each: RoleEngines) -> bool:
-    """Return whether a library opens its GPU memory; vLLM's own pools cannot be mapped."""
+    """Return True if a library opens the engine's GPU memory; peers cannot map vLLM's pools."""
     carrier = context.kv_transfer.connector_section
     return carrier.opens_device_memory or (carrier.maps_memory and not each.is_native)
 
@@ -102,7 +101,7 @@ def _gpu_memory(context: Context) -> Iterator[Found]:
             if gpu.memory_bytes is None or needed is None:
                 continue
             share = each.settings.gpu_memory_utilization
-            # A rank that is given the size of its KV cache does not ask for its share.
+            # gpu_memory_utilization does not limit a rank with a given size of its KV cache.
             given = bool(each.settings.kv_cache_memory)
             budget = gpu.memory_bytes if given else int(gpu.memory_bytes * share)
             if needed.total_bytes <= min(budget, gpu.memory_bytes - gpu.held_bytes):
@@ -116,7 +115,7 @@ def _gpu_memory(context: Context) -> Iterator[Found]:
                 yield Found(f"{message}, {held}", place, fix)
             else:
                 gives = size if given else f"{share:g} x {size} = {format_size(budget)}"
-                yield Found(f"{message}, a GPU gives it {gives}", place)  # once for equal GPUs
+                yield Found(f"{message}, a GPU has {gives} for it", place)  # once for equal GPUs
 
 
 def _gpu_shares(context: Context) -> Iterator[Found]:
@@ -132,7 +131,7 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
         }
         shares = {each: int(memory * each.settings.gpu_memory_utilization) for each in ranks}
         wants = shares | sized
-        # Each rank takes its share of the whole GPU, not of what is left: the sum decides.
+        # Each rank takes its share of the whole GPU, not of the free memory: the sum decides.
         total = sum(count * wants[each] for each, count in ranks.items())
         free = memory - gpu.held_bytes
         if total <= free or sum(ranks.values()) == 1:
@@ -144,7 +143,7 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
         message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
         if total <= memory:
             message += f", of which {_held(gpu)}"
-        if sized:  # The share of such an engine does nothing.
+        if sized:  # gpu_memory_utilization has no effect on these engines.
             names = [
                 f"{'kv_cache_memory' if each in sized else 'gpu_memory_utilization'} of {each.role}"
                 for each in ranks
@@ -152,7 +151,7 @@ def _gpu_shares(context: Context) -> Iterator[Found]:
             fix = f"lower {' and '.join(names)}, or use fewer engines"
             yield Found(message, next(iter(sized)).where("kv_cache_memory"), fix)
         else:
-            # What CUDA contexts take is in no engine's share: 5 % are left for them.
+            # No engine's share includes its CUDA contexts: 5 % are left for them.
             share = min(0.9, 0.95 * free / memory / sum(ranks.values()))
             fix = f"set gpu_memory_utilization to {share:.2f} or less"
             yield Found(message, "gpu_memory_utilization", fix)
@@ -165,16 +164,16 @@ def _late_shares(
     wants: Mapping[RoleEngines, int],
     shares: Mapping[RoleEngines, int],
 ) -> Iterator[Found]:
-    """Find vLLM engines that need more free GPU memory to start than others leave."""
+    """Find engines of vLLM that need more free GPU memory at their start than others leave."""
     for each, share in shares.items():
         left = free - (total - wants[each])
         if not each.is_native and share > left:
-            asks = f"{format_size(share)} of GPU {index} to be free, and others leave"
+            asks = f"{format_size(share)} of free memory on GPU {index}, but other ranks leave"
             # Rounded down, to leave room for CUDA contexts.
             fits = max(1, int(95 * each.settings.gpu_memory_utilization * left / share)) / 100
-            sized = "; kv_cache_memory alone then sizes the KV cache"
+            sized = "; kv_cache_memory alone then sets the size of the KV cache"
             yield Found(
-                f"a {each.role} rank of vLLM asks at its start for {asks} {format_size(left)}",
+                f"a {each.role} rank of vLLM needs at its start {asks} {format_size(left)}",
                 each.where("gpu_memory_utilization"),
                 f"set gpu_memory_utilization to {fits:g} or less"
                 + sized * (each.settings.kv_cache_memory is not None),
@@ -187,7 +186,7 @@ def _shared_gpus(context: Context) -> str:
 
 
 def _host_memory(context: Context) -> Iterator[Found]:
-    # On a CPU all ranks of the host share one memory, whatever their role.
+    # On a CPU, the ranks of all roles share the memory of the host.
     needs = {each: each.footprint for each in on_cpu(context) if each.footprint}
     tiers = [each for each in engines(context) if each.host_tier_bytes]
     total = sum(each.num_ranks * needed.total_bytes for each, needed in needs.items())
@@ -207,7 +206,7 @@ def _host_memory(context: Context) -> Iterator[Found]:
 
 
 def _wanted_tokens(each: RoleEngines) -> int | None:
-    """Return the tokens of a request without which the KV cache is of no use; None: not known."""
+    """Return the length of a request that the KV cache has to hold at least; None: not known."""
     longest = each.max_model_len
     if longest is None or each.settings.max_model_len is not None:
         return longest
@@ -215,7 +214,7 @@ def _wanted_tokens(each: RoleEngines) -> int | None:
 
 
 def _too_small(each: RoleEngines, tokens: int | None) -> Found | None:
-    """Return what is wrong where the KV cache holds no request of so many tokens."""
+    """Return a finding if the KV cache cannot hold a request of this length."""
     needed, kv_bytes = each.footprint, each.kv_cache_bytes
     if needed is None or kv_bytes is None or tokens is None:
         return None
@@ -249,16 +248,16 @@ def _size(each: RoleEngines) -> str:
 
 # fmt: off
 RULES = (
-    error("PD201", "Sleep mode is on, and the CuMem allocator that it needs is off.",
-        "Sleep frees the physical memory behind weights and KV cache and keeps the addresses; "
-        "only CuMem pools can.",
+    error("PD201", "Sleep mode is on, but the CuMem allocator that it needs is off.",
+        "Sleep frees the physical memory of weights and KV cache and keeps the addresses. Only "
+        "CuMem pools can do this.",
         over=engines, when=lambda each: each.cumem_allocator is None, at="enable_cumem_allocator",
         message="enable_sleep_mode is on, but enable_cumem_allocator is false",
         fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode "
         "off.", source="The CUDA driver's virtual memory management.", on_vllm=True),
     error("PD202", "The CuMem allocator, or sleep mode, is not supported on the current platform.",
-        "CuMem pools are memory of CUDA devices, and need virtual memory management of the driver "
-        "on each of them; sleep mode needs the pools. They are never silently left out.",
+        "CuMem pools are memory of CUDA devices and need virtual memory management of the driver "
+        "on each device. Sleep mode needs the pools. pdlaunch never silently omits them.",
         when=_no_cumem,
         fix="Switch enable_cumem_allocator and enable_sleep_mode off, run on a CUDA device, or "
         "update its driver.",
@@ -276,39 +275,37 @@ RULES = (
         source="Measured on two H200s with NIXL 1.5.1 and torch 2.11.0; vLLM 0.32 refuses only "
         "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF.", on_vllm=True),
     error("PD207", "Weights, activations and KV cache do not fit into the memory of a GPU.",
-        "The engine would end with an out-of-memory error, at start or under load. Memory that "
-        "other processes hold now does not count as there, where the driver tells how much that "
-        "is.",
+        "The engine would end with an out-of-memory error, at its start or under load. Memory that "
+        "other processes hold now is subtracted, if the driver reports it.",
         when=_gpu_memory,
         fix="Use more ranks, a smaller dtype, a smaller max_num_batched_tokens (activations), "
         "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization; or stop "
         "the processes that hold the GPU's memory (nvidia-smi shows them).",
-        source="The model's config.json, the driver, and NVML for the memory that is free.",
+        source="The model's config.json, the driver, and NVML for the free memory.",
         needs=("model", "gpus", "gpu_memory"), on_vllm=True),
     error("PD208",
-        "The KV cache cannot hold one request of max_model_len; where that is unset, none of 256 "
-        "tokens.",
-        "A request that needs more blocks than there are can never run: it is refused although it "
-        "is within max_model_len.",
+        "The KV cache cannot hold one request of max_model_len, or of 256 tokens if that is not "
+        "set.",
+        "A request that needs more blocks than the cache has can never run. The engine refuses it "
+        "although it is within max_model_len.",
         over=engines, when=lambda each: _too_small(each, _wanted_tokens(each)),
         at="kv_cache_memory",
         fix="Raise kv_cache_memory, or lower max_model_len.",
         source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True),
-    error("PD210", "Ranks on one GPU together want more memory than it has.",
-        "Each rank takes its share of the whole device, so that the last one to start finds too "
-        "little.",
+    error("PD210", "Ranks that share a GPU need more memory than it has.",
+        "Each rank takes its share of the whole device, so too little is left for the last rank "
+        "to start.",
         when=_gpu_shares,
         fix="Lower gpu_memory_utilization of the engines that share a device, set "
         "kv_cache_memory, use fewer engines, or stop other processes that hold the GPU's memory.",
         source=_PLACEMENT, needs=("gpus", "model", "gpu_memory"), on_vllm=True),
     warning("PD211", "Ranks of different engines share a GPU.",
-        "Prefill and decode then slow each other down, which is what disaggregation is meant to "
-        "avoid.",
+        "Prefill and decode then slow each other down, which disaggregation is meant to prevent.",
         when=_shared_gpus, at="device",
         fix="Use as many GPUs as there are ranks, or fewer engines.", source=_PLACEMENT,
         needs=("gpus",), on_vllm=True),
     error("PD212", "Engines on the CPU and host tiers need more memory than the machine has.",
-        "The kernel would end a process in the middle of loading, or under load. Every rank takes "
+        "The kernel would kill a process while it loads, or under load. Every rank allocates "
         "kv_offload.host_memory at its start.",
         when=_host_memory,
         fix="Lower kv_cache_memory, kv_offload.host_memory (of one rank) or the number of engines, "
@@ -316,8 +313,8 @@ RULES = (
         source="The model's config.json and the machine (its control group included).",
         needs=("memory",), on_vllm=True),
     warning("PD222", "An engine of vLLM asks for nearly all of a GPU.",
-        "At its start the share has to be free, when contexts of CUDA and NCCL already hold some "
-        "GB: the engine ends, at every attempt.",
+        "The whole share has to be free at the start of the engine, but contexts of CUDA and NCCL "
+        "already hold some GB then. The engine exits at every attempt.",
         over=on_cuda,
         when=lambda each: not each.is_native
         and each.settings.gpu_memory_utilization > MOST_OF_A_GPU,
@@ -327,19 +324,19 @@ RULES = (
         source="aws-samples/aws-do-eks#79; vllm/v1/worker/utils.py, request_memory.",
         needs=("gpus",), on_vllm=True),
     warning("PD213",
-        "The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric "
+        "The KV cache is in CuMem memory that the connector cannot map: this host has no fabric "
         "handles.",
-        "Without an IMEX channel the driver does not export CuMem allocations as fabric handles, "
-        "and NIXL/UCX copies through the host: 0.6 GB/s instead of 392 GB/s (the silent cliff), "
-        "also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file "
+        "Without an IMEX channel the driver does not export CuMem allocations as fabric handles. "
+        "NIXL/UCX then silently copies through the host: 0.6 GB/s instead of 392 GB/s, also with "
+        "UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file "
         "descriptors.",
         when=_cumem_without_fabric,
         fix="Set kv_transfer.nixl.path to auto or p2p, turn the CuMem allocator off, or set "
         "up an IMEX channel on the host.",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
         "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"), on_vllm=True),
-    error("PD220", "The host tier is of no use without the prefix cache.",
-        "Blocks are kept and found under the hashes that prefix caching computes.",
+    error("PD220", "The host tier does not work without the prefix cache.",
+        "It stores and finds blocks by the hashes that prefix caching computes.",
         over=_with_tier,
         when=lambda each: not each.settings.enable_prefix_caching
         and f"{_TIER} is {_size(each)}, but enable_prefix_caching is false",

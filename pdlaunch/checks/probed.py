@@ -1,5 +1,5 @@
-"""Looks at ports, weights, executables and packages, and holds what was probed beside the settings:
-also measured pairs, and engines that run already.
+"""Probes ports, weights, executables and packages. Defines the probed facts that rules read; they
+include measured pairs and engines that already run.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import Allocator
 
 Link = Literal["hosts", "GPUs of a host", "CPUs of a host"]
-# What links between two ranks should give
+# Speed that a link between two ranks should have; a pair below a tenth of it is slow
 LINK_GIGABYTES_PER_S: Mapping[Link, float] = {
-    # RDMA at 50 Gbit/s. A tenth is half of what 10 Gbit Ethernet carries.
+    # RDMA at 50 Gbit/s. A tenth is half the speed of 10 Gbit Ethernet.
     "hosts": 6.0,
-    # PCIe 4.0 x16 carries 25 GB/s, NVLink 300 and more, a GPU to itself 1,000. A tenth is under
-    # the first, and over what NIXL gives in pieces of 32 KiB.
+    # PCIe 4.0 x16 carries 25 GB/s, NVLink 300 and more, one GPU 1,000 within itself. A tenth is
+    # below PCIe, and above the speed of NIXL with pieces of 32 KiB.
     "GPUs of a host": 100.0,
-    # A loaded machine reached 0.3 to 0.8 GB/s, a quiet one 2 to 3.4.
+    # Measured: 0.3 to 0.8 GB/s on a loaded machine, 2 to 3.4 on a quiet one.
     "CPUs of a host": 1.0,
 }
 
 
 def is_slow(gigabytes_per_s: float | None, link: Link) -> bool:
-    """Return True below a tenth of what the link should give; False where nothing is known."""
+    """Return True below a tenth of the link's proper speed; False if the speed is not known."""
     return gigabytes_per_s is not None and gigabytes_per_s < LINK_GIGABYTES_PER_S[link] / 10
 
 
 @dataclass(frozen=True, slots=True)
 class PairTransport:
-    """Says how fast one decode rank reads from one prefill rank."""
+    """How fast one decode rank reads from one prefill rank."""
 
     decode_rank: str  # ``decode-0/rank-0``
     prefill_rank: str
-    path: str  # the path in use: ``nixl/UCX``, ``p2p/memfd`` and such
+    path: str  # the path in use, such as ``nixl/UCX`` or ``p2p/memfd``
     allocator: Allocator  # allocator of the prefill rank's KV cache
-    gigabytes_per_s: float | None = None  # None: too few bytes moved to tell
-    # Names of the two hosts, prefill's first; None: both ranks are on one
+    gigabytes_per_s: float | None = None  # None: too few bytes moved for a figure
+    # Names of the two hosts, prefill's first; None: both ranks are on the same host
     hosts: tuple[str, str] | None = None
     shares_gpu: bool = False
-    piece_bytes: int = 0  # size of the pieces that it was measured with; 0: not known
-    # Speed of the paths that are not in use, or why they cannot be
+    piece_bytes: int = 0  # size of the pieces in the measurement; 0: not known
+    # Path that is not in use -> its speed, or why it cannot be used
     other_paths: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -62,12 +62,13 @@ class PairTransport:
 
 @dataclass(frozen=True, slots=True)
 class SeenEngine:
-    """Says what an engine that runs already answers over HTTP; None where it does not say."""
+    """Facts that a running engine reports over HTTP; None where it does not report them."""
 
     role: Role
     url: str
+    label: str = ""  # its name at the router that lists it
     kind: str = "vllm"
-    problem: str = ""  # the reason why it cannot be asked; nothing else is known then
+    problem: str = ""  # the reason why it does not answer; nothing else is known then
     version: str | None = None
     models: tuple[str, ...] = ()
     max_model_len: int | None = None
@@ -78,41 +79,42 @@ class SeenEngine:
     bytes_read: int = 0
     num_expired: int = 0  # leases that ended before their blocks were read
     num_failed: int = 0  # transfers and notifications that failed
-    num_answers: int = 0  # of vLLM alone, as are their tokens
+    num_answers: int = 0  # with ``answer_tokens``: only known for vLLM
     answer_tokens: int = 0
-    gigabytes_per_s: float | None = None  # mean speed of its READs; None: too few bytes to tell
+    gigabytes_per_s: float | None = None  # mean speed of its READs; None: too few bytes
     piece_bytes: int = 0  # mean size of the pieces of its READs; 0: not known
     has_dev_mode: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.role} {self.url}"
+        return self.label or f"{self.role} {self.url}"
 
 
 @dataclass(frozen=True, slots=True)
 class SeenPair:
-    """Says what became of a canary through a pair of engines that run already."""
+    """The result of a canary through a pair of running engines."""
 
     prefill: str
     decode: str  # URLs
+    name: str
     problem: str = ""  # the reason why the canary failed; empty: it came through
     num_bytes: int = 0
-    # Decode has told that it did not compute the canary; else these bytes are all that is known,
-    # and other requests may have read them
-    is_told: bool = True
+    # Decode has reported that it did not compute the canary. If False, only the bytes are known,
+    # and other requests may have read them.
+    is_reported: bool = True
     seconds: float = 0.0
     transport: str = ""  # of UCX; empty: not known
-    wrong_address: str = ""  # the reason why decode cannot find the side channel there
+    wrong_address: str = ""  # why decode cannot reach the side channel at prefill's address
 
 
 @dataclass(frozen=True, slots=True)
 class SeenDeployment:
-    """Holds the engines and pairs of a deployment that runs already."""
+    """The engines and pairs of a running deployment."""
 
     engines: tuple[SeenEngine, ...]
-    pairs: tuple[SeenPair, ...] | None  # none: no canary was sent
-    # By name of a pair, from pdlaunch routers: path with speed, and why the pair is slow
-    told_pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    pairs: tuple[SeenPair, ...] | None  # None: no canary was sent
+    # Name of a pair -> path with speed, and why the pair is slow; from routers of pdlaunch
+    reported_pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:
         """Return the engines of a role that answer."""
@@ -121,30 +123,26 @@ class SeenDeployment:
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """Holds what was probed for one check; None where nobody looked."""
+    """The probed facts of one check; None if a fact was not probed."""
 
-    # Why an address cannot be listened on, by host and port; empty: it can
+    # Host and port -> why the launch cannot listen there; empty: it can
     ports: Mapping[tuple[str, int], str] | None = None
-    # Maps an extra of pdlaunch to the first of its modules that this Python does not find
+    # Extra of pdlaunch -> the first of its modules that this Python does not have
     missing_extras: Mapping[str, str] | None = None
     weight_errors: Mapping[Role, ConfigError] | None = None
-    # Facts about the executables of vLLM engines, by host, found without running them
+    # Role -> host -> facts about the executable of vLLM, found without running it
     engine_commands: Mapping[Role, Mapping[str, EngineCommand]] | None = None
     deployment: SeenDeployment | None = None
-    # Every pair of ranks of a launch that was measured
+    # All measured pairs of ranks
     transport: tuple[PairTransport, ...] | None = None
 
 
-# Modules of the extras that settings or a model can ask for
-EXTRAS = {
-    "gguf": ("gguf", "accelerate"),
-    "cuda": ("cuda.bindings",),
-    "mooncake": ("mooncake",),
-}
+# Extra that a setting or a model may need -> its modules
+EXTRAS = {"gguf": ("gguf", "accelerate"), "cuda": ("cuda.bindings",), "mooncake": ("mooncake",)}
 
 
 def probe_launch(resolved: ResolvedLaunch, *, with_ports: bool = True) -> Probes:
-    """Look at weights, executables and ports on this host, and for the packages of extras."""
+    """Probe weights, executables, ports and the packages of extras on this host."""
     weight_errors = {
         role: error
         for role, engines in resolved.roles.items()
@@ -166,7 +164,7 @@ def probe_launch(resolved: ResolvedLaunch, *, with_ports: bool = True) -> Probes
 
 
 def _engine_commands(resolved: ResolvedLaunch) -> dict[Role, dict[str, EngineCommand]]:
-    """Return what is known of executables by role and host; agents tell those that they allow."""
+    """Return role -> host -> facts about its executable. Agents report the ones they allow."""
     found: dict[Role, dict[str, EngineCommand]] = {}
     for host in resolved.engine_hosts:
         for role, engines in resolved.by_host[host.name].items():

@@ -1,17 +1,17 @@
-"""Defines a rule: a row that says what is wrong, where, why it matters, and what to do.
+"""Defines a rule: a row with a fault, its place, its reason and its fix.
 
 ::
 
     error("PD108", "block_size is not allowed by the attention backend of the device.",
         "Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.",
         over=on_cuda, when=lambda each: each.settings.block_size % 16, at="block_size",
-        message="block_size {0.settings.block_size} is no multiple of 16, which CUDA needs",
+        message="block_size {0.settings.block_size} is not a multiple of 16, as CUDA needs",
         fix="Use a multiple of 16.", source="FlashAttention.", needs=("gpus",)),
 
-``when`` sees one item of ``over`` at a time, or the whole context. It returns True for the row's
-``message``, in which ``{0}`` is the item (``{0}`` and ``{1}``: the two of a pair); a message of its
-own; or one or several ``Found``. ``at`` is a setting (the role's own where that gives it), a
-variable (``$UCX_TLS``), or any other name.
+``when`` is called with each item of ``over``, or with the whole context. It returns True for the
+row's ``message``, in which ``{0}`` is the item (``{0}`` and ``{1}``: the two items of a pair);
+another message; or one or several ``Found``. ``at`` is a setting (if the role overrides it, the
+role's own setting is shown), a variable (``$UCX_TLS``), or any other name.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _FACTS: frozenset[str] = frozenset(get_args(Fact))
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Says one thing that a rule has found; what is empty is as in the rule's row."""
+    """One finding of a rule; an empty field has the value in the rule's row."""
 
     message: str = ""
     at: str = ""
     fix: str | None = ""
 
 
-# What ``when`` returns: nothing (whatever is false), True, a message, or what it has found
+# The result of ``when``: a false value for no finding, True, a message, or findings
 Outcome = Found | Iterable[Found | str] | str | int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Holds one finding of a check, ready to be shown."""
+    """One finding of a check, with all its texts."""
 
     rule: str
     severity: Severity
@@ -55,7 +55,7 @@ class Finding:
     message: str
     fix: str
     origin: str = ""
-    """The place that the setting comes from: ``deploy.yaml:3:5``, ``--port``, ``PDLAUNCH_PORT``.
+    """Where the setting was given: ``deploy.yaml:3:5``, ``--port``, ``PDLAUNCH_PORT``.
 
     Empty for defaults and facts of the machine.
     """
@@ -63,36 +63,36 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Knows one way in which a set-up breaks."""
+    """One way in which a deployment can fail."""
 
     code: str
     severity: Severity
-    title: str  # one sentence that states what is wrong
+    title: str  # a sentence that states the fault
     why: str
     fix: str  # empty: nothing to fix
-    source: str  # the source of the knowledge
+    source: str  # where this is known from
     when: Callable[[Any], Outcome]
     over: Callable[[Context], Iterable[Any]] = lambda context: (context,)
     at: str = ""
     message: str = ""
-    # Facts without which the rule cannot say anything; it is then listed as not checked
+    # Facts that the rule needs; if one is unknown, the rule is listed as not checked
     needs: tuple[Need, ...] = ()
-    # It holds for engines of vLLM, too. Those of the family PD6 are about such engines alone.
+    # The rule applies to engines of vLLM too. Rules of the family PD6 apply only to those.
     on_vllm: bool = False
 
     @property
     def is_of_machine(self) -> bool:
-        """Return whether it needs facts of a machine, and so judges each host by its engines."""
+        """Return True if the rule needs facts of a machine; it then judges each host alone."""
         return not _FACTS.isdisjoint(self.needs)
 
     def missing(self, context: Context) -> tuple[Need, ...]:
-        """Return the facts without which the rule can say nothing here; empty: it can."""
+        """Return the unknown facts that the rule needs."""
         return tuple(need for need in self.needs if need in context.missing)
 
     def apply(self, context: Context) -> list[Finding]:
         if self.missing(context):
             return []
-        # A setting of the top level is found once for each role: dict keys keep the first.
+        # A setting of the top level is found once for each role. Keep the first finding.
         return list(dict.fromkeys(self._find(context)))
 
     def _find(self, context: Context) -> Iterator[Finding]:
@@ -135,7 +135,7 @@ def _place(context: Context, item: object, at: str) -> str:
 
 
 def differing_place(prefill: RoleEngines, decode: RoleEngines, name: str) -> str:
-    """Return the role's own setting that makes the difference."""
+    """Return the path of the setting that makes the two roles differ."""
     return decode.where(name) if name in decode.overrides else prefill.where(name)
 
 

@@ -20,7 +20,7 @@ from pdlaunch.checks.rule import SEVERITIES, Finding, Rule
 from pdlaunch.planning.resolve import ResolvedLaunch, effective_values
 
 NO_VLLM = "PD611"
-# A rule takes a number of its family that no rule has had: reports name rules by it.
+# A new rule takes a number that no rule ever had, since reports name rules by their numbers.
 FAMILIES = {
     "PD1": "Configuration",
     "PD2": "Memory",
@@ -54,7 +54,7 @@ def family(rule: Rule) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NotChecked:
-    """Names a rule that could say nothing here."""
+    """A rule that could not be checked."""
 
     rule: str
     title: str
@@ -64,34 +64,29 @@ class NotChecked:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Holds the outcome of a check."""
+    """The result of a check."""
 
     findings: tuple[Finding, ...]  # errors first, then warnings and infos; by code
     not_checked: tuple[NotChecked, ...]
     resolved: Mapping[str, object]  # the values that were judged; plain JSON without secrets
+    measured: str = ""  # result of `--probe`: the pair, or why no pair was measured
 
     @property
     def errors(self) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     def is_ok(self, *, strict: bool = False) -> bool:
-        """Return True without errors; with ``strict`` only without warnings too."""
+        """Return True if there are no errors; with ``strict``, no warnings either."""
         failing = ("error", "warning") if strict else ("error",)
         return not any(finding.severity in failing for finding in self.findings)
 
 
 def run_checks(
-    launch: ResolvedLaunch,
-    origins: Mapping[str, str],
-    probes: Probes,
-    *,
-    rules: Iterable[Rule],
-    family: str = "PD",
+    launch: ResolvedLaunch, origins: Mapping[str, str], probes: Probes, *, rules: Iterable[Rule]
 ) -> Report:
-    """Apply every rule whose code begins with ``family``. ``rules``: those of the engine kind.
+    """Apply every rule in ``rules``, such as all rules of an engine kind.
 
-    Rules that need what was not probed are listed as not checked. ``serve`` calls with
-    ``family="PD5"`` and the measured pairs after the handshake.
+    A rule that needs an unknown fact is listed as not checked.
     """
     whole = {"": make_context(launch, origins, probes)}
     hosts = {
@@ -100,8 +95,8 @@ def run_checks(
     }
     findings: list[Finding] = []
     not_checked: list[NotChecked] = []
-    for rule in (rule for rule in rules if rule.code.startswith(family)):
-        # A rule about machines judges each host with its own engines; others see the launch once.
+    for rule in rules:
+        # A rule about machines judges each host with its engines; others judge the launch once.
         contexts = (hosts if rule.is_of_machine else whole) or whole
         findings += _of_hosts({name: rule.apply(one) for name, one in contexts.items()})
         gaps = [name for name, one in contexts.items() if rule.missing(one)]
@@ -111,14 +106,14 @@ def run_checks(
             on = f"{', '.join(gaps)}: " if gaps[0] else ""
             reason = f"{on}{first.missing[missing[0]]}"
             not_checked.append(NotChecked(rule.code, rule.title, missing, reason))
-    # If vLLM is missing, all other findings about it would be guesses.
+    # If vLLM is missing, all other findings about vLLM would be guesses.
     findings = [each for each in findings if each.rule == NO_VLLM] or findings
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
     return Report(tuple(findings), tuple(not_checked), effective_values(launch))
 
 
 def _of_hosts(found: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield what was found on hosts, once what several have in common; the message names them."""
+    """Yield each finding once; its message names the hosts on which it was found."""
     hosts: dict[Finding, list[str]] = {}
     for name, findings in found.items():
         for finding in findings:

@@ -1,4 +1,4 @@
-"""The command line is the only room that renders."""
+"""Implements the command line. Only this package prints for users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXIT_BY_SIGNAL = 128
 
 
 def main() -> None:
-    """Run the ``pdlaunch`` script. It imports inside, so that Ctrl-C ends imports quietly too."""
+    """Run the ``pdlaunch`` script. Imports are inside, so that Ctrl-C is quiet during them too."""
     first = catch_end_signals()
     try:
         from pdlaunch.cli.app import run
@@ -26,22 +26,22 @@ def main() -> None:
 
 
 def catch_end_signals() -> list[int]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it stops what it has started.
+    """Make SIGTERM and SIGHUP end a command like Ctrl-C, so that it stops its own processes.
 
-    Returns a list whose one item is the signal that came first, SIGINT by default. A hangup that
-    ``nohup`` lets be ignored stays ignored.
+    Returns a list with one item: the signal that came first, SIGINT by default. A SIGHUP that
+    ``nohup`` ignores stays ignored.
     """
     first: list[int] = [signal.SIGINT]
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if first[0] == signal.SIGINT:
             first[0] = number
-        # asyncio has a handler of its own while it runs.
+        # asyncio installs its own handler of SIGINT while it runs.
         interrupt = signal.getsignal(signal.SIGINT)
         assert callable(interrupt)
         interrupt(signal.SIGINT, frame)
 
-    # Shells make it ignored for what a script starts in the background.
+    # A shell ignores SIGINT in commands that a script starts in the background.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):

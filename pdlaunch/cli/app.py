@@ -1,4 +1,4 @@
-"""Lists the commands. Each is imported only when it is called, so that help comes fast."""
+"""Lists the commands. A command is imported only when it is called, so that help is fast."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CHECKED = (
 
 
 class Command(NamedTuple):
-    """Names a command and where it lives in ``pdlaunch.cli``: ``module:attribute``, which is a
-    function, or a ``typer.Typer`` called ``app``.
+    """A command. ``target`` is ``module:attribute`` in ``pdlaunch.cli``: a function, or a
+    ``typer.Typer`` called ``app``.
     """
 
     name: str
@@ -49,21 +49,21 @@ COMMANDS = (
         "pdlaunch serve deployment.yaml --dry-run",
     ),
     Command("agent", "joining:agent", "Run engines on this host for a launch on another one."),
-    Command("router", "router:router", "Route requests to engines that run already.", _SERVED),
-    Command("check-config", "check_config:check_config", "Find what breaks a launch.", _CHECKED),
-    Command("doctor", "doctor:doctor", "Find what is wrong with running engines.", _CHECKED),
+    Command("router", "router:router", "Route requests to running engines.", _SERVED),
+    Command("check-config", "check_config:check_config", "Find faults of a launch.", _CHECKED),
+    Command("doctor", "doctor:doctor", "Find faults of running engines.", _CHECKED),
     Command("explain", "check_config:explain", "Show why a rule exists, and its fix."),
     Command("render", "render:app", "Write a deployment for Kubernetes."),
     Command("status", "status:status", "Show what a deployment is doing."),
     Command("top", "status:top", "Watch a deployment in the terminal, as it changes."),
-    Command("sleep", "engines:sleep", "Have engines give their device memory back."),
-    Command("wake", "engines:wake", "Wake the engines of a deployment up."),
-    Command("restart", "engines:restart", "Have engines of a deployment started anew."),
+    Command("sleep", "engines:sleep", "Put engines to sleep, to free their device memory."),
+    Command("wake", "engines:wake", "Wake up the engines of a deployment."),
+    Command("restart", "engines:restart", "Restart engines of a deployment."),
     Command("scale", "engines:scale", "Add or remove engines of a deployment."),
     Command("role", "engines:role", "Give an engine of a deployment another role."),
     Command("drain", "engines:drain", "Give engines of a deployment no new work."),
     Command("undrain", "engines:undrain", "Give drained engines work again."),
-    Command("trace", "trace:trace", "Show what became of a request, over all processes."),
+    Command("trace", "trace:trace", "Show how a request went through all processes."),
     Command("bench", "bench:app", "Measure a deployment, or pulls of KV blocks alone."),
     Command(
         "verdict",
@@ -77,18 +77,18 @@ _NAME = "pdlaunch"
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
-    """Return the typer app for these arguments; only the command that they name is imported."""
+    """Return the typer app for these arguments. Imports only the command that they name."""
     app = typer.Typer(
         name=_NAME,
         help="Launch disaggregated prefill/decode LLM serving with one command.",
         no_args_is_help=True,
         add_completion=False,
-        # rich cuts the names of long flags off where a terminal has fewer than 96 columns.
+        # rich truncates the names of long flags on terminals with fewer than 96 columns.
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    # Importing one command takes up to a second; help lists the others by the table alone.
+    # Importing a command takes up to a second; help takes the other commands from the table.
     called = next((word for word in arguments if not word.startswith("-")), None)
     for command in commands:
         loaded = command.load() if command.name == called else None
@@ -113,7 +113,7 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
 
 
 def run() -> None:
-    """Run the command that the arguments of this process name."""
+    """Run the command in the arguments of this process."""
     build_app(sys.argv[1:])(prog_name=_NAME)
 
 
@@ -134,4 +134,4 @@ def _root(
 
 
 def _placeholder() -> None:
-    """Stand in for a command that was not called; only its name and summary are shown."""
+    """Stand in for a command that was not called; help shows its name and summary."""

@@ -23,7 +23,15 @@ from pdlaunch.bench.timed_completion import Goals, read_goals
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ServeCommand, refuse_address, with_serve_flags
 from pdlaunch.cli.html_report import HEADINGS, write_report
-from pdlaunch.cli.output import FormatOption, counted, print_errors, print_json, print_table, safe
+from pdlaunch.cli.output import (
+    FormatOption,
+    counted,
+    fitting,
+    print_errors,
+    print_json,
+    print_line,
+    print_table,
+)
 from pdlaunch.cli.status import duration
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 from pdlaunch.config.settings import flag_name
@@ -42,12 +50,17 @@ _TRANSFER_HEADINGS = {
     "pull_gb_per_s": "verified\npull GB/s",
     "checksum_percent": "checksums\n%",
 }
+# Columns that a narrow terminal leaves out, in this order
+_SPARE = (
+    *("tpot_ms_median", "cached_share", "seconds", "e2e_ms_median", "first_gap_ms_p99"),
+    *("requests_per_s", "itl_ms_p99", "ttft_ms_p99", "num_requests"),
+)
 _Counts = list[Annotated[int, msgspec.Meta(gt=0)]]
 _Rates = list[Annotated[float, msgspec.Meta(gt=0, lt=1e9)]]
 
 
 def _list_of(kind: Any, example: str) -> Callable[[str], Any]:
-    """Return what reads ``1,4,16``."""
+    """Return a parser of lists such as ``1,4,16``."""
 
     def read(text: str) -> Any:
         try:
@@ -71,30 +84,30 @@ def read_slo(text: str) -> Goals:
 
 
 # Options with a parser are annotated ``Any``: typer would take a list for a repeated option.
-@app.command("serve", cls=ServeCommand)
+@app.command("serve", cls=ServeCommand, short_help="Measure what clients of a deployment see.")
 @with_serve_flags
 def serve(
     config: Path | None = None,
     url: str | None = typer.Option(
-        None, help="URL of a running deployment; without it one is started."
+        None, help="URL of a running deployment; without it, a deployment is started."
     ),
     input_tokens: Any = typer.Option(
         None, parser=_integers, metavar="N,N", help="Prompt lengths (128)."
     ),
     output_tokens: int | None = typer.Option(None, min=1, help="Output length (32)."),
     concurrency: Any = typer.Option(
-        None, parser=_integers, metavar="N,N", help="Requests at a time (1,4,16)."
+        None, parser=_integers, metavar="N,N", help="Concurrent requests (1,4,16)."
     ),
     request_rate: Any = typer.Option(
         None,
         parser=_numbers,
         metavar="R,R",
-        help="Requests sent a second, such as 0.5,2,8, instead of --concurrency.",
+        help="Requests sent per second, such as 0.5,2,8, instead of --concurrency.",
     ),
     burstiness: float | None = typer.Option(
         None,
         min=0.001,
-        help="Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1).",
+        help="Shape of the pauses at --request-rate: 1 is Poisson, below 1 is bursty (1).",
     ),
     num_requests: int | None = typer.Option(
         None, min=1, help="Requests for each length and concurrency (four rounds, at least 8)."
@@ -103,13 +116,14 @@ def serve(
         30_000, min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this."
     ),
     seed: int | None = typer.Option(
-        None, help="Seed of the prompts; the same one twice meets warm prefix caches."
+        None, help="Seed of the prompts. The same seed twice finds warm prefix caches."
     ),
     slo: Any = typer.Option(
         None,
         parser=read_slo,
         metavar="GOALS",
-        help="Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
+        help="Goals of a request, for goodput, in ms: ttft=200,itl=50 (ITL: p99 in a request); "
+        "also tpot, e2e.",
     ),
     trace: Path | None = typer.Option(
         None,
@@ -119,7 +133,7 @@ def serve(
         help="Send the requests of this file, a trace in Mooncake's format (JSON lines).",
     ),
     trace_speed: float | None = typer.Option(
-        None, min=0.001, help="Times by which the trace is sent faster (1)."
+        None, min=0.001, help="Factor by which the trace is sent faster (1)."
     ),
     report: Path | None = typer.Option(
         None, metavar="FILE", dir_okay=False, help="Write plots and figures as one HTML file."
@@ -129,7 +143,7 @@ def serve(
     flags: dict[str, object],
 ) -> None:
     """Measure what clients see: TTFT, gap to the second token, ITL and throughput."""
-    # Refuse options that would have no effect, so that nobody misreads the figures.
+    # Refuse options without an effect, so that users do not misread the figures.
     if request_rate is not None:
         refuse_given({"--concurrency": concurrency}, "not with --request-rate")
     else:
@@ -144,11 +158,11 @@ def serve(
         refuse_address(flags)
     else:
         given = {flag_name(path): value for path, value in flags.items() if path != "api_key"}
-        why = "for a deployment that is started here, not for one at --url"
+        why = "only without --url, for a deployment that this command starts"
         refuse_given({"CONFIG": config} | given, why)
     runs: list[BenchRun] = []
     goals = slo or Goals()
-    with _told_errors() as failures:
+    with _reported_errors() as failures:
         loaded = load_config(config, os.environ, flags)
         key = loaded.config.api_key
         options = BenchOptions(
@@ -174,7 +188,7 @@ def serve(
                 url = deployment.url
                 if output == "table":
                     typer.echo(f"command to healthy: {deployment.start_s:.1f} s")
-            # ``runs`` is filled one by one: Ctrl-C leaves the rows that are complete.
+            # Runs are appended one by one, so that Ctrl-C keeps the complete rows.
             asyncio.run(_collect(msgspec.structs.replace(options, url=url), progress, runs))
             progress("stopping the deployment")
     if runs:
@@ -187,7 +201,7 @@ def serve(
 
 
 @contextlib.contextmanager
-def _told_errors() -> Any:
+def _reported_errors() -> Any:
     """Print an error or Ctrl-C, and continue after the block with the finished measurements.
 
     Yields the exit codes.
@@ -205,7 +219,7 @@ def _told_errors() -> Any:
 
 async def _collect(options: BenchOptions, progress: ShowProgress, runs: list[BenchRun]) -> None:
     async for run in bench_serve(options, progress):
-        runs.append(run)  # noqa: PERF401 - those before an error or Ctrl-C are shown
+        runs.append(run)  # noqa: PERF401 - runs before an error or Ctrl-C are shown
 
 
 def _show(runs: Sequence[BenchRun], output: str) -> None:
@@ -215,13 +229,18 @@ def _show(runs: Sequence[BenchRun], output: str) -> None:
         print_json([row | {"errors": without_words(row["errors"])} for row in found])
         return
     shown = [name for name in HEADINGS if any(row[name] is not None for row in found)]
-    print_table(found, {name: HEADINGS[name] for name in shown})
+    headings, console = {name: HEADINGS[name] for name in shown}, Console()
+    if console.is_terminal:
+        headings = fitting(found, headings, console.width, _SPARE)
+    print_table(found, headings)
+    if num_hidden := len(shown) - len(headings):
+        print_line(f"{counted(num_hidden, 'column')} left out: --format json shows all")
     if rows[-1].routes:
-        typer.echo(safe(f"routes of the last load: {', '.join(map(str, rows[-1].routes))}"))
+        print_line(f"routes of the last load: {', '.join(map(str, rows[-1].routes))}")
     seconds, num_requests = sum(row.seconds for row in rows), sum(row.num_requests for row in rows)
     left_out = sum(row.num_left_out for row in rows)
-    note = f"; {left_out} of the trace are too long for the model and left out" if left_out else ""
-    typer.echo(
+    note = f"; {left_out} of the trace left out, too long for the model" if left_out else ""
+    print_line(
         f"in all: {counted(num_requests, 'request')}, "
         f"{counted(sum(row.num_errors for row in rows), 'error')}, "
         f"{sum(row.total_prompt_tokens for row in rows)} prompt and "
@@ -231,7 +250,7 @@ def _show(runs: Sequence[BenchRun], output: str) -> None:
 
 
 def refuse_given(options: Mapping[str, object], why: str) -> None:
-    """Raise typer's BadParameter where one of these options, by name, was given."""
+    """Raise typer's BadParameter if any of these options (name -> value) was given."""
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise typer.BadParameter(f"{', '.join(given)}: {why}")
@@ -241,21 +260,21 @@ def _paths(text: str) -> list[str]:
     known = (*get_args(KVPath), "mooncake", "file")
     for name in text.split(","):
         if name not in known:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")
     return text.split(",")
 
 
-@app.command("transfer")
+@app.command("transfer", short_help="Measure pulls of KV blocks alone.")
 def transfer(
     paths: Any = typer.Option(
         "auto",
         "--path",
         parser=_paths,
         metavar="PATHS",
-        help="Of auto,nixl,p2p (connector nixl), mooncake, file.",
+        help="Some of auto,nixl,p2p (connector nixl), mooncake, file.",
     ),
     num_blocks: Any = typer.Option(
-        "16,128", parser=_integers, metavar="N,N", help="Blocks of one pull."
+        "16,128", parser=_integers, metavar="N,N", help="Blocks in one pull."
     ),
     num_repeats: int = typer.Option(10, min=1, help="Pulls measured; the median is shown."),
     num_layers: int = typer.Option(30, min=1, help="Layers of the model."),
@@ -272,10 +291,10 @@ def transfer(
     mooncake_protocol: MooncakeProtocol = typer.Option("tcp", help="How Mooncake moves bytes."),
     output: FormatOption = "table",
 ) -> None:
-    """Measure gigabytes a second from a prefill to a decode rank: of the READs alone, and of whole
-    pulls without and with checksums. The shape is that of the demo model by default.
+    """Measure GB/s from a prefill rank to a decode rank: READs alone, and whole pulls without and
+    with checksums. The defaults have the shape of the demo model.
     """
-    # Named as the fields of ``TransferOptions``, whose module imports torch.
+    # Names are those of the fields of ``TransferOptions``, whose module imports torch.
     options = {name: value for name, value in locals().items() if name != "output"}
     if enable_cumem_allocator and device != "cuda":
         raise typer.BadParameter("--enable-cumem-allocator is for --device cuda")
@@ -286,18 +305,23 @@ def transfer(
         print_table(rows, _TRANSFER_HEADINGS)
 
 
-def run_module(module: str, *arguments: str, stdout: int = subprocess.PIPE) -> bytes:
-    """Run ``python -m MODULE ARGUMENTS``, which keeps torch out of this process; return its output.
+def run_module(
+    module: str,
+    *arguments: str,
+    stdout: int = subprocess.PIPE,
+    environ: Mapping[str, str] | None = None,
+) -> bytes:
+    """Run ``python -m MODULE ARGUMENTS`` and return its output. This process never imports torch.
 
-    Raises ``typer.Exit`` when it fails.
+    Raises ``typer.Exit`` if the module fails.
     """
-    # -P: a folder named pdlaunch where the user stands is not the installed one.
+    # -P: do not import a folder named pdlaunch in the current folder.
     command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", module, *arguments]
-    # In a session of its own Ctrl-C does not reach it: it ends with this process, silently.
+    # Ctrl-C does not reach a process in its own session. It ends silently, with this process.
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=stdout, env=environ, start_new_session=True
     ) as process:
-        # Standard input stays open: its end is the end of the process.
+        # Standard input stays open, because the process ends with its standard input.
         found = b"" if process.stdout is None else process.stdout.read()
         if process.wait() != 0:
             raise typer.Exit(1)

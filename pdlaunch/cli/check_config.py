@@ -1,30 +1,41 @@
-"""``pdlaunch check-config`` finds what is wrong with a set-up before it runs; ``pdlaunch explain``
-shows why a rule exists, and how to fix its findings.
+"""``pdlaunch check-config`` finds faults of a deployment before it runs; ``pdlaunch explain`` shows
+why a rule exists, and how to fix its findings.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.checks.probed import Probes, probe_launch
-from pdlaunch.checks.run import all_rules, family, run_checks
+from pdlaunch.checks.probed import PairTransport, Probes, probe_launch
+from pdlaunch.checks.run import Report, all_rules, family, run_checks
 from pdlaunch.cli import EXIT_UNUSABLE
+from pdlaunch.cli.bench import run_module
 from pdlaunch.cli.findings import StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import FormatOption, print_errors
 from pdlaunch.cli.preflight import AssumeOption, judged_machine, load_launch
+from pdlaunch.cli.status import pair_line
+from pdlaunch.config.connectors import VLLM_NIXL
 from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.problems import nearest, shown_name
+from pdlaunch.config.roles import PAIR
+from pdlaunch.engine.kvcache.groups import num_kv_heads_of_rank
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.launch.places import transport_of
+from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
-from pdlaunch.planning.resolve import resolve_on
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.protocol.control import PairReady
 
 
 @with_serve_flags
@@ -33,14 +44,19 @@ def check_config(
     output: FormatOption = "table",
     strict: StrictOption = False,
     assume: AssumeOption = None,
+    probe: bool = typer.Option(
+        False, "--probe", help="Also measure the first pair of ranks on this machine."
+    ),
     *,
     flags: dict[str, object],
 ) -> None:
-    """Find what would break a deployment, on this machine or on another one, without starting it.
+    """Find faults of a deployment without starting it, for this machine or another one.
 
-    Rules that lack a fact are listed as not checked; `pdlaunch explain CODE` says what a rule is
-    about.
+    Rules that need an unknown fact are listed as not checked. `pdlaunch explain CODE` describes a
+    rule.
     """
+    if probe and assume is not None:
+        raise typer.BadParameter("--probe measures this machine, so it excludes --assume")
     try:
         loaded = load_launch(config, flags)
         machine, assumed = judged_machine(assume, loaded.config)
@@ -52,13 +68,72 @@ def check_config(
     models = read(loaded.config, fetch_part)
     resolved = resolve_on(loaded.config, hosts, os.environ, models)
     probes = probe_launch(resolved) if is_this else Probes()
-    report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
-    print_report(report, output, strict=strict, assumed=assumed)
+    rules = kind_of(resolved).rules()
+    report, measured = run_checks(resolved, loaded.origins, probes, rules=rules), ""
+    if probe and (reason := _unmeasurable(resolved, report)):
+        measured = f"no pair was measured: {reason}"
+    elif probe:
+        pair, transport = _measure(resolved)
+        measured, probes = f"measured: {pair_line(pair)}", replace(probes, transport=(transport,))
+        report = run_checks(resolved, loaded.origins, probes, rules=rules)
+    print_report(replace(report, measured=measured), output, strict=strict, assumed=assumed)
+
+
+def _unmeasurable(resolved: ResolvedLaunch, report: Report) -> str:
+    """Return why the pairs of a launch cannot be measured here; empty if they can."""
+    at_start = "so only a start can measure pairs"
+    reasons = {
+        "correct the errors first": report.errors,
+        "there are no prefill and decode engines": not resolved.has_pair,
+        f"kv_transfer.connector is {VLLM_NIXL}, {at_start}": resolved.config.kv_transfer.is_stock,
+        f"the launch has several hosts, {at_start}": resolved.spans_hosts,
+        f"the shape of the model is not known, {at_start}": any(
+            engines.shape is None for engines in resolved.roles.values()
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _measure(resolved: ResolvedLaunch) -> tuple[PairReady, PairTransport]:
+    """Measure the first pair of ranks, each in its own process. Raises typer.Exit."""
+    by_name = {engine.name: engine for engine in resolved.engines}
+    prefill, decode = (by_name[f"{role}-0"] for role in PAIR)
+    engines, transfer = prefill.engines, resolved.config.kv_transfer
+    shape, layout = engines.shape, engines.footprint and engines.footprint.layout
+    assert shape is not None
+    options = {
+        "num_blocks": [1],
+        # A tensor of vLLM holds one layer.
+        "num_layers": layout.num_layers_per_block if layout else 1,
+        "num_kv_heads": num_kv_heads_of_rank(shape.num_kv_heads, engines.tp_size),
+        "head_dim": shape.head_dim,
+        "block_size": engines.settings.block_size,
+        "dtype": engines.dtype or "bfloat16",
+        "device": engines.device,
+        "enable_cumem_allocator": engines.allocator == "cumem",
+        "kv_transfer": transfer.model_dump(mode="json"),
+    }
+    # The ranks see only the GPUs of the pair: prefill uses the first, decode the last.
+    listed = resolved.environ.get(VISIBLE_DEVICES)
+    names = listed.split(",") if listed else [str(each.index) for each in resolved.machine.gpus]
+    used = [
+        names[each.engines.gpus[index].index]
+        for each in (prefill, decode)
+        for index in each.device_indices[:1]
+    ]
+    visible = {VISIBLE_DEVICES: ",".join(dict.fromkeys(used))} if used else {}
+    said = run_module(
+        "pdlaunch.bench.transfer",
+        json.dumps(options),
+        environ={**resolved.environ, **engines.environment, **visible},
+    )
+    pair = msgspec.json.decode(said, type=PairReady)
+    return pair, transport_of(pair, prefill, decode)
 
 
 def explain(
     code: str | None = typer.Argument(
-        None, metavar="CODE", help="A rule such as PD204; all are listed without it."
+        None, metavar="CODE", help="A rule such as PD204; without it, all rules are listed."
     ),
 ) -> None:
     """Show a rule, or list all of them."""

@@ -1,4 +1,4 @@
-"""``pdlaunch doctor``: judge a deployment that somebody else started."""
+"""``pdlaunch doctor``: judge a running deployment, also one that pdlaunch did not start."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pdlaunch.planning.resolve import THIS_HOST, resolve
 
 ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0  # vLLM gathers /server_info for more than 10 s on a busy machine
-MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes, starting the READs takes most of the time
+MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes, the start of READs takes most of the time
 _ANSWER_TOKENS = "vllm:request_generation_tokens"
 _NUM_PIECES = "vllm:nixl_num_descriptors_sum"
 _CACHE = "vllm:cache_config_info"
@@ -51,10 +51,11 @@ _FAILED = (
 
 
 class AskedAt(NamedTuple):
-    """How to reach an engine: by its URL, or through the admin socket of its launch."""
+    """Where to call an engine: at its URL, or through the admin socket of its launch."""
 
     url: str
     prefix: str = ""
+    name: str = ""  # the engine's name at the router that lists it
 
 
 def doctor(
@@ -69,16 +70,16 @@ def doctor(
     both: BothOption = None,
     engine_key_env: KeyEnvOption = None,
     exact: bool = typer.Option(
-        False, "--exact", help="A canary's tokens must be equal, as they are in float32."
+        False, "--exact", help="Require equal tokens from a canary, as float32 gives."
     ),
     canary: bool = typer.Option(True, help="Send a short prompt through each pair of engines."),
     output: FormatOption = "table",
     strict: StrictOption = False,
 ) -> None:
-    """Find what is wrong with engines that run already, of vLLM or native, and harm nothing.
+    """Find faults of running engines, of vLLM or native, without disturbing them.
 
-    Each engine is asked for its health, version, models and metrics; through each pair goes one
-    prompt of two KV blocks with at most 4 tokens out.
+    Each engine is asked for its health, version, models and metrics. Each pair gets one prompt of
+    two KV blocks, with at most 4 output tokens.
     """
     try:
         key = None if engine_key_env is None else os.environ.get(engine_key_env)
@@ -97,14 +98,14 @@ def doctor(
             _require_url(f"--{role}", url)
         if not (routers or named):
             routers = [_own_launch()]
-        listed, told_pairs, doors = asyncio.run(_deployments_of(routers or ()))
+        listed, reported_pairs, doors = asyncio.run(_deployments_of(routers or ()))
         urls = list(dict.fromkeys([*named, *listed]))
     except ConfigError as error:
         refuse_input(error, output)
-    # A router that is asked is not trusted with a key: it could list whom it likes.
+    # Engines that only a router lists get no key: the router could list any server.
     keys = {url: key for _, url in named if key}
     seen = asyncio.run(examine(urls, keys, doors, sends_canaries=canary, is_exact=exact))
-    print_report(judge(replace(seen, told_pairs=told_pairs)), output, strict=strict)
+    print_report(judge(replace(seen, reported_pairs=reported_pairs)), output, strict=strict)
 
 
 def _require_url(name: str, url: str) -> None:
@@ -112,7 +113,7 @@ def _require_url(name: str, url: str) -> None:
     if not url.startswith(("http://", "https://", UNIX)):
         raise ConfigError("not a URL", field=name, value=url, fix=fix)
     try:
-        # A path would not be asked, and a user's password would be sent as part of the host.
+        # A URL may have no path, which would be ignored, and no user and password.
         read_engine_url(url)
     except ValueError as error:
         raise ConfigError(str(error), field=name, fix=fix) from None
@@ -133,42 +134,42 @@ def _own_launch() -> str:
 async def _deployments_of(
     routers: Sequence[str],
 ) -> tuple[list[tuple[Role, str]], dict[str, tuple[str, str]], dict[str, AskedAt]]:
-    """Return the engines and pairs that routers list, and how to reach engines of this user's
-    launches, which refuse other callers. Raises ConfigError.
+    """Return the engines and pairs that routers list, and where to call engines of this user's
+    launches, which refuse direct callers. Raises ConfigError.
     """
     found: list[tuple[Role, str]] = []
-    told_pairs: dict[str, tuple[str, str]] = {}
+    reported_pairs: dict[str, tuple[str, str]] = {}
     doors: dict[str, AskedAt] = {}
     for url in routers:
         own = own_launches(url) if url.startswith("http") else []
         socket_url = f"{UNIX}{own[0].admin_socket}" if own else None
-        api = EngineApi(socket_url or url)  # no key: the key is for engines
+        api = EngineApi(socket_url or url)  # without the key, which is for engines
         try:
             engines, pairs = await api.deployment(ASK_TIMEOUT_S)
-            told_pairs |= pairs
+            reported_pairs |= pairs
             for role_name, engine, name in engines:
                 role = next((role for role in ROLES if role == role_name), None)
                 if role is None:
                     raise ProtocolError(f"it lists an engine of role {role_name[:100]}")
                 found.append((role, engine))
-                if socket_url is not None:
-                    doors[engine] = AskedAt(socket_url, f"/pdlaunch/engines/{quote(name, safe='')}")
+                prefix = f"/pdlaunch/engines/{quote(name, safe='')}" if socket_url else ""
+                doors[engine] = AskedAt(socket_url or engine, prefix, name)
         except ProtocolError as error:
             raise ConfigError(
                 f"not a router of this pdlaunch: {error}",
                 field="URL",
                 value=url,
-                fix="name engines by --prefill and --decode: engines do not tell their role",
+                fix="name engines with --prefill and --decode: engines do not report their role",
             ) from None
         finally:
             await api.close()
-    return found, told_pairs, doors
+    return found, reported_pairs, doors
 
 
 def judge(seen: SeenDeployment) -> Report:
-    """Apply the rules on engines that run already."""
+    """Apply the rules for running engines."""
     config = LaunchConfig.model_validate({"engine": "vllm"})
-    unknown = Model("unknown", None, None, pending="engines that run already do not tell")
+    unknown = Model("unknown", None, None, pending="running engines do not report it")
     roles: tuple[Role, ...] = ("prefill", "decode")
     launch = resolve(config, {THIS_HOST: Machine()}, {}, dict.fromkeys(roles, unknown))
     rules = [rule for rule in all_rules().values() if rule.code in OF_RUNNING_ENGINES]
@@ -184,9 +185,9 @@ async def examine(
     sends_canaries: bool,
     is_exact: bool,
 ) -> SeenDeployment:
-    """Look at all engines at the same time, then send a canary through each pair in turn.
+    """Query all engines at the same time, then send a canary through each pair in turn.
 
-    ``keys`` and ``doors``: of engines, by URL.
+    ``keys`` and ``doors``: URL of an engine -> its key, and where to call it.
     """
     places = {url: doors.get(url, AskedAt(url)) for _, url in urls}
     apis = {
@@ -194,10 +195,11 @@ async def examine(
     }
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
-        seen = SeenDeployment(tuple(engines), None)
+        named = (replace(each, label=places[each.url].name) for each in engines)
+        seen = SeenDeployment(tuple(named), None)
         if not sends_canaries:
             return seen
-        # One canary at a time: READs at the same time would share a link and look slow.
+        # One canary at a time: simultaneous READs would share a link and look slow.
         pairs = [
             await _prove(prefill, decode, apis, is_exact=is_exact)
             for prefill in seen.of("prefill")
@@ -251,7 +253,7 @@ def _count(counts: Counts, *names: str) -> int:
 
 
 def is_here(url: str) -> bool:
-    """Tell whether a URL leads to this host, by the loopback device or an address of its own."""
+    """Return True if a URL leads to this host, by the loopback device or one of its addresses."""
     host = urlsplit(url).hostname or ""
     if url.startswith(UNIX) or is_loopback(host):
         return True
@@ -264,7 +266,7 @@ def is_here(url: str) -> bool:
 
 
 def _transport(url: str) -> str:
-    """Return UCX's transport from the log of an engine on this host; empty if unknown."""
+    """Return UCX's transport from the log of an engine on this host, or an empty string."""
     if url.startswith(UNIX) or not is_here(url):
         return ""
     listeners = {
@@ -279,17 +281,13 @@ def _transport(url: str) -> str:
 async def _prove(
     prefill: SeenEngine, decode: SeenEngine, apis: Mapping[str, EngineApi], *, is_exact: bool
 ) -> SeenPair:
-    pair = SeenPair(prefill.url, decode.url)
+    names = (engine.label or engine.url for engine in (prefill, decode))
+    pair = SeenPair(prefill.url, decode.url, " -> ".join(names))
     common = [name for name in prefill.models if name in decode.models]
     if not common:
         return replace(pair, problem="they serve no model of the same name")
     try:
-        proof = await send_canary(
-            apis[prefill.url],
-            apis[decode.url],
-            common[0],
-            is_exact=is_exact,
-        )
+        proof = await send_canary(apis[prefill.url], apis[decode.url], common[0], is_exact=is_exact)
     except PdlaunchError as error:
         pair = replace(pair, problem=str(error))
         params = error.params if isinstance(error, CanaryDied) else {}
@@ -297,9 +295,9 @@ async def _prove(
         pair = replace(
             pair,
             num_bytes=proof.num_bytes,
-            is_told=proof.is_told,
+            is_reported=proof.is_reported,
             seconds=round(proof.seconds, 3),
-            # UCX prints it at the first READ, which the canary may have been.
+            # UCX prints the transport at the first READ, so it is read after the canary.
             transport=_transport(decode.url),
         )
         params = proof.params
@@ -308,15 +306,15 @@ async def _prove(
 
 
 def _wrong_address(host: object, pair: SeenPair) -> str:
-    """Return why decode cannot reach the side channel at the host that prefill names."""
+    """Return why decode cannot reach the side channel at prefill's host, or an empty string."""
     if not isinstance(host, str):
         return ""
     if host in WILDCARDS:
-        return f"it tells decode to dial {host}, which is decode's own host"
+        return f"it sends decode to {host}, which is decode's own host"
     prefill, decode = (
         "localhost" if is_here(url) else urlsplit(url).hostname or ""
         for url in (pair.prefill, pair.decode)
     )
     if is_loopback(host) and prefill != decode:
-        return f"it tells decode on {decode} to dial {host}, which is that host"
+        return f"it sends decode on {decode} to {host}, which is decode's own host"
     return ""

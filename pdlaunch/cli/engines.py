@@ -14,20 +14,15 @@ import typer
 from pdlaunch.cli.options import KeyOption, UrlOption
 from pdlaunch.cli.output import counted, ending_at_errors, print_line, say
 from pdlaunch.config.roles import ROLES, Role
-from pdlaunch.launch.client.admin import (
-    EngineOutcome,
-    admin_api,
-    command_engines,
-    command_launch,
-)
+from pdlaunch.launch.client.admin import EngineOutcome, admin_api, command_engines, command_launch
 from pdlaunch.launch.client.api import Api
 
 GIB = 1024**3
-_GOES_ON = "what has begun goes on; `pdlaunch status` shows the engines"
+_GOES_ON = "the change continues; `pdlaunch status` shows the engines"
 
 
 class Tag(StrEnum):
-    """Names a pool that can wake up by itself; typer takes no list of a ``Literal``."""
+    """A pool that can wake up alone. An enum, because typer accepts no list of a ``Literal``."""
 
     WEIGHTS = "weights"
     KV_CACHE = "kv_cache"
@@ -44,7 +39,7 @@ NamesArgument = Annotated[
     ),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be started and stopped; do nothing.")
+    bool, typer.Option("--dry-run", help="Show which engines would start and stop; do nothing.")
 ]
 DrainOption = Annotated[
     float | None,
@@ -52,8 +47,8 @@ DrainOption = Annotated[
         "--drain-timeout",
         min=0,
         max=800,
-        help="How long requests at an engine that stops may go on before they continue at another "
-        "one; drain_timeout_s of the launch without it.",
+        help="How long requests may run on at an engine that stops, before they continue at "
+        "another engine; by default drain_timeout_s of the launch.",
         metavar="SECONDS",
     ),
 ]
@@ -65,15 +60,15 @@ def sleep(
         1,
         min=1,
         max=2,
-        help="1 keeps the weights in host memory; 2 drops them, they are loaded again.",
+        help="1 keeps the weights in host memory; 2 drops them and loads them again at wake-up.",
     ),
     mode: Literal["wait", "refuse"] = typer.Option(
-        "wait", help="While requests run or KV blocks are leased: wait for them, or refuse."
+        "wait", help="Wait for running requests and leased KV blocks, or refuse to sleep."
     ),
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Put engines to sleep: they free device memory. Needs enable_sleep_mode."""
+    """Put engines to sleep, to free device memory. Needs enable_sleep_mode."""
     with _commanding(url, admin_api_key) as admin:
         outcomes = command_engines(admin, "/sleep", engine or (), level=level, mode=mode)
     _show_memory("given back", outcomes)
@@ -85,7 +80,7 @@ def wake(
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Have engines that sleep take their device memory again and serve."""
+    """Wake up sleeping engines: they allocate their device memory again and serve."""
     with _commanding(url, admin_api_key) as admin:
         outcomes = command_engines(admin, "/wake_up", engine or (), tags=tag or [])
     _show_memory("taken", outcomes)
@@ -95,7 +90,7 @@ def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption
     """Restart engines one by one, each after its running requests have ended."""
     failed = False
     with _commanding(url, admin_api_key) as admin:
-        # One after the other, so that the others of a role serve meanwhile.
+        # One after the other, so that other engines of a role serve meanwhile.
         for each in dict.fromkeys(name):
             (outcome,) = command_engines(admin, "/pdlaunch/restart", [each])
             _show_line(outcome, "serves again")
@@ -110,37 +105,37 @@ def drain(
         600.0,
         min=0,
         max=850,
-        help="How long to wait for requests that run; they go on in any case. 0 does not wait.",
+        help="How long to wait for running requests; they run on in any case. 0: do not wait.",
         metavar="SECONDS",
     ),
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Give engines no new work, and wait until nothing runs there; nothing is moved by force. It
-    holds until `pdlaunch undrain`, also while the engine is restarted.
+    """Give engines no new work, and wait until no request runs there. Requests are not moved to
+    other engines. An engine stays drained until `pdlaunch undrain`, also after a restart.
     """
     names = " ".join(name)
-    said = f"{names}: no new work; `pdlaunch undrain {names}` ends that"
+    said = f"{names}: no new work until `pdlaunch undrain {names}`"
     with _commanding(url, admin_api_key, said) as admin:
         outcomes = command_engines(admin, "/pdlaunch/drain", name, timeout_s=f"{timeout:g}")
     for each in outcomes:
         left = f"{each.running} still at work after {timeout:g} s" if each.running else ""
-        _show_line(each, f"is given no new work; {left or 'nothing runs there'}")
+        _show_line(each, f"gets no new work; {left or 'nothing runs there'}")
     raise typer.Exit(int(any(each.error or (timeout and each.running) for each in outcomes)))
 
 
 def undrain(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
-    """Give engines work again that `pdlaunch drain` has kept it from."""
+    """Give engines work again after `pdlaunch drain`."""
     with _commanding(url, admin_api_key) as admin:
         outcomes = command_engines(admin, "/pdlaunch/undrain", name)
     for outcome in outcomes:
-        _show_line(outcome, "is given work")
+        _show_line(outcome, "gets work again")
     raise typer.Exit(int(any(outcome.error for outcome in outcomes)))
 
 
 def scale(
     wanted: list[str] = typer.Argument(
         ...,
-        help="Engines of a role: prefill=2 decode=1; roles that are not named keep theirs.",
+        help="Engines of a role: prefill=2 decode=1. Other roles keep their engines.",
         metavar="ROLE=NUMBER",
     ),
     url: UrlOption = None,
@@ -148,8 +143,8 @@ def scale(
     drain_timeout: DrainOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Add and remove engines of a running launch. New ones get requests once their pairs are
-    proven; those that go get none any more and finish what runs.
+    """Add and remove engines of a running launch. New engines get requests once their pairs are
+    proven. Engines that are removed get no new requests and finish the running ones.
     """
     replicas: dict[str, int] = {}
     for text in wanted:
@@ -166,14 +161,14 @@ def scale(
 
 def role(
     name: str = typer.Argument(..., help="The engine: decode-1.", metavar="NAME"),
-    role: Role = typer.Argument(..., help="The role that it is to have.", metavar="ROLE"),
+    role: Role = typer.Argument(..., help="The new role.", metavar="ROLE"),
     url: UrlOption = None,
     dry_run: DryRunOption = False,
     drain_timeout: DrainOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
-    of that role starts on its host, under a name of that role.
+    """Give an engine of a running launch another role. It finishes its requests and stops; then an
+    engine of the new role starts on its host, under a new name.
     """
     fields = {"engine": name, "role": role, "dry_run": dry_run, "drain_timeout_s": drain_timeout}
     _command_launch(url, admin_api_key, "role", fields)
@@ -210,7 +205,7 @@ def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
 def _command_launch(
     url: str | None, admin_api_key: str | None, name: str, fields: Mapping[str, object]
 ) -> None:
-    """Print a line for each engine that starts or stops, and what there is afterwards."""
+    """Send a command; print a line for each engine that starts or stops, and the new totals."""
     dry_run = fields.get("dry_run", False)
     with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
         outcome = command_launch(admin, name, **fields)

@@ -22,14 +22,14 @@ from pdlaunch.machine.profiles import AssumedMachine
 
 StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")]
 STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
-UNUSABLE = "input"  # stands for a rule in what is reported of a configuration that cannot be used
+UNUSABLE = "input"  # stands for the rule in the report on an unusable configuration
 _WIDTH_OF_A_PIPE = 100_000
 
 
 def print_report(
     report: Report, output: Format, *, strict: bool, assumed: AssumedMachine | None = None
 ) -> NoReturn:
-    """Print a report in the form of ``output``, and exit with 0, or 1 with what fails the check."""
+    """Print a report in the form of ``output``, and exit with 0, or with 1 if the check fails."""
     is_ok = report.is_ok(strict=strict)
     if output == "table":
         _print_findings(report, ok=is_ok, assumed=assumed)
@@ -57,8 +57,8 @@ def _finding_of(problem: Problem) -> Finding:
 
 
 def _place(finding: Finding) -> str:
-    is_told = not finding.origin or finding.origin == finding.where
-    return finding.where if is_told else f"{finding.where} ({finding.origin})"
+    is_reported = not finding.origin or finding.origin == finding.where
+    return finding.where if is_reported else f"{finding.where} ({finding.origin})"
 
 
 def say_finding(finding: Finding) -> None:
@@ -71,7 +71,7 @@ def say_finding(finding: Finding) -> None:
 def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None) -> None:
     """Print the findings by severity, the rules that were not checked, and a verdict."""
     console = Console()
-    # A pipe gets its lines whole; terminals and COLUMNS have their width.
+    # Lines to a pipe are not wrapped; a terminal or COLUMNS sets the width.
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_A_PIPE
 
@@ -95,6 +95,8 @@ def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None)
         say(Text("not checked", style="bold"))
         for gap in gaps:
             say(Text(gap, style="dim"), 2)
+    if report.measured:
+        say(Text(safe(report.measured)))
     if assumed is not None:
         about = f": {safe(assumed.about)}" if assumed.about else ""
         say(Text(f"for {safe(assumed.name)}{about}", style="dim"))
@@ -108,7 +110,7 @@ def _gaps(report: Report) -> list[str]:
     """Return a line for each group of unchecked rules that lack the same facts."""
     by_facts: defaultdict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     for item in report.not_checked:
-        # What ``serve`` measures of pairs is missing in every check.
+        # The transport of pairs is missing in every check: ``serve`` measures it.
         if item.needs != ("transport",):
             by_facts[item.needs, item.reason].append(item.rule)
     return [
@@ -135,4 +137,6 @@ def _print_json(report: Report, *, ok: bool, assumed: AssumedMachine | None = No
     ]
     about = assumed and {"name": assumed.name, "about": assumed.about}
     resolved = report.resolved and {**report.resolved, "not_checked": not_checked, "assumed": about}
+    if report.measured:
+        resolved = {**resolved, "measured": report.measured}
     print_json({"ok": ok, "findings": findings, "resolved": resolved})

@@ -29,17 +29,17 @@ _COMMON = frozenset(
     )
 )
 _HELP_ALL = "--help-all"
-_MANY = 20  # with fewer flags that are not common, help shows all
+_MANY = 20  # with fewer uncommon flags, help shows all
 _KEPT_HYPHEN = "\u2011"
 
 
 class ServeCommand(TyperCommand):
-    """A command with the flags of ``serve``, which are many, some of them long."""
+    """A command with the flags of ``serve``; its short help shows only the common flags."""
 
     is_whole = False
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the flags under their headings: the common ones, or all."""
+        """Write the common flags, or all flags, under their headings."""
         panels: dict[str, list[tuple[str, str]]] = {}
         common = {flag.name for path, flag in all_flags().items() if path in _COMMON}
         shown = [(each, record) for each in self.get_params(ctx) if (record := _record(each, ctx))]
@@ -69,7 +69,7 @@ class ServeCommand(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            # By its name: typer brings a click of its own, or uses the installed one.
+            # Compared by name: typer may have its own copy of click.
             if type(error).__name__ == "NoSuchOption":
                 unknown: Any = error
                 if instead := _advice(unknown.option_name, is_like=bool(unknown.possibilities)):
@@ -78,7 +78,7 @@ class ServeCommand(TyperCommand):
 
 
 def _record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
-    """Return a parameter's help line, with flags that do not wrap at hyphens."""
+    """Return a parameter's help line, whose flags do not wrap at hyphens."""
     if (record := parameter.get_help_record(ctx)) is None:
         return None
     first, second = (re.sub(r"(?<=-)-|-(?=[\w-])", _KEPT_HYPHEN, text) for text in record)
@@ -86,15 +86,17 @@ def _record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
 
 
 def _advice(name: str, *, is_like: bool) -> str:
-    """Say what to write instead of an unknown flag; empty if it ``is_like`` a known one."""
+    """Return what to write instead of an unknown flag; empty if it ``is_like`` a known flag."""
     path = name.removeprefix("--").removeprefix("no-").replace("-", "_")
     if path in all_flags():
         return f"did you mean {flag_name(path)}?"
     if path in all_settings():
         return f"set {path} in the file, or the variable {variable_name(path)}"
     flag = vllm_flag_name(name).removeprefix("no-")
-    if instead := OURS.get(flag) or REFUSED.get(flag):
-        return f"a flag of vLLM: {instead}"
+    if instead := OURS.get(flag):
+        return f"this is a flag of vLLM: {instead}"
+    if why_not := REFUSED.get(flag):
+        return f"pdlaunch does not take this flag of vLLM: {why_not}"
     return "" if is_like else "write flags of vLLM into engine_args of the file"
 
 
@@ -108,24 +110,24 @@ _TARGET = Annotated[
 
 
 def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command the flags of ``serve``, as ``_with_flags`` says."""
+    """Give a typer command the flags of ``serve``; see ``_with_flags``."""
     return _with_flags(command, lambda flag: flag.panel != ROUTER)
 
 
 def with_router_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command the flags of a router alone, as ``_with_flags`` says."""
+    """Give a typer command the flags of ``router``; see ``_with_flags``."""
     return _with_flags(command, lambda flag: flag.panel == ROUTER or flag.for_router)
 
 
 def _with_flags(
     command: Callable[..., None], is_wanted: Callable[[Flag], bool]
 ) -> Callable[..., None]:
-    """Give a typer command the flags that are wanted.
+    """Give a typer command the flags for which ``is_wanted`` returns True.
 
-    ``command`` takes a keyword ``flags: dict[str, object]``: the flags that were given, by dotted
-    config path, ready for ``config.sources.load_config``. It may take ``config: Path | None``: the
-    file of the argument, which may name a model instead. Its other parameters stay as they are.
-    ``command_class`` of what is returned is the class that typer is to make of it.
+    ``command`` has a keyword ``flags: dict[str, object]``: dotted config path -> value of each
+    given flag, for ``config.sources.load_config``. It may have ``config: Path | None``: the file in
+    the argument, which may name a model instead. Its other parameters are unchanged. The returned
+    function has an attribute ``command_class``: the class that typer has to use for it.
     """
     declared_flags = {path: flag for path, flag in all_flags().items() if is_wanted(flag)}
     own = [
@@ -145,7 +147,7 @@ def _with_flags(
         command(**values, flags=flags)
 
     declared = [_parameters(all_settings()[path], flag) for path, flag in declared_flags.items()]
-    # typer reads the signature, so flags are declared without a function that lists them.
+    # typer reads the signature, so no function has to list the flags as parameters.
     vars(call)["__signature__"] = inspect.Signature([*own, *(p for ps in declared for p in ps)])
     vars(call)["command_class"] = ServeCommand
     call.__name__, call.__doc__ = command.__name__, command.__doc__
@@ -153,11 +155,11 @@ def _with_flags(
 
 
 def refuse_address(flags: Mapping[str, object]) -> None:
-    """Raise typer's BadParameter for the address of a deployment that a command starts itself."""
+    """Raise typer's BadParameter for --host or --port of a deployment that a command starts."""
     given = [flag_name(path) for path in ("host", "port") if path in flags]
     if given:
         raise typer.BadParameter(
-            f"{', '.join(given)}: what is started here listens on a free port of 127.0.0.1"
+            f"{', '.join(given)}: this command's deployment listens on a free port of 127.0.0.1"
         )
 
 
@@ -178,7 +180,7 @@ def _parameter(flag: Flag, name: str, kind: type) -> inspect.Parameter:
         rich_help_panel=flag.panel,
         hidden=name != flag.name,
     )
-    annotated: Any = Annotated  # typed by value, which a type checker takes for a type
+    annotated: Any = Annotated  # as Any, because the type of the option is a value here
     return inspect.Parameter(
         name.replace("-", "_"),
         inspect.Parameter.KEYWORD_ONLY,
@@ -188,10 +190,10 @@ def _parameter(flag: Flag, name: str, kind: type) -> inspect.Parameter:
 
 
 def _split_target(target: str | None, flags: dict[str, object]) -> Path | None:
-    """Return the argument as the file that it names; the name of a model goes into ``flags``."""
+    """Return the argument if it is a file; the name of a model goes into ``flags`` instead."""
     if target is None:
         return None
-    # The ending alone decides, so that nothing on the disk changes what a command means.
+    # Only the ending decides, so that files on the disk never change the meaning of a command.
     if target.lower().endswith(CONFIG_ENDINGS):
         return Path(target)
     if "model" in flags:

@@ -1,7 +1,7 @@
 """Writes the HTML reports of ``bench serve --report`` and ``verdict``: a single file each, with
 its style and without scripts (``report.html``).
 
-Neither prompts nor answers nor what errors say in detail are in a report, as it is passed on.
+Users pass reports on, so a report contains no prompts, no answers and no details of errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pdlaunch.cli.status import duration
 
 NUM_COLOURS = 8
 _MAX_POINTS = 200
-# What a server says of requests after its status: see ``without_words``
+# The text of a server after the HTTP status of an error: see ``without_words``
 _MESSAGE = re.compile(
     r"(?:(?<=no request was answered)|(?<=request of the load failed))(?!: HTTP).*"
     r"|(?<=: HTTP \d{3}):.*"
@@ -54,12 +54,12 @@ HEADINGS = {
     "goodput_per_s": "good\n/s",
     "good_share": "good\nshare",
 }
-_AXES = {"concurrency": "requests at a time", "request_rate": "requests sent a second"}
+_AXES = {"concurrency": "concurrent requests", "request_rate": "requests sent per second"}
 Point = tuple[float, float]
 
 
 def write_report(path: Path, runs: Sequence[BenchRun], goals: Goals) -> int:
-    """Write the file of ``--report``; return the exit code, 1 when that failed."""
+    """Write the file of ``--report``; return the exit code, 1 if that failed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(bench_page(runs, goals), encoding="utf-8")
@@ -76,7 +76,7 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
     columns = [name for name in HEADINGS if any(getattr(row, name) is not None for row in rows)]
     return _render(
         title="pdlaunch bench serve",
-        lead=f"{runs[0].model} · what the clients of a deployment see"
+        lead=f"{runs[0].model} · times as clients of the deployment see them"
         + (f" · goals: {goals}" if goals else ""),
         cards={
             "requests": f"{sum(row.num_requests for row in rows):,}",
@@ -96,7 +96,7 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
 
 def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
     """Return the page of ``pdlaunch verdict``."""
-    # The same colour for an arm in each plot.
+    # An arm has the same colour in each plot.
     arms = [row["arm"] for row in found.rows][:NUM_COLOURS]
     probes = sorted(findings.probes, key=lambda probe: probe.rate)
 
@@ -141,10 +141,10 @@ def verdict_page(found: Verdict, findings: Findings, goals: str) -> str:
 
 
 def _render(*, facts: Mapping[str, str], **values: object) -> str:
-    # Imported here: other commands do not wait for it.
+    # Imported here, so that other commands start faster.
     from jinja2 import Environment
 
-    # Names of models and errors are escaped.
+    # Autoescape, because names of models and errors may contain HTML.
     environment = Environment(autoescape=True)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
     return template.render(
@@ -168,13 +168,13 @@ def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:
         gaps[name] = shares([gap_s * 1000 for each in good for gap_s in each.inter_token_s])
     left_out = len(runs) - NUM_COLOURS
     note = f" The last {left_out} rows are left out." if left_out > 0 else ""
-    caption = f"Which share of the requests had their first token within this time.{note}"
+    caption = f"Share of the requests that had their first token within this time.{note}"
     yield plot("Time to first token", caption, first, "ms", "share of requests")
-    caption = f"From the second token on: without the gap in which KV blocks move.{note}"
+    caption = f"From the second token on, without the gap in which KV blocks move.{note}"
     yield plot("Time between tokens", caption, gaps, "ms", "share of requests")
-    figures = {"output_tokens_per_s": ("Throughput", "Output tokens of all requests a second.")}
+    figures = {"output_tokens_per_s": ("Throughput", "Output tokens of all requests per second.")}
     if goals:
-        said = f"Requests a second that met the goals ({goals})."
+        said = f"Requests per second that met the goals ({goals})."
         figures["goodput_per_s"] = ("Goodput", said)
     for attribute, x_label in _AXES.items():
         rows = [run.row for run in runs if getattr(run.row, attribute) is not None]
@@ -195,7 +195,7 @@ def _by_length(rows: Sequence[BenchRow], x: str, y: str) -> dict[str, list[Point
 
 
 def shares(values: Sequence[float]) -> list[Point]:
-    """Return values and which share is at most as large: no more points than can be seen."""
+    """Return up to about ``_MAX_POINTS`` values, each with the share that is at most as large."""
     ordered = sorted(value for value in values if value > 0)
     step = max(1, len(ordered) // _MAX_POINTS)
     picked = [*ordered[::step], *ordered[-1:]]
@@ -205,7 +205,7 @@ def shares(values: Sequence[float]) -> list[Point]:
 def plot(
     title: str, caption: str, series: Mapping[str, Sequence[Point]], x_label: str, y_label: str
 ) -> dict[str, Any]:
-    """Return a plot; ``report.html`` places its lines and ticks. Both axes begin at 0."""
+    """Return the data of a plot for ``report.html``. Both axes begin at 0."""
     points = [point for line in series.values() for point in line]
     x_high = max((x for x, _ in points), default=0.0) * 1.04 or 1.0
     y_high = max((y for _, y in points), default=0.0) * 1.08 or 1.0
@@ -229,7 +229,7 @@ def _ticks(high: float) -> list[float]:
 
 
 def _notes(rows: Sequence[BenchRow]) -> Iterator[str]:
-    """Yield what the figures mean, and how often what went wrong."""
+    """Yield the meaning of the figures, and the number of failed requests by cause."""
     yield "Times are milliseconds as clients see them; gap: first to second token."
     for row in rows:
         for error in without_words(row.errors):

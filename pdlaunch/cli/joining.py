@@ -1,7 +1,7 @@
-"""Finds the hosts of a launch, from a scheduler or from agents that join, and asks each for its
-facts.
+"""Finds the hosts of a launch through a scheduler or through agents that join.
 
-``pdlaunch agent``: run processes on this host for a supervisor elsewhere.
+Each agent reports the facts of its host. ``pdlaunch agent`` runs processes on this host for a
+supervisor on another one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.events import SignalInbox
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError, allowed_executables
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, Told
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, Reported
 from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.launch.hosts.join import (
     JoinKeys,
@@ -70,7 +70,7 @@ class Agents:
 
     @property
     def address(self) -> str:
-        """Return the address of this host that they know."""
+        """Return the address of this host at which the agents have joined."""
         return urlsplit(self.channel.endpoint).hostname or ""
 
 
@@ -84,35 +84,35 @@ def with_placed_hosts(loaded: LoadedConfig, environ: Mapping[str, str]) -> Loade
             hosts = slurm.slurm_hosts(environ)
         case "local" | "hosts":
             return loaded
-    # Ray has decided which engine goes where: each has a host of its own.
+    # Ray has placed the engines: the configuration gets one host for each bundle.
     strategy = "spread" if config.placement == "ray" else config.placement_strategy
     placed = {"hosts": hosts, "placement_strategy": strategy}
     return replace(loaded, config=config.model_copy(update=placed))
 
 
 def is_agent_task(config: LaunchConfig, environ: Mapping[str, str]) -> bool:
-    """Tell whether this is a task of Slurm that runs an agent. Raises ConfigError."""
+    """Return True if this process is a Slurm task that runs an agent. Raises ConfigError."""
     return config.placement == "slurm" and not slurm.is_supervisor(environ)
 
 
 def serve_task(config: LaunchConfig, environ: Mapping[str, str]) -> None:
-    """Run the agent of this task until the supervisor's task is over.
+    """Run the agent of this Slurm task until the supervisor's task ends.
 
-    ``scancel`` and the end of the allocation signal every task: the supervisor drains and tells
-    its agents to leave. Raises ConfigError and StartupError.
+    ``scancel`` and the end of the allocation signal every task. Agents ignore the signal: the
+    supervisor drains and tells its agents to leave. Raises ConfigError and StartupError.
     """
     path = slurm.slurm_join_file(config, environ)
     ends_at = time.monotonic() + config.join_timeout_s
     while not path.exists():
         if time.monotonic() > ends_at:
             raise StartupError(
-                f"{path} has not come within {config.join_timeout_s:g} s (join_timeout_s): task 0 "
-                "writes it; start the step in a folder that all nodes share, or name one with "
-                "--join-file"
+                f"{path} did not appear within {config.join_timeout_s:g} s (join_timeout_s). Task "
+                "0 writes it: start the step in a folder that all nodes share, or name a shared "
+                "file with --join-file"
             )
         time.sleep(_LOOK_S)
     leave_ends_to_supervisor()
-    # Its own configuration names executables: whoever has started this task starts them.
+    # The task's own configuration allows executables: the user who started the task wrote it.
     allowed = choose_engine(config, environ).config.engine_executables
     name = slurm.node_name(environ)
     _serve_sessions(read_ticket(str(path)), name, allowed, [], config.join_timeout_s)
@@ -124,7 +124,7 @@ def joined_agents(
 ) -> Iterator[Agents | None]:
     """Yield the agents of all hosts of a launch; None if it has no other hosts.
 
-    Raises StartupError naming who has not joined within ``join_timeout_s``, and ConfigError.
+    Raises ConfigError, and StartupError naming hosts that do not join within ``join_timeout_s``.
     """
     names = [host.name for host in config.hosts if host.name != LOCAL]
     if config.placement == "local" or not names:
@@ -140,21 +140,21 @@ def joined_agents(
     address = config.control_address or default_address()
     if address is None:
         raise ConfigError(
-            "this host has no address on a default route, at which agents could join",
+            "this host has no address on a default route for agents to join at",
             field="control_address",
-            fix="set --control-address to the address at which the other hosts reach this one",
+            fix="set --control-address to the address at which other hosts reach this host",
         )
     with contextlib.ExitStack() as stack:
         keys = stack.enter_context(held_join_file(path, config.control_port))
-        # The port is known once it listens; the join file names it.
+        # Written after the channel listens, because the join file contains its port.
         channel = _listen(keys, address, names, config, log_dir)
         stack.callback(channel.close)
         write_join_files(path, keys, channel.endpoint)
         say(f"waiting for {', '.join(names)} at {channel.endpoint}")
         if config.placement == "hosts":
             say(
-                f"on each run\n  pdlaunch agent --join {path} --name NAME\n"
-                "with a copy of that file, which holds a secret"
+                f"on each host run\n  pdlaunch agent --join {path} --name NAME\n"
+                "with a copy of that file, which contains a secret"
             )
         agents = Agents(channel)
         advice = f"start `pdlaunch agent --join {path}` there"
@@ -165,7 +165,7 @@ def joined_agents(
 @contextlib.contextmanager
 def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) -> Iterator[Agents]:
     with ray_cluster() as ray, contextlib.ExitStack() as stack:
-        chosen = choose_engine(config, os.environ).config  # agents allow the program of ``auto``
+        chosen = choose_engine(config, os.environ).config  # agents allow its executables
         bundles = ray_bundles(chosen, has_gpus=bool(ray.cluster_resources().get("GPU")))
         say("waiting for Ray to place the engines")
         actors = stack.enter_context(
@@ -174,7 +174,7 @@ def _agents_of_ray(config: LaunchConfig, names: Sequence[str], log_dir: Path) ->
         keys = new_join_keys(config.control_port)
         address = config.control_address or str(ray.util.get_node_ip_address())
         channel = _listen(keys, address, names, config, log_dir)
-        # In reverse: Ray's watch ends first, then the agents, then their channel.
+        # Undone in reverse: first the watch over Ray's actors, then the agents, then their channel.
         stack.callback(channel.close)
         stack.callback(stop_agents, ray, actors)
         stack.enter_context(
@@ -199,7 +199,7 @@ def _listen(
 
 
 def _await_all(agents: Agents, names: Sequence[str], timeout_s: float, advice: str) -> None:
-    """Return when all have joined. Raises StartupError naming who has not."""
+    """Wait until all agents have joined. Raises StartupError that names the missing ones."""
     ends_at = time.monotonic() + timeout_s
     while (left_s := ends_at - time.monotonic()) > 0:
         select.select([agents.channel.fileno()], [], [], left_s)
@@ -211,13 +211,13 @@ def _await_all(agents: Agents, names: Sequence[str], timeout_s: float, advice: s
                 case Lost(name=name, reason=reason):
                     agents.joined.pop(name, None)
                     say(f"{name} has left: {reason}")
-                case Told():
+                case Reported():
                     pass
         if agents.joined.keys() >= set(names):
             return
     missing = ", ".join(name for name in names if name not in agents.joined)
     raise StartupError(
-        f"{missing} did not join within {timeout_s:g} s (join_timeout_s): {advice}, and see "
+        f"{missing} did not join within {timeout_s:g} s (join_timeout_s): {advice}, and check "
         f"that {agents.channel.endpoint} can be reached"
     )
 
@@ -230,26 +230,26 @@ def agent(
         ...,
         "--join",
         metavar="FILE",
-        help="The join file that `pdlaunch serve --placement hosts` names; - for standard input.",
+        help="The join file that `pdlaunch serve --placement hosts` prints; - for standard input.",
     ),
     name: str | None = typer.Option(
-        None, "--name", help="Which of `hosts` this is; this host's name when left out."
+        None, "--name", help="Name of this host in `hosts`; by default its host name."
     ),
     allow_executable: list[str] | None = typer.Option(
         None,
         "--allow-executable",
         metavar="COMMAND",
-        help="An executable that engines may run, such as vllm; may be given again.",
+        help="An executable that engines may run, such as vllm; may be repeated.",
     ),
     cpus: int | None = typer.Option(
-        None, "--cpus", min=1, help="How many cores engines may use here; all when left out."
+        None, "--cpus", min=1, help="How many cores engines may use here; by default all."
     ),
     wait_s: float = typer.Option(
-        60.0, "--wait", metavar="SECONDS", min=1, help="How long to wait for an answer."
+        60.0, "--wait", metavar="SECONDS", min=1, help="How long to wait for the supervisor."
     ),
     stop_on_stdin_eof: StopOption = False,
 ) -> None:
-    """Start and watch engines on this host for a `pdlaunch serve` on another one."""
+    """Start and watch engines on this host for a `pdlaunch serve` on another host."""
     with steady_output(), ending_at_errors():
         check_platform()
         stdin = [standard_input()] if stop_on_stdin_eof else []
@@ -268,7 +268,7 @@ def _serve_sessions(
     wait_s: float,
     num_cpus: int | None = None,
 ) -> None:
-    """Run one session after another until one ends for good.
+    """Run sessions until the supervisor dismisses this agent; after a lost session, join again.
 
     ``allowed``: executables that engines may run. Raises ConfigError, and StartupError.
     """
@@ -295,5 +295,5 @@ def _serve_sessions(
             say(f"left: {session.run()}")
             return
         except SessionLostError as error:
-            say(f"the session is over, its processes have ended; joining again: {error}")
+            say(f"the session was lost, its processes have ended; joining again: {error}")
             time.sleep(_REJOIN_DELAY_S)

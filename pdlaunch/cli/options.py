@@ -9,7 +9,7 @@ import typer
 UrlOption = Annotated[
     str | None,
     typer.Option(
-        help="The deployment's router; needed where several of yours run, or another's.",
+        help="The deployment's router; needed unless exactly one launch of yours runs here.",
         envvar="PDLAUNCH_URL",
     ),
 ]
@@ -26,19 +26,19 @@ KeyOption = Annotated[
     str | None,
     typer.Option(
         "--admin-api-key",
-        help="Its admin_api_key; not needed for your own on this machine.",
+        help="Its admin_api_key; not needed for your own launch on this machine.",
         envvar="PDLAUNCH_ADMIN_API_KEY",
         metavar="KEY",
     ),
 ]
 PrefillOption = Annotated[
-    list[str] | None, typer.Option("--prefill", metavar="URL", help="A prefill engine. Repeats.")
+    list[str] | None, typer.Option("--prefill", metavar="URL", help="Prefill engine, repeatable")
 ]
 DecodeOption = Annotated[
-    list[str] | None, typer.Option("--decode", metavar="URL", help="A decode engine. Repeats.")
+    list[str] | None, typer.Option("--decode", metavar="URL", help="Decode engine, repeatable")
 ]
 BothOption = Annotated[
-    list[str] | None, typer.Option("--both", metavar="URL", help="Engine of both roles. Repeats.")
+    list[str] | None, typer.Option("--both", metavar="URL", help="Engine of both, repeatable")
 ]
 KeyEnvOption = Annotated[
     str | None,
@@ -52,6 +52,6 @@ StopOption = Annotated[
     bool,
     typer.Option(
         "--stop-on-stdin-eof",
-        help="Stop when standard input ends, for programs that must not leave it behind.",
+        help="Stop when standard input ends, so that no deployment outlives its caller.",
     ),
 ]

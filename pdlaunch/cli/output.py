@@ -22,13 +22,13 @@ from pdlaunch.observe.logs import escape_controls
 _ENOUGH = 10_000  # a width in characters that fits any table
 
 Format = Literal["table", "json"]
-FormatOption = Annotated[Format, typer.Option("--format", help="How to print what was found.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="Format of the output.")]
 
 
 def safe(text: str) -> str:
-    """Escape lone surrogates and control characters but line ends, which a terminal would obey.
+    """Escape lone surrogates and control characters except newlines.
 
-    Names of clients, and what other servers answer, may hold anything.
+    A terminal would obey them, and names of clients and answers of other servers may contain any.
     """
     shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return "".join(shown)
@@ -42,9 +42,9 @@ def print_json(found: object) -> None:
 def make_table(
     rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], room: int | None = None
 ) -> Table:
-    """Make a table whose columns are ``headings``, by field; ``style`` of a row is its style.
+    """Make a table. ``headings``: field of a row -> heading. A row may have a field ``style``.
 
-    ``room``: the most lines; the last line says how many rows are left out.
+    ``room``: the most lines; the last line then says how many rows are left out.
     """
     table = Table(
         box=None if room else SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
@@ -64,7 +64,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) 
     """Print a table; on a terminal too narrow for it, print each row as a line of text."""
     console, table = Console(), make_table(rows, headings)
     width = console.measure(table, options=console.options.update(max_width=_ENOUGH)).maximum
-    # A pipe has no width: its reader gets the table whole.
+    # Into a pipe, the table is printed at its full width.
     if not console.is_terminal:
         console.width = max(console.width, width)
     if width <= console.width:
@@ -76,10 +76,10 @@ def print_table(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) 
 
 
 def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
-    """Print errors to stderr; of one setting that cannot be used its field, value and fix too."""
+    """Print errors to stderr; for an unusable setting, also its field, value and fix."""
     for error in errors:
         say(f"error: {error}", "red")
-        # Where there are several problems, the text has all of each.
+        # The text of an error with several problems already has their fields, values and fixes.
         names = () if getattr(error, "problems", ()) else ("field", "value", "fix")
         for name in names:
             if (found := getattr(error, name, None)) is not None:
@@ -116,7 +116,7 @@ def fitting(
 
 @contextlib.contextmanager
 def ending_at_errors() -> Iterator[None]:
-    """End the command at a setting that cannot be used (code 2) or another error (code 1)."""
+    """End the command at an unusable setting (exit code 2) or another error (exit code 1)."""
     try:
         yield
     except PdlaunchError as error:
@@ -126,7 +126,7 @@ def ending_at_errors() -> Iterator[None]:
 
 
 def _short(value: object) -> str:
-    """Write numbers with three digits or more: 0.95, -53.1, 4330."""
+    """Write a float with at least three digits: 0.95, -53.1, 4330."""
     if not isinstance(value, float):
         return "-" if value is None else escape_controls(str(value))
     return f"{value:.{0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2}f}"

@@ -1,4 +1,4 @@
-"""Judges a launch before anything starts, on this machine or that of ``--assume``."""
+"""Judges a launch before it starts, for this machine or that of ``--assume``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AssumeOption = Annotated[
         "--assume",
         metavar="MACHINE",
         help=(
-            f"Judge for another machine: one of {', '.join(PROFILES)} (also h100x2 and the like)."
+            f"Judge for another machine: one of {', '.join(PROFILES)} (also h100x2 and similar)."
         ),
         show_default=False,
     ),
@@ -39,9 +39,9 @@ AssumeOption = Annotated[
 
 
 def judged_machine(name: str | None, config: LaunchConfig) -> tuple[Machine, AssumedMachine | None]:
-    """Return the machine that ``--assume`` names, else this one and None. Raises ConfigError.
+    """Return the machine that ``--assume`` names, else this machine and None. Raises ConfigError.
 
-    Variables of this shell count as if they were set there.
+    Environment variables are those of this shell in both cases.
     """
     if name is None:
         return probe_machine(), None
@@ -57,11 +57,11 @@ def load_launch(path: Path | None, flags: dict[str, object]) -> LoadedConfig:
 
 
 def refuse_running_engines(config: LaunchConfig) -> None:
-    """Raise ConfigError for a configuration of a router alone: nothing of it is launched."""
+    """Raise ConfigError for a configuration of ``pdlaunch router``, which launches no engines."""
     for field in ("engines", "engines_file"):
         if getattr(config, field):
             raise ConfigError(
-                "engines that run already are not part of a launch",
+                "running engines cannot be part of a launch",
                 field=field,
                 fix=f"run `pdlaunch router` with this configuration, or remove {field}",
             )
@@ -75,9 +75,9 @@ def refuse_errors(
     strict: bool = False,
     undone: str = "not started",
 ) -> None:
-    """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
+    """Print warnings and errors of all rules; raise ``typer.Exit`` if there are errors.
 
-    ``strict``: warnings count as errors. ``undone``: the action that is refused.
+    ``strict``: warnings count as errors. ``undone``: says which action is refused.
     """
     report = run_checks(resolved, origins, probes, rules=kind_of(resolved).rules())
     for finding in report.findings:

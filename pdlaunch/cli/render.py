@@ -41,7 +41,7 @@ from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-# Stands for the addresses of pods, which nobody knows yet (RFC 5737)
+# Stands for the addresses of pods, which are not known yet (RFC 5737)
 _PLACEHOLDER_ADDRESS = "192.0.2.1"
 
 NameOption = Annotated[
@@ -51,15 +51,13 @@ ImageOption = Annotated[str | None, typer.Option("--image", help="Image of all c
 VolumesOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--volume",
-        metavar="SOURCE:/FOLDER",
-        help="Mount a PersistentVolumeClaim, for models.",
+        "--volume", metavar="SOURCE:/FOLDER", help="Mount a PersistentVolumeClaim, for models."
     ),
 ]
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-@app.command("kubernetes", cls=ServeCommand)
+@app.command("kubernetes", cls=ServeCommand, short_help="Print objects for kubectl apply.")
 @with_serve_flags
 def kubernetes(
     config: Path | None = None,
@@ -67,22 +65,29 @@ def kubernetes(
     namespace: str | None = typer.Option(None, "--namespace", help="Namespace of the objects."),
     image: ImageOption = None,
     gpu_resource: str = typer.Option(
-        "nvidia.com/gpu", "--gpu-resource", help="Resource of which a rank gets one."
+        "nvidia.com/gpu", "--gpu-resource", help="Resource for GPUs; a rank gets one."
     ),
     rdma_resource: str | None = typer.Option(
-        None, "--rdma-resource", help="Resource of which an engine pod gets one, such as rdma/hca."
+        None, "--rdma-resource", help="Resource for RDMA, such as rdma/hca; an engine pod gets one."
     ),
     volume: VolumesOption = None,
     cache_claim: str | None = typer.Option(
         None,
         "--cache-claim",
-        help="PersistentVolumeClaim for models (ReadWriteMany); one is rendered if left out.",
+        help="PersistentVolumeClaim for models (ReadWriteMany); by default, render one.",
     ),
-    cache_size: str = typer.Option(
-        "20Gi", "--cache-size", help="Size of the claim that is rendered."
+    cache_size: str = typer.Option("20Gi", "--cache-size", help="Size of the rendered claim."),
+    leader_worker_set: bool = typer.Option(
+        False, "--leader-worker-set", help="Render engines over several hosts as LeaderWorkerSets."
+    ),
+    exclusive_topology: str = typer.Option(
+        "",
+        "--exclusive-topology",
+        metavar="LABEL",
+        help="Node label, such as the rack's: a LeaderWorkerSet gives each engine its own value.",
     ),
     print_secret: bool = typer.Option(
-        False, "--print-secret", help="Print the Secret with new join keys, and nothing else."
+        False, "--print-secret", help="Print only the Secret, with new join keys."
     ),
     assume: AssumeOption = None,
     *,
@@ -90,7 +95,7 @@ def kubernetes(
 ) -> None:
     """Print objects for `kubectl apply -f -`: a pod with supervisor and router, engine pods.
 
-    The Secret that they refer to is printed with --print-secret alone.
+    Print the Secret that they refer to with --print-secret.
     """
     with ending_at_errors():
         if namespace is not None:
@@ -103,6 +108,8 @@ def kubernetes(
             claims=_volumes(volume or ()),
             cache_claim=cache_claim,
             cache_size=cache_size,
+            leader_worker_set=leader_worker_set,
+            exclusive_topology=exclusive_topology,
         )
         launch = _placed(config, flags, options, assume)
         if print_secret:
@@ -114,15 +121,12 @@ def kubernetes(
 
 
 def _placed(
-    path: Path | None,
-    flags: Mapping[str, object],
-    options: PodOptions,
-    assume: str | None,
+    path: Path | None, flags: Mapping[str, object], options: PodOptions, assume: str | None
 ) -> PodLaunch:
-    """Return the launch on its pods. Raises ConfigError, or typer.Exit after a finding."""
+    """Return the launch with its pods. Raises ConfigError, or typer.Exit if a rule fails."""
     loaded = load_config(path, os.environ, dict(flags))
     refuse_running_engines(loaded.config)
-    machines = machine_names(loaded.config, f"{options.name}-")
+    machines = machine_names(options, loaded.config)
     placed = place(loaded.config, machines)
     config = placed.config()
     machine, assumed = judged_machine(assume, config)
@@ -138,7 +142,7 @@ def _placed(
     resolved.require_startable()
     refuse_errors(resolved, loaded.origins, Probes(), undone="not rendered")
     _require_mounted(resolved, options)
-    # The choice of `auto` on this machine: pods may have other executables.
+    # Write the engine that `auto` chose here: pods may have other executables.
     settings = {**placed.settings, "engine": resolved.config.engine}
     return PodLaunch(
         options, placed, resolved, engine_groups(resolved, machines), _to_yaml([settings])
@@ -146,7 +150,7 @@ def _placed(
 
 
 def _require_mounted(resolved: ResolvedLaunch, options: PodOptions) -> None:
-    """Raise ConfigError for a model in a folder of this machine that no pod has."""
+    """Raise ConfigError for a model in a folder that no volume mounts into pods."""
     folders = [Path(folder) for folder in options.claims or {}]
     for engines in resolved.roles.values():
         model = Path(engines.settings.model).expanduser()
@@ -161,7 +165,7 @@ def _require_mounted(resolved: ResolvedLaunch, options: PodOptions) -> None:
 
 
 def _join_texts(endpoint: str) -> tuple[str, str]:
-    """Return the agents' side and the supervisor's side of new join keys."""
+    """Return new join keys as two texts: for agents, and for the supervisor."""
     keys = new_join_keys()
     port = int(endpoint.rpartition(":")[2])
     sides = (keys.ticket(endpoint), msgspec.structs.replace(keys, port=port))
@@ -172,7 +176,7 @@ def _join_texts(endpoint: str) -> tuple[str, str]:
 def _require_name(name: str, field: str) -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name[:80]!a} is no name of 1 to 40 small letters, digits and dashes that begins "
+            f"{name[:80]!a} is not a name of 1 to 40 small letters, digits and dashes that begins "
             "with a letter",
             field=field,
             value=name,
@@ -182,13 +186,13 @@ def _require_name(name: str, field: str) -> str:
 
 
 def _volumes(given: Sequence[str]) -> dict[str, str]:
-    """Return sources by the folder at which they are mounted. Raises ConfigError."""
+    """Return mount folder -> source. Raises ConfigError."""
     found: dict[str, str] = {}
     for text in given:
         source, _, folder = text.partition(":")
         if not source or not folder.startswith("/") or folder in found:
             raise ConfigError(
-                f"{text[:80]!a} does not name a source and a folder of its own",
+                f"{text[:80]!a} does not name a source and another folder than earlier volumes",
                 field="--volume",
                 value=text,
                 fix="--volume models:/models",
@@ -198,7 +202,7 @@ def _volumes(given: Sequence[str]) -> dict[str, str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes no aliases, and texts of several lines as blocks."""
+    """Writes YAML without aliases, and texts of several lines as blocks."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""``pdlaunch router`` runs a router alone, in front of engines that somebody else started."""
+"""``pdlaunch router`` runs only a router, for engines that run already."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def router(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Route requests to engines that run already: native ones, or vLLM's.
+    """Route requests to running engines, native or of vLLM.
 
-    Each is watched over HTTP, and pairs are proven by canaries; none is started, restarted or
-    stopped.
+    The router watches each engine over HTTP and proves pairs with canaries. It never starts,
+    restarts or stops an engine.
     """
     with steady_output(), ending_at_errors():
         if "model" in flags:
             raise ConfigError(
-                f"{flags['model']} is no file of a deployment (.yaml, .yml or .json)",
+                f"{flags['model']} is not a deployment file (.yaml, .yml or .json)",
                 fix="name a file; engines have their models already",
             )
         by_role = {"prefill": prefill, "decode": decode, "both": both}
@@ -83,7 +83,7 @@ def _members(config: LaunchConfig, environ: Mapping[str, str]) -> list[Member]:
 
 
 async def _ask_for_model(members: Sequence[Member]) -> str:
-    """Return the name of the one model of the first engine that answers. Raises ConfigError."""
+    """Return the model of the first engine that answers with one model. Raises ConfigError."""
     reasons = []
     for member in members:
         api = EngineApi(member.url, member.key)
@@ -100,7 +100,7 @@ async def _ask_for_model(members: Sequence[Member]) -> str:
         reasons.append(f"{member.name} serves {', '.join(models) or 'no model'}")
     told = "; ".join(reasons) or "no engine is named by its URL"
     raise ConfigError(
-        f"no engine tells which model it serves ({told})",
+        f"no engine reports which model it serves ({told})",
         field="served_model_name",
         fix="name the model with --served-model-name, or start the engines first",
     )

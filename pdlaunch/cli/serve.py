@@ -1,7 +1,7 @@
-"""``pdlaunch serve``: check, plan, start, serve until told to stop.
+"""``pdlaunch serve``: check, plan, start, and serve until a signal.
 
 ``ServeView`` shows the start, how to use the launch once it is ready, then events, and every ten
-seconds a line with what the deployment does.
+seconds a line with the rates of the deployment.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import typer
 from rich.console import Console
+from rich.control import Control
 from rich.live import Live
 from rich.text import Text
 
@@ -31,7 +32,7 @@ from pdlaunch.cli.joining import Agents, is_agent_task, joined_agents, serve_tas
 from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, counted, ending_at_errors, print_line, safe, say
 from pdlaunch.cli.preflight import AssumeOption, judged_machine, load_launch, refuse_errors
-from pdlaunch.cli.status import status_line
+from pdlaunch.cli.status import pair_line, status_line
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.hosts import on_host
 from pdlaunch.config.model_files.download import fetch_part
@@ -59,7 +60,7 @@ def serve(
         False,
         "--dry-run",
         help="Print every process that would start, and start none. Refuses a launch that "
-        "check-config refuses; does not try ports.",
+        "check-config refuses; does not check ports.",
     ),
     output: Format = typer.Option("table", "--format", help="How --dry-run prints the plan."),
     stop_on_stdin_eof: StopOption = False,
@@ -69,17 +70,17 @@ def serve(
     flags: dict[str, object],
 ) -> None:
     """Start prefill and decode engines behind one router and serve the OpenAI API."""
-    # A plan is printed whole, however slowly it is read.
+    # A plan is printed completely, even if its reader is slow.
     with contextlib.nullcontext() if dry_run else steady_output(), ending_at_errors():
         if output != "table" and not dry_run:
             raise ConfigError(
-                f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
-                "--format out"
+                f"--format {output} is only for the plan of --dry-run; add --dry-run or remove "
+                "--format"
             )
         if assume is not None and not dry_run:
             raise ConfigError(
-                f"--assume {assume[:80]!a} is another machine, on which nothing can be started",
-                fix="add --dry-run, or leave --assume out",
+                f"--assume {assume[:80]!a} is another machine; nothing can be started there",
+                fix="add --dry-run, or remove --assume",
             )
         lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_launch(config, flags)
@@ -135,10 +136,10 @@ def _launch(
         resolved, models = _resolve(loaded, machine, agents)
         if resolved.engine_reason:
             say(f"engine: {resolved.engine_reason}")
-        # Before anything is started, so that a taken port costs no start.
+        # Before any process starts, so that a taken port is found early.
         refuse_errors(resolved, loaded.origins, probe_launch(resolved), strict=strict)
         listeners = stack.enter_context(listening(config.host, config.port))
-        # After all checks, so that a refused launch downloads nothing.
+        # After all checks, so that a refused launch downloads no weights.
         fetch_weights(config, models, fetch_part)
         log_dir = log_dir or new_log_dir(config, launch_id)
         summary = partial(_summary, resolved, log_dir)
@@ -172,7 +173,7 @@ def _summary(
 
 
 def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
-    """Print what engines use, and each process with its command and environment; secrets masked."""
+    """Print each process of the plan with its devices, ports, command and masked environment."""
     shown = plan_processes(resolved).shown()
     if output == "json":
         document = {
@@ -196,10 +197,10 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
         console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"))
 
 
-# What a launch shows
+# The terminal output of a launch
 
 
-# Returns what is said of a deployment that is ready, line by line: label and text
+# Returns the lines about a ready deployment: label and text
 Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
 # Reads the status of the launch from its router. Raises PdlaunchError.
 Read = Callable[[], DeploymentStatus]
@@ -215,10 +216,10 @@ _FAILURES = (ProcessState.FAILED, ProcessState.BACKING_OFF, ProcessState.GIVEN_U
 
 
 class ServeView:
-    """Shows a launch. A start is one line that moves on a terminal, elsewhere a line for each
-    change; all else are lines.
+    """Shows a launch. During the start, a terminal has one line that is updated; other output has
+    a line for each change. Later, each event is a line.
 
-    Lines of the start tell the seconds since it began, others the time of day.
+    Lines of the start begin with the seconds since it began, later lines with the time of day.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class ServeView:
             self._end_start()
         elif self._live is None:
             for process in status.processes:
-                if process.state is not ProcessState.PLANNED and self._is_news(process):
+                if process.state is not ProcessState.PLANNED and self._has_changed(process):
                     self._say(f"{on_host(process.name, process.host)}: {_doing(process)}")
         if status.phase is LaunchPhase.DRAINING and not self._is_draining:
             self._is_draining = True
@@ -266,7 +267,7 @@ class ServeView:
             self._is_over = True
 
     def ready(self, status: LaunchStatus) -> None:
-        # In a thread: the router is just being told, and the supervisor waits for nobody.
+        # In a thread: the router may not know yet, and the supervisor must not wait for it.
         threading.Thread(
             target=self._watch, args=(status,), name="status-line", daemon=True
         ).start()
@@ -283,7 +284,7 @@ class ServeView:
         elapsed_s = time.monotonic() - self._start_at
         return render_status(self._status, elapsed_s, self._console.width)
 
-    def _is_news(self, process: ProcessStatus) -> bool:
+    def _has_changed(self, process: ProcessStatus) -> bool:
         said, now_at = (process.state, process.doing), time.monotonic()
         before, said_at = self._said.get(process.name, (None, 0.0))
         if said == before and (process.fraction is None or now_at - said_at < _PERCENT_EVERY_S):
@@ -294,25 +295,29 @@ class ServeView:
     def _say(self, line: str) -> None:
         self._print(f"{time.monotonic() - self._start_at:6.1f} s", line)
 
-    def _print(self, time_of_it: str, line: str) -> None:
-        print_line(f"[{time_of_it}] {line}", console=self._console)
+    def _print(self, clock_time: str, line: str) -> None:
+        self._console.control(Control.move_to_column(0))  # over the ^C of a terminal
+        print_line(f"[{clock_time}] {line}", console=self._console)
 
     def _watch(self, launch: LaunchStatus) -> None:
-        """Say that the launch is ready when its router takes requests, then what it does."""
+        """Print that the launch is ready when its router accepts requests, then its status."""
         while not (self._is_over or self._is_draining):
             # Do not announce a launch that is already stopping.
             if self._takes_requests() and not (self._is_over or self._is_draining):
                 self._say("pdlaunch is ready")
                 for label, text in self._summary(launch):
-                    # Whole lines, also on a terminal: commands in them can be copied.
-                    self._console.print(Text(f"  {label:<10} {text}"), soft_wrap=True)
+                    line = f"  {label:<10} {text}"
+                    if label in ("try", "logs"):  # kept whole, to be copied
+                        self._console.print(Text(line), soft_wrap=True)
+                    else:
+                        print_line(line, console=self._console)
                 break
             self._wake.wait(_READY_POLL_S)
         while not self._is_over:
             self._wake.wait(DRAIN_EVERY_S if self._is_draining else self._every_s)
             self._wake.clear()
             if not self._is_over:
-                self.tell()
+                self.show_changes()
 
     def _takes_requests(self) -> bool:
         try:
@@ -320,27 +325,27 @@ class ServeView:
         except PdlaunchError:
             return False
 
-    def tell(self) -> None:
-        """Say what has changed since the last time, if anything has."""
+    def show_changes(self) -> None:
+        """Print the status line if it has changed."""
         try:
             status = self._read()
         except PdlaunchError:
-            # A router that is restarted; what happened to it is told without this.
+            # The router restarts; the supervisor prints that event itself.
             return
         left = status.in_flight
         line = f"draining: {counted(left, 'request')} left"
         if not self._is_draining:
             line = status_line(status, self._num_errors)
         self._num_errors = status.errors
-        # An unused launch prints no status lines.
-        is_unused = not self._last_line and status.requests == 0 and left == 0
-        if line != self._last_line and not (self._is_over or is_unused):
+        # Neither an unused launch nor a drain without requests prints status lines.
+        is_unused = self._is_draining or (not self._last_line and status.requests == 0)
+        if line != self._last_line and not (self._is_over or (is_unused and left == 0)):
             self.note(line)
         self._last_line = line
 
 
 def render_status(status: LaunchStatus, elapsed_s: float, columns: int) -> Text:
-    """Return one line: how many processes are ready, and what the first ones still do."""
+    """Return one line: how many processes are ready, and what the others do, as far as it fits."""
     slow = [
         process
         for process in status.processes
@@ -366,20 +371,15 @@ def _doing(process: ProcessStatus) -> str:
 def ready_rows(
     status: LaunchStatus, *, model: str, connector: str | None, log_dir: str, needs_key: bool
 ) -> list[tuple[str, str]]:
-    """Return what is said at the start: URL, a request to try, topology, speeds of pairs, logs."""
+    """Return the lines about a ready launch: URL, example request, topology, pairs, logs."""
     key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
     curl = (
         f"curl {status.url}/v1/completions{key} -H 'Content-Type: application/json' "
         f'-d \'{{"model": "{model}", "prompt": "Hello"}}\''
     )
-    # The slowest first, which deserve a look.
+    # The slowest pairs first, because they may be a problem.
     pairs = sorted(status.pairs, key=lambda pair: pair.gigabytes_per_s or 0.0)
-    lines = [
-        f"{pair.peer} → {pair.local}: {pair.path}"
-        + (f", {pair.gigabytes_per_s:.1f} GB/s" if pair.gigabytes_per_s is not None else "")
-        + "".join(f"; {path}: {said}" for path, said in pair.other_paths.items())
-        for pair in pairs[:NUM_PAIRS]
-    ]
+    lines = [pair_line(pair) for pair in pairs[:NUM_PAIRS]]
     if len(pairs) > NUM_PAIRS:
         lines.append(f"… and {len(pairs) - NUM_PAIRS} more pairs")
     return [
@@ -389,14 +389,14 @@ def ready_rows(
         *([("connector", connector)] if connector else []),
         *(("pair", line) for line in lines),
         ("logs", log_dir),
-        ("stop", "Ctrl-C waits for running requests; a second one does not"),
+        ("stop", "Ctrl-C waits for running requests; a second Ctrl-C does not"),
     ]
 
 
 def _topology(processes: Sequence[ProcessStatus]) -> str:
     """Write ``1 prefill + 2 decode (tp 2)``, and the number of hosts if there are several.
 
-    vLLM's ranks are not processes of the launch.
+    There is no ``tp`` for engines of vLLM: their ranks are not processes of the launch.
     """
     names = [each.name.partition("/") for each in processes]
     ranks = Counter(engine for engine, _, rank in names if rank.startswith("rank-"))
@@ -411,7 +411,7 @@ def _topology(processes: Sequence[ProcessStatus]) -> str:
 
 
 def reader_of(launch_id: str) -> Read:
-    """Return what reads the status of this launch, at its admin socket."""
+    """Return a function that reads the status of this launch at its admin socket."""
 
     def read() -> DeploymentStatus:
         for running in running_launches():

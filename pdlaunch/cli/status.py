@@ -1,6 +1,4 @@
-"""``pdlaunch status`` prints the status of a deployment once, ``top`` keeps it on the screen, and
-``serve`` prints ``status_line``.
-"""
+"""``pdlaunch status`` and ``pdlaunch top``, and the status line of ``pdlaunch serve``."""
 
 from __future__ import annotations
 
@@ -31,15 +29,16 @@ from pdlaunch.launch.client.admin import read_status, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.protocol.bottleneck import bottleneck_line
+from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, PairStatus, Percentiles
 
 UNKNOWN = "-"
 NUM_EVENTS = 10
-_WIDE = 1000  # a width in characters for pipes, whose reader gets tables whole
+_WIDE = 1000  # width of the output into a pipe, in characters
 _ENGINES = {"engine": "engine", "role": "role", "host": "host", "state": "state", "load": "load"}
 _ENGINES |= {"running": "run", "waiting": "wait", "kv": "KV", "host_kv": "host KV"}
 _ENGINES |= {"hits": "dev/host/pull", "rate": "pulls"}
-_SPARE_OF_ENGINES = ("hits", "rate", "host_kv", "load", "role", "host")  # the first one goes first
+_SPARE_OF_ENGINES = ("hits", "rate", "host_kv", "load", "role", "host")  # dropped in this order
 _PAIRS = {"pair": "pair", "path": "path", "speed": "speed", "rate": "now", "moved": "moved"}
 
 
@@ -104,10 +103,10 @@ def status(
 def deployment_view(
     found: DeploymentStatus, width: int, room: int | None = None
 ) -> Iterator[RenderableType]:
-    """Yield the status of a deployment for people: three lines, tables, routes, events.
+    """Yield the status of a deployment as text: three lines, tables, routes, events.
 
-    ``width``: in characters; narrow tables omit columns. ``room``: the number of lines; tables
-    say how many rows they omit.
+    ``width``: in characters; narrow tables omit columns. ``room``: the most lines; tables then say
+    how many rows they omit.
     """
 
     def line(text: str, style: str = "") -> Text:
@@ -132,7 +131,7 @@ def deployment_view(
     # Problems, pairs and events get at most a quarter of the lines each; engines get the rest.
     quarter = None if room is None else max(2, room // 4)
     problems, events = troubles(found)[:quarter], found.events[-(quarter or NUM_EVENTS) :]
-    # The head has three lines, the bottleneck and routes one, each table a line of headings.
+    # The head has three lines, bottleneck and routes have one each, a table one of headings.
     num_others = (
         4
         + bool(found.routes)
@@ -140,7 +139,7 @@ def deployment_view(
         + len(events)
         + min(quarter or 0, len(found.pairs) + 1)
     )
-    # Those that are down come first, where no screen is too small for them.
+    # Engines that are down come first, so that a small screen shows them.
     ordered = sorted(found.engines, key=lambda engine: (not engine.is_down, engine.name))
     engines = [_engine_cells(engine) for engine in ordered]
     headings = dict(_ENGINES)
@@ -204,7 +203,7 @@ def troubles(found: DeploymentStatus) -> list[str]:
         if engine.reason:
             lines.append(f"{engine.name}: {engine.reason}")
         if engine.left_out:
-            lines.append(f"{engine.name} gets nothing new: {engine.left_out}")
+            lines.append(f"{engine.name} gets no new work: {engine.left_out}")
     for pair in found.pairs:
         name = f"{pair.prefill} -> {pair.decode}"
         if pair.last_failure:
@@ -212,7 +211,7 @@ def troubles(found: DeploymentStatus) -> list[str]:
         if pair.slow:
             lines.append(f"{name} is slow: {pair.slow}")
         if pair.health == "open":
-            lines.append(f"{name}: no pull is begun for a while")
+            lines.append(f"{name}: no new pulls for a while")
     return [escape_controls(line) for line in lines]
 
 
@@ -222,8 +221,15 @@ def down(found: DeploymentStatus) -> list[str]:
     return names + [engine.name for engine in found.gone]
 
 
+def pair_line(pair: PairReady) -> str:
+    """Describe a measured pair in one line: its path, its speed, and the paths not in use."""
+    speed = "" if pair.gigabytes_per_s is None else f", {pair.gigabytes_per_s:.1f} GB/s"
+    others = "".join(f"; {path}: {said}" for path, said in pair.other_paths.items())
+    return f"{pair.peer} → {pair.local}: {pair.path}{speed}{others}"
+
+
 def status_line(found: DeploymentStatus, num_errors: int) -> str:
-    """Say in one line what the deployment does; ``num_errors``: those that were told before."""
+    """Return the status in one line; ``num_errors``: errors that earlier lines have counted."""
     read = [(engine.role, engine.reading) for engine in found.engines if engine.reading is not None]
     usages = {role: [reading.kv_usage for of, reading in read if of == role] for role in ROLES}
     kv = [f"{role} {_percent(sum(of) / len(of))}" for role, of in usages.items() if of]
@@ -233,7 +239,7 @@ def status_line(found: DeploymentStatus, num_errors: int) -> str:
         f"{sum(reading.running for _, reading in read)} running",
         f"{sum(reading.waiting for _, reading in read)} waiting",
         f"KV {' '.join(kv) or UNKNOWN}",
-        f"pulls {sum(reading.pulls.bytes_per_s for _, reading in read) / 1e9:.2f} GB/s",
+        f"pulls {amount(sum(reading.pulls.bytes_per_s for _, reading in read), 'B/s')}",
         counted(max(0, found.errors - num_errors), "error"),
     ]
     if names := down(found):
@@ -248,7 +254,7 @@ READ_TIMEOUT_S = 5.0
 def top(
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
-    every: float = typer.Option(1.0, min=0.2, max=3600.0, help="Seconds between two looks."),
+    every: float = typer.Option(1.0, min=0.2, max=3600.0, help="Seconds between two updates."),
 ) -> None:
     """Watch engines, pairs and events until Ctrl-C.
 
@@ -264,7 +270,7 @@ def top(
 
 
 def _watch(api: Api, status: DeploymentStatus, console: Console, every_s: float) -> None:
-    """Show the deployment for ever; while it does not answer, its last status and the error."""
+    """Show the deployment until Ctrl-C; if it does not answer, its last status and the error."""
     with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             head = "Ctrl-C ends"
@@ -277,6 +283,6 @@ def _watch(api: Api, status: DeploymentStatus, console: Console, every_s: float)
 
 
 def page(status: DeploymentStatus, head: str, width: int, num_lines: int) -> Group:
-    """Return what a screen of this size shows."""
+    """Return the content of a screen of this size."""
     first = Text(escape_controls(head), style="reverse", no_wrap=True, overflow="crop")
     return Group(first, *deployment_view(status, width, num_lines - 1))

@@ -1,4 +1,4 @@
-"""Keeps a command running whose terminal, pipe or file takes no more of what it prints."""
+"""Keeps a command running when its terminal, pipe or file accepts no more output."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, TextIO
 
 from pdlaunch.errors import ConfigError
 
-MAX_WRITES = 10_000  # how many calls of ``print`` wait for a reader; more are lost
-FINISH_S = 2.0  # how long the end of a command waits for a reader that stands still
+MAX_WRITES = 10_000  # most calls of ``print`` that wait for a reader; further ones are lost
+FINISH_S = 2.0  # how long the end of a command waits for a reader that does not read
 
-# ``queue.Queue`` has a lock, at which a print would wait for itself that interrupts a print: a
-# finalizer, at any collection of garbage.
+# Not ``queue.Queue``, which has a lock. A finalizer may run at any time and print in the middle of
+# another print of the same thread, and would wait for that lock forever.
 _Waiting = queue.SimpleQueue[tuple[Any, bytes] | None]
 
 
@@ -31,19 +31,19 @@ def standard_input() -> int:
 
 @contextlib.contextmanager
 def steady_output(finish_s: float = FINISH_S) -> Iterator[None]:
-    """Let threads write what is printed to standard output and error, so that nobody else waits for
-    their readers, nor sees an OSError of theirs.
+    """Let threads write to standard output and error, so that ``print`` neither waits for a reader
+    nor raises OSError.
 
-    The end waits up to ``finish_s`` for each reader to take what is left.
+    At the end, wait up to ``finish_s`` for each reader to take the remaining output.
     """
     writers: list[tuple[_Waiting, threading.Thread]] = []
     out, err = sys.stdout, sys.stderr
     redirects = ((contextlib.redirect_stdout, out), (contextlib.redirect_stderr, err))
     with contextlib.ExitStack() as stack:
-        # A stream is None where it was closed before the command started.
+        # A stream is None if it was closed before the command started.
         for redirect, stream in ((how, stream) for how, stream in redirects if stream is not None):
-            # One thread for one terminal: lines of both streams stay in order. A reader of standard
-            # output that stands still must not keep errors back.
+            # If both streams are one terminal, one thread keeps their lines in order. Otherwise
+            # two threads, so that a stuck reader of standard output does not hold errors back.
             if not writers or not _is_same(out, err):
                 waiting: _Waiting = queue.SimpleQueue()
                 writer = threading.Thread(target=_write, args=(waiting,), daemon=True)
@@ -59,7 +59,7 @@ def steady_output(finish_s: float = FINISH_S) -> Iterator[None]:
 
 
 def _is_same(one: TextIO, other: TextIO) -> bool:
-    """Tell whether both are the same terminal, pipe or file."""
+    """Return True if both are the same terminal, pipe or file."""
     try:
         return os.path.sameopenfile(one.fileno(), other.fileno())
     except OSError:  # One has no descriptor, as in tests.
@@ -67,26 +67,26 @@ def _is_same(one: TextIO, other: TextIO) -> bool:
 
 
 def _write(waiting: _Waiting) -> None:
-    """Write what was printed; what a stream does not take, because it is gone, is lost."""
+    """Write the printed data. Data for a stream that is closed is lost."""
     while (item := waiting.get()) is not None:
         raw, data = item
         with contextlib.suppress(OSError):
             while data:
                 num_taken = raw.write(data)
-                if num_taken is None:  # Whoever shares the terminal lets no write to it wait.
+                if num_taken is None:  # The descriptor is non-blocking; another process set that.
                     select.select([], [raw], [])
                 else:
                     data = data[num_taken:]
 
 
 class _Steady(io.TextIOBase):
-    """Takes what is printed to ``stream``, for a thread to write."""
+    """Queues the output to ``stream`` for a thread that writes it."""
 
     def __init__(self, stream: TextIO, waiting: _Waiting) -> None:
         self.isatty = stream.isatty  # type: ignore[method-assign]
         self.fileno = stream.fileno  # type: ignore[method-assign]
         self._encoding = stream.encoding
-        # A buffer has a lock, at which the interpreter would find a stuck thread when it exits.
+        # Raw, because a buffer has a lock: if a stuck thread holds it, the interpreter cannot exit.
         self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)
         self._waiting = waiting
 
@@ -96,6 +96,6 @@ class _Steady(io.TextIOBase):
 
     def write(self, text: str, /) -> int:
         if self._waiting.qsize() < MAX_WRITES:
-            # What the encoding lacks is escaped.
+            # Characters that the encoding lacks are escaped.
             self._waiting.put((self._raw, text.encode(self._encoding, "backslashreplace")))
         return len(text)

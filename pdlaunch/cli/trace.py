@@ -1,4 +1,4 @@
-"""``pdlaunch trace`` shows what became of requests, span by span.
+"""``pdlaunch trace`` shows the spans of requests.
 
 ::
 
@@ -33,20 +33,20 @@ _STYLES = {"queue": "yellow", "lease": "yellow", "read": "cyan", "pull": "cyan"}
 
 def trace(
     request_id: str | None = typer.Argument(
-        None, metavar="ID", help="Id of a request, as router.log has it; else the last one."
+        None, metavar="ID", help="Id of a request, from router.log; by default the last request."
     ),
     slowest: int | None = typer.Option(
-        None, min=1, max=1000, help="The slowest ones.", metavar="N"
+        None, min=1, max=1000, help="The slowest requests.", metavar="N"
     ),
     failed: int | None = typer.Option(
         None, min=1, max=1000, help="The last requests that failed or were refused.", metavar="N"
     ),
-    output: Format = typer.Option("table", "--format", help="`json` prints one object a line."),
+    output: Format = typer.Option("table", "--format", help="`json` prints one object per line."),
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
 ) -> None:
-    """Show what became of a request, over all processes: where it waited, what was computed and
-    pulled, and where its time went.
+    """Show a request in all processes: where it waited, what was computed and pulled, and where
+    its time went.
     """
     if sum(given is not None for given in (request_id, slowest, failed)) > 1:
         raise typer.BadParameter("choose one of ID, --slowest N and --failed N")
@@ -70,7 +70,7 @@ def trace(
 
 
 def _print_trace(console: Console, trace: RequestTrace) -> None:
-    """Print the line that router.log has of a request, then its spans, process by process."""
+    """Print the line of a request as in router.log, then its spans, process by process."""
     line = escape_controls(f"{trace.id}  {trace.line}")
     console.print(Text(line, style="bold"), soft_wrap=not console.is_terminal)
     by_process: dict[str, list[SpanView]] = {}
@@ -83,11 +83,11 @@ def _print_trace(console: Console, trace: RequestTrace) -> None:
     for process, spans in by_process.items():
         console.print(Text(escape_controls(process), style="bold cyan", overflow="ellipsis"))
         if not spans:
-            console.print("  unknown: this engine tells nothing of itself", style="dim")
+            console.print("  unknown: this engine reports no spans", style="dim")
         else:
             console.print(_span_table(spans, trace.total_ms or 0.0))
     if trace.dropped_spans:
-        console.print(f"{trace.dropped_spans} more are not remembered", style="dim")
+        console.print(f"{trace.dropped_spans} more spans were dropped", style="dim")
 
 
 def _span_table(spans: list[SpanView], total_ms: float) -> Table:
@@ -110,7 +110,7 @@ def _span_table(spans: list[SpanView], total_ms: float) -> Table:
 
 
 def _details(attributes: dict[str, Attribute]) -> str:
-    """Return what a reader wants to see beside the name."""
+    """Return the attributes to show beside the name of a span."""
     parts: list[str] = []
     if "verified" in attributes:
         parts.append("verified" if attributes["verified"] else "unverified")

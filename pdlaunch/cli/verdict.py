@@ -1,4 +1,4 @@
-"""``pdlaunch verdict``: measure whether disaggregation pays here for a load."""
+"""``pdlaunch verdict``: measure whether disaggregation pays for a load on this machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from rich.console import Console
 from pdlaunch import __version__
 from pdlaunch.api import resolve_here
 from pdlaunch.bench.loads import FIRST_TOKEN_ID, TraceRequest, read_trace_file
-from pdlaunch.bench.verdict.arms import config_to_measure, settings_of, usable_arms
+from pdlaunch.bench.verdict.arms import Arm, config_to_measure, settings_of, usable_arms
 from pdlaunch.bench.verdict.measure import Launches, Load
-from pdlaunch.bench.verdict.queueing import Arm
 from pdlaunch.bench.verdict.search import Findings, Race
 from pdlaunch.bench.verdict.verdict import Verdict, answer, find_verdict
 from pdlaunch.cli import EXIT_INTERRUPTED
@@ -51,9 +51,10 @@ STATE, PAGE, WINNER = "verdict.json", "verdict.html", "winner.yaml"
 # Settings that the verdict chooses for each arm
 _CHOSEN = ("prefill.replicas", "decode.replicas", "both.replicas", "tensor_parallel_size")
 _START_S = {"native on cpu": 8.0, "native on cuda": 30.0}  # seconds to start and stop an arm
-_SLOW_START_S = 90.0  # of vLLM
-_SINGLES_S = 15.0  # to measure single engines
+_SLOW_START_S = 90.0  # for vLLM
+_SINGLES_S = 15.0  # seconds to measure single engines
 _PROBES_PER_VISIT = 5
+_OVERTIME = 1.5  # the search ends after this multiple of the target time
 _CREDENTIALS = re.compile(r"://[^/\s]+@")  # ``user:password@`` in a URL
 _MIN_PROBE_S, _MAX_PROBE_S = 10.0, 60.0
 
@@ -75,14 +76,14 @@ def verdict(
         ...,
         parser=read_slo,
         metavar="GOALS",
-        help="Goals of a request: ttft=2000,itl=50 (ms); also tpot, e2e.",
+        help="Goals of a request, in ms: ttft=2000,itl=50 (ITL: p99 in a request); also tpot, e2e.",
     ),
     attainment: float = typer.Option(
         0.9, min=0.5, max=0.999, help="Share of the requests that must meet the goals."
     ),
     input_tokens: int | None = typer.Option(None, min=1, help="Prompt length (128)."),
     output_tokens: int | None = typer.Option(None, min=1, help="Output length (32)."),
-    prefix: int | None = typer.Option(None, min=1, help="Tokens that all prompts begin with (0)."),
+    prefix: int | None = typer.Option(None, min=1, help="Length of the shared prefix (0)."),
     trace: Path | None = typer.Option(
         None,
         metavar="FILE",
@@ -90,11 +91,11 @@ def verdict(
         dir_okay=False,
         help="Take lengths, prefixes and bursts from a trace in Mooncake's format (JSON lines).",
     ),
-    minutes: float = typer.Option(15.0, min=1.0, help="Target for the measuring time."),
+    minutes: float = typer.Option(15.0, min=0.1, help="Target for the measuring time."),
     output: Path = typer.Option(
         Path("verdict"), metavar="FOLDER", file_okay=False, help="Folder for the results."
     ),
-    resume: bool = typer.Option(False, "--resume", help="Continue the folder's measurements."),
+    resume: bool = typer.Option(False, "--resume", help="Continue measurements of the folder."),
     dry_run: bool = typer.Option(False, "--dry-run", help="List arms and minutes; start nothing."),
     seed: int = typer.Option(0, help="Seed of arrivals and prompts."),
     form: FormatOption = "table",
@@ -105,7 +106,7 @@ def verdict(
     replicas, or prefill and decode engines, and at which tensor parallel size.
 
     The candidates ("arms") take turns and get the same requests, to find the highest rate at which
-    each meets the goals. Ctrl-C prints the verdict so far.
+    each arm meets the goals. Ctrl-C prints the verdict so far.
     """
     refuse_address(flags)
     refuse_given({flag_name(path): flags.get(path) for path in _CHOSEN}, "the verdict chooses it")
@@ -122,20 +123,27 @@ def verdict(
             why = "there is nothing to compare: a split needs two engines"
             raise ConfigError(f"{why}{reasons}", field="--gpus", value=num_devices, fix="use more")
         visit_s = 60 * minutes / (2 * min(len(arms), 4))
+        least_probe_s = _MIN_PROBE_S * min(1.0, minutes)
         load = Load(
             **_requests(engines, input_tokens or 128, output_tokens or 32, prefix or 0, trace),
             seed=seed,
-            probe_s=min(_MAX_PROBE_S, max(_MIN_PROBE_S, visit_s / _PROBES_PER_VISIT)),
+            probe_s=min(_MAX_PROBE_S, max(least_probe_s, visit_s / _PROBES_PER_VISIT)),
         )
-        race = Race(arms, attainment, 60 * minutes, load.probe_s)
-        tell = print_line if dry_run else say
-        tell(_described(race, engines, num_devices))
+        least_s = _least_s(arms, engines, load.probe_s)
+        budget_s = max(60 * minutes, least_s)
+        race = Race(arms, attainment, 60 * minutes, load.probe_s, _OVERTIME * budget_s)
+        announce = print_line if dry_run else say
+        announce(
+            f"{counted(len(arms), 'arm')} for {counted(num_devices, 'device')}: "
+            f"{', '.join(arm.name for arm in arms)}; about {budget_s / 60:.0f} min, "
+            f"at least {least_s / 60:.0f}, at most about {race.limit_s / 60:.0f}"
+        )
         for name, reason in refused.items():
-            tell(f"ruled out: {name}: {reason}")
+            announce(f"ruled out: {name}: {reason}")
         left_out = ""
         if load.num_left_out:
             left_out = f" {counted(load.num_left_out, 'request')} of the trace: too long, not sent."
-            tell(left_out.strip())
+            announce(left_out.strip())
         if dry_run:
             return
         digest = _digest(load, slo, attainment, num_devices, engines)
@@ -145,10 +153,10 @@ def verdict(
         def save(findings: Findings) -> None:
             _write(output / STATE, msgspec.json.encode(_State(digest, findings)).decode())
 
-        save(findings)  # A folder that cannot be written is found before minutes have passed.
+        save(findings)  # Find an unwritable folder now, not after minutes.
         launches = Launches(load, slo, attainment, loaded, on_cpu=on_cpu)
         with contextlib.ExitStack() as last:
-            # After the verdict is told: a second Ctrl-C may cut this short.
+            # Stop after the verdict is printed, since a second Ctrl-C may interrupt the stop.
             last.callback(launches.stop)
             try:
                 with console.status("starting") as status:
@@ -200,7 +208,7 @@ def _requests(
 
 
 def _digest(load: Load, slo: Any, attainment: float, num_devices: int, engines: RoleEngines) -> str:
-    """Return what tells questions apart; ``--minutes`` may differ when one is resumed."""
+    """Return a digest of all options that must not change at ``--resume``, unlike --minutes."""
     settings, _ = _without_secrets(engines.config.model_dump(mode="json", exclude_unset=True))
     command = engines.settings.engine_command
     version = find_engine_command(command, os.environ).version
@@ -210,33 +218,26 @@ def _digest(load: Load, slo: Any, attainment: float, num_devices: int, engines: 
     return hashlib.sha256(msgspec.json.encode(asked, enc_hook=repr)).hexdigest()
 
 
-def _described(race: Race, engines: RoleEngines, num_devices: int) -> str:
-    """List the arms and how many minutes all of them take."""
+def _least_s(arms: Sequence[Arm], engines: RoleEngines, probe_s: float) -> float:
+    """Estimate the seconds for single engines, and two visits of each arm with two probes."""
     kind = f"{engines.settings.engine} on {engines.device}"
     start_s = _START_S.get(kind, _SLOW_START_S)
-    num_singles = sum(arm.num_both > 0 for arm in race.arms) + 1
-    least_s = num_singles * (start_s + _SINGLES_S) + 2 * len(race.arms) * (
-        start_s + 2 * race.probe_s
-    )
-    names = ", ".join(arm.name for arm in race.arms)
-    return (
-        f"{counted(len(race.arms), 'arm')} for {counted(num_devices, 'device')}: {names}; about "
-        f"{max(race.budget_s, least_s) / 60:.0f} min, at least {least_s / 60:.0f}"
-    )
+    num_singles = sum(arm.num_both > 0 for arm in arms) + 1
+    return num_singles * (start_s + _SINGLES_S) + 2 * len(arms) * (start_s + 2 * probe_s)
 
 
 def serve_yaml(arm: Arm, config: LaunchConfig, *, on_cpu: bool) -> str:
-    """Return a file for ``pdlaunch serve`` that starts an arm; secrets are left out."""
+    """Return the text of a file with which ``pdlaunch serve`` starts an arm, without secrets."""
     given = settings_of(arm, config, on_cpu=on_cpu, mode="json")
     kept, secrets = _without_secrets(given)
     lines = [f"# {arm.name}, by pdlaunch verdict", *(f"# left out: {path}" for path in secrets)]
     if {"api_key", "api_keys"} & {*secrets} and not is_loopback(config.host):
-        lines.append(f"# {config.host} can be reached by others: give the API key again")
+        lines.append(f"# other hosts can reach {config.host}: set the API key again")
     return "\n".join([*lines, yaml.safe_dump(kept, sort_keys=False)])
 
 
 def _without_secrets(values: Any, section: str = "") -> tuple[Any, list[str]]:
-    """Return values without their secrets at any depth, and the paths of these."""
+    """Return values without secrets (at any depth), and the paths of the secrets."""
     if not isinstance(values, dict | list):
         return values, []
     kept: dict[Any, Any] = {}
@@ -255,7 +256,7 @@ def _holds_secret(path: str, value: object) -> bool:
     if value is None or isinstance(value, bool):
         return False
     if isinstance(value, str) and value.startswith(("{", "[")):
-        with contextlib.suppress(msgspec.DecodeError):  # an argument that is JSON
+        with contextlib.suppress(msgspec.DecodeError):  # an argument in JSON
             return bool(_without_secrets(msgspec.json.decode(value))[1])
     if path in all_settings():
         named = is_secret(path)
@@ -267,7 +268,7 @@ def _holds_secret(path: str, value: object) -> bool:
 
 
 def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, int]:
-    """Return the engines of one arm, for facts that all arms share, and the number of devices."""
+    """Return the engines of one arm, with the facts of all arms, and the number of devices."""
     placement = loaded.config.placement
     if placement != "local":
         why = "verdict measures only this machine"
@@ -275,7 +276,7 @@ def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, 
     for role in ROLES:
         for name in ("data_parallel_size", "nnodes"):
             if (value := getattr(loaded.config.engine_settings(role), name)) > 1:
-                why = "arms differ in replicas and tensor_parallel_size alone"
+                why = "arms differ only in replicas and tensor_parallel_size"
                 raise ConfigError(why, field=name, value=value, fix="leave it out")
     alone = config_to_measure(Arm(1, num_both=1), loaded, on_cpu=False)
     engines = next(iter(resolve_here(alone).roles.values()))
@@ -288,23 +289,25 @@ def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, 
 
 
 def _findings(path: Path, digest: str, *, resume: bool) -> Findings:
-    if not resume:
-        if not path.exists():
-            return Findings()
-        raise ConfigError(
-            f"{path} holds measurements", field="--output", fix="add --resume, or name another"
-        )
+    if not resume and not path.exists():
+        return Findings()
     try:
         state = msgspec.json.decode(path.read_bytes(), type=_State)
+        if not resume:
+            if not (state.findings.figures or state.findings.probes):
+                return Findings()  # the first arm did not start
+            raise ConfigError(
+                f"{path} holds measurements", field="--output", fix="add --resume, or name another"
+            )
         if state.question == digest:
-            # Arms that could not be started before are tried again.
+            # Try arms again that did not start before.
             state.findings.broken.clear()
             return state.findings
         problem = "is about another load, other goals, devices or settings"
     except (OSError, msgspec.MsgspecError) as error:
         problem = f"cannot be read: {error}"
     fix = "give the same options again, or another --output"
-    raise ConfigError(f"{path} {problem}", field="--resume", fix=fix)
+    raise ConfigError(f"{path} {problem}", field="--resume" if resume else "--output", fix=fix)
 
 
 def _write(path: Path, text: str) -> None:

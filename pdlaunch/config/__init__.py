@@ -1,3 +1,1 @@
-"""Holds settings: the models that declare them, the sources of their values, what a model's files
-say.
-"""
+"""Settings: the models that declare them, the sources of their values, facts from model files."""

@@ -1,9 +1,9 @@
-"""Processes without torch know this of each connector: settings, environment, where its class is.
+"""Describes each KV connector without torch: settings, environment, import path of its class.
 
-A connector is named in ``kv_transfer.connector``. Those of pdlaunch stand in ``BUILT_IN``; another
-package adds one with an entry point of the group ``pdlaunch.connectors``, whose value is a class of
-``ConnectorSettings``. Only that class is imported here, so its module must be light.
-docs/connectors.md shows how to write one.
+``kv_transfer.connector`` names the connector of a launch. ``BUILT_IN`` has pdlaunch's connectors.
+Another package adds a connector with an entry point in the group ``pdlaunch.connectors`` that names
+a subclass of ``ConnectorSettings``. This module imports only that class, so the class's module must
+not import heavy libraries. docs/connectors.md shows how to write a connector.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ MooncakeProtocol = Literal["tcp", "rdma"]
 RankDevice = Literal["cpu", "cuda"]
 Environ = Mapping[str, str]
 
-# Ranks tell their peers this address, and take no packet to another one
+# Ranks advertise this address to their peers and accept packets only on this address
 MOONCAKE_ADDRESS = "MC_TCP_BIND_ADDRESS"
 
 
 @dataclass(frozen=True, slots=True)
 class KVNetwork:
-    """Describes how KV blocks get from and to other hosts, of which the user trusts the network."""
+    """Describes the trusted network that carries KV blocks between hosts."""
 
-    address: str  # Address of this host at which data ports open
-    ports: str  # First and last port that they may have: ``21000-21999``
+    address: str  # Address of this host on which data ports listen
+    ports: str  # First and last allowed data port: ``21000-21999``
     rdma_devices: tuple[str, ...] = ()
 
 
 class ConnectorSettings(FrozenModel):
     """The section ``kv_transfer.NAME``. A connector overrides the parts that differ."""
 
-    # ``module:callable``; called in the ranks alone as ``callable(settings, name, incarnation)``
-    # with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
-    # incarnation. Returns a ``transfer.connectors.connector.Connector``.
+    # ``module:callable``. Only ranks call it, as ``callable(settings, name, incarnation)`` with
+    # the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its incarnation.
+    # The callable returns a ``transfer.connectors.connector.Connector``.
     factory: ClassVar[str] = ""
 
     def environment(
@@ -56,35 +56,36 @@ class ConnectorSettings(FrozenModel):
     ) -> dict[str, str]:
         """Return variables that a rank must have before the connector's libraries are imported.
 
-        ``environ`` is the user's, whose values take precedence, except over what keeps doors shut
-        (UCX_TLS). ``device``: ``cuda`` also for a rank on the CPU of a host with GPUs. ``network``:
-        of a rank with peers on other hosts, if the user trusts it.
+        ``environ``: the user's environment. Its values take precedence, except for variables that
+        keep ports closed (UCX_TLS). ``device``: ``cuda`` also for a rank on the CPU of a host with
+        GPUs. ``network``: set for a rank with peers on other hosts, if the user trusts the network.
         """
         return {}
 
     @property
     def opens_data_ports(self) -> bool:
-        """Say whether ranks open ports that ask nobody who he is to peers on other hosts.
+        """Return True if ranks open unauthenticated ports to peers on other hosts.
 
-        They do so with ``kv_transfer.trusted_network`` alone: a connector that listens by itself
-        has to override this.
+        Ranks may open such ports only if ``kv_transfer.trusted_network`` is set. A connector whose
+        library opens ports has to override this property.
         """
         return False
 
     @property
     def joins_hosts(self) -> bool:
-        """Say whether ranks reach peers on other hosts at all."""
+        """Return True if the connector works between ranks on different hosts."""
         return True
 
     @property
     def maps_memory(self) -> bool:
-        """Whether ranks may map their peers' KV caches, which are then allocated as shareable."""
+        """Return True if ranks may map KV caches of peers; the caches must then be shareable."""
         return False
 
     @property
     def opens_device_memory(self) -> bool:
-        """Say whether a library may open GPU memory of ranks by itself; how fast it is then depends
-        on how the memory was allocated.
+        """Return True if a library may open GPU memory of ranks, such as UCX with CUDA IPC.
+
+        The speed of its READs then depends on how the memory was allocated.
         """
         return True
 
@@ -93,30 +94,30 @@ class ConnectorSettings(FrozenModel):
         return self.maps_memory and not self.opens_device_memory
 
 
-# UCX prints how it does READs, and nothing else (``machine/ucx_log.py``)
+# Make UCX print which transports its READs use, and nothing else (parsed by machine/ucx_log.py)
 _PRINT_READS = {"UCX_PROTO_INFO": "*memory read*"}
 
 
 class NixlSettings(ConnectorSettings):
-    """Joins any ranks by NIXL, and ranks of one host by mapped memory."""
+    """Connects all ranks through NIXL, and ranks of one host also through mapped memory."""
 
     factory = "pdlaunch.transfer.connectors.paths:new_connector"
 
     path: KVPath = Field(
         "auto",
-        description="What carries KV blocks: NIXL, or copies from mapped memory of ranks of a "
-        "host (p2p); `auto` is what is faster at the handshake, for each pair.",
+        description="How KV blocks move: through NIXL, or by copies from mapped memory of ranks "
+        "of a host (p2p); `auto` takes the faster one in the handshake of each pair.",
     )
 
     def environment(
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
     ) -> dict[str, str]:
-        """Return UCX's variables. UCX_TLS omits those of the user's transports that would listen
-        for connections of anybody, unless ``network`` needs them.
+        """Return the variables for UCX. Without ``network``, UCX_TLS excludes transports that
+        accept connections from anybody, even if the user's value contains them.
         """
         defaults = {
-            # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1). RDMA
-            # needs it; such ranks leave by os._exit, ahead of its finaliser.
+            # UCX's InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1), so it
+            # is loaded only for RDMA. Ranks with RDMA call os._exit, which skips the finaliser.
             "UCX_MODULES": "*" if network and network.rdma_devices else "^ib",
             "UCX_WARN_UNUSED_ENV_VARS": "n",
             "NIXL_LOG_LEVEL": "WARN",
@@ -126,7 +127,7 @@ class NixlSettings(ConnectorSettings):
         if network is not None:
             to_hosts = network_transports(environ, has_rdma=bool(network.rdma_devices))
             transports = (*to_hosts, *transports)
-            # In the rank the name of its device stands in the address's place.
+            # The rank replaces the address by the name of the network device that has it.
             devices = (network.address, *(f"{name}:1" for name in network.rdma_devices))
             defaults["UCX_NET_DEVICES"] = ",".join(devices)
             defaults["UCX_TCP_PORT_RANGE"] = network.ports
@@ -151,9 +152,9 @@ class NixlSettings(ConnectorSettings):
         return self.path != "nixl"
 
 
-# Of connectors whose prefill side writes
+# A field of connectors in which prefill ranks write to decode ranks
 SENDER_THREADS: Any = Field(
-    2, ge=1, le=64, description="Threads of a prefill rank that write to its readers."
+    2, ge=1, le=64, description="Threads of a prefill rank that write to decode ranks."
 )
 
 
@@ -163,7 +164,7 @@ class MooncakeSettings(ConnectorSettings):
     factory = "pdlaunch.transfer.connectors.mooncake:MooncakeConnector"
 
     num_sender_threads: int = SENDER_THREADS
-    protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
+    protocol: MooncakeProtocol = Field("tcp", description="Mooncake's transport for KV blocks.")
     devices: str = Field(
         "",
         description="RDMA devices that Mooncake may use, with commas between them; all when empty.",
@@ -174,15 +175,15 @@ class MooncakeSettings(ConnectorSettings):
     ) -> dict[str, str]:
         """Return Mooncake's variables: without them, Mooncake picks a transport by itself."""
         defaults = {
-            # A call that gives up by its own time-out leaves its write under way: only the
-            # transport's time-outs end one.
+            # After this time-out a call returns, but its write goes on. Only the time-outs of the
+            # transport end a write, so this one must come later.
             "MC_TRANSFER_TIMEOUT": "3600",
             "MC_LOG_LEVEL": "WARNING",
             **({"MC_FORCE_TCP": "1"} if self.protocol == "tcp" else {}),
         }
         if network is not None:
             first, _, last = network.ports.partition("-")
-            # Mooncake reads both spellings.
+            # Mooncake reads both spellings, PRC and RPC.
             defaults |= {f"MC_MIN_{word}_PORT": first for word in ("PRC", "RPC")}
             defaults |= {f"MC_MAX_{word}_PORT": last for word in ("PRC", "RPC")}
             if ":" in network.address:
@@ -202,11 +203,11 @@ class FileSettings(ConnectorSettings):
 
     num_sender_threads: int = SENDER_THREADS
     directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(
-        None, min_length=1, description="Shared folder of the file connector, which needs one."
+        None, min_length=1, description="Shared folder; the file connector needs it."
     )
     size_limit: ByteSize = Field(
         parse_size("10GiB"),
-        description="Size of that folder; what was written first is deleted first.",
+        description="Largest size of that folder; the oldest files are deleted first.",
     )
 
     @property
@@ -215,12 +216,15 @@ class FileSettings(ConnectorSettings):
 
 
 class VllmNixlSettings(ConnectorSettings):
-    """Stands for vLLM's own NixlConnector, which has no settings here and proves nothing."""
+    """Selects vLLM's own NixlConnector, which has no settings here and no proof of pulls."""
 
     def environment(
         self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
     ) -> dict[str, str]:
-        """Return UCX's variables between hosts alone: on one host it cannot do without TCP."""
+        """Return the variables for UCX. They include UCX_TLS only if ``network`` is given.
+
+        On a single host UCX_TLS stays unset, because vLLM's connector needs TCP there.
+        """
         if network is None:
             return _with_defaults(environ, _PRINT_READS)
         return NixlSettings().environment(environ, device, network)
@@ -240,30 +244,30 @@ BUILT_IN: Mapping[str, type[ConnectorSettings]] = {
 
 
 class ConnectorImportError(ConfigError):
-    """A connector's package cannot be imported, or holds something else."""
+    """A connector's package cannot be imported, or its entry point names something else."""
 
 
 def connector_names() -> list[str]:
-    """Return the names of all connectors that are installed; imports none of them."""
+    """Return the names of all installed connectors, without importing them."""
     return list(dict.fromkeys([*BUILT_IN, *_others()]))
 
 
 def connector_settings(name: str) -> type[ConnectorSettings]:
-    """Import and return the settings of a connector of ``connector_names``.
+    """Import and return the settings class of a connector in ``connector_names``.
 
-    Raises ConnectorImportError when that fails, whatever the package raises.
+    Raises ConnectorImportError if the import fails, whatever the package raises.
     """
-    # First: a package that calls its connector nixl must not take the place of ours unseen.
+    # Built-in connectors first: another package's `nixl` must not silently replace pdlaunch's.
     if name in BUILT_IN:
         return BUILT_IN[name]
     found = load_named(_others()[name], f"connector {name}")
     if not (isinstance(found, type) and issubclass(found, ConnectorSettings)):
-        raise ConnectorImportError(f"connector {name}: {found!r} is no class of ConnectorSettings")
+        raise ConnectorImportError(f"connector {name}: {found!r} is not a ConnectorSettings class")
     return found
 
 
 def check_connector_name(value: str) -> str:
-    """Return ``value`` when such a connector is installed; validates fields of settings."""
+    """Return ``value`` if a connector of this name is installed. Raises errors for pydantic."""
     if value not in (names := connector_names()):
         raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, names))})
     try:
@@ -277,7 +281,7 @@ def check_connector_name(value: str) -> str:
 def other_sections() -> Mapping[str, type[ConnectorSettings]]:
     """Return the settings of each connector that has no field in ``KVTransferSettings``."""
     found: dict[str, type[ConnectorSettings]] = {}
-    # Each is tried alone: a broken package must not take away the sections of the others.
+    # A broken package must not hide the sections of other packages.
     for name in _others():
         if name not in BUILT_IN:
             with contextlib.suppress(ConnectorImportError):
@@ -286,18 +290,18 @@ def other_sections() -> Mapping[str, type[ConnectorSettings]]:
 
 
 def load_named(path: str, what: str) -> Any:
-    """Import ``module:attribute``. Raises ConnectorImportError, which begins with ``what``."""
+    """Import ``module:attribute``. Raises ConnectorImportError with ``what`` in its message."""
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # The package is somebody else's: it may raise anything.
+    except Exception as error:  # Code of another package may raise anything.
         message = f"{what} cannot be imported from {path}: {type(error).__name__}: {error}"
         raise ConnectorImportError(message) from error
 
 
 @functools.cache
 def _others() -> Mapping[str, str]:
-    """Return ``module:attribute`` of each connector that is imported when it is named."""
+    """Return ``module:attribute`` by name for each connector that has an entry point."""
     return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
@@ -305,8 +309,8 @@ def _with_defaults(environ: Environ, defaults: Mapping[str, str]) -> dict[str, s
     return {name: environ.get(name, value) for name, value in defaults.items()}
 
 
-# UCX_TLS as UCX reads it: names, groups of names, and lists of what to leave out. Source: the help
-# text in libucp of UCX 1.19, as NIXL 1.5.1 ships it. Names are told apart by case.
+# The syntax of UCX_TLS: names of transports, names of groups, or `^` and a list to leave out. Names
+# are case-sensitive. Source: the help text in libucp of UCX 1.19, shipped with NIXL 1.5.1.
 SHARED_MEMORY = frozenset({"posix", "sysv", "xpmem", "cma", "knem"})
 CUDA = frozenset({"cuda_copy", "cuda_ipc", "gdr_copy"})
 RDMA = frozenset({"rc_verbs", "rc_mlx5", "ud_verbs", "ud_mlx5", "dc_mlx5", "srd"})
@@ -330,12 +334,13 @@ _GROUPS: Mapping[str, frozenset[str]] = {
 
 
 def local_transports(environ: Environ, device: RankDevice) -> tuple[str, ...]:
-    """Return the transports in UCX_TLS that open no door, for a rank whose peers are on its host.
+    """Return the safe transports in UCX_TLS, for a rank whose peers are all on its host.
 
-    Network transports listen without authentication; ``sysv`` segments admit the user's whole group
-    (mode 0660), ``knem`` regions everybody. ``posix`` segments are unlinked and have mode 0600, CMA
-    and CUDA IPC ask for the same user. UCX finds its peers through ``posix``: lists without it,
-    such as LMCache's ``cuda_ipc,cuda_copy,tcp``, rely on TCP instead, which listens.
+    Network transports listen without authentication. ``sysv`` segments are open to the user's whole
+    group (mode 0660), ``knem`` regions to everybody. ``posix`` segments are unlinked and have mode
+    0600; CMA and CUDA IPC require the same user. UCX finds peers through ``posix``. Lists without
+    ``posix``, such as LMCache's ``cuda_ipc,cuda_copy,tcp``, rely on TCP instead, which listens; for
+    such a list the result has ``posix``, CMA and ``self`` in TCP's place.
     """
     allowed = ucx_transports(environ)
     if "posix" not in allowed:
@@ -345,17 +350,17 @@ def local_transports(environ: Environ, device: RankDevice) -> tuple[str, ...]:
 
 
 def network_transports(environ: Environ, *, has_rdma: bool) -> tuple[str, ...]:
-    """Return the transports in UCX_TLS that join hosts: TCP, and RDMA where there is a device."""
+    """Return the transports in UCX_TLS between hosts: TCP, and RDMA if ``has_rdma``."""
     allowed = ucx_transports(environ)
     wanted = (*sorted(_GROUPS["rc"]), *TCP) if has_rdma else TCP
     return tuple(name for name in wanted if name in allowed)
 
 
 def ucx_transports(environ: Environ) -> frozenset[str]:
-    """Return the transports that UCX may use: all when UCX_TLS is unset. Unknown names are kept."""
+    """Return the transports that UCX_TLS allows, unknown names included; all when it is unset."""
     value = environ.get("UCX_TLS", "all").strip() or "all"
     listed: frozenset[str] = frozenset()
     for name in map(str.strip, value.removeprefix("^").split(",")):
-        # A backslash makes it the name of a transport, even where a group has the same name.
+        # After a backslash UCX reads a transport's name, even if a group has the same name.
         listed |= {name[1:]} if name.startswith("\\") else _GROUPS.get(name, {name} - {""})
     return ALL - listed if value.startswith("^") else listed

@@ -1,4 +1,4 @@
-"""Settings of an engine, and of a role: how many engines it has, and what differs for them."""
+"""Defines the settings of engines, and of roles: how many engines, and what they override."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class KVOffloadSettings(FrozenModel):
 
 
 class EngineSettings(FrozenModel):
-    """Describes an engine. The top level of the file holds these, and a role may override each."""
+    """Holds settings of engines. They stand at the top level; each role may override them."""
 
     # fmt: off
     model: Annotated[str, Flag()] = Field(
@@ -52,14 +52,14 @@ class EngineSettings(FrozenModel):
         1, gt=0, le=64,
         description="Hosts of one vLLM engine; each runs the same number of its ranks.")
     data_parallel_size: int = Field(
-        1, gt=0, le=1024,
-        description="Data parallel copies in one vLLM engine: they share experts, not ranks.")
+        1, gt=0, le=64,
+        description="Data parallel copies in one vLLM engine; only experts are split over them.")
     load_format: Annotated[LoadFormat, Flag()] = Field(
-        "auto", description="`dummy` makes random weights up, for benchmarks.")
+        "auto", description="`dummy` uses random weights, for benchmarks.")
     dtype: Annotated[DType, Flag(for_router=True)] = Field(
         "auto", description="`auto` takes the checkpoint's; float32 on a CPU without native bf16.")
     max_model_len: Annotated[int | None, Flag()] = Field(
-        None, gt=0,
+        None, ge=2,
         description="Longest prompt plus output in tokens; the model's limit when unset.")
     block_size: Annotated[int, Flag()] = Field(16, gt=0, description="Tokens in a KV block.")
     kv_cache_memory: Annotated[ByteSize | None, Flag()] = Field(
@@ -68,9 +68,9 @@ class EngineSettings(FrozenModel):
         "gpu_memory_utilization leaves on a GPU.")
     gpu_memory_utilization: Annotated[float, Flag()] = Field(
         0.9, gt=0, le=1,
-        description="Share of a GPU's memory that a rank may use, whatever others hold.")
+        description="Share of a GPU's total memory that a rank may use.")
     enable_prefix_caching: Annotated[bool, Flag()] = Field(
-        True, description="Keep KV blocks for later requests whose prompts begin alike.")
+        True, description="Reuse KV blocks for later prompts that begin with the same tokens.")
     kv_offload: KVOffloadSettings = KVOffloadSettings()
     enable_cumem_allocator: Annotated[bool | None, Flag()] = Field(
         None, description="Allocate weights and KV cache from CuMem pools.")
@@ -102,7 +102,7 @@ class EngineSettings(FrozenModel):
         description="Further flags of engines that are not native, such as `max-logprobs: 5`; "
         "true for a flag without a value.")
     env: dict[VariableName, str] = Field(
-        default_factory=dict, description="Extra environment of the engine's ranks.")
+        default_factory=dict, description="Extra environment variables of the ranks.")
     # fmt: on
 
     @property
@@ -113,7 +113,7 @@ class EngineSettings(FrozenModel):
 
 @may_override(EngineSettings)
 class RoleSettings(FrozenModel):
-    """Says how many engines of one role there are, and what differs for them."""
+    """Holds the number of engines of one role and their overrides of ``EngineSettings``."""
 
     replicas: Annotated[int, Flag("{role}", help="Number of {role} engines.")] = Field(
         1, ge=0, le=1024, description="Number of engines."
@@ -122,29 +122,29 @@ class RoleSettings(FrozenModel):
         0,
         ge=0,
         le=65535,
-        description="Port of the first engine, the next ones count up; needs engine_api_key. 0 "
-        "picks free ones.",
+        description="Port of the first engine; the others take the next ports. Needs "
+        "engine_api_key. 0 picks free ports.",
     )
 
     def ports(self) -> range:
-        """Return the fixed ports of the engines in their order; none when they take free ones."""
+        """Return the fixed ports of the engines in order; empty if engines take free ports."""
         return range(self.port, self.port + self.replicas) if self.port else range(0)
 
 
 class BothSettings(RoleSettings):
-    """Says how many engines compute prompts and tokens of a request themselves."""
+    """Holds the settings of engines that do both prefill and decode of a request."""
 
     replicas: Annotated[
         int,
         Flag(
             "both",
-            help="Number of engines that do prefill and decode of a request themselves. Alone it "
-            "leaves out prefill and decode engines.",
+            help="Number of engines that do both prefill and decode. If only this is given, the "
+            "launch has no prefill and decode engines.",
         ),
     ] = Field(
         0,
         ge=0,
         le=1024,
-        description="Number of engines; without prefill.replicas and decode.replicas these become "
-        "0.",
+        description="Number of engines; prefill.replicas and decode.replicas become 0 if neither "
+        "is set.",
     )

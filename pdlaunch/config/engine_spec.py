@@ -1,6 +1,4 @@
-"""Holds the resolved settings of one engine: the supervisor writes them, the engine's processes
-read.
-"""
+"""The resolved settings of one engine: written by the supervisor, read by the engine."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ ENGINE_HOST = "127.0.0.1"  # Engines listen here for their router
 class EngineSpec(SharedSettings, EngineSettings):
     """Describes one engine: a server process and ``tensor_parallel_size`` ranks.
 
-    It has every setting of an engine. Those whose default is left to the machine or the model are
-    declared again without one, so that no value is left to be derived.
+    A spec has every setting of an engine. Settings whose default depends on machine or model are
+    declared again as required fields, so engine processes derive no values.
     """
 
     name: str  # ``prefill-0``, ``decode-1``: unique in the launch, stable over restarts
@@ -35,22 +33,22 @@ class EngineSpec(SharedSettings, EngineSettings):
     tensor_parallel_size: int
     num_threads: int
     async_scheduling: bool = False  # Always off on a CPU
-    # A rank that sizes its KV cache by gpu_memory_utilization sets this aside for a step
+    # Bytes reserved for one step's activations if gpu_memory_utilization sets the KV cache size
     activation_bytes: int = 0
     bind_address: str = ENGINE_HOST  # The server and the side channels of the ranks listen here
     advertise_address: str = ENGINE_HOST  # Ranks tell their peers to connect here
-    http_port: int = 0  # 0 takes a free port, which is registered with the supervisor
+    http_port: int = 0  # 0: the server takes a free port and reports it to the supervisor
 
     @property
     def has_peers(self) -> bool:
-        """Return whether it lends KV blocks to engines of another role, or pulls theirs."""
+        """Return True if the engine grants leases to decode engines or pulls from prefill."""
         return self.role in PAIR
 
     @classmethod
     def of(cls, config: LaunchConfig, role: Role, **resolved: object) -> Self:
-        """Return the spec of an engine of ``role``: its settings below the ``resolved`` values."""
-        # Ranks have `env` as their environment; the server has no use for what may be secrets.
-        # Last wins: derived values over settings of the role, and these over the launch's.
+        """Return the spec of an engine of ``role``. ``resolved`` values override its settings."""
+        # The later mapping wins: ``resolved`` over settings of the role over those of the launch.
+        # `env` is emptied: ranks get it as their environment, and it may hold secrets.
         settings = (
             dict(config) | dict(config.engine_settings(role)) | {"env": {}, "role": role} | resolved
         )

@@ -1,4 +1,4 @@
-"""Names engines that somebody else started."""
+"""Settings for running engines that this launch did not start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class EngineAddress(NamedTuple):
-    """Holds the parts of an engine's URL; a Unix socket has a path alone."""
+    """Holds the parts of an engine's URL; only ``path`` for a Unix socket."""
 
     scheme: str
     host: str
@@ -42,26 +42,26 @@ def read_engine_url(url: str) -> EngineAddress:
             raise ValueError(f"{url[:100]!r}: write the whole path of the socket: unix:/run/x.sock")
         return EngineAddress("unix", "", 0, path)
     if "@" in url:
-        raise ValueError("a URL holds no user or key here; name the key's variable in api_key_env")
+        raise ValueError("a URL must hold no user or key; name the key's variable in api_key_env")
     try:
         parts = urlsplit(url)
-        port = parts.port  # raises when it is none
+        port = parts.port  # Raises ValueError if this is not a port
     except ValueError:
-        raise ValueError(f"{url[:100]!r} is no URL") from None
-    # A name with its root dot is the same name.
+        raise ValueError(f"{url[:100]!r} is not a URL") from None
+    # A trailing dot (the DNS root) does not change a name.
     host = (parts.hostname or "").rstrip(".")
-    # A path or a query would be dropped or sent along: neither is what was meant.
+    # Refuse a path or a query: it would be dropped or sent along, and the user means neither.
     plain = f"{parts.scheme}://{parts.netloc}"
     if (
         parts.scheme not in _DEFAULT_PORTS
         or not host
         or url.rstrip("/") != plain
-        # DNS has no others, and Python raises another error for them than for a name unknown.
+        # DNS allows no other labels; Python's error for them is not that of an unknown name.
         or not all(map(_LABEL.fullmatch, host.split(".")))
     ):
         raise ValueError(
-            f"{url[:100]!r} is no URL of an engine; write http://HOST:PORT, https://HOST:PORT "
-            "or unix:/PATH"
+            f"{url[:100]!r} is not the URL of an engine; write http://HOST:PORT, "
+            "https://HOST:PORT or unix:/PATH"
         )
     return EngineAddress(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
 
@@ -80,7 +80,7 @@ def _read_engine(value: object) -> object:
 
 
 class RunningEngine(FrozenModel):
-    """Names an engine that runs already."""
+    """Describes an engine that already runs."""
 
     # fmt: off
     name: str | None = Field(
@@ -91,8 +91,8 @@ class RunningEngine(FrozenModel):
         description="http://HOST:PORT, https://HOST:PORT or unix:/PATH.")
     api_key_env: str | None = Field(
         None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="Environment variable with the key that it asks for; it is sent none if "
-        "unset.")
+        description="Environment variable that holds the engine's key; when unset, no key is "
+        "sent.")
     # fmt: on
 
 
@@ -103,7 +103,7 @@ RunningEngines = Annotated[
 
 
 def named(engines: Sequence[RunningEngine]) -> list[RunningEngine]:
-    """Give a name to each engine that has none: ``prefill-0`` and so on. Raises ValueError."""
+    """Name the nameless engines ``prefill-0`` and so on. Raises ValueError for duplicates."""
     taken = {engine.name for engine in engines}
     found: list[RunningEngine] = []
     for engine in engines:

@@ -1,7 +1,7 @@
-"""Types with which a setting is declared: once, as a field of a frozen pydantic model.
+"""Types for declaring settings. Each setting is one field of a frozen pydantic model.
 
-The field's type and constraints check the value, its description explains it, a ``Flag`` in its
-annotation puts it on the command line. ``config.settings`` derives everything else from that.
+The field's type and constraints check the value, the description explains the setting, and a
+``Flag`` in the annotation gives it a command-line flag. ``config.settings`` derives the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ModelType = TypeVar("ModelType", bound="FrozenModel")
 
 
 class FrozenModel(BaseModel):
-    """Is the base of every settings model: frozen, no unknown fields, defaults validated."""
+    """Base class of all settings models: frozen, no unknown fields, validated defaults."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -29,20 +29,20 @@ class FrozenModel(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """Gives a setting a flag, and a ``PDLAUNCH_*`` variable of the same name."""
+    """Adds a command-line flag to a setting, and a ``PDLAUNCH_*`` variable of the same name."""
 
-    # The flag without its dashes; the field's own name when empty. ``{role}`` stands for the
-    # section that the field is in.
+    # The flag without its dashes; the field's name when empty. ``{role}`` is replaced by the
+    # section that holds the field.
     name: str = ""
     panel: str = "Engines"  # The heading in ``pdlaunch serve --help``
     metavar: str = ""  # The form of the value in help; follows from the type when empty
-    help: str = ""  # The text in help; the field's description when empty. May hold ``{role}``.
-    of_role: Flag | None = None  # The flag of a role's override, which has none otherwise
-    # ``pdlaunch router`` has the flag, too: it says something to a router alone
+    help: str = ""  # The text in help; the field's description when empty. May have ``{role}``.
+    of_role: Flag | None = None  # The flag of a role's override; None for no flag
+    # ``pdlaunch router`` has the flag too, because the setting matters to a router without a launch
     for_router: bool = False
 
 
-NATIVE_ALONE = "native alone"  # Marks, in an annotation, a setting that only native engines read
+NATIVE_ALONE = "native alone"  # An annotation that marks settings which only native engines read
 
 
 # A number of bytes: ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain integer
@@ -53,7 +53,7 @@ OptionalSize = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 
 
 def _read_switch(value: object) -> object:
-    """Read ``on`` and ``off``, which YAML turns into booleans; flags and variables bring words."""
+    """Turn ``on`` and ``off`` of flags and variables into booleans, as YAML does for a file."""
     if isinstance(value, str) and value.lower() in ("on", "off"):
         return value.lower() == "on"
     return value
@@ -63,7 +63,7 @@ Switch = Annotated[bool, BeforeValidator(_read_switch)]
 
 
 def read_list(value: object) -> object:
-    """Read a list that stands in one text, with commas, as flags and variables bring it."""
+    """Split a text with commas, the form of lists in flags and variables; keep other values."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
@@ -84,13 +84,13 @@ def _check_flag(name: str) -> str:
 VariableName = Annotated[str, AfterValidator(_check_variable)]
 FlagName = Annotated[str, AfterValidator(_check_flag)]
 
-MIN_PORTS = 16  # Libraries draw ports at random, and give up after a few that are taken
+MIN_PORTS = 16  # Libraries try random ports in the range and fail after a few that are in use
 
 
 def _check_port_range(text: str) -> str:
     first, _, last = text.partition("-")
     if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit()):
-        raise ValueError(f"{text[:40]!r} is no range of ports; write FIRST-LAST, as 21000-21999")
+        raise ValueError(f"{text[:40]!r} is not a port range; write FIRST-LAST, as 21000-21999")
     if not 1024 <= int(first) <= int(last) <= 65535:
         raise ValueError(f"{text[:40]!r} must be within 1024-65535, the lower port first")
     if int(last) - int(first) + 1 < MIN_PORTS:
@@ -102,10 +102,10 @@ PortRange = Annotated[str, AfterValidator(_check_port_range)]  # ``FIRST-LAST``,
 
 
 def may_override(model: type[FrozenModel]) -> Callable[[type[ModelType]], type[ModelType]]:
-    """Add every field of ``model`` to the decorated one, as an optional field that is unset."""
+    """Return a class decorator that adds the fields of ``model``, each None by default."""
 
     def add(own: type[ModelType]) -> type[ModelType]:
-        # A class with real fields, not a dict: schema, flags and messages then name each override.
+        # Real fields rather than a dict, so schema, flags and messages name each override.
         return create_model(
             own.__name__, __base__=own, __module__=own.__module__, **_optional_fields(model)
         )
@@ -114,8 +114,8 @@ def may_override(model: type[FrozenModel]) -> Callable[[type[ModelType]], type[M
 
 
 def override(settings: ModelType, overrides: FrozenModel) -> ModelType:
-    """Return ``settings`` with what ``overrides`` sets; mappings are merged entry by entry."""
-    # By name, as `settings` may have more fields than the overrides, and the other way round.
+    """Return ``settings`` with the values set in ``overrides``. Mappings are merged by entry."""
+    # Fields are matched by name, because `overrides` may have fields that `settings` lacks.
     values = {name: getattr(settings, name) for name in type(settings).model_fields}
     for name, mine in values.items():
         match getattr(overrides, name):
@@ -127,7 +127,7 @@ def override(settings: ModelType, overrides: FrozenModel) -> ModelType:
                 values[name] = mine | entries
             case value:
                 values[name] = value
-    # Validated again: a value of the role may not fit one of the top level.
+    # Validate again: a role's value may not fit together with one of the top level.
     return type(settings).model_validate(values)
 
 
@@ -141,7 +141,7 @@ def set_paths(settings: FrozenModel) -> Iterator[str]:
 
 
 def section_of(info: FieldInfo) -> type[FrozenModel] | None:
-    """Return the model behind a field that is a section of the file, None for a single setting."""
+    """Return the model of a field that is a section of the file; None for a single setting."""
     kind = info.annotation
     return kind if isinstance(kind, type) and issubclass(kind, FrozenModel) else None
 
@@ -155,7 +155,7 @@ def _optional_fields(model: type[FrozenModel]) -> dict[str, Any]:
             )
             fields[name] = (part, part())
             continue
-        # The constraints hold for the value alone, not for None.
+        # Put the constraints on the value's part of the union, so None passes.
         kind: Any = info.annotation
         for item in info.metadata:
             if not (isinstance(item, Flag) or item == NATIVE_ALONE):

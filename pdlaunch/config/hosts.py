@@ -1,4 +1,4 @@
-"""Names the hosts of a launch that runs on several, as settings."""
+"""Settings that name the hosts of a launch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pdlaunch.config.roles import Role
 Placement = Literal["local", "hosts", "ray", "slurm"]
 PlacementStrategy = Literal["pack", "spread"]
 
-LOCAL = "local"  # Names the supervisor's own host, on which the router runs
+LOCAL = "local"  # The name of the host that runs the supervisor and the router
 
 
 def on_host(name: str, host: str) -> str:
-    """Return the name of a process for people, with its host where that is another one."""
+    """Return a process's name for messages, with its host unless that is the local host."""
     return name if host == LOCAL else f"{name} on {host}"
 
 
@@ -27,11 +27,11 @@ def _check_address(text: str) -> str:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise ValueError(
-            f"{text[:80]!r} is no address; write a number such as 10.0.0.7 or fd00::7"
+            f"{text[:80]!r} is not an IP address; write one such as 10.0.0.7 or fd00::7"
         ) from None
-    # Peers that dial 0.0.0.0 reach themselves, and the launch waits until its time-out.
+    # A peer that connects to 0.0.0.0 reaches itself, and the launch would wait until its time-out.
     if address.is_unspecified or address.is_multicast:
-        raise ValueError(f"{text} is no address of one host; name the one that others reach")
+        raise ValueError(f"{text} is not the address of one host; name one that others reach")
     return str(address)
 
 
@@ -39,22 +39,22 @@ HostAddress = Annotated[str, AfterValidator(_check_address)]
 
 
 class HostSettings(FrozenModel):
-    """Names a host that engines may run on."""
+    """Holds the settings of a host that engines may run on."""
 
     # fmt: off
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
-        description="The `--name` of its agent; `local` is the supervisor's own host, without "
-        "one.")
+        description="The `--name` of its agent; `local` is the supervisor's own host, which has "
+        "no agent.")
     bind_address: HostAddress | None = Field(
         None,
-        description="Its processes listen here; its address on the route to the supervisor if "
-        "unset.")
+        description="Address at which its processes listen; when unset, its address on the route "
+        "to the supervisor.")
     advertise_address: HostAddress | None = Field(
-        None, description="Other hosts connect here; `bind_address` when unset.")
+        None, description="Address that other hosts connect to; `bind_address` when unset.")
     roles: Annotated[tuple[Role, ...], BeforeValidator(read_list)] | None = Field(
         None,
-        description="It takes engines of these roles alone, such as `prefill,both`; of all if "
+        description="Roles of the engines that it takes, such as `prefill,both`; all roles when "
         "unset.")
     machine: str | None = Field(
         None,

@@ -1,7 +1,6 @@
-"""Reads host names and URLs as settings list them, and says how a listening server is
-reached.
+"""Host names in settings, and URLs of servers that listen on a host and port.
 
-Lists are YAML lists, or texts with commas in flags and variables.
+Lists of host names are YAML lists, or texts with commas in flags and variables.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pydantic import AfterValidator, BeforeValidator
 
 from pdlaunch.config.field_types import read_list
 
-ANY = "*"  # Admits everything, as an entry of ``allowed_hosts``
-# Hosts that mean every address of a machine, and the loopback address that reaches each
+ANY = "*"  # An entry of ``allowed_hosts`` that allows every host name
+# Hosts that mean all addresses of a machine -> the loopback address that reaches such a server
 WILDCARDS: Mapping[str, str] = MappingProxyType(
     {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 )
@@ -25,17 +24,17 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
 def local_url(host: str, port: int, *, is_tls: bool = False) -> str:
-    """Return the URL at which this machine's processes reach a server that listens on ``host``."""
+    """Return the URL for processes of this machine of a server that listens on ``host``."""
     return url_of("https" if is_tls else "http", WILDCARDS.get(host, host), port)
 
 
 def url_of(scheme: str, host: str, port: int) -> str:
-    """Return the URL of a server, whose address may be one of IPv6."""
+    """Return the URL of a server, with IPv6 addresses in brackets."""
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether this is an address, or the name, of the loopback device."""
+    """Return True for an address of the loopback device and for ``localhost``."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -49,8 +48,8 @@ def _check_host(name: str) -> str:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
         raise ValueError(
-            f"{name[:100]!r} is no host name or address; write it without scheme and port, or "
-            f"{ANY!r} for any"
+            f"{name[:100]!r} is not a host name or address; write it without scheme and port, or "
+            f"{ANY!r} for any name"
         ) from None
     return name
 

@@ -1,4 +1,4 @@
-"""Declares the section ``kv_transfer``: how KV blocks get from prefill to decode."""
+"""Declares the section ``kv_transfer``: settings of pulls, leases and the connector."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from pdlaunch.config.field_types import Flag, FrozenModel, PortRange, Switch
 
 
 class KVTransferSettings(FrozenModel):
-    """Settings of the way that KV blocks take from prefill to decode."""
+    """Holds the settings for transferring KV blocks from prefill to decode."""
 
-    # Sections of other connectors are no fields: packages are imported only when named.
+    # Sections of other packages' connectors are extra fields: packages are imported when named.
     model_config = ConfigDict(extra="allow")
 
     # fmt: off
     connector: Annotated[str, Flag("kv-connector", metavar="nixl|mooncake|file|...")] = Field(
         "nixl",
-        description="What moves KV blocks: nixl, mooncake, file, or another installed connector; "
-        "vllm-nixl, for engines of vLLM, is vLLM's own, which proves nothing.")
+        description="How KV blocks move: nixl, mooncake, file, or another installed connector; "
+        "vllm-nixl is vLLM's own, for engines of vLLM, and does not verify blocks.")
     verify: Switch = Field(
         True,
-        description="Compare checksums of pulled blocks; `off`, only for measuring, trusts both "
-        "hosts' clocks.")
+        description="Compare checksums of pulled blocks; `off` is only for measuring, and relies "
+        "on both hosts' clocks.")
     on_failure: Literal["recompute", "fail"] = Field(
         "recompute", description="What decode does when a pull fails for good.")
     lease_s: float = Field(
         30.0, gt=0,
-        description="Seconds prefill keeps blocks for a decode engine that says nothing.")
+        description="Seconds that prefill keeps blocks for a silent decode engine.")
     pull_timeout_s: float = Field(
         20.0, gt=0, description="Seconds a decode engine waits for one pull.")
     pull_attempts: int = Field(
@@ -50,11 +50,11 @@ class KVTransferSettings(FrozenModel):
         20.0, gt=0, description="Seconds for the handshake of one pair.")
     trusted_network: Switch = Field(
         False,
-        description="Let KV blocks go between hosts over ports of NIXL or Mooncake, which ask "
-        "nobody who he is: whoever reaches them can read and write the memory of ranks.")
+        description="Let KV blocks move between hosts through ports of NIXL or Mooncake without "
+        "authentication: whoever reaches them can read and write the memory of ranks.")
     data_ports: PortRange = Field(
         "21000-21999",
-        description="Ports of that network at which ranks take KV blocks, for a firewall's rules.")
+        description="Ports of that network at which ranks transfer KV blocks, for firewall rules.")
     nixl: NixlSettings = NixlSettings()
     mooncake: MooncakeSettings = MooncakeSettings()
     file: FileSettings = FileSettings()
@@ -79,7 +79,7 @@ class KVTransferSettings(FrozenModel):
         if named in known:
             given.setdefault(named, {})
         models: dict[str, Any] = {name: (known[name], ...) for name in given if name in known}
-        # A model for these sections alone, so that errors name the path within each.
+        # Validate these sections with a temporary model, so errors name the path in each section.
         config = ConfigDict(extra="forbid")
         return data | dict(create_model("_", __config__=config, **models).model_validate(given))
 
@@ -92,7 +92,7 @@ class KVTransferSettings(FrozenModel):
 
     @property
     def is_stock(self) -> bool:
-        """Return whether engines of vLLM keep vLLM's own connector."""
+        """Return True if vLLM engines use vLLM's own connector."""
         return self.connector == VLLM_NIXL
 
     @property
@@ -101,6 +101,6 @@ class KVTransferSettings(FrozenModel):
         return self.section(self.connector)
 
     def section(self, name: str) -> ConnectorSettings:
-        """Return the settings of a connector: its defaults where none were given."""
+        """Return the settings of a connector, or its defaults if its section is not given."""
         found = getattr(self, name, None)
         return found if isinstance(found, ConnectorSettings) else connector_settings(name)()

@@ -1,9 +1,9 @@
 """Declares the settings of a launch, each once: frozen models that refuse unknown fields.
 
-``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into
-(``config.sources``). Its top level holds ``SharedSettings`` and ``EngineSettings``; ``prefill``,
-``decode`` and ``both`` say how many engines of a role there are and may override any of
-``EngineSettings`` for it. ``config.settings`` derives flags, variables and docs.
+``config.sources`` merges a YAML file, ``PDLAUNCH_*`` variables and flags into a ``LaunchConfig``.
+Its top level holds ``SharedSettings`` and ``EngineSettings``. The sections ``prefill``, ``decode``
+and ``both`` set the number of engines of each role and may override any of ``EngineSettings``.
+``config.settings`` derives flags, variables and docs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrate
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.shared_settings import DEPLOYMENT, AutopilotMode, SharedSettings
 
-ROUTER = "Engines that run already"  # The panel of flags that `pdlaunch router` alone has
+ROUTER = "Engines that run already"  # The panel of flags that only `pdlaunch router` has
 
-HOSTS = "Hosts"  # The panel of flags about launches over several hosts
+HOSTS = "Hosts"  # The panel of flags for launches on several hosts
 
-_HOSTS_HELP = "Names of the hosts that engines are placed on; `local` is this one."
+_HOSTS_HELP = "Names of the hosts that engines are placed on; `local` is this host."
 
 MIN_AGENT_TIMEOUT_S = 2.0
 MIN_HANG_TIMEOUT_S = 5.0
@@ -59,10 +59,10 @@ class ApiKey(FrozenModel):
         description="Hash of the key: `printf %s \"$KEY\" | sha256sum`.")
     max_concurrent: int | None = Field(
         None, gt=0,
-        description="Its prompts in flight; one more gets 429. With several keys three quarters of "
-        "`limits.max_queued_requests` when unset.")
+        description="Its prompts in flight; one more gets 429. When unset and there are several "
+        "keys, three quarters of `limits.max_queued_requests`.")
     tokens_per_minute: int | None = Field(
-        None, gt=0, description="Tokens of its prompts and answers; when they are used up, 429.")
+        None, gt=0, description="Tokens of its prompts and answers per minute; beyond them, 429.")
     weight: float = Field(
         1.0, ge=0.01, le=100,
         description="Its share of the engines while prompts of several keys wait.")
@@ -113,38 +113,38 @@ class LaunchConfig(SharedSettings, EngineSettings):
     ssl_keyfile: Annotated[
         str | None, Flag(panel=DEPLOYMENT, for_router=True, metavar="FILE")
     ] = Field(
-        None, min_length=1, description="Private key of the certificate; in its file when unset.")
+        None, min_length=1, description="Private key of ssl_certfile; in that file when unset.")
     admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None, min_length=1,
-        description="Key for sleep, wake and other commands over HTTP; without it they are taken "
+        description="Key for sleep, wake and other commands over HTTP; without it, commands work "
         "only at a local socket.")
     engine_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
         None, min_length=1,
-        description="Key with which another router may use the engines; without it only the "
-        "launch's own may.")
+        description="Key with which another router may use the engines; without it, only the "
+        "launch's own router may.")
     engines: RunningEngines = Field(
         (),
-        description="Engines that somebody else started, for `pdlaunch router`: `[{name, role, "
-        "url, api_key_env}]`, or `prefill=URL`.")
+        description="Engines that already run, for `pdlaunch router`: `[{name, role, url, "
+        "api_key_env}]`, or `prefill=URL`.")
     engines_file: Annotated[str | None, Flag(panel=ROUTER, metavar="FILE")] = Field(
         None, min_length=1,
         description="YAML file with further `engines`, which `pdlaunch router` watches.")
     placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
         "local",
-        description="`local` starts all on this host, `hosts` on those of `hosts`, whose agents "
-        "join; `ray` and `slurm` ask these for room.")
+        description="`local` starts engines on this host, `hosts` on the hosts in `hosts`, which "
+        "run agents; `ray` and `slurm` on hosts of Ray or Slurm.")
     hosts: Annotated[Hosts, Flag(panel=HOSTS, metavar="NAMES", help=_HOSTS_HELP)] = Field(
         (),
         description="Hosts that engines are placed on: `[{name, bind_address, advertise_address, "
-        "roles, machine}]`, or names; `local` is this one.")
+        "roles, machine}]`, or names; `local` is this host.")
     placement_strategy: Annotated[PlacementStrategy, Flag(panel=HOSTS)] = Field(
         "pack",
-        description="`pack` fills hosts in turn, so that pairs share one; `spread` takes the "
-        "emptiest.")
+        description="`pack` fills one host after another, so that pairs share a host; `spread` "
+        "takes the emptiest host.")
     control_address: Annotated[HostAddress | None, Flag(panel=HOSTS)] = Field(
         None,
-        description="Address of this host at which the others reach the supervisor; that of the "
-        "default route when unset.")
+        description="Address at which other hosts reach the supervisor; when unset, this host's "
+        "address on the default route.")
     control_port: Annotated[int, Flag(panel=HOSTS)] = Field(
         0, ge=0, le=MAX_PORT, description="Port at which agents join; 0 picks a free one.")
     join_file: Annotated[str | None, Flag(panel=HOSTS, metavar="FILE")] = Field(
@@ -154,7 +154,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
         300.0, gt=0, description="Time for the agents of all hosts to join.")
     agent_timeout_s: Annotated[float, Flag("agent-timeout", HOSTS)] = Field(
         20.0, ge=MIN_AGENT_TIMEOUT_S,
-        description="An agent that hears nothing of its supervisor for so long ends its "
+        description="Time without messages from the supervisor after which an agent ends its "
         "processes.")
     autopilot: Annotated[AutopilotMode, Flag(panel=DEPLOYMENT)] = Field(
         "off",
@@ -168,17 +168,17 @@ class LaunchConfig(SharedSettings, EngineSettings):
         Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT, for_router=True)
     ] = Field("info", description="Least severe level that is logged.")
     log_format: Annotated[Literal["text", "json"], Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        "text", description="Form of the lines in log files.")
+        "text", description="Format of the lines in log files.")
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
         600.0, gt=0,
-        description="Time from the start of the first process, behind joining and downloads, "
+        description="Time from the start of the first process, after joining and downloads, "
         "until the deployment is ready.")
     drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT, for_router=True)] = Field(
         30.0, ge=0, description="Time that running requests get after SIGTERM or Ctrl-C.")
     hang_timeout_s: float = Field(
         60.0, ge=0,
-        description="A process whose main loop stands still for so long is restarted; must be "
-        "longer than any step. 0 for never.")
+        description="A process is restarted if its main loop stands still for this time, which "
+        "must be longer than any step. 0 for never.")
     # fmt: on
 
     @field_validator("hang_timeout_s")
@@ -186,8 +186,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
     def _leaves_time_for_heartbeats(cls, value: float) -> float:
         if 0 < value < MIN_HANG_TIMEOUT_S:
             raise ValueError(
-                f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, within which a process "
-                "speaks several times"
+                f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, in which a process sends "
+                "several heartbeats"
             )
         return value
 
@@ -200,31 +200,31 @@ class LaunchConfig(SharedSettings, EngineSettings):
     def _has_hosts_to_place_on(self) -> Self:
         if self.placement == "hosts" and not self.hosts:
             raise _refused(
-                "hosts", "placement is hosts, and there is none: name them, as in --hosts a,b"
+                "hosts", "placement is hosts, but hosts is empty: name them, as in --hosts a,b"
             )
         if self.placement != "hosts" and self.hosts:
-            message = f"hosts are named, and placement is {self.placement}: set placement to hosts"
+            message = f"hosts are named, but placement is {self.placement}: set placement to hosts"
             raise _refused("hosts", message)
         return self
 
-    # Before the fields are read: later a given count looks like the default.
+    # Runs before the fields are read: afterwards, a given count looks like the default.
     @model_validator(mode="before")
     @classmethod
     def _leave_pairs_out(cls, values: Any) -> Any:
-        """Start no pairs where ``both`` has engines and nobody says how many of a pair."""
+        """Set ``replicas`` of prefill and decode to 0 if only those of ``both`` are given."""
         try:
             both = BothSettings.model_validate(values["both"])
             pair = {name: RoleSettings.model_validate(values.get(name, {})) for name in PAIR}
         except (LookupError, TypeError, ValidationError):
-            return values  # Not said, or wrong, of which the fields speak themselves.
+            return values  # Not given, or invalid: the validation of the fields reports errors
         if not both.replicas or any("replicas" in one.model_fields_set for one in pair.values()):
             return values
         return values | {name: one.model_copy(update={"replicas": 0}) for name, one in pair.items()}
 
     @model_validator(mode="after")
     def _has_a_key_for_each_door(self) -> Self:
-        """Require keys that differ: each is for other people."""
-        # Whoever holds one key could otherwise open the door of another.
+        """Require different keys for clients, commands and other routers."""
+        # Otherwise holders of one key would have the rights of another.
         seen: dict[str, str] = {key.sha256: f"the key {key.name}" for key in self.api_keys}
         for name in ("api_key", "admin_api_key", "engine_api_key"):
             key: SecretStr | None = getattr(self, name)
@@ -238,21 +238,21 @@ class LaunchConfig(SharedSettings, EngineSettings):
     @model_validator(mode="after")
     def _has_a_port_for_each_server(self) -> Self:
         if self.ssl_keyfile and not self.ssl_certfile:
-            raise _refused("ssl_keyfile", "belongs to a certificate: set ssl_certfile, too")
-        # Found here, and not only when a process tries to listen.
+            raise _refused("ssl_keyfile", "needs a certificate: set ssl_certfile, too")
+        # Check here, before a process tries to listen.
         taken = {self.port: "port"} if self.port else {}
         for role in ROLES:
             ports, field = self.role(role).ports(), f"{role}.port"
             if ports and self.engine_api_key is None:
-                message = "nobody could use it: set engine_api_key, the bearer token that another "
-                raise _refused(field, f"{message}router sends to the engines")
+                message = "no router could use it: set engine_api_key, the bearer token that "
+                raise _refused(field, f"{message}another router sends to the engines")
             if ports and ports[-1] > MAX_PORT:
                 message = f"its engines would need ports up to {ports[-1]}; choose a lower one"
                 raise _refused(field, message)
             for port in ports:
                 if port in taken:
                     apart = f"choose ports {len(ports)} or more apart"
-                    message = f"port {port} would be that of {taken[port]} too; {apart}"
+                    message = f"port {port} would also be used for {taken[port]}; {apart}"
                     raise _refused(field, message)
                 taken[port] = field
         return self
@@ -263,7 +263,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
 
     @property
     def engine_executables(self) -> tuple[str, ...]:
-        """Return the programs of engines that are not pdlaunch's own."""
+        """Return the executables of vLLM engines, each once."""
         settings = [self.engine_settings(role) for role in ROLES if self.role(role).replicas]
         return tuple(
             dict.fromkeys(each.engine_command for each in settings if each.engine == "vllm")

@@ -1,4 +1,4 @@
-"""Problems of a configuration. They are collected, so that a user sees all of them at once."""
+"""Problems of a configuration, which are collected so that users see all of them at once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_PATH_CHARACTERS = 4096  # No system opens a longer path
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Says what is wrong, where it stands and how to fix it."""
+    """Describes a mistake in the configuration, its place and its fix."""
 
     message: str
     field: str | None = None  # The dotted path in the configuration
-    value: str | None = None  # The value as shown to people; never a secret
+    value: str | None = None  # The value for messages; never a secret
     fix: str | None = None
     where: str | None = None  # ``deploy.yaml:3:5``, ``PDLAUNCH_PORT`` or ``--port``
 
@@ -37,7 +37,7 @@ class Problem:
 
 
 class InvalidConfigError(ConfigError):
-    """A configuration cannot be used; ``problems`` has all that were found, by source."""
+    """A configuration cannot be used; ``problems`` has all problems, ordered by source."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems
@@ -49,7 +49,7 @@ class InvalidConfigError(ConfigError):
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: quoted, escaped and short, whatever bytes it holds."""
+    """Return a value for a message: quoted, escaped and short, whatever bytes it holds."""
     if (
         isinstance(value, int)
         and not isinstance(value, bool)
@@ -61,17 +61,17 @@ def shown(value: object) -> str:
 
 
 def shown_name(name: str, max_characters: int = MAX_SHOWN_CHARACTERS) -> str:
-    """Return a name as a message shows it: without quotes, but escaped and short."""
+    """Return a name for a message: escaped and short, without quotes."""
     text = name if name and name.isprintable() else ascii(name)[1:-1] or "''"
     return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
 
 
 def shown_path(path: Path | str) -> str:
-    """Return the path of a file as a message shows it: whole, so that people and tools find it."""
+    """Return the path of a file for a message: escaped but whole, so people and tools find it."""
     return shown_name(str(path), MAX_PATH_CHARACTERS)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that ``name`` most likely misspells."""
+    """Return the known name most similar to ``name``; None if none is similar."""
     matches = get_close_matches(name[:MAX_SHOWN_CHARACTERS], list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

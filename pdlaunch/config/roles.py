@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-# ``prefill`` hands a prompt's KV blocks to ``decode``; ``both`` does a request alone
+# ``prefill`` engines hand a prompt's KV blocks to ``decode`` engines; ``both`` do requests alone
 Role = Literal["prefill", "decode", "both"]
 ROLES: tuple[Role, ...] = get_args(Role)
 PAIR: tuple[Role, Role] = ("prefill", "decode")  # The roles whose engines exchange KV blocks
-EngineName = Literal["native", "vllm"]  # The program that an engine is: this project's own, or vLLM
+EngineName = Literal["native", "vllm"]  # The engine's program: pdlaunch's own, or vLLM
 HOW_TO_GET_VLLM = (
     "install vllm with pip in an environment of its own, and start with --engine vllm and "
     "--engine-command ENVIRONMENT/bin/vllm"

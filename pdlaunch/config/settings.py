@@ -1,4 +1,4 @@
-"""Derives all settings, with their flags and variables, from the fields of the models."""
+"""Derives all settings, with their flags and variables, from the fields of ``LaunchConfig``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, section
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sizes import format_size, parse_size
 
-SECRET = "**********"  # Stands for a secret wherever values are shown
+SECRET = "**********"  # Replaces secrets in messages and in the shown configuration
 VARIABLE_PREFIX = "PDLAUNCH_"
 
-# The section that has a section for each connector, those of other packages included
+# The section that has one section for each connector, including connectors of other packages
 _CONNECTORS = "kv_transfer"
 SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _FORMS = {
@@ -37,12 +37,12 @@ _FORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Describes one setting by its field."""
+    """Describes one setting: its dotted path and its field."""
 
     path: str
     info: FieldInfo
-    # The alternatives of its type: classes, the values of a ``Literal``, and ``parse_size`` for a
-    # number of bytes
+    # The alternatives of the field's type: classes, values of a ``Literal``, and ``parse_size`` for
+    # a number of bytes
     kinds: tuple[Any, ...]
 
     @property
@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def holds_flags(self) -> bool:
-        """Return whether its entries are flags of another program: switches, texts, or JSON."""
+        """Return True for ``engine_args``, whose entries are flags: booleans, texts, or JSON."""
         return JsonValue in self.kinds
 
     @property
@@ -86,11 +86,11 @@ class Setting:
 
     @property
     def default(self) -> str:
-        """Return the default as people write it; empty when unset."""
+        """Return the default as a user would write it; empty if there is none."""
         value = self.info.default
         if value is None or value is PydanticUndefined or value in ("", ()):
             return ""
-        # Before numbers: a bool is an int, too.
+        # Checked before numbers, because a bool is an int too.
         if isinstance(value, bool):
             return "on" if value else "off"
         if self.is_size and value:
@@ -103,7 +103,7 @@ class Setting:
 
     @property
     def form(self) -> str:
-        """Return the form of its value: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
+        """Return the form of the value for help and docs: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
         if self.choices:
             return "|".join(self.choices)
         if self.path.endswith("_s"):
@@ -112,7 +112,7 @@ class Setting:
 
     @property
     def flag(self) -> Flag | None:
-        """Return its flag, with every text filled in; None when the command line has none."""
+        """Return the flag, with all its texts filled in; None if the setting has no flag."""
         declared = next((item for item in self.info.metadata if isinstance(item, Flag)), None)
         if declared is None:
             return None
@@ -127,7 +127,7 @@ class Setting:
 
     @property
     def variables(self) -> list[str]:
-        """Return the names of the variables that set it: one like its flag, one like its path."""
+        """Return the environment variables of the setting, named after its flag and its path."""
         flag = self.flag
         names = [flag.name, self.path] if flag else [self.path]
         return list(dict.fromkeys(map(variable_name, names)))
@@ -144,27 +144,27 @@ def all_settings() -> Mapping[str, Setting]:
 
 @functools.cache
 def sections() -> Mapping[str, type[FrozenModel]]:
-    """Return the sections of the file: ``""`` (top level), ``prefill.kv_offload``, ..."""
+    """Return the model of each section: ``""`` (the top level), ``prefill.kv_offload``, ..."""
     others = {f"{_CONNECTORS}.{name}": model for name, model in other_sections().items()}
     return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, "")), **others}
 
 
 def known_names(section: str) -> list[str]:
-    """Return the names that may stand in a section of the file."""
+    """Return the names of fields and sections that a section of the file may have."""
     others = other_sections() if section == _CONNECTORS else ()
     return [*sections()[section].model_fields, *others]
 
 
 @functools.cache
 def all_flags() -> Mapping[str, Flag]:
-    """Return every flag by the dotted path of its setting."""
+    """Return all flags by the dotted path of their settings."""
     return {path: flag for path, setting in all_settings().items() if (flag := setting.flag)}
 
 
 def flag_name(path: str, value: object = None) -> str:
-    """Return a setting's flag with its dashes, or the dotted path where it has none.
+    """Return a setting's flag with its dashes, or the dotted path of a setting without a flag.
 
-    With False it is the ``--no-`` form of a switch, by which that was given.
+    For a switch with the value False, return the ``--no-`` form.
     """
     flag = all_flags().get(path)
     if flag is None:
@@ -175,12 +175,12 @@ def flag_name(path: str, value: object = None) -> str:
 
 @functools.cache
 def variable_paths() -> Mapping[str, str]:
-    """Return the path of the setting that each ``PDLAUNCH_*`` variable gives."""
+    """Return the setting's dotted path for each ``PDLAUNCH_*`` variable."""
     return {name: path for path, setting in all_settings().items() for name in setting.variables}
 
 
 def is_secret(path: str) -> bool:
-    """Say whether a value must be masked: API keys, and entries of ``env`` that look like one."""
+    """Return True if a value must be masked: API keys, and entries of ``env`` named like a key."""
     setting = all_settings().get(path)
     if setting is not None:
         return setting.is_secret
@@ -189,10 +189,10 @@ def is_secret(path: str) -> bool:
 
 
 def split_path(path: str) -> list[str]:
-    """Split a dotted path; the name of a mapping's entry may hold dots itself."""
+    """Split a dotted path, but not the name of a mapping's entry, which may have dots."""
     parts = path.split(".")
     settings = all_settings()
-    # A dot in the name of a variable must not make it a section.
+    # For example, `env.A.B` sets the variable `A.B`; there is no section `env.A`.
     for depth in range(1, len(parts)):
         setting = settings.get(".".join(parts[:depth]))
         if setting is not None and setting.is_mapping:
@@ -201,7 +201,7 @@ def split_path(path: str) -> list[str]:
 
 
 def variable_name(name: str) -> str:
-    """Return the variable of a dotted path, or of a flag without dashes in front."""
+    """Return the ``PDLAUNCH_*`` variable for a dotted path, or for a flag without its dashes."""
     return f"{VARIABLE_PREFIX}{name.replace('.', '__').replace('-', '_').upper()}"
 
 
@@ -223,7 +223,7 @@ def _walk_sections(
 
 
 def _kinds(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
-    # pydantic moves the metadata of an annotation into the field, but not that of a union's parts.
+    # pydantic moves metadata of an annotation into the field, but not metadata of a union's parts.
     yield from (item.func for item in metadata if isinstance(item, BeforeValidator))
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

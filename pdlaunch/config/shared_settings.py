@@ -1,4 +1,4 @@
-"""Settings that all engines and the router share, which no role may override."""
+"""Settings that all engines and the router share; roles cannot override them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pdlaunch.config.sizes import parse_size
 
 GenerationConfig = Literal["auto", "vllm"]
 RoutingPolicy = Literal["load", "pairs"]
+ONE_ENGINE_POLICIES: tuple[RoutingPolicy, ...] = ("load",)  # a decode engine may serve alone
 AutopilotMode = Literal["off", "dry-run", "on"]
-
 
 DEPLOYMENT = "Deployment"  # The panel of flags that are not about engines
 
@@ -25,14 +25,14 @@ class LimitSettings(FrozenModel):
     # fmt: off
     max_body_bytes: ByteSize = Field(
         parse_size("16MiB"),
-        description="Longest body of an HTTP request; those of all requests in flight may have "
-        "eight times as much.")
+        description="Longest body of an HTTP request; the bodies of all requests in flight may "
+        "have eight times as many bytes.")
     max_queued_requests: int = Field(
         1024, gt=0, description="Requests in flight at the router or an engine; one more gets 429.")
     max_connections: int = Field(
         4096, gt=0,
-        description="Open connections at the router or an engine, above which new ones replace "
-        "idle ones.")
+        description="Open connections at the router or an engine; beyond them, new connections "
+        "replace idle ones.")
     request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
     # fmt: on
 
@@ -43,19 +43,19 @@ class LimitSettings(FrozenModel):
 
 
 class RoutingSettings(FrozenModel):
-    """Says what matters when a router chooses the engines of a request."""
+    """Holds the settings with which a router chooses engines for a request."""
 
     # fmt: off
     policy: Annotated[RoutingPolicy, Flag("routing", DEPLOYMENT)] = Field(
         "load",
-        description="Which engines serve a request: those with the least `load`, which may "
-        "compute a prompt where it is decoded, or `pairs` of a prefill and a decode engine "
-        "wherever there are.")
+        description="Which engines serve a request: `load` takes those with the least load, "
+        "which may be one engine for both phases; `pairs` takes a prefill and a decode engine "
+        "if there are both.")
     # fmt: on
 
 
 class SharedSettings(FrozenModel):
-    """Holds what all engines share and no role may override."""
+    """Holds settings that all engines share and roles cannot override."""
 
     # fmt: off
     kv_transfer: KVTransferSettings = KVTransferSettings()

@@ -1,4 +1,4 @@
-"""Read and write numbers of bytes as people do."""
+"""Reads and writes numbers of bytes with units, such as ``4GiB``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: object) -> int:
-    """Read ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number, in any case.
+    """Return the bytes of ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number.
 
-    ``4G`` is refused, because tools disagree about it. Raises ValueError, which pydantic turns into
-    a problem of the field.
+    Units may be in lower or upper case. ``4G`` is refused, because its meaning differs between
+    tools. Raises ValueError, which pydantic turns into an error of the field.
     """
     if isinstance(value, bool):
         raise ValueError("a size such as 4GiB is needed, not a boolean")
@@ -36,12 +36,12 @@ def parse_size(value: object) -> int:
         )
     if match is None or unit not in _UNITS:
         raise ValueError(f"{value!r:.100} is not a size; write for example 512MiB or 4GiB")
-    # Exact, unlike with floats.
+    # Fractions are exact, floats are not.
     return int(Fraction(match[1]) * _UNITS[unit])
 
 
 def format_size(num_bytes: int) -> str:
-    """Return the shortest form of at most three digits: ``1 GiB``, ``1.5 GiB``, ``300 B``."""
+    """Return a size with its unit and at most three digits: ``1 GiB``, ``1.5 GiB``, ``300 B``."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":

@@ -1,6 +1,4 @@
-"""Merges the sources of settings: flags beat ``PDLAUNCH_*`` variables, which beat the file, which
-beats the defaults.
-"""
+"""Merges the sources of settings. Flags override ``PDLAUNCH_*`` variables, and these the file."""
 
 from __future__ import annotations
 
@@ -26,26 +24,26 @@ from pdlaunch.config.settings import (
 from pdlaunch.config.vllm_arguments import value_of_text
 from pdlaunch.config.yaml_file import read_yaml
 
-# Variables that other parts of pdlaunch read and that are no settings
+# Variables that pdlaunch reads but that are not settings
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """Holds a configuration, and where each value comes from that was given."""
+    """Holds a configuration and the origin of each value that was given."""
 
     config: LaunchConfig
-    # The flag, variable or place in the file, by dotted path; without those of defaults
+    # The flag, variable or place in the file, by dotted path; settings with defaults have no entry
     origins: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """Holds a value that a source gives to a setting."""
+    """Holds the value of a setting in one source."""
 
     value: object
     origin: str  # the flag, the variable, or the place in the file
-    # Where entries of the value stand in a file, by dotted path
+    # Places in the file of the value's entries (``deploy.yaml:3:5``), by dotted path
     places: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -54,17 +52,17 @@ def load_config(
 ) -> LoadedConfig:
     """Merge all sources into one validated configuration.
 
-    ``flags`` holds values by dotted path (``prefill.replicas``), those that were given. Raises
-    InvalidConfigError, a ConfigError with the problems of all sources.
+    ``flags``: values of the given flags, by dotted path (``prefill.replicas``). Raises
+    InvalidConfigError with the problems of all sources.
     """
     given, problems = _from_file(path)
-    # Later sources win.
-    # Per path, not per section: a flag for one field leaves the file's others as they are.
+    # Later sources win by path, not by section: a flag for one field of a section keeps the other
+    # fields of that section in the file.
     for source, found in (_from_environment(environ), _from_flags(flags)):
         given |= source
         problems += found
     config = _validate(given, problems)
-    # All problems are raised at once, so that a file is corrected once.
+    # Raise all problems at once, so that users correct a file once.
     if config is None or problems:
         raise InvalidConfigError(problems)
     return LoadedConfig(config, {path: item.origin for path, item in given.items()})
@@ -82,22 +80,22 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
     known = variable_paths()
     given: dict[str, _Given] = {}
     problems = []
-    # In a fixed order, so that the same problems read the same.
+    # Sorted, so that equal environments give equal messages.
     for name in sorted(environ):
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
             continue
-        # Mapping entries come last: PDLAUNCH_ENV__X must not hide a setting of that name.
+        # Settings first: a mapping's entry PDLAUNCH_ENV__X must not hide a setting of that name.
         path = known.get(name) or _mapping_entry(name, known)
         if path is None:
             problems.append(_unknown_variable(name, known))
         elif path in all_settings() and all_settings()[path].is_mapping:
-            message = "holds several entries, and a variable gives one"
+            message = "holds several entries, but a variable gives one"
             fix = f"set one variable for each: {name}__NAME=VALUE gives {path}.NAME"
             problems.append(Problem(message, path, fix=fix, where=name))
         elif path in given:
             message = f"gives {path}, and so does {given[path].origin}"
             problems.append(Problem(message, path, fix="unset one of them", where=name))
-        # Scripts pass on variables that they never set; an empty api_key would open the API.
+        # Refuse empty values: scripts pass on unset variables, and an empty api_key opens the API.
         elif not environ[name]:
             problems.append(
                 Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name)
@@ -111,7 +109,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
 
 
 def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
-    """Return ``prefill.env.UCX_TLS`` for ``PDLAUNCH_PREFILL__ENV__UCX_TLS``."""
+    """Return a mapping entry's path: ``prefill.env.A`` for ``PDLAUNCH_PREFILL__ENV__A``."""
     for variable, path in known.items():
         entry = name.removeprefix(f"{variable}__")
         if all_settings()[path].is_mapping and entry not in (name, ""):
@@ -121,7 +119,7 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
 
 def _unknown_variable(name: str, known: Mapping[str, str]) -> Problem:
     match = nearest(name, [*known, *OTHER_VARIABLES])
-    fix = f"did you mean {match}?" if match else "docs/settings.md lists all"
+    fix = f"did you mean {match}?" if match else "docs/settings.md lists all variables"
     return Problem("unknown variable", fix=fix, where=shown_name(name))
 
 
@@ -139,12 +137,12 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
 
 
 def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchConfig | None:
-    """Validate the merged values; whatever the models refuse is added to ``problems``."""
+    """Return the validated configuration, or None. Adds what the models refuse to ``problems``."""
     usable = dict(given)
     for path, item in given.items():
-        # pydantic would take `port: yes` as port 1.
+        # pydantic would accept `port: yes` as port 1.
         if isinstance(item.value, bool) and not _takes_bool(path):
-            message = "is a switch here, but needs a value"
+            message = "must not be a boolean"
             fix = "write it in quotes if it is a text"
             problems.append(_refused(path, item, message, fix))
             del usable[path]
@@ -162,14 +160,14 @@ def _takes_bool(path: str) -> bool:
 
 
 def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem:
-    # A validator of a whole section names the field that it is about in its context.
+    # Validators of a whole section name the refused field in the error's context.
     whole = ".".join(
         map(str, (*detail["loc"], *filter(None, [detail.get("ctx", {}).get("field")])))
     )
     path = whole
     while path and path not in given:
         path = path.rpartition(".")[0]
-    # Nobody gave it: then its default is what does not fit.
+    # No source gives a value, so the default is the one that was refused.
     path = path or whole
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
@@ -192,7 +190,7 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
     if item is None:
         return Problem(message, path, fix=fix)
     setting = all_settings().get(path)
-    # Somebody may have written a key into a mapping's text, such as a URL.
+    # Hide lists of mappings too: users may write a key into an entry, such as its URL.
     is_hidden = is_secret(path) or (setting is not None and setting.has_sections)
     value = None if is_hidden else shown(item.value)
     text = (
@@ -204,7 +202,7 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
 
 
 def shown_config(config: LaunchConfig) -> dict[str, Any]:
-    """Return the whole configuration as plain JSON, nested as in a file; secrets are masked."""
+    """Return the whole configuration as JSON values, nested as in a file, with masked secrets."""
     return _masked(config.model_dump(mode="json"), "")
 
 
@@ -220,7 +218,7 @@ def _masked(values: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, Any]:
-    """Return values by dotted path as sections within sections."""
+    """Turn values by dotted path into nested sections."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         *parents, name = split_path(path)

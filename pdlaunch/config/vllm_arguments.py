@@ -1,9 +1,9 @@
-"""Knows the flags of ``vllm serve`` that ``engine_args`` must not give.
+"""Lists the flags of ``vllm serve`` that ``engine_args`` must not give.
 
-Flags of vLLM 0.32, by their long names; ``tests/vllm/test_arguments.py`` compares them with an
-installed vLLM. A flag can be written in several ways, which ``long_name`` brings together:
-``--max_model_len``, ``tp`` for ``-tp``, ``no-enforce-eager``, ``kv-transfer-config.kv_role`` for a
-key of a JSON value, and any beginning of a name that fits no other (``argparse`` completes it).
+The tables hold long names of vLLM 0.32; ``tests/vllm/test_arguments.py`` compares them with an
+installed vLLM. Users can spell a flag in several ways: ``--max_model_len``, ``tp`` for ``-tp``,
+``no-enforce-eager``, ``kv-transfer-config.kv_role`` for a key of a JSON value, and any unambiguous
+prefix of a name (``argparse`` completes it). ``long_name`` returns one name for all of them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ ALIASES = dict(pair.split("=") for pair in _SHORT.split())
 
 
 def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the text of each flag, given the names of flags by text."""
+    """Turn texts with the flags they apply to into one text for each flag."""
     return {name: text for text, names in rows.items() for name in names.split()}
 
 
-# Flags that are settings of the same name
+# Flags for which pdlaunch has a setting of the same name
 _SETTINGS = (
     "async-scheduling block-size data-parallel-size dtype enable-cumem-allocator "
     "enable-prefix-caching enable-sleep-mode enforce-eager gpu-memory-utilization load-format "
@@ -46,7 +46,7 @@ OURS: Mapping[str, str] = {
     **{name: f"set {name.replace('-', '_')}" for name in _SETTINGS.split()},
     **_by_flag(
         {
-            "clients talk to the router: let a proxy answer pages of other origins": (
+            "clients talk to the router: use a proxy that handles CORS in front of it": (
                 "allowed-headers allowed-methods allowed-origins"
             ),
             "engines listen on a socket of the launch, or on the port that {role}.port gives": (
@@ -54,7 +54,7 @@ OURS: Mapping[str, str] = {
             ),
             f"set api_key for clients, engine_api_key for another router; {_KEYS}": "api-key",
             "set gpu_memory_utilization": "device-memory-utilization",
-            "set CUDA_VISIBLE_DEVICES in env; pdlaunch deals GPUs out to engines": "device-ids",
+            "set CUDA_VISIBLE_DEVICES in env; pdlaunch assigns GPUs to engines": "device-ids",
             "leave it out; it is always on": "enable-prompt-tokens-details",
             "set kv_cache_memory": "kv-cache-memory-bytes",
             "set kv_transfer": "kv-transfer-config",
@@ -63,7 +63,7 @@ OURS: Mapping[str, str] = {
     ),
 }
 
-# Flags with which pdlaunch cannot serve, with the reason
+# Flags with which pdlaunch cannot work, with the reason
 REFUSED = _by_flag(
     {
         "data_parallel_size keeps all copies of an engine on one host, behind one server": (
@@ -78,35 +78,34 @@ REFUSED = _by_flag(
         "its hosts": "distributed-executor-backend headless master-addr master-port node-rank",
         "KV blocks of pipeline stages cannot be handed over; use tensor_parallel_size, and nnodes "
         "for more GPUs than a host has": "pipeline-parallel-size",
-        "pdlaunch gives an engine one GPU for each of tensor_parallel_size": (
+        "pdlaunch gives an engine one GPU for each tensor parallel rank": (
             "prefill-context-parallel-size"
         ),
         "the router talks to its engines over their sockets; a proxy in front of it ends TLS": (
             "enable-ssl-refresh ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile"
         ),
         "a pair generates text from text, and nothing else": "runner convert tokens-only",
-        "flags of a file would not be checked; write them into engine_args": "config",
-        "encoders of their own are not started": "ec-transfer-config",
-        "texts stay out of logs; router.log has a line for each request, `pdlaunch trace` shows "
-        "where its time went": "enable-log-outputs enable-log-requests",
+        "flags in a file would not be checked; write them into engine_args": "config",
+        "pdlaunch does not start separate encoders": "ec-transfer-config",
+        "no log holds texts of requests; router.log has a line for each request, and "
+        "`pdlaunch trace` shows where its time went": "enable-log-outputs enable-log-requests",
         "the router talks HTTP to its engines": "grpc",
         "it opens a port without authentication": "grpc-port",
-        "an engine without HTTP cannot be asked for anything": "headless",
         f"{_KEYS}; set the variable HF_TOKEN": "hf-token",
-        "the router asks for vLLM's own paths": "root-path",
+        "the router calls vLLM's paths without a prefix": "root-path",
     }
 )
 
 KV_EVENTS = "kv-events-config"
 
-# Flags with which vLLM puts another KV connector in the place of the one that it was given
+# Flags that make vLLM replace the KV connector of ``kv-transfer-config``
 OFFLOADING = ("kv-offloading-backend", "kv-offloading-size")
 
 _KNOWN = (*OURS, *REFUSED, *OFFLOADING, KV_EVENTS)
 
 
 def fix_of_field(name: str) -> str | None:
-    """Return the fix for an unknown field that is a flag of vLLM; None if it is none."""
+    """Return the fix for an unknown field that is named like a flag of vLLM; None for others."""
     flag = name.replace("_", "-")
     if flag in REFUSED:
         return REFUSED[flag]
@@ -115,16 +114,16 @@ def fix_of_field(name: str) -> str | None:
 
 
 def vllm_flag_name(key: str) -> str:
-    """Return the name by which a flag is given, behind its two dashes."""
+    """Return the name that follows a flag's two dashes on vLLM's command line."""
     name, dot, rest = key.lstrip("-").partition(".")
     name = name.replace("_", "-").lower()
     return f"{ALIASES.get(name, name)}{dot}{rest}"
 
 
 def long_name(key: str) -> str:
-    """Return the long name of a flag, without ``no-`` and keys of its value.
+    """Return the long name of a flag, without ``no-`` and without keys of a JSON value.
 
-    A beginning of a flag in the tables above is that flag, as ``argparse`` completes it.
+    A prefix of a flag in the tables above becomes that flag, as ``argparse`` completes it.
     """
     name = vllm_flag_name(key).partition(".")[0]
     spellings = (name, name.removeprefix("no-"))
@@ -134,14 +133,14 @@ def long_name(key: str) -> str:
 
 
 def host_tier_of(arguments: Mapping[str, JsonValue]) -> tuple[JsonValue, JsonValue]:
-    """Return backend and size (GiB) of the host tier that these flags give; None where unset."""
+    """Return backend and size (GiB) of vLLM's host tier by these flags; None for unset flags."""
     found = {long_name(key): value for key, value in arguments.items()}
     backend, size = (found.get(name) for name in OFFLOADING)
     return backend, size
 
 
 def value_of_text(text: str) -> JsonValue:
-    """Return the value of a flag that a variable gives: a switch, JSON, or the text."""
+    """Parse the value of a flag in an environment variable: a boolean, JSON, or the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.startswith(("{", "[")):

@@ -1,8 +1,8 @@
 """Reads a YAML file into settings by dotted path, each with its line and column.
 
-PyYAML alone would lose the lines, keep the last of two equal fields and read 010 as 8, so its nodes
-are read here. Whatever bytes the file holds, the result is settings or problems. Messages repeat no
-text of the file but names of fields, so that a misplaced secret does not show.
+PyYAML's loader would lose line numbers, keep the last of two equal fields and read 010 as 8, so
+this module reads PyYAML's nodes. Any file gives settings or problems, whatever bytes it holds.
+Messages quote only names of fields from the file, so that they never show a misplaced secret.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _WHOLE = re.compile(r"[-+]?(?!0\d)\d{1,400}")
 _FRACTION = re.compile(r"[-+]?\d{1,20}\.\d{1,20}([eE][-+]?\d{1,2})?")
 _QUOTED = re.compile(r"'[^'<>]{2,}'")
 
-# ``deploy.yaml:3:5`` by dotted path, those of entries in lists included: ``hosts.0.roles``
+# Dotted path -> ``deploy.yaml:3:5``. Entries of lists have paths too: ``hosts.0.roles``
 Places = dict[str, str]
 
 
 def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:
     """Return the settings of a file by dotted path, their places, and problems of single fields.
 
-    Raises InvalidConfigError when the file as a whole cannot be read.
+    Raises InvalidConfigError if the file cannot be read or is not valid YAML.
     """
     reader = _Reader(path)
     root = _compose(_read_bytes(path), path)
@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:
 
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        # Aliases of aliases let a short file expand without end.
+        # Refuse aliases: nested aliases let a short file expand to an enormous size.
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Reader:
-    """Walks the nodes of one document."""
+    """Collects the settings, places and problems of one YAML document."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -60,7 +60,7 @@ class _Reader:
 
     def read_section(self, node: yaml.Node, section: str) -> None:
         """Read the fields of a section, or of the top level when ``section`` is empty."""
-        # Keys are judged here and not by pydantic, which would name the place of the value.
+        # Check keys here: an error of pydantic would show the place of the value, not of the key.
         names = known_names(section)
         for name, path, key, value in self._entries(node, section):
             if name not in names:
@@ -73,7 +73,7 @@ class _Reader:
             elif path in sections():
                 self.read_section(value, path)
             elif (setting := all_settings()[path]).is_mapping:
-                # Texts as they were written, such as `env`; but flags may be switches or JSON.
+                # Keep values as texts, such as those of `env`. Flags may also be booleans or JSON.
                 for _, entry, _, item in self._entries(value, path):
                     if item.tag.endswith(":null"):
                         self._problem(item, "needs a value", entry, "or remove the line")
@@ -85,7 +85,7 @@ class _Reader:
                 self.values[path] = self._plain(value, path, is_text=setting.is_list)
 
     def _plain(self, node: yaml.Node, path: str, *, is_text: bool) -> object:
-        """Return what a node holds. ``is_text``: numbers and switches are what was written."""
+        """Return the value of a node. ``is_text``: keep numbers and booleans as texts."""
         self.places[path] = _place(self._file, node.start_mark.line, node.start_mark.column)
         if isinstance(node, yaml.SequenceNode):
             return [
@@ -102,7 +102,7 @@ class _Reader:
             return None
         if kind == "bool" and not is_text:
             return text.lower() in ("yes", "true", "on")
-        # YAML 1.1 reads 010 as 8 and 1:30 as 90; the field accepts or refuses such texts.
+        # YAML 1.1 reads 010 as 8 and 1:30 as 90. Here both stay texts, which the field may refuse.
         if kind == "int" and _WHOLE.fullmatch(text) and not is_text:
             return int(text)
         if kind == "float" and _FRACTION.fullmatch(text) and not is_text:
@@ -112,7 +112,7 @@ class _Reader:
     def _entries(
         self, node: yaml.Node, parent: str
     ) -> Iterator[tuple[str, str, yaml.Node, yaml.Node]]:
-        """Yield name, dotted path, key node and value node of each entry; each name once."""
+        """Yield name, dotted path, key node and value node of each entry, without duplicates."""
         if not isinstance(node, yaml.MappingNode):
             message = f"must be a mapping of fields, not {_kind(node)}"
             self._problem(node, message, parent, "write `field: value` lines")
@@ -124,7 +124,7 @@ class _Reader:
             if not isinstance(key, yaml.ScalarNode):
                 message = f"the name of a field must be a text, not {_kind(key)}"
                 self._problem(key, message, parent)
-            # YAML would keep the last of two without a word.
+            # PyYAML would silently keep the last of two equal names.
             elif name in first_lines:
                 message = f"given twice, first on line {first_lines[name]}"
                 self._problem(key, message, path, "remove one of them")
@@ -139,7 +139,7 @@ class _Reader:
 
 
 def _path_of_flag(name: str) -> str | None:
-    """Return the setting whose flag is spelt like this: ``kv_connector``, ``prefill.tp``."""
+    """Return the path of the setting whose flag has this name: ``kv_connector``, ``prefill.tp``."""
     plain = name.replace("_", "-").replace(".", "-")
     return next((path for path, flag in all_flags().items() if flag.name == plain), None)
 
@@ -163,12 +163,12 @@ def _read_bytes(path: Path) -> bytes:
         raise _unreadable(path, f"cannot be read: {reason}", "check the path") from None
     if len(data) > MAX_FILE_BYTES:
         size = f"larger than {MAX_FILE_BYTES // 1024} KiB"
-        raise _unreadable(path, size, "this is no configuration of pdlaunch")
+        raise _unreadable(path, size, "this is not a configuration of pdlaunch")
     return data
 
 
 def _compose(data: bytes, path: Path) -> yaml.Node | None:
-    """Return the node tree of a document. Composing keeps positions and builds no objects."""
+    """Return the node tree of a document, with positions. Composing builds no Python objects."""
     try:
         root: yaml.Node | None = yaml.compose(data, Loader=_Loader)
     except yaml.reader.ReaderError as error:

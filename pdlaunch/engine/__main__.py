@@ -1,4 +1,4 @@
-"""Start a rank: ``python -m pdlaunch.engine --name NAME``, with a Bootstrap on standard input."""
+"""Runs a rank: ``python -m pdlaunch.engine --name NAME``, with a Bootstrap on standard input."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Run the rank; leave by ``os._exit``, as a UCX finaliser of NIXL 1.5.1 crashes at exit."""
+    """Run the rank. Ends with ``os._exit``, as a UCX finaliser of NIXL 1.5.1 crashes otherwise."""
     bootstrap = read_bootstrap()
     setup_logging(bootstrap.name, bootstrap.log_level, form=bootstrap.log_format)
-    # The libraries make 600,000 objects that stay: to search them for garbage again and again took
-    # a fifth of the start. ``RankProcess.run`` turns the collector on.
+    # Imports create 600,000 objects that are never freed. Scanning these for garbage again and
+    # again took a fifth of the start. ``RankProcess.run`` turns the collector on.
     gc.disable()
-    # Imported here so that the parent guard is up during the seconds that torch takes.
+    # After ``read_bootstrap``, so that this process ends with its parent even while torch loads.
     from pdlaunch.engine.models.lean_imports import import_lean_transformers
     from pdlaunch.engine.models.tensor_parallel import says_that_a_rank_is_gone
     from pdlaunch.engine.rank import RankProcess
 
-    # Not tried on a GPU yet, where libraries may want what it leaves out.
+    # Untested on a GPU, where libraries may need the modules that this leaves out.
     if bootstrap.engine().device == "cpu":
         import_lean_transformers()
     rank = RankProcess(bootstrap)
@@ -38,7 +38,7 @@ def main() -> None:
         text = (
             str(error) if isinstance(error, PdlaunchError) else f"{type(error).__name__}: {error}"
         )
-        # A traceback is for what nobody expected.
+        # Only unexpected errors get a traceback.
         expected = isinstance(error, PdlaunchError) or says_that_a_rank_is_gone(error)
         logger.error("rank failed: %s", text, exc_info=not expected)
         rank.control.send(Failed(error=text))

@@ -1,4 +1,4 @@
-"""Holds the channels that a rank's step loop polls: to rank 0's server, to ranks, to threads."""
+"""Holds rank 0's channels to the server and to the other ranks, and merges the ranks' reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class ServerLink:
-    """Holds rank 0's end of the channel to its server: the one that said Hello last."""
+    """Holds rank 0's end of the channel to its server, the process that sent the last Hello."""
 
     def __init__(self, context: SecureContext) -> None:
         self.socket, self.endpoint = context.listen(zmq.ROUTER, tcp_endpoint(LOOPBACK, 0))
@@ -44,7 +44,7 @@ class ServerLink:
         return self._server is not None
 
     def receive(self) -> list[ToRank]:
-        """Return the messages that have arrived, in order; never blocks."""
+        """Return the messages that have arrived from the server, in order; never blocks."""
         messages: list[ToRank] = []
         for identity, *_, frame in drain(self.socket):
             message = to_rank.decode(frame)
@@ -55,13 +55,13 @@ class ServerLink:
         return messages
 
     def send(self, message: FromRank) -> None:
-        """Send to the server, if there is one; one that restarts misses it and says Hello again."""
+        """Send to the server, if it has connected. While the server restarts, messages are lost."""
         if self._server is not None:
             self.socket.send_multipart([self._server, from_rank.encode(message)])
 
 
 class LeaderChannel:
-    """Sends rank 0's plans to the other ranks, which report ends of transfers and copies."""
+    """Sends rank 0's messages to the other ranks, and receives their reports."""
 
     def __init__(self, context: SecureContext, tp_size: int) -> None:
         self.socket, self.endpoint = context.listen(zmq.ROUTER, tcp_endpoint(LOOPBACK, 0))
@@ -78,7 +78,7 @@ class LeaderChannel:
             self.socket.send_multipart([identity, frame])
 
     def receive(self) -> list[StepDone]:
-        """Return what the other ranks have reported; never blocks."""
+        """Return the reports that have arrived from the other ranks; never blocks."""
         reports = []
         for identity, *_, frame in drain(self.socket):
             reports.append(step_done.decode(frame))
@@ -87,7 +87,7 @@ class LeaderChannel:
 
 
 class RankReports:
-    """Merges the reports of all ranks: a block is moved when every rank has moved its heads."""
+    """Merges the ranks' reports: a block is moved only when each rank has moved its KV heads."""
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
@@ -95,14 +95,14 @@ class RankReports:
         self._num_drained: Counter[PullId] = Counter()
 
     def add(self, report: JobFinished | TransferEvent) -> JobFinished | TransferEvent | None:
-        """Return the report of the whole engine; None until every rank has reported."""
+        """Return the merged report of all ranks; None until the last rank has reported."""
         match report:
             case JobFinished():
                 if reports := self._complete(report, report.job_id):
                     return _merged(JobFinished, JobFinished.__slots__, reports)
             case LeaseEnded():
                 if reports := self._complete(report, report.lease_id):
-                    # One rank whose lease expired makes the whole lease an expired one.
+                    # If the lease expired on one rank, it counts as expired for the engine.
                     reasons = {one.reason for one in reports}
                     names: tuple[LeaseEnd, ...] = ("expired", "released", "pulled")
                     reason = next(name for name in names if name in reasons)
@@ -110,8 +110,8 @@ class RankReports:
             case PullFinished():
                 if reports := self._complete(report, report.pull_id):
                     merged = _merged(PullFinished, PullFinished.__struct_fields__, reports)
-                    # Ranks with a READ in flight send a PullDrained, too, perhaps before the last
-                    # rank reports: then nothing is in flight any more.
+                    # A rank with a READ in flight sends a PullDrained later, perhaps before the
+                    # last rank reports. If all such ranks have, no READ is in flight any more.
                     num_in_flight = sum(one.in_flight for one in reports)
                     self._num_drained[report.pull_id] -= num_in_flight
                     merged.in_flight = not self._is_drained(report.pull_id)
@@ -128,8 +128,8 @@ class RankReports:
         return self._reports.pop(key) if len(reports) == self._tp_size else None
 
     def _is_drained(self, pull_id: PullId) -> bool:
-        """Return whether as many READs have ended as finished pulls have left in flight."""
-        # Negative before the last drain; positive while a rank has not reported its pull yet.
+        """Return True if each rank that left a READ in flight has sent its PullDrained."""
+        # Below 0 while a PullDrained is missing, above 0 while a PullFinished is.
         if self._num_drained[pull_id] == 0:
             del self._num_drained[pull_id]
             return True
@@ -140,8 +140,8 @@ class RankReports:
 _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "pull_id": min,
     "job_id": min,
-    # One rank that has failed makes the engine compute the prompt again: the others' shares of the
-    # lease are used up, so that nobody can pull it a second time.
+    # If one rank has failed, the engine computes the prompt itself. It cannot pull the lease again,
+    # because the other ranks have used up their shares.
     "ok": all,
     "error": lambda errors: "; ".join(sorted({*filter(None, errors)})),
     "in_flight": any,
@@ -151,7 +151,7 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "read_s": max,
     "prefill": max,
     "path": join_paths,
-    # A cause is counted once for each pull, a READ that was repeated once for each rank.
+    # Retries of READs are summed over the ranks. A cause of failure counts once for each pull.
     "counts": lambda of_ranks: {
         name: (sum if name == "kv_pull_retries" else max)([one.get(name, 0) for one in of_ranks])
         for name in {*chain(*of_ranks)}
@@ -162,7 +162,7 @@ _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 
 def _merged(kind: type[T], names: Iterable[str], reports: Sequence[object]) -> T:
-    # A field without an entry would be lost silently: it is a KeyError.
+    # A field without an entry in ``_MERGED`` raises KeyError instead of being lost silently.
     return kind(
         **{name: _MERGED[name]([getattr(report, name) for report in reports]) for name in names}
     )

@@ -1,4 +1,4 @@
-"""Makes small copies between host and device for which the host does not wait."""
+"""Copies small tensors between host and device without making the host wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdlaunch.engine.models.attention import BoolArray, FloatArray, IntArray
 
 
 class Download:
-    """Copies small tensors of ``device`` to the host, behind the work that is queued there."""
+    """Copies small tensors from ``device`` to the host, after the work already queued there."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         self._done: torch.cuda.Event | None = None

@@ -1,8 +1,8 @@
-"""Finds which tokens a request's grammar allows next; only output tokens are needed.
+"""Finds the tokens that a request's grammar allows next.
 
-So any engine can rebuild the state of the grammar: for decode, after a preemption or after a death.
-Only rank 0 samples, so only rank 0 needs masks. Importing llguidance, reading the tokenizer (both
-for the first grammar) and compiling take too long for the step loop, so a thread does them.
+The state of a grammar depends on the output tokens alone, so any engine can rebuild it. Only rank 0
+samples, so only rank 0 needs masks. A thread imports llguidance and reads the tokenizer (both for
+the first grammar), and compiles each grammar: these take too long for the step loop.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pdlaunch.engine.rows import Row
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Most that stay without a request: clients send the same few grammars again and again. Each may
-# take megabytes.
+# Limit of compiled grammars that are kept while no request uses them: clients send the same few
+# again and again. Each may take megabytes.
 MAX_UNUSED = 32
 
 
 class Grammars:
-    """Compiles grammars, keeps those of requests, and follows those of rows."""
+    """Compiles grammars, keeps them while requests use them, and masks the logits of rows."""
 
     def __init__(self, model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._model_dir = model_dir
@@ -39,13 +39,13 @@ class Grammars:
         self._compiled: dict[str, Future[LLMatcher]] = {}
         self._num_users: Counter[str] = Counter()
         self._unused: dict[str, None] = {}
-        """Those of ``_compiled`` without a user, the latest last."""
+        """Grammars in ``_compiled`` that no request uses, the last used at the end."""
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     def take(self, grammar: str) -> Future[LLMatcher]:
-        """Return the grammar's first state, which stays until the user gives the grammar back.
+        """Return a matcher in the grammar's first state, kept until ``give_back``.
 
-        ValueError: it does not fit the model's tokenizer.
+        The future raises ValueError if the grammar does not compile for the model's tokenizer.
         """
         if grammar not in self._compiled:
             self._compiled[grammar] = self._thread.submit(self._compile, grammar)
@@ -59,7 +59,7 @@ class Grammars:
             return
         del self._num_users[grammar]
         if self._compiled[grammar].cancel():
-            del self._compiled[grammar]  # Its compilation had not begun, and nobody waits for it.
+            del self._compiled[grammar]  # its compilation had not begun
             return
         self._unused[grammar] = None
         if len(self._unused) > MAX_UNUSED:
@@ -67,15 +67,15 @@ class Grammars:
             del self._unused[oldest], self._compiled[oldest]
 
     def mask(self, logits: torch.Tensor, rows: Sequence[Row]) -> bool:
-        """Set the logits of forbidden tokens to minus infinity, in place; a row whose grammar
-        cannot follow its output to NaN. [num_rows, vocab_size]. False: no row has a grammar.
+        """Set ``logits`` [num_rows, vocab_size] in place: forbidden tokens to minus infinity, rows
+        whose output their grammar cannot follow to NaN. Returns False if no row has a grammar.
         """
         held = [index for index, row in enumerate(rows) if row.sampling.grammar]
         if not held:
             return False
         found = [self._allowed(rows[index]) for index in held]
-        nobody_knows = np.ones(self._vocab_size, dtype=np.bool_)
-        forbidden = np.stack([nobody_knows if bits is None else ~bits for bits in found])
+        unknown = np.ones(self._vocab_size, dtype=np.bool_)
+        forbidden = np.stack([unknown if bits is None else ~bits for bits in found])
         values = [float("nan") if bits is None else float("-inf") for bits in found]
         places = upload_array(np.array(held), logits.device)
         value = upload(values, logits.dtype, logits.device)[:, None]
@@ -88,7 +88,7 @@ class Grammars:
         breaks the grammar, or the grammar exceeds a limit of llguidance.
         """
         if row.matcher is None:
-            # It is there: a request is seated once its grammar is compiled, and keeps it.
+            # Compiled already: the scheduler seats a request only when its grammar is compiled.
             row.matcher = self._compiled[row.sampling.grammar].result(timeout=0).deep_copy()
         output = row.output[row.num_matched :].tolist()
         row.num_matched += len(output)

@@ -1,15 +1,15 @@
-"""Leases, pulls and copies of an engine: which blocks they own, and the commands that start them.
+"""Tracks the KV blocks of leases, pulls and host copies, and queues the commands that start them.
 
     lease   running ─ grant ─▶ leased ─ LeaseEnded ─▶ free
     pull    start ─▶ in flight ─┬─ ok ──────────────────────────▶ the request's
                                 ├─ failed ──────────────────────▶ free
                                 └─ failed, READ may still write ▶ quarantined ─ PullDrained ─▶ free
     load    start ─▶ in flight ─┬─ ok ──────────────────────────▶ the request's
-    (from host memory)          └─ failed, or nobody waits ─────▶ free
-    store   full blocks ─▶ owned by the copy, too ─▶ released
+    (from host memory)          └─ failed, or request ended ────▶ free
+    store   full blocks ─▶ owned also by the copy ─▶ released
 
-The ranks' transfer threads own every deadline. Each lease, pull and copy ends in exactly one event
-here.
+The ranks' transfer threads watch all deadlines. Here, a lease, pull or copy ends only when its
+event arrives.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from pdlaunch.protocol.transfer import (
 class Incoming:
     """Describes blocks to which a pull or a load may write."""
 
-    # The request that waits for them; None once it has ended, or if nobody ever did
+    # The request that waits for the blocks; None once it has ended, and for a pull of no blocks
     request: Request | None
-    hit: PrefixHit  # cached blocks that ``request`` shares meanwhile
+    hit: PrefixHit  # cached blocks that ``request`` shares while it waits
     block_ids: list[list[int]]  # blocks to write to, by group; they follow those of ``hit``
     host_ids: frozenset[int] = frozenset()  # blocks of host memory that a load reads
 
@@ -61,7 +61,7 @@ class KVTransfers:
         port: int,
         planner: OffloadPlanner | None,
     ) -> None:
-        """``counts``: the engine's totals, to which it adds; ``port``: of the side channel."""
+        """``counts``: the engine's totals, updated here; ``port``: of the side channel."""
         self._kv = kv
         self._spec = spec
         self._counts = counts
@@ -69,23 +69,23 @@ class KVTransfers:
         self._planner = planner
         self.commands: list[TransferCommand] = []
         self.jobs: list[OffloadJob] = []
-        """Commands and jobs that no plan has carried to the ranks yet, oldest first."""
+        """Commands and jobs that have not been sent to the ranks yet, oldest first."""
         self.leases: dict[LeaseId, list[list[int]]] = {}
         self._incoming: dict[PullId | int, Incoming] = {}
-        """Pulls and loads in flight; loads have the numbers of their jobs."""
+        """Pulls in flight by pull_id, loads in flight by job_id."""
         self._quarantined: dict[PullId, list[list[int]]] = {}
         self._num_pulls = 0
 
     # Leases
 
     def grant(self, request: Request, reason: FinishReason) -> RemoteKV | None:
-        """Keep the prompt's blocks of a request that ends now, if another engine may decode on.
+        """Lease the prompt's blocks of a request that ends now, if another engine may decode on.
 
-        A stopped choice gets a lease too if there are others, which may go on; the server ends a
-        lease that nobody needs. The request's other blocks are freed.
+        The lease serves all choices of the prompt. Therefore it is granted even if this choice has
+        stopped, unless there is no other. The server ends a lease that no choice needs.
         """
         message = request.message
-        # It ends with its first token, so no later step can write to the leased blocks.
+        # The request ends with its first token, so no later step writes to the leased blocks.
         assert not (message.do_remote_decode and request.num_in_flight)
         is_over = message.num_readers < 1 or (reason == "stop" and message.num_readers == 1)
         if is_over or not message.do_remote_decode:
@@ -120,8 +120,8 @@ class KVTransfers:
         )
 
     def end_lease(self, lease_id: LeaseId) -> None:
-        # Full ones stay in the prefix cache until they are needed; reversed, so that the tail of a
-        # prompt is reused before its head: without the head nobody finds the tail.
+        # Full blocks stay in the prefix cache until they are reused. Reversed, so that a prompt's
+        # tail is reused before its head: without the head, the cache cannot find the tail.
         for block_ids in self.leases.pop(lease_id, []):
             self._kv.pool.release(reversed(block_ids))
 
@@ -137,7 +137,7 @@ class KVTransfers:
         )
 
     def start_pull(self, request: Request, hit: PrefixHit) -> bool:
-        """Share ``hit`` and pull the prompt's other blocks. False: no block is missing."""
+        """Share ``hit`` and pull the prompt's other blocks. Returns False if none is missing."""
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
         starts = [hit.end(group) for group in range(self._kv.num_groups)]
         if min(starts) == end:
@@ -149,7 +149,7 @@ class KVTransfers:
     def pull_nothing(self, request: Request) -> None:
         """Tell the prefill side that this reader no longer needs the lease."""
         num_groups = self._kv.num_groups
-        # No group wants a block: each begins where the prompt ends.
+        # In each group, the pull begins where the prompt ends, so it brings no block.
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
         nothing = Incoming(None, PrefixHit([], []), [[]] * num_groups)
         self._begin_pull(request, nothing, [end] * num_groups)
@@ -175,7 +175,7 @@ class KVTransfers:
         return pull_id
 
     def finish_pull(self, event: PullFinished) -> Incoming | None:
-        """Move the pull's blocks to where they belong now. None when the id is unknown."""
+        """Adopt, free or quarantine the pull's blocks. Return the pull; None for an unknown id."""
         pull = self._end(event.pull_id, ok=event.ok, writes=event.in_flight)
         if pull is not None and event.in_flight:
             self._quarantined[event.pull_id] = pull.block_ids
@@ -188,15 +188,15 @@ class KVTransfers:
     # Loads and stores
 
     def find_on_host(self, request: Request, max_blocks: int) -> HostHit | None:
-        """Return the longest prefix of at most ``max_blocks`` blocks that host memory can help to
-        fill; None if host memory adds nothing.
+        """Return the longest prefix, of at most ``max_blocks`` blocks, that is partly in host
+        memory; None if host memory adds nothing to the device's prefix cache.
         """
         if self._planner is None or not request.may_load:
             return None
         return self._planner.find(request.hasher.block_hashes, max_blocks, self._kv.pool.find)
 
     def is_loaded(self, hit: HostHit) -> bool:
-        """Return whether another request loads a part of ``hit``, which will be cached then."""
+        """Return whether another request loads a part of ``hit``; that part is cached soon."""
         wanted = {host_id for host_ids in hit.host_ids for host_id in host_ids}
         return any(
             load.request is not None and not load.host_ids.isdisjoint(wanted)
@@ -213,7 +213,7 @@ class KVTransfers:
         self.jobs.append(job)
 
     def store(self, request: Request, blocks: range) -> None:
-        """Copy these logical blocks, which are full, to host memory as far as it lacks them."""
+        """Copy full blocks to host memory, unless they are there already."""
         if self._planner is None or not blocks:
             return
         job = self._planner.begin_store(request.tables, request.hasher.block_hashes, blocks)
@@ -222,13 +222,13 @@ class KVTransfers:
             self.jobs.append(job)
 
     def finish_job(self, report: JobFinished) -> Incoming | None:
-        """Move a job's blocks to where they belong now; return the load, if it was one."""
+        """Release a store's blocks, or adopt or free a load's. Return the load, if it is one."""
         assert self._planner is not None
         job, counts = self._planner.finish(report), self._counts
         if job.direction == "store":
             counts["kv_offload_stored_bytes"] += report.num_bytes
             counts["kv_offload_store_failures"] += not report.ok
-            # Reversed, so that the tail of a prompt is reused before its head.
+            # Reversed, so that a prompt's tail is reused before its head.
             self._kv.pool.release(reversed(job.block_ids))
             return None
         counts["kv_offload_loaded_bytes"] += report.num_bytes
@@ -237,7 +237,7 @@ class KVTransfers:
         return self._end(job.job_id, ok=report.ok)
 
     def frees_blocks_soon(self) -> bool:
-        """Return whether copies will free blocks at their end, so no preemption is needed."""
+        """Return whether a block is owned by stores alone, whose end will free it."""
         return any(
             self._kv.pool.num_owners(block_id) == num_copies
             for block_id, num_copies in Counter(self._stored_ids()).items()
@@ -246,7 +246,7 @@ class KVTransfers:
     # Both
 
     def cancel(self, request: Request) -> None:
-        """Detach a request that has ended; its pull or load keeps the blocks until it ends."""
+        """Detach a request that has ended. The pull or load keeps its blocks until it has ended."""
         assert request.incoming is not None
         incoming = self._incoming[request.incoming]
         incoming.request = None
@@ -255,12 +255,12 @@ class KVTransfers:
             self.commands.append(CancelPull(pull_id=PullId(str(request.incoming))))
 
     def _take(self, request: Request, hit: PrefixHit, counts: list[int]) -> Incoming:
-        # Shared first, then allocated: the hit's cached blocks must not be given out as new ones.
+        # Share before allocating, because an allocation may reuse cached blocks that nobody owns.
         self._kv.share_hit(hit)
         return Incoming(request, hit, list(map(self._kv.pool.allocate_for_pull, counts)))
 
     def _end(self, key: PullId | int, *, ok: bool, writes: bool = False) -> Incoming | None:
-        """Give the blocks to the request, or free them unless something ``writes`` to them."""
+        """Give the blocks to the request, or free them; quarantine them if a READ ``writes``."""
         incoming = self._incoming.pop(key, None)
         if incoming is None:
             return None
@@ -270,7 +270,7 @@ class KVTransfers:
         if ok and request is not None:
             self._kv.adopt_pulled(request.tables, incoming.hit, incoming.block_ids)
             return incoming
-        # The request has gone or the blocks are not proven: keep none of them.
+        # The request has ended or the transfer has failed: keep none of the blocks.
         for block_ids in incoming.block_ids:
             (pool.quarantine if writes else pool.drop_pull)(block_ids)
         if request is not None:
@@ -280,7 +280,7 @@ class KVTransfers:
     # State
 
     def present(self) -> dict[str, Any]:
-        """Return the fields of EngineStats for what is leased, set aside and on the host now."""
+        """Return the current EngineStats fields of leases, quarantined blocks and the host tier."""
         found = {
             "num_leased_requests": len(self.leases),
             "num_leased_blocks": len({*_flat(self.leases.values())}),
@@ -297,7 +297,7 @@ class KVTransfers:
         return found
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Prove that these requests and this object own the blocks. Raises AssertionError."""
+        """Check that these requests and this object own all used blocks. Raises AssertionError."""
         incoming = list(self._incoming.values())
         shared = [one.hit.block_ids for one in incoming if one.request is not None]
         self._kv.pool.check_integrity(
@@ -317,12 +317,12 @@ class KVTransfers:
 
 
 def _source_of(request: Request) -> tuple[EngineId, LeaseId]:
-    """Return the lease that the request pulls from; choices of one prompt have the same."""
+    """Return the lease that the request pulls from; it is the same for all choices of a prompt."""
     remote = request.message.remote_kv
     assert remote is not None
     return remote.engine_id, remote.lease_id
 
 
 def _flat(owners: Iterable[list[list[int]]]) -> Iterator[int]:
-    """Yield the blocks of all owners and groups; one that several own comes several times."""
+    """Yield the blocks of all owners and groups, each block once for each of its owners."""
     return (block_id for groups in owners for block_ids in groups for block_id in block_ids)

@@ -1,5 +1,5 @@
 """Runs the step loops: ``Leader`` schedules, runs, postprocesses and answers the server in rank 0;
-``Follower`` does in the other ranks of a TP group what rank 0 says.
+``Follower`` runs the plans of rank 0 in the other ranks of a TP group.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RankParts:
     runner: ModelRunner
     transfer: TransferThread
     offload: OffloadWorker | None = None
-    announce: Callable[[SleepState], None] = lambda _: None  # tells the supervisor of sleep
+    announce: Callable[[SleepState], None] = lambda _: None  # reports sleep to the supervisor
     clock: Callable[[], float] = time.monotonic
     sleeper: RankSleeper = field(init=False)
 
@@ -71,7 +71,7 @@ class RankParts:
         )
 
     def submit(self, plan: StepPlan) -> None:
-        # Before the step: a lease is granted on what earlier steps computed.
+        # Before the step is launched: its leases are on blocks that earlier steps computed.
         self.transfer.submit(plan.commands)
         if self.offload is not None:
             self.offload.submit(plan.jobs)
@@ -82,19 +82,19 @@ class RankParts:
 
 
 class Leader:
-    """Turns the step loop of an engine; ``turn`` is one round of it: schedule, run, postprocess.
+    """Runs the step loop of an engine; ``turn`` is one iteration: schedule, run, postprocess.
 
-    On a GPU (``spec.async_scheduling``) a turn leaves its step running, so that the host's work
-    for the next one goes on beside it::
+    On a GPU (``spec.async_scheduling``) a turn leaves its step running, so that the host prepares
+    the next step while the device computes::
 
         in flight before   schedule                   run             postprocess
         no step            N                          launch N        on a CPU: collect N
         step N             N + 1, ahead of N's end    launch N + 1    collect N
         step N             collect N, then N + 1      launch N + 1
-        step N             nothing goes on after it                   collect N
+        step N             an empty plan                              collect N
     """
 
-    # Stays so: rank 0 is stopped by the supervisor alone, and stops the other ranks
+    # Always False: only the supervisor stops rank 0, which then stops the other ranks
     stopped = False
 
     def __init__(
@@ -105,7 +105,7 @@ class Leader:
         followers: LeaderChannel | None = None,
         record: Callable[[Sequence[int]], None] = lambda _: None,
     ) -> None:
-        """``record`` notes for whom steps run."""
+        """``record`` stores which requests are in flight, where this outlives the process."""
         self._rank = rank
         self._runner = rank.runner
         self._scheduler = scheduler
@@ -115,13 +115,13 @@ class Leader:
         tp_size = rank.spec.tensor_parallel_size
         self._reports = RankReports(tp_size)
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
-        """Launched and not collected, the oldest first: between turns at most one."""
+        """Steps launched and not collected, oldest first. At most one is left between turns."""
         self._record = record
         self._stats_due_at = 0.0
         self._sleep = SleepCoordinator(
             rank.sleeper,
             num_ranks=tp_size,
-            tell_ranks=self._tell_followers,
+            notify_ranks=self._notify_followers,
             scheduler=scheduler,
             answer=server.send,
             clock=rank.clock,
@@ -142,7 +142,7 @@ class Leader:
         return min(STATS_INTERVAL_S, self._sleep.wait_s())
 
     def turn(self) -> None:
-        """Receive, then one step: schedule, run, postprocess."""
+        """Receive messages, then schedule, run and postprocess one step."""
         self._receive()
         plan = self._schedule()
         self._run(plan)
@@ -154,26 +154,26 @@ class Leader:
         self._send_stats()
 
     def close(self) -> None:
-        self._tell_followers(StopRank())
+        self._notify_followers(StopRank())
 
     def _schedule(self) -> StepPlan:
-        """Plan the next step, ahead of the one in flight if its tokens are not needed for that."""
+        """Plan the next step; wait for the step in flight only if its result is needed."""
         if self._in_flight:
             plan = self._scheduler.schedule_ahead()
             if plan is not None:
                 return plan
             self._postprocess()
-            # A request that came while we waited must not wait for another step.
+            # A request that arrived during this wait must not wait for another step.
             self._receive()
         return self._scheduler.schedule()
 
     def _run(self, plan: StepPlan) -> None:
-        """Give the plan to all ranks and launch it; send what the server has to be told."""
-        # Commands leave first: an answer must not reach a decode engine before the lease of which
-        # it speaks is granted.
+        """Send the plan to all ranks and launch it; send outputs to the server."""
+        # Commands go out first: an answer must not reach a decode engine before the lease that it
+        # names is granted.
         self._submit(plan)
         self._send_outputs()
-        # Also when it computes nothing: the runner has to forget rows before others get them.
+        # Even if the plan computes nothing, the runner must free its rows before they are reused.
         if not plan.is_empty:
             launched = self._runner.launch(plan)
             if plan.scheduled:
@@ -182,8 +182,8 @@ class Leader:
     def _postprocess(self) -> None:
         plan, launched = self._in_flight.popleft()
         self._scheduler.postprocess(plan, self._runner.collect(launched))
-        # Leases leave before the answers that speak of them, as in ``_run``; both leave before the
-        # next plan is made.
+        # Leases go out before the answers that name them, as in ``_run``, and both go out before
+        # the next plan is made.
         self._submit(self._scheduler.hand_over())
         self._send_outputs()
 
@@ -208,7 +208,7 @@ class Leader:
     def _on_request(self, message: ToRank) -> None:
         match message:
             case Hello():
-                # A new process, which knows none of the requests here.
+                # The server is a new process and knows none of the requests here.
                 self._requests.abort_all()
                 self._requests.take_outputs()
                 self._sleep.forget_caller()
@@ -221,7 +221,7 @@ class Leader:
                 self._send_blocks(every=True)
             case AddRequest() if not self._sleep.computes:
                 refusal = RequestFinished(
-                    request_id=message.request_id, reason="error", error="the engine sleeps"
+                    request_id=message.request_id, reason="error", error="the engine is asleep"
                 )
                 self._server.send(Outputs(items=[refusal]))
             case AddRequest():
@@ -231,7 +231,7 @@ class Leader:
             case AbortRequest():
                 self._requests.abort(message.request_id)
             case ReadStats():
-                self._stats_due_at = 0.0  # at the end of this turn
+                self._stats_due_at = 0.0  # sends them at the end of this turn
             case CheckIntegrity():
                 self._server.send(self._integrity(message.call_id))
 
@@ -244,16 +244,16 @@ class Leader:
             error = str(found) or repr(found)
         return IntegrityReport(call_id=call_id, error=error, stats=self._requests.stats())
 
-    def _tell_followers(self, message: StepPlan | SleepRank | WakeRank | StopRank) -> None:
+    def _notify_followers(self, message: StepPlan | SleepRank | WakeRank | StopRank) -> None:
         if self._followers is not None:
             self._followers.send(message)
 
     def _submit(self, plan: StepPlan) -> None:
-        # The record is what blames a rank's death on a step: written before any rank begins one,
-        # and also for an empty plan, as a step that was collected is to blame for nothing any more.
+        # The supervisor blames a rank's death on the requests in the record. Write it before any
+        # rank begins the step, and for an empty plan too: collected steps are not to blame.
         self._record(self._requests.batch.marks())
         if not plan.is_empty:
-            self._tell_followers(plan)
+            self._notify_followers(plan)
             self._rank.submit(plan)
 
     def _send_outputs(self) -> None:
@@ -266,7 +266,7 @@ class Leader:
             self._server.send(blocks)
 
     def _send_stats(self) -> None:
-        """Send statistics every second, as the server takes silence for a rank that hangs."""
+        """Send statistics every second, because the server takes long silence for a hung rank."""
         now_at = self._rank.clock()
         if now_at < self._stats_due_at:
             return
@@ -276,9 +276,9 @@ class Leader:
 
 
 class Follower:
-    """Turns the step loop of one rank other than 0; ``turn`` is one round of it."""
+    """Runs the step loop of one rank other than 0; ``turn`` is one iteration."""
 
-    ready = True  # rank 0 waits for all others before it is ready, and so does the engine
+    ready = True  # rank 0 waits for all other ranks before it is ready itself
 
     def __init__(self, rank: RankParts, tp_rank: int, leader: zmq.Socket[bytes]) -> None:
         self._rank = rank
@@ -286,19 +286,19 @@ class Follower:
         self._leader = leader
         self.sockets = [leader]
         self.stopped = False
-        # The first message tells rank 0 that this rank is there.
+        # The first message announces this rank to rank 0.
         leader.send(step_done.encode(StepDone(tp_rank=tp_rank)))
 
     def wait_s(self) -> float:
         return POLL_S if self._rank.sleeper.is_busy else STATS_INTERVAL_S
 
     def turn(self) -> None:
-        """Receive, run the steps that rank 0 has planned, report what has ended here."""
+        """Run the plans received from rank 0; report ended transfers, copies and sleep."""
         for frames in drain(self._leader):
             match from_rank_zero.decode(frames[-1]):
                 case StepPlan() as plan:
                     self._rank.submit(plan)
-                    # Nobody collects the step here: rank 0 learns of its own end, which needs ours.
+                    # Not collected here: rank 0's step cannot end before this rank's step has.
                     self._rank.runner.launch(plan)
                 case SleepRank() | WakeRank() as message:
                     self._rank.sleeper.begin(message)
@@ -306,11 +306,11 @@ class Follower:
                     self.stopped = True
                     return
         sleep = self._rank.sleeper.advance()
-        # Ends are reported by themselves, whether or not a step runs: rank 0 counts the ranks.
+        # Reported whether or not a step runs: rank 0 waits for the reports of all ranks.
         events, jobs = self._rank.take_ends()
         if sleep is not None or events or jobs:
             done = StepDone(tp_rank=self._tp_rank, sleep=sleep, events=events, jobs=jobs)
             self._leader.send(step_done.encode(done))
 
     def close(self) -> None:
-        """Do nothing: only rank 0 has somebody to stop."""
+        """Do nothing: only rank 0 stops other ranks."""

@@ -3,7 +3,7 @@
 ``scheduler.py`` chooses which of them are loaded, pulled, computed and preempted. This module
 handles messages, events of connectors and host tier, drawn tokens, and the end of requests.
 
-Counts how long requests of an engine take, what its steps compute and what its pulls bring.
+``Histograms`` measures the times of requests, the sizes of steps, and pulls.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ from pdlaunch.protocol.transfer import (
 
 
 class Histograms:
-    """Holds the histograms of an engine; requests carry their instants."""
+    """Holds the histograms of an engine. The instants of a request are stored in the request."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._series: dict[tuple[str, tuple[str, ...]], HistogramSeries] = {}
 
     def shown(self) -> list[HistogramSeries]:
-        """Return the counts as they are now; they change with later observations."""
+        """Return the histograms themselves, not copies: later observations change them."""
         return list(self._series.values())
 
     def arrived(self, request: Request) -> None:
         request.arrived_at = self._clock()
 
     def seated(self, request: Request) -> None:
-        # A second time, after a preemption, changes nothing.
+        # A request that is seated again after a preemption keeps its first time.
         if request.started_at is None:
             request.started_at = self._clock()
 
@@ -71,7 +71,7 @@ class Histograms:
         request.num_drawn += 1
 
     def ended(self, request: Request) -> None:
-        """Count a request that has ended; one that never was in the batch took no time here."""
+        """Observe the times of a request that has ended, unless it never was in the batch."""
         start_at, first_at, last_at = request.started_at, request.first_at, request.last_at
         if start_at is None:
             return
@@ -86,7 +86,7 @@ class Histograms:
             self.observe("request_time_per_output_token_seconds", per_token_s)
 
     def pulled(self, event: PullFinished) -> None:
-        """Count a pull that has ended well, by engine and path as in the registry."""
+        """Observe a successful pull, by prefill engine and path."""
         labels = (event.prefill, event.path)
         self.observe("kv_pull_seconds", event.seconds, labels)
         self.observe("kv_pull_bytes", event.num_bytes, labels)
@@ -106,7 +106,7 @@ class Histograms:
 logger = logging.getLogger(__name__)
 
 NAN_LOGITS = (
-    "the model's logits for this request are not numbers (NaN), so that no token can be drawn; "
+    "the model's logits for this request are not numbers (NaN), so no token can be drawn; "
     "look for overflow in its dtype, or for damaged weights"
 )
 LOST_GRAMMAR = (
@@ -131,14 +131,14 @@ class RequestLifecycle:
         wake: Callable[[], None] = lambda: None,
         offload: OffloadPlanner | None = None,
     ) -> None:
-        """``port``: of the side channel, where leases that are granted here can be pulled.
+        """``port``: of the side channel, from which other engines pull leases granted here.
 
-        ``wake``: wakes the step loop; called in any thread.
+        ``wake``: wakes the step loop; called from any thread.
         """
         assert offload is None or spec.enable_prefix_caching
         self.spec = spec
         self.kv = KVCacheManager(groups, num_blocks, spec.block_size)
-        # Longest prompt plus output; its last token is never computed.
+        # Longest prompt plus output; its last token needs no slot, because it is never computed.
         lengths = range(spec.max_model_len)
         self.max_model_len = bisect_right(lengths, num_blocks, key=self.kv.min_blocks)
         self.queues = RequestQueues()
@@ -165,13 +165,13 @@ class RequestLifecycle:
         """Take a request; end it at once if it can never be served."""
         if message.request_id in self.queues.by_id:
             logger.error(
-                "request %s is here already; the second one is dropped", message.request_id
+                "dropped a second request with the id %s of an unfinished one", message.request_id
             )
             return
         room = self.max_model_len - len(message.prompt_token_ids)
         output_limit = min(message.sampling.max_tokens, room)
         if message.do_remote_decode:
-            # The lease is on the prompt: later tokens would push its blocks out of the windows.
+            # The lease is on the prompt, whose blocks later tokens would push out of the windows.
             output_limit = min(output_limit, 1)
         hasher = TokenHasher(
             root_hash(self._model_digest, cache_salt=message.cache_salt), self.spec.block_size
@@ -217,8 +217,8 @@ class RequestLifecycle:
             return "the prompt has no tokens"
         if request.num_prompt_tokens >= self.max_model_len:
             return (
-                f"the prompt has {request.num_prompt_tokens} tokens, {self.max_model_len} fit with "
-                "the output; shorten the prompt, or raise max_model_len or kv_cache_memory"
+                f"the prompt has {request.num_prompt_tokens} tokens; only {self.max_model_len} fit "
+                "with the output; shorten the prompt, or raise max_model_len or kv_cache_memory"
             )
         if (
             request.message.do_remote_decode
@@ -265,7 +265,7 @@ class RequestLifecycle:
         request = pull.request
         if request is None:
             return
-        # Group 0 is a full one where there is any: its hit begins with the prompt.
+        # Group 0 is a full group if there is any, so its hit starts at the prompt's first token.
         num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self.spec.block_size)
         request.add_pull(event, num_tokens=num_tokens, verifies=self.spec.kv_transfer.verify)
         self.queues.move(request, Phase.READY if event.ok else Phase.WAITING)
@@ -294,13 +294,13 @@ class RequestLifecycle:
             counts[name] += number
 
     def on_job_finished(self, report: JobFinished) -> None:
-        """Take the end of a job of ``StepPlan.jobs``."""
+        """Account for a load or store that all ranks have ended."""
         self.may_progress = True
         load = self.transfers.finish_job(report)
         if load is None or load.request is None:
             return
         request = load.request
-        # Even after a failure: another look would find the same blocks, or fail in the same way.
+        # Even after a failure: a second load would find the same blocks, or fail in the same way.
         request.may_load = False
         num_tokens = len(load.block_ids[0]) * self.spec.block_size
         if request.spans is not None:
@@ -317,14 +317,14 @@ class RequestLifecycle:
     # Tokens and blocks
 
     def take_token(self, request: Request, token: TokenOutput | None) -> None:
-        """Append the token that a step has drawn; None, for logits that are NaN, is an error."""
+        """Append a token that a step has drawn. None, for NaN logits, ends the request."""
         if token is None:
             logger.error("request %s ends: no token can be drawn", request.request_id)
             has_grammar = bool(request.message.sampling.grammar)
             self._finish(request, "error", error=LOST_GRAMMAR if has_grammar else NAN_LOGITS)
             return
         request.token_ids.append(token.token_id)
-        request.is_suspect = False  # No rank died of this step.
+        request.is_suspect = False  # no rank died of this step
         self.counts["sampled_tokens"] += 1
         self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):
@@ -340,8 +340,8 @@ class RequestLifecycle:
             )
 
     def register(self, request: Request) -> None:
-        """Let others find the blocks that the request has filled, on device and host."""
-        # Most tokens fill no block, and this is asked for each request of each step.
+        """Let other requests find the blocks that this request has filled, on device and host."""
+        # Return early: this runs for each request of each step, and most tokens fill no block.
         start, stop = request.num_registered_blocks, request.num_computed // self.kv.block_size
         if start >= stop or not self.spec.enable_prefix_caching:
             return
@@ -351,8 +351,8 @@ class RequestLifecycle:
         self._prefixes.names = dict(zip(hashes[start:stop], keys[start:stop], strict=True))
         self.kv.register(request.tables, hashes, start, stop)
         request.num_registered_blocks = stop
-        # When they are full, not when they are evicted: an evicted block is needed at once, and its
-        # new owner would wait for the copy.
+        # Store blocks when they are full, not when they are evicted: then the new owner of a block
+        # would have to wait for the copy.
         self.transfers.store(request, range(start, stop))
 
     def skip_to(self, request: Request, num_computed: int) -> None:
@@ -386,8 +386,8 @@ class RequestLifecycle:
         reason = request.end_of(token_id)
         if reason is None:
             return False
-        # Before ``_finish``, which frees the rest of the request's tables: a lease first takes its
-        # blocks out of them.
+        # Grant the lease before ``_finish`` frees the request's blocks: the lease takes over some
+        # of them.
         remote_kv = None if token is None else self.transfers.grant(request, reason)
         self._finish(request, reason, token=token, ending=token_id, remote_kv=remote_kv)
         return True
@@ -402,20 +402,20 @@ class RequestLifecycle:
         error: str | None = None,
         remote_kv: RemoteKV | None = None,
     ) -> None:
-        """End a request: give back what it holds, unless a step in flight still uses it, and tell
-        the server.
+        """End a request and report this to the server. Free its row and blocks, unless a step in
+        flight still uses them.
 
-        ``ending``: id of the last token; ``token``: the same if the server does not know it.
+        ``ending``: id of the last token; ``token``: that token, if the server does not have it yet.
         """
         self.histograms.ended(request)
-        # Before the phase changes, which says whether it is a pull or a load.
+        # Before the phase changes, because ``cancel`` reads from it whether this is a pull.
         if request.incoming is not None:
             self.transfers.cancel(request)
         elif request.wants_pull:
             self.transfers.pull_nothing(request)
-        # A step in flight still writes to its blocks: ``postprocess`` lets it go after that step.
+        # While a step in flight writes to its blocks, they stay: ``postprocess`` frees them later.
         if not request.num_in_flight:
-            self.let_go(request)
+            self.released(request)
         self.queues.move(request, Phase.FINISHED)
         self._outputs.append(
             RequestFinished(
@@ -431,8 +431,8 @@ class RequestLifecycle:
             )
         )
 
-    def let_go(self, request: Request) -> None:
-        """Free row and blocks of a request that has ended and that no step computes any more."""
+    def released(self, request: Request) -> None:
+        """Free the row, grammar and blocks of an ended request that no step in flight computes."""
         if request.row is not None:
             self.batch.unseat(request)
         if request.grammar is not None:
@@ -447,7 +447,7 @@ class RequestLifecycle:
         return outputs
 
     def take_blocks(self, *, every: bool = False) -> KVBlocks | None:
-        """Return which prefixes the cache has gained and lost, or ``every`` one that it has."""
+        """Return the prefixes gained and lost since the last call, or ``every`` cached prefix."""
         num_blocks = self.kv.pool.num_blocks // self.kv.num_groups
         new = partial(KVBlocks, block_size=self.kv.block_size, num_blocks=num_blocks)
         if every:
@@ -457,7 +457,7 @@ class RequestLifecycle:
         return new(stored=changes[0], removed=changes[1])
 
     def stats(self) -> EngineStats:
-        """Return the totals since the start, and the present numbers of requests and blocks."""
+        """Return the totals since the start, and the current numbers of requests and blocks."""
         return EngineStats(
             num_blocks=self.kv.pool.num_blocks,
             num_running=len(self.queues.running),
@@ -469,7 +469,7 @@ class RequestLifecycle:
         )
 
     def check_integrity(self) -> None:
-        """Prove that counts and owners of requests and blocks agree. Raises AssertionError."""
+        """Check that counts and owners of requests and blocks agree. Raises AssertionError."""
         owners = {*self.queues.by_id.values()} | self.batch.ended()
         self.transfers.check_integrity(owners)
         self.queues.check_integrity()

@@ -1,8 +1,8 @@
 """Runs a rank process: one device's share of an engine.
 
-``RankProcess.run`` brings things up in the order that the handshake needs: TP group, engine_id
-(drawn by rank 0, broadcast over the group), model and KV cache, connector, addresses. Then it turns
-a loop of ``leader.py``.
+``RankProcess.run`` starts the parts in the order in which they need each other: TP group, engine_id
+(drawn by rank 0, broadcast over the group), model and KV cache, connector, addresses. Then it runs
+a step loop of ``leader.py``.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 
 CONNECTOR_TIMEOUT_S = 60.0
 MEETING_BYTES = 96  # engine_id, 32 digits, and a loopback endpoint
-# Most prompt tokens in a step with streams on a CPU. A core computes 128 tokens of the demo model
-# in 0.4 s: a full step of 512 would keep each stream waiting for 1.6 s.
+# On a CPU, limit of prompt tokens in a step that also decodes. A core computes 128 tokens of the
+# demo model in 0.4 s: a full step of 512 would keep each stream waiting for 1.6 s.
 CPU_TOKENS_BESIDE_STREAMS = 64
 
 
 class RankProcess:
-    """Owns everything of one rank; ``run`` returns when the supervisor has said Stop."""
+    """Owns all parts of one rank; ``run`` returns when the supervisor or rank 0 stops the rank."""
 
     def __init__(self, bootstrap: Bootstrap) -> None:
         self._bootstrap = bootstrap
@@ -70,24 +70,24 @@ class RankProcess:
         self._transfer: TransferThread | None = None
 
     def run(self) -> None:
-        """Start, then loop until Stop. Errors of the start and of a step are raised."""
+        """Start, then run the step loop until the end. Raises errors of the start and of steps."""
         self._register(engine_id=EngineId(""), address=control.Address())
         spec, tp_rank, tp = self._spec, self._bootstrap.tp_rank, self._join_group()
         engine_id, followers, endpoint = draw_engine_id(), None, ""
         if tp is not None:
             if tp_rank == 0:
-                # Listen before the others learn the address, so that they can connect.
+                # Listen before the other ranks learn the address, so that they can connect.
                 followers = LeaderChannel(self._context, tp.tp_size)
                 endpoint = followers.endpoint
             # All ranks use rank 0's values. Every rank must pass the same number of bytes.
             told = tp.broadcast_bytes(f"{engine_id} {endpoint}".ljust(MEETING_BYTES).encode())
             name, endpoint = told.decode().split()
             engine_id = EngineId(name)
-        runner = ModelRunner(spec, tp=tp, progress=self._progress)
+        runner = ModelRunner(spec, tp=tp, progress=self._progress, pinned=self._bootstrap.pinned)
         self._progress("warming up", None)
         runner.warm_up()
-        # Objects that exist now stay for the life of the rank. Collections leave them out, so that
-        # none takes long in a step.
+        # The objects that exist now live as long as the rank. Exclude them from garbage
+        # collection, so that a collection during a step is short.
         gc.freeze()
         gc.enable()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
@@ -95,7 +95,7 @@ class RankProcess:
         offload = new_offload_worker(spec, runner, progress=self._progress, wake=self._wake)
         rank = RankParts(spec, runner, transfer, offload, self.control.send)
         port = int(transfer.endpoint.rpartition(":")[2])
-        # Without peers, nobody needs the address of the side channel.
+        # Without peers, no other process needs the address of the side channel.
         side_channel = tcp_endpoint(spec.advertise_address, port) if spec.has_peers else ""
         loop: Leader | Follower
         if tp_rank == 0:
@@ -123,7 +123,7 @@ class RankProcess:
         else:
             address = control.Address(side_channel=side_channel)
             loop = Follower(rank, tp_rank, self._context.connect(zmq.DEALER, endpoint))
-        # Last: the registry brings the server's Hello and the handshakes of peers.
+        # Last: the server says Hello and peers shake hands once the registry has these addresses.
         self._register(engine_id, address)
         self._turn(loop, runner)
         transfer.close(timeout_s=2.0)
@@ -134,13 +134,13 @@ class RankProcess:
         self.control.close()
 
     def _turn(self, loop: Leader | Follower, runner: ModelRunner) -> None:
-        """Turn the step loop until the supervisor or rank 0 stops it."""
+        """Run the step loop until the supervisor or rank 0 stops it."""
         poller = zmq.Poller()
         for waker in (self._wakeup, *loop.sockets):
             poller.register(waker, zmq.POLLIN)
         said_ready = False
         while not (self._stopped or loop.stopped):
-            # Routers send requests from now on: a server without its rank 0 would refuse them.
+            # Not earlier: routers then send requests, which a server without rank 0 refuses.
             if loop.ready and not said_ready:
                 said_ready = True
                 leave_ends_to_supervisor()
@@ -186,12 +186,12 @@ class RankProcess:
         return TransferThread(setup)
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
-        """Sleep until a socket or a thread has something; handle the supervisor's messages."""
+        """Wait for a socket, a thread or the time-out; handle the supervisor's messages."""
         poller.poll(int(timeout_s * 1000))
-        # Before the inbox is read: whoever puts something in afterwards wakes the next poll.
+        # Before reading the inbox, so that a message that arrives later wakes the next poll.
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wakeup)
-        # From the step loop and no thread beside it: it tells that this very loop turns.
+        # Sent by the step loop, not by a thread: heartbeats prove that this loop still runs.
         self._heartbeat.beat()
         while not self._inbox.empty():
             self._handle_control(self._inbox.get())
@@ -202,19 +202,19 @@ class RankProcess:
                 if self._transfer is not None and self._spec.has_peers:
                     self._transfer.update_registry(message.entries)
             case control.Drain():
-                # The router and the server hold back new requests; a rank has nothing to refuse.
+                # The router and the server hold back new requests, so a rank need not do anything.
                 self.control.send(control.Drained())
             case control.Stop():
                 self._stopped = True
             case control.Suspects() | control.Answered() | control.Happened():
-                pass  # said to routers alone
+                pass  # sent to routers only
 
     def _on_control(self, message: control.FromSupervisor) -> None:
         self._inbox.put(message)
         self._wake()
 
     def _wake(self) -> None:
-        """Wake the step loop; called in any thread."""
+        """Wake the step loop. May be called from any thread."""
         os.eventfd_write(self._wakeup, 1)
 
     def _progress(self, text: str, fraction: float | None) -> None:
@@ -235,11 +235,11 @@ class RankProcess:
 def new_offload_worker(
     spec: EngineSpec, runner: ModelRunner, *, progress: ReportProgress, wake: Callable[[], None]
 ) -> OffloadWorker | None:
-    """Take the rank's host memory, if ``kv_offload`` is set. Raises ConfigError for too little."""
+    """Allocate the host tier, if ``host_memory`` is set. Raises ConfigError if it is too small."""
     if not spec.kv_offload.host_memory:
         return None
-    progress("taking host memory", None)
-    # With a hasher of its own: that of the transfer thread is for that thread alone.
+    progress("allocating host memory", None)
+    # With a hasher of its own, because only the transfer thread may use that thread's hasher.
     return OffloadWorker(
         kv_cache=runner.kv_cache,
         layout=runner.layout,

@@ -1,5 +1,5 @@
-"""Describes one request inside the scheduler, the queues in which requests wait and run, and the
-batch of those that run.
+"""Holds the state of a request in the scheduler, the queues in which requests wait and run, and the
+batch of running requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RANK = "rank-{}"  # names the process of a rank within its engine
 
 
 class Phase(enum.Enum):
-    """Says where a request stands, and what it owns.
+    """Names the phases of a request, and what the request owns in each.
 
     WAITING ──▶ RUNNING ──▶ FINISHED        every phase may end in FINISHED (abort, error)
      │ ▲  ▲      │  ▲
@@ -76,51 +76,51 @@ class Request:
         self.order = (message.priority, arrival)
         """Its place in the queues, lower priorities first; kept through preemption."""
         self.output_limit = output_limit
-        """Output tokens after which it ends: max_tokens, or what max_model_len leaves."""
+        """Limit of output tokens: max_tokens, or what max_model_len leaves."""
         self.token_ids = message.prompt_token_ids + [token.token_id for token in message.output]
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.phase = Phase.WAITING
         self.num_computed = 0
         self.num_in_flight = 0
-        """Tokens after the computed ones that launched steps compute."""
+        """Tokens after the computed ones that the steps in flight compute."""
         self.num_unknown = 0
-        """Output tokens that launched steps draw and the host does not know yet."""
+        """Output tokens that the steps in flight draw."""
         self.num_cached_tokens: int | None = None
-        """Prompt tokens not computed before its first step here; None until that is known."""
+        """Prompt tokens cached, loaded or pulled instead of computed; None until this is known."""
         self.num_host_tokens = 0
         self.num_remote_tokens = 0
-        """Prompt tokens that a load and a pull have brought."""
+        """Prompt tokens that came from host memory by a load, and from another engine by a pull."""
         self.tables = tables
         self.hasher = hasher
         self.prefix_keys = prefix_keys
         self.num_registered_blocks = 0
-        """Logical blocks that the prefix cache has been told of."""
+        """Logical blocks that are registered in the prefix cache."""
         self.row: int | None = None
         self.num_sent_blocks: int | None = None
-        """Logical blocks that the ranks know of; None while they do not know the row."""
+        """Logical blocks that were sent to the ranks; None if the row was not sent yet."""
         self.wants_pull = message.remote_kv is not None
         """The prefill side still counts this request as a reader of its lease."""
         self.may_load = True
-        """Once a load has ended, well or not, the host is asked again only after preemption."""
+        """False once a load has ended, even if it failed; True again after a preemption."""
         self.incoming: PullId | int | None = None
-        """Id of the pull or load for which it waits."""
+        """Id of the pull or load that the request waits for."""
         self.grammar: Future[LLMatcher] | None = None
-        """The compiled grammar, or what will be; it is given back with row and blocks."""
+        """The grammar, perhaps still compiling; given back when row and blocks are freed."""
         wants_scores = message.sampling.num_prompt_logprobs is not None
         self.scored: list[TokenOutput] | None = [] if wants_scores else None
         """The prompt's tokens from the second on, with log-probabilities; None: not requested,
         or already sent.
         """
         self.is_suspect = message.is_suspect
-        """A rank may have died of it; False once a step has drawn a token for it here."""
+        """The request may have killed a rank; False once a step here has drawn a token for it."""
         self.spans = SpanLog() if message.records_spans else None
-        """What the request waits for and what is computed of it::
+        """The waits and computations of the request::
 
             queue │ lease │ pull │ queue │ prefill │ decode
                   └─ the ranks' READs and proofs ─┘
         """
         self.phase_at = 0.0 if self.spans is None else self.spans.start_at
-        """When it last began to wait or to run; only kept for the spans."""
+        """When the request last began to wait or to run; only used for spans."""
         # Instants, for the histograms.
         self.arrived_at = 0.0
         self.started_at: float | None = None
@@ -152,30 +152,28 @@ class Request:
 
     @property
     def num_scheduled(self) -> int:
-        """Return how many tokens are computed or in flight: the next step begins after them."""
+        """Return how many tokens are computed or in flight; the next step begins after them."""
         return self.num_computed + self.num_in_flight
 
     @property
     def num_to_schedule(self) -> int:
-        """Return how many tokens no step computes yet; 1 while the request decodes."""
+        """Return how many tokens no launched step computes; 1 while the request decodes."""
         return len(self.token_ids) + self.num_unknown - self.num_scheduled
 
     @property
     def ends_in_flight(self) -> bool:
-        """Return whether the steps in flight draw its last token, whichever that is."""
+        """Return whether the steps in flight reach the limit of output tokens."""
         num_drawn = self.num_output_tokens + self.num_unknown
         return self.num_unknown > 0 and num_drawn >= self.output_limit
 
     @property
     def draws_from_its_output(self) -> bool:
-        """Return whether the host has to know a token before the next is drawn."""
+        """Return whether drawing a token needs all earlier tokens on the host."""
         sampling = self.message.sampling
-        return sampling.repetition_penalty != 1.0 or bool(
-            sampling.presence_penalty or sampling.frequency_penalty or sampling.grammar
-        )
+        return sampling.needs_output or bool(sampling.grammar)
 
     def take_scored(self) -> list[TokenOutput]:
-        """Return the prompt's tokens with their log-probabilities, once."""
+        """Return the prompt's tokens with log-probabilities, once; empty if not requested."""
         if self.scored is None:
             return []
         scored, self.scored = [TokenOutput(token_id=self.token_ids[0]), *self.scored], None
@@ -185,7 +183,7 @@ class Request:
     def num_pulled_tokens(self) -> int:
         """Return how many tokens count as computed after a pull: the whole prompt.
 
-        A request without an output token computes its last prompt token here.
+        Without an output token, the last prompt token is computed here, to draw the first one.
         """
         return self.num_prompt_tokens - (self.num_output_tokens == 0)
 
@@ -215,8 +213,8 @@ class Request:
             log.take(told, sent_at=asked_at, received_at=now_at, process=RANK.format(tp_rank))
 
     def report_spans(self, reason: FinishReason | None = None) -> SpanReport | None:
-        """Return the spans since the last report, if they are wanted: with the first token drawn
-        here, and at the end, for a ``reason``.
+        """Return the spans since the last report; None if the request records none. Called with the
+        first token that is drawn here, and at the end of the request with its ``reason``.
         """
         if (log := self.spans) is None:
             return None
@@ -245,9 +243,7 @@ class Request:
 
 
 class RequestQueues:
-    """Holds requests from their arrival to their end; queues are in the order of priority
-    and arrival.
-    """
+    """Holds requests from arrival to end; both queues are sorted by priority, then by arrival."""
 
     def __init__(self) -> None:
         self.by_id: dict[RequestId, Request] = {}
@@ -276,7 +272,7 @@ class RequestQueues:
                 request.phase_at = log.clock()
         request.phase = phase
         if before is not after:
-            # In C and by identity: a queue of a thousand takes some microseconds.
+            # ``remove`` searches in C, by identity: some microseconds in a queue of a thousand.
             if before is not None:
                 before.remove(request)
             if after is not None:
@@ -288,10 +284,11 @@ class RequestQueues:
         return [request for request in self.waiting if request.phase is Phase.READY]
 
     def latest_owner(self) -> Request:
+        """Return the request that comes last, by priority and arrival, of those with blocks."""
         return max(self.ready()[-1:] + self.running[-1:], key=attrgetter("order"))
 
     def check_integrity(self) -> None:
-        """Prove that each request is where its phase says. Raises AssertionError."""
+        """Check that each request is in the queue of its phase. Raises AssertionError."""
         for queue in (self.waiting, self.running):
             assert queue == sorted(queue, key=attrgetter("order"))
         for request in self.by_id.values():
@@ -303,7 +300,7 @@ class RequestQueues:
 
 
 class Batch:
-    """Seats requests on rows, 0 <= row < ``max_num_seqs``, makes the plans of steps, and remembers
+    """Assigns requests to rows, 0 <= row < ``max_num_seqs``, builds the plans of steps, and tracks
     the steps in flight.
 
     ::
@@ -311,17 +308,17 @@ class Batch:
         step N     launch ──────────── collect, postprocess
         step N+1                launch ──────────────────── collect, postprocess
 
-    Plans hold only what ranks do not know yet; those other than 0 are sent sampled tokens, too. A
-    request that ends while a step computes it keeps its row and its blocks until the last such step
-    has been collected: the step still writes to them.
+    Plans hold only what the ranks do not know yet. For ranks other than 0 they hold sampled tokens,
+    too. A request that ends while steps compute it keeps its row and its blocks until the last of
+    these steps has been collected, because the steps still write to them.
     """
 
     def __init__(self, max_num_seqs: int, tp_size: int) -> None:
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.freed_rows: list[int] = []
-        """Rows that have ended, of which the ranks have yet to hear."""
+        """Rows that the next plan reports to the ranks as free."""
         self.steps: deque[tuple[StepPlan, list[Request]]] = deque()
-        """Plans with something to compute that are not collected: at most two."""
+        """Plans in flight that compute something, with their requests; at most two."""
         self._shares_tokens = tp_size > 1
         self._sampled: list[Request] = []
         self._step_id = 0
@@ -330,30 +327,30 @@ class Batch:
         request.row = self.free_rows.pop()
 
     def unseat(self, request: Request) -> None:
-        """Take the request's row back; the ranks hear of it in the next plan, before new rows."""
+        """Free the request's row. In the next plan, the ranks free it before they add new rows."""
         assert request.row is not None
         self.free_rows.append(request.row)
-        # Ranks that have never heard of the row have nothing to free.
+        # If the row was never sent, the ranks have nothing to free.
         if request.num_sent_blocks is not None:
             self.freed_rows.append(request.row)
         request.row = request.num_sent_blocks = None
 
     def add_sampled(self, request: Request) -> None:
-        """Note that rank 0 has sampled the request's last token in the step that has just run."""
+        """Add the request's last token, which rank 0 has sampled, to the next plan, if needed."""
         if self._shares_tokens:
             self._sampled.append(request)
 
     def launch(self, scheduled: Mapping[Request, int]) -> StepPlan:
-        """Return the plan of a step. A plan that computes anything is in flight until collected."""
+        """Return the plan of a step. If it computes anything, it is in flight until ``collect``."""
         plan = StepPlan(step_id=self._step_id, freed_rows=self.freed_rows)
         self._step_id += 1
         for request in self._sampled:
-            if request.row is not None:  # rows that have ended since are left out
+            if request.row is not None:  # the request may have lost its row since
                 at = len(request.token_ids) - 1
                 token_ids = request.token_ids[at:]
                 plan.new_tokens.append(RowTokens(row=request.row, position=at, token_ids=token_ids))
         self._sampled, self.freed_rows = [], []
-        # Tokens come back in this order.
+        # The step returns its tokens in this order.
         for request, num_tokens in scheduled.items():
             self._add(plan, request, num_tokens)
         if plan.scheduled:
@@ -372,7 +369,7 @@ class Batch:
             yield item, request
 
     def marks(self) -> list[int]:
-        """Return the origins of all requests in flight, for the record that outlives the rank."""
+        """Return what ``StepRecord`` stores of all requests in flight: origin and suspect bit."""
         return [
             request.message.origin | (SUSPECT_BIT if request.is_suspect else 0)
             for _, requests in self.steps
@@ -385,9 +382,9 @@ class Batch:
         return {request for request in requests if request.phase is Phase.FINISHED}
 
     def check_integrity(self, owners: set[Request]) -> None:
-        """Prove that rows are used once and counts are those of the steps in flight.
+        """Check that no row is used twice, and that counts match the steps in flight.
 
-        ``owners``: the living requests and the ended ones.
+        ``owners``: all unfinished requests, and those of ``ended``. Raises AssertionError.
         """
         in_flight: Counter[Request] = Counter()
         unknown: Counter[Request] = Counter()
@@ -425,8 +422,8 @@ class Batch:
                         NewBlocks(row=row, group=group, first_block_index=begin, block_ids=ids)
                     )
             request.num_sent_blocks = tables.end
-        # After the last known token the step draws one. Tokens in flight count as known, because
-        # the device looks them up.
+        # A step that computes the last known token draws the next one. Tokens in flight count as
+        # known, because the device looks them up.
         start, samples = request.num_scheduled, num_tokens == request.num_to_schedule
         num_scored = 0
         if request.scored is not None:

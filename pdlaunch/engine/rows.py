@@ -1,5 +1,5 @@
-"""Rows of the runner, one a request, with its tokens, block tables and sampling parameters; and the
-tokens that the host does not know yet.
+"""Holds the rows of the runner (each has the tokens, block tables and sampling parameters of one
+request), and the drawn tokens that the host does not know yet.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Row:
-    """One request in the runner: everything but the logits that decides its next token."""
+    """Holds one request in the runner: all that decides its next token, except the logits."""
 
     # [max_model_len + 1], a view into the table; the first ``num_tokens`` are known or expected
     token_ids: IntArray
     num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
-    # Token ids and values of ``logit_bias``, made once; None where there are none
+    # Token ids and values of ``logit_bias`` as arrays; None if there are none
     bias: tuple[IntArray, FloatArray] | None = None
     # Logical index of the block whose slots past the row's last token are known to be zero
     clean_block: int = -1
@@ -50,14 +50,9 @@ class Row:
 
     @property
     def changes_with_tokens(self) -> bool:
-        """Return whether the row's logits change with its tokens, which is done for it alone."""
-        sampling = self.sampling
-        return (
-            self.num_tokens - self.num_prompt_tokens < sampling.min_tokens
-            or sampling.repetition_penalty != 1.0
-            or sampling.presence_penalty != 0.0
-            or sampling.frequency_penalty != 0.0
-        )
+        """Return whether the row's tokens change its logits, which is computed row by row."""
+        num_output = self.num_tokens - self.num_prompt_tokens
+        return self.sampling.needs_output or num_output < self.sampling.min_tokens
 
     @property
     def changes_logits(self) -> bool:
@@ -71,7 +66,7 @@ class Row:
         self.num_tokens = max(self.num_tokens, stop)
 
     def expect(self, number: int) -> int:
-        """Let ``number`` stand for a token that is known later, and return its position."""
+        """Append ``number`` as a placeholder of a token not known yet; return its position."""
         self.append(self.num_tokens, [number])
         return self.num_tokens - 1
 
@@ -79,7 +74,7 @@ class Row:
 def new_row(
     token_ids: IntArray, known: list[int], num_prompt_tokens: int, sampling: SamplingParams
 ) -> Row:
-    """Return a row that lies in ``token_ids`` and begins with the tokens ``known``."""
+    """Return a row that stores its tokens in ``token_ids`` and begins with ``known``."""
     bias = None
     if sampling.logit_bias:
         ids = np.array([*sampling.logit_bias], dtype=np.int64)
@@ -90,7 +85,7 @@ def new_row(
 
 
 class RowTable:
-    """Holds all rows of a rank, with a [max_num_seqs, max_blocks] block table a KV cache group."""
+    """Holds all rows of a rank, and a block table [max_num_seqs, max_blocks] for each group."""
 
     def __init__(self, spec: EngineSpec, num_groups: int) -> None:
         self._block_size = spec.block_size
@@ -105,7 +100,7 @@ class RowTable:
         return self._rows[row]
 
     def apply(self, plan: StepPlan) -> None:
-        """Take over what the plan says is new."""
+        """Apply the changes of a plan: freed and new rows, new tokens and blocks."""
         # Free rows first: a new request may take one of them in the same step.
         for row in plan.freed_rows:
             del self._rows[row]
@@ -122,7 +117,7 @@ class RowTable:
             table[blocks.row, blocks.first_block_index : stop] = blocks.block_ids
 
     def pack(self, scheduled: list[ScheduledRow]) -> PackedBatch:
-        """Return the batch of one step; rows in the order given, with decode rows first."""
+        """Return the batch of one step. ``scheduled`` must have decode rows first."""
         counts = np.array([item.num_tokens for item in scheduled], dtype=np.int64)
         computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
         # row_starts    0    1    2                   5
@@ -145,11 +140,11 @@ class RowTable:
         )
 
     def clean(self, scheduled: list[ScheduledRow], kv_cache: torch.Tensor) -> None:
-        """Make the slots past the last token zero in blocks that become the last ones of rows,
-        before this step writes any.
+        """Set the slots past a row's last token to zero when the row reaches a new block, before
+        this step writes to it.
 
-        A block may hold anything there: another request's values, or the rest of a broken transfer.
-        Attention masks these slots, but a NaN would show through.
+        These slots may hold anything: values of another request, or of a failed transfer. Attention
+        gives them weight 0, but 0 times NaN is NaN.
         """
         for item in scheduled:
             row, last = self._rows[item.row], item.num_computed_tokens + item.num_tokens - 1
@@ -162,15 +157,15 @@ class RowTable:
 
 
 class LatestTokens:
-    """Gives output tokens that the host does not know yet to the next step as its input.
+    """Passes output tokens that the host does not know yet to the next step.
 
-    The host writes a number for each input token, the device looks it up in one table at an address
-    that stays::
+    The host sends a number for each input token. The device looks the token up in a table, whose
+    address is fixed::
 
         number   0   1   2  ..  vocab_size - 1 │ vocab_size + 0    vocab_size + 1  ..
         token    0   1   2  ..  vocab_size - 1 │ drawn first       drawn second    ..
 
-    "Drawn" tokens are those of the latest step that drew any, at most ``max_rows``.
+    "Drawn" tokens, at most ``max_rows``, are those of the last step that drew any.
     """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
@@ -182,5 +177,5 @@ class LatestTokens:
         self._table[self._vocab_size : self._vocab_size + len(token_ids)].copy_(token_ids)
 
     def look_up(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the token ids of ``numbers``, both [num_tokens]; a CUDA graph can hold it."""
+        """Return the token ids of ``numbers``, both [num_tokens]; a CUDA graph can capture this."""
         return self._table.index_select(0, numbers)

@@ -1,12 +1,12 @@
-"""The model runner of one rank takes a StepPlan, computes KV blocks and logits, draws tokens.
+"""Runs the model of one rank: takes a StepPlan, computes KV blocks and logits, draws tokens.
 
-``apply -> pack -> attend -> sample`` is launched; the tokens are collected later. The runner only
-obeys: the scheduler decides on rows, blocks and tokens.
+``launch`` does ``apply -> pack -> attend -> sample``; ``collect`` returns the tokens later. The
+scheduler decides on rows, blocks and tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_files.identity import changes, model_digest, weight_digests
+from pdlaunch.config.model_files.identity import model_digest, refuse_changes, weight_digests
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
 from pdlaunch.engine.grammar import Grammars
@@ -37,19 +37,19 @@ from pdlaunch.protocol.kv_params import TokenOutput
 if TYPE_CHECKING:
     from pdlaunch.engine.step_graphs import StepGraphs
 
-# Share of a GPU that is left free at most, for CUDA contexts, libraries and graphs
+# Largest share of a GPU that is kept free for CUDA contexts, libraries and graphs
 _MOST_SPARED = 0.05
 _NUM_WARM_UP_STREAMS = {"cpu": 8, "cuda": 32}
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """Holds what has to be done when the step's tokens are known."""
+    """Holds what ``collect`` needs of a launched step."""
 
-    drawn: DrawnTokens | None = None  # none if it draws nothing here
-    # Rows with the position of each drawn token; rows stay until the step has been collected
+    drawn: DrawnTokens | None = None  # None if this rank draws no token
+    # Row and position of each drawn token; the rows are kept until the step has been collected
     places: list[tuple[Row, int]] = field(default_factory=list)
-    # Marks the end of a step that draws nothing here; its blocks are in use until then
+    # Signals the end of a step that draws no token here; until then, it uses its blocks
     ended: Download | None = None
     # Tokens of prompts, with their log-probabilities
     scored: DrawnTokens | None = None
@@ -70,13 +70,19 @@ class ModelRunner:
         tp: TPGroup | None,
         progress: ReportProgress,
         pools: MemoryPools | None = None,
+        pinned: Mapping[str, str] | None = None,
     ) -> None:
-        """``pools``: where weights and KV cache are allocated; None for new ones by ``spec``."""
+        """``pools``: where weights and KV cache are allocated; None opens the pools of ``spec``.
+        ``pinned``: the digests that ``model_files`` must have, if any. Raises ConfigError.
+        """
         self._spec = spec
         self._tp = tp
         self._progress = progress
         self._tp_rank = 0 if tp is None else tp.tp_rank
         model_dir = Path(spec.model_dir)
+        # Taken before the first read and compared after the last one, to detect changed files.
+        self.model_files = self._digests()
+        refuse_changes(pinned or self.model_files, self.model_files)
         self.shape = read_model_shape(model_dir)
         self._device = self._open_device()
         shard = Shard(self._tp_rank, 1 if tp is None else tp.tp_size, self.shape)
@@ -100,8 +106,7 @@ class ModelRunner:
         with self._pools.memory_pool(WEIGHTS):
             self._model = self._loader.load(stacked=self._device.type == "cuda")
             self._decoder = self._new_decoder()
-        # Behind the last read: a file that others change meanwhile shows up here.
-        self.model_files = weight_digests(model_dir, dummy=is_dummy)
+        refuse_changes(self.model_files, self._digests(), "while it was loaded")
         self.model_digest = model_digest(self.model_files)
         self._weights_lost = False
         progress("allocating the KV cache", None)
@@ -129,13 +134,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Begin a step, behind the one before; on a CPU it is done when this returns."""
+        """Launch a step after the previous one. On a CPU, it has ended when this returns."""
         self._rows.apply(plan)
         if not plan.scheduled:
             return LaunchedStep()
         if not self._attention.reads_only_context:
             self._rows.clean(plan.scheduled, self.kv_cache)
-        # Decode rows first, as backends want them; the sort keeps the order within both kinds.
+        # Decode rows first, as backends need them. The sort is stable.
         packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
         batch = self._rows.pack(packed)
         ends = dict(zip([item.row for item in packed], batch.row_starts[1:].tolist(), strict=True))
@@ -144,8 +149,8 @@ class ModelRunner:
         # Every rank has the whole output layer; rank 0 draws for all.
         draws = bool(sampled) and self._tp_rank == 0
         scoring = [item for item in plan.scheduled if item.num_scored and self._tp_rank == 0]
-        # In the order of the plan, not of the batch: the scored tokens, then the last token of each
-        # row that draws.
+        # Indices of tokens in the batch, in the order of the plan: the scored tokens, then the last
+        # token of each row that draws.
         kept = [
             ends[item.row] - item.num_tokens + index
             for item in scoring
@@ -168,14 +173,14 @@ class ModelRunner:
             self._latest.keep(token_ids if self._tp is None else self._tp.broadcast(token_ids))
         places = []
         if drawn is not None or self._latest is not None:
-            # Until a token is known, the number of its place in ``LatestTokens`` stands for it.
+            # Until a token is known, its number in ``LatestTokens`` is the placeholder.
             first = self.shape.vocab_size
             places = [(row, row.expect(number)) for number, row in enumerate(rows, first)]
         ended = Download([], self._device) if drawn is None else None
         return LaunchedStep(drawn, places, ended, scored)
 
     def _score(self, scoring: list[ScheduledRow], logits: torch.Tensor) -> DrawnTokens:
-        """Find the log-probabilities of the known tokens that follow scored ones."""
+        """Compute the log-probability of the known token after each scored token."""
         next_ids, num_tops = [], []
         for item in scoring:
             row, begin = self._rows[item.row], item.num_computed_tokens + 1
@@ -186,7 +191,7 @@ class ModelRunner:
     def _forward(
         self, batch: PackedBatch, kept: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits [num_kept, vocab_size] of tokens, and their argmax where it is known."""
+        """Return logits [num_kept, vocab_size] of the tokens ``kept``, and their argmax or None."""
         replayed = None if self._graphs is None else self._graphs.run(batch, kept)
         if replayed is not None:
             return replayed
@@ -215,7 +220,7 @@ class ModelRunner:
         return scored + tokens
 
     def warm_up(self) -> None:
-        """Run some steps, so that requests pay for no lazy initialisation; capture graphs."""
+        """Run some steps, so that lazy initialisation does not delay requests; capture graphs."""
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
         used = 0
         for plan in warm_up_steps(self._spec, self.num_blocks, len(self.layout.groups)):
@@ -223,35 +228,34 @@ class ModelRunner:
             self._rows = RowTable(self._spec, len(self.layout.groups))
             used = max(used, len(plan.new_blocks[0].block_ids))
         self._graphs = self._capture_graphs()
-        # Blocks may be used by anybody from the first step on, and a NaN left in one would show
-        # through attention's mask.
+        # Clear the blocks that warm-up used: a NaN that remains in a block would pass through
+        # attention's mask.
         self.kv_cache[:used].zero_()
 
     @property
     def sleeping_tags(self) -> frozenset[str]:
-        # Lost weights count as asleep: their memory is back, but not their values.
+        # Lost weights count as asleep: their memory is allocated, but their values are missing.
         return self._pools.sleeping_tags | ({WEIGHTS} if self._weights_lost else set())
 
     def sleep(self, level: int) -> int:
-        """Give the memory of weights and KV cache back; no row may be in use. Returns the bytes
-        given back.
+        """Free the memory of weights and KV cache; return the freed bytes. No row may be in use.
 
-        ``level`` 1 keeps the weights in host memory, 2 reads them again when they wake up. Raises
-        MemoryPoolError; then the runner is awake as before.
+        ``level`` 1 keeps the weights in host memory; 2 drops them, and ``wake_up`` reads them
+        again. After a MemoryPoolError, the runner is awake as before.
         """
         num_bytes = self._pools.sleep(TAGS, keep=(WEIGHTS,) if level == 1 else ())
-        # Until all are awake: a wake-up of the KV cache alone leaves them lost.
+        # True until the weights are read again; waking the KV cache alone does not change this.
         self._weights_lost |= level == 2
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         return num_bytes
 
     def wake_up(self, tags: Collection[str]) -> int:
-        """Take the memory of ``tags`` again, weights as they were, the KV cache empty. Returns the
-        bytes taken.
+        """Allocate the memory of ``tags`` again; return the allocated bytes. Weights are as before,
+        the KV cache is empty.
 
-        Raises MemoryPoolError when the device has too little memory, ConfigError when the weights
-        cannot be read again as they were; then they sleep on.
+        Raises MemoryPoolError if the device has too little memory, ConfigError if the weights
+        cannot be read or have changed. The weights then still count as asleep.
         """
         waking = self._pools.sleeping_tags & set(tags)
         num_bytes = self._pools.wake_up(waking) if waking else 0
@@ -259,18 +263,12 @@ class ModelRunner:
             self.kv_cache.zero_()
         if self._weights_lost and WEIGHTS not in self._pools.sleeping_tags:
             self._loader.reload(self._model)
-            found = weight_digests(
-                Path(self._spec.model_dir), dummy=self._spec.load_format == "dummy"
-            )
-            if changed := changes(self.model_files, found):
-                raise ConfigError(
-                    f"the model has changed while the engine slept: {changed}",
-                    field="model",
-                    value=self._spec.model_dir,
-                    fix="Put the files back, or start a new launch.",
-                )
+            refuse_changes(self.model_files, self._digests(), "while the engine was asleep")
             self._weights_lost = False
         return num_bytes
+
+    def _digests(self) -> dict[str, str]:
+        return weight_digests(Path(self._spec.model_dir), dummy=self._spec.load_format == "dummy")
 
     def _new_decoder(self) -> Decoder:
         if self._device.type == "cuda":
@@ -288,7 +286,7 @@ class ModelRunner:
         return TritonAttention(self.layout, self.kv_cache)
 
     def _capture_graphs(self) -> StepGraphs | None:
-        """Capture graphs of decode steps, on all ranks of a TP group: their sums are in them."""
+        """Capture graphs of decode steps. All ranks must do so: the graphs contain all-reduces."""
         if self._device.type == "cpu" or self._spec.enforce_eager:
             return None
         from pdlaunch.engine.models.triton_attention import TritonAttention
@@ -306,8 +304,8 @@ class ModelRunner:
 
     def _open_device(self) -> torch.device:
         if self._spec.device == "cpu":
-            # Limited, and not pinned to cores: a pinned rank would wait behind servers and router
-            # while another core idles.
+            # Limit the threads, but do not pin them: a pinned rank would wait behind servers and
+            # router while another core is idle.
             torch.set_num_threads(self._spec.num_threads)
             return torch.device("cpu")
         device = torch.device("cuda", self._spec.device_indices[self._tp_rank])
@@ -320,15 +318,15 @@ def count_kv_blocks(
 ) -> int:
     """Return how many blocks fit into the memory for the KV cache; the same on all ranks of ``tp``.
 
-    Without ``kv_cache_memory`` the cache gets what the weights, which are allocated, have left.
-    Raises ConfigError when not one block fits.
+    Without ``kv_cache_memory``, the cache gets the memory that is left beside the weights. Raises
+    ConfigError if not even one block fits.
     """
     field, fix = "kv_cache_memory", "Raise it, or choose a smaller block_size."
     cache_bytes = spec.kv_cache_memory
     if cache_bytes is None:
         field = "gpu_memory_utilization"
-        fix = "Raise it, lower max_num_batched_tokens, or stop what else holds the GPU's memory."
-        # The only size that is not planned: nobody knows before what a device has left.
+        fix = "Raise it, lower max_num_batched_tokens, or stop other users of the GPU's memory."
+        # This size cannot be planned, because only now it is known how much memory is left.
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         cache_bytes = left_for_cache(
             free_bytes=free_bytes,
@@ -338,11 +336,11 @@ def count_kv_blocks(
             activation_bytes=spec.activation_bytes,
         )
     if tp is not None:
-        # Ranks of a TP group share block ids: all have as many as the one with the least memory.
+        # Ranks of a TP group share block ids, so the rank with the least memory decides.
         cache_bytes = tp.least(cache_bytes)
     if cache_bytes < layout.block_bytes:
         raise ConfigError(
-            f"a KV cache of {cache_bytes} bytes holds no block of {layout.block_bytes} bytes",
+            f"a KV cache of {cache_bytes} bytes is too small: a block has {layout.block_bytes}",
             field=field,
             value=getattr(spec, field),
             fix=fix,
@@ -353,11 +351,11 @@ def count_kv_blocks(
 def left_for_cache(
     *, free_bytes: int, total_bytes: int, own_bytes: int, utilization: float, activation_bytes: int
 ) -> int:
-    """Return the bytes of the KV cache of a rank that sizes it itself, 0 when nothing is left.
+    """Return how many bytes are left for the KV cache of a rank; 0 if nothing is left.
 
-    ``utilization`` of the GPU is the budget of this rank alone, as in vLLM: what other ranks and
-    processes hold does not count against it, but cannot be had either. ``free_bytes`` and
-    ``total_bytes`` are the GPU's; this process holds ``own_bytes`` by now and needs
+    ``utilization`` is the share of the GPU for this rank alone, as in vLLM. Memory of other
+    processes does not count against this share, but it is not available either. ``free_bytes`` and
+    ``total_bytes`` are the GPU's; this process holds ``own_bytes`` now and needs
     ``activation_bytes`` for a step.
     """
     budget = total_bytes * utilization - own_bytes
@@ -366,17 +364,17 @@ def left_for_cache(
 
 
 def warm_up_steps(spec: EngineSpec, num_blocks: int, num_groups: int) -> Iterator[StepPlan]:
-    """Yield the plans of a short prompt, of decode steps, and on a GPU of the longest prompt and of
-    a chunk with something before it. Each begins with an empty row table.
+    """Yield plans of a short prompt, of decode steps, and on a GPU of the longest prompt and of the
+    second half of a prompt. Each plan needs an empty row table.
 
-    Nothing is right about their results, as all rows and groups use the same blocks, the first
-    ones. There are no plans where not even a short prompt has room.
+    The results are meaningless, because all rows and groups use the same blocks, the first ones.
+    Yields nothing if not even a short prompt fits.
     """
     block_size = spec.block_size
     longest = min(spec.max_num_batched_tokens, spec.max_model_len - 1, num_blocks * block_size - 1)
     short = min(2 * block_size, longest)
     num_streams = min(_NUM_WARM_UP_STREAMS[spec.device], spec.max_num_seqs)
-    # The number of rows, and for each of them the tokens before this step and in it.
+    # The number of rows, and for each row the tokens before this step and those in it.
     steps = [(1, 0, short), (1, short, 1), (num_streams, short, 1)]
     if spec.device == "cuda":
         steps += [(1, 0, longest), (1, longest // 2, longest // 2)]

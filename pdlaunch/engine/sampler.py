@@ -1,15 +1,15 @@
-"""Draw output tokens from logits.
+"""Draws output tokens from logits.
 
 Output token i of a choice is a pure function of its logits and (seed, choice, i), so that any
-engine, after any preemption or migration, draws the same. The token whose weight divided by noise
-is largest is drawn: logits that another batch shape rounds differently move the draw only where two
-tokens are as near to each other as their rounding errors, while a sum over the vocabulary (the
-inverse of the cumulative distribution) moves the borders of all tokens.
+engine draws the same token, also after a preemption or migration. The token with the largest
+quotient of weight and noise is drawn. Other batch shapes round logits differently: this changes the
+draw only if two quotients are as close as rounding errors. Inverting the cumulative distribution
+instead would move the borders of all tokens.
 
-Order of the steps as in vLLM: a grammar's mask, in the logits that come here; log-probabilities are
-taken from these; then logit_bias, min_tokens and penalties; for sampled rows temperature, min_p,
-top_k, top_p. No parameter turns a logit that is a number into NaN. Logits may be infinite. A row
-with a NaN draws no token.
+The order of the steps is vLLM's. The caller has applied grammar masks to the logits. From these,
+log-probabilities are computed. Then follow logit_bias, min_tokens and penalties, and for sampled
+rows temperature, min_p, top_k and top_p. No parameter turns a logit that is a number into NaN.
+Logits may be infinite. A row with a NaN draws no token.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pdlaunch.engine.rows import Row
 from pdlaunch.protocol.kv_params import TokenOutput
 
 LEAST_TEMPERATURE = 0.01  # temperatures between 0 and this one are raised to it. Source: vLLM.
-# Higher ones are lowered to it: forbidden tokens, at the lowest float32, keep a weight of 0.
+# Limit of temperatures, so that forbidden tokens, at the lowest float32, keep a weight of 0.
 MOST_TEMPERATURE = 1e30
 # Number of tokens that top_p sorts first (then 16 times as many, and so on). Sorting the whole
 # vocabulary costs 25 times as much.
 NUCLEUS_GUESS_TOKENS = 256
-# Logits that a CPU samples from at once: temporaries that fit the cache are four times as fast
+# Number of logits that a CPU samples at once: temporaries in its cache are four times as fast
 CPU_SLICE_LOGITS = 256 * 1024
 GROUP_TOKENS = 256
-"""Tokens of a group. A draw chooses a group of neighbours first, then a token in it: noise for each
-token of the vocabulary costs 13 times as much.
+"""Tokens of a group. A draw chooses a group of neighbours first, then a token in it. Noise for each
+token of the vocabulary would cost 13 times as much.
 
-Engines of different versions must draw the same: a change breaks running deployments.
+A change of this number changes draws, and engines of different versions must draw the same.
 """
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; the value that OpenAI uses
 NO_TOKEN = -1  # stands for the token of a row with a NaN
@@ -44,19 +44,19 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 class DrawnTokens:
-    """Holds a token a row, with log-probabilities where asked for, on the way to the host."""
+    """Copies one token for each row to the host, with log-probabilities if they are requested."""
 
     def __init__(
         self, drawn: torch.Tensor, num_tops: list[int | None], logits: torch.Tensor
     ) -> None:
-        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were.
+        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], before biases and penalties.
 
-        ``num_tops``: as ``num_top_logprobs``, of each row.
+        ``num_tops``: ``num_top_logprobs`` or ``num_prompt_logprobs`` of each row.
         """
         self._vocab_size = logits.shape[-1]
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
-        """[num_rows] input of the next step, which may be queued already and must look nothing up
-        outside of the vocabulary; the host drops what it computes for a row without a token.
+        """[num_rows], input of the next step, which may be launched before the host sees NO_TOKEN.
+        Therefore all ids are in the vocabulary; the host drops the results of rows without a token.
         """
         self._num_tops = {index: num for index, num in enumerate(num_tops) if num is not None}
         told = _logprobs(logits, self.token_ids, self._num_tops) if self._num_tops else []
@@ -79,11 +79,10 @@ class DrawnTokens:
 def draw_tokens(
     logits: torch.Tensor, rows: list[Row], likeliest: torch.Tensor | None = None
 ) -> DrawnTokens:
-    """Draw one token a row, in their order, and leave ``logits``, [num_rows, vocab_size], as they
-    are.
+    """Draw one token for each row. Does not change ``logits``, [num_rows, vocab_size].
 
-    ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, when they are known. On a GPU the
-    host waits for nothing, unless a row has penalties.
+    ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, if they are known. On a GPU the
+    host does not wait, unless a row has penalties.
     """
     num_tops = [row.sampling.num_top_logprobs for row in rows]
     if all(row.is_greedy and not row.changes_logits for row in rows):
@@ -100,14 +99,14 @@ def draw_tokens(
         part = sampled[start : start + num_at_once]
         places = _indices(part, logits)
         found = _sample(changed[places], [rows[index] for index in part])
-        # A row with a NaN stays without a token: its sampled one means nothing.
+        # A row with a NaN stays without a token, because its sampled token is meaningless.
         token_ids[places] = torch.where(token_ids[places] == NO_TOKEN, NO_TOKEN, found)
     return DrawnTokens(token_ids, num_tops, logits)
 
 
 def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """Return [num_rows] of [num_rows, vocab_size]; NO_TOKEN where one of the logits is NaN."""
-    # On a GPU in two stages: one would keep a multiprocessor a row busy for 37 us.
+    """Return the argmax, [num_rows], of [num_rows, vocab_size]; NO_TOKEN for rows with a NaN."""
+    # In two stages: in a single one, a GPU uses one multiprocessor for each row, for 37 us.
     num_rows, vocab_size = logits.shape
     num_parts = next(parts for parts in (64, 32, 16, 8, 4, 2, 1) if vocab_size % parts == 0)
     values, places = logits.reshape(num_rows, num_parts, -1).max(dim=-1)
@@ -121,8 +120,8 @@ def _logprobs(
 ) -> list[torch.Tensor]:
     """Return log-probabilities of the rows in ``num_tops``.
 
-    They are [n] of the token, [n, k] of the likeliest, and [n, k] the ids of these; k is the
-    largest number wanted.
+    They are [n] of the row's token, [n, k] of the likeliest tokens, and [n, k] the ids of the
+    latter; k is the largest of ``num_tops``.
     """
     rows = _indices([*num_tops], logits)
     logprobs = logits[rows].float().nan_to_num().log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
@@ -134,13 +133,13 @@ def _logprobs(
 
 
 def _change_logits(raw: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """Return ``raw``, [num_rows, vocab_size] float32, with the rows' changes, if there are any."""
+    """Return ``raw``, [num_rows, vocab_size] float32, with the rows' biases and penalties."""
     if not any(row.changes_logits for row in rows):
         return raw
     changed, vocab_size = raw.clone(memory_format=torch.contiguous_format), raw.shape[-1]
     biases = [(index * vocab_size, *row.bias) for index, row in enumerate(rows) if row.bias]
     if biases:
-        # One operation for all: 49,000 entries one by one took 352 ms, like this 0.8.
+        # One operation for all entries: 49,000 of them take 0.8 ms, one by one they took 352 ms.
         places = np.concatenate([ids[ids < vocab_size] + start for start, ids, _ in biases])
         values = np.concatenate([values[ids < vocab_size] for _, ids, values in biases])
         changed.view(-1).index_add_(
@@ -160,7 +159,7 @@ def _change_row(logits: torch.Tensor, row: Row) -> None:
         indices = _indices([token_id for token_id in forbidden if token_id < len(logits)], logits)
         logits.index_fill_(0, indices, float("-inf"))
     if sampling.repetition_penalty != 1.0:
-        # Within float32: an infinite factor would make NaN of 0, and 0 of minus infinity.
+        # Finite and above 0: infinity times 0 is NaN, and so is 0 times minus infinity.
         penalty = min(max(sampling.repetition_penalty, _FLOAT32.tiny), _FLOAT32.max)
         seen = upload_array(np.unique(row.known), logits.device)
         values = logits[seen]
@@ -177,7 +176,7 @@ def _change_row(logits: torch.Tensor, row: Row) -> None:
 
 
 def _sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    # The likeliest becomes 0: whatever the temperature makes of the others is at most that.
+    # Make the largest log-weight 0, so that a low temperature cannot turn it into infinity.
     scaled = logits.nan_to_num_().sub_(logits.amax(dim=-1, keepdim=True))
     temperatures = [
         min(max(row.sampling.temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE) for row in rows
@@ -197,7 +196,7 @@ def _keep_min_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
 
 
 def _keep_top_k(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """Drop tokens less likely than the k-th; all that tie with it stay, so that no sort decides."""
+    """Drop tokens less likely than the k-th. Ties with it stay: the sort order does not matter."""
     limited = {
         index: row.sampling.top_k
         for index, row in enumerate(rows)
@@ -213,7 +212,7 @@ def _keep_top_k(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
 
 
 def _keep_top_p(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    """Keep the likeliest tokens of probability top_p together, and all that tie with the last."""
+    """Keep the likeliest tokens whose sum of probabilities is top_p, and ties with the last."""
     limited = {
         index: row.sampling.top_p for index, row in enumerate(rows) if row.sampling.top_p < 1.0
     }
@@ -231,8 +230,8 @@ def nucleus_edges(
 ) -> torch.Tensor:
     """Return [num_rows, 1], the smallest probability in each nucleus.
 
-    On a CPU it sorts ``num_tokens`` of the likeliest at first, and more if a row needs them; on a
-    GPU the host would have to wait to know.
+    On a CPU it sorts the ``num_tokens`` likeliest first, and more only if a row needs them. On a
+    GPU it sorts all, because the host would have to wait for this check.
     """
     is_whole = probabilities.device.type != "cpu" or num_tokens >= probabilities.shape[-1]
     if is_whole:
@@ -248,12 +247,12 @@ def nucleus_edges(
 
 
 def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return token ids [num_rows], each drawn as its weight says.
+    """Return token ids [num_rows], each drawn in proportion to its weight.
 
     ``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows].
-    First a group of neighbours is drawn by the sum of its weights, then one of them. Noise has
-    numbers below 0 for the groups. Those from 0 on serve for the places in whichever group was
-    drawn, as only one is looked into.
+    First a group of neighbours is drawn by the sum of its weights, then a token in it. Each group
+    has its own noise, with a number below 0. All groups share the noise of their places, with
+    numbers from 0 on, because a row uses the places of one group only.
     """
     num_rows, vocab_size = scaled.shape
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))
@@ -261,7 +260,7 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     num_groups = groups.shape[1]
     # number    -num_groups .. -1      0 .. GROUP_TOKENS - 1
     # noise of  groups                 places in the group that was drawn
-    # Exponential noise: the argmax of weights / noise falls on each weight in proportion to it.
+    # Exponential noise: the argmax of weights / noise is each index in proportion to its weight.
     numbers = torch.arange(-num_groups, GROUP_TOKENS, device=scaled.device)
     noise = -uniform_noise(keys, numbers).log()
     group = (groups.exp().sum(dim=-1).double() / noise[:, :num_groups]).argmax(dim=-1, keepdim=True)
@@ -276,8 +275,8 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND_FACTOR = 0x94D049BB133111EB - 2**64
-# One bit fewer than a double holds: the middle of each interval then differs from 0 and 1, whose
-# logarithms, minus infinity and 0, are no use as noise
+# One bit fewer than a double holds: then the middle of each interval is neither 0 nor 1, whose
+# logarithms, minus infinity and 0, cannot be used as noise
 _UNIFORM_BITS = 52
 
 
@@ -293,7 +292,7 @@ def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     mixed = (mixed ^ _shift_right(mixed, 30)) * _FIRST_FACTOR
     mixed = (mixed ^ _shift_right(mixed, 27)) * _SECOND_FACTOR
     mixed = mixed ^ _shift_right(mixed, 31)
-    # From the middle of the lowest interval on; both steps are exact.
+    # The sum moves [-0.5, 0.5) to (0, 1), to the middles of intervals. Both steps are exact.
     middle = 0.5 + 2.0 ** -(_UNIFORM_BITS + 1)
     return (mixed >> (64 - _UNIFORM_BITS)).double() * 2.0**-_UNIFORM_BITS + middle
 

@@ -2,9 +2,9 @@
 
 Continuous batching under a token budget, on paged KV. A step holds first the next token of every
 request that decodes, then chunks of prompts in order of arrival. When blocks run out, the latest
-arrival gives its own back and computes its tokens again later. Requests wait without row and budget
-while their blocks are pulled from another engine or loaded from host memory. A prefix is looked for
-on the device, then at the prefill engine or on the host; the rest is computed.
+arrival is preempted: it loses its blocks and computes its tokens again later. While blocks of a
+request are pulled from another engine or loaded from host memory, it uses no row and no budget. A
+request takes cached blocks on the device first, then pulls or loads more, and computes the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pdlaunch.protocol.kv_params import TokenOutput
 logger = logging.getLogger(__name__)
 
 
-# Limit of a step's prompt tokens with log-probabilities: each takes a row of logits, 1 MB with a
+# Limit of prompt tokens with log-probabilities in a step: each needs a row of logits, 1 MB with a
 # vocabulary of 128,000.
 MAX_SCORED_TOKENS = 128
 
@@ -41,7 +41,7 @@ class _Draft:
         self.preempted = False
 
     def room(self, request: Request, num_wanted: int) -> int:
-        """Return how many next tokens of a request may be added; more than one: a prompt."""
+        """Return how many of the wanted tokens may be added; only prompts want more than one."""
         budget = min(self.budget, self.prompt_budget) if num_wanted > 1 else self.budget
         if request.scored is not None:
             budget = min(budget, self.scored_budget)
@@ -59,13 +59,13 @@ class _Draft:
 class Scheduler:
     """Plans the steps of an engine; lives in rank 0. Not safe for more than one thread.
 
-    The step loop alternates ``schedule`` and ``postprocess``. With ``schedule_ahead`` it may have a
-    second plan before the first one's step has ended. Server and connectors talk to ``requests`` in
-    between.
+    The step loop alternates ``schedule`` and ``postprocess``. ``schedule_ahead`` makes a second
+    plan before the first step has ended. Between these calls, the loop passes messages of server
+    and connectors to ``requests``.
     """
 
     def __init__(self, requests: RequestLifecycle, max_beside_streams: int | None = None) -> None:
-        """``max_beside_streams``: most prompt tokens in a step with streams; None: no limit."""
+        """``max_beside_streams``: limit of prompt tokens in a step that also decodes, if any."""
         self.requests = requests
         self._kv = requests.kv
         self._queues = requests.queues
@@ -76,24 +76,23 @@ class Scheduler:
         self._max_num_batched_tokens = requests.spec.max_num_batched_tokens
         self._max_beside_streams = max_beside_streams
         self._stalls = False
-        """Nothing can be computed before copies to host memory release their blocks."""
+        """No running request can go on before copies to host memory release blocks."""
 
     def schedule(self) -> StepPlan:
         assert not self._batch.steps
         return self._schedule()
 
     def schedule_ahead(self) -> StepPlan | None:
-        """Choose what follows the one step in flight, before its tokens are known.
+        """Plan the step after the one in flight, before the tokens of that one are known.
 
-        Return None when that step has to be collected first: when there are prompts to compute
-        (planning costs nothing beside such a step, and later arrivals can still join it), and when
-        a request would have to give up blocks for others, draws from its own output, or is a
-        suspect.
+        Return None if the step in flight must be collected first: if there are prompts to compute
+        (planning is short compared with such a step, and later arrivals can still join it), if
+        blocks are short, or if a request is a suspect or needs its tokens on the host to draw.
         """
         assert len(self._batch.steps) == 1
         arrived = self._queues.waiting if self._batch.free_rows else []
         if any(request.is_suspect for request in (*self._queues.running, *arrived)):
-            # With two steps in flight nobody could tell which one killed the rank.
+            # If a rank died with two steps in flight, either of them could be the cause.
             return None
         going_on = [request for request in self._queues.running if not request.ends_in_flight]
         if any(
@@ -109,13 +108,13 @@ class Scheduler:
         return self._schedule() if has_room else None
 
     def hand_over(self) -> StepPlan:
-        return self._tell(StepPlan(step_id=-1))
+        return self._with_orders(StepPlan(step_id=-1))
 
     def has_work(self) -> bool:
-        """Return whether ``schedule`` has something to do, and does not just wait for others."""
+        """Return whether ``schedule`` has work now; False if requests only wait for events."""
         computes = self._queues.running and not self._stalls
-        tells = self._transfers.commands or self._transfers.jobs or self._batch.freed_rows
-        return bool(computes or tells or self.requests.may_progress or self._batch.steps)
+        orders = self._transfers.commands or self._transfers.jobs or self._batch.freed_rows
+        return bool(computes or orders or self.requests.may_progress or self._batch.steps)
 
     def postprocess(self, plan: StepPlan, drawn: Sequence[TokenOutput | None]) -> None:
         """Account for a step that has run, the oldest in flight.
@@ -134,33 +133,33 @@ class Scheduler:
             if request.scored is not None:
                 request.scored += known
             if request.phase is Phase.FINISHED:
-                # It ended while the step ran: drop its token.
+                # The request ended while the step ran: drop its token.
                 if not request.num_in_flight:
-                    self.requests.let_go(request)
+                    self.requests.released(request)
                 continue
             request.num_computed += item.num_tokens
-            # Before the token, which may end the request: blocks freed before they are registered
-            # could not be found again.
+            # Register blocks before taking the token, which may end the request: blocks that are
+            # freed before they are registered cannot be found again.
             self.requests.register(request)
             if item.sample:
                 self.requests.take_token(request, token)
 
     def _schedule(self) -> StepPlan:
-        # First: a preemption below sets it again, as it frees blocks for others.
+        # Clear this first: a preemption below sets it again, because it frees blocks for others.
         self.requests.may_progress = False
         step = _Draft(self._max_num_batched_tokens)
         self._schedule_running(step)
-        # After a preemption blocks are short: a new one would take what running requests need next.
+        # After a preemption, blocks are short: keep the free ones for running requests.
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
-        plan = self._tell(self._batch.launch(step.scheduled))
+        plan = self._with_orders(self._batch.launch(step.scheduled))
         if plan.scheduled and logger.isEnabledFor(logging.DEBUG):
             work = [f"{each.request_id} computes {n};" for each, n in step.scheduled.items()]
             logger.debug("step %d: %s", plan.step_id, " ".join(work))
         return plan
 
-    def _tell(self, plan: StepPlan) -> StepPlan:
+    def _with_orders(self, plan: StepPlan) -> StepPlan:
         transfers = self._transfers
         plan.commands, transfers.commands = transfers.commands, []
         plan.jobs, transfers.jobs = transfers.jobs, []
@@ -177,23 +176,23 @@ class Scheduler:
                 prompts.append(request)
             else:
                 self._schedule_chunk(request, step)
-        # So far only decodes are scheduled; they wait while this step computes prompts.
+        # Only decodes are scheduled so far. They wait while this step computes prompts.
         if step.scheduled and self._max_beside_streams is not None:
             step.prompt_budget = self._max_beside_streams
         for request in prompts:
             self._schedule_chunk(request, step)
 
     def _schedule_chunk(self, request: Request, step: _Draft) -> None:
-        """Add next tokens of a running request; later arrivals give up blocks for at least one."""
+        """Add next tokens of a running request; preempt later arrivals if not even one fits."""
         num_tokens = step.room(request, request.num_to_schedule)
-        # It may have been preempted in this very step, by a request that came before it.
+        # An earlier request may have preempted it in this step.
         if request.phase is not Phase.RUNNING or num_tokens == 0:
             return
-        # Counted from num_computed: tokens in flight are queries too, and still read their windows.
+        # From num_computed, not num_scheduled: tokens in flight still read their windows.
         self._kv.release_left(request.tables, request.num_computed)
         if request.num_scheduled + num_tokens > request.tables.end * self._block_size:
             while not (room := self._room(request)):
-                # The request itself is the victim if it came last; then it is not computed now.
+                # If the request itself came last, it is the victim and is not computed now.
                 if self._transfers.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
@@ -201,11 +200,11 @@ class Scheduler:
         step.add(request, num_tokens)
 
     def _schedule_waiting(self, step: _Draft) -> None:
-        """Start requests in order; one that lacks blocks holds back later ones that want some."""
+        """Start waiting requests in order. One that lacks blocks holds back later ones."""
         lacks_blocks = False
         # A copy, because requests leave the queue inside the loop.
         for request in self._queues.waiting.copy():
-            # One that is READY goes on: it has the blocks of its prompt already.
+            # A READY request is not held back: it owns the blocks of its prompt already.
             if lacks_blocks and request.phase is Phase.WAITING:
                 continue
             if request.wants_pull:
@@ -219,19 +218,19 @@ class Scheduler:
                 lacks_blocks |= not self._admit(request, step)
         nothing_runs = not self._queues.running and not self._batch.steps
         if lacks_blocks and nothing_runs and len(self._queues.ready()) > 1:
-            # Waiting requests hold blocks that the others need.
+            # READY requests hold blocks that other requests need.
             self._preempt_latest(step)
 
     def _has_to_be_apart(self, request: Request) -> bool:
         return request.is_suspect and any(other.is_suspect for other in self._queues.running)
 
     def _admit(self, request: Request, step: _Draft) -> bool:
-        """Seat a request and schedule its first chunk. False: it lacks blocks.
+        """Seat a request and schedule its first chunk. Return False if it lacks blocks.
 
-        True also if it had better wait for another request, another step or host memory.
+        Return True also if the request has to wait for another request, a later step or a load.
         """
         if not step.room(request, request.num_remaining):
-            # Later arrivals must not go first.
+            # Later prompts must not go first.
             step.prompt_budget = 0
             return True
         if request.phase is Phase.WAITING:
@@ -240,10 +239,10 @@ class Scheduler:
             # The last known token is always computed.
             max_shared = (len(request.token_ids) - 1) // self._block_size if self._caches else 0
             if request.scored is not None:
-                max_shared = 0  # Its tokens are computed, all of them.
+                max_shared = 0  # only computed tokens have log-probabilities
             hit = self._kv.find_prefix(request.hasher.block_hashes, max_shared)
             if self._is_computed_elsewhere(request, hit, max_shared):
-                # It shares these blocks a few steps later instead of computing them twice.
+                # Wait a few steps to share these blocks, instead of computing them twice.
                 return True
             if not self._has_room_for(request, hit):
                 return False
@@ -265,7 +264,7 @@ class Scheduler:
         return True
 
     def _start_load(self, request: Request, max_blocks: int) -> bool:
-        """Load blocks that host memory has and the device lacks. False: there are none."""
+        """Load blocks that only host memory has. Return False if there are none, or no room."""
         hit = self._transfers.find_on_host(request, max_blocks)
         if hit is None or not self._has_room_for(request, hit.device):
             return False
@@ -275,14 +274,14 @@ class Scheduler:
         return True
 
     def _start_pull(self, request: Request) -> bool:
-        """Pull the prompt's blocks that are not cached here. False: there is no room for them.
+        """Pull the prompt's blocks that are not cached here. Return False if there is no room.
 
-        The host tier is not asked: the prefill engine has all blocks, and a READ of them is faster
+        The host tier is not used: the prefill engine has all blocks, and a READ of them is faster
         than a copy from the host (392 against 54 GB/s on an H200).
         """
         max_cached = request.num_pulled_tokens // self._block_size if self._caches else 0
         if max_cached and self._transfers.is_pulled(request):
-            # Another choice of the same prompt: its full blocks will be in the cache soon.
+            # Another choice pulls the same prompt: its full blocks will be cached soon.
             return True
         hit = self._kv.find_for_pull(request.prompt_hashes(), max_cached, request.num_pulled_tokens)
         if not self._has_room_for(request, hit):
@@ -302,14 +301,14 @@ class Scheduler:
         return self._kv.max_tokens(request.tables) - request.num_scheduled
 
     def _has_room_for(self, request: Request, hit: PrefixHit) -> bool:
-        """Return whether a new request fits with one more block for each running one."""
+        """Return whether a request fits and leaves a free block for each running request."""
         num_running = len(self._queues.running)
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
 
     def _is_computed_elsewhere(self, request: Request, hit: PrefixHit, max_shared: int) -> bool:
-        """Return whether a running request will soon compute blocks for which this one should wait.
+        """Return whether this request should wait for blocks that a running request will compute.
 
-        It should if they are at least half of the blocks that it could share and does not find.
+        It should if they are at least half of the blocks that it could share but are not cached.
         """
         middle = (hit.end(0) + max_shared) // 2
         if middle >= max_shared:
@@ -323,14 +322,14 @@ class Scheduler:
         )
 
     def _preempt_latest(self, step: _Draft) -> Request:
-        """Take all blocks from the latest arrival that owns some; it starts anew."""
+        """Preempt the latest arrival that owns blocks: free its blocks and queue it again."""
         assert not self._batch.steps
         victim = self._queues.latest_owner()
         if victim.phase is Phase.RUNNING:
             self._batch.unseat(victim)
         victim.mark("preempted")
         self._queues.move(victim, Phase.WAITING)
-        # While it still owns the blocks: it will find them in host memory.
+        # Store its blocks while it still owns them; later it finds them in host memory.
         self._transfers.store(victim, range(victim.num_registered_blocks))
         self._kv.free(victim.tables)
         victim.num_computed = victim.num_registered_blocks = 0

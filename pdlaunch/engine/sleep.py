@@ -1,5 +1,5 @@
-"""Puts an engine to sleep and wakes it: rank 0 decides when; every rank lets go of its peers and
-memory.
+"""Puts an engine to sleep and wakes it. Rank 0 decides when; each rank disconnects its peers and
+frees its memory.
 
 Work that takes several turns of the step loop is a generator: each ``yield`` ends a turn.
 """
@@ -21,15 +21,15 @@ from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
-# Longest time that the transfer thread may take to let go of its memory, or to take it again
+# Time limit for the transfer thread to release its memory, or to register it again
 TRANSFER_TIMEOUT_S = 20.0
-# Longest time that peers get to unmap this rank's memory, which the device gets back then
+# Time limit for peers to unmap this rank's memory; the device gets the memory back only then
 UNMAP_TIMEOUT_S = 5.0
-POLL_S = 0.05  # time between two looks at whether the engine is idle, or peers are back
+POLL_S = 0.05  # time between checks whether the engine is idle, or peers have shaken hands
 
 
 class RankSleeper:
-    """Puts one rank to sleep and wakes it up; a turn may take seconds, as nothing runs."""
+    """Puts one rank to sleep and wakes it up. A turn may take seconds, because no request runs."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class RankSleeper:
         peers_timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """``announce`` tells the supervisor, and so the peers, which have time to come back."""
+        """``announce`` informs the supervisor; peers have ``peers_timeout_s`` to reconnect."""
         self._memory = memory
         self._transfer = transfer
         self._announce = announce
@@ -82,19 +82,19 @@ class RankSleeper:
         return SleepReport(num_bytes=num_bytes, sleeping_tags=self.sleeping_tags, error=error)
 
     def _sleep(self, level: int) -> int:
-        """Let peers go, then give the memory back. Raises MemoryPoolError; then it is awake."""
+        """Disconnect peers, then free the memory. After a MemoryPoolError, the rank is awake."""
         if self._memory.sleeping_tags:
             return 0
         try:
             self._transfer.suspend(TRANSFER_TIMEOUT_S)
         except TransferError as error:
             raise MemoryPoolError(str(error)) from None
-        # Peers see this in the registry and unmap the memory. Only now: a rank whose transfers do
-        # not end stays awake.
+        # Peers see this in the registry and unmap the memory. Not announced earlier, because a rank
+        # whose transfers do not end stays awake.
         self._announce(SleepState(state="sleeping"))
         if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
             logger.warning(
-                "a peer has not unmapped the KV cache within %g s: its memory is free when it has",
+                "a peer still maps the KV cache after %g s; the memory is freed once unmapped",
                 UNMAP_TIMEOUT_S,
             )
         try:
@@ -104,7 +104,7 @@ class RankSleeper:
             raise
 
     def _wake_up(self, tags: list[str]) -> Generator[None, None, int]:
-        """Take memory back, let peers come, and wait until all have shaken hands or their time is
+        """Allocate the memory again and accept peers. Wait until all have shaken hands, or time is
         up. Raises MemoryPoolError or ConfigError.
         """
         was_asleep = bool(self._memory.sleeping_tags)
@@ -114,44 +114,44 @@ class RankSleeper:
             deadline_at = self._clock() + self._peers_timeout_s
             while not self._transfer.connected:
                 if self._clock() >= deadline_at:
-                    logger.warning("not every peer has shaken hands in time after waking up")
+                    logger.warning("after waking up, some peers did not shake hands in time")
                     break
                 yield
         return num_bytes
 
     def _reconnect(self) -> None:
-        """Let peers come again. Raises TransferError; then the rank has to be replaced."""
+        """Accept peers again. Raises TransferError, which ends the rank."""
         self._transfer.resume(TRANSFER_TIMEOUT_S)
         self._announce(SleepState(state="awake"))
 
 
 class SleepCoordinator:
-    """Does rank 0's part: one Sleep or WakeUp at a time, each answered with one SleepReply."""
+    """Handles one Sleep or WakeUp at a time in rank 0, and answers each with one SleepReply."""
 
     def __init__(
         self,
         sleeper: RankSleeper,
         *,
         num_ranks: int,
-        tell_ranks: Callable[[SleepRank | WakeRank], None],
+        notify_ranks: Callable[[SleepRank | WakeRank], None],
         scheduler: Scheduler,
         answer: Callable[[SleepReply], None],
         clock: Callable[[], float],
     ) -> None:
         self._sleeper = sleeper
         self._num_ranks = num_ranks
-        self._tell_ranks = tell_ranks
+        self._notify_ranks = notify_ranks
         self._scheduler = scheduler
         self._answer = answer
         self._clock = clock
         self._work: Generator[None, None, None] | None = None
         self._reports: list[SleepReport] = []
         self.computes = True
-        """Requests may be scheduled: all memory is there."""
+        """Requests may be scheduled, because no memory is asleep."""
 
     @property
     def sleeping_tags(self) -> list[str]:
-        """Return the tags whose memory sleeps; not empty while the engine serves nothing."""
+        """Return the tags whose memory is asleep; never empty while the engine refuses requests."""
         return [] if self.computes else self._sleeper.sleeping_tags or list(TAGS)
 
     def wait_s(self) -> float:
@@ -159,11 +159,11 @@ class SleepCoordinator:
 
     def begin(self, call: Sleep | WakeUp) -> None:
         if self._work is not None:
-            self._reply(call, error="the engine is busy with another call")
+            self._reply(call, error="the engine still handles another sleep or wake-up")
         elif self.computes == isinstance(call, WakeUp):
-            self._reply(call)  # it is so already
+            self._reply(call)  # the engine is in the wanted state already
         else:
-            # Starts at the end of this turn, when ended requests have freed their blocks.
+            # Starts at the end of this turn, after ended requests have freed their blocks.
             self._work = self._fall_asleep(call) if isinstance(call, Sleep) else self._wake_up(call)
 
     def forget_caller(self) -> None:
@@ -186,25 +186,25 @@ class SleepCoordinator:
                 self._reply(call, error=f"the engine cannot sleep now: {busy}")
                 return
             yield
-        # Refuse new requests from here on: the KV cache goes with the memory.
+        # Refuse new requests from here on, because the KV cache is freed.
         self.computes = False
-        num_bytes, error = yield from self._tell_all(SleepRank(level=call.level))
-        # Also when a rank has failed: the KV cache of the others is lost.
+        num_bytes, error = yield from self._notify_all(SleepRank(level=call.level))
+        # Even if a rank has failed, because the other ranks have lost their KV cache.
         self._scheduler.requests.reset_prefix_cache()
         if error is not None:
-            num_bytes, _ = yield from self._tell_all(WakeRank(tags=list(TAGS)))
+            num_bytes, _ = yield from self._notify_all(WakeRank(tags=list(TAGS)))
         self._reply(call, num_bytes, error)
 
     def _wake_up(self, call: WakeUp) -> Generator[None, None, None]:
-        reply = yield from self._tell_all(WakeRank(tags=call.tags or list(TAGS)))
+        reply = yield from self._notify_all(WakeRank(tags=call.tags or list(TAGS)))
         self._reply(call, *reply)
 
-    def _tell_all(
+    def _notify_all(
         self, message: SleepRank | WakeRank
     ) -> Generator[None, None, tuple[int, str | None]]:
-        """Have all ranks obey; return the bytes of all, and their errors."""
+        """Send the message to all ranks; return the sum of their bytes, and their errors."""
         self._reports = []
-        self._tell_ranks(message)
+        self._notify_ranks(message)
         self._sleeper.begin(message)
         while (report := self._sleeper.advance()) is None:
             yield
@@ -230,12 +230,12 @@ class SleepCoordinator:
 
 
 def what_holds_blocks(stats: EngineStats) -> str:
-    """Return, in words, what keeps the KV cache in use; empty when nothing does."""
+    """Return a text that names what still uses KV blocks; empty if nothing does."""
     counts = {
         "requests running": stats.num_running,
         "requests waiting": stats.num_waiting,
-        "requests waiting for KV": stats.num_waiting_for_kv,
-        "requests leased": stats.num_leased_requests,
+        "requests waiting for KV blocks": stats.num_waiting_for_kv,
+        "requests under lease": stats.num_leased_requests,
         "copies between device and host": stats.num_offload_jobs,
         "KV blocks that an abandoned transfer may still write to": stats.num_quarantined_blocks,
     }

@@ -1,7 +1,7 @@
-"""Defines the messages of one step: what the scheduler asks of every rank, and what comes back.
+"""Defines the messages from rank 0 to the other ranks (plans, sleep, stop), and their reports.
 
 The runner keeps a row for each request (its tokens, block tables and sampling state), so that a
-step carries only what is new. Rank 0 sends the same ``StepPlan`` to all ranks of the TP group.
+plan carries only changes. All ranks of the TP group run the same ``StepPlan``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pdlaunch.protocol.wire import Codec, Message
 
 
 class NewRow(Message, tag=False):
-    """Says that a request enters the batch, also again after preemption; it has no blocks yet."""
+    """Adds a request to the batch, also after a preemption; it has no blocks yet."""
 
     row: int  # 0 <= row < max_num_seqs; free until now
     request_id: RequestId
@@ -24,16 +24,16 @@ class NewRow(Message, tag=False):
 
 
 class NewBlocks(Message, tag=False):
-    """Gives entries of a row's block table in one KV cache group."""
+    """Adds entries to a row's block table in one KV cache group."""
 
     row: int
     group: int
-    first_block_index: int  # logical index within the request of the first id
+    first_block_index: int  # logical index of the first id within the request
     block_ids: list[int]
 
 
 class RowTokens(Message, tag=False):
-    """Gives tokens of a row that this rank has not sampled itself in its last step."""
+    """Carries the tokens that rank 0 has sampled for a row to the row's copies on all ranks."""
 
     row: int
     position: int  # index of the first of them in the request
@@ -46,12 +46,13 @@ class ScheduledRow(Message, tag=False):
     row: int
     num_computed_tokens: int
     num_tokens: int
-    sample: bool  # draw the next token, because the last of these is the last known one
-    num_scored: int = 0  # of these, the first ones: tell the log-probability of the token after
+    sample: bool  # draw the token after these, because it is not known yet
+    # For each of the first ``num_scored`` tokens, return the log-probability of the token after it
+    num_scored: int = 0
 
 
 class StepPlan(Message):
-    """Says everything that a rank has to do for one step, in the order of the fields."""
+    """Holds all work of a rank for one step. Commands and jobs start before the step computes."""
 
     step_id: int
     freed_rows: list[int] = []
@@ -60,8 +61,7 @@ class StepPlan(Message):
     new_blocks: list[NewBlocks] = []
     scheduled: list[ScheduledRow] = []  # empty: nothing to compute, only commands or jobs
     commands: list[TransferCommand] = []
-    # Copies between device and host that begin before this step computes
-    jobs: list[OffloadJob] = []
+    jobs: list[OffloadJob] = []  # copies between device and host
 
     @property
     def is_empty(self) -> bool:
@@ -71,13 +71,13 @@ class StepPlan(Message):
 
 
 class SleepRank(Message):
-    """Tells a rank to let peers go and give the memory back; answered with a SleepReport."""
+    """Asks a rank to disconnect its peers and free its memory; answered with a SleepReport."""
 
     level: int
 
 
 class WakeRank(Message):
-    """Tells a rank to take the memory of these tags; answered with a SleepReport."""
+    """Asks a rank to allocate the memory of these tags again; answered with a SleepReport."""
 
     tags: list[str]
 
@@ -89,11 +89,11 @@ class SleepReport(Message, tag=False):
 
 
 class StopRank(Message):
-    """Tells the other ranks to leave."""
+    """Asks a rank other than 0 to end."""
 
 
 class StepDone(Message):
-    """Reports the end of transfers, offload jobs or a change of sleep on a rank other than 0."""
+    """Reports ended transfers, offload jobs and changes of sleep of a rank other than 0."""
 
     tp_rank: int
     events: list[TransferEvent] = []

@@ -1,9 +1,9 @@
-"""Decode steps as CUDA graphs: one launch runs a whole step.
+"""Runs decode steps as CUDA graphs: one launch runs a whole step.
 
-Launched one by one, the kernels of a decode step take the host longer than its tokens take the
-device. Graphs are captured at start, for some numbers of rows. A batch takes the smallest graph
-that holds it; rows that remain read and write nothing. Graphs share their memory: the result of a
-replay is good until the next.
+Launching the kernels of a decode step one by one takes the host longer than the device needs to run
+them. Graphs are captured at start, for some numbers of rows. A batch uses the smallest graph that
+holds it; the remaining rows read and write nothing. Graphs share their memory: the result of a
+replay is valid until the next.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Recorded:
 
     def __init__(self, step: Step, pool: Any) -> None:
         """``pool``: the memory that graphs share."""
-        # The first run compiles kernels and initialises libraries, which a capture cannot.
+        # The first run compiles kernels and initialises libraries, which a capture cannot do.
         step()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process go on using the device meanwhile.
+        # Thread-local, because other threads of the process use the device meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._result = step()
 
@@ -50,7 +50,7 @@ class Recorded:
 
 
 class StepGraphs:
-    """Captures graphs of decode steps, the largest first: the others use its memory."""
+    """Captures graphs of decode steps, the largest first: the others reuse its memory."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class StepGraphs:
         self._attention = attention
         self._latest = latest
         self._sizes = batch_sizes(max_rows)
-        # Logits and likeliest tokens of the latest step; all graphs write them here. In bf16 each
-        # would keep 64 MiB of its own for 256 rows of 128k tokens otherwise.
+        # Logits and likeliest tokens of the latest step; all graphs write them here. Otherwise each
+        # graph would keep memory of its own: 64 MiB for 256 rows of 128k tokens in bf16.
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         device = attention.kv_cache.device
         self._inputs = GraphInputs(attention.layout, max_rows, max_blocks, device)
@@ -82,8 +82,8 @@ class StepGraphs:
         """Return logits [num_kept, vocab_size] and the likeliest tokens [num_kept] of the rows
         ``kept``; None if no graph fits.
 
-        Both have to be read before the next call, which overwrites them; on the device it is enough
-        that whatever reads them is queued on the stream by then.
+        The next call overwrites both. Kernels that read them only have to be queued on the stream
+        before that call.
         """
         index = bisect_left(self._sizes, batch.num_rows)
         if batch.num_decode_rows < batch.num_rows or index == len(self._sizes):
@@ -99,7 +99,7 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _capture(self, num_rows: int, pool: Any) -> Recorded:
-        # Warm-up and capture touch no block of the KV cache.
+        # With cleared inputs, warm-up and capture touch no block of the KV cache.
         self._inputs.clear()
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +116,7 @@ class StepGraphs:
     def _keep(
         self, logits: torch.Tensor, likeliest: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._kept is None:  # the first step is never captured
+        if self._kept is None:  # True only in the very first run, which is not captured
             most = self._sizes[-1]
             self._kept = logits.new_empty(most, logits.shape[1]), likeliest.new_empty(most)
         kept = self._kept[0][: len(logits)], self._kept[1][: len(logits)]

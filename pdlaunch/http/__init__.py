@@ -1,1 +1,1 @@
-"""Serves HTTP: what routers and engines' servers share."""
+"""HTTP code that routers, engines' servers and sidecars share."""

@@ -1,5 +1,5 @@
-"""Builds the door of an HTTP process: each request passes the guard and the key check, and each
-error becomes an answer.
+"""Builds the web application of an HTTP process. Each request passes the guard and the key check;
+each error becomes an answer.
 
 ::
 
@@ -39,8 +39,8 @@ from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KeyCheck = Callable[[web.Request], None]  # raises RequestError for a request without the key
 End = Callable[[int, BaseException | None], None]
-# Is called before anything is checked; what it returns, with the status of the answer, 499 if the
-# client went away, and the error that the client is told of
+# Called before any check. The returned function is called at the end with the status (499: the
+# client went away) and the error that the client was sent, if any.
 Watch = Callable[[web.Request, HttpRequestId], End]
 
 _REQUEST_ID = web.RequestKey("request_id", str)
@@ -50,15 +50,15 @@ class AppRoute(NamedTuple):
     method: str  # ``*`` stands for all methods
     path: str
     handler: Handler
-    check_key: KeyCheck | None = None  # none: the application's own check
+    check_key: KeyCheck | None = None  # None: the check of the application
 
 
 class HttpApp:
     """Builds the ``web.Application`` of a process from its table of routes.
 
-    ``check_key``: None where clients need no key; nobody needs one for ``open_paths``. A request
-    that ``is_trusted`` needs no key, and comes from no web page. ``watch`` sees each POST of a
-    client, but no health checks and no commands.
+    ``check_key``: None if clients need no key; ``open_paths`` never need one. A request for which
+    ``is_trusted`` returns True skips the guard and the key check. ``watch`` is called for each POST
+    of a client, but not for health checks and commands.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class HttpApp:
 
     @web.middleware
     async def _catch_unknown(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Have 404 and 405 pass the door, too; no route could, as ``OPTIONS *`` has no path."""
+        """Check requests without a route, too. A catch-all route would miss ``OPTIONS *``."""
         if request.match_info.http_exception is None:
             return await handler(request)
         return await self._at_the_door(self._no_route, request)
@@ -101,7 +101,7 @@ class HttpApp:
         request_id, id_error = _read_id(http)
         http[_REQUEST_ID] = request_id
         end: End | None = None
-        # Commands have a key of their own.
+        # Routes of commands have their own key check.
         is_clients = http.method == "POST" and route.check_key is None and route.path != "/ping"
         if self._watch is not None and is_clients:
             end = self._watch(http, request_id)
@@ -117,7 +117,7 @@ class HttpApp:
                 response = await route.handler(http)
                 status = response.status
             except asyncio.CancelledError:
-                # The client has closed its connection, or this process leaves.
+                # The client has closed its connection, or this process is ending.
                 self._metrics.failed(CLIENT_CLOSED_REQUEST)
                 if not must_end(http):
                     raise
@@ -133,16 +133,16 @@ class HttpApp:
             finally:
                 if end is not None:
                     end(status, told)
-                told = None  # Its traceback holds this frame: a cycle would keep the body.
-                http.pop(STREAM, None)  # which holds the request
-        # A stream has sent its headers already, with the id among them.
+                told = None  # Its traceback refers to this frame: the cycle would keep the body.
+                http.pop(STREAM, None)  # It refers to the request: another cycle.
+        # A stream has already sent its headers, including the id.
         if not response.prepared:
             response.headers[REQUEST_ID_HEADER] = request_id
         return response
 
     def _is_clients_loss(self, route: AppRoute, path: str, error: Exception) -> bool:
-        """Return whether a client has lost a request. Views, commands, unknown paths and polls
-        during a start do not count.
+        """Return True if the error counts as a failed request of a client. Views, commands, unknown
+        paths and polls during a start do not count.
         """
         is_counted = route is not self._no_route and not path.startswith("/pdlaunch/")
         return is_counted and not is_poll(error)
@@ -158,7 +158,7 @@ class HttpApp:
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         error = http.match_info.http_exception
         if not isinstance(error, web.HTTPMethodNotAllowed):
-            raise RequestError(f"there is no {http.path[:200]}", status=404, code="not_found")
+            raise RequestError(f"there is no path {http.path[:200]}", status=404, code="not_found")
         methods = ", ".join(sorted(error.allowed_methods))
         message = f"{http.path[:200]} takes {methods}, not {http.method}"
         response = error_response(RequestError(message, status=405, code="method_not_allowed"))
@@ -169,7 +169,7 @@ class HttpApp:
 async def _refuse_half_closed(http: web.Request) -> web.StreamResponse:
     error = RequestError(
         "the client closed its sending side of the connection, so the request was cancelled; keep "
-        "the connection open until the answer has come",
+        "the connection open until the answer has arrived",
         code="connection_half_closed",
     )
     stream: ClientStream | None = http.get(STREAM)
@@ -187,16 +187,16 @@ async def _version(_: web.Request) -> web.StreamResponse:
 
 
 def request_id_of(http: web.Request) -> HttpRequestId:
-    """Return the id that the door has given the request, or its client."""
+    """Return the id of the request, from its header or generated by ``HttpApp``."""
     return HttpRequestId(http[_REQUEST_ID])
 
 
 def bearer_check(keys: Collection[str], *, message: str, code: str) -> KeyCheck:
-    """Return a check that one of ``keys`` was sent as bearer token."""
+    """Return a check that the request has one of ``keys`` as its bearer token."""
 
     def check(http: web.Request) -> None:
         sent = bearer_token(http)
-        # All are compared in constant time, which does not tell what nearly matched.
+        # Compare all keys in constant time, so that timing reveals nothing about a near match.
         matches = [secrets.compare_digest(sent, key.encode()) for key in keys]
         if not any(matches):
             raise RequestError(message, status=401, code=code)
@@ -205,13 +205,13 @@ def bearer_check(keys: Collection[str], *, message: str, code: str) -> KeyCheck:
 
 
 def bearer_token(http: web.Request) -> bytes:
-    """Return the key that a client has sent; empty, which is no valid key, if it sent none."""
+    """Return the key that the client sent; empty, which is never a valid key, if it sent none."""
     scheme, _, given = http.headers.get("Authorization", "").partition(" ")
     return given.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
 
 
 def model_routes(cards: Callable[[], list[ModelCard]]) -> list[AppRoute]:
-    """Return the routes of /v1/models; the first card is that of the model itself."""
+    """Return the routes of /v1/models. The first of the cards must be that of the base model."""
 
     async def models(_: web.Request) -> web.StreamResponse:
         return json_response(ModelList(data=cards()))
@@ -230,7 +230,7 @@ def model_routes(cards: Callable[[], list[ModelCard]]) -> list[AppRoute]:
 
 
 def health_routes(health: Handler) -> list[AppRoute]:
-    """Return the routes by which load balancers, and SageMaker with /ping, ask for the health."""
+    """Return the routes of health checks: /health for load balancers, /ping for SageMaker."""
     return [
         AppRoute(method, path, health)
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))

@@ -1,17 +1,17 @@
-"""Limits the connections of one HTTP process, and how long one may idle or stall.
+"""Limits the number of connections of one HTTP process, and how long each may idle or stall.
 
 ::
 
     accepted ──> waits for a request ──────────> answered ──────────> waits for the next one
-                 IDLE_TIMEOUT_S, for all          a reader that takes
-                 of its header; gives way         no byte is dropped
-                 to new connections at the cap
+                 IDLE_TIMEOUT_S for the           a client that reads
+                 whole header; closed at the      nothing is dropped
+                 cap, for a new connection
 
-Over TLS, the wait begins before the handshake, which has HANDSHAKE_TIMEOUT_S.
+Over TLS, the wait includes the handshake, which may take HANDSHAKE_TIMEOUT_S.
 
-The kernel drops readers that stall: it counts from the moment the reader's window is closed,
-however much is still in buffers. Idle connections and their state are aiohttp's, which has no
-public names for it; TLS is asyncio's, which has none for the protocol below a connection.
+The kernel drops clients that stop reading: its timer starts when the client's TCP window is full,
+however many bytes are still in buffers. This module uses private names of aiohttp for the state of
+idle connections, and of asyncio for the TLS protocol below a connection.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from typing import Any
 
 from aiohttp import web
 
-from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.errors import OverloadedError, RequestError, StartupError
 from pdlaunch.http.errors import error_response
 
-# The next whole header must have come, counted from the accept or the last answer.
+# Limit between the accept, or the last answer, and the end of the next request's header
 IDLE_TIMEOUT_S = 20.0
 HANDSHAKE_TIMEOUT_S = 5  # asyncio's default is 60
-LINGERING_S = 2.0  # a client may go on sending a body that was answered unread
+LINGERING_S = 2.0  # how long a client may go on sending a body after the answer to it
 REFUSAL_S = 1.0  # time to answer a connection beyond the limit
 ACCEPT_LOG_INTERVAL_S = 60.0
-# Descriptors that are no clients' connections: logs, control channel, event loop, refusals.
+# File descriptors for other uses than clients: logs, control channel, event loop, refusals
 RESERVED_DESCRIPTORS = 64
 UPSTREAM_CONNECTIONS = 2  # a request may use prefill and decode at the same time
-# At the cap, a 16th of the connections is closed at once, the longest idle ones first.
+# At the cap, 1/16 of the connections are closed at once, the longest idle ones first.
 _GIVING_WAY = 16
 
 _logger = logging.getLogger(__name__)
 
 
 class HttpRunner(web.AppRunner):
-    """Serves an application within ``max_connections``; then call ``drop_stalled_readers``."""
+    """Serves an application; call ``drop_stalled_readers`` once its sites have started."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class HttpRunner(web.AppRunner):
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """``tls``: instead of an ``ssl_context`` of the sites."""
+        """Set ``tls`` instead of the ``ssl_context`` of sites."""
         super().__init__(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s)
         self._max_connections = max_connections
         self._tls = tls
@@ -68,7 +68,7 @@ class HttpRunner(web.AppRunner):
             "lingering_time": LINGERING_S,
             "auto_decompress": False,  # the guard refuses compressed bodies
         }
-        # Weak: a connection that could not be set up is never told that it is lost.
+        # Weak: ``connection_lost`` is not called for a connection whose setup failed.
         self._open = weakref.WeakSet[_Connection]()
         self._accept_log_due_at = 0.0
 
@@ -78,7 +78,7 @@ class HttpRunner(web.AppRunner):
 
     @property
     def server(self) -> web.Server | None:
-        """Return what sites make connections with."""
+        """Return the protocol factory that sites call for each accepted connection."""
         return self._connect  # type: ignore[return-value] # sites only call it
 
     def _connect(self) -> asyncio.BaseProtocol:
@@ -95,17 +95,17 @@ class HttpRunner(web.AppRunner):
         return connection if self._tls is None else _Tls(connection, self._tls)
 
     def _close_idle(self) -> bool:
-        """Close those that idle the longest; False when none does."""
+        """Close the connections that have idled longest; return False if none is idle."""
         idle = [connection for connection in self._open if connection.is_idle]
         number = 1 + self._max_connections // _GIVING_WAY
         for connection in heapq.nsmallest(number, idle, key=_Connection.idle_until_at):
             self._open.discard(connection)
-            # If it was accepted just now, it gets its socket first.
+            # Later: a connection that was just accepted may not have its socket yet.
             asyncio.get_running_loop().call_soon(connection.drop)
         return bool(idle)
 
     def drop_stalled_readers(self, timeout_s: float) -> None:
-        """End connections whose peer reads nothing for so long; accepted sockets inherit this."""
+        """End connections whose client reads nothing for ``timeout_s``; inherited by new ones."""
         if not hasattr(socket, "TCP_USER_TIMEOUT"):
             return
         for site in self.sites:
@@ -119,10 +119,10 @@ class HttpRunner(web.AppRunner):
         if "socket.accept()" not in context.get("message", ""):
             loop.default_exception_handler(context)
         elif loop.time() >= self._accept_log_due_at:
-            # For want of a descriptor accepts fail a thousand times a second.
+            # Without free descriptors, accepts fail a thousand times a second.
             self._accept_log_due_at = loop.time() + ACCEPT_LOG_INTERVAL_S
             _logger.error(
-                "connections wait: %s; this process may open %d files (ulimit -n)",
+                "new connections wait: %s; this process may open %d files (ulimit -n)",
                 context.get("exception"),
                 resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             )
@@ -136,15 +136,16 @@ class _Connection(web.RequestHandler):
         self._open_connections = open_connections
         self.is_half_closed = False
         self.socket_below_tls: asyncio.Transport | None = None
-        # aiohttp counts from the end of the handshake.
+        # aiohttp sets it only after the TLS handshake.
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
 
-    def eof_received(self) -> bool:  # type: ignore[override] # asyncio wants to know
-        """Keep a connection whose client has closed its sending side until it is answered."""
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio uses the result
+        """Return True to keep a half-closed connection open until its request is answered."""
         if self.is_idle or self.ssl_context is not None:  # TLS cannot be half closed
             return False
         self.close()  # once the request is answered
         self.is_half_closed = True
+        self._lingering_time = 0.0  # no rest of a body will come
         request = self._current_request
         if request is not None and must_end(request) and self._task_handler is not None:
             self._task_handler.cancel()
@@ -164,40 +165,40 @@ class _Connection(web.RequestHandler):
         """Answer malformed HTTP like any other error, without a traceback in the log."""
         if status >= 500:
             return super().handle_error(request, status, exc, message)
-        text = f"the request is no valid HTTP: {message}"
+        text = f"the request is not valid HTTP: {message}"
         response = error_response(RequestError(text, status=status, code="invalid_http"))
         response.force_close()
         return response
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether no request is there, nor being answered; also before the TLS handshake."""
+        """Return True if no request is received or answered, also before the TLS handshake."""
         if self._task_handler is None:
             return True
         return self._waiter is not None and not self._waiter.done()
 
     def idle_until_at(self) -> float:
-        """Return the instant at which aiohttp would close it."""
+        """Return the loop time at which aiohttp would close the idle connection."""
         return self._next_keepalive_close_time
 
     def drop(self) -> None:
-        """Close it at any time; what was written is still sent."""
+        """Close the connection in any state; bytes already written are still sent."""
         self.force_close()
         below = self.socket_below_tls
-        # TLS would wait for the handshake, or for the peer to say that it closes, too.
+        # TLS would wait for the handshake, or for the peer's close_notify.
         if below is not None and not below.get_write_buffer_size():
             below.abort()
 
 
 class _Tls(asyncio.sslproto.SSLProtocol):
-    """Tells a connection of its socket before the handshake, and of handshakes that fail."""
+    """Gives a connection its socket before the TLS handshake, and reports failed handshakes."""
 
     def __init__(self, connection: _Connection, context: ssl.SSLContext) -> None:
         super().__init__(
             connection._loop,
             connection,
             context,
-            None,  # type: ignore[arg-type] # nobody waits for the handshake
+            None,  # type: ignore[arg-type] # no future waits for the handshake
             server_side=True,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
         )
@@ -210,26 +211,35 @@ class _Tls(asyncio.sslproto.SSLProtocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
-        # asyncio does so only after a handshake; the second call does nothing.
+        # asyncio calls it only after a completed handshake; a second call does nothing.
         self._loop.call_soon(self._connection.connection_lost, exc)
 
 
 async def _refuse(_: web.BaseRequest) -> web.StreamResponse:
-    message = "all connections of this server are busy"
+    message = "all connections of this server are busy (limits.max_connections)"
     response = error_response(OverloadedError(message, status=503, code="too_many_connections"))
     response.force_close()
     return response
 
 
 def must_end(http: web.BaseRequest) -> bool:
-    """Return True if the client has closed its sending side: it may have left. GETs end anyway."""
+    """Return True if the client may have left: its sending side is closed. False for GET, HEAD."""
     is_half_closed = isinstance(http.protocol, _Connection) and http.protocol.is_half_closed
     return is_half_closed and http.method not in ("GET", "HEAD")
 
 
 def fit(wanted: int, *, num_each: int = 1, num_others: int = 0) -> int:
-    """Return how many connections fit, at most ``wanted``, at ``num_each`` descriptors each."""
+    """Return how many connections fit, 1 to ``wanted``, with ``num_each`` descriptors for each.
+
+    Raises StartupError if none fits.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return wanted
-    return max(1, min(wanted, (limit - RESERVED_DESCRIPTORS - num_others) // num_each))
+    least = RESERVED_DESCRIPTORS + num_others + num_each
+    if limit < least:
+        raise StartupError(
+            f"this process may open {limit} files, but needs {least} to answer one request: raise "
+            "the hard limit (`ulimit -Hn`), best to 4096 or more"
+        )
+    return min(wanted, (limit - RESERVED_DESCRIPTORS - num_others) // num_each)

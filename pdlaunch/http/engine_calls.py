@@ -1,8 +1,7 @@
-"""Calls engines over HTTP/1.1 through aiohttp's client, the only one that routers, sidecars and
-canaries use.
+"""Calls engines over HTTP/1.1 with aiohttp's client; used by routers, sidecars and canaries.
 
-Redirects, cookies, proxies and compression are off: an engine must not choose where a prompt or a
-key goes.
+Redirects, cookies, proxies and compression are off: an engine must not decide where a prompt or a
+key is sent.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from yarl import URL
 
 UNIX = "unix:"  # begins the URL of an engine that listens on a Unix socket; the rest is its path
 CONNECT_S = 5.0
-# Largest status or metrics page of an engine. vLLM's /metrics has up to 300 kB; a page of this
-# size takes a second to parse.
+# Largest status or metrics page of an engine. vLLM's /metrics has up to 300 kB; parsing 4 MiB
+# takes a second.
 MAX_PAGE_BYTES = 4 * 1024**2
 MAX_BODY_BYTES = 1024**3
-# Shorter than any engine's own, so that no request meets a connection that is being closed.
+# Shorter than the keep-alive of any engine, so no request is sent on a connection being closed
 KEEPALIVE_S = 2.0
-# How long a stream that has said ``[DONE]`` may take to end, to use its connection again.
+# How long a stream may take to end after ``[DONE]``; later, its connection is closed, not reused
 END_S = 1.0
 _HIGH_WATER_BYTES = 256 * 1024
 _MAX_LINE_BYTES = 64 * 1024
@@ -32,9 +31,9 @@ _RAW_BODY_BYTES = 1024**2
 
 
 class CallError(Exception):
-    """A call that has no whole answer; the reason quotes nothing that was sent or received.
+    """Raised for a call without a complete answer; the reason quotes no request or answer.
 
-    ``not_received``: the engine cannot have seen the request.
+    ``not_received``: the engine cannot have received the request.
     """
 
     def __init__(self, reason: str, *, not_received: bool = False) -> None:
@@ -43,7 +42,7 @@ class CallError(Exception):
 
 
 class Answer:
-    """An answer whose head has come; read by one task at a time. ``close`` or ``leave`` it."""
+    """Reads an answer whose headers have arrived. One task at a time; must be closed or left."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status = response.status
@@ -51,14 +50,14 @@ class Answer:
         self._response = response
 
     async def read_some(self) -> bytes:
-        """Return the next bytes, none at the end. Raises CallError."""
+        """Return the next bytes, empty at the end. Raises CallError."""
         try:
             return await self._response.content.readany()
         except Exception as error:
             raise _broken(error, "in the middle of its answer") from None
 
     async def read(self, max_bytes: int = MAX_BODY_BYTES) -> bytes:
-        """Return the whole body. Raises CallError, also for a larger one."""
+        """Return the whole body. Raises CallError, also if it exceeds ``max_bytes``."""
         pieces, num_bytes = [], 0
         while piece := await self.read_some():
             pieces.append(piece)
@@ -68,29 +67,29 @@ class Answer:
         return b"".join(pieces)
 
     def close(self) -> None:
-        """Give up what has not come, by closing the connection: that ends the engine's work."""
-        # At once: what is left of a long request would keep the connection open.
+        """Close the connection, unless the answer is complete, so that the engine stops working."""
+        # Abort: unsent bytes of a long request would keep the connection open.
         if (connection := self._response.connection) is not None and connection.transport:
             connection.transport.abort()
         self._response.close()
 
     def leave(self) -> None:
-        """Use the connection again if the answer ends soon, as one that said ``[DONE]`` does."""
+        """Keep the connection for reuse if the answer ends within END_S, as after ``[DONE]``."""
         if self._response.connection is not None:
             asyncio.get_running_loop().call_later(END_S, self._response.close)
 
 
 class EngineCalls:
-    """Keeps the connections of a process to engines. ``close`` it.
+    """Holds the connections of a process to engines. Must be closed.
 
-    ``tls``: used for https URLs, in place of the system's authorities.
+    ``tls``: context for https URLs; None trusts the system's certificate authorities.
     """
 
     def __init__(self, connect_s: float = CONNECT_S, tls: ssl.SSLContext | None = None) -> None:
         self._connect_s = connect_s
         self._tls = tls
         self._sessions: dict[str, aiohttp.ClientSession] = {}
-        """One for each Unix socket, and one for all else."""
+        """By path of a Unix socket; the empty path is for all TCP connections."""
 
     async def close(self) -> None:
         for session in self._sessions.values():
@@ -100,9 +99,9 @@ class EngineCalls:
     async def call(
         self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes
     ) -> Answer:
-        """Send a request to the engine at ``url``; return its answer when the head has come.
+        """Send a request to the engine at ``url``; return its answer once the headers are there.
 
-        ``target``: the path, and the query. Raises CallError.
+        ``target``: the path and query. Raises CallError.
         """
         return Answer(await self._request(url, method, target, headers, body))
 
@@ -117,9 +116,9 @@ class EngineCalls:
         timeout_s: float | None,
         max_bytes: int,
     ) -> tuple[int, bytes, str]:
-        """Return status, body and content type of a whole answer.
+        """Return status, body and content type of a complete answer.
 
-        Raises CallError, also for a larger body.
+        Raises CallError, also if the body exceeds ``max_bytes``.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -141,7 +140,7 @@ class EngineCalls:
                 method,
                 URL(base + target, encoded=True),
                 headers=headers,
-                # aiohttp copies a long bytes body at each write, and warns of it.
+                # aiohttp copies a long ``bytes`` body at each write, and warns about it.
                 data=body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body),
                 allow_redirects=False,
             )
@@ -182,9 +181,9 @@ class EngineCalls:
 
 
 def _broken(error: BaseException, when: str) -> CallError:
-    """Return the error for an answer that broke off; aiohttp's own words may quote it."""
+    """Return the error for an incomplete answer, without aiohttp's text, which may quote it."""
     cause = error if isinstance(error, aiohttp.ClientResponseError) else error.__cause__
     is_cut = isinstance(cause, ContentLengthError) or "Not enough data" in str(cause)
     if isinstance(cause, aiohttp.ClientResponseError | HttpProcessingError) and not is_cut:
-        return CallError("its answer is no valid HTTP")
+        return CallError("its answer is not valid HTTP")
     return CallError(f"it closed the connection {when}")

@@ -11,11 +11,11 @@ from aiohttp import web
 
 from pdlaunch.errors import KillsEngineError, OverloadedError, PdlaunchError, RequestError
 
-RANK_LOST = "engine_restarting"  # the code of an engine whose rank died of, or with, the request
-STARTING = "starting"  # the code of requests before a launch serves
-CLIENT_CLOSED_REQUEST = 499  # the status, in metrics alone, of a request whose client went away
-RETRY_AFTER_S = 2  # seconds that a client should wait for an engine that starts or returns
-LEAVING_RETRY_AFTER_S = 5  # and for the successor of a process that leaves
+RANK_LOST = "engine_restarting"  # error code: a rank of the engine died during the request
+STARTING = "starting"  # error code: the launch does not serve yet
+CLIENT_CLOSED_REQUEST = 499  # the client went away; only metrics show this status
+RETRY_AFTER_S = 2  # Retry-After while an engine starts, restarts or wakes up
+LEAVING_RETRY_AFTER_S = 5  # Retry-After while this process ends, until its successor serves
 
 _TYPES = {
     401: "authentication_error",
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class RelayedError(PdlaunchError):
-    """Carries an engine's answer that is no 200; the client gets it as it is."""
+    """Holds an engine's answer with another status than 200; the client gets it unchanged."""
 
     def __init__(
         self, message: str, *, status: int, body: bytes, content_type: str, headers: dict[str, str]
@@ -43,12 +43,12 @@ class RelayedError(PdlaunchError):
 
 
 def is_poll(error: BaseException | None) -> bool:
-    """Return whether a request polled a launch that is still starting."""
+    """Return True if the error refuses a request because the launch is still starting."""
     return isinstance(error, RequestError) and error.code == STARTING
 
 
 def error_response(error: BaseException) -> web.Response:
-    """Return the answer to a request that failed before its answer began."""
+    """Return the answer to a request that failed before any of its answer was sent."""
     if isinstance(error, RelayedError):
         return web.Response(
             status=error.status,
@@ -59,7 +59,7 @@ def error_response(error: BaseException) -> web.Response:
     explained = _explained(error)
     headers = {}
     if isinstance(explained, KillsEngineError):
-        # OpenAI's clients repeat a 500 by themselves unless this tells them not to.
+        # Without this header, OpenAI's clients repeat a request after a 500.
         headers["X-Should-Retry"] = "false"
     if isinstance(explained, OverloadedError):
         headers["Retry-After"] = str(explained.retry_after_s)
@@ -67,12 +67,12 @@ def error_response(error: BaseException) -> web.Response:
 
 
 def error_status(error: BaseException) -> int:
-    """Return the HTTP status that tells of ``error``."""
+    """Return the HTTP status for ``error``."""
     return error.status if isinstance(error, RequestError | RelayedError) else 500
 
 
 def error_payload(error: BaseException) -> object:
-    """Return the event that ends a stream whose headers were sent before ``error`` happened."""
+    """Return the last event of a stream that failed after its headers were sent."""
     if isinstance(error, RelayedError):
         try:
             return msgspec.json.decode(error.body)
@@ -82,7 +82,7 @@ def error_payload(error: BaseException) -> object:
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """Return the body that answers ``error``."""
+    """Return the body of an error response, in OpenAI's form."""
     default = "server_error" if error.status >= 500 else "invalid_request_error"
     return {
         "error": {
@@ -97,7 +97,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
 def json_response(
     payload: object, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """Return ``payload`` as JSON; msgspec must be able to encode it."""
+    """Return a response with ``payload`` as JSON; msgspec must be able to encode it."""
     return web.Response(
         status=status,
         body=msgspec.json.encode(payload),
@@ -107,7 +107,7 @@ def json_response(
 
 
 def model_not_found(given: str, served: str) -> RequestError:
-    """Return the error for a model name that nobody serves."""
+    """Return the error for a model name that is not served."""
     return RequestError(
         f"the model {given[:100]!r} does not exist; served here: {served!r}",
         param="model",
@@ -117,7 +117,7 @@ def model_not_found(given: str, served: str) -> RequestError:
 
 
 def _explained(error: BaseException) -> RequestError:
-    """Return what the client is told. An unexpected exception is logged, and not shown."""
+    """Return the error that the client is sent. Unexpected exceptions are only logged."""
     match error:
         case RequestError():
             return error

@@ -1,13 +1,13 @@
-"""Keeps out what a web page of somebody else must not be able to send to routers and engines.
+"""Refuses requests to routers and engines that a foreign web page may have sent.
 
-A browser lets any page send requests to ``127.0.0.1``, and a page whose own name is made to resolve
-to it (DNS rebinding) may read the answers too. Checks before any key is asked for close this:
+A browser lets any page send requests to ``127.0.0.1``. A page whose own host name resolves to this
+address (DNS rebinding) can read the answers, too. Checks before the key check prevent both:
 
-- **Host** must be a loopback name or address, the address the connection came in on, the name the
-  server was bound to, or one of ``allowed_hosts``. A rebound page sends its own name.
-- **Origin**, which browsers add to whatever a page sends elsewhere, must be the server's own.
-- **Content-Type** of a body must be ``application/json``: other types are what a page may send
-  without asking first.
+- **Host** must be a loopback name or address, the local address of the connection, the host that
+  the server listens on, or one of ``allowed_hosts``. A page with DNS rebinding sends its own name.
+- **Origin**, which browsers add to requests to other sites, must be the server's own.
+- **Content-Type** of a body must be ``application/json``: browsers let pages send a few other
+  types without a preflight request.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from aiohttp import hdrs, web
 from pdlaunch.config.http_names import ANY, WILDCARDS, is_loopback
 from pdlaunch.errors import RequestError
 
-# Probes of load balancers send any Host, and the answer gives nothing away.
+# Load balancers send arbitrary Host headers to these, and the answers are not secret.
 HOST_FREE_PATHS = frozenset({"/health", "/ping"})
 
 
 class Guard:
-    """Checks every request of one server. ``bind_host``: what the server was told to listen on."""
+    """Checks the requests of one server. ``bind_host``: the configured address to listen on."""
 
     def __init__(self, bind_host: str, *, allowed_hosts: tuple[str, ...] = ()) -> None:
         own = {bind_host, socket.gethostname()} if bind_host in WILDCARDS else {bind_host}
@@ -33,19 +33,19 @@ class Guard:
         self._any_host = ANY in allowed_hosts
 
     def check(self, http: web.Request) -> None:
-        """Raise RequestError for a request that a web page of somebody else may have sent."""
+        """Raise RequestError for a request that a foreign web page may have sent."""
         if not self._is_own_host(http):
             shown = ", ".join(http.headers.getall(hdrs.HOST, []))[:200]
             raise RequestError(
-                f"Host {shown!r} is none of this server; add its name to the setting "
-                "allowed_hosts if it is",
+                f"Host {shown!r} is not a known name of this server; if clients should use it, "
+                "add it to the setting allowed_hosts",
                 status=421,
                 code="host_not_allowed",
             )
         if hdrs.ORIGIN in http.headers and not _is_same_origin(http):
             raise RequestError(
-                f"pages of origin {http.headers[hdrs.ORIGIN][:200]!r} may not use this server; let "
-                "a proxy answer those that may, and leave the header Origin out",
+                f"pages of origin {http.headers[hdrs.ORIGIN][:200]!r} may not use this server; to "
+                "allow them, use a proxy that handles CORS and removes the header Origin",
                 status=403,
                 code="origin_not_allowed",
             )
@@ -55,7 +55,7 @@ class Guard:
             )
         encoding = http.headers.get(hdrs.CONTENT_ENCODING, "identity")
         if encoding.lower() != "identity":
-            # Limits count the bytes that come: inflated, they could be a thousand times more.
+            # Limits count received bytes; decompressed, a body may be a thousand times larger.
             raise RequestError(
                 f"Content-Encoding {encoding[:100]!r} is not supported; send the body as it is",
                 status=415,
@@ -65,7 +65,7 @@ class Guard:
     def _is_own_host(self, http: web.Request) -> bool:
         if self._any_host or http.path in HOST_FREE_PATHS:
             return True
-        # Two Host headers: servers disagree on which one counts, so neither does.
+        # Refuse two Host headers: servers disagree on which of them counts.
         given = http.headers.getall(hdrs.HOST, [])
         host = _host_name(given[0]) if len(given) == 1 else ""
         name = None if http.transport is None else http.transport.get_extra_info("sockname")
@@ -74,7 +74,7 @@ class Guard:
 
 
 def _is_same_origin(http: web.Request) -> bool:
-    """Compare host and port: behind a proxy that ends TLS the server does not know the scheme."""
+    """Compare host and port only: behind a TLS proxy, the server does not know the scheme."""
     origins, hosts = http.headers.getall(hdrs.ORIGIN), http.headers.getall(hdrs.HOST, [])
     try:
         places = [urlsplit(origin).netloc.lower() for origin in origins]
@@ -90,7 +90,7 @@ def _host_name(host_header: str) -> str:
     """
     try:
         parts = urlsplit(f"//{host_header}")
-        _ = parts.port  # raises when it is none
+        _ = parts.port  # raises ValueError if the port is invalid
     except ValueError:
         return ""
     is_plain = parts.netloc == host_header and "@" not in host_header

@@ -1,4 +1,4 @@
-"""Headers that follow a request from the client through the router to engines, and back."""
+"""Defines and parses the headers between client, router and engines, in both directions."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
 REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
-DATA_PARALLEL_HEADER = "X-data-parallel-rank"  # which of vLLM's data parallel ranks is to answer
-# Engines get these headers of the client, also where a stream goes on at another engine.
+DATA_PARALLEL_HEADER = "X-data-parallel-rank"  # the data parallel rank of vLLM that must answer
+# Headers of the client that engines get, also an engine that continues a stream.
 PASSED_HEADERS = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
-# From router to engines: the PromptOrigin, and whether a rank may have died of the prompt.
+# From router to engines: the PromptOrigin, and whether the prompt may have killed a rank.
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
 # In an answer: the engines that served the request. In a request: ``pair`` asks for a pair.
 ROUTE_HEADER = "X-Pdlaunch-Route"
 WANTS_PAIR = "pair"
-SESSION_HEADER = "X-Session-Id"  # of a client whose requests are to go to the same engines
-# A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``.
+SESSION_HEADER = "X-Session-Id"  # requests with the same value go to the same engines
+# If a router sends it, the answer has a ``SpanReport`` under the key ``pdlaunch``.
 SPANS_HEADER = "X-Pdlaunch-Spans"
-IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"  # names, with commas between them
+IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"  # names, separated by commas
 MAX_SENT_NAMES = 20
 MAX_NAME_CHARS = 64
 MAX_REQUEST_ID_LENGTH = 200
 
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")
-# A name is the client's own text: only plain ones can go into a header.
+# Names of fields come from clients: only plain names may be put into a header.
 _PLAIN_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
 _ORIGIN = re.compile(r"([1-9][0-9]{0,18})(;suspect)?")
 
 
 def read_request_id(header: str | None) -> HttpRequestId:
-    """Return the client's request id, or a new one without the header. Raises RequestError."""
+    """Return the request id from the header, or a new id without it. Raises RequestError."""
     if not header:
         return HttpRequestId(uuid.uuid4().hex)
     if _REQUEST_ID.fullmatch(header) is None:
@@ -48,18 +48,18 @@ def read_request_id(header: str | None) -> HttpRequestId:
 
 
 def headers_to_pass(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the client's headers that engines get; ones that are not ASCII cannot be sent on."""
+    """Return the client's headers that engines get, without values that are not ASCII."""
     found = ((name, headers.get(name)) for name in PASSED_HEADERS)
     return {name: value for name, value in found if value is not None and value.isascii()}
 
 
 def format_origin(origin: PromptOrigin, *, is_suspect: bool = False) -> str:
-    """Return the value of ``ORIGIN_HEADER`` for a number from 1 to 2^63 - 1."""
+    """Return the value of ``ORIGIN_HEADER``. ``origin`` must be from 1 to 2^63 - 1."""
     return f"{origin};suspect" if is_suspect else str(origin)
 
 
 def read_origin(header: str | None) -> tuple[PromptOrigin, bool]:
-    """Return the number, and whether it is a suspect; ``NO_ORIGIN`` for what strangers send."""
+    """Return the origin and whether it is a suspect; ``NO_ORIGIN`` for an invalid header."""
     match = _ORIGIN.fullmatch(header or "")
     if match is None or int(match[1]) >= 2**63:
         return NO_ORIGIN, False
@@ -67,6 +67,6 @@ def read_origin(header: str | None) -> tuple[PromptOrigin, bool]:
 
 
 def ignored_fields_header(names: Iterable[str]) -> dict[str, str]:
-    """Return the header, if any, that tells a client the plain ones of ignored fields' names."""
+    """Return the header that lists the ignored fields with plain names; empty without any."""
     plain = list(dict.fromkeys(filter(_PLAIN_NAME.fullmatch, names)))[:MAX_SENT_NAMES]
     return {IGNORED_FIELDS_HEADER: ", ".join(plain)} if plain else {}

@@ -2,7 +2,7 @@
 
 ::
 
-    rank 0, or vLLM ──> KVFeed ──┬── GET /pdlaunch/kv_events ──> all that is held, then changes
+    rank 0, or vLLM ──> KVFeed ──┬── GET /pdlaunch/kv_events ──> all prefixes, then changes
                                  └── ...                         one stream for each router
 
 Each stream begins with all prefixes, so a router that reconnects misses nothing. The stream of a
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import ProtocolError
@@ -22,20 +23,26 @@ from pdlaunch.protocol.kv_events import HeldBlocks, KVBlocks, kv_blocks
 from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 KV_EVENTS_PATH = "/pdlaunch/kv_events"
-_MAX_WAITING = 1024  # messages that a stream may be behind
+_MAX_WAITING = 1024  # unsent messages of one stream; with more, it is closed
 _LENGTH_BYTES = 4
 
 
 class KVFeed:
-    """Holds the prefixes of one engine and streams them; belongs to the event loop."""
+    """Holds the prefixes of one engine and streams them. For use in the event loop only."""
 
-    def __init__(self) -> None:
-        self._held = HeldBlocks()
+    def __init__(self, num_ranks: int = 1) -> None:
+        """``num_ranks``: data parallel ranks of the engine."""
+        self._ranks = [HeldBlocks(rank) for rank in range(num_ranks)]
+        # Capacity of each rank's cache in vLLM, whose events lack it; 0: unknown, or native
+        self.num_tokens = 0
         self._streams: set[asyncio.Queue[bytes | None]] = set()
         self._is_closed = False
 
-    def tell(self, change: KVBlocks) -> None:
-        self._held.apply(change)
+    def publish(self, change: KVBlocks) -> None:
+        if self.num_tokens:
+            num_blocks = self.num_tokens // max(1, change.block_size)
+            change = msgspec.structs.replace(change, num_blocks=num_blocks)
+        self._ranks[change.dp_rank].apply(change)
         frame = _framed(change) if self._streams else b""
         for stream in [*self._streams]:
             try:
@@ -44,7 +51,7 @@ class KVFeed:
                 self._end(stream)
 
     def close(self) -> None:
-        """End all streams, and those to come."""
+        """End all streams; later streams end after their first messages."""
         self._is_closed = True
         for stream in [*self._streams]:
             self._end(stream)
@@ -57,8 +64,9 @@ class KVFeed:
         if self._is_closed:
             self._end(stream)
         try:
-            # No change comes between these: nothing else runs until the first of them is sent.
-            for frame in [_framed(message) for message in self._held.messages()]:
+            # All frames are built before the first await, so no change can come between them.
+            messages = (message for held in self._ranks for message in held.messages())
+            for frame in [*map(_framed, messages)]:
                 await response.write(frame)
             while (frame_or_end := await stream.get()) is not None:
                 await response.write(frame_or_end)
@@ -74,14 +82,14 @@ class KVFeed:
 
 
 async def read_feed(answer: Answer) -> AsyncIterator[KVBlocks]:
-    """Yield the messages of a stream. Raises CallError, ProtocolError."""
+    """Yield the messages of a ``KVFeed`` stream. Raises CallError, ProtocolError."""
     received = bytearray()
     while piece := await answer.read_some():
         received += piece
         while len(received) >= _LENGTH_BYTES:
             length = int.from_bytes(received[:_LENGTH_BYTES], "big")
             if length > MAX_FRAME_BYTES:
-                raise ProtocolError(f"a message of {length} bytes")
+                raise ProtocolError(f"a message of {length} bytes, more than {MAX_FRAME_BYTES}")
             if len(received) < _LENGTH_BYTES + length:
                 break
             frame = bytes(received[_LENGTH_BYTES : _LENGTH_BYTES + length])

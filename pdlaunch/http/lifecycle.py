@@ -22,7 +22,7 @@ from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap, ControlClient, Heartbeat, read_bootstrap
 from pdlaunch.protocol.sockets import SecureContext
 
-SHUTDOWN_TIMEOUT_S = 1.0  # seconds that handlers may still run after Stop; draining came before
+SHUTDOWN_TIMEOUT_S = 1.0  # how long handlers may run after Stop; a drain comes before Stop
 
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,13 +30,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Supervised:
-    """This process as its supervisor sees it; made and used inside a running event loop."""
+    """Connects this process to its supervisor. Create and use it inside a running event loop."""
 
     def __init__(self, bootstrap: Bootstrap) -> None:
         loop = asyncio.get_running_loop()
         self.bootstrap = bootstrap
         self.context = SecureContext(bootstrap.keys)
-        # An error is the reason why this process cannot go on.
+        # Messages of the supervisor; an error ends this process.
         self.inbox: asyncio.Queue[control.FromSupervisor | PdlaunchError] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_registered = False
@@ -52,7 +52,7 @@ class Supervised:
 
     def send(self, message: control.ToSupervisor) -> None:
         if isinstance(message, control.Ready):
-            # As of a rank: see leave_ends_to_supervisor.
+            # Ignore these signals from now on, as ranks do: see leave_ends_to_supervisor.
             for number in _END_SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, lambda: None)
         self._control.send(message)
@@ -62,7 +62,7 @@ class Supervised:
         learn: Callable[[control.Registry], Awaitable[None]],
         drain: Callable[[float], Coroutine[Any, Any, None]],
     ) -> None:
-        """Do what the supervisor says until Stop. Raises the error that ends this process."""
+        """Handle messages until Stop. Raises the error that ends this process."""
         while True:
             match await self.inbox.get():
                 case control.Registry() as registry:
@@ -74,7 +74,7 @@ class Supervised:
                 case PdlaunchError() as error:
                     raise error
                 case control.Suspects() | control.Answered() | control.Happened():
-                    pass  # said to routers alone
+                    pass  # The router reads its inbox itself.
 
     def register(
         self,
@@ -84,9 +84,9 @@ class Supervised:
         engine_id: EngineId = EngineId(""),  # noqa: B008 - a string
         listens: bool = True,
     ) -> None:
-        """Tell where this process listens, and show from now on that its loop turns.
+        """Send the address of this process, and heartbeats from then on.
 
-        ``engine_id``: of a vLLM engine. A second call replaces the first.
+        ``engine_id``: id of a vLLM engine. A further call replaces the registration.
         """
         self.send(
             control.Register(
@@ -100,12 +100,12 @@ class Supervised:
             )
         )
         if not self._is_registered:
-            # Only now: the supervisor takes Register for the first message of a process.
+            # Start heartbeats after Register, which must be the first message of a process.
             self.spawn(Heartbeat(self.send, self.bootstrap.heartbeat_s).run())
         self._is_registered = True
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Run ``work`` until it ends or this process leaves."""
+        """Run ``work`` in a task; ``close`` cancels it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -121,7 +121,7 @@ class Supervised:
 def run_supervised(serve: Callable[[Supervised], Awaitable[None]]) -> int:
     """Read the bootstrap from standard input and serve; return the exit code, 1 after a failure.
 
-    ``serve`` returns after Stop; the supervisor is told what it raises.
+    ``serve`` returns after Stop. If it raises an error, the supervisor gets Failed with its text.
     """
     bootstrap = read_bootstrap()
     setup_logging(bootstrap.name, bootstrap.log_level, form=bootstrap.log_format)

@@ -1,5 +1,5 @@
-"""Limits what an HTTP process takes on: requests in flight, their time, the bytes of their bodies,
-and how many large inputs are worked at. All belongs to the event loop.
+"""Limits the work of an HTTP process: requests in flight, their time, the bytes of their bodies,
+and how many large inputs are parsed at once. For use in the event loop only.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 
 BODY_TIMEOUT_S = 60.0
-BODY_SILENCE_S = 15.0  # time within which the next piece of a body must come
+BODY_SILENCE_S = 15.0  # longest wait for the next piece of a body
 SMALL_BODY_BYTES = 256 * 1024
-LARGE_SHARE = 3 / 4  # of the budget, for large bodies: small ones keep the rest
-ROUTER_ADDS_BYTES = 1024**2  # kv_transfer_params with block ids and first tokens, a seed
+LARGE_SHARE = 3 / 4  # share of the budget for large bodies; the rest is for small ones
+ROUTER_ADDS_BYTES = 1024**2  # what a router adds: kv_transfer_params, first tokens, a seed
 RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
+# Parsing a body, or tokenizing a text, of these sizes takes about 1 ms; using a thread costs 0.1 ms
 LARGE_BODY_BYTES = 64 * 1024
-# From here on parsing, or tokenizing, takes about a millisecond; a thread costs 0.1 ms
 LARGE_TEXT_BYTES = 4 * 1024
-NUM_INPUT_THREADS = 2  # bounds the memory of large work, which each thread needs once
+NUM_INPUT_THREADS = 2  # bounds memory: each thread holds the working memory of one large input
 
 T = TypeVar("T")
-# Reserves this many places in all; the text is the field to name in an error
+# Raises the reservation to a total number of places; the text is the field to name in an error
 Grow = Callable[[int, str], None]
-# Makes the error for requests that come, or still run, while the process leaves
+# Makes the error for requests that arrive or still run while the process shuts down
 ShuttingDown = Callable[[], OverloadedError]
-# Limits what runs under ``async with deadline()``
+# ``async with deadline()`` runs a block under the deadline of its request
 Deadline = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 
 class Admission:
-    """Admits requests up to a limit of those in flight, and none while the process drains."""
+    """Admits requests up to a limit of requests in flight, and none while the process drains."""
 
     def __init__(self, limit: int, shutting_down: ShuttingDown) -> None:
         self.limit = limit
@@ -49,7 +49,7 @@ class Admission:
 
     @contextlib.contextmanager
     def admit(self, size: int = 1) -> Iterator[Grow]:
-        """Hold ``size`` places while the block runs, one for each choice; yield what takes more.
+        """Hold ``size`` places while the block runs, one for each choice; yield ``grow``.
 
         Raises OverloadedError (503 while draining, 429 when full), or RequestError when the request
         alone exceeds the limit.
@@ -66,7 +66,7 @@ class Admission:
                 )
             if self.in_flight + size - held > self.limit:
                 raise OverloadedError(
-                    f"{self.in_flight} requests are in flight; at most {self.limit} of all clients "
+                    f"{self.in_flight} requests of all clients are in flight; at most {self.limit} "
                     "are served at a time",
                     code="too_many_requests",
                 )
@@ -89,12 +89,12 @@ class Admission:
             raise self._shutting_down()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse what comes and wait for what runs; False when ``timeout_s`` was too short."""
+        """Refuse new requests and wait for running ones; return False after ``timeout_s``."""
         self.is_draining = True
         return await self.wait_idle(timeout_s)
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until nothing is in flight; False when ``timeout_s`` was too short."""
+        """Wait until no request is in flight; return False after ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -102,7 +102,7 @@ class Admission:
 
 
 class Interrupts:
-    """Ends the blocks that run under it, each at its own instant or all at once."""
+    """Ends guarded blocks: each at its own deadline, or all at once."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Timeout] = set()
@@ -112,7 +112,7 @@ class Interrupts:
 
     def end_all(self) -> None:
         for timeout in self._running:
-            # One that has just expired cannot be moved any more; it ends anyway.
+            # An expired time-out cannot be rescheduled; its block is ending already.
             if not timeout.expired():
                 timeout.reschedule(0.0)
 
@@ -120,7 +120,7 @@ class Interrupts:
     async def guard(
         self, end_at: float | None, reason: Callable[[], Exception]
     ) -> AsyncIterator[None]:
-        """Run the block, until ``end_at`` at most. Raises ``reason()`` when it is ended."""
+        """Run the block. If ``end_at`` (loop time) or ``end_all`` ends it, raise ``reason()``."""
         timeout = asyncio.timeout_at(end_at)
         try:
             async with timeout:
@@ -136,7 +136,7 @@ class Interrupts:
 
 
 class Deadlines:
-    """Starts the deadlines of a process's requests; ``close`` ends all of them."""
+    """Starts the deadlines of requests; ``close`` ends all requests."""
 
     def __init__(self, limit_s: float, shutting_down: ShuttingDown) -> None:
         self._limit_s = limit_s
@@ -145,12 +145,12 @@ class Deadlines:
         self._is_closed = False
 
     def close(self) -> None:
-        """End what runs and all that comes. Safe to call twice."""
+        """End running requests and refuse later ones. May be called twice."""
         self._is_closed = True
         self._interrupts.end_all()
 
     def start(self) -> Deadline:
-        """Start the deadline of one request now; its parts run under it one after another."""
+        """Start the deadline of one request now; its phases run under it one after another."""
         end_at = asyncio.get_running_loop().time() + self._limit_s
 
         def deadline() -> contextlib.AbstractAsyncContextManager[None]:
@@ -172,11 +172,11 @@ class Deadlines:
 
 
 class BodyBudget:
-    """Counts the bytes of the bodies that a process holds.
+    """Limits the bytes of request bodies that a process holds.
 
-    A body counts from its first byte, with its stated length or the bytes so far (the larger).
-    A body without room is answered 503 at once: waiting bodies would hold connections, and the
-    client knows better whether to try again.
+    A body counts from its first byte, with its Content-Length or the bytes so far (the larger).
+    If it does not fit, it is refused with 503 at once: waiting bodies would hold connections, and
+    the client knows better whether to try again.
     """
 
     def __init__(self, max_bytes: int, max_body_bytes: int) -> None:
@@ -186,7 +186,7 @@ class BodyBudget:
 
     @contextlib.asynccontextmanager
     async def read(self, http: web.Request) -> AsyncIterator[bytes]:
-        """Read a body and hold its room while the block runs.
+        """Read a body; its bytes count until the block ends.
 
         Raises RequestError (400, 408, 413), OverloadedError (503).
         """
@@ -199,7 +199,7 @@ class BodyBudget:
             held = max(held, num_bytes)
 
         try:
-            # Before a byte is read: whoever states much must find room for it first.
+            # Check the Content-Length before reading: a large body must fit from the start.
             hold(http.content_length or 0)
             yield await _read(http, hold)
         finally:
@@ -215,16 +215,16 @@ class BodyBudget:
         share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
         if num_bytes > held and self.held_bytes + num_bytes - held > self.max_bytes * share:
             raise OverloadedError(
-                f"requests in flight hold {self.held_bytes} bytes; there is no room for "
-                f"another body of {num_bytes} bytes "
-                f"in {self.max_bytes}, which follow from limits.max_body_bytes",
+                f"bodies of requests in flight hold {self.held_bytes} bytes; another one of "
+                f"{num_bytes} bytes would exceed their limit of {self.max_bytes * share:.0f}, "
+                "which follows from limits.max_body_bytes",
                 status=503,
                 code="too_many_bytes_in_flight",
             )
 
 
 async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
-    # Not a list of pieces: freed between others, these would leave holes in the heap.
+    # Not a list of pieces: freeing them would leave holes in the heap.
     body = bytearray()
     now = asyncio.get_running_loop().time
     end_at = now() + BODY_TIMEOUT_S
@@ -237,8 +237,8 @@ async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
         return bytes(body)
     except TimeoutError:
         raise RequestError(
-            f"{len(body)} bytes of the body came; it must be there within {BODY_TIMEOUT_S:g} s, "
-            f"without pauses of {BODY_SILENCE_S:g} s",
+            f"only {len(body)} bytes of the body arrived; send all of it within "
+            f"{BODY_TIMEOUT_S:g} s, without pauses of {BODY_SILENCE_S:g} s",
             status=408,
             code="body_timeout",
         ) from None
@@ -247,10 +247,10 @@ async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
 
 
 def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
-    """Return the longest body that a router may send to an engine.
+    """Return the length of the longest body that a router may send to an engine, in bytes.
 
-    That is a client's and what the router adds: to continue an answer elsewhere, all of its tokens
-    so far, for each choice.
+    The router adds fields to a client's body. To continue an answer at another engine, it adds all
+    tokens so far, for each choice.
     """
     return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
 
@@ -259,7 +259,7 @@ _input_threads = ThreadPoolExecutor(NUM_INPUT_THREADS, thread_name_prefix="large
 
 
 async def work_at_input(is_large: bool, work: Callable[[], T]) -> T:
-    """Do ``work``, in a thread when its input is large, so that the event loop turns meanwhile."""
+    """Return the result of ``work``; run it in a thread if ``is_large``, to free the event loop."""
     if not is_large:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_input_threads, work)

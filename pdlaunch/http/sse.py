@@ -1,4 +1,4 @@
-"""Sends and reads server-sent events as OpenAI does: ``data:`` lines, and ``[DONE]`` at the end."""
+"""Sends and reads server-sent events in OpenAI's form: ``data:`` lines, ``[DONE]`` at the end."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from pdlaunch.http.errors import error_payload
 DONE = b"data: [DONE]\n\n"
 DONE_DATA = b"[DONE]"
 MAX_EVENT_BYTES = 16 * 1024**2
-LAST_WORD_S = 1.0  # how long the event of an error waits for a client that does not read
+LAST_WORD_S = 1.0  # limit for sending the event of an error to a client that does not read
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    # nginx would collect events before it passes them on.
+    # Without this header, nginx would buffer events.
     "X-Accel-Buffering": "no",
 }
 _encoder = msgspec.json.Encoder()
 
 
 def encode_event(payload: object) -> bytes:
-    """Return one event; msgspec must be able to encode ``payload``."""
+    """Return ``payload`` as one event; msgspec must be able to encode it."""
     return b"data: " + _encoder.encode(payload) + b"\n\n"
 
 
 def encode_error(error: BaseException) -> bytes:
-    """Return the event that ends a stream which failed; no ``[DONE]`` follows it."""
+    """Return the event that ends a failed stream; no ``[DONE]`` follows it."""
     return encode_event(error_payload(error))
 
 
 class _StreamResponse(web.StreamResponse):
-    """Keeps its headers back until the first piece of the body, and sends both in one piece.
+    """Sends its headers together with the first piece of the body.
 
-    aiohttp has no public name for it; ``web.Response`` does the same.
+    aiohttp has no public name for this option, which ``web.Response`` sets, too.
     """
 
     _send_headers_immediately = False
 
 
 class ClientStream:
-    """Sends the events of one streamed answer, the headers with the first event."""
+    """Sends the events of one streamed answer; the headers go out with the first event."""
 
     def __init__(self, http: web.BaseRequest, headers: Mapping[str, str]) -> None:
         self._http = http
@@ -55,26 +55,26 @@ class ClientStream:
 
     @property
     def has_begun(self) -> bool:
-        """Tell whether the client has been sent a status, so that an error must be an event."""
+        """Return True if a status was sent to the client, so an error must be an event."""
         return self.response.prepared
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
         self.response.headers.update(headers)
 
     async def write(self, event: bytes) -> None:
-        """Send one event, and wait while the reader is behind. Raises ConnectionError."""
+        """Send one event, and wait while the client reads too slowly. Raises ConnectionError."""
         if not self.response.prepared:
             await self._begin()
         await self.response.write(event)
 
     async def end(self, last: bytes = b"") -> None:
         await self._begin()
-        # In one piece: whoever reads the last event has the end too, and can use the connection
-        # again at once.
+        # Send both in one piece: a client that reads the last event also reads the end of the body,
+        # and can reuse the connection at once.
         await self.response.write_eof(last)
 
     async def fail(self, error: BaseException) -> None:
-        """End the stream with an error; a client that does not read is dropped."""
+        """End the stream with an error event; cut the connection of a client that does not read."""
         try:
             async with asyncio.timeout(LAST_WORD_S):
                 await self.end(encode_error(error))
@@ -83,7 +83,7 @@ class ClientStream:
                 self._http.transport.abort()
 
     async def _begin(self) -> None:
-        # Several prompts of one request may have their first event at once.
+        # Several prompts of one request may send their first event at the same time.
         if not self.response.prepared:
             async with self._preparing:
                 if not self.response.prepared:
@@ -94,7 +94,7 @@ STREAM = web.RequestKey("stream", ClientStream)
 
 
 class EventDecoder:
-    """Cuts a byte stream into the data of its events, wherever the stream was split."""
+    """Decodes the events of a byte stream, which may be split at any byte."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -103,7 +103,7 @@ class EventDecoder:
     def feed(self, received: bytes) -> list[bytes]:
         """Return the data of the events that ``received`` completes, ``DONE_DATA`` among them.
 
-        Raises ProtocolError when an event exceeds ``MAX_EVENT_BYTES``.
+        Raises ProtocolError if an event exceeds ``MAX_EVENT_BYTES``.
         """
         events: list[bytes] = []
         *lines, self._rest = (self._rest + received).split(b"\n")
@@ -111,7 +111,7 @@ class EventDecoder:
             raise ProtocolError(f"an event of more than {MAX_EVENT_BYTES} bytes")
         for line in lines:
             line = line.removesuffix(b"\r")
-            # Comments and other fields are dropped; an empty line ends an event.
+            # Drop comments and other fields; an empty line ends an event.
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
             elif not line and self._data:

@@ -1,4 +1,4 @@
-"""Makes the bootstrap of each process: the settings and keys that it reads at its start."""
+"""Makes bootstraps: the settings and keys that each process reads from stdin at its start."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap, ClientKey, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
-# How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``.
+# Number of heartbeats (Alive) of a process, and of checks, within ``hang_timeout_s``.
 HEARTBEATS = 6
 
 
 @dataclass(eq=False)
 class Bootstraps:
-    """Makes bootstraps for one launch, whose models can be read.
+    """Makes the bootstraps of one launch. Its models must be converted already, if necessary.
 
-    ``listeners``: the open sockets of the public address, one or more, all of one port.
+    ``listeners``: the open sockets of the public address, one or more, all with the same port.
     """
 
     kind: EngineKind
@@ -40,11 +40,11 @@ class Bootstraps:
     run_dir: Path
     launch_id: str
     listeners: Sequence[socket.socket]
-    # By engine: a restarted engine gets what it got before, whatever has changed around it.
+    # Specs by engine: a restarted engine gets its first spec again, whatever changed since.
     _engines: dict[str, EngineSpec] = field(default_factory=dict)
 
     def forget(self, engine: str) -> None:
-        """Forget an engine that is gone for good, and remove what it has left in the folder."""
+        """Forget a removed engine, and delete its files in the launch's folder."""
         self._engines.pop(engine, None)
         for path in self.run_dir.glob(f"{engine}.*"):
             path.unlink(missing_ok=True)
@@ -79,13 +79,13 @@ class Bootstraps:
             capabilities = self.kind.capabilities(spec, engine)
             return replace(bootstrap, connector=connector, capabilities=capabilities)
         if spec.kind == "rank":
-            # Where the ranks of an engine meet. A file for each incarnation: the file of a dead one
-            # still lists its ranks.
+            # Rendezvous of the engine's ranks. Each incarnation needs its own file: the file of a
+            # dead incarnation still lists its ranks.
             file = self.run_dir / f"{spec.engine}.tp.{incarnation}"
             return replace(bootstrap, tp_rank=spec.tp_rank, rendezvous=f"file://{file}")
         if spec.kind == "server":
             capabilities = self.kind.capabilities(spec, engine)
-            # Servers of native engines, which alone have a spec, listen for other hosts themselves.
+            # Servers of native engines (those with a spec) listen on the network themselves.
             if engine is None:
                 door = self._door(spec, launch)
                 connector = self._connector(spec, incarnation, launch)
@@ -100,7 +100,7 @@ class Bootstraps:
     def _connector(
         self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch
     ) -> ConnectorSpec | None:
-        """Return the settings of pdlaunch's connector in a vLLM engine; None: it is not used."""
+        """Return the settings of pdlaunch's connector in a vLLM engine; None if it has none."""
         transfer, host = launch.config.kv_transfer, launch.host(spec.host)
         if transfer.is_stock or spec.role not in PAIR:
             return None
@@ -135,8 +135,8 @@ class Bootstraps:
 def router_spec(
     config: LaunchConfig, served_model_name: str, listeners: Sequence[socket.socket]
 ) -> RouterSpec:
-    """Return the settings of a router that accepts at ``listeners``, all of one port."""
-    # Settings keep their names; the router reads no configuration itself.
+    """Return the settings of a router that accepts connections at ``listeners``, of one port."""
+    # Fields of RouterSpec have the names of settings; the router reads no configuration itself.
     settings = {
         name: getattr(section, name)
         for section in (config, config.limits)
@@ -156,11 +156,11 @@ def router_spec(
 
 
 def _client_keys(config: LaunchConfig) -> tuple[ClientKey, ...]:
-    """Return the keys of clients; ``api_key`` is one without limits of its own."""
+    """Return the keys of clients, including ``api_key``, which has no limits of its own."""
     keys = [ClientKey(**key.model_dump()) for key in config.api_keys]
     if (plain := _plain(config.api_key)) is not None:
         keys.append(ClientKey(name="api_key", sha256=hashlib.sha256(plain.encode()).hexdigest()))
-    # With several keys, no key may take all places.
+    # With several keys, no key may take all places in the router's queue.
     most = max(1, config.limits.max_queued_requests * 3 // 4) if len(keys) > 1 else None
     replace = msgspec.structs.replace
     return tuple(replace(key, max_concurrent=key.max_concurrent or most) for key in keys)

@@ -1,4 +1,4 @@
-"""Collects the events of a launch: what its host reports, stop signals, the end of its starter.
+"""Collects the events of a launch: messages, exits, stop signals, lost folders, the starter's end.
 
 Signal handlers only append; the supervisor's loop acts.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
+from pdlaunch.protocol.process.run_dirs import CONTROL_SOCKET
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +27,15 @@ class StopRequested:
     """The user or the system wants the launch to end."""
 
     signal_number: int
-    reason: str = ""  # words for people; empty: the signal itself
+    reason: str = ""  # shown to users; empty: show the name of the signal
 
 
 @dataclass(frozen=True, slots=True)
 class FolderLost:
-    """Somebody has removed a folder of the launch."""
+    """Another program or user removed a folder of the launch, or the sockets in it."""
 
     path: Path
-    is_logs: bool  # made again; without the other one no process can be started again
+    is_logs: bool  # True: the log folder, which is created again; False: the run folder
 
 
 Event = MessageReceived | ProcessExited | StopRequested | FolderLost
@@ -44,8 +45,8 @@ FOLDER_CHECK_S = 2.0
 class EventQueue:
     """Waits for the events of a launch.
 
-    ``lifeline``: a pipe whose end asks for a stop, because the process that held it is gone.
-    ``run_dir``, ``log_dir``: the launch's folders, which cleaners of temporary files may remove.
+    ``lifeline``: read end of a pipe; its end of file requests a stop, because the process that
+    started the launch is gone. ``run_dir``, ``log_dir``: folders whose removal is reported.
     """
 
     def __init__(
@@ -68,24 +69,24 @@ class EventQueue:
             self._poller.register(lifeline, zmq.POLLIN)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
+        """Wait at most ``timeout_s`` for events; return them, perhaps none."""
         readable = dict(self._poller.poll(math.ceil(min(timeout_s, FOLDER_CHECK_S) * 1000)))
         stops = [StopRequested(number) for number in self._signals.take()]
         lifeline = self._lifeline
         if lifeline is not None and lifeline in readable and not os.read(lifeline, 4096):
-            # An ended pipe stays readable: the loop would spin.
+            # A pipe at its end of file stays readable: the loop would spin.
             self._poller.unregister(lifeline)
             self._lifeline = None
-            stops.append(StopRequested(signal.SIGHUP, "whoever started this is gone"))
+            stops.append(StopRequested(signal.SIGHUP, "the process that started this is gone"))
         lost = []
-        if self._run_dir is not None and not self._run_dir.exists():
+        if self._run_dir is not None and not (self._run_dir / CONTROL_SOCKET).exists():
             lost.append(FolderLost(self._run_dir, is_logs=False))
             self._run_dir = None
         if self._log_dir is not None and not self._log_dir.exists():
             with contextlib.suppress(OSError):
                 self._log_dir.mkdir(mode=0o700, parents=True)
                 lost.append(FolderLost(self._log_dir, is_logs=True))
-        # Exits first: the last messages of a dead process have arrived once its end is known.
+        # Read exits before messages: after its exit, all messages of a process have arrived.
         exits = self._host.exits()
         return [*lost, *causes_first(stops, exits, self._host.messages())]
 
@@ -95,13 +96,13 @@ def causes_first(
     exits: Sequence[ProcessExited],
     messages: Sequence[MessageReceived],
 ) -> list[Event]:
-    """Order what happened at once so that a cause comes before what it may have caused.
+    """Return simultaneous events in an order that puts causes before their consequences.
 
-    The first failure is reported as the root cause. A process that was killed comes before those
-    that died of it, as a rank does when a peer of its group is gone, and both come before those
-    that report an error or leave with an exit code.
+    The first failure is reported as the root cause. Processes killed from outside come first, then
+    those that crashed (as ranks do if a rank of their group is gone), then messages, which may
+    report errors, and then exit codes.
     """
-    # Exit codes below 0 are signals. Of the killed, those that somebody else killed come first.
+    # Negative exit codes are signals. ``by_itself`` is False for signals from outside.
     killed = [gone for gone in exits if gone.returncode < 0]
     left = [gone for gone in exits if gone.returncode >= 0]
     return [*stops, *sorted(killed, key=lambda gone: gone.by_itself), *messages, *left]
@@ -110,8 +111,8 @@ def causes_first(
 class SignalInbox:
     """Collects stop signals between ``__enter__`` and ``__exit__``.
 
-    ``fileno`` becomes readable with each. Only the main thread can have handlers: in another one
-    the inbox stays empty.
+    ``fileno`` becomes readable with each signal. Only the main thread can install handlers: in
+    other threads the inbox stays empty.
     """
 
     def __init__(self) -> None:
@@ -123,13 +124,13 @@ class SignalInbox:
 
     def __enter__(self) -> SignalInbox:
         if threading.current_thread() is threading.main_thread():
-            # The interpreter writes the number of each signal that has a handler.
+            # The interpreter writes the number of each signal with a handler to this socket.
             self._wakeup_before = signal.set_wakeup_fd(
                 self._writer.fileno(), warn_on_full_buffer=False
             )
             wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
             if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-                wanted.remove(signal.SIGHUP)  # `nohup` means it
+                wanted.remove(signal.SIGHUP)  # ignored by `nohup`: keep it ignored
             self._before = {number: signal.signal(number, lambda *_: None) for number in wanted}
         return self
 

@@ -1,4 +1,4 @@
-"""Makes the folders of a launch for its log files, and removes those of old launches."""
+"""Creates the log folder of a launch, and removes the log folders of old launches."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.process.run_dirs import is_locked, take_lock
 
 KEPT_LAUNCHES = 20
-"""Number of log folders in the cache that stay, the new one included.
+"""Number of log folders to keep in the cache, including the new one.
 
-Those of running launches stay beyond that.
+Log folders of running launches are always kept.
 """
 SUPERVISOR_LOG = "supervisor.log"
 _LAUNCH_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 
 
 def new_launch_id() -> str:
-    """Return a new id: sortable by time, unique on this machine."""
+    """Return a new launch id, which sorts by time and is unique on this machine."""
     return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
-    """Make the folder of the log files: as configured, else a new one in the cache.
+    """Create and return the log folder: the configured one, else a new one in the cache.
 
-    Raises ConfigError when nothing can be written there.
+    Raises ConfigError if it is not writable.
     """
     log_dir = (
         Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
@@ -54,16 +54,16 @@ def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
 
 @contextlib.contextmanager
 def keep_logs(log_dir: Path) -> Iterator[None]:
-    """Keep everybody from pruning the folder while the block runs."""
+    """Lock the log folder while the block runs, so that no launch prunes it."""
     with (log_dir / SUPERVISOR_LOG).open("ab") as log:
-        # Another launch that writes to the same folder has it, and keeps it as well.
+        # If this fails, another launch with this folder holds the lock, and so keeps the folder.
         with contextlib.suppress(OSError):
             take_lock(log.fileno())
         yield
 
 
 def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
-    """Remove all but the latest log folders of launches that have ended; return the removed."""
+    """Remove old log folders of launches that have ended; return the removed folders."""
     launches = sorted(
         path
         for path in folder.iterdir()

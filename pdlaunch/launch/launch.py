@@ -34,7 +34,7 @@ from pdlaunch.planning.hosts import settled
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.run_dirs import new_run_dir
+from pdlaunch.protocol.process.run_dirs import CONTROL_SOCKET, new_run_dir
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 
 logger = logging.getLogger(__name__)
@@ -42,24 +42,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LaunchOutcome:
-    """Tells how a launch ended."""
+    """Says how a launch ended."""
 
     failure: Failure | None
     report: tuple[str, ...]  # the root cause in at most 20 lines; empty without a failure
     was_ready: bool
     stop_signal: int | None
-    survivors: tuple[str, ...] = ()  # processes that even SIGKILL did not end in time
+    survivors: tuple[str, ...] = ()  # processes that did not end in time after SIGKILL
 
     @property
     def exit_code(self) -> int:
-        """Return 0: served, then stopped; 1: failed; 128 + signal: stopped before it was ready."""
+        """Return 0 after serving, 1 after a failure, 128 + signal if stopped before it served."""
         if self.failure is not None or self.survivors:
             return 1
         return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
 
 
 def check_platform(platform: str = sys.platform) -> None:
-    """Raise ConfigError where pdlaunch cannot serve."""
+    """Raise ConfigError if pdlaunch cannot serve on this platform."""
     if platform != "linux":
         raise ConfigError(
             f"serve needs Linux; this is {platform}",
@@ -79,13 +79,13 @@ def launch(
     agents: AgentChannel | None = None,
     joined: Sequence[str] = (),
 ) -> LaunchOutcome:
-    """Convert models, start everything, serve until told to stop, stop everything.
+    """Convert models, start all processes, serve until a stop is requested, stop all processes.
 
-    ``check_platform`` and ``resolved.require_startable`` come before. ``listeners``: the sockets of
-    the public address (``ports.listening``); they are closed when no more connections are taken, at
-    the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``is_strict``:
-    slow pairs are refused. ``agents``: of the other hosts; those of ``joined`` have joined. Raises
-    StartupError and ConfigError when a model cannot be converted, or does not fit the settings.
+    Call ``check_platform`` and ``resolved.require_startable`` first. ``listeners``: the sockets of
+    the public address (``ports.listening``); closed once no router will accept connections.
+    ``lifeline``: a descriptor whose end of file requests a stop. ``is_strict``: refuse slow pairs.
+    ``agents``: channel to the agents of other hosts; those of ``joined`` have joined. Raises
+    StartupError and ConfigError if a model cannot be converted, or does not fit the settings.
     """
     config, here = resolved.config, resolved.hosts[0].name
     timing = Timing(
@@ -108,7 +108,7 @@ def launch(
         contextlib.closing(SecureContext(keys)) as context,
         contextlib.closing(EnginePorts()) as engine_ports,
     ):
-        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
+        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir / CONTROL_SOCKET}")
         bootstraps = Bootstraps(
             kind=kind,
             keys=keys,
@@ -120,9 +120,9 @@ def launch(
         places = EnginePlaces(resolved, kind, {here, *joined})
         host = LocalHost(control, log_dir, engine_ports)
         if agents is not None:
-            hear = partial(_hear, config, places, observer)
+            on_change = partial(_on_host_change, config, places, observer)
             host = HostGroup(
-                control, log_dir, engine_ports, name=here, channel=agents, on_change=hear
+                control, log_dir, engine_ports, name=here, channel=agents, on_change=on_change
             )
 
         plan, clock = plan_processes(resolved), time.monotonic
@@ -143,9 +143,9 @@ def launch(
 
 
 def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
-    """Convert models that engines cannot read as they are, once. Raises StartupError.
+    """Convert models whose format engines cannot read, once. Raises StartupError.
 
-    In a process of its own, because the libraries for this are heavy.
+    A child process does this, because it imports heavy libraries.
     """
     for model in resolved.conversions:
         command = python_command(
@@ -154,7 +154,7 @@ def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
         said = ""
         with subprocess.Popen(
             [*command, "--if-needed"],
-            # Its end tells the process that we are gone.
+            # The child ends when this pipe closes, so it does not outlive the supervisor.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -172,16 +172,16 @@ def convert_models(resolved: ResolvedLaunch, observer: Observer) -> None:
                         observer.note(f"{model}: {line}")
                 process.wait()
             finally:
-                # Ctrl-C is for us, who stop it.
+                # Ctrl-C does not reach the child, which has its own session: kill the child.
                 process.kill()
         if process.returncode:
             raise StartupError(f"{model} cannot be converted: {said.removeprefix('error: ')}")
 
 
-def _hear(
+def _on_host_change(
     config: LaunchConfig, places: EnginePlaces, observer: Observer, event: Joined | Lost
 ) -> None:
-    """Take in that a host has joined again, or is lost, and tell people."""
+    """Update the places when a host has joined again or is lost, and tell the user."""
     match event:
         case Joined(join=join):
             settings = {host.name: host for host in config.hosts}[join.name]

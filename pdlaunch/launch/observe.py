@@ -1,5 +1,5 @@
-"""Updates the state of a launch with events and commands; returns the actions that cannot wait.
-No I/O.
+"""Updates the state of a launch with events and commands; returns immediate actions. Does no I/O;
+``reconcile`` finds the actions that follow from the new state.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from pdlaunch.config.model_files.identity import changes
-from pdlaunch.errors import PdlaunchError
+from pdlaunch.config.model_files.identity import refuse_changes
+from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.launch.events import Event, FolderLost, StopRequested
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
@@ -41,18 +41,18 @@ PlanChange = Callable[[control.ChangeEngines, Collection[str], Collection[str]],
 def observe(
     wanted: Desired, seen: Observed, event: Event, now: float, plan: PlanChange
 ) -> list[Action]:
-    """Update the state with one event, and return the actions that follow at once."""
+    """Update the state with one event, and return the immediate actions."""
     turn = Turn(wanted, seen, now)
     match event:
         case FolderLost(path=path, is_logs=True):
             turn.announce(
-                f"{path}, the folder of the logs, has been removed and is made again: a process "
-                "writes there once it is started again"
+                f"{path}, the log folder, was removed and has been created again: a process "
+                "writes there once it is restarted"
             )
         case FolderLost(path=path):
             summary = (
-                f"{path}, the folder of this launch, has been removed, so no process could be "
-                "started again. Keep cleaners of temporary files away from it, or set TMPDIR"
+                f"{path}, the folder of this launch, or its socket was removed: no process could "
+                "be restarted. Keep cleaners of temporary files away from it, or set TMPDIR"
             )
             turn.announce(summary)
             turn.fail(Failure(summary))
@@ -78,10 +78,10 @@ def _stop(turn: Turn, event: StopRequested) -> None:
         wanted.stop_signal = event.signal_number
         drain_s = wanted.timing.drain_s
         drains = turn.seen.phase is LaunchPhase.READY and drain_s > 0
-        wait = f"running requests get up to {drain_s:g} s, a second Ctrl-C skips that"
+        wait = f"running requests get up to {drain_s:g} s; a second Ctrl-C skips that"
         turn.announce(f"{reason}: {wait if drains else 'stopping'}")
     elif reason != "SIGTERM":
-        # Slurm sends SIGTERM twice at a time limit; only Ctrl-C asks to hurry.
+        # Slurm sends SIGTERM twice at a time limit, so a second SIGTERM does not hurry the stop.
         wanted.is_hurried = True
         turn.announce(f"{reason}, while stopping: not waiting any longer")
 
@@ -95,7 +95,7 @@ def _received(
     seen, name = turn.seen, process.name
     if not isinstance(message, control.PairReady | control.PairFailed):
         # Another thread than the main loop sends these two.
-        process.heard_at, process.is_stalled = turn.now, False
+        process.seen_at, process.is_stalled = turn.now, False
     match message:
         case control.Register():
             # A predecessor's message may arrive after its successor was started.
@@ -109,7 +109,7 @@ def _received(
         case control.Progress():
             process.progress = message
         case control.Alive():
-            pass  # The supervisor needs no more of these.
+            pass  # Only ``seen_at`` matters.
         # Messages of a dead incarnation may still be in the queue.
         case _ if process.registration is None or not process.alive:
             logger.warning("%s from %s before it registered", type(message).__name__, name)
@@ -127,7 +127,7 @@ def _received(
             if seen.pairs.suspect(message):
                 turn.announce(f"{local} has to prove its path to {peer_name} again: {error}")
         case control.SleepState(state=state):
-            # A sidecar sees it, and all ranks of its engine tell it.
+            # The sidecar and all ranks of an engine report it: announce it once.
             if state != process.sleep_state:
                 process.sleep_state = state
                 turn.announce(f"{name} is {state}")
@@ -140,13 +140,16 @@ def _received(
 def _failed(turn: Turn, unit: Unit, process: Instance, error: str) -> None:
     """Keep the last error of a process, which may arrive after its exit."""
     process.error = error
+    engine = turn.seen.engines.get(unit.engine)
+    if engine is not None and error.startswith(control.MODEL_CHANGED):
+        engine.failed_for = error
     failure = turn.seen.failure
     if failure is not None and failure.process == process.name:
         failure.said = error
     if not process.alive:
         return
     if turn.seen.phase is LaunchPhase.READY:
-        # It is about to exit by itself, and its exit restarts the unit.
+        # The process is about to exit, and its exit restarts the unit.
         unit.kill_at = turn.now + FAILED_GRACE_S
     else:
         turn.fail(Failure(f"{process.label} failed to start", process=process.name, said=error))
@@ -155,17 +158,16 @@ def _failed(turn: Turn, unit: Unit, process: Instance, error: str) -> None:
 def _ready(turn: Turn, unit: Unit, process: Instance, message: control.Ready) -> None:
     if process.state is not ProcessState.STARTING:
         return
-    # All hosts of an engine of vLLM read the same files, as its server does.
-    kind = "server" if process.spec.unit == process.spec.engine else process.spec.kind
-    pinned = turn.seen.model.setdefault(kind, message.model)
-    if changed := changes(pinned, message.model):
-        # The process would give other tokens than its peers, so it must not start.
-        process.error = (
-            f"{control.MODEL_CHANGED}: {changed}. Put the files back, or start a new launch"
-        )
-        process.registration, unit.kill_at = None, turn.now + FAILED_GRACE_S
+    reads, model = process.spec.reads, turn.seen.model
+    try:
+        refuse_changes(model.get(reads, message.model), message.model)
+    except ConfigError as error:
+        # The process would produce other tokens than its peers, so it must not start.
+        process.registration = None
         turn.do(SendMessage(process.name, control.Stop()))
+        _failed(turn, unit, process, str(error))
         return
+    model[reads] = message.model | model.get(reads, {})
     process.state = ProcessState.READY
     if not unit.ready:
         return
@@ -219,9 +221,9 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
     if engine is not None and engine.retires:
         process.state, process.registration = ProcessState.EXITED, None
         if (engine.stop_at or 0.0) > turn.now and not engine.server.is_drained:
-            # It was still computing: nobody had told it to end.
+            # It died while it finished its requests, before the supervisor sent Stop.
             engine.stop_at = turn.now
-            _tell(turn, unit, process, event)
+            _report_death(turn, unit, process, event)
         return
     process.state = ProcessState.FAILED
     if turn.wanted.joins(unit.engine):
@@ -231,10 +233,10 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
         summary = f"{process.label} {event.how()} before it was ready"
         turn.fail(Failure(summary, process=process.name, said=process.error))
     elif unit.cause is None:
-        # The first to die is the cause; the others die or are killed because of it.
+        # The first process to die is the cause; the others die or are killed because of it.
         unit.cause, unit.died_at, unit.lost_with = process, turn.now, event.lost_with
         seen.ends[process.name]["died"] += 1
-        _tell(turn, unit, process, event)
+        _report_death(turn, unit, process, event)
     process.error = process.error or event.how()
 
 
@@ -242,13 +244,13 @@ def _end_of(process: Instance, event: ProcessExited) -> str:
     return f"{process.label} {f'failed: {process.error}' if process.error else event.how()}"
 
 
-def _tell(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> None:
+def _report_death(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> None:
     """Report the first death in a unit, and tell the router which requests may be to blame."""
     turn.announce(_end_of(process, event))
     # No request is to blame if the rank never served, or somebody killed it.
     step = event.last_step
     if step.origins and unit.ready_at is not None and event.by_itself:
-        # The router hears of them before it repeats them elsewhere.
+        # Tell the router before it repeats these requests at another engine.
         suspects = control.Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects))
         for router in turn.seen.routers:
             turn.do(SendMessage(router.name, suspects))
@@ -264,9 +266,9 @@ class _Refused(Exception):
 
 
 def _obey(turn: Turn, command: control.Command, asker: str, plan: PlanChange) -> None:
-    """Change the desired state, and answer; do nothing when the asker has given up."""
+    """Change the desired state, and answer; drop the command if nobody waits for the answer."""
     if turn.now > command.expires_at:
-        turn.announce("a command is dropped: nobody waits for its answer any more")
+        turn.announce("a command is dropped: its sender no longer waits for the answer")
         return
     answer = control.Answered(question=command.question)
     try:
@@ -283,9 +285,11 @@ def _obey(turn: Turn, command: control.Command, asker: str, plan: PlanChange) ->
 
 
 def _find(seen: Observed, name: str) -> LaunchedEngine:
-    engine = seen.find_engine(name)
+    """Return the engine with this name, or with a process of this name."""
+    found = seen.find(name)
+    engine = None if found is None else seen.engines.get(found[1].spec.engine)
     if engine is None:
-        reason = f"there is no engine {name[:100]}; there are: {', '.join(seen.engines)}"
+        reason = f"there is no engine {name[:100]}; engines are: {', '.join(seen.engines)}"
         raise _Refused(reason, code="engine_not_found")
     return engine
 
@@ -299,14 +303,14 @@ def _require_ready(what: str, seen: Observed, withheld: str = "") -> None:
 
 
 def _restart(turn: Turn, command: control.Restart, answer: control.Answered) -> None:
-    """Restart an engine; another request during the restart changes nothing."""
+    """Restart an engine; a second command during the restart changes nothing."""
     engine = _find(turn.seen, command.name)
     answer.engine, goal = engine.name, turn.wanted.engines[engine.name]
     _require_ready(f"{engine.name} cannot be restarted", turn.seen, goal.withheld)
     answer.incarnation = engine.server.incarnation
     if not goal.restart:
         goal.restart, goal.drain_s = True, turn.wanted.timing.drain_s
-        turn.announce(f"{engine.name} is restarted, as was asked")
+        turn.announce(f"{engine.name} is restarted, as requested")
 
 
 def _set_drained(turn: Turn, command: control.SetDrained, answer: control.Answered) -> None:
@@ -330,7 +334,7 @@ def _set_drained(turn: Turn, command: control.SetDrained, answer: control.Answer
         names = ", ".join(each.name for each in others)
         answer.notes = [f"no other {engine.role} engine serves: its work goes to {names}"]
     goal.withheld = "draining" if command.is_drained else ""
-    turn.announce(f"{engine.name} is {verb}, as was asked")
+    turn.announce(f"{engine.name} is {verb}, as requested")
 
 
 def _change(
@@ -367,7 +371,7 @@ def _change(
         return
     if not serving.difference(stops) and (change.planned.stops_first or not change.starts):
         raise _Refused(
-            f"{', '.join(stops)}: no other engine serves, so that requests would fail meanwhile; "
+            f"{', '.join(stops)} must not stop: no other engine serves, so requests would fail; "
             "add one first, or undrain or restart another one"
         )
     for name in stops:
@@ -379,4 +383,4 @@ def _change(
     answer.is_done = False
     change.question, change.asker = command.question, asker
     wanted.change = change
-    turn.announce(f"engines change, as was asked: {change.what}")
+    turn.announce(f"engines change, as requested: {change.what}")

@@ -1,4 +1,4 @@
-"""Keeps which pairs of ranks are proven and which are missing, and finds what joins their GPUs."""
+"""Tracks which pairs of ranks are proven, and which proofs are missing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pdlaunch.protocol.control import PairReady, PairSuspect
 
 
 class Pairs:
-    """Keeps the proofs of a launch.
+    """Holds the proofs of a launch.
 
-    With different TP sizes only some ranks of two engines talk to each other, and the decode side
-    knows which: each proof tells with how many ranks of that engine.
+    With different TP sizes, a decode rank pulls from only some ranks of a prefill engine. Each
+    proof states from how many (``num_peers``).
     """
 
     def __init__(self, plan: Plan, kind: EngineKind) -> None:
@@ -24,7 +24,7 @@ class Pairs:
         self.use(plan)
 
     def use(self, plan: Plan) -> None:
-        """Derive the pairs that are due from the processes of a plan."""
+        """Compute which pairs must be proven, from the processes of a plan."""
         self._due = [
             (process.name, engine)
             for process in plan.processes
@@ -41,7 +41,7 @@ class Pairs:
         self._errors[local, peer] = error
 
     def suspect(self, pair: PairSuspect) -> bool:
-        """Drop a proof; return False if it is gone or renewed already."""
+        """Drop a proof; return False if it was already dropped or renewed."""
         proof = self.proven.get((pair.local, pair.peer))
         if proof is None or proof.peer_incarnation != pair.peer_incarnation:
             return False
@@ -50,13 +50,13 @@ class Pairs:
         return True
 
     def forget(self, name: str) -> None:
-        """Drop all proofs of a dead process, as prover or as peer."""
+        """Drop all proofs in which a dead process takes part."""
         self.proven = {ends: pair for ends, pair in self.proven.items() if name not in ends}
 
     def missing(self, among: Iterable[str], of: Collection[str] | None = None) -> list[str]:
-        """Return the unproven pairs between engines, in words with the last error.
+        """Return a text for each unproven pair between the engines ``among``, with its last error.
 
-        ``of``: pairs of these engines alone.
+        ``of``: only pairs that include one of these engines.
         """
         there = set(among)
         proven: dict[tuple[str, str], list[PairReady]] = defaultdict(list)
@@ -73,12 +73,12 @@ class Pairs:
 
 
 def engine_of(process: str) -> str:
-    """Return the engine of a process, whose name begins with the engine's."""
+    """Return the engine's name, with which the name of each of its processes begins."""
     return process.partition("/")[0]
 
 
 def _is_connected(pairs: Sequence[PairReady]) -> bool:
-    # Before the first proof nobody here knows how many ranks of the engine this one talks to.
+    # Without a proof, the number of ranks that this one pulls from is not known.
     return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
 
 

@@ -1,6 +1,6 @@
-"""Knows where the engines of a launch run, and plans changes of them.
+"""Tracks where the engines of a launch run, and plans changes of the engines.
 
-A change is resolved and checked like a launch at its start. Remaining engines are left as they run.
+A change is resolved and checked like a launch at its start. Engines that stay are not touched.
 An engine of a lost host starts again once the host is back.
 """
 
@@ -45,36 +45,36 @@ class EnginePlaces:
     kind: EngineKind
     present: set[str]
     clock: Callable[[], float] = time.monotonic
-    # Instants by which lost hosts have ended their processes.
+    # By lost host: the instant by which its processes have ended.
     _ended_by: dict[str, float] = field(default_factory=dict)
-    # By engine of a lost host: the instant by which its processes have ended.
+    # By removed engine: the instant by which its processes on lost hosts have ended.
     _names_taken_until: dict[str, float] = field(default_factory=dict)
-    # Hosts that are back at a new address, for which their processes were not planned.
+    # Hosts that are back at a new address; the plans of their processes have the old one.
     _readdressed: set[str] = field(default_factory=set)
 
     # Hosts that come and go
 
     def joined(self, host: ResolvedHost) -> None:
-        """Note that a host is back, perhaps at another address."""
+        """Record that a host is back, perhaps at another address."""
         self.present.add(host.name)
         if host.advertise_address == self.resolved.host(host.name).advertise_address:
-            # The same machine: an agent ends what it ran before it joins again.
+            # The same machine: its agent ended all processes before it joined again.
             self._ended_by.pop(host.name, None)
         else:
             self._readdressed.add(host.name)
         self.resolved = self.resolved.with_host(host)
 
     def lost(self, name: str, ended_by: float | None) -> None:
-        """Note that a host is lost. Its processes may run until ``ended_by``; None: no more."""
+        """Record that a host is lost. Its processes end by ``ended_by``; None: they have ended."""
         self.present.discard(name)
         if ended_by is not None:
-            # Another machine of this name may be cut off, too.
+            # An earlier machine of this name may be cut off and still run processes.
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
     def is_there(self, unit: Unit) -> bool:
-        """Return whether a unit, whose processes have ended, can be started on its hosts."""
+        """Return True if a unit without processes can be started on its hosts."""
         hosts = {process.spec.host for process in unit.processes}
-        # The agent may be alive but cut off, and no engine may run twice.
+        # A cut-off agent may still run the engine, and no engine may run twice.
         if not hosts <= self.present or self.clock() < self._ended_at(hosts):
             return False
         if unit.engine and hosts & self._readdressed:
@@ -87,7 +87,7 @@ class EnginePlaces:
         return True
 
     def _ended_at(self, hosts: Iterable[str]) -> float:
-        """Return the instant by which lost hosts among these have ended their processes."""
+        """Return the instant by which lost hosts among ``hosts`` have ended their processes."""
         return max((self._ended_by.get(host, 0.0) for host in hosts), default=0.0)
 
     def _placed(self, name: str) -> PlacedEngine:
@@ -96,24 +96,11 @@ class EnginePlaces:
     # Pairs
 
     def judged(self, pair: PairReady) -> PairReady:
-        """Return a measured pair of engines that are placed, with what is slow about it."""
+        """Return a measured pair with ``slow`` set to the findings of the transport rules."""
         prefill, decode = self._placed(engine_of(pair.peer)), self._placed(engine_of(pair.local))
-        hosts = prefill.host.name, decode.host.name
-        on_one_host = len({node.host.name for each in (prefill, decode) for node in each.nodes}) < 2
-        measured = PairTransport(
-            decode_rank=pair.local,
-            prefill_rank=pair.peer,
-            path=pair.path,
-            # Decode reads the KV caches of prefill engines.
-            allocator=prefill.engines.allocator,
-            gigabytes_per_s=pair.gigabytes_per_s,
-            hosts=None if on_one_host else hosts,
-            shares_gpu=not _gpus_of(prefill).isdisjoint(_gpus_of(decode)),
-            piece_bytes=pair.piece_bytes,
-            other_paths=pair.other_paths,
-        )
-        probes, rules = Probes(transport=(measured,)), self.kind.rules()
-        found = run_checks(self.resolved, {}, probes, rules=rules, family="PD5").findings
+        measured = transport_of(pair, prefill, decode)
+        rules = [rule for rule in self.kind.rules() if "transport" in rule.needs]
+        found = run_checks(self.resolved, {}, Probes(transport=(measured,)), rules=rules).findings
         slow = "; ".join(f"{each.rule} {each.message}" for each in found)
         return msgspec.structs.replace(pair, slow=slow)
 
@@ -127,7 +114,7 @@ class EnginePlaces:
         return [spec for engine in change.starts for spec in self.kind.processes(engine)]
 
     def forget(self, engine: str) -> None:
-        """Forget an engine that is gone; a cut-off host may still run it, so its name stays."""
+        """Forget a removed engine. Its name stays reserved while a lost host may still run it."""
         gone = self._placed(engine)
         hosts = [node.host.name for node in gone.nodes]
         self._names_taken_until[engine] = self._ended_at(hosts)
@@ -138,7 +125,7 @@ class EnginePlaces:
     def plan(
         self, wanted: ChangeEngines, serving: Collection[str], drained: Collection[str]
     ) -> EngineChange:
-        """Plan a change, which starts and stops no engine if there is nothing to do.
+        """Plan a change; without starts and stops, there is nothing to do.
 
         ``serving``, ``drained``: names of engines. Raises ConfigError with the reason if the change
         is impossible.
@@ -147,7 +134,7 @@ class EnginePlaces:
         stops: list[PlacedEngine] = []
         home: list[str] = []
         if wanted.engine:
-            # The engine is planned again in another role, on its present hosts.
+            # Plan a new engine in the other role, on the hosts of the old one.
             engine = self._placed(wanted.engine)
             if wanted.role is not None and wanted.role != engine.engines.role:
                 starts, stops = list(self._new_keys(wanted.role, 1)), [engine]
@@ -155,7 +142,7 @@ class EnginePlaces:
         for role, number in wanted.replicas.items():
             engines = [e for e in self.resolved.engines if e.engines.role == role]
             starts += self._new_keys(role, number - len(engines))
-            # Engines that do not serve go first, then drained ones, then the highest numbers.
+            # Stop engines that do not serve first, then drained ones, then the highest numbers.
             engines.sort(key=lambda e: (e.name in serving, e.name in drained, -e.index))
             stops += engines[: max(0, len(engines) - number)]
         return self._change(starts, stops, home)
@@ -172,19 +159,19 @@ class EnginePlaces:
     def _change(
         self, starts: Sequence[Key], stops: Sequence[PlacedEngine], home: Sequence[str]
     ) -> EngineChange:
-        """``home``: the hosts of an engine that changes its role; empty for other changes."""
+        """Resolve a change. ``home``: hosts of an engine that changes its role; else empty."""
         gone = {_key(engine) for engine in stops}
         places = self.resolved.places
         kept = {key: place for key, place in places.items() if key not in gone}
         models = self._models({role for role, _ in starts})
         placed = None if home else self._place(starts, kept, models, self._busy(()))
         if placed and stops:
-            # Old and new engines share the machine's memory for a while, if that has room.
+            # Start new engines before old ones stop if the machine's memory has room for both.
             together = self.resolved.with_engines({**places, **placed}, models)
             if any(each.severity == "error" for each in self._new_findings(together)):
                 placed = None
         if stops_first := placed is None:
-            # New engines take the room of those that stop.
+            # New engines use the GPUs of the engines that stop.
             busy = self._busy(gone)
             placed = self._place(starts, kept, models, busy, home)
             if placed is None:
@@ -208,13 +195,13 @@ class EnginePlaces:
             ],
             stops=dict.fromkeys((engine.name for engine in stops), 0),
             stops_first=stops_first,
-            drain_s=0.0,  # that of the command
+            drain_s=0.0,  # set from the command
         )
         texts = [f"{each.rule} {_where(each, new)}: {each.message}" for each in warnings]
         return EngineChange(resolved, new, planned, texts)
 
     def _models(self, new: Collection[Role]) -> Models:
-        """Return the models of present and new roles; those that were read are not read again."""
+        """Return the models of present and new roles; models already known are not read again."""
         known = {role: engines.model for role, engines in self.resolved.roles.items()}
         if missing := new - known.keys():
             known |= read_models(with_replicas(self.resolved.config, dict.fromkeys(missing, 1)))
@@ -246,7 +233,7 @@ class EnginePlaces:
     ) -> dict[Key, EnginePlace] | None:
         """Return hosts and devices for new engines, or None if one of them has no room.
 
-        ``home``: the only hosts that are tried, if any.
+        ``home``: hosts to use; empty: all present hosts of the role.
         """
         placed: dict[Key, EnginePlace] = {}
         taken = set(busy)
@@ -266,7 +253,7 @@ class EnginePlaces:
     ) -> EnginePlace | None:
         """Return the place of an engine on a host, or None if too few of its GPUs are free.
 
-        ``taken``: GPUs of other engines; those that this one gets are added.
+        ``taken``: GPUs of other engines; the GPUs of this engine are added.
         """
         tried = self.resolved.with_engines({**places, key: EnginePlace(host.name)}, models)
         engines = tried.by_host[host.name][key[0]]
@@ -281,7 +268,9 @@ class EnginePlaces:
         return EnginePlace(host.name, devices)
 
     def _hosts(self, role: Role, places: Places) -> list[ResolvedHost]:
-        """Return the hosts that take engines of a role: most free cores first, then near peers."""
+        """Return the present hosts for a role: hosts with a free core first, and among these first
+        the hosts that run engines to pair with.
+        """
         near = {
             place.host
             for (other, _), place in places.items()
@@ -305,12 +294,12 @@ class EnginePlaces:
         found = []
         for host in self._hosts(role, self.resolved.places):
             gpus = [(gpu.index, busy.get((host.name, gpu.index))) for gpu in host.machine.gpus]
-            owners = "".join(f", GPU {index} of {owner}" for index, owner in gpus if owner)
+            owners = "".join(f", GPU {index} used by {owner}" for index, owner in gpus if owner)
             found.append(f"{host.name} has {len(gpus)}{owners}")
         names = ", ".join(f"{each}-{index}" for each, index in starts)
         return ConfigError(
             f"there is no room for {names}: an engine needs {size} free "
-            f"{'GPU' if size == 1 else 'GPUs'} of {where}, and "
+            f"{'GPU' if size == 1 else 'GPUs'} of {where}, but "
             f"{'; '.join(found) or f'no host takes {role} engines'}",
             field=f"{role}.replicas",
             fix="stop an engine of another role in the same command, or free GPUs",
@@ -328,39 +317,57 @@ class EnginePlaces:
             )
         resolved.require_startable()
         if kind_of(resolved).name != self.kind.name:
-            raise ConfigError("the new engines are of another kind", field="engine")
+            raise ConfigError(f"engines must be {self.kind.name}, as the others", field="engine")
         found = self._new_findings(resolved)
         refuse_errors(found)
         return [finding for finding in found if finding.severity == "warning"]
 
     def _new_findings(self, resolved: ResolvedLaunch) -> list[Finding]:
-        """Return the findings of a launch whose rules find nothing in the present one."""
+        """Return the findings of rules that have no finding in the present launch."""
         known = {finding.rule for finding in findings_of(self.resolved)}
         return [finding for finding in findings_of(resolved) if finding.rule not in known]
 
     def _require_as_they_run(self, resolved: ResolvedLaunch, kept: Places) -> None:
-        """Raise ConfigError if an engine that stays would have to be restarted: its sockets and its
-        connector are those for the peers that it had at its start.
+        """Raise ConfigError if an engine that stays would need a restart: its sockets and its
+        connector were set up for the peers at its start.
         """
         before = {_key(engine): engine.engines for engine in self.resolved.engines}
         for engine in (engine for engine in resolved.engines if _key(engine) in kept):
             old, new = before[_key(engine)], engine.engines
             if (old.has_far_peers, old.unverified) != (new.has_far_peers, new.unverified):
-                why = new.unverified or "its peers would be on other hosts, or no longer"
+                why = new.unverified or "it would get peers on other hosts, or lose them all"
                 raise ConfigError(
-                    f"{engine.name} would have to be started anew: {why}",
+                    f"{engine.name} would have to be restarted: {why}",
                     field=f"{engine.engines.role}.replicas",
-                    fix="start the launch with these engines",
+                    fix="restart the launch with these engines",
                 )
 
 
+def transport_of(pair: PairReady, prefill: PlacedEngine, decode: PlacedEngine) -> PairTransport:
+    """Return the facts about a pair of ranks that the transport rules judge."""
+    hosts = prefill.host.name, decode.host.name
+    on_one_host = len({node.host.name for each in (prefill, decode) for node in each.nodes}) < 2
+    return PairTransport(
+        decode_rank=pair.local,
+        prefill_rank=pair.peer,
+        path=pair.path,
+        # Decode reads the KV caches of prefill engines.
+        allocator=prefill.engines.allocator,
+        gigabytes_per_s=pair.gigabytes_per_s,
+        hosts=None if on_one_host else hosts,
+        shares_gpu=not _gpus_of(prefill).isdisjoint(_gpus_of(decode)),
+        piece_bytes=pair.piece_bytes,
+        other_paths=pair.other_paths,
+    )
+
+
 def findings_of(resolved: ResolvedLaunch) -> Sequence[Finding]:
-    """Return what the rules find in a launch whose files and ports have been judged."""
+    """Return the findings of the rules that need no probes (of files, ports, measured pairs)."""
     return run_checks(resolved, {}, Probes(), rules=kind_of(resolved).rules()).findings
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:
-    """Raise ConfigError for the first error among them."""
+    """Raise ConfigError for the first error among the findings."""
     if errors := [finding for finding in findings if finding.severity == "error"]:
         first = errors[0]
         others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -380,12 +387,12 @@ def _gpus_of(engine: PlacedEngine) -> set[GpuKey]:
         for node in engine.nodes
         for gpus in [node.engines.gpus]
         for device in node.device_indices
-        if device < len(gpus)  # a host that is back may have fewer than it had
+        if device < len(gpus)  # a host may have fewer GPUs after it joined again
     }
 
 
 def _where(finding: Finding, new: Sequence[PlacedEngine]) -> str:
-    """Return the setting of a finding, under a role whose engines start."""
+    """Return the setting of a finding; a role without new engines is replaced by one with them."""
     role, dot, field = finding.where.partition(".")
     roles = [engine.engines.role for engine in new]
     is_other = dot and role in ROLES and role not in roles

@@ -1,5 +1,5 @@
-"""Opens the public address: the supervisor listens before anything is started, and each router in
-turn accepts.
+"""Opens the public address. The supervisor listens before it starts processes; the current router
+accepts connections from the inherited sockets.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Listen at ``port`` of all addresses of ``host`` until the block ends.
+    """Listen at ``port`` of all addresses of ``host`` until the block ends; yield the sockets.
 
-    0 is a free port, the same for all of them. No child inherits the sockets by itself. Raises
-    StartupError naming what is wrong with the address.
+    Port 0 is a free port, the same for all addresses. Children inherit the sockets only if they
+    are passed explicitly. Raises StartupError with the reason if an address cannot be used.
     """
     with contextlib.ExitStack() as stack:
         listeners: list[socket.socket] = []
@@ -29,9 +29,9 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
             for family, address in dict.fromkeys(
                 (family, address) for family, *_, address in found
             ):
-                # All addresses get the free port that the first one was given.
+                # All addresses use the free port that the first one got.
                 free = listeners[0].getsockname()[1] if listeners else port
-                # It sets IPV6_V6ONLY, and SO_REUSEADDR for ports in TIME_WAIT.
+                # create_server sets IPV6_V6ONLY, and SO_REUSEADDR for ports in TIME_WAIT.
                 listener = socket.create_server(
                     (address[0], free, *address[2:]), family=family, backlog=LISTEN_BACKLOG
                 )

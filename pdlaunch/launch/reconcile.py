@@ -3,12 +3,12 @@
 ::
 
     deaths     dead ── back-off ──▶ started       too many, too quickly ──▶ given up ──▶ tried again
-    restarts   draining ── idle, or out of time ──▶ stopping ── all ended ──▶ started, or removed
+    restarts   draining ── idle, or time-out ──▶ stopping ── all ended ──▶ started, or removed
     changes    starting ── ready and proven ──▶ joined; old engines leave     late, dead ──▶ leaving
     the end    drain router ──▶ stop router ──▶ stop engines ──▶ SIGKILL
 
 This module uses no clock, process or socket: the same state and time give the same actions. The
-state records an action at once, so that a second call does not return it again.
+state records each returned action, so a second call does not return it again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PHASES = tuple(LaunchPhase)
 
 
 def reconcile(wanted: Desired, seen: Observed, now: float) -> tuple[list[Action], float]:
-    """Return what to do next, and the instant at which to ask again without an event."""
+    """Return the next actions, and the instant of the next call if no event comes before."""
     turn = Turn(wanted, seen, now)
     if not turn.must_end and seen.phase is not LaunchPhase.READY:
         _start(turn)
@@ -85,36 +85,36 @@ def _serve(turn: Turn) -> None:
 
 
 def _watch(turn: Turn) -> None:
-    """Kill hung processes, the longest silent first: others may hang because of it."""
+    """Kill hung processes, beginning with the one silent longest: others may only wait for it."""
     timing = turn.wanted.timing
     if not timing.hang_timeout_s:
         return
     turn.due(turn.now + timing.heartbeat_s)
     ready = [(p, u) for u in turn.seen.units for p in u.processes if p.state is ProcessState.READY]
-    for process, unit in sorted(ready, key=lambda each: each[0].heard_at):
-        silent_s, limit_s = turn.now - process.heard_at, timing.silence_s(process)
+    for process, unit in sorted(ready, key=lambda each: each[0].seen_at):
+        silent_s, limit_s = turn.now - process.seen_at, timing.silence_s(process)
         process.is_stalled = silent_s >= limit_s / 2
         if silent_s >= limit_s and unit.cause is None and not unit.is_killed:
-            unit.cause, unit.died_at = process, process.heard_at
+            unit.cause, unit.died_at = process, process.seen_at
             turn.seen.ends[process.name]["hung"] += 1
-            process.error = f"hung: its loop did not turn for {silent_s:.0f} s (hang_timeout_s)"
+            process.error = f"hung: its main loop stood still for {silent_s:.0f} s (hang_timeout_s)"
             turn.announce(f"{process.label} {process.error}: killed")
             _kill(turn, unit)
 
 
 def _keep(turn: Turn, unit: Unit) -> None:
-    """Keep a unit running: after a death kill its other processes, then start it again."""
+    """Keep a unit running: after a death, kill its other processes, then start it again."""
     if unit.alive:
         if unit.cause is not None:
             _kill(turn, unit)
         elif turn.due(unit.kill_at):
             _kill_late(turn, unit)
     elif any(process.state is ProcessState.FAILED for process in unit.processes):
-        # A unit without a cause failed while joining; the change is taken back.
+        # A unit without a cause failed before it joined: ``_join`` removes its engine.
         if unit.cause is not None:
             _after_death(turn, unit, unit.cause)
     elif turn.due(unit.start_at) or (
-        # Else it waits for its host, which was lost after the engine was planned there.
+        # With a ``start_at``, it waits for its host, which was lost after the planning.
         unit.start_at is None and unit.processes[0].state is ProcessState.PLANNED
     ):
         unit.start_at = None
@@ -128,19 +128,19 @@ def _kill(turn: Turn, unit: Unit) -> None:
     unit.is_killed = True
     for process in unit.processes:
         if process.alive:
-            # Now, not when it has ended: peers ask it for as long as the registry lists it.
+            # At once, not after its exit: peers use a process as long as the registry lists it.
             process.registration = None
             turn.do(SendSignal(process.name, signal.SIGKILL))
 
 
 def _kill_late(turn: Turn, unit: Unit) -> None:
     unit.kill_at = None
-    turn.announce(f"{unit.name} neither became ready nor left in time: killed")
+    turn.announce(f"{unit.name} neither became ready nor ended in time: killed")
     _kill(turn, unit)
 
 
 def _after_death(turn: Turn, unit: Unit, cause: Instance) -> None:
-    """Wait before a dead unit is started again; the more often it died, the longer."""
+    """Schedule the next start of a dead unit; each quick death doubles the wait."""
     timing = turn.wanted.timing
     unit.kill_at = None
     if unit.lost_with:
@@ -149,15 +149,15 @@ def _after_death(turn: Turn, unit: Unit, cause: Instance) -> None:
         turn.do(Start(unit.name))
         return
     is_quick = unit.ready_at is None or unit.died_at - unit.ready_at < timing.quick_s
-    unit.num_quick_deaths = unit.num_quick_deaths + 1 if is_quick else 1
-    delay_s = timing.delay_s(unit.num_quick_deaths)
-    if unit.num_quick_deaths < timing.max_quick_deaths:
+    unit.num_quick_deaths = num_deaths = unit.num_quick_deaths + 1 if is_quick else 1
+    wait_s = timing.wait_s(num_deaths)
+    if num_deaths < timing.max_quick_deaths:
         _set_state(unit, ProcessState.BACKING_OFF)
-        turn.announce(f"{unit.name} starts again in {delay_s:g} s")
+        turn.announce(f"{unit.name} starts again in {wait_s:g} s")
     else:
         # SIGKILL counts, too: the kernel sends it to a process that takes too much memory.
         summary = (
-            f"{unit.name} died {unit.num_quick_deaths} times in a row, each within "
+            f"{unit.name} died {num_deaths} times in a row, each within "
             f"{timing.quick_s:g} s of its start"
         )
         engine = turn.seen.engines.get(unit.engine)
@@ -166,13 +166,13 @@ def _after_death(turn: Turn, unit: Unit, cause: Instance) -> None:
             turn.fail(Failure(summary, process=cause.name, said=cause.error))
             return
         engine.failed_for = summary + (f": {cause.error}" if cause.error else "")
-        engine.retry_s = delay_s
+        engine.retry_s = wait_s
         _set_state(unit, ProcessState.GIVEN_UP)
         turn.announce(
-            f"{summary}: {engine.name} is given up and tried again in {delay_s:g} s, "
-            f"{', '.join(each.name for each in left)} serves on"
+            f"{summary}: {engine.name} is given up and tried again in {wait_s:g} s; "
+            f"still serving: {', '.join(each.name for each in left)}"
         )
-    unit.start_at = turn.now + delay_s
+    unit.start_at = turn.now + wait_s
     turn.due(unit.start_at)
 
 
@@ -182,9 +182,9 @@ def _set_state(unit: Unit, state: ProcessState) -> None:
 
 
 def _left_without(lost: LaunchedEngine, engines: Iterable[LaunchedEngine]) -> list[LaunchedEngine]:
-    """Return the engines that do the work of a lost one, and were not given up themselves.
+    """Return the engines that can replace a lost one and were not given up themselves.
 
-    Engines of both roles can do all work, and so can a pair.
+    Engines with the role ``both`` can replace any engine, and so can a pair.
     """
     working = [each for each in engines if each is not lost and not each.failed_for]
     of = {role: [each for each in working if each.role == role] for role in ROLES}
@@ -192,14 +192,14 @@ def _left_without(lost: LaunchedEngine, engines: Iterable[LaunchedEngine]) -> li
     return of[lost.role] or of["both"] or pair
 
 
-# Engines that stop because somebody asked
+# Engines that stop because of a command
 
 
 def _retire(turn: Turn, engine: LaunchedEngine, goal: Goal) -> None:
     """Drain and stop an engine; once its processes have ended, restart or forget it.
 
-    The registry lists its server as draining, so routers give it no new work. It has drained once
-    decode engines have read its leased blocks, too. Requests that still run when it is stopped
+    The registry lists its server as draining, so routers give it no new work. The drain ends once
+    no request runs and no block is leased. Requests that still run when the engine is stopped
     continue at another engine.
     """
     if not engine.retires:
@@ -235,7 +235,7 @@ def _retire(turn: Turn, engine: LaunchedEngine, goal: Goal) -> None:
 
 
 def _stop(turn: Turn, engine: LaunchedEngine) -> None:
-    """Ask the processes of an engine to end; stragglers are killed."""
+    """Ask the processes of an engine to end; those that are late are killed."""
     engine.stop_at = None
     for unit in engine.units:
         if unit.alive:
@@ -247,7 +247,7 @@ def _stop(turn: Turn, engine: LaunchedEngine) -> None:
 
 
 def _ask_to_end(turn: Turn, process: Instance) -> None:
-    # Starting processes may be busy loading, and would not read a message.
+    # A starting process may be busy with loading and would not read a message.
     if process.state in _WORKING:
         turn.do(SendMessage(process.name, Stop()))
     else:
@@ -260,8 +260,8 @@ def _ask_to_end(turn: Turn, process: Instance) -> None:
 def _advance(turn: Turn, change: EngineChange) -> None:
     """Take the next step of a change; the present engines show how far it is.
 
-    A new engine is listed from its start, so that its pairs can be proven. It is given work once
-    they are proven.
+    The registry lists a new engine from its start, so that its pairs can be proven. The engine gets
+    work once they are proven.
     """
     goals, engines, planned = turn.wanted.engines, turn.seen.engines, change.planned
     if any(goal.withheld == "leaving" for goal in goals.values()):
@@ -282,7 +282,7 @@ def _advance(turn: Turn, change: EngineChange) -> None:
         turn.announce(error or f"engines have changed: {change.what}")
         turn.do(SendMessage(change.asker, Answered(question=change.question, error=error)))
     elif stops and (planned.stops_first or not starts):
-        # Tell all of them before the first can be gone.
+        # Mark all of them in this turn, before the first one can be gone.
         for name in stops:
             goals[name].withheld, goals[name].drain_s = "leaving", planned.drain_s
     else:
@@ -293,7 +293,7 @@ def _advance(turn: Turn, change: EngineChange) -> None:
 
 
 def _join(turn: Turn, change: EngineChange, joining: Sequence[str]) -> None:
-    """Give new engines work once they are ready and proven; take them back if they never are."""
+    """Give new engines work once they are ready and proven; remove them if they fail."""
     wanted, seen = turn.wanted, turn.seen
     unready = [
         f"{process.name} is {process.state}"
@@ -302,7 +302,7 @@ def _join(turn: Turn, change: EngineChange, joining: Sequence[str]) -> None:
         if not unit.ready
         for process in unit.processes
     ]
-    # Sleeping and restarting engines prove their pairs when they are back.
+    # Sleeping and restarting engines prove their pairs once they are awake and ready.
     there = [each.name for each in seen.engines.values() if each.ready and each.is_awake]
     missing = unready or seen.pairs.missing(there, of=joining)
     if not change.failure and not missing:
@@ -323,17 +323,17 @@ def _join(turn: Turn, change: EngineChange, joining: Sequence[str]) -> None:
 
 
 def _end(turn: Turn) -> None:
-    """Drain the router, stop it, then stop the engines; kill what is left."""
+    """Drain the router, stop it, then stop the engines; kill the processes that are left."""
     wanted, seen = turn.wanted, turn.seen
     if not seen.is_ending:
-        # Without a process to blame, all engines still answer.
+        # A failure without a process (such as a lost folder) leaves all engines working.
         works = seen.failure is None or seen.failure.process is None
         serves = seen.phase is LaunchPhase.READY and works
         drains = serves and wanted.timing.drain_s > 0
         for process in seen.processes():
             if process.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 process.state = ProcessState.EXITED
-        # Without a drain the router ends first, too: it tells clients why while engines are there.
+        # Stop the router first even without a drain: it sends errors while engines still run.
         _enter(turn, LaunchPhase.DRAINING if drains else LaunchPhase.STOPPING_ROUTER)
     if wanted.is_hurried:
         wanted.is_hurried = False
@@ -345,7 +345,7 @@ def _end(turn: Turn) -> None:
         following = _PHASES[_PHASES.index(seen.phase) + 1]
         _enter(turn, LaunchPhase.STOPPED if stopped else following)
     if seen.listens and (seen.phase is not LaunchPhase.DRAINING or not _routers(seen)):
-        # No other router follows: refuse new connections instead of leaving them waiting.
+        # No other router will start: refuse new connections instead of letting them wait.
         seen.listens = False
         turn.do(Chore.CLOSE_LISTENERS)
 
@@ -365,7 +365,7 @@ def _enter(turn: Turn, phase: LaunchPhase) -> None:
     seen.phase, time_s = phase, 0.0
     match phase:
         case LaunchPhase.DRAINING:
-            # Engines need no drain of their own: the router waits for their answers.
+            # Drain only the router, which waits for the answers of engines.
             time_s = timing.drain_s
             for process in _routers(seen):
                 if process.state in _WORKING:

@@ -6,7 +6,7 @@ Commands change ``Desired``, events change ``Observed``, and ``reconcile`` compa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
@@ -21,7 +21,7 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol import control
 
-# States in which there is an operating system process.
+# States in which the process exists.
 ALIVE = (ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING)
 
 
@@ -31,11 +31,11 @@ class Timing:
 
     startup_timeout_s: float = 600.0
     drain_s: float = 30.0  # time to finish running requests
-    router_stop_s: float = 1.5  # time for the router to end what still runs, before engines go
+    router_stop_s: float = 1.5  # time for the router to end running requests before engines stop
     stop_s: float = 5.0
     kill_s: float = 5.0
     hang_timeout_s: float = 0.0  # the longest silence of a ready process; 0: no limit
-    # Each quick death doubles the wait before the next restart, up to ``max_delay_s``.
+    # Each quick death doubles the wait before the next start, up to ``max_delay_s``.
     first_delay_s: float = 0.5
     max_delay_s: float = 900.0
     quick_s: float = 60.0  # a death within this time of being ready, or before it, is quick
@@ -51,8 +51,9 @@ class Timing:
             return self.hang_timeout_s
         return max(self.hang_timeout_s, self.startup_timeout_s)
 
-    def delay_s(self, num_quick_deaths: int) -> float:
-        """Return the wait before the next start, after quick deaths in a row."""
+    def wait_s(self, num_quick_deaths: int) -> float:
+        """Return the wait before a restart, or until an engine that was given up is retried."""
+        # This function stays pure: derive any jitter from the unit's name and incarnation.
         # The bound keeps the power from overflowing, however often an engine dies.
         return float(min(self.max_delay_s, self.first_delay_s * 2 ** min(num_quick_deaths - 1, 32)))
 
@@ -66,11 +67,11 @@ class Instance:
     state: ProcessState = ProcessState.PLANNED
     registration: control.Register | None = None
     progress: control.Progress | None = None
-    error: str = ""  # the process's last message, else how it died
+    error: str = ""  # the last error that it sent, else how it died
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     is_drained: bool = False
-    heard_at: float = 0.0
-    is_stalled: bool = False  # it is ready, but silent for too long to get new work
+    seen_at: float = 0.0
+    is_stalled: bool = False  # ready, but silent for so long that it gets no new work
 
     @property
     def name(self) -> str:
@@ -78,7 +79,7 @@ class Instance:
 
     @property
     def label(self) -> str:
-        """Return its name for people."""
+        """Return the name with the host, for messages to users."""
         return on_host(self.name, self.spec.host)
 
     @property
@@ -86,7 +87,7 @@ class Instance:
         return self.state in ALIVE
 
     def begin(self, incarnation: int) -> None:
-        """Reset to the first state of a new incarnation."""
+        """Reset the state for a new incarnation, which is starting."""
         self.state, self.incarnation = ProcessState.STARTING, incarnation
         self.registration = self.progress = None
         self.error, self.sleep_state = "", "awake"
@@ -106,22 +107,22 @@ class Instance:
 
 @dataclass(slots=True)
 class Unit:
-    """Processes that start, die and are restarted together: the router, a server, or the ranks of
-    one engine, which cannot add up any more once one of them is gone.
+    """Holds processes that start, die and are restarted together: the router, a server, or the
+    ranks of one engine, which cannot compute without each other.
     """
 
     name: str
     processes: list[Instance]
     incarnation: int = 0
-    num_quick_deaths: int = 0  # deaths in a row that came before the unit was ready, or soon after
-    # The first process to die in this incarnation; the others are killed for it.
+    num_quick_deaths: int = 0  # successive deaths before the unit was ready, or soon after
+    # The first process to die in this incarnation; then the others are killed.
     cause: Instance | None = None
-    died_at: float = 0.0  # the instant of that death, or the last sign of life of a hung process
+    died_at: float = 0.0  # when ``cause`` died, or was last heard if it hung
     lost_with: str = ""  # the lost host that ended ``cause``; empty: another reason
     ready_at: float | None = None
-    kill_at: float | None = None  # its processes should have been ready, or gone, by then
+    kill_at: float | None = None  # kill its processes then if they are not ready, or not gone
     is_killed: bool = False
-    start_at: float | None = None  # the instant at which it is started, if its host is there
+    start_at: float | None = None  # when to start it, if its host is present
 
     @property
     def alive(self) -> bool:
@@ -129,7 +130,7 @@ class Unit:
 
     @property
     def engine(self) -> str:
-        """Return the engine's name; empty: there is none."""
+        """Return the engine's name; empty for the router."""
         return self.processes[0].spec.engine
 
     @property
@@ -137,7 +138,7 @@ class Unit:
         return all(process.state is ProcessState.READY for process in self.processes)
 
     def begin(self, kill_at: float) -> None:
-        """Enter the next incarnation, whose processes are about to be spawned."""
+        """Reset the state for the next incarnation, whose processes are about to be spawned."""
         self.incarnation += 1
         self.cause = self.ready_at = self.start_at = None
         self.lost_with, self.is_killed = "", False
@@ -148,15 +149,15 @@ class Unit:
 
 @dataclass(slots=True)
 class LaunchedEngine:
-    """Holds what is known of one engine."""
+    """Holds the observed state of one engine."""
 
     name: str
     role: Role
     units: list[Unit]
-    retires: bool = False  # it drains or stops, to be replaced or removed
-    stop_at: float | None = None  # its drain ends then, even if requests run; None: no drain
-    failed_for: str = ""  # the reason why it was given up; empty once it serves again
-    retry_s: float = 0.0  # the wait before it is tried again
+    retires: bool = False  # it drains or stops, and will be restarted or removed
+    stop_at: float | None = None  # when its drain ends, even if requests run; None: no drain
+    failed_for: str = ""  # why it was given up, or how its model has changed; empty once it serves
+    retry_s: float = 0.0  # the wait before it is started again after it was given up
 
     @property
     def processes(self) -> list[Instance]:
@@ -200,10 +201,10 @@ class EngineChange:
 
     resolved: ResolvedLaunch  # the launch after the change
     starts: Sequence[PlacedEngine]
-    planned: control.PlannedChange  # the change in the form that people see
-    warnings: Sequence[str] = ()  # of ``check-config``, which the launch did not have before
-    question: int = 0
-    asker: str = ""
+    planned: control.PlannedChange  # the change as it is shown to users
+    warnings: Sequence[str] = ()  # new warnings of rules
+    question: int = 0  # number of the command, for the answer
+    asker: str = ""  # the router that sent the command
     deadline_at: float = 0.0  # the instant by which new engines must have joined
     failure: str = ""  # the reason why new engines cannot join
 
@@ -221,8 +222,8 @@ class Desired:
     engines: dict[str, Goal] = field(default_factory=dict)
     change: EngineChange | None = None
     withheld: control.Withheld = "starting"  # why routers refuse requests
-    stop_signal: int | None = None  # the signal that asked for the end of the launch
-    is_hurried: bool = False  # the user has asked for the end again
+    stop_signal: int | None = None  # the signal that requested the end of the launch
+    is_hurried: bool = False  # a second request to end: skip the current wait
     is_strict: bool = False  # pairs that are slow must not be used
 
     def joins(self, engine: str) -> bool:
@@ -240,14 +241,14 @@ class Observed:
     routers: list[Instance] = field(default_factory=list)
     phase: LaunchPhase = LaunchPhase.STARTING
     phase_ends_at: float = 0.0
-    failure: Failure | None = None  # the earliest one; later ones count as its consequences
+    failure: Failure | None = None  # the first failure; later ones count as its consequences
     was_ready: bool = False
     listens: bool = True  # the public sockets are open
-    # Digests of the model's files, by name, as the first process of each kind has read them.
+    # Digests of the model's files by name, as the first process of each kind read them.
     model: dict[str, dict[str, str]] = field(default_factory=dict)
     # How often each process was the first of its unit to end while the launch served.
     ends: dict[str, dict[control.EndReason, int]] = field(default_factory=dict)
-    # Incarnations of removed units: a new unit of the same name continues the count.
+    # Incarnations of removed units, by name: a new unit of the same name continues the count.
     last_incarnations: dict[str, int] = field(default_factory=dict)
     _processes: dict[str, tuple[Unit, Instance]] = field(default_factory=dict)
 
@@ -262,8 +263,11 @@ class Observed:
         return self._processes.get(name)
 
     def add(self, specs: Sequence[ProcessSpec]) -> None:
-        """Add processes that have yet to be started."""
-        for unit in make_units(specs):
+        """Add planned processes, which are not started yet, grouped into their units."""
+        units: dict[str, Unit] = {}
+        for spec in specs:
+            units.setdefault(spec.unit, Unit(spec.unit, [])).processes.append(Instance(spec))
+        for unit in units.values():
             unit.incarnation = self.last_incarnations.pop(unit.name, 0)
             self.units.append(unit)
             for process in unit.processes:
@@ -286,11 +290,6 @@ class Observed:
     def plan(self) -> Plan:
         return Plan(processes=tuple(p.spec for unit in self.units for p in unit.processes))
 
-    def find_engine(self, name: str) -> LaunchedEngine | None:
-        """Return the engine by its own name or by the name of one of its processes."""
-        found = self.find(name)
-        return None if found is None else self.engines.get(found[1].spec.engine)
-
     def serving(self, wanted: Desired) -> list[LaunchedEngine]:
         """Return the engines that get new work."""
         return [
@@ -302,7 +301,7 @@ class Observed:
         ]
 
     def missing_pairs(self) -> list[str]:
-        """Return the unproven pairs of all engines that were not given up, in words."""
+        """Return a text for each unproven pair of engines that were not given up."""
         return self.pairs.missing(
             name for name, engine in self.engines.items() if not engine.is_given_up
         )
@@ -318,24 +317,16 @@ class Observed:
         )
 
 
-def make_units(specs: Iterable[ProcessSpec]) -> list[Unit]:
-    """Group processes into units, in the order of their first process."""
-    units: dict[str, Unit] = {}
-    for spec in specs:
-        units.setdefault(spec.unit, Unit(spec.unit, [])).processes.append(Instance(spec))
-    return list(units.values())
-
-
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a unit under its next incarnation, if its host is there."""
+    """Start the next incarnation of a unit, once its hosts are present."""
 
     unit: str
 
 
 @dataclass(frozen=True, slots=True)
 class SendSignal:
-    """Signal a process and all that it has started."""
+    """Send a signal to a process and all processes that it has started."""
 
     process: str
     number: int
@@ -343,7 +334,7 @@ class SendSignal:
 
 @dataclass(frozen=True, slots=True)
 class SendMessage:
-    """Send a message; an answer to a command follows the registry that the command has changed."""
+    """Send a message. The answer to a command is sent after the registry that it changed."""
 
     process: str
     message: control.FromSupervisor
@@ -351,7 +342,7 @@ class SendMessage:
 
 @dataclass(frozen=True, slots=True)
 class ForgetEngine:
-    """Drop all records of an engine that is gone for good."""
+    """Drop all records of a removed engine."""
 
     engine: str
 
@@ -359,11 +350,11 @@ class ForgetEngine:
 class Chore(Enum):
     """Actions without arguments."""
 
-    ADD_ENGINES = auto()  # take in the processes of the engines that the running change starts
-    CLOSE_LISTENERS = auto()  # refuse connections: no router will accept any more
+    ADD_ENGINES = auto()  # add the processes of the new engines of ``Desired.change``
+    CLOSE_LISTENERS = auto()  # close the public sockets: no router will accept connections
 
 
-# Happened is told to people, the log and the routers.
+# Happened is a text for the user, the log and the routers.
 Action = Start | SendSignal | SendMessage | control.Happened | ForgetEngine | Chore
 
 
@@ -375,7 +366,7 @@ class Turn:
     seen: Observed
     now: float
     actions: list[Action] = field(default_factory=list)
-    next_at: float = math.inf  # the next turn is due then without an event
+    next_at: float = math.inf  # when the next turn is due if no event comes before
 
     def do(self, action: Action) -> None:
         self.actions.append(action)
@@ -384,7 +375,7 @@ class Turn:
         self.do(control.Happened(text=text))
 
     def due(self, at: float | None) -> bool:
-        """Return True if an instant has come; remember it if it is in the future."""
+        """Return True if the instant ``at`` has come; a future one is recorded in ``next_at``."""
         if at is not None and at > self.now:
             self.next_at = min(self.next_at, at)
         return at is not None and at <= self.now
@@ -395,6 +386,6 @@ class Turn:
         return seen.is_ending or seen.failure is not None or self.wanted.stop_signal is not None
 
     def fail(self, failure: Failure) -> None:
-        """Keep the earliest failure, which ends the launch unless it ends already."""
+        """Record the first failure, which ends the launch, unless the launch is ending anyway."""
         if self.seen.failure is None and self.wanted.stop_signal is None:
             self.seen.failure = failure

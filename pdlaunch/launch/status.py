@@ -1,4 +1,4 @@
-"""Says what people are shown of a launch: its state, in immutable snapshots, and its failure."""
+"""Defines what users see of a launch: immutable snapshots of its state, and its failure."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ from pdlaunch.protocol.control import PairReady
 
 MAX_LINES = 20
 MAX_WIDTH = 300
-# The most lines of the supervisor's own; the rest is left to the process's own words
+# Largest number of lines by the supervisor; the others are for the error of the process
 _MAX_OWN_LINES = 12
 _TAIL_BYTES = 256 * 1024
 
 
 class ProcessState(StrEnum):
-    """Says where one process is in its life."""
+    """States of a process."""
 
     PLANNED = "planned"
     STARTING = "starting"
     READY = "ready"
-    DRAINING = "draining"  # it takes no new work and finishes what runs
-    EXITED = "exited"  # it ended because it was asked to
-    FAILED = "failed"  # it ended by itself, or was killed by somebody else
-    BACKING_OFF = "backing-off"  # it waits to be started under the next incarnation
-    GIVEN_UP = "given-up"  # its engine died too often and is left alone for a while
+    DRAINING = "draining"  # it takes no new work and finishes running requests
+    EXITED = "exited"  # it ended as requested
+    FAILED = "failed"  # it ended by itself, or was killed from outside
+    BACKING_OFF = "backing-off"  # its next incarnation will be started after a wait
+    GIVEN_UP = "given-up"  # its engine died too often and is started again after a long wait
 
 
 class LaunchPhase(StrEnum):
-    """Says where the launch is; it only moves down this list, and may skip."""
+    """Phases of a launch, in order; phases may be skipped but never return."""
 
     STARTING = "starting"
     READY = "ready"
-    DRAINING = "draining"  # the router finishes the requests that run
-    # The router ends the requests that still run, while their engines are still there
+    DRAINING = "draining"  # the router finishes running requests
+    # The router ends the requests that still run, while engines are still running
     STOPPING_ROUTER = "stopping the router"
     STOPPING = "stopping"  # ready processes get Stop, the others SIGTERM
-    KILLING = "killing"  # processes that are left get SIGKILL
+    KILLING = "killing"  # remaining processes get SIGKILL
     STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """Shows one process."""
+    """Describes one process to users."""
 
     name: str
     kind: str
     host: str
     state: ProcessState
-    doing: str = ""  # words of the process about what it is doing, or why it died
-    fraction: float | None = None  # share of what it is doing that is done
+    doing: str = ""  # the current task in the words of the process, or why it died
+    fraction: float | None = None  # completed share of the current task
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchStatus:
-    """Shows the launch."""
+    """Describes the launch to users."""
 
     phase: LaunchPhase
     processes: tuple[ProcessStatus, ...]
@@ -72,26 +72,26 @@ class Observer(Protocol):
     """Shows a user what happens to a launch."""
 
     def changed(self, status: LaunchStatus) -> None:
-        """Take in the status after an event that changed something."""
+        """Show a new status; called after each change."""
 
     def ready(self, status: LaunchStatus) -> None:
-        """Take in, once, that the deployment serves."""
+        """Show that the deployment serves; called once."""
 
     def note(self, text: str) -> None:
-        """Show something that a user should read once: a death, a restart, a drain."""
+        """Show a message once, such as a death, a restart or a drain."""
 
 
 @dataclass(slots=True)
 class Failure:
-    """Keeps the earliest failure of a launch; later ones are taken for its consequences."""
+    """Describes the first failure of a launch; later ones count as its consequences."""
 
     summary: str
     process: str | None = None
-    said: str = ""  # words of the process itself (``Failed``), which may arrive after its end
+    said: str = ""  # the error that the process sent (``Failed``), perhaps after its exit
     details: Sequence[str] = ()
 
     def report(self, log: Path | None) -> list[str]:
-        """Return at most ``MAX_LINES`` lines: what failed, why, and where to read on.
+        """Return at most ``MAX_LINES`` lines: what failed, why, and the path of the log.
 
         ``log``: the log file of the process.
         """
@@ -116,7 +116,7 @@ def _tail(log: Path) -> list[str]:
 
 
 def _why(lines: Sequence[str]) -> list[str]:
-    """Return the cause with its fix, else the last lines."""
+    """Return the cause with its fix, else the last ten lines."""
     cause = find_cause(lines)
     if cause is None:
         return list(lines[-10:])
@@ -137,9 +137,9 @@ def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
 def startup_timeout(
     status: LaunchStatus, timeout_s: float, missing_pairs: Sequence[str]
 ) -> Failure:
-    """Describe a launch that did not get ready in time by what it still waits for.
+    """Return the failure of a launch that was not ready in time, with what it still waits for.
 
-    ``missing_pairs``: in words; they matter once all processes are ready.
+    ``missing_pairs``: texts, which are shown if all processes are ready.
     """
     done = (ProcessState.READY, ProcessState.EXITED)
     slow = [process for process in status.processes if process.state not in done]

@@ -1,7 +1,7 @@
-"""Runs one launch: waits for events, updates the state, and does what ``reconcile`` says.
+"""Runs one launch: waits for events, updates the state, and performs the actions of ``reconcile``.
 
-Only events block it. ``drive`` is the loop. Processes are sent what they need of the registry:
-addresses, and the pairs that are proven.
+``drive`` is the loop, which blocks only in the wait for events. Processes get the parts of the
+registry that they need: addresses, and the pairs that are proven.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol import control
 
-# Processes in other states are not listed; peers learn of a death by its absence.
+# The registry has no entries for processes in other states: for peers, an absent entry is a death.
 _LISTED: Mapping[ProcessState, control.ListedState] = {
     ProcessState.STARTING: "starting",
     ProcessState.READY: "ready",
@@ -48,7 +48,7 @@ _LISTED: Mapping[ProcessState, control.ListedState] = {
 
 
 def next_registry(current: control.Registry, wanted: Desired, seen: Observed) -> control.Registry:
-    """Return a new version of the registry; the current one when nothing has changed."""
+    """Return the next version of the registry, or the current one if nothing has changed."""
     listed = (_entry(process, wanted, seen) for process in seen.processes())
     entries = [entry for entry in listed if entry is not None]
     pairs = list(seen.pairs.proven.values())
@@ -65,9 +65,10 @@ def next_registry(current: control.Registry, wanted: Desired, seen: Observed) ->
 
 
 def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry | None:
-    """Return the line of a process; None while it is not reachable.
+    """Return the registry entry of a process; None while it is not reachable.
 
-    The server of an engine that was given up keeps a line.
+    The server of an engine that is given up or leaving, or whose model has changed, keeps an
+    entry with the reason.
     """
     spec, registration, state = process.spec, process.registration, _LISTED.get(process.state)
     withheld: control.Withheld = ""
@@ -78,13 +79,17 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry 
         state = process.sleep_state
     if spec.kind == "server" and (engine := seen.engines.get(spec.engine)) is not None:
         withheld = wanted.engines[engine.name].withheld
-        reason = control.why_withheld(withheld, spec.engine)
+        reason = engine.failed_for or control.why_withheld(withheld, spec.engine)
         if engine.is_given_up:
-            state = "failed"
+            state, registration = "failed", None
+            reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
+        if registration is None and (engine.failed_for or withheld == "leaving"):
+            # An entry without an address: routers would count an engine without an entry as lost.
             registration = control.Register(
                 name=process.name, incarnation=process.incarnation, pid=0
             )
-            reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
+            if state != "starting":
+                state = "failed" if engine.failed_for else "draining"
     if registration is None or state is None:
         return None
     return control.Entry(
@@ -108,8 +113,8 @@ def _entry(process: Instance, wanted: Desired, seen: Observed) -> control.Entry 
 
 
 def view_of(spec: ProcessSpec, registry: control.Registry) -> control.Registry:
-    """Return what a process is told of the registry: a router all of it, others what concerns the
-    engines that exchange KV blocks with theirs.
+    """Return the part of the registry that a process gets: all of it for a router, else the entries
+    of its own engine and of the engines that exchange KV blocks with it.
     """
     if spec.peers is None:
         return registry
@@ -117,7 +122,7 @@ def view_of(spec: ProcessSpec, registry: control.Registry) -> control.Registry:
     return msgspec.structs.replace(
         registry,
         entries=[entry for entry in registry.entries if entry.engine in circle],
-        # A process asks for the pairs that it has proven itself.
+        # Only the pairs that the process itself has proven.
         pairs=[pair for pair in registry.pairs if pair.local == spec.name],
         ends={},
         text_files={},
@@ -131,7 +136,7 @@ LOOK_FOR_HOST_S = 1.0
 
 @dataclass(eq=False)
 class Supervisor:
-    """Acts on the state of one launch; ``seen.failure`` and ``seen.was_ready`` say how it went."""
+    """Controls the processes of one launch. ``seen.failure``, ``seen.was_ready``: the outcome."""
 
     plan: Plan
     host: LocalHost
@@ -140,11 +145,11 @@ class Supervisor:
     observer: Observer
     timing: Timing
     clock: Callable[[], float]
-    has_changed: bool = True  # by events, so ``tick`` is due soon
+    has_changed: bool = True  # an event has changed the state, so ``tick`` is due
     _registry: control.Registry = field(
         default_factory=lambda: control.Registry(version=0, entries=[], withheld="starting")
     )
-    # What each process was told last.
+    # Entries and pairs that each process got last.
     _sent: dict[str, tuple[list[control.Entry], list[control.PairReady]]] = field(
         default_factory=dict
     )
@@ -163,25 +168,25 @@ class Supervisor:
         return self.seen.phase is LaunchPhase.STOPPED
 
     def next_tick_at(self) -> float:
-        """Return the instant at which ``tick`` is due without another event."""
+        """Return the instant at which ``tick`` is due if no event comes before."""
         return -math.inf if self.has_changed else self._next_at
 
     def handle(self, event: Event) -> None:
-        """Update the state with one event; ``tick`` does what follows."""
+        """Update the state with one event; the next ``tick`` performs the actions."""
         found = self.seen.find(event.name) if isinstance(event, MessageReceived) else None
         if not isinstance(event, MessageReceived) or found is None:
             self._observe(event)
             return
         process, message = found[1], event.message
         if isinstance(message, control.Alive) and not process.is_stalled:
-            # Frequent, and nobody else needs it: no tick is due.
-            process.heard_at = self.clock()
+            # Heartbeats are frequent and change nothing else: no tick is due.
+            process.seen_at = self.clock()
             return
         if isinstance(message, control.PairReady) and self.seen.find(message.peer) is not None:
             event = replace(event, message=self.places.judged(message))
         self._observe(event)
         if isinstance(message, control.Register) and process.registration is message:
-            # A new process cannot wait for the next change.
+            # A new process needs the registry now, not at its next change.
             self.host.send(process.name, view_of(process.spec, self._registry))
 
     def _observe(self, event: Event) -> None:
@@ -190,12 +195,12 @@ class Supervisor:
         self.has_changed = True
 
     def tick(self) -> None:
-        """Do what is due, and send changes to children and views."""
+        """Perform all due actions, then send changes to processes and the observer."""
         now = self.clock()
         if now - self._ticked_at > self.wanted.timing.hang_timeout_s / 2 > 0:
-            # The supervisor itself was stopped (Ctrl-Z, a frozen container) and heard nobody.
+            # The supervisor itself was stopped (Ctrl-Z, a frozen container): restart the limits.
             for process in self.seen.processes():
-                process.heard_at = now
+                process.seen_at = now
         self._ticked_at, self.has_changed = now, False
         was_ready = self.seen.was_ready
         actions: list[Action] | None = None
@@ -206,20 +211,20 @@ class Supervisor:
         becomes_ready = self.seen.was_ready and not was_ready
         if becomes_ready:
             logger.info("serving at %s", status.url)
-        self._tell()
+        self._publish()
         self.observer.changed(status)
         if becomes_ready:
             self.observer.ready(status)
 
-    def _tell(self) -> None:
-        """Send the changed parts of the registry, then the answers.
+    def _publish(self) -> None:
+        """Send the changed parts of the registry, then the answers to commands.
 
-        In this order, because a client that reads "done" must find the change in the registry.
+        This order matters: a client that reads "done" must find the change in the registry.
         """
         registry = next_registry(self._registry, self.wanted, self.seen)
         if registry is not self._registry:
             self._registry = registry
-            # Nobody is told later than others: who is told late would use a peer that is gone.
+            # Tell all processes at once: a process with an old registry could use a dead peer.
             for entry in registry.entries:
                 found = self.seen.find(entry.name)
                 if found is None or found[1].registration is None:
@@ -267,16 +272,18 @@ class Supervisor:
                         listener.close()
 
     def _start(self, name: str) -> None:
-        """Start a unit if its host is there, or look again a little later."""
+        """Start a unit, or schedule another try if one of its hosts is not present."""
         now = self.clock()
         unit = next(unit for unit in self.seen.units if unit.name == name)
         if not self.places.is_there(unit):
             unit.start_at = now + LOOK_FOR_HOST_S
             return
-        # Before the launch is ready, the deadline of its start comes first.
+        # This limits restarts. During the launch's start, ``startup_timeout_s`` expires earlier.
         unit.begin(kill_at=now + self.wanted.timing.startup_timeout_s)
         for process in unit.processes:
             bootstrap = self.bootstraps.make(process.spec, unit.incarnation, self.places.resolved)
+            pinned = self.seen.model.get(process.spec.reads, {})
+            bootstrap = msgspec.structs.replace(bootstrap, pinned=pinned)
             stillborn = self.host.spawn(process.spec, unit.incarnation, bootstrap)
             if stillborn is not None:
                 self._observe(stillborn)
@@ -293,13 +300,13 @@ def drive(
     wait: Callable[[float], Sequence[Event]],
     clock: Callable[[], float],
 ) -> None:
-    """Drive a launch to its end: wait for events, update the state, do what is due.
+    """Run a launch to its end: wait for events, update the state, perform due actions.
 
-    ``wait`` takes a time-out in seconds, and returns the events so far, perhaps none.
+    ``wait`` takes a time-out in seconds and returns the events so far, perhaps none.
     """
     supervisor.tick()
     while not supervisor.done:
-        # At least once a minute, even if nothing is due.
+        # Wake at least once a minute, even if no tick is due.
         timeout_s = min(60.0, max(0.0, supervisor.next_tick_at() - clock()))
         for event in wait(timeout_s):
             supervisor.handle(event)

@@ -1,1 +1,1 @@
-"""Finds out what this machine is: devices, driver, limits. Probes never raise."""
+"""Collects facts about this machine: devices, driver, limits. Probes never raise."""

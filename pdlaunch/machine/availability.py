@@ -1,25 +1,28 @@
-"""Asks by trying whether a port can be used; never raises."""
+"""Finds out whether a port is free by binding it; never raises."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import socket
+from pathlib import PurePath
 
 import psutil
 
+NOT_HERE = "it is not an address of this machine"  # how the reason begins if any port would fail
+
 
 def probe_port(host: str, port: int) -> str:
-    """Return why an address cannot be listened on; empty: it can. Port 0 only asks for the host."""
+    """Return why a server cannot listen on an address; empty if it can. Port 0 checks the host."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # A name may have several addresses, and a server listens at all of them.
+        # A name may have several addresses, and a server listens on all of them.
         for family, kind, protocol, _, address in found:
             with socket.socket(family, kind, protocol) as probe:
-                # As servers do: a port whose last connections are still fading away is free.
+                # Servers set this option too, so connections in TIME_WAIT do not block the port.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
-                    # As servers do, too: who has the port over IPv4 alone does not matter.
+                    # Servers set this option too, so a listener on IPv4 does not matter here.
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind(address)
     except (OSError, UnicodeError, ValueError) as error:
@@ -28,16 +31,16 @@ def probe_port(host: str, port: int) -> str:
 
 
 def why_not_listening(port: int, error: OSError | UnicodeError | ValueError) -> str:
-    """Return what the error says of an address at which nobody could listen."""
+    """Return the reason of an error from binding an address, for people."""
     if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
-        return f"it is no address of this machine ({getattr(error, 'strerror', None) or error})"
+        return f"{NOT_HERE} ({getattr(error, 'strerror', None) or error})"
     match error.errno:
         case errno.EADDRINUSE:
             return f"it is busy{_holder(port)}"
         case errno.EACCES:
-            return "it needs privileges, unlike those from 1024 on"
+            return "ports below 1024 need privileges"
         case errno.EADDRNOTAVAIL:
-            return "it is no address of this machine"
+            return NOT_HERE
         case _:
             return error.strerror or str(error)
 
@@ -47,5 +50,8 @@ def _holder(port: int) -> str:
         for each in psutil.net_connections(kind="tcp"):
             listens = each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port
             if listens and each.pid:
-                return f" (held by {psutil.Process(each.pid).name()}, pid {each.pid})"
+                process = psutil.Process(each.pid)
+                words = [PurePath(word).name.partition(".")[0] for word in process.cmdline()[:4]]
+                name = "another launch of pdlaunch" if "pdlaunch" in words else process.name()
+                return f" (held by {name}, pid {each.pid})"
     return ""

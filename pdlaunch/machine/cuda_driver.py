@@ -1,4 +1,4 @@
-"""Asks the CUDA driver for devices and what they can do; without torch, and without a context.
+"""Reads devices and their attributes from the CUDA driver, without torch and without a context.
 
 Source: cuda.h of CUDA 12 and 13 (numbers of the attributes).
 """
@@ -20,11 +20,11 @@ _HANDLE_TYPE_FABRIC = 128
 
 
 class DriverError(Exception):
-    """Says that there is no driver or that it refuses; the text names the call."""
+    """There is no CUDA driver, or one of its calls failed; the text names the call."""
 
 
 def load_library(name: str = LIBRARY) -> ctypes.CDLL:
-    """Load the driver's library. Raises DriverError where there is none."""
+    """Load the driver's library. Raises DriverError if there is none."""
     try:
         return ctypes.CDLL(name)
     except OSError as error:
@@ -34,9 +34,9 @@ def load_library(name: str = LIBRARY) -> ctypes.CDLL:
 def read_gpus(
     load: Callable[[], ctypes.CDLL] = load_library, imex_channels: Path = IMEX_CHANNELS
 ) -> tuple[Gpu, ...]:
-    """Read the devices. Raises DriverError naming the call that failed."""
+    """Return the CUDA devices. Raises DriverError with the name of the call that failed."""
     calls = _Calls(load())
-    # No context is made: it would take hundreds of MB of the GPU from the rank there.
+    # Create no context, which would take hundreds of MB of GPU memory away from a rank.
     calls("cuInit", 0)
     num_gpus = calls.read_int("cuDeviceGetCount")
     if not num_gpus:
@@ -46,7 +46,7 @@ def read_gpus(
 
 
 class _Calls:
-    """Turns an error code into a DriverError that names the call."""
+    """Calls functions of the driver; raises DriverError with the function's name on an error."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -60,7 +60,7 @@ class _Calls:
             raise DriverError(f"{name} failed: {self._error_name(code)}")
 
     def knows(self, name: str, *arguments: object) -> bool:
-        """Call a function that older drivers lack; return False where this one does."""
+        """Call a function that older drivers lack; return False if it fails or is missing."""
         try:
             self(name, *arguments)
         except DriverError:
@@ -68,13 +68,13 @@ class _Calls:
         return True
 
     def read_int(self, name: str, *arguments: object) -> int:
-        """Call a function whose first parameter is where the driver writes an int."""
+        """Call a function that writes an int to its first parameter, and return the int."""
         value = ctypes.c_int()
         self(name, ctypes.byref(value), *arguments)
         return value.value
 
     def has(self, attribute: int, device: int) -> bool:
-        """Return whether a device has an attribute; False where the driver does not know it."""
+        """Return True if a device has an attribute; False also if the driver does not know it."""
         value = ctypes.c_int()
         is_known = self.knows("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
         return is_known and bool(value.value)

@@ -1,4 +1,4 @@
-"""Looks at the executables of engines that are not pdlaunch's own; never raises."""
+"""Inspects executables of vLLM without running them; never raises."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """Says what can be known of an executable without running it."""
+    """Describes an engine's executable, as far as that is possible without running it."""
 
-    problem: str = ""  # the reason why it cannot be run; empty: it can
-    # Version of the vLLM that is installed where its interpreter is; None: not known
+    problem: str = ""  # the reason why the executable cannot be run; empty if it can
+    # Version of vLLM in the environment of the script's Python; None: not known
     version: str | None = None
 
 
 def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineCommand:
-    """Look for an executable as a shell does, and for the vLLM behind it."""
+    """Find an executable on PATH or by its path, and the version of vLLM that it belongs to."""
     path = shutil.which(command, path=environ.get("PATH", os.defpath))
     if path is None:
         return EngineCommand(problem=_why_not(command))
     site = _site_packages(Path(path))
     if site is None:
         return EngineCommand()
-    # Read from metadata: importing vLLM takes seconds, and needs its GPU libraries.
+    # Read the version from metadata: importing vLLM takes seconds and needs its GPU libraries.
     version = next((each.version for each in distributions(name="vllm", path=[str(site)])), None)
     return EngineCommand(version=version)
 
@@ -42,7 +42,7 @@ def _why_not(command: str) -> str:
 
 
 def _site_packages(script: Path) -> Path | None:
-    """Return the packages' folder of a console script, whose first line names its Python."""
+    """Return site-packages of the Python in a console script's first line; None if not found."""
     try:
         with script.open("rb") as file:
             first = file.readline(4096).decode(errors="replace")
@@ -51,6 +51,6 @@ def _site_packages(script: Path) -> Path | None:
     interpreter = first.removeprefix("#!").strip()
     if not first.startswith("#!/") or " " in interpreter:
         return None
-    # Not resolved: the python of a virtual environment is a link out of it.
+    # Do not resolve links: the python of a virtual environment links to a folder outside of it.
     root = Path(interpreter).parent.parent
     return next((path for path in sorted(root.glob("lib/python3*/site-packages"))), None)

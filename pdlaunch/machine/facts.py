@@ -1,4 +1,4 @@
-"""Describes machines as plain values, of which planning and rules are pure functions."""
+"""Describes machines as plain values, the input of planning and rules."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ Fact = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Describes one CUDA device, in the order of CUDA_VISIBLE_DEVICES. None: not known."""
+    """Describes one CUDA device. Unknown fields are None."""
 
-    index: int = 0
+    index: int = 0  # Place in CUDA_VISIBLE_DEVICES
     name: str = "GPU"
     memory_bytes: int | None = None
-    # The driver can reserve, create and map memory (``cuMem*``) on it: CuMem pools work
+    # True if the device supports virtual memory management (``cuMem*``), so CuMem pools work
     has_virtual_memory: bool | None = None
-    # Allocations can be exported as fabric handles: the device says so and an IMEX channel is there
+    # True if the device supports fabric handles for its memory and there is an IMEX channel
     has_fabric_handles: bool | None = None
     # Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``
     pci_bus_id: str | None = None
-    free_memory_bytes: int | None = None  # Memory that no process holds; not known of a MIG device
+    free_memory_bytes: int | None = None  # Memory that no process holds; None for a MIG device
 
     @property
     def held_bytes(self) -> int:
-        """Return the memory that processes hold now; 0 where that is not known."""
+        """Return the memory that processes hold now, in bytes; 0 if not known."""
         if self.memory_bytes is None or self.free_memory_bytes is None:
             return 0
         return max(0, self.memory_bytes - self.free_memory_bytes)
 
     @property
     def is_slice(self) -> bool:
-        """Return True for a MIG device: part of a GPU, with no way to the memory of other GPUs."""
+        """Return True for a MIG device, a part of a GPU that cannot access other GPUs' memory."""
         return "MIG" in self.name.split()
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Describes this machine, or one that is assumed."""
+    """Describes this machine, or an assumed machine of a profile."""
 
     system: str = "Linux"
     num_cpus: int = 1  # cores that a process may use
-    # The CPU multiplies bfloat16 by itself; emulated it is several times slower
+    # True if the CPU has bfloat16 instructions; emulation is several times slower
     has_native_bf16: bool = False
     memory_bytes: int = 0  # memory of the machine or of its control group, whichever is less
     gpus: tuple[Gpu, ...] = ()
-    # NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
-    # them, or a container was not given them
+    # True if NVIDIA GPUs are on the PCI bus, but this process sees none: CUDA_VISIBLE_DEVICES hides
+    # them, or the container does not have them
     has_hidden_gpus: bool = False
     driver_error: str = "no CUDA device is visible"  # the reason why there are no GPUs
     shm_bytes: int = 0  # size of /dev/shm
     shm_free_bytes: int = 0
     rdma_devices: tuple[str, ...] = ()
-    # The reasons why facts are missing, by fact
+    # Fact -> the reason why it is unknown
     unknown: Mapping[Fact, str] = field(default_factory=dict)
 
     @property
     def cumem_problem(self) -> str:
-        """Return why CuMem pools do not work here; empty: they do."""
+        """Return why CuMem pools do not work on this machine; empty if they do."""
         if self.system != "Linux":
             return f"CuMem pools need Linux; this is {self.system}"
         if not self.gpus:
@@ -79,7 +79,7 @@ class Machine:
 
 
 def unknown_of_gpus(gpus: Iterable[Gpu]) -> set[Fact]:
-    """Return the facts that are not known of all these GPUs."""
+    """Return the facts that are unknown for at least one of these GPUs."""
     of_gpus: dict[Fact, list[object]] = {
         "gpu_memory": [gpu.memory_bytes for gpu in gpus],
         "fabric": [gpu.has_fabric_handles for gpu in gpus],

@@ -1,6 +1,4 @@
-"""Reads cores, memory and shared memory of this host, which packages it lacks, and what the kernel
-and torch's allocator settings say.
-"""
+"""Reads facts about this host: cores, memory, missing packages, variables of torch's allocator."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-# Variables in the order in which torch prefers them
+# torch uses the first of these variables that is set
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _MEANT_AS_TRUE = ("true", "1", "yes", "on")
 RDMA_FOLDER = Path("/sys/class/infiniband")
@@ -30,7 +28,7 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def first_line(path: Path) -> str:
-    """Return the line; empty where it cannot be read."""
+    """Return the text of a file with one line; empty if the file cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -45,9 +43,9 @@ def usable_cpus() -> tuple[int, ...]:
 
 
 def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether the CPU multiplies bfloat16 itself (x86: AVX-512 BF16, AMX; ARM: BF16)."""
+    """Return True for a CPU with bfloat16 instructions (x86: AVX-512 BF16, AMX; ARM: BF16)."""
     try:
-        # One core speaks for all: no server mixes cores with and without.
+        # Read the flags of one core: no server has cores with and cores without them.
         with cpuinfo.open(encoding="utf-8", errors="replace") as file:
             flags = next(
                 (line for line in file if line.lower().startswith(("flags", "features"))), ""
@@ -58,24 +56,24 @@ def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def memory_bytes() -> int:
-    """Return the memory of the machine, or of the control group where that is less.
+    """Return the bytes of the machine's memory, or of the control group's limit if that is less.
 
-    Raises OSError or ValueError where it is not known.
+    Raises OSError or ValueError if the size is not known.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Version 2 writes "max" where there is no limit; of version 1 the number exceeds any memory.
+    # Without a limit, cgroup v2 has "max", and v1 a number that is larger than any memory.
     limits = [first_line(path) for path in _CGROUP_LIMITS]
     return min([total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def shared_memory(folder: Path = SHM_FOLDER) -> tuple[int, int]:
-    """Return all bytes of /dev/shm and the free ones. Raises OSError where there is none."""
+    """Return the total and the free bytes of /dev/shm. Raises OSError if it does not exist."""
     stats = os.statvfs(folder)
     return stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail
 
 
 def missing_modules(extras: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return by extra the first of its modules that is not found; none of them is imported."""
+    """Return the first missing module of each extra that lacks modules. Imports no modules."""
     missing: dict[str, str] = {}
     for extra, modules in extras.items():
         for module in modules:
@@ -89,7 +87,7 @@ def missing_modules(extras: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
 
 
 def recorded_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that rules read: of networks, CUDA's devices and torch's allocator."""
+    """Return the variables that rules read: networks, CUDA devices and torch's allocator."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -98,9 +96,9 @@ def recorded_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def host_identity(proc: Path = Path("/proc")) -> str:
-    """Return a text that is equal in two processes that reach each other's abstract Unix sockets.
+    """Return a text that is equal in processes that can use each other's abstract Unix sockets.
 
-    It names the kernel and its network namespace; empty where the kernel does not tell.
+    The text has the kernel's boot id and the network namespace; empty if these are not known.
     """
     try:
         boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
@@ -110,20 +108,19 @@ def host_identity(proc: Path = Path("/proc")) -> str:
 
 
 def sleep_precisely() -> None:
-    """Let short sleeps of the calling thread end on time, and not up to 50 us later.
+    """Make short sleeps of the calling thread end on time instead of up to 50 us late.
 
-    No harm is done where the kernel refuses. Source: prctl(2), PR_SET_TIMERSLACK.
+    Does nothing if the kernel refuses. Source: prctl(2), PR_SET_TIMERSLACK.
     """
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS, 0, 0, 0)
 
 
 def expandable_segments_variable(environ: Mapping[str, str]) -> str | None:
-    """Return the variable by which a process with this environment gets expandable segments, or is
-    meant to (``true`` and ``1``, which torch refuses); None: it gets none.
+    """Return the variable that turns on torch's expandable segments, or None.
 
-    torch 2.11 to 2.13 takes its keys from the first of the variables that is set, be it empty; a
-    comment in torch's header states the opposite order. White space does not count, and the last of
-    repeated keys wins.
+    Values such as ``true`` and ``1``, which torch refuses, count as on. torch 2.11 to 2.13 reads
+    the first variable that is set, even if it is empty; a comment in torch's header states the
+    opposite order. White space does not count, and the last of repeated keys wins.
     """
     name = next((name for name in ALLOCATOR_VARIABLES if name in environ), None)
     text = "" if name is None else re.sub(r"\s", "", environ[name])

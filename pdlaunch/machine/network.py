@@ -1,4 +1,4 @@
-"""Finds addresses of this machine, and what the kernel tells and grants of its TCP sockets."""
+"""Finds addresses of this machine, and inspects and restricts TCP sockets through the kernel."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import psutil
 
-_ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # addresses of nobody, whose route is the default one
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # Documentation addresses, reached by the default route
 _ANY_PORT = 9
 
 
 def address_towards(host: str) -> str | None:
-    """Return the address from which this machine would speak to ``host``; None without a route."""
+    """Return this machine's source address on the route to ``host``; None without a route."""
     try:
         found = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
         family, kind, protocol, _, target = found[0]
         with socket.socket(family, kind, protocol) as probe:
-            # It chooses the route and its address, as for any datagram, and sends nothing.
+            # Connecting a UDP socket chooses the route and the source address, and sends nothing.
             probe.connect(target)
             return str(probe.getsockname()[0]).partition("%")[0]
     except OSError:
@@ -31,7 +31,7 @@ def address_towards(host: str) -> str | None:
 
 
 def default_address() -> str | None:
-    """Return this machine's address on its default route; None where it has none but loopback."""
+    """Return this machine's address on its default route; None if it has only loopback."""
     found = (address_towards(host) for host in _ELSEWHERE)
     return next(
         (each for each in found if each and not ipaddress.ip_address(each).is_loopback), None
@@ -39,7 +39,7 @@ def default_address() -> str | None:
 
 
 def device_of(address: str) -> str | None:
-    """Return the network device that has an address of this machine; None where none has."""
+    """Return the name of the network device that has this address; None if no device has it."""
     return next(
         (
             name
@@ -51,7 +51,7 @@ def device_of(address: str) -> str | None:
 
 
 def is_address(text: str) -> bool:
-    """Tell whether this is an IP address, and no name."""
+    """Return True for an IP address, False for a name."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -60,10 +60,10 @@ def is_address(text: str) -> bool:
 
 
 def with_device_names(devices: str) -> str:
-    """Return a list with the names of network devices in the place of this machine's addresses.
+    """Replace the IP addresses in a list by the names of the network devices that have them.
 
-    Commas stand between them, as in UCX_NET_DEVICES. Raises LookupError for an address that no
-    device has.
+    ``devices`` and the result are separated by commas, as in UCX_NET_DEVICES. Raises LookupError
+    for an address that no device has.
     """
     names = []
     for name in devices.split(","):
@@ -88,14 +88,15 @@ _LOAD_WORD, _LOAD_BYTE, _SHIFT_RIGHT, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x30, 0x74
 _WHOLE_PACKET = 0xFFFFFFFF
 _LISTENING = "0A"
 _END_UNREAD = frozenset({"08", "09"})
-# States in which the end of the stream counts as one byte. Source: net/tcp_states.h.
+# TCP states in which the kernel counts the end of the stream (FIN) as one byte in the queue of
+# unread or unsent bytes. Source: net/tcp_states.h.
 _END_UNSENT = frozenset({"04", "09", "0B"})
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Names a TCP socket of this process that listens."""
+    """Describes a listening TCP socket of this process."""
 
     fd: int
     address: str
@@ -103,7 +104,7 @@ class Listener:
 
 
 def listeners() -> frozenset[Listener]:
-    """Return the TCP sockets that this process listens on."""
+    """Return the listening TCP sockets of this process."""
     return frozenset(
         Listener(connection.fd, connection.laddr.ip, connection.laddr.port)
         for connection in psutil.Process().net_connections("tcp")
@@ -112,29 +113,29 @@ def listeners() -> frozenset[Listener]:
 
 
 def bind_to_loopback(listener: Listener) -> None:
-    """Keep packets of other hosts from a socket, whatever address it listens on.
+    """Make a listening socket drop packets from other hosts, whatever address it listens on.
 
     Raises OSError.
 
-    Source: SO_BINDTODEVICE in socket(7); since Linux 5.7 without a capability, for sockets that
-    have no device yet.
+    Source: SO_BINDTODEVICE in socket(7). Since Linux 5.7 this needs no capability for sockets that
+    are not bound to a device yet.
     """
     with socket.socket(fileno=os.dup(listener.fd)) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, LOOPBACK_DEVICE.encode())
 
 
 def admit_one_address(listener: Listener, address: str) -> None:
-    """Keep packets to other addresses than this one from a socket, and from its connections.
+    """Make a listening socket and its connections drop packets to any address but this one.
 
-    It is what a bind to the address would have done; a socket that listens cannot be bound again.
-    Raises OSError.
+    The effect is like binding to the address, which is impossible for a socket that listens
+    already. Raises OSError.
 
     Source: SO_ATTACH_FILTER in socket(7); linux/filter.h.
     """
     packed = ipaddress.ip_address(address).packed
-    # The destination in a header of IPv4, or of IPv6; the version is in the first four bits.
+    # IP version (first four bits of the header) and the offset of the destination address.
     version, offset = (4, 16) if len(packed) == 4 else (6, 24)
-    # A classic BPF program: the kernel runs it for each packet before the socket sees it.
+    # A classic BPF program, which the kernel runs on each packet before the socket gets it.
     words = struct.unpack(f"!{len(packed) // 4}I", packed)
     checks: list[tuple[int, int, int, int]] = [
         (_LOAD_BYTE, 0, 0, _NETWORK_HEADER),
@@ -153,7 +154,7 @@ def admit_one_address(listener: Listener, address: str) -> None:
 
 
 def is_connected(port: int, address: str) -> bool:
-    """Return whether this process holds a connection from ``address`` to its own ``port``."""
+    """Return True if this process has a connection from ``address`` to its own ``port``."""
     return any(
         connection.laddr.port == port
         and connection.raddr
@@ -163,10 +164,10 @@ def is_connected(port: int, address: str) -> bool:
 
 
 def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
-    """Return whether a connection to ``port`` on this host holds bytes that nobody has read yet.
+    """Return True if a connection to ``port`` on this host has unread bytes.
 
-    Bytes wait at the receiver's end or, when that is full, at the sender's; both ends are in the
-    tables of one host, and those of processes that have ended stay there until the bytes have left.
+    The bytes are in the receiver's queue or, when that is full, in the sender's. The kernel's
+    tables have both ends, and keep the ends of dead processes until their bytes are sent.
     """
     for _, local, remote, state, queues, *_ in _lines(tables):
         sending, receiving = queues.split(":")
@@ -180,8 +181,8 @@ def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
 
 
 def foreign_listener(port: int, tables: tuple[Path, ...] = _TABLES) -> int | None:
-    """Return the id of another user whose program listens at ``port``, of whichever address; None:
-    there is none. Root is nobody else.
+    """Return the id of another user, except root, with a process that listens on ``port`` of any
+    address; None if there is no such user.
     """
     for _, local, _, state, _, _, _, user, *_ in _lines(tables):
         if state == _LISTENING and _port(local) == port and int(user) not in (0, os.geteuid()):
@@ -190,7 +191,7 @@ def foreign_listener(port: int, tables: tuple[Path, ...] = _TABLES) -> int | Non
 
 
 def _lines(tables: tuple[Path, ...]) -> Iterator[list[str]]:
-    """Yield the columns of each socket. Source: proc_net_tcp.txt of the Linux kernel."""
+    """Yield the columns of each row. Source: proc_net_tcp.txt of the Linux kernel."""
     for table in tables:
         if table.is_file():
             yield from map(str.split, table.read_text().splitlines()[1:])

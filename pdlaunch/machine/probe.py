@@ -1,6 +1,6 @@
-"""Probes this machine in well under a second, and records why a fact cannot be found.
+"""Probes this machine in well under a second, and records the reasons of unknown facts.
 
-No torch, no CUDA context. Source: nvml.h of CUDA 12 and 13.
+Uses neither torch nor a CUDA context. Source: nvml.h of CUDA 12 and 13.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pdlaunch.machine.host import (
 
 
 def with_free_memory(gpus: tuple[Gpu, ...], library: ModuleType | None = None) -> tuple[Gpu, ...]:
-    """Return the GPUs with the memory that is free, as far as NVML tells.
+    """Return the GPUs with their free memory, if NVML knows it.
 
-    ``library``: ``pynvml``, or what stands in for it in tests.
+    ``library``: ``pynvml``, or a fake in tests.
     """
-    # NVML numbers GPUs in its own order, so it is asked by address. The address of a MIG device is
-    # that of the whole GPU, whose memory is not its own.
+    # NVML numbers GPUs in its own order, so find them by PCI address. A MIG device has the address
+    # of the whole GPU, whose free memory is not the device's.
     if all(gpu.pci_bus_id is None or gpu.is_slice for gpu in gpus):
         return gpus
-    # Imported here: it takes a tenth of a second, which few commands need.
+    # Imported here, because the import takes 0.1 s and few commands need it.
     nvml = library or importlib.import_module("pynvml")
 
     def free_bytes(gpu: Gpu) -> int | None:
@@ -61,19 +61,19 @@ T = TypeVar("T")
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
-# PCI classes of display and 3D controllers, without the byte of the interface
+# PCI classes of display and 3D controllers, without the last byte (programming interface)
 _GPU_CLASSES = ("0x0300", "0x0302")
 
 
 def probe_machine() -> Machine:
-    """Return what this machine is; never raises."""
+    """Return the facts about this machine. Never raises."""
     unknown: dict[Fact, str] = {}
 
     def ask(fact: Fact, probe: Callable[[], T], otherwise: T) -> T:
         try:
             return probe()
         except Exception as error:
-            # Whatever a machine does to a probe: the fact is unknown, nothing else fails.
+            # A probe may fail in any way; then its fact is unknown and other probes go on.
             unknown[fact] = f"{type(error).__name__}: {error}"
             return otherwise
 
@@ -97,7 +97,7 @@ def probe_machine() -> Machine:
 
 
 def _find_gpus() -> tuple[tuple[Gpu, ...], str]:
-    """Return the driver's GPUs, or why there are none: that too is a fact."""
+    """Return the GPUs of the driver, and the reason if there are none."""
     try:
         return read_gpus(), ""
     except DriverError as error:
@@ -110,7 +110,7 @@ def _rdma_devices() -> tuple[str, ...]:
 
 
 def _has_pci_gpus() -> bool:
-    """Return whether NVIDIA GPUs are on the PCI bus, seen or not; NIXL looks there."""
+    """Return True if NVIDIA GPUs are on the PCI bus, visible or not. NIXL checks the same."""
     return any(
         first_line(device / "vendor") == _NVIDIA
         and first_line(device / "class").startswith(_GPU_CLASSES)

@@ -1,11 +1,11 @@
-"""Knows machines by name, for checks on a laptop: ``h100x8``, ``gb200``, ``cpu``.
+"""Profiles of machines by name, for checks on a laptop: ``h100x8``, ``gb200``, ``cpu``.
 
-A name tells the hardware. What is installed there, what its limits are and what runs on its GPUs
-is not known of a name, and rules that need it are listed as not checked.
+A profile describes only hardware. Software, limits and the present use of GPUs are unknown, and
+rules that need such facts are listed as not checked.
 
-Sources: GPU memory of an H200 as its driver says, measured; of the others in MiB as nvidia-smi
-shows it, which is 0.4 % more on an H200; cores, memory and network devices from the user guides of
-DGX A100, H100 and H200 and the data sheet of GB200 NVL72.
+Sources: GPU memory of an H200 measured through its driver; of other GPUs in MiB as nvidia-smi shows
+it, which is 0.4 % more on an H200. Cores, memory and network devices: user guides of DGX A100, H100
+and H200, data sheet of GB200 NVL72.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pdlaunch.machine.facts import Fact, Gpu, Machine, unknown_of_gpus
 MOST_GPUS = 1024
 MIB = 1024**2
 TB = 10**12
-ANY_CUDA = "cuda"  # GPUs of which nothing but their number is known
-# Names to show; ``h100x2`` and the like are known too
+ANY_CUDA = "cuda"  # A machine with unknown GPUs, of which only the number is given
+# Names for messages; other numbers such as ``h100x2`` work too
 PROFILES = ("h100x8", "h200x8", "gb200", "a100x8", "l40s", ANY_CUDA, "cpu")
 
 _COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
@@ -32,11 +32,11 @@ _OF_SERVERS: tuple[Fact, ...] = ("cpus", "memory")
 
 @dataclass(frozen=True, slots=True)
 class AssumedMachine:
-    """Holds a machine that is not this one."""
+    """Holds a machine that a profile describes."""
 
     name: str
     machine: Machine
-    about: str  # a description of the machine and of what is taken for granted, for people
+    about: str  # a description of the machine and of the assumptions, for messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class _Server:
 
     about: str
     gpu: Gpu
-    machine: Machine  # all but its GPUs
-    num_gpus: int = 8  # GPUs of the whole server, which its name without a number stands for
+    machine: Machine  # the server without its GPUs
+    num_gpus: int = 8  # GPUs of a profile's name without a number: those of the whole server
 
 
 def _card(name: str, memory_mib: int, *, has_fabric_handles: bool = False) -> Gpu:
@@ -73,7 +73,7 @@ _SERVERS: Mapping[str, _Server] = {
         "GB200 in a compute tray of a GB200 NVL72",
         _card("NVIDIA GB200", 189471, has_fabric_handles=True),
         _machine(144, 960 * 10**9, 4), num_gpus=4),
-    # Servers with this card differ in all but the card.
+    # Servers with this card differ in everything else.
     "l40s": _Server(
         "L40S 48 GB at PCIe 4.0 x16", _card("NVIDIA L40S", 46068),
         Machine(unknown=dict.fromkeys(_OF_SERVERS, ""))),
@@ -82,9 +82,9 @@ _SERVERS: Mapping[str, _Server] = {
 
 
 def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
-    """Return the machine of a profile; ``field`` gives its name. Raises ConfigError.
+    """Return the machine of a profile. Raises ConfigError, which names ``field``.
 
-    ``cuda`` without a number has a GPU for each of ``num_ranks``.
+    The profile ``cuda`` without a number has one GPU for each of ``num_ranks``.
     """
     match = _COUNTED.fullmatch(name.lower())
     kind, number = (match[1], int(match[2])) if match else (name.lower(), None)
@@ -93,10 +93,10 @@ def find_machine(name: str, num_ranks: int, field: str) -> AssumedMachine:
         server is None and kind != ANY_CUDA and (kind, number) != ("cpu", None)
     ):
         raise ConfigError(
-            f"{name[:80]!a} is none of {', '.join(PROFILES)}",
+            f"{name[:80]!a} is not one of {', '.join(PROFILES)}",
             field=field,
             value=name,
-            fix="name the profile of a machine that is like it; h100x2 and the like are known, too",
+            fix="name the profile of a similar machine; h100x2 stands for two H100s",
         )
     if kind == "cpu":
         return _named(name, Machine(), (*_OF_NO_NAME, *_OF_SERVERS), "a Linux machine without GPUs")

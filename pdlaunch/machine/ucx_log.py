@@ -1,6 +1,7 @@
-"""Finds UCX's transport for READs in the log of this process, or of another one.
+"""Finds UCX's transport for READs in the log of this process or of another process.
 
-NIXL does not report it. UCX prints a table at its first choice for a kind of peer and memory::
+NIXL does not report the transport. UCX prints a table when it first chooses transports for a kind
+of peer and memory::
 
     | remote memory read by ucp_get*(multi) into cuda/GPU0 from cuda/dev[1] |
     | 0..inf | software emulation | tcp/lo                                  |
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-EMULATION = "software emulation"  # a READ is a message, which the peer's thread answers
+EMULATION = "software emulation"  # UCX does a READ by a message that a thread of the peer answers
 _TAIL_BYTES = 1024**2
 _STDOUT = Path("/proc/self/fd/1")
 # The row for the largest READs
@@ -20,14 +21,14 @@ _RDMA = re.compile(r"(rc|dc|ud|srd|gga)(_\w+)?")
 
 
 class ReadTransports:
-    """Reads the output of this process and its children, if it goes to a file."""
+    """Reads UCX's tables in the output of this process and its children, if it goes to a file."""
 
     def __init__(self) -> None:
         self._read_to = self._size()
         self._known = ""
 
     def latest(self) -> str:
-        """Return the last choice: ``cma``, ``tcp, software emulation``; empty if unknown."""
+        """Return the last transport: ``cma``, ``tcp, software emulation``; empty if unknown."""
         begin = max(self._read_to, self._size() - _TAIL_BYTES)
         if begin < self._size():
             with _STDOUT.open("rb") as log:
@@ -52,12 +53,12 @@ def transport_of(process: int) -> str:
 
 
 def path_over(path: str, transport: str) -> str:
-    """Return the name of a path with the transport that carries it: ``nixl/UCX (cma)``."""
+    """Return the name of a path with its transport, if known: ``nixl/UCX (cma)``."""
     return f"{path} ({transport})" if transport else path
 
 
 def _transport_in(text: bytes) -> str:
-    # Ranks of an engine share a log; one without a direct path is the slowest.
+    # Ranks of an engine share a log. Prefer tables with emulation, the slowest transport.
     tables = map(_named, _TABLE.findall(text.decode(errors="replace")))
     return max(tables, key=lambda name: EMULATION in name, default="")
 

@@ -1,12 +1,12 @@
 """Finds the cause of a process's death in its log: one error, and its fix.
 
-vLLM's processes write into one log, and each reports the death of the one below::
+All processes of an engine of vLLM write to one log, and each reports the death of its child::
 
     Worker      OutOfMemoryError                   the cause
     EngineCore  "see stack trace for root cause"   │
     APIServer   "see root cause above"             ▼ written later
 
-Tried on logs of real failures: ``tests/launch/failed_starts``.
+The tests use logs of real failures: ``tests/launch/failed_starts``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-MAX_LENGTH = 300  # of an error: vLLM lists every architecture that it knows
-INCARNATION = "--- incarnation"  # begins the line between two lives of a process in its log
+MAX_LENGTH = 300  # characters of an error; vLLM's can list every architecture that it supports
+INCARNATION = "--- incarnation"  # begins the line that separates two incarnations in a log
 
 _NAME = r"(?:\[rank\d+\]: ?|\((\w+)[^()]*\bpid=\d+[^()]*\) )"
 _LEVEL = r"(?:ERROR|CRITICAL) [\d-]+ [\d:.]+ \[?([\w/.]+\.py):\d+\] ?"
 _HEAD = re.compile(rf"((?:{_NAME})*)(?:{_LEVEL})?(.*)")
 _ERROR = re.compile(
     r"(?:\w+\.)*\w*(?:Error|Exception)(?:\([\w, ]*\))?: +\S.*"  # the last line of a traceback
-    r"|[\w.-]+(?: [\w-]+)?: error: .*"  # of argparse
-    r"|ERROR: +\[Errno \d+\] .*"  # of uvicorn
+    r"|[\w.-]+(?: [\w-]+)?: error: .*"  # an error of argparse
+    r"|ERROR: +\[Errno \d+\] .*"  # an error of uvicorn
     r"|.*Caught signal \d+ \(.*|Fatal Python error: .*"
 )
 _CHAIN = re.compile(r"During handling of the above|The above exception was the direct cause")
@@ -39,8 +39,8 @@ _FIXES = tuple(
     for pattern, fix in (
         # Resources that others have taken
         (r"less than desired GPU memory|No available memory for the cache blocks",
-         "Other processes or the weights leave too little of the GPU: end them, lower "
-         "gpu_memory_utilization to what is free, or raise it if it is low (PD210)."),
+         "Too little GPU memory is free: end other processes on the GPU, lower gpu_memory_"
+         "utilization to the free share, or raise it if the weights fill that share (PD210)."),
         (r"max seq len|larger than the available KV cache memory",
          "Lower max_model_len, or give the KV cache more memory: gpu_memory_utilization, "
          "kv_cache_memory, or more GPUs by tensor_parallel_size (PD208)."),
@@ -53,7 +53,7 @@ _FIXES = tuple(
          "Make /dev/shm larger (containers: --shm-size=8g) and set env: {NCCL_DEBUG: INFO}, which "
          "logs the reason (PD416)."),
         (r"[Aa]ddress already in use|EADDRINUSE|Errno 98",
-         "Another process has this port: end it, or choose another one (ss -ltnp lists them)."),
+         "Another process uses this port (ss -ltnp shows it): end it, or choose another port."),
         # Packages that are missing, or do not match
         (r"NIXL is not available|No module named 'nixl",
          "Install nixl into vLLM's environment: pip install nixl."),
@@ -63,7 +63,7 @@ _FIXES = tuple(
         (r"No module named|ModuleNotFoundError",
          "Install this module into the environment of the engine with pip."),
         (r"undefined symbol|cannot open shared object file",
-         "This build of vLLM fits another torch or CUDA: reinstall vllm into an environment of its "
+         "This vLLM was built for another torch or CUDA: reinstall vllm into an environment of its "
          "own, and install nothing over its torch."),
         (r"Failed to infer device type|No CUDA GPUs are available|No CUDA runtime|NVIDIA driver",
          "vLLM sees no GPU: nvidia-smi must list one here (containers: --gpus all). For the CPU "
@@ -75,7 +75,7 @@ _FIXES = tuple(
          "This vLLM is older than the model: install a newer vllm, or a newer transformers beside "
          "it."),
         (r"trust_remote_code",
-         "The model brings code of its own. If you trust it: engine_args: {trust-remote-code: "
+         "The model contains Python code. If you trust it, set engine_args: {trust-remote-code: "
          "true}."),
         (r"gated repo|401 Client Error|GatedRepoError",
          "Accept the licence on the model's page, and set HF_TOKEN to a token that may read it."),
@@ -83,18 +83,18 @@ _FIXES = tuple(
          r"|not a local folder|outgoing traffic has been disabled|couldn't connect to",
          "Correct the model: ORG/NAME of a hub that can be reached, or a directory (PD103)."),
         (r"Cannot find any model weights|Error while deserializing|SafetensorError|safetensors",
-         "Files of weights are missing or damaged: fetch the model again (PD119)."),
+         "Weight files are missing or damaged: download the model again (PD119)."),
         # Settings
         (r"greater than the derived max_model_len",
-         "Lower max_model_len to what the model was made for (PD106)."),
+         "Lower max_model_len to the model's own limit (PD106)."),
         (r"attention heads .* divisible|divisible by tensor parallel",
          "Choose a tensor_parallel_size that divides the model's attention heads (PD104)."),
         (r"number of (?:available GPUs|visible devices)|max local gpu count",
          "Lower tensor_parallel_size to the number of GPUs here (PD411)."),
         (r"unrecognized arguments",
-         "This vLLM does not have the flag: remove it from engine_args."),
+         "This vLLM does not know the flag: remove it from engine_args."),
         (r"invalid choice|argument -|Unknown quantization|Unsupported connector type",
-         "This vLLM does not take the value: correct the setting or engine_args."),
+         "This vLLM does not accept the value: correct the setting or engine_args."),
         (r"Caught signal|Fatal Python error",
          "Native code has crashed: look at the lines above this one in the log."),
     )
@@ -102,29 +102,28 @@ _FIXES = tuple(
 
 
 class Cause(NamedTuple):
-    """The error that all others follow from; ``fix`` is empty where none is known."""
+    """Holds the root error of a failure; ``fix`` is empty if no fix is known."""
 
     error: str
     fix: str
 
 
 def known_fix(error: str) -> str:
-    """Return the fix of an error; empty: not known."""
+    """Return the fix of an error; empty if no fix is known."""
     return next((fix for pattern, fix in _FIXES if pattern.search(error)), "")
 
 
 class _Error(NamedTuple):
-    depth: int
+    depth: int  # 2: a worker of vLLM, 1: its engine core, 0: any other process
     text: str
-    leads_on: bool  # a later error, raised because of this one, says more
+    leads_on: bool  # a later exception in the log was raised because of this one
 
 
 def find_cause(lines: Sequence[str]) -> Cause | None:
-    """Return why the process of this log has died; None: no line says it.
+    """Return why the process that wrote this log died; None if no line shows a cause.
 
-    The cause is the deepest process's first error with a known fix, else its first error. A
-    single process may have survived earlier errors, so its last error counts. pdlaunch's own
-    messages come before all others.
+    An error message of pdlaunch comes first, then the deepest process's first error with a known
+    fix, then its first error; at depth 0 its last one, as a process may survive earlier errors.
     """
     starts = [number for number, line in enumerate(lines) if line.startswith(INCARNATION)]
     lines = lines[starts[-1] + 1 :] if starts else lines
@@ -149,7 +148,7 @@ def _errors(lines: Sequence[str]) -> Iterator[_Error]:
             continue
         following = [part[3].strip() for part in parts[number + 1 : number + 6]]
         if "validation error" in text and following:
-            # Pydantic's own line names a class; the next one says what is wrong.
+            # This line of pydantic names only a class; the next line says what is wrong.
             text = following[0].removeprefix("Value error, ").partition(" [type=")[0]
         process = names or file
         is_worker, is_core = (any(map(process.__contains__, each)) for each in (_WORKERS, _CORES))

@@ -1,7 +1,7 @@
-"""Names the counters and histograms that rank 0 counts and its server shows, and all buckets.
+"""Defines the counters and histograms that rank 0 updates and its server exports, and all buckets.
 
-Where vLLM has a histogram of the same meaning, its buckets are among these: quantiles over engines
-of both kinds add up. There are more at the short end, where the hand-over of a prompt takes place.
+If vLLM has a histogram of the same meaning, its bucket bounds are included here, so quantiles over
+engines of both kinds can be computed. More bounds at the short end resolve prompt hand-overs.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from typing import NamedTuple
 
 
 class CounterFamily(NamedTuple):
-    """Describes one counter; those with a ``label`` are counted as ``NAME/VALUE``."""
+    """Describes one counter. With a ``label``, each label value is counted as ``NAME/VALUE``."""
 
     text: str
     label: str = ""
-    values: tuple[str, ...] = ()  # of the label that are shown from the start; others once counted
+    values: tuple[str, ...] = ()  # label values that are exported at 0; others once they occur
 
 
 class HistogramFamily(NamedTuple):
-    """Describes one histogram; ``bounds`` are the upper ends of its buckets but for the last."""
+    """Describes one histogram; ``bounds`` are the upper bounds of its buckets, without +Inf."""
 
     bounds: tuple[float, ...]
     text: str
-    labels: tuple[str, ...] = ()  # besides those of the engine
+    labels: tuple[str, ...] = ()  # in addition to the engine's labels
 
 
 def scaled(mantissas: tuple[float, ...], first: float, last: float) -> Iterator[float]:
-    """Yield the mantissas times powers of ten, from ``first`` to ``last``."""
+    """Yield ``first`` times powers of ten times each mantissa, up to ``last``."""
     scale = first
     while scale <= last:
         yield from (value for mantissa in mantissas if (value := mantissa * scale) <= last)
@@ -60,59 +60,59 @@ PULL_BUCKETS_BYTES_PER_S = tuple(scaled((1, 2, 5), 10_000_000, 1_000_000_000_000
 
 _PULL = ("prefill", "path")
 _MANY = {
-    "request_queue_time_seconds": "Arrival to the first step, the pull of its KV blocks included.",
-    "request_prefill_time_seconds": "First step to the first token drawn here.",
-    "request_decode_time_seconds": "First to last token drawn here; 0 if there is only one.",
-    "request_inference_time_seconds": "First step to the last token drawn here.",
+    "request_queue_time_seconds": "Arrival to the first step, including the pull of KV blocks.",
+    "request_prefill_time_seconds": "First step to the first token sampled here.",
+    "request_decode_time_seconds": "First to last token sampled here; 0 if there is only one.",
+    "request_inference_time_seconds": "First step to the last token sampled here.",
 }
-# Histograms that an engine's rank 0 counts, by name without prefix
+# Histograms that rank 0 of an engine updates, by name without prefix
 HISTOGRAMS: Mapping[str, HistogramFamily] = {
     **{name: HistogramFamily(REQUEST_BUCKETS_S, text) for name, text in _MANY.items()},
     "request_time_per_output_token_seconds": HistogramFamily(
-        INTER_TOKEN_BUCKETS_S, "Mean time between the tokens drawn here, of two or more."
+        INTER_TOKEN_BUCKETS_S, "Mean time between the tokens sampled here, of two or more."
     ),
-    # A name of vLLM's: elsewhere names of counters alone end like this.
+    # This is vLLM's name, although only names of counters should end in ``_total``.
     "iteration_tokens_total": HistogramFamily(STEP_TOKEN_BUCKETS, "Tokens that a step computes."),
     "kv_pull_seconds": HistogramFamily(
-        PULL_BUCKETS_S, "Pulls that ended well: from lease to proof.", _PULL
+        PULL_BUCKETS_S, "Successful pulls, from lease to proof.", _PULL
     ),
     "kv_pull_bytes": HistogramFamily(PULL_BUCKETS_BYTES, "Bytes of KV blocks of a pull.", _PULL),
     "kv_pull_bytes_per_second": HistogramFamily(
         PULL_BUCKETS_BYTES_PER_S,
-        "Speed of the READs of a pull, without questions and proof.",
+        "Speed of the READs of a pull, without messages and proof.",
         _PULL,
     ),
 }
 # fmt: off
-# Counters of rank 0, by name without prefix; vLLM's names where it has them
+# Counters of rank 0, by name without prefix; vLLM's name if vLLM has the counter
 COUNTERS: Mapping[str, CounterFamily] = {
     "prefix_cache_queries": CounterFamily("Prompt tokens looked up in the cache."),
     "prefix_cache_hits": CounterFamily("Prompt tokens found in the device's cache."),
     "external_prefix_cache_queries": CounterFamily(
-        "Prompt tokens that the KV cache of the device lacked."),
+        "Prompt tokens not found in the device's cache."),
     "external_prefix_cache_hits": CounterFamily(
-        "Of these, tokens of the host tier or of another engine."),
+        "Prompt tokens found in the host tier or at another engine."),
     "prompt_tokens_cached": CounterFamily("Prompt tokens that were not computed here."),
     "prompt_tokens_by_source": CounterFamily(
         "Prompt tokens by where their KV came from.",
         "source", ("local_compute", "local_cache_hit", "external_kv_transfer")),
     "prompt_tokens_cached_by_source": CounterFamily(
-        "Cached prompt tokens: of device, host, peers (p2p).", "source", ("device", "host", "p2p")),
-    "sampled_tokens": CounterFamily("Output tokens drawn by the rank."),
+        "Cached prompt tokens by source (p2p: from peers).", "source", ("device", "host", "p2p")),
+    "sampled_tokens": CounterFamily("Output tokens sampled by the rank."),
     "num_preemptions": CounterFamily("Requests that lost their blocks."),
-    "kv_transfers": CounterFamily("Pulls that ended well."),
+    "kv_transfers": CounterFamily("Pulls that succeeded."),
     "kv_transfer_bytes": CounterFamily("Bytes of KV blocks pulled."),
     "kv_transfer_seconds": CounterFamily("Seconds spent in pulls."),
     "kv_transfer_failures": CounterFamily("Pulls that failed."),
     "kv_pull_retries": CounterFamily("READs that were repeated after a failure."),
     "kv_recomputed_requests": CounterFamily("Requests recomputed after failed pulls."),
-    "kv_leases_expired": CounterFamily("Leases that nobody pulled in time."),
-    "kv_late_reads": CounterFamily("Pulls after their lease; they were not used."),
+    "kv_leases_expired": CounterFamily("Leases that no engine pulled in time."),
+    "kv_late_reads": CounterFamily("Pulls whose lease ended before their proof; unused."),
     "kv_verification_failures": CounterFamily("Pulls whose hashes or checksums differed."),
     "kv_offload_stored_bytes": CounterFamily("Bytes copied from device to host."),
     "kv_offload_store_failures": CounterFamily("Copies to host memory that failed."),
     "kv_offload_loaded_bytes": CounterFamily("Bytes copied from host to device."),
     "kv_offload_load_failures": CounterFamily("Copies from host memory that failed."),
-    "kv_offload_bad_blocks": CounterFamily("Host blocks that were not what was stored."),
-    "kv_offload_evicted_blocks": CounterFamily("KV blocks that left the host tier."),
+    "kv_offload_bad_blocks": CounterFamily("Host blocks whose content had changed."),
+    "kv_offload_evicted_blocks": CounterFamily("KV blocks evicted from the host tier."),
 }

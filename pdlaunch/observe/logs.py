@@ -1,4 +1,4 @@
-"""Logs one line for each record, to standard error or a file, with the request it belongs to."""
+"""Writes log records to standard error or a file, one line each, with the id of their request."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 LogFormat = Literal["text", "json"]
-# An ``extra`` of log records: a function that returns further fields for JSON.
+# Key of ``extra`` in logging calls: a function that returns further fields for JSON records.
 FIELDS = "fields"
 
 _current_request: ContextVar[str] = ContextVar("pdlaunch_request", default="")
 
-# Control characters, marks that turn the direction of writing, and separators of lines.
+# Control characters, marks that change the writing direction, line separators and surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_controls(text: str) -> str:
-    """Return ``text`` on one line, without anything that a terminal would obey."""
-    if text.isprintable():  # As nearly all texts are; the search takes twice as long.
+    """Return ``text`` with control characters escaped: one line, safe to print on a terminal."""
+    if text.isprintable():  # Nearly all texts are printable; the search takes twice as long.
         return text
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Formatter(logging.Formatter):
-    """Writes a JSON object a line, or
+    """Formats a record as a JSON object on one line, or as text:
     ``2026-01-31T12:00:00.123Z INFO prefill-0 pdlaunch.router.app [request-id] text``.
     """
 
@@ -71,7 +71,7 @@ def setup_logging(
 ) -> logging.Handler:
     """Send all records of this process to ``file``, else ``stream``, else standard error.
 
-    ``level``: of pdlaunch's own loggers; libraries speak from warning on.
+    ``level`` applies to pdlaunch's loggers; libraries log warnings and errors only.
     """
     handler = (
         logging.StreamHandler(stream or sys.stderr)
@@ -86,9 +86,9 @@ def setup_logging(
     root.setLevel(logging.WARNING)
     logging.getLogger("pdlaunch").setLevel(level.upper())
     logging.captureWarnings(True)
-    # A full disk loses lines, and must not fill the terminal instead.
+    # If the disk is full, lines are lost; logging must not print a traceback for each of them.
     logging.raiseExceptions = False
-    # Nothing shows place in the source, thread or process id; a line takes a third less without.
+    # No format shows source line, thread or process id; a record costs a third less without them.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     return handler
@@ -96,7 +96,7 @@ def setup_logging(
 
 @contextlib.contextmanager
 def request_logging(request_id: str) -> Iterator[None]:
-    """Mark records made inside, also by awaited coroutines, with ``request_id``."""
+    """Add ``request_id`` to all records made in the block, also by coroutines that it awaits."""
     token = _current_request.set(request_id)
     try:
         yield

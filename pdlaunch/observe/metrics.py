@@ -1,8 +1,8 @@
 """Defines the Prometheus metrics that the router and the engines' servers share.
 
-Names of engines are vLLM's with the prefix ``pdlaunch_``, those of the router begin with
-``pdlaunch_router_``: a request that the router serves is two or more at engines, and no sum may add
-them up. Label names and values are fixed at construction.
+Metrics of engines have vLLM's names with the prefix ``pdlaunch_``; the router's begin with
+``pdlaunch_router_``. One request to the router is two or more requests to engines, so a sum over
+both would count it several times. Label names and values are fixed at construction.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from pdlaunch.observe.counters import (
 )
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
-# Shown from the start, others once they occur
+# Label values that are exported from the start, at 0; others appear once they occur
 FINISH_REASONS = ("stop", "length", "abort", "error")
-# The same; 499: the client went away; 502: engines failed it
+# Likewise. 499: the client went away; 502: engines failed the request
 ERROR_STATUSES = (400, 401, 404, 408, 413, 429, 499, 500, 502, 503)
 
-# When each series began: Prometheus takes these for series of their own.
+# Without ``_created`` samples: Prometheus would store each as a series of its own.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 def render_metrics(registry: CollectorRegistry) -> bytes:
-    """Return a registry in Prometheus's text format."""
+    """Return the metrics of a registry in Prometheus's text format."""
     return generate_latest(registry)
 
 
 def buckets_of(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
-    """Return the buckets of a ``HistogramMetricFamily``; ``counts`` has one for +Inf, too."""
+    """Return the cumulative buckets of a ``HistogramMetricFamily``; the last count is for +Inf."""
     names = [*(str(float(bound)) for bound in bounds), "+Inf"]
     return list(zip(names, map(float, accumulate(counts)), strict=True))
 
 
 class RequestMetrics(Collector):
-    """Counts what the client of an HTTP process sees: requests, tokens, times.
+    """Counts requests, tokens and latencies of an HTTP process as its clients see them.
 
-    ``prefix``: of the names, by the kind of process. Belongs to one thread.
+    ``prefix`` begins the metrics' names and depends on the kind of process. Not thread-safe.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class RequestMetrics(Collector):
             f"{prefix}http_requests_in_flight", "Requests being answered.", names, registry=registry
         ).labels(*values)
         self.time_to_first_token = histogram(
-            "time_to_first_token_seconds", "Request to first token.", TTFT_BUCKETS_S
+            "time_to_first_token_seconds", "Time to the first token.", TTFT_BUCKETS_S
         )
         self.request_time = histogram(
-            "e2e_request_latency_seconds", "Request to last token.", REQUEST_BUCKETS_S
+            "e2e_request_latency_seconds", "Time to the last token.", REQUEST_BUCKETS_S
         )
         self.prompt_length = histogram(
             "request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS
@@ -95,8 +95,8 @@ class RequestMetrics(Collector):
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.").labels(
             *values
         )
-        # Plain numbers, as each token updates them: prometheus_client's classes took an eighth of a
-        # router's time for a token.
+        # Plain numbers, because each token updates them: prometheus_client's classes took an eighth
+        # of the router's time per token.
         self._gap_counts = [0] * (len(INTER_TOKEN_BUCKETS_S) + 1)
         self._gaps_s = 0.0
         self._num_tokens = 0
@@ -114,10 +114,10 @@ class RequestMetrics(Collector):
         self._failed.labels(*self._values, str(status)).inc()
 
     def sent(self, num_tokens: int, gap_s: float | None = None) -> None:
-        """Count output tokens on their way to the client, ``gap_s`` after the ones before."""
+        """Count output tokens sent to the client, ``gap_s`` after the previous ones."""
         self._num_tokens += num_tokens
         if gap_s is not None:
-            # Tokens that come together took the time since the last ones in equal parts.
+            # Tokens that are sent together share the gap in equal parts.
             mean_s = gap_s / num_tokens
             self._gap_counts[bisect_left(INTER_TOKEN_BUCKETS_S, mean_s)] += 1
             self._gaps_s += mean_s
@@ -125,7 +125,7 @@ class RequestMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         gaps = HistogramMetricFamily(
             f"{self._prefix}inter_token_latency_seconds",
-            "Between output tokens.",
+            "Time between output tokens.",
             labels=self._names,
         )
         gaps.add_metric(
@@ -139,12 +139,12 @@ class RequestMetrics(Collector):
         yield tokens
 
     def describe(self) -> Iterator[Metric]:
-        """Yield the names, under which a registry finds them."""
+        """Yield the metrics whose names the registry reserves."""
         return self.collect()
 
 
 class RequestClock:
-    """Measures one HTTP request, and reports to the metrics as tokens come."""
+    """Measures the latencies of one HTTP request and reports them to the metrics."""
 
     def __init__(
         self, metrics: RequestMetrics, clock: Callable[[], float] = time.monotonic
@@ -154,7 +154,7 @@ class RequestClock:
         self._start_at = clock()
         self.first_token_at: float | None = None
         self._last_at: dict[int, float] = {}
-        """The instant of the last token, by choice."""
+        """Time of the last token, by index of the choice."""
 
     @property
     def last_token_at(self) -> float:
@@ -165,7 +165,7 @@ class RequestClock:
         return len(self._last_at)
 
     def tokens(self, choice: int, num_tokens: int) -> None:
-        """Count new tokens of a choice on their way to the client."""
+        """Count new tokens of a choice that are sent to the client."""
         if not num_tokens:
             return
         now_at = self._clock()

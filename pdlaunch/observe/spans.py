@@ -1,13 +1,13 @@
 """Records what processes do for one request, as spans on one clock.
 
-Each process has a ``SpanLog`` of its own for a request. With its answer it hands a ``SpanReport``
-to whoever asked it, who places the report on a clock of its own::
+Each process has its own ``SpanLog`` for a request. It sends a ``SpanReport`` with its answer. The
+process that called it places the spans of the report on its own clock::
 
-    asker     sent ├──────────────────────────────────────────┤ received
+    caller    sent ├──────────────────────────────────────────┤ received
     process          received ├─ its spans, seconds from here ─┤ reported
-                   └ half of what is left over on each side ──┘
+                   └ half of the remaining time on each side ─┘
 
-So no two clocks are ever compared, and the error is at most half of the time on the way.
+So no two clocks are compared. The error is at most half of the time spent in transit.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ import msgspec
 
 Attribute = str | int | float | bool | None
 
-MAX_SPANS = 128  # spans of its own that one process keeps for one request; further ones are counted
+MAX_SPANS = 128  # spans that one process records for one request; further ones are only counted
 
-QUEUE = "queue"  # names the wait for a place in the batch
-PREFILL = "prefill"  # names what one step computes of a prompt; ``tokens`` says how many
-PULL = "pull"  # names a pull, from when its lease was known: ``bytes``, ``gb_s``, ``verified``
-# Names the instant at which a request gets into the batch: ``device_tokens``, ``host_tokens`` and
-# ``remote_tokens`` of its prompt are not computed here.
+# Names of spans
+QUEUE = "queue"  # the wait for a place in the batch
+PREFILL = "prefill"  # the part of a prompt that one step computes: ``tokens``
+PULL = "pull"  # a pull, from the time its lease was known: ``bytes``, ``gb_s``, ``verified``
+# The time at which a request enters the batch. ``device_tokens``, ``host_tokens``,
+# ``remote_tokens``: prompt tokens that are not computed here, by where their KV blocks come from.
 SEATED = "seated"
 
 
 class Span(msgspec.Struct):
-    """Says what a process did from one instant to another; at an instant alone they are equal."""
+    """Describes what a process did between two instants; they are equal for a single event."""
 
     name: str
-    start_at: float  # seconds on the clock of whoever holds it
+    start_at: float  # seconds on the clock of the process that holds the span
     end_at: float
     attributes: dict[str, Attribute] = {}
-    # Name of the process, given by the process that received the span; empty for its own spans.
-    # Nested: decode-0/rank-0.
+    # Name of the process that recorded the span, as its caller names it; empty for own spans. If
+    # spans pass through several callers, names are joined: decode-0/rank-0.
     process: str = ""
 
     @property
@@ -46,7 +47,7 @@ class Span(msgspec.Struct):
         return self.end_at - self.start_at
 
     def moved(self, by_s: float, process: str) -> Span:
-        """Return it on another clock, as somebody holds it who calls its holder ``process``."""
+        """Return the span shifted by ``by_s`` seconds, for a caller that names us ``process``."""
         return Span(
             self.name,
             self.start_at + by_s,
@@ -57,19 +58,19 @@ class Span(msgspec.Struct):
 
 
 class SpanReport(msgspec.Struct, kw_only=True):
-    """Tells what a process, and those that it asked, did for a request."""
+    """Reports what a process, and the processes that it called, did for a request."""
 
-    elapsed_s: float  # time from when the process got the request until it reported
+    elapsed_s: float  # time between receiving the request and this report
     spans: list[Span]  # seconds since the process got the request
     num_dropped: int = 0  # spans beyond ``MAX_SPANS``
 
     def placed(self, sent_at: float, received_at: float, process: str) -> list[Span]:
-        """Return the spans on the clock of the asker, who sent and received at these instants."""
+        """Return the spans on the caller's clock, on which it sent and received as given."""
         start_at = sent_at + self.clock_error_s(sent_at, received_at)
         return [span.moved(start_at, process) for span in self.spans]
 
     def clock_error_s(self, sent_at: float, received_at: float) -> float:
-        """Return by how much the places may be wrong: half of the time on the way."""
+        """Return the largest error of ``placed`` in seconds: half of the time in transit."""
         return max(0.0, received_at - sent_at - self.elapsed_s) / 2
 
 
@@ -85,7 +86,7 @@ class SpanLog:
     def add(
         self, name: str, start_at: float, end_at: float | None = None, /, **attributes: Attribute
     ) -> None:
-        """Add a span that ended at ``end_at``, or now. Attributes that are None are left out."""
+        """Add a span that ended at ``end_at``, or now. Attributes with value None are left out."""
         if len(self.spans) >= MAX_SPANS:
             self.num_dropped += 1
             return
@@ -101,9 +102,9 @@ class SpanLog:
 
     @contextlib.contextmanager
     def measure(self, name: str, /, **attributes: Attribute) -> Iterator[dict[str, Attribute]]:
-        """Add the span that the block takes, also when it raises.
+        """Add a span for the run time of the block, also when it raises.
 
-        Yields its attributes, to which the block may add.
+        Yield the attributes of the span; the block may add to them.
         """
         start_at = self.clock()
         try:
@@ -114,15 +115,15 @@ class SpanLog:
     def take(
         self, report: SpanReport, *, sent_at: float, received_at: float, process: str = ""
     ) -> None:
-        """Add what ``process`` reports of a request that it was sent."""
+        """Add the spans that ``process`` reported with its answer."""
         placed = report.placed(sent_at, received_at, process)
-        # More than of its own: each rank of a TP group reports its READs to the same log.
+        # More than ``MAX_SPANS``: each rank of a TP group reports its READs to the same log.
         num_fitting = max(0, MAX_SPANS * 4 - len(self.spans))
         self.spans += placed[:num_fitting]
         self.num_dropped += report.num_dropped + len(placed[num_fitting:])
 
     def report(self, process: str = "") -> SpanReport:
-        """Return all spans until now; ``process`` names those that have no name yet."""
+        """Return all spans so far; spans without a process name get the name ``process``."""
         return SpanReport(
             elapsed_s=self.clock() - self.start_at,
             spans=[

@@ -1,1 +1,1 @@
-"""Turns settings, machines and shapes of models into a resolved launch; nothing else derives."""
+"""Derives a resolved launch from settings, machines and shapes of models."""

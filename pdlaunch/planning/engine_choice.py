@@ -1,4 +1,4 @@
-"""Decides what ``engine: auto`` stands for: vLLM where it is installed, else native engines."""
+"""Replaces ``engine: auto``: vLLM if it is installed, else native engines."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pdlaunch.config.roles import HOW_TO_GET_VLLM, ROLES, EngineName
 
 
 class EngineChoice(NamedTuple):
-    """The settings with ``auto`` replaced, and the reason; empty: an engine was named."""
+    """Holds the settings with ``auto`` replaced, and the reason (empty if nothing was ``auto``)."""
 
     config: LaunchConfig
     reason: str
 
 
 def choose_engine(config: LaunchConfig, environ: Mapping[str, str]) -> EngineChoice:
-    """Replace ``auto`` by a kind of engine, and ``engine_command`` by what was found beside Python.
+    """Replace ``auto`` by a kind of engine, depending on the executables of this host.
 
-    Looks for executables on this host.
+    Replace ``engine_command`` by its path if it is in the active environment but not on PATH.
     """
     auto = [role for role in ROLES if getattr(config.role(role), "engine", None) == "auto"]
     path = find_beside_python(config.engine_command, environ)
@@ -59,10 +59,10 @@ def _choose(config: LaunchConfig, path: str | None) -> tuple[EngineName, str]:
 
 
 def find_beside_python(command: str, environ: Mapping[str, str]) -> str | None:
-    """Return a command of the active environment that is not on PATH; None: on PATH, or nowhere."""
+    """Return the path of a command in the active environment; None if on PATH, or not found."""
     if os.sep in command or shutil.which(command, path=_path(environ)):
         return None
-    # Not resolved: the python of a virtual environment is a link out of it.
+    # Do not resolve links: the python of a virtual environment links to a folder outside of it.
     folders = [Path(sys.executable).parent]
     folders += [Path(environ[name], "bin") for name in _ENVIRONMENTS if environ.get(name)]
     return shutil.which(command, path=os.pathsep.join(map(str, folders)))

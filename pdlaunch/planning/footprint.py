@@ -1,4 +1,4 @@
-"""Computes how many bytes a rank needs, from the shape of its model."""
+"""Computes the memory of a rank from the shape of its model."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from pdlaunch.engine.kvcache.groups import (
     num_kv_heads_of_rank,
 )
 
-# A rank that sizes its KV cache itself sets aside this times hidden plus inner size
+# Times hidden_size + intermediate_size; reserved if gpu_memory_utilization sizes the KV cache
 CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
 _VLLM_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Holds the memory of one rank, in bytes; for vLLM, the least that it needs."""
+    """Holds the memory of one rank, in bytes; for vLLM, a lower bound."""
 
     weight_bytes: int
     activation_bytes: int
-    """Memory of the largest step; 0 for vLLM, where it is unknown.
+    """Memory of the largest step; 0 (unknown) for vLLM.
 
-    Set aside where the rank sizes its KV cache itself, else an estimate: hidden and inner states,
-    float32 logits of every running request.
+    A fixed reserve if gpu_memory_utilization sets the size of the KV cache. Otherwise an estimate:
+    hidden and inner states, and float32 logits of all running requests.
     """
-    kv_bytes_for: Callable[[int], int]  # KV cache of one request, by its tokens
+    kv_bytes_for: Callable[[int], int]  # Bytes of KV cache of a request with this many tokens
     max_model_len: int
-    # Size of the KV cache; None: what the device has left, known only at start
+    # Size of the KV cache; None: the rank takes the free memory, whose size is known after start
     kv_cache_bytes: int | None
-    layout: KVCacheLayout | None = None  # None: vLLM decides
+    layout: KVCacheLayout | None = None  # None: vLLM chooses the layout
 
     @property
     def num_blocks(self) -> int | None:
-        """Return the KV blocks of the rank; None: known only at start."""
+        """Return the number of KV blocks of the rank; None if known only after start."""
         if self.layout is None or self.kv_cache_bytes is None:
             return None
         return self.kv_cache_bytes // self.layout.block_bytes
 
     @property
     def min_kv_bytes(self) -> int:
-        """Return the bytes of KV cache without which the longest request cannot run."""
+        """Return the bytes of KV cache that the longest request needs."""
         return self.kv_bytes_for(self.max_model_len)
 
     @property
     def kv_bytes(self) -> int:
-        """Return the rank's KV cache in bytes; the least it needs where it takes what is left."""
+        """Return the bytes of the rank's KV cache; ``min_kv_bytes`` if its size is not known."""
         return self.min_kv_bytes if self.kv_cache_bytes is None else self.kv_cache_bytes
 
     @property
@@ -63,9 +63,9 @@ class Footprint:
         return self.weight_bytes + self.activation_bytes + self.kv_bytes
 
     def longest_request_tokens(self, kv_bytes: int) -> int:
-        """Return the longest request whose KV blocks fit into ``kv_bytes``; 0: none does."""
+        """Return the tokens of the longest request whose KV fits into ``kv_bytes``; 0 if none."""
         size = self.layout.block_size if self.layout else _VLLM_BLOCK_SIZE
-        # No request needs less than a shorter one, so that halving finds the last that fits.
+        # Binary search: a longer request never needs less memory than a shorter one.
         low, high = 0, math.ceil(self.max_model_len / size)
         while low < high:
             middle = (low + high + 1) // 2
@@ -76,7 +76,7 @@ class Footprint:
         return low * size
 
     def arithmetic(self) -> str:
-        """Return the sum in words.
+        """Return the sum of the parts for a message.
 
         Example: ``weights 1.2 GiB + activations 30 MiB + KV cache 1 GiB = 2.2 GiB``.
         """
@@ -97,9 +97,9 @@ def make_footprint(
     max_num_batched_tokens: int,
     kv_cache_bytes: int | None,
 ) -> Footprint:
-    """Return the memory of one of ``tp_size`` ranks; sizes that do not divide are rounded down."""
+    """Return the memory of one of ``tp_size`` ranks. Shares of the ranks are rounded down."""
     size = DTYPE_BYTES[dtype]
-    # Not an estimate here: the rank leaves exactly this out of its KV cache.
+    # In this case the rank reserves exactly these bytes; the other case is an estimate.
     if device == "cuda" and kv_cache_bytes is None:
         inner = shape.hidden_size + shape.intermediate_size
         activations = max_num_batched_tokens * inner * CUDA_ACTIVATION_BYTES_PER_TOKEN
@@ -107,7 +107,7 @@ def make_footprint(
         inner = 4 * shape.hidden_size + 3 * shape.intermediate_size // tp_size
         rows = min(settings.max_num_seqs, max_num_batched_tokens)
         activations = max_num_batched_tokens * inner * size + rows * shape.vocab_size * 4
-    # The layout that the rank will make itself, so that both count the same blocks.
+    # The rank makes the same layout, so it counts the same number of blocks.
     layout = KVCacheLayout(
         make_groups(shape.layer_windows),
         num_kv_heads=num_kv_heads_of_rank(shape.num_kv_heads, tp_size),
@@ -129,7 +129,7 @@ def make_footprint(
 
 
 def outline_of_shape(shape: ModelShape) -> Outline:
-    """Return the outline of a model, also if native engines can serve it."""
+    """Return the model's outline, made from the shape for models that native engines serve."""
     layers = Counter(
         KVLayers(shape.num_kv_heads, 2 * shape.head_dim, window) for window in shape.layer_windows
     )
@@ -137,10 +137,10 @@ def outline_of_shape(shape: ModelShape) -> Outline:
 
 
 def _weights_of_rank(shape: ModelShape, tp_size: int) -> int:
-    """Return the number of weights of a rank.
+    """Return the number of parameters on one rank.
 
-    Linear layers are cut; embeddings and norms are whole on every rank, KV projections where heads
-    are replicated.
+    Linear layers are split over the ranks. Each rank has whole embeddings and norms. KV projections
+    are split over at most ``num_kv_heads`` ranks; further ranks replicate heads.
     """
     query, kv = shape.num_attention_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     cut = shape.num_layers * (

@@ -1,4 +1,4 @@
-"""Describes the hosts of a launch: this one, those of agents, and those that are assumed."""
+"""Describes the hosts of a launch: the local host, hosts with agents, and hosts by profile."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class ResolvedHost:
 
     name: str
     machine: Machine
-    environ: Mapping[str, str]  # the environment that processes inherit there
-    bind_address: str = ENGINE_HOST  # its processes listen here
-    advertise_address: str = ENGINE_HOST  # processes on other hosts are told to connect here
-    # It takes engines of these roles; empty: only the router runs here
+    environ: Mapping[str, str]  # the environment that processes on the host inherit
+    bind_address: str = ENGINE_HOST  # processes on the host listen on this address
+    advertise_address: str = ENGINE_HOST  # processes on other hosts connect to this address
+    # Roles of engines that may run on the host; empty: only the router runs there
     roles: frozenset[Role] = frozenset(ROLES)
-    # Those that its agent allows, by name; None: no agent has told, as on the first host
+    # Engine executables that the host's agent allows, by name; None without an agent
     executables: Mapping[str, EngineCommand] | None = None
 
 
 def is_same_machine(one: ResolvedHost, other: ResolvedHost) -> bool:
-    """Tell whether two hosts of a launch are one machine, as two agents on it are."""
+    """Return True if two hosts of a launch have the same address: two agents on one machine."""
     return bool(one.advertise_address) and one.advertise_address == other.advertise_address
 
 
@@ -61,14 +61,14 @@ def planned_hosts(
 ) -> tuple[ResolvedHost, ...]:
     """Return the hosts of a launch, the supervisor's own first. Raises ConfigError.
 
-    ``machine``, ``environ``: of this host. ``joined``: what agents have told of their hosts; of
-    others, the settings tell what is known.
+    ``machine``, ``environ``: of this host. ``joined``: hosts whose agents have joined, by name.
+    Other hosts are described by the profile in their settings.
     """
     if config.placement == "local":
         return one_host({LOCAL: machine}, environ)
     listed = {host.name: host for host in config.hosts}
     own = listed.get(LOCAL)
-    # Agents of other hosts dial this address; on one host loopback is enough.
+    # Agents on other hosts connect to this address.
     address = config.control_address or default_address() or ""
     here = ResolvedHost(LOCAL, machine, environ, address, address, frozenset())
     hosts = [here if own is None else settled(own, here)]
@@ -80,7 +80,7 @@ def planned_hosts(
 
 
 def settled(settings: HostSettings, known: ResolvedHost) -> ResolvedHost:
-    """Return a host with what its settings say over what is known of it."""
+    """Return the host ``known``, changed where ``settings`` has values."""
     bind = settings.bind_address or known.bind_address
     return ResolvedHost(
         name=settings.name,
@@ -99,7 +99,7 @@ def _not_joined(
     settings: HostSettings, config: LaunchConfig, environ: Mapping[str, str]
 ) -> ResolvedHost:
     if settings.machine is None:
-        reason = f"{settings.name} has not joined, and hosts has no machine for it"
+        reason = f"{settings.name} has not joined, and its entry in hosts has no machine"
         unknown: dict[Fact, str] = dict.fromkeys(get_args(Fact), reason)
         return ResolvedHost(settings.name, Machine(unknown=unknown), environ, "", "")
     found = find_machine(settings.machine, count_ranks(config), "hosts.machine")

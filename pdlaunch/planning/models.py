@@ -1,4 +1,4 @@
-"""Reads the models of a configuration, as far as that is possible before anything runs."""
+"""Reads the models of a configuration before any process starts."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from pdlaunch.planning.engine_choice import choose_engine
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Holds what is known of a model before anything runs: a shape, or why there is none."""
+    """Describes a model before the launch: its shape, or the reason why it has none."""
 
     name: str = ""  # the model as the user wrote it
-    path: str | None = None  # the directory that is served
+    path: str | None = None  # the directory to serve
     shape: ModelShape | None = None
     error: ConfigError | None = None  # the reason why the model cannot be served
-    # The reason why the shape is not known yet: the model is converted or downloaded first
+    # The reason why the shape is not known yet: the model has to be converted or downloaded
     pending: str = ""
-    # The reason why its shape is not known here, though another engine may serve it
+    # The reason why the shape is not known, for a model that only vLLM may be able to serve
     foreign: str = ""
-    has_state: bool = False  # its layers keep a state in place of KV blocks, as Mamba does
-    on_hub: bool = False  # its files come from a hub, the weights after everything has been judged
-    # It is not on this machine, which judges for another one: nobody knows whether it serves
+    has_state: bool = False  # some layers keep a state instead of KV blocks, as Mamba does
+    on_hub: bool = False  # the files come from the hub; weights are downloaded after all checks
+    # The checks are for another machine, and this machine does not have the model
     elsewhere: bool = False
 
 
 def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
-    """Read the model of each role that has engines; never raises, see ``Model.error``.
+    """Read the model of each role that has engines. Errors are in ``Model.error``, never raised.
 
-    ``fetch`` brings the descriptions of models of a hub here first; without it, only what is here
-    is read.
+    ``fetch`` downloads the descriptions of models on the hub first. Without it, only local files
+    are read.
     """
     config = choose_engine(config, os.environ).config
     settings = {role: config.engine_settings(role) for role in ROLES if config.role(role).replicas}
@@ -52,15 +52,15 @@ def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, 
         role: (engine.model, engine.revision, engine.engine == "native")
         for role, engine in settings.items()
     }
-    # Roles that name the same model share one read.
+    # Read a model once if several roles use it.
     read = {key: _read(*key, fetch) for key in dict.fromkeys(named.values())}
     return {role: read[key] for role, key in named.items()}
 
 
 def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fetch) -> None:
-    """Bring the weights of models of a hub here, those of the version that was judged.
+    """Download the weights of models on the hub, of the same commit as their description.
 
-    Raises ConfigError, also when what came is no usable set of weights.
+    Raises ConfigError, also if the downloaded weights are damaged or incomplete.
     """
     wanted = {
         (model.path, model.name): model.shape
@@ -68,21 +68,18 @@ def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fet
         if model.on_hub and model.path and config.engine_settings(role).load_format != "dummy"
     }
     for (path, name), shape in wanted.items():
-        commit = Path(path).name  # the name of a snapshot
-        if shape is None or shape.is_outline:
-            fetch(name, commit, "all")
-        else:
-            fetch(name, commit, "weights")
-            check_files(Path(path), shape)
+        commit = Path(path).name  # the cache names a snapshot's folder by its commit
+        fetch(name, commit, "all" if shape is None or shape.is_outline else "weights")
+        check_files(Path(path), shape)
 
 
 def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
-    """Read the models of a launch on another machine, as far as they are here too."""
+    """Read the models for a launch on another machine; this machine may lack some of them."""
     return {role: _elsewhere(model) for role, model in read_models(config, fetch).items()}
 
 
 def _elsewhere(model: Model) -> Model:
-    # What is wrong with a model that was found is wrong everywhere.
+    # Keep the error of a model that this machine has: it is the same on all machines.
     found = isinstance(model.error, UnsupportedModelError) or Path(model.name).expanduser().exists()
     if model.error is None or found:
         return model
@@ -90,9 +87,9 @@ def _elsewhere(model: Model) -> Model:
 
 
 def weight_error(model: Model) -> ConfigError | None:
-    """Return what is wrong with the files of weights of a model that can be read; None: nothing."""
-    # Those of a hub are fetched, and checked, once all else has been found good.
-    if model.shape is None or model.shape.is_outline or model.path is None or model.on_hub:
+    """Return the error in the files of a model that is here, or None."""
+    # Weights from the hub are downloaded and checked after all other checks have passed.
+    if model.path is None or model.pending or model.on_hub:
         return None
     try:
         check_files(Path(model.path), model.shape)
@@ -102,21 +99,20 @@ def weight_error(model: Model) -> ConfigError | None:
 
 
 def _read(name: str, revision: str | None, is_native: bool, fetch: Fetch | None) -> Model:
-    on_hub = is_on_hub(name)
+    on_hub, weight_bytes = is_on_hub(name), None
     try:
         if on_hub and fetch is not None:
-            fetch(name, revision, "description")
+            weight_bytes = fetch(name, revision, "description")
         resolved = resolve_model(name, revision)
         path = str(resolved.cache_dir)
-        # Only the header is read: the launch converts the model before it starts anything.
+        # Check only the start of the file: the launch converts the model before it starts engines.
         if not resolved.ready:
             check_gguf(resolved.source)
             return Model(name, path, pending=f"{name} is converted at the first start")
-        return replace(
-            _described(resolved.cache_dir, is_native), name=name, path=path, on_hub=on_hub
-        )
+        described = _described(resolved.cache_dir, is_native, weight_bytes)
+        return replace(described, name=name, path=path, on_hub=on_hub)
     except NotDownloadedError as error:
-        # Nobody tried to download it.
+        # Without ``fetch`` nothing was downloaded, so a missing model is not an error.
         if fetch is None:
             return Model(name, pending=f"{name} is downloaded at the first start", on_hub=True)
         return Model(name, error=error, on_hub=True)
@@ -128,15 +124,15 @@ def _read(name: str, revision: str | None, is_native: bool, fetch: Fetch | None)
         return Model(name, error=ConfigError(message, field="model", value=name))
 
 
-def _described(folder: Path, is_native: bool) -> Model:
-    """Return the shape of a model, or why another engine alone may know it. Raises ConfigError."""
+def _described(folder: Path, is_native: bool, weight_bytes: int | None) -> Model:
+    """Return a model with its shape, or the reason why it has none. Raises ConfigError."""
     try:
         return Model(shape=read_model_shape(folder))
     except UnsupportedModelError as error:
         if is_native:
             raise
         reason = f"native engines cannot serve it, so its shape is not known: {error}"
-        outline = read_outline(folder)
+        outline = read_outline(folder, weight_bytes)
         return Model(
             shape=outline, foreign="" if outline else reason, has_state=keeps_state(folder)
         )

@@ -1,4 +1,4 @@
-"""Describes the processes of a launch, before any is started. ``engines.plan`` plans them."""
+"""Describes the processes of a launch before they start. ``launch/engines/plan.py`` plans them."""
 
 from __future__ import annotations
 
@@ -13,33 +13,39 @@ from pdlaunch.config.settings import SECRET, is_secret
 
 
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes one process as planned; what runs is an ``state.Instance`` of it."""
+    """Describes one planned process; a running process is a ``state.Instance`` of the spec."""
 
-    # Is ``router``, ``prefill-0`` (its server) or ``prefill-0/rank-0``; stable over restarts
+    # ``router``, ``prefill-0`` (the engine's server) or ``prefill-0/rank-0``; kept over restarts
     name: str
     kind: Literal["router", "server", "rank"]
-    unit: str  # processes of one unit start, die and are restarted together, under one incarnation
+    unit: str  # processes of a unit start, die and restart together and share an incarnation
     engine: str = ""
     role: Role | None = None
     tp_rank: int = 0
     tp_size: int = 1
     host: str = LOCAL
     command: tuple[str, ...] = ()
-    environment: dict[str, str] = {}  # variables that are set over the supervisor's
-    ports: dict[str, int] = {}  # 0: a free one, chosen and registered by the process
+    environment: dict[str, str] = {}  # variables that override the supervisor's environment
+    ports: dict[str, int] = {}  # 0: the process takes a free port and registers it
     devices: tuple[str, ...] = ()  # ``cpu`` or ``cuda:N``
     num_threads: int = 1
-    # The engines that its engine exchanges KV blocks with; None: all
+    # Names of engines with which this engine exchanges KV blocks; None: all of the other role
     peers: tuple[str, ...] | None = None
+
+    @property
+    def reads(self) -> str:
+        """Return the kind of the processes that read the same model files as this process."""
+        # All hosts of an engine of vLLM read the files that its server reads.
+        return "server" if self.unit == self.engine else self.kind
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Lists every process that a launch starts."""
+    """Lists all processes that a launch starts."""
 
     processes: tuple[ProcessSpec, ...]
 
     def shown(self) -> Plan:
-        """Return the plan with secret-looking environment variables masked, for printing."""
+        """Return the plan for printing: values of variables named like a secret are masked."""
         return Plan(
             processes=tuple(
                 msgspec.structs.replace(p, environment=mask_environment(p.environment))
@@ -52,5 +58,5 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def mask_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Replace the values of variables whose name speaks of a secret."""
+    """Mask the values of variables named like a secret."""
     return {name: SECRET if is_secret(f"env.{name}") else it for name, it in environment.items()}

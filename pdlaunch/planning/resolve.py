@@ -1,6 +1,6 @@
-"""Resolves settings, machines and shapes of models to everything that a launch uses.
+"""Resolves settings, machines and shapes of models into a ``ResolvedLaunch``.
 
-Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` prints it.
+Rules check a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` prints it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ THIS_HOST = LOCAL
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """Names an address that the launch listens on for others."""
+    """Describes an address on which the router or an engine listens."""
 
     name: str
     host: str
@@ -41,21 +41,21 @@ class ListenAddress:
 
 @dataclass(frozen=True)
 class ResolvedLaunch:
-    """Holds one launch with every value that is derived for it."""
+    """Holds the settings of a launch and all values derived from them."""
 
     config: LaunchConfig
-    # The hosts of the launch, the supervisor's own first: the router runs there
+    # The supervisor's host, which also runs the router, is the first
     hosts: tuple[ResolvedHost, ...]
     environ: Mapping[str, str]  # the supervisor's environment
     by_host: Mapping[str, Mapping[Role, RoleEngines]]  # the roles of each host that has engines
-    engines: tuple[PlacedEngine, ...]  # they are in the order of ``ROLES``, then of the index
-    # The launch that this is the part of on one host; None: it is a whole one
+    engines: tuple[PlacedEngine, ...]  # ordered by role as in ``ROLES``, then by index
+    # The whole launch, if this is the part of it on one host; otherwise None
     whole: ResolvedLaunch | None = None
     engine_reason: str = ""  # the kind of engine that ``auto`` chose, and why
 
     @cached_property
     def roles(self) -> Mapping[Role, RoleEngines]:
-        """Return the engines of each role, with the values of its first engine's host."""
+        """Return the engines of each role, with the values derived on its first engine's host."""
         counts = Counter(engine.engines.role for engine in self.engines)
         firsts = {engine.engines.role: engine.engines for engine in reversed(self.engines)}
         return {
@@ -73,12 +73,12 @@ class ResolvedLaunch:
 
     @property
     def spans_hosts(self) -> bool:
-        """Return whether processes of the launch talk to others on other hosts."""
+        """Return True if the launch has several hosts."""
         return len((self.whole or self).hosts) > 1
 
     @property
     def peers(self) -> Mapping[Role, RoleEngines]:
-        """Return the roles of the whole launch, of which a host may have some."""
+        """Return the engines of each role in the whole launch."""
         return (self.whole or self).roles
 
     @property
@@ -86,7 +86,7 @@ class ResolvedLaunch:
         return self.peers.keys() >= set(PAIR)
 
     def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
-        """Return the part of this launch that runs on a host, which rules on machines judge."""
+        """Return the part of this launch that runs on a host, for the rules about machines."""
         here = {host.name: self.by_host.get(host.name, {})}
         engines = tuple(
             node for engine in self.engines for node in engine.nodes if node.host is host
@@ -98,7 +98,7 @@ class ResolvedLaunch:
 
     @property
     def conversions(self) -> tuple[str, ...]:
-        """Return the models that must be converted before the processes are started."""
+        """Return the names of models that must be converted before processes start."""
         models = [engines.model for engines in self.roles.values()]
         pending = [model.name for model in models if model.pending and not model.on_hub]
         return tuple(dict.fromkeys(pending))
@@ -122,10 +122,10 @@ class ResolvedLaunch:
 
     @property
     def served_model_name(self) -> str:
-        """Return the name in the API: as set, else the alias, the name on the hub, or the directory
-        or file without its ending.
+        """Return the model's name in the API; empty without engines.
 
-        Empty without engines.
+        The default is the alias, the name on the hub, or the name of the directory or of the .gguf
+        file without its ending.
         """
         engines = next(iter(self.roles.values()), None)
         if engines is None:
@@ -137,9 +137,9 @@ class ResolvedLaunch:
         return self.config.served_model_name or own
 
     def require_startable(self) -> None:
-        """Raise ConfigError for a model that cannot be served; of all else the rules tell.
+        """Raise ConfigError for a model that cannot be served. Rules check everything else.
 
-        Models that are yet to be converted can: ``after_conversion`` is asked once they are.
+        Models that have to be converted pass: ``after_conversion`` checks them afterwards.
         """
         for engines in self.roles.values():
             if engines.model.error is not None:
@@ -148,7 +148,7 @@ class ResolvedLaunch:
                 raise not_cached(engines.model.name, engines.settings.revision)
 
     def after_conversion(self) -> ResolvedLaunch:
-        """Resolve again, now that all models can be read. Raises ConfigError."""
+        """Return the launch with the shapes of converted models. Raises ConfigError."""
         launch = self
         if any(engines.model.pending for engines in self.roles.values()):
             launch = resolve_on(self.config, self.hosts, self.environ, places=self.places)
@@ -167,14 +167,14 @@ class ResolvedLaunch:
         return resolve_on(config, self.hosts, self.environ, models, places)
 
     def with_host(self, known: ResolvedHost) -> ResolvedLaunch:
-        """Resolve again with what is known now of a host; nothing is moved."""
+        """Resolve again with new facts about a host. Engines keep their hosts and devices."""
         hosts = [known if host.name == known.name else host for host in self.hosts]
         return resolve_on(self.config, hosts, self.environ, places=self.places)
 
     def engine_spec(self, engine: PlacedEngine) -> EngineSpec:
-        """Return what the processes of one native engine are given.
+        """Return the spec for the processes of one native engine.
 
-        Only of a launch that can be started, and whose models have been converted.
+        The launch must be startable and its models converted.
         """
         engines = engine.engines
         assert engines.model.path is not None
@@ -196,7 +196,7 @@ class ResolvedLaunch:
 
 
 def with_replicas(config: LaunchConfig, counts: Mapping[Role, int]) -> LaunchConfig:
-    """Return the settings with so many engines of each role; a role that is missing has none."""
+    """Return the settings with new numbers of engines by role; 0 for a role not in ``counts``."""
     sections: dict[str, object] = {
         role: config.role(role).model_copy(update={"replicas": counts.get(role, 0)})
         for role in ROLES
@@ -210,10 +210,10 @@ def resolve(
     environ: Mapping[str, str],
     models: Mapping[Role, Model] | None = None,
 ) -> ResolvedLaunch:
-    """Resolve a configuration; never raises, what cannot be derived is None.
+    """Resolve a configuration. Never raises: values that cannot be derived are None.
 
-    ``machines``: the hosts that engines run on, by name, the supervisor's own first. ``environ``:
-    the supervisor's. ``models``: of each role with engines; read from disk when None.
+    ``machines``: facts about each host by name, the supervisor's own first. ``environ``: the
+    supervisor's environment. ``models``: the model of each role; read from disk when None.
     """
     return resolve_on(config, one_host(machines, environ), environ, models)
 
@@ -225,9 +225,9 @@ def resolve_on(
     models: Mapping[Role, Model] | None = None,
     places: Places | None = None,
 ) -> ResolvedLaunch:
-    """Resolve a configuration on hosts, as ``resolve`` does.
+    """Resolve a configuration like ``resolve``, on hosts.
 
-    ``places``: those of engines that are placed already.
+    ``places``: hosts and devices of engines, if they are placed already.
     """
     config, reason = choose_engine(config, environ)
     found = read_models(config) if models is None else models
@@ -237,11 +237,11 @@ def resolve_on(
     )
 
 
-# The effective values, for people and programs; secrets are masked
+# The effective values for output, with masked secrets
 
 
 def effective_values(launch: ResolvedLaunch) -> dict[str, object]:
-    """Return the configuration, and its effective values for each role; plain JSON."""
+    """Return the configuration and the effective values of each role, as JSON values."""
     return {
         "config": shown_config(launch.config),
         "engine": launch.engine_reason,
@@ -250,13 +250,13 @@ def effective_values(launch: ResolvedLaunch) -> dict[str, object]:
 
 
 def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
-    """Return by role what its engines will use; null: not known before the start."""
+    """Return the effective values of each role's engines; None if known only after start."""
     return {
         role: {
             "replicas": engines.replicas,
             "tensor_parallel_size": engines.tp_size,
             "host": engines.host,
-            # Not known before the agents of other hosts have joined.
+            # None until the agent of the host has joined.
             "bind_address": engines.on.bind_address or None,
             "advertise_address": engines.on.advertise_address or None,
             "served_model_name": launch.served_model_name,
@@ -274,7 +274,7 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
 
 
 def _memory(engines: RoleEngines) -> dict[str, object] | None:
-    """Return what is known of the memory of one rank; None while its model is not known."""
+    """Return the memory of one rank as JSON values; None while its model is not known."""
     needed = engines.footprint
     if needed is None:
         return None
@@ -283,7 +283,7 @@ def _memory(engines: RoleEngines) -> dict[str, object] | None:
         "kv_cache_bytes": engines.kv_cache_bytes,
     }
     if needed.layout is None:
-        # vLLM itself decides on blocks and activations.
+        # vLLM chooses the number of blocks, and its activations are not known.
         return known
     return known | {
         "activation_bytes": needed.activation_bytes,

@@ -1,4 +1,4 @@
-"""Derives what the settings of a role come to on a host: devices, sizes, memory, environment."""
+"""Derives the values of a role's engines on a host: devices, sizes, memory, environment."""
 
 from __future__ import annotations
 
@@ -28,25 +28,23 @@ from pdlaunch.planning.models import Model
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
-# Flags of vLLM that make the size of weights or KV unpredictable
+# Flags of vLLM with which the size of weights or KV is not known
 _RESIZING = ("cpu-offload-gb", "hf-overrides")
-# Bits of a number in vLLM's KV cache, by the beginning of its dtype; 4 for others
+# Bits of a number in vLLM's KV cache, by the prefix of kv-cache-dtype; 4 for other dtypes
 _KV_BITS = {"auto": 16, "float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8}
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
-VLLM_BATCHED_TOKENS = 2048  # the least of its defaults
+VLLM_BATCHED_TOKENS = 2048  # the smallest of vLLM's defaults
 
 
 @dataclass(frozen=True, eq=False)
 class RoleEngines:
-    """Describes the engines of one role: all of them, or those of a host.
+    """Describes all engines of one role, or those on one host.
 
-    All of a role are alike, but for what follows from the host; of all of them, this is as it is on
-    the first one's host.
-
-    None stands for what is not known: of a model that cannot be read or is yet to be converted, of
-    settings that contradict each other, or of a device's free memory, known only at start.
+    Engines of a role differ only in values that depend on their host; an object for all engines has
+    the values of the first engine's host. Unknown values are None: if the model cannot be read yet,
+    if settings contradict each other, or if they depend on a device's free memory after start.
     """
 
     config: LaunchConfig
@@ -54,16 +52,16 @@ class RoleEngines:
     on: ResolvedHost
     model: Model
     replicas: int
-    num_neighbours: int  # ranks of all roles on the host, which share its cores
-    # Number of ranks that are placed on the same GPUs of the host before those of this role
+    num_neighbours: int  # number of ranks of all roles on the host, which share its cores
+    # Number of ranks of earlier roles on the same GPUs of the host
     first_gpu_rank: int
-    has_far_peers: bool = False  # ranks of the launch exchange KV blocks with ranks on other hosts
+    has_far_peers: bool = False  # some pair of the launch has its engines on different hosts
 
-    # Given by the settings, the host and the model.
+    # Values from the settings, the host and the model.
 
     @cached_property
     def settings(self) -> EngineSettings:
-        """Return the settings as written, the role's own section over the top level."""
+        """Return the settings of the role: its section over the top level, nothing derived."""
         return self.config.engine_settings(self.role)
 
     @cached_property
@@ -76,7 +74,7 @@ class RoleEngines:
 
     @cached_property
     def given_environ(self) -> Mapping[str, str]:
-        """Return the user's environment of a rank: the supervisor's, and ``env`` over it."""
+        """Return the user's environment for a rank: the host's, overridden by ``env``."""
         return {**self.on.environ, **self.settings.env}
 
     @property
@@ -89,7 +87,7 @@ class RoleEngines:
 
     @property
     def num_ranks(self) -> int:
-        """Return the ranks of all these engines; on a host, those that run there."""
+        """Return the number of ranks that these engines have on their host."""
         return self.replicas * self.settings.ranks_per_node
 
     @property
@@ -110,7 +108,7 @@ class RoleEngines:
 
     @property
     def unverified(self) -> str:
-        """Return why pulled KV blocks are used unproven; empty: they are proven before use."""
+        """Return the reason why pulled KV blocks are not proven; empty if they are proven."""
         transfer = self.config.kv_transfer
         if self.role not in PAIR:
             return ""
@@ -120,26 +118,26 @@ class RoleEngines:
 
     @property
     def host_tier_bytes(self) -> int:
-        """Return the host memory of one rank for KV blocks; 0: no host tier."""
+        """Return the host memory of one rank for KV blocks, in bytes; 0 without a host tier."""
         return self.settings.kv_offload.host_memory
 
     @property
     def block_size(self) -> int | None:
-        """Return the tokens in a KV block; None: the engine is not native and chooses by itself."""
+        """Return the tokens in a KV block; None if vLLM chooses the size."""
         is_known = self.is_native or "block_size" in self.given
         return self.settings.block_size if is_known else None
 
     @cached_property
     def arguments(self) -> Mapping[str, JsonValue]:
-        """Return the flags of vLLM that ``engine_args`` gives, by their long names."""
+        """Return the flags of vLLM in ``engine_args``, by their long names."""
         return {long_name(key): value for key, value in self.settings.engine_args.items()}
 
     def has_argument(self, *names: str) -> bool:
-        """Return whether ``engine_args`` gives one of these flags of vLLM."""
+        """Return True if ``engine_args`` has one of these flags of vLLM."""
         return not self.arguments.keys().isdisjoint(names)
 
     def where(self, name: str) -> str:
-        """Return the dotted path that decides a setting: the role's section or the top level."""
+        """Return the dotted path of a setting: in the role's section if it is set there."""
         return f"{self.role}.{name}" if name in self.overrides else name
 
     # Derived values.
@@ -150,9 +148,7 @@ class RoleEngines:
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
-        """Return the GPUs that its ranks see, which number them from 0: all of the machine, or
-        those that their own CUDA_VISIBLE_DEVICES names.
-        """
+        """Return the GPUs that ranks see (``CUDA_VISIBLE_DEVICES``), which ranks number from 0."""
         return self._visible.gpus
 
     @property
@@ -165,9 +161,9 @@ class RoleEngines:
 
     @cached_property
     def dtype(self) -> DTypeName | None:
-        """Return the dtype; ``auto`` is the checkpoint's.
+        """Return the dtype. ``auto`` gives the checkpoint's dtype.
 
-        But float32 where the CPU would emulate a 16-bit type (measured: 6 times slower prefill).
+        On a CPU that emulates 16-bit types (prefill measured 6 times slower), it gives float32.
         """
         if self.settings.dtype != "auto":
             return self.settings.dtype
@@ -183,7 +179,7 @@ class RoleEngines:
 
     @property
     def max_model_len(self) -> int | None:
-        """Return the longest request, which is cut to the length that the model was made for."""
+        """Return the tokens of the longest request, at most max_position_embeddings."""
         if self.shape is None:
             return self.settings.max_model_len
         limit = self.shape.max_position_embeddings
@@ -196,7 +192,7 @@ class RoleEngines:
 
     @property
     def kv_cache_bytes(self) -> int | None:
-        """Return the KV cache of one rank; None: what the device has left, known only at start."""
+        """Return the bytes of one rank's KV cache; None if the rank takes the free GPU memory."""
         if self.device != "cpu":
             return self.settings.kv_cache_memory
         num_bytes = self.settings.kv_cache_memory or CPU_KV_CACHE_BYTES
@@ -204,20 +200,20 @@ class RoleEngines:
 
     @property
     def num_threads(self) -> int:
-        """Return the CPU threads of one rank: an even share of the host's cores."""
+        """Return the CPU threads of one rank, by default an even share of the host's cores."""
         share = max(1, self.machine.num_cpus // self.num_neighbours)
         return self.settings.num_threads or share
 
     @property
     def async_scheduling(self) -> bool:
-        # A CPU computes the step itself: nobody is free to prepare the next one meanwhile.
+        # On a CPU, the cores run the step, so preparing the next one gains nothing.
         return self.settings.async_scheduling and self.device != "cpu"
 
     @property
     def cumem_allocator(self) -> bool | None:
-        """Return whether memory comes from CuMem pools, which sleep mode turns on.
+        """Return True if memory comes from CuMem pools, which sleep mode needs.
 
-        None: sleep mode is on, and the pools are switched off by name.
+        None for a contradiction: sleep mode is on and enable_cumem_allocator is off.
         """
         asked = self.settings.enable_cumem_allocator
         if self.settings.enable_sleep_mode:
@@ -226,7 +222,7 @@ class RoleEngines:
 
     @property
     def allocator(self) -> Allocator:
-        """Return what allocates the KV cache."""
+        """Return the allocator of the KV cache."""
         if self.device == "cpu":
             return "host"
         if self.cumem_allocator:
@@ -236,7 +232,7 @@ class RoleEngines:
 
     @cached_property
     def footprint(self) -> Footprint | None:
-        """Return the memory of one rank; of one of vLLM, what it needs at least."""
+        """Return the memory of one rank (of vLLM a lower bound); None if it is not known."""
         shape, dtype = self.shape, self.dtype
         if not self.is_native:
             return self._vllm_footprint()
@@ -286,13 +282,13 @@ class RoleEngines:
 
     @property
     def num_blocks(self) -> int | None:
-        """Return the KV blocks of one rank; None: known only at start."""
+        """Return the number of KV blocks of one rank; None if known only after start."""
         return None if self.footprint is None else self.footprint.num_blocks
 
     def derived(self) -> dict[str, object]:
-        """Return the settings that are derived where they are not set, by name.
+        """Return the effective values of settings that have derived defaults, by name.
 
-        None for what engines that are not native choose by themselves.
+        None for values that vLLM chooses.
         """
         own = self.is_native
         return {
@@ -312,13 +308,13 @@ class RoleEngines:
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
-        """Return the variables that are set for a rank over the supervisor's environment."""
+        """Return the variables that override the supervisor's environment in a rank."""
         common = {
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(self.num_threads),
             "MKL_NUM_THREADS": str(self.num_threads),
-            # Models are folders by now; a rank that asks a hub would only wait for a time-out.
+            # Ranks get folders of models, so they need no hub and should not wait for one.
             "HF_HUB_OFFLINE": self.given_environ.get("HF_HUB_OFFLINE", "1"),
         }
         transfer, env, network = self.config.kv_transfer, self.settings.env, None
@@ -331,40 +327,39 @@ class RoleEngines:
             address = ENGINE_HOST if network is None else network.address
             own = vllm_environment(cpu_bytes, self.settings, address)
             if self.settings.nnodes > 1:
-                # Sidecars replace the address by the name of its device.
+                # In the device variables, sidecars replace the address by its device's name.
                 names = [each for each in DEVICES_BETWEEN_HOSTS if each not in self.on.environ]
                 own |= dict.fromkeys(("VLLM_HOST_IP", *names), self.on.bind_address)
             given = common | own | env | {name: own[name] for name in OWN_VARIABLES}
         if self.role not in PAIR:
             return given
-        # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to ranks on the CPU.
+        # On a host with GPUs, NIXL refuses a UCX_TLS without CUDA, even in ranks on the CPU.
         has_gpus = self.machine.gpus or self.machine.has_hidden_gpus
         device: DeviceKind = "cuda" if has_gpus else self.device
-        # Last: what the connector needs narrows what the user has set.
+        # Apply the connector's variables last: they restrict values of the user, such as UCX_TLS.
         carrier = transfer.connector_section.environment(self.given_environ, device, network)
         return given | carrier
 
     @property
     def ucx_transports(self) -> tuple[str, ...]:
-        """Return the transports that UCX may use in a rank; empty without UCX."""
+        """Return the transports in a rank's UCX_TLS."""
         return tuple(self.environment.get("UCX_TLS", "").split(","))
 
     # Single engines, and the devices of their ranks.
 
     def engine_name(self, index: int) -> str:
-        """Return the name of one engine, unique in the launch and stable over restarts."""
+        """Return the name of one engine, which is unique in the launch and kept over restarts."""
         return f"{self.role}-{index}"
 
     def http_port(self, index: int) -> int:
-        """Return the HTTP port of one engine; 0: a free one, registered with the supervisor."""
+        """Return the HTTP port of one engine; 0 if its server takes and registers a free port."""
         return self.ports.start + index if self.ports else 0
 
     def device_indices(self, first: int, num_ranks: int) -> tuple[int, ...]:
-        """Return the CUDA devices of ranks of this role on the host, as they number them; empty on
-        a CPU or without GPUs.
+        """Return the CUDA devices of ``num_ranks`` ranks, as the ranks number them.
 
-        ``first``: how many ranks of the role the host has before them. GPUs are dealt out in turn
-        over the ranks of all engines on the host that see the same, in the order of ``ROLES``.
+        ``first``: number of ranks of this role on the host before these. Ranks that see the same
+        GPUs get them in turn, in the order of ``ROLES``. Empty on a CPU or without GPUs.
         """
         num_gpus = len(self.gpus)
         if self.device == "cpu" or not num_gpus:
@@ -373,16 +368,16 @@ class RoleEngines:
         return tuple((begin + place) % num_gpus for place in range(num_ranks))
 
     def num_ranks_on(self, gpu: int) -> int:
-        """Return how many ranks of these engines ``device_indices`` puts on a GPU."""
+        """Return the number of these engines' ranks that ``device_indices`` places on a GPU."""
         place = next((place for place, each in enumerate(self.gpus) if each.index == gpu), None)
         if self.device == "cpu" or place is None:
             return 0
-        # Counted, not listed: settings may name a million ranks, and checks still answer at once.
+        # A formula instead of a list: settings may ask for a million ranks, and checks stay fast.
         # Of 3 GPUs, GPU 1 has ranks 1, 4, 7, ..: of ranks 0 to 7 these are (8 - 1 + 2) // 3 = 3.
         num_gpus = len(self.gpus)
         ends = (self.first_gpu_rank, self.first_gpu_rank + self.num_ranks)
-        before, all_of_them = (max(0, (end - place + num_gpus - 1) // num_gpus) for end in ends)
-        return all_of_them - before
+        before, all_devices = (max(0, (end - place + num_gpus - 1) // num_gpus) for end in ends)
+        return all_devices - before
 
 
 def visible_on(host: ResolvedHost, settings: EngineSettings) -> VisibleGpus:
@@ -392,10 +387,10 @@ def visible_on(host: ResolvedHost, settings: EngineSettings) -> VisibleGpus:
 
 
 def device_kind(settings: EngineSettings, machine: Machine, visible: VisibleGpus) -> DeviceKind:
-    """Return the device that ranks with these settings run on."""
+    """Return the kind of device that ranks with these settings run on."""
     if settings.device != "auto":
         return settings.device
-    # A variable that is wrong must not turn the role into one on the CPU.
+    # A mistake in CUDA_VISIBLE_DEVICES must not move the role to the CPU.
     return "cuda" if visible.gpus or (visible.problem and machine.gpus) else "cpu"
 
 
@@ -405,11 +400,11 @@ GIBIBYTE = 1024**3
 
 
 def whole_gibibytes(num_bytes: int) -> int:
-    """Return the size of the KV cache that vLLM makes of ``num_bytes`` on a CPU."""
+    """Return the size that vLLM gives a KV cache of ``num_bytes`` on a CPU: whole GiB."""
     return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
 
 
-# Variables of vLLM that are pdlaunch's alone: `env` cannot set them
+# Variables of vLLM that only pdlaunch sets: `env` cannot override them
 OWN_VARIABLES = frozenset(
     {
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
@@ -426,30 +421,29 @@ DEVICES_BETWEEN_HOSTS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def vllm_environment(
     kv_cache_bytes: int | None, settings: EngineSettings, side_channel_host: str
 ) -> dict[str, str]:
-    """Return the variables for ``vllm serve``; those of the user go over them, but over
-    ``OWN_VARIABLES``.
+    """Return the variables for ``vllm serve``. The user may override all but ``OWN_VARIABLES``.
 
     ``kv_cache_bytes``: of one rank on a CPU; None on a GPU.
     """
     common = {
-        # It would report model, hardware and settings to its makers.
+        # By default, vLLM reports model, hardware and settings to its makers.
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        # The address that its side channel binds, and tells decode engines.
+        # The address that vLLM's side channel binds and advertises to decode engines.
         "VLLM_NIXL_SIDE_CHANNEL_HOST": side_channel_host,
-        # Two requests under one id would end the engine: leases bear the ids of their requests.
+        # Two requests with the same id would end the engine: a lease has the id of its request.
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "0",
-        # Without it, loopback of its own groups is looked up by the host's name.
+        # Otherwise vLLM looks up the host's name to connect its own processes.
         "VLLM_HOST_IP": ENGINE_HOST,
         # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
         "UCX_MODULES": "^ib",
-        # Routes by which anybody who can connect runs methods in the engine; /sleep is among them.
+        # Adds routes with which any client can run methods in the engine; sleep needs one of them.
         "VLLM_SERVER_DEV_MODE": "1" if settings.enable_sleep_mode else "0",
     }
     if kv_cache_bytes is None:
         return common
     return common | {
-        # Else it pins its threads to cores by itself, all engines to the same ones.
+        # By default vLLM pins threads to cores, and all engines would use the same cores.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_bytes // GIBIBYTE),
     }

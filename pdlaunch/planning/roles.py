@@ -1,7 +1,7 @@
-"""Places the engines of each role on hosts, where each role is derived for its ranks.
+"""Places the engines of each role on hosts, and derives the values of each role on each host.
 
-Engines are placed in turn: ``prefill-0``, ``decode-0``, ``prefill-1`` and so on, so that the two
-sides of a pair find room beside each other.
+Engines are placed in the order ``prefill-0``, ``decode-0``, ``prefill-1`` and so on, so that the
+two engines of a pair are likely to share a host.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from pdlaunch.planning.role_engines import RoleEngines, device_kind, visible_on
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Says what a host offers to engines of each role."""
+    """Describes the devices that a host has for engines of each role."""
 
     host: str
-    # Kind and number of the devices that ranks of a role see; a core is one of a CPU host
+    # Kind and number of devices that ranks of a role see; without GPUs, each core counts as one
     devices: Mapping[Role, tuple[DeviceKind, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class EnginePlace:
-    """The host of an engine, and the CUDA devices of its ranks there as they number them."""
+    """Holds the host of an engine and the CUDA devices of its ranks, as the ranks number them."""
 
     host: str
-    devices: tuple[int, ...] | None = None  # none: they are dealt in turn
-    others: tuple[EnginePlace, ...] = ()  # those of its other ranks, where it has several hosts
+    devices: tuple[int, ...] | None = None  # None: GPUs are assigned in turn
+    others: tuple[EnginePlace, ...] = ()  # places of its ranks on other hosts
 
     @property
     def nodes(self) -> tuple[EnginePlace, ...]:
@@ -51,12 +51,11 @@ def place_engines(
     strategy: PlacementStrategy = "pack",
     nnodes: Mapping[Role, int] = MappingProxyType({}),
 ) -> Places:
-    """Place every engine; never raises. Where no host has room, the least crowded gets it.
+    """Place all engines. Never raises: rules report engines that do not fit.
 
     ``tp_sizes``: ranks of an engine on each of its hosts. ``nnodes``: hosts of an engine, if more
-    than one; it gets fewer where there are not as many.
-
-    A host without devices for a role is taken only when there is no other one; rules tell.
+    than one; limited to the hosts there are. If no host has free devices for an engine, it goes to
+    the host with the fewest ranks per device. A host without any devices for the role comes last.
     """
     places: dict[tuple[Role, int], EnginePlace] = {}
     used: Counter[tuple[str, DeviceKind]] = Counter()
@@ -67,19 +66,19 @@ def place_engines(
         taken = used[room.host, kind]
         fits = taken + size <= num_devices
         crowd = 0.0 if fits and strategy == "pack" else (taken + size) / max(1, num_devices)
-        # Tuples compare from the left: fitting at all comes before any preference.
+        # Tuples compare from the left, so hosts with enough free devices come first.
         if strategy == "spread":
             return (not fits, size > num_devices, taken, crowd)
         return (not fits, size > num_devices, crowd, partner not in (None, room.host))
 
     for index in range(max(replicas.values(), default=0)):
         for role in (role for role in ROLES if index < replicas.get(role, 0)):
-            # An engine of a pair should be near one of the other role.
+            # Prefer a host that has an engine of the other role of the pair.
             peers = [other for other in PAIR if role in PAIR and other != role]
             near = [place.host for (other, _), place in places.items() if other in peers]
             partner = near[index % len(near)] if near else None
             offers = [room for room in rooms if role in room.devices] or rooms
-            # Hosts of equal cost keep the order in which they are listed.
+            # Sorting is stable: hosts of equal cost keep the order of the settings.
             offers = sorted(offers, key=lambda room: cost(room, role, partner))
             chosen = offers[: nnodes.get(role, 1)]
             first, *others = (EnginePlace(room.host) for room in chosen)
@@ -92,7 +91,7 @@ def place_engines(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedEngine:
-    """Says where one engine runs: on one host, or with its first ranks there."""
+    """Holds the host and devices of one engine; for several hosts, those of its first ranks."""
 
     index: int
     host: ResolvedHost
@@ -102,7 +101,7 @@ class PlacedEngine:
 
     @property
     def nodes(self) -> tuple[PlacedEngine, ...]:
-        """Return its part on each of its hosts, in the order of their ranks."""
+        """Return the engine's part on each of its hosts, in the order of ranks."""
         return (replace(self, others=()), *self.others)
 
     @property
@@ -127,10 +126,10 @@ def place_roles(
     models: Mapping[Role, Model],
     places: Places | None = None,
 ) -> tuple[Mapping[str, Mapping[Role, RoleEngines]], tuple[PlacedEngine, ...]]:
-    """Place the engines of each role that has any: return the roles of each host, and all engines
-    in the order of ``ROLES``, then of the index. Never raises, see ``RoleEngines``.
+    """Return the roles on each host, and all engines by the order of ``ROLES``, then by index.
 
-    ``places``: those of engines that are placed already.
+    ``places``: hosts and devices of engines, if they are placed already. Never raises: unknown
+    values of ``RoleEngines`` are None.
     """
     replicas = {role: count for role in ROLES if (count := config.role(role).replicas)}
     settings = {role: config.engine_settings(role) for role in replicas}
@@ -139,18 +138,18 @@ def place_roles(
     tp_sizes = {role: each.ranks_per_node for role, each in settings.items()}
     if not places:
         takers = [host for host in hosts if host.roles] or [hosts[0]]
-        # A launch whose hosts take no role still gets places, so that rules can tell what is wrong.
+        # If no host takes a role, place the engines anyway, so that rules can report the mistake.
         rooms = [_room(config, host, [*replicas]) for host in takers]
         places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy, nnodes)
     counts = Counter(
         (node.host, role) for (role, _), place in places.items() for node in place.nodes
     )
-    # Then all ranks of pairs get network sockets: UCX connects no rank with them to one without.
+    # Then all ranks of pairs get network transports: UCX connects no rank with them to one without.
     has_far_pairs = any(
         counts[one.name, "prefill"] and counts[other.name, "decode"]
         for one in hosts
         for other in hosts
-        # Agents of Ray may share a machine.
+        # Two agents of Ray may be on the same machine.
         if one is not other and not (config.placement == "ray" and is_same_machine(one, other))
     )
     by_host: dict[str, dict[Role, RoleEngines]] = {}
@@ -168,7 +167,7 @@ def place_roles(
                 first_gpu_rank=0,
                 has_far_peers=role in PAIR and has_far_pairs,
             )
-            # Ranks of earlier roles on the same GPUs: the next role goes on where these end.
+            # Count ranks of earlier roles on the same GPUs, so this role begins with the next GPU.
             before = sum(
                 other.num_ranks
                 for other in here.values()
@@ -193,7 +192,7 @@ def _placed(
             num_ranks = engines.settings.ranks_per_node
             devices = engines.device_indices(dealt[place.host, role], num_ranks)
             dealt[place.host, role] += num_ranks
-            # Those of a host that has come back with fewer GPUs are dealt anew.
+            # Keep the devices, unless the host has rejoined with fewer GPUs.
             if place.devices and max(place.devices) < len(engines.gpus):
                 devices = place.devices
             nodes.append(PlacedEngine(index, hosts[place.host], engines, devices))

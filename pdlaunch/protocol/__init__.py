@@ -1,1 +1,1 @@
-"""Defines the messages between processes, and the wire forms of the public API."""
+"""Defines the messages between processes, and the JSON of the public API."""

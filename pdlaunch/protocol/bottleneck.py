@@ -2,16 +2,16 @@
 
 Load is counted in engines: 1.5 is the work of one and a half engines::
 
-    prompts   the time in which engines compute prompts, and the queue
-    tokens    the largest of: batch, KV cache, and 1 - fastest / present time of a token
+    prompts   share of the time in which engines compute prompts, plus the queue
+    tokens    largest of: use of the batch, use of the KV cache, 1 - fastest ITL / present ITL
 
-If a token takes ``a + b * streams`` seconds, an engine makes at most ``1 / b`` tokens a second, and
-the last figure is the share of that. It is at most ``1 - 1 / streams``, so that few streams never
-count as a high load, even on a slow machine.
+If a token takes ``a + b * streams`` seconds, an engine makes at most ``1 / b`` tokens a second. The
+ratio of ITLs gives the used share of that rate. The share is at most ``1 - 1 / streams``, so that
+few streams never count as a high load, even on a slow machine.
 
-Prefill engines do the prompts, decode engines the tokens. With the routing policy ``load``, decode
-engines also compute the prompts that are too many for prefill, so prompts limit only when decode
-is busy, too.
+Prefill engines compute the prompts, decode engines the tokens. With the routing policy ``load``,
+decode engines also compute the prompts that prefill has no time for. Prompts then limit only when
+the decode engines are busy too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from pdlaunch.config.roles import PAIR, ROLES
+from pdlaunch.config.shared_settings import ONE_ENGINE_POLICIES
 from pdlaunch.protocol.status import (
     Bottleneck,
     BottleneckKind,
@@ -29,17 +30,17 @@ from pdlaunch.protocol.status import (
     EngineStatus,
 )
 
-# From these loads on, prompts or tokens limit. There a prompt waits three times as long as its
-# prefill takes, and a token takes three times as long as that of a lone stream.
+# Loads at which prompts or tokens limit. At the first, a prompt waits three times as long as its
+# prefill takes; at the second, a token takes three times as long as that of a lone stream.
 HIGH_PROMPTS = 0.85
 HIGH_TOKENS = 0.7
-# A change of a role must lower the load to this share of itself, or it would soon be undone.
+# A change of a role must lower the load to this share. Smaller gains would soon be undone.
 GAIN = 0.6
-QUEUE_S = 10.0  # a queue of this many seconds counts as the load of one engine
+QUEUE_S = 10.0  # a queue of this many seconds adds the load of one engine
 FRESH_S = 10.0  # older readings of engines are ignored
 SLOW_PULL_S = 0.05  # faster pulls never count as the limit
-# The autopilot: how long the same change must be wanted, how long engines must have kept their
-# states, and the longest gap between two looks.
+# Conditions of the autopilot: how long all looks must ask for the same change, how long all engines
+# must have kept their states, and the longest gap between two looks.
 HOLD_S = 20.0
 PAUSE_S = 30.0
 MAX_GAP_S = 6.0
@@ -47,14 +48,11 @@ _WORDS: dict[BottleneckKind, str] = {
     "prefill": "prefill queue",
     "decode": "decode batch",
     "kv_memory": "KV memory",
-    "transfer": "transfer",
-    "nothing": "nothing",
-    "unknown": "unknown",
 }
 
 
 class _Tokens(NamedTuple):
-    """The load of each decode engine by tokens, at least and at most."""
+    """Bounds of the load of each decode engine by tokens."""
 
     least: float
     most: float
@@ -63,16 +61,16 @@ class _Tokens(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """The load of a deployment and its engines; those of role ``both`` are on both sides."""
+    """The load of a deployment. Engines of role ``both`` are in ``prefill`` and in ``decode``."""
 
     prefill: Sequence[EngineStatus]
     decode: Sequence[EngineStatus]
     num_prompts: float  # counted in engines
     tokens: _Tokens
-    spills: bool  # decode engines compute prompts beyond the capacity of prefill
+    spills: bool  # decode engines compute the prompts that prefill has no time for
 
     def uses(self, num_prefill: int, num_decode: int, of_tokens: float) -> tuple[float, float]:
-        """Return the loads by prompts and tokens of so many engines; 1 is the limit."""
+        """Return the loads by prompts and tokens with these numbers of engines; 1 is the limit."""
         tokens = of_tokens * len(self.decode) / num_decode / HIGH_TOKENS
         if self.spills:
             return max(0.0, self.num_prompts - num_prefill) / num_decode / HIGH_TOKENS, tokens
@@ -84,13 +82,13 @@ class _Load(NamedTuple):
 
 
 def bottleneck_line(found: Bottleneck) -> str:
-    """Return a line for people."""
+    """Return the bottleneck as one line of text."""
     advice = f"; {found.advice}" if found.advice else ""
-    return f"limited by: {_WORDS[found.kind]} ({found.why}{advice})"
+    return f"limited by: {_WORDS.get(found.kind, found.kind)} ({found.why}{advice})"
 
 
 def find_bottleneck(status: DeploymentStatus) -> Bottleneck:
-    """Return what limits a deployment, and the change of a role that would help, if one would."""
+    """Return what limits a deployment, and the change of a role that would help, if any."""
     ready = {
         role: [each for each in status.engines if each.role == role and each.state == "ready"]
         for role in ROLES
@@ -152,14 +150,14 @@ def _load_of(
         decode,
         num_prompts + computing,
         _tokens_of(decode, status, computing / len(decode)),
-        spills=is_pair and status.routing == "load",
+        spills=is_pair and status.routing in ONE_ENGINE_POLICIES,
     ), wait_s
 
 
 def _tokens_of(
     engines: Sequence[EngineStatus], status: DeploymentStatus, computing: float
 ) -> _Tokens:
-    """``computing``: share of the time in which an engine's streams wait for prompts."""
+    """``computing``: share of the time in which a decode engine computes prompts."""
     num, now, fastest = len(engines), status.rates, status.fastest
     found = [reading for each in engines if (reading := _fresh(each)) is not None]
     num_running, num_waiting = sum(r.running for r in found), sum(r.waiting for r in found)
@@ -176,7 +174,7 @@ def _tokens_of(
         at_most = slow = min(at_most, 1.0 - min(1.0, alone_ms / max(token_ms, 1e-9)))
         why_slow = f"a token takes {token_ms:.1f} ms, {alone_ms:.1f} ms with few streams"
     if max(batch, kv) >= HIGH_TOKENS and num_running:
-        # In a full batch or cache most requests wait for a place, few for a pull.
+        # If the batch or the cache is full, most requests wait for a place, few for a pull.
         batch, kv = (share and share + num_waiting / num_running for share in (batch, kv))
     shares: list[tuple[float, BottleneckKind, str]] = [
         (slow, "decode", why_slow),
@@ -197,7 +195,7 @@ def _slow_pulls(status: DeploymentStatus) -> str:
 
 
 def _advice(load: _Load, status: DeploymentStatus, *, is_prefill: bool) -> tuple[str, str]:
-    """Return advice, and the engine that should change its role; empty: none should."""
+    """Return advice, and the engine that should change its role; empty if no engine should."""
     takers, givers = (load.prefill, load.decode)[:: 1 if is_prefill else -1]
     role, other = takers[0].role, givers[0].role
     more = f"`pdlaunch scale {role}={len(takers) + 1}` would help"
@@ -208,7 +206,7 @@ def _advice(load: _Load, status: DeploymentStatus, *, is_prefill: bool) -> tuple
     if unready := [each.name for each in status.engines if each.shown_state != "ready"]:
         return f"{more}; no engine can change its role while {unready[0]} is not ready", ""
     if len({each.num_devices for each in status.engines}) > 1:
-        return f"{more}; the engines differ in size, so none can change its role", ""
+        return f"{more}; no engine can change its role, since they differ in size", ""
     num = len(load.prefill), len(load.decode)
     then = (num[0] + 1, num[1] - 1) if is_prefill else (num[0] - 1, num[1] + 1)
     prompts, tokens = load.num_prompts / then[0], load.tokens.most * num[1] / then[1]
@@ -221,7 +219,7 @@ def _advice(load: _Load, status: DeploymentStatus, *, is_prefill: bool) -> tuple
 
 
 class Look(NamedTuple):
-    """What was seen at an instant: the bottleneck, and the engines with their states."""
+    """The bottleneck and the states of the engines at one instant."""
 
     at: float
     found: Bottleneck
@@ -229,10 +227,10 @@ class Look(NamedTuple):
 
 
 def decide(looks: Sequence[Look], now_at: float) -> Bottleneck | None:
-    """Return the latest bottleneck if the change that it asks for is due.
+    """Return the latest bottleneck if the change of a role that it advises is due.
 
-    All looks of the last ``HOLD_S`` must ask for an engine of the same role. For ``PAUSE_S`` no
-    engine may have come, gone or changed its state, and no look may be missing.
+    All looks of the last ``HOLD_S`` must ask for one more engine of the same role. In the last
+    ``PAUSE_S`` no engine may have come, gone or changed its state, and no look may be missing.
     """
     recent = [look for look in looks if look.at >= now_at - PAUSE_S]
     times = [now_at - PAUSE_S, *(look.at for look in recent), now_at]

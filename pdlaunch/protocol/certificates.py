@@ -1,8 +1,8 @@
 """Makes the certificate of a launch, for HTTPS between its hosts, and reads the operator's
 certificate, for clients of the router.
 
-The certificate of a launch is PEM text with its private key; all its processes hold it. Callers
-trust this one certificate and no authority, whatever the name; servers ask for the launch's token.
+The certificate of a launch is PEM text with its private key; all its processes hold it. Clients
+trust only this certificate and check no host name. Servers identify clients by the launch's token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _NAME = "pdlaunch"
 
 
 def new_certificate() -> str:
-    """Return a fresh certificate for one launch."""
-    # Imported here: launches on one host do without.
+    """Return a new certificate for one launch."""
+    # Imported here: launches on one host need no certificate.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -44,10 +44,10 @@ def new_certificate() -> str:
 
 
 def server_context(certificate: str) -> ssl.SSLContext:
-    """Return a context for servers of the launch."""
+    """Return the TLS context for a server of the launch."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # Python reads keys from files alone: this one is in memory, and gone when it is closed.
+    # Python's ssl reads keys only from files. This file is in memory; closing it removes it.
     descriptor = os.memfd_create(_NAME)
     try:
         os.write(descriptor, certificate.encode())
@@ -58,7 +58,7 @@ def server_context(certificate: str) -> ssl.SSLContext:
 
 
 def client_context(certificate: str) -> ssl.SSLContext:
-    """Return a context for servers of the launch, which prove that they hold its private key."""
+    """Return the TLS context for clients of the launch's servers, which prove to hold its key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -67,14 +67,14 @@ def client_context(certificate: str) -> ssl.SSLContext:
 
 
 class CertificateFiles(NamedTuple):
-    """Names the files of a router's certificate; ``keyfile`` None: the key is in ``certfile``."""
+    """Paths of a router's certificate; ``keyfile`` is None if ``certfile`` holds the key too."""
 
     certfile: str
     keyfile: str | None
 
     @classmethod
     def given(cls, certfile: str | None, keyfile: str | None) -> CertificateFiles | None:
-        """Return the files that settings name; None: the router has no certificate."""
+        """Return the files that the settings name, or None without a certificate."""
         return None if certfile is None else cls(certfile, keyfile)
 
     def context(self) -> ssl.SSLContext:
@@ -85,9 +85,9 @@ class CertificateFiles(NamedTuple):
         return context
 
     def load(self, context: ssl.SSLContext) -> None:
-        """Have new connections of ``context`` use the present files. Raises ConfigError."""
+        """Load the present files into ``context``, for new connections. Raises ConfigError."""
         try:
-            # OpenSSL would not say which file cannot be read.
+            # Read first: OpenSSL does not say which file cannot be read.
             _ = [Path(file).read_bytes() for file in self if file]
             context.load_cert_chain(self.certfile, self.keyfile, password=_no_password)
         except (OSError, ValueError) as error:
@@ -102,7 +102,7 @@ class CertificateFiles(NamedTuple):
             raise ConfigError(text, field="ssl_certfile", value=self.certfile, fix=fix) from None
 
     def contents(self) -> list[bytes] | None:
-        """Return what is in the files; None: one cannot be read."""
+        """Return the contents of the files, or None if one cannot be read."""
         try:
             return [Path(file).read_bytes() for file in self if file]
         except OSError:

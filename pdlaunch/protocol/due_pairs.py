@@ -1,6 +1,6 @@
-"""Chooses which prefill and decode engines hand KV blocks to each other, where there are many.
+"""Chooses which prefill and decode engines exchange KV blocks in a large deployment.
 
-Each pair costs a handshake and a proof. Their number grows with the engines, not with their square.
+Each pair costs a handshake and a proof. The number of chosen pairs grows linearly with the engines.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ import bisect
 import hashlib
 from collections.abc import Collection, Iterator
 
-MAX_PEERS = 8  # engines of the other role that an engine chooses; more may have chosen it
+MAX_PEERS = 8  # engines of the other role that an engine chooses; others may choose it as well
 
 Pair = tuple[str, str]  # names of a prefill and a decode engine
 
 
 def due_pairs(prefill: Collection[str], decode: Collection[str]) -> set[Pair]:
-    """Return the pairs that are used: each engine with at least ``MAX_PEERS`` of the other role, or
-    all of it. Engines that come or go change few of the other pairs.
+    """Return the pairs to use. Each engine has at least ``MAX_PEERS`` peers, or all engines of the
+    other role. An engine that comes or goes changes few pairs of the others.
     """
     pairs = set(_followers(prefill, decode))
     return pairs | {(first, second) for second, first in _followers(decode, prefill)}
 
 
 def _followers(names: Collection[str], others: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield each name with the others that come next on a ring, on which hashes place them."""
+    """Yield each name with the ``MAX_PEERS`` others that follow it on a ring ordered by hashes."""
     ring = sorted((_place(other), other) for other in others)
     for name in names:
         first = bisect.bisect(ring, (_place(name), name))

@@ -1,4 +1,4 @@
-"""Defines what a sidecar and pdlaunch's KV connector in the workers of its vLLM tell each other.
+"""Messages between a sidecar and pdlaunch's KV connector, which runs in the workers of vLLM.
 
 ::
 
@@ -6,7 +6,7 @@
             <── RankUp, PairReady, ... ──── worker       ZMQ DEALER; the sidecar has the ROUTER
             ── Peers ─────────────────────> worker       ranks of the other engines
 
-The connector imports this module with vLLM's packages.
+The connector imports this module in vLLM's environment: only packages of vLLM are there.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ KV_SETUP = "PDLAUNCH_KV_SETUP"
 
 
 class ConnectorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Says how the workers of an engine of vLLM exchange KV blocks by pdlaunch's connector."""
+    """How the workers of an engine of vLLM exchange KV blocks through pdlaunch's connector."""
 
     role: Role
     bind_address: str  # where side channels of workers listen
-    advertise_address: str  # how other hosts reach them
+    advertise_address: str  # address of these side channels for other hosts
     kv_transfer: str  # ``KVTransferSettings`` as JSON
-    by_head: bool  # engines have different TP sizes: they exchange heads, not whole pages
-    engine_id: EngineId  # of all ranks in this incarnation, before any connector is made
+    by_head: bool  # engines have different TP sizes, so they exchange heads, not whole pages
+    engine_id: EngineId  # of this incarnation; ``id_of`` gives that of a data parallel rank
     dp_size: int = 1  # data parallel ranks of the engine
 
     def id_of(self, dp_rank: int) -> EngineId:
@@ -41,39 +41,39 @@ class ConnectorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KVSetup(ConnectorSpec, frozen=True, kw_only=True):
-    """Holds, as JSON in a file of mode 0600, what the connector needs before it starts."""
+    """Settings of the connector, as JSON in the setup file (mode 0600)."""
 
-    name: str  # of the engine: ``decode-0``
+    name: str  # name of the engine: ``decode-0``
     incarnation: int
-    keys: LaunchKeys  # without token and certificate: workers use ZMQ alone
+    keys: LaunchKeys  # without token and certificate, because workers use only ZMQ
     link: str  # ZMQ endpoint of the engine's first sidecar
-    model_digest: str  # of the files before the start; empty: not known
+    model_digest: str  # digest of the model's files before the start; empty: not known
 
 
 class RankUp(Message):
-    """Tells, from a worker, that its transfer thread listens."""
+    """Sent by a worker when its transfer thread listens."""
 
     tp_rank: int
     tp_size: int
-    engine_id: EngineId  # of its data parallel rank
+    engine_id: EngineId  # that of its data parallel rank
     side_channel: str
     dp_rank: int = 0
 
 
 class PullFailure(Message):
-    """Tells, from a worker, that a pull from a prefill engine has failed."""
+    """Sent by a worker when a pull from a prefill engine has failed."""
 
     peer_engine: str  # ``prefill-0``
     error: str
 
 
 class Peers(Message):
-    """Tells workers, at RankUp and at each change, which ranks other engines of vLLM have."""
+    """Lists the ranks of other engines of vLLM; sent to workers after RankUp and at each change."""
 
-    entries: list[Entry]  # of the kind ``rank``
+    entries: list[Entry]  # all of kind ``rank``
 
 
-# Pairs are of ranks: ``decode-0/rank-1`` and ``prefill-0/rank-0``
+# PairReady and PairFailed name ranks: ``decode-0/rank-1`` and ``prefill-0/rank-0``
 FromWorker = RankUp | PullFailure | PairReady | PairFailed | SleepState
 ToWorker = Peers
 
@@ -82,12 +82,12 @@ to_worker: Codec[ToWorker] = Codec(ToWorker)
 
 
 def rank_name(engine: str, tp_rank: int) -> str:
-    """Return the name under which a rank's pairs and entry are told: ``decode-0/rank-1``."""
+    """Return the name of a rank in pairs and entries: ``decode-0/rank-1``."""
     return f"{engine}/rank-{tp_rank}"
 
 
 def dp_engine(engine: str, dp_rank: int, dp_size: int) -> str:
-    """Return the name of a data parallel rank, which to other ranks is an engine of its own."""
+    """Return the name of a data parallel rank. Other ranks treat it as a separate engine."""
     return engine if dp_size == 1 else f"{engine}/dp-{dp_rank}"
 
 
@@ -102,9 +102,9 @@ def engine_of_rank(name: str) -> str:
 
 
 def rank_entries(entries: Iterable[Entry]) -> list[Entry]:
-    """Return an entry for each rank of the engines of vLLM that are up.
+    """Return an entry for each rank of those engines of vLLM that have started.
 
-    Not earlier: a READ of a GPU whose engine captures its CUDA graphs breaks the capture.
+    A starting engine is left out: a READ from a GPU during the capture of CUDA graphs breaks it.
     """
     return [
         msgspec.structs.replace(
@@ -125,5 +125,5 @@ def rank_entries(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def dp_size_of(entry: Entry) -> int:
-    """Return the data parallel ranks of an engine of vLLM that is up."""
+    """Return the number of data parallel ranks of an engine of vLLM that has started."""
     return max(1, len(entry.address.side_channels) // entry.tp_size)

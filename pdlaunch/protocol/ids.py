@@ -1,4 +1,4 @@
-"""Defines the ids of the package: each is one type, with one name for all of its life.
+"""Defines the ids of the package. Each kind of id is one type, with one name everywhere.
 
 ::
 
@@ -16,8 +16,8 @@
                     ENGINE/RANK/DIGEST
     EngineId        rank 0, at each start           the engine's ranks       engine_id
 
-The router keeps an HttpRequestId apart from its HopIds because the ids of clients may come twice,
-and because an engine may still hold blocks for the attempt before.
+An HttpRequestId and a HopId are different ids because two clients may send the same id, and because
+an engine may still hold blocks for the previous attempt.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PullId = NewType("PullId", str)
 ReaderId = NewType("ReaderId", str)
 EngineId = NewType("EngineId", str)
 
-NO_ORIGIN = PromptOrigin(0)  # stands for the origin of a request whose router gives none
+NO_ORIGIN = PromptOrigin(0)  # the origin of a request whose router sends none
 
 
 def lease_of(request_id: RequestId) -> LeaseId:
     """Return the id of the lease on the blocks that this request has computed.
 
-    They stay two types: a request ends with its last token, a lease when its blocks are pulled.
+    The types differ because a request ends with its last token, a lease when its blocks are pulled.
     """
     return LeaseId(request_id)

@@ -1,4 +1,4 @@
-"""Messages with an engine's prefixes: rank 0 to its server, servers and sidecars to routers."""
+"""Lists the prefixes that an engine caches: sent by rank 0 to its server, then to routers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import msgspec
 from pdlaunch.engine.kvcache.prefix_keys import TIERS, Tier
 from pdlaunch.protocol.wire import Codec, Message
 
-# Most blocks remembered for one engine, about 70 bytes each; further ones are dropped. So many
-# would be a lie, or a cache of 16 million tokens.
+# Most blocks remembered for one rank, 83 bytes each; further blocks are dropped. An honest
+# rank reports more only with a cache of more than 16 million tokens.
 MAX_BLOCKS = 1_000_000
-# Keys in a message, so that none keeps an event loop for more than 5 ms.
+# Most keys in a message, so that no message occupies an event loop for more than 5 ms.
 _MAX_KEYS = 32_768
 
 
 class KVBlocks(Message):
-    """Carries the keys of prefixes whose last block an engine holds, or holds no more."""
+    """Keys of the prefixes that an engine has stored or removed; a key stands for one block."""
 
     block_size: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # tokens
-    # tokens / block_size that the device has room for; 0: not known
+    dp_rank: Annotated[int, msgspec.Meta(ge=0, lt=64)] = 0  # data parallel rank that has the blocks
+    # capacity of the device's cache, in blocks of ``block_size`` tokens; 0: not known
     num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
-    is_all: bool = False  # replaces all earlier messages
+    is_all: bool = False  # replaces all earlier messages of the rank
     stored: dict[Tier, list[int]] = {}
     removed: dict[Tier, list[int]] = {}
 
@@ -34,11 +35,16 @@ kv_blocks: Codec[KVBlocks] = Codec(KVBlocks)
 
 
 class HeldBlocks:
-    """Holds the prefixes of one engine. Any message may be lost, repeated, late or a lie."""
+    """The prefixes that one data parallel rank holds.
 
-    def __init__(self) -> None:
+    Any message may be lost, repeated, late or false.
+    """
+
+    def __init__(self, dp_rank: int = 0) -> None:
+        self.dp_rank = dp_rank
         self.block_size = 0  # 0: nothing is known
         self.num_blocks = 0
+        self.num_new = 0  # recently stored blocks on the device, see ``KVIndex.age``
         self._keys: dict[Tier, set[int]] = {tier: set() for tier in TIERS}
 
     def __len__(self) -> int:
@@ -47,8 +53,9 @@ class HeldBlocks:
 
     def apply(self, change: KVBlocks) -> None:
         if change.is_all or change.block_size != self.block_size:
-            self._keys = {tier: set() for tier in TIERS}
+            self._keys, self.num_new = {tier: set() for tier in TIERS}, 0
         self.block_size, self.num_blocks = change.block_size, change.num_blocks
+        self.num_new += len(change.stored.get("device", ()))
         for tier, keys in change.removed.items():
             self._keys[tier].difference_update(keys)
         for tier, keys in change.stored.items():
@@ -56,15 +63,17 @@ class HeldBlocks:
             self._keys[tier].update(keys[: max(0, room)])
 
     def num_held(self, keys: Sequence[int]) -> int:
-        """Return how many blocks of a prompt it has, from the first one on."""
+        """Return how many blocks at the start of a prompt the rank has."""
         device, host = self._keys["device"], self._keys["host"]
         if not host:
             return sum(1 for _ in takewhile(device.__contains__, keys))
         return sum(1 for _ in takewhile(lambda key: key in device or key in host, keys))
 
     def messages(self) -> Iterator[KVBlocks]:
-        """Yield all that is held, in the order in which it has to be applied."""
-        new = partial(KVBlocks, block_size=self.block_size, num_blocks=self.num_blocks)
+        """Yield messages that reproduce this state when they are applied in order."""
+        new = partial(
+            KVBlocks, block_size=self.block_size, num_blocks=self.num_blocks, dp_rank=self.dp_rank
+        )
         yield new(is_all=True)
         for tier, held in self._keys.items():
             keys = list(held)

@@ -1,7 +1,7 @@
-"""Reads and writes ``kv_transfer_params``: vLLM's wire form, plus one key of ours.
+"""Reads and writes ``kv_transfer_params``: the fields of vLLM, plus the key ``pdlaunch``.
 
-A prefill engine answers with them, and a decode engine is given them. The routers of vLLM pass them
-on unread; ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
+A prefill engine returns them, and the router sends them to a decode engine. Routers of vLLM do not
+read them; ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ MAX_LISTED_BLOCKS = 1_000_000
 
 T = TypeVar("T")
 
-# Bounded, as larger ones cannot be sent on.
+# Bounded, because larger numbers cannot be encoded for the engine.
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
-# The place in an error message of msgspec.
+# The path of the field in an error message of msgspec.
 _PLACE = re.compile(r" - at `\$(.*)`$")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 
 
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Holds one output token, for a server, or for an engine that goes on after it."""
+    """One output token, for a server, or for an engine that continues after this token."""
 
     token_id: _Count
     # Natural log of the probability before temperature and truncation (vLLM's `raw_logprobs`).
     logprob: float | None = None
     top_logprobs: tuple[tuple[_Count, float], ...] = ()  # (token id, logprob), best first
-    # Set if the choice ended with this token, so that it needs no decode.
+    # Set if the choice ended with this token, so that it needs no decoding.
     finish_reason: str | None = None
 
 
@@ -55,7 +55,7 @@ class RemoteKV(
     lease_id: Annotated[LeaseId, _IS_ID]
     host: Annotated[str, _IS_ID]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    # One list for each KV cache group. Informative: decode uses what ``pull_begin`` says.
+    # One list for each KV cache group. Informative: decode uses the blocks of the PullReply.
     block_ids: list[list[_Count]]
     num_tokens: _Count
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
@@ -63,10 +63,10 @@ class RemoteKV(
 
 
 class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds our key ``pdlaunch`` inside kv_transfer_params."""
+    """The value of our key ``pdlaunch`` in kv_transfer_params."""
 
-    first_tokens: list[TokenOutput] = []  # one for each choice; filled by prefill
-    # Set by a router that has streamed to the client what the prefill engine's answer holds.
+    first_tokens: list[TokenOutput] = []  # one for each choice; set by the prefill engine
+    # Set by a router that has already streamed the prefill engine's tokens to the client.
     first_token_sent: bool = False
 
 
@@ -93,8 +93,8 @@ def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]
 def from_wire(params: object) -> KVTransferParams:
     """Read the ``kv_transfer_params`` of a request to an engine.
 
-    Keys that other versions of vLLM add are ignored; those used here are checked. Raises
-    RequestError naming the key.
+    Unknown keys are ignored, since other versions of vLLM may add some. Raises RequestError that
+    names the key.
     """
     place = "kv_transfer_params"
     if not isinstance(params, dict):

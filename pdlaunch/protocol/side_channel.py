@@ -1,8 +1,8 @@
-"""Messages of the side channel, on which a decode rank asks (DEALER) and a prefill rank answers
+"""Messages of the side channel: questions of a decode rank (DEALER), answers of a prefill rank
 (ROUTER).
 
 A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin, StateChecksums,
-PullHeartbeat*, PullEnd``. Seconds are remaining seconds, because clocks differ between hosts.
+PullHeartbeat*, PullEnd``. Times are remaining seconds, because clocks of hosts differ.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ PROTOCOL_VERSION = 8
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
-Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of them, or an address
-Seconds = Annotated[float, msgspec.Meta(ge=0)]  # excludes NaN, too: deadlines are computed from it
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of bytes, or an address
+Seconds = Annotated[float, msgspec.Meta(ge=0)]  # not NaN, since deadlines are computed from it
 
 
 class Compatibility(Message, tag=False):
-    """Holds what must be equal on both sides. Each field that differs is named with both values."""
+    """Properties that must be equal on both sides. An error names the fields that differ."""
 
     protocol_version: int
     pdlaunch_version: str
-    # SHA-256 over the model's config, tensor names and shapes, and samples of the weights.
+    # SHA-256 of the model's config, tensor names and shapes, and samples of the weights.
     model_digest: str
     dtype: str
     kv_dtype: str
     block_size: int
     groups: str  # layers and window of each KV cache group, in one line
-    num_kv_heads: int  # of the whole model
+    num_kv_heads: int  # KV heads of the whole model
     head_dim: int
     layout: str
     connector: str
@@ -42,7 +42,7 @@ class Compatibility(Message, tag=False):
 
 
 class RegionPlace(msgspec.Struct, frozen=True, array_like=True):
-    """Says that head h of block b lies at ``address + b * stride_bytes + h * head_bytes``."""
+    """Head h of block b is at ``address + b * stride_bytes + h * head_bytes``."""
 
     address: Bytes
     stride_bytes: Bytes
@@ -53,9 +53,9 @@ class Geometry(Message, tag=False):
     regions: list[RegionPlace]
     num_blocks: NonNegative
     num_kv_heads: NonNegative  # KV heads of this rank
-    first_kv_head: NonNegative  # global index of its first one
+    first_kv_head: NonNegative  # index of its first KV head in the model
     device_index: NonNegative  # 0 on a CPU
-    # Memory with a pattern that follows from the agent's name; peers read it to prove the path.
+    # Memory with a pattern derived from the agent's name; peers read it to prove the path.
     scratch_address: Bytes = 0
     scratch_bytes: Bytes = 0
     memory_kind: Literal["DRAM", "VRAM"] = "DRAM"
@@ -63,10 +63,10 @@ class Geometry(Message, tag=False):
 
 class Handshake(Message):
     call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]  # the decode engine's; tells apart its incarnations
+    engine_id: Annotated[EngineId, _IS_ID]  # id of the decode engine; each incarnation has its own
     rank_name: Annotated[str, _IS_ID]
     incarnation: int
-    # The value in the registry; the answer must carry the same.
+    # The prefill engine's id in the registry; the answer must have the same id.
     expected_engine_id: Annotated[EngineId, _IS_ID]
     compatibility: Compatibility
     agent_metadata: bytes
@@ -87,26 +87,26 @@ class HandshakeReply(Message):
 
 class LeaseQuestion(Message):
     call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]  # of the rank asked; another one answers Refused
+    engine_id: Annotated[EngineId, _IS_ID]  # id of the prefill engine; other ranks send Refused
     lease_id: Annotated[LeaseId, _IS_ID]
-    reader: Annotated[ReaderId, _IS_ID]  # names the pull: unique over engines, ranks and choices
+    reader: Annotated[ReaderId, _IS_ID]  # id of the pull, unique over engines, ranks and choices
 
 
 class PullBegin(LeaseQuestion):
-    """Ask for the blocks of a lease, which extends it; again after a READ that failed."""
+    """Request and extend a lease; sent again after a failed READ."""
 
-    num_decode_ranks: int  # ranks of the decode engine's TP group that pull from this rank
+    num_decode_ranks: int  # ranks of the decode engine's TP group that pull from the prefill rank
 
 
 class GroupBlocks(Message, tag=False):
-    # Logical index of the first block below; earlier ones have left the window.
+    # Logical index of the first of ``block_ids``; earlier blocks have left the window.
     first_block_index: int
     block_ids: list[int]
 
 
 class PullReply(Message):
     call_id: int
-    num_tokens: int  # of the prompt
+    num_tokens: int  # tokens of the prompt
     # Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each.
     block_hashes: list[bytes]
     groups: list[GroupBlocks]
@@ -114,42 +114,42 @@ class PullReply(Message):
 
 
 class StateChecksums(LeaseQuestion):
-    """Ask for the checksums of all blocks of a lease; the answer waits until they are computed."""
+    """Request the checksums of a lease's blocks; the answer comes when they are computed."""
 
 
 class ChecksumsReply(Message):
     call_id: int
-    # For each KV cache group the checksums of each leased block and KV head of the rank asked,
+    # For each KV cache group: checksums of each leased block and each KV head of the prefill rank,
     # 8 bytes each, little-endian.
     groups: list[bytes]
 
 
 class PullHeartbeat(LeaseQuestion):
-    """Extend the lease of a pull that is pending."""
+    """Extend the lease of a running pull."""
 
 
 class HeartbeatReply(Message):
     call_id: int
-    lease_s: Seconds  # how long the lease holds from now on
+    lease_s: Seconds  # remaining seconds of the lease
 
 
 class PullEnd(LeaseQuestion):
-    """Ends the reader's use of a lease. It has no answer: the reader checks the time itself."""
+    """End the reader's use of a lease. There is no answer: the reader checks the time itself."""
 
 
 class Push(LeaseQuestion):
-    """Ask a rank that pushes to write blocks of a lease; its scratch without block ids."""
+    """Request a prefill rank to write blocks of a lease, or its scratch without block ids."""
 
     lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)]
     reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]
-    block_ids: list[list[int]]  # blocks of the rank asked, by group
-    first_head: int  # index within the rank asked
+    block_ids: list[list[int]]  # blocks of the prefill rank, by group
+    first_head: int  # index within the prefill rank
     num_heads: int
-    target: bytes  # says where to write, in the connector's own encoding
+    target: bytes  # where to write, in the connector's own encoding
 
 
 class PushEnded(Message):
-    """Tell that the write is over. ``ok``: every byte is in the reader's memory."""
+    """Answers Push when the write has ended. ``ok``: every byte is in the reader's memory."""
 
     call_id: int
     ok: bool
@@ -157,11 +157,11 @@ class PushEnded(Message):
 
 
 class Refused(Message):
-    """Refuse to answer: for the asker the pull or the handshake has failed."""
+    """Answers a question with an error: the pull or the handshake has failed."""
 
     call_id: int
     reason: str
-    lease_end: LeaseEnd | None = None  # how the lease ended, which is no fault of the pair
+    lease_end: LeaseEnd | None = None  # if set, the lease has ended, and the pair is not at fault
 
 
 ToPrefillSide = Handshake | PullBegin | StateChecksums | PullHeartbeat | PullEnd | Push

@@ -1,7 +1,7 @@
 """Makes ZMQ sockets that only processes of the same launch can use.
 
-Every socket speaks CURVE with the launch's key pair, and an authenticator admits that key alone:
-CURVE without an allow-list lets any fresh key in.
+Every socket uses CURVE with the launch's key pair. An authenticator admits only this key, since
+CURVE without an allow-list admits any key.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 
 class LaunchKeys(msgspec.Struct, frozen=True):
-    """Holds the secrets of a launch: a CURVE key pair (Z85), the token of the HTTP ports, and on
-    several hosts their certificate with its private key.
+    """The secrets of a launch: a CURVE key pair (Z85), the token for the HTTP ports, and for
+    several hosts a certificate with its private key.
     """
 
     public: str
@@ -33,23 +33,23 @@ class LaunchKeys(msgspec.Struct, frozen=True):
 
 
 def new_launch_keys(*, with_certificate: bool = False) -> LaunchKeys:
-    """Return fresh keys for one launch."""
+    """Return new keys for one launch."""
     public, secret = zmq.curve_keypair()
     certificate = new_certificate() if with_certificate else None
     return LaunchKeys(public.decode(), secret.decode(), secrets.token_urlsafe(32), certificate)
 
 
 class SecureContext:
-    """Makes ZMQ sockets that are closed to strangers; one for each process.
+    """Makes ZMQ sockets that refuse strangers; one context for each process.
 
-    Sockets belong to the thread that made them. ``socket_class``: ``zmq.asyncio.Socket`` for an
+    A socket belongs to the thread that made it. ``socket_class``: ``zmq.asyncio.Socket`` for an
     event loop.
     """
 
     LINGER_MS: ClassVar[int] = 500
 
     def __init__(self, keys: LaunchKeys, *, peer: str | None = None) -> None:
-        """``peer``: the public key of all others; the launch's own, which they share, when None."""
+        """``peer``: the public key of all peers; None: the launch's own, which all share."""
         self._keys = keys
         self._peer = keys.public if peer is None else peer
         self._lock = threading.Lock()
@@ -60,18 +60,18 @@ class SecureContext:
         self._authenticator.configure_curve_callback(domain="*", credentials_provider=self)
 
     def admit(self, public: str) -> None:
-        """Let the owner of this key pair connect too; any thread may call it."""
+        """Admit the owner of this public key too; any thread may call this."""
         self._admitted.add(public.encode())
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Tell the authenticator whether the owner of this public key may connect."""
-        # Found by a hash with a secret of this process, the time does not tell what nearly matched.
+        """Return to the authenticator whether the owner of this public key may connect."""
+        # A set compares hashes with a secret of this process, so the time reveals no admitted key.
         return key in self._admitted
 
     def listen(
         self, kind: int, endpoint: str, *, socket_class: type | None = None
     ) -> tuple[Any, str]:
-        """Bind a socket; returns it and where it can be reached.
+        """Bind a socket; return the socket and its endpoint.
 
         ``endpoint``: ``tcp://127.0.0.1:0`` picks a free port, ``ipc:///path`` a file.
         """
@@ -79,8 +79,8 @@ class SecureContext:
         socket.curve_server = True
         socket.curve_secretkey = self._keys.secret.encode()
         socket.curve_publickey = self._keys.public.encode()
-        # A peer that connects again under its identity takes the place of its dead connection; a
-        # ROUTER would else keep that one and ignore the new.
+        # A peer that reconnects with its identity replaces its dead connection. Otherwise a ROUTER
+        # keeps the old connection and ignores the new one.
         if kind == zmq.ROUTER:
             socket.router_handover = True
         socket.bind(endpoint)
@@ -94,7 +94,7 @@ class SecureContext:
         identity: bytes | None = None,
         socket_class: type | None = None,
     ) -> Any:
-        """Connect a socket; ZMQ connects again when the peer comes back at the same endpoint."""
+        """Connect a socket; ZMQ reconnects when the peer comes back at the same endpoint."""
         socket = self._socket(kind, socket_class, endpoint)
         socket.curve_serverkey = self._peer.encode()
         socket.curve_secretkey = self._keys.secret.encode()
@@ -105,14 +105,14 @@ class SecureContext:
         return socket
 
     def pair(self, name: str) -> tuple[Any, Any]:
-        """Return two connected in-process sockets, to wake a polling thread from another one."""
+        """Return two connected in-process sockets, by which a thread can wake a polling one."""
         sockets = self._socket(zmq.PAIR, None), self._socket(zmq.PAIR, None)
         sockets[0].bind(f"inproc://{name}")
         sockets[1].connect(f"inproc://{name}")
         return sockets
 
     def close(self) -> None:
-        """Close what the context still holds. Safe to call twice."""
+        """Close all open sockets and the context. Safe to call twice."""
         with self._lock:
             if not self.zmq.closed:
                 self._authenticator.stop()
@@ -120,10 +120,10 @@ class SecureContext:
 
     def _socket(self, kind: int, socket_class: type | None, endpoint: str = "") -> Any:
         socket = self.zmq.socket(kind, socket_class=socket_class)
-        # Only then: with it, endpoints of IPv4 are told in the form of IPv6.
+        # Only for IPv6: with this option, ZMQ reports IPv4 endpoints in the form of IPv6.
         socket.ipv6 = "[" in endpoint
         socket.linger = self.LINGER_MS
         socket.maxmsgsize = MAX_FRAME_BYTES
-        # At a high-water mark (1000) a ROUTER drops messages silently: tokens would be lost.
+        # No high-water mark: at the default of 1000, a ROUTER silently drops messages with tokens.
         socket.sndhwm = socket.rcvhwm = 0
         return socket

@@ -1,8 +1,8 @@
-"""Commands of the scheduler to the transfer thread of every rank, and the events that come back.
+"""Commands of the scheduler to the transfer thread of every rank, and the thread's events.
 
-Block ids are the engine's own. Blocks named in ``GrantLease`` belong to the lease until
-``LeaseEnded``; blocks named in ``StartPull`` belong to the transfer until ``PullFinished``, or
-``PullDrained`` where that said ``in_flight``.
+Block ids are the engine's own. Blocks in ``GrantLease`` belong to the lease until ``LeaseEnded``.
+Blocks in ``StartPull`` belong to the transfer until ``PullFinished``; if that has ``in_flight``,
+until ``PullDrained``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pdlaunch.protocol.wire import Message
 
 
 class GrantLease(Message):
-    """Prefill: let the blocks of a finished request be pulled."""
+    """Prefill: lease the blocks of a finished request to readers."""
 
     lease_id: LeaseId
-    block_ids: list[list[int]]  # blocks of each group from first_block_index on
+    block_ids: list[list[int]]  # blocks of each group, from first_block_index on
     first_block_index: list[int]
     block_hashes: list[bytes]
     num_tokens: int
@@ -29,7 +29,7 @@ class GrantLease(Message):
 
 
 class EndLease(Message):
-    """Prefill: end the lease of a cancelled request, at once or with the last pull under way."""
+    """Prefill: end the lease of a cancelled request, at once or with its last running pull."""
 
     lease_id: LeaseId
 
@@ -38,16 +38,16 @@ class StartPull(Message):
     pull_id: PullId
     request_id: RequestId
     remote: RemoteKV
-    block_ids: list[list[int]]  # destinations in each group of the blocks from first_block_index on
-    # Logical index of the first block to pull; earlier ones are cached or out of the window.
+    block_ids: list[list[int]]  # destination blocks of each group, from first_block_index on
+    # Logical index of the first block to pull; earlier blocks are cached or out of the window.
     first_block_index: list[int]
-    block_hashes: list[bytes]  # of all blocks of the prompt; compared with the prefill engine's
+    block_hashes: list[bytes]  # of the prompt's blocks; must equal those of the prefill engine
     num_tokens: int
     records_spans: bool = False
 
 
 class CancelPull(Message):
-    """Decode: cancel a pull, which ends in PullFinished like any other."""
+    """Decode: cancel a pull. It still ends with PullFinished."""
 
     pull_id: PullId
 
@@ -61,7 +61,7 @@ LeaseEnd = Literal["pulled", "released", "expired"]
 
 
 class LeaseEnded(Message):
-    """Prefill: the lease has ended on this rank; rank 0 frees the blocks when it has on all."""
+    """Prefill: the lease has ended on this rank. Rank 0 frees the blocks when all ranks say so."""
 
     lease_id: LeaseId
     reason: LeaseEnd
@@ -69,30 +69,30 @@ class LeaseEnded(Message):
 
 class PullFinished(Message):
     pull_id: PullId
-    ok: bool  # the blocks are proven: READ done, lease held throughout, hashes and checksums equal
+    ok: bool  # the blocks are proven: READ done, lease valid throughout, hashes and checksums equal
     error: str = ""
     # A READ may still write to the blocks: quarantine them until PullDrained.
     in_flight: bool = False
     num_bytes: int = 0
     seconds: float = 0.0
-    read_s: float = 0.0  # of the slowest READ; as prefill and path, set when the blocks are proven
-    prefill: str = ""  # name of the engine that the blocks came from
-    path: str = ""  # the path that they came over; several where ranks differ
+    read_s: float = 0.0  # time of the slowest READ; set, like prefill and path, if ``ok``
+    prefill: str = ""  # name of the engine from which the blocks came
+    path: str = ""  # path of the READs; several paths if ranks used different ones
     blames_pair: bool = False  # the failure is a fault of the two engines or their path
-    # By the names of ``observe.counters.COUNTERS``: READs repeated, and 1 for each cause of a
-    # failure, though perhaps not of the last attempt.
+    # Name in ``observe.counters.COUNTERS`` -> number: repeated READs, and 1 for each cause of a
+    # failed attempt (perhaps not the last attempt).
     counts: dict[str, int] = {}
-    # Spans of each rank, by tp_rank, where its StartPull asked for that.
+    # tp_rank -> spans of this rank, if StartPull asked for spans.
     reports: dict[int, SpanReport] = {}
 
 
 def join_paths(paths: Iterable[str]) -> str:
-    """Return the paths of several ranks as one name: a single one where all have the same."""
+    """Return the paths of several ranks as one text; equal paths are named once."""
     return " + ".join(sorted(set(filter(None, paths))))
 
 
 class PullDrained(Message):
-    """Decode: no READ of this pull can write any more."""
+    """Decode: no READ of this pull can write to its blocks any more."""
 
     pull_id: PullId
 

@@ -1,4 +1,4 @@
-"""Encodes typed messages as msgpack frames, and refuses frames that do not fit."""
+"""Encodes typed messages as msgpack frames, and refuses malformed frames."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import msgspec
 
 from pdlaunch.errors import ProtocolError
 
-# Longest frame a socket accepts; ZMQ closes the connection of a peer that sends more
+# Longest frame that a socket accepts; ZMQ closes the connection of a peer that sends a longer one
 MAX_FRAME_BYTES = 64 * 1024**2
 
 M = TypeVar("M")
 
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, kw_only=True):
-    """Carries every message between processes; the class name is its tag in its channel's union."""
+    """Base class of messages between processes; its name is the tag in the channel's union."""
 
 
 class Codec(Generic[M]):
@@ -29,7 +29,7 @@ class Codec(Generic[M]):
         return self._encoder.encode(message)
 
     def decode(self, frame: bytes | memoryview) -> M:
-        """Return the message in a frame. Raises ProtocolError when it is none of this channel."""
+        """Return the message in a frame. Raises ProtocolError if the channel does not have it."""
         try:
             return self._decoder.decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""Runs as ``python -m pdlaunch.router --name router``: the router of a launch.
+"""Runs the router of a launch: ``python -m pdlaunch.router --name router``.
 
-The supervisor starts it, with a Bootstrap on standard input that has the name too.
+The supervisor starts it and writes a Bootstrap, which repeats the name, to its standard input.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""Commands a launch and looks inside its engines; the clients' key opens none of these routes.
+"""Serves the admin routes, which command a launch and inspect its engines.
 
-They answer at the admin socket of the launch without a key, and over TCP with ``admin_api_key``,
-where one is set. The engines are asked with the launch's own token. ``engine=NAME``, repeated,
-chooses engines; without it: all that were not given up.
+Clients' API keys open none of these routes. At the admin socket of the launch they need no key;
+over TCP they need ``admin_api_key``. The router sends the launch's own token to engines. A query
+selects engines with ``engine=NAME`` (may be repeated); the default is all engines not given up.
 
-Puts engines of vLLM to sleep, which would not wait for leases and tell no supervisor.
-
-::
+The router itself puts engines of vLLM to sleep: vLLM waits for no leases and tells no supervisor::
 
     hold: no new work ── nothing runs, no block is leased ── POST /sleep ── held until it is awake
-    POST /wake_up ── its pairs are in doubt until new canaries come through ── given work again
+    POST /wake_up ── its pairs are in doubt until new canaries succeed ── given work again
 """
 
 from __future__ import annotations
@@ -49,11 +47,11 @@ from pdlaunch.router.state import RouterState
 
 IDLE_TIMEOUT_S = 600.0
 IDLE_POLL_S = 0.2
-# How long the registry may take to show what an engine or the supervisor has just answered.
+# How long the registry may take to show a change that an engine or the supervisor has reported.
 LISTED_TIMEOUT_S = 10.0
 ENGINE_CHECK_TIMEOUT_S = 40.0  # longer than an engine waits for its rank
 ANSWER_TIMEOUT_S = 10.0
-# Time for a change of the engines, or for one to serve again; commands wait a little longer.
+# Time for a change of the engines, or for a restart. Commands of the CLI wait a little longer.
 CHANGE_TIMEOUT_S = 850.0
 SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
@@ -63,7 +61,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 
 
 class Outcome(NamedTuple):
-    """Holds what became of a command at one engine."""
+    """Holds the result of a command at one engine."""
 
     engine: str
     status: int
@@ -71,17 +69,18 @@ class Outcome(NamedTuple):
 
 
 class SupervisorLink:
-    """Matches answers with commands; belongs to the event loop. ``send`` does not wait."""
+    """Sends commands to the supervisor and matches its answers. ``send`` must not block."""
 
     def __init__(self, send: Callable[[Command], None]) -> None:
         self._send = send
-        # An answer to a router that has died is none to this one.
+        # Start at a random number: answers to an earlier router must not match these commands.
         self._numbers = itertools.count(secrets.randbits(40))
         self._asked: dict[int, asyncio.Queue[Answered]] = {}
 
     async def ask(self, command: Command) -> Answered:
-        """Send a command and return its answer, for a change once it is done. Sets
-        ``command.question``. Raises OverloadedError.
+        """Send a command and return the answer; if it begins a change, wait until that is done.
+
+        Sets ``question`` and ``expires_at`` of a copy of ``command``. Raises OverloadedError.
         """
         command = msgspec.structs.replace(
             command,
@@ -98,7 +97,7 @@ class SupervisorLink:
             if begun.is_done:
                 return begun
             code = "not_ready"
-            message = f"it is not done after {CHANGE_TIMEOUT_S:g} s, and goes on"
+            message = f"the command is not done after {CHANGE_TIMEOUT_S:g} s; it goes on"
             async with asyncio.timeout(CHANGE_TIMEOUT_S):
                 ended = await answers.get()
             return msgspec.structs.replace(begun, error=ended.error, is_done=True)
@@ -108,7 +107,7 @@ class SupervisorLink:
             del self._asked[command.question]
 
     def answered(self, message: Answered) -> None:
-        """Hand an answer to the call that waits for it, if one still does."""
+        """Hand an answer to the call of ``ask`` that waits for it, if any."""
         if (answers := self._asked.get(message.question)) is not None:
             answers.put_nowait(message)
 
@@ -121,7 +120,6 @@ class Admin:
         self._supervisor = supervisor
 
     def routes(self) -> list[AppRoute]:
-        """Return all of them; whoever adds a command adds a row."""
         return [
             AppRoute("POST", "/sleep", self._set_asleep),
             AppRoute("POST", "/wake_up", self._set_asleep),
@@ -138,10 +136,10 @@ class Admin:
         ]
 
     async def _set_asleep(self, http: web.Request) -> web.Response:
-        """Put engines to sleep, or wake them up, as the path says."""
+        """Put engines to sleep (path ``/sleep``) or wake them up (``/wake_up``)."""
         sleeps = http.path == "/sleep"
-        # Prefill sleeps first: decode engines fetch what it holds while awake. Decode wakes first:
-        # it shakes hands with prefill engines as these come back.
+        # Prefill engines sleep first, while decode engines can still pull their blocks. Decode
+        # engines wake first: they shake hands with prefill engines when these wake up.
         engines = self._chosen(http, first="prefill" if sleeps else "decode")
         query = [(name, value) for name, value in http.query.items() if name != "engine"]
         outcomes = []
@@ -152,7 +150,7 @@ class Admin:
                 command = fall_asleep if sleeps else wake_up
                 outcomes.append(await _outcome(engine.name, command(self._state, engine, query)))
         awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
-        # Requests that follow must find these engines.
+        # Later requests must find these engines in the registry.
         if not await self._state.find(
             lambda: all(e.state != "sleeping" for e in self._engines() if e.name in awake),
             LISTED_TIMEOUT_S,
@@ -162,7 +160,7 @@ class Admin:
         return _together(outcomes)
 
     async def _ask_all(self, key: str, http: web.Request) -> web.Response:
-        """Collect the value of ``key`` from the engines' answers; false if one lacks it."""
+        """Collect the engines' answers; ``key`` is true if it is true in all of them."""
         outcomes = [
             await self._ask(engine, "GET", http.path, timeout_s=ENGINE_CHECK_TIMEOUT_S)
             for engine in self._chosen(http)
@@ -170,8 +168,8 @@ class Admin:
         return _together(outcomes, **{key: all(each.answer.get(key, False) for each in outcomes)})
 
     async def _restart(self, http: web.Request) -> web.Response:
-        """Restart engines one after the other, so that others serve meanwhile; answer when they
-        serve again. An engine may be named by one of its processes.
+        """Restart engines one after another, so that the others serve; answer when all are ready.
+        The query may name an engine by one of its processes.
         """
         names = _engines_named(http)
         return _together([await _outcome(name, self._restart_one(name)) for name in names])
@@ -182,7 +180,7 @@ class Admin:
             raise _refusal(begun.error, begun.code)
 
         def successor() -> Engine | None:
-            """Return the engine once it serves again, stands by drained, or is given up again."""
+            """Return the restarted engine once it is ready, drained or given up, else None."""
             for engine in self._engines():
                 is_new = engine.name == begun.engine and engine.processes[0] > begun.incarnation
                 if is_new and (engine.ready or engine.state in ("failed", "draining")):
@@ -194,24 +192,24 @@ class Admin:
             reason = f"does not serve {CHANGE_TIMEOUT_S:g} s after it was restarted; see its log"
             raise _unavailable(f"{begun.engine} {reason}", "not_ready")
         if found.state == "failed":
-            text = f"{begun.engine} is given up again: {found.entry.reason}"
+            text = f"{begun.engine} has failed: {found.entry.reason}"
             raise _unavailable(text, "engine_failed")
         return {"engine": begun.engine, "incarnation": found.processes[0]}
 
     async def _drain(self, is_drained: bool, http: web.Request) -> web.Response:
-        """Give engines no new work, or work again.
+        """Withhold new work from engines, or give them work again.
 
-        A drain is answered when nothing runs there, at the latest after ``timeout_s``.
+        A drain is answered when the engines are idle, at the latest after ``timeout_s``.
         """
         names, pool = _engines_named(http), self._state.pool
         try:
             timeout_s = msgspec.convert(http.query.get("timeout_s", "0"), Seconds, strict=False)
         except msgspec.ValidationError:
             given = http.query["timeout_s"][:100]
-            message = f"timeout_s: {given!r} is no number of seconds from 0 to 86400"
+            message = f"timeout_s: {given!r} is not a number of seconds from 0 to 86400"
             raise RequestError(message, param="timeout_s", code="invalid_timeout") from None
         until_at = self._state.now() + timeout_s
-        # All of them before the first is waited for.
+        # Withhold work from all engines before waiting for the first one.
         outcomes = [await _outcome(name, self._set_drained(name, is_drained)) for name in names]
         for _, status, answer in outcomes if is_drained else ():
             if status == 200:
@@ -226,12 +224,13 @@ class Admin:
         answer = await self._supervisor.ask(question)
         if answer.error:
             raise _refusal(answer.error, answer.code)
-        # The registry that came before the answer shows it: requests that follow find it so.
+        # The supervisor sends the new registry before its answer, so later requests see the change.
         return {"engine": answer.engine, "is_drained": is_drained, "notes": answer.notes}
 
     async def _command(self, kind: type[Command], http: web.Request) -> web.Response:
-        """Pass a command on to the supervisor. Answer when it is done; with ``dry_run`` at once,
-        with the running requests of the engines that would stop.
+        """Pass a command on to the supervisor and answer when it is done.
+
+        A planned change lists the engines that stop, each with its number of running requests.
         """
         try:
             asked = msgspec.json.decode(await http.read(), type=dict[str, Any])
@@ -250,7 +249,7 @@ class Admin:
         return json_response(body | error_body(refusal), status=refusal.status)
 
     async def _one_engine(self, http: web.Request) -> web.Response:
-        """Pass any call on to one engine, and its answer back once it is whole."""
+        """Pass any call on to one engine, and return its whole answer."""
         (engine,) = self._named([http.match_info["engine"]])
         path = f"/{quote(http.match_info['path'])}"
         headers = {REQUEST_ID_HEADER: str(request_id_of(http))}
@@ -282,7 +281,7 @@ class Admin:
         return self._state.pool.engines
 
     def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
-        """Return the engines that the query names, those of role ``first`` at first."""
+        """Return the queried engines, or all that have not failed; role ``first`` comes first."""
         names = http.query.getall("engine", [])
         engines = (
             self._named(names) if names else [e for e in self._engines() if e.state != "failed"]
@@ -294,13 +293,13 @@ class Admin:
         if unknown := [name for name in names if name not in known]:
             there = ", ".join(known) or "none yet"
             raise _refusal(
-                f"there is no engine {unknown[0][:100]}; there are: {there}", "engine_not_found"
+                f"there is no engine {unknown[0][:100]}; engines are: {there}", "engine_not_found"
             )
         return [known[name] for name in dict.fromkeys(names)]
 
 
 def _engines_named(http: web.Request) -> list[str]:
-    """Return the engines that the query names, each once. Raises RequestError without any."""
+    """Return the engine names in the query without duplicates. Raises RequestError if empty."""
     if not (names := http.query.getall("engine", [])):
         raise RequestError("name the engine: engine=NAME", param="engine", code="missing_engine")
     return list(dict.fromkeys(names))
@@ -322,7 +321,7 @@ async def _outcome(name: str, work: Awaitable[dict[str, Any]]) -> Outcome:
 
 
 def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
-    """Return one answer of all engines, with the status and the error of the first that failed."""
+    """Join the outcomes in one answer, with status and error of the first that failed, if any."""
     failed = next((outcome for outcome in outcomes if outcome.status != 200), None)
     body = fields | {"engines": [{"engine": each.engine, **each.answer} for each in outcomes]}
     if failed is None:
@@ -331,18 +330,18 @@ def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
 
 
 async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
-    """Put an engine of vLLM to sleep; return the answer of a native engine.
+    """Put an engine of vLLM to sleep; return an answer of the form that native engines send.
 
     ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, EngineFailure.
     """
     options = {"level": "1", "mode": "wait"} | dict(query)
     if options["level"] not in ("1", "2") or options["mode"] not in ("wait", "refuse"):
-        raise RequestError("level is 1 or 2, mode is wait or refuse", param="query")
+        raise RequestError("level must be 1 or 2, mode wait or refuse", param="query")
     state.pool.hold(engine, "draining")
     is_asleep = False
     try:
         await _await_idle(state, engine, 0.0 if options["mode"] == "refuse" else IDLE_TIMEOUT_S)
-        # What has come meanwhile, from others than this router, is waited for by vLLM.
+        # vLLM waits for requests that came in the meantime from other clients than this router.
         query = [("level", options["level"]), ("mode", "wait")]
         is_asleep = await _command(state, engine, "/sleep", query) == "sleeping"
     finally:
@@ -350,16 +349,16 @@ async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[
             state.pool.hold(engine, "sleeping")
         else:
             state.pool.release(engine)
-    # vLLM does not tell how much memory it has given back.
+    # vLLM does not report how much memory it has freed.
     return {"is_sleeping": is_asleep, "num_bytes": 0}
 
 
 async def wake_up(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
-    """Wake an engine of vLLM up, or its ``tags``. Returns and raises as ``fall_asleep``."""
+    """Wake up an engine of vLLM, or its ``tags``. Returns and raises like ``fall_asleep``."""
     is_awake = await _command(state, engine, "/wake_up", query) == "awake"
     if is_awake:
         state.pool.release(engine)
-        # Its memory may lie elsewhere now.
+        # The engine's memory may have new addresses.
         for pair in state.pool.pairs:
             if engine.name in (pair.local, pair.peer):
                 error = f"{engine.name} has slept"
@@ -368,10 +367,10 @@ async def wake_up(state: RouterState, engine: Engine, query: Query) -> dict[str,
 
 
 async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> None:
-    """Return once it has nothing to do and lends nothing. Raises RequestError after a while."""
+    """Wait until the engine runs nothing and leases no blocks. Raises RequestError."""
     until_at = state.now() + timeout_s
     while True:
-        # An error's page counts nothing, which is not to be taken for an engine at rest.
+        # The page of an error has no counts, which must not pass for an idle engine.
         page = await state.client.read(engine, "/metrics", ENGINE_CHECK_TIMEOUT_S)
         if page is None:
             raise _unavailable("/metrics does not answer 200", "engine_failed")
@@ -387,7 +386,7 @@ async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> N
 
 
 async def _command(state: RouterState, engine: Engine, path: str, query: Query) -> object:
-    """Return the ``status`` that vLLM answers a command with."""
+    """Send vLLM a command; return the answer's ``status``. Raises RequestError, EngineFailure."""
     status, body, _ = await state.client.call(engine, "POST", path, query)
     if status == 404:
         raise RequestError(
@@ -404,8 +403,7 @@ async def listen_at_admin_socket(
 ) -> web.AppRunner:
     """Listen at a Unix socket of mode 0600; the caller cleans the runner up. Raises OSError.
 
-    It has a runner of its own: clients that take all connections of the public address lock nobody
-    out here.
+    Commands have their own runner, so clients cannot use up its connections.
     """
     runner = web.AppRunner(
         app,
@@ -415,8 +413,8 @@ async def listen_at_admin_socket(
         auto_decompress=False,
     )
     await runner.setup()
-    # Under its own name only once it listens: commands wait at the socket that an earlier router
-    # has left there, and would not where there is none.
+    # Rename the socket to ``path`` only when it listens. Until then the socket of an earlier router
+    # stays there: commands wait at it, but would fail at once if there were no socket.
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -429,6 +427,6 @@ async def listen_at_admin_socket(
 
 
 def came_through_admin_socket(http: web.Request) -> bool:
-    """Tell whether the request's connection is one of the admin socket."""
+    """Return whether the request came over the admin socket."""
     connection = None if http.transport is None else http.transport.get_extra_info("socket")
     return connection is not None and connection.family == socket.AF_UNIX

@@ -1,7 +1,7 @@
 """Turns the chunks of all prompts into a stream or one answer for the client.
 
-Ids, model and creation time are the router's own. The choices of prompt ``p`` are numbered
-``p * n`` to ``p * n + n - 1``.
+The router sets ids, model and creation time. The choices of prompt ``p`` are numbered ``p * n`` to
+``p * n + n - 1``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pdlaunch.router.policy import Route
 from pdlaunch.router.request_history import RequestRecord
 from pdlaunch.router.transcript import Transcript
 
-MAX_TOLD_ROUTES = 4  # prompts of a request whose routes stand in the header
+MAX_TOLD_ROUTES = 4  # the routes header has the routes of at most this many prompts
 _HEAD = ("id", "object", "created", "model", "choices")
 
 
 class ClientAnswer:
-    """Numbers and counts the chunks of one request, and sends them or puts them together.
+    """Numbers and counts the chunks of one request, and streams them or merges them.
 
     ``stream``: where to send events; None: the client wants one JSON object.
     """
@@ -41,7 +41,6 @@ class ClientAnswer:
         stream: ClientStream | None,
     ) -> None:
         endpoint = request.endpoint
-        # ``tokens`` may be called.
         self.takes_tokens = stream is not None and not request.continuous_usage
         self._request = request
         self._metrics = metrics
@@ -55,7 +54,7 @@ class ClientAnswer:
         }
         self._routes: dict[int, Route] = {}
         self._ignored_names: dict[str, None] = {}
-        self._tells_ids = bool(request.fields.return_token_ids)
+        self._sends_ids = bool(request.fields.return_token_ids)
         self._stream = stream
         self._held: list[bytes] = []  # events that go out with the next one
         self._choices: dict[int, dict[str, Any]] = {}
@@ -70,10 +69,10 @@ class ClientAnswer:
     async def chunk(
         self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, *, more_follows: bool
     ) -> None:
-        """Pass on one chunk that the client has not had yet.
+        """Pass on one chunk that is new to the client.
 
-        ``more_follows``: the next one is here already, so that both may be sent together; else
-        ``flush`` comes when nothing of it is new.
+        ``more_follows``: the next chunk is here already, so this one may be sent with it. The
+        caller calls ``flush`` if the next chunk has nothing new.
         """
         for choice in chunk["choices"]:
             choice["index"] += prompt.index * prompt.num_choices
@@ -82,7 +81,7 @@ class ClientAnswer:
             if (reason := choice.get("finish_reason")) is not None:
                 self._metrics.finished(reason)
                 self.record.finish_reasons[reason] = None
-        if not self._tells_ids:
+        if not self._sends_ids:
             for part in (chunk, *chunk["choices"]):
                 part.pop("prompt_token_ids", None)
                 part.pop("token_ids", None)
@@ -97,7 +96,7 @@ class ClientAnswer:
         self, stream: ClientStream, transcript: Transcript, chunk: Chunk, *, more_follows: bool
     ) -> None:
         chunk |= self._head
-        if not self._tells_ids:
+        if not self._sends_ids:
             chunk["choices"] = [one for one in chunk["choices"] if _says_something(one)]
         if self._request.include_usage:
             chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
@@ -109,11 +108,11 @@ class ClientAnswer:
             await self.flush()
 
     async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
-        """Take tokens of the first choice of the first prompt, as ``chunk`` with less work."""
+        """Send tokens of choice 0 of prompt 0: a cheaper ``chunk``, if ``takes_tokens`` is true."""
         assert self._stream is not None
         self._clock.tokens(0, num_tokens)
         chunk |= self._head
-        if not self._tells_ids:
+        if not self._sends_ids:
             del chunk["choices"][0]["token_ids"]
         if self._request.include_usage:
             chunk["usage"] = None
@@ -126,7 +125,6 @@ class ClientAnswer:
             await self._stream.write(event)
 
     async def flush(self) -> None:
-        """Send what was held back for the next chunk."""
         if self._held and self._stream is not None:
             held, self._held = self._held, []
             await self._stream.write(b"".join(held))
@@ -158,7 +156,7 @@ class ClientAnswer:
 
 
 def total_usage(transcripts: Sequence[Transcript]) -> Usage:
-    """Return the sum over all prompts of a request."""
+    """Return the usage of all prompts together."""
     usages = [transcript.usage() for transcript in transcripts]
     if len(usages) == 1:
         return usages[0]
@@ -172,11 +170,11 @@ def total_usage(transcripts: Sequence[Transcript]) -> Usage:
     )
 
 
-def merge(target: dict[str, Any], news: dict[str, Any]) -> None:
-    """Add a chunk's choice, or a part of it: texts and lists grow, objects merge, the rest is
-    replaced. Members of a list with an ``index`` (tool calls) merge by it.
+def merge(target: dict[str, Any], update: dict[str, Any]) -> None:
+    """Merge a chunk's choice, or a part of it, into ``target``: append texts and lists, merge
+    objects and list items of the same ``index`` (tool calls), replace other values.
     """
-    for name, value in news.items():
+    for name, value in update.items():
         there = target.get(name)
         if there is None or value is None:
             target[name] = there if value is None else value
@@ -190,8 +188,8 @@ def merge(target: dict[str, Any], news: dict[str, Any]) -> None:
             target[name] = value
 
 
-def _merge_lists(target: list[Any], news: list[Any]) -> None:
-    for item in news:
+def _merge_lists(target: list[Any], update: list[Any]) -> None:
+    for item in update:
         index = item.get("index") if isinstance(item, dict) else None
         same = (old for old in target if index is not None and old.get("index") == index)
         if (twin := next(same, None)) is None:

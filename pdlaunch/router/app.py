@@ -1,7 +1,7 @@
-"""Answers the public HTTP API of a deployment, and serves the page that shows it.
+"""Answers the public HTTP API of a deployment, and serves the page that shows its status.
 
-The page consists of files that hold no data. It asks for the clients' key and sends it as a header,
-so that it stands in no URL.
+The page's files hold no data. The page asks the user for an API key and sends it as a header, so
+the key appears in no URL.
 """
 
 from __future__ import annotations
@@ -91,20 +91,20 @@ _PAGE_HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Another version of pdlaunch has another page.
+    # After an update of pdlaunch, browsers must load the new page.
     hdrs.CACHE_CONTROL: "no-cache",
 }
 
 OPEN_PATHS = ("/health", "/ping", "/metrics", *PAGE_PATHS)  # need no key; the page holds no data
-CLOSE_TIMEOUT_S = 1.0  # seconds that clients may take to read that the router leaves
-# Characters of a client's request id the engines get to see; suffixes come behind it.
+CLOSE_TIMEOUT_S = 1.0  # time for clients to read the error that the router shuts down
+# Engines get at most this many characters of a client's request id, and then a suffix.
 MAX_HOP_ID_LENGTH = 160
 
 T = TypeVar("T")
 
 
 class RouterApp:
-    """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
+    """Answers every endpoint. aiohttp serves ``app`` with ``handler_cancellation`` on."""
 
     def __init__(self, spec: RouterSpec, state: RouterState, supervisor: SupervisorLink) -> None:
         self._spec = spec
@@ -149,16 +149,16 @@ class RouterApp:
     async def close(self) -> None:
         """End every running request with an error.
 
-        Waits at most ``CLOSE_TIMEOUT_S`` for the last client to be told.
+        Waits at most ``CLOSE_TIMEOUT_S`` until all clients have the error.
         """
         self._deadlines.close()
         await self.view.close()
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
             num_left = self.admission.in_flight
-            logger.warning("%d requests could not be told that the router leaves", num_left)
+            logger.warning("%d requests got no error before the router stopped", num_left)
 
     def _model_cards(self) -> list[ModelCard]:
-        """Describe the served model, and what else engines with names of their own have told."""
+        """Return the served model, and the other models (adapters) that engines of vLLM list."""
         pool, name = self._state.pool, self._spec.served_model_name
         max_model_len = (
             pool.max_model_len("decode")
@@ -175,7 +175,7 @@ class RouterApp:
         return [own, *(card for card in others.values() if card.id != name)]
 
     async def _health(self, _: web.Request) -> web.Response:
-        """Answer 200 once the launch is ready, while some engine can serve and the door is open."""
+        """Answer 200 if requests are accepted and at least one engine is ready, else 503."""
         status, engines = self.view.state(), self._state.pool.engines
         states = {engine.name: engine.state for engine in engines}
         body: dict[str, Any] = {"status": status, "engines": states}
@@ -197,7 +197,7 @@ class RouterApp:
         if withheld := self._state.pool.registry.withheld:
             reason = why_withheld(withheld)
             raise OverloadedError(reason, status=503, retry_after_s=RETRY_AFTER_S, code=withheld)
-        # The body is held until the answer is whole: another engine may be asked meanwhile.
+        # Keep the body until the answer is complete: after a failure another engine gets it.
         async with self._bodies.read(http) as body:
             writer = None
             if is_response:
@@ -243,7 +243,7 @@ class RouterApp:
         client: Client,
         writer: ResponseWriter | None,
     ) -> web.StreamResponse:
-        """Answer all prompts at once; the first error ends the others and is the answer."""
+        """Answer all prompts concurrently. The first error cancels the others and is the answer."""
         state, record = self._state, record_of(http)
         stream: ClientStream | None = None
         if request.fields.stream:
@@ -266,7 +266,7 @@ class RouterApp:
         except Exception as error:
             if isinstance(error, ConnectionError) or stream is None or not stream.has_begun:
                 raise
-            # The client has its status: the error can only be an event.
+            # The status has been sent, so the error can only be an event.
             metrics.failed(error_status(error))
             record.fail(error)
             await answer.flush()
@@ -299,8 +299,8 @@ class RouterApp:
 
 async def _no_embeddings(_: web.Request) -> web.StreamResponse:
     raise RequestError(
-        "embeddings are not served: the model generates text, and there is no pair of engines to "
-        "split them over; run `vllm serve MODEL --runner pooling` for them",
+        "embeddings are not served: the model of this deployment generates text; run `vllm serve "
+        "MODEL --runner pooling` for embeddings",
         status=404,
         code="not_found",
     )
@@ -313,8 +313,8 @@ def _admin_key_check(key: str | None) -> KeyCheck:
 
     def refuse(_: web.Request) -> None:
         raise RequestError(
-            "commands are taken at the launch's admin socket alone (pdlaunch sleep finds it); "
-            "set admin_api_key to open this",
+            "commands work only at the launch's admin socket (`pdlaunch sleep` finds it); set "
+            "admin_api_key to allow them here",
             status=403,
             code="admin_api_key_unset",
         )
@@ -323,7 +323,7 @@ def _admin_key_check(key: str | None) -> KeyCheck:
 
 
 def page_routes() -> list[AppRoute]:
-    """Return the routes of the page and of what it loads."""
+    """Return the routes of the page and of its files."""
     folder = Path(str(resources.files("pdlaunch.router") / "static"))
     return [
         AppRoute("GET", "/", _redirect),
@@ -336,7 +336,7 @@ def page_routes() -> list[AppRoute]:
 
 
 async def _redirect(_: web.Request) -> web.Response:
-    # By a relative URL, as a proxy may have put a prefix before it.
+    # The URL is relative, because a proxy may have added a prefix to the path.
     return web.Response(status=307, headers={hdrs.LOCATION: "pdlaunch/"} | _PAGE_HEADERS)
 
 
@@ -351,7 +351,7 @@ def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all works at once; the first error ends the others and is raised."""
+    """Run all ``works`` concurrently. The first error cancels the others and is raised."""
     if len(works) == 1:
         return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]
@@ -361,14 +361,14 @@ async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        # A task holds its error, whose traceback holds this frame: the request's body would stay
-        # in memory until the garbage collector comes.
+        # A task holds its error, and the error's traceback holds this frame. This cycle would keep
+        # the request's body in memory until the garbage collector runs.
         tasks.clear()
         del task
 
 
 def shutting_down() -> OverloadedError:
-    """Return the error of requests that come while the router leaves."""
+    """Return the error for requests that arrive while the router shuts down."""
     return OverloadedError(
         "the deployment is shutting down",
         status=503,

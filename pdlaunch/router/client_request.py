@@ -1,6 +1,6 @@
-"""Reads what the router needs of a client's request, and makes the bodies that engines get.
+"""Parses the parts of a client's request that the router needs, and makes the bodies for engines.
 
-The engines check the fields; the router checks those alone that it replaces.
+The router checks only the fields that it replaces. The engines check all others.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pdlaunch.protocol.openai.body import (
 )
 from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS
 
-CHARACTERS_PER_TOKEN = 4  # rough; only compares the work of engines
+CHARACTERS_PER_TOKEN = 4  # rough; used only to compare the load of engines
 DATA_URL_TOKENS = 1024  # rough, too
-# An image or another file; the tokens that an engine makes of it do not grow with its text.
+# An image or another file. Its number of tokens does not depend on the length of its text.
 _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
-_PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # several prompts begin like this
+_PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # the beginning of a list of prompts
 # Long members, which the router forwards unparsed and the engines check.
 _TEXTS = ("messages", "prompt")
 # Charged in advance for an answer that the client does not limit.
@@ -41,7 +41,7 @@ _Priority = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Endpoint(NamedTuple):
-    """Names what differs between the two completion APIs."""
+    """Holds the differences between the two completion APIs."""
 
     path: str
     id_prefix: str
@@ -57,7 +57,7 @@ CHAT = Endpoint(
 
 
 class StreamFields(msgspec.Struct, frozen=True):
-    """Holds the client's ``stream_options``; the engines see the router's own."""
+    """Holds the client's ``stream_options``. Engines get the router's own."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -82,7 +82,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Holds one prompt of a client's request, from which the requests to engines are made."""
 
     endpoint: Endpoint
-    body: dict[str, Any]  # the client's, with one prompt and a seed
+    body: dict[str, Any]  # the client's body, with this prompt only and a seed
     index: int
     num_choices: int
     max_tokens: int | None
@@ -91,11 +91,10 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
     origin: PromptOrigin
     wants_pair: bool  # the client has asked for a pair of engines
-    # Engines are asked for the ids of tokens; with them vLLM leaves out the text of a prompt that
-    # is to be echoed.
+    # Ask engines for token ids. With token ids, vLLM leaves out the text of an echoed prompt.
     asks_token_ids: bool
     session: str = ""  # requests of one session go to the same engines
-    priority: int = 0  # lower first
+    priority: int = 0  # lower values first
 
     @property
     def is_stream(self) -> bool:
@@ -109,10 +108,10 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def alone(self) -> str:
-        """Return why two engines that need proof cannot share it; empty when they can.
+        """Return why two engines of vLLM cannot share the request; empty if they can.
 
-        A lease is given back by the first choice that has read it, and engines compute prompts
-        anew whose own log probabilities are wanted.
+        The first choice that has read a lease ends it. For log probabilities of the prompt, vLLM
+        computes the prompt again.
         """
         body = self.body
         if self.num_choices > 1:
@@ -123,31 +122,31 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
             return "log probabilities of the prompt are not handed over"
         return ""
 
-    def prefill_body(self, *, knows_whole_request: bool) -> bytes:
-        """Ask for the first token of each choice and a lease on the blocks.
+    def prefill_body(self, *, knows_whole_request: bool, sends_first_token: bool = True) -> bytes:
+        """Return a body that asks for the first token of each choice and a lease on the blocks.
 
-        ``knows_whole_request``: the engine takes fields that contradict ``max_tokens=1`` for those
-        of the whole request, and needs them to tell where the first token's text may end; others
-        refuse them.
+        ``knows_whole_request``: the engine is native. It accepts fields that contradict
+        ``max_tokens=1``, and needs them to find where the first token's text may end; vLLM refuses.
+        ``sends_first_token``: the client gets prefill's token.
         """
-        tells_ids = bool(self.body.get("return_token_ids"))
+        sends_ids = bool(self.body.get("return_token_ids"))
         body = self.body | {
             "stream": False,
             "max_tokens": 1,
-            # vLLM would send the whole prompt back, which only decode needs to.
-            "return_token_ids": self.asks_token_ids if knows_whole_request else tells_ids,
+            # With token ids, vLLM sends the whole prompt back.
+            "return_token_ids": self.asks_token_ids if sends_first_token else sends_ids,
             "kv_transfer_params": REMOTE_DECODE,
         }
         body.pop("stream_options", None)
         if body.get("max_completion_tokens") is not None:
-            # Engines let it go over ``max_tokens``: prefill would draw the whole answer.
+            # Engines prefer this field to ``max_tokens``: prefill would compute the whole answer.
             body["max_completion_tokens"] = 1
         if body.get("min_tokens") is not None and not knows_whole_request:
             body["min_tokens"] = min(1, body["min_tokens"])
         return msgspec.json.encode(body)
 
     def decode_body(self, extra: dict[str, Any], *, is_whole: bool = False) -> bytes:
-        """Ask for the rest of the answer, as a stream unless ``is_whole``.
+        """Return a body that asks for the rest of the answer, as a stream unless ``is_whole``.
 
         ``extra`` holds ``kv_transfer_params`` or ``resume``.
         """
@@ -158,7 +157,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     def check_length(self, num_prompt_tokens: int, limit: int | None) -> None:
         """Raise RequestError if prompt and output exceed a decode engine's limit.
 
-        Prefill has seen ``max_tokens=1``, not the client's own.
+        Prefill cannot check this: it gets ``max_tokens=1`` instead of the client's limit.
         """
         if limit and self.max_tokens and num_prompt_tokens + self.max_tokens > limit:
             raise RequestError(
@@ -177,12 +176,12 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     fields: ClientFields
     prompts: list[PromptRequest]
-    include_usage: bool  # a stream ends with the usage
-    continuous_usage: bool  # each of its chunks has the usage so far
+    include_usage: bool  # the last chunk of a stream has the usage
+    continuous_usage: bool  # each chunk of a stream has the usage so far
 
     @property
     def num_output_tokens(self) -> int:
-        """Return the most tokens that the answers may have, estimated where no limit is set."""
+        """Return the maximum tokens of all answers together, estimated if there is no limit."""
         return sum(
             each.num_choices * (each.max_tokens or _UNLIMITED_ANSWER_TOKENS)
             for each in self.prompts
@@ -202,11 +201,11 @@ def read_client_request(
     is_vllm: bool = False,
     is_fair: bool = False,
 ) -> ClientRequest:
-    """Check and split a client's body. Raises RequestError. ``headers`` go to the engines with it.
+    """Check a client's body and split it into prompts. Raises RequestError.
 
-    ``is_vllm``: the engines know models by names that the router does not, and get no seed
-    that the client has not given. ``is_fair``: there are several keys. The router orders each key's
-    prompts by priority; engines get no priority, because they would order the prompts of all keys.
+    Engines get ``headers``. ``is_vllm``: engines may serve models that the router does not know,
+    and get a seed only from the client. ``is_fair``: there are several API keys. The router orders
+    each key's prompts by priority; engines get none, as they would order the prompts of all keys.
     """
     body = _read_body(raw)
     refuse_internal_fields(body)
@@ -215,14 +214,14 @@ def read_client_request(
         body.pop("priority", None)
     if fields.model not in (None, served_model_name) and not is_vllm:
         raise model_not_found(str(fields.model), served_model_name)
-    # A prompt that is echoed can be scored without a token of the answer.
+    # With ``echo``, a client may ask for the prompt's log probabilities and no output tokens.
     echoes = not endpoint.is_chat and bool(body.get("echo"))
     max_tokens = _check_limits(fields, may_be_none=echoes)
     bodies = [body] if endpoint.is_chat else [body | one for one in _split_prompts(body)]
     text, prompts = "messages" if endpoint.is_chat else "prompt", []
     for index, one in enumerate(bodies):
         if fields.seed is None and not is_vllm:
-            # One seed for the prompt, so that every engine draws the same tokens.
+            # Set one seed for the prompt, so that every engine samples the same tokens.
             one["seed"] = secrets.randbits(63)
         origin = PromptOrigin(secrets.randbelow(2**63 - 1) + 1)
         prompts.append(
@@ -255,7 +254,7 @@ def read_client_request(
 
 
 def _read_body(raw: bytes) -> dict[str, Any]:
-    """Read a client's body, leaving messages and prompts as text. Raises RequestError."""
+    """Parse a client's body, but keep messages and prompts as raw JSON. Raises RequestError."""
     check_num_values(raw)
     try:
         members = _members_decoder.decode(raw)
@@ -275,9 +274,9 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
 
 
 def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
-    """Return the client's limit of output tokens, which prefill does not get to see.
+    """Return the client's limit of output tokens; None: no limit. Raises RequestError.
 
-    Where ``may_be_none`` lets it be 0, it counts as 1: one engine does all. Raises RequestError.
+    ``may_be_none`` allows a limit of 0. The router treats it as 1, so one engine does all the work.
     """
     if fields.max_tokens == 0 and not may_be_none:
         raise _invalid("max_tokens must be 1 or more, or 0 with echo: true", "max_tokens")
@@ -293,7 +292,7 @@ def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
 
 
 def _split_prompts(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the members of each prompt; the engines check what is in them."""
+    """Return ``{"prompt": ..}`` for each prompt, unchecked. Raises RequestError."""
     prompt = body.get("prompt")
     if body.get("prompt_embeds"):
         message = "prompt_embeds is not supported; send the prompt's text or token ids"

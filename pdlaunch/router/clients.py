@@ -34,7 +34,7 @@ class Client:
         self._metrics = metrics
         self._clock = clock
         self._left = float(key.tokens_per_minute or 0)
-        # For each running request: the charged tokens that it has not used so far
+        # For each running request: a function that returns the charged tokens not used so far
         self._unused: list[Callable[[], int]] = []
         self._counted_at = clock()
         for name in ("requests", "prompt_tokens", "generation_tokens", "queue_seconds"):
@@ -48,8 +48,8 @@ class Client:
     ) -> Iterator[None]:
         """Count a request while the block runs. Raises OverloadedError (429).
 
-        ``num_tokens``: estimate for its prompts and answers, charged at once; ``used`` returns the
-        real tokens at the end, and the rest is given back.
+        ``num_tokens``: estimate for the prompts and answers, charged at once. ``used`` returns the
+        real prompt and output tokens at the end; the difference is given back.
         """
         self._check(num_prompts)
         self._count("key_requests")
@@ -89,7 +89,7 @@ class Client:
         self._left = min(self._left, float(key.tokens_per_minute))
         self._counted_at = now_at
         if self._left <= 0:
-            # Unused tokens of running requests come back when these end, so they do not count.
+            # Running requests will give back their unused tokens, so these do not count.
             num_missing = -self._left - sum(unused() for unused in self._unused)
             raise self._refused(
                 "tokens_per_minute",
@@ -114,15 +114,15 @@ class Clients:
         self, keys: Sequence[ClientKey], metrics: RouterMetrics, clock: Callable[[], float]
     ) -> None:
         self._by_hash = {key.sha256: Client(key, metrics, clock) for key in keys}
-        # Clients that need no key: the router has none, or they use the launch's own socket.
-        self._nobody = Client(ClientKey(name="", sha256=""), metrics, clock)
+        # Clients without a key: the router has no keys, or they use the admin socket.
+        self._anonymous = Client(ClientKey(name="", sha256=""), metrics, clock)
         self.check = self._check if keys else None
 
     def __iter__(self) -> Iterator[Client]:
         return iter(self._by_hash.values())
 
     def of(self, http: web.Request) -> Client:
-        client = http.get(_CLIENT, self._nobody)
+        client = http.get(_CLIENT, self._anonymous)
         assert isinstance(client, Client)
         return client
 

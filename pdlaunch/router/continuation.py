@@ -1,17 +1,19 @@
-"""Goes on with a stream at an engine that takes output tokens only as the end of a prompt.
+"""Continues a stream at an engine that takes output tokens only as the end of a prompt.
 
 ::
 
-    first engine    P ─> o1 o2 .. ok          told: text of o1 .. ok
-    next engine     P o1 o2 .. ok ─> ok+1 ..  told: text of ok+1 ..
+    first engine    P ─> o1 o2 .. ok          sent: text of o1 .. ok
+    next engine     P o1 o2 .. ok ─> ok+1 ..  sent: text of ok+1 ..
 
-So an answer goes on whose next token depends on nothing but the tokens before. Stop strings and log
-probabilities are left to the client, who asks again: they may lie on both sides of the seam.
+The first engine is a prefill engine of vLLM that has drawn ``o1``, or any engine that has died.
+An answer can continue only if each next token depends on nothing but the tokens before it. Requests
+with stop strings or log probabilities end with an error: a stop string may span the two engines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 
@@ -25,23 +27,23 @@ from pdlaunch.router.transcript import Transcript
 
 Detokenize = Callable[[list[int]], Awaitable[str]]
 
-# The reason why a stream cannot go on at another engine.
+# Reasons why a stream cannot continue at another engine.
 LOST_REASONS = (
     "seed", "several choices", "structured output", "reasoning", "images", "fields", "token ids",
     "half a character", "length", "text", "version",
 )  # fmt: skip
-# Prompt tokens that are detokenized with the output, whose text depends on them.
+# Detokenize this many prompt tokens with the output, because the output's text depends on them.
 NUM_CONTEXT_TOKENS = 64
-MAX_PARTS = 8  # tokens at the end that may be parts of one character
+MAX_PARTS = 8  # at most this many tokens at the end may be parts of one character
 _HALF_CHARACTER = "\ufffd"
 
-# Fields that mean the same behind a longer prompt.
+# Fields whose meaning does not change when the prompt gets longer.
 _PASSED = (
     *("model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids"),
     *("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "logit_bias"),
     *("spaces_between_special_tokens", "allowed_token_ids", "cache_salt", "priority", "user"),
 )
-# Also labels, fields that have shaped the prompt already, and fields that are set here.
+# Also labels, fields that are already part of the prompt, and fields that this module sets.
 _KNOWN = {
     *_PASSED,
     *("add_generation_prompt", "add_special_tokens", "chat_template", "chat_template_kwargs"),
@@ -55,12 +57,12 @@ _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choi
 
 
 class StreamLostError(OverloadedError):
-    """Ends a stream whose engine has died, because no other engine can go on with it."""
+    """Ends a stream whose engine has died, because no other engine can continue it."""
 
     def __init__(self, engine: str, reason: str) -> None:
         super().__init__(
-            f"engine {engine} was lost in the middle of this answer, which cannot go on at another "
-            f"engine ({reason}); send the request again",
+            f"engine {engine} was lost in the middle of this answer, and no other engine can "
+            f"continue it ({reason}); send the request again",
             status=503,
             retry_after_s=RETRY_AFTER_S,
             code="stream_lost",
@@ -68,10 +70,19 @@ class StreamLostError(OverloadedError):
 
 
 def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabilities) -> str:
-    """Return why the answer cannot go on at another engine; empty when it can."""
+    """Return why the answer cannot continue at another engine (in ``LOST_REASONS``), or ``""``."""
+    if reason := request_obstacle(prompt, capabilities):
+        return reason
+    if prompt.endpoint.is_chat and transcript.has_other_output:
+        return "reasoning"
+    return "" if transcript.can_resume and transcript.prompt_token_ids else "token ids"
+
+
+def request_obstacle(prompt: PromptRequest, capabilities: Capabilities) -> str:
+    """Return why answers to a request cannot continue at another engine; empty if they can."""
     body, is_chat = prompt.body, prompt.endpoint.is_chat
     response_format = body.get("response_format") or {"type": "text"}
-    if not capabilities.goes_on:
+    if not capabilities.can_continue:
         return "version"
     if body.get("seed") is not None:
         return "seed"
@@ -79,16 +90,14 @@ def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabi
         return "several choices"
     if any(body.get(name) for name in _STRUCTURED) or response_format != {"type": "text"}:
         return "structured output"
-    if is_chat and (capabilities.splits_reasoning or transcript.has_other_output):
+    if is_chat and capabilities.splits_reasoning:
         return "reasoning"
     if is_chat and _has_media(prompt.text):
         return "images"
-    # Completions may ask for no log probabilities but that of the token itself: ``logprobs: 0``.
+    # ``logprobs: 0`` of completions is not off: it asks for the sampled token's log probability.
     asks_logprobs = not is_chat and body.get("logprobs") is not None
     if asks_logprobs or any(value and name not in _KNOWN for name, value in body.items()):
         return "fields"
-    if not transcript.can_resume or not transcript.prompt_token_ids:
-        return "token ids"
     return ""
 
 
@@ -101,6 +110,22 @@ def _has_media(messages: msgspec.Raw | None) -> bool:
     )
 
 
+def continue_first_token(
+    prompt: PromptRequest, chunk: Chunk, max_model_len: int | None
+) -> Continuation:
+    """Return the continuation of a prefill engine's token; ``chunk`` has the token.
+
+    Raises LookupError if the answer cannot continue after this token, and TypeError or
+    AttributeError if the chunk does not have the OpenAI form.
+    """
+    (choice,) = chunk["choices"]
+    text = choice["text"] if "text" in choice else choice["delta"].get("content")
+    prompt_token_ids = choice.get("prompt_token_ids") or chunk.get("prompt_token_ids")
+    if not text or text.endswith(_HALF_CHARACTER) or not prompt_token_ids:
+        raise LookupError("text")
+    return Continuation(prompt, prompt_token_ids, choice["token_ids"], "", max_model_len)
+
+
 async def begin_continuation(
     prompt: PromptRequest,
     transcript: Transcript,
@@ -109,22 +134,27 @@ async def begin_continuation(
 ) -> Continuation:
     """Return the continuation of an answer whose engine has died.
 
-    Raises LookupError, with one of ``LOST_REASONS``, when its text or tokens cannot go on.
+    Raises LookupError, with one of ``LOST_REASONS``, if the answer cannot continue.
     """
     text, num_tokens = await _find_text(detokenize, transcript)
     if num_tokens < len(transcript.output_token_ids):
         if prompt.body.get("return_token_ids"):
             raise LookupError("half a character")
         transcript.drop_tokens(num_tokens)
-    return Continuation(prompt, transcript, text, max_model_len)
+    untold = text[len(transcript.text) :]
+    # A copy: the transcript grows while the next engine answers.
+    output_token_ids = list(transcript.output_token_ids)
+    return Continuation(
+        prompt, transcript.prompt_token_ids, output_token_ids, untold, max_model_len
+    )
 
 
 async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[str, int]:
-    """Return the text of the output, and the number of tokens that it is the text of.
+    """Return the text of the output, and the number of output tokens that make up this text.
 
-    The last ones are left out while they are parts of a character: an engine would tell all of the
-    prompt's text once that character is whole. Raises LookupError when the text is not what the
-    client was told.
+    Trailing tokens that are parts of a character are left out: an engine would send all of the
+    prompt's text once that character is complete. Raises LookupError if the text does not begin
+    with the text that the client has.
     """
     output, told = transcript.output_token_ids, transcript.text
     context = transcript.prompt_token_ids[-NUM_CONTEXT_TOKENS:]
@@ -144,21 +174,29 @@ async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[st
 class Continuation:
     """Turns the next engine's answer into further chunks of the client's answer.
 
-    ``text``: the text of the transcript's tokens; the client may lack the end of it. ``body``: what
-    /v1/completions is asked. Raises LookupError when no limit of tokens is known.
+    ``untold``: the end of the text, which the client does not have yet. Raises LookupError if
+    no token limit is known, or no token is left.
     """
 
     def __init__(
-        self, prompt: PromptRequest, transcript: Transcript, text: str, max_model_len: int | None
+        self,
+        prompt: PromptRequest,
+        prompt_token_ids: list[int],
+        output_token_ids: list[int],
+        untold: str,
+        max_model_len: int | None,
     ) -> None:
         self._prompt = prompt
-        self._prompt_token_ids = transcript.prompt_token_ids
-        # A copy: the transcript grows while the next engine answers.
-        self._output_token_ids = list(transcript.output_token_ids)
-        self._untold = text[len(transcript.text) :]
-        self.body = self._body(max_model_len)
+        self._prompt_token_ids = prompt_token_ids
+        self._output_token_ids = output_token_ids
+        self._untold = untold
+        self._body = self._make_body(max_model_len)
 
-    def _body(self, max_model_len: int | None) -> bytes:
+    def body(self, extra: dict[str, Any]) -> bytes:
+        """Return the request to /v1/completions. ``extra`` may hold ``kv_transfer_params``."""
+        return msgspec.json.encode(self._body | extra)
+
+    def _make_body(self, max_model_len: int | None) -> dict[str, Any]:
         body, limit = self._prompt.body, self._prompt.max_tokens
         num_tokens = len(self._output_token_ids)
         if limit is None and self._prompt.endpoint.is_chat:
@@ -177,10 +215,10 @@ class Continuation:
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
-        return msgspec.json.encode(passed | own)
+        return passed | own
 
     def take(self, chunk: Chunk) -> None:
-        """Make the chunk one of the first engine's. Raises LookupError, TypeError."""
+        """Rewrite the chunk as the first engine would send it. Raises LookupError, TypeError."""
         usage = chunk.get("usage")
         if usage is not None:
             num_tokens = len(self._output_token_ids)

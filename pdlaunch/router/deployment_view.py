@@ -1,8 +1,8 @@
-"""Collects what is known of the deployment, for ``/pdlaunch/status``.
+"""Collects the state of the deployment for ``/pdlaunch/status``.
 
-The router's own counters are taken every two seconds, which costs it less than a millisecond.
-Engines are asked for their metrics only while somebody looks. A page is scanned for the names of
-two tables instead of being parsed: 0.1 ms instead of 8.
+The router's own counters are sampled every two seconds, in less than a millisecond. Engines are
+asked for their metrics only when somebody requests the status. A metrics page is scanned for the
+names in two tables instead of being parsed: 0.1 ms instead of 8.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool, engines_of
 from pdlaunch.router.state import RouterState
 
-READ_WAIT_S = 0.5  # an answer waits so long for engines; what comes later is in the next one
-FRESH_S = 0.9  # engines are not asked again for so long
-# Engines that are asked then, those first that were not asked for longest: each takes the router
-# about 1 ms, which requests wait for.
+READ_WAIT_S = 0.5  # a status waits this long for engines; later metrics are in the next status
+FRESH_S = 0.9  # minimum time between two reads of the engines' metrics
+# Engines read at a time, the least recently read first. Each takes about 1 ms of the router, and
+# requests wait for it.
 MAX_READS = 64
-STEP_S = 2.0  # between two samples that are kept, of the router's counters and of engines' pages
-WINDOW_S = 10.0  # the span of rates
+STEP_S = 2.0  # time between two stored samples of the router's counters or an engine's metrics
+WINDOW_S = 10.0  # rates are means over this time
 HISTORY_S = 300.0
-# ``fastest`` is the two seconds with the lowest mean time of a token, of those with at least this
-# many tokens. Times within this factor are taken as equal: then fewer streams decide.
+# ``fastest`` is the step of ``STEP_S`` with the lowest mean time per token, among steps with at
+# least LEAST_TOKENS tokens. Of times within the factor SAME_TIME, that with fewer streams wins.
 LEAST_TOKENS = 20
 SAME_TIME = 1.1
 
@@ -87,24 +87,24 @@ NAMES: Mapping[str, str] = {
     **{f"pdlaunch_{native}": word for word, native, _ in _METRICS},
     **{f"vllm:{of_vllm}": word for word, _, of_vllm in _METRICS if of_vllm},
 }
-# Counted for each prefill engine that blocks come from.
+# Metrics with a label for the prefill engine that the blocks come from.
 PULL_NAMES: Mapping[str, str] = {
     "pdlaunch_kv_pull_bytes_sum": "pulled_bytes",
     "pdlaunch_kv_pull_bytes_count": "pulls",
     "pdlaunch_kv_pull_seconds_sum": "pull_seconds",
 }
-_GAUGES = frozenset({"running", "waiting", "kv_usage", "host_blocks", "host_usage"})
+_GAUGES = frozenset(word for word, native, _ in _METRICS if "_total" not in native)
 _WITH_SOURCE = frozenset(name.partition("{")[0] for name in NAMES if "{" in name)
 _SOURCE = re.compile(r'[{,](source="[^"\\]*")')
 _PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
 
-# Values of a page, by the names on the right of ``NAMES``; names of ``PULL_NAMES`` end with the
-# prefill engine: ``pulls@prefill-0``. Values that a page lacks are left out.
+# Values of a metrics page, by the values of ``NAMES`` and ``PULL_NAMES``. The latter end with the
+# prefill engine: ``pulls@prefill-0``. Values missing on the page are left out.
 Counts = Mapping[str, float]
 
 
 class DeploymentView:
-    """Answers what the deployment is doing; ``run`` has to run meanwhile."""
+    """Answers ``/pdlaunch/status``. ``run`` must run in the background."""
 
     def __init__(self, state: RouterState, admission: Admission, served_model_name: str) -> None:
         self._state = state
@@ -126,7 +126,7 @@ class DeploymentView:
         await self._readings.close()
 
     def state(self) -> DeploymentState:
-        """Return what load balancers are told: only ``ok`` takes requests."""
+        """Return the state for load balancers; requests are accepted only in state ``ok``."""
         pool = self._state.pool
         if self._admission.is_draining:
             return "draining"
@@ -135,7 +135,6 @@ class DeploymentView:
         return "ok" if any(engine.ready for engine in pool.engines) else "unavailable"
 
     def status(self) -> DeploymentStatus:
-        """Describe the deployment as it is known now."""
         pool, events, sums = self._state.pool, self._state.events, self._history.totals()[1]
         now = self._history.now()
         status = DeploymentStatus(
@@ -187,7 +186,7 @@ class DeploymentView:
         )
 
     def _pairs(self, proven: Sequence[PairReady]) -> list[PairStatus]:
-        # The slowest pair of ranks stands for two engines.
+        # The slowest pair of ranks represents its pair of engines.
         by_speed = sorted(proven, key=lambda pair: -(pair.gigabytes_per_s or 0.0))
         links = {engines_of(pair): pair for pair in by_speed}
         num_peers = Counter(decode for _, decode in links)
@@ -211,7 +210,7 @@ class DeploymentView:
 
 
 def scan(page: str) -> Counts:
-    """Return the sums over labels of what the tables name; usages are those of the fullest."""
+    """Return the metrics in the tables, summed over labels; of usages, the maximum."""
     counts: dict[str, float] = {}
     for line in page.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
@@ -233,7 +232,7 @@ def scan(page: str) -> Counts:
 
 
 class EngineHistory:
-    """Keeps the pages of one engine over the last seconds."""
+    """Holds the metrics of one engine over the last ``WINDOW_S``."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -245,16 +244,16 @@ class EngineHistory:
     def add(self, now_at: float, counts: Counts) -> None:
         before, self._now, self._at = self._now, counts, now_at
         if any(counts[word] < before.get(word, 0.0) for word in counts.keys() - _GAUGES):
-            # It counts from zero again: its ranks were restarted.
+            # A counter has decreased: the engine's ranks were restarted.
             self._past.clear()
         if not self._past or now_at - self._past[-1][0] >= STEP_S:
             self._past.append((now_at, counts))
-        # Two at least: whoever looks seldom sees the rates since the last look.
+        # Keep at least two: if the status is read rarely, rates are those since the last read.
         while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 2:
             self._past.popleft()
 
     def reading(self, now_at: float) -> EngineReading | None:
-        """Return what the latest page says; None: there is none."""
+        """Return a reading from the latest page; None: no page has been read."""
         if not self._past:
             return None
         num_tokens = self._grown("prompt_tokens")
@@ -277,7 +276,7 @@ class EngineHistory:
         )
 
     def pulls(self, prefill: str | None = None) -> Pulls:
-        """Return what was pulled from ``prefill``, or from all: the only place that computes it."""
+        """Return the pulls from engine ``prefill``; None: from all engines."""
         behind = "" if prefill is None else f"@{prefill}"
         pulling_s, moved = (
             self._grown(f"pull_seconds{behind}"),
@@ -294,17 +293,16 @@ class EngineHistory:
         )
 
     @property
-    def tells_peers(self) -> bool:
+    def reports_peers(self) -> bool:
         return any("@" in word for word in self._now)
 
     def _grown(self, word: str) -> float:
-        """Return the growth since the oldest page that is kept."""
         before = self._past[0][1] if self._past else {}
         return self._now.get(word, 0.0) - before.get(word, 0.0)
 
 
 class EngineReadings:
-    """Keeps the last readings of all engines. ``clock`` counts seconds."""
+    """Holds the metrics histories of all engines. ``clock`` returns seconds."""
 
     def __init__(self, client: EngineClient, clock: Callable[[], float]) -> None:
         self._client = client
@@ -319,17 +317,17 @@ class EngineReadings:
         return history.reading(self._clock()) if is_its and history is not None else None
 
     def pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
-        """Return what ``decode`` has pulled from ``prefill``. With ``is_only`` that is all, where
-        an engine does not tell its pulls apart.
+        """Return the pulls of ``decode`` from ``prefill``. ``is_only``: there is no other prefill
+        engine, so all pulls are meant if the engine's metrics do not distinguish them.
         """
         history = self._histories.get(decode)
         if history is None:
             return Pulls()
-        return history.pulls(None if is_only and not history.tells_peers else prefill)
+        return history.pulls(None if is_only and not history.reports_peers else prefill)
 
     async def refresh(self, engines: Sequence[Engine]) -> None:
-        """Read engines, unless that was done just now; one that does not answer in
-        ``READ_WAIT_S`` is read on meanwhile.
+        """Read the engines' metrics unless they are fresh. Reads that take longer than
+        ``READ_WAIT_S`` go on in the background.
         """
         is_over = self._turn is None or self._turn.done()
         if is_over and self._clock() >= self._fresh_until_at:
@@ -348,6 +346,8 @@ class EngineReadings:
         for engine in engines:
             history = known.get(engine.name)
             if history is None or history.processes != engine.processes:
+                if not engine.ready:
+                    continue  # its canaries would count as work of clients
                 history = EngineHistory(engine.processes)
             self._histories[engine.name] = history
 
@@ -357,14 +357,15 @@ class EngineReadings:
             if (page := await self._client.read_metrics(engine)) is not None:
                 history.add(self._clock(), scan(page))
 
-        due = sorted(engines, key=lambda each: self._histories[each.name].asked_at)
+        begun = [each for each in engines if each.name in self._histories]
+        due = sorted(begun, key=lambda each: self._histories[each.name].asked_at)
         await asyncio.gather(*map(read, due[:MAX_READS]), return_exceptions=True)
 
 
 class RateHistory:
-    """Takes the counters every ``STEP_S``; both clocks count seconds, ``wall_clock`` Unix time.
+    """Holds the rates of the router's counters; ``take`` has to be called every ``STEP_S``.
 
-    ``points``: the rates of each step, oldest first.
+    ``clock`` and ``wall_clock`` (Unix time) return seconds. ``points``: rates, oldest first.
     """
 
     def __init__(
@@ -395,7 +396,7 @@ class RateHistory:
             self.fastest = point
 
     def computing(self, engine: str) -> float:
-        """Return the share of the last seconds in which an engine computed prompts."""
+        """Return the share of the last ``WINDOW_S`` in which an engine computed prompts."""
         (before_at, before), (now_at, now) = self._past[0], self.totals()
         word, span_s = _COMPUTING + engine, now_at - before_at
         grown_s = now.get(word, 0.0) - before.get(word, 0.0)
@@ -405,12 +406,12 @@ class RateHistory:
         return self._since(self._past[0])
 
     def totals(self) -> tuple[float, Counts]:
-        """Return the instant and the counters; buckets by name and bound: ``NAME@0.5``."""
+        """Return the time and the counters; buckets have the key ``NAME@0.5``, with the bound."""
         sums = dict.fromkeys(_NAMES, 0.0)
         for sample in self._metrics.samples(_NAMES):
             if "le" in sample.labels:
                 sums[f"{sample.name}@{sample.labels['le']}"] = sample.value
-            # A client that has left is no error of the deployment.
+            # A closed connection of a client is not an error of the deployment.
             elif sample.labels.get("status") != str(CLIENT_CLOSED_REQUEST):
                 sums[sample.name] += sample.value
         now_at = self._clock()
@@ -447,9 +448,9 @@ class RateHistory:
 
 
 def percentiles(upto: Mapping[float, float]) -> Percentiles | None:
-    """Estimate from how many took at most so many seconds, as if they lay evenly in each bucket.
+    """Estimate percentiles from a histogram: the number of values up to each bound, in seconds.
 
-    None without any.
+    Values are assumed to be spread evenly in each bucket. None if there are no values.
     """
     most = max(upto.values(), default=0.0)
     if most <= 0:
@@ -458,7 +459,7 @@ def percentiles(upto: Mapping[float, float]) -> Percentiles | None:
     def time_ms(wanted: float) -> float:
         low, below = 0.0, 0.0
         for bound in sorted(upto):
-            # The last bucket has no end: its beginning is the best that is known.
+            # The last bucket has no upper bound, so return its lower bound.
             if bound == float("inf"):
                 break
             if (number := upto[bound]) >= wanted and number > below:

@@ -1,8 +1,8 @@
-"""Describes an engine as the router sees it, and counts the router's work there.
+"""Holds the router's view of an engine, and counts the router's work there.
 
-A breaker decides by the outcomes of the last requests whether it gets more::
+A circuit breaker decides by the results of recent requests whether an engine gets more::
 
-    closed ── a request failed ──▶ open ── its time is over ──▶ half-open
+    closed ── a request failed ──▶ open ── time is over ──────▶ half-open
       ▲                             ▲                               │ one try at a time
       └───────── success ◀──────────┴── failure: twice as long ◀────┘
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 from urllib.parse import urlsplit
@@ -24,10 +25,13 @@ from pdlaunch.protocol.openai.responses import ModelCard
 
 HealthState = Literal["closed", "open", "half_open"]
 Processes = tuple[int, ...]  # incarnations of an engine's server and ranks
-# Name, processes, and how often these became ready: after a restart, sleep or stall, an engine
-# counts as a new one.
+# Name, processes, and how often these became ready. After a restart, sleep or stall, the key is new
+# and requests that the engine has failed may use it again.
 EngineKey = tuple[str, Processes, int]
 
+# Limit of requests that name a data parallel rank, in even shares; vLLM places the others.
+# If 16 requests name two ranks at random, a rank gets more than 12 in only 2 % of the cases.
+RANK_SHARE = 1.5
 SPEED_MEMORY_S = 2.0  # time constant of an engine's speed, in seconds in which it computes prompts
 OPEN_S = 1.0
 MAX_OPEN_S = 30.0
@@ -39,7 +43,7 @@ NUM_GOOD = 8
 
 
 class Breaker(msgspec.Struct, kw_only=True):
-    """Counts how an engine's requests, or a pair's pulls, have ended, by the pool's clock."""
+    """Counts the results of an engine's requests, or of a pair's pulls. Times: the pool's clock."""
 
     # Failures since the last ``NUM_GOOD`` successes in a row; simultaneous ones count as one.
     num_failures: int = 0
@@ -54,7 +58,7 @@ class Breaker(msgspec.Struct, kw_only=True):
         return "open" if now_at < self.open_until_at else "half_open"
 
     def takes(self, now_at: float) -> bool:
-        """Return whether a request may be sent: it is closed, or a try is due."""
+        """Return whether a request may be sent: the breaker is closed, or a try is due."""
         return not self.is_tripped or self.wants_try(now_at)
 
     def wants_try(self, now_at: float) -> bool:
@@ -66,7 +70,7 @@ class Breaker(msgspec.Struct, kw_only=True):
 
     def failed(self, now_at: float) -> None:
         self.num_successes = 0
-        # While it is open, failures are those of requests that were sent before.
+        # While the breaker is open, only requests sent earlier can fail; ignore them.
         if self.state(now_at) == "open":
             return
         open_s = min(MAX_OPEN_S, OPEN_S * 2 ** min(self.num_failures, _MAX_DOUBLINGS))
@@ -74,8 +78,8 @@ class Breaker(msgspec.Struct, kw_only=True):
         self.is_tripped, self.open_until_at, self.tried_until_at = True, now_at + open_s, 0.0
 
     def answers(self, now_at: float) -> None:
-        """Record a first token, which closes a half-open engine."""
-        # While open, the token belongs to an earlier request. It closes the engine only after a
+        """Record a first token, which closes a half-open breaker."""
+        # While open, the token belongs to an earlier request. It closes the breaker only after a
         # single failure, which was probably the failed request's own fault.
         if self.num_failures <= 1 or now_at >= self.open_until_at:
             self.is_tripped = False
@@ -87,7 +91,7 @@ class Breaker(msgspec.Struct, kw_only=True):
             self.num_failures = 0
 
     def why(self, now_at: float) -> str:
-        """Return, for people, why nothing is sent; empty if requests are sent."""
+        """Return a text for people that says why no requests are sent; empty if they are sent."""
         if self.takes(now_at):
             return ""
         if now_at >= self.open_until_at:
@@ -124,31 +128,33 @@ _WELL = Breaker()  # shared default; only read, never changed
 class Engine(msgspec.Struct, kw_only=True, eq=False):
     """Counts the load of one engine; lives as long as the engine's processes do."""
 
-    entry: Entry  # of its server, as the latest registry has it
+    entry: Entry  # its server's entry in the latest registry
     processes: Processes
     ready: bool
-    state: str  # ``ready``, or the ``ListedState`` that says why not; for people
+    state: str  # ``ready``, or the ``ListedState`` for people that says why not
     times_ready: int = 0
-    devices: frozenset[str] = frozenset()  # as ``host/cuda:0``, or ``cpu``; empty: not known
-    hosts: tuple[str, ...] = ()  # their names, as far as they are known
-    max_model_len: int | None = None  # prompt plus output in tokens; None: it has not been asked
-    models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
-    # Incarnations of the processes to which this engine has a proven path, by name.
+    devices: frozenset[str] = frozenset()  # such as ``host/cuda:0``, or ``cpu``; empty: unknown
+    hosts: tuple[str, ...] = ()  # names of its hosts, as far as they are known
+    max_model_len: int | None = None  # prompt plus output in tokens; None: unknown
+    models: list[ModelCard] = []  # the models that it lists: the served model, and adapters
+    # Incarnations of the peers to which a path of this engine is proven, by the peer's name.
     proofs: dict[str, int] = {}
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
-    calls: Interrupts = msgspec.field(default_factory=Interrupts)  # what it is asked now
-    last_pick: int = 0  # the number of the latest request that was routed to it
-    num_works: int = 0  # pieces of work that are outstanding
-    num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
+    calls: Interrupts = msgspec.field(default_factory=Interrupts)  # the running calls to it
+    last_pick: int = 0  # number of the latest request that was routed to it
+    num_works: int = 0  # running pieces of work, such as a prefill or an answer
+    named: Counter[int | None] = msgspec.field(default_factory=Counter)
+    """Running pieces of work for each data parallel rank that they name; None: vLLM chooses."""
+    num_leases: int = 0  # computed prompts whose KV blocks have not been pulled yet
     num_streams: int = 0  # choices that have begun
-    # Pieces of work without a first token, and their uncached tokens. Not counted: answers of
-    # vLLM that are not streamed, because their beginning is unknown.
+    # Pieces of work without a first token, and their uncached tokens. Whole answers of vLLM are not
+    # counted, because the router cannot see when their first token is computed.
     num_unbegun: int = 0
     unbegun_tokens: int = 0
     kv_tokens: int = 0  # estimated tokens that its streams hold, or will hold, in the KV cache
-    unanswered_tokens: int = 0  # uncached tokens of prompts of which no token has come yet
-    progressed_at: float = 0.0  # when it began with the first of these, on the pool's clock
-    # Moving sums of the prompt tokens that it has computed, and of the time that took.
+    unanswered_tokens: int = 0  # uncached tokens of prompts without an output token
+    progressed_at: float = 0.0  # when it began with the first of them, or last computed a prompt
+    # Moving sums of the prompt tokens that it has computed, and of the seconds that this took.
     computed_tokens: float = 0.0
     computing_s: float = 0.0
     computed_s: float = 0.0  # total time with prompts to compute, up to ``progressed_at``
@@ -171,8 +177,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def kv_events(self) -> str:
-        """Return the URL of its KV events; empty: it has none."""
-        # Native servers stream them themselves; for vLLM the sidecar does.
+        """Return the base URL of its KV events; empty: it has none."""
+        # A native server streams the events itself. For vLLM, the sidecar streams them.
         return self.entry.address.kv_events or ("" if self.capabilities.is_vllm else self.url)
 
     @property
@@ -182,7 +188,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def num_outstanding(self) -> int:
-        """Return its pieces of work, and the prompts whose blocks are yet to be read from it."""
+        """Return the number of running pieces of work and of prompts whose blocks are leased."""
         return self.num_works + self.num_leases
 
     @property
@@ -198,15 +204,19 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def tokens_per_s(self) -> float:
-        """Return the moving average of the prompt tokens it computes in a second; 0: not known."""
+        """Return the moving average of computed prompt tokens per second; 0: unknown."""
         return self.computed_tokens / self.computing_s if self.computing_s else 0.0
 
     def waiting_tokens(self, now_at: float, tokens_per_s: float) -> float:
-        """Return how many prompt tokens it has to compute before those of a new prompt."""
+        """Return how many prompt tokens it has to compute before it can begin a new prompt."""
         return max(0.0, self.unanswered_tokens - (now_at - self.progressed_at) * tokens_per_s)
 
     def computing_since_start_s(self, now_at: float) -> float:
         return self.computed_s + (now_at - self.progressed_at if self.unanswered_tokens else 0.0)
+
+    def may_name(self, dp_rank: int, num_ranks: int) -> bool:
+        """Return True if one more request may name a data parallel rank."""
+        return self.named[dp_rank] < math.ceil(RANK_SHARE * (self.num_works + 1) / num_ranks)
 
     @contextlib.contextmanager
     def holding(self, num_tokens: int) -> Iterator[None]:
@@ -224,20 +234,23 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         num_prompt_tokens: int,
         num_uncached: int = 0,
         num_streams: int = 0,
-        tells_begin: bool = True,
+        dp_rank: int | None = None,
+        reports_begin: bool = True,
         moved: Callable[[], None] = lambda: None,
     ) -> Iterator[Callable[[], None]]:
-        """Count a piece of work while the block runs; yield what notes its first token.
+        """Count a piece of work while the block runs; yield a function for its first token.
 
-        ``num_uncached``: tokens that it computes before the first token; 0 with pulled blocks.
-        ``num_streams``: choices that it streams then; 0 at a prefill engine. ``tells_begin``: the
-        first token will be noted. ``moved`` is called when the engine may have room for more.
+        ``num_uncached``: prompt tokens to compute before the first token; 0 with pulled blocks.
+        ``num_streams``: choices that are streamed afterwards; 0 at a prefill engine.
+        ``dp_rank``: the data parallel rank that the request names. With ``reports_begin``, the
+        caller will call the function. ``moved`` is called when the engine may have room for another
+        prompt.
         """
         has_begun = False
 
         def count(sign: int) -> None:
             self.unanswered_tokens += sign * num_uncached
-            if tells_begin:
+            if reports_begin:
                 self.num_unbegun += sign
                 self.unbegun_tokens += sign * num_uncached
 
@@ -253,6 +266,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             moved()
 
         self.num_works += 1
+        self.named[dp_rank] += 1
         # The clock starts with the first waiting prompt: idle time does not count.
         if num_uncached and not self.unanswered_tokens:
             self.progressed_at = clock()
@@ -262,12 +276,13 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
                 yield begin
         finally:
             self.num_works -= 1
+            self.named[dp_rank] -= 1
             if has_begun:
                 self.num_streams -= num_streams
             else:
                 count(-1)
                 if num_uncached:
-                    # Without a token, the time says nothing about the engine's speed.
+                    # The work ended without a token, so the time says nothing about the speed.
                     self._progress(clock())
             moved()
 
@@ -278,7 +293,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         self.computing_s = keeps * self.computing_s + took_s
 
     def _progress(self, now_at: float) -> float:
-        """Record that prompts have progressed; return the seconds since they last did."""
+        """Record progress with prompts; return the seconds since the previous progress."""
         took_s = max(0.0, now_at - self.progressed_at)
         self.computed_s += took_s
         self.progressed_at = now_at

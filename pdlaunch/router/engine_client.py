@@ -1,7 +1,7 @@
-"""Speaks HTTP to engines: asks for an answer, opens a stream, ends a lease.
+"""Speaks HTTP to engines: requests answers, opens streams, releases leases.
 
-Whatever goes wrong becomes one of two errors: an EngineFailure, after which another engine may be
-asked, or an EngineRefusal, which is the engine's answer to the client.
+Every error becomes an EngineFailure, after which another engine may be asked, or an EngineRefusal,
+which is the engine's answer to the client.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-# A chunk of an engine's stream; members that the router does not know are passed on.
+# A chunk of an engine's stream. Members that the router does not know are passed on to the client.
 Chunk = dict[str, Any]
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -47,12 +47,12 @@ _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "No
 
 
 class EngineFailure(OverloadedError):
-    """An engine did not do its work; another one may.
+    """An engine failed a request; another engine may succeed.
 
     ``may_return``: the engine or its successor may be back soon; the client gets 503, else 502.
-    ``turned_away``: the engine did not begin. ``error``: the engine's own error. ``is_told``: the
-    engine reported the failure, so it is alive. Messages never quote the engine's error, which may
-    hold a prompt.
+    ``turned_away``: the engine did not begin. ``error``: the engine's own error. ``is_reported``:
+    the engine reported the failure, so it is alive. Messages never quote the engine's error, which
+    may contain a prompt.
     """
 
     def __init__(
@@ -77,11 +77,13 @@ class EngineFailure(OverloadedError):
         self.may_return = may_return
         self.turned_away = turned_away
         self.lost_rank = fields.get("code") == RANK_LOST
-        self.is_told = error is not None and not turned_away and not self.lost_rank
+        self.is_reported = error is not None and not turned_away and not self.lost_rank
 
 
 class EngineRefusal(RelayedError):
-    """An engine's answer other than 200, which the client gets as it is."""
+    """An engine's answer with a status other than 200, passed on to the client unchanged."""
+
+    turned_away = True
 
     def __init__(
         self, engine: Engine, status: int, body: bytes, headers: Mapping[str, str]
@@ -97,7 +99,7 @@ class EngineRefusal(RelayedError):
 
     @property
     def is_busy(self) -> bool:
-        """Return whether another engine, or this one later, may have room."""
+        """Return whether the engine has no room now; another engine may have room."""
         return self.status == 429
 
 
@@ -119,9 +121,9 @@ def _refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
 
 
 class blames:  # noqa: N801
-    """Turn an answer of an engine that is broken or malformed into an EngineFailure.
+    """Turn a broken connection or a malformed answer of an engine into an EngineFailure.
 
-    Is used as a function; a generator costs three times as much.
+    A context manager with a function's name: a generator would take three times as long.
     """
 
     __slots__ = ("_engine",)
@@ -141,16 +143,16 @@ class blames:  # noqa: N801
         if isinstance(error, CallError):
             raise EngineFailure(self._engine, str(error), turned_away=error.not_received) from error
         if isinstance(error, _MALFORMED) and not isinstance(error, PdlaunchError):
-            # The error's own words may be the answer's.
+            # Name only the type: the error's message may quote the answer.
             reason = f"malformed answer ({type(error).__name__})"
             raise EngineFailure(self._engine, reason, may_return=False) from error
 
 
 def refuse_broken(engine: Engine, chunk: Chunk) -> None:
-    """Raise EngineFailure for a chunk with which the engine gives the request up."""
+    """Raise EngineFailure if the chunk says that the engine has given the request up."""
     for choice in chunk["choices"]:
         if choice.get("finish_reason") in _GAVE_UP:
-            raise EngineFailure(engine, "gave the request up")
+            raise EngineFailure(engine, "gave up the request")
 
 
 class EngineStream:
@@ -158,8 +160,8 @@ class EngineStream:
 
     def __init__(self, engine: Engine, answer: Answer) -> None:
         self.ignored_fields = _ignored_fields(answer)
-        self.is_done = False  # it has said ``[DONE]``
-        self.report: object = None  # the engine's spans, which come before its end
+        self.is_done = False  # the engine has sent ``[DONE]``
+        self.report: object = None  # the engine's spans, sent before ``[DONE]``
         self._engine = engine
         self._answer = answer
         self._events = EventDecoder()
@@ -171,7 +173,7 @@ class EngineStream:
         return event.startswith(b"{") and not event.startswith(b'{"error"')
 
     async def next_chunk(self) -> Chunk | None:
-        """Return the next chunk, None at the end.
+        """Return the next chunk; None at the end.
 
         Raises EngineFailure, or EngineRefusal for an error event about the request.
         """
@@ -203,7 +205,7 @@ class EngineStream:
             reason = f"malformed event: {error}"
             raise EngineFailure(self._engine, reason, may_return=False) from error
         if not isinstance(chunk, dict):
-            raise EngineFailure(self._engine, "an event that is no object", may_return=False)
+            raise EngineFailure(self._engine, "an event is not an object", may_return=False)
         if "error" not in chunk:
             return chunk
         told = chunk["error"]
@@ -236,9 +238,9 @@ class WholeAnswer:
 class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
-    ``keys`` returns the key of an engine, None for one that is sent none. ``tls``: for engines on
-    other hosts. ``probe_s`` limits the answers to all that is no work. Redirects are not followed:
-    an engine must not choose where prompts and keys go.
+    ``keys`` returns the key to send to an engine, or None. ``tls``: for engines on other hosts.
+    ``probe_s``: time-out of calls that compute nothing. Redirects are not followed: an engine must
+    not choose where prompts and keys go.
     """
 
     def __init__(
@@ -264,7 +266,7 @@ class EngineClient:
 
         Raises EngineFailure, EngineRefusal.
         """
-        async with _while_it_lives(engine):
+        async with _while_alive(engine):
             answer = await self._post(engine, path, body, headers)
             try:
                 with blames(engine):
@@ -288,7 +290,7 @@ class EngineClient:
 
         ``is_whole``: the answer is no stream. Raises EngineFailure and EngineRefusal.
         """
-        async with _while_it_lives(engine):
+        async with _while_alive(engine):
             answer = await self._post(engine, path, body, headers)
             try:
                 stream: EngineStream | WholeAnswer = EngineStream(engine, answer)
@@ -301,8 +303,8 @@ class EngineClient:
             except BaseException:
                 answer.close()
                 raise
-            # A connection with something left to read serves no other call, and closing it is how
-            # the engine learns that nobody reads.
+            # A connection with unread data cannot be used for another call. Closing it tells the
+            # engine to abort the request.
             if isinstance(stream, EngineStream) and stream.is_done:
                 answer.leave()
             else:
@@ -322,7 +324,7 @@ class EngineClient:
     ) -> tuple[int, bytes, str]:
         """Return status, body and content type of any call.
 
-        Raises EngineFailure when there is no answer, or a larger one.
+        Raises EngineFailure without an answer, or with one of more than ``max_bytes``.
         """
         target, own = f"{path}?{urlencode(query)}" if query else path, self._own(engine, headers)
         with blames(engine):
@@ -330,17 +332,17 @@ class EngineClient:
                 engine.url, method, target, own, body, timeout_s=timeout_s, max_bytes=max_bytes
             )
 
-    async def tell(self, engine: Engine, path: str, message: object) -> None:
-        """Send a message that may get lost, such as the end of a lease, which also expires."""
+    async def notify(self, engine: Engine, path: str, message: object) -> None:
+        """Send a message that may get lost, such as a release: a lease also expires by itself."""
         body, timeout_s = msgspec.json.encode(message), self._probe_s
         try:
             await self.call(engine, "POST", path, body=body, timeout_s=timeout_s)
         except EngineFailure as failure:
-            logger.warning("%s is not told: %s", path, failure)
+            logger.warning("%s was not delivered: %s", path, failure)
 
     async def read(self, engine: Engine, path: str, timeout_s: float | None = None) -> bytes | None:
-        """Return an engine's answer; None: no address yet, no answer in time (by default
-        ``probe_s``), an answer that is too long, or no 200.
+        """Return the body of an engine's answer to GET; None: no address yet, no answer within
+        ``timeout_s`` (default: ``probe_s``), a body that is too long, or not status 200.
         """
         if not engine.url:
             return None
@@ -350,7 +352,7 @@ class EngineClient:
                 engine, "GET", path, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
             )
         except EngineFailure as failure:
-            logger.info("%s is not read: %s", path, failure)
+            logger.info("%s cannot be read: %s", path, failure)
             return None
         return body if status == 200 else None
 
@@ -403,8 +405,8 @@ class EngineClient:
         return own
 
 
-def _while_it_lives(engine: Engine) -> contextlib.AbstractAsyncContextManager[None]:
-    """Run the block until the engine is given up. Raises EngineFailure then."""
+def _while_alive(engine: Engine) -> contextlib.AbstractAsyncContextManager[None]:
+    """Return a context manager that raises EngineFailure in the block if the engine is given up."""
     return engine.calls.guard(None, lambda: EngineFailure(engine, "does not answer any more"))
 
 

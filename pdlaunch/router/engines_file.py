@@ -1,4 +1,4 @@
-"""Follows a file that lists the engines of a router alone."""
+"""Watches ``engines_file``, which lists the engines of a router that runs alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
 
 
 def to_member(engine: RunningEngine, environ: Mapping[str, str]) -> Member:
-    """Return what is watched, with its key. Raises ConfigError when its variable is not set."""
+    """Return the member to watch, with its key. Raises ConfigError if the variable is not set."""
     key = None
     if engine.api_key_env is not None and not (key := environ.get(engine.api_key_env)):
         raise ConfigError(
@@ -41,7 +41,7 @@ def to_member(engine: RunningEngine, environ: Mapping[str, str]) -> Member:
 async def follow(
     path: Path, membership: WatchedMembership, drain_timeout_s: float, *, poll_s: float = POLL_S
 ) -> None:
-    """Follow the file until cancelled; while it cannot be used, its engines stay as they are."""
+    """Poll the file until cancelled. While the file is invalid, its engines do not change."""
     latest: list[Member] = []
     complaint = ""
     while True:
@@ -62,15 +62,15 @@ async def follow(
 async def _set_members(
     membership: WatchedMembership, members: Iterable[Member], drain_timeout_s: float
 ) -> None:
-    """Make these the engines of the file: others of it are drained, new ones added.
+    """Drain and remove the file's engines that are not in ``members``, and add new ones.
 
-    Engines that may not be added are logged and left out. Returns when removed engines are gone.
+    Engines that cannot be added are logged and left out. Returns when removed engines are gone.
     """
     wanted = {member.name: member for member in members}
     there = membership.members(FILE)
     gone = [name for name in there if there[name] != wanted.get(name)]
     new = [wanted[name] for name in wanted if name not in there or name in gone]
-    # A new engine waits for a leaving one only if both have the same name or URL.
+    # A new engine waits for a removed one only if both have the same name or URL.
     waiting = [member for member in new if membership.holder(member) is not None]
 
     def add(added: Iterable[Member]) -> None:
@@ -88,7 +88,7 @@ async def _set_members(
 def read_engines_file(path: Path) -> list[RunningEngine]:
     """Return the engines that a file lists under ``engines``. Raises ConfigError.
 
-    No message shows a value: one may be a secret in the wrong place.
+    Messages show no values of the file: a value may be a secret in the wrong place.
     """
     values, _, problems = read_yaml(path)
     if problems:

@@ -1,4 +1,4 @@
-"""Queues prompts that no engine can begin yet, and gives each API key its share of the engines.
+"""Queues prompts that no engine can begin yet, and shares the engines among the API keys.
 
 ::
 
@@ -6,7 +6,7 @@
     key B: ▇ ──────────────┴─▶ the key with the fewest tokens for its weight ──▶ choose, prefill, ..
 
 This is deficit round robin with a quantum of one token, also known as a virtual token counter. A
-key that had nothing waiting starts at the others' count, without debt or credit.
+key without waiting prompts starts at the count of the others, without debt or credit.
 
 Source: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024).
 """
@@ -23,7 +23,7 @@ from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.policy import RoutingRequest
 
 T = TypeVar("T")
-_MOST_CHOICES = 8  # of routes at once: each takes the router's time
+_MOST_CHOICES = 8  # at most this many routes are chosen in one call of ``take``, to save CPU time
 
 
 class Flow(Generic[T]):
@@ -38,11 +38,11 @@ class Flow(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Orders items of several flows by the tokens that each flow has had. Does not wait."""
+    """Orders items of several flows by the tokens that each flow has used. Does not wait."""
 
     def __init__(self) -> None:
-        self._flows: list[Flow[T]] = []  # those with something waiting
-        self._now = 0.0  # the fewest tokens of a waiting flow at the last turn, before that turn
+        self._flows: list[Flow[T]] = []  # flows with waiting items
+        self._now = 0.0  # the minimum tokens of the waiting flows before the last ``pop``
         self._numbers = itertools.count(1)
 
     def push(self, flow: Flow[T], item: T, num_tokens: int, priority: int = 0) -> None:
@@ -56,11 +56,11 @@ class FairQueue(Generic[T]):
         return sum(num_tokens for flow in self._flows for _, _, num_tokens, _ in flow.waiting)
 
     def by_turn(self) -> list[Flow[T]]:
-        """Return the flows with something waiting, the one whose turn it is first."""
+        """Return the flows with waiting items, the next one first."""
         return sorted(self._flows, key=lambda flow: (flow.tokens, flow.last_turn))
 
     def pop(self, flow: Flow[T]) -> T:
-        """Remove the first item of a flow, and charge the flow."""
+        """Remove and return the first item of a flow, and charge the flow for it."""
         _, _, num_tokens, item = heapq.heappop(flow.waiting)
         self._now = min(each.tokens for each in self._flows)
         flow.last_turn = next(self._numbers)
@@ -69,12 +69,12 @@ class FairQueue(Generic[T]):
         return item
 
     def answered(self, flow: Flow[T], num_tokens: int) -> None:
-        """Charge a flow for the tokens of an answer, which cost nobody a turn if nobody waits."""
+        """Charge a flow for an answer's tokens, unless no other prompts wait."""
         if self._flows:
             flow.tokens += num_tokens / flow.weight
 
     def remove(self, flow: Flow[T], item: T) -> None:
-        """Remove an item that waits no longer; it may have had its turn."""
+        """Remove a cancelled item, if it is still in the queue."""
         flow.waiting = [each for each in flow.waiting if each[3] is not item]
         heapq.heapify(flow.waiting)
         self._drop_empty(flow)
@@ -90,8 +90,8 @@ Turn = tuple[RoutingRequest, asyncio.Future[None]]
 class Turns:
     """Makes the prompts of several keys wait for their turn.
 
-    ``can_begin``: whether an engine would begin a prompt now; if not, it reserves the engine that
-    the prompt waits for. ``is_fair``: there are several keys.
+    ``can_begin`` returns whether an engine would begin a prompt now. If not, it adds the engine
+    that the prompt waits for to its second argument. ``is_fair``: there are several keys.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Turns:
         self._can_begin = can_begin
         self.is_fair = is_fair
         self.queue = FairQueue[Turn]()
-        self._is_beginning = False  # a prompt has its turn, and no engine counts it yet
+        self._is_beginning = False  # a prompt has its turn, but its engine does not count it yet
 
     async def wait(self, flow: Flow[Turn], request: RoutingRequest, priority: int) -> None:
-        """Return when an engine would begin the prompt now and no other key goes first.
+        """Wait until an engine would begin the prompt now and no other key comes first.
 
-        The caller gives the prompt to an engine before it awaits anything else.
+        The caller must give the prompt to an engine before it awaits anything else.
         """
         loop = asyncio.get_running_loop()
         turn = (request, loop.create_future())
@@ -115,31 +115,31 @@ class Turns:
             await turn[1]
         except asyncio.CancelledError:
             self.queue.remove(flow, turn)
-            # The others may have waited for this prompt.
+            # Other prompts may have waited behind this one.
             loop.call_soon(self.take)
             raise
 
     def take(self) -> None:
-        """Give the next prompt that an engine would begin its turn. Call it when one may.
+        """Let the next prompt go that an engine would begin. Call this when engines get room.
 
-        A prompt that waits for one engine lets others pass to other engines.
+        While a prompt waits for one engine, later prompts may go to other engines.
         """
         if self._is_beginning:
             return
         reserved = set[EngineKey]()
         for flow in self.queue.by_turn()[:_MOST_CHOICES]:
             request, future = flow.waiting[0][3]
-            # One that is done was cancelled, and is removed soon.
+            # A future that is done was cancelled; ``wait`` removes it soon.
             if future.done():
                 return
             if self._can_begin(request, reserved):
                 self.queue.pop(flow)
                 future.set_result(None)
-                # The loop keeps the order: first the prompt is given to its engine.
+                # Callbacks run in order: ``_advance`` runs after the prompt has its engine.
                 self._is_beginning = True
-                asyncio.get_running_loop().call_soon(self._go_on)
+                asyncio.get_running_loop().call_soon(self._advance)
                 return
 
-    def _go_on(self) -> None:
+    def _advance(self) -> None:
         self._is_beginning = False
         self.take()

@@ -1,5 +1,5 @@
-"""Reads a prefill engine's answer, and holds the lease of its KV blocks: who may pull them, and who
-releases them if nobody does.
+"""Reads a prefill engine's answer and manages the lease of its KV blocks: which engine may pull
+the blocks, and how they are released if no engine does.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pdlaunch.router.state import RouterState
 
 
 class Handover:
-    """Holds what prefill has computed of one prompt, and its KV blocks until they are pulled.
+    """Holds a prefill engine's answer to one prompt, and the lease until the blocks are pulled.
 
     ``params``: the ``kv_transfer_params`` for the decode engine; None: there are no blocks to pull.
-    ``chunks``: the answer as the chunks of a stream.
+    ``chunks``: the answer as chunks of a stream.
     """
 
     def __init__(self, state: RouterState, engine: Engine, raw: bytes, *, is_chat: bool) -> None:
         """Read ``engine``'s answer.
 
-        Raises ValueError, RecursionError, LookupError, TypeError or AttributeError when it is not
-        of the OpenAI form, and EngineFailure when the engine gave up.
+        Raises ValueError, RecursionError, LookupError, TypeError or AttributeError if the answer
+        has not the OpenAI form, and EngineFailure if the engine gave the request up.
         """
         answer: dict[str, Any] = msgspec.json.decode(raw)
         self.engine = engine
@@ -43,13 +43,13 @@ class Handover:
             for choice, token in enumerate(first_tokens)
             if token.get("finish_reason") is not None
         }
-        # The params hold the first tokens, so that they need not come from decode.
+        # The client may get the first tokens from prefill.
         self.has_first_tokens = bool(first_tokens)
         open_choices = frozenset(
             choice["index"]
             for choice in answer["choices"]
-            # An engine without first tokens has drawn one that nobody gets: decode draws all.
-            if (ours is None and self.params is not None)
+            # If the params have no first tokens, decode samples all tokens again.
+            if (not first_tokens and self.params is not None)
             or (choice["finish_reason"] in (None, "length") and choice["index"] not in ended)
         )
         self.is_final = not open_choices  # every choice ended with its first token
@@ -60,7 +60,7 @@ class Handover:
         self._state = state
         self._handed_over_at = state.now()
         self._answered_at = self._handed_over_at  # when decode began its answer
-        # Keeps the prefill engine from being forgotten while its blocks may be read.
+        # A counted lease keeps a draining prefill engine from being removed as idle.
         self._is_counted = self.params is not None
         engine.num_leases += self._is_counted
 
@@ -70,45 +70,47 @@ class Handover:
         self._uncount()
 
     def decode_params(self, engine: Engine) -> dict[str, Any] | None:
-        """Return the ``kv_transfer_params`` for ``engine``; None when it is to compute the prompt.
+        """Return the ``kv_transfer_params`` for ``engine``; None: it must compute the prompt.
 
-        Blocks are handed to decode engines. Others that stand in for them, the prefill engine too,
-        get the first tokens alone.
+        Only decode engines get blocks. Other engines that do their work, such as the prefill
+        engine, get only the first tokens, and engines of vLLM get nothing.
         """
-        if engine.capabilities.is_vllm:
+        is_vllm = engine.capabilities.is_vllm
+        if is_vllm:
             if not self._may_hand_over(engine):
                 return None
-            # Even if the pull fails: another engine could read blocks that prefill has reused. If
-            # the engine verifies, blocks count as taken only once decode has answered.
+            # Even if this pull fails, no other engine may pull: prefill may have reused the blocks.
+            # Blocks of a native engine are verified, and count as taken once decode has answered.
             self.is_taken = True
-        if self.params is None or (engine.role != "decode" and not self.has_first_tokens):
+        has_first_tokens = self.has_first_tokens and not is_vllm
+        if self.params is None or (engine.role != "decode" and not has_first_tokens):
             return None
-        if not self.has_first_tokens:
-            # With this field decode would report prefill's cached tokens, not its own pull.
+        if not has_first_tokens:
+            # With this field, decode would report the cached tokens of prefill, not its own pull.
             return {name: value for name, value in self.params.items() if name != CACHED_AT_PREFILL}
-        # The client has the first tokens from prefill, so decode must not send them again.
+        # The client got the first tokens from prefill, so decode must not send them again.
         ours = self.params["pdlaunch"] | {"first_token_sent": True}
         if engine.role != "decode":
             return {"do_remote_prefill": False, "do_remote_decode": False, "pdlaunch": ours}
         return self.params | {"pdlaunch": ours}
 
     def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
-        """Report a pair whose decode engine has computed a prompt although it got blocks."""
+        """Report the pair if decode has computed the prompt although it was given blocks."""
         if engine.capabilities.is_vllm:
             with blames(engine):
                 num_tokens = num_recomputed(chunk)
             if num_tokens:
                 lease_s = self.engine.capabilities.lease_s
                 waited_s = self._answered_at - self._handed_over_at
-                # A request may wait in decode for longer than its lease: the pair is all right.
+                # If decode answered after the lease had ended, the pair is not at fault.
                 is_in_doubt = not lease_s or waited_s < lease_s
                 self._state.recomputed(self.engine, engine, num_tokens, is_in_doubt=is_in_doubt)
 
     def end(self, tried: Collection[EngineKey] = ()) -> None:
-        """Release the blocks if nobody has pulled them.
+        """Release the blocks if no engine has pulled them.
 
-        Some prefill engines listen only to decode engines: then one that was not ``tried`` tells
-        them; without one the lease ends by itself.
+        Prefill engines of vLLM take releases only from decode engines, so a decode engine that was
+        not ``tried`` sends it. Without such an engine the lease expires.
         """
         self._uncount()
         lease_id = None if self.params is None else self.params.get("remote_request_id")
@@ -124,18 +126,18 @@ class Handover:
         params = self.decode_params(decode)
         if params is not None:
             self._state.metrics.count("releases")
-            # vLLM has prefill free the blocks of a request that it refuses, as it does a beam
-            # search that is streamed, before it computes anything.
+            # When vLLM refuses a request at decode, prefill frees its blocks. vLLM refuses a
+            # streamed beam search before it computes anything.
             refused = {"prompt": [0], "max_tokens": 1, "stream": True, "use_beam_search": True}
             refused["kv_transfer_params"] = params
-            self._state.spawn(self._state.client.tell(decode, "/v1/completions", refused))
+            self._state.spawn(self._state.client.notify(decode, "/v1/completions", refused))
 
     def _uncount(self) -> None:
         self.engine.num_leases -= self._is_counted
         self._is_counted = False
 
     def _may_hand_over(self, decode: Engine) -> bool:
-        """Return whether blocks of an engine that does not verify are safe to be read."""
+        """Return whether ``decode`` may read the blocks although vLLM does not verify them."""
         age_s = self._state.now() - self._handed_over_at
         lease_s = self.engine.capabilities.lease_s
         return (
@@ -150,7 +152,7 @@ def chunks_of_answer(
 ) -> list[Chunk]:
     """Return a whole answer as chunks of a stream.
 
-    Choices in ``open_choices`` go on, so their finish_reason is left out.
+    Choices in ``open_choices`` continue, so their finish_reason becomes None.
     """
     apart = ("choices", "kv_transfer_params", "object", "usage")
     head = {name: value for name, value in answer.items() if name not in apart}

@@ -1,11 +1,11 @@
-"""Records which engine holds which prefixes, from the engines' own reports.
+"""Records which engine has which prefixes in its KV cache, as the engines report.
 
 ::
 
-    engine ready ──> one stream: all that it holds, then changes ──> entries ──> ``num_cached``
-    engine dead, asleep, drained, restarted, of another role ──> its entries are gone at once
+    engine ready ──> one stream: all its prefixes, then changes ──> entries ──> ``find``
+    engine dead, asleep, drained, restarted, in another role ──> its entries are dropped at once
 
-A wrong entry costs one bad choice, never a wrong token: engines look up and prove blocks
+A wrong entry causes a bad choice of engines, never a wrong token: engines look up and prove blocks
 themselves. Each router has its own index.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 
 from pdlaunch.config.roles import Role
@@ -25,7 +25,7 @@ from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineFailure
 
 RECONNECT_S = 1.0
-FEW_BLOCKS = 4  # shorter prompts are computed sooner than looked up and moved
+FEW_BLOCKS = 4  # to compute shorter prompts takes less time than to look them up and move blocks
 
 _logger = logging.getLogger(__name__)
 
@@ -51,15 +51,18 @@ class PromptTokens:
 
 
 class KVIndex:
-    """Holds the reported prefixes of each engine."""
+    """Holds the reported prefixes of each engine, by data parallel rank."""
 
     def __init__(self) -> None:
-        self._engines: dict[str, HeldBlocks] = {}
+        self._engines: dict[str, dict[int, HeldBlocks]] = {}
 
-    def begin(self, name: str) -> HeldBlocks:
-        """Forget an engine; return its new, empty entries."""
-        held = self._engines[name] = HeldBlocks()
-        return held
+    def begin(self, name: str) -> None:
+        """Drop an engine's entries: a new stream begins with all its prefixes."""
+        self._engines[name] = {}
+
+    def apply(self, name: str, change: KVBlocks) -> None:
+        ranks = self._engines.setdefault(name, {})
+        ranks.setdefault(change.dp_rank, HeldBlocks(change.dp_rank)).apply(change)
 
     def keep(self, names: Iterable[str]) -> None:
         self._engines = {name: self._engines[name] for name in names if name in self._engines}
@@ -67,30 +70,62 @@ class KVIndex:
     @property
     def least_tokens(self) -> int:
         """Return the length of the shortest prompt that is worth tokenizing."""
-        return FEW_BLOCKS * max((held.block_size for held in self._engines.values()), default=0)
+        ranks = (held for name in self._engines for held in self._ranks(name))
+        return FEW_BLOCKS * max((held.block_size for held in ranks), default=0)
+
+    def num_ranks(self, name: str) -> int:
+        """Return the number of an engine's data parallel ranks; 0: it has reported no prefixes."""
+        return len(self._ranks(name)) if name in self else 0
 
     def __contains__(self, name: str) -> bool:
-        """Return whether an engine has reported anything."""
-        held = self._engines.get(name)
-        return held is not None and held.block_size > 0
+        """Return whether an engine has reported its prefixes."""
+        return any(held.block_size for held in self._ranks(name))
 
-    def num_cached(self, name: str, prompt: PromptTokens | None) -> int:
-        """Return how many tokens of a prompt an engine need not compute."""
-        held = self._engines.get(name)
-        if prompt is None or held is None or not held.block_size:
-            return 0
-        return held.num_held(prompt.keys(held.block_size)) * held.block_size
+    def find(self, engine: Engine, prompt: PromptTokens | None) -> tuple[int, int | None]:
+        """Return the number of a prompt's tokens that an engine has cached, and the data parallel
+        rank that has them. The request must name this rank; None: vLLM may choose.
+
+        Ranks that too many running requests name (``Engine.may_name``) do not count.
+        """
+        ranks = self._ranks(engine.name)
+        if prompt is None or not ranks:
+            return 0, None
+        tokens = {
+            held.dp_rank: held.num_held(prompt.keys(held.block_size)) * held.block_size
+            for held in ranks
+            if held.block_size
+        }
+        free = [rank for rank in tokens if engine.may_name(rank, len(ranks))]
+        best = max(free, key=lambda rank: tokens[rank], default=None)
+        least = min(tokens.values()) if len(tokens) == len(ranks) else 0
+        if best is None or tokens[best] == least:
+            return least, None
+        return tokens[best], best
+
+    def age(self) -> None:
+        """Halve the counts of new blocks when they exceed the number of blocks that engines hold.
+
+        So the counts cover about the time in which the caches are filled once.
+        """
+        ranks = [held for name in self._engines for held in self._ranks(name)]
+        if sum(held.num_new for held in ranks) > sum(map(len, ranks)):
+            for held in ranks:
+                held.num_new //= 2
 
     def num_tokens(self, name: str) -> tuple[int, int]:
-        """Return the tokens whose blocks an engine's device holds, and has room for; 0: unknown."""
-        held = self._engines.get(name)
-        if held is None:
-            return 0, 0
-        return len(held) * held.block_size, held.num_blocks * held.block_size
+        """Return how many tokens an engine has recently stored, and how many fit; 0: unknown."""
+        ranks = self._ranks(name)
+        return (
+            sum(held.num_new * held.block_size for held in ranks),
+            sum(held.num_blocks * held.block_size for held in ranks),
+        )
+
+    def _ranks(self, name: str) -> Collection[HeldBlocks]:
+        return self._engines.get(name, {}).values()
 
 
 class KVFollower:
-    """Follows the streams of the engines that are ready. ``follow`` opens the stream of one."""
+    """Reads the KV events of all ready engines. ``follow`` opens the stream of an engine."""
 
     def __init__(self, index: KVIndex, follow: Follow) -> None:
         self._index = index
@@ -98,14 +133,14 @@ class KVFollower:
         self._tasks: dict[tuple[EngineKey, Role | None], asyncio.Task[None]] = {}
 
     def update(self, engines: Iterable[Engine]) -> None:
-        """Follow the ready ones of these engines, and no others."""
+        """Read the KV events of those of ``engines`` that are ready, and of no others."""
         wanted = {(each.key, each.role): each for each in engines if each.ready and each.kv_events}
         for key in self._tasks.keys() - wanted.keys():
             self._tasks.pop(key).cancel()
         self._index.keep({each.name for each in wanted.values()})
         for key in wanted.keys() - self._tasks.keys():
-            held = self._index.begin(wanted[key].name)
-            self._tasks[key] = asyncio.ensure_future(self._read(wanted[key], held))
+            self._index.begin(wanted[key].name)
+            self._tasks[key] = asyncio.ensure_future(self._read(wanted[key]))
 
     async def close(self) -> None:
         tasks, self._tasks = list(self._tasks.values()), {}
@@ -113,12 +148,12 @@ class KVFollower:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, engine: Engine, held: HeldBlocks) -> None:
+    async def _read(self, engine: Engine) -> None:
         while True:
             with suppress(CallError, EngineFailure, ProtocolError):
                 async for change in self._follow(engine):
-                    held.apply(change)
-            # Without the stream entries go stale; the next one begins with all of them.
-            held.apply(KVBlocks(block_size=0, is_all=True))
+                    self._index.apply(engine.name, change)
+            # Without the stream, entries would go stale.
+            self._index.begin(engine.name)
             _logger.info("the KV events of %s broke off", engine.name)
             await asyncio.sleep(RECONNECT_S)

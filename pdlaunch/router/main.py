@@ -1,11 +1,11 @@
-"""Runs a router: under the supervisor of a launch, or alone in front of engines that run already.
+"""Runs a router: under the supervisor of a launch, or alone in front of running engines.
 
 ::
 
     listen at the admin socket and for clients ── follow the membership ── drain ── close
 
 A supervisor sends registries, Drain and Stop. Alone, the router watches its engines itself, drains
-at the first signal and stops at the second.
+at the first signal and stops at the second one.
 """
 
 from __future__ import annotations
@@ -46,28 +46,29 @@ from pdlaunch.router.engines_file import follow
 from pdlaunch.router.membership import Member, WatchedMembership, WatchSettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.recovery import RecoverySettings
+from pdlaunch.router.state import RouterState
 
 _logger = logging.getLogger(__name__)
 
 CERTIFICATE_POLL_S = 2.0
-# The autopilot: seconds between two looks, the pause after a change as a multiple of the time that
+# The autopilot: seconds between two checks, the pause after a change as a multiple of the time that
 # the change took, and the pause after a refusal.
 LOOK_EVERY_S = 2.0
 PAUSE_FACTOR = 5.0
 REFUSED_S = 600.0
-CLIENT_READ_TIMEOUT_S = 20.0  # a client may take no byte of its answer for so long
+CLIENT_READ_TIMEOUT_S = 20.0  # close connections of clients that read nothing for this long
 _NOT_OURS = (
     "this router did not start its engines: start, stop and restart them where they run; it drains "
     "those that leave engines_file"
 )
-# Objects that are made, and not freed, before garbage is searched for among them.
+# The garbage collector runs after this many new objects (allocations minus deallocations).
 _NEW_OBJECTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class AloneSpec:
-    """Holds what a router alone needs."""
+    """Holds the settings of a router without a supervisor."""
 
     router: RouterSpec
     watch: WatchSettings
@@ -81,9 +82,9 @@ class AloneSpec:
 async def serving(
     router: RouterApp, spec: RouterSpec, run_dir: Path, launch_id: str
 ) -> AsyncIterator[str]:
-    """Serve clients and commands while the block runs, at the URL that this yields.
+    """Serve clients and commands while the block runs; yield the URL for clients.
 
-    Commands find the router by its card.
+    Commands find the router by its LaunchCard in ``run_dir``.
     """
     url = _url_of(spec)
     runners: list[web.AppRunner] = []
@@ -105,8 +106,8 @@ async def serving(
         LaunchCard(launch_id=launch_id, url=url).write(run_dir)
         await listen(runner, spec.listeners)
         runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
-        # Requests make no garbage of what is there once the router is ready, and hardly any at all:
-        # a full search of it would hold up all streams.
+        # The objects that exist when the router is ready stay for its lifetime, and requests make
+        # hardly any garbage cycles. A full collection would hold up all streams.
         gc.collect()
         gc.freeze()
         gc.set_threshold(_NEW_OBJECTS)
@@ -117,7 +118,7 @@ async def serving(
 
 
 async def run_in_launch(supervised: Supervised) -> None:
-    """Serve until Stop or a signal."""
+    """Serve under a supervisor until Stop or a signal."""
     bootstrap = supervised.bootstrap
     assert bootstrap.router is not None
     spec, certificate = limited(bootstrap.router), bootstrap.keys.certificate
@@ -150,7 +151,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
     knowing = asyncio.ensure_future(state.knows_engines())
     try:
-        # Clients who waited for this router are not to hear that the deployment starts.
+        # Listen only when the registry is known: waiting clients would get "starting" errors.
         await asyncio.wait([obeying, knowing], return_when=asyncio.FIRST_COMPLETED)
         if obeying.done():
             await obeying
@@ -181,8 +182,8 @@ async def run_autopilot(
         every 2 s: what limits? ── the same for 20 s ──▶ pdlaunch role ──▶ pause ── watch again
 
     The supervisor gets the command of ``pdlaunch role``, and refuses the same changes. An engine
-    is away while it drains and starts. The pause is at least five times as long, so at most a
-    sixth of the time goes into changes.
+    serves nothing while it drains and starts. The pause is at least five times as long, so changes
+    take at most a sixth of the time.
     """
 
     def say(text: str) -> None:
@@ -217,7 +218,7 @@ async def run_autopilot(
 async def _obey(
     supervised: Supervised, router: RouterApp, state: RouterState, link: SupervisorLink
 ) -> None:
-    """Do what the supervisor says until Stop; draining does not hold up the rest."""
+    """Handle messages from the supervisor until Stop, also while a drain is running."""
     draining: asyncio.Task[None] | None = None
 
     async def drain(timeout_s: float) -> None:
@@ -251,7 +252,7 @@ async def _obey(
 
 
 async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
-    """Serve until the first of ``signals``, then drain until the time is up or the next one."""
+    """Serve until the first of ``signals``, then drain until a time-out or the next signal."""
     spec = limited(alone.router)
     pool, metrics = EnginePool(time.monotonic, spec.routing), RouterMetrics(spec.served_model_name)
     membership = WatchedMembership(alone.watch, pool, metrics)
@@ -300,7 +301,7 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
 
 
 async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
-    """Accept at sockets of the supervisor: what connected while no router ran has waited there."""
+    """Accept connections at the supervisor's sockets, which also hold connections made earlier."""
     for descriptor in listeners:
         listener = socket.socket(fileno=descriptor)
         listener.set_inheritable(False)
@@ -314,7 +315,7 @@ def _url_of(spec: RouterSpec) -> str:
 async def follow_certificate(
     files: CertificateFiles | None, tls: ssl.SSLContext | None, poll_s: float = CERTIFICATE_POLL_S
 ) -> None:
-    """Use changed files for new connections; keep the earlier ones while these are unusable."""
+    """Poll the certificate files; use changed ones for new connections unless they are invalid."""
     latest: list[bytes] | None = None
     while files is not None and tls is not None:
         before, latest = latest, files.contents()
@@ -322,17 +323,17 @@ async def follow_certificate(
             await asyncio.sleep(poll_s)
             continue
         try:
-            # Tried first: a half-written file would spoil the context in use.
+            # Load them into another context first: a half-written file would break the one in use.
             files.context()
             files.load(tls)
             _logger.info("new connections use the certificate %s", files.certfile)
         except ConfigError as error:
-            _logger.error("%s; the earlier certificate stays", error)
+            _logger.error("%s; the earlier certificate stays in use", error)
 
 
 def limited(spec: RouterSpec) -> RouterSpec:
-    """Return the limits that the descriptors of this process allow."""
-    # As many idle clients as requests, each of which has its client's connection, too.
+    """Return ``spec`` with limits on requests and connections that the descriptors allow."""
+    # Allow as many idle clients as requests. Each request also has its client's connection.
     requests = fit(spec.max_queued_requests, num_each=2 + UPSTREAM_CONNECTIONS)
     connections = fit(spec.max_connections, num_others=UPSTREAM_CONNECTIONS * requests)
     if (requests, connections) != (spec.max_queued_requests, spec.max_connections):

@@ -1,4 +1,4 @@
-"""Makes registries of engines that somebody else started, for a router without a supervisor.
+"""Makes registries of engines that were started elsewhere, for a router without a supervisor.
 
 ::
 
@@ -37,8 +37,8 @@ from pdlaunch.router.pool import EnginePool
 
 POLL_S = 2.0
 ASK_TIMEOUT_S = 10.0
-# For each engine: changes of so long are published together. A look at all engines takes 0.04 ms of
-# the router for each, and each engine asks for one every POLL_S.
+# Changes within this time, multiplied by the number of engines, are published together. To publish
+# takes 0.04 ms for each engine, and each engine causes it every POLL_S.
 GATHER_S = 0.25e-3
 Results = Mapping[Pair, Proof | CanaryDied]
 
@@ -52,12 +52,12 @@ class Member:
     name: str
     role: Role
     url: str
-    key: str | None = field(default=None, repr=False)  # sent to this engine; None: it is sent none
+    key: str | None = field(default=None, repr=False)  # the API key to send to this engine
 
 
 @dataclass(frozen=True, slots=True)
 class WatchSettings:
-    """Says what a router expects of its engines."""
+    """Holds what a router expects of its engines."""
 
     served_model_name: str
     kind: EngineName
@@ -68,10 +68,10 @@ class WatchSettings:
 
 @dataclass(eq=False, slots=True)
 class WatchedEngine:
-    """Holds what is known of one engine, as of the last ``look``.
+    """Holds the state of one engine at the last ``look``.
 
-    Nothing of it is started, restarted or stopped. Like an engine of a launch, one that was
-    restarted is listed as the next incarnation.
+    The router does not start, restart or stop the engine. If the engine was restarted, it gets the
+    next incarnation, as an engine of a launch does.
     """
 
     member: Member
@@ -82,22 +82,22 @@ class WatchedEngine:
     incarnation: int = 1
     is_healthy: bool = False
     has_been_healthy: bool = False
-    is_lost: bool = False  # it did not say that it is healthy; streams that it has are given up
-    is_leaving: bool = False  # it is about to be removed
+    is_lost: bool = False  # its last health check failed; its streams are given up
+    is_leaving: bool = False  # it is being removed
     is_sleeping: bool = False
-    tells_sleep: bool = False
-    reason: str = "it has not been asked yet"
+    reports_sleep: bool = False
+    reason: str = "it has not been checked yet"
     started_at: float = 0.0
     capabilities: Capabilities = field(default_factory=Capabilities)
     counts: Counts | None = None
     num_failures: int = 0  # failures that the router had counted at the last look
     failed_reads: FailedReads = field(default_factory=FailedReads)
-    # Held by the canary that reads its counts: the bytes of another one are no proof.
+    # Held by a canary that reads the engine's counts: another canary's bytes would prove nothing.
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def may_pair(self) -> bool:
-        """Return whether it could exchange KV blocks now."""
+        """Return whether the engine could exchange KV blocks now."""
         return self.is_healthy and not self.is_sleeping
 
     async def look(self) -> None:
@@ -106,7 +106,7 @@ class WatchedEngine:
         except ProtocolError as error:
             trouble = str(error)
         except Exception as error:
-            # Whatever an engine answers must not end its watch.
+            # No answer of an engine may end its watch.
             _logger.exception("%s cannot be watched", self.member.name)
             trouble = f"{type(error).__name__}: {error}"
         if trouble:
@@ -115,18 +115,18 @@ class WatchedEngine:
             self.is_healthy, self.reason = False, trouble
         elif not self.is_healthy:
             _logger.info("%s is healthy", self.member.name)
-            # The next incarnation: nobody knows what it was in between.
+            # Count a new incarnation: the engine may have been restarted while it was unhealthy.
             self.incarnation += self.has_been_healthy
             self.is_healthy = self.has_been_healthy = True
             self.reason = ""
 
     async def _find_trouble(self) -> str:
-        """Return what keeps the engine from being used; empty: nothing. Raises ProtocolError."""
+        """Return why the engine cannot be used; empty if it can. Raises ProtocolError."""
         api, name = self.api, self.settings.served_model_name
         is_healthy = await api.is_healthy(ASK_TIMEOUT_S)
         self.is_lost = not is_healthy
         if not is_healthy:
-            return f"/health does not {'answer' if is_healthy is None else 'say 200'}"
+            return f"/health does not answer{'' if is_healthy is None else ' with status 200'}"
         self.counts = await api.counts(ASK_TIMEOUT_S)
         before, self.started_at = self.started_at, self.counts.total("process_start_time_seconds")
         if self.is_healthy and before != self.started_at:
@@ -137,27 +137,27 @@ class WatchedEngine:
                 return f"it serves {', '.join(models) or 'no model'}, not {name}"
             version = await api.version(ASK_TIMEOUT_S)
             if self.settings.kind == "native" and version != __version__:
-                return f"it is pdlaunch {version}, this router {__version__}"
+                return f"it is pdlaunch {version}, but this router is {__version__}"
             self.capabilities = with_version(self.settings.capabilities, version)
-            # Each look would be a line more in the log of an engine that knows no sleep.
-            self.tells_sleep = await api.is_sleeping(ASK_TIMEOUT_S) is not None
-        if self.tells_sleep:
+            # An engine without sleep mode logs each such request, so ask it only once.
+            self.reports_sleep = await api.is_sleeping(ASK_TIMEOUT_S) is not None
+        if self.reports_sleep:
             self.is_sleeping = bool(await api.is_sleeping(ASK_TIMEOUT_S))
         return ""
 
     def has_trouble(self, num_failures: int) -> bool:
-        """Return whether it has failed requests or READs since the last look.
+        """Return whether the engine has failed requests or READs since the last call.
 
         ``num_failures``: failures that the router has counted.
         """
         before, self.num_failures = self.num_failures, num_failures
         if self.member.role == "decode" and self.counts and self.failed_reads.look(self.counts):
-            _logger.warning("%s: READs of KV blocks fail, and none comes through", self.member.name)
+            _logger.warning("%s: all READs of KV blocks fail", self.member.name)
             return True
         return num_failures > before
 
     def entry(self, reason: str, peers: Sequence[str], *, is_ready: bool) -> Entry:
-        """Return its entry in a registry; ``reason`` says why it is not ready."""
+        """Return the engine's entry in a registry; ``reason`` says why it is not ready."""
         state: ListedState = "starting"
         if self.is_leaving or self.is_sleeping:
             state, reason = ("draining" if self.is_leaving else "sleeping"), ""
@@ -175,7 +175,7 @@ class WatchedEngine:
             capabilities=self.capabilities,
             state=state,
             reason=reason,
-            # Fewer than this many are all that there are.
+            # With fewer than MAX_PEERS, every engine of the other role is a peer.
             peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
         )
 
@@ -185,10 +185,10 @@ def judge(
 ) -> tuple[set[str], dict[str, str]]:
     """Judge healthy engines by the canaries of their due pairs.
 
-    Return the engines that may be used, and the reasons against the others. An engine with a proven
-    pair is used. Where canaries have failed, the decode engine is left out, and a prefill engine
-    only if others have come through to the same decode engine: of a single pair, prefill stays and
-    serves alone. Engines of vLLM exchange blocks over proven pairs alone, whatever is said here.
+    Return the engines that may be used, and for each other engine the reason. An engine with a
+    proven pair is used. After a failed canary, decode is left out; prefill only if another prefill
+    engine is proven with the same decode engine. So prefill of a single pair stays and serves
+    alone. This does not affect pairs: engines of vLLM exchange blocks only over proven pairs.
     """
     due_of: dict[str, list[Pair]] = defaultdict(list)
     for pair in sorted(due_pairs(prefill, decode)):
@@ -215,9 +215,9 @@ def judge(
 
 
 class WatchedMembership:
-    """Watches engines that run already; belongs to the event loop.
+    """Watches running engines; belongs to the event loop.
 
-    ``pool``: the router's own view of them, with its counts. ``announce`` gets each registry.
+    ``pool``: the router's view of the engines, with its counts. ``announce`` gets each registry.
     """
 
     def __init__(self, settings: WatchSettings, pool: EnginePool, metrics: RouterMetrics) -> None:
@@ -226,13 +226,13 @@ class WatchedMembership:
         self._pool = pool
         self._metrics = metrics
         self._watched: dict[str, WatchedEngine] = {}
-        self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._tell_canary)
+        self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._report_canary)
         self._ready: set[str] = set()
         self._registry = Registry(version=0, entries=[], withheld="starting")
         self._publishes: asyncio.TimerHandle | None = None
 
     def key_of(self, engine: Engine) -> str | None:
-        """Return the key that was given with the engine, None without one."""
+        """Return the API key of the engine's member, or None."""
         watched = self._watched.get(engine.name)
         # Compare the URL: a request to a replaced engine must not carry its successor's key.
         return watched.member.key if watched and watched.member.url == engine.url else None
@@ -245,16 +245,16 @@ class WatchedMembership:
         }
 
     def holder(self, member: Member) -> str | None:
-        """Return which engine has this one's name or URL, as one that leaves still does."""
+        """Return the engine that has the member's name or URL, leaving ones included, or None."""
         for name, other in self._watched.items():
             if name == member.name or other.member.url == member.url:
                 return name
         return None
 
     def add(self, member: Member, source: str) -> None:
-        """Watch an engine from now on. Raises RequestError for one that may not be added."""
+        """Begin to watch an engine. Raises RequestError if its name or URL is in use."""
         if (name := self.holder(member)) is not None:
-            raise RequestError(f"engine {name} has its name or URL")
+            raise RequestError(f"engine {name} already has its name or URL")
         api = EngineApi(member.url, member.key)
         watched = self._watched[member.name] = WatchedEngine(member, source, self.settings, api)
         watched.task = asyncio.create_task(self._watch(watched))
@@ -262,7 +262,7 @@ class WatchedMembership:
         self._publish_soon()
 
     async def remove(self, name: str, drain_timeout_s: float) -> None:
-        """Give an engine no more work, wait for what it does, and forget it."""
+        """Drain an engine for at most ``drain_timeout_s``, and remove it."""
         watched = self._watched[name]
         watched.is_leaving = True
         self.publish()
@@ -276,10 +276,10 @@ class WatchedMembership:
         self._canaries.forget(self._pairs_of(name))
         self.publish()
         await watched.api.close()
-        _logger.info("removed %s, with %d pieces of work running", name, num_works)
+        _logger.info("removed %s, with %d requests and leases left", name, num_works)
 
     def prove_again(self, pair: PairSuspect) -> None:
-        """Have a pair proven again that has served by decoding alone."""
+        """Send a new canary through a pair whose decode engine computed prompts it could pull."""
         if self._canaries.doubt([(pair.peer, pair.local)]):
             self.publish()
 
@@ -306,7 +306,7 @@ class WatchedMembership:
             if not watched.may_pair:
                 self._canaries.forget(self._pairs_of(name))
             elif watched.has_trouble(next(failures, 0)) and was_healthy:
-                # Its pairs are used meanwhile: most failures are a request's own.
+                # Its pairs stay in use until the canaries end: most failures are a request's fault.
                 self._canaries.doubt(self._pairs_of(name))
             self._publish_soon()
             await asyncio.sleep(self.settings.poll_s)
@@ -314,20 +314,20 @@ class WatchedMembership:
     async def _send_canary(self, pair: Pair) -> Proof:
         (prefill, decode), settings = (self._watched[name] for name in pair), self.settings
         model, is_exact = settings.served_model_name, settings.is_exact
-        # One at a time: the bytes of another canary are no proof.
+        # Send one canary at a time: the bytes of another canary would prove nothing.
         async with decode.one_at_a_time:
             return await send_canary(prefill.api, decode.api, model, is_exact=is_exact)
 
-    def _tell_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
+    def _report_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
         if isinstance(result, CanaryDied):
             _logger.warning("%s -> %s: %s", *pair, result)
             self._metrics.count("canaries", "failed")
         else:
             self._metrics.count("canaries", "proven")
-            if not result.is_told:
+            if not result.is_reported:
                 _logger.warning(
-                    "%s does not tell how much of a prompt it computes: where it computes what it "
-                    "was handed, nobody sees it; start it with --enable-prompt-tokens-details",
+                    "%s does not report which prompt tokens it computes, so recomputed prompts go "
+                    "unnoticed; start it with --enable-prompt-tokens-details",
                     pair[1],
                 )
         self._publish_soon()
@@ -340,13 +340,13 @@ class WatchedMembership:
         ]
 
     def _publish_soon(self) -> None:
-        """Publish once for many changes: a look at all engines for each would be one too many."""
+        """Publish in ``GATHER_S`` for each engine, to publish several changes at once."""
         if self._publishes is None:
             gather_s = GATHER_S * len(self._watched)
             self._publishes = asyncio.get_running_loop().call_later(gather_s, self.publish)
 
     def publish(self) -> None:
-        """Send the canaries that are due, and announce what has changed."""
+        """Send the canaries that are due, and announce the registry if it has changed."""
         if self._publishes is not None:
             self._publishes.cancel()
         self._publishes = None
@@ -354,7 +354,7 @@ class WatchedMembership:
         due = due_pairs(prefill, decode)
         self._canaries.prove(due)
         ready, reasons = judge(prefill, decode, self._canaries.results, self._ready)
-        # Engines of both roles have no pair to prove.
+        # Engines of the role ``both`` have no pairs to prove.
         self._ready = ready.union(self._healthy("both"))
         peers: dict[str, list[str]] = defaultdict(list)
         for first, second in sorted(due):
@@ -386,7 +386,7 @@ class WatchedMembership:
                 peer=prefill,
                 peer_incarnation=self._watched[prefill].incarnation,
                 seconds=proof.seconds,
-                path=paths[proof.is_told],
+                path=paths[proof.is_reported],
                 gigabytes_per_s=proof.gigabytes_per_s,
             )
             for (prefill, decode), proof in self._canaries.results.items()
@@ -394,7 +394,7 @@ class WatchedMembership:
         ]
 
     def _can_serve(self, prefill: list[str], decode: list[str]) -> bool:
-        """Return whether requests can be taken: where there are to be pairs, one must be proven."""
+        """Return whether requests can be accepted: with both roles, each needs a ready engine."""
         roles = {watched.member.role for watched in self._watched.values()}
         if roles == {"prefill", "decode"}:
             return not self._ready.isdisjoint(prefill) and not self._ready.isdisjoint(decode)

@@ -24,13 +24,13 @@ _PREFIX = "pdlaunch_router_"
 _COUNTERS = {  # labels and help by name
     "engine_failures": ("engine hop", "Requests that an engine failed."),
     "retries": ("hop", "Requests sent again, to another engine or to one that is back."),
-    "fallbacks": ("", "Requests that one engine did alone, though two were wanted."),
+    "fallbacks": ("", "Requests that one engine did alone although there were pairs."),
     "migrations": ("", "Answers continued by another engine from the tokens so far."),
-    "releases": ("", "Leases ended early because nobody will pull them."),
-    "canaries": ("outcome", "Canaries that a router alone has sent through pairs of engines."),
+    "releases": ("", "Leases ended early because no engine will pull them."),
+    "canaries": ("outcome", "Canaries that `pdlaunch router` has sent through pairs."),
     "silent_recomputes": (
         "prefill decode",
-        "Prompts that decode computed though it was handed their KV blocks.",
+        "Prompts that decode computed although it was handed their KV blocks.",
     ),
     "lost_streams": ("reason", "Streams ended with an error: no other engine can go on with them."),
     "key_requests": ("key", "Admitted requests of an API key."),
@@ -38,7 +38,7 @@ _COUNTERS = {  # labels and help by name
     "key_prompt_tokens": ("key", "Prompt tokens of an API key."),
     "key_generation_tokens": ("key", "Output tokens of an API key."),
     "key_queue_seconds": ("key", "Time that prompts of an API key waited for their turn."),
-    "routes": ("kind", "Prompts by the route: a pair of engines, or one engine of a role alone."),
+    "routes": ("kind", "Prompts by route: a pair of engines, or one engine of a role."),
 }
 _THERE_WITH_0: Mapping[str, Collection[str]] = {
     "retries": get_args(Hop),
@@ -46,17 +46,21 @@ _THERE_WITH_0: Mapping[str, Collection[str]] = {
     "lost_streams": LOST_REASONS,
 }
 NUM_LAST_ROUTES = 100
-_PAIR_SPEED = "pdlaunch_pair_bytes_per_second"
+_PAIR_SPEED, _PAIR_SLOW = "pdlaunch_pair_bytes_per_second", "pdlaunch_pair_slow"
 _GAUGES = {  # set at a scrape or by a registry: labels and help by name
     f"{_PREFIX}engines_ready": ("", "Engines that can be given work."),
-    f"{_PREFIX}engines": ("state", "Engines by state; failed ones are left alone for a while."),
+    f"{_PREFIX}engines": ("state", "Engines by state; failed ones get no requests for a while."),
     f"{_PREFIX}engine_info": ("engine role host", "Always 1; where an engine runs, in labels."),
     f"{_PREFIX}requests_in_flight": ("", "Prompts that are being answered."),
     f"{_PREFIX}key_prompts_running": ("key", "Prompts of an API key that are being answered."),
     f"{_PREFIX}key_prompts_waiting": ("key", "Prompts of an API key that wait for their turn."),
     _PAIR_SPEED: (
         "prefill decode holder puller path",
-        "Speed that the handshake has measured between two ranks, over the path in use.",
+        "Speed between two ranks over the path in use, as measured by the handshake.",
+    ),
+    _PAIR_SLOW: (
+        "prefill decode holder puller path",
+        "1 if the pair is slow (rule PD504), else 0.",
     ),
 }
 
@@ -71,7 +75,7 @@ class RouterMetrics:
             name: Counter(f"{_PREFIX}{name}", text, labels.split(), registry=registry)
             for name, (labels, text) in _COUNTERS.items()
         }
-        # Counted by the supervisor; begins again with each launch.
+        # The supervisor counts these ends; its count starts at 0 with each launch.
         self._ends = Counter(
             "pdlaunch_process_ends",
             "Processes that ended while the launch served: they died, or hung and were killed.",
@@ -108,12 +112,16 @@ class RouterMetrics:
                 self._ends.labels(process, reason).inc(count - known)
                 self._num_ends[process, reason] = count
         speeds: dict[tuple[str, ...], float] = {}
+        slow: dict[tuple[str, ...], float] = {}
         for pair in registry.pairs:
             names = engines_of(pair)
             self._counters["silent_recomputes"].labels(*names)
             if pair.gigabytes_per_s is not None:
-                speeds[*names, pair.peer, pair.local, pair.path] = pair.gigabytes_per_s * 1e9
+                labels = *names, pair.peer, pair.local, pair.path
+                speeds[labels] = pair.gigabytes_per_s * 1e9
+                slow[labels] = float(bool(pair.slow))
         self._set(_PAIR_SPEED, speeds)
+        self._set(_PAIR_SLOW, slow)
 
     def show(self, engines: Sequence[Engine], in_flight: int) -> None:
         states = [engine.state for engine in engines]
@@ -144,20 +152,20 @@ class RouterMetrics:
 async def scrape(own_page: bytes, client: EngineClient, engines: Sequence[Engine]) -> bytes:
     """Return ``own_page`` merged with the pages of all engines.
 
-    An engine that does not answer in time is missing.
+    The page of an engine that does not answer in time is missing.
     """
     families: Families = {}
     add_page(families, own_page.decode())
     pages = await asyncio.gather(*(client.read_metrics(engine) for engine in engines))
     for engine, page in zip(engines, pages, strict=True):
         add_page(families, page or "", engine=engine.name)
-        # Reading a page takes a millisecond or two, in which no answer is streamed.
+        # Let streams go on between two pages: to read a page takes a millisecond or two.
         await asyncio.sleep(0)
     return render_families(families).encode()
 
 
-# Possessive quantifiers (``*+``) never go back: half of the time, and none is lost to a page that
-# is made to be slow.
+# Possessive quantifiers (``*+``) never backtrack: they take half of the time, and no crafted page
+# can make them slow.
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*+"
 _VALUE = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _LABEL = rf"[a-zA-Z_][a-zA-Z0-9_]*+={_VALUE}"
@@ -166,7 +174,7 @@ _SAMPLE = re.compile(
     r"([-+]?(?:\d[\d.eE+-]*+|Inf|NaN)(?:[ \t]++-?\d++)?)[ \t]*+"
 )
 _HEADER = re.compile(rf"# (HELP|TYPE) ({_NAME})(?: (.*))?")
-# Endings of the samples of one family.
+# Endings of the names of a family's samples.
 _SUFFIXES = ("", "_total", "_bucket", "_sum", "_count", "_info")
 _ENGINE = re.compile(rf"(^|,)engine={_VALUE}")
 # Type, help and samples by name.
@@ -176,9 +184,9 @@ Families = dict[str, tuple[str, str, list[str]]]
 def add_page(families: Families, page: str, *, engine: str | None = None) -> None:
     """Add a page in Prometheus's text format, its samples labelled with ``engine``.
 
-    Without an engine of its own no sample can be mistaken for another page's. Lines that are no
-    samples, and series that tell when others were created, are left out. prometheus_client's parser
-    takes 20 times as long.
+    If ``engine`` is None, samples stay unchanged: they must differ from those of other pages. Lines
+    that are no samples and ``_created`` series are left out. prometheus_client's parser takes 20
+    times as long.
     """
     escaped = (engine or "").replace("\\", r"\\").replace('"', r"\"")
     label = "" if engine is None else f'engine="{escaped}"'
@@ -198,8 +206,8 @@ def add_page(families: Families, page: str, *, engine: str | None = None) -> Non
         family = current if belongs else name
         kind = types.get(family, "untyped")
         known = families.setdefault(family, (kind, texts.get(family, ""), []))
-        # Lines that name their engine as the router does stay as they are. So does every line of a
-        # page without an engine, since it ends in the empty label.
+        # Keep lines that have this engine label already. If ``engine`` is None, ``label`` is empty,
+        # so all lines are kept.
         if f",{label}" not in f",{labels}":
             others, num_found = _ENGINE.subn(lambda found: found[1] + label, labels)
             shown = others if num_found else f"{label},{labels}".rstrip(",")

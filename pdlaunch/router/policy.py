@@ -22,7 +22,7 @@ import msgspec
 import xxhash
 
 from pdlaunch.config.roles import Role
-from pdlaunch.config.shared_settings import RoutingPolicy
+from pdlaunch.config.shared_settings import ONE_ENGINE_POLICIES, RoutingPolicy
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.router.engine import Engine, EngineKey
@@ -35,18 +35,18 @@ Hop = Literal["prefill", "decode"]
 # tokens take 50 ms and more.
 SHORT_TOKENS = 64
 HAND_OVER_S = 0.012
-# Least assumed speed of an engine, as a share of the fastest one, so that an engine measured during
-# its warm-up gets requests again.
+# Minimum assumed speed of an engine, as a share of the fastest engine's speed, so that an engine
+# measured during its warm-up gets requests again.
 LEAST_SPEED = 0.25
-# A decode engine computes a prompt only if this saves this share of the computation's time, since
-# the streams of the engine wait meanwhile.
+# A decode engine computes a prompt only if it saves more than this share of the computation time,
+# since the streams of the engine wait during the computation.
 MARGIN = 0.5
 # Weight of a token in the KV cache, in uncached prompt tokens: a stream makes every later step a
-# little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 % worse; with
-# 1/64, ITL p99 doubles at 50 requests a second.
+# little longer. Two H200s, 512 tokens in, 128 at once: 1/12 gives 4 % more tokens/s than 1/32 and a
+# TTFT p99 that is 9 % longer. Simulated: with 1/64, ITL p99 doubles at 50 requests a second.
 KV_WEIGHT = 1 / 32
-# Cached prefixes do not count at an engine whose cache is fuller than the mean of its role by this
-# factor: of two engines, the one with three times the tokens of the other.
+# Cached prefixes do not count at an engine that has recently stored more than this many times the
+# mean of its role. Of two engines, this is an engine with three times the tokens of the other.
 SHARE = 1.5
 
 
@@ -55,28 +55,28 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     num_prompt_tokens: int = 0  # estimated
     max_tokens: int | None = None
-    tokens: PromptTokens | None = None  # None: they are not known, so the load decides
+    tokens: PromptTokens | None = None  # None: unknown, so the load alone decides
     session: str = ""  # requests of one session go to the same engines
     wants_pair: bool = False  # the client asks for a pair of engines
-    is_suspect: bool = False  # it may have killed a rank
+    is_suspect: bool = False  # the prompt may have killed a rank
     # One engine must do the rest: the prompt is computed, or no attempt at pairs is left.
     is_begun: bool = False
     holder: Engine | None = None  # has blocks of this prompt that can still be pulled
     tried: frozenset[EngineKey] = frozenset()  # engines that must not be asked now
-    must_go_on: bool = False  # after the tokens that the client has
-    alone: str = ""  # why engines of vLLM cannot share the request; empty: they can
+    must_continue: bool = False  # the engine must continue after the tokens that the client has
+    alone: str = ""  # why two engines of vLLM cannot share the request; empty: they can
 
     def is_done_by(self, engine: Engine) -> bool:
-        """Return whether an engine can do what is left."""
-        return engine.capabilities.goes_on or not self.must_go_on
+        """Return whether an engine can do the remaining work."""
+        return engine.capabilities.can_continue or not self.must_continue
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Names the engines that the policy has chosen, and why."""
 
     reason: str
-    prefill: Engine | None = None  # hands the prompt over; none: the decode engine does all
-    decode: Engine | None = None  # none: no engine can be asked
+    prefill: Engine | None = None  # computes the prompt; None: the decode engine does all
+    decode: Engine | None = None  # None: no engine is available
     is_fallback: bool = False  # a pair was wanted, but none can take the prompt
 
     @property
@@ -85,7 +85,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kind(self) -> str:
-        """Return ``pair``, or the role of the one engine."""
+        """Return ``pair``, the role of the only engine, or ``none``."""
         if self.prefill is not None:
             return "pair"
         return "none" if self.decode is None else self.decode.role or "both"
@@ -99,7 +99,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Offer(NamedTuple):
-    """When an engine would have computed the prompt."""
+    """Holds the time that an engine would need for the prompt."""
 
     engine: Engine
     num_tokens: int  # uncached tokens of the prompt
@@ -112,7 +112,7 @@ class _Offer(NamedTuple):
 
     @property
     def cost_s(self) -> float:
-        """Return the time to the first token, plus the slowdown by streams later."""
+        """Return the time to the first token, plus a charge for the streams that slow decoding."""
         per_token_s = self.compute_s / self.num_tokens
         return self.first_token_s + KV_WEIGHT * self.engine.kv_tokens * per_token_s
 
@@ -124,12 +124,12 @@ def choose(
     now_at: float,
     policy: RoutingPolicy,
 ) -> Route:
-    """Choose the engines that compute what is left of a request."""
+    """Choose the engines for the remaining work of a request."""
     return _Choice(request, engines, index, now_at, policy).route()
 
 
 class _Choice:
-    """Holds the inputs of one choice; changes none of them."""
+    """Makes one choice. Does not change its inputs."""
 
     def __init__(
         self,
@@ -179,21 +179,21 @@ class _Choice:
         request, name = self._request, engine.name
         if name not in self._uncached:
             tokens = None if name in self._over_share else request.tokens
-            num_cached = self._index.num_cached(name, tokens)
+            num_cached, _ = self._index.find(engine, tokens)
             self._uncached[name] = max(1, request.num_prompt_tokens - num_cached)
         return self._uncached[name]
 
     def _is_short(self, engine: Engine) -> bool:
-        """Return whether streams would have to wait for KV blocks there."""
+        """Return whether streams would have to wait for KV blocks at an engine."""
         _, room = self._index.num_tokens(engine.name)
         # Cached tokens need no room, and do not move.
         return 0 < room < engine.kv_tokens + self._num_uncached(engine)
 
     def _find_over_share(self) -> set[str]:
-        """Return the engines whose caches are much fuller than those of others of their role.
+        """Return the engines that have recently stored much more than others of their role.
 
-        Their cached prefixes do not count. Otherwise all chats with one system prompt would crowd
-        into the engine that had it first.
+        Their cached prefixes do not count. Otherwise all chats with the same system prompt would go
+        to the engine that had it first, even when the caches of the others are full of old blocks.
         """
         by_role: dict[Role | None, list[Engine]] = defaultdict(list)
         for engine in self._engines:
@@ -202,13 +202,13 @@ class _Choice:
         crowded: set[str] = set()
         for engines in by_role.values():
             tokens = {engine.name: self._index.num_tokens(engine.name) for engine in engines}
-            # vLLM does not report the size of its cache: then all count as equal.
+            # Where the size of a cache is unknown, all caches count as equally large.
             rooms = [room for _, room in tokens.values()]
             unit = {name: room if all(rooms) else 1 for name, (_, room) in tokens.items()}
-            fill = {name: held / unit[name] for name, (held, _) in tokens.items()}
-            share = SHARE * sum(fill.values()) / len(fill)
+            new = {name: stored / unit[name] for name, (stored, _) in tokens.items()}
+            share = SHARE * sum(new.values()) / len(new)
             own = self._request.num_prompt_tokens
-            crowded |= {name for name in fill if fill[name] > share + own / unit[name]}
+            crowded |= {name for name in new if new[name] > share + own / unit[name]}
         return crowded
 
     def _home(self, engines: Iterable[Engine]) -> Engine | None:
@@ -223,7 +223,7 @@ class _Choice:
         return max(engines, key=weight, default=None)
 
     def _takes(self, engine: Engine) -> bool:
-        """Return whether an engine gets requests: after failures only new ones, as a try."""
+        """Return True if the engine may get the request; tripped ones are tried with new ones."""
         health = engine.health
         if not engine.ready or engine.key in self._request.tried:
             return False
@@ -243,8 +243,8 @@ class _Choice:
         return ""
 
     def _best_pair(self) -> tuple[_Offer, Engine] | None:
-        """Return the prefill engine with the earliest first token; and, among the decode engines
-        that may pull from it, the one with the fewest tokens afterwards.
+        """Return the prefill engine with the earliest first token; and, of the decode engines that
+        may pull from it, the engine that would then hold the fewest tokens.
         """
         usable = [engine for engine in self._engines if self._takes(engine)]
         decodes = {engine.name: engine for engine in usable if engine.role == "decode"}
@@ -273,10 +273,10 @@ class _Choice:
         return None
 
     def _best_local(self) -> _Offer | None:
-        """Return the engine that would compute the prompt soonest where it decodes it."""
+        """Return the decode engine that would compute the prompt itself at the lowest cost."""
         request = self._request
         wants_pair = request.wants_pair or request.is_suspect or request.tried
-        if self._policy == "pairs" or wants_pair:
+        if self._policy not in ONE_ENGINE_POLICIES or wants_pair:
             return None
         prefills = [one for one in self._engines if one.ready and one.role == "prefill"]
         # Engines that share a GPU with a prefill engine would take time from it. Where devices are
@@ -299,7 +299,7 @@ class _Choice:
         return min(offers, key=rank, default=None)
 
     def _why_local(self, local: _Offer, first: _Offer) -> str:
-        """Return why the prompt is computed where it is decoded; empty: it is not."""
+        """Return why the decode engine should compute the prompt; empty if it should not."""
         # The streams of the decode engine wait while it computes the prompt.
         local_s = local.first_token_s + local.compute_s
         # The next turn of a chat: decode has the answers, which prefill would have to compute.
@@ -313,7 +313,7 @@ class _Choice:
         return ""
 
     def _alone(self) -> Engine | None:
-        """Return the engine that does all remaining work; in need any, whatever its role."""
+        """Return the engine to do all remaining work, if necessary one of another role."""
         request, holder = self._request, self._request.holder
         candidates = [
             engine
@@ -350,5 +350,5 @@ def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:
 
 
 def no_engine_ready(message: str) -> OverloadedError:
-    """Return the error for a request that no engine can be given now."""
+    """Return the error for a request that has no engine."""
     return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")

@@ -1,4 +1,4 @@
-"""Holds the engines of the deployment, as the registry and the outcomes of requests show them.
+"""Holds all engines of the deployment. The registry and the requests change their states.
 
 The pool does no I/O. A role is a preference: every engine can prefill and decode.
 """
@@ -21,12 +21,12 @@ IDLE_POLL_S = 0.05
 # With several API keys, an engine is given prompts of at most this many tokens and seconds of work,
 # or a single longer one: on one H200 2,048 tokens take 45 ms, a call to prefill 7 beside its step.
 AHEAD_TOKENS, AHEAD_S = 2048, 0.1
-# Prompts for pairs wait while a decode engine has this many pulled ones that it has not begun.
+# Prompts for pairs wait while a decode engine has this many prompts without a first token.
 MAX_UNBEGUN = 8
 
 
 class EnginePool:
-    """Holds all engines of the launch. ``clock`` counts seconds."""
+    """Holds all engines of the launch. ``clock`` returns seconds."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class EnginePool:
         self.index = KVIndex()
         self._engines: dict[str, Engine] = {}
         self.registry = Registry(version=0, entries=[], withheld="starting")
-        # Engines without new work: their processes when they were held, and the state to show.
+        # Engines held by ``hold``: their processes at that time, and the state to show.
         self._held: dict[str, tuple[Processes, ListedState]] = {}
         self._with_ranks: set[str] = set()
         self._num_picks = 0
@@ -57,7 +57,7 @@ class EnginePool:
             await asyncio.sleep(IDLE_POLL_S)
 
     def lists(self, engine: Engine) -> bool:
-        """Return whether the registry still shows these very processes, ready."""
+        """Return whether the engine's processes are the same and it is ready, by the registry."""
         return self._engines.get(engine.name) is engine and engine.ready
 
     @property
@@ -77,17 +77,17 @@ class EnginePool:
         return min(known, default=None)
 
     def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
-        """Return whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
+        """Return whether ``decode`` may now pull KV blocks of ``prefill``."""
         is_there = (
             self.lists(prefill)
             or not decode.capabilities.is_vllm
-            # It has computed the prompt, and stays until its blocks are read.
+            # A draining engine stays until the blocks of its prompts are read.
             or (self._engines.get(prefill.name) is prefill and prefill.state == "draining")
         )
         return is_there and decode.may_pull_from(prefill)
 
     def path(self, prefill: Engine, decode: Engine) -> str | None:
-        """Return the path on which they exchange KV blocks; None: not known."""
+        """Return the path on which the engines exchange KV blocks; None: unknown."""
         names = prefill.name, decode.name
         return next((pair.path for pair in self.pairs if engines_of(pair) == names), None)
 
@@ -109,6 +109,7 @@ class EnginePool:
 
     def route(self, request: RoutingRequest) -> Route:
         now_at = self.clock()
+        self.index.age()
         route = choose(request, list(self._engines.values()), self.index, now_at, self.policy)
         for engine in route.engines:
             self._num_picks += 1
@@ -119,10 +120,10 @@ class EnginePool:
         return route
 
     def can_begin(self, request: RoutingRequest, reserved: set[EngineKey]) -> bool:
-        """Return whether the engines that would be chosen have begun nearly all that they have.
+        """Return whether the engines chosen for the request have room to begin it soon.
 
-        ``reserved``: engines that are kept for earlier prompts. If the prompt has to wait, those
-        that it waits for are added.
+        ``reserved``: engines that are kept for earlier prompts. If the prompt has to wait, the
+        engines that it waits for are added to the set.
         """
         engines = list(self._engines.values())
         route = choose(request, engines, self.index, self.clock(), self.policy)
@@ -156,16 +157,13 @@ class EnginePool:
         return min(able, key=load, default=None)
 
     def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
-        num_cached = self.index.num_cached(engine.name, request.tokens)
+        num_cached, _ = self.index.find(engine, request.tokens)
         return max(1, request.num_prompt_tokens - num_cached)
 
     def has_choice(self, num_tokens: int) -> bool:
-        """Return whether cached prefixes can change the choice for a prompt."""
-        told = [each for each in self._engines.values() if each.ready and each.name in self.index]
-        roles = [each.role for each in told]
-        # The only prefill and the only decode engine are chosen in any case.
-        is_settled = self.policy == "pairs" and len(set(roles)) == len(roles)
-        return len(told) > 1 and not is_settled and num_tokens >= self.index.least_tokens
+        """Return whether cached prefixes can change the choice of engines or ranks for a prompt."""
+        ready = (each.name for each in self._engines.values() if each.ready)
+        return sum(map(self.index.num_ranks, ready)) > 1 and num_tokens >= self.index.least_tokens
 
     def served(self, engine: Engine) -> None:
         engine.health.succeeded(self.clock())
@@ -177,7 +175,7 @@ class EnginePool:
         decode.health.pulled(prefill.key, self.clock(), ok=ok)
 
     def pair_states(self) -> dict[tuple[str, str], HealthState]:
-        """Return the states of the pairs of which a pull has failed lately, prefill first."""
+        """Return the states of pairs with recent failed pulls, by (prefill, decode)."""
         names, now_at = {engine.key: engine.name for engine in self.engines}, self.clock()
         return {
             (names[key], engine.name): breaker.state(now_at)
@@ -187,7 +185,7 @@ class EnginePool:
         }
 
     def update(self, registry: Registry) -> None:
-        """Take over a registry; an engine whose processes are the same keeps its counts."""
+        """Apply a registry. Engines whose processes are the same keep their counts."""
         self.registry = registry
         ranks: dict[str, list[Entry]] = defaultdict(list)
         for entry in registry.entries:
@@ -208,9 +206,9 @@ class EnginePool:
         self.pairs = registry.pairs
 
     def _renew(self, server: Entry, others: list[Entry], proofs: dict[str, int]) -> Engine:
-        """Return the listed engine: the same object as before if its processes still run."""
+        """Return the engine of a registry entry, as the same object if its processes still run."""
         others = sorted(others, key=lambda entry: entry.tp_rank)
-        # A vLLM engine's other hosts live and die with its server.
+        # A vLLM engine's processes on other hosts start and end with its server.
         ranks = [entry for entry in others if not entry.capabilities.is_vllm]
         name, ready = server.name, self._is_ready(server, ranks)
         processes = (server.incarnation, *(entry.incarnation for entry in ranks))
@@ -223,7 +221,7 @@ class EnginePool:
             if held[0] == processes:
                 ready, engine.state = False, held[1]
             else:
-                del self._held[name]  # its successor is another engine
+                del self._held[name]  # the engine was restarted
         # Once ready again, the engine counts as new: requests that it failed may use it again.
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
@@ -241,7 +239,7 @@ class EnginePool:
             self._with_ranks.add(server.name)
         if server.state != "ready" or server.withheld or not server.address.http:
             return False
-        # Without native ranks an engine is as ready as its server; else it needs all of them.
+        # Without native ranks, only the server must be ready; with them, all ranks must be, too.
         if server.name not in self._with_ranks:
             return True
         is_whole = bool(ranks) and len(ranks) == ranks[0].tp_size
@@ -249,7 +247,7 @@ class EnginePool:
 
 
 def engines_of(pair: PairReady) -> tuple[str, str]:
-    """Return the engines of a pair of ranks, prefill first; ranks' names begin with theirs."""
+    """Return the names of a pair's engines, prefill first. A rank's is ``ENGINE/rank-0``."""
     return pair.peer.partition("/")[0], pair.local.partition("/")[0]
 
 

@@ -1,16 +1,16 @@
-"""Tokenizes prompts at the router, if cached blocks can change the choice of engines.
+"""Tokenizes prompts in the router, if cached blocks can change the choice of engines.
 
 ::
 
     engines to choose from, prompt of more than a few blocks?
       ├─ no ──────────────────────────────> the load decides
-      ├─ token ids of the client ─────────> as they are
+      ├─ token ids of the client ─────────> unchanged
       ├─ the model's folder is here ──────> tokenizer and chat template, in a thread
       └─ otherwise ───────────────────────> an engine's /tokenize
 
-Native engines get the token ids with the request, so that nobody tokenizes twice: these are found
-by the code that the engines run, from the files that their servers have read. vLLM gets the text
-alone: its chats take no token ids, and its own tokenizer has the last word.
+Native engines get the token ids with the request, so that they need not tokenize it again: the
+router uses the code of the engines and the files that their servers have read. vLLM gets only the
+text: its chats take no token ids, and its own tokenizer decides.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.kv_index import PromptTokens
 from pdlaunch.router.pool import EnginePool
 
-# Longer prompts are routed by load: tokenizing would take a second.
+# Longer prompts are routed by load alone: to tokenize them would take a second.
 MAX_TEXT_BYTES = 2 * 1024**2
 _MAX_VOCAB_SIZE = 2**31
 
@@ -55,7 +55,7 @@ _logger = logging.getLogger(__name__)
 class PromptReader:
     """Finds the tokens of prompts; belongs to the event loop.
 
-    ``model_dir``: the folder of the model; empty where it is not on this host.
+    ``model_dir``: the folder of the model; empty if it is not on this host.
     """
 
     def __init__(self, pool: EnginePool, client: EngineClient, model_dir: str = "") -> None:
@@ -66,7 +66,7 @@ class PromptReader:
         self._model: ServedModel | None = None
 
     async def read(self, prompt: PromptRequest) -> tuple[PromptRequest, PromptTokens | None]:
-        """Return the prompt to send to engines, and its tokens; None: the load decides."""
+        """Return the prompt to send to engines, and its tokens; None: route by load alone."""
         text = bytes(prompt.text or b"")
         is_long = self._pool.has_choice(prompt.num_prompt_tokens)
         if not text or not is_long or len(text) > MAX_TEXT_BYTES:
@@ -75,7 +75,7 @@ class PromptReader:
         token_ids, is_own = list[int](), TOKEN_IDS.match(text) and not prompt.endpoint.is_chat
         salt, model_name = body.get("cache_salt"), str(body.get("model") or "")
         tokens: PromptTokens | None = None
-        # Engines answer clients whose prompts are wrong. A token id may be of any size.
+        # Ignore invalid prompts: engines report them to clients. A token id may be of any size.
         with suppress(RequestError, RelayedError, OverloadedError, ValueError, OverflowError):
             if is_own:
                 token_ids = msgspec.json.decode(text, type=list[int])
@@ -97,9 +97,9 @@ class PromptReader:
         return read, tokens
 
     async def load(self, pinned: Mapping[str, str]) -> None:
-        """Read the tokenizer, once. It takes a second; prompts meanwhile are routed by load.
+        """Load the tokenizer, once. This takes a second; until then prompts are routed by load.
 
-        ``pinned``: the ``text_digests`` of what the servers have read.
+        ``pinned``: the ``text_digests`` of the files that the servers have read.
         """
         if not self._is_loading:
             self._is_loading = True
@@ -115,14 +115,15 @@ class PromptReader:
 
 
 def load_model(model_dir: str, pinned: Mapping[str, str]) -> ServedModel | None:
-    """Return the tokenizer and template that servers use, which have read the ``pinned`` files.
+    """Return the tokenizer and chat template that the servers use.
 
-    None: the model is not here, has changed, or has no tokenizer.
+    ``pinned``: see ``PromptReader.load``. None: the model's files are not here, have changed since
+    the servers read them, or have no tokenizer.
     """
     if not model_dir:
         return None
     try:
-        # Nobody changes the copy between its digests and the reading.
+        # Read a copy: the files could change after their digests are computed.
         with TemporaryDirectory(prefix="pdlaunch-") as copy:
             for file in text_files(Path(model_dir)):
                 shutil.copy(file, copy)
@@ -150,7 +151,7 @@ def _tokenize(model: ServedModel, prompt: PromptRequest, is_vllm: bool) -> list[
         )
         (token_ids,) = model.prompts(parse_request(generation, body, public=False))
         return token_ids
-    # Other fields may be ones that only vLLM knows.
+    # Do not parse the other fields: vLLM may have fields that are unknown here.
     if not prompt.endpoint.is_chat:
         text = parse_request(TokenizeCompletionRequest, body, public=False)
         return model.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)

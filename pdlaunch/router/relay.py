@@ -1,4 +1,4 @@
-"""Takes one prompt through the engines: choose, prefill, hand over, decode; again where one fails.
+"""Relays one prompt: choose engines, prefill, hand over, decode; again if an engine fails.
 
 ::
 
@@ -6,12 +6,13 @@
          └ kv_transfer_params ──> decode ── chunks ──> client
                                      └ died: another engine resumes after the tokens so far
 
-Everything that the client gets goes through the transcript, so it gets nothing twice, whichever
-engine sends it. Migration is the loop in ``run``.
+All chunks go through the transcript, so the client gets nothing twice, even from different engines.
+Migration is the loop in ``run``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,13 +21,20 @@ from typing import Any
 
 import msgspec
 
-from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.http.headers import DATA_PARALLEL_HEADER, REQUEST_ID_HEADER
 from pdlaunch.observe.spans import PULL
 from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
 from pdlaunch.router.clients import Client
-from pdlaunch.router.continuation import Continuation, StreamLostError, begin_continuation, obstacle
-from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.continuation import (
+    Continuation,
+    StreamLostError,
+    begin_continuation,
+    continue_first_token,
+    obstacle,
+    request_obstacle,
+)
+from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import (
     Chunk,
     EngineFailure,
@@ -39,11 +47,14 @@ from pdlaunch.router.engine_client import (
 from pdlaunch.router.handover import Handover
 from pdlaunch.router.kv_index import PromptTokens
 from pdlaunch.router.policy import Hop, Route, RoutingRequest, no_engine_ready
+from pdlaunch.router.recovery import Attempts
 from pdlaunch.router.request_history import EngineCall
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
+
+DEATH_LISTED_S = 5.0  # how long to wait until the registry shows a reported death
 
 
 async def answer_prompt(
@@ -51,7 +62,7 @@ async def answer_prompt(
 ) -> Transcript:
     """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
-    Cancelling it ends the work of both engines.
+    Cancellation ends the work of both engines.
     """
     relay = Relay(prompt, state, answer)
     with state.suspects.watch(prompt.origin):
@@ -64,7 +75,7 @@ async def answer_prompt(
 
 
 class Relay:
-    """Answers one prompt; ``run`` once, then ``end``."""
+    """Answers one prompt. Call ``run`` once, then ``end``."""
 
     def __init__(self, prompt: PromptRequest, state: RouterState, answer: ClientAnswer) -> None:
         self.transcript = Transcript(
@@ -77,23 +88,18 @@ class Relay:
         self._record = answer.record
         self._tokens: PromptTokens | None = None
         self._lease: Handover | None = None  # the handover of the prefill engine
+        # Set if the client has the token of prefill (vLLM): decode continues after this token.
+        self._after_first_token: Continuation | None = None
         self._decode_has_answered = False
-        # The engine that has sent a second token: its plain chunks take the fast path.
-        self._goes_on_at: Engine | None = None
-        self._tried: set[EngineKey] = set()
-        self._turned_away_by: set[EngineKey] = set()
-        self._failure: EngineFailure | EngineRefusal | None = None
-        # When an engine first failed or had no room, since the last token.
-        self._trouble_since_at: float | None = None
-        self._retry_at = 0.0  # from when on engines that were tried may be asked again
-        self._num_prefill_failures = 0
-        self._num_decode_failures = 0
+        # The engine that has sent a second token. Its plain chunks take the fast path.
+        self._continues_at: Engine | None = None
+        self._attempts = Attempts(state.recovery)
         self._num_decode_attempts = 0
         # The engine from which decode pulls the prompt, until decode has answered.
         self._pulls_from: Engine | None = None
 
     async def run(self, client: Client) -> None:
-        """Answer the prompt, at one route after another until the answer is whole."""
+        """Answer the prompt: try one route after another until the answer is complete."""
         self._prompt, self._tokens = await self._state.reader.read(self._prompt)
         if self._state.turns.is_fair:
             await self._wait(client)
@@ -102,7 +108,9 @@ class Relay:
             hop: Hop = "decode" if route.prefill is None else "prefill"
             try:
                 if route.prefill is not None and route.decode is not None:
-                    await self._take(await self._prefill(route.prefill, route.decode))
+                    sends_first = self._may_send_first_token(route.decode)
+                    handover = await self._prefill(route.prefill, route.decode, sends_first)
+                    await self._take(handover, route.decode, sends_first)
                     hop = "decode"
                     if not self._state.pool.lists(route.decode):
                         continue
@@ -110,7 +118,7 @@ class Relay:
                     await self._decode(route.decode)
             except (EngineFailure, EngineRefusal) as failure:
                 # A failure after the end of the answer does not matter.
-                if not self.transcript.is_done and not await self._can_go_on(hop, failure):
+                if not self.transcript.is_done and not await self._can_continue(hop, failure):
                     raise
 
     async def _wait(self, client: Client) -> None:
@@ -122,17 +130,17 @@ class Relay:
         log.add("wait for turn", start_at)
 
     def end(self) -> None:
-        """Give back what the prompt still holds, however it has ended."""
+        """Release the lease, if any. Call this after success, failure and cancellation."""
         if self._lease is not None:
-            self._lease.end(self._tried)
-        # Its traceback leads back here: a cycle would keep the body in memory.
-        self._failure = None
+            self._lease.end(self._attempts.tried)
+        # The failure's traceback refers to this object: the cycle would keep the body in memory.
+        self._attempts.failure = None
 
     @property
     def _must_resume(self) -> bool:
-        """Return whether the next engine has to continue from the client's tokens.
+        """Return whether the next engine has to continue after the client's tokens.
 
-        The first token is handed over with the blocks, until decode has added more.
+        Until decode has answered, the lease hands over the first token with the blocks.
         """
         return (self._decode_has_answered or self._lease is None) and self.transcript.has_tokens
 
@@ -148,21 +156,16 @@ class Relay:
             is_begun=lease is not None
             or self.transcript.has_tokens
             or self._num_decode_attempts > 0
-            or self._num_prefill_failures >= self._state.recovery.max_attempts,
+            or self._attempts.are_over("prefill"),
             holder=None if lease is None or lease.is_taken else lease.engine,
-            tried=frozenset(self._tried),
-            must_go_on=self._must_resume,
+            tried=frozenset(self._attempts.tried),
+            must_continue=self._must_resume,
             alone=prompt.alone,
         )
 
     async def _choose(self) -> Route:
-        """Return the next route; after a failure wait for an engine.
-
-        Raises the last failure, or OverloadedError.
-        """
-        state = self._state
-        # Counted from the first failure, so that the wait ends even if engines fail in turn.
-        end_at = (self._trouble_since_at or state.now()) + state.recovery.wait_s
+        """Return the next route, once an engine can be asked. Raises what ``wait_s`` raises."""
+        state, attempts = self._state, self._attempts
         while True:
             request = self._routing_request()
             route = state.pool.route(request)
@@ -170,56 +173,48 @@ class Relay:
             if route.decode is not None:
                 self._follow(route)
                 return route
-            left_s = end_at - state.now()
-            # Nothing is lost yet: the client can ask another deployment, or again.
-            if self._failure is None and self._lease is None:
+            # No work is lost yet: the client can retry here or at another deployment.
+            if attempts.failure is None and self._lease is None:
                 raise no_engine_ready("no engine is ready")
-            if isinstance(self._failure, EngineRefusal):
-                # All are busy: refuse a client without an answer, and let a stream wait.
-                if left_s <= 0 or not self.transcript.has_tokens:
-                    raise self._failure
-                await state.registry_change(min(left_s, state.recovery.busy_wait_s))
-                self._tried.clear()
-            elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
-                raise self._failure or no_engine_ready("no engine can go on with this request")
-            else:
-                # An engine that failed may still be in the registry.
-                retry_in_s = max(0.0, self._retry_at - state.now()) if self._tried else left_s
-                await state.registry_change(min(left_s, retry_in_s))
-                if state.now() >= self._retry_at:
-                    self._tried.clear()
+            wait_s = attempts.wait_s(state.now(), has_tokens=self.transcript.has_tokens)
+            await state.registry_change(wait_s)
+            attempts.waited(state.now())
 
     def _follow(self, route: Route) -> None:
-        """Count the route, and tell the client about it."""
+        """Record the route in the metrics and in the client's answer."""
         metrics, lease = self._state.metrics, self._lease
         hop: Hop = "decode" if route.prefill is None else "prefill"
-        if self._num_decode_attempts or (hop == "prefill" and self._failure is not None):
+        if self._num_decode_attempts or (hop == "prefill" and self._attempts.failure is not None):
             metrics.count("retries", hop)
             self._record.retries += 1
         if lease is None and not self._num_decode_attempts:
             metrics.routed(route)
-            is_fallback = route.is_fallback or self._num_prefill_failures > 0
+            is_fallback = route.is_fallback or self._attempts.num_failures["prefill"] > 0
             if route.prefill is None and is_fallback:
                 metrics.count("fallbacks")
         if lease is not None and lease.engine is not route.decode:
             route = msgspec.structs.replace(route, prefill=lease.engine)
         self._answer.routed(self._prompt, route)
 
-    async def _prefill(self, engine: Engine, decode: Engine) -> Handover:
-        """Have the first token of each choice drawn, and a lease on the blocks granted."""
+    async def _prefill(self, engine: Engine, decode: Engine, sends_first: bool) -> Handover:
+        """Let ``engine`` compute the first token of each choice and lease the prompt's blocks."""
         prompt, state = self._prompt, self._state
-        body = prompt.prefill_body(knows_whole_request=not engine.capabilities.is_vllm)
-        # Unless the engine refuses, there may be a lease, which would last until its deadline.
+        body = prompt.prefill_body(
+            knows_whole_request=not engine.capabilities.is_vllm,
+            sends_first_token=sends_first,
+        )
+        _, dp_rank = state.pool.index.find(engine, self._tokens)
+        # Unless the engine failed or refused, it may hold a lease, which must be released.
         may_be_leased = True
         try:
             with (
                 decode.holding(prompt.num_choices * prompt.num_prompt_tokens),
-                self._work(engine) as begin,
+                self._work(engine, dp_rank) as begin,
                 self._record.call("prefill", engine.name) as call,
             ):
                 try:
                     answer, ignored = await state.client.ask(
-                        engine, prompt.endpoint.path, body, self._headers(0)
+                        engine, prompt.endpoint.path, body, self._headers(0, dp_rank)
                     )
                 except (EngineFailure, EngineRefusal):
                     may_be_leased = False
@@ -229,7 +224,7 @@ class Relay:
                 with blames(engine):
                     is_chat = prompt.endpoint.is_chat
                     handover = Handover(state, engine, answer, is_chat=is_chat)
-                call.hear(handover.report, self._record.log.clock())
+                call.add_report(handover.report, self._record.log.clock())
                 call.counts(handover.usage)
         except BaseException:
             if may_be_leased:
@@ -238,62 +233,83 @@ class Relay:
         state.pool.served(engine)
         return handover
 
-    async def _take(self, handover: Handover) -> None:
-        """Send the client prefill's tokens, unless decode engines have to send them.
+    def _may_send_first_token(self, decode: Engine) -> bool:
+        """Return whether the client may get prefill's token, and ``decode`` continue after it."""
+        if not decode.capabilities.is_vllm:
+            return True
+        # A whole answer would gain nothing.
+        return self._prompt.is_stream and not request_obstacle(self._prompt, decode.capabilities)
 
-        Raises RequestError for a prompt that decode would refuse.
+    async def _take(self, handover: Handover, decode: Engine, sends_first: bool) -> None:
+        """Keep the lease, and send the client prefill's tokens unless decode will send them.
+
+        Raises RequestError if the prompt and output are too long for decode engines.
         """
         self._lease = handover
-        self._tried.clear()
-        self._failure = self._trouble_since_at = None
+        self._attempts.prefilled()
+        sends_first = sends_first and handover.has_first_tokens
         if handover.engine.capabilities.is_vllm:
             self.transcript.note_usage(handover.usage)
+            if sends_first:
+                with blames(handover.engine), contextlib.suppress(LookupError):
+                    self._after_first_token = continue_first_token(
+                        self._prompt, handover.chunks[-1], decode.max_model_len
+                    )
+            sends_first = self._after_first_token is not None
         if not handover.is_final:
-            # Before anything is sent: afterwards no status can be set.
+            # Check this before anything is sent: afterwards the status cannot change.
             self._prompt.check_length(
                 handover.num_prompt_tokens, self._state.pool.max_model_len("decode")
             )
-        if handover.is_final or handover.has_first_tokens:
+        if handover.is_final or sends_first:
             for chunk in handover.chunks:
-                await self._tell(handover.engine, chunk)
+                await self._send(handover.engine, chunk)
 
     async def _decode(self, engine: Engine) -> None:
-        """Stream from one engine, which pulls the prompt, goes on after tokens, or does all."""
+        """Stream from an engine, which pulls the blocks, continues a stream, or does all work."""
         attempt, prompt = self._num_decode_attempts, self._prompt
         self._num_decode_attempts += 1
-        is_vllm, continuation = engine.capabilities.is_vllm, None
+        is_vllm, continuation = engine.capabilities.is_vllm, self._after_first_token
         if self._must_resume:
             self._state.metrics.count("migrations")
-            logger.info("goes on at %s after %d tokens", engine.name, self.transcript.num_tokens)
+            logger.info("continues at %s after %d tokens", engine.name, self.transcript.num_tokens)
             continuation = await self._continuation(engine) if is_vllm else None
-        extra = {} if continuation else self._extra(engine)
+        extra = self._extra(engine)
         params = extra.get("kv_transfer_params", {})
         lease = self._lease if params.get("do_remote_prefill") else None
         if lease is not None:
             self._pulls_from = lease.engine
             self._record.kv_path = self._state.pool.path(lease.engine, engine)
-        # Streams of vLLM lack some fields of whole answers.
+        # Ask vLLM for a whole answer if the client wants one: its streams lack some fields.
         is_whole = is_vllm and not prompt.is_stream
-        body = continuation.body if continuation else prompt.decode_body(extra, is_whole=is_whole)
+        body = (
+            continuation.body(extra)
+            if continuation
+            else prompt.decode_body(extra, is_whole=is_whole)
+        )
         path = COMPLETIONS.path if continuation else prompt.endpoint.path
-        computes = not extra and continuation is None
+        _, dp_rank = self._state.pool.index.find(engine, self._tokens)
         with (
             self._work(
-                engine, computes=computes, num_streams=prompt.num_choices, tells_begin=not is_whole
+                engine,
+                dp_rank,
+                computes=not extra,
+                num_streams=prompt.num_choices,
+                reports_begin=not is_whole,
             ) as begin,
             self._record.call("decode", engine.name) as call,
         ):
             async with self._state.client.stream(
-                engine, path, body, self._headers(attempt), is_whole=is_whole
+                engine, path, body, self._headers(attempt, dp_rank), is_whole=is_whole
             ) as stream:
                 self._answer.ignores(stream.ignored_fields)
-                # The time of a whole answer says nothing about the engine's speed with prompts.
+                # The time of a whole answer does not show how fast the engine computes prompts.
                 begin_at_token = None if is_whole else begin
                 await self._relay(engine, stream, lease, call, begin_at_token, continuation)
         self._state.pool.served(engine)
 
     async def _continuation(self, engine: Engine) -> Continuation:
-        """Have an engine of vLLM continue after the tokens so far, which it gets as a prompt."""
+        """Return the request with which vLLM continues: prompt and output so far as its prompt."""
         prompt, client = self._prompt, self._state.client
         detokenize = partial(
             client.detokenize, engine, prompt.body.get("model"), headers=prompt.headers
@@ -307,7 +323,8 @@ class Relay:
 
     def _extra(self, engine: Engine) -> dict[str, Any]:
         if self._must_resume:
-            return {"resume": self.transcript.resume_field()}
+            is_vllm = engine.capabilities.is_vllm
+            return {} if is_vllm else {"resume": self.transcript.resume_field()}
         if self._lease is None:
             return {}
         params = self._lease.decode_params(engine)
@@ -322,9 +339,9 @@ class Relay:
         begin: Callable[[], None] | None,
         continuation: Continuation | None,
     ) -> None:
-        """Send the client everything that the engine sends.
+        """Send the client all new output of the engine. Raises EngineFailure, EngineRefusal.
 
-        ``lease``: the blocks to pull. A stream starts only after its pull has ended.
+        ``lease``: the blocks that the engine pulls. A stream starts only after its pull has ended.
         """
         is_first = True
         while (chunk := await stream.next_chunk()) is not None:
@@ -340,15 +357,15 @@ class Relay:
                 with blames(engine):
                     refuse_broken(engine, chunk)
                     continuation.take(chunk)
-            await self._tell(engine, chunk, more_follows=stream.has_more, begin=begin)
-        call.hear(stream.report, self._record.log.clock())
+            await self._send(engine, chunk, more_follows=stream.has_more, begin=begin)
+        call.add_report(stream.report, self._record.log.clock())
         if lease is not None:
             has_failed = call.attributes(PULL).get("error") is not None
             self._state.pool.pulled(lease.engine, engine, ok=not has_failed)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
 
-    async def _tell(
+    async def _send(
         self,
         engine: Engine,
         chunk: Chunk,
@@ -356,91 +373,88 @@ class Relay:
         more_follows: bool = False,
         begin: Callable[[], None] | None = None,
     ) -> None:
-        """Send the client its new tokens. Raises EngineFailure when the engine gives up."""
-        if self._goes_on_at is engine and (num_tokens := self.transcript.extend(chunk)):
+        """Send the client the chunk's new output. Raises EngineFailure if the engine gives up."""
+        if self._continues_at is engine and (num_tokens := self.transcript.extend(chunk)):
             await self._answer.tokens(chunk, num_tokens, more_follows=more_follows)
             return
         with blames(engine):
             refuse_broken(engine, chunk)
-            has_news = self.transcript.admit(chunk)
-            self._trouble_since_at = None
+            has_output = self.transcript.admit(chunk)
+        if has_output:
+            # vLLM does not say which request has killed an engine.
+            is_suspect = self._state.suspects.is_suspect(self._prompt.origin)
+            self._attempts.progressed(may_kill=is_suspect or engine.capabilities.is_vllm)
         if self.transcript.has_tokens:
             if engine.health.is_tripped:
                 engine.health.answers(self._state.pool.clock())
             if begin is not None:
                 begin()
-        if has_news:
+        if has_output:
             await self._answer.chunk(
                 self._prompt, self.transcript, chunk, more_follows=more_follows
             )
         elif not more_follows:
             await self._answer.flush()
         if self.transcript.num_tokens > 1 and self._prompt.index == 0 and self._answer.takes_tokens:
-            self._goes_on_at = engine
+            self._continues_at = engine
 
-    async def _can_go_on(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> bool:
+    async def _can_continue(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> bool:
         """Record a failure; return whether another attempt can help.
 
-        The caller raises it: here its traceback would lead to a frame that holds it, and the cycle
-        would keep the body in memory.
+        If not, the caller must raise the failure. Raised here, its traceback and this frame would
+        refer to each other, and the cycle would keep the body in memory.
         """
         state, engine = self._state, failure.engine
         pulls_from, self._pulls_from = self._pulls_from, None
-        self._num_prefill_failures += hop == "prefill"
+        self._continues_at = None
         if isinstance(failure, EngineFailure):
             logger.warning("%s hop failed: %s", hop, str(failure))
-            if pulls_from is not None and failure.is_told:
+            if pulls_from is not None and failure.is_reported:
                 # The decode engine could still report the failure, so the pair is at fault.
                 state.pool.pulled(pulls_from, engine, ok=False)
             else:
                 state.pool.failed(engine)
             state.metrics.count("engine_failures", engine.name, hop)
-            self._retry_at = state.now() + state.recovery.retry_wait_s
-            # An engine that turns the request away again has survived it: do not count that.
-            is_free = failure.turned_away and engine.key in self._turned_away_by
-            self._num_decode_failures += hop == "decode" and not is_free
-            if failure.turned_away:
-                self._turned_away_by.add(engine.key)
         elif not failure.is_busy:
             return False
-        self._trouble_since_at = self._trouble_since_at or state.now()
-        self._tried.add(engine.key)
-        self._failure = failure
+        self._attempts.add(hop, failure, state.now())
         if isinstance(failure, EngineFailure) and failure.lost_rank:
-            # Before another engine gets the request that may have killed this one.
-            await state.death_is_listed(engine)
+            # The suspects of this death are known once the registry shows it.
+            await state.find(lambda: not state.pool.lists(engine), DEATH_LISTED_S)
         state.suspects.check(self._prompt.origin)
         if hop == "prefill":
-            # Decode would go on behind first tokens that the client may not have.
+            # With a lease, decode would continue after first tokens that the client may not have.
             return self._lease is None
         if self._must_resume and engine.capabilities.is_vllm:
             reason = obstacle(self._prompt, self.transcript, engine.capabilities)
             if reason:
                 raise self._lost(engine, reason)
-        can_go_on = self.transcript.can_resume or not self._must_resume
-        return can_go_on and self._num_decode_failures < state.recovery.max_attempts
+        can_continue = self.transcript.can_resume or not self._must_resume
+        return can_continue and not self._attempts.are_over("decode")
 
     def _lost(self, engine: Engine, reason: str) -> StreamLostError:
         self._state.metrics.count("lost_streams", reason)
         return StreamLostError(engine.name, reason)
 
-    def _headers(self, attempt: int) -> dict[str, str]:
+    def _headers(self, attempt: int, dp_rank: int | None) -> dict[str, str]:
         prompt = self._prompt
-        # Each attempt has its own name: an engine may still hold blocks for the one before.
+        # Each attempt has its own id: an engine may still hold blocks for the previous attempt.
         hop_id = f"{prompt.hop_id}-r{attempt}" if attempt else prompt.hop_id
         return (
             prompt.headers
             | self._state.suspects.header(prompt.origin)
             | {REQUEST_ID_HEADER: hop_id}
+            | ({} if dp_rank is None else {DATA_PARALLEL_HEADER: str(dp_rank)})
         )
 
     def _work(
         self,
         engine: Engine,
+        dp_rank: int | None,
         *,
         computes: bool = True,
         num_streams: int = 0,
-        tells_begin: bool = True,
+        reports_begin: bool = True,
     ) -> AbstractContextManager[Callable[[], None]]:
         pool = self._state.pool
         return engine.working(
@@ -448,6 +462,7 @@ class Relay:
             num_prompt_tokens=self._prompt.num_prompt_tokens,
             num_uncached=pool.num_new_tokens(engine, self._routing_request()) if computes else 0,
             num_streams=num_streams,
-            tells_begin=tells_begin,
+            dp_rank=dp_rank,
+            reports_begin=reports_begin,
             moved=self._state.turns.take,
         )

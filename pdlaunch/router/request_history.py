@@ -1,5 +1,6 @@
-"""Records what the router does for each request, and what engines tell of their parts of it; keeps
-the records of requests that run, and of the last ones that have ended.
+"""Records what the router and the engines do for each request.
+
+Keeps the records of running requests and of the last ``MAX_KEPT`` ended ones.
 """
 
 from __future__ import annotations
@@ -51,25 +52,25 @@ ROUTER = "router"
 CLIENT_LEFT = "the client went away"
 MAX_MODEL_LENGTH = 200
 MAX_ERROR_LENGTH = 300
-MAX_HEARD_SPANS = 4 * MAX_SPANS  # of one engine with its ranks, for one call
+MAX_ENGINE_SPANS = 4 * MAX_SPANS  # for one call, from an engine and its ranks
 
 
 class EngineCall(msgspec.Struct):
-    """Records one call of an engine."""
+    """Records one call to an engine."""
 
     hop: Hop
     engine: str
     span: Span  # ends at 0 while the call runs
     error: str | None = None
-    heard: list[Span] = []  # the engine's spans, on the router's clock
-    num_dropped: int = 0  # spans that the engine, or this process, has not kept
+    engine_spans: list[Span] = []  # the engine's spans, on the router's clock
+    num_dropped: int = 0  # spans that the engine or the router has dropped
 
     @property
     def is_over(self) -> bool:
         return self.span.end_at > 0
 
-    def hear(self, told: object, now_at: float) -> None:
-        """Take the spans with which an engine has ended its answer, if any."""
+    def add_report(self, told: object, now_at: float) -> None:
+        """Store the engine's spans from the end of its answer, if any."""
         if told is None:
             return
         try:
@@ -78,20 +79,20 @@ class EngineCall(msgspec.Struct):
             logger.debug("%s: its spans cannot be read: %s", self.engine, error)
             return
         sent_at = self.span.start_at
-        self.heard = report.placed(sent_at, now_at, self.engine)[:MAX_HEARD_SPANS]
-        self.num_dropped = report.num_dropped + len(report.spans) - len(self.heard)
+        self.engine_spans = report.placed(sent_at, now_at, self.engine)[:MAX_ENGINE_SPANS]
+        self.num_dropped = report.num_dropped + len(report.spans) - len(self.engine_spans)
         error_s = report.clock_error_s(sent_at, now_at)
         self.span.attributes["clock_error_ms"] = round(error_s * 1000, 3)
 
     def counts(self, usage: object) -> None:
-        """Note by ``usage`` how much of the prompt was cached or pulled."""
+        """Store the number of cached or pulled prompt tokens from ``usage``."""
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         cached = details.get("cached_tokens") if isinstance(details, dict) else None
         if isinstance(cached, int):
             self.span.attributes["cached_tokens"] = cached
 
     def named(self, name: str) -> list[Span]:
-        return [span for span in self.heard if span.name == name]
+        return [span for span in self.engine_spans if span.name == name]
 
     def attributes(self, name: str) -> dict[str, Attribute]:
         """Return the attributes of the engine's first span with this name, or an empty dict."""
@@ -99,7 +100,7 @@ class EngineCall(msgspec.Struct):
 
 
 class RequestRecord:
-    """Gathers what is known of one request, from the door to the end of its answer."""
+    """Records one request, from its arrival to the end of its answer."""
 
     def __init__(self, request_id: HttpRequestId, path: str) -> None:
         self.id = request_id
@@ -112,8 +113,8 @@ class RequestRecord:
         self.error: str | None = None
         self.log = SpanLog()
         self.usage: Usage | None = None
-        self.clock: RequestClock | None = None  # knows when tokens have left for the client
-        self.transcripts: list[Transcript] = []  # of the prompts that run
+        self.clock: RequestClock | None = None  # knows when tokens were sent to the client
+        self.transcripts: list[Transcript] = []  # of the running prompts
         self.finish_reasons: dict[str, None] = {}
         self._calls: list[EngineCall] = []
         self._explanation: str | None = None
@@ -138,9 +139,9 @@ class RequestRecord:
         return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
 
     def used_tokens(self, num_prompt_tokens: int) -> tuple[int, int]:
-        """Return the tokens of prompts and answers; none of a request without an answer.
+        """Return the prompt tokens and output tokens; (0, 0) without any output.
 
-        ``num_prompt_tokens``: estimate for an answer that has not ended well.
+        ``num_prompt_tokens``: estimate that is used if the request has no usage (an error).
         """
         if self.usage is not None:
             return self.usage.prompt_tokens, self.usage.completion_tokens
@@ -169,17 +170,17 @@ class RequestRecord:
             call.span.end_at = self.log.clock()
 
     def fail(self, error: BaseException) -> None:
-        """Note an error that the client is told of, the first one alone."""
+        """Record the error that is sent to the client. Later errors are ignored."""
         if self.error is None:
             self.status, self.error = error_status(error), describe_error(error)
 
     def end(self, status: int) -> None:
-        """End the record. A ``status`` that an error has set before stays."""
+        """End the record. ``status`` does not replace the status of an error recorded earlier."""
         if self.status is None:
             self.status = status
         if status == CLIENT_CLOSED_REQUEST and self.error is None:
             self.status, self.error = status, CLIENT_LEFT
-        # The transcripts, which hold every token, go with the request.
+        # Drop the transcripts, which hold every token.
         self._num_tokens, self.transcripts = self.num_tokens, []
         if self.clock is not None and (first_at := self.clock.first_token_at) is not None:
             self.log.add("first token", first_at, first_at)
@@ -237,13 +238,13 @@ class RequestRecord:
         )
 
     def trace(self) -> RequestTrace:
-        """Return all that is known of the request, its spans in the order of their beginnings."""
+        """Return the summary and all spans, ordered by start time."""
         start_at, ended = self.log.start_at, [call for call in self._calls if call.is_over]
         whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
         told: list[tuple[Span, Span]] = [(span, whole) for span in self.log.spans]
         told += [(call.span, whole) for call in ended]
-        # Several calls may have gone to one engine: a prompt each, or the same one again.
-        told += [(span, call.span) for call in ended for span in call.heard]
+        # Several calls may go to the same engine, for different prompts or attempts.
+        told += [(span, call.span) for call in ended for span in call.engine_spans]
         told.sort(key=lambda pair: pair[0].start_at)
         places = {id(span): place for place, (span, _) in enumerate(told, 1)}
         spans = [
@@ -266,15 +267,15 @@ class RequestRecord:
             return None
         num_choices, took_s = self.clock.num_choices, self.clock.last_token_at - first_at
         num_steps = self.num_tokens - num_choices
-        # Answers of vLLM that are no streams come whole.
+        # Whole answers of vLLM arrive at once, so they have no time per token.
         return _ms(took_s * num_choices / num_steps) if num_steps > 0 and took_s > 0 else None
 
 
 def _prefill_s(call: EngineCall) -> float | None:
     if steps := call.named(PREFILL):
         return max(span.end_at for span in steps) - min(span.start_at for span in steps)
-    is_untold = call.hop == "prefill" and call.is_over and not call.heard
-    return call.span.duration_s if is_untold else None
+    is_unreported = call.hop == "prefill" and call.is_over and not call.engine_spans
+    return call.span.duration_s if is_unreported else None
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -290,9 +291,9 @@ def _count(value: Attribute) -> int | None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Say what went wrong.
+    """Return a text of at most ``MAX_ERROR_LENGTH`` characters that describes an error.
 
-    An engine's refusal may quote the prompt: only the names in it are told.
+    An engine's refusal may quote the prompt, so only its ``code`` and ``param`` are shown.
     """
     if isinstance(error, ConnectionError) or not isinstance(error, Exception):
         return CLIENT_LEFT
@@ -315,19 +316,19 @@ _RECORD = web.RequestKey("record", RequestRecord)
 
 
 def record_of(http: web.Request) -> RequestRecord:
-    """Return the record that the door has begun."""
+    """Return the record of a request, which ``RequestHistory.begin`` has made."""
     return http[_RECORD]
 
 
 class RequestHistory:
-    """Holds the records, and logs each request that has ended; watches the door of the router."""
+    """Holds the records of requests, and logs each request when it ends."""
 
     def __init__(self) -> None:
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=MAX_KEPT)
 
     def begin(self, http: web.Request, request_id: HttpRequestId) -> End:
-        """Begin the record of a client's request, as ``Watch``; return what ends it."""
+        """Begin the record of a client's request; return the function that ends the record."""
         record = http[_RECORD] = RequestRecord(request_id, http.path[:200])
         self._running[id(record)] = record
         return partial(self._end, record)
@@ -341,7 +342,7 @@ class RequestHistory:
             self._done.append(record)
         try:
             log_request(record)
-        except Exception:  # A record must never cost an answer.
+        except Exception:  # A fault in the log must not lose the answer.
             logger.exception("a request could not be logged")
 
     def routes(self) -> list[AppRoute]:
@@ -351,7 +352,7 @@ class RequestHistory:
         ]
 
     def chosen(self, choice: str, limit: int) -> list[RequestRecord]:
-        """Return at most ``limit`` records, the latest or the slowest first, running ones too."""
+        """Return at most ``limit`` records, running ones included, latest or slowest first."""
         latest = self._latest()
         if choice == "slowest":
             latest.sort(key=lambda record: record.duration_s, reverse=True)
@@ -371,7 +372,7 @@ class RequestHistory:
             if record.id == http.match_info["id"]:
                 return json_response(record.trace())
         raise RequestError(
-            f"no request of this id is remembered; the last {self._done.maxlen} are",
+            f"the router has no request with this id; it keeps the last {self._done.maxlen}",
             param="id",
             status=404,
             code="request_not_found",
@@ -385,14 +386,14 @@ def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
     if not given:
         return "last", DEFAULT_LISTED
     text = query[given[0]]
-    # Longer numbers than any that can be meant are refused before Python would refuse to read them.
+    # Python raises ValueError for numbers with thousands of digits, so refuse long numbers first.
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise RequestError(f"{given[0]} must be a whole number, 0 or more", param=given[0])
     return given[0], int(text)
 
 
 def log_request(record: RequestRecord) -> None:
-    """Write the line of a request that has ended."""
+    """Log one line about a request that has ended."""
     if logger.isEnabledFor(logging.INFO):
         summary = record.summary()
         fields = {FIELDS: lambda: {"request": msgspec.to_builtins(summary)}}

@@ -1,8 +1,8 @@
 """Answers /v1/responses without storing responses: turns the request into a chat, and the chunks of
 the chat into events.
 
-So both kinds of engine serve it, over pairs, and streams survive the death of an engine. vLLM's own
-endpoint returns no token ids, with which another engine could continue. Reasoning is left out.
+So engines of both kinds serve it, in pairs, and streams survive the death of an engine. vLLM's own
+endpoint returns no token ids, which another engine needs to continue. Reasoning is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEPT: dict[str, tuple[object, ...]] = {
     "background": (None, False),
     "n": (None, 1),
 }
-# Names of fields in chats; others are the same there.
+# Fields that have other names in chats (empty: no field). Other fields have the same name.
 _RENAMED = {"max_output_tokens": "max_completion_tokens", "input": "", "instructions": ""}
 _OWN = {
     *(*_KEPT, *_RENAMED, "text", "reasoning", "tools", "tool_choice", "include", "truncation"),
@@ -35,7 +35,7 @@ _OWN = {
 }
 _ECHOED = (
     *("instructions", "max_output_tokens", "temperature", "top_p", "text", "metadata"),
-    # These stay null, unless the end of the answer sets them.
+    # These are null until the end of the answer sets some of them.
     *("previous_response_id", "error", "incomplete_details", "usage"),
 )
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -115,7 +115,7 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
                 told = {"tool_call_id": item.get("call_id"), "content": item.get("output")}
                 messages.append({"role": "tool"} | told)
             case "reasoning":
-                pass  # of an answer that the client sends back
+                pass  # clients send reasoning back with earlier answers
             case _:
                 raise RequestError(
                     f"items of type {kind!r} are not supported; use message, function_call or "
@@ -139,7 +139,7 @@ def _content(item: dict[str, Any], index: int) -> object:
 
 
 class ResponseWriter:
-    """Turns the chunks of a chat into the events of a response, and the response itself."""
+    """Turns the chunks of a chat into the events of a response, and into ``response``."""
 
     def __init__(self, body: dict[str, Any], request_id: str) -> None:
         self.response: dict[str, Any] = {
@@ -153,7 +153,7 @@ class ResponseWriter:
             "tools": body.get("tools") or [],
             "store": False,
         } | {name: body.get(name) for name in _ECHOED}
-        self._item: dict[str, Any] | None = None  # the last of the output, while it grows
+        self._item: dict[str, Any] | None = None  # the last item of the output, while it grows
         self._num_events = 0
         self._reason: str | None = None
 
@@ -163,7 +163,7 @@ class ResponseWriter:
         return b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(told))
 
     def take(self, chunk: Mapping[str, Any]) -> Iterator[bytes]:
-        """Yield the events of one chunk; a whole answer is one with a ``message``."""
+        """Yield the events of one chunk. A whole answer is a chunk with a ``message``."""
         if error := chunk.get("error"):
             yield self.event(
                 "error", **{name: error[name] for name in ("code", "message", "param")}
@@ -255,7 +255,7 @@ class ResponseWriter:
 
 
 class ResponseStream(ClientStream):
-    """Turns the events of a chat stream into those of a response stream."""
+    """Turns the events of a chat stream into the events of a response stream."""
 
     def __init__(
         self, http: web.BaseRequest, headers: Mapping[str, str], writer: ResponseWriter
@@ -280,7 +280,7 @@ class ResponseStream(ClientStream):
 
 
 def whole_response(answer: web.Response, writer: ResponseWriter) -> web.Response:
-    """Return the response that a whole answer of a chat becomes."""
+    """Return the response for a whole answer of a chat."""
     assert isinstance(answer.body, bytes)
     for _ in (*writer.take(msgspec.json.decode(answer.body)), *writer.end()):
         pass

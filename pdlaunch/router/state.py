@@ -1,4 +1,4 @@
-"""Holds what all requests of the router share: pool, client, metrics, suspects, the registry."""
+"""Holds the objects that all requests share: pool, client, metrics, suspects, registry."""
 
 from __future__ import annotations
 
@@ -27,41 +27,28 @@ from pdlaunch.router.kv_index import KVFollower
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prompt_reader import PromptReader
+from pdlaunch.router.recovery import RecoverySettings
 
 logger = logging.getLogger(__name__)
 
-SETTLE_TIMEOUT_S = 2.0
-# How long to wait until the registry shows a reported death. Without the wait, a request that kills
-# engines may reach a third engine.
-DEATH_LISTED_S = 5.0
-# How long an engine that hangs, or is gone, may still answer what it was asked before.
+# How long an engine that hangs, or is gone, may still answer earlier requests.
 LOST_S = 5.0
 MAX_EVENTS = 100
-MAX_TEXT = 500  # characters; what a dead process said may be longer
+MAX_TEXT = 500  # characters of an event; the last words of a dead process may be longer
 GONE_S = 600.0
 
 T = TypeVar("T")
 
 
-class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits the recovery of a request that engines have failed."""
-
-    # Failures of prefill, and of decode, before a request fails: it may kill engines.
-    max_attempts: int = 4
-    wait_s: float = 60.0  # seconds to wait after a failure for an engine to come back
-    retry_wait_s: float = 1.0  # seconds until the only engine is asked again after a failure
-    busy_wait_s: float = 1.0  # seconds to leave a busy engine alone
-
-
 class SuspectPrompts:
-    """Counts the ranks that may have died of each running prompt.
+    """Counts, for each running prompt, the deaths of ranks that it may have caused.
 
-    A rank that dies makes the prompts of its last step suspects. A step never has two suspects, so
-    one whose step ends with a death again is the cause.
+    When a rank dies, the prompts of its last step become suspects. A step never has two suspects,
+    so a suspect whose step ends with another death is the cause.
     """
 
     def __init__(self) -> None:
-        # 1 for a suspect, 2 for one that was a suspect already.
+        # 0; 1 for a suspect; 2 for a suspect after another death.
         self._num_deaths: dict[PromptOrigin, int] = {}
 
     @contextmanager
@@ -87,20 +74,20 @@ class SuspectPrompts:
     def check(self, origin: PromptOrigin) -> None:
         if self._num_deaths[origin] > 1:
             raise KillsEngineError(
-                "this request made an engine crash twice, the second time alone; it is not tried "
-                "again"
+                "this request crashed an engine twice, the second time without other requests; it "
+                "is not retried"
             )
 
 
 class EventLog:
-    """Holds what has happened, and the engines that are gone. ``wall_clock`` tells Unix time."""
+    """Holds recent events and the engines that are gone. ``wall_clock`` returns Unix time."""
 
     def __init__(self, wall_clock: Callable[[], float]) -> None:
         self._wall_clock = wall_clock
         self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
         self._seen: dict[str, tuple[str | None, str]] = {}  # roles and states of engines
         self._gone: dict[str, tuple[str | None, float]] = {}
-        # Engines that were ready, and were not seen to sleep or drain since.
+        # Engines that were ready and have not slept or drained since.
         self._served: set[str] = set()
 
     @property
@@ -115,7 +102,7 @@ class EventLog:
     def gone(self) -> list[GoneEngine]:
         """Return the engines that were lost in the last minutes and are not back."""
         now_at = self._wall_clock()
-        # An engines_file may list new names for ever.
+        # Forget old ones: an engines_file may list new names without end.
         self._gone = {name: each for name, each in self._gone.items() if now_at - each[1] < GONE_S}
         return [
             GoneEngine(name=name, role=role, gone_s=now_at - at)
@@ -123,13 +110,13 @@ class EventLog:
         ]
 
     def is_down(self, engine: Engine) -> bool:
-        """Tell whether an engine does not work though nobody has asked for that."""
+        """Return whether an engine does not work and no command is the reason."""
         if engine.state == "starting":
             return engine.name in self._served
         return engine.state in ("failed", "stalled")
 
     def engines_changed(self, registry: Registry, engines: Sequence[Engine]) -> None:
-        """Note each engine whose state is another one than in the registry before."""
+        """Add an event for each engine whose state differs from that in the previous registry."""
         before, self._seen = self._seen, {each.name: (each.role, each.state) for each in engines}
         for engine in engines:
             name, state = engine.name, engine.state
@@ -139,27 +126,27 @@ class EventLog:
                 self._served.discard(name)
             self._gone.pop(name, None)
             _, state_before = before.get(name, (None, ""))
-            # The start of a launch is no event: it would be one for each engine.
+            # Skip the start of a launch: it would add an event for each engine.
             is_first = not state_before and (not before or registry.withheld == "starting")
             if state_before == state or is_first:
                 continue
-            was = f"was {state_before}" if state_before else "is here"
+            was = f"was {state_before}" if state_before else "new"
             reason = f": {engine.entry.reason}" if engine.entry.reason else ""
             self.add("engine", name, f"{state} ({was}){reason}", is_bad=self.is_down(engine))
         for name, (role, state) in before.items():
             if name not in self._seen:
                 self.add("engine", name, f"gone (was {state})", is_bad=state == "ready")
-                # One that was drained first, as by `pdlaunch scale`, is missed by nobody.
-                if name in self._served:
+                # `pdlaunch scale` drains an engine, or removes one that was down: it is not missed.
+                if state == "ready":
                     self._gone[name] = (role, self._wall_clock())
         self._served &= self._seen.keys() | {each.name for each in self.gone()}
 
 
 class RouterState:
-    """Holds what all requests of the process share; lives in its event loop.
+    """Holds the objects that all requests of the process share. Belongs to the event loop.
 
-    ``prove_again`` has a pair proven by a new canary. ``model_dir``: where its tokenizer is.
-    ``keys``: those of clients.
+    ``prove_again`` requests a new canary for a pair. ``model_dir``: folder of the tokenizer.
+    ``keys``: the API keys of clients.
     """
 
     def __init__(
@@ -181,7 +168,7 @@ class RouterState:
         self.recovery = recovery
         self.suspects = SuspectPrompts()
         self.events = EventLog(time.time)
-        # The last failure of each pair whose engines are there, or may come back.
+        # The last failure of each pair whose engines exist or may come back.
         self.pair_failures: dict[tuple[str, str], str] = {}
         self.reader = PromptReader(pool, client, model_dir)
         self._follower = KVFollower(pool.index, client.follow)
@@ -192,12 +179,12 @@ class RouterState:
         self._asked: set[EngineKey] = set()  # engines that are being asked for their models
 
     def update(self, registry: Registry) -> None:
-        """Take over a registry and wake the requests that wait for an engine."""
+        """Apply a registry and wake the requests that wait for an engine."""
         before = self.pool.engines
         self.pool.update(registry)
         for engine in before:
             if engine.calls and self._is_lost(engine):
-                # Its process may end by itself, or answer again.
+                # Wait first: its process may still close the calls, or answer again.
                 asyncio.get_running_loop().call_later(LOST_S, self._give_up, engine)
         self._follower.update(self.pool.engines)
         if sum(engine.ready for engine in self.pool.engines) > 1:
@@ -210,7 +197,7 @@ class RouterState:
         self.pair_failures = {pair: error for pair, error in failures if names.issuperset(pair)}
         self.metrics.show_registry(registry)
         self._knows_engines = True
-        # A new event for each change: those that wait from now on wait for the next one.
+        # Use a new event for each change, so that later waiters wait for the next change.
         self._changed.set()
         self._changed = asyncio.Event()
         self.turns.take()
@@ -220,10 +207,10 @@ class RouterState:
                 self.spawn(self._learn_models(engine, engine.key))
 
     def _is_lost(self, engine: Engine) -> bool:
-        """Tell whether nothing more is to be expected of what an engine was asked.
+        """Return whether the running calls to an engine should be given up.
 
-        What a supervisor of the engine's own ends by itself: hung ranks, and processes of hosts
-        that are there.
+        They should not if the engine's supervisor ends them: it kills hung ranks, and processes on
+        hosts that it reaches.
         """
         listed = {each.name: each for each in self.pool.engines}.get(engine.name)
         if listed is None or listed.url != engine.url:
@@ -244,11 +231,11 @@ class RouterState:
     def recomputed(
         self, prefill: Engine, decode: Engine, num_tokens: int, *, is_in_doubt: bool
     ) -> None:
-        """Note that decode has computed ``num_tokens`` that it was handed KV blocks for.
+        """Record that decode has computed ``num_tokens`` although it was given their KV blocks.
 
-        A pair ``is_in_doubt`` is used again when a canary has proven it.
+        With ``is_in_doubt``, the pair is not used until a canary has proven it again.
         """
-        error = f"decode computed {num_tokens} tokens whose KV blocks it was handed"
+        error = f"decode computed {num_tokens} tokens although it was handed their KV blocks"
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
         self.metrics.count("silent_recomputes", prefill.name, decode.name)
         self.pair_failed(prefill.name, decode.name, error)
@@ -260,35 +247,33 @@ class RouterState:
         self.pair_failures[prefill, decode] = error
 
     def doubt(self, local: str, peer: str, peer_incarnation: int, error: str) -> None:
-        """Use a pair no more until a new canary has proven it."""
+        """Stop using a pair until a new canary has proven it."""
         pair = PairSuspect(local=local, peer=peer, peer_incarnation=peer_incarnation, error=error)
         self.pool.doubt(pair)
         self._prove_again(pair)
 
     def release(self, engine: Engine, name: HopId | LeaseId) -> None:
-        """Tell a prefill engine that nobody will pull, if it is one that listens."""
+        """Release a lease that will not be pulled, if the prefill engine is a native one."""
         if not engine.capabilities.is_vllm:
             self.metrics.count("releases")
-            self.spawn(self.client.tell(engine, "/pdlaunch/release", {"request_id": name}))
-
-    async def death_is_listed(self, engine: Engine) -> None:
-        """Return when the registry shows the death that an engine's server has reported."""
-        await self.find(lambda: not self.pool.lists(engine), DEATH_LISTED_S)
+            self.spawn(self.client.notify(engine, "/pdlaunch/release", {"request_id": name}))
 
     async def find(self, look: Callable[[], T], timeout_s: float) -> T:
-        """Call ``look`` at each change of the registry until it finds something; return that."""
+        """Call ``look`` at each change of the registry until its result is true; return the result.
+
+        After ``timeout_s`` return the last result, which is false.
+        """
         until_at = self.now() + timeout_s
         while not (found := look()) and (left_s := until_at - self.now()) > 0:
             await self.registry_change(left_s)
         return found
 
     async def knows_engines(self) -> None:
-        """Wait for the first registry."""
         if not self._knows_engines:
             await self.registry_change()
 
     async def registry_change(self, timeout_s: float | None = None) -> None:
-        """Return at the next change of the registry, at the latest after ``timeout_s``."""
+        """Wait for the next change of the registry, for at most ``timeout_s``."""
         changed = self._changed
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -298,13 +283,13 @@ class RouterState:
         return asyncio.get_running_loop().time()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run ``work`` beyond the life of the request that wants it."""
+        """Run ``work`` as a task that may outlive the request that spawns it."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def settled(self, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
+    async def settled(self, timeout_s: float = 2.0) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 

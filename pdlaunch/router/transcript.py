@@ -1,4 +1,4 @@
-"""Remembers what a client has received, and finds what is new in an engine's chunk.
+"""Remembers the output that a client has received, and finds the new parts of an engine's chunk.
 
 The engine may change in the middle of an answer. Roles, finished choices and the prompt's tokens
 are not sent twice.
@@ -15,21 +15,23 @@ from pdlaunch.router.engine_client import Chunk
 
 
 class ChoiceTranscript(msgspec.Struct):
-    """Remembers what the client has of one choice."""
+    """Holds the output of one choice that the client has."""
 
     token_ids: list[int] = []
     finish_reason: str | None = None
     texts: list[str] = []
-    told: set[str] = set()  # members that are sent once: role, prompt tokens
+    told: set[str] = set()  # members already sent that are sent only once: role, prompt tokens
 
 
 class Transcript:
-    """Remembers what the client has of one answer; every chunk passes through ``admit``."""
+    """Holds the output of one answer that the client has. Each chunk goes through ``admit`` or
+    ``extend``.
+    """
 
     def __init__(self, num_choices: int, *, keeps_text: bool = False) -> None:
         self.num_tokens = 0
         self.prompt_token_ids: list[int] = []  # kept only where text is kept
-        # The client has got reasoning or tool calls, which the text does not hold.
+        # The client has got reasoning or tool calls, which ``text`` does not contain.
         self.has_other_output = False
         self._keeps_text = keeps_text
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
@@ -48,7 +50,7 @@ class Transcript:
 
     @property
     def can_resume(self) -> bool:
-        """Return whether the ids of all tokens that were sent are known."""
+        """Return whether the ids of all sent tokens are known."""
         return not self._has_untold_tokens
 
     @property
@@ -60,19 +62,18 @@ class Transcript:
         return "".join(self._choices[0].texts)
 
     def drop_tokens(self, num_tokens: int) -> None:
-        """Forget the tokens of the first choice after ``num_tokens``, whose text nobody has."""
+        """Forget the first choice's tokens after ``num_tokens``. The client lacks their text."""
         token_ids = self._choices[0].token_ids
         self.num_tokens -= len(token_ids[num_tokens:])
         del token_ids[num_tokens:]
 
     def admit(self, chunk: Chunk) -> bool:
-        """Note what ``chunk`` says and take out of it what is not new; False when nothing is left
-        for the client.
+        """Record ``chunk`` and remove the parts that the client has; return False if none is left.
 
-        Raises IndexError, TypeError, KeyError or AttributeError when the chunk is not of the OpenAI
+        Raises IndexError, TypeError, KeyError or AttributeError if the chunk has not the OpenAI
         form.
         """
-        # All choices first: of a chunk that is refused no token may count as told.
+        # Check all choices first: no token of an invalid chunk may count as sent.
         for choice in chunk["choices"]:
             _require_form(choice, len(self._choices))
         self.note_usage(chunk.pop("usage", None))
@@ -83,10 +84,10 @@ class Transcript:
         return bool(chunk["choices"])
 
     def extend(self, chunk: Chunk) -> int:
-        """Admit a chunk that adds text and its tokens to a single choice and says nothing else, as
-        almost all do; return the number of these tokens. Of another chunk nothing is noted: 0.
+        """Admit a plain chunk: text and its tokens for the only choice, and nothing else. Most
+        chunks are plain. Return the number of tokens; 0 for other chunks, which are not recorded.
 
-        It saves a router a quarter of its time for a token, beside ``admit``, which does the same.
+        Does the same as ``admit``, but saves a quarter of the router's time for a token.
         """
         try:
             (choice,) = chunk["choices"]
@@ -121,8 +122,8 @@ class Transcript:
         return {"choices": [_resumed(choice) for choice in self._choices], "sent": True}
 
     def usage(self) -> Usage:
-        """Return the prompt tokens that the first engine counted, and the output as it went by."""
-        # vLLM hides the ids with the reasoning, which may be all of an answer.
+        """Return the first engine's count of prompt tokens, and the count of output tokens sent."""
+        # vLLM hides the ids of reasoning tokens, which may be the whole answer.
         is_hidden = self._has_untold_tokens or (self.is_done and not self.num_tokens)
         num_tokens = self._usage.completion_tokens if is_hidden else self.num_tokens
         total_tokens = self._usage.prompt_tokens + num_tokens
@@ -133,7 +134,7 @@ class Transcript:
     def note_usage(self, usage: dict[str, Any] | None) -> None:
         if usage is None:
             return
-        # Keep the first engine's cached tokens: a second one finds the whole prompt computed.
+        # Keep the first engine's cached tokens: a second engine has the whole prompt computed.
         if not self._has_usage:
             self._has_usage = "completion_tokens" in usage
             self._usage.prompt_tokens = usage["prompt_tokens"]
@@ -145,7 +146,7 @@ class Transcript:
         self._usage.completion_tokens = usage.get("completion_tokens") or 0
 
     def _keep(self, chunk: Chunk) -> None:
-        """Keep what another engine needs to go on behind the text."""
+        """Keep the prompt's tokens and the text, which another engine needs to continue."""
         for choice in chunk["choices"]:
             told = self._choices[choice["index"]]
             ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
@@ -154,14 +155,14 @@ class Transcript:
             delta = choice.get("delta") or {}
             text = choice.get("text") or delta.get("content") or ""
             if not isinstance(text, str):
-                raise TypeError("a text that is no string")
+                raise TypeError("a text is not a string")
             told.texts.append(text)
             others = (value for name, value in delta.items() if name not in ("role", "content"))
             self.has_other_output |= any(others)
 
     def _admit_choice(self, choice: dict[str, Any]) -> bool:
         told = self._choices[choice["index"]]
-        # Prefill may have ended the choice, or an engine before this one.
+        # Prefill or an earlier engine may have ended the choice.
         if told.finish_reason is not None:
             return False
         token_ids = choice.get("token_ids") or []
@@ -170,29 +171,29 @@ class Transcript:
         told.finish_reason = choice.get("finish_reason")
         delta = choice.get("delta")
         if delta is None:
-            has_news = _is_new(choice, "prompt_token_ids", told.told)
+            has_output = _is_new(choice, "prompt_token_ids", told.told)
             has_text = bool(choice["text"])
         else:
-            has_news = _is_new(delta, "role", told.told)
+            has_output = _is_new(delta, "role", told.told)
             has_text = any(value for name, value in delta.items() if name != "role")
-        # Text that was held back comes without tokens of its own; text of which no token was ever
-        # told cannot be resumed.
+        # Text that was held back comes without tokens of its own. A choice with text but without
+        # any token id cannot be resumed.
         self._has_untold_tokens |= has_text and not told.token_ids
         is_end = told.finish_reason is not None
-        return has_news or has_text or is_end or bool(token_ids or choice.get("logprobs"))
+        return has_output or has_text or is_end or bool(token_ids or choice.get("logprobs"))
 
 
 def _require_form(choice: dict[str, Any], num_choices: int) -> None:
-    """Raise IndexError, TypeError or KeyError for a choice that ``admit`` could not take whole."""
+    """Raise IndexError, TypeError or KeyError for a choice that is not of the OpenAI form."""
     if not 0 <= choice["index"] < num_choices:
-        raise IndexError("a choice that nobody asked for")
+        raise IndexError("the index of a choice is out of range")
     if not isinstance(choice.get("token_ids") or [], list):
-        raise TypeError("token ids that are no list")
+        raise TypeError("token ids are not a list")
     if choice.get("delta") is None:
         if not isinstance(choice["text"], str | None):
-            raise TypeError("a text that is no string")
+            raise TypeError("a text is not a string")
     elif not isinstance(choice["delta"], dict):
-        raise TypeError("a delta that is no object")
+        raise TypeError("a delta is not an object")
 
 
 def _is_new(fields: dict[str, Any], name: str, told: set[str]) -> bool:

@@ -1,14 +1,14 @@
-"""Compares what must be equal at two ranks before one reads the other's blocks, and maps the ranks
-of a decode engine to the prefill ranks that hold their KV heads.
+"""Checks that two ranks are compatible before one reads the other's blocks, and maps the ranks of
+a decode engine to the prefill ranks that hold their KV heads.
 
 ::
 
     6 heads, prefill TP 2:  | 0 1 2 | 3 4 5 |
               decode TP 3:  | 0 1 | 2 3 | 4 5 |     rank 1 pulls head 2 from rank 0, head 3 from 1
 
-Where the TP size exceeds the number of KV heads, ``tp_size / num_kv_heads`` neighbouring ranks hold
-replicas of each head, and the decode ranks that want this head are spread over them. One decode
-rank still visits a replica that nobody needs, without reading, so that the lease there ends.
+If the TP size exceeds the number of KV heads, ``tp_size / num_kv_heads`` neighbouring ranks hold
+replicas of each head, and the decode ranks that need this head are spread over the replicas. If no
+decode rank reads a replica, one decode rank begins and ends a pull there, to end the lease.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LAYOUT = "block, head, layer, kv, token, dim"
 
 @dataclass(frozen=True, slots=True)
 class RankIdentity:
-    """Names one incarnation of a rank."""
+    """Identifies one incarnation of a rank."""
 
     name: str  # ``decode-0/rank-0``
     engine: str
@@ -58,8 +58,8 @@ class RankIdentity:
 
 
 def draw_engine_id() -> EngineId:
-    """Return 16 random bytes as 32 hex digits. Every rank draws an id when it starts; the one of
-    rank 0 is broadcast over the TP group and counts.
+    """Return 16 random bytes as 32 hex digits. Every rank draws an id at its start; rank 0
+    broadcasts its id, and the other ranks of the TP group adopt that id.
     """
     return EngineId(secrets.token_hex(16))
 
@@ -73,7 +73,7 @@ def compatibility_of(
     total_kv_heads: int,
     connector: str,
 ) -> Compatibility:
-    """Return everything that must be equal on both sides."""
+    """Return the values that must be equal at both ranks of a pair."""
     return Compatibility(
         protocol_version=PROTOCOL_VERSION,
         pdlaunch_version=__version__,
@@ -91,7 +91,7 @@ def compatibility_of(
 
 
 def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
-    """Return where this rank's blocks and scratch lie."""
+    """Return the addresses and sizes of this rank's KV cache and scratch."""
     kind, device_index = memory_kind(memory.scratch)
     return Geometry(
         regions=memory.kv.places,
@@ -106,7 +106,7 @@ def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
 
 
 def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
-    """Return window and layers of each group in one line: ``full: 0-5; 512: 6,8,10``."""
+    """Return the window and the layers of each group: ``full: 0-5; 512: 6,8,10``."""
     described = []
     for group in groups:
         layers = list(group.layers)
@@ -118,7 +118,7 @@ def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
 
 
 def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str) -> None:
-    """Raise a HandshakeError that names every field that differs, with both values."""
+    """Raise a HandshakeError that lists each differing field with both values, if there are any."""
     differences = [
         f"{field}: {local} has {getattr(ours, field)!r}, {peer} has {getattr(theirs, field)!r}"
         for field in (info.name for info in msgspec.structs.fields(Compatibility))
@@ -131,25 +131,25 @@ def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str
 
 
 def check_geometry(reply: HandshakeReply, setup: DecodeSetup) -> None:
-    """Raise HandshakeError when the stated geometry contradicts itself or the agreed one."""
+    """Raise HandshakeError if the peer's geometry does not fit its TP rank or our head sizes."""
     geometry = reply.geometry
     heads = heads_of_rank(setup.compatibility.num_kv_heads, reply.tp_size, reply.tp_rank)
     expected = {
         "num_kv_heads": {len(heads)},
         "first_kv_head": {heads.start},
-        # The size on a CPU or on a GPU: connectors such as ``file`` join CPU and GPU ranks.
+        # The sizes on a CPU and on a GPU: connectors such as ``file`` connect CPU and GPU ranks.
         "scratch_bytes": {SCRATCH_BYTES, DEVICE_SCRATCH_BYTES},
     }
     for field, wanted in expected.items():
         if (found := getattr(geometry, field)) not in wanted:
             expectation = " or ".join(map(str, sorted(wanted)))
             raise HandshakeError(
-                f"{field}: {reply.rank_name} states {found}, expected is {expectation}"
+                f"{field}: {reply.rank_name} states {found}, expected {expectation}"
             )
     sizes = [place.head_bytes for place in setup.memory.kv.places]
     if [place.head_bytes for place in geometry.regions] != sizes:
         raise HandshakeError(
-            f"head_bytes: {reply.rank_name} states {_counted(geometry.regions)}, expected are "
+            f"head_bytes: {reply.rank_name} states {_counted(geometry.regions)}, expected "
             f"{_counted(setup.memory.kv.places)}"
         )
     for place in geometry.regions:
@@ -167,18 +167,18 @@ def _counted(places: Sequence[RegionPlace]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourceRank:
-    """Names a prefill rank that a decode rank turns to, and what it reads there."""
+    """Describes what a decode rank pulls from one prefill rank."""
 
     tp_rank: int  # TP rank within the prefill engine
-    # Global indices of the KV heads to pull. Empty: only visit, so that the lease there ends.
+    # Global indices of the KV heads to pull. Empty: begin and end a pull, to end the lease there.
     heads: range
-    num_decode_ranks: int  # decode ranks of one reader that turn to this prefill rank
+    num_decode_ranks: int  # ranks of one decode engine that pull from this prefill rank
 
 
 def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
     """Return the global indices of the KV heads that a rank holds.
 
-    Raises HandshakeError when the heads cannot be shared out evenly.
+    Raises HandshakeError if neither of ``num_kv_heads`` and ``tp_size`` divides the other.
     """
     if tp_size <= num_kv_heads and num_kv_heads % tp_size == 0:
         share = num_kv_heads // tp_size
@@ -196,10 +196,10 @@ def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
 def map_sources(
     *, num_kv_heads: int, prefill_tp_size: int, decode_tp_size: int, decode_tp_rank: int
 ) -> tuple[SourceRank, ...]:
-    """Return the prefill ranks that one decode rank turns to, in ascending order.
+    """Return the prefill ranks that one decode rank pulls from, in ascending order.
 
-    Their heads are disjoint and cover those of the decode rank. Raises HandshakeError when a TP
-    size does not fit the number of heads.
+    Their ``heads`` are disjoint and cover the heads of the decode rank. Raises HandshakeError if a
+    TP size does not fit the number of heads.
     """
     prefill_replicas = max(1, prefill_tp_size // num_kv_heads)
     decode_replicas = max(1, decode_tp_size // num_kv_heads)
@@ -214,7 +214,8 @@ def map_sources(
     for prefill_rank in range(prefill_tp_size):
         replica = prefill_rank % prefill_replicas
         sharing = [rank for rank in range(decode_tp_size) if shared_heads(prefill_rank, rank)]
-        # Replica r of R of a head serves the decode replicas d of D with d * R // D == r.
+        # Of R prefill replicas of a head, replica r serves the decode replicas d of D with
+        # d * R // D == r.
         readers = [
             rank
             for rank in sharing
@@ -235,8 +236,8 @@ class DecodeSetup:
     memory: LocalMemory
     first_kv_head: int
     connector: Connector
-    hasher: KVHasher | None  # none when ``kv_transfer.verify`` is off
-    open_channel: Callable[[str], DecodeSocket]  # opens a channel to an endpoint
+    hasher: KVHasher | None  # None if ``kv_transfer.verify`` is off
+    open_channel: Callable[[str], DecodeSocket]  # connects a side channel to an endpoint
     settings: KVTransferSettings
     clock: Callable[[], float]
     report: Callable[[ToSupervisor], None]

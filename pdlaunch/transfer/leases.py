@@ -1,5 +1,5 @@
-"""Keeps the blocks of finished requests for their readers, each request's under a lease with a
-deadline, and answers what decode ranks ask about them.
+"""Keeps the blocks of each finished prompt for decode ranks, under a lease with a deadline, and
+answers the messages of decode ranks on the side channel.
 
 ::
 
@@ -8,8 +8,8 @@ deadline, and answers what decode ranks ask about them.
                  ├── cancel: ended: released  ├── cancel, then end: ended: released
                  └── deadline: ended: expired └── deadline: ended: expired
 
-While a pull is open only the deadline ends its lease: readers rely on the seconds that they were
-told. Deadlines never leave this process.
+While a pull is open, only the deadline ends its lease, because readers rely on the remaining
+seconds in the answers. Answers never contain the deadline itself.
 """
 
 from __future__ import annotations
@@ -48,37 +48,37 @@ from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 
 logger = logging.getLogger(__name__)
 
-# Other users of ``lease_s``: heartbeats, four in that time (``pull``); PD107, because pulls must
-# end sooner; engines of vLLM, in whole seconds; routers, which hand blocks of such engines over
-# within half of it. Sleep waits for the last.
-# A lease lives at most this many times ``lease_s``, however often it is extended: heartbeats of a
-# reader that never ends must not hold blocks for good.
+# Other users of ``lease_s``: pulls send four heartbeats in that time (``pull``); rule PD107 checks
+# that pulls time out sooner; engines of vLLM get it in whole seconds; routers hand over blocks of
+# such engines within half of it. An engine sleeps only after its last lease has ended.
+# Extensions end at this many times ``lease_s``, because a reader that never ends its pull must not
+# hold the blocks for good.
 MAX_EXTENSIONS = 20
 MAX_OPEN_READERS = 4096  # pulls of one lease that may be open at once
-MAX_PAST_LEASES = 4096  # ended leases whose ids are still known
-# A reader may ask up to this long before the rank hears of its lease. After that time, questions
-# about an unknown lease are refused.
+MAX_PAST_LEASES = 4096  # ended leases whose reasons are still kept
+# A message about an unknown lease waits this long for the lease's grant to arrive. Then it is
+# refused.
 GRANT_LAG_S = 2.0
-MAX_WAITING = 4096  # questions that may wait; further ones are answered at once
+MAX_WAITING = 4096  # messages that may wait; further messages are answered at once
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
     grant: GrantLease
     deadline_at: float
-    last_at: float  # no extension goes beyond
-    # Checksums of the blocks of all groups, one group after another; None until they are asked for.
+    last_at: float  # latest deadline that extensions may reach
+    # Checksums of the blocks of all groups, one group after another; None until they are started.
     checksums: Checksums | None = None
-    # Pulls that have begun and not ended, with their number of decode ranks.
+    # Pulls that have begun and not ended, each with the number of decode ranks that pull here.
     open_readers: dict[ReaderId, int] = field(default_factory=dict)
     served_readers: set[ReaderId] = field(default_factory=set)  # pulls that have ended
-    # Readers that have ended; one of the k decode ranks of a reader counts 1/k: as fractions,
-    # because thirds must add up to exactly one.
+    # Decode engines whose pulls have ended. If k ranks of an engine pull here, each counts 1/k:
+    # fractions, because three thirds must add up to exactly one.
     served: Fraction = Fraction(0)
     cancelled: bool = False
 
     def stated_checksums(self) -> list[bytes]:
-        """Return the checksums by group; they must be ready."""
+        """Return each group's checksums as little-endian uint64 bytes. They must be ready."""
         assert self.checksums is not None
         ends = np.cumsum([len(group) for group in self.grant.block_ids])
         by_group = np.split(self.checksums.result().astype("<u8"), ends[:-1])
@@ -89,7 +89,7 @@ class LeaseTable:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._leases: dict[LeaseId, Lease] = {}
-        # How the latest leases have ended, the oldest first.
+        # Why the latest leases have ended, the oldest first.
         self._past: dict[LeaseId, LeaseEnd] = {}
         self._ended: list[LeaseEnded] = []
 
@@ -110,11 +110,11 @@ class LeaseTable:
         return self._leases.get(lease_id)
 
     def how_ended(self, lease_id: LeaseId) -> LeaseEnd | None:
-        """Return how the lease ended; None if it has not, or ended long ago."""
+        """Return why the lease ended; None if it has not ended, or its reason is dropped."""
         return self._past.get(lease_id)
 
     def living(self, lease_id: LeaseId) -> Lease:
-        """Return a lease that still holds. Raises LeaseError."""
+        """Return a lease that has not ended. Raises LeaseError."""
         self.expire()
         if (lease := self._leases.get(lease_id)) is None:
             end = self.how_ended(lease_id) or "never granted, or ended long ago"
@@ -122,13 +122,13 @@ class LeaseTable:
         return lease
 
     def begin(self, lease_id: LeaseId, reader: ReaderId, num_decode_ranks: int) -> Lease:
-        """Begin a pull, or repeat that: the lease is extended. Raises LeaseError after its end."""
+        """Open a pull, if it is not open, and extend the lease. Raises LeaseError after its end."""
         lease = self.living(lease_id)
         if num_decode_ranks < 1:
             raise LeaseError(f"num_decode_ranks is {num_decode_ranks}, it must be at least 1")
         if lease.cancelled:
             raise LeaseError(f"request {lease_id} was cancelled")
-        # A repeated question that arrives late must not open the pull again.
+        # A repeated PullBegin that arrives after PullEnd must not open the pull again.
         if reader in lease.served_readers:
             raise LeaseError(f"reader {reader} has ended its pull of request {lease_id}")
         if len(lease.open_readers) >= MAX_OPEN_READERS:
@@ -138,7 +138,7 @@ class LeaseTable:
         return lease
 
     def opened(self, lease_id: LeaseId, reader: ReaderId) -> Lease:
-        """Return the lease of a pull that has begun and not ended. Raises LeaseError."""
+        """Return the lease if the reader has an open pull. Raises LeaseError."""
         lease = self.living(lease_id)
         if reader not in lease.open_readers:
             raise LeaseError(f"reader {reader} has no open pull of request {lease_id}")
@@ -166,7 +166,7 @@ class LeaseTable:
             self._end(lease, "expired")
 
     def take_ended(self) -> list[LeaseEnded]:
-        """Return the leases that have ended since the last call: their blocks are free."""
+        """Return the leases that have ended since the last call. Their blocks are free."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -174,19 +174,18 @@ class LeaseTable:
         return max(0.0, lease.deadline_at - self._clock())
 
     def deadlines(self) -> list[float]:
-        """Return when ``expire`` has something to do."""
         return [lease.deadline_at for lease in self._leases.values()]
 
     def _extend(self, lease: Lease) -> None:
         extended_at = min(self._clock() + lease.grant.lease_s, lease.last_at)
-        # Never shortened: readers rely on the seconds that they were told.
+        # A deadline never becomes earlier: readers rely on the remaining seconds they were told.
         lease.deadline_at = max(lease.deadline_at, extended_at)
 
     def _end_if_done(self, lease: Lease) -> None:
-        """End a lease with no reader left to come, unless a pull is open.
+        """End the lease if no pull is open and it is cancelled or all its readers are served.
 
-        More pulls may be open than readers were granted: a prompt whose decode engine failed is
-        pulled by another one, while the first still reads.
+        More pulls than ``num_readers`` may be open: after a failure of the decode engine, another
+        engine pulls the prompt while the first may still read.
         """
         if lease.open_readers:
             return
@@ -199,7 +198,7 @@ class LeaseTable:
         lease_id = lease.grant.lease_id
         logger.debug("lease of %s has ended: %s", lease_id, reason)
         del self._leases[lease_id]
-        # Questions about it are refused at once, and do not wait for a grant.
+        # Later messages about this lease are refused at once and do not wait for a grant.
         self._past[lease_id] = reason
         if len(self._past) > MAX_PAST_LEASES:
             del self._past[next(iter(self._past))]
@@ -208,15 +207,15 @@ class LeaseTable:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    identity: bytes  # names the socket of the decode rank that asked
+    identity: bytes  # ZMQ identity of the decode rank's socket
     message: ToPrefillSide
     asked_at: float
 
 
 class PrefillSide:
-    """Serves the leases of one rank to decode ranks. The transfer thread owns it.
+    """Answers decode ranks about the leases of one rank. Only the transfer thread uses it.
 
-    Every question but PullEnd gets one answer; invalid questions are refused and change nothing.
+    Each message except PullEnd gets one answer. Invalid messages are refused and change nothing.
     """
 
     def __init__(
@@ -227,37 +226,37 @@ class PrefillSide:
         send: Callable[[bytes, ToDecodeSide], None],
         clock: Callable[[], float],
     ) -> None:
-        """``card`` says what this rank is; ``hasher`` is None when ``kv_transfer.verify`` is off;
-        ``send`` gets the identity of the socket that asked.
+        """``card``: the answer to handshakes, without its call_id; ``hasher``: None without
+        ``verify``; ``send`` takes the ZMQ identity of the receiver and a message.
         """
         self.leases = LeaseTable(clock)
-        # Name and incarnation of every decode rank that has shaken hands.
+        # Name and incarnation of each decode rank that has sent a handshake.
         self.known_ranks: set[tuple[str, int]] = set()
         self._card = card
         self._hasher = hasher
         self._connector = connector
         self._send = send
         self._clock = clock
-        self._unhashed: list[Lease] = []  # new leases whose checksums are not asked for yet
-        self._waiting: list[_Question] = []  # questions that cannot be answered yet
+        self._unhashed: list[Lease] = []  # new leases whose checksums are not started yet
+        self._waiting: list[_Question] = []  # messages that cannot be answered yet
         self._writes: list[tuple[_Question, Future[None]]] = []
 
     def execute(self, command: PrefillCommand) -> None:
         match command:
             case GrantLease():
-                # The scheduler refuses a request whose id still has a lease. Nothing writes to the
-                # blocks any more: whoever grants knows a token that all ranks computed from them.
+                # The scheduler refuses a request whose id still has a lease. No kernel writes to
+                # the blocks any more: the first token, computed from them, is known.
                 self._unhashed.append(self.leases.grant(command))
             case EndLease():
                 self.leases.cancel(command.lease_id)
 
     def turn(self, received: Iterable[tuple[bytes, ToPrefillSide]]) -> list[LeaseEnded]:
-        """Answer what can be answered, have checksums computed, and return the leases that have
-        ended. The engine frees their blocks, and no answer promises these any more.
+        """Answer messages, start the checksums of new leases, and return the leases that have
+        ended. The engine frees their blocks; later messages about these leases are refused.
         """
         now = self._clock()
         self._answer_all([_Question(*question, now) for question in received])
-        # Decode ranks were answered first: they read while the checksums are computed.
+        # After the first answers, so that decode ranks read while the checksums are computed.
         if self._unhashed:
             self.hash_leases()
             self._answer_all([])
@@ -267,16 +266,16 @@ class PrefillSide:
 
     @property
     def is_idle(self) -> bool:
-        """Return whether there is no lease, and nothing is written to a decode rank."""
+        """Return True if there is no lease and no write to a decode rank."""
         return not self.leases and not self._writes
 
     def polling_since(self) -> list[float]:
-        """Return when the questions came that still wait for a device or a write."""
+        """Return when the messages arrived that wait for a grant, for checksums or for a write."""
         questions = [*self._waiting, *(question for question, _ in self._writes)]
         return [question.asked_at for question in questions]
 
     def hash_leases(self) -> None:
-        """Begin to compute the checksums of new leases; on a CPU they are there at once."""
+        """Start the checksums of new leases; on a CPU, compute them."""
         for lease in self._unhashed:
             if self._hasher is not None:
                 lease.checksums = self._hasher.start(lease.grant.block_ids, slice(None))
@@ -284,7 +283,7 @@ class PrefillSide:
 
     def _answer_all(self, received: list[_Question]) -> None:
         now = self._clock()
-        # In order: the end of a pull must not overtake its beginning.
+        # In order of arrival: a PullEnd must not overtake its PullBegin.
         questions, self._waiting = [*self._waiting, *received], []
         for question in questions:
             message = question.message
@@ -304,11 +303,11 @@ class PrefillSide:
                 self._send(question.identity, reply)
 
     def _must_wait(self, message: ToPrefillSide) -> bool:
-        """Return whether a question asks about a lease of this engine that this rank has never
-        heard of, or for checksums that are being computed.
+        """Return True if a message is about an unknown lease of this engine, or asks for checksums
+        that are still being computed.
 
-        Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the
-        other ranks, so that a decode rank may ask one of them before its grant is there.
+        A lease may be unknown because its grant is late: rank 0 sends the prefill's answer once it
+        has sent the grants, so a decode rank may ask another rank before that rank has its grant.
         """
         if isinstance(message, Handshake | Push) or message.engine_id != self._card.engine_id:
             return False
@@ -317,13 +316,15 @@ class PrefillSide:
         return isinstance(message, StateChecksums) and not _is_hashed(lease)
 
     def _check_engine(self, message: ToPrefillSide) -> None:
-        """Raise LeaseError if the question is for another engine or incarnation."""
+        """Raise LeaseError if the message is for another engine or another incarnation."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         if asked != self._card.engine_id:
-            raise LeaseError(f"it belongs to engine_id {self._card.engine_id}, not to {asked}")
+            raise LeaseError(f"this rank belongs to engine_id {self._card.engine_id}, not {asked}")
 
     def _answer(self, question: _Question, message: ToPrefillSide) -> ToDecodeSide | None:
-        """Return the answer; None: none, or not yet. Raises LeaseError, TransferError."""
+        """Return the answer, or None: PullEnd has no answer, and a Push is answered at its end.
+        Raises LeaseError, TransferError.
+        """
         self._check_engine(message)
         call_id = message.call_id
         match message:
@@ -331,7 +332,7 @@ class PrefillSide:
                 logger.info(
                     "handshake with %s, incarnation %d", message.rank_name, message.incarnation
                 )
-                # Whether it fits or not: nobody waits for a rank that cannot be served.
+                # Also if the decode rank is incompatible: ``is_connected_to`` must not wait for it.
                 self.known_ranks.add((message.rank_name, message.incarnation))
                 return msgspec.structs.replace(self._card, call_id=call_id)
             case PullBegin():
@@ -358,27 +359,27 @@ class PrefillSide:
                 self.leases.end(message.lease_id, message.reader)
                 return None
             case StateChecksums():
-                # Its PullBegin may have been lost with a connection, and is asked again.
+                # Without an open pull, too: its PullBegin may have been lost and will be repeated.
                 lease = self.leases.living(message.lease_id)
                 if not _is_hashed(lease):
                     raise LeaseError(
-                        f"the checksums of request {message.lease_id} are not there yet"
+                        f"the checksums of request {message.lease_id} are not computed yet"
                     )
                 return ChecksumsReply(call_id=call_id, groups=lease.stated_checksums())
             case Push():
                 heads = self._check_push(message)
-                # A write cannot be taken back: the reader's blocks are its own until the answer.
+                # A write cannot be cancelled: it owns the reader's blocks until the answer.
                 write = self._connector.push(message.target, message.block_ids, heads)
                 self._writes.append((question, write))
                 return None
 
     def _check_push(self, message: Push) -> range:
-        """Return the heads that a reader asks for. Raises LeaseError if it may not."""
+        """Return the KV heads to write. Raises LeaseError if the reader may not have them."""
         if not self._connector.pushes:
             raise LeaseError("the connector here does not write to its readers")
         heads = range(message.first_head, message.first_head + message.num_heads)
-        # Whoever writes to a peer's memory decides what the peer may see. The scratch, which is
-        # meant when there are no blocks, holds nobody's prompt.
+        # This rank writes, so this rank must check what the reader may see. Without blocks, the
+        # reader asks for the scratch, which contains no prompt.
         if message.block_ids:
             lease = self.leases.opened(message.lease_id, message.reader)
             leased = lease.grant.block_ids

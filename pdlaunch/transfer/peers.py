@@ -1,5 +1,5 @@
-"""Keeps the peers of this rank equal to the registry: the handshake with each prefill rank, the
-connection to it, and the READs over that.
+"""Keeps one ``Peer`` for each rank in the registry that this rank may pull from: its handshake, its
+connection and its READs.
 
 ::
 
@@ -8,10 +8,10 @@ connection to it, and the READs over that.
       any of them ── the engines do not fit ──> incompatible        (final)
       any of them ── gone from the registry ──> lost                (final, once READs have ended)
 
-The destination of a READ belongs to it until it has ended. If the connector pushes, the
-prefill rank writes: the READ ends with that rank's answer, or with the end of its process. So a
-peer that is not ready any more keeps its connection and channel until its READs have ended, and
-only then shakes hands anew.
+A READ owns its destination blocks until it has ended. If the connector pushes, the prefill rank
+writes: the READ ends with that rank's answer, or with the end of its process. Therefore a peer that
+is no longer ready keeps its connection and channel until its READs have ended. Only then does it
+begin a new handshake.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _identity_of = attrgetter("engine_id", "incarnation", "tp_rank", "tp_size", "add
 
 
 class Peer:
-    """Keeps handshake, connection and READs of one incarnation of one prefill rank."""
+    """Holds the handshake, connection and READs of one incarnation of one prefill rank."""
 
     def __init__(self, entry: Entry, setup: DecodeSetup) -> None:
         self.entry = entry
@@ -64,23 +64,23 @@ class Peer:
         self.error = "no handshake yet"  # the reason why it is not ready
         self.state: State = "idle"
         self.channel: DecodeSocket | None = None
-        # Instant at which ``advance`` has something to do, READs and messages aside.
+        # When ``advance`` must be called even if no READ ends and no message arrives.
         self.deadline_at: float | None = None
         self._setup = setup
         self._call_ids = itertools.count(1)
-        # Receivers of answers, by call_id.
+        # Callbacks for answers, by call_id.
         self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
         self._geometry: Geometry | None = None
-        # The paths that the connector offers.
+        # The paths that the connector offers, by name; an error for each unusable path.
         self._paths: Mapping[str, Connection | TransferError] = {}
         self._connection: Connection | None = None  # the path in use
-        self._piece_bytes = 0  # of the READs of its scratch
+        self._piece_bytes = 0  # size of the pieces in READs of the peer's scratch
         self._reads: dict[Read, float] = {}  # READs that are not released, and when they started
-        # READs that the prefill rank was asked to write, by call_id.
+        # READs whose Push was sent and not answered yet, by call_id.
         self._pushed: dict[int, Read] = {}
         self._trial: Generator[None, None, list[PathFigure]] | None = None
-        # READs of its scratch, each with the memory that it may still write to. During a trial the
-        # last READ belongs to it; the others were given up.
+        # READs of the peer's scratch, each with the memory that the READ may still write to. The
+        # last READ belongs to the trial, if there is one; the others were given up.
         self._probes: list[tuple[Read, torch.Tensor]] = []
         self._asked_at = 0.0
         self._num_failures = 0
@@ -99,26 +99,26 @@ class Peer:
         return self._geometry
 
     def reading_since(self) -> list[float]:
-        """Return when the unfinished READs began."""
+        """Return when the READs that are not released yet began."""
         return list(self._reads.values())
 
     def want(self) -> None:
-        """Shake hands, unless that is done or under way."""
+        """Start the handshake, unless it is done or under way."""
         if self.state == "idle":
             self._start_handshake()
 
     def lose(self, reason: str) -> None:
-        """Give the peer up for good. Pending READs still run to their end."""
+        """Disconnect for good. Pending READs still run to their end."""
         self._disconnect("lost", reason)
 
     def reconnect(self) -> None:
-        """Make a new connection: a READ over this one has failed."""
-        # In other states a new connection is under way anyway.
+        """Replace the connection, because a READ over it has failed."""
+        # In the other states, the connection is being replaced already, or gone for good.
         if self.state == "ready":
             self._retry_later("a READ has failed")
 
     def advance(self) -> None:
-        """Receive and do what is due; never waits."""
+        """Receive messages, release ended probes, try paths and check the deadline. Never waits."""
         if self.channel is not None:
             self._receive(self.channel)
         for probe in self._probes[:-1] if self._trial is not None else self._probes[:]:
@@ -135,7 +135,7 @@ class Peer:
         build: Callable[[int], ToPrefillSide],
         on_reply: Callable[[ToDecodeSide], None] | None = None,
     ) -> None:
-        """Send the question that ``build`` makes; ``on_reply`` gets the answer, if one comes."""
+        """Send ``build(call_id)``; ``on_reply`` gets the answer, if one arrives."""
         call_id = next(self._call_ids)
         if on_reply is not None:
             self._calls[call_id] = on_reply
@@ -162,7 +162,7 @@ class Peer:
             elif (on_reply := self._calls.pop(message.call_id, None)) is not None:
                 on_reply(message)
         if self._pushed and channel.broken:
-            # A process that is gone writes no more.
+            # The peer's process has ended, so it cannot write any more.
             for read in self._pushed.values():
                 read.end("the peer's process has ended")
             self._pushed.clear()
@@ -176,7 +176,7 @@ class Peer:
         landing, self._piece_bytes = new_landing(
             geometry.scratch_bytes,
             memory.scratch.device,
-            # What a READ of blocks is made of here.
+            # Size of the smallest piece in a READ of whole blocks between these two ranks.
             min(
                 memory.kv.page_bytes,
                 min(place.head_bytes for place in geometry.regions) * geometry.num_kv_heads,
@@ -184,19 +184,19 @@ class Peer:
         )
         read = connection.read_scratch(landing, self._piece_bytes)
         self._probes.append((read, landing))
-        # To a prefill side that writes, no blocks mean the scratch.
+        # A Push without blocks asks for the scratch.
         self._follow(read, (), range(0), LeaseId(""), ReaderId(""))
         return read, landing
 
     def _check_channel(self) -> None:
-        """Raise TransferError when answers may be lost: no write must be asked for then."""
+        """Raise TransferError if the connector pushes and the answer to a Push would be lost."""
         if self._setup.connector.pushes and (self.channel is None or self.channel.broken):
             raise TransferError(f"the connection to {self.name} broke")
 
     def _follow(
         self, read: Read, blocks: BlockIds, heads: range, lease_id: LeaseId, reader: ReaderId
     ) -> None:
-        """Keep a READ until it is released; ask the peer to write it if the connector pushes."""
+        """Keep a READ until it is released. If it has a ``target``, send the peer a Push."""
         self._reads[read] = self._setup.clock()
         if (target := read.target) is None:
             return
@@ -241,7 +241,7 @@ class Peer:
             raise TransferError(f"{self.name} at {where} refused: {reply.reason}")
         if not isinstance(reply, HandshakeReply):
             raise TransferError(f"{self.name} answered the handshake with {type(reply).__name__}")
-        # If the peer has merely restarted, the next registry shows its new identity.
+        # Not fatal: if the peer has restarted, the next registry shows its new identity.
         for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):
             wanted, found = getattr(entry, field), getattr(reply, field)
             if wanted != found:
@@ -260,7 +260,7 @@ class Peer:
             list(self._paths),
             agent_name=reply.agent_name,
             clock=setup.clock,
-            # The rest of the handshake's time after question and answer.
+            # The time that the handshake has left.
             timeout_s=self._asked_at + setup.settings.handshake_timeout_s - setup.clock(),
         )
         self._try_paths()
@@ -282,7 +282,7 @@ class Peer:
         setup = self._setup
         connection = self._paths[best.path]
         assert isinstance(connection, Connection)
-        # The others stay: a READ that took too long may still write over them.
+        # The other connections stay open: READs over them that timed out may still write.
         self._connection = connection
         self.path, self.state, self.error = best.path, "ready", ""
         self.deadline_at, self._num_failures = None, 0
@@ -308,7 +308,7 @@ class Peer:
     def _guard(self, step: Callable[[], None]) -> None:
         try:
             step()
-        # Also a TransferError, but another try would not help: the engines do not fit.
+        # HandshakeError is a TransferError, but the engines are incompatible: do not retry.
         except HandshakeError as error:
             logger.error("handshake with %s: %s", self.name, error)
             self._disconnect("incompatible", str(error))
@@ -336,15 +336,15 @@ class Peer:
                 f"{self._setup.settings.handshake_timeout_s:g} s"
             )
         elif self._reads:
-            # A peer cannot be connected twice, and a connection stays while a READ may still write.
+            # Wait for the READs: they need the old connection, and a peer can have only one.
             self.deadline_at = None
         else:
             self._start_handshake()
 
     def _disconnect(self, state: State, reason: str) -> None:
-        """Give the connection up; it stays only as long as a READ may still write."""
+        """Leave the connection, and close it once no READ can write over it any more."""
         self.state, self.error, self.deadline_at = state, reason, None
-        # Their answers would have come over this connection.
+        # Pending questions get no answer any more.
         self._calls.clear()
         if self._trial is not None:
             self._trial.close()
@@ -352,10 +352,10 @@ class Peer:
         self._close_when_unused()
 
     def _close_when_unused(self) -> None:
-        """Close an abandoned connection and its channel once no READ needs them."""
+        """Close an abandoned connection and its channel if no READ needs them."""
         if self.state in ("asking", "probing", "ready"):
             return
-        # The channel brings answers about writes that are under way, and nothing else.
+        # The channel is only needed for the answers to Push messages.
         if self.channel is not None and not self._pushed:
             self.channel.close()
             self.channel = None
@@ -370,7 +370,7 @@ class Peer:
 
 
 def _push_error(message: ToDecodeSide) -> str:
-    """Return why a write has failed; empty when all bytes have landed."""
+    """Return why the peer's write has failed; empty if all bytes have landed."""
     match message:
         case PushEnded():
             return "" if message.ok else message.error
@@ -381,10 +381,10 @@ def _push_error(message: ToDecodeSide) -> str:
 
 
 class PeerTable:
-    """Keeps peers by name, and old incarnations of them while a READ may write."""
+    """Holds the peers in the registry, and lost peers until their READs have ended."""
 
     def __init__(self, setup: DecodeSetup, *, eager: bool) -> None:
-        """``eager``: shake hands with prefill ranks once they are listed, not at a pull."""
+        """``eager``: start handshakes with prefill ranks when they are listed, not at a pull."""
         self.peers: dict[str, Peer] = {}  # the ranks in the registry, by name
         self._setup = setup
         self._eager = eager
@@ -396,8 +396,8 @@ class PeerTable:
         leaders = {entry.engine: entry for entry in ranks if entry.tp_rank == 0 and entry.engine_id}
         shown: dict[str, Entry] = {}
         for entry in ranks:
-            # Rank 0's engine_id counts: others are compared with it. A rank that sleeps has no
-            # memory, and one that has just started no side channel.
+            # All ranks must have rank 0's engine_id. Skip sleeping ranks, which have no KV cache,
+            # and starting ranks, which have no side channel yet.
             leader = leaders.get(entry.engine)
             has_started = entry.engine_id and entry.address.side_channel
             if leader is None or not has_started or entry.state == "sleeping":
@@ -407,7 +407,7 @@ class PeerTable:
                 continue
             shown[entry.name] = entry
         for name, peer in list(self.peers.items()):
-            # Gone, or present in another incarnation.
+            # The rank has left the registry or has another incarnation.
             if name not in shown or _identity_of(shown[name]) != _identity_of(peer.entry):
                 reason = f"incarnation {peer.entry.incarnation} of {name} is gone"
                 logger.info("%s", reason)
@@ -426,7 +426,7 @@ class PeerTable:
         self.peers.clear()
 
     def all(self) -> list[Peer]:
-        """Return the peers in the registry, and those that have left it and are still kept."""
+        """Return the peers in the registry, and lost peers with pending READs."""
         return [*self.peers.values(), *self._gone]
 
     def advance(self) -> None:
@@ -435,10 +435,10 @@ class PeerTable:
         self._gone = [peer for peer in self._gone if peer.reading_since()]
 
     def sources_of(self, engine_id: EngineId) -> list[tuple[SourceRank, Peer]]:
-        """Return the ranks of an engine that this rank pulls from, and want them from now on.
+        """Return the ranks of an engine that this rank pulls from, and start missing handshakes.
 
-        Raises TransferError when the engine or one of these ranks is not in the registry, or does
-        not fit.
+        Raises TransferError if the engine or one of these ranks is not in the registry, or if the
+        TP size does not fit the number of KV heads.
         """
         found = (peer for peer in self.peers.values() if peer.entry.engine_id == engine_id)
         ranks = {peer.entry.tp_rank: peer for peer in found}
@@ -455,7 +455,7 @@ class PeerTable:
         return [(source, ranks[source.tp_rank]) for source in sources]
 
     def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
-        """Report ranks of a TP group with different engine_ids, a fault except at a restart."""
+        """Report different engine_ids in a TP group: fatal, except while the engine restarts."""
         error = HandshakeError(
             f"engine_id: {leader.name} at {leader.address.side_channel} has {leader.engine_id}, "
             f"{entry.name} at {entry.address.side_channel} has {entry.engine_id}"

@@ -1,4 +1,4 @@
-"""Decides what a pull reads from one prefill rank, and whether the bytes that arrived are those of
+"""Plans what a pull reads from one prefill rank, and checks that the bytes that arrived belong to
 its prompt. Peers are not trusted.
 """
 
@@ -18,38 +18,38 @@ from pdlaunch.transfer.connectors.connector import BlockRead
 from pdlaunch.transfer.integrity.checksum import ChecksumArray
 
 UNPROVEN = "kv_verification_failures"
-LATE = "kv_late_reads"  # the lease ended before the READ: bytes may belong to another request
+LATE = "kv_late_reads"  # the lease ended before the READ: bytes may be of another request
 
 
 class PullFailed(TransferError):
     def __init__(self, message: str, *, counter: str = "", blames_pair: bool = True) -> None:
-        """``counter``: a second row of ``COUNTERS`` to count, besides ``kv_transfer_failures``."""
+        """``counter``: a row of ``COUNTERS`` to increment, besides ``kv_transfer_failures``."""
         super().__init__(message)
         self.counter = counter
         self.blames_pair = blames_pair
 
 
 class ReadFailed(PullFailed):
-    """Says that a READ has failed or brought wrong bytes; it is over, and may be repeated."""
+    """Raised if a READ has failed or brought wrong bytes. It has ended, and may be repeated."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """Names the blocks of one READ, and where their checksums are among the stated ones."""
+    """Holds the blocks of one READ, and their positions in the lease's lists of blocks."""
 
     blocks: BlockRead
-    places: list[slice]  # for each KV cache group the places of its blocks in the lease's list
-    num_leased: list[int]  # for each KV cache group the number of blocks under lease
+    places: list[slice]  # for each KV cache group: positions of its blocks in the lease's list
+    num_leased: list[int]  # for each KV cache group: the number of leased blocks
 
     def check(self, stated: Sequence[bytes], num_heads: int, found: ChecksumArray) -> None:
-        """Compare the checksums that the prefill rank states, which has ``num_heads``, with those
-        of the bytes that arrived. Raises VerificationError.
+        """Compare ``stated``, the prefill rank's checksums by group, with ``found``, the checksums
+        of the local bytes. ``num_heads``: of the prefill rank. Raises VerificationError.
         """
         heads = self.blocks.remote_heads
         if [len(each) for each in stated] != [num * num_heads * 8 for num in self.num_leased]:
-            raise VerificationError("the prefill rank stated no checksums, or too few or too many")
+            raise VerificationError("the prefill rank sent a wrong number of checksums")
         expected = [
-            # 8 bytes for each block and head of the prefill rank, block by block.
+            # ``each``: 8 bytes for each block and head of the prefill rank, block by block.
             np.frombuffer(each, "<u8").reshape(-1, num_heads)[place, heads.start : heads.stop]
             for each, place in zip(stated, self.places, strict=True)
         ]
@@ -74,11 +74,11 @@ def plan_read(
     first_kv_head: int,
     label: str,
 ) -> ReadPlan:
-    """Plan the READ of the blocks that a pull wants, once it is sure that they are those of its
-    prompt. Raises PullFailed.
+    """Check that the leased blocks are those of the pull's prompt, and plan their READ. Raises
+    PullFailed.
 
-    ``heads`` are global indices, ``first_kv_head`` is that of this rank; ``label`` names the reader
-    of this prefill rank's share.
+    ``heads``: global indices of the KV heads to read; ``first_kv_head``: the global index of this
+    rank's first head; ``label``: unique for this prefill rank and reader.
     """
     _check_prompt(command, lease)
     num_groups = len(command.block_ids)
@@ -94,13 +94,13 @@ def plan_read(
         place = slice(start, start + len(block_ids))
         is_known = first + len(block_ids) <= len(command.block_hashes)
         if block_ids and not (start >= 0 and place.stop <= len(group.block_ids) and is_known):
-            raise PullFailed(f"it does not hold all blocks of group {index} from {first} on")
+            raise PullFailed(f"it does not hold all blocks of group {index} from block {first} on")
         remote.append(group.block_ids[place])
         places.append(place)
-    # A block id out of range would point at other memory.
+    # A block id out of range would address other memory of the peer.
     if not all(0 <= block_id < geometry.num_blocks for group in remote for block_id in group):
-        raise PullFailed(f"it named a block outside of its {geometry.num_blocks}")
-    # The hashes are chained: the last one stands for the prompt.
+        raise PullFailed(f"a block id is out of range: it has {geometry.num_blocks} blocks")
+    # The hashes are chained, so the last hash identifies the whole prompt.
     digest = command.block_hashes[-1].hex() if command.block_hashes else ""
     blocks = BlockRead(
         local_blocks=command.block_ids,
@@ -115,7 +115,7 @@ def plan_read(
 
 
 def _check_prompt(command: StartPull, lease: PullReply) -> None:
-    """Check that the blocks were computed for this very prompt. Raises PullFailed."""
+    """Check that the leased blocks were computed for the pull's prompt. Raises PullFailed."""
     ours, theirs = command.block_hashes, lease.block_hashes
     if lease.num_tokens < command.num_tokens or theirs[: len(ours)] != ours:
         pairs = enumerate(zip(ours, theirs, strict=False))

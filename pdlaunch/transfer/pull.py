@@ -1,26 +1,26 @@
-"""Pulls the blocks of prompts, each from one or more prefill ranks into blocks of this rank.
+"""Pulls the KV blocks of prompts from prefill ranks into blocks of this rank. A pull has one share
+for each prefill rank that it reads from.
 
-The stages of one prefill rank's share::
+The stages of a share::
 
     beginning ── lease ──> reading ── all read ──> verifying ── equal ──> proven ── all are ──> end
         ▲                     │                        │
         └── READ failed, or wrong bytes ───────────────┘
-    ended, or failed here or elsewhere: the prefill rank is told as soon as it can be reached
+    When the pull has ended or failed, each prefill rank gets a PullEnd once it can be reached.
 
-Every question may be asked again: after a time without an answer, and over a new connection.
+Questions are repeated if no answer arrives in time, or if the connection is replaced.
 
-The lease has held throughout the READ if the READ ends before the lease can. The prefill rank says
-how many seconds are left when it answers, which is after it was asked, and ends no lease earlier
-while its pull is open. So the decode rank need not ask afterwards.
+Each answer has the lease's remaining seconds. The decode rank counts them from the time of its
+question, so its deadline is never later than the lease's. A READ that ends before this deadline has
+read leased blocks, because the prefill rank does not end a lease early while a pull is open.
 
-Checksums prove the bytes even if the prefill rank has died. Without them a READ counts only
-when the prefill rank has answered a heartbeat that was sent after its end, because libraries may
-call a READ from a dead process done.
+Checksums prove the bytes even if the prefill rank has died. Without checksums, a READ counts only
+after the prefill rank has answered a heartbeat that was sent after the READ's end: libraries may
+report a READ from a dead process as done.
 
-A READ that failed or brought wrong bytes has ended and writes no more, so it is repeated under the
-same lease into the same blocks; other shares keep what they have proven. A READ that is pending
-when its pull fails still owns its destination blocks: the pull says ``in_flight``, and lives until
-the READ has ended, however long that takes.
+A READ that failed or brought wrong bytes has ended, so it is repeated under the same lease into the
+same blocks. The other shares are not repeated. If a pull fails while a READ is pending, the READ
+still owns its destination blocks: the pull reports ``in_flight`` and stays until the READ ends.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from pdlaunch.transfer.proof import LATE, UNPROVEN, PullFailed, ReadFailed, Read
 
 logger = logging.getLogger(__name__)
 
-# A question without an answer is asked again after this time: a connection between two hosts may
-# break unnoticed.
+# Seconds without an answer after which a question is repeated: a connection between two hosts can
+# break without notice.
 REPEAT_S = 5.0
 HEARTBEATS_A_LEASE = 4
 Question = type[PullBegin | StateChecksums | PullHeartbeat | PullEnd]
 
 
 class Share:
-    """Pulls one prefill rank's KV blocks of a prompt, and tells that rank when it is done."""
+    """Pulls one prefill rank's KV blocks of a prompt, then sends that rank a PullEnd."""
 
     def __init__(
         self, command: StartPull, source: SourceRank, peer: Peer, setup: DecodeSetup, log: SpanLog
@@ -72,27 +72,27 @@ class Share:
         self.is_proven = False  # the blocks have arrived and are proven
         self.num_retries = 0
         self.num_bytes = 0  # size of the latest READ
-        self.read_s = 0.0  # duration of that READ, as exactly as the connector knows
-        self.ended_at: float | None = None  # instant at which it was over; None before
-        self.counters: set[str] = set()  # of the READs that failed; see ``PullFailed``
-        # Deadline for telling the prefill rank of the end; None: not yet, or told.
-        self.tells_until_at: float | None = None
+        self.read_s = 0.0  # duration of that READ, measured by the connector
+        self.ended_at: float | None = None  # when that READ succeeded; None before
+        self.counters: set[str] = set()  # counters of the failed READs; see ``PullFailed``
+        # Deadline for sending PullEnd. None: the pull is not over, or PullEnd was sent or given up.
+        self.answers_until_at: float | None = None
         self._command = command
         self._source = source
         self._setup = setup
         self._log = log
-        # Unique over engines, ranks and choices; of bounded length, however long the id is.
+        # Unique over engines, ranks and choices. Hashed, because a pull_id may be of any length.
         digest = hashlib.sha256(command.pull_id.encode()).hexdigest()
         identity = setup.identity
         self._reader = ReaderId(f"{identity.engine_id}/{identity.tp_rank}/{digest}")
-        # Questions that want an answer, in their order, and when each is asked next.
+        # Questions without an answer yet, in the order of sending, and when each is sent next.
         self._ask_at: dict[Question, float] = {}
         self._read: Read | None = None  # the READ that may still write to the blocks
         self._started_at = 0.0
         self._heartbeat_s = 0.0
-        # Instant until which the lease is known to hold; None before there was one.
+        # The lease holds at least until then; None before the first PullReply.
         self._held_until_at: float | None = None
-        # Instants at which the last heartbeat, and the last one that was answered, were sent.
+        # When the latest heartbeat was sent, and the latest heartbeat that was answered.
         self._heartbeat_sent_at = self._heartbeat_answered_at = 0.0
         self._refusal: Refused | None = None
         self._begin()
@@ -107,7 +107,7 @@ class Share:
 
     @property
     def stage(self) -> str:
-        """Return what the share waits for, for people."""
+        """Return the share's stage for error messages."""
         if self._lease is None:
             return "beginning" if self.peer.state == "ready" else "connecting"
         if self.ended_at is None:
@@ -115,7 +115,7 @@ class Share:
         return "proven" if self.is_proven else "verifying"
 
     def deadlines(self) -> Iterator[float]:
-        """Yield when there is something to ask, before the end."""
+        """Yield when to send each question next, while the pull is open."""
         if self.peer.state == "ready":
             yield from self._ask_at.values()
 
@@ -123,8 +123,8 @@ class Share:
         if self.peer.is_gone:
             raise PullFailed(f"{self.name}: {self.peer.error}")
         if (refusal := self._refusal) is not None:
-            # A refusal after the grant means that the lease has ended: later READs may have brought
-            # another request's blocks, and count as late.
+            # A refusal after the PullReply means that the lease has ended. The READ may have
+            # brought another request's blocks, so it counts as late.
             is_late = self._held_until_at is not None or refusal.lease_end is not None
             reason = f"{self.name} refused: {refusal.reason}"
             counter = LATE if is_late else ""
@@ -136,7 +136,7 @@ class Share:
             if self.num_retries + 1 >= self._setup.settings.pull_attempts:
                 raise
             self.num_retries += 1
-            logger.warning("pull of %s begins anew: %s", self._command.request_id, failure)
+            logger.warning("READ for %s is repeated: %s", self._command.request_id, failure)
             self._begin()
         if self.peer.state == "ready":
             self._ask()
@@ -145,29 +145,28 @@ class Share:
             self._ask_at = dict.fromkeys(self._ask_at, self._setup.clock())
 
     def end(self) -> None:
-        """End the pull: the prefill rank need not wait for this reader any more. Then call
-        ``settle`` until nothing is left.
+        """Start no more READs and send PullEnd. Afterwards, call ``settle`` until ``in_flight`` is
+        False and ``answers_until_at`` is None.
 
-        The blocks may belong to others from now on, unless a READ is in flight; no other READ
-        begins.
+        The caller may reuse the blocks at once, unless a READ is in flight.
         """
-        self.tells_until_at = self._setup.clock() + self._setup.settings.pull_timeout_s
+        self.answers_until_at = self._setup.clock() + self._setup.settings.pull_timeout_s
         self.settle()
 
     def settle(self) -> None:
-        """Tell the prefill rank of the end once it can be reached; release an ended READ."""
-        if self.tells_until_at is not None:
+        """Send PullEnd once the prefill rank can be reached; release an ended READ."""
+        if self.answers_until_at is not None:
             is_ready = self.peer.state == "ready"
             if is_ready:
                 if PullBegin in self._ask_at:
-                    # A reader's share of the lease ends only when it has begun.
+                    # The prefill rank refuses a PullEnd without a PullBegin, and its lease stays.
                     self._send(PullBegin)
-                # Not by a notification of NIXL's, which is sent for whatever was read: of a READ
-                # that was given up, and of memory that was deregistered.
+                # NIXL's notifications cannot replace PullEnd: NIXL also sends one for a READ that
+                # was given up, or that read deregistered memory.
                 self._send(PullEnd)
-            # Gone: nobody is left to be told. Connecting: try until the deadline.
-            if is_ready or self.peer.is_gone or self._setup.clock() >= self.tells_until_at:
-                self.tells_until_at = None
+            # If the peer is gone, give up. If it is connecting, try until the deadline.
+            if is_ready or self.peer.is_gone or self._setup.clock() >= self.answers_until_at:
+                self.answers_until_at = None
         if self._read is not None and self._read.poll() != "pending":
             self._release(self._read)
 
@@ -180,7 +179,7 @@ class Share:
         now = self._setup.clock()
         self._ask_at = {PullBegin: now}
         if self._setup.hasher is not None:
-            # At once: the prefill rank answers when it has them, while the READ goes on.
+            # Ask now: the prefill rank computes its checksums while the READ runs.
             self._ask_at[StateChecksums] = now
 
     def _ask(self) -> None:
@@ -194,7 +193,7 @@ class Share:
                 self._send(kind, asked_at=now)
 
     def _send(self, kind: Question, asked_at: float | None = None) -> None:
-        """Send a question; ``asked_at`` is None if no answer is needed."""
+        """Send a question; ``asked_at`` is None to ignore the answer."""
         remote = self._command.remote
         more: dict[str, Any] = {}
         if kind is PullBegin:
@@ -212,7 +211,7 @@ class Share:
 
     def _on_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
         """Keep an answer for ``advance``; ignore repeated answers."""
-        # Seconds in an answer count from its question: when it was sent is not known here.
+        # Count the lease's seconds from the question: when the answer was sent is unknown.
         match reply:
             case PullReply() if self._lease is None:
                 self._lease = reply
@@ -236,7 +235,7 @@ class Share:
                 self._refusal = Refused(call_id=reply.call_id, reason=reason)
 
     def _read_and_prove(self) -> None:
-        """Start the READ, poll it, and prove the blocks that have arrived. Raises PullFailed."""
+        """Start the READ, poll it, and prove the blocks when it has ended. Raises PullFailed."""
         if self._lease is not None and self._plan is None and self.peer.state == "ready":
             self._start_read(self._lease)
         if self._read is not None and (state := self._read.poll()) != "pending":
@@ -251,7 +250,7 @@ class Share:
             raise ReadFailed(f"{self.name}: {error}", counter=UNPROVEN) from error
 
     def _start_read(self, lease: PullReply) -> None:
-        """Read under the lease before anything else: the READ takes longest."""
+        """Start the READ as soon as there is a lease. Raises PullFailed."""
         setup, command, peer = self._setup, self._command, self.peer
         try:
             self._plan = plan_read(
@@ -306,14 +305,14 @@ class Share:
             return False
         assert self._held_until_at is not None
         if ended_at >= self._held_until_at:
-            reason = f"{self.name}: the lease did not hold throughout the READ"
+            reason = f"{self.name}: the lease may have ended before the READ"
             raise PullFailed(reason, counter=LATE, blames_pair=False)
         return True
 
     def _is_right(self) -> bool:
         if self._setup.hasher is None or self._found is None:
             return True
-        # A READ may end first: the prefill rank begins its checksums once it has answered.
+        # The READ may end before the prefill rank has computed and sent its checksums.
         if self._stated is None or not self._found.ready():
             return False
         assert self._plan is not None
@@ -331,12 +330,12 @@ class Share:
 
 
 class Pull:
-    """Drives one ``StartPull`` to one PullFinished; one PullDrained follows if in flight."""
+    """Runs one ``StartPull``: emits a PullFinished, then a PullDrained if it was in flight."""
 
     def __init__(
         self, command: StartPull, sources: list[tuple[SourceRank, Peer]], setup: DecodeSetup
     ) -> None:
-        """``sources`` are the prefill ranks that this rank turns to."""
+        """``sources``: the prefill ranks to pull from."""
         self._command = command
         self._setup = setup
         self._log = SpanLog(setup.clock)
@@ -347,16 +346,16 @@ class Pull:
 
     @property
     def holds_blocks(self) -> bool:
-        """Return whether blocks of this rank belong to the pull."""
+        """Return True while the pull owns blocks of this rank."""
         return not self._finished or self._draining
 
     @property
     def closed(self) -> bool:
-        owes_end = any(share.tells_until_at is not None for share in self._shares)
+        owes_end = any(share.answers_until_at is not None for share in self._shares)
         return not self.holds_blocks and not owes_end
 
     def hashing_since(self) -> Iterator[float]:
-        """Yield when the checksums that are being computed were asked for."""
+        """Yield the end times of READs whose checksums are not compared yet."""
         for share in self._shares:
             if share.is_verifying and share.ended_at is not None and not self._finished:
                 yield share.ended_at
@@ -367,8 +366,8 @@ class Pull:
         for share in self._shares:
             if not self._finished:
                 yield from share.deadlines()
-            elif share.tells_until_at is not None:
-                yield share.tells_until_at
+            elif share.answers_until_at is not None:
+                yield share.answers_until_at
 
     def cancel(self) -> None:
         if not self._finished:
@@ -390,12 +389,12 @@ class Pull:
                 self._finish()
             elif self._setup.clock() >= self._started_at + timeout_s:
                 where = ", ".join(f"{share.name} is {share.stage}" for share in self._shares)
-                raise PullFailed(f"no end within {timeout_s:g} s; {where}")
+                raise PullFailed(f"the pull did not end within {timeout_s:g} s; {where}")
         except PullFailed as failure:
             self._finish(failure)
 
     def _finish(self, failure: PullFailed | None = None) -> None:
-        # First: no READ may begin after the engine hears of the end and reuses the blocks.
+        # End the shares first: the engine reuses the blocks once it has the event.
         for share in self._shares:
             share.end()
         self._finished = True
@@ -420,7 +419,7 @@ class Pull:
         if failure is None:
             event.num_bytes = sum(share.num_bytes for share in shares)
             event.read_s = max(share.read_s for share in shares)
-            # Names of ranks begin with that of their engine.
+            # The engine's name is the first part of a rank's name.
             event.prefill = shares[0].name.partition("/")[0]
             event.path = join_paths(share.peer.path for share in shares)
         setup.emit(event)
@@ -440,15 +439,15 @@ class PullTable:
         return any(pull.holds_blocks for pull in self._pulls.values())
 
     def hashing_since(self) -> list[float]:
-        """Return when the checksums that are being computed were asked for."""
+        """Return the end times of READs whose checksums are not compared yet."""
         return [at for pull in self._pulls.values() for at in pull.hashing_since()]
 
     def deadlines(self) -> list[float]:
-        """Return when ``advance`` has something to do, READs and messages aside."""
+        """Return when ``advance`` must run even if no READ ends and no message arrives."""
         return [at for pull in self._pulls.values() for at in pull.deadlines()]
 
     def start(self, command: StartPull) -> None:
-        """Begin a pull from ranks of the registry: the request's host and port are not trusted."""
+        """Start a pull. Addresses are from the registry: the request's host is not trusted."""
         assert command.pull_id not in self._pulls
         try:
             sources = self._peers.sources_of(command.remote.engine_id)

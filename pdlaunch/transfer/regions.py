@@ -1,15 +1,16 @@
-"""Says where the KV blocks of a rank lie, whatever its engine makes of their bytes.
+"""Describes where the KV blocks of a rank lie in memory, independent of the engine.
 
 ::
 
-    region     | block 0                | block 1                | ...     of one layer, or of many
+    region     | block 0                | block 1                | ...     of one layer or several
                | head 0 | head 1 | ..   | head 0 | head 1 | ..   |
-    group      some regions: its block ids are rows of each of them
-    READ       (region, block) pieces of a peer ──▶ the same pieces here
+    group      has some of the regions; its block ids are row numbers in each of them
+    page       the part of a block in one region
+    READ       copies (region, block) pieces of a peer to the same regions here
 
-A native rank has one region: all layers of a head lie side by side. vLLM has one or two for each
-layer, keys and values together or apart. All groups draw their block ids from one pool. Where pages
-cannot be cut into heads (tokens first, latent attention) a page counts as one head.
+A native rank has one region, in which all layers of a head lie side by side. vLLM has one region
+for each layer, or two if keys and values are separate. All groups take block ids from one pool. If
+a page cannot be divided into heads (tokens first, latent attention), it counts as one head.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.side_channel import RegionPlace
 
 Addresses = npt.NDArray[np.uint64]
-BlockIds = Sequence[Sequence[int]]  # of each KV cache group
+BlockIds = Sequence[Sequence[int]]  # for each KV cache group, its block ids
 
 
 @dataclass(frozen=True)
 class KVRegions:
     """Holds one rank's KV cache."""
 
-    # Each [num_blocks, num_heads, head_bytes] uint8. Heads of a block are neighbours; blocks may
-    # lie further apart.
+    # Each is [num_blocks, num_heads, head_bytes] uint8. The heads of a block are contiguous; there
+    # may be gaps between blocks.
     regions: tuple[torch.Tensor, ...]
-    # For each KV cache group the indices of the regions that its blocks are rows of.
+    # For each KV cache group, the indices of its regions.
     groups: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
@@ -59,19 +60,19 @@ class KVRegions:
 
     @cached_property
     def places(self) -> list[RegionPlace]:
-        """Return where the regions lie in this process."""
+        """Return the addresses of the regions in this process."""
         return [
             RegionPlace(each.data_ptr(), each.stride(0), each.shape[2]) for each in self.regions
         ]
 
     @property
     def page_bytes(self) -> int:
-        """Return the size of the smallest piece that a READ of whole blocks has."""
+        """Return the size of the smallest page: the smallest piece in a READ of whole blocks."""
         return min(place.head_bytes for place in self.places) * self.num_heads
 
     @cached_property
     def allocations(self) -> list[torch.Tensor]:
-        """Return the memory that the regions lie in, each allocation once: [num_bytes] uint8."""
+        """Return each allocation that contains regions, as [num_bytes] uint8."""
         storages = {each.untyped_storage().data_ptr(): each for each in self.regions}
         return [
             torch.empty(0, dtype=torch.uint8, device=each.device).set_(each.untyped_storage())
@@ -79,7 +80,7 @@ class KVRegions:
         ]
 
     def num_bytes(self, blocks: BlockIds, num_heads: int) -> int:
-        """Return how many bytes ``num_heads`` heads of these blocks have."""
+        """Return the size of ``num_heads`` heads of these blocks."""
         sizes = [place.head_bytes for place in self.places]
         return num_heads * sum(
             len(block_ids) * sum(sizes[index] for index in group)
@@ -96,7 +97,7 @@ class KVRegions:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Names pieces of memory; in one READ those of both sides have the same sizes."""
+    """Addresses and sizes of pieces of memory. Both sides of a READ have pieces of equal sizes."""
 
     addresses: Addresses
     sizes: Addresses
@@ -115,7 +116,7 @@ def pieces_of(
     addresses, sizes = [], []
     for group, block_ids in zip(groups, blocks, strict=True):
         chosen = [places[index] for index in group]
-        # All regions at once: a loop over 64 takes 2 ms of a pull of 4,096 tokens.
+        # Vectorised: a loop over 64 regions takes 2 ms of a pull of 4,096 tokens.
         firsts, strides, num_bytes = np.array(
             [
                 (
@@ -134,7 +135,7 @@ def pieces_of(
 
 
 def even_pieces(start: int, num_bytes: int, piece_bytes: int) -> Pieces:
-    """Cut memory into equal pieces, from the last to the first: nobody merges these."""
+    """Divide memory into equal pieces, the last first, so that no connector can merge them."""
     offsets = np.arange(0, num_bytes, piece_bytes, dtype=np.uint64)[::-1]
     return Pieces(
         np.ascontiguousarray(offsets) + np.uint64(start),
@@ -143,11 +144,9 @@ def even_pieces(start: int, num_bytes: int, piece_bytes: int) -> Pieces:
 
 
 def merge(destinations: Pieces, sources: Pieces) -> tuple[Addresses, Addresses, Addresses]:
-    """Return destinations, sources and sizes of the fewest copies: pieces that are neighbours on
-    both sides are one. There is at least one piece.
-    """
+    """Return destinations, sources and sizes of the fewest copies. Needs at least one piece."""
     sizes = destinations.sizes
-    # A copy ends where the next piece does not follow on both sides.
+    # One copy moves pieces that are contiguous on both sides.
     breaks = np.diff(destinations.addresses) != sizes[:-1]
     breaks |= np.diff(sources.addresses) != sizes[:-1]
     starts = np.flatnonzero(np.concatenate(([True], breaks)))
@@ -160,8 +159,8 @@ def merge(destinations: Pieces, sources: Pieces) -> tuple[Addresses, Addresses, 
 
 def native_regions(kv_cache: torch.Tensor, layout: KVCacheLayout) -> KVRegions:
     """Return the one region of a native rank. ``kv_cache``: [num_blocks, num_kv_heads, num_layers,
-    2, block_size, head_dim], contiguous; heads stand before layers, so that a range of heads of a
-    block is one piece of memory, which ranks of another TP size read as it lies.
+    2, block_size, head_dim], contiguous. Heads come before layers, so that a range of a block's
+    heads is contiguous: ranks of another TP size read just the heads that they need.
     """
     shape = kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
     region = kv_cache.view(torch.uint8).view(shape)

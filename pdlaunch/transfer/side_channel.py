@@ -1,5 +1,5 @@
-"""Gives both ends of the side channel a typed socket. A frame that does not fit the schema is
-dropped and logged, and hurts nobody else.
+"""Typed sockets for both ends of the side channel. A message that does not fit the schema is logged
+and dropped; other messages are not affected.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pdlaunch.protocol.sockets import SecureContext
 
 logger = logging.getLogger(__name__)
 
-# Limit for one turn, so that a talkative peer cannot keep the thread from its other work.
+# Limit for one turn, so that a peer that floods the socket cannot block the thread's other work.
 MAX_MESSAGES_A_TURN = 256
 
 
 class PrefillSocket:
-    """Receives questions of decode ranks at the rank that holds the blocks; it is a ROUTER."""
+    """Receives and answers the messages of decode ranks, at the prefill rank; a ROUTER."""
 
     def __init__(self, context: SecureContext, endpoint: str) -> None:
-        """Bind at once; the attribute ``endpoint`` then says where peers reach the socket."""
+        """Bind the socket. The attribute ``endpoint`` is the address that peers connect to."""
         self.socket, self.endpoint = context.listen(zmq.ROUTER, endpoint)
 
     def receive(self) -> list[tuple[bytes, ToPrefillSide]]:
         received = []
         for frames in _receive_ready(self.socket):
             try:
-                # The identity, which the ROUTER adds, and the message.
+                # The sender's identity, added by the ROUTER, and the message.
                 if len(frames) != 2:
                     raise ProtocolError(f"{len(frames)} frames instead of 2")
                 received.append((frames[0], to_prefill_side.decode(frames[1])))
@@ -43,7 +43,7 @@ class PrefillSocket:
         return received
 
     def send(self, identity: bytes, message: ToDecodeSide) -> None:
-        """Answer a peer. The answer is lost when the peer is gone."""
+        """Answer a peer. The answer is lost if the peer is gone."""
         try:
             self.socket.send_multipart([identity, to_decode_side.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -54,18 +54,18 @@ class PrefillSocket:
 
 
 class DecodeSocket:
-    """Asks one prefill rank; it is a DEALER."""
+    """Sends messages to one prefill rank and receives its answers; a DEALER."""
 
     def __init__(self, context: SecureContext, endpoint: str, *, watched: bool = False) -> None:
-        """Connect. ``watched``: notice when the connection breaks."""
+        """Connect. ``watched``: set ``broken`` when the connection breaks."""
         self.socket = context.connect(zmq.DEALER, endpoint)
-        # Only writes by the peer need to know of its end: what pulls ask, they ask again.
+        # Only a Push needs to know of a broken connection: pulls repeat their questions.
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
         self._broken = False
 
     @property
     def broken(self) -> bool:
-        """Return whether the other end is closed: on one host its process has ended."""
+        """Return True if the peer has disconnected. On one host, its process has ended then."""
         if self._monitor is not None and not self._broken:
             self._broken = bool(self._monitor.poll(0))
         return self._broken
@@ -80,7 +80,7 @@ class DecodeSocket:
         return received
 
     def send(self, message: ToPrefillSide) -> None:
-        """Queue a message. It is lost when the peer has not read for long."""
+        """Queue a message, or drop the message if the queue is full: the peer does not read."""
         try:
             self.socket.send(to_prefill_side.encode(message), zmq.NOBLOCK)
         except zmq.Again:

@@ -1,5 +1,5 @@
-"""Joins what a rank that is awake does over its connector: it lends blocks and pulls them, whatever
-the role of its engine.
+"""Both sides of an awake rank's transfers: it leases its blocks to peers and pulls blocks from
+them, whatever the role of its engine.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.regions import KVRegions, native_regions
 from pdlaunch.transfer.side_channel import DecodeSocket, PrefillSocket
 
-# The thread polls READs and checksums on a device, and sleeps between polls for this share of their
-# age: it notices the end of a short READ without delay, of a long READ at most this share late, and
-# a stalled READ costs next to nothing.
+# The thread polls READs and device checksums, and sleeps between polls for this share of their age.
+# So the end of a short READ is seen at once, the end of a long READ at most this share late, and a
+# stalled READ costs almost no CPU time.
 SLEEP_SHARE = 1 / 32
 LONGEST_READ_SLEEP_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class TransferSetup:
-    """Holds all that the transfers of one rank are made of."""
+    """Holds the settings, memory and callbacks for the transfers of one rank."""
 
     identity: RankIdentity
     role: Role
     settings: KVTransferSettings
     compatibility: Compatibility
     kv: KVRegions  # must outlive the last READ of the process
-    kv_memory: KVMemory  # allocator of the KV cache; the scratch comes from it, too
+    kv_memory: KVMemory  # allocates the KV cache and the scratch
     first_kv_head: int
     connector: Connector
     context: SecureContext
-    # Called from the transfer thread when it has events for the step loop, or has died.
+    # The transfer thread calls this when it has events for the step loop, and when it dies.
     wake: Callable[[], None]
-    # Tells the supervisor what it must know of this rank's pairs.
+    # Sends reports about this rank's pairs to the supervisor.
     report: Callable[[ToSupervisor], None]
     clock: Callable[[], float] = time.monotonic
     host: str = "127.0.0.1"  # address that the side channel listens on
@@ -70,7 +70,7 @@ def native_setup(
     total_kv_heads: int,
     **more: Any,
 ) -> TransferSetup:
-    """Return the set-up of a rank of a native engine; ``kv_cache``: see ``native_regions``."""
+    """Return the set-up of a native engine's rank; ``kv_cache``: see ``native_regions``."""
     return TransferSetup(
         identity=identity,
         role=spec.role,
@@ -90,7 +90,7 @@ def native_setup(
 
 
 class TransferSides:
-    """Owns leases, peers and pulls of an awake rank. The transfer thread alone uses it."""
+    """Owns the leases, peers and pulls of an awake rank. Only the transfer thread uses it."""
 
     def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
         """Open the connector. Raises TransferError."""
@@ -98,10 +98,10 @@ class TransferSides:
         self._setup = setup
         self._socket = socket
         self._events: list[TransferEvent] = []
-        self._lets_peers_go = False
+        self._releases_peers = False
         scratch = setup.kv_memory.zeros(scratch_bytes(setup.kv.device))
-        # Peers read the pattern to prove the path. It follows from the agent's name, so that memory
-        # of another rank, or of an earlier incarnation, is not mistaken for it.
+        # Peers read the pattern to prove the path. The pattern is derived from the agent's name, so
+        # that memory of another rank or an earlier incarnation has another pattern.
         write_pattern(scratch, connector.agent_name)
         memory = LocalMemory(setup.kv, scratch, setup.kv_memory)
         connector.open(memory)
@@ -134,8 +134,8 @@ class TransferSides:
             report=setup.report,
             emit=self._events.append,
         )
-        # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
-        # it gets traffic.
+        # Decode ranks connect as soon as the registry shows a prefill rank, so that a pair is
+        # proven before it gets traffic.
         self._peers = PeerTable(decode_setup, eager=setup.role == "decode")
         self._pulls = PullTable(decode_setup, self._peers)
 
@@ -149,18 +149,18 @@ class TransferSides:
                 self._prefill.execute(command)
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
-        if not self._lets_peers_go:
+        if not self._releases_peers:
             self._peers.update(entries)
 
     def turn(self) -> list[TransferEvent]:
-        """Receive what has arrived, do what is due, and return what has happened."""
-        # Answers first: others wait for them, while READs of this rank move by themselves. Peers
-        # before pulls: what a peer receives is what lets its pulls go on.
+        """Answer decode ranks, advance peers and pulls, and return the events."""
+        # Answer first: other ranks wait for the answers, while this rank's READs need no help.
+        # Advance peers before pulls, because pulls use the answers that peers receive.
         self._events += self._prefill.turn(self._socket.receive())
         self._peers.advance()
         self._pulls.advance()
         events = self._events[:]
-        # Cleared in place: pulls hold the ``append`` of this very list.
+        # Clear the list in place: ``decode_setup.emit`` is its ``append``.
         self._events.clear()
         return events
 
@@ -170,11 +170,11 @@ class TransferSides:
                 poller.register(peer.channel.socket, zmq.POLLIN)
 
     def sleep_s(self, longest_s: float) -> float:
-        """Return how long nothing is due, messages aside; at most ``longest_s``."""
+        """Return how long the thread may wait for messages; at most ``longest_s``."""
         now, peers = self._setup.clock(), self._peers.all()
         due_at = [*self._prefill.leases.deadlines(), *self._pulls.deadlines()]
         due_at += [peer.deadline_at for peer in peers if peer.deadline_at is not None]
-        # READs and checksums on a device have no socket that could wake the thread.
+        # No socket wakes the thread when a READ ends or a device has computed checksums.
         polled = [*self._prefill.polling_since(), *self._pulls.hashing_since()]
         polled += [began_at for peer in peers for began_at in peer.reading_since()]
         if polled:
@@ -183,24 +183,24 @@ class TransferSides:
 
     @property
     def is_idle(self) -> bool:
-        """Return whether there is no lease, no pull of blocks and no write to a peer."""
+        """Return True if there is no lease, no pull that owns blocks and no write to a peer."""
         return self._prefill.is_idle and not self._pulls.hold_blocks
 
     @property
     def is_quiet(self) -> bool:
-        """Return whether nothing uses the memory or can begin to: idle, and without peers."""
+        """Return True if idle and without peers: nothing uses the memory or can begin to."""
         return self.is_idle and not self._peers.all()
 
     @property
     def has_pending_reads(self) -> bool:
-        """Return whether READs may still write to memory of this rank, also after ``close``."""
+        """Return True if READs may still write to memory of this rank, even after ``close``."""
         return any(peer.reading_since() for peer in self._peers.all())
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
         setup = self._setup
         if any(peer.is_connecting for peer in self._peers.peers.values()):
             return False
-        # Decode ranks begin the handshake; this side knows those that have come.
+        # Decode ranks start handshakes: a prefill rank checks which decode ranks have sent one.
         return setup.role == "decode" or self._prefill.known_ranks.issuperset(
             (entry.name, entry.incarnation)
             for entry in entries
@@ -210,19 +210,19 @@ class TransferSides:
             and entry.state == "ready"
         )
 
-    def let_peers_go(self) -> None:
-        """Lose all peers and take no new ones: the memory is about to go."""
-        self._lets_peers_go = True
+    def release_peers(self) -> None:
+        """Disconnect all peers and accept no new peers, because the memory will be freed."""
+        self._releases_peers = True
         self._peers.lose_all("this engine falls asleep")
 
-    def take_peers_back(self, entries: Sequence[Entry]) -> None:
-        """Connect again: the memory stays after all."""
-        self._lets_peers_go = False
+    def readmit_peers(self, entries: Sequence[Entry]) -> None:
+        """Connect again, because the memory is not freed after all."""
+        self._releases_peers = False
         self._peers.update(entries)
 
     def close(self) -> None:
-        """Let go of peers and memory, and of pending READs: the process is about to exit."""
-        # Peers first: their connections belong to a connector that is open.
+        """Disconnect the peers and close the connector. Pending READs are abandoned."""
+        # Peers first: their connections can only be closed while the connector is open.
         for peer in self._peers.all():
             peer.lose("this rank is closing")
         self._setup.connector.close()

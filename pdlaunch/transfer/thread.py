@@ -1,11 +1,11 @@
-"""Runs the transfers of one rank in a thread, which alone uses the connector, the side channel and
-the KV blocks that are leased or pulled.
+"""Runs the transfers of one rank in a thread. Only this thread uses the connector, the side channel
+and the KV blocks that are leased or pulled.
 
-The step loop hands it ``TransferCommand``s and fetches ``TransferEvent``s; it never waits for a
-peer. One turn of the thread::
+The step loop submits ``TransferCommand``s and takes ``TransferEvent``s; it never waits for a peer.
+One turn of the thread::
 
     inbox ──> commands ──> leases ──────> peers ──────> pulls ───────> events ──> step loop
-      ▲       registry     answer decode  shake hands,  ask, READ,        │
+      ▲       registry     answer decode  handshake,    ask, READ,        │
       │       suspend      ranks; hash    receive       prove             │
       │       resume       leased blocks                                  │
       └──────────── sleep until a socket, the inbox or a deadline <───────┘
@@ -38,25 +38,25 @@ from pdlaunch.transfer.sides import TransferSetup, TransferSides
 
 logger = logging.getLogger(__name__)
 
-CONFIRMATION_S = 5.0  # seconds for the transfer thread to answer once its deadline has passed
+CONFIRMATION_S = 5.0  # time for the transfer thread to answer after its deadline
 LONGEST_SLEEP_S = 60.0
-# Shorter sleeps are skipped; ``SLEEP_SHARE`` of 3 ms: the thread spins through younger READs.
+# Shorter sleeps are skipped. ``SLEEP_SHARE`` of 3 ms: the thread spins during younger READs.
 SHORTEST_SLEEP_S = 0.0001
-# Seconds between polls of abandoned READs.
+# Longest sleep while the thread waits to suspend.
 SUSPENSION_SLEEP_S = 0.01
 
 
 class TransferThread:
     """Executes the transfer commands of one rank.
 
-    All methods may be called from any thread. ``wait_started``, ``suspend``, ``resume``,
-    ``wait_unmapped`` and ``close`` wait; no other does.
+    All methods may be called from any thread. Only ``wait_started``, ``suspend``, ``resume``,
+    ``wait_unmapped`` and ``close`` block.
     """
 
     def __init__(self, setup: TransferSetup) -> None:
         """Bind the side channel and start the thread, which opens the connector.
 
-        The variables of ``KVTransferSettings.environment`` must have been applied.
+        The caller has set the environment variables of ``KVTransferSettings.environment``.
         """
         self._name = setup.identity.name
         self._clock = setup.clock
@@ -66,16 +66,15 @@ class TransferThread:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self._entries: Sequence[Entry] = ()
-        # None while the rank sleeps. Refers to the KV cache.
+        # None while the rank sleeps, so that the KV cache can be freed.
         self._sides: TransferSides | None = None
-        # Deadline for letting the memory go, and the future of the caller.
+        # Deadline of a suspension, and the future that its caller waits for.
         self._suspension: tuple[float, Future[None]] | None = None
-        # Whether all peers have shaken hands since the last ``resume``; ``wake`` is called when it
-        # becomes true.
+        # True if the handshakes with all peers have ended since the last ``resume``. ``wake`` is
+        # called when this becomes true.
         self.connected = True
         self._started = threading.Event()
-        # The reason why the thread has died. Its exception is not kept: the traceback would keep
-        # the KV cache alive.
+        # Why the thread has died. Not the exception: its traceback would keep the KV cache alive.
         self._error: str | None = None
         self._wake_lock = threading.Lock()
         self._wake, self._woken = setup.context.pair(
@@ -98,9 +97,9 @@ class TransferThread:
         self._put(partial(self._take_registry, entries))
 
     def take_events(self) -> list[TransferEvent]:
-        """Return what has happened since the last call.
+        """Return the events since the last call.
 
-        Raises TransferError when the thread has died: the rank cannot go on.
+        Raises TransferError if the thread has died: the rank cannot go on.
         """
         if self._error is not None:
             raise TransferError(f"the transfer thread has died: {self._error}")
@@ -111,17 +110,17 @@ class TransferThread:
         return events
 
     def wait_started(self, timeout_s: float) -> None:
-        """Wait until the connector is open and peers are answered. Raises TransferError."""
+        """Wait until the connector is open and the thread answers peers. Raises TransferError."""
         if not self._started.wait(timeout_s):
             raise TransferError(f"the connector did not start within {timeout_s:g} s")
         if self._error is not None:
             raise TransferError(f"the connector cannot start: {self._error}")
 
     def suspend(self, timeout_s: float) -> None:
-        """Let peers and registered memory go, and wait until nothing can use the memory. Peers that
-        ask meanwhile are told that this rank is asleep.
+        """Wait until no transfer uses the memory, disconnect peers and deregister the memory. While
+        suspended, the rank refuses questions of peers because it is asleep.
 
-        Raises TransferError when that takes longer than ``timeout_s``; then all is as before.
+        Raises TransferError if a transfer has not ended by ``timeout_s``; the rank stays awake.
         """
         done: Future[None] = Future()
         deadline_at = self._clock() + timeout_s
@@ -129,20 +128,20 @@ class TransferThread:
         _await(done, timeout_s + CONFIRMATION_S)
 
     def resume(self, timeout_s: float) -> None:
-        """Register the memory anew, and shake hands with the peers of the registry again; see
-        ``connected``. Raises TransferError when the connector does not open.
+        """Register the memory again and start new handshakes with the peers in the registry; see
+        ``connected``. Raises TransferError if the connector does not open.
         """
         done: Future[None] = Future()
         self._put(partial(self._resume, done))
         _await(done, timeout_s)
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        """Wait while suspended until no peer maps this memory; False after ``timeout_s``."""
+        """While suspended, wait until no peer maps this memory; False after ``timeout_s``."""
         return self._connector.wait_unmapped(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """End the thread and let go of memory and sockets, or give up after ``timeout_s``. The
-        process then leaves by ``os._exit``.
+        """Stop the thread, which closes the connector and the sockets. Give up after ``timeout_s``:
+        the process then exits by ``os._exit``.
         """
         self._put(None)
         self._thread.join(timeout_s)
@@ -151,12 +150,12 @@ class TransferThread:
 
     def _put(self, item: Callable[[], None] | None) -> None:
         self._inbox.put(item)
-        # Any thread may come here, and sockets belong to one at a time. A full pipe is as good as
-        # sent: a wake is waiting already. After the end of the thread there is nobody to wake.
+        # Any thread may come here, but only one at a time may use a socket. Ignore a full pipe,
+        # which wakes the thread anyway, and a closed socket: the thread has ended.
         with self._wake_lock, contextlib.suppress(zmq.ZMQError):
             self._wake.send(b"", zmq.NOBLOCK)
 
-    # From here on: the thread.
+    # All methods below run in the thread.
 
     def _run(self) -> None:
         sleep_precisely()
@@ -164,21 +163,22 @@ class TransferThread:
             self._sides = TransferSides(self._setup, self._socket)
             self._started.set()
             try:
-                # Commands first: a grant answers in its own turn the question that waits for it.
+                # Commands first, so that a question about a lease is answered in the turn of its
+                # grant.
                 while self._execute_inbox():
                     self._turn()
                     self._sleep()
             finally:
                 self._close_sides()
         except zmq.ContextTerminated:
-            return  # The process leaves without having closed this thread.
+            return  # The process exits without a call of ``close``.
         except Exception as error:
             logger.exception("the transfer thread has died")
             self._error = str(error)
             self._wake_engine()
         finally:
             del self._setup  # so that the KV cache can be freed
-            self._started.set()  # Whoever waits for the start sees the error.
+            self._started.set()  # ``wait_started`` then raises the error.
             self._socket.close()
             with self._wake_lock:
                 self._woken.close()
@@ -192,8 +192,8 @@ class TransferThread:
         return True
 
     def _execute(self, commands: Sequence[TransferCommand]) -> None:
-        # Rank 0 has ranks fall asleep only when no request, lease or pull holds a block, and
-        # schedules nothing before all are awake.
+        # Rank 0 puts ranks to sleep only if no request, lease or pull holds a block, and schedules
+        # no request before all ranks are awake.
         assert self._sides is not None, f"{self._name} sleeps and got {commands}"
         for command in commands:
             self._sides.execute(command)
@@ -205,7 +205,7 @@ class TransferThread:
 
     def _turn(self) -> None:
         if self._sides is None:
-            # Whoever asks a rank that sleeps tries again later.
+            # A peer that asks a sleeping rank tries again later.
             for identity, message in self._socket.receive():
                 reason = f"{self._name} is asleep"
                 self._socket.send(identity, Refused(call_id=message.call_id, reason=reason))
@@ -225,36 +225,36 @@ class TransferThread:
         if self._sides is not None:
             sleep_s = self._sides.sleep_s(sleep_s)
         if sleep_s < SHORTEST_SLEEP_S:
-            time.sleep(0)  # Others may want the interpreter.
+            time.sleep(0)  # Let other threads take the interpreter lock.
             return
         if sleep_s < 0.001:
             # The resolution of ``poll`` is a millisecond.
             time.sleep(sleep_s)
             sleep_s = 0.0
-        # Made anew for each sleep: peers open and close their channels in every turn.
+        # A new poller for each sleep, because peers may open and close channels in every turn.
         poller = zmq.Poller()
         poller.register(self._woken, zmq.POLLIN)
         poller.register(self._socket.socket, zmq.POLLIN)
         if self._sides is not None:
             self._sides.register(poller)
-        # Rounded up: waking before a deadline would only mean to look again.
+        # Round up: before the deadline there is nothing to do.
         if self._woken in dict(poller.poll(math.ceil(sleep_s * 1000))):
             with contextlib.suppress(zmq.Again):
                 while True:
                     self._woken.recv(zmq.NOBLOCK)
 
     def _advance_suspension(self, deadline_at: float, done: Future[None]) -> None:
-        """Let the memory go once nothing uses it; at the deadline stay as before."""
-        # Not earlier: pulls from a peer that is lost fail.
+        """Close the sides once nothing uses the memory; at the deadline, connect peers again."""
+        # Not earlier, because pulls from a lost peer fail.
         if self._sides is not None and self._sides.is_idle:
-            self._sides.let_peers_go()
+            self._sides.release_peers()
         if self._sides is None or self._sides.is_quiet:
-            # Before the caller hears of it, who gives the memory back at once.
+            # Before the future is done, because the caller then frees the memory at once.
             self._close_sides()
             self._suspension = None
             done.set_result(None)
         elif self._clock() >= deadline_at:
-            self._sides.take_peers_back(self._entries)
+            self._sides.readmit_peers(self._entries)
             self._suspension = None
             done.set_exception(TransferError("a KV transfer of this rank has not ended"))
 
@@ -263,18 +263,18 @@ class TransferThread:
             try:
                 self._sides = TransferSides(self._setup, self._socket)
             except TransferError as error:
-                # Without its traceback, which would keep the KV cache alive.
+                # A new exception: the traceback would keep the KV cache alive.
                 done.set_exception(TransferError(str(error)))
                 return
             self._sides.update_registry(self._entries)
-            # An engine opens its door again only when its peers have shaken hands.
+            # The engine takes requests again after the handshakes with its peers.
             self.connected = False
         done.set_result(None)
 
     def _close_sides(self) -> None:
         if self._sides is not None:
             self._sides.close()
-            # A READ that cannot be taken back may still write to the KV cache: keep that alive.
+            # A READ cannot be cancelled and may still write to the KV cache: keep that alive.
             if not self._sides.has_pending_reads:
                 self._sides = None
 

@@ -282,9 +282,10 @@ def _refusal(vllm_config: Any, num_groups: int) -> str:
     if (model.enable_sleep_mode or model.enable_cumem_allocator) and not hasattr(
         base.KVConnectorBase_V1, missing
     ):
+        since = "0.33" if model.enable_sleep_mode else "0.31"
         return (
             "memory of vLLM's CuMem allocator (enable_sleep_mode, enable_cumem_allocator) has no "
-            "handles for peers, and vLLM takes no other memory before 0.33"
+            f"handles for peers, and vLLM takes no other memory before {since}"
         )
     return ""
 

@@ -1,14 +1,14 @@
-"""Finds the regions of vLLM's KV caches, from tensors and specs alone.
+"""Finds the regions of vLLM's KV caches from their tensors and specs.
 
 ::
 
-    a layer's tensor    (rows, heads, tokens, content)    4-D: keys and values in the content
-                        (rows, 2, tokens, heads, dim)     5-D, until 0.25: keys apart from values
+    a layer's tensor    (rows, heads, tokens, content)    4-D: content has keys and values
+                        (rows, 2, tokens, heads, dim)     5-D, until 0.25: keys, then values
                         (rows, tokens, content)           3-D, latent attention: no heads
-    rows of a block     1, or several where the attention kernel's blocks are smaller
+    rows of a block     1, or several if the attention kernel has smaller blocks
 
-A page is moved and proven whole. Only where engines have different TP sizes is it cut into heads,
-and all layers must keep the bytes of a head together. Source: vLLM 0.24 to 0.33.
+Pages are transferred and proven whole if both engines have the same TP size. If not, pages are
+divided into heads, which must be contiguous in all layers. Source: vLLM 0.24 to 0.33.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import torch
 from pdlaunch.transfer.handshake import heads_of_rank
 from pdlaunch.transfer.regions import KVRegions
 
-# Kinds of layers, by the beginning of the names of their specs, whose pages are handed over.
+# Prefixes of the spec names of layers whose pages can be transferred.
 _KINDS = (
     *("FullAttention", "MLAAttention", "SlidingWindow", "ChunkedLocalAttention", "RSWA"),
-    "Mamba",  # from 0.27 on one tensor; a list of them before
+    "Mamba",  # one tensor from 0.27 on; before, a list of tensors, which is refused
 )
 
 
 class UnknownLayout(Exception):
-    """Says why blocks of an engine cannot be handed over."""
+    """Raised if an engine's blocks cannot be transferred. The text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmLayout:
     kv: KVRegions
-    groups: str  # what each group holds, in one line
-    pages: str  # how the bytes of a page are arranged, as far as tensors tell
-    # Of the whole model; 1 where every rank has all, one a rank where pages are whole.
+    groups: str  # description of the groups, in one line
+    pages: str  # description of the pages' layout, which must be equal on both sides
+    # Heads of the whole model if pages are divided; tp_size if not; 1 for latent attention.
     total_heads: int
     first_head: int
 
@@ -56,7 +56,7 @@ class _Layer:
         return self.tensor[0].numel() * self.tensor.element_size()
 
     def heads(self) -> int:
-        """Return how many heads a row holds side by side, or 0 if it cannot be cut into heads."""
+        """Return the number of heads in a row, or 0 if a row cannot be divided into heads."""
         shape, strides = self.tensor.shape, self.tensor.stride()
         if len(shape) == 4:
             (num_heads, num_tokens, content), stride = shape[1:], strides[1]
@@ -66,7 +66,7 @@ class _Layer:
             is_inner = (strides[2], strides[4]) == (content, 1)
         else:
             return 0
-        # The stride of a single head says nothing.
+        # The stride of a single head does not matter.
         is_cut = is_inner and (num_heads == 1 or stride == num_tokens * content)
         return num_heads if is_cut else 0
 
@@ -75,7 +75,7 @@ class _Layer:
         item, tensor = self.tensor.element_size(), self.tensor
         stride, start = tensor.stride(0) * item, tensor.storage_offset() * item
         num_heads = self.heads() if cut else 1
-        # Keys and values, each with its heads side by side; or all of a row.
+        # Either two parts, keys and values, each divided into heads; or the whole row.
         parts = 2 if cut and tensor.dim() == 5 else 1
         apart = tensor.stride(1) * item if parts == 2 else 0
         rows, part_bytes = self.rows_per_block, self.row_bytes // parts
@@ -101,8 +101,8 @@ def read_layout(
 ) -> VllmLayout:
     """Return the layout of a worker's KV caches. Raises UnknownLayout.
 
-    ``kv_caches``: tensors by layer; ``total_kv_heads``: of the model; ``by_head``: cut pages into
-    heads. Whole pages are fewer and larger: 8 times fewer checksums of an 8B model.
+    ``kv_caches``: tensors by layer; ``total_kv_heads``: of the model; ``by_head``: divide pages
+    into heads. Whole pages need fewer checksums: an eighth for an 8B model.
     """
     groups = [
         [
@@ -124,7 +124,7 @@ def read_layout(
         found = []
         for layer in group:
             for region in layer.regions(cut=cut):
-                # Layers of several groups may share memory: block ids tell whose it is.
+                # Layers of different groups may share memory, because they have different blocks.
                 key = region.data_ptr(), *region.shape, *region.stride()
                 index, _ = regions.setdefault(key, (len(regions), region))
                 found.append(index)
@@ -142,7 +142,7 @@ def read_layout(
 
 
 def window_of(spec: Any) -> int | None:
-    """Return the tokens that a layer sees, the current one included; None: all."""
+    """Return the number of tokens that a layer sees, with the current token; None: all tokens."""
     window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
     return None if window is None else int(window)
 
@@ -155,7 +155,7 @@ def _spec_of(group: Any, name: str) -> Any:
 def _layer(name: str, spec: Any, tensor: Any, num_blocks: int) -> _Layer:
     kind = type(spec).__name__
     if not kind.startswith(_KINDS) or not isinstance(tensor, torch.Tensor):
-        raise UnknownLayout(f"layer {name} keeps its state as {kind}, which is not handed over yet")
+        raise UnknownLayout(f"layer {name} keeps its state as {kind}, which is not supported yet")
     shape, strides = tuple(tensor.shape), tensor.stride()
     rows = shape[0] // num_blocks
     row = tensor[0]
@@ -170,13 +170,13 @@ def _layer(name: str, spec: Any, tensor: Any, num_blocks: int) -> _Layer:
     ):
         raise UnknownLayout(
             f"layer {name} has a KV cache of shape {shape} and strides {strides} for {num_blocks} "
-            "blocks: a block is not one piece of memory"
+            "blocks: the memory of a block is not contiguous"
         )
     return _Layer(name, spec, tensor, rows)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole memory that a tensor lies in as [num_bytes] uint8."""
+    """Return the whole memory allocation of a tensor as [num_bytes] uint8."""
     whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return whole.set_(tensor.untyped_storage())
 
@@ -188,7 +188,7 @@ def _describe_group(layers: list[_Layer]) -> str:
 
 
 def _describe_pages(layers: list[_Layer], *, cut: bool) -> str:
-    """Return what must be equal at both ends; without the number of heads where that may differ."""
+    """Describe the pages' layout. If ``cut``, the number of heads is left out: it may differ."""
     kinds: Counter[str] = Counter()
     for layer in layers:
         shape = list(layer.tensor.shape[1:])

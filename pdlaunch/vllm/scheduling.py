@@ -3,7 +3,8 @@
 ::
 
     prefill   prompt computed ──> GrantLease, blocks stay ── LeaseEnded ──> blocks are free
-    decode    matched: a prompt of a prefill engine ──> blocks ──> StartPull ──> received, or failed
+    decode    matched: a prompt of a prefill engine, perhaps followed by prefill's token
+              ──> blocks ──> StartPull ──> received, or failed
               nothing to pull (all is cached, aborted) ──> StartPull without blocks: ends the lease
 
 A state, of a state space or of a convolution, stands for all tokens before it, and decode computes
@@ -26,7 +27,14 @@ from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.engine_link import KVSetup
 from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
-from pdlaunch.protocol.kv_params import KVTransferParams, RemoteKV, from_wire, to_wire
+from pdlaunch.protocol.kv_params import (
+    KVTransferParams,
+    PdlaunchParams,
+    RemoteKV,
+    TokenOutput,
+    from_wire,
+    to_wire,
+)
 from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
 
 _logger = logging.getLogger(__name__)
@@ -41,13 +49,14 @@ class GroupShape:
     """Describes a KV cache group; sizes in tokens."""
 
     block_size: int
-    window: int | None  # blocks in front of it are given back; None keeps all
-    in_chunks: bool = False  # the window begins anew behind each chunk
+    window: int | None  # blocks before it are freed; None: all blocks are kept
+    in_chunks: bool = False  # the window starts again after each chunk
     is_state: bool = False  # only the last block counts: it stands for all tokens
 
     def loses_context(self, num_tokens: int) -> bool:
-        """Return whether the last of ``num_tokens`` needs a block that both engines give back once
-        that token is computed: they keep the blocks that the next token needs.
+        """Return whether the last of ``num_tokens`` needs a block that both engines free early.
+
+        After that token is computed, they keep only the blocks that the next token needs.
         """
         if self.window is None or num_tokens < self.window:
             return False
@@ -57,7 +66,7 @@ class GroupShape:
 
 
 class Scheduling:
-    """Answers vLLM's scheduler; one for each engine. ``take_commands`` once a step."""
+    """Answers vLLM's scheduler; one for each engine. Call ``take_commands`` once a step."""
 
     def __init__(
         self,
@@ -88,8 +97,8 @@ class Scheduling:
         return commands
 
     def added(self, request: Any) -> None:
-        """Leave out the last token of a prompt that is to be lent with a state, as vLLM's own
-        connectors do. The token that prefill draws then is nobody's: decode draws the first one.
+        """Drop the last token of a prompt that will be lent with a state, as vLLM's own connectors
+        do. The token that prefill then draws is not used: decode draws the first one.
         """
         if (
             self._keeps_states
@@ -104,12 +113,13 @@ class Scheduling:
             self._shortened.add(request.request_id)
 
     def num_matched(self, request: Any, num_cached: int) -> int:
-        """Return how many prompt tokens can be pulled behind ``num_cached`` cached ones."""
-        if request.request_id in self._asked or self._remote(request) is None:
+        """Return how many prompt tokens can be pulled after ``num_cached`` cached ones."""
+        remote = self._remote(request)
+        if request.request_id in self._asked or remote is None:
             return 0
-        num_tokens = self._num_lent(request)
+        num_tokens = self._num_lent(request, remote)
         # vLLM computes the last prompt token again.
-        if not self._keeps_states and any(
+        if num_tokens == request.num_prompt_tokens and any(
             group.loses_context(num_tokens) for group in self._groups
         ):
             return 0
@@ -118,8 +128,8 @@ class Scheduling:
     def allocated(
         self, request: Any, tables: Sequence[Sequence[int]], num_external_tokens: int
     ) -> None:
-        """Begin to pull the last ``num_external_tokens`` of the prompt into blocks of these tables;
-        or end the lease, where there is nothing to pull.
+        """Start to pull the last ``num_external_tokens`` of the prompt into blocks of these tables;
+        if there is nothing to pull, end the lease.
         """
         remote = self._remote(request)
         if remote is None or request.request_id in self._asked:
@@ -129,10 +139,10 @@ class Scheduling:
             self._pull(request, remote, None, 0)
             return
         self._loading.add(request.request_id)
-        self._pull(request, remote, tables, self._num_lent(request) - num_external_tokens)
+        self._pull(request, remote, tables, self._num_lent(request, remote) - num_external_tokens)
 
     def received(self, request_ids: Iterable[str]) -> None:
-        """Record that no worker writes to the blocks of these requests any more."""
+        """Record that workers no longer write to the blocks of these requests."""
         self._loading.difference_update(request_ids)
 
     def finished(
@@ -146,8 +156,8 @@ class Scheduling:
         """Return the ``kv_transfer_params`` of a prompt whose blocks stay until their lease ends;
         None: they are free at once.
 
-        ``is_prefilled``: it has the one token that was asked for; ``has_stopped``: that token ended
-        the answer.
+        ``is_prefilled``: the request has the one token that it asked for; ``has_stopped``: that
+        token ended the answer.
         """
         request_id, remote = request.request_id, self._remote(request)
         if remote is not None:
@@ -158,21 +168,22 @@ class Scheduling:
             self._asked.discard(request_id)
             return None
         if self._keeps_states:
-            # Its token is nobody's, and ends nothing.
+            # The token is not used, so it does not end the answer.
             lends = request_id in self._shortened and (is_prefilled or has_stopped)
             self._shortened.discard(request_id)
         else:
             lends = is_prefilled and self._may_lend(request)
-        # Before 0.27 a request may end on a token that was under way when it was preempted: its
-        # blocks belong to others by then.
+        # Before vLLM 0.27, a request may end on a token that was in flight when the request was
+        # preempted. Its blocks belong to other requests by then.
         return self._lend(request, tables) if lends and all(tables) else None
 
     def _may_lend(self, request: Any) -> bool:
         return bool(request.prompt_token_ids) and self._params(request).do_remote_decode
 
-    def _num_lent(self, request: Any) -> int:
+    def _num_lent(self, request: Any, remote: RemoteKV) -> int:
         """Return how many tokens of a prompt a prefill engine has computed, for decode."""
-        return int(request.num_prompt_tokens) - int(self._keeps_states)
+        # The prompt may end with prefill's token, which has no lent block.
+        return min(remote.num_tokens, int(request.num_prompt_tokens) - int(self._keeps_states))
 
     def _lend(self, request: Any, tables: Sequence[Sequence[int]]) -> dict[str, Any]:
         num_tokens, lease_s = request.num_prompt_tokens, self._settings.lease_s
@@ -199,7 +210,10 @@ class Scheduling:
             tp_size=self._tp_size,
             lease_s=lease_s,
         )
-        return to_wire(remote, None)
+        if self._keeps_states:
+            return to_wire(remote, None)
+        token = TokenOutput(token_id=request.output_token_ids[0])
+        return to_wire(remote, PdlaunchParams(first_tokens=[token]))
 
     def _pull(
         self,
@@ -210,9 +224,9 @@ class Scheduling:
     ) -> None:
         blocks: list[list[int]] = [[] for _ in self._groups]
         firsts = [0] * len(blocks)
-        # Of its own: vLLM tells of requests that it refuses under the ids that clients chose.
+        # Not the request's id: if vLLM refuses a request, that is the id that the client chose.
         pull_id = f"visit-{next(self._visits)}"
-        num_tokens = self._num_lent(request)
+        num_tokens = self._num_lent(request, remote)
         if tables is not None:
             pull_id = request.request_id
             blocks, firsts = self._blocks_of(tables, num_cached, num_tokens)
@@ -253,7 +267,7 @@ class Scheduling:
         """Return the chained hashes of a prompt's first tokens and its other inputs."""
         lora = "" if request.lora_request is None else request.lora_request.lora_name
         inputs = [f"{each.identifier}@{each.mm_position.offset}" for each in request.mm_features]
-        # The state of a longer prompt is another one, though its first tokens are the same.
+        # A longer prompt with the same first tokens has another state.
         more = [f"{num_tokens} tokens"] if self._keeps_states else []
         root = self._root
         if lora or inputs or more:
@@ -266,7 +280,7 @@ class Scheduling:
         return self._params(request).remote_kv if request.prompt_token_ids else None
 
     def _params(self, request: Any) -> KVTransferParams:
-        """Return what a request asks for; what cannot be read counts as nothing."""
+        """Return what a request asks for: nothing, if its params cannot be read."""
         if not request.kv_transfer_params:
             return KVTransferParams()
         try:

@@ -1,10 +1,10 @@
-"""Runs the transfers of one worker of vLLM: a ``TransferThread``, as ranks of native engines have.
+"""Runs the transfers of one vLLM worker with a ``TransferThread``, as ranks of native engines do.
 
 ::
 
     sidecar ── Peers ──▶ link ──▶ transfer thread ── RankUp, PairReady, .. ──▶ link ──▶ sidecar
     vLLM    ── commands ─ gate ─▶ transfer thread ── LeaseEnded, PullFinished ──▶ vLLM's next step
-                          └ once the device has done what was launched before
+                          └ waits for work that was launched on the device before
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ CLOSE_TIMEOUT_S = 2.0
 SLEEP_TIMEOUT_S = 20.0
 UNMAP_TIMEOUT_S = 5.0
 IDLE_WAIT_S = 0.002
-# Python's own 5 ms would let the transfer thread wait for each of its turns, ten in a pull.
+# With Python's default of 5 ms, the transfer thread would wait in each turn, ten times for a pull.
 SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(slots=True)
 class Results:
-    """Holds what has happened since the last step; ids are those of requests."""
+    """The events since the last step. Sets of strings contain request ids."""
 
-    sent: set[str] = field(default_factory=set)  # their blocks are free
-    received: set[str] = field(default_factory=set)  # nothing writes to their blocks any more
-    failed: set[str] = field(default_factory=set)  # those of them whose bytes must not be used
-    bad_blocks: set[int] = field(default_factory=set)  # the blocks of the failed ones
+    sent: set[str] = field(default_factory=set)  # leases that have ended: their blocks are free
+    received: set[str] = field(default_factory=set)  # pulls that have ended: no READ writes
+    failed: set[str] = field(default_factory=set)  # pulls in ``received`` that failed
+    bad_blocks: set[int] = field(default_factory=set)  # blocks of the failed pulls
 
 
-# Counters in vLLM's metrics: those of native engines for leases and pulls. vLLM adds up the counts
-# of all ranks: only rank 0 counts pulls; each rank counts its bytes and failures.
+# Counters in vLLM's metrics, the same as those of native engines for leases and pulls. vLLM adds up
+# the counts of all ranks, so only rank 0 counts pulls; each rank counts its bytes and failures.
 FIGURES = {
     name: known.text
     for name, known in COUNTERS.items()
@@ -86,7 +86,7 @@ FIGURES = {
 
 
 class Worker:
-    """Belongs to the thread of vLLM's step."""
+    """Only the thread of vLLM's step loop may call the methods."""
 
     def __init__(
         self,
@@ -100,20 +100,20 @@ class Worker:
         vllm_version: str,
         pools: MemoryPools,
     ) -> None:
-        """Open the connector and tell the sidecar. Raises TransferError, ConfigError.
+        """Open the connector and send the sidecar a RankUp. Raises TransferError, ConfigError.
 
-        ``pools``: that the KV cache was allocated from; without CuMem where vLLM allocated it.
+        ``pools``: contain the KV cache; plain ``MemoryPools`` if vLLM allocated it.
         """
         self._settings = settings = KVTransferSettings.model_validate_json(setup.kv_transfer)
-        self._figures: dict[str, float] = {}  # since they were taken last
+        self._figures: dict[str, float] = {}  # counts since the last ``take_figures``
         self._is_first = tp_rank == 0
         self._pools = pools
         self._peers: Sequence[Entry] = ()
-        # Blocks of the pulls that vLLM waits for, and which engine each asks.
+        # The pulls that vLLM waits for, by request id.
         self._loads: dict[str, StartPull] = {}
         self._gate = ThreadPoolExecutor(1, "kv-gate")
-        self._woken = threading.Event()  # the transfer thread has something to tell
-        self._has_told = False  # in the last step
+        self._woken = threading.Event()  # set if the transfer thread has events
+        self._has_results = False  # the last ``take`` returned ended pulls
         self._device = layout.kv.device
         engine, engine_id = dp_engine(setup.name, dp_rank, setup.dp_size), setup.id_of(dp_rank)
         name = rank_name(engine, tp_rank)
@@ -146,11 +146,11 @@ class Worker:
                     pdlaunch_version=__version__,
                     model_digest=setup.model_digest,
                     dtype=dtype,
-                    kv_dtype="",  # among the pages
-                    block_size=0,  # among the groups
+                    kv_dtype="",  # part of ``pages``
+                    block_size=0,  # part of ``groups``
                     groups=layout.groups,
                     num_kv_heads=layout.total_heads,
-                    head_dim=0,  # among the pages
+                    head_dim=0,  # part of ``pages``
                     layout=f"vLLM {vllm_version}, {layout.pages}",
                     connector=connector.name,
                     checksum=algorithm_for(layout.kv) if settings.verify else "off",
@@ -189,29 +189,29 @@ class Worker:
         )
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
-        """Carry out what the scheduler has decided for this step."""
+        """Execute the scheduler's commands for this step."""
         for command in commands:
             if isinstance(command, StartPull) and any(command.block_ids):
                 self._loads[command.pull_id] = command
         assert self._transfer is not None
         pulls = [each for each in commands if isinstance(each, StartPull)]
-        # A prompt that is lent has its first token: whatever wrote its blocks has ended.
+        # A leased prompt has its first token, so no kernel writes to its blocks any more.
         self._transfer.submit([each for each in commands if not isinstance(each, StartPull)])
         if self._device.type == "cpu":
             self._transfer.submit(pulls)
         elif pulls:
-            # Steps that were launched before may still write to blocks that are pulled into now.
+            # Wait for earlier steps on the device, which may still write to the pulls' blocks.
             before = torch.cuda.current_stream(self._device).record_event()
-            self._gate.submit(self._submit_behind, before, pulls)
+            self._gate.submit(self._submit_after, before, pulls)
 
     def take(self, *, idle: bool = False) -> Results:
-        """Return what has happened. Raises TransferError when the transfer thread has died.
+        """Return the events since the last call. Raises TransferError if the transfer thread died.
 
-        ``idle``: vLLM computes nothing in this step and asks again at once. Waiting here leaves the
-        interpreter to the transfer thread. But vLLM reads results only one step later.
+        ``idle``: vLLM computes nothing in this step and calls again at once, so wait a moment for
+        the transfer thread. Not after ended pulls: vLLM reads them only in the next step.
         """
         assert self._transfer is not None
-        if idle and not self._has_told:
+        if idle and not self._has_results:
             self._woken.wait(IDLE_WAIT_S)
         self._woken.clear()
         results = Results()
@@ -223,27 +223,27 @@ class Worker:
                         self._add(kv_leases_expired=1.0)
                 case PullFinished():
                     self._count(event)
-                    if not event.in_flight:  # else its READs may still write
+                    if not event.in_flight:  # otherwise its READs may still write
                         self._finish(event.pull_id, results, ok=event.ok)
                 case PullDrained(pull_id=pull_id):
                     self._finish(pull_id, results, ok=False)
-        self._has_told = bool(results.received)
+        self._has_results = bool(results.received)
         return results
 
     def take_figures(self) -> dict[str, float]:
-        """Return what has been counted since the last call; empty: nothing."""
+        """Return the counts since the last call."""
         figures, self._figures = self._figures, {}
         return figures
 
     def sleep(self) -> None:
-        """Let peers go and give the memory of the KV cache back. Raises TransferError where a lease
-        or pull does not end, and MemoryPoolError; then all is as before.
+        """Disconnect peers and free the memory of the KV cache. Raises TransferError if a lease or
+        pull does not end, or MemoryPoolError; then the worker stays awake.
         """
         assert self._transfer is not None
         if self._pools.sleeping_tags:
             return
         self._transfer.suspend(SLEEP_TIMEOUT_S)
-        self._link.send(SleepState(state="sleeping"))  # peers unmap the memory
+        self._link.send(SleepState(state="sleeping"))  # so that peers unmap the memory
         self._transfer.wait_unmapped(UNMAP_TIMEOUT_S)
         try:
             self._pools.sleep((KV_CACHE,))
@@ -252,7 +252,7 @@ class Worker:
             raise
 
     def wake_up(self) -> None:
-        """Take the memory again and let peers come. Raises TransferError, MemoryPoolError."""
+        """Allocate the memory again and connect to peers. Raises TransferError, MemoryPoolError."""
         assert self._transfer is not None
         if self._pools.sleeping_tags:
             self._pools.wake_up((KV_CACHE,))
@@ -270,13 +270,13 @@ class Worker:
         transfer.resume(SLEEP_TIMEOUT_S)
         self._link.send(SleepState(state="awake"))
 
-    def _submit_behind(self, before: torch.cuda.Event, commands: Sequence[TransferCommand]) -> None:
+    def _submit_after(self, before: torch.cuda.Event, commands: Sequence[TransferCommand]) -> None:
         before.synchronize()
         if (transfer := self._transfer) is not None:
             transfer.submit(commands)
 
     def _finish(self, pull_id: str, results: Results, *, ok: bool) -> None:
-        """Report the end of a pull, if vLLM waits for it: once, when nothing writes any more."""
+        """Report the end of a pull, if vLLM waits for it. No READ may write any more."""
         if (load := self._loads.pop(pull_id, None)) is None:
             return
         results.received.add(pull_id)
@@ -305,7 +305,7 @@ class Worker:
         engine_id = load.remote.engine_id
         engine = next((each.engine for each in self._peers if each.engine_id == engine_id), "")
         _logger.warning(
-            "KV blocks of request %s of %s are not used: %s", event.pull_id, engine, event.error
+            "request %s does not use KV blocks of %s: %s", event.pull_id, engine, event.error
         )
         if engine and event.blames_pair:
             failure = PullFailure(peer_engine=engine_of_rank(engine), error=event.error)
@@ -326,5 +326,5 @@ class Worker:
 
 
 def _memory_on(device: torch.device, pools: MemoryPools) -> KVMemory:
-    """Return how peers reach the KV cache: through our pools' handles, or CUDA IPC."""
+    """Return the KV memory that exports the KV cache: by handles of our pools, or by CUDA IPC."""
     return PrivateKVMemory() if device.type == "cpu" else DeviceKVMemory(pools, device)

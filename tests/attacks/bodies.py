@@ -23,13 +23,12 @@ OTHERS_LIMIT_S = 15.0
 AT_ONCE = 8
 NUM_UNFINISHED = 60
 CALM_ROUNDS = 12
-KEPT_MIB = 32
-"""Room of two bodies, which malloc may keep: a body that is lost with each request is more."""
+KEPT_MIB = 64
+"""Room of four bodies, which malloc may keep: a body that is lost with each request is more."""
 ANSWER_LIMIT_S = 180.0
 
 CHAT = "/v1/chat/completions"
-
-
+NESTED = b"[" * 200 + b"]" * 200 + b"}}"
 MESSAGE = b'{"role":"user","content":"a"}'
 TEXT_PART = b'{"type":"text","text":"a"}'
 TO_THE_CHAT = b'{"max_tokens":2,"messages":['
@@ -92,14 +91,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "chat_template_kwargs": (
         CHAT,
-        lambda: (
-            TO_THE_CHAT
-            + MESSAGE
-            + b'],"chat_template_kwargs":{"messages":1,"a":'
-            + b"[" * 200
-            + b"]" * 200
-            + b"}}"
-        ),
+        lambda: TO_THE_CHAT + MESSAGE + b'],"chat_template_kwargs":{"messages":1,"a":' + NESTED,
     ),
 }
 SEVERAL = ("valid messages", "lists for messages", "a long prompt", "token ids", "logit_bias")

@@ -194,11 +194,12 @@ class Target:
         """
         self.check_alive(verdict, how)
         deadline_s = time.monotonic() + CALM_S
-        while (self.left() or self.grown(before)) and time.monotonic() < deadline_s:
-            time.sleep(1)
-        for problem in self.left():
+        while any(found := (self.left(), self.grown(before))) and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+        left, grown = found
+        for problem in left:
             verdict.broke("every block is given back", f"{how}: {problem}")
-        for problem in self.grown(before):
+        for problem in grown:
             verdict.broke("memory comes back to within 20 %", f"{how}: {problem}")
 
     def _is_whole(self) -> bool:

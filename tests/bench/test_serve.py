@@ -152,7 +152,7 @@ async def test_a_refused_warm_up_ends_it() -> None:
     ("broken", "error"),
     [
         (b"", "the stream ended without [DONE]"),
-        (b"data: {no json\n\n", "an event that is not of the OpenAI form: "),
+        (b"data: {no json\n\n", "an event is not in OpenAI's format: "),
         (event(choices=[{"token_ids": [1]}]) + DONE, "0 tokens instead of 3"),
         (event(choices=[], usage={"completion_tokens": 3}) + DONE, "no chunk with a token"),
         (event(error={"message": "the engine died"}) + DONE, "in the stream: the engine died"),
@@ -170,7 +170,7 @@ async def test_broken_streams_are_errors(broken: bytes, error: str) -> None:
 async def test_what_has_no_models_is_no_deployment(answer: Any) -> None:
     server = FakeOpenAI()
     server.models = answer
-    with pytest.raises(PdlaunchError, match="with no list of models"):
+    with pytest.raises(PdlaunchError, match="without a list of models"):
         await bench(server)
 
 

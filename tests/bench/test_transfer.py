@@ -20,7 +20,9 @@ def test_rows_of_a_small_benchmark(capfd: pytest.CaptureFixture[str]) -> None:
     }
     rows = json.loads(run_module("pdlaunch.bench.transfer", json.dumps(arguments)))
     assert "Warning" not in capfd.readouterr().err
-    assert [row["path"] for row in rows] == ["nixl/UCX", "p2p/memfd", "file/safetensors"]
+    nixl, *others = [row["path"] for row in rows]
+    assert nixl in ("nixl/UCX (cma)", "nixl/UCX (posix)")
+    assert others == ["p2p/memfd", "file/safetensors"]
     for row in rows:
         assert row["unverified_gb_per_s"] >= 0
         assert row["pull_gb_per_s"] >= 0

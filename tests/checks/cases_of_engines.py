@@ -59,7 +59,7 @@ def seen(*pairs: SeenPair, prefill: dict[str, Any] | None = None, **decode: Any)
 
 
 def seen_pair(**fields: Any) -> Context:
-    return seen(SeenPair("http://p", "http://d", **fields))
+    return seen(SeenPair("http://p", "http://d", "p -> d", **fields))
 
 
 CASES: dict[str, Case] = {
@@ -77,12 +77,15 @@ CASES: dict[str, Case] = {
     "PD658": Case([seen(has_dev_mode=True)], [seen()]),
     "PD660": Case([seen()], [vllm()]),
     "PD661": Case(
-        [seen_pair(wrong_address="it tells decode to dial 0.0.0.0"), seen_pair(wrong_address="x")],
+        [seen_pair(wrong_address="it sends decode to 0.0.0.0"), seen_pair(wrong_address="x")],
         [seen_pair(), seen()],
     ),
     "PD663": Case(
         [seen(gigabytes_per_s=0.44)],
-        [seen(gigabytes_per_s=1.2), seen()],
+        [
+            *(seen(gigabytes_per_s=1.2), seen()),
+            seen(gigabytes_per_s=0.4, label="decode-0", prefill={"kind": "native"}, kind="native"),
+        ],
     ),
     "PD664": Case(
         [seen(prefill={"num_answers": 10, "answer_tokens": 41})],
@@ -131,17 +134,18 @@ CASES: dict[str, Case] = {
     "PD617": Case([told(EngineCommand(version="0.34.0"))], [told(EngineCommand(version="0.33.1"))]),
     "PD621": Case(
         [
-            told(NEW, EngineCommand(), **TIER),
-            told(NEW, FOUND, **TIER),
             told(NEW, NEW, **TIER, **STOCK),
-            told(NEW, NEW, engine_args={"kv_offloading_size": "much"}),
-            told(NEW, NEW, engine_args={"kv_offloading_b": "lmcache"}),
+            args(kv_offloading_size="much"),
+            args(kv_offloading_b="lmcache"),
         ],
+        [args(kv_offloading_size=4, kv_offloading_b="native"), on(CPU, **TIER)],
+    ),
+    "PD638": Case(
+        [told(NEW, EngineCommand(), **TIER), told(NEW, FOUND, **TIER)],
         [
-            told(NEW, NEW, engine_args={"kv_offloading_size": 4, "kv_offloading_b": "native"}),
-            args(kv_offloading_size=4),  # nobody has looked which vLLM it is
+            told(NEW, NEW, **TIER),
+            told(FOUND, FOUND, **TIER, **STOCK),
             told(FOUND, FOUND, **TIER, decode__replicas=0),
-            on(CPU, **TIER),
         ],
     ),
     "PD623": Case(
@@ -181,7 +185,6 @@ CASES: dict[str, Case] = {
             vllm(env={"VLLM_PLUGINS": "mine", "VLLM_HOST_IP": "10.0.0.1"}),
         ],
     ),
-    "PD637": Case([vllm(data_parallel_size=2)], [vllm()]),
     "PD632": Case(
         [told(EngineCommand(version="0.29.0"), has_state=True)],
         [told(EngineCommand(version="0.30.0"), has_state=True), told(OLDER)],
@@ -206,6 +209,9 @@ CASES: dict[str, Case] = {
             told(FOUND, OLDEST, decode__tensor_parallel_size=3, has_state=True, **STOCK),
             vllm(enable_prefix_caching=True, **STOCK),
         ],
+    ),
+    "PD639": Case(
+        [vllm(**CACHED_STATES)], [told(FOUND, **CACHED_STATES), vllm(has_state=True, **STOCK)]
     ),
     "PD620": Case(
         [vllm(paths=("/a", "/b"), **STOCK)],

@@ -2,16 +2,7 @@
 
 from dataclasses import replace
 
-from tests.checks.contexts import (
-    CPU,
-    GPU,
-    PAIR,
-    ROUTER,
-    Case,
-    lacks,
-    mooncake,
-    on,
-)
+from tests.checks.contexts import CPU, GPU, PAIR, ROUTER, Case, lacks, mooncake, on
 
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
 
@@ -25,9 +16,7 @@ CASES: dict[str, Case] = {
             on(GPU, enable_cumem_allocator=True, probes=lacks("cuda")),
             mooncake(CPU, probes=lacks("mooncake")),
         ],
-        [
-            on(GPU, probes=lacks("gguf", "mooncake")),
-        ],
+        [on(GPU, probes=lacks("gguf", "mooncake"))],
     ),
     "PD409": Case([mooncake(CPU)], [on(CPU)]),
     "PD410": Case(

@@ -143,10 +143,16 @@ CASES: dict[str, Case] = {
         [
             on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
             on(GPU, prefill__enable_sleep_mode=True, kv_transfer__connector="mooncake"),
-            on(GPU, decode__enable_cumem_allocator=True, engine="vllm"),
+            on(
+                GPU,
+                decode__enable_cumem_allocator=True,
+                engine="vllm",
+                kv_transfer__connector="vllm-nixl",
+            ),
         ],
         [
             on(GPU, kv_transfer__nixl__path="nixl"),
+            on(GPU, decode__enable_cumem_allocator=True, engine="vllm"),
             on(GB200, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
             on(GPU, enable_cumem_allocator=True),
             on(GPU, enable_cumem_allocator=True, **FILES),

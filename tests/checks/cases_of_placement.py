@@ -69,10 +69,7 @@ CASES = {
             far_vllm(nnodes=2, tensor_parallel_size=2, data_parallel_size=2, **TRUSTED),
             on(WIDE, engine="vllm", nnodes=2, tensor_parallel_size=2, **TRUSTED),
         ],
-        [
-            far_vllm(nnodes=2, tensor_parallel_size=2, **TRUSTED),
-            far_vllm(data_parallel_size=2),
-        ],
+        [far_vllm(nnodes=2, tensor_parallel_size=2, **TRUSTED), far_vllm(data_parallel_size=2)],
     ),
     "PD457": Case(
         [

@@ -30,7 +30,8 @@ SHAPE = ModelShape(
     dtype="bfloat16",
     tie_word_embeddings=False,
     eos_token_ids=(2,),
-    num_parameters=8_030_261_248,
+    layer_weights={},
+    other_weights={"all": (8_030_261_248,)},
 )
 SMALL_SHAPE = replace(
     SHAPE,
@@ -42,7 +43,8 @@ SMALL_SHAPE = replace(
     intermediate_size=1536,
     vocab_size=49152,
     layer_windows=(None,) * 30,
-    num_parameters=134_515_008,
+    layer_weights={},
+    other_weights={"all": (134_515_008,)},
 )
 
 TINY: dict[str, Any] = {
@@ -135,11 +137,7 @@ def on(
         },
     )
     known = NOTHING_WRONG | {"deployment": SeenDeployment((), ())}
-    return make_context(
-        launch,
-        given,
-        Probes(**{**known, "transport": pairs, **(probes or {})}),
-    )
+    return make_context(launch, given, Probes(**{**known, "transport": pairs, **(probes or {})}))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pdlaunch.checks import probed
 from pdlaunch.cli import preflight
 from tests.checks.contexts import CPU, TINY
 from tests.command_line import invoke
-from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import write_weights
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(TINY))
-    (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    write_weights(folder)
     return folder
 
 

@@ -142,7 +142,7 @@ class DeploymentServer:
         for one in self.requests:
             if path == f"/pdlaunch/requests/{quote(one.id, safe='')}":
                 return 200, msgspec.json.encode(one)
-        return 404, b'{"error": {"message": "no request of this id is remembered"}}'
+        return 404, b'{"error": {"message": "the router has no request with this id"}}'
 
 
 @contextmanager

@@ -40,13 +40,7 @@ def test_every_command_is_where_the_table_says(command: Command) -> None:
     assert f"pdlaunch.cli.{command.target.split(':')[0]}" in sys.modules
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "typer",
-        "pdlaunch.machine.probe",
-    ],
-)
+@pytest.mark.parametrize("module", ["typer", "pdlaunch.machine.probe"])
 @pytest.mark.processes
 def test_interrupted_while_it_imports_or_works_it_ends_with_130_and_no_traceback(
     module: str,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -54,6 +55,11 @@ def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:
         assert word in result.stdout
     assert "in all: 6 requests, 0 errors, 30 prompt and 24 output tokens in " in result.stdout
     assert "rate" not in result.stdout, "nothing was sent at a rate"
+    environ = {"COLUMNS": "80", "FORCE_COLOR": "1", "TERM": "xterm"}
+    narrow = invoke(["bench", "serve", "--url", server.url, *SMALL], env=environ).stdout
+    lines = re.sub(r"\x1b\[[\d;]*m", "", narrow).splitlines()
+    assert "columns left out: --format json shows all" in narrow
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_table_says_which_requests_took_a_pair_and_why(server: FakeOpenAI) -> None:
@@ -90,8 +96,8 @@ def test_files_have_the_kinds_of_errors_and_not_their_words(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--prefill", "2"), "--prefill: for a deployment that is started here"),
-        (("--port", "1", "--host", "::1"), "--host, --port: for a deployment that is started here"),
+        (("--prefill", "2"), "--prefill: only without --url"),
+        (("--port", "1", "--host", "::1"), "--host, --port: only without --url"),
         (
             ("--input-tokens", "0"),
             "Invalid value for '--input-tokens': '0' is not a list of positive numbers",
@@ -115,7 +121,7 @@ def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message:
 def test_an_address_for_a_deployment_of_its_own_is_refused() -> None:
     result = run("serve", "--port", "9000")
     assert result.exit_code == 2
-    assert "--port: what is started here listens on a free port of 127.0.0.1" in result.stderr
+    assert "--port: this command's deployment listens on a free port of 127.0.0.1" in result.stderr
 
 
 @pytest.mark.parametrize(

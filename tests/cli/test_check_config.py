@@ -16,6 +16,7 @@ from typer.testing import Result
 from pdlaunch.checks import probed
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.settings import all_flags
+from pdlaunch.machine import availability
 from pdlaunch.machine.profiles import PROFILES
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
@@ -25,11 +26,8 @@ from tests.launch.engines.test_vllm import installed
 ALL_SEVERITIES = "decode: {max_model_len: 1000}\nkv_transfer: {verify: off}\nload_format: dummy\n"
 FOREIGN: list[dict[str, Any]] = [
     {"model_type": "mamba", "state_size": 16},
-    {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
     {"model_type": "deepseek_v3", "kv_lora_rank": 512},
-    {"model_type": "gemma2", "sliding_window": 4096},
     {"model_type": "llava", "text_config": {"model_type": "new"}},
-    {"model_type": "qwen2_moe", "quantization_config": {"bits": 4}},
 ]
 """config.json of models that native engines cannot serve."""
 Check = Callable[..., Result]
@@ -54,8 +52,8 @@ def test_an_unusable_file_is_told_with_its_place(check: Check, file: File, text:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--assume", "tpu"), "none of h100x8"),
         (("--assume", "h100x0"), "h100x0"),
+        (("--assume", "cpu", "--probe"), "--probe measures this machine"),
         (("--port", "x"), "--port"),
         (("--no-such-flag",), "--no-such-flag"),
         (("--format", "xml"), "xml"),
@@ -82,7 +80,7 @@ def test_weights_that_are_cut_off_or_missing(check: Check, model: Path) -> None:
 
 
 def test_busy_ports_are_named(check: Check, file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = {9000: "it is busy", 9101: "it is busy", 8000: "it is no address of this machine"}
+    problems = {9000: "it is busy", 9101: "it is busy", 8000: availability.NOT_HERE}
     monkeypatch.setattr(probed, "probe_port", lambda host, port: problems.get(port, ""))
     assert "PD420 host" in check().stdout
     result = check("--port", 9000)
@@ -137,6 +135,24 @@ def test_a_table_says_what_was_not_checked(check: Check) -> None:
     assert "  PD416 needs shm: profile h100x8 does not say" in lines
     assert lines[-2].startswith("for h100x8: 8 x H100 SXM5 80 GB in a DGX H100; taken for")
     assert lines[-1] == "ok: no findings"
+
+
+@pytest.mark.processes
+def test_a_probe_measures_the_pair_and_hands_it_to_the_rules(check: Check) -> None:
+    resolved = json.loads(check("--probe", "--format", "json").stdout)["resolved"]
+    assert "PD504" not in [item["rule"] for item in resolved["not_checked"]]
+    measured = resolved["measured"]
+    assert measured.startswith("measured: prefill-0/rank-0 → decode-0/rank-0: ")
+    assert set(re.findall(r"nixl/UCX|p2p/memfd", measured)) == {"nixl/UCX", "p2p/memfd"}
+    assert re.search(r"nixl/UCX \((cma|posix)\)", measured)
+    assert len(re.findall(r"[\d.]+ GB/s", measured)) == 2
+
+
+def test_a_probe_says_why_it_measures_nothing(check: Check, file: File, model: Path) -> None:
+    command = installed(model / "one", "0.32.0")
+    path = file(f"engine_command: {command}\nengine: vllm\nkv_transfer: {{connector: vllm-nixl}}\n")
+    assert "vllm-nixl, so only a start can" in check(path, "--probe", columns="200").stdout
+    assert "correct the errors first" in check("--probe", "--max-model-len", "1000").stdout
 
 
 def test_lines_of_a_pipe_are_whole(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +241,8 @@ COMMANDS = (["check-config", "--port", "0"], ["check-config", "--format", "json"
 few = settings(max_examples=60, deadline=None)
 
 
-def run(arguments: list[str], environ: dict[str, str] | None = None) -> Result:
-    result = invoke(arguments, env=environ)
+def run(arguments: list[str]) -> Result:
+    result = invoke(arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     assert result.exit_code in (0, 1, 2)
     if result.exit_code == 2:
@@ -254,9 +270,3 @@ def test_any_file(path: Path, data: bytes) -> None:
 def test_any_flags(flags: list[list[str]]) -> None:
     for command in COMMANDS:
         run([*command, *(word for flag in flags for word in flag)])
-
-
-@few
-@given(value=WORDS, name=st.sampled_from(["MODEL", "HOST", "API_KEY", "ENV__X"]))
-def test_any_variable(value: str, name: str) -> None:
-    run(["check-config", "--port", "0"], {f"PDLAUNCH_{name}": value})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -92,7 +93,7 @@ def test_a_good_pair_is_proven_by_one_short_prompt(tmp_path: Path) -> None:
     assert pair["num_bytes"] == (2 * BLOCK_SIZE + 1) * BYTES_OF_TOKEN
     texts = [item["message"] for item in report["findings"]]
     assert any("vLLM 0.32.0+cpu" in text for text in texts)
-    assert any("too few to tell a speed" in text for text in texts)
+    assert any("too few to measure a speed" in text for text in texts)
     assert any("the transport of UCX is unknown" in text for text in texts)
 
 
@@ -118,7 +119,7 @@ def test_an_address_at_which_decode_finds_itself(tmp_path: Path) -> None:
             result = run(*flags, "--format", "json")
         assert result.exit_code == 1
         messages = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
-        assert "to dial 0.0.0.0" in messages["PD661"]
+        assert "sends decode to 0.0.0.0" in messages["PD661"]
         assert ("PD654" in messages) == (not moves_bytes)
 
 
@@ -158,12 +159,12 @@ def test_exact_tokens_are_compared_where_they_must_be_equal(tmp_path: Path) -> N
     with serving(tmp_path, garbles=True) as (_, _, flags):
         assert run(*flags).exit_code == 0
         result = run(*flags, "--exact")
-    assert (result.exit_code, "other KV blocks" in result.output) == (1, True)
+    assert (result.exit_code, "wrong KV blocks" in result.output) == (1, True)
 
 
 def listed(*engines: tuple[str, str]) -> list[dict[str, str]]:
     """Return engines, each with its role and URL, as the status of a router has them."""
-    return [{"role": role, "url": url, "kind": "vllm"} for role, url in engines]
+    return [{"role": role, "url": url, "name": f"{role}-0"} for role, url in engines]
 
 
 def test_a_router_names_its_engines_and_gets_no_key_nor_names_who_does(
@@ -185,19 +186,17 @@ def test_a_router_names_its_engines_and_gets_no_key_nor_names_who_does(
         told = [(each["where"], each["message"]) for each in said]
         assert told == [("prefill-0 -> decode-0", "PD504 0.05 GB/s")]
         seen = [each for each in report_of(result)["findings"] if each["rule"] == "PD660"]
-        assert [(each["where"], each["message"]) for each in seen if " -> " in each["where"]][
-            :2
-        ] == [
-            ("prefill-0 -> decode-0", "nixl/UCX (cma), 0.05 GB/s"),
-            ("prefill-0 -> decode-1", "nixl/UCX (cma)"),
-        ]
+        assert {each["where"] for each in seen} >= {"prefill-0", "decode-0"}
+        told = [each["message"] for each in seen if each["where"] == "prefill-0 -> decode-0"]
+        assert told[0] == "nixl/UCX (cma), 0.05 GB/s"
+        assert re.fullmatch(r"a canary moved .+ in [\d.]+ s", told[1])
         assert prefill.keys | decode.keys == {None}
         result = run(*arguments, flags[1])
         assert len(report_of(result)["resolved"]["deployment"]["engines"]) == 2
         assert "Bearer secret" in decode.keys
         assert prefill.keys == {None}
         prefill.status = {}
-        assert "do not tell their role" in run(urls[0]).stderr
+        assert "do not report their role" in run(urls[0]).stderr
 
 
 def test_engines_of_both_roles_are_examined_and_get_no_canary(tmp_path: Path) -> None:
@@ -224,9 +223,9 @@ def test_unusable_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     for flags, words in (
         ([], "no engine is named, and no launch runs here"),
         (["--prefill=host:8000", "--decode=http://d"], "not a URL"),
-        (["--prefill=http://p", "--decode=http://d:8000/v1"], "'http://d:8000/v1' is no URL"),
-        (["--prefill=http://[p", "--decode=http://d"], "'http://[p' is no URL"),
-        (["http://user:of-mine@r:8000"], "URL: a URL holds no user or key here"),
+        (["--prefill=http://p", "--decode=http://d:8000/v1"], "is not the URL of an engine"),
+        (["--prefill=http://[p", "--decode=http://d"], "'http://[p' is not a URL"),
+        (["http://user:of-mine@r:8000"], "URL: a URL must hold no user or key"),
         (
             ["--prefill=http://p", "--decode=http://d", "--engine-key-env=NO_SUCH_KEY"],
             "the variable is not set",

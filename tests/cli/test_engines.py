@@ -96,13 +96,13 @@ def test_restart_takes_one_after_the_other_and_tells_what_fails(router: Router) 
 
 @pytest.mark.parametrize(("timeout", "exit_code"), [("5", 1), ("0", 0)])
 def test_drain_tells_what_still_runs(router: Router, timeout: str, exit_code: int) -> None:
-    assert run("drain", "decode-1").stdout == "decode-1 is given no new work; nothing runs there\n"
-    assert run("undrain", "decode-1").stdout == "decode-1 is given work\n"
+    assert run("drain", "decode-1").stdout == "decode-1 gets no new work; nothing runs there\n"
+    assert run("undrain", "decode-1").stdout == "decode-1 gets work again\n"
     busy = {"engine": "decode-0", "running": 3, "notes": ["a note"]}
     router.answers["drain?"] = 200, {"engines": [busy]}
     result = run("drain", "decode-0", "--timeout", timeout)
     assert result.exit_code == exit_code
-    told = f"decode-0 is given no new work; 3 still at work after {timeout} s"
+    told = f"decode-0 gets no new work; 3 still at work after {timeout} s"
     assert result.stdout.splitlines() == [told, "  a note"]
 
 
@@ -153,8 +153,8 @@ def test_a_refusal_is_shown(router: Router, command: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("drain", "decode-8"), "`pdlaunch undrain decode-8` ends that"),
-        (("scale", "prefill=2"), "what has begun goes on"),
+        (("drain", "decode-8"), "until `pdlaunch undrain decode-8`"),
+        (("scale", "prefill=2"), "the change continues"),
     ],
 )
 def test_ctrl_c_says_what_stays(router: Router, command: tuple[str, ...], words: str) -> None:
@@ -182,6 +182,6 @@ def test_a_wrong_command_asks_nothing(router: Router, arguments: tuple[str, ...]
 
 def test_which_launch_is_meant_must_be_clear(router: Router) -> None:
     assert "no launch of yours runs here" in run("sleep", url=()).stderr
-    assert "is no URL of a deployment" in run("sleep", url=("--url", "host")).stderr
+    assert "is not the URL of a deployment" in run("sleep", url=("--url", "host")).stderr
     router.answers["/"] = PdlaunchError("/sleep cannot be reached: Connection refused")
     assert "cannot be reached" in run("sleep").stderr

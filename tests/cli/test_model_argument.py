@@ -20,7 +20,7 @@ from pdlaunch.errors import StartupError
 from tests import command_line
 from tests.checks.contexts import TINY
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
-from tests.config.model_files.files import EMPTY_SAFETENSORS, write_safetensors
+from tests.config.model_files.files import write_safetensors, write_weights
 
 NAME = "org/tiny"
 WEIGHTS = "model.safetensors"
@@ -52,18 +52,13 @@ def snapshot(tmp_path: Path) -> Path:
     for place in (folder, tmp_path / "local", tmp_path / "smollm2"):
         place.mkdir(parents=True)
         (place / "config.json").write_text(json.dumps(TINY))
-        (place / WEIGHTS).write_bytes(EMPTY_SAFETENSORS)
+        write_weights(place)
     return folder
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [
-        (NAME, NAME),
-        ("local", "local"),
-        ("./smollm2", "smollm2"),
-        ("{tmp}/local", "local"),
-    ],
+    [(NAME, NAME), ("local", "local"), ("./smollm2", "smollm2"), ("{tmp}/local", "local")],
 )
 def test_a_model_is_named_by_the_argument(
     run: Run, snapshot: Path, tmp_path: Path, model: str, name: str
@@ -98,8 +93,8 @@ def test_a_file_of_settings_is_told_by_its_ending(
         (("serve", "no.yaml"), 2, "no.yaml: cannot be read: no such file"),
         (("serve", "notes.txt", "--dry-run"), 2, "settings ends in .yaml, .yml or .json"),
         (("check-config", "smolm2"), 1, "Did you mean smollm2?"),
-        (("check-config", "org/other"), 1, "HF_HUB_OFFLINE forbids to download it"),
-        (("serve", "org/other"), 2, "HF_HUB_OFFLINE forbids to download it"),
+        (("check-config", "org/other"), 1, "HF_HUB_OFFLINE forbids downloads"),
+        (("serve", "org/other"), 2, "HF_HUB_OFFLINE forbids downloads"),
         (("check-config", "../../etc/passwd"), 1, "no such directory or file exists"),
         (("check-config", f"https://hub.example/{NAME}"), 1, "as ORG/NAME, without the address"),
         (("serve", NAME, "--revision", "../../x"), 2, "must be a branch, a tag or a commit"),

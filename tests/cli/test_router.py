@@ -17,7 +17,7 @@ def run(*arguments: str, **environ: str) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "field", "message"),
     [
-        (("--prefill", "10.0.0.1:8000"), "engines", "is no URL of an engine"),
+        (("--prefill", "10.0.0.1:8000"), "engines", "is not the URL of an engine"),
         (("--prefill", "http://u:pw@10.0.0.1"), "engines", "name the key's variable"),
         (
             ("--prefill", "http://a:1", "--decode", "http://a:1"),
@@ -30,9 +30,9 @@ def run(*arguments: str, **environ: str) -> Any:
             "NOT_SET is not set, or empty",
         ),
         (("--engines-file", "/nowhere.yaml"), "/nowhere.yaml", "no such file"),
-        (("--prefill", "unix:/nowhere/x.sock"), "served_model_name", "no engine tells which model"),
+        (("--prefill", "unix:/nowhere/x.sock"), "served_model_name", "no engine reports"),
         ((), "served_model_name", "no engine is named by its URL"),
-        (("llama",), "llama", "is no file of a deployment"),
+        (("llama",), "llama", "is not a deployment file"),
     ],
 )
 def test_what_cannot_be_used_is_named_and_nothing_is_started(
@@ -52,7 +52,7 @@ def test_a_launch_has_none_of_them(tmp_path: Path, command: str, line: str) -> N
     file.write_text(f"{line}\n")
     result = run(command, str(file))
     assert result.exit_code == 2
-    assert "engines that run already are not part of a launch" in result.output
+    assert "running engines cannot be part of a launch" in result.output
     assert "pdlaunch router" in result.output
 
 

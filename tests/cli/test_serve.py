@@ -11,7 +11,7 @@ from pdlaunch.launch.launch import check_platform
 from pdlaunch.machine.facts import Gpu, Machine
 from tests.checks.contexts import TINY
 from tests.command_line import invoke
-from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import write_weights
 
 CPU = Machine(num_cpus=2, memory_bytes=64 * 1024**3)
 GPUS = Machine(num_cpus=2, gpus=(Gpu(0), Gpu(1)))
@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> str:
     folder = tmp_path / "tiny"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(TINY))
-    (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    write_weights(folder)
     return str(folder)
 
 
@@ -108,10 +108,7 @@ def test_secrets_are_never_printed(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [
-        (("--model", "/no/such/model"), "fix:"),
-        (("/no/such/file.yaml",), "no such file"),
-    ],
+    [(("--model", "/no/such/model"), "fix:"), (("/no/such/file.yaml",), "no such file")],
 )
 def test_unusable_input_is_explained_with_code_2(
     model: str, arguments: tuple[str, ...], expected: str

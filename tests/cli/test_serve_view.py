@@ -105,7 +105,7 @@ def view_on(target: Console, router: Router, every_s: float = 0.01) -> ServeView
 
 def until(condition: Callable[[], object]) -> None:
     ticks = threading.Event()
-    for _ in range(2000):
+    for _ in range(18000):
         if condition():
             return
         ticks.wait(0.01)
@@ -145,14 +145,31 @@ def test_the_line_of_a_start_leaves_no_trace() -> None:
     assert "loading weights" not in last_screen
 
 
+def test_a_narrow_terminal_gets_whole_words_and_a_command_to_copy() -> None:
+    target = console(40, terminal=True)
+    command = f"curl {'x' * 60}"
+    rows = [
+        ("try", command),
+        ("stop", "Ctrl-C waits for running requests; a second Ctrl-C does not"),
+    ]
+    with ServeView(target, lambda status: rows, Router(idle()), 0.01) as view:
+        view.changed(serving())
+        view.ready(serving())
+        until(lambda: "does not" in printed(target))
+    assert command in printed(target)
+    assert "Ctrl-C waits for running \nrequests; a second Ctrl-C does not\n" in printed(target)
+
+
 def test_the_status_line_is_not_said_while_nothing_has_changed() -> None:
     target, router = console(), Router(idle())
     view = view_on(target, router)
-    view.tell()
+    view.show_changes()
     assert said(target) == [], "nobody has asked for anything yet"
     for status in (deployment(), deployment(), None, idle(requests=12), idle(requests=12)):
         router.status = status
-        view.tell()
+        view.show_changes()
+    view.changed(DRAINING)
+    view.show_changes()
     assert [line.split(",")[0] for line in said(target)] == ["4 requests/s", "0 requests/s"]
 
 

@@ -102,14 +102,6 @@ with steady_output(60.0):
         sys.stdout.write("x")
     signal.setitimer(signal.ITIMER_REAL, 0)
 """
-PROGRAM = """
-from rich.console import Console
-from pdlaunch.cli.steady_output import steady_output
-with steady_output(1.0):
-    for n in range(2000):
-        Console(stderr=n % 3 == 0).print(n)
-    raise SystemExit(3)
-"""
 
 
 @pytest.mark.processes
@@ -118,12 +110,6 @@ def test_what_interrupts_a_print_may_print_too() -> None:
     ended = run("-c", INTERRUPTED, stdout=subprocess.PIPE)
     assert ended.returncode == 0
     assert "interrupts\n" in ended.stdout
-
-
-@pytest.mark.processes
-def test_a_process_ends_although_its_reader_stands_still() -> None:
-    with full_pipe() as (_, stuck):
-        assert run("-c", PROGRAM, stdout=stuck, stderr=stuck).returncode == 3
 
 
 @pytest.mark.processes

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.cli.deployment_server import DeploymentServer, deployment, running_server
-from tests.cli.terminal import ROOT, Terminal
+from tests.cli.terminal import Terminal
+from tests.command_line import invoke
 
 pytestmark = pytest.mark.processes
 
@@ -32,16 +30,21 @@ def terminal(router: DeploymentServer) -> Iterator[Terminal]:
 def test_it_shows_the_deployment_as_it_changes(
     router: DeploymentServer, terminal: Terminal
 ) -> None:
-    text = terminal.until(lambda text: "decode-0" in text)
-    for told in ("requests/s", "30%/10%/20%", "prefill-0 -> decode-0", "p2p/posix_fd", "gone"):
-        assert told in text
+    told = (
+        "decode-0",
+        "requests/s",
+        "30%/10%/20%",
+        "prefill-0 -> decode-0",
+        "p2p/posix_fd",
+        "gone",
+    )
+    terminal.until(lambda text: all(word in text for word in told))
     router.status = deployment(model="changed")
     terminal.until(lambda text: "changed " in text)
     # What was known stays, with the error, until the router answers again.
     answer = router.answer
     router.answer = lambda path, key: (200, b"[" * 200_000)  # type: ignore[method-assign]
-    text = terminal.until(lambda text: "not as a deployment" in text)
-    assert "changed " in text
+    terminal.until(lambda text: "not as a deployment" in text and "changed " in text)
     router.answer = answer  # type: ignore[method-assign]
     terminal.until(lambda text: "Ctrl-C ends" in text)
 
@@ -59,13 +62,6 @@ def test_the_terminal_is_given_back(terminal: Terminal, end: str) -> None:
 
 
 def test_it_needs_a_terminal(router: DeploymentServer) -> None:
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "pdlaunch", "top", "--url", router.url],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 2
+    result = invoke(["top", "--url", router.url])
+    assert result.exit_code == 2
     assert "needs a terminal; pdlaunch status prints the same once" in result.stderr

@@ -91,7 +91,7 @@ def test_the_one_that_is_asked_for(router: DeploymentServer) -> None:
 
 def test_what_cannot_be_shown_is_told(router: DeploymentServer) -> None:
     result = run(router, "r9")
-    said = "error: the router answers 404: no request of this id is remembered\n"
+    said = "error: the router answers 404: the router has no request with this id\n"
     assert (result.exit_code, result.output) == (1, said)
     router.requests.clear()
     assert "has served no request" in run(router).output

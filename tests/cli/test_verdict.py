@@ -10,9 +10,8 @@ import msgspec
 import pytest
 from typer.testing import Result
 
-from pdlaunch.bench.verdict.arms import config_to_measure
+from pdlaunch.bench.verdict.arms import Arm, config_to_measure
 from pdlaunch.bench.verdict.measure import Launches
-from pdlaunch.bench.verdict.queueing import Arm
 from pdlaunch.bench.verdict.search import Findings, Probe, Race
 from pdlaunch.bench.verdict.verdict import Verdict, answer
 from pdlaunch.cli.html_report import verdict_page
@@ -30,21 +29,8 @@ def verdict(*arguments: object, **environ: str) -> Result:
 
 
 def test_a_dry_run_lists_arms_and_minutes_and_starts_nothing(model: Path, tmp_path: Path) -> None:
-    result = verdict(
-        model,
-        *GOALS,
-        "--gpus",
-        "2",
-        "--input-tokens",
-        "8",
-        "--output-tokens",
-        "4",
-        "--minutes",
-        "30",
-        "--dry-run",
-        "--output",
-        tmp_path / "out",
-    )
+    sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--minutes", "30")
+    result = verdict(model, *GOALS, *sizes, "--dry-run", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "arms for 2 devices: 2 x TP1, 1P1D" in result.output
     assert "about 30 min" in result.output
@@ -76,7 +62,7 @@ def test_wrong_input_is_one_clear_error(arguments: tuple[str, ...], told: str, m
 def test_settings_that_no_arm_can_have_are_refused(name: str, model: Path) -> None:
     result = verdict(model, *GOALS, **{name: "2"})
     assert (result.exit_code, "value: 2" in result.output) == (2, True)
-    assert "tensor_parallel_size alone" in " ".join(result.output.split())
+    assert "differ only in replicas and tensor_parallel_size" in " ".join(result.output.split())
 
 
 def test_no_autopilot_changes_an_arm_while_it_is_measured(model: Path) -> None:
@@ -113,18 +99,26 @@ def test_what_is_written_and_told_and_resumed(
     assert result.exit_code == 0, result.output
     assert "1 request of the trace: too long" in result.stdout
     assert "winner.yaml: left out: api_key" in result.output
-    assert "0.0.0.0 can be reached by others" in result.output
+    assert "other hosts can reach 0.0.0.0" in result.output
     assert "replicas" not in mine.read_text(), "the user's own file"
     written = tmp_path / "winner.yaml"
-    assert (written.stat().st_mode & 0o777, "autopilot: dry-run" in written.read_text()) == (
-        0o600,
-        True,
-    )
+    assert written.stat().st_mode & 0o777 == 0o600
+    assert "autopilot: dry-run" in written.read_text()
     page = (tmp_path / "verdict.html").read_text()
     assert ("HTTP 500." in page, "a prompt" in page) == (True, False)
-    result = verdict(*given, "--resume", "--minutes", "30", PDLAUNCH_API_KEY="hidden")
+    result = invoke(["serve", str(written), "--port", "0", "--device", "cpu", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    asked = ("--resume", "--minutes", "30", "--format", "json")
+    result = verdict(*given, *asked, PDLAUNCH_API_KEY="hidden")
     assert result.exit_code == 0, result.output
     assert (len(seen[1].probes), seen[1].broken) == (4, {}), "an arm is tried again"
+    report = json.loads(result.stdout)
+    assert report.keys() == {"choice", "text", "winner", "rows", "ruled_out", "note"}
+    assert report["rows"][0].keys() == {
+        *("arm", "bound", "goodput", "at_least", "at_most", "a_device", "limited_by"),
+        *("ttft_ms_median", "ttft_ms_p99", "itl_ms_median", "itl_ms_p99", "cached_share"),
+        *("predicted", "error_percent"),
+    }
     result = verdict(*given, "--resume", PDLAUNCH_MAX_NUM_SEQS="3")
     assert "about another load" in result.output
 
@@ -164,13 +158,27 @@ def test_a_trace_gives_the_lengths(model: Path, tmp_path: Path) -> None:
 
 
 def test_measurements_are_kept(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "verdict.json").write_text('{"question": "another", "findings": {}}')
+    state = tmp_path / "verdict.json"
+    seconds = {"prefill": [], "steps": [], "chunk_tokens": 1, "max_batched_tokens": 1}
+    measured = {"figures": {"1": seconds | {"max_num_seqs": 1}}}
+    state.write_text(json.dumps({"question": "another", "findings": measured}))
     sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--output", tmp_path)
     result = verdict(model, *GOALS, *sizes)
     assert (result.exit_code, "--resume" in result.output) == (2, True)
     result = verdict(model, *GOALS, *sizes, "--resume")
     assert (result.exit_code, "another load" in result.output) == (2, True)
-    assert json.loads((tmp_path / "verdict.json").read_text())["question"] == "another"
+    assert json.loads(state.read_text())["question"] == "another"
+
+
+def test_after_a_first_arm_that_did_not_start_the_same_command_starts_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = measuring_nothing(monkeypatch)
+    findings = {"broken": {"2 x TP1": "no memory"}, "spent_s": 9.0}
+    (tmp_path / "verdict.json").write_text(json.dumps({"question": "", "findings": findings}))
+    sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--output", tmp_path)
+    assert verdict(model, *GOALS, *sizes).exit_code == 0
+    assert (seen[0].broken, seen[0].spent_s) == ({}, 0.0)
 
 
 def test_the_file_of_the_winner_is_what_was_asked_for_with_its_engines_and_no_secret(

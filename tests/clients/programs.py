@@ -92,6 +92,12 @@ def of_openai_responses(url: str, _: str) -> None:
     history = [{"role": "user", "content": "Oslo?"}, calls[0].model_dump(), result]
     fields |= {"input": history, "max_output_tokens": 4}
     assert client.responses.create(**fields).output_text
+    try:
+        client.embeddings.create(model=MODEL, input="Oslo")
+    except openai.NotFoundError as error:
+        assert "embeddings are not served" in str(error)  # noqa: PT017 - without pytest
+    else:
+        raise AssertionError("embeddings were answered")
 
 
 def _result_of(call_id: str) -> dict[str, str]:

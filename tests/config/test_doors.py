@@ -70,11 +70,11 @@ def test_ports_of_engines_need_a_key_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("values", "field", "words"),
     [
-        ({"prefill__port": 7999, "prefill__replicas": 2}, "prefill.port", "8000 would be that of"),
+        ({"prefill__port": 7999, "prefill__replicas": 2}, "prefill.port", "8000 would also be"),
         (
             {"prefill__port": 9000, "prefill__replicas": 2, "decode__port": 9001},
             "decode.port",
-            "that of prefill.port too",
+            "also be used for prefill.port",
         ),
         ({"decode__port": 65535, "decode__replicas": 2}, "decode.port", "up to 65536"),
     ],

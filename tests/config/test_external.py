@@ -31,7 +31,7 @@ from pdlaunch.config.sources import load_config
     ],
 )
 def test_what_is_no_url_of_an_engine(url: str) -> None:
-    with pytest.raises(ValueError, match=r"write|no URL|api_key_env"):
+    with pytest.raises(ValueError, match=r"write|not a URL|api_key_env"):
         read_engine_url(url)
 
 
@@ -71,7 +71,7 @@ def test_engines_are_named_by_role_and_number_where_they_have_no_name(tmp_path: 
         ("{role: other, url: 'http://a:1'}", "'prefill', 'decode' or 'both'"),
         ("{role: prefill, url: 'http://a:1', colour: red}", "has no field colour"),
         ("{role: prefill, url: 'http://a:1', name: 'a b'}", "should match pattern"),
-        ("{role: prefill, url: 'http://a:1/x'}", "is no URL of an engine"),
+        ("{role: prefill, url: 'http://a:1/x'}", "is not the URL of an engine"),
         ("http://a:1", "prefill=URL, decode=URL or both=URL"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Compares what a launch answers with what one of its engines answers alone, and finds what its
-engines still hold.
+"""Compares the answers of a launch with those of one of its engines alone, and finds blocks and
+requests that engines still hold.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 
 NUM_TOKENS = 12
-IDLE_TIMEOUT_S = 20.0
+IDLE_TIMEOUT_S = 180.0
 PROMPTS = (
     "Hello",
     "The capital of France is",
     "In the beginning there was a small machine that wanted to learn how to count.",
-    # vLLM leaves a prompt of less than 64 tokens to decode.
+    # With vLLM, decode computes prompts of fewer than 64 tokens itself, so this one is longer.
     " ".join(f"{number} and {number + 1} make {2 * number + 1}." for number in range(40)),
 )
 MUST_BE_ZERO = (
@@ -31,8 +31,8 @@ VLLM_MUST_BE_ZERO = (
 
 
 def differences(url: str, api_key: str | None = None) -> list[str]:
-    """What is wrong with a launch in float32: answers of its pairs, and of engines of both roles,
-    that are not those of one engine alone, cold and from the prefix cache; and what is left.
+    """Faults of a launch in float32: answers of pairs and of engines of role both that differ from
+    those of one engine alone, with cold and warm prefix caches; and blocks that are not freed.
     """
     admin = admin_api(url)
     engines = {each["name"]: each["role"] for each in engines_of(admin)}
@@ -58,15 +58,15 @@ def _tokens(api: Api, prompt: str, **fields: Any) -> list[int]:
 
 
 def engines_of(router: Api) -> list[dict[str, Any]]:
-    """Name, role, kind and state of each engine behind a router that was not given up."""
+    """Name, role, kind and state of each engine of a router, without failed engines."""
     status, answer = router.get_object("/pdlaunch/status")
     if status != 200:
-        raise PdlaunchError(f"{router.url} does not tell its engines: HTTP {status}: {answer}")
+        raise PdlaunchError(f"{router.url} does not list its engines: HTTP {status}: {answer}")
     return [engine for engine in answer["engines"] if engine["state"] != "failed"]
 
 
 def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
-    """Wait until no engine holds anything; return what is left, or wrong, after ``timeout_s``."""
+    """Wait until engines hold no request and no block; after ``timeout_s``, return what is left."""
     deadline_at = time.monotonic() + timeout_s
     while True:
         try:

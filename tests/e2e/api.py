@@ -29,7 +29,7 @@ def greedy_body(prompt: list[int], num_tokens: int) -> dict[str, Any]:
 
 
 def complete(url: str | Api, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
-    """Token ids of a greedy completion of exactly ``num_tokens``, of a router or one engine."""
+    """Token ids of a greedy completion of exactly ``num_tokens`` by a router or one engine."""
     api = url if isinstance(url, Api) else Api(url)
     status, answer = api.post("/v1/completions", greedy_body(prompt, num_tokens) | fields)
     assert status == 200, answer
@@ -47,7 +47,7 @@ def complete_all(
 def streamed(
     url: str, prompt: list[int], num_tokens: int, **fields: Any
 ) -> Iterator[Iterator[int]]:
-    """Token ids of a greedy completion as they come."""
+    """Token ids of a greedy completion, as they arrive."""
     body = greedy_body(prompt, num_tokens) | {"stream": True} | fields
     request = urllib.request.Request(
         url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -71,7 +71,7 @@ def _token_ids(lines: Iterable[bytes]) -> Iterator[int]:
 
 
 def engine_apis(url: str, role: str | None = None) -> list[Api]:
-    """The engines of a launch, or those of one role, each alone."""
+    """APIs of the single engines of a launch, all or those of one role."""
     admin = admin_api(url)
     return [
         admin.engine(engine["name"])
@@ -81,8 +81,8 @@ def engine_apis(url: str, role: str | None = None) -> list[Api]:
 
 
 def count_now(api: Api, name: str) -> float:
-    """A counter of ``EngineStats`` as an engine's rank 0 says it, of this very moment; 0 while
-    there is no rank.
+    """The present value of a counter of ``EngineStats``, from an engine's rank 0; 0 while the
+    engine has no rank.
     """
     return float(json.loads(api.get("/pdlaunch/integrity")[1]).get("stats", {}).get(name, 0))
 
@@ -93,12 +93,12 @@ def total_now(url: str, name: str) -> float:
 
 
 def requests_in_flight(url: str) -> float:
-    """At the router."""
+    """The number of requests that the router is serving."""
     return Api(url).metrics()["pdlaunch_router_requests_in_flight"]
 
 
 def states(url: str) -> dict[str, str]:
-    """The states of the engines; one of which no process is there is not listed."""
+    """Engine -> state; engines without a process are not listed."""
     return {engine["name"]: engine["state"] for engine in engines_of(admin_api(url))}
 
 
@@ -109,5 +109,5 @@ def await_ready(url: str, num_engines: int = 2) -> None:
 
 
 def idle(url: str) -> bool:
-    """No engine has a request, a leased or a quarantined block."""
+    """True if no engine has a request, or a leased or quarantined block."""
     return not await_idle(admin_api(url), timeout_s=0)

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.processes)
-            # Real models on a machine that others may use as well.
+            # Tests run real models, perhaps on a busy machine.
             item.add_marker(pytest.mark.timeout(900))
 
 
@@ -32,8 +32,8 @@ def default_environ() -> dict[str, str]:
 
 
 def clean_environ() -> dict[str, str]:
-    """The environment of a launch whose prompts go through pairs, for tests that look at transfers:
-    by default an idle decode engine computes a prompt itself.
+    """The environment of a launch whose prompts go through pairs, for tests of transfers. By
+    default, decode computes short prompts, and prompts that would wait at prefill.
     """
     return default_environ() | {"PDLAUNCH_ROUTING": "pairs"}
 
@@ -42,8 +42,8 @@ def clean_environ() -> dict[str, str]:
 def launched(
     model: Path, *arguments: str, environ: Mapping[str, str] | None = None
 ) -> Iterator[Deployment]:
-    """A launch of a tiny model, float32: one prefill and one decode engine, unless ``arguments``
-    say otherwise. ``environ``: that of ``clean_environ`` when left out.
+    """A launch of a tiny model in float32, by default with one prefill and one decode engine.
+    ``environ``: by default that of ``clean_environ``.
     """
     command = ("--model", str(model), "--dtype", "float32", "--kv-cache-memory", "16MiB")
     with running_deployment(
@@ -54,14 +54,14 @@ def launched(
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama that takes 2,048 tokens. No test writes to its files."""
+    """A tiny Llama with a context of 2,048 tokens. No test writes to its files."""
     return make_tiny_model("llama", tmp_path_factory.mktemp("models"), max_model_len=2048)
 
 
 @pytest.fixture(scope="package")
 def demo() -> Iterator[Deployment]:
-    """One prefill and one decode engine with the demo model, float32, whose logs say all they can;
-    they end with the tests of this folder.
+    """One prefill and one decode engine with the demo model in float32 and debug logs. They run
+    until the tests of this folder have ended.
     """
     arguments = (*DEMO_ARGUMENTS, "--log-level", "debug")
     with running_deployment(arguments, environ=clean_environ()) as deployment:

@@ -1,4 +1,4 @@
-"""Deployments of tiny models whose transfers are faulty and whose processes are killed."""
+"""Deployments of tiny models with faulty transfers, and helpers to stop and kill processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORT_DEADLINES = {
 
 
 def fault_variables(faults: Mapping[str, Any]) -> dict[str, str]:
-    """Environment of a launch whose ranks have faults; ``faults``: fields of ``FaultPlan``."""
+    """The environment of a launch with injected faults; ``faults``: fields of ``FaultPlan``."""
     paths = (ROOT / "tests" / "faulty" / "hook", ROOT, os.environ.get("PYTHONPATH", ""))
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, map(str, paths))),
@@ -43,7 +43,7 @@ def faulty_deployment(
 ) -> Iterator[Deployment]:
     """One prefill and one decode engine; ``faults``: fields of ``FaultPlan``."""
     plan = {} if faults is None else fault_variables(faults)
-    # Prompts take several steps: faults meet chunked prefills too.
+    # Prompts take several steps, so that faults also hit chunked prefills.
     chunks = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "96"}
     environ = clean_environ() | chunks | dict(environ) | plan
     with launched(model, "--kv-cache-memory", "2MiB", *arguments, environ=environ) as deployment:
@@ -52,7 +52,7 @@ def faulty_deployment(
 
 @contextmanager
 def paused(process: psutil.Process) -> Iterator[None]:
-    """A process that does nothing for as long as the block runs."""
+    """Stop a process during the block."""
     try:
         stop(process)
         yield
@@ -61,14 +61,14 @@ def paused(process: psutil.Process) -> Iterator[None]:
 
 
 def stop(process: psutil.Process) -> None:
-    """Stop a process, as by SIGSTOP."""
+    """Stop a process with SIGSTOP, and wait until it has stopped."""
     process.suspend()
-    # Its threads go on until the one that got the signal has had its turn.
+    # Threads run on until the thread that got the signal is scheduled.
     await_true(lambda: process.status() == psutil.STATUS_STOPPED, "the process is stopped")
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whoever is left to init may stay a zombie for a while."""
+    """True if the process runs. A process that init inherits may be a zombie for a while."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -76,7 +76,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def tracebacks(deployment: Deployment) -> dict[str, int]:
-    """How many there are in which log: expected deaths and restarts are one line each."""
+    """Log file -> number of tracebacks; expected deaths and restarts have none, only a line."""
     counts = {
         path.name: path.read_text(errors="replace").count("Traceback")
         for path in deployment.log_dir.iterdir()
@@ -85,7 +85,7 @@ def tracebacks(deployment: Deployment) -> dict[str, int]:
 
 
 def left_over(deployment: Deployment) -> list[str]:
-    """What the engines' books hold once everything has ended."""
+    """Requests and blocks that engines still hold after all requests have ended."""
     return await_idle(admin_api(deployment.url), timeout_s=180)
 
 

@@ -1,4 +1,4 @@
-"""What listens in a launch, and which of it asks nobody who he is."""
+"""Finds the listening ports of a launch, and those without authentication."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 60.0
 ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03"
-"""Signature and major version; the mechanism of the other side comes back. Source: ZMTP 3.0,
+"""Signature and major version. The other side answers with its mechanism. Source: ZMTP 3.0,
 23/ZMTP.
 """
 
 
 def await_unlocked_ports(deployment: Deployment, expected: dict[str, int]) -> None:
-    """Wait for those alone to be unlocked: a door that takes long to answer looks as if it were."""
+    """Wait until only these ports are unlocked. A port that answers slowly looks unlocked."""
     found: list[dict[str, int]] = []
 
     def are_as_expected() -> bool:
@@ -31,8 +31,8 @@ def await_unlocked_ports(deployment: Deployment, expected: dict[str, int]) -> No
 
 
 def unlocked_ports(deployment: Deployment) -> dict[str, int]:
-    """Number of TCP ports of each process that speak neither HTTP, which has its own tests, nor ZMQ
-    with CURVE.
+    """Process -> number of its TCP ports with neither HTTP (which has its own tests) nor ZMQ with
+    CURVE.
     """
     processes = {
         name: psutil.Process(process.pid) for name, process in deployment.processes().items()
@@ -58,13 +58,13 @@ def speaks_http(port: int) -> bool:
 
 
 def speaks_curve(port: int) -> bool:
-    """The greeting names the only mechanism that the socket takes."""
+    """True if the greeting of a socket says that it accepts only CURVE."""
     return exchange(port, ZMQ_GREETING)[12:32].rstrip(b"\0") == b"CURVE"
 
 
 def exchange(port: int, message: bytes, address: str = "127.0.0.1") -> bytes:
-    """The first bytes of the answer; empty when there is none for a while, as from a port that
-    waits for more.
+    """The first bytes of the answer; empty if none comes for a while, as from a port that waits
+    for more input.
     """
     answer = b""
     with (

@@ -1,4 +1,4 @@
-"""Runs ``pdlaunch router``, or the real vllm-router, in front of engines that run already."""
+"""Runs ``pdlaunch router``, or the real vllm-router, for running engines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_vllm_router = pytest.mark.skipif(
 def running_router(
     arguments: Sequence[str], environ: Mapping[str, str], log_file: Path
 ) -> Iterator[str]:
-    """Yield its URL once it is healthy; it ends with the block, or with this process."""
+    """Yield the router's URL once it is healthy. It ends with the block, or with this process."""
     command = [sys.executable, "-P", "-m", "pdlaunch", "router", "--stop-on-stdin-eof"]
     command += ["--drain-timeout", "5", *arguments]
     with _running(command, environ, log_file) as (url, process):
@@ -40,7 +40,7 @@ def running_router(
 def running_vllm_router(
     *, prefill: Sequence[str], decode: str, api_key: str, log_file: Path
 ) -> Iterator[str]:
-    """Yield its URL once it is healthy; it sends ``api_key`` to the engines."""
+    """Yield the router's URL once it is healthy. It sends ``api_key`` to the engines."""
     command = [
         str(Path(sys.executable).with_name("vllm-router")),
         "--vllm-pd-disaggregation",

@@ -1,5 +1,5 @@
 # ruff: noqa: T201 - a script
-"""Repeats figures of docs/reliability.md: ``python -m tests.e2e.reliability
+"""Measures the figures of docs/reliability.md: ``python -m tests.e2e.reliability
 soak | kills | cancels``.
 """
 
@@ -23,27 +23,27 @@ from tests.labs.known_answers import SoakOptions, SoakReport, soak
 
 FAMILIES = ("llama", "gemma3_text")
 HOST_TIER = ("--kv-cache-memory", "500KiB", "--kv-offload-memory", "2MiB")
-"""Requests preempt each other, and blocks come and go."""
+"""So small that requests preempt each other, and blocks move between device and host."""
 LOAD = {"PDLAUNCH_ROUTING": "load"}
 NUM_KILLS = 4
-"""As many as a supervisor forgives in a row."""
+"""The most deaths in a row after which a supervisor still restarts a process."""
 MOST_REQUESTS_A_CANCEL = 10
-"""Answers that are so fast that hardly any client leaves before their end make no test."""
+"""If more requests are needed for a cancel, answers are too fast to be cancelled."""
 HANG_TIMEOUT_S = 10
-"""Of the scenarios that stop a process; the default would make them long."""
+"""In scenarios that stop a process; with the default they would take long."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done to which process of which deployment."""
+    """A signal for a process of a deployment."""
 
     title: str
     process: str
-    """Joined by ``+``: several at once."""
+    """Several processes at once are joined by ``+``."""
     arguments: tuple[str, ...] = ()
     signal_number: int = signal.SIGKILL
     loses: bool = False
-    """Streams end with the router through which they run."""
+    """True for the router: its streams end when it dies."""
 
     @property
     def environ(self) -> dict[str, str]:
@@ -58,8 +58,14 @@ SCENARIOS = (
     Scenario("prefill's rank", "prefill-0/rank-0"),
     Scenario("decode's rank", "decode-0/rank-0"),
     Scenario("one of three decode TP ranks", "decode-0/rank-1", ("--decode-tp", "3")),
+    Scenario("prefill's server", "prefill-0"),
     Scenario("decode's server", "decode-0"),
     Scenario("prefill's and decode's rank at once", "prefill-0/rank-0+decode-0/rank-0"),
+    Scenario(
+        "all four ranks of two pairs at once",
+        "prefill-0/rank-0+prefill-1/rank-0+decode-0/rank-0+decode-1/rank-0",
+        ("--prefill", "2", "--decode", "2"),
+    ),
     Scenario("decode's rank and its server at once", "decode-0/rank-0+decode-0"),
     Scenario("prefill's rank and decode's server at once", "prefill-0/rank-0+decode-0"),
     Scenario("the router", "router", loses=True),
@@ -83,9 +89,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--only",
-        default="",
-        help="kills: the scenario of this title, or all with this in theirs",
+        "--only", default="", help="kills: the scenario of this title, or all with this in theirs"
     )
     parser.add_argument("--path", default="auto", help="kv_transfer.nixl.path of the soak")
     parser.add_argument(
@@ -104,21 +108,17 @@ def main() -> int:
 
 
 def run_soak(model: Path, asked: argparse.Namespace) -> int:
-    """Every fault, cancels, and kills of the engines' ranks in turn, so rarely that the supervisor
-    forgets the one before.
+    """Inject all faults, cancel requests and kill ranks in turn, so rarely that the supervisor
+    forgets earlier deaths.
     """
     seed, num_requests = asked.seed, asked.requests or 10_000
     arguments = HOST_TIER if asked.host_tier else ()
-    # Pairs, as they have more READs that meet a fault.
+    # Route through pairs: more READs can meet a fault.
     environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": asked.path}
     faults = {"seed": seed, "rate": 0.15, "lost_s": 3}
     with faulty_deployment(model, faults, *arguments, environ=environ) as deployment:
         options = SoakOptions(
-            url=deployment.url,
-            seed=seed,
-            num_requests=num_requests,
-            concurrency=12,
-            num_cases=64,
+            url=deployment.url, seed=seed, num_requests=num_requests, concurrency=12, num_cases=64
         )
         pause_s = 25, 60
         names = ["prefill-0/rank-0", "decode-0/rank-0"] * 100
@@ -130,7 +130,7 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
 
 
 def run_kills(model: Path, asked: argparse.Namespace) -> int:
-    """Default options; one deployment for each scenario. Prints the rows of the table of
+    """Run each scenario in its own deployment with default options. Print the rows of the table in
     docs/reliability.md.
     """
     seed = asked.seed
@@ -181,8 +181,8 @@ def table_row(title: str, kills: Sequence[Kill]) -> str:
 
 
 def run_cancels(model: Path, asked: argparse.Namespace) -> int:
-    """Default options; every client goes away, at a random moment. Those that had their whole
-    answer before do not count.
+    """With default options, every client leaves at a random moment. Clients that have their whole
+    answer by then do not count.
     """
     num_cancels = asked.requests or 1000
     with faulty_deployment(model, None, environ=LOAD) as deployment:
@@ -202,7 +202,7 @@ def run_cancels(model: Path, asked: argparse.Namespace) -> int:
 
 
 def show(title: str, report: SoakReport) -> int:
-    """Print a report; returns the exit code."""
+    """Print a report; return the exit code."""
     print(
         f"{title}: {report.num_requests} requests in {report.seconds:.0f} s, slowest "
         f"{report.longest_s:g} s"

@@ -1,4 +1,4 @@
-"""All that a launch tells of its requests: nothing of what was asked and answered may be in it."""
+"""Collects all that a launch writes about its requests. It may not contain prompts or answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 
 SHORTEST = 12
-"""Characters: parts of an output that are shorter could stand there by chance."""
+"""In characters: shorter parts of an answer could be found by chance."""
 
 
 def told_by(deployment: Deployment) -> dict[str, str]:
-    """By the place: logs, terminal, requests, traces, the page's data, metrics."""
+    """Place -> text: logs, terminal, requests, traces, the page's data, metrics."""
     url = deployment.url
     logs = [path for path in deployment.log_dir.rglob("*") if path.is_file()]
     told = {path.name: path.read_text(errors="replace") for path in logs}
@@ -32,7 +32,7 @@ def told_by(deployment: Deployment) -> dict[str, str]:
 
 
 def places_of(told: dict[str, str], texts: Iterable[str]) -> list[tuple[str, str]]:
-    """Where parts of texts stand: lines of them, which logs would escape, and in JSON."""
+    """Places with lines of the texts, plain or as JSON. (Logs would escape newlines.)"""
     parts = {part for text in texts for part in text.split("\n") if len(part) >= SHORTEST}
     assert parts
     parts |= {json.dumps(part)[1:-1] for part in parts}
@@ -40,7 +40,7 @@ def places_of(told: dict[str, str], texts: Iterable[str]) -> list[tuple[str, str
 
 
 def places_of_ids(told: dict[str, str], token_ids: Iterable[list[int]]) -> list[tuple[str, str]]:
-    """Where three tokens stand in a row, however they are separated."""
+    """Places with three consecutive token ids, with any separators."""
     rows = {
         rf"\b{first}\D{{1,3}}{second}\D{{1,3}}{third}\b"
         for ids in token_ids

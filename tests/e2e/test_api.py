@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ def client(demo: Deployment) -> Iterator[openai.OpenAI]:
 
 
 def test_everything_that_listens_asks_who_comes(demo: Deployment) -> None:
-    """With the default connector and path: HTTP with its keys, and ZMQ with CURVE."""
+    """With the default connector and path, all ports are HTTP with keys, or ZMQ with CURVE."""
     await_unlocked_ports(demo, {})
 
 
@@ -54,6 +55,15 @@ def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
         == whole.choices[0].finish_reason
         == "length"
     )
+
+
+def test_the_example_streams_a_chat_from_another_port(
+    demo: Deployment, client: openai.OpenAI
+) -> None:
+    command = [sys.executable, "examples/chat.py", demo.url]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    asked = client.chat.completions.create(**GREEDY | {"messages": QUESTION, "max_tokens": 60})
+    assert done.stdout == f"{asked.choices[0].message.content}\n"
 
 
 def test_blocks_of_the_prompt_are_pulled_not_computed_twice(demo: Deployment) -> None:
@@ -162,7 +172,7 @@ VOWELS = ["a", "e", "i", "o", "u"]
 def test_the_next_scrape_has_what_the_answer_counts(
     demo: Deployment, ending: dict[str, Any]
 ) -> None:
-    """A stop string is found by the server alone: rank 0 says nothing of that end."""
+    """Only the server finds a stop string: rank 0 does not report that end."""
     api = Api(demo.url)
     names = {
         "router_request_success": 1,
@@ -188,7 +198,7 @@ def test_the_next_scrape_has_what_the_answer_counts(
 
 
 def test_a_client_that_goes_away_frees_every_block(demo: Deployment) -> None:
-    """While prefill computes, and while decode streams."""
+    """The client leaves while prefill computes, and while decode streams."""
     host, port = demo.url.removeprefix("http://").split(":")
     for num_events in (0, 5):
         fields = {"prompt": [7] * 700, "max_tokens": 400, "stream": True, "ignore_eos": True}

@@ -1,4 +1,4 @@
-"""A short ``make attack``: real processes, strangers at all of their doors."""
+"""A short ``make attack``: real processes, attacks at all of their ports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks of a real deployment; their figures are nobody's business here."""
+"""Benchmarks of a real deployment; the size of their figures is not tested."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ async def test_rows_have_every_figure(demo: Deployment) -> None:
     for row in rows:
         assert row.ttft_ms_median is not None
         assert row.ttft_ms_median > 0
-        # Tokens that wait for a busy machine may come at the same time.
+        # On a busy machine, several tokens may arrive at the same time.
         gaps = (row.first_gap_ms_median, row.itl_ms_median, row.tpot_ms_median)
         assert all(gap is not None and gap >= 0 for gap in gaps)

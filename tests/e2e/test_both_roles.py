@@ -1,4 +1,4 @@
-"""Engines of both roles without any pair: with real processes and a tiny model."""
+"""Engines of role both without pairs, with real processes and a tiny model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_both_engines_answer_as_one_alone(deployment: Deployment) -> None:
 
 
 def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[list[int]]) -> None:
-    """Streams of the dead engine go on at the other one, token by token."""
+    """The other engine continues the streams of the dead engine at the next token."""
 
     all_begun = threading.Barrier(len(PROMPTS) + 1)
 
@@ -76,12 +76,12 @@ def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[l
     before = deployment.processes()
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         victim, other = (before[f"both-{number}/rank-0"] for number in range(2))
-        # So that they run at the same time, however long it takes to send them.
+        # Ranks are paused until all requests are sent, so that these run at the same time.
         with paused(victim), paused(other):
             answers = [pool.submit(read, prompt) for prompt in PROMPTS]
             await_true(lambda: requests_in_flight(deployment.url) == len(PROMPTS), "all were sent")
         all_begun.wait(180)
-        stop(victim)  # It comes to no stream's end before the kill.
+        stop(victim)  # so that no stream ends before the kill
         assert load()["both-0"] > 0
         victim.kill()
         assert [answer.result() for answer in answers] == expected

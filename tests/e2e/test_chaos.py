@@ -1,5 +1,5 @@
-"""The promise under faults: right tokens or a clear error, nothing leaks. ``reliability.py`` is the
-long version.
+"""Under faults, clients get right tokens or a clear error, and nothing leaks. ``reliability.py`` is
+the long version.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ import pytest
 
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
-from tests.e2e.faults import (
-    SHORT_DEADLINES,
-    faulty_deployment,
-    left_over,
-    tracebacks,
-)
+from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, tracebacks
 from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.labs.kills import load_with_kills
@@ -32,8 +27,8 @@ PROMPT = list(range(40, 100))
 @pytest.fixture(scope="module")
 def tp_deployment(llama: Path) -> Iterator[Deployment]:
     """Prefill with three ranks, decode with one, over NIXL; its transfers are faulty."""
-    # Each pull takes three READs, and one that fails ends the others: more faults would leave
-    # hardly any that succeeds.
+    # Each pull has three READs, and a failed READ ends the others: with a higher rate, hardly any
+    # pull would succeed.
     environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": "nixl"}
     with faulty_deployment(
         llama, FAULTS | {"rate": 0.06}, "--prefill-tp", "3", environ=environ
@@ -54,7 +49,7 @@ def test_faulty_transfers_change_no_token(tp_deployment: Deployment, llama: Path
 
 
 def test_all_listeners_are_on_loopback(tp_deployment: Deployment) -> None:
-    """Supervisor, router, servers and the ranks of a TP group, torch's store and UCX included."""
+    """This holds for all processes, including torch's store and UCX in the ranks of a TP group."""
     children = tp_deployment.processes().values()
     listeners = {
         process.pid: listening_hosts(process)
@@ -66,14 +61,12 @@ def test_all_listeners_are_on_loopback(tp_deployment: Deployment) -> None:
 
 
 def test_gloo_alone_listens_without_asking_who_comes(tp_deployment: Deployment) -> None:
-    """NIXL does not: with UCX's TCP transport each of the ranks would. Gloo is what PD425 warns
-    of.
-    """
+    """PD425 warns of gloo. NIXL does not listen; with UCX's TCP transport, each rank would."""
     await_unlocked_ports(tp_deployment, {f"prefill-0/rank-{tp_rank}": 1 for tp_rank in range(3)})
 
 
 def listening_hosts(process: psutil.Process) -> set[str]:
-    """Where it accepts connections or datagrams."""
+    """The addresses at which a process accepts connections or datagrams."""
     connections = process.net_connections(kind="inet")
     return {
         each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN or not each.raddr
@@ -81,8 +74,8 @@ def listening_hosts(process: psutil.Process) -> set[str]:
 
 
 def test_killed_ranks_lose_no_request_of_a_hybrid_model(tmp_path: Path) -> None:
-    """Faults, cancels and ``kill -9`` of either engine: streams go on without gap or repetition,
-    and every block comes back.
+    """After faults, cancels and ``kill -9`` of either engine, streams continue without gap or
+    repetition, and every block is freed.
     """
     model = make_tiny_model("gemma3_text", tmp_path, max_model_len=2048)
     with faulty_deployment(

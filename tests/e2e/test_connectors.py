@@ -1,6 +1,4 @@
-"""Whole deployments over the connectors that are not the default; the default is what all other
-tests use.
-"""
+"""Whole deployments with the other connectors. All other tests use the default connector."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ def expected(llama: Path, prompts: list[list[int]]) -> list[list[int]]:
 def deployment(
     request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
-    """TP 3 with TP 1."""
+    """Engines with TP 3 on one side and TP 1 on the other."""
     if request.param == "file":
         folder = str(tmp_path_factory.mktemp("kv"))
         arguments = ["--decode-tp", "3", "--kv-file-directory", folder]
@@ -59,7 +57,7 @@ def test_answers_are_those_of_the_model_and_their_blocks_were_pulled(
 
 
 def test_what_listens_without_asking_who_comes(deployment: Deployment) -> None:
-    """Gloo within the TP group (PD425), and Mooncake's two ports a rank (PD409)."""
+    """Gloo listens in the TP group (PD425), and Mooncake at two ports of each rank (PD409)."""
     ranks = {name for name in deployment.processes() if "/rank-" in name}
     role = "prefill" if "decode-0/rank-1" not in ranks else "decode"
     of_mooncake = 2 if role == "prefill" else 0
@@ -75,7 +73,7 @@ def test_a_killed_prefill_rank_comes_back(
     deployment.processes()["prefill-0/rank-0"].kill()
 
     def pulled_again() -> bool:
-        """Ask until an answer has come over the connector; a salt keeps the prefix cache out."""
+        """Send a request; return True if it was pulled. Its salt prevents prefix cache hits."""
         complete(deployment.url, prompts[-1], 2, cache_salt=random.random().hex())
         return total_now(deployment.url, "kv_transfers") > before
 

@@ -1,11 +1,12 @@
-"""Who may open what in a launch with keys: clients, another router, the user who started it, a web
-page, another user.
+"""Access to the ports and sockets of a launch with keys: for clients, another router, the user who
+started it, a web page, another user.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -33,7 +34,7 @@ from pdlaunch.launch.client.deployment import Deployment, held_port
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from pdlaunch.protocol.status import EngineStatus
 from tests.e2e.agreement import differences, engines_of
-from tests.e2e.api import total_now
+from tests.e2e.api import await_ready, total_now
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.lone_router import needs_vllm_router, running_router, running_vllm_router
 from tests.e2e.waiting import await_true
@@ -72,7 +73,7 @@ def doors(llama: Path) -> Iterator[Doors]:
 
 
 def ask(method: str, url: str, body: object = None, **headers: str) -> tuple[int, str]:
-    """Status and text; ``headers`` with _ for -."""
+    """Status and text of an answer; ``headers`` have _ instead of -."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {"Content-Type": "application/json"} | {
         name.replace("_", "-"): value for name, value in headers.items()
@@ -133,7 +134,7 @@ def vllm_router(doors: Doors, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def answered(url: str, kind: str, fields: dict[str, Any]) -> tuple[list[int], str, str]:
-    """Token ids, text and finish reason of the only choice; of a stream, all of its chunks."""
+    """Token ids, text and finish reason of the only choice, from an answer or a whole stream."""
     status, text = ask("POST", f"{url}/v1/{kind}", fields, Authorization=bearer(CLIENT))
     assert status == 200, text
     if fields.get("stream"):
@@ -161,7 +162,7 @@ def answered(url: str, kind: str, fields: dict[str, Any]) -> tuple[list[int], st
 def test_the_real_vllm_router_answers_with_the_same_tokens(
     doors: Doors, vllm_router: str, kind: str, stream: bool, sampling: dict[str, Any]
 ) -> None:
-    """It adds fields that nobody here knows, and sends engine_api_key as OPENAI_API_KEY."""
+    """That router adds unknown fields, and gets engine_api_key as OPENAI_API_KEY."""
     prompt = f"{kind} {stream}: what comes next after this text?"
     fields: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
     fields |= sampling | {"stream": stream, "model": "llama"}
@@ -179,7 +180,7 @@ def test_the_real_vllm_router_answers_with_the_same_tokens(
 
 @pytest.fixture(scope="module")
 def lone_router(doors: Doors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Our own router in front of the launch's engines, which it knows by their URLs alone."""
+    """``pdlaunch router`` for the launch's engines; it knows only their URLs."""
     urls = ("--prefill", doors.engines["prefill-0"], "--decode", doors.engines["decode-0"])
     with running_router(
         (*urls, "--engine-key-env", "KEY_OF_ENGINES", "--dtype", "float32"),
@@ -204,7 +205,8 @@ def test_a_router_alone_has_proven_the_pair_and_shows_its_metrics(
     doors: Doors, lone_router: str
 ) -> None:
     lines = ask("GET", f"{lone_router}/metrics")[1].splitlines()
-    assert 'pdlaunch_router_canaries_total{outcome="proven"} 1.0' in lines
+    proven = re.compile(r'pdlaunch_router_canaries_total\{outcome="proven"\} [1-9]')
+    assert any(map(proven.match, lines))
     assert any(
         line.startswith("pdlaunch_kv_transfer_bytes_total") and 'engine="decode-0"' in line
         for line in lines
@@ -227,7 +229,7 @@ def test_commands_of_a_router_alone_leave_the_engines_as_they_are(
         status, answer = admin.post(path, body)
         assert status == 409
         assert "this router did not start its engines" in answer["error"]["message"]
-    # Over TCP the commands are closed, as there is no admin_api_key.
+    # Without admin_api_key, the router accepts no commands over TCP.
     assert ask("POST", f"{lone_router}/pdlaunch/drain?engine=decode-0")[0] == 403
     assert before == {name: process.pid for name, process in doors.deployment.processes().items()}
 
@@ -248,7 +250,7 @@ def test_doctor_examines_native_engines_and_proves_their_pair(
     monkeypatch.setenv("KEY_OF_ENGINES", CLIENT)
     result = CliRunner().invoke(build_app(arguments), arguments)
     assert result.exit_code == 1
-    assert "others send engine_api_key" in result.output
+    assert "other clients need engine_api_key" in result.output
 
 
 def test_the_clients_key_opens_no_command(doors: Doors) -> None:
@@ -293,7 +295,7 @@ def test_another_user_cannot_command_it(doors: Doors) -> None:
 
 @pytest.mark.parametrize("command", ["sleep", "wake"])
 def test_commands_of_its_user_reach_every_engine_without_a_key(doors: Doors, command: str) -> None:
-    """Engines on a CPU cannot sleep, and say so; on a GPU they do (test_sleep.py)."""
+    """Engines on a CPU answer that they cannot sleep; test_sleep.py has engines on a GPU."""
     arguments = [sys.executable, "-P", "-m", "pdlaunch", command, "--url", doors.router]
     result = subprocess.run(
         arguments,
@@ -311,8 +313,8 @@ def test_commands_of_its_user_reach_every_engine_without_a_key(doors: Doors, com
 
 
 def test_no_process_shows_a_key(doors: Doors) -> None:
-    """Not in its arguments, not in its environment but for that of the command itself, and not in
-    the logs.
+    """No key is in arguments, in the environment (except that of the command itself), or in the
+    logs.
     """
     processes = doors.deployment.processes().items()
     shown = {name: f"{process.cmdline()} {process.environ()}" for name, process in processes}
@@ -327,16 +329,17 @@ def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
     old = doors.deployment.processes()["router"]
     old.kill()
     old.wait(180)
-    # The listening socket is the supervisor's: this waits for the next router.
+    # The supervisor owns the listening socket, so this request waits for the next router.
     assert ask("GET", f"{doors.router}/health")[0] == 200
     status, answer = admin.get_object("/pdlaunch/integrity")
     assert (status, answer["ok"]) == (200, True)
     assert stat.S_IMODE(doors.launch.admin_socket.stat().st_mode) == 0o600
+    await_ready(doors.router)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_nobody_takes_the_place_of_a_killed_server(doors: Doors) -> None:
-    """He would be sent prompts and keys, and could answer, until the router knew of the death."""
+    """Otherwise an attacker would get prompts and keys until the router knows of the death."""
     place = partial(listen_in_all_ways, "127.0.0.1", doors.prefill_port)
     old = doors.deployment.processes()["prefill-0"]
     old.kill()
@@ -345,12 +348,13 @@ def test_nobody_takes_the_place_of_a_killed_server(doors: Doors) -> None:
     url = f"http://127.0.0.1:{doors.prefill_port}"
     await_true(lambda: _status_of(f"{url}/health") == 200, "the next server listens there")
     assert set(as_nobody(place).values()) == {"EADDRINUSE"}
+    await_ready(doors.router)
 
 
 def _status_of(url: str) -> int:
     try:
         return ask("GET", url)[0]
-    except urllib.error.URLError:
+    except OSError:
         return 0
 
 
@@ -374,7 +378,7 @@ def test_web_pages_and_foreign_names_are_refused_at_every_server(doors: Doors) -
             == 200
         )
         status, text = answer(BODY, Origin="http://evil.example")
-        assert (status, "let a proxy answer" in text) == (403, True)
+        assert (status, "use a proxy" in text) == (403, True)
         status, text = answer(BODY, Host="evil.example")
         assert (status, "allowed_hosts" in text) == (421, True)
         for kind in (

@@ -1,5 +1,5 @@
-"""Ranks that live and do nothing (``SIGSTOP`` in the middle of their work), and a prefill rank that
-dies after its answers.
+"""Ranks that are stopped in the middle of their work (``SIGSTOP``), and a prefill rank that dies
+after its answers.
 """
 
 from __future__ import annotations
@@ -65,21 +65,21 @@ def test_what_a_dead_prefill_rank_has_leased_is_computed_again(
 
 
 def kv_files(process: psutil.Process) -> set[str]:
-    """Inodes of the memory for KV blocks and scratch that a process has mapped."""
+    """Inodes of the KV and scratch memory that a process has mapped."""
     lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
     return {line.split()[4] for line in lines if "/memfd:pdlaunch-kv" in line}
 
 
 def test_stopped_ranks_are_restarted_and_their_requests_go_on(deployment: Deployment) -> None:
-    """Both at once: decode while a stream is in its middle, prefill while it has a prompt. Servers
-    and router hang never.
+    """Both ranks are stopped at once, decode in the middle of a stream, prefill with a prompt.
+    Servers and router never hang.
     """
     await_ready(deployment.url)
     processes, migrations = deployment.processes(), num_migrations(deployment)
     num_ends = process_ends(deployment)
     with ThreadPoolExecutor(1) as pool:
         with streamed(deployment.url, PROMPT, 1500) as token_ids:
-            # Its end is seconds away now.
+            # The end of the stream is seconds away at this point.
             found = list(islice(token_ids, 5))
             for name in RANKS:
                 processes[name].suspend()

@@ -1,4 +1,4 @@
-"""A model of a hub is downloaded and served by its name."""
+"""A model of a hub is downloaded, and served under its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests go where their KV blocks are, as engines tell; and answers are right where they lie."""
+"""Requests go to the engines that report their KV blocks, and answers are right."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_what_follows_goes_to_the_engine_that_has_the_answer(llama: Path) -> Non
             assert tokens == answer
             holders.append(route.partition(";")[0].rpartition("->")[2])
         assert {*holders} == {"decode-0", "decode-1"}
-        # Of the last ones the events may still be on their way.
-        for prompt, answer, holder in zip(nexts[:4], next_answers, holders, strict=False):
+        # Only the first prompts: events of the last ones may not have arrived yet.
+        for prompt, answer, holder in zip(nexts[:3], next_answers, holders, strict=False):
             route, tokens = ask(launch.url, prompt)
             assert route.partition(";")[0].rpartition("->")[2] == holder
             assert tokens == answer
-        # Whoever is started anew has nothing, and is not taken to have it.
+        # A restarted engine has no blocks, and the router knows it.
         lost = holders[4]
         launch.processes()[f"{lost}/rank-0"].send_signal(signal.SIGKILL)
-        await_true(lambda: states(launch.url)[lost] != "ready", f"the death of {lost}")
-        await_true(lambda: states(launch.url)[lost] == "ready", f"the return of {lost}")
+        await_true(lambda: states(launch.url).get(lost) != "ready", f"the death of {lost}")
+        await_true(lambda: states(launch.url).get(lost) == "ready", f"the return of {lost}")
         route, tokens = ask(launch.url, nexts[4])
         assert tokens == next_answers[4]
         assert route.partition(";")[0] != lost

@@ -1,5 +1,5 @@
-"""The host tier under a device cache that is far too small: right tokens, whatever leaves, comes
-back, goes bad or dies.
+"""The host tier with a device cache that is far too small: tokens are right when blocks move, go
+bad, or processes die.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ LENGTHS = (60, 90, 120, 150, 180, 200, 100, 81)
 NUM_TOKENS = 24
 NUM_TOGETHER, LONG_NUM_TOKENS = 4, 120
 SMALL_CACHE = "500KiB"
-"""27 blocks of the llama, 41 of the hybrid model, which has three groups; the prompts alone fill 58
-blocks of a group.
+"""It holds 27 blocks of the llama, and 41 of the hybrid model with its three groups. The prompts
+alone fill 58 blocks of a group.
 """
 HEALTHY = {"seed": 1, "rate": 0, "lease_rate": 0, "chunk_rate": 0}
 
@@ -41,8 +41,8 @@ def engine_of(deployment: Deployment, role: str) -> Api:
 
 
 def complete_together(api: Api, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """One call: the engine has all prompts in the same step. As with ``greedy``, none of the tokens
-    is an end.
+    """Send all prompts in one call, so that the engine has them in the same step. As with
+    ``greedy``, no token ends an answer early.
     """
     lengths = {"max_tokens": num_tokens, "min_tokens": num_tokens}
     body = {"prompt": prompts, "temperature": 0, "return_token_ids": True, **lengths}
@@ -53,7 +53,7 @@ def complete_together(api: Api, prompts: list[list[int]], num_tokens: int) -> li
 
 
 class Answers:
-    """What transformers itself answers."""
+    """The answers of transformers' own generate."""
 
     def __init__(self, model: Path) -> None:
         source = random.Random(5).randrange
@@ -67,7 +67,7 @@ class Answers:
         assert answers == self.short
 
     def check_together(self, api: Api) -> None:
-        """More than the cache holds: the engine has to preempt."""
+        """Send more than the cache can hold, so that the engine has to preempt."""
         before = count_now(api, "num_preemptions")
         assert complete_together(api, self.prompts[:NUM_TOGETHER], LONG_NUM_TOKENS) == self.together
         assert count_now(api, "num_preemptions") > before
@@ -89,7 +89,7 @@ def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> N
 
 
 def test_bad_blocks_and_a_kill_in_the_middle_of_copies_change_no_token(tmp_path: Path) -> None:
-    """Of three ranks each one finds its own bad blocks."""
+    """With three ranks, each rank finds its own bad blocks."""
     model = make_tiny_model("llama", tmp_path)
     answers = Answers(model)
     copies_wait = tmp_path / "copies-wait"
@@ -100,7 +100,7 @@ def test_bad_blocks_and_a_kill_in_the_middle_of_copies_change_no_token(tmp_path:
         decode = engine_of(deployment, "decode")
         for _ in range(2):
             answers.check(deployment.url)
-            # Without a pull, so that it needs its host tier.
+            # Sent to decode without a pull, so that it needs its host tier.
             assert complete_together(decode, answers.prompts, NUM_TOKENS) == answers.short
         for role in ("prefill", "decode"):
             assert count_now(engine_of(deployment, role), "kv_offload_bad_blocks") > 0, role
@@ -112,10 +112,9 @@ def test_bad_blocks_and_a_kill_in_the_middle_of_copies_change_no_token(tmp_path:
 def kill_in_the_middle_of_copies(
     deployment: Deployment, answers: Answers, copies_wait: Path
 ) -> None:
-    """Every request that runs is answered all the same. Nobody has computed them before: each block
-    is copied.
+    """All running requests are still answered. Their prompts are new, so that each block is copied.
 
-    No copy that has begun ends before the kill.
+    Copies are held, so that none ends before the kill.
     """
     engine = engine_of(deployment, "decode")
     copies_wait.touch()
@@ -134,7 +133,7 @@ def kill_in_the_middle_of_copies(
 
 
 def check_integrity(deployment: Deployment) -> None:
-    """All blocks are free, and ``/pdlaunch/integrity`` has nothing to say, of the tier neither."""
+    """Check that all blocks are free, and that ``/pdlaunch/integrity`` finds no fault."""
     await_ready(deployment.url)
     await_true(lambda: idle(deployment.url), "no request and no lease is left")
     for api in engine_apis(deployment.url):

@@ -1,5 +1,5 @@
-"""Two engines of each role, a router that knows only vLLM's protocol, and all ranks killed at
-once.
+"""Two prefill and two decode engines, a router that knows only vLLM's protocol, and the death of
+all ranks at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pdlaunch.launch.client.api import Api
@@ -58,7 +59,7 @@ def expected(llama: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def engines(two_by_two: Deployment) -> list[Api]:
-    """A prefill and a decode engine."""
+    """APIs of a prefill and a decode engine."""
     return [engine_apis(two_by_two.url, role)[0] for role in ("prefill", "decode")]
 
 
@@ -130,7 +131,7 @@ def test_a_seeded_sample_is_the_same_wherever_it_runs(
 def test_a_grammar_is_followed_from_engine_to_engine(
     two_by_two: Deployment, prompts: list[list[int]], engines: list[Api]
 ) -> None:
-    """Over a pair as at one engine, and after the deaths of those that had the stream."""
+    """A pair follows it like one engine, also after the deaths of the engines with the stream."""
     prompt, fields = prompts[0], {"guided_regex": "([a-f]{3,9}-[0-9]{2,4},){60}"}
     alone = complete(engines[1], prompt, 1000, cache_salt="grammar", **fields)
     assert complete(two_by_two.url, prompt, 1000, **fields) == alone
@@ -166,23 +167,28 @@ def test_no_request_is_lost_when_all_ranks_die_at_once(
     two_by_two: Deployment, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     with clients(two_by_two.url, prompts[0], expected[0]) as num_answers:
-        num_processes = len(two_by_two.processes())
         for _ in range(NUM_KILLS):
-            for name, process in two_by_two.processes().items():
-                if "/rank-" in name:
-                    process.kill()
-            await_true(lambda: len(two_by_two.processes()) == num_processes, "ranks are back")
+            dead = {name: each for name, each in two_by_two.processes().items() if "/rank-" in name}
+            assert len(dead) == 4
+            for process in dead.values():
+                process.kill()
+            await_true(lambda dead=dead: are_new(two_by_two, dead), "ranks are back")
             await_ready(two_by_two.url, 4)
-            # A request waits for 60 s in all, however many deaths fall into that time.
+            # A request waits for at most 60 s in all, even if engines die several times.
             before = num_answers.copy()
             await_true(
                 lambda n=before: all(map(operator.gt, num_answers, n)), "each client has an answer"
             )
 
 
+def are_new(launch: Deployment, dead: dict[str, psutil.Process]) -> bool:
+    found = launch.processes()
+    return all(name in found and found[name].pid != dead[name].pid for name in dead)
+
+
 @contextmanager
 def clients(url: str, prompt: list[int], expected: list[int]) -> Iterator[list[int]]:
-    """Six clients that ask until the block ends; yields how many right answers each has."""
+    """Six clients send requests until the block ends; yields each client's number of answers."""
     ends, num_answers = threading.Event(), [0] * 6
 
     def ask(client: int) -> None:

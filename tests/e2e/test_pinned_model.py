@@ -1,4 +1,4 @@
-"""The files of the model change under a running launch: no answer does."""
+"""The files of the model change during a launch. Its answers stay the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_files_that_are_overwritten_change_no_token(tmp_path: Path) -> None:
     with launched(model, "--both", "2", environ=default_environ()) as deployment:
         with streamed(deployment.url, PROMPT, NUM_TOKENS) as tokens:
             found = list(islice(tokens, 5))
-            # Into the very file that the ranks have read.
+            # Overwrite the file that the ranks have read.
             shutil.copyfile(other / "model.safetensors", model / "model.safetensors")
             assert found + list(tokens) == expected
         restart_fails(deployment, "both-1/rank-0", "model.safetensors")
@@ -52,7 +52,7 @@ def change_template(model: Path) -> None:
 
 
 def prompt_of_chat(deployment: Deployment) -> list[int]:
-    """Return the tokens of a prompt that is long enough for routers to tokenize it."""
+    """Return the token ids of a prompt that is long enough for the router to tokenize it."""
     chat = {
         "messages": [{"role": "user" * 16, "content": "text" * 100}],
         "max_tokens": 1,
@@ -65,8 +65,13 @@ def prompt_of_chat(deployment: Deployment) -> list[int]:
 
 
 def restart_fails(deployment: Deployment, name: str, changed: str) -> None:
-    """Kill a process; its successor is not let in, and people are told which file differs."""
+    """Kill a process. Its successor is refused, and the terminal names the file that differs."""
     deployment.processes()[name].kill()
     await_true(lambda: CHANGED.format(changed) in deployment.output(), "the next one is refused")
+    await_true(lambda: changed_engines(deployment) == ["both-1"], "/health names the engine")
     found = states(deployment.url)
     assert (found["both-0"], found.get("both-1") == "ready") == ("ready", False)
+
+
+def changed_engines(deployment: Deployment) -> object:
+    return Api(deployment.url).get_object("/health")[1].get("model_changed")

@@ -1,4 +1,4 @@
-"""The example of the Python API starts a deployment, has an answer, and leaves nothing behind."""
+"""The example of the Python API starts a deployment, gets an answer, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Launches of ``engine: vllm`` over a stand-in for its executable: what supervisor, sidecars and
-router make of its deaths, hangs and lies. tests/vllm has the real one.
+"""Launches of ``engine: vllm`` with a fake executable: how supervisor, sidecars and router react
+to its deaths, hangs and false reports. tests/vllm has the real vLLM.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -23,7 +23,7 @@ from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.command_line import invoke
 from tests.e2e.api import complete, states
 from tests.e2e.conftest import clean_environ
-from tests.e2e.faults import tracebacks
+from tests.e2e.faults import lives, tracebacks
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 from tests.launch.sidecar.fake_vllm import answer_of
@@ -37,7 +37,7 @@ PROMPT = list(range(40, 140))
 def launched(
     folder: Path, model: Path, *flags: str, environ: Mapping[str, str] | None = None
 ) -> Iterator[Deployment]:
-    """``folder`` is shared and says how they behave (``tests.launch.sidecar.program``)."""
+    """Files in ``folder`` control the fake engines (``tests.launch.sidecar.program``)."""
     command = write_command(folder)
     with running_deployment(
         ("--engine", "vllm", "--engine-command", str(command), "--model", str(model), *flags),
@@ -52,7 +52,7 @@ def started(folder: Path, name: str) -> dict[str, object]:
 
 
 def say(folder: Path, name: str, value: object) -> None:
-    """Tell engines how they behave from now on."""
+    """Change how the fake engines behave from now on."""
     replace_text(folder / name, json.dumps(value))
 
 
@@ -60,11 +60,18 @@ def is_back(deployment: Deployment, folder: Path, name: str, old_pid: object) ->
     return started(folder, name)["pid"] != old_pid and states(deployment.url).get(name) == "ready"
 
 
+def exists(pid: object) -> bool:
+    assert isinstance(pid, int)
+    with suppress(psutil.NoSuchProcess):
+        return lives(psutil.Process(pid))
+    return False
+
+
 def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, llama: Path) -> None:
     environ = {
         "PDLAUNCH_HANG_TIMEOUT_S": "5",
         "PDLAUNCH_ENGINE_API_KEY": "of-the-launch",
-        # Of the user's shell, for another vLLM.
+        # Variables of the user's shell, meant for another vLLM.
         "VLLM_API_KEY": "of-the-shell",
         "VLLM_SERVER_DEV_MODE": "1",
     }
@@ -89,7 +96,7 @@ def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, llama: Pat
         await_true(lambda: is_back(deployment, tmp_path, "decode-0", pid), "it is back")
         assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
 
-        # It has requests and makes no token.
+        # The engine has requests but makes no tokens.
         pid = started(tmp_path, "prefill-0")["pid"]
         say(tmp_path, "prefill-0.num_running", 1)
         await_true(lambda: started(tmp_path, "prefill-0")["pid"] != pid, "the hung one is killed")
@@ -97,15 +104,15 @@ def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, llama: Pat
         await_true(lambda: states(deployment.url).get("prefill-0") == "ready", "it is ready again")
         assert "has computed nothing for 5 s" in deployment.output()
 
-        # The sidecar's own death takes its engine with it.
+        # If a sidecar dies, its engine dies too.
         pid = started(tmp_path, "decode-0")["pid"]
         assert isinstance(pid, int)
         deployment.processes()["decode-0"].kill()
-        await_true(lambda: not psutil.pid_exists(pid), "its engine is gone")
+        await_true(lambda: not exists(pid), "its engine is gone")
         await_true(lambda: is_back(deployment, tmp_path, "decode-0", pid), "both are back")
         assert tracebacks(deployment) == {}
         pids = [started(tmp_path, name)["pid"] for name in ("prefill-0", "decode-0")]
-    assert not any(psutil.pid_exists(pid) for pid in pids if isinstance(pid, int))
+    assert not any(map(exists, pids))
     assert not run_dir.exists()
 
 
@@ -115,7 +122,7 @@ def test_engines_come_turn_and_go(tmp_path: Path, llama: Path) -> None:
         run_dir = own_launches(deployment.url)[0].run_dir
         assert command_launch(admin, "scale", replicas={"prefill": 2}).error == ""
         assert states(deployment.url).get("prefill-1") == "ready"
-        # One whose canary fails is taken back; the others serve on.
+        # A new engine whose canary fails is removed again; the others keep serving.
         say(tmp_path, "prefill-2.has_connector", False)
         assert "no KV connector" in command_launch(admin, "scale", replicas={"prefill": 3}).error
         assert "prefill-2" not in deployment.processes()
@@ -124,13 +131,13 @@ def test_engines_come_turn_and_go(tmp_path: Path, llama: Path) -> None:
         assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
         assert not list(run_dir.glob("prefill-[12].*"))
         pids = [started(tmp_path, name)["pid"] for name in ("prefill-1", "prefill-2")]
-        assert not any(psutil.pid_exists(pid) for pid in pids if isinstance(pid, int))
+        assert not any(map(exists, pids))
 
 
 @pytest.mark.parametrize(
     ("lie", "value", "said"),
     [
-        ("decode-0.garbles", True, "other KV blocks"),
+        ("decode-0.garbles", True, "wrong KV blocks"),
         ("prefill-0.has_connector", False, "no KV connector"),
     ],
 )
@@ -200,6 +207,6 @@ def test_an_engine_does_not_start_anew_with_another_model(tmp_path: Path) -> Non
         tokenizer.write_text(tokenizer.read_text() + " ")
         after = hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:12]
         os.kill(pid, signal.SIGKILL)
-        told = f"tokenizer.json (SHA-256 {before} then, SHA-256 {after} now)"
+        told = f"tokenizer.json (SHA-256 {before} before, SHA-256 {after} now)"
         await_true(lambda: told in deployment.output(), "both digests are told")
         assert states(deployment.url).get("decode-0") != "ready"

@@ -1,5 +1,5 @@
-"""A deployment on a GPU sleeps and wakes up: memory given back, the same tokens, blocks pulled and
-not recomputed.
+"""A deployment on a GPU sleeps and wakes up: it frees memory, answers with the same tokens, and
+pulls blocks instead of recomputing them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pulled_bytes(router: Api) -> float:
 
 
 def free_bytes() -> int:
-    """Engines are dealt over all devices."""
+    """The free memory of all devices, since engines use all of them."""
     return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
 
 
@@ -72,7 +72,7 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(llama: Path) -> No
             ] * 2
             wanted_bytes = 0.95 * sum(outcome.num_bytes for outcome in outcomes)
             assert wanted_bytes > 2**32
-            # A peer that maps the memory lets go of it when it hears from the registry.
+            # A peer that maps the memory unmaps it after the next registry.
             await_true(
                 lambda awake=awake_bytes, wanted=wanted_bytes: free_bytes() - awake >= wanted,
                 "the memory is given back",
@@ -89,7 +89,7 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(llama: Path) -> No
             await_true(
                 lambda before=before: pulled_bytes(router) > before, "the KV blocks are pulled"
             )
-            if cycle == 2:  # the first one of each level loads kernels
+            if cycle == 2:  # the first cycle of each level loads kernels
                 settled_bytes, settled_fds = free_bytes(), fds_of_ranks(deployment)
         assert len(settled_fds) == 2
         await_true(

@@ -1,4 +1,4 @@
-"""A launch with the default settings: routes, a supervisor that stands still, lost folders."""
+"""A launch with the default settings: routes, a stopped supervisor, lost folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ask(url: str, prompt: list[int], **headers: str) -> tuple[str, list[int]]:
     body = json.dumps(greedy_body(prompt, 8)).encode()
     headers |= {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", body, headers)
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         return response.headers[ROUTE_HEADER], json.load(response)["choices"][0]["token_ids"]
 
 
@@ -78,7 +78,7 @@ def test_a_supervisor_that_wakes_up_late_restarts_nothing(launch: Deployment) ->
         said = run("restart", "decode-0", "--url", launch.url, exit_code=1)
     assert "the supervisor has not answered within 10 s" in said
     await_true(lambda: "a command is dropped" in launch.output(), "the supervisor says so")
-    # Carried out behind the dropped one, so that a restart would show by now.
+    # This command comes after the dropped one, so a restart would show by now.
     assert "nothing runs there" in run("drain", "prefill-0", "--url", launch.url)
     assert {name: process.pid for name, process in launch.processes().items()} == before
 
@@ -90,13 +90,14 @@ def test_a_launch_whose_folders_are_removed_answers_and_ends(llama: Path) -> Non
     environ = default_environ() | {"TMPDIR": folder.name}
     with folder, launched(llama, environ=environ) as launch:
         shutil.rmtree(launch.log_dir)
-        said = f"{launch.log_dir}, the folder of the logs, has been removed"
+        said = f"{launch.log_dir}, the log folder, was removed"
         await_true(lambda: said in launch.output(), "the launch says so")
         assert launch.log_dir.is_dir()
         (own,) = Path(folder.name).glob("pdlaunch-run-*")
         with streamed(launch.url, prompt, 400) as tokens:
             found = [next(tokens)]
-            shutil.rmtree(own)
+            for path in filter(Path.is_socket, list(own.iterdir())):
+                path.unlink()  # as cleaners do that keep folders in use
             assert found + list(tokens) == expected
         assert launch.process.wait(120) == 1
-        assert f"{own}, the folder of this launch, has been removed" in launch.output()
+        assert f"{own}, the folder of this launch, or its socket was removed" in launch.output()

@@ -1,4 +1,4 @@
-"""A request of which real ranks die: it fails after two deaths, and all that were beside it are
+"""A request that kills real ranks fails after two deaths. All requests in the same batch are
 answered.
 """
 

@@ -1,5 +1,5 @@
-"""Engines of several GPUs: CUDA graphs with sums over the ranks, and blocks that are pulled from
-other numbers of ranks.
+"""Engines with several GPUs: CUDA graphs with all-reduce, and pulls between engines of different
+TP sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_TOKENS = 24
 
 
 def make_model(folder: Path) -> Path:
-    """Two KV heads: one for each of two ranks."""
+    """Make a model with two KV heads, one for each of two ranks."""
     directory = save_tiny_model("llama", folder)
     make_tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The disaggregated answer equals transformers' own generate, token for token."""
+"""Disaggregated answers equal those of transformers' own generate, token by token."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
 
 DEMO_LENGTHS = (1, 17, 513)
-"""Across boundaries of chunks (512) and blocks (16). The tiny models, which take a tenth of the
-time, have one at each boundary.
+"""Lengths beyond boundaries of chunks (512) and blocks (16). Tests of tiny models, which take a
+tenth of the time, cover each boundary.
 """
 NUM_TOKENS = 8
 TINY_LENGTHS = (1, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 130, 200, 257)
-"""At each boundary of blocks of 16, chunks of 32 and windows of 24, and one off it."""
+"""Lengths at each boundary of blocks of 16, chunks of 32 and windows of 24, and one beside it."""
 CHUNKS = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "32"}
 
 
@@ -30,13 +30,13 @@ def test_demo_model_in_a_batch_then_from_prefix_cache_then_cold(demo: Deployment
     rng = random.Random(7)
     prompts = [[rng.randrange(100, 40_000) for _ in range(length)] for length in DEMO_LENGTHS]
     directory = ensure_converted("smollm2", lambda stage, share: None)
-    # Its weights would take 540 MiB of this process.
+    # In another process, because the weights take 540 MiB.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         expected = pool.submit(greedy, directory, prompts, NUM_TOKENS)
         for kind in ("cold", "prefix hit"):
             answers = complete_all(demo.url, prompts, NUM_TOKENS, concurrency=8)
             assert answers == expected.result(), kind
-    # A salt keeps the prefix cache out.
+    # A salt prevents prefix cache hits.
     alone = [complete(demo.url, prompt, NUM_TOKENS, cache_salt="cold") for prompt in prompts]
     assert alone == expected.result()
 
@@ -47,8 +47,8 @@ def make_prompts() -> list[list[int]]:
 
 
 def test_different_numbers_of_ranks(llama: Path) -> None:
-    """The router has one rank pull from three; the other way round each engine is asked for the
-    other one's part.
+    """Through the router, one rank pulls from three. For the other direction, the test sends the
+    prompt to the decode engine first.
     """
     prompts = make_prompts()
     expected = greedy(llama, prompts, NUM_TOKENS)
@@ -66,8 +66,8 @@ def test_different_numbers_of_ranks(llama: Path) -> None:
 
 
 def complete_in_turn(first: Api, then: Api, prompt: list[int]) -> list[int]:
-    """What a router does: the first engine computes the prompt, the second one pulls and goes on. A
-    salt keeps caches out.
+    """As a router does, let the first engine compute the prompt, and the second one pull it and
+    continue. A salt prevents prefix cache hits.
     """
     salted = greedy_body(prompt, 1) | {"cache_salt": "in turn"}
     params = {"kv_transfer_params": {"do_remote_decode": True}}
@@ -79,8 +79,8 @@ def complete_in_turn(first: Api, then: Api, prompt: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "smollm3"])
 def test_tiny_models_of_every_family(family: str, tmp_path: Path) -> None:
-    """Those that have no launch of their own anywhere else: llama has many, qwen3 that of the hub,
-    gemma3 that of the host tier.
+    """Families without another test: many tests have llama, that of the hub has qwen3, that of the
+    host tier has gemma3.
     """
     directory, prompts = make_tiny_model(family, tmp_path), make_prompts()
     expected = greedy(directory, prompts, 24)

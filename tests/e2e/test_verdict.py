@@ -19,7 +19,7 @@ def start(model: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pdlaunch", "verdict", "--model", str(model)]
     engine = ["--dtype", "float32", "--kv-cache-memory", "16MiB", "--gpus", "2"]
     load = ["--slo", "ttft=3000,e2e=6000", "--input-tokens", "300", "--output-tokens", "100"]
-    files = ["--minutes", "1", "--output", str(folder)]
+    files = ["--minutes", "0.3", "--output", str(folder)]
     return subprocess.Popen(
         [*command, *engine, *load, *files, *arguments],
         stdout=subprocess.PIPE,
@@ -46,7 +46,7 @@ def test_ctrl_c_gives_the_verdict_so_far_and_resume_goes_on(llama: Path, tmp_pat
 
     process = start(llama, tmp_path, "--resume")
     told, _ = process.communicate(timeout=TIMEOUT_S)
-    # On busy cores it may be that no rate meets the goals.
+    # On busy cores, perhaps no rate meets the goals.
     has_verdict = "No verdict" not in told
     assert process.returncode == int(not has_verdict), told
     after = json.loads(state.read_text())["findings"]

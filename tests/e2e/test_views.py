@@ -1,4 +1,4 @@
-"""What people see of a real launch: the line on its terminal, ``pdlaunch status`` and ``top``."""
+"""Views of a real launch: the status line of its terminal, ``pdlaunch status`` and ``top``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
+from pdlaunch.launch.client.admin import own_launches
 from pdlaunch.launch.client.deployment import Deployment
 from tests.cli.terminal import Terminal
 from tests.e2e.api import streamed
@@ -28,7 +29,7 @@ def asked(demo: Deployment) -> None:
 def test_the_terminal_of_serve_has_a_status_line(demo: Deployment) -> None:
     line = re.compile(
         r"^\[\d\d:\d\d:\d\d\] [\d.]+ requests/s, [\d.]+k? tokens/s, \d+ running, \d+ waiting, "
-        r"KV prefill \d+% decode \d+%, pulls [\d.]+ GB/s, \d+ errors?$",
+        r"KV prefill \d+% decode \d+%, pulls [\d.]+ [kMG]?B/s, \d+ errors?$",
         re.MULTILINE,
     )
     await_true(lambda: line.search(demo.output()) is not None, "the line has come")
@@ -50,12 +51,18 @@ def test_status_tells_engines_and_pairs(demo: Deployment) -> None:
     assert re.search(r"\d+ requests, \d+ errors", result.output)
 
 
-def test_doctor_asks_the_engines_of_an_own_launch_through_its_socket(demo: Deployment) -> None:
-    words = ["doctor", demo.url]
+@pytest.mark.parametrize("is_named", [False, True])
+def test_doctor_asks_the_engines_of_an_own_launch_through_its_socket(
+    demo: Deployment, monkeypatch: pytest.MonkeyPatch, is_named: bool
+) -> None:
+    # Other tests may have launches here.
+    monkeypatch.setattr("pdlaunch.cli.doctor.own_launches", lambda _: own_launches(demo.url))
+    words = ["doctor", *([demo.url] if is_named else [])]
     result = CliRunner().invoke(build_app(words), words, env={"COLUMNS": "80", "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
     assert "a canary moved" in " ".join(result.output.split())
-    assert "PD650" not in result.output
+    # The router reports the path of the pair, and its speed.
+    assert not re.search("PD650|PD663|UCX_PROTO_INFO", result.output)
 
 
 def test_top_watches_it_on_a_small_terminal_without_colour(demo: Deployment) -> None:
@@ -63,12 +70,12 @@ def test_top_watches_it_on_a_small_terminal_without_colour(demo: Deployment) -> 
     try:
         with streamed(demo.url, list(range(1000, 1400)), 1400) as tokens:
             next(tokens)
-            text = terminal.until(lambda text: "B/s" in text and "1 in flight" in text)
+            pair = re.compile(r"prefill-0 -> decode-0 +\S+ +[\d.]+ GB/s")
+            text = terminal.until(lambda text: pair.search(text) and "1 in flight" in text)
             rows = [line.split() for line in text.splitlines() if line.strip()]
             assert "2 engines" in text.splitlines()[1]
             states = [row[2] for row in rows if row[0] in ("decode-0", "prefill-0")]
             assert states.count("ready") == 2
-            assert re.search(r"prefill-0 -> decode-0 +\S+ +[\d.]+ GB/s", text)
         terminal.press("\x03")
         assert terminal.end() == 130
         assert terminal.is_restored()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 VOCAB_SIZE = 256
-# For TP 2; vLLM on a CPU needs heads of 32 at least.
+# For TP 2; vLLM on a CPU needs a head size of at least 32.
 TWO_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 128}
 HEADS = {
     "num_attention_heads": 6,
@@ -20,12 +20,7 @@ HEADS = {
     "hidden_size": 48,
     "intermediate_size": 96,
 }
-COMMON = HEADS | {
-    "vocab_size": VOCAB_SIZE,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+COMMON = HEADS | {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"num_hidden_layers": 3},
@@ -50,17 +45,17 @@ def make_tiny_model(
     vocab_size: int = VOCAB_SIZE,
     **heads: int,
 ) -> Path:
-    """Write config, weights and tokenizer of a tiny random model; returns its directory."""
+    """Write config, weights and tokenizer of a tiny random model; return its directory."""
     sizes = COMMON | {"vocab_size": vocab_size, "max_position_embeddings": max_model_len} | heads
     config = AutoConfig.for_model(family, **sizes, **FAMILIES[family])
     return write_model(config, folder / family, seed=seed)
 
 
 def write_model(config: PretrainedConfig, directory: Path, *, seed: int = 0) -> Path:
-    """Write a random model of this shape; returns its directory."""
+    """Write a random model with this config; return its directory."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # Larger weights than the default: greedy answers then vary instead of repeating one token.
+    # Larger weights than the default, so that greedy answers do not repeat one token.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -74,7 +69,7 @@ def write_model(config: PretrainedConfig, directory: Path, *, seed: int = 0) -> 
 
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """One token for each byte; tokens past those are read, never written."""
+    """A tokenizer with a token for each byte. It decodes further tokens, but never encodes one."""
     words = [
         *sorted(pre_tokenizers.ByteLevel.alphabet()),
         *(f"<{index}>" for index in range(VOCAB_SIZE, vocab_size)),
@@ -88,7 +83,7 @@ def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
 
 
 def greedy(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """What transformers' own generate answers, one prompt at a time, in float32."""
+    """The answers of transformers' own generate, one prompt at a time, in float32."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     answers = []

@@ -1,4 +1,4 @@
-"""Wait for something to become true, with a limit that only a fault reaches."""
+"""Waits for a condition, with a time limit that only a fault exceeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 def await_true(
     condition: Callable[[], object], what: str | Callable[[], str], timeout_s: float = 180.0
 ) -> None:
-    """``what`` is wanted; as a function it also says what there is instead."""
+    """``what`` names the condition for the error; as a function it may add the present state."""
     deadline_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_at, (

@@ -17,10 +17,7 @@ BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
 
 
-GRAPHS: dict[str, dict[str, object]] = {
-    "graphs": {},
-    "eager": {"enforce_eager": True},
-}
+GRAPHS: dict[str, dict[str, object]] = {"graphs": {}, "eager": {"enforce_eager": True}}
 """Settings for steps on a GPU, by which of them run from CUDA graphs."""
 
 

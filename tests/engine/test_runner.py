@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pdlaunch.config.model_files.identity import weight_digests
 from pdlaunch.engine.memory.pools import TAGS, MemoryPools
 from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner, left_for_cache
@@ -19,13 +20,7 @@ from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.models.tiny import CONFIGS, greedy, save_tiny_model
-from tests.engine.real_steps import (
-    BLOCK_SIZE,
-    GRAPHS,
-    answers,
-    ignore_progress,
-    make_spec,
-)
+from tests.engine.real_steps import BLOCK_SIZE, GRAPHS, answers, ignore_progress, make_spec
 
 NUM_TOKENS = 14
 # Around the block (4), the chunks (7), and the windows (8, 10).
@@ -150,6 +145,20 @@ class SleepingPools(MemoryPools):
         return 1
 
 
+def test_weights_that_change_while_they_are_loaded_are_not_used(tmp_path: Path) -> None:
+    file = save_tiny_model("llama", tmp_path) / "model.safetensors"
+    pinned = weight_digests(file.parent)
+
+    def change(text: str, _: float | None) -> None:
+        if text == "loading weights":
+            save_file({name: one + 1 for name, one in load_file(file).items()}, file)
+
+    with pytest.raises(ConfigError, match=r"changed while it was loaded: model.safetensors"):
+        ModelRunner(make_spec(file.parent), tp=None, progress=change)
+    with pytest.raises(ConfigError, match=r"since this launch began: model.safetensors"):
+        ModelRunner(make_spec(file.parent), tp=None, progress=change, pinned=pinned)
+
+
 def test_weights_that_changed_while_it_slept_are_not_used(tmp_path: Path) -> None:
     directory = save_tiny_model("llama", tmp_path)
     runner = ModelRunner(
@@ -160,7 +169,7 @@ def test_weights_that_changed_while_it_slept_are_not_used(tmp_path: Path) -> Non
     runner.sleep(2)
     save_file({name: one + 1 for name, one in load_file(file).items()}, file, {"format": "pt"})
     for _ in range(2):
-        with pytest.raises(ConfigError, match="has changed while the engine slept"):
+        with pytest.raises(ConfigError, match="has changed while the engine was asleep"):
             runner.wake_up(TAGS)
         assert runner.sleeping_tags == {"weights"}
     file.write_bytes(launched)
@@ -169,7 +178,7 @@ def test_weights_that_changed_while_it_slept_are_not_used(tmp_path: Path) -> Non
 
 
 def test_cache_too_small_for_one_block_is_refused(llama: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no block"):
+    with pytest.raises(ConfigError, match="is too small: a block has"):
         new_runner(llama, kv_cache_memory=100)
 
 

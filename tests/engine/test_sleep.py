@@ -109,7 +109,7 @@ class Engine:
         self.coordinator = SleepCoordinator(
             self.sleepers[0],
             num_ranks=num_ranks,
-            tell_ranks=self.mail.append,
+            notify_ranks=self.mail.append,
             scheduler=self.scheduler,
             answer=self.replies.append,
             clock=lambda: self.now,
@@ -196,7 +196,7 @@ def test_sleep_waits_for_everything_that_holds_blocks(name: str, engine: Engine)
 def test_refused_when_time_is_up_and_nothing_has_changed(engine: Engine) -> None:
     engine.scheduler.counts = EngineStats(num_running=2, num_leased_requests=1)
     engine.sleep(timeout_s=0.0)
-    error = "the engine cannot sleep now: 2 requests running, 1 requests leased"
+    error = "the engine cannot sleep now: 2 requests running, 1 requests under lease"
     assert engine.reply().error == error
     assert engine.is_awake
     assert not any(rank.log for rank in engine.ranks)
@@ -236,7 +236,7 @@ def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) ->
     engine.scheduler.counts = EngineStats(num_running=1)
     engine.sleep()
     engine.sleep()
-    assert engine.reply().error == "the engine is busy with another call"
+    assert engine.reply().error == "the engine still handles another sleep or wake-up"
     engine.coordinator.forget_caller()
     engine.scheduler.counts = EngineStats()
     engine.turn()
@@ -294,11 +294,7 @@ def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
     kinds = [type(message).__name__ for message in recorder.told]
     assert kinds == ["Tokens", "Tokens", "RequestFinished", "SleepReply"]
     recorder.told.clear()
-    recorder.requests = [
-        structs.replace(prompt, request_id="b"),
-        Hello(),
-        WakeUp(call_id=8),
-    ]
+    recorder.requests = [structs.replace(prompt, request_id="b"), Hello(), WakeUp(call_id=8)]
     leader.turn()
     recorder.requests = [structs.replace(prompt, request_id="c")]
     while "c" not in [
@@ -306,7 +302,7 @@ def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
     ]:
         leader.turn()
     refused, welcome, woken, *_, finished = recorder.told
-    assert (refused.request_id, refused.error) == ("b", "the engine sleeps")
+    assert (refused.request_id, refused.error) == ("b", "the engine is asleep")
     assert set(welcome.sleeping_tags) == ALL
     assert (woken.call_id, woken.error, woken.sleeping_tags) == (8, None, [])
     assert (finished.reason, finished.num_cached_tokens) == ("length", 0)

@@ -39,6 +39,7 @@ class Fault(Enum):
     FAIL = auto()  # it writes, and then says that it has failed
     DELAY = auto()  # it starts late, and may write after the pull has ended
     CORRUPT = auto()  # it says done, and one byte is wrong
+    TRUNCATE = auto()  # it says done, and the last pieces are missing
     # Its completion comes late, maybe after the end of its lease or the pull's deadline.
     LOSE = auto()
 
@@ -198,10 +199,14 @@ class FaultyRead(Read):
         state = self._inner.poll()
         if state == "done" and self._fault is Fault.FAIL:
             return "failed"
-        if state == "done" and self._fault is Fault.CORRUPT:
+        if state == "done" and self._fault in (Fault.CORRUPT, Fault.TRUNCATE):
             block = self._source.choice(self._memory)
-            row, column = (self._source.randrange(size) for size in block.shape)
-            block[row, column] ^= self._source.randrange(1, 256)
+            if self._fault is Fault.TRUNCATE:
+                for missing in self._memory[len(self._memory) // 2 :]:
+                    missing.zero_()
+            else:
+                row, column = (self._source.randrange(size) for size in block.shape)
+                block[row, column] ^= self._source.randrange(1, 256)
             if block.is_cuda:
                 # Checksums are computed on another stream: the fault must be there before.
                 torch.cuda.current_stream(block.device).synchronize()

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
+from pdlaunch.errors import StartupError
 from pdlaunch.http.connections import HttpRunner, fit
 from tests.http.loop_clock import pass_time
 from tests.router.fake_engine import until
@@ -138,6 +139,7 @@ async def test_a_reader_that_does_not_read_loses_its_place() -> None:
 def test_descriptors_are_shared_by_clients_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 512))
     assert (fit(256), fit(256, num_each=4), fit(4096, num_others=224)) == (256, 112, 224)
-    assert fit(7, num_others=1000) == 1
+    with pytest.raises(StartupError, match="may open 512 files, but needs 1065"):
+        fit(7, num_others=1000)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
     assert fit(4096, num_each=4) == 4096

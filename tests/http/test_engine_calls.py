@@ -131,12 +131,12 @@ async def test_a_whole_answer_leaves_its_connection_to_the_next_call(
         (b"", "closed the connection without an answer"),
         (OK + b"Content-Length: 9\r\n\r\nhalf", "closed the connection in the middle"),
         (CHUNKED + b"4\r\nhalf\r\n", "in the middle of its answer"),
-        (b"not HTTP, my secret\r\n\r\n", "no valid HTTP"),
-        (CHUNKED + b"no number, my secret\r\n", "no valid HTTP"),
-        (OK + b"X: " + b"x" * 2 * 64 * 1024 + b"\r\n", "no valid HTTP"),
-        (OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n12", "no valid HTTP"),
-        (OK + b"Content-Length: -1\r\n\r\n", "no valid HTTP"),
-        (OK + b"X: a\x00b\r\nContent-Length: 0\r\n\r\n", "no valid HTTP"),
+        (b"not HTTP, my secret\r\n\r\n", "not valid HTTP"),
+        (CHUNKED + b"no number, my secret\r\n", "not valid HTTP"),
+        (OK + b"X: " + b"x" * 2 * 64 * 1024 + b"\r\n", "not valid HTTP"),
+        (OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n12", "not valid HTTP"),
+        (OK + b"Content-Length: -1\r\n\r\n", "not valid HTTP"),
+        (OK + b"X: a\x00b\r\nContent-Length: 0\r\n\r\n", "not valid HTTP"),
     ],
 )
 async def test_what_is_no_whole_answer_is_an_error_that_quotes_nothing(
@@ -160,15 +160,16 @@ async def test_who_gives_up_an_answer_closes_its_connection(call: Call) -> None:
 async def test_an_answer_that_is_left_frees_its_connection_when_its_end_comes(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def left(end_s: float) -> None:
+    async def left(end_s: float) -> Answer:
         monkeypatch.setattr(engine_calls, "END_S", end_s)
         answer = await call.begun(CHUNKED + b"5\r\nevent\r\n")
         assert await answer.read_some() == b"event"
         answer.leave()
+        return answer
 
-    await left(300.0)
+    answer = await left(300.0)
     call.peers[-1].write(b"0\r\n\r\n")
-    await asyncio.sleep(0.05)
+    await until(lambda: answer._response.closed)
     await left(0.0)
     assert len(call.peers) == 1
     await call.is_left()
@@ -183,7 +184,7 @@ async def test_what_cannot_stand_in_a_request_is_not_sent(call: Call, value: str
 
 
 async def test_an_engine_that_is_not_there_cannot_have_seen_the_request(tmp_path: Path) -> None:
-    calls = EngineCalls(0.05)
+    patient, hasty = EngineCalls(60.0), EngineCalls(0.05)
     with contextlib.ExitStack() as held:
         # The backlog is full, and nobody accepts.
         full = held.enter_context(socket.socket())
@@ -193,15 +194,16 @@ async def test_an_engine_that_is_not_there_cannot_have_seen_the_request(tmp_path
             filler = held.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
-        for url, reason in (
-            ("http://127.0.0.1:1", "cannot connect"),
-            (f"unix:{tmp_path}/none.sock", "cannot connect"),
-            (f"http://127.0.0.1:{full.getsockname()[1]}", r"no connection within 0\.05 s"),
+        for calls, url, reason in (
+            (patient, "http://127.0.0.1:1", "cannot connect"),
+            (patient, f"unix:{tmp_path}/none.sock", "cannot connect"),
+            (hasty, f"http://127.0.0.1:{full.getsockname()[1]}", r"no connection within 0\.05 s"),
         ):
             with pytest.raises(CallError, match=reason) as raised:
                 await calls.call(url, "GET", "/", {}, b"")
             assert raised.value.not_received
-    await calls.close()
+    await patient.close()
+    await hasty.close()
 
 
 @pytest.mark.parametrize("server", ["own key", "other key", "no TLS"])

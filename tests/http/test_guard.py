@@ -96,7 +96,7 @@ async def test_two_hosts_are_none() -> None:
 @pytest.mark.parametrize("path", ["/v1/models", "/health"])
 async def test_pages_of_other_origins_are_refused(origin: str, path: str) -> None:
     http = request("POST", path, [("Origin", origin)], host="localhost:8000")
-    assert status(Guard(HERE), http, "let a proxy answer") == 403
+    assert status(Guard(HERE), http, "use a proxy") == 403
 
 
 async def test_its_own_page_is_let_in() -> None:

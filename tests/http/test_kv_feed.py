@@ -39,15 +39,16 @@ async def following(feed: KVFeed) -> AsyncIterator[AsyncIterator[KVBlocks]]:
 
 async def test_a_stream_begins_with_everything_and_goes_on_with_changes() -> None:
     feed, held = KVFeed(), HeldBlocks()
-    feed.tell(stored(1, 2, 3))
-    feed.tell(KVBlocks(block_size=4, num_blocks=9, removed={"device": [3]}))
+    feed.publish(stored(1, 2, 3))
+    feed.publish(KVBlocks(block_size=4, num_blocks=9, removed={"device": [3]}))
     async with following(feed) as messages:
         for _ in range(2):
             held.apply(await anext(messages))
         assert (held.num_held([1, 2, 3]), held.num_blocks) == (2, 9)
-        feed.tell(stored(3))
+        feed.num_tokens = 80
+        feed.publish(stored(3))
         held.apply(await anext(messages))
-        assert held.num_held([1, 2, 3]) == 3
+        assert (held.num_held([1, 2, 3]), held.num_blocks) == (3, 20)
         feed.close()
         with pytest.raises(StopAsyncIteration):
             await anext(messages)
@@ -59,7 +60,7 @@ async def test_a_reader_that_is_behind_loses_its_stream(monkeypatch: pytest.Monk
     async with following(feed) as messages:
         await anext(messages)
         for key in range(4):
-            feed.tell(stored(key))
+            feed.publish(stored(key))
         async for message in messages:
             held.apply(message)
     assert len(held) < 4
@@ -80,6 +81,6 @@ async def test_sizes_that_no_cache_has_end_the_reading(sizes: dict[str, int]) ->
     feed = KVFeed()
     async with following(feed) as messages:
         await anext(messages)
-        feed.tell(KVBlocks(**{"block_size": 4, **sizes}))  # type: ignore[arg-type]
+        feed.publish(KVBlocks(**{"block_size": 4, **sizes}))  # type: ignore[arg-type]
         with pytest.raises(ProtocolError):
             await anext(messages)

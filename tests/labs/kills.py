@@ -75,9 +75,8 @@ async def load_with_kills(
     killer.cancel()
     with suppress(asyncio.CancelledError):
         await killer
-    report.totals = {
-        name: round(value + counted_before[name], 3) for name, value in report.totals.items()
-    }
+    counted_before.update(report.totals)
+    report.totals = {name: round(value, 3) for name, value in counted_before.items()}
     for kill in kills:
         hit = [sent for sent in report.sent if sent.start_at <= kill.killed_at <= sent.end_at]
         kill.num_in_flight = len(hit)

@@ -91,7 +91,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class SentRequest(msgspec.Struct, frozen=True):
-    """Records one request; ``longest_gap_s``: between two pieces of its answer, or before them."""
+    """Records one request; ``longest_gap_s``: before, between and after the events of a stream."""
 
     outcome: str
     start_at: float
@@ -251,7 +251,8 @@ class _Load:
             )
             end_at = time.monotonic()
             instants = pairwise([start_at, *answer.events_at, end_at])
-            gap_s = max(late - early for early, late in instants)
+            # The client of a whole answer sees no gap, and waits for the answer anyway.
+            gap_s = max(late - early for early, late in instants) if answer.events_at else 0.0
             report.outcomes[outcome] += 1
             report.sent.append(SentRequest(outcome, start_at, end_at, gap_s))
             if outcome in ("equal", "error"):

@@ -9,12 +9,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.errors import ProtocolError
-from tests.labs.known_answers import (
-    LOGPROB_TOLERANCE,
-    ReceivedAnswer,
-    collect_stream,
-    difference,
-)
+from tests.labs.known_answers import LOGPROB_TOLERANCE, ReceivedAnswer, collect_stream, difference
 
 WHOLE = {
     "index": 0,

@@ -18,15 +18,11 @@ from pdlaunch.planning.resolve import resolve
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Answered, ChangeEngines, PlannedChange
 from tests.checks.contexts import CPU, TINY
-from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import write_weights
 from tests.launch.fakes import World
 
 CORES = replace(CPU, num_cpus=8)
-GPUS = replace(
-    CPU,
-    num_cpus=8,
-    gpus=tuple(Gpu(index, memory_bytes=80 << 30) for index in range(3)),
-)
+GPUS = replace(CPU, num_cpus=8, gpus=tuple(Gpu(index, memory_bytes=80 << 30) for index in range(3)))
 
 
 class Changing(World):
@@ -34,7 +30,7 @@ class Changing(World):
 
     def __init__(self, folder: Path, machine: Machine = CORES, **settings: Any) -> None:
         (folder / "config.json").write_text(json.dumps(TINY))
-        (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+        write_weights(folder)
         config = LaunchConfig.model_validate({"model": str(folder), **settings})
         resolved = resolve(config, {"local": machine}, {})
         super().__init__(

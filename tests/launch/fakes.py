@@ -47,11 +47,7 @@ M = TypeVar("M")
 
 
 def make_plan(
-    *,
-    num_prefill: int = 1,
-    num_decode: int = 1,
-    num_both: int = 0,
-    tp_size: int = 1,
+    *, num_prefill: int = 1, num_decode: int = 1, num_both: int = 0, tp_size: int = 1
 ) -> Plan:
     processes = []
     counts = {"prefill": num_prefill, "decode": num_decode, "both": num_both}

@@ -32,11 +32,20 @@ def test_the_cause_and_its_fix_are_found(path: Path) -> None:
     assert len(report) == 3 + bool(expected)
 
 
-def test_words_of_a_process_get_the_fix_that_is_known_for_them() -> None:
-    said = "vllm exited with status 1: torch.OutOfMemoryError: CUDA out of memory"
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("vllm exited with status 1: torch.OutOfMemoryError: CUDA out of memory", "Give an engine"),
+        # Native engines
+        ("p-0 cannot listen on 127.0.0.1:82: Address already in use", "Another process uses this"),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you ..", "Lower kv_cache_mem"),
+        ("SafetensorError: Error while deserializing header: invalid ..", "Weight files are miss"),
+    ],
+)
+def test_words_of_a_process_get_the_fix_that_is_known_for_them(said: str, fix: str) -> None:
     report = Failure("decode-0 failed to start", said=said).report(Path("/no/such.log"))
     assert report[:2] == ["decode-0 failed to start", f"  {said}"]
-    assert report[2].startswith("  fix: Give an engine more GPUs")
+    assert report[2].startswith(f"  fix: {fix}")
     assert len(report) == 4
 
 

@@ -53,7 +53,7 @@ def test_an_unknown_name_is_answered_with_those_that_there_are(
     answer = world.ask(command(name))
     there = "prefill-0, decode-0, decode-1"
     assert answer.code == "engine_not_found"
-    assert answer.error == f"there is no engine {name[:100]}; there are: {there}"
+    assert answer.error == f"there is no engine {name[:100]}; engines are: {there}"
 
 
 def test_a_command_whose_asker_has_given_up_is_dropped(world: World) -> None:
@@ -76,7 +76,7 @@ def test_a_drained_engine_goes_on_without_new_work(world: World, name: str) -> N
     assert not world.draining(), "it is told nothing, so that it can work again at once"
     assert world.ask(undrain(name)).error == ""
     assert not world.withheld()
-    notes = [f"decode-0 is {verb}, as was asked" for verb in ("drained", "undrained")]
+    notes = [f"decode-0 is {verb}, as requested" for verb in ("drained", "undrained")]
     assert world.observer.notes == notes
 
 
@@ -221,6 +221,17 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert (world.status.num_missing_pairs, len(world.status.pairs)) == (0, 1)
 
 
+def test_an_engine_that_goes_without_a_drain_is_shown_until_it_has_ended(tmp_path: Path) -> None:
+    """If it were absent at once, routers would call it lost."""
+    world = Changing(tmp_path, prefill={"replicas": 2})
+    world.plan_of(prefill=1, drain_timeout_s=0.0)
+    assert world.stopped() == {"prefill-1", "prefill-1/rank-0"}
+    assert (world.listed("prefill-1"), world.listed("prefill-1/rank-0")) == ("draining", None)
+    for name in ("prefill-1", "prefill-1/rank-0"):
+        world.exit(name)
+    assert world.listed("prefill-1") is None
+
+
 def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: Path) -> None:
     world = Changing(tmp_path, GPUS, decode={"replicas": 2})
     planned = world.plan_of(engine="decode-1/rank-0", role="prefill")
@@ -246,8 +257,8 @@ def test_without_a_free_gpu_it_says_who_has_them(tmp_path: Path) -> None:
     answer = world.change(decode=3)
     assert answer.code == "refused"
     assert answer.error.startswith(
-        "there is no room for decode-2: an engine needs 1 free GPU of one host, and local has 3, "
-        "GPU 0 of prefill-0, GPU 1 of decode-0, GPU 2 of decode-1"
+        "there is no room for decode-2: an engine needs 1 free GPU of one host, but local has 3, "
+        "GPU 0 used by prefill-0, GPU 1 used by decode-0, GPU 2 used by decode-1"
     )
     # One that stops in the same command makes room.
     assert world.plan_of(prefill=2, decode=1).stops_first
@@ -290,7 +301,7 @@ def test_a_dry_run_and_what_is_there_already_do_nothing(tmp_path: Path) -> None:
         ({"decode": 0}, "PD102 decode.replicas: 1 prefill engine, but no decode engine"),
         ({"prefill": 0, "decode": 0}, "no engine would be left"),
         ({"engine": "decode-0", "role": "prefill"}, "PD102"),
-        ({"engine": "decode-4", "role": "prefill"}, "there is no engine decode-4; there are: "),
+        ({"engine": "decode-4", "role": "prefill"}, "there is no engine decode-4; engines are: "),
     ],
 )
 def test_a_launch_that_would_break_is_refused(
@@ -314,7 +325,7 @@ def test_of_a_role_those_that_do_not_serve_go_first_and_never_the_last_one_that_
     assert world.plan_of(decode=1, dry_run=True).stops == {"decode-0": 0, "decode-1": 0}
     world.ask(drain("prefill-0"))
     answer = world.change(engine="decode-2", role="prefill")
-    assert "decode-2: no other engine serves" in answer.error
+    assert "decode-2 must not stop: no other engine" in answer.error
     assert not world.draining()
 
 

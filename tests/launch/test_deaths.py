@@ -11,6 +11,7 @@ from pdlaunch.launch.hosts.local import ProcessExited
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import (
+    MODEL_CHANGED,
     Alive,
     PairFailed,
     Progress,
@@ -132,11 +133,21 @@ def test_a_process_that_comes_back_with_another_model_is_stopped_as_one_that_fai
     world.pass_time(1)
     world.register("decode-0")
     world.say("decode-0", Ready(model={"model.safetensors": "another digest"}))
-    assert world.listed("decode-0") is None
     assert world.host.sent_to("decode-0", Stop)
+
+    def shown() -> tuple[str, str, bool]:
+        entry = world.entry("decode-0")
+        assert entry is not None
+        return entry.state, entry.address.http, MODEL_CHANGED in entry.reason
+
+    assert shown() == ("starting", "", True)
     world.exit("decode-0")
-    assert any("the model has changed since" in note for note in world.observer.notes)
+    assert shown() == ("failed", "", True)
+    assert any(MODEL_CHANGED in note for note in world.observer.notes)
     assert world.state("decode-0") == "backing-off"
+    world.pass_time(1)
+    world.become_ready("decode-0")
+    assert shown()[::2] == ("ready", False)
 
 
 def test_an_engine_that_joins_with_another_model_does_not_become_ready(tmp_path: Path) -> None:
@@ -190,7 +201,7 @@ def test_it_is_given_up_and_the_others_serve_on(name: str, returncode: int) -> N
     assert world.state(name) == "given-up"
     assert name not in world.host.running
     assert world.failure is None
-    note = "decode-0 is given up and tried again in 8 s, decode-1 serves on"
+    note = "decode-0 is given up and tried again in 8 s; still serving: decode-1"
     assert world.observer.notes[-1].endswith(note)
     entry = world.entry("decode-0")
     assert entry is not None
@@ -204,7 +215,7 @@ def test_engines_of_both_roles_serve_on_without_a_pair_and_the_pair_without_them
         world = serving(num_both=1)
         crash_loop(world, lost)
         assert world.failure is None
-        assert any(f"in 8 s, {left} serves on" in note for note in world.observer.notes)
+        assert any(f"in 8 s; still serving: {left}" in note for note in world.observer.notes)
     crash_loop(world, "decode-0")
     assert world.failure is not None, "a prefill engine alone is no pair"
 
@@ -251,7 +262,7 @@ def test_what_says_nothing_for_too_long_is_killed_and_restarted(name: str) -> No
     world.pass_time_alive(12, silent=[name])
     assert name == "router" or world.listed(name) is None
     assert world.signalled(signal.SIGKILL) == {name}
-    assert any(f"{name} hung: its loop did not turn for" in note for note in world.observer.notes)
+    assert any(f"{name} hung: its main loop stood" in note for note in world.observer.notes)
     world.pass_time_alive(10, silent=[name])
     assert world.host.spawned.count((name, 2)) == 0, "a successor while it is still there"
     world.exit(name, -9)

@@ -32,5 +32,6 @@ def test_what_a_host_reports_and_the_end_of_the_starter_are_events() -> None:
         assert queue.wait(20) == [gone]
         theirs.close()
         stop, same = queue.wait(20)
-        assert (stop, same) == (StopRequested(signal.SIGHUP, "whoever started this is gone"), gone)
+        reason = "the process that started this is gone"
+        assert (stop, same) == (StopRequested(signal.SIGHUP, reason), gone)
         assert queue.wait(0) == [gone]

@@ -24,7 +24,7 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import THIS_HOST, resolve, resolve_on
 from pdlaunch.protocol.control import ChangeEngines
 from tests.checks.contexts import TINY
-from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import write_weights
 from tests.launch.fakes import pair_ready
 
 
@@ -32,7 +32,7 @@ from tests.launch.fakes import pair_ready
 def tiny(tmp_path: Path) -> str:
     """The folder of a model of a few bytes."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    (tmp_path / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    write_weights(tmp_path)
     return str(tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_an_engine_over_hosts_needs_room_on_each_of_them() -> None:
     settings = {"engine": "vllm", "prefill": wide, "placement_strategy": "spread"}
     deployment = Deployment(replace(TWO_GPUS, gpus=TWO_GPUS.gpus[:1]), **settings)
     deployment.places.kind = kind_of(deployment.launch)
-    lacking = "needs 1 free GPU of each of 2 hosts, .* a has 1, GPU 0 of prefill-0; b has 1"
+    lacking = "needs 1 free GPU of each of 2 hosts, .* a has 1, GPU 0 used by prefill-0; b has 1"
     with pytest.raises(ConfigError, match=lacking):
         plan(deployment, prefill=2)
     roomy = Deployment(TWO_GPUS, **settings)
@@ -195,10 +195,7 @@ def test_new_engines_go_beside_their_peers_while_there_is_room(tiny: str) -> Non
     deployment = Deployment(replace(FOUR_CORES, num_cpus=3), model=tiny)
     assert {engine.host.name for engine in deployment.launch.engines} == {"a"}
     assert plan(deployment, decode=2) == {"decode-1": "a"}
-    with pytest.raises(
-        ConfigError,
-        match=r"-0 would have to be started anew",
-    ):
+    with pytest.raises(ConfigError, match=r"-0 would have to be restarted"):
         plan(deployment, decode=3)
 
 

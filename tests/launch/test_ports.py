@@ -27,7 +27,7 @@ def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 300])
 def test_a_foreign_address_is_refused(host: str) -> None:
-    expected = rf"{host} .*it is no address of this machine.*--host"
+    expected = rf"{host} .*it is not an address of this machine.*--host"
     with pytest.raises(StartupError, match=expected), listening(host, 0):
         pass
 

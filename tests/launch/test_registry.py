@@ -9,14 +9,7 @@ from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.hosts.local import MessageReceived
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.control import (
-    Happened,
-    PairFailed,
-    Ready,
-    Register,
-    Registry,
-    SleepState,
-)
+from pdlaunch.protocol.control import Happened, PairFailed, Ready, Register, Registry, SleepState
 from pdlaunch.protocol.due_pairs import MAX_PEERS
 from tests.launch.fakes import World, make_plan, pair_ready, serving
 

@@ -44,7 +44,6 @@ def test_a_probe_that_fails_is_named_and_hurts_nothing_else(
         ("processor: 0\nflags\t\t: fpu avx512_bf16 amx\n", True),
         ("Features\t: fp asimd bf16\n", True),
         ("flags\t\t: fpu avx2\n", False),
-        ("", False),
     ],
 )
 def test_native_bf16(tmp_path: Path, text: str, native: bool) -> None:
@@ -52,12 +51,17 @@ def test_native_bf16(tmp_path: Path, text: str, native: bool) -> None:
     assert has_native_bf16(tmp_path / "cpuinfo") is native
 
 
-def test_ports_are_tried_as_servers_do() -> None:
+def test_ports_are_tried_as_servers_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe_port("127.0.0.1", 0) == ""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert "busy" in probe_port("127.0.0.1", listener.getsockname()[1])
+        command = ["python", "-P", "-m", "pdlaunch.router"]
+        monkeypatch.setattr("psutil.Process.cmdline", lambda _: command)
+        assert "another launch of pdlaunch, pid" in probe_port(
+            "127.0.0.1", listener.getsockname()[1]
+        )
         assert "busy" not in probe_port("::", listener.getsockname()[1])
-    assert "no address" in probe_port("192.0.2.1", 0)
+    assert "not an address" in probe_port("192.0.2.1", 0)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_as_cuda_reads_it(values, indices):
     [
         (None, "0,1,0", "names a GPU twice"),
         (None, "0,2", "there is no GPU 2 for this launch, which sees 0, 1"),
-        *((None, own, "no list of numbers") for own in ("x", "0;1", "cuda:0", "²", UUIDS)),
+        *((None, own, "not a list of GPU numbers") for own in ("x", "0;1", "cuda:0", "²", UUIDS)),
         ("2,3", "2,3", [0, 1]),  # what the launch itself has: any meaning will do
         ("2,3", "3,2", [1, 0]),
         ("2,3,-1,0", "2", [0]),

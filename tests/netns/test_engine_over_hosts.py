@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.e2e.faults import lives
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.launch.sidecar.fake_vllm import answer_of
 from tests.launch.sidecar.program import write_command
@@ -69,10 +70,15 @@ def comes_back(launch: FarLaunch) -> Iterator[None]:
     is_back = lambda: launch.output().count("prefill-0 is ready again") > num_starts  # noqa: E731
     wait_for(is_back, launch, "it is not back")
     assert launch.output().count("prefill-0 is ready again") == num_starts + 1
-    assert not [each for each in old.values() if each.is_running()]
+    assert not any(map(lives, old.values()))
+    # Its pair is proven a moment later.
+    wait_for(lambda: is_used(launch), launch, "its pair is not used")
+
+
+def is_used(launch: FarLaunch) -> bool:
     routed = launch.log("router.log").count("route=prefill-0->decode-0")
     assert tokens(launch) == answer_of(PROMPT, 5)
-    assert launch.log("router.log").count("route=prefill-0->decode-0") == routed + 1
+    return launch.log("router.log").count("route=prefill-0->decode-0") > routed
 
 
 def tokens(launch: FarLaunch) -> list[int]:

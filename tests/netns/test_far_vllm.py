@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.e2e.faults import lives
 from tests.e2e.tiny_models import make_tiny_model
 from tests.launch.sidecar.fake_vllm import answer_of
 from tests.launch.sidecar.program import write_command
@@ -66,7 +67,7 @@ def test_engines_behind_doors_serve_and_heal(network: Network, config: dict[str,
         wait_for(lambda: is_new(network, engine.pid), launch, "no other one is started")
         wait_for(lambda: state(launch, "decode-0") == "ready", launch, "it is not back")
         assert tokens(launch) == answer_of(PROMPT, 5)
-        assert not sidecar.is_running()
+        assert not lives(sidecar)
 
 
 def test_an_executable_that_the_agent_does_not_allow(

@@ -138,9 +138,7 @@ def accepted(pods: Network, name: str) -> set[tuple[str, int]]:
     return {(names[ip], port) for ip, port in found if names.get(ip, name) != name}
 
 
-def test_pods_find_each_other_and_answer_when_the_probe_says_so(
-    pods: Network,
-) -> None:
+def test_pods_find_each_other_and_answer_when_the_probe_says_so(pods: Network) -> None:
     arguments = (str(EXAMPLES[0]), "--name", NAME, "--kv-cache-memory", "64MiB")
     arguments += ("--routing", "pairs")
     objects = render("kubernetes", *arguments)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from pdlaunch.observe.counters import COUNTERS
 from pdlaunch.observe.metrics import (
     ERROR_STATUSES,
     INTER_TOKEN_BUCKETS_S,
@@ -12,6 +15,8 @@ from pdlaunch.observe.metrics import (
     RequestMetrics,
     render_metrics,
 )
+from pdlaunch.transfer.proof import LATE, UNPROVEN
+from tests.test_budgets import PACKAGE
 
 LABELS = {"model": 'a"b'}
 
@@ -43,7 +48,7 @@ def test_tokens_are_counted_as_the_library_would(gaps_s: list[float]) -> None:
     metrics = RequestMetrics(registry, LABELS)
     gap = Histogram(
         "pdlaunch_inter_token_latency_seconds",
-        "Between output tokens.",
+        "Time between output tokens.",
         ["model"],
         buckets=INTER_TOKEN_BUCKETS_S,
         registry=usual,
@@ -74,3 +79,12 @@ def test_a_clock_measures_to_the_first_token_and_between_those_of_each_choice() 
     assert value(registry, "inter_token_latency_seconds_count") == 1
     assert value(registry, "generation_tokens_total") == 4
     assert value(registry, "e2e_request_latency_seconds_sum") == 5.0
+
+
+def test_every_counter_that_the_engine_names_is_in_the_table() -> None:
+    """A name without a row would fail the whole scrape of ``/metrics``."""
+    named = {UNPROVEN, LATE}
+    for path in (*(PACKAGE / "engine").rglob("*.py"), *(PACKAGE / "transfer").rglob("*.py")):
+        named |= set(re.findall(r'(?:counts\[|counter=)"(\w+)(?:/\w+)?"', path.read_text()))
+    assert "num_preemptions" in named
+    assert named <= COUNTERS.keys()

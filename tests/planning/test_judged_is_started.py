@@ -50,7 +50,7 @@ ALLOCATOR_VARIABLES = some(
 ENGINE = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
-    "max_model_len": st.integers(1, 9000),
+    "max_model_len": st.integers(2, 9000),
     "kv_cache_memory": st.integers(2 * GIB, 8 * GIB),
     "gpu_memory_utilization": st.floats(0.1, 1.0),
     "enable_cumem_allocator": st.sampled_from([False, False, True]),

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.shared_settings import RoutingPolicy
-from pdlaunch.protocol.bottleneck import (
-    HIGH_PROMPTS,
-    HIGH_TOKENS,
-    bottleneck_line,
-    find_bottleneck,
-)
+from pdlaunch.protocol.bottleneck import HIGH_PROMPTS, HIGH_TOKENS, bottleneck_line, find_bottleneck
 from pdlaunch.protocol.status import (
     Bottleneck,
     DeploymentStatus,

@@ -97,6 +97,7 @@ def test_every_parameter_of_openais_client_is_known_and_hints_are_accepted() -> 
         "vllm_xargs": {"a": 1},
     }
     assert chat(**hints).ignored_fields == ()
+    assert chat(temperature=3).temperature == 3, "no upper limit, as with vLLM"
     for kind, params in (
         (ChatCompletionRequest, openai_chat.CompletionCreateParamsBase),
         (CompletionRequest, openai_completions.CompletionCreateParamsBase),

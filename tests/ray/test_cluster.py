@@ -19,6 +19,7 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import states
 from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import lives
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 
@@ -136,4 +137,4 @@ def test_nothing_is_left_when_the_supervisor_is_killed(cluster: Any, model: Path
         assert children
         deployment.process.kill()
         psutil.wait_procs([*started, *children], timeout=TIMEOUT_S)
-        assert not [one for one in (*started, *children) if one.is_running()]
+        assert not any(map(lives, (*started, *children)))

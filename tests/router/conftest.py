@@ -23,7 +23,8 @@ from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.main import listen
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.recovery import RecoverySettings
+from pdlaunch.router.state import RouterState
 from tests.router.fake_engine import FakeEngine
 
 SPEC = RouterSpec(
@@ -78,7 +79,7 @@ class Stand:
             self.pool,
             client,
             self.metrics,
-            RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01),
+            RecoverySettings(wait_s=recovery_wait_s, retry_wait_s=0.01),
             prove_again=self.doubted.append,
             keys=spec.keys,
         )

@@ -26,12 +26,15 @@ def text_of(ids: list[int]) -> str:
 
 
 class FakeVllmEngine(FakeEngine):
-    """``pulls=False``: it computes what it was handed blocks of."""
+    """``pulls=False``: it computes what it was handed blocks of. ``names_first_token``: its leases
+    name the token that was drawn, as those of pdlaunch's connector.
+    """
 
     def __init__(self, name: str, role: Role, leases: dict[str, list[int]]) -> None:
         super().__init__(name, role)
         self.leases = leases
         self.pulls = True
+        self.names_first_token = False
         self.script = SCRIPT
         self.capabilities = CAPABILITIES
         self.message: dict[str, Any] | None = None
@@ -72,9 +75,12 @@ class FakeVllmEngine(FakeEngine):
         if body.get("model", "tiny") not in self.models:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         prompt = self._prompt(seen)
-        pulled = len(prompt) if params.get("do_remote_prefill") and self.pulls else 0
-        if pulled:
-            assert self.leases.pop(params["remote_request_id"]) == prompt
+        pulled = 0
+        if params.get("do_remote_prefill") and self.pulls:
+            lent = self.leases.pop(params["remote_request_id"])
+            pulled = len(lent)
+            # With the first token, if the client has it.
+            assert prompt in (lent, [*lent, params.get("first")])
         if self.hold_prefill and params.get("do_remote_decode"):
             self.holding.set()
             await self.go.wait()
@@ -191,7 +197,13 @@ class FakeVllmEngine(FakeEngine):
                 "do_remote_prefill": True,
                 "remote_request_id": lease,
                 "remote_prefill_cached_tokens": CACHED_AT_PREFILL,
+                "first": choice["token_ids"][0],
             }
+            if self.names_first_token:
+                first = {"token_id": choice["token_ids"][0]}
+                answer["kv_transfer_params"]["pdlaunch"] = {"first_tokens": [first]}
+        if seen.body.get("return_token_ids"):
+            answer["prompt_token_ids"] = prompt
         return web.json_response(answer)
 
 

@@ -373,7 +373,7 @@ async def test_an_engine_that_is_given_up_again_is_an_error(admin_stand: AdminSt
     server.incarnation, server.state, server.reason = 6, "failed", "died 5 times: disk full"
     stand.state.update(Registry(version=99, entries=[server]))
     status, body = await restarted
-    message = "decode-0 is given up again: died 5 times: disk full"
+    message = "decode-0 has failed: died 5 times: disk full"
     assert (status, body["error"]["message"]) == (503, message)
 
 

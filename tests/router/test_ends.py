@@ -120,6 +120,17 @@ async def test_a_half_closed_connection_is_told_why_it_gets_no_answer(
     writer.close()
 
 
+async def test_a_body_that_ends_early_is_refused_at_once(stand: Stand, caplog: Any) -> None:
+    await stand.start(pair())
+    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+    writer.write(HEAD % 9 + b"{")
+    await until(lambda: stand.router._bodies.held_bytes)
+    writer.write_eof()
+    assert b"connection_half_closed" in await reader.read()
+    writer.close()
+    assert not caplog.records
+
+
 async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> None:
     prefill, decode = pair()
     # More than the sockets between them hold.

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from pdlaunch.http.headers import ORIGIN_HEADER, format_origin, read_origin
+from pdlaunch.http.headers import ORIGIN_HEADER, read_origin
 from pdlaunch.observe.spans import PULL, Span, SpanReport
 from pdlaunch.protocol.control import Suspects
 from pdlaunch.router.client_request import PromptRequest
@@ -335,6 +335,27 @@ def decodes(number: int) -> list[FakeEngine]:
     return [FakeEngine(f"decode-{index}", "decode") for index in range(number)]
 
 
+@pytest.mark.parametrize("is_suspect", [False, True])
+async def test_failures_count_since_the_last_new_token(stand: Stand, is_suspect: bool) -> None:
+    """Each engine dies after a token. A suspect could kill them all so, token by token."""
+    engines = decodes(6)
+
+    def has_sent_token() -> bool:
+        seen = [each for engine in engines for each in engine.seen]
+        if is_suspect:
+            origins = [read_origin(seen[0].headers[ORIGIN_HEADER])[0]]
+            stand.state.suspects.take(Suspects(origins=origins, repeated=[]))
+        return stand.metric("pdlaunch_router_generation_tokens_total") >= len(seen)
+
+    for engine in engines:
+        engine.die_after, engine.may_die = 1, has_sent_token
+    await stand.start(engines)
+    answer = await stand.post(completion(stream=True))
+    num_tokens = stand.state.recovery.max_attempts if is_suspect else 6
+    assert answer.texts() == {0: expected_text("hello", num_tokens)}
+    assert ("error" in answer.events()[-1]) == is_suspect
+
+
 async def status_of(stand: Stand, name: str) -> dict[str, object]:
     async with stand.session.get("/pdlaunch/status") as response:
         engines = (await response.json())["engines"]
@@ -476,11 +497,6 @@ async def test_innocent_request_is_answered_by_the_next_engine_which_is_told(
 @pytest.mark.parametrize("header", [None, "", "0", "-1", "x", "1;other", str(2**63), "1" * 30])
 def test_headers_that_say_nothing(header: str | None) -> None:
     assert read_origin(header) == (0, False)
-
-
-def test_headers_read_as_they_are_written() -> None:
-    assert read_origin(format_origin(2**63 - 1)) == (2**63 - 1, False)
-    assert read_origin(format_origin(5, is_suspect=True)) == (5, True)
 
 
 async def test_a_body_that_engines_refuse_is_freed_without_the_collector(stand: Stand) -> None:

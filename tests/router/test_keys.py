@@ -148,9 +148,7 @@ async def test_lower_priorities_of_a_key_go_first(stand: Stand) -> None:
     assert (refused.status, refused.json()["error"]["param"]) == (400, "priority")
 
 
-async def test_calls_that_compute_nothing_are_held_by_the_limits_of_their_key(
-    stand: Stand,
-) -> None:
+async def test_calls_that_compute_nothing_are_held_by_the_limits_of_their_key(stand: Stand) -> None:
     prefill, decode = pair()
     prefill.hold_prefill = True
     await start(
@@ -241,7 +239,10 @@ async def test_answers_are_charged_when_they_begin_and_what_they_did_not_use_com
     works = [send(stand, "a", SHORT, max_tokens=max_tokens) for _ in range(num_admitted)]
     await until(lambda: len(prefill.seen) == num_admitted)
     refused = await send(stand, "a", SHORT, max_tokens=1)
-    assert (refused.status, refused.json()["error"]["code"]) == (429, "tokens_per_minute")
+    error = refused.json()["error"]
+    assert (refused.status, error["code"]) == (429, "tokens_per_minute")
+    assert refused.headers["Retry-After"] == "1"
+    assert "'a'" in error["message"]
     prefill.go.set()
     assert {answer.status for answer in await asyncio.gather(*works)} == {200}
     assert (await send(stand, "a", SHORT, max_tokens=1)).status == 200

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -73,6 +74,15 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
         assert value(metrics, sample) == 0, sample
     for sample in ('pdlaunch_router_engines{state="ready"}', "pdlaunch_router_engines_ready"):
         assert value(metrics, sample) == 2
+
+
+def test_a_pair_below_a_tenth_of_its_link_s_speed_is_slow() -> None:
+    metrics, measured = RouterMetrics("m"), pair("decode-0/rank-0", "nixl/UCX", 0.6)
+    labels = 'decode="decode-0",holder="prefill-0/rank-0",path="nixl/UCX",prefill="prefill-0",'
+    for slow in ("", "PD504 connector nixl moves 0.6 GB/s"):
+        show(metrics, msgspec.structs.replace(measured, slow=slow))
+        sample = f'pdlaunch_pair_slow{{{labels}puller="decode-0/rank-0"}}'
+        assert value(metrics, sample) == bool(slow)
 
 
 async def scraped(stand: Stand) -> str:
@@ -146,7 +156,7 @@ async def test_engines_are_beside_the_router(stand: Stand) -> None:
 async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
     """They are dead, silent, say too much or what is no page; labels of others are replaced."""
     dead, silent, broken, long, strange, well = engines = pairs(3)
-    await stand.start(engines, metrics_s=0.5)
+    await stand.start(engines, metrics_s=2.0)
     await dead.stop()
     silent.tells_metrics.clear()
     broken.metrics_page = "# TYPE x gauge\nx{"

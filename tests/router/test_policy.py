@@ -136,7 +136,7 @@ def index_of(**num_held: int) -> KVIndex:
         keys = TOKENS.keys(16)[: number // 16]
         keys += range(1, number // 16 - len(keys) + 1)
         change = KVBlocks(block_size=16, num_blocks=256, stored={"device": keys})
-        index.begin(name.replace("_", "-")).apply(change)
+        index.apply(name.replace("_", "-"), change)
     return index
 
 
@@ -182,7 +182,7 @@ def test_an_engine_over_its_share_attracts_nobody() -> None:
     # With others in the other cache each keeps what it has.
     index = index_of(prefill_0=4096)
     others = KVBlocks(block_size=16, num_blocks=256, stored={"device": [*range(128)]})
-    index.begin("prefill-1").apply(others)
+    index.apply("prefill-1", others)
     assert choose(request, engines, index=index).prefill is first
 
 
@@ -285,7 +285,7 @@ REQUESTS = st.builds(
     max_tokens=st.sampled_from([None, 1, 5]),
     is_begun=st.booleans(),
     is_suspect=st.booleans(),
-    must_go_on=st.booleans(),
+    must_continue=st.booleans(),
 )
 
 

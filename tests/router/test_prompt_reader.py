@@ -13,18 +13,15 @@ import msgspec
 import pytest
 
 from pdlaunch.config.model_files.identity import text_digests
+from pdlaunch.http.headers import DATA_PARALLEL_HEADER
+from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.protocol.control import Capabilities, Registry
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.kv_events import KVBlocks
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.router import prompt_reader
-from pdlaunch.router.client_request import (
-    CHAT,
-    COMPLETIONS,
-    PromptRequest,
-    read_client_request,
-)
+from pdlaunch.router.client_request import CHAT, COMPLETIONS, PromptRequest, read_client_request
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.kv_index import PromptTokens
 from pdlaunch.router.pool import EnginePool
@@ -39,6 +36,8 @@ TEXT = "the quick brown fox, prefill and decode " * 4
 CHAT_BODY: dict[str, Any] = {
     "messages": [{"role": "system", "content": TEXT}, {"role": "user", "content": "hello"}]
 }
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+IMAGE_MESSAGE = {"role": "user", "content": [{"type": "text", "text": TEXT}, IMAGE]}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def pool_of(*names: str, kind: str = "native") -> EnginePool:
     entries = [server(name, capabilities=capabilities) for name in names]
     pool.update(Registry(version=1, entries=entries))
     for name in names:
-        pool.index.begin(name).apply(KVBlocks(block_size=BLOCK_SIZE))
+        pool.index.apply(name, KVBlocks(block_size=BLOCK_SIZE))
     return pool
 
 
@@ -120,10 +119,11 @@ async def test_native_engines_get_the_tokens_that_they_would_find(
         (pool_of("prefill-0", "decode-0"), {"messages": [TEXT] * 9}),
         (pool_of("prefill-0", "decode-0"), {"prompt": "a" * MAX_TEXT_BYTES}),
         (pool_of("prefill-0", "decode-0"), {"prompt": [3_000_000_000, *range(64)]}),
+        (pool_of("prefill-0", "decode-0", kind="vllm"), {"messages": [IMAGE_MESSAGE]}),
     ],
     ids=[
         *("one engine", "no events", "few blocks", "no prompt", "no role", "no messages", "long"),
-        "a large token id",
+        *("a large token id", "an image"),
     ],
 )
 async def test_the_load_decides_where_tokens_do_not_matter_or_are_not_to_be_had(
@@ -182,19 +182,32 @@ async def test_vllm_gets_the_text_and_its_keys_have_adapter_and_salt(
         keys.append(tokens.keys(BLOCK_SIZE)[0])
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
+    given = prompt_of({"prompt": TEXT})
+    prompt, tokens = await reader.read(given)
+    assert tokens is not None
+    assert prompt.body == given.body
 
 
-async def test_a_prompt_goes_to_the_engine_that_tells_of_its_blocks(stand: Stand) -> None:
-    await stand.start(pairs(2))
+async def test_a_prompt_goes_to_the_engine_and_rank_that_tell_of_its_blocks(stand: Stand) -> None:
+    engines = pairs(2)
+    engines[1].kv_feed = KVFeed(2)
+    await stand.start(engines)
     token_ids = list(range(1, 101))
-    for name, engine in stand.engines.items():
-        keys = PromptTokens(token_ids).keys(BLOCK_SIZE) if name == "prefill-1" else []
-        engine.kv_feed.tell(KVBlocks(block_size=BLOCK_SIZE, stored={"device": keys}))
+    keys = PromptTokens(token_ids).keys(BLOCK_SIZE)
+    blocks = KVBlocks(block_size=BLOCK_SIZE, dp_rank=1, stored={"device": keys})
+    stand.engines["prefill-1"].kv_feed.publish(blocks)
+    for engine in stand.engines.values():
+        engine.kv_feed.publish(KVBlocks(block_size=BLOCK_SIZE))
     await until(lambda: all(name in stand.pool.index for name in stand.engines))
     for _ in range(4):
         answer = await stand.post({"prompt": token_ids, "max_tokens": 4})
         assert answer.status == 200
-    assert len(stand.engines["prefill-1"].seen) == 4
+    named = {
+        name: [seen.headers.get(DATA_PARALLEL_HEADER) for seen in engine.seen]
+        for name, engine in stand.engines.items()
+    }
+    assert (named["prefill-0"], named["prefill-1"]) == ([], ["1"] * 4)
+    assert {*named["decode-0"], *named["decode-1"]} == {None}
     # One that sleeps, drains or is gone leaves at once.
     stand.publish(draining=["prefill-1"])
     assert "prefill-1" not in stand.pool.index
@@ -205,7 +218,7 @@ async def test_a_prompt_goes_to_the_engine_that_tells_of_its_blocks(stand: Stand
 async def test_an_engine_tokenizes_where_the_model_is_not_here(stand: Stand) -> None:
     await stand.start(pairs(1))
     for engine in stand.engines.values():
-        engine.kv_feed.tell(KVBlocks(block_size=BLOCK_SIZE))
+        engine.kv_feed.publish(KVBlocks(block_size=BLOCK_SIZE))
     await until(lambda: all(name in stand.pool.index for name in stand.engines))
     assert (await stand.post({"prompt": "a" * 100, "max_tokens": 4})).status == 200
     assert sum(engine.num_tokenized for engine in stand.engines.values()) == 1

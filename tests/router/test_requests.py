@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Registry
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace
-from pdlaunch.router.request_history import MAX_HEARD_SPANS
+from pdlaunch.router.request_history import MAX_ENGINE_SPANS
 from tests.router.conftest import SPEC, Stand, client_key, pair
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
@@ -183,11 +183,11 @@ async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
 
 async def test_an_engine_cannot_fill_the_memory_with_spans(stand: Stand) -> None:
     engines = pair()
-    engines[1].report = report(*[("decode", 0.0, 0.1, {})] * (MAX_HEARD_SPANS + 7))
+    engines[1].report = report(*[("decode", 0.0, 0.1, {})] * (MAX_ENGINE_SPANS + 7))
     await stand.start(engines)
     await stand.post(completion(stream=True), headers={"X-Request-Id": "r1"})
     told = await trace(stand, "r1")
-    assert sum(span.process == "decode-0" for span in told.spans) == MAX_HEARD_SPANS
+    assert sum(span.process == "decode-0" for span in told.spans) == MAX_ENGINE_SPANS
     assert told.dropped_spans == 7
 
 

@@ -57,6 +57,8 @@ async def test_another_engine_goes_on_and_an_error_is_an_event(stand: Stand) -> 
         engine.die_after = 3
     answer = await stand.post(ASKED | {"max_output_tokens": 6, "stream": True}, path=PATH)
     assert told(answer.raw)[-1].response.output_text == TEXT
+    for engine in engines[:-1]:
+        engine.status = 500
     answer = await stand.post(ASKED | {"max_output_tokens": 60, "stream": True}, path=PATH)
     assert told(answer.raw)[-1].type == "error"
 

@@ -31,7 +31,8 @@ from pdlaunch.router.engines_file import follow, read_engines_file
 from pdlaunch.router.membership import Member, Results, WatchedMembership, WatchSettings, judge
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.recovery import RecoverySettings
+from pdlaunch.router.state import RouterState
 from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of
 from tests.router.conftest import SPEC
 

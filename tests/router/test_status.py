@@ -95,14 +95,15 @@ async def test_deaths_and_returns_are_events(stand: Stand) -> None:
     assert status["gone"] == []
     assert [(event["text"], event["is_bad"]) for event in status["events"]] == [
         ("gone (was ready)", True),
-        ("starting (is here)", True),
+        ("starting (new)", True),
         ("ready (was starting)", False),
     ]
     assert stand.state.pair_failures
-    stand.publish(draining=["decode-0"])
-    stand.publish(without=["decode-0"])
-    assert (await get(stand))["gone"] == []
-    assert stand.state.pair_failures == {}
+    for removed in ({"draining": ["decode-0"]}, {"starting": ["decode-0"]}):
+        stand.publish(**removed)
+        stand.publish(without=["decode-0"])
+        assert (await get(stand))["gone"] == []
+        assert stand.state.pair_failures == {}
 
 
 async def test_of_many_engines_those_are_read_that_were_not_for_longest(
@@ -111,6 +112,9 @@ async def test_of_many_engines_those_are_read_that_were_not_for_longest(
     monkeypatch.setattr(deployment_view, "MAX_READS", 1)
     monkeypatch.setattr(deployment_view, "FRESH_S", 0.0)
     await stand.start(pair())
+    stand.publish(starting=["prefill-0", "decode-0"])  # they may answer canaries
+    assert not any(each["reading"] for each in (await get(stand))["engines"])
+    stand.publish()
     status = [(await get(stand))["engines"] for _ in range(2)]
     assert [sum(each["reading"] is not None for each in engines) for engines in status] == [1, 2]
 

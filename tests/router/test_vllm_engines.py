@@ -1,5 +1,5 @@
-"""A router in front of engines of vLLM, which verify nothing, name no first token and know fields
-of their own.
+"""A router in front of engines of vLLM, which verify nothing, know fields of their own, and name
+their first token if they use pdlaunch's connector.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from aiohttp import web
 
 from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.router.continuation import LOST_REASONS
-from tests.router.conftest import Stand
+from tests.router.conftest import Answer, Stand
 from tests.router.fake_engine import Seen, until
 from tests.router.fake_vllm_engine import (
     CACHED_AT_PREFILL,
@@ -37,8 +37,11 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": messages, "max_tokens": 100} | fields
 
 
-async def start_pair(stand: Stand, **options: Any) -> tuple[FakeVllmEngine, FakeVllmEngine]:
+async def start_pair(
+    stand: Stand, *, names_first_token: bool = False, **options: Any
+) -> tuple[FakeVllmEngine, FakeVllmEngine]:
     prefill, decode = engines = vllm_pairs()
+    prefill.names_first_token = names_first_token
     stand.pairs = [proof(prefill, decode)]
     await stand.start(engines, **options)
     return prefill, decode
@@ -118,7 +121,7 @@ async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
     assert status["pairs"] == []
     (event,) = (each for each in status["events"] if each["kind"] == "pair")
     assert (event["name"], event["is_bad"]) == ("prefill-0 -> decode-0", True)
-    assert "whose KV blocks it was handed" in event["text"]
+    assert "although it was handed their KV blocks" in event["text"]
 
     assert (await stand.post(completion(stream=stream))).texts() == {0: SCRIPT}
     assert "kv_transfer_params" not in asked(decode)[-1]
@@ -257,9 +260,13 @@ CUTS = [1, 3, 4, 9, 10, 11, 12, 17, 24, 26, 28, 30]
 """Tokens after which decode dies: within ü and the smiley, and between characters."""
 
 
+@pytest.mark.parametrize("names_first_token", [False, True], ids=["decode's", "prefill's"])
 @pytest.mark.parametrize("is_chat", [False, True], ids=["completion", "chat"])
-async def test_a_stream_goes_on_from_its_tokens(stand: Stand, is_chat: bool) -> None:
-    prefill, decode = await start_pair(stand)
+async def test_a_stream_goes_on_from_its_tokens(
+    stand: Stand, is_chat: bool, names_first_token: bool
+) -> None:
+    """The first token is decode's or prefill's."""
+    prefill, decode = await start_pair(stand, names_first_token=names_first_token)
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
     body = (chat if is_chat else completion)(stream=True, stream_options={"include_usage": True})
     unbroken = await stand.post(body, path=path)
@@ -268,7 +275,7 @@ async def test_a_stream_goes_on_from_its_tokens(stand: Stand, is_chat: bool) -> 
     for cut in [cut for cut in CUTS if cut < num_tokens]:
         # The connection breaks once the router has read what was sent before.
         told = stand.metric("pdlaunch_router_generation_tokens_total")
-        stand.die_after(decode, cut, num_told=int(told) + cut)
+        stand.die_after(decode, cut, num_told=int(told) + cut + names_first_token)
         broken = await stand.post(body, path=path)
         assert broken.texts() == unbroken.texts(), cut
         assert broken.finish_reasons() == {0: [end]}, cut
@@ -280,6 +287,75 @@ async def test_a_stream_goes_on_from_its_tokens(stand: Stand, is_chat: bool) -> 
         stand.publish()
     assert stand.metric("pdlaunch_router_migrations_total") > 5
     assert stand.metric("pdlaunch_router_lost_streams_total") == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_stream_begins_with_the_token_of_prefill(stand: Stand, path: str) -> None:
+    prefill, decode = await start_pair(stand, names_first_token=True)
+    decode.hold_after = 0
+    body = (chat if "chat" in path else completion)(stream=True, max_tokens=4)
+    body["stream_options"] = {"include_usage": True}
+    async with stand.session.post(path, json=body) as response:
+        raw = b""
+        while b'"G"' not in raw:
+            raw += await response.content.readany()
+        await decode.holding.wait()
+        decode.go.set()
+        raw += await response.content.read()
+    answer = Answer(response.status, response.headers, raw)
+    assert (answer.texts(), answer.finish_reasons()) == ({0: "Grü"}, {0: ["length"]})
+    usage = answer.events()[-1]["usage"]
+    assert usage["completion_tokens"] == 4
+    assert usage["prompt_tokens_details"]["cached_tokens"] == CACHED_AT_PREFILL
+    (continued,) = asked(decode)
+    assert text_of(continued["prompt"]).endswith("|G")
+    assert usage["prompt_tokens"] == len(continued["prompt"]) - 1
+    assert continued["max_tokens"] == 3
+    assert continued["kv_transfer_params"]["do_remote_prefill"]
+    assert not prefill.leases
+    assert stand.metric("pdlaunch_router_migrations_total") == 0
+
+
+async def test_a_decode_engine_that_dies_after_prefill_s_token_is_replaced(stand: Stand) -> None:
+    """The other one computes the prompt: the blocks may have been read already."""
+    prefill, first, second = (*vllm_pairs(2)[:1], *vllm_pairs(2)[2:])
+    prefill.leases = first.leases = second.leases
+    prefill.names_first_token = True
+    stand.pairs = [proof(prefill, first), proof(prefill, second)]
+    first.die_after = second.die_after = 0
+    await stand.start([prefill, first, second])
+    second.die_after = None
+    answers = [await stand.post(completion(stream=True)) for _ in range(2)]
+    assert [answer.texts() for answer in answers] == [{0: SCRIPT}] * 2
+    assert first.seen
+    bodies = asked(first) + asked(second)
+    assert all(text_of(body["prompt"]).endswith("|G") for body in bodies)
+    handed = [body.get("kv_transfer_params") for body in bodies]
+    leases = [params["remote_request_id"] for params in handed if params]
+    assert len(leases) == len(set(leases)) == len(prefill.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "fields"),
+    [
+        ("über", {}),
+        (SCRIPT, {"stream": False}),
+        (SCRIPT, {"seed": 1}),
+        (SCRIPT, {"stop": "STOP"}),
+        (SCRIPT, {"tools": FIELDS["tools"]}),
+    ],
+    ids=["half a character", "a whole answer", "seed", "stop", "tools"],
+)
+async def test_decode_draws_the_first_token_where_it_could_not_continue(
+    stand: Stand, script: str, fields: dict[str, Any]
+) -> None:
+    prefill, decode = await start_pair(stand, names_first_token=True)
+    prefill.script = decode.script = script
+    answer = await stand.post(chat(**{"stream": True} | fields), path="/v1/chat/completions")
+    assert answer.texts() == {0: script}
+    (body,) = asked(decode)
+    assert "messages" in body
+    assert body["kv_transfer_params"]["do_remote_prefill"]
 
 
 async def test_the_limit_of_the_whole_answer_holds_across_the_seam(stand: Stand) -> None:

@@ -200,5 +200,5 @@ def test_too_few_nodes_for_an_engine_are_told(cluster: Cluster) -> None:
     write_wide(cluster, 3)
     with cluster.running("srun", *TWO_TASKS, *SERVE_WIDE) as srun:
         srun.wait(TIMEOUT_S)
-    assert "nnodes is 3, but the role may use 2 of the hosts" in cluster.output()
+    assert "nnodes is 3, but only 2 hosts accept the role" in cluster.output()
     await_end(cluster)

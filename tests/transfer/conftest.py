@@ -17,7 +17,7 @@ Start = Callable[..., RankHandle]
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Tensors are tiny here; threads would only wait for each other."""
+    """Use one thread: with tiny tensors, threads would only wait for each other."""
     torch.set_num_threads(1)
 
 
@@ -42,8 +42,8 @@ def context() -> Iterator[SecureContext]:
 
 @contextmanager
 def starting() -> Iterator[Start]:
-    """Start ranks of one launch, each in a process of its own, until the block ends. ``transfer``:
-    settings of ``kv_transfer``; ``options``: fields of ``RankOptions``.
+    """Yield a function that starts ranks of one launch, each as a process, until the block ends.
+    ``transfer``: settings of ``kv_transfer``; ``options``: fields of ``RankOptions``.
     """
     keys = new_launch_keys()
     with ExitStack() as stack:

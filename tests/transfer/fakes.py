@@ -1,5 +1,5 @@
-"""Stand-ins for what the transfer thread talks to: a clock, memory of several ranks in one process,
-side channels.
+"""Fakes of the transfer thread's environment: a clock, memory of several ranks in one process, side
+channels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def spec_of(
 def entry_of(
     engine: str, role: str, engine_id: str, endpoint: str, tp_rank: int = 0, **fields: Any
 ) -> Entry:
-    """What the registry shows of a rank."""
+    """A rank's entry of the registry."""
     return Entry(
         name=f"{engine}/rank-{tp_rank}",
         kind="rank",
@@ -79,7 +79,7 @@ def entry_of(
 
 
 def remote_of(engine_id: str, lease_id: str) -> RemoteKV:
-    """As in the kv_transfer_params; host and port are not what the puller may use."""
+    """As in kv_transfer_params. Host and port are wrong, since the puller may not use them."""
     return RemoteKV(
         engine_id=engine_id, lease_id=lease_id, host="h", port=1, block_ids=[], num_tokens=1
     )
@@ -104,9 +104,7 @@ def random_cache(layout: KVCacheLayout, num_blocks: int, seed: int) -> torch.Ten
 
 @dataclass
 class Fabric:
-    """Memory that connectors of several ranks in this process share, and what is wrong with it
-    today.
-    """
+    """The memory that connectors of several ranks in this process share, and its present faults."""
 
     agents: dict[str, LocalMemory] = field(default_factory=dict)
     stalled: bool = False  # READs stay pending until ``land``
@@ -114,18 +112,18 @@ class Fabric:
     reads: list[FakeRead] = field(default_factory=list)
 
     def land(self) -> None:
-        """Let the stalled READs write: they cannot be taken back."""
+        """Let the stalled READs write. Like real READs, they cannot be cancelled."""
         for read in self.reads:
             read.land()
 
     def kill(self) -> None:
-        """The peer dies: stalled READs end without writing more."""
+        """The peer dies: stalled READs end and write no more bytes."""
         for read in self.reads:
             read.fail()
 
 
 class FakeRead(Read):
-    """Refers to memory only as long as it may write."""
+    """A READ that references memory only while it may write."""
 
     def __init__(self, fabric: Fabric, copy: Callable[[], object]) -> None:
         self.fabric = weakref.proxy(fabric)  # the fabric holds its READs
@@ -134,13 +132,13 @@ class FakeRead(Read):
         self._copy: Callable[[], object] | None = copy
 
     def land(self) -> None:
-        """All bytes arrive, unless it is over."""
+        """Let all bytes arrive, unless the READ has ended."""
         if self._copy is not None:
             self._copy()
             self.state, self._copy = "done", None
 
     def fail(self) -> None:
-        """It ends without writing more, unless it is over."""
+        """End the READ without further bytes, unless it has ended."""
         if self._copy is not None:
             self.state, self._copy = "failed", None
 
@@ -158,7 +156,7 @@ class FakeRead(Read):
 
 
 class FakeConnector(Connector):
-    """Copies within this process."""
+    """A connector that copies within this process."""
 
     name = "fake"
     path = "fake/memory"
@@ -231,8 +229,8 @@ class FakeConnection(Connection):
 class FakeChannel:
     """The puller's end of a side channel whose holder lives in the same process."""
 
-    ask: Callable[[FakeChannel, ToPrefillSide], None]  # gets what arrives at the holder
-    # What becomes of answers on the way.
+    ask: Callable[[FakeChannel, ToPrefillSide], None]  # receives the messages to the holder
+    # Changes answers on their way to the puller.
     change: Callable[[ToDecodeSide], ToDecodeSide] = lambda reply: reply
     socket: Any = None
     mute: bool = False  # messages arrive, answers do not

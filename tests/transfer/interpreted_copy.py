@@ -1,6 +1,6 @@
-"""Runs the copy kernel in Triton's interpreter; started by ``test_p2p``.
+"""Runs the copy kernel in Triton's interpreter.
 
-A process of its own: the interpreter is switched on by the environment before Triton is imported.
+``test_p2p`` starts it as a process: the environment enables the interpreter before Triton's import.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from pdlaunch.transfer.connectors.copy_kernel import copy_pieces, fits_kernel
 
-SLOT_BYTES = 40_000  # the largest piece takes more than a tile
+SLOT_BYTES = 40_000  # the largest piece is larger than a tile
 
 
 def copy(sizes: list[int], random: np.random.Generator) -> None:

@@ -1,5 +1,5 @@
-"""One decode rank and its prefill ranks in one process: real leases, peers and pulls over a fake
-connector and fake channels.
+"""One decode rank and its prefill ranks in one process: real leases, peers and pulls with a fake
+connector and fake channels. A holder is a prefill rank, a puller a decode rank.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from tests.transfer.fakes import (
 
 
 class Holder(PrefillSide):
-    """Answers over fake channels, which stand for the identities of sockets."""
+    """A prefill side that answers over fake channels in place of sockets."""
 
     def __init__(
         self, card: HandshakeReply, hasher: KVHasher | None, connector: FakeConnector, clock: Any
     ) -> None:
         super().__init__(card, hasher, connector, lambda channel, reply: channel.take(reply), clock)
         self.ended: list[LeaseEnded] = []
-        self.desk = FakeChannel(lambda *_: None)  # gets the answers to tests that ask
+        self.desk = FakeChannel(lambda *_: None)  # receives the answers to questions of tests
 
     def hear(self, channel: Any, *messages: ToPrefillSide) -> None:
         self.ended += self.turn((channel, message) for message in messages)
 
     def ask(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
-        """Take a turn, and return all answers that it brings to a test that asks."""
+        """Process a test's messages in one turn; return the answers to them."""
         self.hear(self.desk, *messages)
         return self.desk.receive()
 
     def grant(self, command: GrantLease) -> None:
-        """Have the checksums at once, as the transfer thread has them by its next turn."""
+        """Grant a lease, and compute its checksums at once, as the thread does by its next turn."""
         self.execute(command)
         self.hash_leases()
 
@@ -147,8 +147,8 @@ def compatibility(layout: KVCacheLayout, role: str = "prefill", **spec: Any) -> 
 
 
 def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout) -> LocalMemory:
-    """The rows of its scratch, [16, PATTERN_BYTES], share their memory: all are equal, and nobody
-    writes to them.
+    """The rows of the scratch, [16, PATTERN_BYTES], share their memory: all are equal and never
+    written.
     """
     row = torch.empty(PATTERN_BYTES, dtype=torch.uint8)
     write_pattern(row, agent_name)
@@ -158,7 +158,7 @@ def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout)
 
 @dataclass
 class World:
-    """One puller rank and the holders that it can reach."""
+    """A puller rank, and the holder ranks that it can reach."""
 
     clock: FakeClock = field(default_factory=FakeClock)
     fabric: Fabric = field(default_factory=Fabric)
@@ -175,7 +175,7 @@ class World:
         self.connector = self.new_connector("decode-0/rank-0#1", self.fabric)
         memory = local_memory(self.connector.agent_name, self.kv_cache, layout)
         self.connector.open(memory)
-        # Peers that refer to the world would be a cycle, which keeps its tensors.
+        # A weak reference: peers that reference the world would be a cycle that keeps its tensors.
         weak = weakref.proxy(self)
         self.setup = DecodeSetup(
             identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
@@ -194,13 +194,13 @@ class World:
         self.pulls = PullTable(self.setup, self.peers)
 
     def pull_with(self, **settings: Any) -> None:
-        """Let pulls begin under other settings from now on."""
+        """Use changed settings for all pulls from now on."""
         changed = self.setup.settings.model_copy(update=settings)
         self.setup = replace(self.setup, settings=changed)
         self.pulls = PullTable(self.setup, self.peers)
 
     def close(self) -> None:
-        """Let go of what was asked and has no answer."""
+        """Drop all questions without an answer."""
         self.peers.lose_all("the world is closed")
 
     def open_channel(self, endpoint: str) -> FakeChannel:
@@ -228,7 +228,7 @@ class World:
         return holder
 
     def connect_group(self, tp_size: int, **options: Any) -> list[HolderRank]:
-        """All ranks of a holder with tensor parallelism."""
+        """Add and connect all ranks of a holder engine with tensor parallelism."""
         holders = [self.add(tp_rank=rank, tp_size=tp_size, **options) for rank in range(tp_size)]
         self.peers.update([holder.entry() for holder in holders])
         self.turn()

@@ -1,5 +1,5 @@
-"""A real rank in a process of its own: TransferThread, connector over CPU memory, side channel.
-Driven through a pipe.
+"""A real rank as a process: TransferThread, connector, KV memory, side channel. Tests control it
+through a pipe.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RankOptions:
     environment: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
     faults: FaultPlan | None = None
-    with_cumem: bool = False  # on a GPU: the KV cache lies in a CuMem pool
+    with_cumem: bool = False  # on a GPU: the KV cache is in a CuMem pool
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ def hash_of(text: str) -> int:
 
 
 def run_rank(pipe: Connection, options: RankOptions) -> None:
-    """Main function of the process."""
+    """The main function of the process."""
     import torch
 
     from pdlaunch.config import connectors
@@ -89,7 +89,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.transfer.sides import native_setup
     from pdlaunch.transfer.thread import TransferThread
 
-    # The server that this process was forked from may have looked before a test added a package.
+    # The fork server may have listed connectors before a test added a package.
     connectors._others.cache_clear()
     spec, settings = options.spec, options.spec.kv_transfer
     environ, carrier = dict(options.environment), settings.connector_section
@@ -135,8 +135,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     interruptions: list[tuple[str, int]] = []
 
     class InterruptedConnection(Connection):
-        """Stops the holder's process just before a READ is posted; one that does not need it stops
-        after its first piece. Or kills it, before that or just after.
+        """Stops the holder's process just before a READ is posted, or kills it before or after. A
+        READ that does not need the holder's process stops after its first piece.
         """
 
         def __init__(self, inner: Connection) -> None:
@@ -220,7 +220,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
 
 def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
-    """Copies a piece only when ``going_on`` is set, but for the first one."""
+    """A connector that waits for ``going_on`` after its first piece."""
 
     from pdlaunch.transfer.connectors.p2p import P2PConnector
     from pdlaunch.transfer.connectors.piece_copies import HostCopier
@@ -230,15 +230,13 @@ def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
         going_on.wait()
 
     return P2PConnector(
-        options.name,
-        options.incarnation,
-        new_copier=lambda device: HostCopier(move),
+        options.name, options.incarnation, new_copier=lambda device: HostCopier(move)
     )
 
 
 def stop_process(pid: int) -> None:
-    """SIGSTOP, until no thread runs any more: the others go on until the one that got the signal
-    has had its turn.
+    """Send SIGSTOP and wait until all threads have stopped: they run on until the thread that got
+    the signal is scheduled.
     """
     os.kill(pid, signal.SIGSTOP)
     while any(state_of(task) != "T" for task in Path(f"/proc/{pid}/task").iterdir()):
@@ -246,16 +244,16 @@ def stop_process(pid: int) -> None:
 
 
 def kill_process(pid: int) -> None:
-    """SIGKILL, until the process has died; its parent may not have reaped it."""
+    """Send SIGKILL and wait until the process has died, perhaps as a zombie."""
     os.kill(pid, signal.SIGKILL)
-    # A parent that reaps it may do so between any two looks.
+    # The parent may reap the process at any time.
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         while state_of(Path(f"/proc/{pid}")) not in "ZX":
             time.sleep(0.001)
 
 
 def state_of(task: Path) -> str:
-    """One letter; the name before it is in brackets and may hold anything."""
+    """The state of a thread or process, one letter. The name before it may have any characters."""
     return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -271,8 +269,8 @@ def digest_of(kv_cache: Any) -> int:
 
 
 def listening() -> tuple[set[int], list[str]]:
-    """Ports of TCP sockets that listen, and paths of Unix sockets that do; abstract ones begin with
-    @.
+    """Ports of listening TCP sockets, and paths of listening Unix sockets; abstract paths begin
+    with @.
     """
     inodes = {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
     rows = [line.split() for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]]
@@ -288,7 +286,7 @@ def fork_server_context() -> ForkServerContext:
 
 
 class RankHandle:
-    """The test's end of the pipe."""
+    """The test's end of the pipe to a rank."""
 
     def __init__(self, options: RankOptions) -> None:
         context = fork_server_context()
@@ -312,11 +310,11 @@ class RankHandle:
         return entry_of(spec.name, spec.role, options.engine_id, self.endpoint, **fields)
 
     def remote(self, lease_id: str) -> RemoteKV:
-        """As in the kv_transfer_params; host and port are not what the puller may use."""
+        """As in kv_transfer_params. Host and port are wrong, since the puller may not use them."""
         return remote_of(self.options.engine_id, lease_id)
 
     def connect(self, *holders: RankHandle) -> list[PairReady]:
-        """Shake hands with all of them; return what is told of the pairs."""
+        """Shake hands with all holders; return the reports of the pairs."""
         self.call("registry", [self.entry(), *(holder.entry() for holder in holders)])
         return [self.report(PairReady) for _ in holders]
 
@@ -348,11 +346,11 @@ class RankHandle:
         return self.wait("report", kind)
 
     def has_seen(self, kind: type) -> bool:
-        """One of these events came before those that were waited for, and was kept."""
+        """True if an event of this kind came and was kept while the test waited for others."""
         return any(channel == "event" and isinstance(value, kind) for channel, value in self._seen)
 
     def wait(self, channel: str, kind: type = object, timeout_s: float = TIMEOUT_S) -> Any:
-        """The next message of this kind; others are kept for later."""
+        """Wait for the next message of this kind; keep other messages for later."""
         for index, (found, value) in enumerate(self._seen):
             if found == channel and isinstance(value, kind):
                 return self._seen.pop(index)[1]
@@ -397,14 +395,9 @@ def grant(
 
 
 def pull(
-    pull_id: str,
-    remote: RemoteKV,
-    block_ids: list[int],
-    *,
-    skip: int = 0,
-    salt: str = "",
+    pull_id: str, remote: RemoteKV, block_ids: list[int], *, skip: int = 0, salt: str = ""
 ) -> StartPull:
-    """Pull blocks ``skip`` and on of a prompt of ``skip + len(block_ids)`` blocks."""
+    """Pull the blocks after the first ``skip`` of a prompt of ``skip + len(block_ids)`` blocks."""
     return StartPull(
         pull_id=pull_id,
         request_id=pull_id,

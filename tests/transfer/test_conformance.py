@@ -1,4 +1,4 @@
-"""What every connector must do: real processes, real libraries over CPU memory, real sockets."""
+"""Requirements on every connector: real processes, real libraries on CPU memory, real sockets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.transfer.rank_process import RankHandle, cancel, grant, pull
 
 pytestmark = pytest.mark.processes
 
-# Connectors, or paths of NIXL's, and what the handshake says of them.
+# Connector, or path of the connector nixl -> its name in the handshake.
 PATHS = {
     "nixl": "nixl/UCX",
     "p2p": "p2p/memfd",
@@ -33,7 +33,7 @@ PATHS = {
 def settings(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """``kv_transfer`` of a launch with the connector under test."""
+    """Settings of ``kv_transfer`` for the connector under test."""
     if request.param == "mooncake" and (problem := mooncake_problem()):
         pytest.skip(f"mooncake: {problem}")
     if request.param == "file":
@@ -60,8 +60,8 @@ def pair(settings: dict[str, Any]) -> Iterator[tuple[RankHandle, RankHandle]]:
 
 
 def test_bytes_are_equal_and_the_lease_ends(pair):
-    """Of scattered blocks, of runs that are neighbours on both sides, which connectors may merge,
-    and of neighbours on one side.
+    """The blocks are scattered, neighbours on both sides (which connectors may merge), and
+    neighbours on one side.
     """
     holder, puller = pair
     theirs, ours = [3, 4, 5, 1, 15, 16, 20, 22], [9, 10, 11, 2, 7, 6, 24, 25]
@@ -102,8 +102,8 @@ def test_a_byte_that_changed_after_the_grant_is_found(pair):
 
 
 def test_a_rank_listens_on_its_side_channel_alone(pair, settings):
-    """And on what its connector cannot do without: Mooncake's two ports (PD409), the Unix socket
-    that hands memory over.
+    """It also listens where its connector must: Mooncake at two ports (PD409), P2P at a Unix socket
+    that passes descriptors of memory.
     """
     for rank in pair:
         tcp, unix = rank.call("listening")
@@ -128,11 +128,10 @@ def test_a_restarted_holder_is_found_again(start: Start, settings):
 
 
 def test_different_tp_sizes_in_both_directions(start: Start, settings):
-    """Every puller rank gets the heads that it holds, from the ranks that hold them, and every
-    lease ends.
+    """Every puller rank reads its heads from the ranks that hold them, and every lease ends.
 
-    The first READ of one of three pullers brings a wrong byte: it alone reads again, under the
-    lease that the others have ended.
+    The first READ of one of three pullers returns a wrong byte: only this puller reads again, under
+    the lease that the others have ended.
     """
     faults = one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")
     settings = settings | {"pull_attempts": 2}
@@ -161,8 +160,8 @@ def test_different_tp_sizes_in_both_directions(start: Start, settings):
 
 
 def one_corrupt_read(agent: str, *others: str) -> FaultPlan:
-    """The first READ of ``agent`` brings a wrong byte; its second, and the first of the others, are
-    right.
+    """Faults with which the first READ of ``agent`` returns a wrong byte. Its second READ, and the
+    first READs of the others, are right.
     """
     plans = (FaultPlan(seed=seed, lease_rate=0) for seed in itertools.count())
     return next(
@@ -179,8 +178,8 @@ BLOCKS = list(range(60))
 
 @pytest.fixture
 def stopped(start: Start, settings: dict[str, Any]) -> tuple[RankHandle, RankHandle]:
-    """A pair whose holder was stopped when the puller had posted its READ: such READs need the
-    holder to run (no CMA) or are held, and the blocks are large enough to be in the middle of.
+    """A pair whose holder is stopped in the middle of a READ. The READ needs the holder's process
+    (no CMA) or is held, and its blocks are large.
     """
     options = {"environment": (("UCX_TLS", "posix,self"),), "transfer": settings}
     options |= {"head_dim": 64, "num_layers": 8, "num_blocks": 64}
@@ -194,7 +193,7 @@ def stopped(start: Start, settings: dict[str, Any]) -> tuple[RankHandle, RankHan
 
 
 def test_a_pull_from_a_stopped_holder_is_quarantined_until_its_bytes_have_landed(stopped):
-    """No READ can be taken back: after SIGCONT its bytes still arrive, and only then the blocks are
+    """A READ cannot be cancelled: after SIGCONT its bytes still arrive. Only then the blocks are
     free.
     """
     holder, puller = stopped

@@ -1,4 +1,4 @@
-"""The file connector and its folder: whole files, no way out, a limit."""
+"""The file connector and its folder: whole files, no access outside of the folder, a limit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_no_other_name_is_taken(tmp_path_factory: pytest.TempPathFactory, name: 
         lambda: store.read(name, CPU),
         lambda: store.remove(name),
     ):
-        with pytest.raises(TransferError, match="is no name of a file of KV blocks"):
+        with pytest.raises(TransferError, match="is not a valid name for a file of KV blocks"):
             use()
     assert list(folder.iterdir()) == []
 

@@ -1,5 +1,5 @@
-"""Handshakes with prefill ranks: what must be equal on both sides, who reads which heads, and a
-World of fakes in which peers come, go and lie.
+"""Handshakes with prefill ranks: properties that must be equal on both sides, the heads that each
+rank reads, and fake peers that come, go and send false data.
 """
 
 from __future__ import annotations
@@ -157,16 +157,16 @@ def test_ranks_of_one_engine_must_share_an_engine_id(world):
         ("tp_rank", 0, "shows 0 for prefill-0/rank-1 at fake://11"),
         ("tp_size", 1, "shows 1 for prefill-0/rank-1 at fake://11"),
         ("incarnation", 2, "shows 2 for prefill-0/rank-1 at fake://11"),
-        ("engine_id", "f" * 32, f"belongs to engine_id {'1' * 32}, not to {'f' * 32}"),
+        ("engine_id", "f" * 32, f"belongs to engine_id {'1' * 32}, not {'f' * 32}"),
     ],
 )
 def test_who_answers_is_not_who_the_registry_names(world, field, shown, expected):
-    """Nothing is read of it, and once the registry is right the pair is too."""
+    """The rank is not read from. Once the registry is right, the pair is connected."""
     holders = [world.add(tp_rank=tp_rank, tp_size=3) for tp_rank in range(3)]
     others = [] if field == "engine_id" else [holders[0].entry(), holders[2].entry()]
     entry = msgspec.structs.replace(holders[1].entry(), **{field: shown})
     if field == "engine_id":
-        # Rank 0's id counts: it has to lie, too.
+        # Rank 0's id counts, so its entry must be wrong too.
         others = [msgspec.structs.replace(holders[0].entry(), engine_id=shown)]
     world.peers.update([*others, entry])
     world.turn()

@@ -1,5 +1,5 @@
-"""Leases and what decode ranks ask about them: a lease ends once, never under an open pull but for
-its deadline, and every question gets one answer.
+"""Leases, and the questions of decode ranks about them. A lease ends once; during a pull only by
+its deadline. Every question gets one answer.
 """
 
 from __future__ import annotations
@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdlaunch.errors import LeaseError
-from pdlaunch.protocol.side_channel import (
-    PullBegin,
-    PullEnd,
-    PullHeartbeat,
-    PullReply,
-    Refused,
-)
+from pdlaunch.protocol.side_channel import PullBegin, PullEnd, PullHeartbeat, PullReply, Refused
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded
 from pdlaunch.transfer.leases import GRANT_LAG_S, MAX_EXTENSIONS, MAX_WAITING, LeaseTable
 from tests.clock import FakeClock
@@ -48,8 +42,8 @@ def leases(clock: FakeClock) -> LeaseTable:
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3))
 def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, num_decode_ranks):
-    """However often the ranks of each reader begin anew, and in whatever order: never before, and
-    never without.
+    """The ranks of readers may begin several times, in any order: the lease ends exactly when the
+    last rank has ended.
     """
     table = LeaseTable(FakeClock())
     table.grant(grant_of("a", num_readers=num_readers))
@@ -61,7 +55,7 @@ def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, n
     calls = [(reader, data.draw(st.integers(0, 3))) for reader in readers]
     plan = [(reader, call) for reader, num_more in calls for call in (*["begin"] * num_more, "end")]
     for reader, call in data.draw(st.permutations(plan)):
-        with contextlib.suppress(LeaseError):  # of a rank that has ended, or of the whole lease
+        with contextlib.suppress(LeaseError):  # the rank, or the whole lease, may have ended
             table.begin("a", reader, num_decode_ranks)
         if call == "end":
             assert ended(table) == []
@@ -90,8 +84,8 @@ READERS = st.sampled_from(["r", "s", "t"])
 
 
 class LeaseLife(RuleBasedStateMachine):
-    """Every grant ends exactly once, and a pull is open only for a reader that began under this
-    very grant.
+    """Every grant ends exactly once. A pull is open only for a reader that began under the present
+    grant.
     """
 
     def __init__(self) -> None:
@@ -141,8 +135,8 @@ class LeaseLife(RuleBasedStateMachine):
     def each_lease_ends_once(self):
         for lease_id, reason in ended(self.table):
             self.alive.remove(lease_id)
-            # Readers count on the seconds that they were told: only the deadline ends a lease under
-            # an open pull.
+            # Readers rely on the remaining seconds in answers, so only the deadline ends a lease
+            # with an open pull.
             is_open = any(other == lease_id for other, _reader in self.begun)
             assert reason == "expired" or not is_open
             self.begun = {(other, reader) for other, reader in self.begun if other != lease_id}
@@ -165,8 +159,8 @@ def rank(clock: FakeClock) -> HolderRank:
 
 
 def test_questions_wait_for_their_lease_and_keep_their_order(rank):
-    """A pull that was cancelled before the lease came still ends it: else it would live until its
-    deadline.
+    """A pull that was cancelled before the lease was granted still ends it. Otherwise the lease
+    would last until its deadline.
     """
     assert rank.holder.ask(BEGIN, PullEnd(**ASKED)) == []
     assert rank.holder.ask() == []

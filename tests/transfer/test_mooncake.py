@@ -1,4 +1,4 @@
-"""Mooncake's own sides: what is missing, and transfers between GPUs."""
+"""Properties of Mooncake alone: missing libraries, and transfers between GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.transfer.fakes import layout_of, random_cache
 
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where libibverbs1 is missing: the import fails, and the rank does not start."""
+    """The import fails, for example without libibverbs1, and the rank does not start."""
     monkeypatch.setitem(sys.modules, "mooncake", None)
     settings = KVTransferSettings(connector="mooncake")
     connector = new_connector(settings, "prefill-0/rank-0", 1)
@@ -33,7 +33,7 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_transfer() -> None:
-    """Every pull is verified by its checksums, and one that fails raises."""
+    """Every pull is verified by checksums; a failed pull raises."""
     mooncake = pytest.importorskip("mooncake.engine")
     if not mooncake.SUPPORT_CUDA:
         pytest.skip("this build of Mooncake has no CUDA")

@@ -1,5 +1,5 @@
-"""Deaths and stops of holders over NIXL without error handling: the registry and the holders'
-answers tell of them.
+"""Deaths and stops of holders with NIXL, which does not report them: the puller learns of them from
+the registry and from missing answers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ on_each_device = pytest.mark.parametrize(
 def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_leased(
     start: Start, verify: bool, devices: tuple[str, str]
 ) -> None:
-    """On a GPU such a READ says that it is done: then its checksums decide, or the answer that does
-    not come.
+    """On a GPU such a READ ends as done. Then its checksums decide, or the missing answer of the
+    holder.
     """
     transfer = {"nixl": NIXL, "verify": verify}
     holder, other = (
@@ -55,7 +55,7 @@ def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_lea
     leased = holder.blocks([3, 1])
     puller.call("interrupt", "kill before", holder.process.pid)
     puller.submit(pull("p", holder.remote("r"), [9, 2]))
-    # The supervisor drops it, which may come before or after the end of the READ.
+    # The registry without the holder may come before or after the end of the READ.
     puller.call("registry", [other.entry()])
     finished = puller.event(PullFinished)
     if finished.ok:
@@ -65,8 +65,8 @@ def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_lea
 
 
 def test_without_checksums_a_read_counts_when_the_holder_answers_after_it(start: Start) -> None:
-    """CMA reads the memory of a process that is stopped, whose death in that moment nobody would
-    notice.
+    """CMA can read the memory of a stopped process. The puller would not notice its death at that
+    moment.
     """
     transfer = {"nixl": NIXL, "verify": False}
     holder, puller = (start(role, transfer=transfer) for role in ("prefill", "decode"))
@@ -77,7 +77,7 @@ def test_without_checksums_a_read_counts_when_the_holder_answers_after_it(start:
     puller.wait("posted")
     puller.submit(cancel("p"))
     finished = puller.event(PullFinished)
-    # It was read to the end, and does not count.
+    # The READ has ended, but the pull was cancelled.
     assert (finished.ok, finished.error, finished.in_flight) == (False, "cancelled", False)
     puller.submit(pull("q", holder.remote("s"), [9, 2]))
     os.kill(holder.process.pid, signal.SIGCONT)
@@ -86,14 +86,14 @@ def test_without_checksums_a_read_counts_when_the_holder_answers_after_it(start:
 
 
 def test_blocks_of_a_read_that_never_ends_stay_the_pull_s(start: Start) -> None:
-    """A READ that needs its holder, which died in its middle, is pending for ever: nobody else gets
-    its blocks.
+    """A READ that needs its holder stays pending forever if the holder dies in the middle: its
+    blocks are never used again.
     """
     options = {
         "transfer": {"nixl": NIXL},
-        # Without CMA the holder's process copies its blocks into shared memory.
+        # Without CMA, the holder's process copies its blocks into shared memory.
         "environment": (("UCX_TLS", "posix,self"),),
-        # Blocks of 192 KiB: more than shared memory holds while its reader is stopped.
+        # Blocks of 192 KiB: more than the shared memory can hold while its reader is stopped.
         **{"num_layers": 8, "head_dim": 64, "num_blocks": 64},
     }
     holder, other = (start("prefill", index=index, **options) for index in range(2))
@@ -109,7 +109,7 @@ def test_blocks_of_a_read_that_never_ends_stay_the_pull_s(start: Start) -> None:
     assert not finished.ok
     assert finished.in_flight
     assert "incarnation 1 of prefill-0/rank-0 is gone" in finished.error
-    # The rank serves on with its other blocks.
+    # The rank continues to work with its other blocks.
     other.submit(grant("s", [5, 6]))
     puller.submit(pull("q", other.remote("s"), [61, 62]))
     assert puller.event(PullFinished).ok

@@ -1,4 +1,4 @@
-"""Connectors of other packages: ``example`` is found by the entry point of its distribution."""
+"""Connectors of other packages: ``example`` is found through the entry point of its package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parent / "example"
 
 @pytest.fixture
 def _example(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package is installed, as far as this process and its children can tell."""
+    """Make the package look installed for this process and its children."""
     monkeypatch.syspath_prepend(str(EXAMPLE))
     forget_connectors()
     yield
@@ -54,7 +54,7 @@ def test_its_section_is_checked_with_its_own_model() -> None:
 def pdlaunch(
     *arguments: str, path: Path = EXAMPLE, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command that may use the packages of ``path``, and must not import torch."""
+    """Run a command that can use the packages in ``path``, and must not import torch."""
     program = (
         "import sys; from pdlaunch.cli import main\n"
         "try: main()\n"

@@ -1,5 +1,5 @@
-"""The P2P connector on a CPU, holder and puller in one process: its copies, its descriptors over a
-Unix socket, and its choice beside another connector.
+"""The P2P connector on a CPU, with holder and puller in one process: its copies, its descriptors
+over a Unix socket, and the choice between P2P and another connector.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 from tests.transfer.pull_world import compatibility
 from tests.transfer.rank_process import fork_server_context
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 180.0
 NUM_BLOCKS = 8
 SCRATCH_BYTES = 4 * PATTERN_BYTES
 ALL = range(3)
@@ -53,7 +53,7 @@ class Rank:
 
     @property
     def kv_cache(self) -> torch.Tensor:
-        """[num_blocks, num_heads, ..]."""
+        """The KV cache, [num_blocks, num_heads, ..]."""
         return self.memory.kv.regions[0]
 
     def add(self, peer: Rank) -> Connection:
@@ -62,7 +62,7 @@ class Rank:
         return connection
 
     def card(self, **changes: Any) -> HandshakeReply:
-        """What a peer hears of this rank."""
+        """This rank's answer to a handshake."""
         connector = self.connector
         card = HandshakeReply(
             call_id=0,
@@ -95,14 +95,14 @@ def p2p(name: str, **options: Any) -> P2PConnector:
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_open() -> Iterator[None]:
-    gc.collect()  # what other tests have left to it
+    gc.collect()  # objects that other tests have left
     before = num_open_fds()
     yield
     for thread in [thread for thread in threading.enumerate() if thread.name == "fd-server"]:
         thread.join(TIMEOUT_S)
     gc.collect()
-    # A server closes its end of a connection a moment after the reader.
-    await_true(lambda: num_open_fds() == before, "all files are closed", TIMEOUT_S)
+    # A server closes its end of a connection shortly after the reader.
+    await_true(lambda: num_open_fds() <= before, "all files are closed", TIMEOUT_S)
 
 
 Open = Callable[..., Rank]
@@ -110,7 +110,7 @@ Open = Callable[..., Rank]
 
 @pytest.fixture
 def open_rank() -> Iterator[Open]:
-    """Opens ranks; those that are left open are closed."""
+    """Yield a function that opens ranks; at the end, all open ranks are closed."""
     opened: list[Rank] = []
 
     def open_one(
@@ -127,7 +127,7 @@ def open_rank() -> Iterator[Open]:
     for rank in opened:
         rank.connector.close()
         assert rank.connector.wait_unmapped(TIMEOUT_S)
-    opened.clear()  # pytest keeps the function above
+    opened.clear()  # pytest keeps a reference to the function above
 
 
 def await_end(begun: Any) -> str:
@@ -171,7 +171,7 @@ def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(open_ran
     assert read(peer, [0], [1]) == "done", "what is mapped stays so until it is removed"
     peer.close()
     assert holder.connector.wait_unmapped(TIMEOUT_S)
-    with pytest.raises(TransferError, match="no memory was handed over"):
+    with pytest.raises(TransferError, match="the owner did not share memory"):
         puller.connector.connect(card)
     holder.connector.open(holder.memory)
     again = puller.add(holder)
@@ -206,15 +206,15 @@ def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothin
         connect(holder.card(agent_metadata=b"nonsense"))
     for changes in ({"num_blocks": 9}, {"scratch_bytes": SCRATCH_BYTES + 1}):
         geometry = msgspec.structs.replace(holder.card().geometry, **changes)
-        with pytest.raises(TransferError, match="are described that are not shared"):
+        with pytest.raises(TransferError, match="bytes that it does not share"):
             connect(holder.card(geometry=geometry))
     card = msgspec.msgpack.decode(holder.connector.agent_metadata())
     (start, shared), *others = card["ranges"]
     wrong = card | {"ranges": [(start, shared | {"offset_bytes": 4096}), *others]}
     with pytest.raises(TransferError, match=r"cannot be mapped: .* not within"):
         connect(holder.card(agent_metadata=msgspec.msgpack.encode(wrong)))
-    # The holder may be about to close its end of the last connection.
-    assert num_open_fds() <= before + 1
+    # The holder closes its end of the last connection at the next one.
+    await_true(lambda: num_open_fds() <= before + 1, "all else is closed")
     for host in ("elsewhere", ""):
         stranger = open_rank(f"c{host}", host=host)
         for one, other in ((puller, stranger), (stranger, puller if host else stranger)):
@@ -257,7 +257,7 @@ def test_a_kernel_copies_pieces_of_several_sizes_and_nothing_beside_them() -> No
     run_interpreted("tests.transfer.interpreted_copy")
 
 
-# Descriptors: to processes with the token alone, and what is left when either side goes
+# Descriptors: only for processes with the token; closed when either side goes
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def server() -> Iterator[FdServer]:
 
 
 def fetch(server: FdServer) -> socket.socket:
-    """The connection; the descriptors were those of the files, in their order."""
+    """Fetch descriptors, check that they are those of the files in order; return the connection."""
     fds, use = fetch_fds(server.address, server.token, 3, TIMEOUT_S)
     assert [os.pread(fd, 10, 0) for fd in fds] == [bytes([index]) * 4 for index in range(3)]
     assert not any(os.get_inheritable(fd) for fd in fds)
@@ -290,16 +290,16 @@ def test_the_owner_knows_until_when_its_memory_is_in_use(server: FdServer) -> No
     assert not server.wait_unused(0)
     second.close()
     assert server.wait_unused(TIMEOUT_S)
-    with pytest.raises(TransferError, match="no memory was handed over"):
+    with pytest.raises(TransferError, match="the owner did not share memory"):
         fetch(server)
 
 
 @pytest.mark.parametrize("token", [b"", b"x", b"x" * TOKEN_BYTES, b"x" * 1000])
 def test_without_the_token_nothing_is_handed_over(server: FdServer, token: bytes) -> None:
     before = num_open_fds()
-    with pytest.raises(TransferError, match="no memory was handed over"):
+    with pytest.raises(TransferError, match="the owner did not share memory"):
         fetch_fds(server.address, token, 3, TIMEOUT_S)
-    assert num_open_fds() <= before + 1, "the server may be about to close its end"
+    await_true(lambda: num_open_fds() <= before, "the server has closed its end, too")
     assert server.wait_unused(0)
     fetch(server).close()
 
@@ -312,7 +312,7 @@ def fetch_and_wait(address: str, token: bytes, pipe: Any) -> None:
 
 @pytest.fixture(scope="module")
 def context() -> ForkServerContext:
-    """Its server runs, with files that stay open, before those of a test are counted."""
+    """Start the fork server, which keeps files open, before a test counts open files."""
     context = fork_server_context()
     multiprocessing.forkserver.ensure_running()
     return context
@@ -332,12 +332,12 @@ def test_a_killed_reader_uses_nothing_any_more(
     assert server.wait_unused(TIMEOUT_S)
 
 
-# Beside another connector
+# Together with another connector
 
 
 @pytest.fixture
 def open_both(open_rank: Open) -> Open:
-    """Ranks with a fake connector for NIXL's part, and P2P."""
+    """A function that opens ranks with P2P and a fake connector in place of NIXL."""
     fabric = Fabric()
 
     def open_one(name: str, source: Any = None, **options: Any) -> Rank:

@@ -1,4 +1,4 @@
-"""KV between GPUs: two processes, plain and CuMem memory, and the death of the one that is read."""
+"""KV transfers between GPUs of two processes, with plain and CuMem memory; death of the holder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("cuda.bindings")
 DEVICES = torch.cuda.device_count()
 TIMEOUT_S = 120.0
 NUM_BLOCKS = 512
-# Blocks of 4 MiB; one READ of all of them: 5 ms at 400 GB/s.
+# Blocks of 4 MiB; a READ of all blocks takes 5 ms at 400 GB/s.
 LARGE = {
     "num_blocks": NUM_BLOCKS,
     "num_heads": 4,
@@ -26,7 +26,7 @@ LARGE = {
     "num_layers": 64,
     "head_dim": 128,
 }
-# For NIXL on CuMem memory without fabric handles: a quarter of a second at 0.5 GB/s.
+# For NIXL with CuMem memory without fabric handles: 0.25 s at 0.5 GB/s.
 NUM_SLOW_BLOCKS = 32
 
 pairs = pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def finish(puller: RankHandle) -> PullFinished:
 def test_bytes_are_equal(
     start_on: Start, devices: tuple[str, str], with_cumem: bool, path: str
 ) -> None:
-    # Of large blocks: the time of small ones is that of their start.
+    # Large blocks, because the start of a READ takes most of the time of small blocks.
     size = LARGE | {"num_blocks": 32}
     holder, puller = (
         start_on("prefill", devices[0], with_cumem, path=path, **size),
@@ -98,7 +98,7 @@ def test_bytes_are_equal(
 def test_heads_of_ranks_of_another_tp_size(
     start_on: Start, devices: tuple[str, str], with_cumem: bool
 ) -> None:
-    """Pieces of one head each, out of and into blocks of three."""
+    """Each piece is one head; the puller's blocks have three heads."""
     holders = [
         start_on("prefill", devices[0], with_cumem, tp_size=3, tp_rank=tp_rank, num_heads=1)
         for tp_rank in range(3)
@@ -120,8 +120,8 @@ def test_heads_of_ranks_of_another_tp_size(
 def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     start_on: Start, devices: tuple[str, str], with_cumem: bool, path: str
 ) -> None:
-    """The pull fails, or ends with the right bytes; the blocks come back, and the next holder is
-    read.
+    """The pull fails, or ends with the right bytes. Its blocks are freed, and the puller reads from
+    the next holder.
     """
     options = {"path": path} | (
         LARGE | {"num_blocks": NUM_SLOW_BLOCKS} if path == "nixl" and with_cumem else LARGE
@@ -142,8 +142,8 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     if finished.ok:
         assert puller.call("digest", False) == expected
     if finished.in_flight and path == "nixl":
-        # Where the READ needs its holder (CuMem memory without fabric handles, two ranks of one
-        # GPU), it never ends, and the agent reads from nobody else: docs/reliability.md.
+        # If the READ needs its holder (CuMem memory without fabric handles, two ranks on one GPU),
+        # it never ends, and the agent cannot read from other holders: docs/reliability.md.
         return
     if finished.in_flight:
         puller.wait("event", PullDrained, TIMEOUT_S)
@@ -162,11 +162,11 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
 def test_a_device_has_the_memory_of_a_dead_rank_back(
     start_on: Start, devices: tuple[str, str]
 ) -> None:
-    """By the driver's own count. What else the reader takes there meanwhile, kernels and such, is
-    far less than the KV cache.
+    """Measured by the driver. The reader's other memory there, such as kernels, is far smaller than
+    the KV cache.
     """
     puller = start_on("decode", devices[1], True, **LARGE)
-    assert puller.endpoint  # it has started, and has its own memory
+    assert puller.endpoint  # the puller has started and has allocated its own memory
     before = torch.cuda.mem_get_info(devices[0])[0]
     holder = start_on("prefill", devices[0], True, **LARGE)
     puller.connect(holder)

@@ -1,4 +1,4 @@
-"""The trial of paths, with READs that end when and as the test says."""
+"""The trial of paths, with READs that the test controls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pdlaunch.transfer.connectors.scratch import (
 )
 from tests.clock import FakeClock
 
-# A quarter of a gigabyte; nothing reads or writes it.
+# A quarter of a gigabyte that nothing reads or writes.
 LANDING = torch.zeros(10**9 // 4, dtype=torch.uint8)
 
 
@@ -43,7 +43,7 @@ class FakeRead(Read):
 
 @dataclass
 class FakePath:
-    # Of each READ; the last one for all further ones.
+    # Time of each READ; further READs take the last time.
     times_s: list[float] = field(default_factory=lambda: [0.25])
     state: Any = "done"
     refusal: str = ""
@@ -51,7 +51,7 @@ class FakePath:
 
 
 class Trial:
-    """Tries paths whose READs do as they are told."""
+    """A trial of fake paths."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **paths: FakePath) -> None:
         self.clock = FakeClock()

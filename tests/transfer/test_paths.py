@@ -1,6 +1,4 @@
-"""Ranks in processes of their own whose handshake chooses between NIXL and mapped memory, and
-mapped memory that sleeps.
-"""
+"""Ranks as processes, with NIXL."""
 
 from __future__ import annotations
 
@@ -11,31 +9,16 @@ import pytest
 from pdlaunch.protocol.control import PairReady
 from tests.e2e.waiting import await_true
 from tests.transfer.conftest import Start
-from tests.transfer.rank_process import TIMEOUT_S, RankHandle
+from tests.transfer.rank_process import TIMEOUT_S
 
 pytestmark = pytest.mark.processes
 
 
-def pair_of(start: Start, prefill: str, decode: str = "") -> list[RankHandle]:
-    paths = {"prefill": prefill, "decode": decode or prefill}
-    return [start(role, transfer={"nixl": {"path": path}}) for role, path in paths.items()]
-
-
-def test_auto_times_both_paths_and_uses_one(start: Start) -> None:
-    holder, puller = pair_of(start, "auto")
-    (ready,) = puller.connect(holder)
-    assert {path.split()[0] for path in (ready.path, *ready.other_paths)} == {
-        "nixl/UCX",
-        "p2p/memfd",
-    }
-    assert ready.gigabytes_per_s > 0
-    assert all(said.endswith(" GB/s") for said in ready.other_paths.values())
-    puller.pull_from(holder, "r")
-
-
 def test_ranks_that_sleep_ten_times_leave_no_files_open(start: Start) -> None:
-    """NIXL by itself leaves a socket behind on both sides each time."""
-    ranks = holder, puller = pair_of(start, "nixl")
+    """Without our workaround, NIXL leaves a socket open on both sides each time."""
+    ranks = holder, puller = [
+        start(role, transfer={"nixl": {"path": "nixl"}}) for role in ("prefill", "decode")
+    ]
     entries, most_fds = [rank.entry() for rank in ranks], []
     processes = [psutil.Process(rank.process.pid) for rank in ranks]
     assert puller.connect(holder)[0].path.startswith("nixl/UCX")
@@ -53,7 +36,7 @@ def test_ranks_that_sleep_ten_times_leave_no_files_open(start: Start) -> None:
         puller.pull_from(holder, f"round {round_index}")
         if round_index == 1:  # both have slept once
             most_fds = [process.num_fds() for process in processes]
-    # The other side of a connection closes its end a moment later.
+    # The other side of a connection closes its end shortly after.
     await_true(
         lambda: all(
             process.num_fds() <= most for process, most in zip(processes, most_fds, strict=True)

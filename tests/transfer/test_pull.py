@@ -1,4 +1,4 @@
-"""Pulls in one process, in a World of fakes: their leases, their proofs, and what recovers them."""
+"""Pulls in one process with fakes (``World``): leases, proofs, and recovery from failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPIRED = [LeaseEnded(lease_id="r", reason="expired")]
 
 
 def begin(world: World, *holders: HolderRank, lease_s: float = 60.0, **options: Any) -> None:
-    """Start to pull block 4 of each of these ranks of an engine."""
+    """Begin to pull block 4 from each of these ranks of an engine."""
     for holder in holders:
         holder.holder.grant(grant("r", [4], lease_s=lease_s))
     world.pulls.start(pull("p", holders[0].remote("r"), [1], **options))
@@ -36,14 +36,14 @@ def begin(world: World, *holders: HolderRank, lease_s: float = 60.0, **options: 
 
 
 def land(world: World, turns: int = 4) -> None:
-    """Let all READs write, those of later turns too."""
+    """Let all READs write, including those of later turns."""
     world.fabric.stalled = False
     world.fabric.land()
     world.turn(turns)
 
 
 def change(holder: HolderRank, kind: type, **fields: Any) -> None:
-    """From now on the holder's answers of this kind have other contents."""
+    """Change these fields in all further answers of this kind."""
 
     def changed(reply: Any) -> Any:
         return msgspec.structs.replace(reply, **fields) if isinstance(reply, kind) else reply
@@ -79,11 +79,11 @@ def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, ho
     world.turn()
     finished = world.finished()
     assert (finished.ok, finished.in_flight) == (False, True)
-    assert "no end within 3 s; prefill-0/rank-0 is reading" in finished.error
+    assert "did not end within 3 s; prefill-0/rank-0 is reading" in finished.error
     world.clock.now += 1000
     world.turn()
     assert world.events == []
-    # The thread looks at the READ alone: a deadline in the past would keep it awake.
+    # The thread waits only for the READ: a deadline in the past would make it spin.
     assert world.pulls.deadlines() == []
     land(world)
     assert world.events == [PullDrained(pull_id="p")]
@@ -91,7 +91,7 @@ def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, ho
 
 
 def test_a_cancelled_pull_starts_no_read_and_gives_its_share_back(world, holder):
-    """The blocks may be somebody else's by the time that the answer comes."""
+    """Another request may own the blocks when the answer comes."""
     holder.holder.grant(grant("r", [4]))
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn(1)
@@ -109,7 +109,7 @@ def test_a_cancelled_pull_starts_no_read_and_gives_its_share_back(world, holder)
 
 
 def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
-    """Under the same lease; the others' shares of the lease end with the pull, not before."""
+    """It is read again under the same lease; the other shares of the lease end with the pull."""
     holders = world.connect_group(3)
     world.fabric.stalled = True
     world.pull_with(pull_attempts=2)
@@ -130,8 +130,8 @@ def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
 
 @pytest.mark.parametrize("stage", ["beginning", "reading"])
 def test_a_pull_outlives_a_new_connection(world, holder, stage):
-    """Another pull's READ has failed: what this one has asked is asked again, what it has read is
-    kept. The new connection is made as soon as the last READ of the old one is over.
+    """After a failed READ of another pull, this pull repeats its questions and keeps its READs. The
+    new connection is made as soon as the last READ of the old connection has ended.
     """
     world.fabric.stalled = True
     if stage == "beginning":
@@ -151,7 +151,7 @@ def test_a_pull_outlives_a_new_connection(world, holder, stage):
 
 
 def test_a_question_without_an_answer_is_asked_again(world, holder):
-    """Both answers may come in the end: the second one says nothing new."""
+    """If both answers arrive, the second answer is ignored."""
     receive, holder.channel.receive = holder.channel.receive, list
     begin(world, holder)
     assert len(holder.sent(PullBegin)) == 1
@@ -192,7 +192,7 @@ def test_a_restarted_holder_fails_its_pulls_and_is_kept_only_for_a_stalled_read(
 
 
 def test_heartbeats_keep_the_lease_of_a_slow_read_and_end_with_the_pull(world, holder):
-    """A later one would be refused, and fail a pull that has been proven."""
+    """A later heartbeat would be refused, and would fail a proven pull."""
     world.fabric.stalled = True
     begin(world, holder, lease_s=2.0)
     for _ in range(20):
@@ -221,10 +221,10 @@ def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder, mute):
     land(world)
     finished = world.finished()
     assert (finished.ok, LATE in finished.counts) == (False, True)
-    assert "the lease did not hold throughout the READ" in finished.error
+    assert "the lease may have ended before the READ" in finished.error
 
 
-# Who answers nonsense, or is not there
+# Holders that answer nonsense, or do not exist
 
 
 def groups(block_ids: list[int], first: int = 0) -> list[GroupBlocks]:
@@ -235,14 +235,14 @@ def groups(block_ids: list[int], first: int = 0) -> list[GroupBlocks]:
     ("kind", "fields", "error"),
     [
         (PullReply, {"groups": []}, "0 KV cache groups there, 1 here"),
-        (PullReply, {"groups": groups([4])}, "does not hold all blocks of group 0 from 0 on"),
-        (PullReply, {"groups": groups([4, 5], 1)}, "does not hold all blocks of group 0 from 0 on"),
-        (PullReply, {"groups": groups([4, 99])}, "named a block outside of its 16"),
+        (PullReply, {"groups": groups([4])}, "does not hold all blocks of group 0"),
+        (PullReply, {"groups": groups([4, 5], 1)}, "does not hold all blocks of group 0"),
+        (PullReply, {"groups": groups([4, 99])}, "a block id is out of range: it has 16 blocks"),
         (PullReply, {"num_tokens": 31}, "token hashes of request r differ"),
         (PullReply, {"block_hashes": []}, "token hashes of request r differ from block 0 on"),
-        (ChecksumsReply, {"groups": []}, "stated no checksums"),
-        (ChecksumsReply, {"groups": [bytes(8)]}, "stated no checksums"),
-        (ChecksumsReply, {"groups": [bytes(2 * 3 * 8 + 1)]}, "stated no checksums"),
+        (ChecksumsReply, {"groups": []}, "sent a wrong number of checksums"),
+        (ChecksumsReply, {"groups": [bytes(8)]}, "sent a wrong number of checksums"),
+        (ChecksumsReply, {"groups": [bytes(2 * 3 * 8 + 1)]}, "sent a wrong number of checksums"),
         (ChecksumsReply, {"groups": [bytes(2 * 3 * 8)]}, "checksum of KV head 0 differs"),
     ],
 )
@@ -258,11 +258,11 @@ def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, kind, 
     assert len(world.pulls) == 0
 
 
-# Checksums that take their time, as on a GPU
+# Checksums that are not ready at once, as on a GPU
 
 
 class HandChecksums(Checksums):
-    """Those of the moment when they were asked for; there when the test says so."""
+    """Checksums of the moment of the request; ready when the test says so."""
 
     is_ready = False
 

@@ -1,5 +1,5 @@
-"""Random histories of leases, pulls, faults and restarts: no wrong block is called right, no
-stranger writes to a block.
+"""Random histories of leases, pulls, faults and restarts: no wrong block is accepted, and no READ
+writes to a block that it does not own.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ NUM_STEPS = 600
 
 
 class History:
-    """One prefill rank that may restart, one decode rank, and a model of who owns each block on
-    either side.
+    """One prefill rank that may restart, one decode rank, and a model of the owner of each block on
+    both sides.
     """
 
     WEIGHTS = {
@@ -42,7 +42,7 @@ class History:
     }
 
     def __init__(self, seed: int, *, verify: bool = True) -> None:
-        """Without ``verify`` no bytes change under a lease: nothing would find that."""
+        """Without ``verify``, no bytes change during a lease, since nothing would detect that."""
         self.random = random.Random(seed)
         self.world = World(verify=verify)
         self.world.pull_with(pull_timeout_s=8.0, pull_attempts=self.random.randint(1, 3))
@@ -54,7 +54,7 @@ class History:
         self.seen: Counter[str] = Counter()
         self.incarnation = 0
         self.num_named = 0
-        # What a request's blocks held when its lease was granted.
+        # Contents of a request's blocks when its lease was granted.
         self.expected: dict[str, torch.Tensor] = {}
         self.leased: dict[str, list[int]] = {}
         self.pulls: dict[str, tuple[str, list[int]]] = {}
@@ -144,14 +144,14 @@ class History:
             channel.mute = False
 
     def land(self) -> None:
-        """Stalled READs write now: only to blocks that are still the transfer's."""
+        """Let stalled READs write; check that they change only blocks that a transfer owns."""
         free = self.free()
         before = self.world.kv_cache[free].clone()
         self.world.fabric.land()
         assert torch.equal(self.world.kv_cache[free], before)
 
     def turn(self) -> None:
-        """Nothing is written to blocks that no transfer owns."""
+        """Take turns; check that nothing writes to blocks that no transfer owns."""
         self.world.clock.now += self.random.random() / 4
         free = self.free()
         before = self.world.kv_cache[free].clone()
@@ -159,12 +159,12 @@ class History:
         assert torch.equal(self.world.kv_cache[free], before)
 
     def pause(self) -> None:
-        """Longer than a lease without a heartbeat."""
+        """Wait longer than a lease lasts without a heartbeat."""
         self.world.clock.now += 6.0
 
     def keep_the_books(self) -> None:
         for ended in self.holder.ended():
-            # The engine uses the blocks for something else at once.
+            # The engine uses the blocks for another request at once.
             self.holder.kv_cache[self.leased.pop(ended.lease_id)] = -1.0
             self.seen[ended.reason] += 1
         events = self.world.events[:]
@@ -189,7 +189,7 @@ class History:
         self.seen["late"] += event.counts.get(LATE, 0)
 
     def end(self) -> None:
-        """When the weather clears, everything ends and nothing is left."""
+        """Stop all faults; check that everything ends and nothing is left."""
         self.calm()
         for _ in range(4):
             self.land()
@@ -222,12 +222,12 @@ def what_happens(first_seed: int, *, verify: bool) -> Counter[str]:
 @pytest.mark.parametrize("first_seed", range(0, 20, 5))
 def test_faults(first_seed):
     seen = what_happens(first_seed, verify=True)
-    # A history in which nothing happens proves nothing.
+    # Histories without these outcomes would prove nothing.
     assert all(seen[outcome] > 5 for outcome in (*OUTCOMES, "unproven")), seen
 
 
 @pytest.mark.parametrize("first_seed", range(100, 120, 5))
 def test_the_seconds_of_leases_alone_keep_out_blocks_that_were_used_again(first_seed):
-    """Without checksums, and without asking the holder at the end."""
+    """There are no checksums, and the puller does not ask the holder at the end."""
     seen = what_happens(first_seed, verify=False)
     assert all(seen[outcome] > 5 for outcome in OUTCOMES), seen

@@ -1,5 +1,5 @@
-"""Connectors whose holder writes: who may ask for what, what proves that a write is over, and which
-device its threads use.
+"""Connectors whose holder writes: which requests are allowed, how the end of a write is proven, and
+which device the writing threads use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.transfer.rank_process import cancel, grant, pull
 
 
 class WrittenRead(FakeRead):
-    """Lands when the holder's answer says so."""
+    """A READ that ends with the holder's answer."""
 
     target = b"target"
 
@@ -35,7 +35,7 @@ class WrittenRead(FakeRead):
 
 
 class WritingConnector(FakeConnector):
-    """Writes a scratch at once, blocks when the test says so."""
+    """Writes a scratch at once, and blocks when the test says so."""
 
     pushes = True
     read_class = WrittenRead
@@ -55,8 +55,8 @@ class WritingConnector(FakeConnector):
 
 class PushWorld(World):
     def turn(self, times: int = 2 * (1 + NUM_WARM_READS)) -> None:
-        """Enough for a handshake: a READ of a scratch is asked for in one turn and seen to have
-        ended in the next.
+        """By default enough turns for a handshake: each READ of a scratch takes two turns, one to
+        request it and one to notice its end.
         """
         super().turn(times)
 
@@ -104,7 +104,7 @@ def test_a_pull_ends_with_the_answer_of_the_holder_and_begins_again_after_a_fail
 
 
 def test_a_cancelled_pull_owns_its_blocks_until_the_answer(world) -> None:
-    """Also over a connection that was given up; a new one waits for that."""
+    """This also holds after a reconnect: the new connection waits for the answer."""
     holder = start_pull(world)
     channel = holder.channel
     world.peers.peers[holder.identity.name].reconnect()
@@ -162,7 +162,7 @@ def test_a_reader_gets_only_what_it_has_leased(world, changes, reason: str) -> N
 
 
 class DeviceChangingConnector(PushingConnector):
-    """Leaves another device behind when it is built, as Mooncake does."""
+    """Changes the current device when it is built, as Mooncake does."""
 
     def __init__(self, bound: threading.local) -> None:
         super().__init__("prefill-0/rank-1", 1, num_sender_threads=2)

@@ -1,6 +1,4 @@
-"""What is closed lets go of the KV cache by itself: a full collection of cycles may be hours
-away.
-"""
+"""Closed objects release the KV cache without a garbage collection, which may be hours away."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ from tests.transfer.test_thread import TIMEOUT_S, connected, pull_once, remote
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """No collection helps, and pytest keeps no records of errors, whose tracebacks refer to
-    everything.
+    """Disable garbage collection, and logging: pytest would keep logged errors, whose tracebacks
+    reference all objects.
     """
     gc.disable()
     logging.disable()
@@ -41,7 +39,7 @@ def _alone() -> Iterator[None]:
 
 
 def storage_of(tensor: torch.Tensor) -> StorageWeakRef:
-    """Of its memory, which views keep alive as well."""
+    """A weak reference to the memory of a tensor, which views keep alive too."""
     return StorageWeakRef(tensor.untyped_storage())
 
 
@@ -50,7 +48,7 @@ def are_gone(*storages: StorageWeakRef) -> bool:
 
 
 def test_a_transfer_thread_that_is_closed(context: SecureContext) -> None:
-    """Whoever still refers to it, as an engine may until its process ends."""
+    """It releases the cache even if the engine still references the thread."""
     holder, puller = connected(context, Fabric())
     pull_once(holder, puller, "r")
     puller.transfer.submit([pull("unanswered", remote("none"), [3])])
@@ -62,7 +60,7 @@ def test_a_transfer_thread_that_is_closed(context: SecureContext) -> None:
 
 
 class Anything:
-    """Stands in for NIXL: every method takes everything and keeps nothing."""
+    """A fake of NIXL: all methods accept any arguments and keep none."""
 
     def __getattr__(self, name: str) -> Callable[..., Anything]:
         return lambda *values, **options: Anything()

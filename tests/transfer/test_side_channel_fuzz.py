@@ -1,5 +1,5 @@
-"""Well-formed questions with any content: each gets one answer, leases end as they should, and
-other pulls go on.
+"""Well-formed questions with random content: each gets one answer, leases end properly, and other
+pulls continue.
 """
 
 from __future__ import annotations
@@ -47,12 +47,7 @@ HANDSHAKE = Handshake(
 
 def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[ToPrefillSide]:
     return st.builds(
-        kind,
-        call_id=CALL_IDS,
-        engine_id=ENGINE_IDS,
-        lease_id=REQUEST_IDS,
-        reader=READERS,
-        **fields,
+        kind, call_id=CALL_IDS, engine_id=ENGINE_IDS, lease_id=REQUEST_IDS, reader=READERS, **fields
     )
 
 
@@ -105,10 +100,10 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
         assert set(*blocks) <= {4, 5}, "nothing is written that was not leased to this reader"
         write.set_result(None)
     writes.clear()
-    world.clock.now += GRANT_LAG_S  # those about leases that never were
+    world.clock.now += GRANT_LAG_S  # now questions about unknown leases are answered
     answers += holder.holder.ask()
     answered = [to_decode_side.decode(to_decode_side.encode(each)).call_id for each in answers]
-    # The end of a pull has no answer unless it is refused.
+    # PullEnd has no answer unless it is refused.
     ends = [each.call_id for each in questions if isinstance(each, PullEnd)]
     for call_id in answered:
         with contextlib.suppress(ValueError):

@@ -1,5 +1,5 @@
-"""The transfer thread and its real sockets, over a fake connector: pulls, strangers, and a rank
-that lets go of its peers and memory and shakes hands anew.
+"""The transfer thread with real sockets and a fake connector: pulls, strangers, and a rank that
+releases its peers and memory for sleep and shakes hands again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TIMEOUT_S = 60.0
 
 
 class Rank:
-    """A transfer thread and the engine's side of it."""
+    """A transfer thread, with the engine's side of its interface."""
 
     def __init__(
         self,
@@ -89,11 +89,11 @@ class Rank:
 
     @property
     def is_registered(self) -> bool:
-        """The connector has the memory of this rank."""
+        """True if the connector has registered the memory of this rank."""
         return self.connector.agent_name in self.connector.fabric.agents
 
     def events(self) -> list[Any]:
-        """What a wake brings."""
+        """Wait for the next events."""
         while True:
             self._wakes.get(timeout=TIMEOUT_S)
             if events := self.transfer.take_events():
@@ -126,7 +126,7 @@ def pull_once(holder: Rank, puller: Rank, name: str) -> None:
 
 
 def tell(*ranks: Rank, asleep: Rank | None = None) -> None:
-    """The registry shows these ranks."""
+    """Send a registry with these ranks to all of them."""
     entries = [rank.entry(state="sleeping" if rank is asleep else "ready") for rank in ranks]
     for rank in ranks:
         rank.transfer.update_registry(entries)
@@ -163,7 +163,7 @@ def pair(context: SecureContext, fabric: Fabric) -> Iterator[tuple[Rank, Rank]]:
 
 
 class Asker:
-    """A process of the launch that asks a rank, or a stranger."""
+    """A client of a rank's side channel: a process of the launch, or a stranger."""
 
     def __init__(self, context: SecureContext, rank: Rank) -> None:
         self.socket = context.connect(zmq.DEALER, rank.transfer.endpoint)
@@ -212,8 +212,8 @@ def test_a_connector_that_cannot_start_is_told(context, fabric) -> None:
 
 
 def test_idle_threads_do_not_turn_while_others_pull(context) -> None:
-    """Two hundred pulls of another pair take longer than any pause between two looks at a READ: who
-    polled would turn. Each turn asks the clock.
+    """Two hundred pulls of another pair take longer than the interval at which READs are polled, so
+    a thread that polls would turn. Each turn reads the clock.
     """
     num_calls = [0]
 
@@ -224,7 +224,7 @@ def test_idle_threads_do_not_turn_while_others_pull(context) -> None:
     others = SecureContext(new_launch_keys())
     idle, busy = connected(context, Fabric(), clock=clock), connected(others, Fabric())
     pull_once(*idle, "first")
-    # The last pull's messages may still be on the way in the first round.
+    # In the first round, messages of the last pull may still arrive.
     for number in range(5):
         before = num_calls[0]
         for index in range(200):

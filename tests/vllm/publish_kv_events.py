@@ -1,6 +1,6 @@
 """Runs in vLLM's environment: its block pool and publisher, without an engine.
 
-``publish_kv_events.py ENDPOINT``: publishes two batches, and a third one when a line comes in.
+``publish_kv_events.py ENDPOINT DP_RANK``: publishes two batches, and one more for each line.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ BLOCK_SIZE = 16
 TOKENS = list(range(100, 180))
 
 init_none_hash(sha256_cbor)
-endpoint = sys.argv[1]
-publisher = ZmqEventPublisher(0, endpoint=endpoint, replay_endpoint=f"{endpoint}.replay")
+endpoint, rank = sys.argv[1], int(sys.argv[2])
+publisher = ZmqEventPublisher(rank, endpoint=endpoint, replay_endpoint=f"{endpoint}.replay")
 pool = BlockPool(20, True, BLOCK_SIZE, enable_kv_cache_events=True)
 
 
@@ -57,5 +57,6 @@ fill(request("1", "salt"), 0, 5, salted)
 pool.free_blocks(reversed(plain))
 pool.get_new_blocks(13)
 publish()
-sys.stdin.readline()
+for _ in sys.stdin:
+    publish()
 publisher.shutdown()

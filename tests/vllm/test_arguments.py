@@ -9,13 +9,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from pdlaunch.config.vllm_arguments import (
-    ALIASES,
-    KV_EVENTS,
-    OURS,
-    REFUSED,
-    long_name,
-)
+from pdlaunch.config.vllm_arguments import ALIASES, KV_EVENTS, OURS, REFUSED, long_name
 from pdlaunch.machine.engine_commands import find_engine_command
 
 

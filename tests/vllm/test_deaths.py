@@ -12,6 +12,7 @@ import pytest
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
+from tests.e2e.faults import lives
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import core_of, engine_of
@@ -36,16 +37,10 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def is_gone(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() == psutil.STATUS_ZOMBIE or not process.is_running()
-    return True
-
-
 def await_healed(launch: Deployment, name: str, dead: list[psutil.Process], seed: int) -> None:
     """Wait until an engine is back in other processes and its pair moves KV blocks."""
     await_true(lambda: states(launch.url).get(name) != "ready", "its death is seen", 120)
-    await_true(lambda: all(map(is_gone, dead)), "all of it is gone", 120)
+    await_true(lambda: not any(map(lives, dead)), "all of it is gone")
     await_true(lambda: states(launch.url).get(name) == "ready", f"{name} is back", 600)
 
     def pairs() -> list[object]:
@@ -65,7 +60,7 @@ def test_an_idle_engine_whose_core_stands_still_is_restarted(launch: Deployment)
     sidecar = launch.processes()["decode-0"]
     dead = family(engine_of(sidecar))
     core_of(sidecar).suspend()
-    await_true(lambda: is_gone(sidecar), "it is found", 4 * HANG_TIMEOUT_S)
+    await_true(lambda: not lives(sidecar), "it is found", 4 * HANG_TIMEOUT_S)
     said = f"has computed nothing for {HANG_TIMEOUT_S} s"
     await_true(lambda: said in launch.output(), "the launch says so", 60)
     await_healed(launch, "decode-0", dead, seed=301)
@@ -82,4 +77,4 @@ def test_nothing_is_left_of_a_launch_whose_supervisor_is_killed(launch: Deployme
         next(tokens)
         launch.process.kill()
         list(tokens)
-    await_true(lambda: all(map(is_gone, everybody)), "nothing is left", 60)
+    await_true(lambda: not any(map(lives, everybody)), "nothing is left")

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import zmq
 
+from tests.e2e.faults import lives
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.netns.hosts import new_network, signal_inner, why_not
 from tests.netns.launch import FarLaunch, far_launch, wait_for
@@ -91,12 +92,12 @@ def test_its_first_host_publishes_what_its_ranks_have_cached(launch: FarLaunch) 
         events.connect(f"ipc://{path}")
         seeds = itertools.count(100)
 
-        def is_told() -> bool:
+        def is_reported() -> bool:
             """Subscribers get only the events after they connect."""
             tokens(launch, [next(seeds), *PROMPTS[0]])
             return bool(events.poll(1_000))
 
-        wait_for(is_told, launch, "no events", START_TIMEOUT_S)
+        wait_for(is_reported, launch, "no events", START_TIMEOUT_S)
         batch = msgspec.msgpack.decode(events.recv_multipart()[-1])
     assert "BlockStored" in {event["type"] for event in batch[1]}
 
@@ -112,7 +113,7 @@ def comes_back(launch: FarLaunch) -> Iterator[None]:
     assert tokens(launch, PROMPTS[0]) == right
     is_back = lambda: launch.output().count("prefill-0 is ready again") > num_starts  # noqa: E731
     wait_for(is_back, launch, "it is not back", START_TIMEOUT_S)
-    assert not [each for each in old if each.is_running()]
+    assert not any(map(lives, old))
     passed = launch.network.num_bytes("b", "a")
     assert tokens(launch, PROMPTS[0]) == right
     assert launch.network.num_bytes("b", "a") - passed > 100_000

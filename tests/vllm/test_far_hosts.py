@@ -86,7 +86,7 @@ def test_tokens_are_those_of_one_engine_and_blocks_go_over_the_network(pair: Far
     assert metric(pair, "pdlaunch_router_silent_recomputes_total") == 0
     assert metric(pair, *FAILED) == 0
     # They were proven: what prefill states has come from the other host.
-    assert "used unproven" not in pair.log("decode-0.log")
+    assert "used without proof" not in pair.log("decode-0.log")
 
 
 def test_streams_come_through(pair: FarLaunch) -> None:

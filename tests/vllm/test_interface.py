@@ -38,6 +38,7 @@ DEFAULTS_FIT = {
     *("finish_forward", "reset_capture_state", "requires_piecewise_for_cudagraph"),
     *("handle_preemptions", "set_host_xfer_buffer_ops", "reset_cache"),
     *("bind_gpu_block_pool", "bind_kv_cache_manager", "register_finished_partial_tail"),
+    # Not asked for: tensors of single layers hold the same pages, and 0.33 has nothing else.
     *("prefer_cross_layer_blocks", "register_cross_layers_kv_cache"),
     # True for ``kv_both``: what was preempted is computed again, and never lent.
     "requires_kv_delivery",

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
@@ -123,7 +122,7 @@ def test_log_probabilities_are_those_of_one_engine(launch: Deployment) -> None:
     (prompt,) = prompts(10, 1)
     body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3, "ignore_eos": True}
     num_bytes = bytes_read(launch.url)
-    alone = admin_api(launch.url).engine("prefill-0")
+    alone = Pair(launch).prefill
     told, expected = (api.post("/v1/completions", body)[1] for api in (Api(launch.url), alone))
     assert bytes_read(launch.url) > num_bytes
     here, there = (answer["choices"][0]["logprobs"] for answer in (told, expected))
@@ -133,11 +132,13 @@ def test_log_probabilities_are_those_of_one_engine(launch: Deployment) -> None:
 
 
 def test_requests_that_are_preempted_are_computed_again(launch: Deployment) -> None:
-    asked = prompts(20, CONCURRENCY, 150)
+    """The router would not send as many to decode at once."""
+    asked = prompts(20, CONCURRENCY)
     pair = Pair(launch)
-    expected = expected_of(pair.prefill, asked, 150)
+    expected = expected_of(pair.prefill, asked, 250)
     before = pair.decode.metrics()
-    assert Load(asked, lambda prompt: complete(launch.url, prompt, 150)).answers() == expected
+    load = Load(asked, lambda prompt: pair.take(prompt, pair.hand_over(prompt), 250))
+    assert load.answers() == expected
     after = pair.decode.metrics()
     preemptions = "vllm:num_preemptions_total"
     assert after[preemptions] > before[preemptions]
@@ -207,5 +208,5 @@ def test_lost_late_and_wrong_reads_change_no_token(
         assert metrics["pdlaunch_kv_transfers_total"] > 0
         assert metrics["pdlaunch_kv_verification_failures_total"] > 0
         assert "READ was refused" in log
-        assert "no end within" in log
+        assert "did not end within" in log
         await_true(lambda: is_idle(deployment), "no block is leased or in quarantine")

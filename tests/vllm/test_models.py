@@ -8,6 +8,7 @@ any KV cache group is noticed.
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from transformers import AutoConfig
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.config.model_files.fake_hub import fake_hub
-from tests.e2e.api import complete
+from tests.e2e.api import complete, streamed
 from tests.e2e.tiny_models import VOCAB_SIZE, write_model
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import flip_bit
@@ -72,12 +73,28 @@ class Model:
     shape: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     num_groups: int = 1  # of KV caches in which bits are flipped; 0 where ranks share them
+    plugin: str = ""  # module beside this file without which vLLM cannot serve it on a CPU
 
     def written(self, folder: Path) -> Path:
         config = AutoConfig.for_model(self.family, **{**SIZES, **self.shape})
         return write_model(config, folder / self.family)
 
+    def environ(self, folder: Path) -> dict[str, str]:
+        """Have vLLM load the plugin; return the variables for that."""
+        name = self.plugin
+        if not name:
+            return {}
+        info = folder / f"{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        entry = f"[vllm.general_plugins]\n{name} = {name}:register\n"
+        (info / "entry_points.txt").write_text(entry)
+        shutil.copy(Path(__file__).with_name(f"{name}.py"), folder)
+        return {"PYTHONPATH": str(folder)}
 
+
+REFERENCE_MLA = {"engine_args": {"attention-backend": "CPU_MLA"}}
+TWO_RANKS = {"data_parallel_size": 2, "block_size": 32}
 WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 MODELS = {
     "Qwen3": Model("qwen3"),
@@ -87,7 +104,8 @@ MODELS = {
         num_groups=3,
     ),
     "Qwen3 MoE": Model("qwen3_moe", {"num_experts": 4, **EXPERTS}),
-    "DeepSeek V2": Model("deepseek_v2", {**LATENT, **EXPERTS}),
+    # On CPUs with AMX, vLLM would choose a backend that takes no float32.
+    "DeepSeek V2": Model("deepseek_v2", {**LATENT, **EXPERTS}, REFERENCE_MLA),
     # vLLM's kernels for a CPU keep no state in the middle of a prompt, so that it finds no prefix.
     "Falcon H1": Model(
         "falcon_h1",
@@ -98,8 +116,17 @@ MODELS = {
     "8-bit KV": Model("llama", settings={"engine_args": {"kv-cache-dtype": "fp8"}}),
     "TP 1 and 2": Model("llama", settings={"decode": {"tensor_parallel_size": 2}}),
     "TP 2 and 1": Model("llama", settings={"prefill": {"tensor_parallel_size": 2}}, num_groups=0),
-    # With experts vLLM 0.32 raises NotImplementedError on a CPU.
-    "DP 2": Model("qwen3", settings={"data_parallel_size": 2}, num_groups=0),
+    "DP 2": Model("qwen3", settings=TWO_RANKS, num_groups=0),
+    "DP 2 and 1": Model(
+        "qwen3", settings=TWO_RANKS | {"decode": {"data_parallel_size": 1}}, num_groups=0
+    ),
+    "DP 2, experts": Model(
+        "qwen3_moe",
+        {"num_experts": 4, **EXPERTS},
+        TWO_RANKS | {"engine_args": {"enable-expert-parallel": True}},
+        num_groups=0,
+        plugin="cpu_experts",
+    ),
 }
 SHORT = ("Gemma 3", "Falcon H1", "DeepSeek V2")
 
@@ -116,7 +143,8 @@ def launch(
     model = MODELS[request.param]
     folder = tmp_path_factory.mktemp("models")
     settings = {"model": str(model.written(folder)), "dtype": "float32", **model.settings}
-    with running_engines(folder, vllm_command, settings) as deployment:
+    environ = model.environ(folder)
+    with running_engines(folder, vllm_command, settings, environ=environ) as deployment:
         yield model, deployment
 
 
@@ -157,6 +185,10 @@ def test_tokens_are_those_of_one_engine_and_kv_bytes_have_moved(
         told.append(complete(deployment.url, prompt, NUM_TOKENS))
         assert pair.counts()[0] > num_bytes
         assert told[-1] == complete(pair.prefill, prompt, NUM_TOKENS)
+        # Decode continues a stream behind prefill's token, unless the model keeps states.
+        prompt = prompt_of(50 + seed, num_tokens)
+        with streamed(deployment.url, prompt, NUM_TOKENS) as tokens:
+            assert list(tokens) == complete(pair.prefill, prompt, NUM_TOKENS)
     assert len(set(map(tuple, told))) == len(told), "KV blocks of another prompt would not show"
     assert pair.counts()[1] == 0
     assert Api(deployment.url).metrics()["pdlaunch_router_silent_recomputes_total"] == 0
@@ -170,12 +202,27 @@ def test_a_bit_that_flips_in_any_group_changes_no_token(launch: tuple[Model, Dep
         prompt = prompt_of(100 + group, 300)
         expected = complete(pair.prefill, prompt, NUM_TOKENS)
         params = pair.hand_over(prompt)
-        time.sleep(0.5)  # the lease is granted, and its blocks hashed, in the step after the answer
+        pair.await_hashes(prompt)
         assert len(params["remote_block_ids"]) == model.num_groups
         flip_bit(params, pair.worker("prefill-0"), log, -1, group=group)
         _, num_failed = pair.counts()
         assert pair.take(prompt, params) == expected
         assert pair.counts()[1] == num_failed + 1
+
+
+@pytest.mark.vllm_long
+@pytest.mark.parametrize("launch", ["DP 2", "DP 2, experts"], indirect=True)
+def test_prompts_go_to_the_ranks_that_have_them(launch: tuple[Model, Deployment]) -> None:
+    """vLLM alone would send an odd number of prompts to the other ranks when they come again."""
+    _, deployment = launch
+    prompts, cached = [prompt_of(seed, 200) for seed in range(20, 25)], []
+    for is_known in (False, True):
+        for prompt in prompts:
+            complete(deployment.url, prompt, 2)
+            _, told = Api(deployment.url).get_object("/pdlaunch/requests?last=1")
+            cached.append((is_known, told["requests"][0]["cached_tokens"]))
+        time.sleep(1.0)  # vLLM publishes events a little later
+    assert cached == [(False, 0)] * 5 + [(True, 192)] * 5
 
 
 def test_a_hybrid_finds_its_states_in_the_prefix_caches_of_both_engines(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pdlaunch.launch.client.admin import admin_api
@@ -18,6 +17,7 @@ from pdlaunch.launch.client.deployment import Deployment, held_port, running_dep
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import lives
 from tests.e2e.lone_router import needs_vllm_router, running_vllm_router
 from tests.e2e.test_doors import answered
 from tests.e2e.waiting import await_true
@@ -118,7 +118,7 @@ def test_prefill_engines_that_die_are_replaced_and_decode_goes_on(launch: Deploy
         assert [first, *tokens] == expected
     # Decode computes prompts itself meanwhile.
     assert complete(launch.url, prompt_of(141), NUM_TOKENS)
-    await_true(lambda: not is_alive(orphan), "a sidecar takes its engine with it", 60)
+    await_true(lambda: not lives(orphan), "a sidecar takes its engine with it", 60)
 
     for name in PREFILLS:
         await_true(partial(is_ready, launch.url, name), f"{name} is back", 600)
@@ -139,7 +139,3 @@ def test_prefill_engines_that_die_are_replaced_and_decode_goes_on(launch: Deploy
 
 def is_ready(url: str, name: str) -> bool:
     return states(url).get(name) == "ready"
-
-
-def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -87,10 +87,7 @@ FORMS = {
     ),
     "5-D by token": (False, lambda: [numbered(NUM_BLOCKS, 2, BLOCK_SIZE, HEADS, DIM)]),
     "small kernel blocks": (True, lambda: [numbered(2 * NUM_BLOCKS, HEADS, 2, 2 * DIM)]),
-    "small kernel blocks by token": (
-        False,
-        lambda: [numbered(2 * NUM_BLOCKS, 2, 2, HEADS, DIM)],
-    ),
+    "small kernel blocks by token": (False, lambda: [numbered(2 * NUM_BLOCKS, 2, 2, HEADS, DIM)]),
     "one buffer": (True, packed_layers),
     "bytes": (True, lambda: [numbered(NUM_BLOCKS, HEADS, 4, 16).to(torch.uint8)]),
 }
@@ -163,9 +160,9 @@ def test_a_state_is_a_page_beside_those_of_attention() -> None:
     ("cache", "spec", "reason"),
     [
         ([torch.zeros(6, 2), torch.zeros(6, 3)], MambaSpec(), "state as MambaSpec"),
-        (numbered(2, NUM_BLOCKS, 4, 2, 8), FullAttentionSpec(), "not one piece of memory"),
-        (numbered(7, HEADS, 4, 16), FullAttentionSpec(), "not one piece of memory"),
-        (numbered(NUM_BLOCKS, 4, 4, 16)[:, ::2], FullAttentionSpec(), "not one piece of memory"),
+        (numbered(2, NUM_BLOCKS, 4, 2, 8), FullAttentionSpec(), "block is not contiguous"),
+        (numbered(7, HEADS, 4, 16), FullAttentionSpec(), "block is not contiguous"),
+        (numbered(NUM_BLOCKS, 4, 4, 16)[:, ::2], FullAttentionSpec(), "block is not contiguous"),
     ],
 )
 def test_what_is_not_known_is_refused_with_the_reason(cache: Any, spec: Any, reason: str) -> None:

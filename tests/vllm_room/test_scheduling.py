@@ -26,6 +26,7 @@ class Request:
         self.prompt_token_ids: list[int] | None = list(range(num_tokens))
         self._all_token_ids = list(range(num_tokens))
         self.num_prompt_tokens = num_tokens
+        self.output_token_ids = [77]
         self.__dict__ |= fields
 
 
@@ -68,6 +69,7 @@ def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
     assert params is not None
     assert params["remote_engine_id"] == "e" * 32
     assert params["remote_block_ids"] == grant.block_ids
+    assert params["pdlaunch"]["first_tokens"] == [{"token_id": 77}]
     assert (params["tp_size"], params["do_remote_prefill"]) == (2, True)
     assert prefill.take_commands() == []
 
@@ -92,6 +94,18 @@ def test_other_requests_keep_nothing(request_: Request, is_prefilled: bool) -> N
     prefill = scheduling()
     assert prefill.finished(request_, ([3, 1, 2],), is_prefilled=is_prefilled) is None
     assert prefill.take_commands() == []
+
+
+def test_behind_a_lent_prompt_may_stand_the_token_of_prefill() -> None:
+    decode, request = scheduling(), Request("d", 11, lent(10))
+    assert decode.num_matched(request, 4) == 6
+    decode.allocated(request, ([7, 8, 9],), 6)
+    (pull,) = decode.take_commands()
+    assert isinstance(pull, StartPull)
+    assert (pull.block_ids, pull.num_tokens) == ([[8, 9]], 10)
+    alone = scheduling()
+    alone.allocated(Request("d", 10, lent(10)), ([7, 8, 9],), 6)
+    assert alone.take_commands()[0].block_hashes == pull.block_hashes  # type: ignore[union-attr]
 
 
 def test_decode_pulls_what_it_has_not_cached_once_and_is_not_asked_again() -> None:
@@ -188,6 +202,8 @@ def test_a_last_token_that_sees_a_block_that_is_gone_is_computed_here(
     """
     params = lent(num_tokens, SLIDING, tables=([0, 5, 6, 7],))
     assert scheduling(SLIDING).num_matched(Request("d", num_tokens, params), 0) == matched
+    with_first_token = Request("d", num_tokens + 1, params)
+    assert scheduling(SLIDING).num_matched(with_first_token, 0) == num_tokens
 
 
 def test_params_that_cannot_be_read_leave_the_prompt_to_this_engine(caplog: Any) -> None:

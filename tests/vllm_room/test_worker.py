@@ -26,20 +26,14 @@ from pdlaunch.protocol.engine_link import (
     to_worker,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import (
-    CancelPull,
-    LeaseEnded,
-    PullDrained,
-    PullFinished,
-    StartPull,
-)
+from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, PullFinished, StartPull
 from pdlaunch.vllm.layout import read_layout
 from pdlaunch.vllm.scheduling import GroupShape, Scheduling
 from pdlaunch.vllm.worker import Results, Worker
 from tests.vllm_room.test_layout import Config, Group
 from tests.vllm_room.test_scheduling import PREFILL, Request
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 180.0
 IDS = {"prefill": "p" * 32, "decode": "d" * 32}
 
 
@@ -282,7 +276,6 @@ def test_an_engine_sleeps_once_nothing_is_leased_and_is_read_again_when_awake(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM calls both methods twice where it sleeps at two levels."""
-    monkeypatch.setattr("pdlaunch.vllm.worker.SLEEP_TIMEOUT_S", 0.3)
     pools = SleepingPools()
     prefill, decode = start("prefill", pools=pools), start("decode")
     pools.cache = prefill.cache
@@ -290,8 +283,10 @@ def test_an_engine_sleeps_once_nothing_is_leased_and_is_read_again_when_awake(
     decode.hear(PairReady)
     params = lend(prefill, "p", [3, 1, 2])
     before = prefill.cache.clone()
-    with pytest.raises(TransferError, match="has not ended"):
-        prefill.worker.sleep()
+    with monkeypatch.context() as patch:
+        patch.setattr("pdlaunch.vllm.worker.SLEEP_TIMEOUT_S", 0.3)
+        with pytest.raises(TransferError, match="has not ended"):
+            prefill.worker.sleep()
     assert not pools.sleeping_tags, "a leased block is not slept over"
     assert torch.equal(prefill.cache, before)
     begin(decode, params, [7, 0, 4])

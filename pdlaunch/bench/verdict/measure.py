@@ -26,8 +26,8 @@ from pdlaunch.bench.loads import (
 )
 from pdlaunch.bench.serve import client_session, model_of, summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion, complete
-from pdlaunch.bench.verdict.arms import config_to_measure
-from pdlaunch.bench.verdict.queueing import WARM_UP, Arm, EngineFigures, Job
+from pdlaunch.bench.verdict.arms import Arm, config_to_measure
+from pdlaunch.bench.verdict.queueing import WARM_UP, EngineFigures, Job
 from pdlaunch.bench.verdict.search import Probe, Step
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import PdlaunchError
@@ -35,20 +35,20 @@ from pdlaunch.errors import PdlaunchError
 _MIN_REQUESTS, _MAX_REQUESTS, _MIN_PROBE_S = 12, 400, 10.0
 _BATCHES = (4, 16, 64)
 _NUM_REPEATS = 3
-_NUM_STEPS = 8  # steps that are timed, of each batch
+_NUM_STEPS = 8  # timed steps of each batch
 _MAX_OUTPUT = 128
-_MAX_STREAM = 512  # tokens of a stream that waits for a prompt
-_MAX_PROMPTS_S = 8.0  # A batch whose prompts take longer is not measured.
+_MAX_STREAM = 512  # most tokens of a stream that runs while a prompt is computed
+_MAX_PROMPTS_S = 8.0  # batches whose prompts take longer are not measured
 _FULL = "HTTP 429"
-_SETTLE_S = 1.0  # Requests that were given up leave the engines within a step.
+_SETTLE_S = 1.0  # time for engines to drop aborted requests, which takes a step
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """The user's load, to be sent at many rates."""
+    """The user's load, which can be sent at any rate."""
 
-    # Lengths and shared blocks; with timestamps also the bursts
+    # Lengths and shared blocks; timestamps give the bursts, if they differ
     requests: Sequence[TraceRequest]
-    prefix: list[int] = []  # tokens before every prompt
+    prefix: list[int] = []  # tokens at the start of every prompt
     token_ids: range = range(FIRST_TOKEN_ID, 30_000)
     seed: int = 0
     probe_s: float = 20.0
@@ -56,7 +56,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     def jobs_at(self, rate: float, seed: int) -> list[Job]:
         """Return send times and lengths of the requests at a rate: the same for every arm."""
-        # Few requests at low rates, or a probe would take minutes; enough for queues at high ones.
+        # At low rates few requests, to keep probes short; at high rates enough to build up queues.
         least = min(_MIN_REQUESTS, max(5, round(2 * rate * self.probe_s)))
         most = max(_MAX_REQUESTS, round(rate * _MIN_PROBE_S))
         number = min(most, max(least, round(rate * self.probe_s)))
@@ -91,7 +91,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return sorted({new[len(new) * tenths // 10] for tenths in (1, 5, 9)})
 
     def _chosen(self, number: int, seed: int) -> list[tuple[int, TraceRequest]]:
-        """Return requests, each with its lap: a trace that begins again shares no block with it."""
+        """Return requests with their lap over the trace. Different laps share no blocks."""
         places = range(seed * number, (seed + 1) * number)
         laps = [divmod(place, len(self.requests)) for place in places]
         return [(lap, self.requests[index]) for lap, index in laps]
@@ -109,17 +109,18 @@ class Launches(contextlib.ExitStack):
         super().__init__()
         self.load = load
         self.goals = goals
+        self.policy = loaded.config.routing.policy
         self._attainment = attainment
         self._loaded = loaded
         self._on_cpu = on_cpu
-        self._running: tuple[str, int] | None = None
+        self._running: Arm | None = None
         self._url = ""
         self._key: str | None = None
         self.start_s = 0.0
 
-    def use(self, arm: Arm, visit: int) -> None:
-        """Start the arm, unless it still runs from an earlier step of this visit."""
-        if self._running == (arm.name, visit):
+    def use(self, arm: Arm) -> None:
+        """Start the arm, unless it still runs from an earlier step."""
+        if self._running == arm:
             return
         self.stop()
         config = self._config(arm)
@@ -127,19 +128,19 @@ class Launches(contextlib.ExitStack):
         self._key = None if key is None else key.get_secret_value()
         deployment = self.enter_context(launched(config))
         self._url, self.start_s = deployment.url, deployment.start_s
-        self._running = (arm.name, visit)
-        # Warm up: the first requests compile, connect and fill caches.
+        self._running = arm
+        # Warm up: the first requests compile kernels, connect engines and fill caches.
         num_engines = arm.num_both + arm.num_prefill + arm.num_decode
         asyncio.run(self._prompts_at_once(2 * num_engines, 0, 3))
 
     def stop(self) -> None:
-        """Stop the running arm. If it had to be killed, the next arm is not to blame."""
+        """Stop the running arm. Errors are ignored, since they do not concern the next arm."""
         self._running = None
         with contextlib.suppress(PdlaunchError):
             self.close()
 
     async def figures(self, arm: Arm) -> EngineFigures:
-        """Measure all engines of an aggregated arm at once, because devices may share memory."""
+        """Measure the engines of an aggregated arm, all at once, because they may share memory."""
         engines = next(iter(resolve_here(self._config(arm)).roles.values()))
         num_engines, max_seqs = arm.num_both, engines.settings.max_num_seqs
         goals, lengths, prefill = self.goals, self.load.lengths(), []
@@ -158,7 +159,7 @@ class Launches(contextlib.ExitStack):
             is_slow = steps[-1][1] * 1000 > min(goals.itl_ms or 1e9, goals.tpot_ms or 1e9)
             if is_slow or num_streams * full_s > _MAX_PROMPTS_S:
                 break
-            # No stream may end before the last prompt is computed, a chunk in each step.
+            # Long enough for all streams to overlap: prompts are computed one chunk in each step.
             output = min(_MAX_OUTPUT, _NUM_STEPS + math.ceil(num_streams * lengths[-1] / chunk))
             done = await self._prompts_at_once(num_streams * num_engines, lengths[-1], output)
             steps.append((num_streams, _common_step_s(done)))
@@ -173,14 +174,14 @@ class Launches(contextlib.ExitStack):
     async def _chunk_tokens(
         self, num_engines: int, length: int, prefill_s: float, step_s: float
     ) -> int:
-        """Return the prompt tokens of a step beside a stream, estimated from its duration."""
+        """Return the most prompt tokens in a step with a stream, estimated from its duration."""
         output = min(_MAX_STREAM, _NUM_STEPS + round(2 * prefill_s / step_s))
         streams = asyncio.create_task(self._prompts_at_once(num_engines, length, output))
         await asyncio.sleep(prefill_s + 3 * step_s)
         await self._prompts_at_once(num_engines, length, 1)
         stalls_s = [max(each.all_gaps_s) for each in await streams]
         share = (statistics.median(stalls_s) - step_s) / prefill_s
-        # The stall lasts almost a whole prefill: the engine does not split prompts of this length.
+        # A stall of almost a whole prefill: the engine does not split prompts of this length.
         return 1 << 20 if share > 0.8 else max(16, round(share * length))
 
     async def hand_over_s(self, step_s: float) -> float:
@@ -193,12 +194,12 @@ class Launches(contextlib.ExitStack):
         return max(0.0, statistics.median(gaps_s) - step_s) if gaps_s else 0.0
 
     async def probe(self, step: Step, seed: int) -> Probe:
-        """Send requests at a rate, until all are answered or too many have missed the goals."""
+        """Send requests at a rate until all are answered, or too many have missed the goals."""
         goals = self.goals
         jobs = self.load.jobs_at(step.rate, seed)
         prompts = self.load.prompts(len(jobs), seed)
         first = len(jobs) // WARM_UP
-        # Twice the allowed misses: this rate fails beyond doubt.
+        # With twice the allowed misses, this rate certainly fails.
         most_missed = 2 * (1 - self._attainment) * (len(jobs) - first) + 1
         done: dict[int, TimedCompletion] = {}
         num_missed = 0
@@ -228,7 +229,7 @@ class Launches(contextlib.ExitStack):
         seconds = time.perf_counter() - start_at
         counted = [done[number] for number in sorted(done) if number >= first]
         errors = [each.error for each in counted if each.error is not None]
-        # An arm that is full has missed the goals; any other error of all requests is a fault.
+        # HTTP 429 means that the arm is too slow. If all requests have other errors, it is broken.
         if len(errors) == len(counted) and not all(each.startswith(_FULL) for each in errors):
             raise PdlaunchError(f"no request was answered: {errors[0]}")
         await asyncio.sleep(_SETTLE_S)
@@ -250,7 +251,7 @@ class Launches(contextlib.ExitStack):
     async def _prompts_at_once(
         self, number: int, length: int, output_tokens: int
     ) -> list[TimedCompletion]:
-        """Send new prompts at once; ``length`` 0 stands for the median length.
+        """Send new prompts at the same time; ``length`` 0: the median length of the load.
 
         Raises PdlaunchError unless all are answered.
         """
@@ -258,7 +259,7 @@ class Launches(contextlib.ExitStack):
         length = length or lengths[len(lengths) // 2]
         tokens = self.load.token_ids
         async with self._session() as (session, model, max_model_len):
-            # These answers are longer than those of the load, which may be near the limit.
+            # These answers may be longer than those of the load, so max_model_len may limit them.
             limit = max_model_len or 2 * (length + output_tokens)
             output_tokens = min(output_tokens, limit // 2)
             length = min(length, limit - output_tokens)
@@ -282,15 +283,18 @@ class Launches(contextlib.ExitStack):
 
 
 def _common_step_s(done: Sequence[TimedCompletion]) -> float:
-    """Return the median gap while all streams ran; the median of all gaps if they never did."""
+    """Return the mean gap while all streams ran; the mean of all gaps if they never all ran.
+
+    It is not the median, because vLLM's server sends several tokens at once on busy cores.
+    """
     begin_at, end_at = (
         max(each.tokens_at[0] for each in done),
         min(each.tokens_at[-1] for each in done),
     )
     gaps = [(late, late - early) for each in done for early, late in pairwise(each.tokens_at)]
-    common = [gap for late, gap in gaps if begin_at < late - gap and late <= end_at]
-    # Tokens that came in one piece have no time between them.
-    return max(1e-4, statistics.median(common or [gap for _, gap in gaps]))
+    common = [gap for late, gap in gaps if begin_at <= late - gap and late <= end_at]
+    # At least 0.1 ms: tokens in one piece have the same time.
+    return max(1e-4, statistics.fmean(common or [gap for _, gap in gaps]))
 
 
 def what_limits(arm: Arm, done: Sequence[TimedCompletion], goals: Goals) -> str:

@@ -1,4 +1,4 @@
-"""Predicts the goodput of an arm: simulates its steps with the figures of single engines.
+"""Predicts the goodput of an arm by a simulation of its steps with the figures of single engines.
 
 A step computes the next token of each stream and a chunk of the waiting prompts.
 """
@@ -11,39 +11,19 @@ import statistics
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import NamedTuple
 
 import msgspec
 
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
+from pdlaunch.bench.verdict.arms import Arm
+from pdlaunch.config.shared_settings import ONE_ENGINE_POLICIES, RoutingPolicy
+from pdlaunch.router.policy import MARGIN
 
-WARM_UP = 5  # The first fifth of the requests is not counted, because queues are still empty.
-VISIT_SEEDS = 100  # The seeds of a visit's probes begin at ``VISIT_SEEDS * (visit - 1)``.
-_NUM_REQUESTS = 200  # With fewer, an unlucky order of arrivals would decide.
-
-
-class Arm(msgspec.Struct, frozen=True):
-    """A way to use the devices: engines that do both, or prefill and decode engines."""
-
-    tp_size: int
-    num_both: int = 0
-    num_prefill: int = 0
-    num_decode: int = 0
-
-    @property
-    def kind(self) -> str:
-        return "aggregated" if self.num_both else "split"
-
-    @property
-    def num_devices(self) -> int:
-        return self.tp_size * (self.num_both + self.num_prefill + self.num_decode)
-
-    @property
-    def name(self) -> str:
-        if self.num_both:
-            return f"{self.num_both} x TP{self.tp_size}"
-        size = f" TP{self.tp_size}" if self.tp_size > 1 else ""
-        return f"{self.num_prefill}P{self.num_decode}D{size}"
+WARM_UP = 5  # the first 1 / WARM_UP of the requests is not counted: queues are still empty
+VISIT_SEEDS = 100  # the seeds of a visit's probes begin at ``VISIT_SEEDS * (visit - 1)``
+_NUM_REQUESTS = 200  # with fewer requests, the random order of arrivals would decide
 
 
 class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +46,7 @@ class Job(NamedTuple):
     """One request to the simulated engines."""
 
     at_s: float
-    prompt_tokens: int  # uncached ones
+    prompt_tokens: int  # uncached tokens
     output_tokens: int
 
 
@@ -84,15 +64,18 @@ class _Engine:
 
     def __init__(self, figures: EngineFigures, tokens_at: list[list[float]]) -> None:
         self._figures, self._tokens_at = figures, tokens_at
-        self._waiting: deque[list[int]] = deque()  # job, its prompt tokens left, its output tokens
-        self._num_waiting = 0  # tokens of waiting prompts, plus one a prompt
+        self._waiting: deque[list[int]] = deque()  # job, its remaining prompt and output tokens
+        self._num_waiting = 0  # tokens of waiting prompts, plus one for each prompt
         self._streams: list[tuple[int, int, int]] = []  # step of the last token, job, first step
         self._ends: list[float] = []  # the instant at the end of each step
         self._now_at = 0.0
 
-    @property
     def load(self) -> int:
         return self._num_waiting + len(self._streams)
+
+    def wait_s(self, at_s: float) -> float:
+        """Return how long a new prompt would wait."""
+        return max(0.0, self._now_at - at_s) + self._figures.prefill_s(self._num_waiting)
 
     def add(self, number: int, job: Job) -> None:
         if not self._waiting and not self._streams:
@@ -121,7 +104,7 @@ class _Engine:
             begun.append((number, left, output))
             self._waiting.popleft()
             self._num_waiting -= 1
-        # Jobs without a prompt were handed over with a first token: they decode in this step.
+        # Jobs without prompt tokens come from prefill with a first token: they decode in this step.
         seconds = figures.step_s(num_streams + sum(not left for _, left, _ in begun))
         self._now_at += max(seconds + figures.prefill_s(num_tokens), 1e-6)
         step = len(self._ends)
@@ -133,40 +116,50 @@ class _Engine:
             self._tokens_at[number] = self._ends[first : last + 1]
 
 
-def run_pool(num_engines: int, jobs: Sequence[Job], figures: EngineFigures) -> list[list[float]]:
-    """Return when each token of each job arrives. ``jobs`` are sorted by arrival."""
-    tokens_at: list[list[float]] = [[] for _ in jobs]
-    engines = [_Engine(figures, tokens_at) for _ in range(num_engines)]
-    for number, job in enumerate(jobs):
-        for engine in engines:
-            engine.advance(job.at_s)
-        min(engines, key=lambda engine: engine.load).add(number, job)
-    for engine in engines:
-        engine.advance(math.inf)
-    return tokens_at
-
-
 def simulate(
-    arm: Arm, jobs: Sequence[Job], figures: EngineFigures, hand_over_s: float
+    arm: Arm,
+    jobs: Sequence[Job],
+    figures: EngineFigures,
+    hand_over_s: float,
+    policy: RoutingPolicy = "pairs",
 ) -> list[TimedCompletion]:
-    """Return what clients would see. A split is two pools in a row, the second without prompts."""
-    if arm.num_both:
-        tokens_at = run_pool(arm.num_both, jobs, figures)
-    else:
-        firsts = run_pool(arm.num_prefill, [job._replace(output_tokens=1) for job in jobs], figures)
-        ready = sorted(
-            (first[0] + hand_over_s, number)
-            for number, first in enumerate(firsts)
-            if jobs[number].output_tokens > 1
-        )
-        handed_over = [Job(at_s, 0, jobs[number].output_tokens - 1) for at_s, number in ready]
-        tokens_at = firsts
-        rest = run_pool(arm.num_decode, handed_over, figures)
-        for (_, number), later in zip(ready, rest, strict=True):
-            tokens_at[number] = firsts[number] + later
+    """Return the simulated requests as clients would see them. ``jobs`` are sorted by arrival."""
+    firsts: list[list[float]] = [[] for _ in jobs]
+    later: list[list[float]] = [[] for _ in jobs]
+    prefills = [_Engine(figures, firsts) for _ in range(arm.num_prefill)]
+    others = [_Engine(figures, later) for _ in range(arm.num_both or arm.num_decode)]
+    at_prefill: set[int] = set()
+    ready: list[tuple[float, int]] = []  # heap of hand-overs: instant, number of the job
+    for number, job in enumerate([*jobs, Job(math.inf, 0, 0)]):
+        for engine in prefills:
+            engine.advance(job.at_s)
+        for done in [each for each in at_prefill if firsts[each]]:
+            at_prefill.remove(done)
+            if jobs[done].output_tokens > 1:
+                heapq.heappush(ready, (firsts[done][0] + hand_over_s, done))
+        while ready and ready[0][0] <= job.at_s:
+            at_s, done = heapq.heappop(ready)
+            for engine in others:
+                engine.advance(at_s)
+            rest = Job(at_s, 0, jobs[done].output_tokens - 1)
+            min(others, key=_Engine.load).add(done, rest)
+        for engine in others:
+            engine.advance(job.at_s)
+        if number == len(jobs):
+            break
+        local = min(others, key=_Engine.load)
+        first = min(prefills, key=methodcaller("wait_s", job.at_s), default=local)
+        wait_s, least_s = first.wait_s(job.at_s), MARGIN * figures.prefill_s(job.prompt_tokens)
+        # The same rule as in router/policy.py
+        is_sooner = wait_s > 0 and local.wait_s(job.at_s) + least_s <= wait_s
+        if first is local or (policy in ONE_ENGINE_POLICIES and is_sooner):
+            local.add(number, job)
+        else:
+            first.add(number, job._replace(output_tokens=1))
+            at_prefill.add(number)
     return [
-        TimedCompletion(start_at=job.at_s, tokens_at=times, num_tokens=job.output_tokens)
-        for job, times in zip(jobs, tokens_at, strict=True)
+        TimedCompletion(start_at=job.at_s, tokens_at=first + rest, num_tokens=job.output_tokens)
+        for job, first, rest in zip(jobs, firsts, later, strict=True)
     ]
 
 
@@ -177,10 +170,11 @@ def predict(
     jobs_at: Callable[[float, int], Sequence[Job]],
     goals: Goals,
     attainment: float,
+    policy: RoutingPolicy = "pairs",
 ) -> float:
     """Return the highest rate at which the share ``attainment`` of requests meets the goals.
 
-    ``jobs_at``: the requests at a rate, by seed; the probes send the same ones.
+    ``jobs_at``: returns the requests for a rate and a seed; probes send the same requests.
     """
 
     def is_met(rate: float) -> bool:
@@ -188,7 +182,7 @@ def predict(
         # The requests of the first probe in each visit, then of the second ones, and so on
         seeds = (visit * VISIT_SEEDS + number for number in range(VISIT_SEEDS) for visit in (0, 1))
         while len(met) < _NUM_REQUESTS:
-            done = simulate(arm, jobs_at(rate, next(seeds)), figures, hand_over_s)
+            done = simulate(arm, jobs_at(rate, next(seeds)), figures, hand_over_s, policy)
             met += [goals.met_by(each) for each in done[len(done) // WARM_UP :]]
         return sum(met) >= attainment * len(met)
 
@@ -196,7 +190,7 @@ def predict(
     lengths = (figures.max_batched_tokens, *(length for length, _ in figures.prefill))
     tokens_per_s = max(length / figures.prefill_s(length) for length in lengths)
     prompt_tokens = statistics.mean(job.prompt_tokens for job in jobs_at(1.0, 0))
-    # Goals that are met at twice what engines can compute are met at any rate.
+    # Goals that are met at twice the rate of the engines are met at any rate.
     most = 2 * (arm.num_both or arm.num_prefill) * tokens_per_s / prompt_tokens
     while is_met(high) and high < most:
         low, high = high, high * 2

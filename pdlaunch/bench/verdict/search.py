@@ -1,7 +1,7 @@
-"""Decides what to measure next, and evaluates the measurements: pure functions.
+"""Chooses the next measurement, and evaluates the measurements: pure functions.
 
-Arms take turns, A B B A, so that drift of the machine favours none. Each visit of an arm is a
-bisection over request rates; all its probes together give its goodput with an interval.
+Arms take turns (A B B A), so that no arm gains from drift of the machine. Each visit of an arm is a
+bisection over request rates. All probes of an arm together give its goodput with an interval.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.bench.serve import BenchRow
-from pdlaunch.bench.verdict.queueing import Arm, EngineFigures
+from pdlaunch.bench.verdict.arms import Arm
+from pdlaunch.bench.verdict.queueing import EngineFigures
 
-MAX_ERROR = 0.2  # Predictions with a larger relative error are not trusted.
-_KEPT_SHARE = 0.6  # Arms predicted below this share of the best are ruled out.
+MAX_ERROR = 0.2  # predictions with a larger relative error are not trusted
+_KEPT_SHARE = 0.6  # arms predicted below this share of the best are ruled out
 MAX_ARMS = 5
 _FIRST_FACTOR, _LATER_FACTOR = 1.4, 1.2  # first steps of a bisection
-_PRECISION = 1.06  # Narrower brackets are not divided.
-_DRIFT = 1.15  # An arm is dropped after one visit if even this factor would not make it the best.
-_MIN_PROBES, _MIN_FAILED_PROBES = 2, 5
-# How far the goodput may be from the probed rates: the first factor if all probes passed or all
-# failed, the second if only those of a draw did (shares fall from 1 to 0 within about as much).
+_PRECISION = 1.06  # narrower brackets are not divided
+_DRIFT = 1.15  # an arm is dropped after one visit if even this factor would not make it the best
+_MIN_PROBES, _MIN_OPEN_PROBES = 2, 5
+# Largest factor between the goodput and the nearest probed rate: _OPEN if all probes passed or all
+# failed, _SLOPE if this is so only in a bootstrap draw (shares fall from 1 to 0 within about 1.2).
 _OPEN, _SLOPE = 2.0, 1.2
 _NUM_DRAWS = 200
 _NUM_BLOCKS = 6
@@ -33,7 +34,7 @@ _SURE = 0.95
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests at one rate, and which of them met the goals."""
+    """A measurement at one rate: which requests met the goals."""
 
     arm: str
     visit: int
@@ -48,11 +49,11 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A goodput in requests per second, and bootstrap draws of it."""
+    """A goodput in requests per second, with its bootstrap draws."""
 
     rate: float
     draws: list[float]
-    # Where no rate that fails, or none that passes, was measured: ``rate`` is the nearest one
+    # Set if all measured rates passed ("at least") or all failed; ``rate`` is then the nearest one
     bound: Literal["", "at least", "less than"] = ""
 
     @property
@@ -70,7 +71,7 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What to do next with an arm. ``rate`` 0: measure single engines, or a hand-over."""
+    """The next measurement of an arm. ``rate`` 0: measure single engines, or a hand-over."""
 
     arm: Arm
     visit: int = 0
@@ -83,8 +84,8 @@ class Findings(msgspec.Struct, kw_only=True):
     figures: dict[int, EngineFigures] = {}  # by TP size
     hand_over_s: float | None = None
     probes: list[Probe] = []
-    ended: list[tuple[str, int]] = []  # visits that are complete
-    broken: dict[str, str] = {}  # arms that failed, and why
+    ended: list[tuple[str, int]] = []  # complete visits: arm, number of the visit
+    broken: dict[str, str] = {}  # failed arm -> the reason
     spent_s: float = 0.0
     start_s: float = 0.0  # start time of the latest arm
 
@@ -105,7 +106,7 @@ def estimate(probes: Sequence[Probe], attainment: float) -> Estimate | None:
 
 
 def _resampled(met: Sequence[bool], rng: random.Random) -> list[bool]:
-    """Draw blocks of consecutive requests: they depend on each other through queues."""
+    """Draw blocks of consecutive requests, because queues make neighbours depend on each other."""
     size = max(1, len(met) // _NUM_BLOCKS)
     starts = [rng.randrange(len(met)) for _ in range(-(-len(met) // size))]
     return [met[(start + place) % len(met)] for start in starts for place in range(size)]
@@ -119,8 +120,8 @@ def _crossing(
 ) -> tuple[float, Literal["", "at least", "less than"]]:
     """Return the rate at which the share of good requests falls below ``attainment``.
 
-    Pooling adjacent violators makes the share fall with the rate. With ``rng`` the rate is drawn
-    between the two probed rates around it, because nothing between them was measured.
+    Pooling adjacent violators makes the share fall with the rate. With ``rng``, the result is drawn
+    at random between the two probed rates around it, because nothing between them was measured.
     """
     pools: list[tuple[float, int, list[float]]] = []  # good requests, requests, rates
     for rate, met in sorted(points, key=lambda point: point[0]):
@@ -175,10 +176,11 @@ class Race(msgspec.Struct, frozen=True):
     attainment: float
     budget_s: float
     probe_s: float
-    predictions: dict[str, float] = {}  # goodput by arm, once single engines are measured
+    limit_s: float = math.inf  # the search ends after this time, once both kinds were measured
+    predictions: dict[str, float] = {}  # arm -> goodput, once single engines are measured
 
     def next_single(self, findings: Findings) -> Step | None:
-        """Return which single engines, or which hand-over, are still to be measured."""
+        """Return the next step for single engines or a hand-over; None: all are measured."""
         usable = [arm for arm in self.arms if arm.name not in findings.broken]
         for arm in usable:
             if arm.num_both and arm.tp_size not in findings.figures:
@@ -188,7 +190,7 @@ class Race(msgspec.Struct, frozen=True):
         return None
 
     def next_step(self, findings: Findings) -> Step | None:
-        """Return what to do next; None when the verdict is final. Ends visits in ``findings``."""
+        """Return the next step; None if the verdict is final. Ends visits in ``findings``."""
         if len({arm.kind for arm in self.arms if arm.name not in findings.broken}) < 2:
             return None
         if (step := self.next_single(findings)) is not None:
@@ -209,29 +211,32 @@ class Race(msgspec.Struct, frozen=True):
         return found
 
     def error(self, name: str, measured: Estimate) -> float | None:
-        """Return the relative error of a prediction; None if it is unknown."""
+        """Return the relative error of a prediction; None if the error is unknown."""
         if name not in self.predictions or measured.bound:
             return None
         return self.predictions[name] / measured.rate - 1
 
     def ruled_out(self, findings: Findings) -> dict[str, str]:
-        """Return the arms that are skipped because of their prediction, and why."""
+        """Return arm -> reason for arms that are skipped because of their prediction."""
         known = {arm.name: self.predictions.get(arm.name, math.inf) for arm in self.arms}
         best = max(self.predictions.values(), default=0.0)
         order = sorted(self.arms, key=lambda arm: -known[arm.name])
-        # A model that was wrong about a measured arm says little of the others.
+        # If the model was wrong about a measured arm, its other predictions are not used.
         errors = [
             self.error(name, measured) or 0.0
             for name, measured in self.estimates(findings).items()
             if (name, 1) in findings.ended
         ]
-        least = 0.0 if any(abs(error) > MAX_ERROR for error in errors) else _KEPT_SHARE * best
+        is_wrong = any(abs(error) > MAX_ERROR for error in errors)
+        least = 0.0 if is_wrong else _KEPT_SHARE * best
         kept = {arm.name for arm in order[:MAX_ARMS] if known[arm.name] >= least}
-        # The verdict compares the kinds, so the best of each stays.
+        # The verdict compares the two kinds, so the best arm of each kind stays.
         for kind in ("aggregated", "split"):
             kept |= {arm.name for arm in [each for each in order if each.kind == kind][:1]}
         return {
-            name: f"predicted {rate:.3g} requests/s, {1 - rate / best:.0%} below the best"
+            name: "no time"
+            if is_wrong
+            else f"predicted {rate:.3g} requests/s, {1 - rate / best:.0%} below the best"
             for name, rate in self.predictions.items()
             if name not in kept
         }
@@ -245,8 +250,10 @@ class Race(msgspec.Struct, frozen=True):
             findings.spent_s >= self.budget_s
             and len({arm.kind for arm in racing if arm.name in begun}) > 1
         ):
+            if findings.spent_s >= self.limit_s:
+                return []
+            # The time is over, and both kinds have begun: begin no further arms.
             racing = [arm for arm in racing if arm.name in begun]
-        # Of more arms than there is time for, the first of each kind will do.
         first = [(arm, 1) for arm in racing if (arm.name, 1) not in findings.ended]
         if first:
             return first + [(arm, 2) for arm in reversed(racing)]
@@ -264,13 +271,15 @@ class Race(msgspec.Struct, frozen=True):
         taken_s = sum(probe.seconds for probe in here)
         slot_s = (self.budget_s - findings.spent_s + taken_s) / num_pending - findings.start_s
         expected_s = statistics.mean([probe.seconds for probe in here] or [self.probe_s])
-        # Without any rate that passes there is no verdict, and probes that fail are short.
-        has_passed = any(probe.passes(self.attainment) for probe in probes)
-        least = _MIN_PROBES if has_passed else _MIN_FAILED_PROBES
-        if len(here) >= least and taken_s + expected_s > slot_s:
+        # If all rates pass, or all fail, the goodput has only a bound, and there is no verdict.
+        is_open = len({probe.passes(self.attainment) for probe in probes}) < 2
+        least = _MIN_OPEN_PROBES if is_open else _MIN_PROBES
+        is_over = findings.spent_s >= self.limit_s
+        if here and (is_over or (len(here) >= least and taken_s + expected_s > slot_s)):
             return 0.0
-        # A prediction far below the best may be wrong; a probe at such a rate takes long.
+        # A prediction far below the best may be wrong, and a probe at such a low rate is slow.
         floor = max(self.predictions.values(), default=float(arm.num_devices)) / 4
+        floor = max(floor, 1 / self.probe_s)  # at this rate, five requests take a whole visit
         guess = before.rate if before else max(self.predictions.get(arm.name, 0.0), floor)
         factor = _LATER_FACTOR if before else _FIRST_FACTOR
         return next_rate(here, guess, self.attainment, factor)

@@ -1,4 +1,4 @@
-"""Measures until the verdict is clear, and puts it into words."""
+"""Measures until the verdict is clear, and writes its text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Literal
 import msgspec
 
 from pdlaunch.bench.serve import ShowProgress
+from pdlaunch.bench.verdict.arms import Arm
 from pdlaunch.bench.verdict.measure import Launches
-from pdlaunch.bench.verdict.queueing import VISIT_SEEDS, Arm, predict
+from pdlaunch.bench.verdict.queueing import VISIT_SEEDS, predict
 from pdlaunch.bench.verdict.search import (
     MAX_ARMS,
     MAX_ERROR,
@@ -28,13 +29,13 @@ Choice = Literal["aggregated", "split", "no difference", "unknown"]
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do, in words, with the figures of every arm."""
+    """The advice as text, with the figures of every arm."""
 
     choice: Choice
     text: str
     winner: str | None  # the arm whose configuration file is written
     rows: list[dict[str, Any]]
-    ruled_out: dict[str, str]  # arms that were not measured, and why
+    ruled_out: dict[str, str]  # arm that was not measured -> the reason
     note: str  # how accurate the predictions are
 
 
@@ -46,9 +47,9 @@ def find_verdict(
     show: ShowProgress,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Measure until the verdict is clear or the time is over; adds each step to ``findings``.
+    """Measure until the verdict is clear or the time is over. Adds each step to ``findings``.
 
-    After Ctrl-C they end with the last complete step.
+    After Ctrl-C, ``findings`` has all complete steps.
     """
     _predict(race, findings, launches, show)
     while (step := race.next_step(findings)) is not None:
@@ -57,12 +58,12 @@ def find_verdict(
         what = f"{step.rate:.3g} requests/s" if step.rate else "measuring single engines"
         show(f"{arm.name}: {what}, about {left_s / 60:.0f} min left")
         try:
-            launches.use(arm, step.visit)
+            launches.use(arm)
             findings.start_s = launches.start_s
             if step.rate:
                 visit = (arm.name, step.visit)
                 number = sum((probe.arm, probe.visit) == visit for probe in findings.probes)
-                # The first probes of all arms are sent the same requests.
+                # Probes with the same number send the same requests to all arms.
                 seed = number + VISIT_SEEDS * (step.visit - 1)
                 findings.probes.append(asyncio.run(launches.probe(step, seed)))
             elif arm.num_both:
@@ -72,7 +73,8 @@ def find_verdict(
                 step_s = figures.step_s(1) if figures else 0.0
                 findings.hand_over_s = asyncio.run(launches.hand_over_s(step_s))
         except PdlaunchError as error:
-            findings.broken[arm.name] = str(error).partition("\n")[0]
+            # Shortened, because a server's message may quote a whole prompt.
+            findings.broken[arm.name] = str(error).partition("\n")[0][:200]
         findings.spent_s += clock() - start_at
         save(findings)
         _predict(race, findings, launches, show)
@@ -92,13 +94,14 @@ def _predict(race: Race, findings: Findings, launches: Launches, show: ShowProgr
                 launches.load.jobs_at,
                 launches.goals,
                 race.attainment,
+                launches.policy,
             )
 
 
 def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verdict:
     """Return the verdict on the measurements. ``ruled_out``: arms that cannot be launched."""
     measured = race.estimates(findings)
-    # Arms that met the goals at some rate come first.
+    # Sorted by goodput; arms that met the goals at no rate come last.
     order = sorted(measured, key=lambda a: (measured[a].bound == "less than", -measured[a].rate))
     by_name = {arm.name: arm for arm in race.arms}
     best: dict[str, str] = {}
@@ -109,7 +112,7 @@ def answer(race: Race, findings: Findings, ruled_out: Mapping[str, str]) -> Verd
     winner = best.get("split" if choice == "split" else "aggregated")
     if winner is not None and choice != "unknown" and limits[winner]:
         text += f" {winner} is limited by: {limits[winner]}."
-    left = {arm.name: "the search ended before" for arm in race.arms if arm.name not in measured}
+    left = {arm.name: "the search ended earlier" for arm in race.arms if arm.name not in measured}
     rows = [_row(by_name[name], measured[name], race, findings, limits[name]) for name in order]
     return Verdict(
         choice=choice,
@@ -165,7 +168,7 @@ def _row(
         for probe in findings.probes
         if probe.arm == arm.name and probe.rate <= measured.rate * 1.01
     ]
-    # What clients saw at the highest rate that is not beyond the goodput.
+    # The figures of clients at the highest probed rate up to the goodput.
     row = max(good, key=lambda probe: probe.rate).row if good else None
     error = race.error(arm.name, measured)
     return {
@@ -183,7 +186,7 @@ def _row(
 
 
 def _limit(probes: Sequence[Probe], name: str, attainment: float) -> str:
-    """Return the limit at the lowest rate at which too many requests missed the goals."""
+    """Return the cause of missed goals at the lowest rate that failed."""
     found = [probe for probe in probes if probe.arm == name and probe.limit]
     failed = [probe for probe in found if not probe.passes(attainment)] or found
     return min(failed, key=lambda probe: probe.rate).limit if failed else ""

@@ -1,1 +1,1 @@
-"""Reads the files of a model: where they are, whether they are whole, what shape it has."""
+"""Finds and checks the files of a model, and reads the model's shape."""

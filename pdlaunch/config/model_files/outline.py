@@ -16,17 +16,17 @@ Config = Mapping[str, Any]
 _KEYS_OF_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "attn_type_list")
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 _FULL = {"full_attention", "attention", "hybrid", "deepseek_sparse_attention", "*", "1"}
-# Names of layers that keep a state of fixed size
+# Names of layers that keep a state of fixed size instead of KV
 _STATES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "M", "0"}
-# Bits of a weight, scales included
+# Bits of a quantized weight by method, scales included
 _BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5}
 _FEWEST_BITS = 4.0
-# Bits of a weight by the setting `quantization`, for unquantized checkpoints
+# Bits of a weight by vLLM's flag `quantization`, for unquantized checkpoints
 _ONLINE_BITS = {"fp8": 8.0, "experts_int8": 8.0, "bitsandbytes": 4.0}
 
 
 class KVLayers(NamedTuple):
-    """Describes layers that keep KV, or a state, of one kind."""
+    """Describes one kind of layers by the KV or state that each of them keeps."""
 
     num_heads: int  # KV heads, split by tensor parallelism; 1 if they are latent (MLA)
     values: int  # numbers per head and token
@@ -37,18 +37,18 @@ class KVLayers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Describes a model by the memory that its ranks need."""
+    """Holds the sizes from which the memory of a model's ranks is estimated."""
 
     layers: Mapping[KVLayers, int]  # number of layers of each kind
     embeddings: int  # parameters that no quantization shrinks
     linear: int  # parameters of other matrices, without those of experts
     expert_weights: int
     num_experts: int
-    bits: float | None = None  # of a quantized weight; None: the checkpoint is not quantized
+    bits: float | None = None  # bits of a quantized weight; None: the checkpoint is not quantized
     experts_alone: bool = False  # only the experts are quantized
     file_bytes: int | None = None  # size of the weight files; None: unknown
     file_dtype_bytes: int = 2
-    has_small_kv: bool = False  # KV is in 8 bits unless a flag says otherwise
+    has_small_kv: bool = False  # vLLM's default for the KV cache is 8 bits
 
     def weight_bytes(
         self,
@@ -59,10 +59,10 @@ class Outline:
         quantization: object,
         by_expert: bool,
     ) -> int | None:
-        """Return the bytes of one rank's weights; None: unknown.
+        """Return the bytes of one rank's weights; None if ``quantization`` is unknown.
 
-        ``dp_size``: data parallel ranks, which share only the experts. ``by_expert``: each rank
-        has whole experts (expert parallelism).
+        ``dp_size``: number of data parallel ranks, which share only the experts. ``by_expert``:
+        each rank has whole experts (expert parallelism).
         """
         bits = self.bits
         if bits is None and quantization and not (bits := _ONLINE_BITS.get(str(quantization))):
@@ -85,7 +85,7 @@ class Outline:
         """Return the bytes of KV and state that one rank keeps for a request."""
         total = 0
         for kind, count in self.layers.items():
-            # A window slides once a step is done: all of its tokens are kept until then.
+            # A window slides after a step, so during the step all its new tokens are kept too.
             window = num_tokens if kind.window is None else kind.window - 1 + num_batched_tokens
             heads = max(1, kind.num_heads // tp_size)
             of_token = heads * kind.values * kv_bits // 8 + kind.index_bytes
@@ -94,10 +94,10 @@ class Outline:
 
 
 def outline_of(config: Config, file_bytes: int | None) -> Outline:
-    """Describe the language model of a config.json. Raises KeyError, TypeError and such if it
-    is not understood.
+    """Return the outline of the language model in a config.json.
 
-    ``config``: with the fields of its ``text_config``. ``file_bytes``: size of its weights.
+    ``config``: the file's fields, merged with those of its ``text_config``. ``file_bytes``: bytes
+    of the weights. Raises KeyError, TypeError and similar for a config that it cannot read.
     """
     hidden, quantized = config["hidden_size"], config.get("quantization_config") or {}
     kinds = _kinds(config)
@@ -106,10 +106,10 @@ def outline_of(config: Config, file_bytes: int | None) -> Outline:
     num_experts = next(
         (n for key in _NUM_EXPERTS if isinstance(n := config.get(key), int) and n > 1), 0
     )
-    # Matrices of an MLP: with other activations than SiLU it may have no gate.
+    # An MLP has three matrices with SiLU. With other activations it may have no gate: count two.
     row = hidden * (3 if config.get("hidden_act", "silu") == "silu" else 2)
     expert = row * (config.get("moe_intermediate_size") or config["intermediate_size"])
-    # Nemotron-H lists MLPs as layers of their own.
+    # Nemotron-H (hybrid_override_pattern) lists MLPs as separate layers: count none here.
     layers = range(0 if config.get("hybrid_override_pattern") else len(kinds))
     num_sparse = sum(_is_sparse(config, layer) for layer in layers) if num_experts else 0
     shared = config.get("n_shared_experts") or config.get("num_shared_experts") or 0
@@ -119,7 +119,7 @@ def outline_of(config: Config, file_bytes: int | None) -> Outline:
     attention = sum(_attention(config, kind, hidden, num_heads) for kind in kinds)
     bits, experts_alone = _bits(quantized)
     if file_bytes and (drafts := config.get("num_nextn_predict_layers")):
-        # Layers that draft tokens are in the files, but are not loaded.
+        # Draft layers (for speculative decoding) are in the files, but are not loaded.
         file_bytes -= int(drafts * num_experts * expert * (bits or 16) / 8)
     return Outline(
         layers=Counter(layer for kind in keeping if (layer := _kv_layer(config, kind, num_heads))),
@@ -150,7 +150,7 @@ _UNKNOWN = ("mamba_d_state", "ssm_state_size", "state_size", "block_types", "mb_
 
 
 def _kinds(config: Config) -> list[str]:
-    """Return the name of each layer's kind; an unknown kind keeps nothing."""
+    """Return the name of each layer's kind. Layers of unknown kinds are counted without KV."""
     number = config["num_hidden_layers"]
     if linear := config.get("linear_attn_config"):
         # Kimi counts layers from 1.
@@ -170,7 +170,7 @@ def _kinds(config: Config) -> list[str]:
         period = config.get("full_attention_interval", 4)
         return ["linear_attention" if (i + 1) % period else "attention" for i in range(number)]
     if config.get("compress_ratios") or any(map(config.get, _UNKNOWN)):
-        return ["unknown"] * number  # the first is DeepSeek-V4's
+        return ["unknown"] * number  # compress_ratios is a field of DeepSeek-V4
     if config.get("attention_chunk_size"):
         return ["chunked_attention"] * number
     if config.get("sliding_window") and config.get("use_sliding_window", True):
@@ -200,7 +200,7 @@ def _kv_layer(config: Config, kind: str, num_heads: int) -> KVLayers | None:
 
 
 def _states(config: Config) -> Iterator[int]:
-    """Yield the bytes of the states of one layer, of the kinds that are known."""
+    """Yield the bytes of each state of one layer, for the kinds of layers known here."""
     wide = 4 if config.get("mamba_ssm_dtype") == "float32" else 2
     if heads := config.get("linear_num_value_heads"):
         keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
@@ -216,7 +216,7 @@ def _states(config: Config) -> Iterator[int]:
 
 
 def _attention(config: Config, kind: str, hidden: int, num_heads: int) -> int:
-    """Return the parameters of one layer's attention."""
+    """Return the number of parameters in one layer's attention."""
     if kind in _STATES:
         heads = config.get("linear_num_value_heads", 0)
         values = heads * config.get("linear_value_head_dim", 0)
@@ -240,7 +240,7 @@ def _attention(config: Config, kind: str, hidden: int, num_heads: int) -> int:
 
 
 def _is_sparse(config: Config, layer: int) -> bool:
-    """Return whether a layer has experts."""
+    """Return True if a layer has experts."""
     if layer in (config.get("mlp_only_layers") or ()):
         return False
     step = next(filter(None, map(config.get, _STEPS)), 1)
@@ -250,7 +250,7 @@ def _is_sparse(config: Config, layer: int) -> bool:
 
 
 def _bits(config: Config) -> tuple[float | None, bool]:
-    """Return the bits of a quantized weight, and whether experts alone are quantized."""
+    """Return the bits of a quantized weight, and True if only experts are quantized."""
     if not config:
         return None, False
     method = str(config.get("quant_method") or config.get("quant_algo")).lower()

@@ -1,13 +1,14 @@
 """Reads the shape of a model from its config.json, without torch or transformers.
 
-Models that pdlaunch cannot serve are refused here by name, before a weight is read. transformers
-writes only what differs from a family's defaults, which stand in ``FAMILIES``. Source: the
-configuration classes of transformers 5; ``tests/config/model_files/test_shape.py`` compares.
+Models that native engines cannot serve are refused here, before weights are read. transformers
+writes only fields that differ from a family's defaults; ``FAMILIES`` has these defaults. Source:
+configuration classes of transformers 5, compared in ``tests/config/model_files/test_shape.py``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,17 @@ from pdlaunch.errors import ConfigError, UnsupportedModelError
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_CONFIG_BYTES = 16 * 1024**2
 INDEX = "model.safetensors.index.json"
+WEIGHTS = "model*.safetensors"
 
 Config = dict[str, Any]
 Windows = tuple[int | None, ...]
+Shapes = dict[str, tuple[int, ...]]
+
+OUTPUT_LAYER = "lm_head.weight"
+_NORMS = tuple(
+    f"{name}_layernorm.weight"
+    for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+)
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
@@ -37,13 +46,14 @@ _RECURRENT_LAYERS = {"linear_attention", "mamba", "recurrent", "conv"}
 class Family:
     """Describes the models of one ``model_type``."""
 
-    # Defaults of ``_SIZES``. None: as many KV heads as heads; head_dim hidden_size // heads.
+    # Defaults of the fields in ``_SIZES``. None: num_key_value_heads defaults to
+    # num_attention_heads, and head_dim to hidden_size // num_attention_heads.
     sizes: tuple[int | None, ...]
-    # Defaults of other fields. A bias is read only where it stands here.
+    # Defaults of other fields. A field for a bias is read only if it has a default here.
     others: Config = field(default_factory=dict)
-    # Whether a layer has a sliding window if the file has no layer_types. None: no layer has.
+    # True for a layer with a sliding window, if the file has no layer_types. None: full attention.
     slides: Callable[[Config, int], bool] | None = None
-    has_one_window: bool = False  # The model gives all layers one window, whatever layer_types says
+    has_one_window: bool = False  # The model gives all layers one window and ignores layer_types
     # Query, key and value projections always have a bias (no ``attention_bias`` field)
     qkv_bias: bool = False
     # Queries and keys are normalised, with one weight for each head dimension
@@ -124,7 +134,7 @@ class ModelShape:
     """Describes a decoder-only language model with paged attention."""
 
     architecture: str  # The first of ``architectures``; empty when the file has none
-    # The language model's: ``gemma3_text`` also in the file of a multimodal ``gemma3``
+    # The type of the language model: ``gemma3_text`` also for a multimodal ``gemma3``
     model_type: str
     num_layers: int
     num_attention_heads: int
@@ -134,30 +144,42 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
-    # Tokens that each layer's attention sees, the current one included; None for all
+    # Tokens that the attention of each layer covers, with the current token; None for all tokens
     layer_windows: Windows
-    dtype: str | None  # The checkpoint's, such as ``bfloat16``; None when the file does not say
+    dtype: str | None  # The checkpoint's dtype, such as ``bfloat16``; None if the file has none
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]  # The ids in generation_config.json, then those in config.json
-    num_parameters: int  # Parameters of the language model, exactly as transformers counts them
-    is_latent: bool = False  # attention is latent (MLA): every rank keeps the only KV head
-    # For a model that native engines cannot serve: then only the attention sizes above are right
+    # Shapes of the weights by name: in each layer (``mlp.up_proj.weight``), and outside of layers
+    layer_weights: Shapes
+    other_weights: Shapes
+    is_latent: bool = False  # Multi-head latent attention (MLA): each rank keeps the only KV head
+    # Set for a model that native engines cannot serve; then only the attention sizes above hold
     outline: Outline | None = None
 
     @property
     def is_outline(self) -> bool:
         return self.outline is not None
 
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of parameters, exactly as transformers counts them."""
+        # A footprint that is 5 % too large refuses models that fit.
+        in_layer, elsewhere = (
+            sum(map(math.prod, shapes.values()))
+            for shapes in (self.layer_weights, self.other_weights)
+        )
+        return self.num_layers * in_layer + elsewhere
+
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
     """Read ``config.json`` (and ``generation_config.json``) of a directory in Hugging Face layout.
 
-    Raises ConfigError when the file is missing or broken, UnsupportedModelError when the model
-    cannot be served.
+    Raises ConfigError if the file is missing or broken, UnsupportedModelError if native engines
+    cannot serve the model.
     """
     directory = Path(model_dir)
     outer = read_json(directory / "config.json")
-    # A multimodal file says some things outside, others only in its text_config.
+    # A multimodal model has some fields at the top level, and others only in text_config.
     config = outer
     if outer.get("model_type") == "gemma3" and isinstance(outer.get("text_config"), dict):
         config = {"model_type": "gemma3_text", **outer["text_config"]}
@@ -179,7 +201,7 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
 
 _USE_VLLM = f"Serve it with vLLM: {HOW_TO_GET_VLLM}."
 
-# The family of models that another engine serves
+# Defaults for models that native engines cannot serve
 _ANY = Family(
     (1, None, 1, None, None, None, None, None),
     {"use_sliding_window": True, "sliding_window": None},
@@ -187,17 +209,20 @@ _ANY = Family(
 )
 
 
-def read_outline(directory: Path) -> ModelShape | None:
-    """Return what a model that native engines cannot serve tells of its size; None: too little."""
+def read_outline(directory: Path, weight_bytes: int | None = None) -> ModelShape | None:
+    """Return shape and outline of a model that only vLLM serves; None if it is not understood.
+
+    ``weight_bytes``: the size of the weights if the directory has none.
+    """
     outer = read_json(directory / "config.json")
     inner = outer.get("text_config")
     told = outer | (inner if isinstance(inner, dict) else {})
     family = FAMILIES.get(str(told.get("model_type")), _ANY)
     told = {key: value for key, value in family.defaults.items() if value is not None} | told
     try:
-        outline = outline_of(told, _size_of_weights(directory))
+        outline = outline_of(told, _size_of_weights(directory) or weight_bytes)
         latent = told.get("kv_lora_rank")
-        # The outline describes what layers keep.
+        # Leave out windows: the outline describes the KV of each layer.
         config = _ANY.defaults | told | {"layer_types": None, "sliding_window": None}
         shape = _shape(outer, config | ({"num_key_value_heads": 1} if latent else {}), _ANY, {})
     except (ConfigError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -206,23 +231,23 @@ def read_outline(directory: Path) -> ModelShape | None:
 
 
 def _size_of_weights(directory: Path) -> int | None:
-    """Return the bytes of the weights, from their index or the local files."""
+    """Return the bytes of the weights, from their index or the local files; None if unknown."""
     if (index := directory / INDEX).is_file():
         return int(read_json(index)["metadata"]["total_size"])
-    return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
+    return sum(file.stat().st_size for file in directory.glob(WEIGHTS)) or None
 
 
 def keeps_state(directory: Path) -> bool:
-    """Return whether layers keep a state in place of KV blocks, as Mamba does."""
+    """Return True if some layers keep a state instead of KV blocks, as Mamba does."""
     outer = read_json(directory / "config.json")
     inner = outer.get("text_config")
     return any(_is_recurrent(each) for each in (outer, inner) if isinstance(each, dict))
 
 
 def read_generation_config(directory: Path) -> Config:
-    """Return what ``generation_config.json`` says; nothing where there is none.
+    """Return the fields of ``generation_config.json``; empty if the file does not exist.
 
-    Raises ConfigError when the file is broken.
+    Raises ConfigError if the file is broken.
     """
     path = directory / "generation_config.json"
     return read_json(path) if path.is_file() else {}
@@ -232,16 +257,16 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Config:
     """Read the object in a JSON file of a model. Raises ConfigError."""
     fix = f"Correct {path.name} of the model."
     try:
-        # A link may lead to a device that never ends.
+        # Refuse a link to a device, which may be endless.
         if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
         if len(text) > max_bytes:
-            raise ValueError(f"larger than {max_bytes} bytes")
+            raise ValueError(f"it is larger than {max_bytes} bytes")
         content = json.loads(text.decode())
         if not isinstance(content, dict):
-            raise TypeError("it holds no JSON object")
+            raise TypeError("it is not a JSON object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, OSError):
             fix = "Name a directory in Hugging Face layout: config.json, tokenizer.json, "
@@ -257,7 +282,7 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
     num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise _wrong(
-            f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+            f"num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
         )
     num_layers, inner = (
         _positive(config, "num_hidden_layers"),
@@ -267,20 +292,32 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
     vocab_size = _positive(config, "vocab_size")
     architectures = outer.get("architectures") or config.get("architectures") or [""]
 
-    # Counted as transformers does, since a footprint that is 5 % off refuses what would fit.
     query_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-    # Queries and output, keys and values; then norms, biases and the inner layer.
-    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size + 3 * hidden_size * inner
-    layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
     has_attention_bias = "attention_bias" in family.others and bool(config["attention_bias"])
-    if family.qkv_bias or has_attention_bias:
-        layer += query_size + 2 * kv_size
-    if has_attention_bias:
-        layer += hidden_size
-    if "mlp_bias" in family.others and config["mlp_bias"]:
-        layer += 2 * inner + hidden_size
+    has_mlp_bias = "mlp_bias" in family.others and bool(config["mlp_bias"])
+    has_qkv_bias = family.qkv_bias or has_attention_bias
+    layer: Shapes = dict.fromkeys(_NORMS[: family.norms_per_layer], (hidden_size,))
+    if family.qk_norm:
+        layer |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (head_dim,))
+    for name, rows, columns, has_bias in (
+        ("self_attn.q_proj", query_size, hidden_size, has_qkv_bias),
+        ("self_attn.k_proj", kv_size, hidden_size, has_qkv_bias),
+        ("self_attn.v_proj", kv_size, hidden_size, has_qkv_bias),
+        ("self_attn.o_proj", hidden_size, query_size, has_attention_bias),
+        ("mlp.gate_proj", inner, hidden_size, has_mlp_bias),
+        ("mlp.up_proj", inner, hidden_size, has_mlp_bias),
+        ("mlp.down_proj", hidden_size, inner, has_mlp_bias),
+    ):
+        layer |= {f"{name}.weight": (rows, columns)} | (
+            {f"{name}.bias": (rows,)} if has_bias else {}
+        )
+    others: Shapes = {
+        "model.embed_tokens.weight": (vocab_size, hidden_size),
+        "model.norm.weight": (hidden_size,),
+    }
     # A tied output layer is the embedding itself.
-    embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
+    if not config["tie_word_embeddings"]:
+        others |= {OUTPUT_LAYER: (vocab_size, hidden_size)}
 
     return ModelShape(
         architecture=str(architectures[0]),
@@ -296,24 +333,25 @@ def _shape(outer: Config, config: Config, family: Family, generation: Config) ->
         layer_windows=_windows(config, family, num_layers),
         dtype=_dtype(outer) or _dtype(config),
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
-        # The inner ids may be the family's defaults; what the outer file states is the model's.
+        # Ids at the top level come first: those in text_config may be defaults of the family.
         eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
-        num_parameters=num_layers * layer + embeddings + hidden_size,
+        layer_weights=layer,
+        other_weights=others,
     )
 
 
 def _windows(config: Config, family: Family, num_layers: int) -> Windows:
-    """Return the window of each layer, by layer_types or by the rule of the family."""
+    """Return the window of each layer, from layer_types or else from the family's rule."""
     if family.slides is None:
         return (None,) * num_layers
-    # Families without the switch always slide where a window is given.
+    # A family without the field use_sliding_window always uses a window that is given.
     has_switch = "use_sliding_window" in family.others
     is_off = config["sliding_window"] is None or (has_switch and not config["use_sliding_window"])
     window = None if is_off else _positive(config, "sliding_window")
     types = config.get("layer_types")
     try:
         if types is None:
-            # Families with neither a switch nor one window for all cannot do without a window.
+            # Gemma 3 has neither the switch nor one window for all layers, so it needs a window.
             is_full = is_off and (has_switch or family.has_one_window)
             slides = [not is_full and family.slides(config, layer) for layer in range(num_layers)]
             types = [_SLIDING if each else _FULL for each in slides]
@@ -327,13 +365,13 @@ def _windows(config: Config, family: Family, num_layers: int) -> Windows:
             "sliding-window attention keep a paged KV cache here"
         )
     elif is_short:
-        reason = f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
+        reason = f"layer_types names {len(types)} layers, but num_hidden_layers is {num_layers}"
     elif window is None and _SLIDING in types:
         reason = (
             "layer_types has sliding_attention, but config.json switches the sliding window off"
         )
     elif family.has_one_window and {*types} != {_FULL if window is None else _SLIDING}:
-        reason = "layer_types is not what the model does: it gives all layers one window"
+        reason = "layer_types does not fit the model, which gives all layers one window"
     else:
         return tuple(window if each == _SLIDING else None for each in types)
     fix = _USE_VLLM if unknown else "Correct config.json of the model."
@@ -380,7 +418,7 @@ def _is_recurrent(config: Config) -> bool:
 def _has_moving_rope(config: Config) -> bool:
     found = [config.get("rope_scaling"), config.get("rope_parameters")]
     settings = [item for item in found if isinstance(item, dict)]
-    # Gemma 3 has settings for each kind of layer.
+    # Gemma 3 nests settings for each kind of layer.
     settings += [
         nested for item in settings for nested in item.values() if isinstance(nested, dict)
     ]
@@ -394,7 +432,7 @@ def _positive(config: Config, key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None and default is not None:
         return default
-    # True is an int to Python, and JSON may hold one by mistake.
+    # Refuse booleans, which are instances of int in Python.
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise _wrong(f"{key} must be a positive integer, found {value!r}")
     return value

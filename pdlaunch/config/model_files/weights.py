@@ -1,48 +1,63 @@
-"""Finds the weight files of a model, and damage to them, without reading a tensor.
+"""Finds the files of a model and checks them for damage, without reading tensors.
 
-safetensors judges its own files, and the conversion a .gguf file. A flipped bit that leaves a
-plausible number goes unnoticed: there is no checksum.
+The safetensors library checks safetensors files; the conversion checks .gguf files. Flipped bits in
+tensors are not noticed, because the formats have no checksum.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from pdlaunch.config.model_files.shape import INDEX, ModelShape, read_json
+from pdlaunch.config.model_files.shape import INDEX, OUTPUT_LAYER, ModelShape, read_json
 from pdlaunch.errors import ConfigError
 
 DOWNLOAD_AGAIN = (
     "Download the file again, and compare its size and SHA-256 with those at its source."
 )
-MAX_TOKENIZER_BYTES = 256 * 1024**2  # Several times the largest that are published, of 33 MB
-_TENSOR = re.compile(
-    # A multimodal file has the language model's below a name of its own.
-    r"(?:language_model\.)?model\.(?:language_model\.)?(?:layers\.\d+\.)?"
-    r"(embed_tokens|self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight"
+MAX_TEXT_BYTES = 256 * 1024**2  # The largest published tokenizer.json has 33 MB
+# Prefixes of the names of other files that affect answers: tokenizer, templates, defaults
+TEXT_PREFIXES = (
+    *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "spiece", "tekken"),
+    *("chat_template", "generation_config", "preprocessor", "processor"),
 )
-# The first bytes of other content that is found in place of model files
+_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,8})\.(.+)", re.ASCII)
+# Names of the language model's weights in multimodal checkpoints -> names in the model
+_WRAPPED_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+_IGNORED_PREFIXES = (
+    "model.vision_tower.",
+    "vision_tower.",
+    "model.multi_modal_projector.",
+    "multi_modal_projector.",
+)
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+# First bytes of other content that users sometimes have in place of model files
 _OTHER_CONTENT = {
-    b"version https://git-lfs": "a Git LFS pointer: the file itself was never fetched "
+    b"version https://git-lfs": "a Git LFS pointer: the file itself was never downloaded "
     "(`git lfs pull`)",
     b"<": "an HTML or XML page, as servers send instead of a file",
 }
 
 
 def damaged(path: Path, what: str, *, fix: str = DOWNLOAD_AGAIN) -> ConfigError:
-    """Make the error for a file of the model that cannot be used as it is."""
+    """Return the error for a damaged file of a model."""
     return ConfigError(f"{path} is damaged: {what}", field="model", value=str(path), fix=fix)
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Find the checkpoint's safetensors files.
+    """Return the checkpoint's safetensors files.
 
-    Raises ConfigError (field ``model``) when there are none, or one is damaged.
+    Raises ConfigError (field ``model``) if there are none or one of them is damaged.
     """
     index = model_dir / INDEX
-    # An index wins over a glob: folders often hold a second, merged copy of the weights.
+    # Prefer the index to a glob: folders often hold a second, merged copy of the weights.
     files = (
         [model_dir / name for name in names_in(index)]
         if index.is_file()
@@ -55,7 +70,7 @@ def weight_files(model_dir: Path) -> list[Path]:
         return files
     raise ConfigError(
         f"{model_dir} has no {_shorten(missing) or 'model*.safetensors'}"
-        + (f", which {INDEX} names" if missing else ""),
+        + (f", which {INDEX} names" if missing and index.is_file() else ""),
         field="model",
         value=str(model_dir),
         fix="Complete the download; save checkpoints in other formats (pickles: *.bin, *.pt) as "
@@ -63,34 +78,64 @@ def weight_files(model_dir: Path) -> list[Path]:
     )
 
 
-def check_files(model_dir: Path, shape: ModelShape) -> None:
-    """Compare the headers of the weights with the shape in config.json, and read tokenizer.json.
+def check_files(model_dir: Path, shape: ModelShape | None) -> None:
+    """Check names and shapes of the weights against config.json, and the files for text.
 
-    Raises ConfigError: a rank would find the same only after its libraries are loaded.
+    ``shape``: an outline, or None, of a model that only vLLM serves: all shapes and formats of
+    weights are accepted. Raises ConfigError. A rank would fail with the same errors, but only after
+    it has loaded torch.
     """
-    kv_size = shape.num_kv_heads * shape.head_dim
-    query_size = shape.num_attention_heads * shape.head_dim
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    sizes = {
-        "embed_tokens": [shape.vocab_size, hidden],
-        "self_attn.q_proj": [query_size, hidden],
-        "self_attn.k_proj": [kv_size, hidden],
-        "self_attn.v_proj": [kv_size, hidden],
-        "self_attn.o_proj": [hidden, query_size],
-        "mlp.gate_proj": [inner, hidden],
-        "mlp.up_proj": [inner, hidden],
-        "mlp.down_proj": [hidden, inner],
-    }
-    for file in weight_files(model_dir):
-        for name, found in _tensor_shapes(file):
-            match = _TENSOR.fullmatch(name)
-            if match is not None and found != sizes[match[1]]:
-                what = f"{name} has the shape {found}, by config.json it is {sizes[match[1]]}"
-                raise damaged(file, what, fix="Download weights and config.json of one version.")
-    tokenizer = model_dir / "tokenizer.json"
-    # A prompt may come as token ids, so a model without the file can be served.
-    if os.path.lexists(tokenizer):
-        read_json(tokenizer, MAX_TOKENIZER_BYTES)
+    if shape is not None and not shape.is_outline:
+        _check_weights(weight_files(model_dir), shape)
+    elif any(model_dir.glob("model*.safetensors*")):
+        weight_files(model_dir)
+    for file in sorted(model_dir.iterdir()):
+        if not file.name.startswith(TEXT_PREFIXES) or file.is_dir():
+            continue
+        if file.name in ("tokenizer.json", "tokenizer_config.json"):
+            read_json(file, MAX_TEXT_BYTES)
+        elif not file.is_file() or file.stat().st_size > MAX_TEXT_BYTES:
+            raise damaged(file, f"not a regular file, or larger than {MAX_TEXT_BYTES} bytes")
+
+
+def name_in_model(key: str) -> str | None:
+    """Return a checkpoint weight's name in the language model; None: it is not a part of this."""
+    if key.startswith(_IGNORED_PREFIXES) or key.endswith(_IGNORED_SUFFIX):
+        return None
+    for wrapped, own in _WRAPPED_PREFIXES:
+        if key.startswith(wrapped):
+            return own + key.removeprefix(wrapped)
+    return key
+
+
+def _check_weights(files: Sequence[Path], shape: ModelShape) -> None:
+    """Check that the files have exactly the weights of the language model, in the right shapes."""
+    fix, seen = "Download weights and config.json of one revision.", set[str]()
+    for file in files:
+        for key, found in _tensor_shapes(file):
+            name = name_in_model(key)
+            # A tied output layer is the embedding under a second name.
+            if name is None or (name == OUTPUT_LAYER and shape.tie_word_embeddings):
+                continue
+            right = shape.other_weights.get(name)
+            if (match := _LAYER.fullmatch(name)) and int(match[1]) < shape.num_layers:
+                right = shape.layer_weights.get(match[2])
+            if right is None:
+                raise damaged(file, f"config.json describes a model without {key}", fix=fix)
+            if found != list(right):
+                what = f"{key} has the shape {found}, but config.json says {list(right)}"
+                raise damaged(file, what, fix=fix)
+            seen.add(name)
+    names = itertools.chain(
+        shape.other_weights,
+        (
+            f"model.layers.{layer}.{name}"
+            for layer in range(shape.num_layers)
+            for name in shape.layer_weights
+        ),
+    )
+    if missing := next((name for name in names if name not in seen), ""):
+        raise damaged(files[0].parent, f"no file has {missing}, which config.json needs", fix=fix)
 
 
 def _tensor_shapes(path: Path) -> list[tuple[str, list[int]]]:
@@ -101,10 +146,12 @@ def _tensor_shapes(path: Path) -> list[tuple[str, list[int]]]:
 
 
 def names_in(index: Path) -> list[str]:
-    """Return the files that an index names. Raises ConfigError when it cannot be read."""
+    """Return the names of the files in an index. Raises ConfigError if it cannot be read."""
     try:
+        if index.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"larger than {MAX_TEXT_BYTES} bytes")
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        # Who publishes a model does not choose which files of this machine are read.
+        # Refuse paths: an index from the hub must not make pdlaunch read other local files.
         if any(Path(name).name != name for name in names):
             raise ValueError("it names a file outside of its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -120,7 +167,7 @@ def _check_safetensors(path: Path) -> None:
     try:
         with path.open("rb") as file:
             head = file.read(64)
-        # Opening checks the header against the length of the file.
+        # Opening the file checks its header and compares it with the file's length.
         with safe_open(path, "np"):
             pass
     except SafetensorError as error:
@@ -134,7 +181,7 @@ def _check_safetensors(path: Path) -> None:
 def _described(kind: str, head: bytes) -> str:
     known = (name for start, name in _OTHER_CONTENT.items() if head.startswith(start))
     content = next(known, f"unknown content (it begins with {head[:8].hex(' ')})")
-    return f"it is no {kind} file but {content}" if head else "it is empty"
+    return f"it is not a {kind} file but {content}" if head else "it is empty"
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:
@@ -147,9 +194,9 @@ def _shorten(names: list[str]) -> str:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise ConfigError (field ``model``) for a file that is called .gguf and holds something else.
+    """Raise ConfigError (field ``model``) if a .gguf file does not begin like one.
 
-    What else may be wrong is found when it is converted.
+    The conversion reports other damage.
     """
     try:
         with path.open("rb") as file:

@@ -1,1 +1,1 @@
-"""Holds the block pool, KV cache groups, block tables and the prefix cache; no torch."""
+"""The block pool, KV cache groups, block tables and the prefix cache; without torch."""

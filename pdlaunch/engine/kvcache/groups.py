@@ -1,8 +1,8 @@
-"""Forms KV cache groups; gives the shape of a KV block.
+"""Divides layers into KV cache groups, and defines the shape of a KV block.
 
-A model's layers are sorted by what they keep of the past (all tokens, or a sliding window) and cut
-into groups of equal size, so that one pool of equal-sized blocks serves all groups. Each group has
-its own block table for every request.
+The layers of a group have the same attention: full, or one sliding window. All groups have the same
+number of layers, so that one pool of equal blocks serves all groups. A request has a block table
+for each group.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KVCacheGroup:
-    """Names the layers that share block tables."""
+    """Layers that share a block table."""
 
-    layers: tuple[int, ...]  # model layers in the order of their slot in the block
-    # Tokens that attention sees, the current one included; None sees all
+    layers: tuple[int, ...]  # model layers, in the order of their slots in a block
+    # Tokens that attention sees, with the current token; None: all tokens.
     sliding_window: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class KVCacheLayout:
-    """Gives the shape of one rank's KV cache.
+    """The shape of one rank's KV cache.
 
-    It is ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size, head_dim]``:
-    block-major, then heads, so that a block is one contiguous region, and so is one head's share of
-    it.
+    The shape is ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size, head_dim]``:
+    blocks first, then heads, so that a block is contiguous, and each head within a block is
+    contiguous.
     """
 
     groups: tuple[KVCacheGroup, ...]
@@ -41,7 +41,7 @@ class KVCacheLayout:
 
     @property
     def head_bytes(self) -> int:
-        """Return the bytes of one KV head in one block: all layers of a group, K and V."""
+        """Return the size of one KV head in one block: all layers of a group, K and V."""
         return self.num_layers_per_block * 2 * self.block_size * self.head_dim * self.dtype_bytes
 
     @property
@@ -53,21 +53,21 @@ class KVCacheLayout:
 
 
 def num_kv_heads_of_rank(num_kv_heads: int, tp_size: int) -> int:
-    """Return how many KV heads a rank holds, its own or a shared one; rounded down."""
+    """Return the number of KV heads of a rank, rounded down; at least 1, which ranks may share."""
     return max(1, num_kv_heads // tp_size)
 
 
 def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]:
-    """Cut layers into groups of one kind each and of equal size.
+    """Divide layers into groups with the same window, full groups first.
 
     ``layer_windows``: for each layer its sliding window in tokens, or None for full attention. The
-    size of a group is that of the rarest kind (Gemma 3: 4 full and 22 sliding layers give one full
-    group and six sliding ones, the last with two layers). Full groups come first.
+    rarest kind of layer sets the size of all groups. Gemma 3 has 4 full and 22 sliding layers: one
+    full group and six sliding groups, the last with two layers.
     """
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(layer_windows):
         kinds.setdefault(window, []).append(layer)
-    # Larger groups would leave slots of the rarest kind's blocks empty.
+    # With larger groups, the blocks of the rarest kind would have empty slots.
     size = min(len(layers) for layers in kinds.values())
     ordered = sorted(kinds.items(), key=lambda kind: (kind[0] is not None, kind[0] or 0))
     return tuple(
@@ -78,7 +78,7 @@ def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]
 
 
 def first_visible(window: int | None, num_computed: int, block_size: int) -> int:
-    """Return the first logical block that tokens from ``num_computed`` on see."""
+    """Return the first logical block that the query at token ``num_computed`` sees."""
     # The query at num_computed sees tokens [num_computed - window + 1, num_computed].
     return 0 if window is None else max(0, num_computed - window + 1) // block_size
 
@@ -89,19 +89,19 @@ def longest_prefix(
     max_blocks: int,
     end_of: Callable[[int, int, int], int],
 ) -> int:
-    """Return after how many logical blocks, ``max_blocks`` at most, a request can compute on.
+    """Return the length in blocks, at most ``max_blocks``, of the longest available prefix.
 
-    Every full group has all these blocks, every sliding group those that the next token sees.
-    ``end_of(group, start, limit)``: where the blocks that the group has from ``start`` on end.
+    A full group must have all blocks of the prefix, a sliding group those that the next token sees.
+    ``end_of(group, start, limit)``: the group's first gap from ``start`` on, or ``limit``.
     """
     length, before = max_blocks, -1
-    # A shorter prefix moves every window towards the beginning, where other blocks have to be
-    # there: repeat until no group shortens it any more.
+    # A shorter prefix moves the windows of all groups, which then need other blocks: repeat until
+    # no group shortens the prefix.
     while length != before:
         before = length
         for group, window in enumerate(windows):
             start = first_visible(window, length * block_size, block_size)
-            # A missing block is visible from every length between: try one that ends before it.
+            # At any length above ``end``, the window contains the gap: try ``end``.
             while (end := end_of(group, start, length)) < length:
                 length = end
                 start = first_visible(window, length * block_size, block_size)
@@ -109,14 +109,14 @@ def longest_prefix(
 
 
 def span_blocks(window: int, block_size: int) -> int:
-    """Return the most blocks that ``window`` neighbouring tokens touch."""
+    """Return the largest number of blocks that ``window`` consecutive tokens can span."""
     return (window + block_size - 2) // block_size + 1
 
 
 def min_blocks(windows: Sequence[int | None], block_size: int, num_tokens: int) -> int:
-    """Return the blocks without which ``num_tokens`` tokens cannot be computed, even one at a time.
+    """Return the number of blocks that ``num_tokens`` tokens need if computed one by one.
 
-    ``windows``: the sliding window of each group; a full group (None) keeps every block.
+    ``windows``: the sliding window of each group; None: a full group, which keeps all blocks.
     """
     num_logical = -(-num_tokens // block_size)
     return sum(

@@ -1,9 +1,9 @@
-"""Chains hashes of a request's token blocks: keys of the prefix cache, proof of a hand-over.
+"""Chained hashes of a request's token blocks: keys of the prefix cache, and proof of a pull.
 
     h[-1] = H(model content, cache_salt)
     h[i]  = H(h[i-1], tokens of block i as int32 little endian, number of tokens)
 
-Equal hashes so mean equal model, salt and tokens from the first one on. H is SHA-256.
+So equal hashes mean the same model, salt and tokens from the first token on. H is SHA-256.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _FORMAT = b"pdlaunch kv block hash 2"
 
 
 def root_hash(model_digest: str, *, cache_salt: str = "") -> bytes:
-    """Return h[-1]; each part carries its length, so that no two pairs share a hash."""
+    """Return h[-1]. The lengths are hashed, too, so that no two pairs share a hash."""
     digest = sha256(_FORMAT)
     for part in (model_digest, cache_salt):
-        # A text with lone surrogates must not fail here: any text may be a salt.
+        # A salt is any text, even one with lone surrogates.
         data = part.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
@@ -27,7 +27,7 @@ def root_hash(model_digest: str, *, cache_salt: str = "") -> bytes:
 
 
 class TokenHasher:
-    """Hashes one request's full blocks, each once; grows with the request."""
+    """Hashes the full blocks of one request, each block once, as the request grows."""
 
     __slots__ = ("_block_size", "_root", "block_hashes")
 
@@ -37,7 +37,7 @@ class TokenHasher:
         self.block_hashes: list[bytes] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Hash the full blocks of ``token_ids`` (prompt and output so far) that are new."""
+        """Hash the new full blocks of ``token_ids``, the prompt and the output so far."""
         start = len(self.block_hashes) * self._block_size
         num_blocks = (len(token_ids) - start) // self._block_size
         if num_blocks > 0:
@@ -51,7 +51,7 @@ class TokenHasher:
         hashes = self.block_hashes[:num_full_blocks]
         tail = token_ids[num_full_blocks * self._block_size : num_prompt_tokens]
         if tail:
-            # A partial block is hashed with its own length, so that it never equals a full one.
+            # The length is hashed, too, so that a partial block never equals a full block.
             hashes += _chain(hashes[-1] if hashes else self._root, tail, len(tail))
         return hashes
 
@@ -60,7 +60,7 @@ class TokenHasher:
 
 
 def _chain(parent: bytes, token_ids: Sequence[int], num_tokens: int) -> list[bytes]:
-    data = array("i", token_ids).tobytes()  # the machines that run this are little endian
+    data = array("i", token_ids).tobytes()  # little endian on all supported machines
     length = num_tokens.to_bytes(4, "little")
     hashes = []
     for start in range(0, len(data), num_tokens * 4):

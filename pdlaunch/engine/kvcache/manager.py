@@ -1,24 +1,24 @@
-"""Manages the KV cache of an engine: block tables of all groups from one pool, with a prefix cache.
+"""Manages an engine's KV blocks: block tables for all groups from one pool, and a prefix cache.
 
-A query at token q sees all tokens up to q in a full group, tokens [q - window + 1, q] in a sliding
-one. A request that has computed ``num_computed`` tokens asks next for q = num_computed, and never
-again for an earlier one: blocks wholly before that window are given back.
+The query at token q sees all tokens up to q in a full group, and tokens [q - window + 1, q] in a
+sliding group. A request that has computed ``num_computed`` tokens next queries at num_computed and
+never at an earlier token, so blocks wholly before that window are released.
 
-Owns every KV block of an engine; each move between states is one method.
+The pool has a method for each transition between states of a block::
 
     free ──┬─ allocate ────────▶ owned ── release by the last owner ──▶ cached, or free
     cached ┤                     │  ▲ ▲
            │         share: one more owner (also cached ▶ owned)
-           │                     register: can be found by its hash, is cached afterwards
+           │                     register: can be found by its hash, and cached after its release
            └─ allocate_for_pull ─▶ pulling ─┬─ finish_pull ─▶ owned
                                             ├─ drop_pull ───▶ free
                                             └─ quarantine ──▶ quarantined ─ drain ─▶ free
 
-Owners are requests, leases, and copies to host memory that read a block. Pulling means that a
-transfer writes to the block, from another engine or from this host's memory.
+Owners are requests, leases, and copies of a block to host memory. Pulling means that a transfer
+writes to the block, from another engine or from host memory.
 
-Cached blocks are free blocks whose content can still be found; the one unused for longest is reused
-first. Owners keep the ids of their blocks and give each back exactly once.
+Cached blocks are free blocks that can still be found by their hash. The least recently used block
+is reused first. Owners keep the ids of their blocks and release each block exactly once.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from pdlaunch.engine.kvcache.groups import (
 
 
 class BlockPool:
-    """Counts the owners and holds the hashes of ``num_blocks`` blocks: 0 <= id < num_blocks."""
+    """Holds the state, owner count and hash of each block, 0 <= block id < num_blocks."""
 
     def __init__(self, num_blocks: int, num_groups: int) -> None:
         self.num_blocks = num_blocks
-        # A stack, low ids on top: a young engine touches few pages of its cache.
+        # A stack, low ids on top, so that a new engine touches few pages of its cache.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_owners = [0] * num_blocks
@@ -51,7 +51,7 @@ class BlockPool:
         self._keys: list[tuple[int, bytes] | None] = [None] * num_blocks
         self._by_hash: list[dict[bytes, int]] = [{} for _ in range(num_groups)]
         self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
-        """Called with each hash of group 0, and whether a block for it was added or removed."""
+        """Called with a hash of group 0 and True if it can be found now, False if no longer."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -65,7 +65,7 @@ class BlockPool:
         return self._num_owners[block_id]
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Take blocks for one owner. The caller has looked at ``num_free_blocks``."""
+        """Take blocks for one owner. The caller has checked ``num_free_blocks``."""
         block_ids = self._take(num_blocks)
         for block_id in block_ids:
             self._num_owners[block_id] = 1
@@ -78,7 +78,7 @@ class BlockPool:
             self._num_owners[block_id] += 1
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """Take these blocks from one owner; of several free ones, the first is reused first."""
+        """Remove one owner of each block. If blocks become cached, the first is reused first."""
         for block_id in block_ids:
             assert self._num_owners[block_id] > 0
             self._num_owners[block_id] -= 1
@@ -90,7 +90,7 @@ class BlockPool:
                 self._cached[block_id] = None
 
     def allocate_for_pull(self, num_blocks: int) -> list[int]:
-        """Take blocks that a transfer may write to until one of the next three names them."""
+        """Take blocks that a transfer may write to until it is finished, dropped or quarantined."""
         block_ids = self._take(num_blocks)
         self._pulling.update(block_ids)
         return block_ids
@@ -102,12 +102,12 @@ class BlockPool:
 
     def drop_pull(self, block_ids: Iterable[int]) -> None:
         for block_id in block_ids:
-            # Free, not cached: nobody knows what a transfer that failed has left in it.
+            # Free, not cached: a failed transfer has left unknown bytes in it.
             self._pulling.remove(block_id)
             self._free.append(block_id)
 
     def quarantine(self, block_ids: Iterable[int]) -> None:
-        """Set the blocks of an abandoned transfer, which may still write, aside until ``drain``."""
+        """Keep blocks unused until ``drain``: their transfer was abandoned but may still write."""
         for block_id in block_ids:
             self._pulling.remove(block_id)
             self._quarantined.add(block_id)
@@ -118,9 +118,9 @@ class BlockPool:
             self._free.append(block_id)
 
     def register(self, block_id: int, group: int, block_hash: bytes) -> None:
-        """Let an owned block be found by its content, unless another one is found by it already."""
+        """Let an owned block be found by its hash, unless another block already has that hash."""
         assert self._num_owners[block_id] > 0
-        # Two requests may have computed the same content at once: one copy is enough to be found.
+        # Two requests may have computed the same block at the same time. One copy is enough.
         by_hash = self._by_hash[group]
         if self._keys[block_id] is None and block_hash not in by_hash:
             by_hash[block_hash] = block_id
@@ -132,13 +132,13 @@ class BlockPool:
         return self._by_hash[group].get(block_hash)
 
     def forget_cached(self) -> None:
-        """Forget all content, as the memory has lost it; blocks that can be found are all free."""
+        """Forget all hashes, because the memory has lost its content. No hashed block is owned."""
         while self._cached:
             self._free.append(self._take_cached())
         assert not any(self._by_hash)
 
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
-        """Count how many of these blocks ``share`` would take out of the free ones."""
+        """Count how many of these blocks are cached: ``share`` takes them from the free blocks."""
         return sum(block_id in self._cached for block_id in block_ids)
 
     def check_integrity(
@@ -148,18 +148,18 @@ class BlockPool:
         pulling: Iterable[int] = (),
         quarantined: Iterable[int] = (),
     ) -> None:
-        """Prove that each block is in one state and that hashes lead to their blocks.
+        """Check that each block is in one state and that each hash leads to its block.
 
-        Given are the ids that all owners and transfers hold, an id once for each of them. Raises
+        The arguments list the block ids of all owners and transfers, once for each of them. Raises
         AssertionError.
         """
         num_owners = [0] * self.num_blocks
         for block_id in owned:
             num_owners[block_id] += 1
-        assert num_owners == self._num_owners, "the owners' blocks are not those of the pool"
-        assert sorted(pulling) == sorted(self._pulling), "the pulls' blocks are not the pool's"
+        assert num_owners == self._num_owners, "the pool has other owned blocks"
+        assert sorted(pulling) == sorted(self._pulling), "the pool has other pulling blocks"
         assert sorted(quarantined) == sorted(self._quarantined), (
-            "the quarantined blocks are not those of the pool"
+            "the pool has other quarantined blocks"
         )
         in_use = [block_id for block_id, number in enumerate(num_owners) if number]
         places = [*self._free, *self._cached, *in_use, *self._pulling, *self._quarantined]
@@ -170,13 +170,13 @@ class BlockPool:
             else:
                 assert self._by_hash[key[0]][key[1]] == block_id
                 assert block_id in self._cached or num_owners[block_id], (
-                    "a hash of a block that may be overwritten"
+                    "a block with a hash is neither cached nor owned"
                 )
         assert sum(map(len, self._by_hash)) == sum(key is not None for key in self._keys)
 
     def _take(self, num_blocks: int) -> list[int]:
         assert num_blocks <= self.num_free_blocks
-        # Cached blocks go last, the one unused for longest first, so that content stays findable.
+        # Take free blocks first, then the least recently used cached blocks.
         num_fresh = min(num_blocks, len(self._free))
         return [self._free.pop() for _ in range(num_fresh)] + [
             self._take_cached() for _ in range(num_blocks - num_fresh)
@@ -194,11 +194,11 @@ class BlockPool:
 
 
 class BlockTables:
-    """Says which block holds which tokens of one request.
+    """The block tables of one request: for each group, which block holds which tokens.
 
     Logical block i of a group holds tokens [i * block_size, (i + 1) * block_size). All groups end
-    at the same logical block. A sliding group begins later: its earlier blocks have left the
-    window.
+    at the same logical block. A sliding group may begin later, because blocks before its window are
+    released::
 
         logical block    0   1   2   3   4
         full group     [ a   b   c   d   e ]     first 0, end 5
@@ -209,16 +209,16 @@ class BlockTables:
 
     def __init__(self, num_groups: int) -> None:
         self.first = [0] * num_groups
-        """Logical index of the first block held, by group."""
+        """Logical index of the first block, by group."""
         self.end = 0
-        """Logical index after the last block held."""
+        """Logical index after the last block of each group."""
         self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
         """The blocks [first, end), by group."""
         self.next_release = 0
-        """Number of computed tokens from which on the next block has left a window."""
+        """Number of computed tokens at which another block leaves its window."""
 
     def append(self, first: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
-        """Add by group the blocks from ``first[group]`` on; an empty group may begin anywhere."""
+        """Append blocks at logical index ``first[group]``; an empty group may begin anywhere."""
         for group, new_ids in enumerate(block_ids):
             held = self.block_ids[group]
             if not held:
@@ -232,7 +232,7 @@ class BlockTables:
         )
 
     def between(self, group: int, start: int, end: int) -> list[int]:
-        """Return the blocks of the logical indices [start, end) that the group still holds."""
+        """Return the blocks of the group with logical indices in [start, end)."""
         first = self.first[group]
         return self.block_ids[group][max(0, start - first) : max(0, end - first)]
 
@@ -250,17 +250,17 @@ class BlockTables:
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """Names cached blocks that a request can share."""
+    """Blocks in the prefix cache that a request can share."""
 
     first: list[int]  # logical index of the first block, by group
-    block_ids: list[list[int]]  # the blocks from there on, by group
+    block_ids: list[list[int]]  # the blocks from ``first`` on, by group
 
     def end(self, group: int) -> int:
         return self.first[group] + len(self.block_ids[group])
 
 
 class KVCacheManager:
-    """Finds, gives and takes back blocks of requests; sizes count the blocks of all groups."""
+    """Finds, allocates and releases blocks for requests. Block counts include all groups."""
 
     def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int) -> None:
         self._windows = [group.sliding_window for group in groups]
@@ -274,7 +274,7 @@ class KVCacheManager:
         return tables
 
     def num_logical_blocks(self, num_tokens: int) -> int:
-        """Return how many blocks of one full group hold ``num_tokens``."""
+        """Return the number of blocks that ``num_tokens`` tokens need in one full group."""
         return -(-num_tokens // self.block_size)
 
     def min_blocks(self, num_tokens: int) -> int:
@@ -294,10 +294,10 @@ class KVCacheManager:
     def find_for_pull(
         self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int
     ) -> PrefixHit:
-        """Return what a pull need not bring: by group, the cached blocks from the first one on that
-        token ``num_computed`` sees.
+        """Return for each group the cached blocks that a pull can leave out: from the first block
+        that token ``num_computed`` sees, up to the first gap.
 
-        Groups are independent of each other here, as no token before ``num_computed`` is computed.
+        Groups may have gaps at different blocks, because the pull transfers the missing blocks.
         """
         first = self._first_visible(num_computed)
         found = [
@@ -322,7 +322,7 @@ class KVCacheManager:
     def adopt_pulled(
         self, tables: BlockTables, hit: PrefixHit, pulled: Sequence[Sequence[int]]
     ) -> None:
-        """Fill empty ``tables`` with shared blocks and the blocks of a pull that has succeeded."""
+        """Fill empty ``tables`` with shared blocks and the blocks of a successful pull."""
         for block_ids in pulled:
             self.pool.finish_pull(block_ids)
         tables.append(
@@ -341,18 +341,18 @@ class KVCacheManager:
     # Block tables
 
     def has_room_for(self, hit: PrefixHit, num_tokens: int, num_reserved: int) -> bool:
-        """Return whether a request that begins with ``hit`` can compute ``num_tokens`` tokens.
+        """Return True if a request that begins with ``hit`` can compute ``num_tokens`` tokens, and
+        leave ``num_reserved`` blocks free.
 
-        ``num_reserved`` blocks stay untouched. Sharing takes cached blocks from the free ones.
-        Those of a sliding group come back when they leave the window, but blocks shared with other
-        owners do not: only what is taken from the free ones counts.
+        Sharing a cached block takes it from the free blocks; sharing an owned block does not. Only
+        blocks taken from the free blocks become free when they leave a sliding window.
         """
         num_logical = self.num_logical_blocks(num_tokens)
         num_needed = 0
         for group, window in enumerate(self._windows):
             num_cached = self.pool.num_cached_among(hit.block_ids[group])
             num_taken = num_cached + num_logical - hit.end(group)
-            # A sliding group never holds more than its window spans: it gives back what leaves.
+            # A sliding group releases blocks that leave its window, so it never needs more.
             if window is not None:
                 num_taken = min(num_taken, span_blocks(window, self.block_size))
             num_needed += num_taken
@@ -362,7 +362,7 @@ class KVCacheManager:
         return (tables.end + self.pool.num_free_blocks // self.num_groups) * self.block_size
 
     def extend(self, tables: BlockTables, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` tokens; False when blocks are short."""
+        """Allocate blocks for ``num_tokens`` tokens. Return False if too few blocks are free."""
         count = self.num_logical_blocks(num_tokens) - tables.end
         if count <= 0:
             return True
@@ -375,7 +375,7 @@ class KVCacheManager:
         return True
 
     def release_left(self, tables: BlockTables, num_computed: int) -> None:
-        """Free the blocks that no query from token ``num_computed`` on can see."""
+        """Release the blocks that no query from token ``num_computed`` on can see."""
         if num_computed < tables.next_release:
             return
         for group, first in enumerate(self._first_visible(num_computed)):
@@ -383,7 +383,7 @@ class KVCacheManager:
         self._plan_release(tables)
 
     def free(self, tables: BlockTables) -> None:
-        """Take all blocks back; the tail of the chain is reused before its head."""
+        """Release all blocks, the last first, so that the end of a prefix is reused first."""
         for block_ids in tables.block_ids:
             self.pool.release(reversed(block_ids))
             block_ids.clear()
@@ -392,10 +392,10 @@ class KVCacheManager:
         self._plan_release(tables)
 
     def lease(self, tables: BlockTables, num_tokens: int) -> PrefixHit:
-        """Give a finished request's blocks of its first ``num_tokens`` tokens to a lease.
+        """Lease the blocks of a finished request's first ``num_tokens`` tokens; free the others.
 
-        Leased is what the last of these tokens sees, because a reader without the next token
-        computes that one again. Other blocks are freed.
+        In sliding groups, lease the window of the last of these tokens: a reader that does not have
+        the next token computes the last token again.
         """
         end = self.num_logical_blocks(num_tokens)
         first = self._first_visible(num_tokens - 1)
@@ -404,7 +404,7 @@ class KVCacheManager:
         )
         assert all(leased.end(group) == end for group in range(self.num_groups))
         # tables.first ....... first ............ end .......... tables.end
-        #    left the window   │   under lease    │  output only  │
+        #    left the window   │      leased      │  output only  │
         self.share_hit(leased)
         self.free(tables)
         return leased
@@ -413,11 +413,11 @@ class KVCacheManager:
         return [first_visible(window, num_computed, self.block_size) for window in self._windows]
 
     def _plan_release(self, tables: BlockTables) -> None:
-        """Note when the next block leaves: its group's window then begins after it."""
+        """Compute ``next_release`` again, after the tables have changed."""
         tables.next_release = min(
             (
-                # Block ``first`` is left when the first token in sight, num_computed - window + 1,
-                # is that of the next block: (first + 1) * block_size.
+                # Block ``first`` leaves when the window's first token, num_computed - window + 1,
+                # is the first token of the next block, (first + 1) * block_size.
                 (tables.first[group] + 1) * self.block_size + window - 1
                 for group, window in enumerate(self._windows)
                 if window is not None
@@ -426,7 +426,7 @@ class KVCacheManager:
         )
 
     def _cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> list[int]:
-        """Return the cached blocks from logical index ``start`` up to the first gap or ``end``."""
+        """Return the cached blocks from logical index ``start`` to the first gap or ``end``."""
         found: list[int] = []
         for index in range(start, end):
             block_id = self.pool.find(group, block_hashes[index])

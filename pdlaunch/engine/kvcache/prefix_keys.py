@@ -1,10 +1,10 @@
-"""Names prefixes by 64-bit keys, which engines report to routers.
+"""64-bit keys of prefixes, which engines report to routers.
 
     k[-1] = XXH3(LoRA adapter, cache_salt)
     k[i]  = XXH3(tokens of block i as int32 little endian, seed k[i-1])
 
-A key is only a hint: a collision costs the router a bad choice. Engines find blocks by the hashes
-of ``hashing.py``, which other processes do not need.
+A key is only a hint: after a collision the router may choose a worse engine. Engines find their own
+blocks by the hashes of ``hashing.py``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def as_bytes(token_ids: Sequence[int]) -> bytes:
 
 
 def next_keys(parent: int, tokens: bytes, block_size: int) -> list[int]:
-    """Return the keys of the blocks in ``tokens`` that follow a prefix; a partial one has none."""
+    """Return the keys of the full blocks in ``tokens``; ``parent``: the key of their prefix."""
     digest, whole = xxhash.xxh3_64_intdigest, len(tokens) - len(tokens) % (4 * block_size)
     blocks = struct.iter_unpack(f"{4 * block_size}s", memoryview(tokens)[:whole])
     return [parent := digest(block, parent) for (block,) in blocks]
 
 
 class PrefixKeys:
-    """Holds the keys of one request's full blocks; grows with the request."""
+    """Holds the keys of one request's full blocks, and grows with the request."""
 
     __slots__ = ("_block_size", "_root", "keys")
 
@@ -50,21 +50,21 @@ class PrefixKeys:
         self.keys: list[int] = []
 
     def extend(self, token_ids: Sequence[int], num_blocks: int) -> None:
-        """Add the keys of the blocks up to ``num_blocks`` that are new."""
+        """Add the missing keys of the first ``num_blocks`` blocks."""
         parent = self.keys[-1] if self.keys else self._root
         tokens = token_ids[len(self.keys) * self._block_size : num_blocks * self._block_size]
         self.keys += next_keys(parent, as_bytes(tokens), self._block_size)
 
 
 class PrefixChanges:
-    """Collects which prefixes the cache gains and loses, by the tier that holds their last block.
+    """Collects which prefixes each tier of the cache gains and loses.
 
-    Blocks on the host were on the device when they were copied: their keys come from there.
+    A host block gets the key of the device block from which it was copied.
     """
 
     def __init__(self) -> None:
         self.names: Mapping[bytes, int] = {}
-        """The key of each block that is being registered, by the block's hash."""
+        """Block hash -> key, of the blocks that are being registered."""
         self._held: dict[Tier, dict[bytes, int]] = {tier: {} for tier in TIERS}
         self._changes: dict[Tier, dict[int, bool]] = {tier: {} for tier in TIERS}
 
@@ -81,11 +81,11 @@ class PrefixChanges:
         self._changes[tier][key] = is_held
 
     def find(self, block_hash: bytes) -> int | None:
-        """Return the key of a block that is held."""
+        """Return the key of a block that a tier holds; None if no tier holds it."""
         return next((keys[block_hash] for keys in self._held.values() if block_hash in keys), None)
 
     def take(self) -> tuple[Keys, Keys] | None:
-        """Return the keys stored and the keys removed since the last call, none in both."""
+        """Return the keys stored and the keys removed since the last call; no key is in both."""
         if not any(self._changes.values()):
             return None
         changes, self._changes = self._changes, {tier: {} for tier in TIERS}
@@ -99,6 +99,6 @@ class PrefixChanges:
         return stored, removed
 
     def held(self) -> Keys:
-        """Return all keys, and discard the changes so far."""
+        """Return the keys of each tier, and discard the changes so far."""
         self.take()
         return {tier: list(keys.values()) for tier, keys in self._held.items()}

@@ -1,1 +1,1 @@
-"""Holds device memory by tag in pools that sleep, wake up at their addresses, and can be shared."""
+"""Device memory by tag, in pools that can sleep, wake up at the same addresses, and be shared."""

@@ -1,9 +1,8 @@
-"""Makes many copies between addresses with one call of the driver: ``cuMemcpyBatchAsync``, which
-leaves them to the copy engines.
+"""Enqueues many copies with one call of the driver, ``cuMemcpyBatchAsync``. The copy engines run
+them and need no multiprocessors.
 
-Multiprocessors stay free. The driver takes about 0.5 us an entry with prepared arrays. Addresses
-may be those of the process' own memory, pinned memory, or memory of a peer that is mapped here.
-Source: cuda.h of CUDA 12.8 and 13.
+The driver needs about 0.5 us for each copy. Addresses may be device memory of this process, pinned
+host memory, or mapped memory of a peer. Source: cuda.h of CUDA 12.8 and 13.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from pdlaunch.machine.cuda_driver import DriverError, load_library
 
 Addresses = npt.NDArray[np.uint64]
 
-# Entries of one call: a copy engine begins with them while the driver takes the next ones
+# Copies in one call. A copy engine runs them while the driver prepares the next call.
 ENTRIES_A_CALL = 256
 
-_SRC_ACCESS_ORDER_STREAM = 1  # the source is read in the order of the stream, as any copy reads it
+_SRC_ACCESS_ORDER_STREAM = 1  # read sources in stream order, as other copies do
 
 
 class _Location(ctypes.Structure):
@@ -45,13 +44,13 @@ class BatchCopies:
     """Enqueues batches of copies, not on the default stream. Needs a driver of CUDA 12.8."""
 
     def __init__(self, num_streams: int, load: Callable[[], ctypes.CDLL] = load_library) -> None:
-        """``num_streams`` share a batch: a copy engine works through its entries one by one,
-        several engines side by side.
+        """``num_streams``: streams that share a batch, so that several copy engines run in
+        parallel; one engine runs one copy at a time.
 
-        Raises DriverError where the driver is missing or too old.
+        Raises DriverError if the driver is missing or too old.
         """
         library = load()
-        # CUDA 13 took away an argument, the index of the copy that failed.
+        # CUDA 13 removed an argument, the index of the failed copy.
         self._call = getattr(library, "cuMemcpyBatchAsync_v2", None)
         self._fail_index: tuple[Any, ...] = ()
         if self._call is None:
@@ -69,7 +68,7 @@ class BatchCopies:
     def enqueue(
         self, destinations: Addresses, sources: Addresses, sizes: Addresses, main: torch.cuda.Stream
     ) -> None:
-        """Copy ``sizes[i]`` bytes, in the order of ``main``. Raises TransferError."""
+        """Enqueue copies of ``sizes[i]`` bytes in the order of ``main``. Raises TransferError."""
         share = max(1, min(-(-len(sizes) // self._num_streams), ENTRIES_A_CALL))
         starts = range(0, len(sizes), share)
         helpers = self._helpers_of(main)[: max(0, len(starts) - 1)]
@@ -80,7 +79,7 @@ class BatchCopies:
             for start, stream in zip(starts, cycle((main, *helpers)), strict=False):
                 part = slice(start, start + share)
                 self._enqueue(destinations[part], sources[part], sizes[part], stream)
-        finally:  # of a batch that was refused halfway, the first part is copied all the same
+        finally:  # even after a failure, because the first part of the batch is enqueued
             for helper in helpers:
                 main.wait_stream(helper)
 
@@ -98,7 +97,7 @@ class BatchCopies:
         stream: torch.cuda.Stream,
     ) -> None:
         assert self._call is not None
-        # The driver has read the three arrays when the call returns.
+        # The driver reads the three arrays during the call.
         code = self._call(
             *(ctypes.c_void_p(array.ctypes.data) for array in (destinations, sources, sizes)),
             ctypes.c_size_t(len(sizes)),

@@ -1,9 +1,9 @@
-"""Allocates the KV memory of a rank on a GPU: from a CuMem pool when there is one, else from
-torch's own allocator.
+"""Allocates the KV memory of a rank on a GPU: from a CuMem pool if there is one, else from torch's
+own allocator.
 
-CuMem allocations are shared by their own handles, as they are mapped piece by piece; what torch has
-allocated with cudaMalloc by the handles of CUDA IPC. A tensor lies in one allocation, as expandable
-segments are off in pools, and for what peers can only map; elsewhere they cannot be shared.
+CuMem allocations are exported by CuMem handles; torch's cudaMalloc allocations by CUDA IPC handles.
+Torch's expandable segments cannot be exported, so they are off in pools, and for memory that peers
+must map.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pdlaunch.errors import ConfigError, MemoryPoolError
 def open_kv_memory(
     pools: MemoryPools, device: torch.device, *, shared: bool, mapped_alone: bool = False
 ) -> KVMemory:
-    """Return the KV memory that fits the device. With ``shared`` peers may map it.
+    """Return the KV memory for a device. ``shared``: peers may map it.
 
-    ``mapped_alone``: peers have no other way to it, so on a GPU it lies outside torch's expandable
-    segments, which cannot be mapped; where a library may read it too, they are refused (PD204).
+    ``mapped_alone``: peers can only map it, so expandable segments are off for it on a GPU.
+    Otherwise a library may read it, too, and PD204 refuses expandable segments.
     """
     if device.type == "cpu":
         return HostKVMemory() if shared else PrivateKVMemory()
@@ -42,8 +42,8 @@ def open_kv_memory(
 
 
 class DeviceKVMemory(KVMemory):
-    """Allocates on one device. ``zeros`` is for the thread that owns the pools; the others are for
-    any thread in which the device's context is current.
+    """Allocates on one device. Only the thread that owns the pools may call ``zeros``; any thread
+    with the device's current context may call the other methods.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DeviceKVMemory(KVMemory):
         *,
         mapped_alone: bool = False,
     ) -> None:
-        """``new_driver``: from the index of the device; called when memory is first shared."""
+        """``new_driver`` takes the device index. It is called at the first export or map."""
         self._pools = pools
         self._device = device
         self._new_driver = new_driver
@@ -107,7 +107,7 @@ class DeviceKVMemory(KVMemory):
         return Export(SharedRange("cuda_ipc", allocation_bytes, start - base, num_bytes, handle))
 
     def _open_ipc(self, shared: SharedRange) -> PeerMapping:
-        """Map a peer's cudaMalloc allocation. CUDA does not say what the owner's death does."""
+        """Map a peer's cudaMalloc allocation. CUDA does not define what an owner's death does."""
         driver = self._driver
         start = driver.open_ipc(shared.handle)
         return PeerMapping(
@@ -115,11 +115,11 @@ class DeviceKVMemory(KVMemory):
         )
 
     def _import(self, shared: SharedRange, kind: HandleKind, handle: int | bytes) -> PeerMapping:
-        """Map a peer's CuMem allocation. Raises DriverRefused; then nothing is held."""
+        """Map a peer's CuMem allocation. Raises DriverRefused; then nothing is mapped."""
         driver, size = self._driver, shared.allocation_bytes
         with contextlib.ExitStack() as undo:
             imported = driver.import_handle(kind, handle)
-            # Released in any case: once it is mapped, the mapping alone keeps the memory.
+            # Release the handle in any case, because a mapping keeps the memory.
             with contextlib.ExitStack() as release:
                 release.callback(driver.release, imported)
                 start = driver.reserve(size)
@@ -127,7 +127,7 @@ class DeviceKVMemory(KVMemory):
                 driver.map(start, size, imported)
             undo.callback(driver.unmap, start, size)
             driver.set_access(start, size)
-            # Unmaps, then frees the addresses.
+            # ``close`` unmaps the memory, then frees the address range.
             close = undo.pop_all().close
         return PeerMapping(start + shared.offset_bytes, shared.num_bytes, close)
 

@@ -1,8 +1,8 @@
-"""Drives the memory of a CUDA device with ``cuda.bindings``: physical memory, addresses, the map
-between them, and handles by which other processes import memory.
+"""Manages the memory of a CUDA device with ``cuda.bindings``: it allocates physical memory and
+address ranges, maps one to the other, and exports memory to other processes.
 
-A page is the driver's granule: sizes are multiples of ``page_bytes``. Physical memory is known by a
-handle, address ranges by their start; one range is mapped to at most one handle.
+All sizes are multiples of ``page_bytes``, the driver's granularity. A handle identifies physical
+memory; an address range is mapped to at most one handle.
 
 Source: the CUDA driver API's chapters on virtual memory management and on memory (inter-process
 communication).
@@ -19,31 +19,31 @@ import numpy as np
 
 from pdlaunch.errors import ConfigError
 
-Handle = NewType("Handle", object)  # physical memory, as the driver knows it
+Handle = NewType("Handle", object)  # the driver's handle of physical memory
 
 HandleKind = Literal["fabric", "posix_fd"]
 
 
 class DriverRefused(Exception):
-    """The driver has refused a call; the text names the call and the driver's error."""
+    """Raised if a call of the driver fails. The text has the call and the driver's error."""
 
 
-_FOR_THIS_CONTEXT = 0  # no flag of cuMemHostRegister
-_LAZY_ENABLE_PEER_ACCESS = 1  # the only flag that cuIpcOpenMemHandle takes
+_FOR_THIS_CONTEXT = 0  # flags of cuMemHostRegister: none
+_LAZY_ENABLE_PEER_ACCESS = 1  # the only flag of cuIpcOpenMemHandle
 
 
 class CudaMemoryDriver:
-    """Drives one device, whose primary context is current in every thread that calls. Every method
-    may raise DriverRefused; addresses and sizes are in bytes.
+    """Manages the memory of one device. The device's primary context must be current in each thread
+    that calls a method. Every method may raise DriverRefused. Addresses and sizes are in bytes.
 
-    Memory is made for RDMA where the device can do that, and can be exported: as fabric handle
-    where this process may make them (an IMEX channel is there), else as POSIX file descriptor.
+    Memory can be exported: as a fabric handle if this process may create them (there is an IMEX
+    channel), else as a POSIX file descriptor. It supports RDMA if the device does.
     """
 
     def __init__(self, device_index: int, bindings: Any = None) -> None:
         """``bindings``: None for ``cuda.bindings.driver``.
 
-        Raises ConfigError without cuda.bindings, DriverRefused when the device cannot map memory.
+        Raises ConfigError without cuda.bindings, DriverRefused if the device cannot map memory.
         """
         self._driver: Any = bindings or _import_bindings()
         self._device = self._call("cuDeviceGet", device_index)
@@ -53,20 +53,20 @@ class CudaMemoryDriver:
         self._use("posix_fd")
         if self._attribute("CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED"):
             self._use("fabric")
-            # That the device knows fabric handles is not enough: a page of memory tells whether
-            # this process may make them.
+            # The device supports fabric handles, but this process may not be allowed to create
+            # them: try it.
             if not self._can_export_a_page():
                 self._use("posix_fd")
 
     def reserve(self, num_bytes: int) -> int:
-        """Reserve an address range that nothing is mapped to, until ``free_address``."""
+        """Reserve an address range, until ``free_address``. No memory is mapped to it yet."""
         return int(self._call("cuMemAddressReserve", num_bytes, 0, 0, 0))
 
     def free_address(self, address: int, num_bytes: int) -> None:
         self._call("cuMemAddressFree", address, num_bytes)
 
     def create(self, num_bytes: int) -> Handle:
-        """Create physical memory; it lives until it is released, unmapped, and closed by peers."""
+        """Allocate physical memory, freed when all processes have released and unmapped it."""
         return Handle(self._call("cuMemCreate", num_bytes, self._properties, 0))
 
     def release(self, handle: Handle) -> None:
@@ -76,25 +76,25 @@ class CudaMemoryDriver:
         self._call("cuMemMap", address, num_bytes, 0, handle, 0)
 
     def set_access(self, address: int, num_bytes: int) -> None:
-        """Let this device read and write what is mapped there, wherever it lies."""
+        """Let this device read and write the mapped memory, even if it is on another device."""
         access = self._driver.CUmemAccessDesc()
         access.location = self._location
         access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._call("cuMemSetAccess", address, num_bytes, [access], 1)
 
     def unmap(self, address: int, num_bytes: int) -> None:
-        """Unmap the range; nothing may use it any more (see ``synchronize``)."""
+        """Unmap the range. All work that uses it must have ended (see ``synchronize``)."""
         self._call("cuMemUnmap", address, num_bytes)
 
     def export(self, handle: Handle) -> int | bytes:
-        """Return the handle by which a peer imports the memory; the caller closes a descriptor."""
+        """Return the fabric handle or descriptor for peers. The caller closes the descriptor."""
         exported = self._call(
             "cuMemExportToShareableHandle", handle, self._handle_type(self.handle_kind), 0
         )
         return bytes(exported.data) if self.handle_kind == "fabric" else int(exported)
 
     def synchronize(self) -> None:
-        """Wait for everything queued on the device, copies included."""
+        """Wait for all work queued on the device, copies included."""
         self._call("cuCtxSynchronize")
 
     def allocate_host(self, num_bytes: int) -> mmap.mmap:
@@ -103,7 +103,7 @@ class CudaMemoryDriver:
             memory = map_pages(num_bytes)
         except OSError as error:
             raise DriverRefused(f"mmap of {num_bytes} bytes: {error}") from error
-        # Before the driver locks them, which is most of the time of a sleep that keeps the weights.
+        # Touch pages first: locking takes most of the time of a sleep that keeps the weights.
         touch_pages(memory)
         self._call("cuMemHostRegister", address_of(memory), num_bytes, _FOR_THIS_CONTEXT)
         return memory
@@ -113,32 +113,32 @@ class CudaMemoryDriver:
         buffer.close()
 
     def copy_to_host(self, buffer: mmap.mmap, address: int, num_bytes: int) -> None:
-        """Queue a copy, as ``copy_to_device`` does."""
+        """Queue a copy on the default stream; so does ``copy_to_device``."""
         self._call("cuMemcpyDtoHAsync", address_of(buffer), address, num_bytes, 0)
 
     def copy_to_device(self, address: int, buffer: mmap.mmap, num_bytes: int) -> None:
         self._call("cuMemcpyHtoDAsync", address, address_of(buffer), num_bytes, 0)
 
     def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
-        """Import a peer's physical memory; the caller keeps the descriptor."""
+        """Import a peer's physical memory. The caller closes the descriptor."""
         kind_of_driver = self._handle_type(kind)
         if isinstance(handle, int):
             return Handle(self._call("cuMemImportFromShareableHandle", handle, kind_of_driver))
-        fabric = self._driver.CUmemFabricHandle()  # must outlive the call, which gets its address
+        fabric = self._driver.CUmemFabricHandle()  # must stay alive during the call
         fabric.data = handle
         return Handle(self._call("cuMemImportFromShareableHandle", fabric.getPtr(), kind_of_driver))
 
     def allocation_of(self, address: int) -> tuple[int, int]:
-        """Return start and size of the allocation that holds an address."""
+        """Return start and size of the allocation that contains an address."""
         start, num_bytes = self._call("cuMemGetAddressRange", address)
         return int(start), int(num_bytes)
 
     def ipc_handle(self, address: int) -> bytes:
-        """Return the 64-byte handle of an allocation. The driver refuses mapped memory."""
+        """Return the 64-byte IPC handle of an allocation. The driver refuses CuMem allocations."""
         return bytes(self._call("cuIpcGetMemHandle", address).reserved)
 
     def open_ipc(self, handle: bytes) -> int:
-        """Open a peer's allocation and return its start in this process, until ``close_ipc``."""
+        """Map a peer's allocation, until ``close_ipc``, and return its address in this process."""
         opened = self._driver.CUipcMemHandle()
         opened.reserved = handle
         return int(self._call("cuIpcOpenMemHandle", opened, _LAZY_ENABLE_PEER_ACCESS))
@@ -158,7 +158,7 @@ class CudaMemoryDriver:
         return True
 
     def _use(self, kind: HandleKind) -> None:
-        """Make all memory from now on for handles of this kind."""
+        """Let ``create`` allocate memory that can be exported as handles of this kind."""
         properties = self._driver.CUmemAllocationProp()
         properties.type = self._driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location = self._location
@@ -179,7 +179,7 @@ class CudaMemoryDriver:
         )
 
     def _attribute(self, name: str) -> bool:
-        """Return whether the device has this attribute; an old driver does not know it."""
+        """Return True if the device has this attribute. An old driver may not know it."""
         attribute = getattr(self._driver.CUdevice_attribute, name)
         try:
             return bool(self._call("cuDeviceGetAttribute", attribute, self._device))
@@ -187,7 +187,7 @@ class CudaMemoryDriver:
             return False
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call the driver and return its results: none, one, or a tuple. Raises DriverRefused."""
+        """Call the driver. Return its result, a tuple of several, or None. Raises DriverRefused."""
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise DriverRefused(f"{name}: {code.name}")
@@ -196,25 +196,25 @@ class CudaMemoryDriver:
         return results[0] if results else None
 
 
-# Memory to be page-locked lies in huge pages, which several threads touch first: locking makes the
-# kernel provide pages one after another, on one core, 1.4 to 2.7 GiB/s on an H200's host for memory
-# of the driver's own allocator, about 10 GiB/s for memory from here.
+# Several threads touch huge pages before they are page-locked. Otherwise the kernel would provide
+# them during locking, on one core. H200's host: about 10 GiB/s; the driver's own allocator of
+# page-locked memory: 1.4 to 2.7 GiB/s.
 NUM_THREADS = 8
-THREAD_BYTES = 8 * 1024**2  # bytes below which another thread does not pay
+THREAD_BYTES = 8 * 1024**2  # another thread for less memory saves no time
 
 _SMALL_PAGE_BYTES = 4096
 
 
 def map_pages(num_bytes: int) -> mmap.mmap:
-    """Map anonymous memory whose pages are not there yet. Raises OSError."""
+    """Map anonymous memory without providing its pages yet. Raises OSError."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # A kernel without huge pages: only slower.
+    with contextlib.suppress(OSError):  # A kernel without huge pages is only slower.
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 def touch_pages(memory: mmap.mmap) -> None:
-    """Make the kernel provide all pages. The first byte of each is set to 0."""
+    """Make the kernel provide all pages, by writing 0 to the first byte of each."""
     pages = np.frombuffer(memory, dtype=np.uint8)[::_SMALL_PAGE_BYTES]
     num_parts = min(NUM_THREADS, -(-len(memory) // THREAD_BYTES))
     with ThreadPoolExecutor(num_parts, thread_name_prefix="touch") as pool:
@@ -222,7 +222,7 @@ def touch_pages(memory: mmap.mmap) -> None:
 
 
 def address_of(memory: mmap.mmap) -> int:
-    """Return the address of the first byte; it is valid while ``memory`` lives."""
+    """Return the address of the first byte, valid while ``memory`` is alive."""
     return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
 
 

@@ -1,15 +1,15 @@
-"""Defines the memory of a rank's KV cache and scratch: how a peer on this host gets at it, and how
-this rank maps that of a peer. Here is also the memory of a rank on a CPU.
+"""Allocates the memory of a rank's KV cache and scratch, exports it to peers on this host, and maps
+the memory of peers. The implementation for a CPU is here, too.
 
 ::
 
     owner:   zeros ──> export ──> a SharedRange, over the side channel,
                                   and perhaps a descriptor, over a Unix socket
     reader:                       map ──> address ──> close
-                                  (before the owner's memory is given back)
+                                  (before the owner frees the memory)
 
-On a CPU each allocation is a memfd. Seals keep it as large as it is, so that no reader meets the
-end of the file, and keep readers from writing. The pages outlive their owner.
+On a CPU, each allocation is a memfd. Seals fix its size, so that no reader accesses pages beyond
+the end of the file, and prevent readers from writing. Mapped pages stay after the owner's death.
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ import torch
 
 from pdlaunch.errors import MemoryPoolError
 
-# memfd is memory of a CPU; posix_fd and fabric are CuMem; cuda_ipc is cudaMalloc
+# memfd: host memory; posix_fd, fabric: CuMem allocations; cuda_ipc: cudaMalloc allocations
 RangeKind = Literal["memfd", "posix_fd", "fabric", "cuda_ipc"]
 
 
 class NotShareable(Exception):
-    """Is raised for memory that a peer, or this rank, cannot map; the text says why."""
+    """Raised for memory that a peer or this rank cannot map. The text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedRange:
-    """Describes a range of one allocation to peers of its owner."""
+    """Describes a range of an allocation, for a peer to map."""
 
     kind: RangeKind
     allocation_bytes: int
     offset_bytes: int  # offset of the range in its allocation
     num_bytes: int
-    # 64 bytes of a fabric or CUDA IPC handle; empty where a descriptor is handed over
+    # 64 bytes of a fabric or CUDA IPC handle; empty if a descriptor is sent
     handle: bytes = b""
 
     @property
     def needs_fd(self) -> bool:
-        """Return whether a descriptor has to be handed over with it."""
+        """Return True if a peer needs a file descriptor to map the range."""
         return self.kind in ("memfd", "posix_fd")
 
     def check(self) -> None:
-        """Raise NotShareable unless the range of another process lies in its allocation."""
+        """Raise NotShareable if the range is not within its allocation: peers are not trusted."""
         if self.offset_bytes < 0 or not (
             0 < self.num_bytes <= self.allocation_bytes - self.offset_bytes
         ):
             raise NotShareable(
-                f"{self.num_bytes} bytes from {self.offset_bytes} on are not within an allocation "
-                f"of {self.allocation_bytes}"
+                f"{self.num_bytes} bytes at offset {self.offset_bytes} are not within an "
+                f"allocation of {self.allocation_bytes} bytes"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Holds a range and its descriptor, if it has one, which belongs to this object's holder."""
+    """A range and its file descriptor, if it needs one. The caller must call ``close``."""
 
     range: SharedRange
     fd: int | None = None
@@ -79,31 +79,31 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class PeerMapping:
-    """Holds a peer's range in the addresses of this process."""
+    """A peer's range, mapped into this process."""
 
-    address: int  # address of its first byte
+    address: int  # of the first byte, in this process
     num_bytes: int
-    close: Callable[[], None]  # unmaps the range; nothing reads it any more
+    close: Callable[[], None]  # unmaps the range; all reads must have ended
 
 
 class KVMemory(ABC):
-    """Allocates the memory of one rank that peers may read, and maps theirs."""
+    """Allocates memory of one rank that peers may read, and maps memory of peers."""
 
     @abstractmethod
     def zeros(self, num_bytes: int) -> torch.Tensor:
-        """Allocate [num_bytes] uint8, freed with the last tensor that shares it."""
+        """Allocate [num_bytes] uint8. The memory is freed with the last tensor that uses it."""
 
     @abstractmethod
     def export(self, tensor: torch.Tensor) -> Export:
-        """Export a contiguous tensor, or view of one, that ``zeros`` made. Raises NotShareable."""
+        """Export a contiguous tensor from ``zeros``, or a view of it. Raises NotShareable."""
 
     @abstractmethod
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
-        """Let this rank's device read a peer's range; ``fd`` stays open. Raises NotShareable."""
+        """Map a peer's range for this device; the caller closes ``fd``. Raises NotShareable."""
 
 
 class PrivateKVMemory(KVMemory):
-    """Allocates memory of a CPU that no peer can map; pages come when they are first written."""
+    """Allocates host memory that peers cannot map. The kernel provides pages at the first write."""
 
     def zeros(self, num_bytes: int) -> torch.Tensor:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -113,24 +113,24 @@ class PrivateKVMemory(KVMemory):
         raise NotShareable("the KV cache lies in memory of this process alone")
 
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
-        raise NotShareable("a rank with private memory maps none of its peers")
+        raise NotShareable("a rank with private memory cannot map memory of peers")
 
 
-# Mappings that exist stay writable, new ones are for reading; Linux 5.1, not in Python's ``fcntl``.
+# Existing mappings stay writable, new mappings are read-only; Linux 5.1, not in Python's ``fcntl``.
 _F_SEAL_FUTURE_WRITE = 0x0010
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
-_MADV_POPULATE_WRITE = 23  # linux 5.14, not in Python's ``mmap``
-# Bytes that are populated by one call; other threads get a turn in between
+_MADV_POPULATE_WRITE = 23  # Linux 5.14, not in Python's ``mmap``
+# Bytes to populate by one call. Other threads can run between calls.
 _PIECE_BYTES = 256 * 1024**2
 
 
 class HostKVMemory(KVMemory):
-    """Allocates all pages at once: else first pulls take three times as long. Thread-safe."""
+    """Allocates all pages at once, so that first pulls are not three times slower. Thread-safe."""
 
     def __init__(self) -> None:
+        # Address of each allocation -> its descriptor and size.
         self._regions: dict[int, tuple[int, int]] = {}
-        """The descriptor and size of every living allocation, by its address."""
 
     def zeros(self, num_bytes: int) -> torch.Tensor:
         """Raises MemoryPoolError."""
@@ -140,17 +140,17 @@ class HostKVMemory(KVMemory):
             pages = mmap.mmap(fd, num_bytes)
             _take_pages(pages)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
-            with contextlib.suppress(OSError):  # An older kernel: readers are of this launch.
+            with contextlib.suppress(OSError):  # Not in older kernels; readers map it read-only.
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         except OSError as error:
             os.close(fd)
             raise MemoryPoolError(
-                f"no {num_bytes} bytes for the KV cache ({error}): lower kv_cache_memory"
+                f"the KV cache needs {num_bytes} bytes ({error}): lower kv_cache_memory"
             ) from error
         tensor = torch.frombuffer(pages, dtype=torch.uint8)
         address = tensor.data_ptr()
         self._regions[address] = fd, num_bytes
-        # Of the pages, not of this tensor: views of it, which ``export`` takes, outlive it.
+        # Finalize the pages, not the tensor, because views of it may outlive it.
         weakref.finalize(pages, lambda: os.close(self._regions.pop(address)[0]))
         return tensor
 
@@ -169,11 +169,11 @@ class HostKVMemory(KVMemory):
         shared.check()
         size = shared.allocation_bytes
         try:
-            # Lost pages of a file that shrinks while it is mapped kill their reader (SIGBUS).
+            # If a mapped file shrinks, reads of the lost pages kill this process (SIGBUS).
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise NotShareable("the peer's memory is not sealed against shrinking")
             if (found := os.fstat(fd).st_size) != size:
-                raise NotShareable(f"the peer's memory has {found} bytes, stated are {size}")
+                raise NotShareable(f"the peer's memory has {found} bytes, but it states {size}")
             pages = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         except OSError as error:
             raise NotShareable(f"the peer's memory cannot be mapped: {error}") from error
@@ -182,11 +182,11 @@ class HostKVMemory(KVMemory):
 
 
 def _take_pages(region: mmap.mmap) -> None:
-    """Raises OSError when there is too little memory."""
+    """Make the kernel provide all pages. Raises OSError if there is too little memory."""
     for start in range(0, len(region), _PIECE_BYTES):
         try:
             region.madvise(_MADV_POPULATE_WRITE, start, min(_PIECE_BYTES, len(region) - start))
         except OSError as error:
-            if error.errno == errno.EINVAL:  # An older kernel takes pages when they are written.
+            if error.errno == errno.EINVAL:  # Older kernels provide pages at the first write.
                 return
             raise

@@ -1,5 +1,5 @@
-"""Allocates device memory by tag, so that it can sleep, wake up and be shared: CuMem pools under
-torch's caching allocator, MemPools whose segments come from ``CuMemPools.allocate``.
+"""Allocates device memory by tag, so that it can sleep, wake up and be shared. Torch's caching
+allocator takes its segments from ``CuMemPools.allocate`` by way of MemPools.
 
 ::
 
@@ -7,11 +7,10 @@ torch's caching allocator, MemPools whose segments come from ``CuMemPools.alloca
                    │  └── sleep, dropped ─▶ asleep, bytes gone ────────────┘        same address
                    └──── free ────▶ gone      (also from asleep)
 
-Address ranges live from ``allocate`` to ``free``; physical memory only while awake.
+An address range exists from ``allocate`` to ``free``, its physical memory only while awake.
 
-A MemPool lives while something is allocated under its tag, and is let go then: torch gives back at
-once the segments that only temporaries have used, and the others when their last tensor is gone and
-its cache is emptied.
+A MemPool exists only inside the block of ``memory_pool``. At its end, torch frees segments without
+tensors. Other segments are freed when their last tensor is gone and torch's cache is emptied.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, 
 
 
 def read_allocator_settings() -> str:
-    """Raises KeyError when this version of torch reports them in an unknown way."""
+    """Raises KeyError if this version of torch does not report them in a known way."""
     get = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
     if get is not None:
         return str(get())
-    # torch 2.11 tells them in snapshots only.
+    # torch 2.11 reports them only in snapshots.
     found: dict[str, Any] = torch.cuda.memory._snapshot()["allocator_settings"]
     return str(next(found[name] for name in ALLOCATOR_VARIABLES if name in found))
 
@@ -68,20 +67,19 @@ def expandable_segments_off() -> Iterator[None]:
 
 
 class MemoryPools:
-    """Allocates device memory by tag. This class uses torch's allocator unchanged, for ranks with
-    ``enable_cumem_allocator`` off.
+    """Allocates device memory by tag. This class is for ranks with ``enable_cumem_allocator`` off,
+    and uses torch's own allocator.
     """
 
     def memory_pool(self, tag: str) -> AbstractContextManager[None]:
-        """Allocate under ``tag`` what this thread allocates inside the block, temporaries too."""
+        """Inside the block, this thread allocates under ``tag``, even temporary tensors."""
         return contextlib.nullcontext()
 
     def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
-        """Give the memory of ``tags`` back to the device; tensors keep their addresses and must not
-        be used.
+        """Free the physical memory of ``tags``. Tensors keep their addresses but must not be used.
 
-        Bytes of tags in ``keep`` wait in page-locked host memory. Returns the bytes given back.
-        Raises MemoryPoolError; then nothing has changed.
+        The bytes of tags in ``keep`` are copied to page-locked host memory. Returns the number of
+        bytes freed. Raises MemoryPoolError; then nothing has changed.
         """
         raise MemoryPoolError(
             "memory that was not allocated from CuMem pools cannot sleep: switch enable_sleep_mode "
@@ -89,10 +87,10 @@ class MemoryPools:
         )
 
     def wake_up(self, tags: Collection[str]) -> int:
-        """Take memory for ``tags`` again, at the same addresses; what was not kept is undefined.
-        Returns the bytes taken.
+        """Allocate physical memory for ``tags`` at the same addresses. Its contents are restored if
+        they were kept, else undefined. Returns the number of bytes allocated.
 
-        Raises MemoryPoolError when the device has too little; then they sleep on.
+        Raises MemoryPoolError if the device has too little memory; then the tags still sleep.
         """
         raise MemoryPoolError("memory that was not allocated from CuMem pools does not sleep")
 
@@ -101,15 +99,15 @@ class MemoryPools:
         return frozenset()
 
     def export(self, start: int, num_bytes: int) -> Export | None:
-        """Export a range of an awake allocation, for a peer that maps it; None when its start is
-        not in these pools. Raises MemoryPoolError.
+        """Export a range of an awake allocation, so that a peer can map it. Return None if its
+        start is not in these pools. Raises MemoryPoolError.
         """
         return None
 
 
 def open_memory_pools(*, enabled: bool, device: torch.device) -> MemoryPools:
-    """Open the pools of a rank. ``enabled`` is ``enable_cumem_allocator``, which is never left out:
-    raises ConfigError for another device than a GPU, and MemoryPoolError.
+    """Open the pools of a rank. ``enabled``: ``enable_cumem_allocator``. If it cannot be honoured,
+    raises ConfigError (the device is not a GPU) or MemoryPoolError.
     """
     if not enabled:
         return MemoryPools()
@@ -121,7 +119,7 @@ def open_memory_pools(*, enabled: bool, device: torch.device) -> MemoryPools:
             fix="switch the CuMem allocator and sleep mode off, or run on a CUDA device",
         )
     with torch.cuda.device(device):
-        # Makes the primary context, and makes it current in this thread.
+        # Create the primary context and make it current in this thread.
         torch.cuda.current_stream().synchronize()
         try:
             driver = CudaMemoryDriver(torch.cuda.current_device())
@@ -132,17 +130,17 @@ def open_memory_pools(*, enabled: bool, device: torch.device) -> MemoryPools:
 
 @dataclass(slots=True)
 class _Allocation:
-    """Describes one address range of one tag."""
+    """An address range of one tag, with its physical memory or its copy in host memory."""
 
     tag: str
     address: int
-    num_bytes: int  # a multiple of the driver's page
+    num_bytes: int  # a multiple of ``page_bytes``
     handle: Handle | None = None  # physical memory; None: asleep
     backup: Any = None  # host memory with the bytes; only while asleep
 
 
 class CuMemPools(MemoryPools):
-    """Owns the memory of a device's pools. ``memory_pool`` is for one thread, all else for any."""
+    """Owns the memory pools of a device. Thread-safe, except for ``memory_pool``."""
 
     def __init__(self, driver: CudaMemoryDriver, device: torch.device) -> None:
         self._driver = driver
@@ -150,7 +148,7 @@ class CuMemPools(MemoryPools):
         self._allocations: dict[int, _Allocation] = {}
         self._sleeping_tags: set[str] = set()
         self._allocators: dict[str, Any] = {}
-        # Freeing a tensor in the middle of a call may bring ``free`` into the same thread.
+        # An RLock, because a tensor freed during a call may call ``free`` in the same thread.
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -160,7 +158,7 @@ class CuMemPools(MemoryPools):
         mem_pool = torch.cuda.MemPool(self._allocators[tag])
         with expandable_segments_off(), torch.cuda.use_mem_pool(mem_pool, self._device):
             yield
-        # The segments of temporaries go back to the device now; tensors keep their own.
+        # Free the segments of temporary tensors now. Segments with tensors stay.
         del mem_pool
         torch.cuda.empty_cache()
 
@@ -169,25 +167,25 @@ class CuMemPools(MemoryPools):
         return frozenset(self._sleeping_tags)
 
     def num_bytes(self, tag: str | None = None) -> int:
-        """Return the bytes of all address ranges, or of those of a tag."""
+        """Return the total size of the address ranges of a tag, or of all tags."""
         with self._lock:
             return sum(
                 found.num_bytes for found in self._allocations.values() if tag in (None, found.tag)
             )
 
     def allocate(self, num_bytes: int, tag: str) -> int:
-        """Return the start of an address range with memory behind it. Raises MemoryPoolError."""
+        """Allocate an address range with physical memory. Raises MemoryPoolError."""
         with self._lock:
             if tag in self._sleeping_tags:
                 raise MemoryPoolError(
-                    f"{num_bytes} bytes were asked of the pool {tag!r} while it sleeps"
+                    f"cannot allocate {num_bytes} bytes from pool {tag!r}: it is asleep"
                 )
             pages_bytes = -(-num_bytes // self._driver.page_bytes) * self._driver.page_bytes
             try:
                 address = self._driver.reserve(pages_bytes)
                 allocation = _Allocation(tag, address, pages_bytes)
                 try:
-                    self._back(allocation)
+                    self._map(allocation)
                 except DriverRefused:
                     self._driver.free_address(address, pages_bytes)
                     raise
@@ -199,13 +197,13 @@ class CuMemPools(MemoryPools):
             return address
 
     def free(self, address: int) -> None:
-        """Give back an allocation, asleep or awake, that nothing uses. Raises DriverRefused."""
+        """Free an unused allocation, asleep or awake. Raises DriverRefused."""
         with self._lock:
             allocation = self._allocations.pop(address)
             if allocation.handle is not None:
-                # Queued work may still use the range, which must not be unmapped under it.
+                # Wait for queued work, which may still use the range.
                 self._driver.synchronize()
-                self._unback(allocation)
+                self._unmap(allocation)
             self._drop_backup(allocation)
             self._driver.free_address(address, allocation.num_bytes)
 
@@ -214,15 +212,15 @@ class CuMemPools(MemoryPools):
             falling_asleep = [found for found in self._awake() if found.tag in tags]
             try:
                 self._driver.synchronize()
-                # Only behind that: a queued step may still write what is copied.
+                # After ``synchronize``, because queued work may still write to the memory.
                 self._back_up(found for found in falling_asleep if found.tag in keep)
             except DriverRefused as error:
-                self._let_copies_end()
+                self._finish_copies()
                 for allocation in falling_asleep:
                     self._drop_backup(allocation)
                 raise MemoryPoolError(f"the pools cannot sleep: {error}") from error
             for allocation in falling_asleep:
-                self._unback(allocation)
+                self._unmap(allocation)
             self._sleeping_tags.update(tags)
             return sum(found.num_bytes for found in falling_asleep)
 
@@ -233,7 +231,7 @@ class CuMemPools(MemoryPools):
             num_bytes = sum(found.num_bytes for found in waking)
             try:
                 for allocation in waking:
-                    self._back(allocation)
+                    self._map(allocation)
                 for allocation in waking:
                     if allocation.backup is not None:
                         self._driver.copy_to_device(
@@ -241,14 +239,14 @@ class CuMemPools(MemoryPools):
                         )
                 self._driver.synchronize()
             except DriverRefused as error:
-                self._let_copies_end()
+                self._finish_copies()
                 for allocation in waking:
                     if allocation.handle is not None:
-                        self._unback(allocation)
+                        self._unmap(allocation)
                 raise MemoryPoolError(
                     f"{num_bytes} bytes of {', '.join(sorted(tags))} cannot wake up: {error}"
                 ) from error
-            # Not before all copies have ended: after a failure everything sleeps on with its bytes.
+            # Only after all copies have ended, because after a failure everything sleeps again.
             for allocation in waking:
                 self._drop_backup(allocation)
             self._sleeping_tags.difference_update(tags)
@@ -275,8 +273,8 @@ class CuMemPools(MemoryPools):
     def _awake(self) -> list[_Allocation]:
         return [found for found in self._allocations.values() if found.handle is not None]
 
-    def _back(self, allocation: _Allocation) -> None:
-        """Put physical memory behind the range. Raises DriverRefused; then there is none."""
+    def _map(self, allocation: _Allocation) -> None:
+        """Map new physical memory to the range. Raises DriverRefused; then nothing is mapped."""
         driver, address, num_bytes = self._driver, allocation.address, allocation.num_bytes
         handle = driver.create(num_bytes)
         try:
@@ -284,15 +282,15 @@ class CuMemPools(MemoryPools):
         except DriverRefused:
             driver.release(handle)
             raise
-        # From here on ``_unback`` undoes both.
+        # From here on, ``_unmap`` unmaps and releases.
         allocation.handle = handle
         try:
             driver.set_access(address, num_bytes)
         except DriverRefused:
-            self._unback(allocation)
+            self._unmap(allocation)
             raise
 
-    def _unback(self, allocation: _Allocation) -> None:
+    def _unmap(self, allocation: _Allocation) -> None:
         handle, allocation.handle = allocation.handle, None
         assert handle is not None
         self._driver.unmap(allocation.address, allocation.num_bytes)
@@ -304,7 +302,7 @@ class CuMemPools(MemoryPools):
             self._driver.copy_to_host(allocation.backup, allocation.address, allocation.num_bytes)
         self._driver.synchronize()
 
-    def _let_copies_end(self) -> None:
+    def _finish_copies(self) -> None:
         with contextlib.suppress(DriverRefused):
             self._driver.synchronize()
 
@@ -315,10 +313,10 @@ class CuMemPools(MemoryPools):
 
 
 def _new_allocator(pools: CuMemPools, tag: str) -> Any:
-    """Make the allocator by which torch takes and gives back the segments of one tag."""
+    """Make the allocator with which torch allocates and frees the segments of one tag."""
 
     def malloc(num_bytes: int, _device: int, _stream: int) -> int | None:
-        # NULL when there is no memory: torch then frees what it can, asks again, and raises
+        # None is NULL: torch then frees cached memory, tries again, and at last raises
         # OutOfMemoryError.
         try:
             return pools.allocate(num_bytes, tag)
@@ -330,13 +328,12 @@ def _new_allocator(pools: CuMemPools, tag: str) -> Any:
         try:
             pools.free(address)
         except Exception:
-            logger.exception("memory of %r at %#x was not given back", tag, address)
+            logger.exception("memory of %r at %#x was not freed", tag, address)
 
     callbacks = _Malloc(malloc), _Free(free)
     addresses = (ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks)
     internals: Any = torch._C
     allocator = internals._cuda_customAllocator(*addresses)
-    # One reference that nobody drops: torch calls back perhaps late in the interpreter's exit, and
-    # C++ must not find a callback that is gone.
+    # Keep the callbacks forever, because torch may call them late in the interpreter's exit.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object((callbacks, allocator)))
     return allocator

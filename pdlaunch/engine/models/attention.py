@@ -1,9 +1,9 @@
-"""The seam between transformers models and backends: packed tokens in, logits out, with attention
-over the paged KV cache.
+"""The interface between transformers models and attention backends. A model computes logits of
+packed tokens with attention over the paged KV cache.
 
-The function registered with transformers hands each layer's queries, keys and values to the step
-that the runner passed to the model as ``attention_step``. Backends write keys and values into the
-KV cache and attend over it.
+The runner passes ``attention_step`` to the model. Our attention function, which is registered with
+transformers, passes each layer's queries, keys and values on to that step. A backend's step writes
+keys and values into the KV cache and attends over it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-# Name by which transformers finds the function; it has no mask function, so no masks are built
+# Name of our function in transformers, which builds no masks without a mask function of that name.
 ATTENTION_NAME = "pdlaunch_paged"
 
 
 class AttentionStep(ABC):
-    """Attends over the KV cache for one step; made by a backend, used by every layer once."""
+    """Attends over the KV cache in one step. A backend makes it; each layer uses it once."""
 
     @abstractmethod
     def attend(
@@ -37,27 +37,27 @@ class AttentionStep(ABC):
         """Write keys and values of the step's tokens into the KV cache, and attend over it.
 
         Returns [num_tokens, num_heads, head_dim]. ``query``: [num_heads, num_tokens, head_dim];
-        ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]; heads of this rank, rotary
-        embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads).
+        ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]. All have this rank's heads, after
+        the rotary embedding. Query head h uses KV head h // (num_heads / num_kv_heads).
         """
 
 
 class AttentionBackend(ABC):
-    """Prepares steps; owns nothing but its view of the KV cache and work space."""
+    """Prepares steps. Owns only its work space."""
 
-    # Slots past a row's context are never read. Otherwise whatever lies there has to be finite.
+    # True: slots past a row's context are never read. False: they must hold finite numbers.
     reads_only_context = False
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:  # noqa: B027 - most have nothing to do
-        """Do once what the first step of each size would. ``num_heads``: of this rank."""
+        """Do now the set-up that first steps would do. ``num_heads``: query heads of this rank."""
 
     @abstractmethod
     def prepare(self, batch: PackedBatch) -> AttentionStep:
-        """Compute once what all layers of the step share; of one step at a time."""
+        """Compute the inputs that all layers of a step share. Only one step may be in use."""
 
 
 def register_attention() -> None:
-    """Tell transformers about our attention function. Safe to call again."""
+    """Register our attention function with transformers. May be called again."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, _attend)
@@ -86,21 +86,21 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Holds rows one after another; rows of one token (decode) come first.
+    """The tokens of a step, row after row. Decode rows, which have one token, come first.
 
     ``|d0|d1|d2|p0 p0 p0 p0|p1 p1|``: three decode rows, then two chunks of prompts.
     """
 
     token_ids: IntArray  # [num_tokens]
-    # [num_tokens]; index within the request, from num_computed_tokens of its row on
+    # [num_tokens]; index within the request; a row begins at its num_computed_tokens
     positions: IntArray
     row_of_token: IntArray  # [num_tokens]
     row_starts: IntArray  # [num_rows + 1]; tokens of row i are [row_starts[i], row_starts[i + 1])
-    # [num_rows]; tokens of the row that the KV cache holds after this step
+    # [num_rows]; number of the row's tokens in the KV cache after this step
     context_lengths: IntArray
-    # [num_rows, max_blocks] by group; stale past the context and before the window
+    # [num_rows, max_blocks] by group; undefined past the context and before the window
     block_tables: tuple[IntArray, ...]
-    num_decode_rows: int  # leading rows of exactly one token
+    num_decode_rows: int  # number of leading rows with exactly one token
 
     @property
     def num_rows(self) -> int:
@@ -108,9 +108,9 @@ class PackedBatch:
 
 
 class Decoder:
-    """Computes logits of packed tokens over the paged KV cache, by the model's own code.
+    """Computes logits of packed tokens over the paged KV cache with the model's own code.
 
-    A CUDA graph can replay it: no model that is served waits for the device, or depends on values
+    CUDA graphs can replay it, because no supported model waits for the device or branches on values
     there.
     """
 
@@ -124,9 +124,9 @@ class Decoder:
         kept: torch.Tensor | None,
         step: AttentionStep,
     ) -> torch.Tensor:
-        """Return [len(kept), vocab_size] of the tokens ``kept``; None keeps all.
+        """Return the logits of the tokens with indices ``kept``, [len(kept), vocab_size].
 
-        ``token_ids``, ``positions``: [num_tokens].
+        ``token_ids``, ``positions``: [num_tokens]. ``kept``: None for all tokens.
         """
         output = self._model(
             input_ids=token_ids[None],
@@ -139,5 +139,5 @@ class Decoder:
         return logits
 
 
-# Called with what is done now and the fraction that is complete; None where that is unknown
+# Called with the current stage and the complete fraction; None: unknown
 ReportProgress = Callable[[str, float | None], None]

@@ -1,16 +1,16 @@
-"""Triton kernels of paged attention: decode in splits, chunks of prompts, gather.
+"""Triton kernels of paged attention: decode with split contexts, chunks of prompts, gather.
 
 All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim)
-in place; ``cache`` points at a layer's keys in the first block. Sizes of the batch come from the
-device where a CUDA graph may replay the launch: rows past the batch have length 0. Scores are kept
-times log2(e), for exp2. Import this module only where triton is there.
+in place; ``cache`` points at a layer's keys in the first block. If a CUDA graph may replay a
+kernel, it reads the batch's sizes from the device, and rows past the batch have length 0. Scores
+are multiplied by log2(e), for exp2. Import this module only if triton is installed.
 
 Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for the online softmax.
 """
 
 from __future__ import annotations
 
-# Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
+# No Python types in kernels, because Triton evaluates annotations. Its constants are in capitals.
 # ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import triton
@@ -21,9 +21,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
-    """Return the tokens of one split: equal shares of the context, in whole tiles.
+    """Return the number of tokens in a split. Splits are equal parts of ``span``, in whole tiles.
 
-    There are at most NUM_SPLITS, each of at least MIN_SPLIT tokens.
+    There are at most NUM_SPLITS splits, each with at least MIN_SPLIT tokens.
     """
     num_splits = tl.minimum(tl.maximum(span // MIN_SPLIT, 1), NUM_SPLITS)
     share = (span + num_splits - 1) // num_splits
@@ -32,7 +32,7 @@ def split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl
 
 @triton.jit
 def first_tile(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
-    """Start of the tile that holds the first token in the window of the context's last."""
+    """Return the start of the tile with the first token that the context's last token sees."""
     return 0 if WINDOW == 0 else tl.maximum(length - WINDOW, 0) // TILE * TILE
 
 
@@ -55,8 +55,8 @@ def attend_tile(
 ):
     """Add the keys and values at ``positions`` to an online softmax, and return its new state.
 
-    ``queries``: [Q, D]; ``is_held``: [TILE] positions whose blocks are read; ``is_visible``: [Q or
-    1, TILE]. The state of each query: the best score, the sum of weights, the weighted values.
+    ``queries``: [Q, D]; ``is_held``: [TILE], True: read the position; ``is_visible``: [Q or 1,
+    TILE]. The state of each query: its best score, sum of weights, and sum of weighted values.
     """
     dims = tl.arange(0, PADDED_DIM)
     is_dim = dims < HEAD_DIM
@@ -65,15 +65,15 @@ def attend_tile(
     keys = tl.load(
         layer + rows[None, :] + dims[:, None], mask=is_held[None, :] & is_dim[:, None], other=0.0
     )
-    # By itself Triton multiplies float32 as TF32, with 10 bits of the mantissa: too few for tokens
-    # that are the same on every engine.
+    # Triton's default for float32 is TF32, whose 10 bits of mantissa are too few: engines must
+    # compute the same tokens.
     scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
     scores = tl.where(is_visible, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
-    # A query of a chunk may see nothing of this tile: no score to subtract yet.
+    # A query of a chunk may see no token of this tile or of earlier tiles: subtract 0.
     reference = tl.where(new_best == float("-inf"), 0.0, new_best)
     weights = tl.exp2(scores - reference[:, None])
-    # Turns what was summed relative to the old maximum into terms of the new one.
+    # Rescales the sums from the old best score to the new best score.
     decay = tl.exp2(best - reference)
     values = tl.load(
         layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
@@ -114,9 +114,9 @@ def attend_decode(
 ):
     """Attend over one split of one row's context, for the GROUP query heads of one KV head.
 
-    The row's query is its last token. ``tables``: [.., table_stride] int32, of which the batch's
-    rows begin at ``table_row``. Grid: rows, KV heads, splits. Splits that a row does not need write
-    nothing.
+    The query is the row's last token. ``tables``: [.., table_stride] int32; the tables of this
+    group begin at row ``table_row``. Grid: rows, KV heads, splits. Splits that a row does not need
+    write nothing.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
@@ -189,7 +189,7 @@ def reduce_splits(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Add up what ``attend_decode`` left into [rows, heads, D]; empty rows give zeros."""
+    """Combine the splits of ``attend_decode`` into [rows, heads, D]; zeros for empty rows."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row)
     span = length - first_tile(length, WINDOW, TILE)
@@ -228,8 +228,8 @@ def gather_kv(
     PADDED_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Copy the tokens in ``slots`` to ``keys`` and ``values``: [num_tokens, H, D]. Grid: tiles of
-    TOKENS tokens, KV heads.
+    """Copy the tokens in ``slots`` to ``keys`` and ``values``, each [num_tokens, H, D]. Grid: tiles
+    of TOKENS tokens; KV heads.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
@@ -271,8 +271,8 @@ def attend_chunks(
 ):
     """Attend for TOKENS tokens of a row's chunk and one query head.
 
-    Program (i, h): tokens from ``tile_tokens[i]`` on, counted in the chunk of row ``tile_rows[i]``.
-    ``row_starts``: [rows + 1] first token of each row in ``query`` and ``result``.
+    Program (i, h): head h of the tokens from ``tile_tokens[i]`` on in the chunk of row
+    ``tile_rows[i]``. ``row_starts``: [rows + 1], first token of each row in ``query``, ``result``.
 
     ::
 
@@ -284,7 +284,7 @@ def attend_chunks(
     row_start = tl.load(row_starts + row)
     num_tokens = tl.load(row_starts + row + 1) - row_start
     before = tl.load(lengths + row) - num_tokens
-    # The positions that the tile's tokens see.
+    # The tile's tokens see positions in [start, stop).
     start = first_tile(before + token + 1, WINDOW, TILE)
     stop = before + tl.minimum(token + TOKENS, num_tokens)
     dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
@@ -305,7 +305,7 @@ def attend_chunks(
         is_held = positions < stop
         is_visible = is_held[None, :] & (positions[None, :] <= before + tokens[:, None])
         if WINDOW > 0:
-            # Blocks before the window may belong to others by now: what lies there is not read.
+            # Do not read before the window: these blocks may belong to other requests now.
             is_held = is_held & (positions > before + token - WINDOW)
             is_visible = is_visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
         best, total, attended = attend_tile(

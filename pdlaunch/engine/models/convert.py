@@ -1,8 +1,8 @@
-"""Convert a GGUF file into a directory in Hugging Face layout, once, into the cache.
+"""Convert a GGUF file into a directory in Hugging Face layout, in the cache.
 
 ``python -m pdlaunch.engine.models.convert MODEL`` prints a line for each stage: ``[ 40%] reading
-weights``. Launches that need the same model at once are safe: one converts under a file lock, and
-the result appears under its name only when it is complete.
+weights``. Several launches may convert the same model at the same time: one of them converts under
+a file lock, and renames the complete result into place.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pdlaunch.errors import ConfigError
 
 Converter = Callable[[Path, Path, ReportProgress], None]  # source file, target directory
 
-MAX_REASON = 300  # characters that are shown of a library's message
-LARGE_FILE_BYTES = 1024**3  # from here on bfloat16 is written, for smaller files float32
+MAX_REASON = 300  # longer messages of libraries are cut to this number of characters
+LARGE_FILE_BYTES = 1024**3  # from this size on, write bfloat16; for smaller files float32
 
 
 def ensure_converted(
     model: str, progress: ReportProgress, *, convert: Converter | None = None
 ) -> Path:
-    """Return the directory to serve ``model`` from; convert it now if it is not in the cache.
+    """Return the directory of ``model``. Convert it first if it is not in the cache.
 
     Raises ConfigError.
     """
@@ -53,7 +53,7 @@ def _convert_into_place(
     resolved: ResolvedModel, progress: ReportProgress, convert: Converter
 ) -> None:
     folder, prefix = resolved.cache_dir.parent, f".{resolved.cache_dir.name}-"
-    for left_behind in folder.glob(f"{prefix}*"):  # by a process that was killed
+    for left_behind in folder.glob(f"{prefix}*"):  # from a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     try:
@@ -68,7 +68,7 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of
     ``source`` into ``target``.
 
-    Raises ConfigError, whatever is wrong with the file.
+    Raises ConfigError for any fault of the file.
     """
     check_gguf(source)
     progress("loading libraries", 0.0)
@@ -89,7 +89,7 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
             progress("reading the tokenizer", 0.2)
             tokenizer = AutoTokenizer.from_pretrained(**where)
             progress("reading weights", 0.4)
-            # Before 5.17 transformers gives nothing but plain weights, and has no argument for it.
+            # Before 5.17, transformers always dequantizes, and has no argument for it.
             gguf_config = getattr(transformers, "GgufConfig", None)
             plain = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
             model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -106,13 +106,13 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
     except ImportError as error:
         raise _not_converted(source, error, "pip install 'pdlaunch[gguf]'") from error
     except Exception as error:
-        # The libraries raise what they happen to meet: struct.error, bare Exception, IndexError.
+        # The libraries raise anything: struct.error, bare Exception, IndexError.
         raise _not_converted(
             source, error, f"Name another model if others read this file well. {DOWNLOAD_AGAIN}"
         ) from error
     if isinstance(config.eos_token_id, int):
-        # The configuration's is right; transformers before 5.18 takes the token that begins a text
-        # for the one that ends it.
+        # The configuration has the right token. The tokenizers of transformers before 5.18 use the
+        # token that begins a text instead.
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     progress("writing", 0.9)
     tokenizer.save_pretrained(target)
@@ -122,12 +122,12 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
 
 @contextmanager
 def _reading_once() -> Iterator[None]:
-    """Let the module ``gguf``, where transformers looks it up at every call, remember the header
-    and the table of names. Raises ImportError where gguf is not installed.
+    """Cache the file's header and the table of names in the module ``gguf``. Raises ImportError if
+    gguf is not installed.
 
-    transformers parses the header for the configuration, for the tokenizer and for the weights, and
-    makes the table of the weights' names anew for each of a model's modules, which took 20 of the
-    31 s of CPU that the conversion of the demo model needed.
+    Otherwise transformers would parse the header three times, for the configuration, the tokenizer
+    and the weights, and make the table of names for each module of the model: 20 of 31 s of CPU
+    time for the demo model.
     """
     import gguf
     import numpy
@@ -136,8 +136,8 @@ def _reading_once() -> Iterator[None]:
     name_map = gguf.get_tensor_name_map
 
     class PlainReader(reader):  # type: ignore[misc]
-        # A header is read in hundreds of thousands of slices, and a slice of a ``numpy.memmap``
-        # takes 2.5 times as long as that of a plain array.
+        # The reader takes hundreds of thousands of slices, and a slice of a ``numpy.memmap`` takes
+        # 2.5 times as long as a slice of a plain array.
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
 
@@ -158,9 +158,9 @@ def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
 
 def _check_weights(source: Path, model: Any, loaded: dict[str, Any]) -> None:
     """Refuse weights that are missing, have another shape, or are not finite."""
-    # transformers makes missing weights up, and only warns of it.
+    # transformers only warns of missing weights and uses random numbers for them.
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        # Mismatched ones come with their shapes.
+        # Mismatched names come with their shapes.
         names = sorted(
             item if isinstance(item, str) else str(item[0]) for item in loaded.get(kind, ())
         )
@@ -174,7 +174,7 @@ def _check_weights(source: Path, model: Any, loaded: dict[str, Any]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the kernel drops it when the process dies."""
+    """Hold an exclusive lock on a file. The kernel releases it when the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -182,7 +182,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit with 0 when the directory is there, with 1 and the reason on standard error if not."""
+    """Return 0 if the directory is there. Otherwise print the reason to stderr and return 1."""
     parser = argparse.ArgumentParser(
         prog="python -m pdlaunch.engine.models.convert", description=__doc__
     )

@@ -1,9 +1,9 @@
-"""The decoder of Llama, Gemma 3 and similar models in fewer, larger operations on CUDA devices.
+"""The decoder of Llama, Gemma 3 and similar models, with fewer and larger kernels on CUDA devices.
 
-It takes the weights of a loaded transformers model. A layer has ten launches instead of some forty:
-norms with the residual's addition, queries, keys and values from one product, rotation with the
-write into the KV cache, gate and up projection from one product. Import this module only where
-triton is there.
+It uses the weights of a loaded transformers model. A layer launches ten kernels instead of about
+forty: a norm also adds to the residual; one product computes queries, keys and values, and another
+the gate and up projections; the rotary embedding also writes into the KV cache. Import this module
+only if triton is installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pdlaunch.engine.models.layer_kernels import add_and_normalize, multiply_gat
 from pdlaunch.engine.models.triton_attention import Norm, TritonStep
 
 GELU = "gelu_pytorch_tanh"
-# Models with RMS norms, rotation by halves or none, ``down(activation(gate(x)) * up(x))``
+# Models with RMS norms, ``down(activation(gate(x)) * up(x))``, and rotation by halves or none
 ACTIVATIONS = {
     "LlamaForCausalLM": "silu",
     "MistralForCausalLM": "silu",
@@ -33,25 +33,25 @@ ACTIVATIONS = {
     "Gemma3ForCausalLM": GELU,
 }
 GATE_COLUMNS = 1024
-Product = Callable[[torch.Tensor], torch.Tensor]  # with a layer's weights
-Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [num_tokens, D] each
+Product = Callable[[torch.Tensor], torch.Tensor]  # multiplies by a layer's weights
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each [num_tokens, D]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Holds one decoder layer."""
+    """The weights of one decoder layer."""
 
     input_norm: Norm
     qkv: Product
-    head_norms: tuple[Norm, Norm] | None  # of queries and keys
-    # Arguments for the model's rotary embedding to give this layer's; None: no rotation
+    head_norms: tuple[Norm, Norm] | None  # for queries and keys
+    # This layer's arguments for the model's rotary embedding; None: no rotation
     rotary: tuple[str, ...] | None
     output: nn.Module
-    output_norm: Norm | None  # norm of what is added to the residual
+    output_norm: Norm | None  # for the output, before it is added to the residual
     middle_norm: Norm
     gate_and_up: Product
     down: nn.Module
-    down_norm: Norm | None  # norm of what is added to the residual
+    down_norm: Norm | None  # for the output of ``down``, before it is added to the residual
 
     @staticmethod
     def of(layer: Any) -> Layer:
@@ -98,8 +98,8 @@ class FusedDecoder(Decoder):
         assert isinstance(step, TritonStep)
         residual = self._embed(token_ids)
         rotaries = self._rotaries(residual, positions)
-        # What a sublayer gives, ``hidden``, is added to the residual by the kernel of the next
-        # norm; Gemma has a norm for it alone. So both are carried on, past the last layer, too.
+        # ``hidden`` is the output of a sublayer. The kernel of the next norm adds it to the
+        # residual; for Gemma, it first applies ``hidden_norm``.
         hidden: torch.Tensor | None = None
         hidden_norm: Norm | None = None
         for index, layer in enumerate(self._layers):
@@ -130,7 +130,7 @@ class FusedDecoder(Decoder):
 
 
 def _stacked(*layers: nn.Linear) -> Product:
-    """Return one product with the weights of all layers, which were loaded ``stacked``."""
+    """Return a product with the weights of all ``layers``, which were loaded ``stacked``."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers))
     weight = _join([layer.weight for layer in layers])
@@ -138,7 +138,7 @@ def _stacked(*layers: nn.Linear) -> Product:
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return, in place, the tensor of which ``parts`` are neighbours, as stacks are."""
+    """Return a view of the tensor that ``parts`` make up, which are contiguous in memory."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         assert part.data_ptr() == end, "the weights are not stacked"
@@ -149,7 +149,7 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def can_fuse(model: Any) -> bool:
-    """Return whether ``FusedDecoder`` computes what ``model`` does."""
+    """Return True if ``FusedDecoder`` computes the same as ``model``."""
     is_capped = getattr(model.config, "final_logit_softcapping", None) is not None
     activation = ACTIVATIONS.get(type(model).__name__)
     return activation is not None and activation == _activation(model) and not is_capped
@@ -169,8 +169,8 @@ def _norm(module: Any) -> Norm:
 def _normalize(
     hidden: torch.Tensor | None, residual: torch.Tensor, norm: Norm, hidden_norm: Norm | None = None
 ) -> torch.Tensor:
-    """Add ``hidden``, or what ``hidden_norm`` makes of it, to ``residual`` in place; return its
-    norm.
+    """Add ``hidden``, after ``hidden_norm`` if there is one, to ``residual`` in place. Return the
+    norm of ``residual``.
 
     All are [num_tokens, size].
     """
@@ -195,7 +195,7 @@ def _normalize(
 
 
 def _multiply_gated(gate_and_up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
-    """Return [num_tokens, size] of [num_tokens, 2 * size]."""
+    """Return ``activation(gate) * up``: [num_tokens, size] from [num_tokens, 2 * size]."""
     num_tokens, size = len(gate_and_up), gate_and_up.shape[1] // 2
     result = gate_and_up.new_empty((num_tokens, size))
     grid = (num_tokens, triton.cdiv(size, GATE_COLUMNS))

@@ -1,11 +1,11 @@
-"""Triton kernels of a decoder layer's small operations, each one pass over memory.
+"""Triton kernels for the small operations of a decoder layer. Each makes one pass over memory.
 
-They compute in float32 and round once; transformers' own code rounds after every operation.
+They compute in float32 and round once. Transformers' own code rounds after each operation.
 """
 
 from __future__ import annotations
 
-# Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
+# No Python types in kernels, because Triton evaluates annotations. Its constants are in capitals.
 # ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import triton
@@ -44,9 +44,9 @@ def rotate_and_write(
     """Normalize and rotate queries and keys in place, write keys and values into the KV cache.
 
     ``heads``: [num_tokens, NUM_HEADS + NUM_KV_HEADS, D], queries (perhaps none) and keys;
-    ``values``: [num_tokens, NUM_KV_HEADS, D]. ``slots``: [num_tokens]; block * B + offset, or -1.
-    Grid: tiles of TOKENS tokens, heads of all three kinds. The two halves of a head are a pair of
-    vectors that the angle of the token's position turns.
+    ``values``: [num_tokens, NUM_KV_HEADS, D]. ``slots``: [num_tokens], block * B + offset; -1: do
+    not write. Grid: tiles of TOKENS tokens; heads of queries, keys and values. Dimension i of a
+    head's first half and dimension i of its second half are rotated together.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
@@ -54,7 +54,7 @@ def rotate_and_write(
     dims = tl.arange(0, PADDED_DIM // 2)
     mask = (tokens < num_tokens)[:, None] & (dims < half)[None, :]
     seats = tokens.to(tl.int64)[:, None]
-    # Of a key or value: its KV head, and which of both it is.
+    # For a key or value: its KV head, and whether it is a value.
     kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
     is_value = (head - NUM_HEADS) // NUM_KV_HEADS
     if head >= NUM_HEADS + NUM_KV_HEADS:
@@ -110,8 +110,8 @@ def add_and_normalize(
 ):
     """Add ``hidden`` to ``residual`` if ADDS, then write its RMS norm into ``result``.
 
-    All are [num_tokens, SIZE]. Grid: tokens. NORMALIZES_HIDDEN: the RMS norm of ``hidden`` is
-    added, with weights of its own. NORM_OFFSET is added to all weights.
+    All are [num_tokens, SIZE]. Grid: tokens. NORMALIZES_HIDDEN: add the RMS norm of ``hidden``,
+    with weights ``hidden_weights``. NORM_OFFSET is added to all weights.
     """
     places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PADDED_SIZE)
     mask = tl.arange(0, PADDED_SIZE) < SIZE
@@ -143,10 +143,10 @@ def add_and_normalize(
 def multiply_gated(
     gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr, IS_GELU: tl.constexpr
 ):
-    """Compute ``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE].
+    """Compute ``silu(gate) * up``, [num_tokens, SIZE], from [num_tokens, 2 * SIZE].
 
-    Grid: tokens, tiles of COLUMNS columns. IS_GELU: GELU by its approximation with tanh, as 0.5 *
-    (1 + tanh(x)) is sigmoid(2 * x).
+    Grid: tokens; tiles of COLUMNS columns. IS_GELU: use GELU's tanh approximation instead of SiLU,
+    with 0.5 * (1 + tanh(x)) = sigmoid(2 * x).
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

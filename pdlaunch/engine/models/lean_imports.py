@@ -1,15 +1,14 @@
-"""Keeps a rank from importing what transformers brings for training and compiling.
+"""Saves the imports of transformers that only training and compiling need.
 
-``import_lean_transformers`` comes before the first import of transformers, in processes that only
-load and run models. To import a model's code and build it takes 0.75 instead of 2.4 s of CPU time
-with it (transformers 5.23, torch 2.13), and a rank 120 MiB less memory:
+Call ``import_lean_transformers`` before the first import of transformers, in processes that only
+load and run models. The import and the construction of a model then take 0.75 s of CPU time instead
+of 2.4 s (transformers 5.23, torch 2.13), and a rank needs 120 MiB less memory:
 
-- Modules that nobody compiles here ask ``torch._dynamo`` for decorators, and it brings sympy and
-  DTensor: 0.8 s. A stand-in has decorators that change nothing, and loads the module itself once
-  anybody asks for anything else.
-- transformers' own sharding and its use of accelerate are "not available": 0.2 s.
-- transformers reads the source of all its models, 3,000 files, twice, to know the names of their
-  classes: 0.6 s. It knows those of the auto classes, and finds a model's when it is loaded.
+- Some modules use decorators of ``torch._dynamo``, which imports sympy and DTensor (0.8 s). A
+  stand-in has decorators that do nothing, and loads the real module if any other name is used.
+- transformers' own sharding and its use of accelerate are reported as not available (0.2 s).
+- transformers reads the source of all its models, 3,000 files, twice, to collect the names of their
+  classes (0.6 s). Here it collects only the auto classes; a model's classes are found at its load.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from typing import Any
 
 _DYNAMO = "torch._dynamo"
 _DYNAMO_MASKS = "torch._dynamo._trace_wrapped_higher_order_op"
-_AVAILABILITY = "transformers.utils.import_utils"  # says what is available, to all of transformers
+_AVAILABILITY = "transformers.utils.import_utils"  # transformers' checks of available packages
 
 
 def import_lean_transformers() -> None:
-    """Make later imports of transformers lean, after that of torch; does nothing afterwards."""
+    """Make later imports of transformers lean. No effect if transformers is imported already."""
     if "transformers" in sys.modules:
         return
     if _DYNAMO not in sys.modules:
@@ -42,10 +41,10 @@ def import_lean_transformers() -> None:
 
 
 class _StandIn(ModuleType):
-    """Provides a few names of a module, and loads the module for any other name."""
+    """Has a few names of a module, and loads the real module for any other name."""
 
     def __getattr__(self, name: str) -> Any:
-        # ``inspect`` and the import system look at modules that they do not want.
+        # ``inspect`` and the import system read such names of all modules.
         if name.startswith("__") and (name != "__path__" or self.__name__ != _DYNAMO):
             raise AttributeError(name)
         return getattr(_load(self.__name__), name)
@@ -57,7 +56,7 @@ def _stand_in(name: str, content: dict[str, Callable[..., Any]]) -> None:
 
 
 def _load(name: str) -> ModuleType:
-    """Return the module itself; no stand-in stays."""
+    """Remove all stand-ins and return the real module."""
     for other, module in list(sys.modules.items()):
         if isinstance(module, _StandIn):
             del sys.modules[other]
@@ -65,7 +64,7 @@ def _load(name: str) -> ModuleType:
 
 
 def _unchanged(function: Any = None, *_arguments: object, **_options: object) -> Any:
-    """Decorate nothing, with and without arguments."""
+    """A decorator, with or without arguments, that returns the function unchanged."""
     return (lambda decorated: decorated) if function is None else function
 
 
@@ -78,7 +77,7 @@ class _Finder(MetaPathFinder):
             if spec is not None and spec.loader is not None:
                 spec.loader = _Patched(spec.loader)
             return spec
-        # The real module has replaced its stand-in a moment ago, and has loaded this submodule too.
+        # The real module has just replaced its stand-in, and has loaded this submodule.
         if fullname.startswith(f"{_DYNAMO}.") and fullname in sys.modules:
             return spec_from_loader(fullname, _Loaded())
         return None
@@ -93,7 +92,7 @@ class _Loaded(Loader):
 
 
 class _Patched(Loader):
-    """Loads the module that says what is available and changes three of its answers."""
+    """Loads transformers' checks of available packages, and replaces three of its functions."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -114,7 +113,7 @@ class _Patched(Loader):
 def _names_of_auto_classes(
     collect: Callable[[Any], dict[Any, Any]],
 ) -> Callable[[Any], dict[Any, Any]]:
-    """``collect`` returns the names by module below a folder, or beside a file."""
+    """``collect`` returns the names by module in a folder, or in the folder of a file."""
 
     def collect_few(module_path: Any) -> dict[Any, Any]:
         folder = Path(module_path)

@@ -1,7 +1,7 @@
-"""Build a transformers model with our attention and only the weights that this rank holds.
+"""Builds a transformers model with our attention and with this rank's part of the weights.
 
-The model is built without memory (meta device), then each weight is read, cut, converted and put in
-place.
+The model is built without memory (meta device). Then each weight is read, cut to this rank's part,
+converted and put into the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from pdlaunch.config.model_files.shape import ModelShape
-from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.config.model_files.weights import name_in_model, weight_files
 from pdlaunch.engine.models.attention import ATTENTION_NAME, ReportProgress, register_attention
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup, add_up_rowwise, plan_cuts
 from pdlaunch.errors import ConfigError
@@ -25,32 +25,19 @@ from pdlaunch.errors import ConfigError
 Cut = tuple[int, slice]
 Shapes = dict[str, torch.Size]
 
-# Layers of one module with the same input, in the order of their outputs; their weights lie side by
-# side in memory, for one product
+# Layers of a module with the same input. Their weights are contiguous in memory in this order, so
+# that one product computes all of them.
 STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 DUMMY_STD = 0.02
-# The place where multimodal checkpoints keep the language model
-_WRAPPED_PREFIXES = (
-    ("model.language_model.", "model."),
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-)
-_IGNORED_PREFIXES = (
-    "model.vision_tower.",
-    "vision_tower.",
-    "model.multi_modal_projector.",
-    "multi_modal_projector.",
-)
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLoader:
-    """Loads the causal language model of one rank, and loads it again after its weights are lost.
+    """Loads the causal language model of one rank, and reloads it after its weights are lost.
 
-    ``shape``: of ``read_model_shape``, which has refused what cannot be served. ``dummy``: made-up
-    weights, only config.json is read. Both methods raise ConfigError when the checkpoint does not
-    fit the configuration or the heads do not divide by the ranks.
+    ``shape``: from ``read_model_shape``, which refuses unsupported models. ``dummy``: use random
+    weights and read only config.json. Both methods raise ConfigError if the checkpoint does not fit
+    the configuration, or if the number of ranks does not divide the number of heads.
     """
 
     model_dir: Path
@@ -62,7 +49,7 @@ class ModelLoader:
     progress: ReportProgress
 
     def load(self, *, stacked: bool = False) -> nn.Module:
-        """Return the model. ``stacked``: weights lie in memory as ``STACKS`` says."""
+        """Return the model. ``stacked``: the weights of each of ``STACKS`` are contiguous."""
         self.progress("loading libraries", None)
         register_attention()
         model, cuts = self._build_empty()
@@ -77,7 +64,7 @@ class ModelLoader:
                 place.copy_(tensor)
                 return
             module_name, _, own_name = name.rpartition(".")
-            # A copy: the tensor is mapped from a file that others may change.
+            # A copy, because the tensor is mapped from a file that may change.
             content = tensor.to(device=self.device, dtype=self.dtype, copy=True)
             parameter = nn.Parameter(content, requires_grad=False)
             setattr(model.get_submodule(module_name), own_name, parameter)
@@ -91,8 +78,8 @@ class ModelLoader:
 
     @torch.no_grad()
     def reload(self, model: nn.Module) -> None:
-        """Write what ``load`` has loaded into the same tensors again: graphs hold their places."""
-        # Names and shapes are checked against a model without memory.
+        """Load the weights into the same tensors again, because CUDA graphs use their addresses."""
+        # Check names and shapes against a model without memory.
         blank, cuts = self._build_empty()
         shapes = {name: parameter.shape for name, parameter in blank.named_parameters()}
         self._fill(
@@ -101,12 +88,12 @@ class ModelLoader:
         _initialize([module for module in model.modules() if module._buffers], model)
 
     def _build_empty(self) -> tuple[Any, dict[str, Cut]]:
-        """Return the model without memory, and the cuts of its parameters."""
+        """Return the model without memory, and this rank's part of each parameter that is cut."""
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         config = AutoConfig.from_pretrained(self.model_dir).get_text_config()
-        # Tensors without memory have nothing to initialise, and trying to would import sympy.
+        # Do not initialise tensors without memory: that would import sympy.
         with torch.device("meta"), no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, attn_implementation=ATTENTION_NAME
@@ -124,8 +111,8 @@ class ModelLoader:
         cuts: dict[str, Cut],
         put: Callable[[str, torch.Tensor], object],
     ) -> None:
-        """Put each weight in its place with ``put``; tied ones once."""
-        # A tied weight is another name of one that is loaded; checkpoints may hold it under both.
+        """Call ``put`` for each weight; for tied weights once."""
+        # A tied weight is a second name of another weight. A checkpoint may contain both names.
         tied = set(model.all_tied_weights_keys)
         expected = {name: size for name, size in shapes.items() if name not in tied}
         if self.dummy:
@@ -138,12 +125,12 @@ class ModelLoader:
                 continue
             if name not in expected:
                 raise _misfit(
-                    f"has a weight {name}, which {type(model).__name__} with this config.json does "
-                    "not know"
+                    f"has an unknown weight {name}: {type(model).__name__} with this config.json "
+                    "does not have it"
                 )
             if tensor.shape != _shape_of_part(expected[name], cuts.get(name)):
                 raise _misfit(
-                    f"has {name} of shape {tuple(tensor.shape)}, config.json means "
+                    f"has {name} of shape {tuple(tensor.shape)}, config.json expects "
                     f"{tuple(expected[name])}"
                 )
             put(name, tensor)
@@ -156,11 +143,11 @@ class ModelLoader:
 def _place_stacks(
     model: nn.Module, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give the weights and biases of stacked layers their memory, with anything in it.
+    """Allocate the weights and biases of stacked layers, uninitialised.
 
-    Stacking them after loading would leave the memory of the single weights with the allocator.
+    If they were stacked after loading, the allocator would keep the memory of the single weights.
 
-    ``shapes``: of all parameters by name, as this rank holds them.
+    ``shapes``: of this rank's part of all parameters, by name.
     """
     for parent_name, parent in model.named_modules():
         for stack in STACKS:
@@ -176,14 +163,14 @@ def _place_stacks(
 
 
 def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the language model with its name; of cut ones only this rank's part."""
+    """Yield the name and this rank's part of each tensor of the language model."""
     for file in files:
         with safe_open(file, framework="pt") as checkpoint:
             for key in checkpoint.keys():  # noqa: SIM118 - not a mapping
-                name = _name_in_model(key)
+                name = name_in_model(key)
                 if name is None:
                     continue
-                # A slice object reads only what is asked for.
+                # A slice object reads only the requested part.
                 cut = cuts.get(name)
                 if cut is None:
                     yield name, checkpoint.get_tensor(key)
@@ -191,17 +178,8 @@ def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str,
                     yield name, _part(checkpoint.get_slice(key), cut)
 
 
-def _name_in_model(key: str) -> str | None:
-    if key.startswith(_IGNORED_PREFIXES) or key.endswith(_IGNORED_SUFFIX):
-        return None
-    for wrapped, own in _WRAPPED_PREFIXES:
-        if key.startswith(wrapped):
-            return own + key.removeprefix(wrapped)
-    return key
-
-
 def _part(source: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """Return the part of ``source``, a tensor or a slice object of safetensors."""
+    """Return this rank's part of ``source``, a tensor or a slice object of safetensors."""
     dimension, share = cut
     return source[share] if dimension == 0 else source[:, share]
 
@@ -217,7 +195,7 @@ def _dummy_weights(
     shapes: Shapes, cuts: dict[str, Cut], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, shape in shapes.items():
-        # They depend on the name alone: every rank of every engine draws the same model.
+        # Seeded with the name, so that all ranks of all engines have the same model.
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         whole = torch.empty(shape, dtype=dtype, device=device)
         mean = 1.0 if name.endswith("norm.weight") else 0.0
@@ -226,10 +204,10 @@ def _dummy_weights(
 
 
 def _compute_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give memory to what no checkpoint holds (rotary frequencies, scales), and its content."""
+    """Allocate and compute the buffers that checkpoints do not have: rotary frequencies, scales."""
     blank = []
     for module in model.modules():
-        # What is still on the meta device was in no checkpoint.
+        # Buffers that are still on the meta device were not in the checkpoint.
         buffers = {
             name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta
         }
@@ -241,7 +219,7 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _initialize(modules: list[nn.Module], model: Any) -> None:
-    """Compute buffers in place, by the model's own initialisation, which spares the parameters."""
+    """Compute buffers in place with the model's own initialisation, but no parameters."""
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in modules:

@@ -1,4 +1,4 @@
-"""Integers that the kernels of a step read; they are copied to the device at once."""
+"""The integer inputs of a step's kernels, which are copied to the device in one transfer."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import torch
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.models.attention import IntArray, PackedBatch
 
-# Arrays begin at multiples of 16 bytes: for other pointers Triton compiles a kernel again
+# Arrays begin at multiples of 16 bytes, because Triton compiles again for other pointers.
 ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """Holds a step's integers: those that kernels read are int32 on the device."""
+    """The integer inputs of a step. Tensors are int32 on the device."""
 
-    num_decode_rows: int  # these come first; the rest are chunks of prompts
-    slots: Sequence[torch.Tensor]  # [num_tokens] by group; -1 writes nothing
-    lengths: torch.Tensor  # [num_rows]; 0 for a row that has no token here
+    num_decode_rows: int  # the first rows; the other rows are chunks of prompts
+    slots: Sequence[torch.Tensor]  # [num_tokens] by group; -1: write nothing
+    lengths: torch.Tensor  # [num_rows]; 0: a row without tokens
     tables: torch.Tensor  # [num_groups * num_rows * table_stride]
     table_stride_at: torch.Tensor  # [1]
-    # Chunks, for the Triton kernel.
+    # Chunks, for the Triton kernel
     row_starts: torch.Tensor | None = None  # [num_rows + 1]
     tile_rows: torch.Tensor | None = None  # [num_tiles]
     tile_tokens: torch.Tensor | None = None  # [num_tiles]
-    # Chunks, for flash attention and cuDNN.
+    # Chunks, for flash attention and cuDNN
     chunk_lengths: list[int] = field(default_factory=list)
-    # [num_chunks + 1]; first token of each chunk, counted from the first chunk's
+    # [num_chunks + 1]; first token of each chunk, counted from the first chunk's first token
     chunk_starts: torch.Tensor | None = None
     # Slots of the tokens before the chunks, by group; empty if all chunks begin their prompts.
     prefix_slots: Sequence[torch.Tensor] = ()  # [num_gathered_tokens]
@@ -43,9 +43,9 @@ class StepTensors:
 def upload_int32(
     arrays: Mapping[str, IntArray | list[IntArray]], device: torch.device
 ) -> dict[str, Any]:
-    """Return flat int32 copies of ``arrays`` on ``device``, a list of them for each list.
+    """Return flat int32 copies of ``arrays`` on ``device``, and a list of copies for each list.
 
-    It is one transfer, for which the host does not wait.
+    There is one transfer for all, and the host does not wait for it.
     """
     lists = {name: each if isinstance(each, list) else [each] for name, each in arrays.items()}
     host = _host_buffer(
@@ -60,7 +60,7 @@ def upload_int32(
         for array in many:
             content[start : start + array.size] = array.reshape(-1)
             parts.append(copied[start : start + array.size])
-            # Each array begins at a multiple of ALIGNMENT; what lies between is not read.
+            # The next array begins at a multiple of ALIGNMENT.
             start += _aligned(array.size)
         uploaded[name] = parts if isinstance(arrays[name], list) else parts[0]
     copied.copy_(host, non_blocking=True)
@@ -68,7 +68,7 @@ def upload_int32(
 
 
 def slots_of(batch: PackedBatch, block_size: int) -> list[IntArray]:
-    """Return [num_tokens] by KV cache group: block * block_size + offset of each token."""
+    """Return for each KV cache group [num_tokens]: each token's block * block_size + offset."""
     blocks, offsets = np.divmod(batch.positions, block_size)
     return [
         table[batch.row_of_token, blocks] * block_size + offsets for table in batch.block_tables
@@ -76,7 +76,7 @@ def slots_of(batch: PackedBatch, block_size: int) -> list[IntArray]:
 
 
 def tiles_of(batch: PackedBatch, tile_size: int) -> tuple[IntArray, IntArray]:
-    """Cut chunks into tiles of ``tile_size`` tokens: row of each tile, first token in the chunk."""
+    """Divide chunks into tiles. Return for each tile its row, and its first token in the chunk."""
     counts = -(-np.diff(batch.row_starts)[batch.num_decode_rows :] // tile_size)
     first_tiles = np.cumsum(counts) - counts
     rows = np.repeat(np.arange(batch.num_decode_rows, batch.num_rows), counts)
@@ -87,12 +87,12 @@ _STRIDE, _LENGTHS, _TOKEN_IDS, _POSITIONS, _SLOTS = range(5)
 
 
 class GraphInputs:
-    """Holds the inputs of decode steps of up to ``max_rows`` rows, where CUDA graphs read them.
+    """The inputs of decode steps with up to ``max_rows`` rows, at fixed addresses for CUDA graphs.
 
-    One buffer, at an address that stays, and pinned host memory for it: lines of ``max_rows``, the
-    slots one line for each group, then tables. Block tables are as wide as the step's longest
-    context asks for, so that only their used part is copied. Padding up to the ``num_rows`` of a
-    graph reads and writes nothing: rows of length 0, tokens with slots of -1::
+    A device buffer and a pinned host buffer have the same layout: lines of ``max_rows`` integers,
+    of which each group has one for its slots, then the block tables. Block tables are as wide as
+    the step's longest context, so that only the used part is copied. A graph of ``num_rows`` is
+    padded with rows of length 0 and slots of -1, which read and write nothing::
 
         stride 3 │ lengths 9 8 7 0 0 │ token_ids .. │ positions .. │ slots 5 6 7 -1 -1 │ tables ..
     """
@@ -100,7 +100,7 @@ class GraphInputs:
     def __init__(
         self, layout: KVCacheLayout, max_rows: int, max_blocks: int, device: torch.device
     ) -> None:
-        """``max_blocks``: of one row."""
+        """``max_blocks``: the number of blocks of the longest row."""
         self._block_size = layout.block_size
         self._num_groups = len(layout.groups)
         num_lines = _SLOTS + self._num_groups
@@ -118,7 +118,7 @@ class GraphInputs:
         return self._lines[_POSITIONS, :num_rows]
 
     def tensors(self, num_rows: int) -> StepTensors:
-        """Return what attention reads in a step of ``num_rows`` rows."""
+        """Return the inputs of attention in a step of ``num_rows`` rows."""
         return StepTensors(
             num_decode_rows=num_rows,
             slots=[*self._lines[_SLOTS:, :num_rows]],
@@ -128,14 +128,14 @@ class GraphInputs:
         )
 
     def clear(self) -> None:
-        """Fill in a step that reads and writes no block."""
+        """Fill in the inputs of a step that reads and writes no block."""
         self._device.zero_()
         self._lines[_SLOTS:] = -1
 
     def fill(self, batch: PackedBatch, num_rows: int) -> None:
-        """Copy decode rows for a graph of ``num_rows``, behind the device's queued work."""
+        """Enqueue the copy of decode rows to the device, for a graph of ``num_rows``."""
         if self._sent is not None:
-            # The last copy from the host's buffer has to end before it is overwritten.
+            # Wait until the previous copy has read the host buffer.
             self._sent.synchronize()
         content: npt.NDArray[np.int32] = self._host.numpy()
         lines = content[: self._tables_start].reshape(len(self._lines), -1)
@@ -159,9 +159,8 @@ def _aligned(size: int) -> int:
 
 
 def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
-    """Allocate a buffer, pinned where there is a device.
+    """Allocate a host buffer, pinned if the device is a GPU.
 
-    torch keeps pinned memory until the copies that were queued from it are done, then gives it out
-    again.
+    Torch reuses pinned memory only after the queued copies from it have ended.
     """
     return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")

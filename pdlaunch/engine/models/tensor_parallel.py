@@ -1,8 +1,8 @@
 """Tensor parallelism: the group of ranks, and the cuts of linear layers by transformers' plan.
 
-``colwise`` layers compute a share of their outputs, ``rowwise`` layers take a share of their inputs
-and add up over the group. Embedding and output layers are whole on every rank. A KV head is on
-several ranks when there are more ranks than KV heads.
+On each rank, a ``colwise`` layer computes a part of the outputs, and a ``rowwise`` layer takes a
+part of the inputs; its results are added up over the group. Embedding and output layers are whole
+on every rank. If there are more ranks than KV heads, several ranks hold the same KV head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class TPGroup:
-    """Joins the ranks of one engine; all make collective calls in the same order, in place."""
+    """The ranks of one engine. All must call collectives in the same order; they work in place."""
 
     def __init__(
         self,
@@ -39,12 +39,12 @@ class TPGroup:
         *,
         timeout_s: float = RENDEZVOUS_TIMEOUT_S,
     ) -> None:
-        """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that is new.
+        """Wait for the other ranks at ``rendezvous``, a ``file://`` URL of a new path.
 
-        A file store listens nowhere, and the group's own sockets are bound to loopback (unless
-        GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's
-        ``cuda:N``. ``timeout_s`` also bounds every collective. Raises StartupError when the others
-        do not come.
+        A file store opens no port, and the group's sockets are bound to loopback, unless
+        GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name another interface. ``device``: ``cpu``, or
+        this rank's ``cuda:N``. ``timeout_s`` also limits every collective. Raises StartupError if
+        the other ranks do not arrive.
         """
         self.tp_rank = tp_rank
         self.tp_size = tp_size
@@ -53,7 +53,7 @@ class TPGroup:
             os.environ.setdefault(name, LOOPBACK_INTERFACE)
         is_cuda = self._device.type == "cuda"
         if is_cuda:
-            # Of this thread: code that names no device would take memory of device 0.
+            # Otherwise code in this thread that names no device would use memory of device 0.
             torch.cuda.set_device(device)
         try:
             dist.init_process_group(
@@ -70,36 +70,36 @@ class TPGroup:
             ) from error
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up ``tensor`` over the ranks; a CUDA graph can hold it."""
+        """Add up ``tensor`` over the ranks. CUDA graphs can contain this."""
         dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give every rank rank 0's ``tensor``."""
+        """Copy rank 0's ``tensor`` to all ranks."""
         dist.broadcast(tensor, src=0)
         return tensor
 
     def least(self, number: int) -> int:
-        """Return the smallest of the ranks' numbers, on every rank."""
+        """Return the smallest number of all ranks, on every rank."""
         smallest = torch.tensor([number], dtype=torch.int64, device=self._device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
 
     def broadcast_bytes(self, data: bytes) -> bytes:
-        """Return rank 0's ``data`` on every rank; the others pass any bytes of equal length. Raw
-        bytes travel, nothing is unpickled.
+        """Return rank 0's ``data`` on every rank. The other ranks pass any bytes of equal length.
+        Raw bytes are sent, so nothing is unpickled.
         """
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
         return bytes(self.broadcast(payload).cpu().numpy())
 
     def close(self) -> None:
-        """Leave the group; on CUDA after all graphs that hold its sums, for which NCCL waits."""
+        """Leave the group. On CUDA, first drop all graphs with collectives: NCCL waits for them."""
         dist.destroy_process_group()
 
 
 def says_that_a_rank_is_gone(error: BaseException) -> bool:
-    """Return whether a collective failed because another rank has died."""
-    # torch 2.13's gloo has no class of its own for it.
+    """Return True if a collective failed because another rank has died."""
+    # torch 2.13's gloo has no exception class for this.
     text = str(error)
     return (
         isinstance(error, RuntimeError) and "gloo" in text and any(gone in text for gone in _GONE)
@@ -108,14 +108,14 @@ def says_that_a_rank_is_gone(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Says which part of the model one rank holds."""
+    """The part of the model that one rank holds."""
 
     tp_rank: int
     tp_size: int
     shape: ModelShape
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for heads or an inner size that ``tp_size`` does not divide."""
+        """Raise ConfigError if ``tp_size`` does not divide the heads or the intermediate size."""
         shape, size = self.shape, self.tp_size
         # Several ranks may share a KV head.
         is_shared = size % shape.num_kv_heads == 0
@@ -147,9 +147,9 @@ class Shard:
         return self.tp_rank * self.shape.num_kv_heads // self.tp_size
 
     def share(self, module_name: str, size: int) -> slice:
-        """Return what this rank holds of a cut dimension of ``size``.
+        """Return this rank's part of a dimension of ``size``.
 
-        Ranks that share a KV head hold the same keys and values.
+        Ranks that share a KV head have the same part of keys and values.
         """
         if module_name.endswith((".k_proj", ".v_proj")):
             head_dim, first = size // self.shape.num_kv_heads, self.first_kv_head
@@ -159,7 +159,7 @@ class Shard:
 
 
 class RowwiseLinear(nn.Module):
-    """Computes a linear layer whose inputs are spread over ranks; adds the bias after the sum."""
+    """A linear layer whose inputs are spread over the ranks."""
 
     def __init__(self, layer: nn.Linear, tp: TPGroup) -> None:
         super().__init__()
@@ -168,8 +168,8 @@ class RowwiseLinear(nn.Module):
         self._tp = tp
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return [..., out_features], the same on every rank, of [..., in_features / tp_size]."""
-        # Each rank has the part of the sum over its own inputs. The bias is added once, afterwards.
+        """Return [..., out_features], equal on all ranks, for [..., in_features / tp_size]."""
+        # Each rank computes the part of the sum over its own inputs. The bias is added once.
         result = self._tp.all_reduce(linear(inputs, self.weight))
         return result if self.bias is None else result + self.bias
 
@@ -177,12 +177,11 @@ class RowwiseLinear(nn.Module):
 def plan_cuts(
     model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None, shard: Shard
 ) -> dict[str, tuple[int, slice]]:
-    """Return which parameters of ``model`` are cut: name -> (dimension, what this rank holds of
-    it).
+    """Return the parameters of ``model`` that are cut: name -> (dimension, this rank's part).
 
     ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``.
-    Raises UnsupportedModelError when there is none or it asks for something other than cut linear
-    layers and embeddings.
+    Raises UnsupportedModelError if there is no plan, or if it cuts anything but linear layers and
+    embeddings.
     """
     if not plan:
         raise UnsupportedModelError(
@@ -190,12 +189,12 @@ def plan_cuts(
         )
     cuts: dict[str, tuple[int, slice]] = {}
     for name, module in model.named_modules():
-        # The plan has a star for the number of a layer.
+        # The plan has a star in place of a layer's number.
         relative = name.removeprefix(f"{base_prefix}.")
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", relative))
-        # Embeddings stay whole whatever the plan says: cutting them is optional, and only
-        # transformers 5.15 to 5.20 ask for it, where the output layer is tied to them. The rank's
-        # memory then does not depend on the version.
+        # Embeddings always stay whole, so that a rank's memory does not depend on transformers'
+        # version. To cut them is optional: only the plans of 5.15 to 5.20 do so, if the output
+        # layer is tied to them.
         if style is None or style.startswith("replicated") or isinstance(module, nn.Embedding):
             continue
         if style not in ("colwise", "rowwise") or not isinstance(module, nn.Linear):
@@ -212,7 +211,7 @@ def plan_cuts(
 
 
 def add_up_rowwise(model: nn.Module, cuts: Mapping[str, tuple[int, slice]], tp: TPGroup) -> None:
-    """Replace the layers whose inputs are cut by ones that add up over the group."""
+    """Replace layers with cut inputs by layers that add up over the group."""
     for name, (dimension, _) in cuts.items():
         if dimension == 1:
             module_name = name.removesuffix(".weight")

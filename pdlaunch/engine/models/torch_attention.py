@@ -1,17 +1,17 @@
 """Paged attention with torch's own operators: for CPUs, and as the reference of other backends.
 
-Rows of one token are padded to buckets of like length; one gather and one attention call a bucket
-and layer. Query heads that share a KV head become query rows, so that keys and values are never
-repeated. Chunks of prompts are attended one by one.
+Decode rows of similar length form a bucket and are padded to its longest row. Each bucket takes one
+gather and one attention call for each layer. Query heads that share a KV head become query rows,
+so keys and values are not repeated. Chunks of prompts are attended one by one.
 
-Index arithmetic over ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block
-size, head dim), seen as rows::
+``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim) is viewed
+as rows, with these indices::
 
     row of D:      (((block * H + head) * L + slot) * 2 + is_value) * B + offset
     row of B * D:   ((block * H + head) * L + slot) * 2 + is_value
 
-Indices are made for slot 0; a layer in slot s reads from the view that starts 2 * s (times B) rows
-later.
+Indices are computed for slot 0. A layer in slot s uses them in a view that starts 2 * s rows of
+B * D later.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from torch.nn.functional import scaled_dot_product_attention
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.engine.models.attention import AttentionBackend, AttentionStep, IntArray, PackedBatch
 
-# Gathered keys and values of one bucket; a longer context makes buckets of fewer rows
+# Limit for the gathered keys and values of a bucket: with longer contexts, buckets have fewer rows.
 MAX_BUCKET_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Holds tokens that are attended together: decode rows of like length, or one chunk."""
+    """Tokens that are attended together: decode rows of similar length, or one chunk."""
 
-    tokens: torch.Tensor | slice  # which of the packed tokens
-    # [2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values. None: a chunk
-    # behind nothing, which attends over its own keys and values
+    tokens: torch.Tensor | slice  # indices of the packed tokens
+    # [2 * num_rows * H * num_blocks] int64, rows of B * D: all keys, then all values. None: a chunk
+    # at the beginning of its prompt, which attends over its own keys and values
     gather: torch.Tensor | None
-    # 0 or -inf, [num_rows, 1, 1, num_blocks * B], or of a chunk [num_tokens, context]. None:
-    # causal, context is the chunk itself
+    # 0 or -inf; decode rows: [num_rows, 1, 1, num_blocks * B], a chunk: [num_tokens, context].
+    # None: causal attention within the chunk
     mask: torch.Tensor | None
-    num_rows: int = 0  # decode rows; 0: a chunk
+    num_rows: int = 0  # number of decode rows; 0: a chunk
 
 
 @dataclass(frozen=True, slots=True)
 class _GroupStep:
-    """Holds what the layers of one KV cache group share in a step."""
+    """Inputs that the layers of one KV cache group share in a step."""
 
-    write: torch.Tensor  # [num_tokens * H] int64; rows of D, token-major
+    write: torch.Tensor  # [num_tokens * H] int64, rows of D to write to; token-major
     parts: list[_Part]
 
 
 class TorchAttention(AttentionBackend):
-    """Attends on any device over ``kv_cache`` as ``KVCacheLayout`` says, in the model's dtype."""
+    """Attends on any device. ``kv_cache``: of the shape in ``layout``, in the model's dtype."""
 
     def __init__(self, layout: KVCacheLayout, kv_cache: torch.Tensor) -> None:
         self.layout = layout
@@ -64,7 +64,7 @@ class TorchAttention(AttentionBackend):
         }
         self.token_rows = kv_cache.view(-1, layout.head_dim)
         self.block_rows = kv_cache.view(-1, layout.block_size * layout.head_dim)
-        # Of one block: keys and values of a layer, of all heads.
+        # Size of a layer's keys and values in one block, for all heads.
         self._layer_bytes = 2 * layout.num_kv_heads * self.block_rows[0].nbytes
         self._workspace = self.block_rows[:0]
 
@@ -83,14 +83,14 @@ class TorchAttention(AttentionBackend):
         gathers = [part.gather for group in groups for part in group.parts]
         num_rows = max((len(gather) for gather in gathers if gather is not None), default=0)
         if len(self._workspace) < num_rows:
-            # Kept for all gathers: fresh memory for each would cost more than the copy.
+            # One workspace for all gathers: new memory for each would take longer than the copy.
             self._workspace = self.block_rows.new_empty(
                 (num_rows * 5 // 4, self.block_rows.shape[1])
             )
         return _TorchStep(self, groups)
 
     def gather(self, index: torch.Tensor, slot: int) -> torch.Tensor:
-        """Copy rows of B * D into the work space, which the next gather overwrites."""
+        """Copy rows of B * D into the workspace, which the next gather overwrites."""
         return torch.index_select(
             self.block_rows[2 * slot :], 0, index, out=self._workspace[: len(index)]
         )
@@ -98,17 +98,17 @@ class TorchAttention(AttentionBackend):
     def _make_buckets(
         self, group: KVCacheGroup, table: IntArray, batch: PackedBatch
     ) -> Iterator[_Part]:
-        """Sort decode rows into buckets, the longest first.
+        """Divide decode rows into buckets, the longest rows first.
 
-        A row less than half as long as the bucket's first opens the next, so padding at most
-        doubles.
+        A row shorter than half of the bucket's longest row begins a new bucket, so padding at most
+        doubles the length.
         """
         size, window = self.layout.block_size, group.sliding_window
         lengths = batch.context_lengths[: batch.num_decode_rows]
         first, num_blocks = self._blocks_in_sight(window, lengths - 1, lengths)
         order = np.argsort(-num_blocks, kind="stable")
-        # All are of like length. In their own order they can be one bucket, of which nothing has to
-        # be picked out.
+        # If all rows have similar lengths, keep their order: if they form one bucket, its tokens
+        # are a slice.
         if len(order) and num_blocks[order[-1]] * 2 >= num_blocks[order[0]]:
             order = np.arange(len(order))
         start = 0
@@ -120,7 +120,7 @@ class TorchAttention(AttentionBackend):
             stop = start + int(too_short[0]) if len(too_short) else stop
             rows = order[start:stop]
             start = stop
-            # Entries past a row's end repeat its last block, which is finite and its own.
+            # Entries past a row's end repeat the row's last block, which has finite numbers.
             last = num_blocks[rows, None] - 1
             columns = first[rows, None] + np.minimum(np.arange(longest), last)
             positions = first[rows, None] * size + np.arange(longest * size)
@@ -141,7 +141,7 @@ class TorchAttention(AttentionBackend):
         length, window = int(batch.context_lengths[row]), group.sliding_window
         tokens, before = slice(start, stop), length - (stop - start)
         # 0 ........ seen_from ................. before ............ length
-        #   not seen │  computed earlier    │  the chunk, just written  │
+        #   not seen │   computed earlier   │  the chunk, just written  │
         gather, seen_from, context = None, 0, length
         if before > 0:
             first, num_blocks = self._blocks_in_sight(window, np.array(before), np.array(length))
@@ -161,8 +161,8 @@ class TorchAttention(AttentionBackend):
     def _blocks_in_sight(
         self, window: int | None, positions: IntArray, lengths: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """Return the first block that a query at ``positions`` sees, and how many up to ``lengths``
-        follow. Earlier ones are not read.
+        """Return the first block that a query at ``positions`` sees, and the number of blocks from
+        there to ``lengths``.
         """
         size = self.layout.block_size
         first = np.zeros_like(positions)
@@ -171,13 +171,13 @@ class TorchAttention(AttentionBackend):
         return first, -(-lengths // size) - first
 
     def _head_rows(self, blocks: IntArray) -> IntArray:
-        """Return [..., H]: rows of B * D of the keys of slot 0."""
+        """Return the indices of the keys of slot 0 as rows of B * D: [..., H]."""
         heads = np.arange(self.layout.num_kv_heads)
         rows: IntArray = blocks[..., None] * self.layout.num_kv_heads + heads
         return rows * self.layout.num_layers_per_block * 2
 
     def _gather_index(self, blocks: IntArray) -> torch.Tensor:
-        """Return indices in the order keys, then values, each by row, head, block.
+        """Return the indices of all keys, then of all values, each by row, head and block.
 
         ``blocks``: [num_rows, num_blocks].
         """
@@ -208,7 +208,7 @@ class _TorchStep(AttentionStep):
     ) -> torch.Tensor:
         index, slot = self._backend.place[layer]
         group, layout = self._groups[index], self._backend.layout
-        # First: rows of one token, and chunks behind others, read their own keys from the cache.
+        # Write first: decode rows and later chunks read even their own keys from the KV cache.
         for first, states in ((2 * slot, key), (2 * slot + 1, value)):
             rows = self._backend.token_rows[first * layout.block_size :]
             rows.index_copy_(0, group.write, states.transpose(0, 1).reshape(-1, layout.head_dim))
@@ -219,7 +219,7 @@ class _TorchStep(AttentionStep):
             if part.gather is None:
                 keys, values = key[:, part.tokens], value[:, part.tokens]
             else:
-                # Of each row and KV head the blocks, one behind the other.
+                # For each row and KV head, all blocks one after another.
                 shape = (2, part.num_rows or 1, layout.num_kv_heads, -1, layout.head_dim)
                 keys, values = self._backend.gather(part.gather, slot).view(shape)
             attended = self._attend(part, heads, keys, values, scaling)
@@ -239,10 +239,10 @@ class _TorchStep(AttentionStep):
         values: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attend for the part's tokens; returns [num_tokens, num_heads, head_dim].
+        """Attend for the part's tokens. Return [num_tokens, num_heads, head_dim].
 
-        ``query``: [num_heads, num_tokens, head_dim]; ``keys``, ``values``: [num_rows, H, .., D] as
-        gathered, or those of the chunk alone.
+        ``query``: [num_heads, num_tokens, head_dim]. ``keys``, ``values``: [num_rows, H, .., D] if
+        gathered, else the chunk's own, [H, .., D].
         """
         num_heads, _, head_dim = query.shape
         num_kv_heads = self._backend.layout.num_kv_heads

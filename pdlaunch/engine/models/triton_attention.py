@@ -1,10 +1,9 @@
 """Paged attention on CUDA devices: Triton kernels, and libraries for prompts in 16 bits.
 
-Decode reads the KV cache in place, in splits of the context, so that few long rows fill the device
-too. Whole prompts go through cuDNN where it is faster; other chunks through flash attention, with
-what lies before them gathered into contiguous memory; in float32 through a Triton kernel. Nothing
-past a row's context or before its window is ever read: the KV cache may hold anything there. Import
-this module only where triton is there.
+Decode reads the KV cache in place and splits the context, so that a few long rows also fill the
+device. Whole prompts use cuDNN if it is faster. Other chunks use flash attention, with the context
+gathered into contiguous memory; in float32, a Triton kernel. Slots past a row's context or before
+its window are never read: they may hold any bytes. Import this module only if triton is installed.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ from pdlaunch.engine.models.step_inputs import StepTensors, slots_of, tiles_of, 
 
 FLASH_MAX_HEAD_DIM = 256
 CUDNN_MAX_HEAD_DIM = 128
-# cuDNN's attention is twice as fast as torch's flash attention from Hopper on (measured)
+# From Hopper on, cuDNN's attention is twice as fast as torch's flash attention (measured).
 CUDNN_CAPABILITY = 9
-# Prompts up to this length are planned for at start; a longer one waits for its plan
+# The start plans for prompts up to this length. A longer prompt waits for its plan.
 CUDNN_PLANNED_TOKENS = 8192
-# Prompts are padded to multiples of this: a plan for a new length takes cuDNN 45 ms
+# Prompts are padded to multiples of this, because cuDNN needs 45 ms to plan for a new length.
 CUDNN_STEP_TOKENS = 512
 
 
 def attend_whole_prompts(
     lengths: list[int], stacked: torch.Tensor, num_heads: int, scaling: float
 ) -> torch.Tensor:
-    """Attend over prompts of these lengths, one after another in ``stacked``."""
+    """Attend over prompts of these lengths, which follow each other in ``stacked``."""
     results = []
     for heads in torch.split(stacked, lengths):
         length = len(heads)
@@ -62,7 +61,7 @@ def attend_whole_prompts(
             padded[:length] = heads
             padded[length:] = 0
             heads = padded
-        # Attention is causal: no token sees the padding behind it, whose own results are cut off.
+        # Attention is causal, so no token sees the padding. The padding's results are cut off.
         results.append(attend_with_cudnn(heads, num_heads, scaling)[:length])
     return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -70,8 +69,8 @@ def attend_whole_prompts(
 def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
     """Return the causal attention of one prompt: [num_tokens, num_heads, D].
 
-    ``heads``: [num_tokens, num_heads + 2 * H, D]; queries, keys, values. They are always laid out
-    like this, as cuDNN plans by strides too.
+    ``heads``: [num_tokens, num_heads + 2 * H, D], queries, keys, values. The layout is always the
+    same, because a plan of cuDNN is for certain strides.
     """
     num_kv_heads = (heads.shape[1] - num_heads) // 2
     query, key, value = torch.split(
@@ -85,29 +84,29 @@ def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> to
 
 
 def has_fast_cudnn(device: torch.device) -> bool:
-    """Return whether cuDNN's attention is the faster one on ``device``."""
+    """Return True if cuDNN's attention is faster than flash attention on ``device``."""
     has_cudnn: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
     return has_cudnn and torch.cuda.get_device_capability(device)[0] >= CUDNN_CAPABILITY
 
 
 def varlen_flash() -> Callable[..., torch.Tensor]:
-    """Return torch's varlen attention, which from 2.12 on is told that query heads share keys."""
+    """Return torch's varlen attention, with ``enable_gqa`` from torch 2.12 on."""
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    attend: Any = varlen_attn  # returns a tuple only where more is asked for
+    attend: Any = varlen_attn  # returns a tuple only if more results are requested
     return partial(attend, enable_gqa=True) if knows_groups else attend
 
 
-TARGET_PROGRAMS = 1024  # programs that fill the device: eight for each of an H200's multiprocessors
+TARGET_PROGRAMS = 1024  # programs that fill the device: eight for each multiprocessor of an H200
 MAX_SPLITS = 32
 MIN_DOT = 16  # smallest side of a matrix product in Triton
-DECODE_TILE = 32  # positions that a program of decode reads at a time
-COPY_TOKENS = 16  # tokens that one program writes or gathers, from more than ``FEW_TOKENS`` on
+DECODE_TILE = 32  # positions that a decode program reads at a time
+COPY_TOKENS = 16  # tokens that a program writes or gathers, if there are more than ``FEW_TOKENS``
 FEW_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Holds an RMS norm."""
+    """The weights of an RMS norm."""
 
     weight: torch.Tensor  # [size]
     epsilon: float
@@ -116,29 +115,29 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class _LayerCache:
-    """Says where a layer's keys and values lie."""
+    """The place of a layer's keys and values in the KV cache."""
 
     group: int
     window: int  # 0: none
-    cache: torch.Tensor  # The KV cache from the layer's keys in the first block on
+    cache: torch.Tensor  # a view of the KV cache that begins at the layer's keys in the first block
 
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """Inputs of one layer's attention in a step: [num_tokens, heads, D] each."""
+    """Inputs of a layer's attention in a step. Each is [num_tokens, heads, D]."""
 
     layer: _LayerCache
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
-    stacked: torch.Tensor | None = None  # All three along dimension 1, if they lie like that
+    stacked: torch.Tensor | None = None  # all three in one tensor, along dimension 1
 
 
 class TritonAttention(AttentionBackend):
     """Prepares steps on a CUDA device; ``TritonStep`` runs them.
 
-    ``kv_cache``: as ``layout`` says, contiguous; its dtype is that of the model.
+    ``kv_cache``: of the shape in ``layout``, contiguous, in the model's dtype.
     """
 
     reads_only_context = True
@@ -159,8 +158,8 @@ class TritonAttention(AttentionBackend):
             "HEAD_DIM": layout.head_dim,
             "PADDED_DIM": padded_dim,
         }
-        """Arguments of every kernel that reads or writes the KV cache."""
-        # Tokens that a program attends for, and positions that it reads at a time.
+        """Arguments for all kernels that read or write the KV cache."""
+        # Number of queries of a program, and number of positions that it reads at a time.
         is_large = padded_dim * layout.dtype_bytes > 256
         self.chunk_tokens, self.chunk_tile = (16, 32) if is_large else (64, 64)
         is_half = (
@@ -169,7 +168,7 @@ class TritonAttention(AttentionBackend):
             and layout.head_dim % 8 == 0
         )
         self.flash: Callable[..., torch.Tensor] | None = None
-        """torch's varlen attention; None where it does not fit."""
+        """Torch's varlen attention; None if it does not support this dtype or head size."""
         if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM:
             self.flash = varlen_flash()
         self._has_cudnn = (
@@ -177,7 +176,7 @@ class TritonAttention(AttentionBackend):
         )
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:
-        """Let cuDNN plan for the lengths that prompts of up to ``max_tokens`` are padded to."""
+        """Let cuDNN plan for all padded lengths of prompts of up to ``max_tokens``."""
         if not self._has_cudnn:
             return
         layout = self.layout
@@ -190,7 +189,7 @@ class TritonAttention(AttentionBackend):
             attend_with_cudnn(heads, num_heads, 1.0)
 
     def prepare(self, batch: PackedBatch) -> TritonStep:
-        """Copy all that the layers share to the device at once."""
+        """Copy the inputs that all layers share to the device, in one transfer."""
         arrays: dict[str, IntArray | list[IntArray]] = {
             "slots": slots_of(batch, self.layout.block_size),
             "lengths": batch.context_lengths,
@@ -215,11 +214,11 @@ class TritonAttention(AttentionBackend):
         return TritonStep(self, tensors)
 
     def graph_step(self, tensors: StepTensors) -> TritonStep:
-        """Return a step over ``tensors`` that a graph can replay, whatever they hold then."""
+        """Return a step that a CUDA graph can replay with any content of ``tensors``."""
         return TritonStep(self, tensors)
 
     def takes_cudnn(self, step: StepTensors, window: int) -> bool:
-        """Return whether cuDNN attends: long chunks, nothing before them, within the window."""
+        """Return True if cuDNN attends: for long whole prompts that fit into the window."""
         return (
             self._has_cudnn
             and not step.prefix_slots
@@ -228,9 +227,8 @@ class TritonAttention(AttentionBackend):
         )
 
     def _prefixes(self, batch: PackedBatch) -> list[tuple[IntArray, IntArray]]:
-        """Return by group the slots of all that chunks see, and where each chunk's begin.
-
-        Empty when there is nothing before any chunk.
+        """Return for each group the slots of the tokens that chunks see, and where those of each
+        chunk begin. Empty if all chunks begin their prompts.
         """
         rows = np.arange(batch.num_decode_rows, batch.num_rows)
         lengths, size = batch.context_lengths[rows], self.layout.block_size
@@ -239,8 +237,8 @@ class TritonAttention(AttentionBackend):
             return []
         prefixes = []
         for group, table in zip(self.layout.groups, batch.block_tables, strict=True):
-            # A row contributes its tokens [first, length); the first query, at ``before``, sees
-            # none earlier.
+            # A row contributes its tokens [first, length). Its first query, at ``before``, does not
+            # see earlier tokens.
             window = group.sliding_window
             first = np.zeros_like(before) if window is None else np.maximum(before - window + 1, 0)
             starts = np.concatenate([[0], np.cumsum(lengths - first)])
@@ -252,10 +250,11 @@ class TritonAttention(AttentionBackend):
 
 
 def split_contexts(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
-    """Return the most splits of a row, a power of two, and the fewest tokens of a split.
+    """Return the largest number of splits of a row, a power of two, and the fewest tokens of a
+    split.
 
-    Few rows are cut into many splits; rows that fill the device only where they are long. Both are
-    fixed at launch, whatever the lengths are.
+    A few rows get many splits. If the rows fill the device, only long rows are split. Neither
+    number depends on the lengths, because a CUDA graph fixes both.
     """
     wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
     min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
@@ -263,7 +262,7 @@ def split_contexts(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
 
 
 class TritonStep(AttentionStep):
-    """Launches the kernels of one step, layer by layer; all its tensors live on the device."""
+    """Launches the kernels of one step, layer by layer. All tensors are on the device."""
 
     def __init__(self, backend: TritonAttention, tensors: StepTensors) -> None:
         self._backend = backend
@@ -290,11 +289,11 @@ class TritonStep(AttentionStep):
         scaling: float,
         norms: tuple[Norm, Norm] | None = None,
     ) -> torch.Tensor:
-        """Do as ``attend``, from queries, keys and values that lie side by side.
+        """Like ``attend``, but normalize and rotate queries and keys first.
 
-        ``projected``: [num_tokens, (num_heads + 2 * H) * D], overwritten. ``rotary``: cosines and
-        sines, [num_tokens, D] each; None: a layer without. ``norms``, of queries and keys, are
-        applied before the rotation.
+        ``projected``: [num_tokens, (num_heads + 2 * H) * D], queries, keys, values; overwritten.
+        ``rotary``: cosines and sines, each [num_tokens, D]; None: no rotation. ``norms``: for
+        queries and keys.
         """
         layout, place = self._backend.layout, self._backend.layers[layer]
         heads = projected.view(len(projected), -1, layout.head_dim)
@@ -312,12 +311,13 @@ class TritonStep(AttentionStep):
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         norms: tuple[Norm, Norm] | None,
     ) -> None:
-        """Write keys and values into the KV cache. ``heads``: [num_tokens, heads, D], keys behind
-        queries, which are normalized and rotated in place before.
+        """Normalize and rotate ``heads`` in place, then write keys and values into the KV cache.
+        ``heads``: [num_tokens, heads, D], queries (perhaps none) and then keys.
         """
         num_tokens, num_heads_and_keys, _ = heads.shape
         num_kv_heads = values.shape[1]
-        # The kernel takes pointers in any case, and reads none that its constants switch off.
+        # The kernel needs a pointer for each argument, but reads only those that its constants
+        # enable.
         cosines, sines = rotary or (heads, heads)
         query_norm, key_norm = norms or (Norm(heads, 0.0), Norm(heads, 0.0))
         tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
@@ -347,7 +347,7 @@ class TritonStep(AttentionStep):
         )
 
     def _attend(self, heads: _Heads) -> torch.Tensor:
-        """Attend over keys and values that are in the KV cache already."""
+        """Attend. The step's keys and values must be in the KV cache."""
         num_rows, query = self._tensors.num_decode_rows, heads.query
         has_chunks = bool(self._tensors.chunk_lengths)
         by_library = has_chunks and self._backend.flash is not None
@@ -363,7 +363,7 @@ class TritonStep(AttentionStep):
         return result
 
     def _attend_decode(self, heads: _Heads, num_rows: int, result: torch.Tensor) -> None:
-        """Attend for the first rows, of one token each."""
+        """Attend for the decode rows."""
         query, layer, layout = heads.query, heads.layer, self._backend.layout
         _, num_heads, head_dim = query.shape
         num_splits, min_split = split_contexts(num_rows, layout.num_kv_heads)
@@ -439,13 +439,13 @@ class TritonStep(AttentionStep):
         )
 
     def _library_chunks(self, heads: _Heads) -> torch.Tensor:
-        """Return [num_tokens of chunks, num_heads, D], from libraries."""
+        """Attend for the chunks with libraries. Return [num_tokens of chunks, num_heads, D]."""
         backend, layer, step = self._backend, heads.layer, self._tensors
         assert backend.flash is not None
-        behind = slice(step.num_decode_rows, None)  # chunks stand behind the decode rows
+        behind = slice(step.num_decode_rows, None)  # the tokens after the decode rows
         query, key, value = heads.query[behind], heads.key[behind], heads.value[behind]
         if backend.takes_cudnn(step, layer.window):
-            # cuDNN wants all three side by side.
+            # cuDNN needs all three in one tensor, as in its plans.
             if heads.stacked is None:
                 stacked = torch.cat((query, key, value), dim=1)
             else:
@@ -471,7 +471,7 @@ class TritonStep(AttentionStep):
         )
 
     def _gather(self, layer: _LayerCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values in ``slots``: [num_slots, H, D] each."""
+        """Return the keys and values in ``slots``, each [num_slots, H, D]."""
         layout = self._backend.layout
         keys, values = layer.cache.new_empty((2, len(slots), layout.num_kv_heads, layout.head_dim))
         gather_kv[(triton.cdiv(len(slots), COPY_TOKENS), layout.num_kv_heads)](

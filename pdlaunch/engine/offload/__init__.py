@@ -1,1 +1,1 @@
-"""Holds the host tier of the KV cache: block transfers to and from the host, and what is there."""
+"""The host tier of the KV cache: block transfers to and from the host, and its contents."""

@@ -1,13 +1,12 @@
-"""The scheduler's side of the host tier: keeps its record, finds prefixes on device and host
-together, and makes the jobs that move blocks. No torch, no copies.
+"""The scheduler's side of the host tier: it knows what the host blocks hold, finds prefixes on
+device and host together, and plans the jobs that copy blocks. It uses no torch and copies nothing.
 
-``find -> begin_load -> finish`` brings a prefix back, ``begin_store -> finish`` copies computed
-blocks out. Of each group, a prefix is a run of blocks on the device and then a run of blocks on the
-host::
+``find -> begin_load -> finish`` loads a prefix from the host, ``begin_store -> finish`` stores
+computed blocks. In each group, a prefix has a run of device blocks and then a run of host blocks::
 
     logical block      0   1   2   3   4   5   6
     full group       [ d   d   d   h   h   h ]        shared: 0..2, loaded: 3..5
-    sliding group            . [ d   h   h   h ]      only what the next token sees
+    sliding group            . [ d   h   h   h ]      blocks that the next token sees
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from typing import Literal, NamedTuple
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, first_visible, longest_prefix
 from pdlaunch.engine.kvcache.manager import BlockTables, PrefixHit
 
-# A host block holds one KV block of one group. Blocks and host blocks of an offload job belong to
-# it from the moment it is made until all ranks have reported it.
+# A host block holds one KV block of one group. A job owns its device and host blocks until all
+# ranks have reported its end.
 Direction = Literal["store", "load"]  # ``store``: device to host; ``load``: host to device
 
 DIRECTIONS: tuple[Direction, Direction] = ("store", "load")
 
 
 class BlockKey(NamedTuple):
-    """Names the content of a block."""
+    """Identifies the content of a block."""
 
     group: int
     block_hash: bytes  # covers model, salt and all tokens up to the end of the block
@@ -36,32 +35,32 @@ class BlockKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OffloadJob:
-    """Describes one transfer, the same for all ranks; each rank moves its own heads of the blocks.
+    """Describes one transfer. All ranks get the same job, and each copies its own heads.
 
-    The three lists are equally long: block i moves between ``block_ids[i]`` and ``host_ids[i]``.
+    Block i is copied between ``block_ids[i]`` and ``host_ids[i]``.
     """
 
     job_id: int
     direction: Direction
     block_ids: list[int]  # device blocks
     host_ids: list[int]
-    keys: list[BlockKey]  # The content of each block: a store writes it, a load expects it
+    keys: list[BlockKey]  # for each block, its content
 
 
 @dataclass(frozen=True, slots=True)
 class JobFinished:
-    """A job has ended: nothing reads or writes its blocks any more."""
+    """Reports that a job has ended: no copy reads or writes its blocks any more."""
 
     job_id: int
-    # All bytes are where they belong; those of a load are proven to be those that were stored
+    # All bytes were copied; after a load, they are proven to equal the stored bytes.
     ok: bool
     error: str = ""
-    # Host blocks whose content was not what this load expected
+    # Host blocks that did not have the content that the load expected.
     failed_host_ids: list[int] = field(default_factory=list)
     num_bytes: int = 0
 
 
-# (group, block hash) -> id of the block: ``BlockPool.find``, ``HostTier.find``
+# (group, block hash) -> block id: ``BlockPool.find``, ``HostTier.find``
 FindBlock = Callable[[int, bytes], int | None]
 Move = tuple[int, int, BlockKey]  # device block, host block, content
 
@@ -75,31 +74,31 @@ class _HostBlock:
 
 
 class HostTier:
-    """Keeps the record of ``num_blocks`` host blocks, by id from 0 on: which holds what, and which
-    leave when room is short, the least recently used first.
+    """Knows which content each of ``num_blocks`` host blocks holds. If no block is free, the least
+    recently used block is evicted.
 
     ::
 
         free ── begin_store ──▶ storing ─┬─ finish_store(ok) ──▶ resident ── evict ──▶ free
                                          └─ failed ────────────▶ free
         resident ── begin_load: pins + 1 ──▶ resident ── finish_load: pins - 1
-                        a block that failed is found no more, and free when its last pin is gone
+                        a failed block cannot be found, and is free after its last load
 
-    Only resident blocks are found. Storing and pinned blocks are in flight: a copy reads or writes
-    them, so they never leave.
+    Only resident blocks can be found. Storing and pinned blocks are never evicted, because a copy
+    writes or reads them.
     """
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
-        # A stack, low ids on top: little memory is touched while the tier is young.
+        # A stack, low ids on top, so that a new tier touches little memory.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._blocks: dict[int, _HostBlock] = {}
         self._by_key: OrderedDict[BlockKey, int] = OrderedDict()
-        """Storing and resident blocks but for failed ones, the least recently used first."""
+        """All storing and resident blocks except failed blocks, the least recently used first."""
         self.num_evicted_blocks = 0
         self.on_change: Callable[[bytes, bool], None] = lambda _, __: None
-        """Called with each hash of group 0, and whether a block for it was added or removed."""
+        """Called with a hash of group 0 and True if it can be found now, False if no longer."""
 
     @property
     def num_used_blocks(self) -> int:
@@ -110,15 +109,15 @@ class HostTier:
         return host_id if host_id is not None and self._blocks[host_id].is_resident else None
 
     def begin_store(self, key: BlockKey) -> int | None:
-        """Return a host block to write to until ``finish_store``; None when the content is there
-        already or being stored, or when there is no room.
+        """Return a host block to write to until ``finish_store``. Return None if the content is
+        there or is being stored, or if all blocks are in use by copies.
         """
         if key in self._by_key:
             return None
         if not self._free:
             oldest = next(filter(self._is_idle, self._by_key.values()), None)
             if oldest is None:
-                return None  # everything is in flight
+                return None  # copies use all blocks
             self._give_up(oldest)
             self.num_evicted_blocks += 1
         host_id = self._by_key[key] = self._free.pop()
@@ -126,19 +125,19 @@ class HostTier:
         return host_id
 
     def finish_store(self, host_id: int, *, ok: bool) -> None:
-        """Record that the copy has ended: the block can be found, or is free."""
+        """Record the end of a copy: the block can be found, or is free after a failure."""
         block = self._blocks[host_id]
         assert not block.is_resident
         if ok:
             block.is_resident = True
             self._by_key.move_to_end(block.key)
-            self._tell(block.key, True)
+            self._notify(block.key, True)
         else:
             self._give_up(host_id)
 
     def begin_load(self, host_ids: Sequence[int]) -> None:
-        """Pin resident blocks of one prefix, in its order, and count them as used."""
-        # The end of a prefix is of no use without its beginning: that counts as used last.
+        """Pin resident blocks and mark them as used; ``host_ids``: in the order of the prefix."""
+        # Mark the beginning last, so that it is evicted after the end, which is useless alone.
         for host_id in reversed(host_ids):
             block = self._blocks[host_id]
             assert block.is_resident
@@ -147,7 +146,7 @@ class HostTier:
             self._by_key.move_to_end(block.key)
 
     def finish_load(self, host_ids: Iterable[int], failed_host_ids: Iterable[int] = ()) -> None:
-        """Unpin what ``begin_load`` pinned; failed blocks hold wrong bytes and are given up."""
+        """Unpin the blocks of a load. Failed blocks hold wrong bytes and are dropped."""
         failed = set(failed_host_ids)
         for host_id in host_ids:
             block = self._blocks[host_id]
@@ -156,30 +155,30 @@ class HostTier:
             if host_id in failed and not block.is_failed:
                 del self._by_key[block.key]
                 block.is_failed = True
-                self._tell(block.key, False)
-            # Other loads may still read what has failed: it is free after the last of them.
+                self._notify(block.key, False)
+            # A failed block is free only after its last load.
             if block.is_failed and not block.pins:
                 self._release(host_id)
 
     def check_integrity(self, *, storing: Iterable[int] = (), loading: Iterable[int] = ()) -> None:
-        """Prove that every host block is free or used once, pinned as often as ``loading`` says,
-        and found only when resident.
+        """Check that each host block is either free or used, that each block has one pin for each
+        load, and that each hash leads to its block.
 
-        Given are the ids of all stores and loads in flight, an id once for each load. Raises
+        The arguments list the host ids of all running jobs, once for each job. Raises
         AssertionError.
         """
         pins = dict.fromkeys(range(self.num_blocks), 0)
         for host_id in loading:
             pins[host_id] += 1
         assert sorted([*self._free, *self._blocks]) == list(range(self.num_blocks)), (
-            "a host block is lost or twice used"
+            "a host block is lost, or in two states"
         )
         in_store = [host_id for host_id, block in self._blocks.items() if not block.is_resident]
-        assert sorted(in_store) == sorted(storing), "the stores in flight are not those of the tier"
+        assert sorted(in_store) == sorted(storing), "the tier has other storing blocks"
         for host_id, block in self._blocks.items():
-            assert block.pins == pins[host_id], "the pins are not those of the loads"
+            assert block.pins == pins[host_id], "the number of pins is not the number of loads"
             assert block.is_failed or self._by_key[block.key] == host_id
-            assert not block.is_failed or block.pins, "a failed block that nobody loads is not free"
+            assert not block.is_failed or block.pins, "a failed block without loads is not free"
         assert len(self._by_key) == sum(not block.is_failed for block in self._blocks.values())
 
     def _is_idle(self, host_id: int) -> bool:
@@ -190,28 +189,28 @@ class HostTier:
         key = self._blocks[host_id].key
         del self._by_key[key]
         self._release(host_id)
-        self._tell(key, False)
+        self._notify(key, False)
 
     def _release(self, host_id: int) -> None:
         del self._blocks[host_id]
         self._free.append(host_id)
 
-    def _tell(self, key: BlockKey, is_found: bool) -> None:
+    def _notify(self, key: BlockKey, is_found: bool) -> None:
         if key.group == 0:
             self.on_change(key.block_hash, is_found)
 
 
 @dataclass(frozen=True, slots=True)
 class HostHit:
-    """Describes a prefix that is partly on the host."""
+    """A cached prefix with blocks on the host."""
 
-    device: PrefixHit  # cached blocks of each group to share; what follows them comes from the host
-    host_ids: list[list[int]]  # host blocks of each group: its logical blocks [device.end, end)
+    device: PrefixHit  # device blocks to share, by group
+    host_ids: list[list[int]]  # host blocks to load, by group: logical blocks [device.end, end)
     end: int  # logical index after the last block of each group
 
 
 class OffloadPlanner:
-    """Owns the jobs in flight and the tier. Not safe for more than one thread."""
+    """Owns the running jobs and the tier. Not thread-safe."""
 
     def __init__(self, groups: Sequence[KVCacheGroup], block_size: int, tier: HostTier) -> None:
         self._windows = [group.sliding_window for group in groups]
@@ -227,11 +226,11 @@ class OffloadPlanner:
     def find(
         self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindBlock
     ) -> HostHit | None:
-        """Return the longest prefix of at most ``max_blocks`` blocks on device and host; None when
-        the host adds nothing to it.
+        """Return the longest prefix of at most ``max_blocks`` blocks on device and host; None if it
+        has no blocks on the host.
 
-        It is never shorter than what the device alone has. Nothing is pinned before ``begin_load``,
-        which must follow at once or never.
+        It is never shorter than the prefix on the device alone. The blocks are not pinned, so call
+        ``begin_load`` at once or not at all.
         """
 
         def runs(group: int, start: int, limit: int) -> tuple[list[int], list[int]]:
@@ -256,11 +255,10 @@ class OffloadPlanner:
     def begin_load(
         self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]
     ) -> OffloadJob:
-        """Load what ``find`` has found on the host. ``block_ids``: by group a device block for each
-        of ``hit.host_ids``.
+        """Make the job that loads the host blocks of ``hit``. ``block_ids``: by group, a device
+        block for each of ``hit.host_ids``.
 
-        The blocks belong to the job until ``finish``; the caller shares those of ``hit.device``
-        itself.
+        The job owns these blocks until ``finish``. The caller shares the blocks of ``hit.device``.
         """
         moves: list[Move] = []
         for group, (ids, host_ids) in enumerate(zip(block_ids, hit.host_ids, strict=True)):
@@ -273,10 +271,11 @@ class OffloadPlanner:
     def begin_store(
         self, tables: BlockTables, block_hashes: Sequence[bytes], blocks: range
     ) -> OffloadJob | None:
-        """Store these logical blocks as far as the tier lacks them and has room; None: nothing.
+        """Make the job that stores these logical blocks, except blocks that the tier has already or
+        has no room for. Return None if no blocks remain.
 
-        All tokens of these blocks are computed. They must keep content and owner until ``finish``:
-        the caller takes one more share of ``job.block_ids``.
+        All tokens of the blocks are computed. The caller shares ``job.block_ids`` once more and
+        releases them after ``finish``, so that the blocks keep their content.
         """
         moves: list[Move] = []
         for group, first in enumerate(tables.first):
@@ -289,7 +288,7 @@ class OffloadPlanner:
         return self._add("store", moves) if moves else None
 
     def finish(self, report: JobFinished) -> OffloadJob:
-        """Account for a job that all ranks have ended; its blocks are the caller's again."""
+        """Record that all ranks have ended a job. The caller owns its device blocks again."""
         job = self._jobs.pop(report.job_id)
         if job.direction == "load":
             self.tier.finish_load(job.host_ids, report.failed_host_ids)
@@ -299,13 +298,13 @@ class OffloadPlanner:
         return job
 
     def block_ids_in_flight(self, direction: Direction) -> Iterator[int]:
-        """Yield the device blocks of all jobs of a direction, one that is stored twice twice."""
+        """Yield the device blocks of all jobs of a direction, once for each job."""
         for job in self._jobs.values():
             if job.direction == direction:
                 yield from job.block_ids
 
     def check_integrity(self) -> None:
-        """Prove that the tier's blocks in flight are those of the jobs. Raises AssertionError."""
+        """Check that tier and jobs agree on the blocks in use. Raises AssertionError."""
         in_flight: dict[Direction, list[int]] = {"store": [], "load": []}
         for job in self._jobs.values():
             in_flight[job.direction] += job.host_ids
@@ -320,7 +319,7 @@ class OffloadPlanner:
 
 
 def _run(find: FindBlock, group: int, block_hashes: Sequence[bytes]) -> list[int]:
-    """Return the ids of the blocks that are found before the first that is not."""
+    """Return the ids of the blocks before the first gap."""
     found: list[int] = []
     for block_hash in block_hashes:
         block_id = find(group, block_hash)

@@ -1,19 +1,18 @@
-"""The host tier of one rank executes jobs, proves what it loads, and reports. The step loop calls
-it and never waits.
+"""Runs the offload jobs of one rank, proves loaded blocks and reports the end of each job. The step
+loop calls it and never waits.
 
 ::
 
     store   copy ──▶ checksums ──▶ recorded ──▶ JobFinished
-    load    recorded? ──▶ copy, checksums ──▶ equal to those recorded? ──▶ JobFinished
+    load    recorded? ──▶ copy, checksums ──▶ equal to the recorded? ──▶ JobFinished
 
-Checksums are xxh3_64 of each (block, KV head). On a CPU the host's bytes are hashed while the copy
-reads them; a GPU hashes its own blocks: those that were stored, and those that a load has brought.
+Checksums are xxh3_64 of each (block, KV head). On a CPU, threads hash the host blocks after a store
+or during a load. On a GPU, a kernel hashes the device blocks after a store or a load.
 
-Each direction has a thread. On a CPU that thread copies; on CUDA the caller enqueues on a stream of
-its own, behind what the current stream holds, and the thread waits. There the copy engines
-(``cuMemcpyBatchAsync``) move 52 to 54 GB/s each way from pages of 32 KiB on (one H200, PCIe 5.0:
-55), and take no multiprocessor from the model. A block of all layers is that large in every model
-that is served; so there is no other method.
+Each direction has a thread. On a CPU, the thread copies. On CUDA, the caller enqueues copies on the
+direction's stream, after the work of the current stream, and the thread waits for their end. The
+copy engines (``cuMemcpyBatchAsync``) move 52 to 54 GB/s each way if pieces have at least 32 KiB
+(H200, PCIe 5.0: 55). Blocks of all supported models are that large, so there is no copy kernel.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ from pdlaunch.transfer.regions import Addresses, merge, pieces_of
 
 logger = logging.getLogger(__name__)
 
-PAGE_BYTES = 4096  # Host blocks begin on pages of the machine
-# One stream and three on an H200: blocks of 64 KiB 39 and 46 GB/s, of 256 KiB 49 and 52 GB/s
+PAGE_BYTES = 4096  # Page size of the machine; each host block begins on a page
+# H200, one stream and three: 39 and 46 GB/s for blocks of 64 KiB, 49 and 52 GB/s for 256 KiB
 NUM_BATCH_STREAMS = 3
-# Of half of the cores. 512 MiB take 44 ms on 2 threads and 18 ms on 6; the copy takes 10 ms.
+# At most half of the cores. 512 MiB take 44 ms on 2 threads and 18 ms on 6; the copy takes 10 ms.
 MOST_HASH_THREADS = 8
 
 
 def register_pages(address: int, num_bytes: int) -> int:
-    """Page-lock memory for all devices; returns CUDA's error code, 0 for none."""
+    """Page-lock memory for all devices. Return CUDA's error code, 0 for success."""
     return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))  # type: ignore[no-untyped-call]
 
 
@@ -61,12 +60,12 @@ def unregister_pages(address: int) -> None:
 
 
 class HostMemory:
-    """Allocates ``num_blocks`` host blocks at once, each of ``block_bytes`` on a page of its own.
+    """Allocates ``num_blocks`` host blocks of ``block_bytes``, each at the beginning of a page.
 
-    To be pinned, anonymous memory in huge pages is touched by several threads and then registered.
-    That takes 0.1 s a GiB on an H200's host, where the driver's allocator took 0.37 s and scattered
-    copies of 4 KiB were slower (44 instead of 48 GB/s). Raises ConfigError when the machine has
-    less memory than asked for, or refuses to pin it.
+    To pin the memory, several threads touch anonymous memory in huge pages, and then CUDA registers
+    it. This takes 0.1 s for each GiB on an H200's host. The driver's allocator took 0.37 s, and
+    scattered copies of 4 KiB were slower (44 instead of 48 GB/s). Raises ConfigError if the machine
+    has too little memory or refuses to pin it.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class HostMemory:
         self.place = RegionPlace(self.memory.data_ptr(), self._stride, block_bytes)
         self._unpin: Callable[[], None] = lambda: None
         if pin:
-            # Registering would make the kernel provide the pages one by one.
+            # Otherwise the kernel would provide the pages one by one during the registration.
             touch_pages(region)
             if code := register(self.place.address, num_bytes):
                 raise self._refusal(f"pinning them failed with CUDA error {code}")
@@ -102,7 +101,7 @@ class HostMemory:
         return self.memory[start : start + self._block_bytes]
 
     def close(self) -> None:
-        """Unpin the memory; no copy may run any more."""
+        """Unpin the memory. All copies must have ended."""
         self._unpin()
 
     def _refusal(self, reason: str) -> ConfigError:
@@ -110,29 +109,29 @@ class HostMemory:
             f"kv_offload.host_memory needs {self._num_bytes} bytes for each rank: {reason}",
             field="kv_offload.host_memory",
             value=self._num_bytes,
-            fix="Give it less memory; the ranks of a machine share what it has.",
+            fix="Set it lower: all ranks of a machine share its memory.",
         )
 
 
 def bytes_on_host(block_bytes: int) -> int:
-    """Return what a block takes in host memory, the unused end of its last page included."""
+    """Return the host memory that a block takes: ``block_bytes``, rounded up to whole pages."""
     return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-# Takes destinations, sources and sizes; copies all, or enqueues them on the current stream. Raises
-# TransferError, RuntimeError.
+# Takes destinations, sources and sizes. Copies at once, or enqueues copies on the current stream.
+# Raises TransferError, RuntimeError.
 Copy = Callable[[Addresses, Addresses, Addresses], None]
 
 
 def copy_by_thread(destinations: Addresses, sources: Addresses, sizes: Addresses) -> None:
-    """Copy on a CPU, without the interpreter's lock."""
+    """Copy on a CPU, without the interpreter lock."""
     columns = (column.tolist() for column in (destinations, sources, sizes))
     for destination, source, size in zip(*columns, strict=True):
         ctypes.memmove(destination, source, size)
 
 
 def copy_by_engines() -> Copy:
-    """Return the copy by a GPU's copy engines. Raises ConfigError for a driver that lacks it."""
+    """Return a copy function for a GPU's copy engines. Raises ConfigError if the driver is old."""
     try:
         batches = BatchCopies(NUM_BATCH_STREAMS)
     except DriverError as error:
@@ -147,9 +146,9 @@ def copy_by_engines() -> Copy:
 
 
 class CopyQueue:
-    """Runs the copies of one direction in order, and reports each end from its thread.
+    """Runs the copies of one direction in order. Its thread calls ``report`` at each end.
 
-    ``blocks``: the KV cache, [num_blocks, block_bytes] uint8. For one calling thread.
+    ``blocks``: the KV cache, [num_blocks, block_bytes] uint8. Only one thread may call the methods.
     """
 
     def __init__(
@@ -174,7 +173,7 @@ class CopyQueue:
         self._thread.start()
 
     def submit(self, job: OffloadJob) -> None:
-        """Queue a copy. Never raises: success and failure are both reported at the end."""
+        """Queue a copy. Never raises: a failure is reported at the end."""
         if self._stream is None:
             end: Callable[[], None] = partial(self._copy_all, job)
         else:
@@ -182,7 +181,7 @@ class CopyQueue:
         self._ends.put((job.job_id, len(job.block_ids) * self._blocks.shape[1], end))
 
     def close(self, timeout_s: float) -> bool:
-        """End the thread after what is queued; False: a copy still runs, host memory must stay."""
+        """End the thread after all queued copies; False: a copy still uses the host memory."""
         self._ends.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -194,7 +193,7 @@ class CopyQueue:
                 end()
                 report = JobFinished(job_id, True, num_bytes=num_bytes)
             except Exception as error:
-                # Whatever it is, the blocks must not be used, and their owner must hear of it.
+                # Report any error, because the blocks must not be used.
                 report = JobFinished(job_id, False, f"{type(error).__name__}: {error}")
             self._report(report)
 
@@ -210,50 +209,50 @@ class CopyQueue:
         self._copy(*merge(*pair))
 
     def _enqueue(self, job: OffloadJob, stream: torch.cuda.Stream) -> Callable[[], None]:
-        """Enqueue the copies; return a function that waits for them."""
-        # Blocking: the thread that waits sleeps, and takes no core from the step loop.
+        """Enqueue the copies and return a function that waits for them."""
+        # Blocking: the waiting thread sleeps and does not take a core from the step loop.
         end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         failure: Exception | None = None
         try:
-            # What the blocks were last used for may still be queued there.
+            # The current stream may still have queued work that uses the blocks.
             stream.wait_stream(torch.cuda.current_stream(self._blocks.device))
             with torch.cuda.device(self._blocks.device), torch.cuda.stream(stream):
                 self._copy_all(job)
                 end.record(stream)
         except (RuntimeError, TransferError) as error:
-            # An error of the device, too, is this job's: it must not end the step loop.
+            # Any error fails only this job, even a device error: it must not end the step loop.
             failure = error
 
         def wait() -> None:
             if failure is not None:
-                stream.synchronize()  # a part of the copies may be on its way
+                stream.synchronize()  # some of the copies may have started
                 raise failure
             end.synchronize()
 
         return wait
 
 
-Digests = list[tuple[int, ...]]  # by block, one checksum for each KV head of the rank
+Digests = list[tuple[int, ...]]  # for each block, a checksum for each KV head of the rank
 
 
 @dataclass(slots=True)
 class _Pending:
-    """A job under way: ended when the copy has and all checksums are there."""
+    """A running job. It ends when the copy has ended and all checksums are computed."""
 
     job: OffloadJob
     copied: JobFinished | None = None
-    # Their results, one after another, are the digests of all blocks in order
+    # Their results, joined in this order, are the digests of the job's blocks.
     hashing: list[Future[Digests]] = field(default_factory=list)
 
 
 class OffloadWorker:
-    """Owns the host memory of one rank, and the copies between it and the rank's KV cache. All
-    methods are for one thread.
+    """Owns the host memory of one rank, and copies blocks between it and the rank's KV cache. Only
+    one thread may call the methods.
 
     ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous,
-    shared by all groups; outlives the worker. ``device_hasher`` computes checksums where the cache
-    lies on a GPU. ``wake`` is called, perhaps from other threads, when ``take_finished`` may have
-    something. Raises ConfigError when ``host_memory_bytes`` hold no block, or cannot be had.
+    shared by all groups; outlives the worker. ``device_hasher``: computes checksums on a GPU.
+    ``wake`` may be called from any thread, if ``take_finished`` may have a job. Raises ConfigError
+    if ``host_memory_bytes`` is smaller than a block or cannot be allocated.
     """
 
     def __init__(
@@ -265,13 +264,13 @@ class OffloadWorker:
         device_hasher: KVHasher | None = None,
         wake: Callable[[], None],
     ) -> None:
-        # All groups share one pool of host blocks, as large on every rank of an engine.
+        # All groups share one pool of host blocks. All ranks of an engine have the same number.
         self.num_blocks = host_memory_bytes // bytes_on_host(layout.block_bytes)
         if not self.num_blocks:
             least_bytes = bytes_on_host(layout.block_bytes)
             raise ConfigError(
-                f"kv_offload.host_memory {host_memory_bytes} bytes holds no block of {least_bytes} "
-                "bytes",
+                f"kv_offload.host_memory {host_memory_bytes} bytes is smaller than one block of "
+                f"{least_bytes} bytes",
                 field="kv_offload.host_memory",
                 value=host_memory_bytes,
                 fix=f"Give it at least {least_bytes} bytes for each rank.",
@@ -289,23 +288,23 @@ class OffloadWorker:
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="offload-hash")
         self._device_hasher = device_hasher
         self._contents: dict[int, tuple[BlockKey, tuple[int, ...]]] = {}
-        """What each host block holds: its key, and a checksum for each KV head."""
+        """Host id -> the block's key, and a checksum for each KV head."""
         self._pending: dict[int, _Pending] = {}
         self._reports: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
-        """Ends of copies, and loads that were refused."""
+        """Ended copies, and refused loads."""
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
-        """Start jobs behind what the current CUDA stream holds; every one is reported."""
+        """Start jobs, after the work of the current CUDA stream. The end of each is reported."""
         for job in jobs:
             self._start(job)
 
     def take_finished(self) -> list[JobFinished]:
-        """Return the jobs that have ended since the last call, each once."""
+        """Return the jobs that have ended since the last call."""
         finished: list[JobFinished] = []
         while not self._reports.empty():
             report = self._reports.get()
             pending = self._pending.get(report.job_id)
-            if pending is None:  # it was refused
+            if pending is None:  # a refused load
                 finished.append(report)
                 continue
             pending.copied = report
@@ -318,7 +317,7 @@ class OffloadWorker:
         return finished
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Let what is queued end, then unpin; memory stays pinned when that takes longer."""
+        """Wait for all queued copies, then unpin. After ``timeout_s``, leave the memory pinned."""
         ends = [copies.close(timeout_s) for copies in self._copies.values()]
         ended = all(ends)
         self._threads.shutdown(wait=ended, cancel_futures=True)
@@ -334,7 +333,7 @@ class OffloadWorker:
     def _start(self, job: OffloadJob) -> None:
         if job.direction == "store":
             for host_id in job.host_ids:
-                # While the copy writes, it holds neither its old content nor the new one.
+                # While the copy writes, the block has neither its old content nor its new content.
                 self._contents.pop(host_id, None)
         unknown = [
             host_id
@@ -342,7 +341,7 @@ class OffloadWorker:
             if job.direction == "load" and self._contents.get(host_id, (None,))[0] != key
         ]
         if unknown:
-            error = f"host blocks {unknown} do not hold what was asked for"
+            error = f"host blocks {unknown} do not hold the expected content"
             self._report(JobFinished(job.job_id, False, error, unknown))
             return
         pending = self._pending[job.job_id] = _Pending(job)
@@ -367,7 +366,7 @@ class OffloadWorker:
             future.add_done_callback(lambda _future: self._wake())
 
     def _hash_host(self, host_ids: Sequence[int]) -> Digests:
-        # A block's bytes of each head follow each other.
+        # The bytes of each head are contiguous within a block.
         blocks = (self.host.block(host_id).view(-1, self._head_bytes) for host_id in host_ids)
         return [tuple(map(xxhash.xxh3_64_intdigest, block.numpy())) for block in blocks]
 
@@ -384,5 +383,5 @@ class OffloadWorker:
         ]
         if not wrong:
             return copied
-        error = f"host blocks {wrong} have other checksums than when they were stored"
+        error = f"checksums of host blocks {wrong} have changed since they were stored"
         return replace(copied, ok=False, error=error, failed_host_ids=wrong)

@@ -1,1 +1,1 @@
-"""Serves one engine over HTTP; no torch."""
+"""Serves one engine over HTTP, without importing torch."""

@@ -1,6 +1,6 @@
-"""Runs as ``python -m pdlaunch.engine.server --name NAME``: the HTTP server of one engine.
+"""Runs the HTTP server of one engine: ``python -m pdlaunch.engine.server --name NAME``.
 
-The supervisor starts it, with a Bootstrap on standard input that has the name too.
+The supervisor writes a Bootstrap to standard input. ``--name`` only marks the process in listings.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ from pdlaunch.engine.server.lifecycle import ServerProcess
 from pdlaunch.http.lifecycle import run_supervised
 
 if __name__ == "__main__":
-    # One text at a time is encoded; a thread pool of the tokenizers library would only cost memory.
+    # Texts are encoded one at a time, so threads of the tokenizers library would only cost memory.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(run_supervised(lambda supervised: ServerProcess(supervised).run()))

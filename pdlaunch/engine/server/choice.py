@@ -1,8 +1,8 @@
 """Turns the output tokens of one choice into the text that its client gets.
 
 The text emitted after k tokens is a pure function of the prompt, these k tokens and the stop
-strings: another engine that is fed the same tokens is at the same place. Two things hold text back:
-a UTF-8 character that is incomplete, and text that may begin a stop string.
+strings. Therefore another engine emits the same text for the same tokens. Text is held back while
+its last UTF-8 character is incomplete, or while it may be the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pdlaunch.protocol.openai.requests import ChatCompletionRequest, GenerationR
 from pdlaunch.protocol.openai.responses import CalledTool
 
 _REPLACEMENT = "�"
-_NUM_PROMPT_TOKENS = 6  # context that decides on a leading space; more is never needed
-# A run of tokens that are no text is emitted from here on; real characters end far earlier
+_NUM_PROMPT_TOKENS = 6  # enough context to decide whether the text begins with a space
+# More tokens without a complete character are emitted as U+FFFD; real characters are far shorter
 _MAX_HELD_TOKENS = 24
 
 
@@ -30,10 +30,10 @@ class TextStream:
 
         tokens   ... [ context | pending ]
                       ^start    ^read
-        text          [ prefix | stable | � ]     ``emitted`` characters of stable were given out
+        text          [ prefix | stable | � ]     ``emitted`` characters of stable were emitted
 
-    The text of a token depends on the few before it, so the window ``tokens[start:]`` is decoded
-    again for each token and moves on when it ends in a whole character.
+    The text of a token depends on the few tokens before it, so the window ``tokens[start:]`` is
+    decoded again for each token. The window moves on when it ends in a whole character.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TextStream:
         min_tokens: int = 0,
         include_stop: bool = False,
     ) -> None:
-        """Text of earlier tokens than ``min_tokens`` is not searched for stop strings."""
+        """Stop strings are searched for from output token number ``min_tokens`` on."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._stop = tuple(stop)
@@ -59,7 +59,7 @@ class TextStream:
         self._num_tokens = 0
         self._held = ""
         self.num_chars = 0
-        """Characters of all tokens so far, also of those held back."""
+        """Characters of all tokens so far, including those held back."""
         self.stop_string: str | None = None
         """The stop string that was found; the choice is over."""
 
@@ -73,7 +73,7 @@ class TextStream:
         text = self._held + new
         found = [(start, len(stop), stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
-            # Of two at one place the shorter one was complete first.
+            # Of two stop strings at one place, the shorter one was complete first.
             start, size, self.stop_string = min(found)
             self._held = ""
             return text[: start + size] if self._include_stop else text[:start]
@@ -82,7 +82,7 @@ class TextStream:
         return text[: len(text) - num_held]
 
     def finish(self) -> str:
-        """Return the text to emit when the choice has ended by anything but a stop string.
+        """Return the text that was held back, if the choice has ended without a stop string.
 
         Incomplete characters are emitted as U+FFFD.
         """
@@ -93,7 +93,7 @@ class TextStream:
         return text
 
     def _detokenize(self, token_id: int) -> str:
-        """Return the text that is certain now; empty while a character is incomplete."""
+        """Return the text that the token completes; empty while a character is incomplete."""
         self._window.append(token_id)
         text = self._decode()
         stable = text.rstrip(_REPLACEMENT)
@@ -113,14 +113,14 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that ``stop`` begins with."""
+    """Return the length of the longest ending of ``text`` with which ``stop`` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(slots=True)
 class Delta:
-    """Holds what is new of a choice, for the client."""
+    """Holds new output of a choice for the client."""
 
     index: int
     text: str = ""
@@ -128,10 +128,10 @@ class Delta:
     # Characters of the answer before each token
     text_offsets: list[int] = field(default_factory=list)
     tool_calls: list[CalledTool] = field(default_factory=list)
-    # The prompt's tokens, with the log probabilities that were asked for
+    # The prompt's tokens, with the requested log probabilities
     prompt: list[TokenOutput] = field(default_factory=list)
     finish_reason: str | None = None
-    # The stop string or stop token id that ended it; None: the model's own end token
+    # The stop string or stop token id that ended the choice; None: neither did
     stop_reason: str | int | None = None
 
     def add(self, other: Delta) -> None:
@@ -153,13 +153,13 @@ class Choice:
         options: GenerationRequest,
         tokenizer: TextTokenizer,
         *,
-        goes_on_elsewhere: bool,
+        continues_elsewhere: bool,
         echo: str = "",
         is_echo_sent: bool = False,
     ) -> None:
-        """``goes_on_elsewhere``: another engine continues, so held-back text stays held back.
+        """``continues_elsewhere``: another engine continues, and emits the text held back here.
 
-        ``echo``: the prompt's text, with which the answer begins.
+        ``echo``: the prompt's text, which comes first in the answer.
         """
         self.index = index
         self.request = request
@@ -176,11 +176,11 @@ class Choice:
             min_tokens=options.min_tokens,
             include_stop=self._include_stop,
         )
-        self._goes_on_elsewhere = goes_on_elsewhere
+        self._continues_elsewhere = continues_elsewhere
         self._echo, self._num_echoed = "" if is_echo_sent else echo, len(echo)
         calls_tools = isinstance(options, ChatCompletionRequest) and options.callable_functions
         self._calls = ToolCallReader() if calls_tools else None
-        # The rank draws a token nevertheless.
+        # For a limit of 0, the rank draws a token nevertheless.
         self._drops_output = options.token_limit == 0
 
     @property
@@ -195,8 +195,8 @@ class Choice:
         ends_with_stop_token: bool = False,
         prompt: Sequence[TokenOutput] = (),
     ) -> Delta:
-        """Feed new tokens, and the ``reason`` if they are the last; a stop string ends the choice
-        early and drops the tokens after it.
+        """Add new tokens, with the finish ``reason`` if they are the last. A stop string ends the
+        choice early; tokens after it are dropped.
         """
         delta = Delta(self.index, prompt=list(prompt))
         if self._drops_output:
@@ -215,7 +215,7 @@ class Choice:
             if is_stop_token and token.token_id not in self.request.sampling.eos_token_ids:
                 self.stop_reason = token.token_id
         self.finish_reason = reason
-        continues = reason == "length" and self._goes_on_elsewhere
+        continues = reason == "length" and self._continues_elsewhere
         if self.is_over and self._text.stop_string is None and not continues:
             delta.text += self._text.finish()
         if self._calls is not None:
@@ -234,17 +234,17 @@ class Choice:
                 self.finish_reason = "tool_calls"
 
     def resume(self, tokens: Sequence[TokenOutput], *, sent: bool) -> Delta | None:
-        """Feed tokens that another engine has drawn; return what the client has not seen of them.
+        """Add tokens that another engine has drawn; return the output that the client lacks.
 
-        ``sent``: the client has what a stream emits for the tokens, and for the end of the choice
-        if the last token has a ``finish_reason``.
+        ``sent``: the client has the output of these tokens, and also the end of the choice if the
+        last token has a ``finish_reason``.
         """
         sampling, told = self.request.sampling, tokens[-1].finish_reason
         self.request.output = list(tokens)
         is_stop = (
             tokens[-1].token_id in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens
         )
-        # The end apart: a client that was sent the tokens may lack what the end emits.
+        # The end is separate, because a client that has the tokens may lack the end.
         delta, end = self.take(tokens[:-1] if is_stop else tokens), Delta(self.index)
         if not self.is_over:
             if is_stop:

@@ -1,13 +1,13 @@
 """Holds what the HTTP handlers of one engine share: model, link to rank 0, limits, leases, metrics.
 
-Puts an engine to sleep: nothing new comes in, what runs ends, then rank 0 is told.
+``SleepDesk`` refuses new requests, waits for running ones, then asks rank 0 to fall asleep.
 
 ::
 
-    awake ── sleep ──▶ draining ── idle, rank 0 says yes ──▶ asleep ── wake_up: all tags ──▶ awake
+    awake ── sleep ──▶ draining ── idle, rank 0 agrees ────▶ asleep ── wake_up: all tags ──▶ awake
                           └── refused, or out of time ──▶ awake
 
-A caller that goes away changes nothing: what it has asked for goes on.
+If the caller disconnects, its sleep or wake-up still runs to the end.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ from pdlaunch.protocol.ids import HopId, RequestId
 from pdlaunch.protocol.kv_events import KVBlocks
 
 SLEEP_TAGS = ("weights", "kv_cache")
-# Rank 0 compiles one grammar at a time, and a large one takes a second.
+# Limit of grammars that rank 0 has yet to compile, one at a time; a large one takes a second
 MAX_NEW_GRAMMARS = 64
 
 
 def _read_query(
     query: MultiMapping[str], known: dict[str, tuple[str, ...]]
 ) -> dict[str, list[str]]:
-    """Return the values of each parameter, repeated or with commas. Raises RequestError.
+    """Return the values of each parameter, which may be repeated or have commas between values.
 
-    ``known``: the values that each may have.
+    ``known``: the allowed values of each parameter. Raises RequestError for others.
     """
     found: dict[str, list[str]] = {name: [] for name in known}
     for name, text in query.items():
         if name not in known:
-            message = f"unknown query parameter {name!r:.50}; there are {', '.join(known)}"
+            message = f"unknown query parameter {name!r:.50}; use {', '.join(known)}"
             raise RequestError(message, param="query")
         for value in text.split(","):
             if value not in known[name]:
@@ -75,7 +75,7 @@ def _read_query(
 class SleepDesk:
     """Puts the engine to sleep and wakes it up, one call at a time.
 
-    ``announce`` tells the supervisor, whose registry makes routers keep away.
+    ``announce`` reports the state to the supervisor, whose registry keeps routers away.
     """
 
     def __init__(
@@ -92,22 +92,22 @@ class SleepDesk:
         self.announce: Callable[[SleepState], None] = lambda _: None
 
     def check_awake(self) -> None:
-        """Raise OverloadedError (503) while the engine sleeps, or is about to."""
+        """Raise OverloadedError (503) while the engine is asleep or falling asleep."""
         if self._state.state != "awake":
             raise OverloadedError(
-                "the engine sleeps",
+                "the engine is asleep or falling asleep",
                 status=503,
                 retry_after_s=LEAVING_RETRY_AFTER_S,
                 code="engine_sleeping",
             )
 
     def status(self, num_bytes: int = 0) -> dict[str, Any]:
-        """Answer a call; ``num_bytes`` of device memory, over all ranks, it gave back or took."""
+        """Return an answer; ``num_bytes``: device memory freed or allocated, over all ranks."""
         tags = self._tags
         return {"is_sleeping": bool(tags), "sleeping_tags": tags, "num_bytes": num_bytes}
 
     def settle(self, tags: list[str], *, draining: bool = False) -> None:
-        """Take over which pools sleep, also of a rank 0 that is not the one known so far."""
+        """Store which pools are asleep; announce the state if it has changed."""
         self._tags = tags
         state = SleepState(state="draining" if draining else "sleeping" if tags else "awake")
         if state != self._state:
@@ -115,19 +115,19 @@ class SleepDesk:
             self.announce(state)
 
     async def fall_asleep(self, query: MultiMapping[str]) -> dict[str, Any]:
-        """Take ``level=1|2`` (1 keeps the weights in host memory, 2 loads them again) and
-        ``mode=wait|refuse``; answer when the engine sleeps.
+        """Handle ``level=1|2`` (1 keeps the weights in host memory, 2 reads them again later) and
+        ``mode=wait|refuse``; return once the engine is asleep.
 
-        Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller
-        does not wait.
+        Raises RequestError: 400 without sleep mode, 409 if the engine is busy (after the time-out,
+        if the caller waits).
         """
         found = _read_query(query, {"level": ("1", "2"), "mode": ("wait", "refuse")})
         level, waits = int((found["level"] or ["1"])[-1]), "refuse" not in found["mode"]
         return await self._to_the_end(self._fall_asleep(level, waits))
 
     async def wake_up(self, query: MultiMapping[str]) -> dict[str, Any]:
-        """Wake the pools of ``tags=weights&tags=kv_cache``, without tags all. Raises RequestError:
-        400 without sleep mode, 409 when it fails.
+        """Wake the pools of ``tags=weights&tags=kv_cache``, or all pools without ``tags``. Raises
+        RequestError: 400 without sleep mode, 409 if waking fails.
         """
         tags = _read_query(query, {"tags": SLEEP_TAGS})["tags"]
         return await self._to_the_end(self._wake_up(list(dict.fromkeys(tags))))
@@ -142,13 +142,13 @@ class SleepDesk:
             )
         timeout_s = self._timeout_s if waits else 0.0
         try:
-            # The registry first keeps routers away; then what is here can come to its end.
+            # First the registry keeps routers away; then the requests that are here can end.
             self.settle(self._tags, draining=True)
             if not await self._admission.wait_idle(self._timeout_s):
                 raise _conflict(f"requests were still in flight after {self._timeout_s:g} s")
             return self._answer(await link.call(Sleep(level=level, timeout_s=timeout_s)))
         finally:
-            # The link has settled the tags of a reply; without one they are as before.
+            # ``receive`` has stored the tags of a reply; without a reply, they have not changed.
             self.settle(self._tags)
 
     async def _wake_up(self, tags: list[str]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class SleepDesk:
             raise RequestError(
                 "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
             )
-        # Shielded: half a sleep, with the door shut and memory held, would help nobody.
+        # Shielded, so that a caller that disconnects does not leave the engine half asleep.
         task = asyncio.create_task(in_turn())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -184,14 +184,14 @@ def _conflict(message: str) -> RequestError:
 
 MAX_REMEMBERED_LEASES = 4096
 LEASE_POLL_S = 0.05
-# Rank 0 answers between two steps. Routers wait a little longer for a page of metrics.
+# Rank 0 answers between two steps. Routers wait a little longer than this for /metrics.
 READ_STATS_TIMEOUT_S = 1.5
-# Rank 0 speaks every second between its steps; after this silence it counts as hung
+# Rank 0 sends statistics every second, between its steps; after this silence it counts as hung
 RANK_SILENCE_S = 30.0
 
 
 class EngineService:
-    """Holds what the HTTP handlers of one engine share; belongs to the event loop."""
+    """Holds what the HTTP handlers of one engine share. For use in the event loop only."""
 
     def __init__(self, spec: EngineSpec, registry: CollectorRegistry) -> None:
         self.spec = spec
@@ -199,14 +199,14 @@ class EngineService:
         self.admission = Admission(limits.max_queued_requests, _shutting_down)
         self.deadlines = Deadlines(limits.request_timeout_s, _shutting_down)
         self.max_body_bytes = max_engine_body_bytes(limits.max_body_bytes, spec.max_model_len)
-        # Room for what a router lets in, and for one of the longest that it makes of it.
+        # The budget of a router, and room for one of the longest bodies that a router may send.
         budget_bytes = limits.body_budget_bytes + 2 * self.max_body_bytes
         self.bodies = BodyBudget(budget_bytes, self.max_body_bytes)
         self.metrics = ServerMetrics(
             registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
         )
         self.leases: OrderedDict[str, RequestId] = OrderedDict()
-        """The requests whose leases were handed out, by the hop's id and by the lease's."""
+        """The requests whose leases were given to callers, by HopId and by LeaseId."""
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.kv_feed = KVFeed()
         self.loaded: ServedModel | None = None
@@ -232,7 +232,7 @@ class EngineService:
         return self._link
 
     def live_link(self) -> RankLink:
-        """Return the link to a rank that can be given work. Raises OverloadedError (503)."""
+        """Return the link, unless rank 0 has been silent too long. Raises OverloadedError (503)."""
         link = self.link
         if link.silence_s >= RANK_SILENCE_S:
             raise OverloadedError(
@@ -243,7 +243,7 @@ class EngineService:
         return link
 
     def check_health(self) -> None:
-        """Raise OverloadedError (503) that says why the engine takes no work now."""
+        """Raise OverloadedError (503) with the reason if the engine takes no requests now."""
         self.admission.check_open()
         self.sleep.check_awake()
         if self.loaded is None:
@@ -257,7 +257,7 @@ class EngineService:
 
     @contextlib.contextmanager
     def admit_grammar(self, grammar: str) -> Iterator[None]:
-        """Count a grammar while rank 0 may have to compile it, for all its requests once.
+        """Count a grammar while rank 0 may have to compile it, once for all requests with it.
 
         Raises OverloadedError (429).
         """
@@ -277,22 +277,22 @@ class EngineService:
     async def use_link(self, link: RankLink | None) -> None:
         """Replace the link; requests of the old one are lost."""
         old, self._link = self._link, link
-        # Before the old link's requests hear of it, as they may ask again at once.
+        # Before the old link ends its requests, because their callers may retry at once.
         self.welcomed.clear()
         if old is not None:
-            # Before the next rank can tell its own blocks.
-            self.kv_feed.tell(KVBlocks(block_size=self.spec.block_size, is_all=True))
+            # Drop all prefixes before the next rank can report its own.
+            self.kv_feed.publish(KVBlocks(block_size=self.spec.block_size, is_all=True))
             self.metrics.stats.num_leased_requests = 0  # a drain need not wait for these
             await old.close()
 
     async def read_stats(self) -> None:
-        """Bring the rank's totals up to date; they stay as they were when it does not answer."""
+        """Update the rank's totals; they stay unchanged if the rank does not answer in time."""
         with contextlib.suppress(OverloadedError, TimeoutError):
             async with asyncio.timeout(READ_STATS_TIMEOUT_S):
                 await self.live_link().read_stats()
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new work; wait until nothing runs and no lease is left, or the time is up."""
+        """Refuse new requests; wait until no request and no lease is left, or time is up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self.admission.drain(timeout_s)
@@ -301,8 +301,8 @@ class EngineService:
                     await asyncio.sleep(LEASE_POLL_S)
                     await self.read_stats()
 
-    def hear(self, message: Welcome | EngineStats | SleepReply | KVBlocks) -> None:
-        """Take a message of rank 0 that is of no request."""
+    def receive(self, message: Welcome | EngineStats | SleepReply | KVBlocks) -> None:
+        """Handle a message of rank 0 that belongs to no request."""
         match message:
             case Welcome(num_blocks=number):
                 self.metrics.stats = EngineStats(num_blocks=number, num_free_blocks=number)
@@ -314,10 +314,10 @@ class EngineService:
             case SleepReply():
                 self.sleep.settle(message.sleeping_tags)
             case KVBlocks():
-                self.kv_feed.tell(message)
+                self.kv_feed.publish(message)
 
     def remember_lease(self, hop_id: HopId, request_id: RequestId) -> None:
-        """Let a lease be found by both ids. Forgets the oldest leases, which have expired."""
+        """Remember a lease by both ids. Forget the oldest leases, which have expired by then."""
         for key in (hop_id, request_id):
             self.leases[key] = request_id
             self.leases.move_to_end(key)
@@ -340,7 +340,7 @@ def _starting() -> OverloadedError:
 
 # Metrics: what the server sees, and what rank 0 reports
 
-Shown = tuple[str, str, str, Mapping[str, float]]  # name, text, label, and values by the label's
+Shown = tuple[str, str, str, Mapping[str, float]]  # name, help, label, and values by label value
 
 
 def _gauges(stats: EngineStats) -> Iterator[Shown]:
@@ -355,7 +355,7 @@ def _gauges(stats: EngineStats) -> Iterator[Shown]:
     yield gauge("num_requests_waiting", "Requests that wait for a place in the batch or KV blocks.",
                 sum(waiting.values()))
     yield ("num_requests_waiting_by_reason",
-           "The same: for a place (capacity), for KV blocks (deferred).", "reason", waiting)
+           "Waiting requests: for a place (capacity), for KV blocks (deferred).", "reason", waiting)
     yield gauge("num_requests_leased", "Finished prefills that wait for a pull.",
                 stats.num_leased_requests)
     yield gauge("kv_blocks", "KV blocks of a rank.", stats.num_blocks)
@@ -384,9 +384,9 @@ def _counters(stats: EngineStats) -> Iterator[Shown]:
 
 
 class ServerMetrics(Collector):
-    """Holds all metrics of an engine's server, in ``registry``; shows the last ``stats``.
+    """Holds all metrics of an engine's server, in ``registry``; ``stats`` are the last of rank 0.
 
-    Totals begin again with each rank incarnation, which Prometheus expects.
+    Totals restart from 0 with each rank incarnation, which Prometheus allows.
     """
 
     def __init__(
@@ -421,7 +421,7 @@ class ServerMetrics(Collector):
                     family.add_metric([*self._values, *filter(None, [value])], number)
                 yield family
         for name, known in HISTOGRAMS.items():
-            # Of a pull this engine is the decode side.
+            # Only the histograms of pulls have labels. This engine is the decode side of its pulls.
             names = [*self._names, *known.labels, *(["decode"] if known.labels else [])]
             shown = HistogramMetricFamily(f"pdlaunch_{name}", known.text, labels=names)
             found = [series for series in self.stats.histograms if series.name == name]

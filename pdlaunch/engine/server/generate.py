@@ -4,7 +4,7 @@
 
     body -> request model -> prompts -> choices -> rank 0 -> deltas -> chunks, or one answer
 
-A client that goes away cancels the handler, and leaving the handler aborts whatever runs.
+If the client disconnects, the handler is cancelled; its end aborts all choices that still run.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ async def generate(service: EngineService, http: web.Request, kind: type[R]) -> 
                 model,
                 has_peers=has_peers,
                 grammar=grammar,
-                on_heard=compiling.close,
+                on_events=compiling.close,
             )
             return await _run(service, http, generation, deadline)
 
@@ -99,7 +99,7 @@ async def generate(service: EngineService, http: web.Request, kind: type[R]) -> 
 async def _read(
     service: EngineService, http: web.Request, kind: type[R], grow: Grow, spans: SpanLog
 ) -> tuple[R, list[list[int]]]:
-    """Return the request and the token ids of its prompts; all its places are taken then.
+    """Return the request and the token ids of its prompts. Takes a place for each choice.
 
     Raises RequestError.
     """
@@ -120,7 +120,7 @@ async def _read(
 async def _run(
     service: EngineService, http: web.Request, generation: Generation, deadline: Deadline
 ) -> web.StreamResponse:
-    """Answer; then abort whatever is not finished, or a lease whose answer was not written."""
+    """Answer; then abort unfinished choices, and release a lease whose answer was not written."""
     metrics, request, call = service.metrics, generation.request, generation.call
     choices = generation.choices
     clock = RequestClock(metrics.requests)
@@ -128,7 +128,7 @@ async def _run(
     headers = {REQUEST_ID_HEADER: call.hop_id} | ignored_fields_header(request.ignored_fields)
     writer = AnswerWriter(generation, service.model, clock)
     answered = False
-    otherwise = "abort"  # the reason of choices without one: their client has gone away
+    otherwise = "abort"  # counted for choices without a finish reason: the client has gone away
     try:
         generation.start()
         if request.stream:
@@ -165,7 +165,7 @@ async def _answer(
     async with deadline():
         body = await writer.whole()
         response = web.Response(body=body, content_type="application/json", headers=headers)
-        # Written here, so that its caller knows when nobody took the answer.
+        # Written here, not by aiohttp after the handler, so that the caller sees a failure.
         await response.prepare(http)
         await response.write_eof()
     return response
@@ -174,7 +174,7 @@ async def _answer(
 async def _stream(
     http: web.Request, headers: dict[str, str], writer: AnswerWriter, deadline: Deadline
 ) -> tuple[web.StreamResponse, bool]:
-    """Write server-sent events; return False for a stream that ended with an error.
+    """Write server-sent events; return False with the response if the stream failed.
 
     Raises RequestError before the first event; later errors are events.
     """
@@ -197,7 +197,7 @@ async def _stream(
 
 
 class AnswerWriter:
-    """Forms one request's answer, or its stream, while ``generation`` runs."""
+    """Builds the answer of one request, whole or as a stream, while ``generation`` runs."""
 
     def __init__(self, generation: Generation, model: ServedModel, clock: RequestClock) -> None:
         call, self._request = generation.call, generation.request
@@ -229,12 +229,12 @@ class AnswerWriter:
         body = msgspec.json.encode(answer)
         if self._spans is None:
             return body
-        # Into the object that is written already: no other caller's answer has the member.
+        # Added to the encoded object, because answers to other callers never have this member.
         report = msgspec.json.encode(self._spans.report())
         return b'%s,"%s":%s}' % (body[:-1], REPORT_KEY.encode(), report)
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield the stream but for its end, in pieces; each piece is what has come at once."""
+        """Yield the stream without its last events; a piece holds all that arrived together."""
         chunks = [] if self._generation.continues else self._opening()
         async for deltas in self._generation.deltas(self._clock):
             for delta in deltas:
@@ -256,13 +256,13 @@ class AnswerWriter:
         return end + DONE
 
     def _is_shown(self, delta: Delta) -> bool:
-        """Return whether a delta makes a chunk.
+        """Return whether a delta becomes a chunk.
 
-        Tokens whose text is held back do so only where the client asked for more than text.
+        A delta with tokens but no text does so only if the client wants token ids or logprobs.
         """
         wants_tokens = self._request.return_token_ids or self._request.num_top_logprobs is not None
-        has_news = delta.text or delta.tool_calls or delta.finish_reason or delta.prompt
-        return bool(has_news or (delta.tokens and wants_tokens))
+        has_output = delta.text or delta.tool_calls or delta.finish_reason or delta.prompt
+        return bool(has_output or (delta.tokens and wants_tokens))
 
     def _opening(self) -> list[ChatCompletion | Completion]:
         """Return the chunks before any text: the role of every choice, the prompts' token ids."""
@@ -348,7 +348,7 @@ class AnswerWriter:
 def completion_logprobs(
     delta: Delta, tokenizer: TextTokenizer, num_top: int, echoed: Sequence[TokenOutput] = ()
 ) -> CompletionLogprobs:
-    """Return the log probabilities of a delta's tokens, behind those of the prompt's ``echoed``.
+    """Return the log probabilities of a delta's tokens, after those of the ``echoed`` prompt.
 
     The drawn token is always among the top ones, so there may be ``num_top + 1``.
     """
@@ -372,7 +372,7 @@ def completion_logprobs(
 
 
 def prompt_logprobs(prompt: Sequence[TokenOutput], tokenizer: TextTokenizer) -> PromptLogprobs:
-    """Return the log probabilities of a prompt's tokens, the likeliest and then its own."""
+    """Return for each prompt token the log probabilities of the likeliest tokens and its own."""
 
     def told(token: TokenOutput) -> dict[str, PromptLogprob] | None:
         if token.logprob is None:

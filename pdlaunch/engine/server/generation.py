@@ -1,12 +1,12 @@
-"""Splits a request into choices and runs them at rank 0.
+"""Splits a request into choices and runs them on rank 0.
 
 Each prompt has ``n`` choices; each choice is one request to the rank: ``<request id>/<index>``.
 
-- Prefill side of a hand-over: one token a choice; the first choice puts the prompt's blocks under a
-  lease for all.
+- Prefill side of a hand-over: one token for each choice; the first choice leases the prompt's
+  blocks for all choices.
 - Decode side: every choice starts with the token that prefill has drawn
   (``pdlaunch.first_tokens``), or without one when the router does not pass it on.
-- ``resume``: every choice starts with the tokens that it has.
+- ``resume``: every choice starts with its tokens in ``resume``.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _SEED_BITS = 63
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Identifies one HTTP request on its way."""
+    """Holds the ids and options of one HTTP request that are not in its body."""
 
     hop_id: HopId  # names the request for its caller, who may use an id twice at once
     origin: PromptOrigin = NO_ORIGIN
-    is_suspect: bool = False  # a rank may have died of it
+    is_suspect: bool = False  # it may have killed a rank
     spans: SpanLog = field(default_factory=SpanLog)
-    wants_spans: bool = False  # the caller is to be told them
+    wants_spans: bool = False  # the answer includes the spans
 
 
 class Generation:
-    """Runs the choices of one HTTP request; those that are over at the start do not run."""
+    """Runs the choices of one HTTP request, except choices that known tokens have ended."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class Generation:
         *,
         has_peers: bool,
         grammar: str = "",
-        on_heard: Callable[[], None] = lambda: None,
+        on_events: Callable[[], None] = lambda: None,
     ) -> None:
         """Split a request into choices. Raises RequestError.
 
         ``has_peers``: the engine exchanges KV blocks with others. ``grammar``: of the answers.
-        ``on_heard``: called when rank 0 says something, for the first time or again.
+        ``on_events``: called each time that events of rank 0 arrive.
         """
         self.call = call
         self.request = request
@@ -84,18 +84,18 @@ class Generation:
         self.num_prompt_tokens = sum(map(len, prompts))
         self._sent_at = 0.0
         self._link = link
-        self._on_heard = on_heard
+        self._on_events = on_events
         self._running: dict[RequestId, Choice] = {}
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._remote_kv: RemoteKV | None = None
         self._known: list[Delta] = []
-        """What the client is told before rank 0 says anything."""
+        """Output of known tokens, which the client gets before any event of rank 0."""
 
         transfer = request.kv_transfer()
         known, sent = _known(request, transfer)
         self.is_remote_prefill = transfer.do_remote_decode
         self.continues = known is not None and sent
-        """Another engine has sent the beginning: no role, no prompt ids again."""
+        """The client has the beginning of the answer, such as role and prompt ids, already."""
         _check(request, transfer, known, model, len(prompts), has_peers=has_peers)
         seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
         unique_id = f"{call.hop_id}-{secrets.token_hex(4)}"
@@ -128,13 +128,13 @@ class Generation:
                     is_suspect=call.is_suspect,
                     records_spans=call.wants_spans,
                 )
-                goes_on = transfer.do_remote_decode
+                continues_elsewhere = transfer.do_remote_decode
                 choice = Choice(
                     index,
                     add,
                     request,
                     model.tokenizer,
-                    goes_on_elsewhere=goes_on,
+                    continues_elsewhere=continues_elsewhere,
                     echo=echo,
                     is_echo_sent=self.continues,
                 )
@@ -152,23 +152,23 @@ class Generation:
                 self._running[add.request_id] = choice
                 self._link.submit(add, self._events.put_nowait)
             elif add.remote_kv is not None:
-                # The prefill side waits for each reader: a request that comes and goes tells it
-                # that this one needs no blocks.
+                # The prefill side waits for each reader. Adding and aborting the choice makes rank
+                # 0 report that this reader needs no blocks.
                 self._link.submit(add, lambda _: None)
                 self._link.abort(add.request_id)
 
     async def deltas(self, clock: RequestClock) -> AsyncIterator[list[Delta]]:
-        """Yield what is new, until every choice has ended; all that has arrived comes at once.
+        """Yield new output until every choice has ended; each list holds all that has arrived.
 
-        ``clock`` counts new tokens. Raises OverloadedError (503) when the rank is lost,
-        RequestError (500) when it failed; then abort is up to the caller.
+        ``clock`` counts new tokens. Raises OverloadedError (503) if the rank is lost, RequestError
+        (500) if a choice fails; the caller must then call ``abort``.
         """
         if self._known:
             yield self._known
         while self._running:
-            # All that has come makes one write: at high load a step's tokens wait for each other.
+            # One write for all events that have arrived; at high load, these are many.
             events = [await self._events.get()]
-            self._on_heard()
+            self._on_events()
             while not self._events.empty():
                 events.append(self._events.get_nowait())
             if deltas := [delta for event in events if (delta := self._take(event)) is not None]:
@@ -177,13 +177,13 @@ class Generation:
                 yield deltas
 
     def abort(self) -> None:
-        """Drop what still runs. Safe to call at any time."""
+        """Abort the choices that still run. Safe to call at any time."""
         for request_id in self._running:
             self._link.abort(request_id)
         self._running = {}
 
     def release(self) -> None:
-        """End the lease of a remote prefill that nobody will pull, granted or not."""
+        """End the lease of a remote prefill, granted or not, because no engine will pull it."""
         self._link.abort(self.choices[0].request.request_id)
 
     def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
@@ -207,7 +207,7 @@ class Generation:
         return to_wire(self._remote_kv, first_tokens)
 
     def usage(self) -> Usage:
-        """Return the tokens so far; cached ones are those of each prompt's first choice."""
+        """Return the token counts so far; cached tokens are those of each prompt's first choice."""
         num_output = sum(choice.num_tokens for choice in self.choices)
         cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.request.n])
         return Usage(
@@ -227,7 +227,7 @@ class Generation:
         match event:
             case Tokens():
                 delta = choice.take(event.tokens, prompt=event.prompt)
-                if choice.is_over:  # by a stop string, of which the rank knows nothing
+                if choice.is_over:  # by a stop string, which the rank does not know
                     del self._running[event.request_id]
                     self._link.abort(event.request_id)
             case RequestFinished():
@@ -244,7 +244,7 @@ class Generation:
         return delta
 
     def _take_spans(self, event: Tokens | RequestFinished) -> None:
-        """Take the spans that rank 0 reports; of several choices it matters which."""
+        """Add the spans that rank 0 reports; with several choices, each span names its choice."""
         if event.spans is None:
             return
         if len(self.choices) > 1:
@@ -263,9 +263,9 @@ def _first_token(delta: Delta) -> TokenOutput:
 def _known(
     request: GenerationRequest, transfer: KVTransferParams
 ) -> tuple[list[list[TokenOutput]] | None, bool]:
-    """Return the tokens that exist, by choice, and whether the client has been sent them.
+    """Return the output tokens that exist, by choice, and whether the client has their output.
 
-    ``resume`` beats first tokens, as it has them too.
+    ``resume`` takes precedence over first tokens, because it includes them.
     """
     resume, pdlaunch = request.resumed(), transfer.pdlaunch
     if resume is not None:
@@ -274,7 +274,7 @@ def _known(
         return None, False
     if len(pdlaunch.first_tokens) != request.n:
         raise RequestError(
-            f"{len(pdlaunch.first_tokens)} first tokens for n={request.n}",
+            f"there are {len(pdlaunch.first_tokens)} first tokens for n={request.n}",
             param="kv_transfer_params.pdlaunch.first_tokens",
         )
     return [[token] for token in pdlaunch.first_tokens], pdlaunch.first_token_sent
@@ -289,23 +289,23 @@ def _check(
     *,
     has_peers: bool,
 ) -> None:
-    """Raise RequestError for a request that no hand-over of KV blocks, or of known tokens, fits."""
+    """Check token ids, and that the request allows its hand-over or resume. Raises RequestError."""
     hands_over = transfer.do_remote_decode or transfer.remote_kv is not None
     if hands_over and not has_peers:
         raise RequestError(
-            "this engine computes prompts and tokens itself: it hands no KV blocks over and pulls "
-            "none",
+            "this engine has no peers: it neither hands over nor pulls KV blocks; leave out "
+            "kv_transfer_params",
             param="kv_transfer_params",
         )
     if num_prompts > 1 and (known is not None or hands_over):
-        raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
+        raise RequestError("kv_transfer_params and resume allow one prompt only", param="prompt")
     if transfer.do_remote_decode:
         if request.token_limit != 1:
             raise RequestError("do_remote_decode needs max_tokens: 1", param="max_tokens")
         if request.stream:
             raise RequestError("do_remote_decode needs stream: false", param="stream")
         if request.resume is not None:
-            raise RequestError("do_remote_decode and resume exclude each other", param="resume")
+            raise RequestError("do_remote_decode and resume cannot be combined", param="resume")
     model.check_token_ids(request.stop_token_ids, "stop_token_ids")
     model.check_token_ids(list(request.logit_bias), "logit_bias")
     first_tokens = "kv_transfer_params.pdlaunch.first_tokens"
@@ -321,7 +321,7 @@ def _echo(
     token_ids: list[int],
     model: ServedModel,
 ) -> str:
-    """Return the text of a prompt that the answer begins with; empty: it does not."""
+    """Return the prompt's text if the request wants it before the output; otherwise empty."""
     if not isinstance(request, CompletionRequest) or not request.echo:
         return ""
     prompt = request.prompt[number]
@@ -340,7 +340,7 @@ def _sampling(
     *,
     scores_prompt: bool,
 ) -> SamplingParams:
-    # When a grammar is complete, only end tokens may follow: they end the answer at once.
+    # When a grammar is complete, only end tokens may follow, so they must end the answer.
     end_tokens = () if request.ignore_eos and not grammar else model.eos_token_ids
     chosen = {
         name: getattr(request if name in request.model_fields_set else model.defaults, name)

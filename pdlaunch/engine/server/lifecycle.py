@@ -1,11 +1,11 @@
-"""Runs the server process from its start to its end, as the supervisor steers it.
+"""Runs the server process from its start to its end, under the supervisor.
 
 ::
 
     bind HTTP -> Register -> load the model's text side ──────┬─> Ready -> serve -> Drain -> Stop
                    Registry -> rank 0 found -> Hello, Welcome ─┘
 
-Builds the HTTP application of one engine, and answers what does not generate.
+Builds the HTTP application of one engine, and answers all requests except completions.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.http_names import is_loopback, url_of
+from pdlaunch.config.model_files.identity import refuse_changes
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.generate import generate
 from pdlaunch.engine.server.rank_link import RankLink
@@ -59,7 +60,7 @@ Endpoint = Callable[[EngineService, web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(service: EngineService, *, keys: Collection[str]) -> web.Application:
-    """Return the application; one of ``keys`` must be sent as bearer, except to ``OPEN_PATHS``."""
+    """Return the application. All paths but ``OPEN_PATHS`` need one of ``keys`` as bearer token."""
     spec = service.spec
 
     def route(method: str, path: str, endpoint: Endpoint) -> AppRoute:
@@ -86,7 +87,7 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     return HttpApp(
         [
             *(_counted(each, service) for each in routes),
-            # Not counted as a request: it lasts as long as its router.
+            # Not counted as a request: a stream lasts as long as its router.
             AppRoute("GET", KV_EVENTS_PATH, service.kv_feed.send),
         ],
         guard=Guard(
@@ -95,8 +96,8 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
         ),
         check_key=bearer_check(
             keys,
-            message="engines take requests from the launch's router; others send engine_api_key as "
-            "bearer, where it is set",
+            message="engines serve the launch's router; other clients need engine_api_key as "
+            "bearer token, if it is set",
             code="invalid_api_key",
         ),
         open_paths=OPEN_PATHS,
@@ -118,7 +119,7 @@ async def _convert(
     http: web.Request,
     convert: Callable[[ServedModel, bytes], tuple[dict[str, Any], tuple[str, ...]]],
 ) -> web.Response:
-    """Convert text to token ids or back; it takes a place as a request that generates does."""
+    """Convert text to token ids or back. Takes a place, like a request that generates."""
     with service.admission.admit():
         async with service.deadlines.start()(), service.bodies.read(http) as raw:
             answer, ignored_fields = await work_at_input(
@@ -143,7 +144,7 @@ async def _metrics(service: EngineService, _: web.Request) -> web.Response:
 
 
 async def _release(service: EngineService, http: web.Request) -> web.Response:
-    """End the lease of a remote prefill, named by the hop's id or by its remote_request_id."""
+    """End the lease of a remote prefill, named by its HopId or by its remote_request_id."""
     async with service.bodies.read(http) as raw:
         name = read_json_object(raw).get("request_id")
     if not isinstance(name, str):
@@ -155,7 +156,7 @@ async def _release(service: EngineService, http: web.Request) -> web.Response:
 
 
 async def _integrity(service: EngineService, _: web.Request) -> web.Response:
-    """Have rank 0 prove who owns each KV block; the answer is 200 also where that fails."""
+    """Let rank 0 check the owners of all KV blocks. The status is 200 even if the check fails."""
     try:
         async with asyncio.timeout(RANK_CHECK_TIMEOUT_S):
             report = await service.link.call(CheckIntegrity())
@@ -182,13 +183,13 @@ async def _is_sleeping(service: EngineService, _: web.Request) -> web.Response:
 
 _log = logging.getLogger(__name__)
 
-# Seconds for which a connection may take no byte of its answer. It is longer than a router's limit,
+# Time limit for a connection that reads none of its answer. It is longer than a router's limit,
 # because a router waits for its own client in turn.
 ROUTER_READ_TIMEOUT_S = 60.0
 
 
 class ServerProcess:
-    """Runs one engine's HTTP server; made inside a running event loop, ``run`` once."""
+    """Runs one engine's HTTP server. Create it in a running event loop, and call ``run`` once."""
 
     def __init__(self, supervised: Supervised) -> None:
         self._supervised = supervised
@@ -220,12 +221,12 @@ class ServerProcess:
             await runner.cleanup()
 
     async def _bind(self, runner: HttpRunner) -> str:
-        """Listen and return the URL: HTTP for this host, TLS for others. Raises StartupError."""
+        """Listen and return the URL: HTTP on loopback, otherwise HTTPS. Raises StartupError."""
         host, port = self._spec.bind_address, self._spec.http_port
         bootstrap = self._supervised.bootstrap
         certificate, is_local = bootstrap.keys.certificate, is_loopback(host)
         if not is_local and certificate is None:
-            raise StartupError(f"{self._spec.name} has no certificate to listen on {host} with")
+            raise StartupError(f"{self._spec.name} cannot listen on {host} without a certificate")
         try:
             site: web.BaseSite
             if is_local or certificate is None:
@@ -243,12 +244,14 @@ class ServerProcess:
         return url_of(scheme, self._spec.advertise_address, runner.addresses[0][1])
 
     async def _start(self) -> None:
-        """Load the text side, wait for rank 0, say Ready."""
+        """Load the model's text side, wait for rank 0's Welcome, send Ready."""
         send = self._supervised.send
         try:
-            loaded = self._service.loaded = await asyncio.to_thread(
+            loaded = await asyncio.to_thread(
                 load_served_model, self._spec, lambda text: send(Progress(text=text))
             )
+            refuse_changes(self._supervised.bootstrap.pinned or loaded.files, loaded.files)
+            self._service.loaded = loaded
         except PdlaunchError as error:
             self._supervised.inbox.put_nowait(error)
             return
@@ -261,7 +264,7 @@ class ServerProcess:
         send(Ready(model=loaded.files))
 
     async def _find_rank(self, registry: Registry) -> None:
-        """Link to this engine's rank 0; a new incarnation gets a new link, a lost one none."""
+        """Link to this engine's rank 0: a new link for each incarnation, no link without rank 0."""
         name = f"{self._spec.name}/rank-0"
         rank = next(
             (
@@ -271,7 +274,7 @@ class ServerProcess:
             ),
             None,
         )
-        # Registries come for every change of any process; most say nothing of this rank.
+        # A registry arrives with each change of any process; most changes are not of this rank.
         if rank == self._rank:
             return
         if self._rank is not None:
@@ -283,7 +286,7 @@ class ServerProcess:
                 self._supervised.context,
                 rank[1],
                 identity=self._supervised.bootstrap.name,
-                hear=self._service.hear,
+                on_message=self._service.receive,
             )
         await self._service.use_link(link)
 

@@ -49,10 +49,10 @@ Sink = Callable[[RankEvent], None]
 
 
 class RankLink:
-    """Sends requests to rank 0 and brings its events back; every submitted request ends with one
-    RequestFinished, or None, unless it is aborted.
+    """Sends requests to rank 0 and passes its events to their sinks. Each submitted request ends
+    with one RequestFinished, or with None, unless it is aborted.
 
-    Belongs to the event loop that made it. Another incarnation of the rank gets another link.
+    For use in the event loop that created it. Each incarnation of the rank gets a new link.
     """
 
     def __init__(
@@ -61,30 +61,30 @@ class RankLink:
         endpoint: str,
         *,
         identity: str,
-        hear: Callable[[Welcome | EngineStats | SleepReply | KVBlocks], None],
+        on_message: Callable[[Welcome | EngineStats | SleepReply | KVBlocks], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``hear`` gets messages that belong to no request, and replies to an earlier server."""
+        """``on_message`` gets messages of no request, and replies to an earlier server."""
         self._socket: Any = context.connect(
             zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket
         )
-        self._hear = hear
+        self._on_message = on_message
         self._clock = clock
-        self._heard_at = clock()
+        self._seen_at = clock()
         self._sinks: dict[RequestId, Sink] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        # Replies to calls of an earlier server have other numbers.
+        # A random start, so that replies to calls of an earlier server have other ids.
         self._call_ids = itertools.count(secrets.randbits(32))
         self.send(Hello())
         self._reader = asyncio.create_task(self._read())
 
     @property
     def silence_s(self) -> float:
-        return self._clock() - self._heard_at
+        return self._clock() - self._seen_at
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
-        """Start a request; the event loop calls ``sink`` with whatever comes back."""
-        # First sent, then remembered: a request that cannot be encoded leaves nothing behind.
+        """Start a request; the event loop calls ``sink`` with each of its events."""
+        # Send it first: a request that cannot be encoded then leaves no sink behind.
         self.send(request)
         self._sinks[request.request_id] = sink
 
@@ -94,9 +94,9 @@ class RankLink:
         self.send(AbortRequest(request_id=request_id))
 
     def send(self, message: ToRank) -> None:
-        """Queue any message; after the end of the connection nobody hears it.
+        """Queue a message; after ``close``, drop it.
 
-        The socket has no high-water mark and takes all at once: there is nothing to wait for.
+        The socket has no high-water mark, so sending never waits.
         """
         if not self._socket.closed:
             self._socket.send(to_rank.encode(message))
@@ -107,16 +107,16 @@ class RankLink:
         return await self._call(message.call_id, message)
 
     async def read_stats(self) -> None:
-        """Have the rank send its totals, and wait until ``hear`` has them.
+        """Ask the rank for its totals, and wait until ``on_message`` has them.
 
-        What the rank has said before is counted in them. Raises OverloadedError when it is lost.
+        They include all that the rank sent earlier. Raises OverloadedError if the rank is lost.
         """
         await self._call(_STATS_CALL, ReadStats())
 
     async def _call(self, call_id: int, message: ToRank) -> Any:
         reply = self._calls.setdefault(call_id, asyncio.get_running_loop().create_future())
         self.send(message)
-        # Shielded: one of several callers may go away.
+        # Shielded, because several callers may share the reply and one of them may be cancelled.
         return await asyncio.shield(reply)
 
     def _reply(self, call_id: int, message: object) -> None:
@@ -131,7 +131,7 @@ class RankLink:
         self._socket.close()
         for reply in self._calls.values():
             reply.set_exception(
-                OverloadedError("the rank has gone", status=503, code="engine_starting")
+                OverloadedError("rank 0 has ended", status=503, code="engine_starting")
             )
             reply.exception()  # marks it as retrieved, in case no caller waits
         sinks, self._sinks = self._sinks, {}
@@ -141,11 +141,11 @@ class RankLink:
     async def _read(self) -> None:
         while True:
             frame = await self._socket.recv()
-            self._heard_at = self._clock()
+            self._seen_at = self._clock()
             try:
                 message = from_rank.decode(frame)
             except ProtocolError as error:
-                _log.error("dropped from rank 0: %s", error)
+                _log.error("dropped a message of rank 0: %s", error)
                 continue
             self._handle(message)
 
@@ -158,12 +158,12 @@ class RankLink:
                     if (sink := take(item.request_id, None)) is not None:
                         sink(item)
             case Welcome() | KVBlocks():
-                self._hear(message)
+                self._on_message(message)
             case EngineStats():
-                self._hear(message)
+                self._on_message(message)
                 self._reply(_STATS_CALL, None)
             case SleepReply():
-                self._hear(message)
+                self._on_message(message)
                 self._reply(message.call_id, message)
             case IntegrityReport():
                 self._reply(message.call_id, message)

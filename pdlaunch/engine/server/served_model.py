@@ -1,18 +1,18 @@
-"""Describes the model to the server, and converts requests to token ids with it.
+"""Holds the model's text side (tokenizer, template, defaults); converts requests to token ids.
 
-A prompt that cannot fit is refused before work is done for it. All of this may run in threads.
+A prompt that cannot fit is refused before it is tokenized. All functions may run in threads.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_files.identity import text_digests
+from pdlaunch.config.model_files.identity import refuse_changes, text_digests
 from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
 from pdlaunch.engine.server.structured import show_tools
 from pdlaunch.engine.server.text import ChatTemplate, TextTokenizer, load_chat_template
@@ -36,8 +36,8 @@ from pdlaunch.protocol.openai.requests import (
 )
 
 MIN_TEXT_CHARS = 2**18
-# Longer texts, for each token of the context, are refused: tokenizing takes 100 bytes for each
-# character. Text that just fills the context has about a third.
+# Limit of a text's characters for each token of the context; usual texts have about a third of it.
+# Longer texts are refused, because tokenizing takes 100 bytes of memory for each character.
 TEXT_CHARS_PER_TOKEN = 16
 MIN_TOKEN_IDS = 2**16
 
@@ -49,7 +49,7 @@ B = TypeVar("B", bound=RequestBody)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Describes one model under one name."""
+    """Holds what the server needs of one model."""
 
     name: str
     max_model_len: int
@@ -57,9 +57,9 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
-    # Defaults of the sampling fields that requests leave open
+    # Defaults of the sampling fields that requests do not set
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    files: dict[str, str] = field(default_factory=dict)  # digests of what was read, by name
+    files: dict[str, str] = field(default_factory=dict)  # digests of the files read, by name
     is_short: bool = False  # the KV cache holds less than the model's own context
 
     @property
@@ -72,10 +72,10 @@ class ServedModel:
         return f"{self.max_model_len} tokens{why}"
 
     def too_long(self, finding: str, param: str) -> RequestError:
-        """Return the refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
+        """Return the error for a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
         return RequestError(
-            f"the prompt {finding}; this model's maximum context length is {self._context}, one of "
-            "which is for the answer",
+            f"the prompt {finding}; this model's maximum context length is {self._context}, and "
+            "the answer needs at least one of them",
             param=param,
             code="context_length_exceeded",
         )
@@ -83,14 +83,14 @@ class ServedModel:
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
         highest = max(token_ids, default=0)
         if highest >= self.vocab_size:
-            message = f"token id {highest} is not below the vocabulary's {self.vocab_size}"
+            message = f"token id {highest} is too high: the vocabulary has {self.vocab_size}"
             raise RequestError(message, param=param)
 
     def output_limit(self, request: GenerationRequest, num_prompt_tokens: int, param: str) -> int:
-        """Return the number of output tokens of a choice. Raises RequestError when it is too long.
+        """Return the limit of output tokens of a choice. Raises RequestError if it is too large.
 
-        Without a limit it is what remains, for completions at most 16 as OpenAI has it, for chats
-        at most what the model's own defaults say.
+        Without a limit in the request, it is the rest of the context; for completions at most 16,
+        as with OpenAI, for chats at most the model's own default.
         """
         wanted, remaining = request.token_limit, self.max_model_len - num_prompt_tokens
         if num_prompt_tokens == 0:
@@ -106,7 +106,7 @@ class ServedModel:
             )
         is_chat = isinstance(request, ChatCompletionRequest)
         default = self.defaults.max_new_tokens if is_chat else DEFAULT_MAX_TOKENS
-        # The rank draws a token also for a limit of 0.
+        # The rank draws a token even for a limit of 0.
         return min(remaining, default or remaining) if wanted is None else max(1, wanted)
 
     def _parse(self, kind: type[B], body: dict[str, Any], *, public: bool) -> B:
@@ -124,7 +124,7 @@ class ServedModel:
         return self._parse(kind, read_json_object(raw, public=False), public=False)
 
     def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
-        """Return the token ids of each prompt; of a chat there is one. Raises RequestError."""
+        """Return the token ids of each prompt; a chat has one prompt. Raises RequestError."""
         if request.prompt_token_ids is not None:
             return [request.prompt_token_ids]
         if isinstance(request, ChatCompletionRequest):
@@ -201,8 +201,9 @@ class ServedModel:
 
 
 def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> ServedModel:
-    """Read what the server needs of the model's folder; takes seconds. Raises ConfigError."""
+    """Read what the server needs from the model's folder; takes seconds. Raises ConfigError."""
     progress("reading the tokenizer")
+    files = text_digests(Path(spec.model_dir))
     shape = read_model_shape(spec.model_dir)
     defaults = (
         read_sampling_defaults(spec.model_dir)
@@ -210,7 +211,7 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
         else SamplingDefaults()
     )
     if changed := defaults.model_dump(exclude_defaults=True):
-        _log.info("requests that say nothing else get generation_config.json's %s", changed)
+        _log.info("defaults of requests, from generation_config.json: %s", changed)
     model = ServedModel(
         name=spec.served_model_name,
         max_model_len=spec.max_model_len,
@@ -219,13 +220,14 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
         tokenizer=TextTokenizer.load(spec.model_dir),
         chat_template=load_chat_template(spec.model_dir),
         defaults=defaults,
+        files=files,
     )
-    # Behind the last read: a file that others change meanwhile shows up here.
-    return replace(model, files=text_digests(Path(spec.model_dir)))
+    refuse_changes(files, text_digests(Path(spec.model_dir)), "while it was loaded")
+    return model
 
 
 def read_sampling_defaults(model_dir: str | Path) -> SamplingDefaults:
-    """Return the defaults in the model's generation_config.json, as vLLM takes them.
+    """Return the defaults in the model's generation_config.json, which vLLM uses too.
 
     Raises ConfigError when the file is broken or a value is out of range.
     """

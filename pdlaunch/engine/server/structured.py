@@ -1,4 +1,4 @@
-"""Makes the grammar of an answer, and reads the tool calls in a model's text.
+"""Builds the grammar of an answer, and reads the tool calls in a model's text.
 
 Calls have the Hermes format, which Qwen and others write. If the chat template shows no tools, the
 system message explains the format::
@@ -7,8 +7,8 @@ system message explains the format::
     {"name": "weather", "arguments": {"city": "Oslo"}}
     </tool_call>
 
-Grammars are llguidance's; the first one imports it. JSON has one space after each comma and colon
-and no other whitespace, because a model could write whitespace until its last token.
+Grammars have llguidance's format; the first grammar imports it. JSON has one space after each comma
+and colon and no other whitespace: otherwise a model could write whitespace until its last token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ To call one, answer with its name and arguments:
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _JOINS = {"allOf", "anyOf", "oneOf", "$ref"}
-# Kinds of constraints, by their names in ``structured_outputs`` and behind ``guided_``
+# Kinds of constraints, by their names in ``structured_outputs`` and after ``guided_``
 _KINDS = ("json", "regex", "choice", "grammar")
 
 
@@ -49,7 +49,7 @@ _KINDS = ("json", "regex", "choice", "grammar")
 
 
 def grammar_of(request: CompletionRequest | ChatCompletionRequest) -> str:
-    """Return the grammar; empty when any text will do. Raises RequestError."""
+    """Return the grammar of the answer; empty if any text is allowed. Raises RequestError."""
     found = list(_constraints(request))
     if len(found) > 1:
         names = " and ".join(place for place, *_ in found)
@@ -132,7 +132,7 @@ def _grammar(place: str, kind: str, value: Any) -> str:
 
 
 def _calls(request: ChatCompletionRequest) -> str:
-    """Return the rule ``calls`` of the calls that the request allows, in the form of Hermes."""
+    """Return the rule ``calls`` for the tool calls that the request allows; empty for none."""
     functions = request.callable_functions
     if not functions:
         return ""
@@ -151,7 +151,7 @@ def _call(function: ToolFunction) -> str:
 
 
 def _json(schema: Any, place: str) -> str:
-    """Return the part of a grammar that a JSON schema, or the text of one, stands for."""
+    """Return the part of a grammar for a JSON schema, which may be given as text."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -173,7 +173,7 @@ def _closed(schema: Any) -> Any:
     """
     if isinstance(schema, list):
         return list(map(_closed, schema))
-    # Objects that several schemas describe together cannot be closed one by one.
+    # Several schemas that describe one object cannot be closed one by one.
     if not isinstance(schema, dict) or ("properties" in schema and not _JOINS.isdisjoint(schema)):
         return schema
     closed = dict(schema)
@@ -200,8 +200,8 @@ class ToolCallReader:
     ::
 
         content <tool_call> {"name": "f", "arguments": ARGUMENTS } </tool_call> content ..
-                │           └ held until it is whole  │          └ held: they may be no arguments
-                └ held: the beginning of a tag        └ given as they come
+                │           └ held until it is whole  │          └ held: may not be arguments
+                └ held: the beginning of a tag        └ returned as they arrive
     """
 
     def __init__(self) -> None:
@@ -211,7 +211,7 @@ class ToolCallReader:
         self._name: str | None = None  # of a call without pieces so far
 
     def push(self, text: str) -> tuple[str, list[CalledTool]]:
-        """Return the content and the pieces of calls that are certain after more text."""
+        """Add text; return the content and the pieces of calls that are certain now."""
         self._held += text
         content, calls = "", list[CalledTool]()
         while True:
@@ -253,8 +253,8 @@ class ToolCallReader:
         return "", [self._piece(given)] if given or self._name is not None else []
 
     def _piece(self, arguments: str) -> CalledTool:
-        """Return a piece of the last call. The first piece has the name and some arguments, which
-        clients parse at once.
+        """Return a piece of the last call. The first piece has the name and some arguments, because
+        clients parse it at once.
         """
         index, function = self.num_calls - 1, CalledFunction(arguments=arguments)
         if self._name is None:
@@ -271,7 +271,7 @@ def _without_overlap(text: str, tag: str) -> str:
 
 
 def _without_end(arguments: str) -> str:
-    """Return arguments without the brace that ends the call, and space around it."""
+    """Return arguments without the closing brace of the call and the space around it."""
     return arguments.rstrip().removesuffix("}").rstrip()
 
 

@@ -1,6 +1,6 @@
-"""Converts text to token ids and back, and messages to text, without transformers and its torch.
+"""Converts text to token ids and back, and messages to text, without transformers and torch.
 
-Chat templates are rendered in a sandbox, with the names that transformers offers.
+Chat templates are rendered in a sandbox, with the functions that transformers offers to them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from pdlaunch.config.model_files.shape import read_json
+from pdlaunch.config.model_files.weights import MAX_TEXT_BYTES
 from pdlaunch.errors import ConfigError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -52,8 +54,8 @@ class TextTokenizer:
             ) from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of ``text``; it may spell special tokens."""
-        # encode_batch_fast, unlike encode, lets go of the GIL and computes no offsets.
+        """Return the token ids of ``text``, which may contain special tokens."""
+        # encode_batch_fast, unlike encode, releases the GIL and computes no offsets.
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )
@@ -61,7 +63,7 @@ class TextTokenizer:
         return token_ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """Return the text of ``token_ids``; U+FFFD stands for bytes that are no valid UTF-8.
+        """Return the text of ``token_ids``; U+FFFD stands for bytes that are not valid UTF-8.
 
         Unknown ids give no text.
         """
@@ -69,7 +71,7 @@ class TextTokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token stands for within a text; none for unknown ids."""
+        """Return the bytes that a token stands for within a text; empty for unknown ids."""
         if token_id in self._added:
             return self._added[token_id].encode()
         piece = self.token_piece(token_id)
@@ -79,7 +81,7 @@ class TextTokenizer:
         return bytes([int(byte_token[1], 16)]) if byte_token else piece.replace("▁", " ").encode()
 
     def token_name(self, token_id: int) -> str:
-        """Return the token's text; ``bytes:\\xe4\\xbd`` where it is no whole character."""
+        """Return the token's text, or ``bytes:\\xe4\\xbd`` if its bytes are not valid UTF-8."""
         token_bytes = self.token_bytes(token_id)
         try:
             return token_bytes.decode()
@@ -138,12 +140,12 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         max_chars: int,
     ) -> str:
-        """Return the prompt's text, up to ``max_chars``. Raises RequestError.
+        """Return the prompt's text, of at most ``max_chars`` characters. Raises RequestError.
 
         ``variables``: chat_template_kwargs of the request.
         """
         for name in _OWN_NAMES & (variables or {}).keys():
-            message = f"{name} has a field of its own"
+            message = f"{name} must be set in its own field of the request"
             raise RequestError(message, param=f"chat_template_kwargs.{name}")
         try:
             pieces = self._template.generate(
@@ -156,7 +158,7 @@ class ChatTemplate:
             text = _join(pieces, max_chars)
         except RequestError:
             raise
-        except Exception as error:  # a template may raise anything: the messages do not fit it
+        except Exception as error:  # templates raise anything if the messages do not fit them
             reason = str(error)[:MAX_REASON_CHARS]
             raise RequestError(
                 f"the model's chat template refuses the messages: {reason}", param="messages"
@@ -165,11 +167,11 @@ class ChatTemplate:
 
 
 def _join(pieces: Iterator[str], max_chars: int) -> str:
-    """Render a template piece by piece, within bounds. Raises RequestError."""
+    """Render a template piece by piece. Raises RequestError above the limits of size and time."""
     rendered: list[str] = []
     num_chars = 0
     end_at = time.monotonic() + RENDER_TIMEOUT_S
-    # Between pieces, not at the end: 400,000 messages would hold a thread for 24 s.
+    # Check limits after each piece: otherwise 400,000 messages would hold a thread for 24 s.
     for piece in pieces:
         rendered.append(piece)
         num_chars += len(piece)
@@ -189,12 +191,13 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
 
 
 def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
-    """Return a model's template, None when it has none. Raises ConfigError.
+    """Return a model's template; None if it has none. Raises ConfigError.
 
-    It is chat_template.jinja, else the one in tokenizer_config.json.
+    The template is chat_template.jinja, or else the one in tokenizer_config.json.
     """
     directory = Path(model_dir)
-    settings = _read_settings(directory / "tokenizer_config.json")
+    described = directory / "tokenizer_config.json"
+    settings = read_json(described, MAX_TEXT_BYTES) if described.is_file() else {}
     special_tokens: dict[str, str] = {}
     for name in (f"{kind}_token" for kind in _SPECIAL_TOKENS):
         token = settings.get(name)
@@ -205,20 +208,10 @@ def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
     if file.is_file():
         return ChatTemplate(file.read_text("utf-8"), special_tokens)
     source = settings.get("chat_template")
-    if isinstance(source, list):  # several by name
+    if isinstance(source, list):  # several templates with names
         names = {part.get("name"): part.get("template") for part in source if type(part) is dict}
         source = names.get("default")
     return ChatTemplate(source, special_tokens) if isinstance(source, str) else None
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", field="model") from None
-    return settings if isinstance(settings, dict) else {}
 
 
 class _GenerationTag(Extension):
@@ -257,7 +250,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _cut_after(text: str, content: str) -> str:
-    """Cut the text after the last message's content, so that the model goes on with it."""
+    """Cut the text after the last message's content, so that the model continues this content."""
     start = text.rfind(content.strip())
     if start < 0:
         raise RequestError(

@@ -1,1 +1,1 @@
-"""Asks engines over HTTP, and proves pairs of them by canaries."""
+"""Calls the HTTP API of engines, and proves pairs of engines with canaries."""

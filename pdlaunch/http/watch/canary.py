@@ -1,15 +1,15 @@
-"""Proves pairs of engines by canaries: a short prompt, computed by one, decoded by the other.
+"""Proves pairs of engines with canaries: short prompts that one engine prefills and one decodes.
 
 ::
 
     prompt ──> prefill, max_tokens=1, do_remote_decode ──> kv_transfer_params
                                                               └──> decode ──> 4 tokens   equal?
     prompt ──> prefill, alone ───────────────────────────────────> 4 tokens ──────┘
-    decode's count of bytes read, where it counts them: before < after
-    decode's usage: all but the prompt's last tokens were cached, where it tells
+    decode's counter of bytes read, if it has one: before < after
+    decode's usage, if it is reported: all but the prompt's last tokens were cached
 
-An engine that is healthy may still compute every prompt itself, or read another's bytes. Its count
-of bytes is of all requests: under traffic the usage alone tells what became of this one.
+A healthy decode engine may still compute every prompt itself, or read wrong bytes. Its byte counter
+is for all requests, so under traffic only the usage shows whether this prompt was read.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
 
 NUM_BLOCKS = 2
-MOST_TOKENS = 256  # blocks of models with states have thousands, more than a prompt may have
+MOST_TOKENS = 256  # bounds the prompt: blocks of state-space models have thousands of tokens
 NUM_TOKENS = 4
 DEFAULT_BLOCK_SIZE = 128
 TIMEOUT_S = 60.0
 TOLERANCE = 0.25  # largest difference of a token's logprob between two 16-bit computations
-# Of pdlaunch's connectors, in engines of vLLM too, and of vLLM's own.
+# Metrics of pdlaunch's connectors, also in engines of vLLM, and of vLLM's own connector.
 BYTES_READ = ("pdlaunch_kv_transfer_bytes_total", "vllm:nixl_bytes_transferred_sum")
 SECONDS_READ = ("pdlaunch_kv_transfer_seconds_total", "vllm:nixl_xfer_time_seconds_sum")
 FIRST_TOKEN_ID = 100  # ids below are often special tokens
-NUM_TOKEN_IDS = 150  # ids that prompts are drawn from; a vocabulary of bytes has them too
-NUM_AT_ONCE = 4
+NUM_TOKEN_IDS = 150  # number of ids to draw prompts from; a vocabulary of bytes has them, too
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 10.0
-# Removed from prefill's parameters: with it, vLLM's decode engine reports the tokens that prefill
-# had cached, not the tokens that it read itself.
+# Removed from prefill's parameters: with this key, vLLM's decode engine reports the tokens that
+# prefill had cached, not the tokens that it read itself.
 CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
-# Tokens at the end of a prompt that decode may compute though it has read all it can.
+# Number of tokens at the end of a prompt that decode may compute even if it read all KV blocks.
 NUM_BACKED_OFF_TOKENS = 16
 
 REMOTE_DECODE: dict[str, Any] = {
@@ -60,9 +59,9 @@ _logger = logging.getLogger(__name__)
 
 
 class CanaryDied(PdlaunchError):
-    """Tells why a pair must not be used.
+    """Says why a pair must not be used.
 
-    ``fatal``: the engines are healthy and their answers differ, so that trying again is no help.
+    ``fatal``: another canary would fail, too: answers differ, or prefill has no KV connector.
     ``params``: as in Proof.
     """
 
@@ -78,11 +77,11 @@ class CanaryDied(PdlaunchError):
 class Proof:
     seconds: float
     num_bytes: int
-    transfer_s: float  # time that the engine counted for the READs; 0 when it counts none
-    # Decode has reported that it computed none of these tokens. Otherwise its byte counter is the
-    # proof, which READs of other requests also increase.
-    is_told: bool = True
-    # What prefill hands to decode: ``remote_engine_id``, ``remote_host`` and so on.
+    transfer_s: float  # time that the engine counted for the READs; 0 if it does not count it
+    # Decode's usage shows that it computed none of these tokens. Otherwise the proof is its byte
+    # counter, which READs of other requests also increase.
+    is_reported: bool = True
+    # kv_transfer_params that prefill returned: ``remote_engine_id``, ``remote_host`` and so on.
     params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,30 +90,31 @@ class Proof:
 
 
 class Canaries(Generic[Pair]):
-    """Sends canaries through pairs, again and again until each is proven.
+    """Sends canaries through pairs, and repeats each until its pair is proven.
 
-    ``send`` sends one; ``tell`` is told each outcome. ``results``: the latest outcome of each pair.
+    ``send`` sends one; ``report`` is called with each result. ``results``: the latest of each pair.
     """
 
     def __init__(
         self,
         send: Callable[[Pair], Awaitable[Proof]],
-        tell: Callable[[Pair, Proof | CanaryDied], None],
+        report: Callable[[Pair, Proof | CanaryDied], None],
+        num_at_once: int = 4,
     ) -> None:
         self._send = send
-        self._tell = tell
+        self._report = report
         self.results: dict[Pair, Proof | CanaryDied] = {}
         self._tasks: dict[Pair, asyncio.Task[None]] = {}
-        self._at_once = asyncio.Semaphore(NUM_AT_ONCE)
+        self._at_once = asyncio.Semaphore(num_at_once)
 
     def prove(self, due: Collection[Pair]) -> None:
-        """Prove those of these pairs that have no result; stop the canaries of others."""
+        """Start canaries for the pairs without a result; cancel the canaries of other pairs."""
         self.forget(self._tasks.keys() - set(due))
         for pair in set(due) - self._tasks.keys() - self.results.keys():
             self._tasks[pair] = asyncio.create_task(self._prove(pair))
 
     def doubt(self, pairs: Collection[Pair]) -> bool:
-        """Have pairs proven again; False when none of them has a result."""
+        """Drop results, so ``prove`` sends canaries again; return False if there were none."""
         dropped = [self.results.pop(pair, None) for pair in pairs]
         return any(dropped)
 
@@ -122,7 +122,7 @@ class Canaries(Generic[Pair]):
         return {*self.results, *self._tasks}
 
     def forget(self, pairs: Collection[Pair]) -> None:
-        """Forget pairs whose engines are not what they were, and stop their canaries."""
+        """Drop the results of pairs whose engines have changed, and cancel their canaries."""
         self.doubt(pairs)
         for pair in pairs:
             if (task := self._tasks.pop(pair, None)) is not None:
@@ -138,11 +138,11 @@ class Canaries(Generic[Pair]):
         while True:
             result = self.results[pair] = await self._try(pair)
             if isinstance(result, Proof):
-                # Before ``_tell``: its receiver may doubt the pair at once.
+                # Before ``_report``, which may call ``doubt`` and ``prove`` for this pair.
                 del self._tasks[pair]
-                self._tell(pair, result)
+                self._report(pair, result)
                 return
-            self._tell(pair, result)
+            self._report(pair, result)
             await asyncio.sleep(pause_s)
             pause_s = min(LONGEST_RETRY_S, 2 * pause_s)
 
@@ -155,7 +155,7 @@ class Canaries(Generic[Pair]):
         except ProtocolError as error:
             return CanaryDied(str(error))
         except Exception as error:
-            # Whatever an engine answers must not keep the pair from being tried again.
+            # No answer of an engine may prevent further canaries.
             _logger.exception("a canary cannot be sent")
             return CanaryDied(f"{type(error).__name__}: {error}")
 
@@ -170,8 +170,8 @@ async def send_canary(
 ) -> Proof:
     """Send one canary through a pair. Raises CanaryDied, ProtocolError.
 
-    ``is_exact``: the tokens of both ways must be equal; else their logprobs, within TOLERANCE.
-    ``dp_ranks``: the data parallel ranks, prefill first; None: engines have one.
+    ``is_exact``: tokens with and without the transfer must be equal; otherwise their logprobs must
+    be, within TOLERANCE. ``dp_ranks``: data parallel ranks, prefill first; None: engines have one.
     """
     at_prefill, at_decode = dp_ranks or (None, None)
     started_at = time.monotonic()
@@ -206,7 +206,7 @@ async def send_canary(
         raise CanaryDied(reason, fatal=True, params=params)
     if num_tokens:
         raise CanaryDied(
-            f"decode computed the prompt itself: {num_tokens} tokens whose KV blocks it was handed",
+            f"decode computed the prompt itself: {num_tokens} tokens though it got their KV blocks",
             params=params,
         )
     after = await decode.counts(TIMEOUT_S)
@@ -226,10 +226,10 @@ async def send_canary(
 
 
 def num_recomputed(answer: Mapping[str, Any]) -> int | None:
-    """Return how many tokens of a prompt decode has computed though it was handed their blocks.
+    """Return how many prompt tokens decode computed although it got their KV blocks.
 
-    None: the engine does not tell (vLLM without --enable-prompt-tokens-details), or the answer is a
-    chunk before the last one. Raises LookupError, TypeError or AttributeError for what is no usage.
+    None: the answer does not say, as of vLLM without --enable-prompt-tokens-details, or of a chunk
+    before the last. Raises LookupError, TypeError or AttributeError for a malformed usage.
     """
     usage = answer.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
@@ -242,15 +242,15 @@ def num_recomputed(answer: Mapping[str, Any]) -> int | None:
 def _new_prompt(counts: Counts) -> list[int]:
     told = counts.label("vllm:cache_config_info", "block_size") or ""
     block_size = int(told) if told.isdecimal() and int(told) else DEFAULT_BLOCK_SIZE
-    # New each time: of a prompt that decode has cached, no byte would move.
+    # A new prompt each time: if decode had it in its cache, it would read no KV blocks.
     draw = random.SystemRandom()
-    # One more: the last token of a prompt is computed by decode itself.
+    # One more token: decode always computes the last token of a prompt itself.
     length = min(NUM_BLOCKS * block_size, MOST_TOKENS) + 1
     return [FIRST_TOKEN_ID + draw.randrange(NUM_TOKEN_IDS) for _ in range(length)]
 
 
 def _difference(answer: Mapping[str, Any], alone: Mapping[str, Any], *, is_exact: bool) -> str:
-    """Return what is wrong with the tokens of a pair; empty: nothing."""
+    """Return how decode's tokens differ from those of prefill alone; empty if they do not."""
     told, expected = answer["choices"][0], alone["choices"][0]
     ids, expected_ids = list(told["token_ids"]), list(expected["token_ids"])
     if is_exact:
@@ -258,10 +258,10 @@ def _difference(answer: Mapping[str, Any], alone: Mapping[str, Any], *, is_exact
             return ""
         return (
             f"decode answered tokens {ids}, prefill alone {expected_ids}: decode computes with "
-            "other KV blocks than it was handed"
+            "wrong KV blocks"
         )
     logprobs, others = (one["logprobs"]["token_logprobs"] for one in (told, expected))
-    # After a token that differs, the next ones have another context.
+    # After a different token, later tokens have another context and cannot be compared.
     for token, other, logprob, other_logprob in zip(
         ids, expected_ids, logprobs, others, strict=True
     ):

@@ -1,7 +1,8 @@
-"""Asks an engine over HTTP: whether it is healthy, what it serves, for tokens, what it counts."""
+"""Calls an engine's HTTP API: health, metrics, models, version, sleep state and completions."""
 
 from __future__ import annotations
 
+import math
 import re
 import ssl
 from collections.abc import Callable, Mapping
@@ -16,14 +17,14 @@ from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
 from pdlaunch.http.headers import DATA_PARALLEL_HEADER
 from pdlaunch.protocol.control import Capabilities
 
-MAX_WORD_BYTES = 64 * 1024  # limits answers that hold a word or none
-MOST_QUOTED = 200  # characters of an error that are passed on: some quote the whole answer
+MAX_WORD_BYTES = 64 * 1024  # limit for answers with little or no text, such as /health
+MOST_QUOTED = 200  # characters of an error to keep: some errors quote the whole answer
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-# The share of the KV cache that requests or leases hold; the prefix cache alone does not count.
+# Share of the KV cache that requests or leases hold, without blocks that are only cached
 VLLM_LENT = "vllm:kv_cache_usage_perc"
-# First vLLM with ``return_token_ids``, which the router needs to know the tokens so far.
+# First vLLM with ``return_token_ids``, from which the router knows the tokens so far
 TELLS_TOKEN_IDS_SINCE = (0, 11)
-# Names of the models that an engine serves, each with its ``max_model_len``
+# ``max_model_len`` of the models that an engine serves, by name
 Models = dict[str, int | None]
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ class Counts:
         ]
 
     def total(self, *names: str, **labels: str) -> float:
-        """Return the sum of the samples of these names that have these labels; 0 without any."""
+        """Return the sum of the samples with one of these names and all of these labels."""
         return sum(
             sample.value
             for sample in self._samples
@@ -50,15 +51,24 @@ class Counts:
             (sample.labels.get(label) for sample in self._samples if sample.name == name), None
         )
 
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Return how many tokens fit into the KV caches of all ranks of a vLLM engine; 0: unknown.
+        With several groups of layers, fewer tokens fit.
+        """
+        wanted = ("num_gpu_blocks", "block_size")
+        told = (self.label("vllm:cache_config_info", name) or "" for name in wanted)
+        return math.prod(int(each) if each.isdecimal() else 0 for each in told)
+
 
 class FailedReads:
-    """Finds out, look by look at an engine of vLLM, that its READs fail and none comes through."""
+    """Detects from the metrics of a vLLM engine that all of its READs fail."""
 
     def __init__(self) -> None:
-        self._before: tuple[float, float] | None = None  # failed READs and bytes at the last look
+        self._before: tuple[float, float] | None = None  # failed READs and bytes at the last call
 
     def look(self, counts: Counts) -> bool:
-        """Return whether READs have failed since the last look, and no byte has come."""
+        """Return True if READs have failed since the last call and none has succeeded."""
         failed = counts.total("vllm:nixl_num_failed_transfers_total")
         num_bytes = counts.total("vllm:nixl_bytes_transferred_sum")
         before, self._before = self._before, (failed, num_bytes)
@@ -66,12 +76,12 @@ class FailedReads:
 
 
 def is_vllm_busy(counts: Counts) -> bool:
-    """Tell whether an engine of vLLM has requests, or blocks that decode engines may still read."""
+    """Return True if a vLLM engine has requests, or blocks that decode engines may still read."""
     return any(counts.total(name) for name in (*VLLM_RUNNING, VLLM_LENT))
 
 
 def with_version(capabilities: Capabilities, version: str) -> Capabilities:
-    """Return the capabilities with those that depend on ``version``: ``0.32.0+cpu``."""
+    """Return the capabilities updated for an engine's ``version``, such as ``0.32.0+cpu``."""
     known = msgspec.structs.replace(capabilities, version=version)
     if capabilities.kind != "vllm":
         return known
@@ -80,10 +90,10 @@ def with_version(capabilities: Capabilities, version: str) -> Capabilities:
 
 
 class EngineApi:
-    """Sends requests to one engine; made and used inside a running event loop.
+    """Sends requests to one engine. Create and use it inside a running event loop.
 
-    ``tls``: what an https URL is called with; else the system's authorities are trusted.
-    ``prefix``: begins each path, where a router passes calls on to the engine.
+    ``tls``: context for an https URL; None trusts the system's certificate authorities.
+    ``prefix`` begins each path, for calls that a router forwards to the engine.
     """
 
     def __init__(
@@ -103,7 +113,7 @@ class EngineApi:
         await self._calls.close()
 
     async def is_healthy(self, timeout_s: float) -> bool | None:
-        """Return what /health says; None when it says nothing within ``timeout_s``."""
+        """Return True if /health answers 200; None if there is no answer within ``timeout_s``."""
         try:
             status, _ = await self._ask("GET", "/health", timeout_s, max_bytes=MAX_WORD_BYTES)
         except CallError:
@@ -111,7 +121,7 @@ class EngineApi:
         return status == 200
 
     async def counts(self, timeout_s: float) -> Counts:
-        """Read /metrics. Raises ProtocolError, as all below do."""
+        """Read /metrics. Raises ProtocolError, as do ``models``, ``version`` and the like."""
         return await self._read("/metrics", timeout_s, lambda page: Counts(page.decode()))
 
     async def models(self, timeout_s: float) -> Models:
@@ -129,8 +139,8 @@ class EngineApi:
     async def deployment(
         self, timeout_s: float
     ) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:
-        """Ask a pdlaunch router for the role, URL and name of each engine, and for the path and
-        speed of each pair, and why the pair is slow.
+        """Read a pdlaunch router's status: role, URL and name of each engine; and for each pair
+        ``PREFILL -> DECODE`` its path with its speed, and why it is slow (empty: it is not).
         """
 
         def read(raw: bytes) -> tuple[list[tuple[str, str, str]], dict[str, tuple[str, str]]]:
@@ -147,14 +157,14 @@ class EngineApi:
         return await self._read("/pdlaunch/status", timeout_s, read)
 
     async def server_info(self, timeout_s: float) -> dict[str, Any] | None:
-        """Read /server_info, which vLLM has in dev mode alone; None without it."""
+        """Read /server_info, which vLLM has only in dev mode; None if it cannot be read."""
         try:
             return await self._read("/server_info?config_format=json", timeout_s, _json_object)
         except ProtocolError:
             return None
 
     async def is_sleeping(self, timeout_s: float) -> bool | None:
-        """Read /is_sleeping, which vLLM has in dev mode alone; None where nothing is told."""
+        """Read /is_sleeping, which vLLM has only in dev mode; None if it cannot be read."""
         try:
             return await self._read(
                 "/is_sleeping", timeout_s, lambda raw: bool(_json_object(raw)["is_sleeping"])
@@ -165,7 +175,7 @@ class EngineApi:
     async def complete(
         self, body: dict[str, Any], timeout_s: float, dp_rank: int | None = None
     ) -> dict[str, Any]:
-        """Return the answer. ``dp_rank``: of vLLM's data parallel ranks; None: vLLM chooses."""
+        """Return a completion. ``dp_rank``: data parallel rank of vLLM; None: vLLM chooses."""
         sent = msgspec.json.encode(body)
         headers = {} if dp_rank is None else {DATA_PARALLEL_HEADER: str(dp_rank)}
         return await self._read("/v1/completions", timeout_s, _json_object, sent, headers)
@@ -178,7 +188,7 @@ class EngineApi:
         body: bytes = b"",
         headers: Mapping[str, str] = MappingProxyType({}),
     ) -> T:
-        """Return what ``read`` makes of the body of a 200. Raises ProtocolError."""
+        """Return ``read(body)`` for an answer with status 200. Raises ProtocolError."""
         try:
             method = "POST" if body else "GET"
             status, raw = await self._ask(method, path, timeout_s, body, headers=headers)
@@ -190,7 +200,7 @@ class EngineApi:
             return read(raw)
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             reason = "not UTF-8" if isinstance(error, UnicodeError) else repr(error)[:MOST_QUOTED]
-            raise ProtocolError(f"{path}: not what it should say: {reason}") from error
+            raise ProtocolError(f"{path}: unexpected content: {reason}") from error
 
     async def _ask(
         self,

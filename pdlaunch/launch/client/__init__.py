@@ -1,1 +1,1 @@
-"""Talks to a running deployment."""
+"""Clients of a running deployment, and ``pdlaunch serve`` as a child process."""

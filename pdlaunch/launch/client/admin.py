@@ -1,7 +1,7 @@
-"""Finds where a deployment is asked, or commanded: at the admin socket of a launch of this user, or
-at a router by its URL and key; and reads its status and requests.
+"""Reads the status and requests of a running deployment, and sends it commands: sleep, wake,
+restart, drain, scale, roles.
 
-Commands a running deployment: sleep, wake, restart, drain, scale, roles.
+Uses the admin socket of a launch of this user, or a router's URL with a key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from pdlaunch.protocol.status import DeploymentStatus, RequestList, RequestSummary, RequestTrace
 
-# Timeout of a command; longer than engines wait for what runs before they sleep
+# Timeout of a command; longer than engines wait for running requests before they sleep
 CALL_TIMEOUT_S = 900.0
 READ_TIMEOUT_S = 30.0
 Choice = Literal["last", "slowest", "failed"]
@@ -32,11 +32,11 @@ T = TypeVar("T")
 def admin_api(
     url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None
 ) -> Api:
-    """Return the API that commands the launch at ``url``, or the only one of this user.
+    """Return the API for commands to the launch at ``url``, or to the only launch of this user.
 
-    ``admin_api_key`` is only used where no launch of this user listens at ``url``. ``base``: the
-    folder in which launches are looked for. Raises PdlaunchError when no launch, or more than one,
-    fits.
+    ``admin_api_key`` is only used if no launch of this user listens at ``url``. ``base``: the
+    folder in which to look for launches. Raises PdlaunchError if no launch, or more than one,
+    matches.
     """
     if (own := _own_api(url, CALL_TIMEOUT_S, base)) is not None:
         return own
@@ -44,30 +44,30 @@ def admin_api(
         return Api(url, admin_api_key, CALL_TIMEOUT_S)
     if url is not None:
         raise PdlaunchError(
-            f"no launch of yours listens at {url}, and to command another's its --admin-api-key is "
-            "needed"
+            f"no launch of yours listens at {url}; to command another user's launch, give its "
+            "--admin-api-key"
         )
     raise PdlaunchError(
-        "no launch of yours runs here; name another's router with --url and its key with "
+        "no launch of yours runs here; name another launch's router with --url and its key with "
         "--admin-api-key"
     )
 
 
 def reading_api(url: str | None, api_key: str | None, timeout_s: float = READ_TIMEOUT_S) -> Api:
-    """Return the API that reads the launch of this user at ``url``, or the only one; else of
-    whoever answers at ``url``, with the clients' key.
+    """Return the API for reading the launch at ``url``, or the only launch of this user. If no
+    launch of this user listens at ``url``, use ``api_key`` there.
 
-    Raises PdlaunchError when no launch, or more than one, fits.
+    Raises PdlaunchError if no launch, or more than one, matches.
     """
     if (own := _own_api(url, timeout_s)) is not None:
         return own
     if url is None:
-        raise PdlaunchError("no launch of yours runs here; name another's router with --url")
+        raise PdlaunchError("no launch of yours runs here; name another router with --url")
     return Api(url, api_key, timeout_s)
 
 
 def _own_api(url: str | None, timeout_s: float, base: Path | None = None) -> Api | None:
-    """Return the API of the one launch of this user that fits; None without any."""
+    """Return the API of the only matching launch of this user; None if there is none."""
     if url is not None:
         check_url(url)
     found = own_launches(url, base)
@@ -78,18 +78,18 @@ def _own_api(url: str | None, timeout_s: float, base: Path | None = None) -> Api
 
 
 def launch_api(launch: RunningLaunch, timeout_s: float) -> Api:
-    """Return the API at the admin socket of a launch."""
+    """Return the API of a launch, through its admin socket."""
     return Api("http://launch", timeout_s=timeout_s, socket_path=launch.admin_socket)
 
 
 def own_launches(url: str | None, base: Path | None = None) -> list[RunningLaunch]:
-    """Return the launches of this user that listen at ``url``; all of them without one."""
+    """Return the launches of this user that listen at ``url``; all of them if it is None."""
     launches = running_launches(base)
     return [each for each in launches if url is None or _address(each.card.url) == _address(url)]
 
 
 def _address(url: str) -> tuple[str, int]:
-    """Return host and port of a URL; all names of loopback are one."""
+    """Return host and port of a URL; ``localhost`` for all loopback addresses."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     with contextlib.suppress(ValueError):
@@ -98,17 +98,17 @@ def _address(url: str) -> tuple[str, int]:
 
 
 def read_status(api: Api) -> DeploymentStatus:
-    """Return what the deployment does. Raises PdlaunchError."""
+    """Return the status of the deployment. Raises PdlaunchError."""
     return _read(api, "/pdlaunch/status", DeploymentStatus)
 
 
 def read_trace(api: Api, request_id: HttpRequestId) -> RequestTrace:
-    """Return all that is known of a request. Raises PdlaunchError."""
+    """Return the summary and spans of a request. Raises PdlaunchError."""
     return _read(api, f"/pdlaunch/requests/{quote(request_id, safe='')}", RequestTrace)
 
 
 def read_requests(api: Api, choice: Choice, limit: int) -> list[RequestSummary]:
-    """Return requests, the one that fits best first. Raises PdlaunchError."""
+    """Return at most ``limit`` requests, the best match first. Raises PdlaunchError."""
     return _read(api, f"/pdlaunch/requests?{choice}={limit}", RequestList).requests
 
 
@@ -119,7 +119,7 @@ def _read(api: Api, path: str, kind: type[T]) -> T:
             return msgspec.convert(answer, kind)
         except msgspec.ValidationError as misfit:
             raise PdlaunchError(
-                f"the router answers as no pdlaunch of this version: {misfit}"
+                f"the router does not answer like this version of pdlaunch: {misfit}"
             ) from misfit
     fix = "; give the clients' key with --api-key" if status == 401 else ""
     message = error_message(answer) or "it does not say why"
@@ -127,38 +127,38 @@ def _read(api: Api, path: str, kind: type[T]) -> T:
 
 
 def error_message(answer: dict[str, object]) -> str:
-    """Return the message of an error in OpenAI's form; empty when there is none."""
+    """Return the message of an error in OpenAI's form; empty if there is none."""
     error = answer.get("error")
     return str(error.get("message") or "") if isinstance(error, dict) else ""
 
 
 class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of a command at one engine."""
+    """Holds the result of a command for one engine."""
 
     engine: str
-    error: str | None = None  # none: it is done
+    error: str | None = None  # None: success
     is_sleeping: bool = False
-    num_bytes: int = 0  # device memory that was given back or taken
-    # After a drain: requests that still run, and prompts whose KV blocks are still to be read
+    num_bytes: int = 0  # device memory that was freed or allocated
+    # After a drain: running requests, plus prompts whose KV blocks are not read yet
     running: int = 0
     notes: Sequence[str] = ()
 
 
 class ChangeOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of a change."""
+    """Holds the result of a change of the launch."""
 
-    change: PlannedChange | None = None  # None: it was refused before it was planned
+    change: PlannedChange | None = None  # None: the command was refused without a plan
     notes: Sequence[str] = ()
-    error: str = ""  # empty: it is done, or could be
+    error: str = ""  # empty: it succeeded, or would succeed (dry run)
 
 
 def command_engines(
     admin: Api, path: str, names: Sequence[str] = (), **query: object
 ) -> list[EngineOutcome]:
-    """Command engines by name, or all: ``/sleep``, ``/wake_up``, ``/pdlaunch/drain``,
-    ``/pdlaunch/undrain``, ``/pdlaunch/restart``. Returns when it is done.
+    """Send a command to the named engines, or to all: ``/sleep``, ``/wake_up``,
+    ``/pdlaunch/drain``, ``/pdlaunch/undrain``, ``/pdlaunch/restart``. Return when it is done.
 
-    Raises PdlaunchError when the whole command is refused.
+    Raises PdlaunchError if the whole command is refused.
     """
     text = urlencode({**query, "engine": list(names)}, doseq=True)
     status, answer = admin.post(f"{path}?{text}" if text else path, {})
@@ -172,8 +172,8 @@ def command_engines(
 
 
 def command_launch(admin: Api, name: str, **fields: object) -> ChangeOutcome:
-    """Send one of ``protocol.control.COMMANDS``. Returns when the launch has done it, such as
-    when new engines serve. Raises PdlaunchError if the launch cannot be asked.
+    """Send one of ``protocol.control.COMMANDS``. Return when the launch has finished it, such as
+    when new engines serve. Raises PdlaunchError if the command is refused or cannot be sent.
     """
     status, answer = admin.post(f"/pdlaunch/{name}", fields)
     # An answer with notes describes a planned change, even if it failed.

@@ -1,8 +1,8 @@
 """Calls a router or an engine synchronously, for commands and tests.
 
-The server need not be one of pdlaunch: answers are bounded in bytes. Redirects are not followed, so
-a key goes nowhere else, and proxies of the environment are not used. ``http.client`` does this
-without the 0.15 s that importing aiohttp adds to every command.
+The size of answers is limited, because the server may be any program. Redirects are not followed,
+so no other server gets the key, and proxy variables are ignored. ``http.client`` avoids the 0.15 s
+that importing aiohttp adds to every command.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any
 from pdlaunch.errors import PdlaunchError
 
 MAX_ANSWER_BYTES = 64 << 20
-# Time within which a launch starts a router again that has died, unless it dies again and again
+# Time in which a launch replaces a dead router, unless its routers die repeatedly
 ROUTER_RETURN_S = 20.0
 _POLL_S = 0.05
-_NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")  # finds what cannot stand in a header
+_NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")  # finds characters that a header must not have
 
 
 class Api:
     """Calls one HTTP server of a deployment.
 
-    Methods raise PdlaunchError when the server cannot be reached, sends nothing for ``timeout_s``,
-    or answers in another form than was asked for.
+    Methods raise PdlaunchError if the server cannot be reached, sends nothing for ``timeout_s``, or
+    answers in an unexpected form.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Api:
         socket_path: Path | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """``socket_path``: the Unix socket of the server, in place of TCP."""
+        """``socket_path``: the server's Unix socket, to be used instead of TCP."""
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._timeout_s = timeout_s
@@ -52,7 +52,7 @@ class Api:
         self._headers = dict(headers or {})
 
     def engine(self, name: str) -> Api:
-        """Return the API of one engine behind this router, for those who may command the launch."""
+        """Return the API of one engine, through this router; needs the right to send commands."""
         url = f"{self.url}/pdlaunch/engines/{urllib.parse.quote(name, safe='')}"
         return Api(url, self._api_key, self._timeout_s, socket_path=self._socket_path)
 
@@ -62,20 +62,20 @@ class Api:
         return status, content.decode(errors="replace")
 
     def get_object(self, path: str) -> tuple[int, dict[str, Any]]:
-        """Return status and JSON body, also of an error."""
+        """Return status and JSON object of the answer; error statuses do not raise."""
         return self._object(path, *self._call(path))
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Return status and JSON body, also of an error."""
+        """Return status and JSON object of the answer; error statuses do not raise."""
         return self._object(path, *self._call(path, json.dumps(body).encode()))
 
     def post_text(self, path: str, body: dict[str, Any]) -> str:
-        """Return a whole stream of events."""
+        """Return the whole text of an answer, such as a stream of events."""
         return self._call(path, json.dumps(body).encode())[1].decode(errors="replace")
 
     def metrics(self) -> dict[str, float]:
         """Return the samples of ``/metrics``, summed over their labels."""
-        # Imported here: most commands read no metrics, and would wait for it.
+        # Import late: most commands read no metrics and need not wait for this import.
         from prometheus_client.parser import text_string_to_metric_families
 
         totals: defaultdict[str, float] = defaultdict(float)
@@ -90,9 +90,9 @@ class Api:
         except RecursionError:
             raise self._stranger(path, status, "its JSON is nested too deeply") from None
         except ValueError:
-            raise self._stranger(path, status, "it is no JSON") from None
+            raise self._stranger(path, status, "it is not JSON") from None
         if not isinstance(answer, dict):
-            raise self._stranger(path, status, "it is no JSON object")
+            raise self._stranger(path, status, "it is not a JSON object")
         return status, answer
 
     def _stranger(self, path: str, status: int, problem: str) -> PdlaunchError:
@@ -102,15 +102,15 @@ class Api:
         )
 
     def _call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """Send a request; POST with a ``body``."""
-        # A connection for each call: the router may be another process the next time.
+        """Send a request: POST with a ``body``, else GET. Return status and content."""
+        # Use a new connection for each call: the router may have been replaced.
         headers = {"Connection": "close", **self._headers}
         if self._api_key:
-            # http.client would show the value in its error.
+            # Check before http.client, whose error would show the key.
             if _NO_KEY.search(self._api_key):
                 raise PdlaunchError(
-                    f"the key for {self.url} holds a character that no key may have: a line end, "
-                    "perhaps, of the file that it was read from"
+                    f"the key for {self.url} holds a character that no key may have, perhaps the "
+                    "line end of the file that it was read from"
                 )
             headers["Authorization"] = f"Bearer {self._api_key}"
         if body is not None:
@@ -121,10 +121,10 @@ class Api:
             with contextlib.closing(self._connect()) as connection:
                 connection.request("GET" if body is None else "POST", target, body, headers)
                 with connection.getresponse() as response:
-                    # With a limit: what the headers promise is allocated at once.
+                    # With a limit, because http.client allocates Content-Length bytes at once.
                     content = response.read(MAX_ANSWER_BYTES)
                     status, left_bytes = response.status, response.length
-        # Python raises ValueError for names that DNS cannot have, and for sizes of chunks.
+        # Python raises ValueError for invalid host names and chunk sizes.
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise PdlaunchError(f"{shown} cannot be reached: {reason}") from error
@@ -139,7 +139,7 @@ class Api:
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         )
-        # Without a port, the last part of an IPv6 address would be taken for one.
+        # Always pass a port: otherwise http.client takes the end of an IPv6 address for the port.
         port = parts.port or kind.default_port
         connection = kind(parts.hostname or "", port, timeout=self._timeout_s)
         if self._socket_path is None:
@@ -154,7 +154,7 @@ class Api:
                 return connection
             except OSError as error:
                 connection.sock.close()
-                # A router that has died is being replaced.
+                # Connections are refused while a dead router is being replaced.
                 is_replaced = isinstance(error, ConnectionRefusedError)
                 if not is_replaced or time.monotonic() >= until:
                     raise
@@ -166,7 +166,7 @@ class Api:
 
 
 def check_url(url: str) -> None:
-    """Raise PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
+    """Raise PdlaunchError unless ``url`` is an HTTP(S) URL without a path: ``http://host:port``."""
     try:
         parts = urllib.parse.urlsplit(url)
         is_usable = (
@@ -178,4 +178,4 @@ def check_url(url: str) -> None:
     except ValueError:
         is_usable = False
     if not is_usable:
-        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
+        raise PdlaunchError(f"{url} is not the URL of a deployment; write http://host:port")

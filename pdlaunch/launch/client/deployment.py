@@ -1,7 +1,7 @@
 """Runs ``pdlaunch serve`` as a child process, for benchmarks, ``pdlaunch.Launch`` and tests.
 
-The deployment ends with the block that started it, and by itself when this process is gone: it
-holds the other end of a pipe of ours.
+The deployment ends with the block that started it. If this process dies, the deployment ends, too,
+because its standard input closes.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ _STOP_TIMEOUT_S = 60.0
 
 @dataclass
 class Deployment:
-    """Stands for a running ``pdlaunch serve``, as ``running_deployment`` yields it."""
+    """Controls a running ``pdlaunch serve``; ``running_deployment`` yields it."""
 
     process: subprocess.Popen[bytes]
     url: str
     log_dir: Path
     output_file: Path
-    start_s: float = 0.0  # from the command to ``/health`` 200
+    start_s: float = 0.0  # time between the command and the first ``/health`` 200
 
     def output(self) -> str:
-        """Return what ``pdlaunch serve`` has printed."""
+        """Return the output of ``pdlaunch serve`` so far."""
         return self.output_file.read_text(errors="replace")
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Return the children that live, by their name in the launch: ``decode-0/rank-0``."""
+        """Return the running processes by their name in the launch, such as ``decode-0/rank-0``."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one too
+            with contextlib.suppress(psutil.NoSuchProcess):  # includes ZombieProcess
                 command = process.cmdline()
                 if "--name" in command:
                     found[command[command.index("--name") + 1]] = process
@@ -58,8 +58,8 @@ class Deployment:
     def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
         """Send SIGTERM and wait; return the exit code.
 
-        Ctrl-C meanwhile is passed on, so that the deployment waits no longer for requests, and is
-        raised when it has ended. Raises PdlaunchError when it does not stop and was killed.
+        Ctrl-C during the wait is forwarded, so that the deployment skips its drain; the
+        KeyboardInterrupt is raised once it has ended. Raises PdlaunchError if it had to be killed.
         """
         interrupt: KeyboardInterrupt | None = None
         with self.process:
@@ -92,9 +92,9 @@ def running_deployment(
 ) -> Iterator[Deployment]:
     """Start ``pdlaunch serve`` with ``arguments``, wait until it is healthy, stop it at the end.
 
-    ``port``: None takes a free one. ``is_tls``: ``arguments`` name a certificate of ``host``.
-    ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
-    StartupError, with what it printed, when it ends or does not get healthy in time.
+    ``port``: None: a free port. ``is_tls``: ``arguments`` have a certificate for ``host``.
+    ``log_dir``: folder for log files; None: a temporary folder, which is removed at the end. Raises
+    StartupError with the output if the deployment ends or is not healthy in time.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
@@ -102,7 +102,7 @@ def running_deployment(
         logs = log_dir or f"{folder}/logs"
         port = port or stack.enter_context(held_port())
         own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
-        # -P: a folder named pdlaunch where the user stands is not the installed one.
+        # -P: do not import a folder named pdlaunch in the current folder.
         command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
         start_at = time.monotonic()
         process = subprocess.Popen(
@@ -111,7 +111,7 @@ def running_deployment(
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=dict(os.environ if environ is None else environ),
-            # Ctrl-C is for this process, which stops the deployment in its own order.
+            # Only this process gets Ctrl-C; it stops the deployment.
             start_new_session=True,
         )
         deployment = Deployment(
@@ -127,14 +127,14 @@ def running_deployment(
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """Yield a TCP port of 127.0.0.1 that nobody gets who asks for a free one, until the block ends.
+    """Yield a TCP port of 127.0.0.1 that the kernel gives to nobody else until the block ends.
 
-    A server that is told the port can listen there: as this socket, it has SO_REUSEADDR. With
-    SO_REUSEPORT a launch can keep it, too.
+    A server that gets the number can listen there if it sets SO_REUSEADDR, as this socket does.
+    This socket also sets SO_REUSEPORT, so that a launch can hold the port, too.
     """
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
-        # Only now: with it, the port of another holder would do.
+        # After bind: with these options, bind might choose the port of another holder.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         yield int(holder.getsockname()[1])

@@ -1,1 +1,1 @@
-"""Kinds of engines: how each is planned, when it is ready, what it can do, what may be wrong."""
+"""Kinds of engines: processes, proof of pairs, capabilities and rules of each kind."""

@@ -1,4 +1,4 @@
-"""Plans engines of this project: ranks with torch, and a server for each engine."""
+"""Plans native engines: ranks with torch, and a server for each engine."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 
-# The only rules on other engines that hold for these, too
+# Rules PD6xx are about other engines; only these also apply to native engines
 _OF_ALL_KINDS = ("PD610", "PD614", "PD615")
 
 
 class NativeEngine:
-    """Is the kind of engine whose processes register themselves and speak the control channel."""
+    """Engine kind of pdlaunch's own engines, whose processes use the control channel themselves."""
 
     name = "native"
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
-        """Plan the ranks of one engine, then its server, which has the engine's name: it registers
-        the URL that the router uses, and says Ready, Drained and the like for the engine.
+        """Plan the ranks of one engine, then its server. The server has the engine's name,
+        registers the URL for the router, and sends Ready, Drained and so on for the engine.
         """
         name, role = engine.name, engine.engines.role
         ranks = [
@@ -60,8 +60,8 @@ class NativeEngine:
         return (*ranks, server)
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
-        """Return True for a process that proves the path to every prefill engine: each decode rank
-        shakes hands with the prefill ranks that it pulls from.
+        """Return True for decode ranks: each one handshakes with the prefill ranks that it pulls
+        from, which proves the paths to their engines.
         """
         return process.kind == "rank" and process.role == "decode"
 
@@ -70,19 +70,19 @@ class NativeEngine:
         return Capabilities(version=__version__, max_num_seqs=spec.max_num_seqs)
 
     def rules(self) -> Sequence[Rule]:
-        """Return the rules of ``check-config``: all but those on other engines."""
+        """Return the rules of ``check-config``, without those about other engines."""
         rules = all_rules().values()
         return tuple(rule for rule in rules if rule.code[:3] != "PD6" or rule.code in _OF_ALL_KINDS)
 
 
 def python_command(*arguments: str) -> tuple[str, ...]:
     """Return the command that runs a module of this package with this interpreter."""
-    # -P: files in the current folder must not stand in for modules.
+    # -P: do not import modules from the current folder.
     return (sys.executable, "-P", "-m", *arguments)
 
 
 def light_environment() -> dict[str, str]:
-    """Return the variables of processes without torch."""
+    """Return environment variables for processes without torch: one thread for each library."""
     return {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -1,6 +1,6 @@
 """Plans the processes of a launch: those of its engines, and the router.
 
-Supervisor, commands and checks know kinds of engines only through ``EngineKind``.
+Supervisor, commands and checks use only ``EngineKind``, not a certain kind of engine.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
 
-# Knows one kind of engine; all engines of a launch are of one kind
+# All engines of a launch are of one kind.
 EngineKind = NativeEngine | VllmEngine
 
 
 def kind_of(launch: ResolvedLaunch) -> EngineKind:
-    """Return the kind of a launch's engines; of the first ones, where they differ.
+    """Return the kind of a launch's engines, or of the first role if roles differ.
 
-    Either will do then: the rules of both kinds have PD610, which refuses the launch.
+    If they differ, any kind will do: the rules of both include PD610, which refuses the launch.
     """
     first = next(iter(launch.roles.values()), None)
     if first is not None and first.settings.engine == "vllm":
@@ -36,7 +36,7 @@ def kind_of(launch: ResolvedLaunch) -> EngineKind:
 
 
 def capabilities_over_http(kind: EngineName) -> Capabilities:
-    """Return what a router may expect of engines that it knows by their URLs alone."""
+    """Return the capabilities that a router assumes for engines given only by URL."""
     return VLLM_CAPABILITIES if kind == "vllm" else Capabilities()
 
 
@@ -56,7 +56,7 @@ def plan_processes(launch: ResolvedLaunch) -> Plan:
 
 
 def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
-    """Return the processes with their peers, where there are too many engines for all pairs."""
+    """Limit the ``peers`` of each process if there are too many engines to connect all pairs."""
     names = {
         role: {process.engine for process in processes if process.role == role}
         for role in ("prefill", "decode")

@@ -1,4 +1,4 @@
-"""Plans engines of vLLM: a sidecar for each, which starts ``vllm serve`` and speaks for it."""
+"""Plans engines of vLLM: each has a sidecar, which starts ``vllm serve`` and reports for it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 
-# Rules on engines that run already, which `pdlaunch doctor` alone can judge
+# Rules about running engines, which only `pdlaunch doctor` checks
 OF_RUNNING_ENGINES = frozenset(rule.code for rule in running_rules.RULES)
-# Holds for every vLLM with its default lease. The version adds to this once known.
+# Capabilities of every vLLM with its default lease; ``with_version`` adds those of its version.
 CAPABILITIES = Capabilities(kind="vllm", lease_s=30.0, takes_launch_token=False)
 
 
 class VllmEngine:
-    """Is the ``EngineKind`` whose engines are servers of vLLM, watched over HTTP."""
+    """Engine kind whose engines are servers of vLLM, monitored over HTTP by sidecars."""
 
     name = "vllm"
 
     def __init__(self, launch: ResolvedLaunch) -> None:
         self._config = launch.config
         self._served_model_name = launch.served_model_name
-        self._has_doors = launch.spans_hosts  # sidecars listen for their engines
+        self._has_doors = launch.spans_hosts  # sidecars accept the requests for their engines
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
-        """Plan the sidecar of one engine; vLLM's own processes are its children."""
+        """Plan the sidecars of one engine, one per host; vLLM's processes are their children."""
         engines, name = engine.engines, engine.name
         sidecar = python_command(
             "pdlaunch.launch.sidecar",
@@ -70,11 +70,11 @@ class VllmEngine:
         )
 
     def command(self, engines: RoleEngines, index: int, node_rank: int = 0) -> tuple[str, ...]:
-        """Return the command of one engine, but for what its sidecar adds at the start.
+        """Return the ``vllm serve`` command of one engine, without the arguments of its sidecar.
 
-        That is where it listens, a socket in the launch's folder; unless it has a fixed port, which
-        its sidecar's door has where there is one. Of an engine over hosts it is also the port at
-        which ranks meet. ``node_rank``: which of its hosts it is for; ``engines``: on the first.
+        The sidecar adds a Unix socket to listen at, unless the command has a fixed port (doors of
+        sidecars listen at it instead), and ``--master-port`` for an engine over several hosts.
+        ``engines``: settings on the first host; ``node_rank``: index of the host.
         """
         settings = engines.settings
         flags = dict(self._flags(engines))
@@ -93,13 +93,13 @@ class VllmEngine:
         args = {
             key: value
             for key, value in settings.engine_args.items()
-            # vLLM would replace the connector: ``_our_connector`` has the host tier.
+            # With these, vLLM would replace the connector; ``_our_connector`` adds the host tier.
             if engines.role not in PAIR or long_name(key) not in OFFLOADING
         }
         return (executable, "serve", model, *_as_arguments(flags | args))
 
     def proves_pairs(self, process: ProcessSpec) -> bool:
-        """The sidecar of each decode engine sends a canary through every prefill engine."""
+        """Return True for sidecars of decode engines, which send canaries to prefill engines."""
         return process.kind == "server" and process.role == "decode"
 
     def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
@@ -120,7 +120,7 @@ class VllmEngine:
         )
 
     def rules(self) -> Sequence[Rule]:
-        """Return the rules that also hold for vLLM, and those on engines that are not native."""
+        """Return the rules that also apply to vLLM, and the PD6xx rules about other engines."""
         rules = all_rules().values()
         return tuple(
             rule
@@ -138,7 +138,7 @@ class VllmEngine:
             yield "data-parallel-size", settings.data_parallel_size
         if settings.load_format != "auto":
             yield "load-format", settings.load_format
-        # vLLM keeps its default for None (``_as_arguments``).
+        # ``_as_arguments`` omits flags with value None, so vLLM uses its default.
         yield from {
             "dtype": engines.dtype,
             "max-model-len": settings.max_model_len,
@@ -175,15 +175,15 @@ def _visible(node: PlacedEngine) -> dict[str, str]:
 
 
 def _our_connector(host_tier_gib: JsonValue) -> dict[str, JsonValue]:
-    """Return vLLM's settings for pdlaunch's connector, alone or in front of vLLM's host tier.
+    """Return vLLM's settings for pdlaunch's connector, alone or combined with vLLM's host tier.
 
     ::
 
         MultiConnector ─┬─ PdlaunchConnector      asked first: blocks of a prefill engine, proven
                         └─ OffloadingConnector    blocks that this engine has copied to the host
 
-    Blocks stay until the leases of the first one end; the second one copies blocks that have been
-    proven or computed here, and holds none.
+    Blocks are kept until leases of the first connector end. The second copies blocks that were
+    proven or computed here, and keeps no blocks of the device.
     """
     ours: dict[str, JsonValue] = {
         "kv_connector": "PdlaunchConnector",

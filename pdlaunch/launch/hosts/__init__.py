@@ -1,1 +1,1 @@
-"""Machines on which processes of a launch run."""
+"""Hosts on which the processes of a launch run: local, or with an agent."""

@@ -1,13 +1,13 @@
-"""Runs processes on this host for a supervisor elsewhere.
+"""Runs processes on this host for a supervisor on another host.
 
 ::
 
     Join ──▶ AgentWelcome ── Spawn, Signal, Send / Exited, Said, Printed, Beat ──▶ the end
       ▲                                                                        │
-      └────── the session was lost, and the supervisor is there ◀──────────────┘
+      └────── the session was lost, but the supervisor answers ◀───────────────┘
 
-Whatever ends a session ends its processes: a word of the supervisor, the end of the lease, a lost
-message, a signal. They are children of the agent, so its own death ends them too.
+The end of a session kills its processes, for any reason: the supervisor's Leave, the end of the
+lease, a lost message, a signal. Processes are children of the agent and end with it, too.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.run_dirs import new_run_dir
+from pdlaunch.protocol.process.run_dirs import CONTROL_SOCKET, new_run_dir
 from pdlaunch.protocol.sockets import SecureContext
 
 logger = logging.getLogger(__name__)
 
 LOG_POLL_S = 0.25
 _PART_BYTES = 64 * 1024  # size of the parts in which logs are read
-_REFUSED = 126  # exit code of a process that this host does not start
-_MOST_PARTS = 16  # parts of one log at a time: what prints more must not keep heartbeats waiting
+_REFUSED = 126  # reported as exit code of a process that this host refuses to start
+_MOST_PARTS = 16  # parts of one log to send at a time, so that long logs do not delay beats
 
 MODULES = frozenset(("pdlaunch.engine", "pdlaunch.engine.server", "pdlaunch.launch.sidecar"))
 _KINDS = frozenset(("rank", "server"))
 _HARMLESS = frozenset(("PYTHONUNBUFFERED", "PYTHONHASHSEED", "PYTHONFAULTHANDLER"))
-# Variables by which other programs or libraries than the agent's own would run, and beginnings of
-# such names. The second and third lines are those of CUDA, NIXL, UCX, NCCL, OpenMP and OpenSSL.
+# Variables, or prefixes of their names, that make processes run other programs or load other
+# libraries. Second and third line: variables of CUDA, NIXL, UCX, OpenMP, OpenSSL and NCCL.
 _CHOOSE_CODE = (
     *("LD_", "PYTHON", "GCONV_PATH", "BASH_ENV", "ENV", "PATH", "NODE_OPTIONS"),
     *("CUDA_INJECTION", "NIXL_PLUGIN_DIR", "UCX_MODULE_DIR", "OMP_TOOL_LIBRARIES", "OPENSSL_"),
@@ -74,7 +74,7 @@ _CHOOSE_CODE = (
 
 
 def allowed_executables(names: Sequence[str]) -> dict[str, str]:
-    """Return the path of each executable by its name. Raises ConfigError."""
+    """Return absolute paths of executables, by name without folder. Raises ConfigError."""
     found = {}
     for name in names:
         path = shutil.which(name)
@@ -83,27 +83,27 @@ def allowed_executables(names: Sequence[str]) -> dict[str, str]:
                 f"there is no executable {name[:200]}",
                 field="--allow-executable",
                 value=name,
-                fix="name one that is on PATH, or its whole path",
+                fix="name one that is on PATH, or give its absolute path",
             )
         found[PurePath(name).name] = str(Path(path).absolute())
     return found
 
 
 def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
-    """Return a process as this host starts it. Raises ConfigError.
+    """Return the spec with this host's paths of Python and of the engine's executable.
 
-    Python is the agent's own, and so are the paths of executables. ``executables``: by name.
+    ``executables``: allowed paths, by name. Raises ConfigError if the process is not allowed.
     """
     for name in spec.environment:
         if name.startswith(_CHOOSE_CODE) and name not in _HARMLESS:
             raise ConfigError(
-                f"the variable {name} decides which code runs, and an agent decides that for its "
-                "host: set it where the agent is started, and leave it out of env"
+                f"the variable {name} decides which code runs, so an agent does not take it from "
+                "env: set it where the agent is started, and remove it from env"
             )
     command = list(spec.command)
     module = command[3] if command[1:3] == ["-P", "-m"] and len(command) > 3 else ""
     if spec.kind not in _KINDS or module not in MODULES:
-        raise ConfigError(f"an agent starts no {spec.kind} with {' '.join(command[:4])}")
+        raise ConfigError(f"an agent does not start a {spec.kind} with {' '.join(command[:4])}")
     command[0] = sys.executable
     if module == "pdlaunch.launch.sidecar":
         place = command.index("--") + 1 if "--" in command else len(command)
@@ -118,12 +118,12 @@ def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
 
 
 class SessionLostError(PdlaunchError):
-    """Is raised when a session is over that a new one may follow."""
+    """Raised when a session has ended and the agent may start a new one."""
 
 
 @dataclass(eq=False)
 class AgentSession:
-    """Serves one session, from Join to its end. ``stops``: one is readable when it shall end."""
+    """Serves one session, from Join to its end; a readable descriptor of ``stops`` ends it."""
 
     ticket: JoinTicket
     join: Join
@@ -134,18 +134,18 @@ class AgentSession:
     clock: Callable[[], float] = boot_clock
     _session: Session = field(default_factory=Session)
     _welcome: AgentWelcome | None = None
-    # The control channel of the processes is a socket of this host, with the launch's keys, which
-    # come with the first process.
+    # None until the first process, whose bootstrap has the launch's keys: they secure the control
+    # channel between the processes and this agent.
     _host: LocalHost | None = None
     _control: str = ""
-    _names: set[str] = field(default_factory=set)  # of all processes that were started
-    _num_sent_bytes: Counter[str] = field(default_factory=Counter)  # of each log
+    _names: set[str] = field(default_factory=set)  # names of all processes that were started
+    _num_sent_bytes: Counter[str] = field(default_factory=Counter)  # by process, of its log
 
     def run(self) -> str:
-        """Serve until told to leave; return why.
+        """Serve until the session ends; return the reason.
 
-        Raises StartupError where the user must act, and SessionLostError. No process of the session
-        is left when this returns or raises.
+        Raises StartupError if the user must act, and SessionLostError. No process of the session is
+        left when this returns or raises.
         """
         context = SecureContext(self.ticket.keys, peer=self.ticket.server_public)
         with (
@@ -167,26 +167,26 @@ class AgentSession:
             return reason
 
     def _turn(self) -> str | None:
-        """Wait for what comes next and act on it; return why the session ends, else None."""
+        """Wait for the next events and handle them; return why the session ends, else None."""
         now = self.clock()
         readable = dict(self._poller.poll(max(0, int((self._next_at(now) - now) * 1000) + 1)))
         now = self.clock()
         if readable.keys() & set(self.stops):
-            # Before it says so: they may then be started elsewhere at once.
+            # Kill before sending Leave: the processes may then be started elsewhere at once.
             if self._host is not None:
                 self._host.close()
             self._send(Leave(reason="its agent was told to end"))
             return "told to end"
         messages = list(self._received())
-        # Read before judging silence: if this loop stood still, beats wait in its socket.
+        # Read messages before checking the lease: if this process was stopped, Beats are waiting.
         for message in messages:
             if isinstance(message, AgentWelcome) and self._welcome is None:
                 self._welcome = message
                 self._lease = AgentLease(self._asked_at, message.timeout_s)
                 if self._lease.silent_s(now) is not None:
                     # The answer came after this Join's lease had run out: join again.
-                    self._send(Leave(reason="its agent asks anew"))
-                    raise SessionLostError("the supervisor came late")
+                    self._send(Leave(reason="its agent joins again"))
+                    raise SessionLostError("the supervisor answered too late")
                 self.note(f"joined as {self.join.name}")
             elif isinstance(message, Beat):
                 self._lease.renew(message.stamp)
@@ -196,6 +196,10 @@ class AgentSession:
                 return message.reason
             self._obey(message)
         if self._host is not None:
+            if not (self._run_dir / CONTROL_SOCKET).exists():
+                self._host.close()
+                self._send(Leave(reason=f"{self._run_dir}, the folder of its agent, was removed"))
+                raise SessionLostError(f"{self._run_dir}, the folder of this agent, was removed")
             self._report(self._host)
             if now >= self._log_at:
                 self._log_at = now + LOG_POLL_S
@@ -219,8 +223,8 @@ class AgentSession:
         if self._welcome is None:
             raise StartupError(
                 f"no supervisor at {self.ticket.endpoint} answered within "
-                f"{self.first_wait_s:.0f} s: it is gone, out of reach, or the join file is of "
-                "another launch"
+                f"{self.first_wait_s:.0f} s: it is gone or out of reach, or the join file belongs "
+                "to another launch"
             )
         raise StartupError(
             f"the supervisor was silent for {silent_s:.0f} s: its processes here were ended"
@@ -257,10 +261,10 @@ class AgentSession:
         self._names.add(spec.name)
         gone = self._host.spawn(spec, message.incarnation, self._here(message.bootstrap))
         if gone is not None:
-            self._tell_end(self._host, gone)
+            self._report_end(self._host, gone)
 
     def _here(self, bootstrap: Bootstrap) -> Bootstrap:
-        """Return what a process is given, with the folder and the control channel of this host."""
+        """Return the bootstrap with the run folder and the control channel of this host."""
         rendezvous = bootstrap.rendezvous
         if rendezvous.startswith("file://"):
             rendezvous = f"file://{self._run_dir / Path(rendezvous).name}"
@@ -271,7 +275,9 @@ class AgentSession:
     def _local_host(self, bootstrap: Bootstrap) -> LocalHost:
         context = self._stack.enter_context(contextlib.closing(SecureContext(bootstrap.keys)))
         engine_ports = self._stack.enter_context(contextlib.closing(EnginePorts()))
-        control, self._control = context.listen(zmq.ROUTER, f"ipc://{self._run_dir}/control")
+        control, self._control = context.listen(
+            zmq.ROUTER, f"ipc://{self._run_dir / CONTROL_SOCKET}"
+        )
         host = LocalHost(control, self._run_dir / "logs", engine_ports)
         self._stack.callback(host.close)
         for source in host.sources:
@@ -279,16 +285,15 @@ class AgentSession:
         return host
 
     def _report(self, host: LocalHost) -> None:
-        """Tell of ends and pass messages on; what a process said before its end comes first."""
-        # Ends are looked for before messages are, and told after them: whatever a process said
-        # before its end has arrived by then.
+        """Forward messages, then report exits, so that a process's messages precede its exit."""
+        # Read exits before messages: after its exit, all messages of a process have arrived.
         exits = host.exits()
         for message in host.messages():
             self._send(Said(name=message.name, frame=to_supervisor.encode(message.message)))
         for gone in exits:
-            self._tell_end(host, gone)
+            self._report_end(host, gone)
 
-    def _tell_end(self, host: LocalHost, gone: ProcessExited) -> None:
+    def _report_end(self, host: LocalHost, gone: ProcessExited) -> None:
         self._send_log(host, gone.name, to_the_end=True)
         self._send(
             Exited(
@@ -300,8 +305,8 @@ class AgentSession:
         )
 
     def _send_log(self, host: LocalHost, name: str, *, to_the_end: bool = False) -> None:
-        """Send what a process has printed since the last time, in parts."""
-        # The log is not there yet, or was removed: a launch goes on without logs.
+        """Send the output of a process since the last call, in parts."""
+        # If the log is absent or removed, the launch continues without it.
         with contextlib.suppress(OSError), host.log_path(name).open("rb") as file:
             file.seek(self._num_sent_bytes[name])
             num_parts = 0
@@ -311,20 +316,20 @@ class AgentSession:
                 self._send(Printed(name=name, data=part))
 
     def _send(self, message: FromAgent) -> None:
-        # ZMQ gives up a connection at whose other end another program answers; to wait for it here
-        # would keep the lease from ending, and Ctrl-C.
+        # ZMQ drops the connection if another program listens at the endpoint. Waiting here would
+        # delay the end of the lease, and Ctrl-C.
         with contextlib.suppress(zmq.Again):
             frames = self._session.frames(from_agent.encode(message))
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def _received(self) -> Iterator[ToAgent]:
-        """Yield the messages that have arrived. Raises SessionLostError when one is missing."""
+        """Yield the messages that have arrived. Raises SessionLostError if one is missing."""
         while True:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            # Refusals do not belong to the session, and may come from another version.
+            # Refusals are not numbered in this session, and may come from another version.
             with contextlib.suppress(ProtocolError):
                 message = to_agent.decode(frames[-1])
                 if isinstance(message, AgentRefused):

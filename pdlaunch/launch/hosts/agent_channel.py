@@ -1,14 +1,14 @@
-"""Holds the supervisor's end of the channel to agents: lets them join, beats, notices lost ones.
-``HostGroup`` makes one host of their hosts and of this one.
+"""The supervisor's side of the channel to agents: lets them join, sends beats, detects lost agents.
+``HostGroup`` combines this host and the hosts of agents.
 
-A thread owns the socket, so that agents hear of the supervisor whatever its loop is doing.
+A thread owns the socket, so agents get beats even while the supervisor's loop is busy.
 
 ::
 
     Join ──▶ joined ── Beat, Exited, .. ──▶ silent for 1.5 x timeout_s, or not connected ──▶ lost
        └──▶ refused
 
-``ended_by`` says by when the processes of a lost agent have ended.
+``ended_by`` computes when all processes of a lost agent have ended.
 """
 
 from __future__ import annotations
@@ -61,36 +61,36 @@ _SHARE = 1.5
 
 
 def beat_s(timeout_s: float) -> float:
-    """Return how often both sides say Beat; an agent looks at its lease at least as often."""
+    """Return the interval of Beats of both sides; agents check their lease at least as often."""
     return min(MAX_BEAT_S, timeout_s / 4)
 
 
 def boot_clock() -> float:
-    """Return the seconds since the machine was started, with those in which it was suspended."""
+    """Return the seconds since the machine booted, including the time it was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def ended_by(heard_at: float, timeout_s: float) -> float:
-    """Return the instant by which an agent that was heard last then has ended its processes.
+def ended_by(seen_at: float, timeout_s: float) -> float:
+    """Return the instant by which an agent last heard at ``seen_at`` has ended its processes.
 
-    The half of ``timeout_s`` beyond the lease is for the agent to look at it, and to kill.
+    The lease ends after ``timeout_s``; the agent gets half of it more to notice this and to kill.
     """
-    return heard_at + _SHARE * timeout_s
+    return seen_at + _SHARE * timeout_s
 
 
 class AgentLease:
-    """Is an agent's right to run processes; ``asked_at``: when it asked to join."""
+    """Tracks how long an agent may still run processes; ``asked_at``: when it sent Join."""
 
     def __init__(self, asked_at: float, timeout_s: float) -> None:
         self._from = asked_at
         self._timeout_s = timeout_s
 
     def renew(self, stamp: float) -> None:
-        """Count from ``stamp``, the instant of a Beat that the supervisor has answered."""
+        """Restart the lease at ``stamp``, the time of a Beat that the supervisor has answered."""
         self._from = max(self._from, stamp)
 
     def silent_s(self, now: float) -> float | None:
-        """Return for how long nothing was answered once the lease has ended, else None."""
+        """Return the seconds without an answer if the lease has ended, else None."""
         silent_s = now - self._from
         return silent_s if silent_s > self._timeout_s else None
 
@@ -108,20 +108,20 @@ class Lost:
 
     name: str
     reason: str
-    # By this instant even a living agent that is cut off has ended its processes; None: they have
-    # ended already.
+    # When the processes of a cut-off agent that still lives have ended, at the latest; None: they
+    # have ended already.
     ended_by: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Reported:
     """An agent has sent a message."""
 
     name: str
     message: FromAgent
 
 
-AgentEvent = Joined | Lost | Told
+AgentEvent = Joined | Lost | Reported
 
 
 @dataclass(slots=True)
@@ -129,13 +129,13 @@ class _Agent:
     name: str
     address: str
     identity: bytes
-    heard_at: float
+    seen_at: float
     session: Session
-    stamp: float = 0.0  # that of its last Beat
+    stamp: float = 0.0  # stamp of its last Beat
 
 
 class AgentChannel:
-    """Listens for the agents of ``names``; ``take`` returns events, ``fileno`` wakes.
+    """Listens for the agents of the hosts ``names``; ``take`` returns events.
 
     Methods may be called from any thread.
     """
@@ -179,7 +179,7 @@ class AgentChannel:
         self._thread.start()
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable while ``take`` has something."""
+        """Return a file descriptor that is readable while ``take`` has events."""
         return self._readable
 
     def take(self) -> list[AgentEvent]:
@@ -189,16 +189,16 @@ class AgentChannel:
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def send(self, name: str, message: ToAgent) -> None:
-        """Queue a message for a host; it is dropped when that has no agent."""
+        """Queue a message for a host; it is dropped if no agent has joined for this host."""
         self._outbox.append((name, message))
         os.eventfd_write(self._wake, 1)
 
     def admit(self, public: str) -> None:
-        """Let an agent join that has drawn this key pair itself."""
+        """Allow an agent to join with its own key pair, given its public key."""
         self._context.admit(public)
 
     def close(self) -> None:
-        """Stop, and tell all agents that the launch is over."""
+        """Tell all agents that the launch is over, and stop the thread."""
         if self._closing:
             return
         self._closing = True
@@ -212,8 +212,8 @@ class AgentChannel:
         try:
             self._serve()
         except Exception as error:
-            # Without this thread agents end by themselves: the supervisor must hear of it.
-            logger.exception("the agents' channel failed")
+            # Without beats, agents end their processes: report them as lost.
+            logger.exception("the channel to the agents failed")
             for agent in list(self._agents.values()):
                 self._lose(agent, f"the channel failed: {error!r}")
 
@@ -242,20 +242,20 @@ class AgentChannel:
 
     def _beat(self, agent: _Agent, now: float) -> None:
         self._send(agent, Beat(stamp=agent.stamp))
-        # What came while this process was stopped itself has been heard just now.
-        if now > ended_by(agent.heard_at, self._timeout_s):
-            self._lose(agent, f"silent for {now - agent.heard_at:.0f} s")
+        # ``_receive`` ran before: messages that came while this process was stopped are counted.
+        if now > ended_by(agent.seen_at, self._timeout_s):
+            self._lose(agent, f"silent for {now - agent.seen_at:.0f} s")
 
     def _named(self, name: str) -> _Agent | None:
         return next((agent for agent in self._agents.values() if agent.name == name), None)
 
     def _lose(self, agent: _Agent, reason: str, *, has_ended: bool = False) -> None:
-        """Forget an agent. ``has_ended``: it has ended its processes itself."""
+        """Report an agent as lost. ``has_ended``: it has ended its processes itself."""
         if self._agents.pop(agent.identity, None) is not None:
-            until = None if has_ended else ended_by(agent.heard_at, self._timeout_s)
-            self._tell(Lost(agent.name, reason, until))
+            until = None if has_ended else ended_by(agent.seen_at, self._timeout_s)
+            self._emit(Lost(agent.name, reason, until))
 
-    def _tell(self, event: AgentEvent) -> None:
+    def _emit(self, event: AgentEvent) -> None:
         self._events.append(event)
         os.eventfd_write(self._readable, 1)
 
@@ -266,7 +266,7 @@ class AgentChannel:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            # If it lives, it connects again, learns that its session is over, and joins anew.
+            # If the agent lives, it reconnects, is refused, and joins with a new session.
             self._lose(agent, "its connection is gone")
 
     def _receive(self, now: float) -> None:
@@ -282,12 +282,12 @@ class AgentChannel:
                 if agent is None:
                     self._greet(identity, message, session, now)
                 else:
-                    agent.heard_at = now
-                    self._hear(agent, message)
+                    agent.seen_at = now
+                    self._handle(agent, message)
             except ProtocolError as error:
                 reason = str(error)
                 logger.warning("refused agent %s: %s", agent.name if agent else identity, reason)
-                # Outside of the session: the agent takes a refusal with any number.
+                # Use a new session's number: the agent accepts a refusal with any number.
                 with contextlib.suppress(zmq.ZMQError):
                     refusal = Session().frames(to_agent.encode(AgentRefused(reason=reason)))
                     self._socket.send_multipart([identity, *refusal])
@@ -295,29 +295,29 @@ class AgentChannel:
                     self._lose(agent, reason)
 
     def _greet(self, identity: bytes, message: FromAgent, session: Session, now: float) -> None:
-        """Let an agent join. Raises ProtocolError that says why not."""
+        """Let an agent join. Raises ProtocolError with the reason if it may not."""
         if not isinstance(message, Join):
             raise ProtocolError("the supervisor does not know this session")
         name = message.name
         if name not in self._names:
             listed = ", ".join(self._names)
             raise ProtocolError(
-                f"{name} is none of the hosts {listed}: name one of them with --name"
+                f"{name} is not one of the hosts {listed}: name one of them with --name"
             )
         if (other := self._named(name)) is not None:
-            # One that was killed has no connection any more, and its successor need not wait.
+            # If that agent was killed, sending fails and removes it, so its successor may join.
             self._send(other, Beat(stamp=other.stamp))
             if self._named(name) is other:
-                wait_s = ended_by(other.heard_at, self._timeout_s) + self._beat_s - now
+                wait_s = ended_by(other.seen_at, self._timeout_s) + self._beat_s - now
                 raise ProtocolError(
-                    f"another agent has joined as {name}, from {other.address}: one serves a host, "
-                    f"choose another --name; if its host has failed, join again in {wait_s:.0f} s"
+                    f"another agent has joined as {name}, from {other.address}: choose another "
+                    f"--name, or, if its host has failed, join again in {wait_s:.0f} s"
                 )
         agent = self._agents[identity] = _Agent(name, message.address, identity, now, session)
-        self._tell(Joined(message))
+        self._emit(Joined(message))
         self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
 
-    def _hear(self, agent: _Agent, message: FromAgent) -> None:
+    def _handle(self, agent: _Agent, message: FromAgent) -> None:
         match message:
             case Beat(stamp=stamp):
                 agent.stamp = stamp
@@ -330,13 +330,13 @@ class AgentChannel:
             case Leave(reason=reason):
                 self._lose(agent, reason, has_ended=True)
             case _:
-                self._tell(Told(agent.name, message))
+                self._emit(Reported(agent.name, message))
 
 
 class HostGroup(LocalHost):
-    """Makes one host of all hosts of a launch: a process runs on the host that its spec names.
+    """Combines all hosts of a launch: a process runs on the host that its spec names.
 
-    ``on_change`` gets the hosts that join or are lost.
+    ``on_change`` is called for each host that joins or is lost.
     """
 
     def __init__(
@@ -350,10 +350,10 @@ class HostGroup(LocalHost):
         on_change: Callable[[Joined | Lost], None],
     ) -> None:
         super().__init__(control, log_dir, engine_ports)
-        self._name = name  # of this machine
+        self._name = name  # name of this host
         self._channel = channel
         self._on_change = on_change
-        self._spawned: dict[str, Spawn] = {}  # processes that live elsewhere, by name
+        self._spawned: dict[str, Spawn] = {}  # running processes of other hosts, by name
         self._exits: list[ProcessExited] = []
         self._messages: list[MessageReceived] = []
 
@@ -400,24 +400,22 @@ class HostGroup(LocalHost):
                 self._on_change(event)
             case Lost(name=host, reason=reason):
                 self._on_change(event)
+                lost_with, killed = f"{host} ({reason})", -signal.SIGKILL
                 for name in sorted(self._spawned):
                     if self._spawned[name].spec.host == host:
-                        incarnation = self._spawned.pop(name).incarnation
-                        exited = ProcessExited(
-                            name, incarnation, -signal.SIGKILL, lost_with=f"{host} ({reason})"
-                        )
-                        self._exits.append(exited)
-            case Told(name=host, message=Said() | Exited() as message):
+                        number = self._spawned.pop(name).incarnation
+                        self._exits.append(ProcessExited(name, number, killed, lost_with))
+            case Reported(name=host, message=Said() | Exited() as message):
                 spawned = self._spawned.get(message.name)
-                # An agent speaks for the processes of its host alone.
+                # An agent may report only the processes of its own host.
                 if spawned is None or spawned.spec.host != host:
-                    logger.warning("%s reported %r, which is not there", host, message.name[:80])
+                    logger.warning("%s reported on %r, which is not there", host, message.name[:80])
                 else:
-                    self._heard(host, message)
-            case Told():
+                    self._deliver(host, message)
+            case Reported():
                 pass
 
-    def _heard(self, host: str, message: Said | Exited) -> None:
+    def _deliver(self, host: str, message: Said | Exited) -> None:
         name = message.name
         match message:
             case Said(frame=frame):

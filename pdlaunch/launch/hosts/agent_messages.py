@@ -1,8 +1,8 @@
 """Defines the channel between the supervisor (ROUTER) and the agents of other hosts (DEALER).
 
-Every message is three frames: the version of the sender, its number in the session, and the
-message. A number that is not the next one tells that messages were lost with a connection: the
-session is over then, and its processes with it.
+Every message has three frames: the sender's version, the number of the message in the session, and
+the message. If a number is not the next one, messages were lost with a connection: the session
+ends, and its processes are killed.
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ _NUMBER = struct.Struct("<Q")
 
 
 class Join(Message):
-    """Asks to join, as the first message of a session."""
+    """Asks to join; the first message of a session."""
 
     name: str  # name of the host
-    address: str  # its address on the route to the supervisor
+    address: str  # the host's address on the route to the supervisor
     machine: Machine
-    environ: dict[str, str] = {}  # the variables that rules read
-    executables: dict[str, EngineCommand] = {}  # the programs of engines that it allows, by name
+    environ: dict[str, str] = {}  # environment variables that rules read
+    executables: dict[str, EngineCommand] = {}  # programs of engines that the agent allows, by name
 
 
 class Beat(Message):
-    """Tells, in both directions, that the sender lives."""
+    """Heartbeat, in both directions."""
 
-    # Instant of the agent's clock; the supervisor sends the last one back, 0 before the first.
+    # Time on the agent's clock. The supervisor sends the last stamp back, 0 before the first.
     stamp: float = 0.0
 
 
 class Exited(Message):
-    """Tells that a process has ended, and all of its group with it."""
+    """Reports that a process and its process group have ended."""
 
     name: str
     incarnation: int
     returncode: int
-    last_step: LastStep = LastStep()  # what the ranks of its engine computed; empty for a server
+    last_step: LastStep = LastStep()  # last step of its engine's ranks; empty for a server
 
 
 class Said(Message):
-    """Passes a message of the control channel on."""
+    """Forwards a message of a process to the supervisor (control channel)."""
 
     name: str
     frame: bytes
 
 
 class Printed(Message):
-    """Passes on what a process has printed."""
+    """Forwards the output of a process."""
 
     name: str
     data: bytes
 
 
 class AgentRefused(Message):
-    """Tells that an agent is not let in, or that its session is over."""
+    """Refuses an agent, or ends its session."""
 
     reason: str
 
 
 class Leave(Message):
-    """Ends the session, and all processes of it at once."""
+    """Ends the session; all of its processes are killed at once."""
 
     reason: str
 
@@ -78,10 +78,10 @@ FromAgent = Join | Beat | Exited | Said | Printed | Leave
 
 
 class AgentWelcome(Message):
-    """Lets an agent join."""
+    """Accepts a Join."""
 
-    timeout_s: float  # it ends its processes when no Beat of its own was answered for so long
-    beat_s: float  # it says Beat so often
+    timeout_s: float  # the agent ends its processes after this time without an answered Beat
+    beat_s: float  # interval of the agent's Beats
 
 
 class Spawn(Message):
@@ -93,14 +93,14 @@ class Spawn(Message):
 
 
 class Signal(Message):
-    """Signals a process and all that it has started."""
+    """Sends a signal to a process and all processes that it has started."""
 
     name: str
     number: int
 
 
 class Send(Message):
-    """Passes a message of the control channel on to a process."""
+    """Forwards a message of the supervisor to a process (control channel)."""
 
     name: str
     frame: bytes
@@ -113,7 +113,7 @@ to_agent: Codec[ToAgent] = Codec(ToAgent)
 
 
 class Session:
-    """Numbers the messages of one side and checks those of the other."""
+    """Numbers the messages of one side and checks the numbers of the other side."""
 
     def __init__(self) -> None:
         self._num_sent = self._num_received = 0
@@ -124,7 +124,7 @@ class Session:
         return [VERSION, _NUMBER.pack(self._num_sent), payload]
 
     def payload(self, frames: list[bytes]) -> bytes:
-        """Return what stands in the frames of the next message. Raises ProtocolError."""
+        """Check the frames of the next message and return its payload. Raises ProtocolError."""
         if len(frames) != 3 or len(frames[1]) != _NUMBER.size:
             raise ProtocolError(f"a message of {len(frames)} frames")
         if frames[0] != VERSION:

@@ -1,13 +1,13 @@
-"""Writes and reads what an agent joins a launch with: where the supervisor is, and keys.
+"""Writes and reads join files, with which agents join a launch: the supervisor's endpoint and keys.
 
 ::
 
     join file (0600)            server's public key, the agents' key pair
-    join file + .supervisor     both key pairs and the port, for the supervisor after a killed one
+    join file + .supervisor     both key pairs and the port, for a killed supervisor's successor
 
-CURVE proves both sides to each other: only the supervisor has the secret of the server's key, and
-only who holds the join file has that of the agents'. Both are of one launch. The launch's own keys
-are others: an agent is given them with each process that it starts.
+CURVE authenticates both sides: only the supervisor has the server's secret key, and only holders of
+the join file have the agents' secret key. These keys belong to one launch. They are not its ZMQ key
+pair, which an agent gets with each process to start.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_BYTES = 64 * 1024
 
 
 class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """Is what the join file holds."""
+    """Holds the content of the join file."""
 
     endpoint: str  # ``tcp://10.0.0.1:5555``
     server_public: str
@@ -53,7 +53,7 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
 
     server: LaunchKeys
     agents: LaunchKeys
-    port: int = 0  # the port of the supervisor that drew them, or shall be; 0: any
+    port: int = 0  # port of the supervisor; 0: any
 
     def ticket(self, endpoint: str) -> JoinTicket:
         return JoinTicket(
@@ -65,7 +65,7 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_join_keys(port: int = 0) -> JoinKeys:
-    """Draw the keys of one launch, whose supervisor listens at this port; 0: at any."""
+    """Generate the join keys of one launch, whose supervisor listens at ``port`` (0: any)."""
     server, agents = (zmq.curve_keypair() for _ in range(2))
     return JoinKeys(
         server=LaunchKeys(server[0].decode(), server[1].decode(), ""),
@@ -76,29 +76,29 @@ def new_join_keys(port: int = 0) -> JoinKeys:
 
 @contextlib.contextmanager
 def held_join_file(path: Path, port: int = 0) -> Iterator[JoinKeys]:
-    """Hold the join file as one supervisor does. Raises ConfigError while another one does.
+    """Lock the join file for one supervisor. Raises ConfigError if another one has locked it.
 
-    Yields the keys that a killed supervisor has left beside it, so that its agents join again, else
-    new ones. ``port``: where it shall listen; 0: where the killed one did, else anywhere.
+    Yield the keys that a killed supervisor has left, so that its agents can join again, else new
+    keys. ``port``: the port to listen at; 0: the port of the killed supervisor, else any.
     """
-    # The lock is on the supervisor's file: the join file appears only once it is whole.
+    # Lock the supervisor's file, because the join file appears only once it is complete.
     own_path = _supervisor_path(path)
     with os.fdopen(_open_private(own_path), "r+b") as held:
         try:
             take_lock(held.fileno())
         except OSError:
             raise ConfigError(
-                f"another supervisor is using {path}: agents obey one",
+                f"another supervisor is using {path}",
                 field="join_file",
                 value=str(path),
                 fix="stop that launch, or name another file with --join-file",
             ) from None
-        # One that a killed supervisor has left would send agents to nobody.
+        # Remove the join file of a killed supervisor: nobody listens at its endpoint.
         path.unlink(missing_ok=True)
         left = held.read(_MOST_BYTES)
         try:
             keys = msgspec.json.decode(left, type=JoinKeys) if left else new_join_keys(port)
-            # A port that was asked for counts: the old one may be taken, or shut.
+            # A given port replaces the old one, which may be in use or blocked.
             keys = msgspec.structs.replace(keys, port=port or keys.port)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
@@ -115,9 +115,9 @@ def held_join_file(path: Path, port: int = 0) -> Iterator[JoinKeys]:
 
 
 def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
-    """Write what agents, or a supervisor's successor, join with; mode 0600."""
+    """Write the join file for agents, and the file for a supervisor's successor; mode 0600."""
     port = int(endpoint.rpartition(":")[2])
-    # In place: whoever holds its lock keeps it.
+    # Write in place, to keep the lock on this file.
     _write_private(_supervisor_path(path), msgspec.structs.replace(keys, port=port))
     part = path.with_name(f"{path.name}.part")
     _write_private(part, keys.ticket(endpoint))
@@ -125,7 +125,7 @@ def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
 
 
 def read_ticket(name: str) -> JoinTicket:
-    """Read the join file, or its one line from standard input (``-``). Raises ConfigError."""
+    """Read a join file, or its line from standard input (``-``). Raises ConfigError."""
     is_stdin = name == STDIN
     try:
         text = sys.stdin.buffer.readline(_MOST_BYTES) if is_stdin else _read_private(Path(name))
@@ -133,7 +133,7 @@ def read_ticket(name: str) -> JoinTicket:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{'standard input' if is_stdin else name} cannot be joined with: {reason}",
+            f"{'standard input' if is_stdin else name} is not a join file: {reason}",
             field="--join",
             value=name,
             fix="copy the join file that `pdlaunch serve --placement hosts` names, as it is",
@@ -147,7 +147,7 @@ def _supervisor_path(path: Path) -> Path:
 def _open_private(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        # Keys that somebody else has left there would be known to them.
+        # The owner of another user's file could read the keys.
         if os.fstat(descriptor).st_uid != os.geteuid():
             os.close(descriptor)
             raise PermissionError(errno.EPERM, "it belongs to another user")
@@ -169,21 +169,21 @@ def _write_private(path: Path, content: JoinTicket | JoinKeys) -> None:
 
 
 def _read_private(path: Path) -> bytes:
-    """Read a file of secrets. Raises ConfigError where others can read it too, and OSError."""
+    """Read a secret file. Raises ConfigError if other users can read it, and OSError."""
     with path.open("rb") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777
         if mode & 0o077:
             raise ConfigError(
-                f"others can read {path}, which holds a secret: its mode is {mode:o}",
+                f"other users can read {path}, which holds a secret: its mode is {mode:o}",
                 field="--join",
                 value=str(path),
-                fix=f"chmod 600 {path}, and start the launch anew if somebody may have read it",
+                fix=f"chmod 600 {path}, and restart the launch if another user may have read it",
             )
         return file.read(_MOST_BYTES)
 
 
 def joined_host(join: Join) -> ResolvedHost:
-    """Return the host of an agent."""
+    """Return the host that an agent described in its Join."""
     return ResolvedHost(
         join.name,
         join.machine,

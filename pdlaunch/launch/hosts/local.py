@@ -1,4 +1,4 @@
-"""Runs processes of a launch on this machine: children, and the control channel to them."""
+"""Runs processes of a launch on this machine as children, with a control channel to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -33,11 +33,11 @@ from pdlaunch.protocol.process.step_record import LastStep, new_step_record, rea
 logger = logging.getLogger(__name__)
 
 _CANNOT_EXECUTE = 127
-# Not handed on: children get keys on standard input, as others can read their environment.
+# Removed from children's environment, which others can read: children get keys on stdin.
 HIDDEN_VARIABLES = frozenset(
     {"PDLAUNCH_API_KEY", "PDLAUNCH_ADMIN_API_KEY", "PDLAUNCH_ENGINE_API_KEY"}
 )
-# Signals that a process causes by its own fault; other signals are sent to it.
+# Signals caused by a fault of the process itself; other signals are sent from outside.
 _OWN_SIGNALS = frozenset(
     getattr(signal, f"SIG{name}") for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL", "TRAP", "SYS")
 )
@@ -55,21 +55,21 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class ProcessExited:
-    """A process has ended, and with it all processes of its group."""
+    """A process has ended; the rest of its process group is killed."""
 
     name: str
     incarnation: int
     returncode: int  # exit code; negative: the signal that killed the process
-    lost_with: str = ""  # the host that is lost, and why; empty: the process itself was seen to end
-    last_step: LastStep = _NOTHING  # what the engine of a rank computed; empty for others
+    lost_with: str = ""  # the lost host and the reason; empty: the process itself was seen to end
+    last_step: LastStep = _NOTHING  # last step of a rank's engine; empty for other processes
 
     @property
     def by_itself(self) -> bool:
-        """Return whether nobody else ended it: no person, nor the kernel for lack of memory."""
+        """Return True unless it was killed from outside, by a user or the out-of-memory killer."""
         return self.returncode >= 0 or -self.returncode in _OWN_SIGNALS
 
     def how(self) -> str:
-        """Say in words how the process ended."""
+        """Describe how the process ended."""
         if self.lost_with:
             return f"was lost with its host {self.lost_with}"
         if self.returncode >= 0:
@@ -88,12 +88,12 @@ class _Child:
 
 
 class LocalHost:
-    """Runs processes of a launch on this machine: children, and the control channel to them. No
-    method but ``close`` blocks. ``HostGroup`` adds machines elsewhere, each with an agent.
+    """Runs processes of a launch on this machine as children, with a control channel to them. Only
+    ``close`` blocks. ``HostGroup`` adds other hosts, each with an agent.
 
-    Each child leads its own session, so that Ctrl-C at the terminal reaches the supervisor alone.
-    Spawn from a thread that lives as long as the launch: the kernel's parent-death signal goes by
-    thread.
+    Each child leads its own session, so Ctrl-C at the terminal reaches only the supervisor. Call
+    ``spawn`` in a thread that lives as long as the launch: the kernel sends the parent-death signal
+    when the thread ends.
     """
 
     CLOSE_TIMEOUT_S = 5.0
@@ -105,28 +105,28 @@ class LocalHost:
         self._control = control
         self._log_dir = log_dir
         self._engine_ports = engine_ports
-        self._children: dict[str, _Child] = {}  # those that live
-        # The step record of each engine's rank 0; the memory outlives the rank.
+        self._children: dict[str, _Child] = {}  # running processes, by name
+        # By engine: the step record of rank 0, in shared memory that outlives the rank.
         self._step_records: dict[str, mmap.mmap] = {}
         self._ended = select.epoll()  # watches the pidfds of all children
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
-        """Return what becomes readable with an exit or a message; always the same."""
+        """Return the sockets and descriptors that an exit or a message makes readable; constant."""
         return (self._control, self._ended.fileno())
 
     def log_path(self, name: str) -> Path:
-        """Return the file that gets what all incarnations of a process print."""
+        """Return the log file for the output of all incarnations of a process."""
         return self._log_dir / f"{name.replace('/', '.')}.log"
 
     def spawn(
         self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap
     ) -> ProcessExited | None:
-        """Start a process with ``bootstrap`` on its standard input; return its end if that fails.
+        """Start a process with ``bootstrap`` on its standard input; return an exit if that fails.
 
-        Its standard input stays open: the end of it tells the child that the supervisor is gone.
+        Its standard input stays open: its end of file tells the child that the supervisor is gone.
         """
-        inherited: list[int] = []  # descriptors of ours that it gets under the same numbers
+        inherited: list[int] = []  # descriptors that the child gets with the same numbers
         step_record = None
         if bootstrap.router is not None:
             inherited += bootstrap.router.listeners
@@ -160,22 +160,22 @@ class LocalHost:
             finally:
                 if step_record is not None:
                     os.close(step_record)
-        # Unlike a pid it cannot come to mean another process, and it can be waited for.
+        # Unlike a pid, a pidfd is never reused for another process, and can be polled.
         pidfd = os.pidfd_open(process.pid)
         self._children[spec.name] = _Child(process, incarnation, pidfd)
         self._ended.register(pidfd, select.EPOLLIN)
         assert process.stdin is not None
         first_line = msgspec.json.encode(bootstrap) + b"\n"
         assert len(first_line) < 32 * 1024, "fits the pipe's buffer: the write cannot block"
-        # A child that has died already has an exit that tells of it.
+        # If the child is dead already, ``exits`` reports it.
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(first_line)
         return None
 
     def _open_log(self, name: str) -> IO[bytes]:
-        """Open the log to append to it; a launch whose disk is full goes on without logs."""
+        """Open the log for appending, or /dev/null if that fails: a full disk ends no launch."""
         try:
-            # Somebody may have removed the folder.
+            # The folder may have been removed.
             self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self.log_path(name).open("ab", buffering=0)
         except OSError as error:
@@ -183,14 +183,14 @@ class LocalHost:
             return Path(os.devnull).open("ab", buffering=0)
 
     def signal(self, name: str, signal_number: int) -> None:
-        """Send a signal to the process and all that it has started; ignored when it is gone."""
+        """Send a signal to a process and its process group; ignored if the process is gone."""
         child = self._children.get(name)
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal_number)
 
     def send(self, name: str, message: FromSupervisor) -> None:
-        """Queue a message; it is lost when the process is not connected."""
+        """Queue a message; it is lost if the process is not connected."""
         self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
 
     def exits(self) -> list[ProcessExited]:
@@ -200,8 +200,8 @@ class LocalHost:
         return [self._bury(name) for name in names]
 
     def _bury(self, name: str) -> ProcessExited:
-        """Wait for a child that has ended, and kill what it has left behind in its group."""
-        # Before the wait: until then nobody else can be given the number of the group.
+        """Kill the rest of an ended child's process group, and reap the child."""
+        # Before the wait: until then, the id of the group cannot be reused.
         self.signal(name, signal.SIGKILL)
         child = self._children.pop(name)
         returncode = child.process.wait()
@@ -210,7 +210,7 @@ class LocalHost:
         if child.process.stdin is not None:
             child.process.stdin.close()
         gone = ProcessExited(name, child.incarnation, returncode)
-        # Whichever rank dies first: rank 0 has written what all of them computed.
+        # Rank 0 records the step of all ranks, whichever of them dies.
         engine, _, rank = name.partition("/")
         record = self._step_records.get(engine) if rank else None
         return gone if record is None else replace(gone, last_step=read_step_record(record))
@@ -218,22 +218,38 @@ class LocalHost:
     def messages(self) -> list[MessageReceived]:
         """Return the messages since the last call, oldest first.
 
-        A process that is in ``exits`` has none left after the next call of this.
+        The call after ``exits`` returns the last messages of the processes that have ended.
         """
-        return list(self._receive())
+        found: list[MessageReceived] = []
+        while True:
+            try:
+                identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return found
+            try:
+                received = MessageReceived(identity.decode(), to_supervisor.decode(frames[0]))
+            except (ProtocolError, UnicodeDecodeError, IndexError):
+                # A faulty child must not end the launch.
+                logger.warning("malformed message from %r", identity[:80])
+                continue
+            message = received.message
+            if isinstance(message, Register) and message.listens:
+                # Hold the port before others get the URL. A server has its engine's name.
+                self._engine_ports.keep(received.name, message.address.http)
+            found.append(received)
 
     def forget(self, engine: str) -> None:
-        """Drop what is kept of an engine that is gone for good."""
+        """Release the step record and the ports of a removed engine."""
         if (record := self._step_records.pop(engine, None)) is not None:
             record.close()
         self._engine_ports.release(engine)
 
     def close(self) -> None:
-        """Kill and bury whatever is left, for the way out after an error.
+        """Kill and reap all remaining processes; needed after an error.
 
-        Waits at most ``CLOSE_TIMEOUT_S`` for each process.
+        Wait at most ``CLOSE_TIMEOUT_S`` for each process.
         """
-        # All are signalled before the first is waited for.
+        # Signal all processes before waiting for the first.
         for name in list(self._children):
             self.signal(name, signal.SIGKILL)
         for name, child in list(self._children.items()):
@@ -241,21 +257,3 @@ class LocalHost:
                 child.process.wait(self.CLOSE_TIMEOUT_S)
                 self._bury(name)
         self._ended.close()
-
-    def _receive(self) -> Iterator[MessageReceived]:
-        while True:
-            try:
-                identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                received = MessageReceived(identity.decode(), to_supervisor.decode(frames[0]))
-            except (ProtocolError, UnicodeDecodeError, IndexError):
-                # A broken child must not end the launch of all.
-                logger.warning("malformed message from %r", identity[:80])
-                continue
-            message = received.message
-            if isinstance(message, Register) and message.listens:
-                # Before anybody is told the URL. Servers have the names of their engines.
-                self._engine_ports.keep(received.name, message.address.http)
-            yield received

@@ -1,1 +1,1 @@
-"""Renders a launch as objects of Kubernetes; starts and writes nothing."""
+"""Renders a launch as Kubernetes objects; starts no processes and writes no files."""

@@ -1,6 +1,6 @@
-"""Renders a launch as objects of Kubernetes, from a template.
+"""Renders a launch as Kubernetes objects, from a template.
 
-What is secret leaves the settings: keys, and variables that look like one.
+Secrets are moved from the settings to a Secret: API keys, and variables that look like secrets.
 """
 
 from __future__ import annotations
@@ -26,56 +26,65 @@ from pdlaunch.planning.role_engines import RoleEngines
 
 HTTP_PORT = 8000
 CONTROL_PORT = 7070
-# Every machine has its own file of this name; agents and supervisor share no folder.
+# Path of the join file in every pod; agents and supervisor do not share the folder.
 JOIN_FILE = "/run/pdlaunch/join"
-# Host memory that a rank takes beside weights and KV cache: libraries, tokenizer, buffers.
+# Host memory of a rank besides weights and KV cache: libraries, tokenizer, buffers.
 PROCESS_BYTES = 1 << 30
 ANY_ADDRESS = "0.0.0.0"
-Machines = Mapping[Role, tuple[str, ...]]  # names of pods, one for each engine
+Machines = Mapping[Role, tuple[str, ...]]  # names of pods: one for each host of each engine
 _CHOSEN = ("placement", "hosts", "placement_strategy", "control_address", "join_file")
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedSettings:
-    """Holds what the supervisor's file says, and what it must not say."""
+    """Holds the settings for the supervisor's file, and the secrets that the file must not have."""
 
     settings: Mapping[str, Any]  # the content of the file
-    keys: Mapping[str, str]  # API keys by the variable that gives them to the supervisor
-    # Secret-looking variables of engines, by role and name
+    keys: Mapping[str, str]  # API keys by the environment variable that sets them
+    # Variables of engines that look like secrets, by role and name
     engine_secrets: Mapping[Role, Mapping[str, str]] = field(default_factory=dict)
 
     def config(self) -> LaunchConfig:
-        """Return the configuration that the supervisor reads from the file and its variables."""
+        """Return the configuration that the supervisor reads from its file and environment."""
         paths = variable_paths()
         return LaunchConfig.model_validate(
             {**self.settings, **{paths[name]: value for name, value in self.keys.items()}}
         )
 
 
-def machine_names(config: LaunchConfig, base: str) -> Machines:
-    """Name the machines of each role with engines: ``base-prefill-0`` and so on."""
-    return {
-        role: tuple(
-            f"{base}{role}-{index}"
-            for index in range(replicas * config.engine_settings(role).nnodes)
-        )
-        for role in ROLES
-        if (replicas := config.role(role).replicas)
-    }
+def machine_names(options: PodOptions, config: LaunchConfig) -> Machines:
+    """Return the names of pods for each role with engines, the hosts of an engine side by side.
+
+    ::
+
+        StatefulSet        NAME-prefill-0  NAME-prefill-1    NAME-prefill-2  NAME-prefill-3
+        LeaderWorkerSet    NAME-prefill-0  NAME-prefill-0-1  NAME-prefill-1  NAME-prefill-1-1
+    """
+    names: dict[Role, tuple[str, ...]] = {}
+    for role in ROLES:
+        if replicas := config.role(role).replicas:
+            nnodes = config.engine_settings(role).nnodes
+            size = options.group_size(nnodes)
+            names[role] = tuple(
+                f"{options.name}-{role}-{group}" + (f"-{worker}" if worker else "")
+                for group in range(replicas * nnodes // size)
+                for worker in range(size)
+            )
+    return names
 
 
 def place(config: LaunchConfig, machines: Machines) -> PlacedSettings:
     """Return the settings of a deployment whose engines run on these machines.
 
-    Raises ConfigError where the deployment says itself where its engines run.
+    Raises ConfigError if ``config`` itself sets where engines run.
     """
     given = config.model_dump(exclude_unset=True)
     for name in _CHOSEN:
         if name in given:
             raise ConfigError(
-                "what is rendered says where engines run",
+                "the rendered files decide where engines run",
                 field=name,
-                fix=f"leave {name} out, or render another file",
+                fix=f"remove {name} from the configuration",
             )
     settings: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     variables = {path: name for name, path in variable_paths().items()}
@@ -89,7 +98,7 @@ def place(config: LaunchConfig, machines: Machines) -> PlacedSettings:
         "host": ANY_ADDRESS,
         "port": config.port or HTTP_PORT,
         "placement": "hosts",
-        # One engine a machine: each has the devices of one.
+        # One engine (or one part with ``nnodes``) per machine, which has just its GPUs.
         "placement_strategy": "spread",
         "control_port": config.control_port or CONTROL_PORT,
         "join_file": JOIN_FILE,
@@ -101,7 +110,7 @@ def place(config: LaunchConfig, machines: Machines) -> PlacedSettings:
 
 
 def _take_secrets(settings: dict[str, Any]) -> dict[Role, dict[str, str]]:
-    """Move secret-looking variables of engines out of the settings."""
+    """Remove variables of engines that look like secrets from the settings; return them."""
     found: dict[Role, dict[str, str]] = {role: {} for role in ROLES}
     for path, roles in (("env", ROLES), *((f"{role}.env", (role,)) for role in ROLES)):
         section = settings
@@ -117,17 +126,18 @@ def _take_secrets(settings: dict[str, Any]) -> dict[Role, dict[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """Describes the machines of one role, each with one engine or a part of one (``nnodes``)."""
+    """Describes the machines of one role; each has one engine, or one of its ``nnodes`` parts."""
 
     role: Role
     names: tuple[str, ...]
-    num_gpus: int
+    nnodes: int  # machines of an engine
+    num_gpus: int  # per machine, as are the next two
     num_cpus: int
-    memory_bytes: int | None  # host memory of a machine; None: the model's shape is not known
+    memory_bytes: int | None  # host memory; None: the model's shape is not known
 
 
 def engine_groups(launch: ResolvedLaunch, machines: Machines) -> tuple[EngineGroup, ...]:
-    """Return what the machines of each role need."""
+    """Return the resources that the machines of each role need."""
     return tuple(_group(launch.roles[role], names) for role, names in machines.items())
 
 
@@ -139,8 +149,9 @@ def _group(engines: RoleEngines, names: tuple[str, ...]) -> EngineGroup:
     return EngineGroup(
         role=engines.role,
         names=names,
+        nnodes=engines.settings.nnodes,
         num_gpus=num_ranks if on_gpu else 0,
-        # A core for each rank of a GPU, and one for the engine's server.
+        # One core for each rank on a GPU (else its threads), and one for the engine's server.
         num_cpus=1 + num_ranks * (1 if on_gpu else engines.num_threads),
         memory_bytes=None if footprint is None else PROCESS_BYTES + num_ranks * rank_bytes,
     )
@@ -148,33 +159,40 @@ def _group(engines: RoleEngines, names: tuple[str, ...]) -> EngineGroup:
 
 Object = dict[str, Any]
 
-JOIN_KEY = "join"  # key of the Secret that holds what agents join with
-SUPERVISOR_KEY = "supervisor"  # key of the Secret that holds the supervisor's side of it
+JOIN_KEY = "join"  # key in the Secret for the join file of agents
+SUPERVISOR_KEY = "supervisor"  # key in the Secret for the supervisor's join keys
 PROBE_S = 5
-# Ports that processes choose from by themselves; pods are told them, so policies can name them.
+# Port range for free ports, set in pods by a sysctl, so that network policies can name it.
 OWN_PORTS = (32768, 60999)
-# Time beside the drain: the router ends what is left, processes stop, stragglers are killed.
+# Time besides the drain: the router ends requests, processes stop, late ones are killed.
 GRACE_S = 20
 _LLM_D_ROLES = {"prefill": "prefill", "decode": "decode", "both": "prefill-decode"}
 
 
 @dataclass(frozen=True, slots=True)
 class PodOptions:
-    """Holds what a cluster needs to know beside the deployment's settings."""
+    """Holds the options for the cluster that are not settings of the deployment."""
 
     name: str
     image: str
     gpu_resource: str = "nvidia.com/gpu"
-    rdma_resource: str | None = None  # extended resource of which each engine pod gets one
-    # PersistentVolumeClaims by the folder at which they are mounted.
+    rdma_resource: str | None = None  # extended resource; each engine pod requests one
+    # PersistentVolumeClaims by mount folder.
     claims: Mapping[str, str] | None = None
-    cache_claim: str | None = None  # a claim for ``/cache`` that exists; None: one is rendered
+    cache_claim: str | None = None  # an existing claim for ``/cache``; None: render a claim
     cache_size: str = "20Gi"
+    leader_worker_set: bool = False  # for engines over several hosts
+    # Node label; each such engine alone gets the nodes with one value, such as one rack.
+    exclusive_topology: str = ""
+
+    def group_size(self, nnodes: int) -> int:
+        """Return the number of pods in a group of a LeaderWorkerSet; 1: in a StatefulSet."""
+        return nnodes if self.leader_worker_set or self.exclusive_topology else 1
 
 
 @dataclass(frozen=True, slots=True)
 class PodLaunch:
-    """Holds a launch that is to run on pods."""
+    """Holds a launch to be rendered for pods."""
 
     options: PodOptions
     placed: PlacedSettings
@@ -183,14 +201,14 @@ class PodLaunch:
     config_yaml: str
 
     def endpoint(self, host: str) -> str:
-        """Return where agents find the supervisor."""
+        """Return the ZMQ endpoint at which agents join the supervisor."""
         return f"tcp://{host}:{self.resolved.config.control_port}"
 
 
 def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]:
     """Return all objects but the Secret, in the order in which they are applied."""
     options, config = launch.options, launch.resolved.config
-    # The names by which clients in the cluster call the Service.
+    # Names of the Service, which clients in the cluster send as Host.
     domains = [f".$(POD_NAMESPACE){end}" for end in ("", ".svc", ".svc.cluster.local")]
     own_hosts = [options.name, *(f"{options.name}{domain}" for domain in domains)]
     start_s = config.join_timeout_s + config.startup_timeout_s
@@ -203,7 +221,7 @@ def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]
         lstrip_blocks=True,
         autoescape=False,
     )
-    # Keeps the order of keys. YAML does not join the surrogates of JSON.
+    # Without ``sort_keys``. ASCII JSON has surrogate pairs, which YAML does not join.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     text = environment.get_template("kubernetes.yaml.j2").render(
         options=options,
@@ -217,7 +235,7 @@ def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]
         claims=options.claims or {},
         secret_name=f"{options.name}-keys",
         cache_claim=options.cache_claim or f"{options.name}-cache",
-        # A machine gets longer between SIGTERM and SIGKILL than a drain takes.
+        # Time between SIGTERM and SIGKILL, longer than a drain.
         grace_s=math.ceil(config.drain_timeout_s) + GRACE_S,
         probe_s=PROBE_S,
         start_s=math.ceil(start_s),
@@ -241,7 +259,7 @@ def kubernetes_secret(
 ) -> Object:
     """Return the Secret that the other objects refer to.
 
-    ``join``: what agents join with; ``supervisor``: the supervisor's side of it.
+    ``join``: content of the agents' join file; ``supervisor``: content of the supervisor's.
     """
     values = {JOIN_KEY: join, SUPERVISOR_KEY: supervisor, **launch.placed.keys}
     for role, variables in launch.placed.engine_secrets.items():
@@ -264,7 +282,7 @@ def _labels(
     version: bool = False,
     tool: bool = False,
 ) -> dict[str, str]:
-    """Return labels of objects; those without ``version`` select this launch, or a part of it."""
+    """Return labels of objects; without ``version``, labels that select a launch or component."""
     labels = {
         "app.kubernetes.io/name": "pdlaunch",
         "app.kubernetes.io/instance": launch.options.name,
@@ -287,9 +305,8 @@ def _agent_command(launch: PodLaunch, group: EngineGroup, name: str) -> list[str
 
 
 def _with_own_secret(key: str, command: Sequence[str]) -> list[str]:
-    """Return the command, behind a copy of the mounted secret to a file of the user's own.
-
-    Processes accept no file that others can read, and a supervisor that ends deletes its own.
+    """Return a shell command that copies a mounted secret to a file with mode 0600, then runs
+    ``command``. Processes refuse files that others can read, and a supervisor deletes its file.
     """
     file = JOIN_FILE if key == JOIN_KEY else f"{JOIN_FILE}.supervisor"
     script = f'install -m 0600 /run/secrets/{key} {file} && exec "$@"'
@@ -305,5 +322,5 @@ def _resources(options: PodOptions, group: EngineGroup) -> Object:
         extended[options.gpu_resource] = str(group.num_gpus)
     if options.rdma_resource is not None:
         extended[options.rdma_resource] = "1"
-    # Of extended resources request and limit are equal.
+    # Kubernetes requires equal requests and limits for extended resources.
     return {"requests": requests | extended} | ({"limits": extended} if extended else {})

@@ -1,1 +1,1 @@
-"""Starts an engine that cannot speak for itself, watches it over HTTP, and speaks for it."""
+"""Starts an engine of vLLM, monitors it over HTTP, and reports to the supervisor for it."""

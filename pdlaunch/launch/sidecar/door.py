@@ -1,11 +1,11 @@
-"""Opens an engine that listens on a Unix socket to the other hosts of its launch.
+"""Accepts requests from other hosts for an engine that listens on a Unix socket.
 
 ::
 
     router, other sidecars ── TLS, token ──> door ── Unix socket ──> engine
 
-Each end that leaves takes the other one along: a client that goes away ends its request at the
-engine, and an answer that breaks off at the engine breaks off for the client.
+If a client closes its connection, its request at the engine ends. If the engine breaks off an
+answer, the door closes the client's connection.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pdlaunch.protocol.sockets import LaunchKeys
 
 _logger = logging.getLogger(__name__)
 
-# Seconds for which a connection may take no byte of its answer, as with native engines.
+# How long a client may read no byte of its answer; the same as for native engines.
 READ_TIMEOUT_S = 60.0
-MOST_TOKENS = 131_072  # stands for the longest request of an engine whose length is not known here
+MOST_TOKENS = 131_072  # assumed ``max_model_len`` of an engine if it is not known here
 _ASKED = ("/health", "/version", "/metrics", "/v1/models", "/is_sleeping")
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _TOLD = (*_COMPLETIONS, "/tokenize", "/detokenize", "/sleep", "/wake_up")
@@ -45,9 +45,9 @@ _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-
 
 
 class Door:
-    """Passes requests of whoever has the launch's token on to one engine.
+    """Forwards requests with the launch's token, or the engine's key, to one engine.
 
-    Made and used inside a running event loop.
+    Create and use it inside a running event loop.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Door:
         engine_key: str | None,
         kv_feed: KVFeed,
     ) -> None:
-        """``engine_key``: the engine asks for it, and so may whoever comes to the door."""
+        """``engine_key``: the key of the engine, which clients of the door may also use."""
         self._name = name
         self._spec = spec
         self._keys = keys
@@ -68,7 +68,7 @@ class Door:
         self._kv_feed = kv_feed
         length = spec.max_model_len or MOST_TOKENS
         self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
-        # Room for what a router lets in, and for one of the longest that it makes of it.
+        # Room for the bodies that a router admits, and for two of the longest that it can send.
         self._bodies = BodyBudget(
             spec.body_budget_bytes + 2 * self._max_body_bytes, self._max_body_bytes
         )
@@ -86,9 +86,8 @@ class Door:
         spec = self._spec
         await self._runner.setup()
         try:
-            await web.TCPSite(
-                self._runner, spec.bind_address, spec.port, backlog=LISTEN_BACKLOG
-            ).start()
+            site = web.TCPSite(self._runner, spec.bind_address, spec.port, backlog=LISTEN_BACKLOG)
+            await site.start()
             self._runner.drop_stalled_readers(READ_TIMEOUT_S)
         except OSError as error:
             raise StartupError(
@@ -113,8 +112,8 @@ class Door:
             guard=Guard(spec.bind_address, allowed_hosts=(spec.advertise_address,)),
             check_key=bearer_check(
                 keys,
-                message="engines take requests from the launch's router; others send "
-                "engine_api_key as bearer, where it is set",
+                message="engines serve the launch's router; other clients need "
+                "engine_api_key as bearer token, if it is set",
                 code="invalid_api_key",
             ),
             metrics=RequestMetrics(CollectorRegistry(), {"engine": self._name}),
@@ -122,10 +121,11 @@ class Door:
         ).app
 
     async def _pass_on(self, http: web.Request) -> web.StreamResponse:
-        """Answer with what the engine answers.
+        """Forward a request to the engine and its answer to the client.
 
-        Raises OverloadedError (503) when nobody listens there, and ConnectionResetError, with the
-        client's connection cut, when the engine breaks off: its router takes that for what it is.
+        Raises OverloadedError (503) if the engine cannot be reached. If the engine breaks off its
+        answer, cuts the client's connection, so that a router sees it, and raises
+        ConnectionResetError.
         """
         answer: Answer | None = None
         try:
@@ -134,7 +134,7 @@ class Door:
         except CallError as error:
             if answer is None and error.not_received:
                 raise OverloadedError(
-                    f"{self._name} is not there: {error}",
+                    f"{self._name} cannot be reached: {error}",
                     status=503,
                     retry_after_s=RETRY_AFTER_S,
                     code="engine_not_there",
@@ -144,7 +144,7 @@ class Door:
                 http.transport.abort()
             raise ConnectionResetError from None
         finally:
-            # An answer that has not ended: the engine sees that its client is gone.
+            # If the answer has not ended, this ends the request at the engine.
             if answer is not None:
                 answer.close()
 
@@ -160,7 +160,7 @@ class Door:
 
 
 async def _relayed(http: web.Request, answer: Answer) -> web.StreamResponse:
-    """Send an answer on, each piece when it comes. Raises CallError, ConnectionError."""
+    """Forward an answer piece by piece. Raises CallError, ConnectionError."""
     found = ((name, answer.headers.get(name.lower())) for name in _TO_CLIENT)
     headers = {name: value for name, value in found if value is not None}
     headers[REQUEST_ID_HEADER] = request_id_of(http)
@@ -169,7 +169,7 @@ async def _relayed(http: web.Request, answer: Answer) -> web.StreamResponse:
         response.content_length = int(length)
     await response.prepare(http)
     while piece := await answer.read_some():
-        # It waits while the reader is behind, and so does the engine then.
+        # This waits while the client reads too slowly, which also slows the engine down.
         await response.write(piece)
     await response.write_eof()
     return response

@@ -1,4 +1,4 @@
-"""Starts the process of an engine of vLLM, with its command, environment and ports."""
+"""Starts the process of a vLLM engine, with its command, environment and ports."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import ctypes
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pdlaunch
-from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.model_files.identity import (
     changes,
     model_digest,
+    named_digests,
+    refuse_changes,
     sampled_digests,
     text_digests,
     weight_digests,
@@ -32,13 +34,20 @@ from pdlaunch.machine.network import with_device_names
 from pdlaunch.observe.causes import Cause, find_cause
 from pdlaunch.protocol.control import Address, Ready, Registry
 from pdlaunch.protocol.engine_link import KV_SETUP, engine_of_rank
+from pdlaunch.protocol.process.bootstrap import Bootstrap
 
-# Variables that name network devices; addresses among them become names
+# Variables with network devices; addresses in their values are replaced by device names
 _DEVICES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# Flags of vLLM that may name files, and a pattern for the paths in their values
+_FILE_FLAGS = {
+    *("--tokenizer", "--chat-template", "--generation-config", "--hf-config-path"),
+    *("--speculative-config", "--lora-modules"),
+}
+_PATH = re.compile(r'[^",={}\[\]]*/[^",={}\[\]]*')
 EVENTS_FLAG = "--kv-events-config"
 STOP_TIMEOUT_S = 5.0
 _MAX_TAIL_BYTES = 256 * 1024
-_SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _PR_SET_PDEATHSIG = 1
 _GUARD = "trap '' HUP INT TERM; read _; kill -9 0"
@@ -47,37 +56,59 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(frozen=True, slots=True)
 class SidecarOptions:
-    """The command of the engine that a sidecar starts, and how to judge the engine."""
+    """Holds the command of the engine that a sidecar starts, and the limits for watching it."""
 
-    # Without a fixed port, the sidecar adds the socket to listen at.
+    # If it has no fixed port, the sidecar adds a Unix socket to listen at.
     command: tuple[str, ...]
-    is_exact: bool
+    is_exact: bool  # canaries compare tokens, not logprobs
     # An engine with work but no progress for this long is killed; 0: never. An engine without work
-    # for this long is sent a prompt of one token.
+    # for this long gets a prompt of one token.
     hang_timeout_s: float
-    unverified: str  # why pulled KV blocks are used unproven
+    unverified: str  # the reason why pulled KV blocks are used unproven; empty: they are proven
 
     @property
     def model(self) -> str:
         return self.value("--served-model-name")
 
     def model_files(self) -> dict[str, str]:
-        """Return digests of the model's files, by name; empty if vLLM downloads the model."""
+        """Return digests of the model's files, by name; empty if vLLM downloads the model.
+
+        Other files that flags name are included, by path.
+        """
         folder = Path(self.command[2])  # vllm serve MODEL
+        others: dict[str, str] = {}
+        for path in self._named_paths():
+            others |= named_digests(path)
         if not folder.is_dir():
-            return sampled_digests(folder) if folder.is_file() else {}
+            return others | (sampled_digests(folder) if folder.is_file() else {})
         try:
             weights = weight_digests(folder, dummy=self.value("--load-format") == "dummy")
         except (ConfigError, OSError, ValueError):
-            weights = sampled_digests(folder)  # vLLM takes other formats than native engines
-        return weights | text_digests(folder)
+            weights = sampled_digests(folder)  # vLLM reads formats that native engines do not
+        return others | weights | text_digests(folder)
+
+    def _named_paths(self) -> Iterator[Path]:
+        """Yield the local files and folders that flags name, also in JSON and as NAME=PATH."""
+        flag = ""
+        for part in self.command:
+            if part.startswith("--"):
+                flag = part.partition(".")[0]  # ``--speculative-config.model`` is a part of JSON
+            elif flag in _FILE_FLAGS:
+                for text in {part, *_PATH.findall(part)}:
+                    if os.path.exists(text):  # noqa: PTH110 - no error if it is too long
+                        yield Path(text)
+
+    @property
+    def dp_size(self) -> int:
+        """Return the number of data parallel ranks."""
+        return int(self.value("--data-parallel-size") or 1)
 
     @property
     def spans_hosts(self) -> bool:
         return "--nnodes" in self.command
 
     def value(self, flag: str) -> str:
-        """Return the value of a flag in the command; empty: the flag is absent."""
+        """Return the value of a flag in the command; empty if the flag is absent."""
         if flag not in self.command:
             return ""
         return self.command[self.command.index(flag) + 1]
@@ -86,21 +117,28 @@ class SidecarOptions:
 # The process
 
 
+async def read_pinned(options: SidecarOptions, bootstrap: Bootstrap) -> dict[str, str]:
+    """Return the digests of the model's files. Raises ConfigError if the launch pinned others."""
+    files = await asyncio.to_thread(options.model_files)
+    refuse_changes(bootstrap.pinned or files, files)
+    return files
+
+
 async def start_engine(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> asyncio.subprocess.Process:
-    """Start the command; ``environment`` goes over this process's. Raises StartupError.
+    """Start the command; ``environment`` overrides this process's variables. Raises StartupError.
 
-    It stays in the process group of the sidecar, so that the supervisor's signals reach it and
-    nothing of it is left when the sidecar is buried. Its output goes where the sidecar's goes.
+    The engine stays in the sidecar's process group, so the supervisor's signals reach it, and it is
+    killed when the supervisor reaps the sidecar. It writes to the sidecar's standard output.
     """
     try:
         return await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             env={**os.environ, **environment},
-            # Forked by the main thread, which lives as long as the sidecar: the kernel sends the
-            # signal when that thread ends.
+            # The kernel sends the signal when the forking thread ends; this is the main thread,
+            # which lives as long as the sidecar.
             preexec_fn=die_with_thread,
         )
     except OSError as error:
@@ -111,7 +149,7 @@ async def start_engine(
 
 
 async def stop_engine(process: asyncio.subprocess.Process) -> None:
-    """Ask the engine to end; kill it when it has not in time."""
+    """Ask the engine to end; kill it if it does not end in time."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
@@ -121,13 +159,13 @@ async def stop_engine(process: asyncio.subprocess.Process) -> None:
 
 
 def guard_group() -> subprocess.Popen[bytes]:
-    """Have all processes of this one's group killed as soon as this one is gone.
+    """Start a process that kills this process's group as soon as this process is gone.
 
-    A signal at a parent's death reaches children alone: the server of an engine would go, and the
-    processes that it has started, which compute and hold the memory, would stay.
+    A parent-death signal reaches only direct children: the engine's server would end, but not the
+    processes that it has started, which compute and hold the memory.
     """
     assert os.getpgid(0) == os.getpid(), "it leads its own group"
-    # The other end is open for as long as this process lives.
+    # The write end stays open as long as this process lives.
     read_end, _ = os.pipe()
     try:
         return subprocess.Popen(("sh", "-c", _GUARD), stdin=read_end, stdout=subprocess.DEVNULL)
@@ -136,66 +174,61 @@ def guard_group() -> subprocess.Popen[bytes]:
 
 
 def die_with_thread() -> None:
-    """Have the kernel kill this process when the thread that has forked it ends."""
+    """Make the kernel kill this process when the thread that forked it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-# Its command and environment
+# Command and environment of the engine
 
 
 def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
-    """Return the command with KV events published at ``endpoint``, for routers and others.
+    """Return the command with KV events enabled and published at ``endpoint``.
 
-    vLLM's own default is a TCP port on every address. A command that names an endpoint keeps it.
+    vLLM's default is a TCP port on all addresses. An endpoint set in the command is kept.
+    ``endpoint``: ``ipc://`` and a path. Because ``inproc`` is in it, data parallel rank N appends
+    ``_dpN``. Source: ZmqEventPublisher.offset_endpoint_port of vLLM 0.24 to 0.33.
     """
     config = {
         "enable_kv_cache_events": True,
         "endpoint": endpoint,
         "replay_endpoint": f"{endpoint}.replay",
     }
-    # vLLM publishes events of data parallel ranks only at open TCP ports (PD637).
-    off = {"enable_kv_cache_events": False} if "--data-parallel-size" in command else {}
     if EVENTS_FLAG not in command:
-        return (*command, EVENTS_FLAG, json.dumps(config | off))
+        return (*command, EVENTS_FLAG, json.dumps(config))
     at = command.index(EVENTS_FLAG) + 1
-    return (*command[:at], json.dumps(config | json.loads(command[at]) | off), *command[at + 1 :])
+    return (*command[:at], json.dumps(config | json.loads(command[at])), *command[at + 1 :])
 
 
 def engine_environment(
     run_dir: Path, key: str | None, side_channel: socket.socket | None = None
 ) -> dict[str, str]:
-    """Return the variables of an engine. Raises StartupError.
+    """Return the variables for an engine. Raises StartupError.
 
-    ``side_channel``: the port that is held for vLLM's own connector.
+    ``side_channel``: the socket that holds the port for vLLM's own connector.
     """
     try:
-        # The supervisor knows no more than this host's address.
+        # The supervisor sets addresses, because it does not know the device names of this host.
         devices = {
             name: with_device_names(value) for name in _DEVICES if (value := os.environ.get(name))
         }
     except LookupError as error:
         raise StartupError(str(error)) from None
     return {
-        # The sockets between the engine's own processes: anybody may open those in /tmp.
+        # Folder for sockets between the engine's processes; all users can open those in /tmp.
         "VLLM_RPC_BASE_PATH": str(run_dir),
-        # Empty overrides a VLLM_API_KEY of the user's shell, which would keep routers out.
+        # Set even if empty: a VLLM_API_KEY of the user's shell would lock routers out.
         "VLLM_API_KEY": key or "",
         **devices,
         **({_SIDE_CHANNEL_PORT: str(side_channel.getsockname()[1])} if side_channel else {}),
     }
 
 
-def side_channel_host() -> str:
-    """Return the address at which other engines reach the side channel of vLLM's own connector."""
-    return os.environ.get(_SIDE_CHANNEL_HOST, ENGINE_HOST)
-
-
 def hold_side_channel(host: str, ports: str) -> socket.socket:
-    """Keep a port for the side channel of vLLM's own connector, which takes no port 0 and would
-    wait for one that is busy for ever. Raises StartupError.
+    """Hold a port for the side channel of vLLM's own connector; return the holding socket. vLLM
+    does not accept port 0 and waits without limit for a busy port. Raises StartupError.
 
-    The engine listens there a minute after its start. The socket keeps others from taking the port:
-    UCX, other engines, any program that asks for a free port.
+    The engine listens there about a minute after its start. Until then, the socket keeps UCX, other
+    engines and programs that request a free port from getting this one.
 
     ``ports``: first and last allowed port, ``21000-21999``; empty, or on loopback: any port.
     """
@@ -203,7 +236,7 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
     if ports and not is_loopback(host):
         first, _, last = ports.partition("-")
         found = range(int(first), int(last) + 1)
-        # Two engines that start at the same time look at other ones first.
+        # In random order, so that engines that start at the same time rarely try the same port.
         wanted = random.SystemRandom().sample(found, len(found))
     problem = "there is none"
     for port in wanted:
@@ -219,8 +252,8 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
             continue
         return holder
     raise StartupError(
-        f"no port {ports} of {host} can be had for the side channel of vLLM: {problem} "
-        "(kv_transfer.data_ports)"
+        f"no port of {host} is free for the side channel of vLLM: {problem} "
+        f"(kv_transfer.data_ports: {ports})"
     )
 
 
@@ -228,11 +261,11 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
 
 
 def connector_environment(run_dir: Path, setup: Path, python_path: str) -> dict[str, str]:
-    """Return the variables with which an engine finds the connector, and the connector its setup.
+    """Return the variables with paths of the connector's package and of its setup file.
 
-    ``python_path``: the PYTHONPATH so far. Engines of one launch call this at the same time.
+    ``python_path``: PYTHONPATH so far. Several engines of a launch may call this at the same time.
     """
-    # The folder that pdlaunch is installed in has packages of other versions than vLLM needs.
+    # Use a folder with only pdlaunch: its site-packages may have versions that vLLM cannot use.
     packages = run_dir / "python"
     packages.mkdir(mode=0o700, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -243,19 +276,19 @@ def connector_environment(run_dir: Path, setup: Path, python_path: str) -> dict[
     }
 
 
-# What it prints
+# Output of the engine
 
 
 class EngineOutput:
-    """Finds the reason for an engine's end in what it has printed into this process's log."""
+    """Finds the cause of an engine's end in its output, which is in this process's log."""
 
     def __init__(self, path: Path = Path("/proc/self/fd/1")) -> None:
-        """Skip the lines that the file already has."""
+        """Ignore the lines that are already in the log file ``path``."""
         self._path = path
         self._start = self._num_bytes()
 
     def cause(self) -> Cause | None:
-        """Return the error that ended the engine; None: none is found."""
+        """Return the error that ended the engine; None if no line shows a cause."""
         start = max(self._start, self._num_bytes() - _MAX_TAIL_BYTES)
         try:
             with self._path.open("rb") as log:
@@ -278,7 +311,7 @@ class HeadlessNode:
 
     ::
 
-        the engine's first sidecar registers where ranks meet ──> start vLLM
+        the engine's first sidecar registers its master port   ──> start vLLM
         the engine serves, so these ranks have read the model ──> Ready
     """
 
@@ -290,7 +323,7 @@ class HeadlessNode:
         self._output = EngineOutput()
 
     async def run(self) -> None:
-        """Run until Stop or a signal. Raises StartupError when vLLM ends by itself."""
+        """Run until Stop or a signal. Raises StartupError if vLLM ends by itself."""
         self._supervised.register(Address())
         running = self._supervised.spawn(self._watch_vllm())
         try:
@@ -308,14 +341,13 @@ class HeadlessNode:
         self._supervised.inbox.put_nowait(error)
 
     async def _run_vllm(self) -> str:
-        """Run vLLM; return why it has ended. Raises StartupError, OSError."""
+        """Run vLLM; return the reason for its end. Raises StartupError, OSError."""
         options, bootstrap = self._options, self._supervised.bootstrap
-        files = await asyncio.to_thread(options.model_files)
+        files = await read_pinned(options, bootstrap)
         first, run_dir = await self._first, Path(bootstrap.run_dir)
         environment = engine_environment(run_dir, None)
         if bootstrap.connector is not None:
-            digest = model_digest(files) if files else ""
-            setup = write_setup(bootstrap, bootstrap.connector, first.link, digest)
+            setup = write_setup(bootstrap, bootstrap.connector, first.link, model_digest(files))
             python_path = os.environ.get("PYTHONPATH", "")
             environment |= connector_environment(run_dir, setup, python_path)
         port = ("--master-port", str(first.master_port))
@@ -345,11 +377,11 @@ class HeadlessNode:
                 self._serves.set()
 
     async def _drain(self, _: float) -> None:
-        """Do nothing: the first sidecar has the requests."""
+        """Do nothing: the first sidecar drains the engine."""
 
 
 def end_of(options: SidecarOptions, code: int, output: EngineOutput) -> str:
-    """Return how an engine's process has ended, and the cause if its output names one."""
+    """Describe how an engine's process ended, with the cause if its output shows one."""
     name = Path(options.command[0]).name
     if code < 0:
         return f"{name} was killed by {signal.Signals(-code).name}"

@@ -1,11 +1,11 @@
 """Reads the KV events of one vLLM engine, and reports its prefixes to routers.
 
-::
+Each data parallel rank publishes its own events::
 
-    vLLM ── PUB: batches, numbered ──> VllmKVEvents ── keys ──> KVFeed
-         <── ROUTER: batches that are missing ──┘ cannot be had: forget all
+    rank ── PUB: numbered batches ──> VllmKVEvents ── keys ──> KVFeed
+         <── ROUTER: replay of missing batches ──┘ if it fails, drop all prefixes
 
-Each release of vLLM may hash blocks in another way, so keys are computed from token ids.
+Releases of vLLM may hash blocks differently, so pdlaunch computes keys from token ids.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pdlaunch.protocol.kv_events import KVBlocks
 REPLAY_TIMEOUT_S = 5.0
 _END = (-1).to_bytes(8, "big", signed=True)
 _TIERS: dict[object, Tier] = {None: "device", "GPU": "device", "CPU": "host"}
-# KV groups whose blocks are found from the first token on. Source: KVCacheSpecKind of vLLM.
+# Kinds of KV groups that keep all blocks from the first token on. Source: vLLM's KVCacheSpecKind.
 _WHOLE_KINDS = frozenset(
     {None, "full_attention", "mla_attention", "sink_full_attention", "unknown"}
 )
@@ -40,14 +40,15 @@ _logger = logging.getLogger(__name__)
 
 
 class VllmBlocks:
-    """Translates vLLM's events. Source: vllm/distributed/kv_events.py of 0.24 to 0.33."""
+    """Converts events to ``KVBlocks``. Source: vllm/distributed/kv_events.py of 0.24 to 0.33."""
 
-    def __init__(self) -> None:
+    def __init__(self, dp_rank: int = 0) -> None:
+        self._dp_rank = dp_rank
         self._block_size = 0
         self._changes = PrefixChanges()
 
     def take(self, payload: bytes) -> KVBlocks | None:
-        """Return the changes of a batch. Raises ValueError if it is not a batch."""
+        """Return the changes in a batch, None if there are none. Raises ValueError."""
         batch: Any = msgspec.msgpack.decode(payload)
         is_all = False
         for event in batch["events"] if isinstance(batch, dict) else batch[1]:
@@ -64,14 +65,20 @@ class VllmBlocks:
         if changes is None and not is_all:
             return None
         stored, removed = changes or ({}, {})
-        return KVBlocks(block_size=self._block_size, is_all=is_all, stored=stored, removed=removed)
+        return KVBlocks(
+            block_size=self._block_size,
+            dp_rank=self._dp_rank,
+            is_all=is_all,
+            stored=stored,
+            removed=removed,
+        )
 
     def _store(self, tier: Tier, event: dict[str, Any]) -> bool:
-        """Record stored blocks; return whether all earlier records are void."""
+        """Record stored blocks; return True if all earlier records are invalid."""
         is_void, block_size, hashes = False, event["block_size"], event["block_hashes"]
         if event.get("kv_cache_spec_kind") not in _WHOLE_KINDS:
             return False
-        # Parts of blocks come alone, and blocks of a host tier may come without tokens.
+        # Events may have parts of blocks, and blocks of a host tier may have no tokens.
         if block_size > self._block_size:
             is_void, self._changes = self._block_size > 0, PrefixChanges()
             self._block_size = block_size
@@ -95,7 +102,7 @@ class VllmBlocks:
         if parent is not None:
             key = self._changes.find(parent)
         else:
-            # The salt is in the first block alone, where it is the only text.
+            # Only the first block has the cache salt, as the only string among its extra keys.
             salt = next((each for each in extras[0] if isinstance(each, str)), "")
             extras[0] = [each for each in extras[0] if each != salt]
             key = root_key(adapter=adapter, cache_salt=salt)
@@ -103,7 +110,7 @@ class VllmBlocks:
         for index, (found, extra) in enumerate(zip(hashes, extras, strict=True)):
             if key is None:
                 return
-            if extra:  # images and the like, of which routers know nothing
+            if extra:  # images and the like, which routers do not know
                 key = root_key(adapter=repr(extra), cache_salt=str(key))
             begin = 4 * block_size * index
             (key,) = next_keys(key, tokens[begin : begin + 4 * block_size], block_size)
@@ -111,7 +118,7 @@ class VllmBlocks:
 
 
 async def listen_for_routers(path: Path, feed: KVFeed) -> web.AppRunner:
-    """Serve the stream at a socket in the launch's folder, which nobody else can open."""
+    """Serve the feed at a Unix socket in the launch's folder, which other users cannot open."""
     app = web.Application()
     app.router.add_get(KV_EVENTS_PATH, feed.send)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
@@ -121,20 +128,22 @@ async def listen_for_routers(path: Path, feed: KVFeed) -> web.AppRunner:
 
 
 class VllmKVEvents:
-    """Reads the events of one engine; belongs to the event loop. ``run`` once, then ``close``."""
+    """Reads the KV events of one rank in the event loop. Call ``run`` once, then ``close``."""
 
-    def __init__(self, command: Sequence[str], feed: KVFeed) -> None:
-        """``command``: of the engine; says where it publishes its events."""
+    def __init__(self, command: Sequence[str], feed: KVFeed, dp_rank: int = 0) -> None:
+        """``command``: the engine's command, which has the endpoints of its events."""
         config = json.loads(command[command.index(EVENTS_FLAG) + 1])
+        suffix = f"_dp{dp_rank}" if dp_rank else ""
+        self._dp_rank = dp_rank
         self._feed = feed
-        self._blocks = VllmBlocks()
+        self._blocks = VllmBlocks(dp_rank)
         self._next = 0  # number of the next batch
         self._context = zmq.asyncio.Context()
         self._events = self._context.socket(zmq.SUB)
         self._events.set_hwm(0)
         self._events.subscribe(config.get("topic", ""))
-        self._events.connect(config["endpoint"])
-        self._replay_endpoint: str = config["replay_endpoint"]
+        self._events.connect(config["endpoint"] + suffix)
+        self._replay_endpoint: str = config["replay_endpoint"] + suffix
 
     async def run(self) -> None:
         while True:
@@ -153,13 +162,13 @@ class VllmKVEvents:
         try:
             change = self._blocks.take(payload)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            _logger.warning("KV events that cannot be read: %r", error)
+            _logger.warning("KV events cannot be read: %r", error)
             return
         if change is not None:
-            self._feed.tell(change)
+            self._feed.publish(change)
 
     async def _catch_up(self, until: int) -> None:
-        """Ask for the batches that are missing; forget everything if one cannot be had."""
+        """Request a replay of missing batches; drop all prefixes if one cannot be replayed."""
         socket = self._context.socket(zmq.DEALER)
         socket.connect(self._replay_endpoint)
         try:
@@ -175,5 +184,5 @@ class VllmKVEvents:
             socket.close(linger=0)
         if self._next < until:
             _logger.warning("KV events %d to %d are lost", self._next, until - 1)
-            self._next, self._blocks = until, VllmBlocks()
-            self._feed.tell(KVBlocks(block_size=0, is_all=True))
+            self._next, self._blocks = until, VllmBlocks(self._dp_rank)
+            self._feed.publish(KVBlocks(block_size=0, dp_rank=self._dp_rank, is_all=True))

@@ -1,8 +1,8 @@
-"""Speaks with pdlaunch's KV connector in the workers of one engine of vLLM.
+"""Exchanges messages with pdlaunch's KV connector in the workers of one vLLM engine.
 
 ::
 
-    setup file ──> connector: RankUp of each rank ──> all are up: side channels for the registry
+    setup file ──> connector: RankUp of each rank ──> all are up: register their side channels
     registry ──> Peers ──> handshakes of decode ranks ──> PairReady, PairFailed
 """
 
@@ -12,8 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +21,7 @@ import zmq.asyncio
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.machine.network import tcp_endpoint
-from pdlaunch.protocol.control import Entry, PairFailed, PairReady
+from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.engine_link import (
     ConnectorSpec,
     FromWorker,
@@ -41,11 +40,9 @@ from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 _logger = logging.getLogger(__name__)
 
-Peer = tuple[str, int]  # name and incarnation of a prefill engine
-
 
 class EngineLink:
-    """Receives from the workers and tells them their peers; belongs to the event loop."""
+    """Receives messages of workers and sends them their peers. For use in the event loop only."""
 
     def __init__(
         self,
@@ -55,7 +52,7 @@ class EngineLink:
         *,
         over_hosts: bool = False,
     ) -> None:
-        """``over_hosts``: workers on other hosts connect, too."""
+        """Listen at a Unix socket; ``over_hosts``: at TCP, for workers on other hosts."""
         self._bootstrap = bootstrap
         self._spec = spec
         path = f"ipc://{Path(bootstrap.run_dir) / bootstrap.name}.kv"
@@ -67,10 +64,10 @@ class EngineLink:
         if over_hosts:
             port = int(self.endpoint.rpartition(":")[2])
             self.endpoint = tcp_endpoint(spec.advertise_address, port)
-        # By data parallel and tensor parallel rank
+        # Both by data parallel and tensor parallel rank
         self._ranks: dict[tuple[int, int], RankUp] = {}
-        self._workers: dict[tuple[int, int], bytes] = {}  # their identities
-        self._peers: Sequence[Entry] | None = None  # None: workers are told of nobody yet
+        self._workers: dict[tuple[int, int], bytes] = {}  # ZMQ identities
+        self._peers: Sequence[Entry] | None = None  # None: workers did not get peers yet
         self.all_up = asyncio.Event()
 
     def write_setup(self, model_digest: str) -> Path:
@@ -86,13 +83,13 @@ class EngineLink:
 
     @property
     def engine_id(self) -> EngineId:
-        """Return the id of the engine as a whole; empty until all ranks are up."""
+        """Return the id of the engine; empty until all ranks are up."""
         return self._spec.engine_id if self.all_up.is_set() else EngineId("")
 
     @property
     def side_channels(self) -> tuple[str, ...]:
-        """Return where each rank listens, those of data parallel rank 0 first; empty until all are
-        up.
+        """Return the side channels of all ranks, ordered by data parallel rank and tensor parallel
+        rank; empty until all ranks are up.
         """
         if not self.all_up.is_set():
             return ()
@@ -100,7 +97,7 @@ class EngineLink:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of all ranks."""
+        """Return the names of all ranks, ordered by data parallel rank and tensor parallel rank."""
         spec, name = self._spec, self._bootstrap.name
         return [
             rank_name(dp_engine(name, dp_rank, spec.dp_size), tp_rank)
@@ -114,7 +111,7 @@ class EngineLink:
         return f"{len(self._ranks)} of {num_ranks} ranks exchange KV blocks"
 
     async def receive(self) -> FromWorker:
-        """Return what a worker says next. Raises ProtocolError when engine_ids differ."""
+        """Return the next message of a worker. Raises ProtocolError if its engine_id is wrong."""
         while True:
             identity, frame = await self._socket.recv_multipart()
             try:
@@ -126,8 +123,8 @@ class EngineLink:
                 await self._take_rank(identity, message)
             return message
 
-    async def tell_peers(self, entries: Sequence[Entry]) -> None:
-        """Tell all workers which ranks other engines have, if that has changed."""
+    async def send_peers(self, entries: Sequence[Entry]) -> None:
+        """Send the ranks of other engines to all workers, if they have changed."""
         if entries != self._peers:
             self._peers = entries
             for identity in self._workers.values():
@@ -142,7 +139,7 @@ class EngineLink:
         self._ranks[key], self._workers[key] = rank, identity
         if rank.engine_id != wanted:
             at = f"rank {rank.tp_rank}" + f" of DP rank {rank.dp_rank}" * (self._spec.dp_size > 1)
-            raise ProtocolError(f"its engine_id is {wanted}, and {at} has {rank.engine_id}")
+            raise ProtocolError(f"its engine_id must be {wanted}, but {at} has {rank.engine_id}")
         if len(self._ranks) == self._spec.dp_size * rank.tp_size:
             self.all_up.set()
         if self._peers is not None:
@@ -154,7 +151,7 @@ class EngineLink:
 
 
 def write_setup(bootstrap: Bootstrap, spec: ConnectorSpec, link: str, model_digest: str) -> Path:
-    """Leave what the connector reads at its start in a file for this user alone."""
+    """Write the setup file that the connector reads at its start, with mode 0600; return it."""
     setup = KVSetup(
         **msgspec.structs.asdict(spec),
         name=engine_of_rank(bootstrap.name),
@@ -172,43 +169,10 @@ def write_setup(bootstrap: Bootstrap, spec: ConnectorSpec, link: str, model_dige
 
 
 def remove_setup(bootstrap: Bootstrap) -> None:
-    """Remove that file, if it is there."""
+    """Remove the setup file, if it exists."""
     with contextlib.suppress(OSError):
         _setup_path(bootstrap).unlink()
 
 
 def _setup_path(bootstrap: Bootstrap) -> Path:
     return Path(bootstrap.run_dir) / f"{bootstrap.name.replace('/', '.')}.kv.json"
-
-
-class RankPairs:
-    """Collects which pairs of ranks are proven, by prefill engine."""
-
-    def __init__(self) -> None:
-        self._proven: dict[Peer, dict[tuple[str, str], PairReady]] = defaultdict(dict)
-
-    def add(self, pair: PairReady) -> None:
-        peer = engine_of_rank(pair.peer), pair.peer_incarnation
-        self._proven[peer][pair.local, pair.peer] = pair
-
-    def drop(self, failed: PairFailed) -> None:
-        for pairs in self._proven.values():
-            pairs.pop((failed.local, failed.peer), None)
-
-    def keep(self, peers: Collection[Peer]) -> None:
-        """Drop the proofs of all other engines."""
-        for peer in self._proven.keys() - set(peers):
-            del self._proven[peer]
-
-    def slowest(self, peer: Peer, ranks: Sequence[str], num_peers: int) -> PairReady | None:
-        """Return the slowest pair with an engine; None: ranks are missing.
-
-        ``ranks``: of the decode engine. Each states from how many ranks it pulls, for each of
-        the other engine's ``num_peers`` data parallel ranks.
-        """
-        pairs = self._proven.get(peer, {}).values()
-        for rank in ranks:
-            own = [pair for pair in pairs if pair.local == rank]
-            if not own or len(own) < max(pair.num_peers for pair in own) * num_peers:
-                return None
-        return min(pairs, key=lambda pair: pair.gigabytes_per_s or float("inf"))

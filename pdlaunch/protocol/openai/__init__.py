@@ -1,1 +1,1 @@
-"""Defines the OpenAI API as pdlaunch speaks it: request models and response structs."""
+"""Defines pdlaunch's form of the OpenAI API: request models and response structs."""

@@ -1,4 +1,4 @@
-"""Checks the bytes of an HTTP body against a request model; every refusal names the field."""
+"""Checks the bytes of an HTTP body against a request model; every error names the field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import (
 
 from pdlaunch.errors import RequestError
 
-# Fields that vLLM serves, and native engines do not.
+# Fields that vLLM supports and native engines do not.
 OF_VLLM = frozenset(
     {
         *("allowed_token_ids", "bad_words", "chat_template", "documents", "length_penalty"),
@@ -27,13 +27,13 @@ OF_VLLM = frozenset(
     }
 )
 _BY_VLLM = " by native engines (engines of vLLM have it: --engine vllm)"
-# Strings, lists and objects of a body; as Python objects they are far larger than as text
+# Most strings, lists and objects of a body; Python objects are far larger than their JSON text
 MAX_JSON_VALUES = 100_000
 MAX_IGNORED_NAMES = 64
-# Accepted by engines; refused by the public router
+# Fields that engines accept and that the router refuses from clients
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "prompt_token_ids", "resume"})
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")  # the beginning of a list of token ids
-# Possessive, and matches a string without an end, so that no text makes it backtrack.
+# Possessive, and matches an unfinished string too, so that no text makes the regex backtrack.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)
 
 R = TypeVar("R", bound="RequestBody")
@@ -41,27 +41,27 @@ Values = dict[str, tuple[object, ...]]
 
 
 class RequestBody(BaseModel):
-    """Checks known fields strictly and ignores others; ``null`` means the default."""
+    """Checks known fields strictly and ignores unknown ones; ``null`` means the default."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
-    # Fields of the API that pdlaunch does not serve, with the values, besides ``null``, that
-    # change nothing.
+    # Unsupported fields of the API, each with the values that are accepted, besides ``null``,
+    # because they change nothing.
     NEUTRAL: ClassVar[Values] = {}
-    HINTS: ClassVar[frozenset[str]] = frozenset()  # may be ignored, whatever their value
-    PLACE: ClassVar[str] = ""  # path of such objects in a body, without indices: ``messages.``
+    HINTS: ClassVar[frozenset[str]] = frozenset()  # fields that are ignored, whatever their value
+    PLACE: ClassVar[str] = ""  # path of this object in a body, without indices: ``messages.``
 
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
-        """Return the paths of the body's unknown fields, at all depths."""
+        """Return the paths of the body's unknown fields, including those of nested objects."""
         return self._ignored
 
     @model_validator(mode="before")
     @classmethod
     def _take_known(cls, body: object, info: ValidationInfo) -> object:
-        """Drop nulls, hints and unknown fields. Raises RequestError for fields not served."""
+        """Drop nulls, hints and unknown fields. Raises RequestError for unsupported fields."""
         if not isinstance(body, dict):
             return body
         known: dict[str, object] = {}
@@ -73,7 +73,7 @@ class RequestBody(BaseModel):
             elif name not in cls.NEUTRAL:
                 if isinstance(info.context, dict) and len(info.context) < MAX_IGNORED_NAMES:
                     info.context[cls.PLACE + name] = None
-            # Of the same type, too: in Python, True == 1.
+            # The type is compared too, because True == 1 in Python.
             elif (type(value), value) not in [(type(each), each) for each in cls.NEUTRAL[name]]:
                 raise RequestError(
                     f"{name} is not supported{_BY_VLLM if name in OF_VLLM else ''}; leave it out",
@@ -84,9 +84,9 @@ class RequestBody(BaseModel):
 
 
 def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
-    """Check ``body`` against ``kind``. Raises RequestError naming the field.
+    """Check ``body`` against ``kind``. Raises RequestError that names the field.
 
-    ``public``: the body comes from a client of the deployment, who may not set ``INTERNAL_FIELDS``.
+    ``public``: the body comes from a client, who may not set ``INTERNAL_FIELDS``.
     """
     if public:
         refuse_internal_fields(body)
@@ -101,8 +101,8 @@ def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
 
 def refuse_internal_fields(body: dict[str, Any]) -> None:
     """Raise RequestError for a client's body with fields that only routers may send."""
-    # vLLM takes vllm_xargs for its own fields without a check: a string as kv_transfer_params ends
-    # its engine core.
+    # vLLM copies vllm_xargs into its own fields without a check: a string as kv_transfer_params
+    # kills its engine core.
     xargs = body.get("vllm_xargs")
     places = {"": body, "vllm_xargs.": xargs if isinstance(xargs, dict) else {}}
     for place, fields in places.items():
@@ -128,9 +128,9 @@ def read_json_object(raw: bytes, *, public: bool = True) -> dict[str, Any]:
 
 
 def check_num_values(raw: bytes, *, public: bool = True) -> None:
-    """Refuse a body of very many values before it is parsed. Raises RequestError.
+    """Refuse a body with too many values before it is parsed. Raises RequestError.
 
-    The ``resume`` of a router is not counted: it grows with the answer.
+    The ``resume`` of a router is not counted, because it grows with the answer.
     """
     if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_JSON_VALUES:
         return
@@ -141,13 +141,13 @@ def check_num_values(raw: bytes, *, public: bool = True) -> None:
 
 
 def num_values(raw: bytes) -> int:
-    """Count strings, lists and objects of a JSON text, of strings the first ones too many."""
+    """Count strings (up to ``MAX_JSON_VALUES + 1``), lists and objects of a JSON text."""
     outside, num_strings = _STRING.subn(b"", raw, MAX_JSON_VALUES + 1)
     return num_strings + outside.count(b"[") + outside.count(b"{")
 
 
 def num_token_ids(raw: bytes, member: str, *, public: bool = True) -> int:
-    """Return the length of a member that is a list of token ids, without parsing it; else 0.
+    """Return the length of a list of token ids without parsing it; 0 if ``member`` is not one.
 
     Raises RequestError.
     """
@@ -157,7 +157,7 @@ def num_token_ids(raw: bytes, member: str, *, public: bool = True) -> int:
 
 
 def _member(raw: bytes, name: str) -> bytes:
-    """Return the text of a member of a JSON object; empty where there is none."""
+    """Return the JSON text of a member of an object, or nothing if it has no such member."""
     try:
         return bytes(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get(name, b""))
     except (ValueError, RecursionError):
@@ -165,7 +165,7 @@ def _member(raw: bytes, name: str) -> bytes:
 
 
 def _request_error(error: ValidationError) -> RequestError:
-    """Return pydantic's first finding, with a path as OpenAI writes it: ``messages[0].role``."""
+    """Return pydantic's first error, with the path in OpenAI's form: ``messages[0].role``."""
     first = error.errors(include_url=False)[0]
     path = ""
     for part in first["loc"]:
@@ -173,8 +173,8 @@ def _request_error(error: ValidationError) -> RequestError:
     place = f"{path}: " if path else ""
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
-        # A copy: pydantic's error holds the one that it caught, out of sight of the garbage
-        # collector, so raising that one would keep the request's body forever.
+        # A copy: pydantic's error references the original where the garbage collector cannot see
+        # it. Raising the original would make a cycle that keeps the request's body forever.
         param = ".".join(filter(None, (path, cause.param))) or None
         return RequestError(f"{place}{cause}", param=param, status=cause.status, code=cause.code)
     message = first["msg"].removeprefix("Value error, ")

@@ -1,10 +1,10 @@
 """Defines the requests of /v1/completions, /v1/chat/completions, /tokenize and /detokenize.
 
+Also the messages and tools of a chat, and the form in which a chat template receives them.
+
 The internal field ``resume`` continues an answer at another engine: ``{"choices": [[{"token_id":
 5, "logprob": -0.1, "top_logprobs": [[5, -0.1]]}, ...], ...], "sent": true}`` has the output tokens
-so far of each choice. A choice whose last token has a ``finish_reason`` is over.
-
-Defines the messages of a chat and its tools, and what a chat template sees of them.
+of each choice so far. A choice is finished if its last token has a ``finish_reason``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pdlaunch.protocol.kv_params import KVTransferParams, TokenOutput, from_wire
 from pdlaunch.protocol.openai.body import MAX_JSON_VALUES, RequestBody, Values, num_values
 
 MAX_MESSAGES = 4096
-MAX_PARTS = 4096  # bounds the parts of all messages together
+MAX_PARTS = 4096  # most parts in all messages together
 MAX_TOOLS = 1024
 
 
 class TextPart(RequestBody):
-    """Holds one part of a message's content; only text is served."""
+    """One part of a message's content; only text is supported."""
 
     PLACE = "messages.content."
     HINTS = frozenset({"annotations", "cache_control"})
@@ -36,7 +36,7 @@ class TextPart(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _as_text(cls, part: object) -> object:
-        """Return the part as one of type text. Raises RequestError for images and the like."""
+        """Return the part with type text. Raises RequestError for images and other media."""
         if isinstance(part, str):
             return {"type": "text", "text": part}
         if not isinstance(part, dict) or "text" in part:
@@ -68,7 +68,7 @@ class ToolCall(RequestBody):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """Return what a chat template sees: arguments as an object where they are one in JSON."""
+        """Return the call for a chat template. Arguments in JSON become an object."""
         arguments: object = self.function.arguments or {}
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError, RecursionError):
@@ -104,7 +104,7 @@ def _as_parts(value: object) -> object:
 
 
 class ChatMessage(RequestBody):
-    """Holds one message; members of an answer that a client sends back are taken too."""
+    """One message. A client may send a message of an earlier answer back with all its members."""
 
     PLACE = "messages."
     NEUTRAL = {"audio": (), "function_call": ()}
@@ -116,14 +116,14 @@ class ChatMessage(RequestBody):
     tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
     reasoning: str | None = None
-    reasoning_content: str | None = None  # the name of ``reasoning`` in other APIs
+    reasoning_content: str | None = None  # other APIs have this name for ``reasoning``
 
     def text(self) -> str:
-        """Return the content; parts are joined by line ends, as vLLM does."""
+        """Return the content; parts are joined by newlines, as in vLLM."""
         return "\n".join(part.text for part in self.content)
 
     def for_template(self) -> dict[str, Any]:
-        """Return what a chat template sees, as in vLLM."""
+        """Return the message for a chat template, with the same members as in vLLM."""
         reasoning = self.reasoning or self.reasoning_content
         members = {
             "tool_calls": [call.for_template() for call in self.tool_calls] or None,
@@ -138,10 +138,10 @@ class ChatMessage(RequestBody):
 
 def _check_size(messages: list[ChatMessage]) -> list[ChatMessage]:
     num_parts = sum(len(message.content) for message in messages)
-    if num_parts - len(messages) > MAX_PARTS:  # each message has one part at least
+    if num_parts - len(messages) > MAX_PARTS:  # a part for each message is free
         raise ValueError(f"{num_parts} parts of content; at most {MAX_PARTS} are accepted")
     arguments = [call.function.arguments for message in messages for call in message.tool_calls]
-    # JSON in a string, which the check of the whole body does not see.
+    # The check of the whole body does not see values of JSON inside a string.
     texts = [text.encode() for text in arguments if isinstance(text, str)]
     if sum(map(num_values, texts)) > MAX_JSON_VALUES:
         raise ValueError(
@@ -163,14 +163,14 @@ MAX_LABEL_LENGTH = 1024
 MAX_STOP_STRINGS = 32
 MAX_STOP_LENGTH = 1000
 MAX_LOGIT_BIAS = 1024  # openAI takes 300, vLLM any number
-DEFAULT_MAX_TOKENS = 16  # the limit of a completion that names none
+DEFAULT_MAX_TOKENS = 16  # of completions; OpenAI's default
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Holds output tokens that exist already, by choice."""
+    """The output tokens of each choice so far."""
 
     choices: list[list[TokenOutput]]
-    # The client has the role, text, logprobs and finish_reason of these tokens.
+    # The client already has the role, text, logprobs and finish_reason of these tokens.
     sent: bool = True
 
 
@@ -179,7 +179,7 @@ def _as_list(value: object) -> object:
 
 
 def _int_keys(value: object) -> object:
-    """Convert keys to integers, which JSON does not have: ``{"15043": -100}``."""
+    """Convert the string keys of JSON to integers: ``{"15043": -100}``."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_LOGIT_BIAS:
@@ -215,7 +215,7 @@ class StreamOptions(RequestBody):
 
 
 class SamplingFields(RequestBody):
-    """Holds the fields that a model's generation_config.json has too; the defaults are neutral."""
+    """The fields that a model's generation_config.json may set; the defaults have no effect."""
 
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -227,7 +227,7 @@ class SamplingFields(RequestBody):
 
 
 class SamplingDefaults(SamplingFields):
-    # Limits answers of chats; completions have OpenAI's default.
+    # Default limit of chats; completions have OpenAI's default.
     max_new_tokens: int | None = Field(None, ge=1)
 
 
@@ -238,14 +238,14 @@ def _check_token_ids(value: object) -> list[int]:
 
 
 class GenerationRequest(SamplingFields):
-    """Holds the sampling and streaming fields of both completion APIs.
+    """The sampling and streaming fields of both completion APIs.
 
-    ``model_fields_set`` tells which of them the client has given. ``user``,
+    ``model_fields_set`` has the names of the fields in the client's body. ``user``,
     ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
     """
 
-    # Fields that would change the answer are refused: an answer without the constraint would be
-    # wrong in silence.
+    # These fields would change the answer. They are refused, because an answer that ignores them
+    # would be wrong, and the client would not notice.
     NEUTRAL: ClassVar[Values] = dict.fromkeys(
         _names(
             "allowed_token_ids ebnf json_schema logprob_token_ids lora_path moderation "
@@ -292,7 +292,7 @@ class GenerationRequest(SamplingFields):
     safety_identifier: Label = ""
     prompt_cache_key: Label = ""
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    # Constraints, which ``engine/server/structured.py`` reads; vLLM has dropped ``guided_*``.
+    # Constraints; ``engine/server/structured.py`` reads them. vLLM has removed ``guided_*``.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
@@ -301,7 +301,7 @@ class GenerationRequest(SamplingFields):
     guided_grammar: Any = None
     kv_transfer_params: dict[str, Any] | None = None
     resume: dict[str, Any] | None = None
-    # Of the prompt, if the router has tokenized it.
+    # Token ids of the prompt, if the router has tokenized it.
     prompt_token_ids: Annotated[list[int] | None, PlainValidator(_check_token_ids)] = None
 
     @model_validator(mode="after")
@@ -319,7 +319,7 @@ class GenerationRequest(SamplingFields):
 
     @property
     def is_remote_prefill(self) -> bool:
-        """Return whether only the first token is wanted; other fields describe the whole answer."""
+        """Return True if only the first token is wanted; other fields describe the whole answer."""
         return (self.kv_transfer_params or {}).get("do_remote_decode") is True
 
     @property
@@ -336,7 +336,7 @@ class GenerationRequest(SamplingFields):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Return None for no logprobs, 0 for those of the token itself."""
+        """Return None for no logprobs, 0 for only that of the token itself."""
         raise NotImplementedError
 
     @property
@@ -345,17 +345,17 @@ class GenerationRequest(SamplingFields):
 
     @property
     def is_constrained(self) -> bool:
-        """Return whether the answer may have to fit a grammar."""
+        """Return True if the answer may have to match a grammar."""
         guided = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
         return bool(self.response_format or self.structured_outputs) or guided != (None,) * 4
 
     def kv_transfer(self) -> KVTransferParams:
-        """Return ``kv_transfer_params``, checked. Raises RequestError naming the key."""
+        """Check and return ``kv_transfer_params``. Raises RequestError that names the key."""
         params = self.kv_transfer_params
         return KVTransferParams() if params is None else from_wire(params)
 
     def resumed(self) -> Resume | None:
-        """Return ``resume``, checked. Raises RequestError."""
+        """Check and return ``resume``. Raises RequestError."""
         if self.resume is None:
             return None
         try:
@@ -373,7 +373,7 @@ _TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
 def _read_prompts(value: object) -> list[Prompt]:
-    """Check by hand: pydantic would try a union of lists item by item, and name every try."""
+    """Check without pydantic, which would try a union item by item and report each failure."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
@@ -389,7 +389,7 @@ def _read_prompts(value: object) -> list[Prompt]:
 
 
 def _token_ids(value: object) -> list[int] | None:
-    """Return ``value`` if it is a non-empty list of token ids, without a loop in Python."""
+    """Return ``value`` if it is a non-empty list of token ids. Checks without a Python loop."""
     try:
         return msgspec.convert(value, _TokenIds) if isinstance(value, list) and value else None
     except msgspec.ValidationError:
@@ -424,7 +424,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class ChatTemplateFields(RequestBody):
-    """Holds what is rendered by the chat template, and how."""
+    """The fields that the chat template receives, and how it is rendered."""
 
     messages: Messages
     add_generation_prompt: bool = True
@@ -435,7 +435,7 @@ class ChatTemplateFields(RequestBody):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """Return the template's variables besides messages and tools, as in vLLM."""
+        """Return the variables of the template besides messages and tools, as in vLLM."""
         return self.chat_template_kwargs
 
 

@@ -1,4 +1,4 @@
-"""Defines answers and stream chunks. Fields that are ``UNSET`` are left out of the JSON."""
+"""Defines answers and stream chunks. The JSON leaves out fields that are ``UNSET``."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-# Holds the ``SpanReport`` in an answer, or in an event before the end of a stream, for a router
-# that has asked for it
+# Member that holds the ``SpanReport``, for a router that asked for spans: in an answer, or in an
+# event before the end of a stream
 REPORT_KEY = "pdlaunch"
 
 
 class PromptTokensDetails(msgspec.Struct):
-    cached_tokens: int | None = None  # not computed for this request
+    cached_tokens: int | None = None  # tokens that were not computed for this request
     created_cache_tokens: int | UnsetType | None = UNSET
     multimodal_tokens: dict[str, int] | UnsetType | None = UNSET
 
 
 class Usage(msgspec.Struct, kw_only=True):
-    """Counts the tokens of a request over all prompts and choices; a prompt counts once."""
+    """Token counts of a request over all prompts and choices; each prompt is counted once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
-    # Of other engines: reasoning tokens and the like.
+    # Only from other engines: reasoning tokens and similar counts.
     completion_tokens_details: dict[str, Any] | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
-    """A token that is no valid UTF-8 reads ``bytes:`` and its bytes in hexadecimal."""
+    """A token that is not valid UTF-8 is written as ``bytes:`` and its bytes in hexadecimal."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -39,7 +39,7 @@ class CompletionLogprobs(msgspec.Struct, kw_only=True):
 
 
 class TokenLogprob(msgspec.Struct, kw_only=True):
-    """Holds the token that was drawn, with the most probable ones, or one of these."""
+    """The token that was drawn, with the most probable tokens; or one of those."""
 
     token: str
     logprob: float
@@ -58,14 +58,14 @@ class PromptLogprob(msgspec.Struct):
     decoded_token: str
 
 
-# Of each token of the prompt, by token ids; nothing predicts the first one
+# For each token of the prompt: token id -> logprob; None for the first, which nothing predicts
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class AnyChoice(msgspec.Struct, kw_only=True):
-    """Holds what all choices of answers and chunks have.
+    """The fields that all choices of answers and chunks have.
 
-    With ``return_token_ids``, ``token_ids`` are those of this answer or chunk.
+    With ``return_token_ids``, ``token_ids`` has the ids of the tokens in this answer or chunk.
     """
 
     index: int = 0
@@ -87,7 +87,7 @@ class CalledFunction(msgspec.Struct, kw_only=True):
 
 
 class CalledTool(msgspec.Struct, kw_only=True):
-    """Holds a tool call, or what a chunk adds to the one with this ``index``."""
+    """A tool call, or what a chunk adds to the tool call with this ``index``."""
 
     index: int | UnsetType = UNSET
     id: str | UnsetType = UNSET
@@ -96,7 +96,7 @@ class CalledTool(msgspec.Struct, kw_only=True):
 
 
 class ChatText(msgspec.Struct, kw_only=True):
-    """Holds the answer's message, or what a chunk adds to it."""
+    """The message of an answer, or what a chunk adds to it."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
@@ -105,8 +105,8 @@ class ChatText(msgspec.Struct, kw_only=True):
 
 
 class ChatChoice(AnyChoice, kw_only=True):
-    message: ChatText | UnsetType = UNSET  # of an answer
-    delta: ChatText | UnsetType = UNSET  # of a chunk
+    message: ChatText | UnsetType = UNSET  # in answers
+    delta: ChatText | UnsetType = UNSET  # in chunks
     logprobs: ChatLogprobs | None = None
 
 
@@ -136,7 +136,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     created: int = 0
     owned_by: str = "pdlaunch"
     root: str | None = None
-    parent: str | UnsetType | None = UNSET  # the model that an adapter changes
+    parent: str | UnsetType | None = UNSET  # the base model of an adapter
     max_model_len: int | None = None
 
 

@@ -1,1 +1,1 @@
-"""Implements the child's side of supervision: bootstrap, parent guard, control channel."""
+"""Implements a child process's side of supervision: bootstrap, parent guard, control channel."""

@@ -1,7 +1,7 @@
 """Connects a child process to its supervisor: bootstrap, parent guard, control channel, heartbeat.
 
-The bootstrap is one line of JSON on standard input, so that secrets never stand in argv or
-environment. Standard input stays open: its end means that the supervisor is gone.
+The bootstrap is one line of JSON on standard input, so that secrets are never in arguments or
+environment. Standard input stays open: its end means that the supervisor has ended.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pdlaunch.protocol.engine_link import ConnectorSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 LISTEN_BACKLOG = 1024
-# Some systems allow a billion, which slows down programs that walk over all.
+# Some systems allow a billion, which slows down programs that iterate over all descriptors.
 MAX_OPEN_FILES = 65_536
 _PR_SET_PDEATHSIG = 1
 
 
 class ClientKey(msgspec.Struct, frozen=True, kw_only=True):
     name: str
-    sha256: str  # of the key, in hexadecimal digits
+    sha256: str  # hash of the key, in hexadecimal digits
     max_concurrent: int | None = None
     tokens_per_minute: int | None = None
     weight: float = 1.0
@@ -48,29 +48,29 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     listeners: tuple[int, ...] = ()  # inherited descriptors of the supervisor's listening sockets
     served_model_name: str
-    keys: tuple[ClientKey, ...] = ()  # of clients; none: they need no key
-    certificate: CertificateFiles | None = None  # none: clients come without TLS
+    keys: tuple[ClientKey, ...] = ()  # API keys of clients; empty: clients need no key
+    certificate: CertificateFiles | None = None  # None: no TLS
     max_body_bytes: int
-    body_budget_bytes: int  # bounds all bodies in flight
+    body_budget_bytes: int  # limit for all bodies in flight together
     max_queued_requests: int
     max_connections: int
     request_timeout_s: float
     drain_timeout_s: float
-    admin_api_key: str | None = None  # none: commands come over the admin socket alone
+    admin_api_key: str | None = None  # None: only the admin socket accepts commands
     allowed_hosts: tuple[str, ...] = ()
     routing: RoutingPolicy = "load"
     autopilot: AutopilotMode = "off"
-    model_dir: str = ""  # where the model's tokenizer is; empty: engines are asked
+    model_dir: str = ""  # folder of the tokenizer; empty: the router lets engines tokenize
 
 
 class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Says where a sidecar opens its engine, which listens on a Unix socket, to other hosts."""
+    """Where a sidecar lets other hosts reach its engine, which listens on a Unix socket."""
 
     bind_address: str
     advertise_address: str
-    port: int  # 0: a free one
-    data_ports: str  # ``kv_transfer.data_ports``, one of which vLLM's own side channel takes
-    max_model_len: int | None  # none: the engine's own affair
+    port: int  # 0: a free port
+    data_ports: str  # ``kv_transfer.data_ports``; vLLM's own side channel uses one of them
+    max_model_len: int | None  # None: the engine checks it
     max_body_bytes: int
     body_budget_bytes: int
     max_connections: int
@@ -84,19 +84,21 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str  # folder of this launch for sockets and rendezvous files; mode 0700
     log_level: str
     log_format: LogFormat = "text"
-    engine_json: str | None = None  # ``EngineSpec`` of servers and ranks
-    # Other routers send it to servers; the launch's own sends it to engines without the token.
+    engine_json: str | None = None  # ``EngineSpec``, for servers and ranks
+    # Key that other routers send to servers, and that our router sends to engines without the token
     engine_api_key: str | None = None
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     router: RouterSpec | None = None
     door: DoorSpec | None = None
     connector: ConnectorSpec | None = None
     tp_rank: int = 0
-    rendezvous: str = ""  # ``file://`` URL of this incarnation's TP group
+    rendezvous: str = ""  # ``file://`` URL at which this incarnation's TP group meets
     launch_id: str = ""
-    step_record: int = -1  # rank 0's inherited descriptor of its ``StepRecord``
-    port_is_kept: bool = False  # the port of the server that ran before this one is kept for it
-    heartbeat_s: float = 0.0  # seconds between two Alive messages; 0: none
+    step_record: int = -1  # for rank 0: inherited descriptor of its ``StepRecord``
+    port_is_kept: bool = False  # the supervisor holds the port of the previous server for this one
+    # Digests of the files that the first process of this kind has read; empty: this is the first
+    pinned: dict[str, str] = {}
+    heartbeat_s: float = 0.0  # seconds between two Alive messages; 0: send none
 
     def engine(self) -> EngineSpec:
         assert self.engine_json is not None
@@ -104,7 +106,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_bootstrap() -> Bootstrap:
-    """Read the first line of standard input; this process does not outlive the supervisor."""
+    """Read the first line of standard input, and make this process end with the supervisor."""
     bootstrap = msgspec.json.decode(sys.stdin.buffer.readline(), type=Bootstrap)
     die_with_parent()
     raise_open_files()
@@ -112,7 +114,7 @@ def read_bootstrap() -> Bootstrap:
 
 
 def raise_open_files() -> None:
-    """Raise the soft limit of descriptors to the hard one: every connection takes one."""
+    """Raise the soft limit of descriptors to the hard limit: every connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -120,28 +122,28 @@ def raise_open_files() -> None:
 
 
 def leave_ends_to_supervisor() -> None:
-    """Do nothing at SIGTERM and SIGINT from now on; ranks call it when they are ready.
+    """Ignore SIGTERM and SIGINT from now on; ranks call this when they are ready.
 
-    Slurm and systemd signal all processes of a launch at once. The supervisor still waits for
-    requests; it says Stop, or kills.
+    Slurm and systemd signal all processes of a launch at once, but the supervisor still waits for
+    requests. It sends Stop, or kills, when they have ended.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # children would inherit SIG_IGN
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which children would inherit
 
 
 def die_with_parent() -> None:
-    """Make sure that this process ends with its parent."""
-    # In two ways: the end of standard input covers the time before the kernel knows.
+    """Make this process end with its parent."""
+    # In two ways: the end of standard input also covers a parent that died before prctl.
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = sys.stdin.fileno()
 
     def watch() -> None:
-        # Past the buffer of sys.stdin, whose lock, held by a thread that waits, would abort the
-        # interpreter's exit.
+        # Read the descriptor, not sys.stdin: a thread that waits in it holds the lock of its
+        # buffer, and the interpreter would abort at exit.
         while os.read(descriptor, 4096):
             pass
-        # The children of this process go too, where it leads a group of its own.
+        # If this process leads its own group, its children end too.
         if os.getpgid(0) == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -150,7 +152,7 @@ def die_with_parent() -> None:
 
 
 class ControlClient:
-    """Sends to the supervisor from any thread; calls ``on_message`` in its own thread."""
+    """Sends messages to the supervisor from any thread; calls ``on_message`` in its own thread."""
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class ControlClient:
         encode: Callable[[Any], bytes] = to_supervisor.encode,
         decode: Callable[[bytes], Any] = from_supervisor.decode,
     ) -> None:
-        """``encode``, ``decode``: other messages than the supervisor's, for a sidecar's workers."""
+        """``encode``, ``decode``: for vLLM's workers, which exchange messages with a sidecar."""
         self._encode, self._decode = encode, decode
         self._context = context
         self._on_message = on_message
@@ -183,7 +185,7 @@ class ControlClient:
             self._inlet.close()
 
     def _queue(self, frame: bytes) -> None:
-        # A socket serves one thread at a time; nobody needs it after the end of the context.
+        # A ZMQ socket may be used by one thread at a time. After the context's end, drop messages.
         with self._lock, contextlib.suppress(zmq.ZMQError):
             self._inlet.send(frame, zmq.NOBLOCK)
 
@@ -210,7 +212,7 @@ class ControlClient:
 
 
 class Heartbeat:
-    """Says Alive every ``interval_s``, never when that is 0."""
+    """Sends Alive every ``interval_s``; never if that is 0."""
 
     def __init__(
         self,
@@ -224,7 +226,7 @@ class Heartbeat:
         self._due_at = clock()
 
     def beat(self) -> None:
-        """Call it with every turn of a loop."""
+        """Send Alive if it is due. Call this in every turn of a loop."""
         now_at = self._clock()
         if self._interval_s and now_at >= self._due_at:
             self._due_at = now_at + self._interval_s

@@ -1,13 +1,13 @@
-"""Keeps the ports of engines on this host from other users after their servers have died.
+"""Holds the ports of engines on this host after their servers have died.
 
 ::
 
-    server       listens ── dies                                        the next one listens
-    supervisor   is bound, too ── nobody else can listen, connections are refused ──▶
+    server       listens ── dies                                   the next server listens
+    supervisor   is bound too ── no other user can listen, connections are refused ──▶
 
-Routers hear of a death some milliseconds late. Another listener at the port would be sent prompts
-and the launch's token. Two sockets of one user may share a port where both have SO_REUSEPORT, and
-one of them need not listen. Source: socket(7).
+Routers learn of a death some milliseconds late. Until then, another listener at the port would get
+prompts and the launch's token. Two sockets of one user may share a port if both have SO_REUSEPORT,
+and one of them need not listen. Source: socket(7).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from urllib.parse import urlsplit
 
 from pdlaunch.config.http_names import is_loopback
 
-# Servers of an engine whose ports are kept: a slow router may know only the one before
+# Servers of an engine whose ports are held: a slow router may know only the previous server
 _SERVERS = 2
 
 
 def bind_to_share(host: str, port: int, *, is_kept: bool) -> socket.socket:
-    """Bind a server's socket so that ``EnginePorts`` can keep its port; 0 is a free one.
+    """Bind a server's socket so that ``EnginePorts`` can hold its port; 0: a free port.
 
-    ``is_kept``: the port is kept already, from a server that has died. Else it must be free: two
-    launches of one user may have been given the same. Raises OSError.
+    ``is_kept``: the supervisor holds the port of a dead server. Otherwise the port must be free,
+    because two launches of one user may have the same port in their settings. Raises OSError.
     """
     bound = _socket(host)
     try:
@@ -42,7 +42,7 @@ def bind_to_share(host: str, port: int, *, is_kept: bool) -> socket.socket:
 
 
 class EnginePorts:
-    """Keeps the ports of each engine's last servers for as long as it is part of the launch."""
+    """Holds the ports of each engine's last servers while the engine is part of the launch."""
 
     def __init__(self) -> None:
         self._sockets: defaultdict[str, dict[str, socket.socket]] = defaultdict(dict)
@@ -52,15 +52,15 @@ class EnginePorts:
         return bool(self._sockets.get(str(engine)))
 
     def keep(self, engine: str, url: str) -> None:
-        """Keep the port at which the engine's server listens already.
+        """Hold the port at which the engine's server already listens.
 
-        Only plain HTTP on loopback is kept: elsewhere TLS proves to routers whom they speak to.
+        Only for plain HTTP on loopback: with TLS, servers authenticate themselves to routers.
         """
         place = _loopback_place(url)
         if place is None or url in (sockets := self._sockets[engine]):
             return
         kept = _socket(place[0])
-        # Without SO_REUSEADDR, by which other users could share it.
+        # Without SO_REUSEADDR, with which other users could share the port.
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             kept.bind(place)
@@ -81,7 +81,7 @@ class EnginePorts:
 
 
 def _loopback_place(url: str) -> tuple[str, int] | None:
-    """Return host and port of a URL without TLS on this host; None of another."""
+    """Return host and port of a URL on loopback without TLS; None for other URLs."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port
     return (host, port) if parts.scheme == "http" and port and is_loopback(host) else None

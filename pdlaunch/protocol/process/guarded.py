@@ -1,5 +1,5 @@
-"""Runs a module that knows nothing of the supervisor, and dies with it: ``python -m
-pdlaunch.protocol.process.guarded MODULE ...``. Standard input is a pipe that the supervisor holds.
+"""Runs any module as a process that ends with its parent: ``python -m
+pdlaunch.protocol.process.guarded MODULE ...``. Standard input is a pipe that the parent holds.
 """
 
 from __future__ import annotations

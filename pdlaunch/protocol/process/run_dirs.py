@@ -2,10 +2,10 @@
 
 ::
 
-    pdlaunch-run-XXXXXXXX/   mode 0700, made by the supervisor, locked for as long as it lives
-      lock                   locked as long, for hosts that share the folder and see no lock of it
-      control                socket of the supervisor (ZMQ)
-      admin.sock             mode 0600; the router takes commands here (HTTP)
+    pdlaunch-run-XXXXXXXX/   mode 0700, made by the supervisor, locked while the supervisor lives
+      lock                   also locked, for hosts that share the folder but not its own lock
+      control                socket of the supervisor, or of its host's agent (ZMQ)
+      admin.sock             mode 0600; the router accepts commands here (HTTP)
       launch.json            a LaunchCard, written by the router when it listens
 """
 
@@ -27,21 +27,22 @@ from pdlaunch.errors import StartupError
 PREFIX = "pdlaunch-run-"
 LOCK = "lock"
 ADMIN_SOCKET = "admin.sock"
+CONTROL_SOCKET = "control"
 MAX_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 _CARD = "launch.json"
 _SHORT = Path("/tmp")
 _logger = logging.getLogger(__name__)
-_SOCKET_NAME_BYTES = 28  # room for the names of sockets inside: ``prefill-9999.events.replay``
-# A folder without a lock file is left alone at first: its launch may just be making it.
+_SOCKET_NAME_BYTES = 32  # room for the names of sockets: ``prefill-9999.inproc.replay_dp63``
+# A folder without a lock file is not stale at first: its launch may be about to create the file.
 _NEW_FOR_S = 60.0
 
 
 class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
     launch_id: str
-    url: str  # the router's URL, as processes on this host reach it
+    url: str  # the router's URL for processes on this host
 
     def write(self, run_dir: Path) -> None:
-        """Leave the card in the launch's folder, whole or not at all."""
+        """Write the card into the launch's folder, atomically."""
         new = run_dir / f"{_CARD}.{os.getpid()}"
         new.write_bytes(msgspec.json.encode(self))
         new.replace(run_dir / _CARD)
@@ -57,7 +58,7 @@ class RunningLaunch(msgspec.Struct, frozen=True):
 
 
 def running_launches(base: Path | None = None) -> list[RunningLaunch]:
-    """Return the launches of this user whose router has listened."""
+    """Return the running launches of this user whose router has written its card."""
     found = []
     for run_dir in _own_run_dirs(base or base_dir()):
         with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -69,9 +70,9 @@ def running_launches(base: Path | None = None) -> list[RunningLaunch]:
 
 @contextlib.contextmanager
 def new_run_dir(base: Path | None = None) -> Iterator[Path]:
-    """Yield a fresh folder, mode 0700, locked by this process and removed at the end.
+    """Yield a new folder, mode 0700, locked by this process and removed at the end.
 
-    Raises StartupError where none can be made or locked.
+    Raises StartupError if no folder can be made or locked.
     """
     with contextlib.ExitStack() as undo:
         try:
@@ -95,7 +96,7 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
 def _locked_folder(base: Path, undo: contextlib.ExitStack) -> Path:
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     descriptors = undo.enter_context(contextlib.ExitStack())
-    # Removed while it is still locked: a half removed folder must not be taken for stale.
+    # Remove the folder before it is unlocked, or others may see a half removed, stale folder.
     undo.callback(shutil.rmtree, run_dir, ignore_errors=True)
     folder = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)
     descriptors.callback(os.close, folder)
@@ -104,7 +105,7 @@ def _locked_folder(base: Path, undo: contextlib.ExitStack) -> Path:
     descriptors.callback(os.close, lock)
     lock_folder(folder)
     take_lock(lock)
-    new.rename(run_dir / LOCK)  # a lock file that nobody holds makes its folder stale
+    new.rename(run_dir / LOCK)  # only now: a lock file that is not locked makes its folder stale
     return run_dir
 
 
@@ -126,14 +127,14 @@ def _is_stale(run_dir: Path) -> bool:
 
 
 def base_dir() -> Path:
-    """Return the folder for temporary files, or /tmp where its path is too long for sockets."""
+    """Return the folder for temporary files, or /tmp if its path is too long for sockets."""
     base = Path(tempfile.gettempdir())
     longest = len(os.fsencode(base)) + len(f"/{PREFIX}12345678/") + _SOCKET_NAME_BYTES
     return base if longest <= MAX_PATH_BYTES else _SHORT
 
 
 def _own_run_dirs(base: Path) -> Iterator[Path]:
-    """Yield this user's folders in ``base``: others may make some of the same name."""
+    """Yield this user's folders in ``base``; other users may have folders with such names."""
     for path in sorted(base.glob(f"{PREFIX}*")):
         with contextlib.suppress(OSError):
             if path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink():
@@ -141,31 +142,31 @@ def _own_run_dirs(base: Path) -> Iterator[Path]:
 
 
 def take_lock(descriptor: int) -> None:
-    """Hold an open file until it is closed. Raises OSError when another process holds it."""
-    # Imported here: a plan can be made, and a clear error given, on systems that do not have it.
+    """Lock an open file until it is closed. Raises OSError if another process has locked it."""
+    # Imported here, so that systems without fcntl can make plans and report clear errors.
     import fcntl
 
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def lock_folder(descriptor: int) -> None:
-    """Hold an open folder until it is closed; systemd-tmpfiles leaves locked folders alone.
+    """Lock an open folder until it is closed. systemd-tmpfiles does not clean locked folders.
 
     Source: https://systemd.io/TEMPORARY_DIRECTORIES
     """
     import fcntl
 
-    # Waits: others who look, and systemd-tmpfiles, hold a folder for an instant.
+    # Blocks, because systemd-tmpfiles and other launches lock the folder for an instant.
     fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _is_in_use(run_dir: Path) -> bool:
-    # Either: cleaners take lock files, and over NFS or Lustre the locks of folders do not show.
+    # Two locks: cleaners may delete lock files, and NFS and Lustre do not share locks of folders.
     return is_locked(run_dir) or is_locked(run_dir / LOCK)
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether somebody holds the file or folder, or True where that is unknown.
+    """Return True if a process has locked the file or folder, or if that is unknown.
 
     Raises FileNotFoundError.
     """
@@ -178,11 +179,11 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     try:
-        # Shared: others who look at the same time are not taken for a holder.
+        # A shared lock, so that processes that check at the same time ignore each other.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True
     else:
-        return os.fstat(descriptor).st_nlink == 0  # removed meanwhile, by another launch
+        return os.fstat(descriptor).st_nlink == 0  # another launch has removed it meanwhile
     finally:
         os.close(descriptor)

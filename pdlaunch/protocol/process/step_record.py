@@ -1,12 +1,12 @@
-"""Records which requests a rank computes, in memory that outlives it, so that the supervisor knows
-the last step of a rank that died.
+"""Records which requests a rank computes, in memory that outlives the rank, so that the supervisor
+knows the last step of a dead rank.
 
-The supervisor makes the record of each rank 0 and keeps it mapped; the rank inherits the descriptor
+The supervisor makes the record of each rank 0 and keeps it mapped. The rank inherits the descriptor
 and writes before each step, without a system call::
 
-    words of 64 bits   number of requests │ request, its top bit: it is a suspect │ ..
+    words of 64 bits   number of requests │ request; top bit: it is a suspect │ ..
 
-Requests stand here by the number that the router gave them (``origin``); 0 is none.
+A request is recorded by the number that the router gave it (``origin``); 0 stands for no number.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _NUM_BYTES = (1 + MAX_REQUESTS) * 8
 
 class LastStep(msgspec.Struct, frozen=True):
     origins: frozenset[PromptOrigin] = frozenset()
-    suspects: frozenset[PromptOrigin] = frozenset()  # of ``origins``, suspects already: one at most
+    suspects: frozenset[PromptOrigin] = frozenset()  # those already suspects before; one at most
 
 
 def new_step_record() -> tuple[int, mmap.mmap]:
-    """Return a descriptor for the rank, which the caller closes, and the memory behind it."""
+    """Return a descriptor for the rank, which the caller must close, and its mapped memory."""
     descriptor = os.memfd_create("pdlaunch-step")
     os.ftruncate(descriptor, _NUM_BYTES)
     return descriptor, mmap.mmap(descriptor, _NUM_BYTES, prot=mmap.PROT_READ)
@@ -40,7 +40,7 @@ def new_step_record() -> tuple[int, mmap.mmap]:
 class StepRecord:
     """Writes the record of one rank.
 
-    ``descriptor`` is closed here; negative: nobody reads the record.
+    ``descriptor`` is closed here. If it is negative, the record is private memory.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -51,14 +51,14 @@ class StepRecord:
     def write(self, marks: Sequence[int]) -> None:
         """Write the origin of each request in flight, with ``SUSPECT_BIT`` for a suspect."""
         known = array("Q", marks[:MAX_REQUESTS])
-        # The number last: a rank that is killed in between leaves requests of this step and of the
-        # one before, and no others.
+        # The number is written last: if the rank is killed in between, the record has only requests
+        # of this step and of the previous step.
         self._words[1 : 1 + len(known)] = known
         self._words[0] = len(known)
 
 
 def read_step_record(record: mmap.mmap) -> LastStep:
-    """Return what was written last."""
+    """Return the last recorded step."""
     words = array("Q", record[:])
     marks = [mark for mark in words[1 : 1 + words[0]] if mark]
     return LastStep(

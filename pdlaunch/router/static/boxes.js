@@ -1,6 +1,6 @@
-// Draws the parts of the flow: engines, the router, what stands beside an arrow.
+// Draws the parts of the flow: engines, the router, and the labels of arrows.
 
-import { amount, counted, html, percent, shownState, svg, tone, why } from "./dom.js";
+import { amount, bytes, counted, html, percent, shownState, svg, tone, why } from "./dom.js";
 
 export function engineText(engine) {
   const reading = engine.reading;
@@ -14,7 +14,7 @@ export function engineText(engine) {
 }
 
 export const pairText = (pair) =>
-  `${pair.prefill} to ${pair.decode}: ${pair.path}, ${amount(pair.pulls.bytes_per_s)}B/s` +
+  `${pair.prefill} to ${pair.decode}: ${pair.path}, ${bytes(pair.pulls.bytes_per_s, "/s")}` +
   ((pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s)
     ? ` at ${amount(pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s)} GB/s`
     : "") +
@@ -147,12 +147,12 @@ function said(pair, kind) {
   const speed = pair.pulls.gigabytes_per_s ?? pair.gigabytes_per_s,
     states = { " broken": "not usable", " idle": "idle" };
   return [
-    states[kind] ?? `${amount(pair.pulls.bytes_per_s)}B/s`,
+    states[kind] ?? bytes(pair.pulls.bytes_per_s, "/s"),
     `${pair.path}${speed === null ? "" : ` · ${amount(speed)} GB/s`}`,
   ];
 }
 
-// Where the page is too narrow for labels beside the arrows.
+// Makes a list item for a pair, for pages too narrow for labels beside the arrows.
 export const pairItem = (pair, kind) =>
   html(
     "li",

@@ -1,4 +1,4 @@
-// Draws lines over the last minutes, and the small ones in the tiles.
+// Draws the line charts of the last minutes, and the small charts in the tiles.
 
 import { amount, clockTime, html, svg, unit } from "./dom.js";
 
@@ -70,12 +70,12 @@ export function chart(place, lines, times, of, label) {
       svg(
         "text",
         { x: (LEFT + right) / 2, y: (TOP + bottom) / 2 - 4, "text-anchor": "middle" },
-        "nothing in the last minutes",
+        "no data in the last minutes",
       ),
     );
   for (const line of lines) {
     drawing.append(svg("path", { class: line.kind, d: path(line.points, x, y) }));
-    // A point between two without one has no line.
+    // A value between two missing values has no line, so it gets a dot.
     line.points.forEach((point, index) => {
       if (
         point !== null &&

@@ -1,4 +1,4 @@
-// Makes elements. Text from the deployment becomes text nodes and attributes, never markup.
+// Makes elements. Text of the deployment becomes text nodes and attributes, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -43,12 +43,17 @@ export function amount(value, digits = 3) {
   return String(Number(value.toPrecision(digits)));
 }
 
+export function bytes(value, per = "") {
+  const [digits, letter = ""] = amount(value).split(" ");
+  return digits === "–" ? digits : `${digits} ${letter}B${per}`;
+}
+
 export const count = (value) =>
   value === null || value === undefined ? "–" : value.toLocaleString("en-US");
 
 export const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 
-// Drawings are laid out in units of which a character has always as many as here.
+// Drawings use units that grow with the font, so that a character always has the same size in them.
 export const unit = () => parseFloat(getComputedStyle(document.documentElement).fontSize) / 15;
 
 export function milliseconds(value) {
@@ -62,7 +67,7 @@ export const clockTime = (at) => new Date(at * 1000).toLocaleTimeString([], { ho
 
 const HEALTH = { open: "left out", half_open: "on trial" };
 
-// One that is ready may still be left out, because it has failed or is slow.
+// The router may leave out a ready engine, because its requests have failed or are slow.
 export function shownState(engine) {
   if (engine.is_down && engine.state !== "failed") return "down";
   return engine.state === "ready" ? (HEALTH[engine.health] ?? "ready") : engine.state;

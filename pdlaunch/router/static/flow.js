@@ -1,4 +1,4 @@
-// Draws the way of a request: router, prefill engines, pairs, decode engines.
+// Draws the route of requests: router, prefill engines, pairs, decode engines.
 
 import { engineBox, pairItem, pairLabel, pairText, routerBox } from "./boxes.js";
 import { html, svg, tone, unit } from "./dom.js";
@@ -30,7 +30,7 @@ export function listed(status) {
   return all.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
 }
 
-// Places boxes in a column (or, on a narrow page, in rows), and says where arrows end.
+// Places boxes in columns (on a narrow page in rows), and returns where arrows end.
 function place(groups, width) {
   const narrow = width < NARROW,
     places = new Map(),
@@ -79,7 +79,7 @@ function place(groups, width) {
     names.push({ x: starts[role], y: 11, title });
     tallest = Math.max(tallest, stack(engines, starts[role], 22, boxWidth, places));
   }
-  // The shorter column stands in the middle of the other one.
+  // Centre the shorter column beside the taller one.
   for (const [role] of COLUMNS.slice(0, 2)) {
     const engines = groups.get(role),
       own = engines.length ? stack(engines, starts[role], 22, boxWidth, new Map()) : 0;
@@ -167,7 +167,7 @@ const along = (points, t, axis) => {
 };
 const drawn = (p) => `M${p[0]} ${p[1]}C${p[2]} ${p[3]} ${p[4]} ${p[5]} ${p[6]} ${p[7]}`;
 
-// Puts labels below each other where their arrows are in the middle, as far as there is room.
+// Places labels at the middles of their arrows without overlap; returns none if the room is small.
 function labels(wanted, height) {
   const room = Math.floor(height / TAG);
   if (wanted.length > room) return [];

@@ -1,7 +1,7 @@
-// Watches the deployment and shows it. The key is kept in this variable alone.
+// Watches the deployment and shows it. The API key is kept only in the variable `key`.
 
 import { chart, spark } from "./charts.js";
-import { amount, byId, clockTime, count, counted, html, milliseconds, percent } from "./dom.js";
+import { amount, byId, bytes, clockTime, count, counted, html, milliseconds, percent } from "./dom.js";
 import { drawFlow } from "./flow.js";
 import { drawRequests, drawTrace } from "./requests.js";
 import { drawCaches, drawEvents, drawTables } from "./tables.js";
@@ -31,7 +31,7 @@ function askForKey(wrong) {
   byId("main").hidden = true;
   byId("key-form").hidden = false;
   pill(wrong ? "wrong key" : "needs a key", "busy");
-  notice(wrong ? "That key is not the right one." : "");
+  notice(wrong ? "This key is wrong." : "");
   byId("key").focus();
 }
 
@@ -47,7 +47,7 @@ async function watch() {
     notice("");
     failures = 0;
     take(await response.json());
-    // The router takes 16 ms to describe 1,000 engines.
+    // The router needs 16 ms to describe 1,000 engines, so large deployments are read less often.
     setTimeout(watch, WATCH_EVERY_MS + 4 * status.engines.length);
   } catch (error) {
     const wait = RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)];
@@ -67,7 +67,7 @@ function take(next) {
   try {
     draw();
   } catch (error) {
-    // The next status is drawn, too; the console shows what is wrong with the page.
+    // Log the error on the console and go on: the next status is drawn again.
     reportError(error);
   }
 }
@@ -78,7 +78,8 @@ function pill(text, look) {
   place.className = `pill ${look}`;
 }
 
-function tile(name, value, unit, more, points, bad) {
+function tile(name, value, per, more, points, bad) {
+  const unit = value === "–" ? "" : per;
   return html(
     "div",
     {
@@ -137,8 +138,7 @@ function tiles() {
     ),
     tile(
       "Pulled",
-      amount(pulled),
-      "B/s",
+      ...bytes(pulled, "/s").split(" "),
       `${counted(
         sum((reading) => reading.pulls.number),
         "pull",
@@ -203,10 +203,10 @@ function draw() {
     ],
     times,
     "/s",
-    "Tokens a second",
+    "Tokens per second",
   );
   drawCaches(byId("caches"), status);
-  // Lists are redrawn when they change alone, so that their scroll bars stay where they are.
+  // Redraw the list of events only if it has changed, to keep its scroll position.
   const events = JSON.stringify(status.events);
   if (events !== shown) drawEvents(byId("events"), status);
   shown = events;
@@ -220,7 +220,7 @@ async function readRequests() {
     if (response.ok)
       drawRequests(byId("requests"), (await response.json()).requests, chosen, choose);
   } catch {
-    // The status tells that the router cannot be reached.
+    // Ignored: `watch` reports that the router cannot be reached.
   } finally {
     asking = false;
   }
@@ -256,7 +256,7 @@ byId("key-form").addEventListener("submit", (event) => {
 byId("pause").addEventListener("click", () => {
   paused = !paused;
   byId("pause").setAttribute("aria-pressed", String(paused));
-  byId("pause").textContent = paused ? "Go on" : "Pause";
+  byId("pause").textContent = paused ? "Resume" : "Pause";
   if (!paused) draw();
 });
 byId("as-table").addEventListener("click", () => {

@@ -1,4 +1,4 @@
-// Lists requests and draws the waterfall of one: where its time went.
+// Lists requests, and draws the waterfall of a request: its spans over time.
 
 import { amount, clockTime, html, milliseconds, svg, table } from "./dom.js";
 
@@ -11,7 +11,7 @@ const KINDS = [
 ];
 const kindOf = (name) => KINDS.find(([part]) => name.includes(part))?.[1] ?? "other";
 
-// A summary tells durations, not instants: they are drawn one behind the other.
+// A summary has durations but no instants, so its parts are drawn one after the other.
 function strip(request) {
   const total = request.total_ms,
     parts = [
@@ -71,7 +71,7 @@ export function drawRequests(container, requests, chosen, choose) {
         { class: failed ? "tone-down" : "", title: request.error },
         request.status === null ? "running" : String(request.status),
       ),
-      html("td", {}, request.route ?? "–"),
+      html("td", {}, request.route?.replace("->", " → ") ?? "–"),
       html("td", {}, strip(request)),
       html("td", { class: "number" }, amount(request.prompt_tokens)),
       html(
@@ -101,7 +101,7 @@ export function drawRequests(container, requests, chosen, choose) {
       number("Prompt"),
       { name: "Cached / pulled", class: "number hide-narrow" },
       number("First token"),
-      number("A token"),
+      number("Per token"),
       number("Tokens"),
       number("Total"),
     ],
@@ -151,7 +151,7 @@ export function drawTrace(container, trace, close) {
       ),
     );
   });
-  // Engines of other kinds tell no spans: their part is unknown, not nothing.
+  // Engines of other kinds report no spans. Show that their part is unknown.
   for (const engine of new Set([trace.prefill, trace.decode])) {
     const tells = (span) => span.process === engine || span.process.startsWith(`${engine}/`);
     if (!engine || spans.some(tells)) continue;
@@ -162,7 +162,7 @@ export function drawTrace(container, trace, close) {
         html("th", { scope: "row" }, "unknown"),
         html("td", { class: "quiet process" }, engine),
         html("td", { class: "number" }, "–"),
-        html("td", { class: "lane quiet" }, "This engine tells no spans."),
+        html("td", { class: "lane quiet" }, "This engine reports no spans."),
       ),
     );
   }
@@ -193,7 +193,7 @@ export function drawTrace(container, trace, close) {
       "dl",
       { class: "facts" },
       fact("Status", trace.status === null ? "running" : String(trace.status)),
-      fact("Engines", trace.route),
+      fact("Engines", trace.route?.replace("->", " → ")),
       fact("Path", trace.kv_path),
       fact("Pull", pull),
       fact(
@@ -209,7 +209,7 @@ export function drawTrace(container, trace, close) {
     rows.length
       ? html(
           "div",
-          { class: "scroll", tabindex: 0, role: "region", "aria-label": "Spans" },
+          { class: "scroll whole", tabindex: 0, role: "region", "aria-label": "Spans" },
           waterfall,
         )
       : html("p", { class: "empty" }, "No spans are known of it."),

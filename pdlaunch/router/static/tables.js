@@ -1,9 +1,10 @@
-// Says in tables and lists what the drawing shows, and what has happened.
+// Shows the content of the drawing as tables, and lists events.
 
-import { amount, clockTime, html, percent, shownState, svg, table, tone, why } from "./dom.js";
+import { amount, bytes, clockTime, html, percent, shownState, svg, table, tone, why } from "./dom.js";
 import { listed } from "./flow.js";
 
 const cell = (value, kind = "number") => html("td", { class: kind }, value);
+const speed = (value) => (value === null ? "–" : `${amount(value)} GB/s`);
 
 export function drawTables(container, status) {
   const engines = listed(status).map((engine) => {
@@ -26,7 +27,7 @@ export function drawTables(container, status) {
       cell(percent(reading?.cache?.device)),
       cell(percent(reading?.cache?.host)),
       cell(percent(reading?.cache?.remote)),
-      cell(`${amount(reading?.pulls.bytes_per_s)}B/s`),
+      cell(bytes(reading?.pulls.bytes_per_s, "/s")),
       cell(amount(reading?.failed_pulls)),
       cell(amount(reading?.refused_pulls)),
     );
@@ -38,12 +39,12 @@ export function drawTables(container, status) {
       {},
       html("th", { scope: "row" }, `${pair.prefill} → ${pair.decode}`),
       cell(pair.path, ""),
-      cell(`${amount(pair.gigabytes_per_s)} GB/s`),
-      cell(`${amount(pair.pulls.gigabytes_per_s)} GB/s`),
-      cell(`${amount(pair.pulls.bytes_per_s)}B/s`),
-      cell(`${amount(pair.pulls.num_bytes)}B`),
+      cell(speed(pair.gigabytes_per_s)),
+      cell(speed(pair.pulls.gigabytes_per_s)),
+      cell(bytes(pair.pulls.bytes_per_s, "/s")),
+      cell(bytes(pair.pulls.num_bytes)),
       cell(amount(pair.pulls.number)),
-      cell(pair.last_failure || pair.slow || "–", "bad-text"),
+      cell(pair.last_failure || pair.slow || "–", pair.last_failure || pair.slow ? "bad-text" : ""),
     ),
   );
   container.replaceChildren(

@@ -1,4 +1,4 @@
-"""Interfaces of a connector, which moves the bytes of KV blocks between ranks.
+"""Interfaces of a connector, which copies KV blocks between ranks.
 
 ::
 
@@ -6,9 +6,9 @@
       ▲    │                              └─ close, once its READs have ended
       └────┴─ close
 
-One thread uses a connector, its connections and READs: that of the ``TransferThread``. They read
-whole blocks, or heads of blocks, of a peer into local blocks, and know nothing of requests, leases
-or proofs.
+Only the thread of ``TransferThread`` uses a connector, its connections and its READs. A READ copies
+whole blocks, or heads of blocks, from a peer into local blocks. Connectors know nothing of
+requests, leases or proofs.
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LocalMemory:
-    """Holds the memory that a rank lets others read."""
+    """Holds the memory of a rank that its peers may read."""
 
     kv: KVRegions  # outlives the connector
-    # [num_bytes] uint8; a pattern, written before ``open``: peers read it as proof.
+    # [num_bytes] uint8, filled with a pattern before ``open``. Peers read it to prove a path.
     scratch: torch.Tensor
-    # The memory that KV cache and scratch were allocated from.
+    # Allocates the KV cache and the scratch.
     source: KVMemory = field(default_factory=PrivateKVMemory)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRead:
-    """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[g][i]`` to heads
-    ``local_heads`` of ``local_blocks[g][i]``. Heads are indices within their rank.
+    """Describes what a READ copies: heads ``remote_heads`` of block ``remote_blocks[g][i]`` to
+    heads ``local_heads`` of block ``local_blocks[g][i]``. Heads are indices within their rank.
     """
 
-    # Of each KV cache group: ``local_blocks[g][i]`` is a row of the group's regions.
+    # For each KV cache group g, block ids: row numbers in the group's regions.
     local_blocks: BlockIds
     remote_blocks: BlockIds
     local_heads: range
     remote_heads: range
-    # ``<digest of the prompt>/<digest of the reader>``, for connectors that keep files.
+    # ``<digest of the prompt>/<digest of the reader>``: a file name for connectors that use files.
     label: str = ""
 
 
 class Read(ABC):
-    """Stands for a READ that has been started and not yet released."""
+    """A READ that has been started and not yet released."""
 
-    # Tells the peer's connector where to write; None when this side reads by itself.
+    # Where the peer's connector must write; None if this side copies the bytes.
     target: bytes | None = None
 
     @abstractmethod
     def poll(self) -> ReadState:
-        """Return where the READ stands. After done or failed it writes no more."""
+        """Return the READ's state. A READ that is done or failed does not write any more."""
 
     @abstractmethod
     def seconds(self) -> float:
-        """Return how long a READ that is done took from its post to its end."""
+        """Return how long a READ that is done took."""
 
     def end(self, error: str) -> None:  # noqa: B027 - only where the peer writes
-        """Record that the peer has ended its write, or has died; ``error`` is empty if all bytes
-        have landed. ``poll`` returns done or failed once no more bytes can land.
+        """Record that the peer has ended its write or has died. ``error`` is empty if all bytes
+        have landed. Afterwards, ``poll`` returns done or failed once no more bytes can land.
         """
 
     def release(self) -> None:  # noqa: B027 - most READs hold nothing
@@ -87,79 +87,78 @@ class Connection(ABC):
 
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
-        """Start to read at least one block and head; may block while the bytes are copied, never
-        for an answer of the peer: this thread answers that peer's questions, too, and two ranks
-        that wait for each other would both stand still. Raises TransferError.
+        """Start to read at least one block and head. Raises TransferError.
 
-        Until ``poll`` says done or failed the READ may write to the local blocks, whatever else
-        happens.
+        It may block while bytes are copied, but must not wait for an answer of the peer: this
+        thread also answers that peer's questions, so two ranks would wait for each other for good.
+        Until ``poll`` returns done or failed, the READ may write to the local blocks.
         """
 
     @abstractmethod
     def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
-        """Start to read the beginning of the peer's scratch into ``landing``, [num_bytes] uint8,
-        which the caller keeps alive until the READ has ended. Raises TransferError.
+        """Start to read the beginning of the peer's scratch into ``landing``, [num_bytes] uint8.
+        The caller keeps ``landing`` alive until the READ has ended. Raises TransferError.
 
-        Where each piece has a cost of its own, it is read in pieces of ``piece_bytes``, from the
-        last to the first: no connector merges neighbours in this order, as it could not merge the
-        scattered blocks of a prompt.
+        If a connector copies piece by piece, it reads pieces of ``piece_bytes``, the last piece
+        first. In this order it cannot merge neighbours, just as it cannot merge the scattered
+        blocks of a prompt, so the speed is that of a READ of blocks.
         """
 
     def named(self, path: str) -> str:
-        """Return the name of its path for people, once READs have gone over it."""
+        """Return the path's name for messages, after the first READ over this connection."""
         return path
 
     def close(self) -> None:  # noqa: B027 - some keep nothing
-        """Forget the peer; the READs have ended and are released. Never raises."""
+        """Disconnect. All READs have ended and are released. Never raises."""
 
 
 class Connector(ABC):
     """Moves KV blocks. It may be opened again after ``close``."""
 
-    name: str  # the name in the settings; ranks whose names differ do not connect
-    path: str  # the name of what carries the bytes, for people: ``nixl/UCX``
-    # Unique over ranks and incarnations: the pattern of the scratch follows from it, by which peers
-    # tell this memory from that of a predecessor.
+    name: str  # the name in the settings; both ranks of a pair must have the same
+    path: str  # the transport's name for messages: ``nixl/UCX``
+    # Unique over ranks and incarnations. The pattern of the scratch is derived from it, so peers
+    # notice if they read the memory of an earlier incarnation.
     agent_name: str
-    # The prefill side writes to its readers, by ``push``; READs have a ``target``.
+    # True: the prefill side writes to the decode side by ``push``, and READs have a ``target``.
     pushes: bool = False
 
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:
-        """Register the memory, once, and keep it alive until ``close``. Raises TransferError."""
+        """Register the memory and keep it alive until ``close``. Raises TransferError."""
 
     @abstractmethod
     def agent_metadata(self) -> bytes:
-        """Return what a peer needs to connect; the same until ``close``."""
+        """Return the bytes that a peer needs to connect. They stay the same until ``close``."""
 
     @abstractmethod
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
-        """Get ready to read from a peer. Raises TransferError.
+        """Prepare READs from a peer. Raises TransferError.
 
-        Returns its paths, the preferred one first: each a connection, or why there is none. The
-        handshake tries each and uses one; all are closed together.
+        Returns the paths to the peer, the preferred path first, each with a connection or an error.
+        The handshake tries all paths and uses one of them; the caller closes all together.
         """
 
     def push(self, target: bytes, blocks: BlockIds, heads: range) -> Future[None]:
-        """Begin to write ``heads`` of ``blocks``, or the scratch when there are no blocks, to where
-        the ``Read.target`` of a peer says. A write cannot be taken back; this never waits. The
-        future ends when all bytes have landed, or with the reason why not.
+        """Begin to write ``heads`` of ``blocks``, or the scratch if ``blocks`` is empty, to
+        ``target``, the ``Read.target`` of a peer. Never waits. A write cannot be cancelled. The
+        future ends when all bytes have landed, or raises the reason why not.
         """
         raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
-        """Deregister and let go of everything. READs that are pending are abandoned, and only when
-        the process is about to exit: a rank that falls asleep has waited for all of them.
+        """Deregister the memory and release everything. READs may be pending only if the process
+        is about to exit: before a rank sleeps, it waits for all READs.
         """
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        """Wait after ``close`` until no peer maps this memory; False after ``timeout_s``."""
+        """After ``close``, wait until no peer maps this memory; False after ``timeout_s``."""
         return True
 
 
 class NoConnector(Connector):
-    """The connector of a rank that exchanges no KV blocks."""
+    """The connector of a rank that does not transfer KV blocks."""
 
     name = path = "none"
 
@@ -167,39 +166,39 @@ class NoConnector(Connector):
         self.agent_name = rank_name
 
     def open(self, memory: LocalMemory) -> None:
-        """Do nothing: nobody reads this memory."""
+        """Do nothing, because no peer reads this memory."""
 
     def agent_metadata(self) -> bytes:
         return b""
 
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
-        raise TransferError(f"{self.agent_name} has no connector: it pulls no KV blocks")
+        raise TransferError(f"{self.agent_name} has no connector, so it cannot pull KV blocks")
 
     def close(self) -> None:
-        """Do nothing: nothing was opened."""
+        """Do nothing, because nothing was opened."""
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
-    """Make the connector of a rank and import no other one. Raises ConfigError."""
+    """Make the connector of a rank; other connectors are not imported. Raises ConfigError."""
     what = f"connector {settings.connector}"
     factory = load_named(connector_settings(settings.connector).factory, what)
     connector = factory(settings, name, incarnation)
     if not isinstance(connector, Connector):
-        raise ConfigError(f"{what}: {type(connector).__name__} is no Connector")
+        raise ConfigError(f"{what}: {type(connector).__name__} is not a Connector")
     return connector
 
 
 def pieces_to_read(
     memory: LocalMemory, peer: HandshakeReply, blocks: BlockRead
 ) -> tuple[Pieces, Pieces]:
-    """Return where each piece of a READ goes, and where it lies at the peer. Raises TransferError
-    for blocks that the peer does not have: there lies memory of something else.
+    """Return the pieces of a READ: here, and at the peer. Raises TransferError for block ids that
+    the peer does not have, because their addresses belong to other memory.
     """
     groups, geometry = memory.kv.groups, peer.geometry
     remote_ids = [block_id for group in blocks.remote_blocks for block_id in group]
     if not 0 <= min(remote_ids) <= max(remote_ids) < geometry.num_blocks:
         raise TransferError(
-            f"{peer.agent_name} has {geometry.num_blocks} blocks: others were asked for"
+            f"{peer.agent_name} has {geometry.num_blocks} blocks; the READ names others"
         )
     ours = pieces_of(memory.kv.places, groups, blocks.local_blocks, blocks.local_heads)
     return ours, pieces_of(geometry.regions, groups, blocks.remote_blocks, blocks.remote_heads)
@@ -208,7 +207,7 @@ def pieces_to_read(
 def pieces_of_scratch(
     landing: torch.Tensor, peer: HandshakeReply, piece_bytes: int
 ) -> tuple[Pieces, Pieces]:
-    """Return where the pieces of a peer's scratch go, and where they lie."""
+    """Return the pieces of a scratch READ: here, and at the peer."""
     return (
         even_pieces(landing.data_ptr(), landing.numel(), piece_bytes),
         even_pieces(peer.geometry.scratch_address, landing.numel(), piece_bytes),
@@ -216,18 +215,18 @@ def pieces_of_scratch(
 
 
 def bind_device(device: torch.device) -> None:
-    """Bind this thread to the KV cache's CUDA device, as libraries change the current one."""
+    """Set this thread's CUDA device to the KV cache's: libraries may have changed it."""
     if device.type != "cpu":
         torch.cuda.set_device(device)
 
 
 def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:
-    """Return the kind of a tensor's memory and the index of its device, 0 on a CPU."""
+    """Return the kind of a tensor's memory and its device index, 0 on a CPU."""
     return ("DRAM", 0) if tensor.device.type == "cpu" else ("VRAM", tensor.get_device())
 
 
 def decode_metadata(peer: HandshakeReply, kind: type[T]) -> T:
-    """Return a peer's metadata, encoded by msgpack. Raises TransferError."""
+    """Decode a peer's metadata from msgpack. Raises TransferError."""
     try:
         return msgspec.msgpack.decode(peer.agent_metadata, type=kind)
     except msgspec.MsgspecError as error:

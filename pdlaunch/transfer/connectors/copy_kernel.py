@@ -1,7 +1,7 @@
-"""Copies scattered pieces of equal size between memories that this device reaches, its own or a
-peer's that is mapped here, with a kernel: a few programs go through all pieces.
+"""Copies scattered pieces with a kernel, between memories that this device can address: its own, or
+a peer's memory that is mapped here.
 
-Import this module only where triton is there.
+Import this module only if triton is installed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton.language as tl
 
 from pdlaunch.transfer.regions import Addresses
 
-UNIT_BYTES = 16  # pieces and their places are multiples of the widest load of a thread
-# 32 programs with 32 KiB each: 1 MiB in flight, about what NVLink holds at 400 GB/s. Each takes one
-# multiprocessor meanwhile.
+UNIT_BYTES = 16  # the widest load of a thread; sizes and addresses must be multiples of it
+# 32 programs with 32 KiB each: 1 MiB in flight, about NVLink's bandwidth times delay at 400 GB/s.
+# Each program occupies one multiprocessor.
 _NUM_PROGRAMS, _TILE_WORDS, _NUM_WARPS = 32, 8192, 8
 
 
-# Triton reads annotations: only its own may stand here. One compilation for any num_pieces.
+# No Python types: Triton evaluates annotations. Compiled once for all values of num_pieces.
 @triton.jit(do_not_specialize=["num_pieces"])  # type: ignore[untyped-decorator]
 def _copy_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     anchor,  # noqa: ANN001
@@ -30,8 +30,8 @@ def _copy_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     ROWS: tl.constexpr,  # noqa: N803 - Triton's constants are in capitals
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
-    """Copy piece i from ``units[i]`` to ``units[num_columns + i]``, in 16 bytes from ``anchor``,
-    which is int32. A tile is ROWS pieces by COLUMNS words; program p of n takes every nth tile.
+    """Copy piece i from ``units[i]`` to ``units[num_columns + i]``, distances from ``anchor`` in
+    units of 16 bytes. A tile has ROWS pieces by COLUMNS words; n programs copy every nth tile each.
     """
     piece_words = piece_units * 4
     tiles_per_piece = (piece_words + COLUMNS - 1) // COLUMNS
@@ -41,7 +41,7 @@ def _copy_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
         words = (tile % tiles_per_piece) * COLUMNS + tl.arange(0, COLUMNS)
         is_piece = pieces < num_pieces
         is_word = is_piece[:, None] & (words < piece_words)[None, :]
-        # Multiplying by the unit here shows the compiler that every row is aligned to it.
+        # The multiplication here shows the compiler that every row is aligned to UNIT_BYTES.
         sources = tl.load(units + pieces, mask=is_piece, other=0) * 4
         places = tl.load(units + num_columns + pieces, mask=is_piece, other=0) * 4
         content = tl.load(anchor + sources[:, None] + words[None, :], mask=is_word)
@@ -49,21 +49,21 @@ def _copy_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 def fits_kernel(destinations: Addresses, sources: Addresses, sizes: Addresses) -> bool:
-    """Return whether the kernel can copy pieces of these addresses and sizes."""
+    """Return True if the kernel can copy pieces of these addresses and sizes."""
     return not bool(((destinations | sources | sizes) & np.uint64(UNIT_BYTES - 1)).any())
 
 
 def copy_pieces(
     anchor: torch.Tensor, destinations: Addresses, sources: Addresses, sizes: Addresses
 ) -> None:
-    """Enqueue the copies on the current stream, one launch for each size. ``anchor``: [..] int32 on
-    the device; addresses and sizes are those that ``fits_kernel`` takes.
+    """Enqueue the copies on the current stream, one launch for each size. ``anchor``: any int32
+    tensor on the device. ``fits_kernel`` must have returned True.
     """
-    is_even = bool((sizes == sizes[0]).all())  # sorting them takes 1 ms
+    is_even = bool((sizes == sizes[0]).all())  # saves np.unique, which takes 1 ms
     for size in [int(sizes[0])] if is_even else np.unique(sizes).tolist():
         chosen = sizes == size
         num_pieces = int(chosen.sum())
-        # Another alignment of the second row would be another compilation.
+        # Triton would compile again for another alignment of the second row.
         num_columns = -(-num_pieces // UNIT_BYTES) * UNIT_BYTES
         units = torch.zeros(2 * num_columns, dtype=torch.int64, pin_memory=anchor.is_cuda)
         for start, addresses in ((0, sources), (num_columns, destinations)):

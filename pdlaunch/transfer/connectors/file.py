@@ -1,11 +1,11 @@
 """Moves KV blocks through files in a shared folder, for debugging and offline runs.
 
 The prefill side writes a file and the decode side loads it. Only the decode rank itself writes to
-its memory, so a READ whose prefill side has failed or died is over at once.
+its memory, so if the prefill side fails or dies, the READ has failed at once.
 
-The shared folder has one folder a prompt, named by its digest, with one safetensors file a READ in
-it. Files appear whole or not at all, names cannot leave the folder, and when it grows too big the
-oldest prompts are deleted.
+The shared folder contains a folder for each prompt, named by the prompt's digest, with a
+safetensors file for each READ. Files are renamed into place when complete, and file names cannot
+lead out of the folder. If the folder exceeds its size limit, the oldest prompts are deleted.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class FileConnector(PushingConnector):
         self.store = FileStore(directory, self._settings.size_limit)
 
     def _stop(self) -> None:
-        """Leave the files: they are there to be looked at."""
+        """Keep the files for debugging."""
 
     def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
         data = memory.scratch
@@ -74,7 +74,7 @@ class FileConnector(PushingConnector):
         self.store.write(target.decode("ascii", "replace"), data.cpu())
 
     def _settle(self, name: str, take: Callable[[torch.Tensor], None], error: str) -> ReadState:
-        """Load what the prefill side has written. What does not fit is a failed READ."""
+        """Load the prefill side's file. The READ fails if the contents do not fit."""
         if error:
             return "failed"
         device = self.memory.scratch.device
@@ -83,7 +83,7 @@ class FileConnector(PushingConnector):
         except TransferError as failure:
             logger.warning("%s: %s", name, failure)
             return "failed"
-        if device.type == "cuda":  # The writes must be visible to every stream.
+        if device.type == "cuda":  # The bytes must be visible to every stream.
             torch.cuda.current_stream(device).synchronize()
         return "done"
 
@@ -104,12 +104,12 @@ def _take_scratch(landing: torch.Tensor, found: torch.Tensor) -> None:
 def _check_fits(found: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if (tuple(found.shape), found.dtype) != (shape, dtype):
         raise TransferError(
-            f"it holds {found.dtype} {tuple(found.shape)}, wanted are {dtype} {shape}"
+            f"the file holds {found.dtype} {tuple(found.shape)}, expected {dtype} {shape}"
         )
 
 
 class FileStore:
-    """Keeps files under one folder. Several processes may use it at once."""
+    """Files in one folder, which several processes may use at once."""
 
     def __init__(self, folder: str, size_limit_bytes: int) -> None:
         """Create the folder. Raises TransferError."""
@@ -126,7 +126,7 @@ class FileStore:
             ) from error
 
     def write(self, name: str, blocks: torch.Tensor) -> None:
-        """Write ``blocks`` of host memory; delete the oldest files beyond. Raises TransferError."""
+        """Write ``blocks``, in host memory, and enforce the size limit. Raises TransferError."""
         if blocks.nbytes > self._size_limit_bytes:
             raise TransferError(
                 f"{blocks.nbytes} bytes do not fit into kv_transfer.file.directory: size_limit is "
@@ -146,7 +146,7 @@ class FileStore:
             raise TransferError(f"{path} cannot be written: {error}") from error
 
     def read(self, name: str, device: torch.device) -> torch.Tensor:
-        """Load a file straight to ``device``. Raises TransferError."""
+        """Load a file to ``device``. Raises TransferError."""
         path = self._path(name)
         try:
             self._check_inside(path.parent)
@@ -164,7 +164,7 @@ class FileStore:
 
     def _path(self, name: str) -> Path:
         if _NAME.fullmatch(name) is None:
-            raise TransferError(f"{name[:200]!r} is no name of a file of KV blocks")
+            raise TransferError(f"{name[:200]!r} is not a valid name for a file of KV blocks")
         return self._folder / f"{name}{_SUFFIX}"
 
     def _check_inside(self, folder: Path) -> None:
@@ -174,7 +174,7 @@ class FileStore:
     def _prune(self, keep: Path) -> None:
         found = []
         for folder in self._folder.iterdir():
-            # Another process may delete it, or a file in it, meanwhile.
+            # Another process may delete the folder, or a file in it, at the same time.
             with contextlib.suppress(OSError):
                 if not folder.is_symlink() and folder.is_dir():
                     num_bytes = sum(path.stat().st_size for path in folder.iterdir())

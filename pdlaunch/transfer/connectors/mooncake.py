@@ -1,9 +1,9 @@
-"""Moves KV blocks over Mooncake's transfer engine: the prefill side writes to its readers.
+"""Moves KV blocks with Mooncake's transfer engine: the prefill side writes to its readers.
 
-Mooncake has no authentication, and listens on two ports of all network devices. These sockets are
-bound to the loopback device as soon as they exist; where the network to other hosts is trusted,
-they take packets to this host's address in it alone. A write counts as done when the reader's
-engine has acknowledged it, which TCP does from 0.3.13 on.
+Mooncake has no authentication and listens on two ports of all network devices. This connector binds
+these sockets to the loopback device as soon as they exist. If the network to other hosts is
+trusted, they accept only packets to this host's address in that network instead. A write is done
+when the reader's engine has acknowledged it; over TCP, Mooncake does so since 0.3.13.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _FIX = (
 
 class _Target(msgspec.Struct, frozen=True):
     segment: str  # address of the reader's engine: ``127.0.0.1:12345``
-    addresses: list[int]  # where each piece shall begin, in the order of the READ
+    addresses: list[int]  # of each piece, in the order of the READ
     sizes: list[int]
 
 
 class MooncakeConnector(PushingConnector):
-    """Writes through one transfer engine, which ``open`` imports with its variables applied."""
+    """Writes with one transfer engine. ``open`` imports Mooncake, which reads MC_* variables."""
 
     name = "mooncake"
 
@@ -90,7 +90,7 @@ class MooncakeConnector(PushingConnector):
         except msgspec.MsgspecError as error:
             raise TransferError(f"the target of a write cannot be read: {error}") from None
         there = Pieces(*(np.array(each, np.uint64) for each in (wanted.addresses, wanted.sizes)))
-        # A reader takes as much of the scratch as it wants.
+        # A reader may ask for less than the whole scratch.
         scratch_bytes = min(memory.scratch.numel(), sum(wanted.sizes))
         here = even_pieces(memory.scratch.data_ptr(), scratch_bytes, scratch_bytes)
         if blocks:
@@ -98,7 +98,7 @@ class MooncakeConnector(PushingConnector):
         if not np.array_equal(there.sizes, here.sizes):
             raise TransferError(
                 f"{len(here)} pieces of {here.sizes.sum()} bytes do not fit the target's "
-                f"{len(there)} of {there.sizes.sum()}"
+                f"{len(there)} pieces of {there.sizes.sum()} bytes"
             )
         remote, local, lengths = (column.tolist() for column in merge(there, here))
         code = self.engine.batch_transfer_sync_write(wanted.segment, local, remote, lengths)
@@ -108,10 +108,10 @@ class MooncakeConnector(PushingConnector):
             )
 
     def _settle(self, writer: str, error: str) -> ReadState:
-        """Return the state of a READ whose write has ended. After a failed write, bytes may still
-        wait in the kernel for this process's engine to write them to the target: until they are
-        gone, the READ is pending. ``writer``: the address of the host that wrote; the kernel of
-        another host sends nothing more once its connections have ended.
+        """Return the state of a READ whose write has ended. After a failed write, the kernel may
+        still hold bytes that this process's engine will write to the target, so the READ is pending
+        until these bytes are gone. ``writer``: the address of the writing host. Another host's
+        kernel cannot send anything once its connections have ended.
         """
         if not error:
             return "done"
@@ -129,7 +129,7 @@ class MooncakeConnector(PushingConnector):
             raise TransferError(f"Mooncake cannot be imported: {error}; {_FIX}") from error
         if os.environ.get("MC_TCP_PROTO") == "1":
             raise TransferError("MC_TCP_PROTO=1 has no acknowledged writes: unset it")
-        # Mooncake tells its port for handshakes alone. Those for data are the ones that are new.
+        # Mooncake reports only its handshake port. The other new listeners are its data ports.
         before = network.listeners()
         self._host = os.environ.get(MOONCAKE_ADDRESS, _LOOPBACK)
         name = f"[{self._host}]" if ":" in self._host else self._host
@@ -139,8 +139,8 @@ class MooncakeConnector(PushingConnector):
         )
         if code != 0:
             raise TransferError(
-                f"Mooncake cannot start over {self.path}: code {code}; its reason is in this "
-                "rank's log"
+                f"Mooncake cannot start over {self.path}: code {code}; this rank's log has the "
+                "reason"
             )
         rpc_port = engine.get_rpc_port()
         self._segment = f"{name}:{rpc_port}"
@@ -165,7 +165,7 @@ class MooncakeConnector(PushingConnector):
                 else f"{where} closed to packets that are not for {self._host}: {error}"
             ) from error
         logger.info(
-            "takes KV blocks at %s:%d: whoever reaches it can read and write them "
+            "listens for KV blocks at %s:%d: any process that reaches it can read and write them "
             "(kv_transfer.trusted_network)",
             self._host,
             listener.port,
@@ -180,7 +180,7 @@ class MooncakeConnector(PushingConnector):
 
 
 def _host_of(peer: HandshakeReply) -> str:
-    """Return the host in a peer's metadata. Raises TransferError when that is nonsense."""
+    """Return the host in a peer's metadata. Raises TransferError if the metadata are invalid."""
     metadata = peer.agent_metadata
     if not 0 < len(metadata) <= 256 or not metadata.isascii():
         raise TransferError(

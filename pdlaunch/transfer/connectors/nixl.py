@@ -1,6 +1,6 @@
 """Moves KV blocks over NIXL with its UCX backend.
 
-Each READ describes its own pieces, neighbours merged, by address.
+Each READ lists the addresses of its pieces, after neighbouring pieces are merged.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ BACKEND = "UCX"
 _TO_HOSTS = frozenset(("tcp", "rc_verbs", "rc_mlx5"))
 _DEVICES = "UCX_NET_DEVICES"
 _MEMORY_NAMES = {"DRAM": "host memory", "VRAM": "GPU memory"}
-# Sleep of UCX's progress thread when no event wakes it; NIXL's Python API spins on a core.
+# How long UCX's progress thread sleeps if no event wakes it; with NIXL's default it never sleeps.
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
-# How long a timed READ between GPUs is polled without sleeping, in seconds: a sleep would take
-# longer than the READ.
+# How long a timed READ between GPUs is polled without sleep, in seconds: a sleep would take longer
+# than the READ.
 _TIMED_SPIN_S = 0.002
 
 
 def load_nixl() -> tuple[Any, Any]:
-    """Return NIXL's Python API and C++ bindings. The import takes seconds and reads variables."""
-    # The package nixl picks the build for PyTorch's CUDA itself; pdlaunch installs just one build.
+    """Return NIXL's Python API and C++ bindings. The import takes seconds and reads UCX_*."""
+    # If the package nixl is there, it picks the build for PyTorch's CUDA. Otherwise, pick it here.
     major = (torch.version.cuda or "13").split(".")[0]
     name = "nixl" if find_spec("nixl") else f"nixl_cu{major}"
     return import_module(f"{name}._api"), import_module(f"{name}._bindings")
 
 
 def new_agent(api: Any, bindings: Any, name: str, interval_us: int) -> Any:
-    """Make an agent like ``nixl_agent``; it listens only if UCX_TLS names the network.
+    """Make an agent like ``nixl_agent`` does; it listens only if UCX_TLS names a network.
 
-    With error handling, UCX needs a transport that listens on TCP, where it takes writes to any
-    address from anybody. If UCX_TLS names local transports alone, error handling is off: nobody
-    listens, and nobody learns of a peer's death. If UCX_TLS names a network, the user trusts that
-    network, and error handling is on.
+    With error handling, UCX needs a transport that listens on TCP, and there accepts writes to any
+    address from any process. If UCX_TLS names only local transports, error handling is off: UCX
+    does not listen, and does not notice a peer's death. If UCX_TLS names a network transport, the
+    user trusts that network, and error handling is on.
     """
-    # The wrapper is made without a backend and given an agent of its own below: the one that it
-    # makes has a progress thread that never sleeps.
+    # Make the wrapper without a backend and replace its agent below, because the progress thread of
+    # the wrapper's own agent never sleeps.
     agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
     config = bindings.nixlAgentConfig()
     config.useProgThread = True
@@ -82,10 +82,10 @@ def new_agent(api: Any, bindings: Any, name: str, interval_us: int) -> Any:
 
 
 class NixlConnector(Connector):
-    """Reads through one NIXL agent. ``open`` loads the library, with the variables of
-    ``NixlSpec.environment`` applied.
+    """Reads with one NIXL agent. ``open`` loads the library; the caller has set the variables of
+    ``NixlSpec.environment``.
 
-    The bindings raise exceptions of their own, which become TransferErrors here.
+    The exceptions of the bindings become TransferErrors here.
     """
 
     name = "nixl"
@@ -94,22 +94,22 @@ class NixlConnector(Connector):
     def __init__(
         self, name: str, incarnation: int, load: Callable[[], tuple[Any, Any]] = load_nixl
     ) -> None:
-        """``name`` is the rank's, ``prefill-0/rank-0``."""
+        """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
-        # Outlives ``close``, as READs may be pending at the exit; ``open`` lets go of it.
+        # Stays after ``close``, because READs may be pending at the exit; ``open`` replaces it.
         self.agent: Any = None
         self._load = load
 
     def open(self, memory: LocalMemory) -> None:
         self.kind, self.device_index = memory_kind(memory.scratch)
         self.memory = memory  # registered memory must not be freed
-        bind_device(memory.scratch.device)  # UCX takes the context that is current
+        bind_device(memory.scratch.device)  # UCX uses the current CUDA context
         _choose_devices()
         before = network.listeners()
         self.transports = ReadTransports()
         try:
-            # NIXL never closes the endpoint of an agent that is removed, which is a socket on both
-            # sides; a new agent has none.
+            # Drop the old agent: NIXL never closes the endpoints to removed remote agents, which
+            # hold a socket on both sides.
             self.agent = None
             api, bindings = self._load()
             interval_us = _PROGRESS_INTERVAL_US[self.kind]
@@ -125,8 +125,8 @@ class NixlConnector(Connector):
             ) from error
         for each in sorted(network.listeners() - before, key=lambda each: each.port):
             logger.info(
-                "takes KV blocks' READs at %s:%d (%s), over UCX_TLS %s: whoever reaches it can "
-                "read and write this process (kv_transfer.trusted_network)",
+                "listens for READs of KV blocks at %s:%d (%s), over UCX_TLS %s: any process that "
+                "reaches it can read and write this process (kv_transfer.trusted_network)",
                 each.address,
                 each.port,
                 os.environ.get(_DEVICES),
@@ -141,8 +141,8 @@ class NixlConnector(Connector):
         if geometry.memory_kind != self.kind:
             raise TransferError(
                 f"the KV cache of {peer.agent_name} is in {_MEMORY_NAMES[geometry.memory_kind]}, "
-                f"that of {self.agent_name} in {_MEMORY_NAMES[self.kind]}; NIXL is used between "
-                "equal ones only (device)"
+                f"the KV cache of {self.agent_name} in {_MEMORY_NAMES[self.kind]}; NIXL needs the "
+                "same kind on both sides (device)"
             )
         try:
             added = self.agent.add_remote_agent(peer.agent_metadata)
@@ -151,7 +151,7 @@ class NixlConnector(Connector):
         name = added.decode() if isinstance(added, bytes) else str(added)
         if name != peer.agent_name:
             quietly(self.agent.remove_remote_agent, name)
-            raise TransferError(f"the metadata of agent {peer.agent_name} is that of {name}")
+            raise TransferError(f"agent {peer.agent_name} sent the metadata of {name}")
         return {self.path: _NixlConnection(self, peer)}
 
     def close(self) -> None:
@@ -184,11 +184,11 @@ class _NixlConnection(Connection):
         return path_over(path, self.connector.transports.latest())
 
     def close(self) -> None:
-        # NIXL takes no second agent of a name: the peer could not be connected again.
+        # Without this, the peer could not connect again: NIXL refuses a second agent of a name.
         quietly(self.connector.agent.remove_remote_agent, self.peer.agent_name)
 
     def _post(self, ours: Pieces, theirs: Pieces, landing: torch.Tensor | None = None) -> _NixlRead:
-        """Start a READ; ``landing`` is memory that it alone uses, not registered yet."""
+        """Start a READ. ``landing``: memory to register for this READ; None for the KV cache."""
         connector, agent, geometry = self.connector, self.connector.agent, self.peer.geometry
         to, of, sizes = merge(ours, theirs)
 
@@ -218,7 +218,7 @@ class _NixlConnection(Connection):
 @dataclass(slots=True, eq=False)
 class _NixlRead(Read):
     agent: Any
-    registration: Any = None  # memory of a scratch READ
+    registration: Any = None  # of ``landing``
     handle: Any = None
     state: str = "PROC"
     posted_at: float = 0.0
@@ -227,8 +227,8 @@ class _NixlRead(Read):
     def poll(self) -> ReadState:
         if self.state == "PROC":
             try:
-                # DONE is no proof: NIXL 1.5.1 says it of READs of deregistered memory and, between
-                # GPUs, of those whose peer was killed. Leases and checksums decide what counts.
+                # DONE does not prove the bytes: NIXL 1.5.1 reports it for READs of deregistered
+                # memory, and between GPUs even if the peer was killed. Leases and checksums do.
                 self.state = str(self.agent.check_xfer_state(self.handle))
             except Exception:
                 self.state = "ERR"
@@ -248,14 +248,14 @@ class _NixlRead(Read):
 
 
 def quietly(act: Callable[..., object], *arguments: object) -> None:
-    """Call ``act`` and ignore a refusal: backends refuse to release what has failed already."""
+    """Call ``act`` and ignore exceptions: backends refuse to release a failed transfer."""
     with contextlib.suppress(Exception):
         act(*arguments)
 
 
 def _choose_devices() -> None:
-    """Put the name of the network device in the place of its address, which is all that the
-    supervisor knows of another host. Before ``load_nixl``. Raises TransferError.
+    """Replace addresses in UCX_NET_DEVICES by device names: the supervisor knows only addresses of
+    other hosts. Call it before ``load_nixl``. Raises TransferError.
     """
     try:
         devices = network.with_device_names(os.environ.get(_DEVICES, ""))

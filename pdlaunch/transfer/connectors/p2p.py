@@ -1,20 +1,18 @@
-"""Copies KV blocks straight out of a peer's memory, which is mapped into this process.
+"""Copies KV blocks from a peer's memory, which is mapped into this process.
 
-It serves ranks of one host only. On a CPU the memory is a memfd, on a GPU a CuMem allocation or one
-of cudaMalloc. The owner takes no part in a READ, so it goes on when the owner is busy, stopped, or
+Both ranks must be on one host. On a CPU the memory is a memfd, on a GPU an allocation of CuMem or
+cudaMalloc. The owner takes no part in a READ, so READs work while the owner is busy, stopped or
 dead.
 
-Hands file descriptors to ranks of the same launch on this host, over a Unix socket.
-
-::
+The owner sends file descriptors of its memory to ranks of the same launch over a Unix socket::
 
     reader: connect ── token ──▶ owner: uid and token right ── descriptors ──▶ reader
-            └─ keeps the connection for as long as it uses them
+            └─ keeps the connection open while it maps the memory
 
-The socket has a name that nobody can guess in the abstract namespace, and gives nothing to a
-process of another user, or to one that does not know the token: both travel over the side channel,
-which only ranks of the launch can use. A connection that is still open tells the owner that its
-memory is still mapped, and ends with the reader's process, however that dies.
+The socket has a random name in the abstract namespace. It refuses processes of other users, and
+processes without the token. Name and token are sent over the side channel, which only ranks of the
+launch can use. While a connection is open, the owner knows that its memory is mapped. The kernel
+closes the connection when the reader's process ends for any reason.
 """
 
 from __future__ import annotations
@@ -54,9 +52,9 @@ from pdlaunch.transfer.connectors.piece_copies import PieceCopier, new_copier
 logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
-MAX_FDS = 253  # Linux hands over no more at once
-# Time for an owner to hand over its descriptors, which takes well under a millisecond unless it was
-# stopped, and for a reader to show its token.
+MAX_FDS = 253  # Linux's limit for one message
+# Time for an owner to send its descriptors, which takes less than a millisecond unless the owner is
+# stopped, and for a reader to send its token.
 TIMEOUT_S = 5.0
 _LONG_S = 3600.0
 _OK = b"ok"
@@ -65,17 +63,17 @@ _FD = struct.Struct("i")
 
 
 class FdServer:
-    """Hands descriptors to peers from threads of its own. Any thread may call the methods."""
+    """Sends descriptors to peers in its own threads. Any thread may call the methods."""
 
     def __init__(self, fds: Sequence[int]) -> None:
         """The caller keeps ``fds`` open until ``close`` has returned. Raises OSError."""
         if len(fds) > MAX_FDS:
-            raise OSError(f"{len(fds)} allocations cannot be handed over, {MAX_FDS} can")
+            raise OSError(f"{len(fds)} allocations cannot be shared, at most {MAX_FDS} can")
         self.address = f"pdlaunch-{secrets.token_hex(16)}"
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._fds: Sequence[int] | None = fds
         self._lock = threading.Lock()  # guards the descriptors and the readers
-        # Connections of those that use the descriptors, by their own descriptor.
+        # Open connections of readers, by the connection's own descriptor.
         self._readers: dict[int, socket.socket] = {}
         self._listener = _new_socket()
         self._listener.bind(f"\0{self.address}")
@@ -83,14 +81,14 @@ class FdServer:
         threading.Thread(target=self._accept, name="fd-server", daemon=True).start()
 
     def close(self) -> None:
-        """Stop to hand descriptors over; from now on ``wait_unused`` can come true for good."""
+        """Send no more descriptors, so that ``wait_unused`` can wait for the last reader."""
         with self._lock:
             self._fds = None
         with contextlib.suppress(OSError), _new_socket() as wake:
             wake.connect(f"\0{self.address}")
 
     def wait_unused(self, timeout_s: float) -> bool:
-        """Wait until nobody uses the descriptors; False when that takes longer."""
+        """Wait until no reader uses the descriptors; False after ``timeout_s``."""
         deadline_at = time.monotonic() + timeout_s
         while True:
             poll = select.poll()
@@ -101,7 +99,7 @@ class FdServer:
                     return True
             ended = poll.poll(max(0.0, deadline_at - time.monotonic()) * 1000)
             with self._lock:
-                # After its token nothing but the end of a connection is expected.
+                # A reader sends nothing after its token, so its connection has ended.
                 for fd, _ in ended:
                     if (reader := self._readers.pop(fd, None)) is not None:
                         reader.close()
@@ -115,8 +113,8 @@ class FdServer:
                 if self._fds is None:
                     connection.close()
                     break
-                self.wait_unused(0)  # those that have gone
-                # A thread each: a stranger that says nothing must not keep peers waiting.
+                self.wait_unused(0)  # drops readers whose connections have ended
+                # A thread each: a process that sends no token must not keep peers waiting.
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
         while not self.wait_unused(_LONG_S):
             continue
@@ -126,22 +124,22 @@ class FdServer:
             connection.settimeout(TIMEOUT_S)
             _check_user(connection)
             if not secrets.compare_digest(connection.recv(TOKEN_BYTES + 1), self.token):
-                raise TransferError("without the token")
+                raise TransferError("it sent a wrong token")
             with self._lock:
                 if self._fds is None:
-                    raise TransferError("too late")
+                    raise TransferError("the memory is not shared any more")
                 socket.send_fds(connection, [_OK], list(self._fds))
                 self._readers[connection.fileno()] = connection
         except (OSError, TransferError) as error:
-            logger.warning("a process was refused at the socket of KV memory: %s", error)
+            logger.warning("refused to send descriptors of KV memory to a process: %s", error)
             connection.close()
 
 
 def fetch_fds(
     address: str, token: bytes, num_fds: int, timeout_s: float = TIMEOUT_S
 ) -> tuple[list[int], socket.socket]:
-    """Ask an owner for its descriptors, in its order; what is mapped stays mapped when they are
-    closed. The socket tells the owner, as long as it is open, that they are in use.
+    """Ask an owner for its descriptors. The caller maps them and may then close them, but keeps the
+    socket open while it uses the memory.
 
     Raises TransferError; then nothing is open.
     """
@@ -154,11 +152,11 @@ def fetch_fds(
         return _receive_fds(connection, num_fds), connection
     except (OSError, TransferError) as error:
         connection.close()
-        raise TransferError(f"no memory was handed over: {error or 'no answer'}") from error
+        raise TransferError(f"the owner did not share memory: {error or 'no answer'}") from error
 
 
 def _receive_fds(connection: socket.socket, num_fds: int) -> list[int]:
-    # ``socket.recv_fds`` drops its flags, and the descriptors would be inherited.
+    # Not ``socket.recv_fds``, which ignores its flags: child processes would inherit descriptors.
     ancillary_bytes = socket.CMSG_SPACE(MAX_FDS * _FD.size)
     answer, ancillary, flags, _ = connection.recvmsg(
         len(_OK), ancillary_bytes, socket.MSG_CMSG_CLOEXEC
@@ -174,7 +172,7 @@ def _receive_fds(connection: socket.socket, num_fds: int) -> list[int]:
     for fd in fds:
         os.close(fd)
     raise TransferError(
-        "refused" if not answer else f"{len(fds)} descriptors came, {num_fds} were expected"
+        "refused" if not answer else f"{len(fds)} descriptors arrived, {num_fds} were expected"
     )
 
 
@@ -183,7 +181,7 @@ def _new_socket() -> socket.socket:
 
 
 def _check_user(connection: socket.socket) -> None:
-    """Raise TransferError unless the process at the other end is of this user, by the kernel."""
+    """Raise TransferError if the process at the other end belongs to another user."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     if uid != os.geteuid():
@@ -191,12 +189,12 @@ def _check_user(connection: socket.socket) -> None:
 
 
 class _Card(msgspec.Struct, frozen=True):
-    """Tells peers how to get a rank's memory; it travels over the side channel alone."""
+    """The metadata with which peers map a rank's memory; sent over the side channel only."""
 
     host: str
-    address: str  # of the socket that hands over the descriptors of the ranges that need one
+    address: str  # of the Unix socket that sends descriptors, for ranges that need one
     token: bytes
-    # The allocations of the KV cache, and the scratch last; each with its address in the owner.
+    # The allocations of the KV cache, then the scratch, each with its address in the owner.
     ranges: list[tuple[int, SharedRange]]
 
 
@@ -212,7 +210,7 @@ class P2PConnector(Connector):
         host: str | None = None,
         new_copier: Callable[[torch.device], PieceCopier] = new_copier,
     ) -> None:
-        """``name`` is the rank's, ``prefill-0/rank-0``; ``host`` is this process'."""
+        """``name``: of the rank, ``prefill-0/rank-0``; ``host``: the identity of this host."""
         self.agent_name = f"{name}#{incarnation}"
         self._host = host_identity() if host is None else host
         self._new_copier = new_copier
@@ -244,11 +242,11 @@ class P2PConnector(Connector):
         return self._metadata
 
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection]:
-        """Map the peer's memory; takes about a millisecond, and ``TIMEOUT_S`` where the
-        peer was stopped since it answered the handshake.
+        """Map the peer's memory. This takes about a millisecond, or up to ``TIMEOUT_S`` if the peer
+        was stopped after it answered the handshake.
         """
         card = decode_metadata(peer, _Card)
-        # An empty name is that of a kernel that does not tell: two of them need not be one host.
+        # The identity is empty if the kernel does not report it. Two such hosts may differ.
         if not self._host or card.host != self._host:
             raise TransferError(
                 f"{peer.agent_name} is not on this host, or in another network namespace"
@@ -260,7 +258,7 @@ class P2PConnector(Connector):
 
     def close(self) -> None:
         if self._server is not None:
-            # The server first: it must hand out no descriptor that is about to be closed.
+            # The server first: it must not send descriptors that are about to be closed.
             self._server.close()
         for export in self._exports:
             export.close()
@@ -291,7 +289,7 @@ class P2PConnector(Connector):
             ) from error
         finally:
             for fd in fds:
-                os.close(fd)  # mappings hold the memory by themselves
+                os.close(fd)  # mappings do not need their descriptors
         num_bytes = sum(mapping.num_bytes for mapping in mappings)
         logger.info("%s is mapped: %d bytes", peer.agent_name, num_bytes)
         assert self._copier is not None
@@ -300,10 +298,10 @@ class P2PConnector(Connector):
 
 @dataclass(frozen=True, slots=True)
 class _P2PConnection(Connection):
-    peer: HandshakeReply  # with the addresses at which its memory is mapped here
+    peer: HandshakeReply  # with addresses of the mappings in this process
     memory: LocalMemory
     mappings: list[PeerMapping]
-    use: socket.socket  # tells the owner, as long as it is open, that its memory is mapped
+    use: socket.socket  # while it is open, the owner knows that its memory is mapped
     copier: PieceCopier
 
     def read(self, blocks: BlockRead) -> Read:
@@ -316,7 +314,7 @@ class _P2PConnection(Connection):
         for mapping in self.mappings:
             try:
                 mapping.close()
-            except Exception:  # of a driver, about the memory of a process that may be gone
+            except Exception:  # the driver may raise if the peer's process is gone
                 logger.exception("memory of a peer was not unmapped")
         self.use.close()
 
@@ -324,8 +322,8 @@ class _P2PConnection(Connection):
 def _with_our_addresses(
     peer: HandshakeReply, starts: Sequence[int], mappings: Sequence[PeerMapping]
 ) -> HandshakeReply:
-    """Return what a peer says of itself with the places of its memory in this process; ``starts``
-    are the owner's addresses of what is mapped. Raises TransferError for memory that is not.
+    """Return a peer's reply with its addresses replaced by those of the mappings in this process.
+    ``starts``: the mappings' addresses in the owner. Raises TransferError for unmapped memory.
     """
     geometry = peer.geometry
 
@@ -333,7 +331,7 @@ def _with_our_addresses(
         for start, mapping in zip(starts, mappings, strict=True):
             if start <= address and address + num_bytes <= start + mapping.num_bytes:
                 return address - start + mapping.address
-        raise TransferError(f"{what}: {num_bytes} bytes are described that are not shared")
+        raise TransferError(f"{what}: the peer describes {num_bytes} bytes that it does not share")
 
     regions = [
         RegionPlace(

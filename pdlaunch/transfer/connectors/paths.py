@@ -1,7 +1,7 @@
-"""Joins NIXL and P2P: each peer is read by whichever the handshake has found to be faster.
+"""Joins NIXL and P2P. The handshake measures both paths to a peer and uses the faster path.
 
-One of the connectors must open. What the others need may not be there, and a peer may not be in
-their reach: the reason is an error of their paths, which comes out where paths are tried.
+At least one of the connectors must open. If a connector cannot open, or cannot reach a peer, its
+path has an error in place of a connection.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pdlaunch.transfer.connectors.p2p import P2PConnector
 
 logger = logging.getLogger(__name__)
 
-# By name of each connector of a rank its metadata, and the reason why it did not open, if so.
+# Connector name -> its metadata, and the error if it did not open.
 Offers = dict[str, tuple[bytes, str]]
 
 
 class PathsConnector(Connector):
     def __init__(self, connectors: Sequence[Connector]) -> None:
-        """``connectors`` are those of one rank, the preferred one last. None of them pushes."""
+        """``connectors``: of one rank, the preferred connector last. None of them pushes."""
         self._connectors = connectors
         self.name = "+".join(connector.name for connector in connectors)
         self.path = " or ".join(connector.path for connector in connectors)
@@ -57,7 +57,7 @@ class PathsConnector(Connector):
     def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
         offers = decode_metadata(peer, Offers)
         found: dict[str, Connection | TransferError] = {}
-        # Connectors begin with the one that has to open, paths with the one that is preferred.
+        # Connectors have the preferred one last, paths have it first.
         for connector in reversed(self._connectors):
             _, own_error = self._offers[connector.name]
             metadata, their_error = offers.get(connector.name, (b"", "the peer does not offer it"))
@@ -66,7 +66,7 @@ class PathsConnector(Connector):
                     raise TransferError(reason)
                 found |= connector.connect(msgspec.structs.replace(peer, agent_metadata=metadata))
             except TransferError as failure:
-                # Without its traceback, whose frames would keep the connections alive.
+                # A new exception: the frames in its traceback would keep the connections alive.
                 found[connector.path] = TransferError(str(failure))
         return found
 
@@ -80,7 +80,7 @@ class PathsConnector(Connector):
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
-    """Make the connector nixl of a rank, over the path or paths that its settings name."""
+    """Make a rank's connector for ``connector: nixl``, with the paths in ``nixl.path``."""
     match settings.nixl.path:
         case "nixl":
             return NixlConnector(name, incarnation)

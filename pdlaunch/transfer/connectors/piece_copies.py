@@ -1,8 +1,8 @@
-"""Copies scattered pieces of equal size from a peer's mapped memory to this rank's memory: on a CPU
-in a thread, on a GPU with the copy engines.
+"""Copies scattered pieces from a peer's mapped memory to this rank's memory: on a CPU in a thread,
+on a GPU with the copy engines or a kernel.
 
-Copy engines leave all multiprocessors to the model, and are as fast as the link for large pieces
-(H200, NVLink: 394 GB/s at 8 MiB, 338 at 1 MiB, 104 at 64 KiB); for small ones a kernel is.
+Copy engines leave all multiprocessors to the model, and reach the link's speed with large pieces
+(H200, NVLink: 394 GB/s at 8 MiB, 338 at 1 MiB, 104 at 64 KiB). For small pieces a kernel is faster.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from pdlaunch.transfer.regions import Addresses, Pieces, merge
 
 logger = logging.getLogger(__name__)
 
-# Pieces below this mean size are copied by the kernel: vLLM's pages of 32 KiB would cost 3 us each.
+# The kernel copies pieces below this mean size: copy engines take 3 us for a 32 KiB page of vLLM.
 KERNEL_BELOW_BYTES = 256 * 1024
-NUM_STREAMS = 3  # A copy engine works through its entries one by one, several engines side by side
+NUM_STREAMS = 3  # A copy engine copies one piece at a time; several engines run in parallel.
 
 
 class PieceCopier(ABC):
-    """One thread calls its methods, none of which waits for a copy."""
+    """Only one thread calls its methods. ``start`` never waits for a copy."""
 
     @abstractmethod
     def start(self, destinations: Pieces, sources: Pieces) -> Read:
-        """Begin to copy source i to destination i. Raises TransferError before any write."""
+        """Begin to copy source i to destination i. After a TransferError, no copy is running."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the copies: nothing is copied any more when this returns."""
+        """Wait until no copy is running."""
 
 
 def new_copier(device: torch.device) -> PieceCopier:
-    """Return the copier of a rank's device. Raises TransferError when there is none."""
+    """Return the copier for a rank's device. Raises TransferError if there is none."""
     return HostCopier() if device.type == "cpu" else CudaCopier(device)
 
 
 class HostCopier(PieceCopier):
-    """Copies in a thread of its own, without the interpreter's lock."""
+    """Copies in its own thread, without the interpreter lock."""
 
     def __init__(self, move: Callable[[int, int, int], object] = ctypes.memmove) -> None:
-        """``move`` takes destination, source and bytes."""
+        """``move`` takes destination, source and size in bytes."""
         self._move = move
         self._thread = ThreadPoolExecutor(1, "p2p-copy")
 
@@ -88,29 +88,29 @@ class _ThreadCopy(Read):
 
 
 class CudaCopier(PieceCopier):
-    """Copies large pieces with the copy engines, small ones with a kernel where there is Triton."""
+    """Copies large pieces with the copy engines, small pieces with a kernel if Triton is there."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raise TransferError where the driver is too old."""
+        """Raises TransferError if the driver is too old."""
         self._anchor = torch.zeros(4, dtype=torch.int32, device=device)
         self._has_kernel = importlib.util.find_spec("triton") is not None
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         try:
             self._batches = BatchCopies(NUM_STREAMS)
         except DriverError as error:
-            raise TransferError(f"there is nothing to copy with: {error}") from error
+            raise TransferError(f"GPU copies are not possible: {error}") from error
 
     def start(self, destinations: Pieces, sources: Pieces) -> Read:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         copies = merge(destinations, sources)
-        # Behind the preparation: the stream is idle, so that the time would begin before there is
-        # anything to copy.
+        # After ``merge``: the stream is idle, so the event is recorded at once and would count the
+        # time of the preparation.
         begin.record(self._stream)
         try:
             self._enqueue(*copies)
         except (TransferError, RuntimeError) as error:
-            self._stream.synchronize()  # a part of it may be on its way
-            raise TransferError(f"copies were refused: {error}") from error
+            self._stream.synchronize()  # some of the copies may have started
+            raise TransferError(f"GPU copies cannot start: {error}") from error
         end.record(self._stream)
         return _CudaCopy(begin, end)
 

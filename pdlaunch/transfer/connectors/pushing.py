@@ -1,10 +1,10 @@
-"""Is the base of connectors whose prefill side writes: a pool of sender threads, and READs that
-wait to hear of the end.
+"""Base of connectors whose prefill side writes: a pool of sender threads, and READs that wait until
+the prefill side reports the end of its write.
 
 ::
 
     decode side:    read ── Push over the side channel ──▶ pending ── end ──▶ done, or failed
-                                                                              (nothing can land now)
+                                                                        (no more bytes can land)
     prefill side:   push ── a thread of the pool writes ──▶ its future ends
 """
 
@@ -33,12 +33,12 @@ from pdlaunch.transfer.regions import BlockIds
 
 @dataclass(slots=True, eq=False)
 class PendingRead(Read):
-    # Returns the READ's state from the error of the ended write; never raises.
+    # Takes the error of the ended write and returns the READ's state. Never raises.
     settle: Callable[[str], ReadState]
     target: bytes
     on_release: Callable[[], object] = lambda: None
     state: ReadState = "pending"
-    error: str | None = None  # the outcome of the prefill side's write; None until that is known
+    error: str | None = None  # of the prefill side's write; empty: success, None: not ended
     began_at: float = field(default_factory=time.perf_counter)
     ended_at: float = 0.0
 
@@ -59,14 +59,14 @@ class PendingRead(Read):
 
 
 class PushingConnector(Connector):
-    """Is the base of connectors whose prefill side writes. ``open`` binds this thread, and each of
-    the pool once, to the KV cache's device.
+    """Base of connectors whose prefill side writes. ``open`` makes the KV cache's device the
+    current device of this thread and of the pool's threads.
     """
 
     pushes = True
 
     def __init__(self, name: str, incarnation: int, num_sender_threads: int) -> None:
-        """``name`` is the rank's, ``prefill-0/rank-0``."""
+        """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
         self._num_sender_threads = num_sender_threads
 
@@ -74,8 +74,8 @@ class PushingConnector(Connector):
         self.memory = memory
         bind_device(memory.scratch.device)
         self._start(memory)
-        # Once more: what was just built may have changed this thread's device (Mooncake does), and
-        # NVLink transfers of ranks other than 0 would fail.
+        # Again, because ``_start`` may have changed this thread's device, as Mooncake does. NVLink
+        # transfers of ranks other than 0 would fail.
         bind_device(memory.scratch.device)
         self._senders = ThreadPoolExecutor(
             self._num_sender_threads, "kv-sender", bind_device, (memory.scratch.device,)
@@ -88,15 +88,15 @@ class PushingConnector(Connector):
         return self._senders.submit(self._write, self.memory, target, blocks, heads)
 
     def close(self) -> None:
-        # Without waiting: a rank falls asleep only when no write is under way, and one that ends
-        # leaves the process.
+        # No need to wait: no write is under way when a rank goes to sleep, and a rank that closes
+        # for good exits its process.
         self._senders.shutdown(wait=False, cancel_futures=True)
         self._stop()
         del self.memory
 
     @abstractmethod
     def expect(self, peer: HandshakeReply, blocks: BlockRead) -> PendingRead:
-        """Begin a READ that ``peer`` is asked to write. Raises TransferError."""
+        """Begin a READ; the caller asks ``peer`` to write it. Raises TransferError."""
 
     @abstractmethod
     def expect_scratch(self, peer: HandshakeReply, landing: torch.Tensor) -> PendingRead:
@@ -104,15 +104,15 @@ class PushingConnector(Connector):
 
     @abstractmethod
     def _start(self, memory: LocalMemory) -> None:
-        """Build what moves the bytes; may change the CUDA device. Raises TransferError."""
+        """Start the library. May change the current CUDA device. Raises TransferError."""
 
     @abstractmethod
     def _stop(self) -> None:
-        """Let go of it. Never raises."""
+        """Undo ``_start``. Never raises."""
 
     @abstractmethod
     def _write(self, memory: LocalMemory, target: bytes, blocks: BlockIds, heads: range) -> None:
-        """Write from this rank's memory in a pool's thread, to the end. Raises TransferError."""
+        """Write to ``target``, in a thread of the pool. Returns when done. Raises TransferError."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""Proves and times the paths to a peer by READs of its scratch, memory with a known pattern.
+"""Proves and times the paths to a peer with READs of its scratch, which holds a known pattern.
 
 ::
 
     for each path:   cold READ ── right bytes ──▶ warm READ x NUM_WARM_READS ──▶ GB/s of the fastest
-                       └── refused, failed, late, wrong bytes ──▶ why it cannot be used
+                       └── refused, failed, late, wrong bytes ──▶ the path's error
 """
 
 from __future__ import annotations
@@ -19,59 +19,58 @@ from pdlaunch.transfer.connectors.connector import Read
 
 PATTERN_BYTES = 1024**2
 SCRATCH_BYTES = 16 * PATTERN_BYTES  # scratch on a CPU: enough to time a path of several GB/s
-# Scratch on a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ.
+# Scratch on a GPU: a READ takes 0.3 ms at 400 GB/s, much longer than its start.
 DEVICE_SCRATCH_BYTES = 128 * PATTERN_BYTES
-# Smallest piece that a scratch is read in: where blocks are smaller, a piece's own cost is nearly
-# all of its time anyway.
+# Smallest piece in a READ of the scratch. The time of a smaller piece hardly depends on its size.
 LEAST_PIECE_BYTES = 4 * 1024
-# Pieces from this size on cover the scratch. There are no more of smaller ones than of these: more
-# would only take longer.
+# READs with pieces of at least this size cover the scratch. READs with smaller pieces have the same
+# number of pieces and read only a part: a greater number would only take longer.
 COVERING_PIECE_BYTES = 16 * 1024
-# READs that are timed; the best one counts: half a millisecond is easily disturbed.
+# Number of timed READs. The fastest one counts, because other work easily delays a READ of 0.5 ms.
 NUM_WARM_READS = 3
-STEADY_S = 0.02  # a READ that takes this long is not repeated: disturbances are short beside it
-# Share of the best speed that counts as equal; it is more than the spread of a measurement. Among
-# equals the connector's preference counts.
+STEADY_S = 0.02  # a READ that takes this long is not repeated: delays hardly change its time
+# Paths with this share of the best speed count as equal, because measurements scatter by less.
+# Among equal paths, the connector's preference decides.
 NEARLY = 0.95
 
-# Starts a READ of a peer's scratch over a path; returns where it lands, too. Raises TransferError.
+# Starts a READ of a peer's scratch over a path; returns it and its landing. Raises TransferError.
 StartRead = Callable[[str], tuple[Read, torch.Tensor]]
 
 
 def scratch_bytes(device: torch.device) -> int:
-    """Return the size of the scratch of a rank on ``device``."""
+    """Return the size of the scratch for a rank on ``device``."""
     return SCRATCH_BYTES if device.type == "cpu" else DEVICE_SCRATCH_BYTES
 
 
 def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
-    """Fill [num_bytes] uint8 with bytes of this incarnation, so that a stale mapping shows."""
+    """Fill [num_bytes] uint8 with this incarnation's pattern, so that peers see stale mappings."""
     scratch.view(-1, PATTERN_BYTES).copy_(_row(agent_name))
 
 
 def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
-    """Return whether that agent's scratch begins with these bytes. ``landing`` is [num_bytes]
-    uint8, a multiple of PATTERN_BYTES.
+    """Return True if the agent's scratch begins with these bytes. ``landing``: [num_bytes] uint8, a
+    multiple of PATTERN_BYTES.
     """
     row = _row(agent_name).to(landing.device)
     return bool((landing.view(-1, PATTERN_BYTES) == row).all())
 
 
 def new_landing(num_bytes: int, device: torch.device, block_bytes: int) -> tuple[torch.Tensor, int]:
-    """Return memory for the beginning of a scratch of ``num_bytes``, a quarter of it at least, and
-    the size of the pieces to read: about that of a block, so that its cost shows.
+    """Return memory for the beginning of a scratch of ``num_bytes``, at least a quarter of it, and
+    the size of its pieces: about the size of a block, so that a piece costs as much as a block.
     """
     wanted = min(num_bytes, max(block_bytes, LEAST_PIECE_BYTES))
     piece_bytes = 1 << (wanted.bit_length() - 1)
     num_pieces = num_bytes // max(piece_bytes, COVERING_PIECE_BYTES)
-    # Pages are touched by the zeros: their first use would count as time of the READ.
+    # Write zeros, because the first use of each page would count as time of the READ.
     landing = torch.empty(num_pieces * piece_bytes, dtype=torch.uint8, device=device).fill_(0)
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # READs do not wait for what is queued
+        torch.cuda.current_stream(device).synchronize()  # READs do not wait for this stream
     return landing, piece_bytes
 
 
 def _row(agent_name: str) -> torch.Tensor:
-    """Return [PATTERN_BYTES] uint8, which a scratch repeats."""
+    """Return the pattern, [PATTERN_BYTES] uint8. The scratch repeats it."""
     row = hashlib.shake_256(agent_name.encode()).digest(PATTERN_BYTES)
     return torch.frombuffer(bytearray(row), dtype=torch.uint8)
 
@@ -80,7 +79,7 @@ def _row(agent_name: str) -> torch.Tensor:
 class PathFigure:
     path: str
     gigabytes_per_s: float = 0.0
-    error: str = ""  # the reason why the path cannot be used; empty when it can
+    error: str = ""  # why the path cannot be used; empty if it can
 
     def __str__(self) -> str:
         return self.error or f"{self.gigabytes_per_s:.3g} GB/s"
@@ -95,13 +94,13 @@ def try_paths(
     clock: Callable[[], float],
     timeout_s: float,
 ) -> Generator[None, None, list[PathFigure]]:
-    """Try all paths to one peer, and yield while a READ is pending.
+    """Try all paths to one peer. Yields while a READ is pending.
 
-    ``timeout_s`` is for all paths together. A READ that is given up, as when the generator is
-    closed, is not released: it stays with the caller, which gave ``start``.
+    ``timeout_s`` is for all paths together. A READ that times out, or is pending when the generator
+    is closed, is not released here: the caller must release it after its end.
     """
     figures: list[PathFigure] = []
-    # One of several paths that hangs must not cost the others; a single one has until the
+    # A path that hangs must leave time for the other paths. A single path ends with the
     # handshake's own time-out.
     path_timeout_s = timeout_s / (len(paths) + 1) if len(paths) > 1 else float("inf")
     for path in paths:
@@ -125,13 +124,13 @@ def try_paths(
         except TransferError as error:
             figures.append(PathFigure(path, error=str(error)))
         else:
-            # The first READ was cold: it has paid for connections and mappings.
+            # Not the first READ, whose time includes the set-up of connections and mappings.
             figures.append(PathFigure(path, landing.numel() / 1e9 / max(min(times_s[1:]), 1e-9)))
     return figures
 
 
 def best_path(figures: Sequence[PathFigure]) -> PathFigure:
-    """Return the first path that is nearly as fast as the fastest. Raises TransferError."""
+    """Return the first path with at least NEARLY the best speed. Raises TransferError."""
     usable = [figure for figure in figures if not figure.error]
     if not usable:
         errors = [f"{figure.path}: {figure.error}" for figure in figures]

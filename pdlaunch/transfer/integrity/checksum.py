@@ -1,9 +1,8 @@
-"""Computes checksums of KV blocks: xxh3_64 over the bytes of each (block, KV head) in each region,
+"""Computes a checksum for each block and KV head: xxh3_64 over the head's bytes in each region,
 joined over the regions of the block's group.
 
-A head's share of a page is one piece of memory, so checksums can be compared between TP sizes. On a
-GPU a kernel computes them where the blocks lie, bit for bit the same. Source: XXH3 of the xxHash
-library.
+Checksums are per head, so ranks of different TP sizes can compare them. On a GPU, a kernel computes
+the same checksums without copying the blocks. Source: XXH3 of the xxHash library.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ try:
 
     _hash: Callable[[Any], int] = xxhash.xxh3_64_intdigest
     ALGORITHM = "xxh3_64"
-except ImportError:  # vLLM brings BLAKE3 in its place
+except ImportError:  # vLLM's environment has BLAKE3 and no xxhash
     from blake3 import blake3
 
     _hash = lambda content: int.from_bytes(blake3(content).digest(8), "little")  # noqa: E731
     ALGORITHM = "blake3_64"
 
-# Odd, so that multiplying by it loses nothing: equal pages that change places show.
+# Weight of a region, so that swapped pages change the sum. Odd, so that the product loses no bits.
 _WEIGHT = 0x9E3779B97F4A7C15
 
 ChecksumArray = npt.NDArray[np.uint64]  # [num_blocks, num_heads]
 
 
 class Checksums:
-    """Stands for checksums that are computed, or being computed on a device."""
+    """Checksums that are computed, or are being computed on a device."""
 
     def __init__(
         self,
@@ -44,7 +43,7 @@ class Checksums:
         ended: torch.cuda.Event | None = None,
         kept: Sequence[torch.Tensor] = (),
     ) -> None:
-        """``join`` returns them after ``ended``. The kernel reads ``kept`` meanwhile."""
+        """``join`` returns them after ``ended``; ``kept`` stays alive until then for the kernel."""
         self._join = join
         self._ended = ended
         self._kept = kept
@@ -63,12 +62,12 @@ class Checksums:
 
 
 class KVHasher:
-    """Computes the checksums of blocks of one rank's KV cache. Not thread-safe."""
+    """Computes checksums of the blocks of one rank's KV cache. Not thread-safe."""
 
     def __init__(self, kv: KVRegions) -> None:
-        """On CUDA the kernel is compiled here."""
+        """On CUDA, compiles the kernel."""
         self._kv = kv
-        # Kept until they end: a kernel uses its memory whether or not anybody wants the result.
+        # Kept until their kernels end, because the caller may drop a result earlier.
         self._launched: list[Checksums] = []
         self._uses_kernel = False
         if kv.device.type == "cuda":
@@ -76,14 +75,14 @@ class KVHasher:
 
             self._uses_kernel = fits_kernel(kv)
             self._constants = constants(kv.device)
-            # Before the model's steps, which take long: the blocks of a pull wait for it.
+            # With priority over the model's steps: a pull waits for its checksums.
             self._stream = torch.cuda.Stream(kv.device, priority=-1)  # type: ignore[no-untyped-call]
             self.start([[0]] * len(kv.groups), slice(0, 1)).result()
 
     def start(self, blocks: BlockIds, heads: slice) -> Checksums:
-        """Begin to compute the checksums of these blocks of each group. On the CPU that computes
-        them at once; on CUDA it waits for nothing. Whatever wrote the blocks must have ended, on
-        the device too: nothing orders this behind the work of another stream.
+        """Start the checksums of each group's blocks: compute them on the CPU, or launch a kernel
+        on CUDA. All writes to the blocks must have ended, on the device too, because the kernel
+        does not wait for other streams.
         """
         first, end, _ = heads.indices(self._kv.num_heads)
         if self._uses_kernel:
@@ -92,7 +91,7 @@ class KVHasher:
         return Checksums(lambda: values)
 
     def checksums(self, blocks: BlockIds, heads: slice) -> list[list[int]]:
-        """Compute checksums and wait for them; by block and head."""
+        """Return the checksums, by block and head."""
         checksums: list[list[int]] = self.start(blocks, heads).result().tolist()
         return checksums
 
@@ -105,7 +104,7 @@ class KVHasher:
                 if chosen.is_cuda:
                     ids = torch.tensor(block_ids, dtype=torch.int64, device=chosen.device)
                     chosen, rows = chosen.index_select(0, ids).cpu(), range(len(block_ids))
-                # Hashed where they lie: a copy would take longer than the checksums.
+                # Without a copy, which would take longer than the checksums.
                 memory = chosen.numpy()
                 for row, block_id in enumerate(rows):
                     digests[index, row] = [_hash(head) for head in memory[block_id]]
@@ -113,14 +112,14 @@ class KVHasher:
         return np.concatenate(found)
 
     def _launch(self, blocks: BlockIds, heads: range) -> Checksums:
-        """Launch the kernel, once for each size of heads, on a stream of its own. It reads places
-        from page-locked host memory and writes checksums there, so that nothing is copied.
+        """Launch the kernel on its own stream, once for each ``head_bytes``. It reads addresses
+        from page-locked host memory and writes checksums there, so no copies are needed.
         """
         from pdlaunch.transfer.integrity.checksum_kernel import UNIT_BYTES, hash_pages
 
         kv = self._kv
         anchor = kv.regions[0]
-        # By the bytes of a head: which pages are hashed in one launch, in units from the anchor.
+        # head_bytes -> the pages of one launch: their distances from the anchor in UNIT_BYTES.
         pages: dict[int, list[npt.NDArray[np.int64]]] = defaultdict(list)
         ids = [np.array(group, dtype=np.int64) for group in blocks]
         parts = [(group, index) for group, _ in enumerate(ids) for index in kv.groups[group]]
@@ -162,7 +161,7 @@ class KVHasher:
 
 
 def fits_kernel(kv: KVRegions) -> bool:
-    """Return whether a kernel hashes these blocks: pages of toy models are too small for it."""
+    """Return True if the kernel can hash these blocks. Pages of toy models are too small."""
     if kv.device.type == "cpu":
         return False
     from pdlaunch.transfer.integrity.checksum_kernel import supports
@@ -171,12 +170,12 @@ def fits_kernel(kv: KVRegions) -> bool:
 
 
 def algorithm_for(kv: KVRegions) -> str:
-    """Return the name of the algorithm for these blocks; it is the same at both ends of a pair."""
+    """Return the name of the algorithm for these blocks; both ranks of a pair must have it."""
     return "xxh3_64" if fits_kernel(kv) else ALGORITHM
 
 
 def _joined(digests: npt.NDArray[np.uint64]) -> ChecksumArray:
-    """Join the checksums of regions, [num_regions, num_blocks, num_heads], to one each."""
+    """Join the checksums of regions, [num_regions, num_blocks, num_heads], by a weighted sum."""
     weights = np.array(
         [(2 * index + 1) * _WEIGHT % 2**64 if index else 1 for index in range(len(digests))],
         dtype=np.uint64,

@@ -1,20 +1,20 @@
-"""Computes xxh3_64 of many equal regions of device memory in a kernel, bit for bit what the xxHash
-library gives. One program of one warp hashes one region.
+"""A kernel that computes xxh3_64 of many regions of device memory, all of the same size, with the
+same result as the xxHash library. One program of one warp hashes one region.
 
 ::
 
     region   | block of 1,024 bytes | block | ... | 0 to 15 stripes left | .. last 64 bytes |
     block    | 16 stripes of 64 bytes, 8 lanes of 8 bytes each |
 
-The shares of a block's stripes only add up, so a tile of blocks is summed in parallel; from block
-to block the eight accumulators are scrambled, one after another. While a tile is folded, the next
-one is on its way from memory. Import this module only where triton is there. Source: the
-specification of XXH3 for large inputs, and its constants, in xxHash's doc/xxhash_spec.md.
+A block's stripes are added up, so a tile of several blocks is summed in parallel. After each block,
+the eight accumulators are scrambled, which must be done block by block. Meanwhile, the next tile is
+loaded. Import this module only if triton is installed. Source: the specification of XXH3 for large
+inputs, and its constants, in xxHash's doc/xxhash_spec.md.
 """
 
 from __future__ import annotations
 
-# Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
+# No Python types in kernels, because Triton evaluates annotations. Its constants are in capitals.
 # ruff: noqa: ANN001, ANN201, ANN202, N803
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import numpy as np
@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-SMALLEST_BYTES = 241  # XXH3 hashes smaller inputs in other ways
-UNIT_BYTES = 16  # heads and their places are multiples of the widest load of a thread
-# Blocks that a program loads at once: 8 KiB, enough to fill the memory's pipeline with four
-# programs on each multiprocessor.
+SMALLEST_BYTES = 241  # XXH3 uses other algorithms for smaller inputs
+UNIT_BYTES = 16  # the widest load of a thread; sizes and addresses must be multiples of it
+# Blocks that a program loads at once: 8 KiB. Four programs on each multiprocessor then keep the
+# memory busy.
 TILE_BLOCKS = 8
 
 _SECRET = bytes.fromhex(
@@ -44,8 +44,8 @@ _PRIME64 = (
 )
 # Initial values of the eight accumulators.
 _START = (_PRIME32[2], *_PRIME64[:4], _PRIME32[1], _PRIME64[4], _PRIME32[0])
-# First byte of the eight words of the secret for each purpose. Stripe n of a block uses those from
-# byte 8 n on.
+# Offset in bytes of the secret's eight words for each purpose. Stripe n of a block uses the eight
+# words at offset 8 n.
 _WORDS_AT = {"scramble": 128, "last_stripe": 121, "merge": 11}
 
 
@@ -63,7 +63,7 @@ def constants(device: torch.device) -> torch.Tensor:
 
 
 def supports(region: torch.Tensor) -> bool:
-    """Return whether the kernel can hash [num_blocks, num_heads, head_bytes] uint8."""
+    """Return True if the kernel can hash ``region``, [num_blocks, num_heads, head_bytes] uint8."""
     sizes = region.data_ptr(), region.stride(0), region.shape[2]
     return region.shape[2] >= SMALLEST_BYTES and not any(size % UNIT_BYTES for size in sizes)
 
@@ -76,12 +76,12 @@ def hash_pages(
     results: torch.Tensor,
     words: torch.Tensor,
 ) -> None:
-    """Launch the kernel on the current stream; wait for nothing.
+    """Launch the kernel on the current stream.
 
-    ``units``: [num_pages] int64, where each page begins, in units of 16 bytes from ``anchor``, a
-    tensor on the device; ``results``: [num_pages, num_heads] int64, the bits of each checksum of
-    the heads from ``first_head`` on. Both may be page-locked host memory. ``words``: from
-    ``constants``.
+    ``anchor``: a tensor on the device. ``units``: [num_pages] int64, the distance of each page from
+    ``anchor`` in units of 16 bytes. ``results``: [num_pages, num_heads] int64, receives the
+    checksums of the heads from ``first_head`` on. ``units`` and ``results`` may be page-locked host
+    memory. ``words``: from ``constants``.
     """
     num_pages, num_heads = results.shape
     assert len(units) == num_pages
@@ -101,8 +101,8 @@ def hash_pages(
     )
 
 
-# Compiled once for a size of heads, at start: whatever changes from launch to launch must not bring
-# another compilation.
+# Compiled at start, once for each size of heads. Triton must not compile again for other values of
+# the arguments listed here.
 @triton.jit(do_not_specialize=["units", "results", "first_head", "num_heads"])
 def hash_page_head(
     memory,
@@ -115,8 +115,8 @@ def hash_page_head(
     LENGTH_START: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """Hash, as program p, one head of the page at ``units[p // num_heads]``."""
-    # A stripe or block that ends where the region ends is hashed with the rest, not before.
+    """Hash one head: program p hashes head first_head + p % num_heads of page p // num_heads."""
+    # A stripe or block that ends with the region is hashed after the loop over tiles.
     num_stripes: tl.constexpr = (REGION_BYTES - 1) // 64
     num_blocks: tl.constexpr = num_stripes // 16
     num_tiles: tl.constexpr = num_blocks // TILE_BLOCKS
@@ -124,7 +124,7 @@ def hash_page_head(
     stripes_left: tl.constexpr = num_stripes - num_tiles * TILE_BLOCKS * 16
 
     program = tl.program_id(0)
-    # Multiplying by the unit here shows the compiler how every page is aligned.
+    # The multiplication here shows the compiler how every page is aligned.
     page = memory + tl.load(units + program // num_heads).to(tl.int64) * 2
     region = page + (first_head + program % num_heads) * (REGION_BYTES // 8)
     lanes = tl.arange(0, 4) * 2
@@ -166,11 +166,11 @@ def hash_page_head(
 
 @triton.jit
 def _sum_stripes(tile, even_secret, odd_secret, BLOCKS: tl.constexpr, NUM_STRIPES: tl.constexpr):
-    """Return the shares of the tile's first NUM_STRIPES stripes, added up by block: [BLOCKS, 4]
-    for even lanes, and the same for odd ones.
+    """Return the sums of the tile's first NUM_STRIPES stripes by block: [BLOCKS, 4] for even lanes,
+    and [BLOCKS, 4] for odd lanes.
 
-    ``tile``: [BLOCKS * 128]. A lane's product goes to its own accumulator, its word to its
-    neighbour's.
+    ``tile``: [BLOCKS * 128]. A lane's product is added to the lane's accumulator, its word to the
+    accumulator of the neighbouring lane.
     """
     pairs = tl.reshape(tile.to(tl.uint64, bitcast=True), (BLOCKS, 16, 4, 2))
     even, odd = tl.split(pairs)
@@ -185,7 +185,7 @@ def _sum_stripes(tile, even_secret, odd_secret, BLOCKS: tl.constexpr, NUM_STRIPE
 
 @triton.jit
 def _row(sums, INDEX: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return one row. Every thread holds all rows of its lanes, so this only picks registers."""
+    """Return one row. This moves no data: every thread holds all rows of its lanes."""
     return tl.sum(tl.where((tl.arange(0, BLOCKS) == INDEX)[:, None], sums, 0), axis=0)
 
 
@@ -202,7 +202,7 @@ def _scramble(accumulator, key):
 
 @triton.jit
 def _merge(even, odd, keys, LENGTH_START: tl.constexpr):
-    """Return the checksum: accumulators multiplied in pairs, folded, added and spread."""
+    """Return the checksum: multiply the accumulators in pairs, add the products, mix the bits."""
     first = even ^ _load_word(keys)
     second = odd ^ _load_word(keys + 1)
     result = tl.sum((first * second) ^ tl.umulhi(first, second), axis=0) + LENGTH_START

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pdlaunch.bench.loads import BenchLoad
 from pdlaunch.bench.serve import summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
+from pdlaunch.bench.verdict.arms import Arm
 from pdlaunch.bench.verdict.measure import Launches, Load, what_limits
-from pdlaunch.bench.verdict.queueing import WARM_UP, Arm, EngineFigures, Job
+from pdlaunch.bench.verdict.queueing import WARM_UP, EngineFigures, Job
 from pdlaunch.bench.verdict.search import Probe, Step
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import PdlaunchError
@@ -117,6 +118,7 @@ class SimulatedLaunches(Launches):
         ``num_steps``.
         """
         super().__init__(load, goals, 0.9, load_config(None, {}, {}), on_cpu=True)
+        self.policy = "pairs"  # as ``play`` does
         self.start_s = 5.0
         self.num_starts = 0
         self.now_at = 0.0
@@ -133,14 +135,14 @@ class SimulatedLaunches(Launches):
     def slowness(self) -> float:
         return 1 + self._drift * self.num_starts
 
-    def use(self, arm: Arm, visit: int) -> None:
+    def use(self, arm: Arm) -> None:
         if not self._num_steps_left:
             raise KeyboardInterrupt
         self._num_steps_left -= 1
         if arm.name in self._broken:
             raise PdlaunchError("a rank died\nof its memory")
-        if self._running != (arm.name, visit):
-            self._running = arm.name, visit
+        if self._running != arm:
+            self._running = arm
             self.num_starts += 1
             self.now_at += self.start_s
 

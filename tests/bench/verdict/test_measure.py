@@ -12,8 +12,8 @@ import pytest
 from pdlaunch.bench.loads import TraceRequest
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.bench.verdict import measure
+from pdlaunch.bench.verdict.arms import Arm
 from pdlaunch.bench.verdict.measure import Launches, Load
-from pdlaunch.bench.verdict.queueing import Arm
 from pdlaunch.bench.verdict.search import Step
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import PdlaunchError
@@ -43,7 +43,7 @@ def launches(goals: Goals) -> Launches:
 
 def test_single_engines_are_measured_with_prompts_that_no_cache_has(server: FakeOpenAI) -> None:
     found = launches(Goals(ttft_ms=1000))
-    found.use(TOGETHER, 0)
+    found.use(TOGETHER)
     assert found.start_s == 3.0
     figures = asyncio.run(found.figures(TOGETHER))
     assert [tokens for tokens, _ in figures.prefill] == [40]
@@ -61,13 +61,13 @@ def test_a_hand_over_is_measured_of_requests_that_were_handed_over(
 ) -> None:
     server.route = f'prefill-0->decode-0; kind={kind}; reason="the pair that waits least"'
     found = launches(Goals(ttft_ms=1000))
-    found.use(PAIR, 0)
+    found.use(PAIR)
     assert (asyncio.run(found.hand_over_s(-1.0)) > 0) == is_measured
 
 
 def test_a_probe_sends_the_load_and_leaves_its_first_requests_out(server: FakeOpenAI) -> None:
     found = launches(Goals(ttft_ms=60_000))
-    found.use(PAIR, 1)
+    found.use(PAIR)
     server.prompts.clear()
     probe = asyncio.run(found.probe(Step(PAIR, 1, 50.0), 7))
     assert len(server.prompts) == 50
@@ -83,7 +83,7 @@ def test_each_request_of_a_probe_is_judged_few_times(
     judged: list[TimedCompletion] = []
     monkeypatch.setattr(Goals, "met_by", lambda _, done: not judged.append(done))
     found = launches(Goals(ttft_ms=60_000))
-    found.use(PAIR, 1)
+    found.use(PAIR)
     asyncio.run(found.probe(Step(PAIR, 1, 50.0), 0))
     assert 40 <= len(judged) <= 4 * 50
 
@@ -103,9 +103,15 @@ def test_streams_that_wait_for_a_long_prompt_have_an_end(
     assert max(asked) <= 512
 
 
+def test_a_step_is_timed_though_tokens_arrive_several_at_once() -> None:
+    tokens_at = [0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.6, 0.6, 0.6]
+    done = [TimedCompletion(start_at=0.0, tokens_at=tokens_at)] * 2
+    assert measure._common_step_s(done) == pytest.approx(0.1, rel=0.3)
+
+
 def test_a_hopeless_probe_ends_early(server: FakeOpenAI) -> None:
     found = launches(Goals(e2e_ms=1e-6))
-    found.use(TOGETHER, 1)
+    found.use(TOGETHER)
     probe = asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
     assert not any(probe.met)
     assert len(probe.met) < 40, "of 40 that count"
@@ -115,7 +121,7 @@ def test_a_hopeless_probe_ends_early(server: FakeOpenAI) -> None:
 def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpenAI) -> None:
     server.max_model_len = 46
     found = launches(Goals(ttft_ms=1000))
-    found.use(PAIR, 0)
+    found.use(PAIR)
     asyncio.run(found.hand_over_s(0.0))
     asyncio.run(found.figures(TOGETHER))
     lengths = {len(prompt) for prompt in server.prompts}
@@ -125,7 +131,7 @@ def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpen
 
 def test_a_deployment_that_answers_nothing_is_no_measurement(server: FakeOpenAI) -> None:
     found = launches(Goals(ttft_ms=1000))
-    found.use(TOGETHER, 1)
+    found.use(TOGETHER)
     server.refusals = [(500, b"broken")] * 50
     with pytest.raises(PdlaunchError, match="no request was answered: HTTP 500: broken"):
         asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
@@ -135,11 +141,11 @@ def test_a_deployment_that_answers_nothing_is_no_measurement(server: FakeOpenAI)
     assert not any(probe.met)
     assert probe.limit == "full queues", "an arm that is full works"
     with pytest.raises(PdlaunchError, match="failed: HTTP 429"):
-        found.use(TOGETHER, 2)
+        found.use(PAIR)
 
 
-def test_an_arm_runs_for_one_visit(server: FakeOpenAI) -> None:
+def test_an_arm_runs_until_another_is_used(server: FakeOpenAI) -> None:
     found = launches(Goals(ttft_ms=1000))
-    for visit in (1, 1, 2):
-        found.use(TOGETHER, visit)
-    assert len(server.prompts) == 2 * 4, "a warm-up for each start"
+    for arm in (TOGETHER, TOGETHER, PAIR, TOGETHER):
+        found.use(arm)
+    assert len(server.prompts) == 3 * 4, "a warm-up for each start"

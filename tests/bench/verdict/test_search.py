@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pdlaunch.bench.loads import BenchLoad, TraceRequest
 from pdlaunch.bench.serve import summarise
 from pdlaunch.bench.timed_completion import Goals, TimedCompletion
-from pdlaunch.bench.verdict.arms import all_arms
+from pdlaunch.bench.verdict.arms import Arm, all_arms
 from pdlaunch.bench.verdict.measure import Load, what_limits
-from pdlaunch.bench.verdict.queueing import Arm, EngineFigures, Job, simulate
+from pdlaunch.bench.verdict.queueing import EngineFigures, Job, simulate
 from pdlaunch.bench.verdict.search import Findings, Probe, Race, estimate, is_sure, next_rate
+from pdlaunch.config.shared_settings import RoutingPolicy
 
 ROW = summarise(BenchLoad(input_tokens=1, requests=()), [], 1.0)
 FIGURES = EngineFigures(
@@ -107,6 +108,9 @@ def test_a_first_rate_that_was_far_too_high_does_not_end_without_a_goodput() -> 
     while (step := race.next_step(found)) is not None:
         one = probe(step.rate, 40 if step.rate < 2 else 0)
         found.probes.append(msgspec.structs.replace(one, arm=step.arm.name, visit=step.visit))
+    first, second = (arm.name for arm in race.arms)
+    visits = dict.fromkeys((each.arm, each.visit) for each in found.probes)
+    assert [*visits] == [(first, 1), (second, 1), (second, 2), (first, 2)], "drift decides nothing"
     assert [each.bound for each in race.estimates(found).values()] == ["", ""]
 
 
@@ -119,6 +123,8 @@ def test_of_many_arms_five_are_measured_though_a_prediction_was_wrong() -> None:
     ]
     out = race.ruled_out(Findings(probes=probes, ended=[(arms[0].name, 1)]))
     assert {arm.name for arm in arms[:5]} == {arm.name for arm in arms} - {*out}
+    assert {*out.values()} == {"no time"}
+    assert "below the best" in race.ruled_out(Findings())["1 x TP8"]
 
 
 @given(st.integers(1, 16))
@@ -126,7 +132,7 @@ def test_arms_use_all_devices_and_have_names_of_their_own(num_devices: int) -> N
     arms = list(all_arms(num_devices))
     assert all(arm.num_devices == num_devices for arm in arms)
     assert len({arm.name for arm in arms}) == len(arms)
-    assert sum(arm.kind == "aggregated" for arm in arms) >= 1
+    assert {Arm(num_devices, num_both=1), Arm(1, num_both=num_devices)} <= {*arms}
 
 
 def test_a_step_with_a_chunk_of_a_prompt_stalls_the_streams_of_its_engine_alone() -> None:
@@ -140,11 +146,23 @@ def test_a_step_with_a_chunk_of_a_prompt_stalls_the_streams_of_its_engine_alone(
     assert [len(each.tokens_at) for each in (*together, *apart)] == [11, 2, 11, 2]
 
 
+def test_decode_computes_a_prompt_when_prefill_would_be_later_and_routing_allows_it() -> None:
+    jobs = [Job(0.0, 100, 2), Job(0.0, 100, 2), Job(0.0, 100, 2)]
+    pair = Arm(1, num_prefill=1, num_decode=1)
+    by_pairs = [each.ttft_s for each in simulate(pair, jobs, FIGURES, 0.01, "pairs")]
+    by_load = [each.ttft_s for each in simulate(pair, jobs, FIGURES, 0.01, "load")]
+    assert by_pairs == pytest.approx([0.6, 0.6, 0.6]), "one step computes them all"
+    assert by_load == pytest.approx([0.4, 0.2, 0.4])
+
+
+@pytest.mark.parametrize("policy", ["pairs", "load"])
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 300), st.integers(1, 30)), min_size=1))
-def test_every_request_gets_its_tokens_in_order(sizes: list[tuple[float, int, int]]) -> None:
+def test_every_request_gets_its_tokens_in_order(
+    policy: RoutingPolicy, sizes: list[tuple[float, int, int]]
+) -> None:
     jobs = sorted(Job(*size) for size in sizes)
     for arm in all_arms(3):
-        for job, done in zip(jobs, simulate(arm, jobs, FIGURES, 0.01), strict=True):
+        for job, done in zip(jobs, simulate(arm, jobs, FIGURES, 0.01, policy), strict=True):
             assert len(done.tokens_at) == job.output_tokens
             assert done.ttft_s > 0
             assert done.tokens_at == sorted(done.tokens_at)

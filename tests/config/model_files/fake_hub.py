@@ -106,7 +106,9 @@ def _describe(hub: FakeHub, request: BaseHTTPRequestHandler, commit: str, *, tre
     body: object = {
         "id": hub.name,
         "sha": commit,
-        "siblings": [{"rfilename": name} for name in names],
+        "siblings": [
+            {"rfilename": name, "size": path.stat().st_size} for name, path in names.items()
+        ],
     }
     if tree:
         body = [

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+
 EMPTY_SAFETENSORS = struct.pack("<Q", 2) + b"{}"
 """A whole file without a tensor."""
+
+
+def all_weights(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of a model, by name."""
+    return shape.other_weights | {
+        f"model.layers.{layer}.{name}": size
+        for layer in range(shape.num_layers)
+        for name, size in shape.layer_weights.items()
+    }
+
+
+def write_weights(folder: Path) -> None:
+    """Write all weights of the model that config.json describes, one byte for each number."""
+    header, end = {}, 0
+    for name, size in all_weights(read_model_shape(folder)).items():
+        start, end = end, end + math.prod(size)
+        header[name] = {"dtype": "U8", "shape": size, "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + end)
 
 
 def write_safetensors(path: Path, *, num_bytes: int) -> Path:

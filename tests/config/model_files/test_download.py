@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from pdlaunch.config.model_files.download import _explain, fetch_part
 from pdlaunch.config.model_files.find import cached_snapshot
 from pdlaunch.config.model_files.shape import INDEX
 from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
+from pdlaunch.planning.models import read_models
+from tests.checks.contexts import TINY
 from tests.config.model_files.fake_hub import COMMIT, TOKEN, FakeHub, fake_hub
 from tests.config.model_files.files import write_safetensors
 
@@ -83,6 +87,23 @@ def test_vllm_gets_all_files_but_weights_in_other_forms(hub: FakeHub) -> None:
     fetch_part(NAME, None, "all")
     needed = SHARDS | {INDEX, "vocab.json", "README.md", "model.fp16.safetensors"}
     assert files_in_cache() == DESCRIPTION | needed
+
+
+def test_the_hub_knows_the_size_of_weights_that_are_not_here(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (INDEX, "model.fp16.safetensors"):
+        (hub.folder / name).unlink()
+    (hub.folder / "config.json").write_text(json.dumps(TINY | {"num_local_experts": 4}))
+    config = LaunchConfig(model=NAME, engine="vllm")
+
+    def file_bytes() -> int | None:
+        shape = read_models(config, fetch_part)["decode"].shape
+        return shape.outline.file_bytes if shape and shape.outline else None
+
+    assert file_bytes() == sum((hub.folder / name).stat().st_size for name in SHARDS)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert file_bytes() is None
 
 
 def test_offline_asks_nobody(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pdlaunch.config.model_files.shape import FAMILIES, read_model_shape
 from pdlaunch.errors import ConfigError, UnsupportedModelError
+from tests.config.model_files.files import all_weights
 
 SMALL = {
     "hidden_size": 32,
@@ -79,6 +80,7 @@ def as_transformers_reads(directory: Path) -> dict[str, Any]:
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "tie_word_embeddings": config.tie_word_embeddings,
         "num_parameters": model.num_parameters(),
+        "weights": {name: tuple(each.shape) for name, each in model.named_parameters()},
     }
 
 
@@ -88,6 +90,7 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
     directory = write(tmp_path, **settings if "text_config" in settings else SMALL | settings)
     expected = as_transformers_reads(directory)
     shape = read_model_shape(directory)
+    assert all_weights(shape) == expected.pop("weights")
     assert {name: getattr(shape, name) for name in expected} == expected
 
 

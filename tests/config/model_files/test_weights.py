@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pdlaunch.config.model_files.identity import sampled_digests
 from pdlaunch.config.model_files.shape import INDEX, read_model_shape
 from pdlaunch.config.model_files.weights import check_files, check_gguf, weight_files
 from pdlaunch.errors import ConfigError
-from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import EMPTY_SAFETENSORS, write_weights
 
 
 def safetensors(entries: dict[str, object], data: bytes) -> bytes:
@@ -73,12 +73,14 @@ def test_a_damaged_index_is_named(text: bytes, tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b"", "it is empty"),
-        (GOOD[:5], "it is no safetensors file"),
+        (GOOD[:5], "it is not a safetensors file"),
         (GOOD[:20], "it is cut off at byte 20"),
         (GOOD[:-1], "it is cut off"),
         (GOOD + b"x", "or its header is wrong"),
         (b"version https://git-lfs.github.com/spec/v1\n", "but a Git LFS pointer"),
         (safetensors({"a": ENTRY | {"data_offsets": [4, 12]}}, b"x" * 12), "invalid offset"),
+        (safetensors({"a": ENTRY | {"shape": [2**40, 2**40]}}, b"x" * 8), "its header is wrong"),
+        (safetensors({"a": ENTRY | {"dtype": "F33"}}, b"x" * 8), "its header is wrong"),
     ],
 )
 def test_a_damaged_file_is_named(content: bytes, said: str, tmp_path: Path) -> None:
@@ -96,71 +98,83 @@ LLAMA = {
     "num_attention_heads": 2,
     "num_hidden_layers": 1,
     "vocab_size": 10,
+    "attention_bias": True,
 }
-SHAPES = {
-    "model.embed_tokens.weight": (10, 8),
-    "model.layers.0.self_attn.k_proj.weight": (8, 8),
-    "model.layers.0.mlp.down_proj.weight": (8, 16),
-    "vision_tower.layers.0.mlp.down_proj.weight": (3, 3),
-}
+NAMES = (
+    *("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.k_proj.bias"),
+    "model.layers.0.mlp.down_proj.weight",
+)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "tokenizer.json").write_text("{}")
-    save_file({name: np.zeros(shape) for name, shape in SHAPES.items()}, weights_of(tmp_path))
+    write_weights(tmp_path)
     return tmp_path
-
-
-def weights_of(folder: Path) -> Path:
-    return folder / "model.safetensors"
 
 
 def test_files_that_fit_their_configuration_are_accepted(model: Path) -> None:
     check_files(model, read_model_shape(model))
     (model / "tokenizer.json").unlink()
+    weights = load_file(model / "model.safetensors")
+    for name in ("model.vision_tower.norm", "model.layers.0.self_attn.rotary_emb.inv_freq"):
+        weights[name] = np.zeros(3)
+    save_file(weights, model / "model.safetensors")
     check_files(model, read_model_shape(model))
+    # The output layer of a tied model is a second name, which the checkpoint may have or not.
+    (model / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
+    for _ in range(2):
+        check_files(model, read_model_shape(model))
+        weights.pop("lm_head.weight", None)
+        save_file(weights, model / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("model")])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_tensor_of_another_shape_is_named(model: Path, name: str) -> None:
-    save_file({name: np.zeros((10, 9))}, weights_of(model))
-    with pytest.raises(
-        ConfigError, match=r"has the shape \[10, 9\], by config.json it is"
-    ) as caught:
+    save_file({name: np.zeros((10, 9))}, model / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"shape \[10, 9\], but config.json says") as caught:
         check_files(model, read_model_shape(model))
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
-        {"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}},
-    ],
-)
-def test_hostile_headers_are_damage(model: Path, header: dict[str, object]) -> None:
-    weights_of(model).write_bytes(safetensors(header, b"x" * 8))
-    with pytest.raises(ConfigError, match="is damaged"):
+@pytest.mark.parametrize("name", ["model.bias", "model.layers.1.mlp.up_proj.weight", *NAMES])
+def test_a_tensor_that_is_unknown_or_missing_is_named(model: Path, name: str) -> None:
+    weights, is_missing = load_file(model / "model.safetensors"), name in NAMES
+    if is_missing:
+        del weights[name]
+    else:
+        weights[name] = np.zeros(3)
+    save_file(weights, model / "model.safetensors")
+    said = f"no file has {name}" if is_missing else f"describes a model without {name}"
+    with pytest.raises(ConfigError, match=said):
         check_files(model, read_model_shape(model))
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [("tokenizer.json", "no regular file"), ("model.safetensors", "has no model")],
-)
-def test_a_file_without_an_end_is_not_read(model: Path, name: str, says: str) -> None:
-    (model / name).unlink()
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "model.safetensors"])
+def test_a_file_without_an_end_is_not_read(model: Path, name: str) -> None:
+    (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=r"not a regular file|has no model.safetensors$"):
         check_files(model, read_model_shape(model))
 
 
-def test_a_tokenizer_that_is_cut_off_is_named(model: Path) -> None:
-    (model / "tokenizer.json").write_text('{"version": "1.0", "model": {"vo')
-    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
+@pytest.mark.parametrize("name", [INDEX, "vocab.json"])
+def test_a_file_that_is_too_large_is_not_read(model: Path, name: str) -> None:
+    with (model / name).open("wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(ConfigError, match="larger than"):
         check_files(model, read_model_shape(model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_file_that_is_cut_off_is_named_also_of_a_model_that_only_vllm_knows(
+    model: Path, name: str
+) -> None:
+    (model / name).write_text('{"version": "1.0", "model": {"vo')
+    for shape in (read_model_shape(model), None):
+        with pytest.raises(ConfigError, match=name):
+            check_files(model, shape)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_readers_can_neither_write_nor_shrink(export: Export) -> None:
         ({"offset_bytes": -1}, "not within"),
         ({"offset_bytes": 16 * PAGE}, "not within"),
         ({"num_bytes": 0}, "not within"),
-        ({"allocation_bytes": 17 * PAGE}, f"has {16 * PAGE} bytes, stated are {17 * PAGE}"),
+        ({"allocation_bytes": 17 * PAGE}, f"has {16 * PAGE} bytes, but it states {17 * PAGE}"),
         ({"kind": "posix_fd"}, "cannot map memory of kind posix_fd"),
     ],
 )

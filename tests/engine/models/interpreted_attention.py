@@ -143,10 +143,7 @@ def check_step_graphs() -> None:
         )
         assert shown == ["4 rows", "2 rows", "1 rows"]
         assert not kv_cache.any()
-        for rows, kept in (
-            (((5, 1),), [0]),
-            (((3, 1), (6, 1), (18, 1)), [2, 0]),
-        ):
+        for rows, kept in ((((5, 1),), [0]), (((3, 1), (6, 1), (18, 1)), [2, 0])):
             batch = batch_of(rows)
             expected = decoder.logits(
                 latest.look_up(torch.from_numpy(batch.token_ids)),
@@ -193,10 +190,7 @@ def check_fused_decoder(name: str) -> None:
     ).batch
     token_ids, positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
     found = []
-    for decoder, backend in (
-        (Decoder, TorchAttention),
-        (FusedDecoder, TritonAttention),
-    ):
+    for decoder, backend in ((Decoder, TorchAttention), (FusedDecoder, TritonAttention)):
         kv_cache = torch.zeros(64, *layout.block_shape())
         with torch.inference_mode():
             kept = torch.tensor([0, 2, 14])

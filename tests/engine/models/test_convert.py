@@ -38,7 +38,7 @@ class FakeConverter:
         self.calls += 1
         (target / "config.json").write_text("{}")
         self.half_done.set()
-        assert self.go_on.wait(30)
+        assert self.go_on.wait(180)
         (target / "model.safetensors").write_text(source.name)
 
 
@@ -55,12 +55,12 @@ def test_two_launches_convert_once_and_never_see_half_of_it(source: str) -> None
         for _ in range(2)
     ]
     threads[0].start()
-    assert convert.half_done.wait(30)
+    assert convert.half_done.wait(180)
     threads[1].start()
     assert not resolve_model(source).ready
     convert.go_on.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(180)
     assert convert.calls == 1
     assert found == [resolve_model(source).cache_dir] * 2
     assert (found[0] / "model.safetensors").read_text() == "tiny.gguf"
@@ -87,7 +87,7 @@ def test_another_kind_of_file_is_named_before_a_library_is_loaded(
     Path(source).write_bytes(b"<html>")
     assert main([source]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: {source} is damaged: it is no GGUF file but an HTML")
+    assert captured.err.startswith(f"error: {source} is damaged: it is not a GGUF file but an HTML")
     assert captured.err.endswith(f"\nfix: {DOWNLOAD_AGAIN}\n")
     assert captured.out == ""
 

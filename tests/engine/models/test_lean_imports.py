@@ -29,9 +29,7 @@ def sums(model: torch.nn.Module) -> dict[str, float]:
 
 
 @pytest.mark.processes
-def test_a_rank_loads_the_same_model_without_what_it_does_not_need(
-    tmp_path: Path,
-) -> None:
+def test_a_rank_loads_the_same_model_without_what_it_does_not_need(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from tests.engine.models.tiny import save_tiny_model

@@ -125,7 +125,7 @@ UP_PROJ = "model.layers.1.mlp.up_proj.weight"
     ("change", "part"),
     [
         (lambda tensors: tensors.pop(UP_PROJ), f"lacks 1 weights, {UP_PROJ}"),
-        (lambda tensors: tensors.update({"model.bias": torch.zeros(48)}), "does not know"),
+        (lambda tensors: tensors.update({"model.bias": torch.zeros(48)}), "has an unknown weight"),
         (
             lambda tensors: tensors.update({"model.norm.weight": torch.zeros(47)}),
             r"model.norm.weight of shape \(47,\)",

@@ -132,7 +132,8 @@ def make_shape(**changes: int) -> ModelShape:
         "intermediate_size": 48,
         "vocab_size": 9,
         "max_position_embeddings": 9,
-        "num_parameters": 1,
+        "layer_weights": {},
+        "other_weights": {},
     }
     return ModelShape(
         **(sizes | changes),

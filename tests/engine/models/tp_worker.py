@@ -13,11 +13,7 @@ import torch
 from pdlaunch.engine.models.lean_imports import import_lean_transformers
 from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner
-from tests.engine.real_steps import (
-    answers,
-    ignore_progress,
-    make_spec,
-)
+from tests.engine.real_steps import answers, ignore_progress, make_spec
 
 
 def main(

@@ -104,7 +104,7 @@ def test_bytes_come_back_and_those_that_changed_on_the_host_are_found(where: str
         rank.worker.host.block(0)[17] ^= 1
         (loaded,) = rank.run(LOAD)
         assert (loaded.ok, loaded.failed_host_ids) == (False, [0])
-        assert "host blocks [0] have other checksums" in loaded.error
+        assert "checksums of host blocks [0] have changed" in loaded.error
 
 
 def test_a_block_with_other_content_is_not_loaded() -> None:
@@ -118,7 +118,7 @@ def test_a_block_with_other_content_is_not_loaded() -> None:
 
 
 def test_host_memory_for_less_than_a_block_is_refused() -> None:
-    with pytest.raises(ConfigError, match="holds no block of 4096 bytes") as caught:
+    with pytest.raises(ConfigError, match="is smaller than one block of 4096 bytes") as caught:
         Rank("host", num_host_blocks=0)
     assert caught.value.field == "kv_offload.host_memory"
 

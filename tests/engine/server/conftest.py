@@ -52,9 +52,8 @@ def byte_level_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+def write_model(folder: Path) -> Path:
+    """Write what a server needs; ranks would need weights, too."""
     tokenizer = byte_level_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -74,6 +73,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"eos_token": END_TOKEN, "chat_template": TEMPLATE})
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -175,11 +179,7 @@ async def make_engine(
         service = EngineService(spec, CollectorRegistry())
         service.loaded = load_served_model(spec, lambda text: None)
         link = RankLink(
-            secure,
-            rank.endpoint,
-            identity=spec.name,
-            hear=service.hear,
-            clock=clock,
+            secure, rank.endpoint, identity=spec.name, on_message=service.receive, clock=clock
         )
         await service.use_link(link)
         app = make_app(service, keys=[TOKEN, OTHER_ROUTERS_KEY])

@@ -308,7 +308,7 @@ async def test_what_a_request_leaves_open_is_the_models(
     [
         ('{"temperature": -1}', "temperature: Input should be greater than or equal to 0, got -1"),
         ('{"top_k": "many"}', "top_k"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("{", "cannot be read"),
     ],
 )

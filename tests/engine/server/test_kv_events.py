@@ -10,7 +10,7 @@ from tests.engine.server.fake_rank import FakeRank
 
 
 async def test_routers_follow_what_the_rank_holds(engine: Engine) -> None:
-    engine.service.hear(KVBlocks(block_size=16, stored={"device": [1, 2]}))
+    engine.service.receive(KVBlocks(block_size=16, stored={"device": [1, 2]}))
     held, numbers, path = HeldBlocks(), list[int](), engine.url + KV_EVENTS_PATH
     for key, status in ((OTHER_ROUTERS_KEY, 200), ("wrong", 401), (TOKEN, 200)):
         headers = {"Authorization": f"Bearer {key}"}

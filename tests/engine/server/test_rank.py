@@ -10,12 +10,7 @@ import pytest
 
 from pdlaunch.engine.server.engine_service import RANK_SILENCE_S
 from pdlaunch.http.headers import ORIGIN_HEADER
-from pdlaunch.protocol.engine import (
-    AddRequest,
-    CheckIntegrity,
-    EngineStats,
-    RequestFinished,
-)
+from pdlaunch.protocol.engine import AddRequest, CheckIntegrity, EngineStats, RequestFinished
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent

@@ -125,13 +125,13 @@ async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
     await sleeper.service.use_link(None)
     assert (await task)[0] == 503
     assert sleeper.service.sleep.status()["is_sleeping"]
-    sleeper.service.hear(Welcome(num_blocks=64, max_model_len=64))
+    sleeper.service.receive(Welcome(num_blocks=64, max_model_len=64))
     assert not sleeper.service.sleep.status()["is_sleeping"]
     assert sleeper.states == ["draining", "sleeping", "awake"]
 
 
 async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank: FakeRank) -> None:
-    sleeper.service.hear(Welcome(num_blocks=64, max_model_len=64, sleeping_tags=["kv_cache"]))
+    sleeper.service.receive(Welcome(num_blocks=64, max_model_len=64, sleeping_tags=["kv_cache"]))
     assert sleeper.service.sleep.status()["sleeping_tags"] == ["kv_cache"]
     assert sleeper.states == ["sleeping"]
     assert (await sleeper.refusal())[0] == 503

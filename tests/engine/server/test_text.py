@@ -67,13 +67,8 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path):
 
 def test_a_files_own_truncation_does_not_cut_prompts(model_dir: Path, tmp_path: Path):
     content = json.loads((model_dir / "tokenizer.json").read_text())
-    content["truncation"] = {
-        "max_length": 2,
-        "strategy": "LongestFirst",
-        "stride": 0,
-        "direction": "Right",
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    cut = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"truncation": cut}))
     loaded = TextTokenizer.load(tmp_path)
     assert len(loaded.encode("hello hello hello hello", add_special_tokens=True)) > 2
 

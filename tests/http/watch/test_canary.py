@@ -75,7 +75,7 @@ async def test_a_good_pair_moves_the_blocks_of_a_new_prompt(pair: Pair) -> None:
         # Decode reads blocks of other requests meanwhile.
         ({"moves_bytes": False, "num_bytes_of_others": 7_000_000}, True, f"{LENGTH} tokens", False),
         ({"moves_bytes": False, "tells_cached": False}, True, "computed the prompt itself", False),
-        ({"garbles": True}, True, "other KV blocks", True),
+        ({"garbles": True}, True, "wrong KV blocks", True),
         ({"logprob_error": 0.5}, False, "differ by more than", True),
     ],
 )
@@ -96,9 +96,9 @@ async def test_logprobs_in_16_bits_may_differ_a_little(pair: Pair) -> None:
 
 async def test_a_proof_by_bytes_alone_says_so(pair: Pair) -> None:
     """Of an engine that does not tell what it had cached, nothing better is known."""
-    assert (await pair.send()).is_told
+    assert (await pair.send()).is_reported
     pair.decode.tells_cached = False
-    assert not (await pair.send()).is_told
+    assert not (await pair.send()).is_reported
 
 
 async def test_prefill_without_a_connector_is_named(pair: Pair) -> None:
@@ -238,6 +238,6 @@ async def test_an_engine_cannot_hold_up_who_asks_it_by_a_long_answer(engine: Eng
 )
 def test_streams_of_vllm_go_on_where_token_ids_are_told(version: str, continues: bool) -> None:
     known = with_version(capabilities_over_http("vllm"), version)
-    assert (known.version, known.continues, known.goes_on) == (version, continues, continues)
+    assert (known.version, known.continues, known.can_continue) == (version, continues, continues)
     native = with_version(capabilities_over_http("native"), version)
-    assert (native.continues, native.goes_on) == (False, True)
+    assert (native.continues, native.can_continue) == (False, True)

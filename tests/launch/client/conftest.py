@@ -17,6 +17,8 @@ def serving(location: str = "") -> Iterator[tuple[str, list[str | None]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            # To end with an unread body would reset the connection.
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
             keys.append(self.headers["Authorization"])
             self.send_response(302 if location else 200)
             self.send_header("Location", location)

@@ -78,10 +78,10 @@ def test_an_answer_that_breaks_off_is_none(rest: bytes) -> None:
     ("body", "what_is_wrong"),
     [
         (b"[" * 200_000, "its JSON is nested too deeply"),
-        (b"\xff\xff{}", "it is no JSON"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "it is no JSON"),
-        (b"<html>", "it is no JSON"),
-        (b"[]", "it is no JSON object"),
+        (b"\xff\xff{}", "it is not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "it is not JSON"),
+        (b"<html>", "it is not JSON"),
+        (b"[]", "it is not a JSON object"),
     ],
 )
 def test_a_body_of_another_form_is_told(status: bytes, body: bytes, what_is_wrong: str) -> None:

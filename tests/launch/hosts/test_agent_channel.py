@@ -255,7 +255,7 @@ def test_a_host_that_is_not_listed_or_is_there_already_is_refused(
     channel: AgentChannel, keys: JoinKeys, joined: Callable[..., Agent]
 ) -> None:
     ticket = keys.ticket(channel.endpoint)
-    Agent(ticket, replace(HELLO, name="c")).assert_refused("c is none of the hosts a, b")
+    Agent(ticket, replace(HELLO, name="c")).assert_refused("c is not one of the hosts a, b")
     first = joined()
     Agent(ticket).assert_refused(
         "another agent has joined as a, from 127.0.0.1", "if its host has failed, join "

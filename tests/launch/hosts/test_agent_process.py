@@ -21,7 +21,7 @@ from pdlaunch.protocol.control import Failed, Register, Stop
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.sockets import new_launch_keys
-from tests.engine.server.conftest import engine_spec
+from tests.engine.server.conftest import engine_spec, write_model
 
 pytestmark = pytest.mark.processes
 TIMEOUT_MS = 180_000
@@ -33,7 +33,7 @@ SERVER = ProcessSpec(
     host="a",
     command=("/of/the/supervisor", "-P", "-m", "pdlaunch.engine.server", "--name", "prefill-0"),
 )
-"""It needs no torch, and waits for its rank until it is told to stop."""
+"""It needs no torch. With a model it waits for its rank until it is told to stop."""
 
 
 class Launch:
@@ -43,6 +43,8 @@ class Launch:
         self.folder = folder
         self.logs = folder / "logs"
         self.logs.mkdir()
+        (folder / "model").mkdir()
+        write_model(folder / "model")
         keys = new_join_keys()
         self.channel = AgentChannel(
             keys,
@@ -72,7 +74,7 @@ class Launch:
             stdout=subprocess.DEVNULL,
         )
 
-    def spawn(self, incarnation: int = 1, spec: ProcessSpec = SERVER) -> None:
+    def spawn(self, incarnation: int, spec: ProcessSpec = SERVER, model: str = "model") -> None:
         bootstrap = Bootstrap(
             name=spec.name,
             incarnation=incarnation,
@@ -80,7 +82,7 @@ class Launch:
             keys=KEYS,
             run_dir="/of/the/supervisor",
             log_level="info",
-            engine_json=engine_spec(self.folder / "no-model").model_dump_json(),
+            engine_json=engine_spec(self.folder / model).model_dump_json(),
         )
         self.host.spawn(spec, incarnation, bootstrap)
 
@@ -123,7 +125,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
 
 def test_a_process_speaks_ends_and_its_log_comes_here(launch: Launch) -> None:
-    launch.spawn()
+    launch.spawn(1, model="no-model")
     registered = launch.until(Register)[-1]
     assert isinstance(registered, MessageReceived)
     assert isinstance(registered.message, Register)
@@ -138,11 +140,11 @@ def test_a_process_speaks_ends_and_its_log_comes_here(launch: Launch) -> None:
 def test_what_the_host_does_not_permit_fails_with_the_reason(launch: Launch) -> None:
     command = ("/bin/sh", "-c", "id")
     spec = ProcessSpec(name="decode-0", kind="server", unit="u", host="a", command=command)
-    launch.spawn(spec=spec)
+    launch.spawn(1, spec)
     message, *_, gone = launch.until(ProcessExited)
     assert isinstance(message, MessageReceived)
     assert isinstance(message.message, Failed)
-    assert "a does not start it: an agent starts no server with /bin/sh" in message.message.error
+    assert "an agent does not start a server with /bin/sh" in message.message.error
     assert gone == ProcessExited("decode-0", 1, 126)
 
 
@@ -151,7 +153,6 @@ def test_a_killed_agent_takes_its_processes_along_and_they_are_told_lost(launch:
     launch.host.signal("prefill-0", signal.SIGKILL)
     assert launch.until(ProcessExited)[-1] == ProcessExited("prefill-0", 2, -signal.SIGKILL)
     launch.spawn(3)
-    # While it still imports: without a model it ends by itself soon afterwards.
     while not (children := launch.processes()):
         launch.host.exits()
     (child,) = children
@@ -168,3 +169,16 @@ def test_a_killed_agent_takes_its_processes_along_and_they_are_told_lost(launch:
     launch.until(Register)
     launch.host.send("prefill-0", Stop())
     launch.until(ProcessExited)
+
+
+def test_an_agent_whose_socket_is_removed_joins_again(launch: Launch) -> None:
+    launch.spawn(5)
+    launch.until(Register)
+    opened = psutil.Process(launch.agent.pid).net_connections("unix")
+    (control,) = {Path(each.laddr) for each in opened if each.laddr.endswith("/control")}
+    control.unlink()
+    heard = [*launch.until(Joined), *launch.later]
+    (lost,) = (one for one in heard if isinstance(one, Lost))
+    assert lost.reason == f"{control.parent}, the folder of its agent, was removed"
+    launch.spawn(6)
+    launch.until(Register)

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 import zmq
 
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Lost, Told
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Lost, Reported
 from pdlaunch.launch.hosts.agent_messages import Exited, FromAgent, Said
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
@@ -61,7 +61,7 @@ class Hosts:
         self.group.spawn(spec, incarnation, bootstrap)
 
     def tell(self, host: str, message: FromAgent) -> list[ProcessExited]:
-        self.channel.events.append(Told(host, message))
+        self.channel.events.append(Reported(host, message))
         return self.group.exits()
 
 

@@ -11,12 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.hosts.join import (
-    held_join_file,
-    new_join_keys,
-    read_ticket,
-    write_join_files,
-)
+from pdlaunch.launch.hosts.join import held_join_file, new_join_keys, read_ticket, write_join_files
 
 ENDPOINT = "tcp://10.0.0.1:5555"
 
@@ -51,7 +46,7 @@ def test_it_can_come_over_standard_input(path: Path, monkeypatch: pytest.MonkeyP
 def test_a_file_that_others_can_read_is_refused(path: Path) -> None:
     write_join_files(path, new_join_keys(), ENDPOINT)
     path.chmod(0o640)
-    with pytest.raises(ConfigError, match=r"others can read .* its mode is 640"):
+    with pytest.raises(ConfigError, match=r"other users can read .* its mode is 640"):
         read_ticket(str(path))
 
 
@@ -62,7 +57,7 @@ def test_a_file_that_others_can_read_is_refused(path: Path) -> None:
 def test_another_file_is_refused(path: Path, text: bytes) -> None:
     path.write_bytes(text)
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match="cannot be joined with"):
+    with pytest.raises(ConfigError, match="is not a join file"):
         read_ticket(str(path))
 
 

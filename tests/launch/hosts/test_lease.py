@@ -30,7 +30,7 @@ def run(timeout_s: float, up: list[float], down: list[float], offset: float) -> 
     """
     every_s = beat_s(timeout_s)
     lease = AgentLease(offset, timeout_s)
-    heard_at, stamp = 0.0, 0.0
+    seen_at, stamp = 0.0, 0.0
     to_supervisor: list[tuple[float, float]] = []
     to_agent: list[tuple[float, float]] = []
     ends = Ends(math.inf, math.inf)
@@ -43,8 +43,8 @@ def run(timeout_s: float, up: list[float], down: list[float], offset: float) -> 
             ends.agent = now
         while to_supervisor and to_supervisor[0][0] <= now:
             arrived_at, stamp = to_supervisor.pop(0)
-            heard_at = max(heard_at, arrived_at)
-        if ends.supervisor == math.inf and now > ended_by(heard_at, timeout_s):
+            seen_at = max(seen_at, arrived_at)
+        if ends.supervisor == math.inf and now > ended_by(seen_at, timeout_s):
             ends.supervisor = now
         # After the last delay that the test names nothing arrives, so both come to an end.
         if turn < NUM_BEATS:

@@ -53,11 +53,21 @@ def templates(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
         match found["kind"]:
             case "Deployment" | "StatefulSet":
                 yield found, found["spec"]["template"]
+            case "LeaderWorkerSet":
+                yield found, found["spec"]["leaderWorkerTemplate"]["workerTemplate"]
 
 
 def check_schema(objects: list[Object]) -> None:
     """Judge types and unknown fields."""
     for found in objects:
+        if found["kind"] == "LeaderWorkerSet":
+            # Source: api/leaderworkerset/v1/leaderworkerset_types.go of kubernetes-sigs/lws
+            assert found["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+            assert found["spec"].keys() == {"replicas", "leaderWorkerTemplate"}
+            group = found["spec"]["leaderWorkerTemplate"]
+            assert group.keys() == {"size", "restartPolicy", "workerTemplate"}
+            pods = {"apiVersion": "v1", "kind": "PodTemplate", "template": group["workerTemplate"]}
+            found = pods | {"metadata": found["metadata"]}
         with patch.object(kubernetes_validate.utils, "schema_contents", _schema_contents):
             kubernetes_validate.validate(found, KUBERNETES, strict=True)
 

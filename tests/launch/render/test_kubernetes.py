@@ -11,14 +11,8 @@ import yaml
 
 from pdlaunch.config.sources import load_config
 from pdlaunch.launch.state import Timing
-from tests.launch.render.manifests import (
-    EXAMPLES,
-    check_schema,
-    named,
-    render,
-    run,
-    templates,
-)
+from pdlaunch.planning.roles import Room, place_engines
+from tests.launch.render.manifests import EXAMPLES, check_schema, named, render, run, templates
 
 DEMO = str(EXAMPLES[0])
 
@@ -137,6 +131,31 @@ def test_each_host_of_an_engine_is_a_pod(tmp_path: Path) -> None:
     assert prefill["replicas"] == 3
     (container,) = prefill["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+
+
+def test_each_engine_over_hosts_is_a_group_of_a_leader_worker_set(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("engine: vllm\nprefill: {replicas: 2, tensor_parallel_size: 3, nnodes: 3}\n")
+    topology = ("--exclusive-topology", "example.com/rack")
+    objects = render("kubernetes", str(path), "--assume", "h100x8", *topology)
+    check_schema(objects)
+    prefill = named(objects, "LeaderWorkerSet", "pdlaunch-prefill")
+    annotations = {"leaderworkerset.sigs.k8s.io/exclusive-topology": "example.com/rack"}
+    assert prefill["metadata"]["annotations"] == annotations
+    assert prefill["spec"]["replicas"] == 2
+    group = prefill["spec"]["leaderWorkerTemplate"]
+    assert (group["size"], group["restartPolicy"]) == (3, "None")
+    assert named(objects, "StatefulSet", "pdlaunch-decode")["spec"]["replicas"] == 1
+    path.write_text(named(objects, "ConfigMap", "pdlaunch-config")["data"]["deployment.yaml"])
+    hosts = [host.name for host in load_config(path, {}, {}).config.hosts]
+    pods = [f"pdlaunch-prefill-{pod}" for pod in ("0", "0-1", "0-2", "1", "1-1", "1-2")]
+    assert hosts == [*pods, "pdlaunch-decode-0"]
+    rooms = [Room(pod, {"prefill": ("cuda", 1)}) for pod in pods]
+    placed = place_engines({"prefill": 2}, {"prefill": 1}, rooms, "spread", {"prefill": 3})
+    assert [[node.host for node in place.nodes] for place in placed.values()] == [
+        pods[:3],
+        pods[3:],
+    ]
 
 
 def test_gpus_and_rdma_are_requested_by_their_resources() -> None:

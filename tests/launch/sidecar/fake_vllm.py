@@ -144,7 +144,7 @@ class FakeVllm:
         }
         page = "".join(f'vllm:{name}{{engine="0"}} {value}\n' for name, value in values.items())
         page += (
-            f'vllm:cache_config_info{{block_size="{BLOCK_SIZE}",'
+            f'vllm:cache_config_info{{block_size="{BLOCK_SIZE}",num_gpu_blocks="40",'
             f'cache_dtype="{self.cache_dtype}",engine="0"}} 1\n'
         )
         page += "".join(

@@ -38,10 +38,7 @@ class FakeWorker:
         self.name = rank_name(dp_engine(setup.name, dp_rank, setup.dp_size), tp_rank)
         self._context = SecureContext(setup.keys)
         self._socket = self._context.connect(
-            zmq.DEALER,
-            setup.link,
-            identity=self.name.encode(),
-            socket_class=zmq.asyncio.Socket,
+            zmq.DEALER, setup.link, identity=self.name.encode(), socket_class=zmq.asyncio.Socket
         )
 
     async def say(self, message: FromWorker) -> None:
@@ -60,7 +57,7 @@ class FakeWorker:
 
     async def peers(self) -> list[Entry]:
         """Return the next peers that it is told."""
-        return to_worker.decode(await asyncio.wait_for(self._socket.recv(), 10)).entries
+        return to_worker.decode(await asyncio.wait_for(self._socket.recv(), 180)).entries
 
     async def prove(self, peer: str, gigabytes_per_s: float = 1.0, num_peers: int = 1) -> None:
         await self.say(

@@ -223,7 +223,7 @@ async def test_bodies_are_bounded(scene: Scene) -> None:
 
 
 async def test_routers_on_other_hosts_follow_what_the_engine_holds(scene: Scene) -> None:
-    scene.feed.tell(KVBlocks(block_size=4))
+    scene.feed.publish(KVBlocks(block_size=4))
     async with scene.client.get(scene.url + KV_EVENTS_PATH) as answer:
         assert answer.status == 200
         assert await answer.content.readany()

@@ -15,9 +15,11 @@ import pytest
 import zmq
 
 import pdlaunch
+from pdlaunch.config.model_files.identity import changes, model_digest
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.engine import (
     EngineOutput,
+    SidecarOptions,
     connector_environment,
     engine_environment,
     hold_side_channel,
@@ -40,14 +42,39 @@ def test_events_are_published_at_a_socket_of_the_launch() -> None:
     }
     own = ("vllm", "--kv-events-config", '{"endpoint":"ipc:///mine"}')
     assert json.loads(with_events_at(own, "ipc:///other")[2])["endpoint"] == "ipc:///mine"
-    # Routers follow them whether or not somebody else does.
-    for asked in (("vllm",), ("vllm", "--kv-events-config", '{"enable_kv_cache_events":true}')):
-        copies = with_events_at((*asked, "--data-parallel-size", "2"), "ipc:///run/0.events")
-        config = json.loads(copies[copies.index("--kv-events-config") + 1])
-        assert not config["enable_kv_cache_events"]
     added = with_events_at(("vllm", "--seed", "1"), "ipc:///run/decode-0.events")
     assert added[:4] == ("vllm", "--seed", "1", "--kv-events-config")
     assert json.loads(added[4]) == json.loads(changed[2])
+
+
+def test_files_that_flags_name_are_pinned_too(tmp_path: Path) -> None:
+    model, draft, lora, other = (tmp_path / name for name in ("model", "draft", "lora", "other"))
+    files = {
+        *(tmp_path / "chat.jinja", draft / "model.safetensors", draft / "config.json"),
+        *(lora / "adapter_model.safetensors", other / "adapter_model.safetensors"),
+    }
+    own = {model / name for name in ("config.json", "tekken.json", "modeling.py")}
+    for file in files | own:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    speculative = json.dumps({"model": str(draft), "num_speculative_tokens": 2})
+    adapters = f"a={lora}", json.dumps({"name": "b", "path": str(other)})
+    flags = ("--chat-template", str(tmp_path / "chat.jinja"), "--speculative-config", speculative)
+    options = SidecarOptions(
+        ("vllm", "serve", str(model), *flags, "--lora-modules", *adapters),
+        is_exact=True,
+        hang_timeout_s=0.0,
+        unverified="",
+    )
+    before = options.model_files()
+    assert before.keys() == {str(file) for file in files} | {file.name for file in own}
+    for file in files | own:
+        file.write_text("{ }")
+        found = options.model_files()
+        assert f"{file if file in files else file.name} (" in changes(before, found)
+        assert (model_digest(found) == model_digest(before)) == (file in files), "roles may differ"
+        assert not changes({}, {name: found[name] for name in found if "/" in name})
+        file.write_text("{}")
 
 
 def free_range(size: int) -> str:
@@ -79,7 +106,7 @@ def test_ports_of_a_range_are_kept_for_their_engines() -> None:
     first, last = map(int, ports.split("-"))
     kept = [hold_side_channel("127.0.0.1", ports) for _ in range(3)]
     assert sorted(number(each) for each in kept) == list(range(first, last + 1))
-    with pytest.raises(StartupError, match=f"no port {ports} of 127.0.0.1 can be had"):
+    with pytest.raises(StartupError, match=r"no port of 127.0.0.1 is free"):
         hold_side_channel("127.0.0.1", ports)
     # UCX and others take it for busy; the engine's ZMQ socket listens there, and again after it.
     for _ in range(2):

@@ -36,8 +36,7 @@ class Looks:
 
 
 @pytest.mark.parametrize(
-    ("running", "is_probed", "found"),
-    [(1, False, "hangs"), (0, True, "hangs"), (0, False, "idle")],
+    ("running", "is_probed", "found"), [(1, False, "hangs"), (0, True, "hangs"), (0, False, "idle")]
 )
 def test_without_progress_it_hangs_or_is_idle_after_the_timeout_again_and_again(
     running: int, is_probed: bool, found: Found

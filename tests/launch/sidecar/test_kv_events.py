@@ -137,12 +137,12 @@ def test_the_translation_follows_whatever_order_blocks_come_and_go_in(
 class Publisher:
     """Publishes as vLLM does; what is not ``kept`` cannot be had again."""
 
-    def __init__(self, endpoint: str, *, has_topic: bool) -> None:
+    def __init__(self, endpoint: str, end: str, *, has_topic: bool) -> None:
         self._context = zmq.asyncio.Context()
         self.events = self._context.socket(zmq.PUB)
-        self.events.bind(endpoint)
+        self.events.bind(endpoint + end)
         self.replays = self._context.socket(zmq.ROUTER)
-        self.replays.bind(f"{endpoint}.replay")
+        self.replays.bind(f"{endpoint}.replay{end}")
         self.kept: dict[int, bytes] = {}
         self._topic = [b""] if has_topic else []
         self._task = asyncio.create_task(self._serve())
@@ -168,19 +168,18 @@ class Publisher:
         self._context.destroy(linger=0)
 
 
+@pytest.mark.parametrize("dp_rank", [0, 1])
 @pytest.mark.parametrize("has_topic", [False, True], ids=["0.24", "0.33"])
 async def test_batches_that_are_lost_are_asked_for_and_else_all_is_forgotten(
-    tmp_path: Path, *, has_topic: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dp_rank: int, *, has_topic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_events, "REPLAY_TIMEOUT_S", 60.0)
     command = with_events_at(("vllm",), f"ipc://{tmp_path}/e")
     assert json.loads(command[2])["enable_kv_cache_events"]
-    told, feed = HeldBlocks(), KVFeed()
-    monkeypatch.setattr(feed, "tell", told.apply)
-    follower, publisher = (
-        VllmKVEvents(command, feed),
-        Publisher(f"ipc://{tmp_path}/e", has_topic=has_topic),
-    )
+    feed = KVFeed(2)
+    told, end = feed._ranks[dp_rank], f"_dp{dp_rank}" if dp_rank else ""
+    follower = VllmKVEvents(command, feed, dp_rank)
+    publisher = Publisher(f"ipc://{tmp_path}/e", end, has_topic=has_topic)
     running = asyncio.create_task(follower.run())
     prompts = [[kind] * 8 for kind in range(9)]
 

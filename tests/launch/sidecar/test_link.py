@@ -14,7 +14,7 @@ from msgspec import structs
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.sidecar.link import RankPairs
+from pdlaunch.launch.sidecar.pairs import slowest
 from pdlaunch.protocol.control import (
     PairFailed,
     PairReady,
@@ -38,10 +38,7 @@ class Scene:
     """A decode engine of two ranks beside a prefill engine of two."""
 
     def __init__(
-        self,
-        supervisor: FakeSupervisor,
-        workers: list[FakeWorker],
-        running: asyncio.Task[None],
+        self, supervisor: FakeSupervisor, workers: list[FakeWorker], running: asyncio.Task[None]
     ) -> None:
         self.supervisor = supervisor
         self.workers = workers
@@ -129,7 +126,7 @@ async def test_ranks_of_different_starts_are_refused(tmp_path: Path) -> None:
     async with two_ranks(tmp_path) as scene:
         for worker, engine_id in zip(scene.workers, ("one", "two"), strict=True):
             await worker.be_up(engine_id)
-        with pytest.raises(StartupError, match=r"engine_id is decode-0#1, and rank . has"):
+        with pytest.raises(StartupError, match=r"engine_id must be decode-0#1, but rank . has"):
             await scene.running
 
 
@@ -206,7 +203,7 @@ async def test_ranks_shake_hands_again_with_an_engine_that_has_slept(scene: Scen
     proven = await scene.supervisor.next(PairReady)
     scene.learn(proven)
     scene.learn(proven, state="sleeping")
-    assert (await scene.supervisor.next(PairSuspect)).error == "it sleeps"
+    assert (await scene.supervisor.next(PairSuspect)).error == "prefill-0 sleeps"
     scene.learn()
     await asyncio.sleep(0.1)
     assert scene.supervisor.said.empty()
@@ -214,17 +211,20 @@ async def test_ranks_shake_hands_again_with_an_engine_that_has_slept(scene: Scen
     assert (await scene.supervisor.next(PairReady)).peer == "prefill-0"
 
 
-def pair(local: str, peer: str, **fields: object) -> PairReady:
-    known = {"peer_incarnation": 1, "seconds": 0.0, "path": "p2p"}
-    return PairReady(local=local, peer=peer, **known | fields)  # type: ignore[arg-type]
+async def test_handshakes_with_an_earlier_incarnation_prove_nothing(scene: Scene) -> None:
+    prefill, decode = scene.registry().entries
+    again = Registry(version=2, entries=[structs.replace(prefill, incarnation=2), decode])
+    scene.supervisor.inbox.put_nowait(again)
+    await scene.workers[0].peers()
+    await scene.prove_all()
+    await asyncio.sleep(0.1)
+    assert scene.supervisor.prefill.bodies == []
 
 
-def test_proofs_are_kept_by_incarnation() -> None:
-    pairs, one = RankPairs(), ["decode-0/rank-0"]
-    pairs.add(pair("decode-0/rank-0", "prefill-0/rank-0", peer_incarnation=2))
-    assert pairs.slowest(("prefill-0", 1), one, 1) is None
-    assert pairs.slowest(("prefill-0", 2), one, 1) is not None
-    assert pairs.slowest(("prefill-0", 2), one, 2) is None, "one of two data parallel ranks"
-    assert pairs.slowest(("prefill-0", 2), [*one, "decode-0/rank-1"], 1) is None, "rank 1 has none"
-    pairs.keep([("prefill-0", 3)])
-    assert pairs.slowest(("prefill-0", 2), one, 1) is None
+def test_each_rank_needs_a_pair_with_each_rank_that_it_pulls_from() -> None:
+    pair = PairReady(
+        local="decode-0/rank-0", peer="prefill-0/rank-0", peer_incarnation=1, seconds=0, path="p2p"
+    )
+    assert slowest([pair], ["decode-0/rank-0"], 1) is pair
+    assert slowest([pair], ["decode-0/rank-0"], 2) is None, "one of two data parallel ranks"
+    assert slowest([pair], ["decode-0/rank-0", "decode-0/rank-1"], 1) is None, "rank 1 has none"

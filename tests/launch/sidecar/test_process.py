@@ -12,12 +12,14 @@ import pytest
 import pytest_asyncio
 from msgspec import structs
 
-from pdlaunch.errors import StartupError
+from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.launch.sidecar.__main__ import SidecarOptions, SidecarProcess
 from pdlaunch.launch.sidecar.door import Door
+from pdlaunch.launch.sidecar.engine import HeadlessNode
 from pdlaunch.protocol.control import (
+    MODEL_CHANGED,
     Address,
     Capabilities,
     Drain,
@@ -34,7 +36,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from tests.launch.sidecar.fake_vllm import FakeVllm, listen
+from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, FakeVllm, listen
 from tests.launch.sidecar.test_door import SPEC as DOOR
 from tests.router.fake_engine import until
 
@@ -150,10 +152,31 @@ def registry(run_dir: str, *pairs: PairReady, url: str = "", state: str = "ready
     return Registry(version=1, entries=entries, pairs=list(pairs))
 
 
+@pytest.mark.parametrize("kind", [SidecarProcess, HeadlessNode])
+async def test_vllm_is_not_started_with_another_model_than_the_launch_has(
+    kind: type[SidecarProcess] | type[HeadlessNode], tmp_path: Path
+) -> None:
+    command, started, config = (tmp_path / name for name in ("vllm", "started", "config.json"))
+    command.write_text(f"#!/bin/sh\ntouch {started}\n")
+    command.chmod(0o755)
+    config.write_text("{}")
+    supervisor = FakeSupervisor(tmp_path)
+    supervisor.bootstrap = structs.replace(supervisor.bootstrap, pinned={config.name: "other"})
+    options = SidecarOptions(
+        (str(command), "serve", str(tmp_path)), is_exact=True, hang_timeout_s=0.0, unverified=""
+    )
+    with pytest.raises(PdlaunchError, match=f"{MODEL_CHANGED}: config.json"):
+        await kind(cast(Supervised, supervisor), options).run()
+    assert not started.exists()
+    supervisor.context.close()
+
+
 async def test_on_several_hosts_it_opens_a_door(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launch's token opens the prefill engine to the canary of the decode engine's sidecar."""
+    feed = KVFeed()
+    monkeypatch.setattr("pdlaunch.launch.sidecar.__main__.KVFeed", lambda _: feed)
     keys = new_launch_keys(with_certificate=True)
     supervisor = FakeSupervisor(tmp_path)
     supervisor.bootstrap = structs.replace(supervisor.bootstrap, keys=keys, door=DOOR)
@@ -161,6 +184,7 @@ async def test_on_several_hosts_it_opens_a_door(
     url = await prefill.open()
     async with watched(supervisor):
         await supervisor.next(Ready)
+        assert feed.num_tokens == 40 * BLOCK_SIZE
         told = zip(supervisor.registered, supervisor.capabilities, strict=True)
         for address, capabilities in told:
             assert address.http.startswith("https://127.0.0.1:")
@@ -255,7 +279,7 @@ async def test_a_drain_waits_for_requests_and_then_for_leases(supervisor: FakeSu
 async def test_an_idle_engine_whose_core_stands_still_is_found(tmp_path: Path) -> None:
     """Nobody asks it for anything, and it says that it is healthy and has nothing to do."""
     supervisor = FakeSupervisor(tmp_path)
-    async with watched(supervisor, hang_timeout_s=0.5) as running:
+    async with watched(supervisor, hang_timeout_s=2.0) as running:
         engine = supervisor.decode
         await until(lambda: len(engine.bodies) == 2)
         asked = [(len(body["prompt"]), body["max_tokens"]) for body in engine.bodies]
@@ -276,7 +300,7 @@ async def test_an_engine_whose_core_has_ended_is_told_to_be_dead(
     async with watched(supervisor) as running:
         await supervisor.next(Ready)
         supervisor.decode.healthy = False
-        with pytest.raises(StartupError, match="its core is dead"):
+        with pytest.raises(StartupError, match="its engine core is dead"):
             await running
 
 

@@ -1,7 +1,7 @@
-"""Runs the checksum kernel in Triton's interpreter and compares it with xxHash; started by
-``test_checksum``.
+"""Runs the checksum kernel in Triton's interpreter and compares it with xxHash.
 
-A process of its own: the interpreter is switched on by the environment before Triton is imported.
+``test_checksum`` starts it as a process, because the environment must switch the interpreter on
+before Triton is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import xxhash
 from pdlaunch.transfer.integrity.checksum_kernel import UNIT_BYTES, constants, hash_pages, supports
 
 CPU = torch.device("cpu")
-# Ends on and beside those of stripes, blocks and tiles; the shortest.
+# Lengths at and beside the ends of stripes, blocks and tiles, and the shortest length.
 EDGES = (256, 1008, 1024, 1040, 1088, 8192, 8208, 9216, 9232, 16384, 65536)
 
 
@@ -45,9 +45,7 @@ def compare(region_bytes: int, random: np.random.Generator) -> None:
 
 
 def compare_far_away() -> None:
-    """A region that begins behind 2^31 words. Pages of the file that nobody touches cost no
-    memory.
-    """
+    """Check a region that begins after 2^31 words. Untouched pages of the file need no memory."""
     num_blocks = 2**20 + 9
     file = os.memfd_create("far away")
     os.ftruncate(file, num_blocks * 2 * 8192)

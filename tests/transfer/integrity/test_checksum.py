@@ -1,5 +1,5 @@
-"""Checksums of KV blocks: any changed byte shows in its own, whatever computes them; the kernel
-against xxHash, by Triton's interpreter on the CPU, and on a GPU as it is.
+"""Checksums of KV blocks: any changed byte changes its checksum, on CPU and GPU. The kernel is
+compared with xxHash, in Triton's interpreter on the CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def test_kernel_equals_xxhash() -> None:
     run_interpreted("tests.transfer.integrity.interpreted_checksum")
 
 
-# Of an 8B model, of one with an odd number of stripes a head, and one that is too small for the
-# kernel.
+# Layouts of an 8B model, of a model with an odd number of stripes in a head, and of a model that is
+# too small for the kernel.
 LAYOUTS = [
     KVCacheLayout(
         make_groups([None] * 32), num_kv_heads=8, head_dim=128, block_size=16, dtype_bytes=2
@@ -70,7 +70,7 @@ LAYOUTS = [
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout.head_bytes))
 def test_a_gpu_and_a_cpu_agree_and_results_that_nobody_wants_do_no_harm(layout) -> None:
-    """Their memory is not used again before the kernel has ended."""
+    """The memory of dropped results is not used again before the kernel has ended."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[layout.dtype_bytes]
     kv_cache = torch.randn((40, *layout.block_shape()), device="cuda").to(dtype)
     on_cpu, hasher = hasher_of(kv_cache.cpu(), layout), hasher_of(kv_cache, layout)

@@ -1,1 +1,1 @@
-"""Asks schedulers for room, and starts agents there: Ray, Slurm."""
+"""Places engines with cluster schedulers (Ray, Slurm), and starts agents there."""

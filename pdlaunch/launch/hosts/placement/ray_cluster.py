@@ -1,11 +1,11 @@
-"""Places the engines of a launch on a Ray cluster: a bundle and an agent for each of their hosts.
+"""Places the engines of a launch on a Ray cluster, with a bundle and an agent for each host.
 
 ::
 
     placement group   bundle 0 (prefill-0)   bundle 1 (decode-0)   ..    PACK or SPREAD over nodes
     actor             holds its CPUs, GPUs; runs `pdlaunch agent`  ..
-    a node is lost    Ray places the bundle and the actor elsewhere; this thread starts its agent
-                      again, which joins under the same name
+    a node is lost    Ray places the bundle and the actor elsewhere; a thread of the supervisor
+                      starts the agent again, which joins with the same name
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 20.0
-_NOTE_AFTER_S = 5.0  # a group that fits is placed within a second
+_NOTE_AFTER_S = 5.0  # Ray places a group within a second if it has room
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Asks Ray for the room of one engine."""
+    """Describes the resources of one host, for an engine or one of its ``nnodes`` parts."""
 
     name: str  # the host's name in the launch: ``ray-prefill-0``
     role: Role
     num_cpus: int
     num_gpus: int
-    executables: tuple[str, ...] = ()  # programs of engines that its agent allows
+    executables: tuple[str, ...] = ()  # programs of engines that the agent allows
 
     def __str__(self) -> str:
         parts = ", ".join(f"{kind} {number:g}" for kind, number in self.resources.items())
@@ -61,10 +61,9 @@ class Bundle:
 
 
 class AgentActor:
-    """Holds the resources of an engine, and runs the agent that starts it: where Ray has room.
+    """Ray actor that holds the resources of a bundle and runs an agent on its node.
 
-    It draws the agent's key pair itself: what passes through Ray (public keys, an address) opens
-    nothing to who reads it.
+    The actor generates the agent's key pair, so only public keys and an address pass through Ray.
     """
 
     def __init__(self, name: str, num_cpus: int, executables: Sequence[str]) -> None:
@@ -77,31 +76,28 @@ class AgentActor:
         self._agent: subprocess.Popen[bytes] | None = None
 
     def state(self) -> tuple[str, bool]:
-        """Return the public key that its agent joins with, and whether the agent runs.
+        """Return the agent's public key, and whether the agent runs.
 
         The key changes when Ray restarts the actor.
         """
         return self._public, self._agent is not None and self._agent.poll() is None
 
     def start(self, endpoint: str, server_public: str) -> None:
-        """Start the agent; its standard input, which this actor holds, ends with it."""
+        """Start the agent. It ends when its standard input closes, and so with this actor."""
         self.stop()
         command = [sys.executable, "-P", "-m", "pdlaunch", "agent", "--join", "-"]
         command += ["--name", self._name, "--cpus", str(self._num_cpus), "--stop-on-stdin-eof"]
         command += self._allowed
         self._agent = subprocess.Popen(command, stdin=subprocess.PIPE)
         ticket = JoinTicket(
-            endpoint=endpoint,
-            server_public=server_public,
-            public=self._public,
-            secret=self._secret,
+            endpoint=endpoint, server_public=server_public, public=self._public, secret=self._secret
         )
         assert self._agent.stdin is not None
         self._agent.stdin.write(msgspec.json.encode(ticket) + b"\n")
         self._agent.stdin.flush()
 
     def stop(self) -> None:
-        """End the agent, and with it all that it has started."""
+        """End the agent and all processes that it has started."""
         if self._agent is None:
             return
         assert self._agent.stdin is not None
@@ -116,9 +112,8 @@ class AgentActor:
 
 
 def ray_bundles(config: LaunchConfig, *, has_gpus: bool = False) -> tuple[Bundle, ...]:
-    """Return what each engine needs on each of its hosts: a core for each thread of a rank, a GPU.
-
-    ``has_gpus``: engines whose device is ``auto`` run on GPUs.
+    """Return a bundle for each host of each engine: per rank a GPU and a core, or on a CPU a core
+    for each thread. ``has_gpus``: engines with device ``auto`` run on GPUs.
     """
     bundles: list[Bundle] = []
     for role in ROLES:
@@ -147,9 +142,9 @@ def kept_agents(
     server_public: str,
     admit: Callable[[str], None],
 ) -> Iterator[None]:
-    """Keep an agent running for each engine; a thread asks Ray once a second.
+    """Keep the agents of all actors running; a thread checks them about once a second.
 
-    ``admit``: lets the agent with this public key join.
+    ``admit`` is called with the public key of each agent, which may join from then on.
     """
     admitted: set[str] = set()
     closing = threading.Event()
@@ -163,7 +158,7 @@ def kept_agents(
             if not is_running:
                 start = actor.start.remote(endpoint, server_public)
                 ray.get(start, timeout=_ANSWER_TIMEOUT_S)
-        except Exception as error:  # Of many kinds: Ray may be looking for room.
+        except Exception as error:  # Ray raises many kinds of errors while it moves an actor.
             logger.debug("no answer of %s: %s", name, _first_line(error))
 
     def run() -> None:
@@ -183,21 +178,21 @@ def kept_agents(
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[Any]:
-    """Yield Ray, connected to the cluster at RAY_ADDRESS, else to the one on this host.
+    """Yield the module ``ray``, connected to the cluster at RAY_ADDRESS, else to this host's.
 
-    Raises ConfigError where Ray is not installed or no cluster answers.
+    Raises ConfigError if Ray is not installed or no cluster answers.
     """
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError(
-            f"placement is ray, which cannot be imported: {error}",
+            f"placement is ray, but Ray cannot be imported: {error}",
             field="placement",
             value="ray",
             fix="pip install 'pdlaunch[ray]'",
         ) from None
     address = os.environ.get("RAY_ADDRESS") or "auto"
-    # Ray's child processes need no key, and it shows its environment.
+    # Ray shows its environment to users, and its processes need no API keys.
     hidden = {name: os.environ.pop(name) for name in HIDDEN_VARIABLES if name in os.environ}
     try:
         try:
@@ -230,7 +225,7 @@ def placed_actors(
     timeout_s: float,
     note: Callable[[str], None],
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield an actor for each bundle once Ray has placed all. Raises StartupError when it cannot.
+    """Yield actors by host name once Ray has placed all bundles. Raises StartupError at time-out.
 
     Ray waits silently, for example for an autoscaler to add nodes; ``note`` tells the user.
     """
@@ -267,7 +262,7 @@ def placed_actors(
 
 
 def stop_agents(ray: Any, actors: Mapping[str, Any]) -> None:
-    """Have every agent end; those of lost nodes have ended already."""
+    """End all agents; agents of lost nodes have ended already."""
     ending = [actor.stop.remote() for actor in actors.values()]
     with contextlib.suppress(Exception):
         ray.wait(ending, num_returns=len(ending), timeout=_ANSWER_TIMEOUT_S)
@@ -276,7 +271,7 @@ def stop_agents(ray: Any, actors: Mapping[str, Any]) -> None:
 def _offers(ray: Any) -> str:
     free, total = ray.available_resources(), ray.cluster_resources()
     parts = [f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")]
-    return f"free are {' and '.join(parts)} on {sum(n['Alive'] for n in ray.nodes())} nodes"
+    return f"{' and '.join(parts)} are free on {sum(n['Alive'] for n in ray.nodes())} nodes"
 
 
 def _first_line(error: Exception) -> str:

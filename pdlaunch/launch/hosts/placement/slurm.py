@@ -1,10 +1,10 @@
-"""Finds the hosts of a launch in an allocation of Slurm, one task on each.
+"""Finds the hosts of a launch in a Slurm allocation, with one task on each node.
 
 ::
 
     srun --ntasks-per-node 1 pdlaunch serve deployment.yaml --placement slurm
-       task 0                 the supervisor, and engines beside it
-       every other task       an agent, which joins by a file in a folder that all hosts share
+       task 0                 the supervisor, and engines on its node
+       every other task       an agent, which joins with a file in a folder that all hosts share
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ _STEP = ("SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
 
 
 def is_supervisor(environ: Mapping[str, str]) -> bool:
-    """Tell whether this is the task that runs the supervisor. Raises ConfigError."""
+    """Return True if this task runs the supervisor. Raises ConfigError outside of a step."""
     _require_step(environ)
     return environ["SLURM_PROCID"] == "0"
 
 
 def node_name(environ: Mapping[str, str]) -> str:
-    """Return the name of this task's node, by which its agent joins."""
+    """Return the name of this task's node, with which its agent joins."""
     return environ["SLURMD_NODENAME"]
 
 
 def slurm_hosts(environ: Mapping[str, str]) -> tuple[HostSettings, ...]:
-    """Return the nodes of this step, the supervisor's own first. Raises ConfigError.
+    """Return the nodes of this step, the supervisor's node first. Raises ConfigError.
 
-    Without a step (for plans) these are the allocation's nodes; task 0 will get the first one.
+    Without a step (for plans), return the allocation's nodes; task 0 will run on the first.
     """
     if (nodes := environ.get("SLURM_JOB_NODELIST")) and "SLURM_STEP_ID" not in environ:
         _, *later = _expand(nodes)
         return (HostSettings(name=LOCAL), *(HostSettings(name=name) for name in later))
     _require_step(environ)
-    # Of a heterogeneous step, too, these name all components.
+    # These variables include all components of a heterogeneous step.
     names = _expand(environ["SLURM_STEP_NODELIST"])
     num_tasks = int(environ["SLURM_STEP_NUM_TASKS"])
     if num_tasks != len(names):
         raise ConfigError(
-            f"Slurm runs {num_tasks} tasks on {len(names)} nodes, and pdlaunch needs one on each",
+            f"Slurm runs {num_tasks} tasks on {len(names)} nodes, but pdlaunch needs one on each",
             field="placement",
             value="slurm",
             fix="srun --ntasks-per-node 1 pdlaunch serve ...",
@@ -57,7 +57,7 @@ def slurm_hosts(environ: Mapping[str, str]) -> tuple[HostSettings, ...]:
 
 
 def slurm_join_file(config: LaunchConfig, environ: Mapping[str, str]) -> Path:
-    """Return the file by which agents join: in the folder that the step was started in."""
+    """Return the join file: as configured, else in the folder in which the step was started."""
     if config.join_file is not None:
         return Path(config.join_file).expanduser()
     step = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
@@ -69,7 +69,7 @@ def _require_step(environ: Mapping[str, str]) -> None:
     missing = [name for name in needed if not environ.get(name)]
     if missing:
         raise ConfigError(
-            f"this is no task of Slurm: {missing[0]} is not set",
+            f"this is not a task of Slurm: {missing[0]} is not set",
             field="placement",
             value="slurm",
             fix="start it with srun, inside an allocation of salloc or sbatch",
@@ -77,7 +77,7 @@ def _require_step(environ: Mapping[str, str]) -> None:
 
 
 def _expand(nodes: str) -> list[str]:
-    """Return the names that a list such as ``gpu[01-04,07]`` stands for. Raises ConfigError."""
+    """Return the node names in a list such as ``gpu[01-04,07]``. Raises ConfigError."""
     try:
         done = subprocess.run(
             ["scontrol", "show", "hostnames", nodes],
@@ -88,7 +88,7 @@ def _expand(nodes: str) -> list[str]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(
-            f"scontrol does not say which nodes {nodes[:200]} are: {error}",
+            f"scontrol cannot list the nodes {nodes[:200]}: {error}",
             field="placement",
             value="slurm",
             fix="see that Slurm's commands are on PATH",

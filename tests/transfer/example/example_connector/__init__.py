@@ -1,4 +1,4 @@
-"""Settings of a connector of another package: all that pdlaunch imports outside of the ranks."""
+"""Settings of a connector in another package. Only ranks import the rest of the package."""
 
 from pydantic import Field
 
@@ -15,5 +15,5 @@ class ExampleSettings(ConnectorSettings):
 
     @property
     def joins_hosts(self) -> bool:
-        """Processes of other hosts have no memory here."""
+        """Return False: the connector cannot read the memory of other hosts."""
         return False

@@ -42,7 +42,7 @@ class ExampleConnector(Connector):
     def open(self, memory: LocalMemory) -> None:
         if memory.scratch.device.type != "cpu":
             raise TransferError("the example reads host memory only")
-        _LIBC.prctl(_PR_SET_PTRACER, _ANY)  # peers are no parents of this process
+        _LIBC.prctl(_PR_SET_PTRACER, _ANY)  # peers are not parents of this process
         self.memory = memory
 
     def agent_metadata(self) -> bytes:
@@ -74,7 +74,7 @@ class _Connection(Connection):
         return _DoneRead(time.perf_counter() - began_at)
 
     def close(self) -> None:
-        """Nothing is kept of a peer."""
+        """Do nothing: the connector has no resources for a peer."""
 
     def _copy(self, ours: int, theirs: int, num_bytes: int) -> None:
         to, source = _Span(ours, num_bytes), _Span(theirs, num_bytes)
@@ -92,7 +92,7 @@ class _Connection(Connection):
 
 
 class _DoneRead(Read):
-    """``read`` blocks until all bytes are there."""
+    """A READ that is done from the start: ``read`` blocks until all bytes are copied."""
 
     def __init__(self, read_s: float) -> None:
         self.read_s = read_s
@@ -104,7 +104,7 @@ class _DoneRead(Read):
         return self.read_s
 
     def release(self) -> None:
-        """Nothing is kept of a READ."""
+        """Do nothing: a READ has no resources."""
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> ExampleConnector:

@@ -1,0 +1,187 @@
+"""Proves the pairs of one decode engine with its prefill engines, and reports pairs that fail.
+
+::
+
+    Registry ──> prefill engines ──> all pairs of ranks shook hands? ──> canary ──> PairReady
+                                     (with pdlaunch's connector)                └─> PairFailed
+    failed pulls of workers, metrics of vLLM's connector, sleep of a prefill engine ──> PairSuspect
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+import msgspec
+
+from pdlaunch.http.lifecycle import Supervised
+from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
+from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads
+from pdlaunch.launch.sidecar.engine import SidecarOptions
+from pdlaunch.launch.sidecar.link import EngineLink
+from pdlaunch.machine.ucx_log import ReadTransports, path_over
+from pdlaunch.protocol.certificates import client_context
+from pdlaunch.protocol.control import Entry, PairFailed, PairReady, PairSuspect, Registry
+from pdlaunch.protocol.engine_link import PullFailure, dp_size_of, engine_of_rank
+
+_logger = logging.getLogger(__name__)
+
+Peer = tuple[str, int]  # name and incarnation of a prefill engine
+
+
+class EnginePairs:
+    """Proves the pairs of a decode engine; does nothing in engines of other roles.
+
+    ``link``: None with vLLM's own connector, whose workers report neither handshakes nor pulls.
+    """
+
+    def __init__(
+        self,
+        supervised: Supervised,
+        options: SidecarOptions,
+        api: EngineApi,
+        link: EngineLink | None,
+    ) -> None:
+        self._supervised, self._options = supervised, options
+        self._api, self._link = api, link
+        self._name = supervised.bootstrap.name
+        self._peers: dict[Peer, Entry] = {}  # ready prefill engines
+        self._listed: set[Peer] = set()  # peers that the registry lists as proven
+        # Pairs of ranks that shook hands: decode rank and prefill rank -> result
+        self._rank_pairs: dict[Peer, dict[tuple[str, str], PairReady]] = defaultdict(dict)
+        # One at a time, because the counters of bytes and seconds add up all READs of the engine.
+        self.canaries = Canaries(self._send_canary, self._report, num_at_once=1)
+        self._transports = ReadTransports()
+        self._failed_reads = FailedReads()
+        self._failed_pulls: dict[str, list[str]] = defaultdict(list)  # errors, by prefill engine
+
+    def learn(self, registry: Registry) -> None:
+        """Find the pairs to prove; drop the results of pairs whose prefill engine is gone or whose
+        proof was dropped.
+        """
+        if not any(e.name == self._name and e.role == "decode" for e in registry.entries):
+            return
+        prefill = {
+            (entry.name, entry.incarnation): entry
+            for entry in registry.entries
+            if entry.kind == "server" and entry.role == "prefill"
+        }
+        self._peers = {peer: entry for peer, entry in prefill.items() if entry.state == "ready"}
+        for peer in [*self._rank_pairs]:
+            # A sleeping engine frees its memory, so its ranks must repeat their handshakes.
+            if peer not in prefill or prefill[peer].state == "sleeping":
+                del self._rank_pairs[peer]
+        listed = {(p.peer, p.peer_incarnation) for p in registry.pairs if p.local == self._name}
+        # ``_listed - listed``: the supervisor has dropped these proofs; prove the pairs again.
+        gone = self.canaries.pairs() - self._peers.keys()
+        self.canaries.forget(gone | self._listed - listed)
+        self._listed = listed
+        for peer in listed & prefill.keys():
+            if prefill[peer].state == "sleeping":
+                self._doubt(peer, f"{peer[0]} sleeps")
+        self._prove()
+
+    def take(self, message: PairReady | PairFailed | PullFailure) -> None:
+        """Record the report of a worker; prove pairs that are now due."""
+        match message:
+            case PairReady(local=local, peer=rank, peer_incarnation=incarnation):
+                self._rank_pairs[engine_of_rank(rank), incarnation][local, rank] = message
+            case PairFailed(local=local, peer=rank):
+                for pairs in self._rank_pairs.values():
+                    pairs.pop((local, rank), None)
+                names = {"local": self._name, "peer": engine_of_rank(rank)}
+                self._supervised.send(msgspec.structs.replace(message, **names))
+            case PullFailure(peer_engine=engine, error=reason):
+                self._failed_pulls[engine].append(reason)
+        self._prove()
+
+    def look(self, counts: Counts) -> None:
+        """Report the pairs whose READs have failed since the last call as suspect.
+
+        pdlaunch's connector reports these pairs. vLLM's connector does not, so all pairs are
+        suspect if every READ has failed: this engine then computes the prompts itself.
+        """
+        all_fail = self._link is None and self._failed_reads.look(counts)
+        failed, self._failed_pulls = self._failed_pulls, defaultdict(list)
+        for peer in self._listed:
+            if all_fail:
+                self._doubt(peer, "all READs of KV blocks fail")
+            elif errors := failed.get(peer[0]):
+                self._doubt(peer, f"{len(errors)} pulls have failed just now: {errors[-1]}")
+
+    def _doubt(self, peer: Peer, error: str) -> None:
+        name, incarnation = peer
+        _logger.warning("%s -> %s: %s", name, self._name, error)
+        self._supervised.send(
+            PairSuspect(local=self._name, peer=name, peer_incarnation=incarnation, error=error)
+        )
+
+    def _prove(self) -> None:
+        """Send canaries to prefill engines whose pairs of ranks all shook hands."""
+        link = self._link
+        self.canaries.prove([p for p in self._peers if link is None or self._slowest(link, p)])
+
+    def _slowest(self, link: EngineLink, peer: Peer) -> PairReady | None:
+        pairs = self._rank_pairs.get(peer, {}).values()
+        return slowest(pairs, link.names, dp_size_of(self._peers[peer]))
+
+    async def _send_canary(self, peer: Peer) -> Proof:
+        bootstrap, options = self._supervised.bootstrap, self._options
+        url, certificate = self._peers[peer].address.http, bootstrap.keys.certificate
+        api = EngineApi(url, bootstrap.engine_api_key)
+        # Either all engines of a launch have doors, or none.
+        if bootstrap.door is not None and certificate is not None:
+            api = EngineApi(url, bootstrap.keys.http_token, client_context(certificate))
+        try:
+            # The slowest pair of data parallel ranks is the result for the pair of engines.
+            proofs = [
+                await send_canary(
+                    api, self._api, options.model, is_exact=options.is_exact, dp_ranks=dp_ranks
+                )
+                for dp_ranks in self._dp_pairs(peer)
+            ]
+            return min(proofs, key=lambda proof: proof.gigabytes_per_s or 0.0)
+        finally:
+            await api.close()
+
+    def _dp_pairs(self, peer: Peer) -> list[tuple[int, int] | None]:
+        """Return all pairs of data parallel ranks, prefill first; [None] if both have only one."""
+        theirs = dp_size_of(self._peers[peer])
+        ours = 1 if self._link is None else self._link.dp_size
+        if theirs == ours == 1:
+            return [None]
+        return [(their, our) for their in range(theirs) for our in range(ours)]
+
+    def _report(self, peer: Peer, result: Proof | CanaryDied) -> None:
+        name, incarnation = peer
+        if isinstance(result, CanaryDied):
+            error, fatal = str(result), result.fatal
+            self._supervised.send(PairFailed(local=self._name, peer=name, error=error, fatal=fatal))
+            return
+        proof = PairReady(
+            local=self._name,
+            peer=name,
+            peer_incarnation=incarnation,
+            seconds=result.seconds,
+            path=path_over("nixl/vLLM", self._transports.latest()),
+            gigabytes_per_s=result.gigabytes_per_s,
+        )
+        if self._link is not None:
+            of_ranks = self._slowest(self._link, peer)
+            assert of_ranks is not None, "canaries of other pairs are stopped"
+            proof = msgspec.structs.replace(of_ranks, local=self._name, peer=name, num_peers=1)
+        self._supervised.send(proof)
+
+
+def slowest(pairs: Collection[PairReady], ranks: Sequence[str], num_peers: int) -> PairReady | None:
+    """Return the slowest pair of ranks with a prefill engine; None if pairs are missing.
+
+    ``ranks``: all ranks of the decode engine. Each pulls from ``PairReady.num_peers`` ranks in
+    each of the ``num_peers`` data parallel ranks of the prefill engine.
+    """
+    for rank in ranks:
+        own = [pair for pair in pairs if pair.local == rank]
+        if not own or len(own) < max(pair.num_peers for pair in own) * num_peers:
+            return None
+    return min(pairs, key=lambda pair: pair.gigabytes_per_s or float("inf"))
