@@ -155,6 +155,7 @@ class Launches(contextlib.ExitStack):
             (1, _common_step_s(await self._prompts_at_once(num_engines, lengths[-1], _NUM_STEPS)))
         ]
         chunk = await self._chunk_tokens(num_engines, lengths[-1], full_s, steps[0][1])
+        chunk = min(chunk, engines.max_num_batched_tokens)
         for num_streams in (number for number in _BATCHES if number <= max_seqs):
             is_slow = steps[-1][1] * 1000 > min(goals.itl_ms or 1e9, goals.tpot_ms or 1e9)
             if is_slow or num_streams * full_s > _MAX_PROMPTS_S:
@@ -166,7 +167,7 @@ class Launches(contextlib.ExitStack):
         return EngineFigures(
             prefill=prefill,
             steps=steps,
-            chunk_tokens=min(engines.max_num_batched_tokens, chunk),
+            chunk_tokens=chunk,
             max_batched_tokens=engines.max_num_batched_tokens,
             max_num_seqs=max_seqs,
         )
