@@ -54,8 +54,8 @@ LOADS = {
     "one": {"input_tokens": [128, 4096, 8000], "output_tokens": 64, "concurrencies": [1]},
     "512": {"input_tokens": [512], "output_tokens": 256, "concurrencies": [32, 128]},
     "2048": {"input_tokens": [2048], "output_tokens": 256, "concurrencies": [8, 32]},
-    # For a trial on a CPU
-    "short": {"input_tokens": [64], "output_tokens": 8, "concurrencies": [1, 4]},
+    # For two CPU cores
+    "short": {"input_tokens": [128], "output_tokens": 32, "concurrencies": [1]},
     # For comparing times to the first token, such as those of verified and unverified pulls
     "first": {"input_tokens": [128, 1024], "output_tokens": 4, "concurrencies": [1]},
 }
