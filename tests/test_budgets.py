@@ -24,13 +24,14 @@ GRANTED = {
     "the verdict": 1_928,
     "the first token of vLLM's prefill engines sent at once, a metric of slow pairs": 91,
     "the model that was launched, and other faults of a hostile review": 126,
+    "leases of vLLM that do not wait for its next step": 58,
 }
 TOTAL_LINES = 47_000 + sum(GRANTED.values())
 TOTAL_CLASSES = 615
 TOTAL_MODULES = 253
 SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025
-TEST_LINES = 51_505
+TEST_LINES = 51_580
 HAND_WRITTEN_PAGES = 12
 WORDS = 25_000
 GENERATED_PAGES = {"rules.md", "settings.md"}

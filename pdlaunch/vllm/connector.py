@@ -24,7 +24,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base, metrics
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools, open_memory_pools
-from pdlaunch.protocol.engine_link import KV_SETUP, KVSetup
+from pdlaunch.protocol.engine_link import KV_SETUP, KVSetup, dp_engine, from_engine, to_worker
+from pdlaunch.protocol.process.bootstrap import ControlClient
+from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import TransferCommand
 from pdlaunch.vllm.layout import UnknownLayout, read_layout, window_of
 from pdlaunch.vllm.scheduling import GroupShape, Scheduling
@@ -98,17 +100,21 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
         self._groups = kv_cache_config.kv_cache_groups
         self._kv_config = kv_cache_config
         self._worker: Worker | None = None
+        self._link: ControlClient | None = None
         self._pools = MemoryPools()
         self._is_idle = False
         if reason := _refusal(vllm_config, len(self._groups)):
             raise _refused(reason)
         _show_logs()
         if role == base.KVConnectorRole.SCHEDULER:
+            dp_rank = vllm_config.parallel_config.data_parallel_index
+            self._link = _scheduler_link(self._setup, dp_rank)
             self._scheduling = Scheduling(
                 self._setup,
                 KVTransferSettings.model_validate_json(self._setup.kv_transfer),
                 [_shape_of(group) for group in self._groups],
-                dp_rank=vllm_config.parallel_config.data_parallel_index,
+                self._link.send,
+                dp_rank=dp_rank,
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
             )
 
@@ -251,6 +257,8 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
+        if self._link is not None:
+            self._link.close()
 
 
 def _read_setup() -> KVSetup:
@@ -261,6 +269,17 @@ def _read_setup() -> KVSetup:
             f"pdlaunch.vllm.connector is for engines that pdlaunch starts: {KV_SETUP} is not set"
         )
     return msgspec.json.decode(Path(name).read_bytes(), type=KVSetup)
+
+
+def _scheduler_link(setup: KVSetup, dp_rank: int) -> ControlClient:
+    return ControlClient(
+        SecureContext(setup.keys),
+        setup.link,
+        f"{dp_engine(setup.name, dp_rank, setup.dp_size)}/scheduler",
+        lambda _: None,
+        encode=from_engine.encode,
+        decode=to_worker.decode,
+    )
 
 
 def _refusal(vllm_config: Any, num_groups: int) -> str:

@@ -11,13 +11,13 @@ A state, of a state space or of a convolution, stands for all tokens before it, 
 the last prompt token itself. So prefill leaves that token out for models that keep states.
 
 Commands go to all workers with the metadata of the next step. vLLM always takes one more step after
-a request has ended.
+a request has ended. Grants also go at once, because that step may wait for a long step.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -73,6 +73,7 @@ class Scheduling:
         setup: KVSetup,
         settings: KVTransferSettings,
         groups: Sequence[GroupShape],
+        grant: Callable[[GrantLease], None],
         *,
         dp_rank: int,
         tp_size: int,
@@ -80,6 +81,7 @@ class Scheduling:
         self._setup = setup
         self._settings = settings
         self._groups = groups
+        self._grant = grant
         self._engine_id = setup.id_of(dp_rank)
         self._tp_size = tp_size
         self._root = root_hash(setup.model_digest)
@@ -189,17 +191,17 @@ class Scheduling:
         num_tokens, lease_s = request.num_prompt_tokens, self._settings.lease_s
         blocks, firsts = self._blocks_of(tables, 0, num_tokens)
         lease_id = LeaseId(request.request_id)
-        self._commands.append(
-            GrantLease(
-                lease_id=lease_id,
-                block_ids=blocks,
-                first_block_index=firsts,
-                block_hashes=self._hashes(request, num_tokens),
-                num_tokens=num_tokens,
-                num_readers=1,
-                lease_s=lease_s,
-            )
+        grant = GrantLease(
+            lease_id=lease_id,
+            block_ids=blocks,
+            first_block_index=firsts,
+            block_hashes=self._hashes(request, num_tokens),
+            num_tokens=num_tokens,
+            num_readers=1,
+            lease_s=lease_s,
         )
+        self._commands.append(grant)
+        self._grant(grant)
         remote = RemoteKV(
             engine_id=self._engine_id,
             lease_id=lease_id,

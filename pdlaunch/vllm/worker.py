@@ -29,19 +29,21 @@ from pdlaunch.observe.counters import COUNTERS
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady, SleepState, ToSupervisor
 from pdlaunch.protocol.engine_link import (
     KVSetup,
-    Peers,
     PullFailure,
     RankUp,
+    ToWorker,
     dp_engine,
     engine_of_rank,
-    from_worker,
+    from_engine,
     rank_name,
     to_worker,
 )
+from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.process.bootstrap import ControlClient
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import (
+    GrantLease,
     LeaseEnded,
     PullDrained,
     PullFinished,
@@ -86,7 +88,7 @@ FIGURES = {
 
 
 class Worker:
-    """Only the thread of vLLM's step loop may call the methods."""
+    """Only the thread of vLLM's step loop may call the public methods."""
 
     def __init__(
         self,
@@ -112,6 +114,8 @@ class Worker:
         # The pulls that vLLM waits for, by request id.
         self._loads: dict[str, StartPull] = {}
         self._gate = ThreadPoolExecutor(1, "kv-gate")
+        self._granted: set[LeaseId] = set()  # granted leases whose command will come again
+        self._grant_lock = threading.Lock()
         self._woken = threading.Event()  # set if the transfer thread has events
         self._has_results = False  # the last ``take`` returned ended pulls
         self._device = layout.kv.device
@@ -123,7 +127,7 @@ class Worker:
             setup.link,
             name,
             self._on_message,
-            encode=from_worker.encode,
+            encode=from_engine.encode,
             decode=to_worker.decode,
         )
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -190,13 +194,18 @@ class Worker:
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
         """Execute the scheduler's commands for this step."""
-        for command in commands:
-            if isinstance(command, StartPull) and any(command.block_ids):
-                self._loads[command.pull_id] = command
+        pulls: list[StartPull] = []
         assert self._transfer is not None
-        pulls = [each for each in commands if isinstance(each, StartPull)]
-        # A leased prompt has its first token, so no kernel writes to its blocks any more.
-        self._transfer.submit([each for each in commands if not isinstance(each, StartPull)])
+        for command in commands:
+            match command:
+                case StartPull():
+                    pulls.append(command)
+                    if any(command.block_ids):
+                        self._loads[command.pull_id] = command
+                case GrantLease():
+                    self._grant(command)
+                case _:
+                    self._transfer.submit([command])
         if self._device.type == "cpu":
             self._transfer.submit(pulls)
         elif pulls:
@@ -315,10 +324,22 @@ class Worker:
         for name, value in figures.items():
             self._figures[name] = self._figures.get(name, 0.0) + value
 
-    def _on_message(self, message: Peers) -> None:
+    def _on_message(self, message: ToWorker) -> None:
+        if isinstance(message, GrantLease):
+            self._grant(message)
+            return
         self._peers = message.entries
         if self._transfer is not None:
             self._transfer.update_registry(message.entries)
+
+    def _grant(self, grant: GrantLease) -> None:
+        """Grant a lease when its command first comes; it comes over the link and with a step."""
+        with self._grant_lock:
+            is_first = grant.lease_id not in self._granted
+            self._granted ^= {grant.lease_id}
+        # The prompt has its first token, so no kernel writes to its blocks any more.
+        if is_first and self._transfer is not None:
+            self._transfer.submit([grant])
 
     def _report(self, message: ToSupervisor) -> None:
         if isinstance(message, PairReady | PairFailed):

@@ -30,7 +30,7 @@ class Request:
         self.__dict__ |= fields
 
 
-def scheduling(*groups: GroupShape, digest: str = "d") -> Scheduling:
+def scheduling(*groups: GroupShape, digest: str = "d", grant: Any = repr) -> Scheduling:
     setup = KVSetup(
         name="decode-0",
         engine_id="e" * 32,
@@ -44,7 +44,8 @@ def scheduling(*groups: GroupShape, digest: str = "d") -> Scheduling:
         by_head=False,
         model_digest=digest,
     )
-    return Scheduling(setup, KVTransferSettings(), groups or (FULL,), dp_rank=0, tp_size=2)
+    settings = KVTransferSettings()
+    return Scheduling(setup, settings, groups or (FULL,), grant, dp_rank=0, tp_size=2)
 
 
 PREFILL = {"do_remote_decode": True}
@@ -59,10 +60,12 @@ def lent(num_tokens: int = 10, *groups: GroupShape, tables: Any = ([3, 1, 2],)) 
 
 def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
     """vLLM 0.24 also names blocks for tokens to come; those that left a window are null."""
-    prefill = scheduling(FULL, SLIDING)
+    granted: list[GrantLease] = []
+    prefill = scheduling(FULL, SLIDING, grant=granted.append)
     tables = [3, 1, 2, 9], [0, 5, 6, 8]
     params = prefill.finished(Request("p", 10, PREFILL), tables, is_prefilled=True)
     (grant,) = prefill.take_commands()
+    assert granted == [grant], "sent at once, too"
     assert isinstance(grant, GrantLease)
     assert (grant.block_ids, grant.first_block_index) == ([[3, 1, 2], [5, 6]], [0, 1])
     assert (grant.lease_id, grant.num_tokens, len(grant.block_hashes)) == ("p", 10, 3)

@@ -22,7 +22,8 @@ from pdlaunch.protocol.engine_link import (
     Peers,
     PullFailure,
     RankUp,
-    from_worker,
+    ToWorker,
+    from_engine,
     to_worker,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
@@ -69,7 +70,8 @@ class Engine:
             tp_rank=0,
             by_head=False,
         )
-        self.scheduling = Scheduling(setup, settings, [GroupShape(4, None)], dp_rank=0, tp_size=1)
+        groups = [GroupShape(4, None)]
+        self.scheduling = Scheduling(setup, settings, groups, self.send, dp_rank=0, tp_size=1)
         self.worker = Worker(
             setup,
             layout,
@@ -101,12 +103,14 @@ class Engine:
                     self.heard.remove(message)
                     return message
             if self.link.poll(100):
-                self.heard.append(from_worker.decode(self.link.recv_multipart()[1]))
+                self.heard.append(from_engine.decode(self.link.recv_multipart()[1]))
         raise AssertionError(f"no {kind.__name__}, but {self.heard}")
 
     def tell(self, *entries: Entry) -> None:
-        frame = to_worker.encode(Peers(entries=list(entries)))
-        self.link.send_multipart([self.entry.name.encode(), frame])
+        self.send(Peers(entries=list(entries)))
+
+    def send(self, message: ToWorker) -> None:
+        self.link.send_multipart([self.entry.name.encode(), to_worker.encode(message)])
 
     def step(self) -> None:
         self.worker.submit(self.scheduling.take_commands())
@@ -183,6 +187,20 @@ def test_a_visit_ends_the_lease_and_is_no_result(start: Start) -> None:
     decode.step()
     assert prefill.until(lambda results: bool(results.sent)).sent == {"p"}
     assert decode.worker.take() == Results()
+
+
+def test_a_lease_begins_and_ends_once_though_its_grant_comes_twice(start: Start) -> None:
+    """At once, and with vLLM's next step, which may be long."""
+    prefill, decode = paired(start)
+    request = Request("p", 10, PREFILL)
+    params = prefill.scheduling.finished(request, ([3, 1, 2],), is_prefilled=True)
+    begin(decode, params, [7, 0, 4])
+    assert decode.until(lambda results: bool(results.received)) == Results(received={"d"})
+    assert prefill.until(lambda results: bool(results.sent)).sent == {"p"}
+    prefill.step()
+    begin(decode, lend(prefill, "q", [3, 1, 2]), [7, 0, 4], "e")
+    assert decode.until(lambda results: bool(results.received)) == Results(received={"e"})
+    assert prefill.until(lambda results: bool(results.sent)).sent == {"q"}
 
 
 def test_a_lease_that_nobody_pulls_is_counted(start: Start) -> None:

@@ -4,6 +4,7 @@
 
     setup file ──> connector: RankUp of each rank ──> all are up: register their side channels
     registry ──> Peers ──> handshakes of decode ranks ──> PairReady, PairFailed
+    EngineCore ──> GrantLease ──> its workers
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.engine_link import (
     ConnectorSpec,
+    FromEngine,
     FromWorker,
     KVSetup,
     Peers,
     RankUp,
     dp_engine,
     engine_of_rank,
-    from_worker,
+    from_engine,
     rank_name,
     to_worker,
 )
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
+from pdlaunch.protocol.transfer import GrantLease
 
 _logger = logging.getLogger(__name__)
 
@@ -115,9 +118,12 @@ class EngineLink:
         while True:
             identity, frame = await self._socket.recv_multipart()
             try:
-                message = from_worker.decode(frame)
+                message: FromEngine = from_engine.decode(frame)
             except ProtocolError as error:
                 _logger.warning("%r: %s", identity[:80], error)
+                continue
+            if isinstance(message, GrantLease):
+                await self._grant(identity, frame)
                 continue
             if isinstance(message, RankUp):
                 await self._take_rank(identity, message)
@@ -144,6 +150,13 @@ class EngineLink:
             self.all_up.set()
         if self._peers is not None:
             await self._send_peers(identity)
+
+    async def _grant(self, scheduler: bytes, frame: bytes) -> None:
+        """Send a grant to the workers of the data parallel rank that has sent it."""
+        engine = scheduler.rpartition(b"/")[0]
+        for identity in self._workers.values():
+            if identity.rpartition(b"/")[0] == engine:
+                await self._socket.send_multipart([identity, frame])
 
     async def _send_peers(self, identity: bytes) -> None:
         frame = to_worker.encode(Peers(entries=list(self._peers or ())))

@@ -11,11 +11,13 @@ import zmq.asyncio
 
 from pdlaunch.protocol.control import Entry, PairFailed, PairReady
 from pdlaunch.protocol.engine_link import (
-    FromWorker,
+    FromEngine,
     KVSetup,
+    Peers,
     RankUp,
+    ToWorker,
     dp_engine,
-    from_worker,
+    from_engine,
     rank_name,
     to_worker,
 )
@@ -31,18 +33,26 @@ class FakeWorker:
     """Says what a test says, and with ``shake_hands`` what a rank whose handshakes succeed says."""
 
     def __init__(
-        self, setup: KVSetup, tp_rank: int = 0, tp_size: int = 1, dp_rank: int = 0
+        self,
+        setup: KVSetup,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        dp_rank: int = 0,
+        *,
+        is_scheduler: bool = False,
     ) -> None:
         self.setup = setup
         self.tp_rank, self.tp_size, self.dp_rank = tp_rank, tp_size, dp_rank
         self.name = rank_name(dp_engine(setup.name, dp_rank, setup.dp_size), tp_rank)
+        if is_scheduler:
+            self.name = f"{dp_engine(setup.name, dp_rank, setup.dp_size)}/scheduler"
         self._context = SecureContext(setup.keys)
         self._socket = self._context.connect(
             zmq.DEALER, setup.link, identity=self.name.encode(), socket_class=zmq.asyncio.Socket
         )
 
-    async def say(self, message: FromWorker) -> None:
-        await self._socket.send(from_worker.encode(message))
+    async def say(self, message: FromEngine) -> None:
+        await self._socket.send(from_engine.encode(message))
 
     async def be_up(self, engine_id: str = "") -> None:
         await self.say(
@@ -57,7 +67,12 @@ class FakeWorker:
 
     async def peers(self) -> list[Entry]:
         """Return the next peers that it is told."""
-        return to_worker.decode(await asyncio.wait_for(self._socket.recv(), 180)).entries
+        told = await self.told()
+        assert isinstance(told, Peers)
+        return told.entries
+
+    async def told(self) -> ToWorker:
+        return to_worker.decode(await asyncio.wait_for(self._socket.recv(), 180))
 
     async def prove(self, peer: str, gigabytes_per_s: float = 1.0, num_peers: int = 1) -> None:
         await self.say(

@@ -24,8 +24,9 @@ from pdlaunch.protocol.control import (
     SleepState,
 )
 from pdlaunch.protocol.engine_link import PullFailure
-from pdlaunch.protocol.ids import EngineId
+from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.process.bootstrap import ConnectorSpec
+from pdlaunch.protocol.transfer import GrantLease
 from tests.launch.sidecar.fake_worker import FakeWorker, read_setup
 from tests.launch.sidecar.test_process import FakeSupervisor, registry, watched
 from tests.router.fake_engine import until
@@ -149,6 +150,22 @@ async def test_workers_are_told_of_other_ranks_at_each_change(scene: Scene) -> N
     assert await scene.workers[0].peers() == told[0]
     scene.supervisor.inbox.put_nowait(structs.replace(scene.registry(), entries=[]))
     assert [await worker.peers() for worker in scene.workers] == [[], []]
+
+
+async def test_a_grant_of_the_scheduler_goes_to_all_ranks(scene: Scene) -> None:
+    scheduler = FakeWorker(scene.workers[0].setup, is_scheduler=True)
+    grant = GrantLease(
+        lease_id=LeaseId("p"),
+        block_ids=[[3, 1]],
+        first_block_index=[0],
+        block_hashes=[b"1", b"2"],
+        num_tokens=8,
+        num_readers=1,
+        lease_s=30.0,
+    )
+    await scheduler.say(grant)
+    assert [await worker.told() for worker in scene.workers] == [grant, grant]
+    scheduler.close()
 
 
 async def test_a_pair_is_told_once_all_ranks_and_a_canary_have_proven_it(scene: Scene) -> None:
