@@ -39,10 +39,10 @@ GAIN = 0.6
 QUEUE_S = 10.0  # a queue of this many seconds adds the load of one engine
 FRESH_S = 10.0  # older readings of engines are ignored
 SLOW_PULL_S = 0.05  # faster pulls never count as the limit
-# Conditions of the autopilot: how long all looks must ask for the same change, how long all engines
-# must have kept their states, and the longest gap between two looks.
-HOLD_S = 20.0
-PAUSE_S = 30.0
+# Conditions of the autopilot: how long all looks must ask for the same change and all engines must
+# have kept their states (20 s: `benchmarks.autopilot random --seed 261` loses 10 %), and the
+# longest gap between two looks.
+HOLD_S = 30.0
 MAX_GAP_S = 6.0
 _WORDS: dict[BottleneckKind, str] = {
     "prefill": "prefill queue",
@@ -67,6 +67,7 @@ class _Load(NamedTuple):
     decode: Sequence[EngineStatus]
     num_prompts: float  # counted in engines
     tokens: _Tokens
+    at_decode: float  # share of the time in which a decode engine computes prompts
     spills: bool  # decode engines compute the prompts that prefill has no time for
 
     def uses(self, num_prefill: int, num_decode: int, of_tokens: float) -> tuple[float, float]:
@@ -104,8 +105,9 @@ def find_bottleneck(status: DeploymentStatus) -> Bottleneck:
     of_prompts, of_tokens = load.num_prompts / num[0], load.tokens.least
     if load.use(*num, of_tokens) < 1.0:
         kind: BottleneckKind = "nothing"
-        why = _loads(of_prompts, of_tokens)
-        advice = ""
+        why, advice = _loads(of_prompts, of_tokens), ""
+        if load.at_decode >= 0.01:
+            why += f", streams wait {load.at_decode:.0%} of the time for prompts at decode engines"
         if slow := _slow_pulls(status):
             kind, why = "transfer", slow
             advice = "more engines would not help; `pdlaunch doctor` measures the paths"
@@ -144,27 +146,25 @@ def _load_of(
     wait_s = num_tokens / speed if speed else 0.0
     num_prompts = sum(each.computing for each in prefill) + len(prefill) * wait_s / QUEUE_S
     is_pair = prefill is not decode
-    computing = sum(each.computing for each in decode) if is_pair else 0.0
+    at_decode = sum(each.computing for each in decode) / len(decode) if is_pair else 0.0
     return _Load(
         prefill,
         decode,
-        num_prompts + computing,
-        _tokens_of(decode, status, computing / len(decode)),
+        num_prompts + at_decode * len(decode),
+        _tokens_of(decode, status, at_decode),
+        at_decode,
         spills=is_pair and status.routing in ONE_ENGINE_POLICIES,
     ), wait_s
 
 
-def _tokens_of(
-    engines: Sequence[EngineStatus], status: DeploymentStatus, computing: float
-) -> _Tokens:
-    """``computing``: share of the time in which a decode engine computes prompts."""
+def _tokens_of(engines: Sequence[EngineStatus], status: DeploymentStatus, busy: float) -> _Tokens:
     num, now, fastest = len(engines), status.rates, status.fastest
     found = [reading for each in engines if (reading := _fresh(each)) is not None]
     num_running, num_waiting = sum(r.running for r in found), sum(r.waiting for r in found)
     kv = sum(reading.kv_usage for reading in found) / num
     most_running = sum(each.max_running for each in engines)
     batch = num_running / most_running if all(each.max_running for each in engines) else 0.0
-    token_ms = (now.mean_inter_token_ms or 0.0) * max(0.0, 1.0 - computing)
+    token_ms = (now.mean_inter_token_ms or 0.0) * max(0.0, 1.0 - busy)
     at_most = 1.0 - min(1.0, num / now.streams) if now.streams else 0.0
     slow, why_slow = 0.0, f"{now.streams:.0f} streams"
     # The fastest time is that of a lone stream only if few streams ran then.
@@ -211,8 +211,8 @@ def _advice(load: _Load, status: DeploymentStatus, *, is_prefill: bool) -> tuple
     then = (num[0] + 1, num[1] - 1) if is_prefill else (num[0] - 1, num[1] + 1)
     prompts, tokens = load.num_prompts / then[0], load.tokens.most * num[1] / then[1]
     gain = load.use(*then, load.tokens.most) / load.use(*num, load.tokens.least)
-    # The engines that remain must not become the limit.
-    if gain > GAIN or load.uses(*then, load.tokens.most)[is_prefill] >= 1.0:
+    # The engines that remain must not become the limit, nor leave more prompts to decode engines.
+    if gain > GAIN or (tokens >= HIGH_TOKENS if is_prefill else prompts >= HIGH_PROMPTS):
         return f"{more}; with one {other} engine less: {_loads(prompts, tokens)}", ""
     giver = min(givers, key=lambda each: (each.load, each.name))
     return f"after `pdlaunch role {giver.name} {role}`: {_loads(prompts, tokens)}", giver.name
@@ -229,14 +229,14 @@ class Look(NamedTuple):
 def decide(looks: Sequence[Look], now_at: float) -> Bottleneck | None:
     """Return the latest bottleneck if the change of a role that it advises is due.
 
-    All looks of the last ``HOLD_S`` must ask for one more engine of the same role. In the last
-    ``PAUSE_S`` no engine may have come, gone or changed its state, and no look may be missing.
+    In the last ``HOLD_S`` all looks must have asked for one more engine of the same role, no engine
+    may have come, gone or changed its state, and no look may be missing.
     """
-    recent = [look for look in looks if look.at >= now_at - PAUSE_S]
-    times = [now_at - PAUSE_S, *(look.at for look in recent), now_at]
+    recent = [look for look in looks if look.at >= now_at - HOLD_S]
+    times = [now_at - HOLD_S, *(look.at for look in recent), now_at]
     if any(after - before > MAX_GAP_S for before, after in pairwise(times)):
         return None
     last = recent[-1]
-    wanted = {look.found.role for look in recent if look.at >= now_at - HOLD_S}
+    wanted = {look.found.role for look in recent}
     is_calm = all(look.engines == last.engines for look in recent)
     return last.found if is_calm and wanted == {last.found.role} != {None} else None

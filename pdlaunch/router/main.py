@@ -33,7 +33,7 @@ from pdlaunch.errors import ConfigError, OverloadedError, PdlaunchError
 from pdlaunch.http.connections import UPSTREAM_CONNECTIONS, HttpRunner, fit
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol import control
-from pdlaunch.protocol.bottleneck import PAUSE_S, Look, decide
+from pdlaunch.protocol.bottleneck import HOLD_S, Look, decide
 from pdlaunch.protocol.certificates import CertificateFiles, client_context
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
@@ -179,7 +179,7 @@ async def run_autopilot(
 
     ::
 
-        every 2 s: what limits? ── the same for 20 s ──▶ pdlaunch role ──▶ pause ── watch again
+        every 2 s: what limits? ── the same for 30 s ──▶ pdlaunch role ──▶ pause ── watch again
 
     The supervisor gets the command of ``pdlaunch role``, and refuses the same changes. An engine
     serves nothing while it drains and starts. The pause is at least five times as long, so changes
@@ -196,7 +196,7 @@ async def run_autopilot(
         await sleep(LOOK_EVERY_S)
         status = await look()
         engines = [(each.name, each.shown_state) for each in status.engines]
-        looks = [*looks[-int(PAUSE_S / LOOK_EVERY_S) :], Look(clock(), status.bottleneck, engines)]
+        looks = [*looks[-int(HOLD_S / LOOK_EVERY_S) :], Look(clock(), status.bottleneck, engines)]
         found = decide(looks, clock()) if clock() >= quiet_until_at else None
         if found is None:
             continue
@@ -211,7 +211,7 @@ async def run_autopilot(
             if error:
                 say(f"autopilot: {found.engine}: {error}")
         looks.clear()
-        pause_s = REFUSED_S if error else max(PAUSE_S, PAUSE_FACTOR * (clock() - begun_at))
+        pause_s = REFUSED_S if error else max(HOLD_S, PAUSE_FACTOR * (clock() - begun_at))
         quiet_until_at = clock() + pause_s
 
 

@@ -157,7 +157,7 @@ def test_prompts_that_spill_over_to_decode_limit_only_when_decode_is_busy() -> N
         engines = (engine(f"decode-{number}", computing=computing) for number in range(2))
         return find_bottleneck(status(PREFILL_HEAVY[0], *engines, routing="load"))
 
-    assert found(0.3).kind == "nothing"
+    assert "decode load 10%, streams wait 30% of the time" in found(0.3).why
     assert found(0.6).kind == "prefill"
     # Another prefill engine would leave as much to a single decode engine.
     assert not found(0.6).engine
@@ -212,5 +212,5 @@ def test_a_change_helps_by_the_figures_and_leaves_an_engine_of_each_role(
     assert num[PAIR.index(giver)] > 1
     if giver == "decode":
         assert found.tokens * num[1] / (num[1] - 1) < HIGH_TOKENS
-    elif routing == "pairs":
+    else:
         assert found.prompts * num[0] / (num[0] - 1) < HIGH_PROMPTS

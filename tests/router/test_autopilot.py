@@ -13,7 +13,7 @@ from benchmarks.autopilot import ONE_TWO, TWO_ONE, Phase, Simulation, Speeds, go
 from pdlaunch.config.roles import Role
 from pdlaunch.config.shared_settings import AutopilotMode
 from pdlaunch.errors import OverloadedError
-from pdlaunch.protocol.bottleneck import HOLD_S, MAX_GAP_S, PAUSE_S, Look, decide
+from pdlaunch.protocol.bottleneck import HOLD_S, MAX_GAP_S, Look, decide
 from pdlaunch.protocol.control import Answered, ChangeEngines
 from pdlaunch.protocol.status import Bottleneck, DeploymentStatus
 from pdlaunch.router.main import LOOK_EVERY_S, REFUSED_S, run_autopilot
@@ -103,8 +103,8 @@ def test_it_asks_as_pdlaunch_role_does_and_pauses_five_times_as_long() -> None:
     stage.run("on")
     (first_at, command), (second_at, _) = stage.asked[:2]
     assert (command.engine, command.role) == ("decode-1", "prefill")
-    assert first_at <= PAUSE_S
-    assert 120.0 <= second_at - first_at <= 120.0 + PAUSE_S
+    assert first_at <= HOLD_S
+    assert 120.0 <= second_at - first_at <= 120.0 + HOLD_S
     assert stage.said[0] == "autopilot: w; "
 
 
