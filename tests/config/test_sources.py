@@ -46,10 +46,6 @@ def test_a_connector_is_installed_and_has_what_it_needs():
     assert only(problems(kv_transfer__connector="nixel")).fix == "did you mean nixl?"
 
 
-def test_the_longest_request_has_a_prompt_and_an_answer():
-    assert only(problems(max_model_len=1)).field == "max_model_len"
-
-
 class TestPrecedence:
     def test_nothing_given_is_the_defaults(self):
         loaded = load()
@@ -148,6 +144,7 @@ class TestFileProblems:
             ("env: {A=B: 1}\n", "1:12", "not the name of an environment variable", None),
             ("port: true\n", "1:7", "boolean", None),
             ("port: 99999\n", "1:7", "less than or equal to 65535", None),
+            ("max_model_len: 1\n", "1:16", "greater than or equal to 2", None),
             ("dtype: float33\n", "1:8", "'float33' is wrong", "did you mean float32?"),
             ("prefill: 2\n", "1:10", "must be a mapping", "write `field: value` lines"),
             ("prefill: {tp: 2}\n", "1:11", "unknown", "it is prefill.tensor_parallel_size"),

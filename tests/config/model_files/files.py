@@ -6,14 +6,11 @@ import json
 import math
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
-
-EMPTY_SAFETENSORS = struct.pack("<Q", 2) + b"{}"
-"""A whole file without a tensor."""
 
 
 def all_weights(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -25,26 +22,28 @@ def all_weights(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
 
 
+def safetensors(tensors: Mapping[str, object], data: bytes) -> bytes:
+    header = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+EMPTY_SAFETENSORS = safetensors({}, b"")
+"""A whole file without a tensor."""
+
+
 def write_weights(folder: Path) -> None:
     """Write all weights of the model that config.json describes, one byte for each number."""
-    header, end = {}, 0
+    tensors, end = {}, 0
     for name, size in all_weights(read_model_shape(folder)).items():
         start, end = end, end + math.prod(size)
-        header[name] = {"dtype": "U8", "shape": size, "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        file.truncate(8 + len(head) + end)
+        tensors[name] = {"dtype": "U8", "shape": size, "data_offsets": [start, end]}
+    (folder / "model.safetensors").write_bytes(safetensors(tensors, bytes(end)))
 
 
-def write_safetensors(path: Path, *, num_bytes: int) -> Path:
+def write_safetensors(path: Path, *, num_bytes: int) -> None:
     """Write a whole file of one tensor, whose bytes differ by the file's name."""
-    header = json.dumps(
-        {"a": {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}
-    ).encode()
-    data = random.Random(path.name).randbytes(num_bytes)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
-    return path
+    tensor = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}
+    path.write_bytes(safetensors({"a": tensor}, random.Random(path.name).randbytes(num_bytes)))
 
 
 ALIGNMENT = 32
@@ -110,15 +109,13 @@ def tiny_gguf(*, num_layers: int = 2, width: int = 32, inner: int = 64) -> Gguf:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
-    numbers = {
-        name: [0.01 * (1 + index % 7) for index in range(_product(shape))]
-        for name, shape in shapes.items()
-    }
-    return Gguf(values, {name: (shapes[name], numbers[name]) for name in shapes})
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    return shape[0] * shape[1] if len(shape) == 2 else shape[0]
+    return Gguf(
+        values,
+        {
+            name: (shape, [0.01 * (1 + index % 7) for index in range(math.prod(shape))])
+            for name, shape in shapes.items()
+        },
+    )
 
 
 def _string(text: str) -> bytes:

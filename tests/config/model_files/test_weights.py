@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,7 @@ from pdlaunch.config.model_files.identity import sampled_digests
 from pdlaunch.config.model_files.shape import INDEX, read_model_shape
 from pdlaunch.config.model_files.weights import check_files, check_gguf, weight_files
 from pdlaunch.errors import ConfigError
-from tests.config.model_files.files import EMPTY_SAFETENSORS, write_weights
-
-
-def safetensors(entries: dict[str, object], data: bytes) -> bytes:
-    header = json.dumps(entries).encode()
-    return struct.pack("<Q", len(header)) + header + data
-
+from tests.config.model_files.files import EMPTY_SAFETENSORS, safetensors, write_weights
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 GOOD = safetensors(
@@ -37,18 +30,12 @@ def refused(folder: Path) -> ConfigError:
     return caught.value
 
 
-def test_whole_files_are_found(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(GOOD)
-    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
-    (tmp_path / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
-    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
-
-
-def test_pickles_alone_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
+def test_pickles_alone_are_refused_and_whole_files_are_found(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     assert "save_pretrained" in str(refused(tmp_path).fix)
-    (tmp_path / "model.safetensors").write_bytes(GOOD)
-    assert weight_files(tmp_path)
+    for content in (GOOD, EMPTY_SAFETENSORS):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
 def test_missing_shards_are_named_with_the_index(tmp_path: Path) -> None:
