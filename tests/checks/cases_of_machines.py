@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tests.checks.contexts import CPU, GPU, PAIR, ROUTER, Case, lacks, mooncake, on
+from tests.checks.contexts import CPU, GPU, PAIR, ROUTER, Case, lacks, mooncake, on, show
 
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
 
@@ -20,46 +20,31 @@ CASES: dict[str, Case] = {
     ),
     "PD409": Case([mooncake(CPU)], [on(CPU)]),
     "PD410": Case(
-        [
-            on(CPU, device="cuda"),
-            on(GPU, device="cuda", decode__env={"CUDA_VISIBLE_DEVICES": "-1"}),
-        ],
-        [on(CPU), on(GPU, device="cuda"), on(GPU, decode__env={"CUDA_VISIBLE_DEVICES": "-1"})],
+        [on(CPU, device="cuda"), on(GPU, device="cuda", decode__env=show("-1"))],
+        [on(CPU), on(GPU, device="cuda"), on(GPU, decode__env=show("-1"))],
     ),
     "PD411": Case(
         [
             on(GPU, decode__tensor_parallel_size=16),
-            on(GPU, decode__tensor_parallel_size=2, decode__env={"CUDA_VISIBLE_DEVICES": "3"}),
+            on(GPU, decode__tensor_parallel_size=2, decode__env=show("3")),
         ],
         [on(GPU, decode__tensor_parallel_size=8)],
     ),
     "PD450": Case(
         [
-            on(GPU, decode__env={"CUDA_VISIBLE_DEVICES": "8"}),
-            on(GPU, env={"CUDA_VISIBLE_DEVICES": "0,0"}),
-            on(
-                GPU,
-                environ={"CUDA_VISIBLE_DEVICES": "8,9,10,11,12,13,14,15"},
-                decode__env={"CUDA_VISIBLE_DEVICES": "0"},
-            ),
+            on(GPU, decode__env=show("8")),
+            on(GPU, env=show("0,0")),
+            on(GPU, environ=show("8,9,10,11,12,13,14,15"), decode__env=show("0")),
         ],
         [
-            on(
-                GPU,
-                prefill__env={"CUDA_VISIBLE_DEVICES": "0"},
-                decode__env={"CUDA_VISIBLE_DEVICES": "1"},
-            ),
-            on(GPU, environ={"CUDA_VISIBLE_DEVICES": "0,0"}),
-            on(GPU, decode__env={"CUDA_VISIBLE_DEVICES": ""}),
+            on(GPU, prefill__env=show("0"), decode__env=show("1")),
+            on(GPU, environ=show("0,0")),
+            on(GPU, decode__env=show("")),
         ],
     ),
     "PD451": Case(
         [on(HIDDEN_GPUS), on(HIDDEN_GPUS, decode__device="cpu")],
-        [
-            on(CPU),
-            on(HIDDEN_GPUS, device="cpu"),
-            on(HIDDEN_GPUS, environ={"CUDA_VISIBLE_DEVICES": ""}),
-        ],
+        [on(CPU), on(HIDDEN_GPUS, device="cpu"), on(HIDDEN_GPUS, environ=show(""))],
     ),
     "PD412": Case([on(replace(CPU, num_cpus=1))], [on(replace(CPU, num_cpus=2))]),
     "PD416": Case(

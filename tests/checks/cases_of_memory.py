@@ -3,15 +3,27 @@
 from dataclasses import replace
 
 from pdlaunch.config.model_files.outline import outline_of
-from tests.checks.contexts import CPU, EXPANDABLE, GB200, GIB, GPU, SHAPE, TIER, Case, on, one_gpu
+from tests.checks.contexts import (
+    CPU,
+    EXPANDABLE,
+    GB200,
+    GIB,
+    GPU,
+    ONE_GPU,
+    SHAPE,
+    TIER,
+    Case,
+    gpus,
+    on,
+)
 from tests.config.model_files.test_outline import DEEPSEEK
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
+STOCK = {"engine": "vllm", "kv_transfer__connector": "vllm-nixl"}
 
-OLD = replace(GPU, gpus=tuple(replace(gpu, has_virtual_memory=False) for gpu in GPU.gpus))
-
-H100 = replace(GPU, gpus=tuple(replace(gpu, memory_bytes=80 * GIB) for gpu in GPU.gpus))
-HALF_HELD = replace(GPU, gpus=tuple(replace(g, free_memory_bytes=70 * GIB) for g in GPU.gpus))
+OLD = gpus(has_virtual_memory=False)
+SMALL, H100 = gpus(memory_bytes=16 * GIB), gpus(memory_bytes=80 * GIB)
+HALF_HELD = gpus(free_memory_bytes=70 * GIB)
 
 
 def deepseek(machine, *, size=None, **config):
@@ -64,19 +76,14 @@ CASES: dict[str, Case] = {
     ),
     "PD207": Case(
         [
-            on(replace(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))),
+            on(SMALL),
             on(GPU, kv_cache_memory="130GiB"),
             deepseek(H100, tensor_parallel_size=4),
             deepseek(H100, tensor_parallel_size=4, size=688586727753),
             deepseek(H100, tensor_parallel_size=8),
         ],
         [
-            on(
-                replace(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus)),
-                prefill__tensor_parallel_size=2,
-                decode__tensor_parallel_size=2,
-                max_num_batched_tokens=4096,
-            ),
+            on(SMALL, tensor_parallel_size=2, max_num_batched_tokens=4096),
             on(GPU, kv_cache_memory="100GiB"),
             # What others hold does not count against a rank's share, where both fit.
             on(HALF_HELD, gpu_memory_utilization=0.45),
@@ -104,18 +111,18 @@ CASES: dict[str, Case] = {
     ),
     "PD210": Case(
         [
-            on(one_gpu()),
-            on(one_gpu(), kv_cache_memory="60GiB"),
-            on(one_gpu(), engine="vllm", kv_cache_memory="9GiB"),
+            on(ONE_GPU),
+            on(ONE_GPU, kv_cache_memory="60GiB"),
+            on(ONE_GPU, engine="vllm", kv_cache_memory="9GiB"),
             on(HALF_HELD, engine="vllm", kv_cache_memory="9GiB"),
         ],
         [
-            on(one_gpu(), gpu_memory_utilization=0.45),
-            on(one_gpu(), kv_cache_memory="20GiB"),
+            on(ONE_GPU, gpu_memory_utilization=0.45),
+            on(ONE_GPU, kv_cache_memory="20GiB"),
             on(GPU),
             on(HALF_HELD, kv_cache_memory="9GiB"),
             on(HALF_HELD, engine="vllm", gpu_memory_utilization=0.45),
-            on(one_gpu(), engine="vllm", kv_cache_memory="9GiB", gpu_memory_utilization=0.01),
+            on(ONE_GPU, engine="vllm", kv_cache_memory="9GiB", gpu_memory_utilization=0.01),
         ],
     ),
     "PD222": Case(
@@ -123,7 +130,7 @@ CASES: dict[str, Case] = {
         [on(GPU, engine="vllm", gpu_memory_utilization=0.97), on(GPU, gpu_memory_utilization=1)],
     ),
     "PD211": Case(
-        [on(one_gpu(), gpu_memory_utilization=0.4)],
+        [on(ONE_GPU, gpu_memory_utilization=0.4)],
         [on(GPU, prefill__replicas=4, decode__replicas=4)],
     ),
     "PD212": Case(
@@ -143,12 +150,7 @@ CASES: dict[str, Case] = {
         [
             on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
             on(GPU, prefill__enable_sleep_mode=True, kv_transfer__connector="mooncake"),
-            on(
-                GPU,
-                decode__enable_cumem_allocator=True,
-                engine="vllm",
-                kv_transfer__connector="vllm-nixl",
-            ),
+            on(GPU, decode__enable_cumem_allocator=True, **STOCK),
         ],
         [
             on(GPU, kv_transfer__nixl__path="nixl"),

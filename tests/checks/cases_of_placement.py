@@ -30,6 +30,7 @@ LONE = {"name": "b", "advertise_address": "127.0.0.1"}
 SPREAD = {"placement_strategy": "spread"}
 TRUSTED = {"kv_transfer__trusted_network": True}
 B4 = {"name": "b", "advertise_address": "10.0.0.3"}
+ALONE = {"both__replicas": 1, "prefill__replicas": 0, "decode__replicas": 0}
 TWO_NODES = {"nnodes": 2, "tensor_parallel_size": 2, **TRUSTED}
 
 
@@ -61,15 +62,13 @@ CASES = {
             far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=2),
             far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=3, **TRUSTED),
             far_vllm(nnodes=3, tensor_parallel_size=3, **TRUSTED),
-            far_vllm(
-                nnodes=2, tensor_parallel_size=2, kv_transfer__connector="vllm-nixl", **TRUSTED
-            ),
-            far(nnodes=2, tensor_parallel_size=2, **TRUSTED),
+            far_vllm(kv_transfer__connector="vllm-nixl", **TWO_NODES),
+            far(**TWO_NODES),
             far(decode__data_parallel_size=2),
-            far_vllm(nnodes=2, tensor_parallel_size=2, data_parallel_size=2, **TRUSTED),
-            on(WIDE, engine="vllm", nnodes=2, tensor_parallel_size=2, **TRUSTED),
+            far_vllm(data_parallel_size=2, **TWO_NODES),
+            on(WIDE, engine="vllm", **TWO_NODES),
         ],
-        [far_vllm(nnodes=2, tensor_parallel_size=2, **TRUSTED), far_vllm(data_parallel_size=2)],
+        [far_vllm(**TWO_NODES), far_vllm(data_parallel_size=2)],
     ),
     "PD457": Case(
         [
@@ -105,9 +104,7 @@ CASES = {
             far_vllm(**TRUSTED),
             near_vllm(),
             far(kv_transfer__connector="file", kv_transfer__file__directory="/shared"),
-            hosts(
-                A | {"roles": "both"}, B, both__replicas=1, prefill__replicas=0, decode__replicas=0
-            ),
+            hosts(A | {"roles": "both"}, B, **ALONE),
         ],
     ),
 }

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pdlaunch.errors import ConfigError
 from tests.checks.contexts import CPU, GPU, SHAPE, SLIDING, SMALL_SHAPE, Case, on, p2p
 
-OTHER_END = replace(SMALL_SHAPE, eos_token_ids=(2, 3))
 A_KEY = {"name": "a", "sha256": "0" * 64}
 OVER_FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 

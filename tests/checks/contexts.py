@@ -91,6 +91,7 @@ NOTHING_WRONG: dict[str, Any] = {
 
 ROUTER = ("127.0.0.1", 8000)
 PAIR = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 390.0)
+ONE_GPU = replace(GPU, gpus=GPU.gpus[:1])
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 SLIDING = replace(SMALL_SHAPE, layer_windows=(1024,) * 30)
 TIER = {"kv_offload__host_memory": "8GiB"}
@@ -121,21 +122,12 @@ def on(
         node[name] = value
     given = {path.replace("__", "."): "deploy.yaml:1:1" for path in config}
     shape = SHAPE if machine.gpus else SMALL_SHAPE
-    prefill, decode = shapes or (shape, shape)
-    launch = resolve(
-        LaunchConfig.model_validate(tree),
-        {"host": machine},
-        environ or {},
-        {
-            role: Model("a", path, shape, error=model_error, has_state=has_state)
-            for role, path, shape in zip(
-                ("prefill", "decode", "both"),
-                (*paths, paths[1]),
-                (prefill, decode, decode),
-                strict=True,
-            )
-        },
+    prefill, decode = (
+        Model("a", path, each, error=model_error, has_state=has_state)
+        for path, each in zip(paths, shapes or (shape, shape), strict=True)
     )
+    models = {"prefill": prefill, "decode": decode, "both": decode}
+    launch = resolve(LaunchConfig.model_validate(tree), {"host": machine}, environ or {}, models)
     known = NOTHING_WRONG | {"deployment": SeenDeployment((), ())}
     return make_context(launch, given, Probes(**{**known, "transport": pairs, **(probes or {})}))
 
@@ -159,5 +151,10 @@ def p2p(base, **config):
     return on(base, kv_transfer__nixl__path="p2p", **config)
 
 
-def one_gpu(**changes):
-    return replace(GPU, gpus=GPU.gpus[:1], **changes)
+def show(value):
+    return {"CUDA_VISIBLE_DEVICES": value}
+
+
+def gpus(**changes):
+    """The machine with GPUs, all of them changed."""
+    return replace(GPU, gpus=tuple(replace(gpu, **changes) for gpu in GPU.gpus))

@@ -13,7 +13,7 @@ from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.machine.profiles import find_machine
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.resolve import resolve
-from tests.checks.contexts import CPU, GIB, GPU, NOTHING_WRONG, SHAPE, SMALL_SHAPE
+from tests.checks.contexts import CPU, GIB, NOTHING_WRONG, SHAPE, SMALL_SHAPE, gpus
 from tools.pages import rules_page, settings_page
 
 MODELS = {"prefill": Model("m", "/m", SMALL_SHAPE), "decode": Model("m", "/m", SMALL_SHAPE)}
@@ -69,8 +69,7 @@ def test_advice_on_the_cache_is_about_lengths_of_the_model():
 
 
 def test_memory_arithmetic_is_shown():
-    small = replace(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))
-    report = check(machine=small, models=BIG_MODELS)
+    report = check(machine=gpus(memory_bytes=16 * GIB), models=BIG_MODELS)
     (prefill, *_) = [each for each in report.findings if each.rule == "PD207"]
     assert "weights 15 GiB + activations" in prefill.message
     assert "0.9 x 16 GiB = 14.4 GiB" in prefill.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,8 @@ MACHINES = st.builds(
     ),
 )
 SHAPES = st.builds(
-    lambda windows, dtype: ModelShape(
-        **{
-            **{name: getattr(SMALL_SHAPE, name) for name in SMALL_SHAPE.__slots__},
-            "num_layers": len(windows),
-            "layer_windows": tuple(windows),
-            "dtype": dtype,
-        }
+    lambda windows, dtype: replace(
+        SMALL_SHAPE, num_layers=len(windows), layer_windows=tuple(windows), dtype=dtype
     ),
     st.lists(st.sampled_from([None, 64, 512]), min_size=1, max_size=8),
     st.sampled_from([None, "float32", "bfloat16", "float16", "int8"]),

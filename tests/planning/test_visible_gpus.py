@@ -5,15 +5,10 @@ from dataclasses import replace
 import pytest
 
 from pdlaunch.launch.engines.plan import plan_processes
-from tests.checks.contexts import CPU, GPU, on
+from tests.checks.contexts import CPU, GPU, on, show
 
 TWO = replace(GPU, gpus=GPU.gpus[:2])
 HIDDEN = replace(CPU, has_hidden_gpus=True)
-OF_TWO = {"prefill__tensor_parallel_size": 2, "decode__tensor_parallel_size": 2}
-
-
-def show(value):
-    return {"CUDA_VISIBLE_DEVICES": value}
 
 
 @pytest.mark.parametrize(
@@ -28,10 +23,10 @@ def show(value):
             GPU,
             {},
             {
+                "tensor_parallel_size": 2,
                 "prefill__env": show("0,1"),
                 "decode__env": show("4,5,6,7"),
                 "decode__replicas": 2,
-                **OF_TWO,
             },
             [0, 1, 0, 1, 2, 3],
             ["p", "p", "", "", "d", "d", "d", "d"],
