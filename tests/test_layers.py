@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pdlaunch"
 HEAVY = ("torch", "transformers")
+DOWNLOADERS = {"huggingface_hub.file_download", "tqdm"}
 ENTRY_FILES = {"__init__", "__main__"}
 """Of the package itself; they belong to no room."""
 
@@ -156,23 +157,24 @@ def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
     }
 
 
+COMMAND = "import sys; sys.argv = ['pdlaunch', {}]; from pdlaunch.cli import main; main()"
+
+
 @pytest.mark.parametrize(
-    "statement",
+    ("statement", "others"),
     [
-        "import pdlaunch.cli.serve",
-        "import pdlaunch.cli.check_config",
-        "import pdlaunch.launch.launch",
-        "import pdlaunch.router.__main__",
-        "import pdlaunch.engine.server.__main__",
-        "import sys; sys.argv = ['pdlaunch', '--help']; from pdlaunch.cli import main; main()",
-        (
-            "import sys; sys.argv = ['pdlaunch', 'serve', '--dry-run', '--format', 'json']; from "
-            "pdlaunch.cli import main; main()"
-        ),
+        ("import pdlaunch", {"pydantic", "msgspec", "typer"}),
+        ("import pdlaunch; pdlaunch.Launch", {"typer"}),
+        ("import pdlaunch.cli.serve, pdlaunch.launch.launch", DOWNLOADERS),
+        ("import pdlaunch.cli.check_config", DOWNLOADERS),
+        ("import pdlaunch.router.__main__", DOWNLOADERS),
+        ("import pdlaunch.engine.server.__main__", set()),
+        (COMMAND.format("'--help'"), DOWNLOADERS),
+        (COMMAND.format("'serve', '--dry-run', '--format', 'json'"), DOWNLOADERS),
     ],
 )
 @pytest.mark.processes
-def test_light_processes_import_neither_torch_nor_transformers(statement: str) -> None:
+def test_light_processes_import_no_heavy_library(statement: str, others: set[str]) -> None:
     report = (
         "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules, "
         "file=sys.stderr)); "
@@ -186,4 +188,4 @@ def test_light_processes_import_neither_torch_nor_transformers(statement: str) -
     )
     assert result.returncode == 0, result.stderr
     loaded = next(line for line in result.stderr.splitlines() if line.startswith("LOADED")).split()
-    assert not set(HEAVY) & set(loaded)
+    assert not {*HEAVY, *others} & {*loaded}

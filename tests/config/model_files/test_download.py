@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,14 +159,3 @@ def test_a_hub_that_is_gone_is_named(hub: FakeHub, monkeypatch: pytest.MonkeyPat
 def test_room_is_advised_where_there_is_none(number: int, advice: str) -> None:
     error = OSError(number, os.strerror(number))
     assert str(_explain(error, NAME, "main").fix).startswith(advice)
-
-
-def test_the_command_line_imports_no_library_that_downloads() -> None:
-    code = (
-        "import sys, pdlaunch.cli.serve, pdlaunch.launch.supervisor;"
-        "print([m for m in ('torch', 'huggingface_hub.file_download', 'tqdm') if m in sys.modules])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
