@@ -7,11 +7,14 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
 from pdlaunch.protocol.kv_params import TokenOutput
+
+if TYPE_CHECKING:
+    from pdlaunch.engine.runner import ModelRunner
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
@@ -21,7 +24,7 @@ GRAPHS: dict[str, dict[str, object]] = {"graphs": {}, "eager": {"enforce_eager":
 """Settings for steps on a GPU, by which of them run from CUDA graphs."""
 
 
-def make_spec(model_dir: object, **changes: object) -> EngineSpec:
+def make_spec(model_dir: object, /, **changes: object) -> EngineSpec:
     settings: dict[str, object] = {
         "name": "decode-0",
         "role": "decode",

@@ -25,6 +25,7 @@ from pdlaunch.engine.server.served_model import load_served_model
 from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from tests.engine.real_steps import make_spec
 from tests.engine.server.fake_rank import FakeRank
 
 TEMPLATE = (
@@ -34,7 +35,6 @@ TEMPLATE = (
 )
 CORPUS = ["hello world, the quick brown fox stops here", "prefill and decode are two engines"] * 4
 TOKEN = "launch-token"
-OTHER_ROUTERS_KEY = "of-another-router"
 END_TOKEN = "<|im_end|>"
 
 
@@ -86,24 +86,9 @@ def tokenizer(model_dir: Path) -> TextTokenizer:
 
 
 def engine_spec(model_dir: Path, /, **changes: object) -> EngineSpec:
-    fields: dict[str, object] = {
-        "name": "prefill-0",
-        "role": "prefill",
-        "model_dir": str(model_dir),
-        "served_model_name": "tiny",
-        "dtype": "float32",
-        "max_model_len": 100,
-        "block_size": 16,
-        "enable_cumem_allocator": False,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 512,
-        "device": "cpu",
-        "device_indices": (),
-        "tensor_parallel_size": 1,
-        "num_threads": 1,
-        "limits": LimitSettings(max_queued_requests=8),
-    }
-    return EngineSpec.model_validate(fields | changes)
+    limits = LimitSettings(max_queued_requests=8)
+    fields = {"name": "prefill-0", "role": "prefill", "max_model_len": 100, "limits": limits}
+    return make_spec(model_dir, **fields | changes)
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +167,7 @@ async def make_engine(
             secure, rank.endpoint, identity=spec.name, on_message=service.receive, clock=clock
         )
         await service.use_link(link)
-        app = make_app(service, keys=[TOKEN, OTHER_ROUTERS_KEY])
+        app = make_app(service, keys=[TOKEN])
         runner = HttpRunner(app, max_connections=100, shutdown_timeout_s=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -13,7 +13,6 @@ import zmq.asyncio
 
 from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.protocol.engine import (
-    AbortRequest,
     AddRequest,
     CheckIntegrity,
     EngineStats,
@@ -118,11 +117,6 @@ class FakeRank:
 
     def added(self) -> list[AddRequest]:
         return [message for message in self.received if isinstance(message, AddRequest)]
-
-    def aborted(self) -> list[str]:
-        return [
-            message.request_id for message in self.received if isinstance(message, AbortRequest)
-        ]
 
     async def wait_for(self, kind: type[M], count: int = 1) -> list[M]:
         """The first ``count`` messages of ``kind``."""

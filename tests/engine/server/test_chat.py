@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from tests.engine.server.conftest import END_TOKEN, Engine
+from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank
 
 HELLO = [{"role": "user", "content": "hello"}]
 PROMPT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
-async def test_messages_are_rendered_and_answered(engine: Engine, rank: FakeRank):
-    rank.script = rank.says(rank.ids("hello world") + rank.ids(END_TOKEN), ends=True)
-    answer = await engine.chat()
-    (request,) = rank.added()
-    assert request.prompt_token_ids == rank.ids(PROMPT)
-    assert request.sampling.max_tokens == 100 - len(request.prompt_token_ids)
-    (choice,) = answer["choices"]
-    assert answer["id"].startswith("chatcmpl-")
-    assert answer["object"] == "chat.completion"
-    assert choice["message"] == {"role": "assistant", "content": "hello world", "refusal": None}
-    assert choice["finish_reason"] == "stop"
-
-
-async def test_a_chat_stream_opens_with_the_role_of_every_choice(engine: Engine, rank: FakeRank):
-    body = {
-        "messages": HELLO,
-        "n": 2,
-        "max_tokens": 3,
-        "return_token_ids": True,
-        "stream_options": {"include_usage": True},
-    }
-    chunks = await engine.stream("/v1/chat/completions", **body)
+async def test_a_chat_is_answered_and_streamed(engine: Engine, rank: FakeRank):
+    answer = await engine.chat(max_tokens=3)
+    assert (answer["id"][:9], answer["object"]) == ("chatcmpl-", "chat.completion")
+    message = answer["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "hello world,", "refusal": None}
+    body = {"messages": HELLO, "n": 2, "max_tokens": 3, "return_token_ids": True}
+    chunks = await engine.stream(
+        "/v1/chat/completions", **body, stream_options={"include_usage": True}
+    )
     opening = chunks[0]["choices"]
     assert [choice["delta"] for choice in opening] == [{"role": "assistant", "content": ""}] * 2
     assert chunks[0]["prompt_token_ids"] == rank.ids(PROMPT)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
 import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.engine.server.served_model import read_sampling_defaults
 from pdlaunch.errors import ConfigError
-from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import END_TOKEN, TOKEN, Engine
@@ -152,50 +149,7 @@ async def test_logprobs_name_tokens_offsets_and_alternatives(engine: Engine, ran
         assert [value for part in streamed if part for value in part[key]] == values
 
 
-async def test_only_who_asks_is_told_spans(engine: Engine, rank: FakeRank):
-    assert "pdlaunch" not in await engine.complete(max_tokens=3)
-    assert not rank.added()[0].records_spans
-    body = {"prompt": "hello", "max_tokens": 3}
-    _, answer, _ = await engine.post("/v1/completions", body, **{SPANS_HEADER: "1"})
-    assert [span["name"] for span in answer["pdlaunch"]["spans"]] == ["receive", "tokenize"]
-    assert rank.added()[1].records_spans
-
-
 # Failures
-
-
-async def test_a_request_that_fails_is_a_500(engine: Engine, rank: FakeRank):
-    rank.script = lambda request: [
-        Tokens(request_id=request.request_id, tokens=[TokenOutput(token_id=70)]),
-        RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks"),
-    ]
-    status, error = await engine.refusal()
-    assert (status, error["message"], error["code"]) == (500, "no KV blocks", "engine_error")
-
-
-@contextlib.asynccontextmanager
-async def running_stream(
-    engine: Engine, rank: FakeRank
-) -> AsyncIterator[tuple[AddRequest, aiohttp.ClientResponse]]:
-    """A stream whose first token has come; its rank says nothing more by itself."""
-    rank.script = silent
-    body = {"prompt": "x", "stream": True}
-    post = asyncio.create_task(engine.session.post(engine.url + "/v1/completions", json=body))
-    request = (await rank.wait_for(AddRequest))[-1]
-    await rank.say(Tokens(request_id=request.request_id, tokens=[TokenOutput(token_id=70)]))
-    async with await post as response:
-        assert (await response.content.readuntil(b"\n\n")).startswith(b"data: {")
-        yield request, response
-
-
-async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank: FakeRank):
-    async with running_stream(engine, rank) as (request, response):
-        await rank.say(
-            RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks")
-        )
-        rest = await response.text()
-    assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "no KV blocks"
-    assert "[DONE]" not in rest
 
 
 async def test_an_answer_that_takes_too_long_is_a_503(
@@ -210,6 +164,21 @@ async def test_an_answer_that_takes_too_long_is_a_503(
     assert (status, answer["error"]["code"]) == (503, "request_timeout")
     assert response.headers["Retry-After"] == "2"
     await rank.wait_for(AbortRequest)
+
+
+async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank: FakeRank):
+    token = TokenOutput(token_id=70)
+    rank.script = lambda request: [Tokens(request_id=request.request_id, tokens=[token])]
+    body = {"prompt": "x", "stream": True}
+    async with engine.session.post(engine.url + "/v1/completions", json=body) as response:
+        assert (await response.content.readuntil(b"\n\n")).startswith(b"data: {")
+        (request,) = rank.added()
+        await rank.say(
+            RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks")
+        )
+        rest = await response.text()
+    assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "no KV blocks"
+    assert "[DONE]" not in rest
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -239,22 +208,16 @@ async def test_a_half_closed_connection_is_told_why_it_gets_no_answer(
 
 # The model's generation_config.json says how requests that leave it open are sampled
 
-QWEN3 = {
-    "bos_token_id": 1,
-    "do_sample": True,
+SAMPLED = {
     "temperature": 0.6,
     "top_k": 20,
     "top_p": 0.95,
     "min_p": 0.1,
     "repetition_penalty": 1.05,
-    "max_new_tokens": 7,
-    "transformers_version": "5.0.0",
 }
-OPEN = {name: QWEN3[name] for name in ("temperature", "top_k", "top_p", "min_p")} | {
-    "repetition_penalty": 1.05,
-    "presence_penalty": 0.0,
-    "max_tokens": 7,
-}
+QWEN3 = SAMPLED | {"do_sample": True, "max_new_tokens": 7, "transformers_version": "5.0.0"}
+OPEN = SAMPLED | {"presence_penalty": 0.0, "max_tokens": 7}
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -267,23 +230,8 @@ OPEN = {name: QWEN3[name] for name in ("temperature", "top_k", "top_p", "min_p")
             {"temperature": 0, "top_k": 0, "max_tokens": 9},
         ),
         # The neutral value, too, is one that the client has chosen.
-        (
-            {"temperature": 1.0, "repetition_penalty": 1.0},
-            {},
-            {"temperature": 1.0, "repetition_penalty": 1.0},
-        ),
-        (
-            {"max_tokens": 8},
-            {"generation_config": "vllm"},
-            {
-                "temperature": 1.0,
-                "top_k": 0,
-                "top_p": 1.0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "max_tokens": 8,
-            },
-        ),
+        (NEUTRAL, {}, NEUTRAL),
+        ({"max_tokens": 8}, {"generation_config": "vllm"}, NEUTRAL | {"max_tokens": 8}),
     ],
 )
 async def test_what_a_request_leaves_open_is_the_models(

@@ -71,7 +71,7 @@ async def test_prefill_answers_with_the_lease_and_the_first_token(engine: Engine
     token = {"token_id": token_id, "logprob": -0.5, "top_logprobs": [[token_id, -0.5]]}
     assert params["pdlaunch"]["first_tokens"] == [token]
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert rank.aborted() == []
+    assert not [message for message in rank.received if isinstance(message, AbortRequest)]
 
 
 @pytest.mark.parametrize("fields", [{"stop": ["hel"]}, {}])
@@ -176,25 +176,6 @@ async def test_prefill_and_decode_together_say_what_one_engine_says(
             assert said[-1][name] == choice[name]
 
 
-async def test_decode_starts_from_the_first_token_and_the_remote_blocks(
-    engine: Engine, rank: FakeRank
-):
-    answer, body = await hand_over(engine, sent=True)
-    await engine.complete(**body)
-    request = rank.added()[-1]
-    assert request.remote_kv is not None
-    assert request.remote_kv.block_ids == [[1, 2]]
-    assert request.output == [TokenOutput(token_id=rank.ids("hello")[0])]
-    assert request.sampling.max_tokens == 12
-    # A router without our key gets every token from decode.
-    del body["kv_transfer_params"]["pdlaunch"]
-    decoded = await engine.complete(**body)
-    assert rank.added()[-1].output == []
-    assert rank.added()[-1].remote_kv is not None
-    assert decoded["choices"][0]["text"].startswith(answer["choices"][0]["text"])
-    assert decoded["usage"]["completion_tokens"] == 12
-
-
 async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(
     engine: Engine, rank: FakeRank
 ):
@@ -218,28 +199,15 @@ async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "fields", "reasons"),
-    [
-        ([{"finish_reason": "stop"}, {}], {"n": 2, "max_tokens": 3}, ["stop", "length"]),
-        # A router that does not look at first tokens asks decode for a request of one, too.
-        ([{}], {"max_tokens": 1}, ["length"]),
-    ],
-)
-async def test_choices_that_are_over_only_give_their_lease_up(
-    engine: Engine, rank: FakeRank, tokens, fields, reasons
-):
-    given = [{"token_id": rank.ids("hello")[0]} | token for token in tokens]
-    params = REMOTE_PREFILL | first_tokens(*given)
-    answer = await engine.complete(kv_transfer_params=params, **fields)
-    assert [choice["finish_reason"] for choice in answer["choices"]] == reasons
+async def test_a_choice_that_is_over_only_gives_its_lease_up(engine: Engine, rank: FakeRank):
+    given = {"token_id": rank.ids("hello")[0]}
+    params = REMOTE_PREFILL | first_tokens(given | {"finish_reason": "stop"}, given)
+    answer = await engine.complete(kv_transfer_params=params, n=2, max_tokens=3)
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
     (abort,) = await rank.wait_for(AbortRequest)
-    added = rank.added()
-    assert all(request.remote_kv is not None and len(request.output) == 1 for request in added)
-    assert [request.request_id == abort.request_id for request in added] == [
-        True,
-        *[False] * (len(reasons) - 1),
-    ]
+    over, other = rank.added()
+    assert abort.request_id == over.request_id
+    assert all(each.remote_kv is not None and len(each.output) == 1 for each in (over, other))
 
 
 async def test_an_engine_of_both_roles_refuses_blocks_and_takes_first_tokens(

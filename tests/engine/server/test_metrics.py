@@ -47,7 +47,8 @@ async def test_requests_tokens_times_and_parameters_are_counted(engine: Engine, 
     rank.script = lambda request: [
         RequestFinished(request_id=request.request_id, reason="error", error="it broke")
     ]
-    await engine.refusal(prompt=PROMPT, max_tokens=3)
+    status, error = await engine.refusal(prompt=PROMPT, max_tokens=3)
+    assert (status, error["message"], error["code"]) == (500, "it broke", "engine_error")
     expected = {
         "request_success_total/stop": 1,
         "request_success_total/length": 2,

@@ -16,7 +16,6 @@ from pdlaunch.protocol.openai.body import parse_request
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from tests.engine.server.conftest import END_TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank
-from tests.engine.server.test_handover import REMOTE_DECODE
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -282,22 +281,3 @@ async def test_log_probabilities_of_a_prompt_stand_by_token_id(engine: Engine, r
             (best, own) = told
             assert (best, told[best]["rank"], told[best]["logprob"]) == ("100", 1, -0.1)
             assert (told[own]["rank"], told[own]["logprob"]) == (None, -0.25)
-
-
-async def test_prefill_alone_tells_of_the_prompt(engine: Engine, rank: FakeRank) -> None:
-    """It has computed it; the decode engine, which has not, does not repeat it."""
-    fields = {"prompt": "hello world", "echo": True, "logprobs": 1}
-    answer = await engine.complete(**fields, max_tokens=1, kv_transfer_params=REMOTE_DECODE)
-    (choice,) = answer["choices"]
-    assert choice["text"].startswith("hello world")
-    assert len(choice["logprobs"]["tokens"]) == len(rank.ids("hello world")) + 1
-    params = answer["kv_transfer_params"]
-    params["pdlaunch"]["first_token_sent"] = True
-    chunks = await engine.stream(**fields, max_tokens=4, kv_transfer_params=params)
-    assert rank.added()[-1].sampling.num_prompt_logprobs is None
-    shown = [chunk["choices"][0] for chunk in chunks[:-1]]
-    assert "hello" not in shown[0]["text"]
-    offsets = [
-        offset for one in shown if one["logprobs"] for offset in one["logprobs"]["text_offset"]
-    ]
-    assert offsets[0] == len(choice["text"])
