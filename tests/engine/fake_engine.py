@@ -17,8 +17,13 @@ from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.offload.planner import HostTier, JobFinished, OffloadJob, OffloadPlanner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
-from pdlaunch.observe.spans import Span
-from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, Tokens
+from pdlaunch.protocol.engine import (
+    AddRequest,
+    EngineStats,
+    RequestFinished,
+    SamplingParams,
+    Tokens,
+)
 from pdlaunch.protocol.kv_events import HeldBlocks
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.transfer import (
@@ -136,8 +141,6 @@ class FakeEngine:
         self.added: dict[str, AddRequest] = {}
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
-        self.spans: dict[str, list[Span]] = {}
-        """What was told of requests that ask for it."""
         self.pulls: dict[str, StartPull] = {}
         self.num_pulls = 0
         self.quarantined: dict[str, StartPull] = {}
@@ -228,12 +231,14 @@ class FakeEngine:
         for item in self.scheduler.requests.take_outputs():
             assert item.request_id not in self.finished, "a request that has ended says more"
             self.outputs[item.request_id].extend(item.tokens)
-            if item.spans is not None:
-                self.spans.setdefault(item.request_id, []).extend(item.spans.spans)
             if isinstance(item, RequestFinished):
                 self.finished[item.request_id] = item
             else:
                 assert isinstance(item, Tokens)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.scheduler.requests.stats()
 
     def token_ids(self, request_id: str) -> list[int]:
         return [token.token_id for token in self.outputs[request_id]]

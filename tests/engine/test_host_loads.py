@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
-from pdlaunch.protocol.engine import EngineStats
 from tests.engine.fake_engine import FULL, FakeEngine, output, sliding
 
 PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 3, 1, 4]
@@ -21,10 +20,6 @@ def make_engine(
 ) -> FakeEngine:
     """The device has room for one prompt and its answer; the host has room for all."""
     return FakeEngine(groups=groups, num_blocks=num_blocks * len(groups), num_host=200, **options)
-
-
-def stats_of(engine: FakeEngine) -> EngineStats:
-    return engine.scheduler.requests.stats()
 
 
 def engine_after_first(
@@ -46,7 +41,7 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
     num_computed = engine.runners[0].num_computed_tokens
     engine.add("second", PROMPT)
     engine.step()
-    assert stats_of(engine).num_waiting_for_kv == 1
+    assert engine.stats.num_waiting_for_kv == 1
     assert not engine.scheduler.has_work()
     engine.run_all()
     assert engine.token_ids("second") == output(PROMPT, 4)
@@ -55,7 +50,7 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
     # Of the sliding group only what the token after the prefix sees.
     (load,) = engine.loads
     assert [key.group for key in load.keys] == ([0, 0, 0] if len(groups) == 1 else [0, 0, 0, 1])
-    stats = stats_of(engine)
+    stats = engine.stats
     sources = [
         stats.counts[f"prompt_tokens_cached_by_source/{name}"] for name in ("device", "host")
     ]
@@ -76,7 +71,7 @@ def test_a_preempted_request_goes_on_from_the_host() -> None:
     engine = make_engine(num_blocks=8)
     engine.add("early", PROMPT[:7], max_tokens=20)
     engine.add("late", OTHER[:7], max_tokens=20)
-    while not stats_of(engine).counts.get("num_preemptions"):
+    while not engine.stats.counts.get("num_preemptions"):
         engine.step()
         engine.end_jobs()
     engine.run_all()
@@ -97,7 +92,7 @@ def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
     engine.run_all()
     assert engine.token_ids("second") == output(PROMPT, 4)
     assert engine.finished["second"].num_cached_tokens == 0
-    stats = stats_of(engine)
+    stats = engine.stats
     assert (stats.counts["kv_offload_load_failures"], stats.counts["kv_offload_bad_blocks"]) == (
         1,
         num_bad,
@@ -112,11 +107,11 @@ def test_blocks_are_not_reused_before_they_are_stored() -> None:
     engine = make_engine(num_blocks=4)
     engine.add("first", PROMPT[:8], max_tokens=1)
     engine.run()
-    assert stats_of(engine).num_free_blocks == 2
+    assert engine.stats.num_free_blocks == 2
     engine.add("second", OTHER[:3], max_tokens=13)
     engine.run()
     assert len(engine.token_ids("second")) == 6, "two blocks hold eight tokens"
     assert not engine.scheduler.has_work()
     engine.run_all()
     assert engine.token_ids("second") == output(OTHER[:3], 13)
-    assert stats_of(engine).counts.get("num_preemptions", 0) == 0
+    assert engine.stats.counts.get("num_preemptions", 0) == 0

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader, RankParts
-from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.protocol.engine import (
     AddRequest,
@@ -79,15 +78,12 @@ def make_leader(
     recorder: Any,
     clock: Callable[[], float] = time.monotonic,
     *,
-    followers: Any = None,
-    offload: Any = None,
-    planner: OffloadPlanner | None = None,
     record: Callable[[Sequence[int]], None] = lambda _: None,
     **changes: object,
 ) -> Leader:
     spec = make_spec("unused", max_num_seqs=2, **changes)
-    rank = RankParts(spec, recorder, recorder, offload, clock=clock)
-    return Leader(rank, make_scheduler(spec, offload=planner), recorder, followers, record)
+    rank = RankParts(spec, recorder, recorder, clock=clock)
+    return Leader(rank, make_scheduler(spec), recorder, record=record)
 
 
 def add(name: str, max_tokens: int, prompt: Sequence[int] = (1, 2, 3), **fields: Any) -> AddRequest:

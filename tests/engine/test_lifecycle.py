@@ -6,14 +6,8 @@ import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.lifecycle import Histograms
-from pdlaunch.protocol.engine import EngineStats
-from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
+from pdlaunch.protocol.transfer import CancelPull, EndLease, PullFinished, StartPull
 from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv, stop_at_first
-
-
-def stats_of(engine: FakeEngine) -> EngineStats:
-    return engine.scheduler.requests.stats()
-
 
 # How requests end
 
@@ -53,41 +47,24 @@ def test_request_whose_logits_are_nan_ends_with_an_error_and_others_go_on(runs_a
     assert (sick.reason, sick.tokens, "NaN" in (sick.error or "")) == ("error", [], True)
     for name in ("before", "after"):
         assert engine.token_ids(name) == output(prompts[name], 8)
-    assert stats_of(engine).num_free_blocks == engine.num_blocks
+    assert engine.stats.num_free_blocks == engine.num_blocks
 
 
 # Leases
-
-
-def lease_of(engine: FakeEngine, **fields: object) -> GrantLease | None:
-    engine.add("a", PROMPT, **{"max_tokens": 1, "do_remote_decode": True, **fields})  # type: ignore[arg-type]
-    commands = [command for plan in engine.run() for command in plan.commands]
-    return next((command for command in commands if isinstance(command, GrantLease)), None)
-
-
-def test_lease_and_answer_after_the_first_token() -> None:
-    engine = FakeEngine()
-    grant = lease_of(engine)
-    finished = engine.finished["a"]
-    assert grant is not None
-    assert finished.remote_kv is not None
-    assert (finished.reason, finished.remote_kv.num_tokens) == ("length", 10)
-    assert finished.remote_kv.engine_id == "local-engine"
-    assert finished.remote_kv.block_ids == grant.block_ids
-    stats = stats_of(engine)
-    assert (stats.num_leased_requests, stats.num_leased_blocks, stats.num_free_blocks) == (1, 3, 29)
 
 
 @pytest.mark.parametrize(("num_readers", "has_lease"), [(1, False), (3, True)])
 def test_a_choice_that_stops_leases_only_for_others(num_readers: int, has_lease: bool) -> None:
     engine = FakeEngine()
     stop = stop_at_first(PROMPT, 1)
-    assert (lease_of(engine, sampling=stop, num_readers=num_readers) is not None) == has_lease
+    engine.add("a", PROMPT, sampling=stop, do_remote_decode=True, num_readers=num_readers)
+    engine.run()
+    assert ("a" in engine.leases) == has_lease
     assert engine.finished["a"].reason == "stop"
     assert (engine.finished["a"].remote_kv is not None) == has_lease
     engine.scheduler.requests.abort("a")
     assert (EndLease(lease_id="a") in engine.step().commands) == has_lease
-    assert stats_of(engine).num_leased_requests == has_lease, "until the transfer thread says so"
+    assert engine.stats.num_leased_requests == has_lease, "until the transfer thread says so"
 
 
 def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
@@ -96,12 +73,9 @@ def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
         engine.add(name, PROMPT, max_tokens=1, do_remote_decode=True)
         engine.run()
         engine.end_lease(name, reason)
-    stats = stats_of(engine)
-    assert (
-        stats.counts["kv_leases_expired"],
-        stats.num_leased_requests,
-        stats.num_free_blocks,
-    ) == (2, 0, 32)
+    stats = engine.stats
+    assert stats.counts["kv_leases_expired"] == 2
+    assert (stats.num_leased_requests, stats.num_free_blocks) == (0, 32)
 
 
 # Pulls
@@ -118,7 +92,7 @@ def test_pulled_with_first_token_computes_no_prompt_token() -> None:
     engine = FakeEngine()
     pull = start_pull(engine, output=output(PROMPT, 1))
     assert (pull.first_block_index, len(pull.block_ids[0]), len(pull.block_hashes)) == ([0], 3, 3)
-    assert stats_of(engine).num_waiting_for_kv == 1
+    assert engine.stats.num_waiting_for_kv == 1
     assert not engine.scheduler.has_work()
     engine.end_pull(pull.pull_id)
     engine.run()
@@ -163,7 +137,7 @@ def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
     engine.run()
     assert engine.num_pulls == 1
     assert engine.token_ids("d") == output(PROMPT, 4)
-    assert stats_of(engine).counts["kv_recomputed_requests"] == 1
+    assert engine.stats.counts["kv_recomputed_requests"] == 1
 
 
 def test_on_failure_fail_answers_the_cause() -> None:
@@ -180,9 +154,9 @@ def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull()
     engine.take_outputs()
     assert engine.finished["d"].reason == "abort"
     assert engine.step().commands == [CancelPull(pull_id=pull.pull_id)]
-    assert stats_of(engine).num_free_blocks == 29
+    assert engine.stats.num_free_blocks == 29
     engine.end_pull(pull.pull_id)
-    assert stats_of(engine).num_free_blocks == 32
+    assert engine.stats.num_free_blocks == 32
 
 
 # Counts
@@ -203,7 +177,7 @@ def test_what_is_counted_of_a_pull(fields: dict[str, int], counts: dict[str, int
     pull_id = start_pull(engine).pull_id
     event = PullFinished(pull_id=pull_id, counts=of_ranks, **fields)  # type: ignore[arg-type]
     engine.scheduler.requests.on_transfer_event(event)
-    found = stats_of(engine).counts
+    found = engine.stats.counts
     recomputed = {} if event.ok else {"kv_recomputed_requests": 1}
     assert {name: found[name] for name in found if name.startswith("kv_")} == (
         counts | of_ranks | recomputed

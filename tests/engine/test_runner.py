@@ -105,13 +105,6 @@ def test_garbage_past_a_pulled_prompt_does_not_show(llama: Path) -> None:
     assert token.token_id == expected[1]
 
 
-def test_warm_up_leaves_rows_and_cache_as_they_were(llama: Path) -> None:
-    runner = new_runner(llama)
-    runner.warm_up()
-    assert not runner.kv_cache.any()
-    assert answers(runner, [[3, 4, 5]], 4) == greedy(llama, [[3, 4, 5]], 4)
-
-
 def test_request_with_nan_draws_nothing_and_harms_no_other_in_its_step(
     llama: Path, tmp_path: Path
 ) -> None:

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv
 
 # Batching
-
-
-def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
-    engine = FakeEngine(num_blocks=7, caching=False)
-    engine.add("first", [1, 2, 3, 4], max_tokens=16)
-    engine.add("second", [4, 3, 2, 1], max_tokens=16)
-    engine.run()
-    assert engine.scheduler.requests.stats().counts["num_preemptions"] > 0
-    assert list(engine.finished) == ["first", "second"]
-    assert engine.token_ids("second") == output([4, 3, 2, 1], 16)
 
 
 def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
@@ -32,13 +23,13 @@ def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
         engine.add(name, prompt, output=output(prompt, 1), remote_kv=remote_kv(name, 8))
     engine.add("leased", [3] * 8, max_tokens=1, do_remote_decode=True)
     engine.run()
-    assert engine.scheduler.requests.stats().num_free_blocks == 0
+    assert engine.stats.num_free_blocks == 0
     for pull_id in list(engine.pulls):
         engine.end_pull(pull_id)
     engine.run()
     for name, prompt in prompts.items():
         assert engine.token_ids(name) == output(prompt, 4)[1:]
-    assert engine.scheduler.requests.stats().num_leased_requests == 1
+    assert engine.stats.num_leased_requests == 1
 
 
 # Lengths of the prompts that come before each step, again and again.
@@ -89,7 +80,7 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     (item,) = engine.step().scheduled
     assert (item.num_computed_tokens, item.num_tokens) == (8, 4)
     assert engine.finished["b"].num_cached_tokens == 8
-    stats = engine.scheduler.requests.stats()
+    stats = engine.stats
     assert (stats.counts["prefix_cache_queries"], stats.counts["prefix_cache_hits"]) == (22, 8)
     engine.add("next turn", PROMPT + engine.token_ids("a") + [1], max_tokens=1)
     engine.add("other salt", PROMPT, max_tokens=1, cache_salt="tenant")
@@ -107,7 +98,7 @@ def test_choices_of_one_prompt_wait_for_the_first_to_compute_it() -> None:
     assert [engine.finished[f"a/{choice}"].num_cached_tokens for choice in range(3)] == [0, 8, 8]
 
 
-def test_lower_priorities_are_computed_first_and_give_way_last() -> None:
+def test_lower_priorities_are_computed_first() -> None:
     engine = FakeEngine(max_num_seqs=1)
     engine.add("first", PROMPT)
     engine.step()
@@ -115,9 +106,13 @@ def test_lower_priorities_are_computed_first_and_give_way_last() -> None:
         engine.add(name, PROMPT[:4], priority=priority)
     engine.run()
     assert list(engine.finished) == ["first", "urgent", "late", "last"]
+
+
+@pytest.mark.parametrize(("priority", "order"), [(0, ["a", "b"]), (1, ["b", "a"])])
+def test_higher_priorities_and_the_latest_give_way(priority: int, order: list[str]) -> None:
     engine = FakeEngine(num_blocks=7, caching=False)
-    engine.add("first", [1, 2, 3, 4], max_tokens=16, priority=1)
-    engine.add("urgent", [4, 3, 2, 1], max_tokens=16)
+    engine.add("a", [1, 2, 3, 4], max_tokens=16, priority=priority)
+    engine.add("b", [4, 3, 2, 1], max_tokens=16)
     engine.run()
-    assert engine.scheduler.requests.stats().counts["num_preemptions"] > 0
-    assert list(engine.finished) == ["urgent", "first"]
+    assert engine.stats.counts["num_preemptions"] > 0
+    assert list(engine.finished) == order

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import gc
 import mmap
 import os
 from collections.abc import Iterator
@@ -11,13 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pdlaunch.engine.memory.kv_memory import (
-    Export,
-    HostKVMemory,
-    NotShareable,
-    PrivateKVMemory,
-    SharedRange,
-)
+from pdlaunch.engine.memory.kv_memory import Export, HostKVMemory, NotShareable, SharedRange
 from pdlaunch.errors import MemoryPoolError
 from tests.engine.memory.open_files import num_open_fds
 
@@ -33,26 +25,6 @@ def export() -> Iterator[Export]:
     yield found
     found.close()
     del tensor
-
-
-def test_a_peer_reads_what_the_owner_writes_and_nothing_stays_open() -> None:
-    before, memory = num_open_fds(), HostKVMemory()
-    tensor = memory.zeros(4 * PAGE)
-    tensor[PAGE : PAGE + 3] = torch.tensor([1, 2, 3], dtype=torch.uint8)
-    export = memory.export(tensor[PAGE : 2 * PAGE])
-    assert export.range == SharedRange("memfd", 4 * PAGE, PAGE, PAGE)
-    mapping = memory.map(export.range, export.fd)
-    export.close()
-    assert mapping.num_bytes == PAGE
-    tensor[PAGE + 1] = 7
-    assert ctypes.string_at(mapping.address, 4) == bytes([1, 7, 3, 0])
-    del tensor
-    gc.collect()
-    assert ctypes.string_at(mapping.address, 3) == bytes([1, 7, 3]), (
-        "the pages live as long as they are mapped"
-    )
-    mapping.close()
-    assert num_open_fds() == before
 
 
 def test_memory_that_is_not_there_is_named() -> None:
@@ -104,8 +76,3 @@ def test_memory_that_may_shrink_under_its_reader_is_not_mapped() -> None:
 def test_other_memory_is_not_shared() -> None:
     with pytest.raises(NotShareable, match="was not made for sharing"):
         HostKVMemory().export(torch.zeros(8))
-    private = PrivateKVMemory()
-    tensor = private.zeros(8)
-    assert tensor.tolist() == [0] * 8
-    with pytest.raises(NotShareable, match="this process alone"):
-        private.export(tensor)
