@@ -52,11 +52,11 @@ class FakeDriver:
     }
 
 
-def test_devices(tmp_path):
-    (tmp_path / "channel0").touch()
-    assert read_gpus(FakeDriver, tmp_path)[1] == Gpu(
-        1, "NVIDIA H200", 140 << 30, True, True, "0000:1a:00.0"
-    )
+def test_devices_whose_fabric_handles_need_an_imex_channel(tmp_path):
+    for has_channel in (False, True):
+        found = Gpu(1, "NVIDIA H200", 140 << 30, True, has_channel, "0000:1a:00.0")
+        assert read_gpus(FakeDriver, tmp_path)[1] == found
+        (tmp_path / "channel0").touch()
 
 
 def test_what_older_drivers_do_not_tell(tmp_path):
@@ -64,11 +64,6 @@ def test_what_older_drivers_do_not_tell(tmp_path):
     fake = FakeDriver(attributes={}, errors={"cuDeviceGetPCIBusId": 1})
     gpu = read_gpus(lambda: fake, tmp_path)[0]
     assert gpu == Gpu(0, "NVIDIA H200", 140 << 30, False, False)
-
-
-def test_fabric_handles_need_an_imex_channel(tmp_path):
-    assert read_gpus(FakeDriver, tmp_path)[0].has_fabric_handles is False
-    assert read_gpus(FakeDriver, tmp_path / "none")[0].has_fabric_handles is False
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
 from pdlaunch.machine import network
-from tests.machine.bound_device import bound_device
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
 
@@ -24,6 +24,11 @@ def test_without_a_route_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network.default_address() is None, "a default route over loopback is none"
 
 
+def bound_device(listener: network.Listener) -> bytes:
+    with socket.socket(fileno=os.dup(listener.fd)) as listening:
+        return listening.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0")
+
+
 def test_a_new_listener_is_found_and_bound_to_loopback() -> None:
     before = network.listeners()
     with socket.socket() as server:
@@ -31,9 +36,9 @@ def test_a_new_listener_is_found_and_bound_to_loopback() -> None:
         server.listen()
         (listener,) = network.listeners() - before
         assert (listener.address, listener.port) == server.getsockname()
-        assert bound_device(listener) == ""
+        assert bound_device(listener) == b""
         network.bind_to_loopback(listener)
-        assert bound_device(listener) == "lo"
+        assert bound_device(listener) == b"lo"
         with socket.create_connection(("127.0.0.1", listener.port), timeout=10):
             server.accept()[0].close()
 

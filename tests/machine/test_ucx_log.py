@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from pdlaunch.cli.bench import run_module
 from pdlaunch.machine.ucx_log import ReadTransports, path_over
 
-ROOT = Path(__file__).parents[2]
 HEAD = "[1795.2] [vm:7:0]   | remote memory {} by ucp_{}*(multi) into {} memory from host |\n"
 ROW = "[1795.2] [vm:7:0]   | {} | {} | {} |\n"
 
@@ -70,68 +69,12 @@ def test_nothing_is_known_where_output_does_not_go_to_a_file(
     assert path_over("nixl/UCX", ReadTransports().latest()) == "nixl/UCX"
 
 
-HOLDER = """
-import sys, torch
-from pathlib import Path
-from pdlaunch.transfer.connectors.nixl import load_nixl, new_agent
-agent = new_agent(*load_nixl(), "holder", 100_000)
-memory = torch.full((1 << 20,), 7, dtype=torch.uint8)
-registered = agent.register_memory(memory)
-Path(sys.argv[1]).write_bytes(agent.get_agent_metadata())
-print(memory.data_ptr(), flush=True)
-sys.stdin.readline()
-"""
-READER = """
-import os, sys, torch, numpy
-from pathlib import Path
-from pdlaunch.machine.ucx_log import ReadTransports
-from pdlaunch.transfer.connectors.nixl import load_nixl, new_agent
-agent, transports = new_agent(*load_nixl(), "reader", 100_000), ReadTransports()
-memory = torch.zeros(1 << 20, dtype=torch.uint8)
-registered = agent.register_memory(memory)
-agent.add_remote_agent(Path(sys.argv[1]).read_bytes())
-rows = [numpy.array([[at, 1 << 20, 0]]) for at in (memory.data_ptr(), int(sys.argv[2]))]
-ours, theirs = (agent.get_xfer_descs(each, "DRAM") for each in rows)
-handle = agent.initialize_xfer("READ", ours, theirs, "holder")
-state = agent.transfer(handle)
-while state == "PROC":
-    state = agent.check_xfer_state(handle)
-print(state, int(memory.min()), transports.latest(), sep=";", file=sys.stderr, flush=True)
-os._exit(0)
-"""
-
-
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("tls", "said"),
-    [
-        ("posix,cma,self", "cma"),
-        ("posix,self", "posix, software emulation"),
-        ("tcp,self", "tcp, software emulation"),
-    ],
+    ("tls", "said"), [("posix,cma,self", "cma"), ("posix,self", "posix, software emulation")]
 )
-def test_ucx_says_what_it_reads_over(tmp_path: Path, tls: str, said: str) -> None:
-    environ = os.environ | {
-        "UCX_TLS": tls,
-        "UCX_MODULES": "^ib",
-        "UCX_PROTO_INFO": "*memory read*",
-        "NIXL_LOG_LEVEL": "ERROR",
-        "PYTHONPATH": str(ROOT),
-    }
-    metadata = str(tmp_path / "metadata")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLDER, metadata], env=environ, **pipes) as holder:
-        assert holder.stdout is not None
-        lines = iter(holder.stdout)
-        address = next(line for line in lines if line.strip().isdigit()).decode().strip()
-        with (tmp_path / "log").open("ab") as log:
-            told = subprocess.run(
-                [sys.executable, "-c", READER, metadata, address],
-                env=environ,
-                stdout=log,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-        holder.kill()
-    assert told.stderr.splitlines()[-1] == f"DONE;7;{said}"
+def test_ucx_says_what_it_reads_over(tls: str, said: str) -> None:
+    options = json.dumps({"kv_transfer": {"nixl": {"path": "nixl"}}, "num_layers": 1})
+    environ = os.environ | {"UCX_TLS": tls}
+    pair = json.loads(run_module("pdlaunch.bench.transfer", options, environ=environ))
+    assert pair["path"] == f"nixl/UCX ({said})"
