@@ -77,25 +77,28 @@ def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
     assert prefill.take_commands() == []
 
 
-def test_a_prompt_that_was_preempted_before_its_token_came_is_not_lent() -> None:
-    prefill = scheduling(FULL, SLIDING)
-    assert prefill.finished(Request("p", 10, PREFILL), ([], []), is_prefilled=True) is None
-    assert prefill.take_commands() == []
-
-
 @pytest.mark.parametrize(
-    ("request_", "is_prefilled"),
+    ("request_", "is_prefilled", "table"),
     [
-        (Request("p", 10, PREFILL), False),
-        (Request("p", 10), True),
-        (Request("p", 10, PREFILL, prompt_token_ids=None), True),
-        (Request("p", 10, {"do_remote_decode": "nonsense"}), True),
+        (Request("p", 10, PREFILL), False, [3, 1, 2]),
+        (Request("p", 10, PREFILL), True, []),
+        (Request("p", 10), True, [3, 1, 2]),
+        (Request("p", 10, PREFILL, prompt_token_ids=None), True, [3, 1, 2]),
+        (Request("p", 10, {"do_remote_decode": "nonsense"}), True, [3, 1, 2]),
     ],
-    ids=["ended with its first token", "nobody asked", "embeddings", "nonsense"],
+    ids=[
+        "ended with its first token",
+        "preempted before",
+        "nobody asked",
+        "embeddings",
+        "nonsense",
+    ],
 )
-def test_other_requests_keep_nothing(request_: Request, is_prefilled: bool) -> None:
+def test_other_requests_keep_nothing(
+    request_: Request, is_prefilled: bool, table: list[int]
+) -> None:
     prefill = scheduling()
-    assert prefill.finished(request_, ([3, 1, 2],), is_prefilled=is_prefilled) is None
+    assert prefill.finished(request_, (table,), is_prefilled=is_prefilled) is None
     assert prefill.take_commands() == []
 
 

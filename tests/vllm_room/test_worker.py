@@ -203,17 +203,11 @@ def test_a_lease_begins_and_ends_once_though_its_grant_comes_twice(start: Start)
     assert prefill.until(lambda results: bool(results.sent)).sent == {"q"}
 
 
-def test_a_lease_that_nobody_pulls_is_counted(start: Start) -> None:
-    prefill = start("prefill", transfer={"lease_s": 0.2})
-    lend(prefill, "p", [3, 1, 2])
-    assert prefill.until(lambda results: bool(results.sent)).sent == {"p"}
-    assert prefill.worker.take_figures() == {"kv_leases_expired": 1}
-
-
-def test_a_lease_that_has_ended_is_no_doubt_of_its_pair(start: Start) -> None:
+def test_a_lease_that_has_ended_is_counted_and_is_no_doubt_of_its_pair(start: Start) -> None:
     prefill, decode = paired(start, transfer={"lease_s": 0.2})
     params = lend(prefill, "p", [3, 1, 2])
-    prefill.until(lambda results: bool(results.sent))
+    assert prefill.until(lambda results: bool(results.sent)).sent == {"p"}
+    assert prefill.worker.take_figures() == {"kv_leases_expired": 1}
     begin(decode, params, [7, 0, 4])
     assert decode.until(lambda results: bool(results.received)).failed == {"d"}
     assert decode.worker.take_figures()["kv_transfer_failures"] == 1
@@ -234,17 +228,6 @@ def test_wrong_bytes_are_never_used(start: Start) -> None:
     assert results == Results(received={"d"}, failed={"d"}, bad_blocks={7, 0, 4})
     assert "checksum" in decode.hear(PullFailure).error
     assert decode.worker.take_figures()["kv_verification_failures"] == 1
-
-
-def test_another_prompt_is_never_taken_for_this_one(start: Start) -> None:
-    prefill, decode = paired(start)
-    params = lend(prefill, "p", [3, 1, 2])
-    request = Request("d", 10, params, prompt_token_ids=[9, *range(1, 10)])
-    decode.scheduling.num_matched(request, 0)
-    decode.scheduling.allocated(request, ([7, 0, 4],), 10)
-    decode.step()
-    assert decode.until(lambda results: bool(results.received)).failed == {"d"}
-    assert "token hashes of request p differ" in decode.hear(PullFailure).error
 
 
 def test_an_aborted_request_is_received_once(start: Start) -> None:
