@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import UnixStreamServer
 
 import pytest
 
@@ -86,38 +84,27 @@ def test_a_folder_that_another_user_has_made_is_no_launch(launches: Launches) ->
 
 
 def test_an_api_over_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            payload = f'{{"path": "{self.path}"}}'.encode()
-            self.send_response(200 if self.path != "/nothing" else 404)
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
-
-        def log_message(self, *args: object) -> None:
-            """Quiet."""
-
-    class Server(UnixStreamServer):
-        def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
-            return super().get_request()[0], ("client", 0)
-
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     path = tmp_path / "admin.sock"
     api = Api("http://launch", socket_path=path, timeout_s=20)
     with pytest.raises(
         PdlaunchError, match=rf"/x at {path} cannot be reached: No such file or directory"
     ):
         api.get("/x")
-    with Server(str(path), Handler, bind_and_activate=False) as server:
+    with socket.socket(socket.AF_UNIX) as server, ThreadPoolExecutor(1) as pool:
         # As while a router is replaced: its socket is there, and nobody listens.
-        server.server_bind()
-        monkeypatch.setattr(api_module.time, "sleep", lambda _: server.server_activate())
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        assert api.get_object("/metrics?a=b") == (200, {"path": "/metrics?a=b"})
-        assert api.engine("decode-0").get_object("/nothing")[1] == {
-            "path": "/pdlaunch/engines/decode-0/nothing"
-        }
-        assert api.get("/nothing")[0] == 404
-        server.shutdown()
-        thread.join()
+        server.bind(str(path))
+        asked: list[Future[bytes]] = []
+
+        def answer() -> bytes:
+            with server.accept()[0] as connection:
+                request = connection.recv(65536)
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n{"a": 7}')
+            return request
+
+        def come(_: float) -> None:
+            server.listen()
+            asked.append(pool.submit(answer))
+
+        monkeypatch.setattr(api_module.time, "sleep", come)
+        assert api.engine("decode-0").get_object("/x?a=b") == (200, {"a": 7})
+        assert asked[0].result().startswith(b"GET /pdlaunch/engines/decode-0/x?a=b ")

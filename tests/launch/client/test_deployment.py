@@ -60,13 +60,6 @@ def make(process: Any) -> Deployment:
     return Deployment(process, "http://127.0.0.1:1", Path("logs"), Path("output"), 0.0)
 
 
-def test_it_is_told_to_stop_once() -> None:
-    process = FakeProcess(ends_at=1)
-    deployment = make(process)
-    assert (deployment.stop(), deployment.stop()) == (0, 0)
-    assert process.signals == [signal.SIGTERM]
-
-
 def test_ctrl_c_while_it_stops_is_passed_on_and_ends_nothing_early() -> None:
     process = FakeProcess(ends_at=3, interrupts=2)
     with pytest.raises(KeyboardInterrupt):
