@@ -25,13 +25,18 @@ CORES = replace(CPU, num_cpus=8)
 GPUS = replace(CPU, num_cpus=8, gpus=tuple(Gpu(index, memory_bytes=80 << 30) for index in range(3)))
 
 
+def tiny_model(folder: Path) -> str:
+    """Make a model of a few bytes."""
+    (folder / "config.json").write_text(json.dumps(TINY))
+    write_weights(folder)
+    return str(folder)
+
+
 class Changing(World):
     """A world whose engines can change."""
 
     def __init__(self, folder: Path, machine: Machine = CORES, **settings: Any) -> None:
-        (folder / "config.json").write_text(json.dumps(TINY))
-        write_weights(folder)
-        config = LaunchConfig.model_validate({"model": str(folder), **settings})
+        config = LaunchConfig.model_validate({"model": tiny_model(folder), **settings})
         resolved = resolve(config, {"local": machine}, {})
         super().__init__(
             plan_processes(resolved),
@@ -75,11 +80,11 @@ class Changing(World):
 
     def given_work(self) -> set[str]:
         """Return the engines that the router may give work."""
-        entries = self.host.registry("router").entries
-        ready = {
-            entry.name for entry in entries if entry.kind == "server" and entry.state == "ready"
+        return {
+            entry.name
+            for entry in self.entries().values()
+            if (entry.kind, entry.state) == ("server", "ready") and not entry.withheld
         }
-        return ready - self.withheld()
 
     @property
     def engines(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Collection
@@ -121,28 +122,21 @@ class FakeHost(LocalHost):
         return self.sent_to(name, Registry)[-1]
 
 
-class FakeListener:
-    is_open = True
-
-    def close(self) -> None:
-        self.is_open = False
+def bootstrap(name: str, incarnation: int = 1) -> Bootstrap:
+    """Return what a process is given, without anything in it."""
+    keys = LaunchKeys("", "", "")
+    return Bootstrap(
+        name=name, incarnation=incarnation, control="", keys=keys, run_dir="", log_level="info"
+    )
 
 
 class FakeBootstraps(Bootstraps):
     def __init__(self) -> None:
         self.gone: list[str] = []
-        self.listeners: Any = [FakeListener()]
+        self.listeners: Any = [io.BytesIO()]  # closed as sockets are
 
     def make(self, spec: ProcessSpec, incarnation: int, launch: ResolvedLaunch) -> Bootstrap:
-        keys = LaunchKeys("", "", "")
-        return Bootstrap(
-            name=spec.name,
-            incarnation=incarnation,
-            control="",
-            keys=keys,
-            run_dir="",
-            log_level="info",
-        )
+        return bootstrap(spec.name, incarnation)
 
     def forget(self, engine: str) -> None:
         self.gone.append(engine)
@@ -216,7 +210,7 @@ class World:
     @property
     def listens(self) -> bool:
         (listener,) = self.bootstraps.listeners
-        return bool(listener.is_open)
+        return not listener.closed
 
     @property
     def phase(self) -> LaunchPhase:
@@ -225,6 +219,11 @@ class World:
     @property
     def failure(self) -> Failure | None:
         return self.supervisor.seen.failure
+
+    @property
+    def failed(self) -> Failure:
+        assert self.failure is not None
+        return self.failure
 
     @property
     def status(self) -> LaunchStatus:
@@ -317,19 +316,18 @@ class World:
 
     # What can be seen
 
-    def entry(self, name: str) -> Entry | None:
-        """Return the line of a process in the router's newest registry."""
-        entries = self.host.registry("router").entries
-        return next((entry for entry in entries if entry.name == name), None)
+    def entries(self) -> dict[str, Entry]:
+        """Return the lines of the router's newest registry."""
+        return {entry.name: entry for entry in self.host.registry("router").entries}
 
     def listed(self, name: str) -> str | None:
-        """Return the state in that line; None when there is none."""
-        entry = self.entry(name)
+        """Return the state of a process there; None when it has no line."""
+        entry = self.entries().get(name)
         return None if entry is None else entry.state
 
     def withheld(self) -> set[str]:
         """Return the engines that the router is told to give no work."""
-        return {entry.name for entry in self.host.registry("router").entries if entry.withheld}
+        return {entry.name for entry in self.entries().values() if entry.withheld}
 
     def state(self, name: str) -> str:
         return next(process.state for process in self.status.processes if process.name == name)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,29 +16,26 @@ TRACEBACK = [
 ]
 
 
-def test_its_own_words_come_before_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "lines", "told"),
+    [
+        ("no tokenizer.json", ["noise"], ["no tokenizer.json"]),
+        ("", ["old error", *TRACEBACK], TRACEBACK[-1:]),
+        (
+            "",
+            [*TRACEBACK, "error: x.gguf is damaged", "fix: get another"],
+            ["error: x.gguf is damaged", "fix: get another"],
+        ),
+    ],
+    ids=["its own words", "the end of a traceback", "an error in words"],
+)
+def test_what_is_told_of_a_log(
+    tmp_path: Path, said: str, lines: list[str], told: list[str]
+) -> None:
     log = tmp_path / "x.log"
-    log.write_text("noise\n")
-    report = Failure(
-        "decode-0 failed to start", process="decode-0", said="no tokenizer.json"
-    ).report(log)
-    assert report == ["decode-0 failed to start", "  no tokenizer.json", f"log: {log}"]
-
-
-def test_a_long_traceback_is_cut_to_its_end(tmp_path: Path) -> None:
-    log = tmp_path / "x.log"
-    log.write_text("\n".join(["old error", *TRACEBACK]))
-    report = Failure("it died").report(log)
-    assert len(report) <= MAX_LINES
-    assert report[-2] == "  RuntimeError: no memory"
-    assert not any("old error" in line for line in report)
-
-
-def test_an_error_in_words_comes_instead_of_its_traceback(tmp_path: Path) -> None:
-    log = tmp_path / "x.log"
-    log.write_text("\n".join([*TRACEBACK, "error: x.gguf is damaged", "fix: get another"]))
-    report = Failure("it died").report(log)
-    assert report == ["it died", "  error: x.gguf is damaged", "  fix: get another", f"log: {log}"]
+    log.write_text("\n".join(lines))
+    report = Failure("it died", said=said).report(log)
+    assert report == ["it died", *(f"  {line}" for line in told), f"log: {log}"]
 
 
 @given(said=st.text(), details=st.lists(st.text(), max_size=50))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
@@ -23,17 +21,13 @@ from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import THIS_HOST, resolve, resolve_on
 from pdlaunch.protocol.control import ChangeEngines
-from tests.checks.contexts import TINY
-from tests.config.model_files.files import write_weights
+from tests.launch.changing import tiny_model
 from tests.launch.fakes import pair_ready
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    """The folder of a model of a few bytes."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    write_weights(tmp_path)
-    return str(tmp_path)
+    return tiny_model(tmp_path)
 
 
 TWO_GPUS = Machine(num_cpus=2, gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
@@ -61,15 +55,15 @@ class Deployment:
             ),
         ]
         self.launch = resolve_on(config, hosts, {})
-        plan = plan_processes(self.launch)
-        self.seen = Observed(Pairs(plan, NativeEngine()), 0.0)
+        plan, kind = plan_processes(self.launch), kind_of(self.launch)
+        self.seen = Observed(Pairs(plan, kind), 0.0)
         self.seen.add(plan.processes)
         for process in self.seen.processes():
             process.begin(1)
             process.state = ProcessState.READY
         self.now = 100.0
         names = {host.name for host in hosts}
-        self.places = EnginePlaces(self.launch, NativeEngine(), names, clock=lambda: self.now)
+        self.places = EnginePlaces(self.launch, kind, names, clock=lambda: self.now)
 
     def lose(self, host: str, ended_by: float | None = None) -> None:
         self.places.lost(host, ended_by)
@@ -96,6 +90,7 @@ class Deployment:
 
 
 SPREAD = {"placement_strategy": "spread"}
+WIDE = {"tensor_parallel_size": 2, "nnodes": 2}
 
 
 def test_an_engine_of_a_lost_host_waits_for_it_and_for_the_end_of_what_may_run_there() -> None:
@@ -125,7 +120,6 @@ def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None
 @pytest.mark.parametrize("engine", ["native", "vllm"])
 def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -> None:
     deployment = Deployment(engine=engine, **SPREAD)
-    deployment.places.kind = kind_of(deployment.launch)
 
     def addresses() -> dict[str, str]:
         """Return where UCX of each engine listens."""
@@ -146,9 +140,7 @@ def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -
 
 
 def test_all_ranks_of_an_engine_over_hosts_meet_where_its_first_host_is_now() -> None:
-    wide = {"tensor_parallel_size": 2, "nnodes": 2}
-    deployment = Deployment(engine="vllm", prefill=wide, **SPREAD)
-    deployment.places.kind = kind_of(deployment.launch)
+    deployment = Deployment(engine="vllm", prefill=WIDE, **SPREAD)
     host = deployment.launch.host("a")
     deployment.lose("a")
     deployment.places.joined(replace(host, bind_address="10.0.0.9", advertise_address="10.0.0.9"))
@@ -160,21 +152,17 @@ def test_all_ranks_of_an_engine_over_hosts_meet_where_its_first_host_is_now() ->
 
 
 def test_an_engine_over_hosts_needs_room_on_each_of_them() -> None:
-    wide = {"tensor_parallel_size": 2, "nnodes": 2}
-    settings = {"engine": "vllm", "prefill": wide, "placement_strategy": "spread"}
+    settings = {"engine": "vllm", "prefill": WIDE, "placement_strategy": "spread"}
     deployment = Deployment(replace(TWO_GPUS, gpus=TWO_GPUS.gpus[:1]), **settings)
-    deployment.places.kind = kind_of(deployment.launch)
     lacking = "needs 1 free GPU of each of 2 hosts, .* a has 1, GPU 0 used by prefill-0; b has 1"
     with pytest.raises(ConfigError, match=lacking):
         plan(deployment, prefill=2)
     roomy = Deployment(TWO_GPUS, **settings)
-    roomy.places.kind = kind_of(roomy.launch)
     assert plan(roomy, prefill=2).keys() == {"prefill-1"}
 
 
 def test_devices_that_a_host_names_for_its_ranks_are_kept() -> None:
-    wide = {"tensor_parallel_size": 2, "nnodes": 2}
-    launch = Deployment(engine="vllm", prefill=wide, **SPREAD).launch
+    launch = Deployment(engine="vllm", prefill=WIDE, **SPREAD).launch
     (engine,) = (each for each in launch.engines if each.name == "prefill-0")
     first = engine.engines
     named = replace(first, on=replace(first.on, environ={"NCCL_SOCKET_IFNAME": "ib0"}))

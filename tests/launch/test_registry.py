@@ -138,13 +138,3 @@ def test_a_change_is_told_to_the_peers_and_the_router_alone() -> None:
     assert told == peers | {"prefill-3", "router"}
     seen = world.host.registry(f"{min(peers)}/rank-0").entries
     assert "prefill-3/rank-0" not in {entry.name for entry in seen}
-
-
-def test_routers_are_told_which_tokenizer_the_servers_have_read() -> None:
-    world = World(make_plan()).start()
-    world.register("router")
-    files = {"model.safetensors": "1", "tokenizer.json": "2", "chat_template.jinja": "3"}
-    world.register("prefill-0")
-    world.say("prefill-0", Ready(model=files))
-    told = world.host.registry("router").text_files
-    assert told == {"tokenizer.json": "2", "chat_template.jinja": "3"}

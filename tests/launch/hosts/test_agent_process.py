@@ -17,7 +17,7 @@ from pdlaunch.launch.hosts.agent_channel import AgentChannel, HostGroup, Joined,
 from pdlaunch.launch.hosts.join import new_join_keys, write_join_files
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.protocol.control import Failed, Register, Stop
+from pdlaunch.protocol.control import Failed, Register
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.sockets import new_launch_keys
@@ -66,10 +66,7 @@ class Launch:
             on_change=self.events.append,
         )
         self.later: list[MessageReceived | ProcessExited | Joined | Lost] = []
-        self.agent = self.start_agent()
-
-    def start_agent(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        self.agent = subprocess.Popen(
             [sys.executable, "-m", "pdlaunch", "agent", "--join", str(self.join), "--name", "a"],
             stdout=subprocess.DEVNULL,
         )
@@ -104,9 +101,6 @@ class Launch:
             # In the order of the supervisor: a process says nothing after its end.
             heard += [*self.events, *self.host.messages(), *exits]
             self.events.clear()
-
-    def processes(self) -> list[psutil.Process]:
-        return psutil.Process(self.agent.pid).children(recursive=True)
 
     def close(self) -> None:
         self.channel.close()
@@ -148,29 +142,6 @@ def test_what_the_host_does_not_permit_fails_with_the_reason(launch: Launch) -> 
     assert gone == ProcessExited("decode-0", 1, 126)
 
 
-def test_a_killed_agent_takes_its_processes_along_and_they_are_told_lost(launch: Launch) -> None:
-    launch.spawn(2)
-    launch.host.signal("prefill-0", signal.SIGKILL)
-    assert launch.until(ProcessExited)[-1] == ProcessExited("prefill-0", 2, -signal.SIGKILL)
-    launch.spawn(3)
-    while not (children := launch.processes()):
-        launch.host.exits()
-    (child,) = children
-    launch.agent.kill()
-    launch.agent.wait()
-    child.wait(180)
-    heard = launch.until(ProcessExited)
-    assert any(isinstance(one, Lost) for one in heard)
-    (gone,) = (one for one in heard if isinstance(one, ProcessExited))
-    assert "was lost with its host a" in gone.how()
-    launch.agent = launch.start_agent()
-    launch.until(Joined)
-    launch.spawn(4)
-    launch.until(Register)
-    launch.host.send("prefill-0", Stop())
-    launch.until(ProcessExited)
-
-
 def test_an_agent_whose_socket_is_removed_joins_again(launch: Launch) -> None:
     launch.spawn(5)
     launch.until(Register)
@@ -182,3 +153,5 @@ def test_an_agent_whose_socket_is_removed_joins_again(launch: Launch) -> None:
     assert lost.reason == f"{control.parent}, the folder of its agent, was removed"
     launch.spawn(6)
     launch.until(Register)
+    launch.host.signal("prefill-0", signal.SIGKILL)
+    assert launch.until(ProcessExited)[-1] == ProcessExited("prefill-0", 6, -signal.SIGKILL)

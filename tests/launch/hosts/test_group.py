@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -10,15 +9,14 @@ from typing import cast
 import pytest
 import zmq
 
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Lost, Reported
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Reported
 from pdlaunch.launch.hosts.agent_messages import Exited, FromAgent, Said
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Ready, to_supervisor
-from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.step_record import LastStep
-from pdlaunch.protocol.sockets import LaunchKeys
+from tests.launch.fakes import bootstrap
 
 STEP = LastStep(frozenset({7, 5}), frozenset({5}))
 NAME = "decode-0/rank-0"
@@ -42,23 +40,18 @@ class Hosts:
 
     def __init__(self, control: zmq.Socket[bytes], folder: Path) -> None:
         self.channel = FakeChannel()
-        self.events: list[AgentEvent] = []
         self.group = HostGroup(
             control,
             folder,
             EnginePorts(),
             name="here",
             channel=cast(AgentChannel, self.channel),
-            on_change=self.events.append,
+            on_change=lambda _: None,
         )
 
-    def spawn(self, host: str, incarnation: int = 1, name: str = NAME) -> None:
-        spec = ProcessSpec(name=name, kind="rank", unit="ranks", engine="decode-0", host=host)
-        keys = LaunchKeys("", "", "")
-        bootstrap = Bootstrap(
-            name=name, incarnation=incarnation, control="", keys=keys, run_dir="", log_level="info"
-        )
-        self.group.spawn(spec, incarnation, bootstrap)
+    def spawn(self, host: str) -> None:
+        spec = ProcessSpec(name=NAME, kind="rank", unit="ranks", engine="decode-0", host=host)
+        self.group.spawn(spec, 1, bootstrap(NAME))
 
     def tell(self, host: str, message: FromAgent) -> list[ProcessExited]:
         self.channel.events.append(Reported(host, message))
@@ -75,17 +68,6 @@ def test_the_end_of_a_rank_tells_what_it_computed(hosts: Hosts) -> None:
     hosts.spawn("a")
     exited = Exited(name=NAME, incarnation=1, returncode=-11, last_step=STEP)
     assert hosts.tell("a", exited) == [ProcessExited(NAME, 1, -11, last_step=STEP)]
-
-
-def test_all_processes_of_a_lost_host_have_ended_and_no_others(hosts: Hosts) -> None:
-    hosts.spawn("a")
-    hosts.spawn("b", name="decode-0/rank-1")
-    lost = Lost("a", "silent")
-    hosts.channel.events.append(lost)
-    (gone,) = hosts.group.exits()
-    assert (gone.name, gone.returncode) == (NAME, -signal.SIGKILL)
-    assert gone.how() == "was lost with its host a (silent)"
-    assert hosts.events == [lost]
 
 
 def test_an_agent_speaks_for_the_processes_of_its_host_alone(hosts: Hosts) -> None:

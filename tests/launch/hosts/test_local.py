@@ -15,11 +15,10 @@ import zmq
 from pdlaunch.launch.hosts.local import LocalHost, MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Address, Register, to_supervisor
-from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts, bind_to_share
 from pdlaunch.protocol.process.step_record import LastStep
-from pdlaunch.protocol.sockets import LaunchKeys
 from tests.e2e.waiting import await_true
+from tests.launch.fakes import bootstrap
 
 pytestmark = pytest.mark.processes
 
@@ -32,11 +31,6 @@ def host(tmp_path: Path) -> Iterator[LocalHost]:
         contextlib.closing(LocalHost(control, tmp_path, EnginePorts())) as host,
     ):
         yield host
-
-
-def bootstrap(name: str) -> Bootstrap:
-    keys = LaunchKeys("", "", "")
-    return Bootstrap(name=name, incarnation=1, control="", keys=keys, run_dir="", log_level="info")
 
 
 def start(host: LocalHost, name: str, code: str, incarnation: int = 1) -> None:

@@ -80,14 +80,6 @@ def _selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
     )
 
 
-def _allows(policy: Object, port: int) -> bool:
-    return any(
-        each["port"] <= port <= each.get("endPort", each["port"])
-        for rule in policy["ingress"]
-        for each in rule["ports"]
-    )
-
-
 def lets_in(
     objects: list[Object], to: Mapping[str, str], sender: Mapping[str, str], port: int
 ) -> bool:
@@ -97,5 +89,5 @@ def lets_in(
         for found in objects
         if found["kind"] == "NetworkPolicy" and _selects(found["spec"]["podSelector"], to)
         for rule in found["spec"]["ingress"]
-        if _allows({"ingress": [rule]}, port)
+        if any(each["port"] <= port <= each.get("endPort", each["port"]) for each in rule["ports"])
     )

@@ -36,8 +36,6 @@ class FakeVllm:
     cache_dtype: str = "auto"
     version: str = "0.32.0+cpu"
     prompt_tokens: int = 0
-    num_answers: int = 0
-    answer_tokens: int = 0
     num_expired: int = 0
     num_failed: int = 0
     # What dev mode tells; None: it is off.
@@ -133,8 +131,8 @@ class FakeVllm:
             "kv_cache_usage_perc": self.lends,
             "generation_tokens_total": self.num_tokens,
             "prompt_tokens_total": self.prompt_tokens,
-            "request_generation_tokens_count": self.num_answers,
-            "request_generation_tokens_sum": self.answer_tokens,
+            "request_generation_tokens_count": 0,
+            "request_generation_tokens_sum": 0,
             "nixl_num_kv_expired_reqs_total": self.num_expired,
             "nixl_num_failed_transfers_total": self.num_failed + self.num_failed_reads,
             "nixl_bytes_transferred_count": 1,

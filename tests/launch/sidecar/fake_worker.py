@@ -74,12 +74,14 @@ class FakeWorker:
     async def told(self) -> ToWorker:
         return to_worker.decode(await asyncio.wait_for(self._socket.recv(), 180))
 
-    async def prove(self, peer: str, gigabytes_per_s: float = 1.0, num_peers: int = 1) -> None:
+    async def prove(
+        self, peer: str, gigabytes_per_s: float = 1.0, num_peers: int = 1, incarnation: int = 1
+    ) -> None:
         await self.say(
             PairReady(
                 local=self.name,
                 peer=peer,
-                peer_incarnation=1,
+                peer_incarnation=incarnation,
                 seconds=0.1,
                 path="p2p",
                 gigabytes_per_s=gigabytes_per_s,
@@ -100,22 +102,14 @@ class FakeWorker:
                 and entry.role == "prefill"
                 and entry.state != "sleeping"
             }
-            for key in there.keys() - proven:
-                await self.say(self._outcome(there[key], error, gigabytes_per_s))
+            for name, incarnation in there.keys() - proven:
+                if error:
+                    failed = PairFailed(local=self.name, peer=name, error=error, fatal=True)
+                    await self.say(failed)
+                else:
+                    tp_size = there[name, incarnation].tp_size
+                    await self.prove(name, gigabytes_per_s, tp_size, incarnation)
             proven = {*there}
-
-    def _outcome(self, peer: Entry, error: str, speed: float) -> PairReady | PairFailed:
-        if error:
-            return PairFailed(local=self.name, peer=peer.name, error=error, fatal=True)
-        return PairReady(
-            local=self.name,
-            peer=peer.name,
-            peer_incarnation=peer.incarnation,
-            seconds=0.1,
-            path="p2p",
-            gigabytes_per_s=speed,
-            num_peers=peer.tp_size,
-        )
 
     def close(self) -> None:
         self._socket.close()

@@ -16,7 +16,6 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.pairs import slowest
 from pdlaunch.protocol.control import (
-    PairFailed,
     PairReady,
     PairSuspect,
     Ready,
@@ -181,21 +180,6 @@ async def test_a_pair_is_told_once_all_ranks_and_a_canary_have_proven_it(scene: 
     assert (pair.local, pair.peer, pair.num_peers) == ("decode-0", "prefill-0", 1)
     assert (pair.path, pair.gigabytes_per_s) == ("p2p", 1.0)
     assert len(scene.supervisor.prefill.bodies) == 2
-
-
-async def test_a_rank_that_does_not_fit_is_told_as_its_engine(scene: Scene) -> None:
-    scene.learn()
-    await scene.workers[1].say(
-        PairFailed(
-            local="decode-0/rank-1",
-            peer="prefill-0/rank-0",
-            error="block_size: prefill has 16, decode 32",
-            fatal=True,
-        )
-    )
-    failed = await scene.supervisor.next(PairFailed)
-    assert (failed.local, failed.peer, failed.fatal) == ("decode-0", "prefill-0", True)
-    assert failed.error == "block_size: prefill has 16, decode 32"
 
 
 async def test_pulls_that_fail_are_a_doubt_of_their_pair_alone(scene: Scene) -> None:
