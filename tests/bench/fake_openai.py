@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,23 @@ Body = dict[str, Any]
 
 def event(**content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+@contextmanager
+def in_thread(*starts: Coroutine[Any, Any, web.AppRunner]) -> Iterator[None]:
+    """Run servers in a thread, for callers that run an event loop of their own."""
+    loop = asyncio.new_event_loop()
+    runners = [loop.run_until_complete(start) for start in starts]
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        for runner in runners:
+            loop.run_until_complete(runner.cleanup())
+        loop.close()
 
 
 class FakeOpenAI:
@@ -55,18 +72,8 @@ class FakeOpenAI:
 
     @contextmanager
     def in_thread(self) -> Iterator[FakeOpenAI]:
-        """Run the server in a thread, for callers that run an event loop of their own."""
-        loop = asyncio.new_event_loop()
-        runner = loop.run_until_complete(self.start())
-        thread = threading.Thread(target=loop.run_forever)
-        thread.start()
-        try:
+        with in_thread(self.start()):
             yield self
-        finally:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.run_until_complete(runner.cleanup())
-            loop.close()
 
     def answer_to(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         return [(sum(prompt) + index) % 1000 for index in range(num_tokens)]

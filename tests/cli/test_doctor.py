@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from aiohttp import web
 from typer.testing import Result
 
 from pdlaunch.cli.doctor import _transport, is_here
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.protocol.process import run_dirs
+from tests.bench.fake_openai import in_thread
 from tests.command_line import invoke
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 from tests.machine.test_ucx_log import table
@@ -49,26 +47,9 @@ def serving(folder: Path, **decode: Any) -> Iterator[tuple[FakeVllm, FakeVllm, l
     shares: dict[str, list[int]] = {}
     engines = (FakeVllm("prefill", shares), FakeVllm("decode", shares, **decode))
     paths = [folder / f"{engine.name}.sock" for engine in engines]
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def start() -> list[web.AppRunner]:
-        return [await listen(each, path) for each, path in zip(engines, paths, strict=True)]
-
-    async def stop(runners: list[web.AppRunner]) -> None:
-        for runner in runners:
-            await runner.cleanup()
-
-    runners = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    try:
-        flags = [f"--{each.name}=unix:{path}" for each, path in zip(engines, paths, strict=True)]
-        yield (*engines, flags)
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(runners), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    flags = [f"--{engine.name}=unix:{path}" for engine, path in zip(engines, paths, strict=True)]
+    with in_thread(*map(listen, engines, paths)):
+        yield *engines, flags
 
 
 def run(*flags: str) -> Result:

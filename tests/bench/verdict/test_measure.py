@@ -37,13 +37,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOpenAI]:
         yield running
 
 
-def launches(goals: Goals) -> Launches:
-    return Launches(LOAD, goals, 0.9, load_config(None, {}, {"device": "cpu"}), on_cpu=True)
+def launches(arm: Arm, **goals: float) -> Launches:
+    """Return launches of which an arm runs."""
+    loaded = load_config(None, {}, {"device": "cpu"})
+    found = Launches(LOAD, Goals(**goals or {"ttft_ms": 60_000}), 0.9, loaded, on_cpu=True)
+    found.use(arm)
+    return found
 
 
 def test_single_engines_are_measured_with_prompts_that_no_cache_has(server: FakeOpenAI) -> None:
-    found = launches(Goals(ttft_ms=1000))
-    found.use(TOGETHER)
+    found = launches(TOGETHER)
     assert found.start_s == 3.0
     figures = asyncio.run(found.figures(TOGETHER))
     assert [tokens for tokens, _ in figures.prefill] == [40]
@@ -60,14 +63,12 @@ def test_a_hand_over_is_measured_of_requests_that_were_handed_over(
     kind: str, is_measured: bool, server: FakeOpenAI
 ) -> None:
     server.route = f'prefill-0->decode-0; kind={kind}; reason="the pair that waits least"'
-    found = launches(Goals(ttft_ms=1000))
-    found.use(PAIR)
+    found = launches(PAIR)
     assert (asyncio.run(found.hand_over_s(-1.0)) > 0) == is_measured
 
 
 def test_a_probe_sends_the_load_and_leaves_its_first_requests_out(server: FakeOpenAI) -> None:
-    found = launches(Goals(ttft_ms=60_000))
-    found.use(PAIR)
+    found = launches(PAIR)
     server.prompts.clear()
     probe = asyncio.run(found.probe(Step(PAIR, 1, 50.0), 7))
     assert len(server.prompts) == 50
@@ -77,37 +78,11 @@ def test_a_probe_sends_the_load_and_leaves_its_first_requests_out(server: FakeOp
     assert sent == {tuple(prompt) for prompt in LOAD.prompts(50, 7)}
 
 
-def test_each_request_of_a_probe_is_judged_few_times(
-    server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged: list[TimedCompletion] = []
-    monkeypatch.setattr(Goals, "met_by", lambda _, done: not judged.append(done))
-    found = launches(Goals(ttft_ms=60_000))
-    found.use(PAIR)
-    asyncio.run(found.probe(Step(PAIR, 1, 50.0), 0))
-    assert 40 <= len(judged) <= 4 * 50
-
-
-def test_streams_that_wait_for_a_long_prompt_have_an_end(
-    server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = launches(Goals(ttft_ms=1000))
-    asked: list[int] = []
-
-    async def prompts_at_once(number: int, length: int, output: int) -> list[TimedCompletion]:
-        asked.append(output)
-        return [TimedCompletion(start_at=0.0, tokens_at=[0.1, 0.2])]
-
-    monkeypatch.setattr(found, "_prompts_at_once", prompts_at_once)
-    asyncio.run(found._chunk_tokens(1, 40, 0.5, 1e-4))
-    assert max(asked) <= 512
-
-
 def test_streams_of_unsplit_prompts_overlap(
     server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step computes several whole prompts, but at most ``max_num_batched_tokens`` (512)."""
-    found = launches(Goals(ttft_ms=1000))
+    found = launches(TOGETHER)
     asked: list[tuple[int, int]] = []
 
     async def prompts_at_once(number: int, length: int, output: int) -> list[TimedCompletion]:
@@ -118,6 +93,8 @@ def test_streams_of_unsplit_prompts_overlap(
         return 1 << 20
 
     monkeypatch.setattr(found, "_prompts_at_once", prompts_at_once)
+    asyncio.run(found._chunk_tokens(1, 40, 0.5, 1e-4))
+    assert max(output for _, output in asked) <= 512, "its streams have an end"
     monkeypatch.setattr(found, "_chunk_tokens", chunk_tokens)
     asyncio.run(found.figures(TOGETHER))
     number, output = asked[-1]
@@ -131,8 +108,7 @@ def test_a_step_is_timed_though_tokens_arrive_several_at_once() -> None:
 
 
 def test_a_hopeless_probe_ends_early(server: FakeOpenAI) -> None:
-    found = launches(Goals(e2e_ms=1e-6))
-    found.use(TOGETHER)
+    found = launches(TOGETHER, e2e_ms=1e-6)
     probe = asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
     assert not any(probe.met)
     assert len(probe.met) < 40, "of 40 that count"
@@ -141,8 +117,7 @@ def test_a_hopeless_probe_ends_early(server: FakeOpenAI) -> None:
 
 def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpenAI) -> None:
     server.max_model_len = 46
-    found = launches(Goals(ttft_ms=1000))
-    found.use(PAIR)
+    found = launches(PAIR)
     asyncio.run(found.hand_over_s(0.0))
     asyncio.run(found.figures(TOGETHER))
     lengths = {len(prompt) for prompt in server.prompts}
@@ -151,8 +126,7 @@ def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpen
 
 
 def test_a_deployment_that_answers_nothing_is_no_measurement(server: FakeOpenAI) -> None:
-    found = launches(Goals(ttft_ms=1000))
-    found.use(TOGETHER)
+    found = launches(TOGETHER)
     server.refusals = [(500, b"broken")] * 50
     with pytest.raises(PdlaunchError, match="no request was answered: HTTP 500: broken"):
         asyncio.run(found.probe(Step(TOGETHER, 1, 50.0), 0))
@@ -166,7 +140,7 @@ def test_a_deployment_that_answers_nothing_is_no_measurement(server: FakeOpenAI)
 
 
 def test_an_arm_runs_until_another_is_used(server: FakeOpenAI) -> None:
-    found = launches(Goals(ttft_ms=1000))
-    for arm in (TOGETHER, TOGETHER, PAIR, TOGETHER):
+    found = launches(TOGETHER)
+    for arm in (TOGETHER, PAIR, TOGETHER):
         found.use(arm)
     assert len(server.prompts) == 3 * 4, "a warm-up for each start"

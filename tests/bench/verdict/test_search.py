@@ -16,7 +16,15 @@ from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.bench.verdict.arms import Arm, all_arms
 from pdlaunch.bench.verdict.measure import Load, what_limits
 from pdlaunch.bench.verdict.queueing import EngineFigures, Job, simulate
-from pdlaunch.bench.verdict.search import Findings, Probe, Race, estimate, is_sure, next_rate
+from pdlaunch.bench.verdict.search import (
+    Estimate,
+    Findings,
+    Probe,
+    Race,
+    estimate,
+    is_sure,
+    next_rate,
+)
 from pdlaunch.config.shared_settings import RoutingPolicy
 
 ROW = summarise(BenchLoad(input_tokens=1, requests=()), [], 1.0)
@@ -35,14 +43,19 @@ def probe(rate: float, num_met: int, number: int = 40) -> Probe:
     return Probe(arm="a", visit=1, rate=rate, met=met, seconds=10.0, row=ROW)
 
 
+def estimated(*probes: Probe) -> Estimate:
+    found = estimate(probes, 0.9)
+    assert found is not None
+    return found
+
+
 @given(st.floats(0.05, 500.0), st.floats(0.1, 10.0))
 def test_a_bisection_comes_close_to_the_goodput_in_few_probes(truth: float, off: float) -> None:
     probes: list[Probe] = []
     while rate := next_rate(probes, truth * off, 0.9, 1.4):
         probes.append(probe(rate, 40 if rate <= truth else 0))
     assert len(probes) <= 13
-    found = estimate(probes, 0.9)
-    assert found is not None
+    found = estimated(*probes)
     assert not found.bound
     assert found.low <= truth * 1.06
     assert truth <= found.high * 1.06
@@ -52,62 +65,50 @@ def test_a_bisection_comes_close_to_the_goodput_in_few_probes(truth: float, off:
 def test_an_interval_holds_its_estimate_whatever_was_measured(
     points: list[tuple[float, int]],
 ) -> None:
-    found = estimate([probe(rate, num_met) for rate, num_met in points], 0.9)
-    assert found is not None
+    found = estimated(*(probe(rate, num_met) for rate, num_met in points))
     assert 0 < found.low <= found.high
     low, high = min(points)[0], max(points)[0]
     assert low / 2 <= found.rate <= high * 2
 
 
 def test_more_requests_make_a_narrower_interval_and_overlapping_arms_are_equal() -> None:
-    few = estimate([probe(2.0, 19, 20), probe(2.4, 17, 20)], 0.9)
-    many = estimate([probe(2.0, 380, 400), probe(2.4, 340, 400)], 0.9)
-    other = estimate([probe(2.1, 19, 20), probe(2.5, 17, 20)], 0.9)
-    slow = estimate([probe(1.0, 20, 20), probe(1.2, 10, 20)], 0.9)
-    assert few
-    assert many
-    assert other
-    assert slow
+    few = estimated(probe(2.0, 19, 20), probe(2.4, 17, 20))
+    many = estimated(probe(2.0, 380, 400), probe(2.4, 340, 400))
+    other = estimated(probe(2.1, 19, 20), probe(2.5, 17, 20))
+    slow = estimated(probe(1.0, 20, 20), probe(1.2, 10, 20))
     assert many.high - many.low < few.high - few.low
     assert not is_sure(other, few)
     assert is_sure(few, slow)
 
 
 def test_an_arm_whose_goodput_is_only_bounded_wins_nothing_by_extrapolation() -> None:
-    never, always = estimate([probe(4.0, 0)], 0.9), estimate([probe(3.0, 40)], 0.9)
-    known = estimate([probe(1.0, 40), probe(1.1, 0)], 0.9)
-    assert never
-    assert always
-    assert known
+    never, always = estimated(probe(4.0, 0)), estimated(probe(3.0, 40))
+    known = estimated(probe(1.0, 40), probe(1.1, 0))
     assert [str(never), str(always)] == ["less than 4", "at least 3"]
     assert not is_sure(never, known), "it may be far below"
     assert not is_sure(known, always)
     assert is_sure(always, known)
 
 
-def test_when_the_time_is_over_no_further_arm_is_begun() -> None:
-    arms = [Arm(1, num_both=3), Arm(1, num_prefill=2, num_decode=1)]
-    race = Race([*arms, Arm(1, num_prefill=1, num_decode=2)], 0.9, 60.0, 10.0)
-    race.predictions.update({arm.name: 2.0 for arm in race.arms})
-    found = Findings(figures={1: FIGURES}, hand_over_s=0.0, spent_s=90.0)
-    begun = set()
-    while (step := race.next_step(found)) is not None:
-        begun.add(step.arm.name)
-        num_met = 40 if step.rate < 2 else 0
-        one = probe(step.rate, num_met)
-        found.probes.append(
-            msgspec.structs.replace(one, arm=step.arm.name, visit=step.visit, rate=step.rate)
-        )
-    assert begun == {arm.name for arm in arms}
-
-
-def test_a_first_rate_that_was_far_too_high_does_not_end_without_a_goodput() -> None:
-    race = Race([Arm(1, num_both=2), Arm(1, num_prefill=1, num_decode=1)], 0.9, 60.0, 10.0)
-    race.predictions.update({arm.name: 8.0 for arm in race.arms})
+def after_its_time(arms: list[Arm], prediction: float) -> tuple[Race, Findings]:
+    """Measure arms whose goodput is 2 in a race whose time is over."""
+    race = Race(arms, 0.9, 60.0, 10.0)
+    race.predictions.update({arm.name: prediction for arm in arms})
     found = Findings(figures={1: FIGURES}, hand_over_s=0.0, spent_s=90.0)
     while (step := race.next_step(found)) is not None:
         one = probe(step.rate, 40 if step.rate < 2 else 0)
         found.probes.append(msgspec.structs.replace(one, arm=step.arm.name, visit=step.visit))
+    return race, found
+
+
+def test_when_the_time_is_over_no_further_arm_is_begun() -> None:
+    arms = [Arm(1, num_both=3), *(Arm(1, num_prefill=n, num_decode=3 - n) for n in (2, 1))]
+    _, found = after_its_time(arms, 2.0)
+    assert {each.arm for each in found.probes} == {arm.name for arm in arms[:2]}
+
+
+def test_a_first_rate_that_was_far_too_high_does_not_end_without_a_goodput() -> None:
+    race, found = after_its_time([Arm(1, num_both=2), Arm(1, num_prefill=1, num_decode=1)], 8.0)
     first, second = (arm.name for arm in race.arms)
     visits = dict.fromkeys((each.arm, each.visit) for each in found.probes)
     assert [*visits] == [(first, 1), (second, 1), (second, 2), (first, 2)], "drift decides nothing"

@@ -19,7 +19,7 @@ from tests.bench.verdict.simulated_arms import HAND_OVER_S, SimulatedLaunches, p
 
 # A prompt of 96 tokens takes 0.27 s, a step 40 ms: a prompt beside streams breaks the first ITL.
 TIGHT, LOOSE = Goals(ttft_ms=1000, itl_ms=130), Goals(ttft_ms=1000, itl_ms=1000)
-ARMS = [arm for arm in all_arms(2) if arm.tp_size == 1]
+ARMS, ARMS_OF_FOUR = ([arm for arm in all_arms(n) if arm.tp_size == 1] for n in (2, 4))
 
 
 def load_of(seed: int = 0, probe_s: float = 12.0) -> Load:
@@ -86,9 +86,8 @@ def test_a_prediction_is_within_a_fifth_of_an_arm_that_was_not_measured(
 
 
 def test_of_four_devices_the_best_split_is_found_and_the_hopeless_one_is_not_started() -> None:
-    arms = [arm for arm in all_arms(4) if arm.tp_size == 1]
     launches = SimulatedLaunches(load_of(), TIGHT, 1)
-    found, findings = run(launches, arms, 300.0, ruled_out={"4 x TP2": "no"})
+    found, findings = run(launches, ARMS_OF_FOUR, 300.0, ruled_out={"4 x TP2": "no"})
     assert found.choice == "split"
     assert found.winner == "2P2D"
     assert "below the best" in found.ruled_out["1P3D"]
@@ -99,17 +98,16 @@ def test_of_four_devices_the_best_split_is_found_and_the_hopeless_one_is_not_sta
 
 
 def test_without_right_predictions_no_arm_is_ruled_out() -> None:
-    arms = [arm for arm in all_arms(4) if arm.tp_size == 1]
     launches = SimulatedLaunches(load_of(), TIGHT, 1, misjudged=3.0)
-    found, findings = run(launches, arms, 300.0)
-    assert {probe.arm for probe in findings.probes} == {arm.name for arm in arms}
+    found, findings = run(launches, ARMS_OF_FOUR, 300.0)
+    assert {probe.arm for probe in findings.probes} == {arm.name for arm in ARMS_OF_FOUR}
     assert not found.ruled_out
     assert "does not fit" in found.note
 
 
 def test_an_arm_that_does_not_start_is_named_and_the_others_are_measured() -> None:
-    arms = [arm for arm in all_arms(4) if arm.tp_size == 1]
-    found, _ = run(SimulatedLaunches(load_of(), TIGHT, 1, broken=["2P2D"]), arms, 300.0)
+    launches = SimulatedLaunches(load_of(), TIGHT, 1, broken=["2P2D"])
+    found, _ = run(launches, ARMS_OF_FOUR, 300.0)
     assert found.ruled_out["2P2D"] == "a rank died"
     assert found.winner == "3P1D"
 
