@@ -7,7 +7,9 @@ import pytest
 
 from pdlaunch.checks import probed
 from pdlaunch.cli import preflight
+from pdlaunch.protocol.process import run_dirs
 from tests.checks.contexts import CPU, TINY
+from tests.cli.deployment_server import running_server
 from tests.command_line import invoke
 from tests.config.model_files.files import write_weights
 
@@ -43,6 +45,14 @@ def check(model, monkeypatch):
         return result
 
     return run
+
+
+@pytest.fixture
+def router(tmp_path, monkeypatch):
+    """A server that answers as a router does; no launch runs here."""
+    monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
+    with running_server() as server:
+        yield server
 
 
 @pytest.fixture

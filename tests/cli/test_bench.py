@@ -118,10 +118,19 @@ def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message:
     assert message in result.stderr
 
 
-def test_an_address_for_a_deployment_of_its_own_is_refused() -> None:
-    result = run("serve", "--port", "9000")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("serve", "--port", "9000"), "--port: this command's deployment listens on a free port"),
+        (("transfer", "--mooncake-protocol", "tcp,rdma"), "rdma"),
+        (("transfer", "--path", "p2p,pigeon"), "pigeon"),
+        (("transfer", "--device", "tpu"), "tpu"),
+    ],
+)
+def test_wrong_values_start_nothing(words: tuple[str, ...], message: str) -> None:
+    result = run(*words)
     assert result.exit_code == 2
-    assert "--port: this command's deployment listens on a free port of 127.0.0.1" in result.stderr
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,20 +186,6 @@ def test_rows_are_told_in_words_where_a_table_does_not_fit(
     assert " ".join(shown[12].split()) == "first ms 1.23, second -, the last x"
     assert "first" in shown[80]
     assert "," not in shown[80]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("transfer", "--mooncake-protocol", "tcp,rdma"),
-        ("transfer", "--path", "p2p,pigeon"),
-        ("transfer", "--device", "tpu"),
-    ],
-)
-def test_wrong_values_start_nothing(options: tuple[str, ...]) -> None:
-    result = run(*options)
-    assert result.exit_code == 2
-    assert options[-1].rpartition(",")[2] in result.stderr
 
 
 def test_a_deployment_that_is_not_there_is_told_in_words() -> None:

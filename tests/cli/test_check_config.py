@@ -65,10 +65,6 @@ def test_unusable_flags(check: Check, arguments: tuple[str, ...], said: str) -> 
     assert said in result.stderr
 
 
-def test_a_misspelt_variable_is_named(check: Check) -> None:
-    assert "did you mean PDLAUNCH_PREFILL?" in check(PDLAUNCH_PREFIL="2").stderr
-
-
 def test_weights_that_are_cut_off_or_missing(check: Check, model: Path) -> None:
     (model / "model.safetensors").write_bytes(EMPTY_SAFETENSORS[:9])
     assert "model.safetensors is damaged: it is cut off" in check(columns="200").stdout

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import pytest
 from rich.console import Console
 
 from pdlaunch.cli.serve import ServeView, ready_rows, render_status
@@ -17,6 +14,7 @@ from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, Proc
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import DeploymentStatus
 from tests.cli.deployment_server import deployment, rates
+from tests.e2e.waiting import await_true
 
 ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x -d y"))
 DRAINING = LaunchStatus(LaunchPhase.DRAINING, ())
@@ -103,15 +101,6 @@ def view_on(target: Console, router: Router, every_s: float = 0.01) -> ServeView
     return ServeView(target, lambda status: list(ROWS), router, every_s)
 
 
-def until(condition: Callable[[], object]) -> None:
-    ticks = threading.Event()
-    for _ in range(18000):
-        if condition():
-            return
-        ticks.wait(0.01)
-    pytest.fail("it did not happen")
-
-
 def said(target: Console) -> list[str]:
     """Return the lines that were printed, without their times."""
     return [line.partition("] ")[2] or line for line in printed(target).splitlines()]
@@ -139,7 +128,7 @@ def test_the_line_of_a_start_leaves_no_trace() -> None:
         view.changed(starting())
         view.changed(serving())
         view.ready(serving())
-        until(lambda: "  try        curl x -d y" in printed(target))
+        await_true(lambda: "  try        curl x -d y" in printed(target), "it is told")
     last_screen = printed(target).rpartition("\x1b[2K")[2]
     assert "pdlaunch is ready" in last_screen
     assert "loading weights" not in last_screen
@@ -155,7 +144,7 @@ def test_a_narrow_terminal_gets_whole_words_and_a_command_to_copy() -> None:
     with ServeView(target, lambda status: rows, Router(idle()), 0.01) as view:
         view.changed(serving())
         view.ready(serving())
-        until(lambda: "does not" in printed(target))
+        await_true(lambda: "does not" in printed(target), "it is told")
     assert command in printed(target)
     assert "Ctrl-C waits for running \nrequests; a second Ctrl-C does not\n" in printed(target)
 
@@ -177,15 +166,15 @@ def test_status_lines_come_from_ready_to_the_end_and_count_a_drain_down() -> Non
     target, router = console(), Router(idle(state="starting"))
     with view_on(target, router) as view:
         view.ready(serving())
-        until(lambda: router.num_reads > 1)
+        await_true(lambda: router.num_reads > 1, "it is told")
         assert said(target) == [], "the router takes no requests yet"
         router.status = deployment(gone=[])
-        until(lambda: "4 requests/s" in printed(target))
+        await_true(lambda: "4 requests/s" in printed(target), "it is told")
         view.note("a death")
         view.changed(DRAINING)
-        until(lambda: "draining: 3 requests left" in said(target))
+        await_true(lambda: "draining: 3 requests left" in said(target), "it is told")
         router.status = deployment(in_flight=1)
-        until(lambda: "draining: 1 request left" in said(target))
+        await_true(lambda: "draining: 1 request left" in said(target), "it is told")
         view.changed(STOPPING)
     firsts = [line.split()[0] for line in said(target)]
     assert firsts == ["pdlaunch", "URL", "try", "4", "a", "draining:", "draining:"]
@@ -195,7 +184,7 @@ def test_a_launch_that_stops_before_is_never_ready() -> None:
     target, router = console(), Router(idle(state="starting"))
     with view_on(target, router) as view:
         view.ready(serving())
-        until(lambda: router.num_reads)
+        await_true(lambda: router.num_reads, "it is told")
         view.changed(DRAINING)
         router.status = idle()
         view.changed(STOPPING)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,23 +11,9 @@ from rich.console import Console
 from typer.testing import Result
 
 from pdlaunch.cli.status import page, status_line
-from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.status import DeploymentStatus
-from tests.cli.deployment_server import (
-    HOSTILE,
-    DeploymentServer,
-    deployment,
-    engine,
-    running_server,
-)
+from tests.cli.deployment_server import HOSTILE, DeploymentServer, deployment, engine
 from tests.command_line import invoke
-
-
-@pytest.fixture
-def router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeploymentServer]:
-    monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
-    with running_server() as server:
-        yield server
 
 
 def run(*arguments: str, **environ: str) -> Result:

@@ -7,17 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cli.deployment_server import DeploymentServer, deployment, running_server
+from tests.cli.deployment_server import DeploymentServer, deployment
 from tests.cli.terminal import Terminal
 from tests.command_line import invoke
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(scope="module")
-def router() -> Iterator[DeploymentServer]:
-    with running_server() as server:
-        yield server
 
 
 @pytest.fixture

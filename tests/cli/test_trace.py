@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import msgspec
 import pytest
 from typer.testing import Result
 
-from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.status import RequestTrace, SpanView
-from tests.cli.deployment_server import DeploymentServer, running_server
+from tests.cli.deployment_server import DeploymentServer
 from tests.command_line import invoke
 
 HOSTILE = "x\x1b[2J\n[red]{}%s"
@@ -49,11 +45,9 @@ def trace(request_id: str = "r1", **fields) -> RequestTrace:
 
 
 @pytest.fixture
-def router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeploymentServer]:
-    monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
-    with running_server() as server:
-        server.requests = [trace()]
-        yield server
+def router(router: DeploymentServer) -> DeploymentServer:
+    router.requests = [trace()]
+    return router
 
 
 def run(router: DeploymentServer, *arguments: str, columns: int = 80) -> Result:

@@ -21,6 +21,8 @@ from tests.bench.verdict.test_search import ROW
 from tests.command_line import invoke
 
 GOALS = ("--slo", "ttft=1000,itl=100")
+SIZES = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4")
+LINE = '{"input_length": %d, "output_length": 4, "timestamp": 0}\n'
 
 
 def verdict(*arguments: object, **environ: str) -> Result:
@@ -29,8 +31,8 @@ def verdict(*arguments: object, **environ: str) -> Result:
 
 
 def test_a_dry_run_lists_arms_and_minutes_and_starts_nothing(model: Path, tmp_path: Path) -> None:
-    sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--minutes", "30")
-    result = verdict(model, *GOALS, *sizes, "--dry-run", "--output", tmp_path / "out")
+    flags = ("--minutes", "30", "--dry-run", "--output", tmp_path / "out")
+    result = verdict(model, *GOALS, *SIZES, *flags)
     assert result.exit_code == 0, result.output
     assert "arms for 2 devices: 2 x TP1, 1P1D" in result.output
     assert "about 30 min" in result.output
@@ -50,9 +52,15 @@ def test_a_dry_run_lists_arms_and_minutes_and_starts_nothing(model: Path, tmp_pa
         ((*GOALS, "--input-tokens", "100000"), "max_model_len"),
         ((*GOALS, "--placement", "ray"), "this machine"),
         ((*GOALS, "--resume", "--output", "/nowhere"), "cannot be read"),
+        ((*GOALS, "--trace", "trace.jsonl", "--output-tokens", "5"), "not with --trace"),
+        ((*GOALS, "--trace", "trace.jsonl"), "longer than max_model_len"),
     ],
 )
-def test_wrong_input_is_one_clear_error(arguments: tuple[str, ...], told: str, model: Path) -> None:
+def test_wrong_input_is_one_clear_error(
+    arguments: tuple[str, ...], told: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    Path("trace.jsonl").write_text(LINE % 9_000_000)
     result = verdict(model, *arguments)
     assert result.exit_code == 2
     assert told in " ".join(result.output.split())
@@ -92,8 +100,7 @@ def test_what_is_written_and_told_and_resumed(
     mine = tmp_path / "deploy.yaml"
     mine.write_text(f"model: {model}\nhost: 0.0.0.0\nautopilot: dry-run\n")
     trace = tmp_path / "trace.jsonl"
-    line = '{"input_length": %d, "output_length": 4, "timestamp": 0}\n'
-    trace.write_text(line % 8 + line % 9_000_000)
+    trace.write_text(LINE % 8 + LINE % 9_000_000)
     given = (mine, *GOALS, "--gpus", "2", "--trace", trace, "--output", tmp_path)
     result = verdict(*given, PDLAUNCH_API_KEY="hidden")
     assert result.exit_code == 0, result.output
@@ -119,8 +126,11 @@ def test_what_is_written_and_told_and_resumed(
         *("ttft_ms_median", "ttft_ms_p99", "itl_ms_median", "itl_ms_p99", "cached_share"),
         *("predicted", "error_percent"),
     }
-    result = verdict(*given, "--resume", PDLAUNCH_MAX_NUM_SEQS="3")
-    assert "about another load" in result.output
+    kept = (tmp_path / "verdict.json").read_text()
+    for other, told in (((), "add --resume"), (("--resume",), "about another load")):
+        result = verdict(*given, *other, PDLAUNCH_MAX_NUM_SEQS="3")
+        assert (result.exit_code, told in result.output) == (2, True)
+    assert (tmp_path / "verdict.json").read_text() == kept
 
 
 def test_a_second_ctrl_c_comes_after_the_verdict(
@@ -132,8 +142,7 @@ def test_a_second_ctrl_c_comes_after_the_verdict(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Launches, "stop", stop)
-    sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--output", tmp_path)
-    assert "Stay aggregated" in verdict(model, *GOALS, *sizes).output
+    assert "Stay aggregated" in verdict(model, *GOALS, *SIZES, "--output", tmp_path).output
     assert (tmp_path / "winner.yaml").exists()
 
 
@@ -142,32 +151,8 @@ def test_a_folder_that_cannot_be_written_is_found_first(
 ) -> None:
     seen = measuring_nothing(monkeypatch)
     (tmp_path / "file").touch()
-    sizes = ("--gpus", "2", "--input-tokens", "8", "--output", tmp_path / "file" / "out")
-    result = verdict(model, *GOALS, *sizes)
+    result = verdict(model, *GOALS, *SIZES, "--output", tmp_path / "file" / "out")
     assert ("cannot be written" in result.output, seen) == (True, [])
-
-
-def test_a_trace_gives_the_lengths(model: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"input_length": 9000000, "output_length": 4, "timestamp": 0}\n')
-    result = verdict(model, *GOALS, "--trace", trace, "--output-tokens", "5")
-    assert result.exit_code == 2
-    assert "not with --trace" in result.output
-    result = verdict(model, *GOALS, "--trace", trace)
-    assert "longer than max_model_len" in result.output
-
-
-def test_measurements_are_kept(model: Path, tmp_path: Path) -> None:
-    state = tmp_path / "verdict.json"
-    seconds = {"prefill": [], "steps": [], "chunk_tokens": 1, "max_batched_tokens": 1}
-    measured = {"figures": {"1": seconds | {"max_num_seqs": 1}}}
-    state.write_text(json.dumps({"question": "another", "findings": measured}))
-    sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--output", tmp_path)
-    result = verdict(model, *GOALS, *sizes)
-    assert (result.exit_code, "--resume" in result.output) == (2, True)
-    result = verdict(model, *GOALS, *sizes, "--resume")
-    assert (result.exit_code, "another load" in result.output) == (2, True)
-    assert json.loads(state.read_text())["question"] == "another"
 
 
 def test_after_a_first_arm_that_did_not_start_the_same_command_starts_again(
@@ -176,8 +161,7 @@ def test_after_a_first_arm_that_did_not_start_the_same_command_starts_again(
     seen = measuring_nothing(monkeypatch)
     findings = {"broken": {"2 x TP1": "no memory"}, "spent_s": 9.0}
     (tmp_path / "verdict.json").write_text(json.dumps({"question": "", "findings": findings}))
-    sizes = ("--gpus", "2", "--input-tokens", "8", "--output-tokens", "4", "--output", tmp_path)
-    assert verdict(model, *GOALS, *sizes).exit_code == 0
+    assert verdict(model, *GOALS, *SIZES, "--output", tmp_path).exit_code == 0
     assert (seen[0].broken, seen[0].spent_s) == ({}, 0.0)
 
 
