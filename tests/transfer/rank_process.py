@@ -62,11 +62,7 @@ class RankOptions:
 
     @property
     def seed(self) -> int:
-        return hash_of(self.engine_id) + self.tp_rank
-
-
-def hash_of(text: str) -> int:
-    return sum(text.encode())
+        return sum(self.engine_id.encode()) + self.tp_rank
 
 
 def run_rank(pipe: Connection, options: RankOptions) -> None:
@@ -202,10 +198,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "submit": transfer.submit,
         "registry": transfer.update_registry,
         "suspend": transfer.suspend,
-        "wait_unmapped": transfer.wait_unmapped,
         "resume": transfer.resume,
         "blocks": lambda block_ids: kv_cache[block_ids].cpu().numpy(),
-        "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
         "digest": lambda flipped: digest_of(kv_cache.flip(0) if flipped else kv_cache),
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
         "interrupt": lambda kind, pid: interruptions.append((kind, pid)),
@@ -326,11 +320,8 @@ class RankHandle:
         assert finished.ok, finished.error
         np.testing.assert_array_equal(self.blocks([9, 2, 6]), holder.blocks([3, 1, 4]))
 
-    def tell(self, action: str, *arguments: Any) -> None:
-        self._pipe.send((action, arguments))
-
     def call(self, action: str, *arguments: Any) -> Any:
-        self.tell(action, *arguments)
+        self._pipe.send((action, arguments))
         return self.wait("result")
 
     def submit(self, *commands: TransferCommand) -> None:

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing.forkserver
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import msgspec
@@ -38,7 +36,6 @@ from tests.engine.memory.open_files import num_open_fds
 from tests.interpreter import needs_triton, run_interpreted
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 from tests.transfer.pull_world import compatibility
-from tests.transfer.rank_process import fork_server_context
 
 TIMEOUT_S = 180.0
 NUM_BLOCKS = 8
@@ -302,34 +299,6 @@ def test_without_the_token_nothing_is_handed_over(server: FdServer, token: bytes
     await_true(lambda: num_open_fds() <= before, "the server has closed its end, too")
     assert server.wait_unused(0)
     fetch(server).close()
-
-
-def fetch_and_wait(address: str, token: bytes, pipe: Any) -> None:
-    _kept = fetch_fds(address, token, 3, TIMEOUT_S)
-    pipe.send(None)
-    pipe.recv()
-
-
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    """Start the fork server, which keeps files open, before a test counts open files."""
-    context = fork_server_context()
-    multiprocessing.forkserver.ensure_running()
-    return context
-
-
-@pytest.mark.processes
-def test_a_killed_reader_uses_nothing_any_more(
-    server: FdServer, context: ForkServerContext
-) -> None:
-    pipe, child_end = context.Pipe()
-    process = context.Process(target=fetch_and_wait, args=(server.address, server.token, child_end))
-    process.start()
-    pipe.recv()
-    assert not server.wait_unused(0)
-    process.kill()
-    process.join()
-    assert server.wait_unused(TIMEOUT_S)
 
 
 # Together with another connector

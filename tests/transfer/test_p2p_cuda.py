@@ -95,27 +95,6 @@ def test_bytes_are_equal(
 
 @pairs
 @memories
-def test_heads_of_ranks_of_another_tp_size(
-    start_on: Start, devices: tuple[str, str], with_cumem: bool
-) -> None:
-    """Each piece is one head; the puller's blocks have three heads."""
-    holders = [
-        start_on("prefill", devices[0], with_cumem, tp_size=3, tp_rank=tp_rank, num_heads=1)
-        for tp_rank in range(3)
-    ]
-    puller = start_on("decode", devices[1], with_cumem)
-    puller.connect(*holders)
-    for holder in holders:
-        holder.submit(grant("r", [3, 8, 5]))
-    puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17]))
-    finished = finish(puller)
-    assert finished.ok, finished.error
-    there = np.concatenate([holder.blocks([3, 8, 5]) for holder in holders], axis=1)
-    np.testing.assert_array_equal(puller.blocks([30, 2, 17]), there)
-
-
-@pairs
-@memories
 @pytest.mark.parametrize("path", ["p2p", "nixl"])
 def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     start_on: Start, devices: tuple[str, str], with_cumem: bool, path: str

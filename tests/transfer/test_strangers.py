@@ -16,8 +16,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.e2e.listening import speaks_curve
-from tests.e2e.waiting import await_true
 from tests.transfer.conftest import Start
 from tests.transfer.rank_process import RankHandle
 
@@ -123,13 +121,6 @@ def test_another_user_can_neither_read_nor_write(pair: tuple[RankHandle, RankHan
         assert {answer for name, answer in found.items() if name.startswith("unix")} <= {""}
         assert rank.call("digest", False) == before
     puller.pull_from(holder, "the ranks go on as if nothing had happened")
-
-
-def test_no_socket_listens_without_asking_who_comes(pair: tuple[RankHandle, RankHandle]) -> None:
-    for rank in pair:
-        tcp, _ = rank.call("listening")
-        (port,) = tcp
-        await_true(partial(speaks_curve, port), "it asks who comes")
 
 
 def test_this_user_can(pair: tuple[RankHandle, RankHandle]) -> None:

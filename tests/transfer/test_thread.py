@@ -31,6 +31,7 @@ from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.sides import native_setup
 from pdlaunch.transfer.thread import TransferThread
+from tests.e2e.waiting import await_true
 from tests.transfer.fakes import (
     Fabric,
     FakeConnector,
@@ -98,10 +99,6 @@ class Rank:
             self._wakes.get(timeout=TIMEOUT_S)
             if events := self.transfer.take_events():
                 return events
-
-    def await_connected(self) -> None:
-        while not self.transfer.connected:
-            self._wakes.get(timeout=TIMEOUT_S)
 
     def close(self) -> None:
         self.transfer.close(timeout_s=TIMEOUT_S)
@@ -179,11 +176,6 @@ class Asker:
         return to_decode_side.decode(self.socket.recv())
 
 
-def test_a_lease_expires_without_anybody_asking(holder: Rank) -> None:
-    holder.transfer.submit([grant("r", [4], lease_s=0.01)])
-    assert holder.events() == [LeaseEnded(lease_id="r", reason="expired")]
-
-
 def test_hostile_frames_are_refused_and_the_thread_goes_on(holder: Rank, context) -> None:
     asker = Asker(context, holder)
     good = asker.begin("c" * 32)
@@ -243,25 +235,18 @@ def test_idle_threads_do_not_turn_while_others_pull(context) -> None:
 # Sleep
 
 
-@pytest.mark.parametrize("what", ["lease", "read"])
-def test_leases_and_reads_that_may_still_write_keep_the_rank_awake(pair, fabric, what) -> None:
+def test_a_read_that_may_still_write_keeps_the_rank_awake(pair, fabric) -> None:
     holder, puller = pair
-    fabric.stalled = what == "read"
-    rank = puller if fabric.stalled else holder
-    holder.transfer.submit([grant("r", [4, 5])])
-    if fabric.stalled:
-        puller.transfer.submit([pull("p", remote("r"), [1, 2])])
+    fabric.stalled = True
+    begin_pull(holder, puller, "r")
     with pytest.raises(TransferError, match="has not ended"):
-        rank.transfer.suspend(0.2)
-    assert rank.is_registered
-    if fabric.stalled:
-        fabric.land()
-    else:
-        puller.transfer.submit([pull("p", remote("r"), [1, 2])])
+        puller.transfer.suspend(0.2)
+    assert puller.is_registered
+    fabric.land()
     (finished,) = puller.events()
     assert finished.ok
-    rank.transfer.suspend(TIMEOUT_S)
-    assert not rank.is_registered
+    puller.transfer.suspend(TIMEOUT_S)
+    assert not puller.is_registered
 
 
 def test_a_sleeping_rank_refuses_and_says_why(holder: Rank, context) -> None:
@@ -273,4 +258,4 @@ def test_a_sleeping_rank_refuses_and_says_why(holder: Rank, context) -> None:
     assert answer.reason == "prefill-0/rank-0 is asleep"
     asker.socket.close()
     holder.transfer.resume(TIMEOUT_S)
-    holder.await_connected()
+    await_true(lambda: holder.transfer.connected, "it is awake", TIMEOUT_S)
