@@ -29,21 +29,19 @@ from pdlaunch.http.sse import (
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-@pytest.mark.parametrize("header", ["a b", "a\r\nb", "é", "x" * 201])
-def test_bad_request_ids_are_refused(header: str) -> None:
-    with pytest.raises(RequestError, match="X-Request-Id"):
-        read_request_id(header)
-
-
 def test_headers_of_a_trace_are_passed_on_where_they_can_be_sent() -> None:
     headers = {"traceparent": TRACEPARENT, "tracestate": "a=\udcff", "cookie": "secret"}
     assert headers_to_pass(headers) == {"traceparent": TRACEPARENT}
 
 
-@given(st.text())
-def test_any_header_is_read_or_refused(header: str) -> None:
+@given(st.text() | st.sampled_from(["a b", "a\r\nb", "x" * 201]))
+def test_a_request_id_is_a_short_word_or_refused(header: str) -> None:
     with contextlib.suppress(RequestError):
-        assert read_request_id(header).isascii()
+        request_id = read_request_id(header)
+        assert request_id.isascii()
+        assert request_id.isprintable()
+        assert len(request_id.split()) == 1
+        assert len(request_id) <= 200
 
 
 HOSTILE = ["a\r\nSet-Cookie: x", "a, b", "", "température", "x" * 2**20, "a\x1b[2Jb", "\0"]

@@ -60,57 +60,38 @@ def status(*engines: EngineStatus, **fields: Any) -> DeploymentStatus:
     return deployment_server.deployment(*engines, **(DEFAULTS | fields))
 
 
+PREFILL, DECODE, BOTH = (engine(f"{role}-0") for role in ("prefill", "decode", "both"))
 BUSY = {"computing": 1.0, "waiting_prompt_tokens": 3200.0}
+FULL = engine("decode-0", {"running": 8}, max_running=8)
+NO_MEMORY = engine("decode-0", {"kv_usage": 0.97, "waiting": 2})
+SLOW_PULLS = engine("decode-0", {"pulls": Pulls(mean_s=0.4)})
+HALF_BUSY = status(engine("prefill-0", computing=0.5), DECODE, queued_prompt_tokens=5000)
 
 
 @pytest.mark.parametrize(
-    ("seen", "kind", "why"),
+    ("seen", "limit"),
     [
-        (status(engine("prefill-0"), engine("decode-0")), "nothing", "prefill load 0%"),
+        (status(PREFILL, DECODE), "nothing: prefill load 0%"),
         (
-            status(engine("prefill-0", **BUSY), engine("decode-0")),
-            "prefill",
-            "prompts wait 3.2 s, prefill load 132%",
+            status(engine("prefill-0", **BUSY), DECODE),
+            "prefill: prompts wait 3.2 s, prefill load 132%",
         ),
+        (HALF_BUSY, "prefill: prompts wait 5.0 s, prefill load 100%"),
         (
-            status(
-                engine("prefill-0", computing=0.5), engine("decode-0"), queued_prompt_tokens=5000
-            ),
-            "prefill",
-            "prompts wait 5.0 s, prefill load 100%",
+            status(PREFILL, DECODE, rates=SLOW),
+            "decode: a token takes 50.0 ms, 10.0 ms with few streams",
         ),
-        (
-            status(engine("prefill-0"), engine("decode-0"), rates=SLOW),
-            "decode",
-            "a token takes 50.0 ms, 10.0 ms with few streams",
-        ),
-        (
-            status(engine("prefill-0"), engine("decode-0", {"running": 8}, max_running=8)),
-            "decode",
-            "8 of at most 8 requests run, 0 wait",
-        ),
-        (
-            status(engine("prefill-0"), engine("decode-0", {"kv_usage": 0.97, "waiting": 2})),
-            "kv_memory",
-            "the decode KV caches are 100% full, 2 wait",
-        ),
-        (
-            status(engine("prefill-0"), engine("decode-0", {"pulls": Pulls(mean_s=0.4)})),
-            "transfer",
-            "a pull takes 400 ms, the first token 100 ms",
-        ),
-        (status(engine("both-0", **BUSY)), "prefill", "prompts wait 3.2 s"),
-        (status(engine("both-0"), rates=SLOW), "decode", "a token takes 50.0 ms"),
-        (
-            status(engine("prefill-0", {"age_s": 11.0}), engine("decode-0")),
-            "unknown",
-            "no metrics of prefill-0",
-        ),
-        (status(engine("prefill-0", state="starting")), "unknown", "no pair of engines is ready"),
+        (status(PREFILL, FULL), "decode: 8 of at most 8 requests run, 0 wait"),
+        (status(PREFILL, NO_MEMORY), "kv_memory: the decode KV caches are 100% full, 2 wait"),
+        (status(PREFILL, SLOW_PULLS), "transfer: a pull takes 400 ms, the first token 100 ms"),
+        (status(engine("both-0", **BUSY)), "prefill: prompts wait 3.2 s"),
+        (status(BOTH, rates=SLOW), "decode: a token takes 50.0 ms"),
+        (status(engine("prefill-0", {"age_s": 11.0}), DECODE), "unknown: no metrics of prefill-0"),
+        (status(engine("prefill-0", state="starting")), "unknown: no pair of engines is ready"),
     ],
 )
-def test_what_limits(seen: DeploymentStatus, kind: str, why: str) -> None:
-    found = find_bottleneck(seen)
+def test_what_limits(seen: DeploymentStatus, limit: str) -> None:
+    found, (kind, why) = find_bottleneck(seen), limit.split(": ")
     assert found.kind == kind
     assert why in found.why
     assert why in bottleneck_line(found)

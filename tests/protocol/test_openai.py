@@ -274,45 +274,30 @@ def test_any_body_is_a_request_or_a_request_error(kind, data: st.DataObject) -> 
         assert parse_request(kind, body, public=False).n >= 1
 
 
+BIASES = {str(index): 1 for index in range(1025)}
 CALL = {"function": {"name": "f", "arguments": "[]" * 60_000}}
 
 
+def parts(number: int) -> dict[str, Any]:
+    return {"role": "user", "content": [TEXT] * number}
+
+
 @pytest.mark.parametrize(
-    ("make", "fields", "param", "numbers"),
+    ("field", "value", "param", "numbers"),
     [
-        (
-            completion,
-            {"logit_bias": {str(index): 1 for index in range(1025)}},
-            "logit_bias",
-            ("1025", "1024"),
-        ),
-        (completion, {"user": "x" * 1025}, "user", ("1024",)),
-        (completion, {"stop": ["x"] * 33}, "stop", ("33", "32")),
-        (completion, {"stop": ["x" * 1001]}, "stop[0]", ("1000",)),
-        (completion, {"prompt": ["x"] * 1025}, "prompt", ("1024",)),
-        (chat, {"messages": USER * 4097}, "messages", ("4097", "4096")),
-        (
-            chat,
-            {"messages": [{"role": "user", "content": [TEXT] * 4097}]},
-            "messages[0].content",
-            ("4097", "4096"),
-        ),
-        (
-            chat,
-            {"messages": [{"role": "user", "content": [TEXT] * 2050}] * 2},
-            "messages",
-            ("4100", "4096"),
-        ),
-        (
-            chat,
-            {"messages": [{"role": "assistant", "tool_calls": [CALL, CALL]}]},
-            "messages",
-            ("100000",),
-        ),
+        ("logit_bias", BIASES, "logit_bias", ("1025", "1024")),
+        ("user", "x" * 1025, "user", ("1024",)),
+        ("stop", ["x"] * 33, "stop", ("33", "32")),
+        ("stop", ["x" * 1001], "stop[0]", ("1000",)),
+        ("prompt", ["x"] * 1025, "prompt", ("1024",)),
+        ("messages", USER * 4097, "messages", ("4097", "4096")),
+        ("messages", [parts(4097)], "messages[0].content", ("4097", "4096")),
+        ("messages", [parts(2050), parts(2050)], "messages", ("4100", "4096")),
+        ("messages", [{"role": "assistant", "tool_calls": [CALL] * 2}], "messages", ("100000",)),
     ],
 )
-def test_what_is_too_many_is_refused_with_both_numbers(make, fields, param, numbers) -> None:
-    error = refusal(make, **fields)
+def test_what_is_too_many_is_refused_with_both_numbers(field, value, param, numbers) -> None:
+    error = refusal(chat if field == "messages" else completion, **{field: value})
     assert error.param == param
     assert all(number in str(error) for number in numbers)
 
