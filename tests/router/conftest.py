@@ -102,6 +102,11 @@ class Stand:
         self.publish()
         await self.state.settled()
 
+    async def start_pair(self) -> list[FakeEngine]:
+        engines = pair()
+        await self.start(engines)
+        return engines
+
     def publish(
         self,
         *,
@@ -136,6 +141,11 @@ class Stand:
         async with self.session.post(path, json=body, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 
+    async def get(self, path: str, *, status: int = 200) -> Any:
+        async with self.session.get(path) as response:
+            assert response.status == status
+            return await response.json()
+
     def metric(self, name: str) -> float:
         """The sum of all series whose line begins so, with a whole name."""
         # Tests ask until it changes: with all metrics, asking takes longer than what they wait for.
@@ -169,24 +179,26 @@ class Answer:
         assert data.count("[DONE]") == (data[-1] == "[DONE]")
         return events
 
-    def texts(self) -> dict[int, str]:
-        """By choice; of an answer or a stream."""
-        texts: dict[int, str] = {}
+    def choices(self) -> list[dict[str, Any]]:
+        """Of an answer, or of all events of a stream."""
         events = self.events() if "event-stream" in self.headers["Content-Type"] else [self.json()]
-        for event in events:
-            for choice in event.get("choices", []):
-                part = choice.get("text")
-                if part is None:
-                    part = (choice.get("delta") or choice.get("message") or {}).get("content") or ""
-                texts[choice["index"]] = texts.get(choice["index"], "") + part
+        return [choice for event in events for choice in event.get("choices", [])]
+
+    def texts(self) -> dict[int, str]:
+        """By choice."""
+        texts: dict[int, str] = {}
+        for choice in self.choices():
+            part = choice.get("text")
+            if part is None:
+                part = (choice.get("delta") or choice.get("message") or {}).get("content") or ""
+            texts[choice["index"]] = texts.get(choice["index"], "") + part
         return texts
 
     def finish_reasons(self) -> dict[int, list[str]]:
         reasons: dict[int, list[str]] = {}
-        for event in self.events():
-            for choice in event.get("choices", []):
-                if choice.get("finish_reason"):
-                    reasons.setdefault(choice["index"], []).append(choice["finish_reason"])
+        for choice in self.choices():
+            if choice.get("finish_reason"):
+                reasons.setdefault(choice["index"], []).append(choice["finish_reason"])
         return reasons
 
 
@@ -205,6 +217,12 @@ def working(engine: Engine) -> AbstractContextManager[object]:
 def named(stand: Stand, name: str) -> Engine:
     """The router's view of an engine."""
     return next(engine for engine in stand.pool.engines if engine.name == name)
+
+
+def proof(prefill: str, decode: str, **fields: Any) -> PairReady:
+    """Say that KV blocks come from one engine, or rank, to another."""
+    seen: dict[str, Any] = {"peer_incarnation": 1, "seconds": 0.1, "path": "p2p/memfd"}
+    return PairReady(local=decode, peer=prefill, **seen | fields)
 
 
 def pair() -> list[FakeEngine]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 import msgspec
@@ -32,11 +32,13 @@ class FakeEngine:
     choice to its number of tokens, the last of which is EOS.
     """
 
-    def __init__(self, name: str, role: Role, *, max_model_len: int = 4096) -> None:
+    def __init__(self, name: str, role: Role) -> None:
         self.name = name
         self.role: Role = role
         self.has_rank = True
-        self.max_model_len = max_model_len
+        self.max_model_len = 4096
+        self.models = ["tiny"]
+        self.capabilities = Capabilities()
         self.incarnation = 1
         self.rank_incarnation = 1
         self.seen: list[Seen] = []
@@ -67,7 +69,6 @@ class FakeEngine:
         """Changes a whole answer."""
         self.padding = ""
         self.ignored_fields: str | None = None
-        self.healthy = True
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
         self.kv_feed = KVFeed()
         self.host = ""
@@ -95,7 +96,6 @@ class FakeEngine:
                 web.post("/sleep", self._fall_asleep),
                 web.post("/wake_up", self._wake_up),
                 web.get("/is_sleeping", self._is_sleeping),
-                web.get("/pdlaunch/integrity", self._integrity),
                 web.get(KV_EVENTS_PATH, self.kv_feed.send),
             ]
         )
@@ -124,7 +124,7 @@ class FakeEngine:
             role=self.role,
             devices=self.devices,
             address=Address(http=self.url),
-            capabilities=Capabilities(),
+            capabilities=self.capabilities,
             state=state,
             withheld=self.withheld,
         )
@@ -162,15 +162,6 @@ class FakeEngine:
             {"is_sleeping": self.sleeping, "sleeping_tags": [], "num_bytes": 0}
         )
 
-    async def _integrity(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            {
-                "ok": self.healthy,
-                "error": None if self.healthy else "made up",
-                "stats": {"num_blocks": 5},
-            }
-        )
-
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         seen = Seen(request.path, request.headers.copy(), body)
@@ -203,9 +194,7 @@ class FakeEngine:
             self.holding.set()
             await self.go.wait()
         if self.die_after == 0:
-            assert request.transport is not None
-            request.transport.abort()
-            raise ConnectionResetError
+            _break(request)
         whole = job.whole() | self._reported(seen)
         self.spoil(whole)
         return web.Response(
@@ -227,11 +216,9 @@ class FakeEngine:
         prefill = params.get("do_remote_decode")
         if prefill and (body.get("max_tokens") != 1 or body.get("stream")):
             return "max_tokens must be 1 and stream false"
-        if prefill:
-            return None
         if body.get("stream_options") and not body.get("stream"):
             return "stream_options needs stream"
-        if (body.get("min_tokens") or 0) > (body.get("max_tokens") or 16):
+        if not prefill and (body.get("min_tokens") or 0) > (body.get("max_tokens") or 16):
             return "min_tokens is more than max_tokens"
         return None
 
@@ -252,15 +239,7 @@ class FakeEngine:
 
         for chunk in job.opening():
             await send(chunk)
-        for num_sent, chunk in enumerate(job.chunks()):
-            if num_sent == self.hold_after:
-                self.holding.set()
-                await self.go.wait()
-            if num_sent == self.die_after:
-                # What a dead connection still held is lost: wait until the router has read what the
-                # test counts on.
-                await until(self.may_die)
-                _break(request)
+        async for num_sent, chunk in self._paced(request, job.chunks()):
             if num_sent == self.error_after:
                 await response.write(b"data: " + self.error_body + b"\n\n")
                 await response.write_eof()
@@ -274,10 +253,23 @@ class FakeEngine:
         await response.write_eof()
         return response
 
+    async def _paced(
+        self, request: web.Request, chunks: list[dict[str, Any]]
+    ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+        for num_sent, chunk in enumerate(chunks):
+            if num_sent == self.hold_after:
+                self.holding.set()
+                await self.go.wait()
+            if num_sent == self.die_after:
+                # What a dead connection still held is lost: wait until the router has read what the
+                # test counts on.
+                await until(self.may_die)
+                _break(request)
+            yield num_sent, chunk
+
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            {"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
-        )
+        cards = [{"id": name, "max_model_len": self.max_model_len} for name in self.models]
+        return web.json_response({"object": "list", "data": cards})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         await self.tells_metrics.wait()

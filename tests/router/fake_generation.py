@@ -63,13 +63,9 @@ class Job:
             assert len(choices) == self.n
         else:
             ours = (self.body.get("kv_transfer_params") or {}).get("pdlaunch") or {}
-            choices = (
-                [[token] for token in ours.get("first_tokens", [])]
-                if ours.get("first_token_sent")
-                else []
-            )
-            if not choices:
-                choices = [[] for _ in range(self.n)]
+            choices = [[] for _ in range(self.n)]
+            if ours.get("first_token_sent"):
+                choices = [[token] for token in ours["first_tokens"]]
         over = {
             index
             for index, tokens in enumerate(choices)
@@ -133,24 +129,19 @@ class Job:
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": choice.pop("delta")["content"]}
             choices.append(choice)
-        answer = self.head() | {
-            "choices": choices,
-            "usage": self.usage(),
-            "kv_transfer_params": None,
-        }
-        if self.is_prefill:
-            answer["kv_transfer_params"] = self.handed_over()
-        return answer
-
-    def handed_over(self) -> dict[str, Any] | None:
-        if all(token_ids[-1] == EOS for token_ids in self.told):
-            return None
-        return self._lease([token_ids[0] for token_ids in self.told])
+        lasts = self.is_prefill and any(token_ids[-1] != EOS for token_ids in tokens)
+        params = self._lease([token_ids[0] for token_ids in tokens]) if lasts else None
+        answer = {"choices": choices, "usage": self.usage(), "kv_transfer_params": params}
+        return self.head() | answer
 
     def _lease(self, first_tokens: list[int]) -> dict[str, Any]:
         lease = f"{self.request_id}/0"
         self.engine.leases[lease] = self.prompt
-        params: dict[str, Any] = {
+        tokens = [
+            {"token_id": token, "finish_reason": "stop" if token == EOS else None}
+            for token in first_tokens
+        ]
+        return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_engine_id": self.engine.name,
@@ -158,23 +149,16 @@ class Job:
             "remote_host": "127.0.0.1",
             "remote_port": 1,
             "remote_block_ids": [[1]],
+            "pdlaunch": {"first_tokens": tokens, "first_token_sent": False},
         }
-        tokens = [
-            {"token_id": token, "finish_reason": "stop" if token == EOS else None}
-            for token in first_tokens
-        ]
-        params["pdlaunch"] = {"first_tokens": tokens, "first_token_sent": False}
-        return params
 
     def usage(self) -> dict[str, Any]:
-        completion = sum(map(len, self.told))
-        prompt = len(self.prompt)
-        cached = {"cached_tokens": 0 if self.is_prefill else prompt}
+        prompt, completion = len(self.prompt), sum(map(len, self.told))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": cached,
+            "prompt_tokens_details": {"cached_tokens": 0 if self.is_prefill else prompt},
         }
 
     def _choice(

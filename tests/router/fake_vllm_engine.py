@@ -13,8 +13,8 @@ from aiohttp import web
 
 from pdlaunch.http.watch.engine_api import with_version
 from pdlaunch.launch.engines.plan import capabilities_over_http
-from pdlaunch.protocol.control import Address, Entry, PairReady, Role
-from tests.router.fake_engine import FakeEngine, Seen, _break, until
+from pdlaunch.protocol.control import Role
+from tests.router.fake_engine import FakeEngine, Seen
 
 CAPABILITIES = with_version(capabilities_over_http("vllm"), "0.32.0")
 SCRIPT = "Grüße 🙂 an alle, STOP und weiter"
@@ -32,6 +32,7 @@ class FakeVllmEngine(FakeEngine):
 
     def __init__(self, name: str, role: Role, leases: dict[str, list[int]]) -> None:
         super().__init__(name, role)
+        self.has_rank = False
         self.leases = leases
         self.pulls = True
         self.names_first_token = False
@@ -39,28 +40,6 @@ class FakeVllmEngine(FakeEngine):
         self.capabilities = CAPABILITIES
         self.message: dict[str, Any] | None = None
         self.models = ["tiny", "tiny-lora"]
-
-    def entries(self, *, ready: bool = True) -> list[Entry]:
-        return [
-            Entry(
-                name=self.name,
-                kind="server",
-                incarnation=self.incarnation,
-                engine=self.name,
-                role=self.role,
-                devices=self.devices,
-                address=Address(http=self.url),
-                capabilities=self.capabilities,
-                state="ready" if ready else "starting",
-            )
-        ]
-
-    async def _models(self, request: web.Request) -> web.Response:
-        cards = [
-            {"id": name, "max_model_len": self.max_model_len, "parent": None}
-            for name in self.models
-        ]
-        return web.json_response({"object": "list", "data": cards})
 
     async def _detokenize(self, request: web.Request) -> web.Response:
         return web.json_response({"prompt": text_of((await request.json())["tokens"])})
@@ -154,13 +133,7 @@ class FakeVllmEngine(FakeEngine):
         if is_chat:
             opening = {"index": 0, "delta": {"role": "assistant", "content": ""}}
             await send({"choices": [opening], "prompt_token_ids": prompt})
-        for num_sent, chunk in enumerate(chunks):
-            if num_sent == self.hold_after:
-                self.holding.set()
-                await self.go.wait()
-            if num_sent == self.die_after:
-                await until(self.may_die)
-                _break(request)
+        async for num_sent, chunk in self._paced(request, chunks):
             choice = {"index": 0} | chunk
             if is_chat:
                 delta = {"content": choice.pop("text")}
@@ -214,13 +187,3 @@ def vllm_pairs(number: int = 1) -> list[FakeVllmEngine]:
         for role in ("prefill", "decode")
         for index in range(number)
     ]
-
-
-def proof(prefill: FakeEngine, decode: FakeEngine) -> PairReady:
-    return PairReady(
-        local=decode.name,
-        peer=prefill.name,
-        peer_incarnation=prefill.incarnation,
-        seconds=0.1,
-        path="nixl/vLLM",
-    )

@@ -31,7 +31,10 @@ from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion, expected_text
 
 KEYS = msgspec.structs.replace(
-    SPEC, keys=(client_key("of-the-clients"),), admin_api_key="of-the-admin"
+    SPEC,
+    keys=(client_key("of-the-clients"),),
+    admin_api_key="of-the-admin",
+    max_connections=1,
 )
 COMMANDS = [
     ("POST", "/sleep"),
@@ -165,32 +168,24 @@ async def test_one_engine_alone_answers_as_it_does(admin_stand: AdminStand) -> N
             assert response.status == expected
 
 
-async def test_connections_of_strangers_lock_nobody_out(stand: Stand, tmp_path: Path) -> None:
-    """Those of the public address are all busy."""
-    engines = pairs(1)
-    engines[1].hold_after = 0
-    await stand.start(engines, spec=msgspec.structs.replace(SPEC, max_connections=1))
-    runner = await listen_at_admin_socket(stand.router.app, tmp_path / "admin.sock")
-    running = asyncio.create_task(stand.post(completion()))
-    await engines[1].holding.wait()
-    async with aiohttp.ClientSession() as stranger, stranger.get(f"{stand.url}/health") as response:
-        assert (response.status, (await response.json())["error"]["code"]) == (
-            503,
-            "too_many_connections",
-        )
-    async with (
-        aiohttp.ClientSession(
-            "http://launch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))
-        ) as session,
-        session.get("/is_sleeping") as response,
-    ):
-        assert response.status == 200
-    engines[1].go.set()
-    assert (await running).status == 200
-    await runner.cleanup()
-
-
 CLIENT = {"Authorization": "Bearer of-the-clients"}
+
+
+async def test_connections_of_strangers_lock_nobody_out(admin_stand: AdminStand) -> None:
+    """Those of the public address are all busy."""
+    stand, prefill = admin_stand.stand, admin_stand.engines[0]
+    await set_drained(admin_stand, "drain", "prefill-1")
+    prefill.hold_prefill = True
+    running = asyncio.create_task(stand.post(completion(), headers=CLIENT))
+    await prefill.holding.wait()
+    async with aiohttp.ClientSession() as stranger, stranger.get(f"{stand.url}/health") as response:
+        assert response.status == 503
+        assert (await response.json())["error"]["code"] == "too_many_connections"
+    assert (await admin_stand.call("GET", "/is_sleeping"))[0] == 200
+    prefill.go.set()
+    assert (await running).status == 200
+
+
 Call = asyncio.Task[tuple[int, Any]]
 
 

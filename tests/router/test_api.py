@@ -22,10 +22,8 @@ from pdlaunch.protocol.openai.requests import MAX_CHOICES
 from pdlaunch.router.app import PAGE_PATHS
 from pdlaunch.router.client_request import COMPLETIONS, read_client_request
 from tests.router.conftest import SPEC, Stand, client_key, pair
-from tests.router.fake_engine import FakeEngine, until
+from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion
-
-JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +42,7 @@ JSON = {"Content-Type": "application/json"}
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"seed": "x"}, "seed"),
         ({"return_token_ids": "yes"}, "return_token_ids"),
+        ({"prompt_token_ids": [1]}, "prompt_token_ids"),
         ({"prompt": ["x"] * 17}, "prompt"),
         ({"prompt": ["x"] * 5000}, "prompt"),
     ],
@@ -77,11 +76,9 @@ async def test_the_api_key_is_asked_for(stand: Stand) -> None:
         await stand.post(completion(), headers={"Authorization": "Bearer secret"})
     ).status == 200
     assert stand.engines["prefill-0"].seen[0].headers["Authorization"] == "Bearer launch-token"
-    async with stand.session.get("/v1/models") as response:
-        assert response.status == 401
-    for path in ("/health", "/metrics"):
+    for path, status in (("/v1/models", 401), ("/health", 200), ("/metrics", 200)):
         async with stand.session.get(path) as response:
-            assert response.status == 200
+            assert response.status == status
 
 
 async def test_health_tells_the_engines_states(stand: Stand) -> None:
@@ -92,9 +89,8 @@ async def test_health_tells_the_engines_states(stand: Stand) -> None:
         (["decode-0", "prefill-0"], 503, "unavailable"),
     ):
         stand.publish(starting=starting)
-        async with stand.session.get("/health") as response:
-            body = await response.json()
-        assert (response.status, body["status"]) == (status, word)
+        body = await stand.get("/health", status=status)
+        assert body["status"] == word
         assert body["engines"] == {
             name: "starting" if name in starting else "ready" for name in ("decode-0", "prefill-0")
         }
@@ -104,8 +100,7 @@ async def test_health_tells_the_engines_states(stand: Stand) -> None:
         entries[0], state="failed", reason=f"decode-0 died: {MODEL_CHANGED}: model.safetensors"
     )
     stand.state.update(Registry(version=99, entries=entries))
-    async with stand.session.get("/health") as response:
-        assert (await response.json())["model_changed"] == ["decode-0"]
+    assert (await stand.get("/health", status=503))["model_changed"] == ["decode-0"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -163,23 +158,13 @@ def test_no_text_becomes_markup_and_nothing_comes_from_elsewhere() -> None:
         assert set(elsewhere) <= {"http://www.w3.org/2000/svg"}, file.name
 
 
-LARGE_MODEL_LEN = 2**22
 LARGE = msgspec.structs.replace(SPEC, max_body_bytes=2**21, body_budget_bytes=2**22)
 
 
-def large_pair() -> list[FakeEngine]:
-    return [
-        FakeEngine(f"{role}-0", role, max_model_len=LARGE_MODEL_LEN)
-        for role in ("prefill", "decode")
-    ]
-
-
-async def post(
-    stand: Stand, path: str, raw: bytes, **headers: str
-) -> tuple[int, dict[str, Any], str | None]:
-    headers = {"Content-Type": "application/json"} | headers
+async def post(stand: Stand, path: str, raw: bytes) -> tuple[int, dict[str, Any]]:
+    headers = {"Content-Type": "application/json"}
     async with stand.session.post(path, data=io.BytesIO(raw), headers=headers) as response:
-        return response.status, await response.json(), response.headers.get("Retry-After")
+        return response.status, await response.json()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
@@ -192,7 +177,7 @@ async def test_bodies_of_very_many_values_reach_no_engine(stand: Stand, path: st
     ):
         for member in (b"messages", b"resume"):
             raw = b'{"%s": [%s{}]}' % (member, item * number)
-            status, answer, _ = await post(stand, path, raw)
+            status, answer = await post(stand, path, raw)
             assert (status, answer["error"]["code"]) == (400, "too_many_values")
     assert not any(engine.seen for engine in stand.engines.values())
 
@@ -219,8 +204,9 @@ async def test_messages_and_prompts_reach_engines_as_they_were_written(stand: St
 
 async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
     """Another engine may be asked meanwhile."""
-    await stand.start(large_pair(), spec=LARGE)
-    decode = stand.engines["decode-0"]
+    prefill, decode = engines = pair()
+    prefill.max_model_len = decode.max_model_len = 2**22
+    await stand.start(engines, spec=LARGE)
     decode.hold_after = 1
     body = completion(prompt="x" * SMALL_BODY_BYTES)
     asked = asyncio.create_task(stand.session.post("/v1/completions", json=body))

@@ -41,9 +41,8 @@ async def all_is_quiet(stand: Stand) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_while_prefill_works(stand: Stand, stream: bool) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     prefill.hold_prefill = True
-    await stand.start([prefill, decode])
     _, writer = await send(stand, completion(stream=stream))
     await prefill.holding.wait()
     writer.close()
@@ -56,9 +55,8 @@ async def test_while_prefill_works(stand: Stand, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_after_prefill_before_decode_has_said_anything(stand: Stand, stream: bool) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     decode.hold_after = 0
-    await stand.start([prefill, decode])
     _, writer = await send(stand, completion(stream=stream))
     await decode.holding.wait()
     assert prefill.leases
@@ -71,9 +69,8 @@ async def test_after_prefill_before_decode_has_said_anything(stand: Stand, strea
 
 @pytest.mark.parametrize("how", ["close", "reset", "half close"])
 async def test_while_decode_streams(stand: Stand, how: str) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     decode.hold_after = 2
-    await stand.start([prefill, decode])
     reader, writer = await send(stand, completion(stream=True))
     await decode.holding.wait()
     for _ in range(3):
@@ -97,9 +94,8 @@ async def test_while_decode_streams(stand: Stand, how: str) -> None:
 async def test_a_half_closed_connection_is_told_why_it_gets_no_answer(
     stand: Stand, at_once: bool
 ) -> None:
-    prefill, decode = pair()
+    _, decode = await stand.start_pair()
     decode.hold_after = 0
-    await stand.start([prefill, decode])
     reader, writer = await send(stand, completion())
     if not at_once:
         await decode.holding.wait()
@@ -132,10 +128,9 @@ async def test_a_body_that_ends_early_is_refused_at_once(stand: Stand, caplog: A
 
 
 async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> None:
-    prefill, decode = pair()
+    _, decode = await stand.start_pair()
     # More than the sockets between them hold.
     decode.padding = "x" * 2**20
-    await stand.start([prefill, decode])
     _, writer = await send(stand, completion(max_tokens=50, stream=True))
     await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total"))
     pass_time(SPEC.request_timeout_s)
@@ -158,9 +153,8 @@ def start(stand: Stand, **fields: Any) -> asyncio.Task[Answer]:
 
 
 async def test_a_stream_ends_with_an_error_and_a_whole_request_is_503(stand: Stand) -> None:
-    prefill, decode = pair()
+    _, decode = await stand.start_pair()
     decode.hold_after = 2
-    await stand.start([prefill, decode])
     streamed, whole, many = start(stand, stream=True), start(stand), start(stand, prompt=["a", "b"])
     await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total") >= 4 * 3)
     await stand.router.close()

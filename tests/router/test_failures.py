@@ -23,14 +23,7 @@ from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.fake_generation import Seen, expected_tokens
-from tests.router.test_life_of_a_request import (
-    CHAT,
-    MESSAGES,
-    chat,
-    completion,
-    expected_text,
-    logprob_tokens,
-)
+from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text
 
 
 def make_body(path: str, **fields: Any) -> tuple[dict[str, Any], object]:
@@ -65,9 +58,8 @@ async def test_another_prefill_engine_takes_over(stand: Stand, how: str) -> None
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_without_prefill_engines_decode_does_all(stand: Stand, stream: bool) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     prefill.status = 500
-    await stand.start([prefill, decode])
     answer = await stand.post(completion(stream=stream))
     assert answer.texts() == {0: expected_text("hello", 6)}
     assert "kv_transfer_params" not in decode.seen[0].body
@@ -110,7 +102,10 @@ async def test_a_stream_goes_on_at_another_engine(
         choice: expected_text(prompt, 6, choice=choice) for choice in range(n)
     }
     if n == 1:
-        assert logprob_tokens(answer) == [str(token) for token in expected_tokens(prompt, 7, 0, 6)]
+        logprobs = [choice["logprobs"] for choice in answer.choices() if choice["logprobs"]]
+        tokens = [each["token"] for part in logprobs for each in part.get("content", [])]
+        tokens += [token for part in logprobs for token in part.get("tokens", [])]
+        assert tokens == [str(token) for token in expected_tokens(prompt, 7, 0, 6)]
     resume = second.seen[0].body["resume"]
     assert sum(map(len, resume["choices"])) == 3 + n
     assert "kv_transfer_params" not in second.seen[0].body
@@ -120,8 +115,7 @@ async def test_a_stream_goes_on_at_another_engine(
 
 
 async def test_a_stream_waits_for_the_restarted_engine(stand: Stand) -> None:
-    prefill, decode = pair()
-    await stand.start([prefill, decode])
+    _, decode = await stand.start_pair()
     stand.die_after(decode, 2, num_told=3)
     request = asyncio.ensure_future(stand.post(completion(stream=True)))
     await until(lambda: decode.seen)
@@ -137,9 +131,8 @@ async def test_a_stream_waits_for_the_restarted_engine(stand: Stand) -> None:
 
 
 async def test_a_prefill_engine_that_stands_in_does_not_pull_from_itself(stand: Stand) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     decode.status = 503
-    await stand.start([prefill, decode])
     answer = await stand.post(completion(stream=True))
     assert answer.texts() == {0: expected_text("hello", 6)}
     params = prefill.seen[1].body["kv_transfer_params"]
@@ -160,13 +153,12 @@ async def test_an_engine_that_fails_every_time_is_not_asked_for_ever(stand: Stan
 
 
 async def test_a_refusal_after_the_first_token_is_an_event(stand: Stand) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     decode.status = 400
     decode.error_body = (
         b'{"error": {"message": "no", "type": "invalid_request_error", "param": "stop", '
         b'"code": null}}'
     )
-    await stand.start([prefill, decode])
     answer = await stand.post(completion(stream=True))
     assert answer.status == 200
     assert answer.events()[-1] == msgspec.json.decode(decode.error_body)
@@ -190,13 +182,11 @@ async def test_busy_engines_are_passed_over_and_in_the_end_said_so(stand: Stand)
 
 
 async def test_an_answer_that_has_begun_waits_for_room(stand: Stand) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     decode.status = 429
-    await stand.start([prefill, decode])
-    prefill_only = stand.engines["prefill-0"]
     async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
         await response.content.readuntil(b"\n\n")
-        prefill_only.status = 429
+        prefill.status = 429
         await until(lambda: len(decode.seen) >= 3)
         decode.status = None
         rest = await response.read()
@@ -213,9 +203,8 @@ SPOILT = {
 @pytest.mark.parametrize("how", SPOILT)
 async def test_no_lease_of_an_answer_that_cannot_be_read_is_kept(stand: Stand, how: str) -> None:
     """One that is found wrong as it is sent on is an error: the client may have some of it."""
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     prefill.spoil = SPOILT[how]
-    await stand.start([prefill, decode])
     answer = await stand.post(completion())
     if how == "a text that is none":
         assert (answer.status, answer.json()["error"]["code"]) == (502, "engine_failed")
@@ -231,10 +220,9 @@ async def test_no_lease_of_an_answer_that_cannot_be_read_is_kept(stand: Stand, h
 @pytest.mark.parametrize("how", ["it hangs", "its host is lost"])
 async def test_an_engine_that_does_not_answer_any_more_is_left(stand: Stand, how: str) -> None:
     """One that hangs has no rank of ours, whose end the supervisor would see to."""
-    prefill, decode = pair()
+    _, decode = await stand.start_pair()
     other = FakeEngine("decode-1", "decode")
     decode.hold_after = 2
-    await stand.start([prefill, decode])
     request = asyncio.ensure_future(stand.post(completion(stream=True)))
     await decode.holding.wait()
     await other.start()
@@ -253,9 +241,8 @@ async def test_an_engine_that_does_not_answer_any_more_is_left(stand: Stand, how
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_request_timeout_is_an_answer(stand: Stand, stream: bool) -> None:
-    prefill, decode = pair()
+    _, decode = await stand.start_pair()
     decode.hold_after = 2
-    await stand.start([prefill, decode])
     request = asyncio.ensure_future(stand.post(completion(stream=stream)))
     await decode.holding.wait()
     pass_time(SPEC.request_timeout_s)
@@ -273,9 +260,8 @@ async def test_the_request_timeout_is_an_answer(stand: Stand, stream: bool) -> N
 async def test_decode_gets_the_params_of_a_prefill_engine_that_has_died_since(
     stand: Stand, stream: bool, publishes: str
 ) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     prefill.hold_prefill = True
-    await stand.start([prefill, decode])
     request = asyncio.ensure_future(stand.post(completion(stream=stream)))
     await prefill.holding.wait()
     if publishes == "its rank is gone":
@@ -291,25 +277,12 @@ async def test_decode_gets_the_params_of_a_prefill_engine_that_has_died_since(
     assert len(prefill.seen) == len(decode.seen) == 1
 
 
-NEVER_S = 1e6
-
-
-@pytest.fixture
-async def engine(stand: Stand) -> FakeEngine:
-    engine = FakeEngine("decode-0", "decode")
-    await stand.start([engine], recovery_wait_s=NEVER_S)
-    return engine
-
-
-def patience(stand: Stand, **changes: float) -> None:
-    stand.state.recovery = msgspec.structs.replace(stand.state.recovery, **changes)
-
-
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_engine_that_turns_requests_away_is_asked_until_it_does_not(
-    stand: Stand, engine: FakeEngine, stream: bool
+    stand: Stand, stream: bool
 ) -> None:
-    patience(stand, retry_wait_s=0.001)
+    (engine,) = decodes(1)
+    await stand.start([engine], recovery_wait_s=1e6)
     engine.status = 503
     request = asyncio.ensure_future(stand.post(completion(stream=stream)))
     await until(lambda: len(engine.seen) > 2 * stand.state.recovery.max_attempts)
@@ -324,9 +297,8 @@ async def test_an_engine_that_turns_requests_away_is_asked_until_it_does_not(
 async def test_a_stream_goes_on_elsewhere_after_an_event_that_is_no_json(
     stand: Stand, body: bytes
 ) -> None:
-    prefill, decode = pair()
+    _, decode = await stand.start_pair()
     decode.error_after, decode.error_body = 2, body
-    await stand.start([prefill, decode])
     answer = await stand.post(completion(stream=True))
     assert answer.texts() == {0: expected_text("hello", 6)}
 
@@ -356,12 +328,6 @@ async def test_failures_count_since_the_last_new_token(stand: Stand, is_suspect:
     assert ("error" in answer.events()[-1]) == is_suspect
 
 
-async def status_of(stand: Stand, name: str) -> dict[str, object]:
-    async with stand.session.get("/pdlaunch/status") as response:
-        engines = (await response.json())["engines"]
-    return next(engine for engine in engines if engine["name"] == name)
-
-
 async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(stand: Stand) -> None:
     engines = decodes(2)
     await stand.start(engines)
@@ -374,14 +340,17 @@ async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(stand: Stand) -
             answer = await stand.post(completion(stream=True))
             assert answer.texts() == {0: expected_text("hello", 6)}
 
+    async def told() -> tuple[str, str]:
+        _, shown = (await stand.get("/pdlaunch/status"))["engines"]
+        return shown["health"], shown["left_out"]
+
     await ask(4)
     assert len(sick.seen) == 1
-    assert (await status_of(stand, "decode-1"))["health"] == "open"
-    left_out = (await status_of(stand, "decode-1"))["left_out"]
-    assert str(left_out).startswith("open after 1 failures")
+    health, left_out = await told()
+    assert (health, left_out.startswith("open after 1 failures")) == ("open", True)
     # A try that fails is made up for by the other engine, and the next one comes later.
     clock.now += OPEN_S
-    assert (await status_of(stand, "decode-1"))["health"] == "half_open"
+    assert (await told())[0] == "half_open"
     await ask(4)
     assert len(sick.seen) == 2
     clock.now += OPEN_S
@@ -391,8 +360,7 @@ async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(stand: Stand) -
     clock.now += OPEN_S
     await ask(1)
     assert len(sick.seen) == 3
-    assert (await status_of(stand, "decode-1"))["health"] == "closed"
-    assert (await status_of(stand, "decode-1"))["left_out"] == ""
+    assert await told() == ("closed", "")
 
 
 async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) -> None:
@@ -428,28 +396,23 @@ def die_of_requests(stand: Stand, engine: FakeEngine, *, news_after_s: float = 0
     """
 
     async def die(request: web.Request, seen: Seen) -> web.StreamResponse:
-        tell_of_death(stand, engine, seen, news_after_s)
+        origin, is_suspect = read_origin(seen.headers[ORIGIN_HEADER])
+        assert origin
+
+        def tell() -> None:
+            repeated = [origin] if is_suspect else []
+            stand.state.suspects.take(Suspects(origins=[origin, 12345], repeated=repeated))
+            stand.publish(starting=[engine.name])
+
+        if news_after_s:
+            loop = asyncio.get_running_loop()
+            loop.call_later(0.05, pass_time, news_after_s - 0.05)
+            loop.call_later(0.05 + news_after_s, tell)
+        else:
+            tell()
         return web.json_response({"error": RESTARTING}, status=503)
 
     engine._answer = die  # type: ignore[method-assign]
-
-
-def tell_of_death(stand: Stand, engine: FakeEngine, seen: Seen, after_s: float = 0.0) -> None:
-    origin, is_suspect = read_origin(seen.headers[ORIGIN_HEADER])
-    assert origin
-
-    def tell() -> None:
-        stand.state.suspects.take(
-            Suspects(origins=[origin, 12345], repeated=[origin] if is_suspect else [])
-        )
-        stand.publish(starting=[engine.name])
-
-    if after_s:
-        loop = asyncio.get_running_loop()
-        loop.call_later(0.05, pass_time, after_s - 0.05)
-        loop.call_later(0.05 + after_s, tell)
-    else:
-        tell()
 
 
 def marks(stand: Stand) -> list[bool]:

@@ -35,6 +35,14 @@ async def start(stand: Stand, engines: Sequence[FakeEngine], **spec: Any) -> Non
     )
 
 
+async def start_held(stand: Stand, **spec: Any) -> list[FakeEngine]:
+    """Start a pair whose prefill engine holds all prompts."""
+    engines = pair()
+    engines[0].hold_prefill = True
+    await start(stand, engines, **spec)
+    return engines
+
+
 def send(
     stand: Stand, name: str, prompt: str, *, session: str = "", **fields: Any
 ) -> asyncio.Task[Answer]:
@@ -54,9 +62,7 @@ def waiting(stand: Stand) -> int:
 
 
 async def test_another_keys_prompt_is_delayed_by_one_long_prompt(stand: Stand) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(stand, [prefill, decode])
+    prefill, _ = await start_held(stand)
     works = [send(stand, "a", LONG) for _ in range(5)]
     await until(lambda: waiting(stand) == 4 and prefill.seen)
     works += [send(stand, "b", SHORT) for _ in range(2)]
@@ -67,17 +73,26 @@ async def test_another_keys_prompt_is_delayed_by_one_long_prompt(stand: Stand) -
     assert stand.metric('pdlaunch_router_key_queue_seconds_total{key="b"}') > 0
 
 
-@pytest.mark.parametrize(("keys", "prompt"), [(KEYS, SHORT), (KEYS[:1], LONG)])
-async def test_short_prompts_and_those_of_a_single_key_go_together(
-    stand: Stand, keys: Sequence[ClientKey], prompt: str
+@pytest.mark.parametrize(
+    ("keys", "prompt", "tokens_per_s", "num_ahead"),
+    [
+        (KEYS, SHORT, 0, 15),
+        (KEYS[:1], LONG, 0, 15),
+        (KEYS, SHORT, 40_000, 15),
+        (KEYS, SHORT, 10, 1),
+    ],
+)
+async def test_short_prompts_and_those_of_a_single_key_go_together_unless_their_engine_is_slow(
+    stand: Stand, keys: Sequence[ClientKey], prompt: str, tokens_per_s: int, num_ahead: int
 ) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(stand, [prefill, decode], keys=keys)
+    prefill, _ = await start_held(stand, keys=keys)
+    for engine in stand.pool.engines:
+        engine.computed_tokens, engine.computing_s = tokens_per_s, bool(tokens_per_s)
     works = [send(stand, "a", prompt) for _ in range(15)]
-    await until(lambda: len(prefill.seen) == 15)
+    await until(lambda: len(prefill.seen) + waiting(stand) == 15)
+    assert len(prefill.seen) == num_ahead
     prefill.go.set()
-    await asyncio.gather(*works)
+    assert {answer.status for answer in await asyncio.gather(*works)} == {200}
 
 
 async def test_prompts_wait_for_a_decode_engine_that_begins_nothing(stand: Stand) -> None:
@@ -117,26 +132,8 @@ async def test_a_prompt_that_waits_for_one_engine_holds_up_only_that_engine(stan
     assert order(busy) == "aba"
 
 
-@pytest.mark.parametrize(("tokens_per_s", "num_ahead"), [(0, 3), (40_000, 3), (10, 1)])
-async def test_short_prompts_go_together_unless_their_engine_is_slow(
-    stand: Stand, tokens_per_s: int, num_ahead: int
-) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(stand, [prefill, decode])
-    for engine in stand.pool.engines:
-        engine.computed_tokens, engine.computing_s = tokens_per_s, bool(tokens_per_s)
-    works = [send(stand, "a", SHORT) for _ in range(3)]
-    await until(lambda: len(prefill.seen) + waiting(stand) == 3)
-    assert len(prefill.seen) == num_ahead
-    prefill.go.set()
-    assert {answer.status for answer in await asyncio.gather(*works)} == {200}
-
-
 async def test_lower_priorities_of_a_key_go_first(stand: Stand) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(stand, [prefill, decode])
+    prefill, decode = await start_held(stand)
     works = [send(stand, "a", LONG, priority=number, seed=number) for number in (0, 5, -7, 1)]
     await until(lambda: waiting(stand) == 3)
     prefill.go.set()
@@ -148,27 +145,8 @@ async def test_lower_priorities_of_a_key_go_first(stand: Stand) -> None:
     assert (refused.status, refused.json()["error"]["param"]) == (400, "priority")
 
 
-async def test_calls_that_compute_nothing_are_held_by_the_limits_of_their_key(stand: Stand) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(
-        stand, [prefill, decode], keys=(*KEYS, client_key("secret-c", "c", max_concurrent=1))
-    )
-    work = send(stand, "c", SHORT)
-    await until(lambda: prefill.seen)
-    for name, status in (("c", 429), ("a", 200)):
-        headers = {"Authorization": f"Bearer secret-{name}"}
-        assert (
-            await stand.post({"prompt": "x"}, path="/tokenize", headers=headers)
-        ).status == status
-    prefill.go.set()
-    assert (await work).status == 200
-
-
 async def test_clients_that_leave_and_engines_that_die_hold_up_nobody(stand: Stand) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(stand, [prefill, decode])
+    prefill, _ = await start_held(stand)
     works = [send(stand, "a", LONG) for _ in range(3)]
     await until(lambda: waiting(stand) == 2)
     works[1].cancel()
@@ -185,11 +163,8 @@ async def test_clients_that_leave_and_engines_that_die_hold_up_nobody(stand: Sta
 
 
 async def test_the_limit_of_a_key_is_named_and_others_are_served(stand: Stand) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
-    await start(
-        stand, [prefill, decode], keys=(client_key("secret-a", "a", max_concurrent=2), KEYS[1])
-    )
+    limited = client_key("secret-a", "a", max_concurrent=2)
+    prefill, _ = await start_held(stand, keys=(limited, KEYS[1]))
     works = [send(stand, "a", SHORT) for _ in range(2)]
     await until(lambda: len(prefill.seen) == 2)
     refused = await send(stand, "a", SHORT)
@@ -197,6 +172,10 @@ async def test_the_limit_of_a_key_is_named_and_others_are_served(stand: Stand) -
     error = refused.json()["error"]
     assert (error["code"], error["type"]) == ("max_concurrent", "rate_limit_error")
     assert "'a'" in error["message"]
+    for name, status in (("a", 429), ("b", 200)):  # also of calls that compute nothing
+        headers = {"Authorization": f"Bearer secret-{name}"}
+        told = await stand.post({"prompt": "x"}, path="/tokenize", headers=headers)
+        assert told.status == status
     works.append(send(stand, "b", SHORT))
     prefill.go.set()
     assert {answer.status for answer in await asyncio.gather(*works)} == {200}
@@ -230,12 +209,9 @@ async def test_keys_are_counted_by_name_and_shown_nowhere(
 async def test_answers_are_charged_when_they_begin_and_what_they_did_not_use_comes_back(
     stand: Stand, max_tokens: int | None, num_admitted: int
 ) -> None:
-    prefill, decode = pair()
-    prefill.hold_prefill = True
+    limited = client_key("secret-a", "a", tokens_per_minute=1000)
+    prefill, decode = await start_held(stand, keys=(limited,))
     prefill.ends = decode.ends = {0: 3}
-    await start(
-        stand, [prefill, decode], keys=(client_key("secret-a", "a", tokens_per_minute=1000),)
-    )
     works = [send(stand, "a", SHORT, max_tokens=max_tokens) for _ in range(num_admitted)]
     await until(lambda: len(prefill.seen) == num_admitted)
     refused = await send(stand, "a", SHORT, max_tokens=1)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.router.client_request import REMOTE_DECODE
-from tests.router.conftest import Answer, Stand, pair, pairs
+from tests.router.conftest import Stand, pair, pairs
 from tests.router.fake_generation import expected_tokens, text_of
 
 CHAT = "/v1/chat/completions"
@@ -45,32 +44,9 @@ async def test_answers_hold_every_token_once(stand: Stand, stream: bool, path: s
         assert answer.finish_reasons() == {choice: ["length"] for choice in range(n)}
 
 
-async def test_what_prefill_is_asked(stand: Stand) -> None:
-    await stand.start(pair())
-    options = {"include_usage": True}
-    answer = await stand.post(
-        completion(stream=True, stream_options=options, min_tokens=3, temperature=0.5)
-    )
-    assert answer.status == 200
-    (seen,) = stand.engines["prefill-0"].seen
-    assert seen.body == {
-        "model": "tiny",
-        "prompt": "hello",
-        "max_tokens": 1,
-        "seed": 7,
-        "stream": False,
-        "min_tokens": 3,
-        "temperature": 0.5,
-        "return_token_ids": True,
-        "kv_transfer_params": REMOTE_DECODE,
-    }
-    assert seen.headers["Authorization"] == "Bearer launch-token"
-
-
 async def test_the_first_token_comes_before_decode_has_begun(stand: Stand) -> None:
-    prefill, decode = pair()
+    _, decode = await stand.start_pair()
     decode.hold_after = 0
-    await stand.start([prefill, decode])
     async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
         line = await response.content.readuntil(b"\n\n")
         assert expected_text("hello", 1).encode() in line
@@ -108,10 +84,10 @@ async def test_usage_counts_both_hops_and_the_first_engines_cache(stand: Stand) 
     }
     whole = await stand.post(completion(n=2))
     assert whole.json()["usage"] == expected
-    streamed = await stand.post(
-        completion(n=2, stream=True, stream_options={"include_usage": True})
-    )
-    events = streamed.events()
+    options = {"stream_options": {"include_usage": True}, "min_tokens": 3}
+    events = (await stand.post(completion(n=2, stream=True, **options))).events()
+    # With one token alone, prefill would take an end token that must not come yet.
+    assert stand.engines["prefill-0"].seen[-1].body["min_tokens"] == 3
     assert events[-1]["usage"] == expected
     assert events[-1]["choices"] == []
     assert all(event["usage"] is None for event in events[:-1])
@@ -119,27 +95,12 @@ async def test_usage_counts_both_hops_and_the_first_engines_cache(stand: Stand) 
     assert all("usage" not in event for event in without.events())
 
 
-def logprob_tokens(answer: Answer) -> list[str]:
-    events = (
-        answer.events() if "event-stream" in answer.headers["Content-Type"] else [answer.json()]
-    )
-    tokens: list[str] = []
-    for event in events:
-        for choice in event["choices"]:
-            logprobs = choice.get("logprobs") or {}
-            tokens += [entry["token"] for entry in logprobs.get("content") or []] + (
-                logprobs.get("tokens") or []
-            )
-    return tokens
-
-
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_first_token_that_ends_everything_needs_no_decode(
     stand: Stand, stream: bool
 ) -> None:
-    prefill, decode = pair()
+    prefill, decode = await stand.start_pair()
     prefill.ends = {0: 1, 1: 1}
-    await stand.start([prefill, decode])
     answer = await stand.post(completion(n=2, stream=stream))
     assert answer.texts() in ({0: "", 1: ""}, {})
     if stream:

@@ -6,31 +6,18 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import msgspec
 import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
-from pdlaunch.protocol.control import EndReason, PairReady, Registry
+from pdlaunch.protocol.control import EndReason, Registry
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.router.metrics import Families, RouterMetrics, add_page, render_families
-from tests.router.conftest import Stand, pairs
-from tests.router.conftest import pair as pair_of_engines
+from tests.router.conftest import Stand, pair, pairs, proof
 from tests.router.test_life_of_a_request import completion
 
-NAME = "pdlaunch_pair_bytes_per_second"
-
-
-def pair(local: str, path: str, speed: float) -> PairReady:
-    return PairReady(
-        local=local,
-        peer="prefill-0/rank-0",
-        peer_incarnation=1,
-        seconds=0.1,
-        path=path,
-        gigabytes_per_s=speed,
-    )
+PAIR = "prefill-0/rank-0", "decode-0/rank-0"
 
 
 def value(metrics: RouterMetrics, sample: str) -> float | None:
@@ -51,16 +38,12 @@ def test_every_metric_of_the_router_stands_in_the_docs() -> None:
         assert re.search(rf"`(pdlaunch_router_)?{short}(_total)?[`{{]", page), name
 
 
-def show(metrics: RouterMetrics, *pairs: PairReady, **ends: dict[EndReason, int]) -> list[str]:
-    """Show a registry; return the lines of the pairs' speeds."""
-    metrics.show_registry(Registry(version=1, entries=[], pairs=list(pairs), ends=ends))
-    return [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
-
-
 async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) -> None:
-    await stand.start(pair_of_engines())
+    await stand.start(pair())
     metrics = stand.metrics
-    show(metrics, pair("decode-0/rank-0", "p2p/memfd", 9.5), router={"died": 0, "hung": 0})
+    ends: dict[str, dict[EndReason, int]] = {"router": {"died": 0, "hung": 0}}
+    shown = [proof(*PAIR, gigabytes_per_s=9.5)]
+    metrics.show_registry(Registry(version=1, entries=[], pairs=shown, ends=ends))
     metrics.show(stand.pool.engines, 0)
     for sample in (
         'pdlaunch_router_request_errors_total{model_name="tiny",status="503"}',
@@ -77,10 +60,11 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
 
 
 def test_a_pair_below_a_tenth_of_its_link_s_speed_is_slow() -> None:
-    metrics, measured = RouterMetrics("m"), pair("decode-0/rank-0", "nixl/UCX", 0.6)
+    metrics = RouterMetrics("m")
     labels = 'decode="decode-0",holder="prefill-0/rank-0",path="nixl/UCX",prefill="prefill-0",'
     for slow in ("", "PD504 connector nixl moves 0.6 GB/s"):
-        show(metrics, msgspec.structs.replace(measured, slow=slow))
+        slowed = proof(*PAIR, path="nixl/UCX", gigabytes_per_s=0.6, slow=slow)
+        metrics.show_registry(Registry(version=1, entries=[], pairs=[slowed]))
         sample = f'pdlaunch_pair_slow{{{labels}puller="decode-0/rank-0"}}'
         assert value(metrics, sample) == bool(slow)
 

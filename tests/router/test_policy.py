@@ -74,8 +74,8 @@ def test_without_a_pair_the_reason_says_what_is_missing() -> None:
     assert (alone.prefill, alone.reason) == (None, "no lease")
 
 
-def proofless(name: str, **fields: object) -> Engine:
-    return engine(name, capabilities=Capabilities(kind="vllm"), **fields)
+def proofless(name: str) -> Engine:
+    return engine(name, capabilities=Capabilities(kind="vllm"))
 
 
 def test_pairs_come_first_then_engines_of_both_roles() -> None:
@@ -101,15 +101,6 @@ def test_kv_blocks_go_to_peers_alone() -> None:
     assert choose(computed, [prefill, stranger, peer]).decode is peer
     # Without a peer the prompt is computed again.
     assert choose(computed, [prefill, stranger]).decode is stranger
-
-
-def test_blocks_that_nobody_verifies_go_over_proven_pairs_alone() -> None:
-    prefill = proofless("prefill-0")
-    unproven, proven = proofless("decode-0"), proofless("decode-1", proofs={"prefill-0": 1})
-    assert choose(prompt(), [prefill, unproven]).prefill is None
-    assert choose(prompt(), [prefill, unproven, proven]).decode is proven
-    restarted = proofless("prefill-0", processes=(2,))
-    assert choose(prompt(), [restarted, proven]).prefill is None
 
 
 def test_the_least_loaded_engines_are_chosen() -> None:
@@ -171,12 +162,8 @@ def test_a_pair_takes_the_decode_engine_that_holds_the_fewest_tokens_afterwards(
 
 def test_an_engine_over_its_share_attracts_nobody() -> None:
     """All chats with one system prompt would be sent to one cache, while others are empty."""
-    first, second, decode = (
-        engine("prefill-0"),
-        engine("prefill-1", last_pick=-1),
-        engine("decode-0"),
-    )
-    request, engines = prompt(tokens=TOKENS), [first, second, decode]
+    first, second = engine("prefill-0"), engine("prefill-1", last_pick=-1)
+    request, engines = prompt(tokens=TOKENS), [first, second, engine("decode-0")]
     assert choose(request, engines, index=index_of(prefill_0=1024, prefill_1=0)).prefill is first
     assert choose(request, engines, index=index_of(prefill_0=4096, prefill_1=0)).prefill is second
     # With others in the other cache each keeps what it has.

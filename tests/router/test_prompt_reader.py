@@ -222,10 +222,3 @@ async def test_an_engine_tokenizes_where_the_model_is_not_here(stand: Stand) -> 
     await until(lambda: all(name in stand.pool.index for name in stand.engines))
     assert (await stand.post({"prompt": "a" * 100, "max_tokens": 4})).status == 200
     assert sum(engine.num_tokenized for engine in stand.engines.values()) == 1
-
-
-async def test_clients_may_not_send_tokens_beside_a_text(stand: Stand) -> None:
-    await stand.start(pairs(1))
-    answer = await stand.post({"prompt": "a", "prompt_token_ids": [1], "max_tokens": 4})
-    assert answer.status == 400
-    assert answer.json()["error"]["param"] == "prompt_token_ids"

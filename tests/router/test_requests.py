@@ -54,15 +54,11 @@ def told_pair() -> list[FakeEngine]:
 
 
 async def listed(stand: Stand, query: str = "") -> list[RequestSummary]:
-    async with stand.session.get(f"/pdlaunch/requests{query}") as response:
-        assert response.status == 200, await response.text()
-        return msgspec.json.decode(await response.read(), type=RequestList).requests
+    return msgspec.convert(await stand.get(f"/pdlaunch/requests{query}"), RequestList).requests
 
 
 async def trace(stand: Stand, request_id: str) -> RequestTrace:
-    async with stand.session.get(f"/pdlaunch/requests/{request_id}") as response:
-        assert response.status == 200, await response.text()
-        return msgspec.json.decode(await response.read(), type=RequestTrace)
+    return msgspec.convert(await stand.get(f"/pdlaunch/requests/{request_id}"), RequestTrace)
 
 
 @pytest.mark.parametrize("stream", [False, True])

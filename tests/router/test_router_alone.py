@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -33,7 +33,7 @@ from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.recovery import RecoverySettings
 from pdlaunch.router.state import RouterState
-from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of
+from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of, listen
 from tests.router.conftest import SPEC
 
 WRONG = CanaryDied("wrong tokens")
@@ -89,8 +89,8 @@ async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
     await alone.until(lambda: not alone.pool.registry.withheld)
     assert (await alone.complete())[0] == 200
     assert (await alone.command("GET", "/metrics-of-nobody"))[0] == 404
-    assert alone.keys["prefill-0"].seen == {None}
-    assert alone.keys["decode-0"].seen == {"Bearer secret-of-decode-0"}
+    assert alone.engines["prefill-0"].keys == {None}
+    assert alone.engines["decode-0"].keys == {"Bearer secret-of-decode-0"}
 
 
 @pytest.mark.parametrize("held", ["prefill-0", "decode-0"])
@@ -227,23 +227,14 @@ async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(
     assert alone.engine("decode-0").state == "starting", "one that is stalled loses its streams"
 
 
-async def untold_pair(alone: Alone) -> tuple[FakeVllm, FakeVllm]:
-    """Start a pair of which decode does not tell what it has computed."""
-    for name in ("prefill-0", "decode-0"):
-        await alone.start(name, tells_cached=False, tokens_by_source={})
-        alone.add(name)
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-    engines = alone.engines["prefill-0"], alone.engines["decode-0"]
-    looks = engines[1].num_looks
-    await alone.until(lambda: engines[1].num_looks > looks + 1)
-    return engines
-
-
 async def test_a_pair_that_nobody_can_check_is_shown(
     alone: Alone, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A vLLM that neither tells nor counts it."""
-    _, decode = await untold_pair(alone)
+    """A vLLM that neither tells nor counts what it has computed."""
+    await alone.pair(tells_cached=False, tokens_by_source={})
+    decode = alone.engines["decode-0"]
+    looks = decode.num_looks
+    await alone.until(lambda: decode.num_looks > looks + 1)
     assert [pair.path for pair in alone.state.pool.pairs] == ["canary, unchecked"]
     assert "--enable-prompt-tokens-details" in caplog.text
     # Failed READs are counted by every version.
@@ -255,10 +246,7 @@ async def test_a_pair_that_nobody_can_check_is_shown(
 async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_again(
     alone: Alone,
 ) -> None:
-    for name in ("prefill-0", "decode-0"):
-        await alone.start(name, is_sleeping=False)
-        alone.add(name)
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    await alone.pair(is_sleeping=False)
     prefill, decode = alone.engines["prefill-0"], alone.engines["decode-0"]
 
     prefill.lends = 0.25
@@ -297,54 +285,38 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
 PROMPT = [300, 301, 302]
 
 
-class Keys:
-    """Remembers which keys reached an engine."""
-
-    def __init__(self) -> None:
-        self.seen: set[str | None] = set()
-
-    @web.middleware
-    async def middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        self.seen.add(request.headers.get("Authorization"))
-        response: web.StreamResponse = await handler(request)
-        return response
-
-
 class Alone:
     """A router that watches engines of vLLM at Unix sockets; commands go to its admin socket."""
 
-    def __init__(self, folder: Path, *, is_exact: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shares: dict[str, list[int]] = {}
         self.engines: dict[str, FakeVllm] = {}
         self.sockets: dict[str, web.AppRunner] = {}
-        self.keys: dict[str, Keys] = {}
         self.pool = EnginePool(time.monotonic, "pairs")
         self.metrics = RouterMetrics("m")
         settings = WatchSettings(
             served_model_name="m",
             kind="vllm",
             capabilities=capabilities_over_http("vllm"),
-            is_exact=is_exact,
+            is_exact=True,
             poll_s=0.01,
         )
         self.watch = WatchedMembership(settings, self.pool, self.metrics)
-        client = EngineClient(self.watch.key_of)
         self.state = RouterState(
             self.pool,
-            client,
+            EngineClient(self.watch.key_of),
             self.metrics,
             RecoverySettings(wait_s=5.0),
             prove_again=self.watch.prove_again,
         )
-        spec = msgspec.structs.replace(SPEC, served_model_name="m")
-        router = RouterApp(spec, self.state, SupervisorLink(lambda _: None))
-        self.app = router.app
+        self.watch.announce = self.state.update
 
     async def open(self) -> None:
-        self.watch.announce = self.state.update
+        spec = msgspec.structs.replace(SPEC, served_model_name="m")
+        router = RouterApp(spec, self.state, SupervisorLink(lambda _: None))
         path = self.folder / "admin.sock"
-        self.admin = await listen_at_admin_socket(self.app, path)
+        self.admin = await listen_at_admin_socket(router.app, path)
         self.session = aiohttp.ClientSession(
             "http://localhost", connector=aiohttp.UnixConnector(str(path))
         )
@@ -363,12 +335,7 @@ class Alone:
     async def start(self, name: str, **behaviour: Any) -> FakeVllm:
         """Start an engine that nobody has told the router of."""
         engine = self.engines[name] = FakeVllm(name, self.shares, **behaviour)
-        keys = self.keys.setdefault(name, Keys())
-        app = engine.app()
-        app.middlewares.append(keys.middleware)
-        runner = self.sockets[name] = web.AppRunner(app)
-        await runner.setup()
-        await web.UnixSite(runner, str(self.folder / f"{name}.sock")).start()
+        self.sockets[name] = await listen(engine, self.folder / f"{name}.sock")
         return engine
 
     async def stop(self, name: str) -> None:
@@ -379,9 +346,9 @@ class Alone:
         role = roles[name.partition("-")[0]]
         self.watch.add(Member(name, role, self.url(name), key), "config")
 
-    async def pair(self) -> None:
+    async def pair(self, **behaviour: Any) -> None:
         for name in ("prefill-0", "decode-0"):
-            await self.start(name)
+            await self.start(name, **behaviour)
             self.add(name)
         await self.until(lambda: self.ready == {"prefill-0", "decode-0"})
 
@@ -398,9 +365,7 @@ class Alone:
         )
 
     def outcomes(self, outcome: str) -> float:
-        return self.metric(f'pdlaunch_router_canaries_total{{outcome="{outcome}"}}')
-
-    def metric(self, name: str) -> float:
+        name = f'pdlaunch_router_canaries_total{{outcome="{outcome}"}}'
         lines = self.metrics.text().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
@@ -409,13 +374,13 @@ class Alone:
             while not condition():  # noqa: ASYNC110 - what is waited for is plain state
                 await asyncio.sleep(0.005)
 
-    async def complete(self, prompt: Sequence[int] = PROMPT) -> tuple[int, dict[str, Any]]:
-        body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0}
+    async def complete(self) -> tuple[int, dict[str, Any]]:
+        body = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
         async with self.session.post("/v1/completions", json=body) as response:
             return response.status, await response.json()
 
-    async def command(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        async with self.session.request(method, path, json=body) as response:
+    async def command(self, method: str, path: str) -> tuple[int, Any]:
+        async with self.session.request(method, path) as response:
             return response.status, await response.json()
 
 

@@ -11,14 +11,14 @@ from prometheus_client import CollectorRegistry
 from pdlaunch import __version__
 from pdlaunch.engine.server.engine_service import ServerMetrics
 from pdlaunch.observe.metrics import RequestClock, render_metrics
-from pdlaunch.protocol.control import Entry, PairReady, Registry
+from pdlaunch.protocol.control import Entry, Registry
 from pdlaunch.protocol.status import DeploymentStatus
 from pdlaunch.router import deployment_view
 from pdlaunch.router.deployment_view import NAMES, EngineHistory, RateHistory, scan
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from tests.clock import FakeClock
-from tests.router.conftest import Stand, pair
+from tests.router.conftest import Stand, pair, proof
 
 PULLS = """\
 # TYPE pdlaunch_kv_transfer_bytes counter
@@ -36,29 +36,18 @@ def _engines_have_time_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment_view, "READ_WAIT_S", 60.0)
 
 
-async def get(stand: Stand, path: str = "/pdlaunch/status") -> dict[str, Any]:
-    async with stand.session.get(path) as response:
-        assert response.status == 200
-        answer: dict[str, Any] = await response.json()
-        return answer
-
-
-def proven(rank: int, speed: float) -> PairReady:
-    return PairReady(
-        local=f"decode-0/rank-{rank}",
-        peer="prefill-0/rank-0",
-        peer_incarnation=1,
-        seconds=0.1,
-        path="p2p/memfd",
-        gigabytes_per_s=speed,
-        slow="" if speed > 8.6 else "PD504 too slow",
-    )
+async def get(stand: Stand) -> dict[str, Any]:
+    answer: dict[str, Any] = await stand.get("/pdlaunch/status")
+    return answer
 
 
 async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
     engines = pair()
     engines[1].metrics_page = PULLS % (4_000_000_000, 2, 0.5)
-    stand.pairs = [proven(0, 9.0), proven(1, 8.5)]
+    stand.pairs = [
+        proof("prefill-0/rank-0", f"decode-0/rank-{rank}", gigabytes_per_s=speed, slow=slow)
+        for rank, (speed, slow) in enumerate(((9.0, ""), (8.5, "PD504 too slow")))
+    ]
     await stand.start(engines)
     await stand.post({"prompt": "x", "max_tokens": 4})
     raw = await get(stand)
@@ -188,10 +177,6 @@ def test_the_time_in_which_an_engine_computes_prompts() -> None:
     assert history.computing("prefill-0") == pytest.approx(2 / 5)
 
 
-def counts(**values: float) -> dict[str, float]:
-    return values
-
-
 def test_every_word_is_on_the_page_of_a_native_engine() -> None:
     """A metric that gets another name would else be missing without a word."""
     metrics = ServerMetrics(CollectorRegistry(), engine="e", role="decode", model_name="m")
@@ -225,11 +210,12 @@ def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
 
 def test_rates_and_shares_are_of_the_last_seconds() -> None:
     book = EngineHistory((1,))
-    book.add(0.0, counts(prompt_tokens=100, device_hits=100, pulled_bytes=0))
+    first = {"prompt_tokens": 100.0, "device_hits": 100.0, "pulled_bytes": 0.0}
+    book.add(0.0, first)
     assert book.reading(200.0) is not None
-    book.add(50.0, counts(prompt_tokens=100, device_hits=100, pulled_bytes=0))
-    later = counts(prompt_tokens=300, device_hits=150, pulled_bytes=8e9)
-    later |= counts(pull_seconds=2, pulls=8)
+    book.add(50.0, first)
+    later = {"prompt_tokens": 300.0, "device_hits": 150.0, "pulled_bytes": 8e9}
+    later |= {"pull_seconds": 2.0, "pulls": 8.0}
     book.add(55.0, later)
     shown = book.reading(200.0)
     assert shown is not None
@@ -242,10 +228,10 @@ def test_rates_and_shares_are_of_the_last_seconds() -> None:
     shown = book.reading(200.0)
     assert shown is not None
     assert (shown.cache, shown.pulls.bytes_per_s) == (None, 0.0)
-    book.add(180.0, later | counts(pulled_bytes=14e9))
+    book.add(180.0, later | {"pulled_bytes": 14e9})
     shown = book.reading(200.0)
     assert shown is not None
     assert shown.pulls.bytes_per_s == 1e8
     # Its ranks were restarted: they count from zero.
-    book.add(181.0, counts(pulled_bytes=1.0))
+    book.add(181.0, {"pulled_bytes": 1.0})
     assert book.pulls().bytes_per_s == 0.0

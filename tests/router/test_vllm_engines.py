@@ -13,19 +13,19 @@ from aiohttp import web
 
 from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.router.continuation import LOST_REASONS
-from tests.router.conftest import Answer, Stand
+from tests.router.conftest import Answer, Stand, proof
 from tests.router.fake_engine import Seen, until
 from tests.router.fake_vllm_engine import (
     CACHED_AT_PREFILL,
     SCRIPT,
     FakeVllmEngine,
-    proof,
     text_of,
     vllm_pairs,
 )
 
 PROMPT = "a prompt of more than twenty tokens|"
 NUM_BYTES = len(SCRIPT.encode())
+RECOMPUTES = 'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}'
 
 
 def completion(**fields: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ async def start_pair(
 ) -> tuple[FakeVllmEngine, FakeVllmEngine]:
     prefill, decode = engines = vllm_pairs()
     prefill.names_first_token = names_first_token
-    stand.pairs = [proof(prefill, decode)]
+    stand.pairs = [proof("prefill-0", "decode-0")]
     await stand.start(engines, **options)
     return prefill, decode
 
@@ -55,7 +55,7 @@ def asked(engine: FakeVllmEngine) -> list[dict[str, Any]]:
 async def test_kv_goes_over_proven_pairs_alone(stand: Stand) -> None:
     engines = vllm_pairs(2)
     prefills, decodes = engines[:2], engines[2:]
-    stand.pairs = [proof(prefills[0], decodes[1])]
+    stand.pairs = [proof("prefill-0", "decode-1")]
     await stand.start(engines)
     for stream in (True, False) * 2:
         answer = await stand.post(completion(stream=stream))
@@ -88,17 +88,23 @@ async def test_clients_cannot_hide_transfer_params_in_xargs(stand: Stand, value:
     assert body["vllm_xargs"] == {"other": 1}
 
 
-async def test_decode_that_dies_is_no_reason_to_read_a_lease_twice(stand: Stand) -> None:
+@pytest.mark.parametrize("names_first_token", [False, True])
+async def test_decode_that_dies_is_no_reason_to_read_a_lease_twice(
+    stand: Stand, names_first_token: bool
+) -> None:
     """It may have read the blocks already, and prefill given them to others."""
-    prefill, first, second = (*vllm_pairs(2)[:1], *vllm_pairs(2)[2:])
-    prefill.leases = first.leases = second.leases
-    stand.pairs = [proof(prefill, first), proof(prefill, second)]
+    prefill, _, first, second = vllm_pairs(2)
+    prefill.names_first_token = names_first_token
+    stand.pairs = [proof("prefill-0", f"decode-{index}") for index in range(2)]
     first.die_after = 0
     await stand.start([prefill, first, second])
     answers = [await stand.post(completion(stream=True)) for _ in range(2)]
     assert [answer.texts() for answer in answers] == [{0: SCRIPT}] * 2
     assert first.seen
-    handed = [body.get("kv_transfer_params") for body in asked(first) + asked(second)]
+    bodies = asked(first) + asked(second)
+    if names_first_token:
+        assert all(text_of(body["prompt"]).endswith("|G") for body in bodies)
+    handed = [body.get("kv_transfer_params") for body in bodies]
     leases = [params["remote_request_id"] for params in handed if params]
     assert len(leases) == len(set(leases)) == len(prefill.seen) == 2
 
@@ -114,10 +120,8 @@ async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
     assert (await stand.post(completion(stream=stream))).texts() == {0: SCRIPT}
     (doubted,) = stand.doubted
     assert (doubted.local, doubted.peer, doubted.peer_incarnation) == ("decode-0", "prefill-0", 1)
-    counted = 'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}'
-    assert stand.metric(counted) == 1
-    async with stand.session.get("/pdlaunch/status") as response:
-        status = await response.json()
+    assert stand.metric(RECOMPUTES) == 1
+    status = await stand.get("/pdlaunch/status")
     assert status["pairs"] == []
     (event,) = (each for each in status["events"] if each["kind"] == "pair")
     assert (event["name"], event["is_bad"]) == ("prefill-0 -> decode-0", True)
@@ -129,16 +133,16 @@ async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
     stand.publish()  # the canary has come through
     await stand.post(completion(stream=stream))
     assert "kv_transfer_params" in asked(decode)[-1]
-    assert stand.metric(counted) == 1
+    assert stand.metric(RECOMPUTES) == 1
 
 
 async def test_a_lease_that_ends_in_the_queue_of_decode_is_no_doubt_of_the_pair(
     stand: Stand,
 ) -> None:
-    prefill, decode = vllm_pairs()
+    prefill, decode = engines = vllm_pairs()
     lease_s = 1.0
     prefill.capabilities = msgspec.structs.replace(prefill.capabilities, lease_s=lease_s)
-    stand.pairs = [proof(prefill, decode)]
+    stand.pairs = [proof("prefill-0", "decode-0")]
     decode.pulls, answer_at_once = False, decode._answer
 
     async def answer(request: web.Request, seen: Seen) -> web.StreamResponse:
@@ -146,11 +150,10 @@ async def test_a_lease_that_ends_in_the_queue_of_decode_is_no_doubt_of_the_pair(
         return await answer_at_once(request, seen)
 
     decode._answer = answer  # type: ignore[method-assign]
-    await stand.start([prefill, decode])
+    await stand.start(engines)
     assert (await stand.post(completion(stream=True))).texts() == {0: SCRIPT}
     assert stand.doubted == []
-    counted = 'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}'
-    assert stand.metric(counted) == 1
+    assert stand.metric(RECOMPUTES) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -225,11 +228,9 @@ async def test_streamed_tool_calls_and_reasoning_pass_unchanged(stand: Stand) ->
 
 async def test_adapters_are_models_that_engines_name(stand: Stand) -> None:
     _, decode = await start_pair(stand)
-    async with stand.session.get("/v1/models") as response:
-        models = (await response.json())["data"]
+    models = (await stand.get("/v1/models"))["data"]
     assert [model["id"] for model in models] == ["tiny", "tiny-lora"]
-    async with stand.session.get("/v1/models/tiny-lora") as response:
-        assert response.status == 200
+    assert (await stand.get("/v1/models/tiny-lora"))["id"] == "tiny-lora"
     answer = await stand.post(completion(model="tiny-lora"))
     assert answer.json()["model"] == "tiny-lora"
     assert asked(decode)[0]["model"] == "tiny-lora"
@@ -314,25 +315,6 @@ async def test_a_stream_begins_with_the_token_of_prefill(stand: Stand, path: str
     assert continued["kv_transfer_params"]["do_remote_prefill"]
     assert not prefill.leases
     assert stand.metric("pdlaunch_router_migrations_total") == 0
-
-
-async def test_a_decode_engine_that_dies_after_prefill_s_token_is_replaced(stand: Stand) -> None:
-    """The other one computes the prompt: the blocks may have been read already."""
-    prefill, first, second = (*vllm_pairs(2)[:1], *vllm_pairs(2)[2:])
-    prefill.leases = first.leases = second.leases
-    prefill.names_first_token = True
-    stand.pairs = [proof(prefill, first), proof(prefill, second)]
-    first.die_after = second.die_after = 0
-    await stand.start([prefill, first, second])
-    second.die_after = None
-    answers = [await stand.post(completion(stream=True)) for _ in range(2)]
-    assert [answer.texts() for answer in answers] == [{0: SCRIPT}] * 2
-    assert first.seen
-    bodies = asked(first) + asked(second)
-    assert all(text_of(body["prompt"]).endswith("|G") for body in bodies)
-    handed = [body.get("kv_transfer_params") for body in bodies]
-    leases = [params["remote_request_id"] for params in handed if params]
-    assert len(leases) == len(set(leases)) == len(prefill.seen) == 2
 
 
 @pytest.mark.parametrize(
