@@ -19,18 +19,10 @@ def num_told(told: HeldBlocks, token_ids: list[int], cache_salt: str = "") -> in
 
 def num_found(engine: FakeEngine, token_ids: list[int]) -> int:
     """Return the blocks of a prefix that the engine itself finds on device and host."""
-    requests = engine.scheduler.requests
     name = f"look-{len(engine.added)}"
     engine.add(name, [*token_ids, 1], max_tokens=1)
-    request = requests.queues.by_id[name]
-    request.hasher.extend(request.token_ids)
-    num_blocks = len(token_ids) // engine.block_size
-    found = requests.kv.find_prefix(request.hasher.block_hashes, num_blocks)
-    length = len(found.block_ids[0])
-    hit = requests.transfers.find_on_host(request, num_blocks)
-    requests.abort(name)
-    engine.take_outputs()
-    return length if hit is None else hit.end
+    engine.run_all()
+    return engine.finished[name].num_cached_tokens // engine.block_size
 
 
 @settings(max_examples=30)

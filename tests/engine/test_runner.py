@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -176,14 +177,8 @@ def test_cache_too_small_for_one_block_is_refused(llama: Path) -> None:
 
 
 def test_ranks_have_as_many_blocks_as_the_one_with_the_least_memory(llama: Path) -> None:
-    class GroupWithASmallerRank(TPGroup):
-        def __init__(self) -> None:
-            self.tp_rank, self.tp_size = 0, 1
-
-        def least(self, number: int) -> int:
-            return number // 3
-
-    runner = new_runner(llama, GroupWithASmallerRank())
+    with_a_smaller_rank = Mock(tp_rank=0, tp_size=1, least=lambda number: number // 3)
+    runner = new_runner(llama, with_a_smaller_rank)
     assert runner.num_blocks == len(runner.kv_cache) == new_runner(llama).num_blocks // 3
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -74,24 +75,6 @@ class FakeRank:
         self.log.append(state.state)
 
 
-class FakeScheduler:
-    """Also the life of its requests."""
-
-    def __init__(self) -> None:
-        self.requests = self
-        self.counts = EngineStats()
-        self.num_resets = 0
-
-    def stats(self) -> EngineStats:
-        return self.counts
-
-    def has_work(self) -> bool:
-        return False
-
-    def reset_prefix_cache(self) -> None:
-        self.num_resets += 1
-
-
 class Engine:
     """A coordinator, its own rank and others whose reports come when the test delivers them."""
 
@@ -103,7 +86,8 @@ class Engine:
             RankSleeper(rank, rank, rank.announce, peers_timeout_s=5.0, clock=lambda: self.now)  # type: ignore[arg-type]
             for rank in self.ranks
         ]
-        self.scheduler: Any = FakeScheduler()
+        self.scheduler = Mock(has_work=lambda: False)
+        self.holds()
         self.replies: list[SleepReply] = []
         self.mail: list[SleepRank | WakeRank] = []
         self.coordinator = SleepCoordinator(
@@ -114,6 +98,9 @@ class Engine:
             answer=self.replies.append,
             clock=lambda: self.now,
         )
+
+    def holds(self, **counts: int) -> None:
+        self.scheduler.requests.stats.return_value = EngineStats(**counts)  # type: ignore[arg-type]
 
     def sleep(self, level: int = 1, timeout_s: float = 10.0) -> None:
         self.coordinator.begin(Sleep(call_id=1, level=level, timeout_s=timeout_s))
@@ -167,7 +154,7 @@ def test_peers_go_before_the_memory_and_come_back_after_it(engine: Engine) -> No
     assert engine.is_awake
     asleep, awake = ["suspend", "sleeping", "sleep 2"], ["wake kv_cache,weights", "resume", "awake"]
     assert [rank.log for rank in engine.ranks] == [asleep + awake] * len(engine.ranks)
-    assert engine.scheduler.num_resets == 1
+    engine.scheduler.requests.reset_prefix_cache.assert_called_once()
 
 
 @pytest.mark.parametrize(
@@ -182,19 +169,19 @@ def test_peers_go_before_the_memory_and_come_back_after_it(engine: Engine) -> No
     ],
 )
 def test_sleep_waits_for_everything_that_holds_blocks(name: str, engine: Engine) -> None:
-    engine.scheduler.counts = EngineStats(**{name: 1})
+    engine.holds(**{name: 1})
     engine.sleep(timeout_s=10.0)
     assert not engine.replies
     assert engine.is_awake
     assert engine.coordinator.wait_s() < 1
-    engine.scheduler.counts = EngineStats()
+    engine.holds()
     engine.turn()
     assert engine.reply().error is None
     assert not engine.is_awake
 
 
 def test_refused_when_time_is_up_and_nothing_has_changed(engine: Engine) -> None:
-    engine.scheduler.counts = EngineStats(num_running=2, num_leased_requests=1)
+    engine.holds(num_running=2, num_leased_requests=1)
     engine.sleep(timeout_s=0.0)
     error = "the engine cannot sleep now: 2 requests running, 1 requests under lease"
     assert engine.reply().error == error
@@ -233,12 +220,12 @@ def test_ready_only_when_peers_have_shaken_hands_or_had_their_time(engine: Engin
 
 
 def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) -> None:
-    engine.scheduler.counts = EngineStats(num_running=1)
+    engine.holds(num_running=1)
     engine.sleep()
     engine.sleep()
     assert engine.reply().error == "the engine still handles another sleep or wake-up"
     engine.coordinator.forget_caller()
-    engine.scheduler.counts = EngineStats()
+    engine.holds()
     engine.turn()
     assert engine.is_awake
     assert not engine.replies
@@ -255,7 +242,7 @@ def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) ->
 def test_each_call_gets_one_reply_and_no_rank_is_left_behind(
     num_ranks: int, actions: list[str]
 ) -> None:
-    engine = Engine(num_ranks)
+    engine, is_busy = Engine(num_ranks), False
     for action in actions:
         match action.split():
             case ["sleep"]:
@@ -263,8 +250,8 @@ def test_each_call_gets_one_reply_and_no_rank_is_left_behind(
             case ["wake", *tags]:
                 engine.wake_up(*tags)
             case ["busy"]:
-                num_running = 1 - engine.scheduler.counts.num_running
-                engine.scheduler.counts = EngineStats(num_running=num_running)
+                is_busy = not is_busy
+                engine.holds(num_running=int(is_busy))
                 continue
             case _:
                 engine.last.memory_error = "short" if action == "fail" else ""

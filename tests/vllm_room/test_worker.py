@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -309,34 +310,19 @@ def test_an_engine_sleeps_once_nothing_is_leased_and_is_read_again_when_awake(
     assert torch.equal(decode.cache[[1, 2, 3]], prefill.cache[[5, 6, 1]])
 
 
-class HandTransfer:
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def submit(self, commands: Any) -> None: ...
-
-    def take_events(self) -> list[Any]:
-        events, self.events = self.events, []
-        return events
-
-    def close(self, timeout_s: float) -> None: ...
-
-
 def test_blocks_of_a_read_that_cannot_be_taken_back_are_not_given_back(start: Start) -> None:
     engine = start("decode")
     engine.worker.close()
-    transfer: Any = HandTransfer()
-    engine.worker._transfer = transfer
+    engine.worker._transfer = transfer = Mock()
     request = Request("d", 10, lend(engine, "p", [1, 2, 3]))
     engine.scheduling.num_matched(request, 0)
     engine.scheduling.allocated(request, ([7, 0, 4],), 10)
     commands = engine.scheduling.take_commands()
     assert isinstance(commands[0], StartPull)
     engine.worker.submit([*commands, CancelPull(pull_id="other")])
-    transfer.events = [
-        PullFinished(pull_id="d", ok=False, error="late", in_flight=True),
-        LeaseEnded(lease_id="p", reason="expired"),
-    ]
+    late = PullFinished(pull_id="d", ok=False, error="late", in_flight=True)
+    transfer.take_events.return_value = [late, LeaseEnded(lease_id="p", reason="expired")]
     assert engine.worker.take() == Results(sent={"p"})
-    transfer.events = [PullDrained(pull_id="d"), PullDrained(pull_id="unknown")]
+    drained = [PullDrained(pull_id="d"), PullDrained(pull_id="unknown")]
+    transfer.take_events.return_value = drained
     assert engine.worker.take() == Results(received={"d"}, failed={"d"}, bad_blocks={7, 0, 4})

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,16 +21,6 @@ from tests.engine.memory.open_files import num_open_fds
 FABRIC = bytes(range(64))
 DEVICE = torch.device("cuda", 1)
 TENSOR = torch.zeros(100, dtype=torch.float32)
-
-
-class FakePools(MemoryPools):
-    """CuMem pools with one allocation of which everything is a part."""
-
-    def __init__(self, export: Callable[[int], Export]) -> None:
-        self._export = export
-
-    def export(self, start: int, num_bytes: int) -> Export | None:
-        return self._export(num_bytes)
 
 
 def memory_with(driver: FakeDriver) -> DeviceKVMemory:
@@ -71,11 +61,11 @@ def shared(kind: str) -> SharedRange:
 
 
 def test_a_tensor_of_a_pool_is_shared_if_it_lies_in_one_allocation() -> None:
-    def export(num_bytes: int) -> Export:
+    def export(_start: int, num_bytes: int) -> Export:
         return Export(SharedRange("posix_fd", 512, 64, num_bytes), os.memfd_create("test"))
 
     before = num_open_fds()
-    memory = DeviceKVMemory(FakePools(export), DEVICE)
+    memory = DeviceKVMemory(Mock(export=export), DEVICE)
     found = memory.export(TENSOR)
     assert found.range == SharedRange("posix_fd", 512, 64, 400)
     assert num_open_fds() == before + 1
@@ -96,11 +86,9 @@ def test_memory_without_a_handle_says_so() -> None:
     with pytest.raises(NotShareable, match=r"expandable_segments.*ipc_handle: CUDA_ERROR_UNKNOWN"):
         memory_with(driver).export(TENSOR)
 
-    def refuse(_num_bytes: int) -> Export:
-        raise MemoryPoolError("memory of 'kv_cache' cannot be shared")
-
+    refuse = Mock(side_effect=MemoryPoolError("memory of 'kv_cache' cannot be shared"))
     with pytest.raises(NotShareable, match="'kv_cache' cannot be shared"):
-        DeviceKVMemory(FakePools(refuse), DEVICE).export(TENSOR)
+        DeviceKVMemory(Mock(export=refuse), DEVICE).export(TENSOR)
 
 
 @pytest.mark.parametrize("kind", ["posix_fd", "fabric"])

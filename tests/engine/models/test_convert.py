@@ -81,17 +81,6 @@ def test_failed_and_killed_conversions_leave_nothing_and_can_be_repeated(source:
     assert ensure_converted(source, quiet, convert=convert).is_dir()
 
 
-def test_another_kind_of_file_is_named_before_a_library_is_loaded(
-    source: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path(source).write_bytes(b"<html>")
-    assert main([source]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: {source} is damaged: it is not a GGUF file but an HTML")
-    assert captured.err.endswith(f"\nfix: {DOWNLOAD_AGAIN}\n")
-    assert captured.out == ""
-
-
 UP_PROJ = "blk.1.ffn_up.weight"
 
 
@@ -135,12 +124,21 @@ def test_what_cannot_be_converted_is_one_line_with_a_fix(
     assert [line.split(": ")[0] for line in told.splitlines()[-2:]] == ["error", "fix"]
 
 
-@pytest.mark.parametrize("length", [4, 600, 20_000, -1])
-def test_a_file_that_is_cut_off_is_one_line_with_a_fix(
-    length: int, source: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html>", "is damaged: it is not a GGUF file but an HTML"),
+        *((tiny_gguf().encode()[:size], "cannot be converted: ") for size in (4, 600, 20_000, -1)),
+    ],
+    ids=["html", "4", "600", "20000", "all but a byte"],
+)
+def test_a_file_that_is_damaged_is_one_line_with_a_fix(
+    content: bytes, said: str, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path(source).write_bytes(tiny_gguf().encode()[:length])
+    Path(source).write_bytes(content)
     assert main([source]) == 1
-    *_, error, fix = capsys.readouterr().err.splitlines()
-    assert error.startswith(f"error: {source} cannot be converted: ")
+    captured = capsys.readouterr()
+    *_, error, fix = captured.err.splitlines()
+    assert error.startswith(f"error: {source} {said}")
     assert fix.endswith(DOWNLOAD_AGAIN)
+    assert ("loading libraries" in captured.out) == (content != b"<html>")
