@@ -4,7 +4,6 @@ answered.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,50 +15,19 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import await_ready, complete, complete_all, streamed
 from tests.e2e.conftest import default_environ, launched
-from tests.e2e.faults import left_over
+from tests.e2e.faults import fault_variables, left_over
+from tests.e2e.test_offload import HEALTHY
 from tests.e2e.waiting import await_true
 
-ROOT = Path(__file__).parents[2]
 POISON = 199
 PROMPTS = [list(range(40 + index, 100)) for index in range(4)]
 NUM_TOKENS = 600
 
-SICK_RUNNER = f"""
-import importlib.abc, importlib.util, os, signal, sys
-
-class Hook(importlib.abc.MetaPathFinder):
-    '''Makes a rank's runner crash in a step with token {POISON}, as a bug in a kernel would.'''
-
-    def find_spec(self, name, path, target=None):
-        if name != "pdlaunch.engine.runner":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            module.ModelRunner.launch = crash_in(module.ModelRunner.launch)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-def crash_in(launch):
-    def crash(self, plan):
-        if any({POISON} in row.token_ids for row in plan.new_rows):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return launch(self, plan)
-    return crash
-
-sys.meta_path.insert(0, Hook())
-"""
-
 
 @pytest.fixture
-def deployment(llama: Path, tmp_path: Path) -> Iterator[Deployment]:
+def deployment(llama: Path) -> Iterator[Deployment]:
     """One prefill and one decode engine whose ranks have a bug."""
-    (tmp_path / "sitecustomize.py").write_text(SICK_RUNNER)
-    environ = default_environ() | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    environ = default_environ() | fault_variables(HEALTHY | {"poison": POISON})
     with launched(llama, "--kv-cache-memory", "4MiB", environ=environ) as deployment:
         yield deployment
 

@@ -1,16 +1,33 @@
-"""Faults for the host tier of a rank."""
+"""Faults for the host tier and the runner of a rank."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from pdlaunch.engine.offload.planner import JobFinished, OffloadJob
 from pdlaunch.engine.offload.worker import OffloadWorker
+from pdlaunch.engine.runner import LaunchedStep, ModelRunner
+from pdlaunch.engine.step import StepPlan
 from tests.faulty.transfers import FaultPlan
 
 _WAIT_S = 0.02  # time between two looks at whether ends may be seen again
+
+
+class FaultyRunner(ModelRunner):
+    """Crashes in a step with the plan's poison, as with a bug in a kernel."""
+
+    def __init__(self, faults: FaultPlan, *arguments: Any, **setup: Any) -> None:
+        super().__init__(*arguments, **setup)
+        self._poison = faults.poison
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        if any(self._poison in row.token_ids for row in plan.new_rows):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().launch(plan)
 
 
 class FaultyOffloadWorker(OffloadWorker):

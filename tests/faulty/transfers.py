@@ -52,6 +52,7 @@ class FaultPlan:
     rate: float = 0.2  # of the READs
     lease_rate: float = 0.05  # of the leases, which end early
     chunk_rate: float = 0.05  # of the blocks in host memory, which go bad there
+    poison: int | None = None  # a rank crashes in a step with this token
     copies_wait_file: str = ""  # while it exists, no end of a copy to or from host memory is seen
     slow_s: float = 0.3  # longest delay of a READ
     lost_s: float = 4.0  # longest time until a lost completion is seen after all

@@ -29,9 +29,10 @@ class Hook(importlib.abc.MetaPathFinder):
             )
             module.TransferThread = partial(transfers.FaultyTransferThread, plan)
             if name == "pdlaunch.engine.rank":  # vLLM has no packages for the host tier
-                from tests.faulty.offload import FaultyOffloadWorker
+                from tests.faulty.offload import FaultyOffloadWorker, FaultyRunner
 
                 module.OffloadWorker = partial(FaultyOffloadWorker, plan)
+                module.ModelRunner = partial(FaultyRunner, plan)
 
         spec.loader.exec_module = exec_module
         return spec
