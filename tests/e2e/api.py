@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +43,33 @@ def complete_all(
 ) -> list[list[int]]:
     with ThreadPoolExecutor(concurrency) as pool:
         return list(pool.map(lambda prompt: complete(url, prompt, num_tokens, **fields), prompts))
+
+
+@contextmanager
+def clients(count: int, ask: Callable[[int, int], object]) -> Iterator[list[int]]:
+    """Clients ask again and again until the block ends; ``ask`` gets a client's number, and how
+    many answers it has. Yield these counts.
+    """
+    ends, num_answers = threading.Event(), [0] * count
+
+    def work(client: int) -> None:
+        while not ends.is_set():
+            ask(client, num_answers[client])
+            num_answers[client] += 1
+
+    with ThreadPoolExecutor(count) as pool:
+        works = [pool.submit(work, client) for client in range(count)]
+        try:
+            yield num_answers
+        finally:
+            ends.set()
+        for each in works:
+            each.result()
+
+
+def await_answers(num_answers: list[int]) -> None:
+    before = num_answers.copy()
+    await_true(lambda: all(map(operator.gt, num_answers, before)), "each client has an answer")
 
 
 @contextmanager

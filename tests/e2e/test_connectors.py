@@ -12,23 +12,17 @@ from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, complete_all, idle, total_now
 from tests.e2e.conftest import launched
 from tests.e2e.listening import await_unlocked_ports
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy
+from tests.e2e.tiny_models import greedy, make_prompts
 from tests.e2e.waiting import await_true
 from tests.mooncake import mooncake_problem
 
-LENGTHS = (1, 15, 16, 17, 40, 64, 100, 200)
+PROMPTS = make_prompts(3, (1, 15, 16, 17, 40, 64, 100, 200))
 NUM_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    source = random.Random(3)
-    return [[source.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
-
-
-@pytest.fixture(scope="module")
-def expected(llama: Path, prompts: list[list[int]]) -> list[list[int]]:
-    return greedy(llama, prompts, NUM_TOKENS)
+def expected(llama: Path) -> list[list[int]]:
+    return greedy(llama, PROMPTS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module", params=["mooncake", "file"])
@@ -48,10 +42,10 @@ def deployment(
 
 
 def test_answers_are_those_of_the_model_and_their_blocks_were_pulled(
-    deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]
+    deployment: Deployment, expected: list[list[int]]
 ) -> None:
-    assert complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4) == expected
-    assert total_now(deployment.url, "kv_transfers") >= len(prompts)
+    assert complete_all(deployment.url, PROMPTS, NUM_TOKENS, concurrency=4) == expected
+    assert total_now(deployment.url, "kv_transfers") >= len(PROMPTS)
     assert total_now(deployment.url, "kv_transfer_failures") == 0
     await_true(lambda: idle(deployment.url), "nothing leased or quarantined")
 
@@ -67,17 +61,17 @@ def test_what_listens_without_asking_who_comes(deployment: Deployment) -> None:
 
 @pytest.mark.parametrize("deployment", ["mooncake"], indirect=True)
 def test_a_killed_prefill_rank_comes_back(
-    deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]
+    deployment: Deployment, expected: list[list[int]]
 ) -> None:
     before = total_now(deployment.url, "kv_transfers")
     deployment.processes()["prefill-0/rank-0"].kill()
 
     def pulled_again() -> bool:
         """Send a request; return True if it was pulled. Its salt prevents prefix cache hits."""
-        complete(deployment.url, prompts[-1], 2, cache_salt=random.random().hex())
+        complete(deployment.url, PROMPTS[-1], 2, cache_salt=random.random().hex())
         return total_now(deployment.url, "kv_transfers") > before
 
     await_true(pulled_again, "a pull from the new rank")
-    answers = complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4, cache_salt="again")
+    answers = complete_all(deployment.url, PROMPTS, NUM_TOKENS, concurrency=4, cache_salt="again")
     assert answers == expected
     await_true(lambda: idle(deployment.url), "nothing leased or quarantined")

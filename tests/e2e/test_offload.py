@@ -4,7 +4,6 @@ bad, or processes die.
 
 from __future__ import annotations
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import await_ready, complete_all, count_now, engine_apis, idle, total_now
 from tests.e2e.faults import faulty_deployment
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
+from tests.e2e.tiny_models import greedy, make_prompts, make_tiny_model
 from tests.e2e.waiting import await_true
 
 LENGTHS = (60, 90, 120, 150, 180, 200, 100, 81)
@@ -56,8 +55,7 @@ class Answers:
     """The answers of transformers' own generate."""
 
     def __init__(self, model: Path) -> None:
-        source = random.Random(5).randrange
-        self.prompts = [[source(3, VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
+        self.prompts = make_prompts(5, LENGTHS)
         self.short = greedy(model, self.prompts, NUM_TOKENS)
         self.together = greedy(model, self.prompts[:NUM_TOGETHER], LONG_NUM_TOKENS)
 

@@ -5,22 +5,17 @@ removed engines leave nothing behind.
 from __future__ import annotations
 
 import json
-import random
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from typer.testing import CliRunner
-
-from pdlaunch.cli.app import build_app
 from pdlaunch.launch.client.admin import admin_api, own_launches
 from pdlaunch.launch.client.deployment import Deployment
+from tests.command_line import invoke
 from tests.e2e.agreement import engines_of
-from tests.e2e.api import states, streamed
+from tests.e2e.api import await_answers, clients, states, streamed
 from tests.e2e.conftest import default_environ, launched
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy
+from tests.e2e.tiny_models import greedy, make_prompts
 from tests.e2e.waiting import await_true
 
 NUM_TOKENS = 48
@@ -29,51 +24,23 @@ PAUSE_S = 0.2
 """Pause between two streams, so that starting engines get CPU time."""
 
 
-class Load:
-    """Streams that run until the block ends, each compared with the model's own answer."""
+def streams(
+    url: str, prompts: list[list[int]], expected: list[list[int]], pause_s: float = PAUSE_S
+) -> Callable[[int, int], None]:
+    """Stream the answers to prompts in turn, and compare each with the model's own."""
 
-    def __init__(
-        self,
-        url: str,
-        prompts: list[list[int]],
-        expected: list[list[int]],
-        num_streams: int = NUM_STREAMS,
-        pause_s: float = PAUSE_S,
-    ) -> None:
-        self.url = url
-        self.num_streams = num_streams
-        self.pause_s = pause_s
-        self.prompts = prompts
-        self.expected = expected
-        self.num_done = 0
-        self._ends = threading.Event()
+    def stream(client: int, number: int) -> None:
+        place = (client + number) % len(prompts)
+        with streamed(url, prompts[place], len(expected[place])) as tokens:
+            assert list(tokens) == expected[place]
+        time.sleep(pause_s)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with ThreadPoolExecutor(self.num_streams) as pool:
-            works = [pool.submit(self._work, number) for number in range(self.num_streams)]
-            try:
-                yield
-            finally:
-                self._ends.set()
-            for work in works:
-                work.result()
-
-    def _work(self, number: int) -> None:
-        while not self._ends.is_set():
-            number = (number + self.num_streams) % len(self.prompts)
-            expected = self.expected[number]
-            with streamed(self.url, self.prompts[number], len(expected)) as tokens:
-                assert list(tokens) == expected
-            self.num_done += 1
-            self._ends.wait(self.pause_s)
+    return stream
 
 
 def run(*arguments: str, exit_code: int = 0) -> str:
     """Run a command as a user does; return its output."""
-    result = CliRunner().invoke(
-        build_app(arguments), arguments, env={"NO_COLOR": "1", "COLUMNS": "200"}
-    )
+    result = invoke(arguments, env={"NO_COLOR": "1", "COLUMNS": "200"})
     assert result.exit_code == exit_code, result.output
     return result.output
 
@@ -94,13 +61,11 @@ def assert_gone(deployment: Deployment, name: str) -> None:
 
 
 def test_engines_come_turn_and_go_while_streams_run(llama: Path) -> None:
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(20 + 7 * i)] for i in range(9)]
+    prompts = make_prompts(5, range(20, 83, 7))
     expected = greedy(llama, prompts, NUM_TOKENS)
     with launched(llama) as deployment:
         url = ("--url", deployment.url)
-        load = Load(deployment.url, prompts, expected)
-        with load.running():
+        with clients(NUM_STREAMS, streams(deployment.url, prompts, expected)) as num_answers:
             planned = run("scale", "prefill=2", "--dry-run", *url)
             assert "prefill-1" in planned
             assert "The launch would be 2 prefill, 1 decode." in planned
@@ -124,8 +89,7 @@ def test_engines_come_turn_and_go_while_streams_run(llama: Path) -> None:
 
             run("scale", "decode=1", "--drain-timeout", "0", *url)
             assert_gone(deployment, "decode-1")
-            num_done = load.num_done
-            await_true(lambda: load.num_done > num_done + NUM_STREAMS, "streams go on")
+            await_answers(num_answers)
         _, status = admin_api(deployment.url).get_object("/pdlaunch/status")
         assert (status["errors"], status["gone"]) == (0, []), json.dumps(status["events"])
 
@@ -134,10 +98,9 @@ def test_the_autopilot_turns_a_prefill_engine_into_one_of_decode(llama: Path) ->
     """Short prompts with long answers fill the batch of the only decode engine. Then the mix turns
     to long prompts, and back.
     """
-    rng = random.Random(6)
     mixes = []
     for size, num_tokens in ((8, 200), (1500, 4)):
-        prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(size)] for _ in range(7)]
+        prompts = make_prompts(size, [size] * 7)
         mixes.append((prompts, greedy(llama, prompts, num_tokens)))
     wanted = ["decode", "decode", "prefill"]
     flags = ("--prefill", "2", "--autopilot", "on", "--max-num-seqs", "4")
@@ -148,11 +111,9 @@ def test_the_autopilot_turns_a_prefill_engine_into_one_of_decode(llama: Path) ->
             return sorted(name.partition("-")[0] for name in now if now[name] == "ready") == wanted
 
         def serve(number: int, until: Callable[[], bool]) -> None:
-            load = Load(deployment.url, *mixes[number], num_streams=8, pause_s=0.0)
-            with load.running():
+            with clients(8, streams(deployment.url, *mixes[number], pause_s=0.0)) as num_answers:
                 await_true(until, lambda: run("status", "--url", deployment.url))
-                num_done = load.num_done
-                await_true(lambda: load.num_done > num_done + 12, "streams go on")
+                await_answers(num_answers)
 
         serve(0, has_turned)
         serve(1, lambda: True)

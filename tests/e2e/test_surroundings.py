@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import tempfile
 import urllib.request
@@ -23,7 +22,7 @@ from tests.e2e.api import complete_all, greedy_body, streamed
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import paused
 from tests.e2e.test_scale import run
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy
+from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_prompts
 from tests.e2e.waiting import await_true
 
 
@@ -43,8 +42,7 @@ def ask(url: str, prompt: list[int], **headers: str) -> tuple[str, list[int]]:
 
 
 def test_every_route_gives_the_tokens_of_the_model(launch: Deployment, llama: Path) -> None:
-    rng = random.Random(3)
-    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(20 + 9 * i)] for i in range(12)]
+    prompts = make_prompts(3, range(20, 128, 9))
     expected = greedy(llama, prompts, 24)
     assert complete_all(launch.url, prompts, 24, concurrency=12) == expected
     route, tokens = ask(launch.url, prompts[0])

@@ -14,7 +14,7 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, complete_all, count_now, engine_apis, greedy_body
 from tests.e2e.conftest import clean_environ, launched
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
+from tests.e2e.tiny_models import greedy, make_prompts, make_tiny_model
 
 DEMO_LENGTHS = (1, 17, 513)
 """Lengths beyond boundaries of chunks (512) and blocks (16). Tests of tiny models, which take a
@@ -23,6 +23,7 @@ tenth of the time, cover each boundary.
 NUM_TOKENS = 8
 TINY_LENGTHS = (1, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 130, 200, 257)
 """Lengths at each boundary of blocks of 16, chunks of 32 and windows of 24, and one beside it."""
+PROMPTS = make_prompts(11, TINY_LENGTHS)
 CHUNKS = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "32"}
 
 
@@ -41,27 +42,21 @@ def test_demo_model_in_a_batch_then_from_prefix_cache_then_cold(demo: Deployment
     assert alone == expected.result()
 
 
-def make_prompts() -> list[list[int]]:
-    rng = random.Random(11)
-    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in TINY_LENGTHS]
-
-
 def test_different_numbers_of_ranks(llama: Path) -> None:
     """Through the router, one rank pulls from three. For the other direction, the test sends the
     prompt to the decode engine first.
     """
-    prompts = make_prompts()
-    expected = greedy(llama, prompts, NUM_TOKENS)
+    expected = greedy(llama, PROMPTS, NUM_TOKENS)
     with launched(llama, "--prefill-tp", "3", environ=clean_environ() | CHUNKS) as deployment:
-        assert complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4) == expected
+        assert complete_all(deployment.url, PROMPTS, NUM_TOKENS, concurrency=4) == expected
         apis = {role: engine_apis(deployment.url, role)[0] for role in ("prefill", "decode")}
         with ThreadPoolExecutor(4) as pool:
             answers = pool.map(
-                lambda prompt: complete_in_turn(apis["decode"], apis["prefill"], prompt), prompts
+                lambda prompt: complete_in_turn(apis["decode"], apis["prefill"], prompt), PROMPTS
             )
             assert list(answers) == expected
         for api in apis.values():
-            assert count_now(api, "kv_transfers") >= len(prompts)
+            assert count_now(api, "kv_transfers") >= len(PROMPTS)
             assert count_now(api, "kv_transfer_failures") == 0
 
 
@@ -82,7 +77,7 @@ def test_tiny_models_of_every_family(family: str, tmp_path: Path) -> None:
     """Families without another test: many tests have llama, that of the hub has qwen3, that of the
     host tier has gemma3.
     """
-    directory, prompts = make_tiny_model(family, tmp_path), make_prompts()
-    expected = greedy(directory, prompts, 24)
+    directory = make_tiny_model(family, tmp_path)
+    expected = greedy(directory, PROMPTS, 24)
     with launched(directory, environ=clean_environ() | CHUNKS) as deployment:
-        assert complete_all(deployment.url, prompts, 24, concurrency=8) == expected
+        assert complete_all(deployment.url, PROMPTS, 24, concurrency=8) == expected

@@ -4,6 +4,8 @@ byte-level tokenizer.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -80,6 +82,12 @@ def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def make_prompts(seed: int, lengths: Iterable[int]) -> list[list[int]]:
+    """Random prompts of these lengths, without special tokens."""
+    draw = random.Random(seed).randrange
+    return [[draw(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
 
 
 def greedy(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
