@@ -9,8 +9,6 @@ import os
 import re
 import socket
 import stat
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,10 +20,8 @@ from typing import Any
 import openai
 import pytest
 from prometheus_client import CollectorRegistry
-from typer.testing import CliRunner
 
 from pdlaunch import __version__
-from pdlaunch.cli.app import build_app
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.lifecycle import make_app
 from pdlaunch.launch.client.admin import admin_api
@@ -37,6 +33,7 @@ from tests.e2e.agreement import differences, engines_of
 from tests.e2e.api import await_ready, total_now
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.lone_router import needs_vllm_router, running_router, running_vllm_router
+from tests.e2e.test_scale import run
 from tests.e2e.waiting import await_true
 from tests.engine.server.conftest import engine_spec
 from tests.protocol.process.test_engine_ports import listen_in_all_ways
@@ -108,10 +105,9 @@ def test_no_route_of_an_engine_but_health_opens_without_a_key_or_with_the_client
     for url in doors.engines.values():
         for method, path in routes:
             body = BODY if method == "POST" else None
+            expected = 200 if path in ("/health", "/ping") else 401
             for headers in ({}, {"Authorization": bearer(CLIENT)}):
-                assert ask(method, url + path, body, **headers)[0] == (
-                    200 if path in ("/health", "/ping") else 401
-                ), (path, headers)
+                assert ask(method, url + path, body, **headers)[0] == expected, (path, headers)
 
 
 def test_another_router_s_key_opens_the_engines_and_nothing_else(doors: Doors) -> None:
@@ -171,8 +167,13 @@ def test_the_real_vllm_router_answers_with_the_same_tokens(
         if kind == "completions"
         else {"messages": [{"role": "user", "content": prompt}]}
     )
+    assert_same_tokens(doors, vllm_router, kind, fields)
+
+
+def assert_same_tokens(doors: Doors, url: str, kind: str, fields: dict[str, Any]) -> None:
+    """Another router's answer of 12 tokens is the launch's own, and its blocks were pulled."""
     num_pulls = total_now(doors.router, "kv_transfers")
-    theirs = answered(vllm_router, kind, fields)
+    theirs = answered(url, kind, fields)
     assert total_now(doors.router, "kv_transfers") == num_pulls + 1
     assert theirs == answered(doors.router, kind, fields)
     assert len(theirs[0]) == 12
@@ -194,11 +195,7 @@ def test_a_router_alone_answers_with_the_same_tokens(doors: Doors, lone_router: 
     for stream in (False, True):
         fields = {"prompt": f"What comes next {stream}?", "max_tokens": 12, "ignore_eos": True}
         fields |= {"return_token_ids": True, "temperature": 0, "stream": stream}
-        num_pulls = total_now(doors.router, "kv_transfers")
-        theirs = answered(lone_router, "completions", fields)
-        assert total_now(doors.router, "kv_transfers") == num_pulls + 1
-        assert theirs == answered(doors.router, "completions", fields)
-        assert len(theirs[0]) == 12
+        assert_same_tokens(doors, lone_router, "completions", fields)
 
 
 def test_a_router_alone_has_proven_the_pair_and_shows_its_metrics(
@@ -240,28 +237,20 @@ def test_doctor_examines_native_engines_and_proves_their_pair(
     arguments = ["doctor", "--exact", "--format", "json", "--engine-key-env", "KEY_OF_ENGINES"]
     arguments += [f"--{role}={doors.engines[f'{role}-0']}" for role in ("prefill", "decode")]
     monkeypatch.setenv("KEY_OF_ENGINES", OTHER_ROUTER)
-    result = CliRunner().invoke(build_app(arguments), arguments)
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["resolved"]["deployment"]
+    found = json.loads(run(*arguments))["resolved"]["deployment"]
     assert [(each["kind"], each["version"]) for each in found["engines"]] == [
         ("native", __version__)
     ] * 2
     assert found["pairs"][0]["num_bytes"] > 0
     monkeypatch.setenv("KEY_OF_ENGINES", CLIENT)
-    result = CliRunner().invoke(build_app(arguments), arguments)
-    assert result.exit_code == 1
-    assert "other clients need engine_api_key" in result.output
+    assert "other clients need engine_api_key" in run(*arguments, exit_code=1)
 
 
 def test_the_clients_key_opens_no_command(doors: Doors) -> None:
     for method, path in COMMANDS:
         for key in (CLIENT, OTHER_ROUTER, ""):
-            status, text = ask(
-                method,
-                doors.router + path,
-                BODY if method == "POST" else None,
-                Authorization=bearer(key),
-            )
+            body = BODY if method == "POST" else None
+            status, text = ask(method, doors.router + path, body, Authorization=bearer(key))
             assert status == 403
             assert "admin_api_key" in text
 
@@ -296,20 +285,9 @@ def test_another_user_cannot_command_it(doors: Doors) -> None:
 @pytest.mark.parametrize("command", ["sleep", "wake"])
 def test_commands_of_its_user_reach_every_engine_without_a_key(doors: Doors, command: str) -> None:
     """Engines on a CPU answer that they cannot sleep; test_sleep.py has engines on a GPU."""
-    arguments = [sys.executable, "-P", "-m", "pdlaunch", command, "--url", doors.router]
-    result = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        env=clean_environ() | {"COLUMNS": "200"},
-        check=False,
-    )
-    assert result.returncode == 1, result.stderr
+    said = run(command, "--url", doors.router, exit_code=1)
     for name in ("prefill-0", "decode-0"):
-        assert any(
-            name in line and "enable_sleep_mode is off" in line
-            for line in result.stdout.splitlines()
-        ), result.stdout
+        assert re.search(rf"{name}.*enable_sleep_mode is off", said), said
 
 
 def test_no_process_shows_a_key(doors: Doors) -> None:
@@ -373,36 +351,23 @@ def test_web_pages_and_foreign_names_are_refused_at_every_server(doors: Doors) -
     for url, key in servers.items():
         answer = partial(ask, "POST", f"{url}/v1/completions", Authorization=bearer(key))
         assert answer(BODY)[0] == 200
-        assert (
-            answer(BODY, Content_Type="Application/JSON; charset=utf-8", Host="localhost:1")[0]
-            == 200
-        )
+        as_others_write = {"Content_Type": "Application/JSON; charset=utf-8", "Host": "localhost:1"}
+        assert answer(BODY, **as_others_write)[0] == 200
         status, text = answer(BODY, Origin="http://evil.example")
         assert (status, "use a proxy" in text) == (403, True)
         status, text = answer(BODY, Host="evil.example")
         assert (status, "allowed_hosts" in text) == (421, True)
-        for kind in (
-            "text/plain",
-            "application/x-www-form-urlencoded",
-            "multipart/form-data; boundary=x",
-        ):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
             assert answer(BODY, Content_Type=kind)[0] == 415
-        assert (
-            ask("POST", f"{url}/sleep", Authorization=bearer(key), Origin="http://evil.example")[0]
-            == 403
-        )
+        of_a_page = {"Authorization": bearer(key), "Origin": "http://evil.example"}
+        assert ask("POST", f"{url}/sleep", **of_a_page)[0] == 403
         assert ask("GET", f"{url}/health", Host="probe.example")[0] == 200
 
 
 def test_the_official_client_works(doors: Doors) -> None:
     with openai.OpenAI(base_url=f"{doors.router}/v1", api_key=CLIENT, max_retries=0) as client:
-        prompt: Any = BODY["prompt"]
-        assert (
-            client.completions.create(
-                model="llama", prompt=prompt, max_tokens=2
-            ).usage.completion_tokens
-            == 2
-        )
+        fields: dict[str, Any] = {"model": "llama", **BODY}
+        assert client.completions.create(**fields).usage.completion_tokens == 2
     assert Api(doors.router, CLIENT).metrics()["pdlaunch_router_engines_ready"] == 2
 
 

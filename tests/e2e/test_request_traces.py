@@ -7,32 +7,24 @@ import json
 import random
 import re
 import urllib.parse
-import urllib.request
 from typing import Any
 
 import msgspec
 import pytest
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.admin import read_trace, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.protocol.status import RequestTrace
 from tests.e2e.secrecy import places_of, places_of_ids, told_by
+from tests.e2e.test_scale import run
 from tests.e2e.waiting import await_true
 
 
-def post(url: str, body: dict[str, Any], request_id: str, **headers: str) -> None:
-    request = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "X-Request-Id": request_id, ROUTE_HEADER: WANTS_PAIR}
-        | headers,
-    )
-    with urllib.request.urlopen(request) as response:
-        response.read()
+def post(url: str, body: dict[str, Any], request_id: str) -> None:
+    api = Api(url, headers={"X-Request-Id": request_id, ROUTE_HEADER: WANTS_PAIR})
+    assert api.post("/v1/completions", body)[0] == 200
 
 
 def ended(api: Api, request_id: str) -> RequestTrace:
@@ -89,13 +81,10 @@ def test_their_clocks_are_brought_together(through_a_pair: RequestTrace) -> None
 
 
 def test_the_command_draws_it(demo: Deployment, through_a_pair: RequestTrace) -> None:
-    arguments = ["trace", through_a_pair.id, "--url", demo.url]
-    result = CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": "80"})
-    assert result.exit_code == 0, result.output
-    assert "\n  checksums" in result.output
-    assert "\ndecode-0/rank-0\n" in result.output
-    arguments = ["trace", "--slowest", "3", "--format", "json", "--url", demo.url]
-    lines = CliRunner().invoke(build_app(arguments), arguments).output.splitlines()
+    drawn = run("trace", through_a_pair.id, "--url", demo.url)
+    assert "\n  checksums" in drawn
+    assert "\ndecode-0/rank-0\n" in drawn
+    lines = run("trace", "--slowest", "3", "--format", "json", "--url", demo.url).splitlines()
     assert all(msgspec.json.decode(line, type=RequestTrace).spans for line in lines)
 
 

@@ -6,14 +6,13 @@ import re
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.launch.client.admin import own_launches
 from pdlaunch.launch.client.deployment import Deployment
 from tests.cli.terminal import Terminal
 from tests.e2e.api import streamed
 from tests.e2e.test_request_traces import post
+from tests.e2e.test_scale import run
 from tests.e2e.waiting import await_true
 
 COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d)(?:;\d+)*m")
@@ -40,29 +39,24 @@ def test_the_start_says_which_engine_auto_has_come_to(demo: Deployment) -> None:
 
 
 def test_status_tells_engines_and_pairs(demo: Deployment) -> None:
-    words = ["status", "--url", demo.url]
-    result = CliRunner().invoke(build_app(words), words, env={"COLUMNS": "80", "NO_COLOR": "1"})
-    assert result.exit_code == 0, result.output
-    assert "\x1b" not in result.output
-    rows = [line.split()[:3] for line in result.output.splitlines()]
+    shown = run("status", "--url", demo.url)
+    assert "\x1b" not in shown
+    rows = [line.split()[:3] for line in shown.splitlines()]
     assert ["prefill-0", "prefill", "ready"] in rows
     assert ["decode-0", "decode", "ready"] in rows
-    assert re.search(r"prefill-0 -> decode-0 +\S+ +[\d.]+ GB/s", result.output)
-    assert re.search(r"\d+ requests, \d+ errors", result.output)
+    assert re.search(r"prefill-0 -> decode-0 +\S+ +[\d.]+ GB/s", shown)
+    assert re.search(r"\d+ requests, \d+ errors", shown)
 
 
-@pytest.mark.parametrize("is_named", [False, True])
 def test_doctor_asks_the_engines_of_an_own_launch_through_its_socket(
-    demo: Deployment, monkeypatch: pytest.MonkeyPatch, is_named: bool
+    demo: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Other tests may have launches here.
     monkeypatch.setattr("pdlaunch.cli.doctor.own_launches", lambda _: own_launches(demo.url))
-    words = ["doctor", *([demo.url] if is_named else [])]
-    result = CliRunner().invoke(build_app(words), words, env={"COLUMNS": "80", "NO_COLOR": "1"})
-    assert result.exit_code == 0, result.output
-    assert "a canary moved" in " ".join(result.output.split())
+    said = run("doctor")
+    assert "a canary moved" in " ".join(said.split())
     # The router reports the path of the pair, and its speed.
-    assert not re.search("PD650|PD663|UCX_PROTO_INFO", result.output)
+    assert not re.search("PD650|PD663|UCX_PROTO_INFO", said)
 
 
 def test_top_watches_it_on_a_small_terminal_without_colour(demo: Deployment) -> None:
