@@ -33,8 +33,6 @@ def tiny_model(folder: Path) -> str:
 
 
 class Changing(World):
-    """A world whose engines can change."""
-
     def __init__(self, folder: Path, machine: Machine = CORES, **settings: Any) -> None:
         config = LaunchConfig.model_validate({"model": tiny_model(folder), **settings})
         resolved = resolve(config, {"local": machine}, {})
@@ -63,7 +61,6 @@ class Changing(World):
         return answer.change
 
     def answered(self) -> Answered:
-        """Return the last answer."""
         return self.host.sent_to("router", Answered)[-1]
 
     def become_whole(self, *engines: str) -> None:

@@ -151,20 +151,14 @@ def test_stop_drains_the_router_then_stops_all() -> None:
     assert world.failure is None
 
 
-def test_sigterm_again_skips_nothing_and_ctrl_c_then_does() -> None:
-    """At a time limit Slurm sends it twice."""
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_drain_skips_it_and_once_more_kills(first: signal.Signals) -> None:
     world = serving(Timing(drain_s=30))
-    world.interrupt(signal.SIGTERM)
+    world.interrupt(first)
+    # At a time limit Slurm sends it twice.
     world.interrupt(signal.SIGTERM)
     assert world.draining() == {"router"}
     assert not world.stopped()
-    world.interrupt()
-    assert world.stopped() == {"router"}
-
-
-def test_a_second_interrupt_skips_the_drain_and_a_third_kills() -> None:
-    world = serving()
-    world.interrupt()
     world.interrupt()
     assert world.stopped() == {"router"}
     world.exit("router")

@@ -24,8 +24,6 @@ from pdlaunch.protocol.process.run_dirs import (
 
 
 class Launches:
-    """Makes folders of launches that run."""
-
     def __init__(self, base: Path, stack: ExitStack) -> None:
         self.base = base
         self._stack = stack
@@ -51,13 +49,10 @@ def socket_of(api: Api) -> Path | None:
     return api._socket_path
 
 
-def test_the_only_one_is_meant(launches: Launches) -> None:
-    run_dir = launches.add("http://127.0.0.1:8000")
-    assert socket_of(admin_api(base=launches.base)) == run_dir / ADMIN_SOCKET
-
-
-def test_several_are_told_apart_by_their_url(launches: Launches) -> None:
-    first, second = launches.add("http://127.0.0.1:8000"), launches.add("http://[::1]:9000")
+def test_the_only_one_is_meant_and_several_are_told_apart_by_their_url(launches: Launches) -> None:
+    first = launches.add("http://127.0.0.1:8000")
+    assert socket_of(admin_api(base=launches.base)) == first / ADMIN_SOCKET
+    second = launches.add("http://[::1]:9000")
     assert "http://127.0.0.1:8000, http://[::1]:9000" in launches.why_not()
     for url, run_dir in [
         ("http://localhost:8000", first),

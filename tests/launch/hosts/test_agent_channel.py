@@ -132,7 +132,6 @@ class Agent:
         return self._thread.is_alive()
 
     def end(self) -> str | PdlaunchError | None:
-        """How it ended."""
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive()
         os.close(self._stop)

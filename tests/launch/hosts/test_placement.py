@@ -24,26 +24,22 @@ def test_outside_of_a_step_the_fix_is_told(environ: dict[str, str], missing: str
     assert "srun" in str(raised.value.fix)
 
 
-def test_a_bundle_of_ray_has_the_room_of_one_engine() -> None:
-    flags = {"placement": "ray", "prefill.replicas": 2, "decode.tensor_parallel_size": 4}
-    config = load_config(None, {}, flags).config
+@pytest.mark.parametrize(
+    ("flags", "prefill", "decode"),
+    [
+        ({"prefill.replicas": 2, "decode.tensor_parallel_size": 4}, 1, 4),
+        ({"tensor_parallel_size": 8, "prefill.nnodes": 2}, 4, 8),
+    ],
+)
+def test_each_host_of_an_engine_has_a_bundle_of_ray_with_its_room(
+    flags: dict[str, int], prefill: int, decode: int
+) -> None:
+    config = load_config(None, {}, {"placement": "ray"} | flags).config
     bundles = ray_bundles(config, has_gpus=True)
-    assert [(bundle.name, bundle.resources) for bundle in bundles] == [
-        ("ray-prefill-0", {"CPU": 1, "GPU": 1}),
-        ("ray-prefill-1", {"CPU": 1, "GPU": 1}),
-        ("ray-decode-0", {"CPU": 4, "GPU": 4}),
-    ]
+    names = ("ray-prefill-0", "ray-prefill-1", "ray-decode-0")
+    rooms = [{"CPU": number, "GPU": number} for number in (prefill, prefill, decode)]
+    assert [(each.name, each.resources) for each in bundles] == [*zip(names, rooms, strict=True)]
     assert "GPU" not in ray_bundles(config)[0].resources
-
-
-def test_each_host_of_an_engine_has_a_bundle_of_ray() -> None:
-    flags = {"placement": "ray", "tensor_parallel_size": 8, "prefill.nnodes": 2}
-    bundles = ray_bundles(load_config(None, {}, flags).config, has_gpus=True)
-    assert [(bundle.name, bundle.num_gpus) for bundle in bundles] == [
-        ("ray-prefill-0", 4),
-        ("ray-prefill-1", 4),
-        ("ray-decode-0", 8),
-    ]
 
 
 def test_agents_of_ray_allow_the_program_of_the_launch_and_none_that_is_not_used() -> None:

@@ -27,7 +27,6 @@ _schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 
 def run(*arguments: str, trusted: bool = True) -> Any:
-    """Run ``pdlaunch render`` in this process."""
     words = ["render", *arguments]
     return invoke(words, env=TRUSTED if trusted else {})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ import yaml
 from pdlaunch.config.sources import load_config
 from pdlaunch.launch.state import Timing
 from pdlaunch.planning.roles import Room, place_engines
-from tests.launch.render.manifests import EXAMPLES, check_schema, named, render, run, templates
+from tests.launch.render.manifests import (
+    EXAMPLES,
+    ROOT,
+    check_schema,
+    named,
+    render,
+    run,
+    templates,
+)
 
 DEMO = str(EXAMPLES[0])
 
@@ -20,6 +30,18 @@ DEMO = str(EXAMPLES[0])
 @pytest.fixture(scope="module")
 def demo() -> list[dict[str, Any]]:
     return render("kubernetes", DEMO)
+
+
+@pytest.mark.processes
+def test_rendered_examples_are_up_to_date() -> None:
+    # Memory is requested of a model whose shape is known.
+    command = [sys.executable, "-m", "pdlaunch.engine.models.convert", "smollm2", "--if-needed"]
+    subprocess.run(command, check=True, timeout=240)
+    folder = ROOT / "examples" / "kubernetes"
+    result = run("kubernetes", str(folder / "deployment.yaml"), "--assume", "cpu", trusted=False)
+    assert result.exit_code == 0, result.output
+    assert (folder / "objects.yaml").read_text() == result.stdout
+    check_schema(list(yaml.safe_load_all(result.stdout)))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -132,7 +132,6 @@ async def test_who_does_not_hold_the_certificate_is_told_nothing(scene: Scene) -
 
 
 async def begun(http: web.Request) -> web.StreamResponse:
-    """Begin a stream."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(http)
     await response.write(b"data: 1\n\n")

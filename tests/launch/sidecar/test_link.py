@@ -96,9 +96,17 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
         yield scene
 
 
-async def test_it_is_ready_once_all_ranks_are_up(tmp_path: Path) -> None:
+async def test_it_is_ready_once_all_ranks_are_up_and_their_setup_is_for_this_user_alone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "decode-0.kv.json"
     async with two_ranks(tmp_path) as scene:
         supervisor = scene.supervisor
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        setup, keys = read_setup(path), supervisor.bootstrap.keys
+        assert (setup.keys.public, setup.keys.secret) == (keys.public, keys.secret)
+        assert setup.keys.http_token == ""
+        assert KVTransferSettings.model_validate_json(setup.kv_transfer) == KVTransferSettings()
         await scene.workers[0].be_up()
         await until(lambda: any("1 of 2 ranks" in str(each) for each in supervisor.all_said))
         assert supervisor.registered[-1].side_channels == ()
@@ -109,16 +117,6 @@ async def test_it_is_ready_once_all_ranks_are_up(tmp_path: Path) -> None:
             "tcp://127.0.0.1:7001",
         )
         assert supervisor.engine_ids[-1] == "decode-0#1"
-
-
-async def test_the_setup_is_for_this_user_alone_and_holds_no_token(tmp_path: Path) -> None:
-    async with two_ranks(tmp_path) as scene:
-        path = tmp_path / "decode-0.kv.json"
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        setup, keys = read_setup(path), scene.supervisor.bootstrap.keys
-        assert (setup.keys.public, setup.keys.secret) == (keys.public, keys.secret)
-        assert setup.keys.http_token == ""
-        assert KVTransferSettings.model_validate_json(setup.kv_transfer) == KVTransferSettings()
     assert not path.exists()
 
 
