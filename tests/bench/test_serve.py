@@ -141,13 +141,6 @@ async def test_refusals_are_counted_with_their_reasons() -> None:
     assert run.row.errors == ["2 x HTTP 429: full", "1 x HTTP 503: wait"]
 
 
-async def test_a_refused_warm_up_ends_it() -> None:
-    server = FakeOpenAI()
-    server.refusals = [(503, b'{"detail": "starting"}')]
-    with pytest.raises(PdlaunchError, match=r"of 128 prompt tokens: HTTP 503: .*starting"):
-        await bench(server)
-
-
 @pytest.mark.parametrize(
     ("broken", "error"),
     [

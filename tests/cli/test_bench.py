@@ -72,22 +72,16 @@ def test_a_table_says_which_requests_took_a_pair_and_why(server: FakeOpenAI) -> 
     assert [row["pair_share"] for row in rows] == [0.0, 0.0]
 
 
-def test_what_a_deployment_answers_tells_a_terminal_nothing(server: FakeOpenAI) -> None:
-    server.refuses_after, server.refusal = 2, "[red]full[/red]\x1b[2J\x9b31m\u202e"
-    result = bench(server.url, *SMALL)
-    assert r"429: [red]full[/red]\x1b[2J\x9b31m\u202e" in result.stderr
-    assert not {"\x1b", "\x9b", "\u202e"} & set(result.output)
-
-
-def test_files_have_the_kinds_of_errors_and_not_their_words(
+def test_words_of_a_deployment_are_no_commands_and_in_no_file(
     server: FakeOpenAI, tmp_path: Path
 ) -> None:
     """A deployment may quote prompts; whoever measures reads them on the terminal."""
-    server.refuses_after, server.refusal = 2, "cannot read: the prompt"
+    server.refuses_after, server.refusal = 2, "[red]the prompt[/red]\x1b[2J\x9b31m\u202e"
     page = tmp_path / "page.html"
     result = bench(server.url, *SMALL, "--format", "json", "--report", str(page))
     assert result.exit_code == 1
-    assert "HTTP 429: cannot read: the prompt" in result.stderr
+    assert r"HTTP 429: [red]the prompt[/red]\x1b[2J\x9b31m\u202e" in result.stderr
+    assert not {"\x1b", "\x9b", "\u202e"} & set(result.output)
     assert "HTTP 429" in result.stdout
     assert "HTTP 429" in page.read_text()
     assert "the prompt" not in result.stdout + page.read_text()
