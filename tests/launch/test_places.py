@@ -18,8 +18,8 @@ from pdlaunch.launch.state import Observed
 from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import THIS_HOST, resolve, resolve_on
+from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import ChangeEngines
 from tests.launch.changing import tiny_model
 from tests.launch.fakes import pair_ready
@@ -75,10 +75,8 @@ class Deployment:
     def serving(self) -> set[str]:
         return {name for name, engine in self.seen.engines.items() if engine.ready}
 
-    def spec(self, name: str) -> ProcessSpec:
-        found = self.seen.find(name)
-        assert found is not None
-        return found[1].spec
+    def placed(self, name: str) -> PlacedEngine:
+        return next(engine for engine in self.launch.engines if engine.name == name)
 
     def find(self, engine: str) -> str | None:
         """The host on which an engine can be started."""
@@ -162,9 +160,8 @@ def test_an_engine_over_hosts_needs_room_on_each_of_them() -> None:
 
 
 def test_devices_that_a_host_names_for_its_ranks_are_kept() -> None:
-    launch = Deployment(engine="vllm", prefill=WIDE, **SPREAD).launch
-    (engine,) = (each for each in launch.engines if each.name == "prefill-0")
-    first = engine.engines
+    deployment = Deployment(engine="vllm", prefill=WIDE, **SPREAD)
+    first = deployment.placed("prefill-0").engines
     named = replace(first, on=replace(first.on, environ={"NCCL_SOCKET_IFNAME": "ib0"}))
     before, after = first.environment, named.environment
     assert before["NCCL_SOCKET_IFNAME"] == before["GLOO_SOCKET_IFNAME"] == "10.0.0.2"
@@ -202,7 +199,7 @@ def test_new_engines_take_free_gpus_of_hosts_that_are_there(tiny: str) -> None:
 
 def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: str) -> None:
     deployment = Deployment(**SPREAD, model=tiny, decode={"replicas": 2})
-    lost = deployment.spec("decode-0").host
+    lost = deployment.placed("decode-0").host.name
     deployment.lose(lost, ended_by=deployment.now + 30)
     wanted = ChangeEngines(question=1, replicas={"decode": 1})
     assert deployment.places.plan(wanted, deployment.serving, ()).planned.stops == {"decode-0": 0}
@@ -218,7 +215,7 @@ def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: 
 def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
     deployment = Deployment(machine, **SPREAD, model=tiny, prefill={"replicas": 2})
     for engine in ("prefill-0", "prefill-1"):
-        (before,) = (one for one in deployment.launch.engines if one.name == engine)
+        before = deployment.placed(engine)
         wanted = ChangeEngines(question=1, engine=engine, role="decode")
         change = deployment.places.plan(wanted, deployment.serving, ())
         (turned,) = change.starts

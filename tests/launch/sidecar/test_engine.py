@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import socket
@@ -28,7 +27,6 @@ from pdlaunch.launch.sidecar.engine import (
 from pdlaunch.machine.network import device_of
 from pdlaunch.observe.causes import Cause
 from pdlaunch.protocol.engine_link import KV_SETUP
-from tests.e2e.waiting import await_true
 
 
 def test_events_are_published_at_a_socket_of_the_launch() -> None:
@@ -205,21 +203,15 @@ time.sleep(600)
 """
 
 
-def is_gone(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    return True
-
-
 @pytest.mark.processes
 def test_children_of_the_server_go_with_a_sidecar_that_is_killed() -> None:
     with subprocess.Popen(
         (sys.executable, "-c", SIDECAR), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as sidecar:
         assert sidecar.stdout is not None
-        pids = [int(pid) for pid in sidecar.stdout.readline().split()]
-        assert len(pids) == 3
+        processes = [psutil.Process(int(pid)) for pid in sidecar.stdout.readline().split()]
+        guard, _, _ = processes
         # The supervisor's signals reach the group, and the guard is of it.
-        psutil.Process(pids[0]).send_signal(signal.SIGTERM)
+        guard.send_signal(signal.SIGTERM)
         sidecar.kill()
-        await_true(lambda: all(map(is_gone, pids)), "server, its child and the guard are gone", 60)
+        assert not psutil.wait_procs(processes, timeout=180)[1], "server, its child and the guard"
