@@ -46,20 +46,16 @@ def test_a_dry_run_for_another_machine_is_judged_for_it(model: Path) -> None:
     assert serve(*given, "cpu").exit_code == 1
 
 
-def test_a_dry_run_prints_commands_that_can_be_copied(model: Path) -> None:
-    result = serve("--model", model, "--dry-run", columns=40)
-    assert result.exit_code == 0
-    assert " -m pdlaunch.engine --name decode-0/rank-0" in result.stdout
-    assert "router on local, no device, http port 8000" in result.stdout.splitlines()
-
-
-def test_nothing_is_written_by_a_dry_run_or_a_refusal(model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_commands_to_copy_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     result = serve("--model", model, "--format", "json")
     assert result.exit_code == 2
     assert "--format json" in result.stderr
     assert "--dry-run" in result.stderr
-    assert serve("--model", model, "--dry-run").exit_code == 0
+    result = serve("--model", model, "--dry-run", columns=40)
+    assert result.exit_code == 0
+    assert " -m pdlaunch.engine --name decode-0/rank-0" in result.stdout
+    assert "router on local, no device, http port 8000" in result.stdout.splitlines()
     assert sorted(tmp_path.rglob("*")) == before
 
 
