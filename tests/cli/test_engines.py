@@ -117,6 +117,13 @@ def test_scale_shows_what_was_changed(router: Router) -> None:
     assert router.asked == [("/pdlaunch/scale", wanted)]
 
 
+def test_role_and_a_dry_run(router: Router) -> None:
+    result = run("role", "decode-1", "prefill", "--dry-run", "--drain-timeout", "5")
+    assert result.stdout.splitlines()[-1] == "The launch would be 2 prefill, 1 decode."
+    wanted = {"engine": "decode-1", "role": "prefill", "dry_run": True, "drain_timeout_s": 5.0}
+    assert router.asked == [("/pdlaunch/role", wanted)]
+
+
 def test_a_change_that_failed_says_why(router: Router) -> None:
     error = {"message": "prefill-1 cannot be added: no memory"}
     router.answers["scale"] = 409, {"notes": ["PD412 x"], "change": CHANGE, "error": error}

@@ -83,10 +83,10 @@ def test_dry_run_shows_which_rank_goes_to_which_host_and_device(
     config.write_text(
         f"model: {model}\nplacement: hosts\ncontrol_address: 10.0.0.1\nport: 0\n"
         "kv_transfer: {trusted_network: true}\nplacement_strategy: spread\n"
-        "decode: {tensor_parallel_size: 2}\n"
         "hosts: [{name: node-1, machine: h100x2}, {name: node-2, machine: h100x2}]\n"
     )
-    result = serve(config, "--dry-run", "--format", "json", "--assume", "h100x2")
+    given = (config, "--decode-tp", "2", "--dry-run", "--assume", "h100x2")
+    result = serve(*given, "--format", "json")
     assert result.exit_code == 0, result.stdout + result.stderr
     plan = json.loads(result.stdout)
     assert {"host", "command", "environment", "ports", "devices"} <= set(plan["processes"][0])
@@ -99,5 +99,5 @@ def test_dry_run_shows_which_rank_goes_to_which_host_and_device(
         "decode-0": ("node-2", []),
         "router": ("local", []),
     }
-    lines = serve(config, "--dry-run", "--assume", "h100x2").stdout.splitlines()
+    lines = serve(*given).stdout.splitlines()
     assert any(line.startswith("decode-0/rank-1 on node-2, cuda:1") for line in lines)

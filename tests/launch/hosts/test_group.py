@@ -7,7 +7,7 @@ from typing import cast
 
 import zmq
 
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Reported
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, HostGroup, Lost, Reported
 from pdlaunch.launch.hosts.agent_messages import Exited, Said
 from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.planning.plan import ProcessSpec
@@ -53,3 +53,7 @@ def test_an_agent_speaks_for_the_processes_of_its_host_alone(tmp_path: Path) -> 
         channel.events = [Reported("a", said), Reported("a", exited)]
         assert group.exits() == [ProcessExited(NAME, 1, -11, last_step=step)]
         assert group.messages() == [MessageReceived(NAME, Ready())]
+        group.spawn(spec, 2, bootstrap(NAME))
+        channel.events = [Lost("b", "silent"), Lost("a", "silent")]
+        (gone,) = group.exits()
+        assert gone.how() == "was lost with its host a (silent)"
