@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pdlaunch.checks.run import all_rules
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
-from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import effective_engines
 from tests.launch.engines.test_plan import CPU, FOUR_GPUS, config, resolved
 
@@ -32,8 +32,8 @@ def value_of(command: tuple[str, ...], flag: str) -> str:
     return command[command.index(flag) + 1]
 
 
-def transfer_of(process: ProcessSpec) -> dict[str, object]:
-    transfer: dict[str, object] = json.loads(value_of(process.command, "--kv-transfer-config"))
+def transfer_of(command: tuple[str, ...]) -> dict[str, Any]:
+    transfer: dict[str, Any] = json.loads(value_of(command, "--kv-transfer-config"))
     return transfer
 
 
@@ -58,8 +58,7 @@ def test_each_engine_is_a_sidecar_with_the_command_of_vllm() -> None:
     at = decode.command.index("--")
     assert decode.command[at + 2 : at + 4] == ("serve", "/cache")
     assert value_of(decode.command, "--served-model-name") == "smollm2"
-    transfer = transfer_of(decode)
-    assert transfer == {
+    assert transfer_of(decode.command) == {
         "kv_connector": "PdlaunchConnector",
         "kv_connector_module_path": "pdlaunch.vllm.connector",
         "kv_connector_extra_config": {},
@@ -70,7 +69,7 @@ def test_each_engine_is_a_sidecar_with_the_command_of_vllm() -> None:
 
 def test_a_host_tier_stands_behind_our_connector_and_its_flag_is_gone() -> None:
     given = command("decode-0", engine_args={"kv_offloading_size": 1.5, "seed": 3})
-    transfer = json.loads(value_of(given, "--kv-transfer-config"))
+    transfer = transfer_of(given)
     assert transfer["kv_connector"] == "MultiConnector"
     assert transfer["kv_load_failure_policy"] == "recompute"
     ours, tier = transfer["kv_connector_extra_config"]["connectors"]
@@ -111,7 +110,7 @@ def test_settings_mean_what_they_mean_for_native_engines_and_unset_ones_are_left
     assert value_of(given, "--shutdown-timeout") == "7"
     switches = {"--enable-cumem-allocator", "--enforce-eager", "--no-enable-prefix-caching"}
     assert switches | {"--no-async-scheduling"} <= set(given)
-    transfer = json.loads(value_of(given, "--kv-transfer-config"))
+    transfer = transfer_of(given)
     assert transfer["kv_connector"] == "NixlConnector"
     assert transfer["kv_buffer_device"] == "cuda"
     assert transfer["kv_load_failure_policy"] == "fail"
@@ -172,7 +171,7 @@ def test_engines_have_our_connector_unless_vllms_own_is_asked_for(
     launch = resolved(config(engine="vllm", kv_transfer=transfer), CPU)
     is_ours = transfer.get("connector") != "vllm-nixl"
     for process in plan_processes(launch).processes[:2]:
-        given = transfer_of(process)
+        given = transfer_of(process.command)
         assert given["kv_connector"] == ("PdlaunchConnector" if is_ours else "NixlConnector")
         assert ("kv_connector_module_path" in given) is is_ours
         assert (value_of(process.command, "--unverified") if reason else "") == reason
