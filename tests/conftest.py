@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ def _logging_as_before() -> Iterator[None]:
     ours.setLevel(levels[1])
 
 
+TESTS = Path(__file__).parent
 E2E = "tests/e2e/"
 LATE = tuple(
     f"{E2E}test_{name}.py"
@@ -51,8 +53,23 @@ end, beside the last launches of the other one, so that both end at about the sa
 """
 
 
+MARKS: dict[str, list[pytest.MarkDecorator]] = {
+    # Tests run real models, perhaps on a busy machine.
+    "e2e": [pytest.mark.e2e, pytest.mark.timeout(900)],
+    "netns": [pytest.mark.hosts],
+    # The warnings are Ray's own.
+    "ray": [pytest.mark.ray, pytest.mark.filterwarnings("default")],
+    **{name: [getattr(pytest.mark, name)] for name in ("browser", "prometheus", "slurm")},
+}
+"""Marks of all tests of a folder, beside ``processes``."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the launches first: the other tests fill the second core meanwhile."""
+    for item in items:
+        for mark in MARKS.get(item.path.relative_to(TESTS).parts[0], ()):
+            item.add_marker(mark)
+            item.add_marker(pytest.mark.processes)
     items.sort(key=lambda item: (item.nodeid.startswith(LATE), not item.nodeid.startswith(E2E)))
 
 

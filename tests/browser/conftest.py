@@ -15,13 +15,6 @@ from tests.e2e.faults import fault_variables
 KEY = "key-of-the-clients"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith("tests/browser/"):
-            item.add_marker(pytest.mark.browser)
-            item.add_marker(pytest.mark.processes)
-
-
 @pytest.fixture(scope="session")
 def chromium() -> str:
     command = find_chromium()

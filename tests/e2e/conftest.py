@@ -13,15 +13,6 @@ from tests.e2e.tiny_models import make_tiny_model
 DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "/e2e/" in str(item.path):
-            item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.processes)
-            # Tests run real models, perhaps on a busy machine.
-            item.add_marker(pytest.mark.timeout(900))
-
-
 def default_environ() -> dict[str, str]:
     """The environment of a launch with the default settings."""
     return {

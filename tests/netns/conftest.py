@@ -11,13 +11,6 @@ import pytest
 from tests.netns.hosts import Network, new_network, why_not
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith("tests/netns/"):
-            item.add_marker(pytest.mark.hosts)
-            item.add_marker(pytest.mark.processes)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def permitted() -> None:
     if reason := why_not():

@@ -18,15 +18,6 @@ NUM_WORKERS = 3
 _CLONE_NEWNET = 0x40000000
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith("tests/ray/"):
-            item.add_marker(pytest.mark.ray)
-            item.add_marker(pytest.mark.processes)
-            # Ray's own.
-            item.add_marker(pytest.mark.filterwarnings("default"))
-
-
 @pytest.fixture(scope="session")
 def loopback_alone() -> None:
     """This thread, and all that it starts, has the loopback device alone from now on."""

@@ -5,19 +5,11 @@ installed or this machine permits no hosts of namespaces.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.netns.hosts import why_not
 from tests.slurm.cluster import Cluster, missing_programs, slurm_cluster
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.processes)
 
 
 @pytest.fixture(scope="session")
