@@ -6,11 +6,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from pdlaunch.config.sources import load_config
 from tests.e2e.conftest import clean_environ
+from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 600.0
 
@@ -32,11 +32,12 @@ def start(model: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_ctrl_c_gives_the_verdict_so_far_and_resume_goes_on(llama: Path, tmp_path: Path) -> None:
     state = tmp_path / "verdict.json"
     process = start(llama, tmp_path)
-    until = time.monotonic() + TIMEOUT_S
-    while not (state.exists() and json.loads(state.read_text())["findings"]["probes"]):
-        assert time.monotonic() < until
+
+    def has_measured() -> bool:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.2)
+        return state.exists() and bool(json.loads(state.read_text())["findings"]["probes"])
+
+    await_true(has_measured, "a first measurement", TIMEOUT_S)
     process.send_signal(signal.SIGINT)
     told, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130, told
