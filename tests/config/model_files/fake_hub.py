@@ -75,10 +75,8 @@ def _answer(hub: FakeHub, request: BaseHTTPRequestHandler, *, with_body: bool) -
     hub.requests.append(f"{request.command} {path}")
     api, file = API.fullmatch(path), FILE.fullmatch(path)
     found = api or file
-    if found is None or found[1] != hub.name:
-        _refuse(request, 401, "RepoNotFound")
-        return
-    if hub.needs_token and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+    may_read = not hub.needs_token or request.headers.get("Authorization") == f"Bearer {TOKEN}"
+    if found is None or found[1] != hub.name or not may_read:
         _refuse(request, 401, "RepoNotFound")
         return
     revision = found[3] if api else found[2]
@@ -93,33 +91,34 @@ def _answer(hub: FakeHub, request: BaseHTTPRequestHandler, *, with_body: bool) -
 
 
 def _refuse(request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+    _begin(request, status, 0, {"X-Error-Code": code, "X-Error-Message": code})
+
+
+def _begin(
+    request: BaseHTTPRequestHandler, status: int, num_bytes: int, headers: dict[str, str]
+) -> None:
     request.send_response(status)
-    request.send_header("X-Error-Code", code)
-    request.send_header("X-Error-Message", code)
-    request.send_header("Content-Length", "0")
+    for name, value in {"Content-Length": str(num_bytes), **headers}.items():
+        request.send_header(name, value)
     request.end_headers()
 
 
 def _describe(hub: FakeHub, request: BaseHTTPRequestHandler, commit: str, *, tree: bool) -> None:
     files = sorted(path for path in hub.folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(hub.folder)): path for path in files}
+    sizes = {name: path.stat().st_size for name, path in names.items()}
     body: object = {
         "id": hub.name,
         "sha": commit,
-        "siblings": [
-            {"rfilename": name, "size": path.stat().st_size} for name, path in names.items()
-        ],
+        "siblings": [{"rfilename": name, "size": size} for name, size in sizes.items()],
     }
     if tree:
         body = [
-            {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)}
-            for name, path in names.items()
+            {"type": "file", "path": name, "size": size, "oid": _etag(names[name])}
+            for name, size in sizes.items()
         ]
     data = json.dumps(body).encode()
-    request.send_response(200)
-    request.send_header("Content-Type", "application/json")
-    request.send_header("Content-Length", str(len(data)))
-    request.end_headers()
+    _begin(request, 200, len(data), {"Content-Type": "application/json"})
     request.wfile.write(data)
 
 
@@ -135,14 +134,10 @@ def _send_file(
         _refuse(request, 404, "EntryNotFound")
         return
     data = path.read_bytes()
-    request.send_response(200)
-    request.send_header("ETag", f'"{_etag(path)}"')
-    request.send_header("X-Repo-Commit", commit)
-    request.send_header("Content-Length", str(len(data)))
-    request.end_headers()
+    _begin(request, 200, len(data), {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit})
     if not with_body:
         return
-    half = len(data) // 2 if name in hub.hold else 0
+    half = len(data) // 2
     request.wfile.write(data[:half])
     request.wfile.flush()
     if name in hub.hold:
