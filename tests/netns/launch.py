@@ -7,12 +7,17 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
+from tests.e2e.tiny_models import make_tiny_model
+from tests.launch.sidecar.fake_vllm import answer_of
+from tests.launch.sidecar.program import write_command
 from tests.netns.hosts import Host, Network, signal_inner
 
 START_TIMEOUT_S = 240.0
@@ -29,6 +34,11 @@ from pdlaunch.launch.client.admin import admin_api
 engine = admin_api(sys.argv[1]).engine(sys.argv[2])
 print(json.dumps([engine.post("/v1/completions", body)[1] for body in json.load(sys.stdin)]))
 """
+PROMPT = list(range(40, 140))
+QUESTION = {"model": "llama", "prompt": PROMPT, "max_tokens": 5, "return_token_ids": True}
+ANSWER = answer_of(PROMPT, 5)
+STAND_IN = "tests.launch.sidecar.program"
+"""The module that stands for vLLM, what it is asked, and what it answers."""
 JOIN = "/tmp/join.json"
 LOGS = "/tmp/logs"
 
@@ -62,6 +72,12 @@ class FarLaunch:
     def ask(self, *questions: Mapping[str, Any]) -> list[Any]:
         """The answers of the router to questions that are asked at the same time, or errors."""
         return self._answers(questions, "-m", "tests.netns.ask", f"{self.url}/v1/completions")
+
+    def assert_answered(self) -> None:
+        """Ask engines that stand for vLLM."""
+        (answer,) = self.ask(QUESTION)
+        assert isinstance(answer, dict), answer
+        assert answer["choices"][0]["token_ids"] == ANSWER
 
     def ask_alone(self, engine: str, *questions: Mapping[str, Any]) -> list[Any]:
         """The answers of one engine, which computes all by itself."""
@@ -100,19 +116,36 @@ class FarLaunch:
 
 
 @contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A folder that all hosts share, as they do not share /tmp."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="pdlaunch-test-") as name:
+        yield Path(name)
+
+
+def stand_in(folder: Path, **heads: int) -> dict[str, Any]:
+    """Settings of a launch with a stand-in for vLLM, whose files are in a shared folder."""
+    return {
+        "model": str(make_tiny_model("llama", folder, **heads)),
+        "engine": "vllm",
+        "engine_command": str(write_command(folder)),
+        "kv_transfer": {"trusted_network": True},
+        "env": {"FAKE_VLLM_FOLDER": str(folder)},
+    }
+
+
+@contextlib.contextmanager
 def far_launch(
     network: Network,
     config: Mapping[str, Any],
     agents: Sequence[str],
-    here: str = "a",
     *,
     allow: Sequence[str] = (),
     timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[FarLaunch]:
-    """Run a launch of the demo model, whose prompts go through pairs, with agents on other hosts,
-    until it is ready. ``allow``: executables that the agents allow.
+    """Run a launch of the demo model on host a, whose prompts go through pairs, with agents on
+    other hosts, until it is ready. ``allow``: executables that the agents allow.
     """
-    host = network[here]
+    host = network["a"]
     whole = {
         "control_address": host.address,
         "placement": "hosts",
@@ -148,7 +181,9 @@ def far_launch(
 
 
 @contextlib.contextmanager
-def pdlaunch(host: Host, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+def pdlaunch(
+    host: Host, name: str, *words: str, environ: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     with (
         host.file(f"/tmp/{name}.out").open("wb") as output,
         host.running(
@@ -156,7 +191,7 @@ def pdlaunch(host: Host, name: str, *words: str) -> Iterator[subprocess.Popen[by
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=clean_environ(),
+            env=environ or clean_environ(),
         ) as process,
     ):
         yield process

@@ -6,38 +6,25 @@ restarts, and other engines answer meanwhile.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.e2e.faults import lives
-from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
-from tests.launch.sidecar.fake_vllm import answer_of
-from tests.launch.sidecar.program import write_command
+from tests.e2e.tiny_models import TWO_HEADS
 from tests.netns.hosts import new_network, signal_inner
-from tests.netns.launch import FarLaunch, far_launch, wait_for
+from tests.netns.launch import STAND_IN, FarLaunch, far_launch, shared_folder, stand_in, wait_for
 from tests.netns.switch import DEVICE
 
 TIMEOUT_S = 180.0
-PROMPT = list(range(40, 140))
-QUESTION = {"model": "llama", "prompt": PROMPT, "max_tokens": 5, "return_token_ids": True}
-STAND_IN = "tests.launch.sidecar.program"
 
 
 @pytest.fixture(scope="module")
 def launch() -> Iterator[FarLaunch]:
     """Decode on a, beside the supervisor; prefill on b and c."""
-    # All hosts share it, as they do not share /tmp.
-    folder = Path(tempfile.mkdtemp(prefix="pdlaunch-test-", dir="/var/tmp"))
-    command = str(write_command(folder))
-    config = {
-        "model": str(make_tiny_model("llama", folder, **TWO_HEADS)),
-        "engine": "vllm",
-        "engine_command": command,
+    config: dict[str, Any] = {
         "prefill": {"tensor_parallel_size": 2, "nnodes": 2},
         "routing": {"policy": "pairs"},
         "hosts": [
@@ -45,17 +32,14 @@ def launch() -> Iterator[FarLaunch]:
             {"name": "b", "roles": ["prefill"]},
             {"name": "c", "roles": ["prefill"]},
         ],
-        "kv_transfer": {"trusted_network": True},
-        "env": {"FAKE_VLLM_FOLDER": str(folder)},
         "agent_timeout_s": 6,
         "hang_timeout_s": 5,
     }
-    with (
-        new_network("a", "b", "c") as network,
-        far_launch(network, config, ["b", "c"], allow=[command]) as launch,
-    ):
-        yield launch
-    shutil.rmtree(folder)
+    with shared_folder() as folder, new_network("a", "b", "c") as network:
+        config |= stand_in(folder, **TWO_HEADS)
+        allow = [config["engine_command"]]
+        with far_launch(network, config, ["b", "c"], allow=allow) as launch:
+            yield launch
 
 
 @contextlib.contextmanager
@@ -64,9 +48,9 @@ def comes_back(launch: FarLaunch) -> Iterator[None]:
     old = stand_ins(launch)
     assert len(old) == 2
     num_starts = launch.output().count("prefill-0 is ready again")
-    assert tokens(launch) == answer_of(PROMPT, 5)
+    launch.assert_answered()
     yield
-    assert tokens(launch) == answer_of(PROMPT, 5)
+    launch.assert_answered()
     is_back = lambda: launch.output().count("prefill-0 is ready again") > num_starts  # noqa: E731
     wait_for(is_back, launch, "it is not back")
     assert launch.output().count("prefill-0 is ready again") == num_starts + 1
@@ -77,15 +61,8 @@ def comes_back(launch: FarLaunch) -> Iterator[None]:
 
 def is_used(launch: FarLaunch) -> bool:
     routed = launch.log("router.log").count("route=prefill-0->decode-0")
-    assert tokens(launch) == answer_of(PROMPT, 5)
+    launch.assert_answered()
     return launch.log("router.log").count("route=prefill-0->decode-0") > routed
-
-
-def tokens(launch: FarLaunch) -> list[int]:
-    (answer,) = launch.ask(QUESTION)
-    assert isinstance(answer, dict), answer
-    found: list[int] = answer["choices"][0]["token_ids"]
-    return found
 
 
 def stand_ins(launch: FarLaunch) -> dict[str, psutil.Process]:
@@ -134,7 +111,7 @@ def test_the_link_between_its_hosts_is_cut(launch: FarLaunch) -> None:
     there = launch.network["c"].address
     with comes_back(launch):
         launch.network["b"].run("ip", "route", "add", "blackhole", f"{there}/32")
-        assert tokens(launch) == answer_of(PROMPT, 5)
+        launch.assert_answered()
         launch.network["b"].run("ip", "route", "del", "blackhole", f"{there}/32")
 
 
@@ -144,7 +121,7 @@ def test_an_agent_is_killed(launch: FarLaunch, name: str) -> None:
         signal_inner(launch.agents[name])
         assert psutil.wait_procs(launch.network[name].processes(), TIMEOUT_S)[1] == []
         wait_for(lambda: not stand_ins(launch), launch, "its other host still runs it")
-        assert tokens(launch) == answer_of(PROMPT, 5)
+        launch.assert_answered()
         launch.start_agent(name)
 
 
@@ -153,7 +130,7 @@ def test_a_host_is_cut_off(launch: FarLaunch) -> None:
     num_losses = launch.output().count(f"{name} is lost")
     with comes_back(launch):
         launch.network.set_link(name, is_cut=True)
-        assert tokens(launch) == answer_of(PROMPT, 5)
+        launch.assert_answered()
         assert launch.agents[name].wait(TIMEOUT_S) == 1
         assert launch.network[name].processes() == []
         wait_for(lambda: not stand_ins(launch), launch, "its other host still runs it")

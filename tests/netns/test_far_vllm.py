@@ -4,45 +4,21 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.e2e.faults import lives
-from tests.e2e.tiny_models import make_tiny_model
-from tests.launch.sidecar.fake_vllm import answer_of
-from tests.launch.sidecar.program import write_command
 from tests.netns.hosts import Network
-from tests.netns.launch import FarLaunch, far_launch, wait_for
+from tests.netns.launch import STAND_IN, FarLaunch, far_launch, shared_folder, stand_in, wait_for
 from tests.netns.test_launch import HERE, THERE, knock
 
-PROMPT = list(range(40, 140))
-QUESTION = {"model": "llama", "prompt": PROMPT, "max_tokens": 5, "return_token_ids": True}
-
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder that all hosts share, as they do not share /tmp."""
-    found = Path(tempfile.mkdtemp(prefix="pdlaunch-test-", dir="/var/tmp"))
-    yield found
-    shutil.rmtree(found)
-
-
-@pytest.fixture
-def config(folder: Path) -> dict[str, Any]:
-    return {
-        "model": str(make_tiny_model("llama", folder)),
-        "engine": "vllm",
-        "engine_command": str(write_command(folder)),
-        "hosts": [HERE, THERE],
-        "kv_transfer": {"trusted_network": True},
-        "env": {"FAKE_VLLM_FOLDER": str(folder)},
-    }
+def config() -> Iterator[dict[str, Any]]:
+    with shared_folder() as folder:
+        yield {"hosts": [HERE, THERE]} | stand_in(folder)
 
 
 def state(launch: FarLaunch, name: str) -> str:
@@ -60,13 +36,13 @@ def test_engines_behind_doors_serve_and_heal(network: Network, config: dict[str,
             port = int(engine["url"].rpartition(":")[2])
             door = knock(network["stranger"], address, [port])[port]
             assert (door.kind, door.status) == ("tls", 401)
-        assert tokens(launch) == answer_of(PROMPT, 5)
+        launch.assert_answered()
 
         engine, sidecar = processes(network)
         engine.kill()
         wait_for(lambda: is_new(network, engine.pid), launch, "no other one is started")
         wait_for(lambda: state(launch, "decode-0") == "ready", launch, "it is not back")
-        assert tokens(launch) == answer_of(PROMPT, 5)
+        launch.assert_answered()
         assert not lives(sidecar)
 
 
@@ -80,25 +56,14 @@ def test_an_executable_that_the_agent_does_not_allow(
     assert "start that with --allow-executable vllm" in str(error.value)
 
 
-def tokens(launch: FarLaunch) -> list[int]:
-    (answer,) = launch.ask(QUESTION)
-    assert isinstance(answer, dict), answer
-    found: list[int] = answer["choices"][0]["token_ids"]
-    return found
-
-
 def processes(network: Network) -> tuple[Any, Any]:
     """Return the stand-in on b, and its sidecar."""
-    found = {each.pid: each for each in network["b"].processes()}
-    sidecar = next(each for each in found.values() if "pdlaunch.launch.sidecar" in each.cmdline())
-    (engine,) = (
-        each for each in found.values() if "tests.launch.sidecar.program" in each.cmdline()
-    )
+    (engine,), (sidecar, *_) = map(network["b"].find, (STAND_IN, "pdlaunch.launch.sidecar"))
     return engine, sidecar
 
 
 def is_new(network: Network, old: int) -> bool:
     try:
         return bool(processes(network)[0].pid != old)
-    except (StopIteration, ValueError, psutil.NoSuchProcess):
+    except ValueError:
         return False

@@ -7,9 +7,9 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -87,14 +87,10 @@ def asked_meanwhile(
     launch: FarLaunch, questions: list[dict[str, Any]], disturb: Callable[[], None]
 ) -> list[Any]:
     """The answers to questions during which something happens."""
-    answers: list[Any] = []
-    asking = threading.Thread(target=lambda: answers.extend(launch.ask(*questions)))
-    asking.start()
-    try:
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(launch.ask, *questions)
         disturb()
-    finally:
-        asking.join()
-    return answers
+    return answers.result()
 
 
 def under_way(launch: FarLaunch) -> None:
@@ -124,13 +120,19 @@ def serves_again(launch: FarLaunch, name: str, expected: list[list[int]]) -> Non
     )
 
 
-def test_blocks_go_over_the_network(pair: FarLaunch, expected: list[list[int]]) -> None:
-    pulled, passed = pulled_bytes(pair), pair.network.num_bytes("a", "b")
-    assert judge(pair.ask(*fresh("counted")), expected) == NUM_QUESTIONS
-    pulled = pulled_bytes(pair) - pulled
+def serves_over(launch: FarLaunch, path: str = "nixl/UCX") -> None:
+    """Answers are right, and KV blocks for them have gone from a to b on this path."""
+    assert {each["path"].split()[0] for each in launch.status()["pairs"]} == {path}
+    alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
+    pulled, passed = pulled_bytes(launch, path), launch.network.num_bytes("a", "b")
+    assert judge(launch.ask(*fresh("together")), alone) == NUM_QUESTIONS
+    pulled = pulled_bytes(launch, path) - pulled
     assert pulled > 1 << 20
-    assert pair.network.num_bytes("a", "b") - passed > pulled
-    assert {each["path"].split()[0] for each in pair.status()["pairs"]} == {"nixl/UCX"}
+    assert launch.network.num_bytes("a", "b") - passed > pulled
+
+
+def test_blocks_go_over_the_network(pair: FarLaunch) -> None:
+    serves_over(pair)
 
 
 def test_a_slow_network_is_told(pair: FarLaunch) -> None:

@@ -10,19 +10,15 @@ import pytest
 
 from tests.mooncake import mooncake_problem
 from tests.netns.hosts import Network
-from tests.netns.launch import PORT, FarLaunch, far_launch
+from tests.netns.launch import PORT, far_launch
 from tests.netns.switch import DEVICE
 from tests.netns.test_launch import (
     FIRST_DATA_PORT,
     HERE,
     LAST_DATA_PORT,
-    NUM_QUESTIONS,
     THERE,
     TRUSTED,
-    fresh,
-    judge,
-    pulled_bytes,
-    tokens_of,
+    serves_over,
 )
 
 pytestmark = pytest.mark.hosts_long
@@ -30,17 +26,6 @@ CONTROL_PORT = 7070
 CHOSEN_PORTS = (32768, 60999)
 """Ports that Linux gives out; docs/hosts.md and the rendered NetworkPolicies name them."""
 CONFIG = {"kv_transfer": TRUSTED, "hosts": [HERE, THERE]}
-
-
-def serves_over(launch: FarLaunch, path: str = "nixl/UCX") -> None:
-    """Answers are right, and KV blocks for them have gone from a to b on this path."""
-    assert {each["path"].split()[0] for each in launch.status()["pairs"]} == {path}
-    alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
-    pulled, passed = pulled_bytes(launch, path), launch.network.num_bytes("a", "b")
-    assert judge(launch.ask(*fresh("together")), alone) == NUM_QUESTIONS
-    pulled = pulled_bytes(launch, path) - pulled
-    assert pulled > 1 << 20
-    assert launch.network.num_bytes("a", "b") - passed > pulled
 
 
 def test_hosts_with_addresses_of_ipv6_alone(network: Network) -> None:
