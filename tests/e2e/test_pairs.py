@@ -4,23 +4,20 @@ all ranks at once.
 
 from __future__ import annotations
 
-import operator
-import random
-import threading
+import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import (
+    await_answers,
     await_ready,
+    clients,
     complete,
     complete_all,
     count_now,
@@ -31,10 +28,12 @@ from tests.e2e.api import (
 )
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import num_migrations
-from tests.e2e.tiny_models import VOCAB_SIZE, greedy
+from tests.e2e.tiny_models import greedy, make_prompts
 from tests.e2e.waiting import await_true
+from tests.labs.kills import kill_and_wait
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "two_by_two.yaml"
+PROMPTS = make_prompts(3, range(20, 92, 6))
 NUM_TOKENS = 20
 NUM_KILLS = 2
 
@@ -47,14 +46,8 @@ def two_by_two(llama: Path) -> Iterator[Deployment]:
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    rng = random.Random(3)
-    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randrange(20, 90))] for _ in range(12)]
-
-
-@pytest.fixture(scope="module")
-def expected(llama: Path, prompts: list[list[int]]) -> list[list[int]]:
-    return greedy(llama, prompts, NUM_TOKENS)
+def expected(llama: Path) -> list[list[int]]:
+    return greedy(llama, PROMPTS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +56,8 @@ def engines(two_by_two: Deployment) -> list[Api]:
     return [engine_apis(two_by_two.url, role)[0] for role in ("prefill", "decode")]
 
 
-def test_every_engine_takes_its_part(
-    two_by_two: Deployment, prompts: list[list[int]], expected: list[list[int]]
-) -> None:
-    assert complete_all(two_by_two.url, prompts, NUM_TOKENS, concurrency=6) == expected
+def test_every_engine_takes_its_part(two_by_two: Deployment, expected: list[list[int]]) -> None:
+    assert complete_all(two_by_two.url, PROMPTS, NUM_TOKENS, concurrency=6) == expected
     for api in engine_apis(two_by_two.url):
         await_true(
             lambda api=api: api.metrics()["pdlaunch_sampled_tokens_total"] > 0, "it has worked"
@@ -76,11 +67,11 @@ def test_every_engine_takes_its_part(
 
 @pytest.mark.parametrize("keeps_our_key", [True, False])
 def test_a_router_of_vllm_gets_the_same_tokens(
-    engines: list[Api], prompts: list[list[int]], expected: list[list[int]], keeps_our_key: bool
+    engines: list[Api], expected: list[list[int]], keeps_our_key: bool
 ) -> None:
     prefill, decode = engines
     before = count_now(decode, "kv_transfers")
-    for prompt, tokens in zip(prompts, expected, strict=True):
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
         salt = {"cache_salt": f"vllm {keeps_our_key}"}
         params = {
             "do_remote_decode": True,
@@ -95,7 +86,7 @@ def test_a_router_of_vllm_gets_the_same_tokens(
             del handed_over["pdlaunch"]
         fields = salt | {"kv_transfer_params": handed_over}
         assert complete(decode, prompt, NUM_TOKENS, **fields) == tokens
-    assert count_now(decode, "kv_transfers") == before + len(prompts)
+    assert count_now(decode, "kv_transfers") == before + len(PROMPTS)
 
 
 def test_a_router_of_vllm_that_asks_both_for_one_token_leaves_no_lease(
@@ -117,22 +108,20 @@ def ask(api: Api, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def test_a_seeded_sample_is_the_same_wherever_it_runs(
-    two_by_two: Deployment, prompts: list[list[int]]
-) -> None:
+def test_a_seeded_sample_is_the_same_wherever_it_runs(two_by_two: Deployment) -> None:
     fields = {"temperature": 0.9, "top_p": 0.95, "seed": 77}
-    through_pairs = complete_all(two_by_two.url, prompts, NUM_TOKENS, concurrency=6, **fields)
+    through_pairs = complete_all(two_by_two.url, PROMPTS, NUM_TOKENS, concurrency=6, **fields)
     for api in engine_apis(two_by_two.url):
-        alone = [complete(api, prompt, NUM_TOKENS, **fields) for prompt in prompts[:4]]
+        alone = [complete(api, prompt, NUM_TOKENS, **fields) for prompt in PROMPTS[:4]]
         assert alone == through_pairs[:4]
-    assert len({tuple(tokens) for tokens in through_pairs}) == len(prompts)
+    assert len({tuple(tokens) for tokens in through_pairs}) == len(PROMPTS)
 
 
 def test_a_grammar_is_followed_from_engine_to_engine(
-    two_by_two: Deployment, prompts: list[list[int]], engines: list[Api]
+    two_by_two: Deployment, engines: list[Api]
 ) -> None:
     """A pair follows it like one engine, also after the deaths of the engines with the stream."""
-    prompt, fields = prompts[0], {"guided_regex": "([a-f]{3,9}-[0-9]{2,4},){60}"}
+    prompt, fields = PROMPTS[0], {"guided_regex": "([a-f]{3,9}-[0-9]{2,4},){60}"}
     alone = complete(engines[1], prompt, 1000, cache_salt="grammar", **fields)
     assert complete(two_by_two.url, prompt, 1000, **fields) == alone
     before = num_migrations(two_by_two)
@@ -147,61 +136,34 @@ def test_a_grammar_is_followed_from_engine_to_engine(
 
 
 def test_prefill_tells_the_log_probabilities_of_the_prompt(
-    two_by_two: Deployment, prompts: list[list[int]], engines: list[Api]
+    two_by_two: Deployment, engines: list[Api]
 ) -> None:
     before = count_now(engines[1], "kv_transfers")
     for num_tokens in (0, 1, 9):
-        body = {"prompt": prompts[1], "max_tokens": num_tokens, "temperature": 0}
+        body = {"prompt": PROMPTS[1], "max_tokens": num_tokens, "temperature": 0}
         body |= {"echo": True, "logprobs": 2, "ignore_eos": True}
         choices = [ask(api, body)["choices"][0] for api in (Api(two_by_two.url), engines[1])]
         told, alone = (choice["logprobs"] for choice in choices)
         assert choices[0]["text"] == choices[1]["text"]
         assert told["tokens"] == alone["tokens"]
-        assert len(told["tokens"]) == len(prompts[1]) + num_tokens
+        assert len(told["tokens"]) == len(PROMPTS[1]) + num_tokens
         assert told["text_offset"] == alone["text_offset"]
         assert told["token_logprobs"][1:] == pytest.approx(alone["token_logprobs"][1:], abs=1e-3)
     assert before < total_now(two_by_two.url, "kv_transfers")
 
 
 def test_no_request_is_lost_when_all_ranks_die_at_once(
-    two_by_two: Deployment, prompts: list[list[int]], expected: list[list[int]]
+    two_by_two: Deployment, expected: list[list[int]]
 ) -> None:
-    with clients(two_by_two.url, prompts[0], expected[0]) as num_answers:
+    def ask_anew(client: int, number: int) -> None:
+        salt = f"{client}-{number}"
+        found = complete(two_by_two.url, PROMPTS[0], NUM_TOKENS, cache_salt=salt)
+        assert found == expected[0]
+
+    with clients(6, ask_anew) as num_answers:
         for _ in range(NUM_KILLS):
-            dead = {name: each for name, each in two_by_two.processes().items() if "/rank-" in name}
-            assert len(dead) == 4
-            for process in dead.values():
-                process.kill()
-            await_true(lambda dead=dead: are_new(two_by_two, dead), "ranks are back")
-            await_ready(two_by_two.url, 4)
+            ranks = [name for name in two_by_two.processes() if "/rank-" in name]
+            assert len(ranks) == 4
+            kill_and_wait(two_by_two, "+".join(ranks), signal.SIGKILL)
             # A request waits for at most 60 s in all, even if engines die several times.
-            before = num_answers.copy()
-            await_true(
-                lambda n=before: all(map(operator.gt, num_answers, n)), "each client has an answer"
-            )
-
-
-def are_new(launch: Deployment, dead: dict[str, psutil.Process]) -> bool:
-    found = launch.processes()
-    return all(name in found and found[name].pid != dead[name].pid for name in dead)
-
-
-@contextmanager
-def clients(url: str, prompt: list[int], expected: list[int]) -> Iterator[list[int]]:
-    """Six clients send requests until the block ends; yields each client's number of answers."""
-    ends, num_answers = threading.Event(), [0] * 6
-
-    def ask(client: int) -> None:
-        while not ends.is_set():
-            salt = f"{client}-{num_answers[client]}"
-            assert complete(url, prompt, NUM_TOKENS, cache_salt=salt) == expected
-            num_answers[client] += 1
-
-    with ThreadPoolExecutor(6) as pool:
-        works = [pool.submit(ask, client) for client in range(6)]
-        try:
-            yield num_answers
-        finally:
-            ends.set()
-            for work in works:
-                work.result()
+            await_answers(num_answers)
