@@ -135,9 +135,11 @@ class Stand:
         self,
         body: dict[str, Any],
         *,
-        path: str = "/v1/completions",
+        path: str = "",
         headers: dict[str, str] | None = None,
     ) -> Answer:
+        """Without a path, send a chat or a completion."""
+        path = path or ("/v1/chat/completions" if "messages" in body else "/v1/completions")
         async with self.session.post(path, json=body, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 

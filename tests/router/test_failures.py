@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -23,12 +24,7 @@ from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.fake_generation import Seen, expected_tokens
-from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text
-
-
-def make_body(path: str, **fields: Any) -> tuple[dict[str, Any], object]:
-    """A body and its prompt."""
-    return (chat(**fields), MESSAGES) if path == CHAT else (completion(**fields), "hello")
+from tests.router.test_life_of_a_request import chat, completion, expected_text
 
 
 async def fail(engine: FakeEngine, how: str, status: int) -> None:
@@ -84,11 +80,11 @@ async def test_a_decode_engine_that_never_began_is_replaced_with_the_same_params
 
 
 @pytest.mark.parametrize("how", ["breaks", "error event"])
-@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+@pytest.mark.parametrize("make", [completion, chat])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 2])
 async def test_a_stream_goes_on_at_another_engine(
-    stand: Stand, how: str, path: str, stream: bool, n: int
+    stand: Stand, how: str, make: Callable[..., dict[str, Any]], stream: bool, n: int
 ) -> None:
     await stand.start(pairs(2))
     first, second = stand.engines["decode-0"], stand.engines["decode-1"]
@@ -96,8 +92,8 @@ async def test_a_stream_goes_on_at_another_engine(
         stand.die_after(first, 3, num_told=3 + n)
     else:
         first.error_after = 3
-    body, prompt = make_body(path, stream=stream, n=n, logprobs=True if path == CHAT else 1)
-    answer = await stand.post(body, path=path)
+    prompt = make().get("messages", "hello")
+    answer = await stand.post(make(stream=stream, n=n, logprobs=True if make is chat else 1))
     assert answer.texts() == {
         choice: expected_text(prompt, 6, choice=choice) for choice in range(n)
     }

@@ -4,6 +4,7 @@ protocol.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,14 +30,15 @@ def expected_text(prompt: object, num_tokens: int, *, seed: int = 7, choice: int
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+@pytest.mark.parametrize("make", [completion, chat])
 @pytest.mark.parametrize("n", [1, 3])
-async def test_answers_hold_every_token_once(stand: Stand, stream: bool, path: str, n: int) -> None:
+async def test_answers_hold_every_token_once(
+    stand: Stand, stream: bool, make: Callable[..., dict[str, Any]], n: int
+) -> None:
     await stand.start(pair())
-    body = chat(n=n, stream=stream) if path == CHAT else completion(n=n, stream=stream)
-    answer = await stand.post(body, path=path)
+    answer = await stand.post(make(n=n, stream=stream))
     assert answer.status == 200
-    prompt: object = MESSAGES if path == CHAT else "hello"
+    prompt = make().get("messages", "hello")
     assert answer.texts() == {
         choice: expected_text(prompt, 6, choice=choice) for choice in range(n)
     }

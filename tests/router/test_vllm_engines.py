@@ -5,6 +5,7 @@ their first token if they use pdlaunch's connector.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -197,10 +198,8 @@ async def test_fields_and_whole_answers_pass_unchanged(stand: Stand) -> None:
     decode.message = MESSAGE
     images = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     messages = [{"role": "user", "content": "Look|"}]
-    answer = await stand.post(
-        chat(**FIELDS, messages=messages, mm_processor_kwargs={"images": images}),
-        path="/v1/chat/completions",
-    )
+    body = chat(**FIELDS, messages=messages, mm_processor_kwargs={"images": images})
+    answer = await stand.post(body)
     for engine in (prefill, decode):
         (body,) = asked(engine)
         assert {name: body[name] for name in FIELDS} == FIELDS
@@ -217,9 +216,7 @@ async def test_fields_and_whole_answers_pass_unchanged(stand: Stand) -> None:
 async def test_streamed_tool_calls_and_reasoning_pass_unchanged(stand: Stand) -> None:
     _, decode = await start_pair(stand)
     decode.message = {name: value for name, value in MESSAGE.items() if value is not None}
-    answer = await stand.post(
-        chat(**FIELDS, max_tokens=2, stream=True), path="/v1/chat/completions"
-    )
+    answer = await stand.post(chat(**FIELDS, max_tokens=2, stream=True))
     deltas = [choice["delta"] for event in answer.events() for choice in event["choices"]]
     assert deltas[0] == {"role": "assistant", "content": ""}
     expected = {name: value for name, value in decode.message.items() if name != "role"}
@@ -262,22 +259,21 @@ CUTS = [1, 3, 4, 9, 10, 11, 12, 17, 24, 26, 28, 30]
 
 
 @pytest.mark.parametrize("names_first_token", [False, True], ids=["decode's", "prefill's"])
-@pytest.mark.parametrize("is_chat", [False, True], ids=["completion", "chat"])
+@pytest.mark.parametrize("make", [completion, chat])
 async def test_a_stream_goes_on_from_its_tokens(
-    stand: Stand, is_chat: bool, names_first_token: bool
+    stand: Stand, make: Callable[..., dict[str, Any]], names_first_token: bool
 ) -> None:
     """The first token is decode's or prefill's."""
     prefill, decode = await start_pair(stand, names_first_token=names_first_token)
-    path = "/v1/chat/completions" if is_chat else "/v1/completions"
-    body = (chat if is_chat else completion)(stream=True, stream_options={"include_usage": True})
-    unbroken = await stand.post(body, path=path)
+    body = make(stream=True, stream_options={"include_usage": True})
+    unbroken = await stand.post(body)
     (end,) = unbroken.finish_reasons()[0]
     num_tokens = unbroken.events()[-1]["usage"]["completion_tokens"]
     for cut in [cut for cut in CUTS if cut < num_tokens]:
         # The connection breaks once the router has read what was sent before.
         told = stand.metric("pdlaunch_router_generation_tokens_total")
         stand.die_after(decode, cut, num_told=int(told) + cut + names_first_token)
-        broken = await stand.post(body, path=path)
+        broken = await stand.post(body)
         assert broken.texts() == unbroken.texts(), cut
         assert broken.finish_reasons() == {0: [end]}, cut
         usage = broken.events()[-1]["usage"]
@@ -333,7 +329,7 @@ async def test_decode_draws_the_first_token_where_it_could_not_continue(
 ) -> None:
     prefill, decode = await start_pair(stand, names_first_token=True)
     prefill.script = decode.script = script
-    answer = await stand.post(chat(**{"stream": True} | fields), path="/v1/chat/completions")
+    answer = await stand.post(chat(**{"stream": True} | fields))
     assert answer.texts() == {0: script}
     (body,) = asked(decode)
     assert "messages" in body
@@ -378,7 +374,7 @@ async def test_a_stream_that_cannot_go_on_ends_with_a_named_error(
 ) -> None:
     prefill, decode = await start_pair(stand)
     stand.die_after(decode, 5, num_told=5)
-    answer = await stand.post(chat(**fields, stream=True), path="/v1/chat/completions")
+    answer = await stand.post(chat(**fields, stream=True))
     error = answer.events()[-1]["error"]
     assert error["code"] == "stream_lost"
     assert f"({reason})" in error["message"]
