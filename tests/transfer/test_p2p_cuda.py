@@ -63,11 +63,6 @@ def start_on(start: Callable[..., RankHandle]) -> Start:
     return start_rank
 
 
-def finish(puller: RankHandle) -> PullFinished:
-    finished: PullFinished = puller.wait("event", PullFinished, TIMEOUT_S)
-    return finished
-
-
 @pairs
 @memories
 @pytest.mark.parametrize("path", ["p2p", "auto"])
@@ -86,11 +81,7 @@ def test_bytes_are_equal(
         assert ready.path.split("/")[1] in (("posix_fd", "fabric") if with_cumem else ("cuda_ipc",))
     elif with_cumem:
         assert ready.gigabytes_per_s > 2, f"the 0.6 GB/s cliff was chosen: {ready}"
-    holder.submit(grant("r", [3, 1, 4, 15]))
-    puller.submit(pull("p", holder.remote("r"), [9, 2, 6, 5]))
-    finished = finish(puller)
-    assert finished.ok, finished.error
-    np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([3, 1, 4, 15]))
+    puller.pull_from(holder, "r")
 
 
 @pairs
@@ -117,7 +108,7 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     puller.submit(pull("p", holder.remote("r"), blocks))
     holder.process.join(TIMEOUT_S)
     puller.call("registry", [puller.entry()])
-    finished = finish(puller)
+    finished = puller.event(PullFinished)
     if finished.ok:
         assert puller.call("digest", False) == expected
     if finished.in_flight and path == "nixl":
@@ -125,16 +116,12 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
         # it never ends, and the agent cannot read from other holders: docs/reliability.md.
         return
     if finished.in_flight:
-        puller.wait("event", PullDrained, TIMEOUT_S)
+        puller.event(PullDrained)
     second = start_on(
         "prefill", devices[0], with_cumem, **options, incarnation=2, engine_id="e" * 32
     )
     assert puller.connect(second)[0].peer_incarnation == 2
-    second.submit(grant("r", [5, 6]))
-    puller.submit(pull("again", second.remote("r"), [7, 8]))
-    again = finish(puller)
-    assert again.ok, again.error
-    np.testing.assert_array_equal(puller.blocks([7, 8]), second.blocks([5, 6]))
+    puller.pull_from(second, "again")
 
 
 @pairs
