@@ -35,7 +35,7 @@ from pdlaunch.errors import PdlaunchError
 _MIN_REQUESTS, _MAX_REQUESTS, _MIN_PROBE_S = 12, 400, 10.0
 _BATCHES = (4, 16, 64)
 _NUM_REPEATS = 3
-_NUM_STEPS = 8  # timed steps of each batch
+_NUM_STEPS = 16  # timed steps of each batch
 _MAX_OUTPUT = 128
 _MAX_STREAM = 512  # most tokens of a stream that runs while a prompt is computed
 _MAX_PROMPTS_S = 8.0  # batches whose prompts take longer are not measured
@@ -284,18 +284,19 @@ class Launches(contextlib.ExitStack):
 
 
 def _common_step_s(done: Sequence[TimedCompletion]) -> float:
-    """Return the mean gap while all streams ran; the mean of all gaps if they never all ran.
+    """Return the duration of a step while all streams ran; the mean gap if they never all ran.
 
-    It is not the median, because vLLM's server sends several tokens at once on busy cores.
+    Tokens are counted, because vLLM's server sends several at once on busy cores.
     """
     begin_at, end_at = (
         max(each.tokens_at[0] for each in done),
         min(each.tokens_at[-1] for each in done),
     )
-    gaps = [(late, late - early) for each in done for early, late in pairwise(each.tokens_at)]
-    common = [gap for late, gap in gaps if begin_at <= late - gap and late <= end_at]
+    num_tokens = sum(begin_at < at_s <= end_at for each in done for at_s in each.tokens_at)
+    if num_tokens:
+        return (end_at - begin_at) * len(done) / num_tokens
     # At least 0.1 ms: tokens in one piece have the same time.
-    return max(1e-4, statistics.fmean(common or [gap for _, gap in gaps]))
+    return max(1e-4, statistics.fmean(gap for each in done for gap in each.all_gaps_s))
 
 
 def what_limits(arm: Arm, done: Sequence[TimedCompletion], goals: Goals) -> str:

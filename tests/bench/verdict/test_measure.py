@@ -121,7 +121,7 @@ def test_prompts_of_single_engines_leave_room_for_their_answers(server: FakeOpen
     asyncio.run(found.hand_over_s(0.0))
     asyncio.run(found.figures(TOGETHER))
     lengths = {len(prompt) for prompt in server.prompts}
-    assert lengths >= {40, 46 - 8, 46 // 2}, "a token, eight of them, more than there is room for"
+    assert lengths >= {40, 46 - 16, 46 // 2}, "a token, sixteen, more than there is room for"
     assert max(lengths) == 40
 
 
