@@ -25,6 +25,7 @@ GRANTED = {
     "the first token of vLLM's prefill engines sent at once, a metric of slow pairs": 91,
     "the model that was launched, and other faults of a hostile review": 126,
     "leases of vLLM that do not wait for its next step": 58,
+    "pipeline stages of vLLM": 64,
 }
 TOTAL_LINES = 47_000 + sum(GRANTED.values())
 TOTAL_CLASSES = 615

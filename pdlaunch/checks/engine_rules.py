@@ -294,6 +294,13 @@ def _models_of(sides: _Pair) -> Found | None:
 
 def _tp_sizes(sides: _Pair) -> Found | None:
     prefill, decode = (side.tp_size for side in sides)
+    stages = [side.settings.pipeline_parallel_size for side in sides]
+    if max(stages) > 1 and (stages[0] != stages[1] or prefill != decode):
+        message = (
+            f"prefill has {stages[0]} stages of {prefill} ranks, decode {stages[1]} of {decode}"
+        )
+        fix = "give both sides the same pipeline_parallel_size and tensor_parallel_size"
+        return Found(message, sides[1].where("pipeline_parallel_size"), fix)
     sizes = f"prefill has {prefill} ranks an engine, decode {decode}"
     shape = sides[0].shape
     heads = shape.num_kv_heads if shape is not None and not shape.is_latent else None
@@ -339,8 +346,8 @@ RULES = (
         fix="Remove it from engine_args, and use the setting that the finding names.",
         source=_PARSER),
     error("PD602", "engine_args gives a flag with which pdlaunch cannot run an engine.",
-        "Pairs of pipeline stages cannot be proven, and pdlaunch plans data parallel ranks on one "
-        "host only. The router cannot call engines over TLS or gRPC, or engines without HTTP.",
+        "pdlaunch plans data parallel ranks on one host only. The router cannot call engines over "
+        "TLS or gRPC, or engines without HTTP.",
         over=_all_arguments, when=_cannot_run,
         fix=_REMOVE, source=_PARSER),
     error("PD605", "Other users can read the KV events.",
@@ -446,7 +453,8 @@ RULES = (
         when=_differing_flags,
         fix="Give both sides the same value, in engine_args at the top level.", source=_HANDSHAKE),
     error("PD626", "The tensor-parallel sizes of prefill and decode do not fit.",
-        "The handshake of vLLM fails with an assertion.",
+        "The handshake fails. A pipeline stage takes KV only of a stage with the same layers, and "
+        "of ranks with the same heads.",
         over=vllm_pair, when=_tp_sizes, at="tensor_parallel_size",
         fix="Choose tensor-parallel sizes of which one divides the other. The size of prefill must "
         "not exceed the number of KV heads.", source=f"{_HANDSHAKE} TransferTopology.tp_ratio."),

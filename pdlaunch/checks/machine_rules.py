@@ -90,24 +90,26 @@ def _too_few_hosts(context: Context) -> Iterator[Found]:
 
 def _cannot_spread(context: Context) -> Iterator[Found]:
     for each in context.engines.values():
-        nnodes, where = each.settings.nnodes, each.where("nnodes")
+        nnodes = each.settings.nnodes
         is_copied = each.settings.data_parallel_size > 1
-        if is_copied and nnodes == 1:
-            where = each.where("data_parallel_size")
-        if each.is_native and (is_copied or nnodes > 1):
+        sizes = ("nnodes", "data_parallel_size", "pipeline_parallel_size")
+        larger = [name for name in sizes if getattr(each.settings, name) > 1]
+        where = each.where(larger[0] if larger else "nnodes")
+        if larger and each.is_native:
             message = "ranks of a native engine are tensor parallel, on one host"
             yield Found(message, where, "set engine: vllm")
-        elif context.kv_transfer.is_stock and (is_copied or nnodes > 1):
-            message = "nnodes and data parallel ranks need pdlaunch's connector"
+        elif larger and context.kv_transfer.is_stock:
+            message = f"{larger[0]} needs pdlaunch's connector"
             yield Found(message, where, "leave kv_transfer.connector out")
         if each.is_native or nnodes == 1:
             continue
         if is_copied:
             message = "all data parallel ranks of an engine must be on one host"
             yield Found(message, where, f"remove nnodes or {each.where('data_parallel_size')}")
-        if each.tp_size % nnodes:
-            message = f"tensor_parallel_size {each.tp_size} is not a multiple of nnodes {nnodes}"
-            yield Found(message, where)
+        if (ranks := each.settings.ranks_of_copy) % nnodes:
+            yield Found(
+                f"its number of ranks, {ranks}, is not a multiple of nnodes {nnodes}", where
+            )
         there = sum(each.role in host.roles for host in context.launch.hosts)
         if there < nnodes:
             message = f"nnodes is {nnodes}, but only {there} hosts accept the role"
@@ -244,7 +246,8 @@ RULES = (
         "queues have no authentication, and the queues carry pickles: anyone who reaches them can "
         "run code.",
         when=_cannot_spread, at="nnodes",
-        fix="Choose nnodes so that it divides tensor_parallel_size, and list nnodes or more hosts.",
+        fix="Choose nnodes so that it divides the engine's ranks (tensor_parallel_size x "
+        "pipeline_parallel_size), and list nnodes or more hosts.",
         source="MultiprocExecutor and MessageQueue of vLLM 0.24 to 0.33; its listening sockets "
         "with two nodes (0.32, measured).", on_vllm=True),
     warning("PD457", "A variable that chooses the network is set on only some hosts of an engine.",

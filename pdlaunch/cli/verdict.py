@@ -274,7 +274,7 @@ def _engines_here(loaded: LoadedConfig, gpus: int | None) -> tuple[RoleEngines, 
         why = "verdict measures only this machine"
         raise ConfigError(why, field="placement", value=placement, fix="leave it out")
     for role in ROLES:
-        for name in ("data_parallel_size", "nnodes"):
+        for name in ("data_parallel_size", "nnodes", "pipeline_parallel_size"):
             if (value := getattr(loaded.config.engine_settings(role), name)) > 1:
                 why = "arms differ only in replicas and tensor_parallel_size"
                 raise ConfigError(why, field=name, value=value, fix="leave it out")

@@ -48,6 +48,9 @@ class EngineSettings(FrozenModel):
     tensor_parallel_size: Annotated[
         int, Flag(of_role=Flag("{role}-tp", help="Ranks of a {role} engine."))
     ] = Field(1, gt=0, le=1024, description="Ranks of an engine.")
+    pipeline_parallel_size: int = Field(
+        1, gt=0, le=64,
+        description="Pipeline stages of one vLLM engine; each stage has its share of the layers.")
     nnodes: int = Field(
         1, gt=0, le=64,
         description="Hosts of one vLLM engine; each runs the same number of its ranks.")
@@ -106,9 +109,14 @@ class EngineSettings(FrozenModel):
     # fmt: on
 
     @property
+    def ranks_of_copy(self) -> int:
+        """Return the ranks of each data parallel copy: those of all pipeline stages."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def ranks_per_node(self) -> int:
         """Return the ranks of an engine that run on each of its hosts."""
-        return max(1, self.tensor_parallel_size * self.data_parallel_size // self.nnodes)
+        return max(1, self.ranks_of_copy * self.data_parallel_size // self.nnodes)
 
 
 @may_override(EngineSettings)

@@ -36,8 +36,8 @@ def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
 _SETTINGS = (
     "async-scheduling block-size data-parallel-size dtype enable-cumem-allocator "
     "enable-prefix-caching enable-sleep-mode enforce-eager gpu-memory-utilization load-format "
-    "max-model-len max-num-batched-tokens max-num-seqs model nnodes revision served-model-name "
-    "tensor-parallel-size"
+    "max-model-len max-num-batched-tokens max-num-seqs model nnodes pipeline-parallel-size "
+    "revision served-model-name tensor-parallel-size"
 )
 _KEYS = "keys never stand on a command line"
 
@@ -76,8 +76,6 @@ REFUSED = _by_flag(
         ),
         "pdlaunch starts and ends an engine's processes; the setting nnodes gives the number of "
         "its hosts": "distributed-executor-backend headless master-addr master-port node-rank",
-        "KV blocks of pipeline stages cannot be handed over; use tensor_parallel_size, and nnodes "
-        "for more GPUs than a host has": "pipeline-parallel-size",
         "pdlaunch gives an engine one GPU for each tensor parallel rank": (
             "prefill-context-parallel-size"
         ),

@@ -48,8 +48,7 @@ def one_host(
 def count_ranks(config: LaunchConfig) -> int:
     """Return the number of ranks of all engines."""
     return sum(
-        config.role(role).replicas * config.engine_settings(role).tensor_parallel_size
-        for role in ROLES
+        config.role(role).replicas * config.engine_settings(role).ranks_of_copy for role in ROLES
     )
 
 

@@ -188,6 +188,7 @@ class RoleEngines:
     @property
     def max_num_batched_tokens(self) -> int:
         default = CPU_BATCHED_TOKENS if self.device == "cpu" else CUDA_BATCHED_TOKENS
+        default = default if self.is_native else VLLM_BATCHED_TOKENS
         return self.settings.max_num_batched_tokens or default
 
     @property
@@ -258,6 +259,7 @@ class RoleEngines:
             dtype_bytes,
             self.tp_size,
             dp_size=self.settings.data_parallel_size,
+            num_stages=self.settings.pipeline_parallel_size,
             quantization=given.get("quantization"),
             by_expert=bool(given.get("enable-expert-parallel")),
         )
@@ -276,7 +278,8 @@ class RoleEngines:
                 outline.kv_bytes,
                 kv_bits=bits,
                 tp_size=self.tp_size,
-                num_batched_tokens=self.settings.max_num_batched_tokens or VLLM_BATCHED_TOKENS,
+                num_stages=self.settings.pipeline_parallel_size,
+                num_batched_tokens=self.max_num_batched_tokens,
             ),
         )
 

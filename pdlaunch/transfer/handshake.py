@@ -27,7 +27,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.errors import HandshakeError
-from pdlaunch.protocol.control import ToSupervisor
+from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import (
     PROTOCOL_VERSION,
@@ -227,6 +227,24 @@ def map_sources(
             heads = shared_heads(prefill_rank, decode_tp_rank) if readers else range(0)
             sources.append(SourceRank(prefill_rank, heads, len(visitors)))
     return tuple(sources)
+
+
+def is_source(
+    num_kv_heads: int, *, prefill: RankIdentity | Entry, decode: RankIdentity | Entry
+) -> bool:
+    """Return True if a decode rank pulls from a prefill rank; also if their TP sizes do not fit,
+    which a handshake reports.
+    """
+    try:
+        sources = map_sources(
+            num_kv_heads=num_kv_heads,
+            prefill_tp_size=prefill.tp_size,
+            decode_tp_size=decode.tp_size,
+            decode_tp_rank=decode.tp_rank,
+        )
+    except HandshakeError:
+        return True
+    return any(source.tp_rank == prefill.tp_rank for source in sources)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Read
 from pdlaunch.transfer.connectors.scratch import PathFigure, best_path, new_landing, try_paths
-from pdlaunch.transfer.handshake import DecodeSetup, SourceRank, check_geometry, compare
+from pdlaunch.transfer.handshake import DecodeSetup, SourceRank, check_geometry, compare, is_source
 from pdlaunch.transfer.regions import BlockIds
 from pdlaunch.transfer.side_channel import DecodeSocket
 
@@ -413,10 +413,12 @@ class PeerTable:
                 logger.info("%s", reason)
                 peer.lose(reason)
                 self._gone.append(self.peers.pop(name))
+        num_heads = self._setup.compatibility.num_kv_heads
         for name, entry in shown.items():
             if name not in self.peers:
                 self.peers[name] = Peer(entry, self._setup)
-            if self._eager and entry.role == "prefill":
+            is_read = is_source(num_heads, prefill=entry, decode=self._setup.identity)
+            if self._eager and entry.role == "prefill" and is_read:
                 self.peers[name].want()
 
     def lose_all(self, reason: str) -> None:

@@ -23,7 +23,13 @@ from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
-from pdlaunch.transfer.handshake import DecodeSetup, RankIdentity, compatibility_of, geometry_of
+from pdlaunch.transfer.handshake import (
+    DecodeSetup,
+    RankIdentity,
+    compatibility_of,
+    geometry_of,
+    is_source,
+)
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.leases import PrefillSide
 from pdlaunch.transfer.peers import PeerTable
@@ -208,6 +214,7 @@ class TransferSides:
             and entry.role == "decode"
             and entry.engine != setup.identity.engine
             and entry.state == "ready"
+            and is_source(setup.compatibility.num_kv_heads, prefill=setup.identity, decode=entry)
         )
 
     def release_peers(self) -> None:

@@ -115,7 +115,7 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
                 [_shape_of(group) for group in self._groups],
                 self._link.send,
                 dp_rank=dp_rank,
-                tp_size=vllm_config.parallel_config.tensor_parallel_size,
+                tp_size=vllm_config.parallel_config.world_size,
             )
 
     @classmethod
@@ -177,14 +177,16 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         parallel, model = self._config.parallel_config, self._config.model_config
-        tp_rank = parallel.rank % parallel.tensor_parallel_size
+        # Ranks of all pipeline stages count as one group, in which each has whole pages.
+        rank, num_stages = parallel.rank % parallel.world_size, parallel.pipeline_parallel_size
         try:
             layout = read_layout(
                 kv_caches,
                 self._kv_config,
                 total_kv_heads=model.get_total_num_kv_heads(),
                 tp_size=parallel.tensor_parallel_size,
-                tp_rank=tp_rank,
+                num_stages=num_stages,
+                rank=rank,
                 by_head=self._setup.by_head,
             )
         except UnknownLayout as error:
@@ -193,8 +195,8 @@ class PdlaunchConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ign
             self._setup,
             layout,
             dp_rank=parallel.data_parallel_index,
-            tp_rank=tp_rank,
-            tp_size=parallel.tensor_parallel_size,
+            tp_rank=rank,
+            tp_size=parallel.world_size,
             dtype=str(model.dtype).removeprefix("torch."),
             vllm_version=vllm.__version__,
             pools=self._pools,
@@ -285,8 +287,6 @@ def _scheduler_link(setup: KVSetup, dp_rank: int) -> ControlClient:
 def _refusal(vllm_config: Any, num_groups: int) -> str:
     """Return why blocks of an engine cannot be handed over; empty: they can."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism splits its layers between ranks"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} splits its KV between ranks"

@@ -39,7 +39,7 @@ class VllmLayout:
     kv: KVRegions
     groups: str  # description of the groups, in one line
     pages: str  # description of the pages' layout, which must be equal on both sides
-    # Heads of the whole model if pages are divided; tp_size if not; 1 for latent attention.
+    # Heads of the model if pages are divided; ranks if not; 1 for latent attention in one stage.
     total_heads: int
     first_head: int
 
@@ -96,13 +96,15 @@ def read_layout(
     *,
     total_kv_heads: int,
     tp_size: int,
-    tp_rank: int,
+    num_stages: int,
+    rank: int,
     by_head: bool,
 ) -> VllmLayout:
     """Return the layout of a worker's KV caches. Raises UnknownLayout.
 
-    ``kv_caches``: tensors by layer; ``total_kv_heads``: of the model; ``by_head``: divide pages
-    into heads. Whole pages need fewer checksums: an eighth for an 8B model.
+    ``kv_caches``: tensors by layer; ``total_kv_heads``: of the model; ``rank``: counts the ranks of
+    the first pipeline stage first; ``by_head``: divide pages into heads. Whole pages need fewer
+    checksums: an eighth for an 8B model.
     """
     groups = [
         [
@@ -116,8 +118,10 @@ def read_layout(
         raise UnknownLayout("it has no KV cache")
     is_latent = all("MLA" in type(layer.spec).__name__ for layer in layers)
     heads = {layer.heads() for layer in layers}
-    held = heads_of_rank(total_kv_heads, tp_size, tp_rank) if not is_latent else range(1)
-    cut = by_head and not is_latent and heads == {len(held)}
+    held = heads_of_rank(total_kv_heads, tp_size, rank % tp_size) if not is_latent else range(1)
+    # A stage has other layers than the next, so each rank pulls from one rank alone.
+    is_staged = num_stages > 1
+    cut = by_head and not is_latent and not is_staged and heads == {len(held)}
     regions: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
     indices = []
     for group in groups:
@@ -130,13 +134,16 @@ def read_layout(
                 found.append(index)
         indices.append(tuple(found))
     kv = KVRegions(tuple(region for _, region in regions.values()), tuple(indices))
-    if not (is_latent or cut):
-        total_kv_heads, held = tp_size, range(tp_rank, tp_rank + 1)
+    if is_latent and not is_staged:
+        total_kv_heads = 1
+    elif not cut:
+        total_kv_heads, held = tp_size * num_stages, range(rank, rank + 1)
+    stage = f", stage {rank // tp_size + 1} of {num_stages}" if is_staged else ""
     return VllmLayout(
         kv,
         groups="; ".join(_describe_group(group) for group in groups),
-        pages=_describe_pages(layers, cut=cut),
-        total_heads=1 if is_latent else total_kv_heads,
+        pages=_describe_pages(layers, cut=cut) + stage,
+        total_heads=total_kv_heads,
         first_head=held.start,
     )
 

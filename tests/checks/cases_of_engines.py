@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD601": Case(
-        [args(tp=2), args(max_model_len=9), args(no_enforce_eager=True), args(dtype=False)],
+        [args(pp=2), args(max_model_len=9), args(no_enforce_eager=True), args(dtype=False)],
         [
             on(CPU, engine="native", engine_args={"tp": 2}),
             args(max_num_active_seqs=9),
@@ -104,7 +104,7 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD602": Case(
-        [args(pp=2), args(ssl_keyf="k"), args(headless=True)],
+        [args(pcp=2), args(ssl_keyf="k"), args(headless=True)],
         [args(enable_expert_parallel=True), args(enable_lora=True), args(headless=False)],
     ),
     "PD605": Case(
@@ -235,8 +235,11 @@ CASES: dict[str, Case] = {
         [
             vllm(prefill__tensor_parallel_size=3, decode__tensor_parallel_size=2),
             vllm(GPU, prefill__tensor_parallel_size=16),
+            vllm(prefill__pipeline_parallel_size=2),
+            vllm(pipeline_parallel_size=2, decode__tensor_parallel_size=3),
         ],
         [
+            vllm(pipeline_parallel_size=2, tensor_parallel_size=3),
             vllm(GPU, prefill__tensor_parallel_size=8),
             vllm(prefill__tensor_parallel_size=16, **LATENT),
         ],

@@ -65,10 +65,15 @@ CASES = {
             far_vllm(kv_transfer__connector="vllm-nixl", **TWO_NODES),
             far(**TWO_NODES),
             far(decode__data_parallel_size=2),
+            far(pipeline_parallel_size=2),
             far_vllm(data_parallel_size=2, **TWO_NODES),
             on(WIDE, engine="vllm", **TWO_NODES),
         ],
-        [far_vllm(**TWO_NODES), far_vllm(data_parallel_size=2)],
+        [
+            far_vllm(**TWO_NODES),
+            far_vllm(data_parallel_size=2),
+            far_vllm(nnodes=2, pipeline_parallel_size=2, **TRUSTED),
+        ],
     ),
     "PD457": Case(
         [

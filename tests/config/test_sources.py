@@ -129,7 +129,7 @@ class TestFileProblems:
         [
             ("modl: x\n", "1:1", "unknown field", "did you mean model?"),
             ("enable_expert_parallel: true\n", "1:1", "unknown field", "into engine_args"),
-            ("both: {pipeline_parallel_size: 2}\n", "1:8", "unknown field", "pipeline stages"),
+            ("both: {prefill_context_parallel_size: 2}\n", "1:8", "unknown field", "one GPU"),
             ("prefill:\n  replicass: 1\n", "2:3", "unknown field", "did you mean replicas?"),
             ("port: 1\nport: 2\n", "2:1", "given twice, first on line 1", "remove"),
             ("prefill: {replicas: 1, replicas: 2}\n", "1:24", "given twice", "remove"),

@@ -155,7 +155,7 @@ def test_ranks_of_one_engine_must_share_an_engine_id(world):
     ("field", "shown", "expected"),
     [
         ("tp_rank", 0, "shows 0 for prefill-0/rank-1 at fake://11"),
-        ("tp_size", 1, "shows 1 for prefill-0/rank-1 at fake://11"),
+        ("tp_size", 6, "shows 6 for prefill-0/rank-1 at fake://11"),
         ("incarnation", 2, "shows 2 for prefill-0/rank-1 at fake://11"),
         ("engine_id", "f" * 32, f"belongs to engine_id {'1' * 32}, not {'f' * 32}"),
     ],

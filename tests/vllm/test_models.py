@@ -117,6 +117,9 @@ MODELS = {
     "8-bit KV": Model("llama", settings={"engine_args": {"kv-cache-dtype": "fp8"}}),
     "TP 1 and 2": Model("llama", settings={"decode": {"tensor_parallel_size": 2}}),
     "TP 2 and 1": Model("llama", settings={"prefill": {"tensor_parallel_size": 2}}, num_groups=0),
+    "PP 2": Model(
+        "llama", settings={"pipeline_parallel_size": 2}, num_groups=0, plugin="cpu_stages"
+    ),
     "DP 2": Model("qwen3", settings=TWO_RANKS, num_groups=0),
     "DP 2 and 1": Model(
         "qwen3", settings=TWO_RANKS | {"decode": {"data_parallel_size": 1}}, num_groups=0

@@ -49,12 +49,18 @@ def read(
     *groups: Group,
     total: int = HEADS,
     tp_size: int = 1,
-    tp_rank: int = 0,
+    num_stages: int = 1,
+    rank: int = 0,
     by_head: bool = True,
 ) -> VllmLayout:
-    config = Config(list(groups) or [Group(list(caches))])
     return read_layout(
-        caches, config, total_kv_heads=total, tp_size=tp_size, tp_rank=tp_rank, by_head=by_head
+        caches,
+        Config(list(groups) or [Group(list(caches))]),
+        total_kv_heads=total,
+        tp_size=tp_size,
+        num_stages=num_stages,
+        rank=rank,
+        by_head=by_head,
     )
 
 
@@ -124,7 +130,7 @@ def test_a_block_moves_whole_and_nothing_beside_it(cut: bool, make: Any, by_head
 
 def test_a_rank_reads_one_head_of_an_engine_that_has_two() -> None:
     both, one = numbered(NUM_BLOCKS, 2, BLOCK_SIZE, 16), torch.zeros(NUM_BLOCKS, 1, BLOCK_SIZE, 16)
-    of, to = read({"a": both}), read({"a": one.int()}, tp_size=2, tp_rank=1)
+    of, to = read({"a": both}), read({"a": one.int()}, tp_size=2, rank=1)
     assert (to.first_head, to.kv.num_heads, to.total_heads) == (1, 1, 2)
     assert of.pages == to.pages, "engines of other TP sizes fit"
     (there,) = of.kv.views([[5]], range(1, 2))
@@ -135,8 +141,17 @@ def test_every_rank_has_all_of_latent_attention_and_one_page_where_pages_are_who
     latent = read({"a": numbered(NUM_BLOCKS, 4, 9)}, Group(["a"], MLAAttentionSpec()), tp_size=2)
     assert (latent.total_heads, latent.first_head, latent.kv.num_heads) == (1, 0, 1)
     by_token = numbered(NUM_BLOCKS, HEADS, BLOCK_SIZE, 16, order=(0, 2, 1, 3))
-    whole = read({"a": by_token}, total=4, tp_size=2, tp_rank=1)
+    whole = read({"a": by_token}, total=4, tp_size=2, rank=1)
     assert (whole.total_heads, whole.first_head) == (2, 1)
+
+
+@pytest.mark.parametrize("spec", [FullAttentionSpec(), MLAAttentionSpec()])
+def test_a_rank_of_a_pipeline_stage_reads_whole_pages_of_the_same_rank(spec: Any) -> None:
+    cache = numbered(NUM_BLOCKS, 4, 9) if isinstance(spec, MLAAttentionSpec) else None
+    cache = numbered(NUM_BLOCKS, 1, BLOCK_SIZE, 16) if cache is None else cache
+    second = read({"a": cache}, Group(["a"], spec), tp_size=2, num_stages=2, rank=3)
+    assert (second.total_heads, second.first_head, second.kv.num_heads) == (4, 3, 1)
+    assert second.pages.endswith("stage 2 of 2")
 
 
 def test_groups_share_memory_and_layers_without_a_spec_are_left_out() -> None:

@@ -68,7 +68,8 @@ class Engine:
             Config([Group(["a"])], 8),
             total_kv_heads=2,
             tp_size=1,
-            tp_rank=0,
+            num_stages=1,
+            rank=0,
             by_head=False,
         )
         groups = [GroupShape(4, None)]

@@ -56,10 +56,12 @@ class Outline:
         tp_size: int,
         *,
         dp_size: int = 1,
+        num_stages: int = 1,
         quantization: object,
         by_expert: bool,
     ) -> int | None:
-        """Return the bytes of one rank's weights; None if ``quantization`` is unknown.
+        """Return the bytes of one rank's weights; None if ``quantization`` is unknown. The largest
+        of ``num_stages`` pipeline stages has at least these.
 
         ``dp_size``: number of data parallel ranks, which share only the experts. ``by_expert``:
         each rank has whole experts (expert parallelism).
@@ -79,9 +81,16 @@ class Outline:
         num_experts = self.num_experts if by_expert else 0
         ranks = tp_size * dp_size
         share = math.ceil(num_experts / ranks) / num_experts if num_experts else 1 / ranks
-        return int(scale * (experts * share + others / tp_size))
+        return int(scale * (experts * share + others / tp_size) / num_stages)
 
-    def kv_bytes(self, num_tokens: int, kv_bits: int, tp_size: int, num_batched_tokens: int) -> int:
+    def kv_bytes(
+        self,
+        num_tokens: int,
+        kv_bits: int,
+        tp_size: int,
+        num_batched_tokens: int,
+        num_stages: int = 1,
+    ) -> int:
         """Return the bytes of KV and state that one rank keeps for a request."""
         total = 0
         for kind, count in self.layers.items():
@@ -90,7 +99,7 @@ class Outline:
             heads = max(1, kind.num_heads // tp_size)
             of_token = heads * kind.values * kv_bits // 8 + kind.index_bytes
             total += count * (min(num_tokens, window) * of_token + kind.state_bytes // tp_size)
-        return total
+        return total // num_stages
 
 
 def outline_of(config: Config, file_bytes: int | None) -> Outline:

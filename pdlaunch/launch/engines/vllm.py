@@ -58,7 +58,7 @@ class VllmEngine:
                 engine=name,
                 role=engines.role,
                 tp_rank=node_rank * engines.settings.ranks_per_node,
-                tp_size=engines.tp_size,
+                tp_size=engines.settings.ranks_of_copy,
                 host=node.engines.host,
                 command=(*sidecar, "--", *self.command(engines, engine.index, node_rank)),
                 environment=light_environment() | dict(node.engines.environment) | _visible(node),
@@ -134,8 +134,9 @@ class VllmEngine:
         on_gpu = engines.device == "cuda"
         yield "served-model-name", self._served_model_name
         yield "tensor-parallel-size", engines.tp_size
-        if settings.data_parallel_size > 1:
-            yield "data-parallel-size", settings.data_parallel_size
+        for name in ("pipeline", "data"):
+            if (size := getattr(settings, f"{name}_parallel_size")) > 1:
+                yield f"{name}-parallel-size", size
         if settings.load_format != "auto":
             yield "load-format", settings.load_format
         # ``_as_arguments`` omits flags with value None, so vLLM uses its default.
