@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import subprocess
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,18 +20,12 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
 from tests.e2e.agreement import differences
 from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
+from tests.e2e.waiting import await_true
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "examples" / "grafana"
 UNPACKED = ROOT / ".venv-prometheus" / "usr" / "bin"
 TIMEOUT_S = 120.0
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith("tests/prometheus/"):
-            item.add_marker(pytest.mark.prometheus)
-            item.add_marker(pytest.mark.processes)
 
 
 def program(name: str) -> str:
@@ -79,15 +72,13 @@ class Prometheus:
         return float(samples[0]["value"][1]) if samples else math.nan
 
     def await_true(self, holds: Callable[[], object], what: str) -> None:
-        deadline_at = time.monotonic() + TIMEOUT_S
-        while True:
+        def holds_now() -> object:
             try:
-                if holds():
-                    return
-            except OSError:
-                pass
-            assert time.monotonic() < deadline_at, f"not within {TIMEOUT_S:g} s: {what}"
-            time.sleep(0.2)
+                return holds()
+            except OSError:  # It may still start.
+                return None
+
+        await_true(holds_now, what, TIMEOUT_S)
 
 
 @pytest.fixture(scope="session")
