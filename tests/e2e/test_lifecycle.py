@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.machine.availability import probe_port
 from tests.e2e.agreement import engines_of
-from tests.e2e.api import await_ready, complete, requests_in_flight, states, streamed
+from tests.e2e.api import await_ready, clients, complete, requests_in_flight, states, streamed
 from tests.e2e.conftest import default_environ, launched
 from tests.e2e.faults import lives, paused, tracebacks
 from tests.e2e.tiny_models import greedy
@@ -128,13 +128,19 @@ class TestRestarts:
         # A new router learns of the engines one after another.
         await_ready(deployment.url)
         before = deployment.processes()
-        with ThreadPoolExecutor(3) as pool, streamed(deployment.url, PROMPT, 400) as token_ids:
+
+        def ask(*_: int) -> None:
+            assert complete(deployment.url, PROMPT, 16) == expected
+
+        with (
+            clients(2, ask),
+            ThreadPoolExecutor(1) as pool,
+            streamed(deployment.url, PROMPT, 400) as token_ids,
+        ):
             found = list(islice(token_ids, 5))
             restart = pool.submit(commands, verbs, name, "--url", deployment.url)
-            others = [pool.submit(ask_until, restart, deployment.url) for _ in range(2)]
             found += token_ids
             result = restart.result()
-            assert [set(map(tuple, other.result())) for other in others] == [{tuple(expected)}] * 2
         assert f"{engine} serves again\n" in result
         assert set(states(deployment.url).values()) == {"ready"}
         assert (len(found), found[:16]) == (400, expected)
@@ -179,29 +185,17 @@ def commands(verbs: list[str], *arguments: str) -> str:
     return "".join(result.stdout for result in results)
 
 
-def ask_until(restart: Future[str], url: str) -> list[list[int]]:
-    """Send requests until the restart is over; return the answers."""
-    answers = [complete(url, PROMPT, 16)]
-    while not restart.done():
-        answers.append(complete(url, PROMPT, 16))
-    return answers
-
-
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return command("serve", *arguments)
-
-
-def command(*arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "pdlaunch", *arguments]
     return subprocess.run(
-        line, capture_output=True, text=True, timeout=timeout_s, env=default_environ(), check=False
+        line, capture_output=True, text=True, timeout=300, env=default_environ(), check=False
     )
 
 
 def test_a_busy_port_is_named_before_anything_starts(llama: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        result = serve("--model", str(llama), "--port", str(port))
+        result = command("serve", "--model", str(llama), "--port", str(port))
     assert result.returncode == 1
     assert f"port {port} of 127.0.0.1 for the router cannot be used: it is busy" in result.stderr
 
@@ -213,7 +207,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(
         shutil.copy(file, tmp_path)
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     logs = tmp_path / "logs"
-    result = serve("--model", str(tmp_path), "--log-dir", str(logs), "--port", "0")
+    result = command("serve", "--model", str(tmp_path), "--log-dir", str(logs), "--port", "0")
     assert result.returncode == 1
     assert "config.json describes a model without other" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
