@@ -5,7 +5,6 @@ pulls blocks instead of recomputing them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 from pdlaunch.launch.client.admin import admin_api, command_engines
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from tests.e2e.api import engine_apis
+from tests.e2e.api import complete, greedy_body, total_now
 from tests.e2e.conftest import launched
 from tests.e2e.waiting import await_true
 
@@ -23,22 +22,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-PROMPT = "the quick brown fox jumps over the lazy dog and runs away from it"
+PROMPT = list(range(40, 100))
 
 
-def complete(router: Api, salt: str) -> tuple[int, dict[str, Any]]:
-    body = {
-        "prompt": PROMPT,
-        "max_tokens": 16,
-        "temperature": 0,
-        "cache_salt": salt,
-        "return_token_ids": True,
-    }
-    return router.post("/v1/completions", body)
-
-
-def pulled_bytes(router: Api) -> float:
-    return sum(api.metrics()["pdlaunch_kv_transfer_bytes_total"] for api in engine_apis(router.url))
+def pulled_bytes(url: str) -> float:
+    return total_now(url, "kv_transfer_bytes")
 
 
 def free_bytes() -> int:
@@ -58,15 +46,12 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(llama: Path) -> No
     with launched(
         llama, "--device", "cuda", "--kv-cache-memory", "4GiB", "--enable-sleep-mode"
     ) as deployment:
-        router = Api(deployment.url)
-        status, expected = complete(router, "before")
-        assert status == 200, expected
+        url, admin = deployment.url, admin_api(deployment.url)
+        expected = complete(url, PROMPT, 16, cache_salt="before")
         settled_bytes, settled_fds = 0, {}
         for cycle, level in enumerate((1, 2) * 5):
             awake_bytes = free_bytes()
-            outcomes = command_engines(
-                admin_api(deployment.url), "/sleep", level=level, mode="wait"
-            )
+            outcomes = command_engines(admin, "/sleep", level=level, mode="wait")
             assert [(outcome.is_sleeping, outcome.error) for outcome in outcomes] == [
                 (True, None)
             ] * 2
@@ -78,17 +63,11 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(llama: Path) -> No
                 "the memory is given back",
                 30,
             )
-            assert complete(router, "asleep")[0] == 503
-            assert not any(
-                outcome.error for outcome in command_engines(admin_api(deployment.url), "/wake_up")
-            )
-            before = pulled_bytes(router)
-            status, answer = complete(router, f"cycle {cycle}")
-            assert status == 200, answer
-            assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
-            await_true(
-                lambda before=before: pulled_bytes(router) > before, "the KV blocks are pulled"
-            )
+            assert Api(url).post("/v1/completions", greedy_body(PROMPT, 16))[0] == 503
+            assert not any(outcome.error for outcome in command_engines(admin, "/wake_up"))
+            before = pulled_bytes(url)
+            assert complete(url, PROMPT, 16, cache_salt=f"cycle {cycle}") == expected
+            await_true(lambda before=before: pulled_bytes(url) > before, "the blocks are pulled")
             if cycle == 2:  # the first cycle of each level loads kernels
                 settled_bytes, settled_fds = free_bytes(), fds_of_ranks(deployment)
         assert len(settled_fds) == 2

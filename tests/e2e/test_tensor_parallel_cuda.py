@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdlaunch.launch.client.api import Api
-from tests.e2e.api import complete, engine_apis
+from tests.e2e.api import complete, total_now
 from tests.e2e.conftest import launched
 from tests.e2e.tiny_models import make_tokenizer
 from tests.e2e.waiting import await_true
@@ -32,10 +31,6 @@ def make_model(folder: Path) -> Path:
     return directory
 
 
-def total(router: Api, metric: str) -> float:
-    return sum(api.metrics()[metric] for api in engine_apis(router.url))
-
-
 @pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 2), (2, 1), (2, 2)])
 def test_tokens_are_those_of_one_process(prefill_tp: int, decode_tp: int, tmp_path: Path) -> None:
     model = make_model(tmp_path)
@@ -43,11 +38,11 @@ def test_tokens_are_those_of_one_process(prefill_tp: int, decode_tp: int, tmp_pa
     expected = greedy(model, prompts, NUM_TOKENS)
     sizes = ["--prefill-tp", str(prefill_tp), "--decode-tp", str(decode_tp)]
     with launched(model, "--device", "cuda", "--kv-cache-memory", "1GiB", *sizes) as deployment:
-        router = Api(deployment.url)
+        url = deployment.url
         for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True), start=1):
-            assert complete(router, prompt, NUM_TOKENS) == tokens
+            assert complete(url, prompt, NUM_TOKENS) == tokens
             await_true(
-                lambda number=number: total(router, "pdlaunch_kv_transfers_total") >= number,
+                lambda number=number: total_now(url, "kv_transfers") >= number,
                 "the KV blocks are pulled",
             )
-        assert total(router, "pdlaunch_kv_verification_failures_total") == 0
+        assert total_now(url, "kv_verification_failures") == 0
