@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.attacks.bystander import Bystander
-from tests.attacks.target import COMPLETIONS, VOCAB_SIZE, Answer, Target
+from tests.attacks.target import CHAT, COMPLETIONS, VOCAB_SIZE, Answer, Target
 from tests.attacks.verdict import Verdict
 
 BODY_BYTES = 16 * 2**20 - 4096
@@ -27,7 +27,6 @@ KEPT_MIB = 64
 """Room of four bodies, which malloc may keep: a body that is lost with each request is more."""
 ANSWER_LIMIT_S = 180.0
 
-CHAT = "/v1/chat/completions"
 NESTED = b"[" * 200 + b"]" * 200 + b"}}"
 MESSAGE = b'{"role":"user","content":"a"}'
 TEXT_PART = b'{"type":"text","text":"a"}'

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
 
 from tests.attacks.target import COMPLETIONS, SMALL_BODY, Answer, Target, text_of
 from tests.attacks.verdict import Verdict
@@ -32,12 +31,7 @@ class Bystander:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()

@@ -10,14 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tests.attacks.target import Target
 from tests.attacks.verdict import Verdict
+from tests.e2e.listening import all_processes, tcp_listeners
 
 STRANGER_UID = 65534
 SHARED_MEMORY = "/dev/shm/"
@@ -35,7 +33,7 @@ def sockets(target: Target, verdict: Verdict) -> None:
     """Every listening socket answers strangers with a refusal; nothing of the launch can be read by
     another user.
     """
-    listening = dict(tcp_listeners(target))
+    listening = tcp_listeners(target.deployment)
     is_other = False
     router_port = int(target.router.rpartition(":")[2])
     asked: dict[str, list[Any]] = {
@@ -96,28 +94,14 @@ def judge_port(verdict: Verdict, name: str, found: dict[str, Any], *, is_router:
         )
 
 
-def tcp_listeners(target: Target) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Port, process and address of all TCP sockets of the launch that listen; the supervisor's
-    count too.
-    """
-    supervisor = {"supervisor": psutil.Process(target.deployment.process.pid)}
-    for name, process in (supervisor | target.processes()).items():
-        for connection in process.net_connections(kind="tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                yield connection.laddr.port, (name, connection.laddr.ip)
-
-
 def unix_sockets(target: Target) -> set[str]:
     """Paths of the launch's Unix sockets; abstract ones begin with @."""
-    supervisor = psutil.Process(target.deployment.process.pid)
-    found: set[str] = set()
-    for process in (supervisor, *target.processes().values()):
-        found |= {
-            str(connection.laddr)
-            for connection in process.net_connections(kind="unix")
-            if connection.laddr
-        }
-    return found
+    return {
+        str(connection.laddr)
+        for process in all_processes(target.deployment).values()
+        for connection in process.net_connections(kind="unix")
+        if connection.laddr
+    }
 
 
 def shared_files(target: Target) -> set[str]:

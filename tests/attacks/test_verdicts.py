@@ -4,12 +4,10 @@ deployment.
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 
-from tests.attacks.fuzz import FORMS, choose, single_fields
 from tests.attacks.sockets import judge_port
 from tests.attacks.stranger import REQUESTS
 from tests.attacks.target import Answer
@@ -66,17 +64,3 @@ def test_ports_are_judged(
     judge_port(verdict, name, {"port": 1} | found, is_router=name == "router")
     assert len(verdict.broken) == broken
     assert verdict.conclude() == (1 if broken else 0)
-
-
-def test_every_field_is_attacked_and_a_seed_chooses_the_same_requests() -> None:
-    attacked: dict[str, set[str]] = {path: set() for path in FORMS}
-    for case in single_fields("router"):
-        attacked[case.path].add(case.what)
-    for path, form in FORMS.items():
-        assert form.model_fields.keys() <= attacked[path]
-
-    def chosen(seed: int) -> list[str]:
-        return [str(case) for case in choose(random.Random(seed), ["router", "decode-0"], 40)]
-
-    assert len(chosen(1)) == 40
-    assert chosen(1) == chosen(1) != chosen(2)

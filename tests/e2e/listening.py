@@ -30,25 +30,30 @@ def await_unlocked_ports(deployment: Deployment, expected: dict[str, int]) -> No
     await_true(are_as_expected, lambda: f"{found[-1]} is {expected}", 60.0)
 
 
+def all_processes(deployment: Deployment) -> dict[str, psutil.Process]:
+    supervisor = psutil.Process(deployment.process.pid)
+    return {"supervisor": supervisor, **deployment.processes()}
+
+
+def tcp_listeners(deployment: Deployment) -> dict[int, tuple[str, str]]:
+    """Port -> process and address of all TCP sockets of the launch that listen."""
+    return {
+        each.laddr.port: (name, each.laddr.ip)
+        for name, process in all_processes(deployment).items()
+        for each in process.net_connections(kind="tcp")
+        if each.status == psutil.CONN_LISTEN
+    }
+
+
 def unlocked_ports(deployment: Deployment) -> dict[str, int]:
     """Process -> number of its TCP ports with neither HTTP (which has its own tests) nor ZMQ with
     CURVE.
     """
-    processes = {
-        name: psutil.Process(process.pid) for name, process in deployment.processes().items()
-    }
-    processes["supervisor"] = psutil.Process(deployment.process.pid)
-    ports = [
-        (name, each.laddr.port)
-        for name, process in processes.items()
-        for each in process.net_connections(kind="tcp")
-        if each.status == psutil.CONN_LISTEN
-    ]
+    ports = tcp_listeners(deployment)
     with ThreadPoolExecutor(len(ports)) as pool:
-        is_locked = pool.map(lambda item: speaks_http(item[1]) or speaks_curve(item[1]), ports)
-    return dict(
-        Counter(name for (name, _), locked in zip(ports, is_locked, strict=True) if not locked)
-    )
+        is_locked = pool.map(lambda port: speaks_http(port) or speaks_curve(port), ports)
+    names = [name for name, _ in ports.values()]
+    return dict(Counter(name for name, locked in zip(names, is_locked, strict=True) if not locked))
 
 
 def speaks_http(port: int) -> bool:

@@ -15,7 +15,6 @@ import pytest
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, idle, total_now
-from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.waiting import await_true
 
 QUESTION = [{"role": "user", "content": "Name three rivers in Europe."}]
@@ -26,11 +25,6 @@ GREEDY: dict[str, Any] = {"model": "smollm2", "max_tokens": 24, "temperature": 0
 def client(demo: Deployment) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
-
-
-def test_everything_that_listens_asks_who_comes(demo: Deployment) -> None:
-    """With the default connector and path, all ports are HTTP with keys, or ZMQ with CURVE."""
-    await_unlocked_ports(demo, {})
 
 
 def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:

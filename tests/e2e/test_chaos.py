@@ -15,7 +15,7 @@ import pytest
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, tracebacks
-from tests.e2e.listening import await_unlocked_ports
+from tests.e2e.listening import all_processes, await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.labs.kills import load_with_kills
 from tests.labs.known_answers import SoakOptions, soak
@@ -50,14 +50,11 @@ def test_faulty_transfers_change_no_token(tp_deployment: Deployment, llama: Path
 
 def test_all_listeners_are_on_loopback(tp_deployment: Deployment) -> None:
     """This holds for all processes, including torch's store and UCX in the ranks of a TP group."""
-    children = tp_deployment.processes().values()
-    listeners = {
-        process.pid: listening_hosts(process)
-        for process in [psutil.Process(tp_deployment.process.pid), *children]
-    }
+    processes = all_processes(tp_deployment)
+    listeners = {name: listening_hosts(process) for name, process in processes.items()}
     assert set().union(*listeners.values()) == {"127.0.0.1"}
-    assert len(children) == 7
-    assert all(listeners[child.pid] for child in children)
+    assert len(listeners) == 8
+    assert all(hosts for name, hosts in listeners.items() if name != "supervisor")
 
 
 def test_gloo_alone_listens_without_asking_who_comes(tp_deployment: Deployment) -> None:
