@@ -26,6 +26,7 @@ import psutil
 from tests.netns.switch import DEVICE, MTU, Count, Knocks, Link, SetDoors, SetLink
 
 TIMEOUT_S = 120.0
+CURL_TIMED_OUT = 28
 ROOT = Path(__file__).parents[2]
 # Kernels before 5.6 have no clocks of a host's own.
 _CLOCKS = ("--time",) if Path("/proc/self/ns/time").exists() else ()
@@ -100,11 +101,15 @@ class Host:
         assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
         return result.stdout
 
-    def get(self, url: str, *flags: str) -> tuple[int, Any]:
-        """Status and answer, JSON or text, of a request from the host; 0 where nobody answers."""
-        words = ("curl", "--silent", "--max-time", "60", "--write-out", "\n%{http_code}", *flags)
-        command = self.command(*words, url)
+    def get(self, url: str, *flags: str, timeout_s: float = 60) -> tuple[int, Any]:
+        """Status and answer, JSON or text, of a request from the host; 0 where nobody answers, with
+        the text ``stuck`` after so long.
+        """
+        words = ("curl", "--silent", "--max-time", str(timeout_s), *flags)
+        command = self.command(*words, "--write-out", "\n%{http_code}", url)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == CURL_TIMED_OUT:
+            return 0, "stuck"
         text, _, status = done.stdout.rpartition("\n")
         return int(status), json.loads(text) if text.startswith("{") else text
 
