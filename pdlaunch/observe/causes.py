@@ -82,7 +82,7 @@ _FIXES = tuple(
         (r"not a valid model identifier|Repository Not Found|Can't load the configuration"
          r"|not a local folder|outgoing traffic has been disabled|couldn't connect to",
          "Correct the model: ORG/NAME of a hub that can be reached, or a directory (PD103)."),
-        (r"Cannot find any model weights|Error while deserializing|SafetensorError|safetensors",
+        (r"Cannot find any model|Error while deserializing|SafetensorError|No such.*safetensors",
          "Weight files are missing or damaged: download the model again (PD119)."),
         # Settings
         (r"greater than the derived max_model_len",

@@ -7,14 +7,18 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pdlaunch.checks.probed import is_slow
+from pdlaunch.protocol.control import MODEL_CHANGED
+from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 from tests.netns.hosts import Host, Network, new_network
 from tests.netns.launch import FarLaunch, far_launch, wait_for
@@ -239,3 +243,22 @@ def test_two_by_two_over_two_hosts(network: Network) -> None:
         alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
         assert judge(launch.ask(*fresh("together")), alone) == NUM_QUESTIONS
         assert network.num_bytes("a", "b") + network.num_bytes("b", "a") > before + (1 << 20)
+
+
+def test_a_host_with_other_weights_at_the_same_path_is_refused() -> None:
+    with (
+        tempfile.TemporaryDirectory(dir="/var/tmp") as folder,
+        new_network("a", "b") as network,
+    ):
+        own, other = (
+            make_tiny_model("llama", Path(folder) / str(seed), seed=seed) for seed in (1, 2)
+        )
+        network["b"].run("mount", "--bind", str(other), str(own))
+        # Its rank becomes ready first, or the handshake comes before.
+        refusal = f"{MODEL_CHANGED}: model.safetensors .SHA-256|model_digest: decode-0/rank-0 has"
+        with (
+            pytest.raises(AssertionError, match=refusal) as failed,
+            far_launch(network, PAIR | {"model": str(own)}, ["b"]),
+        ):
+            pass
+        assert "fix:" not in str(failed.value), "the message says what to do"
