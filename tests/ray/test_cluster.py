@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from tests.e2e.api import states
+from tests.e2e.api import clients, states
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import lives
 from tests.e2e.tiny_models import make_tiny_model
@@ -83,27 +82,15 @@ def test_a_launch_is_placed_answers_and_heals_when_a_node_is_lost(
         assert hosts == {"prefill-0": "ray-prefill-0", "decode-0": "ray-decode-0"}
 
         right = answer(deployment)
-        found: list[str | BaseException] = []
-        closing = threading.Event()
 
-        def load() -> None:
-            while not closing.is_set():
-                try:
-                    found.append(answer(deployment))
-                except BaseException as error:  # Told by the assertion below.
-                    found.append(error)
+        def ask(*_: int) -> None:
+            assert answer(deployment) == right
 
-        thread = threading.Thread(target=load)
-        thread.start()
-        try:
+        with clients(1, ask):
             cluster.remove_node(nodes["ray-decode-0"], allow_graceful=False)
             is_ready = lambda: states(deployment.url).get("decode-0") == "ready"  # noqa: E731
             await_true(lambda: not is_ready(), "decode is lost", TIMEOUT_S)
             await_true(is_ready, "decode is back", TIMEOUT_S)
-        finally:
-            closing.set()
-            thread.join()
-        assert set(found) == {right}
         again = node_of(cluster, agents()["ray-decode-0"])
         assert again not in nodes.values()
         assert answer(deployment) == right

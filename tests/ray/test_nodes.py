@@ -8,9 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,18 +17,15 @@ import pytest
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.e2e.waiting import await_true
-from tests.launch.sidecar.fake_vllm import answer_of
-from tests.launch.sidecar.program import write_command
 from tests.netns.hosts import Host, Network, new_network, signal_inner, why_not
+from tests.netns.launch import ANSWER, QUESTION, STAND_IN, pdlaunch, shared_folder, stand_in
 
 pytestmark = pytest.mark.hosts_long
 TIMEOUT_S = 240.0
 PORT = 8000
 URL = f"http://127.0.0.1:{PORT}"
-PROMPT = {"model": "llama", "prompt": [7] * 70, "max_tokens": 8, "temperature": 0}
 HEAD_PORT = 6379
 TOKEN = "/tmp/token"
-STAND_IN = "tests.launch.sidecar.program"
 HEAD = ("--head", "--num-cpus", "0", "--port", str(HEAD_PORT), "--include-dashboard", "false")
 SETTINGS = {
     "model": "/tmp/llama",
@@ -117,22 +112,17 @@ def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
 @pytest.mark.parametrize("nodes", [3], indirect=True)
 def test_an_engine_over_two_nodes(nodes: Network) -> None:
     """The engine is a stand-in for vLLM."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="pdlaunch-test-") as folder:
+    with shared_folder() as folder:
         settings = {
-            "model": str(make_tiny_model("llama", Path(folder), **TWO_HEADS)),
-            "engine": "vllm",
-            "engine_command": str(write_command(Path(folder))),
             # A node has three cores: two of these fit on none.
             "prefill": {"tensor_parallel_size": 2, "nnodes": 2, "num_threads": 2},
             "routing": {"policy": "pairs"},
-            "env": {"FAKE_VLLM_FOLDER": folder},
         }
-        with served(nodes, SETTINGS | settings):
+        with served(nodes, SETTINGS | settings | stand_in(folder, **TWO_HEADS)):
             (first, other) = (ranks_on(nodes[name]) for name in ("b", "c"))
             assert {*first, *other} == {"0", "1"}
             assert len(first) == len(other) == 1
-            status, found = ask(nodes["a"], PROMPT | {"return_token_ids": True})
-            assert (status, found["choices"][0]["token_ids"]) == (200, answer_of([7] * 70, 8))
+            assert answer(nodes["a"]) == ANSWER
 
 
 def ranks_on(host: Host) -> list[str]:
@@ -146,17 +136,8 @@ def served(nodes: Network, settings: Mapping[str, Any]) -> Iterator[None]:
     """Run a launch from the head, ready inside the block; nothing is left at its end."""
     head = nodes["a"]
     head.file("/tmp/launch.yaml").write_text(json.dumps(settings))
-    address = f"{head.address}:{HEAD_PORT}"
-    with (
-        head.file("/tmp/serve.out").open("wb") as output,
-        head.running(
-            *(sys.executable, "-P", "-m", "pdlaunch", "serve", "/tmp/launch.yaml"),
-            env=environ() | {"RAY_ADDRESS": address},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ) as serve,
-    ):
+    cluster = environ() | {"RAY_ADDRESS": f"{head.address}:{HEAD_PORT}"}
+    with pdlaunch(head, "serve", "serve", "/tmp/launch.yaml", environ=cluster) as serve:
         until_ready(head, serve)
         yield
         signal_inner(serve, signal.SIGTERM)
@@ -175,11 +156,8 @@ def until_ready(host: Host, serve: subprocess.Popen[bytes]) -> None:
     await_true(is_ready, output, TIMEOUT_S)
 
 
-def answer(host: Host) -> str:
-    status, found = ask(host, PROMPT)
+def answer(host: Host) -> list[int]:
+    body = json.dumps(QUESTION | {"temperature": 0})
+    status, found = host.get(f"{URL}/v1/completions", "--json", body)
     assert status == 200, found
-    return str(found["choices"][0]["text"])
-
-
-def ask(host: Host, question: Mapping[str, Any]) -> tuple[int, Any]:
-    return host.get(f"{URL}/v1/completions", "--json", json.dumps(question))
+    return list(found["choices"][0]["token_ids"])
