@@ -186,6 +186,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def owners_agree(self):
         if hasattr(self, "engine"):
             self.requests.check_integrity()
+            tables = (pull.block_ids for pull in self.engine.quarantined.values())
+            num_quarantined = sum(len(ids) for groups in tables for ids in groups)
+            assert self.requests.stats().num_quarantined_blocks == num_quarantined
 
     def teardown(self):
         if not hasattr(self, "engine"):
