@@ -32,6 +32,7 @@ from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, Pull
 from pdlaunch.vllm.layout import read_layout
 from pdlaunch.vllm.scheduling import GroupShape, Scheduling
 from pdlaunch.vllm.worker import Results, Worker
+from tests.engine.test_runner import SleepingPools
 from tests.vllm_room.test_layout import Config, Group
 from tests.vllm_room.test_scheduling import PREFILL, Request
 
@@ -255,43 +256,20 @@ def test_a_wrong_pair_fails_before_traffic(start: Start, changes: Any, field: st
     assert f"{field}: decode-0/rank-0 has" in failed.error
 
 
-class SleepingPools(MemoryPools):
-    """Of the host, where nothing else can sleep: the bytes are gone, the addresses stay."""
-
-    def __init__(self) -> None:
-        self.cache, self.asleep = torch.zeros(0), frozenset[str]()
-
-    def sleep(self, tags: Any, keep: Any = ()) -> int:
-        self.cache.fill_(-1)
-        self.asleep = frozenset(tags)
-        return 0
-
-    def wake_up(self, tags: Any) -> int:
-        self.asleep -= frozenset(tags)
-        return 0
-
-    @property
-    def sleeping_tags(self) -> frozenset[str]:
-        return self.asleep
-
-
 def test_an_engine_sleeps_once_nothing_is_leased_and_is_read_again_when_awake(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM calls both methods twice where it sleeps at two levels."""
     pools = SleepingPools()
     prefill, decode = start("prefill", pools=pools), start("decode")
-    pools.cache = prefill.cache
     decode.tell(prefill.entry)
     decode.hear(PairReady)
     params = lend(prefill, "p", [3, 1, 2])
-    before = prefill.cache.clone()
     with monkeypatch.context() as patch:
         patch.setattr("pdlaunch.vllm.worker.SLEEP_TIMEOUT_S", 0.3)
         with pytest.raises(TransferError, match="has not ended"):
             prefill.worker.sleep()
     assert not pools.sleeping_tags, "a leased block is not slept over"
-    assert torch.equal(prefill.cache, before)
     begin(decode, params, [7, 0, 4])
     assert decode.until(lambda results: bool(results.received)) == Results(received={"d"})
     prefill.until(lambda results: bool(results.sent))
