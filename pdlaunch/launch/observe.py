@@ -212,8 +212,7 @@ def _fail_change(turn: Turn, reason: str) -> None:
 
 
 def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> None:
-    seen = turn.seen
-    engine = seen.engines.get(unit.engine)
+    seen, engine = turn.seen, turn.seen.engines.get(unit.engine)
     if turn.must_end:
         process.state = ProcessState.EXITED
         return
@@ -234,9 +233,10 @@ def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> 
         turn.fail(Failure(summary, process=process.name, said=process.error))
     elif unit.cause is None:
         # The first process to die is the cause; the others die or are killed because of it.
-        unit.cause, unit.died_at, unit.lost_with = process, turn.now, event.lost_with
+        unit.cause, unit.died_at = process, turn.now
         seen.ends[process.name]["died"] += 1
         _report_death(turn, unit, process, event)
+    unit.is_lost |= bool(event.lost_with)
     process.error = process.error or event.how()
 
 

@@ -143,8 +143,8 @@ def _after_death(turn: Turn, unit: Unit, cause: Instance) -> None:
     """Schedule the next start of a dead unit; each quick death doubles the wait."""
     timing = turn.wanted.timing
     unit.kill_at = None
-    if unit.lost_with:
-        # Its host was lost: this does not count as a quick death.
+    if unit.is_lost:
+        # This does not count as a quick death, though the others may die of it first, or hang.
         _set_state(unit, ProcessState.BACKING_OFF)
         turn.do(Start(unit.name))
         return

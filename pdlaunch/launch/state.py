@@ -118,7 +118,7 @@ class Unit:
     # The first process to die in this incarnation; then the others are killed.
     cause: Instance | None = None
     died_at: float = 0.0  # when ``cause`` died, or was last heard if it hung
-    lost_with: str = ""  # the lost host that ended ``cause``; empty: another reason
+    is_lost: bool = False  # the host of one of its processes was lost
     ready_at: float | None = None
     kill_at: float | None = None  # kill its processes then if they are not ready, or not gone
     is_killed: bool = False
@@ -141,7 +141,7 @@ class Unit:
         """Reset the state for the next incarnation, whose processes are about to be spawned."""
         self.incarnation += 1
         self.cause = self.ready_at = self.start_at = None
-        self.lost_with, self.is_killed = "", False
+        self.is_lost = self.is_killed = False
         self.kill_at = kill_at
         for process in self.processes:
             process.begin(self.incarnation)
