@@ -24,7 +24,13 @@ from hypothesis import strategies as st
 from pdlaunch.engine.memory.kv_memory import HostKVMemory, PrivateKVMemory
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import HandshakeReply
-from pdlaunch.transfer.connectors.connector import BlockRead, Connection, Connector, LocalMemory
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Connection,
+    Connector,
+    LocalMemory,
+    pieces_to_read,
+)
 from pdlaunch.transfer.connectors.p2p import TOKEN_BYTES, FdServer, P2PConnector, fetch_fds
 from pdlaunch.transfer.connectors.paths import PathsConnector
 from pdlaunch.transfer.connectors.piece_copies import HostCopier
@@ -153,11 +159,15 @@ def test_blocks_heads_and_scratch_arrive_where_they_belong(open_rank: Open) -> N
     landing = torch.zeros(PATTERN_BYTES, dtype=torch.uint8)
     assert await_end(peer.read_scratch(landing, 8192)) == "done"
     assert has_pattern(landing, "b#1")
-    for block_id in (-1, NUM_BLOCKS):
-        with pytest.raises(TransferError, match="b#1 has 8 blocks"):
-            read(peer, [0], [block_id])
     peer.close()
     back.close()
+
+
+def test_neighbours_in_any_order_need_one_copy(open_rank: Open) -> None:
+    one, two = open_rank("a"), open_rank("b")
+    blocks = BlockRead([[6, 4, 5]], [[3, 1, 2]], ALL, ALL)
+    destinations, _, _ = merge(*pieces_to_read(one.memory, two.card(), blocks))
+    assert len(destinations) == 1
 
 
 def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(open_rank: Open) -> None:
