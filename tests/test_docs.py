@@ -1,4 +1,6 @@
-"""Links between the pages of the documentation hold, headings included."""
+"""Links between the pages of the documentation hold, headings included; the contract names tests
+that exist.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +34,13 @@ def test_the_readme_leads_to_every_page() -> None:
     }
     pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
     assert pages <= links, pages - links
+
+
+def test_the_contract_names_tests_that_exist() -> None:
+    tests = ROOT / "tests"
+    tables = (tests / "contract.md").read_text().partition("## Removed features")[0]
+    rows = re.findall(r"^\|.*\|$", tables, re.MULTILINE)
+    for path, name in re.findall(r"`([\w/*]+(?:\.py|/))(?:::(\w+))?`", "".join(rows)):
+        found = [*tests.glob(path)]
+        assert found, path
+        assert not name or f"def {name}(" in found[0].read_text(), f"{path}::{name}"
