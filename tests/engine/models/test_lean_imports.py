@@ -15,6 +15,7 @@ import torch
 
 NEEDLESS = (
     "accelerate",
+    "sympy",
     "torch._dynamo.eval_frame",
     "torch._inductor",
     "torch.distributed.fsdp",
