@@ -74,7 +74,7 @@ def read_slowly(url: str, num_tokens: int, ends: threading.Event) -> str:
     body = json.dumps(greedy_body(PROMPTS[0], num_tokens) | LARGE).encode()
     where, num_bytes = urlsplit(url), 0
     with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         client.connect((where.hostname, where.port))
         client.sendall(
             f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: "
