@@ -1,4 +1,4 @@
-"""A vLLM prefill engine with ranks on two hosts (network namespaces); decode is on host a."""
+"""A vLLM prefill engine with ranks or stages on two hosts (network namespaces); decode is on a."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.kv_memory import FAILED
 from tests.vllm.test_far_hosts import metric, tokens_of
+from tests.vllm.test_models import Model
 
 pytestmark = pytest.mark.vllm_long
 PROMPTS = [[(seed * 7 + place * 3) % 200 + 40 for place in range(150)] for seed in range(3)]
 
 
-@pytest.fixture(scope="module")
-def launch(vllm_command: str) -> Iterator[FarLaunch]:
+@pytest.fixture(scope="module", params=["tensor_parallel_size", "pipeline_parallel_size"])
+def launch(vllm_command: str, request: pytest.FixtureRequest) -> Iterator[FarLaunch]:
     if reason := why_not():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="pdlaunch-test-", dir="/var/tmp"))
@@ -38,21 +39,25 @@ def launch(vllm_command: str) -> Iterator[FarLaunch]:
         "engine_command": vllm_command,
         "max_model_len": 512,
         "enforce_eager": True,
-        "prefill": {"tensor_parallel_size": 2, "nnodes": 2},
+        "prefill": {request.param: 2, "nnodes": 2},
+        # Each stage pulls from the stage with its layers.
+        "decode": {request.param: 2} if request.param.startswith("pipeline") else {},
         "routing": {"policy": "pairs"},
         "hosts": [{"name": "local"}, {"name": "b", "roles": ["prefill"]}],
         "kv_transfer": {"trusted_network": True},
         # The first request has vLLM compile kernels, which a host of namespaces has not kept.
         "env": {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")},
-        "hang_timeout_s": 120,
+        # An engine without work is found to hang after twice this, which must be less than the
+        # time that answers get.
+        "hang_timeout_s": 90,
         "startup_timeout_s": START_TIMEOUT_S,
     }
     allowed, timeout_s = [vllm_command], START_TIMEOUT_S
-    with (
-        new_network("a", "b") as network,
-        far_launch(network, config, ["b"], allow=allowed, timeout_s=timeout_s) as launch,
-    ):
-        yield launch
+    with pytest.MonkeyPatch.context() as patch, new_network("a", "b") as network:
+        for name, value in Model("llama", plugin="cpu_stages").environ(folder).items():
+            patch.setenv(name, value)
+        with far_launch(network, config, ["b"], allow=allowed, timeout_s=timeout_s) as launch:
+            yield launch
     shutil.rmtree(folder)
 
 
@@ -69,7 +74,7 @@ def tokens(launch: FarLaunch, prompt: list[int], engine: str = "") -> list[int]:
     return tokens_of(answer)
 
 
-def test_tokens_are_those_of_one_rank_and_half_of_the_heads_come_from_the_other_host(
+def test_tokens_are_those_of_one_rank_and_the_other_host_has_its_part_of_the_blocks(
     launch: FarLaunch,
 ) -> None:
     for prompt in PROMPTS:
@@ -121,8 +126,12 @@ def comes_back(launch: FarLaunch) -> Iterator[None]:
 
 def ranks(launch: FarLaunch, name: str) -> list[psutil.Process]:
     """The engine's worker on a host."""
-    rank = "VLLM::Worker_TP0" if name == "a" else "VLLM::Worker_TP1"
-    return launch.network[name].find(rank)
+    found = []
+    for server in launch.network[name].find("--nnodes", "--master-port"):
+        with contextlib.suppress(psutil.Error):  # It has ended.
+            inner = server.children(recursive=True)
+            found += [each for each in inner if "VLLM::Worker" in "".join(each.cmdline())]
+    return found
 
 
 def test_the_rank_of_the_other_host_is_killed(launch: FarLaunch) -> None:
