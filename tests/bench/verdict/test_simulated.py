@@ -146,7 +146,7 @@ def test_an_arm_that_breaks_later_does_not_win() -> None:
 
 def test_measuring_goes_on_after_any_step_as_if_it_had_not_been_interrupted() -> None:
     whole, findings = run(SimulatedLaunches(load_of(), TIGHT, 1))
-    for num_steps in (1, 2, 4):
+    for num_steps in (1, 4):
         launches = SimulatedLaunches(load_of(), TIGHT, 1, num_steps=num_steps)
         race, partly = Race(ARMS, 0.9, 120.0, 12.0), Findings()
         with pytest.raises(KeyboardInterrupt):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 from pdlaunch.engine.step_graphs import Step
 from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
-from tests.engine.models.tiny import loader_of, save_tiny_model
+from tests.engine.models.tiny import CONFIGS, loader_of, save_tiny_model
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 """The interpreter multiplies bfloat16 as if it were integers: that is for the tests on a GPU."""
@@ -117,7 +118,7 @@ def check_step_graphs() -> None:
     is none.
     """
     step_graphs.Recorded = Replayed  # type: ignore[assignment, misc]
-    shape, model = load_tiny("qwen2-window")
+    shape, model = load_tiny("qwen2-window", num_hidden_layers=2)
     groups = make_groups(shape.layer_windows)
     layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, 4, 4)
     kv_cache = torch.zeros(128, *layout.block_shape())
@@ -166,9 +167,9 @@ def check_step_graphs() -> None:
         assert torch.equal(likeliest_tokens(logits), logits.argmax(-1)), vocab_size
 
 
-def load_tiny(name: str) -> tuple[ModelShape, Any]:
+def load_tiny(name: str, **changes: object) -> tuple[ModelShape, Any]:
     """Load a model as on a GPU, in float32."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, patch.dict(CONFIGS[name], changes):
         loader = loader_of(save_tiny_model(name, Path(folder)))
         return loader.shape, loader.load(stacked=True)
 
@@ -177,7 +178,9 @@ def check_fused_decoder(name: str) -> None:
     """Logits and KV cache of the fused layers equal those of the model's own code over torch's
     operators.
     """
-    shape, model = load_tiny(name)
+    # One layer of each kind
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if name == "gemma3" else {}
+    shape, model = load_tiny(name, num_hidden_layers=2, **kinds)
     assert can_fuse(model)
     # Past the windows of 8 and 10, over three blocks, beside a row of one token; each token counts
     # here: the interpreter takes 0.1 s for one in a model.
