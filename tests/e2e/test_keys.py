@@ -28,7 +28,7 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
 
 KEYS = {name: f"key-of-{name}" for name in "ab"}
-NUM_LONG, NUM_SHORT = 200, 5
+NUM_LONG, NUM_SHORT = 80, 5
 LOG_STEP_S = 1e-3  # the log cuts times off
 
 
