@@ -142,8 +142,8 @@ class ModelLoader:
 
 
 class _ConstantsOnCPU(TorchFunctionMode):
-    """Keeps rotary frequencies off the meta device, where computing them would import sympy: 0.7 s
-    of the 3.7 s of CPU time in which a rank starts (torch 2.13).
+    """Keeps rotary frequencies off the meta device, where computing them would import sympy: 0.5 s
+    of the 3.1 s of CPU time in which a rank starts (torch 2.13).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
