@@ -26,10 +26,9 @@ GRANTED = {
     "the model that was launched, and other faults of a hostile review": 126,
     "leases of vLLM that do not wait for its next step": 58,
     "pipeline stages of vLLM": 64,
-    "ranks that start without sympy": 5,
 }
 TOTAL_LINES = 47_000 + sum(GRANTED.values())
-TOTAL_CLASSES = 616
+TOTAL_CLASSES = 615
 TOTAL_MODULES = 253
 SINGLE_IMPORTER_MODULES = 40
 COMMENT_SHARE = 0.025

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.model_files.weights import name_in_model, weight_files
@@ -86,7 +85,7 @@ class ModelLoader:
         self._fill(
             blank, shapes, cuts, lambda name, tensor: model.get_parameter(name).copy_(tensor)
         )
-        _initialize_buffers(model)
+        _initialize([module for module in model.modules() if module._buffers], model)
 
     def _build_empty(self) -> tuple[Any, dict[str, Cut]]:
         """Return the model without memory, and this rank's part of each parameter that is cut."""
@@ -95,7 +94,7 @@ class ModelLoader:
 
         config = AutoConfig.from_pretrained(self.model_dir).get_text_config()
         # Do not initialise tensors without memory: that would import sympy.
-        with torch.device("meta"), no_init_weights(), _ConstantsOnCPU():
+        with torch.device("meta"), no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, attn_implementation=ATTENTION_NAME
             )
@@ -139,16 +138,6 @@ class ModelLoader:
             self.progress("loading weights", len(seen) / len(expected))
         if missing := set(expected) - seen:
             raise _misfit(f"lacks {len(missing)} weights, {min(missing)} among them")
-
-
-class _ConstantsOnCPU(TorchFunctionMode):
-    """Keeps rotary frequencies off the meta device, where computing them would import sympy: 0.5 s
-    of the 3.1 s of CPU time in which a rank starts (torch 2.13).
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        on_cpu = {"device": "cpu"} if func in (torch.arange, torch.tensor) else {}
-        return func(*args, **(kwargs or {}) | on_cpu)
 
 
 def _place_stacks(
@@ -216,19 +205,25 @@ def _dummy_weights(
 
 def _compute_buffers(model: nn.Module, device: torch.device) -> None:
     """Allocate and compute the buffers that checkpoints do not have: rotary frequencies, scales."""
+    blank = []
     for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
+        # Buffers that are still on the meta device were not in the checkpoint.
+        buffers = {
+            name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta
+        }
+        for name, buffer in buffers.items():
             setattr(module, name, torch.empty_like(buffer, device=device))
-    _initialize_buffers(model)
+        if buffers:
+            blank.append(module)
+    _initialize(blank, model)
 
 
-def _initialize_buffers(model: Any) -> None:
+def _initialize(modules: list[nn.Module], model: Any) -> None:
     """Compute buffers in place with the model's own initialisation, but no parameters."""
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
-    for module in model.modules():
-        if module._buffers:
-            model._init_weights(module)
+    for module in modules:
+        model._init_weights(module)
 
 
 def _misfit(what: str) -> ConfigError:

@@ -15,7 +15,6 @@ import torch
 
 NEEDLESS = (
     "accelerate",
-    "sympy",
     "torch._dynamo.eval_frame",
     "torch._inductor",
     "torch.distributed.fsdp",
