@@ -130,18 +130,14 @@ def blocks() -> None:
 def compile_for(capability: int) -> None:
     compiler = Compiler()
     compiler.use(capability)
-    if capability == 90:
-        for case in CASES:
-            attention(case)
-        for size in (576, 4096):
-            layers(size)
-        blocks()
-        missing = LAUNCHED - {made.name for made in compiler.compiled}
-        assert not missing, f"nothing is compiled of {missing}"
-    else:
-        # Where shared memory is small, those cases are tried that need the most of it.
-        for case in LARGEST:
-            attention(case)
+    # Where shared memory is small, those cases are tried that need the most of it.
+    for case in CASES if capability == 90 else LARGEST:
+        attention(case)
+    for size in (576, 4096):
+        layers(size)
+    blocks()
+    missing = LAUNCHED - {made.name for made in compiler.compiled}
+    assert not missing, f"nothing is compiled of {missing}"
     assert all(made.num_bytes for made in compiler.compiled)
     limit = SHARED_KIB[capability] * 1024
     large = [made for made in compiler.compiled if made.shared_bytes > limit]
