@@ -144,7 +144,7 @@ def _after_death(turn: Turn, unit: Unit, cause: Instance) -> None:
     timing = turn.wanted.timing
     unit.kill_at = None
     if unit.is_lost:
-        # This does not count as a quick death, though the others may die of it first, or hang.
+        # A lost host is no quick death, even if processes on other hosts died or hung first.
         _set_state(unit, ProcessState.BACKING_OFF)
         turn.do(Start(unit.name))
         return
