@@ -40,7 +40,7 @@ CASES = (
     Case(DECODE, 32, 8, 128, 16, (None,), torch.bfloat16),
     # Windows; head_dim 64
     Case(MIXED, 8, 2, 64, 32, (None, 24), torch.float16),
-    # No power of two
+    # head_dim is no power of two
     Case(MIXED, 6, 3, 80, 16, (None,), torch.float16),
     *LARGEST,
 )
@@ -130,14 +130,14 @@ def blocks() -> None:
 def compile_for(capability: int) -> None:
     compiler = Compiler()
     compiler.use(capability)
-    # Where shared memory is small, those cases are tried that need the most of it.
+    # Where shared memory is small, try only the cases that need the most of it.
     for case in CASES if capability == 90 else LARGEST:
         attention(case)
     for size in (576, 4096):
         layers(size)
     blocks()
     missing = LAUNCHED - {made.name for made in compiler.compiled}
-    assert not missing, f"nothing is compiled of {missing}"
+    assert not missing, f"kernels that were not compiled: {missing}"
     assert all(made.num_bytes for made in compiler.compiled)
     limit = SHARED_KIB[capability] * 1024
     large = [made for made in compiler.compiled if made.shared_bytes > limit]

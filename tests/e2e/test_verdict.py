@@ -18,8 +18,8 @@ TIMEOUT_S = 600.0
 def start(model: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pdlaunch", "verdict", "--model", str(model)]
     engine = ["--dtype", "float32", "--kv-cache-memory", "16MiB", "--gpus", "2"]
-    # Few streams and short answers: single engines are measured in seconds. A probe lasts until
-    # its last requests have missed the goals.
+    # With few streams and short answers, measuring a single engine takes seconds. A probe lasts
+    # until its last requests have missed the goals.
     engine += ["--max-num-seqs", "4"]
     load = ["--slo", "ttft=1000,e2e=2000", "--input-tokens", "100", "--output-tokens", "20"]
     files = ["--minutes", "0.1", "--output", str(folder)]

@@ -163,8 +163,8 @@ def test_processes_of_a_lost_host_start_again_once_there_is_room() -> None:
     assert {world.state(name) for name in ENGINE} == {"ready"}
 
 
-def test_an_engine_that_dies_of_the_loss_of_one_of_its_hosts_is_not_given_up() -> None:
-    """Its ranks on the other host notice the loss before the supervisor does."""
+def test_an_engine_that_loses_one_of_its_hosts_is_not_given_up() -> None:
+    """Its rank on the other host dies before the supervisor notices the loss."""
     world = serving(tp_size=2)
     ranks = [RANK, "decode-0/rank-1"]
     for _ in range(8):

@@ -163,7 +163,7 @@ def test_blocks_heads_and_scratch_arrive_where_they_belong(open_rank: Open) -> N
     back.close()
 
 
-def test_neighbours_in_any_order_need_one_copy(open_rank: Open) -> None:
+def test_adjacent_blocks_in_any_order_need_one_copy(open_rank: Open) -> None:
     one, two = open_rank("a"), open_rank("b")
     blocks = BlockRead([[6, 4, 5]], [[3, 1, 2]], ALL, ALL)
     destinations, _, _ = merge(*pieces_to_read(one.memory, two.card(), blocks))

@@ -1,4 +1,4 @@
-"""A vLLM prefill engine with ranks or stages on two hosts (network namespaces); decode is on a."""
+"""A vLLM prefill engine has ranks or stages on two hosts (namespaces); decode runs on host a."""
 
 from __future__ import annotations
 
@@ -40,15 +40,14 @@ def launch(vllm_command: str, request: pytest.FixtureRequest) -> Iterator[FarLau
         "max_model_len": 512,
         "enforce_eager": True,
         "prefill": {request.param: 2, "nnodes": 2},
-        # Each stage pulls from the stage with its layers.
+        # Each stage pulls from the stage with the same layers.
         "decode": {request.param: 2} if request.param.startswith("pipeline") else {},
         "routing": {"policy": "pairs"},
         "hosts": [{"name": "local"}, {"name": "b", "roles": ["prefill"]}],
         "kv_transfer": {"trusted_network": True},
         # The first request has vLLM compile kernels, which a host of namespaces has not kept.
         "env": {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")},
-        # An engine without work is found to hang after twice this, which must be less than the
-        # time that answers get.
+        # An idle engine counts as hung after twice this time. Requests must wait longer.
         "hang_timeout_s": 90,
         "startup_timeout_s": START_TIMEOUT_S,
     }
@@ -74,7 +73,7 @@ def tokens(launch: FarLaunch, prompt: list[int], engine: str = "") -> list[int]:
     return tokens_of(answer)
 
 
-def test_tokens_are_those_of_one_rank_and_the_other_host_has_its_part_of_the_blocks(
+def test_tokens_equal_those_of_one_rank_and_the_other_host_sends_its_part_of_the_blocks(
     launch: FarLaunch,
 ) -> None:
     for prompt in PROMPTS:

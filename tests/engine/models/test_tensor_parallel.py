@@ -24,7 +24,7 @@ from tests.engine.models.tiny import greedy, save_tiny_model
 from tests.engine.real_steps import GRAPHS
 
 NUM_TOKENS = 6
-# Of each family the one with more to cut: biases, windows.
+# From each family, the model with more to split: biases, windows.
 FAMILIES = ["llama-bias", "qwen2-window", "qwen3", "mistral", "gemma3", "smollm3-window"]
 ROOT = Path(__file__).parents[3]
 
