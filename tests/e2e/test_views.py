@@ -44,7 +44,7 @@ def test_status_tells_engines_and_pairs(demo: Deployment) -> None:
     rows = [line.split()[:3] for line in shown.splitlines()]
     assert ["prefill-0", "prefill", "ready"] in rows
     assert ["decode-0", "decode", "ready"] in rows
-    assert re.search(r"prefill-0 -> decode-0 .* [\d.]+ GB/s", shown)
+    assert re.search(r"prefill-0 -> decode-0 +\S+( \([^)]+\))? +[\d.]+ GB/s", shown)
     assert re.search(r"\d+ requests, \d+ errors", shown)
 
 
@@ -64,7 +64,7 @@ def test_top_watches_it_on_a_small_terminal_without_colour(demo: Deployment) -> 
     try:
         with streamed(demo.url, list(range(1000, 1400)), 1400) as tokens:
             next(tokens)
-            pair = re.compile(r"prefill-0 -> decode-0 .* [\d.]+ GB/s")
+            pair = re.compile(r"prefill-0 -> decode-0 +\S+( \([^)]+\))? +[\d.]+ GB/s")
             text = terminal.until(lambda text: pair.search(text) and "1 in flight" in text)
             rows = [line.split() for line in text.splitlines() if line.strip()]
             assert "2 engines" in text.splitlines()[1]

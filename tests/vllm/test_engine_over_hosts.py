@@ -32,6 +32,7 @@ PROMPTS = [[(seed * 7 + place * 3) % 200 + 40 for place in range(150)] for seed 
 def launch(vllm_command: str, request: pytest.FixtureRequest) -> Iterator[FarLaunch]:
     if reason := why_not():
         pytest.skip(reason)
+    has_stages = request.param == "pipeline_parallel_size"
     folder = Path(tempfile.mkdtemp(prefix="pdlaunch-test-", dir="/var/tmp"))
     config = {
         "model": str(make_tiny_model("llama", folder, **TWO_HEADS)),
@@ -41,7 +42,7 @@ def launch(vllm_command: str, request: pytest.FixtureRequest) -> Iterator[FarLau
         "enforce_eager": True,
         "prefill": {request.param: 2, "nnodes": 2},
         # Each stage pulls from the stage with the same layers.
-        "decode": {request.param: 2} if request.param.startswith("pipeline") else {},
+        "decode": {request.param: 2} if has_stages else {},
         "routing": {"policy": "pairs"},
         "hosts": [{"name": "local"}, {"name": "b", "roles": ["prefill"]}],
         "kv_transfer": {"trusted_network": True},
@@ -53,7 +54,8 @@ def launch(vllm_command: str, request: pytest.FixtureRequest) -> Iterator[FarLau
     }
     allowed, timeout_s = [vllm_command], START_TIMEOUT_S
     with pytest.MonkeyPatch.context() as patch, new_network("a", "b") as network:
-        for name, value in Model("llama", plugin="cpu_stages").environ(folder).items():
+        model = Model("llama", plugin="cpu_stages" if has_stages else "")
+        for name, value in model.environ(folder).items():
             patch.setenv(name, value)
         with far_launch(network, config, ["b"], allow=allowed, timeout_s=timeout_s) as launch:
             yield launch
