@@ -212,7 +212,8 @@ def _fail_change(turn: Turn, reason: str) -> None:
 
 
 def _exited(turn: Turn, unit: Unit, process: Instance, event: ProcessExited) -> None:
-    seen, engine = turn.seen, turn.seen.engines.get(unit.engine)
+    seen = turn.seen
+    engine = seen.engines.get(unit.engine)
     if turn.must_end:
         process.state = ProcessState.EXITED
         return
