@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import psutil
@@ -18,7 +15,7 @@ import zmq
 from tests.e2e.faults import lives
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.netns.hosts import new_network, signal_inner, why_not
-from tests.netns.launch import FarLaunch, far_launch, wait_for
+from tests.netns.launch import FarLaunch, far_launch, shared_folder, wait_for
 from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.kv_memory import FAILED
 from tests.vllm.test_far_hosts import metric, tokens_of
@@ -33,33 +30,35 @@ def launch(vllm_command: str, request: pytest.FixtureRequest) -> Iterator[FarLau
     if reason := why_not():
         pytest.skip(reason)
     has_stages = request.param == "pipeline_parallel_size"
-    folder = Path(tempfile.mkdtemp(prefix="pdlaunch-test-", dir="/var/tmp"))
-    config = {
-        "model": str(make_tiny_model("llama", folder, **TWO_HEADS)),
-        "engine": "vllm",
-        "engine_command": vllm_command,
-        "max_model_len": 512,
-        "enforce_eager": True,
-        "prefill": {request.param: 2, "nnodes": 2},
-        # Each stage pulls from the stage with the same layers.
-        "decode": {request.param: 2} if has_stages else {},
-        "routing": {"policy": "pairs"},
-        "hosts": [{"name": "local"}, {"name": "b", "roles": ["prefill"]}],
-        "kv_transfer": {"trusted_network": True},
-        # The first request has vLLM compile kernels, which a host of namespaces has not kept.
-        "env": {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")},
-        # An idle engine counts as hung after twice this time. Requests must wait longer.
-        "hang_timeout_s": 90,
-        "startup_timeout_s": START_TIMEOUT_S,
-    }
-    allowed, timeout_s = [vllm_command], START_TIMEOUT_S
-    with pytest.MonkeyPatch.context() as patch, new_network("a", "b") as network:
+    with (
+        shared_folder() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        new_network("a", "b") as network,
+    ):
+        config = {
+            "model": str(make_tiny_model("llama", folder, **TWO_HEADS)),
+            "engine": "vllm",
+            "engine_command": vllm_command,
+            "max_model_len": 512,
+            "enforce_eager": True,
+            "prefill": {request.param: 2, "nnodes": 2},
+            # Each stage pulls from the stage with the same layers.
+            "decode": {request.param: 2} if has_stages else {},
+            "routing": {"policy": "pairs"},
+            "hosts": [{"name": "local"}, {"name": "b", "roles": ["prefill"]}],
+            "kv_transfer": {"trusted_network": True},
+            # The first request has vLLM compile kernels, which a host of namespaces has not kept.
+            "env": {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")},
+            # An idle engine counts as hung after twice this time. Requests must wait longer.
+            "hang_timeout_s": 90,
+            "startup_timeout_s": START_TIMEOUT_S,
+        }
         model = Model("llama", plugin="cpu_stages" if has_stages else "")
         for name, value in model.environ(folder).items():
             patch.setenv(name, value)
+        allowed, timeout_s = [vllm_command], START_TIMEOUT_S
         with far_launch(network, config, ["b"], allow=allowed, timeout_s=timeout_s) as launch:
             yield launch
-    shutil.rmtree(folder)
 
 
 def tokens(launch: FarLaunch, prompt: list[int], engine: str = "") -> list[int]:
