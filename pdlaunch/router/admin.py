@@ -332,17 +332,21 @@ def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
 async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
     """Put an engine of vLLM to sleep; return an answer of the form that native engines send.
 
-    ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, EngineFailure.
+    ``query``: ``mode`` wait or refuse. Raises RequestError, EngineFailure.
     """
     options = {"level": "1", "mode": "wait"} | dict(query)
-    if options["level"] not in ("1", "2") or options["mode"] not in ("wait", "refuse"):
-        raise RequestError("level must be 1 or 2, mode wait or refuse", param="query")
+    if options["level"] != "1":
+        # vLLM drops its weights at level 2, wakes up without them, and answers nonsense.
+        message = f"level is {options['level']}, but engines of vLLM sleep at level 1 only"
+        raise RequestError(message, param="level")
+    if options["mode"] not in ("wait", "refuse"):
+        raise RequestError("mode must be wait or refuse", param="mode")
     state.pool.hold(engine, "draining")
     is_asleep = False
     try:
         await _await_idle(state, engine, 0.0 if options["mode"] == "refuse" else IDLE_TIMEOUT_S)
         # vLLM waits for requests that came in the meantime from other clients than this router.
-        query = [("level", options["level"]), ("mode", "wait")]
+        query = [("level", "1"), ("mode", "wait")]
         is_asleep = await _command(state, engine, "/sleep", query) == "sleeping"
     finally:
         if is_asleep:

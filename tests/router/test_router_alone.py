@@ -254,7 +254,9 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
     assert (status, answer["error"]["code"]) == (409, "engine_busy")
     assert alone.ready == {"prefill-0", "decode-0"}
 
-    falling = asyncio.ensure_future(alone.command("POST", "/sleep?engine=prefill-0&level=2"))
+    status, answer = await alone.command("POST", "/sleep?engine=prefill-0&level=2")
+    assert (status, answer["error"]["param"]) == (400, "level")
+    falling = asyncio.ensure_future(alone.command("POST", "/sleep?engine=prefill-0"))
     await alone.until(lambda: alone.engine("prefill-0").state == "draining")
     assert (await alone.complete())[0] == 200
     assert not prefill.is_sleeping, "its blocks are still leased"
