@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import msgspec
+from aiohttp import web
 
 from pdlaunch.protocol.status import (
     DeploymentStatus,
@@ -24,6 +23,7 @@ from pdlaunch.protocol.status import (
     RouteShare,
     StatusEvent,
 )
+from tests.web_server import web_server
 
 HOSTILE = "[red]x[/red]\x1b[31m\x07\n<b>"
 """Markup of rich, commands of terminals, a line break, HTML."""
@@ -149,24 +149,9 @@ class DeploymentServer:
 def running_server() -> Iterator[DeploymentServer]:
     told = DeploymentServer()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = told.answer(self.path, self.headers["Authorization"])
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    async def answer(request: web.Request) -> web.Response:
+        status, body = told.answer(request.raw_path, request.headers.get("Authorization"))
+        return web.Response(status=status, body=body)
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    told.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with web_server(answer) as told.url:
         yield told
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

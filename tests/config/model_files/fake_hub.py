@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+
+from aiohttp import web
+
+from tests.web_server import web_server
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_of_the_test"
@@ -34,112 +36,67 @@ class FakeHub:
     requests: list[str] = field(default_factory=list)
     """Method and path of each."""
 
-    def asked(self) -> list[str]:
-        found = (FILE.fullmatch(each.removeprefix("GET ")) for each in self.requests)
-        return [match[3] for match in found if match]
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(f"{request.method} {request.path}")
+        api, file = API.fullmatch(request.path), FILE.fullmatch(request.path)
+        found = api or file
+        key = request.headers.get("Authorization")
+        may_read = not self.needs_token or key == f"Bearer {TOKEN}"
+        if found is None or found[1] != self.name or not may_read:
+            return refusal(401, "RepoNotFound")
+        revision = found[3] if api else found[2]
+        commit = self.revisions.get(revision, revision if revision == COMMIT else None)
+        if commit is None:
+            return refusal(404, "RevisionNotFound")
+        if api is not None:
+            return self._description(commit, is_tree=api[2] == "tree")
+        return await self._file(request, commit, found[3])
+
+    def _description(self, commit: str, *, is_tree: bool) -> web.Response:
+        paths = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        files = [(str(path.relative_to(self.folder)), path.read_bytes()) for path in paths]
+        if is_tree:
+            return web.json_response(
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": etag(content)}
+                    for name, content in files
+                ]
+            )
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in files]
+        return web.json_response({"id": self.name, "sha": commit, "siblings": siblings})
+
+    async def _file(self, request: web.Request, commit: str, name: str) -> web.StreamResponse:
+        path = self.folder / name
+        if not path.is_file():
+            return refusal(404, "EntryNotFound")
+        content = path.read_bytes()
+        headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": commit}
+        if name not in self.hold or request.method == "HEAD":
+            return web.Response(body=content, headers=headers)
+        response = web.StreamResponse(headers=headers)
+        response.content_length = len(content)
+        await response.prepare(request)
+        half = len(content) // 2
+        await response.write(content[:half])
+        await asyncio.to_thread(self.hold[name].wait)
+        await response.write(content[half:])
+        return response
+
+
+def refusal(status: int, code: str) -> web.Response:
+    return web.Response(status=status, headers={"X-Error-Code": code, "X-Error-Message": code})
+
+
+def etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 @contextmanager
 def fake_hub(name: str, folder: Path) -> Iterator[FakeHub]:
     hub = FakeHub(name, folder)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            _answer(hub, self, with_body=False)
-
-        def do_GET(self) -> None:
-            _answer(hub, self, with_body=True)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield hub
-    finally:
-        for event in hub.hold.values():
-            event.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def _answer(hub: FakeHub, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
-    path = unquote(urlsplit(request.path).path)
-    hub.requests.append(f"{request.command} {path}")
-    api, file = API.fullmatch(path), FILE.fullmatch(path)
-    found = api or file
-    may_read = not hub.needs_token or request.headers.get("Authorization") == f"Bearer {TOKEN}"
-    if found is None or found[1] != hub.name or not may_read:
-        _refuse(request, 401, "RepoNotFound")
-        return
-    revision = found[3] if api else found[2]
-    commit = hub.revisions.get(revision, revision if revision == COMMIT else None)
-    if commit is None:
-        _refuse(request, 404, "RevisionNotFound")
-        return
-    if api is not None:
-        _describe(hub, request, commit, tree=api[2] == "tree")
-    elif file is not None:
-        _send_file(hub, request, commit, file[3], with_body=with_body)
-
-
-def _refuse(request: BaseHTTPRequestHandler, status: int, code: str) -> None:
-    _begin(request, status, 0, {"X-Error-Code": code, "X-Error-Message": code})
-
-
-def _begin(
-    request: BaseHTTPRequestHandler, status: int, num_bytes: int, headers: dict[str, str]
-) -> None:
-    request.send_response(status)
-    for name, value in {"Content-Length": str(num_bytes), **headers}.items():
-        request.send_header(name, value)
-    request.end_headers()
-
-
-def _describe(hub: FakeHub, request: BaseHTTPRequestHandler, commit: str, *, tree: bool) -> None:
-    files = sorted(path for path in hub.folder.rglob("*") if path.is_file())
-    names = {str(path.relative_to(hub.folder)): path for path in files}
-    sizes = {name: path.stat().st_size for name, path in names.items()}
-    body: object = {
-        "id": hub.name,
-        "sha": commit,
-        "siblings": [{"rfilename": name, "size": size} for name, size in sizes.items()],
-    }
-    if tree:
-        body = [
-            {"type": "file", "path": name, "size": size, "oid": _etag(names[name])}
-            for name, size in sizes.items()
-        ]
-    data = json.dumps(body).encode()
-    _begin(request, 200, len(data), {"Content-Type": "application/json"})
-    request.wfile.write(data)
-
-
-def _etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
-
-
-def _send_file(
-    hub: FakeHub, request: BaseHTTPRequestHandler, commit: str, name: str, *, with_body: bool
-) -> None:
-    path = hub.folder / name
-    if not path.is_file():
-        _refuse(request, 404, "EntryNotFound")
-        return
-    data = path.read_bytes()
-    _begin(request, 200, len(data), {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit})
-    if not with_body:
-        return
-    half = len(data) // 2
-    request.wfile.write(data[:half])
-    request.wfile.flush()
-    if name in hub.hold:
-        hub.hold[name].wait()
-    request.wfile.write(data[half:])
+    with web_server(hub.answer) as hub.url:
+        try:
+            yield hub
+        finally:
+            for event in hub.hold.values():
+                event.set()
