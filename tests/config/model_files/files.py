@@ -6,9 +6,13 @@ import json
 import math
 import random
 import struct
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType, GGUFWriter
 
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 
@@ -46,10 +50,6 @@ def write_safetensors(path: Path, *, num_bytes: int) -> None:
     path.write_bytes(safetensors({"a": tensor}, random.Random(path.name).randbytes(num_bytes)))
 
 
-ALIGNMENT = 32
-_UINT32, _FLOAT32, _STRING, _LIST = 4, 6, 8, 9
-_F32 = 0
-
 Value = int | float | str | Sequence[str]
 
 
@@ -62,23 +62,27 @@ class Gguf:
     """By name: dimensions, rows last, and numbers."""
 
     def encode(self) -> bytes:
-        head = b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(self.values))
-        head += b"".join(_string(key) + _value(value) for key, value in self.values.items())
-        data = b""
-        for name, (dimensions, numbers) in self.tensors.items():
-            shape = struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
-            head += _string(name) + shape + struct.pack("<IQ", _F32, len(data))
-            data += _padded(struct.pack(f"<{len(numbers)}f", *numbers))
-        return _padded(head) + data
+        with tempfile.NamedTemporaryFile() as file:
+            return self.write(Path(file.name)).read_bytes()
 
     def write(self, path: Path) -> Path:
-        path.write_bytes(self.encode())
+        values = dict(self.values)
+        writer = GGUFWriter(path, values.pop("general.architecture"))
+        for key, value in values.items():
+            writer.add_key_value(key, value, GGUFValueType.get_type(value))
+        for name, (dimensions, numbers) in self.tensors.items():
+            writer.add_tensor(name, np.array(numbers, np.float32).reshape(dimensions[::-1]))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
         return path
 
 
-def tiny_gguf(*, num_layers: int = 2, width: int = 32, inner: int = 64) -> Gguf:
+def tiny_gguf() -> Gguf:
     """A Llama of two heads that knows single letters, as transformers can read it."""
-    tokens = [chr(code) for code in range(33, 127)]
+    num_layers, width, inner = 2, 32, 64
+    tokens = [*(chr(code) for code in range(33, 127)), "ab"]
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (width, len(tokens)),
         "output_norm.weight": (width,),
@@ -105,7 +109,7 @@ def tiny_gguf(*, num_layers: int = 2, width: int = 32, inner: int = 64) -> Gguf:
         "llama.vocab_size": len(tokens),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
@@ -116,24 +120,3 @@ def tiny_gguf(*, num_layers: int = 2, width: int = 32, inner: int = 64) -> Gguf:
             for name, shape in shapes.items()
         },
     )
-
-
-def _string(text: str) -> bytes:
-    content = text.encode()
-    return struct.pack("<Q", len(content)) + content
-
-
-def _value(value: Value) -> bytes:
-    match value:
-        case int():
-            return struct.pack("<II", _UINT32, value)
-        case float():
-            return struct.pack("<If", _FLOAT32, value)
-        case str():
-            return struct.pack("<I", _STRING) + _string(value)
-        case _:
-            return struct.pack("<IIQ", _LIST, _STRING, len(value)) + b"".join(map(_string, value))
-
-
-def _padded(content: bytes) -> bytes:
-    return content + b"\0" * (-len(content) % ALIGNMENT)
