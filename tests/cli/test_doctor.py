@@ -31,7 +31,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "PD654": ({"moves_bytes": False}, "computed the prompt itself"),
     "PD655": ({"prompt_tokens": 77}, "77 tokens of prompts, 0 KV bytes read"),
     "PD656": ({"num_expired": 2}, "2 leases have expired"),
-    "PD657": ({"num_failed": 3}, "3 transfers have failed"),
+    "PD657": ({"num_failed_reads": 3}, "3 transfers have failed"),
     "PD658": ({"server_info": {}}, "dev mode is on"),
     "PD663": (
         {"num_bytes": 2**30, "seconds_read": 1e6, "num_pieces": 2**15 - 1},

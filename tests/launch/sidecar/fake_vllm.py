@@ -37,7 +37,7 @@ class FakeVllm:
     version: str = "0.32.0+cpu"
     prompt_tokens: int = 0
     num_expired: int = 0
-    num_failed: int = 0
+    num_failed_reads: int = 0
     # What dev mode tells; None: it is off.
     server_info: dict[str, Any] | None = None
     # What it answers in the place of a router.
@@ -54,7 +54,6 @@ class FakeVllm:
     num_bytes: int = 0
     seconds_read: float = 0.0
     num_pieces: int = 0
-    num_failed_reads: int = 0
     num_looks: int = 0
     num_tokens: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -81,13 +80,16 @@ class FakeVllm:
 
         app = web.Application(middlewares=[note_key])
         app.router.add_get("/health", self._health)
-        app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/pdlaunch/status", self._status)
-        if self.server_info is not None:
-            app.router.add_get("/server_info", self._server_info)
-        app.router.add_get("/is_sleeping", self._is_sleeping)
+        card = {"id": self.model, "max_model_len": 4096}
+        for path, told in {
+            "/version": lambda: {"version": self.version},
+            "/v1/models": lambda: {"data": [card]},
+            "/pdlaunch/status": lambda: self.status,
+            "/server_info": lambda: self.server_info,
+            "/is_sleeping": self._told_of_sleep,
+        }.items():
+            app.router.add_get(path, answering(told))
         app.router.add_post("/sleep", self._sleep)
         app.router.add_post("/wake_up", self._wake_up)
         app.router.add_post("/v1/completions", self._complete)
@@ -96,19 +98,8 @@ class FakeVllm:
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
 
-    async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": self.version})
-
-    async def _status(self, _: web.Request) -> web.Response:
-        return web.json_response(self.status)
-
-    async def _server_info(self, _: web.Request) -> web.Response:
-        return web.json_response(self.server_info)
-
-    async def _is_sleeping(self, _: web.Request) -> web.Response:
-        if self.is_sleeping is None:
-            raise web.HTTPNotFound
-        return web.json_response({"is_sleeping": self.is_sleeping})
+    def _told_of_sleep(self) -> dict[str, bool] | None:
+        return None if self.is_sleeping is None else {"is_sleeping": self.is_sleeping}
 
     async def _sleep(self, request: web.Request) -> web.Response:
         if self.is_sleeping is None:
@@ -134,7 +125,7 @@ class FakeVllm:
             "request_generation_tokens_count": 0,
             "request_generation_tokens_sum": 0,
             "nixl_num_kv_expired_reqs_total": self.num_expired,
-            "nixl_num_failed_transfers_total": self.num_failed + self.num_failed_reads,
+            "nixl_num_failed_transfers_total": self.num_failed_reads,
             "nixl_bytes_transferred_count": 1,
             "nixl_bytes_transferred_sum": self.num_bytes,
             "nixl_xfer_time_seconds_sum": self.seconds_read,
@@ -150,9 +141,6 @@ class FakeVllm:
             for source, number in self.tokens_by_source.items()
         )
         return web.Response(text=page)
-
-    async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": self.model, "max_model_len": 4096}]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -226,6 +214,17 @@ class FakeVllm:
             await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+def answering(told: Callable[[], Any]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Answer with what is told as JSON; None: there is no such route."""
+
+    async def answer(_: web.Request) -> web.Response:
+        if (value := told()) is None:
+            raise web.HTTPNotFound
+        return web.json_response(value)
+
+    return answer
 
 
 async def listen(engine: FakeVllm, path: Path) -> web.AppRunner:
