@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.config.roles import PAIR
-from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.protocol.bottleneck import HIGH_PROMPTS, HIGH_TOKENS, bottleneck_line, find_bottleneck
 from pdlaunch.protocol.status import (
     Bottleneck,
@@ -151,38 +150,33 @@ def test_few_streams_are_never_much_however_slow_the_machine_is() -> None:
 
 
 SHARES = st.floats(0, 1)
+SPEEDS = st.tuples(st.floats(0.1, 1e3), st.floats(0, 300))
 
 
-@given(
-    num=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    computing=SHARES,
-    waiting=st.floats(0, 1e5),
-    speed=st.floats(0, 1e5),
-    kv=SHARES,
-    running=st.integers(0, 300),
-    tokens=st.tuples(st.none() | st.floats(0.1, 1e3), st.floats(0, 300)),
-    fastest=st.none() | st.tuples(st.floats(0.1, 1e3), st.floats(0, 300)),
-    routing=st.sampled_from(["load", "pairs"]),
-)
+@given(st.data())
 def test_a_change_helps_by_the_figures_and_leaves_an_engine_of_each_role(
-    num: tuple[int, int],
-    computing: float,
-    waiting: float,
-    speed: float,
-    kv: float,
-    running: int,
-    tokens: tuple[float | None, float],
-    fastest: tuple[float, float] | None,
-    routing: RoutingPolicy,
+    data: st.DataObject,
 ) -> None:
-    prompts = {"computing": computing, "waiting_prompt_tokens": waiting}
-    prompts["prompt_tokens_per_s"] = speed
+    num = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    prompts = st.fixed_dictionaries(
+        {
+            "computing": SHARES,
+            "waiting_prompt_tokens": st.floats(0, 1e5),
+            "prompt_tokens_per_s": st.floats(0, 1e5),
+        }
+    )
+    reading = data.draw(st.fixed_dictionaries({"kv_usage": SHARES, "running": st.integers(0, 300)}))
+    load = data.draw(prompts)
     engines = [
-        *(engine(f"prefill-{i}", **prompts) for i in range(num[0])),
-        *(engine(f"decode-{i}", {"kv_usage": kv, "running": running}) for i in range(num[1])),
+        *(engine(f"prefill-{i}", **load) for i in range(num[0])),
+        *(engine(f"decode-{i}", reading) for i in range(num[1])),
     ]
-    best = None if fastest is None else rates(*fastest)
-    found = find_bottleneck(status(*engines, rates=rates(*tokens), fastest=best, routing=routing))
+    fields = {
+        "rates": rates(*data.draw(SPEEDS | st.tuples(st.none(), st.floats(0, 300)))),
+        "fastest": data.draw(st.none() | SPEEDS.map(lambda told: rates(*told))),
+        "routing": data.draw(st.sampled_from(["load", "pairs"])),
+    }
+    found = find_bottleneck(status(*engines, **fields))
     if not found.engine:
         return
     assert found.role is not None

@@ -59,20 +59,6 @@ def listen_in_all_ways(host: str, port: int) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("host", ANY)
-def test_the_port_of_a_dead_server_is_nobodys(kept: EnginePorts, host: str) -> None:
-    with serving(host) as server:
-        port = server.getsockname()[1]
-        kept.keep("decode-0", url_of(server))
-        with socket.create_connection((host, port)) as client, server.accept()[0]:
-            client.sendall(b"the server is reached as before")
-    assert listen(host, port) == "EADDRINUSE"
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((host, port))
-    kept.release("decode-0")
-    assert listen(host, port) == ""
-
-
 @pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 @pytest.mark.parametrize("host", ANY)
