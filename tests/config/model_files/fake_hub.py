@@ -36,6 +36,10 @@ class FakeHub:
     requests: list[str] = field(default_factory=list)
     """Method and path of each."""
 
+    def asked(self) -> list[str]:
+        found = (FILE.fullmatch(each.removeprefix("GET ")) for each in self.requests)
+        return [match[3] for match in found if match]
+
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(f"{request.method} {request.path}")
         api, file = API.fullmatch(request.path), FILE.fullmatch(request.path)
