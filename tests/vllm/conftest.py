@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 
@@ -66,22 +64,8 @@ def running_engines(
 
 
 @pytest.fixture(scope="package")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in a folder of the tests, which may change all files but the weights."""
-    folder = tmp_path_factory.mktemp("model")
-    for file in resolve_model("smollm2").cache_dir.iterdir():
-        if file.suffix == ".safetensors":
-            (folder / file.name).symlink_to(file)
-        else:
-            shutil.copy(file, folder)
-    return folder
-
-
-@pytest.fixture(scope="package")
-def pair(
-    vllm_command: str, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Deployment]:
+def pair(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """One prefill and one decode engine of vLLM."""
-    settings = {"model": str(model), "served_model_name": "smollm2", "engine_args": ENGINE_ARGS}
+    settings = {"engine_args": ENGINE_ARGS}
     with running_engines(tmp_path_factory.mktemp("pair"), vllm_command, settings) as deployment:
         yield deployment

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from tests.e2e.api import complete, streamed
+from tests.e2e.api import streamed
 from tests.e2e.faults import lives
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import core_of, engine_of
-from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
+from tests.vllm.test_pair import await_healed, prompt_of
 
 pytestmark = pytest.mark.vllm_long
 
@@ -37,24 +36,6 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def await_healed(launch: Deployment, name: str, dead: list[psutil.Process], seed: int) -> None:
-    """Wait until an engine is back in other processes and its pair moves KV blocks."""
-    await_true(lambda: states(launch.url).get(name) != "ready", "its death is seen", 120)
-    await_true(lambda: not any(map(lives, dead)), "all of it is gone")
-    await_true(lambda: states(launch.url).get(name) == "ready", f"{name} is back", 600)
-
-    def pairs() -> list[object]:
-        found: list[object] = Api(launch.url).get_object("/pdlaunch/status")[1]["pairs"]
-        return found
-
-    await_true(lambda: bool(pairs()), "its pair is proven", 120)
-    num_bytes = bytes_read(launch.url)
-    prompt = prompt_of(seed)
-    told = complete(launch.url, prompt, NUM_TOKENS)
-    assert bytes_read(launch.url) > num_bytes
-    assert complete(launch.url, prompt, NUM_TOKENS) == told
-
-
 def test_an_idle_engine_whose_core_stands_still_is_restarted(launch: Deployment) -> None:
     """Nobody asks for anything, and vLLM says that it is healthy."""
     sidecar = launch.processes()["decode-0"]
@@ -63,7 +44,8 @@ def test_an_idle_engine_whose_core_stands_still_is_restarted(launch: Deployment)
     await_true(lambda: not lives(sidecar), "it is found", 4 * HANG_TIMEOUT_S)
     said = f"has computed nothing for {HANG_TIMEOUT_S} s"
     await_true(lambda: said in launch.output(), "the launch says so", 60)
-    await_healed(launch, "decode-0", dead, seed=301)
+    await_healed(launch.url, "decode-0")
+    assert not any(map(lives, dead))
 
 
 def test_nothing_is_left_of_a_launch_whose_supervisor_is_killed(launch: Deployment) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import zmq
 
+from tests.e2e.api import greedy_body
 from tests.e2e.faults import lives
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.netns.hosts import new_network, signal_inner, why_not
@@ -62,14 +63,7 @@ def launch(vllm_command: str, request: pytest.FixtureRequest) -> Iterator[FarLau
 
 
 def tokens(launch: FarLaunch, prompt: list[int], engine: str = "") -> list[int]:
-    question = {
-        "model": "llama",
-        "prompt": prompt,
-        "max_tokens": 12,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
+    question = greedy_body(prompt, 12) | {"model": "llama"}
     (answer,) = launch.ask_alone(engine, question) if engine else launch.ask(question)
     return tokens_of(answer)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.e2e.api import greedy_body
 from tests.netns.hosts import new_network, why_not
-from tests.netns.launch import FarLaunch, far_launch, wait_for
+from tests.netns.launch import FarLaunch, far_launch
 from tests.netns.test_launch import knock
 from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.kv_memory import BYTES_READ, FAILED
-from tests.vllm.test_pair import RUNNING, prompt_of
+from tests.vllm.test_pair import prompt_of
 
 pytestmark = pytest.mark.vllm_long
 HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
@@ -45,8 +44,7 @@ def pair(vllm_command: str) -> Iterator[FarLaunch]:
 
 
 def question(seed: int, **fields: Any) -> dict[str, Any]:
-    body = {"prompt": prompt_of(seed), "max_tokens": NUM_TOKENS, "temperature": 0}
-    return body | {"return_token_ids": True, "ignore_eos": True} | fields
+    return greedy_body(prompt_of(seed), NUM_TOKENS) | fields
 
 
 def tokens_of(answer: Any) -> list[int]:
@@ -87,31 +85,6 @@ def test_tokens_are_those_of_one_engine_and_blocks_go_over_the_network(pair: Far
     assert metric(pair, *FAILED) == 0
     # They were proven: what prefill states has come from the other host.
     assert "used without proof" not in pair.log("decode-0.log")
-
-
-def test_streams_come_through(pair: FarLaunch) -> None:
-    (whole,) = pair.ask(question(10))
-    said = _curl(pair, question(10, stream=True), "30")
-    events = [line.removeprefix("data: ") for line in said.splitlines() if line]
-    assert events.pop() == "[DONE]"
-    chunks = [json.loads(event)["choices"] for event in events]
-    tokens = [token for choices in chunks for each in choices for token in each["token_ids"] or ()]
-    assert tokens == tokens_of(whole)
-
-
-def test_a_client_that_leaves_ends_its_request_on_both_hosts(pair: FarLaunch) -> None:
-    said = _curl(pair, question(11, stream=True, max_tokens=300), "3")
-    assert "[DONE]" not in said
-    wait_for(lambda: not metric(pair, RUNNING), pair, "it still runs")
-    wait_for(lambda: not metric(pair, "vllm:kv_cache_usage_perc"), pair, "blocks are held")
-
-
-def _curl(pair: FarLaunch, body: dict[str, Any], max_s: str) -> str:
-    words = ("curl", "--silent", "--no-buffer", "--max-time", max_s, f"{pair.url}/v1/completions")
-    command = pair.here.command(
-        *words, "-H", "Content-Type: application/json", "--data", json.dumps(body)
-    )
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> None:

@@ -22,7 +22,7 @@ from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import core_of, worker_of
 from tests.vllm.test_models import Model
-from tests.vllm.test_pair import bytes_read, is_idle, states
+from tests.vllm.test_pair import await_healed, await_moving, bytes_read, is_idle
 from tests.vllm.test_verified import Pair
 
 pytestmark = pytest.mark.vllm_long
@@ -95,16 +95,14 @@ def expected_of(
     return [complete(alone, prompt, num_tokens) for prompt in asked]
 
 
-def await_moving(deployment: Deployment) -> None:
+def new_prompt() -> list[int]:
+    return prompts(random.randrange(10**6, 10**9), 1)[0]
+
+
+def await_calm(deployment: Deployment) -> None:
     """Wait until nothing is leased or pulled, and blocks of a new prompt move again."""
     await_true(lambda: is_idle(deployment), "no block is leased or in quarantine")
-
-    def moves() -> bool:
-        num_bytes = bytes_read(deployment.url)
-        complete(deployment.url, *prompts(random.randrange(10**6, 10**9), 1), 2)
-        return bytes_read(deployment.url) > num_bytes
-
-    await_true(moves, "KV blocks move again")
+    await_moving(deployment.url, new_prompt)
 
 
 def test_a_shared_prefix_is_pulled_once(launch: Deployment) -> None:
@@ -142,7 +140,7 @@ def test_requests_that_are_preempted_are_computed_again(launch: Deployment) -> N
     after = pair.decode.metrics()
     preemptions = "vllm:num_preemptions_total"
     assert after[preemptions] > before[preemptions]
-    await_moving(launch)
+    await_calm(launch)
 
 
 def test_prefill_stands_still_while_its_blocks_are_asked_for(launch: Deployment) -> None:
@@ -158,7 +156,7 @@ def test_prefill_stands_still_while_its_blocks_are_asked_for(launch: Deployment)
         told = [pair.take(*each) for each in zip(leased, params, strict=True)]
     assert told + load.answers() == expected
     assert pair.counts()[1] >= num_failed + len(leased)
-    await_moving(launch)
+    await_calm(launch)
 
 
 def test_decode_stands_still_for_longer_than_its_leases(launch: Deployment) -> None:
@@ -170,7 +168,7 @@ def test_decode_stands_still_for_longer_than_its_leases(launch: Deployment) -> N
     with paused(pair.worker("decode-0")):
         time.sleep(LEASE_S + 1)
     assert load.answers() == expected
-    await_moving(launch)
+    await_calm(launch)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +184,8 @@ def test_an_engine_is_killed_under_load(
     load.await_answers(6)
     victim(launch.processes()[name]).kill()
     assert load.answers() == expected
-    await_true(lambda: states(launch.url).get(name) != "ready", "its death is seen")
-    await_true(lambda: states(launch.url).get(name) == "ready", "it is back", 600)
-    await_moving(launch)
+    await_healed(launch.url, name, new_prompt)
+    await_true(lambda: is_idle(launch), "no block is leased or in quarantine")
 
 
 def test_lost_late_and_wrong_reads_change_no_token(

@@ -21,6 +21,7 @@ from pdlaunch.http.watch.engine_api import Counts
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from tests.config.model_files.fake_hub import fake_hub
+from tests.e2e.agreement import engines_of
 from tests.e2e.api import complete, streamed
 from tests.e2e.tiny_models import VOCAB_SIZE, write_model
 from tests.vllm.conftest import running_engines
@@ -272,14 +273,21 @@ def distance(one: dict[str, float], other: dict[str, float]) -> float:
 
 
 @pytest.mark.vllm_long
-def test_a_model_of_a_hub_that_native_engines_do_not_know(
+def test_engines_of_both_roles_serve_a_model_of_a_hub_that_native_engines_do_not_know(
     vllm_command: str, tmp_path: Path
 ) -> None:
     """pdlaunch downloads all files, because vLLM does not ask the hub itself."""
     published = MODELS["Qwen3 MoE"].written(tmp_path)
-    settings = {"model": "org/tiny", "dtype": "float32", "both": {"replicas": 1}}
+    settings = {"model": "org/tiny", "dtype": "float32", "both": {"replicas": 2}}
     with fake_hub("org/tiny", published) as hub:
         environ = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         with running_engines(tmp_path, vllm_command, settings, environ=environ) as deployment:
-            assert len(complete(deployment.url, prompt_of(0, 40), NUM_TOKENS)) == NUM_TOKENS
+            router, prompt = Api(deployment.url), prompt_of(0, 40)
+            assert [each["role"] for each in engines_of(router)] == ["both", "both"]
+            told, *others = [complete(router, prompt, NUM_TOKENS) for _ in range(4)]
+            assert others == [told] * 3
+            assert router.metrics()["pdlaunch_router_fallbacks_total"] == 0
+            for name in ("both-0", "both-1"):
+                log = (deployment.log_dir / f"{name}.log").read_text(errors="replace")
+                assert "NixlConnector" not in log
             assert "model.safetensors" in hub.asked()

@@ -16,7 +16,7 @@ from tests.e2e.api import complete
 from tests.mooncake import mooncake_problem
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import FAILED, total
-from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of
+from tests.vllm.test_pair import NUM_TOKENS, assert_pulled, bytes_read, prompt_of
 
 pytestmark = pytest.mark.vllm_long
 
@@ -47,11 +47,7 @@ def launch(
 def test_tokens_are_those_of_one_engine_and_every_block_is_proven(launch: Deployment) -> None:
     alone = admin_api(launch.url).engine("prefill-0")
     before = Api(launch.url).metrics().get(TRANSFERS, 0)
-    for seed in range(600, 604):
-        num_bytes = bytes_read(launch.url)
-        told = complete(launch.url, prompt_of(seed), NUM_TOKENS)
-        assert bytes_read(launch.url) > num_bytes
-        assert told == complete(alone, prompt_of(seed), NUM_TOKENS, model="smollm2")
+    assert_pulled(launch.url, alone, *range(600, 604))
     metrics = Api(launch.url).metrics()
     assert metrics[TRANSFERS] == before + 4
     assert total(metrics, FAILED) == 0

@@ -25,12 +25,12 @@ machinery.SourceFileLoader.exec_module = exec_module
 
 
 def test_a_slow_pair_of_vllm_is_told_and_refused_by_strict(
-    vllm_command: str, model: Path, tmp_path: Path
+    vllm_command: str, tmp_path: Path
 ) -> None:
     """UCX can be slowed down by its variables, but not by the same amount at each load."""
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     (tmp_path / "strict").mkdir()
-    settings = {"model": str(model), "env": {"PYTHONPATH": str(tmp_path)}}
+    settings = {"env": {"PYTHONPATH": str(tmp_path)}}
     slow = r"PD504 nixl/UCX( \(\w+\))? moves 0\.0"
     with running_engines(tmp_path, vllm_command, settings) as pair:
         (told,) = Api(pair.url).get_object("/pdlaunch/status")[1]["pairs"]

@@ -1,38 +1,29 @@
-"""Two prefill engines and one decode engine of vLLM: at work, behind vllm-router, and killed."""
+"""Two prefill engines and one decode engine of vLLM behind vllm-router."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
 from tests.e2e.agreement import engines_of
-from tests.e2e.api import complete, streamed
+from tests.e2e.api import complete, greedy_body
 from tests.e2e.conftest import clean_environ
-from tests.e2e.faults import lives
 from tests.e2e.lone_router import needs_vllm_router, running_vllm_router
 from tests.e2e.test_doors import answered
-from tests.e2e.waiting import await_true
 from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
-from tests.vllm.kv_memory import engine_of
-from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
+from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of
 
 pytestmark = pytest.mark.vllm_long
 
 OTHER_ROUTER = "of-another-router"
-LONG = 60
-"""Tokens of a stream during which engines are killed."""
 PREFILLS = ("prefill-0", "prefill-1")
 ANSWERS = "vllm:request_success_total"
-RUNNING = "vllm:num_requests_running"
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +58,6 @@ def two_held_ports() -> Iterator[int]:
             return
 
 
-def pairs(url: str) -> set[tuple[str, str]]:
-    _, status = Api(url).get_object("/pdlaunch/status")
-    return {(pair["prefill"], pair["decode"]) for pair in status["pairs"]}
-
-
 def num_answers(url: str, name: str) -> float:
     return admin_api(url).engine(name).metrics()[ANSWERS]
 
@@ -87,55 +73,9 @@ def test_vllm_router_answers_with_the_same_tokens(launch: Deployment, tmp_path: 
     ) as theirs:
         before = {name: num_answers(launch.url, name) for name in PREFILLS}
         for seed, stream in enumerate((False, True, False, True), start=120):
-            fields: dict[str, Any] = {
-                "model": "smollm2",
-                "prompt": prompt_of(seed),
-                "max_tokens": NUM_TOKENS,
-                "temperature": 0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-                "stream": stream,
-            }
+            body = greedy_body(prompt_of(seed), NUM_TOKENS) | {"model": "smollm2"}
             num_bytes = bytes_read(launch.url)
-            told = answered(theirs, "completions", fields)
+            told = answered(theirs, "completions", body | {"stream": stream})
             assert bytes_read(launch.url) > num_bytes
             assert told[0] == complete(launch.url, prompt_of(seed), NUM_TOKENS)
         assert all(num_answers(launch.url, name) > before[name] for name in PREFILLS)
-
-
-def test_prefill_engines_that_die_are_replaced_and_decode_goes_on(launch: Deployment) -> None:
-    """One loses its vLLM, the other one its sidecar, while decode streams what both computed."""
-    patient = Api(launch.url, timeout_s=600)
-    prompt = prompt_of(140)
-    expected = complete(patient, prompt, LONG)
-    sidecars = launch.processes()
-    decode = engine_of(sidecars["decode-0"])
-    orphan = engine_of(sidecars["prefill-1"])
-    with streamed(launch.url, prompt, LONG) as tokens:
-        first = next(tokens)
-        engine_of(sidecars["prefill-0"]).kill()
-        sidecars["prefill-1"].kill()
-        assert [first, *tokens] == expected
-    # Decode computes prompts itself meanwhile.
-    assert complete(launch.url, prompt_of(141), NUM_TOKENS)
-    await_true(lambda: not lives(orphan), "a sidecar takes its engine with it", 60)
-
-    for name in PREFILLS:
-        await_true(partial(is_ready, launch.url, name), f"{name} is back", 600)
-
-    await_true(lambda: len(pairs(launch.url)) == 2, "both pairs are proven again", 120)
-    assert launch.processes()["decode-0"].pid == sidecars["decode-0"].pid
-    assert engine_of(launch.processes()["decode-0"]).pid == decode.pid
-    before = {name: num_answers(launch.url, name) for name in PREFILLS}
-    alone = admin_api(launch.url).engine("prefill-0")
-    for seed in range(142, 146):
-        num_bytes = bytes_read(launch.url)
-        told = complete(launch.url, prompt_of(seed), NUM_TOKENS)
-        assert bytes_read(launch.url) > num_bytes
-        assert told == complete(alone, prompt_of(seed), NUM_TOKENS, model="smollm2")
-    assert all(num_answers(launch.url, name) > before[name] for name in PREFILLS)
-    assert complete(patient, prompt, LONG) == expected
-
-
-def is_ready(url: str, name: str) -> bool:
-    return states(url).get(name) == "ready"

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pdlaunch.http.watch.canary import REMOTE_DECODE
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
@@ -40,14 +41,6 @@ NUM_BLOCKS = 40
 PROMPT_TOKENS = 300
 STEP_TOKENS = 256
 """A prompt takes two steps; a longer step would need a longer lease (PD619)."""
-REMOTE_DECODE = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
 ANSWERS = "vllm:request_success_total"
 
 
