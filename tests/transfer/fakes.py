@@ -27,6 +27,7 @@ from pdlaunch.transfer.connectors.connector import (
     ReadState,
 )
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES
+from tests.engine.real_steps import make_spec
 
 PATIENT = {"pull_timeout_s": 60.0, "pull_attempts": 1}
 
@@ -40,25 +41,14 @@ def spec_of(
     dtype: str = "float32",
     **kv_transfer: Any,
 ) -> EngineSpec:
-    return EngineSpec.model_validate(
-        {
-            "name": name,
-            "role": role,
-            "model_dir": "/nowhere",
-            "served_model_name": "m",
-            "load_format": "dummy",
-            "dtype": dtype,
-            "max_model_len": 1024,
-            "block_size": block_size,
-            "enable_cumem_allocator": False,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 512,
-            "device": "cpu",
-            "device_indices": (),
-            "tensor_parallel_size": tp_size,
-            "num_threads": 1,
-            "kv_transfer": KVTransferSettings(**(PATIENT | kv_transfer)),
-        }
+    return make_spec(
+        "/nowhere",
+        name=name,
+        role=role,
+        dtype=dtype,
+        block_size=block_size,
+        tensor_parallel_size=tp_size,
+        kv_transfer=KVTransferSettings(**(PATIENT | kv_transfer)),
     )
 
 

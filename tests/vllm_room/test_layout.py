@@ -41,7 +41,7 @@ class Group:
 @dataclass
 class Config:
     kv_cache_groups: list[Group]
-    num_blocks: int = NUM_BLOCKS
+    num_blocks: int
 
 
 def read(
@@ -52,10 +52,11 @@ def read(
     num_stages: int = 1,
     rank: int = 0,
     by_head: bool = True,
+    num_blocks: int = NUM_BLOCKS,
 ) -> VllmLayout:
     return read_layout(
         caches,
-        Config(list(groups) or [Group(list(caches))]),
+        Config(list(groups) or [Group(list(caches))], num_blocks),
         total_kv_heads=total,
         tp_size=tp_size,
         num_stages=num_stages,

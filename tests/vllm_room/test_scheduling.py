@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.protocol.engine_link import KVSetup
@@ -30,21 +31,25 @@ class Request:
         self.__dict__ |= fields
 
 
-def scheduling(*groups: GroupShape, digest: str = "d", grant: Any = repr) -> Scheduling:
+def kv_setup(role: Any = "decode", **changes: Any) -> KVSetup:
     setup = KVSetup(
-        name="decode-0",
-        engine_id="e" * 32,
+        name=f"{role}-0",
+        engine_id=role[0] * 32,
         incarnation=1,
-        role="decode",
+        role=role,
         bind_address="127.0.0.1",
         advertise_address="127.0.0.1",
         keys=LaunchKeys("", "", ""),
         link="",
         kv_transfer="",
         by_head=False,
-        model_digest=digest,
+        model_digest="m",
     )
-    settings = KVTransferSettings()
+    return structs.replace(setup, **changes)
+
+
+def scheduling(*groups: GroupShape, digest: str = "d", grant: Any = repr) -> Scheduling:
+    setup, settings = kv_setup(model_digest=digest), KVTransferSettings()
     return Scheduling(setup, settings, groups or (FULL,), grant, dp_rank=0, tp_size=2)
 
 
@@ -70,7 +75,7 @@ def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
     assert (grant.block_ids, grant.first_block_index) == ([[3, 1, 2], [5, 6]], [0, 1])
     assert (grant.lease_id, grant.num_tokens, len(grant.block_hashes)) == ("p", 10, 3)
     assert params is not None
-    assert params["remote_engine_id"] == "e" * 32
+    assert params["remote_engine_id"] == "d" * 32
     assert params["remote_block_ids"] == grant.block_ids
     assert params["pdlaunch"]["first_tokens"] == [{"token_id": 77}]
     assert (params["tp_size"], params["do_remote_prefill"]) == (2, True)

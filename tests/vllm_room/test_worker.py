@@ -17,9 +17,8 @@ import zmq
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, SleepState
+from pdlaunch.protocol.control import Entry, PairFailed, PairReady, SleepState
 from pdlaunch.protocol.engine_link import (
-    KVSetup,
     Peers,
     PullFailure,
     RankUp,
@@ -29,15 +28,14 @@ from pdlaunch.protocol.engine_link import (
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import CancelPull, LeaseEnded, PullDrained, PullFinished, StartPull
-from pdlaunch.vllm.layout import read_layout
 from pdlaunch.vllm.scheduling import GroupShape, Scheduling
 from pdlaunch.vllm.worker import Results, Worker
 from tests.engine.test_runner import SleepingPools
-from tests.vllm_room.test_layout import Config, Group
-from tests.vllm_room.test_scheduling import PREFILL, Request
+from tests.transfer.fakes import entry_of
+from tests.vllm_room.test_layout import read
+from tests.vllm_room.test_scheduling import PREFILL, Request, kv_setup
 
 TIMEOUT_S = 180.0
-IDS = {"prefill": "p" * 32, "decode": "d" * 32}
 
 
 class Engine:
@@ -48,31 +46,17 @@ class Engine:
         self.link, _ = self.context.listen(zmq.ROUTER, f"ipc://{folder}/{role}.kv")
         transfer = {"connector": "file", "file": {"directory": str(folder / "kv")}}
         settings = KVTransferSettings.model_validate(transfer | changes.pop("transfer", {}))
-        setup = KVSetup(
-            name=self.name,
-            engine_id=IDS[role],
-            incarnation=1,
-            role=role,
-            bind_address="127.0.0.1",
-            advertise_address="127.0.0.1",
+        setup = kv_setup(
+            role,
             keys=keys,
             link=f"ipc://{folder}/{role}.kv",
             kv_transfer=settings.model_dump_json(),
-            by_head=False,
             model_digest=changes.pop("model_digest", "m"),
         )
         self.cache = changes.pop("cache", None)
         if self.cache is None:
             self.cache = torch.randn(8, 2, 4, 16, generator=torch.Generator().manual_seed(seed))
-        layout = read_layout(
-            {"a": self.cache},
-            Config([Group(["a"])], 8),
-            total_kv_heads=2,
-            tp_size=1,
-            num_stages=1,
-            rank=0,
-            by_head=False,
-        )
+        layout = read({"a": self.cache}, num_blocks=8, by_head=False)
         groups = [GroupShape(4, None)]
         self.scheduling = Scheduling(setup, settings, groups, self.send, dp_rank=0, tp_size=1)
         self.worker = Worker(
@@ -87,16 +71,7 @@ class Engine:
         )
         self.heard: list[Any] = []
         up = self.hear(RankUp)
-        self.entry = Entry(
-            name=f"{self.name}/rank-0",
-            kind="rank",
-            incarnation=1,
-            engine=self.name,
-            role=role,
-            engine_id=up.engine_id,
-            address=Address(side_channel=up.side_channel),
-            state="ready",
-        )
+        self.entry = entry_of(self.name, role, up.engine_id, up.side_channel, state="ready")
 
     def hear(self, kind: type) -> Any:
         deadline_at = time.monotonic() + TIMEOUT_S
