@@ -36,9 +36,9 @@ from tests.e2e.lone_router import needs_vllm_router, running_router, running_vll
 from tests.e2e.test_scale import run
 from tests.e2e.waiting import await_true
 from tests.engine.server.conftest import engine_spec
+from tests.other_user import as_nobody
 from tests.protocol.process.test_engine_ports import listen_in_all_ways
 from tests.router.test_admin import COMMANDS
-from tests.transfer.test_strangers import as_nobody
 
 CLIENT, OTHER_ROUTER = "of-the-clients", "of-another-router"
 BODY = {"prompt": [5, 6, 7], "max_tokens": 2}

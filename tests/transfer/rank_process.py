@@ -205,7 +205,6 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "interrupt": lambda kind, pid: interruptions.append((kind, pid)),
         "go_on_reading": going_on.set,
         "listening": listening,
-        "address": lambda: (os.getpid(), kv_cache.data_ptr()),
     }
     send("started", transfer.endpoint)
     while True:

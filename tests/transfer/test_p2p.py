@@ -4,6 +4,7 @@ over a Unix socket, and the choice between P2P and another connector.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -40,6 +41,7 @@ from pdlaunch.transfer.regions import Pieces, merge, native_regions
 from tests.e2e.waiting import await_true
 from tests.engine.memory.open_files import num_open_fds
 from tests.interpreter import needs_triton, run_interpreted
+from tests.other_user import as_nobody
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 from tests.transfer.pull_world import compatibility
 
@@ -309,6 +311,22 @@ def test_without_the_token_nothing_is_handed_over(server: FdServer, token: bytes
     await_true(lambda: num_open_fds() <= before, "the server has closed its end, too")
     assert server.wait_unused(0)
     fetch(server).close()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_gets_nothing_with_the_token(server: FdServer) -> None:
+    def ask() -> dict[str, str]:
+        answer = b""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.settimeout(TIMEOUT_S)
+            stranger.connect(f"\0{server.address}")
+            with contextlib.suppress(ConnectionError):  # it may be refused already
+                stranger.send(server.token)
+                answer, _, _, _ = socket.recv_fds(stranger, 100, 16)
+        return {"answer": answer.decode()}
+
+    assert as_nobody(ask) == {"answer": ""}
 
 
 # Together with another connector

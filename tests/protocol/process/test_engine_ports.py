@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 
 from pdlaunch.protocol.process.engine_ports import EnginePorts, bind_to_share
-from tests.transfer.test_strangers import as_nobody
+from tests.other_user import as_nobody
 
 ANY = {"127.0.0.1": "0.0.0.0", "::1": "::"}
 """The addresses of all devices beside those of loopback."""
