@@ -1,11 +1,12 @@
-"""Ranks in processes of their own answer as one rank does."""
+"""The ranks of a group answer as one rank does."""
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,109 +20,92 @@ from pdlaunch.engine.models.tensor_parallel import (
     plan_cuts,
     says_that_a_rank_is_gone,
 )
+from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
 from tests.engine.models.tiny import greedy, save_tiny_model
-from tests.engine.real_steps import GRAPHS
+from tests.engine.real_steps import answers, ignore_progress, make_spec
 
 NUM_TOKENS = 6
+TIMEOUT_S = 300
 # From each family, the model with more to split: biases, windows.
 FAMILIES = ["llama-bias", "qwen2-window", "qwen3", "mistral", "gemma3", "smollm3-window"]
-ROOT = Path(__file__).parents[3]
+THREE = ["llama-bias", "gemma3"]
 
 
-def run_group(
-    folder: Path,
-    tp_size: int,
-    directories: list[Path],
-    prompts: list[list[int]],
-    num_tokens: int = NUM_TOKENS,
-    **spec: object,
-) -> list[dict[str, Any]]:
-    """Run the ranks; return what each has computed."""
-    arguments = {
-        "rendezvous": f"file://{folder}/rendezvous-{tp_size}",
-        "tp_size": tp_size,
-        "directories": [str(directory) for directory in directories],
-        "prompts": prompts,
-        "num_tokens": num_tokens,
-        "spec": spec,
-    }
-    command = [sys.executable, "-m", "tests.engine.models.tp_worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, json.dumps(arguments | {"tp_rank": tp_rank})],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for tp_rank in range(tp_size)
-    ]
-    try:
-        ended = [process.communicate(timeout=500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * tp_size, ended
-    results = [json.loads(out) for out, _ in ended]
-    for result in results:
-        assert result["broadcast"] == bytes(range(16)).hex()
-        assert result["least"] == 2**40 + 8 - tp_size
-        assert set(result["listening"]) <= {"127.0.0.1"}
-    return results
+class ThreadGroup(TPGroup):
+    """The group of ranks that are threads of this process; runners are made one after another."""
+
+    def __init__(self, tp_rank: int, given: list[Any], barrier: threading.Barrier) -> None:
+        self.tp_rank, self.tp_size = tp_rank, len(given)
+        self._given, self._barrier = given, barrier
+
+    def exchange(self, own: Any) -> list[Any]:
+        """Return what all ranks have passed."""
+        self._given[self.tp_rank] = own
+        self._barrier.wait(TIMEOUT_S)
+        given = [*self._given]
+        self._barrier.wait(TIMEOUT_S)
+        return given
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(sum(self.exchange(tensor.clone())))
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(self.exchange(tensor.clone())[0])
+
+    def least(self, number: int) -> int:
+        return number
 
 
 @pytest.mark.parametrize(
-    ("tp_size", "names", "sizes"),
+    ("tp_size", "name", "sizes"),
     [
-        (2, FAMILIES, {}),
-        (3, ["llama-bias", "gemma3"], {"num_key_value_heads": 3, "intermediate_size": 96}),
+        *((2, name, {}) for name in FAMILIES),
+        # Three ranks cut otherwise, whatever the model: a few will do.
+        *((3, name, {"num_key_value_heads": 3, "intermediate_size": 96}) for name in THREE),
     ],
-    ids=["2", "3"],
 )
-@pytest.mark.processes
 def test_ranks_answer_as_generate_does(
-    tmp_path: Path, tp_size: int, names: list[str], sizes: dict[str, int]
+    tmp_path: Path, tp_size: int, name: str, sizes: dict[str, int]
 ) -> None:
     """Biases, a KV head on all ranks (llama-bias has one), tied embeddings, query norms, windows,
-    layers without rotation. Three ranks cut otherwise, whatever the model: a few will do.
+    layers without rotation.
     """
     draw = random.Random(3)
     prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in (9, 26)]
-    directories = [save_tiny_model(name, tmp_path, **sizes) for name in names]
-    # Three ranks on two cores take turns at every sum: fewer steps.
-    num_tokens, is_async = (NUM_TOKENS, True) if tp_size == 2 else (3, False)
-    results = run_group(
-        tmp_path, tp_size, directories, prompts, num_tokens, async_scheduling=is_async
-    )
-    assert all(result["listening"] for result in results)
-    for directory in directories:
-        answers = [result["answers"][str(directory)] for result in results]
-        expected = greedy(directory, prompts, num_tokens)
-        runs = [expected] * (1 + is_async)
-        assert [answer["tokens"] for answer in answers] == [runs] * tp_size, directory.name
-        shape = read_model_shape(directory)
-        assert all(answer["num_parameters"] < 0.75 * shape.num_parameters for answer in answers)
-        first_heads = range(tp_size) if shape.num_kv_heads == tp_size else [0] * tp_size
-        assert [answer["heads"] for answer in answers] == [[first, 1] for first in first_heads]
-        assert len({answer["digest"] for answer in answers}) == 1
+    directory = save_tiny_model(name, tmp_path, **sizes)
+    spec = make_spec(directory, tensor_parallel_size=tp_size, async_scheduling=True)
+    given, barrier = [None] * tp_size, threading.Barrier(tp_size)
+    groups = [ThreadGroup(tp_rank, given, barrier) for tp_rank in range(tp_size)]
+    runners = [ModelRunner(spec, tp=tp, progress=ignore_progress) for tp in groups]
 
+    def answer(tp_rank: int, ahead: bool) -> list[list[int]]:
+        try:
+            return answers(
+                runners[tp_rank],
+                prompts,
+                NUM_TOKENS,
+                step_tokens=19,
+                apart=1,
+                ahead=ahead,
+                share=lambda tokens: groups[tp_rank].exchange(tokens)[0],
+            )
+        except BaseException:
+            barrier.abort()
+            raise
 
-@pytest.mark.multi_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("changes", GRAPHS.values(), ids=GRAPHS)
-@pytest.mark.processes
-def test_two_gpus_answer_as_generate_does(tmp_path: Path, changes: dict[str, object]) -> None:
-    """Sums over the ranks inside of CUDA graphs, between prompts that are computed without."""
-    prompts = [[5 + length % 90] * length for length in (1, 4, 9, 15, 26, 33)]
-    directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen3", "gemma3")]
-    spec = {"device": "cuda", "device_indices": [0, 1], "async_scheduling": True, **changes}
-    results = run_group(tmp_path, 2, directories, prompts, **spec)
-    for directory in directories:
-        answers = [result["answers"][str(directory)] for result in results]
-        expected = greedy(directory, prompts, NUM_TOKENS)
-        assert [answer["tokens"] for answer in answers] == [[expected] * 2] * 2
-        assert [answer["has_graphs"] for answer in answers] == ["enforce_eager" not in changes] * 2
+    expected = greedy(directory, prompts, NUM_TOKENS)
+    for ahead in (False, True):
+        with ThreadPoolExecutor(tp_size) as pool:
+            found = [*pool.map(answer, range(tp_size), [ahead] * tp_size)]
+        assert found == [expected] * tp_size
+    shape = read_model_shape(directory)
+    first_heads = range(tp_size) if shape.num_kv_heads == tp_size else [0] * tp_size
+    for runner, first_head in zip(runners, first_heads, strict=True):
+        num_parameters = sum(each.numel() for each in runner._model.parameters())
+        assert num_parameters < 0.75 * shape.num_parameters
+        assert (runner.first_kv_head, runner.layout.num_kv_heads) == (first_head, 1)
+    assert len({runner.model_digest for runner in runners}) == 1
 
 
 def make_shape(**changes: int) -> ModelShape:
