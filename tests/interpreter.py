@@ -1,5 +1,5 @@
-"""Runs a module of tests of Triton kernels in Triton's interpreter, which must be chosen before
-Triton is imported.
+"""Runs a module of tests of Triton kernels as a program: Triton's interpreter and cache must be
+chosen before Triton is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import pytest
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
-def run_interpreted(module: str, *parts: Sequence[str], timeout_s: float = 500) -> None:
+def run_interpreted(module: str, *parts: Sequence[str]) -> None:
+    run_module(module, *parts, TRITON_INTERPRET="1")
+
+
+def run_module(module: str, *parts: Sequence[str], **environ: str) -> None:
     """Run ``module`` as a program, and fail with its last words if it fails.
 
     ``parts``: arguments of as many processes of it, which run at the same time; without any it runs
@@ -24,7 +28,7 @@ def run_interpreted(module: str, *parts: Sequence[str], timeout_s: float = 500) 
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env=os.environ | {"TRITON_INTERPRET": "1"},
+            env=os.environ | environ,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -32,7 +36,7 @@ def run_interpreted(module: str, *parts: Sequence[str], timeout_s: float = 500) 
         for arguments in parts or ((),)
     ]
     try:
-        ended = [process.communicate(timeout=timeout_s)[1] for process in processes]
+        ended = [process.communicate(timeout=500)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
