@@ -4,12 +4,11 @@ and bodies that never end.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.attacks.bystander import Bystander
@@ -27,10 +26,10 @@ KEPT_MIB = 64
 """Room of four bodies, which malloc may keep: a body that is lost with each request is more."""
 ANSWER_LIMIT_S = 180.0
 
-NESTED = b"[" * 200 + b"]" * 200 + b"}}"
 MESSAGE = b'{"role":"user","content":"a"}'
 TEXT_PART = b'{"type":"text","text":"a"}'
 TO_THE_CHAT = b'{"max_tokens":2,"messages":['
+PROMPT = b'{"max_tokens":2,"prompt":'
 
 
 def fill(start: bytes, piece: bytes, end: bytes) -> bytes:
@@ -38,61 +37,33 @@ def fill(start: bytes, piece: bytes, end: bytes) -> bytes:
     return start + piece * ((BODY_BYTES - len(start) - len(end)) // len(piece)) + end
 
 
-BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "valid messages": (CHAT, lambda: fill(TO_THE_CHAT, MESSAGE + b",", MESSAGE + b"]}")),
-    "lists for messages": (CHAT, lambda: fill(TO_THE_CHAT, b"[],", b"[]]}")),
-    "parts of one message": (
-        CHAT,
-        lambda: fill(
-            TO_THE_CHAT + b'{"role":"user","content":[', TEXT_PART + b",", TEXT_PART + b"]}]}"
-        ),
-    ),
-    "a long prompt": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"', b"ab cd ", b'"}')),
-    "token ids": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":[', b"1,", b"1]}")),
-    "many prompts": (
-        COMPLETIONS,
-        lambda: fill(b'{"max_tokens":1,"prompt":[', b'"' + b"a b " * 4000 + b'",', b'"a"]}'),
-    ),
-    "stop strings": (
-        COMPLETIONS,
-        lambda: fill(b'{"max_tokens":2,"prompt":"a","stop":[', b'"b",', b'"c"]}'),
-    ),
-    "logit_bias": (
-        COMPLETIONS,
-        lambda: (
-            b'{"prompt":"a","max_tokens":40,"n":16,"ignore_eos":true,"logit_bias":{'
-            + b",".join(b'"%d":1' % token for token in range(VOCAB_SIZE))
-            + b"}}"
-        ),
-    ),
-    "an unknown field": (
-        COMPLETIONS,
-        lambda: fill(b'{"prompt":"a","max_tokens":2,"', b"k", b'":1}'),
-    ),
-    "unknown fields": (
-        COMPLETIONS,
-        lambda: (
-            b'{"prompt":"a","max_tokens":2,'
-            + b",".join(b'"k%d":1' % number for number in range(10**6))
-            + b"}"
-        ),
-    ),
-    "tokenize": (
-        "/tokenize",
-        lambda: fill(b'{"return_token_strs":true,"prompt":"', b"ab cd ", b'"}'),
-    ),
-    "detokenize": ("/detokenize", lambda: fill(b'{"tokens":[', b"1,", b"1]}")),
-    "a template's own code": (
-        CHAT,
-        lambda: (
-            TO_THE_CHAT + b'{"role":"user","content":"{% for i in range(10**9) %}x{% endfor %}"}]}'
-        ),
-    ),
-    "chat_template_kwargs": (
-        CHAT,
-        lambda: TO_THE_CHAT + MESSAGE + b'],"chat_template_kwargs":{"messages":1,"a":' + NESTED,
-    ),
-}
+def members(form: bytes, count: int) -> bytes:
+    return b",".join(form % number for number in range(count))
+
+
+def each_body() -> Iterator[tuple[str, str, bytes]]:
+    """What it is, path and content, one after the other, as they are large."""
+    yield "valid messages", CHAT, fill(TO_THE_CHAT, MESSAGE + b",", MESSAGE + b"]}")
+    yield "lists for messages", CHAT, fill(TO_THE_CHAT, b"[],", b"[]]}")
+    parts = TO_THE_CHAT + b'{"role":"user","content":['
+    yield "parts of one message", CHAT, fill(parts, TEXT_PART + b",", TEXT_PART + b"]}]}")
+    yield "a long prompt", COMPLETIONS, fill(PROMPT + b'"', b"ab cd ", b'"}')
+    yield "token ids", COMPLETIONS, fill(PROMPT + b"[", b"1,", b"1]}")
+    yield "many prompts", COMPLETIONS, fill(PROMPT + b"[", b'"' + b"a b " * 4000 + b'",', b'"a"]}')
+    yield "stop strings", COMPLETIONS, fill(PROMPT + b'"a","stop":[', b'"b",', b'"c"]}')
+    biased = b'{"prompt":"a","max_tokens":40,"n":16,"ignore_eos":true,"logit_bias":{'
+    yield "logit_bias", COMPLETIONS, biased + members(b'"%d":1', VOCAB_SIZE) + b"}}"
+    yield "an unknown field", COMPLETIONS, fill(PROMPT + b'"a","', b"k", b'":1}')
+    yield "unknown fields", COMPLETIONS, PROMPT + b'"a",' + members(b'"k%d":1', 10**6) + b"}"
+    strings = b'{"return_token_strs":true,"prompt":"'
+    yield "tokenize", "/tokenize", fill(strings, b"ab cd ", b'"}')
+    yield "detokenize", "/detokenize", fill(b'{"tokens":[', b"1,", b"1]}")
+    code = b'{"role":"user","content":"{% for i in range(10**9) %}x{% endfor %}"}]}'
+    yield "a template's own code", CHAT, TO_THE_CHAT + code
+    nested = b'],"chat_template_kwargs":{"messages":1,"a":' + b"[" * 200 + b"]" * 200 + b"}}"
+    yield "chat_template_kwargs", CHAT, TO_THE_CHAT + MESSAGE + nested
+
+
 SEVERAL = ("valid messages", "lists for messages", "a long prompt", "token ids", "logit_bias")
 """Sent ``AT_ONCE`` as well."""
 
@@ -107,16 +78,11 @@ def bodies(target: Target, verdict: Verdict) -> None:
     before = calm_memory(target)
     one_round(target, verdict)
     unfinished(target, verdict)
-    target.settle(verdict, {name: mib + KEPT_MIB for name, mib in before.items()}, "bodies")
-    now = target.memory()
-    verdict.row(
-        "memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before)
-    )
+    target.settle(verdict, before, "bodies", spare_mib=KEPT_MIB)
 
 
 def one_round(target: Target, verdict: Verdict) -> None:
-    for what, (path, make) in BODIES.items():
-        content = make()
+    for what, path, content in each_body():
         send(target, verdict, what, path, content, num_times=1)
         if what in SEVERAL:
             send(target, verdict, what, path, content, num_times=AT_ONCE)
@@ -152,12 +118,7 @@ def send(
         target.judge(verdict, answer, how)
     bystander.judge(verdict, how, limit_s=OTHERS_LIMIT_S)
     statuses = dict(Counter(answer.status for answer in answers))
-    verdict.row(
-        f"{num_times} x {what}",
-        f"{statuses} in {seconds:.1f} s",
-        bystander.said(),
-        bystander.said_of_memory(),
-    )
+    verdict.row(f"{num_times} x {what}", f"{statuses} in {seconds:.1f} s", *bystander.said())
 
 
 def unfinished(target: Target, verdict: Verdict) -> None:
@@ -166,37 +127,28 @@ def unfinished(target: Target, verdict: Verdict) -> None:
     """
     address = urllib.parse.urlsplit(target.router)
     head = (
-        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: "
-        "application/json\r\n"
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {address.netloc}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {BODY_BYTES}\r\n\r\n"
     )
-    head += f"Content-Length: {BODY_BYTES}\r\n\r\n"
     part = head.encode() + b'{"prompt":"' + b"a" * (BODY_BYTES - 2**20)
-    statuses: Counter[str] = Counter()
 
-    def one(_: int) -> None:
-        with contextlib.ExitStack() as stack:
-            try:
-                connection = stack.enter_context(
-                    socket.create_connection(
-                        (address.hostname or "", address.port or 0), timeout=120
-                    )
-                )
+    def one(_: int) -> str:
+        place = address.hostname or "", address.port or 0
+        try:
+            with socket.create_connection(place, timeout=120) as connection:
                 connection.sendall(part)
-                statuses[
-                    connection.recv(64).partition(b"\r\n")[0].decode(errors="replace") or "closed"
-                ] += 1
-            except OSError as error:
-                statuses[type(error).__name__] += 1
+                line = connection.recv(64).partition(b"\r\n")[0]
+                return line.decode(errors="replace") or "closed"
+        except OSError as error:
+            return type(error).__name__
 
     start_s = time.monotonic()
     with Bystander(target) as bystander, ThreadPoolExecutor(NUM_UNFINISHED) as pool:
-        list(pool.map(one, range(NUM_UNFINISHED)))
+        statuses = Counter(pool.map(one, range(NUM_UNFINISHED)))
     how = f"{NUM_UNFINISHED} bodies of {len(part)} of {BODY_BYTES} bytes that never end"
     if statuses["TimeoutError"]:
         verdict.broke("a body that never ends is given up in 120 s", f"{how}: {dict(statuses)}")
     bystander.judge(verdict, how, limit_s=OTHERS_LIMIT_S)
     target.check_alive(verdict, how)
     ended = f"{dict(statuses)} in {time.monotonic() - start_s:.1f} s"
-    verdict.row(
-        f"{NUM_UNFINISHED} x unfinished", ended, bystander.said(), bystander.said_of_memory()
-    )
+    verdict.row(f"{NUM_UNFINISHED} x unfinished", ended, *bystander.said())

@@ -56,14 +56,12 @@ class Bystander:
                 f"{how}: the slowest took {self.slowest_s:.1f} s",
             )
 
-    def said(self) -> str:
+    def said(self) -> tuple[str, str]:
+        """Of answers and of memory."""
         statuses = sorted({answer.status for answer in self.answers})
-        return f"others {len(self.answers)} asked, {statuses}, slowest {self.slowest_s:.2f} s"
-
-    def said_of_memory(self) -> str:
-        return "peak MiB " + " ".join(
-            f"{name} {size:.0f}" for name, size in sorted(self.peak.items())
-        )
+        peaks = " ".join(f"{name} {size:.0f}" for name, size in sorted(self.peak.items()))
+        said = f"others {len(self.answers)} asked, {statuses}, slowest {self.slowest_s:.2f} s"
+        return said, f"peak MiB {peaks}"
 
     def _work(self) -> None:
         while not self._stop.is_set():

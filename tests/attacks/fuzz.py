@@ -134,21 +134,17 @@ def fuzz(target: Target, verdict: Verdict, num_requests: int, seed: int) -> None
     before = target.memory()
     statuses: Counter[tuple[str, int]] = Counter()
     slowest_s, slowest = 0.0, "none"
-    for case in choose(source, target.names, num_requests):
+    for case in choose(source, [*target.urls], num_requests):
         answer = target.send(case.who, case.path, case.body)
         target.judge(verdict, answer, str(case))
         statuses[case.who, answer.status] += 1
         if answer.seconds > slowest_s:
             slowest_s, slowest = answer.seconds, str(case)
     target.settle(verdict, before, f"fuzz, {num_requests} requests, seed {seed}")
-    for who in target.names:
+    for who in target.urls:
         found = {status: count for (name, status), count in sorted(statuses.items()) if name == who}
         verdict.row(f"fuzz of {who}", f"{sum(found.values())} requests", f"statuses {found}")
     verdict.row("slowest", f"{slowest_s:.1f} s", slowest[:150])
-    now = target.memory()
-    verdict.row(
-        "memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before)
-    )
 
 
 def choose(source: random.Random, names: list[str], num_requests: int) -> Iterator[Case]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from tests.attacks.target import COMPLETIONS as PATH
 from tests.attacks.target import Target, text_of
 from tests.attacks.verdict import Verdict
 
+PREFILL, DECODE = "prefill-0", "decode-0"
 PROMPT = (
     "Words that fill some blocks with keys and values: "
     + "one two three four five six seven eight " * 4
@@ -85,15 +85,13 @@ def kv_fuzz(target: Target, verdict: Verdict) -> None:
     """
     before = target.memory()
     statuses: Counter[int] = Counter()
-    prefill = next(name for name in target.names if name.startswith("prefill"))
-    decode = next(name for name in target.names if name.startswith("decode"))
-    handed = hand_over(target, verdict, prefill)
-    right = text_of(target.ask(decode, PATH, GREEDY))
-    with listener() as (port, num_connections):
-        for lie in lies(handed, port):
-            answer = target.ask(decode, PATH, GREEDY | {"kv_transfer_params": handed | lie})
+    handed = hand_over(target, verdict)
+    right = text_of(target.ask(DECODE, PATH, GREEDY))
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        for lie in lies(handed, trap.getsockname()[1]):
+            answer = target.ask(DECODE, PATH, GREEDY | {"kv_transfer_params": handed | lie})
             statuses[answer.status] += 1
-            how = f"{decode} {PATH} {json.dumps(lie)[:500]}"
+            how = f"{DECODE} {PATH} {json.dumps(lie)[:500]}"
             target.judge(verdict, answer, how)
             # A first token that is wrong is a wrong answer of the caller's own making.
             is_told = "pdlaunch" in lie or "do_remote_decode" in lie
@@ -101,27 +99,23 @@ def kv_fuzz(target: Target, verdict: Verdict) -> None:
                 verdict.broke("a lie about blocks changes no token", how)
         small = {"prompt": "a", "max_tokens": 2}
         requests: list[tuple[str, dict[str, Any], dict[str, str]]] = [
-            *((decode, body, {}) for body in resumes()),
-            *((prefill, prefill_body(pdlaunch=lie), {}) for lie in LIES["pdlaunch"]),
+            *((DECODE, body, {}) for body in resumes()),
+            *((PREFILL, prefill_body(pdlaunch=lie), {}) for lie in LIES["pdlaunch"]),
             ("router", small | {"kv_transfer_params": handed}, {}),
             ("router", resumes()[3], {}),
         ]
-        requests += [
-            (who, small, {"X-Request-Id": given})
-            for given in REQUEST_IDS
-            for who in ("router", decode)
-        ]
+        for given in REQUEST_IDS:
+            requests += [(who, small, {"X-Request-Id": given}) for who in ("router", DECODE)]
         for who, body, headers in requests:
             answer = target.ask(who, PATH, body, headers=headers)
             statuses[answer.status] += 1
             target.judge(verdict, answer, f"{who} {PATH} {headers} {json.dumps(body)[:500]}")
-        if num_connections():
-            verdict.broke(
-                "engines connect to no address that a client names",
-                f"{num_connections()} connections to port {port}",
-            )
-    steal(target, verdict, prefill, decode)
-    command(target, verdict, prefill)
+        trap.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            how = f"{trap.accept()[1]} connected to {trap.getsockname()}"
+            verdict.broke("engines connect to no address that a client names", how)
+    steal(target, verdict)
+    command(target, verdict)
     target.settle(verdict, before, "kv_fuzz")
     verdict.row(
         "kv_transfer_params, resume, ids",
@@ -134,9 +128,9 @@ def prefill_body(**params: object) -> dict[str, Any]:
     return GREEDY | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True, **params}}
 
 
-def hand_over(target: Target, verdict: Verdict, prefill: str) -> dict[str, Any]:
+def hand_over(target: Target, verdict: Verdict) -> dict[str, Any]:
     """What a prefill engine hands over for ``PROMPT``."""
-    answer = target.ask(prefill, PATH, prefill_body())
+    answer = target.ask(PREFILL, PATH, prefill_body())
     if answer.status != 200:
         verdict.broke("prefill hands over", f"{answer.status} {answer.body[:200]!r}")
         return {}
@@ -163,7 +157,7 @@ def resumes() -> list[dict[str, Any]]:
     ]
 
 
-def steal(target: Target, verdict: Verdict, prefill: str, decode: str) -> None:
+def steal(target: Target, verdict: Verdict) -> None:
     """Another prompt under a lease of ``PROMPT``: the blocks must not be used, the answer is that
     of the other prompt.
     """
@@ -172,15 +166,12 @@ def steal(target: Target, verdict: Verdict, prefill: str, decode: str) -> None:
         "max_tokens": 8,
         "temperature": 0,
     }
-    honest = target.ask(decode, PATH, other)
+    honest = target.ask(DECODE, PATH, other)
     # What prefill drew for its own prompt is told beside the blocks; it is no secret to who holds
     # the key of the engines.
-    handed = {
-        name: value
-        for name, value in hand_over(target, verdict, prefill).items()
-        if name != "pdlaunch"
-    }
-    stolen = target.ask(decode, PATH, other | {"kv_transfer_params": handed})
+    handed = hand_over(target, verdict)
+    handed.pop("pdlaunch", None)
+    stolen = target.ask(DECODE, PATH, other | {"kv_transfer_params": handed})
     target.judge(verdict, stolen, "another prompt under a lease")
     if stolen.status == 200 and text_of(stolen) != text_of(honest):
         verdict.broke(
@@ -190,29 +181,11 @@ def steal(target: Target, verdict: Verdict, prefill: str, decode: str) -> None:
     verdict.row("another prompt under a lease", stolen.status, "answered from its own tokens")
 
 
-def command(target: Target, verdict: Verdict, prefill: str) -> None:
+def command(target: Target, verdict: Verdict) -> None:
     """Nonsense to the commands of an engine."""
     nonsense = b'|[]|5|{"request_id":5}|{"request_id":"unknown"}|\xff'.split(b"|")
     nonsense.append(b'{"request_id":"' + b"x" * 5000 + b'"}')
     for path in COMMANDS:
         for body in nonsense:
-            answer = target.send(prefill, path, body)
-            target.judge(verdict, answer, f"{prefill} {path} {body[:60]!r}")
-
-
-@contextlib.contextmanager
-def listener() -> Iterator[tuple[int, Any]]:
-    """A port of ours, and a function that says how many have connected to it."""
-    found: list[object] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, address = server.accept()
-                    found.append(address)
-                    connection.close()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield server.getsockname()[1], lambda: len(found)
-        server.shutdown(socket.SHUT_RDWR)
+            answer = target.send(PREFILL, path, body)
+            target.judge(verdict, answer, f"{PREFILL} {path} {body[:60]!r}")

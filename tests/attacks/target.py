@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +86,16 @@ class Target:
         self.router = deployment.url
         self.reference = ""
         """The answer to ``SMALL_BODY``, taken before any attack."""
-        self._living: dict[str, psutil.Process] = {}
-        self._urls: dict[str, str] = {}
+        self.living: dict[str, psutil.Process] = {}
+        self.urls: dict[str, str] = {}
+        """Of the router and the engines."""
         self.look_again()
 
     def look_again(self) -> None:
         """Find the processes and addresses that there are now."""
-        self._living = self.deployment.processes()
-        self._urls = {
-            "router": self.router,
-            **{engine["name"]: engine["url"] for engine in engines_of(Api(self.router))},
-        }
-
-    @property
-    def names(self) -> list[str]:
-        """The router and the engines."""
-        return list(self._urls)
-
-    def url(self, who: str) -> str:
-        return self._urls[who]
+        self.living = self.deployment.processes()
+        engines = {engine["name"]: engine["url"] for engine in engines_of(Api(self.router))}
+        self.urls = {"router": self.router, **engines}
 
     def send(
         self,
@@ -112,14 +104,15 @@ class Target:
         body: bytes | None,
         *,
         method: str = "POST",
+        key: str = ENGINE_KEY,
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 300.0,
     ) -> Answer:
         """One request over a connection of its own; never raises for what the other side does."""
-        address = urllib.parse.urlsplit(self.url(who)).netloc
+        address = urllib.parse.urlsplit(self.urls[who]).netloc
         own = {"Content-Type": "application/json"} if body is not None else {}
-        if who != "router":
-            own["Authorization"] = f"Bearer {ENGINE_KEY}"
+        if key and who != "router":
+            own["Authorization"] = f"Bearer {key}"
         connection = http.client.HTTPConnection(address, timeout=timeout_s)
         start_s = time.monotonic()
         try:
@@ -150,7 +143,7 @@ class Target:
 
     def check_alive(self, verdict: Verdict, request: str) -> None:
         """No process died; waits until dead ones are replaced."""
-        dead = [name for name, process in self._living.items() if not lives(process)]
+        dead = [name for name, process in self.living.items() if not lives(process)]
         if dead:
             time.sleep(1)  # for the supervisor's words
             verdict.broke(
@@ -167,45 +160,37 @@ class Target:
     def memory(self) -> dict[str, float]:
         """MiB resident, by process."""
         found = {}
-        for name, process in self._living.items():
+        for name, process in self.living.items():
             with contextlib.suppress(psutil.NoSuchProcess):
                 found[name] = process.memory_info().rss / 2**20
         return found
 
-    def processes(self) -> dict[str, psutil.Process]:
-        return dict(self._living)
-
-    def grown(self, before: Mapping[str, float]) -> list[str]:
-        """Processes that hold over ``MOST_GROWTH`` of what they held before."""
-        now = self.memory()
-        return [
-            f"{name} {before[name]:.0f} -> {now[name]:.0f} MiB"
-            for name in before
-            if name in now and now[name] > before[name] * MOST_GROWTH
-        ]
-
-    def left(self) -> list[str]:
-        """Return what engines still hold that should be gone, and what is wrong with them."""
-        return await_idle(admin_api(self.router), timeout_s=0)
-
-    def settle(self, verdict: Verdict, before: Mapping[str, float], how: str) -> None:
+    def settle(
+        self, verdict: Verdict, before: Mapping[str, float], how: str, spare_mib: float = 0.0
+    ) -> None:
         """After an attack: processes live, engines hold nothing, memory is back; each within
         ``CALM_S``.
         """
         self.check_alive(verdict, how)
-        deadline_s = time.monotonic() + CALM_S
-        while any(found := (self.left(), self.grown(before))) and time.monotonic() < deadline_s:
-            time.sleep(0.2)
-        left, grown = found
-        for problem in left:
+        for problem in await_idle(admin_api(self.router), timeout_s=CALM_S):
             verdict.broke("every block is given back", f"{how}: {problem}")
-        for problem in grown:
-            verdict.broke("memory comes back to within 20 %", f"{how}: {problem}")
+        deadline_s = time.monotonic() + CALM_S
+        while True:
+            now = self.memory()
+            most = {name: (mib + spare_mib) * MOST_GROWTH for name, mib in before.items()}
+            grown = [name for name in now if now[name] > most.get(name, inf)]
+            if not grown or time.monotonic() > deadline_s:
+                break
+            time.sleep(0.2)
+        told = {name: f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before}
+        verdict.row("memory", *told.values())
+        for name in grown:
+            verdict.broke("memory comes back to within 20 %", f"{how}: {told[name]}")
 
     def _is_whole(self) -> bool:
         """Every engine that there was is ready again; one that restarts is not even listed."""
         try:
-            return states(self.router) == dict.fromkeys(self.names[1:], "ready")
+            return states(self.router) == dict.fromkeys([*self.urls][1:], "ready")
         except PdlaunchError:
             return False
 
@@ -222,16 +207,10 @@ def warm_up(target: Target, num_requests: int) -> None:
     """
 
     def ask(number: int) -> None:
-        fields = {
-            "stream": number % 2 == 0,
-            "logprobs": 5,
-            "n": 1 + number % 3,
-            "temperature": 0.7,
-            "top_p": 0.9,
-            "top_k": 40,
-        }
+        fields = {"stream": number % 2 == 0, "logprobs": 5, "n": 1 + number % 3}
+        fields |= {"temperature": 0.7, "top_p": 0.9, "top_k": 40}
         body = {"prompt": f"{number} " + "warm up " * (number * 8), "max_tokens": 24, **fields}
-        for who in target.names:
+        for who in target.urls:
             target.ask(who, COMPLETIONS, body)
             # The first chat loads the template engine.
             chat = {"messages": [{"role": "user", "content": body["prompt"]}], "max_tokens": 24}

@@ -4,18 +4,11 @@ deployment.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from tests.attacks.sockets import judge_port
-from tests.attacks.stranger import REQUESTS
+from tests.attacks.sockets import REQUESTS, judge_http
 from tests.attacks.target import Answer
 from tests.attacks.verdict import Verdict
-
-REFUSED = dict.fromkeys(REQUESTS, 401)
-RANK = "decode-0/rank-0"
-CURVE = (b"\xff" + b"\0" * 8 + b"\x7f\x03\x01CURVE").hex()
 
 
 @pytest.mark.parametrize(
@@ -39,28 +32,18 @@ def test_answers_are_judged(
 
 
 @pytest.mark.parametrize(
-    ("found", "broken", "name"),
+    ("who", "opened", "num_broken"),
     [
-        ({"statuses": REFUSED}, 0, RANK),
-        ({"statuses": REFUSED | {"GET /metrics": 200}}, 1, RANK),
-        (
-            {"statuses": REFUSED | {"POST /v1/completions": 400, "POST /sleep?level=9": 400}},
-            2,
-            RANK,
-        ),
-        ({"zmq": CURVE, "http": ""}, 0, RANK),
-        ({"zmq": CURVE.replace(b"CURVE".hex(), b"NULL\0".hex()), "http": ""}, 1, RANK),
-        ({"zmq": "", "ucx": "", "http": ""}, 1, RANK),
-        ({"error": "ConnectionResetError"}, 1, RANK),
+        ("decode-0", {}, 0),
+        ("decode-0", {"GET /metrics": 200}, 1),
+        ("decode-0", {"POST /v1/completions": 400, "POST /sleep?level=9": 400}, 2),
         # A router without a key serves, and does no more.
-        ({"statuses": REFUSED | {"POST /v1/completions": 200}}, 0, "router"),
-        ({"statuses": REFUSED | {"POST /pdlaunch/release": 200}}, 1, "router"),
+        ("router", {"POST /v1/completions": 200}, 0),
+        ("router", {"POST /pdlaunch/release": 200}, 1),
     ],
 )
-def test_ports_are_judged(
-    found: dict[str, Any], broken: int, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_open_doors_are_told(who: str, opened: dict[str, int], num_broken: int) -> None:
     verdict = Verdict("sockets")
-    judge_port(verdict, name, {"port": 1} | found, is_router=name == "router")
-    assert len(verdict.broken) == broken
-    assert verdict.conclude() == (1 if broken else 0)
+    judge_http(verdict, who, dict.fromkeys(REQUESTS, 401) | opened)
+    assert len(verdict.broken) == num_broken
+    assert verdict.conclude() == (num_broken > 0)
