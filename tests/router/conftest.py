@@ -14,7 +14,7 @@ import pytest
 from pdlaunch.config.http_names import local_url
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.protocol.control import Command, PairReady, PairSuspect, Registry
+from pdlaunch.protocol.control import Command, ListedState, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import ClientKey, RouterSpec
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.app import RouterApp
@@ -59,10 +59,12 @@ class Stand:
         self,
         engines: Sequence[FakeEngine],
         *,
-        spec: RouterSpec = SPEC,
         recovery_wait_s: float = 10.0,
         metrics_s: float = 15.0,
+        **fields: Any,
     ) -> None:
+        """``fields``: of the router's spec."""
+        spec = msgspec.structs.replace(SPEC, **fields)
         for engine in engines:
             await engine.start()
             self.engines[engine.name] = engine
@@ -102,24 +104,20 @@ class Stand:
         self.publish()
         await self.state.settled()
 
-    async def start_pair(self) -> list[FakeEngine]:
+    async def start_pair(self, **fields: Any) -> list[FakeEngine]:
         engines = pair()
-        await self.start(engines)
+        await self.start(engines, **fields)
         return engines
 
-    def publish(
-        self,
-        *,
-        without: Sequence[str] = (),
-        starting: Sequence[str] = (),
-        draining: Sequence[str] = (),
-    ) -> None:
+    def publish(self, states: Mapping[str, ListedState | None] | None = None) -> None:
+        """``states`` of engines that are not as they say; None: they are gone."""
         self.version += 1
+        now = {name: engine.state for name, engine in self.engines.items()} | dict(states or {})
         entries = [
-            msgspec.structs.replace(entry, state="draining") if entry.name in draining else entry
-            for engine in self.engines.values()
-            if engine.name not in without
-            for entry in engine.entries(ready=engine.name not in starting)
+            entry
+            for name, engine in self.engines.items()
+            if (state := now[name]) is not None
+            for entry in engine.entries(state)
         ]
         self.state.update(Registry(version=self.version, entries=entries, pairs=self.pairs))
 
@@ -219,6 +217,12 @@ def working(engine: Engine) -> AbstractContextManager[object]:
 def named(stand: Stand, name: str) -> Engine:
     """The router's view of an engine."""
     return next(engine for engine in stand.pool.engines if engine.name == name)
+
+
+def samples(metrics: RouterMetrics) -> dict[str, float]:
+    """By name and labels, as they stand on the page."""
+    lines = [line for line in metrics.text().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 def proof(prefill: str, decode: str, **fields: Any) -> PairReady:

@@ -12,7 +12,6 @@ import re
 from importlib import resources
 from typing import Any
 
-import msgspec
 import pytest
 
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
@@ -21,7 +20,7 @@ from pdlaunch.protocol.control import MODEL_CHANGED, Registry
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 from pdlaunch.router.app import PAGE_PATHS
 from pdlaunch.router.client_request import COMPLETIONS, read_client_request
-from tests.router.conftest import SPEC, Stand, client_key, pair
+from tests.router.conftest import Stand, client_key, pair
 from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion
 
@@ -50,7 +49,7 @@ from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion
 async def test_fields_that_the_router_acts_on_are_checked_by_it(
     stand: Stand, fields: dict[str, Any], param: str
 ) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     answer = await stand.post(completion(**fields))
     assert answer.status == 400
     error = answer.json()["error"]
@@ -61,20 +60,15 @@ async def test_fields_that_the_router_acts_on_are_checked_by_it(
 
 
 async def test_the_api_key_is_asked_for(stand: Stand) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, keys=(client_key("secret"),)))
-    for headers in (
-        {},
-        {"Authorization": "Bearer wrong"},
-        {"Authorization": "secret"},
-        {"Authorization": "Bearer sécret"},
-    ):
+    await stand.start_pair(keys=(client_key("secret"),))
+    for key in ("", "Bearer wrong", "secret", "Bearer sécret"):
+        headers = {"Authorization": key} if key else {}
         answer = await stand.post(completion(), headers=headers)
         assert answer.status == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert b"secret" not in answer.raw
-    assert (
-        await stand.post(completion(), headers={"Authorization": "Bearer secret"})
-    ).status == 200
+    right = {"Authorization": "Bearer secret"}
+    assert (await stand.post(completion(), headers=right)).status == 200
     assert stand.engines["prefill-0"].seen[0].headers["Authorization"] == "Bearer launch-token"
     for path, status in (("/v1/models", 401), ("/health", 200), ("/metrics", 200)):
         async with stand.session.get(path) as response:
@@ -82,23 +76,21 @@ async def test_the_api_key_is_asked_for(stand: Stand) -> None:
 
 
 async def test_health_tells_the_engines_states(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     for starting, status, word in (
         ([], 200, "ok"),
         (["decode-0"], 200, "ok"),
         (["decode-0", "prefill-0"], 503, "unavailable"),
     ):
-        stand.publish(starting=starting)
+        stand.publish(dict.fromkeys(starting, "starting"))
         body = await stand.get("/health", status=status)
         assert body["status"] == word
         assert body["engines"] == {
             name: "starting" if name in starting else "ready" for name in ("decode-0", "prefill-0")
         }
         assert "model_changed" not in body
-    entries = stand.engines["decode-0"].entries(ready=True)
-    entries[0] = msgspec.structs.replace(
-        entries[0], state="failed", reason=f"decode-0 died: {MODEL_CHANGED}: model.safetensors"
-    )
+    entries = stand.engines["decode-0"].entries("failed")
+    entries[0].reason = f"decode-0 died: {MODEL_CHANGED}: model.safetensors"
     stand.state.update(Registry(version=99, entries=entries))
     assert (await stand.get("/health", status=503))["model_changed"] == ["decode-0"]
 
@@ -108,8 +100,7 @@ async def test_health_tells_the_engines_states(stand: Stand) -> None:
 async def test_what_engines_ignore_is_named_in_the_answer(
     stand: Stand, stream: bool, max_tokens: int
 ) -> None:
-    engines = pair()
-    await stand.start(engines)
+    engines = await stand.start_pair()
     body = completion(stream=stream, max_tokens=max_tokens)
     assert IGNORED_FIELDS_HEADER not in (await stand.post(body)).headers
     for engine in engines:
@@ -120,12 +111,9 @@ async def test_what_engines_ignore_is_named_in_the_answer(
     assert all("no_stop_trim" in seen.body for engine in engines for seen in engine.seen[-1:])
 
 
-FILES = resources.files("pdlaunch.router") / "static"
-
-
 @pytest.mark.parametrize("path", PAGE_PATHS)
 async def test_it_needs_no_key_and_tells_nothing(stand: Stand, path: str) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, keys=(client_key("the-key"),)))
+    await stand.start_pair(keys=(client_key("the-key"),))
     async with stand.session.get(path) as response:
         text = await response.text()
         assert response.status == 200
@@ -142,23 +130,15 @@ async def test_it_needs_no_key_and_tells_nothing(stand: Stand, path: str) -> Non
         assert response.status == 401
 
 
-def test_no_text_becomes_markup_and_nothing_comes_from_elsewhere() -> None:
-    for file in FILES.iterdir():
-        text = file.read_text()
-        for forbidden in (
-            "innerHTML",
-            "outerHTML",
-            "insertAdjacentHTML",
-            "document.write",
-            "eval(",
-        ):
-            assert forbidden not in text, f"{file.name}: {forbidden}"
-        assert not re.search(r"\son\w+=|style=|javascript:", text), file.name
-        elsewhere = re.findall(r"https?://[^\"'\s]+", text)
-        assert set(elsewhere) <= {"http://www.w3.org/2000/svg"}, file.name
+def test_no_text_becomes_markup() -> None:
+    ways = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\son\w+=|style=|javascript:"
+    )
+    for file in (resources.files("pdlaunch.router") / "static").iterdir():
+        assert not re.search(ways, file.read_text()), file.name
 
 
-LARGE = msgspec.structs.replace(SPEC, max_body_bytes=2**21, body_budget_bytes=2**22)
+LARGE = {"max_body_bytes": 2**21, "body_budget_bytes": 2**22}
 
 
 async def post(stand: Stand, path: str, raw: bytes) -> tuple[int, dict[str, Any]]:
@@ -169,7 +149,7 @@ async def post(stand: Stand, path: str, raw: bytes) -> tuple[int, dict[str, Any]
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 async def test_bodies_of_very_many_values_reach_no_engine(stand: Stand, path: str) -> None:
-    await stand.start(pair(), spec=LARGE)
+    await stand.start_pair(**LARGE)
     for item, number in (
         (b"[],", 200_000),
         (b'{"role":"user","content":"a"},', 30_000),
@@ -184,29 +164,26 @@ async def test_bodies_of_very_many_values_reach_no_engine(stand: Stand, path: st
 
 async def test_messages_and_prompts_reach_engines_as_they_were_written(stand: Stand) -> None:
     """Nothing is made of them here, not even of numbers that would be written otherwise."""
-    await stand.start(pair())
+    await stand.start_pair()
     raw = json.dumps(chat()).replace(
         json.dumps(MESSAGES), '[{"role": "user", "content": "h\\u00e9 \\/", "x": 1e2}]'
     )
     assert (await post(stand, CHAT, raw.encode()))[0] == 200
     (seen,) = stand.engines["prefill-0"].seen
     assert seen.body["messages"] == [{"role": "user", "content": "hé /", "x": 1e2}]
-    for prompt in ("a\\u00e9b", ["two", "prompts"], [[5, 6], [7]], [5, 6]):
+    text, texts, ids = "a\\u00e9b", ["two", "prompts"], [[5, 6], [7]]
+    for prompt, prompts in ((text, [text]), (texts, texts), (ids, ids), ([5, 6], [[5, 6]])):
         stand.engines["prefill-0"].seen.clear()
         assert (await stand.post(completion(prompt=prompt))).status == 200
-        several = (
-            prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-        )
-        assert sorted(
-            str(seen.body["prompt"]) for seen in stand.engines["prefill-0"].seen
-        ) == sorted(map(str, several))
+        told = [seen.body["prompt"] for seen in stand.engines["prefill-0"].seen]
+        assert sorted(told) == sorted(prompts)
 
 
 async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
     """Another engine may be asked meanwhile."""
     prefill, decode = engines = pair()
     prefill.max_model_len = decode.max_model_len = 2**22
-    await stand.start(engines, spec=LARGE)
+    await stand.start(engines, **LARGE)
     decode.hold_after = 1
     body = completion(prompt="x" * SMALL_BODY_BYTES)
     asked = asyncio.create_task(stand.session.post("/v1/completions", json=body))

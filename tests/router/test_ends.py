@@ -22,13 +22,14 @@ HEAD = (
 )
 
 
-async def send(
-    stand: Stand, body: dict[str, Any]
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+def request(**fields: Any) -> bytes:
+    raw = json.dumps(completion(**fields)).encode()
+    return HEAD % len(raw) + raw
+
+
+async def send(stand: Stand, raw: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", stand.port, limit=2**10)
-    raw = json.dumps(body).encode()
-    writer.write(HEAD % len(raw) + raw)
-    await writer.drain()
+    writer.write(raw)
     return reader, writer
 
 
@@ -43,10 +44,10 @@ async def all_is_quiet(stand: Stand) -> None:
 async def test_while_prefill_works(stand: Stand, stream: bool) -> None:
     prefill, decode = await stand.start_pair()
     prefill.hold_prefill = True
-    _, writer = await send(stand, completion(stream=stream))
+    _, writer = await send(stand, request(stream=stream))
     await prefill.holding.wait()
     writer.close()
-    await prefill.aborted.wait()
+    await until(lambda: prefill.num_aborted)
     await all_is_quiet(stand)
     assert not decode.seen
     # Its answer may have been on the way.
@@ -57,11 +58,11 @@ async def test_while_prefill_works(stand: Stand, stream: bool) -> None:
 async def test_after_prefill_before_decode_has_said_anything(stand: Stand, stream: bool) -> None:
     prefill, decode = await stand.start_pair()
     decode.hold_after = 0
-    _, writer = await send(stand, completion(stream=stream))
+    _, writer = await send(stand, request(stream=stream))
     await decode.holding.wait()
     assert prefill.leases
     writer.close()
-    await decode.aborted.wait()
+    await until(lambda: decode.num_aborted)
     await all_is_quiet(stand)
     assert not prefill.leases
     assert stand.metric("pdlaunch_router_releases_total") == 1
@@ -71,7 +72,7 @@ async def test_after_prefill_before_decode_has_said_anything(stand: Stand, strea
 async def test_while_decode_streams(stand: Stand, how: str) -> None:
     prefill, decode = await stand.start_pair()
     decode.hold_after = 2
-    reader, writer = await send(stand, completion(stream=True))
+    reader, writer = await send(stand, request(stream=True))
     await decode.holding.wait()
     for _ in range(3):
         await reader.readuntil(b"text_completion")
@@ -81,7 +82,7 @@ async def test_while_decode_streams(stand: Stand, how: str) -> None:
         writer.transport.abort()
     else:
         writer.write_eof()
-    await decode.aborted.wait()
+    await until(lambda: decode.num_aborted)
     await all_is_quiet(stand)
     assert not prefill.released
     if how == "half close":
@@ -96,7 +97,7 @@ async def test_a_half_closed_connection_is_told_why_it_gets_no_answer(
 ) -> None:
     _, decode = await stand.start_pair()
     decode.hold_after = 0
-    reader, writer = await send(stand, completion())
+    reader, writer = await send(stand, request())
     if not at_once:
         await decode.holding.wait()
     writer.write_eof()
@@ -109,17 +110,15 @@ async def test_a_half_closed_connection_is_told_why_it_gets_no_answer(
     assert decode.num_aborted == (not at_once)
     writer.close()
     # Nothing goes on after an answer that is only read, so it is given.
-    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
-    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    reader, writer = await send(stand, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     writer.write_eof()
     assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
     writer.close()
 
 
 async def test_a_body_that_ends_early_is_refused_at_once(stand: Stand, caplog: Any) -> None:
-    await stand.start(pair())
-    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
-    writer.write(HEAD % 9 + b"{")
+    await stand.start_pair()
+    reader, writer = await send(stand, HEAD % 9 + b"{")
     await until(lambda: stand.router._bodies.held_bytes)
     writer.write_eof()
     assert b"connection_half_closed" in await reader.read()
@@ -131,10 +130,10 @@ async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> N
     _, decode = await stand.start_pair()
     # More than the sockets between them hold.
     decode.padding = "x" * 2**20
-    _, writer = await send(stand, completion(max_tokens=50, stream=True))
+    _, writer = await send(stand, request(max_tokens=50, stream=True))
     await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total"))
     pass_time(SPEC.request_timeout_s)
-    await decode.aborted.wait()
+    await until(lambda: decode.num_aborted)
     await until(lambda: not stand.router.admission.in_flight)
     assert stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="503"}') == 1
     writer.close()
@@ -176,19 +175,16 @@ FAULTS = ((None, None), (0, None), (None, 0), (1, 1), (None, 3), (3, 0))
 async def ask_somehow(stand: Stand, number: int, *, leaves: bool = False) -> bytes | None:
     """Read the answer to its end, or leave somewhere before it (None)."""
     chance = random.Random(number)
-    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
-    body = completion(prompt=f"prompt {number}", stream=chance.random() < 0.7)
-    raw = json.dumps(body).encode()
-    request = HEAD.replace(b"Host", b"Connection: close\r\nHost") % len(raw) + raw
+    raw = request(prompt=f"prompt {number}", stream=chance.random() < 0.7)
+    raw = raw.replace(b"Host", b"Connection: close\r\nHost", 1)
+    leaves = leaves or chance.random() < 0.5
+    reader, writer = await send(stand, raw[: chance.choice((10, -1, None))] if leaves else raw)
     try:
-        if leaves := leaves or chance.random() < 0.5:
-            writer.write(request[: chance.choice((10, -1, len(request)))])
-            with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
-                for _ in range(chance.randrange(30)):
-                    await asyncio.sleep(0)
-        else:
-            writer.write(request)
-        return None if leaves else await reader.read()
+        if not leaves:
+            return await reader.read()
+        for _ in range(chance.randrange(30)):
+            await asyncio.sleep(0)
+        return None
     finally:
         writer.transport.abort()
 

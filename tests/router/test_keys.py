@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pytest
 
 from pdlaunch.errors import OverloadedError
@@ -17,7 +16,7 @@ from pdlaunch.router.clients import Client
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import MAX_UNBEGUN
 from tests.clock import FakeClock
-from tests.router.conftest import SPEC, Answer, Stand, client_key, pair, pairs
+from tests.router.conftest import Answer, Stand, client_key, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
 
@@ -29,10 +28,7 @@ LONG, MEDIUM, SHORT = "long " * 2000, "long " * 1000, "short"  # about 2,500 tok
 async def start(stand: Stand, engines: Sequence[FakeEngine], **spec: Any) -> None:
     for engine in engines:
         engine.max_model_len = 100_000
-    await stand.start(
-        engines,
-        spec=msgspec.structs.replace(SPEC, **{"keys": KEYS, "max_queued_requests": 99} | spec),
-    )
+    await stand.start(engines, **{"keys": KEYS, "max_queued_requests": 99} | spec)
 
 
 async def start_held(stand: Stand, **spec: Any) -> list[FakeEngine]:
@@ -111,10 +107,11 @@ async def test_prompts_wait_for_a_decode_engine_that_begins_nothing(stand: Stand
 
 
 async def test_a_prompt_that_waits_for_one_engine_holds_up_only_that_engine(stand: Stand) -> None:
-    prefills, decodes = pairs(2)[:2], pairs(2)[2:]
+    engines = pairs(2)
+    prefills = engines[:2]
     for prefill in prefills:
         prefill.hold_prefill = True
-    await start(stand, [*prefills, *decodes])
+    await start(stand, engines)
     works = [send(stand, "a", MEDIUM, session="chat")]
     await until(lambda: any(each.seen for each in prefills))
     busy, idle = sorted(prefills, key=lambda each: not each.seen)
@@ -189,11 +186,9 @@ async def test_keys_are_counted_by_name_and_shown_nowhere(
     for name, status in (("a", 200), ("b", 200), ("c", 200), ("c", 429), ("d", 401)):
         answer = await send(stand, name, SHORT)
         assert answer.status == status
-    pages = [caplog.text]
+    pages, key = [caplog.text], {"Authorization": "Bearer secret-a"}
     for path in ("/metrics", "/pdlaunch/status", "/pdlaunch/requests"):
-        async with stand.session.get(
-            path, headers={"Authorization": "Bearer secret-a"}
-        ) as response:
+        async with stand.session.get(path, headers=key) as response:
             pages.append(await response.text())
     assert 'pdlaunch_router_key_refusals_total{key="c",limit="tokens_per_minute"} 1.0' in pages[1]
     assert 'pdlaunch_router_key_requests_total{key="a"} 1.0' in pages[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import get_args
 
@@ -113,31 +112,6 @@ def test_a_wrong_index_costs_a_prompt_one_useless_choice_at_an_engine_that_keeps
         in_vain -= {(name, each) for each in gone}
 
 
-def test_a_hot_prefix_spreads_although_all_caches_are_full() -> None:
-    """Otherwise its prompts drive each other out of one cache, and old blocks stay in the other."""
-    index, engines = KVIndex(), {name: LruEngine(name, 64) for name in ("prefill-0", "prefill-1")}
-    every = [engine("decode-0"), *(each.engine for each in engines.values())]
-    served = Counter[str]()
-
-    def serve(name: str, tokens: Sequence[int]) -> None:
-        engines[name].serve(PromptTokens(tokens).keys(BLOCK_SIZE))
-        for change in engines[name].told:
-            index.apply(name, change)
-        engines[name].told.clear()
-
-    for number, name in enumerate(engines):
-        serve(name, range(1000 * number, 1000 * number + 64 * BLOCK_SIZE))
-    for number in range(300):
-        tokens = [*range(8 * BLOCK_SIZE), *[2000 + number] * BLOCK_SIZE]
-        request = prompt(num_prompt_tokens=len(tokens), tokens=PromptTokens(tokens))
-        index.age()
-        route = choose(request, every, index=index, policy="pairs")
-        served[route.engines[0].name] += 1
-        route.engines[0].last_pick = number
-        serve(route.engines[0].name, tokens)
-    assert min(served[name] for name in engines) > 75, served
-
-
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 15)), max_size=30), st.integers(1, 30))
 def test_events_in_order_tell_exactly_what_an_engine_has(
     prompts: list[tuple[int, int]], num_blocks: int
@@ -153,6 +127,16 @@ def test_events_in_order_tell_exactly_what_an_engine_has(
     for copy in (held, anew):
         assert len(copy) == len(one.blocks.keys)
         assert all(copy.num_held([key]) for key in one.blocks.keys)
+
+
+def test_what_an_engine_stored_long_ago_counts_less() -> None:
+    """Otherwise who had a hot prefix first would be over its share for ever."""
+    index = KVIndex()
+    for start in (0, 8, 16):
+        index.age()
+        last = range(max(0, start - 8), start)
+        index.apply("prefill-0", changed(removed=last, stored=range(start, start + 8)))
+    assert index.num_tokens("prefill-0")[0] == (16 // 2 + 8) * BLOCK_SIZE
 
 
 def test_the_rank_with_the_prefix_is_named_unless_it_gets_more_than_its_share() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from tests.router.conftest import Stand, pair, pairs
-from tests.router.fake_generation import expected_tokens, text_of
+from tests.router.fake_engine import expected_tokens, text_of, until
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hello there"}]
@@ -35,7 +35,7 @@ def expected_text(prompt: object, num_tokens: int, *, seed: int = 7, choice: int
 async def test_answers_hold_every_token_once(
     stand: Stand, stream: bool, make: Callable[..., dict[str, Any]], n: int
 ) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     answer = await stand.post(make(n=n, stream=stream))
     assert answer.status == 200
     prompt = make().get("messages", "hello")
@@ -58,7 +58,7 @@ async def test_the_first_token_comes_before_decode_has_begun(stand: Stand) -> No
 
 
 async def test_ids_are_the_routers_own_and_do_not_change(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     headers = {"X-Request-Id": "my-id", "traceparent": trace, "tracestate": "a=b"}
     answer = await stand.post(completion(stream=True), headers=headers)
@@ -77,7 +77,7 @@ async def test_ids_are_the_routers_own_and_do_not_change(stand: Stand) -> None:
 
 
 async def test_usage_counts_both_hops_and_the_first_engines_cache(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     expected = {
         "prompt_tokens": 5,
         "completion_tokens": 12,
@@ -173,5 +173,5 @@ async def test_too_long_requests_are_refused_before_anything_is_streamed(stand: 
     assert error["code"] == "context_length_exceeded"
     assert "5 tokens" in error["message"]
     assert "20 tokens" in error["message"]
-    await prefill.release_event.wait()
+    await until(lambda: prefill.released)
     assert not prefill.leases

@@ -14,19 +14,10 @@ from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
 from pdlaunch.protocol.control import EndReason, Registry
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.router.metrics import Families, RouterMetrics, add_page, render_families
-from tests.router.conftest import Stand, pair, pairs, proof
+from tests.router.conftest import Stand, pairs, proof, samples
 from tests.router.test_life_of_a_request import completion
 
 PAIR = "prefill-0/rank-0", "decode-0/rank-0"
-
-
-def value(metrics: RouterMetrics, sample: str) -> float | None:
-    """The value of one sample of the page; None when it is not there."""
-    for text in metrics.text().decode().splitlines():
-        name, _, number = text.rpartition(" ")
-        if name == sample:
-            return float(number)
-    return None
 
 
 def test_every_metric_of_the_router_stands_in_the_docs() -> None:
@@ -39,7 +30,7 @@ def test_every_metric_of_the_router_stands_in_the_docs() -> None:
 
 
 async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     metrics = stand.metrics
     ends: dict[str, dict[EndReason, int]] = {"router": {"died": 0, "hung": 0}}
     shown = [proof(*PAIR, gigabytes_per_s=9.5)]
@@ -54,9 +45,9 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
         'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}',
         'pdlaunch_process_ends_total{process="router",reason="hung"}',
     ):
-        assert value(metrics, sample) == 0, sample
+        assert samples(metrics)[sample] == 0, sample
     for sample in ('pdlaunch_router_engines{state="ready"}', "pdlaunch_router_engines_ready"):
-        assert value(metrics, sample) == 2
+        assert samples(metrics)[sample] == 2
 
 
 def test_a_pair_below_a_tenth_of_its_link_s_speed_is_slow() -> None:
@@ -66,7 +57,7 @@ def test_a_pair_below_a_tenth_of_its_link_s_speed_is_slow() -> None:
         slowed = proof(*PAIR, path="nixl/UCX", gigabytes_per_s=0.6, slow=slow)
         metrics.show_registry(Registry(version=1, entries=[], pairs=[slowed]))
         sample = f'pdlaunch_pair_slow{{{labels}puller="decode-0/rank-0"}}'
-        assert value(metrics, sample) == bool(slow)
+        assert samples(metrics)[sample] == bool(slow)
 
 
 async def scraped(stand: Stand) -> str:

@@ -24,6 +24,7 @@ from pdlaunch.router.kv_index import KVIndex, PromptTokens
 from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from tests.clock import FakeClock
+from tests.router.fake_engine import rank, server
 
 CPU = frozenset({"cpu"})
 
@@ -300,33 +301,6 @@ def test_what_is_chosen_can_serve_and_nothing_is_changed(
     if route.decode is not None and not route.decode.health.takes(100.0):
         # The least bad one, when there is no other.
         assert all(one.health.is_tripped for one in able)
-
-
-def server(name: str, role: Role | None = None, **fields: object) -> Entry:
-    role = role or ("prefill" if name.startswith("prefill") else "decode")
-    entry = Entry(
-        name=name,
-        kind="server",
-        engine=name,
-        incarnation=1,
-        role=role,
-        address=Address(http=f"http://{name}"),
-        state="ready",
-    )
-    return msgspec.structs.replace(entry, **fields)
-
-
-def rank(engine: str, tp_rank: int = 0, tp_size: int = 1, **fields: object) -> Entry:
-    entry = Entry(
-        name=f"{engine}/rank-{tp_rank}",
-        kind="rank",
-        engine=engine,
-        incarnation=1,
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-        state="ready",
-    )
-    return msgspec.structs.replace(entry, **fields)
 
 
 @pytest.fixture

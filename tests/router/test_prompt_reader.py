@@ -28,8 +28,7 @@ from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prompt_reader import MAX_TEXT_BYTES, PromptReader, load_model
 from tests.engine.server.conftest import TEMPLATE, byte_level_tokenizer
 from tests.router.conftest import Stand, pairs
-from tests.router.fake_engine import until
-from tests.router.test_policy import server
+from tests.router.fake_engine import server, until
 
 BLOCK_SIZE = 4
 TEXT = "the quick brown fox, prefill and decode " * 4
@@ -208,11 +207,6 @@ async def test_a_prompt_goes_to_the_engine_and_rank_that_tell_of_its_blocks(stan
     }
     assert (named["prefill-0"], named["prefill-1"]) == ([], ["1"] * 4)
     assert {*named["decode-0"], *named["decode-1"]} == {None}
-    # One that sleeps, drains or is gone leaves at once.
-    stand.publish(draining=["prefill-1"])
-    assert "prefill-1" not in stand.pool.index
-    stand.publish()
-    await until(lambda: "prefill-1" in stand.pool.index)
 
 
 async def test_an_engine_tokenizes_where_the_model_is_not_here(stand: Stand) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pdlaunch.protocol.control import Registry
 from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace
 from pdlaunch.router.request_history import MAX_ENGINE_SPANS
-from tests.router.conftest import SPEC, Stand, client_key, pair
+from tests.router.conftest import Stand, client_key, pair
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
 
@@ -93,35 +93,14 @@ async def test_a_request_through_a_pair_is_told_whole(
 
     (line,) = lines(caplog)
     assert line.startswith("200 /v1/completions model=tiny route=prefill-0->decode-0 ")
-    for part in (
-        " cached_device_tokens=16 cached_host_tokens=4 remote_tokens=30 queue_ms=1.5 ",
-        " pull_ms=2.0 pull_mb=4.0 pull_gb_s=2.5 verified=True ",
-        " output_tokens=6 ",
-        " finish_reason=length",
-    ):
-        assert part in line
+    assert " pull_ms=2.0 pull_mb=4.0 pull_gb_s=2.5 verified=True " in line
     assert SECRET not in caplog.text
 
     whole = await trace(stand, "r/1")
     assert msgspec.structs.asdict(summary).items() <= msgspec.structs.asdict(whole).items()
-    by_process = {
-        process: [span.name for span in whole.spans if span.process == process]
-        for process in ("router", "prefill-0", "decode-0")
-    }
-    assert by_process["prefill-0"] == ["queue", "seated", "prefill", "prefill"]
-    assert by_process["decode-0"] == ["queue", "seated", "pull"]
-    assert set(by_process["router"]) >= {
-        "request",
-        "receive",
-        "route",
-        "prefill at prefill-0",
-        "decode at decode-0",
-        "first token",
-        "tokens",
-        "end",
-    }
-    assert whole.spans[0].name == "request"
-    assert whole.spans[0].end_ms == whole.total_ms
+    names = [span.name for span in whole.spans if span.process == "prefill-0"]
+    assert names == ["queue", "seated", "prefill", "prefill"]
+    assert (whole.spans[0].name, whole.spans[0].end_ms) == ("request", whole.total_ms)
 
 
 REFUSALS = [
@@ -138,7 +117,7 @@ REFUSALS = [
 async def test_refusals_are_told(
     stand: Stand, fields: dict[str, Any], headers: dict[str, str], status: int, said: str
 ) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, keys=(client_key("right"),)))
+    await stand.start_pair(keys=(client_key("right"),))
     right = {"Authorization": "Bearer right"}
     answer = await stand.post(completion(**fields), headers=right | headers)
     assert answer.status == status
@@ -149,7 +128,7 @@ async def test_refusals_are_told(
 
 
 async def test_who_waits_for_the_start_has_not_failed(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     stand.state.update(Registry(version=9, entries=[], withheld="starting"))
     assert (await stand.post(completion())).status == 503
     assert not await listed(stand)
@@ -166,7 +145,7 @@ async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
     assert (running.state, running.status, running.decode) == ("running", None, "decode-0")
     assert running.output_tokens
     asked.cancel()
-    await engines[1].aborted.wait()
+    await until(lambda: engines[1].num_aborted)
     await until(lambda: stand.router.history.chosen("failed", 1))
     (summary,) = await listed(stand)
     assert (summary.status, summary.error) == (499, "the client went away")
@@ -198,7 +177,7 @@ async def test_what_an_engine_says_of_a_prompt_is_not_told(
 ) -> None:
     """Engines quote prompts in their errors."""
     caplog.set_level(logging.DEBUG, "pdlaunch")
-    await stand.start(pair())
+    await stand.start_pair()
     for engine in stand.engines.values():
         engine.error_body = QUOTING
         if how == "event":

@@ -11,8 +11,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from pdlaunch.router.responses import ResponseWriter, read_response_request
-from tests.router.conftest import Answer, Stand, pair, pairs
-from tests.router.fake_generation import expected_tokens, text_of
+from tests.router.conftest import Answer, Stand, pairs
+from tests.router.fake_engine import expected_tokens, text_of
 
 PATH = "/v1/responses"
 ASKED = {"input": "Hello", "instructions": "Be short.", "seed": 5}
@@ -33,7 +33,7 @@ def told(raw: bytes) -> list[Any]:
 
 
 async def test_a_response_is_answered_and_streamed_alike(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     body = ASKED | {"max_output_tokens": 6}
     answer = await stand.post(body, path=PATH)
     whole = Response.model_validate(answer.json())
@@ -77,13 +77,13 @@ async def test_another_engine_goes_on_and_an_error_is_an_event(stand: Stand) -> 
     ],
 )
 async def test_what_is_not_served_is_named(stand: Stand, fields: dict, param: str) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     answer: Answer = await stand.post(ASKED | fields, path=PATH)
     assert (answer.status, answer.json()["error"]["param"]) == (400, param)
 
 
 async def test_embeddings_are_refused_by_name(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     answer = await stand.post({"input": "x"}, path="/v1/embeddings")
     assert answer.status == 404
     assert "embeddings are not served" in answer.json()["error"]["message"]

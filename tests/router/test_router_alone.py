@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -34,7 +34,8 @@ from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.recovery import RecoverySettings
 from pdlaunch.router.state import RouterState
 from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of, listen
-from tests.router.conftest import SPEC
+from tests.router.conftest import SPEC, samples
+from tests.router.fake_engine import until
 
 WRONG = CanaryDied("wrong tokens")
 PROOF = Proof(seconds=0.1, num_bytes=1000, transfer_s=0.0)
@@ -86,7 +87,7 @@ async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
     for name, key in (("prefill-0", None), ("decode-0", "secret-of-decode-0")):
         await alone.start(name)
         alone.add(name, key)
-    await alone.until(lambda: not alone.pool.registry.withheld)
+    await until(lambda: not alone.pool.registry.withheld)
     assert (await alone.complete())[0] == 200
     assert (await alone.command("GET", "/metrics-of-nobody"))[0] == 404
     assert alone.engines["prefill-0"].keys == {None}
@@ -102,9 +103,9 @@ async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, he
     alone.engines[held].go = asyncio.Event()
     num_bodies, num_bytes = len(alone.engines[held].bodies), decode.num_bytes
     answer = asyncio.ensure_future(alone.complete())
-    await alone.until(lambda: len(alone.engines[held].bodies) > num_bodies)
+    await until(lambda: len(alone.engines[held].bodies) > num_bodies)
     removal = asyncio.ensure_future(alone.watch.remove("prefill-0", 60.0))
-    await alone.until(lambda: lender.state == "draining")
+    await until(lambda: lender.state == "draining")
     # Another request, which decode answers alone meanwhile.
     assert (await alone.complete())[0] == 200
     assert not removal.done()
@@ -138,16 +139,16 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
     file.write_text(listing(alone, "prefill-0", "decode-0"))
     following = asyncio.ensure_future(follow(file, alone.watch, 5.0, poll_s=0.01))
     try:
-        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+        await until(lambda: alone.ready == {"prefill-0", "decode-0"})
         file.write_text("engines: [{role: prefill}]")
-        await alone.until(lambda: "the engines stay as they are" in caplog.text)
+        await until(lambda: "the engines stay as they are" in caplog.text)
         assert alone.ready == {"prefill-0", "decode-0"}
 
         file.write_text(listing(alone, "prefill-0", "decode-1"))
-        await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
+        await until(lambda: alone.ready == {"prefill-0", "decode-1"})
         elsewhere = listing(alone, "prefill-0", "decode-1").replace("decode-1.sock", "../x.sock")
         file.write_text(elsewhere)
-        await alone.until(lambda: "write the whole path" in caplog.text)
+        await until(lambda: "write the whole path" in caplog.text)
         assert alone.ready == {"prefill-0", "decode-1"}
     finally:
         following.cancel()
@@ -188,13 +189,13 @@ async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> N
     for name in ("prefill-0", "decode-0"):
         await alone.start(name, moves_bytes=name != "decode-0")
         alone.add(name)
-    await alone.until(lambda: alone.outcomes("failed"))
+    await until(lambda: alone.outcomes("failed"))
     assert alone.pool.registry.withheld == "starting"
     assert (await alone.complete())[0] == 503
-    await alone.until(lambda: "computed the prompt itself" in alone.reason("decode-0"))
+    await until(lambda: "computed the prompt itself" in alone.reason("decode-0"))
 
     alone.engines["decode-0"].moves_bytes = True
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    await until(lambda: alone.ready == {"prefill-0", "decode-0"})
     assert alone.outcomes("proven") == 1
     num_bytes = alone.engines["decode-0"].num_bytes
     assert (await alone.complete())[0] == 200
@@ -207,23 +208,23 @@ async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(
     await alone.pair()
     before = alone.engine("decode-0")
     await alone.stop("decode-0")
-    await alone.until(lambda: alone.engine("decode-0").state == "stalled")
+    await until(lambda: alone.engine("decode-0").state == "stalled")
     # It may have died between the questions of one look, of which /health is the first.
-    await alone.until(lambda: "/health does not answer" in alone.reason("decode-0"))
+    await until(lambda: "/health does not answer" in alone.reason("decode-0"))
     # Those that are left answer alone.
     status, answer = await alone.complete()
     assert status == 200
     assert answer["choices"][0]["text"] == "".join(f"<{each}>" for each in answer_of(PROMPT, 4))
 
     engine = await alone.start("decode-0", moves_bytes=False)
-    await alone.until(lambda: alone.outcomes("failed"))
+    await until(lambda: alone.outcomes("failed"))
     assert "decode-0" not in alone.ready
     engine.moves_bytes = True
-    await alone.until(lambda: "decode-0" in alone.ready)
+    await until(lambda: "decode-0" in alone.ready)
     assert alone.engine("decode-0").processes[0] == before.processes[0] + 1
     assert alone.outcomes("proven") == 2
     monkeypatch.setattr(EngineApi, "counts", AsyncMock(side_effect=ProtocolError("no metrics")))
-    await alone.until(lambda: alone.reason("decode-0") == "no metrics")
+    await until(lambda: alone.reason("decode-0") == "no metrics")
     assert alone.engine("decode-0").state == "starting", "one that is stalled loses its streams"
 
 
@@ -234,13 +235,13 @@ async def test_a_pair_that_nobody_can_check_is_shown(
     await alone.pair(tells_cached=False, tokens_by_source={})
     decode = alone.engines["decode-0"]
     looks = decode.num_looks
-    await alone.until(lambda: decode.num_looks > looks + 1)
+    await until(lambda: decode.num_looks > looks + 1)
     assert [pair.path for pair in alone.state.pool.pairs] == ["canary, unchecked"]
     assert "--enable-prompt-tokens-details" in caplog.text
     # Failed READs are counted by every version.
     num_proven = alone.outcomes("proven")
     decode.num_failed_reads += 1
-    await alone.until(lambda: alone.outcomes("proven") > num_proven)
+    await until(lambda: alone.outcomes("proven") > num_proven)
 
 
 async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_again(
@@ -257,7 +258,7 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
     status, answer = await alone.command("POST", "/sleep?engine=prefill-0&level=2")
     assert (status, answer["error"]["param"]) == (400, "level")
     falling = asyncio.ensure_future(alone.command("POST", "/sleep?engine=prefill-0"))
-    await alone.until(lambda: alone.engine("prefill-0").state == "draining")
+    await until(lambda: alone.engine("prefill-0").state == "draining")
     assert (await alone.complete())[0] == 200
     assert not prefill.is_sleeping, "its blocks are still leased"
     prefill.lends = 0.0
@@ -277,8 +278,8 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
     num_proven = alone.outcomes("proven")
     status, answer = await alone.command("POST", "/wake_up?engine=prefill-0")
     assert answer["engines"][0]["is_sleeping"] is False
-    await alone.until(lambda: alone.outcomes("proven") > num_proven)
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"} and alone.pool.pairs)
+    await until(lambda: alone.outcomes("proven") > num_proven)
+    await until(lambda: alone.ready == {"prefill-0", "decode-0"} and alone.pool.pairs)
     num_bytes = decode.num_bytes
     assert (await alone.complete())[0] == 200
     assert decode.num_bytes > num_bytes
@@ -352,7 +353,7 @@ class Alone:
         for name in ("prefill-0", "decode-0"):
             await self.start(name, **behaviour)
             self.add(name)
-        await self.until(lambda: self.ready == {"prefill-0", "decode-0"})
+        await until(lambda: self.ready == {"prefill-0", "decode-0"})
 
     @property
     def ready(self) -> set[str]:
@@ -367,14 +368,7 @@ class Alone:
         )
 
     def outcomes(self, outcome: str) -> float:
-        name = f'pdlaunch_router_canaries_total{{outcome="{outcome}"}}'
-        lines = self.metrics.text().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(120):
-            while not condition():  # noqa: ASYNC110 - what is waited for is plain state
-                await asyncio.sleep(0.005)
+        return samples(self.metrics)[f'pdlaunch_router_canaries_total{{outcome="{outcome}"}}']
 
     async def complete(self) -> tuple[int, dict[str, Any]]:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}

@@ -72,13 +72,13 @@ async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
 
 
 async def test_deaths_and_returns_are_events(stand: Stand) -> None:
-    await stand.start(pair())
+    await stand.start_pair()
     assert (await get(stand))["events"] == []
     stand.state.pair_failures["prefill-0", "decode-0"] = "broken"
-    stand.publish(without=["decode-0"])
+    stand.publish({"decode-0": None})
     status = await get(stand)
     assert [(gone["name"], gone["role"]) for gone in status["gone"]] == [("decode-0", "decode")]
-    stand.publish(starting=["decode-0"])
+    stand.publish({"decode-0": "starting"})
     stand.publish()
     status = await get(stand)
     assert status["gone"] == []
@@ -88,9 +88,9 @@ async def test_deaths_and_returns_are_events(stand: Stand) -> None:
         ("ready (was starting)", False),
     ]
     assert stand.state.pair_failures
-    for removed in ({"draining": ["decode-0"]}, {"starting": ["decode-0"]}):
-        stand.publish(**removed)
-        stand.publish(without=["decode-0"])
+    for state in ("draining", "starting"):
+        stand.publish({"decode-0": state})
+        stand.publish({"decode-0": None})
         assert (await get(stand))["gone"] == []
         assert stand.state.pair_failures == {}
 
@@ -100,8 +100,8 @@ async def test_of_many_engines_those_are_read_that_were_not_for_longest(
 ) -> None:
     monkeypatch.setattr(deployment_view, "MAX_READS", 1)
     monkeypatch.setattr(deployment_view, "FRESH_S", 0.0)
-    await stand.start(pair())
-    stand.publish(starting=["prefill-0", "decode-0"])  # they may answer canaries
+    await stand.start_pair()
+    stand.publish({"prefill-0": "starting", "decode-0": "starting"})  # they may answer canaries
     assert not any(each["reading"] for each in (await get(stand))["engines"])
     stand.publish()
     status = [(await get(stand))["engines"] for _ in range(2)]

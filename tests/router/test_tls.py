@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
-import msgspec
 import pytest
 from cryptography.hazmat.primitives import serialization
 
@@ -19,7 +18,7 @@ from pdlaunch.http.connections import HANDSHAKE_TIMEOUT_S, REFUSAL_S
 from pdlaunch.protocol.certificates import CertificateFiles, client_context, new_certificate
 from pdlaunch.router.main import follow_certificate
 from tests.http.loop_clock import pass_time
-from tests.router.conftest import SPEC, Stand, pair
+from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import completion
 
@@ -46,7 +45,7 @@ async def post(stand: Stand, certificate: str, **headers: str) -> int:
 
 async def test_its_own_page_and_no_other_is_let_in(stand: Stand, tmp_path: Path) -> None:
     pem = new_certificate()
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, certificate=write(tmp_path, pem)))
+    await stand.start_pair(certificate=write(tmp_path, pem))
     assert await post(stand, pem, Origin=stand.url) == 200
     assert await post(stand, pem, Origin="https://elsewhere.example") == 403
 
@@ -75,8 +74,7 @@ async def test_strangers_who_say_nothing_give_way_to_clients(
 ) -> None:
     monkeypatch.setattr(connections, "HANDSHAKE_TIMEOUT_S", 3600)
     pem = new_certificate()
-    spec = msgspec.structs.replace(SPEC, certificate=write(tmp_path, pem), max_connections=8)
-    await stand.start(pair(), spec=spec)
+    await stand.start_pair(certificate=write(tmp_path, pem), max_connections=8)
     async with strangers(stand.port, 12, client_context(pem) if handshakes else None) as readers:
         await closed(readers[0])
         assert await post(stand, pem) == 200
@@ -87,10 +85,9 @@ async def test_a_stranger_who_finds_no_room_is_closed(
     stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HANDSHAKE_TIMEOUT_S", 3600)
-    pem, engines = new_certificate(), pair()
-    spec = msgspec.structs.replace(SPEC, certificate=write(tmp_path, pem), max_connections=2)
+    pem = new_certificate()
+    engines = await stand.start_pair(certificate=write(tmp_path, pem), max_connections=2)
     engines[0].hold_prefill = True
-    await stand.start(engines, spec=spec)
     works = [asyncio.ensure_future(post(stand, pem)) for _ in range(2)]
     await until(lambda: len(engines[0].seen) == 2)
     async with strangers(stand.port, 1) as (reader,):
@@ -104,7 +101,7 @@ async def test_a_stranger_who_finds_no_room_is_closed(
 async def test_handshakes_that_do_not_end_or_fail_leave_nothing(
     stand: Stand, tmp_path: Path
 ) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, certificate=write(tmp_path)))
+    await stand.start_pair(certificate=write(tmp_path))
     async with strangers(stand.port, 2) as readers:
         await until(lambda: len(stand.runner._open) == 2)
         pass_time(HANDSHAKE_TIMEOUT_S)
@@ -120,7 +117,7 @@ async def test_a_changed_certificate_is_used_and_a_wrong_one_is_not(
 ) -> None:
     first, second = new_certificate(), new_certificate()
     files = write(tmp_path, first)
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, certificate=files))
+    await stand.start_pair(certificate=files)
     following = asyncio.ensure_future(follow_certificate(files, stand.tls, poll_s=0.0))
     write(tmp_path, "no certificate")
     await until(lambda: "the earlier certificate stays" in caplog.text)
