@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment
@@ -29,8 +29,6 @@ NUM_KILLS = 4
 """The most deaths in a row after which a supervisor still restarts a process."""
 MOST_REQUESTS_A_CANCEL = 10
 """If more requests are needed for a cancel, answers are too fast to be cancelled."""
-HANG_TIMEOUT_S = 10
-"""In scenarios that stop a process; with the default they would take long."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +45,17 @@ class Scenario:
 
     @property
     def environ(self) -> dict[str, str]:
-        return (
-            {"PDLAUNCH_HANG_TIMEOUT_S": str(HANG_TIMEOUT_S)}
-            if self.signal_number == signal.SIGSTOP
-            else {}
-        )
+        stops = self.signal_number == signal.SIGSTOP
+        return LOAD | ({"PDLAUNCH_HANG_TIMEOUT_S": "10"} if stops else {})
 
 
-SCENARIOS = (
+ONE_RANK = (
     Scenario("prefill's rank", "prefill-0/rank-0"),
     Scenario("decode's rank", "decode-0/rank-0"),
     Scenario("one of three decode TP ranks", "decode-0/rank-1", ("--decode-tp", "3")),
+)
+SCENARIOS = (
+    *ONE_RANK,
     Scenario("prefill's server", "prefill-0"),
     Scenario("decode's server", "decode-0"),
     Scenario("prefill's and decode's rank at once", "prefill-0/rank-0+decode-0/rank-0"),
@@ -70,13 +68,9 @@ SCENARIOS = (
     Scenario("prefill's rank and decode's server at once", "prefill-0/rank-0+decode-0"),
     Scenario("the router", "router", loses=True),
     Scenario("the router and decode's rank at once", "router+decode-0/rank-0", loses=True),
-    Scenario("prefill's rank, stopped", "prefill-0/rank-0", signal_number=signal.SIGSTOP),
-    Scenario("decode's rank, stopped", "decode-0/rank-0", signal_number=signal.SIGSTOP),
-    Scenario(
-        "one of three decode TP ranks, stopped",
-        "decode-0/rank-1",
-        ("--decode-tp", "3"),
-        signal.SIGSTOP,
+    *(
+        replace(each, title=f"{each.title}, stopped", signal_number=signal.SIGSTOP)
+        for each in ONE_RANK
     ),
 )
 
@@ -139,9 +133,10 @@ def run_kills(model: Path, asked: argparse.Namespace) -> int:
         each for each in SCENARIOS if asked.only in each.title
     ]
     for scenario in chosen:
-        with faulty_deployment(
-            model, None, *scenario.arguments, environ=scenario.environ | LOAD
-        ) as deployment:
+        names, source = [scenario.process] * NUM_KILLS, random.Random(seed)
+        how = {"pause_s": (2, 6), "signal_number": scenario.signal_number}
+        arguments = scenario.arguments
+        with faulty_deployment(model, None, *arguments, environ=scenario.environ) as deployment:
             options = SoakOptions(
                 url=deployment.url,
                 seed=seed,
@@ -152,15 +147,7 @@ def run_kills(model: Path, asked: argparse.Namespace) -> int:
                 cancel_share=0,
                 wants_pairs=False,
             )
-            names, source = [scenario.process] * NUM_KILLS, random.Random(seed)
-            load = load_with_kills(
-                deployment,
-                options,
-                names,
-                source,
-                pause_s=(2, 6),
-                signal_number=scenario.signal_number,
-            )
+            load = load_with_kills(deployment, options, names, source, **how)
             report, kills = asyncio.run(load)
         failed = show(scenario.title, report) or bool(report.outcomes["error"])
         code |= failed and not scenario.loses

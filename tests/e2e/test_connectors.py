@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pdlaunch.launch.client.deployment import Deployment
-from tests.e2e.api import complete, complete_all, idle, total_now
+from tests.e2e.api import complete_all, idle, total_now
 from tests.e2e.conftest import launched
 from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_prompts
@@ -57,21 +56,3 @@ def test_what_listens_without_asking_who_comes(deployment: Deployment) -> None:
     of_mooncake = 2 if role == "prefill" else 0
     counts = {name: of_mooncake + name.startswith(f"{role}-0/") for name in ranks}
     await_unlocked_ports(deployment, {name: count for name, count in counts.items() if count})
-
-
-@pytest.mark.parametrize("deployment", ["mooncake"], indirect=True)
-def test_a_killed_prefill_rank_comes_back(
-    deployment: Deployment, expected: list[list[int]]
-) -> None:
-    before = total_now(deployment.url, "kv_transfers")
-    deployment.processes()["prefill-0/rank-0"].kill()
-
-    def pulled_again() -> bool:
-        """Send a request; return True if it was pulled. Its salt prevents prefix cache hits."""
-        complete(deployment.url, PROMPTS[-1], 2, cache_salt=random.random().hex())
-        return total_now(deployment.url, "kv_transfers") > before
-
-    await_true(pulled_again, "a pull from the new rank")
-    answers = complete_all(deployment.url, PROMPTS, NUM_TOKENS, concurrency=4, cache_salt="again")
-    assert answers == expected
-    await_true(lambda: idle(deployment.url), "nothing leased or quarantined")

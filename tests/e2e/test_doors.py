@@ -28,7 +28,6 @@ from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, held_port
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
-from pdlaunch.protocol.status import EngineStatus
 from tests.e2e.agreement import differences, engines_of
 from tests.e2e.api import await_ready, total_now
 from tests.e2e.conftest import clean_environ, launched
@@ -255,10 +254,21 @@ def test_the_clients_key_opens_no_command(doors: Doors) -> None:
             assert "admin_api_key" in text
 
 
-def test_the_admin_socket_is_of_its_user_alone(doors: Doors) -> None:
-    assert stat.S_IMODE(doors.launch.run_dir.stat().st_mode) == 0o700
-    assert stat.S_IMODE(doors.launch.admin_socket.stat().st_mode) == 0o600
-    assert doors.launch.admin_socket.stat().st_uid == os.getuid()
+def test_the_admin_socket_is_of_its_user_alone_also_that_of_the_next_router(doors: Doors) -> None:
+    def mode_and_user(path: Path) -> tuple[int, int]:
+        return stat.S_IMODE(path.stat().st_mode), path.stat().st_uid
+
+    assert mode_and_user(doors.launch.run_dir) == (0o700, os.getuid())
+    assert mode_and_user(doors.launch.admin_socket) == (0o600, os.getuid())
+    old = doors.deployment.processes()["router"]
+    old.kill()
+    old.wait(180)
+    # The supervisor owns the listening socket, so this request waits for the next router.
+    assert ask("GET", f"{doors.router}/health")[0] == 200
+    status, answer = admin_api(doors.router).get_object("/pdlaunch/integrity")
+    assert (status, answer["ok"]) == (200, True)
+    assert mode_and_user(doors.launch.admin_socket) == (0o600, os.getuid())
+    await_ready(doors.router)
 
 
 def connect(path: str) -> dict[str, str]:
@@ -291,28 +301,18 @@ def test_commands_of_its_user_reach_every_engine_without_a_key(doors: Doors, com
 
 
 def test_no_process_shows_a_key(doors: Doors) -> None:
-    """No key is in arguments, in the environment (except that of the command itself), or in the
-    logs.
+    """No key is in arguments, in the environment (except that of the command itself), in the logs
+    or in the status.
     """
     processes = doors.deployment.processes().items()
     shown = {name: f"{process.cmdline()} {process.environ()}" for name, process in processes}
     shown |= {path.name: path.read_text() for path in doors.deployment.log_dir.iterdir()}
     shown["terminal"] = doors.deployment.output()
+    status = f"{doors.router}/pdlaunch/status"
+    code, shown["status"] = ask("GET", status, Authorization=bearer(CLIENT))
+    assert (code, ask("GET", status)[0]) == (200, 401)
     keys = (CLIENT, OTHER_ROUTER)
     assert [name for name, text in shown.items() if any(key in text for key in keys)] == []
-
-
-def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
-    admin = admin_api(doors.router)
-    old = doors.deployment.processes()["router"]
-    old.kill()
-    old.wait(180)
-    # The supervisor owns the listening socket, so this request waits for the next router.
-    assert ask("GET", f"{doors.router}/health")[0] == 200
-    status, answer = admin.get_object("/pdlaunch/integrity")
-    assert (status, answer["ok"]) == (200, True)
-    assert stat.S_IMODE(doors.launch.admin_socket.stat().st_mode) == 0o600
-    await_ready(doors.router)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -334,16 +334,6 @@ def _status_of(url: str) -> int:
         return ask("GET", url)[0]
     except OSError:
         return 0
-
-
-def test_status_hands_out_no_key(doors: Doors) -> None:
-    status, text = ask("GET", f"{doors.router}/pdlaunch/status", Authorization=bearer(CLIENT))
-    assert status == 200
-    engines = json.loads(text)["engines"]
-    assert {name for engine in engines for name in engine} == {*EngineStatus.__struct_fields__}
-    for key in (CLIENT, OTHER_ROUTER):
-        assert key not in text
-    assert ask("GET", f"{doors.router}/pdlaunch/status")[0] == 401
 
 
 def test_web_pages_and_foreign_names_are_refused_at_every_server(doors: Doors) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
 import re
-import urllib.parse
 from typing import Any
 
 import msgspec
@@ -105,18 +103,6 @@ def test_its_line_is_in_the_log_and_debug_adds_decisions(
         line = re.compile(rf"^\S+ DEBUG {log.replace('.', '/')} .*{said}", re.MULTILINE)
         path = demo.log_dir / f"{log}.log"
         await_true(lambda line=line, path=path: line.search(path.read_text()), said)
-
-
-def test_a_request_that_was_dropped_is_told(demo: Deployment) -> None:
-    address = urllib.parse.urlsplit(demo.url).netloc
-    body = {"prompt": "Count to a thousand", "max_tokens": 1000, "ignore_eos": True, "stream": True}
-    headers = {"Content-Type": "application/json", "X-Request-Id": "dropped"}
-    connection = http.client.HTTPConnection(address, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    connection.getresponse().readline()
-    connection.close()
-    api = reading_api(demo.url, None)
-    await_true(lambda: read_trace(api, "dropped").status == 499, "the client has left")
 
 
 SECRET = "Zebras whisper quietly about marmalade"

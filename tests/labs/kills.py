@@ -5,7 +5,6 @@ kills``.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import signal
 import time
@@ -18,9 +17,9 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.protocol.engine import EngineStats
 from tests.e2e.agreement import engines_of
-from tests.labs.known_answers import SoakOptions, SoakReport, make_cases, soak
+from tests.e2e.waiting import await_true
+from tests.labs.known_answers import SoakOptions, SoakReport, counters, make_cases, soak
 
 
 @dataclass
@@ -61,8 +60,11 @@ async def load_with_kills(
             await asyncio.sleep(source.uniform(*pause_s))
             for name in names.split("+"):
                 if "/rank-" in name:
-                    engine = name.partition("/")[0]
-                    counted_before.update(await asyncio.to_thread(counters, deployment, engine))
+                    # Its counters die with it.
+                    engine = admin_api(deployment.url).engine(name.partition("/")[0])
+                    path = "/pdlaunch/integrity"
+                    _, told = await asyncio.to_thread(engine.get_object, path)
+                    counted_before.update(counters(told))
             killed_at = time.monotonic()
             await asyncio.to_thread(kill_and_wait, deployment, names, signal_number)
             kills.append(Kill(killed_at, time.monotonic() - killed_at))
@@ -85,29 +87,15 @@ async def load_with_kills(
     return report, kills
 
 
-def counters(deployment: Deployment, engine: str) -> dict[str, float]:
-    """Return what the rank of an engine has counted: its counters die with it."""
-    page = admin_api(deployment.url).engine(engine).get("/pdlaunch/integrity")[1]
-    return {
-        name: value
-        for name, value in json.loads(page)["stats"].items()
-        if isinstance(value, int | float) and name not in EngineStats.__struct_fields__
-    }
-
-
-def kill_and_wait(
-    deployment: Deployment, names: str, signal_number: int, timeout_s: float = 300.0
-) -> None:
+def kill_and_wait(deployment: Deployment, names: str, signal_number: int) -> None:
     """Kill processes, joined by ``+``, or stop them; return when their successors are ready."""
     processes = deployment.processes()
     old = {name: processes[name] for name in names.split("+")}
     pids = {name: process.pid for name, process in old.items()}
     for process in old.values():
         process.send_signal(signal_number)
-    deadline_at = time.monotonic() + timeout_s
-    while not are_back(deployment, pids):
-        assert time.monotonic() < deadline_at, f"{names} are not back:\n{deployment.output()}"
-        time.sleep(0.05)
+    what = f"{names} are back"
+    await_true(lambda: are_back(deployment, pids), lambda: f"{what}\n{deployment.output()}", 300)
 
 
 def are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:

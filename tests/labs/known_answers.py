@@ -331,14 +331,23 @@ def _tokens(source: random.Random, num_tokens: int) -> list[int]:
 
 def engine_totals(admin: Api) -> dict[str, float]:
     """Return the counters of the engines that live, summed, and those of the router."""
-    totals: dict[str, float] = {}
+    counted: Counter[str] = Counter()
     for report in admin.get_object("/pdlaunch/integrity")[1]["engines"]:
-        for name, value in report.get("stats", {}).items():
-            # Its fields are counts of an instant, which do not add up over time.
-            if name not in EngineStats.__struct_fields__ and isinstance(value, int | float):
-                totals[name] = round(totals.get(name, 0) + value, 3)
+        counted.update(counters(report))
+    totals = {name: round(value, 3) for name, value in counted.items()}
     for family in text_string_to_metric_families(admin.get("/metrics")[1]):
         if family.name.startswith("pdlaunch_router_") and family.type == "counter":
             values = (each.value for each in family.samples if each.name.endswith("_total"))
             totals[family.name.removeprefix("pdlaunch_")] = sum(values)
     return totals
+
+
+def counters(report: dict[str, Any]) -> dict[str, float]:
+    """Return what an engine's rank has counted, without its counts of an instant, which do not add
+    up over time.
+    """
+    return {
+        name: value
+        for name, value in report.get("stats", {}).items()
+        if name not in EngineStats.__struct_fields__ and isinstance(value, int | float)
+    }
