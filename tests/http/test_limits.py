@@ -16,7 +16,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http import connections, limits
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.errors import error_response
-from pdlaunch.http.limits import SMALL_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
+from pdlaunch.http.limits import SMALL_BODY_BYTES, Admission, BodyBudget, work_at_input
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
 
@@ -136,38 +136,6 @@ async def test_a_request_grows_up_to_the_limit_and_gives_all_of_it_back() -> Non
         pass
     assert (error.value.status, error.value.param) == (400, "prompt")
     assert admission.in_flight == 0
-
-
-async def test_draining_refuses_newcomers_and_waits_for_the_others() -> None:
-    admission = Admission(2, leaving)
-    with admission.admit():
-        assert not await admission.drain(0.0)
-        draining = asyncio.ensure_future(admission.drain(30.0))
-        await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="leaving"):
-            admission.check_open()
-        assert not draining.done()
-    assert await draining
-
-
-async def test_closing_ends_what_runs_and_what_comes() -> None:
-    deadlines = Deadlines(60.0, leaving)
-    began = asyncio.Event()
-
-    async def run() -> None:
-        async with deadlines.start()():
-            began.set()
-            await asyncio.Event().wait()
-
-    running = asyncio.ensure_future(run())
-    await began.wait()
-    began.clear()
-    for _ in range(2):
-        deadlines.close()
-    for ended in (running, run()):
-        with pytest.raises(OverloadedError, match="leaving"):
-            await ended
-    assert not began.is_set()
 
 
 async def test_small_inputs_are_worked_at_in_place() -> None:

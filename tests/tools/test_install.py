@@ -7,13 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from tools import install
-from tools.install import steps
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
@@ -37,17 +35,6 @@ def make(*arguments: str, environment: dict[str, str] | None = None) -> tuple[in
         check=False,
     )
     return result.returncode, result.stdout
-
-
-def test_serving_installs_nothing_for_tests() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    runtime = " ".join([*project["dependencies"], *extras["gguf"]])
-    dev = " ".join(extras["dev"])
-    for tool in ("triton", "pytest", "mypy", "ruff", "hypothesis"):
-        assert tool in dev
-        assert not re.search(rf"\b{tool}\b", runtime)
-    assert not any("dev" in part for _, arguments in steps("runtime", "gguf") for part in arguments)
 
 
 @pytest.mark.processes

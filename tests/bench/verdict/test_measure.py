@@ -78,29 +78,6 @@ def test_a_probe_sends_the_load_and_leaves_its_first_requests_out(server: FakeOp
     assert sent == {tuple(prompt) for prompt in LOAD.prompts(50, 7)}
 
 
-def test_streams_of_unsplit_prompts_overlap(
-    server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step computes several whole prompts, but at most ``max_num_batched_tokens`` (512)."""
-    found = launches(TOGETHER)
-    asked: list[tuple[int, int]] = []
-
-    async def prompts_at_once(number: int, length: int, output: int) -> list[TimedCompletion]:
-        asked.append((number, output))
-        return [TimedCompletion(start_at=0.0, tokens_at=[0.1, 0.2])]
-
-    async def chunk_tokens(*_: object) -> int:
-        return 1 << 20
-
-    monkeypatch.setattr(found, "_prompts_at_once", prompts_at_once)
-    asyncio.run(found._chunk_tokens(1, 40, 0.5, 1e-4))
-    assert max(output for _, output in asked) <= 512, "its streams have an end"
-    monkeypatch.setattr(found, "_chunk_tokens", chunk_tokens)
-    asyncio.run(found.figures(TOGETHER))
-    number, output = asked[-1]
-    assert output > (number / TOGETHER.num_both) * 40 / 512 + 4
-
-
 def test_a_step_is_timed_though_tokens_arrive_several_at_once() -> None:
     tokens_at = [0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.6, 0.6, 0.6]
     done = [TimedCompletion(start_at=0.0, tokens_at=tokens_at)] * 2
