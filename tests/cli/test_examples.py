@@ -49,7 +49,7 @@ def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -
         command = ["bash", "-e", "-c", script]
         subprocess.run(command, cwd=tmp_path, env=environment, timeout=180, check=True)
     (file,) = tmp_path.iterdir()
-    # The launch itself is what tests/e2e/test_bench.py does with another model.
+    # The launch itself is what tests/e2e/test_surroundings.py does with another model.
     *command, config = shlex.split(serve)[1:4]
     assert (command, config) == (["bench", "serve"], file.name)
     flags = shlex.split(serve)[4:]

@@ -1,9 +1,10 @@
-"""A launch with the default settings: routes, a stopped supervisor, lost folders."""
+"""Launches with the default settings: routes, benchmarks, a stopped supervisor, lost folders."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from tests.e2e.faults import paused
 from tests.e2e.test_scale import run
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_prompts
 from tests.e2e.waiting import await_true
+from tests.labs.kills import kill_and_wait
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,16 @@ async def test_a_launch_with_pairs_uses_them_by_default(launch: Deployment) -> N
         num_requests=8,
         max_token_id=VOCAB_SIZE,
     )
-    alone, several = [run.row async for run in bench_serve(options, lambda _: None)]
+    alone, several = rows = [run.row async for run in bench_serve(options, lambda _: None)]
     assert [(one.kind, one.share) for one in alone.routes] == [("pair", 1.0)]
     assert several.pair_share
+    for row in rows:
+        assert (row.num_requests, row.errors) == (8, [])
+        assert row.ttft_ms_median is not None
+        assert row.ttft_ms_median > 0
+        # On a busy machine, several tokens may arrive at the same time.
+        gaps = (row.first_gap_ms_median, row.itl_ms_median, row.tpot_ms_median)
+        assert all(gap is not None and gap >= 0 for gap in gaps)
     assert "routes of the last prompts: " in invoke(["status", "--url", launch.url]).stdout
 
 
@@ -99,3 +108,28 @@ def test_a_launch_whose_folders_are_removed_answers_and_ends(llama: Path) -> Non
             assert found + list(tokens) == expected
         assert launch.process.wait(120) == 1
         assert f"{own}, the folder of this launch, or its socket was removed" in launch.output()
+
+
+def test_what_follows_goes_to_the_engine_that_reports_the_blocks(llama: Path) -> None:
+    prompts, endings = make_prompts(11, [300] * 6), make_prompts(12, [6] * 6)
+    answers = greedy(llama, prompts, 8)
+    nexts = [a + b + c for a, b, c in zip(prompts, answers, endings, strict=True)]
+    next_answers = greedy(llama, nexts, 8)
+    with launched(llama, "--decode", "2", environ=default_environ()) as launch:
+        holders = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            route, tokens = ask(launch.url, prompt)
+            assert tokens == answer
+            holders.append(route.partition(";")[0].rpartition("->")[2])
+        assert {*holders} == {"decode-0", "decode-1"}
+        # Only the first prompts: events of the last ones may not have arrived yet.
+        for prompt, answer, holder in zip(nexts[:3], next_answers, holders, strict=False):
+            route, tokens = ask(launch.url, prompt)
+            assert route.partition(";")[0].rpartition("->")[2] == holder
+            assert tokens == answer
+        # A restarted engine has no blocks, and the router knows it.
+        lost = holders[4]
+        kill_and_wait(launch, f"{lost}/rank-0", signal.SIGKILL)
+        route, tokens = ask(launch.url, nexts[4])
+        assert tokens == next_answers[4]
+        assert route.partition(";")[0] != lost

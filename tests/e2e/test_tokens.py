@@ -8,13 +8,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 from pdlaunch.engine.models.convert import ensure_converted
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from tests.e2e.api import complete, complete_all, count_now, engine_apis, greedy_body
+from tests.e2e.api import complete, complete_all, count_now, engine_apis, greedy_body, total_now
 from tests.e2e.conftest import clean_environ, launched
-from tests.e2e.tiny_models import greedy, make_prompts, make_tiny_model
+from tests.e2e.tiny_models import greedy, make_prompts, make_tiny_model, make_tokenizer
+from tests.e2e.waiting import await_true
+from tests.engine.models.tiny import greedy as greedy_by_ours
+from tests.engine.models.tiny import save_tiny_model
 
 DEMO_LENGTHS = (1, 17, 513)
 """Lengths beyond boundaries of chunks (512) and blocks (16). Tests of tiny models, which take a
@@ -81,3 +85,24 @@ def test_tiny_models_of_every_family(family: str, tmp_path: Path) -> None:
     expected = greedy(directory, PROMPTS, 24)
     with launched(directory, environ=clean_environ() | CHUNKS) as deployment:
         assert complete_all(deployment.url, PROMPTS, 24, concurrency=8) == expected
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 2), (2, 1), (2, 2)])
+def test_ranks_on_several_gpus(prefill_tp: int, decode_tp: int, tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path)  # with a KV head for each of two ranks
+    make_tokenizer().save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text("{}")
+    prompts = [[5 + length % 90] * length for length in (33, 70, 100)]
+    expected = greedy_by_ours(model, prompts, 24)
+    sizes = ["--prefill-tp", str(prefill_tp), "--decode-tp", str(decode_tp)]
+    with launched(model, "--device", "cuda", "--kv-cache-memory", "1GiB", *sizes) as deployment:
+        url = deployment.url
+        for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True), start=1):
+            assert complete(url, prompt, 24) == tokens
+            await_true(
+                lambda number=number: total_now(url, "kv_transfers") >= number,
+                "the KV blocks are pulled",
+            )
+        assert total_now(url, "kv_verification_failures") == 0
