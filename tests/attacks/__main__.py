@@ -13,7 +13,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from pdlaunch.errors import PdlaunchError
@@ -21,20 +20,20 @@ from tests.attacks.bodies import bodies
 from tests.attacks.fuzz import fuzz
 from tests.attacks.kv_fuzz import kv_fuzz
 from tests.attacks.sockets import sockets
-from tests.attacks.target import DeploymentLostError, Target, attacked, make_model
+from tests.attacks.target import DeploymentLostError, Target, attacked
 from tests.attacks.verdict import Verdict
 
-ATTACKS = {
-    "sockets": "listening sockets, shared memory and files of a launch, as another user",
-    "fuzz": "every request field with extreme values, at router and engines",
-    "kvfuzz": "kv_transfer_params, resume and ids",
-    "dos": "huge but legal bodies beside a small request",
+ATTACKS: dict[str, tuple[str, Callable[..., None]]] = {
+    "sockets": ("listening sockets, shared memory and files of a launch, as another user", sockets),
+    "fuzz": ("every request field with extreme values, at router and engines", fuzz),
+    "kvfuzz": ("kv_transfer_params, resume and ids", kv_fuzz),
+    "dos": ("huge but legal bodies beside a small request", bodies),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 when a promise was broken."""
-    listed = "\n".join(f"  {name:<8} {what}" for name, what in ATTACKS.items())
+    listed = "\n".join(f"  {name:<8} {what}" for name, (what, _) in ATTACKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m tests.attacks",
         description=f"{__doc__}\n{listed}",
@@ -46,28 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=10_000, help="of fuzz")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
-    attacks: dict[str, Callable[[Target, Verdict], None]] = {
-        "sockets": sockets,
-        "fuzz": partial(fuzz, num_requests=options.requests, seed=options.seed),
-        "kvfuzz": kv_fuzz,
-        "dos": bodies,
-    }
     # A short attack needs less warming up than a long one.
     num_warm = min(30, 1 + options.requests // 30)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        attacked(make_model(Path(folder)), num_warm=num_warm) as target,
-    ):
-        codes = [run(name, partial(attacks[name], target)) for name in options.attacks or ATTACKS]
-    return max(codes)
+    with tempfile.TemporaryDirectory() as folder, attacked(Path(folder), num_warm) as target:
+        return max(run(name, target, options) for name in options.attacks or ATTACKS)
 
 
-def run(name: str, attack: Callable[[Verdict], None]) -> int:
+def run(name: str, target: Target, options: argparse.Namespace) -> int:
     """Make one attack, print its table; returns the exit code."""
-    print(f"{name}: {ATTACKS[name]}", flush=True)
+    what, attack = ATTACKS[name]
+    print(f"{name}: {what}", flush=True)
     start_s, verdict = time.monotonic(), Verdict(name)
+    chosen = {"num_requests": options.requests, "seed": options.seed} if name == "fuzz" else {}
     try:
-        attack(verdict)
+        attack(target, verdict, **chosen)
     except (DeploymentLostError, PdlaunchError) as error:
         verdict.broke("the deployment outlives the attack", str(error))
     code = verdict.conclude()

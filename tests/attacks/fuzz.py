@@ -114,8 +114,6 @@ LEGAL_HERE: dict[str, dict[str, tuple[object, ...]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One request."""
-
     who: str
     path: str
     body: bytes
@@ -162,7 +160,6 @@ def choose(source: random.Random, names: list[str], num_requests: int) -> Iterat
 
 
 def single_fields(who: str) -> Iterator[Case]:
-    """Each field of each path with each value."""
     for path, form in FORMS.items():
         neutral = getattr(form, "NEUTRAL", {})
         names = dict.fromkeys(
@@ -178,7 +175,6 @@ def single_fields(who: str) -> Iterator[Case]:
 
 
 def combination(source: random.Random, who: str) -> Case:
-    """Several fields at the edge of what is accepted."""
     path = source.choice((COMPLETIONS, CHAT))
     choices = LEGAL | LEGAL_HERE[path]
     names = source.sample(sorted(choices), source.randint(2, 8))

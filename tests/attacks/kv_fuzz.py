@@ -182,7 +182,6 @@ def steal(target: Target, verdict: Verdict) -> None:
 
 
 def command(target: Target, verdict: Verdict) -> None:
-    """Nonsense to the commands of an engine."""
     nonsense = b'|[]|5|{"request_id":5}|{"request_id":"unknown"}|\xff'.split(b"|")
     nonsense.append(b'{"request_id":"' + b"x" * 5000 + b'"}')
     for path in COMMANDS:

@@ -110,7 +110,6 @@ def shared_files(target: Target) -> set[str]:
 
 
 def try_all(unix: set[str], files: set[str]) -> dict[str, str]:
-    """What this user gets of each."""
     return {path: try_unix(path) for path in unix} | {path: try_file(path) for path in files}
 
 

@@ -79,8 +79,6 @@ class Answer:
 
 
 class Target:
-    """A running deployment that is attacked."""
-
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.router = deployment.url
@@ -92,7 +90,6 @@ class Target:
         self.look_again()
 
     def look_again(self) -> None:
-        """Find the processes and addresses that there are now."""
         self.living = self.deployment.processes()
         engines = {engine["name"]: engine["url"] for engine in engines_of(Api(self.router))}
         self.urls = {"router": self.router, **engines}
@@ -129,7 +126,6 @@ class Target:
             connection.close()
 
     def ask(self, who: str, path: str, body: object, **options: Any) -> Answer:
-        """``send`` with a JSON body."""
         return self.send(who, path, json.dumps(body).encode(), **options)
 
     def judge(self, verdict: Verdict, answer: Answer, request: str) -> None:
@@ -158,7 +154,6 @@ class Target:
             self.look_again()
 
     def memory(self) -> dict[str, float]:
-        """MiB resident, by process."""
         found = {}
         for name, process in self.living.items():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -221,14 +216,13 @@ def warm_up(target: Target, num_requests: int) -> None:
         list(pool.map(ask, range(num_requests)))
 
 
-def make_model(folder: Path) -> Path:
-    """A tiny random Llama with as many tokens as the demo model."""
-    return make_tiny_model("llama", folder, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
-
-
 @contextlib.contextmanager
-def attacked(model: Path, *, num_warm: int) -> Iterator[Target]:
-    """One prefill and one decode engine, warmed up by so many requests."""
+def attacked(folder: Path, num_warm: int) -> Iterator[Target]:
+    """One prefill and one decode engine, warmed up by so many requests, with a tiny random Llama of
+    as many tokens as the demo model.
+    """
+    sizes = {"max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE}
+    model = make_tiny_model("llama", folder, **sizes)
     environ = clean_environ() | SHORT_DEADLINES | {"PDLAUNCH_ENGINE_API_KEY": ENGINE_KEY}
     with launched(model, "--kv-cache-memory", "64MiB", environ=environ) as deployment:
         target = Target(deployment)

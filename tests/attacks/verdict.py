@@ -11,8 +11,6 @@ MOST_CHARACTERS = 600
 
 
 class Verdict:
-    """Rows of a table and broken promises of one attack."""
-
     def __init__(self, attack: str) -> None:
         self.attack = attack
         self.rows: list[tuple[str, ...]] = []

@@ -100,7 +100,6 @@ def _token_ids(lines: Iterable[bytes]) -> Iterator[int]:
 
 
 def engine_apis(url: str, role: str | None = None) -> list[Api]:
-    """APIs of the single engines of a launch, all or those of one role."""
     admin = admin_api(url)
     return [
         admin.engine(engine["name"])
@@ -117,12 +116,10 @@ def count_now(api: Api, name: str) -> float:
 
 
 def total_now(url: str, name: str) -> float:
-    """The sum of ``count_now`` over all engines."""
     return sum(count_now(api, name) for api in engine_apis(url))
 
 
 def requests_in_flight(url: str) -> float:
-    """The number of requests that the router is serving."""
     return Api(url).metrics()["pdlaunch_router_requests_in_flight"]
 
 

@@ -14,7 +14,6 @@ DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB")
 
 
 def default_environ() -> dict[str, str]:
-    """The environment of a launch with the default settings."""
     return {
         name: value
         for name, value in os.environ.items()

@@ -52,7 +52,6 @@ def faulty_deployment(
 
 @contextmanager
 def paused(process: psutil.Process) -> Iterator[None]:
-    """Stop a process during the block."""
     try:
         stop(process)
         yield

@@ -33,8 +33,6 @@ MOST_REQUESTS_A_CANCEL = 10
 
 @dataclass(frozen=True)
 class Scenario:
-    """A signal for a process of a deployment."""
-
     title: str
     process: str
     """Several processes at once are joined by ``+``."""

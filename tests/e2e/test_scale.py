@@ -39,7 +39,6 @@ def streams(
 
 
 def run(*arguments: str, exit_code: int = 0) -> str:
-    """Run a command as a user does; return its output."""
     result = invoke(arguments, env={"NO_COLOR": "1", "COLUMNS": "200"})
     assert result.exit_code == exit_code, result.output
     return result.output

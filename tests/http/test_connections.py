@@ -80,7 +80,6 @@ async def ask(connection: Connection) -> int:
 
 
 async def num_open(connections: list[Connection]) -> int:
-    """Connections that the server has not closed."""
     for reader, _ in connections:
         with contextlib.suppress(TimeoutError, ConnectionError):
             await asyncio.wait_for(reader.read(1), 0.01)

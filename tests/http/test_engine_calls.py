@@ -22,8 +22,6 @@ WHOLE = OK + b"Content-Length: 2\r\n\r\nok"
 
 
 class Peer(asyncio.Protocol):
-    """The engine's end of a connection."""
-
     def __init__(self, call: Call) -> None:
         self._call = call
 
@@ -78,7 +76,6 @@ class Call:
         return asyncio.ensure_future(self.calls.call(self.url, method, "/p?q=1", headers, body))
 
     async def begun(self, *pieces: bytes, closes: bool = False) -> Answer:
-        """Return an answer that begins with these pieces."""
         calling = self.begin()
         peer = await self.asked(len(self.requests) + 1)
         for piece in pieces:

@@ -62,8 +62,6 @@ class ReceivedAnswer(msgspec.Struct):
 
 
 class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Sets what one soak sends to a running deployment."""
-
     url: str
     seed: int = 0
     num_requests: int = 200
@@ -84,8 +82,6 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """Holds one request and its right answer."""
-
     body: dict[str, Any]
     expected: ReceivedAnswer
 
@@ -330,7 +326,6 @@ def _tokens(source: random.Random, num_tokens: int) -> list[int]:
 
 
 def engine_totals(admin: Api) -> dict[str, float]:
-    """Return the counters of the engines that live, summed, and those of the router."""
     counted: Counter[str] = Counter()
     for report in admin.get_object("/pdlaunch/integrity")[1]["engines"]:
         counted.update(counters(report))

@@ -51,8 +51,6 @@ def promtool() -> Callable[..., str]:
 
 
 class Prometheus:
-    """Asks a Prometheus over its HTTP API."""
-
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -62,7 +60,6 @@ class Prometheus:
             return json.load(response)["data"]
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples of an instant query."""
         return list(self.get("query", query=expression)["result"])
 
     def value(self, expression: str) -> float:

@@ -41,7 +41,6 @@ SPEC = RouterSpec(
 
 
 def client_key(text: str, name: str = "api_key", **limits: Any) -> ClientKey:
-    """A client's key."""
     return ClientKey(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), **limits)
 
 
@@ -185,7 +184,6 @@ class Answer:
         return [choice for event in events for choice in event.get("choices", [])]
 
     def texts(self) -> dict[int, str]:
-        """By choice."""
         texts: dict[int, str] = {}
         for choice in self.choices():
             part = choice.get("text")
@@ -215,7 +213,6 @@ def working(engine: Engine) -> AbstractContextManager[object]:
 
 
 def named(stand: Stand, name: str) -> Engine:
-    """The router's view of an engine."""
     return next(engine for engine in stand.pool.engines if engine.name == name)
 
 

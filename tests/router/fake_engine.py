@@ -54,8 +54,6 @@ def rank(engine: str, tp_rank: int = 0, tp_size: int = 1, **fields: Any) -> Entr
 
 
 class Seen:
-    """One request as the engine saw it."""
-
     def __init__(self, path: str, headers: Any, body: dict[str, Any]) -> None:
         self.is_chat = path.endswith("chat/completions")
         self.headers = headers

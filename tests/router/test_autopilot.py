@@ -59,7 +59,6 @@ def test_a_router_that_did_not_look_for_a_while_begins_anew() -> None:
 
 @given(st.lists(st.sampled_from([NOTHING, TO_PREFILL, TO_DECODE]), min_size=16, max_size=40))
 def test_noise_changes_nothing(found: list[Bottleneck]) -> None:
-    """A change is due only if it was wanted all the time."""
     due = decide(looks(*found), 0.0)
     if due is not None:
         assert {each.role for each in found[-int(HOLD_S / LOOK_EVERY_S) :]} == {due.role}

@@ -190,7 +190,6 @@ async def ask_somehow(stand: Stand, number: int, *, leaves: bool = False) -> byt
 
 
 async def come_to_rest(stand: Stand) -> None:
-    """Wait until no request runs, and close what rests."""
     await until(lambda: not stand.router.admission.in_flight)
     await stand.state.settled()
     await stand.state.client._calls.close()

@@ -46,17 +46,6 @@ async def test_answers_hold_every_token_once(
         assert answer.finish_reasons() == {choice: ["length"] for choice in range(n)}
 
 
-async def test_the_first_token_comes_before_decode_has_begun(stand: Stand) -> None:
-    _, decode = await stand.start_pair()
-    decode.hold_after = 0
-    async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
-        line = await response.content.readuntil(b"\n\n")
-        assert expected_text("hello", 1).encode() in line
-        decode.go.set()
-        rest = await response.read()
-    assert rest.endswith(b"data: [DONE]\n\n")
-
-
 async def test_ids_are_the_routers_own_and_do_not_change(stand: Stand) -> None:
     await stand.start_pair()
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

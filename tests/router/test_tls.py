@@ -26,7 +26,6 @@ END = "-----END CERTIFICATE-----\n"
 
 
 def write(folder: Path, pem: str | None = None) -> CertificateFiles:
-    """Certificate and key as two files."""
     certificate, _, key = (pem or new_certificate()).partition(END)
     (folder / "cert.pem").write_text(certificate + END)
     (folder / "key.pem").write_text(key)

@@ -38,7 +38,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOpenAI]:
 
 
 def launches(arm: Arm, **goals: float) -> Launches:
-    """Return launches of which an arm runs."""
     loaded = load_config(None, {}, {"device": "cpu"})
     found = Launches(LOAD, Goals(**goals or {"ttft_ms": 60_000}), 0.9, loaded, on_cpu=True)
     found.use(arm)
