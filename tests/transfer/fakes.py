@@ -184,6 +184,7 @@ class FakeConnection(Connection):
         self.connector = connector
         self.peer = peer
         self.fabric = connector.fabric
+        self.reads: list[FakeRead] = []
 
     def read(self, blocks: BlockRead) -> Read:
         remote, local = self.fabric.agents[self.peer].kv, self.connector.memory.kv
@@ -203,11 +204,13 @@ class FakeConnection(Connection):
         return self._start(lambda: landing.view(-1, PATTERN_BYTES).copy_(remote))
 
     def close(self) -> None:
+        assert all(read.state != "pending" for read in self.reads), "a READ may still write"
         self.connector.peers.remove(self.peer)
 
     def _start(self, copy: Callable[[], object]) -> Read:
         read = self.connector.read_class(self.fabric, copy)
         self.fabric.reads.append(read)
+        self.reads.append(read)
         if self.fabric.failing:
             read.fail()
         elif not self.fabric.stalled:

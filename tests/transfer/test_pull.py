@@ -163,30 +163,6 @@ def test_a_question_without_an_answer_is_asked_again(world, holder):
     assert len(world.pulls) == 0
 
 
-def test_a_restarted_holder_fails_its_pulls_and_is_kept_only_for_a_stalled_read(world, holder):
-    world.fabric.stalled = True
-    begin(world, holder)
-    new = world.add(incarnation=2)
-    world.peers.update([new.entry()])
-    world.turn()
-    finished = world.finished()
-    assert (finished.ok, finished.in_flight) == (False, True)
-    assert "incarnation 1 of prefill-0/rank-0 is gone" in finished.error
-    assert holder.channel.closed
-    assert "prefill-0/rank-0#1" in world.connector.peers
-    world.fabric.kill()
-    world.fabric.stalled = False
-    world.turn()
-    assert world.events.pop() == PullDrained(pull_id="p")
-    assert "prefill-0/rank-0#1" not in world.connector.peers
-    world.clock.now += 1.0
-    world.turn()
-    begin(world, new)
-    assert world.finished().ok
-    world.pulls.start(pull("p3", holder.remote("r"), [1]))
-    assert "no engine with engine_id 1111" in world.finished().error
-
-
 @pytest.mark.parametrize("mute", [False, True])
 def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder, mute):
     world.fabric.stalled = True

@@ -1,10 +1,9 @@
-"""Connectors whose holder writes: which requests are allowed, how the end of a write is proven, and
-which device the writing threads use.
+"""Connectors whose holder writes: which requests are allowed, and how the end of a write is
+proven.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -14,8 +13,6 @@ import torch
 
 from pdlaunch.protocol.side_channel import PullBegin, Push, Refused
 from pdlaunch.protocol.transfer import PullDrained
-from pdlaunch.transfer.connectors import pushing
-from pdlaunch.transfer.connectors.pushing import PushingConnector
 from pdlaunch.transfer.connectors.scratch import NUM_WARM_READS
 from tests.transfer.fakes import Fabric, FakeConnector, FakeRead
 from tests.transfer.pull_world import HolderRank, World
@@ -159,36 +156,3 @@ def test_a_reader_gets_only_what_it_has_leased(world, changes, reason: str) -> N
     assert isinstance(refused, Refused)
     assert reason in refused.reason
     assert len(world.writes) == 1
-
-
-class DeviceChangingConnector(PushingConnector):
-    """Changes the current device when it is built, as Mooncake does."""
-
-    def __init__(self, bound: threading.local) -> None:
-        super().__init__("prefill-0/rank-1", 1, num_sender_threads=2)
-        self.bound, self.seen = bound, []
-        self.both_write = threading.Barrier(2)
-
-    def _start(self, memory: Any) -> None:
-        self.bound.device = "cuda:0"
-
-    def _write(self, memory: Any, target: bytes, blocks: Any, heads: range) -> None:
-        self.both_write.wait(10)
-        self.seen.append(self.bound.device)
-
-    _stop = expect = expect_scratch = agent_metadata = lambda *_: None
-
-
-def test_every_sender_thread_has_the_device_from_before_the_engine_was_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    bound = threading.local()
-    monkeypatch.setattr(pushing, "bind_device", lambda device: setattr(bound, "device", device))
-    connector: Any = DeviceChangingConnector(bound)
-    scratch = type("Scratch", (), {"device": "cuda:1"})
-    connector.open(type("Memory", (), {"scratch": scratch}))
-    assert bound.device == "cuda:1", "and so has the thread that built it"
-    for write in [connector.push(b"", [], range(1)) for _ in range(2)]:
-        write.result(10)
-    assert connector.seen == ["cuda:1", "cuda:1"]
-    connector.close()
