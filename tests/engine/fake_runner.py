@@ -46,6 +46,11 @@ def expected_output(prompt: Sequence[int], sampling: SamplingParams, limit: int)
     return output
 
 
+def has_penalty(sampling: SamplingParams) -> bool:
+    own = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
+    return own != (0.0, 0.0, 1.0)
+
+
 @dataclass
 class FakeRow:
     chain: list[int]
@@ -110,7 +115,7 @@ class FakeRunner:
             assert item.num_tokens > 0
             assert end <= row.num_tokens, "a rank is asked to compute a token that it does not know"
             assert item.sample == (end == row.num_tokens)
-            assert not (row.num_unknown and row.sampling.presence_penalty), (
+            assert not (row.num_unknown and has_penalty(row.sampling)), (
                 "the penalty is of a token that nobody knows"
             )
             row.num_unknown += item.sample and (self.samples or self.expects)

@@ -54,6 +54,7 @@ def test_answers_and_salts_are_in_the_keys() -> None:
     assert num_told(engine.told, prompt + answer) == 0
     engine.scheduler.requests.reset_prefix_cache()
     engine.take_outputs()
+    engine.scheduler.requests.check_integrity()
     assert num_told(engine.told, prompt, "s") == len(engine.told) == 0
 
 

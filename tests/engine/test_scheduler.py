@@ -1,4 +1,4 @@
-"""What a step computes: order, budget, rows, preemption, cached prefixes."""
+"""What a step computes: order, budget, rows, preemption, cached prefixes, suspects."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from pdlaunch.engine.step import StepPlan
+from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv
 
 # Batching
@@ -116,3 +118,77 @@ def test_higher_priorities_and_the_latest_give_way(priority: int, order: list[st
     engine.run()
     assert engine.stats.counts["num_preemptions"] > 0
     assert list(engine.finished) == order
+
+
+# A step that is planned while the one before runs
+
+SHORT = [1, 2, 3, 4, 5, 6]
+
+
+def test_every_step_but_the_first_is_planned_while_another_runs() -> None:
+    engine = FakeEngine(runs_ahead=True)
+    engine.add("a", SHORT, max_tokens=12)
+    plans = engine.run()
+    # Then the step in flight draws the last token for certain, and at last the ranks hear of the
+    # freed row.
+    assert [bool(plan.scheduled) for plan in plans] == [True] * 12 + [False] * 2
+    assert engine.num_ahead == 12
+    assert engine.token_ids("a") == output(SHORT, 12)
+
+
+@pytest.mark.parametrize(("is_pulled", "num_tokens"), [(False, [1, 3]), (True, [1, 1])])
+def test_who_comes_joins_the_step_after_the_one_in_flight(
+    is_pulled: bool, num_tokens: list[int]
+) -> None:
+    engine = FakeEngine(runs_ahead=True)
+    engine.add("a", SHORT, max_tokens=30)
+    engine.step()
+    engine.add("b", [6, 5, 4], max_tokens=3, remote_kv=remote_kv("b", 3) if is_pulled else None)
+    if is_pulled:
+        engine.step()
+        engine.end_pull(next(iter(engine.pulls)))
+    else:
+        assert engine.scheduler.schedule_ahead() is None, "a prompt waits for the step in flight"
+    assert [item.num_tokens for item in engine.step().scheduled] == num_tokens
+    engine.run()
+    assert engine.num_ahead >= 28
+    assert engine.token_ids("b") == output([6, 5, 4], 3)
+
+
+# Requests that a rank may have died of: never two in a step, none while another step runs, until
+# they have survived one
+
+PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4]}
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_two_suspects_are_never_in_flight_together_and_all_are_answered(runs_ahead: bool) -> None:
+    engine = FakeEngine(runs_ahead=runs_ahead, max_num_batched_tokens=4)
+    engine.add("innocent", [5, 5, 5], max_tokens=20, origin=9)
+    engine.step()
+    for origin, name in enumerate("abc", 1):
+        engine.add(name, PROMPTS[name], max_tokens=6, origin=origin, is_suspect=True)
+    seen: set[int] = set()
+    launch = engine._launch
+
+    def watch(plan: StepPlan) -> None:
+        marks = engine.scheduler.requests.batch.marks()
+        found = [mark - SUSPECT_BIT for mark in marks if mark & SUSPECT_BIT]
+        assert len(found) <= 1
+        assert not found or len(engine.in_flight) == 0, "another step runs"
+        seen.update(found)
+        launch(plan)
+
+    engine._launch = watch  # type: ignore[method-assign]
+    engine.run()
+    assert seen == {1, 2, 3}
+    assert engine.token_ids("innocent") == output([5, 5, 5], 20)
+    for name, prompt in PROMPTS.items():
+        assert engine.token_ids(name) == output(prompt, 6)
+
+
+def test_suspect_that_has_survived_a_step_is_none_any_more() -> None:
+    engine = FakeEngine()
+    for name in "ab":
+        engine.add(name, PROMPTS[name], max_tokens=6, origin=1, is_suspect=True)
+    assert [len(engine.step().scheduled) for _ in range(2)] == [1, 2]

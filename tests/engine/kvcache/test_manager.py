@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
-from pdlaunch.engine.kvcache.manager import KVCacheManager
+from pdlaunch.engine.kvcache.manager import BlockPool, KVCacheManager
 
 WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=3)
 
@@ -87,3 +87,30 @@ def compute_token_by_token(kv: KVCacheManager, num_tokens: int) -> bool:
         if not kv.extend(tables, num_computed + 1):
             return False
     return True
+
+
+# Which blocks a pool gives out and finds; test_scheduler_machine has any history of moves
+
+
+def registered(pool: BlockPool, count: int) -> list[int]:
+    block_ids = pool.allocate(count)
+    for block_id in block_ids:
+        pool.register(block_id, 0, bytes([block_id]))
+    return block_ids
+
+
+def test_blocks_without_content_are_reused_before_cached_ones() -> None:
+    pool = BlockPool(4, 1)
+    cached = registered(pool, 2)
+    pool.release(cached)
+    pool.allocate(2)
+    assert all(pool.find(0, bytes([block_id])) == block_id for block_id in cached)
+
+
+def test_cached_blocks_are_reused_in_the_order_of_their_release() -> None:
+    pool = BlockPool(3, 1)
+    head, middle, tail = registered(pool, 3)
+    pool.release([tail, middle, head])
+    assert pool.allocate(1) == [tail]
+    assert pool.find(0, bytes([tail])) is None
+    assert pool.find(0, bytes([head])) == head

@@ -58,27 +58,6 @@ class Queues:
         return all(ended)
 
 
-@pytest.mark.parametrize("block_bytes", [4096, 12 * 1024 + 8, 64 * 1024])
-@pytest.mark.parametrize("device", ["cpu", gpu])
-def test_blocks_go_both_ways_at_once(device: str, block_bytes: int) -> None:
-    """The first third is stored while the second, which was stored before, is loaded elsewhere."""
-    queues = Queues(120, block_bytes, device)
-    original = queues.blocks.cpu()
-    places = torch.randperm(80).tolist()
-    blocks = torch.randperm(80).tolist()
-    queues.submit(0, "store", blocks[40:], places[40:])
-    assert queues.end() == JobFinished(0, True, num_bytes=40 * block_bytes)
-    queues.submit(1, "store", blocks[:40], places[:40])
-    queues.submit(2, "load", range(80, 120), places[40:])
-    assert all(queues.end().ok for _ in range(2))
-    assert torch.equal(queues.blocks[80:].cpu(), original[blocks[40:]])
-    queues.blocks.zero_()
-    queues.submit(3, "load", blocks[:40], places[:40])
-    assert queues.end().ok
-    assert torch.equal(queues.blocks[blocks[:40]].cpu(), original[blocks[:40]])
-    assert queues.close()
-
-
 class GatedCopy:
     """Jobs wait for the gate, and those of two blocks fail."""
 

@@ -1,9 +1,12 @@
-"""Finding prefixes on device and host, compared with trying every length."""
+"""Finding prefixes on device and host, compared with trying every length. The host tier: what is
+found, pinned, evicted.
+"""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.offload.planner import BlockKey, HostTier, OffloadPlanner
@@ -77,3 +80,88 @@ def test_finds_the_longest_prefix(
         assert hit.host_ids[group] == [
             tier.find(group, bytes([index])) for index in range(end, longest)
         ]
+
+
+def key_of(number: int, group: int = 0) -> BlockKey:
+    return BlockKey(group, bytes([number]))
+
+
+def stored(tier: HostTier, number: int) -> int:
+    host_id = tier.begin_store(key_of(number))
+    assert host_id is not None
+    tier.finish_store(host_id, ok=True)
+    return host_id
+
+
+def test_the_least_recently_used_makes_room() -> None:
+    tier = HostTier(4)
+    first, *_ = [stored(tier, number) for number in range(4)]
+    assert tier.num_evicted_blocks == 0
+    tier.begin_load([first])
+    tier.finish_load([first])
+    stored(tier, 4)
+    assert tier.num_evicted_blocks == 1
+    assert [number for number in range(5) if tier.find(*key_of(number)) is None] == [1]
+
+
+class TierMachine(RuleBasedStateMachine):
+    """Stores and loads in flight, in any order, ending well or not; the model is what may at most
+    be found.
+    """
+
+    @initialize(num_blocks=st.integers(1, 8))
+    def start(self, num_blocks: int) -> None:
+        self.tier = HostTier(num_blocks)
+        self.storing: dict[int, BlockKey] = {}
+        self.loads: list[list[int]] = []
+        self.content: dict[int, BlockKey] = {}
+
+    @rule(group=st.integers(0, 1), number=st.integers(0, 9))
+    def begin_store(self, group: int, number: int) -> None:
+        host_id = self.tier.begin_store(key_of(number, group))
+        if host_id is not None:
+            assert host_id not in self.storing
+            assert all(host_id not in load for load in self.loads)
+            self.content.pop(host_id, None)
+            self.storing[host_id] = key_of(number, group)
+
+    @precondition(lambda self: self.storing)
+    @rule(data=st.data(), ok=st.booleans())
+    def finish_store(self, data: st.DataObject, ok: bool) -> None:
+        host_id = data.draw(st.sampled_from(sorted(self.storing)))
+        content = self.storing.pop(host_id)
+        self.tier.finish_store(host_id, ok=ok)
+        if ok:
+            self.content[host_id] = content
+        assert (self.tier.find(*content) == host_id) == ok
+
+    @rule(group=st.integers(0, 1), numbers=st.lists(st.integers(0, 9), unique=True, max_size=4))
+    def begin_load(self, group: int, numbers: list[int]) -> None:
+        load = []
+        for number in numbers:
+            host_id = self.tier.find(*key_of(number, group))
+            if host_id is not None:
+                assert self.content[host_id] == key_of(number, group)
+                load.append(host_id)
+        self.tier.begin_load(load)
+        self.loads.append(load)
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data())
+    def finish_load(self, data: st.DataObject) -> None:
+        load = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
+        failed = data.draw(st.sets(st.sampled_from(load))) if load else set()
+        self.tier.finish_load(load, failed)
+        for host_id in failed:
+            assert self.tier.find(*self.content[host_id]) != host_id
+
+    @invariant()
+    def is_sound(self) -> None:
+        if hasattr(self, "tier"):
+            loading = [host_id for load in self.loads for host_id in load]
+            self.tier.check_integrity(storing=self.storing, loading=loading)
+            assert self.tier.num_used_blocks <= self.tier.num_blocks
+
+
+TestTierMachine = TierMachine.TestCase
+TestTierMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -100,6 +100,13 @@ async def test_a_stream_says_the_same_as_the_answer(engine: Engine):
     assert (counts, counts[-1]) == (sorted(counts), 3)
 
 
+async def test_a_streamed_chat_begins_with_the_role_of_each_choice(engine: Engine):
+    fields = {"messages": [{"role": "user", "content": "hello"}], "n": 2, "max_tokens": 1}
+    opening, *_ = await engine.stream("/v1/chat/completions", **fields)
+    deltas = [choice["delta"] for choice in opening["choices"]]
+    assert deltas == [{"role": "assistant", "content": ""}] * 2
+
+
 @pytest.mark.parametrize("step", [1, 3, 100])
 @pytest.mark.parametrize(
     ("include", "text"), [(False, "hello world, the "), (True, "hello world, the quick br")]

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from pdlaunch.engine.server.engine_service import RANK_SILENCE_S
+from pdlaunch.http.engine_calls import Answer
 from pdlaunch.http.headers import ORIGIN_HEADER
+from pdlaunch.http.kv_feed import KV_EVENTS_PATH, read_feed
 from pdlaunch.protocol.engine import AddRequest, CheckIntegrity, EngineStats, RequestFinished
+from pdlaunch.protocol.kv_events import HeldBlocks, KVBlocks
 from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent
@@ -86,3 +89,29 @@ async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(
     await rank.say(RequestFinished(request_id=request.request_id, reason="length", tokens=[token]))
     assert (await running)["choices"][0]["text"] == "x"
     assert (await engine.get("/health"))[0] == 200
+
+
+async def test_routers_follow_what_the_rank_holds(engine: Engine) -> None:
+    engine.service.receive(KVBlocks(block_size=16, stored={"device": [1, 2]}))
+    held, numbers = HeldBlocks(), list[int]()
+    async with engine.session.get(engine.url + KV_EVENTS_PATH) as answer:
+        async for message in read_feed(Answer(answer)):
+            held.apply(message)
+            numbers.append(len(held))
+            if numbers[-1] == 2:
+                # A rank that is gone has nothing.
+                await engine.service.use_link(None)
+            elif 2 in numbers:
+                break
+    assert numbers[-1] == 0
+
+
+async def test_tokens_of_the_router_are_not_made_again(engine: Engine, rank: FakeRank) -> None:
+    token_ids = [5, 6, 7]
+    answer = await engine.complete(prompt="hello world", prompt_token_ids=token_ids)
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert rank.added()[-1].prompt_token_ids == token_ids
+    for wrong in ([], [-1], ["a"], 3, [10**6]):
+        body = {"prompt": "hello", "prompt_token_ids": wrong}
+        status, _, _ = await engine.post("/v1/completions", body)
+        assert status == 400

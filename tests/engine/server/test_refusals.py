@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,14 @@ async def test_the_context_is_no_longer_than_the_kv_cache(make_engine: MakeEngin
         assert "30 tokens (as many as the KV cache holds, see kv_cache_memory)" in error["message"]
     _, models = await engine.get("/v1/models")
     assert models["data"][0]["max_model_len"] == 30
+
+
+async def test_a_model_without_a_template_has_no_chat(engine: Engine):
+    loaded = engine.service.loaded
+    assert loaded is not None
+    engine.service.loaded = dataclasses.replace(loaded, chat_template=None)
+    status, error = await engine.refusal("/v1/chat/completions", messages=HELLO)
+    assert (status, error["param"]) == (400, "messages")
 
 
 # Limits
