@@ -64,8 +64,6 @@ class NoDevice:
 
 
 class Compiled(NamedTuple):
-    """A kernel's program for the GPU."""
-
     name: str
     shared_bytes: int
     num_bytes: int
@@ -109,7 +107,6 @@ def attention(case: Case) -> None:
 
 
 def layers(size: int) -> None:
-    """What a layer does beside attention."""
     hidden = torch.zeros(3, size, dtype=torch.bfloat16)
     norm = Norm(hidden[0], 1e-5, 0)
     for first, second in ((None, None), (hidden, None), (hidden, norm)):
@@ -119,7 +116,6 @@ def layers(size: int) -> None:
 
 
 def blocks() -> None:
-    """What checks blocks."""
     words = constants(torch.device("cpu"))
     results = torch.zeros(2, 8, dtype=torch.int64)
     for num_words in (1024, 5 * 20):

@@ -86,7 +86,6 @@ def room_of_file(source: Path) -> str:
 
 @functools.cache
 def tree_of(source: Path) -> ast.Module:
-    """All tests here read the same files."""
     return ast.parse(source.read_text())
 
 

@@ -16,7 +16,6 @@ WRONG = re.compile(
 
 
 def wrong_names(text: str) -> list[str]:
-    """Return the names of durations that are given instants, and the other way round."""
     return ["".join(found) for found in WRONG.findall(text)]
 
 

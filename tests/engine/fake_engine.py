@@ -181,7 +181,6 @@ class FakeEngine:
         return plan
 
     def collect(self) -> None:
-        """Wait for what is in flight."""
         while self.in_flight:
             self._collect_oldest()
 
@@ -216,7 +215,6 @@ class FakeEngine:
             self._begin_job(job)
 
     def run(self, max_steps: int = 20_000) -> list[StepPlan]:
-        """Step until the scheduler has nothing to do."""
         plans = []
         while self.scheduler.has_work():
             plans.append(self.step())
@@ -285,7 +283,6 @@ class FakeEngine:
             self.end_job(next(iter(self.jobs)))
 
     def run_all(self) -> list[StepPlan]:
-        """Run until neither steps nor copies are left."""
         plans = self.run()
         while self.jobs:
             self.end_jobs()

@@ -41,8 +41,6 @@ NEEDS_CUDA = [
 
 
 class CountingRunner(ModelRunner):
-    """Knows how often a step was launched while another one ran."""
-
     num_running = num_ahead = 0
 
     def launch(self, plan: StepPlan) -> Any:

@@ -116,8 +116,6 @@ def test_a_grammar_that_cannot_be_used_or_that_the_output_breaks_is_an_error(
 
 
 class Inline(Executor):
-    """Runs at once what it is given."""
-
     def submit(self, fn, /, *args, **kwargs):
         future: Future[object] = Future()
         future.set_result(fn(*args, **kwargs))

@@ -188,7 +188,6 @@ def test_the_phases_of_a_request_add_up() -> None:
     now_s = 0.0
 
     def clock() -> float:
-        """Go on by 1 s with every look."""
         nonlocal now_s
         now_s += 1.0
         return now_s

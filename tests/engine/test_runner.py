@@ -38,7 +38,6 @@ def _one_thread() -> None:
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list, list]:
-    """Directory, prompts, expected answers."""
     directory = save_tiny_model(request.param, tmp_path_factory.mktemp("models"))
     draw = random.Random(7)
     prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in LENGTHS]
@@ -170,7 +169,6 @@ TOTAL, CONTEXT, WEIGHTS, ACTIVATIONS = 140 * GIB, GIB // 2, 16 * GIB, 5 * GIB
 
 
 def cache_of(used: int, utilization: float) -> int:
-    """Return the KV cache of a rank that starts where ``used`` bytes are held already."""
     return left_for_cache(
         free_bytes=TOTAL - used - CONTEXT - WEIGHTS,
         total_bytes=TOTAL,

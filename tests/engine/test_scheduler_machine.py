@@ -250,8 +250,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class OffloadMachine(SchedulerMachine):
-    """Same rules, more loads."""
-
     @initialize(found=OFFLOAD_SETTINGS)
     def start(self, found):
         super().start(found)

@@ -111,7 +111,6 @@ class Engine:
         self.turn()
 
     def turn(self) -> None:
-        """Turn every rank's loop until all messages have arrived."""
         for _ in range(4):
             for sleeper in self.sleepers[1:]:
                 for message in self.mail:
@@ -264,8 +263,6 @@ def test_each_call_gets_one_reply_and_no_rank_is_left_behind(
 
 def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
     class SleepingRecorder(Recorder):
-        """Also memory and transfers of the one rank."""
-
         def __init__(self, *requests: Any) -> None:
             super().__init__(*requests)
             self.rank = FakeRank()

@@ -55,7 +55,6 @@ def spec_of(
 def entry_of(
     engine: str, role: str, engine_id: str, endpoint: str, tp_rank: int = 0, **fields: Any
 ) -> Entry:
-    """A rank's entry of the registry."""
     return Entry(
         name=f"{engine}/rank-{tp_rank}",
         kind="rank",
@@ -146,8 +145,6 @@ class FakeRead(Read):
 
 
 class FakeConnector(Connector):
-    """A connector that copies within this process."""
-
     name = "fake"
     path = "fake/memory"
     read_class = FakeRead

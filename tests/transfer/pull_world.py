@@ -194,13 +194,11 @@ class World:
         self.pulls = PullTable(self.setup, self.peers)
 
     def pull_with(self, **settings: Any) -> None:
-        """Use changed settings for all pulls from now on."""
         changed = self.setup.settings.model_copy(update=settings)
         self.setup = replace(self.setup, settings=changed)
         self.pulls = PullTable(self.setup, self.peers)
 
     def close(self) -> None:
-        """Drop all questions without an answer."""
         self.peers.lose_all("the world is closed")
 
     def open_channel(self, endpoint: str) -> FakeChannel:
@@ -228,7 +226,6 @@ class World:
         return holder
 
     def connect_group(self, tp_size: int, **options: Any) -> list[HolderRank]:
-        """Add and connect all ranks of a holder engine with tensor parallelism."""
         holders = [self.add(tp_rank=rank, tp_size=tp_size, **options) for rank in range(tp_size)]
         self.peers.update([holder.entry() for holder in holders])
         self.turn()

@@ -66,7 +66,6 @@ class RankOptions:
 
 
 def run_rank(pipe: Connection, options: RankOptions) -> None:
-    """The main function of the process."""
     import torch
 
     from pdlaunch.config import connectors
@@ -312,7 +311,6 @@ class RankHandle:
         return [self.report(PairReady) for _ in holders]
 
     def pull_from(self, holder: RankHandle, name: str) -> None:
-        """Pull three blocks and compare them."""
         holder.submit(grant(name, [3, 1, 4]))
         self.submit(pull(name, holder.remote(name), [9, 2, 6]))
         finished = self.event(PullFinished)

@@ -33,7 +33,6 @@ PATHS = {
 def settings(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """Settings of ``kv_transfer`` for the connector under test."""
     if request.param == "mooncake" and (problem := mooncake_problem()):
         pytest.skip(f"mooncake: {problem}")
     if request.param == "file":
@@ -45,7 +44,6 @@ def settings(
 
 @pytest.fixture(scope="module")
 def pair(settings: dict[str, Any]) -> Iterator[tuple[RankHandle, RankHandle]]:
-    """A holder and a puller that have shaken hands."""
     with starting() as start:
         holder, puller = (start(role, transfer=settings) for role in ("prefill", "decode"))
         (ready,) = puller.connect(holder)

@@ -67,7 +67,6 @@ class Rank:
         return connection
 
     def card(self, **changes: Any) -> HandshakeReply:
-        """This rank's answer to a handshake."""
         connector = self.connector
         card = HandshakeReply(
             call_id=0,

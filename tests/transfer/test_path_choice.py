@@ -51,8 +51,6 @@ class FakePath:
 
 
 class Trial:
-    """A trial of fake paths."""
-
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **paths: FakePath) -> None:
         self.clock = FakeClock()
         self.started: list[str] = []

@@ -27,7 +27,6 @@ PULLED = [LeaseEnded(lease_id="r", reason="pulled")]
 
 
 def begin(world: World, *holders: HolderRank, lease_s: float = 60.0, **options: Any) -> None:
-    """Begin to pull block 4 from each of these ranks of an engine."""
     for holder in holders:
         holder.holder.grant(grant("r", [4], lease_s=lease_s))
     world.pulls.start(pull("p", holders[0].remote("r"), [1], **options))
@@ -35,15 +34,12 @@ def begin(world: World, *holders: HolderRank, lease_s: float = 60.0, **options: 
 
 
 def land(world: World, turns: int = 4) -> None:
-    """Let all READs write, including those of later turns."""
     world.fabric.stalled = False
     world.fabric.land()
     world.turn(turns)
 
 
 def change(holder: HolderRank, kind: type, **fields: Any) -> None:
-    """Change these fields in all further answers of this kind."""
-
     def changed(reply: Any) -> Any:
         return msgspec.structs.replace(reply, **fields) if isinstance(reply, kind) else reply
 

@@ -210,7 +210,6 @@ OUTCOMES = ("ok", "failed", "late", "drained", "pulled", "expired", "released")
 
 
 def what_happens(first_seed: int, *, verify: bool) -> Counter[str]:
-    """Outcomes of five histories."""
     seen: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + 5):
         history = History(seed, verify=verify)

@@ -90,11 +90,9 @@ class Rank:
 
     @property
     def is_registered(self) -> bool:
-        """True if the connector has registered the memory of this rank."""
         return self.connector.agent_name in self.connector.fabric.agents
 
     def events(self) -> list[Any]:
-        """Wait for the next events."""
         while True:
             self._wakes.get(timeout=TIMEOUT_S)
             if events := self.transfer.take_events():
@@ -130,7 +128,6 @@ def tell(*ranks: Rank, asleep: Rank | None = None) -> None:
 
 
 def connected(context: SecureContext, fabric: Fabric, **options: Any) -> tuple[Rank, Rank]:
-    """A prefill and a decode rank that have shaken hands."""
     holder, puller = (Rank(context, role, fabric, **options) for role in ("prefill", "decode"))
     tell(holder, puller)
     assert isinstance(puller.reports.get(timeout=TIMEOUT_S), PairReady)

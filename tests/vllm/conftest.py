@@ -65,7 +65,6 @@ def running_engines(
 
 @pytest.fixture(scope="package")
 def pair(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """One prefill and one decode engine of vLLM."""
     settings = {"engine_args": ENGINE_ARGS}
     with running_engines(tmp_path_factory.mktemp("pair"), vllm_command, settings) as deployment:
         yield deployment

@@ -54,7 +54,6 @@ async def test_a_late_subscriber_learns_what_a_rank_of_vllm_holds(
 
 
 def turn(url: str, messages: list[dict[str, str]]) -> tuple[str, str]:
-    """Return the route and the text of an answer."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     answer = client.chat.completions.with_raw_response.create(
         model="smollm2",

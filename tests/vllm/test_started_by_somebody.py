@@ -50,8 +50,6 @@ TRANSFER = {
 
 
 class Server:
-    """A ``vllm serve`` that a user has started."""
-
     def __init__(
         self, command: tuple[str, ...], environ: dict[str, str], port: int, log_file: Path
     ) -> None:

@@ -4,5 +4,4 @@ from pathlib import Path
 
 
 def num_open_fds() -> int:
-    """Of this process."""
     return len(list(Path("/proc/self/fd").iterdir()))

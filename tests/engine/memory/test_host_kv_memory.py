@@ -18,7 +18,6 @@ PAGE = mmap.PAGESIZE
 
 @pytest.fixture
 def export() -> Iterator[Export]:
-    """Sixteen pages, exported."""
     memory = HostKVMemory()
     tensor = memory.zeros(16 * PAGE)
     found = memory.export(tensor)

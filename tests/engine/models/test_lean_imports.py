@@ -23,7 +23,6 @@ NEEDLESS = (
 
 
 def sums(model: torch.nn.Module) -> dict[str, float]:
-    """Return the sum of each parameter and buffer."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     return {name: tensor.double().sum().item() for name, tensor in tensors}
 

@@ -84,7 +84,6 @@ def save_tiny_model(name: str, folder: Path, *, seed: int = 0, **sizes: int) -> 
 def loader_of(
     directory: Path, *, dummy: bool = False, dtype: torch.dtype = torch.float32
 ) -> ModelLoader:
-    """The loader of one rank on the CPU."""
     return ModelLoader(
         directory,
         read_model_shape(directory),

@@ -33,8 +33,6 @@ def make_layout(*, head_dim: int = 4, block_size: int = 4) -> KVCacheLayout:
 
 
 class Rank:
-    """A worker and the KV cache that it serves."""
-
     def __init__(self, where: str, num_host_blocks: int = 12) -> None:
         """``where`` checksums are computed: on the ``host``, where the KV cache lies (``device``,
         on the CPU here), or on a GPU (``cuda``), whose kernel needs larger blocks.
@@ -60,7 +58,6 @@ class Rank:
         )
 
     def fill(self, block_id: int, seed: int) -> torch.Tensor:
-        """Write to a block what ``seed`` stands for, and return it."""
         source = torch.Generator().manual_seed(seed)
         size = self.blocks.shape[1:]
         self.blocks[block_id] = torch.randint(0, 256, size, dtype=torch.uint8, generator=source)

@@ -106,8 +106,6 @@ async def rank(secure: SecureContext, tokenizer: TextTokenizer) -> AsyncIterator
 
 
 class Engine:
-    """A served application and a client for it."""
-
     def __init__(self, service: EngineService, url: str, session: aiohttp.ClientSession) -> None:
         self.service = service
         self.url = url

@@ -49,7 +49,6 @@ async def prefill(engine: Engine, **fields: object) -> dict:
 
 
 async def hand_over(engine: Engine, sent: bool, **fields: object) -> tuple[dict, dict]:
-    """A prefill answer, and the body for decode."""
     answer = await prefill(engine, **fields)
     params = answer["kv_transfer_params"]
     if sent:
