@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not there; started by ``test_compiled_kernels``.
+"""Compiles the Triton kernels for GPUs that are not there; started by ``test_triton_attention``.
 
 The interpreter shows what kernels compute; this shows
 that the compiler takes them, with the arguments that they are launched with, and that they fit.

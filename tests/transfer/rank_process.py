@@ -22,7 +22,6 @@ import numpy as np
 import xxhash
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.machine import network
 from pdlaunch.protocol.control import Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys
@@ -203,7 +202,6 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
         "interrupt": lambda kind, pid: interruptions.append((kind, pid)),
         "go_on_reading": going_on.set,
-        "listening": listening,
     }
     send("started", transfer.endpoint)
     while True:
@@ -258,17 +256,6 @@ def flip_byte(kv_cache: Any, block_id: int, head: int) -> None:
 
 def digest_of(kv_cache: Any) -> int:
     return xxhash.xxh3_64_intdigest(kv_cache.cpu().numpy())
-
-
-def listening() -> tuple[set[int], list[str]]:
-    """Ports of listening TCP sockets, and paths of listening Unix sockets; abstract paths begin
-    with @.
-    """
-    inodes = {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
-    rows = [line.split() for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]]
-    accepts = 0x10000  # __SO_ACCEPTCON, the flag of a socket that listens
-    unix = [row[7] for row in rows if int(row[3], 16) & accepts and f"socket:[{row[6]}]" in inodes]
-    return {listener.port for listener in network.listeners()}, unix
 
 
 def fork_server_context() -> ForkServerContext:

@@ -92,18 +92,6 @@ def test_a_byte_that_changed_after_the_grant_is_found(pair):
     holder.call("flip", 11, 2)
 
 
-def test_a_rank_listens_on_its_side_channel_alone(pair, settings):
-    """It also listens where its connector must: Mooncake at two ports (PD409), P2P at a Unix socket
-    that passes descriptors of memory.
-    """
-    for rank in pair:
-        tcp, unix = rank.call("listening")
-        assert int(rank.endpoint.rpartition(":")[2]) in tcp
-        assert len(tcp) == (3 if settings["connector"] == "mooncake" else 1)
-        assert len(unix) == (settings.get("nixl", {}).get("path") == "p2p")
-        assert all(path.startswith("@") for path in unix)
-
-
 def test_a_restarted_holder_is_found_again(start: Start, settings):
     holder, puller = (start(role, transfer=settings) for role in ("prefill", "decode"))
     puller.connect(holder)

@@ -40,7 +40,6 @@ from pdlaunch.transfer.handshake import geometry_of
 from pdlaunch.transfer.regions import Pieces, merge, native_regions
 from tests.e2e.waiting import await_true
 from tests.engine.memory.open_files import num_open_fds
-from tests.interpreter import needs_triton, run_interpreted
 from tests.other_user import as_nobody
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 from tests.transfer.pull_world import compatibility
@@ -257,12 +256,6 @@ def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(to, of, count) -
     np.testing.assert_array_equal(found, expected)
     steps = zip(to, to[1:], of, of[1:], strict=False)
     assert len(columns[0]) == 1 + sum((b - a, d - c) != (1, 1) for a, b, c, d in steps)
-
-
-@needs_triton
-@pytest.mark.processes
-def test_a_kernel_copies_pieces_of_several_sizes_and_nothing_beside_them() -> None:
-    run_interpreted("tests.transfer.interpreted_copy")
 
 
 # Descriptors: only for processes with the token; closed when either side goes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
@@ -145,31 +144,3 @@ def test_a_device_has_the_memory_of_a_dead_rank_back(
         "the memory of the dead rank is unmapped",
         30,
     )
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device")
-@pytest.mark.parametrize("piece_bytes", [48, 4096, 65536, 3 * 2**20])
-def test_copy_engines_bring_the_same_bytes(piece_bytes: int) -> None:
-    from pdlaunch.transfer.connectors.piece_copies import new_copier
-    from pdlaunch.transfer.regions import Pieces
-
-    device, num_slots, random = torch.device("cuda", 0), 16, np.random.default_rng(1)
-    source = torch.randint(0, 256, (num_slots, piece_bytes), dtype=torch.uint8, device=device)
-    to, of = random.permutation(num_slots)[:9], random.permutation(num_slots)[:9]
-    copier, found = new_copier(device), torch.zeros_like(source)
-    torch.cuda.synchronize()
-    sides = (
-        Pieces(
-            slots.astype(np.uint64) * np.uint64(piece_bytes) + np.uint64(memory.data_ptr()),
-            np.full(len(slots), piece_bytes, dtype=np.uint64),
-        )
-        for slots, memory in ((to, found), (of, source))
-    )
-    copy = copier.start(*sides)
-    while copy.poll() == "pending":
-        continue
-    assert copy.poll() == "done"
-    assert copy.seconds() > 0
-    assert torch.equal(found[to], source[of])
-    copier.close()

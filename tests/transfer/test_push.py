@@ -4,6 +4,7 @@ proven.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -11,10 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from pdlaunch.bench.transfer import TransferOptions, bench_transfer
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import PullBegin, Push, Refused
 from pdlaunch.protocol.transfer import PullDrained
+from pdlaunch.transfer.connectors.connector import LocalMemory, new_connector
 from pdlaunch.transfer.connectors.scratch import NUM_WARM_READS
-from tests.transfer.fakes import Fabric, FakeConnector, FakeRead
+from pdlaunch.transfer.regions import native_regions
+from tests.transfer.fakes import Fabric, FakeConnector, FakeRead, layout_of, random_cache
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import cancel, grant, pull
 
@@ -156,3 +162,33 @@ def test_a_reader_gets_only_what_it_has_leased(world, changes, reason: str) -> N
     assert isinstance(refused, Refused)
     assert reason in refused.reason
     assert len(world.writes) == 1
+
+
+# Mooncake
+
+
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mooncake", None)
+    settings = KVTransferSettings(connector="mooncake")
+    connector = new_connector(settings, "prefill-0/rank-0", 1)
+    memory = LocalMemory(
+        native_regions(random_cache(layout_of(), 1, seed=0), layout_of()), torch.zeros(1)
+    )
+    with pytest.raises(
+        TransferError,
+        match=r"Mooncake cannot be imported: .* install mooncake-transfer-engine .*libibverbs1",
+    ):
+        connector.open(memory)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_transfer() -> None:
+    """Every pull is verified by checksums; a failed pull raises."""
+    mooncake = pytest.importorskip("mooncake.engine")
+    if not mooncake.SUPPORT_CUDA:
+        pytest.skip("this build of Mooncake has no CUDA")
+    options = TransferOptions(
+        paths=["mooncake"], num_blocks=[16], num_repeats=2, num_kv_heads=2, device="cuda"
+    )
+    assert float(bench_transfer(options)[0]["pull_gb_per_s"]) > 0

@@ -4,7 +4,6 @@ transformers before it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -22,26 +21,14 @@ NEEDLESS = (
 )
 
 
-def sums(model: torch.nn.Module) -> dict[str, float]:
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.double().sum().item() for name, tensor in tensors}
-
-
 @pytest.mark.processes
-def test_a_rank_loads_the_same_model_without_what_it_does_not_need(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_a_rank_loads_a_model_without_what_it_does_not_need(tmp_path: Path) -> None:
     from tests.engine.models.tiny import save_tiny_model
 
     model_dir = save_tiny_model("llama", tmp_path)
     command = [sys.executable, "-m", __name__, str(model_dir)]
     worker = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seen = json.loads(worker.stdout)
-    assert seen["needless"] == []
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    assert seen["sums"] == sums(model)
-    assert seen["picked"] == 2
-    assert seen["is_one_module"]
+    assert json.loads(worker.stdout) == {"needless": [], "picked": 2, "is_one_module": True}
 
 
 def main(model_dir: Path) -> None:
@@ -54,7 +41,7 @@ def main(model_dir: Path) -> None:
     loader = ModelLoader(
         model_dir, shape, torch.float32, cpu, dummy=False, tp=None, progress=lambda *_: None
     )
-    model = loader.load()
+    loader.load()
     needless = [name for name in NEEDLESS if name in sys.modules]
 
     # Whoever asks for what was left out gets it, and each module once.
@@ -65,7 +52,6 @@ def main(model_dir: Path) -> None:
         picked = torch.arange(3)[torch.tensor(2)].item()
     seen = {
         "needless": needless,
-        "sums": sums(model),
         "picked": picked,
         "is_one_module": by_statement is torch._dynamo.config,
     }

@@ -4,11 +4,13 @@ are.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
-from tests.interpreter import needs_triton, run_interpreted
+from tests.interpreter import needs_triton, run_interpreted, run_module
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ROWS = {
@@ -25,6 +27,13 @@ ROWS = {
 def test_kernels_in_the_interpreter() -> None:
     parts = ("kernels", "llama-bias", "qwen3", "gemma3", "graphs")
     run_interpreted("tests.engine.models.interpreted_attention", parts)
+
+
+@needs_triton
+@pytest.mark.processes
+def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
+    """On machines without a GPU; nothing comes from the cache of a run before."""
+    run_module("tests.compiled_kernels", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu

@@ -146,17 +146,6 @@ async def test_too_many_grammars_without_a_first_token_are_a_429(
         await engine.complete(guided_regex=regex, **fields)
 
 
-@pytest.mark.parametrize("path", BODIES)
-async def test_bodies_of_very_many_values_are_refused_before_they_are_parsed(
-    engine: Engine, rank: FakeRank, path: str
-):
-    for values in ([[]] * 200_000, HELLO * 22_000):
-        status, answer, _ = await engine.post(path, {"messages": values})
-        assert (status, answer["error"]["code"]) == (400, "too_many_values")
-    assert engine.service.bodies.held_bytes == engine.service.admission.in_flight == 0
-    assert rank.added() == []
-
-
 async def test_tokenize_and_detokenize_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(served_model, "MIN_TEXT_CHARS", 2000)
     monkeypatch.setattr(served_model, "MIN_TOKEN_IDS", 2000)

@@ -51,8 +51,8 @@ def test_any_changed_byte_changes_exactly_one_checksum(block, head, data):
 
 @needs_triton
 @pytest.mark.processes
-def test_kernel_equals_xxhash() -> None:
-    run_interpreted("tests.transfer.integrity.interpreted_checksum")
+def test_kernels_hash_as_xxhash_and_copy_pieces_and_nothing_beside_them() -> None:
+    run_interpreted("tests.transfer.interpreted_kernels", ("checksums",), ("copies",))
 
 
 # Layouts of an 8B model, of a model with an odd number of stripes in a head, and of a model that is

@@ -1,18 +1,19 @@
-"""Runs the checksum kernel in Triton's interpreter and compares it with xxHash.
-
-``test_checksum`` starts it as a process, because the environment must switch the interpreter on
-before Triton is imported.
+"""Runs the kernel of checksums (argument ``checksums``) or of copies (``copies``) in Triton's
+interpreter. ``test_checksum`` starts it as a program: the environment must switch the interpreter
+on before Triton is imported.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import sys
 
 import numpy as np
 import torch
 import xxhash
 
+from pdlaunch.transfer.connectors.copy_kernel import copy_pieces, fits_kernel
 from pdlaunch.transfer.integrity.checksum_kernel import UNIT_BYTES, constants, hash_pages, supports
 
 CPU = torch.device("cpu")
@@ -58,8 +59,40 @@ def compare_far_away() -> None:
     assert int(results) % 2**64 == xxhash.xxh3_64_intdigest(region.numpy())
 
 
-if __name__ == "__main__":
-    generator = np.random.default_rng(0)
-    for size in (*EDGES, *(16 * generator.integers(16, 3000, 6))):
-        compare(int(size), generator)
+SLOT_BYTES = 40_000  # the largest piece is larger than a tile
+
+
+def copy(sizes: list[int], random: np.random.Generator) -> None:
+    num_slots = len(sizes) + 3
+    source = torch.from_numpy(random.integers(0, 256, (num_slots, SLOT_BYTES), dtype=np.uint8))
+    target = torch.zeros_like(source)
+    anchor = torch.zeros(4, dtype=torch.int32)
+    to, of = (random.permutation(num_slots)[: len(sizes)] for _ in range(2))
+    columns = [
+        slots.astype(np.uint64) * np.uint64(SLOT_BYTES) + np.uint64(memory.data_ptr())
+        for slots, memory in ((to, target), (of, source))
+    ]
+    lengths = np.array(sizes, dtype=np.uint64)
+    assert fits_kernel(*columns, lengths)
+    copy_pieces(anchor, *columns, lengths)
+    expected = torch.zeros_like(source)
+    for here, there, size in zip(to, of, sizes, strict=True):
+        expected[here, :size] = source[there, :size]
+    assert torch.equal(target, expected), sizes
+
+
+def check_checksums(random: np.random.Generator) -> None:
+    for size in (*EDGES, *(16 * random.integers(16, 3000, 6))):
+        compare(int(size), random)
     compare_far_away()
+
+
+def check_copies(random: np.random.Generator) -> None:
+    for lengths in ([16], [4096] * 19, [32 * 1024, 48, 32 * 1024, 33 * 1024 + 16]):
+        copy(lengths, random)
+    assert not fits_kernel(*np.array([[16], [16], [8]], dtype=np.uint64))
+
+
+if __name__ == "__main__":
+    check = {"checksums": check_checksums, "copies": check_copies}[sys.argv[1]]
+    check(np.random.default_rng(0))
