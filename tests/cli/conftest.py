@@ -1,17 +1,17 @@
 """A model of a few bytes, a configuration file, and check-config on a healthy machine."""
 
-import json
 import os
+from pathlib import Path
 
 import pytest
 
 from pdlaunch.checks import probed
 from pdlaunch.cli import preflight
 from pdlaunch.protocol.process import run_dirs
-from tests.checks.contexts import CPU, TINY
+from tests.checks.contexts import CPU
 from tests.cli.deployment_server import running_server
 from tests.command_line import invoke
-from tests.config.model_files.files import write_weights
+from tests.config.model_files.files import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +22,11 @@ def _no_settings_from_outside(monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TINY))
-    write_weights(folder)
-    return folder
+    return Path(tiny_model(tmp_path / "model"))
 
 
 @pytest.fixture
 def check(model, monkeypatch):
-    """Run check-config on a healthy machine with a free port."""
     monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
     monkeypatch.setattr(preflight, "probe_machine", lambda: CPU)
     monkeypatch.setattr(probed, "probe_port", lambda host, port: "")

@@ -20,7 +20,7 @@ from pdlaunch.errors import StartupError
 from tests import command_line
 from tests.checks.contexts import TINY
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
-from tests.config.model_files.files import write_safetensors, write_weights
+from tests.config.model_files.files import cached_model, tiny_model, write_safetensors
 
 NAME = "org/tiny"
 WEIGHTS = "model.safetensors"
@@ -45,14 +45,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
     """A model in the cache of the hub, and a directory in the working one."""
-    repository = tmp_path / "hub" / "models--org--tiny"
-    folder = repository / "snapshots" / COMMIT
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
+    folder = cached_model(tmp_path / "hub", NAME)
     for place in (folder, tmp_path / "local", tmp_path / "smollm2"):
-        place.mkdir(parents=True)
-        (place / "config.json").write_text(json.dumps(TINY))
-        write_weights(place)
+        tiny_model(place)
     return folder
 
 

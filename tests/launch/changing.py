@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,12 @@ from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import resolve
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Answered, ChangeEngines, PlannedChange
-from tests.checks.contexts import CPU, TINY
-from tests.config.model_files.files import write_weights
+from tests.checks.contexts import CPU
+from tests.config.model_files.files import tiny_model
 from tests.launch.fakes import World
 
 CORES = replace(CPU, num_cpus=8)
 GPUS = replace(CPU, num_cpus=8, gpus=tuple(Gpu(index, memory_bytes=80 << 30) for index in range(3)))
-
-
-def tiny_model(folder: Path) -> str:
-    """Make a model of a few bytes."""
-    (folder / "config.json").write_text(json.dumps(TINY))
-    write_weights(folder)
-    return str(folder)
 
 
 class Changing(World):
@@ -44,7 +36,6 @@ class Changing(World):
         self.start().all_ready()
 
     def placed(self, name: str) -> PlacedEngine:
-        """Return where an engine of the launch is placed now."""
         engines = self.supervisor.places.resolved.engines
         return next(engine for engine in engines if engine.name == name)
 
@@ -54,7 +45,6 @@ class Changing(World):
         return self.ask(ChangeEngines(question=7, replicas=replicas, **wanted))
 
     def plan_of(self, **wanted: Any) -> PlannedChange:
-        """Ask for a change that is possible, and return what will be done."""
         answer = self.change(**wanted)
         assert not answer.error
         assert answer.change is not None
@@ -64,19 +54,16 @@ class Changing(World):
         return self.host.sent_to("router", Answered)[-1]
 
     def become_whole(self, *engines: str) -> None:
-        """Have all processes of engines get ready."""
         for engine in engines:
             self.become_ready(f"{engine}/rank-0", engine)
 
     def leave(self, *engines: str) -> None:
-        """Have engines that drain finish, and end."""
         for engine in engines:
             self.drained(engine)
             for name in (f"{engine}/rank-0", engine):
                 self.exit(name)
 
     def given_work(self) -> set[str]:
-        """Return the engines that the router may give work."""
         return {
             entry.name
             for entry in self.entries().values()

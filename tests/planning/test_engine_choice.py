@@ -12,7 +12,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.machine.facts import Machine
 from pdlaunch.planning.engine_choice import choose_engine
 from pdlaunch.planning.models import fetch_weights, read_models
-from pdlaunch.planning.resolve import resolve
+from tests.config.model_files.files import cached_model
 from tests.planning.test_resolve import write_model
 
 REAL = {"model": "Qwen/Qwen3-0.6B"}
@@ -20,7 +20,6 @@ CPU = Machine(num_cpus=2)
 
 
 def environ(folder: Path, *, installed: bool) -> Mapping[str, str]:
-    """Return variables of a shell with a ``vllm`` on PATH, or without."""
     folder.mkdir()
     if installed:
         (folder / "vllm").write_text("#!/bin/sh\n")
@@ -68,37 +67,15 @@ def test_a_vllm_of_the_active_environment_is_found_without_path(
         assert (found.engine, found.engine_command) == ("vllm", str(tmp_path / "bin" / "vllm"))
 
 
-def test_nothing_behind_the_plan_sees_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are read for the engine that is chosen, too: vLLM serves what native ones do not."""
-    model = write_model(tmp_path / "mixtral", model_type="mixtral", num_local_experts=8)
-    config = LaunchConfig.model_validate({"model": str(model)})
-    shell = environ(tmp_path / "bin", installed=True)
-    monkeypatch.setenv("PATH", shell["PATH"])
-    assert read_models(config)["decode"].error is None
-    launch = resolve(config, {"here": CPU}, shell)
-    assert not launch.roles["decode"].is_native
-    assert (launch.config.engine, launch.with_engines(launch.places).config.engine) == ("vllm",) * 2
-    monkeypatch.setenv("PATH", "/none")
-    error = read_models(config)["decode"].error
-    assert error is not None
-    assert "cannot be served by native engines" in str(error)
-    assert "--engine vllm" in str(error.fix)
-    assert "install vllm with pip" in str(error.fix)
-
-
 def test_vllm_is_given_all_files_of_a_hub_that_nobody_else_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = "a" * 40
-    repository = tmp_path / "models--org--tiny"
-    for name in ("snapshots", "refs"):
-        (repository / name).mkdir(parents=True)
-    write_model(repository / "snapshots" / commit, model_type="mixtral", num_local_experts=8)
-    (repository / "refs" / "main").write_text(commit)
+    snapshot = cached_model(tmp_path, "org/tiny")
+    write_model(snapshot, model_type="mixtral", num_local_experts=8)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = LaunchConfig.model_validate({"engine": "vllm", "model": "org/tiny"})
     asked: list[object] = []
     models = read_models(config)
     fetch_weights(config, models, lambda *each: asked.append(each))
-    assert asked == [("org/tiny", commit, "all")]
-    assert models["decode"].path == str(repository / "snapshots" / commit)
+    assert asked == [("org/tiny", snapshot.name, "all")]
+    assert models["decode"].path == str(snapshot)

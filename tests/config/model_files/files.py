@@ -15,6 +15,7 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+from tests.checks.contexts import TINY
 
 
 def all_weights(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -36,12 +37,28 @@ EMPTY_SAFETENSORS = safetensors({}, b"")
 
 
 def write_weights(folder: Path) -> None:
-    """Write all weights of the model that config.json describes, one byte for each number."""
     tensors, end = {}, 0
     for name, size in all_weights(read_model_shape(folder)).items():
         start, end = end, end + math.prod(size)
         tensors[name] = {"dtype": "U8", "shape": size, "data_offsets": [start, end]}
     (folder / "model.safetensors").write_bytes(safetensors(tensors, bytes(end)))
+
+
+def tiny_model(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TINY))
+    write_weights(folder)
+    return str(folder)
+
+
+def cached_model(hub: Path, name: str, commit: str = "a" * 40, revision: str = "main") -> Path:
+    """Return the folder of a model in a cache, as huggingface_hub lays it out."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    snapshot, ref = repository / "snapshots" / commit, repository / "refs" / revision
+    for folder in (snapshot, ref.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    ref.write_text(commit)
+    return snapshot
 
 
 def write_safetensors(path: Path, *, num_bytes: int) -> None:

@@ -17,6 +17,7 @@ from pdlaunch.config.model_files.find import (
     resolve_model,
 )
 from pdlaunch.errors import ConfigError
+from tests.config.model_files.files import cached_model
 
 COMMIT = "a" * 40
 ODD_TEXTS = st.text(st.sampled_from("aZ0.-_/~\\\0\n "), max_size=20)
@@ -32,15 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def put(cache: Path, name: str, commit: str = COMMIT, revision: str = "main") -> Path:
-    """A model in the cache, as huggingface_hub lays it out."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
+def put(cache: Path, name: str, **place: str) -> Path:
+    snapshot = cached_model(cache, name, **place)
     (snapshot / "config.json").write_text("{}")
-    ref = repository / "refs" / revision
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(commit)
     return snapshot
 
 
@@ -71,7 +66,7 @@ def test_no_name_and_no_revision_leads_out_of_the_cache(text: str) -> None:
 
 def test_a_model_in_the_cache_is_found_by_branch_and_commit(cache: Path) -> None:
     main = put(cache, "org/tiny")
-    other = put(cache, "org/tiny", "b" * 40, "refs/pr/1")
+    other = put(cache, "org/tiny", commit="b" * 40, revision="refs/pr/1")
     found = resolve_model("org/tiny")
     assert (found.cache_dir, found.ready) == (main, True)
     assert resolve_model("org/tiny", "refs/pr/1").cache_dir == other
