@@ -37,7 +37,6 @@ KEYS = new_launch_keys()
 
 
 def some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Dictionaries with any of the fields."""
     return st.fixed_dictionaries({}, optional=fields)
 
 
@@ -134,7 +133,6 @@ def test_what_was_judged_is_what_is_started(
 
 
 def bootstraps(launch: ResolvedLaunch) -> list[tuple[ProcessSpec, Bootstrap]]:
-    """What each process of the launch is given."""
     with tempfile.TemporaryDirectory() as folder, listening("127.0.0.1", 0) as listeners:
         made = Bootstraps(
             kind=kind_of(launch),
@@ -179,12 +177,10 @@ def assert_same_environment(
     place = spec.device_indices[process.tp_rank] if spec.device_indices else None
     assert process.devices == ("cpu" if place is None else f"cuda:{place}",)
     expandable = expandable_segments_variable(child)
-    assert engines.allocator == (
-        "host"
-        if spec.device == "cpu"
-        else "cumem"
-        if spec.enable_cumem_allocator
-        else "expandable_segments"
-        if expandable
-        else "cuda"
-    )
+    allocators = {
+        "host": spec.device == "cpu",
+        "cumem": spec.enable_cumem_allocator,
+        "expandable_segments": expandable,
+        "cuda": True,
+    }
+    assert engines.allocator == next(name for name, is_used in allocators.items() if is_used)
