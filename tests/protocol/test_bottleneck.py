@@ -6,11 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pdlaunch.config.roles import PAIR
-from pdlaunch.protocol.bottleneck import HIGH_PROMPTS, HIGH_TOKENS, bottleneck_line, find_bottleneck
+from pdlaunch.protocol.bottleneck import bottleneck_line, find_bottleneck
 from pdlaunch.protocol.status import (
     Bottleneck,
     DeploymentStatus,
@@ -147,45 +144,3 @@ def test_few_streams_are_never_much_however_slow_the_machine_is() -> None:
     slow = rates(500.0, streams=2.0)
     found = find_bottleneck(status(*PREFILL_HEAVY, rates=slow, fastest=LONE))
     assert found.engine == "decode-1"
-
-
-SHARES = st.floats(0, 1)
-SPEEDS = st.tuples(st.floats(0.1, 1e3), st.floats(0, 300))
-
-
-@given(st.data())
-def test_a_change_helps_by_the_figures_and_leaves_an_engine_of_each_role(
-    data: st.DataObject,
-) -> None:
-    num = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    prompts = st.fixed_dictionaries(
-        {
-            "computing": SHARES,
-            "waiting_prompt_tokens": st.floats(0, 1e5),
-            "prompt_tokens_per_s": st.floats(0, 1e5),
-        }
-    )
-    reading = data.draw(st.fixed_dictionaries({"kv_usage": SHARES, "running": st.integers(0, 300)}))
-    load = data.draw(prompts)
-    engines = [
-        *(engine(f"prefill-{i}", **load) for i in range(num[0])),
-        *(engine(f"decode-{i}", reading) for i in range(num[1])),
-    ]
-    fields = {
-        "rates": rates(*data.draw(SPEEDS | st.tuples(st.none(), st.floats(0, 300)))),
-        "fastest": data.draw(st.none() | SPEEDS.map(lambda told: rates(*told))),
-        "routing": data.draw(st.sampled_from(["load", "pairs"])),
-    }
-    found = find_bottleneck(status(*engines, **fields))
-    if not found.engine:
-        return
-    assert found.role is not None
-    assert found.prompts is not None
-    assert found.tokens is not None
-    giver = PAIR[found.role == "prefill"]
-    assert found.engine.startswith(giver)
-    assert num[PAIR.index(giver)] > 1
-    if giver == "decode":
-        assert found.tokens * num[1] / (num[1] - 1) < HIGH_TOKENS
-    else:
-        assert found.prompts * num[0] / (num[0] - 1) < HIGH_PROMPTS

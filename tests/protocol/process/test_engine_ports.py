@@ -1,5 +1,3 @@
-"""Who may listen at the port of a server that has died."""
-
 from __future__ import annotations
 
 import contextlib
@@ -26,7 +24,6 @@ def kept() -> Iterator[EnginePorts]:
 
 
 def serving(host: str = "127.0.0.1", port: int = 0, *, is_kept: bool = False) -> socket.socket:
-    """A server's listening socket."""
     server = bind_to_share(host, port, is_kept=is_kept)
     server.listen()
     return server

@@ -1,5 +1,3 @@
-"""A loop that turns says so once an interval."""
-
 from __future__ import annotations
 
 from pdlaunch.protocol.control import Alive

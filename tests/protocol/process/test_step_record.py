@@ -1,5 +1,3 @@
-"""What a rank computed last is known after its death, whichever it was."""
-
 from __future__ import annotations
 
 from pdlaunch.protocol.process.step_record import (
