@@ -11,7 +11,6 @@ WIDE = replace(CPU, num_cpus=4)
 
 
 def hosts(*listed, machines=(WIDE, WIDE), environs=({}, {}), local="10.0.0.1", **config) -> Context:
-    """A launch on hosts with these settings, whose agents have joined."""
     context = on(WIDE, placement="hosts", hosts=listed, **config)
     here = ResolvedHost("local", WIDE, {}, local, local, frozenset())
     joined = [

@@ -139,7 +139,6 @@ class Case:
 
 
 def lacks(*extras):
-    """Probes of a Python that does not find these extras."""
     return {"missing_extras": dict.fromkeys(extras, "a_module")}
 
 

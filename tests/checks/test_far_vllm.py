@@ -13,7 +13,7 @@ from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.engine_commands import EngineCommand
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from tests.checks.cases_of_placement import TRUSTED, far_vllm
-from tests.launch.engines.test_vllm import installed, value_of
+from tests.launch.engines.test_vllm import installed
 
 V32 = EngineCommand(version="0.32.0")
 Told = dict[str, EngineCommand] | None
@@ -59,22 +59,6 @@ def test_what_is_installed_beside_the_supervisor_says_nothing_of_others(tmp_path
     command = installed(tmp_path, "0.23.0")
     launch = launch_on({"vllm": V32}, {"vllm": V32}, engine_command=command)
     assert not findings(launch, "PD611", "PD612", "PD613")
-
-
-def test_engines_get_the_addresses_of_their_hosts() -> None:
-    launch = launch_on({"vllm": V32}, {"vllm": V32}, prefill__port=8200, engine_api_key="k")
-    prefill, decode, _ = plan_processes(launch).processes
-    for process, address in ((prefill, "10.0.0.2"), (decode, "10.0.0.3")):
-        environment = process.environment
-        assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == address
-        assert environment["UCX_NET_DEVICES"] == address
-        assert environment["UCX_TCP_PORT_RANGE"] == "21000-21999"
-        assert environment["UCX_TLS"] == "tcp,posix,cma,self"
-        assert "PdlaunchConnector" in value_of(process.command, "--kv-transfer-config")
-        # The sidecar has the port, and its engine a Unix socket.
-        assert not {"--port", "--host", "--uds"} & set(process.command)
-    assert prefill.ports == {"http": 8200}
-    assert value_of(decode.command, "--served-model-name")
 
 
 def test_nothing_opens_where_the_network_is_not_trusted() -> None:

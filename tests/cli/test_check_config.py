@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,16 +19,9 @@ from pdlaunch.machine import availability
 from pdlaunch.machine.profiles import PROFILES
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
-from tests.config.test_fuzz import NEARLY
 from tests.launch.engines.test_vllm import installed
 
 ALL_SEVERITIES = "decode: {max_model_len: 1000}\nkv_transfer: {verify: off}\nload_format: dummy\n"
-FOREIGN: list[dict[str, Any]] = [
-    {"model_type": "mamba", "state_size": 16},
-    {"model_type": "deepseek_v3", "kv_lora_rank": 512},
-    {"model_type": "llava", "text_config": {"model_type": "new"}},
-]
-"""config.json of models that native engines cannot serve."""
 Check = Callable[..., Result]
 File = Callable[[str], Path]
 
@@ -197,22 +189,6 @@ def test_a_model_that_is_not_here_is_not_checked(check: Check, model: Path) -> N
     assert check("--model", "/models/llama").exit_code == 1
 
 
-@pytest.mark.parametrize("config", FOREIGN, ids=lambda config: config["model_type"])
-def test_vllm_may_serve_what_native_engines_cannot(
-    check: Check, model: Path, config: dict[str, Any]
-) -> None:
-    (model / "config.json").write_text(json.dumps(config))
-    refused = check("--assume", "h100x8")
-    assert (refused.exit_code, "PD103" in refused.stdout) == (1, True)
-    command = installed(model / "one", "0.32.0")
-    result = check("--engine-command", command, "--engine", "vllm", "--format", "json")
-    report = json.loads(result.stdout)
-    assert not report["findings"]
-    # What needs the shape is not judged, and that is said.
-    unchecked = {item["rule"]: item["reason"] for item in report["resolved"]["not_checked"]}
-    assert "native engines cannot serve it" in unchecked["PD104"]
-
-
 def test_explain_shows_a_rule_or_all() -> None:
     rule = all_rules()["PD204"]
     text = " ".join(invoke(["explain", "pd204"], env={"COLUMNS": "80"}).stdout.split())
@@ -224,7 +200,7 @@ def test_explain_shows_a_rule_or_all() -> None:
     assert "did you mean PD204?" in unknown.stderr
 
 
-# Whatever bytes come: an exit code of 0, 1 or 2 and a message, never a traceback.
+# Whatever is given: an exit code of 0, 1 or 2 and a message, never a traceback.
 WORDS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)
 FLAGS = st.lists(
     st.tuples(
@@ -233,36 +209,13 @@ FLAGS = st.lists(
     ).map(lambda pair: [f"--{pair[0]}", pair[1]]),
     max_size=3,
 )
-COMMANDS = (["check-config", "--port", "0"], ["check-config", "--format", "json"])
-few = settings(max_examples=60, deadline=None)
 
 
-def run(arguments: list[str]) -> Result:
-    result = invoke(arguments)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-    assert result.exit_code in (0, 1, 2)
-    if result.exit_code == 2:
-        assert result.stderr.strip()
-    return result
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz") / "deploy.yaml"
-
-
-@few
-@given(data=st.one_of(st.binary(max_size=100), NEARLY.map(lambda t: t.encode("utf-8", "replace"))))
-def test_any_file(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    for command in COMMANDS:
-        result = run([*command, str(path)])
-        if "json" in command:
-            assert json.loads(result.stdout)["ok"] is (result.exit_code == 0)
-
-
-@few
+@settings(max_examples=60, deadline=None)
 @given(flags=FLAGS)
 def test_any_flags(flags: list[list[str]]) -> None:
-    for command in COMMANDS:
-        run([*command, *(word for flag in flags for word in flag)])
+    for command in (["check-config", "--port", "0"], ["check-config", "--format", "json"]):
+        result = invoke([*command, *(word for flag in flags for word in flag)])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        assert result.exit_code in (0, 1, 2)
+        assert result.exit_code != 2 or result.stderr.strip()

@@ -21,7 +21,7 @@ from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import THIS_HOST, resolve, resolve_on
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import ChangeEngines
-from tests.launch.changing import tiny_model
+from tests.config.model_files.files import tiny_model
 from tests.launch.fakes import pair_ready
 
 
@@ -79,7 +79,6 @@ class Deployment:
         return next(engine for engine in self.launch.engines if engine.name == name)
 
     def find(self, engine: str) -> str | None:
-        """The host on which an engine can be started."""
         units = [unit for unit in self.seen.units if unit.engine == engine]
         found = [self.places.is_there(unit) for unit in units]
         assert len(set(found)) == 1
@@ -120,7 +119,6 @@ def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -
     deployment = Deployment(engine=engine, **SPREAD)
 
     def addresses() -> dict[str, str]:
-        """Return where UCX of each engine listens."""
         return {
             process.spec.engine: process.spec.environment["UCX_NET_DEVICES"]
             for process in deployment.seen.processes()
@@ -135,6 +133,9 @@ def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -
     assert deployment.find("decode-0") == "b"
     assert deployment.find("prefill-0") == "a"
     assert addresses() == before | {"decode-0": "10.0.0.9"}
+    environments = [process.spec.environment for process in deployment.seen.processes()]
+    told = {each.get("VLLM_NIXL_SIDE_CHANNEL_HOST") for each in environments}
+    assert told >= ({"10.0.0.2", "10.0.0.9"} if engine == "vllm" else {None})
 
 
 def test_all_ranks_of_an_engine_over_hosts_meet_where_its_first_host_is_now() -> None:

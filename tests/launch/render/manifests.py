@@ -57,7 +57,6 @@ def templates(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
 
 
 def check_schema(objects: list[Object]) -> None:
-    """Judge types and unknown fields."""
     for found in objects:
         if found["kind"] == "LeaderWorkerSet":
             # Source: api/leaderworkerset/v1/leaderworkerset_types.go of kubernetes-sigs/lws

@@ -51,24 +51,6 @@ def test_objects_of_all_examples_fit(path: Path) -> None:
     assert {found["metadata"]["namespace"] for found in objects} == {"serving"}
 
 
-def test_the_supervisors_file_places_each_engine_on_its_pod(tmp_path: Path) -> None:
-    objects = render("kubernetes", str(EXAMPLES[1]), "--name", "mine")
-    text = named(objects, "ConfigMap", "mine-config")["data"]["deployment.yaml"]
-    path = tmp_path / "deployment.yaml"
-    path.write_text(text)
-    config = load_config(path, {}, {}).config
-    placed = [(host.name, host.roles) for host in config.hosts]
-    assert placed == [
-        (f"mine-{role}-{index}", (role,)) for role in ("prefill", "decode") for index in range(2)
-    ]
-    assert (config.placement, config.placement_strategy) == ("hosts", "spread")
-    for role in ("prefill", "decode"):
-        workload = named(objects, "StatefulSet", f"mine-{role}")
-        assert workload["spec"]["replicas"] == 2
-        labels = workload["spec"]["template"]["metadata"]["labels"]
-        assert labels["llm-d.ai/role"] == role
-
-
 def router_pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
     pod: dict[str, Any] = named(objects, "Deployment", "pdlaunch")["spec"]["template"]
     return pod
@@ -167,11 +149,15 @@ def test_each_engine_over_hosts_is_a_group_of_a_leader_worker_set(tmp_path: Path
     assert prefill["spec"]["replicas"] == 2
     group = prefill["spec"]["leaderWorkerTemplate"]
     assert (group["size"], group["restartPolicy"]) == (3, "None")
-    assert named(objects, "StatefulSet", "pdlaunch-decode")["spec"]["replicas"] == 1
+    decode = named(objects, "StatefulSet", "pdlaunch-decode")["spec"]
+    assert decode["replicas"] == 1
+    assert decode["template"]["metadata"]["labels"]["llm-d.ai/role"] == "decode"
     path.write_text(named(objects, "ConfigMap", "pdlaunch-config")["data"]["deployment.yaml"])
-    hosts = [host.name for host in load_config(path, {}, {}).config.hosts]
+    config = load_config(path, {}, {}).config
+    assert (config.placement, config.placement_strategy) == ("hosts", "spread")
+    hosts = [(host.name, host.roles) for host in config.hosts]
     pods = [f"pdlaunch-prefill-{pod}" for pod in ("0", "0-1", "0-2", "1", "1-1", "1-2")]
-    assert hosts == [*pods, "pdlaunch-decode-0"]
+    assert hosts == [*((pod, ("prefill",)) for pod in pods), ("pdlaunch-decode-0", ("decode",))]
     rooms = [Room(pod, {"prefill": ("cuda", 1)}) for pod in pods]
     placed = place_engines({"prefill": 2}, {"prefill": 1}, rooms, "spread", {"prefill": 3})
     assert [[node.host for node in place.nodes] for place in placed.values()] == [
