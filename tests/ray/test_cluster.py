@@ -44,7 +44,6 @@ def launched(cluster: Any, model: Path, *arguments: str) -> Iterator[Deployment]
 
 
 def agents() -> dict[str, psutil.Process]:
-    """The agents that run, by the name of their host."""
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

@@ -18,12 +18,21 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import TWO_HEADS, make_tiny_model
 from tests.e2e.waiting import await_true
 from tests.netns.hosts import Host, Network, new_network, signal_inner, why_not
-from tests.netns.launch import ANSWER, QUESTION, STAND_IN, pdlaunch, shared_folder, stand_in
+from tests.netns.launch import (
+    ANSWER,
+    PORT,
+    QUESTION,
+    STAND_IN,
+    FarLaunch,
+    is_healthy,
+    pdlaunch,
+    shared_folder,
+    stand_in,
+    wait_for,
+)
 
 pytestmark = pytest.mark.hosts_long
 TIMEOUT_S = 240.0
-PORT = 8000
-URL = f"http://127.0.0.1:{PORT}"
 HEAD_PORT = 6379
 TOKEN = "/tmp/token"
 HEAD = ("--head", "--num-cpus", "0", "--port", str(HEAD_PORT), "--include-dashboard", "false")
@@ -96,17 +105,15 @@ def of_the_launch(nodes: Network) -> list[list[str]]:
 
 
 def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
-    head = nodes["a"]
-    with served(nodes, SETTINGS):
-        _, status = head.get(f"{URL}/pdlaunch/status")
-        urls = {engine["name"]: engine["url"] for engine in status["engines"]}
+    with served(nodes, SETTINGS) as launch:
+        urls = {engine["name"]: engine["url"] for engine in launch.status()["engines"]}
         assert {url.rpartition(":")[0] for url in urls.values()} == {
             f"https://{nodes[name].address}" for name in ("b", "c")
         }
         before = nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b")
-        right = answer(head)
+        right = answer(launch)
         assert nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b") > before
-        assert answer(head) == right
+        assert answer(launch) == right
 
 
 @pytest.mark.parametrize("nodes", [3], indirect=True)
@@ -118,46 +125,34 @@ def test_an_engine_over_two_nodes(nodes: Network) -> None:
             "prefill": {"tensor_parallel_size": 2, "nnodes": 2, "num_threads": 2},
             "routing": {"policy": "pairs"},
         }
-        with served(nodes, SETTINGS | settings | stand_in(folder, **TWO_HEADS)):
+        with served(nodes, SETTINGS | settings | stand_in(folder, **TWO_HEADS)) as launch:
             (first, other) = (ranks_on(nodes[name]) for name in ("b", "c"))
             assert {*first, *other} == {"0", "1"}
             assert len(first) == len(other) == 1
-            assert answer(nodes["a"]) == ANSWER
+            assert answer(launch) == ANSWER
 
 
 def ranks_on(host: Host) -> list[str]:
-    """The nodes of an engine that run on a host."""
     commands = [each.cmdline() for each in host.find(STAND_IN, "--node-rank")]
     return [words[words.index("--node-rank") + 1] for words in commands]
 
 
 @contextlib.contextmanager
-def served(nodes: Network, settings: Mapping[str, Any]) -> Iterator[None]:
+def served(nodes: Network, settings: Mapping[str, Any]) -> Iterator[FarLaunch]:
     """Run a launch from the head, ready inside the block; nothing is left at its end."""
     head = nodes["a"]
     head.file("/tmp/launch.yaml").write_text(json.dumps(settings))
     cluster = environ() | {"RAY_ADDRESS": f"{head.address}:{HEAD_PORT}"}
     with pdlaunch(head, "serve", "serve", "/tmp/launch.yaml", environ=cluster) as serve:
-        until_ready(head, serve)
-        yield
+        launch = FarLaunch(nodes, head, serve, contextlib.ExitStack())
+        wait_for(lambda: is_healthy(launch), launch, "not ready")
+        yield launch
         signal_inner(serve, signal.SIGTERM)
         assert serve.wait(240) == 0
     await_true(lambda: not of_the_launch(nodes), lambda: str(of_the_launch(nodes)))
 
 
-def until_ready(host: Host, serve: subprocess.Popen[bytes]) -> None:
-    def output() -> str:
-        return host.file("/tmp/serve.out").read_text(errors="replace")
-
-    def is_ready() -> bool:
-        assert serve.poll() is None, output()
-        return host.get(f"{URL}/health")[0] == 200
-
-    await_true(is_ready, output, TIMEOUT_S)
-
-
-def answer(host: Host) -> list[int]:
-    body = json.dumps(QUESTION | {"temperature": 0})
-    status, found = host.get(f"{URL}/v1/completions", "--json", body)
-    assert status == 200, found
+def answer(launch: FarLaunch) -> list[int]:
+    (found,) = launch.ask(QUESTION | {"temperature": 0})
+    assert isinstance(found, dict), found
     return list(found["choices"][0]["token_ids"])
