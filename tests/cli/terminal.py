@@ -60,7 +60,6 @@ class Terminal:
         )
 
     def until(self, condition: Callable[[str], object]) -> str:
-        """Read until the screen is as wanted; returns its text."""
         until_at = time.monotonic() + 180
         while not condition("\n".join(self.screen.display)):
             assert time.monotonic() < until_at, "\n".join(self.screen.display)
@@ -77,7 +76,6 @@ class Terminal:
         os.write(self._ours, keys.encode())
 
     def end(self) -> int:
-        """Wait for the end, and return the exit code."""
         while self.process.poll() is None:
             self.read(0.1)
         while select.select([self._ours], [], [], 0.2)[0]:

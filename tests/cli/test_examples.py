@@ -58,7 +58,6 @@ def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -
 
 
 def installed_in(text: str) -> tuple[set[str], set[str]]:
-    """Return the extras and the pinned packages that pip is to install."""
     extras = re.findall(r"(?:\.|\.whl\))\[([\w,]+)\]", text)
     return {e for group in extras for e in group.split(",")}, set(re.findall(r"\S+==\S+", text))
 

@@ -102,7 +102,6 @@ def view_on(target: Console, router: Router, every_s: float = 0.01) -> ServeView
 
 
 def said(target: Console) -> list[str]:
-    """Return the lines that were printed, without their times."""
     return [line.partition("] ")[2] or line for line in printed(target).splitlines()]
 
 

@@ -76,7 +76,6 @@ def test_what_cannot_be_asked_is_said(router: DeploymentServer) -> None:
 
 
 def shown(status: DeploymentStatus, columns: int = 80, rows: int = 24) -> list[str]:
-    """Return the lines that ``top`` shows on a screen of this size."""
     # As a terminal that knows no Unicode.
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console = Console(file=file, width=columns, height=rows, color_system=None)

@@ -1,5 +1,3 @@
-"""``pdlaunch top`` on a real pseudo-terminal."""
-
 from __future__ import annotations
 
 import signal

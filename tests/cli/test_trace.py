@@ -1,5 +1,3 @@
-"""``pdlaunch trace`` against an HTTP server that answers as a router does."""
-
 from __future__ import annotations
 
 import msgspec

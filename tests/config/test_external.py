@@ -1,5 +1,3 @@
-"""URLs of engines that run already."""
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -118,7 +118,6 @@ class FakeHost(LocalHost):
         return {name for name, message in self.sent if isinstance(message, kind)}
 
     def registry(self, name: str) -> Registry:
-        """Return the newest registry that a process was sent."""
         return self.sent_to(name, Registry)[-1]
 
 
@@ -274,7 +273,6 @@ class World:
         self._handle(ProcessExited(name, incarnation, returncode, lost_with, step))
 
     def lose(self, *names: str) -> None:
-        """The host of some processes is lost."""
         for name in names:
             self.exit(name, -signal.SIGKILL, "node-1 (silent)")
 
@@ -317,7 +315,6 @@ class World:
     # What can be seen
 
     def entries(self) -> dict[str, Entry]:
-        """Return the lines of the router's newest registry."""
         return {entry.name: entry for entry in self.host.registry("router").entries}
 
     def listed(self, name: str) -> str | None:
@@ -326,7 +323,6 @@ class World:
         return None if entry is None else entry.state
 
     def withheld(self) -> set[str]:
-        """Return the engines that the router is told to give no work."""
         return {entry.name for entry in self.entries().values() if entry.withheld}
 
     def state(self, name: str) -> str:

@@ -26,8 +26,6 @@ HOSTS = (
 
 
 class Prepared:
-    """A launch whose processes can be given what they need."""
-
     def __init__(self, folder: Path, *hosts: ResolvedHost, **settings: object) -> None:
         model = write_model(folder / "tiny", dtype="bfloat16")
         config = LaunchConfig.model_validate({"model": str(model), "port": 0, **settings})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.launch.status import Failure
-from pdlaunch.observe.causes import Cause, find_cause
+from pdlaunch.observe.causes import find_cause
 
 LOGS = sorted((Path(__file__).parent / "failed_starts").glob("*.log"))
 
@@ -43,18 +43,3 @@ def test_words_of_a_process_get_the_fix_that_is_known_for_them(said: str, fix: s
     assert report[:2] == ["decode-0 failed to start", f"  {said}"]
     assert report[2].startswith(f"  fix: {fix}")
     assert len(report) == 4
-
-
-def test_the_last_life_of_a_process_counts_and_the_end_of_a_chain() -> None:
-    chain = [
-        "ValueError: of the life before",
-        "--- incarnation 2",
-        "KeyError: 'walrus'",
-        "",
-        "During handling of the above exception, another exception occurred:",
-        "",
-        "RuntimeError: walrus is unknown",
-    ]
-    assert find_cause(chain) == Cause("RuntimeError: walrus is unknown", "")
-    assert find_cause(chain[:1]) == Cause("ValueError: of the life before", "")
-    assert find_cause(["nothing", "of note"]) is None

@@ -1,5 +1,3 @@
-"""Events that arrive at once are ordered so that the root cause of a failure comes first."""
-
 from __future__ import annotations
 
 import signal

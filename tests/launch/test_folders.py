@@ -33,7 +33,6 @@ CARD = LaunchCard(launch_id="id", url="http://127.0.0.1:8000")
 
 
 def make_folders(folder: Path, count: int) -> list[Path]:
-    """Make folders of launches that have ended, oldest first."""
     paths = [folder / f"20260101-{number:06d}-abcdef" for number in range(count)]
     for path in paths:
         path.mkdir(parents=True)

@@ -91,7 +91,6 @@ MANY = 3 * MAX_PEERS
 
 
 def many_engines() -> World:
-    """A launch that is ready but for its pairs."""
     *engines, router = make_plan(num_prefill=MANY, num_decode=MANY).processes
     world = World(Plan(processes=(*with_peers(engines), router))).start()
     for name in world.host.running:
@@ -110,7 +109,6 @@ def connect_due_pairs(world: World) -> None:
 
 
 def peers_of(world: World, engine: str) -> set[str]:
-    """Return the other engines that the rank of an engine was told of last."""
     entries = world.host.registry(f"{engine}/rank-0").entries
     return {entry.engine for entry in entries} - {engine, ""}
 

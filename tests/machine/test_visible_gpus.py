@@ -17,22 +17,12 @@ def seen(own, outer=None, gpus=TWO):
 
 
 @pytest.mark.parametrize(
-    ("values", "indices"),
-    [
-        ([None, "0,1", "0, 1", "0 ,1"], [0, 1]),
-        (["", " ", "-1", "-1,0", ",0"], []),
-        (["0", "00", "0,-1", "0,", "0,,1"], [0]),
-        (["1,0"], [1, 0]),
-    ],
-)
-def test_as_cuda_reads_it(values, indices):
-    for own in values:
-        assert seen(own) == indices, own
-
-
-@pytest.mark.parametrize(
     ("outer", "own", "expected"),
     [
+        *((None, own, [0, 1]) for own in (None, "0,1", "0, 1", "0 ,1")),
+        *((None, own, []) for own in ("", " ", "-1", "-1,0", ",0")),
+        *((None, own, [0]) for own in ("0", "00", "0,-1", "0,", "0,,1")),
+        (None, "1,0", [1, 0]),
         (None, "0,1,0", "names a GPU twice"),
         (None, "0,2", "there is no GPU 2 for this launch, which sees 0, 1"),
         *((None, own, "not a list of GPU numbers") for own in ("x", "0;1", "cuda:0", "²", UUIDS)),
@@ -45,7 +35,7 @@ def test_as_cuda_reads_it(values, indices):
         ("5", "1", [1]),  # a machine of two GPUs is assumed in a shell that has this
     ],
 )
-def test_problems_and_a_variable_of_the_whole_launch(outer, own, expected):
+def test_as_cuda_reads_it_also_where_the_launch_has_one_of_its_own(outer, own, expected):
     found = seen(own, outer)
     assert expected in found if isinstance(expected, str) else found == expected
 

@@ -59,8 +59,6 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Listening:
-    """A TCP socket of a host that listens."""
-
     process: str
     """The name of the process in its launch, else the words of its command."""
     address: str
@@ -69,8 +67,6 @@ class Listening:
 
 @dataclass(frozen=True)
 class Knock:
-    """A TCP connection that a host has begun to another one."""
-
     source: str
     target: str
     port: int
@@ -86,15 +82,12 @@ class Host:
     """Process id of its first process, as this machine sees it."""
 
     def file(self, path: str) -> Path:
-        """A file of the host, for the test to read and write."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     def command(self, *words: str) -> list[str]:
-        """A command that runs ``words`` on the host."""
         return ["nsenter", "--target", str(self.pid), *_NAMESPACES, "--wd=" + str(ROOT), *words]
 
     def run(self, *words: str, timeout_s: float = TIMEOUT_S) -> str:
-        """What a command on the host prints."""
         result = subprocess.run(
             self.command(*words), capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -146,7 +139,6 @@ class Host:
         return found
 
     def listening(self) -> set[Listening]:
-        """The TCP sockets that listen on the host."""
         found = set()
         for words, address, port in json.loads(self.run(sys.executable, "-c", _LIST_LISTENERS)):
             is_named = "--name" in words
@@ -155,7 +147,6 @@ class Host:
         return found
 
     def kill(self) -> None:
-        """Have the host fall over: all of its processes die at once."""
         os.kill(self.pid, 9)
 
 
@@ -218,7 +209,6 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def new_network(*names: str) -> Iterator[Network]:
-    """Make hosts that reach each other."""
     with contextlib.ExitStack() as stack:
         hosts = [
             Host(

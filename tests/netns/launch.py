@@ -61,7 +61,6 @@ class FarLaunch:
         return f"http://127.0.0.1:{PORT}"
 
     def start_agent(self, name: str) -> None:
-        """Start the agent of a host, which has the join file."""
         words = ["agent", "--join", JOIN, "--name", name]
         words += [word for each in self.allow for word in ("--allow-executable", each)]
         self.agents[name] = self.stack.enter_context(pdlaunch(self.network[name], "agent", *words))
@@ -115,7 +114,6 @@ class FarLaunch:
         return self.here.file(f"{LOGS}/{name}").read_text(errors="replace")
 
     def output(self) -> str:
-        """What all commands have printed, for messages."""
         return "\n".join(
             f"--- {host.name} {name}\n{host.file(f'/tmp/{name}.out').read_text(errors='replace')}"
             for host in self.network.hosts

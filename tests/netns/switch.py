@@ -91,7 +91,6 @@ class Switch:
         self._doors[port] = doors
 
     def receive(self, source: int) -> None:
-        """Take all frames that a host has sent."""
         while True:
             try:
                 frame = os.read(self._taps[source], 65536)

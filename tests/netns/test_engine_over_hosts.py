@@ -66,12 +66,10 @@ def is_used(launch: FarLaunch) -> bool:
 
 
 def stand_ins(launch: FarLaunch) -> dict[str, psutil.Process]:
-    """The engine's vLLM processes, by host."""
     return {name: each for name in ("b", "c") for each in launch.network[name].find(STAND_IN)}
 
 
 def headless(launch: FarLaunch) -> tuple[str, psutil.Process]:
-    """The host without the server, and the engine's process there."""
     (found,) = (
         (name, each)
         for name in ("b", "c")

@@ -90,7 +90,6 @@ def pulled_bytes(launch: FarLaunch, path: str = "nixl/UCX") -> float:
 def asked_meanwhile(
     launch: FarLaunch, questions: list[dict[str, Any]], disturb: Callable[[], None]
 ) -> list[Any]:
-    """The answers to questions during which something happens."""
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(launch.ask, *questions)
         disturb()
@@ -98,7 +97,6 @@ def asked_meanwhile(
 
 
 def under_way(launch: FarLaunch) -> None:
-    """Return when KV blocks are on their way."""
     before = launch.network.num_bytes("a", "b")
     wait_for(
         lambda: launch.network.num_bytes("a", "b") > before + (1 << 18), launch, "nothing moves"
@@ -118,7 +116,6 @@ def pulls_again(launch: FarLaunch, name: str) -> None:
 
 
 def serves_again(launch: FarLaunch, name: str, expected: list[list[int]]) -> None:
-    """All is answered again, after a while."""
     wait_for(
         lambda: judge(launch.ask(*fresh(name)), expected) == NUM_QUESTIONS, launch, "no answers"
     )

@@ -29,7 +29,6 @@ CONFIG = {"kv_transfer": TRUSTED, "hosts": [HERE, THERE]}
 
 
 def test_hosts_with_addresses_of_ipv6_alone(network: Network) -> None:
-    """Control, HTTP over TLS, and KV blocks."""
     for host in network.hosts:
         host.run("ip", "-4", "addr", "flush", "dev", DEVICE)
     config = CONFIG | {"control_address": network["a"].address6}

@@ -54,7 +54,6 @@ PartitionName=all Nodes={names} Default=YES State=UP
 
 
 def missing_programs() -> list[str]:
-    """The programs of Slurm that are not installed here."""
     return [name for name in _PROGRAMS if shutil.which(name) is None]
 
 
@@ -118,7 +117,6 @@ class Cluster:
         )
 
     def jobs(self) -> list[str]:
-        """The jobs that have not ended."""
         return self.run("squeue", "--noheader", "--format=%i").split()
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -153,7 +151,6 @@ class Cluster:
 
 @contextlib.contextmanager
 def slurm_cluster() -> Iterator[Cluster]:
-    """Start Slurm on two hosts of this machine."""
     with (
         new_network(*NODES) as network,
         # /tmp of each host is its own.

@@ -33,7 +33,6 @@ QUESTION = {
 
 @pytest.fixture(scope="module", autouse=True)
 def deployment(cluster: Cluster) -> None:
-    """The file that all launches here serve."""
     make_tiny_model("llama", cluster.folder, max_model_len=NUM_TOKENS + 100)
     settings = {
         "model": str(cluster.folder / "llama"),
@@ -78,7 +77,6 @@ def ask(cluster: Cluster, meanwhile: Callable[[], object] = lambda: None) -> lis
 
 
 def ask_until_its_end(cluster: Cluster) -> None:
-    """Ask again and again until the launch takes no more questions."""
     right = ask(cluster)
     assert right is not None, cluster.output()
     while (found := ask(cluster)) is not None:
@@ -86,13 +84,11 @@ def ask_until_its_end(cluster: Cluster) -> None:
 
 
 def limit(cluster: Cluster, minutes: int) -> None:
-    """Let the jobs run for so long from their start."""
     for job in cluster.jobs():
         cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
 
 def await_end(cluster: Cluster) -> None:
-    """Nothing of a launch is left."""
     cluster.until(lambda: not cluster.jobs())
     cluster.until(lambda: not cluster.stranded())
     assert not list(cluster.folder.glob(".pdlaunch-*"))

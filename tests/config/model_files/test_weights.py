@@ -1,5 +1,3 @@
-"""Directories whose weights are missing or damaged."""
-
 from __future__ import annotations
 
 import json
@@ -11,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from pdlaunch.config.model_files.identity import sampled_digests
 from pdlaunch.config.model_files.shape import INDEX, read_model_shape
-from pdlaunch.config.model_files.weights import check_files, check_gguf, weight_files
+from pdlaunch.config.model_files.weights import check_files, weight_files
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.files import EMPTY_SAFETENSORS, safetensors, write_weights
 
@@ -162,22 +160,6 @@ def test_a_file_that_is_cut_off_is_named_also_of_a_model_that_only_vllm_knows(
     for shape in (read_model_shape(model), None):
         with pytest.raises(ConfigError, match=name):
             check_files(model, shape)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "it is empty"),
-        (b"12345678", "unknown content (it begins with 31 32 33 34 35 36 37 38)"),
-    ],
-)
-def test_what_is_no_gguf_file_is_named(content: bytes, said: str, tmp_path: Path) -> None:
-    file = tmp_path / "x.gguf"
-    file.write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
-        check_gguf(file)
-    assert str(caught.value).startswith(f"{file} is damaged: ")
-    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin"])

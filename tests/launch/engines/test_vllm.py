@@ -38,7 +38,6 @@ def transfer_of(command: tuple[str, ...]) -> dict[str, Any]:
 
 
 def command(name: str, machine: object = CPU, **settings: object) -> tuple[str, ...]:
-    """Return the command of a process of a launch with engines of vLLM."""
     planned = plan_processes(resolved(config(engine="vllm", **settings), machine))
     (found,) = [process.command for process in planned.processes if process.name == name]
     return found

@@ -139,7 +139,6 @@ class Agent:
         return self.outcome
 
     def assert_refused(self, *parts: str) -> None:
-        """It ends with an error for its user."""
         outcome = self.end()
         assert isinstance(outcome, StartupError)
         assert all(part in str(outcome) for part in parts), outcome
@@ -165,8 +164,6 @@ def joined(channel: AgentChannel, keys: JoinKeys) -> Callable[..., Agent]:
 
 
 class RawAgent:
-    """Says what a test wants on the channel."""
-
     def __init__(self, channel: AgentChannel, keys: JoinKeys) -> None:
         self._context = SecureContext(keys.agents, peer=keys.server.public)
         self.socket = self._context.connect(zmq.DEALER, channel.endpoint, identity=b"raw")

@@ -37,8 +37,6 @@ SERVER = ProcessSpec(
 
 
 class Launch:
-    """A supervisor's end, with one agent that runs."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.logs = folder / "logs"

@@ -1,5 +1,3 @@
-"""Hosts and bundles that schedulers give a launch."""
-
 from __future__ import annotations
 
 import pytest

@@ -16,7 +16,6 @@ BYTES_OF_TOKEN = 1000
 
 
 def answer_of(prompt: list[int], count: int) -> list[int]:
-    """Return tokens that depend on all of the prompt."""
     return [(sum(prompt) * (index + 7)) % 997 for index in range(count)]
 
 

@@ -66,7 +66,6 @@ class FakeWorker:
         )
 
     async def peers(self) -> list[Entry]:
-        """Return the next peers that it is told."""
         told = await self.told()
         assert isinstance(told, Peers)
         return told.entries

@@ -27,8 +27,6 @@ FIELDS = ("moves_bytes", "garbles", "healthy", "has_connector", "num_running")
 
 
 class FolderShares(dict[str, list[int]]):
-    """Keeps what engines share in files."""
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
@@ -67,8 +65,6 @@ class OtherHosts:
         self._one_at_a_time = asyncio.Lock()
 
     async def meet(self, address: str, port: int, number: int) -> None:
-        """Wait until this many ranks have joined."""
-
         async def take(*streams: Any) -> None:
             self._streams.append(streams)
             self._joined.release()
@@ -85,7 +81,6 @@ class OtherHosts:
 
 
 async def join(address: str, port: int) -> None:
-    """Take part in the first host's computations."""
     while True:
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_connection(address, port)

@@ -11,8 +11,6 @@ TIMEOUT_S = 60.0
 
 
 class Looks:
-    """Looks every two seconds."""
-
     def __init__(self) -> None:
         self.now_at = 1000.0
         self._watch = EngineHangWatch(TIMEOUT_S, lambda: self.now_at)

@@ -152,9 +152,8 @@ def registry(run_dir: str, *pairs: PairReady, url: str = "", state: str = "ready
     return Registry(version=1, entries=entries, pairs=list(pairs))
 
 
-@pytest.mark.parametrize("kind", [SidecarProcess, HeadlessNode])
-async def test_vllm_is_not_started_with_another_model_than_the_launch_has(
-    kind: type[SidecarProcess] | type[HeadlessNode], tmp_path: Path
+async def test_vllm_on_a_further_host_is_not_started_with_another_model_than_the_launch_has(
+    tmp_path: Path,
 ) -> None:
     command, started, config = (tmp_path / name for name in ("vllm", "started", "config.json"))
     command.write_text(f"#!/bin/sh\ntouch {started}\n")
@@ -166,7 +165,7 @@ async def test_vllm_is_not_started_with_another_model_than_the_launch_has(
         (str(command), "serve", str(tmp_path)), is_exact=True, hang_timeout_s=0.0, unverified=""
     )
     with pytest.raises(PdlaunchError, match=f"{MODEL_CHANGED}: config.json"):
-        await kind(cast(Supervised, supervisor), options).run()
+        await HeadlessNode(cast(Supervised, supervisor), options).run()
     assert not started.exists()
     supervisor.context.close()
 
@@ -294,7 +293,6 @@ async def test_an_idle_engine_whose_core_stands_still_is_found(tmp_path: Path) -
 async def test_an_engine_whose_core_has_ended_is_told_to_be_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its server lives, and says 503."""
     monkeypatch.setattr("pdlaunch.launch.sidecar.__main__.END_TIMEOUT_S", 0.05)
     supervisor = FakeSupervisor(tmp_path)
     async with watched(supervisor) as running:
