@@ -60,8 +60,7 @@ def sleep(
         1,
         min=1,
         max=2,
-        help="1 keeps the weights in host memory; 2 drops them and loads them again at wake-up "
-        "(native engines only).",
+        help="1 keeps weights in host memory; 2 (native engines) loads them again at wake-up.",
     ),
     mode: Literal["wait", "refuse"] = typer.Option(
         "wait", help="Wait for running requests and leased KV blocks, or refuse to sleep."

@@ -335,19 +335,15 @@ async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[
     ``query``: ``mode`` wait or refuse. Raises RequestError, EngineFailure.
     """
     options = {"level": "1", "mode": "wait"} | dict(query)
-    if options["level"] != "1":
-        # vLLM drops its weights at level 2, wakes up without them, and answers nonsense.
-        message = f"level is {options['level']}, but engines of vLLM sleep at level 1 only"
-        raise RequestError(message, param="level")
-    if options["mode"] not in ("wait", "refuse"):
-        raise RequestError("mode must be wait or refuse", param="mode")
+    # After level 2 vLLM wakes up without its weights, and answers nonsense.
+    if options["level"] != "1" or options["mode"] not in ("wait", "refuse"):
+        raise RequestError("for vLLM, level must be 1, and mode wait or refuse", param="query")
     state.pool.hold(engine, "draining")
     is_asleep = False
     try:
         await _await_idle(state, engine, 0.0 if options["mode"] == "refuse" else IDLE_TIMEOUT_S)
         # vLLM waits for requests that came in the meantime from other clients than this router.
-        query = [("level", "1"), ("mode", "wait")]
-        is_asleep = await _command(state, engine, "/sleep", query) == "sleeping"
+        is_asleep = await _command(state, engine, "/sleep", [("mode", "wait")]) == "sleeping"
     finally:
         if is_asleep:
             state.pool.hold(engine, "sleeping")

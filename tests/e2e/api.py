@@ -72,6 +72,14 @@ def await_answers(num_answers: list[int]) -> None:
     await_true(lambda: all(map(operator.gt, num_answers, before)), "each client has an answer")
 
 
+def post_text(url: str, path: str, body: dict[str, Any], **headers: str) -> str:
+    """The whole text of an answer, such as a stream of events."""
+    headers |= {"Content-Type": "application/json"}
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return str(response.read().decode())
+
+
 @contextmanager
 def streamed(
     url: str, prompt: list[int], num_tokens: int, **fields: Any

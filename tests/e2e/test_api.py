@@ -14,7 +14,7 @@ import pytest
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from tests.e2e.api import complete, idle, total_now
+from tests.e2e.api import complete, idle, post_text, total_now
 from tests.e2e.waiting import await_true
 
 QUESTION = [{"role": "user", "content": "Name three rivers in Europe."}]
@@ -179,7 +179,7 @@ def test_the_next_scrape_has_what_the_answer_counts(
         before = api.metrics()
         prompt = f"{number} {ending}" + " and so on, one step after the other" * 3
         body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-        answer = api.post_text("/v1/completions", body | ending)
+        answer = post_text(demo.url, "/v1/completions", body | ending)
         assert ('"finish_reason":"stop"' in answer) == ("stop" in ending)
         after = api.metrics()
         changed = {

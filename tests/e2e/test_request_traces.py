@@ -15,6 +15,7 @@ from pdlaunch.launch.client.admin import read_trace, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.protocol.status import RequestTrace
+from tests.e2e.api import post_text
 from tests.e2e.secrecy import places_of, places_of_ids, told_by
 from tests.e2e.test_scale import run
 from tests.e2e.waiting import await_true
@@ -120,13 +121,14 @@ ASKED: list[tuple[str, dict[str, Any], int]] = [
 
 def test_nothing_tells_what_was_asked_and_answered(demo: Deployment) -> None:
     """Debug logs, the terminal, traces and the page's data contain no prompts and answers."""
-    api = Api(demo.url, headers={ROUTE_HEADER: WANTS_PAIR})
+    headers = {ROUTE_HEADER: WANTS_PAIR}
+    api = Api(demo.url, headers=headers)
     outputs: list[str] = []
     ids: list[list[int]] = []
     for path, fields, expected in ASKED:
         body = {"max_tokens": 16, "temperature": 0, "ignore_eos": True} | fields
         if body.get("stream"):
-            outputs += streamed_texts(api.post_text(f"/v1/{path}", body))
+            outputs += streamed_texts(post_text(demo.url, f"/v1/{path}", body, **headers))
             continue
         status, answer = api.post(f"/v1/{path}", body)
         assert status == expected, answer

@@ -256,7 +256,7 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
     assert alone.ready == {"prefill-0", "decode-0"}
 
     status, answer = await alone.command("POST", "/sleep?engine=prefill-0&level=2")
-    assert (status, answer["error"]["param"]) == (400, "level")
+    assert (status, answer["error"]["param"]) == (400, "query")
     falling = asyncio.ensure_future(alone.command("POST", "/sleep?engine=prefill-0"))
     await until(lambda: alone.engine("prefill-0").state == "draining")
     assert (await alone.complete())[0] == 200

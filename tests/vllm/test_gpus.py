@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.mooncake import mooncake_problem
 from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import FAILED, total
 from tests.vllm.test_models import HYBRID, MODELS, NUM_TOKENS, distance, first_token, prompt_of
+from tests.vllm.test_other_paths import LOADED
 from tests.vllm.test_verified import Pair
 
 pytestmark = [
@@ -38,6 +41,12 @@ SETTINGS: dict[str, object] = {
 SHAPES = {
     name: MODELS[name] for name in ("Qwen3", "Gemma 3", "Qwen3 MoE", "DeepSeek V2", "Falcon H1")
 } | {"Qwen3 Next": HYBRID}
+# Sizes that vLLM has kernels for on a GPU
+LATENT = {"qk_nope_head_dim": 128, "v_head_dim": 128}
+SHAPES["DeepSeek V2"] = replace(
+    SHAPES["DeepSeek V2"], shape={**SHAPES["DeepSeek V2"].shape, **LATENT}
+)
+ENGINE_ARGS = {"Qwen3 Next": {"additional-config": {"gdn_prefill_backend": "triton"}}}
 LLAMA = MODELS["8-bit KV"]
 PATHS: dict[str, dict[str, object]] = {
     "p2p/": {"nixl": {"path": "p2p"}},
@@ -71,6 +80,7 @@ def check_answers(deployment: Deployment, first_seed: int) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_models(name: str, vllm_command: str, tmp_path: Path) -> None:
     settings = SETTINGS | {"model": str(SHAPES[name].written(tmp_path))}
+    settings |= {"engine_args": ENGINE_ARGS.get(name, {})}
     with running_engines(tmp_path, vllm_command, settings) as deployment:
         check_answers(deployment, 0)
 
@@ -86,11 +96,27 @@ def test_paths(path: str, cumem: bool, vllm_command: str, tmp_path: Path) -> Non
         if problem := mooncake_problem():
             pytest.skip(f"mooncake: {problem}")
         (tmp_path / "mooncake").symlink_to(importlib.import_module("mooncake").__path__[0])
-        settings["env"] = {"PYTHONPATH": str(tmp_path)}
+        settings["env"] = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     with running_engines(tmp_path, vllm_command, settings) as deployment:
         check_answers(deployment, 20)
         (pair,) = admin_api(deployment.url).get_object("/pdlaunch/status")[1]["pairs"]
         assert pair["path"].startswith(path)
+
+
+def test_a_host_tier_gives_blocks_back(vllm_command: str, tmp_path: Path) -> None:
+    """Each prompt drives the ones before it out of the KV caches."""
+    tier = {"num-gpu-blocks-override": 100, "kv-offloading-size": 0.25}
+    settings = SETTINGS | {"model": str(LLAMA.written(tmp_path)), "engine_args": tier}
+    with running_engines(tmp_path, vllm_command, settings) as deployment:
+        check_answers(deployment, 0)
+        pair = Pair(deployment)
+        for _ in range(2):
+            loaded, num_bytes = pair.prefill.metrics().get(LOADED, 0.0), pair.counts()[0]
+            check_answers(deployment, 0)
+            for seed in range(100, 106):
+                complete(deployment.url, prompt_of(seed, 300), NUM_TOKENS)
+            assert pair.counts()[0] > num_bytes, "decode has blocks from prefill"
+        assert pair.prefill.metrics()[LOADED] > loaded, "prefill has blocks back from the host"
 
 
 def test_engines_sleep_and_wake_up(vllm_command: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -156,11 +157,15 @@ class CuMemPools(MemoryPools):
         if tag not in self._allocators:
             self._allocators[tag] = _new_allocator(self, tag)
         mem_pool = torch.cuda.MemPool(self._allocators[tag])
+        if has_others := "vllm" in sys.modules:
+            # vLLM has MemPools too, and torch 2.11 aborts if one ends while another is in use.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(mem_pool))
         with expandable_segments_off(), torch.cuda.use_mem_pool(mem_pool, self._device):
             yield
         # Free the segments of temporary tensors now. Segments with tensors stay.
         del mem_pool
-        torch.cuda.empty_cache()
+        if not has_others:
+            torch.cuda.empty_cache()
 
     @property
     def sleeping_tags(self) -> frozenset[str]:

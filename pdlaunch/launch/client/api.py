@@ -69,10 +69,6 @@ class Api:
         """Return status and JSON object of the answer; error statuses do not raise."""
         return self._object(path, *self._call(path, json.dumps(body).encode()))
 
-    def post_text(self, path: str, body: dict[str, Any]) -> str:
-        """Return the whole text of an answer, such as a stream of events."""
-        return self._call(path, json.dumps(body).encode())[1].decode(errors="replace")
-
     def metrics(self) -> dict[str, float]:
         """Return the samples of ``/metrics``, summed over their labels."""
         # Import late: most commands read no metrics and need not wait for this import.
