@@ -142,7 +142,6 @@ class FakeEngine:
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
         self.pulls: dict[str, StartPull] = {}
-        self.num_pulls = 0
         self.quarantined: dict[str, StartPull] = {}
         self.told = HeldBlocks()
         self.leases: dict[str, tuple[GrantLease, list[list[list[KV | None]]]]] = {}
@@ -299,7 +298,6 @@ class FakeEngine:
                 assert command.pull_id not in self.pulls.keys() | self.quarantined.keys()
                 self._check_pull(command)
                 self.pulls[command.pull_id] = command
-                self.num_pulls += 1
             case EndLease() | CancelPull():
                 pass  # what they ask for may have ended while they were on their way
 

@@ -130,16 +130,6 @@ def test_choices_share_one_pull_and_bring_only_the_partial_block_themselves() ->
         assert engine.token_ids(f"d/{choice}") == output(PROMPT, 4)
 
 
-def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
-    engine = FakeEngine()
-    pull = start_pull(engine)
-    engine.end_pull(pull.pull_id, ok=False)
-    engine.run()
-    assert engine.num_pulls == 1
-    assert engine.token_ids("d") == output(PROMPT, 4)
-    assert engine.stats.counts["kv_recomputed_requests"] == 1
-
-
 def test_on_failure_fail_answers_the_cause() -> None:
     engine = FakeEngine(kv_transfer=KVTransferSettings(on_failure="fail"))
     engine.end_pull(start_pull(engine).pull_id, ok=False)

@@ -195,8 +195,6 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     actions: dict[str, Callable[..., Any]] = {
         "submit": transfer.submit,
         "registry": transfer.update_registry,
-        "suspend": transfer.suspend,
-        "resume": transfer.resume,
         "blocks": lambda block_ids: kv_cache[block_ids].cpu().numpy(),
         "digest": lambda flipped: digest_of(kv_cache.flip(0) if flipped else kv_cache),
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),

@@ -1,5 +1,5 @@
 """Deaths and stops of holders with NIXL, which does not report them: the puller learns of them from
-the registry and from missing answers. Files that NIXL leaves open.
+the registry and from missing answers.
 """
 
 from __future__ import annotations
@@ -7,17 +7,13 @@ from __future__ import annotations
 import os
 import signal
 
-import msgspec
 import numpy as np
-import psutil
 import pytest
 import torch
 
-from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
-from tests.e2e.waiting import await_true
 from tests.transfer.conftest import Start
-from tests.transfer.rank_process import TIMEOUT_S, cancel, grant, pull
+from tests.transfer.rank_process import cancel, grant, pull
 
 pytestmark = pytest.mark.processes
 
@@ -119,34 +115,3 @@ def test_blocks_of_a_read_that_never_ends_stay_the_pull_s(start: Start) -> None:
     assert puller.event(PullFinished).ok
     np.testing.assert_array_equal(puller.blocks([61, 62]), other.blocks([5, 6]))
     assert not puller.has_seen(PullDrained)
-
-
-def test_ranks_that_sleep_ten_times_leave_no_files_open(start: Start) -> None:
-    """Without our workaround, NIXL leaves a socket open on both sides each time."""
-    ranks = holder, puller = [
-        start(role, transfer={"nixl": NIXL}) for role in ("prefill", "decode")
-    ]
-    entries, most_fds = [rank.entry() for rank in ranks], []
-    processes = [psutil.Process(rank.process.pid) for rank in ranks]
-    assert puller.connect(holder)[0].path.startswith("nixl/UCX")
-    for round_index in range(10):
-        sleeper = round_index % 2
-        ranks[sleeper].call("suspend", TIMEOUT_S)
-        asleep = entries[:]
-        asleep[sleeper] = msgspec.structs.replace(entries[sleeper], state="sleeping")
-        for rank in ranks:
-            rank.call("registry", asleep)
-        ranks[sleeper].call("resume", TIMEOUT_S)
-        for rank in ranks:
-            rank.call("registry", entries)
-        puller.report(PairReady)
-        puller.pull_from(holder, f"round {round_index}")
-        if round_index == 1:  # both have slept once
-            most_fds = [process.num_fds() for process in processes]
-    # The other side of a connection closes its end shortly after.
-    await_true(
-        lambda: all(
-            process.num_fds() <= most for process, most in zip(processes, most_fds, strict=True)
-        ),
-        f"no more files than after the second round, {most_fds}",
-    )

@@ -344,13 +344,3 @@ def test_a_path_that_one_side_lacks_says_why(open_both: Open, side: str) -> None
     assert list(found) == ["p2p", "fake/memory"]
     assert "this process alone" in str(found["p2p"])
     found["fake/memory"].close()
-
-
-def test_without_any_path_the_reasons_of_all_are_told(open_both: Open) -> None:
-    puller, holder = open_both("a"), open_both("b", host="elsewhere")
-    (taken,) = (each for each in puller.connector._connectors if isinstance(each, FakeConnector))
-    taken.peers.append("b#1")
-    found = {path: str(error) for path, error in puller.connector.connect(holder.card()).items()}
-    assert "b#1 is not on this host" in found["p2p"]
-    assert found["fake/memory"] == "b#1 is there already"
-    taken.peers.clear()

@@ -148,9 +148,11 @@ GOOD = {**OF_PULL, "block_ids": [[5, 4]], "first_head": 1, "num_heads": 2, "targ
         ({"reader": "other"}, "reader other has no open pull"),
         ({"block_ids": [[4, 6]]}, "no lease for all of these blocks"),
         ({"block_ids": [[-1]]}, "no lease for all of these blocks"),
+        ({"block_ids": [[4], [5]]}, "no lease for all of these blocks"),
         ({"first_head": 2}, "there are no 2 heads from 2 on"),
         ({"first_head": -1}, "there are no 2 heads from -1 on"),
         ({"num_heads": 0}, "there are no 0 heads from 1 on"),
+        ({"num_heads": 2**63 - 1}, "there are no 9223372036854775807 heads from 1 on"),
     ],
 )
 def test_a_reader_gets_only_what_it_has_leased(world, changes, reason: str) -> None:
