@@ -77,6 +77,15 @@ def check_answers(deployment: Deployment, first_seed: int) -> None:
     assert metrics["pdlaunch_router_silent_recomputes_total"] == 0
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["TP 1 and 2", "TP 2 and 1", "PP 2"])
+def test_ranks(name: str, vllm_command: str, tmp_path: Path) -> None:
+    settings = SETTINGS | MODELS[name].settings | {"model": str(MODELS[name].written(tmp_path))}
+    with running_engines(tmp_path, vllm_command, settings) as deployment:
+        check_answers(deployment, 0)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_models(name: str, vllm_command: str, tmp_path: Path) -> None:
     settings = SETTINGS | {"model": str(SHAPES[name].written(tmp_path))}
