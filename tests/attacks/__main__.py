@@ -20,7 +20,7 @@ from tests.attacks.bodies import bodies
 from tests.attacks.fuzz import fuzz
 from tests.attacks.kv_fuzz import kv_fuzz
 from tests.attacks.sockets import sockets
-from tests.attacks.target import DeploymentLostError, Target, attacked
+from tests.attacks.target import Target, attacked
 from tests.attacks.verdict import Verdict
 
 ATTACKS: dict[str, tuple[str, Callable[..., None]]] = {
@@ -59,7 +59,7 @@ def run(name: str, target: Target, options: argparse.Namespace) -> int:
     chosen = {"num_requests": options.requests, "seed": options.seed} if name == "fuzz" else {}
     try:
         attack(target, verdict, **chosen)
-    except (DeploymentLostError, PdlaunchError) as error:
+    except (AssertionError, PdlaunchError) as error:
         verdict.broke("the deployment outlives the attack", str(error))
     code = verdict.conclude()
     print(f"{name}: {time.monotonic() - start_s:.0f} s\n", flush=True)

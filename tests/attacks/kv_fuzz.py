@@ -134,8 +134,7 @@ def hand_over(target: Target, verdict: Verdict) -> dict[str, Any]:
     if answer.status != 200:
         verdict.broke("prefill hands over", f"{answer.status} {answer.body[:200]!r}")
         return {}
-    params: dict[str, Any] = json.loads(answer.body)["kv_transfer_params"]
-    return params
+    return json.loads(answer.body)["kv_transfer_params"]
 
 
 def lies(handed: dict[str, Any], port: int) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
@@ -28,6 +27,7 @@ from tests.e2e.api import states
 from tests.e2e.conftest import clean_environ, launched
 from tests.e2e.faults import SHORT_DEADLINES, lives
 from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.waiting import await_true
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -46,12 +46,6 @@ MOST_GROWTH = 1.2
 """Of a process's resident memory, after an attack."""
 CALM_S = 180.0
 RESTART_S = 300.0
-
-
-class DeploymentLostError(Exception):
-    """The attack has ended the deployment, which ends the attack too; with the last words of the
-    deployment.
-    """
 
 
 @dataclass(frozen=True)
@@ -146,11 +140,7 @@ class Target:
                 f"no process dies: {', '.join(dead)}",
                 f"{request}; {self.deployment.output()[-300:]!r}",
             )
-            deadline_s = time.monotonic() + RESTART_S
-            while not self._is_whole():
-                if time.monotonic() > deadline_s or self.deployment.process.poll() is not None:
-                    raise DeploymentLostError(self.deployment.output()[-600:])
-                time.sleep(0.2)
+            await_true(self._is_whole, lambda: self.deployment.output()[-600:], RESTART_S)
             self.look_again()
 
     def memory(self) -> dict[str, float]:
@@ -184,16 +174,13 @@ class Target:
 
     def _is_whole(self) -> bool:
         """Every engine that there was is ready again; one that restarts is not even listed."""
-        try:
-            return states(self.router) == dict.fromkeys([*self.urls][1:], "ready")
-        except PdlaunchError:
-            return False
+        assert self.deployment.process.poll() is None, self.deployment.output()[-600:]
+        return states(self.router) == dict.fromkeys([*self.urls][1:], "ready")
 
 
 def text_of(answer: Answer) -> str:
     """Of the first choice of a completion; empty when it failed."""
-    text: str = json.loads(answer.body)["choices"][0]["text"] if answer.status == 200 else ""
-    return text
+    return json.loads(answer.body)["choices"][0]["text"] if answer.status == 200 else ""
 
 
 def warm_up(target: Target, num_requests: int) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import held_port
 from tests.e2e.waiting import await_true
@@ -73,15 +72,12 @@ def _running(
     ):
         url = f"http://127.0.0.1:{port}"
         try:
-            await_true(lambda: process.poll() is not None or _is_healthy(url), "a healthy router")
+            health = Api(url, timeout_s=5)
+            await_true(
+                lambda: process.poll() is not None or health.get("/health")[0] == 200,
+                "a healthy router",
+            )
             assert process.poll() is None, log_file.read_text()
             yield url, process
         finally:
             process.kill()
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        return Api(url, timeout_s=5).get("/health")[0] == 200
-    except PdlaunchError:
-        return False

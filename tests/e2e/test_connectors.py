@@ -19,11 +19,6 @@ PROMPTS = make_prompts(3, (1, 15, 16, 17, 40, 64, 100, 200))
 NUM_TOKENS = 8
 
 
-@pytest.fixture(scope="module")
-def expected(llama: Path) -> list[list[int]]:
-    return greedy(llama, PROMPTS, NUM_TOKENS)
-
-
 @pytest.fixture(scope="module", params=["mooncake", "file"])
 def deployment(
     request: pytest.FixtureRequest, llama: Path, tmp_path_factory: pytest.TempPathFactory
@@ -41,8 +36,9 @@ def deployment(
 
 
 def test_answers_are_those_of_the_model_and_their_blocks_were_pulled(
-    deployment: Deployment, expected: list[list[int]]
+    deployment: Deployment, llama: Path
 ) -> None:
+    expected = greedy(llama, PROMPTS, NUM_TOKENS)
     assert complete_all(deployment.url, PROMPTS, NUM_TOKENS, concurrency=4) == expected
     assert total_now(deployment.url, "kv_transfers") >= len(PROMPTS)
     assert total_now(deployment.url, "kv_transfer_failures") == 0

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.machine.availability import probe_port
@@ -94,14 +93,10 @@ class TestRestarts:
             f"restart of {name}",
         )
 
-        def works() -> bool:
-            body = {"prompt": PROMPT, "max_tokens": 1}
-            try:
-                return Api(deployment.url).post("/v1/completions", body)[0] == 200
-            except PdlaunchError:
-                return False
-
-        await_true(works, "an answer after the restart")
+        api, body = Api(deployment.url), {"prompt": PROMPT, "max_tokens": 1}
+        await_true(
+            lambda: api.post("/v1/completions", body)[0] == 200, "an answer after the restart"
+        )
         assert complete(deployment.url, PROMPT, 16) == expected
         # No other process took the port of the dead server: it would have got prompts.
         await_ready(deployment.url)
@@ -205,7 +200,7 @@ def test_a_deployment_ends_with_the_benchmark_that_started_it(llama: Path) -> No
         launch = child_of(bench.pid, LAUNCH)
         command = launch.cmdline()
         url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
-        await_true(lambda: has_load(url), "load")
+        await_true(lambda: requests_in_flight(url) > 0, "load")
         children = [launch, *launch.children(recursive=True)]
         assert len(children) >= 4
         bench.kill()
@@ -255,10 +250,3 @@ def child_of(pid: int, argument: str) -> psutil.Process:
 
     await_true(is_there, f"a process with {argument}")
     return found[0]
-
-
-def has_load(url: str) -> bool:
-    try:
-        return requests_in_flight(url) > 0
-    except PdlaunchError:
-        return False

@@ -60,18 +60,17 @@ def prompt_of_chat(deployment: Deployment) -> list[int]:
     }
     status, answer = Api(deployment.url).post("/v1/chat/completions", chat)
     assert status == 200, answer
-    found: list[int] = answer["prompt_token_ids"]
-    return found
+    return answer["prompt_token_ids"]
 
 
 def restart_fails(deployment: Deployment, name: str, changed: str) -> None:
     """Kill a process. Its successor is refused, and the terminal names the file that differs."""
     deployment.processes()[name].kill()
     await_true(lambda: CHANGED.format(changed) in deployment.output(), "the next one is refused")
-    await_true(lambda: changed_engines(deployment) == ["both-1"], "/health names the engine")
+    health = Api(deployment.url)
+    await_true(
+        lambda: health.get_object("/health")[1].get("model_changed") == ["both-1"],
+        "/health names the engine",
+    )
     found = states(deployment.url)
     assert (found["both-0"], found.get("both-1") == "ready") == ("ready", False)
-
-
-def changed_engines(deployment: Deployment) -> object:
-    return Api(deployment.url).get_object("/health")[1].get("model_changed")

@@ -48,8 +48,7 @@ def launched(
 
 
 def started(folder: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"{name}.started").read_text())
-    return found
+    return json.loads((folder / f"{name}.started").read_text())
 
 
 def pid_of(folder: Path, name: str) -> int:

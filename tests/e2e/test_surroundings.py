@@ -71,7 +71,6 @@ async def test_a_launch_with_pairs_uses_them_by_default(launch: Deployment) -> N
     assert several.pair_share
     for row in rows:
         assert (row.num_requests, row.errors) == (8, [])
-        assert row.ttft_ms_median is not None
         assert row.ttft_ms_median > 0
         # On a busy machine, several tokens may arrive at the same time.
         gaps = (row.first_gap_ms_median, row.itl_ms_median, row.tpot_ms_median)

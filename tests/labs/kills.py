@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
@@ -103,14 +102,11 @@ def are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:
     if any(name not in new or new[name].pid == pid for name, pid in old_pids.items()):
         return False
     engines = {name.partition("/")[0] for name in old_pids} - {"router"}
-    try:
-        listed = engines_of(Api(deployment.url, timeout_s=5))
-        states = {engine["name"]: engine["state"] for engine in listed}
-        # An engine whose server and ranks are dead is not listed at all.
-        if not (states.keys() >= engines and set(states.values()) == {"ready"}):
-            return False
-        # A router that is new itself has yet to hear that an engine's ranks are gone.
-        admin = admin_api(deployment.url)
-        return all(admin.engine(engine).get("/pdlaunch/integrity")[0] == 200 for engine in engines)
-    except PdlaunchError:
+    listed = engines_of(Api(deployment.url, timeout_s=5))
+    states = {engine["name"]: engine["state"] for engine in listed}
+    # An engine whose server and ranks are dead is not listed at all.
+    if not (states.keys() >= engines and set(states.values()) == {"ready"}):
         return False
+    # A router that is new itself has yet to hear that an engine's ranks are gone.
+    admin = admin_api(deployment.url)
+    return all(admin.engine(engine).get("/pdlaunch/integrity")[0] == 200 for engine in engines)

@@ -68,15 +68,6 @@ class Prometheus:
         assert len(samples) < 2
         return float(samples[0]["value"][1]) if samples else math.nan
 
-    def await_true(self, holds: Callable[[], object], what: str) -> None:
-        def holds_now() -> object:
-            try:
-                return holds()
-            except OSError:  # It may still start.
-                return None
-
-        await_true(holds_now, what, TIMEOUT_S)
-
 
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
@@ -110,13 +101,13 @@ def prometheus(
         process = subprocess.Popen(command, stdout=log, stderr=log)
         running = Prometheus(f"http://127.0.0.1:{port}")
         try:
-            running.await_true(lambda: running.query("pdlaunch_router_engines"), "the first scrape")
+            await_true(lambda: running.query("pdlaunch_router_engines"), "the first scrape")
             assert differences(deployment.url) == []
             sent = "pdlaunch_router_generation_tokens_total"
             num_sent = Api(deployment.url).metrics()[sent]
-            running.await_true(lambda: running.value(sent) == num_sent, "all was scraped")
+            await_true(lambda: running.value(sent) == num_sent, "all was scraped")
             recorded = "deployment:pdlaunch_generation_tokens:rate1m"
-            running.await_true(lambda: running.value(recorded) > 0, "the rules were evaluated")
+            await_true(lambda: running.value(recorded) > 0, "the rules were evaluated")
             yield running
         finally:
             process.terminate()

@@ -11,6 +11,7 @@ import pytest
 
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
+from tests.e2e.waiting import await_true
 from tests.prometheus.conftest import GRAFANA, Prometheus
 
 WINDOW = "2m"
@@ -102,7 +103,7 @@ def test_clients_are_counted_once(deployment: Deployment, prometheus: Prometheus
         is_rule = prometheus.value(rule) == pytest.approx(of_router, rel=0.2)
         return is_rule and of_engines > 1.5 * of_router > 0
 
-    prometheus.await_true(agree, "each client is counted once")
+    await_true(agree, "each client is counted once")
 
 
 def test_pulls_are_there_by_pair_and_path(prometheus: Prometheus) -> None:
