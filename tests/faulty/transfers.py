@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -29,7 +29,6 @@ from pdlaunch.transfer.connectors.connector import (
     Read,
     ReadState,
 )
-from pdlaunch.transfer.regions import BlockIds
 from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
@@ -82,7 +81,8 @@ class FaultPlan:
         return msgspec.structs.replace(command, lease_s=source.uniform(0.001, self.short_lease_s))
 
 
-class FaultyConnector(Connector):
+@Connector.register
+class FaultyConnector:
     """Injects faults around a connector and never breaks the contract: after the end of a READ
     nothing is written.
 
@@ -92,29 +92,19 @@ class FaultyConnector(Connector):
     def __init__(
         self, inner: Connector, faults: FaultPlan, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.name = inner.name
-        self.path = inner.path
-        self.agent_name = inner.agent_name
-        self.pushes = inner.pushes
         self.faults = faults
         self.clock = clock
         self.num_reads = 0
         self._inner = inner
 
-    def agent_metadata(self) -> bytes:
-        return self._inner.agent_metadata()
-
-    def push(self, target: bytes, blocks: BlockIds, heads: range) -> Future[None]:
-        return self._inner.push(target, blocks, heads)
-
-    def wait_unmapped(self, timeout_s: float) -> bool:
-        return self._inner.wait_unmapped(timeout_s)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     def open(self, memory: LocalMemory) -> None:
         self._inner.open(memory)
         self.kv = memory.kv
 
-    def connect(self, peer: HandshakeReply) -> Mapping[str, Connection | TransferError]:
+    def connect(self, peer: HandshakeReply) -> Mapping[str, FaultyConnection | TransferError]:
         return {
             path: each if isinstance(each, TransferError) else FaultyConnection(self, each)
             for path, each in self._inner.connect(peer).items()
@@ -125,13 +115,14 @@ class FaultyConnector(Connector):
         del self.kv
 
 
-class FaultyConnection(Connection):
+@Connection.register
+class FaultyConnection:
     def __init__(self, connector: FaultyConnector, inner: Connection) -> None:
         self._connector = connector
         self._inner = inner
 
-    def close(self) -> None:
-        self._inner.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     def read(self, blocks: BlockRead) -> Read:
         owner = self._connector
@@ -139,9 +130,6 @@ class FaultyConnection(Connection):
         fault = owner.faults.of_read(owner.agent_name, owner.num_reads)
         memory = list(owner.kv.views(blocks.local_blocks, blocks.local_heads))
         return FaultyRead(owner, fault, memory, partial(self._inner.read, blocks))
-
-    def read_scratch(self, landing: torch.Tensor, piece_bytes: int) -> Read:
-        return self._inner.read_scratch(landing, piece_bytes)
 
 
 class FaultyRead(Read):
