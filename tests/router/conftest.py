@@ -165,8 +165,7 @@ class Answer:
         self.raw = raw
 
     def json(self) -> dict[str, Any]:
-        body: dict[str, Any] = msgspec.json.decode(self.raw)
-        return body
+        return msgspec.json.decode(self.raw)
 
     def events(self) -> list[dict[str, Any]]:
         """Events of a stream without the final [DONE], which must be there unless an error ends

@@ -395,6 +395,5 @@ class FakeEngine:
 
 def _break(request: web.Request) -> NoReturn:
     """The connection ends as with the process."""
-    assert request.transport is not None
     request.transport.abort()
     raise ConnectionResetError

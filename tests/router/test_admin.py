@@ -16,13 +16,11 @@ from yarl import URL
 
 from pdlaunch.protocol.control import (
     Answered,
-    ChangeEngines,
     Command,
     PlannedChange,
     PlannedEngine,
     RefusalCode,
     Registry,
-    SetDrained,
 )
 from pdlaunch.router import admin
 from pdlaunch.router.admin import listen_at_admin_socket
@@ -31,7 +29,6 @@ from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import completion, expected_text
 
 KEYS = {"keys": (client_key("of-the-clients"),), "admin_api_key": "of-the-admin"}
-Call = asyncio.Task[tuple[int, Any]]
 COMMANDS = [
     ("POST", "/sleep"),
     ("POST", "/wake_up"),
@@ -55,7 +52,7 @@ class AdminStand(Stand):
         async with self.unix.request(method, path, **options) as response:
             return response.status, await response.json()
 
-    def command(self, name: str, **body: Any) -> Call:
+    def command(self, name: str, **body: Any) -> asyncio.Task[tuple[int, Any]]:
         return asyncio.create_task(self.call("POST", f"/pdlaunch/{name}", json=body))
 
     async def wanted(self, number: int = 1) -> Any:
@@ -187,7 +184,6 @@ async def test_a_scale_is_answered_when_it_is_done(stand: AdminStand) -> None:
     replicas = {"prefill": 2, "decode": 1}
     scaled = stand.command("scale", replicas=replicas, drain_timeout_s=12)
     wanted = await stand.wanted()
-    assert isinstance(wanted, ChangeEngines)
     assert (wanted.replicas, wanted.drain_timeout_s) == (replicas, 12.0)
     stand.answer(wanted, change=PLAN, notes=["PD412"], is_done=False)
     await asyncio.sleep(0)
@@ -201,7 +197,6 @@ async def test_a_dry_run_says_what_runs_at_engines_that_would_stop(stand: AdminS
     with working(named(stand, "decode-1")):
         dry = stand.command("role", engine="decode-1", role="prefill", dry_run=True)
         wanted = await stand.wanted()
-        assert isinstance(wanted, ChangeEngines)
         assert (wanted.engine, wanted.role, wanted.dry_run) == ("decode-1", "prefill", True)
         stand.answer(wanted, change=PLAN)
         status, body = await dry
@@ -240,7 +235,6 @@ async def set_drained(stand: AdminStand, verb: str, *names: str, timeout_s: floa
     for number, name in enumerate(names, start=1):
         command = await stand.wanted(first + number)
         is_drained = verb == "drain"
-        assert isinstance(command, SetDrained)
         assert (command.name, command.is_drained) == (name, is_drained)
         stand.engines[name].withheld = "draining" if is_drained else ""
         stand.publish()

@@ -182,7 +182,6 @@ def test_requests_of_a_session_go_to_the_same_engines_until_these_leave() -> Non
         one.kv_tokens = one.last_pick = hash(one.name) % 1000
     for session, route in routes.items():
         assert choose(prompt(session=session), engines) == route
-        assert route.prefill is not None
         left = [one for one in engines if one is not route.prefill]
         moved = choose(prompt(session=session), left)
         assert moved.prefill is not route.prefill
@@ -292,7 +291,6 @@ def test_what_is_chosen_can_serve_and_nothing_is_changed(
         assert not request.is_begun
         assert route.prefill.role == "prefill"
         assert route.prefill in able
-        assert route.decode is not None
         assert route.decode.role == "decode"
         assert policies.may_pull(route.decode, route.prefill, 100.0)
         return
@@ -337,11 +335,6 @@ def work(engine: Engine, *, num_streams: int = 0, num_prompt_tokens: int = 0) ->
         if num_streams:
             begin()
         yield
-
-
-def named(engine: Engine | None) -> str:
-    assert engine is not None
-    return engine.name
 
 
 def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: FakeClock, pool: EnginePool) -> None:
@@ -404,7 +397,7 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
     first.max_model_len = 10
     with work(first, num_streams=1, num_prompt_tokens=7):
         update(pool, server("decode-0"), rank("decode-0"), server("decode-1"))
-        assert named(pick(pool, "decode")) == "decode-1"
+        assert pick(pool, "decode").name == "decode-1"
         update(pool, server("decode-0"), rank("decode-0", incarnation=2))
         (second,) = pool.engines
         assert second.key != first.key
@@ -426,7 +419,6 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
             usable = [one for one in pool.engines if one.health.takes(clock())]
             tries = [one for one in usable if one.health.is_tripped]
             engine = pick(pool, "decode")
-            assert engine is not None
             assert engine in (tries or usable) or not usable
             among = tries or usable
             assert not among or engine.num_streams == min(one.num_streams for one in among)
@@ -446,16 +438,16 @@ def test_an_engine_that_is_held_is_given_work_when_released_or_replaced() -> Non
     update(pool, server("prefill-0"), server("decode-0"))
     prefill = pool.engines[1]
     pool.hold(prefill, "draining")
-    assert named(pick(pool, "prefill")) == "decode-0"
+    assert pick(pool, "prefill").name == "decode-0"
     # A registry that does not know of it changes nothing.
     update(pool, server("prefill-0"), server("decode-0"))
-    assert named(pick(pool, "prefill")) == "decode-0"
+    assert pick(pool, "prefill").name == "decode-0"
     assert prefill.state == "draining"
     pool.release(prefill)
-    assert named(pick(pool, "prefill")) == "prefill-0"
+    assert pick(pool, "prefill").name == "prefill-0"
     pool.hold(prefill, "sleeping")
     update(pool, server("prefill-0", incarnation=2), server("decode-0"))
-    assert named(pick(pool, "prefill")) == "prefill-0"
+    assert pick(pool, "prefill").name == "prefill-0"
 
 
 def test_each_failed_try_opens_it_for_twice_as_long() -> None:

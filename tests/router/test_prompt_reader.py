@@ -94,11 +94,9 @@ async def test_native_engines_get_the_tokens_that_they_would_find(
     assert (await reader.read(prompt_of(body)))[1] is None
     await reader.load(text_digests(folder))
     prompt, tokens = await reader.read(prompt_of(body))
-    assert tokens is not None
     assert prompt.num_prompt_tokens == len(tokens.token_ids) > 4 * BLOCK_SIZE
     kind = ChatCompletionRequest if "messages" in body else CompletionRequest
     model = load_model(str(folder), text_digests(folder))
-    assert model is not None
     assert model.prompts(kind.model_validate(body)) == [tokens.token_ids]  # type: ignore[arg-type]
     for raw in (prompt.prefill_body(knows_whole_request=True), prompt.decode_body({})):
         sent = kind.model_validate(msgspec.json.decode(raw))
@@ -159,8 +157,6 @@ async def test_a_file_that_changes_while_it_is_read_changes_no_token(
 
     monkeypatch.setattr(prompt_reader, "text_digests", digests_then_change)
     model, expected = (load_model(str(each), text_digests(folder)) for each in (model_dir, folder))
-    assert model is not None
-    assert expected is not None
     request = ChatCompletionRequest.model_validate(CHAT_BODY)
     assert model.prompts(request) == expected.prompts(request)
 
@@ -176,7 +172,6 @@ async def test_vllm_gets_the_text_and_its_keys_have_adapter_and_salt(
     # A field of vLLM's own is no reason not to look.
     for fields in ({}, {"model": "tiny"}, {"model": "sql"}, {"cache_salt": "sql"}):
         prompt, tokens = await reader.read(prompt_of({**CHAT_BODY, "top_k": "?", **fields}))
-        assert tokens is not None
         assert "prompt_token_ids" not in prompt.body
         keys.append(tokens.keys(BLOCK_SIZE)[0])
     assert keys[0] == keys[1]

@@ -44,9 +44,7 @@ def probe(rate: float, num_met: int, number: int = 40) -> Probe:
 
 
 def estimated(*probes: Probe) -> Estimate:
-    found = estimate(probes, 0.9)
-    assert found is not None
-    return found
+    return estimate(probes, 0.9)
 
 
 @given(st.floats(0.05, 500.0), st.floats(0.1, 10.0))
