@@ -17,6 +17,7 @@ from pdlaunch.http import connections, limits
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.errors import error_response
 from pdlaunch.http.limits import SMALL_BODY_BYTES, Admission, BodyBudget, work_at_input
+from tests.router.fake_engine import until
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
 
@@ -65,8 +66,7 @@ class Server:
             await writer.wait_closed()
 
     async def holds(self, num_bytes: int) -> None:
-        while self.budget.held_bytes != num_bytes:  # noqa: ASYNC110 - the budget tells nobody
-            await asyncio.sleep(0.005)
+        await until(lambda: self.budget.held_bytes == num_bytes)
 
 
 @pytest.fixture
@@ -120,12 +120,8 @@ async def test_a_body_that_falls_silent_is_a_408(
     await server.holds(0)
 
 
-def leaving() -> OverloadedError:
-    return OverloadedError("leaving", status=503, code="leaving")
-
-
 async def test_a_request_grows_up_to_the_limit_and_gives_all_of_it_back() -> None:
-    admission = Admission(3, leaving)
+    admission = Admission(3, AssertionError)
     with admission.admit() as grow:
         grow(3, "n")
         with pytest.raises(OverloadedError, match="at most 3") as full:

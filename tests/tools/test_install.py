@@ -78,18 +78,12 @@ def test_another_python_is_refused_before_anything_is_installed(
 def test_an_index_that_does_not_answer_is_named_and_nothing_is_installed(
     variable: str, named: str, fix: str, tmp_path: Path
 ) -> None:
-    environ = {
-        "PIP_CONFIG_FILE": os.devnull,
-        variable: "http://127.0.0.1:9/whl",
-        "PIP_RETRIES": "0",
-    }
+    environ = {variable: "http://127.0.0.1:9/whl", "PIP_RETRIES": "0", "UV_HTTP_RETRIES": "0"}
+    environ |= {"PIP_CONFIG_FILE": os.devnull, "PATH": "/usr/bin:/bin"}
     if variable != "PIP_INDEX_URL":
         uv = shutil.which("uv") or str(Path(sys.prefix) / "bin" / "uv")
         (tmp_path / "uv").symlink_to(uv)
         environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    else:
-        environ["PATH"] = "/usr/bin:/bin"
-    environ["UV_HTTP_RETRIES"] = "0"
     code, said = make(
         "serve", f"PYTHON={sys.executable}", f"VENV={tmp_path / 'venv'}", environment=environ
     )

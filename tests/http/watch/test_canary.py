@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from aiohttp import web
@@ -89,16 +90,14 @@ async def test_a_bad_pair_is_found(
     assert caught.value.fatal is is_fatal
 
 
-async def test_logprobs_in_16_bits_may_differ_a_little(pair: Pair) -> None:
+async def test_logprobs_in_16_bits_may_differ_a_little_and_a_proof_by_bytes_alone_says_so(
+    pair: Pair,
+) -> None:
     pair.decode.logprob_error = 0.1
-    assert (await pair.send(is_exact=False)).num_bytes
-
-
-async def test_a_proof_by_bytes_alone_says_so(pair: Pair) -> None:
-    """Of an engine that does not tell what it had cached, nothing better is known."""
-    assert (await pair.send()).is_reported
+    assert (await pair.send(is_exact=False)).is_reported
+    # Of an engine that does not tell what it had cached, nothing better is known.
     pair.decode.tells_cached = False
-    assert not (await pair.send()).is_reported
+    assert not (await pair.send(is_exact=False)).is_reported
 
 
 async def test_prefill_without_a_connector_is_named(pair: Pair) -> None:
@@ -115,35 +114,19 @@ async def test_an_engine_that_does_not_answer_is_no_verdict_on_the_pair(tmp_path
     await gone.close()
 
 
-class Watched:
-    """Answers canaries as the test says, and remembers what was told of them."""
-
-    def __init__(self) -> None:
-        self.works = False
-        self.told: list[bool] = []
-        self.canaries: Canaries[str] = Canaries(self._send, self._tell)
-
-    async def _send(self, pair: str) -> Proof:
-        if self.works:
-            return Proof(seconds=0.1, num_bytes=1, transfer_s=0.0)
-        raise ValueError("nonsense")
-
-    def _tell(self, pair: str, result: Proof | CanaryDied) -> None:
-        self.told.append(isinstance(result, Proof))
-
-
 async def test_canaries_are_sent_until_one_comes_through_and_again_after_a_doubt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(canary, "FIRST_RETRY_S", 0.001)
-    watched = Watched()
-    canaries, told = watched.canaries, watched.told
+    send = AsyncMock(side_effect=ValueError("nonsense"))
+    told: list[bool] = []
+    canaries = Canaries(send, lambda _, result: told.append(isinstance(result, Proof)))
     canaries.prove(["a"])
     await until(lambda: len(told) > 2)
     assert "nonsense" in str(canaries.results["a"])
     canaries.prove([])  # it leaves, and comes back
     assert not canaries.pairs()
-    watched.works = True
+    send.side_effect, send.return_value = None, Proof(seconds=0.1, num_bytes=1, transfer_s=0.0)
     canaries.prove(["a"])
     await until(lambda: told[-1])
     num_told = len(told)
