@@ -189,6 +189,17 @@ def test_a_model_that_is_not_here_is_not_checked(check: Check, model: Path) -> N
     assert check("--model", "/models/llama").exit_code == 1
 
 
+def test_of_a_model_that_native_engines_cannot_serve_vllm_is_told_what_was_not_checked(
+    check: Check, model: Path
+) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "mamba", "state_size": 16}))
+    command = installed(model / "one", "0.32.0")
+    report = json.loads(check("--engine-command", command, "--format", "json").stdout)
+    assert not report["findings"]
+    unchecked = {item["rule"]: item["reason"] for item in report["resolved"]["not_checked"]}
+    assert "native engines cannot serve it" in unchecked["PD104"]
+
+
 def test_explain_shows_a_rule_or_all() -> None:
     rule = all_rules()["PD204"]
     text = " ".join(invoke(["explain", "pd204"], env={"COLUMNS": "80"}).stdout.split())

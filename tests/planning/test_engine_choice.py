@@ -67,6 +67,20 @@ def test_a_vllm_of_the_active_environment_is_found_without_path(
         assert (found.engine, found.engine_command) == ("vllm", str(tmp_path / "bin" / "vllm"))
 
 
+def test_models_are_read_for_the_engine_that_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM serves what native engines do not."""
+    model = write_model(tmp_path / "mixtral", model_type="mixtral", num_local_experts=8)
+    config = LaunchConfig.model_validate({"model": str(model)})
+    monkeypatch.setenv("PATH", environ(tmp_path / "bin", installed=True)["PATH"])
+    assert read_models(config)["decode"].error is None
+    monkeypatch.setenv("PATH", "/none")
+    error = read_models(config)["decode"].error
+    assert "cannot be served by native engines" in str(error)
+    assert "install vllm with pip" in str(getattr(error, "fix", ""))
+
+
 def test_vllm_is_given_all_files_of_a_hub_that_nobody_else_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

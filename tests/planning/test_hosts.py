@@ -6,7 +6,14 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.models import Model
+from pdlaunch.planning.resolve import resolve_on
 from pdlaunch.planning.roles import Room, place_engines
+
+FOUR = Machine(num_cpus=2, gpus=tuple(Gpu(index) for index in range(4)))
 
 
 def room(name, num=4, roles=("prefill", "decode")):
@@ -57,3 +64,28 @@ def test_devices_are_not_shared_while_any_host_has_room(devices, replicas, tp, s
         if max(free.values()) >= sizes[role]:
             assert free[place.host] >= sizes[role]
         free[place.host] -= sizes[role]
+
+
+def test_devices_are_counted_on_each_host():
+    hosts = [
+        ResolvedHost("local", Machine(), {}, roles=frozenset()),
+        ResolvedHost("a", FOUR, {}, "10.0.0.2", "10.0.0.2"),
+        ResolvedHost("b", FOUR, {"CUDA_VISIBLE_DEVICES": "2,3"}, "10.0.0.3", "10.0.0.3"),
+    ]
+    config = LaunchConfig.model_validate(
+        {
+            "placement_strategy": "spread",
+            "prefill": {"replicas": 2, "tensor_parallel_size": 2},
+            "decode": {"tensor_parallel_size": 2, "replicas": 1},
+        }
+    )
+    models = dict.fromkeys(("prefill", "decode", "both"), Model("m", pending="later"))
+    launch = resolve_on(config, hosts, {}, models)
+    assert {
+        engine.name: (engine.host.name, engine.device_indices) for engine in launch.engines
+    } == {"prefill-0": ("a", (0, 1)), "prefill-1": ("a", (2, 3)), "decode-0": ("b", (0, 1))}
+    assert [host.name for host in launch.engine_hosts] == ["a", "b"]
+    on_a = launch.on_host(hosts[1])
+    assert (on_a.roles["prefill"].num_ranks, on_a.roles["prefill"].num_ranks_on(3)) == (4, 1)
+    assert on_a.has_pair, "rules on pairs still see both sides"
+    assert launch.roles["decode"].num_threads == 1

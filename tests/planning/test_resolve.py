@@ -44,6 +44,21 @@ def test_everything_is_derived_on_a_cpu(model: Path) -> None:
     assert not spec.async_scheduling, "a CPU that computes prepares nothing meanwhile"
 
 
+def test_everything_is_derived_on_gpus(model: Path) -> None:
+    specs = specs_of(GPU, model=str(model), enable_sleep_mode=True)
+    spec = specs["decode-0"]
+    assert (spec.device, spec.device_indices) == ("cuda", (1,))
+    assert (spec.dtype, spec.max_num_batched_tokens, spec.kv_cache_memory) == (
+        "bfloat16",
+        8192,
+        None,
+    )
+    assert spec.enable_cumem_allocator
+    assert spec.async_scheduling
+    specs = specs_of(GPU, model=str(model), decode={"async_scheduling": False})
+    assert [specs[name].async_scheduling for name in ("prefill-0", "decode-0")] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "has_native_bf16", "expected"),
     [
@@ -74,3 +89,18 @@ def test_sleep_mode_turns_the_allocator_on_for_its_role_alone(model: Path) -> No
 def test_a_role_without_engines_needs_no_model(model: Path) -> None:
     specs = specs_of(CPU, model=str(model), decode={"replicas": 0, "model": "/no/such/model"})
     assert set(specs) == {"prefill-0"}
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"model": "smollm2"}, "smollm2"),
+        ({"model": "/models/Qwen3-8B/"}, "Qwen3-8B"),
+        ({"model": "/models/qwen.Q4_0.gguf"}, "qwen.Q4_0"),
+        ({"model": "smollm2", "served_model_name": "mine"}, "mine"),
+        ({"prefill": {"replicas": 0, "model": "a"}, "decode": {"model": "/models/b"}}, "b"),
+    ],
+)
+def test_the_name_in_the_api(values: dict[str, object], name: str) -> None:
+    resolved = resolve(LaunchConfig.model_validate(values), {"here": CPU}, {})
+    assert resolved.served_model_name == name
