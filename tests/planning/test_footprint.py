@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.kvcache.manager import KVCacheManager
-from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
+from tests.checks.contexts import CPU, SHAPE, SMALL_SHAPE, on
 
 HYBRID = (512, 512, 512, 512, 512, None) * 4 + (512, 512)
 
@@ -48,24 +48,3 @@ def test_the_longest_request_is_the_longest_that_fits(kv_mib):
 
     assert fits == 0 or needs(fits) <= kv_bytes
     assert fits == SHAPE.max_position_embeddings or needs(fits + 16) > kv_bytes
-
-
-SIDES = st.tuples(st.integers(1, 5), st.integers(1, 4))
-
-
-@given(prefill=SIDES, decode=SIDES, num_gpus=st.integers(1, 8))
-def test_ranks_are_dealt_as_the_supervisor_places_them(prefill, decode, num_gpus):
-    names = ("replicas", "tensor_parallel_size")
-    config = {f"prefill__{name}": value for name, value in zip(names, prefill, strict=True)}
-    config |= {f"decode__{name}": value for name, value in zip(names, decode, strict=True)}
-    context = on(replace(GPU, gpus=GPU.gpus[:num_gpus]), **config)
-    order = ["prefill"] * (prefill[0] * prefill[1]) + ["decode"] * (decode[0] * decode[1])
-    for gpu in range(num_gpus):
-        dealt = [e.role for e in context.engines.values() for _ in range(e.num_ranks_on(gpu))]
-        assert dealt == order[gpu::num_gpus]
-    placed = [
-        (engine.engines.role, index)
-        for engine in context.launch.engines
-        for index in engine.device_indices
-    ]
-    assert placed == [(role, rank % num_gpus) for rank, role in enumerate(order)]
