@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import zmq
 from msgspec.structs import replace
@@ -19,21 +20,37 @@ from msgspec.structs import replace
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.launch.hosts import agent_channel, agent_messages
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Joined, Lost
+from pdlaunch.launch.hosts.agent_channel import (
+    AgentChannel,
+    AgentEvent,
+    HostGroup,
+    Joined,
+    Lost,
+    Reported,
+)
 from pdlaunch.launch.hosts.agent_messages import (
     AgentRefused,
     AgentWelcome,
     Beat,
+    Exited,
     Join,
+    Said,
     Session,
     from_agent,
     to_agent,
 )
 from pdlaunch.launch.hosts.join import JoinKeys, JoinTicket, new_join_keys
+from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.machine.availability import probe_port
 from pdlaunch.machine.facts import Machine
-from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.protocol.control import Failed, Ready, Register, to_supervisor
+from pdlaunch.protocol.process.engine_ports import EnginePorts
+from pdlaunch.protocol.process.step_record import LastStep
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.e2e.waiting import await_true
+from tests.engine.server.conftest import engine_spec, write_model
+from tests.launch.fakes import bootstrap
 
 TIMEOUT_S = 60.0
 HELLO = Join(name="a", address="127.0.0.1", machine=Machine())
@@ -395,3 +412,107 @@ def test_a_port_that_another_supervisor_has_is_named(
 def test_frames_of_something_else_are_no_message(frames: list[bytes]) -> None:
     with pytest.raises(ProtocolError):
         Session().payload(frames)
+
+
+SERVER = ProcessSpec(
+    name="prefill-0",
+    kind="server",
+    unit="prefill-0",
+    engine="prefill-0",
+    host="a",
+    command=("/of/the/supervisor", "-P", "-m", "pdlaunch.engine.server", "--name", "prefill-0"),
+)
+"""It needs no torch. With a model it waits for its rank until it is told to stop."""
+
+
+@pytest.fixture
+def group(channel: AgentChannel, tmp_path: Path) -> Iterator[HostGroup]:
+    """What the supervisor has of host a, beside its own."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as control:
+        yield HostGroup(
+            control, tmp_path, EnginePorts(), name="local", channel=channel, on_change=[].append
+        )
+
+
+def spawn(group: HostGroup, model: Path) -> None:
+    spec = engine_spec(model).model_dump_json()
+    given = replace(bootstrap("prefill-0"), keys=new_launch_keys(), engine_json=spec)
+    group.spawn(SERVER, 1, given)
+
+
+def heard(group: HostGroup, kind: type) -> list[Any]:
+    """Return all messages and exits up to one of a kind."""
+    found: list[Any] = []
+
+    def is_heard() -> bool:
+        exits = group.exits()
+        # In the order of the supervisor: a process says nothing after its end.
+        found.extend([*(each.message for each in group.messages()), *exits])
+        return any(isinstance(each, kind) for each in found)
+
+    await_true(is_heard, lambda: str(found))
+    return found
+
+
+@pytest.mark.processes
+def test_a_process_says_why_before_it_ends_and_its_log_comes_here(
+    joined: Callable[..., Agent], group: HostGroup, tmp_path: Path
+) -> None:
+    agent = joined()
+    spawn(group, tmp_path / "no-model")
+    *said, gone = heard(group, ProcessExited)
+    assert {Register, Failed} <= set(map(type, said))
+    assert gone == ProcessExited("prefill-0", 1, 1)
+    assert "no-model" in (tmp_path / "prefill-0").read_text()
+    agent.stop()
+
+
+def test_what_the_host_does_not_permit_fails_with_the_reason(
+    joined: Callable[..., Agent], group: HostGroup
+) -> None:
+    agent = joined()
+    command = ("/bin/sh", "-c", "id")
+    spec = ProcessSpec(name="decode-0", kind="server", unit="u", host="a", command=command)
+    group.spawn(spec, 1, bootstrap("decode-0"))
+    said, gone = heard(group, ProcessExited)
+    assert "an agent does not start a server with /bin/sh" in said.error
+    assert gone == ProcessExited("decode-0", 1, 126)
+    agent.stop()
+
+
+@pytest.mark.processes
+def test_an_agent_whose_socket_is_removed_has_to_join_again(
+    joined: Callable[..., Agent], group: HostGroup, tmp_path: Path
+) -> None:
+    agent = joined()
+    write_model(tmp_path)
+    spawn(group, tmp_path)
+    heard(group, Register)
+    opened = psutil.Process().net_connections("unix")
+    (control,) = {Path(each.laddr) for each in opened if each.laddr.endswith("/control")}
+    control.unlink()
+    gone = heard(group, ProcessExited)[-1]
+    why = f"{control.parent}, the folder of its agent, was removed"
+    assert gone.how() == f"was lost with its host a ({why})"
+    assert isinstance(agent.end(), SessionLostError)
+
+
+def test_an_agent_speaks_for_the_processes_of_its_host_alone(
+    channel: AgentChannel, group: HostGroup
+) -> None:
+    name = "decode-0/rank-0"
+    spec = ProcessSpec(name=name, kind="rank", unit="ranks", engine="decode-0", host="a")
+    group.spawn(spec, 1, bootstrap(name))
+    step = LastStep(frozenset({7, 5}), frozenset({5}))
+    said = Said(name=name, frame=to_supervisor.encode(Ready()))
+    exited = Exited(name=name, incarnation=1, returncode=-11, last_step=step)
+    channel._events += [Reported("b", said), Reported("b", exited)]
+    channel._events.append(Reported("a", Said(name=name, frame=b"\xff")))
+    assert (group.exits(), group.messages()) == ([], [])
+    channel._events += [Reported("a", said), Reported("a", exited)]
+    assert group.exits() == [ProcessExited(name, 1, -11, last_step=step)]
+    assert group.messages() == [MessageReceived(name, Ready())]
+    group.spawn(spec, 2, bootstrap(name))
+    channel._events += [Lost("b", "silent"), Lost("a", "silent")]
+    (gone,) = group.exits()
+    assert gone.how() == "was lost with its host a (silent)"
