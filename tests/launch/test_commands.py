@@ -218,26 +218,6 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert (world.status.num_missing_pairs, len(world.status.pairs)) == (0, 1)
 
 
-def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: Path) -> None:
-    world = Changing(tmp_path, GPUS, decode={"replicas": 2})
-    planned = world.plan_of(engine="decode-1/rank-0", role="prefill")
-    assert [(each.name, each.devices) for each in planned.starts] == [("prefill-1", ["cuda:2"])]
-    assert (planned.stops, planned.stops_first) == ({"decode-1": 0}, True)
-    assert "prefill-1" not in world.host.running
-    world.leave("decode-1")
-    assert world.host.running["prefill-1"] == 1
-    assert world.placed("prefill-1").device_indices == (2,)
-    world.become_whole("prefill-1")
-    world.connect("decode-0/rank-0", "prefill-1/rank-0")
-    assert world.given_work() == {"prefill-0", "prefill-1", "decode-0"}
-    assert world.answered() == DONE
-    # And back: what runs is what the next change begins with.
-    world.change(engine="prefill-1", role="decode")
-    world.leave("prefill-1")
-    assert world.host.running["decode-1"] == 2, "its incarnations go on"
-    assert world.placed("decode-1").device_indices == (2,)
-
-
 def test_without_a_free_gpu_it_says_who_has_them(tmp_path: Path) -> None:
     world = Changing(tmp_path, GPUS, decode={"replicas": 2})
     answer = world.change(decode=3)

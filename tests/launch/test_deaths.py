@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +22,6 @@ from pdlaunch.protocol.control import (
     ToSupervisor,
 )
 from pdlaunch.protocol.process.step_record import LastStep
-from tests.launch.changing import Changing
 from tests.launch.fakes import World, pair_ready, serving
 
 RANK = "decode-0/rank-0"
@@ -124,23 +122,6 @@ def test_a_process_that_comes_back_with_another_model_is_stopped_as_one_that_fai
     world.pass_time(1)
     world.become_ready("decode-0")
     assert shown()[::2] == ("ready", False)
-
-
-def test_an_engine_that_joins_with_another_model_does_not_become_ready(tmp_path: Path) -> None:
-    world = Changing(tmp_path)
-    server, rank = (Ready(model={name: "digest"}) for name in ("tokenizer.json", "weights"))
-    world.supervisor.seen.model.update(server=server.model, rank=rank.model)
-    world.change(decode=2)
-    world.pass_time(1)
-    for name, ready in (("decode-1", server), ("decode-1/rank-0", Ready(model={"weights": "new"}))):
-        world.register(name)
-        world.say(name, ready)
-    assert "decode-1" not in world.given_work()
-    world.exit("decode-1/rank-0", 1)
-    world.pass_time(1)
-    world.exit("decode-1")
-    world.pass_time(1)
-    assert "the model has changed since this launch began: weights" in world.answered().error
 
 
 def test_processes_of_a_lost_host_start_again_once_there_is_room() -> None:

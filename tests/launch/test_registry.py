@@ -9,7 +9,7 @@ from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.hosts.local import MessageReceived
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.control import Happened, PairFailed, Ready, Register, Registry, SleepState
+from pdlaunch.protocol.control import Happened, PairFailed, Ready, Register, Registry
 from pdlaunch.protocol.due_pairs import MAX_PEERS
 from tests.launch.fakes import World, make_plan, pair_ready, serving
 
@@ -46,23 +46,6 @@ def test_a_failed_pair_names_its_engines() -> None:
     (happened,) = world.host.sent_to("router", Happened)
     assert (happened.prefill, happened.decode) == ("prefill-0", "decode-0")
     assert "no route" in happened.text
-
-
-def test_everyone_hears_of_sleep_and_the_launch_goes_on() -> None:
-    world = serving()
-
-    def states() -> set[str]:
-        return {entry.state for entry in world.host.registry(RANK).entries}
-
-    world.say("prefill-0", SleepState(state="draining"))
-    assert world.listed("prefill-0") == "draining"
-    for name in (PEER, "prefill-0"):
-        world.say(name, SleepState(state="sleeping"))
-    assert world.listed("prefill-0") == world.listed(PEER) == "sleeping"
-    assert world.observer.ready_count == 1
-    for name in (PEER, "prefill-0"):
-        world.say(name, SleepState(state="awake"))
-    assert states() == {"ready"}
 
 
 # Pairs

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,14 +15,8 @@ LOGGER = logging.getLogger("pdlaunch.engine.server")
 
 
 @pytest.fixture
-def stream() -> Iterator[io.StringIO]:
-    root, own = logging.getLogger(), logging.getLogger("pdlaunch")
-    handlers, levels = root.handlers[:], (root.level, own.level)
-    yield io.StringIO()
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    own.setLevel(levels[1])
-    logging.captureWarnings(False)
+def stream() -> io.StringIO:
+    return io.StringIO()
 
 
 def test_a_line_has_time_level_process_and_request(stream: io.StringIO) -> None:

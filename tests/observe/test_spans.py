@@ -27,22 +27,6 @@ def test_a_report_is_placed_as_well_as_the_way_is_even(there, out_s, work_s, bac
     assert span.end_at <= received_at + 1e-6
 
 
-def test_a_report_within_a_report_keeps_its_process() -> None:
-    rank, server = FakeClock(7000.0), FakeClock(50.0)
-    of_rank, of_server = SpanLog(rank), SpanLog(server)
-    rank.now += 2
-    of_rank.mark("drawn", tokens=1)
-    server.now += 4
-    of_server.take(of_rank.report(), sent_at=51.0, received_at=53.0, process="rank-0")
-    of_server.add("answer", 50.0)
-    placed = of_server.report().placed(10.0, 14.0, "decode-0")
-    assert [(span.name, span.process, span.start_at) for span in placed] == [
-        ("drawn", "decode-0/rank-0", 13.0),
-        ("answer", "decode-0", 10.0),
-    ]
-    assert placed[0].attributes == {"tokens": 1}
-
-
 def test_spans_are_bounded_and_the_rest_is_counted() -> None:
     log, asker = SpanLog(FakeClock(0.0)), SpanLog(FakeClock(0.0))
     for _ in range(MAX_SPANS + 3):

@@ -12,8 +12,6 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pdlaunch.http.kv_feed import KVFeed
 from pdlaunch.launch.sidecar import kv_events
@@ -113,25 +111,6 @@ def test_the_host_tier_is_told_apart_from_the_device() -> None:
     assert num_held(held_after(*events, {"type": "AllBlocksCleared"}), PROMPT) == 0
     # A tier of which we know nothing.
     assert num_held(held_after(stored(PROMPT, medium="STORAGE")), PROMPT) == 0
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(1, 5)), max_size=30))
-def test_the_translation_follows_whatever_order_blocks_come_and_go_in(
-    history: list[tuple[bool, int, int]],
-) -> None:
-    prompts = [[kind, *range(19)] for kind in range(3)]
-    there: dict[int, int] = dict.fromkeys(range(3), 0)
-    events = []
-    for comes, kind, number in history:
-        begin, hashes = there[kind], hashes_of(prompts[kind], "", "")
-        end = max(begin, number) if comes else min(begin, number - 1)
-        if comes and end > begin:
-            events.append(stored(prompts[kind][: end * BLOCK_SIZE], begin))
-        elif end < begin:
-            events.append(removed(hashes[end:begin]))
-        there[kind] = end
-    held = held_after(*events)
-    assert {kind: num_held(held, prompts[kind]) for kind in range(3)} == there
 
 
 class Publisher:
