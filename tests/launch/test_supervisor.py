@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
 
-from pdlaunch.launch.events import StopRequested
-from pdlaunch.launch.hosts.local import ProcessExited
+from pdlaunch.launch.events import EventQueue, SignalInbox, StopRequested, causes_first
+from pdlaunch.launch.hosts.local import MessageReceived, ProcessExited
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import (
     Drain,
+    Failed,
     PairFailed,
     PairSuspect,
     Progress,
@@ -19,14 +21,10 @@ from pdlaunch.protocol.control import (
     Register,
     Stop,
 )
-from tests.launch.fakes import SLOW, World, make_plan, serving
+from tests.launch.fakes import SLOW, FakeHost, World, make_plan, serving
 
 RANKS = ("decode-0/rank-0", "prefill-0/rank-0")
 EVERYONE = {*RANKS, "prefill-0", "decode-0", "router"}
-
-
-def pair_failed(error: str, *, fatal: bool = False) -> PairFailed:
-    return PairFailed(local=RANKS[0], peer=RANKS[1], error=error, fatal=fatal)
 
 
 # The start
@@ -85,7 +83,8 @@ def test_the_startup_timeout_names_what_is_missing(unready: str, detail: str) ->
     world = World(make_plan(), Timing(startup_timeout_s=60)).start()
     world.become_ready(*EVERYONE - {unready})
     world.say(RANKS[0], Progress(text="loading weights"))
-    world.say(RANKS[0], pair_failed("connection refused"))
+    refused = PairFailed(local=RANKS[0], peer=RANKS[1], error="connection refused", fatal=False)
+    world.say(RANKS[0], refused)
     world.pass_time(59)
     assert world.failure is None
     world.pass_time(1)
@@ -223,3 +222,29 @@ def test_what_ends_with_the_supervisor_at_once_is_no_death() -> None:
     world.exit_all(-signal.SIGTERM)
     assert world.supervisor.done
     assert len(world.observer.notes) == 1
+
+
+def test_a_killed_rank_comes_before_its_peers_that_abort_and_those_that_complain() -> None:
+    killed = ProcessExited("prefill-0/rank-1", 1, -signal.SIGKILL)
+    aborted = ProcessExited("prefill-0/rank-0", 1, -signal.SIGABRT)
+    complained = MessageReceived("prefill-0", Failed(error="rank 0 is gone"))
+    left = ProcessExited("prefill-0", 1, 1)
+    stop = StopRequested(signal.SIGINT)
+    events = causes_first([stop], [left, aborted, killed], [complained])
+    assert events == [stop, killed, aborted, complained, left]
+
+
+def test_what_a_host_reports_and_the_end_of_the_starter_are_events() -> None:
+    ours, theirs = socket.socketpair()
+    host = FakeHost()
+    gone = ProcessExited("router", 1, 0)
+    host.exits = lambda: [gone]
+    with SignalInbox() as signals, ours:
+        queue = EventQueue(host, signals, lifeline=ours.fileno())
+        theirs.send(b"what is written means nothing")
+        assert queue.wait(20) == [gone]
+        theirs.close()
+        stop, same = queue.wait(20)
+        reason = "the process that started this is gone"
+        assert (stop, same) == (StopRequested(signal.SIGHUP, reason), gone)
+        assert queue.wait(0) == [gone]

@@ -11,7 +11,6 @@ from pdlaunch.protocol.bottleneck import bottleneck_line, find_bottleneck
 from pdlaunch.protocol.status import (
     Bottleneck,
     DeploymentStatus,
-    EngineReading,
     EngineStatus,
     Percentiles,
     Pulls,
@@ -27,26 +26,14 @@ def rates(token_ms: float | None = 10.0, streams: float = 1.0) -> Rates:
 
 
 LONE, SLOW = rates(10.0, streams=1.0), rates(50.0, streams=40.0)
-READING = EngineReading(
-    running=1,
-    waiting=0,
-    kv_usage=0.1,
-    host_usage=None,
-    cache=None,
-    pulls=Pulls(),
-    failed_pulls=0,
-    refused_pulls=0,
-)
+READING = {"running": 1, "waiting": 0, "kv_usage": 0.1, "pulls": Pulls()}
 
 
 def engine(name: str, reading: dict[str, Any] | None = None, **fields: Any) -> EngineStatus:
     """Return an engine that does little; its name begins with its role."""
-    return deployment_server.engine(
-        name,
-        name.partition("-")[0],
-        reading=msgspec.structs.replace(READING, **(reading or {})),
-        **({"prompt_tokens_per_s": 1000.0} | fields),
-    )
+    found = deployment_server.engine(name, name.partition("-")[0], prompt_tokens_per_s=1000.0)
+    told = msgspec.structs.replace(found.reading, **(READING | (reading or {})))
+    return msgspec.structs.replace(found, reading=told, **fields)
 
 
 DEFAULTS = {"rates": LONE, "fastest": LONE, "routing": "pairs"}
