@@ -38,7 +38,6 @@ class Terminal:
         *arguments: str,
         columns: int = 80,
         rows: int = 24,
-        program: tuple[str, ...] = ("-m", "pdlaunch"),
         **environ: str,
     ) -> None:
         self.screen = pyte.Screen(columns, rows)
@@ -50,7 +49,7 @@ class Terminal:
         self.before = termios.tcgetattr(theirs)
         known = {name: value for name, value in os.environ.items() if not name.startswith("PDL")}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", *program, "top", *arguments],
+            [sys.executable, "-P", "-m", "pdlaunch", "top", *arguments],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

@@ -22,15 +22,7 @@ def terminal(router: DeploymentServer) -> Iterator[Terminal]:
 def test_it_shows_the_deployment_as_it_changes(
     router: DeploymentServer, terminal: Terminal
 ) -> None:
-    told = (
-        "decode-0",
-        "requests/s",
-        "30%/10%/20%",
-        "prefill-0 -> decode-0",
-        "p2p/posix_fd",
-        "gone",
-    )
-    terminal.until(lambda text: all(word in text for word in told))
+    terminal.until(lambda text: "prefill-0 -> decode-0" in text and "gone" in text)
     router.status = deployment(model="changed")
     terminal.until(lambda text: "changed " in text)
     # What was known stays, with the error, until the router answers again.

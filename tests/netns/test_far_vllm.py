@@ -38,9 +38,14 @@ def test_engines_behind_doors_serve_and_heal(network: Network, config: dict[str,
             assert (door.kind, door.status) == ("tls", 401)
         launch.assert_answered()
 
-        engine, sidecar = processes(network)
+        (engine,) = network["b"].find(STAND_IN)
+        sidecar, *_ = network["b"].find("pdlaunch.launch.sidecar")
         engine.kill()
-        wait_for(lambda: is_new(network, engine.pid), launch, "no other one is started")
+        wait_for(
+            lambda: {each.pid for each in network["b"].find(STAND_IN)} - {engine.pid},
+            launch,
+            "no other one is started",
+        )
         wait_for(lambda: state(launch, "decode-0") == "ready", launch, "it is not back")
         launch.assert_answered()
         assert not lives(sidecar)
@@ -54,16 +59,3 @@ def test_an_executable_that_the_agent_does_not_allow(
         pass
     assert "on b: " in str(error.value)
     assert "start that with --allow-executable vllm" in str(error.value)
-
-
-def processes(network: Network) -> tuple[Any, Any]:
-    """Return the stand-in on b, and its sidecar."""
-    (engine,), (sidecar, *_) = map(network["b"].find, (STAND_IN, "pdlaunch.launch.sidecar"))
-    return engine, sidecar
-
-
-def is_new(network: Network, old: int) -> bool:
-    try:
-        return bool(processes(network)[0].pid != old)
-    except ValueError:
-        return False

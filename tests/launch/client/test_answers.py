@@ -16,7 +16,6 @@ from pdlaunch.launch.client.api import Api
 
 OK, MISSING = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 404 Not Found\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
-PATIENCE_S = 30.0
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
             thread.join()
 
 
-def why_not(answer: bytes, *, repeated: bytes = b"", timeout_s: float = PATIENCE_S) -> str:
+def why_not(answer: bytes, *, repeated: bytes = b"") -> str:
     """Return the error of a server that sends ``answer``, then ``repeated`` for ever."""
 
     def send(connection: socket.socket) -> None:
@@ -56,7 +55,7 @@ def why_not(answer: bytes, *, repeated: bytes = b"", timeout_s: float = PATIENCE
             connection.sendall(repeated)
 
     with answering(send) as url:
-        api = Api(url, timeout_s=timeout_s)
+        api = Api(url, timeout_s=30.0)
         with pytest.raises(PdlaunchError) as caught:
             api.get_object("/pdlaunch/status")
         return str(caught.value).removeprefix(f"{url}/pdlaunch/status ")
