@@ -21,7 +21,7 @@ from pdlaunch.protocol.side_channel import (
     ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, TransferEvent
-from pdlaunch.transfer.connectors.connector import LocalMemory
+from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, write_pattern
 from pdlaunch.transfer.handshake import DecodeSetup, RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.integrity.checksum import KVHasher
@@ -90,18 +90,7 @@ class HolderRank:
         connector = new_connector(f"{name}#{incarnation}", fabric)
         memory = local_memory(connector.agent_name, self.kv_cache, self.layout)
         connector.open(memory)
-        self.card = HandshakeReply(
-            call_id=0,
-            engine_id=self.identity.engine_id,
-            rank_name=name,
-            incarnation=incarnation,
-            tp_rank=tp_rank,
-            tp_size=tp_size,
-            compatibility=compatibility(self.layout, **spec),
-            geometry=geometry_of(memory, tp_rank),
-            agent_name=connector.agent_name,
-            agent_metadata=connector.agent_metadata(),
-        )
+        self.card = card_of(connector, memory, self.identity, compatibility(self.layout, **spec))
         hasher = (
             new_hasher(native_regions(self.kv_cache, self.layout))
             if spec.get("verify", True)
@@ -133,6 +122,24 @@ class HolderRank:
     def sent(self, kind: type) -> list[Any]:
         sent = [message for channel in self.channels for message in channel.sent]
         return [message for message in sent if isinstance(message, kind)]
+
+
+def card_of(
+    connector: Connector, memory: LocalMemory, rank: RankIdentity, compatibility: Compatibility
+) -> HandshakeReply:
+    """A rank's answer to a handshake."""
+    return HandshakeReply(
+        call_id=0,
+        engine_id=rank.engine_id,
+        rank_name=rank.name,
+        incarnation=rank.incarnation,
+        tp_rank=rank.tp_rank,
+        tp_size=rank.tp_size,
+        compatibility=compatibility,
+        geometry=geometry_of(memory, rank.tp_rank),
+        agent_name=connector.agent_name,
+        agent_metadata=connector.agent_metadata(),
+    )
 
 
 def compatibility(layout: KVCacheLayout, role: str = "prefill", **spec: Any) -> Compatibility:

@@ -39,7 +39,7 @@ def test_a_pull_over_a_connector_of_another_package(
     install(EXAMPLE)
     transfer = {"connector": "example"}
     holder, puller = (start(role, transfer=transfer) for role in ("prefill", "decode"))
-    assert puller.connect(holder)[0].path == "example/process_vm_readv"
+    assert puller.connect(holder)[0].path == "example/memory"
     puller.pull_from(holder, "r")
 
 

@@ -36,18 +36,19 @@ from pdlaunch.transfer.connectors.p2p import TOKEN_BYTES, FdServer, P2PConnector
 from pdlaunch.transfer.connectors.paths import PathsConnector
 from pdlaunch.transfer.connectors.piece_copies import HostCopier
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, has_pattern, write_pattern
-from pdlaunch.transfer.handshake import geometry_of
+from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.regions import Pieces, merge, native_regions
 from tests.e2e.waiting import await_true
 from tests.engine.memory.open_files import num_open_fds
 from tests.other_user import as_nobody
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
-from tests.transfer.pull_world import compatibility
+from tests.transfer.pull_world import card_of, compatibility
 
 TIMEOUT_S = 180.0
 NUM_BLOCKS = 8
 SCRATCH_BYTES = 4 * PATTERN_BYTES
 ALL = range(3)
+HOLDER = RankIdentity("prefill-0/rank-0", "prefill-0", "a" * 32, 1, 0, 1)
 
 
 @dataclass
@@ -66,19 +67,8 @@ class Rank:
         return connection
 
     def card(self, **changes: Any) -> HandshakeReply:
-        connector = self.connector
-        card = HandshakeReply(
-            call_id=0,
-            engine_id="a" * 32,
-            rank_name="prefill-0/rank-0",
-            incarnation=1,
-            tp_rank=0,
-            tp_size=1,
-            compatibility=compatibility(layout_of(self.memory.kv.num_heads)),
-            geometry=geometry_of(self.memory, 0),
-            agent_name=connector.agent_name,
-            agent_metadata=connector.agent_metadata(),
-        )
+        layout = layout_of(self.memory.kv.num_heads)
+        card = card_of(self.connector, self.memory, HOLDER, compatibility(layout))
         return msgspec.structs.replace(card, **changes)
 
 

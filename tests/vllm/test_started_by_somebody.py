@@ -12,8 +12,6 @@ import os
 import signal
 import subprocess
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.config.model_files.find import resolve_model
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import held_port
@@ -49,23 +48,18 @@ TRANSFER = {
 }
 
 
+@dataclass
 class Server:
-    def __init__(
-        self, command: tuple[str, ...], environ: dict[str, str], port: int, log_file: Path
-    ) -> None:
-        self.port = port
-        self._command, self._environ, self._log_file = command, environ, log_file
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    command: tuple[str, ...]
+    environ: dict[str, str]
+    url: str
+    log_file: Path
 
     def start(self) -> None:
-        with self._log_file.open("ab") as log:
+        with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command,
-                env=self._environ,
+                self.command,
+                env=self.environ,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -79,11 +73,10 @@ class Server:
         self.process.wait()
 
     def is_healthy(self) -> bool:
-        assert self.process.poll() is None, self._log_file.read_text()[-4000:]
+        assert self.process.poll() is None, self.log_file.read_text()[-4000:]
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return Api(self.url, timeout_s=5).get("/health")[0] == 200
+        except PdlaunchError:
             return False
 
 
@@ -108,7 +101,9 @@ def new_server(
         "UCX_MODULES": "^ib",
         "VLLM_SERVER_DEV_MODE": "1",
     }
-    return Server(command, clean_environ() | own, port, folder / name)
+    server = Server(command, clean_environ() | own, f"http://127.0.0.1:{port}", folder / name)
+    server.start()
+    return server
 
 
 @dataclass

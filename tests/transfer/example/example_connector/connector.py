@@ -1,4 +1,4 @@
-"""Reads the memory of another process of this host with ``process_vm_readv``."""
+"""Reads the memory of another process of this host through ``/proc/PID/mem``."""
 
 import ctypes
 import os
@@ -21,19 +21,12 @@ from pdlaunch.transfer.connectors.connector import (
     pieces_to_read,
 )
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
-
-
-class _Span(ctypes.Structure):
-    """``struct iovec``."""
-
-    _fields_ = [("address", ctypes.c_void_p), ("num_bytes", ctypes.c_size_t)]
 
 
 class ExampleConnector(Connector):
     name = "example"
-    path = "example/process_vm_readv"
+    path = "example/memory"
 
     def __init__(self, rank: str, incarnation: int, max_read_bytes: int) -> None:
         self.agent_name = f"{rank}#{incarnation}"
@@ -42,7 +35,7 @@ class ExampleConnector(Connector):
     def open(self, memory: LocalMemory) -> None:
         if memory.scratch.device.type != "cpu":
             raise TransferError("the example reads host memory only")
-        _LIBC.prctl(_PR_SET_PTRACER, _ANY)  # peers are not parents of this process
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY)  # peers are not parents of this process
         self.memory = memory
 
     def agent_metadata(self) -> bytes:
@@ -57,7 +50,8 @@ class ExampleConnector(Connector):
 
 class _Connection(Connection):
     def __init__(self, connector: ExampleConnector, peer: HandshakeReply, pid: int) -> None:
-        self.connector, self.peer, self.pid = connector, peer, pid
+        self.connector, self.peer = connector, peer
+        self.remote = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
 
     def read(self, blocks: BlockRead) -> Read:
         to, of = pieces_to_read(self.connector.memory, self.peer, blocks)
@@ -74,21 +68,16 @@ class _Connection(Connection):
         return _DoneRead(time.perf_counter() - began_at)
 
     def close(self) -> None:
-        """Do nothing: the connector has no resources for a peer."""
+        os.close(self.remote)
 
     def _copy(self, ours: int, theirs: int, num_bytes: int) -> None:
-        to, source = _Span(ours, num_bytes), _Span(theirs, num_bytes)
-        copied = _LIBC.process_vm_readv(
-            self.pid,
-            ctypes.byref(to),
-            ctypes.c_ulong(1),
-            ctypes.byref(source),
-            ctypes.c_ulong(1),
-            0,
-        )
+        target = (ctypes.c_char * num_bytes).from_address(ours)
+        try:
+            copied = os.preadv(self.remote, [target], theirs)
+        except OSError as error:
+            raise TransferError(f"{self.peer.agent_name}: {error}") from error
         if copied != num_bytes:
-            reason = os.strerror(ctypes.get_errno())
-            raise TransferError(f"{self.peer.agent_name}: {copied} of {num_bytes} bytes: {reason}")
+            raise TransferError(f"{self.peer.agent_name}: {copied} of {num_bytes} bytes")
 
 
 class _DoneRead(Read):
