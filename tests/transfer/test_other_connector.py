@@ -12,7 +12,7 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from tests.command_line import invoke
 from tests.transfer.conftest import Start
 
-EXAMPLE = Path(__file__).parent / "example"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "connector"
 
 
 @pytest.fixture
