@@ -16,7 +16,6 @@ from pdlaunch.protocol.engine import (
     FromRank,
     Outputs,
     ReadStats,
-    RequestFinished,
     SamplingParams,
     ToRank,
 )
@@ -117,20 +116,6 @@ def test_a_steps_tokens_leave_while_the_next_one_runs() -> None:
         *("launch 2", "collect 1", "Tokens"),
         *("collect 2", "RequestFinished"),
     ]
-
-
-def test_a_prompt_waits_for_no_step_that_was_not_launched_before_it_came() -> None:
-    recorder = Recorder(add("a", 9))
-    leader = make_leader(recorder, async_scheduling=True)
-    for _ in range(3):
-        leader.turn()
-    recorder.steps.clear()
-    recorder.requests = [add("b", 1)]
-    leader.turn()
-    assert recorder.steps == ["collect 2", "Tokens", "launch 3"]
-    leader.turn()
-    finished = [item for item in recorder.told if isinstance(item, RequestFinished)]
-    assert [item.request_id for item in finished] == ["b"]
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
