@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
@@ -175,15 +177,8 @@ def test_what_is_counted_of_a_pull(fields: dict[str, int], counts: dict[str, int
 
 
 def test_the_phases_of_a_request_add_up() -> None:
-    now_s = 0.0
-
-    def clock() -> float:
-        nonlocal now_s
-        now_s += 1.0
-        return now_s
-
-    engine = FakeEngine(max_num_seqs=1)
-    engine.scheduler.requests.histograms = histograms = Histograms(clock)
+    engine, clock = FakeEngine(max_num_seqs=1), itertools.count(1.0)
+    engine.scheduler.requests.histograms = histograms = Histograms(clock.__next__)
     engine.add("a", range(6), max_tokens=3)
     engine.run()
     shown = {series.name.removeprefix("request_"): series for series in histograms.shown()}

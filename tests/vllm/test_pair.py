@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 import pytest
 from openai import APIError, OpenAI
+from typer.testing import CliRunner
 
+from pdlaunch.cli.app import build_app
+from pdlaunch.cli.doctor import MEASURABLE_BYTES
 from pdlaunch.http.watch.engine_api import Counts
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
@@ -235,6 +238,28 @@ def test_http_and_rpc_are_at_sockets_of_the_launch(pair: Deployment) -> None:
     urls = [engine["url"] for engine in status["engines"]]
     assert len(urls) == 2
     assert all(url.startswith("unix:") for url in urls)
+
+
+def test_a_pair_of_vllm_is_examined_and_proven(pair: Deployment) -> None:
+    # A speed is told from 64 MiB on; each prompt has some 20.
+    seeds = iter(range(300, 310))
+    while bytes_read(pair.url) < MEASURABLE_BYTES:
+        assert complete(pair.url, prompt_of(next(seeds), 450), 2)
+    _, status = Api(pair.url).get_object("/pdlaunch/status")
+    urls = {engine["role"]: engine["url"] for engine in status["engines"]}
+    flags = [f"--{role}={url}" for role, url in urls.items()]
+    arguments = ["doctor", *flags, "--exact", "--format", "json"]
+    result = CliRunner().invoke(build_app(arguments), arguments)
+    assert result.exit_code == 0, result.output
+    deployment = json.loads(result.stdout)["resolved"]["deployment"]
+    assert [engine["role"] for engine in deployment["engines"]] == ["prefill", "decode"]
+    assert all(engine["version"].startswith("0.") for engine in deployment["engines"])
+    assert all(engine["block_size"] == "128" for engine in deployment["engines"])
+    decode = deployment["engines"][1]
+    assert decode["gigabytes_per_s"] > 0
+    (proven,) = deployment["pairs"]
+    assert proven["num_bytes"] > 0
+    assert not proven["problem"]
 
 
 def test_a_pair_answers_as_one_engine_alone(pair: Deployment) -> None:

@@ -82,23 +82,16 @@ def test_a_prompt_is_lent_with_its_own_blocks_alone() -> None:
     assert prefill.take_commands() == []
 
 
-@pytest.mark.parametrize(
-    ("request_", "is_prefilled", "table"),
-    [
-        (Request("p", 10, PREFILL), False, [3, 1, 2]),
-        (Request("p", 10, PREFILL), True, []),
-        (Request("p", 10), True, [3, 1, 2]),
-        (Request("p", 10, PREFILL, prompt_token_ids=None), True, [3, 1, 2]),
-        (Request("p", 10, {"do_remote_decode": "nonsense"}), True, [3, 1, 2]),
-    ],
-    ids=[
-        "ended with its first token",
-        "preempted before",
-        "nobody asked",
-        "embeddings",
-        "nonsense",
-    ],
-)
+OTHERS = {
+    "ended with its first token": (Request("p", 10, PREFILL), False, [3, 1, 2]),
+    "preempted before": (Request("p", 10, PREFILL), True, []),
+    "nobody asked": (Request("p", 10), True, [3, 1, 2]),
+    "embeddings": (Request("p", 10, PREFILL, prompt_token_ids=None), True, [3, 1, 2]),
+    "nonsense": (Request("p", 10, {"do_remote_decode": "nonsense"}), True, [3, 1, 2]),
+}
+
+
+@pytest.mark.parametrize(("request_", "is_prefilled", "table"), OTHERS.values(), ids=OTHERS)
 def test_other_requests_keep_nothing(
     request_: Request, is_prefilled: bool, table: list[int]
 ) -> None:
