@@ -15,6 +15,7 @@ from tests.command_line import invoke
 from tests.e2e.agreement import engines_of
 from tests.e2e.api import await_answers, clients, states, streamed
 from tests.e2e.conftest import default_environ, launched
+from tests.e2e.faults import fault_variables
 from tests.e2e.tiny_models import greedy, make_prompts
 from tests.e2e.waiting import await_true
 
@@ -103,7 +104,9 @@ def test_the_autopilot_turns_a_prefill_engine_into_one_of_decode(llama: Path) ->
         mixes.append((prompts, greedy(llama, prompts, num_tokens)))
     wanted = ["decode", "decode", "prefill"]
     flags = ("--prefill", "2", "--autopilot", "on", "--max-num-seqs", "4")
-    with launched(llama, *flags, environ=default_environ()) as deployment:
+    # Slow steps leave the cores to other tests.
+    slow = fault_variables({"rate": 0, "lease_rate": 0, "chunk_rate": 0, "step_s": 0.03})
+    with launched(llama, *flags, environ=default_environ() | slow) as deployment:
 
         def has_turned() -> bool:
             now = states(deployment.url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +19,15 @@ _WAIT_S = 0.02  # time between two looks at whether ends may be seen again
 
 
 class FaultyRunner(ModelRunner):
-    """Crashes in a step with the plan's poison, as with a bug in a kernel."""
+    """Crashes in a step with the plan's poison, as with a bug in a kernel; slows steps down."""
 
     def __init__(self, faults: FaultPlan, *arguments: Any, **setup: Any) -> None:
         super().__init__(*arguments, **setup)
-        self._poison = faults.poison
+        self._faults = faults
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        if any(self._poison in row.token_ids for row in plan.new_rows):
+        time.sleep(self._faults.step_s)
+        if any(self._faults.poison in row.token_ids for row in plan.new_rows):
             os.kill(os.getpid(), signal.SIGSEGV)
         return super().launch(plan)
 

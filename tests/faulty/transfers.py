@@ -53,6 +53,7 @@ class FaultPlan:
     chunk_rate: float = 0.05  # of the blocks in host memory, which go bad there
     poison: int | None = None  # a rank crashes in a step with this token
     copies_wait_file: str = ""  # while it exists, no end of a copy to or from host memory is seen
+    step_s: float = 0.0  # what each step waits for, as if the model were larger
     slow_s: float = 0.3  # longest delay of a READ
     lost_s: float = 4.0  # longest time until a lost completion is seen after all
     short_lease_s: float = 0.1  # longest life of a lease that ends early, with all extensions
