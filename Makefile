@@ -12,8 +12,8 @@ DEV := $(VENV)/.installed-dev
 MOONCAKE := $(VENV)/.mooncake
 # The tests start hundreds of processes: none is to compile the package, or pytest the tests, again.
 unexport PYTHONDONTWRITEBYTECODE
-# Two workers: one runs the launches, the other one all else.
-PYTEST := $(BIN)/python -m pytest -v --numprocesses 2 --no-loadscope-reorder
+# Three workers for two cores: one runs most launches, and many tests wait.
+PYTEST := $(BIN)/python -m pytest -v --numprocesses 3 --no-loadscope-reorder
 ARGS ?=
 DIST ?= dist
 VLLM_VERSIONS ?= 0.28.0 0.31.0 0.32.0
