@@ -133,7 +133,7 @@ MODELS = {
         plugin="cpu_experts",
     ),
 }
-SHORT = ("Gemma 3", "Falcon H1", "DeepSeek V2")
+SHORT = ("Gemma 3",)
 
 
 @pytest.fixture(

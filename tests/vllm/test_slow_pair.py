@@ -12,6 +12,8 @@ from pdlaunch.launch.client.api import Api
 from tests.command_line import invoke
 from tests.vllm.conftest import running_engines
 
+pytestmark = pytest.mark.vllm_long
+
 HOOK = """
 import importlib.machinery as machinery
 load = machinery.SourceFileLoader.exec_module
