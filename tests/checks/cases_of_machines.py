@@ -12,65 +12,57 @@ EMULATED = replace(PAIR, path="nixl/vLLM (tcp, software emulation)", gigabytes_p
 
 CASES: dict[str, Case] = {
     "PD460": Case(
-        [
-            on(GPU, enable_cumem_allocator=True, probes=lacks("cuda")),
-            mooncake(CPU, probes=lacks("mooncake")),
-        ],
-        [on(GPU, probes=lacks("gguf", "mooncake"))],
+        on(GPU, enable_cumem_allocator=True, probes=lacks("cuda")),
+        mooncake(CPU, probes=lacks("mooncake")),
+        quiet=[on(GPU, probes=lacks("gguf", "mooncake"))],
     ),
-    "PD409": Case([mooncake(CPU)], [on(CPU)]),
+    "PD409": Case(mooncake(CPU), quiet=[on(CPU)]),
     "PD410": Case(
-        [on(CPU, device="cuda"), on(GPU, device="cuda", decode__env=show("-1"))],
-        [on(CPU), on(GPU, device="cuda"), on(GPU, decode__env=show("-1"))],
+        on(CPU, device="cuda"),
+        on(GPU, device="cuda", decode__env=show("-1")),
+        quiet=[on(CPU), on(GPU, device="cuda"), on(GPU, decode__env=show("-1"))],
     ),
     "PD411": Case(
-        [
-            on(GPU, decode__tensor_parallel_size=16),
-            on(GPU, decode__tensor_parallel_size=2, decode__env=show("3")),
-        ],
-        [on(GPU, decode__tensor_parallel_size=8)],
+        on(GPU, decode__tensor_parallel_size=16),
+        on(GPU, decode__tensor_parallel_size=2, decode__env=show("3")),
+        quiet=[on(GPU, decode__tensor_parallel_size=8)],
     ),
     "PD450": Case(
-        [
-            on(GPU, decode__env=show("8")),
-            on(GPU, env=show("0,0")),
-            on(GPU, environ=show("8,9,10,11,12,13,14,15"), decode__env=show("0")),
-        ],
-        [
+        on(GPU, decode__env=show("8")),
+        on(GPU, env=show("0,0")),
+        on(GPU, environ=show("8,9,10,11,12,13,14,15"), decode__env=show("0")),
+        quiet=[
             on(GPU, prefill__env=show("0"), decode__env=show("1")),
             on(GPU, environ=show("0,0")),
             on(GPU, decode__env=show("")),
         ],
     ),
     "PD451": Case(
-        [on(HIDDEN_GPUS), on(HIDDEN_GPUS, decode__device="cpu")],
-        [on(CPU), on(HIDDEN_GPUS, device="cpu"), on(HIDDEN_GPUS, environ=show(""))],
+        on(HIDDEN_GPUS),
+        on(HIDDEN_GPUS, decode__device="cpu"),
+        quiet=[on(CPU), on(HIDDEN_GPUS, device="cpu"), on(HIDDEN_GPUS, environ=show(""))],
     ),
-    "PD412": Case([on(replace(CPU, num_cpus=1))], [on(replace(CPU, num_cpus=2))]),
+    "PD412": Case(on(replace(CPU, num_cpus=1)), quiet=[on(replace(CPU, num_cpus=2))]),
     "PD416": Case(
-        [on(replace(CPU, shm_free_bytes=64 << 20))], [on(replace(CPU, shm_free_bytes=1 << 30))]
+        on(replace(CPU, shm_free_bytes=64 << 20)), quiet=[on(replace(CPU, shm_free_bytes=1 << 30))]
     ),
     "PD420": Case(
-        [
-            on(CPU, probes={"ports": {ROUTER: "it is busy"}}),
-            on(CPU, port=80, probes={"ports": {("127.0.0.1", 80): "it needs privileges"}}),
-        ],
-        [on(CPU, probes={"ports": {ROUTER: ""}})],
+        on(CPU, probes={"ports": {ROUTER: "it is busy"}}),
+        on(CPU, port=80, probes={"ports": {("127.0.0.1", 80): "it needs privileges"}}),
+        quiet=[on(CPU, probes={"ports": {ROUTER: ""}})],
     ),
     "PD425": Case(
-        [on(CPU, prefill__tensor_parallel_size=3)],
-        [on(CPU), on(GPU, prefill__tensor_parallel_size=2)],
+        on(CPU, prefill__tensor_parallel_size=3),
+        quiet=[on(CPU), on(GPU, prefill__tensor_parallel_size=2)],
     ),
     "PD504": Case(
-        [
-            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0),)),
-            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0, path="mooncake/tcp"),)),
-            on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.05),)),
-            on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=0.1),)),
-            on(GPU, pairs=(EMULATED,), **STOCK),
-            on(GPU, pairs=(replace(EMULATED, path="nixl/UCX (tcp, software emulation)"),)),
-        ],
-        [
+        on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0),)),
+        on(GPU, pairs=(replace(PAIR, gigabytes_per_s=9.0, path="mooncake/tcp"),)),
+        on(CPU, pairs=(replace(PAIR, allocator="host", gigabytes_per_s=0.05),)),
+        on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=0.1),)),
+        on(GPU, pairs=(EMULATED,), **STOCK),
+        on(GPU, pairs=(replace(EMULATED, path="nixl/UCX (tcp, software emulation)"),)),
+        quiet=[
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=20.0),)),
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=None),)),
             on(GPU, pairs=(replace(PAIR, path="file/safetensors", gigabytes_per_s=0.6),)),

@@ -49,61 +49,57 @@ def near_vllm(**config):
 
 CASES = {
     "PD424": Case(
-        [hosts(A, LONE), hosts(A, B, local="127.0.0.1")],
-        [hosts(A, B), hosts(LONE | {"name": "a"}, LONE, local="127.0.0.1")],
+        hosts(A, LONE),
+        hosts(A, B, local="127.0.0.1"),
+        quiet=[hosts(A, B), hosts(LONE | {"name": "a"}, LONE, local="127.0.0.1")],
     ),
     "PD452": Case(
-        [hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"})],
-        [hosts(A, B, decode__tensor_parallel_size=2)],
+        hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"}),
+        quiet=[hosts(A, B, decode__tensor_parallel_size=2)],
     ),
     "PD456": Case(
-        [
-            far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=2),
-            far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=3, **TRUSTED),
-            far_vllm(nnodes=3, tensor_parallel_size=3, **TRUSTED),
-            far_vllm(kv_transfer__connector="vllm-nixl", **TWO_NODES),
-            far(**TWO_NODES),
-            far(decode__data_parallel_size=2),
-            far(pipeline_parallel_size=2),
-            far_vllm(data_parallel_size=2, **TWO_NODES),
-            on(WIDE, engine="vllm", **TWO_NODES),
-        ],
-        [
+        far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=2),
+        far_vllm(prefill__nnodes=2, prefill__tensor_parallel_size=3, **TRUSTED),
+        far_vllm(nnodes=3, tensor_parallel_size=3, **TRUSTED),
+        far_vllm(kv_transfer__connector="vllm-nixl", **TWO_NODES),
+        far(**TWO_NODES),
+        far(decode__data_parallel_size=2),
+        far(pipeline_parallel_size=2),
+        far_vllm(data_parallel_size=2, **TWO_NODES),
+        on(WIDE, engine="vllm", **TWO_NODES),
+        quiet=[
             far_vllm(**TWO_NODES),
             far_vllm(data_parallel_size=2),
             far_vllm(nnodes=2, pipeline_parallel_size=2, **TRUSTED),
         ],
     ),
     "PD457": Case(
-        [
-            far_vllm(environs=({"NCCL_IB_HCA": "mlx5_0"}, {}), **TWO_NODES),
-            far_vllm(environs=({}, {"GLOO_SOCKET_IFNAME": "ib0"}), **TWO_NODES),
-        ],
-        [
+        far_vllm(environs=({"NCCL_IB_HCA": "mlx5_0"}, {}), **TWO_NODES),
+        far_vllm(environs=({}, {"GLOO_SOCKET_IFNAME": "ib0"}), **TWO_NODES),
+        quiet=[
             far_vllm(environs=({"NCCL_IB_HCA": "a"}, {"NCCL_IB_HCA": "b"}), **TWO_NODES),
             far_vllm(env={"NCCL_IB_HCA": "mlx5_0"}, **TWO_NODES),
             far_vllm(environs=({"NCCL_IB_HCA": "mlx5_0"}, {})),
         ],
     ),
     "PD455": Case(
-        [hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD)],
-        [
+        hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD),
+        quiet=[
             hosts(A, B, machines=(WIDE, GPU), **SPREAD),
             hosts(A, B, machines=(WIDE, replace(WIDE, num_cpus=64)), prefill__replicas=3, **SPREAD),
         ],
     ),
     "PD423": Case(
-        [far(kv_transfer__nixl__path="p2p"), far_vllm(kv_transfer__nixl__path="p2p")],
-        [far(), hosts(A, B, kv_transfer__nixl__path="p2p")],
+        far(kv_transfer__nixl__path="p2p"),
+        far_vllm(kv_transfer__nixl__path="p2p"),
+        quiet=[far(), hosts(A, B, kv_transfer__nixl__path="p2p")],
     ),
     "PD428": Case(
-        [
-            far(),
-            far(kv_transfer__connector="mooncake"),
-            far_vllm(),
-            far_vllm(kv_transfer__connector="vllm-nixl"),
-        ],
-        [
+        far(),
+        far(kv_transfer__connector="mooncake"),
+        far_vllm(),
+        far_vllm(kv_transfer__connector="vllm-nixl"),
+        quiet=[
             far(**TRUSTED),
             far_vllm(**TRUSTED),
             near_vllm(),

@@ -1,7 +1,7 @@
 """Cases of rules and their contexts: healthy machines, and what a test changes of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pdlaunch.checks.context import Context, make_context
@@ -132,10 +132,11 @@ def on(
     return make_context(launch, given, Probes(**{**known, "transport": pairs, **(probes or {})}))
 
 
-@dataclass(frozen=True)
 class Case:
-    fires: list[Context]
-    quiet: list[Context]
+    """Contexts in which a rule fires, and near misses."""
+
+    def __init__(self, *fires: Context, quiet: list[Context]) -> None:
+        self.fires, self.quiet = fires, quiet
 
 
 def lacks(*extras):
