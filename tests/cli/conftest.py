@@ -44,7 +44,6 @@ def check(model, monkeypatch):
 
 @pytest.fixture
 def router(tmp_path, monkeypatch):
-    """A server that answers as a router does; no launch runs here."""
     monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
     with running_server() as server:
         yield server

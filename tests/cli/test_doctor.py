@@ -43,7 +43,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @contextlib.contextmanager
 def serving(folder: Path, **decode: Any) -> Iterator[tuple[FakeVllm, FakeVllm, list[str]]]:
-    """Run a prefill and a decode engine in a thread; yield them and their flags."""
     shares: dict[str, list[int]] = {}
     engines = (FakeVllm("prefill", shares), FakeVllm("decode", shares, **decode))
     paths = [folder / f"{engine.name}.sock" for engine in engines]
@@ -144,7 +143,6 @@ def test_exact_tokens_are_compared_where_they_must_be_equal(tmp_path: Path) -> N
 
 
 def listed(*engines: tuple[str, str]) -> list[dict[str, str]]:
-    """Return engines, each with its role and URL, as the status of a router has them."""
     return [{"role": role, "url": url, "name": f"{role}-0"} for role, url in engines]
 
 

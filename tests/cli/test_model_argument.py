@@ -44,7 +44,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    """A model in the cache of the hub, and a directory in the working one."""
     folder = cached_model(tmp_path / "hub", NAME)
     for place in (folder, tmp_path / "local", tmp_path / "smollm2"):
         tiny_model(place)

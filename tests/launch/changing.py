@@ -40,7 +40,6 @@ class Changing(World):
         return next(engine for engine in engines if engine.name == name)
 
     def change(self, **wanted: Any) -> Answered:
-        """Ask for a change, and return the first answer."""
         replicas = {role: wanted.pop(role) for role in ROLES if role in wanted}
         return self.ask(ChangeEngines(question=7, replicas=replicas, **wanted))
 
@@ -72,5 +71,4 @@ class Changing(World):
 
     @property
     def engines(self) -> set[str]:
-        """Return the engines of which the status shows a process."""
         return {p.name.partition("/")[0] for p in self.status.processes} - {"router"}

@@ -122,7 +122,6 @@ class FakeHost(LocalHost):
 
 
 def bootstrap(name: str, incarnation: int = 1) -> Bootstrap:
-    """Return what a process is given, without anything in it."""
     keys = LaunchKeys("", "", "")
     return Bootstrap(
         name=name, incarnation=incarnation, control="", keys=keys, run_dir="", log_level="info"

@@ -171,7 +171,6 @@ def test_devices_that_a_host_names_for_its_ranks_are_kept() -> None:
 
 
 def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
-    """Return the hosts of the engines that a change would start."""
     wanted = ChangeEngines(question=1, replicas=replicas)
     change = deployment.places.plan(wanted, deployment.serving, ())
     return {engine.name: engine.host.name for engine in change.starts}

@@ -24,8 +24,6 @@ GPUS = (
 
 @dataclass
 class FakeNvml:
-    """Knows one card, at A."""
-
     missing: str = ""
     open_count: int = 0
 

@@ -152,8 +152,6 @@ class Host:
 
 @dataclass(frozen=True)
 class Network:
-    """Hosts, and the switch that joins them."""
-
     hosts: Sequence[Host]
     switch: subprocess.Popen[bytes]
 
@@ -170,7 +168,6 @@ class Network:
         self._ask(SetDoors(self.hosts.index(self[name]), list(doors)))
 
     def knocks(self) -> list[Knock]:
-        """The connections that hosts have begun to each other."""
         names = [host.name for host in self.hosts]
         return [
             Knock(names[source], names[target], port, is_open)
@@ -178,7 +175,6 @@ class Network:
         ]
 
     def num_bytes(self, source: str, target: str) -> int:
-        """Bytes that the switch has passed on from one host to another."""
         ports = [self.hosts.index(self[name]) for name in (source, target)]
         return next((count for *pair, count in self._ask(Count()) if pair == ports), 0)
 

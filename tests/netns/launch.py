@@ -47,8 +47,6 @@ LOGS = "/tmp/logs"
 
 @dataclass
 class FarLaunch:
-    """A launch whose supervisor and router are on one of the hosts."""
-
     network: Network
     here: Host
     serve: subprocess.Popen[bytes]
@@ -85,7 +83,6 @@ class FarLaunch:
             return list(pool.map(ask, questions))
 
     def assert_answered(self) -> None:
-        """Ask engines that stand for vLLM."""
         (answer,) = self.ask(QUESTION)
         assert isinstance(answer, dict), answer
         assert answer["choices"][0]["token_ids"] == ANSWER

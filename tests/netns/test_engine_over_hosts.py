@@ -23,7 +23,6 @@ TIMEOUT_S = 180.0
 
 @pytest.fixture(scope="module")
 def launch() -> Iterator[FarLaunch]:
-    """Decode on a, beside the supervisor; prefill on b and c."""
     config: dict[str, Any] = {
         "prefill": {"tensor_parallel_size": 2, "nnodes": 2},
         "routing": {"policy": "pairs"},

@@ -44,7 +44,6 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[FarLaunch]:
-    """Prefill beside the router on a, decode on b."""
     with new_network("a", "b", "stranger") as network, far_launch(network, PAIR, ["b"]) as launch:
         yield launch
 

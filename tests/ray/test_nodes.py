@@ -95,7 +95,6 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[Network]:
 
 
 def of_the_launch(nodes: Network) -> list[list[str]]:
-    """What runs on the hosts beside Ray."""
     found = []
     for process in (each for host in nodes.hosts for each in host.processes()):
         with contextlib.suppress(psutil.Error):  # It has ended.

@@ -108,7 +108,6 @@ class Cluster:
             yield process
 
     def output(self) -> str:
-        """What commands, jobs and Slurm itself have printed."""
         names = ("output", *(path.name for path in self.folder.glob("slurm-*.out")), "slurm.log")
         return "\n".join(
             f"--- {name}\n{(self.folder / name).read_text(errors='replace')}"
@@ -120,7 +119,6 @@ class Cluster:
         return self.run("squeue", "--noheader", "--format=%i").split()
 
     def get(self, path: str) -> tuple[int, Any]:
-        """Ask the router of a launch; the status is 0 where nobody answers."""
         return self.login.get(f"http://127.0.0.1:{PORT}{path}")
 
     def until(self, is_so: Callable[[], bool]) -> None:
@@ -139,7 +137,6 @@ class Cluster:
         return {engine["name"]: engine["host"] for engine in status["engines"]}
 
     def stranded(self) -> list[list[str]]:
-        """What runs on the nodes beside Slurm."""
         found = []
         for name in NODES:
             for process in self.network[name].processes():

@@ -49,7 +49,6 @@ def deployment(cluster: Cluster) -> None:
 
 @pytest.fixture(autouse=True)
 def cancelled(cluster: Cluster) -> Iterator[None]:
-    """A test that fails leaves no job to the next one."""
     yield
     if jobs := cluster.jobs():
         cluster.run("scancel", "--full", *jobs)

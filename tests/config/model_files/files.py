@@ -19,7 +19,6 @@ from tests.checks.contexts import TINY
 
 
 def all_weights(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights of a model, by name."""
     return shape.other_weights | {
         f"model.layers.{layer}.{name}": size
         for layer in range(shape.num_layers)
@@ -72,8 +71,6 @@ Value = int | float | str | Sequence[str]
 
 @dataclass
 class Gguf:
-    """What a .gguf file holds, before it is written."""
-
     values: dict[str, Value]
     tensors: dict[str, tuple[tuple[int, ...], Sequence[float]]]
     """By name: dimensions, rows last, and numbers."""

@@ -31,7 +31,6 @@ NOT_NEEDED = ("pytorch_model.bin", "README.md", "onnx/model.safetensors", "model
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with a model of two shards, and an empty cache for it."""
     folder = tmp_path / "published"
     (folder / "onnx").mkdir(parents=True)
     for name in DESCRIPTION:

@@ -47,8 +47,6 @@ def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
 
 
 def why_not(answer: bytes, *, repeated: bytes = b"") -> str:
-    """Return the error of a server that sends ``answer``, then ``repeated`` for ever."""
-
     def send(connection: socket.socket) -> None:
         connection.sendall(answer)
         while repeated:

@@ -161,7 +161,6 @@ class Agent:
         assert all(part in str(outcome) for part in parts), outcome
 
     def await_joined(self) -> None:
-        """Until it has heard that it has joined; the channel tells of it before."""
         await_true(lambda: self.notes, "it has joined")
 
     def stop(self) -> str | PdlaunchError | None:

@@ -47,7 +47,6 @@ def named(objects: list[Object], kind: str, name: str) -> Object:
 
 
 def templates(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
-    """Yield every workload with the template of its pods."""
     for found in objects:
         match found["kind"]:
             case "Deployment" | "StatefulSet":

@@ -48,7 +48,6 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_command(folder: Path) -> Path:
-    """Write an executable ``vllm`` that starts this program; return it."""
     command, root = folder / "vllm", Path(__file__).parents[3]
     program = f"{sys.executable} -m tests.launch.sidecar.program"
     command.write_text(f'#!/bin/sh\nPYTHONPATH={root} exec {program} "$@"\n')
@@ -57,8 +56,6 @@ def write_command(folder: Path) -> Path:
 
 
 class OtherHosts:
-    """The ranks on an engine's other hosts, which take part in each answer."""
-
     def __init__(self) -> None:
         self._streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._joined = asyncio.Semaphore(0)

@@ -36,8 +36,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Scene:
-    """An engine that answers as a test says, its door, and a client with the launch's token."""
-
     def __init__(self, folder: Path) -> None:
         self.path = folder / "prefill-0.sock"
         self.seen: list[web.Request] = []

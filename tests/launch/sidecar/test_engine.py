@@ -76,7 +76,6 @@ def test_files_that_flags_name_are_pinned_too(tmp_path: Path) -> None:
 
 
 def free_range(size: int) -> str:
-    """Ports of 127.0.0.1 that are free now; the test has them for itself."""
     for first in range(23_000, 30_000, size):
         try:
             for port in range(first, first + size):

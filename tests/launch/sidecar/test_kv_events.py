@@ -25,7 +25,6 @@ PROMPT = list(range(100, 120))
 
 
 def hashes_of(token_ids: Sequence[int], *names: str) -> list[bytes]:
-    """Opaque ones, different for each prefix."""
     ends = range(BLOCK_SIZE, len(token_ids) + 1, BLOCK_SIZE)
     return [repr((token_ids[:end], names)).encode() for end in ends]
 

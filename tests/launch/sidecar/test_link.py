@@ -35,8 +35,6 @@ PREFILL_RANKS = ("tcp://10.0.0.2:7000", "tcp://10.0.0.2:7001")
 
 
 class Scene:
-    """A decode engine of two ranks beside a prefill engine of two."""
-
     def __init__(
         self, supervisor: FakeSupervisor, workers: list[FakeWorker], running: asyncio.Task[None]
     ) -> None:
