@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -424,6 +425,9 @@ SERVER = ProcessSpec(
 """It needs no torch. With a model it waits for its rank until it is told to stop."""
 
 
+KEYS = new_launch_keys()
+
+
 @pytest.fixture
 def group(channel: AgentChannel, tmp_path: Path) -> Iterator[HostGroup]:
     """What the supervisor has of host a, beside its own."""
@@ -433,10 +437,10 @@ def group(channel: AgentChannel, tmp_path: Path) -> Iterator[HostGroup]:
         )
 
 
-def spawn(group: HostGroup, model: Path) -> None:
+def spawn(group: HostGroup, model: Path, incarnation: int = 1) -> None:
     spec = engine_spec(model).model_dump_json()
-    given = replace(bootstrap("prefill-0"), keys=new_launch_keys(), engine_json=spec)
-    group.spawn(SERVER, 1, given)
+    given = replace(bootstrap("prefill-0", incarnation), keys=KEYS, engine_json=spec)
+    group.spawn(SERVER, incarnation, given)
 
 
 def heard(group: HostGroup, kind: type) -> list[Any]:
@@ -480,12 +484,16 @@ def test_what_the_host_does_not_permit_fails_with_the_reason(
 
 
 @pytest.mark.processes
-def test_an_agent_whose_socket_is_removed_has_to_join_again(
+def test_signals_reach_processes_and_an_agent_whose_socket_is_removed_has_to_join_again(
     joined: Callable[..., Agent], group: HostGroup, tmp_path: Path
 ) -> None:
     agent = joined()
     write_model(tmp_path)
     spawn(group, tmp_path)
+    heard(group, Register)
+    group.signal("prefill-0", signal.SIGKILL)
+    assert heard(group, ProcessExited)[-1] == ProcessExited("prefill-0", 1, -signal.SIGKILL)
+    spawn(group, tmp_path, 2)
     heard(group, Register)
     opened = psutil.Process().net_connections("unix")
     (control,) = {Path(each.laddr) for each in opened if each.laddr.endswith("/control")}
