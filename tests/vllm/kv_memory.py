@@ -88,12 +88,3 @@ def _descendant(engine: psutil.Process, title: str) -> psutil.Process:
 
     await_true(is_found, f"{engine} runs {title}", 60.0)
     return found[0]
-
-
-def tcp_listeners(process: psutil.Process) -> list[str]:
-    """Return the address of each listening socket."""
-    return [
-        each.laddr.ip
-        for each in process.net_connections("tcp")
-        if each.status == psutil.CONN_LISTEN
-    ]

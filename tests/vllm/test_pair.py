@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import random
 import socket
@@ -183,12 +184,6 @@ def test_a_lease_that_nobody_pulls_is_given_back_at_once(pair: Deployment) -> No
     await_true(lambda: prefill.metrics()["vllm:kv_cache_usage_perc"] == 0, "it is freed", 20)
 
 
-def test_a_client_that_leaves_frees_both_engines(pair: Deployment) -> None:
-    with streamed(pair.url, prompt_of(20), 300) as tokens:
-        assert next(tokens) is not None
-    await_true(lambda: is_idle(pair), "both engines are idle")
-
-
 def test_a_client_that_leaves_during_prefill_leaves_no_lease(pair: Deployment) -> None:
     """Decode alone frees prefill's blocks before their lease of 30 s ends."""
     num_expired = total(Api(pair.url).metrics(), EXPIRED)
@@ -231,9 +226,10 @@ def test_http_and_rpc_are_at_sockets_of_the_launch(pair: Deployment) -> None:
         connection.laddr.port: process.name()
         for process in supervisor.children(recursive=True)
         for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("0.0.0.0", "::")
+        if connection.status == psutil.CONN_LISTEN
+        and not ipaddress.ip_address(connection.laddr.ip).is_loopback
     }
-    assert not ports, "listens on every address"
+    assert not ports, "listens to other hosts"
     _, status = Api(pair.url).get_object("/pdlaunch/status")
     urls = [engine["url"] for engine in status["engines"]]
     assert len(urls) == 2

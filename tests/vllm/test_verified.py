@@ -5,7 +5,6 @@ Both pairs get the same treatment. Wrong answers of the stock one show that the 
 
 from __future__ import annotations
 
-import ipaddress
 import random
 import threading
 import time
@@ -28,7 +27,6 @@ from tests.vllm.kv_memory import (
     FAILED,
     core_of,
     flip_bit,
-    tcp_listeners,
     total,
     worker_of,
 )
@@ -188,23 +186,6 @@ def test_a_bit_that_flips_after_the_answer(launch: tuple[str, Deployment]) -> No
         assert after[0] > num_bytes or connector == "verified"
         assert (after[1] > num_failed) == (connector == "verified")
     assert wrong == 0 if connector == "verified" else wrong > 0
-
-
-def test_the_worker_of_ours_listens_to_this_host_alone(launch: tuple[str, Deployment]) -> None:
-    """Torch's process groups listen in both; UCX does in the stock one, at every address."""
-    connector, deployment = launch
-    listeners = tcp_listeners(Pair(deployment).worker("prefill-0"))
-    assert listeners
-    is_local = all(ipaddress.ip_address(each).is_loopback for each in listeners)
-    assert is_local == (connector == "verified"), listeners
-
-
-def test_the_launch_says_whether_it_verifies(launch: tuple[str, Deployment]) -> None:
-    connector, deployment = launch
-    _, status = Api(deployment.url).get_object("/pdlaunch/status")
-    assert len(status["engines"]) == 2
-    log = (deployment.log_dir / "decode-0.log").read_text()
     said = "pulled KV blocks are used without proof: kv_transfer.connector is vllm-nixl"
+    log = (deployment.log_dir / "decode-0.log").read_text()
     assert (said in log) == (connector == "stock")
-    judged = "has no lease here: "
-    assert (judged in log) == (connector == "verified")
