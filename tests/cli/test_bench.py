@@ -87,41 +87,36 @@ def test_words_of_a_deployment_are_no_commands_and_in_no_file(
     assert "the prompt" not in result.stdout + page.read_text()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--prefill", "2"), "--prefill: only without --url"),
-        (("--port", "1", "--host", "::1"), "--host, --port: only without --url"),
-        (
-            ("--input-tokens", "0"),
-            "Invalid value for '--input-tokens': '0' is not a list of positive numbers",
-        ),
-        (("--request-rate", "1,nan"), "'1,nan' is not a list of positive numbers"),
-        (("--request-rate", "0"), "'0' is not a list of positive numbers such as 0.5,2,8"),
-        (("--request-rate", "2", "--concurrency", "3"), "--concurrency: not with --request-rate"),
-        (("--burstiness", "2"), "--burstiness: only with --request-rate"),
-        (("--request-rate", "2", "--burstiness", "0"), "Invalid value for '--burstiness'"),
-        (("--slo", "ttfb=3"), "`ttfb`"),
-        (("--trace-speed", "2"), "--trace-speed: only with --trace"),
-        (("--trace", __file__, "--input-tokens", "3"), "--input-tokens: not with --trace"),
-    ],
-)
-def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message: str) -> None:
-    result = bench("http://127.0.0.1:1", *options)
-    assert result.exit_code == 2
-    assert message in result.stderr
+URL = ("serve", "--url", "http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ((*URL, "--prefill", "2"), "--prefill: only without --url"),
+        ((*URL, "--port", "1", "--host", "::1"), "--host, --port: only without --url"),
+        (
+            (*URL, "--input-tokens", "0"),
+            "Invalid value for '--input-tokens': '0' is not a list of positive numbers",
+        ),
+        ((*URL, "--request-rate", "1,nan"), "'1,nan' is not a list of positive numbers"),
+        ((*URL, "--request-rate", "0"), "'0' is not a list of positive numbers such as 0.5,2,8"),
+        (
+            (*URL, "--request-rate", "2", "--concurrency", "3"),
+            "--concurrency: not with --request-rate",
+        ),
+        ((*URL, "--burstiness", "2"), "--burstiness: only with --request-rate"),
+        ((*URL, "--request-rate", "2", "--burstiness", "0"), "Invalid value for '--burstiness'"),
+        ((*URL, "--slo", "ttfb=3"), "`ttfb`"),
+        ((*URL, "--trace-speed", "2"), "--trace-speed: only with --trace"),
+        ((*URL, "--trace", __file__, "--input-tokens", "3"), "--input-tokens: not with --trace"),
         (("serve", "--port", "9000"), "--port: this command's deployment listens on a free port"),
         (("transfer", "--mooncake-protocol", "tcp,rdma"), "rdma"),
         (("transfer", "--path", "p2p,pigeon"), "pigeon"),
         (("transfer", "--device", "tpu"), "tpu"),
     ],
 )
-def test_wrong_values_start_nothing(words: tuple[str, ...], message: str) -> None:
+def test_wrong_options_are_refused_and_start_nothing(words: tuple[str, ...], message: str) -> None:
     result = run(*words)
     assert result.exit_code == 2
     assert message in result.stderr
