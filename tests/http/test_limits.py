@@ -16,7 +16,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http import connections, limits
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.errors import error_response
-from pdlaunch.http.limits import SMALL_BODY_BYTES, Admission, BodyBudget, work_at_input
+from pdlaunch.http.limits import SMALL_BODY_BYTES, Admission, BodyBudget, Deadlines, work_at_input
 from tests.router.fake_engine import until
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
@@ -132,6 +132,14 @@ async def test_a_request_grows_up_to_the_limit_and_gives_all_of_it_back() -> Non
         pass
     assert (error.value.status, error.value.param) == (400, "prompt")
     assert admission.in_flight == 0
+
+
+async def test_nothing_begins_once_all_was_ended() -> None:
+    deadlines = Deadlines(60.0, lambda: OverloadedError("leaving"))
+    begin = deadlines.start()
+    deadlines.close()
+    with pytest.raises(OverloadedError, match="leaving"):
+        begin()
 
 
 async def test_small_inputs_are_worked_at_in_place() -> None:
