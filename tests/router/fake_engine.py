@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.engine_service import ServerMetrics
-from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, SPANS_HEADER
+from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.http.kv_feed import KV_EVENTS_PATH, KVFeed
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState, Withheld
@@ -125,8 +125,7 @@ class Job:
         kind = "chat.completion" if self.seen.is_chat else "text_completion"
         if self.seen.is_chat and self.body.get("stream"):
             kind += ".chunk"
-        head = {"id": f"engine-{self.engine.name}", "object": kind, "created": 1, "model": "tiny"}
-        return head | {"padding": self.engine.padding} if self.engine.padding else head
+        return {"id": f"engine-{self.engine.name}", "object": kind, "created": 1, "model": "tiny"}
 
     def _lease(self) -> dict[str, Any]:
         lease = f"{self.seen.headers['X-Request-Id']}/0"
@@ -181,7 +180,8 @@ class FakeEngine:
     """Follows the protocol as told: ``status`` answers every generation with that status;
     ``die_after`` breaks the connection after so many chunks of a stream (0: before the headers);
     ``hold_after`` waits there for ``go``; ``error_after`` sends an error event; ``ends`` maps a
-    choice to its number of tokens, the last of which is EOS; ``spoil`` changes a whole answer;
+    choice to its number of tokens, the last of which is EOS; ``spoil`` changes an answer or a
+    chunk;
     ``report`` is what it tells a router of its spans that asks for them.
     """
 
@@ -218,8 +218,7 @@ class FakeEngine:
         self.ends: dict[int, int] = {}
         self.may_die: Callable[[], bool] = lambda: True
         self.spoil: Callable[[dict[str, Any]], object] = lambda _: None
-        self.padding = ""
-        self.ignored_fields: str | None = None
+        self.headers: dict[str, str] = {}
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
         self.kv_feed = KVFeed()
         # Engines that share a GPU are asked in pairs.
@@ -311,12 +310,8 @@ class FakeEngine:
         whole = job.whole() | report
         self.spoil(whole)
         return web.Response(
-            body=msgspec.json.encode(whole), content_type="application/json", headers=self._told()
+            body=msgspec.json.encode(whole), content_type="application/json", headers=self.headers
         )
-
-    def _told(self) -> dict[str, str]:
-        told = self.ignored_fields
-        return {} if told is None else {IGNORED_FIELDS_HEADER: told}
 
     def _refusal(self, seen: Seen) -> str:
         body = seen.body
@@ -335,7 +330,7 @@ class FakeEngine:
     ) -> web.StreamResponse:
         if self.die_after == 0:
             _break(request)
-        response = web.StreamResponse(headers=self._told() | {"Content-Type": "text/event-stream"})
+        response = web.StreamResponse(headers=self.headers | {"Content-Type": "text/event-stream"})
         await response.prepare(request)
 
         async def send(data: bytes) -> None:
@@ -348,6 +343,7 @@ class FakeEngine:
                 await send(self.error_body)
                 await response.write_eof()
                 return response
+            self.spoil(chunk)
             await send(msgspec.json.encode(chunk))
         for chunk in (*job.ending(), *([{"choices": []} | report] if report else [])):
             await send(msgspec.json.encode(chunk))

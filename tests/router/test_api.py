@@ -104,7 +104,7 @@ async def test_what_engines_ignore_is_named_in_the_answer(
     body = completion(stream=stream, max_tokens=max_tokens)
     assert IGNORED_FIELDS_HEADER not in (await stand.post(body)).headers
     for engine in engines:
-        engine.ignored_fields = "no_stop_trim, messages.x"
+        engine.headers[IGNORED_FIELDS_HEADER] = "no_stop_trim, messages.x"
     answer = await stand.post(body | {"no_stop_trim": False})
     assert answer.status == 200
     assert answer.headers[IGNORED_FIELDS_HEADER] == "no_stop_trim, messages.x"

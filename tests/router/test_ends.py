@@ -129,7 +129,7 @@ async def test_a_body_that_ends_early_is_refused_at_once(stand: Stand, caplog: A
 async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> None:
     _, decode = await stand.start_pair()
     # More than the sockets between them hold.
-    decode.padding = "x" * 2**20
+    decode.spoil = lambda chunk: chunk.update(padding="x" * 2**20)
     _, writer = await send(stand, request(max_tokens=50, stream=True))
     await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total"))
     pass_time(SPEC.request_timeout_s)
