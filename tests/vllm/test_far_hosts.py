@@ -10,14 +10,13 @@ import pytest
 from tests.e2e.api import greedy_body
 from tests.netns.hosts import new_network, why_not
 from tests.netns.launch import FarLaunch, far_launch
-from tests.netns.test_launch import knock
+from tests.netns.test_launch import doors_of
 from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.kv_memory import BYTES_READ, FAILED
 from tests.vllm.test_pair import prompt_of
 
 pytestmark = pytest.mark.vllm_long
 HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
-DATA_PORTS = range(21000, 22000)
 NUM_TOKENS = 12
 
 
@@ -89,22 +88,11 @@ def test_tokens_are_those_of_one_engine_and_blocks_go_over_the_network(pair: Far
 
 def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> None:
     """docs/hosts.md: TLS that asks for the token at the sidecar, UCX's ports in data_ports."""
-    network = pair.network
-    found: dict[str, list[str]] = {}
-    for name in ("a", "b"):
-        host = network[name]
-        listening = [each for each in host.listening() if not each.address.startswith("127.")]
-        assert {each.address for each in listening} == {host.address}
-        doors = knock(network["stranger"], host.address, [each.port for each in listening])
-        for each in listening:
-            door = doors[each.port]
-            if door.kind == "tls":
-                assert door.status == 401
-            if door.kind not in ("tls", "curve"):
-                assert each.port in DATA_PORTS, each
-            found.setdefault(name, []).append(door.kind)
+    found: dict[str, list[str]] = {"a": [], "b": []}
+    for (name, _), doors in doors_of(pair.network).items():
+        found[name] += doors
     # Of each worker its side channel and one port of UCX; the supervisor's own for agents.
-    assert {name: sorted(kinds) for name, kinds in found.items()} == {
-        "a": ["curve", "curve", "open", "tls"],
-        "b": ["curve", "open", "tls"],
+    assert {name: sorted(doors) for name, doors in found.items()} == {
+        "a": ["curve 0", "curve 0", "data", "tls 401"],
+        "b": ["curve 0", "data", "tls 401"],
     }
