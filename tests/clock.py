@@ -1,7 +1,5 @@
 """A clock that a test moves on."""
 
-from __future__ import annotations
-
 
 class FakeClock:
     def __init__(self, now: float = 1000.0) -> None:

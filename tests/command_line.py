@@ -4,8 +4,6 @@ Each command is built once: to build it anew, with the validators of its flags, 
 most commands run.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ The interpreter shows what kernels compute; this shows
 that the compiler takes them, with the arguments that they are launched with, and that they fit.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any
 

@@ -4,8 +4,6 @@ Libraries, tests, and what files of tests leave in caches stay to the end. To se
 again, and to take them apart when a worker ends, took a fifth of the time.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import os

@@ -2,8 +2,6 @@
 chosen before Triton is imported.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

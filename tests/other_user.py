@@ -1,7 +1,5 @@
 """Runs a function as another user of this machine, which only root can."""
 
-from __future__ import annotations
-
 import encodings.idna  # noqa: F401 - sockets need it, and another user cannot import it
 import os
 from collections.abc import Callable

@@ -5,8 +5,6 @@ whatever means, fails, so that nobody can forget it. Small programs that librari
 system (``ldconfig``, ``uname``) do not count.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess

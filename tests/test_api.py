@@ -1,7 +1,5 @@
 """``import pdlaunch``: what it offers, and that a launch gets what was asked for."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The house stays as small as docs/architecture.md says: lines and classes of each room."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import Counter

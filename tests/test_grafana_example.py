@@ -1,7 +1,5 @@
 """examples/grafana: what can be said of it without Prometheus and Grafana."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

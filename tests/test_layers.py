@@ -3,8 +3,6 @@
 Light processes (commands, router, engine servers, supervisor) never import torch.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import subprocess

@@ -1,7 +1,5 @@
 """Names say what is what: ``_s`` a duration, ``_at`` an instant, a class one thing."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 

@@ -1,7 +1,5 @@
 """An HTTP server of a test, in a thread of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 

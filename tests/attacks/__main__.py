@@ -7,8 +7,6 @@ the exit code is then 1. Nothing listens outside of 127.0.0.1, every loop has an
 deployment but its own is touched.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

@@ -2,8 +2,6 @@
 and bodies that never end.
 """
 
-from __future__ import annotations
-
 import socket
 import time
 import urllib.parse

@@ -2,8 +2,6 @@
 can read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -2,8 +2,6 @@
 attack checks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

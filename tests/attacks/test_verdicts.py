@@ -2,8 +2,6 @@
 deployment.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from tests.attacks.sockets import REQUESTS, judge_http

@@ -1,8 +1,6 @@
 # ruff: noqa: T201 - part of a script
 """What an attack has found: a short table, and the promises that were broken."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 MOST_SHOWN = 20

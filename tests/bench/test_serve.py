@@ -1,7 +1,5 @@
 """``bench serve`` against a made-up deployment: what is sent, and which figures come of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """The benchmark runs, and its rows say what was asked for. No figure is asserted."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

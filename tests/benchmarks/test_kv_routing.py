@@ -1,7 +1,5 @@
 """What routing by KV events is for, on simulated engines."""
 
-from __future__ import annotations
-
 from benchmarks.kv_routing import measure_trace, simulate_chats
 
 

@@ -1,7 +1,5 @@
 """The benchmarks that docs/performance.md names run on a CPU; their figures are not looked at."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Drives a headless Chromium over its DevTools protocol, which needs nothing but the browser."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib

@@ -1,7 +1,5 @@
 """One launch of the demo model and one Chromium, which ``make test-browser`` needs."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Iterator
 
 import pytest

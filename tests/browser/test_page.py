@@ -1,7 +1,5 @@
 """The page of a launch in a real browser: keys, a waterfall, a killed engine, sizes, themes."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from pathlib import Path

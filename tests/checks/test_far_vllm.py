@@ -1,7 +1,5 @@
 """What rules find of executables of engines that run on other hosts, as their agents tell them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An HTTP server that answers as a router does: status and requests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote

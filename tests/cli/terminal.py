@@ -2,8 +2,6 @@
 would.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import pty

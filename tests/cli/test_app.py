@@ -1,7 +1,5 @@
 """The commands in the table, their help, and flags that are not there."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

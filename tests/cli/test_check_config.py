@@ -1,7 +1,5 @@
 """``check-config``, ``--assume`` and ``explain``: what they find, how they say it, exit codes."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``pdlaunch doctor`` in front of engines that answer as vLLM does."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

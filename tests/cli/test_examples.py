@@ -2,8 +2,6 @@
 lines say what is true.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """``pdlaunch serve MODEL``: the argument is a model or a file, and models come from a hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The report of ``bench serve``: plots and figures in one file, and nothing nobody should read."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

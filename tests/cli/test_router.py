@@ -1,7 +1,5 @@
 """``pdlaunch router`` and what it refuses before it listens; real engines: tests/e2e/test_doors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What ``serve`` shows while it starts, and once it is ready."""
 
-from __future__ import annotations
-
 import io
 import json
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What people see of a deployment: ``pdlaunch status``, the screen of ``top``, the status line."""
 
-from __future__ import annotations
-
 import io
 import json
 

@@ -1,7 +1,5 @@
 """Commands that serve on, whatever becomes of their terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

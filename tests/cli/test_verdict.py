@@ -1,7 +1,5 @@
 """Options, files and words of ``pdlaunch verdict``; tests/e2e/test_verdict.py measures."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The demo model is weak, so a program asserts that answers have the form that it 
 grammar guarantees, and nothing of what they say. Runs in the environment of ``install.sh``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

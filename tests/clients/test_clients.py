@@ -1,7 +1,5 @@
 """Client libraries, as their users call them, against one prefill and one decode engine."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Settings of who may open what: keys, ports of engines, hosts, origins."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

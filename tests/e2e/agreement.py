@@ -2,8 +2,6 @@
 requests that engines still hold.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small calls that the end-to-end tests share."""
 
-from __future__ import annotations
-
 import json
 import operator
 import threading

@@ -1,7 +1,5 @@
 """Deployments of tiny models with faulty transfers, and helpers to stop and kill processes."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

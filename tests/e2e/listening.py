@@ -1,7 +1,5 @@
 """Finds the listening ports of a launch, and those without authentication."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections import Counter

@@ -1,7 +1,5 @@
 """Runs ``pdlaunch router``, or the real vllm-router, for running engines."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

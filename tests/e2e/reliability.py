@@ -3,8 +3,6 @@
 soak | kills | cancels``.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -1,7 +1,5 @@
 """Collects all that a launch writes about its requests. It may not contain prompts or answers."""
 
-from __future__ import annotations
-
 import json
 import re
 import urllib.parse

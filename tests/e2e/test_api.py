@@ -1,7 +1,5 @@
 """The public API with real clients against the demo deployment."""
 
-from __future__ import annotations
-
 import json
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """A short ``make attack``: real processes, attacks at all of their ports."""
 
-from __future__ import annotations
-
 from tests.attacks.__main__ import main
 
 

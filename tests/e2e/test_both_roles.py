@@ -1,7 +1,5 @@
 """Engines of role both without pairs, with real processes and a tiny model."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

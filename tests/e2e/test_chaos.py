@@ -2,8 +2,6 @@
 the long version.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Whole deployments with the other connectors. All other tests use the default connector."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 started it, a web page, another user.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

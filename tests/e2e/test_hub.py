@@ -1,7 +1,5 @@
 """A model of a hub is downloaded, and served under its name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A launch with two API keys and a certificate: no client starves, all features work."""
 
-from __future__ import annotations
-
 import asyncio
 import datetime
 import hashlib

@@ -1,7 +1,5 @@
 """Start, stop and death of processes, with real processes and a tiny model."""
 
-from __future__ import annotations
-
 import signal
 import socket
 import subprocess

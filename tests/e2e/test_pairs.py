@@ -2,8 +2,6 @@
 all ranks at once.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from itertools import islice

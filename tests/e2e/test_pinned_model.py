@@ -1,7 +1,5 @@
 """The files of the model change during a launch. Its answers stay the same."""
 
-from __future__ import annotations
-
 import shutil
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The example of the Python API starts a deployment, gets an answer, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The records of a request in a real launch: its trace, its line, the logs of its engines."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

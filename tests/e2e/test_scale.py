@@ -2,8 +2,6 @@
 removed engines leave nothing behind.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

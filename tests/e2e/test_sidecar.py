@@ -2,8 +2,6 @@
 to its deaths, hangs and false reports. tests/vllm has the real vLLM.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

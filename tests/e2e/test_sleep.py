@@ -2,8 +2,6 @@
 pulls blocks instead of recomputing them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Launches with the default settings: routes, benchmarks, a stopped supervisor, lost folders."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Disaggregated answers equal those of transformers' own generate, token by token."""
 
-from __future__ import annotations
-
 import random
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context

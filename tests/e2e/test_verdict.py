@@ -1,7 +1,5 @@
 """A verdict on real launches of a tiny model: Ctrl-C, resume, and the file of the winner."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Views of a real launch: the status line of its terminal, ``pdlaunch status`` and ``top``."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

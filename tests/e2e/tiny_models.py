@@ -2,8 +2,6 @@
 byte-level tokenizer.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Waits for a condition, with a time limit that only a fault exceeds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -2,8 +2,6 @@
 change meanwhile.
 """
 
-from __future__ import annotations
-
 from pdlaunch.engine.offload.planner import BlockKey, JobFinished, OffloadJob
 from tests.engine.fake_runner import KV, FakeRunner
 

@@ -6,8 +6,6 @@ window shows at once. The next token follows from the chain. The device works as
 step that was launched writes and reads its blocks when it is collected.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field

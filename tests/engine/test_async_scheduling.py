@@ -1,7 +1,5 @@
 """The step loop with ``async_scheduling``: the same tokens as without, from a real model."""
 
-from __future__ import annotations
-
 import math
 import random
 import warnings

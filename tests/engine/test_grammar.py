@@ -1,7 +1,5 @@
 """Grammars and the log-probabilities of prompts, with a real model and step loop."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, wait

@@ -2,8 +2,6 @@
 all the others.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup

@@ -1,7 +1,5 @@
 """What an engine tells of its KV blocks is what it has, whatever happens to its requests."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

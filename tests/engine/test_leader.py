@@ -1,7 +1,5 @@
 """The order in which rank 0 does things: who is told what, and when."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import Any

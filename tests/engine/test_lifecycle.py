@@ -1,7 +1,5 @@
 """The life of requests: how they end, what they lease and pull, and what is counted of them."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Tokens of the runner equal those of transformers' generate, in float32 at temperature 0."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection
 from pathlib import Path

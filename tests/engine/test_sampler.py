@@ -1,7 +1,5 @@
 """Drawing tokens: against a slow reference, and the promises of seeds."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a step computes: order, budget, rows, preemption, cached prefixes, suspects."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

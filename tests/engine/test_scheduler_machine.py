@@ -2,8 +2,6 @@
 each request ends once.
 """
 
-from __future__ import annotations
-
 import random
 
 from hypothesis import HealthCheck, Phase, settings

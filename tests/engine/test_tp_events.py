@@ -1,7 +1,5 @@
 """What all ranks report becomes one report each."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

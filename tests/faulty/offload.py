@@ -1,7 +1,5 @@
 """Faults for the host tier and the runner of a rank."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Moves the clock of a test's event loop: no test waits for a limit, or must be done before one."""
 
-from __future__ import annotations
-
 import asyncio
 
 

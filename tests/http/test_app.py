@@ -1,7 +1,5 @@
 """The door of an HTTP process: ids, keys and errors of every route."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """Host, Origin, content type and key at the door, as browsers and others send them."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """Headers as clients and engines send them; server-sent events, however the stream is cut."""
 
-from __future__ import annotations
-
 import contextlib
 
 import msgspec

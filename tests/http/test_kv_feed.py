@@ -1,7 +1,5 @@
 """The stream of what an engine holds: everything first, then changes, over a real connection."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 

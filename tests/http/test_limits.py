@@ -1,7 +1,5 @@
 """Who is let in, for how long, and with how many bytes; what large inputs hold up."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

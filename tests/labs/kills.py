@@ -2,8 +2,6 @@
 kills``.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import signal

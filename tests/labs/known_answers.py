@@ -7,8 +7,6 @@ and clients that go away. ``make soak`` runs it against deployments whose transf
 whose processes die.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

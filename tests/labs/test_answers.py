@@ -1,7 +1,5 @@
 """A soak proves something only when a wrong answer is told from a right one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from typing import Any

@@ -1,7 +1,5 @@
 """A launch whose engines change: real plans, no processes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A world without processes: the supervisor's host, observer and clock are in the test's hand."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -1,7 +1,5 @@
 """Each child is given what it needs, and no more."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Causes of failed starts: logs of real ones, whose first lines say what should be found."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

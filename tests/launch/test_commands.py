@@ -1,7 +1,5 @@
 """``pdlaunch drain``, ``restart``, ``scale`` and ``role`` as the supervisor sees them."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Processes that die or hang are started again, or given up."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

@@ -1,7 +1,5 @@
 """Folders of a launch are private, kept while it lives, and removed afterwards."""
 
-from __future__ import annotations
-
 import os
 import stat
 import subprocess

@@ -1,7 +1,5 @@
 """Engines of a lost host wait until it is back; new engines go where there is room."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

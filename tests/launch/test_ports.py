@@ -1,7 +1,5 @@
 """The public address: errors that name it, and sockets that nobody else gets."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

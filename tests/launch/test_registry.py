@@ -1,7 +1,5 @@
 """What happens is told to everybody whom it concerns; pairs are proven or missing."""
 
-from __future__ import annotations
-
 import signal
 
 from pdlaunch.launch.engines.native import NativeEngine

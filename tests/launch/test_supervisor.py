@@ -1,7 +1,5 @@
 """The start and the end of a launch, replayed from histories of events."""
 
-from __future__ import annotations
-
 import signal
 import socket
 

@@ -1,7 +1,5 @@
 """Free memory of GPUs, as NVML tells it. A stand-in for ``pynvml`` plays machines without GPUs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Addresses of this machine, and what the kernel says about this process' TCP sockets."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What UCX prints, and real processes that read over each transport of a CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -2,8 +2,6 @@
 permits no namespaces or no network devices of one's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

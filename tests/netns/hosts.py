@@ -5,8 +5,6 @@ Nothing of a host is left once its first process has ended, and that one ends wi
 process, however that dies: it reads a pipe whose other end the test holds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """Starts launches over the hosts of a test, and asks their router from the host that it is on."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal

@@ -9,8 +9,6 @@ devices.
 The kernel's own emulator (``tc netem``) is not in every kernel; this one needs ``/dev/net/tun``.
 """
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import heapq

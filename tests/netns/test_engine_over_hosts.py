@@ -3,8 +3,6 @@ restarts, and other engines answer meanwhile.
 ``tests/vllm/test_engine_over_hosts.py`` has the real one.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

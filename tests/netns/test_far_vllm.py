@@ -2,8 +2,6 @@
 ``tests/vllm/test_far_hosts.py`` has the real one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

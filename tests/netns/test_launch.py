@@ -2,8 +2,6 @@
 them: the tokens are those of one host, whatever happens.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -3,8 +3,6 @@
 Prefill runs on b and decode on c; the supervisor and the router on a.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from typing import Any

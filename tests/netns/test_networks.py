@@ -2,8 +2,6 @@
 tokens are those of one host.
 """
 
-from __future__ import annotations
-
 from urllib.parse import urlsplit
 
 import pytest

@@ -2,8 +2,6 @@
 own. The user, the image and its read-only folders are this machine's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

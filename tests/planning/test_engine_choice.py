@@ -1,7 +1,5 @@
 """What ``engine: auto`` comes to, and what people are told about it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the checks judge is what is started, and what is printed: byte for byte, for any set-up."""
 
-from __future__ import annotations
-
 import tempfile
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A real Prometheus that scrapes a real deployment, with the rules of examples/grafana."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

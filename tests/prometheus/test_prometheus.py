@@ -1,7 +1,5 @@
 """What a real Prometheus says of a deployment's metrics, of the shipped rules and dashboards."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Which role limits a deployment, and which change would help."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

@@ -1,7 +1,5 @@
 """Pairs that hand KV blocks to each other are bounded, and all of them where there are few."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """What the request models accept, how they refuse, and how much a body may hold."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -1,7 +1,5 @@
 """Who gets into a launch's sockets: real sockets, real keys."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path

@@ -4,8 +4,6 @@ Ray takes the address of the default route. So the tests move into a network nam
 none.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Nodes of Ray on hosts of their own, each with its own address, as ``ray start`` makes them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -3,8 +3,6 @@
 The page is there without a key and holds no data.
 """
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json

@@ -1,7 +1,5 @@
 """When the autopilot changes a role, and that it does no harm; engines are simulated."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 

@@ -1,7 +1,5 @@
 """Clients that go away, and a router that leaves: nothing runs on, no lease is kept."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

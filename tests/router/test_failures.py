@@ -2,8 +2,6 @@
 error.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Whose prompt goes next: shares by weight, no debts and no savings, priorities within a key."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Clients with several API keys: whose turn it is, whose limit it was, what each has used."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import Sequence

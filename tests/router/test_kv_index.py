@@ -1,7 +1,5 @@
 """What a router knows of engines' KV blocks, whatever becomes of their events."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """The router's own metrics, and those of every engine beside them."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path

@@ -2,8 +2,6 @@
 that it looks up, and the pool of engines that it chooses from.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Prompts that the router tokenizes: when, with what, and what engines get of it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """What the router tells of the requests that it has served: in lists, traces and a line each."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

@@ -1,7 +1,5 @@
 """/v1/responses over engines that know chats alone, held to the types of OpenAI's library."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What /pdlaunch/status says of a deployment of fake engines."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

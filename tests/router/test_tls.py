@@ -1,7 +1,5 @@
 """Clients that come over TLS; certificates that change, or cannot be used."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ssl

@@ -1,7 +1,5 @@
 """What is new to the client, and answers put together from chunks."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -2,8 +2,6 @@
 their first token if they use pdlaunch's connector.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 It uses no ports, files or processes of a Slurm that may be installed here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

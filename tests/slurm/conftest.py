@@ -2,8 +2,6 @@
 installed or this machine permits no hosts of namespaces.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

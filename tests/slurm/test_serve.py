@@ -1,7 +1,5 @@
 """Launches in allocations of Slurm: they answer, and what runs when Slurm ends them is finished."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

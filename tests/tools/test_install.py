@@ -1,7 +1,5 @@
 """What `make` says while it installs, and what each target installs."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -3,8 +3,6 @@ interpreter. ``test_checksum`` starts it as a program: the environment must swit
 on before Triton is imported.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import sys

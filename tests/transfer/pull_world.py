@@ -2,8 +2,6 @@
 connector and fake channels. A holder is a prefill rank, a puller a decode rank.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Requirements on every connector: real processes, real libraries on CPU memory, real sockets."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -1,7 +1,5 @@
 """The file connector and its folder: whole files, no access outside of the folder, a limit."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

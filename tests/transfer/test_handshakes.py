@@ -2,8 +2,6 @@
 rank reads, and fake peers that come, go and send false data.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import msgspec

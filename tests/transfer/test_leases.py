@@ -2,8 +2,6 @@
 its deadline. Every question gets one answer.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 

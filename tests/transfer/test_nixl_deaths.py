@@ -2,8 +2,6 @@
 the registry and from missing answers.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 

@@ -1,7 +1,5 @@
 """Connectors of other packages: ``example`` is found through the entry point of its package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

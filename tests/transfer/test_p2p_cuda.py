@@ -1,7 +1,5 @@
 """KV transfers between GPUs of two processes, with plain and CuMem memory; death of the holder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The trial of paths, with READs that the test controls."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any

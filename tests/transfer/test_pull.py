@@ -1,7 +1,5 @@
 """Pulls in one process with fakes (``World``): leases, proofs, and recovery from failures."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -2,8 +2,6 @@
 writes to a block that it does not own.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 

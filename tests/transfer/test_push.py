@@ -2,8 +2,6 @@
 proven.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future

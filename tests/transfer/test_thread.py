@@ -2,8 +2,6 @@
 releases its peers and memory for sleep and shakes hands again.
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import time

@@ -1,7 +1,5 @@
 """Engines of vLLM for tests: the CPU build that ``make test-vllm`` installs, and the demo model."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

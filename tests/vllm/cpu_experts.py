@@ -1,7 +1,5 @@
 """A plugin of vLLM: what its CPU build lacks for experts that data parallel ranks share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

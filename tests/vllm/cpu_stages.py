@@ -1,7 +1,5 @@
 """A plugin of vLLM: what its CPU build lacks for pipeline stages."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -3,8 +3,6 @@
 It is imported by engines of vLLM alone: all but these copies is theirs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Reaches into the KV cache of an engine of vLLM from outside: no part of the engine is changed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

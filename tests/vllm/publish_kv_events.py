@@ -3,8 +3,6 @@
 ``publish_kv_events.py ENDPOINT DP_RANK``: publishes two batches, and one more for each line.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 

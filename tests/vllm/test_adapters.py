@@ -1,7 +1,5 @@
 """LoRA adapters of real engines of vLLM, behind the router: models that requests name."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

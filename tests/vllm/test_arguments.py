@@ -1,7 +1,5 @@
 """What pdlaunch knows of vLLM's flags, beside the parser of the installed vLLM."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

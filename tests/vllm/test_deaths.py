@@ -1,7 +1,5 @@
 """A core of vLLM that stands still while nobody asks, and a supervisor that is killed."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 from collections.abc import Iterator

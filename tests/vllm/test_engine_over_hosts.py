@@ -1,7 +1,5 @@
 """A vLLM prefill engine has ranks or stages on two hosts (namespaces); decode runs on host a."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Engines of vLLM on two hosts of namespaces: prefill beside the router on a, decode on b."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -2,8 +2,6 @@
 GPU both engines share one.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import os

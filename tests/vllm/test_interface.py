@@ -3,8 +3,6 @@
 Versions without a build for CPUs are held against their wheels alone: ``interface.sh``.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What vLLM itself publishes of its KV blocks, read as a sidecar reads it."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from pathlib import Path

@@ -2,8 +2,6 @@
 whose KV cache is too small: answers are those of one engine, and no block stays leased.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """``pdlaunch router`` in front of real engines of vLLM, which it knows by their URLs alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Tokens are those of one engine alone, KV blocks really move, and a bit that flip
 any KV cache group is noticed.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import time

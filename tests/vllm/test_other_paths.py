@@ -1,7 +1,5 @@
 """Pairs of vLLM over the connectors that are not the default, and with a host tier behind ours."""
 
-from __future__ import annotations
-
 import importlib
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One prefill and one decode engine of vLLM behind the router: the real programs."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import json

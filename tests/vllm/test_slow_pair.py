@@ -1,7 +1,5 @@
 """A pair of real engines whose READs are told to take a second longer than they do."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

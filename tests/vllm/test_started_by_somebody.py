@@ -4,8 +4,6 @@
 The tests run in the order of the file: the first ones look at engines that nobody has repaired.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 Both pairs get the same treatment. Wrong answers of the stock one show that the treatment works.
 """
 
-from __future__ import annotations
-
 import random
 import threading
 import time

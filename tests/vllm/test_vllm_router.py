@@ -1,7 +1,5 @@
 """vllm-router in front of a prefill and a decode engine of vLLM that pdlaunch serves."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

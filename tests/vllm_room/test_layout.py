@@ -2,8 +2,6 @@
 to 0.33 use; what is not known is refused.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

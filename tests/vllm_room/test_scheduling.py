@@ -1,7 +1,5 @@
 """What vLLM's scheduler is answered: which blocks are lent and pulled, and when a lease ends."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

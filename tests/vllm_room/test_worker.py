@@ -2,8 +2,6 @@
 handshakes, leases and proofs over the connector ``file``.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path

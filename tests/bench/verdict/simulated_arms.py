@@ -1,7 +1,5 @@
 """Simulated arms with noise and drift, independent of the package's queueing model."""
 
-from __future__ import annotations
-
 import random
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Measurements of a deployment, on a fake one."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager

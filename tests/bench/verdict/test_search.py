@@ -1,7 +1,5 @@
 """Properties of the search, and the load that all arms get."""
 
-from __future__ import annotations
-
 import random
 from itertools import pairwise
 

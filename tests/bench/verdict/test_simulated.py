@@ -1,7 +1,5 @@
 """The whole search on simulated arms: verdicts, predictions and its end."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """A small hub on 127.0.0.1: what huggingface_hub asks of one, for the models that it is given."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """Files of models, made byte by byte so that any of their bytes can be wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

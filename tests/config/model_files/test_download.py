@@ -1,7 +1,5 @@
 """Downloads by the real library, from a small hub of our own."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

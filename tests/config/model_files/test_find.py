@@ -1,7 +1,5 @@
 """From a model's name to a directory, without torch and without asking any network."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """config.json as pdlaunch reads it, beside transformers' own reading."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

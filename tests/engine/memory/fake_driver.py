@@ -2,8 +2,6 @@
 told to.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from pdlaunch.engine.memory.driver import DriverRefused, Handle, HandleKind

@@ -1,7 +1,5 @@
 """Pools on a device, by the driver's own count."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The order of driver calls, with a driver and pools that only pretend; tensors are on the CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What is told to ``cuda.bindings``, in its own words; a stand-in answers."""
 
-from __future__ import annotations
-
 import weakref
 from types import SimpleNamespace
 from typing import Any

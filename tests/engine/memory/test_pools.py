@@ -1,7 +1,5 @@
 """Pools over a driver that only pretends; pools on a device are in test_cuda.py."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Attention over a paged KV cache in float64, and random batches to compare backends on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -6,8 +6,6 @@ Arguments: ``kernels``, ``graphs``, or names of tiny models.
 A process of its own: the interpreter is switched on by the environment before Triton is imported.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Conversion into the cache: once, whole or not at all."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable

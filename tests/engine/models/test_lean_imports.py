@@ -2,8 +2,6 @@
 transformers before it.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Weights in their places: real, dummy, wrapped, cut, and not fitting."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The ranks of a group answer as one rank does."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tiny random models of every supported family, saved as directories in Hugging Face layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Host memory, and the queues between it and the KV cache, on a CPU and on a GPU."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The worker of one rank: bytes go out and come back proven, or the load fails."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

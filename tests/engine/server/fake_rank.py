@@ -1,7 +1,5 @@
 """A rank 0 that speaks the real protocol and draws its tokens from a script."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """/v1/completions at one engine."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shutil

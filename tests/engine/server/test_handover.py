@@ -2,8 +2,6 @@
 choice says that another engine has begun.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from itertools import chain

@@ -2,8 +2,6 @@
 of one version.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

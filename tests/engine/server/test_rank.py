@@ -1,7 +1,5 @@
 """Between the server and its rank 0: what is passed on, a rank that is lost, and one that hangs."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Where an engine says no, and how: bodies, fields, limits; and what large inputs cost."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """POST /sleep, POST /wake_up, GET /is_sleeping in front of a scripted rank 0."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

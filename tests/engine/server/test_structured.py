@@ -1,7 +1,5 @@
 """Structured output, tool calls, and prompts that are echoed and scored, at one engine."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

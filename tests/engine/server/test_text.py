@@ -2,8 +2,6 @@
 of its tokens, and all of it comes out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pairs that canaries prove, and what is said of engines' answers in another form."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """A command goes to the launch that is meant."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Whatever a server answers that is no pdlaunch ends in one error that says so."""
 
-from __future__ import annotations
-
 import socket
 import threading
 from collections.abc import Callable, Iterator

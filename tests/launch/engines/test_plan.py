@@ -1,7 +1,5 @@
 """Processes of native engines, the router and conversions, as they are planned."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from pdlaunch.checks.run import all_rules

@@ -1,7 +1,5 @@
 """What vLLM is started with, and what is expected of it."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

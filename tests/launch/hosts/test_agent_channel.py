@@ -1,7 +1,5 @@
 """Who may join, and what ends a session: over real sockets of this machine, without processes."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

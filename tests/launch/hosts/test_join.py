@@ -1,7 +1,5 @@
 """The join file is for one user and one supervisor."""
 
-from __future__ import annotations
-
 import io
 import os
 import stat

@@ -1,7 +1,5 @@
 """No engine runs twice: an agent that is cut off has ended before its engines start elsewhere."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import dataclass

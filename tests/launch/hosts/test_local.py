@@ -1,7 +1,5 @@
 """This machine as a host spawns, hears, signals and buries processes, and waits for nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

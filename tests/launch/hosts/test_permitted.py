@@ -1,7 +1,5 @@
 """An agent starts modules of pdlaunch with its own Python, and executables that its side allows."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

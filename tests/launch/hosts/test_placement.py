@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from pdlaunch.cli.joining import with_placed_hosts

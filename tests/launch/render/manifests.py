@@ -1,7 +1,5 @@
 """Renders deployments for tests, and judges the objects by the schemas of Kubernetes."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path

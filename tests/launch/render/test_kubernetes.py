@@ -1,7 +1,5 @@
 """Objects for Kubernetes fit their schemas and each other."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from itertools import pairwise

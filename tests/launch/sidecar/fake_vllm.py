@@ -1,7 +1,5 @@
 """A server that answers as vLLM does what a sidecar asks: health, metrics, completions with KV."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field

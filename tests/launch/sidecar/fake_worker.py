@@ -1,7 +1,5 @@
 """Stands for pdlaunch's KV connector in a worker of vLLM, as its sidecar sees it."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

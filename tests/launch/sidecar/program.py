@@ -7,8 +7,6 @@ connector its ranks shake hands; ``decode-0.pair_error`` says why that fails, an
 prints. An engine over hosts answers nothing without its other hosts, and does not say so.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

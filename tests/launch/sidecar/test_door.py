@@ -1,7 +1,5 @@
 """Real HTTP over TLS to a door, and a stand-in for vLLM behind it that does what a test says."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable

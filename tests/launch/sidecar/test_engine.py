@@ -1,7 +1,5 @@
 """What an engine of vLLM is given, and what is left of it when its sidecar is killed."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket

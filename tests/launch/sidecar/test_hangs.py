@@ -1,7 +1,5 @@
 """An engine's counts, look by look, on a clock of the test."""
 
-from __future__ import annotations
-
 import pytest
 
 from pdlaunch.http.watch.engine_api import Counts

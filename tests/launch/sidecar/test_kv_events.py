@@ -1,7 +1,5 @@
 """Events of vLLM become keys of prefixes, also where batches are lost on the way."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A sidecar and the workers of its engine: who is up, which pairs of ranks are proven."""
 
-from __future__ import annotations
-
 import asyncio
 import stat
 from collections.abc import AsyncIterator

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pdlaunch.protocol.control import Alive
 from pdlaunch.protocol.process.bootstrap import Heartbeat
 from pdlaunch.protocol.process.step_record import (

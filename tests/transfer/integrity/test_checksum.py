@@ -2,8 +2,6 @@
 compared with xxHash, in Triton's interpreter on the CPU and on a GPU.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import xxhash
