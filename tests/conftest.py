@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator
@@ -41,15 +39,16 @@ def _logging_as_before() -> Iterator[None]:
 
 TESTS = Path(__file__).parent
 E2E = "tests/e2e/"
-LATE = tuple(
+LATE = [
     f"{E2E}test_{name}.py"
     for name in (
-        *("connectors", "doors", "hub", "offload", "pairs", "pinned_model"),
-        *("python_api", "scale", "sidecar", "sleep", "suspects"),
+        *("scale", "offload", "sidecar", "pairs", "connectors", "pinned_model"),
+        *("doors", "suspects", "hub", "python_api", "sleep"),
     )
-)
-"""Files of launches that share none with others. The worker that is free first runs them at the
-end, beside the last launches of the other one, so that both end at about the same time.
+]
+"""Files of launches that share none with others, the longest first. The workers that are free first
+run them at the end, beside the last launches of the other one, so that all end at about the same
+time.
 """
 
 
@@ -70,7 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in MARKS.get(item.path.relative_to(TESTS).parts[0], ()):
             item.add_marker(mark)
             item.add_marker(pytest.mark.processes)
-    items.sort(key=lambda item: (item.nodeid.startswith(LATE), not item.nodeid.startswith(E2E)))
+    items.sort(key=lambda item: (_place_at_the_end(item), not item.nodeid.startswith(E2E)))
+
+
+def _place_at_the_end(item: pytest.Item) -> int:
+    file = item.nodeid.partition("::")[0]
+    return LATE.index(file) if file in LATE else -1
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -82,7 +86,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            is_early = nodeid.startswith(E2E) and not nodeid.startswith(LATE)
-            return E2E if is_early else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return E2E if file.startswith(E2E) and file not in LATE else file
 
     return ByFile(config, log)
