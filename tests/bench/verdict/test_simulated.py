@@ -49,11 +49,11 @@ def test_the_verdict_is_right_in_two_minutes_on_a_machine_that_slows_down(
     goals: Goals, right: str
 ) -> None:
     choices = []
-    for seed in range(10):
+    for seed in range(5):
         launches = SimulatedLaunches(load_of(seed), goals, seed, drift=0.03)
         choices.append(run(launches)[0].choice)
         assert launches.now_at < 180
-    assert choices.count(right) >= 9
+    assert choices == [right] * 5
 
 
 @pytest.mark.parametrize(
