@@ -117,15 +117,15 @@ scale: install  ## Measure the control plane with 1,000 engines
 
 # ARGS="--requests 500": a shorter one.
 soak: install $(DEV)  ## Send 20,000 requests while faults happen
-	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
+	$(BIN)/python -m benchmarks.reliability soak $(ARGS)
 
 # kill -9 and SIGSTOP: what the clients see, seconds to recovery.
 kills: install $(DEV)  ## Kill and stop processes under load
-	$(BIN)/python -m tests.e2e.reliability kills $(ARGS)
+	$(BIN)/python -m benchmarks.reliability kills $(ARGS)
 
 # Every block must come back.
 cancels: install $(DEV)  ## Have 1,000 clients go away
-	$(BIN)/python -m tests.e2e.reliability cancels $(ARGS)
+	$(BIN)/python -m benchmarks.reliability cancels $(ARGS)
 
 # ARGS="fuzz --requests 500": one attack.
 attack: install $(DEV)  ## Attack a deployment as strangers would

@@ -1,5 +1,5 @@
-"""Under faults, clients get right tokens or a clear error, and nothing leaks. ``reliability.py`` is
-the long version.
+"""Under faults, clients get right tokens or a clear error, and nothing leaks.
+``benchmarks.reliability`` is the long version.
 """
 
 import asyncio
@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.kills import load_with_kills
+from benchmarks.known_answers import SoakOptions, soak
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, tracebacks
 from tests.e2e.listening import all_processes, await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model
-from tests.labs.kills import load_with_kills
-from tests.labs.known_answers import SoakOptions, soak
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
 PROMPT = list(range(40, 100))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.kills import kill_and_wait
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import (
@@ -28,7 +29,6 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import num_migrations
 from tests.e2e.tiny_models import greedy, make_prompts
 from tests.e2e.waiting import await_true
-from tests.labs.kills import kill_and_wait
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "two_by_two.yaml"
 PROMPTS = make_prompts(3, range(20, 92, 6))

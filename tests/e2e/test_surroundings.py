@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.kills import kill_and_wait
 from pdlaunch.bench.loads import BenchOptions
 from pdlaunch.bench.serve import bench_serve
 from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
@@ -23,7 +24,6 @@ from tests.e2e.faults import paused
 from tests.e2e.test_scale import run
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_prompts
 from tests.e2e.waiting import await_true
-from tests.labs.kills import kill_and_wait
 
 
 @pytest.fixture(scope="module")

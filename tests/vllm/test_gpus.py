@@ -108,6 +108,7 @@ def test_paths(path: str, cumem: bool, vllm_command: str, tmp_path: Path) -> Non
         check_answers(deployment, 20)
         (pair,) = admin_api(deployment.url).get_object("/pdlaunch/status")[1]["pairs"]
         assert pair["path"].startswith(path)
+        assert pair["gigabytes_per_s"] > 0
 
 
 def test_a_host_tier_gives_blocks_back(vllm_command: str, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.known_answers import LOGPROB_TOLERANCE, ReceivedAnswer, collect_stream, difference
 from pdlaunch.errors import ProtocolError
-from tests.labs.known_answers import LOGPROB_TOLERANCE, ReceivedAnswer, collect_stream, difference
 
 WHOLE = {
     "index": 0,

@@ -1,5 +1,5 @@
 # ruff: noqa: T201 - a script
-"""Measures the figures of docs/reliability.md: ``python -m tests.e2e.reliability
+"""Measures the figures of docs/reliability.md: ``python -m benchmarks.reliability
 soak | kills | cancels``.
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.kills import Kill, load_with_kills
+from benchmarks.known_answers import SoakOptions, SoakReport, soak
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment
 from tests.e2e.tiny_models import make_tiny_model
-from tests.labs.kills import Kill, load_with_kills
-from tests.labs.known_answers import SoakOptions, SoakReport, soak
 
 FAMILIES = ("llama", "gemma3_text")
 HOST_TIER = ("--kv-cache-memory", "500KiB", "--kv-offload-memory", "2MiB")
