@@ -61,8 +61,11 @@ $(MOONCAKE): $(DEV)
 	  || echo "no wheel of Mooncake for this machine: its tests are skipped"
 	touch $@
 
-test: install $(DEV) $(MOONCAKE)  ## Run all tests
-	$(PYTEST) -m "not vllm and not hosts and not prometheus and not ray and not slurm and not browser and not clients" $(ARGS)
+test: install $(DEV) $(MOONCAKE)  ## Run the tests, but for those below
+	$(PYTEST) -m "not e2e_long and not vllm and not hosts and not prometheus and not ray and not slurm and not browser and not clients" $(ARGS)
+
+test-long: install $(DEV) $(MOONCAKE)  ## Run the launches that take minutes
+	$(PYTEST) -m e2e_long tests/e2e $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
@@ -159,5 +162,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm test-vllm-versions test-ray test-slurm test-prometheus test-browser test-clients coverage scale soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-long test-hosts test-vllm test-vllm-versions test-ray test-slurm test-prometheus test-browser test-clients coverage scale soak kills cancels attack lint types format rules \
   settings wheel clean

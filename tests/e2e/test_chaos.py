@@ -68,6 +68,7 @@ def listening_hosts(process: psutil.Process) -> set[str]:
     }
 
 
+@pytest.mark.e2e_long
 def test_killed_ranks_lose_no_request_of_a_hybrid_model(tmp_path: Path) -> None:
     """After faults, cancels and ``kill -9`` of either engine, streams continue without gap or
     repetition, and every block is freed.

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from pdlaunch.launch.client.admin import admin_api, own_launches
 from pdlaunch.launch.client.deployment import Deployment
 from tests.command_line import invoke
@@ -92,6 +94,7 @@ def test_engines_come_turn_and_go_while_streams_run(llama: Path) -> None:
         assert (status["errors"], status["gone"]) == (0, []), json.dumps(status["events"])
 
 
+@pytest.mark.e2e_long
 def test_the_autopilot_turns_a_prefill_engine_into_one_of_decode(llama: Path) -> None:
     """Short prompts with long answers fill the batch of the only decode engine. Then the mix turns
     to long prompts, and back.

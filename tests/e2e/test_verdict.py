@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pdlaunch.config.sources import load_config
 from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
@@ -30,6 +32,7 @@ def start(model: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.e2e_long
 def test_ctrl_c_gives_the_verdict_so_far_and_resume_goes_on(llama: Path, tmp_path: Path) -> None:
     state = tmp_path / "verdict.json"
     process = start(llama, tmp_path)
