@@ -49,6 +49,7 @@ def router(
         yield url
 
 
+@pytest.mark.vllm_long
 def test_an_engine_is_drained_removed_and_added_while_a_request_runs(
     pair: Deployment, urls: dict[str, str], router: str, engines_file: Path
 ) -> None:

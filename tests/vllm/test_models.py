@@ -226,6 +226,7 @@ def test_prompts_go_to_the_ranks_that_have_them(launch: tuple[Model, Deployment]
     assert cached == [(False, 0)] * 5 + [(True, 192)] * 5
 
 
+@pytest.mark.vllm_long
 def test_a_hybrid_finds_its_states_in_the_prefix_caches_of_both_engines(
     vllm_command: str, tmp_path: Path
 ) -> None:
