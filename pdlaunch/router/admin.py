@@ -337,7 +337,7 @@ async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[
     options = {"level": "1", "mode": "wait"} | dict(query)
     # After level 2 vLLM wakes up without its weights, and answers nonsense.
     if options["level"] != "1" or options["mode"] not in ("wait", "refuse"):
-        raise RequestError("for vLLM, level must be 1, and mode wait or refuse", param="query")
+        raise RequestError("vLLM sleeps only at level 1, mode wait or refuse", param="query")
     state.pool.hold(engine, "draining")
     is_asleep = False
     try:

@@ -9,7 +9,7 @@ allocator takes its segments from ``CuMemPools.allocate`` by way of MemPools.
 
 An address range exists from ``allocate`` to ``free``, its physical memory only while awake.
 
-A MemPool exists only inside the block of ``memory_pool``. At its end, torch frees segments without
+Except in vLLM, a MemPool ends with the block of ``memory_pool``. Then torch frees segments without
 tensors. Other segments are freed when their last tensor is gone and torch's cache is emptied.
 """
 

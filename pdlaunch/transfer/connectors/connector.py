@@ -191,7 +191,7 @@ def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> 
 def pieces_to_read(
     memory: LocalMemory, peer: HandshakeReply, blocks: BlockRead
 ) -> tuple[Pieces, Pieces]:
-    """Return the memory that a READ fills here, and what it copies from the peer."""
+    """Return the pieces of memory to write here, and those to read from the peer."""
     groups, geometry = memory.kv.groups, peer.geometry
     # vLLM allocates freed blocks last first. Once sorted, neighbours merge: a READ of 4,096 tokens
     # over NIXL (vLLM on two H200s) takes a few ms instead of 60.
