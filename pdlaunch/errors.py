@@ -16,8 +16,6 @@ PdlaunchError
 └── ProtocolError           us, or a stranger on the socket: a message does not have its format
 """
 
-from __future__ import annotations
-
 
 class PdlaunchError(Exception):
     """Base class of all errors that pdlaunch raises on purpose."""

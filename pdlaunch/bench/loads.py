@@ -4,8 +4,6 @@ format.
 Source of the format: https://github.com/kvcache-ai/Mooncake (traces).
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence

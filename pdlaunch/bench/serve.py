@@ -4,8 +4,6 @@ Prompts are random token ids, different in every run, so that no prefix cache he
 fixes the output length.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import statistics

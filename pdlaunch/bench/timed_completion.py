@@ -2,8 +2,6 @@
 compares these times with goals.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -3,8 +3,6 @@
 The functions below ``Context`` yield the items that a rule judges: ``over=engines``, ``over=pair``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal

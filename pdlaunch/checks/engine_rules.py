@@ -4,8 +4,6 @@ vLLM compares most properties of a pair only in the handshake of the first reque
 engines are healthy. If that handshake fails, decode silently computes the prompt itself.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """Rules PD4xx judge systems, packages, devices, shared memory, ports and hosts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context, cumem_setting, engines, on_cpu, on_cuda

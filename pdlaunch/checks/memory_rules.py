@@ -1,7 +1,5 @@
 """Rules PD2xx judge memory settings, and whether engines fit into memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context, cumem_setting, engines, on_cpu, on_cuda, peers

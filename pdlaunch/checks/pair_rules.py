@@ -1,7 +1,5 @@
 """Rules PD3xx judge the settings of pairs; ``transfer_rules.py`` judges measured pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

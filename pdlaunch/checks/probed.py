@@ -2,8 +2,6 @@
 include measured pairs and engines that already run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath

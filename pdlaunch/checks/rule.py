@@ -14,8 +14,6 @@ another message; or one or several ``Found``. ``at`` is a setting (if the role o
 role's own setting is shown), a variable (``$UCX_TLS``), or any other name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial

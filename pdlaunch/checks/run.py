@@ -1,7 +1,5 @@
 """Collects the rules, and runs them over a resolved launch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Rules PD65x and PD66x check a running deployment; ``pdlaunch doctor`` uses them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 from pdlaunch.checks.context import Context

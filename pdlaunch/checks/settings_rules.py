@@ -1,7 +1,5 @@
 """Rules PD1xx find settings that contradict each other or the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context, engines, on_cuda, shapes

@@ -1,7 +1,5 @@
 """Rules on KV transfers: networks and memory (PD423, PD428), measured pairs (PD504)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context

@@ -1,7 +1,5 @@
 """Implements the command line. Only this package prints for users."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from types import FrameType

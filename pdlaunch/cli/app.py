@@ -1,7 +1,5 @@
 """Lists the commands. A command is imported only when it is called, so that help is fast."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys

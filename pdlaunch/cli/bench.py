@@ -1,7 +1,5 @@
 """``pdlaunch bench``: measure a deployment as its clients see it, or pulls of KV blocks alone."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -2,8 +2,6 @@
 why a rule exists, and how to fix its findings.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import replace

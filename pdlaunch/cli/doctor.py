@@ -1,7 +1,5 @@
 """``pdlaunch doctor``: judge a running deployment, also one that pdlaunch did not start."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket

@@ -2,8 +2,6 @@
 ``undrain``, ``scale`` and ``role``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Shows the report of a check: a table for people, JSON for programs."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Gives commands the flags of ``serve``."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ its style and without scripts (``report.html``).
 Users pass reports on, so a report contains no prompts, no answers and no details of errors.
 """
 
-from __future__ import annotations
-
 import math
 import platform
 import re

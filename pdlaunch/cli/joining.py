@@ -4,8 +4,6 @@ Each agent reports the facts of its host. ``pdlaunch agent`` runs processes on t
 supervisor on another one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

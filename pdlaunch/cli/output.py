@@ -1,7 +1,5 @@
 """Prints for all commands: tables for people, JSON for programs, errors on stderr."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence

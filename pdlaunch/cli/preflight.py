@@ -1,7 +1,5 @@
 """Judges a launch before it starts, for this machine or that of ``--assume``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

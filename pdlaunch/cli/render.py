@@ -1,7 +1,5 @@
 """``pdlaunch render``: write a deployment for Kubernetes."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """``pdlaunch router`` runs only a router, for engines that run already."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket

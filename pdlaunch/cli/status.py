@@ -1,7 +1,5 @@
 """``pdlaunch status`` and ``pdlaunch top``, and the status line of ``pdlaunch serve``."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from datetime import datetime

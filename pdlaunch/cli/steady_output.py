@@ -1,7 +1,5 @@
 """Keeps a command running when its terminal, pipe or file accepts no more output."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -7,8 +7,6 @@
       prefill 512 tokens       ███████████████████████              6436.3 ms
 """
 
-from __future__ import annotations
-
 import sys
 
 import msgspec

@@ -1,7 +1,5 @@
 """``pdlaunch verdict``: measure whether disaggregation pays for a load on this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

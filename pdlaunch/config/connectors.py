@@ -6,8 +6,6 @@ a subclass of ``ConnectorSettings``. This module imports only that class, so the
 not import heavy libraries. docs/connectors.md shows how to write a connector.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

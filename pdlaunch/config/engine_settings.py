@@ -1,7 +1,5 @@
 """Defines the settings of engines, and of roles: how many engines, and what they override."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue

@@ -1,7 +1,5 @@
 """The resolved settings of one engine: written by the supervisor, read by the engine."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pdlaunch.config.engine_settings import EngineSettings

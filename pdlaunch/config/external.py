@@ -1,7 +1,5 @@
 """Settings for running engines that this launch did not start."""
 
-from __future__ import annotations
-
 import posixpath
 import re
 from collections.abc import Sequence

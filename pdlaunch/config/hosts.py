@@ -1,7 +1,5 @@
 """Settings that name the hosts of a launch."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Sequence
 from typing import Annotated, Literal

@@ -3,8 +3,6 @@
 Lists of host names are YAML lists, or texts with commas in flags and variables.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from collections.abc import Mapping

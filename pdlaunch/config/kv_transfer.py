@@ -1,7 +1,5 @@
 """Declares the section ``kv_transfer``: settings of pulls, leases and the connector."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator

@@ -6,8 +6,6 @@ and ``both`` set the number of engines of each role and may override any of ``En
 ``config.settings`` derives flags, variables and docs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from typing import Annotated, Any, Literal, Self

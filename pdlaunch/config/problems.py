@@ -1,7 +1,5 @@
 """Problems of a configuration, which are collected so that users see all of them at once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

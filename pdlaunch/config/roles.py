@@ -1,7 +1,5 @@
 """Names the roles and the kinds of engines."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 # ``prefill`` engines hand a prompt's KV blocks to ``decode`` engines; ``both`` do requests alone

@@ -1,7 +1,5 @@
 """Derives all settings, with their flags and variables, from the fields of ``LaunchConfig``."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence

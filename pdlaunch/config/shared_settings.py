@@ -1,7 +1,5 @@
 """Settings that all engines and the router share; roles cannot override them."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Reads and writes numbers of bytes with units, such as ``4GiB``."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 

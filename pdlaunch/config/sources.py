@@ -1,7 +1,5 @@
 """Merges the sources of settings. Flags override ``PDLAUNCH_*`` variables, and these the file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -6,8 +6,6 @@ installed vLLM. Users can spell a flag in several ways: ``--max_model_len``, ``t
 prefix of a name (``argparse`` completes it). ``long_name`` returns one name for all of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping

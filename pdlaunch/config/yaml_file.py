@@ -5,8 +5,6 @@ this module reads PyYAML's nodes. Any file gives settings or problems, whatever 
 Messages quote only names of fields from the file, so that they never show a misplaced secret.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs a rank: ``python -m pdlaunch.engine --name NAME``, with a Bootstrap on standard input."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import os

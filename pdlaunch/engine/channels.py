@@ -1,7 +1,5 @@
 """Holds rank 0's channels to the server and to the other ranks, and merges the ranks' reports."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

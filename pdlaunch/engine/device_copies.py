@@ -1,7 +1,5 @@
 """Copies small tensors between host and device without making the host wait."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -12,8 +12,6 @@ The ranks' transfer threads watch all deadlines. Here, a lease, pull or copy end
 event arrives.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

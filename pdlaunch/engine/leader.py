@@ -2,8 +2,6 @@
 ``Follower`` runs the plans of rank 0 in the other ranks of a TP group.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

@@ -6,8 +6,6 @@ handles messages, events of connectors and host tier, drawn tokens, and the end 
 ``Histograms`` measures the times of requests, the sizes of steps, and pulls.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from bisect import bisect_left, bisect_right

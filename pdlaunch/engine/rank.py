@@ -5,8 +5,6 @@
 a step loop of ``leader.py``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

@@ -12,8 +12,6 @@ rows temperature, min_p, top_k and top_p. No parameter turns a logit that is a n
 Logits may be infinite. A row with a NaN draws no token.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 

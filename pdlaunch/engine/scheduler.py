@@ -7,8 +7,6 @@ request are pulled from another engine or loaded from host memory, it uses no ro
 request takes cached blocks on the device first, then pulls or loads more, and computes the rest.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from itertools import islice

@@ -4,8 +4,6 @@ frees its memory.
 Work that takes several turns of the step loop is a generator: each ``yield`` ends a turn.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Generator

@@ -4,8 +4,6 @@ The runner keeps a row for each request (its tokens, block tables and sampling s
 plan carries only changes. All ranks of the TP group run the same ``StepPlan``.
 """
 
-from __future__ import annotations
-
 from pdlaunch.engine.offload.planner import JobFinished, OffloadJob
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId

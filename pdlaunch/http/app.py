@@ -7,8 +7,6 @@ each error becomes an answer.
                 └──────┴───────┴────────┴─────> error in OpenAI's form, counted, with the id
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import secrets

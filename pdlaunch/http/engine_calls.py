@@ -4,8 +4,6 @@ Redirects, cookies, proxies and compression are off: an engine must not decide w
 key is sent.
 """
 
-from __future__ import annotations
-
 import asyncio
 import io
 import ssl

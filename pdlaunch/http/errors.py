@@ -1,7 +1,5 @@
 """Turns exceptions into answers: ``{"error": {"message", "type", "param", "code"}}``."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -10,8 +10,6 @@ address (DNS rebinding) can read the answers, too. Checks before the key check p
   types without a preflight request.
 """
 
-from __future__ import annotations
-
 import socket
 from urllib.parse import urlsplit
 

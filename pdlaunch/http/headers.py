@@ -1,7 +1,5 @@
 """Defines and parses the headers between client, router and engines, in both directions."""
 
-from __future__ import annotations
-
 import re
 import uuid
 from collections.abc import Iterable, Mapping

@@ -9,8 +9,6 @@ Each stream begins with all prefixes, so a router that reconnects misses nothing
 router that reads too slowly is closed.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 

@@ -6,8 +6,6 @@
          └──────────┴────────────┴──────────────┴──> Failed ──> 1
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

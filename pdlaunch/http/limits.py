@@ -2,8 +2,6 @@
 and how many large inputs are parsed at once. For use in the event loop only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator

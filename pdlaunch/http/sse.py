@@ -1,7 +1,5 @@
 """Sends and reads server-sent events in OpenAI's form: ``data:`` lines, ``[DONE]`` at the end."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
 

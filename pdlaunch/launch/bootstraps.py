@@ -1,7 +1,5 @@
 """Makes bootstraps: the settings and keys that each process reads from stdin at its start."""
 
-from __future__ import annotations
-
 import hashlib
 import socket
 from collections.abc import Sequence

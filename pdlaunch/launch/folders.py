@@ -1,7 +1,5 @@
 """Creates the log folder of a launch, and removes the log folders of old launches."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import secrets

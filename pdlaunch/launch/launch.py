@@ -1,7 +1,5 @@
 """Runs one launch from its resolved configuration to its exit: plan, spawn, watch, stop."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import socket

@@ -2,8 +2,6 @@
 ``reconcile`` finds the actions that follow from the new state.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """Tracks which pairs of ranks are proven, and which proofs are missing."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 

@@ -4,8 +4,6 @@ A change is resolved and checked like a launch at its start. Engines that stay a
 An engine of a lost host starts again once the host is back.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

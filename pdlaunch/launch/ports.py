@@ -2,8 +2,6 @@
 accepts connections from the inherited sockets.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator

@@ -11,8 +11,6 @@ This module uses no clock, process or socket: the same state and time give the s
 state records each returned action, so a second call does not return it again.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterable, Sequence
 

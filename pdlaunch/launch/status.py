@@ -1,7 +1,5 @@
 """Defines what users see of a launch: immutable snapshots of its state, and its failure."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 registry that they need: addresses, and the pairs that are proven.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Finds out whether a port is free by binding it; never raises."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import socket

@@ -3,8 +3,6 @@
 Source: cuda.h of CUDA 12 and 13 (numbers of the attributes).
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 from collections.abc import Callable

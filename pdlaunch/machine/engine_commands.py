@@ -1,7 +1,5 @@
 """Inspects executables of vLLM without running them; never raises."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Describes machines as plain values, the input of planning and rules."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,7 +1,5 @@
 """Reads facts about this host: cores, memory, missing packages, variables of torch's allocator."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import os

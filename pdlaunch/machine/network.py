@@ -1,7 +1,5 @@
 """Finds addresses of this machine, and inspects and restricts TCP sockets through the kernel."""
 
-from __future__ import annotations
-
 import ctypes
 import ipaddress
 import os

@@ -3,8 +3,6 @@
 Uses neither torch nor a CUDA context. Source: nvml.h of CUDA 12 and 13.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import platform

@@ -8,8 +8,6 @@ it, which is 0.4 % more on an H200. Cores, memory and network devices: user guid
 and H200, data sheet of GB200 NVL72.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

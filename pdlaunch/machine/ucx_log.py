@@ -7,8 +7,6 @@ of peer and memory::
     | 0..inf | software emulation | tcp/lo                                  |
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -7,8 +7,6 @@ problems.
 Source: tried with the driver of CUDA 13 on two H200s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

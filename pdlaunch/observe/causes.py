@@ -9,8 +9,6 @@ All processes of an engine of vLLM write to one log, and each reports the death 
 The tests use logs of real failures: ``tests/launch/failed_starts``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

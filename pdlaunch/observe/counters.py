@@ -4,8 +4,6 @@ If vLLM has a histogram of the same meaning, its bucket bounds are included here
 engines of both kinds can be computed. More bounds at the short end resolve prompt hand-overs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 

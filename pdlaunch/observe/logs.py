@@ -1,7 +1,5 @@
 """Writes log records to standard error or a file, one line each, with the id of their request."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -5,8 +5,6 @@ Metrics of engines have vLLM's names with the prefix ``pdlaunch_``; the router's
 both would count it several times. Label names and values are fixed at construction.
 """
 
-from __future__ import annotations
-
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence

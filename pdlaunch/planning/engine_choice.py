@@ -1,7 +1,5 @@
 """Replaces ``engine: auto``: vLLM if it is installed, else native engines."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Computes the memory of a rank from the shape of its model."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

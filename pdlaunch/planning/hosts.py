@@ -1,7 +1,5 @@
 """Describes the hosts of a launch: the local host, hosts with agents, and hosts by profile."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args

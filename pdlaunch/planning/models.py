@@ -1,7 +1,5 @@
 """Reads the models of a configuration before any process starts."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

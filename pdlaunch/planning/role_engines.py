@@ -1,7 +1,5 @@
 """Derives the values of a role's engines on a host: devices, sizes, memory, environment."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -14,8 +14,6 @@ decode engines also compute the prompts that prefill has no time for. Prompts th
 the decode engines are busy too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple

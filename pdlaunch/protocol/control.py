@@ -4,8 +4,6 @@ A process registers its addresses and reports its state. On every change the sup
 whole registry, with a version that grows.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 

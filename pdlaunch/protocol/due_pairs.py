@@ -3,8 +3,6 @@
 Each pair costs a handshake and a proof. The number of chosen pairs grows linearly with the engines.
 """
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 from collections.abc import Collection, Iterator

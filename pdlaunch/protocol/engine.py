@@ -4,8 +4,6 @@ A request is one prompt with one choice: the server splits ``n`` choices and lis
 several requests. Each request ends with exactly one ``RequestFinished``.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pdlaunch.observe.spans import SpanReport

@@ -13,8 +13,6 @@ Grants also travel with vLLM's steps. But the next step may begin after a step w
 The connector imports this module in vLLM's environment: only packages of vLLM are there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import msgspec

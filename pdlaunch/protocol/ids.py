@@ -20,8 +20,6 @@ An HttpRequestId and a HopId are different ids because two clients may send the 
 an engine may still hold blocks for the previous attempt.
 """
 
-from __future__ import annotations
-
 from typing import NewType
 
 HttpRequestId = NewType("HttpRequestId", str)

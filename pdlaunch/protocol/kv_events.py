@@ -1,7 +1,5 @@
 """Lists the prefixes that an engine caches: sent by rank 0 to its server, then to routers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile

@@ -4,8 +4,6 @@ A prefill engine returns them, and the router sends them to a decode engine. Rou
 read them; ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, TypeVar
 

@@ -5,8 +5,6 @@ A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin,
 PullHeartbeat*, PullEnd``. Times are remaining seconds, because clocks of hosts differ.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import msgspec

@@ -4,8 +4,6 @@ Every socket uses CURVE with the launch's key pair. An authenticator admits only
 CURVE without an allow-list admits any key.
 """
 
-from __future__ import annotations
-
 import secrets
 import threading
 from typing import Any, ClassVar

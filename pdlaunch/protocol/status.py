@@ -5,8 +5,6 @@ Shares and usages are from 0 to 1. Unknown values are null: engines of vLLM repo
 answers contain no text of prompts or answers, and no keys.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal

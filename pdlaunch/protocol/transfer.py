@@ -5,8 +5,6 @@ Blocks in ``StartPull`` belong to the transfer until ``PullFinished``; if that h
 until ``PullDrained``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Literal
 

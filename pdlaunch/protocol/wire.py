@@ -1,7 +1,5 @@
 """Encodes typed messages as msgpack frames, and refuses malformed frames."""
 
-from __future__ import annotations
-
 from typing import Generic, TypeVar
 
 import msgspec

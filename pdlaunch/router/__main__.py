@@ -3,8 +3,6 @@
 The supervisor starts it and writes a Bootstrap, which repeats the name, to its standard input.
 """
 
-from __future__ import annotations
-
 import sys
 
 from pdlaunch.http.lifecycle import run_supervised

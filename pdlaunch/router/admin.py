@@ -10,8 +10,6 @@ The router itself puts engines of vLLM to sleep: vLLM waits for no leases and te
     POST /wake_up ── its pairs are in doubt until new canaries succeed ── given work again
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -4,8 +4,6 @@ The router sets ids, model and creation time. The choices of prompt ``p`` are nu
 ``p * n + n - 1``.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ The page's files hold no data. The page asks the user for an API key and sends i
 the key appears in no URL.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import secrets

@@ -3,8 +3,6 @@
 The router checks only the fields that it replaces. The engines check all others.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from typing import Annotated, Any, NamedTuple

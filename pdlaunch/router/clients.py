@@ -1,7 +1,5 @@
 """Identifies clients by their API keys, and enforces the limits of each key."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence

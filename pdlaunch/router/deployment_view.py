@@ -5,8 +5,6 @@ asked for their metrics only when somebody requests the status. A metrics page i
 names in two tables instead of being parsed: 0.1 ms instead of 8.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 import time

@@ -4,8 +4,6 @@ Every error becomes an EngineFailure, after which another engine may be asked, o
 which is the engine's answer to the client.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re

@@ -1,7 +1,5 @@
 """Watches ``engines_file``, which lists the engines of a router that runs alone."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -11,8 +11,6 @@ key without waiting prompts starts at the count of the others, without debt or c
 Source: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024).
 """
 
-from __future__ import annotations
-
 import asyncio
 import heapq
 import itertools

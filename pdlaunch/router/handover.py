@@ -2,8 +2,6 @@
 the blocks, and how they are released if no engine does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

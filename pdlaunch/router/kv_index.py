@@ -9,8 +9,6 @@ A wrong entry causes a bad choice of engines, never a wrong token: engines look 
 themselves. Each router has its own index.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence

@@ -8,8 +8,6 @@ A supervisor sends registries, Drain and Stop. Alone, the router watches its eng
 at the first signal and stops at the second one.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

@@ -7,8 +7,6 @@
                     └── it does not answer, or was restarted ◀───────────┘
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Counts what the router does, and adds every engine's metrics to its own page."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections import deque

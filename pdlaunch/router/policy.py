@@ -12,8 +12,6 @@ the tokens of waiting prompts, and the tokens that streams hold in the KV cache.
 engine has cached, by the index, do not count there. The choice depends only on its arguments.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple

@@ -3,8 +3,6 @@
 The pool does no I/O. A role is a preference: every engine can prefill and decode.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections import defaultdict

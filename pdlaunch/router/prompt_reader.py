@@ -13,8 +13,6 @@ router uses the code of the engines and the files that their servers have read. 
 text: its chats take no token ids, and its own tokenizer decides.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import shutil

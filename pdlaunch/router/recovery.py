@@ -1,7 +1,5 @@
 """Decides, from the failures of one prompt, which engines may be asked next and when: pure."""
 
-from __future__ import annotations
-
 import msgspec
 
 from pdlaunch.router.engine import EngineKey

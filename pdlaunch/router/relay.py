@@ -10,8 +10,6 @@ All chunks go through the transcript, so the client gets nothing twice, even fro
 Migration is the loop in ``run``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Keeps the records of running requests and of the last ``MAX_KEPT`` ended ones.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

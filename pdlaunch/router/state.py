@@ -1,7 +1,5 @@
 """Holds the objects that all requests share: pool, client, metrics, suspects, registry."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -4,8 +4,6 @@ The engine may change in the middle of an answer. Roles, finished choices and th
 are not sent twice.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

@@ -12,8 +12,6 @@ While a pull is open, only the deadline ends its lease, because readers rely on 
 seconds in the answers. Answers never contain the deadline itself.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future

@@ -14,8 +14,6 @@ is no longer ready keeps its connection and channel until its READs have ended. 
 begin a new handshake.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping

@@ -2,8 +2,6 @@
 its prompt. Peers are not trusted.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

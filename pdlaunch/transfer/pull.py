@@ -23,8 +23,6 @@ same blocks. The other shares are not repeated. If a pull fails while a READ is 
 still owns its destination blocks: the pull reports ``in_flight`` and stays until the READ ends.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Iterator

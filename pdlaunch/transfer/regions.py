@@ -13,8 +13,6 @@ for each layer, or two if keys and values are separate. All groups take block id
 a page cannot be divided into heads (tokens first, latent attention), it counts as one head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

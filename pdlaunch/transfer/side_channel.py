@@ -2,8 +2,6 @@
 and dropped; other messages are not affected.
 """
 
-from __future__ import annotations
-
 import logging
 
 import zmq

@@ -2,8 +2,6 @@
 them, whatever the role of its engine.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ One turn of the thread::
     awake ── suspend, once no lease, pull or READ is left ──> asleep ── resume ──> awake
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -11,8 +11,6 @@ Pages are transferred and proven whole if both engines have the same TP size. If
 divided into heads, which must be contiguous in all layers. Source: vLLM 0.24 to 0.33.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ Commands go to all workers with the metadata of the next step. vLLM always takes
 a request has ended. Grants also go at once, because that step may wait for a long step.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@
                           └ waits for work that was launched on the device before
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import threading

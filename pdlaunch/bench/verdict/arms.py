@@ -1,7 +1,5 @@
 """Lists the arms for a number of devices, each with its configuration for ``serve``."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Iterator
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Starts arms and measures them: the speed of single engines, and goodput at a request rate."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math

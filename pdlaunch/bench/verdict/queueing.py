@@ -3,8 +3,6 @@
 A step computes the next token of each stream and a chunk of the waiting prompts.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 import statistics

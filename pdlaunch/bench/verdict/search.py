@@ -4,8 +4,6 @@ Arms take turns (A B B A), so that no arm gains from drift of the machine. Each 
 bisection over request rates. All probes of an arm together give its goodput with an interval.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

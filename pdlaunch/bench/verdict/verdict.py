@@ -1,7 +1,5 @@
 """Measures until the verdict is clear, and writes its text."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -6,8 +6,6 @@ bars on standard error, and prints ``{"weight_bytes": NUMBER}``, or ``{"error": 
 "field": NAME}`` if it fails.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -5,8 +5,6 @@ give a path outside of that cache. ``pdlaunch.engine.models.convert`` converts a
 file into pdlaunch's cache once. The conversion needs torch, this module does not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

@@ -4,8 +4,6 @@ Weights are sampled, so that a start does not read them twice: size and header o
 start, middle and end of each tensor. A change of a few bytes elsewhere is not noticed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -3,8 +3,6 @@
 The estimate is a lower bound: it leaves out parts whose size is not known.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ writes only fields that differ from a family's defaults; ``FAMILIES`` has these 
 configuration classes of transformers 5, compared in ``tests/config/model_files/test_shape.py``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping

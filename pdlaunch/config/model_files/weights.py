@@ -4,8 +4,6 @@ The safetensors library checks safetensors files; the conversion checks .gguf fi
 tensors are not noticed, because the formats have no checksum.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -5,8 +5,6 @@ number of layers, so that one pool of equal blocks serves all groups. A request 
 for each group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

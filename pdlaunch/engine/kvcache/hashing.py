@@ -6,8 +6,6 @@
 So equal hashes mean the same model, salt and tokens from the first token on. H is SHA-256.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256

@@ -21,8 +21,6 @@ Cached blocks are free blocks that can still be found by their hash. The least r
 is reused first. Owners keep the ids of their blocks and release each block exactly once.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -7,8 +7,6 @@ A key is only a hint: after a collision the router may choose a worse engine. En
 blocks by the hashes of ``hashing.py``.
 """
 
-from __future__ import annotations
-
 import struct
 from array import array
 from collections.abc import Mapping, Sequence

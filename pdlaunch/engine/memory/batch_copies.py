@@ -5,8 +5,6 @@ The driver needs about 0.5 us for each copy. Addresses may be device memory of t
 host memory, or mapped memory of a peer. Source: cuda.h of CUDA 12.8 and 13.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from itertools import cycle

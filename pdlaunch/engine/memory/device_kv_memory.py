@@ -6,8 +6,6 @@ Torch's expandable segments cannot be exported, so they are off in pools, and fo
 must map.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from functools import cached_property

@@ -8,8 +8,6 @@ Source: the CUDA driver API's chapters on virtual memory management and on memor
 communication).
 """
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 from concurrent.futures import ThreadPoolExecutor

@@ -12,8 +12,6 @@ On a CPU, each allocation is a memfd. Seals fix its size, so that no reader acce
 the end of the file, and prevent readers from writing. Mapped pages stay after the owner's death.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

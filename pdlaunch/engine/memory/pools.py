@@ -13,8 +13,6 @@ Except in vLLM, a MemPool ends with the block of ``memory_pool``. Then torch fre
 tensors. Other segments are freed when their last tensor is gone and torch's cache is emptied.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import logging

@@ -5,8 +5,6 @@ weights``. Several launches may convert the same model at the same time: one of 
 a file lock, and renames the complete result into place.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import functools

@@ -11,8 +11,6 @@ of 2.4 s (transformers 5.23, torch 2.13), and a rank needs 120 MiB less memory:
   classes (0.6 s). Here it collects only the auto classes; a model's classes are found at its load.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ The model is built without memory (meta device). Then each weight is read, cut t
 converted and put into the model.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The integer inputs of a step's kernels, which are copied to the device in one transfer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ part of the inputs; its results are added up over the group. Embedding and outpu
 on every rank. If there are more ranks than KV heads, several ranks hold the same KV head.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

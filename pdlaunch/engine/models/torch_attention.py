@@ -14,8 +14,6 @@ Indices are computed for slot 0. A layer in slot s uses them in a view that star
 B * D later.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

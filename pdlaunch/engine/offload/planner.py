@@ -9,8 +9,6 @@ computed blocks. In each group, a prefix has a run of device blocks and then a r
     sliding group            . [ d   h   h   h ]      blocks that the next token sees
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -15,8 +15,6 @@ copy engines (``cuMemcpyBatchAsync``) move 52 to 54 GB/s each way if pieces have
 (H200, PCIe 5.0: 55). Blocks of all supported models are that large, so there is no copy kernel.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import queue

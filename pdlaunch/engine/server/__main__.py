@@ -3,8 +3,6 @@
 The supervisor writes a Bootstrap to standard input. ``--name`` only marks the process in listings.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -10,8 +10,6 @@
 If the caller disconnects, its sleep or wake-up still runs to the end.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections import Counter, OrderedDict

@@ -9,8 +9,6 @@ Each prompt has ``n`` choices; each choice is one request to the rank: ``<reques
 - ``resume``: every choice starts with its tokens in ``resume``.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence

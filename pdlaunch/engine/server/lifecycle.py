@@ -8,8 +8,6 @@
 Builds the HTTP application of one engine, and answers all requests except completions.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

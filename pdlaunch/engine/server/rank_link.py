@@ -1,7 +1,5 @@
 """Connects the server to one incarnation of its rank 0."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -3,8 +3,6 @@
 A prompt that cannot fit is refused before it is tokenized. All functions may run in threads.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field

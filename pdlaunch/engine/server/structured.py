@@ -11,8 +11,6 @@ Grammars have llguidance's format; the first grammar imports it. JSON has one sp
 and colon and no other whitespace: otherwise a model could write whitespace until its last token.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

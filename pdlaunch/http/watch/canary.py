@@ -12,8 +12,6 @@ A healthy decode engine may still compute every prompt itself, or read wrong byt
 is for all requests, so under traffic only the usage shows whether this prompt was read.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

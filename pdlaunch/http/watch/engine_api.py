@@ -1,7 +1,5 @@
 """Calls an engine's HTTP API: health, metrics, models, version, sleep state and completions."""
 
-from __future__ import annotations
-
 import math
 import re
 import ssl

@@ -4,8 +4,6 @@ restart, drain, scale, roles.
 Uses the admin socket of a launch of this user, or a router's URL with a key.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 from collections.abc import Sequence

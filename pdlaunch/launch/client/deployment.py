@@ -4,8 +4,6 @@ The deployment ends with the block that started it. If this process dies, the de
 because its standard input closes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Plans native engines: ranks with torch, and a server for each engine."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Supervisor, commands and checks use only ``EngineKind``, not a certain kind of engine.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Plans engines of vLLM: each has a sidecar, which starts ``vllm serve`` and reports for it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence

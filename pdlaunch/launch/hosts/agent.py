@@ -10,8 +10,6 @@ The end of a session kills its processes, for any reason: the supervisor's Leave
 lease, a lost message, a signal. Processes are children of the agent and end with it, too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import secrets

@@ -11,8 +11,6 @@ A thread owns the socket, so agents get beats even while the supervisor's loop i
 ``ended_by`` computes when all processes of a lost agent have ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -5,8 +5,6 @@ the message. If a number is not the next one, messages were lost with a connecti
 ends, and its processes are killed.
 """
 
-from __future__ import annotations
-
 import struct
 
 from pdlaunch import __version__

@@ -10,8 +10,6 @@ the join file have the agents' secret key. These keys belong to one launch. They
 pair, which an agent gets with each process to start.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Runs processes of a launch on this machine as children, with a control channel to them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import mmap

@@ -9,8 +9,6 @@
     the engine ends, or hangs ──> Failed: the supervisor restarts both
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -8,8 +8,6 @@ If a client closes its connection, its request at the engine ends. If the engine
 answer, the door closes the client's connection.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 

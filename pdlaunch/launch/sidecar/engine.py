@@ -1,7 +1,5 @@
 """Starts the process of a vLLM engine, with its command, environment and ports."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes

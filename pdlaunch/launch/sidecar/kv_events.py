@@ -8,8 +8,6 @@ Each data parallel rank publishes its own events::
 Releases of vLLM may hash blocks differently, so pdlaunch computes keys from token ids.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -7,8 +7,6 @@
     EngineCore ──> GrantLease ──> its workers
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -7,8 +7,6 @@
     failed pulls of workers, metrics of vLLM's connector, sleep of a prefill engine ──> PairSuspect
 """
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """Checks the bytes of an HTTP body against a request model; every error names the field."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, ClassVar, TypeVar
 

@@ -4,8 +4,6 @@ The bootstrap is one line of JSON on standard input, so that secrets are never i
 environment. Standard input stays open: its end means that the supervisor has ended.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes

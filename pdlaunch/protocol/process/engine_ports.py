@@ -10,8 +10,6 @@ prompts and the launch's token. Two sockets of one user may share a port if both
 and one of them need not listen. Source: socket(7).
 """
 
-from __future__ import annotations
-
 import socket
 from collections import defaultdict
 from urllib.parse import urlsplit

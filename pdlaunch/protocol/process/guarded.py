@@ -2,8 +2,6 @@
 pdlaunch.protocol.process.guarded MODULE ...``. Standard input is a pipe that the parent holds.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 

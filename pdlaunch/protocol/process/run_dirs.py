@@ -9,8 +9,6 @@
       launch.json            a LaunchCard, written by the router when it listens
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -9,8 +9,6 @@ and writes before each step, without a system call::
 A request is recorded by the number that the router gave it (``origin``); 0 stands for no number.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 from array import array

@@ -11,8 +11,6 @@ whole blocks, or heads of blocks, from a peer into local blocks. Connectors know
 requests, leases or proofs.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future

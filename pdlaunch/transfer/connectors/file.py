@@ -8,8 +8,6 @@ safetensors file for each READ. Files are renamed into place when complete, and 
 lead out of the folder. If the folder exceeds its size limit, the oldest prompts are deleted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

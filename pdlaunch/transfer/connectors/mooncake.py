@@ -6,8 +6,6 @@ trusted, they accept only packets to this host's address in that network instead
 when the reader's engine has acknowledged it; over TCP, Mooncake does so since 0.3.13.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ At least one of the connectors must open. If a connector cannot open, or cannot 
 path has an error in place of a connection.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 

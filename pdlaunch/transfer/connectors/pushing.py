@@ -8,8 +8,6 @@ the prefill side reports the end of its write.
     prefill side:   push ── a thread of the pool writes ──▶ its future ends
 """
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@
                        └── refused, failed, late, wrong bytes ──▶ the path's error
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Checksums are per head, so ranks of different TP sizes can compare them. On a GP
 the same checksums without copying the blocks. Source: XXH3 of the xxHash library.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any

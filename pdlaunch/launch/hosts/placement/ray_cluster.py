@@ -8,8 +8,6 @@
                       starts the agent again, which joins with the same name
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import logging

@@ -7,8 +7,6 @@
        every other task       an agent, which joins with a file in a folder that all hosts share
 """
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
